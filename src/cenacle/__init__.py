@@ -1,0 +1,38 @@
+"""Cenacle: a private server for Mixture-of-Experts models on a few machines.
+
+>>> with cenacle.load("org/model", nodes=2) as model:
+...     print(model.generate("What is 12 + 30?").text)
+"""
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from .errors import CenacleError, CheckpointError, ClusterError, InputError, PlanError, RankLost
+
+if TYPE_CHECKING:
+    from .api import Chunk, Completion, Model, inspect, load
+
+__version__ = metadata.version("cenacle")
+
+__all__ = [
+    "CenacleError",
+    "CheckpointError",
+    "Chunk",
+    "ClusterError",
+    "Completion",
+    "InputError",
+    "Model",
+    "PlanError",
+    "RankLost",
+    "inspect",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load MLX when it is first needed: the nouns and `cenacle --help` do without."""
+    if name in ("Chunk", "Completion", "Model", "inspect", "load"):
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'cenacle' has no attribute {name!r}")

@@ -1,0 +1,309 @@
+"""The program from Python: `with cenacle.load(model, nodes=2) as m: m.generate(...)`.
+
+Owns: putting the parts together, and prompts in text against tokens in the group.
+Does not know: HTTP, terminals. The verbs and the server are thin over this.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .cluster.launcher import LocalRanks
+from .engine.engine import Options
+from .engine.lockstep import Group
+from .engine.scheduler import Scheduler
+from .engine.terms import Terms
+from .engine.text import Message, Text
+from .errors import CenacleError, CheckpointError, ClusterError, InputError
+from .model.weights import Checkpoint, describe, locate
+from .plan import Plan
+from .request import Request, Sampling, TokenEvent
+from .spec import ModelSpec
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
+
+DEFAULT_MAX_TOKENS = 512
+ANSWER_DEADLINE_S = 900.0  # longer than any step may take: the group fails before
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer: its token, the text that became certain, and why it ended or None."""
+
+    token: int
+    text: str
+    finish: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer.
+
+    Args:
+        text: without the stop token or stop string.
+        tokens: the generated ids, the stop token included.
+        finish: "stop" or "length".
+        prompt_tokens: how many there were.
+        first_token_s: seconds from asking to the first token.
+        tok_per_s: tokens after the first, over the time since the first (0.0 for a single one).
+        terms_ms: where the time of a token went, see `docs/metrics.md`.
+        routed: layer -> expert -> times chosen, in measured steps.
+    """
+
+    text: str
+    tokens: list[int]
+    finish: str
+    prompt_tokens: int
+    first_token_s: float
+    tok_per_s: float
+    terms_ms: dict[str, float]
+    nodes: int
+    routed: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the fields above."""
+        return asdict(self)
+
+
+def inspect(model: str, nodes: int = 1, shares: Sequence[float] | None = None) -> Plan:
+    """What a checkpoint is and how its experts would be placed; reads no weights.
+
+    Raises:
+        CheckpointError, PlanError: see those.
+    """
+    return Plan.whole(describe(Checkpoint.open(locate(model))), nodes, shares)
+
+
+def load(
+    model: str,
+    nodes: int = 1,
+    *,
+    shares: Sequence[float] | None = None,
+    plan: Plan | None = None,
+    backend: str = "ring",
+    latency_s: float = 0.0,
+    options: Options | None = None,
+    measure_every: int = 8,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Model:
+    """Start `nodes` local processes that hold a model together.
+
+    Args:
+        model: a folder or a hub repository's name.
+        nodes: number of ranks, up to the number of experts of a layer.
+        shares: relative numbers of experts per rank; None: even.
+        plan: a placement dealt before; overrides `nodes` and `shares`.
+        backend: "ring", "mpi", "jaccl" or "nccl".
+        latency_s: seconds added to every exchange, to study a slower link.
+        options: how ranks run the model.
+        measure_every: one step in this many is measured; 0: none.
+        progress: called with rank, bytes loaded, bytes in all.
+
+    Raises:
+        CheckpointError, PlanError, ClusterError: see those. No process is left.
+    """
+    checkpoint = Checkpoint.open(locate(model))
+    if plan is None:
+        plan = Plan.whole(describe(checkpoint), nodes, shares)
+    options = options or Options()
+    text = _text(checkpoint)
+    ranks = LocalRanks(plan.nodes, backend)
+    try:
+        where = ranks.folder / "plan.json"
+        plan.save(where)
+        order = {
+            "type": "load",
+            "folder": str(checkpoint.folder.resolve()),
+            "plan": str(where),
+            "backend": backend,
+            "latency_s": latency_s,
+            "options": asdict(options),
+        }
+        ranks.load(order, progress)
+    except BaseException:
+        ranks.close(now=True)
+        raise
+    group = Group(ranks, Scheduler(options.batch, measure_every))
+    return Model(checkpoint.folder.name, plan, text, group, ranks)
+
+
+def _text(checkpoint: Checkpoint) -> Text | None:
+    """None for a folder without any tokenizer: it can be asked with ids."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((checkpoint.folder / n).exists() for n in names):
+        if not list(checkpoint.folder.glob("*.tiktoken")):
+            return None
+    return Text(checkpoint.folder, checkpoint.config)
+
+
+class Model:
+    """A model that is loaded and answers; close it, or use it in a `with` statement."""
+
+    def __init__(
+        self, name: str, plan: Plan, text: Text | None, group: Group, ranks: LocalRanks
+    ) -> None:
+        self.name, self.plan, self.group, self.ranks = name, plan, group, ranks
+        self._text = text
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the checkpoint is."""
+        return self.plan.spec
+
+    @property
+    def text(self) -> Text:
+        """The tokenizer.
+
+        Raises:
+            CheckpointError: the checkpoint has none.
+        """
+        if self._text is None:
+            raise CheckpointError(f"{self.name} has no tokenizer: give the prompt as token ids")
+        return self._text
+
+    def request(
+        self, prompt: Prompt, max_tokens: int | None = None, sampling: Sampling | None = None
+    ) -> Request:
+        """A request for a prompt, checked against the model's context and vocabulary.
+
+        Raises:
+            InputError: names what is wrong.
+        """
+        tokens = self.tokens_of(prompt)
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocabulary:
+            raise InputError(
+                f"prompt: expected token ids from 0 to {self.spec.vocabulary - 1}, "
+                f"got {min(tokens)} to {max(tokens)}",
+                "prompt",
+            )
+        room = (self.spec.context or 2**31) - len(tokens)
+        if room < 1:
+            raise InputError(
+                f"prompt: {len(tokens)} tokens do not fit the model's context of "
+                f"{self.spec.context}; shorten it by at least {1 - room}",
+                "prompt",
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"max_tokens: expected at least 1, got {max_tokens}", "max_tokens")
+        stop = self._text.stop_tokens if self._text is not None else ()
+        limit = min(max_tokens or DEFAULT_MAX_TOKENS, room)
+        return Request(uuid.uuid4().hex, tokens, limit, stop, sampling or Sampling())
+
+    def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids of a prompt in any of its forms."""
+        if isinstance(prompt, str):
+            if self.text.has_template:
+                return self.text.render([{"role": "user", "content": prompt}])
+            return self.text.encode(prompt)
+        items = list(prompt)
+        if items and isinstance(items[0], dict):
+            return self.text.render(items)  # type: ignore[arg-type]
+        return tuple(items)  # type: ignore[arg-type]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        *,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        """Answer a prompt piece by piece; ending the iteration early cancels the request.
+
+        Args:
+            prompt: text, ids or a chat.
+            max_tokens: most tokens to generate.
+            stop: strings before which the answer ends.
+            sampling: fields of `Sampling`.
+
+        Raises:
+            InputError: a wrong argument.
+            ClusterError: the group failed.
+        """
+        try:
+            request = self.request(prompt, max_tokens, Sampling(**sampling))
+        except TypeError as error:
+            raise InputError(f"unknown argument: {error}") from error
+        return self._stream(request, stop)
+
+    def _stream(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
+        events: queue.Queue[TokenEvent | CenacleError] = queue.Queue()
+        text = self._text.stream(stop) if self._text is not None else None
+        self.group.submit(request, events.put)
+        try:
+            while True:
+                try:
+                    event = events.get(timeout=ANSWER_DEADLINE_S)
+                except queue.Empty:
+                    raise ClusterError(
+                        f"no token came for {ANSWER_DEADLINE_S:g} s"
+                    ) from None
+                if isinstance(event, CenacleError):
+                    raise event
+                piece = text.add(event.token) if text else ""
+                if text and event.finish:
+                    piece += text.end()
+                stopped = text is not None and text.stopped
+                yield Chunk(event.token, piece, "stop" if stopped else event.finish)
+                if stopped or event.finish:
+                    return
+        finally:
+            self.group.cancel(request.id)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        *,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Completion:
+        """Answer a prompt; arguments and errors as `stream`."""
+        tokens = self.tokens_of(prompt)
+        self.group.terms = Terms()
+        began = time.perf_counter()
+        chunks: list[Chunk] = []
+        times: list[float] = []
+        for chunk in self.stream(tokens, max_tokens, stop=stop, **sampling):
+            chunks.append(chunk)
+            times.append(time.perf_counter())
+        after = times[-1] - times[0]
+        return Completion(
+            text="".join(c.text for c in chunks),
+            tokens=[c.token for c in chunks],
+            finish=chunks[-1].finish or "stop",
+            prompt_tokens=len(tokens),
+            first_token_s=times[0] - began,
+            tok_per_s=(len(times) - 1) / after if after > 0 else 0.0,
+            terms_ms=self.group.terms.per_token_ms(),
+            nodes=self.plan.nodes,
+            routed=self.group.terms.routed,
+        )
+
+    def close(self) -> None:
+        """End the ranks."""
+        self.group.close()
+
+    def __enter__(self) -> Model:
+        """The model itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the ranks."""
+        self.close()
+
+
+__all__ = ["Chunk", "Completion", "Model", "inspect", "load"]

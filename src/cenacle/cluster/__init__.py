@@ -1,0 +1,1 @@
+"""Starting ranks and keeping an eye on them."""

@@ -1,0 +1,57 @@
+"""The interface between ranks.
+
+Owns: `Collective`, what the model and the engine may ask of the group, and its counters.
+Does not know: models, requests, how ranks were started.
+Invariant: every rank makes the same calls in the same order with equal shapes and dtypes, and
+every rank receives the same bits.
+Next: `alone.py` (one rank), `mlx.py` (mlx.distributed), `study.py` (counting and delaying).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass
+class Traffic:
+    """What a rank has put into exchanges so far: calls, and bytes of its own vectors."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+class Collective(ABC):
+    """A group of ranks. `rank` counts from 0 to `size` - 1."""
+
+    rank: int
+    size: int
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def all_sum(self, x: mx.array) -> mx.array:
+        """The elementwise sum of every rank's `x`, the same bits on all of them; lazy.
+
+        Raises (when evaluated):
+            RuntimeError: a peer was lost.
+        """
+        self.traffic.calls += 1
+        self.traffic.bytes += x.nbytes
+        return self._all_sum(x)
+
+    @abstractmethod
+    def _all_sum(self, x: mx.array) -> mx.array: ...
+
+    def share(self, x: mx.array) -> mx.array:
+        """Rank 0's `x` on every rank, inside the graph: a sum in which the others give zeros."""
+        return self.all_sum(x if self.rank == 0 else mx.zeros_like(x))
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        mx.eval(self.all_sum(mx.zeros(1)))
+
+    def close(self) -> None:  # noqa: B027  (most ways to talk have nothing to close)
+        """Give back sockets and threads."""

@@ -1,0 +1,51 @@
+"""Collectives for tests and for study; both wrap another one.
+
+`Recorded` remembers what was exchanged; `Delayed` adds a link's latency to each exchange.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .base import Collective
+
+
+class Recorded(Collective):
+    """Remembers the shape and dtype of every exchange, in order, in `calls`."""
+
+    def __init__(self, inner: Collective) -> None:
+        super().__init__()
+        self.rank, self.size, self._inner = inner.rank, inner.size, inner
+        self.calls: list[tuple[tuple[int, ...], mx.Dtype]] = []
+
+    def _all_sum(self, x: mx.array) -> mx.array:
+        self.calls.append((tuple(x.shape), x.dtype))
+        return self._inner.all_sum(x)
+
+
+class Delayed(Collective):
+    """Adds `latency_s` to every exchange.
+
+    A lazy graph has no place for a sleep, so each exchange is evaluated first: the delay is that
+    of a link under a program that does not overlap exchange and computation.
+
+    Args:
+        latency_s: seconds added to each exchange.
+        sleep: the clock's sleep, replaced in tests.
+    """
+
+    def __init__(
+        self, inner: Collective, latency_s: float, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        super().__init__()
+        self.rank, self.size, self._inner = inner.rank, inner.size, inner
+        self.latency_s, self._sleep = latency_s, sleep
+
+    def _all_sum(self, x: mx.array) -> mx.array:
+        y = self._inner.all_sum(x)
+        mx.eval(y)
+        self._sleep(self.latency_s)
+        return y

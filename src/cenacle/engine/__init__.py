@@ -1,0 +1,1 @@
+"""The loop of a rank, and the steps that keep ranks together."""

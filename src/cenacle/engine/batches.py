@@ -1,0 +1,185 @@
+"""Running the model on several requests at once, with mlx-lm's caches.
+
+Owns: the choice between mlx-lm's continuous batching and one-by-one generation, and both behind
+one small interface.
+Does not know: steps, ranks.
+mlx-lm batches plain, rotating and state-space caches; quantised and chunked ones (llama4) it
+cannot merge, so there each request keeps its own cache and takes its turn in every step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator, StopSequences, generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import LogitsProcessor, Sampler
+
+from ..request import Request
+
+if TYPE_CHECKING:
+    from .engine import Options
+
+Token = tuple[str, int, str | None]
+"""Request id, token, and why it ended ("stop", "length") or None."""
+
+
+class Batch(ABC):
+    """The requests that are being generated.
+
+    `prefilling` tells whether the last call of `next` processed any prompt.
+    """
+
+    prefilling = False
+
+    @abstractmethod
+    def insert(
+        self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]
+    ) -> None:
+        """Begin a request; its prompt is processed by the following calls of `next`."""
+
+    @abstractmethod
+    def remove(self, request_id: str) -> None:
+        """End a request and free its cache; unknown ids are ignored (it may just have ended)."""
+
+    @abstractmethod
+    def next(self) -> list[Token]:
+        """One token for each request whose prompt is done, some prompt for the others."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free every cache."""
+
+
+def make_batch(model: nn.Module, options: Options) -> Batch:
+    """Continuous batching where mlx-lm can merge this model's caches, else one by one."""
+    caches = make_prompt_cache(model, options.max_kv_size)
+    if options.kv_bits is None and all(_mergeable(c) for c in caches):
+        return Continuous(model, options)
+    return OneByOne(model, options)
+
+
+def _mergeable(cache: Any) -> bool:
+    inner = getattr(cache, "caches", None)
+    return all(map(_mergeable, inner)) if inner is not None else hasattr(cache, "merge")
+
+
+class Continuous(Batch):
+    """mlx-lm's `BatchGenerator`."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self._generator = BatchGenerator(
+            model,
+            prefill_step_size=options.prefill_chunk,
+            completion_batch_size=options.batch,
+            prefill_batch_size=min(8, options.batch),
+            max_kv_size=options.max_kv_size,
+        )
+        self._ids: dict[int, str] = {}
+
+    def insert(
+        self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]
+    ) -> None:
+        """See `Batch`."""
+        (uid,) = self._generator.insert(
+            [list(request.tokens)],
+            max_tokens=[request.max_tokens],
+            samplers=[sampler],
+            logits_processors=[processors],
+            stop_sequences=[StopSequences([(t,) for t in request.stop_tokens])],
+        )
+        self._ids[uid] = request.id
+
+    def remove(self, request_id: str) -> None:
+        """See `Batch`."""
+        uids = [uid for uid, known in self._ids.items() if known == request_id]
+        for uid in uids:
+            self._generator.remove([uid])
+            del self._ids[uid]
+
+    def next(self) -> list[Token]:
+        """See `Batch`."""
+        if not self._ids:
+            return []
+        prompts, responses = self._generator.next()
+        self.prefilling = bool(prompts)
+        tokens: list[Token] = [(self._ids[r.uid], r.token, r.finish_reason) for r in responses]
+        for response in responses:
+            if response.finish_reason is not None:
+                del self._ids[response.uid]
+        return tokens
+
+    def close(self) -> None:
+        """See `Batch`."""
+        self._generator.remove(list(self._ids))
+        self._generator.close()
+        self._ids.clear()
+
+
+class OneByOne(Batch):
+    """mlx-lm's `generate_step`, one generator per request, each advanced once per step."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self._model, self._options = model, options
+        self._waiting: list[tuple[Request, Sampler, list[LogitsProcessor]]] = []
+        self._running: dict[str, tuple[Request, Iterator[tuple[int, Any]]]] = {}
+        self._given: dict[str, int] = {}
+
+    def insert(
+        self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]
+    ) -> None:
+        """See `Batch`."""
+        self._waiting.append((request, sampler, processors))
+
+    def remove(self, request_id: str) -> None:
+        """See `Batch`."""
+        self._waiting = [w for w in self._waiting if w[0].id != request_id]
+        self._running.pop(request_id, None)
+        self._given.pop(request_id, None)
+
+    def next(self) -> list[Token]:
+        """See `Batch`."""
+        self.prefilling = bool(self._waiting)
+        while self._waiting and len(self._running) < self._options.batch:
+            request, sampler, processors = self._waiting.pop(0)
+            self._running[request.id] = (request, self._generate(request, sampler, processors))
+            self._given[request.id] = 0
+        tokens: list[Token] = []
+        for request, generator in list(self._running.values()):
+            token, _ = next(generator)
+            self._given[request.id] += 1
+            finish = None
+            if self._given[request.id] >= request.max_tokens:
+                finish = "length"
+            if token in request.stop_tokens:
+                finish = "stop"
+            tokens.append((request.id, token, finish))
+            if finish:
+                self.remove(request.id)
+        return tokens
+
+    def _generate(
+        self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]
+    ) -> Iterator[tuple[int, Any]]:
+        options = self._options
+        return generate_step(
+            mx.array(request.tokens),
+            self._model,
+            max_tokens=request.max_tokens,
+            sampler=sampler,
+            logits_processors=processors,
+            max_kv_size=options.max_kv_size,
+            prefill_step_size=options.prefill_chunk,
+            kv_bits=options.kv_bits,
+            kv_group_size=options.kv_group_size,
+            quantized_kv_start=0,
+        )
+
+    def close(self) -> None:
+        """See `Batch`."""
+        self._waiting.clear()
+        self._running.clear()

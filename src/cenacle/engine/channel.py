@@ -1,0 +1,95 @@
+"""Messages between the front and a rank, over one socket.
+
+Owns: framing (a 4-byte big-endian length, then JSON in UTF-8) and deadlines.
+Does not know: what messages mean.
+Invariant: a call returns or raises within the deadline; a message is sent whole or the channel is
+closed.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+from typing import Any
+
+from ..errors import ClusterError
+
+MAX_MESSAGE = 64 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
+
+
+class Silent(ClusterError):
+    """Nothing came within the deadline, or the other side did not take what was sent."""
+
+
+class Closed(ClusterError):
+    """The other side is gone."""
+
+
+class Channel:
+    """One end of a control connection. Sending is safe from several threads.
+
+    Args:
+        sock: connected.
+        deadline_s: seconds after which a silent other side is an error.
+    """
+
+    def __init__(self, sock: socket.socket, deadline_s: float) -> None:
+        self._socket, self._deadline_s = sock, deadline_s
+        self._sending = threading.Lock()
+        sock.settimeout(deadline_s)
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for selectors."""
+        return self._socket.fileno()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one message.
+
+        Raises:
+            Silent: the other side did not take it within the deadline.
+            Closed: the other side is gone.
+        """
+        data = json.dumps(message, separators=(",", ":")).encode()
+        try:
+            with self._sending:
+                self._socket.sendall(struct.pack(">I", len(data)) + data)
+        except TimeoutError as error:
+            raise Silent(f"took no message for {self._deadline_s:g} s") from error
+        except OSError as error:
+            raise Closed(f"the connection was lost ({error})") from error
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for one message.
+
+        Raises:
+            Silent: none came, or not to its end, within the deadline.
+            Closed: the other side is gone, or what it sends is not a message.
+        """
+        (length,) = struct.unpack(">I", self._exactly(4))
+        if length > MAX_MESSAGE:
+            raise Closed(f"sent a message of {length} bytes, expected at most {MAX_MESSAGE}")
+        return json.loads(self._exactly(length))
+
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            try:
+                piece = self._socket.recv(count - len(data))
+            except TimeoutError as error:
+                raise Silent(f"was silent for {self._deadline_s:g} s") from error
+            except OSError as error:
+                raise Closed(f"the connection was lost ({error})") from error
+            if not piece:
+                raise Closed("closed the connection")
+            data += piece
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close; a receive that waits in another thread ends."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()

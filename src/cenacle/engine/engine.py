@@ -1,0 +1,98 @@
+"""One rank's engine: takes steps, gives tokens.
+
+Owns: the requests that are being generated on this rank, with their caches.
+Does not know: text, tokenizers, other ranks' processes, who asks.
+Invariant: the same steps in the same order give the same events on every rank; a step that raised
+leaves the engine unusable (the group is then re-formed).
+Read `Engine.step()` first: it is the program. Next: `batches.py`, which runs the model on what
+steps have admitted; `worker.py`, which brings the steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..collective.base import Collective
+from ..errors import ClusterError
+from ..model.watch import Watch
+from ..request import Request, Step, TokenEvent
+from .batches import make_batch
+from .sampler import Samplers, make_processors
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a rank runs the model.
+
+    Args:
+        prefill_chunk: most prompt tokens per step and request.
+        batch: most requests that are generated at once.
+        kv_bits: bits of a quantised KV cache, 4 or 8; None: as computed.
+        kv_group_size: group size of the quantised KV cache.
+        max_kv_size: keep only this many positions (the first four and the last), None: all.
+    """
+
+    prefill_chunk: int = 512
+    batch: int = 32
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    max_kv_size: int | None = None
+
+
+class Engine:
+    """Generates for several requests at once, in lockstep with the other ranks."""
+
+    def __init__(
+        self, model: nn.Module, collective: Collective, watch: Watch, options: Options
+    ) -> None:
+        self._collective, self._watch = collective, watch
+        self._samplers = Samplers(collective)
+        self._batch = make_batch(model, options)
+        self._next_step = 0
+
+    def step(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
+        """Take one step: end what is cancelled, admit what is new, one token for each request.
+
+        A request's first token comes when its prompt has been processed, some steps later.
+
+        Returns:
+            The tokens of this step, and the measurements if it was a measured one.
+        """
+        self._expect(step)
+        for request_id in step.cancelled:
+            self._batch.remove(request_id)
+        for request in step.admitted:
+            self._admit(request)
+        if step.measured:
+            self._watch.start()
+        events = [TokenEvent(*token) for token in self._batch.next()]
+        return events, self._measured(events) if step.measured else None
+
+    def _measured(self, events: list[TokenEvent]) -> dict[str, Any]:
+        decoding = bool(events) and not self._batch.prefilling
+        return {**self._watch.stop(), "decoding": decoding}
+
+    def _expect(self, step: Step) -> None:
+        if step.number != self._next_step:
+            raise ClusterError(
+                f"rank {self._collective.rank} expected step {self._next_step}, got {step.number}"
+            )
+        self._next_step += 1
+
+    def _admit(self, request: Request) -> None:
+        seed = request.sampling.seed
+        assert seed is not None, "the scheduler gives every request a seed"
+        self._batch.insert(
+            request,
+            self._samplers.make(request.sampling, seed),
+            make_processors(request.sampling),
+        )
+
+    def close(self) -> None:
+        """Free the caches."""
+        self._batch.close()
+        mx.clear_cache()

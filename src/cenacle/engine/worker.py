@@ -1,0 +1,156 @@
+"""The program of one rank: `python -m cenacle.engine.worker`, started by `cluster.launcher`.
+
+Owns: the life of a rank: connect to the front, form the group, load, take steps until told to
+stop or until the front is gone.
+Does not know: who sends the steps, text, HTTP.
+Invariant: the process ends when its control connection does, whatever it is waiting for; a rank
+that fails says why before it ends.
+Next: `engine.py` is what a step does.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import CenacleError, ClusterError
+from ..plan import Plan
+from ..request import Step
+from .channel import Channel
+
+ALIVE_EVERY_S = 1.0
+
+
+def main() -> None:
+    """Run one rank until the front says stop or goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle
+    channel = _connect()
+    threading.Thread(target=_say_alive, args=(channel,), daemon=True).start()
+    try:
+        order = _receive(channel)
+        _serve(channel, order)
+    except ClusterError as error:
+        _last_words(channel, error)
+    except Exception as error:
+        if not isinstance(error, CenacleError):
+            traceback.print_exc()
+        _last_words(channel, error)
+    os._exit(0)  # a lost group may leave MLX's threads waiting for ever
+
+
+def own_rank() -> int:
+    """This process's rank: from the launcher, or from MPI's."""
+    for name in ("CENACLE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    raise ClusterError("this program is started by cenacle, not by hand: it has no rank")
+
+
+def _connect() -> Channel:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(10)
+    sock.connect(os.environ["CENACLE_CONTROL"])
+    channel = Channel(sock, deadline_s=30)
+    hello = {"type": "hello", "rank": own_rank(), "pid": os.getpid()}
+    channel.send({**hello, "token": os.environ.pop("CENACLE_TOKEN")})
+    return channel
+
+
+def _say_alive(channel: Channel) -> None:
+    """Tell the front once a second; when it is gone, end, whatever the main thread waits for."""
+    while True:
+        time.sleep(ALIVE_EVERY_S)
+        try:
+            channel.send({"type": "alive"})
+        except ClusterError:
+            os._exit(1)
+
+
+def _receive(channel: Channel) -> dict[str, Any]:
+    """Wait for the front's next message; an idle front is silent, so this has no deadline of its
+    own: `_say_alive` notices when the front is gone."""
+    from .channel import Silent
+
+    while True:
+        try:
+            return channel.receive()
+        except Silent:
+            continue
+
+
+def _last_words(channel: Channel, error: Exception) -> None:
+    text = str(error) if isinstance(error, CenacleError) else f"{type(error).__name__}: {error}"
+    kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
+    try:
+        channel.send({"type": "error", "kind": kind, "message": text})
+    except ClusterError:
+        sys.exit(1)
+
+
+def _serve(channel: Channel, order: dict[str, Any]) -> None:
+    # Imported here: the front must hear of this process before MLX is loaded.
+    import mlx.core as mx
+
+    from ..collective.base import Collective
+    from ..model.experts import parallelize
+    from ..model.watch import Watch
+    from ..model.weights import Checkpoint, load
+    from .engine import Engine, Options
+
+    plan = Plan.load(Path(order["plan"]))
+    collective: Collective = _join(order, plan.nodes)
+    watch = Watch()
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 0.1:
+            last = time.monotonic()
+            channel.send({"type": "progress", "done": done, "total": total})
+
+    model = load(Checkpoint.open(Path(order["folder"])), plan, collective.rank, progress)
+    parallelize(model, plan.spec.family, plan, collective, watch)
+    collective.barrier()
+    engine = Engine(model, collective, watch, Options(**order["options"]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scale = 1 if sys.platform == "darwin" else 1024
+    device = str(mx.default_device())
+    channel.send({"type": "ready", "device": device, "peak_rss_bytes": peak * scale})
+    while True:
+        message = _receive(channel)
+        if message["type"] == "stop":
+            engine.close()
+            collective.close()
+            return
+        step = Step.from_json(message["step"])
+        events, report = engine.step(step)
+        channel.send(
+            {
+                "type": "stepped",
+                "number": step.number,
+                "tokens": [list(asdict(e).values()) for e in events],
+                "report": report,
+            }
+        )
+
+
+def _join(order: dict[str, Any], nodes: int) -> Any:
+    from ..collective.alone import Alone
+    from ..collective.mlx import Mlx
+    from ..collective.study import Delayed
+
+    group = Alone() if nodes == 1 else Mlx(order["backend"], nodes)
+    return Delayed(group, order["latency_s"]) if order["latency_s"] else group
+
+
+if __name__ == "__main__":
+    main()

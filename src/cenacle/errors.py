@@ -1,0 +1,65 @@
+"""What can go wrong, as one tree.
+
+    CenacleError                 caught by the verbs: printed as one sentence, exit code below
+    ├── InputError       (2)     an argument or a request is wrong; the caller corrects it (HTTP 400)
+    ├── CheckpointError  (3)     the model's files are missing, damaged or not understood
+    ├── PlanError        (4)     the experts cannot be dealt as asked; ask for other nodes or shares
+    └── ClusterError     (5)     a rank failed, fell silent or could not be started (HTTP 503)
+        └── RankLost     (5)     names the rank; the whole group has been ended
+
+Every message says what, expected, got, and what to do next. Nothing here knows who raises it.
+"""
+
+from __future__ import annotations
+
+
+class CenacleError(Exception):
+    """Base of every error a user can meet. `exit_code` is the verb's exit status."""
+
+    exit_code = 1
+
+
+class InputError(CenacleError):
+    """A wrong argument or request.
+
+    Args:
+        message: what was expected, what was given, what to do.
+        field: the name of the offending field or option, where there is one.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class CheckpointError(CenacleError):
+    """The model's files are missing, truncated, corrupted, or of a kind that is not supported."""
+
+    exit_code = 3
+
+
+class PlanError(CenacleError):
+    """The experts cannot be placed as asked."""
+
+    exit_code = 4
+
+
+class ClusterError(CenacleError):
+    """The group of ranks could not start or has failed."""
+
+    exit_code = 5
+
+
+class RankLost(ClusterError):
+    """One rank died or fell silent; the others have been ended.
+
+    Args:
+        rank: which one.
+        message: how it was noticed.
+    """
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank

@@ -1,0 +1,278 @@
+"""Where each mlx-lm family keeps its Mixture-of-Experts block, and what is special about it.
+
+Owns: finding the blocks of a loaded model, and the table of what differs between families.
+Does not know: ranks, bytes on disk, collectives.
+Invariant: the generic case needs no row. A block is a module whose child is a `SwitchGLU` or
+`SwitchMLP`; it returns a sum over experts (plus, perhaps, shared experts) that is linear in each
+expert's output, so that the sum over ranks of what ranks compute is what one rank computes.
+A family that breaks this has a row that says where.
+Next: `experts.py`, which replaces the blocks; `weights.py`, which reads what they need.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import dbrx
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx_lm.utils import _get_classes
+
+from ..errors import CheckpointError
+
+Sum = Callable[[mx.array], mx.array]
+
+# Names that families give to experts every token goes through, where they sit inside the block.
+SHARED = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
+
+# Keys of config.json that give the number of routed experts, at any depth.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_KS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "num_selected_experts",
+)
+CONTEXTS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_sequence_length",
+    "model_max_length",
+    "n_positions",
+    "seq_length",
+)
+
+# Tensors of a checkpoint that hold routed experts. One tensor per expert:
+SINGLE = re.compile(r"(?P<head>.*\.(?:experts|moe\.mlp))\.(?P<expert>\d+)\.(?P<tail>.*)")
+# or all experts of a layer stacked along the first axis:
+STACKED = re.compile(
+    r".*\.(?:"
+    r"(?:experts|switch_mlp|switch_glu)\.(?!\d)"  # mlx's own, and the hub's fused ones
+    r"|moe\.(?:gate|up|down)_proj\."  # step3p5
+    r"|block_sparse_moe\.(?:input|output)_linear\."  # granitemoe, granitemoehybrid
+    r").*"
+)
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family does differently.
+
+    Args:
+        forward: replaces the block's own forward: called with the block, its input and the sum
+            over ranks, where the sum must happen in the middle of the block.
+        sum_before: a module inside the block that is not linear and takes the experts' sum: ranks
+            are summed before it, and what follows (shared experts too) runs on every rank.
+        once: biases inside the block that follow the experts' sum: one rank adds them.
+        note: the reason, for `cenacle families`.
+        refused: why this family cannot be run; None: it can.
+    """
+
+    forward: Callable[..., mx.array] | None = None
+    sum_before: str | None = None
+    once: tuple[str, ...] = ()
+    note: str = ""
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One MoE block of a model.
+
+    Args:
+        layer: index among all the model's layers.
+        path: where the block is, such as "model.layers.3.mlp".
+        switch: the attribute of the block that holds the routed experts.
+        module: the block itself.
+    """
+
+    layer: int
+    path: str
+    switch: str
+    module: nn.Module
+
+    @property
+    def experts(self) -> nn.Module:
+        """The stacked routed experts, a `SwitchGLU` or `SwitchMLP`."""
+        return self.module[self.switch]
+
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """The stacked linear layers of the experts by name."""
+        names = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+        return {n: self.experts[n] for n in names if n in self.experts}
+
+    @property
+    def count(self) -> int:
+        """Number of routed experts."""
+        return next(iter(self.linears.values())).weight.shape[0]
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Attributes of the block that hold shared experts."""
+        return tuple(n for n in SHARED if isinstance(self.module.get(n), nn.Module))
+
+    def sums_inside(self, family: Family) -> bool:
+        """Whether the sum over ranks happens in the middle of this block."""
+        return family.sum_before is not None and self.module.get(family.sum_before) is not None
+
+
+class StackedDbrx(nn.Module):
+    """mlx-lm's DBRX block with its experts prestacked (the paper's first optimisation).
+
+    mlx-lm keeps a Python list of experts and synchronises with the host for every token; this is
+    the same routing over one stacked `SwitchGLU`. Input and output: [batch, length, d_model].
+    """
+
+    def __init__(self, block: dbrx.SparseMoeBlock) -> None:
+        super().__init__()
+        self.router = block.router
+        self.top_k = block.num_experts_per_tok
+        self.switch_mlp = SwitchGLU(block.d_model, block.ffn_dim, block.num_experts)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gates = mx.softmax(self.router(x).astype(mx.float32), axis=-1)
+        k = self.top_k
+        ids = mx.argpartition(-gates, kth=k - 1, axis=-1)[..., :k]
+        scores = mx.take_along_axis(gates, ids, axis=-1)
+        scores = scores / mx.linalg.norm(scores, ord=1, axis=-1, keepdims=True)
+        y = self.switch_mlp(x, ids)
+        return (y * scores.astype(x.dtype)[..., None]).sum(axis=-2)
+
+
+def _longcat(block: Any, x: mx.array, *, all_sum: Sum) -> mx.array:
+    """LongCat's zero-computation experts return the token itself: added after the sum, once."""
+    ids, weights = block.router(x)
+    identity = ids >= block.n_routed_experts
+    # Id E is nobody's expert: no rank computes it.
+    y = block.switch_mlp(x, mx.where(identity, block.n_routed_experts, ids))
+    y = (y * mx.where(identity, 0.0, weights)[..., None]).sum(axis=-2)
+    return all_sum(y) + x * mx.where(identity, weights, 0.0).sum(axis=-1, keepdims=True)
+
+
+GENERIC = Family()
+FAMILIES: dict[str, Family] = {
+    "dbrx": Family(note="experts come as a list and are prestacked on loading"),
+    "kimi_k3": Family(
+        sum_before="routed_expert_norm", note="the sum of latent experts is normalised"
+    ),
+    "longcat_flash": Family(forward=_longcat, note="zero-computation experts return the token"),
+    "longcat_flash_ngram": Family(forward=_longcat, note="as longcat_flash"),
+    "nemotron_h": Family(once=("fc2_latent_proj.bias",), note="latent experts are projected back"),
+}
+
+
+def resolve(config: dict[str, Any]) -> str:
+    """The mlx-lm module that runs this config's model_type.
+
+    Raises:
+        CheckpointError: the config has no model_type, or mlx-lm has no such family.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError("config.json: expected a model_type, got none")
+    try:
+        model, _ = _get_classes(config)
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"config.json: mlx-lm knows no model_type {kind!r}; "
+            f"`cenacle families` lists those that work"
+        ) from error
+    return model.__module__.rsplit(".", 1)[-1]
+
+
+def classes(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
+    """mlx-lm's model class and its arguments' class for a config."""
+    return _get_classes(config)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer index in a tensor's or module's name."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def prestack(model: nn.Module) -> None:
+    """Replace expert lists by stacked experts (DBRX)."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, dbrx.SparseMoeBlock):
+            replace(model, path, StackedDbrx(module))
+
+
+def prestack_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Stack DBRX's per-expert tensors (`ffn.experts.0.w1.weight`, ...), lazily."""
+    names = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
+    found: dict[str, dict[int, mx.array]] = {}
+    rest = {}
+    for key, value in weights.items():
+        one = re.fullmatch(r"(.*\.ffn)\.experts\.(\d+)\.(w1|v1|w2)\.(\w+)", key)
+        if one is None:
+            rest[key] = value
+            continue
+        stacked = f"{one[1]}.switch_mlp.{names[one[3]]}.{one[4]}"
+        found.setdefault(stacked, {})[int(one[2])] = value
+    return rest | {k: mx.stack([v[e] for e in sorted(v)]) for k, v in found.items()}
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """The MoE blocks of a (prestacked) model, by layer."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, SwitchGLU | SwitchMLP):
+            parent, _, switch = path.rpartition(".")
+            layer = layer_of(path)
+            if layer is None:
+                raise CheckpointError(f"{path} holds experts outside any layer")
+            found.append(Block(layer, parent, switch, get(model, parent)))
+    return sorted(found, key=lambda b: b.layer)
+
+
+def get(root: nn.Module, path: str) -> Any:
+    """The attribute or list item at a dotted path."""
+    node: Any = root
+    for name in path.split("."):
+        node = node[int(name)] if name.isdigit() else getattr(node, name)
+    return node
+
+
+def replace(root: nn.Module, path: str, value: Any) -> None:
+    """Put `value` at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    node = get(root, parent) if parent else root
+    if name.isdigit():
+        node[int(name)] = value
+    else:
+        setattr(node, name, value)
+
+
+def first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    """The first of `keys` that is an integer in the config or in the configs nested in it."""
+    nested: list[dict[str, Any]] = [config]
+    while nested:
+        level = nested.pop(0)
+        for key in keys:
+            value = level.get(key)
+            if isinstance(value, list) and value and len(set(map(str, value))) == 1:
+                value = value[0]
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        nested += [v for v in level.values() if isinstance(v, dict)]
+    return None
+
+
+def with_experts(config: Any, count: int, local: int) -> Any:
+    """The config with `local` in place of every number of routed experts that is `count`."""
+    if isinstance(config, dict):
+        return {
+            k: local if k in EXPERT_COUNTS and v == count else with_experts(v, count, local)
+            for k, v in config.items()
+        }
+    return config

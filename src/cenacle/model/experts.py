@@ -1,0 +1,232 @@
+"""The expert-parallel layer.
+
+Owns: computing this rank's part of a Mixture-of-Experts block and adding up the ranks' parts, with
+exactly one exchange per block.
+Does not know: families (see `architecture.py`), files, how ranks talk.
+Shapes: a block maps [batch, length, width] to the same; its stacked experts take x [..., width]
+and ids [..., k] and give [..., k, width]. The part of an expert that this rank does not hold is
+zero, so that the weighted sum that mlx-lm's own code makes of it is this rank's share.
+Next: `weights.py` loads the rows that `LocalExperts` needs; `engine/engine.py` runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..collective.base import Collective
+from ..plan import Plan
+from . import architecture
+from .architecture import Family, Sum
+from .watch import Watch
+
+
+def reference(experts: nn.Module, x: mx.array, ids: mx.array, held: Sequence[int]) -> mx.array:
+    """What a rank that holds the experts `held` must give, the slow and obvious way.
+
+    `experts` is the whole stack of one machine; x [..., width], ids [..., k]; gives
+    [..., k, width]. `MaskedExperts` and `PackedExperts` are compared with it.
+    """
+    y = experts(x, ids)
+    mine = mx.any(ids[..., None] == mx.array(list(held)), axis=-1)
+    return mx.where(mine[..., None], y, 0)
+
+
+class LocalExperts(nn.Module):
+    """The stacked experts that this rank holds, called with global expert ids.
+
+    Args:
+        experts: mlx-lm's `SwitchGLU` or `SwitchMLP` over this rank's rows.
+        held: the global id of each row.
+        count: number of experts of the layer on all ranks; ids >= count are nobody's.
+        layer: index of the layer, for measurements.
+        watch: takes note of the ids when a step is measured.
+    """
+
+    def __init__(
+        self, experts: nn.Module, held: Sequence[int], count: int, layer: int, watch: Watch
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        # Global id -> row here, or -1. One entry more: the id that is nobody's.
+        rows = np.full(count + 1, -1, dtype=np.int32)
+        rows[list(held)] = np.arange(len(held), dtype=np.int32)
+        self._rows, self._row_of = rows, mx.array(rows)
+        self._layer, self._watch = layer, watch
+        # Some families hang more on the stack than its linear layers (muse_spark: a norm).
+        for name, child in experts.children().items():
+            if name not in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "activation"):
+                self[name] = child
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        self._watch.routed(self._layer, ids)
+        return self.compute(x, ids)
+
+    def compute(self, x: mx.array, ids: mx.array) -> mx.array:
+        """x [..., width], ids [..., k] -> [..., k, width], zero where another rank computes."""
+        raise NotImplementedError
+
+
+class MaskedExperts(LocalExperts):
+    """Stays in the lazy graph: absent experts are computed as row 0 and masked.
+
+    For devices on which asking the host costs more than the wasted work (Metal, CUDA).
+    """
+
+    def compute(self, x: mx.array, ids: mx.array) -> mx.array:
+        row = self._row_of[ids]
+        y = self.experts(x, mx.maximum(row, 0))
+        return mx.where((row >= 0)[..., None], y, mx.zeros((), y.dtype))
+
+
+class PackedExperts(LocalExperts):
+    """Asks the host which (token, expert) pairs are this rank's and computes only those.
+
+    For CPUs, where the wait for the routing is cheap and the work is not.
+    """
+
+    def compute(self, x: mx.array, ids: mx.array) -> mx.array:
+        row = self._rows[np.asarray(ids)]
+        k = row.shape[-1]
+        pairs = np.flatnonzero(row >= 0)
+        # A rank without work still builds one pair's graph, never evaluated, for its type: ranks
+        # that put different types into an exchange would hang.
+        work = pairs if pairs.size else np.zeros(1, dtype=np.int64)
+        tokens = x.reshape(-1, x.shape[-1])[mx.array(work // k)]
+        y = self.experts(tokens, mx.array(np.maximum(row.reshape(-1)[work], 0))[:, None])[:, 0]
+        out = mx.zeros((row.size, y.shape[-1]), y.dtype)
+        if pairs.size:
+            out[mx.array(pairs)] = y
+        return out.reshape(*row.shape, -1)
+
+
+class LoopedLinear(nn.Module):
+    """A stacked linear layer, one expert at a time, for what MLX's CPU `gather_mm` cannot do.
+
+    MLX's Linux CPU backend gathers float32 matrices only; checkpoints come in bfloat16.
+    x [..., 1, in], ids [...] -> [..., 1, out].
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        if "bias" in linear:
+            self.bias = linear.bias
+
+    def __call__(self, x: mx.array, ids: mx.array, sorted_indices: bool = False) -> mx.array:
+        wanted = np.asarray(ids)
+        x = mx.broadcast_to(x, (*wanted.shape, *x.shape[-2:])).reshape(-1, x.shape[-1])
+        out = mx.zeros((x.shape[0], self.weight.shape[1]), x.dtype)
+        for expert in np.unique(wanted):
+            rows = mx.array(np.flatnonzero(wanted == expert))
+            y = x[rows] @ self.weight[int(expert)].T
+            out[rows] = y + self.bias[int(expert)] if "bias" in self else y
+        return out.reshape(*wanted.shape, 1, -1)
+
+
+class Silent(nn.Module):
+    """Shared experts that another rank computes: zeros, shaped like the input."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.zeros_like(x)
+
+
+class SumBefore(nn.Module):
+    """A module that is not linear: the ranks' parts are added before it."""
+
+    def __init__(self, module: nn.Module, all_sum: Sum) -> None:
+        super().__init__()
+        self.module = module
+        self._all_sum = all_sum
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.module(self._all_sum(x))
+
+
+class ExpertParallel(nn.Module):
+    """A Mixture-of-Experts block whose experts live on several ranks: one exchange.
+
+    Args:
+        block: mlx-lm's own block over this rank's experts.
+        collective: the ranks.
+        watch: the clock of measured steps.
+        family: see `architecture.Family`.
+        inside: whether the exchange happens in the middle of the block.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        collective: Collective,
+        watch: Watch,
+        family: Family,
+        inside: bool,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self._collective, self._watch = collective, watch
+        self._forward: Callable[..., mx.array]
+        if family.forward is not None:
+            custom = family.forward
+            self._forward = lambda *args: custom(block, *args, all_sum=self._exchange)
+        elif inside:
+            self._forward = block
+        else:
+            self._forward = lambda *args: self._exchange(block(*args))
+        if inside:
+            name = family.sum_before
+            assert name is not None
+            block[name] = SumBefore(block[name], self._exchange)
+
+    def __call__(self, *args: mx.array) -> mx.array:
+        self._watch.lap("trunk", *args)
+        return self._forward(*args)
+
+    def _exchange(self, part: mx.array) -> mx.array:
+        self._watch.lap("experts", part)
+        whole = self._collective.all_sum(part)
+        self._watch.lap("exchange", whole)
+        return whole
+
+
+def parallelize(
+    model: nn.Module, family: str, plan: Plan, collective: Collective, watch: Watch
+) -> None:
+    """Replace the MoE blocks of a loaded model by expert-parallel ones, in place.
+
+    The model's expert stacks must hold the rows that `plan` gives to this rank, in order.
+    """
+    row = architecture.FAMILIES.get(family, architecture.GENERIC)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    local = PackedExperts if on_cpu else MaskedExperts
+    for block, layer in zip(architecture.blocks(model), plan.layers, strict=True):
+        if on_cpu:
+            _loop_where_mlx_cannot_gather(block)
+        held = layer.held_by(collective.rank)
+        count = len(layer.experts)
+        block.module[block.switch] = local(block.experts, held, count, block.layer, watch)
+        if collective.rank:
+            for path in row.once:
+                _zero(block.module, path)
+        inside = block.sums_inside(row)
+        wrapped = ExpertParallel(block.module, collective, watch, row, inside)
+        architecture.replace(model, block.path, wrapped)
+
+
+def _loop_where_mlx_cannot_gather(block: architecture.Block) -> None:
+    for name, linear in block.linears.items():
+        if "scales" not in linear and linear.weight.dtype != mx.float32:
+            block.experts[name] = LoopedLinear(linear)
+
+
+def _zero(module: nn.Module, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = architecture.get(module, parent)
+    except (AttributeError, KeyError):
+        return
+    if name in owner:
+        owner[name] = mx.zeros_like(owner[name])

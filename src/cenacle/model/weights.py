@@ -1,0 +1,444 @@
+"""Checkpoint + plan -> this rank's model, reading only this rank's bytes.
+
+Owns: what a checkpoint's files say of themselves, and loading by byte range.
+Does not know: how experts are computed (see `experts.py`), how ranks talk.
+How: mlx-lm's own loading code does everything that depends on the family (renaming, stacking,
+splitting, dequantising: its `sanitize`) and on the quantisation. It is given a checkpoint in which
+only this rank's experts exist, numbered from 0, and a config with that many experts; so no family
+needs code of its own here. Tensors with one expert each are MLX's lazy arrays, read when they are
+evaluated; of a tensor that stacks a layer's experts only this rank's rows are read.
+Next: `experts.py` wraps the loaded blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
+
+from ..errors import CenacleError, CheckpointError
+from ..plan import Plan, human
+from ..spec import ModelSpec, MoELayer
+from . import architecture
+from .experts import Silent
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of weights in memory so far and bytes in all."""
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+# safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
+_DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
+    "F64": (64, np.float64, mx.float32),
+    "F32": (32, np.float32, mx.float32),
+    "F16": (16, np.float16, mx.float16),
+    "BF16": (16, np.uint16, mx.bfloat16),
+    "I64": (64, np.int64, mx.int64),
+    "I32": (32, np.int32, mx.int32),
+    "I16": (16, np.int16, mx.int16),
+    "I8": (8, np.int8, mx.int8),
+    "U64": (64, np.uint64, mx.uint64),
+    "U32": (32, np.uint32, mx.uint32),
+    "U16": (16, np.uint16, mx.uint16),
+    "U8": (8, np.uint8, mx.uint8),
+    "BOOL": (8, np.bool_, mx.bool_),
+    "F8_E4M3": (8, np.uint8, mx.uint8),
+    "F8_E8M0": (8, np.uint8, mx.uint8),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor's bytes are: `file`, [start, stop) in bytes from the file's beginning."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and safetensors files, whose headers have been checked.
+
+    Args:
+        folder: where it is.
+        config: config.json, as mlx-lm reads it.
+        tensors: every tensor by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read config.json and the headers; no weights.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or not what its header says.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        try:
+            config = mlx_lm_utils.load_config(folder)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{folder} has no config.json; expected a model folder as on the Hugging Face hub"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
+        if "model_file" in config:
+            raise CheckpointError(
+                f"{folder}: config.json names a Python file of its own ({config['model_file']}); "
+                f"cenacle runs mlx-lm's own families only and executes no code from a checkpoint"
+            )
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder} has no weights: expected files named model*.safetensors"
+            )
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= {t.name: t for t in _header(file)}
+        _check_index(folder, tensors)
+        return cls(folder, config, tensors)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(t.stop - t.start for t in self.tensors.values())
+
+
+def _header(file: Path) -> Iterable[Tensor]:
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{file} is truncated or not a safetensors file: its header should be {length} "
+                f"bytes long, the file has {human(size)}; fetch it again"
+            )
+        try:
+            header = json.loads(f.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{file}: the header is corrupted ({error}); fetch it again"
+            ) from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = (
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
+            bits = _DTYPES[dtype][0]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: tensor {name} is described by {entry!r}, which is not understood"
+            ) from error
+        want = math.prod(shape) * bits // 8
+        if stop - start != want or start < 0:
+            raise CheckpointError(
+                f"{file}: tensor {name} of {dtype} {list(shape)} needs {want} bytes, "
+                f"its header gives it {stop - start}"
+            )
+        begin = 8 + length
+        if begin + stop > size:
+            raise CheckpointError(
+                f"{file} is truncated: tensor {name} ends at byte {begin + stop}, "
+                f"the file has {size}; fetch it again"
+            )
+        yield Tensor(name, file, dtype, shape, begin + start, begin + stop)
+
+
+def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Every tensor that the index names must be there: a missing shard is found by this."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{index} is not understood: {error!r}") from error
+    missing = {name: file for name, file in named.items() if name not in tensors}
+    if missing:
+        name, file = next(iter(missing.items()))
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(named)} tensors that the index names are missing, "
+            f"the first is {name} in {file}; fetch that file"
+        )
+
+
+def read_rows(tensor: Tensor, experts: int, wanted: list[int]) -> mx.array:
+    """Read the rows of `wanted` experts from a tensor that stacks `experts` of them.
+
+    The first axis may hold several rows per expert (DBRX: [experts * width, d_model]).
+
+    Raises:
+        CheckpointError: the file ended or could not be read.
+    """
+    _, carrier, dtype = _DTYPES[tensor.dtype]
+    rows = tensor.shape[0] // experts
+    row_bytes = (tensor.stop - tensor.start) // experts
+    out = np.empty(len(wanted) * row_bytes, dtype=np.uint8)
+    with tensor.file.open("rb", buffering=0) as f:
+        at = 0
+        for first, count in _runs(wanted):
+            f.seek(tensor.start + first * row_bytes)
+            view = memoryview(out)[at : at + count * row_bytes]
+            while view:
+                got = f.readinto(view)
+                if not got:
+                    raise CheckpointError(
+                        f"{tensor.file}: the file ended inside {tensor.name}; fetch it again"
+                    )
+                view = view[got:]
+            at += count * row_bytes
+    array = mx.array(out.view(carrier).reshape(len(wanted) * rows, *tensor.shape[1:]))
+    return array.view(dtype) if carrier is np.uint16 and dtype == mx.bfloat16 else array
+
+
+def _runs(numbers: list[int]) -> Iterable[tuple[int, int]]:
+    """Neighbouring ascending numbers as (first, count)."""
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[first], i - first
+            first = i
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """A local folder for a path or a hub repository's name ("org/name"), fetched if need be.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be had.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{model}: no such folder, and not a hub repository's name such as org/model"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=mlx_lm_utils.DEFAULT_ALLOW_PATTERNS
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"{model}: no such folder here, and the hub did not give it: {reason}"
+        ) from error
+
+
+def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
+    """mlx-lm's model with this rank's tensors, lazy: only rows of stacked tensors are read.
+
+    Args:
+        plan: whose experts; None: all of them, and then nothing is read.
+        rank: which rank's.
+
+    Raises:
+        CheckpointError: unknown or dense family, or tensors missing, surplus or misshapen.
+    """
+    family = architecture.resolve(checkpoint.config)
+    try:
+        model, _ = mlx_lm_utils.load_model(
+            checkpoint.folder,
+            lazy=True,
+            get_model_classes=lambda config: _partial(config, checkpoint, plan, rank),
+        )
+    except CenacleError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {family} needs {error}, which is missing from "
+            f"the weights or from config.json"
+        ) from error
+    except Exception as error:  # mlx-lm raises what its families' code happens to raise
+        raise CheckpointError(
+            f"{checkpoint.folder}: the files do not fit {family}: {error}"
+        ) from error
+    return model
+
+
+def _partial(
+    config: dict[str, Any], checkpoint: Checkpoint, plan: Plan | None, rank: int
+) -> tuple[type[nn.Module], Any]:
+    """mlx-lm's classes for `config`, of a model that holds one rank's experts only."""
+    base, arguments = architecture.classes(config)
+    family = architecture.FAMILIES.get(architecture.resolve(config), architecture.GENERIC)
+
+    class Partial(base):  # type: ignore[valid-type, misc]
+        def __init__(self, args: Any) -> None:
+            super().__init__(args)
+            architecture.prestack(self)
+            found = architecture.blocks(self)
+            if not found:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {config['model_type']} is a dense model, it has no "
+                    f"experts to spread; mlx-lm runs it on one machine"
+                )
+            counts = {b.count for b in found}
+            if len(counts) > 1:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: layers with different numbers of experts "
+                    f"({sorted(counts)}) are not supported"
+                )
+            self._count = counts.pop()
+            self._held = {
+                b.layer: list(layer.held_by(rank)) if layer else list(range(self._count))
+                for b, layer in zip(
+                    found, plan.layers if plan else [None] * len(found), strict=True
+                )
+            }
+            self._absent = []
+            for block, layer in zip(found, plan.layers if plan else found, strict=True):
+                _shrink(block, len(self._held[block.layer]))
+                here = plan is None or layer.shared == rank or block.sums_inside(family)
+                for name in () if here else block.shared:
+                    block.module[name] = Silent()
+                    self._absent.append(f"{block.path}.{name}.")
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            own = _own(weights, checkpoint, self._held, self._count)
+            sizes = {len(held) for held in self._held.values()}
+            if len(sizes) > 1:
+                raise CheckpointError("a rank must hold equally many experts of every layer")
+            local = architecture.with_experts(config, self._count, sizes.pop())
+            namer = base(arguments.from_dict(local))
+            if hasattr(namer, "sanitize"):
+                own = namer.sanitize(own)
+            own = architecture.prestack_weights(own)
+            return {k: v for k, v in own.items() if not k.startswith(tuple(self._absent))}
+
+    return Partial, arguments
+
+
+def _shrink(block: architecture.Block, rows: int) -> None:
+    for linear in block.linears.values():
+        linear.weight = linear.weight[:rows]
+        if "bias" in linear:
+            linear.bias = linear.bias[:rows]
+
+
+def _own(
+    weights: dict[str, mx.array],
+    checkpoint: Checkpoint,
+    held: dict[int, list[int]],
+    count: int,
+) -> dict[str, mx.array]:
+    """The checkpoint as if only the held experts existed, numbered from 0 in every layer."""
+    own = {}
+    for name, array in weights.items():
+        layer = architecture.layer_of(name)
+        mine = held.get(layer) if layer is not None else None
+        single = architecture.SINGLE.fullmatch(name)
+        if mine is None or len(mine) == count:
+            own[name] = array
+        elif single is not None:
+            expert = int(single["expert"])
+            if expert in mine:
+                own[f"{single['head']}.{mine.index(expert)}.{single['tail']}"] = array
+        elif architecture.STACKED.fullmatch(name) and array.ndim and array.shape[0] % count == 0:
+            own[name] = read_rows(checkpoint.tensors[name], count, mine)
+        else:
+            own[name] = array
+    return own
+
+
+def describe(checkpoint: Checkpoint) -> ModelSpec:
+    """What the checkpoint is and what each part of it takes in memory; reads no weights.
+
+    The sizes are those of the model that mlx-lm would build, after its own conversions.
+
+    Raises:
+        CheckpointError: see `build`.
+    """
+    model = build(checkpoint, None, 0)
+    family = architecture.resolve(checkpoint.config)
+    row = architecture.FAMILIES.get(family, architecture.GENERIC)
+    sizes = {name: value.nbytes for name, value in tree_flatten(model.parameters())}
+
+    def under(path: str) -> int:
+        return sum(size for name, size in sizes.items() if name.startswith(path + "."))
+
+    layers = []
+    for block in architecture.blocks(model):
+        experts = sum(under(f"{block.path}.{block.switch}.{n}") for n in block.linears)
+        names = () if block.sums_inside(row) else block.shared
+        shared = sum(under(f"{block.path}.{n}") for n in names)
+        layers.append(MoELayer(block.layer, block.count, experts // block.count, shared))
+    spread = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
+    config = checkpoint.config
+    dtypes: Counter[str] = Counter()
+    for _, value in tree_flatten(model.parameters()):
+        if mx.issubdtype(value.dtype, mx.floating):
+            dtypes[str(value.dtype).removeprefix("mlx.core.")] += value.size
+    return ModelSpec(
+        family=family,
+        layers=len(model.layers),
+        moe=tuple(layers),
+        top_k=architecture.first(config, architecture.TOP_KS) or 1,
+        trunk_bytes=sum(sizes.values()) - spread,
+        context=architecture.first(config, architecture.CONTEXTS),
+        vocabulary=architecture.first(config, ("vocab_size",)) or 0,
+        dtype=dtypes.most_common(1)[0][0],
+        quantization=_quantization(config),
+    )
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    q = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(q, dict):
+        return None
+    if "bits" in q:
+        return f"{q.get('mode', 'affine')} {q['bits']}-bit, groups of {q.get('group_size')}"
+    return str(q.get("quant_method", "unknown"))
+
+
+def load(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Progress) -> nn.Module:
+    """This rank's model, in memory; its blocks are still mlx-lm's (see `experts.parallelize`).
+
+    Raises:
+        CheckpointError: see `build`; or a file could not be read to its end.
+    """
+    # A buffer kept for reuse would count twice: the tensors read and the model made of them.
+    limit = mx.set_cache_limit(0)
+    try:
+        model = build(checkpoint, plan, rank)
+        arrays = [value for _, value in tree_flatten(model.parameters())]
+        total, done = sum(a.nbytes for a in arrays), 0
+        for array in arrays:
+            mx.eval(array)
+            done += array.nbytes
+            progress(done, total)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: reading the weights failed: {error}"
+        ) from error
+    finally:
+        mx.set_cache_limit(limit)
+    return model

@@ -1,0 +1,152 @@
+"""What travels: requests into the group, steps to every rank, events back.
+
+Owns: the messages and the rules their fields obey; each is plain data with a JSON form.
+Does not know: tokenizers, MLX, sockets, time.
+Invariant: a `Request` that exists is valid (its constructor raises otherwise).
+Next: `engine/scheduler.py` turns requests into steps, `engine/engine.py` carries them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from the logits; the defaults are greedy.
+
+    Args:
+        temperature: 0 is greedy; at most 2.
+        top_p: nucleus, in (0, 1].
+        top_k: 0 keeps every token.
+        min_p: least probability relative to the best token's, in [0, 1).
+        seed: None draws a fresh one; the same seed gives the same text on any number of nodes.
+        repetition_penalty: 1 is none; must be positive.
+        presence_penalty, frequency_penalty: from -2 to 2.
+        logit_bias: added to the logits of single token ids.
+
+    Raises:
+        InputError: names the field that is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0, 2)
+        _within("top_p", self.top_p, 0, 1, above=True)
+        _within("top_k", self.top_k, 0, float("inf"))
+        _within("min_p", self.min_p, 0, 1)
+        _within("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
+        _within("presence_penalty", self.presence_penalty, -2, 2)
+        _within("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be continued.
+
+    Args:
+        id: unique among the requests of a group.
+        tokens: the prompt's ids, at least one.
+        max_tokens: most tokens to generate, at least one.
+        stop_tokens: ids that end the answer.
+        sampling: see `Sampling`.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    max_tokens: int
+    stop_tokens: tuple[int, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise InputError("prompt: expected at least one token, got none", "prompt")
+        if self.max_tokens < 1:
+            raise InputError(
+                f"max_tokens: expected at least 1, got {self.max_tokens}", "max_tokens"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Request:
+        """Read what `to_json` gave (JSON makes lists of tuples and strings of keys)."""
+        sampling = dict(data["sampling"])
+        sampling["logit_bias"] = {int(k): v for k, v in sampling["logit_bias"].items()}
+        return cls(
+            data["id"],
+            tuple(data["tokens"]),
+            data["max_tokens"],
+            tuple(data["stop_tokens"]),
+            Sampling(**sampling),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the group: every rank takes it or none does.
+
+    Args:
+        number: counts from 0; a rank that sees a gap refuses to go on.
+        admitted: requests that start with this step.
+        cancelled: ids of requests that end before this step.
+        measured: whether ranks take their clocks (costs a synchronisation per layer).
+    """
+
+    number: int
+    admitted: tuple[Request, ...] = ()
+    cancelled: tuple[str, ...] = ()
+    measured: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Step:
+        """Read what `to_json` gave."""
+        return cls(
+            data["number"],
+            tuple(Request.from_json(r) for r in data["admitted"]),
+            tuple(data["cancelled"]),
+            data["measured"],
+        )
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of one request.
+
+    Args:
+        request: the request's id.
+        token: the id that was chosen.
+        finish: None while it goes on, else "stop" (a stop token) or "length".
+    """
+
+    request: str
+    token: int
+    finish: str | None = None
+
+
+def _within(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name}: expected a number, got {value!r}", name)
+    if not (low < value if above else low <= value) or not value <= high:
+        bracket = "above" if above else "from"
+        raise InputError(f"{name}: expected {bracket} {low} to {high}, got {value}", name)

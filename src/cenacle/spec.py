@@ -1,0 +1,76 @@
+"""Facts about a model, before a byte of its weights is read.
+
+Owns: `ModelSpec`, what a checkpoint is and how many bytes each part of it takes in memory.
+Does not know: ranks, placements, MLX.
+Invariant: `total_bytes == trunk_bytes + sum of all layers' expert and shared bytes`.
+Next: `plan.py` deals these bytes to ranks; `model/weights.py` makes the spec of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One Mixture-of-Experts layer.
+
+    Args:
+        layer: index among all the model's layers (dense ones counted).
+        experts: number of routed experts.
+        expert_bytes: bytes in memory of one routed expert.
+        shared_bytes: bytes of the shared experts that are computed inside the block (0: none).
+    """
+
+    layer: int
+    experts: int
+    expert_bytes: int
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a checkpoint is.
+
+    Args:
+        family: mlx-lm's model_type.
+        layers: number of decoder layers, dense ones included.
+        moe: the MoE layers, in order.
+        top_k: experts chosen per token.
+        trunk_bytes: bytes in memory of everything that every rank holds.
+        context: most tokens of prompt and answer together (None: the config does not say).
+        vocabulary: number of token ids.
+        dtype: element type of the unquantised tensors, such as "bfloat16".
+        quantization: for instance "affine 4-bit, groups of 64", or None.
+    """
+
+    family: str
+    layers: int
+    moe: tuple[MoELayer, ...]
+    top_k: int
+    trunk_bytes: int
+    context: int | None
+    vocabulary: int
+    dtype: str
+    quantization: str | None = None
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts of all layers."""
+        return sum(m.experts * m.expert_bytes for m in self.moe)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of all shared experts of all layers."""
+        return sum(m.shared_bytes for m in self.moe)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole model on one rank."""
+        return self.trunk_bytes + self.expert_bytes + self.shared_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the fields above and the sums."""
+        sums = {"expert_bytes": self.expert_bytes, "total_bytes": self.total_bytes}
+        return {**asdict(self), **sums}
