@@ -264,11 +264,17 @@ class Model:
         max_tokens: int | None = None,
         *,
         stop: Sequence[str] = (),
+        keep_terms: bool = False,
         **sampling: Any,
     ) -> Completion:
-        """Answer a prompt; arguments and errors as `stream`."""
+        """Answer a prompt; arguments and errors as `stream`.
+
+        The terms are those of all requests of the group since this call began, or, with
+        `keep_terms`, since the last call without.
+        """
         tokens = self.tokens_of(prompt)
-        self.group.terms = Terms()
+        if not keep_terms:
+            self.group.terms = Terms()
         began = time.perf_counter()
         chunks: list[Chunk] = []
         times: list[float] = []
@@ -287,6 +293,20 @@ class Model:
             nodes=self.plan.nodes,
             routed=self.group.terms.routed,
         )
+
+    def ranks_json(self) -> list[dict[str, Any]]:
+        """For each rank: its process, device, planned bytes of weights and peak resident bytes
+        when it had loaded them."""
+        return [
+            {
+                "rank": rank,
+                "pid": self.ranks.pids[rank],
+                "device": ready["device"],
+                "weights_bytes": self.plan.bytes_of(rank)["total"],
+                "peak_rss_bytes": ready["peak_rss_bytes"],
+            }
+            for rank, ready in enumerate(self.ranks.ready)
+        ]
 
     def close(self) -> None:
         """End the ranks."""

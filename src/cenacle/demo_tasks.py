@@ -256,30 +256,28 @@ FACTS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     ),
 )
 
-COMMON_WORDS = tuple(
-    """
-    air apple arm autumn baby bag ball banana basket beach bean bear bed bell bird blue boat book
-    bottle bowl box branch bread bridge bright bring brother brown bucket butter button cake camel
-    camera candle car castle cat chair cheese cherry child circle clock cloud coat coffee cold copper
-    corn cotton country cream crown cup dance desert desk doctor dog door dragon dream dress drink
-    drum duck eagle ear early earth egg elephant engine evening expert eye face family farmer father
-    feather field finger fire fish flag flower flute forest fork fox friend frog fruit garden gate
-    ghost giant girl glass gold grape grass green guitar hair hammer hand harbor hat heart heavy
-    hello hill honey horse hotel house ice island jacket jam jar jungle kettle key king kitchen kite
-    knife lake lamp laptop leaf leather lemon letter library light lion little lizard machine magic
-    mango map marble market meadow melon metal milk mirror model money monkey moon morning mother
-    mountain mouse mouth music nail needle nest network night nose number nurse ocean office olive
-    onion orange oven owl paint palace panda paper parrot party peach pear pencil penguin pepper
-    piano picture pillow pilot pirate pizza planet plant plate pocket poem pond potato prince puzzle
-    queen quick quiet rabbit radio rain rainbow ribbon ring river road robot rocket room rope rose
-    salt sand sandal school season server shadow shark sheep shell ship shirt shoe silver sister
-    sleep smile snake snow soap sock sofa soup space spider spoon spring square squirrel star stone
-    storm story street student sugar summer sun sweet table tail tea teacher tent thunder tiger time
-    toast today token tomato tooth tower town train travel tree truck trumpet tulip turtle umbrella
-    valley village violin voice walnut water whale wheat wheel window winter wolf wonder wood world
-    writer yellow zebra
-    """.split()
-)
+_COMMON = """
+air apple arm autumn baby bag ball banana basket beach bean bear bed bell bird blue boat book bottle
+bowl box branch bread bridge bright bring brother brown bucket butter button cake camel camera
+candle car castle cat chair cheese cherry child circle clock cloud coat coffee cold copper corn
+cotton country cream crown cup dance desert desk doctor dog door dragon dream dress drink drum duck
+eagle ear early earth egg elephant engine evening expert eye face family farmer father feather field
+finger fire fish flag flower flute forest fork fox friend frog fruit garden gate ghost giant girl
+glass gold grape grass green guitar hair hammer hand harbor hat heart heavy hello hill honey horse
+hotel house ice island jacket jam jar jungle kettle key king kitchen kite knife lake lamp laptop
+leaf leather lemon letter library light lion little lizard machine magic mango map marble market
+meadow melon metal milk mirror model money monkey moon morning mother mountain mouse mouth music
+nail needle nest network night nose number nurse ocean office olive onion orange oven owl paint
+palace panda paper parrot party peach pear pencil penguin pepper piano picture pillow pilot pirate
+pizza planet plant plate pocket poem pond potato prince puzzle queen quick quiet rabbit radio rain
+rainbow ribbon ring river road robot rocket room rope rose salt sand sandal school season server
+shadow shark sheep shell ship shirt shoe silver sister sleep smile snake snow soap sock sofa soup
+space spider spoon spring square squirrel star stone storm story street student sugar summer sun
+sweet table tail tea teacher tent thunder tiger time toast today token tomato tooth tower town train
+travel tree truck trumpet tulip turtle umbrella valley village violin voice walnut water whale wheat
+wheel window winter wolf wonder wood world writer yellow zebra
+"""
+COMMON_WORDS = tuple(_COMMON.split())
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxyz"
 _VOWELS = "aeiou"

@@ -81,6 +81,11 @@ class Plan:
     spec: ModelSpec
 
     def __post_init__(self) -> None:
+        if self.nodes < 1 or self.width < 1 or not self.layers:
+            raise PlanError(
+                f"expected at least 1 node, width 1 and 1 MoE layer, got {self.nodes} nodes, "
+                f"width {self.width} and {len(self.layers)} layers (no MoE layer: a dense model)"
+            )
         if [p.layer for p in self.layers] != [m.layer for m in self.spec.moe]:
             raise PlanError(
                 f"the plan covers layers {[p.layer for p in self.layers]}, "
@@ -218,6 +223,8 @@ class Plan:
             PlanError: another format, unknown or missing keys, or a broken invariant.
         """
         keys = {"format", "placement", "nodes", "width", "layers", "spec"}
+        if not isinstance(data, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"plan file: expected a JSON object, got {data!r:.40}")
         if set(data) != keys or data["format"] != FORMAT:
             raise PlanError(
                 f"plan file: expected format {FORMAT} with keys {sorted(keys)}, "
@@ -234,9 +241,10 @@ class Plan:
                 )
                 for p in data["layers"]
             )
+            _expect_numbers(data["nodes"], data["width"], spec, layers)
+            return cls(data["placement"], data["nodes"], data["width"], layers, spec)
         except (TypeError, KeyError) as error:
             raise PlanError(f"plan file: {error}") from error
-        return cls(data["placement"], data["nodes"], data["width"], layers, spec)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
@@ -251,11 +259,26 @@ class Plan:
         """
         try:
             return cls.from_json(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
 
 
 _SPEC_FIELDS = frozenset(ModelSpec.__dataclass_fields__)
+
+
+def _expect_numbers(
+    nodes: int, width: int, spec: ModelSpec, layers: tuple[LayerPlan, ...]
+) -> None:
+    """Raise a TypeError unless all counts, indices and bytes are integers."""
+    numbers: list[Any] = [nodes, width, spec.layers, spec.top_k, spec.trunk_bytes, spec.vocabulary]
+    for moe in spec.moe:
+        numbers += [moe.layer, moe.experts, moe.expert_bytes, moe.shared_bytes]
+    for plan in layers:
+        numbers += [plan.layer, plan.shared or 0]
+        numbers += [n for parts in plan.experts for p in parts for n in (p.rank, p.start, p.stop)]
+    wrong = [n for n in numbers if type(n) is not int]
+    if wrong:
+        raise TypeError(f"expected integers, got {wrong[0]!r}")
 
 
 def _deal(items: int, weights: Sequence[float]) -> list[int]:
@@ -265,12 +288,15 @@ def _deal(items: int, weights: Sequence[float]) -> list[int]:
             f"nodes: expected at most {items}, the number of experts of a layer, "
             f"got {len(weights)}; use fewer nodes"
         )
-    spare = items - len(weights)
-    exact = [spare * w / sum(weights) for w in weights]
-    counts = [1 + int(x) for x in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda r: (int(exact[r]) - exact[r], r))
-    for rank in by_remainder[: items - sum(counts)]:
-        counts[rank] += 1
+    largest = max(weights)
+    scaled = [w / largest for w in weights]  # so that sums of huge weights stay finite
+    exact = [items * w / sum(scaled) for w in scaled]
+    counts = [max(1, int(x)) for x in exact]
+    ranks = range(len(weights))
+    while sum(counts) < items:
+        counts[max(ranks, key=lambda r: (exact[r] - counts[r], -r))] += 1
+    while sum(counts) > items:
+        counts[max((r for r in ranks if counts[r] > 1), key=lambda r: counts[r] - exact[r])] -= 1
     return counts
 
 

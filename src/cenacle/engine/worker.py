@@ -33,17 +33,17 @@ ALIVE_EVERY_S = 1.0
 def main() -> None:
     """Run one rank until the front says stop or goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle
-    channel = _connect()
-    threading.Thread(target=_say_alive, args=(channel,), daemon=True).start()
+    channel = connect()
+    threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
     try:
-        order = _receive(channel)
+        order = receive(channel)
         _serve(channel, order)
     except ClusterError as error:
-        _last_words(channel, error)
+        last_words(channel, error)
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
-        _last_words(channel, error)
+        last_words(channel, error)
     os._exit(0)  # a lost group may leave MLX's threads waiting for ever
 
 
@@ -55,7 +55,8 @@ def own_rank() -> int:
     raise ClusterError("this program is started by cenacle, not by hand: it has no rank")
 
 
-def _connect() -> Channel:
+def connect() -> Channel:
+    """Call the front back and say who this is."""
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(10)
     sock.connect(os.environ["CENACLE_CONTROL"])
@@ -65,7 +66,7 @@ def _connect() -> Channel:
     return channel
 
 
-def _say_alive(channel: Channel) -> None:
+def say_alive(channel: Channel) -> None:
     """Tell the front once a second; when it is gone, end, whatever the main thread waits for."""
     while True:
         time.sleep(ALIVE_EVERY_S)
@@ -75,9 +76,9 @@ def _say_alive(channel: Channel) -> None:
             os._exit(1)
 
 
-def _receive(channel: Channel) -> dict[str, Any]:
+def receive(channel: Channel) -> dict[str, Any]:
     """Wait for the front's next message; an idle front is silent, so this has no deadline of its
-    own: `_say_alive` notices when the front is gone."""
+    own: `say_alive` notices when the front is gone."""
     from .channel import Silent
 
     while True:
@@ -87,7 +88,8 @@ def _receive(channel: Channel) -> dict[str, Any]:
             continue
 
 
-def _last_words(channel: Channel, error: Exception) -> None:
+def last_words(channel: Channel, error: Exception) -> None:
+    """Tell the front why this rank ends."""
     text = str(error) if isinstance(error, CenacleError) else f"{type(error).__name__}: {error}"
     kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
     try:
@@ -107,7 +109,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from .engine import Engine, Options
 
     plan = Plan.load(Path(order["plan"]))
-    collective: Collective = _join(order, plan.nodes)
+    collective: Collective = join(order, plan.nodes)
     watch = Watch()
     last = 0.0
 
@@ -126,7 +128,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     device = str(mx.default_device())
     channel.send({"type": "ready", "device": device, "peak_rss_bytes": peak * scale})
     while True:
-        message = _receive(channel)
+        message = receive(channel)
         if message["type"] == "stop":
             engine.close()
             collective.close()
@@ -143,7 +145,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         )
 
 
-def _join(order: dict[str, Any], nodes: int) -> Any:
+def join(order: dict[str, Any], nodes: int) -> Any:
+    """Form the group that the front asked for; a `Collective`."""
     from ..collective.alone import Alone
     from ..collective.mlx import Mlx
     from ..collective.study import Delayed

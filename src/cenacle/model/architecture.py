@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -71,16 +71,27 @@ class Family:
             over ranks, where the sum must happen in the middle of the block.
         sum_before: a module inside the block that is not linear and takes the experts' sum: ranks
             are summed before it, and what follows (shared experts too) runs on every rank.
+        defaults: config keys that transformers 5 no longer writes, with the values it means.
+        before: applied to the checkpoint's tensors before mlx-lm's own conversion.
         once: biases inside the block that follow the experts' sum: one rank adds them.
-        note: the reason, for `cenacle families`.
-        refused: why this family cannot be run; None: it can.
+        metal_only: mlx-lm's own code for it is written as Metal kernels.
+        note: what is special, for `cenacle families`.
     """
 
     forward: Callable[..., mx.array] | None = None
     sum_before: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    before: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = None
     once: tuple[str, ...] = ()
+    metal_only: bool = False
     note: str = ""
-    refused: str | None = None
+
+    @property
+    def refused(self) -> str | None:
+        """Why this family cannot be run on this machine, or None."""
+        if self.metal_only and not mx.metal.is_available():
+            return "mlx-lm runs it with Metal kernels only, and there is no Metal here"
+        return None
 
 
 @dataclass(frozen=True)
@@ -158,15 +169,29 @@ def _longcat(block: Any, x: mx.array, *, all_sum: Sum) -> mx.array:
     return all_sum(y) + x * mx.where(identity, weights, 0.0).sum(axis=-1, keepdims=True)
 
 
+def _gpt_oss(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """transformers saves unquantised gpt-oss experts as [experts, in, out] without ".weight"."""
+    return {
+        f"{k}.weight" if _PLAIN.search(k) else k: v.swapaxes(1, 2) if _PLAIN.search(k) else v
+        for k, v in weights.items()
+    }
+
+
+_PLAIN = re.compile(r"\.experts\.(gate_up|down)_proj$")
+
 GENERIC = Family()
 FAMILIES: dict[str, Family] = {
     "dbrx": Family(note="experts come as a list and are prestacked on loading"),
+    "gpt_oss": Family(before=_gpt_oss, note="clipped SwiGLU, expert biases"),
     "kimi_k3": Family(
         sum_before="routed_expert_norm", note="the sum of latent experts is normalised"
     ),
     "longcat_flash": Family(forward=_longcat, note="zero-computation experts return the token"),
     "longcat_flash_ngram": Family(forward=_longcat, note="as longcat_flash"),
+    # Its norm of each expert's output gives zero for zero, so the sum over ranks stays right.
+    "muse_spark": Family(metal_only=True, note="never run: needs Metal"),
     "nemotron_h": Family(once=("fc2_latent_proj.bias",), note="latent experts are projected back"),
+    "qwen3_next": Family(defaults={"norm_topk_prob": True}),
 }
 
 
@@ -266,6 +291,35 @@ def first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
                 return value
         nested += [v for v in level.values() if isinstance(v, dict)]
     return None
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the keys that mlx-lm looks for, taken from transformers 5's names.
+
+    transformers 5 saves `rope_theta` inside `rope_parameters` and renames counts of experts;
+    mlx-lm 0.32.2 then refuses the config or, worse, uses its own default base in silence.
+    """
+    full = {k: complete(v) if k == "text_config" else v for k, v in config.items()}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if rope.get(key) is not None:
+                full.setdefault(key, rope[key])
+        scaled = rope.get("rope_type", "default") != "default"
+        if full.get("rope_scaling") is None:
+            full["rope_scaling"] = dict(rope) if scaled else None
+    counts = [config[k] for k in EXPERT_COUNTS if isinstance(config.get(k), int)]
+    for key in EXPERT_COUNTS[:3] if counts else ():
+        full.setdefault(key, counts[0])
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and "full_attention" in kinds:
+        full.setdefault("full_attention_interval", kinds.index("full_attention") + 1)
+    kinds = config.get("mlp_layer_types")
+    if isinstance(kinds, list) and "first_k_dense_replace" not in config and "sparse" in kinds:
+        full["first_k_dense_replace"] = kinds.index("sparse")
+    if isinstance(rope, dict):
+        full = FAMILIES.get(str(config.get("model_type")), GENERIC).defaults | full
+    return full
 
 
 def with_experts(config: Any, count: int, local: int) -> Any:

@@ -76,7 +76,7 @@ class Checkpoint:
 
     Args:
         folder: where it is.
-        config: config.json, as mlx-lm reads it.
+        config: config.json, with the names that mlx-lm looks for.
         tensors: every tensor by name.
     """
 
@@ -117,7 +117,7 @@ class Checkpoint:
         for file in files:
             tensors |= {t.name: t for t in _header(file)}
         _check_index(folder, tensors)
-        return cls(folder, config, tensors)
+        return cls(folder, architecture.complete(config), tensors)
 
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
@@ -264,10 +264,14 @@ def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
         CheckpointError: unknown or dense family, or tensors missing, surplus or misshapen.
     """
     family = architecture.resolve(checkpoint.config)
+    refused = architecture.FAMILIES.get(family, architecture.GENERIC).refused
+    if refused is not None:
+        raise CheckpointError(f"{checkpoint.folder}: {family} cannot be run: {refused}")
     try:
         model, _ = mlx_lm_utils.load_model(
             checkpoint.folder,
             lazy=True,
+            model_config=checkpoint.config,
             get_model_classes=lambda config: _partial(config, checkpoint, plan, rank),
         )
     except CenacleError:
@@ -324,6 +328,8 @@ def _partial(
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             own = _own(weights, checkpoint, self._held, self._count)
+            if family.before is not None:
+                own = family.before(own)
             sizes = {len(held) for held in self._held.values()}
             if len(sizes) > 1:
                 raise CheckpointError("a rank must hold equally many experts of every layer")

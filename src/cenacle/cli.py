@@ -1,0 +1,383 @@
+"""The verbs: `cenacle generate`, `chat`, `serve`, `inspect`, `families`, `synth`, `demo`.
+
+Owns: arguments, what is printed where, exit codes. Everything else is `api`'s and the rooms' below.
+Invariant: answers go to stdout, everything else to stderr; with --json the last line of stdout is
+one JSON object; an error is one sentence on stderr and a non-zero exit status (see `errors`).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import CenacleError, InputError
+from .plan import Plan, human
+
+if TYPE_CHECKING:
+    from .api import Model
+
+app = typer.Typer(
+    name="cenacle",
+    help="A private server for Mixture-of-Experts models: experts spread over several nodes, "
+    "one exchange per layer.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+err = Console(stderr=True, highlight=False)
+
+
+class Backend(StrEnum):
+    """How ranks exchange; see `collective.mlx.BACKENDS`."""
+
+    ring = "ring"
+    mpi = "mpi"
+    jaccl = "jaccl"
+    nccl = "nccl"
+
+
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="A folder, or a hub repository's name (org/model).")
+]
+Nodes = Annotated[int, typer.Option("--nodes", "-n", min=1, help="Number of local processes.")]
+Shares = Annotated[
+    str | None,
+    typer.Option(help="Relative numbers of experts per node, such as 2,1,1. Default: even."),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="A plan saved by `inspect --save`; overrides --nodes.")
+]
+BackendName = Annotated[Backend, typer.Option(help="How nodes exchange.")]
+LatencyMs = Annotated[
+    float, typer.Option(min=0, help="Milliseconds added to every exchange, to study a slow link.")
+]
+PrefillChunk = Annotated[int, typer.Option(min=1, help="Most prompt tokens per step.")]
+Batch = Annotated[int, typer.Option(min=1, help="Most requests generated at once.")]
+KVBits = Annotated[int | None, typer.Option(help="Quantise the KV cache to 4 or 8 bits.")]
+MaxKV = Annotated[int | None, typer.Option(min=8, help="Keep at most this many positions.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Temp = Annotated[float, typer.Option(help="Temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
+TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0: all.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text, on any number of nodes.")]
+
+
+def main() -> None:
+    """The program's entry: errors become one sentence and an exit status."""
+    # Ending by SIGTERM must run the same `finally` blocks as Ctrl-C: they end the ranks.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app(standalone_mode=True)
+    except CenacleError as error:
+        err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask; - reads stdin.")],
+    nodes: Nodes = 1,
+    max_tokens: MaxTokens = 256,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    raw: Annotated[bool, typer.Option(help="Do not apply the model's chat template.")] = False,
+    shares: Shares = None,
+    plan: PlanFile = None,
+    backend: BackendName = Backend.ring,
+    latency_ms: LatencyMs = 0.0,
+    prefill_chunk: PrefillChunk = 512,
+    kv_bits: KVBits = None,
+    max_kv_size: MaxKV = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt.
+
+    Example: [bold]cenacle generate -m DIR -n 2 -p "What is 12 + 30?" --temp 0 --json[/]
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _loaded(
+        model, nodes, shares, plan, backend, latency_ms, prefill_chunk, 32, kv_bits, max_kv_size
+    ) as loaded:
+        ids = loaded.text.encode(text) if raw else loaded.tokens_of(text)
+        answer = loaded.generate(
+            ids, max_tokens, temperature=temp, top_p=top_p, top_k=top_k, seed=seed
+        )
+        if as_json:
+            # The same fields as in Python, and what each rank is.
+            print(json.dumps({**answer.to_json(), "ranks": loaded.ranks_json()}))
+        else:
+            print(answer.text)
+            err.print(
+                f"{answer.prompt_tokens} prompt tokens, first token after "
+                f"{answer.first_token_s:.2f} s; {len(answer.tokens)} tokens at "
+                f"{answer.tok_per_s:.1f} a second on {answer.nodes} nodes"
+            )
+
+
+@app.command()
+def chat(
+    model: ModelName,
+    nodes: Nodes = 1,
+    max_tokens: MaxTokens = 1024,
+    temp: Temp = 0.7,
+    top_p: TopP = 0.95,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    shares: Shares = None,
+    plan: PlanFile = None,
+    backend: BackendName = Backend.ring,
+    kv_bits: KVBits = None,
+) -> None:
+    """Talk with a model in the terminal. /new starts again, /bye or Ctrl-D ends.
+
+    Example: [bold]cenacle chat -m org/model -n 2[/]
+    """
+    beginning = [{"role": "system", "content": system}] if system else []
+    with _loaded(model, nodes, shares, plan, backend, 0.0, 512, 32, kv_bits, None) as loaded:
+        history = list(beginning)
+        while True:
+            try:
+                said = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            if said == "/bye":
+                return
+            if said == "/new":
+                history = list(beginning)
+            if not said or said == "/new":
+                continue
+            history.append({"role": "user", "content": said})
+            answer = ""
+            try:
+                for chunk in loaded.stream(history, max_tokens, temperature=temp, top_p=top_p):
+                    answer += chunk.text
+                    print(chunk.text, end="", flush=True)
+            except KeyboardInterrupt:
+                err.print("\n(stopped)")
+            except InputError as error:
+                err.print(f"[red]{_plain(str(error))}[/]")
+                history.pop()
+                continue
+            print()
+            history.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def serve(
+    model: ModelName,
+    nodes: Nodes = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
+    shares: Shares = None,
+    plan: PlanFile = None,
+    backend: BackendName = Backend.ring,
+    prefill_chunk: PrefillChunk = 512,
+    batch: Batch = 32,
+    kv_bits: KVBits = None,
+    max_kv_size: MaxKV = None,
+) -> None:
+    """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health.
+
+    Example: [bold]cenacle serve -m DIR -n 2 --port 8080[/]
+    """
+    from .server.app import bind
+    from .server.app import serve as run
+
+    # First the port: it is cheap to find out that it is taken, and loading is not.
+    with bind(host, port) as sock:
+        with _loaded(
+            model, nodes, shares, plan, backend, 0.0, prefill_chunk, batch, kv_bits, max_kv_size
+        ) as loaded:
+            run(loaded, sock, on_started=lambda url: err.print(f"serving {loaded.name} at {url}"))
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    nodes: Nodes = 1,
+    shares: Shares = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a checkpoint is, and what each of N nodes would hold; reads no weights.
+
+    Example: [bold]cenacle inspect -m DIR -n 3 --json[/]
+    """
+    from .api import inspect as look
+
+    plan = look(model, nodes, _numbers(shares))
+    if save is not None:
+        plan.save(save)
+    spec = plan.spec
+    if as_json:
+        per_rank = [plan.bytes_of(r) for r in range(plan.nodes)]
+        print(
+            json.dumps(
+                {
+                    "model": model,
+                    "spec": spec.to_json(),
+                    "nodes": plan.nodes,
+                    "placement": plan.placement,
+                    "total_bytes": spec.total_bytes,
+                    "bytes_per_rank": [b["total"] for b in per_rank],
+                    "ranks": per_rank,
+                }
+            )
+        )
+        return
+    first = spec.moe[0]
+    print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
+    print(f"experts     {first.experts} a layer, {spec.top_k} per token, {human(first.expert_bytes)} each")
+    print(f"weights     {human(spec.total_bytes)}, {spec.dtype}, {spec.quantization or 'not quantised'}")
+    print(f"context     {spec.context or 'not said'} tokens, vocabulary {spec.vocabulary}")
+    print(plan.table())
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """The model families that work, and what is special about each.
+
+    Example: [bold]cenacle families[/]
+    """
+    from .model.families import all_families
+
+    rows = all_families()
+    if as_json:
+        print(json.dumps([r.to_json() for r in rows]))
+        return
+    table = Table("family", "also", "works", "note", box=None)
+    for row in rows:
+        also, works = ", ".join(row.aliases), "yes" if row.refused is None else "no"
+        table.add_row(row.name, also, works, row.refused or row.note)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    family: Annotated[str | None, typer.Option(help="A family, small (see `families`).")] = None,
+    name: Annotated[str | None, typer.Option(help="A real model's shape (see --list).")] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than that.")] = None,
+    quantize: Annotated[int | None, typer.Option(help="Bits: 2, 3, 4, 5, 6 or 8.")] = None,
+    group_size: Annotated[int, typer.Option(help="Weights per scale: 32, 64 or 128.")] = 64,
+    mode: Annotated[str, typer.Option(help="affine or mxfp4.")] = "affine",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the names and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint of random weights: to test, or to measure a machine before a download.
+
+    Example: [bold]cenacle synth --name dbrx-132b --layers 2 --quantize 4 --out DIR[/]
+    """
+
+
+@app.command()
+def demo(
+    nodes: Nodes = 2,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions.")] = 8,
+    seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Two nodes answer questions with a small trained DBRX, and show how they did it.
+
+    Example: [bold]cenacle demo --nodes 2[/]
+    """
+    from .demo import run
+
+    result = run(nodes, questions, seed, Console(), _progress)
+    if as_json:
+        print(json.dumps(result))
+    if result["right"] < 0.5 * result["asked"]:
+        raise CenacleError(
+            f"the demo model answered {result['right']} of {result['asked']} questions; "
+            f"expected most of them: this installation computes something wrong"
+        )
+
+
+@contextmanager
+def _loaded(
+    model: str,
+    nodes: int,
+    shares: str | None,
+    plan: Path | None,
+    backend: Backend,
+    latency_ms: float,
+    prefill_chunk: int,
+    batch: int,
+    kv_bits: int | None,
+    max_kv_size: int | None,
+) -> Iterator[Model]:
+    from .api import load
+    from .engine.engine import Options
+
+    options = Options(
+        prefill_chunk=prefill_chunk, batch=batch, kv_bits=kv_bits, max_kv_size=max_kv_size
+    )
+    with _progress() as progress:
+        loaded = load(
+            model,
+            nodes,
+            shares=_numbers(shares),
+            plan=Plan.load(plan) if plan else None,
+            backend=backend.value,
+            latency_s=latency_ms / 1000,
+            options=options,
+            progress=progress,
+        )
+    with loaded:
+        yield loaded
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar per rank on stderr, while weights are loaded."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("rank {task.fields[rank]}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        tasks: dict[int, Any] = {}
+
+        def show(rank: int, done: int, total: int) -> None:
+            if rank not in tasks:
+                tasks[rank] = bars.add_task("", total=total, rank=rank)
+            bars.update(tasks[rank], completed=done)
+
+        yield show
+
+
+def _numbers(shares: str | None) -> list[float] | None:
+    if shares is None:
+        return None
+    try:
+        return [float(s) for s in shares.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--shares: expected numbers such as 2,1,1, got {shares!r}", "shares"
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""One rank that runs many checkpoints in one group; started by `test_families.py`.
+
+For each folder: the logits of a prompt and some greedy tokens, through the same loading, layer and
+engine as `cenacle.engine.worker`.
+"""
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from cenacle.engine.channel import Channel
+from cenacle.engine.worker import connect, join, last_words, receive, say_alive
+
+
+def main() -> None:
+    channel = connect()
+    threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
+    try:
+        serve(channel)
+    except Exception as error:
+        last_words(channel, error)
+        raise
+    os._exit(0)
+
+
+def serve(channel: Channel) -> None:
+    import mlx.core as mx
+
+    from cenacle.engine.engine import Engine, Options
+    from cenacle.model.experts import parallelize
+    from cenacle.model.watch import Watch
+    from cenacle.model.weights import Checkpoint, load
+    from cenacle.plan import Plan
+    from cenacle.request import Request, Step
+
+    order = receive(channel)
+    nodes = order["nodes"]
+    collective = join({"backend": "ring", "latency_s": 0}, nodes)
+    channel.send({"type": "ready"})
+    while True:
+        message = receive(channel)
+        if message["type"] == "stop":
+            return
+        plan = Plan.load(Path(message["plan"]))
+        watch = Watch()
+        model = load(
+            Checkpoint.open(Path(message["folder"])), plan, collective.rank, lambda *_: None
+        )
+        parallelize(model, plan.spec.family, plan, collective, watch)
+        before = collective.traffic.calls
+        logits = model(mx.array([message["prompt"]])).astype(mx.float32)
+        mx.eval(logits)
+        calls = collective.traffic.calls - before
+        if collective.rank == 0:
+            mx.save_safetensors(message["out"], {"logits": logits})
+        engine = Engine(model, collective, watch, Options(prefill_chunk=16))
+        request = Request("r", tuple(message["prompt"]), message["max_tokens"])
+        request = Request.from_json({**request.to_json(), "sampling": {**GREEDY, "seed": 1}})
+        tokens, number = [], 0
+        while not tokens or tokens[-1].finish is None:
+            step = Step(number, admitted=(request,) if number == 0 else ())
+            tokens += engine.step(step)[0]
+            number += 1
+        engine.close()
+        channel.send(
+            {
+                "type": "result",
+                "calls": calls,
+                "digest": hashlib.sha256(memoryview(logits).tobytes()).hexdigest(),
+                "tokens": [t.token for t in tokens],
+            }
+        )
+
+
+GREEDY = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+}
+
+if __name__ == "__main__":
+    main()

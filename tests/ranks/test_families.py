@@ -1,0 +1,101 @@
+"""Every family against mlx-lm itself: logits and greedy tokens on 1 to 4 real ranks.
+
+Many families run in one group of processes per number of nodes: starting a group costs seconds,
+a tiny model milliseconds.
+"""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+from cenacle.cluster.launcher import LocalRanks
+from cenacle.model.families import all_families
+from cenacle.model.synth import synth
+from cenacle.model.weights import Checkpoint, describe
+from cenacle.plan import Plan
+
+RANK = Path(__file__).parent / "parity_rank.py"
+PROMPT = [(37 * i + 11) % 251 for i in range(24)]
+MAX_TOKENS = 5
+TOLERANCE = 1e-4
+RUNNABLE = [row.name for row in all_families() if row.refused is None]
+
+
+class Case:
+    """A checkpoint and what mlx-lm itself makes of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spec = describe(Checkpoint.open(folder))
+        model, _ = load_model(folder)
+        self.logits = model(mx.array([PROMPT])).astype(mx.float32)
+        steps = generate_step(mx.array(PROMPT), model, max_tokens=MAX_TOKENS, prefill_step_size=16)
+        self.tokens = [token for token, _ in steps]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    made = {}
+    root = tmp_path_factory.mktemp("families")
+    for family in RUNNABLE:
+        synth(root / family, family=family)
+        made[family] = Case(root / family)
+    for bits, family in ((4, "qwen3_moe"), (8, "dbrx"), (3, "mixtral"), (4, "deepseek_v3")):
+        name = f"{family} {bits}-bit"
+        synth(root / name, family=family, quantize=bits, group_size=32)
+        made[name] = Case(root / name)
+    synth(root / "mxfp4", family="gpt_oss", quantize=4, group_size=32, mode="mxfp4")
+    made["gpt_oss mxfp4"] = Case(root / "mxfp4")
+    return made
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4])
+def test_every_family_gives_what_mlx_lm_gives(cases, nodes, tmp_path):
+    ranks = LocalRanks(nodes, program=[sys.executable, str(RANK)])
+    wrong = {}
+    try:
+        ranks.load({"nodes": nodes})
+        for name, case in cases.items():
+            problem = compare(ranks, case, Plan.whole(case.spec, nodes), tmp_path)
+            if problem:
+                wrong[name] = problem
+    finally:
+        ranks.close(now=True)
+    assert not wrong
+
+
+def compare(ranks: LocalRanks, case: Case, plan: Plan, tmp_path: Path) -> str | None:
+    plan.save(tmp_path / "plan.json")
+    out = tmp_path / "logits.safetensors"
+    order = {
+        "type": "run",
+        "plan": str(tmp_path / "plan.json"),
+        "folder": str(case.folder),
+        "prompt": PROMPT,
+        "max_tokens": MAX_TOKENS,
+        "out": str(out),
+    }
+    for channel in ranks.channels:
+        channel.send(order)
+    results = []
+    for rank in range(plan.nodes):
+        message = {"type": "alive"}
+        while message["type"] == "alive":
+            message = ranks.channels[rank].receive()
+        assert message["type"] == "result", message
+        results.append(message)
+    got = mx.load(str(out))["logits"]
+    error = float(mx.abs(got - case.logits).max() / mx.abs(case.logits).max())
+    if len({r["digest"] for r in results}) > 1:
+        return "ranks have different logits"
+    if not error <= TOLERANCE:
+        return f"relative error of logits {error:.1e}"
+    if any(r["tokens"] != case.tokens for r in results):
+        return f"tokens {results[0]['tokens']}, mlx-lm {case.tokens}"
+    if any(r["calls"] != len(plan.layers) for r in results):
+        return f"{results[0]['calls']} exchanges for {len(plan.layers)} layers"
+    return None
