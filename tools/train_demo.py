@@ -5,7 +5,7 @@ loop and the export in Hugging Face's DBRX format.
 Does not know: cenacle's engine, MLX or any cluster; only ``--check-mlx`` imports mlx-lm.
 Invariants: fixed seeds and one thread, so the same versions on the same CPU train the same model;
 held-out questions (``demo_tasks.py``) never reach the optimiser.
-Shapes: rows of ROW tokens, each row several conversations that cannot see one another.
+Shapes: batches [rows, row tokens], each row several conversations that cannot see one another.
 Read next: ``src/cenacle/demo_model/README.md``, the model's card.
 
     python tools/train_demo.py --out src/cenacle/demo_model            # train, check, export
@@ -43,7 +43,6 @@ try:
 except ImportError:  # --check-mlx runs where there is no torch
     torch = None
 
-ROW = 96  # tokens per training row
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -78,6 +77,27 @@ class Shape:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training, with an optimiser of its own."""
+
+    steps: int
+    row: int  # tokens in a row
+    rows: int  # rows in a batch
+    turns: tuple[float, ...]  # how often a conversation has 1, 2, 3, ... turns
+    peak_lr: float
+    warm_up: int  # steps
+    horizon: int  # the step at which the cosine would reach a fiftieth of the peak
+
+
+# Short rows first, for speed; then long conversations, without which the model, exact at turn 1,
+# loses its way after about 110 tokens of history.
+PHASES = (
+    Phase(6000, 96, 20, (0.75, 0.15, 0.10), peak_lr=3e-3, warm_up=200, horizon=13000),
+    Phase(3500, 384, 5, (0.5, *(0.5 / 12,) * 12), peak_lr=1.5e-3, warm_up=100, horizon=3500),
+)
 
 
 # ------------------------------------------------------------------------------------ tokenizer
@@ -250,17 +270,16 @@ if torch is not None:
 class Rows:
     """Endless training rows: several conversations per row, packed, each blind to the others."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int):
-        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+    def __init__(self, tokenizer: Tokenizer, phase: Phase, seed: int):
+        self.tokenizer, self.phase, self.rng = tokenizer, phase, random.Random(seed)
         self.tasks = tasks("train", seed)
         self.waiting: list[tuple[list[int], list[bool]]] = []
 
     def _conversation(self) -> list[tuple[str, bool]]:
-        turns = list(
-            itertools.islice(self.tasks, self.rng.choices((1, 2, 3), (0.75, 0.15, 0.1))[0])
-        )
+        weights = self.phase.turns
+        turns = self.rng.choices(range(1, len(weights) + 1), weights)[0]
         system = self.rng.choice(SYSTEM_PROMPTS) if self.rng.random() < 0.1 else None
-        return render(system, turns)
+        return render(system, list(itertools.islice(self.tasks, turns)))
 
     def _encoded(self, count: int) -> Iterator[tuple[list[int], list[bool]]]:
         talks = [self._conversation() for _ in range(count)]
@@ -275,14 +294,15 @@ class Rows:
                 answer += [is_answer] * len(piece)
             yield ids, answer
 
-    def batch(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [rows, ROW], segment [rows, ROW] (0 is padding), is_answer [rows, ROW]."""
-        ids = torch.zeros(rows, ROW, dtype=torch.long)
-        segment = torch.zeros(rows, ROW, dtype=torch.int8)
-        answer = torch.zeros(rows, ROW, dtype=torch.bool)
-        for row in range(rows):
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, segment (0 is padding) and is_answer, each [rows, row tokens]."""
+        room = self.phase.row
+        ids = torch.zeros(self.phase.rows, room, dtype=torch.long)
+        segment = torch.zeros(self.phase.rows, room, dtype=torch.int8)
+        answer = torch.zeros(self.phase.rows, room, dtype=torch.bool)
+        for row in range(self.phase.rows):
             if len(self.waiting) < 64:
-                self.waiting += [t for t in self._encoded(256) if len(t[0]) <= ROW]
+                self.waiting += [t for t in self._encoded(256) if len(t[0]) <= room]
             used, number, pick = 0, 0, 0  # the oldest first, then the longest that fits
             while pick is not None:
                 talk_ids, talk_answer = self.waiting.pop(pick)
@@ -292,7 +312,7 @@ class Rows:
                 answer[row, at] = torch.tensor(talk_answer)
                 segment[row, at] = number
                 used = at.stop
-                fits = [i for i, t in enumerate(self.waiting[:48]) if used + len(t[0]) <= ROW]
+                fits = [i for i, t in enumerate(self.waiting[:48]) if used + len(t[0]) <= room]
                 pick = max(fits, key=lambda i: len(self.waiting[i][0]), default=None)
         return ids, segment, answer
 
@@ -303,32 +323,32 @@ def block_mask(segment: Tensor) -> Tensor:
     return same.tril().unsqueeze(1)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 200 steps, then a cosine to a fiftieth of the peak."""
-    if step < 200:
-        return peak * (step + 1) / 200
-    progress = (step - 200) / max(1, steps - 200)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+def learning_rate(step: int, phase: Phase) -> float:
+    """Linear warm-up, then a cosine towards a fiftieth of the peak."""
+    if step < phase.warm_up:
+        return phase.peak_lr * (step + 1) / phase.warm_up
+    progress = (step - phase.warm_up) / (phase.horizon - phase.warm_up)
+    return phase.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimiser(model: Dbrx, peak: float) -> torch.optim.AdamW:
+def optimiser(model: Dbrx) -> torch.optim.AdamW:
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
-def train(args: argparse.Namespace, tokenizer: Tokenizer) -> Dbrx:
-    torch.manual_seed(args.seed)
-    model = Dbrx(Shape(vocab_size=tokenizer.get_vocab_size()))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    adam = optimiser(model, args.lr)
-    rows = Rows(tokenizer, args.seed)
+def train(model: Dbrx, tokenizer: Tokenizer, number: int, args: argparse.Namespace) -> None:
+    """Run phase ``number`` on the model, in place."""
+    phase = PHASES[number]
+    print(f"phase {number}: {phase}", flush=True)
+    adam = optimiser(model)
+    batches = Rows(tokenizer, phase, args.seed + number)
     started, tokens, recent = time.time(), 0, []
-    for step in range(args.steps):
+    for step in range(phase.steps):
         for group in adam.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        ids, segment, answer = rows.batch(args.rows)
+            group["lr"] = learning_rate(step, phase)
+        ids, segment, answer = batches.batch()
         hidden, balance, shares = model.trunk(ids, block_mask(segment))
         wanted = answer[:, 1:]
         loss = F.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), ids[:, 1:][wanted])
@@ -350,8 +370,7 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer) -> Dbrx:
         if (step + 1) % args.every == 0:
             print(brief(accuracy_torch(model, tokenizer, 60)), flush=True)
             if args.checkpoints:
-                export(model, tokenizer, args.checkpoints / f"step{step + 1}")
-    return model
+                export(model, tokenizer, args.checkpoints / f"phase{number}-step{step + 1}")
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -545,12 +564,10 @@ def main() -> None:
     parser.add_argument("--check", type=Path, help="measure a folder's accuracy in PyTorch")
     parser.add_argument("--check-mlx", type=Path, help="measure a folder's accuracy in mlx-lm")
     parser.add_argument("--count", type=int, default=200, help="questions of each kind to check")
-    parser.add_argument("--steps", type=int, default=13000)
-    parser.add_argument("--rows", type=int, default=20, help=f"rows of {ROW} tokens in a batch")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     parser.add_argument("--every", type=int, default=500, help="steps between checks")
     parser.add_argument("--checkpoints", type=Path, help="export here at every check")
+    parser.add_argument("--resume", type=Path, help="start from this exported end of phase 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -566,9 +583,15 @@ def main() -> None:
         return
     if not args.out:
         parser.error("one of --out, --check, --check-mlx")
-    tokenizer = make_tokenizer()
     started = time.time()
-    model = train(args, tokenizer)
+    torch.manual_seed(args.seed)
+    if args.resume:
+        model, tokenizer = from_checkpoint(args.resume)
+    else:
+        tokenizer = make_tokenizer()
+        model = Dbrx(Shape(vocab_size=tokenizer.get_vocab_size()))
+        train(model, tokenizer, 0, args)
+    train(model, tokenizer, 1, args)
     minutes = (time.time() - started) / 60
     print(f"trained in {minutes:.0f} minutes", flush=True)
     export(model, tokenizer, args.out)

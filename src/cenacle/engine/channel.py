@@ -56,6 +56,7 @@ class Channel:
             with self._sending:
                 self._socket.sendall(struct.pack(">I", len(data)) + data)
         except TimeoutError as error:
+            self.close()  # part of the message may be on its way: nothing can follow it
             raise Silent(f"took no message for {self._deadline_s:g} s") from error
         except OSError as error:
             raise Closed(f"the connection was lost ({error})") from error
@@ -70,7 +71,13 @@ class Channel:
         (length,) = struct.unpack(">I", self._exactly(4))
         if length > MAX_MESSAGE:
             raise Closed(f"sent a message of {length} bytes, expected at most {MAX_MESSAGE}")
-        return json.loads(self._exactly(length))
+        try:
+            message = json.loads(self._exactly(length))
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise Closed(f"sent what is not a message ({error})") from error
+        if not isinstance(message, dict):
+            raise Closed(f"sent what is not a message, a JSON {type(message).__name__}")
+        return message
 
     def _exactly(self, count: int) -> bytes:
         data = bytearray()

@@ -36,15 +36,12 @@ def main() -> None:
     channel = connect()
     threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
     try:
-        order = receive(channel)
-        _serve(channel, order)
-    except ClusterError as error:
-        last_words(channel, error)
+        _serve(channel, receive(channel))
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
         last_words(channel, error)
-    os._exit(0)  # a lost group may leave MLX's threads waiting for ever
+        os._exit(0)  # MLX's threads may wait for ever for a peer that is lost
 
 
 def own_rank() -> int:

@@ -54,7 +54,7 @@ CHUNK = 1 << 21  # values drawn at a time
 # Standard deviations. A linear layer maps unit variance to LINEAR**2; logits have about HEAD.
 LINEAR = 1.5
 HEAD = 3.0
-TIED_HEAD = 1.0  # more, and a tied model's input outweighs its layers: it repeats the last token
+TIED_HEAD = 0.5  # more, and a tied model sees little but its last token and repeats it
 EMBEDDING = 1.0
 NOISE = 0.1  # around the default, for everything that is not a weight: norms, biases, corrections
 

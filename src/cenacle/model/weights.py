@@ -27,7 +27,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
-from ..errors import CenacleError, CheckpointError
+from ..errors import CenacleError, CheckpointError, PlanError
 from ..plan import Plan, human
 from ..spec import ModelSpec, MoELayer
 from . import architecture
@@ -312,6 +312,8 @@ def _partial(
                     f"({sorted(counts)}) are not supported"
                 )
             self._count = counts.pop()
+            if plan is not None:
+                _check_plan(plan, found)
             self._held = {
                 b.layer: list(layer.held_by(rank)) if layer else list(range(self._count))
                 for b, layer in zip(
@@ -341,6 +343,16 @@ def _partial(
             return {k: v for k, v in own.items() if not k.startswith(tuple(self._absent))}
 
     return Partial, arguments
+
+
+def _check_plan(plan: Plan, found: list[architecture.Block]) -> None:
+    """The plan must be one of this model: with another's, wrong experts would answer."""
+    got = [(p.layer, len(p.experts)) for p in plan.layers]
+    expected = [(b.layer, b.count) for b in found]
+    if got != expected:
+        raise PlanError(
+            f"the plan is of another model: expected (layer, experts) {expected}, got {got}"
+        )
 
 
 def _shrink(block: architecture.Block, rows: int) -> None:

@@ -1,0 +1,338 @@
+"""Groups of real processes: the same tokens on any number of nodes, and no failure that hangs.
+
+MLX's ring waits by spinning, so groups are small and few: one group of two ranks serves every test
+that does not break it.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import cenacle
+from cenacle import CheckpointError, ClusterError, InputError, RankLost
+from cenacle.cluster.launcher import LocalRanks
+from cenacle.model.weights import Checkpoint
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+MIXTRAL = VECTORS / "mixtral"
+RECORDED = mx.load(str(MIXTRAL / "vectors.safetensors"))
+PROMPT = RECORDED["prompt_7.tokens"].tolist()
+GREEDY = RECORDED["prompt_7.greedy"].tolist()
+OTHERS = ([5, 6, 7], list(range(40)), [200], [17] * 90)
+DICE = {"temperature": 1.0, "seed": 11, "top_p": 0.95}
+
+
+def running(pid: int) -> bool:
+    """Whether a process lives; one that ended but was not waited for does not."""
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def wait_until(condition, seconds: float, what: str) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+
+
+def assert_gone(pids, seconds: float = 1.0) -> None:
+    wait_until(lambda: not any(map(running, pids)), seconds, f"the end of {pids}")
+
+
+@contextmanager
+def loaded(folder=MIXTRAL, nodes=2, **arguments):
+    """A model whose processes are gone at the end, whatever happened."""
+    model = cenacle.load(str(folder), nodes, **arguments)
+    try:
+        yield model
+    finally:
+        model.close()
+        assert_gone(model.ranks.pids)
+
+
+def answers(model) -> dict[str, list[int]]:
+    return {
+        "greedy": model.generate(PROMPT, 16).tokens,
+        "dice": model.generate(PROMPT, 12, **DICE).tokens,
+        "penalties": model.generate(
+            PROMPT, 12, repetition_penalty=1.5, presence_penalty=0.5, logit_bias={7: 3.0}
+        ).tokens,
+        "long prompt": model.generate(list(range(200)), 6).tokens,
+    }
+
+
+@pytest.fixture(scope="module")
+def two():
+    with loaded() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def one():
+    with loaded(nodes=1) as model:
+        return answers(model) | {"batch": [model.generate(p, 10).tokens for p in OTHERS]}
+
+
+def test_one_node_gives_the_recorded_tokens(one):
+    assert one["greedy"] == GREEDY
+    assert len(set(one["dice"])) > 1
+
+
+def test_two_nodes_give_the_same_tokens(one, two):
+    assert answers(two) == {k: v for k, v in one.items() if k != "batch"}
+
+
+def test_three_nodes_give_the_same_tokens(one):
+    with loaded(nodes=3, options=cenacle.engine.engine.Options(prefill_chunk=64)) as model:
+        assert model.generate(PROMPT, 16).tokens == GREEDY
+        assert model.generate(list(range(200)), 6).tokens == one["long prompt"]
+
+
+def test_unlike_shares_give_the_same_tokens():
+    with loaded(shares=(7, 1), measure_every=0) as model:
+        assert [len(model.plan.layers[0].held_by(r)) for r in (0, 1)] == [7, 1]
+        assert model.generate(PROMPT, 16).tokens == GREEDY
+
+
+def test_seeds(two):
+    again = [two.generate(PROMPT, 12, **DICE).tokens for _ in range(2)]
+    other = two.generate(PROMPT, 12, **DICE | {"seed": 12}).tokens
+    assert again[0] == again[1] != other
+    fresh = {tuple(two.generate(PROMPT, 12, temperature=1.0).tokens) for _ in range(3)}
+    assert len(fresh) > 1, "without a seed every answer is drawn anew"
+
+
+def test_stream_gives_every_token_and_ends(two):
+    chunks = list(two.stream(PROMPT, 16))
+    assert [c.token for c in chunks] == GREEDY
+    assert [c.finish for c in chunks] == [None] * 15 + ["length"]
+    assert two.group.load == {"running": 0, "waiting": 0}
+
+
+def test_completion_says_what_it_cost(two):
+    done = two.generate(PROMPT, 40)
+    assert (done.finish, done.prompt_tokens, done.nodes) == ("length", len(PROMPT), 2)
+    assert done.first_token_s > 0
+    assert done.tok_per_s > 0
+    parts = [v for k, v in done.terms_ms.items() if k != "total"]
+    assert sum(parts) == pytest.approx(done.terms_ms["total"])
+    assert done.terms_ms["total"] > 0, "no step was measured"
+    assert done.terms_ms["exchange"] > 0
+    assert sorted(done.routed) == [0, 1]
+    chosen = {sum(counts.values()) for counts in done.routed.values()}
+    assert len(chosen) == 1, "every layer routes every token"
+    assert min(chosen) >= 2
+
+
+def test_early_end_cancels(two):
+    stream = two.stream(PROMPT, 400)
+    assert next(stream).token == GREEDY[0]
+    assert two.group.load["running"] == 1
+    stream.close()
+    wait_until(lambda: two.group.load == {"running": 0, "waiting": 0}, 2, "an idle group")
+    assert two.generate(PROMPT, 16).tokens == GREEDY
+
+
+def test_several_at_once_are_as_alone(one, two):
+    got: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        got[index] = two.generate(OTHERS[index], 10).tokens
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(OTHERS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [got.get(i) for i in range(len(OTHERS))] == one["batch"]
+
+
+def test_wrong_requests_are_refused_and_harm_nobody(two):
+    for prompt, arguments, message in [
+        ([], {}, "at least one token"),
+        ([256], {}, "token ids from 0 to 255"),
+        ([-1], {}, "token ids from 0 to 255"),
+        ([1] * 512, {}, "do not fit the model's context of 512"),
+        ([1], {"max_tokens": 0}, "max_tokens: expected at least 1"),
+        ([1], {"temperature": 3}, "temperature: expected from 0 to 2"),
+        ([1], {"colour": "red"}, "unknown argument"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            two.generate(prompt, **arguments)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        two.generate("text")
+    assert two.generate(PROMPT, 3).tokens == GREEDY[:3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_is_named_in_mid_answer(rank):
+    with loaded(latency_s=0.005) as model:
+        stream = model.stream(PROMPT, 400)
+        next(stream)
+        began = time.monotonic()
+        os.kill(model.ranks.pids[rank], signal.SIGKILL)
+        with pytest.raises(RankLost, match=rf"rank {rank} \(process \d+\) was killed by SIGKILL"):
+            list(stream)
+        assert time.monotonic() - began < 5
+        assert_gone(model.ranks.pids)
+        with pytest.raises(RankLost) as lost:
+            model.generate(PROMPT, 1)
+        assert lost.value.rank == rank
+
+
+def test_killed_idle_rank_is_noticed():
+    with loaded() as model:
+        os.kill(model.ranks.pids[1], signal.SIGKILL)
+        wait_until(lambda: model.group.failure is not None, 5, "the loss of rank 1")
+        assert isinstance(model.group.failure, RankLost)
+        assert model.group.failure.rank == 1
+        assert_gone(model.ranks.pids, 5)
+
+
+@pytest.mark.parametrize("rank", [1])
+def test_stopped_rank_is_named_in_mid_answer(rank):
+    """SIGSTOP: the process is there and says nothing, as one that swaps or hangs."""
+    with loaded(latency_s=0.005) as model:
+        stream = model.stream(PROMPT, 400)
+        next(stream)
+        began = time.monotonic()
+        os.kill(model.ranks.pids[rank], signal.SIGSTOP)
+        with pytest.raises(RankLost, match=f"rank {rank} was silent for 5 s") as lost:
+            list(stream)
+        assert lost.value.rank == rank
+        assert time.monotonic() - began < 6.5
+        assert_gone(model.ranks.pids)
+
+
+def test_all_waiting_requests_are_told_of_a_lost_rank():
+    with loaded(latency_s=0.005) as model:
+        streams = [model.stream(p, 400) for p in OTHERS]
+        told = []
+
+        def ask(stream) -> None:
+            try:
+                list(stream)
+            except ClusterError as error:
+                told.append(error)
+
+        threads = [threading.Thread(target=ask, args=(s,)) for s in streams]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: model.group.load["running"] == len(OTHERS), 5, "all requests to run")
+        os.kill(model.ranks.pids[0], signal.SIGKILL)
+        for thread in threads:
+            thread.join(6)
+        assert [type(e) for e in told] == [RankLost] * len(OTHERS)
+
+
+def test_close_tells_those_who_wait():
+    with loaded(nodes=1) as model:
+        stream = model.stream(PROMPT, 400)
+        next(stream)
+        model.close()
+        with pytest.raises(ClusterError, match="closed"):
+            list(stream)
+        model.close()
+        assert_gone(model.ranks.pids)
+
+
+def order(plan: Path, folder: Path) -> dict:
+    return {
+        **{"type": "load", "folder": str(folder), "plan": str(plan), "backend": "ring"},
+        **{"latency_s": 0.0, "options": {}},
+    }
+
+
+def test_ranks_that_cannot_load_say_why(tmp_path):
+    """The front has read the headers; a moment later, on the ranks, the file is truncated."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(MIXTRAL / "config.json", folder)
+    shutil.copy(MIXTRAL / "model.safetensors", folder)
+    plan = cenacle.inspect(str(folder), 2)
+    ranks = LocalRanks(2)
+    try:
+        plan.save(ranks.folder / "plan.json")
+        os.truncate(folder / "model.safetensors", 300_000)
+        with pytest.raises(CheckpointError, match=r"rank [01]: .*is truncated"):
+            ranks.load(order(ranks.folder / "plan.json", folder))
+    finally:
+        ranks.close(now=True)
+    assert_gone(ranks.pids)
+    assert not ranks.folder.exists()
+
+
+def test_load_that_fails_leaves_no_process(tmp_path, monkeypatch):
+    """Through `cenacle.load`: what one rank says is what the caller gets, in its own class."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(MIXTRAL / "config.json", folder)
+    shutil.copy(MIXTRAL / "model.safetensors", folder)
+    plan = cenacle.inspect(str(folder), 2)
+    opened = Checkpoint.open
+    started = []
+
+    def open_and_cut(cls, where):
+        checkpoint = opened(where)
+        os.truncate(folder / "model.safetensors", 300_000)
+        return checkpoint
+
+    class Noted(LocalRanks):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.extend(self.pids)
+
+    monkeypatch.setattr(Checkpoint, "open", classmethod(open_and_cut))
+    monkeypatch.setattr(cenacle.api, "LocalRanks", Noted)
+    with pytest.raises(CheckpointError, match=r"rank [01]: "):
+        cenacle.load(str(folder), 2, plan=plan)
+    assert len(started) == 2
+    assert_gone(started)
+
+
+def test_rank_that_does_not_start():
+    with pytest.raises(ClusterError, match=r"ranks \[0, 1\] did not start: .* status 3"):
+        LocalRanks(2, program=(sys.executable, "-c", "raise SystemExit(3)"))
+
+
+FRONT = """
+import sys, cenacle
+model = cenacle.load(sys.argv[1], 2, latency_s=0.005)
+print(*model.ranks.pids, flush=True)
+for chunk in model.stream([1, 2, 3], 500):
+    pass
+"""
+
+
+def test_killed_front_leaves_no_rank():
+    command = [sys.executable, "-c", FRONT, str(MIXTRAL)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as front:
+        pids = [int(pid) for pid in front.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(running, pids))
+        front.kill()
+    assert_gone(pids, 5)
+
+
+def test_interrupted_front_leaves_no_rank():
+    """Ctrl-C goes to the front only; it ends the ranks in order."""
+    command = [sys.executable, "-c", FRONT, str(MIXTRAL)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as front:
+        pids = [int(pid) for pid in front.stdout.readline().split()]
+        front.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in front.stderr.read()
+    assert_gone(pids, 5)
