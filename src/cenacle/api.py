@@ -132,7 +132,9 @@ def load(
         ranks.close(now=True)
         raise
     group = Group(ranks, Scheduler(options.batch, measure_every))
-    return Model(checkpoint.folder.name, plan, text, group, ranks)
+    # A hub repository's folder is named after a commit.
+    name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
+    return Model(name, plan, text, group, ranks)
 
 
 def _text(checkpoint: Checkpoint) -> Text | None:
@@ -243,9 +245,7 @@ class Model:
                 try:
                     event = events.get(timeout=ANSWER_DEADLINE_S)
                 except queue.Empty:
-                    raise ClusterError(
-                        f"no token came for {ANSWER_DEADLINE_S:g} s"
-                    ) from None
+                    raise ClusterError(f"no token came for {ANSWER_DEADLINE_S:g} s") from None
                 if isinstance(event, CenacleError):
                     raise event
                 piece = text.add(event.token) if text else ""

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,14 @@ app = typer.Typer(
     help="A private server for Mixture-of-Experts models: experts spread over several nodes, "
     "one exchange per layer.",
     no_args_is_help=True,
+    epilog="Examples:\n\n"
+    "  cenacle demo\n\n"
+    "  cenacle inspect -m DIR -n 3\n\n"
+    '  cenacle generate -m DIR -n 2 -p "What is 12 + 30?" --temp 0 --json\n\n'
+    "  cenacle chat -m org/model -n 2\n\n"
+    "  cenacle serve -m DIR -n 2 --port 8080\n\n"
+    "  cenacle synth --name dbrx-132b --layers 2 --quantize 4 --out DIR\n\n"
+    "  cenacle families",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -274,7 +283,7 @@ def families(as_json: AsJson = False) -> None:
 
 @app.command()
 def synth(
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     family: Annotated[str | None, typer.Option(help="A family, small (see `families`).")] = None,
     name: Annotated[str | None, typer.Option(help="A real model's shape (see --list).")] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json.")] = None,
@@ -292,6 +301,39 @@ def synth(
 
     Example: [bold]cenacle synth --name dbrx-132b --layers 2 --quantize 4 --out DIR[/]
     """
+    from rich.progress import Progress
+
+    from .model import synth as writer
+
+    if show:
+        print("families:", *writer.families())
+        print("names:", *writer.catalogue())
+        return
+    if out is None:
+        raise InputError("--out: expected a folder to write, got none", "out")
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
+        bar = bars.add_task("writing", total=None)
+        made = writer.synth(
+            out,
+            family=family,
+            name=name,
+            config=config,
+            layers=layers,
+            quantize=quantize,
+            group_size=group_size,
+            mode=mode,
+            dtype=dtype,
+            seed=seed,
+            overwrite=overwrite,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    if as_json:
+        print(json.dumps({**asdict(made), "path": str(made.path)}))
+    else:
+        print(
+            f"{made.path}: {made.family}, {made.layers} layers, {made.parameters / 1e6:.1f} M "
+            f"parameters, {human(made.bytes)} in {made.shards} files"
+        )
 
 
 @app.command()

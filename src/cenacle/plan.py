@@ -153,7 +153,7 @@ class Plan:
         if not all(0 < w < float("inf") for w in weights):
             raise PlanError(f"shares: expected positive numbers, got {list(weights)}")
         load = [0.0] * nodes
-        layers = []
+        layers: list[LayerPlan] = []
         for moe in spec.moe:
             counts = _deal(moe.experts, weights)
             cuts = [0, *accumulate(counts)]
@@ -232,7 +232,8 @@ class Plan:
             )
         try:
             moe = tuple(MoELayer(**m) for m in data["spec"]["moe"])
-            spec = ModelSpec(**{**data["spec"], "moe": moe})
+            facts: dict[str, Any] = {**data["spec"], "moe": moe}
+            spec = ModelSpec(**facts)
             layers = tuple(
                 LayerPlan(
                     p["layer"],
@@ -266,9 +267,7 @@ class Plan:
 _SPEC_FIELDS = frozenset(ModelSpec.__dataclass_fields__)
 
 
-def _expect_numbers(
-    nodes: int, width: int, spec: ModelSpec, layers: tuple[LayerPlan, ...]
-) -> None:
+def _expect_numbers(nodes: int, width: int, spec: ModelSpec, layers: tuple[LayerPlan, ...]) -> None:
     """Raise a TypeError unless all counts, indices and bytes are integers."""
     numbers: list[Any] = [nodes, width, spec.layers, spec.top_k, spec.trunk_bytes, spec.vocabulary]
     for moe in spec.moe:

@@ -3,8 +3,9 @@
 Owns: the choice between mlx-lm's continuous batching and one-by-one generation, and both behind
 one small interface.
 Does not know: steps, ranks.
-mlx-lm batches plain, rotating and state-space caches; quantised and chunked ones (llama4) it
-cannot merge, so there each request keeps its own cache and takes its turn in every step.
+mlx-lm batches plain, rotating and state-space caches. Quantised and chunked ones (llama4) it cannot
+merge, and of a cache that keeps the first tokens (`max_kv_size`) it forgets them on merging; there
+each request keeps its own cache and takes its turn in every step.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator, StopSequences, generate_step
+from mlx_lm.generate import (
+    BatchGenerator,
+    StopSequences,
+    generate_step,
+    maybe_quantize_kv_cache,
+)
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
+from ..errors import InputError
 from ..request import Request
 
 if TYPE_CHECKING:
@@ -57,8 +64,8 @@ class Batch(ABC):
 
 def make_batch(model: nn.Module, options: Options) -> Batch:
     """Continuous batching where mlx-lm can merge this model's caches, else one by one."""
-    caches = make_prompt_cache(model, options.max_kv_size)
-    if options.kv_bits is None and all(_mergeable(c) for c in caches):
+    plain = options.kv_bits is None and options.max_kv_size is None
+    if plain and all(_mergeable(c) for c in make_prompt_cache(model)):
         return Continuous(model, options)
     return OneByOne(model, options)
 
@@ -77,7 +84,6 @@ class Continuous(Batch):
             prefill_step_size=options.prefill_chunk,
             completion_batch_size=options.batch,
             prefill_batch_size=min(8, options.batch),
-            max_kv_size=options.max_kv_size,
         )
         self._ids: dict[int, str] = {}
 
@@ -128,6 +134,22 @@ class OneByOne(Batch):
         self._waiting: list[tuple[Request, Sampler, list[LogitsProcessor]]] = []
         self._running: dict[str, tuple[Request, Iterator[tuple[int, Any]]]] = {}
         self._given: dict[str, int] = {}
+        if options.kv_bits is not None:
+            self._try_quantised_cache()
+
+    def _try_quantised_cache(self) -> None:
+        """Find out now, not in the middle of an answer, that a cache cannot be quantised."""
+        options = self._options
+        caches = make_prompt_cache(self._model, options.max_kv_size)
+        self._model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+        try:
+            maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(
+                f"kv_bits: this model's cache cannot be quantised to {options.kv_bits} bits in "
+                f"groups of {options.kv_group_size}: {error}",
+                "kv_bits",
+            ) from error
 
     def insert(
         self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -53,6 +53,7 @@ CONTEXTS = (
 SINGLE = re.compile(r"(?P<head>.*\.(?:experts|moe\.mlp))\.(?P<expert>\d+)\.(?P<tail>.*)")
 # or all experts of a layer stacked along the first axis:
 STACKED = re.compile(
+    r"(?!.*(?:norm|correction_bias))"  # which families hang beside the experts
     r".*\.(?:"
     r"(?:experts|switch_mlp|switch_glu)\.(?!\d)"  # mlx's own, and the hub's fused ones
     r"|moe\.(?:gate|up|down)_proj\."  # step3p5
@@ -71,7 +72,7 @@ class Family:
             over ranks, where the sum must happen in the middle of the block.
         sum_before: a module inside the block that is not linear and takes the experts' sum: ranks
             are summed before it, and what follows (shared experts too) runs on every rank.
-        defaults: config keys that transformers 5 no longer writes, with the values it means.
+        config: gives the config keys that mlx-lm needs and transformers 5 no longer writes.
         before: applied to the checkpoint's tensors before mlx-lm's own conversion.
         once: biases inside the block that follow the experts' sum: one rank adds them.
         metal_only: mlx-lm's own code for it is written as Metal kernels.
@@ -80,7 +81,7 @@ class Family:
 
     forward: Callable[..., mx.array] | None = None
     sum_before: str | None = None
-    defaults: dict[str, Any] = field(default_factory=dict)
+    config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     before: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = None
     once: tuple[str, ...] = ()
     metal_only: bool = False
@@ -179,9 +180,41 @@ def _gpt_oss(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 _PLAIN = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
+
+def _stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Stack single experts for a family whose conversion in mlx-lm knows fused ones only."""
+    found: dict[str, dict[int, mx.array]] = {}
+    rest = {}
+    for key, value in weights.items():
+        one = SINGLE.fullmatch(key)
+        if one is None or not one["head"].endswith(".experts"):
+            rest[key] = value
+            continue
+        name = f"{one['head'].removesuffix('experts')}switch_mlp.{one['tail']}"
+        found.setdefault(name, {})[int(one["expert"])] = value
+    return rest | {k: mx.stack([v[e] for e in sorted(v)]) for k, v in found.items()}
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
 GENERIC = Family()
 FAMILIES: dict[str, Family] = {
     "dbrx": Family(note="experts come as a list and are prestacked on loading"),
+    "exaone_moe": Family(
+        config=lambda c: {
+            "head_dim": _head_dim(c),
+            "is_moe_layer": [kind == "sparse" for kind in c.get("mlp_layer_types", ())],
+        }
+    ),
+    "glm_moe_dsa": Family(
+        config=lambda _: {
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "moe_layer_freq": 1,
+        }
+    ),
     "gpt_oss": Family(before=_gpt_oss, note="clipped SwiGLU, expert biases"),
     "kimi_k3": Family(
         sum_before="routed_expert_norm", note="the sum of latent experts is normalised"
@@ -191,7 +224,21 @@ FAMILIES: dict[str, Family] = {
     # Its norm of each expert's output gives zero for zero, so the sum over ranks stays right.
     "muse_spark": Family(metal_only=True, note="never run: needs Metal"),
     "nemotron_h": Family(once=("fc2_latent_proj.bias",), note="latent experts are projected back"),
-    "qwen3_next": Family(defaults={"norm_topk_prob": True}),
+    "minimax_m2": Family(
+        config=lambda c: {
+            "shared_intermediate_size": 0,
+            "rotary_dim": int(_head_dim(c) * c.get("partial_rotary_factor", 1)),
+        }
+    ),
+    "qwen3_5_moe": Family(before=_stacked),
+    "qwen3_next": Family(config=lambda _: {"norm_topk_prob": True}),
+    "solar_open": Family(
+        config=lambda c: {
+            "intermediate_size": c["moe_intermediate_size"],
+            "first_k_dense_replace": 0,
+            "partial_rotary_factor": 1.0,
+        }
+    ),
 }
 
 
@@ -317,8 +364,9 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     kinds = config.get("mlp_layer_types")
     if isinstance(kinds, list) and "first_k_dense_replace" not in config and "sparse" in kinds:
         full["first_k_dense_replace"] = kinds.index("sparse")
-    if isinstance(rope, dict):
-        full = FAMILIES.get(str(config.get("model_type")), GENERIC).defaults | full
+    family = FAMILIES.get(str(config.get("model_type")), GENERIC)
+    if family.config is not None and isinstance(rope, dict):
+        full = family.config(full) | full
     return full
 
 

@@ -34,7 +34,7 @@ class Row:
 
 def all_families() -> list[Row]:
     """Every family with experts, by name."""
-    names = {p.stem for p in TINY.glob("*.json")} | set(FAMILIES)
+    names = {p.stem for p in TINY.glob("*.json")} | set(FAMILIES) - set(MODEL_REMAPPING)
     rows = []
     for name in sorted(names, key=str.lower):
         aliases = tuple(sorted(a for a, module in MODEL_REMAPPING.items() if module == name))

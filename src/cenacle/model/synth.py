@@ -55,6 +55,7 @@ CHUNK = 1 << 21  # values drawn at a time
 LINEAR = 1.5
 HEAD = 3.0
 TIED_HEAD = 0.5  # more, and a tied model sees little but its last token and repeats it
+ATTENTION = 0.5  # it averages tokens: with more, a deep model's positions are all alike
 EMBEDDING = 1.0
 NOISE = 0.1  # around the default, for everything that is not a weight: norms, biases, corrections
 
@@ -100,15 +101,10 @@ _LAYER_IDS = (
     "moe_layers",
 )
 _LAYER_IDS_FROM_1 = ("full_attn_layers", "kda_layers")
+_ATTENTION_OUTPUTS = ("dense", "o_b_proj", "o_proj", "out_proj")
 # mlx-lm looks for a full-attention layer at the end of the first period.
 _PERIODS = ("full_attention_interval", "layer_group_size")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 IM_END, END_OF_TEXT = 257, 258
 
@@ -490,7 +486,11 @@ def _draws(model: nn.Module, config: Config) -> dict[str, Draw]:
     tied = not any(name.startswith(("lm_head.", "language_model.lm_head.")) for name, _ in params)
     # Some families divide or multiply the logits by a constant of the config: undo it.
     text = text_config(config)
-    head = (TIED_HEAD if tied else HEAD) * text.get("logits_scaling", 1.0) / text.get("output_multiplier", 1.0)
+    head = (
+        (TIED_HEAD if tied else HEAD)
+        * text.get("logits_scaling", 1.0)
+        / text.get("output_multiplier", 1.0)
+    )
 
     def draw(name: str, value: mx.array) -> Draw:
         path, _, leaf = name.rpartition(".")
@@ -501,7 +501,8 @@ def _draws(model: nn.Module, config: Config) -> dict[str, Draw]:
         if "lm_head" in name and value.ndim == 2:
             return Draw(head / math.sqrt(width))
         if leaf == "weight" and isinstance(owner, nn.Linear | SwitchLinear | MultiLinear):
-            return Draw(LINEAR / math.sqrt(width))
+            mixes = path.rpartition(".")[2] in _ATTENTION_OUTPUTS
+            return Draw((ATTENTION if mixes else LINEAR) / math.sqrt(width))
         if leaf == "weight" and isinstance(owner, nn.Conv1d):
             return Draw(LINEAR / math.sqrt(math.prod(value.shape[1:])))
         if leaf == "bias" and isinstance(owner, nn.Linear | SwitchLinear | nn.Conv1d):
@@ -693,7 +694,8 @@ def _write_json(path: Path, value: Any) -> None:
 def write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
     """A byte-level tokenizer: ids 0..255 are the bytes, then the special tokens, then fillers.
 
-    A filler decodes to " t" and its id, so that every id a random model gives is text.
+    A filler decodes to " t" and its id, so that every id a random model gives is text. There is no
+    chat template: to a random model a prompt is just its tokens, for mlx-lm's tools too.
 
     Raises:
         InputError: the vocabulary has no room for the bytes and the special tokens.
@@ -721,7 +723,6 @@ def write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
             "pad_token": "<|endoftext|>",
             "additional_special_tokens": list(SPECIALS),
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
         },
     )
 

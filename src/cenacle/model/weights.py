@@ -140,6 +140,8 @@ def _header(file: Path) -> Iterable[Tensor]:
             raise CheckpointError(
                 f"{file}: the header is corrupted ({error}); fetch it again"
             ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is corrupted (no JSON object); fetch it again")
     header.pop("__metadata__", None)
     for name, entry in header.items():
         try:
@@ -148,16 +150,16 @@ def _header(file: Path) -> Iterable[Tensor]:
                 tuple(entry["shape"]),
                 entry["data_offsets"],
             )
-            bits = _DTYPES[dtype][0]
+            want = math.prod(shape) * _DTYPES[dtype][0] // 8
+            given = stop - start
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: tensor {name} is described by {entry!r}, which is not understood"
             ) from error
-        want = math.prod(shape) * bits // 8
-        if stop - start != want or start < 0:
+        if given != want or start < 0:
             raise CheckpointError(
                 f"{file}: tensor {name} of {dtype} {list(shape)} needs {want} bytes, "
-                f"its header gives it {stop - start}"
+                f"its header gives it {given}"
             )
         begin = 8 + length
         if begin + stop > size:
@@ -174,8 +176,8 @@ def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
     if not index.exists():
         return
     try:
-        named = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        named = dict(json.loads(index.read_text())["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, not UTF-8
         raise CheckpointError(f"{index} is not understood: {error!r}") from error
     missing = {name: file for name, file in named.items() if name not in tensors}
     if missing:

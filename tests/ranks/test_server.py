@@ -1,0 +1,484 @@
+"""The HTTP server as clients see it: real ranks, real sockets, OpenAI's own client."""
+
+import contextlib
+import http.client
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import cenacle
+from cenacle.errors import InputError
+from cenacle.server.app import bind
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
+SUM: Any = [{"role": "user", "content": "What is 12 + 30?"}]
+SECRET = "xyzzy-plugh"  # must not be found in any log
+# An answer that goes on until the context is full.
+ENDLESS: dict[str, Any] = {"temperature": 0, "logit_bias": {str(END): -100}}
+
+PROGRAM = f"""
+import socket, sys
+import cenacle
+from cenacle.server.app import Limits, bind, serve
+
+sock = bind(port=0)
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read shows
+with cenacle.load({str(DEMO)!r}, nodes=int(sys.argv[1])) as model:
+    limits = Limits(body_s=2, head_s=2, write_s=2)
+    serve(model, sock, lambda url: print(url, flush=True), limits)
+print("ended", flush=True)
+"""
+
+
+@dataclass
+class Server:
+    url: str
+    process: "subprocess.Popen[str]"
+    log: Path
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=60)
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        answer = httpx.get(f"{self.url}/health", timeout=10)
+        return answer.status_code, answer.json()
+
+    def post(self, path: str = "chat/completions", **given: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", timeout=60, **given)
+
+    def busy(self) -> int:
+        data = self.health()[1]
+        return data["running"] + data["waiting"]
+
+
+@contextlib.contextmanager
+def server(log: Path, nodes: int) -> Iterator[Server]:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(nodes)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            with selectors.DefaultSelector() as waiting:
+                waiting.register(process.stdout, selectors.EVENT_READ)
+                assert waiting.select(timeout=60), "the server did not start"
+            url = process.stdout.readline().strip()
+            assert url.startswith("http://"), log.read_text()
+            yield Server(url, process, log)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server over two ranks."""
+    with server(tmp_path_factory.mktemp("pair") / "log", 2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server over one rank: quicker, for what does not depend on the group."""
+    with server(tmp_path_factory.mktemp("single") / "log", 1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(pair: Server) -> Iterator[openai.OpenAI]:
+    with pair.client() as made:
+        yield made
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """Seconds that it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not so within {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# What clients ask
+
+
+def test_models_and_health(pair: Server, client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["demo_model"]
+    assert client.models.retrieve("demo_model").owned_by == "cenacle"
+    with pytest.raises(openai.NotFoundError, match="demo_model"):
+        client.models.retrieve("other/model")
+    status, health = pair.health()
+    assert status == 200
+    assert (health["status"], health["model"], health["nodes"]) == ("ok", "demo_model", 2)
+    assert [r["rank"] for r in health["ranks"]] == [0, 1]
+    assert all(running(r["pid"]) and r["device"] for r in health["ranks"])
+    assert (health["running"], health["waiting"]) == (0, 0)
+
+
+def test_a_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo_model", messages=SUM, temperature=0)
+    choice = answer.choices[0]
+    assert choice.message.content == "42"
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.object == "chat.completion"
+    assert abs(answer.created - time.time()) < 60
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3  # with the one that ends it
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 3
+
+
+def test_a_chat_in_chunks(client: openai.OpenAI) -> None:
+    with client.chat.completions.create(
+        model="demo_model",
+        messages=SUM,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
+        chunks = list(stream)
+    *first, last, counted = chunks
+    assert first[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in first) == "42"
+    assert {c.choices[0].finish_reason for c in first} == {None}
+    assert last.choices[0].finish_reason == "stop"
+    assert last.choices[0].delta.content is None
+    assert counted.choices == []
+    assert counted.usage is not None
+    assert counted.usage.completion_tokens == 3
+    assert len({(c.id, c.created, c.model, c.system_fingerprint) for c in chunks}) == 1
+
+
+def test_a_stream_on_the_wire(pair: Server) -> None:
+    answer = pair.post(json={"messages": SUM, "temperature": 0, "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(e.removeprefix("data: ")) for e in events[:-2]]
+    assert chunks[-1]["choices"][0]["delta"] == {}
+    assert all("usage" not in c for c in chunks)
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    rendered = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
+    answer = client.completions.create(model="demo_model", prompt=rendered, temperature=0)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("42", "stop")
+    assert (answer.object, answer.id[:5]) == ("text_completion", "cmpl-")
+    two = client.completions.create(
+        model="demo_model", prompt=[rendered, "abc"], temperature=0, max_tokens=2
+    )
+    assert [c.index for c in two.choices] == [0, 1]
+    assert (two.choices[0].text, two.choices[0].finish_reason) == ("42", "length")
+    with client.completions.create(
+        model="demo_model", prompt=[5, 6, 7], stream=True, **ENDLESS
+    ) as stream:
+        chunks = list(stream)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert {c.object for c in chunks} == {"text_completion"}
+    whole = client.completions.create(model="demo_model", prompt=[5, 6, 7], **ENDLESS)
+    assert whole.choices[0].text == "".join(c.choices[0].text for c in chunks)
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 16)
+
+
+def test_a_seed_gives_the_same_text_and_choices_differ(client: openai.OpenAI) -> None:
+    def ask(n: int) -> list[str | None]:
+        answer = client.chat.completions.create(
+            model="demo_model",
+            messages=SUM,
+            temperature=2,
+            max_tokens=12,
+            seed=5,
+            n=n,
+            logit_bias={str(END): -100},
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 12 * n
+        return [c.message.content for c in answer.choices]
+
+    alone, several = ask(1), ask(3)
+    assert alone[0] == several[0]
+    assert len(set(several)) == 3
+
+
+def test_a_stop_string_ends_the_answer_before_it(pair: Server, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo_model", messages=SUM, temperature=0, stop=["2"]
+    )
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("4", "stop")
+    wait_until(lambda: pair.busy() == 0, 2)
+
+
+def test_streams_at_once_give_the_texts_that_they_give_alone(client: openai.OpenAI) -> None:
+    questions = ["What is 12 + 30?", "Who are you? Tell me more."]
+
+    def ask(at: int) -> str:
+        with client.chat.completions.create(
+            model="demo_model",
+            messages=[{"role": "user", "content": questions[at]}],
+            temperature=0,
+            max_tokens=24,
+            logit_bias={str(END): -100},
+            stream=True,
+        ) as stream:
+            return "".join(c.choices[0].delta.content or "" for c in stream)
+
+    alone = [ask(0), ask(1)]
+    together = ["", ""]
+
+    def keep(at: int) -> None:
+        together[at] = ask(at)
+
+    threads = [threading.Thread(target=keep, args=(at,)) for at in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert together == alone
+    assert all(len(text) >= 20 for text in alone)
+
+
+# What is refused
+
+
+def refused(answer: httpx.Response) -> tuple[int, str | None, str | None]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return answer.status_code, error["param"], error["code"]
+
+
+def test_bodies_that_are_refused(single: Server) -> None:
+    for body in (b"{", b"[]", b"\xff", b""):
+        assert refused(single.post(content=body)) == (400, None, "invalid_body")
+    many = {"messages": [{"role": "user", "content": "1 + 1 " * 1000}]}
+    assert refused(single.post(json=many)) == (400, "messages", "context_length_exceeded")
+    ids = single.post("completions", json={"prompt": [1] * 1024})
+    assert refused(ids) == (400, "prompt", "context_length_exceeded")
+    ids = single.post("completions", json={"prompt": [384]})
+    assert refused(ids) == (400, "prompt", "invalid_value")
+    empty = single.post(json={"messages": []})
+    assert refused(empty) == (400, "messages", "invalid_value")
+    negative = single.post(json={"messages": SUM, "max_tokens": -1})
+    assert refused(negative) == (400, "max_tokens", "invalid_value")
+    surrogate = single.post(content=b'{"messages": [], "\\ud800": 1}')
+    assert surrogate.status_code == 400
+
+
+def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="demo_model") as caught:
+        client.chat.completions.create(model="gpt-4o", messages=SUM)
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.chat.completions.create(
+            model="demo_model", messages=SUM, response_format={"type": "json_object"}
+        )
+    assert (refusal.value.param, refusal.value.code) == (
+        "response_format",
+        "unsupported_parameter",
+    )
+
+
+def test_paths_and_methods_that_are_refused(single: Server) -> None:
+    wrong = httpx.get(f"{single.url}/v1/chat/completions")
+    assert refused(wrong) == (405, None, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
+    assert refused(single.post("models", json={})) == (405, None, "method_not_allowed")
+    assert refused(single.post("embeddings", json={})) == (404, None, "unknown_url")
+
+
+def test_a_body_that_is_too_large(single: Server) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(12):
+            yield b" " * 1_000_000
+
+    expected = (413, None, "body_too_large")
+    assert refused(single.post(content=b" " * 11_000_000)) == expected
+    assert refused(single.post(content=pieces())) == expected  # chunked: no length is declared
+    with socket.create_connection(single.address, timeout=10) as sock:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n"
+        sock.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_clients_that_stop_in_the_middle_are_ended(single: Server) -> None:
+    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    body = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"a'
+    with contextlib.ExitStack() as opened:
+
+        def connect() -> socket.socket:
+            return opened.enter_context(socket.create_connection(single.address, timeout=10))
+
+        silent, in_head, in_next_head, in_body = (connect() for _ in range(4))
+        in_head.sendall(b"POST /v1/chat/comp")
+        in_next_head.sendall(health)
+        assert in_next_head.recv(65536).startswith(b"HTTP/1.1 200 ")
+        in_next_head.sendall(health[:8])
+        in_body.sendall(body)
+        began = time.monotonic()
+        for sock in (silent, in_head, in_next_head):
+            assert read_all(sock) == b""
+        assert read_all(in_body).startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - began < 6
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until the server ends the connection."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := sock.recv(65536):
+            data += piece
+    return data
+
+
+# Clients that leave
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(pair: Server, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="demo_model", messages=SUM, stream=True, **ENDLESS
+    )
+    for _ in range(5):
+        next(stream)
+    assert pair.busy() == 1
+    stream.close()
+    wait_until(lambda: pair.busy() == 0, 2)
+
+
+def test_a_client_that_leaves_without_its_answer_frees_its_place(pair: Server) -> None:
+    host, port = pair.address
+    connection = http.client.HTTPConnection(host, port, timeout=10)
+    body = json.dumps({"messages": SUM, "n": 2, **ENDLESS})
+    connection.request("POST", "/v1/chat/completions", body)
+    wait_until(lambda: pair.busy() == 2, 5)
+    connection.close()
+    wait_until(lambda: pair.busy() == 0, 2)
+
+
+def test_a_client_that_does_not_read_is_ended(single: Server) -> None:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(single.address)
+        body = json.dumps({"messages": SUM, "n": 8, "stream": True, **ENDLESS}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: single.busy() == 8, 5)
+        wait_until(lambda: single.busy() == 0, 15)
+        assert not read_all(sock).endswith(b"0\r\n\r\n")  # cut, not completed
+
+
+def test_no_text_is_logged(single: Server) -> None:
+    single.post(json={"messages": [{"role": "user", "content": SECRET}], "max_tokens": 2})
+    single.post(json={"messages": [{"role": SECRET, "content": SECRET}], SECRET: 1})
+    single.post(content=f'{{"{SECRET}'.encode())
+    log = single.log.read_text()
+    assert SECRET not in log
+    assert "Traceback" not in log
+    assert "internal error" not in log
+
+
+# Ends
+
+
+def test_when_a_rank_is_killed_clients_are_told_and_health_says_so(tmp_path: Path) -> None:
+    with server(tmp_path / "log", 2) as doomed, doomed.client() as client:
+        pids = [r["pid"] for r in doomed.health()[1]["ranks"]]
+        waiting: list[httpx.Response] = []
+
+        def wait_for_the_whole() -> None:
+            waiting.append(doomed.post(json={"messages": SUM, **ENDLESS}))
+
+        thread = threading.Thread(target=wait_for_the_whole)
+        thread.start()
+        wait_until(lambda: doomed.busy() == 1, 5)
+        with client.chat.completions.create(
+            model="demo_model", messages=SUM, stream=True, **ENDLESS
+        ) as stream:
+            for _ in range(5):
+                next(stream)
+            os.kill(pids[1], signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(openai.APIError, match="rank 1"):
+                list(stream)
+            assert time.monotonic() - began < 5
+        thread.join(5)
+        assert refused(waiting[0]) == (503, None, "group_failed")
+        status, health = doomed.health()
+        assert (status, health["status"], health["rank"]) == (503, "failed", 1)
+        assert "rank 1" in health["reason"]
+        wait_until(lambda: not any(running(pid) for pid in pids), 5)
+        for _ in range(2):  # the server stays, and goes on saying so
+            with pytest.raises(openai.InternalServerError, match="rank 1") as caught:
+                client.chat.completions.create(model="demo_model", messages=SUM)
+            assert caught.value.status_code == 503
+        doomed.process.send_signal(signal.SIGINT)
+        assert doomed.process.wait(10) == 0
+
+
+def test_a_signal_ends_the_server_and_what_it_is_doing(tmp_path: Path) -> None:
+    with server(tmp_path / "log", 1) as ending, ending.client() as client:
+        pids = [r["pid"] for r in ending.health()[1]["ranks"]]
+        with client.chat.completions.create(
+            model="demo_model", messages=SUM, stream=True, **ENDLESS
+        ) as stream:
+            for _ in range(5):
+                next(stream)
+            ending.process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="told to end"):
+                list(stream)
+        assert ending.process.wait(10) == 0
+        assert ending.process.stdout is not None
+        assert ending.process.stdout.read().strip() == "ended"
+        assert not any(running(pid) for pid in pids)
+        assert ending.log.read_text() == ""
+
+
+# The socket
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
+    with bind(port=0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is in use") as caught:
+            bind(port=port)
+    assert "--port" in str(caught.value)
+
+
+def test_wrong_addresses_are_named() -> None:
+    with pytest.raises(InputError, match="192") as caught:
+        bind("192.0.2.1", 0)
+    assert caught.value.field == "host"
+    with pytest.raises(InputError, match="65536"):
+        bind(port=65536)

@@ -1,0 +1,84 @@
+"""A request that exists is valid, and comes through JSON unchanged."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cenacle.errors import InputError
+from cenacle.request import Request, Sampling, Step, TokenEvent
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1, exclude_min=True),
+    top_k=st.integers(0, 1000),
+    min_p=st.floats(0, 1),
+    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+    repetition_penalty=st.floats(0, 10, exclude_min=True),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(st.integers(0, 10**6), st.floats(-100, 100)),
+)
+tokens = st.lists(st.integers(0, 10**6), min_size=1, max_size=5).map(tuple)
+requests = st.builds(
+    Request,
+    id=st.text(max_size=5),
+    tokens=tokens,
+    max_tokens=st.integers(1, 10**6),
+    stop_tokens=st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    sampling=samplings,
+)
+
+
+@given(
+    st.builds(
+        Step,
+        number=st.integers(0),
+        admitted=st.lists(requests, max_size=3).map(tuple),
+        cancelled=st.lists(st.text(max_size=4), max_size=3).map(tuple),
+        measured=st.booleans(),
+    )
+)
+def test_json_round_trip(step):
+    assert Step.from_json(json.loads(json.dumps(step.to_json()))) == step
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("temperature", [0, 2, 0.7], [-0.1, 2.01, float("nan"), float("inf"), "1", None, True]),
+        ("top_p", [1, 1e-9], [0, -1, 1.1, float("nan"), "1", None]),
+        ("top_k", [0, 10**6], [-1, "3", None]),
+        ("min_p", [0, 1], [-0.1, 1.1, float("nan")]),
+        ("repetition_penalty", [0.1, 1, 10], [0, -1, 10.1, float("nan")]),
+        ("presence_penalty", [-2, 0, 2], [-2.1, 2.1, float("nan"), False]),
+        ("frequency_penalty", [-2, 0, 2], [-2.1, 2.1, float("nan")]),
+        ("seed", [None, 0, -(2**63), 2**63 - 1], [2**63, -(2**63) - 1, "x", True]),
+    ],
+)
+def test_fields_of_sampling(name, good, bad):
+    for value in good:
+        assert getattr(Sampling(**{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(InputError, match=f"^{name}: expected") as caught:
+            Sampling(**{name: value})
+        assert caught.value.field == name
+
+
+def test_fields_of_request():
+    with pytest.raises(InputError, match="at least one token") as caught:
+        Request("a", (), 1)
+    assert caught.value.field == "prompt"
+    for number in (0, -5):
+        with pytest.raises(
+            InputError, match=f"max_tokens: expected at least 1, got {number}"
+        ) as caught:
+            Request("a", (1,), number)
+        assert caught.value.field == "max_tokens"
+
+
+def test_greedy_is_the_default():
+    assert Request("a", (1,), 1).sampling == Sampling(temperature=0.0, seed=None)
+    assert TokenEvent("a", 3).finish is None

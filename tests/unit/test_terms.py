@@ -1,0 +1,86 @@
+"""Terms add up to the total, whatever the ranks' clocks say."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cenacle.engine.terms import Terms
+
+seconds = st.floats(0, 10, allow_subnormal=False)
+
+
+def report(exchanges, trunk=0.0, experts=0.0, total=None, decoding=True, routed=None):
+    laps = {"trunk": trunk, "experts": experts, "exchange": sum(exchanges)}
+    total = sum(laps.values()) if total is None else total
+    return {
+        **{"laps_s": laps, "exchanges_s": exchanges, "total_s": total},
+        **{"decoding": decoding, "routed": routed or {}},
+    }
+
+
+@st.composite
+def steps(draw):
+    ranks, layers = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    each = st.builds(
+        report, st.lists(seconds, min_size=layers, max_size=layers), seconds, seconds, seconds
+    )
+    return draw(st.lists(st.lists(each, min_size=ranks, max_size=ranks), min_size=1, max_size=4))
+
+
+@given(steps())
+def test_terms_add_up(steps):
+    terms = Terms()
+    for reports in steps:
+        terms.add(reports)
+    ms = terms.per_token_ms()
+    assert list(ms) == ["trunk", "experts", "exchange", "waiting", "rest", "total"]
+    parts = sum(v for k, v in ms.items() if k != "total")
+    assert parts == pytest.approx(ms["total"], abs=1e-6)
+    assert ms["waiting"] >= -1e-6
+    means = [sum(r["total_s"] for r in reports) / len(reports) for reports in steps]
+    assert ms["total"] == pytest.approx(1000 * sum(means) / len(steps), abs=1e-6)
+
+
+def test_exchange_is_the_shortest_and_the_rest_is_waiting():
+    """Layer 0: rank 1 comes last, rank 0 waits 3 s. Layer 1: rank 0 comes last."""
+    terms = Terms()
+    terms.add(
+        [report([4.0, 1.0], trunk=1.0, experts=2.0), report([1.0, 2.0], 3.0, 4.0, total=12.0)]
+    )
+    assert terms.per_token_ms() == {
+        **{"trunk": 2000.0, "experts": 3000.0, "exchange": 2000.0, "waiting": 2000.0},
+        **{"rest": 1000.0, "total": 10000.0},
+    }
+
+
+def test_one_rank_waits_for_nobody():
+    terms = Terms()
+    terms.add([report([0.5, 0.25])])
+    assert terms.per_token_ms()["waiting"] == 0
+    assert terms.per_token_ms()["exchange"] == 750
+
+
+def test_means_are_over_measured_decode_steps():
+    terms = Terms()
+    terms.add([report([1.0]), report([1.0])])
+    terms.add([report([3.0]), report([3.0])])
+    terms.add([report([9.0]), report([9.0], decoding=False)])
+    assert terms.steps == 2
+    assert terms.per_token_ms()["exchange"] == 2000
+
+
+def test_nothing_measured_is_zero():
+    assert set(Terms().per_token_ms().values()) == {0.0}
+
+
+def test_routed_counts_are_rank_0s_added_up():
+    """They come through JSON, which makes strings of keys."""
+    terms = Terms()
+    terms.add([report([1.0], routed={"0": {"3": 2}}), report([1.0], routed={"0": {"3": 2}})])
+    terms.add([report([1.0], routed={"0": {"3": 1, "5": 1}, "4": {"0": 1}}), report([1.0])])
+    assert terms.routed == {0: {3: 3, 5: 1}, 4: {0: 1}}
+
+
+def test_ranks_of_different_depth_are_an_error():
+    with pytest.raises(ValueError, match="longer"):
+        Terms().add([report([1.0]), report([1.0, 2.0])])

@@ -1,0 +1,103 @@
+"""Pieces of a stream, joined, are the text before the first stop string."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cenacle.engine.text import TextStream
+
+SILENT = 0
+
+
+class Detokenizer:
+    """Token n is `words[n - 1]`; like mlx-lm's, it may hold an unfinished character back."""
+
+    def __init__(self, words):
+        self.words, self.last_segment, self._held = words, "", b""
+
+    def add_token(self, token):
+        assert token != SILENT, "a stop token reached the detokenizer"
+        word = self.words[token - 1]
+        data = self._held + (word if isinstance(word, bytes) else word.encode())
+        text = data.decode(errors="ignore")
+        self._held = data[len(text.encode()) :]
+        self.last_segment = text
+
+    def finalize(self):
+        self.last_segment = self._held.decode(errors="replace")
+        self._held = b""
+
+
+def pieces(words, stop=(), end=True):
+    stream = TextStream(Detokenizer(words), stop, (SILENT,))
+    given = [stream.add(i + 1) for i in range(len(words))]
+    return [*given, stream.end()] if end else given, stream
+
+
+def cut(text: str, stop) -> str:
+    """The slow and obvious way."""
+    return text[: min((at for s in stop if s and (at := text.find(s)) >= 0), default=len(text))]
+
+
+few = st.text("abc", max_size=4)
+
+
+@given(st.lists(few, max_size=8), st.lists(few, max_size=3))
+def test_joined_pieces_are_the_text_before_the_first_stop_string(words, stop):
+    got, stream = pieces(words, stop)
+    text = "".join(words)
+    # A stop string is looked for as text comes: the first that is complete ends the answer.
+    ends = [i for i in range(len(words) + 1) if any(s and s in "".join(words[:i]) for s in stop)]
+    seen = "".join(words[: ends[0]]) if ends else text
+    assert "".join(got) == cut(seen, stop)
+    assert stream.stopped == bool(ends)
+    for i in range(len(got)):
+        assert text.startswith("".join(got[: i + 1])), "what was given cannot be taken back"
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "want"),
+    [
+        (["Hello", " ", "world"], (), ["Hello", " ", "world", ""]),
+        (["a<|", "en", "d|>b"], ["<|end|>"], ["a", "", "", ""]),
+        (["a<|", "en", "d>b"], ["<|end|>"], ["a", "", "<|end>b", ""]),
+        (["a<", "<", "|"], ["<|"], ["a", "<", "", ""]),
+        (["x", "a", "a"], ["aab"], ["x", "", "", "aa"]),
+        (["aab", "aac"], ["aabaac"], ["", "", ""]),
+        (["aabaa", "baac"], ["aabaac"], ["", "aab", ""]),
+        (["1\n", "2\n", "\n3"], ["\n\n", "\nx"], ["1", "\n2", "", ""]),
+        (["ab", "cd"], ["cd", "bc"], ["a", "", ""]),
+        (["ab"], [""], ["ab", ""]),
+        (["stop here"], ["stop"], ["", ""]),
+    ],
+)
+def test_hold_back(words, stop, want):
+    assert pieces(words, stop)[0] == want
+
+
+def test_nothing_comes_after_a_stop_string():
+    stream = TextStream(Detokenizer(["ab", "cd"]), ["b"], ())
+    assert [stream.add(1), stream.add(2), stream.end()] == ["a", "", ""]
+    assert stream.stopped
+
+
+def test_stop_tokens_have_no_text():
+    stream = TextStream(Detokenizer(["a"]), (), (SILENT,))
+    assert [stream.add(1), stream.add(SILENT), stream.end()] == ["a", "", ""]
+    assert not stream.stopped
+
+
+def test_no_piece_ends_inside_a_character():
+    euro = "€".encode()
+    assert pieces([b"a" + euro[:1], euro[1:2], euro[2:]])[0] == ["a", "", "€", ""]
+    assert pieces([b"a" + euro[:2]])[0] == ["a", "\ufffd"]
+
+
+def test_stop_string_that_ends_only_with_the_last_character():
+    got, stream = pieces(["a", "€".encode()[:2]], ["\ufffd"])
+    assert ("".join(got), stream.stopped) == ("a", True)
+
+
+def test_end_gives_what_was_held_back_in_order():
+    got, stream = pieces(["a", "€".encode()[:2]], ["ab", "\ufffdz"])
+    assert (got, stream.stopped) == (["", "", "a\ufffd"], False)
