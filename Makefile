@@ -20,7 +20,7 @@ test: install lint
 lint: install
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/ruff check src tests tools
-	$(BIN)/pyright
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -18,14 +18,13 @@ Training needs torch, safetensors, tokenizers and transformers.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,13 +89,27 @@ class Phase:
     peak_lr: float
     warm_up: int  # steps
     horizon: int  # the step at which the cosine would reach a fiftieth of the peak
+    openings: tuple[str, ...] = ("",)  # words before a question, one chosen at random
+    facts: float = 0.0  # this share of the questions is replaced by facts
 
 
 # Short rows first, for speed; then long conversations, without which the model, exact at turn 1,
-# loses its way after about 110 tokens of history.
+# loses its way after about 110 tokens of history; last, more ways to ask, mostly for the facts,
+# which have few phrasings of their own.
 PHASES = (
     Phase(6000, 96, 20, (0.75, 0.15, 0.10), peak_lr=3e-3, warm_up=200, horizon=13000),
     Phase(3500, 384, 5, (0.5, *(0.5 / 12,) * 12), peak_lr=1.5e-3, warm_up=100, horizon=3500),
+    Phase(
+        900,
+        384,
+        5,
+        (0.5, *(0.5 / 12,) * 12),
+        peak_lr=1e-3,
+        warm_up=50,
+        horizon=900,
+        openings=("", "", "Please tell me: ", "Question: ", "Hello! ", "You can answer this. "),
+        facts=0.3,
+    ),
 )
 
 
@@ -275,11 +288,19 @@ class Rows:
         self.tasks = tasks("train", seed)
         self.waiting: list[tuple[list[int], list[bool]]] = []
 
+    def _task(self) -> Task:
+        task = next(self.tasks)
+        if self.phase.facts and self.rng.random() < self.phase.facts:
+            task = next(t for t in self.tasks if t.kind == "fact")
+        if len(self.phase.openings) == 1:
+            return task
+        return replace(task, question=self.rng.choice(self.phase.openings) + task.question)
+
     def _conversation(self) -> list[tuple[str, bool]]:
         weights = self.phase.turns
         turns = self.rng.choices(range(1, len(weights) + 1), weights)[0]
         system = self.rng.choice(SYSTEM_PROMPTS) if self.rng.random() < 0.1 else None
-        return render(system, list(itertools.islice(self.tasks, turns)))
+        return render(system, [self._task() for _ in range(turns)])
 
     def _encoded(self, count: int) -> Iterator[tuple[list[int], list[bool]]]:
         talks = [self._conversation() for _ in range(count)]
@@ -567,7 +588,8 @@ def main() -> None:
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss")
     parser.add_argument("--every", type=int, default=500, help="steps between checks")
     parser.add_argument("--checkpoints", type=Path, help="export here at every check")
-    parser.add_argument("--resume", type=Path, help="start from this exported end of phase 0")
+    parser.add_argument("--resume", type=Path, help="start from the exported end of a phase")
+    parser.add_argument("--phase", type=int, default=0, help="with --resume: the phase to start at")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -590,8 +612,8 @@ def main() -> None:
     else:
         tokenizer = make_tokenizer()
         model = Dbrx(Shape(vocab_size=tokenizer.get_vocab_size()))
-        train(model, tokenizer, 0, args)
-    train(model, tokenizer, 1, args)
+    for number in range(args.phase, len(PHASES)):
+        train(model, tokenizer, number, args)
     minutes = (time.time() - started) / 60
     print(f"trained in {minutes:.0f} minutes", flush=True)
     export(model, tokenizer, args.out)

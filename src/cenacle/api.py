@@ -140,9 +140,9 @@ def load(
 def _text(checkpoint: Checkpoint) -> Text | None:
     """None for a folder without any tokenizer: it can be asked with ids."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((checkpoint.folder / n).exists() for n in names):
-        if not list(checkpoint.folder.glob("*.tiktoken")):
-            return None
+    found = any((checkpoint.folder / n).exists() for n in names)
+    if not found and not any(checkpoint.folder.glob("*.tiktoken")):
+        return None
     return Text(checkpoint.folder, checkpoint.config)
 
 

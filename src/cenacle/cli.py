@@ -256,8 +256,9 @@ def inspect(
         return
     first = spec.moe[0]
     print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
-    print(f"experts     {first.experts} a layer, {spec.top_k} per token, {human(first.expert_bytes)} each")
-    print(f"weights     {human(spec.total_bytes)}, {spec.dtype}, {spec.quantization or 'not quantised'}")
+    each, whole = human(first.expert_bytes), human(spec.total_bytes)
+    print(f"experts     {first.experts} a layer, {spec.top_k} per token, {each} each")
+    print(f"weights     {whole}, {spec.dtype}, {spec.quantization or 'not quantised'}")
     print(f"context     {spec.context or 'not said'} tokens, vocabulary {spec.vocabulary}")
     print(plan.table())
 

@@ -65,7 +65,7 @@ def run(
             answers.append((task, answer))
             ok = correct(task, answer.text)
             mark = Text("right", "green") if ok else Text(f"wrong: {task.answer}", "red")
-            console.print(Text(f"{task.question:<46}"), Text(f"{answer.text:<24}", "bold"), mark)
+            console.print(Text(f"{task.question:<44}"), Text(f"{answer.text:<16}", "bold"), mark)
         terms = model.group.terms
         total = sum(len(a.tokens) - 1 for _, a in answers)
         seconds = sum((len(a.tokens) - 1) / a.tok_per_s for _, a in answers if a.tok_per_s)
@@ -80,8 +80,7 @@ def run(
             "asked": len(answers),
             "right": right,
             "answers": [
-                {"question": t.question, "expected": t.answer, "answer": a.text}
-                for t, a in answers
+                {"question": t.question, "expected": t.answer, "answer": a.text} for t, a in answers
             ],
             "nodes": nodes,
             "tok_per_s": rate,

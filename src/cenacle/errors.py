@@ -1,7 +1,7 @@
 """What can go wrong, as one tree.
 
     CenacleError                 caught by the verbs: printed as one sentence, exit code below
-    ├── InputError       (2)     an argument or a request is wrong; the caller corrects it (HTTP 400)
+    ├── InputError       (2)     a wrong argument or request: the caller's to correct (HTTP 400)
     ├── CheckpointError  (3)     the model's files are missing, damaged or not understood
     ├── PlanError        (4)     the experts cannot be dealt as asked; ask for other nodes or shares
     └── ClusterError     (5)     a rank failed, fell silent or could not be started (HTTP 503)

@@ -58,7 +58,11 @@ def wait_until(condition, seconds: float, what: str) -> None:
 
 
 def assert_gone(pids, seconds: float = 1.0) -> None:
-    wait_until(lambda: not any(map(running, pids)), seconds, f"the end of {pids}")
+    try:
+        wait_until(lambda: not any(map(running, pids)), seconds, f"the end of {pids}")
+    finally:
+        for pid in filter(running, pids):  # a test that fails leaves nothing behind either
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -316,8 +320,11 @@ def front(nodes: int):
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == nodes
         assert all(map(running, pids))
-        yield process, pids
-    assert_gone(pids, 5)
+        try:
+            yield process, pids
+        finally:
+            process.kill()
+            assert_gone(pids, 5)
 
 
 def test_killed_front_leaves_no_rank():
@@ -326,8 +333,10 @@ def test_killed_front_leaves_no_rank():
         os.kill(pids[1], signal.SIGSTOP)
         time.sleep(0.2)
         process.kill()
-        assert_gone(pids[:1], 5)
-        os.kill(pids[1], signal.SIGCONT)
+        try:
+            assert_gone(pids[:1], 5)
+        finally:
+            os.kill(pids[1], signal.SIGCONT)
 
 
 def test_interrupted_front_leaves_no_rank():

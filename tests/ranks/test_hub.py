@@ -1,4 +1,4 @@
-"""Loading a repository by name: a local server that answers like the hub, the real client library."""
+"""Loading a repository by name: a local server answers like the hub."""
 
 import hashlib
 import json

@@ -57,5 +57,5 @@ def test_quantised_and_rotating_caches(wide_heads, options):
 
 
 def test_a_cache_that_cannot_be_quantised_is_refused_before_any_answer(wide_heads):
-    with pytest.raises(cenacle.InputError, match="kv_bits.*groups of 64"):
+    with pytest.raises(cenacle.InputError, match=r"kv_bits.*groups of 64"):
         cenacle.load(str(wide_heads), options=Options(kv_bits=8))

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,7 @@ class LocalRanks:
         ClusterError: a process could not be started or did not call back in time.
     """
 
-    def __init__(
-        self, nodes: int, backend: str = "ring", program: Sequence[str] = WORKER
-    ) -> None:
+    def __init__(self, nodes: int, backend: str = "ring", program: Sequence[str] = WORKER) -> None:
         self.nodes = nodes
         self.channels: list[Channel] = []
         self.pids: list[int] = []
@@ -189,20 +188,16 @@ class LocalRanks:
         self._closed = True
         if not now:
             for channel in self.channels:
-                try:
+                with suppress(Closed, Silent):
                     channel.send({"type": "stop"})
-                except (Closed, Silent):
-                    pass
             _wait(self._processes, STOP_S)
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
         for pid in self.pids:  # under mpirun the ranks are not our children
             if pid not in [p.pid for p in self._processes]:
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
         _wait(self._processes, STOP_S)
         for channel in self.channels:
             channel.close()
@@ -225,10 +220,8 @@ def _mpirun() -> str:
 def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
     ends = time.monotonic() + seconds
     for process in processes:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.01, ends - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
 
 
 def _signal(number: int) -> str:

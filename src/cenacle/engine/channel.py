@@ -12,6 +12,7 @@ import json
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import Any
 
 from ..errors import ClusterError
@@ -95,8 +96,6 @@ class Channel:
 
     def close(self) -> None:
         """Close; a receive that waits in another thread ends."""
-        try:
+        with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()

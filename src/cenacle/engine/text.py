@@ -52,7 +52,7 @@ class Text:
         """Plain text to ids, with the tokenizer's own beginning unless the text has it."""
         bos = self._tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=special))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """A chat to ids, ready for the assistant's answer.
@@ -73,7 +73,7 @@ class Text:
             raise InputError(
                 f"messages: the model's chat template refuses them: {error}", "messages"
             ) from error
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Ids to text."""

@@ -151,6 +151,7 @@ class StackedDbrx(nn.Module):
         self.switch_mlp = SwitchGLU(block.d_model, block.ffn_dim, block.num_experts)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[batch, length, d_model] -> the same."""
         gates = mx.softmax(self.router(x).astype(mx.float32), axis=-1)
         k = self.top_k
         ids = mx.argpartition(-gates, kth=k - 1, axis=-1)[..., :k]

@@ -62,6 +62,7 @@ class LocalExperts(nn.Module):
                 self[name] = child
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        """x [..., width], global ids [..., k] -> [..., k, width]."""
         self._watch.routed(self._layer, ids)
         return self.compute(x, ids)
 
@@ -77,6 +78,7 @@ class MaskedExperts(LocalExperts):
     """
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
+        """See `LocalExperts`."""
         row = self._row_of[ids]
         y = self.experts(x, mx.maximum(row, 0))
         return mx.where((row >= 0)[..., None], y, mx.zeros((), y.dtype))
@@ -89,6 +91,7 @@ class PackedExperts(LocalExperts):
     """
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
+        """See `LocalExperts`."""
         row = self._rows[np.asarray(ids)]
         k = row.shape[-1]
         pairs = np.flatnonzero(row >= 0)
@@ -116,7 +119,8 @@ class LoopedLinear(nn.Module):
         if "bias" in linear:
             self.bias = linear.bias
 
-    def __call__(self, x: mx.array, ids: mx.array, sorted_indices: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, ids: mx.array, sorted_indices: bool = False) -> mx.array:  # noqa: ARG002
+        """As mlx-lm's `SwitchLinear`; the order of the ids makes no difference here."""
         wanted = np.asarray(ids)
         x = mx.broadcast_to(x, (*wanted.shape, *x.shape[-2:])).reshape(-1, x.shape[-1])
         out = mx.zeros((x.shape[0], self.weight.shape[1]), x.dtype)
@@ -131,6 +135,7 @@ class Silent(nn.Module):
     """Shared experts that another rank computes: zeros, shaped like the input."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Zeros like x."""
         return mx.zeros_like(x)
 
 
@@ -143,6 +148,7 @@ class SumBefore(nn.Module):
         self._all_sum = all_sum
 
     def __call__(self, x: mx.array) -> mx.array:
+        """The module of the sum of every rank's x."""
         return self.module(self._all_sum(x))
 
 
@@ -182,6 +188,7 @@ class ExpertParallel(nn.Module):
             block[name] = SumBefore(block[name], self._exchange)
 
     def __call__(self, *args: mx.array) -> mx.array:
+        """As the block; the same on every rank."""
         self._watch.lap("trunk", *args)
         return self._forward(*args)
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +37,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.dbrx import SparseMoeBlock
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import get_total_parameters, quantize_model, save_config
+from mlx_lm.utils import quantize_model, save_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..errors import CheckpointError, InputError
@@ -102,7 +102,7 @@ _LAYER_IDS = (
 )
 _LAYER_IDS_FROM_1 = ("full_attn_layers", "kda_layers")
 _ATTENTION_OUTPUTS = ("dense", "o_b_proj", "o_proj", "out_proj")
-# mlx-lm looks for a full-attention layer at the end of the first period.
+# Full attention in the last layer of each period.
 _PERIODS = ("full_attention_interval", "layer_group_size")
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -128,7 +128,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class SynthResult:
-    """What was written. `parameters` counts weights before quantisation."""
+    """What was written.
+
+    Args:
+        path: the folder.
+        family: mlx-lm's module that runs it (for solar_open that is glm4_moe).
+        parameters: number of weights, each counted once however it is stored.
+        tensors: number of tensors in the files, with quantisation's scales and biases.
+        bytes: of all tensors.
+        shards: number of files.
+        layers: number of layers.
+        seconds: how long it took.
+    """
 
     path: Path
     family: str
@@ -226,7 +237,7 @@ def synth(
     model = build(source, seed)
     _cast(model, getattr(mx, dtype))
     draws = _draws(model, source)
-    total = get_total_parameters(model)
+    total = sum(value.size for value in _parameters(model).values())
     if bits is not None:
         source = _quantise(model, source, bits, group_size, mode)
     tensors = _tensors(model, draws, seed)
@@ -267,7 +278,7 @@ def synth(
         tensors=len(tensors),
         bytes=size,
         shards=len(shards),
-        layers=len(model.layers),
+        layers=layer_count(source),
         seconds=time.monotonic() - started,
     )
 
@@ -331,14 +342,11 @@ def first_layers(config: Config, layers: int) -> Config:
     if not 1 <= layers <= total:
         raise InputError(f"layers: expected 1 to {total}, got {layers}", "layers")
     text = text_config(config)
-    least = max(
-        [text[key] for key in _PERIODS if isinstance(text.get(key), int)]
-        + [4 if text.get("model_type") == "llama4_text" else 1]
-    )
+    least = _least_layers(text)
     if layers < min(least, total):
         raise InputError(
-            f"layers: attention of this family alternates with a period of {least}; "
-            f"mlx-lm needs at least {least} layers, got {layers}",
+            f"layers: mlx-lm needs the first full-attention layer of this family, number {least}; "
+            f"ask for at least {least} layers, got {layers}",
             "layers",
         )
 
@@ -357,20 +365,40 @@ def first_layers(config: Config, layers: int) -> Config:
             return ",".join(i for i in node.split(",") if int(i) < layers)
         if key in ("moe_layer_end_index", "candidate_source_layer_id") and isinstance(node, int):
             return min(node, layers - 1)
-        if key == "num_kv_shared_layers":
+        if key == "num_kv_shared_layers" and isinstance(node, int):
             return max(0, layers - (total - node))
         return node
 
     return cut(config)
 
 
+def _least_layers(text: Config) -> int:
+    """Layers up to the first one with full attention, where mlx-lm sizes its masks by that one."""
+    if text.get("model_type") == "llama4_text":
+        return 4
+    least = [text[key] for key in _PERIODS if isinstance(text.get(key), int)]
+    least += text.get("linear_attn_config", {}).get("full_attn_layers", [])[:1]
+    least += (
+        [text["hybrid_override_pattern"].index("*") + 1]
+        if "*" in (text.get("hybrid_override_pattern") or "")
+        else []
+    )
+    return max(least, default=1)
+
+
 def _vocab_size(config: Config) -> int:
     # Where a wrapper states it too (gemma4), mlx-lm reads the wrapper's.
-    for level in (config, text_config(config)):
-        for key in ("vocab_size", "num_vocab"):
-            if isinstance(level.get(key), int):
-                return level[key]
-    raise InputError("config: expected a vocab_size, got none", "config")
+    levels = (config, text_config(config))
+    sizes = [level.get(key) for level in levels for key in ("vocab_size", "num_vocab")]
+    size = next((s for s in sizes if isinstance(s, int)), 0)
+    least = 256 + len(SPECIALS)
+    if size < least:
+        raise InputError(
+            f"config: vocab_size must be at least {least} (256 bytes and {len(SPECIALS)} special "
+            f"tokens), got {size or 'none'}",
+            "config",
+        )
+    return size
 
 
 def _context(config: Config) -> int:
@@ -397,6 +425,7 @@ def build(config: Config, seed: int = 0) -> nn.Module:
     # The few defaults that are random themselves (A_log) must follow the seed too.
     mx.random.seed(seed)
     try:
+        model_class: Any
         model_class, args_class = architecture.classes(config)
         model = model_class(args_class.from_dict(config))
     except CheckpointError:
@@ -418,16 +447,21 @@ def build(config: Config, seed: int = 0) -> nn.Module:
     return model
 
 
+def _parameters(model: nn.Module) -> dict[str, mx.array]:
+    """All arrays of a model by name, in its own order."""
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
+
+
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """As `mlx_lm.convert` does."""
     keep = getattr(model, "cast_predicate", lambda _: True)
 
-    def cast(name: str, value: mx.array) -> mx.array:
+    def change(name: str, value: mx.array) -> mx.array:
         if keep(name) and mx.issubdtype(value.dtype, mx.floating):
             return value.astype(dtype)
         return value
 
-    model.update(tree_map_with_path(cast, model.parameters()))
+    model.update(tree_map_with_path(change, model.parameters()))
 
 
 def _quantise(model: nn.Module, config: Config, bits: int, group_size: int, mode: str) -> Config:
@@ -482,8 +516,8 @@ class Tensor:
 def _draws(model: nn.Module, config: Config) -> dict[str, Draw]:
     """How to draw each parameter of a model that is not quantised, by name."""
     modules = dict(model.named_modules())
-    params = tree_flatten(model.parameters())
-    tied = not any(name.startswith(("lm_head.", "language_model.lm_head.")) for name, _ in params)
+    params = _parameters(model)
+    tied = not any(name.startswith(("lm_head.", "language_model.lm_head.")) for name in params)
     # Some families divide or multiply the logits by a constant of the config: undo it.
     text = text_config(config)
     head = (
@@ -512,7 +546,7 @@ def _draws(model: nn.Module, config: Config) -> dict[str, Draw]:
             return Draw(LINEAR / math.sqrt(width))
         return Draw(NOISE, default.reshape(-1))
 
-    return {name: draw(name, value) for name, value in params}
+    return {name: draw(name, value) for name, value in params.items()}
 
 
 def _tensors(model: nn.Module, draws: dict[str, Draw], seed: int) -> list[Tensor]:
@@ -534,10 +568,7 @@ def _tensors(model: nn.Module, draws: dict[str, Draw], seed: int) -> list[Tensor
         groups = partial(_groups, seed, path, value.size, std, owner.bits, leaf)
         return partial(_encoded, groups, value.dtype)
 
-    return [
-        Tensor(n, v.dtype, tuple(v.shape), values(n, v))
-        for n, v in tree_flatten(model.parameters())
-    ]
+    return [Tensor(n, v.dtype, tuple(v.shape), values(n, v)) for n, v in _parameters(model).items()]
 
 
 # ---- values
@@ -696,18 +727,12 @@ def write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
 
     A filler decodes to " t" and its id, so that every id a random model gives is text. There is no
     chat template: to a random model a prompt is just its tokens, for mlx-lm's tools too.
-
-    Raises:
-        InputError: the vocabulary has no room for the bytes and the special tokens.
     """
-    least = 256 + len(SPECIALS)
-    if vocab_size < least:
-        raise InputError(
-            f"config: vocab_size must be at least {least} (256 bytes and {len(SPECIALS)} special "
-            f"tokens), got {vocab_size}",
-            "config",
-        )
-    tokens = [*_byte_letters(), *SPECIALS, *(f"Ġt{i}" for i in range(least, vocab_size))]
+    tokens = [
+        *_byte_letters(),
+        *SPECIALS,
+        *(f"Ġt{i}" for i in range(256 + len(SPECIALS), vocab_size)),
+    ]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

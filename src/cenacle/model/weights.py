@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -204,7 +204,7 @@ def read_rows(tensor: Tensor, experts: int, wanted: list[int]) -> mx.array:
         at = 0
         for first, count in _runs(wanted):
             f.seek(tensor.start + first * row_bytes)
-            view = memoryview(out)[at : at + count * row_bytes]
+            view = memoryview(out.data)[at : at + count * row_bytes]
             while view:
                 got = f.readinto(view)
                 if not got:
@@ -316,17 +316,16 @@ def _partial(
             self._count = counts.pop()
             if plan is not None:
                 _check_plan(plan, found)
-            self._held = {
-                b.layer: list(layer.held_by(rank)) if layer else list(range(self._count))
-                for b, layer in zip(
-                    found, plan.layers if plan else [None] * len(found), strict=True
-                )
-            }
-            self._absent = []
-            for block, layer in zip(found, plan.layers if plan else found, strict=True):
-                _shrink(block, len(self._held[block.layer]))
-                here = plan is None or layer.shared == rank or block.sums_inside(family)
-                for name in () if here else block.shared:
+            layers = plan.layers if plan is not None else [None] * len(found)
+            self._held: dict[int, list[int]] = {}
+            self._absent: list[str] = []
+            for block, layer in zip(found, layers, strict=True):
+                held = range(self._count) if layer is None else layer.held_by(rank)
+                self._held[block.layer] = list(held)
+                _shrink(block, len(held))
+                if layer is None or layer.shared == rank or block.sums_inside(family):
+                    continue
+                for name in block.shared:
                     block.module[name] = Silent()
                     self._absent.append(f"{block.path}.{name}.")
 
@@ -338,7 +337,7 @@ def _partial(
             if len(sizes) > 1:
                 raise CheckpointError("a rank must hold equally many experts of every layer")
             local = architecture.with_experts(config, self._count, sizes.pop())
-            namer = base(arguments.from_dict(local))
+            namer = base(arguments.from_dict(local))  # type: ignore[call-arg]
             if hasattr(namer, "sanitize"):
                 own = namer.sanitize(own)
             own = architecture.prestack_weights(own)
@@ -389,6 +388,11 @@ def _own(
     return own
 
 
+def named_arrays(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """A model's parameters with their dotted names."""
+    return cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+
+
 def describe(checkpoint: Checkpoint) -> ModelSpec:
     """What the checkpoint is and what each part of it takes in memory; reads no weights.
 
@@ -400,7 +404,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     model = build(checkpoint, None, 0)
     family = architecture.resolve(checkpoint.config)
     row = architecture.FAMILIES.get(family, architecture.GENERIC)
-    sizes = {name: value.nbytes for name, value in tree_flatten(model.parameters())}
+    sizes = {name: value.nbytes for name, value in named_arrays(model)}
 
     def under(path: str) -> int:
         return sum(size for name, size in sizes.items() if name.startswith(path + "."))
@@ -414,7 +418,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     spread = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
     config = checkpoint.config
     dtypes: Counter[str] = Counter()
-    for _, value in tree_flatten(model.parameters()):
+    for _, value in named_arrays(model):
         if mx.issubdtype(value.dtype, mx.floating):
             dtypes[str(value.dtype).removeprefix("mlx.core.")] += value.size
     return ModelSpec(
@@ -449,7 +453,7 @@ def load(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Progress) -> n
     limit = mx.set_cache_limit(0)
     try:
         model = build(checkpoint, plan, rank)
-        arrays = [value for _, value in tree_flatten(model.parameters())]
+        arrays = [value for _, value in named_arrays(model)]
         total, done = sum(a.nbytes for a in arrays), 0
         for array in arrays:
             mx.eval(array)

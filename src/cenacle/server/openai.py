@@ -450,10 +450,11 @@ def _integer(value: Any, name: str) -> int:
 
 def _integer_from(low: int, high: int | None) -> Callable[[Any, str], int]:
     def convert(value: Any, name: str) -> int:
-        if _integer(value, name) < low or (high is not None and value > high):
+        number = _integer(value, name)
+        if number < low or (high is not None and number > high):
             wanted = f"at least {low}" if high is None else f"from {low} to {high}"
             raise Refused(f"{name}: expected {wanted}, got {_shown(value)}", name)
-        return value
+        return number
 
     return convert
 
@@ -487,8 +488,7 @@ def _kind(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return "a number"
-    names = {str: "a string", list: "a list", dict: "an object"}
-    return names[type(value)]
+    return {"str": "a string", "list": "a list", "dict": "an object"}[type(value).__name__]
 
 
 def _shown(value: object) -> str:

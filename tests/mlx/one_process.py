@@ -1,0 +1,117 @@
+"""Several ranks as threads of one process, which really add up: for tests of what ranks exchange.
+
+`Threads` is a `Collective` among threads; `run_ranks` loads a checkpoint's part on each and calls a
+function there. No sockets, no processes: what fails here is the model or the plan.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from cenacle.collective.base import Collective
+from cenacle.model.experts import parallelize
+from cenacle.model.watch import Watch
+from cenacle.model.weights import Checkpoint, describe, load
+from cenacle.plan import Plan
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+DEADLINE_S = 20
+
+
+class Meeting:
+    """Where the threads of a group meet."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.slots: list[mx.array | None] = [None] * size
+
+
+class Threads(Collective):
+    """One thread's end of a `Meeting`; every exchange is evaluated when it is made."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__()
+        self.rank, self.size, self._meeting = rank, meeting.size, meeting
+
+    def _all_sum(self, x: mx.array) -> mx.array:
+        mx.eval(x)
+        slots, barrier = self._meeting.slots, self._meeting.barrier
+        slots[self.rank] = x
+        barrier.wait(DEADLINE_S)
+        if len({(tuple(s.shape), s.dtype) for s in slots}) > 1:
+            raise AssertionError(
+                f"ranks gave different vectors: {[(s.shape, s.dtype) for s in slots]}"
+            )
+        y = slots[0]
+        for other in slots[1:]:
+            y = y + other
+        mx.eval(y)
+        barrier.wait(DEADLINE_S)
+        return y
+
+
+def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
+    """`function(collective)` on every rank at once, each in a thread with a stream of its own.
+
+    Raises:
+        Whatever the first rank that failed raised.
+    """
+    meeting = Meeting(size)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            with mx.stream(mx.new_stream(mx.cpu)):
+                results[rank] = function(Threads(meeting, rank))
+        except BaseException as error:
+            if not isinstance(error, threading.BrokenBarrierError):
+                errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    if meeting.barrier.broken:
+        raise AssertionError("a rank made fewer exchanges than the others")
+    return results
+
+
+def load_rank(
+    folder: Path, plan: Plan, collective: Collective, watch: Watch | None = None
+) -> nn.Module:
+    """One rank's expert-parallel model, in memory."""
+    model = load(Checkpoint.open(folder), plan, collective.rank, lambda done, total: None)
+    parallelize(model, plan.spec.family, plan, collective, watch or Watch())
+    return model
+
+
+def run_ranks(
+    folder: Path,
+    nodes: int,
+    function: Callable[[nn.Module, Collective], Any],
+    wrap: Callable[[Collective], Collective] = lambda collective: collective,
+    shares: tuple[float, ...] | None = None,
+) -> list[Any]:
+    """`function(model, collective)` on each of `nodes` ranks that hold a checkpoint together.
+
+    Args:
+        wrap: puts another collective around each rank's, for instance `Recorded`.
+        shares: as in `Plan.whole`.
+    """
+    plan = Plan.whole(describe(Checkpoint.open(folder)), nodes, shares)
+
+    def run(threads: Collective) -> Any:
+        collective = wrap(threads)
+        return function(load_rank(folder, plan, collective), collective)
+
+    return in_threads(nodes, run)

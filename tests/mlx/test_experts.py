@@ -1,0 +1,188 @@
+"""What ranks compute, against the slow reference that stands above them in `model/experts.py`."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+from cenacle.model.experts import LoopedLinear, MaskedExperts, PackedExperts, reference
+from cenacle.model.watch import Watch
+
+WIDTH, HIDDEN, COUNT = 64, 32, 6
+LOCAL = [MaskedExperts, PackedExperts]
+KINDS = [(SwitchGLU, False, False), (SwitchGLU, True, False), (SwitchMLP, False, False)]
+KINDS += [(SwitchMLP, True, False), (SwitchGLU, False, True), (SwitchGLU, True, True)]
+SHAPES = [(1, 1), (3, 1), (1, 5), (2, 37)]  # the last is a prefill: over 64 pairs from k = 1 on
+HELD = [(0, 1), (2, 3, 4), (5,)]  # uneven on purpose
+
+
+def names(experts: nn.Module) -> list[str]:
+    return [n for n in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2") if n in experts]
+
+
+def stack(kind, bias: bool, quantised: bool, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """A random stack of COUNT experts; biases too are random."""
+    mx.random.seed(7)
+    experts = kind(WIDTH, HIDDEN, COUNT, bias=bias)
+    if bias:
+        for name in names(experts):
+            experts[name].bias = mx.random.normal(experts[name].bias.shape)
+    experts.set_dtype(dtype)
+    if quantised:
+        nn.quantize(experts, group_size=32, bits=4)
+    mx.eval(experts.parameters())
+    return experts
+
+
+def rows_of(experts: nn.Module, held) -> nn.Module:
+    """The rows of a stack that one rank holds."""
+    part = type(experts)(WIDTH, HIDDEN, COUNT, bias="bias" in experts[names(experts)[0]])
+    for name in names(experts):
+        if "scales" in experts[name]:
+            part[name] = part[name].to_quantized(group_size=32, bits=4)
+        for key, value in experts[name].parameters().items():
+            part[name][key] = value[mx.array(list(held))]
+    return part
+
+
+def local(cls, experts: nn.Module, held, count: int = COUNT) -> nn.Module:
+    return cls(rows_of(experts, held), held, count, 0, Watch())
+
+
+def questions(shape, k: int, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
+    """Random x [*shape, WIDTH] and k different experts for each."""
+    random = np.random.default_rng(k)
+    chosen = [random.permutation(COUNT)[:k] for _ in range(shape[0] * shape[1])]
+    ids = mx.array(np.stack(chosen).reshape(*shape, k).astype(np.uint32))
+    return mx.random.normal((*shape, WIDTH)).astype(dtype), ids
+
+
+def assert_close(got: mx.array, want: mx.array, tolerance: float = 2e-6) -> None:
+    assert got.shape == want.shape
+    got, want = got.astype(mx.float32), want.astype(mx.float32)
+    scale = max(mx.abs(want).max().item(), 1e-6)
+    assert mx.abs(got - want).max().item() <= tolerance * scale
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize(("kind", "bias", "quantised"), KINDS)
+@pytest.mark.parametrize("cls", LOCAL)
+def test_each_rank_gives_its_part_and_the_sum_is_the_whole(cls, kind, bias, quantised, k, shape):
+    experts = stack(kind, bias, quantised)
+    x, ids = questions(shape, k)
+    total = mx.zeros((*shape, k, WIDTH))
+    for held in HELD:
+        part = local(cls, experts, held)(x, ids)
+        assert_close(part, reference(experts, x, ids, held))
+        elsewhere = ~np.isin(np.array(ids), held)
+        assert not np.array(part)[elsewhere].any(), "not exactly zero where another rank computes"
+        total = total + part
+    assert_close(total, experts(x, ids))
+
+
+@pytest.mark.parametrize("cls", LOCAL)
+def test_one_rank_is_the_whole(cls):
+    experts = stack(SwitchGLU, False, False)
+    x, ids = questions((2, 5), 2)
+    assert_close(local(cls, experts, range(COUNT))(x, ids), experts(x, ids))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cls", LOCAL)
+def test_rank_of_which_nothing_was_chosen(cls, shape, quantised):
+    experts = stack(SwitchGLU, True, quantised)
+    x = mx.random.normal((*shape, WIDTH))
+    ids = mx.zeros((*shape, 2), mx.uint32) + mx.array([0, 1], mx.uint32)
+    part = local(cls, experts, (3, 4))(x, ids)
+    assert part.shape == (*shape, 2, WIDTH)
+    assert not np.array(part).any()
+
+
+@pytest.mark.parametrize("cls", LOCAL)
+def test_rows_need_not_be_neighbours(cls):
+    experts = stack(SwitchGLU, False, False)
+    x, ids = questions((2, 5), 3)
+    assert_close(local(cls, experts, (0, 2, 5))(x, ids), reference(experts, x, ids, (0, 2, 5)))
+
+
+@pytest.mark.parametrize("cls", LOCAL)
+def test_id_that_is_nobodys(cls):
+    """LongCat gives tokens to id `count`: no rank computes them."""
+    experts = stack(SwitchGLU, True, False)
+    x, ids = questions((1, 4), 2)
+    some = mx.array(np.array([[[1, 0], [0, 0], [1, 1], [0, 1]]], dtype=bool))
+    given = mx.where(some, COUNT, ids)
+    for held in [*HELD, tuple(range(COUNT))]:
+        want = mx.where(some[..., None], 0, reference(experts, x, ids, held))
+        assert_close(local(cls, experts, held)(x, given), want)
+
+
+@pytest.mark.parametrize("cls", LOCAL)
+def test_broken_expert_spoils_its_own_tokens_only(cls):
+    """Absent experts are computed as row 0 by `MaskedExperts`: its NaN must not get out."""
+    experts = stack(SwitchGLU, False, False)
+    weight = np.array(experts.down_proj.weight)
+    weight[0] = np.nan
+    experts.down_proj.weight = mx.array(weight)
+    x, ids = questions((1, 20), 2)
+    part = np.array(local(cls, experts, (0, 1))(x, ids))
+    assert np.array_equal(np.isnan(part).all(axis=-1), np.array(ids) == 0)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_type_is_the_same_with_and_without_work(dtype, quantised):
+    """Ranks that put different types into an exchange would hang."""
+    experts = stack(SwitchGLU, False, quantised, dtype)
+    x, ids = questions((1, 1), 1, dtype)
+    types = set()
+    for held in [(0, 1), (2, 3), (4, 5)]:
+        part = local(PackedExperts, experts, held)
+        for name in names(part.experts):
+            if not quantised and dtype != mx.float32:
+                part.experts[name] = LoopedLinear(part.experts[name])
+        y = part(x, ids)
+        mx.eval(y)
+        types.add((y.dtype, y.shape))
+    assert types == {(dtype, (1, 1, 1, WIDTH))}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 80)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.bfloat16, 8e-3), (mx.float16, 1e-3)])
+def test_looped_linear_is_a_float32_gather(dtype, tolerance, shape, bias):
+    linear = stack(SwitchGLU, bias, False, dtype).gate_proj
+    x, ids = questions(shape, 2, dtype)
+    x = mx.expand_dims(x, (-2, -3))
+    got = LoopedLinear(linear)(x, ids)
+    weight = linear.weight.astype(mx.float32).swapaxes(-1, -2)
+    want = mx.gather_mm(x.astype(mx.float32), weight, rhs_indices=ids)
+    if bias:
+        want = want + linear.bias.astype(mx.float32)[ids][..., None, :]
+    assert got.dtype == dtype
+    assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+def test_looped_stack_is_the_float32_stack(kind, k):
+    """Through mlx-lm's own stack, sorted (over 64 pairs) and not."""
+    experts, exact = stack(kind, True, False, mx.bfloat16), stack(kind, True, False, mx.bfloat16)
+    exact.set_dtype(mx.float32)
+    for name in names(experts):
+        experts[name] = LoopedLinear(experts[name])
+    for shape in SHAPES:
+        x, ids = questions(shape, k, mx.bfloat16)
+        assert_close(experts(x, ids), exact(x.astype(mx.float32), ids), 2e-2)
+
+
+def test_router_ids_of_any_integer_type():
+    experts = stack(SwitchGLU, False, False)
+    x, ids = questions((1, 3), 2)
+    want = reference(experts, x, ids, (0, 1))
+    for dtype in (mx.int32, mx.uint32, mx.int64):
+        for cls in LOCAL:
+            assert_close(local(cls, experts, (0, 1))(x, ids.astype(dtype)), want)

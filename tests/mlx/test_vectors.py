@@ -1,0 +1,57 @@
+"""Replay what transformers on PyTorch answered: a witness that shares no code with MLX.
+
+See tools/record_vectors.py for how tests/vectors was made.
+"""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from one_process import VECTORS, load_rank, run_ranks
+
+from cenacle.collective.alone import Alone
+from cenacle.model.weights import Checkpoint, describe
+from cenacle.plan import Plan
+
+MAX_RELATIVE_ERROR = 5e-6
+PROMPT_LENGTHS = (1, 7, 40)
+
+
+def replay(model, vectors) -> None:
+    for n in PROMPT_LENGTHS:
+        tokens, expected = vectors[f"prompt_{n}.tokens"], vectors[f"prompt_{n}.logits"]
+        error = mx.abs(model(tokens[None])[0] - expected).max() / mx.abs(expected).max()
+        assert error.item() <= MAX_RELATIVE_ERROR
+
+        cache, step, greedy = make_prompt_cache(model), tokens, []
+        for _ in range(16):
+            greedy.append(mx.argmax(model(step[None], cache=cache)[0, -1]).item())
+            step = mx.array(greedy[-1:])
+        assert greedy == vectors[f"prompt_{n}.greedy"].tolist()
+
+
+@pytest.fixture(params=["dbrx", "mixtral", "qwen3_moe"])
+def folder(request):
+    return VECTORS / request.param
+
+
+def test_one_rank(folder):
+    plan = Plan.whole(describe(Checkpoint.open(folder)), 1)
+    replay(load_rank(folder, plan, Alone()), mx.load(str(folder / "vectors.safetensors")))
+
+
+@pytest.mark.parametrize(("nodes", "shares"), [(2, None), (3, (5, 2, 1))])
+def test_ranks_together(folder, nodes, shares):
+    vectors = mx.load(str(folder / "vectors.safetensors"))
+    mx.eval(vectors)
+    run_ranks(folder, nodes, lambda model, collective: replay(model, vectors), shares=shares)
+
+
+def test_spec(folder):
+    spec = describe(Checkpoint.open(folder))
+    assert (spec.family, spec.layers, spec.top_k) == (folder.name, 2, 2)
+    assert (spec.context, spec.vocabulary, spec.dtype) == (512, 256, "float32")
+    assert [(m.layer, m.experts, m.expert_bytes) for m in spec.moe] == [
+        (0, 8, 3 * 64 * 24 * 4),
+        (1, 8, 3 * 64 * 24 * 4),
+    ]
+    assert spec.total_bytes == Checkpoint.open(folder).nbytes()

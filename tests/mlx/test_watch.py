@@ -1,0 +1,88 @@
+"""The clock of measured steps, with a clock of our own."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from one_process import VECTORS, load_rank
+
+from cenacle.collective.alone import Alone
+from cenacle.model.watch import Watch
+from cenacle.model.weights import Checkpoint, describe
+from cenacle.plan import Plan
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_laps_add_up_by_name():
+    clock = Clock()
+    watch = Watch(clock)
+    watch.start()
+    for name, seconds in [("trunk", 1), ("experts", 2), ("exchange", 4), ("trunk", 8)]:
+        clock.now += seconds
+        watch.lap(name, mx.zeros(1))
+    clock.now += 16
+    watch.lap("exchange", mx.zeros(1))
+    clock.now += 32
+    assert watch.stop() == {
+        **{"total_s": 63.0, "laps_s": {"trunk": 9.0, "experts": 2.0, "exchange": 20.0}},
+        **{"exchanges_s": [4.0, 16.0], "routed": {}},
+    }
+
+
+def test_outside_a_measured_step_nothing_is_evaluated_or_kept():
+    def must_not_be_called():
+        raise AssertionError("the clock was read")
+
+    watch = Watch(must_not_be_called)
+    watch.lap("trunk", "not even an array")
+    watch.routed(0, "not even an array")
+    assert not watch.running
+
+
+def test_routed_counts():
+    watch = Watch()
+    watch.start()
+    watch.routed(3, mx.array([[[0, 2], [2, 5]]]))
+    watch.routed(3, mx.array([[[2, 1]]], mx.uint32))
+    watch.routed(4, mx.array([[[7, 7]]]))
+    report = watch.stop()
+    assert report["routed"] == {3: {0: 1, 1: 1, 2: 3, 5: 1}, 4: {7: 2}}
+    json.dumps(report)
+
+
+def test_every_step_begins_anew():
+    clock = Clock()
+    watch = Watch(clock)
+    for _ in range(2):
+        watch.start()
+        watch.routed(0, mx.array([[1]]))
+        clock.now += 1
+        watch.lap("trunk", mx.zeros(1))
+        report = watch.stop()
+    assert (report["total_s"], report["laps_s"], report["routed"]) == (
+        1.0,
+        {"trunk": 1.0},
+        {0: {1: 1}},
+    )
+
+
+@pytest.mark.parametrize("family", ["dbrx", "mixtral", "qwen3_moe"])
+def test_a_models_laps(family):
+    """Per layer: what came before the block, its experts, its exchange."""
+    folder, watch = VECTORS / family, Watch()
+    plan = Plan.whole(describe(Checkpoint.open(folder)), 1)
+    model = load_rank(folder, plan, Alone(), watch)
+    watch.start()
+    mx.eval(model(mx.array([[1, 2, 3]])))
+    report = watch.stop()
+    assert sorted(report["laps_s"]) == ["exchange", "experts", "trunk"]
+    assert len(report["exchanges_s"]) == 2
+    assert sum(report["laps_s"].values()) <= report["total_s"]
+    assert {k: sum(v.values()) for k, v in report["routed"].items()} == {0: 6, 1: 6}

@@ -1,0 +1,178 @@
+"""The verbs as a user runs them: processes, exit codes, what is on stdout and stderr."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from mlx_lm import load as mlx_lm_load
+from mlx_lm import stream_generate
+
+from cenacle.demo import FOLDER
+from cenacle.model.synth import synth
+
+VERB = [sys.executable, "-m", "cenacle.cli"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return synth(tmp_path_factory.mktemp("cli") / "tiny", family="qwen3_moe").path
+
+
+def run(*arguments, timeout=60, **options):
+    return subprocess.run(
+        [*VERB, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
+    )
+
+
+def last_json(ran):
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def processes_of(pid):
+    """Processes whose parent is or was `pid`: ranks started by it, alive."""
+    ran = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True)
+    rows = [line.split(None, 3) for line in ran.stdout.splitlines()[1:]]
+    return [int(r[0]) for r in rows if int(r[1]) == pid and "Z" not in r[2]]
+
+
+def wait_until(condition, seconds):
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
+    model, tokenizer = mlx_lm_load(str(folder))
+    answer = list(stream_generate(model, tokenizer, "Hello there", max_tokens=24))
+    want = [r.token for r in answer]
+    for nodes in (1, 2):
+        got = last_json(
+            run(
+                "generate", "--model", folder, "--nodes", nodes, "--prompt", "Hello there",
+                "--max-tokens", 24, "--temp", 0, "--json",
+            )
+        )  # fmt: skip
+        assert got["tokens"] == want
+        assert got["nodes"] == nodes
+        assert got["text"] == "".join(r.text for r in answer)
+        assert got["tok_per_s"] > 0
+        terms = got["terms_ms"]
+        parts = sum(terms[k] for k in ("trunk", "experts", "exchange", "waiting", "rest"))
+        assert parts == pytest.approx(terms["total"]) != 0
+
+
+def test_inspect_tells_before_loading_what_ranks_take(tmp_path_factory):
+    big = synth(tmp_path_factory.mktemp("big") / "m", family="mixtral", config=None).path
+    plan = last_json(run("inspect", "--model", big, "--nodes", 3, "--shares", "2,1,1", "--json"))
+    assert sum(r["experts"] for r in plan["ranks"]) == plan["spec"]["expert_bytes"]
+    ran = run(
+        "generate", "-m", big, "-n", 3, "--shares", "2,1,1", "-p", "x", "--max-tokens", 1, "--json"
+    )
+    for rank, planned in zip(last_json(ran)["ranks"], plan["bytes_per_rank"], strict=True):
+        assert rank["weights_bytes"] == planned
+        assert planned < rank["peak_rss_bytes"] < 1.1 * planned + 300e6
+
+
+def test_a_saved_plan_is_what_runs(folder, tmp_path):
+    saved = tmp_path / "plan.json"
+    assert run("inspect", "-m", folder, "-n", 2, "--shares", "3,1", "--save", saved).returncode == 0
+    ran = run("generate", "-m", folder, "--plan", saved, "-p", "x", "--max-tokens", 1, "--json")
+    weights = [r["weights_bytes"] for r in last_json(ran)["ranks"]]
+    assert len(weights) == 2
+    assert weights[0] > weights[1]
+
+
+def test_demo_answers(folder):
+    ran = run("demo", "--nodes", 2, "--questions", 7, "--json")
+    got = last_json(ran)
+    assert got["right"] >= 6
+    assert "Where the time of a token went" in ran.stdout
+    assert "node 1" in ran.stdout
+
+
+def test_chat_remembers_and_ends(folder):
+    ran = run(
+        "chat", "-m", FOLDER, "--temp", "0", input="What is 2 + 3?\n/new\nMake dog uppercase.\n"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == ["5", "DOG"]
+
+
+def test_families_and_help_tell_what_there_is():
+    listed = last_json(run("families", "--json"))
+    assert {"dbrx", "mixtral", "gpt_oss"} <= {row["name"] for row in listed}
+    assert all(row["refused"] for row in listed if row["name"] == "muse_spark")
+    text = run("--help").stdout
+    for verb in ("generate", "chat", "serve", "inspect", "families", "synth", "demo"):
+        assert re.search(rf"^\s*cenacle {verb}\b", text, re.M), verb
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["inspect", "-m", "no/such/folder"], 3, "no such folder"),
+        (["generate", "-m", "FOLDER", "-n", "9", "-p", "x"], 4, "at most 6|at most 8"),
+        (["generate", "-m", "FOLDER", "-p", "x", "--temp", "3"], 2, "temperature"),
+        (["generate", "-m", "FOLDER", "-p", "x", "--max-tokens", "-1"], 2, "max-tokens"),
+        (["generate", "-m", "FOLDER", "-p", "x", "--shares", "1,a"], 2, "--shares"),
+        (["generate", "-m", "FOLDER", "-p", "x", "-n", "2", "--shares", "1"], 4, "shares"),
+        (["generate", "-m", "FOLDER", "-p", "LONG"], 2, "context"),
+        (["synth", "--family", "dbxr", "--out", "OUT"], 2, "dbrx"),
+        (["generate", "-m", "FOLDER", "--unknown"], 2, "No such option"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_status(folder, tmp_path, arguments, status, said):
+    words = {"FOLDER": folder, "LONG": "x" * 100_000, "OUT": tmp_path / "out"}
+    ran = run(*[words.get(a, a) for a in arguments])
+    assert ran.returncode == status, ran.stderr
+    assert re.search(said, ran.stderr), ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_port_in_use_is_found_before_loading(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ran = run("serve", "-m", folder, "--port", taken.getsockname()[1])
+    assert ran.returncode == 2
+    assert "in use" in ran.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_front_leaves_no_rank(folder, how):
+    front = subprocess.Popen(
+        [*VERB, "serve", "-m", str(folder), "-n", "2", "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in front.stderr:
+            if "serving" in line:
+                break
+        ranks = processes_of(front.pid)
+        assert len(ranks) == 2
+        front.send_signal(how)
+        front.wait(timeout=10)
+        assert wait_until(lambda: not any(map(alive, ranks)), 5)
+    finally:
+        front.kill()
+        front.wait()
+        front.stderr.close()
