@@ -222,7 +222,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "longcat_flash": Family(forward=_longcat, note="zero-computation experts return the token"),
     "longcat_flash_ngram": Family(forward=_longcat, note="as longcat_flash"),
-    # Its norm of each expert's output gives zero for zero, so the sum over ranks stays right.
+    # It normalises each expert's output before the weighted sum: zero stays zero, so whole experts
+    # on several ranks are right; slices of an expert would not be.
     "muse_spark": Family(metal_only=True, note="never run: needs Metal"),
     "nemotron_h": Family(once=("fc2_latent_proj.bias",), note="latent experts are projected back"),
     "minimax_m2": Family(
