@@ -8,11 +8,11 @@ held-out questions (``demo_tasks.py``) never reach the optimiser.
 Shapes: batches [rows, row tokens], each row several conversations that cannot see one another.
 Read next: ``src/cenacle/demo_model/README.md``, the model's card.
 
-    python tools/train_demo.py --out src/cenacle/demo_model            # train, check, export
+    python tools/train_demo.py --out src/cenacle/demo_model            # train: about 50 minutes
     python tools/train_demo.py --check src/cenacle/demo_model          # accuracy, in PyTorch
     python tools/train_demo.py --check-mlx src/cenacle/demo_model      # accuracy, in mlx-lm
 
-Training needs torch, safetensors, tokenizers and transformers.
+Training needs torch (2.13 here), safetensors, tokenizers, one core; ``--check-mlx`` needs mlx-lm.
 """
 
 from __future__ import annotations
