@@ -1,0 +1,24 @@
+"""The bundled model answers questions it has never seen, many at once, on two nodes."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cenacle
+from cenacle.demo import FOLDER
+from cenacle.demo_tasks import KINDS, correct, held_out
+
+
+def test_at_least_95_percent_of_unseen_questions_are_answered():
+    tasks = [task for kind in KINDS for task in held_out(kind, 15)]
+    with cenacle.load(str(FOLDER), nodes=2) as model:
+
+        def ask(task):
+            return correct(task, "".join(c.text for c in model.stream(task.question, 80)))
+
+        with ThreadPoolExecutor(32) as pool:
+            right = list(pool.map(ask, tasks))
+    assert len(tasks) >= 100
+    assert sum(right) >= 0.95 * len(tasks)
+
+
+def test_the_model_is_small_enough_to_ship():
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 12_000_000
