@@ -303,7 +303,9 @@ def test_rank_that_does_not_start():
 
 
 FRONT = """
-import sys, cenacle
+import signal, sys, cenacle
+# The tests may run where SIGINT is ignored, as behind `&` in a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model = cenacle.load(sys.argv[1], int(sys.argv[2]), latency_s=0.005)
 print(*model.ranks.pids, flush=True)
 for chunk in model.stream([1, 2, 3], 500):
