@@ -26,7 +26,7 @@ class Sampling:
         seed: None draws a fresh one; the same seed gives the same text on any number of nodes.
         repetition_penalty: 1 is none; must be positive.
         presence_penalty, frequency_penalty: from -2 to 2.
-        logit_bias: added to the logits of single token ids.
+        logit_bias: from -100 to 100, added to the logits of single token ids.
 
     Raises:
         InputError: names the field that is out of range.
@@ -45,13 +45,15 @@ class Sampling:
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0, 2)
         _within("top_p", self.top_p, 0, 1, above=True)
-        _within("top_k", self.top_k, 0, float("inf"))
+        _within("top_k", self.top_k, 0, float("inf"), whole=True)
         _within("min_p", self.min_p, 0, 1)
         _within("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
-            _within("seed", self.seed, -(2**63), 2**63 - 1)
+            _within("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
+        for bias in self.logit_bias.values():
+            _within("logit_bias", bias, -100, 100)
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,19 @@ class TokenEvent:
     finish: str | None = None
 
 
-def _within(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+def _within(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+    whole: bool = False,
+) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{name}: expected a number, got {value!r}", name)
+    if whole and not isinstance(value, int):
+        raise InputError(f"{name}: expected a whole number, got {value!r}", name)
     if not (low < value if above else low <= value) or not value <= high:
         bracket = "above" if above else "from"
         raise InputError(f"{name}: expected {bracket} {low} to {high}, got {value}", name)

@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -172,3 +173,23 @@ def test_close_ends_a_receive_in_another_thread():
         channel.close()
         thread.join(2)
     assert [type(e) for e in got] == [Closed]
+
+
+def test_a_message_that_trickles_ends_at_the_deadline():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(ours, deadline_s=0.3)
+        done = threading.Event()
+
+        def trickle():
+            theirs.sendall(struct.pack(">I", 1000))
+            while not done.wait(0.05):
+                with suppress(OSError):
+                    theirs.sendall(b"x")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        with pytest.raises(Silent):
+            channel.receive()
+        done.set()
+        thread.join()

@@ -82,3 +82,11 @@ def test_fields_of_request():
 def test_greedy_is_the_default():
     assert Request("a", (1,), 1).sampling == Sampling(temperature=0.0, seed=None)
     assert TokenEvent("a", 3).finish is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_k", 3.5), ("seed", 1.5), ("logit_bias", {7: 101.0})]
+)
+def test_whole_numbers_and_biases_are_checked(field, value):
+    with pytest.raises(InputError, match=field):
+        Sampling(**{field: value})

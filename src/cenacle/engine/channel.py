@@ -12,6 +12,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -82,7 +83,10 @@ class Channel:
 
     def _exactly(self, count: int) -> bytes:
         data = bytearray()
+        ends = time.monotonic() + self._deadline_s
         while len(data) < count:
+            if data and time.monotonic() > ends:
+                raise Silent(f"took longer than {self._deadline_s:g} s for one message")
             try:
                 piece = self._socket.recv(count - len(data))
             except TimeoutError as error:
