@@ -189,7 +189,9 @@ def test_a_message_that_trickles_ends_at_the_deadline():
 
         thread = threading.Thread(target=trickle)
         thread.start()
-        with pytest.raises(Silent):
-            channel.receive()
-        done.set()
-        thread.join()
+        try:
+            with pytest.raises(Silent):
+                channel.receive()
+        finally:
+            done.set()
+            thread.join()
