@@ -46,8 +46,12 @@ class Collective(ABC):
     def _all_sum(self, x: mx.array) -> mx.array: ...
 
     def share(self, x: mx.array) -> mx.array:
-        """Rank 0's `x` on every rank, inside the graph: a sum in which the others give zeros."""
-        return self.all_sum(x if self.rank == 0 else mx.zeros_like(x))
+        """Rank 0's integers `x` on every rank, inside the graph: the others add zeros.
+
+        The zeros are made of the others' own `x`, so that they wait for it as rank 0's does: a sum
+        that depends on nothing could be taken before one that rank 0 takes first.
+        """
+        return self.all_sum(x if self.rank == 0 else x * 0)
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
