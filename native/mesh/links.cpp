@@ -344,7 +344,7 @@ void Links::check(const Flow& f) {
                                                            : "is out of step";
     number_ = got.number;
     fail(lost, static_cast<Fault>(got.type),
-         std::string(how) + ", says rank " + std::to_string(f.peer) + ",", false);
+         std::string(how) + ", says rank " + std::to_string(f.peer) + ",");
   }
   const auto describe = [](const Header& h) {
     std::ostringstream out;
@@ -357,21 +357,20 @@ void Links::check(const Flow& f) {
 }
 
 // Ends all exchanges of this rank, and lets the others know who was the reason.
-void Links::fail(int rank, Fault fault, const std::string& what, bool tell) {
+void Links::fail(int rank, Fault fault, const std::string& what) {
   std::ostringstream out;
   if (closing_) {
     out << "the exchange was closed while it waited in exchange " << number_;
-    tell = false;
   } else {
     out << "rank " << rank << " " << what;
     if (fault != Fault::out_of_step) out << " in exchange " << number_;
   }
   broken_ = out.str();
-  if (tell && flows_ != nullptr) {
+  if (!closing_ && flows_ != nullptr) {
     const Header lost{kMagic, kVersion, kLost, uint8_t(fault), number_, uint64_t(rank)};
     for (const auto& f : *flows_) {
-      if (f.peer == rank) continue;
-      // In the middle of a message nothing else can be said.
+      // Also to the rank itself, which may only have been stopped for a while. In the middle of
+      // a message nothing else can be said.
       const bool between = f.out.over() || f.out.done == 0;
       if (!between || ::send(fds_[f.peer], &lost, sizeof lost, MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {
         ::shutdown(fds_[f.peer], SHUT_WR);

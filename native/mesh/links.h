@@ -63,7 +63,7 @@ class Links {
   bool send(Flow& flow);
   bool receive(Flow& flow);
   void check(const Flow& flow);
-  [[noreturn]] void fail(int rank, Fault fault, const std::string& what, bool tell = true);
+  [[noreturn]] void fail(int rank, Fault fault, const std::string& what);
   std::byte* scratch(int peer, size_t bytes);
 
   int rank_;

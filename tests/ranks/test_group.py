@@ -256,7 +256,7 @@ def test_close_tells_those_who_wait():
 
 def order(plan: Path, folder: Path) -> dict:
     return {
-        **{"type": "load", "folder": str(folder), "plan": str(plan), "backend": "ring"},
+        **{"type": "load", "folder": str(folder), "plan": str(plan)},
         **{"latency_s": 0.0, "options": {}},
     }
 

@@ -9,7 +9,7 @@ Next: `native/mesh/mesh.cpp`, the primitive; `cluster/launcher.py`, which hands 
 The handshake. Rank r listens at its own address and connects to all ranks below it. A message is
 two bytes of length, big-endian, then that many bytes, at most `MAX_MESSAGE`:
 
-    connector -> listener   MAGIC, version, group size, its rank, the listener's rank, 16 random bytes
+    connector -> listener   MAGIC, version, ranks, its rank, the listener's rank, 16 random bytes
     listener -> connector   16 random bytes, proof
     connector -> listener   proof
     listener -> connector   "in"
@@ -32,6 +32,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,17 +73,18 @@ def why_not() -> str | None:
 
 
 def _native() -> ModuleType:
+    # By name: type checkers do not see native modules. MLX first, whose library it is bound to.
+    here = import_module("mlx.core").__version__
     try:
-        from .. import _mesh  # type: ignore[attr-defined]
+        native = import_module("cenacle._mesh")
     except ImportError as error:
         raise ClusterError(f"the native exchange is not in this installation ({error})") from error
-    built: str = _mesh.MLX_VERSION
-    if built != mx.__version__:
+    if here != native.MLX_VERSION:
         raise ClusterError(
-            f"the native exchange was built for MLX {built} and this is MLX {mx.__version__}; "
+            f"the native exchange was built for MLX {native.MLX_VERSION} and this is MLX {here}; "
             "install cenacle again"
         )
-    return _mesh  # type: ignore[no-any-return]
+    return native
 
 
 class Mesh(Collective):
@@ -150,7 +152,7 @@ class Mesh(Collective):
     def _all_sum(self, x: mx.array) -> mx.array:
         if self.size == 1 or x.size == 0:
             return x
-        return self._native.all_sum(x)  # type: ignore[no-any-return]
+        return self._native.all_sum(x)
 
     def close(self) -> None:
         """Leave the group; an exchange that waits ends with an error."""
