@@ -130,7 +130,7 @@ def measure(nodes: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
         if asked.ways:
             meshes["direct"] = (unix("direct"), {"scatter_bytes": 1 << 40})
             meshes["scatter"] = (unix("scatter"), {"scatter_bytes": 0})
-            meshes["no spin"] = (unix("sleep"), {"spin_us": 0.0})
+            meshes["spin 30"] = (unix("spin"), {"spin_us": 30.0})
         job = {
             "hostfile": str(hostfile),
             "addresses": hosts,

@@ -108,9 +108,10 @@ def test_every_size_can_be_scattered(start):
         assert all(right for right, _ in answers)
 
 
+@pytest.mark.parametrize("spin_us", [0.0, 30.0])
 @pytest.mark.parametrize("size", [1, 6144, 200_000])
-def test_many_in_one_graph(start, size):
-    processes, _ = start(3)
+def test_many_in_one_graph(start, size, spin_us):
+    processes, _ = start(3, spin_us=spin_us)
     assert everywhere(processes, "chain", links=200, size=size) == [[201, 201]] * 3
 
 

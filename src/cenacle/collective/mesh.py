@@ -51,8 +51,7 @@ MAX_GUESTS = 64  # connections that are being asked who they are, at one time
 NONCE = 16  # bytes
 HELLO = struct.Struct(f">{len(MAGIC)}sHHHH{NONCE}s")
 
-SCATTER_BYTES = 256 * 1024  # see benchmarks/exchange.py
-SPIN_US = 30.0
+SCATTER_BYTES = 64 * 1024  # from here on two hops were faster: benchmarks/exchange.py --ways
 
 
 class _Refused(Exception):
@@ -100,8 +99,8 @@ class Mesh(Collective):
         join_s: longest time until all ranks are there.
         scatter_bytes: with three ranks and more, larger vectors are sent by reduce-scatter and
             all-gather, which takes two hops and fewer bytes.
-        spin_us: how long a wait asks again before it sleeps; None: `SPIN_US`, or 0 where more
-            ranks than cores share this machine.
+        spin_us: how long a wait asks again before it sleeps. On two shared cores every microsecond
+            of it was lost (`docs/LOG.md`); it may pay where each rank has idle cores of its own.
 
     Raises:
         ClusterError: the extension is not there, or the group did not form; says who is missing.
@@ -117,13 +116,11 @@ class Mesh(Collective):
         handshake_s: float = 5.0,
         join_s: float = 30.0,
         scatter_bytes: int = SCATTER_BYTES,
-        spin_us: float | None = None,
+        spin_us: float = 0.0,
     ) -> None:
         super().__init__()
         native = _native()
         self.rank, self.size = rank, len(addresses)
-        if spin_us is None:
-            spin_us = SPIN_US if _neighbours(rank, addresses) <= _cores() else 0.0
         sockets = _Door(rank, addresses, secret, handshake_s).gather(join_s)
         fds = [-1] * self.size
         for peer, sock in sockets.items():
@@ -392,19 +389,3 @@ def _hang_up(sock: socket.socket) -> None:
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)  # ends an accept or a receive in another thread
     sock.close()
-
-
-def _neighbours(rank: int, addresses: Sequence[str]) -> int:
-    """How many ranks, this one included, are on this rank's machine."""
-
-    def machine(address: str) -> str:
-        return "" if address.startswith("unix:") else _host_port(address)[0]
-
-    return sum(machine(a) == machine(addresses[rank]) for a in addresses)
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
