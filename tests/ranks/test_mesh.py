@@ -167,7 +167,7 @@ def test_stopped_rank_is_named_within_the_deadline(start, size):
         result = process.result(5)
         assert result["error"].startswith("RuntimeError: rank 2 was silent")
         assert result["error"].endswith("in exchange 1")
-        assert 0.5 < result["seconds"] < 2.5
+        assert 0.5 < result["seconds"] < 4
     os.kill(processes[2].pid, signal.SIGCONT)
     # It may find all it needs for that exchange; in the next it learns that it was given up.
     for _ in range(2):
