@@ -88,7 +88,7 @@ def load(
     *,
     shares: Sequence[float] | None = None,
     plan: Plan | None = None,
-    backend: str = "ring",
+    backend: str = "auto",
     latency_s: float = 0.0,
     options: Options | None = None,
     measure_every: int = 8,
@@ -101,7 +101,8 @@ def load(
         nodes: number of ranks, up to the number of experts of a layer.
         shares: relative numbers of experts per rank; None: even.
         plan: a placement dealt before; overrides `nodes` and `shares`.
-        backend: "ring", "mpi", "jaccl" or "nccl".
+        backend: "mesh", "ring", "mpi", "jaccl" or "nccl"; "auto": the mesh where this
+            installation has it, else the ring.
         latency_s: seconds added to every exchange, to study a slower link.
         options: how ranks run the model.
         measure_every: one step in this many is measured; 0: none.
@@ -123,7 +124,6 @@ def load(
             "type": "load",
             "folder": str(checkpoint.folder.resolve()),
             "plan": str(where),
-            "backend": backend,
             "latency_s": latency_s,
             "options": asdict(options),
         }

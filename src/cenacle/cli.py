@@ -48,8 +48,10 @@ err = Console(stderr=True, highlight=False)
 
 
 class Backend(StrEnum):
-    """How ranks exchange; see `collective.mlx.BACKENDS`."""
+    """How ranks exchange; see `cluster.launcher.choose` and `collective.mlx.BACKENDS`."""
 
+    auto = "auto"
+    mesh = "mesh"
     ring = "ring"
     mpi = "mpi"
     jaccl = "jaccl"
@@ -113,7 +115,7 @@ def generate(
     raw: Annotated[bool, typer.Option(help="Do not apply the model's chat template.")] = False,
     shares: Shares = None,
     plan: PlanFile = None,
-    backend: BackendName = Backend.ring,
+    backend: BackendName = Backend.auto,
     latency_ms: LatencyMs = 0.0,
     prefill_chunk: PrefillChunk = 512,
     kv_bits: KVBits = None,
@@ -154,7 +156,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     shares: Shares = None,
     plan: PlanFile = None,
-    backend: BackendName = Backend.ring,
+    backend: BackendName = Backend.auto,
     kv_bits: KVBits = None,
 ) -> None:
     """Talk with a model in the terminal. /new starts again, /bye or Ctrl-D ends.
@@ -199,7 +201,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
     shares: Shares = None,
     plan: PlanFile = None,
-    backend: BackendName = Backend.ring,
+    backend: BackendName = Backend.auto,
     prefill_chunk: PrefillChunk = 512,
     batch: Batch = 32,
     kv_bits: KVBits = None,
@@ -391,6 +393,8 @@ def _loaded(
             progress=progress,
         )
     with loaded:
+        if loaded.ranks.backend_reason is not None:
+            err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
         yield loaded
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import errors
+from ..collective import mesh
 from ..engine.channel import Channel, Closed, Silent
 from ..errors import CenacleError, ClusterError, RankLost
 
@@ -44,15 +45,17 @@ class LocalRanks:
 
     Args:
         nodes: how many.
-        backend: how they exchange, see `collective.mlx.BACKENDS`; unused for one node.
+        backend: how they exchange: "mesh", one of `collective.mlx.BACKENDS`, or "auto", the mesh
+            where it can be used, else the ring. Unused for one node.
         program: the command of a rank.
 
     Raises:
         ClusterError: a process could not be started or did not call back in time.
     """
 
-    def __init__(self, nodes: int, backend: str = "ring", program: Sequence[str] = WORKER) -> None:
+    def __init__(self, nodes: int, backend: str = "auto", program: Sequence[str] = WORKER) -> None:
         self.nodes = nodes
+        self.backend, self.backend_reason = choose(backend, nodes)
         self.channels: list[Channel] = []
         self.pids: list[int] = []
         self.ready: list[dict[str, Any]] = []
@@ -60,7 +63,7 @@ class LocalRanks:
         self.folder = Path(tempfile.mkdtemp(prefix="cenacle-"))  # mode 0700
         self._closed = False
         try:
-            self._start(backend, list(program))
+            self._start(self.backend, list(program))
         except BaseException:
             self.close(now=True)
             raise
@@ -72,6 +75,12 @@ class LocalRanks:
             listener.bind(address)
             listener.listen(self.nodes)
             env = {**os.environ, "CENACLE_CONTROL": address, "CENACLE_TOKEN": token}
+            if backend == "mesh":
+                # Sockets in a folder of this user's, and a secret besides, as between machines.
+                env[mesh.ADDRESSES] = json.dumps(
+                    [f"unix:{self.folder}/mesh-{r}" for r in range(self.nodes)]
+                )
+                env[mesh.SECRET] = secrets.token_hex(32)
             if backend == "mpi" and self.nodes > 1:
                 self._spawn([_mpirun(), "-np", str(self.nodes), *_MPI_FLAGS, *program], env)
             else:
@@ -135,7 +144,7 @@ class LocalRanks:
             CenacleError: what the first failing rank said, in its own class; or `RankLost`.
         """
         for channel in self.channels:
-            channel.send(order)
+            channel.send({**order, "backend": self.backend})
         ready: dict[int, dict[str, Any]] = {}
         heard = dict.fromkeys(range(self.nodes), time.monotonic())
         with selectors.DefaultSelector() as waiting:
@@ -202,6 +211,24 @@ class LocalRanks:
         for channel in self.channels:
             channel.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def choose(backend: str, nodes: int) -> tuple[str, str | None]:
+    """Which backend "auto" is here, and why; a backend that was asked for needs no reason.
+
+    Raises:
+        ClusterError: the mesh was asked for and cannot be used.
+    """
+    if nodes == 1:
+        return backend, None
+    if backend == "auto":
+        reason = mesh.why_not()
+        if reason is None:
+            return "mesh", "exchange: mesh, one hop from every rank to every other"
+        return "ring", f"exchange: MLX's ring, which is slower, because {reason}"
+    if backend == "mesh" and (reason := mesh.why_not()) is not None:
+        raise ClusterError(f"backend mesh: {reason}; use --backend ring")
+    return backend, None
 
 
 _MPI_FLAGS = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")

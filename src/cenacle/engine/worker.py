@@ -20,12 +20,15 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CenacleError, ClusterError
 from ..plan import Plan
 from ..request import Step
 from .channel import Channel
+
+if TYPE_CHECKING:
+    from ..collective.base import Collective
 
 ALIVE_EVERY_S = 1.0
 
@@ -99,14 +102,13 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     # Imported here: the front must hear of this process before MLX is loaded.
     import mlx.core as mx
 
-    from ..collective.base import Collective
     from ..model.experts import parallelize
     from ..model.watch import Watch
     from ..model.weights import Checkpoint, load
     from .engine import Engine, Options
 
     plan = Plan.load(Path(order["plan"]))
-    collective: Collective = join(order, plan.nodes)
+    collective = join(order, plan.nodes)
     watch = Watch()
     last = 0.0
 
@@ -142,13 +144,20 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         )
 
 
-def join(order: dict[str, Any], nodes: int) -> Any:
+def join(order: dict[str, Any], nodes: int) -> Collective:
     """Form the group that the front asked for; a `Collective`."""
     from ..collective.alone import Alone
+    from ..collective.mesh import Mesh
     from ..collective.mlx import Mlx
     from ..collective.study import Delayed
 
-    group = Alone() if nodes == 1 else Mlx(order["backend"], nodes)
+    group: Collective
+    if nodes == 1:
+        group = Alone()
+    elif order["backend"] == "mesh":
+        group = Mesh.from_environment(own_rank(), nodes)
+    else:
+        group = Mlx(order["backend"], nodes)
     return Delayed(group, order["latency_s"]) if order["latency_s"] else group
 
 

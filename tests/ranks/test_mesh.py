@@ -1,0 +1,294 @@
+"""The mesh between real processes: right sums, one order, and no wait without an end."""
+
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from cenacle import ClusterError
+from cenacle.cluster import launcher
+from cenacle.collective import mesh
+
+RANK = Path(__file__).parent / "mesh_rank.py"
+SECRET = "open sesame"
+
+linux_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the native exchange is built on Linux only"
+)
+pytestmark = linux_only
+
+
+class Process:
+    """One rank; `start` gives it an order, `result` waits for what came of it."""
+
+    def __init__(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen([sys.executable, str(RANK)], **pipes)
+        self.pid = self._process.pid
+
+    def start(self, name: str, **arguments) -> None:
+        print(json.dumps([name, arguments]), file=self._process.stdin, flush=True)
+
+    def result(self, seconds: float = 30) -> dict:
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(self._process.stdout, selectors.EVENT_READ)
+            assert waiting.select(seconds), f"nothing came within {seconds:g} s"
+        return json.loads(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait(5)
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+def ports(count: int) -> list[str]:
+    return [f"127.0.0.1:{p}" for p in launcher._free_ports(count)]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Makes processes, joined into a group unless told otherwise; all end with the test."""
+    running = []
+
+    def group(ranks: int, kind: str = "unix", joined: bool = True, **arguments):
+        some = [Process() for _ in range(ranks)]
+        running.extend(some)
+        where = ports(ranks) if kind == "tcp" else [f"unix:{tmp_path}/{r}" for r in range(ranks)]
+        if joined:
+            for rank, process in enumerate(some):
+                process.start("join", rank=rank, addresses=where, secret=SECRET, **arguments)
+            assert [p.result().get("error") for p in some] == [None] * ranks
+        return some, where
+
+    yield group
+    for process in running:
+        process.end()
+
+
+def everywhere(processes: list[Process], name: str, **arguments) -> list:
+    for process in processes:
+        process.start(name, **arguments)
+    results = [p.result(60) for p in processes]
+    assert [r.get("error") for r in results] == [None] * len(processes)
+    return [r["value"] for r in results]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32")
+SIZES = (1, 2, 3, 1023, 6144, 65_537, 750_001)  # up to 3 MB; the last ones are scattered
+CASES = [(d, s) for d in DTYPES for s in SIZES]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind"),
+    [(1, "unix"), (2, "unix"), (3, "unix"), (4, "unix"), (2, "tcp"), (4, "tcp")],
+)
+def test_sums_are_the_reference_bit_for_bit(start, ranks, kind):
+    processes, _ = start(ranks, kind)
+    answers = everywhere(processes, "sums", cases=CASES)
+    for case, *found in zip(CASES, *answers, strict=True):
+        assert all(right for right, _ in found), f"{case}: not the sum in rank order"
+        assert len({digest for _, digest in found}) == 1, f"{case}: ranks differ"
+
+
+def test_every_size_can_be_scattered(start):
+    """Fewer elements than ranks: some ranks add nothing."""
+    processes, _ = start(4, scatter_bytes=0)
+    cases = [("float32", s) for s in (1, 2, 3, 4, 5, 7, 1023)]
+    for answers in everywhere(processes, "sums", cases=cases):
+        assert all(right for right, _ in answers)
+
+
+@pytest.mark.parametrize("spin_us", [0.0, 30.0])
+@pytest.mark.parametrize("size", [1, 6144, 200_000])
+def test_many_in_one_graph(start, size, spin_us):
+    processes, _ = start(3, spin_us=spin_us)
+    assert everywhere(processes, "chain", links=200, size=size) == [[201, 201]] * 3
+
+
+def test_order_is_that_of_making_not_of_wanting(start):
+    processes, _ = start(2)
+    assert everywhere(processes, "independent") == [[2.0 * i for i in range(8)]] * 2
+    assert everywhere(processes, "compiled") == [[[4 * i + 1] * 3 for i in range(3)]] * 2
+    assert everywhere(processes, "strided") == [[[2, 10, 18], [4, 12, 20], [6, 14, 22]]] * 2
+    assert everywhere(processes, "sum") == [2] * 2
+
+
+def test_ranks_out_of_step_say_what_they_expected(start):
+    processes, _ = start(2)
+    assert everywhere(processes, "sum") == [2, 2]
+    processes[0].start("sum", size=10)
+    processes[1].start("sum", size=6, dtype="int32")
+    first, second = (p.result()["error"] for p in processes)
+    assert first == (
+        "RuntimeError: rank 1 is out of step: expected exchange 1 of 40 bytes of float32, "
+        "got exchange 1 of 24 bytes of int32"
+    )
+    assert second.startswith("RuntimeError: rank 0 is out of step")
+    # The same error from then on, and computing goes on.
+    processes[0].start("sum")
+    assert processes[0].result()["error"] == first
+    assert everywhere(processes, "count") == [6, 6]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_killed_rank_is_named(start, kind, asynchronous):
+    processes, _ = start(3, kind)
+    assert everywhere(processes, "sum") == [3] * 3
+    for process in processes[:2]:
+        process.start("sum", asynchronous=asynchronous)
+    time.sleep(0.1)
+    os.kill(processes[2].pid, signal.SIGKILL)
+    for process in processes[:2]:
+        message = process.result(5)["error"]
+        assert message.startswith("RuntimeError: rank 2 closed its connection")
+        assert message.endswith("in exchange 1")
+    assert everywhere(processes[:2], "count") == [6, 6]
+
+
+@pytest.mark.parametrize("size", [8, 300_000])
+def test_stopped_rank_is_named_within_the_deadline(start, size):
+    processes, _ = start(3, deadline_s=1)
+    assert everywhere(processes, "sum") == [3] * 3
+    os.kill(processes[2].pid, signal.SIGSTOP)
+    for process in processes[:2]:
+        process.start("sum", size=size)
+    for process in processes[:2]:
+        result = process.result(5)
+        assert result["error"].startswith("RuntimeError: rank 2 was silent")
+        assert result["error"].endswith("in exchange 1")
+        assert 0.5 < result["seconds"] < 4
+    os.kill(processes[2].pid, signal.SIGCONT)
+    # It may find all it needs for that exchange; in the next it learns that it was given up.
+    for _ in range(2):
+        processes[2].start("sum", size=size)
+        last = processes[2].result(5)
+    assert "error" in last
+
+
+def test_slow_rank_is_not_an_error(start):
+    processes, _ = start(2, deadline_s=3)
+    processes[0].start("sum")
+    time.sleep(1)
+    processes[1].start("sum")
+    assert [p.result()["value"] for p in processes] == [2, 2]
+
+
+def test_leaving_ends_the_others_wait(start):
+    processes, _ = start(2)
+    processes[0].start("sum")
+    time.sleep(0.1)
+    processes[1].start("close")
+    assert processes[1].result()["value"] is None
+    assert processes[0].result(5)["error"] == (
+        "RuntimeError: rank 1 closed its connection in exchange 0"
+    )
+
+
+def dial(address: str) -> socket.socket:
+    host, port = address.split(":")
+    ends = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5)
+        except ConnectionRefusedError:
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+
+
+def closed(sock: socket.socket) -> bool:
+    try:
+        while data := sock.recv(4096):
+            assert len(data) < 100
+        return True
+    except ConnectionResetError:
+        return True
+
+
+def test_strangers_are_refused_and_harm_nobody(start):
+    (one, two), where = start(2, "tcp", joined=False)
+    hello = mesh.HELLO.pack(mesh.MAGIC, mesh.VERSION, 2, 1, 0, b"n" * mesh.NONCE)
+    framed = struct.pack(">H", len(hello)) + hello
+    said = {
+        "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        "zeros": bytes(1000),
+        "noise": bytes(range(256)) * 40,
+        "half a message": framed[:9],
+        "nothing": b"",
+        "one without the secret": framed + struct.pack(">H", 32) + b"x" * 32,
+        "another version": framed.replace(mesh.MAGIC + b"\0\1", mesh.MAGIC + b"\0\2"),
+    }
+    strangers = {}
+    arguments = {"addresses": where, "secret": SECRET}
+    one.start("join", rank=0, handshake_s=1, **arguments)
+    for name, words in said.items():
+        strangers[name] = dial(where[0])
+        strangers[name].sendall(words)
+    began = time.monotonic()
+    for name, sock in strangers.items():
+        assert closed(sock), name
+        sock.close()
+    assert time.monotonic() - began < 3
+    waiting = [dial(where[0]) for _ in range(20)]  # and these are there when rank 1 comes
+    two.start("join", rank=1, **arguments)
+    assert [p.result().get("error") for p in (one, two)] == [None, None]
+    assert everywhere([one, two], "sum") == [2, 2]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(tuple(where[0].split(":")), timeout=5)
+    for sock in waiting:
+        assert closed(sock)
+        sock.close()
+
+
+def test_wrong_secret_is_refused(start):
+    (one, two, three), where = start(3, "unix", joined=False)
+    where = where[:2]
+    one.start("join", rank=0, addresses=where, secret=SECRET)
+    three.start("join", rank=1, addresses=where, secret="guess")
+    assert "rank 0 at" in (message := three.result()["error"])
+    assert "does not have this group's secret" in message
+    two.start("join", rank=1, addresses=where, secret=SECRET)
+    assert [p.result().get("error") for p in (one, two)] == [None, None]
+    assert everywhere([one, two], "sum") == [2, 2]
+    assert not any(Path(a.removeprefix("unix:")).exists() for a in where)
+
+
+def test_missing_rank_is_named(start):
+    (one,), _ = start(1, joined=False)
+    where = ports(3)
+    one.start("join", rank=1, addresses=where, secret=SECRET, join_s=0.3)
+    assert f"rank 0 at {where[0]}" in one.result(5)["error"]
+    one.start("join", rank=0, addresses=where, secret=SECRET, join_s=0.3)
+    assert "rank 0 did not hear from ranks [1, 2]" in one.result(5)["error"]
+
+
+def test_wrong_addresses_are_refused():
+    with pytest.raises(ClusterError, match="expected unix:/path or host:port"):
+        mesh.Mesh(0, ["nowhere", "unix:/x"], b"s")
+
+
+def test_mesh_is_the_default_here():
+    """A build that failed silently would leave the ring."""
+    assert mesh.why_not() is None
+    assert launcher.choose("auto", 2)[0] == "mesh"
+    assert launcher.choose("ring", 2) == ("ring", None)
+
+
+def test_other_mlx_is_said(monkeypatch):
+    monkeypatch.setattr(mx, "__version__", "0.99.0")
+    assert "this is MLX 0.99.0; install cenacle again" in mesh.why_not()
+    backend, reason = launcher.choose("auto", 2)
+    assert backend == "ring"
+    assert reason.startswith("exchange: MLX's ring, which is slower, because the native exchange")
+    with pytest.raises(ClusterError, match="use --backend ring"):
+        launcher.choose("mesh", 2)
