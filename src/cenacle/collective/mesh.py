@@ -144,7 +144,9 @@ class Mesh(Collective):
             raise ClusterError(f"the mesh was not described to this process ({error!r})") from error
         if len(addresses) != size:
             raise ClusterError(f"{ADDRESSES} has {len(addresses)} addresses, expected {size}")
-        return cls(rank, addresses, secret)
+        # A peer may compute for minutes (a long prompt on a slow machine); dead and stopped ranks
+        # are found within seconds by the front's heartbeats.
+        return cls(rank, addresses, secret, deadline_s=600.0)
 
     def _all_sum(self, x: mx.array) -> mx.array:
         if self.size == 1 or x.size == 0:
