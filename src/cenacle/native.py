@@ -9,27 +9,27 @@ Next: `model/native_layers.py`, which puts its layers into a model; `native/`, i
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 
-import mlx.core as mx  # first: the extension takes and gives its arrays
-
-_module: ModuleType | None = None
-_why: str = ""
+import mlx.core  # noqa: F401  first: the extension takes and gives its arrays
 
 
 def _import() -> tuple[ModuleType | None, str]:
     if os.environ.get("CENACLE_NATIVE") == "0":
         return None, "the native kernels are turned off by CENACLE_NATIVE=0"
     try:
-        from . import _native  # type: ignore[attr-defined, unused-ignore]
+        extension = import_module("cenacle._native")
     except ImportError as error:
         return None, f"the native kernels were not built for this machine ({error})"
-    if _native.mlx_version != mx.__version__:
+    mlx_version = version("mlx")
+    if extension.mlx_version != mlx_version:
         return None, (
-            f"the native kernels were built with MLX {_native.mlx_version}, this is "
-            f"{mx.__version__}: install cenacle again"
+            f"the native kernels were built with MLX {extension.mlx_version}, this is "
+            f"{mlx_version}: install cenacle again"
         )
-    return _native, ""
+    return extension, ""
 
 
 _module, _why = _import()
@@ -54,6 +54,14 @@ def module() -> ModuleType:
     if _module is None:
         raise ImportError(_why)
     return _module
+
+
+def describe() -> str:
+    """What computes on this machine's CPU, in a few words."""
+    if _module is None:
+        return "plain MLX"
+    threads = _module.threads()
+    return f"{_module.used()} kernels, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def set_threads(local_ranks: int = 1) -> int:

@@ -99,6 +99,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     # Imported here: the front must hear of this process before MLX is loaded.
     import mlx.core as mx
 
+    from .. import native
     from ..collective.base import Collective
     from ..model.experts import parallelize
     from ..model.watch import Watch
@@ -106,6 +107,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from .engine import Engine, Options
 
     plan = Plan.load(Path(order["plan"]))
+    native.set_threads(local_ranks=plan.nodes)
     collective: Collective = join(order, plan.nodes)
     watch = Watch()
     last = 0.0
@@ -123,6 +125,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
+    if mx.default_device().type == mx.DeviceType.cpu:
+        device += f", {native.describe()}"
     channel.send({"type": "ready", "device": device, "peak_rss_bytes": peak * scale})
     while True:
         message = receive(channel)
