@@ -48,6 +48,11 @@ inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const fl
     for (int t = 0; t < T; t++) v[t] = _mm256_loadu_ps(x[t] + i);
     for (int r = 0; r < R; r++) {
       const __m256 u = load<F>(w + r * stride, i);
+      if constexpr (T == 1) {
+        // The same place of the rows that come next.
+        const char* next = reinterpret_cast<const char*>(w + (r + R) * stride);
+        _mm_prefetch(next + i * (F == Float::f32 ? 4 : 2), _MM_HINT_T0);
+      }
       for (int t = 0; t < T; t++) sum[r][t] = _mm256_fmadd_ps(u, v[t], sum[r][t]);
     }
   }
@@ -163,7 +168,19 @@ inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, f
   const Matrix r = m.from(row);
   const int64_t n = m.width / m.group;
   if (m.format == Format::mxfp4) {
-    for (int64_t g = 0; g < n; g++) {
+    int64_t g = 0;
+    for (; g + 8 <= n; g += 8) {
+      const __m256i e = _mm256_cvtepu8_epi32(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(r.scales + g)));
+      const __m256i least = _mm256_and_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()),
+                                             _mm256_set1_epi32(0x400000));
+      const __m256 s = _mm256_mul_ps(
+          _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(e, 23), least)),
+          _mm256_set1_ps(.5f));
+      _mm256_storeu_ps(scale + g, s);
+      _mm256_storeu_ps(bias + g, _mm256_mul_ps(s, _mm256_set1_ps(-12.f)));
+    }
+    for (; g < n; g++) {
       scale[g] = .5f * e8m0(r.scales[g]);
       bias[g] = -12.f * scale[g];
     }
@@ -179,13 +196,13 @@ inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, f
       bias[g] = at(m.type, r.biases, g);
     }
   }
-  const int64_t times = m.group / fine;
-  if (times > 1)
-    for (int64_t g = n * times - 1; g >= 0; g--) {
-      scale[g] = scale[g / times];
-      bias[g] = bias[g / times];
+  const bool twice = m.group > fine;  // 128 weights a scale, 64 activations
+  if (twice)
+    for (int64_t g = n - 1; g >= 0; g--) {
+      scale[2 * g] = scale[2 * g + 1] = scale[g];
+      bias[2 * g] = bias[2 * g + 1] = bias[g];
     }
-  for (int64_t g = n * times; g < groups; g++) scale[g] = bias[g] = 0.f;
+  for (int64_t g = twice ? 2 * n : n; g < groups; g++) scale[g] = bias[g] = 0.f;
 }
 
 template <Code C, int FINE, int T>
