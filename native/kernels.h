@@ -80,7 +80,7 @@ struct Kernels {
 
 extern const Kernels portable;
 #ifdef CENACLE_AVX2
-extern const Kernels avx2;
+extern const Kernels avx2, vnni;
 #endif
 
 }  // namespace cenacle

@@ -5,6 +5,7 @@
 // The nibbles of a 16-bit lane are taken apart by shifts alone, which leaves value 4 j + i in lane j of
 // vector i; activations are dealt out that way once a token, so that weights need no shuffles.
 // Affine biases cost nothing in the loop: bias x (sum of the group's activations) is added at the end.
+// kernels_vnni.cpp compiles this file once more, for processors that multiply and add in one step.
 // Everything else is multiplied as float; 2-, 3-, 5- and 6-bit rows are decoded to float first.
 #include <immintrin.h>
 
@@ -97,6 +98,15 @@ void dense(const uint8_t* w, int64_t stride, int64_t width, int64_t rows, int64_
 
 // ---- 4 and 8 bits -----------------------------------------------------------------------------
 
+// sum + a . b, of pairs of 16 bits.
+inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#ifdef CENACLE_VNNI
+  return _mm256_dpwssd_epi32(sum, a, b);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+
 enum class Code { nibbles, bytes, e2m1 };
 
 // T tokens with one row. `scale[t]` holds a factor for every group of `FINE` weights.
@@ -117,9 +127,9 @@ inline void fixed_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
         const __m256i even = _mm256_and_si256(v, low), odd = _mm256_srli_epi16(v, 8);
         for (int t = 0; t < T; t++) {
           const auto* p = reinterpret_cast<const __m256i*>(x[t] + i + 32 * h);
-          const __m256i s = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(p)),
-                                             _mm256_madd_epi16(odd, _mm256_loadu_si256(p + 1)));
-          part[t] = h ? _mm256_add_epi32(part[t], s) : s;
+          const __m256i s = h ? add_products(part[t], even, _mm256_loadu_si256(p))
+                              : _mm256_madd_epi16(even, _mm256_loadu_si256(p));
+          part[t] = add_products(s, odd, _mm256_loadu_si256(p + 1));
         }
       }
     } else {
@@ -136,10 +146,10 @@ inline void fixed_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
       }
       for (int t = 0; t < T; t++) {
         const auto* p = reinterpret_cast<const __m256i*>(x[t] + i);
-        const __m256i s = _mm256_add_epi32(_mm256_madd_epi16(n[0], _mm256_loadu_si256(p)),
-                                           _mm256_madd_epi16(n[1], _mm256_loadu_si256(p + 1)));
-        const __m256i u = _mm256_add_epi32(_mm256_madd_epi16(n[2], _mm256_loadu_si256(p + 2)),
-                                           _mm256_madd_epi16(n[3], _mm256_loadu_si256(p + 3)));
+        const __m256i s = add_products(_mm256_madd_epi16(n[0], _mm256_loadu_si256(p)), n[1],
+                                       _mm256_loadu_si256(p + 1));
+        const __m256i u = add_products(_mm256_madd_epi16(n[2], _mm256_loadu_si256(p + 2)), n[3],
+                                       _mm256_loadu_si256(p + 3));
         part[t] = _mm256_add_epi32(s, u);
       }
     }
@@ -347,6 +357,10 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
 
 }  // namespace
 
+#ifdef CENACLE_VNNI
+const Kernels vnni = {"vnni", choose, prepare, scratch, multiply, activate};
+#else
 const Kernels avx2 = {"avx2", choose, prepare, scratch, multiply, activate};
+#endif
 
 }  // namespace cenacle
