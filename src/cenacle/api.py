@@ -90,6 +90,7 @@ def load(
     plan: Plan | None = None,
     backend: str = "auto",
     latency_s: float = 0.0,
+    kernels: str = "mlx",
     options: Options | None = None,
     measure_every: int = 8,
     progress: Callable[[int, int, int], None] | None = None,
@@ -104,6 +105,8 @@ def load(
         backend: "mesh", "ring", "mpi", "jaccl" or "nccl"; "auto": the mesh where this
             installation has it, else the ring.
         latency_s: seconds added to every exchange, to study a slower link.
+        kernels: "mlx", whose results are mlx-lm's, or "native": ours for Linux CPUs, many times
+            faster, see `model.experts.parallelize`. Without the extension, or on a GPU, it is MLX.
         options: how ranks run the model.
         measure_every: one step in this many is measured; 0: none.
         progress: called with rank, bytes loaded, bytes in all.
@@ -125,6 +128,7 @@ def load(
             "folder": str(checkpoint.folder.resolve()),
             "plan": str(where),
             "latency_s": latency_s,
+            "kernels": kernels,
             "options": asdict(options),
         }
         ranks.load(order, progress)

@@ -47,6 +47,13 @@ app = typer.Typer(
 err = Console(stderr=True, highlight=False)
 
 
+class Kernels(StrEnum):
+    """What computes; see `api.load`."""
+
+    mlx = "mlx"
+    native = "native"
+
+
 class Backend(StrEnum):
     """How ranks exchange; see `cluster.launcher.choose` and `collective.mlx.BACKENDS`."""
 
@@ -70,6 +77,12 @@ PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan saved by `inspect --save`; overrides --nodes.")
 ]
 BackendName = Annotated[Backend, typer.Option(help="How nodes exchange.")]
+KernelsName = Annotated[
+    Kernels,
+    typer.Option(
+        help="mlx: mlx-lm's very results. native: ours for Linux CPUs, many times faster."
+    ),
+]
 LatencyMs = Annotated[
     float, typer.Option(min=0, help="Milliseconds added to every exchange, to study a slow link.")
 ]
@@ -116,6 +129,7 @@ def generate(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
+    kernels: KernelsName = Kernels.mlx,
     latency_ms: LatencyMs = 0.0,
     prefill_chunk: PrefillChunk = 512,
     kv_bits: KVBits = None,
@@ -128,7 +142,17 @@ def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     with _loaded(
-        model, nodes, shares, plan, backend, latency_ms, prefill_chunk, 32, kv_bits, max_kv_size
+        model,
+        nodes,
+        shares,
+        plan,
+        backend,
+        kernels,
+        latency_ms,
+        prefill_chunk,
+        32,
+        kv_bits,
+        max_kv_size,
     ) as loaded:
         ids = loaded.text.encode(text) if raw else loaded.tokens_of(text)
         answer = loaded.generate(
@@ -157,6 +181,7 @@ def chat(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
+    kernels: KernelsName = Kernels.mlx,
     kv_bits: KVBits = None,
 ) -> None:
     """Talk with a model in the terminal. /new starts again, /bye or Ctrl-D ends.
@@ -164,7 +189,9 @@ def chat(
     Example: [bold]cenacle chat -m org/model -n 2[/]
     """
     beginning = [{"role": "system", "content": system}] if system else []
-    with _loaded(model, nodes, shares, plan, backend, 0.0, 512, 32, kv_bits, None) as loaded:
+    with _loaded(
+        model, nodes, shares, plan, backend, kernels, 0.0, 512, 32, kv_bits, None
+    ) as loaded:
         history = list(beginning)
         while True:
             try:
@@ -202,6 +229,7 @@ def serve(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
+    kernels: KernelsName = Kernels.mlx,
     prefill_chunk: PrefillChunk = 512,
     batch: Batch = 32,
     kv_bits: KVBits = None,
@@ -217,7 +245,17 @@ def serve(
     # First the port: it is cheap to find out that it is taken, and loading is not.
     with bind(host, port) as sock:
         with _loaded(
-            model, nodes, shares, plan, backend, 0.0, prefill_chunk, batch, kv_bits, max_kv_size
+            model,
+            nodes,
+            shares,
+            plan,
+            backend,
+            kernels,
+            0.0,
+            prefill_chunk,
+            batch,
+            kv_bits,
+            max_kv_size,
         ) as loaded:
             run(loaded, sock, on_started=lambda url: err.print(f"serving {loaded.name} at {url}"))
 
@@ -369,6 +407,7 @@ def _loaded(
     shares: str | None,
     plan: Path | None,
     backend: Backend,
+    kernels: Kernels,
     latency_ms: float,
     prefill_chunk: int,
     batch: int,
@@ -389,6 +428,7 @@ def _loaded(
             plan=Plan.load(plan) if plan else None,
             backend=backend.value,
             latency_s=latency_ms / 1000,
+            kernels=kernels.value,
             options=options,
             progress=progress,
         )

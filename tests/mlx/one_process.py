@@ -87,11 +87,15 @@ def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
 
 
 def load_rank(
-    folder: Path, plan: Plan, collective: Collective, watch: Watch | None = None
+    folder: Path,
+    plan: Plan,
+    collective: Collective,
+    watch: Watch | None = None,
+    kernels: str = "mlx",
 ) -> nn.Module:
     """One rank's expert-parallel model, in memory."""
     model = load(Checkpoint.open(folder), plan, collective.rank, lambda done, total: None)
-    parallelize(model, plan.spec.family, plan, collective, watch or Watch())
+    parallelize(model, plan.spec.family, plan, collective, watch or Watch(), kernels)
     return model
 
 

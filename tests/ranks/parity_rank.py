@@ -47,7 +47,8 @@ def serve(channel: Channel) -> None:
         model = load(
             Checkpoint.open(Path(message["folder"])), plan, collective.rank, lambda *_: None
         )
-        parallelize(model, plan.spec.family, plan, collective, watch)
+        kernels = message["kernels"]
+        parallelize(model, plan.spec.family, plan, collective, watch, kernels)
         before = collective.traffic.calls
         logits = model(mx.array([message["prompt"]])).astype(mx.float32)
         mx.eval(logits)

@@ -16,7 +16,7 @@ ROOT = Path(cenacle.__file__).parent
 ROOMS = (
     ("errors", "spec", "plan", "request"),
     (
-        *("collective", "engine.scheduler", "engine.terms", "engine.channel"),
+        *("native", "collective", "engine.scheduler", "engine.terms", "engine.channel"),
         *("server.openai", "demo_tasks"),
     ),
     ("model",),

@@ -102,12 +102,14 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     # Imported here: the front must hear of this process before MLX is loaded.
     import mlx.core as mx
 
+    from .. import native
     from ..model.experts import parallelize
     from ..model.watch import Watch
     from ..model.weights import Checkpoint, load
     from .engine import Engine, Options
 
     plan = Plan.load(Path(order["plan"]))
+    native.set_threads(local_ranks=plan.nodes)
     collective = join(order, plan.nodes)
     watch = Watch()
     last = 0.0
@@ -119,12 +121,14 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
             channel.send({"type": "progress", "done": done, "total": total})
 
     model = load(Checkpoint.open(Path(order["folder"])), plan, collective.rank, progress)
-    parallelize(model, plan.spec.family, plan, collective, watch)
+    parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
     collective.barrier()
     engine = Engine(model, collective, watch, Options(**order["options"]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
+    if order["kernels"] == "native" and mx.default_device().type == mx.DeviceType.cpu:
+        device += f", {native.describe()}"
     channel.send({"type": "ready", "device": device, "peak_rss_bytes": peak * scale})
     while True:
         message = receive(channel)

@@ -1,0 +1,366 @@
+// The kernels for AVX2, FMA and F16C (x86-64-v3).
+//
+// 4- and 8-bit weights are multiplied as integers with activations of 16 bits: `vpmaddwd` sums pairs
+// into 32 bits, and one multiplication by (weight scale x activation scale) a group makes them floats.
+// The nibbles of a 16-bit lane are taken apart by shifts alone, which leaves value 4 j + i in lane j of
+// vector i; activations are dealt out that way once a token, so that weights need no shuffles.
+// Affine biases cost nothing in the loop: bias x (sum of the group's activations) is added at the end.
+// kernels_vnni.cpp compiles this file once more, for processors that multiply and add in one step.
+// Everything else is multiplied as float; 2-, 3-, 5- and 6-bit rows are decoded to float first.
+#include <immintrin.h>
+
+#include "decode.inc.h"
+
+namespace cenacle {
+namespace {
+
+constexpr int ROWS = 16;   // rows whose weights stay in the first-level cache while tokens pass
+constexpr int DECODE = 4;  // rows decoded to float at a time
+constexpr int AHEAD = 1024;  // bytes
+
+inline float total(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// ---- float weights ----------------------------------------------------------------------------
+
+template <Float F>
+inline __m256 load(const uint8_t* p, int64_t i) {
+  if constexpr (F == Float::f32) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(p) + i);
+  } else {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * i));
+    if constexpr (F == Float::f16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+}
+
+template <Float F, int R, int T>
+inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const float* const* x,
+                       float* const* out, int64_t row) {
+  __m256 sum[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sum[r][t] = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8) {
+    __m256 v[T];
+    for (int t = 0; t < T; t++) v[t] = _mm256_loadu_ps(x[t] + i);
+    for (int r = 0; r < R; r++) {
+      const __m256 u = load<F>(w + r * stride, i);
+      if constexpr (T == 1) {
+        // The same place of the rows that come next.
+        const char* next = reinterpret_cast<const char*>(w + (r + R) * stride);
+        _mm_prefetch(next + i * (F == Float::f32 ? 4 : 2), _MM_HINT_T0);
+      }
+      for (int t = 0; t < T; t++) sum[r][t] = _mm256_fmadd_ps(u, v[t], sum[r][t]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) {
+      float s = total(sum[r][t]);
+      for (int64_t j = i; j < width; j++) s = fmaf(at(F, w + r * stride, j), x[t][j], s);
+      out[t][row + r] = s;
+    }
+}
+
+template <Float F, int T>
+inline void dense_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t row, int64_t rows,
+                       const float* const* x, float* const* out) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    dense_tile<F, 4, T>(w + r * stride, stride, width, x, out, row + r);
+  for (; r < rows; r++)
+    dense_tile<F, 1, T>(w + r * stride, stride, width, x, out, row + r);
+}
+
+template <Float F>
+void dense(const uint8_t* w, int64_t stride, int64_t width, int64_t rows, int64_t row,
+           const Activations& a, const int32_t* tokens, int count, float* const* out) {
+  for (int64_t block = 0; block < rows; block += ROWS) {
+    const int64_t n = rows - block < ROWS ? rows - block : ROWS;
+    const uint8_t* from = w + block * stride;
+    for (int j = 0; j < count;) {
+      const float* x[3];
+      for (int t = 0; t < 3; t++)
+        x[t] = a.plain + int64_t(tokens[j + t < count ? j + t : j]) * a.width;
+      if (count - j >= 3) {
+        dense_rows<F, 3>(from, stride, width, row + block, n, x, out + j);
+        j += 3;
+      } else {
+        dense_rows<F, 1>(from, stride, width, row + block, n, x, out + j);
+        j += 1;
+      }
+    }
+  }
+}
+
+// ---- 4 and 8 bits -----------------------------------------------------------------------------
+
+// sum + a . b, of pairs of 16 bits.
+inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#ifdef CENACLE_VNNI
+  return _mm256_dpwssd_epi32(sum, a, b);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+
+enum class Code { nibbles, bytes, e2m1 };
+
+// T tokens with one row. `scale[t]` holds a factor for every group of `FINE` weights.
+template <Code C, int FINE, int T>
+inline void fixed_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
+                       const float* const* scale, __m256* sum) {
+  constexpr bool halves = C != Code::bytes && FINE == 32;  // two groups in a vector of nibbles
+  constexpr int unit = C == Code::bytes ? FINE : 64;       // weights in one round
+  const __m256i low = _mm256_set1_epi16(C == Code::bytes ? 0xff : 0xf);
+  const __m256i split = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+  for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
+  for (int64_t i = 0, g = 0; i < width; i += unit, g += halves ? 2 : 1) {
+    __m256i part[T];
+    if constexpr (C == Code::bytes) {
+      for (int h = 0; h < FINE / 32; h++) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i + 32 * h));
+        _mm_prefetch(reinterpret_cast<const char*>(w + i + 32 * h + AHEAD), _MM_HINT_T0);
+        const __m256i even = _mm256_and_si256(v, low), odd = _mm256_srli_epi16(v, 8);
+        for (int t = 0; t < T; t++) {
+          const auto* p = reinterpret_cast<const __m256i*>(x[t] + i + 32 * h);
+          const __m256i s = h ? add_products(part[t], even, _mm256_loadu_si256(p))
+                              : _mm256_madd_epi16(even, _mm256_loadu_si256(p));
+          part[t] = add_products(s, odd, _mm256_loadu_si256(p + 1));
+        }
+      }
+    } else {
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i / 2));
+      _mm_prefetch(reinterpret_cast<const char*>(w + i / 2 + AHEAD), _MM_HINT_T0);
+      __m256i n[4] = {_mm256_and_si256(v, low), _mm256_and_si256(_mm256_srli_epi16(v, 4), low),
+                      _mm256_and_si256(_mm256_srli_epi16(v, 8), low), _mm256_srli_epi16(v, 12)};
+      if constexpr (C == Code::e2m1) {
+        // Twice the value plus 12: not negative, so that the upper byte of a lane is zero.
+        const __m256i table = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        const __m256i zero = _mm256_set1_epi16(int16_t(0x8000));
+        for (auto& q : n) q = _mm256_shuffle_epi8(table, _mm256_or_si256(q, zero));
+      }
+      for (int t = 0; t < T; t++) {
+        const auto* p = reinterpret_cast<const __m256i*>(x[t] + i);
+        const __m256i s = add_products(_mm256_madd_epi16(n[0], _mm256_loadu_si256(p)), n[1],
+                                       _mm256_loadu_si256(p + 1));
+        const __m256i u = add_products(_mm256_madd_epi16(n[2], _mm256_loadu_si256(p + 2)), n[3],
+                                       _mm256_loadu_si256(p + 3));
+        part[t] = _mm256_add_epi32(s, u);
+      }
+    }
+    for (int t = 0; t < T; t++) {
+      __m256 f;
+      if constexpr (halves) {
+        const __m256d two = _mm256_broadcast_sd(reinterpret_cast<const double*>(scale[t] + g));
+        f = _mm256_permutevar_ps(_mm256_castpd_ps(two), split);
+      } else {
+        f = _mm256_broadcast_ss(scale[t] + g);
+      }
+      sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[t]), f, sum[t]);
+    }
+  }
+}
+
+template <Float F>
+inline void eight(const Matrix& r, int64_t g, float* scale, float* bias) {
+  _mm256_storeu_ps(scale + g, load<F>(r.scales, g));
+  _mm256_storeu_ps(bias + g, load<F>(r.biases, g));
+}
+
+// Scales and biases of a row as floats, one for each `fine` weights.
+inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, float* scale,
+                       float* bias) {
+  const Matrix r = m.from(row);
+  const int64_t n = m.width / m.group;
+  if (m.format == Format::mxfp4) {
+    int64_t g = 0;
+    for (; g + 8 <= n; g += 8) {
+      const __m256i e = _mm256_cvtepu8_epi32(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(r.scales + g)));
+      const __m256i least = _mm256_and_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()),
+                                             _mm256_set1_epi32(0x400000));
+      const __m256 s = _mm256_mul_ps(
+          _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(e, 23), least)),
+          _mm256_set1_ps(.5f));
+      _mm256_storeu_ps(scale + g, s);
+      _mm256_storeu_ps(bias + g, _mm256_mul_ps(s, _mm256_set1_ps(-12.f)));
+    }
+    for (; g < n; g++) {
+      scale[g] = .5f * e8m0(r.scales[g]);
+      bias[g] = -12.f * scale[g];
+    }
+  } else {
+    int64_t g = 0;
+    for (; g + 8 <= n; g += 8) {
+      if (m.type == Float::f32) eight<Float::f32>(r, g, scale, bias);
+      else if (m.type == Float::bf16) eight<Float::bf16>(r, g, scale, bias);
+      else eight<Float::f16>(r, g, scale, bias);
+    }
+    for (; g < n; g++) {
+      scale[g] = at(m.type, r.scales, g);
+      bias[g] = at(m.type, r.biases, g);
+    }
+  }
+  const bool twice = m.group > fine;  // 128 weights a scale, 64 activations
+  if (twice)
+    for (int64_t g = n - 1; g >= 0; g--) {
+      scale[2 * g] = scale[2 * g + 1] = scale[g];
+      bias[2 * g] = bias[2 * g + 1] = bias[g];
+    }
+  for (int64_t g = twice ? 2 * n : n; g < groups; g++) scale[g] = bias[g] = 0.f;
+}
+
+template <Code C, int FINE, int T>
+inline void fixed_rows(const Matrix& m, int64_t first, int64_t row, int64_t rows, int64_t groups,
+                       const float* scales, const float* biases, const Activations& a,
+                       const int32_t* tokens, float* const* out, float* scratch) {
+  const int16_t* x[T];
+  const float *xs[T], *xb[T];
+  float* factor[T];
+  for (int t = 0; t < T; t++) {
+    x[t] = a.fixed + int64_t(tokens[t]) * a.width;
+    xs[t] = a.scales + int64_t(tokens[t]) * groups;
+    xb[t] = a.sums + int64_t(tokens[t]) * groups;
+    factor[t] = scratch + t * groups;
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    __m256 bias[T], sum[T];
+    for (int t = 0; t < T; t++) bias[t] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; g += 8) {
+      const __m256 s = _mm256_loadu_ps(scales + r * groups + g);
+      const __m256 b = _mm256_loadu_ps(biases + r * groups + g);
+      for (int t = 0; t < T; t++) {
+        _mm256_storeu_ps(factor[t] + g, _mm256_mul_ps(s, _mm256_loadu_ps(xs[t] + g)));
+        bias[t] = _mm256_fmadd_ps(b, _mm256_loadu_ps(xb[t] + g), bias[t]);
+      }
+    }
+    const uint8_t* w = m.weight + (row + r) * m.weight_stride;
+    fixed_tile<C, FINE, T>(w, m.width, x, factor, sum);
+    for (int t = 0; t < T; t++)
+      out[t][row + r - first] = total(_mm256_add_ps(sum[t], bias[t]));
+  }
+}
+
+template <Code C, int FINE>
+void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
+           const int32_t* tokens, int count, float* const* out, float* scratch) {
+  const int64_t groups = groups_of(a.layout, m.width);
+  float *scales = scratch, *biases = scales + ROWS * groups, *rest = biases + ROWS * groups;
+  for (int64_t row = first; row < last; row += ROWS) {
+    const int64_t n = last - row < ROWS ? last - row : ROWS;
+    for (int64_t r = 0; r < n; r++)
+      row_scales(m, row + r, FINE, groups, scales + r * groups, biases + r * groups);
+    for (int j = 0; j < count;) {
+      const int32_t* t = tokens + j;
+      if (count - j >= 4) {
+        fixed_rows<C, FINE, 4>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
+        j += 4;
+      } else if (count - j >= 2) {
+        fixed_rows<C, FINE, 2>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
+        j += 2;
+      } else {
+        fixed_rows<C, FINE, 1>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
+        j += 1;
+      }
+    }
+  }
+}
+
+// ---- the table --------------------------------------------------------------------------------
+
+Layout choose(const Matrix& m) {
+  if (m.format == Format::dense) return 0;
+  const int fine = m.group > 64 ? 64 : m.group;
+  if (m.bits == 8 && m.format == Format::affine) return layout(2, fine);
+  return m.bits == 4 && m.width % 64 == 0 ? layout(4, fine) : 0;
+}
+
+// A group that holds an infinity or a NaN becomes NaN as a whole.
+void prepare(Layout l, int64_t width, const float* x, int16_t* fixed, float* scales, float* sums) {
+  const int fine = fine_of(l), ways = ways_of(l), unit = 16 * ways;
+  const int64_t groups = width / fine, padded = groups_of(l, width);
+  for (int64_t g = 0; g < groups; g++) {
+    const float* v = x + g * fine;
+    __m256i most = _mm256_setzero_si256();
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    for (int i = 0; i < fine; i += 8) {
+      const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(v + i));
+      most = _mm256_max_epi32(most, _mm256_and_si256(bits, magnitude));
+    }
+    alignas(32) uint32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
+    uint32_t top = 0;
+    for (const uint32_t lane : lanes) top = lane > top ? lane : top;
+    const bool finite = top < 0x7f800000u;
+    // Below this the reciprocal overflows; such values are nothing beside any others.
+    const float largest = finite && from_bits(top) > 1e-30f ? from_bits(top) : 0.f;
+    const float inverse = largest > 0.f ? 32767.f / largest : 0.f;
+    const __m256 factor = _mm256_set1_ps(inverse);
+    __m256i sum = _mm256_setzero_si256();
+    int16_t q[64];
+    for (int i = 0; i < fine; i += 8) {
+      const __m256i n = finite ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + i), factor))
+                               : _mm256_setzero_si256();
+      sum = _mm256_add_epi32(sum, n);
+      const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), h);
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
+    int32_t whole = 0;
+    for (const uint32_t lane : lanes) whole += int32_t(lane);
+    scales[g] = finite ? largest / 32767.f : NAN;
+    sums[g] = float(whole) * scales[g];
+    // Value ways * lane + way of a unit goes to that lane of that way's vector.
+    for (int i = 0; i < fine; i++) {
+      const int64_t place = g * fine + i, in = place % unit;
+      fixed[place - in + in % ways * 16 + in / ways] = q[i];
+    }
+  }
+  for (int64_t g = groups; g < padded; g++) scales[g] = sums[g] = 0.f;
+}
+
+int64_t scratch(const Matrix& m) {
+  const Layout l = choose(m);
+  return l ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODE * m.width;
+}
+
+void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
+              const int32_t* tokens, int count, float* const* out, float* scratch) {
+  if (m.format == Format::dense) {
+    const uint8_t* w = m.weight + first * m.weight_stride;
+    const auto run = m.type == Float::f32    ? dense<Float::f32>
+                     : m.type == Float::bf16 ? dense<Float::bf16>
+                                             : dense<Float::f16>;
+    run(w, m.weight_stride, m.width, last - first, 0, a, tokens, count, out);
+    return;
+  }
+  if (a.layout == 0) {
+    for (int64_t row = first; row < last; row += DECODE) {
+      const int64_t n = last - row < DECODE ? last - row : DECODE;
+      for (int64_t r = 0; r < n; r++) decode_row(m, row + r, scratch + r * m.width);
+      dense<Float::f32>(reinterpret_cast<const uint8_t*>(scratch), m.width * 4, m.width, n,
+                        row - first, a, tokens, count, out);
+    }
+    return;
+  }
+  const bool small = fine_of(a.layout) == 32;
+  const auto run = m.format == Format::mxfp4 ? fixed<Code::e2m1, 32>
+                   : m.bits == 8 ? (small ? fixed<Code::bytes, 32> : fixed<Code::bytes, 64>)
+                                 : (small ? fixed<Code::nibbles, 32> : fixed<Code::nibbles, 64>);
+  run(m, first, last, a, tokens, count, out, scratch);
+}
+
+}  // namespace
+
+#ifdef CENACLE_VNNI
+const Kernels vnni = {"vnni", choose, prepare, scratch, multiply, activate};
+#else
+const Kernels avx2 = {"avx2", choose, prepare, scratch, multiply, activate};
+#endif
+
+}  // namespace cenacle

@@ -1,0 +1,33 @@
+// A linear layer and a Mixture-of-Experts feed-forward over raw pointers.
+//
+// Owns: dividing rows among threads and tokens into blocks, and the order of work in an expert block.
+// Does not know: MLX, instruction sets. Next: primitives.cpp, which puts these into MLX's graph.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace cenacle {
+
+struct Linear {
+  Matrix matrix;       // of all experts, stacked
+  const float* bias;   // [experts, rows] or null
+  int64_t rows;        // of one expert
+};
+
+// out[t] = W x[t] + bias, x [tokens, width], out [tokens, rows].
+void linear(const Kernels&, const Linear&, const float* x, int64_t tokens, float* out);
+
+struct Experts {
+  std::vector<Linear> in;  // gate and up, or one
+  Linear down;
+  Act act;
+  float a, b;
+};
+
+// out[t, j] = expert rows[t, j] of x[t]; zero where rows[t, j] < 0. x [tokens, width], rows [tokens, k].
+void experts(const Kernels&, const Experts&, const float* x, const int32_t* rows, int64_t tokens,
+             int64_t k, float* out);
+
+}  // namespace cenacle

@@ -1,0 +1,176 @@
+"""The native kernels' way into a model: its layers are swapped once, at load.
+
+Owns: which layers of a loaded mlx-lm model the kernels can compute, and making them do it.
+Does not know: families, ranks, files.
+How: a layer keeps its object, attributes and parameters and changes its class for a subclass that
+computes natively, so that whatever mlx-lm does with it (tied heads, attribute access) goes on.
+Invariant: a swapped model computes in float32 throughout; what the kernels do not know stays as it
+is and gets float32 inputs. Weights are checked once, here: they must not be replaced afterwards.
+Next: `experts.NativeExperts`, the experts; `native/primitives.cpp`, what is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import (
+    activations,
+    deepseek_v41,
+    gemma4_text,
+    kimi_k3,
+    step3p5,
+    switch_layers,
+)
+
+from .. import native
+
+Activation = tuple[int, float, float]
+"""The kernels' number of an activation (native/kernels.h, `Act`) and its two constants."""
+
+
+def activation(experts: nn.Module) -> Activation | None:
+    """What is between an expert's matrices, if the kernels know it."""
+    act = experts.activation
+    gated: dict[type, Activation] = {
+        switch_layers.SwiGLU: (0, 0.0, 0.0),
+        gemma4_text.GeGLU: (2, 0.0, 0.0),
+    }
+    if "fc1" in experts:
+        if type(act) is nn.ReLU2:
+            return 9, 0.0, 0.0
+        kinds = {"precise": 6, "tanh": 6, "none": 7, "fast": 8}
+        return (kinds[act._approx], 0.0, 0.0) if type(act) is nn.GELU else None
+    if type(act) in gated:
+        return gated[type(act)]
+    if type(act) is activations.SwigluOAI:
+        return 1, float(act._alpha), float(act._limit)
+    if type(act) is deepseek_v41.DeepseekV41SwiGLU:
+        return (3, float(act.limit), 0.0) if act.limit > 0 else (0, 0.0, 0.0)
+    if type(act) is step3p5.ClampedSwiGLU:
+        return 4, float(act.limit), 0.0
+    if type(act) is kimi_k3.SiTU:
+        return 5, float(act.beta), float(act.linear_beta or 0.0)
+    return None
+
+
+def weights(layer: nn.Module) -> Any | None:
+    """A linear layer's matrices, or a stack of them, as the kernels take them; None: they do not.
+
+    Strided weights and biases that are not float32 are replaced in the layer, not kept twice.
+    """
+    for name in ("weight", "scales", "biases"):
+        if layer.get(name) is not None:
+            layer[name] = mx.contiguous(layer[name])
+    if "bias" in layer:
+        layer.bias = mx.contiguous(layer.bias.astype(mx.float32))
+    if layer.get("global_scale") is not None:
+        return None
+    try:
+        return native.module().Weights(
+            layer.weight,
+            layer.get("scales"),
+            layer.get("biases"),
+            layer.get("bias"),
+            bits=getattr(layer, "bits", 0),
+            group_size=getattr(layer, "group_size", 0),
+            mode=getattr(layer, "mode", ""),
+        )
+    except ValueError:  # a format without kernels
+        return None
+
+
+class NativeLinear(nn.Linear):
+    """`nn.Linear` by the native kernels. x [..., in] -> float32 [..., out]."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """See `nn.Linear`."""
+        return self._linear(x, self._weights)
+
+
+class NativeQuantizedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear` by the native kernels. x [..., in] -> float32 [..., out]."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """See `nn.QuantizedLinear`."""
+        return self._linear(x, self._weights)
+
+
+class NativeEmbedding(nn.Embedding):
+    """`nn.Embedding` that gives float32, and is a linear layer by the native kernels."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """ids [...] -> float32 [..., width]."""
+        return self["weight"][x].astype(mx.float32)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """See `nn.Embedding`."""
+        return self._linear(x, self._weights)
+
+
+class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
+    """`nn.QuantizedEmbedding` that gives float32, and is a linear layer by the native kernels."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """ids [...] -> float32 [..., width]."""
+        biases, scales = self.get("biases"), self["scales"][x]
+        return mx.dequantize(
+            self["weight"][x],
+            scales=scales if biases is None else scales.astype(mx.float32),
+            biases=biases[x].astype(mx.float32) if biases is not None else None,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=mx.float32,
+        )
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """See `nn.QuantizedEmbedding`."""
+        return self._linear(x, self._weights)
+
+
+_NATIVE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: NativeLinear,
+    nn.QuantizedLinear: NativeQuantizedLinear,
+    nn.Embedding: NativeEmbedding,
+    nn.QuantizedEmbedding: NativeQuantizedEmbedding,
+}
+_STACKED = (switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear)
+
+
+def usable() -> bool:
+    """Whether models can be swapped: the extension is there and MLX runs on the CPU."""
+    return native.available() and mx.default_device().type == mx.DeviceType.cpu
+
+
+def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
+    """Make a loaded model compute natively where it can, in place; experts are not looked at.
+
+    Args:
+        keep: layers that stay as they are, whatever their types.
+    """
+    linear = native.module().linear
+    swapped: set[int] = set()
+    for _, layer in model.named_modules():
+        kind = _NATIVE.get(type(layer))
+        if kind is None or id(layer) in swapped:
+            continue
+        made = weights(layer)
+        if made is None:
+            continue
+        # Before the class: what is no array is kept as a plain attribute, unseen by `parameters`.
+        layer._weights, layer._linear = made, linear
+        layer.__class__ = kind
+        swapped.add(id(layer))
+    for _, layer in model.named_modules():
+        if id(layer) not in swapped and not isinstance(layer, (*_STACKED, *keep)):
+            _widen(layer)
+
+
+def _widen(layer: nn.Module) -> None:
+    """What stays on plain MLX gets float32 parameters: MLX is ten times slower on mixed types."""
+    for name, value in list(layer.items()):
+        if isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16):
+            layer[name] = value.astype(mx.float32)
+            mx.eval(layer[name])

@@ -1,0 +1,324 @@
+"""The native kernels against plain MLX, and models that use them against the same without."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models import deepseek_v41, gemma4_text, gpt_oss, kimi_k3, step3p5
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from one_process import load_rank
+
+from cenacle import native
+from cenacle.collective.alone import Alone
+from cenacle.model.experts import NativeExperts, PackedExperts, reference
+from cenacle.model.families import all_families
+from cenacle.model.synth import synth
+from cenacle.model.watch import Watch
+from cenacle.model.weights import Checkpoint, describe
+from cenacle.plan import Plan
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
+KERNELS = native.module().kernels() if native.available() else []
+FLOATS = [mx.float32, mx.bfloat16, mx.float16]
+AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 65, 70)
+EXACT, ROUNDED = 1e-6, 6e-5  # of the norm: float sums, and activations of 16 bits
+RUNNABLE = [row.name for row in all_families() if row.refused is None]
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    """Each set of kernels that this processor has."""
+    module = native.module()
+    before = module.used()
+    module.use(request.param)
+    yield module
+    module.use(before)
+
+
+@pytest.fixture
+def threads():
+    module = native.module()
+    before = module.threads()
+    yield module.set_threads
+    module.set_threads(before)
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def quantised(w: mx.array, bits: int, group: int, mode: str = "affine"):
+    """The kernels' weights and the same as a float32 matrix."""
+    q, s, *b = mx.quantize(w, group, bits, mode=mode)
+    made = native.module().Weights(q, s, b[0] if b else None, None, bits, group, mode)
+    wide = [a.astype(mx.float32) for a in (s, *b)] if b else [s]
+    exact = mx.dequantize(q, *wide, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
+    return made, exact
+
+
+def assert_close(got: mx.array, x: mx.array, w: mx.array, tolerance: float) -> None:
+    want = np.array(x, np.float64) @ np.array(w, np.float64).T
+    assert got.shape == want.shape
+    assert got.dtype == mx.float32
+    # What an output is made of, not the output, which may be a small difference.
+    scale = np.linalg.norm(x) * np.linalg.norm(w) / x.shape[-1] ** 0.5
+    assert np.linalg.norm(np.array(got) - want) <= tolerance * scale
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (3, 20), (37, 96), (100, 515), (64, 2048)])
+def test_float_layer(kernels, dtype, rows, width):
+    w = normal(rows, width).astype(dtype)
+    made = kernels.Weights(w, None, None, None, 0, 0, "")
+    for tokens in TOKENS:
+        x = normal(tokens, width, seed=tokens)
+        assert_close(kernels.linear(x, made), x, w.astype(mx.float32), EXACT)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("bits", "group"), AFFINE)
+def test_quantised_layer(kernels, bits, group, dtype):
+    for rows, width in [(5, group), (33, 3 * group), (100, 10 * group), (64, 1024)]:
+        made, w = quantised(normal(rows, width).astype(dtype), bits, group)
+        for tokens in TOKENS:
+            x = normal(tokens, width, seed=tokens)
+            assert_close(kernels.linear(x, made), x, w, ROUNDED)
+
+
+def test_mxfp4_layer(kernels):
+    for rows, width in [(5, 32), (33, 96), (100, 320), (64, 1024)]:
+        made, w = quantised(normal(rows, width), 4, 32, "mxfp4")
+        for tokens in TOKENS:
+            x = normal(tokens, width, seed=tokens)
+            assert_close(kernels.linear(x, made), x, w, ROUNDED)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_outlier_spoils_only_its_own_group(kernels, bits):
+    x = np.array(normal(2, 512))
+    x[0, 100] = 1e4
+    rest = np.array(normal(64, 512))
+    rest[:, 64:128] = 0  # the outlier's group does not matter to these rows
+    q, s, b = mx.quantize(mx.array(rest), 64, bits)
+    made = kernels.Weights(q, s, b, None, bits, 64, "affine")
+    w = mx.dequantize(q, s, b, 64, bits)
+    x = mx.array(x)
+    small = mx.array(np.where(np.abs(np.array(x)) > 1e3, 0, np.array(x)))
+    got, want = np.array(kernels.linear(x, made)), np.array(small @ w.T)
+    assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_is_passed_on_to_its_own_token(kernels, bad, bits):
+    x = np.array(normal(3, 256))
+    x[1, 70] = bad
+    made, _ = quantised(normal(40, 256), bits, 64)
+    finite = np.isfinite(np.array(kernels.linear(mx.array(x), made))).all(axis=1)
+    assert finite.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e30])
+def test_values_at_the_ends_of_the_range(kernels, value):
+    made, w = quantised(normal(40, 256), 4, 64)
+    x = mx.full((2, 256), value)
+    got, want = np.array(kernels.linear(x, made)), np.array(x @ w.T)
+    assert np.abs(got - want).max() <= max(1e-4 * np.abs(want).max(), 1e-30)
+
+
+def test_bias_strides_types_and_shapes(kernels):
+    w, bias = normal(24, 64), normal(24)
+    made = kernels.Weights(w, None, None, bias, 0, 0, "")
+    x = normal(64, 5, 3, seed=1).transpose(1, 2, 0)
+    want = np.array(x) @ np.array(w).T + np.array(bias)
+    assert np.allclose(kernels.linear(x, made), want, atol=1e-4)
+    assert np.allclose(kernels.linear(x.astype(mx.bfloat16), made), want, atol=0.3)
+    assert kernels.linear(x[:0], made).shape == (0, 3, 24)
+
+
+def test_every_number_of_threads_gives_the_same_bits(kernels, threads):
+    x, w = normal(70, 512), normal(333, 512)
+    layers = [quantised(w, 4, 64)[0], quantised(w, 3, 64)[0]]
+    layers.append(kernels.Weights(w.astype(mx.bfloat16), None, None, None, 0, 0, ""))
+    seen = []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        seen.append([np.array(kernels.linear(x, layer)).tobytes() for layer in layers])
+    assert all(s == seen[0] for s in seen)
+
+
+def test_a_token_gives_the_same_bits_alone_and_among_others(kernels):
+    x, w = normal(9, 512), normal(50, 512)
+    for layer in (quantised(w, 4, 64)[0], quantised(w, 8, 32)[0]):
+        whole = np.array(kernels.linear(x, layer))
+        for t in range(9):
+            assert np.array_equal(np.array(kernels.linear(x[t : t + 1], layer))[0], whole[t])
+
+
+def test_refuses_what_it_cannot_compute():
+    weights = native.module().Weights
+    w = normal(8, 64)
+    q, s, b = mx.quantize(w, 64, 4)
+    for arguments in (
+        (w.T, None, None, None, 0, 0, ""),  # strided
+        (w.astype(mx.int32), None, None, None, 0, 0, ""),
+        (q, s, b, None, 7, 64, "affine"),
+        (q, s, b, None, 8, 64, "affine"),
+        (q, s, None, None, 4, 64, "affine"),
+        (q, s, b, None, 4, 64, "nvfp4"),
+        (w, None, None, normal(7), 0, 0, ""),
+    ):
+        with pytest.raises(ValueError, match=r"\w"):
+            weights(*arguments)
+    with pytest.raises(ValueError, match="width 64"):
+        native.module().linear(normal(1, 32), weights(w, None, None, None, 0, 0, ""))
+    with pytest.raises(ValueError, match="no kernels named"):
+        native.module().use("abacus")
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+WIDTH, HIDDEN, COUNT = 128, 64, 6
+GATED = [
+    None,
+    gpt_oss.SwigluOAI(),
+    gemma4_text.GeGLU(),
+    deepseek_v41.DeepseekV41SwiGLU(0.7),
+    deepseek_v41.DeepseekV41SwiGLU(0.0),
+    step3p5.ClampedSwiGLU(0.5),
+    kimi_k3.SiTU(1.5),
+    kimi_k3.SiTU(1.5, 0.7),
+]
+PLAIN = [None, nn.GELU(approx="none"), nn.GELU(approx="fast"), nn.ReLU2()]
+KINDS = [(SwitchGLU, a) for a in GATED] + [(SwitchMLP, a) for a in PLAIN]
+
+
+def stack(kind, act, bias=False, bits=None, dtype=mx.float32, mode="affine") -> nn.Module:
+    mx.random.seed(7)
+    experts = kind(WIDTH, HIDDEN, COUNT, bias=bias, **({} if act is None else {"activation": act}))
+    for name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2"):
+        if name in experts:
+            experts[name].weight = experts[name].weight * 3
+            if bias:
+                experts[name].bias = mx.random.normal(experts[name].bias.shape)
+    experts.set_dtype(dtype)
+    if bits:
+        nn.quantize(experts, group_size=32, bits=bits, mode=mode)
+    return experts
+
+
+def check(experts: nn.Module, held, tokens: int, k: int, tolerance: float) -> None:
+    """`held` of the whole stack through `NativeExperts`, against the reference in float32."""
+    random = np.random.default_rng(tokens)
+    ids = mx.array(np.stack([random.permutation(COUNT)[:k] for _ in range(tokens)]))
+    x = normal(1, tokens, WIDTH)
+    want = np.array(reference(experts, x, ids[None], held))
+    part = NativeExperts(stacked_rows(experts, held), held, COUNT, 0, Watch())
+    got = np.array(part(x, ids[None].astype(mx.uint32)))
+    assert got.shape == want.shape
+    assert np.linalg.norm(got - want) <= tolerance * max(np.linalg.norm(want), 1e-6)
+    assert not got[0][~np.isin(np.array(ids), held)].any()
+
+
+def stacked_rows(experts: nn.Module, held) -> nn.Module:
+    part = type(experts)(WIDTH, HIDDEN, COUNT, activation=experts.activation)
+    for name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2"):
+        if name in experts:
+            part[name] = experts[name]
+            kept = {k: v[mx.array(list(held))] for k, v in experts[name].parameters().items()}
+            part[name] = _copy(experts[name], kept)
+    return part
+
+
+def _copy(layer: nn.Module, arrays) -> nn.Module:
+    twin = type(layer).__new__(type(layer))
+    nn.Module.__init__(twin)
+    for key in ("bits", "group_size", "mode"):
+        if hasattr(layer, key):
+            setattr(twin, key, getattr(layer, key))
+    for key, value in arrays.items():
+        twin[key] = value
+    return twin
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("kind", "act"), KINDS)
+def test_every_activation(kernels, kind, act, bias):
+    experts = stack(kind, act, bias)
+    assert NativeExperts.can(experts)
+    for tokens in (1, 5, 70):
+        check(experts, (0, 2, 3), tokens, 2, 2e-6)
+
+
+@pytest.mark.parametrize("mode", [(2, "affine"), (4, "affine"), (6, "affine"), (4, "mxfp4")])
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+def test_quantised_experts(kernels, kind, mode):
+    experts = stack(kind, None, True, mode[0], mode=mode[1])
+    for held in [(0, 1), (2, 3, 4), (5,), tuple(range(COUNT))]:
+        for tokens in (1, 3, 70):
+            check(experts, held, tokens, 4, 3e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_experts_of_half_floats(kernels, dtype):
+    experts, exact = stack(SwitchGLU, None, True, None, dtype), stack(SwitchGLU, None, True)
+    exact.update(experts.parameters())
+    exact.set_dtype(mx.float32)
+    x, ids = normal(1, 4, WIDTH), mx.array([[[0, 1], [2, 3], [4, 5], [5, 0]]])
+    got = NativeExperts(experts, range(COUNT), COUNT, 0, Watch())(x, ids)
+    assert mx.abs(got - exact(x, ids)).max() <= 1e-5 * mx.abs(got).max()
+
+
+def test_expert_id_out_of_range_is_an_error_and_the_stream_stays_usable(kernels):
+    part = NativeExperts(stack(SwitchGLU, None), range(COUNT), COUNT, 0, Watch())
+    x = normal(1, 1, WIDTH)
+    with pytest.raises(RuntimeError, match="expert id 9"):
+        mx.eval(part(x, mx.array([[[9, 0]]])))
+    assert mx.isfinite(part(x, mx.array([[[1, 0]]]))).all()
+
+
+def test_unknown_activation_stays_on_plain_mlx():
+    assert not NativeExperts.can(stack(SwitchMLP, nn.Tanh()))
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+PROMPT = [(37 * i + 11) % 251 for i in range(24)]
+
+
+def both(folder):
+    """(logits, greedy tokens) of a checkpoint with the kernels and without."""
+    plan, results = Plan.whole(describe(Checkpoint.open(folder)), 1), []
+    for kernels in ("native", "mlx"):
+        model = load_rank(folder, plan, Alone(), kernels=kernels)
+        kinds = {type(m) for m in model.modules()}
+        assert (NativeExperts in kinds) == (kernels == "native")
+        assert (PackedExperts in kinds) == (kernels == "mlx")
+        logits = model(mx.array([PROMPT]))
+        assert logits.dtype == mx.float32
+        steps = generate_step(mx.array(PROMPT), model, max_tokens=5, prefill_step_size=16)
+        results.append((logits, [token for token, _ in steps]))
+    return results
+
+
+def error(got: mx.array, want: mx.array) -> float:
+    return float(mx.abs(got - want).max() / mx.abs(want).max())
+
+
+@pytest.mark.parametrize("family", RUNNABLE)
+def test_every_family_in_float32(family, tmp_path):
+    synth(tmp_path / "m", family=family)
+    (got, tokens), (want, expected) = both(tmp_path / "m")
+    # jamba's recurrence makes more of float32's own rounding, natively or not.
+    assert error(got, want) <= (5e-5 if family == "jamba" else 1e-5)
+    assert tokens == expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["qwen3_moe", "dbrx", "deepseek_v3", "gpt_oss", "nemotron_h"])
+def test_quantised_families(family, bits, tmp_path):
+    synth(tmp_path / "m", family=family, quantize=bits, group_size=32)
+    (got, _), (want, _) = both(tmp_path / "m")
+    assert error(got, want) <= 5e-4
