@@ -435,6 +435,8 @@ def _loaded(
     with loaded:
         if loaded.ranks.backend_reason is not None:
             err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
+        if kernels is Kernels.native:
+            err.print(_plain(f"computing on {loaded.ranks.ready[0]['device']}"), soft_wrap=True)
         yield loaded
 
 

@@ -59,7 +59,7 @@ def module() -> ModuleType:
 def describe() -> str:
     """What computes on this machine's CPU, in a few words."""
     if _module is None:
-        return "plain MLX"
+        return f"plain MLX, because {_why}"
     threads = _module.threads()
     return f"{_module.used()} kernels, {threads} thread{'s' if threads > 1 else ''}"
 

@@ -13,6 +13,7 @@ import pytest
 from mlx_lm import load as mlx_lm_load
 from mlx_lm import stream_generate
 
+from cenacle import native
 from cenacle.demo import FOLDER
 from cenacle.model.synth import synth
 
@@ -176,3 +177,14 @@ def test_ending_the_front_leaves_no_rank(folder, how):
         front.kill()
         front.wait()
         front.stderr.close()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_native_kernels_on_request_say_what_computes(there):
+    if there and not native.available():
+        pytest.skip(native.why_not())
+    env = {**os.environ, **({} if there else {"CENACLE_NATIVE": "0"})}
+    ran = run("generate", "-m", FOLDER, "-p", "What is 2 + 2?", "--kernels", "native", env=env)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "4\n"
+    assert ("plain MLX, because" in ran.stderr) == (not there)
