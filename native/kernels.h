@@ -31,24 +31,41 @@ struct Matrix {
   }
 };
 
-// The form in which a kernel wants its activations: 0, as they are; else int16 with a scale for every
-// `fine` values, dealt out to `ways` vectors as the unpacking of the weights leaves them.
-using Layout = int;
-constexpr Layout layout(int ways, int fine) { return ways << 16 | fine; }
-constexpr int ways_of(Layout l) { return l >> 16; }
-constexpr int fine_of(Layout l) { return l & 0xffff; }
-// Groups are padded to eight, for the kernels' sake; the padding is zero.
+// How a kernel wants its activations: as they are, or as integers of 16 bits with a scale for every
+// `fine` values, dealt out as the unpacking of the weights leaves them.
+enum class Deal : int {
+  none,
+  words2, words4,  // int16, to 2 or 4 vectors: value ways * lane + way goes to that lane of that vector
+  // The upper and the lower byte apart, as `vpdpbusd` wants them: value = 256 upper + lower, both signed.
+  planes,       // of each 64 values [upper 64][lower 64]
+  even_planes,  // of each 128 values [upper even 64][upper odd 64][lower even 64][lower odd 64]
+};
+struct Layout {
+  Deal deal;
+  int fine;
+  bool operator==(const Layout&) const = default;
+};
+// Groups are padded to sixteen, for the kernels' sake; the padding is zero.
 constexpr int64_t groups_of(Layout l, int64_t width) {
-  return l ? (width / fine_of(l) + 7) / 8 * 8 : 0;
+  return l.deal == Deal::none ? 0 : (width / l.fine + 15) / 16 * 16;
+}
+// Of one token.
+constexpr int64_t bytes_of(Layout l, int64_t width) {
+  switch (l.deal) {
+    case Deal::none: return 0;
+    case Deal::planes: return (width + 63) / 64 * 128;
+    case Deal::even_planes: return (width + 127) / 128 * 256;
+    default: return 2 * width;
+  }
 }
 
 // The activations of some tokens.
 struct Activations {
   Layout layout;
   int64_t width;
-  const float* plain;           // [tokens, width]
-  const int16_t* fixed;         // [tokens, width], if layout
-  const float *scales, *sums;   // [tokens, groups]: of the int16 values; sums are scaled
+  const float* plain;          // [tokens, width]
+  const uint8_t* fixed;        // [tokens, bytes_of(layout, width)]
+  const float *scales, *sums;  // [tokens, groups]: of the integers; sums are scaled
 };
 
 enum class Act : int {
@@ -68,7 +85,7 @@ struct Kernels {
   const char* name;
   Layout (*choose)(const Matrix&);
   // One token's values in a layout.
-  void (*prepare)(Layout, int64_t width, const float* x, int16_t* fixed, float* scales, float* sums);
+  void (*prepare)(Layout, int64_t width, const float* x, uint8_t* fixed, float* scales, float* sums);
   // Floats of scratch memory that `multiply` wants.
   int64_t (*scratch)(const Matrix&);
   // out[j][row - first] = W[row] . x[tokens[j]] for first <= row < last, j < count <= TOKENS.

@@ -5,8 +5,7 @@
 // The nibbles of a 16-bit lane are taken apart by shifts alone, which leaves value 4 j + i in lane j of
 // vector i; activations are dealt out that way once a token, so that weights need no shuffles.
 // Affine biases cost nothing in the loop: bias x (sum of the group's activations) is added at the end.
-// kernels_vnni.cpp compiles this file once more, for processors that multiply and add in one step.
-// Everything else is multiplied as float; 2-, 3-, 5- and 6-bit rows are decoded to float first.
+// 2-, 3-, 5- and 6-bit rows, and rows of 4 bits that do not fill vectors, are spread to bytes first.
 #include <immintrin.h>
 
 #include "decode.inc.h"
@@ -15,8 +14,11 @@ namespace cenacle {
 namespace {
 
 constexpr int ROWS = 16;   // rows whose weights stay in the first-level cache while tokens pass
-constexpr int DECODE = 4;  // rows decoded to float at a time
-constexpr int AHEAD = 1024;  // bytes
+constexpr int AHEAD = 8192;  // bytes
+
+inline void ask_ahead(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD), _MM_HINT_T1);
+}
 
 inline float total(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -37,29 +39,31 @@ inline __m256 load(const uint8_t* p, int64_t i) {
   }
 }
 
+// R rows with T tokens; two sums for each, so that additions need not wait for one another.
 template <Float F, int R, int T>
 inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const float* const* x,
                        float* const* out, int64_t row) {
-  __m256 sum[R][T];
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) sum[r][t] = _mm256_setzero_ps();
+  constexpr int bytes = F == Float::f32 ? 4 : 2;
+  __m256 sum[2][R][T];
+  for (auto& part : sum)
+    for (auto& r : part)
+      for (auto& t : r) t = _mm256_setzero_ps();
   int64_t i = 0;
-  for (; i + 8 <= width; i += 8) {
-    __m256 v[T];
-    for (int t = 0; t < T; t++) v[t] = _mm256_loadu_ps(x[t] + i);
-    for (int r = 0; r < R; r++) {
-      const __m256 u = load<F>(w + r * stride, i);
-      if constexpr (T == 1) {
-        // The same place of the rows that come next.
-        const char* next = reinterpret_cast<const char*>(w + (r + R) * stride);
-        _mm_prefetch(next + i * (F == Float::f32 ? 4 : 2), _MM_HINT_T0);
+  for (; i + 16 <= width; i += 16) {
+    if constexpr (T == 1)
+      if (i * bytes % 64 == 0) ask_ahead(w + i * bytes);
+    for (int part = 0; part < 2; part++) {
+      __m256 v[T];
+      for (int t = 0; t < T; t++) v[t] = _mm256_loadu_ps(x[t] + i + 8 * part);
+      for (int r = 0; r < R; r++) {
+        const __m256 u = load<F>(w + r * stride, i + 8 * part);
+        for (int t = 0; t < T; t++) sum[part][r][t] = _mm256_fmadd_ps(u, v[t], sum[part][r][t]);
       }
-      for (int t = 0; t < T; t++) sum[r][t] = _mm256_fmadd_ps(u, v[t], sum[r][t]);
     }
   }
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) {
-      float s = total(sum[r][t]);
+      float s = total(_mm256_add_ps(sum[0][r][t], sum[1][r][t]));
       for (int64_t j = i; j < width; j++) s = fmaf(at(F, w + r * stride, j), x[t][j], s);
       out[t][row + r] = s;
     }
@@ -69,29 +73,26 @@ template <Float F, int T>
 inline void dense_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t row, int64_t rows,
                        const float* const* x, float* const* out) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4)
-    dense_tile<F, 4, T>(w + r * stride, stride, width, x, out, row + r);
+  if constexpr (T > 1)
+    for (; r + 2 <= rows; r += 2)
+      dense_tile<F, 2, T>(w + r * stride, stride, width, x, out, row + r);
   for (; r < rows; r++)
     dense_tile<F, 1, T>(w + r * stride, stride, width, x, out, row + r);
 }
 
 template <Float F>
-void dense(const uint8_t* w, int64_t stride, int64_t width, int64_t rows, int64_t row,
-           const Activations& a, const int32_t* tokens, int count, float* const* out) {
-  for (int64_t block = 0; block < rows; block += ROWS) {
-    const int64_t n = rows - block < ROWS ? rows - block : ROWS;
-    const uint8_t* from = w + block * stride;
+void dense(const Matrix& m, int64_t begin, int64_t end, const Activations& a, const int32_t* tokens,
+           int count, float* const* out) {
+  for (int64_t row = begin; row < end; row += ROWS) {
+    const int64_t n = end - row < ROWS ? end - row : ROWS;
+    const uint8_t* w = m.weight + row * m.weight_stride;
     for (int j = 0; j < count;) {
+      const int some = count - j >= 3 ? 3 : 1;
       const float* x[3];
-      for (int t = 0; t < 3; t++)
-        x[t] = a.plain + int64_t(tokens[j + t < count ? j + t : j]) * a.width;
-      if (count - j >= 3) {
-        dense_rows<F, 3>(from, stride, width, row + block, n, x, out + j);
-        j += 3;
-      } else {
-        dense_rows<F, 1>(from, stride, width, row + block, n, x, out + j);
-        j += 1;
-      }
+      for (int t = 0; t < some; t++) x[t] = a.plain + int64_t(tokens[j + t]) * a.width;
+      const auto run = some == 3 ? dense_rows<F, 3> : dense_rows<F, 1>;
+      run(w, m.weight_stride, m.width, row - begin, n, x, out + j);
+      j += some;
     }
   }
 }
@@ -100,11 +101,7 @@ void dense(const uint8_t* w, int64_t stride, int64_t width, int64_t rows, int64_
 
 // sum + a . b, of pairs of 16 bits.
 inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
-#ifdef CENACLE_VNNI
-  return _mm256_dpwssd_epi32(sum, a, b);
-#else
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-#endif
 }
 
 enum class Code { nibbles, bytes, e2m1 };
@@ -123,7 +120,7 @@ inline void fixed_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
     if constexpr (C == Code::bytes) {
       for (int h = 0; h < FINE / 32; h++) {
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i + 32 * h));
-        _mm_prefetch(reinterpret_cast<const char*>(w + i + 32 * h + AHEAD), _MM_HINT_T0);
+        if constexpr (T == 1) ask_ahead(w + i + 32 * h);
         const __m256i even = _mm256_and_si256(v, low), odd = _mm256_srli_epi16(v, 8);
         for (int t = 0; t < T; t++) {
           const auto* p = reinterpret_cast<const __m256i*>(x[t] + i + 32 * h);
@@ -134,7 +131,7 @@ inline void fixed_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
       }
     } else {
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i / 2));
-      _mm_prefetch(reinterpret_cast<const char*>(w + i / 2 + AHEAD), _MM_HINT_T0);
+      if constexpr (T == 1) ask_ahead(w + i / 2);
       __m256i n[4] = {_mm256_and_si256(v, low), _mm256_and_si256(_mm256_srli_epi16(v, 4), low),
                       _mm256_and_si256(_mm256_srli_epi16(v, 8), low), _mm256_srli_epi16(v, 12)};
       if constexpr (C == Code::e2m1) {
@@ -216,14 +213,15 @@ inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, f
 }
 
 template <Code C, int FINE, int T>
-inline void fixed_rows(const Matrix& m, int64_t first, int64_t row, int64_t rows, int64_t groups,
-                       const float* scales, const float* biases, const Activations& a,
-                       const int32_t* tokens, float* const* out, float* scratch) {
+inline void fixed_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t at, int64_t rows,
+                       int64_t groups, const float* scales, const float* biases,
+                       const Activations& a, const int32_t* tokens, float* const* out,
+                       float* scratch) {
   const int16_t* x[T];
   const float *xs[T], *xb[T];
   float* factor[T];
   for (int t = 0; t < T; t++) {
-    x[t] = a.fixed + int64_t(tokens[t]) * a.width;
+    x[t] = reinterpret_cast<const int16_t*>(a.fixed) + int64_t(tokens[t]) * a.width;
     xs[t] = a.scales + int64_t(tokens[t]) * groups;
     xb[t] = a.sums + int64_t(tokens[t]) * groups;
     factor[t] = scratch + t * groups;
@@ -239,34 +237,75 @@ inline void fixed_rows(const Matrix& m, int64_t first, int64_t row, int64_t rows
         bias[t] = _mm256_fmadd_ps(b, _mm256_loadu_ps(xb[t] + g), bias[t]);
       }
     }
-    const uint8_t* w = m.weight + (row + r) * m.weight_stride;
-    fixed_tile<C, FINE, T>(w, m.width, x, factor, sum);
-    for (int t = 0; t < T; t++)
-      out[t][row + r - first] = total(_mm256_add_ps(sum[t], bias[t]));
+    fixed_tile<C, FINE, T>(w + r * stride, width, x, factor, sum);
+    for (int t = 0; t < T; t++) out[t][at + r] = total(_mm256_add_ps(sum[t], bias[t]));
   }
 }
+
+// The bytes of a row of fewer bits.
+template <int BITS>
+inline void spread_bits(const uint8_t* from, int64_t n, uint8_t* to) {
+  constexpr uint64_t mask = 0x0101010101010101u * ((1u << BITS) - 1);
+  int64_t i = 0;
+  // Eight bytes are read of which BITS are wanted, where the row has as many.
+  for (; i + 64 <= n; i += 8, from += BITS) {
+    uint64_t word;
+    memcpy(&word, from, 8);
+    word = _pdep_u64(word, mask);
+    memcpy(to + i, &word, 8);
+  }
+  for (; i < n; i += 8, from += BITS) {
+    uint64_t word = 0;
+    memcpy(&word, from, BITS);
+    word = _pdep_u64(word, mask);
+    memcpy(to + i, &word, 8);
+  }
+}
+
+inline void spread_row(const Matrix& m, int64_t row, uint8_t* to) {
+  const uint8_t* from = m.weight + row * m.weight_stride;
+  if (m.format == Format::mxfp4) {
+    const uint8_t values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    for (int64_t i = 0; i < m.width; i += 2) {
+      to[i] = values[from[i / 2] & 15];
+      to[i + 1] = values[from[i / 2] >> 4];
+    }
+    return;
+  }
+  switch (m.bits) {
+    case 2: return spread_bits<2>(from, m.width, to);
+    case 3: return spread_bits<3>(from, m.width, to);
+    case 4: return spread_bits<4>(from, m.width, to);
+    case 5: return spread_bits<5>(from, m.width, to);
+    default: return spread_bits<6>(from, m.width, to);
+  }
+}
+
+inline bool spreads(const Matrix& m, Layout l) { return l.deal == Deal::words2 && m.bits != 8; }
 
 template <Code C, int FINE>
 void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
            const int32_t* tokens, int count, float* const* out, float* scratch) {
   const int64_t groups = groups_of(a.layout, m.width);
   float *scales = scratch, *biases = scales + ROWS * groups, *rest = biases + ROWS * groups;
+  auto* bytes = reinterpret_cast<uint8_t*>(rest + 4 * groups);
   for (int64_t row = first; row < last; row += ROWS) {
     const int64_t n = last - row < ROWS ? last - row : ROWS;
+    const uint8_t* w = m.weight + row * m.weight_stride;
+    int64_t stride = m.weight_stride;
     for (int64_t r = 0; r < n; r++)
       row_scales(m, row + r, FINE, groups, scales + r * groups, biases + r * groups);
+    if (C == Code::bytes && spreads(m, a.layout)) {
+      for (int64_t r = 0; r < n; r++) spread_row(m, row + r, bytes + r * m.width);
+      w = bytes, stride = m.width;
+    }
     for (int j = 0; j < count;) {
-      const int32_t* t = tokens + j;
-      if (count - j >= 4) {
-        fixed_rows<C, FINE, 4>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
-        j += 4;
-      } else if (count - j >= 2) {
-        fixed_rows<C, FINE, 2>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
-        j += 2;
-      } else {
-        fixed_rows<C, FINE, 1>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
-        j += 1;
-      }
+      const int some = count - j >= 4 ? 4 : count - j >= 2 ? 2 : 1;
+      const auto run = some == 4   ? fixed_rows<C, FINE, 4>
+                       : some == 2 ? fixed_rows<C, FINE, 2>
+                                   : fixed_rows<C, FINE, 1>;
+      run(w, stride, m.width, row - first, n, groups, scales, biases, a, tokens + j, out + j, rest);
+      j += some;
     }
   }
 }
@@ -274,15 +313,15 @@ void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
 // ---- the table --------------------------------------------------------------------------------
 
 Layout choose(const Matrix& m) {
-  if (m.format == Format::dense) return 0;
+  if (m.format == Format::dense) return {Deal::none, 0};
   const int fine = m.group > 64 ? 64 : m.group;
-  if (m.bits == 8 && m.format == Format::affine) return layout(2, fine);
-  return m.bits == 4 && m.width % 64 == 0 ? layout(4, fine) : 0;
+  return {m.bits == 4 && m.width % 64 == 0 ? Deal::words4 : Deal::words2, fine};
 }
 
 // A group that holds an infinity or a NaN becomes NaN as a whole.
-void prepare(Layout l, int64_t width, const float* x, int16_t* fixed, float* scales, float* sums) {
-  const int fine = fine_of(l), ways = ways_of(l), unit = 16 * ways;
+void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales, float* sums) {
+  const int fine = l.fine, ways = l.deal == Deal::words4 ? 4 : 2, unit = 16 * ways;
+  auto* fixed = reinterpret_cast<int16_t*>(to);
   const int64_t groups = width / fine, padded = groups_of(l, width);
   for (int64_t g = 0; g < groups; g++) {
     const float* v = x + g * fine;
@@ -326,41 +365,29 @@ void prepare(Layout l, int64_t width, const float* x, int16_t* fixed, float* sca
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  return l ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODE * m.width;
+  if (l.deal == Deal::none) return 0;
+  return (2 * ROWS + 4) * groups_of(l, m.width) + (spreads(m, l) ? ROWS * m.width / 4 : 0);
 }
 
 void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
               const int32_t* tokens, int count, float* const* out, float* scratch) {
   if (m.format == Format::dense) {
-    const uint8_t* w = m.weight + first * m.weight_stride;
     const auto run = m.type == Float::f32    ? dense<Float::f32>
                      : m.type == Float::bf16 ? dense<Float::bf16>
                                              : dense<Float::f16>;
-    run(w, m.weight_stride, m.width, last - first, 0, a, tokens, count, out);
+    run(m, first, last, a, tokens, count, out);
     return;
   }
-  if (a.layout == 0) {
-    for (int64_t row = first; row < last; row += DECODE) {
-      const int64_t n = last - row < DECODE ? last - row : DECODE;
-      for (int64_t r = 0; r < n; r++) decode_row(m, row + r, scratch + r * m.width);
-      dense<Float::f32>(reinterpret_cast<const uint8_t*>(scratch), m.width * 4, m.width, n,
-                        row - first, a, tokens, count, out);
-    }
-    return;
-  }
-  const bool small = fine_of(a.layout) == 32;
-  const auto run = m.format == Format::mxfp4 ? fixed<Code::e2m1, 32>
-                   : m.bits == 8 ? (small ? fixed<Code::bytes, 32> : fixed<Code::bytes, 64>)
-                                 : (small ? fixed<Code::nibbles, 32> : fixed<Code::nibbles, 64>);
+  const bool small = a.layout.fine == 32, bytes = a.layout.deal == Deal::words2;
+  const auto run = bytes ? (small ? fixed<Code::bytes, 32> : fixed<Code::bytes, 64>)
+                   : m.format == Format::mxfp4
+                       ? fixed<Code::e2m1, 32>
+                       : (small ? fixed<Code::nibbles, 32> : fixed<Code::nibbles, 64>);
   run(m, first, last, a, tokens, count, out, scratch);
 }
 
 }  // namespace
 
-#ifdef CENACLE_VNNI
-const Kernels vnni = {"vnni", choose, prepare, scratch, multiply, activate};
-#else
 const Kernels avx2 = {"avx2", choose, prepare, scratch, multiply, activate};
-#endif
 
 }  // namespace cenacle

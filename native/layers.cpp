@@ -39,16 +39,16 @@ class Prepared {
  public:
   Activations make(const Kernels& kernels, const Matrix& m, const float* x, int64_t tokens) {
     const Layout l = kernels.choose(m);
-    const int64_t width = m.width, groups = groups_of(l, width);
+    const int64_t width = m.width, groups = groups_of(l, width), bytes = bytes_of(l, width);
     Activations a{l, width, x, nullptr, nullptr, nullptr};
-    if (l == 0) return a;
-    int16_t* fixed = fixed_.get(tokens * width);
+    if (l.deal == Deal::none) return a;
+    uint8_t* fixed = fixed_.get(tokens * bytes);
     float* scales = scales_.get(2 * tokens * groups);
     float* sums = scales + tokens * groups;
     const int64_t some = std::max<int64_t>(1, 8192 / width);
     Pool::get().run((tokens + some - 1) / some, [&](int64_t i) {
       for (int64_t t = i * some; t < std::min(tokens, (i + 1) * some); t++)
-        kernels.prepare(l, width, x + t * width, fixed + t * width, scales + t * groups,
+        kernels.prepare(l, width, x + t * width, fixed + t * bytes, scales + t * groups,
                         sums + t * groups);
     });
     a.fixed = fixed, a.scales = scales, a.sums = sums;
@@ -56,7 +56,7 @@ class Prepared {
   }
 
  private:
-  Buffer<int16_t> fixed_;
+  Buffer<uint8_t> fixed_;
   Buffer<float> scales_;
 };
 
@@ -124,7 +124,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
   const Matrix& in = e.in[0].matrix;
   const Activations a0 = first_input.make(kernels, in, x, tokens);
   Activations a1 = a0;
-  if (e.in.size() > 1 && kernels.choose(e.in[1].matrix) != a0.layout)
+  if (e.in.size() > 1 && !(kernels.choose(e.in[1].matrix) == a0.layout))
     a1 = second_input.make(kernels, e.in[1].matrix, x, tokens);
   float* h = hidden_values.get(mine * hidden);
 

@@ -346,7 +346,6 @@ NB_MODULE(_native, m) {
       uint64_t part[8] = {};
       const int64_t last = std::min(words, (i + 1) * size);
       for (int64_t j = i * size; j + 8 <= last; j += 8) {
-        __builtin_prefetch(data + j + 256);
         for (int k = 0; k < 8; k++) part[k] += data[j + k];
       }
       for (const uint64_t p : part) sum += p;
