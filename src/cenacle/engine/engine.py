@@ -70,6 +70,7 @@ class Engine:
         if step.measured:
             self._watch.start()
         events = [TokenEvent(*token) for token in self._batch.next()]
+        self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(events) if step.measured else None
 
     def _measured(self, events: list[TokenEvent]) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def join(order: dict[str, Any], nodes: int) -> Collective:
     if nodes == 1:
         group = Alone()
     elif order["backend"] == "mesh":
-        group = Mesh.from_environment(own_rank(), nodes)
+        group = Mesh.from_environment(own_rank(), nodes, order["wire"])
     else:
         group = Mlx(order["backend"], nodes)
     return Delayed(group, order["latency_s"]) if order["latency_s"] else group
