@@ -15,14 +15,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import mlx.core as mx
+
 from .cluster.launcher import LocalRanks, choose
 from .collective.mesh import WIRES
-from .engine.engine import Options
+from .engine.engine import Options, need_of
 from .engine.lockstep import Group
 from .engine.scheduler import Scheduler
 from .engine.terms import Terms
 from .engine.text import Message, Text
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
+from .model.residency import Need, check_available
 from .model.weights import Checkpoint, describe, locate
 from .plan import Plan
 from .request import Request, Sampling, TokenEvent
@@ -32,6 +35,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 """Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
 
 DEFAULT_MAX_TOKENS = 512
+MEMINFO = Path("/proc/meminfo")
 ANSWER_DEADLINE_S = 900.0  # longer than any step may take: the group fails before
 
 
@@ -124,6 +128,7 @@ def load(
         plan = Plan.whole(describe(checkpoint), nodes, shares)
     options = options or Options()
     text = _text(checkpoint)
+    _check_memory(need_of(checkpoint.config, plan, 0, options, kernels))
     ranks = LocalRanks(plan.nodes, backend)
     try:
         where = ranks.folder / "plan.json"
@@ -157,6 +162,12 @@ def _check_wire(wire: str, backend: str, nodes: int) -> None:
             f"use --backend mesh",
             "wire",
         )
+
+
+def _check_memory(need: Need) -> None:
+    """On Linux CPUs all ranks' weights come out of what /proc/meminfo calls available."""
+    if MEMINFO.exists() and mx.default_device().type == mx.DeviceType.cpu:
+        check_available(MEMINFO.read_text(), need)
 
 
 def _text(checkpoint: Checkpoint) -> Text | None:
