@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace cenacle {
 
@@ -82,5 +83,11 @@ extern const Kernels portable;
 #ifdef CENACLE_AVX2
 extern const Kernels avx2, vnni;
 #endif
+#ifdef CENACLE_NEON
+extern const Kernels neon;
+#endif
+
+// The sets that this processor can run, the best first.
+std::vector<const Kernels*> usable();
 
 }  // namespace cenacle
