@@ -29,10 +29,12 @@ from cenacle import (
 )
 from cenacle.api import Model
 from cenacle.cluster.launcher import LocalRanks
+from cenacle.engine.channel import Closed
 from cenacle.engine.engine import Options
 from cenacle.engine.lockstep import Group
 from cenacle.engine.scheduler import Scheduler
 from cenacle.plan import Plan
+from cenacle.request import Request
 from cenacle.spec import ModelSpec, MoELayer
 
 OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
@@ -300,6 +302,40 @@ def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(tmp_path)
     finally:
         ranks.close(now=True)
         assert_gone(ranks.pids)
+
+
+class Ending:
+    """A rank that says why it ends while the next step is on its way to it."""
+
+    def __init__(self):
+        self.channels, self.pids = [self], []
+        self._sent, self._said = threading.Event(), False
+
+    def send(self, message):
+        self._sent.set()
+        raise Closed("the connection was lost (Broken pipe)")
+
+    def receive(self):
+        self._sent.wait(10)
+        time.sleep(0.1)
+        if self._said:
+            raise Closed("the connection was closed")
+        self._said = True
+        return {"type": "error", "kind": "ClusterError", "message": "it has a reason"}
+
+    def blame(self, rank, reason):
+        return RankLost(rank, f"rank {rank} {reason}")
+
+    def close(self, *, now):
+        pass
+
+
+def test_last_words_are_heard_though_a_step_cannot_be_sent():
+    group = Group(Ending(), Scheduler(4, 0))
+    group.submit(Request("r", (1, 2), 3), lambda event: None)
+    wait_until(lambda: group.failure is not None, 5, "the end of the group")
+    assert str(group.failure) == "rank 0 failed: it has a reason"
+    group.close()
 
 
 def test_ranks_that_cannot_load_say_why(tmp_path):
