@@ -35,7 +35,7 @@ def rank_main(rank: int, job: dict[str, Any], results: Connection) -> None:
     os.environ["MLX_HOSTFILE"] = job["hostfile"]
     import mlx.core as mx
 
-    from cenacle.collective.base import Collective
+    from cenacle.collective.base import Chosen, Collective
     from cenacle.collective.mesh import Mesh
     from cenacle.collective.mlx import Mlx
 
@@ -47,10 +47,14 @@ def rank_main(rank: int, job: dict[str, Any], results: Connection) -> None:
         groups["ring"] = Mlx("ring", len(job["addresses"]))
     pace = next(iter(groups.values()))  # the ranks agree on how often through the first mesh
 
+    eight = Chosen(0, mx.arange(8, dtype=mx.uint32)[None])
+    mx.eval(eight.ids)
+
     def once(group: Collective, x: mx.array, links: int) -> float:
+        chosen = eight if group is groups.get("digest") else None
         began = time.perf_counter()
         for _ in range(links):
-            x = group.all_sum(x)
+            x = group.all_sum(x, chosen)
         mx.eval(x)
         return (time.perf_counter() - began) / links * 1e6
 
@@ -128,6 +132,8 @@ def measure(nodes: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
         if asked.tcp:
             meshes["mesh tcp"] = (ports(nodes), {})
         if asked.ways:
+            meshes["digest"] = (unix("digest"), {})  # as "mesh", with 8 chosen experts each time
+            meshes["bf16"] = (unix("bf16"), {"wire": "bf16"})
             meshes["direct"] = (unix("direct"), {"scatter_bytes": 1 << 40})
             meshes["scatter"] = (unix("scatter"), {"scatter_bytes": 0})
             meshes["spin 30"] = (unix("spin"), {"spin_us": 30.0})

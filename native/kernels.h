@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace cenacle {
 
@@ -39,6 +40,8 @@ enum class Deal : int {
   // The upper and the lower byte apart, as `vpdpbusd` wants them: value = 256 upper + lower, both signed.
   planes,       // of each 64 values [upper 64][lower 64]
   even_planes,  // of each 128 values [upper even 64][upper odd 64][lower even 64][lower odd 64]
+  // The same for `sdot`: of each 32 values [upper 32][lower 32], and with even places before odd ones.
+  planes32, even_planes32,
 };
 struct Layout {
   Deal deal;
@@ -99,5 +102,11 @@ extern const Kernels portable;
 #ifdef CENACLE_AVX2
 extern const Kernels avx2, vnni;
 #endif
+#ifdef CENACLE_NEON
+extern const Kernels neon;
+#endif
+
+// The sets that this processor can run, the best first.
+std::vector<const Kernels*> usable();
 
 }  // namespace cenacle

@@ -27,22 +27,6 @@ namespace mx = mlx::core;
 namespace cenacle {
 namespace {
 
-std::vector<const Kernels*> usable() {
-  std::vector<const Kernels*> all;
-#ifdef CENACLE_AVX2
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-      all.push_back(&vnni);
-    all.push_back(&avx2);
-  }
-#endif
-  all.push_back(&portable);
-  return all;
-}
-
 std::atomic<const Kernels*> chosen{usable().front()};
 
 void use(const std::string& name) {

@@ -25,11 +25,11 @@ using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
 constexpr uint32_t kMagic = 0x4d434e43;  // "CNCM"
-constexpr uint16_t kVersion = 1;
-constexpr uint8_t kDirect = 1, kScatter = 2, kGather = 3, kLost = 255;
+constexpr uint16_t kVersion = 2;
+constexpr uint8_t kDirect = 1, kScatter = 2, kGather = 3, kAlive = 254, kLost = 255;
 constexpr size_t kPiece = 128 * 1024;  // most bytes given to a socket at once
 
-template <typename T, typename Sum>
+template <typename T, typename Sum, typename Out>
 void add(const std::vector<const void*>& from, void* to, size_t count) {
   // A block at a time: the running sums stay in the first-level cache.
   constexpr size_t kBlock = 1024;
@@ -42,25 +42,43 @@ void add(const std::vector<const void*>& from, void* to, size_t count) {
       const T* next = static_cast<const T*>(from[r]) + begin;
       for (size_t i = 0; i < n; ++i) sums[i] += static_cast<Sum>(next[i]);
     }
-    T* out = static_cast<T*>(to) + begin;
-    for (size_t i = 0; i < n; ++i) out[i] = static_cast<T>(sums[i]);
+    Out* out = static_cast<Out*>(to) + begin;
+    for (size_t i = 0; i < n; ++i) out[i] = static_cast<Out>(sums[i]);
   }
 }
 
-// The sum in the order of `from`.
+// bfloat16 that the compiler can widen and round eight at a time.
+struct Brain {
+  uint16_t bits;
+  Brain() = default;
+  explicit Brain(float x) {
+    const auto u = std::bit_cast<uint32_t>(x);
+    const uint32_t even = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const uint32_t nan = (u >> 16) | 0x40;
+    bits = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? nan : even);
+  }
+  explicit operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+};
+
+// The sum in the order of `from`, as it travels.
 void add(Type type, const std::vector<const void*>& from, void* to, size_t count) {
   switch (type) {
     case Type::f32:
-      return add<float, float>(from, to, count);
+      return add<float, float, float>(from, to, count);
     case Type::bf16:
-      return add<mlx::core::bfloat16_t, float>(from, to, count);
+    case Type::f32_as_bf16:
+      return add<Brain, float, Brain>(from, to, count);
     case Type::f16:
-      return add<mlx::core::float16_t, float>(from, to, count);
+      return add<mlx::core::float16_t, float, mlx::core::float16_t>(from, to, count);
     case Type::i32:  // wraps as unsigned does, which is defined
     case Type::u32:
-      return add<uint32_t, uint32_t>(from, to, count);
+      return add<uint32_t, uint32_t, uint32_t>(from, to, count);
   }
   throw std::logic_error("no such type");
+}
+
+bool is_alive(const Header& h) {
+  return h.magic == kMagic && h.version == kVersion && h.kind == kAlive;
 }
 
 std::string seconds(double s) {
@@ -79,7 +97,9 @@ void relax() {
 
 }  // namespace
 
-size_t size_of(Type type) { return type == Type::bf16 || type == Type::f16 ? 2 : 4; }
+size_t size_of(Type type) {
+  return type == Type::bf16 || type == Type::f16 || type == Type::f32_as_bf16 ? 2 : 4;
+}
 
 const char* name_of(Type type) {
   switch (type) {
@@ -93,6 +113,8 @@ const char* name_of(Type type) {
       return "int32";
     case Type::u32:
       return "uint32";
+    case Type::f32_as_bf16:
+      return "float32 sent as bfloat16";
   }
   return "an unknown type";
 }
@@ -124,24 +146,60 @@ struct Links::Flow {
   Half out;
   Half in;
   Header got{};  // what the peer's header says; `in.header` is what it must say
-  Clock::time_point heard;
+  Clock::time_point heard;  // a sign of life
+  Clock::time_point moved;  // a byte of the messages themselves
   bool over() const { return out.over() && in.over(); }
 };
 
 Links::Links(int rank, std::vector<int> fds, Settings settings)
-    : rank_(rank), fds_(std::move(fds)), settings_(settings), scratch_(fds_.size()) {}
+    : rank_(rank), fds_(std::move(fds)), settings_(settings), scratch_(fds_.size()) {
+  if (size() > 1) heart_ = std::thread([this] { beat(); });
+}
 
 Links::~Links() {
+  close();
+  if (heart_.joinable()) heart_.join();
   for (int p = 0; p < size(); ++p) {
     if (p != rank_) ::close(fds_[p]);
   }
 }
 
 void Links::close() {
-  if (closing_.exchange(true)) return;
+  {
+    const std::lock_guard<std::mutex> lock(bed_);
+    if (closing_.exchange(true)) return;
+  }
+  wake_.notify_all();
   for (int p = 0; p < size(); ++p) {
     if (p != rank_) ::shutdown(fds_[p], SHUT_RDWR);  // wakes a thread that waits in poll
   }
+}
+
+// Signs of life while this rank computes. The others' are taken off the sockets too, or they would
+// fill them where nobody asks anything for hours.
+void Links::beat() {
+  std::unique_lock<std::mutex> bed(bed_);
+  while (!wake_.wait_for(bed, Seconds(settings_.silence_s / 5), [&] { return closing_.load(); })) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || failed_) continue;
+    for (int p = 0; p < size(); ++p) {
+      if (p == rank_) continue;
+      say_alive(p);
+      Header seen{};
+      const auto take = [&](int flags) {
+        return ::recv(fds_[p], &seen, sizeof seen, MSG_DONTWAIT | flags) == ssize_t(sizeof seen);
+      };
+      while (take(MSG_PEEK) && is_alive(seen)) take(0);
+    }
+  }
+}
+
+// Between two messages only.
+void Links::say_alive(int peer) {
+  const Header alive{kMagic, kVersion, kAlive, 0, {}, 0};
+  const ssize_t n = ::send(fds_[peer], &alive, sizeof alive, MSG_DONTWAIT | MSG_NOSIGNAL);
+  // A peer that has taken nothing for hours has left room for a part: then nothing fits behind.
+  if (n > 0 && n < ssize_t(sizeof alive)) ::shutdown(fds_[peer], SHUT_WR);
 }
 
 std::byte* Links::scratch(int peer, size_t bytes) {
@@ -155,21 +213,32 @@ Links::Flow Links::flow(
   const auto type = static_cast<uint8_t>(type_);
   Flow f{};
   f.peer = peer;
-  f.out.header = {kMagic, kVersion, kind, type, number_, out_bytes};
+  f.out.header = {kMagic, kVersion, kind, type, tag_, out_bytes};
   f.out.data = static_cast<std::byte*>(const_cast<void*>(out));
-  f.in.header = {kMagic, kVersion, kind, type, number_, in_bytes};
+  f.in.header = {kMagic, kVersion, kind, type, tag_, in_bytes};
   f.in.data = static_cast<std::byte*>(in);
   return f;
 }
 
-void Links::all_sum(const void* in, void* out, size_t count, Type type, uint64_t number) {
+void Links::all_sum(const void* in, void* out, size_t count, Type type, Tag tag) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!broken_.empty()) throw std::runtime_error(broken_);
-  type_ = type;
-  number_ = number;
-  const size_t width = size_of(type), bytes = count * width;
-  const auto* own = static_cast<const std::byte*>(in);
-  auto* result = static_cast<std::byte*>(out);
+  if (failed_) throw std::runtime_error(broken_);
+  tag_ = tag;
+  if (type != Type::f32 || !settings_.bf16_wire) {
+    type_ = type;
+    exchange(static_cast<const std::byte*>(in), static_cast<std::byte*>(out), count);
+    return;
+  }
+  type_ = Type::f32_as_bf16;
+  std::byte* own = scratch(rank_, count * sizeof(Brain));
+  add<float, float, Brain>({in}, own, count);
+  exchange(own, static_cast<std::byte*>(out), count);
+}
+
+// `own` as it travels, `out` as it was asked for.
+void Links::exchange(const std::byte* own, std::byte* out, size_t count) {
+  const bool narrow = type_ == Type::f32_as_bf16;
+  const size_t width = size_of(type_), bytes = count * width;
   const int n = size();
   std::vector<Flow> flows;
   std::vector<const void*> vectors(n);
@@ -187,11 +256,19 @@ void Links::all_sum(const void* in, void* out, size_t count, Type type, uint64_t
       flows.push_back(flow(p, kDirect, own, bytes, theirs, bytes));
     }
     transfer(flows);
-    add(type, vectors, result, count);
+    compare(flows);
+    if (narrow) {
+      add<Brain, float, float>(vectors, out, count);
+    } else {
+      add(type_, vectors, out, count);
+    }
     return;
   }
 
   // Each rank adds one part and sends the sum to all: two hops, and 2 / n of the bytes a link.
+  // What was narrowed for the way is narrowed again for the second, here as on all other ranks.
+  if (narrow && narrow_.size() < bytes) narrow_.resize(bytes);
+  std::byte* result = narrow ? narrow_.data() : out;
   const auto begin = [&](int r) { return count * r / n * width; };
   const auto length = [&](int r) { return begin(r + 1) - begin(r); };
   for (int p = 0; p < n; ++p) {
@@ -204,7 +281,8 @@ void Links::all_sum(const void* in, void* out, size_t count, Type type, uint64_t
     flows.push_back(flow(p, kScatter, own + begin(p), length(p), theirs, length(rank_)));
   }
   transfer(flows);
-  add(type, vectors, result + begin(rank_), length(rank_) / width);
+  compare(flows);
+  add(type_, vectors, result + begin(rank_), length(rank_) / width);
   flows.clear();
   for (int p = 0; p < n; ++p) {
     if (p == rank_) continue;
@@ -212,15 +290,19 @@ void Links::all_sum(const void* in, void* out, size_t count, Type type, uint64_t
         flow(p, kGather, result + begin(rank_), length(rank_), result + begin(p), length(p)));
   }
   transfer(flows);
+  if (narrow) add<Brain, float, float>({result}, out, count);
 }
 
 // Runs all messages to their ends. Sending never blocks receiving, so peers that all send at once
 // cannot lock up, however large the vectors are.
 void Links::transfer(std::vector<Flow>& flows) {
   flows_ = &flows;
-  const auto spin = std::chrono::duration_cast<Clock::duration>(Seconds(settings_.spin_us * 1e-6));
+  const auto time = [](double s) { return std::chrono::duration_cast<Clock::duration>(Seconds(s)); };
+  const auto silence = time(settings_.silence_s), patience = time(settings_.deadline_s);
   auto now = Clock::now();
-  for (auto& f : flows) f.heard = now;
+  auto next_beat = now + silence / 5;
+  for (auto& f : flows) f.heard = f.moved = now;
+  const auto spin = time(settings_.spin_us * 1e-6);
   auto spin_until = now + spin;
   std::vector<pollfd> waiting;
   bool first = true;
@@ -249,28 +331,36 @@ void Links::transfer(std::vector<Flow>& flows) {
       relax();
       continue;
     }
-    auto ends = Clock::time_point::max();
-    const auto patience = std::chrono::duration_cast<Clock::duration>(Seconds(settings_.deadline_s));
+    if (now >= next_beat) {
+      // Whoever has all of this message may wait for the next one already.
+      for (const auto& f : flows) {
+        if (f.out.over() || f.out.done == 0) say_alive(f.peer);
+      }
+      next_beat = now + silence / 5;
+    }
+    auto ends = next_beat;
     for (const auto& f : flows) {
       const short events = (f.out.over() ? 0 : POLLOUT) | (f.in.over() ? 0 : POLLIN);
       waiting.push_back({f.over() ? -1 : fds_[f.peer], events, 0});
-      if (!f.over()) ends = std::min(ends, f.heard + patience);
+      if (!f.over()) ends = std::min({ends, f.heard + silence, f.moved + patience});
     }
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(ends - now).count();
     const int found = ::poll(
         waiting.data(), waiting.size(), static_cast<int>(std::clamp<int64_t>(left, 0, 60'000)));
     if (found < 0 && errno != EINTR) {
-      flows_ = nullptr;
-      broken_ = std::string("poll failed: ") + std::strerror(errno);
-      throw std::runtime_error(broken_);
+      give_up(std::string("poll failed: ") + std::strerror(errno));
     }
-    if (found == 0 && Clock::now() >= ends) {
-      const auto& late = *std::min_element(flows.begin(), flows.end(), [](auto& a, auto& b) {
-        return std::make_pair(a.over(), a.heard) < std::make_pair(b.over(), b.heard);
-      });
-      fail(late.peer, Fault::silent,
-           (late.in.over() ? "took nothing for " : "was silent for ") +
-               seconds(settings_.deadline_s));
+    if (found != 0) continue;
+    now = Clock::now();
+    for (const auto& f : flows) {
+      if (f.over()) continue;
+      if (now >= f.heard + silence) {
+        fail(f.peer, Fault::silent,
+             (f.in.over() ? "took nothing for " : "was silent for ") + seconds(settings_.silence_s));
+      }
+      if (now >= f.moved + patience) {
+        fail(f.peer, Fault::late, "did not come within " + seconds(settings_.deadline_s));
+      }
     }
   }
   flows_ = nullptr;
@@ -286,7 +376,7 @@ bool Links::send(Flow& f) {
     const ssize_t n = ::sendmsg(fds_[f.peer], &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n > 0) {
       f.out.done += n;
-      f.heard = Clock::now();
+      f.heard = f.moved = Clock::now();
       moved = true;
       if (!f.in.over()) break;  // let the other direction have its turn
     } else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS)) {
@@ -320,7 +410,23 @@ bool Links::receive(Flow& f) {
       f.in.done += n;
       f.heard = Clock::now();
       moved = true;
-      if (before < sizeof(Header) && f.in.done >= sizeof(Header)) check(f);
+      if (before >= sizeof(Header)) {
+        f.moved = f.heard;
+        continue;
+      }
+      while (f.in.done >= sizeof(Header) && is_alive(f.got)) {
+        // Only a sign of life: what came behind it moves up to where it belongs.
+        const size_t more = f.in.done - sizeof(Header), head = std::min(more, sizeof(Header));
+        if (more > 0) {
+          std::memcpy(&f.got, f.in.data, head);
+          std::memmove(f.in.data, f.in.data + head, more - head);
+        }
+        f.in.done = more;
+      }
+      if (f.in.done >= sizeof(Header)) {
+        f.moved = f.heard;
+        check(f);
+      }
     } else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
       break;
     } else if (n == 0 || errno != EINTR) {
@@ -332,7 +438,9 @@ bool Links::receive(Flow& f) {
 
 void Links::check(const Flow& f) {
   const Header &want = f.in.header, &got = f.got;
-  if (std::memcmp(&want, &got, sizeof(Header)) == 0) return;
+  Header alike = got;
+  alike.tag.digest = want.tag.digest;  // see `compare`
+  if (std::memcmp(&want, &alike, sizeof(Header)) == 0) return;
   if (got.magic != kMagic || got.version != kVersion) {
     fail(f.peer, Fault::out_of_step, "sent what is not a message of this version");
   }
@@ -341,33 +449,54 @@ void Links::check(const Flow& f) {
     const int lost = static_cast<int>(got.bytes);
     const char* how = got.type == uint8_t(Fault::silent)    ? "was silent"
                       : got.type == uint8_t(Fault::closed) ? "closed its connection"
+                      : got.type == uint8_t(Fault::late)   ? "did not come"
                                                            : "is out of step";
-    number_ = got.number;
+    tag_ = got.tag;
     fail(lost, static_cast<Fault>(got.type),
          std::string(how) + ", says rank " + std::to_string(f.peer) + ",");
   }
   const auto describe = [](const Header& h) {
     std::ostringstream out;
-    out << "exchange " << h.number << " of " << h.bytes << " bytes of "
-        << name_of(static_cast<Type>(h.type));
+    out << "exchange " << h.tag.number;
+    if (h.tag.layer >= 0) out << " (layer " << h.tag.layer << ")";
+    out << " of " << h.bytes << " bytes of " << name_of(static_cast<Type>(h.type));
     return out.str();
   };
   fail(f.peer, Fault::out_of_step,
        "is out of step: expected " + describe(want) + ", got " + describe(got));
 }
 
+// Every rank has every rank's digest by now and finds the same, so nobody need be told.
+void Links::compare(const std::vector<Flow>& flows) {
+  std::vector<uint32_t> digests(size(), tag_.digest);
+  for (const auto& f : flows) digests[f.peer] = f.got.tag.digest;
+  std::string odd;
+  for (int p = 1; p < size(); ++p) {
+    if (digests[p] != digests[0]) odd += (odd.empty() ? "" : ", ") + std::to_string(p);
+  }
+  if (odd.empty()) return;
+  give_up("rank " + odd + " chose other experts than rank 0 for the same tokens in " + where() +
+            ": the step was given up, since its text would be wrong; use the same checkpoint, "
+            "versions and kernels on all ranks");
+}
+
+std::string Links::where() const {
+  std::string text = "exchange " + std::to_string(tag_.number);
+  if (tag_.layer >= 0) text += ", layer " + std::to_string(tag_.layer);
+  return text;
+}
+
 // Ends all exchanges of this rank, and lets the others know who was the reason.
 void Links::fail(int rank, Fault fault, const std::string& what) {
   std::ostringstream out;
   if (closing_) {
-    out << "the exchange was closed while it waited in exchange " << number_;
+    out << "the exchange was closed while it waited in " << where();
   } else {
     out << "rank " << rank << " " << what;
-    if (fault != Fault::out_of_step) out << " in exchange " << number_;
+    if (fault != Fault::out_of_step) out << " in " << where();
   }
-  broken_ = out.str();
   if (!closing_ && flows_ != nullptr) {
-    const Header lost{kMagic, kVersion, kLost, uint8_t(fault), number_, uint64_t(rank)};
+    const Header lost{kMagic, kVersion, kLost, uint8_t(fault), tag_, uint64_t(rank)};
     for (const auto& f : *flows_) {
       // Also to the rank itself, which may only have been stopped for a while. In the middle of
       // a message nothing else can be said.
@@ -377,7 +506,13 @@ void Links::fail(int rank, Fault fault, const std::string& what) {
       }
     }
   }
+  give_up(out.str());
+}
+
+void Links::give_up(std::string why) {
   flows_ = nullptr;
+  broken_ = std::move(why);
+  failed_ = true;
   throw std::runtime_error(broken_);
 }
 

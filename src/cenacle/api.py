@@ -15,13 +15,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .cluster.launcher import LocalRanks
-from .engine.engine import Options
+import mlx.core as mx
+
+from .cluster.launcher import LocalRanks, choose
+from .collective.mesh import WIRES
+from .engine.engine import Options, need_of
 from .engine.lockstep import Group
 from .engine.scheduler import Scheduler
 from .engine.terms import Terms
 from .engine.text import Message, Text
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
+from .model.residency import Need, check_available
 from .model.weights import Checkpoint, describe, locate
 from .plan import Plan
 from .request import Request, Sampling, TokenEvent
@@ -31,6 +35,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 """Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
 
 DEFAULT_MAX_TOKENS = 512
+MEMINFO = Path("/proc/meminfo")
 ANSWER_DEADLINE_S = 900.0  # longer than any step may take: the group fails before
 
 
@@ -89,6 +94,7 @@ def load(
     shares: Sequence[float] | None = None,
     plan: Plan | None = None,
     backend: str = "auto",
+    wire: str = "f32",
     latency_s: float = 0.0,
     kernels: str = "mlx",
     options: Options | None = None,
@@ -104,6 +110,7 @@ def load(
         plan: a placement dealt before; overrides `nodes` and `shares`.
         backend: "mesh", "ring", "mpi", "jaccl" or "nccl"; "auto": the mesh where this
             installation has it, else the ring.
+        wire: "f32", or "bf16": the mesh sends half the bytes, each rank's part rounded to bfloat16.
         latency_s: seconds added to every exchange, to study a slower link.
         kernels: "mlx", whose results are mlx-lm's, or "native": ours for Linux CPUs, many times
             faster, see `model.experts.parallelize`. Without the extension, or on a GPU, it is MLX.
@@ -113,12 +120,15 @@ def load(
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
+        InputError: a wire that is unknown, or that only the mesh has.
     """
+    _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
     checkpoint = Checkpoint.open(locate(model))
     if plan is None:
         plan = Plan.whole(describe(checkpoint), nodes, shares)
     options = options or Options()
     text = _text(checkpoint)
+    _check_memory(need_of(checkpoint.config, plan, 0, options, kernels))
     ranks = LocalRanks(plan.nodes, backend)
     try:
         where = ranks.folder / "plan.json"
@@ -127,6 +137,7 @@ def load(
             "type": "load",
             "folder": str(checkpoint.folder.resolve()),
             "plan": str(where),
+            "wire": wire,
             "latency_s": latency_s,
             "kernels": kernels,
             "options": asdict(options),
@@ -139,6 +150,24 @@ def load(
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
     return Model(name, plan, text, group, ranks)
+
+
+def _check_wire(wire: str, backend: str, nodes: int) -> None:
+    if wire not in WIRES:
+        raise InputError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}", "wire")
+    used, _ = choose(backend, nodes)
+    if wire != "f32" and nodes > 1 and used != "mesh":
+        raise InputError(
+            f"wire: expected f32, since {used} exchanges vectors as they are, got {wire!r}; "
+            f"use --backend mesh",
+            "wire",
+        )
+
+
+def _check_memory(need: Need) -> None:
+    """On Linux CPUs all ranks' weights come out of what /proc/meminfo calls available."""
+    if MEMINFO.exists() and mx.default_device().type == mx.DeviceType.cpu:
+        check_available(MEMINFO.read_text(), need)
 
 
 def _text(checkpoint: Checkpoint) -> Text | None:

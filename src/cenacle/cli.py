@@ -54,6 +54,13 @@ class Kernels(StrEnum):
     native = "native"
 
 
+class Wire(StrEnum):
+    """How the mesh sends float32 vectors; see `collective.mesh.WIRES`."""
+
+    f32 = "f32"
+    bf16 = "bf16"
+
+
 class Backend(StrEnum):
     """How ranks exchange; see `cluster.launcher.choose` and `collective.mlx.BACKENDS`."""
 
@@ -77,6 +84,9 @@ PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan saved by `inspect --save`; overrides --nodes.")
 ]
 BackendName = Annotated[Backend, typer.Option(help="How nodes exchange.")]
+WireName = Annotated[
+    Wire, typer.Option(help="How the mesh sends vectors; bf16: half the bytes, rounded.")
+]
 KernelsName = Annotated[
     Kernels,
     typer.Option(
@@ -129,6 +139,7 @@ def generate(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
+    wire: WireName = Wire.f32,
     kernels: KernelsName = Kernels.mlx,
     latency_ms: LatencyMs = 0.0,
     prefill_chunk: PrefillChunk = 512,
@@ -147,6 +158,7 @@ def generate(
         shares,
         plan,
         backend,
+        wire,
         kernels,
         latency_ms,
         prefill_chunk,
@@ -181,6 +193,7 @@ def chat(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
+    wire: WireName = Wire.f32,
     kernels: KernelsName = Kernels.mlx,
     kv_bits: KVBits = None,
 ) -> None:
@@ -190,7 +203,7 @@ def chat(
     """
     beginning = [{"role": "system", "content": system}] if system else []
     with _loaded(
-        model, nodes, shares, plan, backend, kernels, 0.0, 512, 32, kv_bits, None
+        model, nodes, shares, plan, backend, wire, kernels, 0.0, 512, 32, kv_bits, None
     ) as loaded:
         history = list(beginning)
         while True:
@@ -229,6 +242,7 @@ def serve(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
+    wire: WireName = Wire.f32,
     kernels: KernelsName = Kernels.mlx,
     prefill_chunk: PrefillChunk = 512,
     batch: Batch = 32,
@@ -250,6 +264,7 @@ def serve(
             shares,
             plan,
             backend,
+            wire,
             kernels,
             0.0,
             prefill_chunk,
@@ -407,6 +422,7 @@ def _loaded(
     shares: str | None,
     plan: Path | None,
     backend: Backend,
+    wire: Wire,
     kernels: Kernels,
     latency_ms: float,
     prefill_chunk: int,
@@ -427,6 +443,7 @@ def _loaded(
             shares=_numbers(shares),
             plan=Plan.load(plan) if plan else None,
             backend=backend.value,
+            wire=wire.value,
             latency_s=latency_ms / 1000,
             kernels=kernels.value,
             options=options,

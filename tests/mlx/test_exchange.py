@@ -71,7 +71,7 @@ def test_delayed_comes_after_the_exchange():
     order = []
 
     class Noted(Alone):
-        def _all_sum(self, x):
+        def _all_sum(self, x, chosen):
             order.append("exchange")
             return x
 

@@ -8,6 +8,7 @@ import time
 import mlx.core as mx
 import numpy as np
 
+from cenacle.collective.base import Chosen
 from cenacle.collective.mesh import Mesh
 
 
@@ -20,14 +21,25 @@ def vector(rank: int, dtype: str, size: int) -> mx.array:
     return mx.array(x).astype(getattr(mx, dtype))
 
 
-def reference(ranks: int, dtype: str, size: int) -> np.ndarray:
-    """The sum in rank order, slowly: what every rank must get, as bits."""
+def reference(ranks: int, dtype: str, size: int, narrow: int = 0) -> np.ndarray:
+    """The sum in rank order, slowly: what every rank must get, as bits.
+
+    `narrow`: how often a float32 vector is rounded to bfloat16: 1, each part; 2, the sum as well.
+    """
     exact = np.uint32 if "int" in dtype else np.float32
     wide = mx.uint32 if "int" in dtype else mx.float32
-    total = np.array(vector(0, dtype, size).astype(wide)).astype(exact)
+
+    def part(rank: int) -> np.ndarray:
+        x = vector(rank, dtype, size)
+        x = x.astype(mx.bfloat16) if narrow else x
+        return np.array(x.astype(wide)).astype(exact)
+
+    total = part(0)
     for rank in range(1, ranks):
-        total = total + np.array(vector(rank, dtype, size).astype(wide))
-    return bits(mx.array(total).astype(getattr(mx, dtype)))
+        total = total + part(rank)
+    whole = mx.array(total)
+    whole = whole.astype(mx.bfloat16) if narrow == 2 else whole
+    return bits(whole.astype(getattr(mx, dtype)))
 
 
 def bits(x: mx.array) -> np.ndarray:
@@ -38,12 +50,12 @@ class Rank:
     def join(self, rank, addresses, secret, **arguments):
         self.mesh = Mesh(rank, addresses, secret.encode(), **arguments)
 
-    def sums(self, cases):
+    def sums(self, cases, narrow=0):
         """For each (dtype, size): whether the bits are the reference's, and their digest."""
         found = []
         for dtype, size in cases:
             mine = bits(self.mesh.all_sum(vector(self.mesh.rank, dtype, size)))
-            right = np.array_equal(mine, reference(self.mesh.size, dtype, size))
+            right = np.array_equal(mine, reference(self.mesh.size, dtype, size, narrow))
             found.append([bool(right), hashlib.sha256(mine.tobytes()).hexdigest()])
         return found
 
@@ -77,6 +89,15 @@ class Rank:
             mx.async_eval(x)
         mx.eval(x)
         return x[0].item()
+
+    def route(self, ids, dtype="uint32", turned=False):
+        """An exchange that says which experts were chosen, in layer 3."""
+        ids = mx.array(ids, dtype=getattr(mx, dtype))
+        chosen = Chosen(3, ids.swapaxes(0, 1) if turned else ids)
+        return self.mesh.all_sum(mx.ones(8), chosen)[0].item()
+
+    def check(self):
+        self.mesh.check()
 
     def count(self):
         return (mx.ones(3) + 1).sum().item()

@@ -36,7 +36,7 @@ def serve(channel: Channel) -> None:
 
     order = receive(channel)
     nodes = order["nodes"]
-    collective = join({**order, "latency_s": 0}, nodes)
+    collective = join({**order, "latency_s": 0, "wire": "f32"}, nodes)
     channel.send({"type": "ready"})
     while True:
         message = receive(channel)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,11 +27,17 @@ from cenacle import (
     PlanError,
     RankLost,
 )
+from cenacle.api import Model
 from cenacle.cluster.launcher import LocalRanks
+from cenacle.engine.channel import Closed
 from cenacle.engine.engine import Options
+from cenacle.engine.lockstep import Group
+from cenacle.engine.scheduler import Scheduler
 from cenacle.plan import Plan
+from cenacle.request import Request
 from cenacle.spec import ModelSpec, MoELayer
 
+OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
 VECTORS = Path(__file__).parent.parent / "vectors"
 MIXTRAL = VECTORS / "mixtral"
 RECORDED = mx.load(str(MIXTRAL / "vectors.safetensors"))
@@ -263,8 +270,72 @@ def test_close_tells_those_who_wait():
 def order(plan: Path, folder: Path) -> dict:
     return {
         **{"type": "load", "folder": str(folder), "plan": str(plan)},
-        **{"latency_s": 0.0, "options": {}},
+        **{"wire": "f32", "latency_s": 0.0, "kernels": "mlx", "options": {}},
     }
+
+
+def test_bf16_on_the_wire(two):
+    with loaded(nodes=3, wire="bf16") as model:
+        tokens = model.generate(PROMPT, 16).tokens
+        assert len(tokens) == 16
+        assert tokens[:2] == GREEDY[:2]  # rounded, but near
+    with pytest.raises(InputError, match="since ring exchanges vectors as they are"):
+        cenacle.load(str(MIXTRAL), 2, backend="ring", wire="bf16")
+    with pytest.raises(InputError, match="expected one of f32, bf16, got 'int8'"):
+        cenacle.load(str(MIXTRAL), 2, wire="int8")
+
+
+def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(tmp_path):
+    plan = cenacle.inspect(str(MIXTRAL), 2)
+    plan.save(tmp_path / "plan.json")
+    ranks = LocalRanks(2, program=(sys.executable, str(OTHER_ROUTER)))
+    try:
+        ranks.load({**order(tmp_path / "plan.json", MIXTRAL), "options": asdict(Options())})
+        group = Group(ranks, Scheduler(4, 0))
+        model = Model("mixtral", plan, None, group, ranks)
+        said = "rank 1 chose other experts than rank 0 for the same tokens in exchange [0-9]+, "
+        tokens = []
+        with pytest.raises(RankLost, match=said + "layer 1"):
+            tokens.extend(model.stream(PROMPT, 16))
+        assert tokens == []
+        assert "chose other experts" in str(group.failure)
+    finally:
+        ranks.close(now=True)
+        assert_gone(ranks.pids)
+
+
+class Ending:
+    """A rank that says why it ends while the next step is on its way to it."""
+
+    def __init__(self):
+        self.channels, self.pids = [self], []
+        self._sent, self._said = threading.Event(), False
+
+    def send(self, message):
+        self._sent.set()
+        raise Closed("the connection was lost (Broken pipe)")
+
+    def receive(self):
+        self._sent.wait(10)
+        time.sleep(0.1)
+        if self._said:
+            raise Closed("the connection was closed")
+        self._said = True
+        return {"type": "error", "kind": "ClusterError", "message": "it has a reason"}
+
+    def blame(self, rank, reason):
+        return RankLost(rank, f"rank {rank} {reason}")
+
+    def close(self, *, now):
+        pass
+
+
+def test_last_words_are_heard_though_a_step_cannot_be_sent():
+    group = Group(Ending(), Scheduler(4, 0))
+    group.submit(Request("r", (1, 2), 3), lambda event: None)
+    wait_until(lambda: group.failure is not None, 5, "the end of the group")
+    assert str(group.failure) == "rank 0 failed: it has a reason"
+    group.close()
 
 
 def test_ranks_that_cannot_load_say_why(tmp_path):

@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -158,7 +160,7 @@ def test_killed_rank_is_named(start, kind, asynchronous):
 
 @pytest.mark.parametrize("size", [8, 300_000])
 def test_stopped_rank_is_named_within_the_deadline(start, size):
-    processes, _ = start(3, deadline_s=1)
+    processes, _ = start(3, silence_s=1)
     assert everywhere(processes, "sum") == [3] * 3
     os.kill(processes[2].pid, signal.SIGSTOP)
     for process in processes[:2]:
@@ -177,11 +179,135 @@ def test_stopped_rank_is_named_within_the_deadline(start, size):
 
 
 def test_slow_rank_is_not_an_error(start):
-    processes, _ = start(2, deadline_s=3)
+    """One that computes shows that it lives, also for longer than a silence may last."""
+    processes, _ = start(3, silence_s=1)
+    for process in processes[:2]:
+        process.start("sum")
+    time.sleep(2.5)
+    processes[2].start("sum")
+    assert [p.result()["value"] for p in processes] == [3, 3, 3]
+
+
+def test_rank_that_lives_but_never_comes_is_named(start):
+    processes, _ = start(2, silence_s=1, deadline_s=1.5)
     processes[0].start("sum")
-    time.sleep(1)
-    processes[1].start("sum")
-    assert [p.result()["value"] for p in processes] == [2, 2]
+    result = processes[0].result(5)
+    assert result["error"] == "RuntimeError: rank 1 did not come within 1.5 s in exchange 0"
+    assert 1 < result["seconds"] < 4
+
+
+def test_default_deadline_is_five_seconds(start):
+    processes, _ = start(2)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    processes[0].start("sum")
+    result = processes[0].result(8)
+    assert result["error"] == "RuntimeError: rank 1 was silent for 5 s in exchange 0"
+    assert 4 < result["seconds"] < 6.5
+
+
+def test_idle_ranks_do_not_fill_their_sockets(start):
+    """500 signs of life, more than a Unix socket holds, from and to ranks that ask nothing."""
+    processes, _ = start(2, silence_s=0.02, deadline_s=30)
+    time.sleep(2)
+    for process in processes:  # at such a pace a busy machine may look silent: then it says so
+        process.start("sum")
+    answers = [p.result() for p in processes]
+    assert all(a.get("value") == 2 or "was silent for 0.02 s" in a["error"] for a in answers)
+
+
+def frame(kind: int, number: int = 0, data: bytes = b"") -> bytes:
+    """A message as in `native/mesh/links.h`: this is its wire format."""
+    fourcc, version, float32, none = 0x4D434E43, 2, 1, -1
+    if kind == ALIVE:
+        return struct.pack("<IHBBQiIQ", fourcc, version, kind, 0, 0, 0, 0, 0)
+    head = struct.pack("<IHBBQiIQ", fourcc, version, kind, float32, number, none, 0, len(data))
+    return head + data
+
+
+DIRECT, ALIVE = 1, 254
+
+
+@pytest.mark.parametrize("piece", [1, 17, 32, 40, 63, 64, 100, 10_000])
+def test_signs_of_life_are_no_data(tmp_path, piece):
+    """However the bytes come: signs of life in front of a message are taken out, wherever cut."""
+    where = [f"unix:{tmp_path}/{r}" for r in range(2)]
+    x = mx.arange(9, dtype=mx.float32)
+    with ThreadPoolExecutor() as pool:
+        door = mesh._Door(1, where, SECRET.encode(), 5)
+        sock = pool.submit(door.gather, 10)
+        real = mesh.Mesh(0, where, SECRET.encode())
+        (peer,) = sock.result().values()
+        said = b""
+        for number in range(3):
+            said += frame(ALIVE) * number + frame(DIRECT, number, bytes(memoryview(x * number)))
+        sums = [real.all_sum(x) for _ in range(3)]
+        mx.async_eval(sums)
+        for at in range(0, len(said), piece):
+            peer.sendall(said[at : at + piece])
+            time.sleep(0.001)
+        for number in range(3):
+            assert sums[number].tolist() == (x * (number + 1)).tolist()
+        peer.close()
+        real.close()
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "unix"), (3, "tcp"), (4, "unix")])
+def test_bf16_wire_is_its_reference_bit_for_bit(start, ranks, kind):
+    processes, _ = start(ranks, kind, wire="bf16", scatter_bytes=2 * 6144)
+    small, large = (("float32", s) for s in (6144, 100_001))
+    for case, narrow in ((small, 1), (large, 1 if ranks == 2 else 2)):
+        answers = everywhere(processes, "sums", cases=[case], narrow=narrow)
+        assert [right for ((right, _),) in answers] == [True] * ranks
+        assert len({digest for ((_, digest),) in answers}) == 1
+    others = [(d, s) for d in ("bfloat16", "int32", "float16") for s in (3, 100_001)]
+    assert all(right for some in everywhere(processes, "sums", cases=others) for right, _ in some)
+
+
+def test_unlike_wires_are_out_of_step(start):
+    (one, two), where = start(2, joined=False)
+    for rank, (process, wire) in enumerate(((one, "f32"), (two, "bf16"))):
+        process.start("join", rank=rank, addresses=where, secret=SECRET, wire=wire)
+    assert [p.result().get("error") for p in (one, two)] == [None, None]
+    for process in (one, two):
+        process.start("sum")
+    assert (
+        "expected exchange 0 of 32 bytes of float32, got exchange 0 of 16 bytes of float32 sent"
+        in (one.result()["error"])
+    )
+
+
+IDS = [[1, 5, 2], [7, 0, 3]]
+
+
+def test_same_routing_passes_in_any_order_and_layout(start):
+    processes, _ = start(3)
+    others = [{"ids": IDS}, {"ids": [[5, 2, 1], [0, 3, 7]], "dtype": "int32"}]
+    others.append({"ids": [list(c) for c in zip(*IDS, strict=True)], "turned": True})
+    for process, arguments in zip(processes, others, strict=True):
+        process.start("route", **arguments)
+    assert [p.result().get("value") for p in processes] == [3, 3, 3]
+    assert everywhere(processes, "route", ids=IDS, dtype="int64") == [3, 3, 3]
+
+
+@pytest.mark.parametrize("scatter_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("ids", [[[1, 5, 4], [7, 0, 3]], [[7, 0, 3], [1, 5, 2]], [[1, 5, 2]]])
+def test_other_routing_is_caught_everywhere_and_named(start, scatter_bytes, ids):
+    """Another expert, the same experts for other tokens, other tokens."""
+    processes, _ = start(3, scatter_bytes=scatter_bytes)
+    assert everywhere(processes, "route", ids=IDS) == [3, 3, 3]
+    assert everywhere(processes, "check") == [None] * 3
+    for rank, process in enumerate(processes):
+        process.start("route", ids=ids if rank == 1 else IDS)
+    answers = [p.result() for p in processes]
+    for answer in answers:
+        assert answer["error"].startswith(
+            "RuntimeError: rank 1 chose other experts than rank 0 for the same tokens in "
+            "exchange 1, layer 3: "
+        )
+    processes[2].start("check")
+    assert processes[2].result()["error"] == answers[2]["error"].replace("Runtime", "Cluster")
+    processes[0].start("sum")  # nothing is served after it
+    assert processes[0].result()["error"] == answers[0]["error"]
 
 
 def test_leaving_ends_the_others_wait(start):
@@ -225,8 +351,9 @@ def test_strangers_are_refused_and_harm_nobody(start):
         "noise": bytes(range(256)) * 40,
         "half a message": framed[:9],
         "nothing": b"",
+        "a message of 65535 bytes": b"\xff\xff" + bytes(100),
         "one without the secret": framed + struct.pack(">H", 32) + b"x" * 32,
-        "another version": framed.replace(mesh.MAGIC + b"\0\1", mesh.MAGIC + b"\0\2"),
+        "another version": framed.replace(mesh.MAGIC + b"\0\2", mesh.MAGIC + b"\0\1"),
     }
     strangers = {}
     arguments = {"addresses": where, "secret": SECRET}
@@ -235,6 +362,13 @@ def test_strangers_are_refused_and_harm_nobody(start):
         strangers[name] = dial(where[0])
         strangers[name].sendall(words)
     began = time.monotonic()
+    loris = dial(where[0])  # a byte now and then: it gets no more time for that
+    with suppress(ConnectionError):
+        for byte in framed:
+            loris.sendall(bytes([byte]))
+            time.sleep(0.05)
+    loris.close()
+    assert time.monotonic() - began < 2
     for name, sock in strangers.items():
         assert closed(sock), name
         sock.close()
@@ -246,6 +380,20 @@ def test_strangers_are_refused_and_harm_nobody(start):
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(tuple(where[0].split(":")), timeout=5)
     for sock in waiting:
+        assert closed(sock)
+        sock.close()
+
+
+def test_crowd_at_the_door_does_not_keep_a_rank_out(start):
+    """More silent connections than are asked at a time, each allowed to outlast the join."""
+    (one, two), where = start(2, "tcp", joined=False)
+    arguments = {"addresses": where, "secret": SECRET, "handshake_s": 60, "join_s": 5}
+    one.start("join", rank=0, **arguments)
+    crowd = [dial(where[0]) for _ in range(3 * mesh.MAX_GUESTS)]
+    two.start("join", rank=1, **arguments)
+    assert [p.result().get("error") for p in (one, two)] == [None, None]
+    assert everywhere([one, two], "sum") == [2, 2]
+    for sock in crowd:
         assert closed(sock)
         sock.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .base import Collective
+from .base import Chosen, Collective
 
 
 class Alone(Collective):
@@ -13,5 +13,5 @@ class Alone(Collective):
     rank = 0
     size = 1
 
-    def _all_sum(self, x: mx.array) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:  # noqa: ARG002
         return x

@@ -3,7 +3,8 @@
 Owns: forming the group (addresses, the handshake, refusing strangers) and choosing how to wait.
 Does not know: models, who started the ranks. The exchange itself is `native/mesh/links.cpp`.
 Invariant: vectors are added in rank order, so every rank has the same bits; every wait has a
-deadline, and the error names the rank.
+deadline, and the error names the rank. A digest of the routing rides along in each message's
+header: ranks that sent a token to different experts are named, and the step fails everywhere.
 Next: `native/mesh/mesh.cpp`, the primitive; `cluster/launcher.py`, which hands out addresses.
 
 The handshake. Rank r listens at its own address and connects to all ranks below it. A message is
@@ -40,17 +41,18 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ClusterError
-from .base import Collective
+from .base import Chosen, Collective
 
 ADDRESSES = "CENACLE_MESH"
 SECRET = "CENACLE_MESH_SECRET"
 
-MAGIC, VERSION = b"cenacle-mesh", 1
+MAGIC, VERSION = b"cenacle-mesh", 2
 MAX_MESSAGE = 256  # bytes
 MAX_GUESTS = 64  # connections that are being asked who they are, at one time
 NONCE = 16  # bytes
 HELLO = struct.Struct(f">{len(MAGIC)}sHHHH{NONCE}s")
 
+WIRES = ("f32", "bf16")
 SCATTER_BYTES = 64 * 1024  # from here on two hops were faster: benchmarks/exchange.py --ways
 
 
@@ -93,12 +95,17 @@ class Mesh(Collective):
         rank: this process's.
         addresses: where each rank listens, in rank order: "unix:/path" or "host:port".
         secret: known to the ranks of this group only.
-        deadline_s: longest silence of a peer in an exchange. A peer may be silent because it
-            computes: where dead and stopped ranks are found by other means this can be generous.
+        silence_s: longest time without a sign of life from a rank that is waited for. Every rank
+            gives one five times in that, also while it computes.
+        deadline_s: longest wait for a rank that lives: it may compute for minutes (a long prompt
+            on a slow machine).
         handshake_s: longest time that one connection may take to say who it is.
         join_s: longest time until all ranks are there.
         scatter_bytes: with three ranks and more, larger vectors are sent by reduce-scatter and
             all-gather, which takes two hops and fewer bytes.
+        wire: how float32 vectors travel: "f32", or "bf16", half the bytes, with each rank's part
+            rounded to bfloat16 (and, where it is scattered, the sum too). Sums are in float32 and
+            the same on every rank either way.
         spin_us: how long a wait asks again before it sleeps. On two shared cores every microsecond
             of it was lost (`docs/LOG.md`); it may pay where each rank has idle cores of its own.
 
@@ -112,13 +119,17 @@ class Mesh(Collective):
         addresses: Sequence[str],
         secret: bytes,
         *,
-        deadline_s: float = 60.0,
+        silence_s: float = 5.0,
+        deadline_s: float = 600.0,
         handshake_s: float = 5.0,
         join_s: float = 30.0,
         scatter_bytes: int = SCATTER_BYTES,
+        wire: str = "f32",
         spin_us: float = 0.0,
     ) -> None:
         super().__init__()
+        if wire not in WIRES:
+            raise ClusterError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
         native = _native()
         self.rank, self.size = rank, len(addresses)
         sockets = _Door(rank, addresses, secret, handshake_s).gather(join_s)
@@ -126,12 +137,20 @@ class Mesh(Collective):
         for peer, sock in sockets.items():
             sock.setblocking(False)
             fds[peer] = sock.detach()  # the native side closes it
-        self._native: Any = native.Mesh(rank, fds, deadline_s, scatter_bytes, spin_us)
+        self._native: Any = native.Mesh(
+            rank,
+            fds,
+            silence_s=silence_s,
+            deadline_s=deadline_s,
+            scatter_bytes=scatter_bytes,
+            spin_us=spin_us,
+            bf16_wire=wire == "bf16",
+        )
         # Also at the interpreter's end: MLX waits there for exchanges that are under way.
         self._finish = weakref.finalize(self, self._native.close)
 
     @classmethod
-    def from_environment(cls, rank: int, size: int) -> Mesh:
+    def from_environment(cls, rank: int, size: int, wire: str = "f32") -> Mesh:
         """The group that the launcher has described in `ADDRESSES` and `SECRET`.
 
         Raises:
@@ -144,14 +163,19 @@ class Mesh(Collective):
             raise ClusterError(f"the mesh was not described to this process ({error!r})") from error
         if len(addresses) != size:
             raise ClusterError(f"{ADDRESSES} has {len(addresses)} addresses, expected {size}")
-        # A peer may compute for minutes (a long prompt on a slow machine); dead and stopped ranks
-        # are found within seconds by the front's heartbeats.
-        return cls(rank, addresses, secret, deadline_s=600.0)
+        return cls(rank, addresses, secret, wire=wire)
 
-    def _all_sum(self, x: mx.array) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
         if self.size == 1 or x.size == 0:
             return x
-        return self._native.all_sum(x)
+        if chosen is None:
+            return self._native.all_sum(x)
+        return self._native.all_sum(x, chosen.ids, chosen.layer)
+
+    def check(self) -> None:
+        """See `Collective`."""
+        if (why := self._native.failure()) is not None:
+            raise ClusterError(why)
 
     def close(self) -> None:
         """Leave the group; an exchange that waits ends with an error."""
@@ -168,7 +192,7 @@ class _Door:
         self._handshake_s = handshake_s
         self._changed = threading.Condition()
         self._in: dict[int, socket.socket] = {}
-        self._guests: set[socket.socket] = set()
+        self._guests: dict[socket.socket, None] = {}  # as a set that keeps the order
         self._refused = 0
         self._last_refusal = ""
         self._over = False
@@ -228,13 +252,20 @@ class _Door:
             except OSError:
                 return  # the group is complete, or given up
             with self._changed:
+                over = self._over
+                # A rank answers within a millisecond: whoever is here longest is not one.
                 full = len(self._guests) >= MAX_GUESTS
-                if not full and not self._over:
-                    self._guests.add(sock)
-            if full or self._over:
+                oldest = next(iter(self._guests)) if full else None
+                if not over:
+                    self._guests[sock] = None
+                    if oldest is not None:
+                        del self._guests[oldest]
+            if over:
                 _hang_up(sock)
-            else:
-                threading.Thread(target=self._ask, args=(sock,), daemon=True).start()
+                continue
+            if oldest is not None:
+                _hang_up(oldest)
+            threading.Thread(target=self._ask, args=(sock,), daemon=True).start()
 
     def _ask(self, sock: socket.socket) -> None:
         """Let a guest in, or refuse it."""
@@ -256,13 +287,13 @@ class _Door:
                     raise _Refused("came too late")
                 _send(sock, b"in", ends)
                 self._in[peer] = sock
-                self._guests.discard(sock)
+                self._guests.pop(sock, None)
                 self._changed.notify_all()
         except (_Refused, OSError) as error:
             with self._changed:
                 self._refused += 1
                 self._last_refusal = str(error)
-                self._guests.discard(sock)
+                self._guests.pop(sock, None)
             _hang_up(sock)
 
     def _who(self, hello: bytes) -> int:

@@ -1,6 +1,7 @@
 """Groups of mlx.distributed: ring (TCP), mpi, jaccl (RDMA over Thunderbolt), nccl (CUDA).
 
-Only ring and mpi have been run; jaccl and nccl are selected by name and left to MLX.
+Only ring and mpi have been run; jaccl and nccl are selected by name and left to MLX. None of them
+carries anything beside the vector, so routing decisions are not compared between ranks here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..errors import ClusterError
-from .base import Collective
+from .base import Chosen, Collective
 
 BACKENDS = ("ring", "mpi", "jaccl", "nccl")
 
@@ -42,5 +43,5 @@ class Mlx(Collective):
                 f"check how the processes were started"
             )
 
-    def _all_sum(self, x: mx.array) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:  # noqa: ARG002
         return mx.distributed.all_sum(x, group=self._group)

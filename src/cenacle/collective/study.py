@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .base import Collective
+from .base import Chosen, Collective
 
 
 class Recorded(Collective):
@@ -21,9 +21,13 @@ class Recorded(Collective):
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
         self.calls: list[tuple[tuple[int, ...], mx.Dtype]] = []
 
-    def _all_sum(self, x: mx.array) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
         self.calls.append((tuple(x.shape), x.dtype))
-        return self._inner.all_sum(x)
+        return self._inner.all_sum(x, chosen)
+
+    def check(self) -> None:
+        """See `Collective`."""
+        self._inner.check()
 
 
 class Delayed(Collective):
@@ -44,8 +48,12 @@ class Delayed(Collective):
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
         self.latency_s, self._sleep = latency_s, sleep
 
-    def _all_sum(self, x: mx.array) -> mx.array:
-        y = self._inner.all_sum(x)
+    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
+        y = self._inner.all_sum(x, chosen)
         mx.eval(y)
         self._sleep(self.latency_s)
         return y
+
+    def check(self) -> None:
+        """See `Collective`."""
+        self._inner.check()

@@ -18,7 +18,9 @@ import mlx.nn as nn
 
 from ..collective.base import Collective
 from ..errors import ClusterError
+from ..model import architecture, residency
 from ..model.watch import Watch
+from ..plan import Plan
 from ..request import Request, Step, TokenEvent
 from .batches import make_batch
 from .sampler import Samplers, make_processors
@@ -41,6 +43,27 @@ class Options:
     kv_bits: int | None = None
     kv_group_size: int = 64
     max_kv_size: int | None = None
+
+
+def need_of(
+    config: dict[str, Any], plan: Plan, rank: int, options: Options, kernels: str
+) -> residency.Need:
+    """What a rank of the plan will keep in memory: its weights and the cache of one request.
+
+    Args:
+        config: config.json.
+        kernels: as `model.experts.parallelize`; the native ones keep float32.
+    """
+    spec = plan.spec
+    width = 4 if kernels == "native" or spec.dtype == "float32" else 2
+    cache = residency.cache_bytes(
+        architecture.kept_per_token(config, spec.layers),
+        spec.context,
+        options.max_kv_size,
+        options.kv_bits,
+        width,
+    )
+    return residency.Need.of(plan, rank, cache)
 
 
 class Engine:
@@ -70,6 +93,7 @@ class Engine:
         if step.measured:
             self._watch.start()
         events = [TokenEvent(*token) for token in self._batch.next()]
+        self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(events) if step.measured else None
 
     def _measured(self, events: list[TokenEvent]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from .terms import Terms
 # The next step is sent before the last one's tokens have come back, so that ranks never wait for
 # the front. More would only make cancelling slower.
 DEPTH = 2
+LAST_WORDS_S = 1.0  # longest time until what a rank said before it ended has been read
 
 Sink = Callable[[TokenEvent | CenacleError], None]
 
@@ -177,7 +179,18 @@ class Group:
                 try:
                     channel.send(message)
                 except ClusterError as error:
+                    self._hear_last_words()
                     raise self._ranks.blame(rank, str(error)) from error
+
+    def _hear_last_words(self) -> None:
+        """A rank that cannot be reached may have said why: raise that, it tells more."""
+        ends = time.monotonic() + LAST_WORDS_S
+        while True:
+            try:
+                item = self._inbox.get(timeout=max(0.0, ends - time.monotonic()))
+            except queue.Empty:
+                return
+            self._handle(item)
 
     def _handle(self, item: tuple[int, dict[str, Any] | ClusterError] | None) -> None:
         if item is None:

@@ -103,10 +103,11 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     import mlx.core as mx
 
     from .. import native
+    from ..model import residency
     from ..model.experts import parallelize
     from ..model.watch import Watch
     from ..model.weights import Checkpoint, load
-    from .engine import Engine, Options
+    from .engine import Engine, Options, need_of
 
     plan = Plan.load(Path(order["plan"]))
     native.set_threads(local_ranks=plan.nodes)
@@ -120,10 +121,14 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
             last = time.monotonic()
             channel.send({"type": "progress", "done": done, "total": total})
 
-    model = load(Checkpoint.open(Path(order["folder"])), plan, collective.rank, progress)
+    checkpoint, options = Checkpoint.open(Path(order["folder"])), Options(**order["options"])
+    if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():  # never run
+        need = need_of(checkpoint.config, plan, collective.rank, options, order["kernels"])
+        mx.set_wired_limit(residency.wired_limit(mx.device_info(), need))
+    model = load(checkpoint, plan, collective.rank, progress)
     parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
     collective.barrier()
-    engine = Engine(model, collective, watch, Options(**order["options"]))
+    engine = Engine(model, collective, watch, options)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
@@ -159,7 +164,7 @@ def join(order: dict[str, Any], nodes: int) -> Collective:
     if nodes == 1:
         group = Alone()
     elif order["backend"] == "mesh":
-        group = Mesh.from_environment(own_rank(), nodes)
+        group = Mesh.from_environment(own_rank(), nodes, order["wire"])
     else:
         group = Mlx(order["backend"], nodes)
     return Delayed(group, order["latency_s"]) if order["latency_s"] else group

@@ -342,6 +342,22 @@ def first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
     return None
 
 
+def kept_per_token(config: dict[str, Any], layers: int) -> int:
+    """How many numbers a KV cache keeps per position, all layers together.
+
+    Exact for grouped-query and for latent attention; more than is needed where some layers have
+    none (linear attention, state-space layers) or keep a window only, less than mlx-lm's
+    deepseek_v2 keeps, which unfolds its latents.
+    """
+    latent = first(config, ("kv_lora_rank",))
+    if latent is not None:
+        return layers * (latent + (first(config, ("qk_rope_head_dim",)) or 0))
+    heads = first(config, ("num_attention_heads", "n_heads", "num_heads")) or 1
+    kept = first(config, ("num_key_value_heads", "kv_n_heads", "num_attention_groups")) or heads
+    width = first(config, ("hidden_size", "d_model", "model_dim")) or 0
+    return layers * 2 * kept * (first(config, ("head_dim",)) or width // heads)
+
+
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with the keys that mlx-lm looks for, taken from transformers 5's names.
 

@@ -19,7 +19,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from .. import native
-from ..collective.base import Collective
+from ..collective.base import Chosen, Collective
 from ..plan import Plan
 from . import architecture, native_layers
 from .architecture import Family, Sum
@@ -39,6 +39,23 @@ def reference(experts: nn.Module, x: mx.array, ids: mx.array, held: Sequence[int
     return mx.where(mine[..., None], y, 0)
 
 
+class Routing:
+    """The experts chosen last in a layer: put here by its experts, taken by its exchange."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self._ids: mx.array | None = None
+
+    def put(self, ids: mx.array) -> None:
+        """Note what the router chose: ids [..., k]."""
+        self._ids = ids
+
+    def take(self) -> Chosen | None:
+        """What was chosen since the last call, or None."""
+        ids, self._ids = self._ids, None
+        return Chosen(self._layer, ids) if ids is not None else None
+
+
 class LocalExperts(nn.Module):
     """The stacked experts that this rank holds, called with global expert ids.
 
@@ -48,6 +65,8 @@ class LocalExperts(nn.Module):
         count: number of experts of the layer on all ranks; ids >= count are nobody's.
         layer: index of the layer, for measurements.
         watch: takes note of the ids when a step is measured.
+
+    `routing` has the ids of the last call, for the exchange that follows.
     """
 
     def __init__(
@@ -60,6 +79,7 @@ class LocalExperts(nn.Module):
         rows[list(held)] = np.arange(len(held), dtype=np.int32)
         self._rows, self._row_of = rows, mx.array(rows)
         self._layer, self._watch = layer, watch
+        self.routing = Routing(layer)
         # Some families hang more on the stack than its linear layers (muse_spark: a norm).
         for name, child in experts.children().items():
             if name not in (*_LINEARS, "activation"):
@@ -68,6 +88,7 @@ class LocalExperts(nn.Module):
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         """x [..., width], global ids [..., k] -> [..., k, width]."""
         self._watch.routed(self._layer, ids)
+        self.routing.put(ids)
         return self.compute(x, ids)
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
@@ -195,6 +216,7 @@ class ExpertParallel(nn.Module):
 
     Args:
         block: mlx-lm's own block over this rank's experts.
+        routing: where those experts note what was chosen.
         collective: the ranks.
         watch: the clock of measured steps.
         family: see `architecture.Family`.
@@ -204,6 +226,7 @@ class ExpertParallel(nn.Module):
     def __init__(
         self,
         block: nn.Module,
+        routing: Routing,
         collective: Collective,
         watch: Watch,
         family: Family,
@@ -211,7 +234,7 @@ class ExpertParallel(nn.Module):
     ) -> None:
         super().__init__()
         self.block = block
-        self._collective, self._watch = collective, watch
+        self._routing, self._collective, self._watch = routing, collective, watch
         self._forward: Callable[..., mx.array]
         if family.forward is not None:
             custom = family.forward
@@ -232,7 +255,7 @@ class ExpertParallel(nn.Module):
 
     def _exchange(self, part: mx.array) -> mx.array:
         self._watch.lap("experts", part)
-        whole = self._collective.all_sum(part)
+        whole = self._collective.all_sum(part, self._routing.take())
         self._watch.lap("exchange", whole)
         return whole
 
@@ -264,12 +287,13 @@ def parallelize(
             _loop_where_mlx_cannot_gather(block)
         held = layer.held_by(collective.rank)
         count = len(layer.experts)
-        block.module[block.switch] = local(block.experts, held, count, block.layer, watch)
+        experts = local(block.experts, held, count, block.layer, watch)
+        block.module[block.switch] = experts
         if collective.rank:
             for path in row.once:
                 _zero(block.module, path)
         inside = block.sums_inside(row)
-        wrapped = ExpertParallel(block.module, collective, watch, row, inside)
+        wrapped = ExpertParallel(block.module, experts.routing, collective, watch, row, inside)
         architecture.replace(model, block.path, wrapped)
     if swapped:
         native_layers.swap(model, keep=(LoopedLinear,))

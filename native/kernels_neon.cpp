@@ -1,0 +1,311 @@
+// The kernels for 64-bit ARM with dot products (ARMv8.2 `sdot`: Graviton 2, Ampere Altra, Cortex-A76,
+// Apple chips under Linux). Checked under emulation; never run, nor timed, on such a processor.
+//
+// 4- and 8-bit weights are multiplied as integers with activations of 16 bits. `sdot` takes 8 bits, so
+// an activation is 256 x upper + lower, both signed, and each weight is multiplied twice: exact, and
+// one multiplication by (weight scale x activation scale) a group makes the sum a float.
+// A block of 32 activations is 64 bytes: [upper 32][lower 32], for 4-bit weights the values at even
+// places before those at odd ones, as the low and high nibbles of 16 bytes come apart.
+// Weights of 8 bits are made signed by subtracting 128, which the group's bias gives back.
+// Everything else is multiplied as float; 2-, 3-, 5- and 6-bit rows are decoded to float first.
+#include <arm_neon.h>
+
+#include "decode.inc.h"
+
+namespace cenacle {
+namespace {
+
+constexpr int ROWS = 16;            // rows whose weights stay in the first-level cache while tokens pass
+constexpr int DECODE = 4;           // rows decoded to float at a time
+constexpr int AHEAD = 1024;         // bytes
+constexpr float MOST = 0x7f7f;      // the largest integer of which both halves fit in a signed byte
+
+// ---- float weights ----------------------------------------------------------------------------
+
+template <Float F>
+inline float32x4_t load(const uint8_t* p, int64_t i) {
+  if constexpr (F == Float::f32) {
+    return vld1q_f32(reinterpret_cast<const float*>(p) + i);
+  } else {
+    const uint16x4_t h = vld1_u16(reinterpret_cast<const uint16_t*>(p) + i);
+    if constexpr (F == Float::f16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
+    return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
+  }
+}
+
+template <Float F, int R, int T>
+inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const float* const* x,
+                       float* const* out, int64_t row) {
+  float32x4_t sum[R][T][2];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sum[r][t][0] = sum[r][t][1] = vdupq_n_f32(0.f);
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8) {
+    for (int h = 0; h < 2; h++) {
+      float32x4_t v[T];
+      for (int t = 0; t < T; t++) v[t] = vld1q_f32(x[t] + i + 4 * h);
+      for (int r = 0; r < R; r++) {
+        const float32x4_t u = load<F>(w + r * stride, i + 4 * h);
+        for (int t = 0; t < T; t++) sum[r][t][h] = vfmaq_f32(sum[r][t][h], u, v[t]);
+      }
+    }
+    if constexpr (T == 1)  // the same place of the rows that come next
+      for (int r = 0; r < R; r++)
+        __builtin_prefetch(w + (r + R) * stride + i * (F == Float::f32 ? 4 : 2));
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) {
+      float s = vaddvq_f32(vaddq_f32(sum[r][t][0], sum[r][t][1]));
+      for (int64_t j = i; j < width; j++) s = fmaf(at(F, w + r * stride, j), x[t][j], s);
+      out[t][row + r] = s;
+    }
+}
+
+template <Float F, int T>
+inline void dense_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t row, int64_t rows,
+                       const float* const* x, float* const* out) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    dense_tile<F, 4, T>(w + r * stride, stride, width, x, out, row + r);
+  for (; r < rows; r++)
+    dense_tile<F, 1, T>(w + r * stride, stride, width, x, out, row + r);
+}
+
+template <Float F>
+void dense(const uint8_t* w, int64_t stride, int64_t width, int64_t rows, int64_t row,
+           const Activations& a, const int32_t* tokens, int count, float* const* out) {
+  const auto of = [&](int j) { return a.plain + int64_t(tokens[j]) * a.width; };
+  for (int64_t block = 0; block < rows; block += ROWS) {
+    const int64_t n = rows - block < ROWS ? rows - block : ROWS;
+    const uint8_t* from = w + block * stride;
+    int j = 0;
+    for (; j + 2 <= count; j += 2) {
+      const float* x[2] = {of(j), of(j + 1)};
+      dense_rows<F, 2>(from, stride, width, row + block, n, x, out + j);
+    }
+    for (; j < count; j++) {
+      const float* x[1] = {of(j)};
+      dense_rows<F, 1>(from, stride, width, row + block, n, x, out + j);
+    }
+  }
+}
+
+// ---- 4 and 8 bits -----------------------------------------------------------------------------
+
+enum class Code { nibbles, bytes, e2m1 };
+
+// T tokens with one row. `scale[t]` holds a factor for every group of `FINE` weights.
+template <Code C, int FINE, int T>
+inline void fixed_tile(const uint8_t* w, int64_t width, const int8_t* const* x,
+                       const float* const* scale, float32x4_t* sum) {
+  // Twice the values of mxfp4's codes.
+  alignas(16) static constexpr int8_t kTwice[16] = {0, 1,  2,  3,  4,  6,  8,  12,
+                                                    0, -1, -2, -3, -4, -6, -8, -12};
+  const int8x16_t table = vld1q_s8(kTwice);
+  const uint8x16_t low = vdupq_n_u8(0xf), half = vdupq_n_u8(0x80);
+  for (int t = 0; t < T; t++) sum[t] = vdupq_n_f32(0.f);
+  for (int64_t i = 0, g = 0; i < width; i += FINE, g++) {
+    int32x4_t upper[T], lower[T];
+    for (int t = 0; t < T; t++) upper[t] = lower[t] = vdupq_n_s32(0);
+    for (int64_t j = i; j < i + FINE; j += 32) {
+      int8x16_t n[2];
+      if constexpr (C == Code::bytes) {
+        for (int h = 0; h < 2; h++)
+          n[h] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + j + 16 * h), half));
+        __builtin_prefetch(w + j + AHEAD);
+      } else {
+        const uint8x16_t v = vld1q_u8(w + j / 2);
+        __builtin_prefetch(w + j / 2 + AHEAD);
+        const uint8x16_t codes[2] = {vandq_u8(v, low), vshrq_n_u8(v, 4)};
+        for (int h = 0; h < 2; h++)
+          n[h] = C == Code::e2m1 ? vqtbl1q_s8(table, codes[h]) : vreinterpretq_s8_u8(codes[h]);
+      }
+      for (int t = 0; t < T; t++) {
+        const int8_t* p = x[t] + 2 * j;
+        upper[t] = vdotq_s32(vdotq_s32(upper[t], n[0], vld1q_s8(p)), n[1], vld1q_s8(p + 16));
+        lower[t] = vdotq_s32(vdotq_s32(lower[t], n[0], vld1q_s8(p + 32)), n[1], vld1q_s8(p + 48));
+      }
+    }
+    for (int t = 0; t < T; t++) {
+      const int32x4_t part = vaddq_s32(vshlq_n_s32(upper[t], 8), lower[t]);
+      sum[t] = vfmaq_n_f32(sum[t], vcvtq_f32_s32(part), scale[t][g]);
+    }
+  }
+}
+
+template <Float F>
+inline void four(const Matrix& r, int64_t g, float* scale, float* bias) {
+  vst1q_f32(scale + g, load<F>(r.scales, g));
+  vst1q_f32(bias + g, load<F>(r.biases, g));
+}
+
+// Scales and biases of a row as floats, one for each `fine` weights.
+inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, float* scale,
+                       float* bias) {
+  const Matrix r = m.from(row);
+  const int64_t n = m.width / m.group;
+  if (m.format == Format::mxfp4) {
+    for (int64_t g = 0; g < n; g++) {
+      scale[g] = .5f * e8m0(r.scales[g]);
+      bias[g] = 0.f;
+    }
+  } else {
+    int64_t g = 0;
+    for (; g + 4 <= n; g += 4) {
+      if (m.type == Float::f32) four<Float::f32>(r, g, scale, bias);
+      else if (m.type == Float::bf16) four<Float::bf16>(r, g, scale, bias);
+      else four<Float::f16>(r, g, scale, bias);
+    }
+    for (; g < n; g++) {
+      scale[g] = at(m.type, r.scales, g);
+      bias[g] = at(m.type, r.biases, g);
+    }
+    if (m.bits == 8)
+      for (g = 0; g < n; g++) bias[g] = fmaf(128.f, scale[g], bias[g]);
+  }
+  const bool twice = m.group > fine;  // 128 weights a scale, 64 activations
+  if (twice)
+    for (int64_t g = n - 1; g >= 0; g--) {
+      scale[2 * g] = scale[2 * g + 1] = scale[g];
+      bias[2 * g] = bias[2 * g + 1] = bias[g];
+    }
+  for (int64_t g = twice ? 2 * n : n; g < groups; g++) scale[g] = bias[g] = 0.f;
+}
+
+template <Code C, int FINE, int T>
+inline void fixed_rows(const Matrix& m, int64_t first, int64_t row, int64_t rows, int64_t groups,
+                       const float* scales, const float* biases, const Activations& a,
+                       const int32_t* tokens, float* const* out, float* scratch) {
+  const int8_t* x[T];
+  const float *xs[T], *xb[T];
+  float* factor[T];
+  for (int t = 0; t < T; t++) {
+    x[t] = reinterpret_cast<const int8_t*>(a.fixed + tokens[t] * bytes_of(a.layout, a.width));
+    xs[t] = a.scales + int64_t(tokens[t]) * groups;
+    xb[t] = a.sums + int64_t(tokens[t]) * groups;
+    factor[t] = scratch + t * groups;
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    float32x4_t bias[T], sum[T];
+    for (int t = 0; t < T; t++) bias[t] = vdupq_n_f32(0.f);
+    for (int64_t g = 0; g < groups; g += 4) {
+      const float32x4_t s = vld1q_f32(scales + r * groups + g);
+      const float32x4_t b = vld1q_f32(biases + r * groups + g);
+      for (int t = 0; t < T; t++) {
+        vst1q_f32(factor[t] + g, vmulq_f32(s, vld1q_f32(xs[t] + g)));
+        bias[t] = vfmaq_f32(bias[t], b, vld1q_f32(xb[t] + g));
+      }
+    }
+    const uint8_t* w = m.weight + (row + r) * m.weight_stride;
+    fixed_tile<C, FINE, T>(w, m.width, x, factor, sum);
+    for (int t = 0; t < T; t++)
+      out[t][row + r - first] = vaddvq_f32(vaddq_f32(sum[t], bias[t]));
+  }
+}
+
+template <Code C, int FINE>
+void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
+           const int32_t* tokens, int count, float* const* out, float* scratch) {
+  const int64_t groups = groups_of(a.layout, m.width);
+  float *scales = scratch, *biases = scales + ROWS * groups, *rest = biases + ROWS * groups;
+  for (int64_t row = first; row < last; row += ROWS) {
+    const int64_t n = last - row < ROWS ? last - row : ROWS;
+    for (int64_t r = 0; r < n; r++)
+      row_scales(m, row + r, FINE, groups, scales + r * groups, biases + r * groups);
+    for (int j = 0; j < count;) {
+      const int32_t* t = tokens + j;
+      if (count - j >= 4) {
+        fixed_rows<C, FINE, 4>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
+        j += 4;
+      } else if (count - j >= 2) {
+        fixed_rows<C, FINE, 2>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
+        j += 2;
+      } else {
+        fixed_rows<C, FINE, 1>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
+        j += 1;
+      }
+    }
+  }
+}
+
+// ---- the table --------------------------------------------------------------------------------
+
+Layout choose(const Matrix& m) {
+  if (m.format == Format::dense) return {Deal::none, 0};
+  const int fine = m.group > 64 ? 64 : m.group;
+  if (m.bits == 8 && m.format == Format::affine) return {Deal::planes32, fine};
+  return m.bits == 4 ? Layout{Deal::even_planes32, fine} : Layout{Deal::none, 0};
+}
+
+// A group that holds an infinity or a NaN becomes NaN as a whole.
+void prepare(Layout l, int64_t width, const float* x, uint8_t* fixed, float* scales, float* sums) {
+  const int fine = l.fine, ways = l.deal == Deal::even_planes32 ? 2 : 1;
+  const int64_t groups = width / fine, padded = groups_of(l, width);
+  auto* to = reinterpret_cast<int8_t*>(fixed);
+  for (int64_t g = 0; g < groups; g++) {
+    const float* v = x + g * fine;
+    uint32x4_t most = vdupq_n_u32(0);
+    for (int i = 0; i < fine; i += 4)
+      most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(v + i)),
+                                       vdupq_n_u32(0x7fffffff)));
+    const uint32_t top = vmaxvq_u32(most);
+    const bool finite = top < 0x7f800000u;
+    // Below this the reciprocal overflows; such values are nothing beside any others.
+    const float largest = finite && from_bits(top) > 1e-30f ? from_bits(top) : 0.f;
+    const float inverse = largest > 0.f ? MOST / largest : 0.f;
+    int32_t whole = 0;
+    for (int i = 0; i < fine; i += 32, to += 64) {
+      int32_t q[32];
+      for (int j = 0; j < 32; j += 4)
+        vst1q_s32(q + j, finite ? vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(v + i + j), inverse))
+                                : vdupq_n_s32(0));
+      for (int j = 0; j < 32; j++) {
+        const auto lower = static_cast<int8_t>(q[j]);
+        const int place = j % ways * (32 / ways) + j / ways;
+        to[place] = static_cast<int8_t>((q[j] - lower) >> 8);
+        to[place + 32] = lower;
+        whole += q[j];
+      }
+    }
+    scales[g] = finite ? largest / MOST : NAN;
+    sums[g] = float(whole) * scales[g];
+  }
+  for (int64_t g = groups; g < padded; g++) scales[g] = sums[g] = 0.f;
+}
+
+int64_t scratch(const Matrix& m) {
+  const Layout l = choose(m);
+  return l.deal != Deal::none ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODE * m.width;
+}
+
+void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
+              const int32_t* tokens, int count, float* const* out, float* scratch) {
+  if (m.format == Format::dense) {
+    const uint8_t* w = m.weight + first * m.weight_stride;
+    const auto run = m.type == Float::f32    ? dense<Float::f32>
+                     : m.type == Float::bf16 ? dense<Float::bf16>
+                                             : dense<Float::f16>;
+    run(w, m.weight_stride, m.width, last - first, 0, a, tokens, count, out);
+    return;
+  }
+  if (a.layout.deal == Deal::none) {
+    for (int64_t row = first; row < last; row += DECODE) {
+      const int64_t n = last - row < DECODE ? last - row : DECODE;
+      for (int64_t r = 0; r < n; r++) decode_row(m, row + r, scratch + r * m.width);
+      dense<Float::f32>(reinterpret_cast<const uint8_t*>(scratch), m.width * 4, m.width, n,
+                        row - first, a, tokens, count, out);
+    }
+    return;
+  }
+  const bool small = a.layout.fine == 32;
+  const auto run = m.format == Format::mxfp4 ? fixed<Code::e2m1, 32>
+                   : m.bits == 8 ? (small ? fixed<Code::bytes, 32> : fixed<Code::bytes, 64>)
+                                 : (small ? fixed<Code::nibbles, 32> : fixed<Code::nibbles, 64>);
+  run(m, first, last, a, tokens, count, out, scratch);
+}
+
+}  // namespace
+
+const Kernels neon = {"neon", choose, prepare, scratch, multiply, activate};
+
+}  // namespace cenacle

@@ -1,0 +1,37 @@
+"""The cache that is planned for is the cache that mlx-lm makes."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from one_process import VECTORS
+
+import cenacle
+from cenacle import PlanError, api
+from cenacle.model import architecture, residency
+from cenacle.model.synth import synth
+from cenacle.model.weights import Checkpoint, build, describe
+
+LENGTH = 256  # mlx-lm's caches grow in steps of this
+
+
+@pytest.mark.parametrize("family", ["dbrx", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
+    folder = VECTORS / family
+    if not folder.exists():
+        folder = tmp_path / family
+        synth(folder, family=family)
+    checkpoint = Checkpoint.open(folder)
+    model = build(checkpoint, None, 0)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.zeros((1, LENGTH), mx.int32), cache=cache))
+    held = sum(c.nbytes for c in cache)
+    kept = architecture.kept_per_token(checkpoint.config, describe(checkpoint).layers)
+    assert held == residency.cache_bytes(kept, LENGTH, None, None, 4)
+
+
+def test_too_little_memory_is_said_before_anything_starts(tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemAvailable:  300000 kB\n")
+    monkeypatch.setattr(api, "MEMINFO", meminfo)
+    with pytest.raises(PlanError, match=r"needs 53.* of its neighbours\), but 307.2 MB are availa"):
+        cenacle.load(str(VECTORS / "mixtral"), 2)

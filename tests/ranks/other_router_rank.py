@@ -1,0 +1,20 @@
+"""A rank as any other, but rank 1's router of layer 1 is not the others'; see `test_group`."""
+
+import mlx.core as mx
+
+from cenacle.engine import worker
+from cenacle.model import experts
+
+parallelize = experts.parallelize
+
+
+def perturbed(model, *arguments) -> None:
+    parallelize(model, *arguments)
+    if worker.own_rank() == 1:
+        gate = model.model.layers[1].block_sparse_moe.block.gate
+        noise = mx.random.normal(gate.weight.shape, key=mx.random.key(1))
+        gate.weight = gate.weight + noise * gate.weight.std() / 4
+
+
+experts.parallelize = perturbed
+worker.main()

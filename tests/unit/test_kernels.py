@@ -1,0 +1,67 @@
+"""The kernel sets of this processor, and of an emulated ARM: `tests/native/kernels_test.cpp`.
+
+Built by plain CMake, without MLX, into `build/`, where the next run finds it again.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+CROSS = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+
+
+def build(name: str, *options: str) -> Path:
+    where = ROOT / "build" / "native-tests" / name
+    configure = ["cmake", "-S", ROOT / "tests" / "native", "-B", where, *options]
+    for command in (configure, ["cmake", "--build", where, "-j", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "warning:" not in done.stdout + done.stderr
+    return where / "kernels_test"
+
+
+def checked(*command: str | Path) -> list[str]:
+    """Names of the sets that were checked, all of them right."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split(": ") for line in done.stdout.splitlines()]
+    assert all(said.startswith("ok, ") for _, said in lines)
+    return [name for name, _ in lines]
+
+
+def need(*programs: str) -> None:
+    missing = [p for p in programs if shutil.which(p) is None]
+    if missing:
+        pytest.skip(f"NOT CHECKED: {', '.join(missing)} not on this machine")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NOT CHECKED: built on Linux only")
+def test_this_processors_kernels():
+    need("cmake")
+    sets = checked(build(platform.machine()))
+    assert sets[-1] == "portable"
+    assert set(sets) <= {"vnni", "avx2", "neon", "portable"}
+
+
+@pytest.fixture(scope="module")
+def arm() -> Path:
+    need("cmake", *CROSS)
+    options = {
+        "CMAKE_CXX_COMPILER": CROSS[0],
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+    }
+    return build("aarch64", *(f"-D{k}={v}" for k, v in options.items()))
+
+
+def test_arm_with_dot_products(arm):
+    assert checked(CROSS[1], arm) == ["neon", "portable"]
+
+
+def test_arm_without_dot_products_gets_the_portable_kernels(arm):
+    assert checked(CROSS[1], "-cpu", "cortex-a72", arm) == ["portable"]
