@@ -25,10 +25,14 @@ inline V load(const float* p) {
   return v;
 }
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+typedef float V4 __attribute__((vector_size(16)));
+
 inline float total(V v) {
-  float sum = 0;
-  for (int i = 0; i < W; i++) sum += v[i];
-  return sum;
+  V4 s[W / 4];
+  memcpy(s, &v, sizeof v);
+  if constexpr (W == 8) s[0] += s[W / 4 - 1];
+  s[0] += __builtin_shufflevector(s[0], s[0], 2, 3, 0, 1);
+  return s[0][0] + s[0][1];
 }
 
 // Four partial sums, so that additions do not wait for each other.
@@ -109,17 +113,44 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, int6
 void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t n, int64_t rows,
               int64_t columns, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < columns; j += 2 * W)
-    for (int64_t r = 0; r < rows; r += 4) {
+    for (int64_t r = 0; r < rows; r += 6) {
       const float* from = a + r * lda;
       float* to = c + r * ldc + j;
       switch (rows - r) {
         case 1: block<1>(from, lda, b + j, ldb, n, to, ldc, add); break;
         case 2: block<2>(from, lda, b + j, ldb, n, to, ldc, add); break;
         case 3: block<3>(from, lda, b + j, ldb, n, to, ldc, add); break;
-        default: block<4>(from, lda, b + j, ldb, n, to, ldc, add); break;
+        case 4: block<4>(from, lda, b + j, ldb, n, to, ldc, add); break;
+        case 5: block<5>(from, lda, b + j, ldb, n, to, ldc, add); break;
+        default: block<6>(from, lda, b + j, ldb, n, to, ldc, add); break;
       }
     }
 }
+
+// to[i][j] = from[j][i], where j < keys; zero for the other columns. width is a multiple of 4.
+void transpose(const float* from, int64_t stride, int64_t keys, int64_t width, float* to) {
+  for (int64_t j = 0; j < KEYS_AT_ONCE; j += 4)
+    for (int64_t i = 0; i < width; i += 4) {
+      V4 r[4];
+      for (int k = 0; k < 4; k++) {
+        if (j + k < keys)
+          memcpy(&r[k], from + (j + k) * stride + i, sizeof r[k]);
+        else
+          r[k] = V4{};
+      }
+      const V4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+      const V4 b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+      const V4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+      const V4 d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+      r[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+      r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+      r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+      r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+      for (int k = 0; k < 4; k++) memcpy(to + (i + k) * KEYS_AT_ONCE + j, &r[k], sizeof r[k]);
+    }
+}
+
+constexpr int AHEAD = 512;  // floats
 
 // scores[r][0], scores[r][1] = q[r] . k[0], q[r] . k[1]
 template <int R>
@@ -128,6 +159,8 @@ inline void dots(const float* q, int64_t width, const float* k0, const float* k1
   int64_t i = 0;
   for (; i + W <= width; i += W) {
     const V b0 = load(k0 + i), b1 = load(k1 + i);
+    __builtin_prefetch(k0 + i + AHEAD);
+    __builtin_prefetch(k1 + i + AHEAD);
     for (int r = 0; r < R; r++) {
       const V a = load(q + r * width + i);
       sum[r][0] += a * b0;
@@ -162,6 +195,56 @@ void score_few(const float* q, int64_t rows, int64_t width, const float* k, int6
       }
     }
   }
+}
+
+// out[r] += p[r][0] v[0] + p[r][1] v[1], a row of values at a time: one token reads them from memory.
+template <int R>
+inline void weigh(const float* p, const float* v0, const float* v1, int64_t columns, float* out) {
+  float by[R][2];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < 2; j++) by[r][j] = p[r * KEYS_AT_ONCE + j];
+  for (int64_t i = 0; i < columns; i += W) {
+    const V a = load(v0 + i), b = load(v1 + i);
+    __builtin_prefetch(v0 + i + AHEAD);
+    __builtin_prefetch(v1 + i + AHEAD);
+    for (int r = 0; r < R; r++) {
+      float* to = out + r * columns + i;
+      store(to, load(to) + by[r][0] * a + by[r][1] * b);
+    }
+  }
+}
+
+void weigh_few(float* p, int64_t rows, const float* v, int64_t stride, int64_t keys, int64_t columns,
+               float* out) {
+  if (keys % 2)  // the last one is read twice and counts once
+    for (int64_t r = 0; r < rows; r++) p[r * KEYS_AT_ONCE + keys] = 0.f;
+  for (int64_t j = 0; j < keys; j += 2) {
+    const float* v0 = v + j * stride;
+    const float* v1 = j + 1 < keys ? v0 + stride : v0;
+    for (int64_t r = 0; r < rows; r += 4) {
+      const float* from = p + r * KEYS_AT_ONCE + j;
+      float* to = out + r * columns;
+      switch (rows - r) {
+        case 1: weigh<1>(from, v0, v1, columns, to); break;
+        case 2: weigh<2>(from, v0, v1, columns, to); break;
+        case 3: weigh<3>(from, v0, v1, columns, to); break;
+        default: weigh<4>(from, v0, v1, columns, to); break;
+      }
+    }
+  }
+}
+
+inline float highest_of(const float* s, int64_t n, float least) {
+  V most = V{} + least;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const V v = load(s + i);
+    most = v < most ? most : v;
+  }
+  float highest = least;
+  for (int j = 0; j < W; j++) highest = most[j] < highest ? highest : most[j];
+  for (; i < n; i++) highest = s[i] < highest ? highest : s[i];
+  return highest;
 }
 
 void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_row, int64_t rows,
@@ -201,11 +284,11 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
       if (!any) continue;
     }
     const float* k = keys + begin * a.k_strides[2];
-    if (rows <= 16) {
+    const bool few = rows <= 16 || width % 4;
+    if (few) {
       score_few(q, rows, width, k, a.k_strides[2], n, scores);
     } else {
-      for (int64_t i = 0; i < width; i++)
-        for (int64_t j = 0; j < N; j++) transposed[i * N + j] = j < n ? k[j * a.k_strides[2] + i] : 0.f;
+      transpose(k, a.k_strides[2], n, width, transposed);
       multiply(q, width, transposed, N, width, rows, N, scores, N, false);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -220,8 +303,7 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
         for (int64_t j = 0; j < n; j++) s[j] += a.added[offset + j * a.mask_strides[3]];
       if (a.causal)
         for (int64_t j = before + at + 1 - begin; j < n; j++) s[j < 0 ? 0 : j] = -FLT_MAX;
-      float highest = top[r];
-      for (int64_t j = 0; j < n; j++) highest = s[j] > highest || s[j] != s[j] ? s[j] : highest;
+      const float highest = highest_of(s, n, top[r]);
       if (highest == -HUGE_VALF) {  // nothing but forbidden keys so far
         memset(s, 0, size_t(n) * sizeof(float));
         continue;
@@ -241,7 +323,10 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
           copied[j * columns + i] = i < a.v_width ? v[j * stride + i] : 0.f;
       v = copied, stride = columns;
     }
-    multiply(scores, N, v, stride, n, rows, columns, out, columns, true);
+    if (few)
+      weigh_few(scores, rows, v, stride, n, columns, out);
+    else
+      multiply(scores, N, v, stride, n, rows, columns, out, columns, true);
   }
 }
 
