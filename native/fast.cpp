@@ -1,4 +1,4 @@
-// The functions of `mlx.core.fast` by our own operations: same names, same arguments, same results.
+// The functions of `mlx.core.fast`, and logsumexp, by our own operations: same names, same arguments, same results.
 //
 // Owns: which calls ours can take, and where arrays lie. What ours do not know (another type than
 // float32, another device, unusual shapes) goes on to MLX's own function, errors included, so these can
@@ -10,6 +10,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
 #include <cmath>
 #include <cstring>
@@ -172,6 +173,43 @@ mx::array call_layer_norm(const mx::array& x, const MaybeArray& weight, const Ma
   if (!stream || x.ndim() == 0 || !is_vector(weight, x.shape(-1)) || !is_vector(bias, x.shape(-1)))
     return mx::fast::layer_norm(x, weight, bias, eps, s);
   return call_norm(x, weight, bias, eps, true, *stream);
+}
+
+// ---- log of a sum of exponentials ---------------------------------------------------------------
+
+class LogSumExp : public Primitive {
+ public:
+  using Primitive::Primitive;
+  const char* name() const override { return "CenacleLogSumExp"; }
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    begin(inputs, outputs[0])
+        .dispatch([x = Rows(inputs[0]), rows = int64_t(outputs[0].size()), out = outputs[0].data<float>(),
+                   ops = ops_] {
+          std::vector<float> copy;
+          const float* from = x.whole(copy);
+          for (int64_t r = 0; r < rows; r++) out[r] = ops->log_sum_exp(from + r * x.width(), x.width());
+        });
+  }
+};
+
+using Axes = std::variant<std::monostate, int, std::vector<int>>;
+
+mx::array call_logsumexp(const mx::array& x, const Axes& axis, bool keepdims, mx::StreamOrDevice s) {
+  const auto* one = std::get_if<int>(&axis);
+  const auto stream = stream_for(s, {&x});
+  if (!stream || !one || x.ndim() == 0 || (*one != -1 && *one != int(x.ndim()) - 1)) {
+    if (one) return mx::logsumexp(x, *one, keepdims, s);
+    if (const auto* some = std::get_if<std::vector<int>>(&axis)) return mx::logsumexp(x, *some, keepdims, s);
+    return mx::logsumexp(x, keepdims, s);
+  }
+  mx::Shape shape = x.shape();
+  if (keepdims)
+    shape.back() = 1;
+  else
+    shape.pop_back();
+  return mx::array(std::move(shape), mx::float32, std::make_shared<LogSumExp>(*stream), {x});
 }
 
 // ---- rotary positions -------------------------------------------------------------------------
@@ -351,6 +389,8 @@ void define_fast(nb::module_& m) {
   m.def("rms_norm", &call_rms_norm, "x"_a, "weight"_a.none(), "eps"_a, nb::kw_only(),
         "stream"_a = nb::none());
   m.def("layer_norm", &call_layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, nb::kw_only(),
+        "stream"_a = nb::none());
+  m.def("logsumexp", &call_logsumexp, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
         "stream"_a = nb::none());
   m.def("rope", &call_rope, "a"_a, "dims"_a, nb::kw_only(), "traditional"_a, "base"_a.none(), "scale"_a,
         "offset"_a, "freqs"_a = nb::none(), "stream"_a = nb::none());

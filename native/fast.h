@@ -10,7 +10,8 @@ namespace cenacle {
 // The operations that go with the kernels in use.
 const Ops& ops();
 
-// Adds rms_norm, layer_norm, rope and scaled_dot_product_attention to the module.
+// Adds rms_norm, layer_norm, rope, scaled_dot_product_attention and
+// logsumexp to the module.
 void define_fast(nanobind::module_& m);
 
 }  // namespace cenacle

@@ -39,6 +39,7 @@ struct Ops {
                    float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t rows,
                      int64_t width, float* out);
+  float (*log_sum_exp)(const float* x, int64_t n);
   // One vector's first 2 * half values, turned; cosines and sines [half].
   void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t half,
                  bool traditional, float* out);

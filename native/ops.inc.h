@@ -81,6 +81,32 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   }
 }
 
+inline float highest_of(const float* s, int64_t n, float least) {
+  V most = V{} + least;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const V v = load(s + i);
+    most = v < most ? most : v;
+  }
+  float highest = least;
+  for (int j = 0; j < W; j++) highest = most[j] < highest ? highest : most[j];
+  for (; i < n; i++) highest = s[i] < highest ? highest : s[i];
+  return highest;
+}
+
+float log_sum_exp(const float* x, int64_t n) {
+  const float highest = highest_of(x, n, -HUGE_VALF);
+  if (highest == -HUGE_VALF || highest == HUGE_VALF) return highest;
+  float sum = 0;
+  for (int64_t begin = 0; begin < n; begin += KEYS_AT_ONCE) {
+    float part[KEYS_AT_ONCE] = {};
+    const int64_t some = n - begin < KEYS_AT_ONCE ? n - begin : KEYS_AT_ONCE;
+    for (int64_t i = 0; i < some; i++) part[i] = exponential(x[begin + i] - highest);
+    sum += sum_of(KEYS_AT_ONCE, [&](int64_t i, auto kind) { return get(part, i, kind); });
+  }
+  return highest + logf(sum);
+}
+
 void rotate(const float* x, const float* cosines, const float* sines, int64_t half, bool traditional,
             float* out) {
   for (int64_t i = 0; i < half; i++) {
@@ -150,17 +176,18 @@ void transpose(const float* from, int64_t stride, int64_t keys, int64_t width, f
     }
 }
 
-constexpr int AHEAD = 512;  // floats
-
+// One token reads keys and values from memory: while a block's keys are multiplied its values are
+// fetched, and meanwhile the next block's keys.
 // scores[r][0], scores[r][1] = q[r] . k[0], q[r] . k[1]
 template <int R>
-inline void dots(const float* q, int64_t width, const float* k0, const float* k1, float* scores) {
+inline void dots(const float* q, int64_t width, const float* k0, const float* k1, const float* next0,
+                 const float* next1, float* scores) {
   V sum[R][2] = {};
   int64_t i = 0;
   for (; i + W <= width; i += W) {
     const V b0 = load(k0 + i), b1 = load(k1 + i);
-    __builtin_prefetch(k0 + i + AHEAD);
-    __builtin_prefetch(k1 + i + AHEAD);
+    __builtin_prefetch(next0 + i);
+    __builtin_prefetch(next1 + i);
     for (int r = 0; r < R; r++) {
       const V a = load(q + r * width + i);
       sum[r][0] += a * b0;
@@ -180,18 +207,19 @@ inline void dots(const float* q, int64_t width, const float* k0, const float* k1
 
 // Scores of a block's keys, where few rows make a copy of the keys not worth it.
 void score_few(const float* q, int64_t rows, int64_t width, const float* k, int64_t stride, int64_t keys,
-               float* scores) {
+               const float* v, int64_t v_stride, float* scores) {
   for (int64_t j = 0; j < keys; j += 2) {
     const float* k0 = k + j * stride;
     const float* k1 = j + 1 < keys ? k0 + stride : k0;
+    const float *n0 = v + j * v_stride, *n1 = n0 + v_stride;
     for (int64_t r = 0; r < rows; r += 4) {
       const float* from = q + r * width;
       float* to = scores + r * KEYS_AT_ONCE + j;
       switch (rows - r) {
-        case 1: dots<1>(from, width, k0, k1, to); break;
-        case 2: dots<2>(from, width, k0, k1, to); break;
-        case 3: dots<3>(from, width, k0, k1, to); break;
-        default: dots<4>(from, width, k0, k1, to); break;
+        case 1: dots<1>(from, width, k0, k1, n0, n1, to); break;
+        case 2: dots<2>(from, width, k0, k1, n0, n1, to); break;
+        case 3: dots<3>(from, width, k0, k1, n0, n1, to); break;
+        default: dots<4>(from, width, k0, k1, n0, n1, to); break;
       }
     }
   }
@@ -199,14 +227,15 @@ void score_few(const float* q, int64_t rows, int64_t width, const float* k, int6
 
 // out[r] += p[r][0] v[0] + p[r][1] v[1], a row of values at a time: one token reads them from memory.
 template <int R>
-inline void weigh(const float* p, const float* v0, const float* v1, int64_t columns, float* out) {
+inline void weigh(const float* p, const float* v0, const float* v1, const float* next0,
+                  const float* next1, int64_t columns, float* out) {
   float by[R][2];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < 2; j++) by[r][j] = p[r * KEYS_AT_ONCE + j];
   for (int64_t i = 0; i < columns; i += W) {
     const V a = load(v0 + i), b = load(v1 + i);
-    __builtin_prefetch(v0 + i + AHEAD);
-    __builtin_prefetch(v1 + i + AHEAD);
+    __builtin_prefetch(next0 + i);
+    __builtin_prefetch(next1 + i);
     for (int r = 0; r < R; r++) {
       float* to = out + r * columns + i;
       store(to, load(to) + by[r][0] * a + by[r][1] * b);
@@ -215,36 +244,24 @@ inline void weigh(const float* p, const float* v0, const float* v1, int64_t colu
 }
 
 void weigh_few(float* p, int64_t rows, const float* v, int64_t stride, int64_t keys, int64_t columns,
-               float* out) {
+               const float* next_k, int64_t k_stride, float* out) {
   if (keys % 2)  // the last one is read twice and counts once
     for (int64_t r = 0; r < rows; r++) p[r * KEYS_AT_ONCE + keys] = 0.f;
   for (int64_t j = 0; j < keys; j += 2) {
     const float* v0 = v + j * stride;
     const float* v1 = j + 1 < keys ? v0 + stride : v0;
+    const float *n0 = next_k + j * k_stride, *n1 = n0 + k_stride;
     for (int64_t r = 0; r < rows; r += 4) {
       const float* from = p + r * KEYS_AT_ONCE + j;
       float* to = out + r * columns;
       switch (rows - r) {
-        case 1: weigh<1>(from, v0, v1, columns, to); break;
-        case 2: weigh<2>(from, v0, v1, columns, to); break;
-        case 3: weigh<3>(from, v0, v1, columns, to); break;
-        default: weigh<4>(from, v0, v1, columns, to); break;
+        case 1: weigh<1>(from, v0, v1, n0, n1, columns, to); break;
+        case 2: weigh<2>(from, v0, v1, n0, n1, columns, to); break;
+        case 3: weigh<3>(from, v0, v1, n0, n1, columns, to); break;
+        default: weigh<4>(from, v0, v1, n0, n1, columns, to); break;
       }
     }
   }
-}
-
-inline float highest_of(const float* s, int64_t n, float least) {
-  V most = V{} + least;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    const V v = load(s + i);
-    most = v < most ? most : v;
-  }
-  float highest = least;
-  for (int j = 0; j < W; j++) highest = most[j] < highest ? highest : most[j];
-  for (; i < n; i++) highest = s[i] < highest ? highest : s[i];
-  return highest;
 }
 
 void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_row, int64_t rows,
@@ -286,7 +303,8 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
     const float* k = keys + begin * a.k_strides[2];
     const bool few = rows <= 16 || width % 4;
     if (few) {
-      score_few(q, rows, width, k, a.k_strides[2], n, scores);
+      score_few(q, rows, width, k, a.k_strides[2], n, values + begin * a.v_strides[2], a.v_strides[2],
+                scores);
     } else {
       transpose(k, a.k_strides[2], n, width, transposed);
       multiply(q, width, transposed, N, width, rows, N, scores, N, false);
@@ -324,7 +342,7 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
       v = copied, stride = columns;
     }
     if (few)
-      weigh_few(scores, rows, v, stride, n, columns, out);
+      weigh_few(scores, rows, v, stride, n, columns, k + N * a.k_strides[2], a.k_strides[2], out);
     else
       multiply(scores, N, v, stride, n, rows, columns, out, columns, true);
   }
@@ -333,6 +351,6 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
 }  // namespace
 
 extern const Ops OPS;
-const Ops OPS = {rms_norm, layer_norm, rotate, attend};
+const Ops OPS = {rms_norm, layer_norm, log_sum_exp, rotate, attend};
 
 }  // namespace cenacle

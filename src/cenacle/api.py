@@ -90,7 +90,7 @@ def load(
     plan: Plan | None = None,
     backend: str = "auto",
     latency_s: float = 0.0,
-    kernels: str = "mlx",
+    kernels: str = "auto",
     options: Options | None = None,
     measure_every: int = 8,
     progress: Callable[[int, int, int], None] | None = None,
@@ -105,14 +105,15 @@ def load(
         backend: "mesh", "ring", "mpi", "jaccl" or "nccl"; "auto": the mesh where this
             installation has it, else the ring.
         latency_s: seconds added to every exchange, to study a slower link.
-        kernels: "mlx", whose results are mlx-lm's, or "native": ours for Linux CPUs, many times
-            faster, see `model.experts.parallelize`. Without the extension, or on a GPU, it is MLX.
+        kernels: "native": ours for CPUs, many times faster, see `model.experts.parallelize`;
+            "mlx": MLX's own; "auto": native where they can be used, else MLX's.
         options: how ranks run the model.
         measure_every: one step in this many is measured; 0: none.
         progress: called with rank, bytes loaded, bytes in all.
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
+        InputError: native kernels are asked for and cannot be used.
     """
     checkpoint = Checkpoint.open(locate(model))
     if plan is None:

@@ -50,8 +50,9 @@ err = Console(stderr=True, highlight=False)
 class Kernels(StrEnum):
     """What computes; see `api.load`."""
 
-    mlx = "mlx"
+    auto = "auto"
     native = "native"
+    mlx = "mlx"
 
 
 class Backend(StrEnum):
@@ -80,7 +81,7 @@ BackendName = Annotated[Backend, typer.Option(help="How nodes exchange.")]
 KernelsName = Annotated[
     Kernels,
     typer.Option(
-        help="mlx: mlx-lm's very results. native: ours for Linux CPUs, many times faster."
+        help="native: ours for CPUs, many times faster. mlx: MLX's own. auto: native if it can be."
     ),
 ]
 LatencyMs = Annotated[
@@ -129,7 +130,7 @@ def generate(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
-    kernels: KernelsName = Kernels.mlx,
+    kernels: KernelsName = Kernels.auto,
     latency_ms: LatencyMs = 0.0,
     prefill_chunk: PrefillChunk = 512,
     kv_bits: KVBits = None,
@@ -181,7 +182,7 @@ def chat(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
-    kernels: KernelsName = Kernels.mlx,
+    kernels: KernelsName = Kernels.auto,
     kv_bits: KVBits = None,
 ) -> None:
     """Talk with a model in the terminal. /new starts again, /bye or Ctrl-D ends.
@@ -229,7 +230,7 @@ def serve(
     shares: Shares = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
-    kernels: KernelsName = Kernels.mlx,
+    kernels: KernelsName = Kernels.auto,
     prefill_chunk: PrefillChunk = 512,
     batch: Batch = 32,
     kv_bits: KVBits = None,
@@ -435,7 +436,7 @@ def _loaded(
     with loaded:
         if loaded.ranks.backend_reason is not None:
             err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
-        if kernels is Kernels.native:
+        if kernels is not Kernels.mlx:
             err.print(_plain(f"computing on {loaded.ranks.ready[0]['device']}"), soft_wrap=True)
         yield loaded
 

@@ -135,19 +135,26 @@ def usable() -> bool:
     return native.available() and mx.default_device().type == mx.DeviceType.cpu
 
 
-_OPERATIONS = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
-_MLX = {name: getattr(mx.fast, name) for name in _OPERATIONS}
+_OPERATIONS = {
+    "rms_norm": mx.fast,
+    "layer_norm": mx.fast,
+    "rope": mx.fast,
+    "scaled_dot_product_attention": mx.fast,
+    "logsumexp": mx,
+}
+_MLX = {name: getattr(place, name) for name, place in _OPERATIONS.items()}
 
 
 def use_operations(ours: bool) -> None:
-    """Norms, rotary positions and attention of every model in this process: ours, or MLX's own.
+    """Norms, rotary positions, attention and logsumexp of this whole process: ours, or MLX's own.
 
     mlx-lm's families all reach them as functions of `mx.fast`; ours have the same arguments and hand
     on to MLX's what they do not know, so that is where they are put. MLX's CPU backend has no kernels
-    for these: it composes them of ten small operations each, two thirds of a token's graph.
+    for these: it composes them of ten small operations each, two thirds of a token's graph. Its
+    logsumexp, which mlx-lm's generation takes of all logits, has no vectors.
     """
-    for name, theirs in _MLX.items():
-        setattr(mx.fast, name, getattr(native.module(), name) if ours else theirs)
+    for name, place in _OPERATIONS.items():
+        setattr(place, name, getattr(native.module(), name) if ours else _MLX[name])
 
 
 def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
@@ -157,7 +164,6 @@ def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
         keep: layers that stay as they are, whatever their types.
     """
     extension = native.module()
-    use_operations(True)
     swapped: set[int] = set()
     for _, layer in model.named_modules():
         kind = _NATIVE.get(type(layer))
