@@ -124,7 +124,11 @@ def test_attention_over_columns(ours, random):
 
 
 def test_forbidden_by_minus_infinity_and_nan(ours, random):
-    q, k, v = normal(random, 1, 4, 2, 16), normal(random, 1, 4, 200, 16), normal(random, 1, 4, 200, 16)
+    q, k, v = (
+        normal(random, 1, 4, 2, 16),
+        normal(random, 1, 4, 200, 16),
+        normal(random, 1, 4, 200, 16),
+    )
     mask = np.zeros((2, 200), np.float32)
     mask[:, :150] = -np.inf
     args = {"scale": 0.25, "mask": mx.array(mask)}
