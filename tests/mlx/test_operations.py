@@ -1,4 +1,4 @@
-"""Norms, rotary positions, attention and logsumexp of ours against MLX's own composition of them."""
+"""Norms, rotary positions, attention and logsumexp of ours against MLX's own compositions."""
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -148,9 +148,9 @@ _MLX = {name: getattr(place, name) for name, place in _OPERATIONS.items()}
 def use_operations(ours: bool) -> None:
     """Norms, rotary positions, attention and logsumexp of this whole process: ours, or MLX's own.
 
-    mlx-lm's families all reach them as functions of `mx.fast`; ours have the same arguments and hand
-    on to MLX's what they do not know, so that is where they are put. MLX's CPU backend has no kernels
-    for these: it composes them of ten small operations each, two thirds of a token's graph. Its
+    mlx-lm's families all reach them as functions of `mx.fast`; ours have the same arguments and
+    hand on to MLX's what they do not know, so that is where they are put. MLX's CPU backend has no
+    kernels for these: it composes them of small operations, three quarters of a token's graph. Its
     logsumexp, which mlx-lm's generation takes of all logits, has no vectors.
     """
     for name, place in _OPERATIONS.items():
