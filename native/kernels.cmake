@@ -4,13 +4,14 @@ function(add_kernels target)
   set(here ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_include_directories(${target} PRIVATE ${here})
   target_sources(${target} PRIVATE
-    ${here}/layers.cpp ${here}/usable.cpp ${here}/kernels_portable.cpp)
+    ${here}/layers.cpp ${here}/ops.cpp ${here}/usable.cpp ${here}/kernels_portable.cpp
+    ${here}/ops_portable.cpp)
   target_compile_options(${target} PRIVATE -O3 -Wall -Wextra -fno-math-errno -fno-trapping-math)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    target_sources(${target} PRIVATE ${here}/kernels_avx2.cpp ${here}/kernels_vnni.cpp)
+    target_sources(${target} PRIVATE ${here}/kernels_avx2.cpp ${here}/kernels_vnni.cpp ${here}/ops_avx2.cpp)
     target_compile_definitions(${target} PRIVATE CENACLE_AVX2)
     set(avx2 -mavx2 -mfma -mf16c -mbmi2)
-    set_source_files_properties(${here}/kernels_avx2.cpp TARGET_DIRECTORY ${target}
+    set_source_files_properties(${here}/kernels_avx2.cpp ${here}/ops_avx2.cpp TARGET_DIRECTORY ${target}
       PROPERTIES COMPILE_OPTIONS "${avx2}")
     set_source_files_properties(${here}/kernels_vnni.cpp TARGET_DIRECTORY ${target}
       PROPERTIES COMPILE_OPTIONS "${avx2};-mavx512f;-mavx512vl;-mavx512bw;-mavx512dq;-mavx512vnni;-Wno-maybe-uninitialized;-Wno-uninitialized")

@@ -8,11 +8,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "decode.inc.h"
+#include "fast.h"
 #include "layers.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -28,6 +31,18 @@ namespace cenacle {
 namespace {
 
 std::atomic<const Kernels*> chosen{usable().front()};
+
+// Nanoseconds spent in layers and experts so far: what a token's time is compared with.
+std::atomic<int64_t> busy_ns{0};
+class Busy {
+ public:
+  ~Busy() {
+    busy_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - since_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
+};
 
 void use(const std::string& name) {
   for (const Kernels* k : usable())
@@ -188,6 +203,7 @@ class LinearPrimitive : public Primitive {
     const int64_t tokens = inputs[0].size() / layer_.matrix.width;
     mx::cpu::get_command_encoder(stream()).dispatch(
         [x = Strided(inputs[0]), out, tokens, layer = layer_, kernels = kernels_] {
+          const Busy busy;
           std::vector<uint32_t> copy;
           linear(*kernels, layer, x.read<float>(copy), tokens, out);
         });
@@ -208,6 +224,7 @@ class ExpertsPrimitive : public Primitive {
     mx::cpu::get_command_encoder(stream()).dispatch(
         [x = Strided(inputs[0]), ids = Strided(inputs[1]), map = inputs[2].data<int32_t>(),
          known = int64_t(inputs[2].size()), out, tokens, k, e = experts_, kernels = kernels_] {
+          const Busy busy;
           std::vector<uint32_t> copy, copied;
           const uint32_t* id = ids.read<uint32_t>(copied);
           std::vector<int32_t> rows(tokens * k);
@@ -239,6 +256,41 @@ mx::array call_linear(const mx::array& x, const Weights& w) {
   w.inputs(inputs);
   return mx::array(std::move(shape), mx::float32,
                    std::make_shared<LinearPrimitive>(s, w.linear()), std::move(inputs));
+}
+
+class EmbedPrimitive : public Primitive {
+ public:
+  EmbedPrimitive(mx::Stream s, Linear layer) : Primitive(s), layer_(layer) {}
+  const char* name() const override { return "CenacleEmbed"; }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    float* out = begin(inputs, outputs[0]);
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [ids = Strided(inputs[0]), out, m = layer_.matrix] {
+          std::vector<uint32_t> copy;
+          const uint32_t* id = ids.read<uint32_t>(copy);
+          for (int64_t i = 0; i < ids.size; i++) {
+            if (id[i] >= uint64_t(m.rows))
+              throw std::runtime_error("token " + std::to_string(id[i]) + " of " +
+                                       std::to_string(m.rows));
+            decode_row(m, id[i], out + i * m.width);
+          }
+        });
+  }
+
+ private:
+  Linear layer_;
+};
+
+mx::array call_embed(const mx::array& ids, const Weights& w) {
+  const mx::Stream s = mx::default_stream(mx::Device::cpu);
+  mx::Shape shape = ids.shape();
+  shape.push_back(int(w.width));
+  const bool word = ids.dtype() == mx::uint32 || ids.dtype() == mx::int32;
+  std::vector<mx::array> inputs{word ? ids : mx::astype(ids, mx::uint32, s)};
+  w.inputs(inputs);
+  return mx::array(std::move(shape), mx::float32, std::make_shared<EmbedPrimitive>(s, w.linear()),
+                   std::move(inputs));
 }
 
 // The matrices of a layer's experts and what is between them.
@@ -290,6 +342,14 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e)
 }
 
 }  // namespace
+
+const Ops& ops() {
+#ifdef CENACLE_AVX2
+  if (chosen != &portable) return ops_avx2;
+#endif
+  return ops_portable;
+}
+
 }  // namespace cenacle
 
 NB_MODULE(_native, m) {
@@ -318,6 +378,9 @@ NB_MODULE(_native, m) {
       .def(nb::init<std::vector<Weights>, Weights, mx::array, int, float, float>(),
            nb::arg("inputs"), nb::arg("down"), nb::arg("rows"), nb::arg("activation"), nb::arg("a"),
            nb::arg("b"));
+  m.def("busy_s", [] { return double(busy_ns) * 1e-9; });
+  define_fast(m);
+  m.def("embed", &call_embed, nb::arg("ids"), nb::arg("weights"));
   m.def("linear", &call_linear, nb::arg("x"), nb::arg("weights"));
   m.def("experts", &call_experts, nb::arg("x"), nb::arg("ids"), nb::arg("stack"));
   // A benchmark's ceiling: reads bytes as fast as one core or all can, and adds them up.

@@ -96,7 +96,7 @@ def load(
     backend: str = "auto",
     wire: str = "f32",
     latency_s: float = 0.0,
-    kernels: str = "mlx",
+    kernels: str = "auto",
     options: Options | None = None,
     measure_every: int = 8,
     progress: Callable[[int, int, int], None] | None = None,
@@ -112,15 +112,16 @@ def load(
             installation has it, else the ring.
         wire: "f32", or "bf16": the mesh sends half the bytes, each rank's part rounded to bfloat16.
         latency_s: seconds added to every exchange, to study a slower link.
-        kernels: "mlx", whose results are mlx-lm's, or "native": ours for Linux CPUs, many times
-            faster, see `model.experts.parallelize`. Without the extension, or on a GPU, it is MLX.
+        kernels: "native": ours for CPUs, many times faster, see `model.experts.parallelize`;
+            "mlx": MLX's own; "auto": native where they can be used, else MLX's.
         options: how ranks run the model.
         measure_every: one step in this many is measured; 0: none.
         progress: called with rank, bytes loaded, bytes in all.
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
-        InputError: a wire that is unknown, or that only the mesh has.
+        InputError: native kernels are asked for and cannot be used; a wire that is unknown, or that
+            only the mesh has.
     """
     _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
     checkpoint = Checkpoint.open(locate(model))

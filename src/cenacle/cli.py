@@ -50,8 +50,9 @@ err = Console(stderr=True, highlight=False)
 class Kernels(StrEnum):
     """What computes; see `api.load`."""
 
-    mlx = "mlx"
+    auto = "auto"
     native = "native"
+    mlx = "mlx"
 
 
 class Wire(StrEnum):
@@ -90,7 +91,7 @@ WireName = Annotated[
 KernelsName = Annotated[
     Kernels,
     typer.Option(
-        help="mlx: mlx-lm's very results. native: ours for Linux CPUs, many times faster."
+        help="native: ours for CPUs, many times faster. mlx: MLX's own. auto: native if it can be."
     ),
 ]
 LatencyMs = Annotated[
@@ -140,7 +141,7 @@ def generate(
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
     wire: WireName = Wire.f32,
-    kernels: KernelsName = Kernels.mlx,
+    kernels: KernelsName = Kernels.auto,
     latency_ms: LatencyMs = 0.0,
     prefill_chunk: PrefillChunk = 512,
     kv_bits: KVBits = None,
@@ -194,7 +195,7 @@ def chat(
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
     wire: WireName = Wire.f32,
-    kernels: KernelsName = Kernels.mlx,
+    kernels: KernelsName = Kernels.auto,
     kv_bits: KVBits = None,
 ) -> None:
     """Talk with a model in the terminal. /new starts again, /bye or Ctrl-D ends.
@@ -243,7 +244,7 @@ def serve(
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
     wire: WireName = Wire.f32,
-    kernels: KernelsName = Kernels.mlx,
+    kernels: KernelsName = Kernels.auto,
     prefill_chunk: PrefillChunk = 512,
     batch: Batch = 32,
     kv_bits: KVBits = None,
@@ -452,7 +453,7 @@ def _loaded(
     with loaded:
         if loaded.ranks.backend_reason is not None:
             err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
-        if kernels is Kernels.native:
+        if kernels is not Kernels.mlx:
             err.print(_plain(f"computing on {loaded.ranks.ready[0]['device']}"), soft_wrap=True)
         yield loaded
 

@@ -180,11 +180,19 @@ def test_ending_the_front_leaves_no_rank(folder, how):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_native_kernels_on_request_say_what_computes(there):
+def test_what_computes_is_said(there):
     if there and not native.available():
         pytest.skip(native.why_not())
     env = {**os.environ, **({} if there else {"CENACLE_NATIVE": "0"})}
-    ran = run("generate", "-m", FOLDER, "-p", "What is 2 + 2?", "--kernels", "native", env=env)
+    ran = run("generate", "-m", FOLDER, "-p", "What is 2 + 2?", env=env)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "4\n"
     assert ("plain MLX, because" in ran.stderr) == (not there)
+
+
+def test_native_kernels_that_are_not_there_are_refused():
+    env = {**os.environ, "CENACLE_NATIVE": "0"}
+    ran = run("generate", "-m", FOLDER, "-p", "Hello", "--kernels", "native", env=env)
+    assert ran.returncode == 2
+    assert "CENACLE_NATIVE" in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -10,6 +10,7 @@ Next: `engine.py` is what a step does.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -127,12 +128,14 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         mx.set_wired_limit(residency.wired_limit(mx.device_info(), need))
     model = load(checkpoint, plan, collective.rank, progress)
     parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
+    gc.collect()
+    gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()
     engine = Engine(model, collective, watch, options)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
-    if order["kernels"] == "native" and mx.default_device().type == mx.DeviceType.cpu:
+    if order["kernels"] != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
         device += f", {native.describe()}"
     channel.send({"type": "ready", "device": device, "peak_rss_bytes": peak * scale})
     while True:

@@ -20,6 +20,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from .. import native
 from ..collective.base import Chosen, Collective
+from ..errors import InputError
 from ..plan import Plan
 from . import architecture, native_layers
 from .architecture import Family, Sum
@@ -266,19 +267,28 @@ def parallelize(
     plan: Plan,
     collective: Collective,
     watch: Watch,
-    kernels: str = "mlx",
+    kernels: str = "auto",
 ) -> None:
     """Replace the MoE blocks of a loaded model by expert-parallel ones, in place.
 
     The model's expert stacks must hold the rows that `plan` gives to this rank, in order.
 
     Args:
-        kernels: "mlx", or "native": on a CPU all the model's layers are made to use ours, much
-            faster, with float32 activations (16 bits inside quantised layers).
+        kernels: "native": all the model's layers are made to use ours, much faster, with float32
+            activations (16 bits inside quantised layers); "mlx": none; "auto": native on a CPU
+            that has the extension. Norms, rotary positions and attention of this process's models
+            are those of the last call (see `native_layers.use_operations`).
+
+    Raises:
+        InputError: "native" cannot be used here.
     """
     row = architecture.FAMILIES.get(family, architecture.GENERIC)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    swapped = kernels == "native" and native_layers.usable()
+    swapped = kernels != "mlx" and native_layers.usable()
+    if kernels == "native" and not swapped:
+        why = native.why_not() or "they are for CPUs, this is a GPU"
+        raise InputError(f"kernels: native ones cannot be used: {why}; auto and mlx can", "kernels")
+    native_layers.use_operations(swapped)
     for block, layer in zip(architecture.blocks(model), plan.layers, strict=True):
         local: type[LocalExperts] = PackedExperts if on_cpu else MaskedExperts
         if swapped and NativeExperts.can(block.experts):

@@ -102,7 +102,7 @@ class NativeEmbedding(nn.Embedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         """ids [...] -> float32 [..., width]."""
-        return self["weight"][x].astype(mx.float32)
+        return self._embed(x, self._weights)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """See `nn.Embedding`."""
@@ -114,16 +114,7 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         """ids [...] -> float32 [..., width]."""
-        biases, scales = self.get("biases"), self["scales"][x]
-        return mx.dequantize(
-            self["weight"][x],
-            scales=scales if biases is None else scales.astype(mx.float32),
-            biases=biases[x].astype(mx.float32) if biases is not None else None,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            dtype=mx.float32,
-        )
+        return self._embed(x, self._weights)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """See `nn.QuantizedEmbedding`."""
@@ -144,13 +135,35 @@ def usable() -> bool:
     return native.available() and mx.default_device().type == mx.DeviceType.cpu
 
 
+_OPERATIONS = {
+    "rms_norm": mx.fast,
+    "layer_norm": mx.fast,
+    "rope": mx.fast,
+    "scaled_dot_product_attention": mx.fast,
+    "logsumexp": mx,
+}
+_MLX = {name: getattr(place, name) for name, place in _OPERATIONS.items()}
+
+
+def use_operations(ours: bool) -> None:
+    """Norms, rotary positions, attention and logsumexp of this whole process: ours, or MLX's own.
+
+    mlx-lm's families all reach them as functions of `mx.fast`; ours have the same arguments and
+    hand on to MLX's what they do not know, so that is where they are put. MLX's CPU backend has no
+    kernels for these: it composes them of small operations, three quarters of a token's graph. Its
+    logsumexp, which mlx-lm's generation takes of all logits, has no vectors.
+    """
+    for name, place in _OPERATIONS.items():
+        setattr(place, name, getattr(native.module(), name) if ours else _MLX[name])
+
+
 def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
     """Make a loaded model compute natively where it can, in place; experts are not looked at.
 
     Args:
         keep: layers that stay as they are, whatever their types.
     """
-    linear = native.module().linear
+    extension = native.module()
     swapped: set[int] = set()
     for _, layer in model.named_modules():
         kind = _NATIVE.get(type(layer))
@@ -160,7 +173,7 @@ def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
         if made is None:
             continue
         # Before the class: what is no array is kept as a plain attribute, unseen by `parameters`.
-        layer._weights, layer._linear = made, linear
+        layer._weights, layer._linear, layer._embed = made, extension.linear, extension.embed
         layer.__class__ = kind
         swapped.add(id(layer))
     for _, layer in model.named_modules():

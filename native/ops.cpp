@@ -1,0 +1,136 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "pool.h"
+
+namespace cenacle {
+namespace {
+
+// `task(first, last)` for all of `count` things of `size` floats, some at a time.
+template <class Task>
+void share(int64_t count, int64_t size, Task&& task) {
+  const int64_t some = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size));
+  Pool::get().run((count + some - 1) / some,
+                  [&](int64_t i) { task(i * some, std::min(count, (i + 1) * some)); });
+}
+
+// Rows whose keys were all forbidden weigh all values alike, because MLX's masked scores are finite.
+void average(const Attention& a, int64_t batch, int64_t kv_head, float* out) {
+  const float* v = a.v + batch * a.v_strides[0] + kv_head * a.v_strides[1];
+  std::fill(out, out + a.v_width, 0.f);
+  for (int64_t j = 0; j < a.keys; j++)
+    for (int64_t i = 0; i < a.v_width; i++) out[i] += v[j * a.v_strides[2] + i] / float(a.keys);
+}
+
+}  // namespace
+
+void rms_norm(const Ops& ops, const float* x, const float* weight, float eps, int64_t rows, int64_t width,
+              float* out) {
+  share(rows, width, [&](int64_t first, int64_t last) {
+    ops.rms_norm(x + first * width, weight, eps, last - first, width, out + first * width);
+  });
+}
+
+void layer_norm(const Ops& ops, const float* x, const float* weight, const float* bias, float eps,
+                int64_t rows, int64_t width, float* out) {
+  share(rows, width, [&](int64_t first, int64_t last) {
+    ops.layer_norm(x + first * width, weight, bias, eps, last - first, width, out + first * width);
+  });
+}
+
+void rope(const Ops& ops, const Rope& r) {
+  const int64_t half = r.dims / 2, tables = r.offset_stride ? r.batch : 1;
+  static thread_local std::vector<float> rates, table;
+  rates.resize(half);
+  for (int64_t i = 0; i < half; i++) {
+    const float rate = r.rates[i * r.rate_stride];
+    rates[i] = r.reciprocal ? 1.f / rate : rate;
+  }
+  table.resize(2 * tables * r.length * half);
+  float* const all = table.data();
+  const float* const by = rates.data();
+  share(tables * r.length, 16 * half, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; p++) {
+      const int64_t offset = r.offsets[p / r.length * r.offset_stride];
+      const float position = float(p % r.length + offset) * r.scale;
+      for (int64_t i = 0; i < half; i++) {
+        all[2 * p * half + i] = std::cos(position * by[i]);
+        all[2 * p * half + half + i] = std::sin(position * by[i]);
+      }
+    }
+  });
+  share(r.batch * r.heads * r.length, r.width, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; n++) {
+      const int64_t t = n % r.length, head = n / r.length % r.heads, b = n / r.length / r.heads;
+      const float* x = r.x + b * r.strides[0] + head * r.strides[1] + t * r.strides[2];
+      const float* turn = all + 2 * ((r.offset_stride ? b : 0) * r.length + t) * half;
+      float* out = r.out + n * r.width;
+      ops.rotate(x, turn, turn + half, half, r.traditional, out);
+      std::memcpy(out + r.dims, x + r.dims, size_t(r.width - r.dims) * sizeof(float));
+    }
+  });
+}
+
+void attention(const Ops& ops, const Attention& a) {
+  const int64_t rows = a.rows(), tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  // Few rows over many keys: the keys are divided too.
+  constexpr int64_t PART = 512;
+  const int64_t parts = tiles <= 4 ? std::max<int64_t>(1, (a.keys + PART - 1) / PART) : 1;
+  const int64_t size = parts > 1 ? PART : a.keys, columns = padded(a.v_width), each = columns + 2;
+  const int64_t many = a.batch * a.kv_heads * tiles, height = std::min<int64_t>(rows, ROWS_AT_ONCE);
+  static thread_local std::vector<float> partial;
+  partial.resize(parts > 1 ? many * parts * height * each : 0);
+  float* const kept = partial.data();
+
+  const auto finish = [&](int64_t tile, int64_t r, float* out, float top, float sum) {
+    const int64_t batch = tile / tiles / a.kv_heads, kv_head = tile / tiles % a.kv_heads;
+    const int64_t row = tile % tiles * ROWS_AT_ONCE + r, at = row / a.group();
+    const int64_t head = kv_head * a.group() + row % a.group();
+    float* to = a.out + ((batch * a.length + at) * a.heads + head) * a.v_width;
+    if (a.allowed && top <= -FLT_MAX) return average(a, batch, kv_head, to);
+    for (int64_t i = 0; i < a.v_width; i++) to[i] = out[i] / sum;
+  };
+
+  Pool::get().run(many * parts, [&](int64_t i) {
+    const int64_t tile = i / parts, part = i % parts, first = tile % tiles * ROWS_AT_ONCE;
+    const int64_t count = std::min<int64_t>(ROWS_AT_ONCE, rows - first);
+    static thread_local std::vector<float> scratch, own;
+    scratch.resize(attend_scratch(a));
+    if (parts == 1) own.resize(height * each);
+    float* out = parts == 1 ? own.data() : kept + i * height * each;
+    float *top = out + height * columns, *sum = top + height;
+    ops.attend(a, tile / tiles / a.kv_heads, tile / tiles % a.kv_heads, first, count, part * size,
+               std::min(a.keys, (part + 1) * size), out, top, sum, scratch.data());
+    if (parts == 1)
+      for (int64_t r = 0; r < count; r++) finish(tile, r, out + r * columns, top[r], sum[r]);
+  });
+  if (parts == 1) return;
+  share(many * height, parts * columns, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      const int64_t tile = n / height, r = n % height;
+      if (tile % tiles * ROWS_AT_ONCE + r >= rows) continue;
+      float* const all = kept + tile * parts * height * each;
+      const auto out = [&](int64_t p) { return all + p * height * each + r * columns; };
+      const auto top = [&](int64_t p) { return all[p * height * each + height * columns + r]; };
+      const auto sum = [&](int64_t p) {
+        return all[p * height * each + height * (columns + 1) + r];
+      };
+      float highest = top(0), whole = 0;
+      for (int64_t p = 1; p < parts; p++) highest = !(top(p) <= highest) ? top(p) : highest;
+      for (int64_t p = 0; p < parts; p++) {
+        const float factor = top(p) == -HUGE_VALF ? 0.f : std::exp(top(p) - highest);
+        whole += factor * sum(p);
+        for (int64_t i = 0; i < a.v_width; i++)
+          out(0)[i] = factor * out(p)[i] + (p ? out(0)[i] : 0.f);
+      }
+      finish(tile, r, out(0), highest, whole);
+    }
+  });
+}
+
+}  // namespace cenacle
