@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from one_process import VECTORS, in_threads, load_rank
 
+from cenacle import native
 from cenacle.collective.alone import Alone
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model import architecture, cuts
@@ -324,3 +325,37 @@ def test_bytes_of_the_parts_are_the_models():
         held = sum(4 * math.prod(t.shape) for t in tensors if name in t.name)
         assert sum(p.bytes for p in spec.parts if p.kind == kind) == held
     assert spec.lookup_bytes == 4 * 256 * 64
+
+
+@pytest.mark.parametrize("trunk", ["replicated", "sharded"])
+@pytest.mark.parametrize(
+    ("family", "options", "nodes", "shares"),
+    [
+        ("qwen3_moe", {"quantize": 4, "group_size": 32}, 2, (3, 1)),
+        ("qwen3_moe", {"quantize": 4, "group_size": 64}, 2, (5, 1)),
+        ("gpt_oss", {"quantize": 4, "group_size": 32, "mode": "mxfp4"}, 3, (1, 2, 1)),
+        ("qwen2_moe", {}, 4, (4, 1, 2, 9)),
+        ("phixtral", {}, 4, (1, 2, 3, 4)),
+    ],
+)
+@pytest.mark.parametrize("kernels", ["mlx", "native"])
+def test_uneven_slices(tmp_path, family, options, nodes, shares, trunk, kernels):
+    """Against one rank, through the same kernels; biases (gpt_oss, phixtral) are added once."""
+    if kernels == "native" and not native.available():
+        pytest.skip(native.why_not())
+    folder = synth(tmp_path, family=family, **options).path
+    spec = describe(Checkpoint.open(folder))
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    alone = load_rank(folder, Plan.whole(spec, 1), Alone(), kernels=kernels)
+    want = alone(tokens)[:, -1:]
+    plan = Plan.sliced(spec, nodes, shares, trunk=trunk)
+
+    def run(collective):
+        logits = load_rank(folder, plan, collective, kernels=kernels)(tokens)[:, -1:]
+        return np.array(logits.astype(mx.float32))
+
+    results = in_threads(nodes, run)
+    tolerance = 1e-3 if kernels == "native" and options else 1e-5  # 16 bits, in other groups
+    for got in results:
+        assert (got == results[0]).all()
+        assert abs(got - np.array(want)).max() <= tolerance * mx.abs(want).max().item()
