@@ -91,9 +91,9 @@ def test_speeds():
 
 
 @pytest.mark.parametrize(("nodes", "paper"), [(3, 2.32), (4, 1.57)])
-def test_the_papers_layouts(nodes, paper):
+def test_better_than_the_papers_layouts(nodes, paper):
     """Experts on the busiest node of DBRX (16 experts, top-4), 8 on each node as in
-    arXiv:2506.23635, over every set of four."""
+    arXiv:2506.23635, which replicates groups of eight; over every set of four."""
     spec = spec_of(experts=16, layers=1, expert_bytes=100, trunk=0)
     layer = Plan.replicated(spec, nodes, [800] * nodes).layers[0]
     holders = layer.holders(0)
@@ -101,7 +101,7 @@ def test_the_papers_layouts(nodes, paper):
     for chosen in combinations(range(16), 4):
         counts = [int(e in chosen) for e in range(16)]
         busy.append(busiest(counts, deal(counts, holders, [1] * nodes), [1] * nodes))
-    assert sum(busy) / len(busy) <= paper
+    assert sum(busy) / len(busy) < paper - 0.3
 
 
 # Choosing
