@@ -93,6 +93,8 @@ def load(
     kernels: str = "mlx",
     options: Options | None = None,
     measure_every: int = 8,
+    cores: Sequence[Sequence[int]] | None = None,
+    threads: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Model:
     """Start `nodes` local processes that hold a model together.
@@ -109,6 +111,8 @@ def load(
             faster, see `model.experts.parallelize`. Without the extension, or on a GPU, it is MLX.
         options: how ranks run the model.
         measure_every: one step in this many is measured; 0: none.
+        cores: for each rank the cores that it runs on; None: the system decides.
+        threads: of the native kernels in each rank; None: its share of the cores.
         progress: called with rank, bytes loaded, bytes in all.
 
     Raises:
@@ -119,7 +123,7 @@ def load(
         plan = Plan.whole(describe(checkpoint), nodes, shares)
     options = options or Options()
     text = _text(checkpoint)
-    ranks = LocalRanks(plan.nodes, backend)
+    ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads)
     try:
         where = ranks.folder / "plan.json"
         plan.save(where)

@@ -48,13 +48,27 @@ class LocalRanks:
         backend: how they exchange: "mesh", one of `collective.mlx.BACKENDS`, or "auto", the mesh
             where it can be used, else the ring. Unused for one node.
         program: the command of a rank.
+        cores: for each rank the cores that it may run on; None: all that this process may.
+        threads: of the native kernels in each rank; None: its share of the cores.
 
     Raises:
         ClusterError: a process could not be started or did not call back in time.
     """
 
-    def __init__(self, nodes: int, backend: str = "auto", program: Sequence[str] = WORKER) -> None:
+    def __init__(
+        self,
+        nodes: int,
+        backend: str = "auto",
+        program: Sequence[str] = WORKER,
+        cores: Sequence[Sequence[int]] | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.nodes = nodes
+        self._limits: dict[str, str] = {}
+        if cores is not None:
+            self._limits["CENACLE_CORES"] = json.dumps([list(c) for c in cores])
+        if threads is not None:
+            self._limits["CENACLE_THREADS"] = str(threads)
         self.backend, self.backend_reason = choose(backend, nodes)
         self.channels: list[Channel] = []
         self.pids: list[int] = []
@@ -74,7 +88,8 @@ class LocalRanks:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen(self.nodes)
-            env = {**os.environ, "CENACLE_CONTROL": address, "CENACLE_TOKEN": token}
+            env = {**os.environ, **self._limits}
+            env |= {"CENACLE_CONTROL": address, "CENACLE_TOKEN": token}
             if backend == "mesh":
                 # Sockets in a folder of this user's, and a secret besides, as between machines.
                 env[mesh.ADDRESSES] = json.dumps(
