@@ -457,7 +457,8 @@ def ablation(
     backend: BackendName = Backend.auto,
     kernels: KernelsName = Kernels.native,
     latencies: Annotated[str, typer.Option(help="Of the emulated links, in ms.")] = "1,0.3,0.05,0",
-    tokens: Annotated[int, typer.Option(min=2, help="Decoded per number.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Decoded per number and round.")] = 16,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds over all rows.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder for a PNG and an SVG.")] = None,
     cache: Cache = Path("~/.cache/cenacle"),
     as_json: AsJson = False,
@@ -480,6 +481,7 @@ def ablation(
         kernels.value,
         tuple(_numbers(latencies, "latencies") or ()),
         tokens,
+        repeat,
     )
     result = study.run(asked, said)
     if out is not None:

@@ -64,7 +64,12 @@ def on_ranks(folder, nodes, name, kernels):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(
     ("family", "nodes", "kernels"),
-    [("dbrx", 2, "mlx"), ("qwen3_moe", 3, "mlx"), ("dbrx", 2, "native"), ("quantised", 2, "native")],
+    [
+        ("dbrx", 2, "mlx"),
+        ("qwen3_moe", 3, "mlx"),
+        ("dbrx", 2, "native"),
+        ("quantised", 2, "native"),
+    ],
 )
 def test_every_schedule_gives_mlx_lms_logits(folders, name, family, nodes, kernels):
     want = expected(folders / family)
@@ -84,7 +89,7 @@ def test_what_each_schedule_runs(folders):
         layers = [r[1][0] for r in results]
         ran[name] = [[layer.executed(np.array(ids)) for layer in layers] for ids in CHOSEN]
     held = [set(range(4)), set(range(4, 8))]
-    for name, tokens in ran.items():
+    for tokens in ran.values():
         for ids, both in zip(CHOSEN, tokens, strict=True):
             for rank, run in enumerate(both):
                 own = held[rank] & set(ids)

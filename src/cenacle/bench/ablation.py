@@ -51,7 +51,8 @@ class Asked:
     Args:
         model: a folder or a hub repository's name.
         latencies_ms: one block of rows for each.
-        tokens: decoded for each number.
+        tokens: decoded for each number in a round.
+        repeat: rounds over all rows, so that a drift of the machine meets all of them.
         kernels: as `api.load`.
         ours: placements of ours to compare with.
     """
@@ -62,7 +63,8 @@ class Asked:
     backend: str = "auto"
     kernels: str = "native"
     latencies_ms: tuple[float, ...] = LATENCIES_MS
-    tokens: int = 32
+    tokens: int = 16
+    repeat: int = 2
     ours: tuple[str, ...] = ("whole",)
     deadline_s: float = 300.0
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -86,10 +88,11 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     spec = describe(checkpoint)
     cores, threads = split(asked.nodes, asked.threads)
     names = [*SCHEDULES, *(f"ours, {placement}" for placement in asked.ours)]
-    rows: list[dict[str, Any]] = []
+    seen: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
+    expected: dict[str, int] = {}
     logits: dict[str, np.ndarray] = {}
     with Ranks(asked.nodes, asked.backend, cores, threads) as ranks:
-        for name in names:
+        for name in names * asked.repeat:
             say(f"loading {name}")
             plan = plan_of(name, checkpoint, asked.nodes)
             ranks.ask(
@@ -100,7 +103,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
                 row=name,
                 kernels=asked.kernels,
             )
-            busiest = expected_bytes(plan, plan.spec.trunk_bytes)[1]
+            expected[name] = max(expected_bytes(plan, plan.spec.trunk_bytes)[1])
             for latency_ms in asked.latencies_ms:
                 say(f"{name}, {latency_ms:g} ms")
                 reports = ranks.ask(
@@ -110,15 +113,18 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
                     tokens=asked.tokens,
                 )
                 logits[name] = np.array(reports[0]["logits"])
-                rows.append(
-                    {
-                        "row": name,
-                        "latency_ms": latency_ms,
-                        **_numbers(reports),
-                        "expected_expert_bytes": max(busiest),
-                    }
-                )
+                seen.setdefault((latency_ms, name), []).append(reports)
         backend = ranks.backend
+    rows = [
+        {
+            "row": name,
+            "latency_ms": latency_ms,
+            **_numbers(seen[latency_ms, name]),
+            "expected_expert_bytes": expected[name],
+        }
+        for latency_ms in asked.latencies_ms
+        for name in names
+    ]
     differ = max(
         float(np.abs(other - logits[names[0]]).max() / np.abs(logits[names[0]]).max())
         for other in logits.values()
@@ -145,6 +151,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
             "backend": backend,
             "kernels": asked.kernels,
             "tokens": asked.tokens,
+            "repeat": asked.repeat,
         },
         "rows": rows,
         "logits_differ": differ,
@@ -216,13 +223,22 @@ def compare(rows: Sequence[dict[str, Any]], layers: int, depth: int | None) -> l
     return found
 
 
-def _numbers(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row's numbers from every rank's report."""
-    steps = len(reports[0]["steps"])
+def _numbers(rounds: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """One row's numbers from every rank's reports of each round.
+
+    Of the measured steps the middle half by time is taken: a mean that adds up, without outliers.
+    """
+    together = [
+        [r["steps"][step] for r in reports]
+        for reports in rounds
+        for step in range(len(reports[0]["steps"]))
+    ]
+    together.sort(key=lambda seen: seen[0]["total_s"])
+    kept = together[len(together) // 4 : len(together) - len(together) // 4]
+    steps = len(kept)
     terms = dict.fromkeys((*TERMS, "total"), 0.0)
     slowest = 0.0
-    for step in range(steps):
-        seen = [r["steps"][step] for r in reports]
+    for seen in kept:
         pure = sum(min(times) for times in zip(*(s["exchanges_s"] for s in seen), strict=True))
         own = seen[0]
         step_terms = {
@@ -237,14 +253,14 @@ def _numbers(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
             terms[name] += 1000 * value / steps
         each = zip(*(s["experts_s"] for s in seen), strict=True)
         slowest += 1000 * sum(max(times) for times in each) / steps
-    token_ms = 1000 * statistics.median(reports[0]["tokens_s"])
+    token_ms = 1000 * statistics.median(t for reports in rounds for t in reports[0]["tokens_s"])
     return {
         "token_ms": token_ms,
         "tok_s": 1000 / token_ms,
         "terms_ms": terms,
         "experts_slowest_ms": slowest,
-        "exchanges": reports[0]["exchanges"],
-        "exchange_bytes": reports[0]["exchange_bytes"],
+        "exchanges": rounds[0][0]["exchanges"],
+        "exchange_bytes": rounds[0][0]["exchange_bytes"],
     }
 
 

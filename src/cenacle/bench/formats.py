@@ -109,7 +109,8 @@ def shape(config: Config) -> Shape:
             f"peer: a random model in the peer's format can be written for qwen3_moe and dbrx, "
             f"got {kind}; measure without --peer, or on `--synth moe-2b`"
         )
-    wrong = [n for n in (found.width, found.inner, found.head_width) if n % BLOCK]
+    inputs = (found.width, found.inner, found.heads * found.head_width)  # of its matrices
+    wrong = [n for n in inputs if n % BLOCK]
     if wrong:
         raise InputError(f"peer: widths must be multiples of {BLOCK}, got {wrong[0]}")
     return found

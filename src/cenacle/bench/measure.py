@@ -17,7 +17,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..model.weights import Checkpoint, describe, locate
 from ..plan import Plan
 from ..request import TokenEvent
 from . import ceilings
-from .peers import Job, Peer, PeerFailed, Setup
+from .peers import Job, Peer, PeerFailed, Setup, Speed
 
 DRAWS = 2000  # random top-k choices from which the expected bytes of a token are found
 ANSWER_S = 900.0
@@ -111,15 +111,19 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         asked.deadline_s,
     )
     setups = [setup for peer in peers for setup in peer.setups(job)]
-    load = os.getloadavg()[0]
+    load, stolen = os.getloadavg()[0], _steal()
     backend = asked.options.get("backend", "auto")
-    say("measuring what the memory and the exchange give")
-    limits = ceilings.measure(asked.nodes, backend, cores, threads)
+    plan = Plan.whole(spec, asked.nodes)
+    say("measuring what memory, exchange and kernels give on their own")
+    native = asked.options.get("kernels") == "native"
+    of = (checkpoint.folder, plan) if native else (None, None)
+    limits = ceilings.measure(asked.nodes, backend, cores, threads, *of)
     say(f"loading {asked.model} on {asked.nodes} nodes")
     batch = max(*asked.streams, 1)
     with api.load(
         asked.model,
         asked.nodes,
+        plan=plan,
         cores=cores,
         threads=threads,
         measure_every=0,
@@ -140,6 +144,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
             "machine": platform.machine(),
             "cores": len(available()),
             "load_before": round(load, 2),
+            "stolen_percent": stolen(),
             "nodes": asked.nodes,
             "threads": threads,
             "pinned": cores is not None,
@@ -162,7 +167,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         "terms_ms": bench.terms_ms,
         "ranks": bench.ranks,
         "ceilings": {**limits, "token": bench.token},
-        "peers": bench.compare(theirs),
+        "peers": bench.compare(setups, theirs),
     }
 
 
@@ -189,6 +194,24 @@ def split(nodes: int, threads: int | None) -> tuple[list[list[int]] | None, int]
     return [cores[i * each : (i + 1) * each] for i in range(nodes)], each
 
 
+def _steal() -> Callable[[], float | None]:
+    """Percent of the cores' time that other guests of this machine's host took since the call."""
+    stat = Path("/proc/stat")
+
+    def read() -> list[int]:
+        return [int(n) for n in stat.read_text().split("\n", 1)[0].split()[1:9]]
+
+    if not stat.exists():
+        return lambda: None
+    before = read()
+
+    def since() -> float:
+        spent = [b - a for a, b in zip(before, read(), strict=True)]
+        return round(100 * spent[7] / max(1, sum(spent)), 1)
+
+    return since
+
+
 class _Bench:
     """A loaded model, and what has been found of it so far."""
 
@@ -202,43 +225,49 @@ class _Bench:
         self.terms_ms: dict[str, float] = {}
         self.token: dict[str, Any] = {}
 
-    def rounds(self, setups: Sequence[Setup]) -> dict[str, list[dict[str, float]] | str]:
-        """The first context and the prompt, in turn with the peers; their speeds, or why not."""
+    def rounds(self, setups: Sequence[Setup]) -> list[list[Speed] | str]:
+        """The first context and the prompt, in turn with the peers.
+
+        Returns:
+            For each setup its speeds, or why it has none: it is not tried again.
+        """
         asked, context = self._asked, self._asked.contexts[0]
         self._say("warming up")
         self._ask(context, 2)
         decode: list[float] = []
         prefill: list[float] = []
-        theirs: dict[str, list[dict[str, float]] | str] = {s.name: [] for s in setups}
+        theirs: list[list[Speed] | str] = [[] for _ in setups]
         for i in range(asked.repeat):
             self._say(f"round {i + 1} of {asked.repeat}: ours")
             times = self._ask(context, asked.tokens + 1)
             decode.append(asked.tokens / (times[-1] - times[1]))
             times = self._ask(asked.prompt, 1)
             prefill.append(asked.prompt / (times[1] - times[0]))
-            for setup in setups:
-                seen = theirs[setup.name]
+            for peer, setup in enumerate(setups):
+                seen = theirs[peer]
                 if isinstance(seen, str):
                     continue
                 self._say(f"round {i + 1} of {asked.repeat}: {setup.name}")
                 try:
-                    seen.append(asdict(setup.run()))
+                    seen.append(setup.run())
                 except PeerFailed as error:
-                    theirs[setup.name] = str(error)
+                    theirs[peer] = str(error)
         self.decode.append(_row(decode, context=context))
         self.prefill.append(_row(prefill, tokens=asked.prompt))
         return theirs
 
-    def compare(self, theirs: dict[str, list[dict[str, float]] | str]) -> list[dict[str, Any]]:
+    def compare(
+        self, setups: Sequence[Setup], theirs: Sequence[list[Speed] | str]
+    ) -> list[dict[str, Any]]:
         """A row for each peer: medians and ours over theirs, or how it failed."""
         rows: list[dict[str, Any]] = []
-        for name, seen in theirs.items():
+        for setup, seen in zip(setups, theirs, strict=True):
             if isinstance(seen, str):
-                rows.append({"name": name, "failed": seen})
+                rows.append({"name": setup.name, "failed": seen})
                 continue
-            row: dict[str, Any] = {"name": name}
+            row: dict[str, Any] = {"name": setup.name}
             for what, ours in (("decode", self.decode[0]), ("prefill", self.prefill[0])):
-                all_ = [s[what] for s in seen]
+                all_ = [getattr(s, what) for s in seen]
                 median = statistics.median(all_)
                 row[f"{what}_tok_s"], row[f"{what}_all"] = median, all_
                 row[f"{what}_ratio"] = ours["tok_s"] / median if median else None
@@ -298,7 +327,15 @@ class _Bench:
             "read_ms": slowest * 1000,
             "token_ms": 1000 / tok_s,
             "percent": 100 * slowest * tok_s,
+            "kernels_ms": None,
+            "outside_percent": None,
         }
+        alone = [k for k in limits["kernels_ms"] or () if k is not None]
+        if alone:
+            # What is neither a matrix nor an exchange: on one node all the rest of a token.
+            kernels = max(k["linear"] + k["experts"] for k in alone)
+            busy = kernels + self.terms_ms["exchange"] + self.terms_ms["waiting"]
+            self.token |= {"kernels_ms": kernels, "outside_percent": 100 - busy * tok_s / 10}
 
     def _ask(self, length: int, tokens: int) -> list[float]:
         """One request of random tokens; the moment it was made, then that of each token."""
@@ -379,9 +416,7 @@ def expected_bytes(plan: Plan, embedding: int) -> tuple[list[int], list[int]]:
     return [int(trunk + m) for m in mean], [int(trunk + m) for m in most]
 
 
-def prepared(
-    model: str | None, name: str | None, quantize: int, cache: Path, say: Say
-) -> str:
+def prepared(model: str | None, name: str | None, quantize: int, cache: Path, say: Say) -> str:
     """The checkpoint to measure: a given one, or a random one of a known shape, written once.
 
     Args:

@@ -54,6 +54,11 @@ def show_bench(result: dict[str, Any], console: Console) -> None:
         f"ms at that rank's bandwidth; it takes {token['token_ms']:.2f} ms, "
         f"{token['percent']:.0f} % of the ceiling"
     )
+    if token["kernels_ms"] is not None:
+        console.print(
+            f"its matrices alone take {token['kernels_ms']:.2f} ms; "
+            f"{token['outside_percent']:.0f} % of a token is neither they nor an exchange"
+        )
     if result["peers"]:
         table = Table("peer", "decode", "ours / theirs", "prompt", "ours / theirs", box=None)
         for row in result["peers"]:
@@ -83,7 +88,7 @@ def show_ablation(result: dict[str, Any], console: Console) -> None:
     columns = ("experts", "exchange", "waiting", "trunk", "rest")
     over = ("/ naive", "layers", "/ P-LR-D", "layers")
     table = Table("link", "row", "tok/s", *columns, *over, box=None)
-    for row in sorted(result["rows"], key=lambda r: -r["latency_ms"]):
+    for row in result["rows"]:
         cells = []
         for of in ("naive", "P-LR-D"):
             one = base[row["latency_ms"], row["row"], of]
