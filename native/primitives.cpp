@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "deal.h"
 #include "layers.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -215,7 +216,8 @@ class LinearPrimitive : public Primitive {
 
 class ExpertsPrimitive : public Primitive {
  public:
-  ExpertsPrimitive(mx::Stream s, Experts experts) : Primitive(s), experts_(std::move(experts)) {}
+  ExpertsPrimitive(mx::Stream s, Experts experts, std::shared_ptr<const Dealer> dealer)
+      : Primitive(s), experts_(std::move(experts)), dealer_(std::move(dealer)) {}
   const char* name() const override { return "CenacleExperts"; }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -223,7 +225,8 @@ class ExpertsPrimitive : public Primitive {
     const int64_t k = inputs[1].shape(-1), tokens = k ? inputs[1].size() / k : 0;
     mx::cpu::get_command_encoder(stream()).dispatch(
         [x = Strided(inputs[0]), ids = Strided(inputs[1]), map = inputs[2].data<int32_t>(),
-         known = int64_t(inputs[2].size()), out, tokens, k, e = experts_, kernels = kernels_] {
+         known = int64_t(inputs[2].size()), out, tokens, k, e = experts_, kernels = kernels_,
+         dealer = dealer_] {
           std::vector<uint32_t> copy, copied;
           const uint32_t* id = ids.read<uint32_t>(copied);
           std::vector<int32_t> rows(tokens * k);
@@ -233,12 +236,21 @@ class ExpertsPrimitive : public Primitive {
                                        std::to_string(known));
             rows[i] = map[id[i]];
           }
+          if (dealer) {  // replicas of what we hold may be computed elsewhere
+            std::vector<int64_t> counts(dealer->holders.size(), 0);
+            for (int64_t i = 0; i < tokens * k; i++)
+              if (id[i] < counts.size()) counts[id[i]]++;
+            const std::vector<int> dealt = dealer->deal(counts);
+            for (int64_t i = 0; i < tokens * k; i++)
+              if (rows[i] >= 0 && dealt[id[i]] != dealer->rank) rows[i] = -1;
+          }
           experts(*kernels, e, x.read<float>(copy), rows.data(), tokens, k, out);
         });
   }
 
  private:
   Experts experts_;
+  std::shared_ptr<const Dealer> dealer_;
 };
 
 mx::array as(const mx::array& a, mx::Dtype t, mx::Stream s) {
@@ -264,9 +276,14 @@ struct Stack {
   mx::array map;
   Act act;
   float a, b;
+  std::shared_ptr<const Dealer> dealer;  // null: every expert that we hold is ours to compute
 
-  Stack(std::vector<Weights> in_, Weights down_, mx::array map_, int act_, float a, float b)
+  Stack(std::vector<Weights> in_, Weights down_, mx::array map_, int act_, float a, float b,
+        const std::optional<Dealer>& dealer_)
       : in(std::move(in_)), down(std::move(down_)), map(std::move(map_)), act(Act(act_)), a(a), b(b) {
+    if (dealer_) dealer = std::make_shared<const Dealer>(*dealer_);
+    if (dealer && dealer->holders.size() + 1 != map.size())
+      throw std::invalid_argument("map: expected an entry for every expert dealt, and one more");
     if (in.size() != (gated(act) ? 2u : 1u))
       throw std::invalid_argument("wrong number of matrices for this activation");
     for (const auto& w : in)
@@ -302,7 +319,8 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e)
   }
   e.down.inputs(inputs);
   return mx::array(std::move(shape), mx::float32,
-                   std::make_shared<ExpertsPrimitive>(s, std::move(raw)), std::move(inputs));
+                   std::make_shared<ExpertsPrimitive>(s, std::move(raw), e.dealer),
+                   std::move(inputs));
 }
 
 }  // namespace
@@ -330,10 +348,27 @@ NB_MODULE(_native, m) {
                     std::optional<mx::array>, int, int, const std::string&>(),
            nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(),
            nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"));
+  nb::class_<Dealer>(m, "Dealer")
+      .def("__init__",
+           [](Dealer* self, std::vector<std::vector<int>> holders, std::vector<int64_t> speeds,
+              int rank) {
+             for (const auto& ranks : holders)
+               for (const int r : ranks)
+                 if (r < 0 || size_t(r) >= speeds.size())
+                   throw std::invalid_argument("holders: expected ranks that have a speed");
+             new (self) Dealer{std::move(holders), std::move(speeds), rank};
+           },
+           nb::arg("holders"), nb::arg("speeds"), nb::arg("rank"))
+      .def("deal", [](const Dealer& self, const std::vector<int64_t>& counts) {
+        if (counts.size() != self.holders.size())
+          throw std::invalid_argument("counts: expected one for every expert");
+        return self.deal(counts);
+      }, nb::arg("counts"));
   nb::class_<Stack>(m, "Stack")
-      .def(nb::init<std::vector<Weights>, Weights, mx::array, int, float, float>(),
+      .def(nb::init<std::vector<Weights>, Weights, mx::array, int, float, float,
+                    const std::optional<Dealer>&>(),
            nb::arg("inputs"), nb::arg("down"), nb::arg("rows"), nb::arg("activation"), nb::arg("a"),
-           nb::arg("b"));
+           nb::arg("b"), nb::arg("dealer").none() = nb::none());
   m.def("linear", &call_linear, nb::arg("x"), nb::arg("weights"));
   m.def("experts", &call_experts, nb::arg("x"), nb::arg("ids"), nb::arg("stack"));
   // A benchmark's ceiling: reads bytes as fast as one core or all can, and adds them up.

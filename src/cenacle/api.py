@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import mlx.core as mx
+
 from .cluster.launcher import LocalRanks
 from .engine.engine import Options
 from .engine.lockstep import Group
@@ -22,6 +24,7 @@ from .engine.scheduler import Scheduler
 from .engine.terms import Terms
 from .engine.text import Message, Text
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
+from .model import balance
 from .model.weights import Checkpoint, describe, locate
 from .plan import Plan
 from .request import Request, Sampling, TokenEvent
@@ -73,13 +76,46 @@ class Completion:
         return asdict(self)
 
 
-def inspect(model: str, nodes: int = 1, shares: Sequence[float] | None = None) -> Plan:
-    """What a checkpoint is and how its experts would be placed; reads no weights.
+def inspect(model: str, nodes: int = 1, **how: Any) -> Plan:
+    """What a checkpoint is and how it would be placed; reads no weights.
+
+    Args:
+        model, nodes: see `load`.
+        how: `shares`, `placement`, `trunk`, `budgets` and `latency_s` of `load`.
 
     Raises:
         CheckpointError, PlanError: see those.
     """
-    return Plan.whole(describe(Checkpoint.open(locate(model))), nodes, shares)
+    return place(model, nodes, **how)[0]
+
+
+def place(
+    model: str,
+    nodes: int = 1,
+    shares: Sequence[float] | None = None,
+    *,
+    placement: str = "auto",
+    trunk: str = "auto",
+    budgets: Sequence[int] | None = None,
+    latency_s: float = 0.0,
+) -> tuple[Plan, str]:
+    """As `inspect`, with one line that says why this plan was chosen (may be empty)."""
+    spec = describe(Checkpoint.open(locate(model)))
+    return _choose(spec, nodes, shares, placement, trunk, budgets, latency_s)
+
+
+def _choose(
+    spec: ModelSpec,
+    nodes: int,
+    shares: Sequence[float] | None,
+    placement: str,
+    trunk: str,
+    budgets: Sequence[int] | None,
+    latency_s: float,
+) -> tuple[Plan, str]:
+    gpu = mx.default_device().type != mx.DeviceType.cpu
+    latency = balance.LATENCY_S + latency_s
+    return balance.choose(spec, nodes, shares, placement, trunk, budgets, gpu, latency)
 
 
 def load(
@@ -87,6 +123,9 @@ def load(
     nodes: int = 1,
     *,
     shares: Sequence[float] | None = None,
+    placement: str = "auto",
+    trunk: str = "auto",
+    budgets: Sequence[int] | None = None,
     plan: Plan | None = None,
     backend: str = "auto",
     latency_s: float = 0.0,
@@ -101,9 +140,14 @@ def load(
 
     Args:
         model: a folder or a hub repository's name.
-        nodes: number of ranks, up to the number of experts of a layer.
-        shares: relative numbers of experts per rank; None: even.
-        plan: a placement dealt before; overrides `nodes` and `shares`.
+        nodes: number of ranks.
+        shares: relative speeds of the ranks, by which everything is dealt; None: equal.
+        placement: "whole" experts, each on one rank; "sliced", every rank a part of every expert;
+            "replicated", whole ones on several ranks; "auto": whole or sliced, by modelled time.
+        trunk: "replicated", all of attention, dense layers and head on every rank; "sharded",
+            divided where the family allows it, for one more exchange each; "auto": as above.
+        budgets: bytes of weights per rank, for "replicated": as many copies as fit.
+        plan: a placement dealt before; overrides all of these.
         backend: "mesh", "ring", "mpi", "jaccl" or "nccl"; "auto": the mesh where this
             installation has it, else the ring.
         latency_s: seconds added to every exchange, to study a slower link.
@@ -119,8 +163,10 @@ def load(
         CheckpointError, PlanError, ClusterError: see those. No process is left.
     """
     checkpoint = Checkpoint.open(locate(model))
+    reason = ""
     if plan is None:
-        plan = Plan.whole(describe(checkpoint), nodes, shares)
+        spec = describe(checkpoint)
+        plan, reason = _choose(spec, nodes, shares, placement, trunk, budgets, latency_s)
     options = options or Options()
     text = _text(checkpoint)
     ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads)
@@ -142,7 +188,7 @@ def load(
     group = Group(ranks, Scheduler(options.batch, measure_every))
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
-    return Model(name, plan, text, group, ranks)
+    return Model(name, plan, text, group, ranks, reason)
 
 
 def _text(checkpoint: Checkpoint) -> Text | None:
@@ -158,9 +204,16 @@ class Model:
     """A model that is loaded and answers; close it, or use it in a `with` statement."""
 
     def __init__(
-        self, name: str, plan: Plan, text: Text | None, group: Group, ranks: LocalRanks
+        self,
+        name: str,
+        plan: Plan,
+        text: Text | None,
+        group: Group,
+        ranks: LocalRanks,
+        plan_reason: str = "",
     ) -> None:
         self.name, self.plan, self.group, self.ranks = name, plan, group, ranks
+        self.plan_reason = plan_reason  # why this plan, in one line
         self._text = text
 
     @property

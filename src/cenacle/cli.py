@@ -8,6 +8,7 @@ one JSON object; an error is one sentence on stderr and a non-zero exit status (
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -68,13 +69,51 @@ class Backend(StrEnum):
     nccl = "nccl"
 
 
+class Placement(StrEnum):
+    """Who holds which expert; see `api.load`."""
+
+    auto = "auto"
+    whole = "whole"
+    sliced = "sliced"
+    replicated = "replicated"
+
+
+class Trunk(StrEnum):
+    """Who holds what is not an expert; see `api.load`."""
+
+    auto = "auto"
+    replicated = "replicated"
+    sharded = "sharded"
+
+
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="A folder, or a hub repository's name (org/model).")
 ]
 Nodes = Annotated[int, typer.Option("--nodes", "-n", min=1, help="Number of local processes.")]
 Shares = Annotated[
     str | None,
-    typer.Option(help="Relative numbers of experts per node, such as 2,1,1. Default: even."),
+    typer.Option(help="Relative speeds of the nodes, such as 2,1,1. Default: even."),
+]
+PlacementName = Annotated[
+    Placement,
+    typer.Option(
+        help="whole: each expert on one node. sliced: a part of each on every node. "
+        "replicated: whole ones on several. auto: whole or sliced, by modelled time."
+    ),
+]
+TrunkName = Annotated[
+    Trunk,
+    typer.Option(
+        help="Attention, dense layers and head: replicated on every node, or sharded where the "
+        "family allows it, one more exchange each."
+    ),
+]
+BudgetsGB = Annotated[
+    str | None,
+    typer.Option(
+        help="Gigabytes of weights per node, such as 24,24,16, for --placement replicated: "
+        "as many copies as fit. Default: two of each expert."
+    ),
 ]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan saved by `inspect --save`; overrides --nodes.")
@@ -130,6 +169,9 @@ def generate(
     seed: Seed = None,
     raw: Annotated[bool, typer.Option(help="Do not apply the model's chat template.")] = False,
     shares: Shares = None,
+    placement: PlacementName = Placement.auto,
+    trunk: TrunkName = Trunk.auto,
+    budgets_gb: BudgetsGB = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
     kernels: KernelsName = Kernels.mlx,
@@ -147,7 +189,7 @@ def generate(
     with _loaded(
         model,
         nodes,
-        shares,
+        _dealt(shares, placement, trunk, budgets_gb),
         plan,
         backend,
         kernels,
@@ -182,6 +224,9 @@ def chat(
     top_p: TopP = 0.95,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     shares: Shares = None,
+    placement: PlacementName = Placement.auto,
+    trunk: TrunkName = Trunk.auto,
+    budgets_gb: BudgetsGB = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
     kernels: KernelsName = Kernels.mlx,
@@ -192,8 +237,9 @@ def chat(
     Example: [bold]cenacle chat -m org/model -n 2[/]
     """
     beginning = [{"role": "system", "content": system}] if system else []
+    dealt = _dealt(shares, placement, trunk, budgets_gb)
     with _loaded(
-        model, nodes, shares, plan, backend, kernels, 0.0, 512, 32, kv_bits, None
+        model, nodes, dealt, plan, backend, kernels, 0.0, 512, 32, kv_bits, None
     ) as loaded:
         history = list(beginning)
         while True:
@@ -230,6 +276,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
     shares: Shares = None,
+    placement: PlacementName = Placement.auto,
+    trunk: TrunkName = Trunk.auto,
+    budgets_gb: BudgetsGB = None,
     plan: PlanFile = None,
     backend: BackendName = Backend.auto,
     kernels: KernelsName = Kernels.mlx,
@@ -250,7 +299,7 @@ def serve(
         with _loaded(
             model,
             nodes,
-            shares,
+            _dealt(shares, placement, trunk, budgets_gb),
             plan,
             backend,
             kernels,
@@ -268,6 +317,9 @@ def inspect(
     model: ModelName,
     nodes: Nodes = 1,
     shares: Shares = None,
+    placement: PlacementName = Placement.auto,
+    trunk: TrunkName = Trunk.auto,
+    budgets_gb: BudgetsGB = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -275,9 +327,9 @@ def inspect(
 
     Example: [bold]cenacle inspect -m DIR -n 3 --json[/]
     """
-    from .api import inspect as look
+    from .api import place
 
-    plan = look(model, nodes, _numbers(shares))
+    plan, reason = place(model, nodes, **_dealt(shares, placement, trunk, budgets_gb))
     if save is not None:
         plan.save(save)
     spec = plan.spec
@@ -290,6 +342,9 @@ def inspect(
                     "spec": spec.to_json(),
                     "nodes": plan.nodes,
                     "placement": plan.placement,
+                    "trunk": plan.trunk,
+                    "reason": reason,
+                    "exchanges": plan.exchanges if plan.nodes > 1 else 0,
                     "total_bytes": spec.total_bytes,
                     "bytes_per_rank": [b["total"] for b in per_rank],
                     "ranks": per_rank,
@@ -303,7 +358,14 @@ def inspect(
     print(f"experts     {first.experts} a layer, {spec.top_k} per token, {each} each")
     print(f"weights     {whole}, {spec.dtype}, {spec.quantization or 'not quantised'}")
     print(f"context     {spec.context or 'not said'} tokens, vocabulary {spec.vocabulary}")
+    if plan.nodes > 1:
+        print(
+            f"placement   experts {plan.placement}, trunk {plan.trunk}, "
+            f"{plan.exchanges} exchanges a token"
+        )
     print(plan.table())
+    if reason:
+        err.print(_plain(reason), soft_wrap=True)
 
 
 @app.command()
@@ -402,6 +464,8 @@ def bench(
     threads: Threads = None,
     backend: BackendName = Backend.auto,
     kernels: KernelsName = Kernels.native,
+    placement: PlacementName = Placement.auto,
+    trunk: TrunkName = Trunk.auto,
     latency_ms: LatencyMs = 0.0,
     contexts: Annotated[str, typer.Option(help="Tokens before the first.")] = "32,2048,8192",
     streams: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,2,4,8",
@@ -436,6 +500,7 @@ def bench(
         tokens,
         repeat,
         prompt,
+        {"placement": placement.value, "trunk": trunk.value},
         {"backend": backend.value, "kernels": kernels.value, "latency_s": latency_ms / 1000},
         kept,
         deadline,
@@ -479,7 +544,7 @@ def ablation(
         threads,
         backend.value,
         kernels.value,
-        tuple(_numbers(latencies, "latencies") or ()),
+        tuple(_numbers("latencies", latencies) or ()),
         tokens,
         repeat,
     )
@@ -517,6 +582,8 @@ def demo(
     nodes: Nodes = 2,
     questions: Annotated[int, typer.Option(min=1, help="How many questions.")] = 8,
     seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+    placement: PlacementName = Placement.whole,
+    trunk: TrunkName = Trunk.replicated,
     as_json: AsJson = False,
 ) -> None:
     """Two nodes answer questions with a small trained DBRX, and show how they did it.
@@ -525,7 +592,8 @@ def demo(
     """
     from .demo import run
 
-    result = run(nodes, questions, seed, Console(), _progress)
+    dealt = _dealt(None, placement, trunk, None)
+    result = run(nodes, questions, seed, Console(), _progress, dealt)
     if as_json:
         print(json.dumps(result))
     if result["right"] < 0.5 * result["asked"]:
@@ -539,7 +607,7 @@ def demo(
 def _loaded(
     model: str,
     nodes: int,
-    shares: str | None,
+    dealt: dict[str, Any],
     plan: Path | None,
     backend: Backend,
     kernels: Kernels,
@@ -559,7 +627,7 @@ def _loaded(
         loaded = load(
             model,
             nodes,
-            shares=_numbers(shares),
+            **dealt,
             plan=Plan.load(plan) if plan else None,
             backend=backend.value,
             latency_s=latency_ms / 1000,
@@ -570,6 +638,8 @@ def _loaded(
     with loaded:
         if loaded.ranks.backend_reason is not None:
             err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
+        if loaded.plan_reason:
+            err.print(_plain(loaded.plan_reason), soft_wrap=True)
         if kernels is Kernels.native:
             err.print(_plain(f"computing on {loaded.ranks.ready[0]['device']}"), soft_wrap=True)
         yield loaded
@@ -592,15 +662,31 @@ def _progress() -> Iterator[Any]:
         yield show
 
 
-def _numbers(text: str | None, option: str = "shares") -> list[float] | None:
-    if text is None:
+def _dealt(
+    shares: str | None, placement: Placement, trunk: Trunk, budgets_gb: str | None
+) -> dict[str, Any]:
+    """The arguments of `api.load` that say how to deal."""
+    budgets = _numbers("budgets-gb", budgets_gb)
+    return {
+        "shares": _numbers("shares", shares),
+        "placement": placement.value,
+        "trunk": trunk.value,
+        "budgets": [int(1e9 * b) for b in budgets] if budgets is not None else None,
+    }
+
+
+def _numbers(option: str, given: str | None) -> list[float] | None:
+    if given is None:
         return None
     try:
-        return [float(s) for s in text.split(",")]
+        numbers = [float(s) for s in given.split(",")]
     except ValueError as error:
         raise InputError(
-            f"--{option}: expected numbers such as 2,1,1, got {text!r}", option
+            f"--{option}: expected numbers such as 2,1,1, got {given!r}", option
         ) from error
+    if not all(math.isfinite(n) for n in numbers):
+        raise InputError(f"--{option}: expected finite numbers, got {given!r}", option)
+    return numbers
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def run(
     seed: int,
     console: Console,
     progress: Callable[[], AbstractContextManager[Any]],
+    dealt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Ask held-out questions and draw what happened.
 
@@ -42,6 +43,7 @@ def run(
         seed: which.
         console: where to draw.
         progress: gives the progress callback of `api.load`.
+        dealt: arguments of `api.load` that say how to place the model; None: whole experts.
 
     Returns:
         A JSON object: "asked", "right", "answers", "tok_per_s", "terms_ms", "routed", "nodes".
@@ -50,7 +52,8 @@ def run(
         raise CenacleError(f"the demo model is missing from {FOLDER}; install the package again")
     tasks = _tasks(questions, seed)
     with progress() as show:
-        model = load(str(FOLDER), nodes, measure_every=2, progress=show)
+        dealt = dealt or {"placement": "whole", "trunk": "replicated"}
+        model = load(str(FOLDER), nodes, measure_every=2, progress=show, **dealt)
     with model:
         console.print(
             f"A DBRX of {model.spec.layers} layers, {model.spec.moe[0].experts} experts each, "
@@ -102,11 +105,12 @@ def _draw_routing(console: Console, plan: Plan, routed: dict[int, dict[int, int]
     for layer in plan.layers:
         seen = routed.get(layer.layer, {})
         line = Text()
-        counts = [0] * plan.nodes
+        counts = [0.0] * plan.nodes
         for expert, parts in enumerate(layer.experts):
             times = seen.get(expert, 0)
             rank = parts[0].rank
-            counts[rank] += times
+            for part in parts:  # of an expert in slices each has its width, of replicas each a part
+                counts[part.rank] += times / len(parts)
             shade = SHADES[min(len(SHADES) - 1, -(-times * (len(SHADES) - 1) // most))]
             line.append(shade * 2, COLOURS[rank % len(COLOURS)])
         shares = Text("  ").join(

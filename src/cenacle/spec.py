@@ -21,12 +21,49 @@ class MoELayer:
         experts: number of routed experts.
         expert_bytes: bytes in memory of one routed expert.
         shared_bytes: bytes of the shared experts that are computed inside the block (0: none).
+        units: into how many equal pieces an expert's hidden width can be cut, at the borders of
+            quantisation groups (1: not at all).
+        shared_units: the same for the shared experts.
+        kept_bytes: of `expert_bytes`, what every rank with a slice holds entire (output biases).
+        shared_kept_bytes: the same of `shared_bytes`.
     """
 
     layer: int
     experts: int
     expert_bytes: int
     shared_bytes: int = 0
+    units: int = 1
+    shared_units: int = 1
+    kept_bytes: int = 0
+    shared_kept_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TrunkPart:
+    """A module that every rank needs and that can be divided among ranks: see `Plan.trunk`.
+
+    Args:
+        path: where it is in the model, such as "model.layers.3.self_attn".
+        kind: "attention" (by heads), "mlp" (a dense layer, by hidden width), "head" (the output
+            head, by rows of the vocabulary) or "tied" (a head that is the embedding: divided when
+            it is read, whole in memory).
+        units: query heads, pieces of the width, or rows.
+        unit_bytes: bytes of one unit.
+        groups: key and value heads (attention only).
+        group_bytes: bytes of one key head and one value head.
+    """
+
+    path: str
+    kind: str
+    units: int
+    unit_bytes: int
+    groups: int = 0
+    group_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all units and groups."""
+        return self.units * self.unit_bytes + self.groups * self.group_bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +80,9 @@ class ModelSpec:
         vocabulary: number of token ids.
         dtype: element type of the unquantised tensors, such as "bfloat16".
         quantization: for instance "affine 4-bit, groups of 64", or None.
+        parts: what of the trunk can be divided among ranks.
+        lookup_bytes: of `trunk_bytes`, the embedding table, of which a token reads one row.
+        unsliced: why no expert can be cut, or None.
     """
 
     family: str
@@ -54,6 +94,9 @@ class ModelSpec:
     vocabulary: int
     dtype: str
     quantization: str | None = None
+    parts: tuple[TrunkPart, ...] = ()
+    lookup_bytes: int = 0
+    unsliced: str | None = None
 
     @property
     def expert_bytes(self) -> int:

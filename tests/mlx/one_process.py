@@ -105,14 +105,17 @@ def run_ranks(
     function: Callable[[nn.Module, Collective], Any],
     wrap: Callable[[Collective], Collective] = lambda collective: collective,
     shares: tuple[float, ...] | None = None,
+    placement: str = "whole",
 ) -> list[Any]:
     """`function(model, collective)` on each of `nodes` ranks that hold a checkpoint together.
 
     Args:
         wrap: puts another collective around each rank's, for instance `Recorded`.
         shares: as in `Plan.whole`.
+        placement: "whole", "sliced" or "replicated".
     """
-    plan = Plan.whole(describe(Checkpoint.open(folder)), nodes, shares)
+    deal = getattr(Plan, placement)
+    plan = deal(describe(Checkpoint.open(folder)), nodes, shares=shares)
 
     def run(threads: Collective) -> Any:
         collective = wrap(threads)

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from cenacle.model.experts import LoopedLinear, MaskedExperts, PackedExperts, reference
+from cenacle import native
+from cenacle.model.balance import deal
+from cenacle.model.experts import (
+    LoopedLinear,
+    MaskedExperts,
+    NativeExperts,
+    PackedExperts,
+    Replicas,
+    reference,
+)
 from cenacle.model.watch import Watch
 
 WIDTH, HIDDEN, COUNT = 64, 32, 6
@@ -78,6 +87,30 @@ def test_each_rank_gives_its_part_and_the_sum_is_the_whole(cls, kind, bias, quan
         assert_close(part, reference(experts, x, ids, held))
         elsewhere = ~np.isin(np.array(ids), held)
         assert not np.array(part)[elsewhere].any(), "not exactly zero where another rank computes"
+        total = total + part
+    assert_close(total, experts(x, ids))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cls", [*LOCAL, NativeExperts])
+def test_replicas_are_computed_once(cls, shape):
+    """Every chosen expert by exactly one rank, the one that `balance.deal` says."""
+    if cls is NativeExperts and not native.available():
+        pytest.skip(native.why_not())
+    experts = stack(SwitchGLU, True, False)
+    x, ids = questions(shape, 3)
+    holders = ((0, 1), (1, 2), (0, 2), (0, 1, 2), (2,), (0,))
+    speeds = (3, 2, 1)
+    counts = np.bincount(np.array(ids).reshape(-1), minlength=COUNT)
+    dealt = np.array(deal(counts.tolist(), holders, speeds))
+    total = mx.zeros((*shape, 3, WIDTH))
+    for rank in range(3):
+        held = [e for e in range(COUNT) if rank in holders[e]]
+        part = cls(
+            rows_of(experts, held), held, COUNT, 0, Watch(), Replicas(holders, speeds, rank)
+        )(x, ids)
+        mine = np.flatnonzero(dealt == rank).tolist()
+        assert_close(part, reference(experts, x, ids, mine))
         total = total + part
     assert_close(total, experts(x, ids))
 

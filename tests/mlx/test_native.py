@@ -11,6 +11,7 @@ from one_process import load_rank
 
 from cenacle import native
 from cenacle.collective.alone import Alone
+from cenacle.model import balance
 from cenacle.model.experts import NativeExperts, PackedExperts, reference
 from cenacle.model.families import all_families
 from cenacle.model.synth import synth
@@ -322,3 +323,29 @@ def test_quantised_families(family, bits, tmp_path):
     synth(tmp_path / "m", family=family, quantize=bits, group_size=32)
     (got, _), (want, _) = both(tmp_path / "m")
     assert error(got, want) <= 5e-4
+
+
+# Replicas
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_replicas_are_dealt_as_in_python(seed):
+    random = np.random.default_rng(seed)
+    ranks, experts = int(random.integers(1, 7)), int(random.integers(1, 40))
+    holders = [
+        sorted(random.permutation(ranks)[: random.integers(0, ranks + 1)].tolist())
+        for _ in range(experts)
+    ]
+    speeds = random.integers(1, 1000, ranks).tolist()
+    dealer = native.module().Dealer(holders, speeds, 0)
+    for most in (2, 8, 200):
+        counts = random.integers(0, most, experts).tolist()
+        assert dealer.deal(counts) == balance.deal(counts, holders, speeds)
+
+
+def test_wrong_holders_are_refused():
+    extension = native.module()
+    with pytest.raises(ValueError, match="holders: expected ranks that have a speed"):
+        extension.Dealer([[0, 2]], [1, 1], 0)
+    with pytest.raises(ValueError, match="counts: expected one for every expert"):
+        extension.Dealer([[0]], [1], 0).deal([1, 2])

@@ -39,11 +39,24 @@ def test_one_rank(folder):
     replay(load_rank(folder, plan, Alone()), mx.load(str(folder / "vectors.safetensors")))
 
 
-@pytest.mark.parametrize(("nodes", "shares"), [(2, None), (3, (5, 2, 1))])
-def test_ranks_together(folder, nodes, shares):
+@pytest.mark.parametrize(
+    ("nodes", "shares", "placement"),
+    [
+        (2, None, "whole"),
+        (3, (5, 2, 1), "whole"),
+        (2, None, "sliced"),
+        (3, (2, 1, 3), "sliced"),
+        (3, (5, 2, 2), "replicated"),
+    ],
+)
+def test_ranks_together(folder, nodes, shares, placement):
     vectors = mx.load(str(folder / "vectors.safetensors"))
     mx.eval(vectors)
-    run_ranks(folder, nodes, lambda model, collective: replay(model, vectors), shares=shares)
+
+    def run(model, collective):
+        replay(model, vectors)
+
+    run_ranks(folder, nodes, run, shares=shares, placement=placement)
 
 
 def test_spec(folder):

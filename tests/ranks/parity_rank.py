@@ -30,7 +30,7 @@ def serve(channel: Channel) -> None:
     from cenacle.engine.engine import Engine, Options
     from cenacle.model.experts import parallelize
     from cenacle.model.watch import Watch
-    from cenacle.model.weights import Checkpoint, load
+    from cenacle.model.weights import Checkpoint, load, named_arrays
     from cenacle.plan import Plan
     from cenacle.request import Request, Step
 
@@ -47,6 +47,7 @@ def serve(channel: Channel) -> None:
         model = load(
             Checkpoint.open(Path(message["folder"])), plan, collective.rank, lambda *_: None
         )
+        held = sum(value.nbytes for _, value in named_arrays(model))
         kernels = message["kernels"]
         parallelize(model, plan.spec.family, plan, collective, watch, kernels)
         before = collective.traffic.calls
@@ -68,6 +69,7 @@ def serve(channel: Channel) -> None:
             {
                 "type": "result",
                 "calls": calls,
+                "bytes": held,
                 "digest": hashlib.sha256(memoryview(logits).tobytes()).hexdigest(),
                 "tokens": [t.token for t in tokens],
             }

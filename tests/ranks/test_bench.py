@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from cenacle import native
-from cenacle.bench.measure import expected_bytes, split
+from cenacle.bench.measure import expected_bytes, expected_experts, split
 from cenacle.errors import InputError
 from cenacle.model.synth import synth
 from cenacle.plan import Plan
@@ -104,7 +104,7 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path, where):
         assert ran.stdout.count("P-LR-D") >= 2
         return
     found = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
-    names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole"]
+    names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole", "ours, replicated", "ours, sliced"]
     assert [(r["latency_ms"], r["row"]) for r in found["rows"]] == [
         (ms, name) for ms in (0.3, 0.0) for name in names
     ]
@@ -148,9 +148,9 @@ def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, st
     assert "Traceback" not in ran.stderr
 
 
-def spec(experts, top_k, shared=0):
-    layers = (MoELayer(0, experts, 1000, shared), MoELayer(1, experts, 1000, shared))
-    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16")
+def spec(experts, top_k):
+    layers = (MoELayer(0, experts, 1000, units=8), MoELayer(1, experts, 1000, units=8))
+    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", lookup_bytes=100)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,17 @@ def spec(experts, top_k, shared=0):
 )  # exact, by counting
 def test_expected_bytes_are_those_of_the_busiest_rank(nodes, most):
     plan = Plan.whole(spec(16, 4), nodes)
-    mean, busiest = expected_bytes(plan, embedding=100)
+    mean, busiest = expected_bytes(plan)
     assert mean == pytest.approx([400 + 2 * 4000 / nodes] * nodes, rel=0.02)
     assert busiest == pytest.approx([400 + 2 * 1000 * most] * nodes, rel=0.02)
+
+
+def test_slices_and_replicas_leave_less_to_the_busiest_rank():
+    whole, sliced = Plan.whole(spec(16, 4), 4), Plan.sliced(spec(16, 4), 4)
+    assert expected_experts(sliced) == ([1.0] * 4, 1.0)
+    mean, most = expected_experts(Plan.replicated(spec(16, 4), 4))
+    assert mean == pytest.approx([1.0] * 4, rel=0.1)
+    assert 1.0 < most < expected_experts(whole)[1]
 
 
 def test_cores_are_dealt_where_there_are_enough():

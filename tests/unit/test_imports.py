@@ -29,7 +29,7 @@ ROOMS = (
 )
 WITHOUT_MLX = (
     *("", "errors", "spec", "plan", "request"),
-    *("engine.scheduler", "engine.terms", "engine.channel", "server.openai"),
+    *("engine.scheduler", "engine.terms", "engine.channel", "server.openai", "model.balance"),
 )
 
 

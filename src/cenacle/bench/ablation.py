@@ -33,7 +33,7 @@ from ..model.schedules import CENTRAL, SCHEDULES, Scheduled, schedule
 from ..model.watch import Watch
 from ..model.weights import Checkpoint, describe, load, locate
 from ..plan import Plan
-from .measure import expected_bytes, split
+from .measure import expected_experts, split
 from .ranks import Ranks
 
 LATENCIES_MS = (1.0, 0.3, 0.05, 0.0)
@@ -65,7 +65,7 @@ class Asked:
     latencies_ms: tuple[float, ...] = LATENCIES_MS
     tokens: int = 16
     repeat: int = 2
-    ours: tuple[str, ...] = ("whole",)
+    ours: tuple[str, ...] = ("whole", "replicated", "sliced")
     deadline_s: float = 300.0
     conditions: dict[str, Any] = field(default_factory=dict)
 
@@ -76,7 +76,8 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     Returns:
         A JSON object: "rows", each with "row", "latency_ms", "token_ms" (median, not measured
         inside), "tok_s", "terms_ms", "experts_slowest_ms" (per token, of the slowest rank of each
-        layer), "exchanges" and "exchange_bytes" per token; "compared", see `compare`.
+        layer), "expected_experts" (E[max] of a layer by the plan; schedules may run more), "exchanges"
+        and "exchange_bytes" per token; "compared", see `compare`.
 
     Raises:
         InputError, PlanError: what cannot be compared.
@@ -89,7 +90,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     cores, threads = split(asked.nodes, asked.threads)
     names = [*SCHEDULES, *(f"ours, {placement}" for placement in asked.ours)]
     seen: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
-    expected: dict[str, int] = {}
+    expected: dict[str, float] = {}
     logits: dict[str, np.ndarray] = {}
     with Ranks(asked.nodes, asked.backend, cores, threads) as ranks:
         for name in names * asked.repeat:
@@ -103,7 +104,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
                 row=name,
                 kernels=asked.kernels,
             )
-            expected[name] = max(expected_bytes(plan, plan.spec.trunk_bytes)[1])
+            expected[name] = expected_experts(plan)[1]
             for latency_ms in asked.latencies_ms:
                 say(f"{name}, {latency_ms:g} ms")
                 reports = ranks.ask(
@@ -120,7 +121,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
             "row": name,
             "latency_ms": latency_ms,
             **_numbers(seen[latency_ms, name]),
-            "expected_expert_bytes": expected[name],
+            "expected_experts": expected[name],
         }
         for latency_ms in asked.latencies_ms
         for name in names
@@ -162,12 +163,22 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
 def plan_of(row: str, checkpoint: Checkpoint, nodes: int) -> Plan:
     """The placement of a row: whole experts for the paper's schedules."""
     placement = row.removeprefix("ours, ")
-    makers = {"whole": Plan.whole}
-    if row in SCHEDULES:
-        placement = "whole"
-    if placement not in makers:
-        raise PlanError(f"placement: expected one of {', '.join(makers)}, got {placement!r}")
-    return makers[placement](describe(checkpoint), nodes)
+    spec = describe(checkpoint)
+    if row in SCHEDULES or placement == "whole":
+        return Plan.whole(spec, nodes)
+    if placement == "sliced":
+        return Plan.sliced(spec, nodes)
+    if placement == "sliced, trunk sharded":
+        return Plan.sliced(spec, nodes, trunk="sharded")
+    if placement == "replicated":
+        # Half as many experts again on every rank, at most all: the spare memory this is for.
+        experts = min(m.experts for m in spec.moe)
+        held = min(experts, -(-3 * experts // (2 * nodes)))
+        lean = Plan.whole(spec, nodes)
+        each = sum(m.expert_bytes for m in spec.moe)
+        rest = [lean.bytes_of(r)["trunk"] + lean.bytes_of(r)["shared"] for r in range(nodes)]
+        return Plan.replicated(spec, nodes, [b + held * each for b in rest])
+    raise PlanError(f"placement: expected whole, sliced or replicated, got {placement!r}")
 
 
 def full_depth(config: dict[str, Any]) -> int | None:

@@ -27,7 +27,7 @@ import numpy as np
 from .. import api
 from ..engine.engine import Options
 from ..errors import CenacleError, ClusterError, InputError
-from ..model import synth
+from ..model import balance, synth
 from ..model.weights import Checkpoint, describe, locate
 from ..plan import Plan
 from ..request import TokenEvent
@@ -54,6 +54,7 @@ class Asked:
         tokens: decoded per measurement.
         repeat: rounds.
         prompt: tokens of the prompt that is timed in each round.
+        placed: passed on to `api.place` as it is (placement, trunk, shares, budgets).
         options: passed on to `api.load` as they are (kernels, backend, latency_s, ...).
         cache: folder for what is kept between runs.
         deadline_s: longest that one process of a peer may take.
@@ -67,6 +68,7 @@ class Asked:
     tokens: int = 64
     repeat: int = 3
     prompt: int = 512
+    placed: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     cache: Path = CACHE
     deadline_s: float = 300.0
@@ -113,7 +115,9 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     setups = [setup for peer in peers for setup in peer.setups(job)]
     load, stolen = os.getloadavg()[0], _steal()
     backend = asked.options.get("backend", "auto")
-    plan = Plan.whole(spec, asked.nodes)
+    latency_s = asked.options.get("latency_s", 0.0)
+    plan, reason = api.place(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
+    say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
     say("measuring what memory, exchange and kernels give on their own")
     native = asked.options.get("kernels") == "native"
     of = (checkpoint.folder, plan) if native else (None, None)
@@ -136,7 +140,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
             bench.context(context)
         bench.concurrently()
         bench.terms()
-        bench.use(limits, embedding_bytes(checkpoint))
+        bench.use(limits)
         ranks = model.ranks_json()
         for rank, row in enumerate(bench.ranks):
             row |= {"cores": list(cores[rank]) if cores else None, **ranks[rank]}
@@ -151,6 +155,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
             "backend": model.ranks.backend,
             "kernels": ranks[0]["device"],
             "placement": model.plan.placement,
+            "trunk": model.plan.trunk,
             "options": asked.options,
             "versions": {n: importlib.metadata.version(n) for n in ("cenacle", "mlx", "mlx-lm")},
         }
@@ -313,10 +318,10 @@ class _Bench:
         self.ranks = [{"rank": r, "terms_ms": ms} for r, ms in enumerate(found.per_rank_ms())]
         self.ranks = self.ranks or [{"rank": r} for r in range(self._asked.nodes)]
 
-    def use(self, limits: dict[str, Any], embedding: int) -> None:
+    def use(self, limits: dict[str, Any]) -> None:
         """Put the decoding speed beside what the ranks' memory allows."""
         plan = self._model.plan
-        expected, busiest = expected_bytes(plan, embedding)
+        expected, busiest = expected_bytes(plan)
         speeds = limits["ranks_read_gb_s"]
         for rank, row in enumerate(self.ranks):
             row |= {"token_bytes": expected[rank], "read_gb_s": speeds[rank]}
@@ -378,42 +383,53 @@ def _row(speeds: Sequence[float], **what: int) -> dict[str, Any]:
     return {**what, "tok_s": statistics.median(speeds), "all": list(speeds)}
 
 
-def embedding_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the input embedding, of which a token reads one row; 0 if it is the head as well."""
-    names = ("embed_tokens.", "wte.", "word_embeddings.")
-    head = any("lm_head." in name or name.startswith("output.") for name in checkpoint.tensors)
-    if not head:
-        return 0
-    return sum(
-        t.stop - t.start for name, t in checkpoint.tensors.items() if any(n in name for n in names)
-    )
+def expected_experts(plan: Plan) -> tuple[list[float], float]:
+    """Whole experts' weights that a rank reads in a layer for one token, all equally likely.
+
+    Returns:
+        For each rank the mean, and E[max], the mean of what the busiest rank reads; from `DRAWS`
+        random choices in the first MoE layer.
+    """
+    layer = plan.layers[0]
+    count = len(layer.experts)
+    share = np.zeros((count, plan.nodes))
+    for expert, parts in enumerate(layer.experts):
+        for part in parts:
+            share[expert, part.rank] = (part.stop - part.start) / plan.width
+    holders = [tuple(p.rank for p in parts) for parts in layer.experts]
+    speeds = balance.speeds_of(plan.nodes, plan.shares)
+    rng = np.random.default_rng(0)
+    read = np.zeros((DRAWS, plan.nodes))
+    for draw in range(DRAWS):
+        chosen = rng.permutation(count)[: plan.spec.top_k]
+        if plan.placement == "replicated":
+            counts = np.bincount(chosen, minlength=count).tolist()
+            ranks = balance.deal_experts(counts, holders, speeds)
+            read[draw] = np.bincount([r for r in ranks if r >= 0], minlength=plan.nodes)
+        else:
+            read[draw] = share[chosen].sum(axis=0)
+    return read.mean(axis=0).tolist(), float(read.max(axis=1).mean())
 
 
-def expected_bytes(plan: Plan, embedding: int) -> tuple[list[int], list[int]]:
+def expected_bytes(plan: Plan) -> tuple[list[int], list[int]]:
     """Bytes of weights that each rank reads for one token, if all experts are equally likely.
 
     Returns:
-        For each rank the mean, and for each rank what it reads when it is the busiest of its layer
-        (E[max], from `DRAWS` random choices; the same for all): in every layer a token waits for
-        the busiest rank.
+        For each rank the mean, and for each rank what it reads where it is the busiest of every
+        layer: a token waits for that one.
     """
-    rng = np.random.default_rng(0)
-    mean = np.zeros(plan.nodes)
-    most = np.zeros(plan.nodes)
-    for layer, moe in zip(plan.layers, plan.spec.moe, strict=True):
-        share = np.zeros((moe.experts, plan.nodes))
-        for expert, parts in enumerate(layer.experts):
-            for part in parts:
-                share[expert, part.rank] += (part.stop - part.start) / plan.width
-        order = rng.random((DRAWS, moe.experts)).argsort(axis=1)[:, : plan.spec.top_k]
-        read = share[order].sum(axis=1) * moe.expert_bytes  # [draws, nodes]
-        shared = np.zeros(plan.nodes)
-        if layer.shared is not None:
-            shared[layer.shared] = moe.shared_bytes
-        mean += read.mean(axis=0) + shared
-        most += (read + shared).max(axis=1).mean()
-    trunk = plan.spec.trunk_bytes - embedding
-    return [int(trunk + m) for m in mean], [int(trunk + m) for m in most]
+    spec = plan.spec
+    common = spec.trunk_bytes - spec.lookup_bytes - sum(p.bytes for p in spec.parts)
+    own = [
+        common + sum(plan.part_bytes(p, r) for p in spec.parts) + plan.bytes_of(r)["shared"]
+        for r in range(plan.nodes)
+    ]
+    mean, most = expected_experts(plan)
+    each = sum(m.expert_bytes for m in spec.moe)
+    return (
+        [int(o + m * each) for o, m in zip(own, mean, strict=True)],
+        [int(o + most * each) for o in own],
+    )
 
 
 def prepared(model: str | None, name: str | None, quantize: int, cache: Path, say: Say) -> str:

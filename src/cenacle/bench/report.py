@@ -22,7 +22,7 @@ def show_bench(result: dict[str, Any], console: Console) -> None:
         f"{result['model']}: {result['family']}, {result['quantization'] or result['dtype']}; "
         f"{on['nodes']} nodes of {on['threads']} threads on {on['cores']} cores"
         f"{'' if on['pinned'] else ' (not pinned)'}, {on['kernels']}, {on['backend']}, "
-        f"{on['placement']}; load before {on['load_before']}"
+        f"experts {on['placement']}, trunk {on['trunk']}; load before {on['load_before']}"
     )
     table = Table("what", "tok/s", "", box=None)
     for row in result["prefill"]:

@@ -75,6 +75,10 @@ class Family:
         config: gives the config keys that mlx-lm needs and transformers 5 no longer writes.
         before: applied to the checkpoint's tensors before mlx-lm's own conversion.
         once: biases inside the block that follow the experts' sum: one rank adds them.
+        heads: attention is plain: q, k and v projections (or one of all three), norms of single
+            heads, attention over heads, an output projection. Then heads can be dealt to ranks.
+        interleaved: fused gate and up projections on the hub alternate rows, others have halves.
+        unsliced: why an expert cannot be cut by its hidden width: it is then not a sum over it.
         metal_only: mlx-lm's own code for it is written as Metal kernels.
         note: what is special, for `cenacle families`.
     """
@@ -84,6 +88,9 @@ class Family:
     config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     before: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = None
     once: tuple[str, ...] = ()
+    heads: bool = False
+    interleaved: bool = False
+    unsliced: str | None = None
     metal_only: bool = False
     note: str = ""
 
@@ -174,12 +181,12 @@ def _longcat(block: Any, x: mx.array, *, all_sum: Sum) -> mx.array:
 def _gpt_oss(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """transformers saves unquantised gpt-oss experts as [experts, in, out] without ".weight"."""
     return {
-        f"{k}.weight" if _PLAIN.search(k) else k: v.swapaxes(1, 2) if _PLAIN.search(k) else v
+        f"{k}.weight" if _UNNAMED.search(k) else k: v.swapaxes(1, 2) if _UNNAMED.search(k) else v
         for k, v in weights.items()
     }
 
 
-_PLAIN = re.compile(r"\.experts\.(gate_up|down)_proj$")
+_UNNAMED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 
 def _stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -201,13 +208,15 @@ def _head_dim(config: dict[str, Any]) -> int:
 
 
 GENERIC = Family()
+_PLAIN = Family(heads=True)
 FAMILIES: dict[str, Family] = {
-    "dbrx": Family(note="experts come as a list and are prestacked on loading"),
+    "dbrx": Family(heads=True, note="experts come as a list and are prestacked on loading"),
     "exaone_moe": Family(
+        heads=True,
         config=lambda c: {
             "head_dim": _head_dim(c),
             "is_moe_layer": [kind == "sparse" for kind in c.get("mlp_layer_types", ())],
-        }
+        },
     ),
     "glm_moe_dsa": Family(
         config=lambda _: {
@@ -216,16 +225,23 @@ FAMILIES: dict[str, Family] = {
             "moe_layer_freq": 1,
         }
     ),
-    "gpt_oss": Family(before=_gpt_oss, note="clipped SwiGLU, expert biases"),
+    "gpt_oss": Family(
+        before=_gpt_oss, heads=True, interleaved=True, note="clipped SwiGLU, expert biases"
+    ),
     "kimi_k3": Family(
         sum_before="routed_expert_norm", note="the sum of latent experts is normalised"
     ),
     "longcat_flash": Family(forward=_longcat, note="zero-computation experts return the token"),
     "longcat_flash_ngram": Family(forward=_longcat, note="as longcat_flash"),
-    # It normalises each expert's output before the weighted sum: zero stays zero, so whole experts
-    # on several ranks are right; slices of an expert would not be.
-    "muse_spark": Family(metal_only=True, note="never run: needs Metal"),
-    "nemotron_h": Family(once=("fc2_latent_proj.bias",), note="latent experts are projected back"),
+    "muse_spark": Family(
+        metal_only=True,
+        note="never run: needs Metal",
+        # Zero stays zero, so whole experts on several ranks are right.
+        unsliced="each expert's output is normalised before the weighted sum",
+    ),
+    "nemotron_h": Family(
+        once=("fc2_latent_proj.bias",), heads=True, note="latent experts are projected back"
+    ),
     "minimax_m2": Family(
         config=lambda c: {
             "shared_intermediate_size": 0,
@@ -235,11 +251,35 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": Family(before=_stacked),
     "qwen3_next": Family(config=lambda _: {"norm_topk_prob": True}),
     "solar_open": Family(
+        heads=True,
         config=lambda c: {
             "intermediate_size": c["moe_intermediate_size"],
             "first_k_dense_replace": 0,
             "partial_rotary_factor": 1.0,
-        }
+        },
+    ),
+    # Nothing is special but that their heads can be dealt to ranks.
+    **dict.fromkeys(
+        (
+            "Klear",
+            "deepseek",
+            "dots1",
+            "ernie4_5_moe",
+            "glm4_moe",
+            "granitemoe",
+            "granitemoehybrid",
+            "jamba",
+            "lfm2_moe",
+            "llama4",
+            "mellum",
+            "mimo_v2_flash",
+            "mixtral",
+            "phimoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_vl_moe",
+        ),
+        _PLAIN,
     ),
 }
 

@@ -12,6 +12,7 @@ Next: `weights.py` loads the rows that `LocalExperts` needs; `engine/engine.py` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +22,9 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from .. import native
 from ..collective.base import Collective
 from ..plan import Plan
-from . import architecture, native_layers
+from . import architecture, balance, native_layers
 from .architecture import Family, Sum
+from .trunk import divide, silence_bias
 from .watch import Watch
 
 _LINEARS = ("gate_proj", "up_proj", "fc1", "down_proj", "fc2")  # the last of a stack comes last
@@ -39,6 +41,22 @@ def reference(experts: nn.Module, x: mx.array, ids: mx.array, held: Sequence[int
     return mx.where(mine[..., None], y, 0)
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """Which ranks hold each expert, how fast ranks are, and which rank this is."""
+
+    holders: tuple[tuple[int, ...], ...]
+    speeds: tuple[int, ...]
+    rank: int
+
+    def others(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the chosen experts `ids` another rank computes: a boolean for each id."""
+        count = len(self.holders)
+        counts = np.bincount(ids.reshape(-1), minlength=count + 1)[:count]
+        dealt = balance.deal(counts.tolist(), self.holders, self.speeds)
+        return np.array([*dealt, -1])[ids] != self.rank
+
+
 class LocalExperts(nn.Module):
     """The stacked experts that this rank holds, called with global expert ids.
 
@@ -48,13 +66,21 @@ class LocalExperts(nn.Module):
         count: number of experts of the layer on all ranks; ids >= count are nobody's.
         layer: index of the layer, for measurements.
         watch: takes note of the ids when a step is measured.
+        replicas: who else holds what is held here, or None: nobody.
     """
 
     def __init__(
-        self, experts: nn.Module, held: Sequence[int], count: int, layer: int, watch: Watch
+        self,
+        experts: nn.Module,
+        held: Sequence[int],
+        count: int,
+        layer: int,
+        watch: Watch,
+        replicas: Replicas | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
+        self._replicas = replicas
         # Global id -> row here, or -1. One entry more: the id that is nobody's.
         rows = np.full(count + 1, -1, dtype=np.int32)
         rows[list(held)] = np.arange(len(held), dtype=np.int32)
@@ -74,16 +100,25 @@ class LocalExperts(nn.Module):
         """x [..., width], ids [..., k] -> [..., k, width], zero where another rank computes."""
         raise NotImplementedError
 
+    def rows(self, ids: mx.array) -> np.ndarray:
+        """The row of each chosen expert, or -1: another rank computes it. Asks the host."""
+        chosen = np.asarray(ids)
+        rows = self._rows[chosen]
+        if self._replicas is not None:
+            rows[self._replicas.others(chosen)] = -1
+        return rows
+
 
 class MaskedExperts(LocalExperts):
     """Stays in the lazy graph: absent experts are computed as row 0 and masked.
 
-    For devices on which asking the host costs more than the wasted work (Metal, CUDA).
+    For devices on which asking the host costs more than the wasted work (Metal, CUDA). Where
+    experts have replicas it asks all the same.
     """
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
         """See `LocalExperts`."""
-        row = self._row_of[ids]
+        row = self._row_of[ids] if self._replicas is None else mx.array(self.rows(ids))
         y = self.experts(x, mx.maximum(row, 0))
         return mx.where((row >= 0)[..., None], y, mx.zeros((), y.dtype))
 
@@ -96,7 +131,7 @@ class PackedExperts(LocalExperts):
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
         """See `LocalExperts`."""
-        row = self._rows[np.asarray(ids)]
+        row = self.rows(ids)
         k = row.shape[-1]
         pairs = np.flatnonzero(row >= 0)
         # A rank without work still builds one pair's graph, never evaluated, for its type: ranks
@@ -128,16 +163,25 @@ class NativeExperts(LocalExperts):
         return plain and None not in map(native_layers.weights, linears)
 
     def __init__(
-        self, experts: nn.Module, held: Sequence[int], count: int, layer: int, watch: Watch
+        self,
+        experts: nn.Module,
+        held: Sequence[int],
+        count: int,
+        layer: int,
+        watch: Watch,
+        replicas: Replicas | None = None,
     ) -> None:
-        super().__init__(experts, held, count, layer, watch)
+        super().__init__(experts, held, count, layer, watch, replicas)
         act = native_layers.activation(experts)
         assert act is not None
         made = [native_layers.weights(experts[n]) for n in _LINEARS if n in experts]
         *inputs, down = made
         extension = native.module()
         self._experts = extension.experts
-        self._stack = extension.Stack(inputs, down, self._row_of, *act)
+        dealer = None
+        if replicas is not None:
+            dealer = extension.Dealer(replicas.holders, replicas.speeds, replicas.rank)
+        self._stack = extension.Stack(inputs, down, self._row_of, *act, dealer)
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
         """See `LocalExperts`."""
@@ -257,6 +301,8 @@ def parallelize(
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     swapped = kernels == "native" and native_layers.usable()
     for block, layer in zip(architecture.blocks(model), plan.layers, strict=True):
+        if layer.slice_of(collective.rank)[0]:
+            silence_bias(next(block.linears[n] for n in ("down_proj", "fc2") if n in block.linears))
         local: type[LocalExperts] = PackedExperts if on_cpu else MaskedExperts
         if swapped and NativeExperts.can(block.experts):
             local = NativeExperts
@@ -264,13 +310,22 @@ def parallelize(
             _loop_where_mlx_cannot_gather(block)
         held = layer.held_by(collective.rank)
         count = len(layer.experts)
-        block.module[block.switch] = local(block.experts, held, count, block.layer, watch)
+        holders = layer.holders(collective.rank)
+        replicas = None
+        if any(len(ranks) > 1 for ranks in holders):
+            speeds = tuple(balance.speeds_of(plan.nodes, plan.shares))
+            replicas = Replicas(holders, speeds, collective.rank)
+        block.module[block.switch] = local(block.experts, held, count, block.layer, watch, replicas)
+        mine = layer.shared_of(collective.rank)
+        for name in block.shared if mine is not None and mine[0] else ():
+            silence_bias(block.module[name].down_proj)
         if collective.rank:
             for path in row.once:
                 _zero(block.module, path)
         inside = block.sums_inside(row)
         wrapped = ExpertParallel(block.module, collective, watch, row, inside)
         architecture.replace(model, block.path, wrapped)
+    divide(model, plan, collective, watch)
     if swapped:
         native_layers.swap(model, keep=(LoopedLinear,))
 

@@ -7,6 +7,10 @@ splitting, dequantising: its `sanitize`) and on the quantisation. It is given a 
 only this rank's experts exist, numbered from 0, and a config with that many experts; so no family
 needs code of its own here. Tensors with one expert each are MLX's lazy arrays, read when they are
 evaluated; of a tensor that stacks a layer's experts only this rank's rows are read.
+Where a plan cuts experts, their tensors are cut before `sanitize` if their names and shapes say
+which axis is the hidden width (`cuts.py`), and after it if not: then each is read entirely, one at
+a time. What is cut of the trunk passes through `sanitize` first; tensors that come out as they went
+in are read by byte range, others cut lazily.
 Next: `experts.py` wraps the loaded blocks.
 """
 
@@ -16,8 +20,10 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,13 +36,15 @@ from mlx_lm import utils as mlx_lm_utils
 from ..errors import CenacleError, CheckpointError, PlanError
 from ..plan import Plan, human
 from ..spec import ModelSpec, MoELayer
-from . import architecture
+from . import architecture, cuts
 from .experts import Silent
 
 Progress = Callable[[int, int], None]
 """Called with bytes of weights in memory so far and bytes in all."""
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+_BLOCK = 1 << 20  # bytes read at a time of rows of which only columns are wanted
+_GAP = 8192  # bytes; two pages: less is not worth another read
 
 # safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
 _DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
@@ -196,25 +204,97 @@ def read_rows(tensor: Tensor, experts: int, wanted: list[int]) -> mx.array:
     Raises:
         CheckpointError: the file ended or could not be read.
     """
-    _, carrier, dtype = _DTYPES[tensor.dtype]
     rows = tensor.shape[0] // experts
-    row_bytes = (tensor.stop - tensor.start) // experts
-    out = np.empty(len(wanted) * row_bytes, dtype=np.uint8)
+    got = read_parts(tensor, (experts, rows, *tensor.shape[1:]), wanted, 0, [(0, experts)])
+    return got.reshape(len(wanted) * rows, *tensor.shape[1:])
+
+
+def read_parts(
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    wanted: list[int],
+    axis: int,
+    ranges: Sequence[tuple[int, int]],
+) -> mx.array:
+    """Read the `ranges` along one axis of some items of a tensor, no byte twice.
+
+    Memory: the result, and `_BLOCK` bytes or one row more. Neighbouring pieces with less than
+    `_GAP` bytes between them are read with what lies between: a disk reads whole pages anyway.
+
+    Args:
+        shape: how to look at the tensor; as many elements as it has.
+        wanted: indices along the first axis, ascending.
+        axis: which axis is cut; 0: none, and `ranges` are ignored.
+        ranges: [start, stop) along `axis`, ascending.
+
+    Raises:
+        CheckpointError: the file ended or could not be read.
+    """
+    cut = cuts.View(shape, axis, tuple(ranges)).cut
+    data = _gather(tensor, shape, wanted, axis, ranges)
+    return _as_array(tensor, data, [len(wanted), *cut[1:]])
+
+
+def _as_array(tensor: Tensor, data: np.ndarray, shape: Sequence[int]) -> mx.array:
+    """Bytes of a tensor's type as an array."""
+    _, carrier, dtype = _DTYPES[tensor.dtype]
+    array = mx.array(data.reshape(-1).view(carrier).reshape(shape))
+    return array.view(dtype) if carrier is np.uint16 and dtype == mx.bfloat16 else array
+
+
+def _gather(
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    wanted: list[int],
+    axis: int,
+    ranges: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """The bytes of `read_parts`, [rows, bytes of a row]."""
+    item = (tensor.stop - tensor.start) // shape[0]
+    across = math.prod(shape[1:axis]) if axis else 1
+    row = item // across
+    each = row // shape[axis] if axis else row
+    pieces = [(a * each, b * each) for a, b in ranges] if axis else [(0, row)]
+    width = sum(b - a for a, b in pieces)
+    gaps = [a - b for (_, b), (a, _) in pairwise([*pieces, (row + pieces[0][0], 0)])]
+    out = np.empty((len(wanted) * across, width), dtype=np.uint8)
     with tensor.file.open("rb", buffering=0) as f:
         at = 0
         for first, count in _runs(wanted):
-            f.seek(tensor.start + first * row_bytes)
-            view = memoryview(out.data)[at : at + count * row_bytes]
-            while view:
-                got = f.readinto(view)
-                if not got:
-                    raise CheckpointError(
-                        f"{tensor.file}: the file ended inside {tensor.name}; fetch it again"
-                    )
-                view = view[got:]
-            at += count * row_bytes
-    array = mx.array(out.view(carrier).reshape(len(wanted) * rows, *tensor.shape[1:]))
-    return array.view(dtype) if carrier is np.uint16 and dtype == mx.bfloat16 else array
+            begin, rows = tensor.start + first * item, count * across
+            if len(pieces) == 1 and gaps == [0]:
+                _read(f, tensor, begin, out[at : at + rows])
+            elif max(gaps) >= _GAP:
+                for i in range(rows):
+                    to = 0
+                    for a, b in pieces:
+                        _read(f, tensor, begin + i * row + a, out[at + i, to : to + b - a])
+                        to += b - a
+            else:
+                low, high = pieces[0][0], pieces[-1][1]
+                step = max(1, _BLOCK // row)
+                block = np.empty(step * row, dtype=np.uint8)
+                for i in range(0, rows, step):
+                    some = min(step, rows - i)
+                    _read(f, tensor, begin + i * row + low, block[low : (some - 1) * row + high])
+                    lines, to = block[: some * row].reshape(some, row), 0
+                    for a, b in pieces:
+                        out[at + i : at + i + some, to : to + b - a] = lines[:, a:b]
+                        to += b - a
+            at += rows
+    return out
+
+
+def _read(f: FileIO, tensor: Tensor, start: int, into: np.ndarray) -> None:
+    f.seek(start)
+    view = memoryview(into.reshape(-1).data)
+    while view:
+        got = f.readinto(view)
+        if not got:
+            raise CheckpointError(
+                f"{tensor.file}: the file ended inside {tensor.name}; fetch it again"
+            )
+        view = view[got:]
 
 
 def _runs(numbers: list[int]) -> Iterable[tuple[int, int]]:
@@ -314,23 +394,38 @@ def _partial(
                     f"({sorted(counts)}) are not supported"
                 )
             self._count = counts.pop()
-            if plan is not None:
-                _check_plan(plan, found)
-            layers = plan.layers if plan is not None else [None] * len(found)
-            self._held: dict[int, list[int]] = {}
+            self._held: dict[int, list[int]] = {b.layer: list(range(self._count)) for b in found}
+            self._slices: dict[int, cuts.Slice] = {}
+            self._cuts: dict[str, cuts.Cut] = {}  # of the trunk and the shared experts
             self._absent: list[str] = []
-            for block, layer in zip(found, layers, strict=True):
-                held = range(self._count) if layer is None else layer.held_by(rank)
-                self._held[block.layer] = list(held)
-                _shrink(block, len(held))
-                if layer is None or layer.shared == rank or block.sums_inside(family):
-                    continue
-                for name in block.shared:
-                    block.module[name] = Silent()
-                    self._absent.append(f"{block.path}.{name}.")
+            if plan is None:
+                return
+            _check_plan(plan, found)
+            self._cuts = cuts.of_trunk(self, plan, rank)
+            for block, layer in zip(found, plan.layers, strict=True):
+                held = self._held[block.layer] = list(layer.held_by(rank))
+                if len(held) < self._count:
+                    for linear in block.linears.values():
+                        _keep_rows(linear, len(held))
+                start, stop = layer.slice_of(rank)
+                if stop - start < plan.width:
+                    self._slices[block.layer] = cuts.of_experts(block, (start, stop, plan.width))
+                mine = layer.shared_of(rank)
+                for name in block.shared if not block.sums_inside(family) else ():
+                    if mine is None:
+                        block.module[name] = Silent()
+                        self._absent.append(f"{block.path}.{name}.")
+                    elif len(layer.shared) > 1:
+                        units = layer.shared[-1].stop
+                        self._cuts |= cuts.of_mlp(self, f"{block.path}.{name}", (*mine, units))
+            for by in (self._cuts, *(s.cuts for s in self._slices.values())):
+                for path, cut in by.items():
+                    _cut_module(self, path, cut)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            own = _own(weights, checkpoint, self._held, self._count)
+            shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
+            views = cuts.views(shapes, self._slices, self._count, family)
+            own = _own(weights, checkpoint, self._held, self._count, views)
             if family.before is not None:
                 own = family.before(own)
             sizes = {len(held) for held in self._held.values()}
@@ -341,7 +436,16 @@ def _partial(
             if hasattr(namer, "sanitize"):
                 own = namer.sanitize(own)
             own = architecture.prestack_weights(own)
-            return {k: v for k, v in own.items() if not k.startswith(tuple(self._absent))}
+            by = dict(self._cuts)
+            if not views:
+                for part in self._slices.values():
+                    by |= part.cuts
+            names = {id(array): name for name, array in weights.items()}
+            return {
+                k: _cut_array(k, v, by, checkpoint.tensors.get(names.get(id(v), "")))
+                for k, v in own.items()
+                if not k.startswith(tuple(self._absent))
+            }
 
     return Partial, arguments
 
@@ -356,11 +460,37 @@ def _check_plan(plan: Plan, found: list[architecture.Block]) -> None:
         )
 
 
-def _shrink(block: architecture.Block, rows: int) -> None:
-    for linear in block.linears.values():
-        linear.weight = linear.weight[:rows]
-        if "bias" in linear:
-            linear.bias = linear.bias[:rows]
+def _keep_rows(linear: nn.Module, rows: int) -> None:
+    """Give a stacked layer of an unloaded model fewer experts."""
+    for name in ("weight", "bias"):
+        if name in linear:
+            linear[name] = linear[name][:rows]
+
+
+def _cut_module(model: nn.Module, path: str, cut: cuts.Cut) -> None:
+    """Give a module of an unloaded model the shapes of its slice."""
+    node = architecture.get(model, path)
+    if isinstance(node, mx.array):  # a vector with an entry per head
+        architecture.replace(model, path, cut.apply(node, "weight"))
+        return
+    for name in ("weight", "bias"):
+        if name in node:
+            node[name] = cut.apply(node[name], name)
+
+
+def _cut_array(
+    name: str, array: mx.array, by: dict[str, cuts.Cut], tensor: Tensor | None
+) -> mx.array:
+    """The rank's part of a converted tensor; `tensor`: where it is, if it was not converted."""
+    path, _, leaf = name.rpartition(".")
+    cut, leaf = (by[name], "weight") if name in by else (by.get(path), leaf)
+    axis = cut.axis_of(leaf, array.ndim) if cut is not None else None
+    if cut is None or axis is None:
+        return array
+    if tensor is None or tensor.shape != tuple(array.shape):
+        return cut.apply(array, leaf)
+    ranges = cut.ranges_in(array.shape[axis])
+    return read_parts(tensor, (1, *tensor.shape), [0], axis + 1, ranges)[0]
 
 
 def _own(
@@ -368,24 +498,55 @@ def _own(
     checkpoint: Checkpoint,
     held: dict[int, list[int]],
     count: int,
+    views: dict[str, cuts.View],
 ) -> dict[str, mx.array]:
-    """The checkpoint as if only the held experts existed, numbered from 0 in every layer."""
+    """The checkpoint as if only the held experts existed, numbered from 0 in every layer, and only
+    what `views` shows of them."""
     own = {}
+    together: dict[tuple[str, str, cuts.View], dict[str, str]] = {}
     for name, array in weights.items():
         layer = architecture.layer_of(name)
         mine = held.get(layer) if layer is not None else None
         single = architecture.SINGLE.fullmatch(name)
-        if mine is None or len(mine) == count:
+        view = views.get(name)
+        if mine is None or (len(mine) == count and view is None):
             own[name] = array
         elif single is not None:
             expert = int(single["expert"])
-            if expert in mine:
-                own[f"{single['head']}.{mine.index(expert)}.{single['tail']}"] = array
+            if expert not in mine:
+                continue
+            local = f"{single['head']}.{mine.index(expert)}.{single['tail']}"
+            own[local] = array
+            if view is not None:
+                together.setdefault((single["head"], single["tail"], view), {})[local] = name
+        elif view is not None:
+            got = read_parts(checkpoint.tensors[name], view.shape, mine, view.axis, view.ranges)
+            # DBRX's experts share one axis with their width: give it back so.
+            flat = len(view.shape) > len(array.shape)
+            own[name] = got.reshape(-1, *got.shape[2:]) if flat else got
         elif architecture.STACKED.fullmatch(name) and array.ndim and array.shape[0] % count == 0:
             own[name] = read_rows(checkpoint.tensors[name], count, mine)
         else:
             own[name] = array
+    for (_, _, view), names in together.items():
+        array = _read_together([checkpoint.tensors[n] for n in names.values()], view)
+        for i, name in enumerate(names):
+            own[name] = array[i]
     return own
+
+
+def _read_together(tensors: list[Tensor], view: cuts.View) -> mx.array:
+    """The same part of several tensors, [tensors, ...].
+
+    In one array, because it is freed as a whole when experts have been stacked; many small ones
+    would stay with the process.
+    """
+    if len({t.dtype for t in tensors}) > 1:
+        raise CheckpointError(
+            f"{tensors[0].file}: {tensors[0].name} and its like have different types"
+        )
+    parts = [_gather(t, view.shape, [0], view.axis, view.ranges) for t in tensors]
+    return _as_array(tensors[0], np.concatenate(parts), [len(parts), *view.cut[1:]])
 
 
 def named_arrays(model: nn.Module) -> list[tuple[str, mx.array]]:
@@ -414,7 +575,21 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
         experts = sum(under(f"{block.path}.{block.switch}.{n}") for n in block.linears)
         names = () if block.sums_inside(row) else block.shared
         shared = sum(under(f"{block.path}.{n}") for n in names)
-        layers.append(MoELayer(block.layer, block.count, experts // block.count, shared))
+        units, kept = cuts.units_of_experts(block) if row.unsliced is None else (1, 0)
+        shared_units, shared_kept = cuts.units_of_shared([block.module[n] for n in names])
+        layers.append(
+            MoELayer(
+                block.layer,
+                block.count,
+                experts // block.count,
+                shared,
+                units,
+                shared_units if shared else 1,
+                kept,
+                shared_kept,
+            )
+        )
+    parts = cuts.parts_of_trunk(model, row)
     spread = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
     config = checkpoint.config
     dtypes: Counter[str] = Counter()
@@ -431,6 +606,9 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
         vocabulary=architecture.first(config, ("vocab_size",)) or 0,
         dtype=dtypes.most_common(1)[0][0],
         quantization=_quantization(config),
+        parts=parts,
+        lookup_bytes=cuts.lookup_bytes(model, parts),
+        unsliced=row.unsliced,
     )
 
 

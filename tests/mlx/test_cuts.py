@@ -1,0 +1,326 @@
+"""What a rank reads of tensors that a plan cuts: the file's values, each byte once, for every way
+in which a checkpoint holds experts."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from one_process import VECTORS, in_threads, load_rank
+
+from cenacle.collective.alone import Alone
+from cenacle.errors import CheckpointError, PlanError
+from cenacle.model import architecture, cuts
+from cenacle.model.cuts import Cut
+from cenacle.model.synth import synth
+from cenacle.model.weights import Checkpoint, build, describe, read_parts
+from cenacle.plan import Plan
+
+IO = Path("/proc/self/io")
+WEIGHTS = "model.safetensors"
+
+
+def bytes_read() -> int:
+    return int(IO.read_text().split("rchar:")[1].split()[0])
+
+
+def saved(folder: Path, array: mx.array):
+    mx.save_safetensors(str(folder / WEIGHTS), {"x": array})
+    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    return Checkpoint.open(folder).tensors["x"]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint8])
+@pytest.mark.parametrize(
+    ("shape", "wanted", "axis", "ranges"),
+    [
+        ((5, 3, 4), [1, 2, 4], 0, []),
+        ((5, 7, 4), [0, 1, 4], 1, [(2, 5)]),
+        ((5, 7, 4), [3], 1, [(0, 7)]),
+        ((5, 7, 40), [0, 3], 2, [(0, 3), (10, 12), (39, 40)]),
+        ((4, 8), [2], 1, [(3, 8)]),
+        ((2, 700, 1200), [0, 1], 2, [(600, 1200)]),  # many blocks
+        ((2, 6, 70000), [1], 2, [(10, 20), (30000, 50000)]),  # pieces far from each other
+        ((1, 4, 3, 5), [0], 2, [(1, 2)]),
+    ],
+)
+def test_parts_are_the_files(tmp_path, dtype, shape, wanted, axis, ranges):
+    values = np.random.default_rng(1).integers(0, 250, shape)
+    tensor = saved(tmp_path, mx.array(values).astype(dtype))
+    got = read_parts(tensor, shape, wanted, axis, ranges)
+    want = values[wanted]
+    if axis:
+        want = np.concatenate([want.take(range(a, b), axis) for a, b in ranges], axis)
+    assert got.dtype == dtype
+    assert mx.array_equal(got, mx.array(want).astype(dtype))
+
+
+@pytest.mark.skipif(not IO.exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("shape", "axis", "ranges", "expected"),
+    [
+        ((4, 100, 1000), 1, [(25, 50)], 4 * 25 * 1000 * 4),  # rows: exactly the rank's
+        ((4, 100, 1000), 2, [(500, 1000)], 4 * 100 * 1000 * 4),  # gaps under two pages: all, once
+        ((4, 100, 20000), 2, [(5000, 10000)], 4 * 100 * 5000 * 4),  # wide gaps: the rank's
+    ],
+)
+def test_no_byte_is_read_twice(tmp_path, shape, axis, ranges, expected):
+    tensor = saved(tmp_path, mx.zeros(shape))
+    before = bytes_read()
+    overhead = bytes_read() - before  # of asking
+    before = bytes_read()
+    read_parts(tensor, shape, list(range(shape[0])), axis, ranges)
+    got = bytes_read() - before - overhead
+    assert expected - 2**13 <= got <= expected
+
+
+def test_a_file_that_ends(tmp_path):
+    tensor = saved(tmp_path, mx.zeros((4, 100)))
+    with pytest.raises(CheckpointError, match="the file ended inside x; fetch it again"):
+        read_parts(replace(tensor, stop=tensor.stop + 1600), (8, 100), [7], 1, [(0, 50)])
+
+
+# Cuts
+
+
+def test_borders_inside_a_group_are_refused():
+    cut = Cut(-1, ((0, 48),), 128)
+    assert cut.apply(mx.zeros((3, 16)), "weight").shape == (3, 6)  # 4 bits: 16 words of 8
+    with pytest.raises(CheckpointError, match="not at borders of an axis of 4; use --placement"):
+        cut.apply(mx.zeros((3, 4)), "scales")
+    with pytest.raises(CheckpointError, match="named qweight cannot be cut; use --placement"):
+        cut.apply(mx.zeros((3, 4)), "qweight")
+
+
+def test_output_biases_are_not_cut():
+    assert Cut(-1, ((0, 2),), 4).apply(mx.zeros(5), "bias").shape == (5,)
+    assert Cut(-2, ((0, 2), (3, 4)), 4).apply(mx.zeros((6, 4)), "bias").shape == (6, 3)
+
+
+# The ways in which checkpoints hold experts; each is made of what mlx-lm's own names hold
+
+
+def opened(folder: Path) -> dict[str, mx.array]:
+    """A checkpoint's tensors, in memory; the files are gone."""
+    tensors = {}
+    for file in folder.glob("model*.safetensors"):
+        tensors |= mx.load(str(file))
+    mx.eval(tensors)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    return tensors
+
+
+def rewritten(folder: Path, family: str, change, options: dict | None = None) -> Path:
+    """A synthetic checkpoint with its experts as on the hub: change(gate, up, down) by name."""
+    synth(folder, family=family, **(options or {}))
+    tensors = opened(folder)
+    made = {}
+    for name, value in tensors.items():
+        head, _, tail = name.partition(".switch_mlp.")
+        if not tail:
+            head, _, tail = name.partition(".experts.")
+        if not tail:
+            made[name] = value
+        elif tail == "gate_proj.weight":
+            at = name.removesuffix(tail)
+            parts = {
+                f"{n}_{leaf}": tensors.get(f"{at}{n}_proj.{leaf}")
+                for n in ("gate", "up", "down")
+                for leaf in ("weight", "bias", "scales")
+            }
+            made |= {f"{head}.{k}": v for k, v in change(**parts).items()}
+    mx.save_safetensors(str(folder / WEIGHTS), made)
+    return folder
+
+
+def alternate(gate, up, axis):
+    return mx.stack([gate, up], axis=axis + 1).flatten(axis, axis + 1)
+
+
+def gpt_oss(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, **_):
+    return {
+        "experts.gate_up_proj": alternate(gate_weight, up_weight, 1).swapaxes(1, 2),
+        "experts.down_proj": down_weight.swapaxes(1, 2),
+        "experts.gate_up_proj_bias": alternate(gate_bias, up_bias, 1),
+        "experts.down_proj_bias": down_bias,
+    }
+
+
+def gpt_oss_mxfp4(gate_weight, up_weight, down_weight, gate_scales, up_scales, down_scales, **rest):
+    def blocks(w):
+        return w.view(mx.uint8).reshape(*w.shape[:2], -1, 16)
+
+    return {
+        "experts.gate_up_proj_blocks": blocks(alternate(gate_weight, up_weight, 1)),
+        "experts.down_proj_blocks": blocks(down_weight),
+        "experts.gate_up_proj_scales": alternate(gate_scales, up_scales, 1),
+        "experts.down_proj_scales": down_scales,
+        "experts.gate_up_proj_bias": alternate(rest["gate_bias"], rest["up_bias"], 1),
+        "experts.down_proj_bias": rest["down_bias"],
+    }
+
+
+def halves_turned(gate_weight, up_weight, down_weight, **_):
+    both = mx.concatenate([gate_weight, up_weight], axis=1)
+    return {
+        "experts.gate_up_proj": both.swapaxes(1, 2),
+        "experts.down_proj": down_weight.swapaxes(1, 2),
+    }
+
+
+def halves(gate_weight, up_weight, down_weight, **_):
+    both = mx.concatenate([gate_weight, up_weight], axis=1)
+    return {"experts.gate_up_proj": both, "experts.down_proj": down_weight}
+
+
+def granite(gate_weight, up_weight, down_weight, **_):
+    return {
+        "input_linear.weight": mx.concatenate([gate_weight, up_weight], axis=1),
+        "output_linear.weight": down_weight,
+    }
+
+
+FORMS = {
+    "gpt_oss": gpt_oss,
+    "gpt_oss mxfp4": gpt_oss_mxfp4,
+    "qwen3_vl_moe": halves_turned,
+    "llama4": halves_turned,
+    "qwen3_5_moe": halves,
+    "mistral4": halves,
+    "granitemoe": granite,
+}
+
+
+def form(tmp_path: Path, name: str) -> Path:
+    family, _, mode = name.partition(" ")
+    quantised = {"quantize": 4, "group_size": 32, "mode": mode} if mode else None
+    return rewritten(tmp_path, family, FORMS[name], quantised)
+
+
+def parameters(model) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def assert_slices_make_the_whole(folder: Path, plan: Plan) -> None:
+    whole = parameters(build(Checkpoint.open(folder), None, 0))
+    ranks = [parameters(build(Checkpoint.open(folder), plan, r)) for r in range(plan.nodes)]
+    cut = 0
+    for name, value in whole.items():
+        parts = [rank[name] for rank in ranks]
+        if all(p.shape == value.shape for p in parts):
+            assert all(mx.array_equal(p, value) for p in parts), name
+            continue
+        cut += 1
+        axis = next(i for i, n in enumerate(parts[0].shape) if n != value.shape[i])
+        assert mx.array_equal(mx.concatenate(parts, axis=axis), value), name
+    assert cut >= 3 * len(plan.layers)
+
+
+def understood(folder: Path, plan: Plan) -> bool:
+    """Whether the experts' tensors are cut as they are in the file, and not after conversion."""
+    checkpoint = Checkpoint.open(folder)
+    family = architecture.FAMILIES.get(plan.spec.family, architecture.GENERIC)
+    model = build(checkpoint, None, 0)
+    blocks = architecture.blocks(model)
+    part = (0, 1, plan.width)
+    slices = {b.layer: cuts.of_experts(b, part) for b in blocks}
+    shapes = {n: t.shape for n, t in checkpoint.tensors.items()}
+    return bool(cuts.views(shapes, slices, blocks[0].count, family))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_fused_experts(tmp_path, name):
+    folder = form(tmp_path, name)
+    plan = Plan.sliced(describe(Checkpoint.open(folder)), 3, (1, 2, 1))
+    assert understood(folder, plan)
+    assert_slices_make_the_whole(folder, plan)
+
+
+@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3_moe"])
+def test_hub_checkpoints(name):
+    """As transformers saved them: DBRX with all experts on one axis, the others one by one."""
+    folder = VECTORS / name
+    plan = Plan.sliced(describe(Checkpoint.open(folder)), 4)
+    assert understood(folder, plan)
+    assert_slices_make_the_whole(folder, plan)
+
+
+def test_shapes_that_do_not_tell(tmp_path):
+    """d_model = 2 * width: which axis is which? Then tensors are cut after conversion."""
+    config = json.loads((Path(cuts.__file__).parent / "configs/tiny/qwen3_5_moe.json").read_text())
+    config["text_config"]["moe_intermediate_size"] = config["text_config"]["hidden_size"] // 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = tmp_path / "model"
+    synth(folder, config=tmp_path / "config.json")
+    tensors, made = opened(folder), {}
+    for name, value in tensors.items():
+        at, _, tail = name.partition("switch_mlp.")
+        if tail == "gate_proj.weight":
+            both = [value, tensors[f"{at}switch_mlp.up_proj.weight"]]
+            made[f"{at}experts.gate_up_proj"] = mx.concatenate(both, axis=1)
+            made[f"{at}experts.down_proj"] = tensors[f"{at}switch_mlp.down_proj.weight"]
+        elif not tail:
+            made[name] = value
+    mx.save_safetensors(str(folder / WEIGHTS), made)
+    plan = Plan.sliced(describe(Checkpoint.open(folder)), 2)
+    assert not understood(folder, plan)
+    assert_slices_make_the_whole(folder, plan)
+
+
+# The trunk
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3_moe"])
+def test_a_trunk_in_shards(name, nodes):
+    """Against one rank; the logits are of the last position, the same bits on every rank."""
+    folder = VECTORS / name
+    spec = describe(Checkpoint.open(folder))
+    plan = Plan.sliced(spec, nodes, range(1, nodes + 1) if nodes < 4 else None, trunk="sharded")
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    want = load_rank(folder, Plan.whole(spec, 1), Alone())(tokens)[:, -1:]
+
+    def run(collective):
+        model = load_rank(folder, plan, collective)
+        held = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
+        return model(tokens), held, collective.traffic.calls
+
+    for rank, (got, held, calls) in enumerate(in_threads(nodes, run)):
+        assert mx.abs(got - want).max() <= 1e-5 * mx.abs(want).max()
+        assert held == plan.bytes_of(rank)["total"]
+        assert calls == plan.exchanges == spec.layers * 2 + 1
+
+
+def test_quantised_heads_inside_a_group_are_dealt_by_key_head(tmp_path):
+    """Heads of 32 in groups of 64: only two query heads together end at a border."""
+    folder = synth(tmp_path, family="qwen3_moe", quantize=4, group_size=64).path
+    part = next(p for p in describe(Checkpoint.open(folder)).parts if p.kind == "attention")
+    assert (part.units, part.groups) == (2, 2)
+
+
+def test_plan_with_another_trunk():
+    spec = describe(Checkpoint.open(VECTORS / "mixtral"))
+    parts = tuple(replace(p, path=p.path.replace("self_attn", "attn")) for p in spec.parts)
+    plan = Plan.whole(replace(spec, parts=parts), 2, trunk="sharded")
+    with pytest.raises(PlanError, match=r"it has no model\.layers\.0\.attn"):
+        build(Checkpoint.open(VECTORS / "mixtral"), plan, 0)
+
+
+def test_bytes_of_the_parts_are_the_models():
+    spec = describe(Checkpoint.open(VECTORS / "mixtral"))
+    kinds = [p.kind for p in spec.parts]
+    assert sorted(kinds) == ["attention", "attention", "head"]
+    names = {"attention": "self_attn", "head": "lm_head"}
+    tensors = Checkpoint.open(VECTORS / "mixtral").tensors.values()
+    for kind, name in names.items():
+        held = sum(4 * math.prod(t.shape) for t in tensors if name in t.name)
+        assert sum(p.bytes for p in spec.parts if p.kind == kind) == held
+    assert spec.lookup_bytes == 4 * 256 * 64
