@@ -76,8 +76,8 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     Returns:
         A JSON object: "rows", each with "row", "latency_ms", "token_ms" (median, not measured
         inside), "tok_s", "terms_ms", "experts_slowest_ms" (per token, of the slowest rank of each
-        layer), "expected_experts" (E[max] of a layer by the plan; schedules may run more), "exchanges"
-        and "exchange_bytes" per token; "compared", see `compare`.
+        layer), "expected_experts" (E[max] of a layer by the plan; schedules may run more),
+        "exchanges" and "exchange_bytes" per token; "compared", see `compare`.
 
     Raises:
         InputError, PlanError: what cannot be compared.
