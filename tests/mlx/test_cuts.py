@@ -12,11 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 from one_process import VECTORS, in_threads, load_rank
 
+from cenacle import native
 from cenacle.collective.alone import Alone
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model import architecture, cuts
 from cenacle.model.cuts import Cut
-from cenacle.model.synth import synth
+from cenacle.model.synth import synth, tiny_config
 from cenacle.model.weights import Checkpoint, build, describe, read_parts
 from cenacle.plan import Plan
 
@@ -118,7 +119,7 @@ def opened(folder: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def rewritten(folder: Path, family: str, change, options: dict | None = None) -> Path:
+def rewritten(folder: Path, family: str | None, change, options: dict | None = None) -> Path:
     """A synthetic checkpoint with its experts as on the hub: change(gate, up, down) by name."""
     synth(folder, family=family, **(options or {}))
     tensors = opened(folder)
@@ -205,6 +206,20 @@ def form(tmp_path: Path, name: str) -> Path:
     return rewritten(tmp_path, family, FORMS[name], quantised)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_5_moe"])
+def test_fused_experts_as_wide_as_the_model(tmp_path, family):
+    """As the real gpt-oss: of the down projection only the gate's shape tells the direction."""
+    config = tiny_config(family)
+    text = config.get("text_config", config)
+    width = "moe_intermediate_size" if "moe_intermediate_size" in text else "intermediate_size"
+    text[width] = text["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rewritten(tmp_path / "model", None, FORMS[family], {"config": tmp_path / "config.json"})
+    plan = Plan.sliced(describe(Checkpoint.open(tmp_path / "model")), 2)
+    assert understood(tmp_path / "model", plan)
+    assert_slices_make_the_whole(tmp_path / "model", plan)
+
+
 def parameters(model) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
 
@@ -255,21 +270,11 @@ def test_hub_checkpoints(name):
 
 def test_shapes_that_do_not_tell(tmp_path):
     """d_model = 2 * width: which axis is which? Then tensors are cut after conversion."""
-    config = json.loads((Path(cuts.__file__).parent / "configs/tiny/qwen3_5_moe.json").read_text())
+    config = tiny_config("qwen3_5_moe")
     config["text_config"]["moe_intermediate_size"] = config["text_config"]["hidden_size"] // 2
     (tmp_path / "config.json").write_text(json.dumps(config))
-    folder = tmp_path / "model"
-    synth(folder, config=tmp_path / "config.json")
-    tensors, made = opened(folder), {}
-    for name, value in tensors.items():
-        at, _, tail = name.partition("switch_mlp.")
-        if tail == "gate_proj.weight":
-            both = [value, tensors[f"{at}switch_mlp.up_proj.weight"]]
-            made[f"{at}experts.gate_up_proj"] = mx.concatenate(both, axis=1)
-            made[f"{at}experts.down_proj"] = tensors[f"{at}switch_mlp.down_proj.weight"]
-        elif not tail:
-            made[name] = value
-    mx.save_safetensors(str(folder / WEIGHTS), made)
+    options = {"config": tmp_path / "config.json"}
+    folder = rewritten(tmp_path / "model", None, FORMS["qwen3_5_moe"], options)
     plan = Plan.sliced(describe(Checkpoint.open(folder)), 2)
     assert not understood(folder, plan)
     assert_slices_make_the_whole(folder, plan)
@@ -324,3 +329,37 @@ def test_bytes_of_the_parts_are_the_models():
         held = sum(4 * math.prod(t.shape) for t in tensors if name in t.name)
         assert sum(p.bytes for p in spec.parts if p.kind == kind) == held
     assert spec.lookup_bytes == 4 * 256 * 64
+
+
+@pytest.mark.parametrize("trunk", ["replicated", "sharded"])
+@pytest.mark.parametrize(
+    ("family", "options", "nodes", "shares"),
+    [
+        ("qwen3_moe", {"quantize": 4, "group_size": 32}, 2, (3, 1)),
+        ("qwen3_moe", {"quantize": 4, "group_size": 64}, 2, (5, 1)),
+        ("gpt_oss", {"quantize": 4, "group_size": 32, "mode": "mxfp4"}, 3, (1, 2, 1)),
+        ("qwen2_moe", {}, 4, (4, 1, 2, 9)),
+        ("phixtral", {}, 4, (1, 2, 3, 4)),
+    ],
+)
+@pytest.mark.parametrize("kernels", ["mlx", "native"])
+def test_uneven_slices(tmp_path, family, options, nodes, shares, trunk, kernels):
+    """Against one rank, through the same kernels; biases (gpt_oss, phixtral) are added once."""
+    if kernels == "native" and not native.available():
+        pytest.skip(native.why_not())
+    folder = synth(tmp_path, family=family, **options).path
+    spec = describe(Checkpoint.open(folder))
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    alone = load_rank(folder, Plan.whole(spec, 1), Alone(), kernels=kernels)
+    want = alone(tokens)[:, -1:]
+    plan = Plan.sliced(spec, nodes, shares, trunk=trunk)
+
+    def run(collective):
+        logits = load_rank(folder, plan, collective, kernels=kernels)(tokens)[:, -1:]
+        return np.array(logits.astype(mx.float32))
+
+    results = in_threads(nodes, run)
+    tolerance = 1e-3 if kernels == "native" and options else 1e-5  # 16 bits, in other groups
+    for got in results:
+        assert (got == results[0]).all()
+        assert abs(got - np.array(want)).max() <= tolerance * mx.abs(want).max().item()

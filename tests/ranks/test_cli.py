@@ -101,6 +101,30 @@ def test_a_saved_plan_is_what_runs(folder, tmp_path):
     assert weights[0] > weights[1]
 
 
+@pytest.mark.parametrize("kernels", ["mlx", "native"])
+def test_every_placement_gives_the_same_text(folder, kernels):
+    if kernels == "native" and not native.available():
+        pytest.skip(native.why_not())
+    said = set()
+    for how in ("-n 1", "-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated"):
+        ran = run(
+            *f"generate -m {folder} -p Hello --max-tokens 24 --json --kernels {kernels}".split(),
+            *how.split(),
+        )
+        said.add(last_json(ran)["text"])
+    assert len(said) == 1
+
+
+def test_the_choice_is_explained(folder):
+    ran = run("inspect", "-m", folder, "-n", 2, "--json")
+    got = last_json(ran)
+    assert got["reason"].startswith(f"experts {got['placement']}, trunk {got['trunk']}: ")
+    assert got["exchanges"] >= 2
+    asked = run("inspect", "-m", folder, "-n", 2, "--placement", "whole", "--trunk", "replicated")
+    assert "experts whole, trunk replicated, 2 exchanges a token" in asked.stdout
+    assert asked.stderr == ""
+
+
 def test_demo_answers(folder):
     ran = run("demo", "--nodes", 2, "--questions", 7, "--json")
     got = last_json(ran)
@@ -130,7 +154,14 @@ def test_families_and_help_tell_what_there_is():
     ("arguments", "status", "said"),
     [
         (["inspect", "-m", "no/such/folder"], 3, "no such folder"),
-        (["generate", "-m", "FOLDER", "-n", "9", "-p", "x"], 4, "at most 6|at most 8"),
+        (["inspect", "-m", "FOLDER", "-n", "9", "--placement", "whole"], 4, "at most 6|at most 8"),
+        (["inspect", "-m", "FOLDER", "-n", "99", "--placement", "sliced"], 4, "--placement whole"),
+        (["inspect", "-m", "FOLDER", "-n", "2", "--budgets-gb", "1,1"], 4, "budgets are for"),
+        (
+            ["inspect", "-m", "FOLDER", "--placement", "replicated", "--budgets-gb", "0"],
+            *(4, "allow more bytes"),
+        ),
+        (["inspect", "-m", "FOLDER", "-n", "2", "--budgets-gb", "nan,1"], 2, "--budgets-gb"),
         (["generate", "-m", "FOLDER", "-p", "x", "--temp", "3"], 2, "temperature"),
         (["generate", "-m", "FOLDER", "-p", "x", "--max-tokens", "-1"], 2, "max-tokens"),
         (["generate", "-m", "FOLDER", "-p", "x", "--shares", "1,a"], 2, "--shares"),
