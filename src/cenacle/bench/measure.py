@@ -387,8 +387,8 @@ def expected_experts(plan: Plan) -> tuple[list[float], float]:
     """Whole experts' weights that a rank reads in a layer for one token, all equally likely.
 
     Returns:
-        For each rank the mean, and E[max], the mean of what the busiest rank reads; from `DRAWS`
-        random choices in the first MoE layer.
+        For each rank the mean, and E[max], the mean of what the busiest rank reads, from `DRAWS`
+        random choices; both of the first MoE layer.
     """
     layer = plan.layers[0]
     count = len(layer.experts)
@@ -408,7 +408,10 @@ def expected_experts(plan: Plan) -> tuple[list[float], float]:
             read[draw] = np.bincount([r for r in ranks if r >= 0], minlength=plan.nodes)
         else:
             read[draw] = share[chosen].sum(axis=0)
-    return read.mean(axis=0).tolist(), float(read.max(axis=1).mean())
+    # Exact where no dealing decides, so that ranks with as much have the same.
+    replicated = plan.placement == "replicated"
+    mean = read.mean(axis=0) if replicated else share.mean(axis=0) * plan.spec.top_k
+    return mean.tolist(), float(read.max(axis=1).mean())
 
 
 def expected_bytes(plan: Plan) -> tuple[list[int], list[int]]:
