@@ -136,6 +136,8 @@ def load(
     kernels: str = "auto",
     options: Options | None = None,
     measure_every: int = 8,
+    cores: Sequence[Sequence[int]] | None = None,
+    threads: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Model:
     """Start `nodes` local processes that hold a model together.
@@ -158,6 +160,8 @@ def load(
             "mlx": MLX's own; "auto": native where they can be used, else MLX's.
         options: how ranks run the model.
         measure_every: one step in this many is measured; 0: none.
+        cores: for each rank the cores that it runs on; None: the system decides.
+        threads: of the native kernels in each rank; None: its share of the cores.
         progress: called with rank, bytes loaded, bytes in all.
 
     Raises:
@@ -174,7 +178,7 @@ def load(
     options = options or Options()
     text = _text(checkpoint)
     _check_memory(need_of(checkpoint.config, plan, 0, options, kernels))
-    ranks = LocalRanks(plan.nodes, backend)
+    ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads)
     try:
         where = ranks.folder / "plan.json"
         plan.save(where)

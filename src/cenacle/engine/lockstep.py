@@ -54,7 +54,7 @@ class _Running:
     step: Step
     tokens: list[Any] | None = None
     answered: set[int] = field(default_factory=set)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
     others: dict[int, list[Any]] = field(default_factory=dict)
 
 
@@ -95,6 +95,12 @@ class Group:
         """Numbers of running and waiting requests."""
         with self._lock:
             return {"running": self._scheduler.running, "waiting": self._scheduler.waiting}
+
+    def measure(self, every: int) -> None:
+        """From now on measure one step in `every` (0: none), and forget the terms so far."""
+        with self._lock:
+            self._scheduler.measure_every = every
+            self.terms = Terms()
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Begin a request.
@@ -203,7 +209,7 @@ class Group:
         running = next(r for r in self._under_way if r.step.number == message["number"])
         running.answered.add(rank)
         if message["report"] is not None:
-            running.reports.append(message["report"])
+            running.reports[rank] = message["report"]
         if rank == 0:
             running.tokens = message["tokens"]
             self._deliver([TokenEvent(*t) for t in message["tokens"]])
@@ -213,7 +219,7 @@ class Group:
         while self._under_way and len(self._under_way[0].answered) == len(self._ranks.channels):
             done = self._under_way.popleft()
             if done.reports:
-                self.terms.add(done.reports)
+                self.terms.add([report for _, report in sorted(done.reports.items())])
 
     def _compare(self, running: _Running) -> None:
         """Ranks that chose other tokens than rank 0 have lost step: nothing they say is right."""

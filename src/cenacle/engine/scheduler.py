@@ -20,11 +20,11 @@ class Scheduler:
 
     Args:
         batch: most requests that run at once.
-        measure_every: one step in this many is measured; 0: none.
+        measure_every: one step in this many is measured; 0: none. May be changed at any time.
     """
 
     def __init__(self, batch: int = 32, measure_every: int = 8) -> None:
-        self._batch, self._measure_every = batch, measure_every
+        self._batch, self.measure_every = batch, measure_every
         self._waiting: deque[Request] = deque()
         self._running: dict[str, Request] = {}
         self._cancelled: list[str] = []
@@ -59,7 +59,7 @@ class Scheduler:
             admitted.append(request)
         if not (self._running or self._cancelled):
             return None
-        every = self._measure_every
+        every = self.measure_every
         step = Step(
             self._number,
             tuple(admitted),

@@ -17,6 +17,7 @@ class Terms:
     """Sums over measured decode steps, in seconds; `steps` says how many.
 
     `routed` counts, by layer and expert, how often the router chose an expert in these steps.
+    `ranks` holds, in rank order, each rank's own trunk, experts, waiting and total.
     """
 
     steps: int = 0
@@ -26,9 +27,10 @@ class Terms:
     waiting: float = 0.0
     total: float = 0.0
     routed: dict[int, dict[int, int]] = field(default_factory=dict)
+    ranks: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, reports: Sequence[dict[str, Any]]) -> None:
-        """Add one step, given every rank's `Watch.stop()` report.
+        """Add one step, given every rank's `Watch.stop()` report, in rank order.
 
         An exchange ends for all ranks at once and begins for each when it comes: so the shortest
         time that any rank spent in an exchange is the exchange itself, and what the others spent
@@ -40,12 +42,16 @@ class Terms:
         pure = [min(times) for times in zip(*(r["exchanges_s"] for r in reports), strict=True)]
         self.steps += 1
         self.exchange += sum(pure)
-        for report in reports:
+        if not self.ranks:
+            self.ranks = [dict.fromkeys(_OWN, 0.0) for _ in reports]
+        for report, own in zip(reports, self.ranks, strict=True):
             laps = report["laps_s"]
-            self.trunk += laps.get("trunk", 0.0) / ranks
-            self.experts += laps.get("experts", 0.0) / ranks
-            self.waiting += (sum(report["exchanges_s"]) - sum(pure)) / ranks
-            self.total += report["total_s"] / ranks
+            own["trunk"] += laps.get("trunk", 0.0)
+            own["experts"] += laps.get("experts", 0.0)
+            own["waiting"] += sum(report["exchanges_s"]) - sum(pure)
+            own["total"] += report["total_s"]
+        for name in _OWN:
+            setattr(self, name, sum(own[name] for own in self.ranks) / ranks)
         for layer, counts in reports[0]["routed"].items():
             seen = self.routed.setdefault(int(layer), {})
             for expert, times in counts.items():
@@ -53,12 +59,18 @@ class Terms:
 
     def per_token_ms(self) -> dict[str, float]:
         """Mean milliseconds of a decode step by term; zeros if none was measured."""
+        return self._ms({name: getattr(self, name) for name in _OWN})
+
+    def per_rank_ms(self) -> list[dict[str, float]]:
+        """The same for each rank, in rank order; empty if none was measured."""
+        return [self._ms(own) for own in self.ranks]
+
+    def _ms(self, own: dict[str, float]) -> dict[str, float]:
         n = max(self.steps, 1)
-        named = {
-            "trunk": self.trunk,
-            "experts": self.experts,
-            "exchange": self.exchange,
-            "waiting": self.waiting,
-        }
-        rest = self.total - sum(named.values())
-        return {k: 1000 * v / n for k, v in {**named, "rest": rest, "total": self.total}.items()}
+        named = {k: own[k] for k in ("trunk", "experts")}
+        named |= {"exchange": self.exchange, "waiting": own["waiting"]}
+        rest = own["total"] - sum(named.values())
+        return {k: 1000 * v / n for k, v in {**named, "rest": rest, "total": own["total"]}.items()}
+
+
+_OWN = ("trunk", "experts", "waiting", "total")

@@ -11,6 +11,7 @@ Next: `engine.py` is what a step does.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import resource
 import signal
@@ -37,6 +38,7 @@ ALIVE_EVERY_S = 1.0
 def main() -> None:
     """Run one rank until the front says stop or goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle
+    stay_on_cores()
     channel = connect()
     threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
     try:
@@ -54,6 +56,18 @@ def own_rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     raise ClusterError("this program is started by cenacle, not by hand: it has no rank")
+
+
+def stay_on_cores() -> None:
+    """Run on this rank's cores only, where the launcher was given some (Linux)."""
+    cores = json.loads(os.environ.get("CENACLE_CORES", "null"))
+    if cores is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores[own_rank()])
+
+
+def share_of_cores(nodes: int) -> int:
+    """Number of ranks that share the cores this process may run on."""
+    return 1 if "CENACLE_CORES" in os.environ else nodes
 
 
 def connect() -> Channel:
@@ -111,7 +125,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from .engine import Engine, Options, need_of
 
     plan = Plan.load(Path(order["plan"]))
-    native.set_threads(local_ranks=plan.nodes)
+    native.set_threads(local_ranks=share_of_cores(plan.nodes))
     collective = join(order, plan.nodes)
     watch = Watch()
     last = 0.0

@@ -127,6 +127,7 @@ _NATIVE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Embedding: NativeEmbedding,
     nn.QuantizedEmbedding: NativeQuantizedEmbedding,
 }
+LINEARS = (NativeLinear, NativeQuantizedLinear)
 _STACKED = (switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear)
 
 

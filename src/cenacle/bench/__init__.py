@@ -1,0 +1,1 @@
+"""Measuring: our ranks, their ceilings, peers, and the schedules of the paper."""

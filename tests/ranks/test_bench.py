@@ -1,0 +1,180 @@
+"""`cenacle bench` and its ablation as a user runs them, on tiny models.
+
+What comes out is tested, not how fast: times are only checked to add up.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cenacle import native
+from cenacle.bench.measure import expected_bytes, expected_experts, split
+from cenacle.errors import InputError
+from cenacle.model.synth import synth
+from cenacle.plan import Plan
+from cenacle.spec import ModelSpec, MoELayer
+
+VERB = [sys.executable, "-m", "cenacle.cli", "bench"]
+TERMS = ["trunk", "experts", "exchange", "waiting", "rest"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return synth(
+        tmp_path_factory.mktemp("bench") / "tiny", family="dbrx", quantize=8, group_size=32
+    ).path
+
+
+def run(*arguments):
+    return subprocess.run(
+        [*VERB, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+def last_json(ran):
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def script(path, body):
+    path.parent.mkdir()
+    path.write_text(f"#!{sys.executable}\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_bench_gives_one_object_with_everything(folder, tmp_path):
+    good = "import json; print(json.dumps([{'avg_ts': 50.0}]))"
+    script(tmp_path / "good" / "llama-bench", good)
+    script(tmp_path / "bad" / "llama-bench", "raise SystemExit('out of luck')")
+    script(tmp_path / "slow" / "llama-bench", "import time; time.sleep(60)")
+    given = ["--nodes", 1, "--contexts", "8,20", "--streams", "1,3", "--tokens", 6, "--repeat", 2]
+    given += ["--prompt", 16, "--deadline", 2, "--cache", tmp_path / "cache", "--json"]
+    for name in ("good", "bad", "slow"):
+        given += ["--peer", f"llama.cpp={tmp_path / name}"]
+    found = last_json(run("-m", folder, *given))
+    assert [d["context"] for d in found["decode"]] == [8, 20]
+    assert [p["tokens"] for p in found["prefill"]] == [16, 20]
+    assert [s["streams"] for s in found["streams"]] == [1, 3]
+    assert found["streams"][0]["ratio"] == 1
+    for row in (*found["decode"], *found["prefill"], *found["streams"]):
+        assert min(row["all"]) <= row["tok_s"] <= max(row["all"])
+    assert [len(d["all"]) for d in found["decode"]] == [2, 2]
+    adds_up(found["terms_ms"])
+    good, bad, slow = found["peers"]
+    assert good["decode_all"] == [50.0, 50.0]
+    assert good["decode_ratio"] == pytest.approx(found["decode"][0]["tok_s"] / 50)
+    assert good["prefill_ratio"] == pytest.approx(found["prefill"][0]["tok_s"] / 50)
+    assert "status 1: out of luck" in bad["failed"]
+    assert "not done within 2 s" in slow["failed"]
+    assert found["ceilings"]["read_gb_s"]["1"] > 0
+    assert found["ceilings"]["exchange_us"] == []
+    token = found["ceilings"]["token"]
+    assert token["percent"] == pytest.approx(100 * token["read_ms"] / token["token_ms"])
+    assert (token["kernels_ms"] is not None) == native.available()
+
+
+def test_bench_on_two_ranks_says_what_each_did(folder, tmp_path):
+    given = ["-n", 2, "--contexts", "8", "--streams", "2", "--tokens", 4, "--repeat", 1]
+    found = last_json(run("-m", folder, *given, "--prompt", 8, "--json"))
+    assert [r["rank"] for r in found["ranks"]] == [0, 1]
+    for rank in found["ranks"]:
+        adds_up(rank["terms_ms"])
+        assert rank["token_bytes"] > 0
+        assert rank["read_gb_s"] > 0
+    mean = {t: sum(r["terms_ms"][t] for r in found["ranks"]) / 2 for t in TERMS}
+    assert {t: found["terms_ms"][t] for t in TERMS} == pytest.approx(mean)
+    assert [e["bytes"] for e in found["ceilings"]["exchange_us"]][:2] == [4, 4096]
+    assert found["streams"][0]["ratio"] is None  # nothing was measured with one
+
+
+def adds_up(terms):
+    assert all(terms[t] >= -1e-6 for t in TERMS)
+    assert sum(terms[t] for t in TERMS) == pytest.approx(terms["total"])
+
+
+@pytest.mark.parametrize("where", ["json", "table"])
+def test_ablation_has_every_row_at_every_latency(folder, tmp_path, where):
+    given = ["-m", folder, "--latencies", "0.3,0", "--tokens", 3, "--repeat", 1]
+    if where == "table":
+        ran = run("ablation", *given)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.count("P-LR-D") >= 2
+        return
+    found = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
+    names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole", "ours, replicated", "ours, sliced"]
+    assert [(r["latency_ms"], r["row"]) for r in found["rows"]] == [
+        (ms, name) for ms in (0.3, 0.0) for name in names
+    ]
+    layers = found["layers"]
+    for row in found["rows"]:
+        adds_up(row["terms_ms"])
+        exchanges = 2 * layers if row["row"] in names[:3] else layers
+        assert row["exchanges"] == exchanges
+        # An exchange is at least its link's latency, on every row.
+        assert row["terms_ms"]["exchange"] >= exchanges * row["latency_ms"]
+    assert found["logits_differ"] <= 2e-3
+    pairs = {(c["latency_ms"], c["row"], c["over"]): c for c in found["compared"]}
+    assert pairs[0.3, "naive", "naive"]["token"] == 1
+    by = {(r["latency_ms"], r["row"]): r["token_ms"] for r in found["rows"]}
+    assert pairs[0.0, "ours, whole", "P-LR-D"]["token"] == pytest.approx(
+        by[0.0, "P-LR-D"] / by[0.0, "ours, whole"]
+    )
+    assert [
+        (tmp_path / "out" / f"ablation.{kind}").stat().st_size > 1000 for kind in ("png", "svg")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "expected either --model or --synth"),
+        (["--synth", "nonsense"], 2, "nothing is called 'nonsense'"),
+        (["-m", "FOLDER", "--peer", "vllm=/x"], 2, "expected llama.cpp=PATH"),
+        (["-m", "FOLDER", "--peer", "dllama=/nowhere"], 2, "expected the program dllama at"),
+        (["-m", "FOLDER", "--contexts", "0"], 2, "expected whole numbers from 1"),
+        (["-m", "FOLDER", "--contexts", "100000"], 2, "this model has room for"),
+        (["-m", "/nowhere"], 3, "no such folder"),
+        (["ablation", "-m", "FOLDER", "-n", "1"], 2, "expected at least 2 nodes"),
+        (["ablation", "-m", "FOLDER", "--latencies", "slow"], 2, "expected numbers"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, status, said):
+    ran = run(*[folder if a == "FOLDER" else a for a in arguments], "--cache", tmp_path)
+    assert ran.returncode == status, ran.stderr
+    assert said in " ".join(ran.stderr.split())
+    assert "Traceback" not in ran.stderr
+
+
+def spec(experts, top_k):
+    layers = (MoELayer(0, experts, 1000, units=8), MoELayer(1, experts, 1000, units=8))
+    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", lookup_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most"), [(1, 4.0), (2, 2.6462), (4, 1.9692)]
+)  # exact, by counting
+def test_expected_bytes_are_those_of_the_busiest_rank(nodes, most):
+    plan = Plan.whole(spec(16, 4), nodes)
+    mean, busiest = expected_bytes(plan)
+    assert mean == pytest.approx([400 + 2 * 4000 / nodes] * nodes, rel=0.02)
+    assert busiest == pytest.approx([400 + 2 * 1000 * most] * nodes, rel=0.02)
+
+
+def test_slices_and_replicas_leave_less_to_the_busiest_rank():
+    whole, sliced = Plan.whole(spec(16, 4), 4), Plan.sliced(spec(16, 4), 4)
+    assert expected_experts(sliced) == ([1.0] * 4, 1.0)
+    mean, most = expected_experts(Plan.replicated(spec(16, 4), 4))
+    assert mean == pytest.approx([1.0] * 4, rel=0.1)
+    assert 1.0 < most < expected_experts(whole)[1]
+
+
+def test_cores_are_dealt_where_there_are_enough():
+    cores, each = split(1, 1)
+    assert [len(c) for c in cores] == [1]
+    assert each == 1
+    assert split(64, 64) == (None, 64)
+    with pytest.raises(InputError, match="--threads"):
+        split(1, 0)
