@@ -19,7 +19,8 @@ namespace {
 constexpr int ROWS = 16;     // rows whose weights stay in the first-level cache while tokens pass
 constexpr int AHEAD = 8192;  // bytes
 
-inline void ask_ahead(const uint8_t* p) {
+// GCC drops calls of functions that only prefetch, unless they are inlined at once.
+[[gnu::always_inline]] inline void ask_ahead(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD), _MM_HINT_T1);
 }
 
@@ -40,7 +41,7 @@ template <Float F, int R, int T>
 inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const float* const* x,
                        float* const* out, int64_t row) {
   __m512 sum[2][R][T] = {};
-  const auto step = [&](int64_t i, int part, __mmask16 some) {
+  const auto step = [&](int64_t i, int part, __mmask16 some) __attribute__((always_inline)) {
     __m512 v[T];
     for (int t = 0; t < T; t++) v[t] = _mm512_maskz_loadu_ps(some, x[t] + i);
     for (int r = 0; r < R; r++) {
@@ -116,14 +117,16 @@ inline void tile(const uint8_t* const* w, int64_t width, const uint8_t* const* x
   // Twice the value plus 12: not negative.
   const __m512i values = _mm512_broadcast_i32x4(
       _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  const int64_t whole = width / UNIT<C> * UNIT<C>;
-  const auto step = [&](int64_t i, __mmask8 some) {
-    constexpr int SHARE = C == Code::bytes ? 1 : 2;  // weights in a byte
-    const int64_t g = i / FINE, at = i / UNIT<C> * (2 * UNIT<C>);
+  constexpr int SHARE = C == Code::bytes ? 1 : 2;  // weights in a byte
+  __m512 local[R][T];  // the compiler keeps these in registers, and `sum` not
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) local[r][t] = sum[r][t];
+  // `at`: bytes of a row; the activations take 2 SHARE as many.
+  const auto step = [&](int64_t at, int64_t g, __mmask8 some) __attribute__((always_inline)) {
     __m512i v[R], odd[R];
     for (int r = 0; r < R; r++) {
-      v[r] = _mm512_maskz_loadu_epi64(some, w[r] + i / SHARE);
-      if constexpr (T == 1) ask_ahead(w[r] + i / SHARE);
+      v[r] = some == 0xff ? _mm512_loadu_si512(w[r] + at) : _mm512_maskz_loadu_epi64(some, w[r] + at);
+      if constexpr (T == 1) ask_ahead(w[r] + at);
       if constexpr (C != Code::bytes) {
         odd[r] = _mm512_and_si512(_mm512_srli_epi16(v[r], 4), low);
         v[r] = _mm512_and_si512(v[r], low);
@@ -134,30 +137,31 @@ inline void tile(const uint8_t* const* w, int64_t width, const uint8_t* const* x
       }
     }
     for (int t = 0; t < T; t++) {
-      const auto* p = reinterpret_cast<const __m512i*>(x[t] + at);
+      const uint8_t* p = x[t] + at * (2 * SHARE);
       __m512i part[R];
       for (int r = 0; r < R; r++) part[r] = _mm512_setzero_si512();
       for (int plane = 0; plane < 2; plane++) {
-        const __m512i even = _mm512_loadu_si512(p + SHARE * plane);
+        const __m512i even = _mm512_loadu_si512(p + 64 * SHARE * plane);
         for (int r = 0; r < R; r++) {
           if (plane) part[r] = _mm512_slli_epi32(part[r], 8);
           part[r] = _mm512_dpbusd_epi32(part[r], v[r], even);
         }
         if constexpr (C != Code::bytes) {
-          const __m512i other = _mm512_loadu_si512(p + SHARE * plane + 1);
+          const __m512i other = _mm512_loadu_si512(p + 64 * SHARE * plane + 64);
           for (int r = 0; r < R; r++) part[r] = _mm512_dpbusd_epi32(part[r], odd[r], other);
         }
       }
       for (int r = 0; r < R; r++)
-        sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[r]), spread<GROUPS>(factor[r][t] + g),
-                                    sum[r][t]);
+        local[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[r]),
+                                      spread<GROUPS>(factor[r][t] + g), local[r][t]);
     }
   };
-  for (int64_t i = 0; i < whole; i += UNIT<C>) step(i, 0xff);
-  if (whole < width) {
-    const int64_t words = (width - whole) / (C == Code::bytes ? 8 : 16);
-    step(whole, __mmask8((1u << words) - 1));
-  }
+  const int64_t bytes = width / SHARE, whole = bytes / 64 * 64;
+  int64_t at = 0, g = 0;
+  for (; at < whole; at += 64, g += GROUPS) step(at, g, 0xff);
+  if (at < bytes) step(at, g, __mmask8((1u << (bytes - whole) / 8) - 1));
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sum[r][t] = local[r][t];
 }
 
 enum class Scale { f32, bf16, f16, e8m0 };

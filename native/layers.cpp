@@ -70,10 +70,13 @@ void add(const float* bias, int64_t n, float* const* out, int count) {
       for (int64_t r = 0; r < n; r++) out[j][r] += bias[r];
 }
 
-// Rows for one task: enough tasks to keep threads busy to the end, few enough to cost nothing.
-int64_t chunk(int64_t rows, int64_t most) {
-  const int64_t share = rows / (8 * int64_t(Pool::get().threads()));
-  return std::clamp<int64_t>(share / 16 * 16, 32, most);
+// Rows for one task. With many tokens as many as stay in a cache. With few, memory binds, and what is read
+// in one go should be long: kernels ask for lines ahead, and those beyond a task's end are read in vain.
+int64_t chunk(int64_t rows, int64_t most, int64_t tokens) {
+  const int64_t threads = Pool::get().threads();
+  if (tokens > 4) return std::clamp<int64_t>(rows / (8 * threads) / 16 * 16, 32, most);
+  if (threads == 1) return rows;
+  return std::max<int64_t>(32, (rows / (4 * threads) + 15) / 16 * 16);
 }
 
 }  // namespace
@@ -81,7 +84,7 @@ int64_t chunk(int64_t rows, int64_t most) {
 void linear(const Kernels& kernels, const Linear& layer, const float* x, int64_t tokens, float* out) {
   const Matrix& m = layer.matrix;
   const Activations a = first_input.make(kernels, m, x, tokens);
-  const int64_t size = chunk(m.rows, 256), chunks = (m.rows + size - 1) / size;
+  const int64_t size = chunk(m.rows, 256, tokens), chunks = (m.rows + size - 1) / size;
   Pool::get().run(chunks, [&](int64_t i) {
     const int64_t first = i * size, last = std::min(m.rows, first + size);
     float* memory = scratch.get(kernels.scratch(m));
@@ -129,7 +132,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
   float* h = hidden_values.get(mine * hidden);
 
   const int64_t work = int64_t(active.size());
-  const int64_t size = chunk(hidden * work, 64), chunks = (hidden + size - 1) / size;
+  const int64_t size = std::min(hidden, chunk(hidden * work, 64, tokens)), chunks = (hidden + size - 1) / size;
   Pool::get().run(work * chunks, [&](int64_t i) {
     const int64_t expert = active[i / chunks], first = i % chunks * size;
     const int64_t last = std::min(hidden, first + size), n = last - first;
@@ -155,7 +158,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
   });
 
   const Activations ah = hidden_input.make(kernels, e.down.matrix, h, mine);
-  const int64_t down = chunk(width * work, 128), downs = (width + down - 1) / down;
+  const int64_t down = std::min(width, chunk(width * work, 128, tokens)), downs = (width + down - 1) / down;
   Pool::get().run(work * downs, [&](int64_t i) {
     const int64_t expert = active[i / downs], first = i % downs * down;
     const int64_t last = std::min(width, first + down);
