@@ -270,14 +270,17 @@ def _validate_all(
     report: dict[str, Any],
     as_json: bool,
 ) -> None:
-    from .cost import runs
+    from .cost import here
 
     if run:
-        runs.measure(runs.STORE, lambda text: err.print(text))
-    if runs.STORE.exists():
-        here = runs.load(runs.STORE)
-        fitted, checked = runs.judge(here)
-        report["here"] = _here_section(here, fitted, checked, as_json)
+        from .cost.runs import measure
+
+        measure(here.STORE, lambda text: err.print(text))
+    if here.STORE.exists():
+        stored = here.load(here.STORE)
+        text, report["here"] = here.table(stored, *here.judge(stored))
+        if not as_json:
+            print(text + "\n")
     rows = [r for r in validation.published() if not r.skip]
     if refit:
         marked = [r for r in rows if r.fit]
@@ -352,15 +355,6 @@ def _section(title: str, checked: list[validation.Checked], as_json: bool) -> di
         "median": summary.median,
         "worst": summary.worst,
     }
-
-
-def _here_section(here: Any, fitted: Any, checked: Any, as_json: bool) -> dict[str, Any]:
-    from .cost import runs
-
-    text, data = runs.table(here, fitted, checked)
-    if not as_json:
-        print(text + "\n")
-    return data
 
 
 def calibrate(

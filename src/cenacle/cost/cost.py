@@ -205,6 +205,7 @@ def predict(
     placement: str = "sliced",
     trunk: str = "replicated",
     shares: Sequence[float] | None = None,
+    rest_sliced: bool = True,
 ) -> Prediction:
     """Time, memory and price of a scheme.
 
@@ -216,6 +217,8 @@ def predict(
         trunk: "replicated" or "sharded" (scheme "expert").
         shares: relative parts per node where the placement is weighted; None: by bandwidth within
             memory.
+        rest_sliced: whether dense layers, shared experts and head are cut over the nodes (scheme
+            "expert"), or are on all.
 
     Raises:
         PlanError: the scheme cannot be had: heads that do not divide, no memory for replicas.
@@ -237,7 +240,7 @@ def predict(
     else:
         if link is None:
             raise InputError("link: several machines need one, such as tb5-rdma", "link")
-        layout, name = _layout(job, scheme, machines, placement, trunk, shares)
+        layout, name = _layout(job, scheme, machines, placement, trunk, shares, rest_sliced)
     terms = _step(job, layout, machines, link, study, tokens=1, users=1)
     users = _step_of_all(job, layout, machines, link, study)
     return Prediction(
@@ -325,6 +328,7 @@ def _layout(
     placement: str,
     trunk: str,
     shares: Sequence[float] | None,
+    rest_sliced: bool,
 ) -> tuple[_Layout, tuple[str, str, str]]:
     """The layout of a scheme on several machines, and its three names."""
     s, n = job.shape, len(machines)
@@ -383,18 +387,19 @@ def _layout(
         if placement == "weighted" and alike and not shares:
             raise PlanError("the machines are alike: weighted slices are even ones")
         part = equal if placement == "sliced" else base_shares
+        rest_part = part if rest_sliced else ones
         held = tuple(
-            fixed + attention_held[i] + kv[i] + part[i] * (rest + job.routed_bytes)
+            fixed + attention_held[i] + kv[i] + rest_part[i] * rest + part[i] * job.routed_bytes
             for i in range(n)
         )
         layout = _Layout(
-            held, trunk_part, part, part, None, s.experts, s.top_k, exchanges=exchanges
+            held, trunk_part, rest_part, part, None, s.experts, s.top_k, exchanges=exchanges
         )
         return layout, ("expert", placement, trunk)
 
     if n > s.experts:
         raise PlanError(f"{n} nodes cannot each hold one of {s.experts} experts")
-    rest_part = equal if alike else base_shares
+    rest_part = (equal if alike else base_shares) if rest_sliced else ones
     room = [
         m.usable_bytes - fixed - attention_held[i] - kv[i] - rest_part[i] * rest
         for i, m in enumerate(machines)
@@ -587,8 +592,8 @@ def _step(
             if layout.study == "naive":
                 exchange_s += tokens * s.moe_layers * study.naive_exchange_s
         else:
-            # A dense layer that is cut needs its sum as well.
-            count = s.layers * layout.exchanges
+            # A dense layer that is cut needs its sum as well; the last exchange shares the token.
+            count = s.layers * layout.exchanges + 1
             exchange_s = count * exchange(link, n, vector, study)
             # The planner decides: a sliced head and gathered logits, or the whole head everywhere.
             gather = exchange(link, n, users * s.vocabulary * element, study)

@@ -22,6 +22,7 @@ from typing import Any
 from ..errors import CenacleError, InputError
 from .catalog import FOLDER, Catalogue, quant
 from .cost import PAPER, Job, Prediction, Study, predict
+from .here import descend
 
 COLUMNS = (
     *("model", "quant_bits", "machine", "nodes", "link", "scheme", "context", "tok_per_s"),
@@ -307,7 +308,6 @@ def fit(
     others far, plus a little of its square and each parameter's prior; by going through the
     parameters with shrinking steps.
     """
-    values = {p: p.start for p in parameters}
     mine = [tuple(p for p in parameters if p.touches(r, catalogue)) for r in rows]
     known: dict[tuple[int, tuple[float, ...]], float] = {}
 
@@ -322,18 +322,7 @@ def fit(
         pulls = [p.prior * abs(math.log(at[p] / p.start)) for p in parameters]
         return sum(abs(e) + e * e for e in errors) + sum(pulls)
 
-    best = loss(values)
-    step = 0.4
-    while step > 0.005:
-        better = False
-        for p in parameters:
-            for factor in (1 + step, 1 / (1 + step)):
-                tried = {**values, p: min(p.high, max(p.low, values[p] * factor))}
-                now = loss(tried)
-                if now < best - 1e-9:
-                    values, best, better = tried, now, True
-        if not better:
-            step /= 2
+    values = descend({p: (p.start, p.low, p.high) for p in parameters}, loss)
     return _set(catalogue, values)
 
 
