@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .cost import catalog as names
-from .cost import planner, validate as validation
+from .cost import planner
+from .cost import validate as validation
 from .cost.catalog import Catalogue
 from .cost.cost import Job
 from .cost.routing import Trace, contiguous
@@ -47,11 +48,14 @@ def plan(
         str | None, typer.Option(help="Between them: tb5-rdma, 10gbe, ...; measured.")
     ] = None,
     quant: Annotated[
-        str | None, typer.Option(help="Bits: 4, 4.5, 8, 16, mxfp4, 2.5/8.5. Default: 4, or as read.")
+        str | None,
+        typer.Option(help="Bits: 4, 4.5, 8, 16, mxfp4, 2.5/8.5. Default: 4, or as read."),
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache, per user.")] = 4096,
     users: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens for the first token's time.")] = 512,
+    prompt: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens for the first token's time.")
+    ] = 512,
     wired: Annotated[
         float | None,
         typer.Option(min=0.05, max=1, help="Share of memory for the model; a Mac's default: 0.75."),
@@ -67,21 +71,24 @@ def plan(
     html: Annotated[Path | None, typer.Option(help="Write a report, one file.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the first curve, or the terms.")] = None,
     svg: Annotated[Path | None, typer.Option(help="The same as SVG.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the best plan, for `serve --plan`.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the best plan, for `serve --plan`.")
+    ] = None,
     catalog: Files = None,
     as_json: AsJson = False,
 ) -> None:
     """What a model will do on given machines, which placement to take, and when not to buy.
 
-    Example: [bold]cenacle plan qwen3-235b-a22b --machines 4xm3-ultra-512 --link tb5-rdma --quant 8[/]
+    Example: [bold]cenacle plan qwen3-235b-a22b --machines 4xm3-ultra-512 --link tb5-rdma[/]
     """
     from .cost import report
 
     known = names.load(catalog or ())
     job, spec = _job(known, model, quant, context, users, prompt)
     found, between, study = planner.from_catalogue(known, machines, link, wired)
-    if trace is not None:
-        job = _traced(job, Trace.load(trace), len(found))
+    recorded = Trace.load(trace) if trace is not None else None
+    if recorded is not None:
+        job = _traced(job, recorded, len(found))
     result = planner.plan(job, found, between, study)
     comparison = None
     if compare is not None and result.best is not None:
@@ -98,8 +105,11 @@ def plan(
     if html is not None:
         _write(html, report.html(result, curves, comparison))
     if save is not None:
-        dealt, note = planner.plan_file(result, spec or planner.spec_of(job))
-        dealt.save(save)
+        dealt, note = planner.plan_file(result, spec or _spec(job), recorded)
+        try:
+            dealt.save(save)
+        except OSError as error:
+            raise InputError(f"cannot write {save}: {error}", "save") from error
         err.print(f"{save}: {dealt.placement} experts on {dealt.nodes} nodes. {note}")
     if as_json:
         print(json.dumps(result.to_json()))
@@ -152,9 +162,16 @@ def _job(
     if quant is not None:
         return Job(shape, names.quant(quant), context, users, prompt), None
     read = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
-    bits = 8 * spec.expert_bytes / shape.routed
-    stated = names.Quant(f"{bits:.3g} (read)", bits, 8 * spec.trunk_bytes / shape.trunk)
+    each = 8 * spec.expert_bytes / shape.routed
+    stated = names.Quant(f"{each:.3g} (read)", each, 8 * spec.trunk_bytes / shape.trunk)
     return Job(shape, stated, context, users, prompt, read), spec
+
+
+def _spec(job: Job) -> ModelSpec:
+    from .model import architecture
+
+    known = job.shape.family
+    return planner.spec_of(job, architecture.resolve({"model_type": known}) if known else "")
 
 
 def _bits_of(config: dict[str, Any]) -> str:
@@ -193,7 +210,16 @@ def _show(result: Result, question: str) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("scheme", "placement", "trunk"):
         table.add_column(column, no_wrap=True)
-    for column in ("nodes", "tok/s", "all users", "first s", "binds", "GB/node", "USD", "USD/(tok/s)"):
+    for column in (
+        "nodes",
+        "tok/s",
+        "all users",
+        "first s",
+        "binds",
+        "GB/node",
+        "USD",
+        "USD/(tok/s)",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("W", justify="right", no_wrap=True)
     for o in result.options:
@@ -238,9 +264,7 @@ def validate(
     refit: Annotated[
         bool, typer.Option(help="Fit on the rows marked so, show it, and leave-one-out as well.")
     ] = False,
-    save: Annotated[
-        Path | None, typer.Option(help="With --refit: write fits.toml here.")
-    ] = None,
+    save: Annotated[Path | None, typer.Option(help="With --refit: write fits.toml here.")] = None,
     run: Annotated[
         bool, typer.Option(help="Measure clusters of local processes first (minutes).")
     ] = False,
@@ -292,9 +316,7 @@ def _validate_all(
             _write(save, validation.fits_toml(known, old))
     everything = validation.check_all(rows, known)
     report["published"] = {
-        "fitted": _section(
-            "published, fitted", [c for c in everything if c.row.fit], as_json
-        ),
+        "fitted": _section("published, fitted", [c for c in everything if c.row.fit], as_json),
         "unfitted": _section(
             "published, not fitted", [c for c in everything if not c.row.fit], as_json
         ),
@@ -347,7 +369,11 @@ def _section(title: str, checked: list[validation.Checked], as_json: bool) -> di
         out.print(table)
         print(
             f"{summary.rows} rows, median error {summary.median:.1%}, worst {summary.worst:.1%}"
-            + (" (!: beyond the default memory limit)" if any(not c.predicted.fits for c in checked) else "")
+            + (
+                " (!: beyond the default memory limit)"
+                if any(not c.predicted.fits for c in checked)
+                else ""
+            )
             + "\n"
         )
     return {
@@ -362,7 +388,9 @@ def calibrate(
         Path | None,
         typer.Option(help="Where to save; default: the folder of your own machines and links."),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Local processes between which to measure.")] = 2,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Local processes between which to measure.")
+    ] = 2,
     name: Annotated[str, typer.Option(help="The machine's name.")] = "this",
     quick: Annotated[bool, typer.Option(help="Seconds instead of a minute; less sure.")] = False,
     as_json: AsJson = False,
@@ -393,6 +421,9 @@ def trace(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer each with.")] = 64,
     nodes: Annotated[int, typer.Option(min=2, help="For how many nodes to simulate.")] = 2,
     copies: Annotated[int, typer.Option(min=0, help="Extra experts per node and layer.")] = 2,
+    memory_mb: Annotated[
+        float | None, typer.Option(min=0, help="Or: spare memory per node for copies, in MB.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Record which experts each token chooses, and what that costs on several nodes.
@@ -410,7 +441,11 @@ def trace(
         raise InputError(f"prompts: {prompts} has no line", "prompts")
     recorded = record(model, lines, max_tokens)
     recorded.save(out)
+    each = float(recorded.facts["expert_bytes"]) * len(recorded.layers)  # one of every layer
+    if memory_mb is not None:
+        copies = min(recorded.experts, int(memory_mb * 1e6 / each))
     result = simulate(recorded, nodes, copies)
+    result |= {"copies": copies, "copies_bytes": round(copies * each)}
     if as_json:
         print(json.dumps({"file": str(out), **result}))
         return
@@ -424,7 +459,10 @@ def trace(
         f"{skew['hottest']:.2f}x its share, {skew['unused']:.1%} never chosen, the pair most often "
         f"together {skew['pairs']:.2f}x as often as by chance"
     )
-    print(f"experts a layer on the busiest of {nodes} nodes (judged on tokens not chosen by):")
+    print(
+        f"experts a layer on the busiest of {nodes} nodes, on the half of the tokens that nothing "
+        f"was chosen by ({copies} copies are {human(copies * each)} a node):"
+    )
     for what, value in result["busiest"].items():
         print(f"  {what:<34}{value:.4f}")
 

@@ -74,6 +74,7 @@ def record(model: str, prompts: Sequence[str], max_tokens: int) -> Trace:
         "model": Path(checkpoint.folder).resolve().name,
         "prompts": len(prompts),
         "max_tokens": max_tokens,
+        "expert_bytes": spec.moe[0].expert_bytes,
         "date": datetime.now(UTC).date().isoformat(),
     }
     return Trace(tuple(layers), count, stacked, facts)

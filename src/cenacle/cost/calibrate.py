@@ -122,14 +122,16 @@ class Calibration:
 
     def table(self) -> str:
         """For people."""
-        lines = [f"one of {self.nodes} processes; {self.facts['device']}; {self.facts['processor']}"]
+        lines = [
+            f"one of {self.nodes} processes; {self.facts['device']}; {self.facts['processor']}"
+        ]
         lines += [
             f"read {size:>4} MB   {rate:>8.1f} GB/s  +-{100 * spread:.0f} %"
             for size, (rate, spread) in self.reads.items()
         ]
         lines += [
-            f"{name:<22}{rate:>6.1f} GB/s  +-{100 * spread:.0f} %, {100 * rate / self.bandwidth[0]:.0f}"
-            f" % of a read; {flops:.0f} GFLOP/s with 64 tokens"
+            f"{name:<22}{rate:>6.1f} GB/s  +-{100 * spread:.0f} %, "
+            f"{100 * rate / self.bandwidth[0]:.0f} % of a read; {flops:.0f} GFLOP/s with 64 tokens"
             for name, (rate, spread, flops) in self.kernels.items()
         ]
         us, spread = self.overhead_us
@@ -157,18 +159,18 @@ def calibrate(
     say(f"measuring memory, kernels and exchanges in {nodes} processes at once")
     ranks = LocalRanks(nodes, "auto", PROBE)
     try:
-        ranks.load({"type": "load", "nodes": nodes, "seconds": 0.1 if quick else 1.0, "latency_s": 0})
+        ranks.load(
+            {"type": "load", "nodes": nodes, "seconds": 0.1 if quick else 1.0, "latency_s": 0}
+        )
         found = ranks.ready
     finally:
         ranks.close(now=False)
     say("measuring a layer's own time")
     overhead = _overhead(nodes, 24 if quick else 96)
     # The slowest process of a group is what the others wait for; reads and kernels: the mean.
-    reads = {
-        int(size): _mean([f["reads"][size] for f in found]) for size in found[0]["reads"]
-    }
+    reads = {int(size): _mean([f["reads"][size] for f in found]) for size in found[0]["reads"]}
     kernels = {k: _mean([f["kernels"][k] for f in found]) for k in found[0]["kernels"]}
-    exchanges = {int(size): tuple(row) for size, row in found[0]["exchanges"].items()}
+    exchanges = {int(size): (us, spread) for size, (us, spread) in found[0]["exchanges"].items()}
     facts = {
         "date": datetime.now(UTC).date().isoformat(),
         "cenacle": version("cenacle"),
@@ -183,7 +185,7 @@ def calibrate(
         reads,  # type: ignore[arg-type]
         kernels,  # type: ignore[arg-type]
         overhead,
-        exchanges,  # type: ignore[arg-type]
+        exchanges,
         memory_gib() / nodes,
         facts,
     )

@@ -1,7 +1,7 @@
 """Machines, links, models and quantisations by name, from `catalog/*.toml`.
 
-Owns: reading the tables strictly (an unknown key or unit is an error), finding an entry by any of its
-names, an owner's own entries, and where each number comes from.
+Owns: reading the tables strictly (an unknown key or unit is an error), finding an entry by any of
+its names, an owner's own entries, and where each number comes from.
 Does not know: time, schemes.
 Invariant: whatever is not known gives an `InputError` with the nearest known names.
 Next: `cost.py` computes with what this gives; the tables say what their columns are.
@@ -34,8 +34,8 @@ CONFIDENCE = {
     "M": "measured here",
     "F": "fitted",
 }
-# A Mac wires about this share of its memory by default (ds4#909, vmlx-swift#417); a GPU's driver and
-# a Linux system leave more.
+# A Mac wires about this share of its memory by default (ds4#909, vmlx-swift#417); a GPU's driver
+# and a Linux system leave more.
 WIRED = {"apple": 0.75, "cpu": 0.9, "amd": 0.95, "nvidia": 0.95}
 
 
@@ -230,12 +230,15 @@ class Catalogue:
         Raises:
             InputError: unknown; names the nearest.
         """
-        names = {_plain(a): k for k, row in self.links.items() for a in (k, *row.get("aliases", ()))}
+        names = {
+            _plain(a): k for k, row in self.links.items() for a in (k, *row.get("aliases", ()))
+        }
         key = names.get(_plain(name))
         if key is None:
             raise unknown("link", name, names)
         row = self.links[key]
-        facts = {k: _fact(row[k]) for k in ("latency_us", "gb_s", "hop_us") if k in row}
+        numbers: tuple[str, ...] = ("latency_us", "gb_s", "hop_us")
+        facts = {k: _fact(row[k]) for k in numbers if k in row}
         facts |= {k: _fact(v) for k, v in self.fits["links"].get(key, {}).items()}
         return Link(key, row["title"], row["topology"], facts)
 
@@ -248,7 +251,9 @@ class Catalogue:
             InputError: unknown; names the nearest.
         """
         names = {
-            _plain_model(a): k for k, row in self.models.items() for a in (k, *row.get("aliases", ()))
+            _plain_model(a): k
+            for k, row in self.models.items()
+            for a in (k, *row.get("aliases", ()))
         }
         key = names.get(_plain_model(name))
         if key is None:
@@ -449,8 +454,8 @@ def quant(text: str | float) -> Quant:
     """Bits per weight as people write them.
 
     Whole numbers from 2 to 8 are MLX's groups of 64: half a bit more for scale and bias. At 2 and
-    3 bits everything but the experts is taken at 6.5, as such files keep it. Fractions count as they
-    are (4.5 is all). mxfp4: 4.25 for experts, 8.5 for the rest. "2.5/8.5" gives both.
+    3 bits everything but the experts is taken at 6.5, as such files keep it. Fractions count as
+    they are (4.5 is all). mxfp4: 4.25 for experts, 8.5 for the rest. "2.5/8.5" gives both.
 
     Raises:
         InputError: not a quantisation.
@@ -467,7 +472,16 @@ def quant(text: str | float) -> Quant:
     if plain in ("mxfp4", "mxfp4-q8", "fp4", "nvfp4", "mxfp4-8"):
         bits = 4.5 if plain == "nvfp4" else 4.25
         return Quant(plain, bits, 8.5)
-    if plain in ("bf16", "fp16", "f16", "float16", "bfloat16", "none", "unquantised", "unquantized"):
+    if plain in (
+        "bf16",
+        "fp16",
+        "f16",
+        "float16",
+        "bfloat16",
+        "none",
+        "unquantised",
+        "unquantized",
+    ):
         return Quant("16", 16.0, 16.0)
     if plain in ("f32", "fp32", "float32"):
         return Quant("32", 32.0, 32.0)
@@ -498,6 +512,7 @@ def _bits(text: object, name: str, expert: float, trunk: float) -> Quant:
 
 def _no_quant(text: object) -> InputError:
     return InputError(
-        f"quant: expected bits such as 4, 4.5, 8, 16, mxfp4 or 2.5/8.5 (experts/rest), got {text!r}",
+        f"quant: expected bits such as 4, 4.5, 8, 16, mxfp4 or 2.5/8.5 (experts/rest), "
+        f"got {text!r}",
         "quant",
     )

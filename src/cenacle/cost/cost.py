@@ -1,7 +1,7 @@
 """The model of a token's time.
 
-Owns: for a model, a quantisation, machines, a link and a scheme: the terms of one step, the prompt's
-time, and what each node must hold.
+Owns: for a model, a quantisation, machines, a link and a scheme: the terms of one step, the
+prompt's time, and what each node must hold.
 Does not know: names (`catalog.py`), which scheme is best (`planner.py`), MLX.
 Invariants: terms are seconds and add up to the step; more bandwidth, less latency or less overhead
 never slows a step; one machine costs the same under every scheme.
@@ -13,8 +13,8 @@ never slows a step; one machine costs the same under every scheme.
       overhead  layers x the chip's own time per layer; the paper's program: hand-offs too
       head      the output head, and the gathering of logits where it is sliced
 
-Everything is read at `efficiency` x nominal bandwidth or computed at `compute` x nominal operations,
-whichever takes longer. Next: `planner.py`.
+Everything is read at `efficiency` x nominal bandwidth or computed at `compute` x nominal
+operations, whichever takes longer. Next: `planner.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Job:
         context: positions in the cache when a token is made, per user.
         users: requests at once.
         prompt: prompt tokens until the first token.
-        bytes_: {"trunk", "experts", "shared"} of a checkpoint, where they were read and not derived.
+        bytes_: trunk, experts and shared experts of a checkpoint, where they were read.
         skew: E[max] of recorded routing over that of uniform routing (1: uniform).
     """
 
@@ -358,8 +358,8 @@ def _layout(
         if not alike:
             raise PlanError("tensor parallelism cuts evenly; these machines are not alike")
         # Latents, states' heads: mla's one latent is on every node.
-        kv = job.kv_bytes * (1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1)
-        held = ((attention + rest + job.routed_bytes) / n + fixed + kv,) * n
+        latents = job.kv_bytes * (1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1)
+        held = ((attention + rest + job.routed_bytes) / n + fixed + latents,) * n
         layout = _Layout(held, equal, equal, equal, None, s.experts, s.top_k, exchanges=2)
         return layout, ("tensor", "sliced", "sharded")
 
@@ -456,7 +456,7 @@ def _paper(
     half = -(-s.experts // 2)
     usable = min(m.usable_bytes for m in machines)
     if n == 2 or base + half * each <= usable:
-        groups = (Group(s.experts - half, n // 2), Group(half, n - n // 2))
+        groups: tuple[Group, ...] = (Group(s.experts - half, n // 2), Group(half, n - n // 2))
         local, placement = half, "whole" if n == 2 else "replicated"
     else:
         groups = tuple(Group(c) for c in even(s.experts, n))
@@ -605,9 +605,7 @@ def _step(
             head_s = max(work(m, s.head_read * byte, 2 * users * s.head_read) for m in machines)
     overhead_s = s.overhead_layers * max(m["overhead_us"] for m in machines) / 1e6
     if pipelined:
-        weighted = sum(
-            m["overhead_us"] * p for m, p in zip(machines, layout.part, strict=True)
-        )
+        weighted = sum(m["overhead_us"] * p for m, p in zip(machines, layout.part, strict=True))
         overhead_s = s.overhead_layers * weighted / 1e6
     if layout.study:
         overhead_s = tokens * (overhead_s + s.layers * study.handoff_s)

@@ -49,8 +49,8 @@ def _config(layers: int, hidden: int, experts: int, top_k: int, width: int) -> d
     }
 
 
-# The three regimes of the project's measuring shapes, small: few large experts as in DBRX, moe-2b's,
-# many small ones.
+# The three regimes of the project's measuring shapes, small: few large experts as in DBRX,
+# moe-2b's, many small ones.
 SHAPES = {
     "coarse": _config(4, 2048, 16, 4, 3584),
     "middle": _config(6, 2048, 32, 8, 768),

@@ -12,13 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError, PlanError
-from ..plan import Plan, human
+from ..plan import Part, Plan, human
 from ..spec import ModelSpec, MoELayer
 from .catalog import Catalogue, Link, Machine
 from .cost import PAPER, TERMS, Job, Prediction, Study, predict, wired_setting
+from .routing import Trace, separate
 
 VARIANTS = (
     ("expert", "sliced", "replicated"),
@@ -127,8 +131,9 @@ def plan(job: Job, machines: Sequence[Machine], link: Link | None, study: Study)
         raise InputError(
             f"link: {len(machines)} machines need one, such as tb5-rdma or 10gbe", "link"
         )
-    tried = [_try(job, "single", "whole", "replicated", (m,), None, study) for m in _kinds(machines)]
-    alike = len(_kinds(machines)) == 1
+    kinds = _kinds(machines)
+    tried = [_try(job, "single", "whole", "replicated", (m,), None, study) for m in kinds]
+    alike = len(kinds) == 1
     even = "sliced" if alike else "weighted"
     for variant in VARIANTS if len(machines) > 1 else ():
         if variant[1] not in ("sliced", "weighted") or variant[1] == even or variant[0] == "tensor":
@@ -171,8 +176,9 @@ def _order(option: Option) -> tuple[int, float, float]:
         return (1, p.missing_bytes, 0)
     speed = p.tok_per_s if p else 0.0
     # What is equally fast: ours before a peer's, then the fewer machines.
-    rank = VARIANTS.index(v) if (v := (option.scheme, option.placement, option.trunk)) in VARIANTS else 0
-    return (0 if option.fits else 1 if p else 2, -round(speed, 6), rank + 100 * len(option.machines))
+    variant = (option.scheme, option.placement, option.trunk)
+    rank = VARIANTS.index(variant) if variant in VARIANTS else 0
+    return (0 if p else 2, -round(speed, 6), rank + 100 * len(option.machines))
 
 
 def _why(option: Option, options: Sequence[Option]) -> str:
@@ -188,8 +194,8 @@ def _why(option: Option, options: Sequence[Option]) -> str:
     if option is options[0]:
         whole = next((o.prediction for o in options if _is(o, "whole", option)), None)
         less = (
-            f"; each node reads {p.fair_share:.2f} experts a layer, where the busiest of whole ones "
-            f"runs {whole.executed:.2f}"
+            f"; each node reads {p.fair_share:.2f} experts a layer, where the busiest of whole "
+            f"ones runs {whole.executed:.2f}"
             if option.placement == "sliced" and whole is not None
             else ""
         )
@@ -217,9 +223,7 @@ def _is(option: Option, placement: str, like: Option) -> bool:
 
 
 def _shortage(p: Prediction) -> str:
-    i = max(
-        range(len(p.machines)), key=lambda i: p.bytes_per_node[i] - p.usable_per_node[i]
-    )
+    i = max(range(len(p.machines)), key=lambda i: p.bytes_per_node[i] - p.usable_per_node[i])
     machine, need, room = p.machines[i], p.bytes_per_node[i], p.usable_per_node[i]
     text = (
         f"node {i} ({machine.name}) needs {human(need)}, may hold {human(room)} "
@@ -227,7 +231,8 @@ def _shortage(p: Prediction) -> str:
     )
     setting = wired_setting(machine, need)
     if setting is not None:
-        text += f"; it fits with --wired {min(0.99, need / machine.memory_bytes + 0.005):.2f} after `{setting}`"
+        share = min(0.99, need / machine.memory_bytes + 0.005)
+        text += f"; it fits with --wired {share:.2f} after `{setting}`"
     return text
 
 
@@ -243,9 +248,9 @@ def _advice(
         )
         assert near.prediction is not None
         return (
-            f"Do not buy this for {job.shape.name} at {job.quant.name} bits: nothing fits. Nearest, "
-            f"{near.scheme} on {near.names}: {_shortage(near.prediction)}. Take fewer bits, more "
-            f"memory or more machines: the weights alone are {human(job.total_bytes)}, these "
+            f"Do not buy this for {job.shape.name} at {job.quant.name} bits: nothing fits. "
+            f"Nearest, {near.scheme} on {near.names}: {_shortage(near.prediction)}. Take fewer bits, "
+            f"more memory or more machines: the weights alone are {human(job.total_bytes)}, these "
             f"machines hold {human(sum(m.usable_bytes for m in machines))}."
         )
     p = best.prediction
@@ -282,11 +287,11 @@ def _advice(
         )
     else:
         text = (
-            f"Take {_called(best)} on {best.names}: {p.tok_per_s:.1f} tokens/s; no single machine of "
-            f"these holds the model"
+            f"Take {_called(best)} on {best.names}: {p.tok_per_s:.1f} tokens/s; no single machine "
+            f"of these holds the model"
         )
     if len(best.machines) < len(machines):
-        text += f". Use only {len(best.machines)} of the {len(machines)}: more are slower for one user"
+        text += f". Use only {len(best.machines)} of the {len(machines)}: more are slower"
     return f"{text}; {p.binding} binds{_what_helps(p)}."
 
 
@@ -299,7 +304,8 @@ def _called(option: Option) -> str:
 
 def _what_helps(p: Prediction) -> str:
     if p.binding == "exchange" and p.link is not None:
-        return f" ({p.link['latency_us']:.0f} us an exchange over {p.link.name}: a quicker link helps most)"
+        each = f"{p.link['latency_us']:.0f} us an exchange over {p.link.name}"
+        return f" ({each}: a quicker link helps most)"
     if p.binding == "overhead":
         return " (the chip's own time per layer: neither bandwidth nor more machines help)"
     if p.binding == "trunk" and len(p.machines) > 1 and p.trunk == "replicated":
@@ -347,7 +353,9 @@ class Comparison:
         )
 
 
-def compare(result: Result, other: Sequence[Machine], link: Link | None, study: Study) -> Comparison:
+def compare(
+    result: Result, other: Sequence[Machine], link: Link | None, study: Study
+) -> Comparison:
     """The best option of a plan beside the best of other machines.
 
     Raises:
@@ -459,7 +467,7 @@ def what_if(
     series = {
         name: ys
         for name, ys in series.items()
-        if any(y is not None and (many or name == "one machine") for y, many in zip(ys, several, strict=True))
+        if any(y is not None for y in (ys if name == "one machine" else compress(ys, several)))
     }
     if not series:
         raise PlanError(f"what-if: nothing fits anywhere in {text}")
@@ -478,8 +486,8 @@ def _quantity(text: str, what: str) -> float:
     }[what]
     if found is None or found[2].lower() not in scale:
         raise InputError(
-            f"what-if: {what}: expected a number with a unit of {', '.join(u or 'none' for u in scale)}, "
-            f"got {text!r}",
+            f"what-if: {what}: expected a number with a unit of "
+            f"{', '.join(u or 'none' for u in scale)}, got {text!r}",
             "what-if",
         )
     return float(found[1]) * scale[found[2].lower()]
@@ -488,51 +496,69 @@ def _quantity(text: str, what: str) -> float:
 # ---- a plan file
 
 
-def spec_of(job: Job) -> ModelSpec:
-    """A `ModelSpec` of a model that is known by its shape only, so that a plan can be dealt."""
+def spec_of(job: Job, family: str) -> ModelSpec:
+    """A `ModelSpec` of a model that is known by its shape only, so that a plan can be dealt.
+
+    Args:
+        family: mlx-lm's module that runs it.
+
+    Raises:
+        PlanError: the shape does not say which layers have experts.
+    """
     s = job.shape
-    first = s.layers - s.moe_layers
+    if not s.moe_ids:
+        raise PlanError(
+            f"save: of {s.name} only sizes are known, not its layers; give the checkpoint's folder "
+            f"or its config.json instead of a name"
+        )
+    expert, shared = round(job.expert_bytes), round(job.shared_bytes)
     return ModelSpec(
-        family=s.name,
+        family=family,
         layers=s.layers,
-        moe=tuple(
-            MoELayer(layer, s.experts, round(job.expert_bytes), round(job.shared_bytes))
-            for layer in range(first, s.layers)
-        ),
+        moe=tuple(MoELayer(layer, s.experts, expert, shared) for layer in s.moe_ids),
         top_k=s.top_k,
         trunk_bytes=round(job.trunk_bytes),
         context=None,
         vocabulary=s.vocabulary,
         dtype="bfloat16",
-        quantization=f"{job.quant.name} bits",
+        quantization=None if job.quant.trunk_bits >= 16 else f"{job.quant.name} bits",
     )
 
 
-def plan_file(result: Result, spec: ModelSpec) -> tuple[Plan, str]:
-    """The plan that `serve --plan` takes, of the best option that this version can run; and a note.
+def plan_file(result: Result, spec: ModelSpec, trace: Trace | None = None) -> tuple[Plan, str]:
+    """The plan that `serve --plan` takes, of the best option that this version runs; and a note.
+
+    Args:
+        spec: the model's bytes by layer.
+        trace: recorded routing: experts that fire together go to different nodes.
 
     Raises:
-        PlanError: nothing fits.
+        PlanError: nothing that can be run fits.
     """
-    runnable = [
-        o
-        for o in result.options
-        if o.fits and o.scheme in ("single", "expert") and o.placement in ("whole", "sliced", "weighted")
-    ]
-    if not runnable:
+    ours = [o for o in result.options if o.fits and o.scheme in ("single", "expert")]
+    if not ours:
         raise PlanError(f"no plan to save: {result.advice}")
-    option = runnable[0]
+    option = ours[0]
     n = len(option.machines)
-    shares = [m.bytes_per_s for m in option.machines]
-    even = len(set(shares)) == 1
-    dealt = Plan.whole(spec, n, None if even else shares)
-    note = ""
-    if option.placement != "whole" and n > 1:
-        note = (
-            f"{option.placement} is the best placement; the file deals whole experts, which is what "
-            f"this version runs"
-        )
-    return dealt, note
+    rates = [m.bytes_per_s for m in option.machines]
+    dealt = Plan.whole(spec, n, None if len(set(rates)) == 1 else rates)
+    if n > 1 and trace is not None:
+        dealt = _apart(dealt, separate(trace, n))
+    if option.placement == "whole" or n == 1:
+        return dealt, ""
+    return dealt, (
+        f"{option.placement} experts are best; the file deals whole ones, which is what this "
+        f"version runs"
+    )
+
+
+def _apart(plan: Plan, owner: np.ndarray) -> Plan:
+    """The same plan with each layer's experts at the owners of `separate`: counts stay."""
+    layers = tuple(
+        replace(layer, experts=tuple((Part(int(r), 0, 1),) for r in row))
+        for layer, row in zip(plan.layers, owner, strict=True)
+    )
+    return replace(plan, layers=layers)
 
 
 def usd(price: float | None) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ def curve_figure(curve: Curve) -> Figure:
     return figure
 
 
-def _figure() -> Any:
+def _figure() -> Callable[[float, float], tuple[Figure, Any]]:
     from matplotlib.figure import Figure  # no pyplot: no window, no global state
 
     def make(width: float, height: float) -> tuple[Figure, Any]:
@@ -243,9 +243,9 @@ def _card(o: Option, best: bool) -> str:
         per = f", {usd(o.usd / p.tok_per_s)} per token/s" if o.usd is not None else ""
         memory = ", ".join(human(b) for b in dict.fromkeys(map(round, p.bytes_per_node)))
         numbers = (
-            f"<p><b>{p.tok_per_s:.1f} tok/s</b>, all users {p.tok_per_s_all_users:.1f}, first token "
-            f"{p.ttft_s:.1f} s, {escape(p.binding)} binds; {escape(memory)} per node; {escape(price)}"
-            f"{escape(per)}; {p.watts:.0f} W</p>"
+            f"<p><b>{p.tok_per_s:.1f} tok/s</b>, all users {p.tok_per_s_all_users:.1f}, "
+            f"first token {p.ttft_s:.1f} s, {escape(p.binding)} binds; {escape(memory)} per node; "
+            f"{escape(price + per)}; {p.watts:.0f} W</p>"
         )
     return (
         f"<section class='card {kind}'><h3>{escape(name)} <small>{escape(o.names)}</small></h3>"
@@ -263,7 +263,8 @@ main{max-width:56rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2rem 0 .5rem}
 h3{font-size:1rem;margin:0}h3 small{font-weight:400;color:var(--dim)}
 .advice{font-size:1.15rem;border-left:.3rem solid var(--good);padding-left:.75rem}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.5rem;margin:1rem 0}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.5rem;
+margin:1rem 0}
 .facts div{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .75rem}
 .facts dt{font-size:.8rem;color:var(--dim)}.facts dd{margin:0;font-size:1.2rem;font-weight:600;
 overflow-wrap:anywhere}

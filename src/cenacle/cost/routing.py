@@ -17,9 +17,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def _times(a: list[int], b: list[int], degree: int) -> list[int]:
 def even(experts: int, nodes: int) -> tuple[int, ...]:
     """Experts per node, as even as can be: prefix sums of equal shares."""
     cuts = [experts * r // nodes for r in range(nodes + 1)]
-    return tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(cuts))
 
 
 @cache
@@ -218,7 +219,7 @@ class Trace:
                 about = json.loads(str(file["about"]))
                 ids = file["ids"].astype(np.int16)
             trace = cls(tuple(about["layers"]), int(about["experts"]), ids, about["facts"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
             raise InputError(f"trace: {path} is not a trace of `cenacle trace`: {error}") from error
         if ids.ndim != 3 or len(trace.layers) != ids.shape[0] or not ids.size:
             raise InputError(f"trace: {path} holds {ids.shape}, expected [layers, tokens, top_k]")
@@ -324,34 +325,45 @@ def replicate(
     Greedy: of all copies for which a rank has room, the one that lessens the expected load of the
     busiest rank most, on `sample` of the trace's tokens; ties go to the hottest expert.
     """
-    out = []
-    for layer in range(len(trace.layers)):
-        step = max(1, trace.tokens // sample)
-        tokens = [[int(e) for e in set(t.tolist()) if e >= 0] for t in trace.ids[layer][::step]]
-        heat = trace.counts()[layer]
-        holders = [frozenset({int(r)}) for r in owner[layer]]
-        room = [extra] * nodes
+    heat, step = trace.counts(), max(1, trace.tokens // sample)
+    return [
+        _copies(
+            [[int(e) for e in set(t.tolist()) if e >= 0] for t in trace.ids[layer][::step]],
+            heat[layer],
+            [frozenset({int(r)}) for r in owner[layer]],
+            nodes,
+            extra,
+        )
+        for layer in range(len(trace.layers))
+    ]
 
-        def cost(held: list[frozenset[int]], tokens: list[list[int]] = tokens) -> float:
-            return sum(deal(t, held, nodes) for t in tokens) / len(tokens)
 
-        while any(room):
-            # The hottest experts are enough to look at: a copy of a cold one is seldom used.
-            hot = [int(e) for e in np.argsort(-heat) if len(holders[e]) < nodes][: 4 * nodes]
-            choices = [(e, r) for e in hot for r in range(nodes) if room[r] and r not in holders[e]]
-            if not choices:
-                break
+def _copies(
+    tokens: list[list[int]],
+    heat: np.ndarray,
+    holders: list[frozenset[int]],
+    nodes: int,
+    extra: int,
+) -> list[frozenset[int]]:
+    """One layer's holders with copies added one by one."""
 
-            def after(choice: tuple[int, int]) -> list[frozenset[int]]:
-                held = list(holders)
-                held[choice[0]] = held[choice[0]] | {choice[1]}
-                return held
+    def with_copy(expert: int, rank: int) -> list[frozenset[int]]:
+        return [h | {rank} if e == expert else h for e, h in enumerate(holders)]
 
-            best = min(choices, key=lambda c: (cost(after(c)), -heat[c[0]], c))
-            holders = after(best)
-            room[best[1]] -= 1
-        out.append(holders)
-    return out
+    def cost(held: list[frozenset[int]]) -> int:
+        return sum(deal(t, held, nodes) for t in tokens)
+
+    room = [extra] * nodes
+    while any(room):
+        # The hottest experts are enough to look at: a copy of a cold one is seldom used.
+        hot = [int(e) for e in np.argsort(-heat) if len(holders[e]) < nodes][: 4 * nodes]
+        choices = [(e, r) for e in hot for r in range(nodes) if room[r] and r not in holders[e]]
+        if not choices:
+            break
+        expert, rank = min(choices, key=lambda c: (cost(with_copy(*c)), -heat[c[0]], c))
+        holders = with_copy(expert, rank)
+        room[rank] -= 1
+    return holders
 
 
 def simulate(trace: Trace, nodes: int, copies: int) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 Owns: `Shape`, and how a config.json of any family is read as one.
 Does not know: machines, time, ranks, MLX.
-Invariants: parameters are counted, not bytes; `total == trunk + routed + shared`. Embedding rows are
-looked up, not read, so a token reads the trunk less the embedding (unless the head is tied to it).
-Each kind of attention has its own rule of what it keeps and reads (`Attention`).
-Next: `cost.py` makes bytes and time of it; `tests/mlx/test_shapes.py` compares the counts with mlx-lm's.
+Invariants: parameters are counted, not bytes; `total == trunk + routed + shared`. Embedding rows
+are looked up, not read, so a token reads the trunk less the embedding (unless the head is tied to
+it). Each kind of attention has its own rule of what it keeps and reads (`Attention`).
+Next: `cost.py` makes bytes and time of it; `tests/mlx/test_shapes.py` compares the counts with
+mlx-lm's.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ Config = dict[str, Any]
 
 # How much a layer's own overhead (kernels, synchronisations) exceeds that of a plain layer with
 # grouped-query attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the
-# small configs: gqa 68 to 88, mla 91, linear 62 to 84, dsa 141 to 147. csa with hyper-connections has
-# 455 there, but 20 Sinkhorn rounds of it are one kernel where somebody wrote it: taken as 2.5 (E).
+# small configs: gqa 68 to 88, mla 91, linear 62 to 84, dsa 141 to 147. csa with hyper-connections
+# has 455 there, but its 20 Sinkhorn rounds are one kernel where somebody wrote it: 2.5 (E).
 WEIGHT = {"gqa": 1.0, "mla": 1.15, "linear": 1.0, "dsa": 1.8, "csa": 2.5}
 
 
@@ -127,6 +128,8 @@ class Shape:
         vocabulary: token ids.
         attention: by kind.
         source, confidence: where the shape comes from.
+        family: mlx-lm's model_type ("": not known).
+        moe_ids: indices of the layers with experts (empty: not known).
     """
 
     name: str
@@ -145,6 +148,8 @@ class Shape:
     attention: tuple[Attention, ...]
     source: str = ""
     confidence: str = "E"
+    family: str = ""
+    moe_ids: tuple[int, ...] = ()
 
     @property
     def routed(self) -> int:
@@ -270,7 +275,8 @@ def from_config(
     if not width:
         raise CheckpointError(f"{name}: its config does not give the width of an expert")
     dense_width = read.number("intermediate_size_mlp", default=plain or width)
-    moe = _moe_layers(read, layers)
+    moe_ids = _moe_layers(read, layers)
+    moe = len(moe_ids)
     vocabulary = read.number("vocab_size", "num_vocab")
     attention, attention_params = _attention(read, layers, hidden)
     matrices = 2 if c.get("model_type") in ("nemotron_h", "phixtral") else 3
@@ -296,6 +302,8 @@ def from_config(
         attention=attention,
         source=source,
         confidence=confidence,
+        family=str(c.get("model_type", "")) if inner is None else str(config.get("model_type", "")),
+        moe_ids=tuple(moe_ids),
     )
 
 
@@ -324,17 +332,17 @@ class _Reader:
         return [str(v) for v in value] if isinstance(value, list) else []
 
 
-def _moe_layers(read: _Reader, layers: int) -> int:
-    """How many layers have experts."""
+def _moe_layers(read: _Reader, layers: int) -> list[int]:
+    """Indices of the layers that have experts."""
     kinds = read.names("mlp_layer_types")
     if kinds:
-        return sum(k == "sparse" for k in kinds[:layers])
+        return [i for i, k in enumerate(kinds[:layers]) if k == "sparse"]
     freq = read.config.get("moe_layer_freq")
     if isinstance(freq, list):
-        return sum(bool(v) for v in freq[:layers])
+        return [i for i, v in enumerate(freq[:layers]) if v]
     pattern = read.config.get("hybrid_override_pattern")
     if isinstance(pattern, str):
-        return pattern[:layers].count("E")
+        return [i for i, v in enumerate(pattern[:layers]) if v == "E"]
     dense = set(read.config.get("mlp_only_layers") or ())
     first = read.number("first_k_dense_replace", "num_dense_layers", default=0)
     step = read.number(
@@ -342,7 +350,7 @@ def _moe_layers(read: _Reader, layers: int) -> int:
     )
     step = max(step, freq if isinstance(freq, int) else 1)
     offset = read.number("expert_layer_offset", default=step - 1)
-    return sum(i >= first and i not in dense and i % step == offset % step for i in range(layers))
+    return [i for i in range(first, layers) if i not in dense and i % step == offset % step]
 
 
 def _shared_width(read: _Reader, width: int) -> int:

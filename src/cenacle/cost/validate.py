@@ -1,9 +1,9 @@
 """The performance model held against measurements.
 
-Owns: rows (published, measured here, an owner's CSV), predicting each, fitting the few parameters of
-fits.toml on the rows marked so, leave-one-out, and the table of errors.
+Owns: rows (published, an owner's CSV), predicting each, fitting the few parameters of fits.toml on
+the rows marked so, leave-one-out, and the paper's results.
 Does not know: how rows were measured (`runs.py`), MLX.
-Invariant: a row that was fitted is marked wherever it is shown; unfitted rows never touch a parameter.
+Invariant: a row that was fitted is marked wherever it is shown; others never touch a parameter.
 Error is |predicted - measured| / measured.
 """
 
@@ -368,7 +368,7 @@ def fits_toml(catalogue: Catalogue, old: str) -> str:
         row = _rows_of(catalogue, table).get(key) if " = {" in line else None
         if row is not None:
             seen.add((table, key))
-            line = _line(key, row)  # noqa: PLW2901
+            line = _line(key, row)
         lines.append(line)
     lines += _added(catalogue, table, seen)
     for name, rows in catalogue.fits["links"].items():
