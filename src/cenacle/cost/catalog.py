@@ -411,7 +411,8 @@ def _plain(name: str) -> str:
 
 def _plain_machine(name: str) -> str:
     """`Apple M3 Ultra (512 GB)` -> m3-ultra-512."""
-    words = [w for w in _plain(name).split("-") if w not in _MACHINE_NOISE]
+    plain = re.sub(r"macbook-pro|\d+-cores?", "", _plain(name))
+    words = [w for w in plain.split("-") if w and w not in _MACHINE_NOISE]
     joined = "-".join(re.sub(r"^(\d+)g(i?b)?$", r"\1", w) for w in words)
     return joined or _plain(name)
 
@@ -441,6 +442,8 @@ _MODEL_NOISE = re.compile(
 
 def unknown(kind: str, given: str, known: Iterable[str], plain: str | None = None) -> InputError:
     """An error for a name that is nobody's, with the nearest ones."""
+    if (kind, given) in (("machine", "this"), ("link", "measured")):
+        return InputError(f"{kind}: {given!r} is not measured yet: run `cenacle calibrate`", kind)
     names = sorted(set(known))
     near = difflib.get_close_matches(plain or _plain(given), names, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names)}"
@@ -492,7 +495,7 @@ def quant(text: str | float) -> Quant:
         r"-xs|-nl|-s|-m|-l|-xl)*",
         plain,
     )
-    if number is None:
+    if number is None or raw.startswith("-"):
         raise _no_quant(text)
     bits = float(number[1])
     if bits != int(bits):

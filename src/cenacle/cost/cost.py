@@ -310,7 +310,7 @@ def _dealt(
     drawn = top_k if tokens == 1 else round(expected_distinct(experts, top_k, tokens))
     if all(len(h) == nodes for h in holders) or drawn > 64:
         return max(-(-drawn // nodes), drawn / nodes)
-    return enumerate_busiest(holders, nodes, drawn, most=5000)
+    return enumerate_busiest(holders, nodes, drawn, most=2000)
 
 
 def _single(job: Job, machine: Machine) -> _Layout:
@@ -358,7 +358,9 @@ def _layout(
         if not alike:
             raise PlanError("tensor parallelism cuts evenly; these machines are not alike")
         # Latents, states' heads: mla's one latent is on every node.
-        latents = job.kv_bytes * (1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1)
+        latents = job.kv_bytes * (
+            1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1
+        )
         held = ((attention + rest + job.routed_bytes) / n + fixed + latents,) * n
         layout = _Layout(held, equal, equal, equal, None, s.experts, s.top_k, exchanges=2)
         return layout, ("tensor", "sliced", "sharded")

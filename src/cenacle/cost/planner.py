@@ -249,8 +249,8 @@ def _advice(
         assert near.prediction is not None
         return (
             f"Do not buy this for {job.shape.name} at {job.quant.name} bits: nothing fits. "
-            f"Nearest, {near.scheme} on {near.names}: {_shortage(near.prediction)}. Take fewer bits, "
-            f"more memory or more machines: the weights alone are {human(job.total_bytes)}, these "
+            f"Nearest, {near.scheme} on {near.names}: {_shortage(near.prediction)}. Take fewer "
+            f"bits, more memory or more machines: the weights alone are {human(job.total_bytes)}, these "
             f"machines hold {human(sum(m.usable_bytes for m in machines))}."
         )
     p = best.prediction

@@ -4,8 +4,8 @@ Owns: E[max] by exact counting for uniform routing, distinct experts of several 
 dealing of active experts to replicas, and the same from a recorded `Trace`; choosing replicas and
 keeping apart experts that fire together.
 Does not know: bytes, time, MLX.
-Invariant: counts are exact (integers until the last division); `tests/unit/test_routing.py`
-enumerates small cases.
+Invariant: counts are exact up to 32 chosen experts (integers until the last division), floats
+beyond; `tests/unit/test_routing.py` enumerates small cases.
 Source: arXiv:2506.23635 for E[max] and for dealing active expert i of a group to member i mod r.
 Next: `cost.py`.
 """
@@ -61,9 +61,9 @@ def _busiest(groups: tuple[Group, ...], top_k: int) -> float:
     all_ways = math.comb(experts, top_k)
     # sorted({...}): costs of which the maximum can be; between two of them P does not change.
     levels = sorted({n * g.cost for g in groups for n in range(-(-top_k // g.members) + 1)})
-    expected, below = 0.0, 0
+    expected, below = 0.0, 0.0
     for level in levels:
-        ways = [1]
+        ways: list[Any] = [1]
         for g in groups:
             most = min(g.size, top_k, int(level / g.cost + 1e-9) * g.members)
             choose = [math.comb(g.size, j) for j in range(most + 1)]
@@ -74,7 +74,10 @@ def _busiest(groups: tuple[Group, ...], top_k: int) -> float:
     return expected
 
 
-def _times(a: list[int], b: list[int], degree: int) -> list[int]:
+def _times(a: list[Any], b: list[Any], degree: int) -> list[Any]:
+    """The product of two polynomials up to a degree; in floats where integers would be slow."""
+    if degree > 32:
+        return list(np.convolve(np.asarray(a, float), np.asarray(b, float))[: degree + 1])
     out = [0] * min(len(a) + len(b) - 1, degree + 1)
     for i, x in enumerate(a):
         for j, y in enumerate(b[: len(out) - i]):
@@ -116,8 +119,13 @@ def expected_distinct(experts: int, top_k: int, tokens: int) -> float:
 
 
 def busiest_of_batch(groups: Sequence[Group], top_k: int, tokens: int) -> float:
-    """E[max] of a batch: given how many distinct experts there are, they are a uniform draw."""
+    """E[max] of a batch: given how many distinct experts there are, they are a uniform draw.
+
+    Exact up to 24 choices; beyond that at the expected number of distinct experts alone.
+    """
     experts = sum(g.size for g in groups)
+    if tokens > 1 and tokens * top_k > 24:
+        return busiest(groups, round(expected_distinct(experts, top_k, tokens)))
     return sum(p * busiest(groups, d) for d, p in distinct(experts, top_k, tokens))
 
 
@@ -215,7 +223,7 @@ class Trace:
             InputError: not a trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
                 ids = file["ids"].astype(np.int16)
             trace = cls(tuple(about["layers"]), int(about["experts"]), ids, about["facts"])
