@@ -278,12 +278,21 @@ def validate(
     known = names.load(catalog or ())
     report: dict[str, Any] = {}
     if rows is not None:
-        checked = [validation.check(r, known) for r in validation.read_csv(rows, known)]
-        report["rows"] = _section(f"{rows}", checked, as_json)
+        found, problems = validation.read_csv(rows, known)
+        checked = [validation.check(r, known) for r in found]
+        report = {**_section(f"{rows}", checked, as_json), "errors": problems}
     else:
+        problems = []
         _validate_all(known, refit, save, run, report, as_json)
     if as_json:
         print(json.dumps(report))
+    if problems:
+        total = len(problems) + len(report["rows"])
+        raise InputError(
+            f"rows: {rows}: {len(problems)} of {total} rows cannot be predicted; "
+            + "; ".join(problems),
+            "rows",
+        )
 
 
 def _validate_all(
@@ -350,7 +359,8 @@ def _validate_all(
 def _section(title: str, checked: list[validation.Checked], as_json: bool) -> dict[str, Any]:
     """Print a table of rows, and give it as JSON."""
     summary = validation.Summary.of(checked)
-    assert summary is not None
+    if summary is None:
+        return {"rows": [], "median": None, "worst": None}
     if not as_json:
         table = Table(box=None, pad_edge=False, title=title, title_justify="left")
         for column in ("model", "quant", "machines", "link", "scheme"):

@@ -67,6 +67,21 @@ def test_machines_by_any_name(given, name):
     assert KNOWN.machine(given).name == name
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("10 GbE", "10gbe"),
+        ("TB5 RDMA", "tb5-rdma"),
+        ("Thunderbolt 5", "tb5-tcp"),
+        ("InfiniBand", "infiniband"),
+        ("200GbE RoCE", "roce-200"),
+        ("RDMA over Thunderbolt 5", "tb5-rdma"),
+    ],
+)
+def test_links_by_any_name(given, name):
+    assert KNOWN.link(given).name == name
+
+
 def test_several_machines():
     names = [m.name for m in KNOWN.machines_of("1xm3-ultra-256, 2xm4-max-128,8xh100")]
     assert names == ["m3-ultra-256", "m4-max-128", "m4-max-128", "8xh100"]
@@ -80,7 +95,7 @@ def test_several_machines():
         (lambda: KNOWN.machines_of("0xm3-ultra-512"), "expected 1 to 64"),
         (lambda: KNOWN.machines_of("-1xm3-ultra-512"), "expected 1 to 64"),
         (lambda: KNOWN.machines_of(""), "nothing is called"),
-        (lambda: KNOWN.link("tb5rdma"), r"nearest: .*tb5-rdma"),
+        (lambda: KNOWN.link("tb5-rmda"), r"nearest: .*tb5-rdma"),
         (lambda: KNOWN.model("qwen3-30b-a4b"), r"nearest: qwen3-30b-a3b"),
         (lambda: KNOWN.model("llama-3.1-8b"), "nearest"),
         (lambda: KNOWN.model("  "), "known: "),

@@ -183,13 +183,14 @@ def rows(tmp_path, *lines):
 
 
 def test_an_owners_rows(tmp_path):
-    found = rows(
+    found, problems = rows(
         tmp_path,
         "Qwen/Qwen3-30B-A3B,4,M4 Max 128GB,1,,single,512,100,me",
         "mlx-community/DeepSeek-V3-0324-4bit,4.5,m3-ultra-512,2,TB5 RDMA,tensor,0,27,me",
         "gpt-oss-120b,mxfp4,dgx-spark,2,roce,expert,1024,60,me",
         "deepseek-v3,4,m3-ultra-512;m2-ultra-192,2,10gbe,pipeline,512,12,me",
     )
+    assert problems == []
     checked = [validate.check(r, KNOWN) for r in found]
     assert all(0 < c.predicted.tok_per_s < 1000 for c in checked)
     assert validate.Summary.of(checked).rows == 4
@@ -208,18 +209,34 @@ def test_an_owners_rows(tmp_path):
         ("dbrx,4,m4-max-128,2,10gbe,single,0,9,x", "does not go with 2 nodes"),
         ("dbrx,99,m4-max-128,1,,single,0,9,x", "expected bits"),
         ("dbrx,4,m4-max-128,3,10gbe,tensor,0,9,x", "do not divide over 3 nodes"),
-        ("dbrx,4", "nodes"),
-        ("", "no rows"),
+        ("dbrx,4", "line 2: "),
     ],
 )
 def test_wrong_rows(tmp_path, line, message):
-    with pytest.raises(InputError, match=message):
-        rows(tmp_path, line)
+    right = "dbrx,4,m4-max-128,1,,single,0,9,x"
+    found, problems = rows(tmp_path, line, right)
+    assert len(found) == len(problems) == 1
+    assert re.search(message, problems[0])
+
+
+def test_rows_that_are_right_are_shown_beside_an_error(tmp_path):
+    from cenacle.cli import app
+
+    file = tmp_path / "rows.csv"
+    lines = ["dbrx,4,m9-max,1,,single,0,9,x", "dbrx,4,m4-max-128,1,,single,0,9,x"]
+    file.write_text("\n".join([HEADER, *lines]))
+    result = CliRunner().invoke(app, ["validate", "--rows", str(file), "--json"])
+    assert "1 of 2 rows cannot be predicted" in str(result.exception)
+    data = json.loads(result.output.splitlines()[-1])
+    assert (len(data["rows"]), len(data["errors"])) == (1, 1)
 
 
 def test_wrong_files(tmp_path):
     (tmp_path / "rows.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot read"):
+        validate.read_csv(tmp_path / "rows.csv", KNOWN)
+    (tmp_path / "rows.csv").write_text(HEADER + "\n")
+    with pytest.raises(InputError, match="no rows"):
         validate.read_csv(tmp_path / "rows.csv", KNOWN)
     (tmp_path / "rows.csv").write_text("model,speed\n")
     with pytest.raises(InputError, match="missing quant_bits"):

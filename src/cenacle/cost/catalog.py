@@ -233,7 +233,9 @@ class Catalogue:
         names = {
             _plain(a): k for k, row in self.links.items() for a in (k, *row.get("aliases", ()))
         }
-        key = names.get(_plain(name))
+        # "10 GbE", "10gbe" and "TB5 RDMA", "tb5-rdma" are the same.
+        squeezed = {plain.replace("-", ""): k for plain, k in names.items()}
+        key = squeezed.get(_plain(name).replace("-", ""))
         if key is None:
             raise unknown("link", name, names)
         row = self.links[key]

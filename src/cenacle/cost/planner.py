@@ -250,8 +250,8 @@ def _advice(
         return (
             f"Do not buy this for {job.shape.name} at {job.quant.name} bits: nothing fits. "
             f"Nearest, {near.scheme} on {near.names}: {_shortage(near.prediction)}. Take fewer "
-            f"bits, more memory or more machines: the weights alone are {human(job.total_bytes)}, these "
-            f"machines hold {human(sum(m.usable_bytes for m in machines))}."
+            f"bits, more memory or more machines: the weights alone are {human(job.total_bytes)}, "
+            f"these machines hold {human(sum(m.usable_bytes for m in machines))}."
         )
     p = best.prediction
     singles = [o for o in options if len(o.machines) == 1 and o.fits]

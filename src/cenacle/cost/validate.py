@@ -155,11 +155,15 @@ def check_all(rows: Sequence[Row], catalogue: Catalogue) -> list[Checked]:
 # ---- an owner's rows
 
 
-def read_csv(path: Path, catalogue: Catalogue) -> list[Row]:
+def read_csv(path: Path, catalogue: Catalogue) -> tuple[list[Row], list[str]]:
     """Rows of a CSV file with the columns `COLUMNS`, each checked against the catalogue.
 
+    Returns:
+        The rows that can be predicted, and for each of the others a sentence with its line, what
+        was expected, and for an unknown name the nearest.
+
     Raises:
-        InputError: names the line, what was expected, and for an unknown name the nearest.
+        InputError: not such a file, or no row.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -184,15 +188,9 @@ def read_csv(path: Path, catalogue: Catalogue) -> list[Row]:
             problems.append(f"line {reader.line_num}: {error}")
             continue
         rows.append(row)
-    if problems:
-        raise InputError(
-            f"rows: {path}: {len(problems)} of {len(problems) + len(rows)} rows cannot be "
-            f"predicted; " + "; ".join(problems),
-            "rows",
-        )
-    if not rows:
+    if not rows and not problems:
         raise InputError(f"rows: {path} has no rows", "rows")
-    return rows
+    return rows, problems
 
 
 def _csv_row(r: dict[str, str]) -> Row:
