@@ -138,6 +138,18 @@ def test_units_by_hand():
     assert p.missing_bytes == pytest.approx(p.bytes_per_node[0] - 0.75 * 192 * 2**30)
 
 
+def test_the_cache_takes_memory_for_every_user():
+    machine = KNOWN.machine("m3-ultra-512")
+
+    def held(users, context):
+        job = Job(KNOWN.model("dbrx"), catalog.quant(4), context, users)
+        return predict(job, "single", (machine,), None, STUDY).bytes_per_node[0]
+
+    each = 40 * 2 * 8 * 128 * 2  # layers, keys and values, heads, head_dim, 16 bits
+    assert held(4, 8192) - held(1, 8192) == pytest.approx(3 * 8192 * each)
+    assert held(1, 8192) - held(1, 4096) == pytest.approx(4096 * each)
+
+
 def test_exchange_by_hand():
     link = KNOWN.link("10gbe")
     size = 12288

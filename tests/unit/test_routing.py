@@ -168,3 +168,19 @@ def test_what_is_no_trace_is_an_error(tmp_path):
         Trace.load(tmp_path / "t.npz")
     with pytest.raises(InputError, match="expected 2 to 4"):
         simulate(trace_of([[0, 1]] * 4, 4), nodes=5, copies=0)
+
+
+@given(st.integers(0, 1000), st.integers(2, 3))
+@settings(max_examples=20, deadline=None)
+def test_no_swap_is_left_that_sets_more_apart(seed, nodes):
+    draw = np.random.default_rng(seed)
+    trace = trace_of([list(draw.choice(7, 3, replace=False)) for _ in range(30)], 7)
+    owner, pairs = separate(trace, nodes)[0], trace.together(0)
+
+    def inside(row):
+        return sum(pairs[a, b] for a in range(7) for b in range(a) if row[a] == row[b])
+
+    for a, b in combinations(range(7), 2):
+        swapped = owner.copy()
+        swapped[a], swapped[b] = owner[b], owner[a]
+        assert inside(swapped) >= inside(owner)
