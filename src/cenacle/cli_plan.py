@@ -27,6 +27,7 @@ from .spec import ModelSpec
 
 if TYPE_CHECKING:
     from .cost.planner import Result
+    from .cost.shapes import Shape
 
 err = Console(stderr=True, highlight=False)
 
@@ -110,7 +111,9 @@ def plan(
             dealt.save(save)
         except OSError as error:
             raise InputError(f"cannot write {save}: {error}", "save") from error
-        err.print(f"{save}: {dealt.placement} experts on {dealt.nodes} nodes. {note}")
+        err.print(
+            f"{save}: {dealt.placement} experts on {dealt.nodes} nodes. {note}", soft_wrap=True
+        )
     if as_json:
         print(json.dumps(result.to_json()))
     else:
@@ -152,19 +155,61 @@ def _job(
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
         name = config.get("_name_or_path") or path.resolve().parent.name
-        bits = quant or _bits_of(config)
-        return Job(from_config(str(name), config), names.quant(bits), context, users, prompt), None
+        bits = names.quant(quant or _bits_of(config))
+        shape = _counted(from_config(str(name), config), config)
+        return Job(shape, bits, context, users, prompt), None
     from .model.weights import Checkpoint, describe
 
     checkpoint = Checkpoint.open(path)
     spec = describe(checkpoint)
     shape = from_config(path.resolve().name, checkpoint.config, str(path))
+    shape = _counted(shape, checkpoint.config)
     if quant is not None:
         return Job(shape, names.quant(quant), context, users, prompt), None
     read = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
     each = 8 * spec.expert_bytes / shape.routed
     stated = names.Quant(f"{each:.3g} (read)", each, 8 * spec.trunk_bytes / shape.trunk)
     return Job(shape, stated, context, users, prompt, read), spec
+
+
+def _counted(shape: Shape, config: dict[str, Any]) -> Shape:
+    """The shape with its parameters counted in the model that mlx-lm builds of the config.
+
+    What a config says of its attention is read; how many parameters each part has need not be
+    derived where mlx-lm knows the family.
+    """
+    from dataclasses import replace
+
+    from mlx.utils import tree_flatten
+
+    from .model import architecture, synth
+
+    plain = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+    try:
+        model = synth.build(architecture.complete(plain))
+    except CenacleError as error:
+        err.print(f"parameters are derived from the config: {error}", markup=False)
+        return shape
+    architecture.prestack(model)
+    blocks = architecture.blocks(model)
+    if not blocks:
+        return shape
+
+    def size(module: Any) -> int:
+        found: Any = tree_flatten(module.parameters())
+        return sum(v.size for _, v in found)
+
+    routed = sum(size(m) for b in blocks for m in b.linears.values())
+    shared = sum(size(b.module[n]) for b in blocks for n in b.shared)
+    return replace(
+        shape,
+        moe_layers=len(blocks),
+        moe_ids=tuple(b.layer for b in blocks),
+        experts=blocks[0].count,
+        expert=routed // (len(blocks) * blocks[0].count),
+        shared=shared // len(blocks),
+        trunk=size(model) - routed - shared,
+    )
 
 
 def _spec(job: Job) -> ModelSpec:
@@ -226,12 +271,13 @@ def _show(result: Result, question: str) -> None:
         p = o.prediction
         if p is None or not o.fits:
             continue
+        mark = "*" if any(m.facts["usd"].confidence == "D" for m in o.machines) else ""
         each = [b / 1e9 for b in dict.fromkeys(p.bytes_per_node)]
         table.add_row(
             *(o.scheme, o.placement, o.trunk, str(len(o.machines))),
             *(f"{p.tok_per_s:.1f}", f"{p.tok_per_s_all_users:.1f}", f"{p.ttft_s:.1f}", p.binding),
             "/".join(f"{b:.0f}" for b in each),
-            f"{o.usd:,.0f}" if o.usd is not None else "?",
+            f"{o.usd:,.0f}{mark}" if o.usd is not None else "?",
             f"{o.usd / p.tok_per_s:,.0f}" if o.usd is not None else "?",
             f"{p.watts:.0f}",
         )
@@ -253,7 +299,7 @@ def _unverified(result: Result) -> None:
         return
     recalled = [name for name, fact in inputs(p, result.job) if fact.confidence == "D"]
     if recalled:
-        print(f"unverified inputs: {', '.join(recalled)}")
+        print(f"unverified (*, recalled) inputs: {', '.join(recalled)}")
 
 
 def validate(
@@ -414,7 +460,10 @@ def calibrate(
 
     result = measuring.calibrate(name, nodes, quick, lambda text: err.print(text))
     path = out or names.own_folder() / f"{name}.toml"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}", "out") from error
     _write(path, measuring.as_toml(result))
     names.load([path])  # what was written must read back
     if as_json:

@@ -31,3 +31,17 @@ def test_the_catalogues_shapes(name):
     assert shape.routed == routed
     assert shape.total == pytest.approx(total, rel=TOLERANCE)
     assert sum(a.layers for a in shape.attention) == shape.layers
+
+
+@pytest.mark.parametrize("family", synth.families())
+def test_every_familys_config_can_be_planned(family):
+    """A config.json of any family: its parameters are those of mlx-lm's model."""
+    from cenacle.cli_plan import _counted
+
+    config = synth.tiny_config(family)
+    total, routed, layers = counted(config)
+    shape = _counted(from_config(family, config), config)
+    assert list(shape.moe_ids) == layers
+    assert shape.total == pytest.approx(total, rel=0.01)
+    assert shape.routed == pytest.approx(routed, rel=0.1)  # experts' biases
+    assert shape.active <= shape.total

@@ -96,8 +96,15 @@ class Runs:
     facts: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write JSON.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        try:
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error}", "run") from error
 
 
 def load(path: Path) -> Runs:

@@ -209,11 +209,18 @@ class Trace:
         return int(self.ids.shape[1])
 
     def save(self, path: Path) -> None:
-        """Write a compressed npz."""
+        """Write a compressed npz.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         about = {"layers": self.layers, "experts": self.experts, "facts": self.facts}
         kind = np.uint8 if self.experts <= 255 and self.ids.min() >= 0 else np.int16
-        with path.open("wb") as file:
-            np.savez_compressed(file, about=json.dumps(about), ids=self.ids.astype(kind))
+        try:
+            with path.open("wb") as file:
+                np.savez_compressed(file, about=json.dumps(about), ids=self.ids.astype(kind))
+        except OSError as error:
+            raise InputError(f"trace: cannot write {path}: {error}", "out") from error
 
     @classmethod
     def load(cls, path: Path) -> Trace:

@@ -254,8 +254,8 @@ def from_config(
     for nested in ("attn_config", "ffn_config"):  # DBRX
         c |= {k: v for k, v in (c.get(nested) or {}).items() if not k.startswith("model_")}
     read = _Reader(name, c)
-    layers = read.number("num_hidden_layers", "n_layers", "num_layers")
-    hidden = read.number("hidden_size", "d_model")
+    layers = read.number("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+    hidden = read.number("hidden_size", "d_model", "n_embd", "model_dim")
     experts = read.number(
         *("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"), default=0
     )
@@ -270,7 +270,8 @@ def from_config(
     )
     if not 1 <= top_k <= experts:
         raise CheckpointError(f"{name}: expected 1 to {experts} experts a token, got {top_k}")
-    plain = read.number("intermediate_size", "ffn_hidden_size", "d_ff", default=0)
+    usual = 4 * hidden if c.get("model_type") == "phixtral" else 0  # its config does not say
+    plain = read.number("intermediate_size", "ffn_hidden_size", "d_ff", "n_inner", default=usual)
     width = read.number("moe_intermediate_size", "expert_hidden_dim", default=plain)
     if not width:
         raise CheckpointError(f"{name}: its config does not give the width of an expert")
@@ -374,7 +375,7 @@ def _attention(read: _Reader, layers: int, hidden: int) -> tuple[tuple[Attention
     full = layers - sum(k == "linear" for k in kinds) - sum(k == "window" for k in kinds)
     found: list[Attention] = []
     params = 0
-    heads = read.number("num_attention_heads", "n_heads", "num_heads", default=0) or 1
+    heads = read.number("num_attention_heads", "n_heads", "num_heads", "n_head", default=0) or 1
     if full or "window" in kinds:
         if c.get("kv_lora_rank"):
             one, each = _latent(read, full, heads, hidden)
