@@ -1,4 +1,5 @@
-"""The verbs: `cenacle generate`, `chat`, `serve`, `inspect`, `families`, `synth`, `bench`, `demo`.
+"""The verbs: `cenacle generate`, `chat`, `serve`, `inspect`, `families`, `synth`, `bench`, `demo`;
+those of the performance model are in `cli_plan.py`.
 
 Owns: arguments, what is printed where, exit codes. Everything else is `api`'s and the rooms' below.
 Invariant: answers go to stdout, everything else to stderr; with --json the last line of stdout is
@@ -22,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import cli_plan
 from .errors import CenacleError, InputError
 from .plan import Plan, human
 
@@ -41,7 +43,8 @@ app = typer.Typer(
     "  cenacle serve -m DIR -n 2 --port 8080\n\n"
     "  cenacle synth --name dbrx-132b --layers 2 --quantize 4 --out DIR\n\n"
     "  cenacle bench --synth moe-2b --nodes 2\n\n"
-    "  cenacle families",
+    "  cenacle families\n\n"
+    "  cenacle plan qwen3-235b-a22b --machines 4xm3-ultra-512 --link tb5-rdma --quant 8",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -617,6 +620,9 @@ def demo(
             f"the demo model answered {result['right']} of {result['asked']} questions; "
             f"expected most of them: this installation computes something wrong"
         )
+
+
+cli_plan.register(app)
 
 
 @contextmanager

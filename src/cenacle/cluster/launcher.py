@@ -37,9 +37,7 @@ STOP_S = 2.0
 # Told to glibc before a rank starts, as it must be. Memory in pages of 2 MB, with which a core reads
 # weights a third faster (docs/LOG.md); and what is freed is kept for the next layer, up to 256 MB: else
 # the kernel clears the same pages for every prompt. Other C libraries do not look at this.
-MALLOC = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
-)
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
 
 Progress = Callable[[int, int, int], None]
 """Called with rank, bytes loaded, bytes in all."""

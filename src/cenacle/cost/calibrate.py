@@ -1,0 +1,288 @@
+"""Measuring this machine: an entry for the catalogue.
+
+Owns: what is measured, and the machine and link entries made of it.
+Does not know: how a model's time is predicted from them (`cost.py`).
+Measured: read bandwidth by size, kernels by shape, a layer's own time, and between local processes
+an exchange by message size; all by as many processes at once as will later share the machine,
+because they share its memory. Next: `probe.py`, which runs in each process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..api import load
+from ..cluster.launcher import LocalRanks
+from ..errors import InputError
+from ..model.synth import synth
+
+PROBE = (sys.executable, "-m", "cenacle.cost.probe")
+# A model of almost no weights: what a token costs is the layers' own time.
+EMPTY_LAYERS = 16
+EMPTY = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": EMPTY_LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, by one of `nodes` processes that share the machine.
+
+    Args:
+        reads: MB -> (GB/s, spread).
+        kernels: shape -> (GB/s, spread, GFLOP/s with 64 tokens).
+        overhead_us: of a layer, and its spread.
+        exchanges: bytes -> (us, spread).
+        facts: date, versions, processor, device, threads.
+    """
+
+    name: str
+    nodes: int
+    reads: dict[int, tuple[float, float]]
+    kernels: dict[str, tuple[float, float, float]]
+    overhead_us: tuple[float, float]
+    exchanges: dict[int, tuple[float, float]]
+    memory_gib: float
+    facts: dict[str, Any]
+
+    @property
+    def bandwidth(self) -> tuple[float, float]:
+        """GB/s, spread: the largest read, which no cache holds."""
+        return self.reads[max(self.reads)]
+
+    @property
+    def efficiency(self) -> float:
+        """Kernels' median over the read bandwidth, at most 1."""
+        rates = [k[0] for k in self.kernels.values()]
+        return min(1.0, statistics.median(rates) / self.bandwidth[0])
+
+    @property
+    def gflops(self) -> float:
+        """Median over shapes, 64 tokens."""
+        return statistics.median(k[2] for k in self.kernels.values())
+
+    @property
+    def link(self) -> tuple[float, float] | None:
+        """Latency in us and GB/s: the smallest message, and what the largest adds to it."""
+        if not self.exchanges:
+            return None
+        small, large = min(self.exchanges), max(self.exchanges)
+        latency = self.exchanges[small][0]
+        beyond = max(1e-9, self.exchanges[large][0] - latency)
+        return latency, (large - small) / beyond / 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        latency, rate = self.link or (None, None)
+        return {
+            "name": self.name,
+            "nodes": self.nodes,
+            "read_gb_s": {str(k): v[0] for k, v in self.reads.items()},
+            "kernel_gb_s": {k: v[0] for k, v in self.kernels.items()},
+            "efficiency": self.efficiency,
+            "gflops": self.gflops,
+            "overhead_us": self.overhead_us[0],
+            "exchange_us": {str(k): v[0] for k, v in self.exchanges.items()},
+            "latency_us": latency,
+            "link_gb_s": rate,
+            "memory_gib": self.memory_gib,
+            "facts": self.facts,
+        }
+
+    def table(self) -> str:
+        """For people."""
+        lines = [
+            f"one of {self.nodes} processes; {self.facts['device']}; {self.facts['processor']}"
+        ]
+        lines += [
+            f"read {size:>4} MB   {rate:>8.1f} GB/s  +-{100 * spread:.0f} %"
+            for size, (rate, spread) in self.reads.items()
+        ]
+        lines += [
+            f"{name:<22}{rate:>6.1f} GB/s  +-{100 * spread:.0f} %, "
+            f"{100 * rate / self.bandwidth[0]:.0f} % of a read; {flops:.0f} GFLOP/s with 64 tokens"
+            for name, (rate, spread, flops) in self.kernels.items()
+        ]
+        us, spread = self.overhead_us
+        lines.append(f"a layer's own time    {us:>6.0f} us  +-{100 * spread:.0f} %")
+        lines += [
+            f"exchange {size:>8} B  {us:>8.0f} us  +-{100 * spread:.0f} %"
+            for size, (us, spread) in self.exchanges.items()
+        ]
+        return "\n".join(lines)
+
+
+def calibrate(
+    name: str, nodes: int, quick: bool, say: Callable[[str], None] = lambda _: None
+) -> Calibration:
+    """Measure for some seconds (`quick`) or about a minute.
+
+    Raises:
+        InputError: no nodes, or a name that is not one.
+        ClusterError: a process failed.
+    """
+    if nodes < 1:
+        raise InputError(f"nodes: expected at least 1, got {nodes}", "nodes")
+    if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
+        raise InputError(f"name: expected letters, digits and dashes, got {name!r}", "name")
+    say(f"measuring memory, kernels and exchanges in {nodes} processes at once")
+    ranks = LocalRanks(nodes, "auto", PROBE)
+    try:
+        ranks.load(
+            {"type": "load", "nodes": nodes, "seconds": 0.1 if quick else 1.0, "latency_s": 0}
+        )
+        found = ranks.ready
+    finally:
+        ranks.close(now=False)
+    say("measuring a layer's own time")
+    overhead = _overhead(nodes, 24 if quick else 96)
+    # The slowest process of a group is what the others wait for; reads and kernels: the mean.
+    reads = {int(size): _mean([f["reads"][size] for f in found]) for size in found[0]["reads"]}
+    kernels = {k: _mean([f["kernels"][k] for f in found]) for k in found[0]["kernels"]}
+    exchanges = {int(size): (us, spread) for size, (us, spread) in found[0]["exchanges"].items()}
+    facts = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cenacle": version("cenacle"),
+        "mlx": version("mlx"),
+        "processor": processor(),
+        "device": found[0]["device"],
+        "backend": ranks.backend if nodes > 1 else "alone",
+    }
+    return Calibration(
+        name,
+        nodes,
+        reads,  # type: ignore[arg-type]
+        kernels,  # type: ignore[arg-type]
+        overhead,
+        exchanges,
+        memory_gib() / nodes,
+        facts,
+    )
+
+
+def _mean(rows: list[list[float]]) -> tuple[float, ...]:
+    return tuple(statistics.mean(column) for column in zip(*rows, strict=True))
+
+
+def _overhead(nodes: int, tokens: int) -> tuple[float, float]:
+    """Microseconds a layer, and spread: a model of almost no weights, one process.
+
+    Threads as one of `nodes` processes has; the embedding and the head are next to nothing.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="cenacle-empty-"))
+    before = os.environ.get("CENACLE_THREADS")
+    os.environ["CENACLE_THREADS"] = str(max(1, cores() // nodes))
+    try:
+        synth(folder, config=EMPTY, dtype="float32", overwrite=True)
+        with load(str(folder), 1, kernels="native", measure_every=0) as model:
+            ids = list(range(8))
+            model.generate(ids, max_tokens=8)
+            runs = [1e6 / model.generate(ids, max_tokens=tokens).tok_per_s for _ in range(5)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if before is None:
+            del os.environ["CENACLE_THREADS"]
+        else:
+            os.environ["CENACLE_THREADS"] = before
+    each = sorted(r / EMPTY_LAYERS for r in runs)
+    return each[2], (each[3] - each[1]) / 2 / each[2]
+
+
+def as_toml(c: Calibration) -> str:
+    """The entry as an owner's file: [machines.NAME], and [links.measured] where there were two."""
+    f = c.facts
+    said = f"calibrate {f['date']}, cenacle {f['cenacle']}, mlx {f['mlx']}"
+    # Memory's nominal bandwidth is not known; what a read reaches stands for it.
+    rate, spread = c.bandwidth
+
+    def number(value: float, spread: float | None = None) -> str:
+        beside = f", spread = {spread:.3f}" if spread is not None else ""
+        return f'{{ v = {value:.6g}, c = "M", s = {json.dumps(said)}{beside} }}'
+
+    title = f"one of {c.nodes} processes on {f['processor']}, {f['device']}"
+    lines = [
+        f"# Measured by `cenacle calibrate` on {f['date']}. Price and watts were not measured.",
+        f"[machines.{_key(c.name)}]",
+        f"title = {json.dumps(title)}",
+        'family = "cpu"' if "cpu" in f["device"] else 'family = "apple-m3-m4"',
+        f'memory_gib = {{ v = [{c.memory_gib:.1f}], c = "M", s = {json.dumps(said)} }}',
+        f"bandwidth_gb_s = {number(rate, spread)}",
+        f"tflops = {number(c.gflops / 1000)}",
+        'usd = { v = [0], c = "D", s = "unknown" }',
+        'watts = { v = 0, c = "D", s = "unknown" }',
+        f"efficiency = {number(c.efficiency)}",
+        f"compute = {number(1.0)}",
+        f"overhead_us = {number(*c.overhead_us)}",
+    ]
+    if c.link is not None:
+        latency, gb_s = c.link
+        lines += [
+            "",
+            "[links.measured]",
+            f'title = "between {c.nodes} local processes, {f["backend"]}"',
+            f'topology = "{"ring" if f["backend"] == "ring" else "mesh"}"',
+            f"latency_us = {number(latency, c.exchanges[min(c.exchanges)][1])}",
+            f"gb_s = {number(gb_s, c.exchanges[max(c.exchanges)][1])}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    return f'"{name}"' if "." in name else name
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def memory_gib() -> float:
+    """This machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def processor() -> str:
+    """The processor's name."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,485 @@
+"""What a model is to the performance model: parameters by part, and what its attention reads.
+
+Owns: `Shape`, and how a config.json of any family is read as one.
+Does not know: machines, time, ranks, MLX.
+Invariants: parameters are counted, not bytes; `total == trunk + routed + shared`. Embedding rows
+are looked up, not read, so a token reads the trunk less the embedding (unless the head is tied to
+it). Each kind of attention has its own rule of what it keeps and reads (`Attention`).
+Next: `cost.py` makes bytes and time of it; `tests/mlx/test_shapes.py` compares the counts with
+mlx-lm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CheckpointError
+
+Config = dict[str, Any]
+
+# How much a layer's own overhead (kernels, synchronisations) exceeds that of a plain layer with
+# grouped-query attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the
+# small configs: gqa 68 to 88, mla 91, linear 62 to 84, dsa 141 to 147. csa with hyper-connections
+# has 455 there, but its 20 Sinkhorn rounds are one kernel where somebody wrote it: 2.5 (E).
+WEIGHT = {"gqa": 1.0, "mla": 1.15, "linear": 1.0, "dsa": 1.8, "csa": 2.5}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Layers of one kind of attention.
+
+    Args:
+        kind: "gqa" (plain or grouped query), "mla" (one latent for all heads), "dsa" (an indexer
+            picks positions), "csa" (compressed positions, an indexer, a window), "linear" (a state
+            of fixed size: DeltaNet, KDA, Mamba).
+        layers: how many.
+        heads, kv_heads, head_dim: of the kept keys and values (mla: kv_heads 1, the latent's size).
+        window: keeps only this many positions (None: all).
+        index_dim, index_heads: the indexer's key per position, and its heads.
+        top: positions that the indexer picks (None: all are read).
+        stride: positions per kept entry.
+        state: elements of a linear layer's state.
+        weight: see `WEIGHT`; 0 takes the kind's.
+    """
+
+    kind: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    index_dim: int = 0
+    index_heads: int = 0
+    top: int | None = None
+    stride: int = 1
+    state: int = 0
+    weight: float = 0.0
+
+    @property
+    def overhead_weight(self) -> float:
+        """This kind's overhead per layer, a plain layer being 1."""
+        return self.weight or WEIGHT[self.kind]
+
+    @property
+    def elements_per_entry(self) -> int:
+        """Elements kept for one entry: keys and values, or one latent."""
+        one = self.kv_heads * self.head_dim
+        return one if self.kind in ("mla", "csa") else 2 * one
+
+    def _entries(self, context: int) -> int:
+        """Entries kept beyond the window of a csa layer, or all entries of another."""
+        if self.kind == "linear":
+            return 0
+        if self.kind == "csa":
+            return -(-context // self.stride)
+        return context if self.window is None else min(context, self.window)
+
+    def kept_bytes(self, context: int) -> float:
+        """Bytes of cache of one layer for one user (16 bits an element, states 32)."""
+        if self.kind == "linear":
+            return 4.0 * self.state
+        entries = self._entries(context)
+        extra = min(context, self.window or 0) if self.kind == "csa" else 0
+        return 2.0 * (self.elements_per_entry * (entries + extra) + self.index_dim * entries)
+
+    def read_bytes(self, context: int) -> float:
+        """Bytes of cache that one token of one user moves in one layer.
+
+        gqa, mla: all kept. dsa, csa: every entry's index key, then the picked ones. linear: the
+        state is read and written.
+        """
+        if self.kind == "linear":
+            return 8.0 * self.state
+        entries = self._entries(context)
+        picked = min(entries, self.top or entries)
+        extra = min(context, self.window or 0) if self.kind == "csa" else 0
+        return 2.0 * (self.elements_per_entry * (picked + extra) + self.index_dim * entries)
+
+    def operations(self, context: int) -> float:
+        """Multiplications and additions for one token in one layer: scores, sums, index."""
+        if self.kind == "linear":
+            return 6.0 * self.state
+        entries = self._entries(context)
+        picked = min(entries, self.top or entries)
+        extra = min(context, self.window or 0) if self.kind == "csa" else 0
+        index = 2.0 * self.index_heads * self.index_dim * entries
+        return 4.0 * self.heads * self.head_dim * (picked + extra) + index
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model by its parts. Numbers are parameters unless the name says otherwise.
+
+    Args:
+        name: as in the catalogue, or the folder.
+        layers: decoder layers.
+        moe_layers: those with experts.
+        hidden: width of the residual stream, the vector that is exchanged.
+        experts: routed experts of a layer.
+        top_k: chosen per token.
+        expert: parameters of one routed expert.
+        shared: parameters of one layer's shared experts.
+        trunk: everything else, embedding and head included.
+        dense: the part of `trunk` in feed-forward layers without experts.
+        embedding: the embedding table.
+        head: the output head (0: tied to the embedding).
+        vocabulary: token ids.
+        attention: by kind.
+        source, confidence: where the shape comes from.
+        family: mlx-lm's model_type ("": not known).
+        moe_ids: indices of the layers with experts (empty: not known).
+    """
+
+    name: str
+    layers: int
+    moe_layers: int
+    hidden: int
+    experts: int
+    top_k: int
+    expert: int
+    shared: int
+    trunk: int
+    dense: int
+    embedding: int
+    head: int
+    vocabulary: int
+    attention: tuple[Attention, ...]
+    source: str = ""
+    confidence: str = "E"
+    family: str = ""
+    moe_ids: tuple[int, ...] = ()
+
+    @property
+    def routed(self) -> int:
+        """All routed experts."""
+        return self.moe_layers * self.experts * self.expert
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.trunk + self.routed + self.moe_layers * self.shared
+
+    @property
+    def head_read(self) -> int:
+        """What the output head reads per token."""
+        return self.head or self.embedding
+
+    @property
+    def trunk_read(self) -> int:
+        """Attention, routers and dense layers: what every token reads, without the head."""
+        return self.trunk - self.embedding - self.head
+
+    @property
+    def active(self) -> int:
+        """Parameters read for one token on one machine."""
+        experts = self.moe_layers * (self.top_k * self.expert + self.shared)
+        return self.trunk_read + self.head_read + experts
+
+    @property
+    def dense_layers(self) -> int:
+        """Feed-forward layers without experts."""
+        return self.layers - self.moe_layers
+
+    @property
+    def overhead_layers(self) -> float:
+        """Layers, each weighted by what its kind of attention costs in overhead."""
+        return sum(a.layers * a.overhead_weight for a in self.attention)
+
+    @property
+    def kv_heads(self) -> int | None:
+        """Heads over which attention can be cut, or None (latents and states are not)."""
+        heads = {a.kv_heads for a in self.attention if a.kind == "gqa"}
+        plain = all(a.kind == "gqa" for a in self.attention)
+        return min(heads) if plain and heads else None
+
+    def kv_bytes(self, context: int) -> float:
+        """Cache of one user."""
+        return sum(a.layers * a.kept_bytes(context) for a in self.attention)
+
+    def kv_read(self, context: int) -> float:
+        """Bytes of cache moved for one token."""
+        return sum(a.layers * a.read_bytes(context) for a in self.attention)
+
+    def attention_operations(self, context: int) -> float:
+        """Operations of attention over the cache for one token."""
+        return sum(a.layers * a.operations(context) for a in self.attention)
+
+
+def from_table(name: str, table: dict[str, Any], source: str, confidence: str) -> Shape:
+    """A shape as `models.toml` writes one; raises KeyError or TypeError on a wrong table."""
+    t = dict(table)
+    attention = tuple(Attention(**a) for a in t.pop("attention"))
+    layers, hidden, vocabulary = t.pop("layers"), t.pop("hidden"), t.pop("vocabulary")
+    dense_layers, dense_width = t.pop("dense_layers", 0), t.pop("dense_width", 0)
+    width, shared = t.pop("expert_width"), t.pop("shared_width", 0)
+    inside = t.pop("expert_input", hidden)
+    shape = Shape(
+        name=name,
+        layers=layers,
+        moe_layers=layers - dense_layers,
+        hidden=hidden,
+        experts=t.pop("experts"),
+        top_k=t.pop("top_k"),
+        expert=3 * inside * width,
+        shared=3 * hidden * shared,
+        trunk=round(t.pop("trunk_b") * 1e9),
+        dense=dense_layers * 3 * hidden * dense_width,
+        embedding=vocabulary * hidden,
+        head=vocabulary * hidden,
+        vocabulary=vocabulary,
+        attention=attention,
+        source=source,
+        confidence=confidence,
+    )
+    if t:
+        raise TypeError(f"unknown keys {sorted(t)}")
+    return shape
+
+
+def from_config(
+    name: str, config: Config, source: str = "config.json", confidence: str = "A"
+) -> Shape:
+    """The shape that a config.json gives.
+
+    Norms and biases are left out: some 0.1 % of a model.
+
+    Raises:
+        CheckpointError: a key without which the shape cannot be told is missing, or the model has
+            no experts.
+    """
+    inner = config.get("text_config")
+    c: Config = {**config, **(inner if isinstance(inner, dict) else {})}
+    for nested in ("attn_config", "ffn_config"):  # DBRX
+        c |= {k: v for k, v in (c.get(nested) or {}).items() if not k.startswith("model_")}
+    read = _Reader(name, c)
+    layers = read.number("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+    hidden = read.number("hidden_size", "d_model", "n_embd", "model_dim")
+    experts = read.number(
+        *("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"), default=0
+    )
+    if not experts:
+        raise CheckpointError(
+            f"{name}: its config names no experts: a dense model. Cenacle deals experts; use "
+            f"mlx-lm or llama.cpp for it"
+        )
+    top_k = read.number(
+        *("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k"),
+        *("top_k_experts", "num_selected_experts"),
+    )
+    if not 1 <= top_k <= experts:
+        raise CheckpointError(f"{name}: expected 1 to {experts} experts a token, got {top_k}")
+    usual = 4 * hidden if c.get("model_type") == "phixtral" else 0  # its config does not say
+    plain = read.number("intermediate_size", "ffn_hidden_size", "d_ff", "n_inner", default=usual)
+    width = read.number("moe_intermediate_size", "expert_hidden_dim", default=plain)
+    if not width:
+        raise CheckpointError(f"{name}: its config does not give the width of an expert")
+    dense_width = read.number("intermediate_size_mlp", default=plain or width)
+    moe_ids = _moe_layers(read, layers)
+    moe = len(moe_ids)
+    vocabulary = read.number("vocab_size", "num_vocab")
+    attention, attention_params = _attention(read, layers, hidden)
+    matrices = 2 if c.get("model_type") in ("nemotron_h", "phixtral") else 3
+    dense = (layers - moe) * matrices * hidden * dense_width
+    table = vocabulary * hidden
+    tied = read.flag("tie_word_embeddings")
+    router = moe * experts * hidden
+    inside = read.number("routed_expert_hidden_size", "moe_latent_size", default=hidden)
+    return Shape(
+        name=name,
+        layers=layers,
+        moe_layers=moe,
+        hidden=hidden,
+        experts=experts,
+        top_k=top_k,
+        expert=matrices * inside * width,
+        shared=matrices * hidden * _shared_width(read, width),
+        trunk=table * (1 if tied else 2) + attention_params + router + dense,
+        dense=dense,
+        embedding=table,
+        head=0 if tied else table,
+        vocabulary=vocabulary,
+        attention=attention,
+        source=source,
+        confidence=confidence,
+        family=str(c.get("model_type", "")) if inner is None else str(config.get("model_type", "")),
+        moe_ids=tuple(moe_ids),
+    )
+
+
+class _Reader:
+    """Numbers of a config by any of their names."""
+
+    def __init__(self, name: str, config: Config) -> None:
+        self.name, self.config = name, config
+
+    def number(self, *keys: str, default: int | None = None) -> int:
+        for key in keys:
+            value = self.config.get(key)
+            if isinstance(value, list) and value:
+                value = max((v for v in value if isinstance(v, int)), default=None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        if default is None:
+            raise CheckpointError(f"{self.name}: its config has none of {', '.join(keys)}")
+        return default
+
+    def flag(self, key: str) -> bool:
+        return bool(self.config.get(key))
+
+    def names(self, key: str) -> list[str]:
+        value = self.config.get(key)
+        return [str(v) for v in value] if isinstance(value, list) else []
+
+
+def _moe_layers(read: _Reader, layers: int) -> list[int]:
+    """Indices of the layers that have experts."""
+    kinds = read.names("mlp_layer_types")
+    if kinds:
+        return [i for i, k in enumerate(kinds[:layers]) if k == "sparse"]
+    freq = read.config.get("moe_layer_freq")
+    if isinstance(freq, list):
+        return [i for i, v in enumerate(freq[:layers]) if v]
+    pattern = read.config.get("hybrid_override_pattern")
+    if isinstance(pattern, str):
+        return [i for i, v in enumerate(pattern[:layers]) if v == "E"]
+    dense = set(read.config.get("mlp_only_layers") or ())
+    first = read.number("first_k_dense_replace", "num_dense_layers", default=0)
+    step = read.number(
+        *("interleave_moe_layer_step", "decoder_sparse_step", "expert_layer_period"), default=1
+    )
+    step = max(step, freq if isinstance(freq, int) else 1)
+    offset = read.number("expert_layer_offset", default=step - 1)
+    return [i for i in range(first, layers) if i not in dense and i % step == offset % step]
+
+
+def _shared_width(read: _Reader, width: int) -> int:
+    """Hidden width of a layer's shared experts together, 0 without."""
+    for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+        if key in read.config:
+            return read.number(key, default=0)
+    if str(read.config.get("model_type", "")).startswith("llama4"):
+        return width
+    count = read.number(
+        *("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+        default=0,
+    )
+    return count * width
+
+
+def _attention(read: _Reader, layers: int, hidden: int) -> tuple[tuple[Attention, ...], int]:
+    """The kinds of attention of a model, and their parameters together."""
+    c = read.config
+    kinds = _kinds(read, layers)
+    full = layers - sum(k == "linear" for k in kinds) - sum(k == "window" for k in kinds)
+    found: list[Attention] = []
+    params = 0
+    heads = read.number("num_attention_heads", "n_heads", "num_heads", "n_head", default=0) or 1
+    if full or "window" in kinds:
+        if c.get("kv_lora_rank"):
+            one, each = _latent(read, full, heads, hidden)
+            found.append(one)
+            params += full * each
+        else:
+            kv = read.number("num_key_value_heads", "kv_n_heads", default=heads)
+            dim = read.number("head_dim", default=hidden // heads)
+            gated = str(c.get("model_type", "")).startswith(("qwen3_next", "qwen3_5"))
+            each = hidden * dim * (heads * (3 if gated else 2) + 2 * kv)
+            window = read.number("sliding_window", "attention_chunk_size", default=0) or None
+            for count, limit in ((full, None), (sum(k == "window" for k in kinds), window)):
+                if count:
+                    found.append(Attention("gqa", count, heads, kv, dim, window=limit))
+                    params += count * each
+    linear = sum(k == "linear" for k in kinds)
+    if linear:
+        one, each = _linear(read, linear, hidden)
+        found.append(one)
+        params += linear * each
+    return tuple(found), params
+
+
+def _kinds(read: _Reader, layers: int) -> list[str]:
+    """Of each layer: "full", "window" or "linear"."""
+    c = read.config
+    named = read.names("layer_types") or read.names("layers_block_type")
+    linear = c.get("linear_attn_config")
+    if isinstance(linear, dict) and linear.get("kda_layers"):
+        count = sum(i <= layers for i in linear["kda_layers"])
+        return ["linear"] * count + ["full"] * (layers - count)
+    if named:
+        return [_kind(n) for n in named[:layers]] + ["full"] * max(0, layers - len(named))
+    period = read.number("full_attention_interval", default=0)
+    if period and "linear_num_value_heads" in c:
+        return ["full" if (i + 1) % period == 0 else "linear" for i in range(layers)]
+    if c.get("model_type") == "gpt_oss":
+        return ["window" if i % 2 == 0 else "full" for i in range(layers)]
+    if str(c.get("model_type", "")).startswith("llama4"):
+        return ["full" if (i + 1) % 4 == 0 else "window" for i in range(layers)]
+    return ["full"] * layers
+
+
+def _kind(name: str) -> str:
+    if "sliding" in name or "chunked" in name:
+        return "window"
+    return "linear" if any(n in name for n in ("linear", "mamba", "conv", "recurrent")) else "full"
+
+
+def _latent(read: _Reader, layers: int, heads: int, hidden: int) -> tuple[Attention, int]:
+    """Multi-head latent attention, with an indexer or without, and its parameters per layer."""
+    c = read.config
+    rank, rope = read.number("kv_lora_rank"), read.number("qk_rope_head_dim")
+    nope, value = read.number("qk_nope_head_dim"), read.number("v_head_dim")
+    q_rank = read.number("q_lora_rank", default=0)
+    q = heads * (nope + rope)
+    params = hidden * q_rank + q_rank * q if q_rank else hidden * q
+    params += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+    top = c.get("index_topk")
+    if not isinstance(top, int):
+        return Attention("mla", layers, heads, 1, rank + rope), params
+    dim, index_heads = read.number("index_head_dim"), read.number("index_n_heads")
+    params += q_rank * index_heads * dim + hidden * (dim + index_heads)
+    # The latent is kept once, like mla's: half of what "dsa" counts for keys and values.
+    half = (rank + rope) // 2
+    return Attention("dsa", layers, heads, 1, half, None, dim, index_heads, top), params
+
+
+def _linear(read: _Reader, layers: int, hidden: int) -> tuple[Attention, int]:
+    """A layer with a state of fixed size, and its parameters."""
+    c = read.config
+    if "linear_num_value_heads" in c:  # gated DeltaNet
+        k_dim = read.number("linear_num_key_heads") * read.number("linear_key_head_dim")
+        values, dim = read.number("linear_num_value_heads"), read.number("linear_value_head_dim")
+        state = values * dim * read.number("linear_key_head_dim")
+        params = hidden * (2 * k_dim + 3 * values * dim + 2 * values)
+        return Attention("linear", layers, values, values, dim, state=state), params
+    if "mamba_n_heads" in c or "mamba_num_heads" in c:  # Mamba 2
+        heads = read.number("mamba_n_heads", "mamba_num_heads")
+        dim = read.number("mamba_d_head", "mamba_head_dim")
+        size = read.number("mamba_d_state", "ssm_state_size")
+        groups = read.number("mamba_n_groups", "n_groups", default=1)
+        inside = heads * dim
+        params = hidden * (3 * inside + 2 * groups * size + heads)
+        return Attention("linear", layers, heads, heads, dim, state=inside * size), params
+    inner = c.get("linear_attn_config")
+    if isinstance(inner, dict):  # KDA
+        heads, dim = int(inner["num_heads"]), int(inner["head_dim"])
+        wide = heads * dim
+        params = 4 * hidden * wide + 2 * (hidden * dim + dim * wide) + hidden * heads
+        return Attention("linear", layers, heads, heads, dim, state=wide * dim), params
+    # Lightning attention, short convolutions: about the size of plain attention.
+    heads = read.number("num_attention_heads", default=1)
+    dim = read.number("head_dim", default=hidden // heads)
+    params = 4 * hidden * heads * dim
+    return Attention("linear", layers, heads, heads, dim, state=heads * dim * dim), params
+
+
+def describe(shapes: Sequence[Shape]) -> str:
+    """A small table, for a reader."""
+    lines = [f"{'model':<24}{'total':>9}{'active':>9}{'experts':>9}{'top-k':>7}{'layers':>8}"]
+    lines += [
+        f"{s.name:<24}{s.total / 1e9:>8.1f}B{s.active / 1e9:>8.2f}B{s.experts:>9}{s.top_k:>7}"
+        f"{s.layers:>8}"
+        for s in shapes
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Shapes read from config.json against the models that mlx-lm builds of them."""
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from cenacle.cost.shapes import from_config
+from cenacle.model import architecture, synth
+
+# Small models whose norms, biases and adapters are a large part: their shapes are not asked for.
+TOLERANCE = 0.01
+
+
+def counted(config):
+    model = synth.build(config)
+    architecture.prestack(model)
+    total = sum(v.size for _, v in tree_flatten(model.parameters()) if isinstance(v, mx.array))
+    blocks = architecture.blocks(model)
+    routed = sum(
+        m.weight.size for b in blocks for m in b.linears.values() if isinstance(m.weight, mx.array)
+    )
+    return total, routed, [b.layer for b in blocks]
+
+
+@pytest.mark.parametrize("name", sorted(synth.catalogue()))
+def test_the_catalogues_shapes(name):
+    config = synth.full_config(name)
+    total, routed, layers = counted(config)
+    shape = from_config(name, config)
+    assert list(shape.moe_ids) == layers
+    assert shape.routed == routed
+    assert shape.total == pytest.approx(total, rel=TOLERANCE)
+    assert sum(a.layers for a in shape.attention) == shape.layers
+
+
+@pytest.mark.parametrize("family", synth.families())
+def test_every_familys_config_can_be_planned(family):
+    """A config.json of any family: its parameters are those of mlx-lm's model."""
+    from cenacle.cli_plan import _counted
+
+    config = synth.tiny_config(family)
+    total, routed, layers = counted(config)
+    shape = _counted(from_config(family, config), config)
+    assert list(shape.moe_ids) == layers
+    assert shape.total == pytest.approx(total, rel=0.01)
+    assert shape.routed == pytest.approx(routed, rel=0.1)  # experts' biases
+    assert shape.active <= shape.total

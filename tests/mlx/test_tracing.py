@@ -1,0 +1,67 @@
+"""A recording of the demo model, and the calibration's own file."""
+
+import json
+
+import numpy as np
+from typer.testing import CliRunner
+
+from cenacle.cost import catalog
+from cenacle.cost.calibrate import Calibration, as_toml
+from cenacle.cost.routing import Trace
+from cenacle.demo import FOLDER
+
+
+def test_a_recording_of_the_demo_model(tmp_path):
+    from cenacle.cli import app
+
+    (tmp_path / "questions.txt").write_text("What is 12 + 30?\n\nSpell otter backwards.\n")
+    out = tmp_path / "trace.npz"
+    arguments = ["trace", "-m", str(FOLDER), "--prompts", str(tmp_path / "questions.txt")]
+    arguments += ["--out", str(out), "--max-tokens", "12", "--copies", "1", "--json"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    data = json.loads(result.output.splitlines()[-1])
+    trace = Trace.load(out)
+    assert trace.ids.shape[0] == 4
+    assert trace.ids.shape[2] == 4
+    assert trace.tokens == data["tokens"] > 20
+    # Every token has four different experts of sixteen.
+    ordered = np.sort(trace.ids, axis=2)
+    assert (np.diff(ordered, axis=2) > 0).all()
+    assert ordered.min() >= 0
+    assert ordered.max() <= 15
+    assert data["busiest"]["sliced: a fair share"] == 2
+    plan = ["plan", str(FOLDER), "--machines", "2xm4-32", "--link", "10gbe", "--trace", str(out)]
+    saved = tmp_path / "plan.json"
+    result = CliRunner().invoke(app, [*plan, "--save", str(saved)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert saved.exists()
+
+
+def test_a_calibration_is_a_catalogue_entry(tmp_path):
+    made = Calibration(
+        name="this",
+        nodes=2,
+        reads={1: (50.0, 0.1), 256: (20.0, 0.05)},
+        kernels={"a": (10.0, 0.1, 70.0), "b": (12.0, 0.1, 90.0)},
+        overhead_us=(500.0, 0.02),
+        exchanges={64: (40.0, 0.1), 1_000_064: (540.0, 0.1)},
+        memory_gib=16.0,
+        facts={
+            "date": "2026-11-23",
+            "cenacle": "0.1.0",
+            "mlx": "0.32.4",
+            "processor": 'a "fast" one',
+            "device": "Device(cpu, 0)",
+            "backend": "mesh",
+        },
+    )
+    file = tmp_path / "this.toml"
+    file.write_text(as_toml(made))
+    known = catalog.load([file])
+    machine, link = known.machine("this"), known.link("measured")
+    assert machine["bandwidth_gb_s"] == 20
+    assert machine["efficiency"] == 0.55
+    assert machine["overhead_us"] == 500
+    assert machine.facts["overhead_us"].confidence == "M"
+    assert link["latency_us"] == 40
+    assert link["gb_s"] == 2.0
