@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -120,7 +121,14 @@ def test_a_plan_file_is_a_plan(tmp_path):
     dealt.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again.nodes == len(result.options[0].machines)
-    assert (not note) == (result.options[0].placement == "whole" or again.nodes == 1)
+    # By name only, nothing says where experts may be cut; a checkpoint's folder does.
+    assert result.options[0].placement == "weighted"  # slices by the machines' bandwidth
+    assert dealt.placement == "whole"
+    assert "give the checkpoint's folder" in note
+    spec = planner.spec_of(result.job, "dbrx")
+    spec = replace(spec, moe=tuple(replace(m, units=168) for m in spec.moe))
+    dealt, note = planner.plan_file(result, spec)
+    assert dealt.placement == "sliced"
     with pytest.raises(PlanError, match="only sizes are known"):
         planner.spec_of(plan("deepseek-v4-flash", "m3-ultra-512").job, "deepseek_v4")
 

@@ -34,10 +34,16 @@ START_DEADLINE_S = 60.0
 SILENCE_S = 5.0  # a rank says that it is alive once a second
 STOP_S = 2.0
 
-# Told to glibc before a rank starts, as it must be. Memory in pages of 2 MB, with which a core reads
-# weights a third faster (docs/LOG.md); and what is freed is kept for the next layer, up to 256 MB: else
-# the kernel clears the same pages for every prompt. Other C libraries do not look at this.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
+# Told to glibc before a rank starts, as it must be. Memory in pages of 2 MB, with which a core
+# reads weights a third faster (docs/LOG.md); and up to 256 MB of what is freed are kept for the
+# next layer: else the kernel clears the same pages again. Other C libraries do not look at this.
+MALLOC = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.mmap_threshold={32 << 20}",
+        f"glibc.malloc.trim_threshold={256 << 20}",
+    )
+)
 
 Progress = Callable[[int, int, int], None]
 """Called with rank, bytes loaded, bytes in all."""

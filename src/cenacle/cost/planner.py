@@ -541,15 +541,27 @@ def plan_file(result: Result, spec: ModelSpec, trace: Trace | None = None) -> tu
     option = ours[0]
     n = len(option.machines)
     rates = [m.bytes_per_s for m in option.machines]
-    dealt = Plan.whole(spec, n, None if len(set(rates)) == 1 else rates)
+    shares = None if len(set(rates)) == 1 else rates
+    trunk = "sharded" if option.trunk == "sharded" and spec.parts else "replicated"
+    note = ""
+    if option.trunk == "sharded" and trunk == "replicated":
+        note = "which layers can be divided is known from a checkpoint's folder only: give that"
+    if n > 1 and option.placement != "whole":
+        try:
+            if option.placement in ("sliced", "weighted"):
+                return Plan.sliced(spec, n, shares, trunk), note
+            assert option.prediction is not None
+            budgets = [round(b) for b in option.prediction.bytes_per_node]
+            return Plan.replicated(spec, n, budgets, shares, trunk), note
+        except PlanError as error:
+            note = (
+                f"{option.placement} experts are best; the file deals whole ones, because {error} "
+                f"(what is known by name only cannot be cut: give the checkpoint's folder)"
+            )
+    dealt = Plan.whole(spec, n, shares, trunk)
     if n > 1 and trace is not None:
         dealt = _apart(dealt, separate(trace, n))
-    if option.placement == "whole" or n == 1:
-        return dealt, ""
-    return dealt, (
-        f"{option.placement} experts are best; the file deals whole ones, which is what this "
-        f"version runs"
-    )
+    return dealt, note
 
 
 def _apart(plan: Plan, owner: np.ndarray) -> Plan:
