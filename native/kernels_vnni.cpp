@@ -185,6 +185,15 @@ inline void sixteen(const uint8_t* scales, const uint8_t* biases, int64_t g, int
   }
 }
 
+// The processor does not see these streams coming between the rows of weights.
+[[gnu::always_inline]] inline void scales_ahead(const Matrix& m, int64_t row) {
+  const int64_t at = (row + 16) * m.scale_stride;
+  for (int64_t b = 0; b < m.scale_stride; b += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(m.scales + at + b), _MM_HINT_T0);
+    if (m.biases) _mm_prefetch(reinterpret_cast<const char*>(m.biases + at + b), _MM_HINT_T0);
+  }
+}
+
 // Both for whole rows, one for each `fine` weights, padded with zeros.
 template <Scale S>
 void scales_of(const Matrix& m, int64_t row, int64_t rows, int fine, int64_t groups, float* scale,
@@ -193,11 +202,7 @@ void scales_of(const Matrix& m, int64_t row, int64_t rows, int fine, int64_t gro
   const bool twice = m.group > fine;  // 128 weights a scale, 64 activations
   for (int64_t r = row; r < row + rows; r++, scale += groups, bias += groups) {
     const uint8_t *from_s = m.scales + r * m.scale_stride, *from_b = m.biases + r * m.scale_stride;
-    // The processor does not see this stream coming between the rows of weights.
-    for (int64_t b = 0; b < m.scale_stride; b += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(from_s + 16 * m.scale_stride + b), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(from_b + 16 * m.scale_stride + b), _MM_HINT_T0);
-    }
+    scales_ahead(m, r);
     __m512 s, b;
     if (!twice) {
       for (int64_t g = 0; g < groups; g += 16) {
@@ -290,6 +295,43 @@ inline void spread_row(const Matrix& m, int64_t row, uint8_t* to) {
 
 inline bool packed(const Matrix& m) { return m.bits != 4 && m.bits != 8; }
 
+// One token, with scales straight from the weights: what memory gives binds, and every store less counts.
+template <Code C, int FINE, Scale S>
+void one_token(const Matrix& m, int64_t begin, int64_t end, const Activations& a, int32_t token,
+               float* out, float* memory, uint8_t* spread) {
+  const int64_t groups = groups_of(a.layout, m.width), n = m.width / m.group;
+  const uint8_t* x[1] = {a.fixed + int64_t(token) * bytes_of(a.layout, m.width)};
+  const float *xs = a.scales + int64_t(token) * groups, *xb = a.sums + int64_t(token) * groups;
+  for (int64_t row = begin; row < end; row += 4) {
+    const int rows = int(end - row < 4 ? end - row : 4);
+    __m512 sum[4][1] = {};
+    const float* factor[4][1];
+    for (int r = 0; r < rows; r++) {
+      const uint8_t* from_s = m.scales + (row + r) * m.scale_stride;
+      const uint8_t* from_b = m.biases + (row + r) * m.scale_stride;
+      float* to = memory + r * groups;
+      factor[r][0] = to;
+      for (int64_t g = 0; g < groups; g += 16) {
+        __m512 s, b;
+        sixteen<S>(from_s, from_b, g, n, s, b);
+        _mm512_storeu_ps(to + g, _mm512_mul_ps(s, _mm512_loadu_ps(xs + g)));
+        sum[r][0] = _mm512_fmadd_ps(b, _mm512_loadu_ps(xb + g), sum[r][0]);
+      }
+      scales_ahead(m, row + r);
+    }
+    for (int r = 0; r < rows; r++) {
+      const uint8_t* w[1] = {m.weight + (row + r) * m.weight_stride};
+      if (C == Code::bytes && packed(m)) {
+        spread_row(m, row + r, spread);
+        w[0] = spread;
+      }
+      tile<C, FINE, 1, 1>(w, m.width, x, factor + r, sum + r);
+    }
+    _mm_mask_storeu_ps(out + row - begin, __mmask8((1u << rows) - 1),
+                       totals(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
+  }
+}
+
 template <Code C, int FINE>
 void fixed(const Matrix& m, int64_t begin, int64_t end, const Activations& a, const int32_t* tokens,
            int count, float* const* out, float* scratch) {
@@ -300,6 +342,13 @@ void fixed(const Matrix& m, int64_t begin, int64_t end, const Activations& a, co
                                                    : cenacle::scales_of<Scale::f16>;
   float *scales = scratch, *biases = scales + ROWS * groups, *memory = biases + ROWS * groups;
   auto* spread = reinterpret_cast<uint8_t*>(memory + 16 * groups + 16);
+  if (count == 1 && m.group <= 64) {
+    const auto run = m.format == Format::mxfp4 ? one_token<C, FINE, Scale::e8m0>
+                     : m.type == Float::f32    ? one_token<C, FINE, Scale::f32>
+                     : m.type == Float::bf16   ? one_token<C, FINE, Scale::bf16>
+                                               : one_token<C, FINE, Scale::f16>;
+    return run(m, begin, end, a, tokens[0], out[0], memory, spread);
+  }
   // With few tokens memory binds: it is read row by row.
   const int64_t block = count <= 4 ? 4 : ROWS;
   for (int64_t row = begin; row < end; row += block) {

@@ -48,7 +48,8 @@ class Ranks:
     ) -> None:
         self._ranks = LocalRanks(nodes, backend, PROGRAM, cores, threads)
         try:
-            self._ranks.load({"type": "load", "nodes": nodes, "latency_s": 0.0})
+            order = {"type": "load", "nodes": nodes, "latency_s": 0.0, "wire": "f32"}
+            self._ranks.load(order)
         except BaseException:
             self._ranks.close(now=True)
             raise
