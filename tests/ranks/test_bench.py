@@ -105,6 +105,7 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path, where):
         return
     found = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
     names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole", "ours, replicated", "ours, sliced"]
+    names.append("ours, sliced, trunk sharded")
     assert [(r["latency_ms"], r["row"]) for r in found["rows"]] == [
         (ms, name) for ms in (0.3, 0.0) for name in names
     ]
@@ -112,6 +113,8 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path, where):
     for row in found["rows"]:
         adds_up(row["terms_ms"])
         exchanges = 2 * layers if row["row"] in names[:3] else layers
+        if row["row"] == names[-1]:  # attention of each layer, and the head
+            exchanges = 2 * layers + 1
         assert row["exchanges"] == exchanges
         # An exchange is at least its link's latency, on every row.
         assert row["terms_ms"]["exchange"] >= exchanges * row["latency_ms"]

@@ -65,7 +65,7 @@ class Asked:
     latencies_ms: tuple[float, ...] = LATENCIES_MS
     tokens: int = 16
     repeat: int = 2
-    ours: tuple[str, ...] = ("whole", "replicated", "sliced")
+    ours: tuple[str, ...] = ("whole", "replicated", "sliced", "sliced, trunk sharded")
     deadline_s: float = 300.0
     conditions: dict[str, Any] = field(default_factory=dict)
 
@@ -88,14 +88,20 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     checkpoint = Checkpoint.open(locate(asked.model))
     spec = describe(checkpoint)
     cores, threads = split(asked.nodes, asked.threads)
-    names = [*SCHEDULES, *(f"ours, {placement}" for placement in asked.ours)]
+    ours = [p for p in asked.ours if spec.parts or not p.endswith("trunk sharded")]
+    names = [*SCHEDULES, *(f"ours, {placement}" for placement in ours)]
     seen: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
     expected: dict[str, float] = {}
     logits: dict[str, np.ndarray] = {}
-    with Ranks(asked.nodes, asked.backend, cores, threads) as ranks:
-        for name in names * asked.repeat:
-            say(f"loading {name}")
-            plan = plan_of(name, checkpoint, asked.nodes)
+    backend = ""
+    for name in names * asked.repeat:
+        say(f"loading {name}")
+        plan = plan_of(name, checkpoint, asked.nodes)
+        expected[name] = expected_experts(plan)[1]
+        # Processes of its own for each row and round: which memory a process happens to get changed
+        # its speed by a quarter (docs/LOG.md), and one draw for all rows would not be a comparison.
+        with Ranks(asked.nodes, asked.backend, cores, threads) as ranks:
+            backend = ranks.backend
             ranks.ask(
                 "ablation_load",
                 asked.deadline_s,
@@ -104,7 +110,6 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
                 row=name,
                 kernels=asked.kernels,
             )
-            expected[name] = expected_experts(plan)[1]
             for latency_ms in asked.latencies_ms:
                 say(f"{name}, {latency_ms:g} ms")
                 reports = ranks.ask(
@@ -115,7 +120,6 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
                 )
                 logits[name] = np.array(reports[0]["logits"])
                 seen.setdefault((latency_ms, name), []).append(reports)
-        backend = ranks.backend
     rows = [
         {
             "row": name,
@@ -315,9 +319,7 @@ def precise_sleep(seconds: float) -> None:
 def ablation_load(
     collective: Collective, folder: str, plan: dict[str, Any], row: str, kernels: str
 ) -> None:
-    """Load one row, in place of the one before."""
-    _held.clear()
-    mx.clear_cache()
+    """Load a row."""
     dealt = Plan.from_json(plan)
     watch = _EveryLap()
     link = Delayed(collective, 0.0, precise_sleep)

@@ -26,8 +26,8 @@ Holders = Sequence[Sequence[int]]
 """For each expert the ranks that can compute it, ascending."""
 
 # What `choose` assumes of a machine: it is asked before anything was measured.
-LATENCY_S = 400e-6  # an exchange, and waiting in it for the slowest (docs/LOG.md: two local ranks)
-CPU_BYTES_S = 12e9  # native kernels on one core, 4 bits (docs/LOG.md)
+LATENCY_S = 100e-6  # an exchange, and waiting in it for the slowest (docs/LOG.md: two local ranks)
+CPU_BYTES_S = 20e9  # native kernels on one core, 4 bits (docs/LOG.md)
 GPU_BYTES_S = 400e9  # a Mac Studio's memory is about as fast
 
 FEW = 4  # tokens per active expert on average up to which experts are balanced, not tokens
