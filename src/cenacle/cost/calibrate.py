@@ -160,7 +160,13 @@ def calibrate(
     ranks = LocalRanks(nodes, "auto", PROBE)
     try:
         ranks.load(
-            {"type": "load", "nodes": nodes, "seconds": 0.1 if quick else 1.0, "latency_s": 0}
+            {
+                "type": "load",
+                "nodes": nodes,
+                "seconds": 0.1 if quick else 1.0,
+                "latency_s": 0,
+                "wire": "f32",
+            }
         )
         found = ranks.ready
     finally:

@@ -106,7 +106,13 @@ def _machine(most: int) -> tuple[dict[int, float], float]:
         with _threads(1):
             ranks = LocalRanks(nodes, "auto", PROBE)
             try:
-                order = {"type": "load", "nodes": nodes, "seconds": 0.3, "latency_s": 0}
+                order = {
+                    "type": "load",
+                    "nodes": nodes,
+                    "seconds": 0.3,
+                    "latency_s": 0,
+                    "wire": "f32",
+                }
                 ranks.load(order)
                 found = ranks.ready
             finally:
