@@ -13,6 +13,8 @@ from typing import Any
 
 from .errors import InputError
 
+MAX_LOGPROBS = 20  # OpenAI's limit of top_logprobs
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -66,6 +68,10 @@ class Request:
         max_tokens: most tokens to generate, at least one.
         stop_tokens: ids that end the answer.
         sampling: see `Sampling`.
+        logprobs: how many alternatives to report with each token's own log-probability, 0 to
+            `MAX_LOGPROBS`; None: no log-probabilities at all.
+        grammar: what the answer must match, as llguidance reads it (JSON); None: anything.
+        key: on whose account it runs; requests of different keys share the group fairly.
     """
 
     id: str
@@ -73,6 +79,9 @@ class Request:
     max_tokens: int
     stop_tokens: tuple[int, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    logprobs: int | None = None
+    grammar: str | None = None
+    key: str = ""
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -81,6 +90,8 @@ class Request:
             raise InputError(
                 f"max_tokens: expected at least 1, got {self.max_tokens}", "max_tokens"
             )
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""
@@ -97,6 +108,9 @@ class Request:
             data["max_tokens"],
             tuple(data["stop_tokens"]),
             Sampling(**sampling),
+            data["logprobs"],
+            data["grammar"],
+            data["key"],
         )
 
 
@@ -139,11 +153,19 @@ class TokenEvent:
         request: the request's id.
         token: the id that was chosen.
         finish: None while it goes on, else "stop" (a stop token) or "length".
+        logprob: natural logarithm of the probability that the model gave the token, before
+            temperature and filters; None unless asked for.
+        top: the most probable ids with their log-probabilities, best first, as many as asked for.
+        cached: with a request's first token: how many of its prompt's tokens were not computed
+            because their cache was still there.
     """
 
     request: str
     token: int
     finish: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    cached: int = 0
 
 
 def _within(

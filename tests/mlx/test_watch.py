@@ -7,9 +7,11 @@ import pytest
 from one_process import VECTORS, load_rank
 
 from cenacle.collective.alone import Alone
+from cenacle.engine import engine
 from cenacle.model.watch import Watch
 from cenacle.model.weights import Checkpoint, describe
 from cenacle.plan import Plan
+from cenacle.request import Step
 
 
 class Clock:
@@ -86,3 +88,34 @@ def test_a_models_laps(family):
     assert len(report["exchanges_s"]) == 2
     assert sum(report["laps_s"].values()) <= report["total_s"]
     assert {k: sum(v.values()) for k, v in report["routed"].items()} == {0: 6, 1: 6}
+
+
+class Recorder:
+    """A batch, a watch and a collective in one, that notes what it is told."""
+
+    prefilling = False
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def next(self):
+        self.told.append("next")
+        return [("a", 1, None)]
+
+    def stop(self):
+        self.told.append("stop")
+        return {}
+
+    def __getattr__(self, name):
+        return lambda *_: self.told.append(name)
+
+
+def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
+    it = engine.Engine(None, recorder, recorder, engine.Options())
+    it.step(Step(0, measured=True))
+    assert recorder.told == ["wait", "start", "next", "check", "wait", "stop"]
+    recorder.told.clear()
+    it.step(Step(1))
+    assert recorder.told == ["next", "check"]

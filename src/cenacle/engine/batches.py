@@ -20,6 +20,7 @@ from mlx_lm.generate import (
     BatchGenerator,
     StopSequences,
     generate_step,
+    generation_stream,
     maybe_quantize_kv_cache,
 )
 from mlx_lm.models.cache import make_prompt_cache
@@ -54,6 +55,10 @@ class Batch(ABC):
     @abstractmethod
     def next(self) -> list[Token]:
         """One token for each request whose prompt is done, some prompt for the others."""
+
+    def wait(self) -> None:
+        """Return when all that was begun has been computed: `next` leaves a token under way."""
+        mx.synchronize(generation_stream)
 
     @abstractmethod
     def close(self) -> None:

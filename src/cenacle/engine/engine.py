@@ -91,12 +91,14 @@ class Engine:
         for request in step.admitted:
             self._admit(request)
         if step.measured:
+            self._batch.wait()  # the token that is under way is not this step's
             self._watch.start()
         events = [TokenEvent(*token) for token in self._batch.next()]
         self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(events) if step.measured else None
 
     def _measured(self, events: list[TokenEvent]) -> dict[str, Any]:
+        self._batch.wait()  # the head and the sampler come after the last lap
         decoding = bool(events) and not self._batch.prefilling
         return {**self._watch.stop(), "decoding": decoding}
 
