@@ -8,7 +8,8 @@ Next: `engine/scheduler.py` turns requests into steps, `engine/engine.py` carrie
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .errors import InputError
@@ -72,6 +73,9 @@ class Request:
             `MAX_LOGPROBS`; None: no log-probabilities at all.
         grammar: what the answer must match, as llguidance reads it (JSON); None: anything.
         key: on whose account it runs; requests of different keys share the group fairly.
+        answered: how many of the last of `tokens` are answer tokens that were given already: the
+            group was formed again in the middle of this answer. What is drawn, penalised or
+            matched goes on behind them.
     """
 
     id: str
@@ -82,6 +86,7 @@ class Request:
     logprobs: int | None = None
     grammar: str | None = None
     key: str = ""
+    answered: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -92,6 +97,16 @@ class Request:
             )
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+        _within("answered", self.answered, 0, len(self.tokens) - 1, whole=True)
+
+    def after(self, given: Sequence[int]) -> Request:
+        """What is left of this request when `given` are the answer's tokens so far."""
+        return replace(
+            self,
+            tokens=(*self.tokens, *given),
+            max_tokens=self.max_tokens - len(given),
+            answered=self.answered + len(given),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""
@@ -111,6 +126,7 @@ class Request:
             data["logprobs"],
             data["grammar"],
             data["key"],
+            data["answered"],
         )
 
 

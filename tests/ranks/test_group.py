@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,7 +34,7 @@ from cenacle.engine.engine import Options
 from cenacle.engine.lockstep import Group
 from cenacle.engine.scheduler import Scheduler
 from cenacle.plan import Plan
-from cenacle.request import Request
+from cenacle.request import Request, Sampling
 from cenacle.spec import ModelSpec, MoELayer
 
 OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
@@ -136,6 +136,18 @@ def test_seeds(two):
     assert again[0] == again[1] != other
     fresh = {tuple(two.generate(PROMPT, 12, temperature=1.0).tokens) for _ in range(2)}
     assert len(fresh) > 1, "without a seed every answer is drawn anew"
+
+
+@pytest.mark.parametrize(
+    "how", [{}, DICE, {"repetition_penalty": 1.5, "presence_penalty": 0.5}, DICE | {"top_k": 40}]
+)
+def test_an_answer_goes_on_where_it_was(two, how):
+    """What a group that is formed again is asked, given to one that is whole."""
+    request = two.request(PROMPT, 16, Sampling(**how))
+    whole = [chunk.token for chunk in two._stream(request, ())]
+    for given in (1, 7, 15):
+        rest = two._stream(replace(request, id=f"after {given}").after(whole[:given]), ())
+        assert [chunk.token for chunk in rest] == whole[given:]
 
 
 def test_stream_gives_every_token_and_ends(two):

@@ -90,3 +90,13 @@ def test_greedy_is_the_default():
 def test_whole_numbers_and_biases_are_checked(field, value):
     with pytest.raises(InputError, match=field):
         Sampling(**{field: value})
+
+
+def test_what_is_left_of_a_request():
+    request = Request("a", (1, 2), 5, sampling=Sampling(seed=3))
+    assert request.after([]) == request
+    left = request.after([7]).after([8, 9])
+    assert left == request.after([7, 8, 9])
+    assert (left.tokens, left.max_tokens, left.answered) == ((1, 2, 7, 8, 9), 2, 3)
+    with pytest.raises(InputError, match="answered"):
+        Request("a", (1, 2), 5, answered=2)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.engine.scheduler import Scheduler
-from cenacle.request import Request, TokenEvent
+from cenacle.request import Request, Step, TokenEvent
 
 
 def request(name: str) -> Request:
@@ -104,3 +104,14 @@ def test_a_place_that_is_freed_is_given_to_the_next():
     assert scheduler.next_step().admitted == ()
     scheduler.seen([TokenEvent("a", 1, "length")])
     assert [r.id for r in scheduler.next_step().admitted] == ["b"]
+
+
+def test_after_a_loss_steps_begin_anew():
+    scheduler = Scheduler()
+    scheduler.submit(request("a"))
+    scheduler.next_step()
+    scheduler.cancel("a")
+    assert scheduler.lost() == []
+    assert scheduler.next_step() is None
+    scheduler.submit(request("b"))
+    assert scheduler.next_step() == Step(0, (request("b"),))

@@ -114,7 +114,7 @@ class Engine:
         assert seed is not None, "the scheduler gives every request a seed"
         self._batch.insert(
             request,
-            self._samplers.make(request.sampling, seed),
+            self._samplers.make(request.sampling, seed, request.answered),
             make_processors(request.sampling),
         )
 

@@ -40,16 +40,20 @@ class Samplers:
         """The most probable tokens: [rows, vocabulary] -> [rows]."""
         return self._collective.share(greedy_sampler(logprobs))
 
-    def make(self, sampling: Sampling, seed: int) -> Sampler:
+    def make(self, sampling: Sampling, seed: int, answered: int = 0) -> Sampler:
         """A function from log-probabilities [rows, vocabulary] to token ids [rows].
 
         Args:
             sampling: the request's parameters.
             seed: what to draw with; the same on every rank.
+            answered: how many tokens of the answer were drawn before, by another epoch's ranks.
         """
         if sampling.temperature == 0:
             return self._one_greedy
         key = mx.random.key(seed % 2**64)
+        for _ in range(answered):
+            key, _ = mx.random.split(key)
+        mx.eval(key)
 
         def sample(logprobs: mx.array) -> mx.array:
             nonlocal key

@@ -84,7 +84,7 @@ class Scheduler:
         return kept
 
     def lost(self) -> list[str]:
-        """Forget everything, as the group has failed.
+        """Forget everything, as the ranks have: those that come next begin at step 0.
 
         Returns:
             The ids of all requests that were waiting or running.
@@ -92,4 +92,6 @@ class Scheduler:
         ids = [*self._running, *(r.id for r in self._waiting)]
         self._waiting.clear()
         self._running.clear()
+        self._cancelled = []
+        self._number = 0
         return ids
