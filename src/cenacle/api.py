@@ -198,7 +198,7 @@ def load(
     group = Group(ranks, Scheduler(options.batch, measure_every))
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
-    return Model(name, plan, text, group, ranks, reason)
+    return Model(name, plan, text, group, ranks, reason, checkpoint.config)
 
 
 def _check_wire(wire: str, backend: str, nodes: int) -> None:
@@ -239,9 +239,11 @@ class Model:
         group: Group,
         ranks: LocalRanks,
         plan_reason: str = "",
+        config: dict[str, Any] | None = None,
     ) -> None:
         self.name, self.plan, self.group, self.ranks = name, plan, group, ranks
         self.plan_reason = plan_reason  # why this plan, in one line
+        self.config = config or {}  # the checkpoint's config.json
         self._text = text
 
     @property

@@ -40,7 +40,7 @@ WITHOUT_MLX = (
     *("engine.scheduler", "engine.terms", "engine.channel", "server.openai"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
-    *("cost.validate", "cost.here"),
+    *("cost.validate", "cost.here", "server.predicted"),
 )
 
 

@@ -1,0 +1,77 @@
+"""The prediction that is shown beside what is measured while serving."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import cenacle
+from cenacle.cost.calibrate import Calibration, as_toml
+from cenacle.plan import Plan
+from cenacle.server.predicted import Predicted, predicted
+from cenacle.spec import ModelSpec, MoELayer
+
+CONFIG = json.loads((Path(cenacle.__file__).parent / "demo_model" / "config.json").read_text())
+LAYERS, EXPERTS = CONFIG["n_layers"], CONFIG["ffn_config"]["moe_num_experts"]
+SPEC = ModelSpec(
+    "dbrx", LAYERS, tuple(MoELayer(n, EXPERTS, 200_000, units=4) for n in range(LAYERS)),
+    CONFIG["ffn_config"]["moe_top_k"], 4_000_000, 512, CONFIG["vocab_size"], "float32",
+)  # fmt: skip
+FACTS = {
+    "date": "2026-11-23", "cenacle": "0", "mlx": "0", "processor": "some", "device": "cpu",
+    "backend": "mesh", "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def owned(tmp_path, monkeypatch):
+    """The folder of an owner's measurements, empty."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "cenacle" / "catalog"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def calibrated(folder, gb_s, exchange_us=100.0, nodes=2):
+    exchanges = {1000: (exchange_us, 0.1), 100_000: (2 * exchange_us, 0.1)} if nodes > 1 else {}
+    measured = Calibration(
+        "this", nodes, {512: (gb_s, 0.01)}, {"a": (gb_s, 0.0, 50.0)}, (20.0, 0.1), exchanges,
+        16.0, FACTS,
+    )  # fmt: skip
+    (folder / "this.toml").write_text(as_toml(measured))
+
+
+def test_without_a_calibration_there_is_a_reason_and_no_number(owned):
+    assert "cenacle calibrate" in predicted(Plan.whole(SPEC, 1), CONFIG, "demo")
+    calibrated(owned, 10.0, nodes=1)
+    assert isinstance(predicted(Plan.whole(SPEC, 1), CONFIG, "demo"), Predicted)
+    reason = predicted(Plan.whole(SPEC, 2), CONFIG, "demo")
+    assert "link" in reason
+    assert "cenacle calibrate --nodes 2" in reason
+
+
+def test_a_config_that_tells_too_little_is_a_reason(owned):
+    calibrated(owned, 10.0)
+    assert "cannot say" in predicted(Plan.whole(SPEC, 2), {"model_type": "dbrx"}, "demo")
+
+
+@pytest.mark.parametrize("plan", [
+    Plan.whole(SPEC, 1), Plan.whole(SPEC, 2), Plan.sliced(SPEC, 2), Plan.replicated(SPEC, 4),
+    Plan.sliced(SPEC, 2, (3, 1)),
+])  # fmt: skip
+def test_terms_add_up_and_follow_what_was_measured(owned, plan):
+    calibrated(owned, 10.0)
+    slow = predicted(plan, CONFIG, "demo")
+    assert isinstance(slow, Predicted), slow
+    assert set(slow.terms_ms) == {"trunk", "experts", "exchange", "waiting", "rest", "total"}
+    parts = sum(v for k, v in slow.terms_ms.items() if k != "total")
+    assert parts == pytest.approx(slow.terms_ms["total"]) == pytest.approx(1000 / slow.tok_per_s)
+    calibrated(owned, 20.0)
+    fast = predicted(plan, CONFIG, "demo")
+    assert fast.terms_ms["experts"] == pytest.approx(slow.terms_ms["experts"] / 2)
+    if plan.nodes > 1:
+        calibrated(owned, 20.0, exchange_us=200.0)
+        late = predicted(plan, CONFIG, "demo")
+        assert late.terms_ms["exchange"] > 1.5 * fast.terms_ms["exchange"] > 0
+    else:
+        assert fast.terms_ms["exchange"] == 0
