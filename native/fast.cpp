@@ -12,6 +12,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -259,19 +260,6 @@ class Rotation : public Primitive {
   std::optional<int64_t> offset_;
 };
 
-// The rates of a base as MLX computes them: at position 10,000 a rounding more would be seen. Kept,
-// because a model asks for the same ones in each layer of each token (Python's lock guards the map).
-const mx::array& rates_of(float base, int half) {
-  static auto* known = new std::map<std::pair<float, int>, mx::array>;
-  const auto found = known->find({base, half});
-  if (found != known->end()) return found->second;
-  const auto cpu = mx::default_stream(mx::Device::cpu);
-  auto rates = mx::exp(mx::multiply(mx::arange(0, -half, -1, mx::float32, cpu),
-                                    mx::array(std::log(base) / half, mx::float32), cpu), cpu);
-  mx::eval(rates);
-  return known->emplace(std::make_pair(base, half), std::move(rates)).first->second;
-}
-
 mx::array call_rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
                     const std::variant<int, mx::array>& offset, const MaybeArray& freqs,
                     mx::StreamOrDevice s) {
@@ -303,8 +291,8 @@ mx::array call_rope(const mx::array& x, int dims, bool traditional, std::optiona
 
 class Attend : public Primitive {
  public:
-  Attend(mx::Stream s, float scale, bool causal, bool mask, bool sinks)
-      : Primitive(s), scale_(scale), causal_(causal), mask_(mask), sinks_(sinks) {}
+  Attend(mx::Stream s, float scale, bool causal, bool mask, bool sinks, bool flat)
+      : Primitive(s), scale_(scale), causal_(causal), mask_(mask), sinks_(sinks), flat_(flat) {}
   const char* name() const override { return "CenacleAttention"; }
 
   // Inputs: q, k, v, then the mask and the sinks if there are any.
@@ -326,8 +314,11 @@ class Attend : public Primitive {
     // Laid out as the output projection wants it: its transposition and reshaping cost nothing then.
     auto& out = outputs[0];
     const int64_t head = a.v_width, token = head * a.heads;
-    out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), {token * a.length, head, token, 1},
-                 {true, a.length == 1 || a.heads == 1, out.size() == size_t(head)});
+    if (flat_)
+      out.set_data(mx::allocator::malloc(out.nbytes()));
+    else
+      out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), {token * a.length, head, token, 1},
+                   {true, a.length == 1 || a.heads == 1, out.size() == size_t(head)});
     a.out = out.data<float>();
     std::optional<Rows> sinks;
     if (sinks_) sinks.emplace(inputs.back());
@@ -344,7 +335,7 @@ class Attend : public Primitive {
 
  private:
   float scale_;
-  bool causal_, mask_, sinks_;
+  bool causal_, mask_, sinks_, flat_;
 };
 
 bool fits(const mx::array& mask, const mx::array& q, int keys) {
@@ -355,9 +346,10 @@ bool fits(const mx::array& mask, const mx::array& q, int keys) {
   return true;
 }
 
-mx::array call_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                         const std::variant<std::monostate, std::string, mx::array>& mask,
-                         const MaybeArray& sinks, bool force_fused, mx::StreamOrDevice s) {
+using Mask = std::variant<std::monostate, std::string, mx::array>;
+
+mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale, const Mask& mask,
+                 const MaybeArray& sinks, bool force_fused, mx::StreamOrDevice s, bool flat) {
   const auto* mode = std::get_if<std::string>(&mask);
   const auto* array = std::get_if<mx::array>(&mask);
   const auto stream = stream_for(s, {&q, &k, &v});
@@ -368,21 +360,106 @@ mx::array call_attention(const mx::array& q, const mx::array& k, const mx::array
                     q.shape(1) % k.shape(1) == 0 && is_vector(sinks, q.shape(1)) &&
                     (!mode || causal || mode->empty()) && (!array || fits(*array, q, k.shape(2))) &&
                     !(causal && k.shape(2) < q.shape(2));
-  if (!ours)
-    return mx::fast::scaled_dot_product_attention(
+  if (!ours) {
+    const auto out = mx::fast::scaled_dot_product_attention(
         q, k, v, scale, mode ? *mode : array ? "array" : "", array ? MaybeArray(*array) : MaybeArray(),
         sinks, force_fused, s);
+    return flat ? mx::flatten(mx::swapaxes(out, 1, 2, s), 2, 3, s) : out;
+  }
   Arrays inputs{q, k, v};
   if (array) inputs.push_back(*array);
   if (sinks) inputs.push_back(*sinks);
   mx::Shape shape = q.shape();
   shape[3] = v.shape(3);
-  return mx::array(std::move(shape), mx::float32,
-                   std::make_shared<Attend>(*stream, scale, causal, array != nullptr, sinks.has_value()),
-                   std::move(inputs));
+  if (flat) shape = {shape[0], shape[2], shape[1] * shape[3]};
+  return mx::array(
+      std::move(shape), mx::float32,
+      std::make_shared<Attend>(*stream, scale, causal, array != nullptr, sinks.has_value(), flat),
+      std::move(inputs));
+}
+
+mx::array call_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                         const Mask& mask, const MaybeArray& sinks, bool force_fused,
+                         mx::StreamOrDevice s) {
+  return attend(q, k, v, scale, mask, sinks, force_fused, s, false);
+}
+
+// As attention, but [batch, length, heads * width]: what an output projection takes.
+mx::array call_attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                      const Mask& mask) {
+  return attend(q, k, v, scale, mask, {}, false, {}, true);
+}
+
+// ---- routing ----------------------------------------------------------------------------------
+
+class Route : public Primitive {
+ public:
+  Route(mx::Stream s, int k, bool normalised) : Primitive(s), k_(k), normalised_(normalised) {}
+  const char* name() const override { return "CenacleRoute"; }
+
+  // Outputs: ids and their weights.
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    encoder.set_input_array(inputs[0]);
+    for (auto& o : outputs) {
+      o.set_data(mx::allocator::malloc(o.nbytes()));
+      encoder.set_output_array(o);
+    }
+    encoder.dispatch([x = Rows(inputs[0]), rows = int64_t(inputs[0].size() / inputs[0].shape(-1)),
+                      ids = outputs[0].data<uint32_t>(), weights = outputs[1].data<float>(), k = k_,
+                      normalised = normalised_]() mutable {
+      std::vector<float> copy;
+      const float* from = x.whole(copy);
+      const int64_t n = x.width();
+      std::vector<uint32_t> order(n);
+      for (int64_t r = 0; r < rows; r++, from += n, ids += k, weights += k) {
+        for (int64_t i = 0; i < n; i++) order[i] = uint32_t(i);
+        std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](uint32_t a, uint32_t b) {
+          return from[a] != from[b] ? from[a] > from[b] : a < b;
+        });
+        const float top = from[order[0]];
+        float sum = 0;
+        for (int j = 0; j < k; j++) {
+          ids[j] = order[j];
+          sum += weights[j] = std::exp(from[order[j]] - top);
+        }
+        for (int64_t i = k; !normalised && i < n; i++) sum += std::exp(from[order[i]] - top);
+        for (int j = 0; j < k; j++) weights[j] /= sum;
+      }
+    });
+  }
+
+ private:
+  int k_;
+  bool normalised_;
+};
+
+// Scores [..., experts] -> ids and weights [..., k]: the softmax's k largest, the best first, perhaps
+// divided by their sum (which is the softmax of the k largest scores).
+std::vector<mx::array> call_route(const mx::array& scores, int k, bool normalised) {
+  if (scores.ndim() == 0 || scores.dtype() != mx::float32 || k < 1 || k > scores.shape(-1))
+    throw std::invalid_argument("route: expected float32 scores of at least k experts");
+  mx::Shape shape = scores.shape();
+  shape.back() = k;
+  const mx::Stream s = mx::default_stream(mx::Device::cpu);
+  return mx::array::make_arrays({shape, shape}, {mx::uint32, mx::float32},
+                                std::make_shared<Route>(s, k, normalised), {scores});
 }
 
 }  // namespace
+
+// The rates of a base as MLX computes them: at position 10,000 a rounding more would be seen. Kept,
+// because a model asks for the same ones in each layer of each token (Python's lock guards the map).
+const mx::array& rates_of(float base, int half) {
+  static auto* known = new std::map<std::pair<float, int>, mx::array>;
+  const auto found = known->find({base, half});
+  if (found != known->end()) return found->second;
+  const auto cpu = mx::default_stream(mx::Device::cpu);
+  auto rates = mx::exp(mx::multiply(mx::arange(0, -half, -1, mx::float32, cpu),
+                                    mx::array(std::log(base) / half, mx::float32), cpu), cpu);
+  mx::eval(rates);
+  return known->emplace(std::make_pair(base, half), std::move(rates)).first->second;
+}
 
 void define_fast(nb::module_& m) {
   using namespace nb::literals;
@@ -390,6 +467,8 @@ void define_fast(nb::module_& m) {
         "stream"_a = nb::none());
   m.def("layer_norm", &call_layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, nb::kw_only(),
         "stream"_a = nb::none());
+  m.def("attend", &call_attend, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a = nb::none());
+  m.def("route", &call_route, "scores"_a, "k"_a, "normalised"_a);
   m.def("logsumexp", &call_logsumexp, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
         "stream"_a = nb::none());
   m.def("rope", &call_rope, "a"_a, "dims"_a, nb::kw_only(), "traditional"_a, "base"_a.none(), "scale"_a,

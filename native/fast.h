@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "mlx/array.h"
 #include "ops.h"
 
 namespace cenacle {
@@ -10,8 +11,11 @@ namespace cenacle {
 // The operations that go with the kernels in use.
 const Ops& ops();
 
+// What positions are multiplied with, [half]: powers of the base. Kept.
+const mlx::core::array& rates_of(float base, int half);
+
 // Adds rms_norm, layer_norm, rope, scaled_dot_product_attention and
-// logsumexp to the module.
+// logsumexp to the module, and attend and route.
 void define_fast(nanobind::module_& m);
 
 }  // namespace cenacle

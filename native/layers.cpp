@@ -62,7 +62,7 @@ class Prepared {
 
 thread_local Buffer<float> scratch, wide;
 thread_local Prepared first_input, second_input, hidden_input;
-thread_local Buffer<float> hidden_values;
+thread_local Buffer<float> hidden_values, parts;
 
 void add(const float* bias, int64_t n, float* const* out, int count) {
   if (bias)
@@ -174,6 +174,24 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
       }
       kernels.multiply(m, first, last, ah, which, some, to, memory);
       add(e.down.bias ? e.down.bias + expert * width + first : nullptr, last - first, to, some);
+    }
+  });
+}
+
+void experts_sum(const Kernels& kernels, const Experts& e, const float* x, const int32_t* rows,
+                 const float* weights, int64_t tokens, int64_t k, float* out) {
+  const int64_t width = e.down.rows, some = std::max<int64_t>(1, 16384 / (width * std::max<int64_t>(1, k)));
+  float* part = parts.get(tokens * k * width);
+  experts(kernels, e, x, rows, tokens, k, part);
+  Pool::get().run((tokens + some - 1) / some, [&](int64_t i) {
+    for (int64_t t = i * some; t < std::min(tokens, (i + 1) * some); t++) {
+      float* to = out + t * width;
+      std::memset(to, 0, width * sizeof(float));
+      for (int64_t p = t * k; p < (t + 1) * k; p++) {
+        if (rows[p] < 0) continue;
+        const float *from = part + p * width, by = weights[p];
+        for (int64_t c = 0; c < width; c++) to[c] += by * from[c];
+      }
     }
   });
 }

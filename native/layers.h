@@ -30,4 +30,8 @@ struct Experts {
 void experts(const Kernels&, const Experts&, const float* x, const int32_t* rows, int64_t tokens,
              int64_t k, float* out);
 
+// out[t] = sum over j of weights[t, j] times that, in the order of j. out [tokens, width].
+void experts_sum(const Kernels&, const Experts&, const float* x, const int32_t* rows, const float* weights,
+                 int64_t tokens, int64_t k, float* out);
+
 }  // namespace cenacle

@@ -6,13 +6,16 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <variant>
 
 #include "deal.h"
 #include "decode.inc.h"
@@ -216,19 +219,22 @@ class LinearPrimitive : public Primitive {
 
 class ExpertsPrimitive : public Primitive {
  public:
-  ExpertsPrimitive(mx::Stream s, Experts experts, std::shared_ptr<const Dealer> dealer)
-      : Primitive(s), experts_(std::move(experts)), dealer_(std::move(dealer)) {}
-  const char* name() const override { return "CenacleExperts"; }
+  ExpertsPrimitive(mx::Stream s, Experts experts, std::shared_ptr<const Dealer> dealer, bool summed)
+      : Primitive(s), experts_(std::move(experts)), dealer_(std::move(dealer)), summed_(summed) {}
+  const char* name() const override { return summed_ ? "CenacleExpertsSum" : "CenacleExperts"; }
+
+  // Inputs: x, ids, which row each id is, the ids' weights if they are summed, matrices.
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     float* out = begin(inputs, outputs[0]);
     const int64_t k = inputs[1].shape(-1), tokens = k ? inputs[1].size() / k : 0;
     mx::cpu::get_command_encoder(stream()).dispatch(
         [x = Strided(inputs[0]), ids = Strided(inputs[1]), map = inputs[2].data<int32_t>(),
-         known = int64_t(inputs[2].size()), out, tokens, k, e = experts_, kernels = kernels_,
-         dealer = dealer_] {
+         known = int64_t(inputs[2].size()), out, tokens, k, e = experts_,
+         kernels = kernels_, dealer = dealer_,
+         weights = summed_ ? std::optional<Strided>(inputs[3]) : std::nullopt] {
           const Busy busy;
-          std::vector<uint32_t> copy, copied;
+          std::vector<uint32_t> copy, copied, weighted;
           const uint32_t* id = ids.read<uint32_t>(copied);
           std::vector<int32_t> rows(tokens * k);
           for (int64_t i = 0; i < tokens * k; i++) {
@@ -245,13 +251,18 @@ class ExpertsPrimitive : public Primitive {
             for (int64_t i = 0; i < tokens * k; i++)
               if (rows[i] >= 0 && dealt[id[i]] != dealer->rank) rows[i] = -1;
           }
-          experts(*kernels, e, x.read<float>(copy), rows.data(), tokens, k, out);
+          if (weights)
+            experts_sum(*kernels, e, x.read<float>(copy), rows.data(), weights->read<float>(weighted),
+                        tokens, k, out);
+          else
+            experts(*kernels, e, x.read<float>(copy), rows.data(), tokens, k, out);
         });
   }
 
  private:
   Experts experts_;
   std::shared_ptr<const Dealer> dealer_;
+  bool summed_;
 };
 
 mx::array as(const mx::array& a, mx::Dtype t, mx::Stream s) {
@@ -337,17 +348,22 @@ struct Stack {
   }
 };
 
-mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e) {
+mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e,
+                       const std::optional<mx::array>& weights) {
   mx::Shape shape = ids.shape();
+  if (weights && weights->shape() != shape)
+    throw std::invalid_argument("expected a weight for each of the ids");
   if (x.ndim() == 0 || ids.ndim() != x.ndim() || x.shape(-1) != e.in[0].width ||
       !std::equal(shape.begin(), shape.end() - 1, x.shape().begin()))
     throw std::invalid_argument("expected x [..., " + std::to_string(e.in[0].width) +
                                 "] and ids [..., k]");
+  if (weights) shape.pop_back();
   shape.push_back(int(e.down.rows));
   const mx::Stream s = mx::default_stream(mx::Device::cpu);
   const bool word = ids.dtype() == mx::uint32 || ids.dtype() == mx::int32;
   std::vector<mx::array> inputs{as(x, mx::float32, s), word ? ids : mx::astype(ids, mx::uint32, s),
                                 e.map};
+  if (weights) inputs.push_back(as(*weights, mx::float32, s));
   Experts raw{{}, e.down.linear(), e.act, e.a, e.b};
   for (const auto& w : e.in) {
     raw.in.push_back(w.linear());
@@ -355,8 +371,134 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e)
   }
   e.down.inputs(inputs);
   return mx::array(std::move(shape), mx::float32,
-                   std::make_shared<ExpertsPrimitive>(s, std::move(raw), e.dealer),
+                   std::make_shared<ExpertsPrimitive>(s, std::move(raw), e.dealer, weights.has_value()),
                    std::move(inputs));
+}
+
+// ---- queries, keys and values -----------------------------------------------------------------
+
+class QkvPrimitive : public Primitive {
+ public:
+  QkvPrimitive(mx::Stream s, std::array<Linear, 3> layers, int64_t width, std::array<bool, 2> normed,
+               std::array<float, 2> eps, Rope rope, std::optional<int64_t> offset)
+      : Primitive(s), layers_(layers), width_(width), normed_(normed), eps_(eps), rope_(rope),
+        offset_(offset) {}
+  const char* name() const override { return "CenacleQKV"; }
+
+  // Inputs: x, rates, the offsets if they are an array, norms' weights, matrices.
+  // Outputs: [batch, heads, length, width] each; values lie as their projection left them.
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const int64_t batch = inputs[0].shape(0), length = inputs[0].shape(1), tokens = batch * length;
+    float* out[3];
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    for (const auto& a : inputs) encoder.set_input_array(a);
+    for (int i = 0; i < 3; i++) {
+      auto& o = outputs[i];
+      if (i < 2) {
+        o.set_data(mx::allocator::malloc(o.nbytes()));
+      } else {
+        const int64_t heads = layers_[2].rows / width_, row = heads * width_;
+        o.set_data(mx::allocator::malloc(o.nbytes()), o.size(), {length * row, width_, row, 1},
+                   {true, length == 1 || heads == 1, o.size() == size_t(width_)});
+      }
+      encoder.set_output_array(o);
+      out[i] = o.data<float>();
+    }
+    size_t next = 2;
+    const mx::array* offsets = offset_ ? nullptr : &inputs[next++];
+    const float* norms[2];
+    for (int i = 0; i < 2; i++) norms[i] = normed_[i] ? inputs[next++].data<float>() : nullptr;
+    Rope rope = rope_;
+    rope.batch = batch, rope.length = length, rope.width = width_;
+    rope.rates = inputs[1].data<float>(), rope.rate_stride = inputs[1].strides(0);
+    encoder.dispatch([x = Strided(inputs[0]), out0 = out[0], out1 = out[1], out2 = out[2],
+                      norm0 = norms[0], norm1 = norms[1], eps = eps_, layers = layers_, tokens, length,
+                      width = width_, rope, kernels = kernels_, ops = &ops(), number = offset_.value_or(0),
+                      where = offsets ? offsets->data<char>() : nullptr,
+                      wide = offsets && offsets->dtype() == mx::int64,
+                      count = offsets ? int64_t(offsets->size()) : int64_t(1),
+                      step = offsets && offsets->ndim() ? int64_t(offsets->strides(0)) : int64_t(0)]() mutable {
+      std::vector<uint32_t> copy;
+      const float* from = x.read<float>(copy);
+      std::vector<int64_t> positions(count, number);
+      for (int64_t i = 0; where && i < count; i++)
+        positions[i] = wide ? reinterpret_cast<const int64_t*>(where)[i * step]
+                            : reinterpret_cast<const int32_t*>(where)[i * step];
+      rope.offsets = positions.data(), rope.offset_stride = count > 1;
+      static thread_local std::vector<float> projected;
+      float* const to[2] = {out0, out1};
+      const float* const norm[2] = {norm0, norm1};
+      for (int i = 0; i < 2; i++) {
+        const int64_t row = layers[i].rows;
+        projected.resize(tokens * row);
+        float* p = projected.data();
+        {
+          const Busy busy;
+          linear(*kernels, layers[i], from, tokens, p);
+        }
+        if (norm[i]) rms_norm(*ops, p, norm[i], eps[i], tokens * row / width, width, p);
+        rope.x = p, rope.heads = row / width, rope.out = to[i];
+        rope.strides[0] = length * row, rope.strides[1] = width, rope.strides[2] = row;
+        cenacle::rope(*ops, rope);
+      }
+      const Busy busy;
+      linear(*kernels, layers[2], from, tokens, out2);
+    });
+  }
+
+ private:
+  std::array<Linear, 3> layers_;
+  int64_t width_;
+  std::array<bool, 2> normed_;
+  std::array<float, 2> eps_;
+  Rope rope_;
+  std::optional<int64_t> offset_;
+};
+
+// x [batch, length, in] -> queries, keys and values [batch, heads, length, width], the first two
+// normalised by head where a norm is given, and turned as `rope` does with the base's rates.
+std::vector<mx::array> call_qkv(const mx::array& x, const Weights& q, const Weights& k, const Weights& v,
+                                int width, const std::optional<mx::array>& q_norm,
+                                const std::optional<mx::array>& k_norm, float q_eps, float k_eps, int dims,
+                                bool traditional, float base, float scale,
+                                const std::variant<int, mx::array>& offset) {
+  if (x.ndim() != 3) throw std::invalid_argument("expected x [batch, length, width]");
+  const auto* at = std::get_if<mx::array>(&offset);
+  if (at && ((at->dtype() != mx::int32 && at->dtype() != mx::int64) || at->ndim() > 1 ||
+             (at->size() != 1 && int(at->size()) != x.shape(0))))
+    throw std::invalid_argument("offset: expected one whole number, or one for each row of the batch");
+  if (dims <= 0 || dims % 2 || dims > width)
+    throw std::invalid_argument("dims: expected an even number up to " + std::to_string(width));
+  const mx::Stream s = mx::default_stream(mx::Device::cpu);
+  std::vector<mx::array> inputs{as(x, mx::float32, s), rates_of(base, dims / 2)};
+  std::optional<int64_t> number;
+  if (at)
+    inputs.push_back(*at);
+  else
+    number = std::get<int>(offset);
+  for (const auto* norm : {&q_norm, &k_norm})
+    if (*norm) {
+      if ((*norm)->shape() != mx::Shape{width} || (*norm)->dtype() != mx::float32 ||
+          !(*norm)->flags().row_contiguous)
+        throw std::invalid_argument("norms: expected contiguous float32 of a head's width");
+      inputs.push_back(**norm);
+    }
+  std::vector<mx::Shape> shapes;
+  for (const auto* w : {&q, &k, &v}) {
+    if (w->width != x.shape(2) || w->rows % width)
+      throw std::invalid_argument("expected projections from " + std::to_string(x.shape(2)) +
+                                  " to heads of " + std::to_string(width));
+    shapes.push_back({x.shape(0), int(w->rows / width), x.shape(1), width});
+    w->inputs(inputs);
+  }
+  Rope rope{};
+  rope.dims = dims, rope.traditional = traditional, rope.scale = scale;
+  return mx::array::make_arrays(
+      std::move(shapes), {mx::float32, mx::float32, mx::float32},
+      std::make_shared<QkvPrimitive>(s, std::array{q.linear(), k.linear(), v.linear()}, width,
+                                     std::array{q_norm.has_value(), k_norm.has_value()},
+                                     std::array{q_eps, k_eps}, rope, number),
+      inputs);
 }
 
 }  // namespace
@@ -417,7 +559,12 @@ NB_MODULE(_native, m) {
   define_fast(m);
   m.def("embed", &call_embed, nb::arg("ids"), nb::arg("weights"));
   m.def("linear", &call_linear, nb::arg("x"), nb::arg("weights"));
-  m.def("experts", &call_experts, nb::arg("x"), nb::arg("ids"), nb::arg("stack"));
+  m.def("experts", &call_experts, nb::arg("x"), nb::arg("ids"), nb::arg("stack"),
+        nb::arg("weights").none() = nb::none());
+  m.def("qkv", &call_qkv, nb::arg("x"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::kw_only(),
+        nb::arg("width"), nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("q_eps"),
+        nb::arg("k_eps"), nb::arg("dims"), nb::arg("traditional"), nb::arg("base"), nb::arg("scale"),
+        nb::arg("offset"));
   // A benchmark's ceiling: reads bytes as fast as one core or all can, and adds them up.
   m.def("read", [](const mx::array& a) {
     const uint64_t* data = reinterpret_cast<const uint64_t*>(a.data<char>());

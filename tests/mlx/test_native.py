@@ -28,16 +28,6 @@ EXACT, ROUNDED = 1e-6, 6e-5  # of the norm: float sums, and activations of 16 bi
 RUNNABLE = [row.name for row in all_families() if row.refused is None]
 
 
-@pytest.fixture(params=KERNELS)
-def kernels(request):
-    """Each set of kernels that this processor has."""
-    module = native.module()
-    before = module.used()
-    module.use(request.param)
-    yield module
-    module.use(before)
-
-
 @pytest.fixture
 def threads():
     module = native.module()

@@ -213,9 +213,12 @@ def test_long_contexts_cost_by_their_attention():
 
 def test_a_mac_is_told_how_to_wire_more():
     machine = KNOWN.machine("m3-ultra-512")
-    assert wired_setting(machine, 450e9) == "sudo sysctl iogpu.wired_limit_mb=430080"
-    assert wired_setting(machine, 560e9) is None
-    assert wired_setting(KNOWN.machine("dgx-spark"), 120e9) is None
+    memory = machine.memory_bytes
+    assert wired_setting(memory, 450e9) == "sudo sysctl iogpu.wired_limit_mb=429154"
+    assert wired_setting(memory, memory * 15 / 16) is not None
+    assert wired_setting(memory, memory * 15 / 16 + 1) is None
+    assert wired_setting(16 * 2**30, 12 * 2**30) is not None
+    assert wired_setting(16 * 2**30, 12 * 2**30 + 1) is None
 
 
 @pytest.mark.parametrize("field", ["context", "users", "prompt"])

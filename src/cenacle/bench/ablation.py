@@ -61,7 +61,7 @@ class Asked:
     nodes: int = 2
     threads: int | None = None
     backend: str = "auto"
-    kernels: str = "native"
+    kernels: str = "auto"
     latencies_ms: tuple[float, ...] = LATENCIES_MS
     tokens: int = 16
     repeat: int = 2

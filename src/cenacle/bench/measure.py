@@ -27,7 +27,7 @@ import numpy as np
 from .. import api
 from ..engine.engine import Options
 from ..errors import CenacleError, ClusterError, InputError
-from ..model import balance, synth
+from ..model import balance, native_layers, synth
 from ..model.weights import Checkpoint, describe, locate
 from ..plan import Plan
 from ..request import TokenEvent
@@ -119,7 +119,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     plan, reason = api.place(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
     say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
     say("measuring what memory, exchange and kernels give on their own")
-    native = asked.options.get("kernels") == "native"
+    native = asked.options.get("kernels", "auto") != "mlx" and native_layers.usable()
     of = (checkpoint.folder, plan) if native else (None, None)
     limits = ceilings.measure(asked.nodes, backend, cores, threads, *of)
     say(f"loading {asked.model} on {asked.nodes} nodes")

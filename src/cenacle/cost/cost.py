@@ -34,6 +34,8 @@ CHUNK = 512  # prompt tokens per step, `engine.Options.prefill_chunk`
 PAPER = ("naive", "P-LB", "P-LR", "P-LR-D")
 SCHEMES = ("single", "pipeline", "tensor", "expert", *PAPER)
 PLACEMENTS = ("whole", "replicated", "sliced", "weighted")
+SYSTEM_SHARE = 1 / 16  # of a Mac's memory that no setting should take from the system,
+SYSTEM_BYTES = 4 * 2**30  # nor less than this
 WORKSPACE_BYTES = 1.5e9  # activations, the program itself and its libraries
 
 
@@ -677,14 +679,15 @@ def _first_token(
     return seconds
 
 
-def wired_setting(machine: Machine, need_bytes: float) -> str | None:
+def wired_setting(memory_bytes: float, need_bytes: float) -> str | None:
     """The command that lets a Mac wire `need_bytes`, or None if its memory is too small.
 
-    By default Metal keeps about 75 % of memory at most; some 8 GB must stay for the system.
+    By default Metal keeps about 75 % of memory at most. A sixteenth, at least 4 GiB, is left to the
+    system whatever is set.
     """
-    if machine.kind != "apple" or need_bytes > machine.memory_bytes - 8e9:
+    if need_bytes > memory_bytes - max(SYSTEM_BYTES, memory_bytes * SYSTEM_SHARE):
         return None
-    return f"sudo sysctl iogpu.wired_limit_mb={math.ceil(need_bytes / 2**20 / 1024) * 1024}"
+    return f"sudo sysctl iogpu.wired_limit_mb={math.ceil(need_bytes / 2**20)}"
 
 
 def inputs(prediction: Prediction, job: Job) -> list[tuple[str, Fact]]:

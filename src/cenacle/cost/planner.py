@@ -229,7 +229,7 @@ def _shortage(p: Prediction) -> str:
         f"node {i} ({machine.name}) needs {human(need)}, may hold {human(room)} "
         f"({machine.wired:.0%} of {human(machine.memory_bytes)}): {human(need - room)} too much"
     )
-    setting = wired_setting(machine, need)
+    setting = wired_setting(machine.memory_bytes, need) if machine.kind == "apple" else None
     if setting is not None:
         share = min(0.99, need / machine.memory_bytes + 0.005)
         text += f"; it fits with --wired {share:.2f} after `{setting}`"

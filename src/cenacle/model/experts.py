@@ -23,7 +23,7 @@ from .. import native
 from ..collective.base import Chosen, Collective
 from ..errors import InputError
 from ..plan import Plan
-from . import architecture, balance, native_layers
+from . import architecture, balance, native_blocks, native_layers
 from .architecture import Family, Sum
 from .trunk import divide, silence_bias
 from .watch import Watch
@@ -209,6 +209,13 @@ class NativeExperts(LocalExperts):
         """See `LocalExperts`."""
         return self._experts(x, ids, self._stack)
 
+    def weighted(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+        """x [..., width], global ids and weights [..., k] -> [..., width], the weighted sum of what
+        this rank computes."""
+        self._watch.routed(self._layer, ids)
+        self.routing.put(ids)
+        return self._experts(x, ids, self._stack, weights)
+
 
 class LoopedLinear(nn.Module):
     """A stacked linear layer, one expert at a time, for what MLX's CPU `gather_mm` cannot do.
@@ -362,6 +369,7 @@ def parallelize(
     divide(model, plan, collective, watch)
     if swapped:
         native_layers.swap(model, keep=(LoopedLinear,))
+        native_blocks.swap(model)
 
 
 def _loop_where_mlx_cannot_gather(block: architecture.Block) -> None:

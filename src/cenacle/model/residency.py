@@ -18,13 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..cost.cost import wired_setting
 from ..errors import PlanError
 from ..plan import Plan, human
 
 CACHE_POSITIONS = 8192  # of one request; longer contexts and more requests take what is left
 WORKSPACE_BYTES = 256 * 2**20  # activations of a chunk of prompt, buffers between steps
-SYSTEM_SHARE = 1 / 16  # of a Mac's memory that no setting should take from the system,
-SYSTEM_BYTES = 4 * 2**30  # nor less than this
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,10 @@ def wired_limit(facts: Mapping[str, Any], need: Need) -> int:
     if need.total <= allowed:
         return need.own
     said = f"{need}, but this machine wires at most {human(allowed)} of its {human(memory)}"
-    most = memory - max(SYSTEM_BYTES, int(memory * SYSTEM_SHARE))
-    if need.total > most:
+    setting = wired_setting(memory, need.total)
+    if setting is None:
         raise PlanError(f"{said}: use more nodes, other shares or a smaller quantisation")
-    megabytes = math.ceil(need.total / 2**20)
-    raise PlanError(
-        f"{said}; `sudo sysctl iogpu.wired_limit_mb={megabytes}` raises that until the next "
-        f"restart, or use more nodes"
-    )
+    raise PlanError(f"{said}; `{setting}` raises that until the next restart, or use more nodes")
 
 
 def check_available(meminfo: str, need: Need) -> None:

@@ -57,6 +57,11 @@ class _Probe(nn.Module):
         k = ids.shape[-1]
         return mx.broadcast_to(mx.eye(k), (*ids.shape, k))
 
+    def weighted(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:  # noqa: ARG002
+        """For blocks that leave the sum to their experts: the scores themselves."""
+        self.ids = ids
+        return weights
+
 
 class _Separate(nn.Module):
     """This rank's experts as arrays of their own: gate, up and down of each."""
@@ -66,7 +71,7 @@ class _Separate(nn.Module):
         self.experts = [self._one(stack, row) for row in range(rows)]
         self.activation = stack.activation
         mx.eval(self.parameters())
-        if kernels == "native" and native_layers.usable():
+        if kernels != "mlx" and native_layers.usable():
             native_layers.swap(self)
 
     @staticmethod

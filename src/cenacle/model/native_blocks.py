@@ -1,0 +1,135 @@
+"""Whole parts of a layer as one node of the graph each, for the plainest kinds of layer.
+
+Owns: which of mlx-lm's classes compute exactly attention with plain rotary positions, or a block
+whose router is a softmax, and computing these with the native extension.
+Does not know: ranks, plans, how kernels work.
+Why: a token of a small model is hundreds of operations of a few microseconds, and MLX spends as
+long on each as it takes: some forty a layer become fourteen.
+Invariant: as with `native_layers`, an object keeps its attributes and parameters and changes its
+class. A class stands in a table here when its code is that of its neighbours, line by line; an
+object of it is left alone if a part of it is not what it usually is.
+Next: `native/primitives.cpp` (`qkv`, `experts`), `native/fast.cpp` (`route`, `attend`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import (
+    Klear,
+    dots1,
+    ernie4_5_moe,
+    granitemoe,
+    jamba,
+    mellum,
+    mixtral,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+)
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from .. import native
+from .architecture import StackedDbrx
+from .native_layers import LINEARS
+
+# Attention: q, k and v projections, a norm of each head or none, rotary positions, the cache,
+# softmax(q k^T) v, the output projection.
+_ATTENTION: tuple[type[nn.Module], ...] = (
+    Klear.KlearAttention,
+    dots1.Dots1Attention,
+    ernie4_5_moe.Attention,
+    granitemoe.GraniteMoeAttention,
+    mellum.Attention,
+    mixtral.MixtralAttention,
+    phimoe.Attention,
+    qwen2_moe.Attention,
+    qwen3_moe.Attention,
+)
+
+# Blocks that are nothing but the weighted sum of the k experts of which the router's softmax is
+# largest: names of the router and of k, and whether the weights are divided by their sum (or the
+# attribute that says so).
+_BLOCKS: dict[type[nn.Module], tuple[str, str, str | bool]] = {
+    StackedDbrx: ("router", "top_k", True),
+    jamba.JambaSparseMoeBlock: ("router", "num_experts_per_tok", True),
+    mixtral.MixtralSparseMoeBlock: ("gate", "num_experts_per_tok", True),
+    qwen3_moe.Qwen3MoeSparseMoeBlock: ("gate", "top_k", "norm_topk_prob"),
+}
+
+
+class NativeAttention(nn.Module):
+    """Attention with plain rotary positions. x [batch, length, width] -> the same."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """As mlx-lm's."""
+        if cache is None:
+            queries, keys, values = self._qkv(x, offset=0)
+        else:
+            queries, keys, values = self._qkv(x, offset=cache.offset)
+            keys, values = cache.update_and_fetch(keys, values)
+            if hasattr(cache, "bits"):
+                out = scaled_dot_product_attention(queries, keys, values, cache, self.scale, mask)
+                return self.o_proj(out.swapaxes(1, 2).flatten(2))
+        return self.o_proj(self._attend(queries, keys, values, self.scale, mask))
+
+
+class NativeBlock(nn.Module):
+    """A softmax router and the weighted sum of its experts. x [..., width] -> the same."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """As mlx-lm's."""
+        ids, weights = self._route(self[self._router](x))
+        return self.switch_mlp.weighted(x, ids, weights)
+
+
+def swap(model: nn.Module) -> None:
+    """Make what can be computed in whole parts be so, in place, after `native_layers.swap`."""
+    extension = native.module()
+    for _, layer in model.named_modules():
+        if type(layer) in _ATTENTION and (settings := _settings(layer)) is not None:
+            # Partials: what is a list or a dictionary would be taken for parameters.
+            layer._qkv, layer._attend = partial(extension.qkv, **settings), extension.attend
+            layer.__class__ = NativeAttention
+        elif type(layer) in _BLOCKS and hasattr(layer.switch_mlp, "weighted"):
+            layer._router, top_k, by_sum = _BLOCKS[type(layer)]
+            normalised = getattr(layer, by_sum) if isinstance(by_sum, str) else by_sum
+            layer._route = partial(
+                extension.route, k=getattr(layer, top_k), normalised=bool(normalised)
+            )
+            layer.__class__ = NativeBlock
+
+
+def _settings(layer: nn.Module) -> dict[str, Any] | None:
+    """What `qkv` is to be told of an attention layer; None: it is not as they usually are."""
+    projections = [layer[n] for n in ("q_proj", "k_proj", "v_proj")]
+    rope = layer.rope
+    if type(rope) is not nn.RoPE or not all(isinstance(p, LINEARS) for p in projections):
+        return None
+    norms = [layer.get("q_norm"), layer.get("k_norm")]
+    if any(n is not None and type(n) is not nn.RMSNorm for n in norms):
+        return None
+    heads = next(
+        getattr(layer, n)
+        for n in ("n_heads", "num_heads", "num_attention_heads")
+        if hasattr(layer, n)
+    )
+    q, k, v = (p._weights for p in projections)
+    width = projections[0].weight.shape[0] // heads
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "width": width,
+        "q_norm": norms[0] and norms[0].weight,
+        "k_norm": norms[1] and norms[1].weight,
+        "q_eps": norms[0].eps if norms[0] else 0.0,
+        "k_eps": norms[1].eps if norms[1] else 0.0,
+        "dims": rope.dims,
+        "traditional": rope.traditional,
+        "base": rope.base,
+        "scale": rope.scale,
+    }

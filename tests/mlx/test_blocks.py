@@ -1,0 +1,189 @@
+"""Whole parts of a layer as one node, against mlx-lm's own classes and against small steps."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.utils import load_model
+from one_process import load_rank
+from test_native import normal
+
+from cenacle import native
+from cenacle.collective.alone import Alone
+from cenacle.model import native_blocks
+from cenacle.model.experts import ExpertParallel
+from cenacle.model.native_layers import weights
+from cenacle.model.synth import synth, tiny_config
+from cenacle.model.weights import Checkpoint, describe
+from cenacle.plan import Plan
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
+
+
+def close(got: mx.array, want: mx.array, tolerance: float = 5e-6) -> bool:
+    assert got.shape == want.shape
+    return float(mx.abs(got - want).max()) <= tolerance * max(float(mx.abs(want).max()), 1e-6)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("experts", "k"), [(4, 1), (16, 4), (32, 32), (513, 8)])
+def test_routing(kernels, experts, k, normalised):
+    scores = normal(3, 5, experts) * 4
+    gates = mx.softmax(scores, axis=-1, precise=True)
+    want = mx.argsort(-gates, axis=-1)[..., :k]
+    weight = mx.take_along_axis(gates, want, axis=-1)
+    if normalised:
+        weight = weight / weight.sum(axis=-1, keepdims=True)
+    for given in (scores, mx.contiguous(scores.swapaxes(0, 2)).swapaxes(0, 2)):
+        ids, got = kernels.route(given, k, normalised)
+        assert mx.array_equal(ids, want.astype(mx.uint32))
+        assert close(got, weight, 1e-6)
+
+
+def test_routing_refuses_what_cannot_be(kernels):
+    for scores, k in ((normal(2, 4), 5), (normal(2, 4), 0), (normal(2, 4).astype(mx.float16), 2)):
+        with pytest.raises(ValueError, match="route"):
+            kernels.route(scores, k, True)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_the_weighted_sum_is_the_sum_of_what_experts_give(kernels, tokens):
+    """Experts that another rank holds add nothing, whatever their weights."""
+    stacked = [
+        kernels.Weights(
+            *(mx.unflatten(a, 0, (6, -1)) for a in mx.quantize(w, 32, 4)), None, 4, 32, "affine"
+        )
+        for w in (normal(6 * 32, 64, seed=1), normal(6 * 32, 64, seed=2))
+    ]
+    down = kernels.Weights(
+        *(mx.unflatten(a, 0, (6, -1)) for a in mx.quantize(normal(6 * 64, 32, seed=3), 32, 4)),
+        None,
+        4,
+        32,
+        "affine",
+    )
+    rows = mx.array(np.array([0, -1, 1, 2, 3, -1, 4, 5], np.int32))
+    stack = kernels.Stack(stacked, down, rows, 0, 0.0, 0.0)
+    x = normal(tokens, 64)
+    ids = mx.array(np.random.default_rng(tokens).integers(0, 8, (tokens, 3)))
+    given = mx.where(rows[ids] < 0, mx.nan, normal(tokens, 3, seed=9))
+    each = kernels.experts(x, ids, stack)
+    want = (each * mx.where(rows[ids] < 0, 0, given)[..., None]).sum(axis=-2)
+    assert close(kernels.experts(x, ids, stack, given), want)
+    with pytest.raises(ValueError, match="weight for each"):
+        kernels.experts(x, ids, stack, given[:, :2])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dims", [16, 32])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 9), (3, 1), (2, 40)])
+@pytest.mark.parametrize("offset", [0, 1000, "each"])
+def test_queries_keys_and_values(kernels, batch, length, offset, dims, normed):
+    layers = [nn.Linear(64, rows, bias=True) for rows in (6 * 32, 2 * 32, 2 * 32)]
+    made = [weights(layer) for layer in layers]
+    norms = [1 + normal(32, seed=n) / 4 if normed else None for n in (1, 2)]
+    x = normal(batch, length, 64)
+    at = mx.arange(batch) * 7 - 3 if offset == "each" else offset
+    got = kernels.qkv(
+        x,
+        *made,
+        width=32,
+        q_norm=norms[0],
+        k_norm=norms[1],
+        q_eps=1e-6,
+        k_eps=1e-5,
+        dims=dims,
+        traditional=False,
+        base=1e4,
+        scale=0.5,
+        offset=at,
+    )
+    for i, layer in enumerate(layers):
+        want = mx.unflatten(layer(x), -1, (-1, 32))
+        if i < 2 and normed:
+            want = mx.fast.rms_norm(want, norms[i], (1e-6, 1e-5)[i])
+        want = want.swapaxes(1, 2)
+        if i < 2:
+            want = mx.fast.rope(want, dims, traditional=False, base=1e4, scale=0.5, offset=at)
+        assert close(got[i], want, 1e-5)
+        # Its layout must be what it says: a cache copies it.
+        assert mx.array_equal(mx.contiguous(got[i]), mx.array(np.array(got[i])))
+
+
+def test_attention_laid_out_for_the_projection_after_it(kernels):
+    q, k, v = normal(2, 6, 5, 32), normal(2, 2, 30, 32), normal(2, 2, 30, 32)
+    for mask in (None, "causal"):
+        want = kernels.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
+        got = kernels.attend(q, k, v, 0.2, mask)
+        assert mx.array_equal(got, want.swapaxes(1, 2).flatten(2))
+    half = [a.astype(mx.float16) for a in (q, k, v)]
+    assert kernels.attend(*half, 0.2).shape == (2, 5, 192)
+
+
+BLOCKS = ["dbrx", "jamba", "mixtral", "qwen3_moe"]
+ATTENTION = [
+    "Klear",
+    "dots1",
+    "ernie4_5_moe",
+    "granitemoe",
+    "mellum",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder and mlx-lm's own model for each family."""
+    made = {}
+    for family in {*BLOCKS, *ATTENTION}:
+        folder = tmp_path_factory.mktemp("models") / family
+        synth(folder, family=family)
+        made[family] = folder, load_model(folder)[0]
+    return made
+
+
+def swapped(folder):
+    plan = Plan.whole(describe(Checkpoint.open(folder)), 1)
+    return load_rank(folder, plan, Alone(), kernels="native")
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_blocks_are_swapped_and_give_the_same(models, family):
+    folder, theirs = models[family]
+    ours = swapped(folder)
+    found = [m for _, m in ours.named_modules() if isinstance(m, ExpertParallel)]
+    assert found
+    assert all(type(m.block) is native_blocks.NativeBlock for m in found)
+    ids = mx.array([[5, 9, 2, 77, 1]])
+    assert close(ours(ids), theirs(ids).astype(mx.float32), 1e-4)
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_attention_is_swapped_and_gives_the_same_with_every_cache(models, family):
+    folder, theirs = models[family]
+    ours = swapped(folder)
+    layers = len(theirs.layers)
+    assert any(type(m) is native_blocks.NativeAttention for _, m in ours.named_modules())
+    ids = mx.array([[5, 9, 2, 77, 1, 8], [0, 0, 3, 4, 6, 7]])
+    makers = {
+        "plain": lambda: [KVCache() for _ in range(layers)],
+        "batched": lambda: [BatchKVCache([0, 2]) for _ in range(layers)],
+    }
+    for name, make in makers.items():
+        mine, others = make(), make()
+        for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:]):
+            got, want = ours(part, cache=mine), theirs(part, cache=others).astype(mx.float32)
+            assert close(got, want, 1e-4), name
+
+
+def test_attention_over_a_quantised_cache(tmp_path):
+    config = tiny_config("qwen3_moe") | {"head_dim": 32}
+    synth(tmp_path / "wide", config=config, dtype="float32")
+    theirs, ours = load_model(tmp_path / "wide")[0], swapped(tmp_path / "wide")
+    mine, others = ([KVCache().to_quantized(32, 8) for _ in theirs.layers] for _ in range(2))
+    for part in ([[5, 9, 2, 77]], [[1]]):
+        got, want = ours(mx.array(part), cache=mine), theirs(mx.array(part), cache=others)
+        assert close(got, want, 2e-3)
