@@ -161,6 +161,14 @@ def test_blocks_are_swapped_and_give_the_same(models, family):
     assert close(ours(ids), theirs(ids).astype(mx.float32), 1e-4)
 
 
+def test_weights_that_are_not_divided_by_their_sum_stay_so(tmp_path):
+    config = tiny_config("qwen3_moe") | {"norm_topk_prob": False}
+    synth(tmp_path / "as-they-are", config=config, dtype="float32")
+    theirs, ours = load_model(tmp_path / "as-they-are")[0], swapped(tmp_path / "as-they-are")
+    ids = mx.array([[5, 9, 2, 77, 1]])
+    assert close(ours(ids), theirs(ids), 1e-4)
+
+
 @pytest.mark.parametrize("family", ATTENTION)
 def test_attention_is_swapped_and_gives_the_same_with_every_cache(models, family):
     folder, theirs = models[family]

@@ -9,11 +9,11 @@ parallelize = experts.parallelize
 
 
 def perturbed(model, *arguments) -> None:
-    parallelize(model, *arguments)
     if worker.own_rank() == 1:
-        gate = model.model.layers[1].block_sparse_moe.block.gate
+        gate = model.model.layers[1].block_sparse_moe.gate
         noise = mx.random.normal(gate.weight.shape, key=mx.random.key(1))
         gate.weight = gate.weight + noise * gate.weight.std() / 4
+    parallelize(model, *arguments)
 
 
 experts.parallelize = perturbed

@@ -299,12 +299,14 @@ def test_bf16_on_the_wire(two):
         cenacle.load(str(MIXTRAL), 2, wire="int8")
 
 
-def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(tmp_path):
+@pytest.mark.parametrize("kernels", ["mlx", "auto"])
+def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(tmp_path, kernels):
     plan = cenacle.inspect(str(MIXTRAL), 2)
     plan.save(tmp_path / "plan.json")
     ranks = LocalRanks(2, program=(sys.executable, str(OTHER_ROUTER)))
     try:
-        ranks.load({**order(tmp_path / "plan.json", MIXTRAL), "options": asdict(Options())})
+        asked = order(tmp_path / "plan.json", MIXTRAL)
+        ranks.load({**asked, "kernels": kernels, "options": asdict(Options())})
         group = Group(ranks, Scheduler(4, 0))
         model = Model("mixtral", plan, None, group, ranks)
         said = "rank 1 chose other experts than rank 0 for the same tokens in exchange [0-9]+, "
