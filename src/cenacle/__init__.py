@@ -4,6 +4,7 @@
 ...     print(model.generate("What is 12 + 30?").text)
 """
 
+import os
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from .errors import CenacleError, CheckpointError, ClusterError, InputError, Pla
 
 if TYPE_CHECKING:
     from .api import Chunk, Completion, Model, inspect, load
+
+# Nothing is reported to anybody: huggingface_hub would tell its makers what is used.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = metadata.version("cenacle")
 

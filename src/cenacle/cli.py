@@ -1,5 +1,5 @@
 """The verbs: `cenacle generate`, `chat`, `serve`, `inspect`, `families`, `synth`, `bench`, `demo`;
-those of the performance model are in `cli_plan.py`.
+those of the performance model are in `cli_plan.py`, `keys` in `cli_keys.py`.
 
 Owns: arguments, what is printed where, exit codes. Everything else is `api`'s and the rooms' below.
 Invariant: answers go to stdout, everything else to stderr; with --json the last line of stdout is
@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_plan
+from . import cli_keys, cli_plan
 from .errors import CenacleError, InputError
 from .plan import Plan, human
 
@@ -51,6 +51,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 app.add_typer(bench_app, name="bench")
+app.add_typer(cli_keys.keys_app, name="keys")
 err = Console(stderr=True, highlight=False)
 
 
@@ -304,6 +305,16 @@ def serve(
     batch: Batch = 32,
     kv_bits: KVBits = None,
     max_kv_size: MaxKV = None,
+    require_key: cli_keys.RequireKey = False,
+    tls: cli_keys.Tls = None,
+    tls_cert: cli_keys.TlsCert = None,
+    tls_key: cli_keys.TlsKey = None,
+    cors_origin: cli_keys.CorsOrigin = None,
+    allowed_host: cli_keys.AllowedHost = None,
+    streams: cli_keys.Streams = 256,
+    streams_per_key: cli_keys.StreamsPerKey = 64,
+    access_log: cli_keys.AccessLog = False,
+    log_text: cli_keys.LogText = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health.
 
@@ -314,6 +325,19 @@ def serve(
 
     # First the port: it is cheap to find out that it is taken, and loading is not.
     with bind(host, port) as sock:
+        policy = cli_keys.who_may_ask(
+            sock,
+            require_key=require_key,
+            hosts=allowed_host,
+            cors_origins=cors_origin,
+            streams=streams,
+            streams_per_key=streams_per_key,
+            access_log=access_log,
+            log_text=log_text,
+        )
+        context = cli_keys.tls_of(host, tls, tls_cert, tls_key)
+        if policy.require_key and context is None:
+            err.print("without TLS keys and answers can be read on the way; see --tls")
         with _loaded(
             model,
             nodes,
@@ -328,7 +352,13 @@ def serve(
             kv_bits,
             max_kv_size,
         ) as loaded:
-            run(loaded, sock, on_started=lambda url: err.print(f"serving {loaded.name} at {url}"))
+            run(
+                loaded,
+                sock,
+                on_started=lambda url: err.print(f"serving {loaded.name} at {url}"),
+                policy=policy,
+                tls=context,
+            )
 
 
 @app.command()

@@ -327,14 +327,16 @@ def test_a_body_that_is_too_large(single: Server) -> None:
     assert refused(single.post(content=b" " * 11_000_000)) == expected
     assert refused(single.post(content=pieces())) == expected  # chunked: no length is declared
     with socket.create_connection(single.address, timeout=10) as sock:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n"
+        )
         sock.sendall(head + b"Expect: 100-continue\r\n\r\n")
         assert sock.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
 def test_clients_that_stop_in_the_middle_are_ended(single: Server) -> None:
-    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    body = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"a'
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    body = b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"a'
     with contextlib.ExitStack() as opened:
 
         def connect() -> socket.socket:
@@ -395,7 +397,7 @@ def test_a_client_that_does_not_read_is_ended(single: Server) -> None:
         sock.settimeout(10)
         sock.connect(single.address)
         body = json.dumps({"messages": SUM, "n": 8, "stream": True, **ENDLESS}).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: single.busy() == 8, 5)
         wait_until(lambda: single.busy() == 0, 15)

@@ -33,11 +33,12 @@ ROOMS = (
     ),  # "" is the package itself, which passes on what api has
     ("bench",),
     ("server",),
-    ("cli", "cli_plan", "__main__"),
+    ("cli", "cli_keys", "cli_plan", "__main__"),
 )
 WITHOUT_MLX = (
     *("", "errors", "spec", "plan", "request"),
     *("engine.scheduler", "engine.terms", "engine.channel", "server.openai"),
+    *("server.auth", "server.guard", "server.tls"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),

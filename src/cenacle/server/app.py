@@ -18,6 +18,7 @@ import json
 import logging
 import signal
 import socket
+import ssl
 import threading
 import time
 import traceback
@@ -25,7 +26,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ from ..engine.text import TextStream
 from ..errors import CenacleError, ClusterError, InputError, RankLost
 from ..request import Request, TokenEvent
 from . import openai
+from .auth import Keys
+from .guard import Guard, Policy
 
 if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` is to answer at once
@@ -62,6 +65,7 @@ class Limits:
         body_s: seconds in which a body must have come.
         head_s: seconds in which a request's head must have come.
         write_s: seconds for which a client may leave a full send buffer unread.
+        handshake_s: seconds in which a connection's TLS must be agreed on.
         idle_s: seconds that a connection is kept between requests.
         answer_s: seconds without a token after which an answer is given up; the group has a
             shorter deadline of its own.
@@ -74,6 +78,7 @@ class Limits:
     body_s: float = 30.0
     head_s: float = 30.0
     write_s: float = 60.0
+    handshake_s: float = 10.0
     idle_s: int = 75
     answer_s: float = 900.0
     close_s: int = 5
@@ -123,6 +128,8 @@ def serve(
     sock: socket.socket,
     on_started: Callable[[str], None] | None = None,
     limits: Limits | None = None,
+    policy: Policy | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; the socket is closed then, the model is not.
 
@@ -133,13 +140,21 @@ def serve(
         sock: see `bind`.
         on_started: called with the server's address once requests are answered.
         limits: what a client may cost.
+        policy: who may ask; None: with keys only, unless the socket is on loopback.
+        tls: see `tls.context`; None: plain HTTP.
 
     Raises:
         CheckpointError: the model has no tokenizer.
+        InputError: keys are required and there is none.
     """
     limits = limits or Limits()
-    with contextlib.closing(sock), contextlib.closing(Api(model, limits)) as api:
-        server = _Server(api, on_started or (lambda _: None), limits)
+    with (
+        contextlib.closing(sock),
+        contextlib.closing(Keys()) as keys,
+        contextlib.closing(Api(model, limits)) as api,
+    ):
+        guard = Guard(api.app, policy or Policy.of(sock, keys), keys)
+        server = _Server(api, guard, on_started or (lambda _: None), limits, tls)
         asyncio.run(server.serve(sockets=[sock]))
 
 
@@ -189,7 +204,10 @@ class Api:
         """End the tokenizing thread."""
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
-    async def _health(self, _: HttpRequest) -> Response:
+    async def _health(self, http: HttpRequest) -> Response:
+        if "key" not in http.scope["state"]:  # for load balancers: nothing but the truth
+            failed = self._model.group.failure is not None
+            return _json(503 if failed else 200, {"status": "failed" if failed else "ok"})
         group, ranks = self._model.group, self._model.ranks
         if (failure := group.failure) is not None:
             body: dict[str, Any] = {"status": "failed", "reason": str(failure)}
@@ -222,7 +240,7 @@ class Api:
     async def _answer(self, kind: openai.Kind, http: HttpRequest) -> Response:
         try:
             body = await self._body(http)
-            prepare = partial(self._prepare, kind, body)
+            prepare = partial(self._prepare, kind, body, http.scope["state"]["key"])
             loop = asyncio.get_running_loop()
             asked, drafts = await loop.run_in_executor(self._tokenizing, prepare)
         except ClientDisconnect:
@@ -260,7 +278,9 @@ class Api:
             raise _TooLarge(limit)
         return bytes(body)
 
-    def _prepare(self, kind: openai.Kind, body: bytes) -> tuple[openai.Asked, list[_Draft]]:
+    def _prepare(
+        self, kind: openai.Kind, body: bytes, key: str
+    ) -> tuple[openai.Asked, list[_Draft]]:
         """The checked requests of a body. Slow: tokenizes."""
         asked = openai.read(kind, body, self._served)
         drafts: list[_Draft] = []
@@ -273,6 +293,7 @@ class Api:
             for choice in range(asked.n):
                 sampling = asked.sampling_of(choice)
                 request = self._model.request(tokens, min(limits, default=None), sampling)
+                request = replace(request, key=key)
                 counted = len(tokens) if choice == 0 else 0
                 drafts.append(_Draft(len(drafts), request, counted, self._text.stream(asked.stop)))
         return asked, drafts
@@ -528,10 +549,17 @@ class _Connection(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn, which ends what it is doing when it is told to end, and returns."""
 
-    def __init__(self, api: Api, on_started: Callable[[str], None], limits: Limits) -> None:
+    def __init__(
+        self,
+        api: Api,
+        guard: Guard,
+        on_started: Callable[[str], None],
+        limits: Limits,
+        tls: ssl.SSLContext | None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
-                api.app,
+                guard.with_cors(),
                 http=partial(_Connection, limits),  # type: ignore[arg-type]
                 ws="none",
                 loop="asyncio",
@@ -543,15 +571,24 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=limits.idle_s,
                 timeout_graceful_shutdown=limits.close_s,
+                ssl_context_factory=(lambda *_: tls) if tls is not None else None,
             )
         )
-        self._api, self._on_started = api, on_started
+        self._api, self._on_started, self._tls = api, on_started, tls
+        self._handshake_s = limits.handshake_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._tls is not None:
+            # uvicorn has no setting for this; asyncio's own is a minute.
+            loop: Any = asyncio.get_running_loop()
+            loop.create_server = partial(
+                loop.create_server, ssl_handshake_timeout=self._handshake_s
+            )
         await super().startup(sockets)
+        scheme = "https" if self._tls is not None else "http"
         for sock in sockets or []:
             host, port = sock.getsockname()[:2]
-            self._on_started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            self._on_started(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._api.end(ClusterError("the server was told to end"))

@@ -1,0 +1,140 @@
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from cenacle.errors import InputError
+from cenacle.server.auth import DAY_S, Key, Keys, config_folder
+
+
+class Clock:
+    now = 20_000.0 * DAY_S + 100
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def keys(tmp_path):
+    made = Keys(tmp_path / "keys.db", Clock())
+    yield made
+    made.close()
+
+
+def test_a_secret_finds_its_key_and_nothing_else_does(keys):
+    alice, bob = keys.add("alice", 1000, 2), keys.add("bob")
+    assert keys.find(alice) == Key("alice", Clock.now, 1000, 2)
+    assert keys.find(bob).name == "bob"
+    assert alice != bob
+    assert len(alice) > 40
+    for wrong in ("", "alice", alice[:-1], alice + "A", alice.upper(), "\xff\xfe", "\x00"):
+        assert keys.find(wrong) is None
+    keys.remove("alice")
+    assert keys.find(alice) is None
+    assert [k.name for k in keys.all()] == ["bob"]
+
+
+def test_the_file_is_its_owners_and_holds_no_secret(keys):
+    secret = keys.add("alice")
+    files = list(keys.path.parent.iterdir())
+    assert {stat.S_IMODE(f.stat().st_mode) for f in files} == {0o600}
+    held = b"".join(f.read_bytes() for f in files)
+    assert b"alice" in held
+    assert secret.encode() not in held
+    assert secret.removeprefix("cen-").encode() not in held
+
+
+def test_a_file_that_others_could_read_is_closed_to_them(tmp_path):
+    path = tmp_path / "keys.db"
+    path.touch()
+    path.chmod(0o644)
+    Keys(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_changes_of_another_program_are_seen_at_once(keys):
+    other = Keys(keys.path, Clock())
+    secret = other.add("late")
+    assert keys.find(secret).name == "late"
+    other.remove("late")
+    assert keys.find(secret) is None
+    other.close()
+
+
+def test_use_is_counted_by_day_over_restarts_and_programs(keys):
+    clock = keys._clock
+    keys.add("alice", 100)
+    keys.charge("alice", 30)
+    assert keys.used("alice") == 30
+    keys.save()
+    keys.charge("alice", 1)
+    other = Keys(keys.path, clock)
+    assert other.used("alice") == 30
+    other.charge("alice", 5)
+    other.close()
+    assert keys.used("alice") == 36
+    keys.close()
+    again = Keys(keys.path, clock)
+    assert again.used("alice") == 36
+    assert again.until_tomorrow_s() == DAY_S - 100
+    clock.now += DAY_S
+    assert again.used("alice") == 0
+    clock.now -= DAY_S
+    again.remove("alice")
+    again.add("alice", 100)
+    assert again.used("alice") == 36  # a new key is no new budget
+    again.close()
+
+
+def test_threads_charge_at_once_and_nothing_is_lost(keys):
+    def charge() -> None:
+        for _ in range(200):
+            keys.charge("alice", 1)
+            keys.save()
+
+    threads = [threading.Thread(target=charge) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert keys.used("alice") == 800
+
+
+def test_wrong_names_and_limits_are_refused(keys):
+    keys.add("alice")
+    for name in ("", "a b", "a" * 65, "-x", "a\n", "é", "../x"):
+        with pytest.raises(InputError, match="name"):
+            keys.add(name)
+    with pytest.raises(InputError, match="already"):
+        keys.add("alice")
+    with pytest.raises(InputError, match="tokens-per-day"):
+        keys.add("bob", 0)
+    with pytest.raises(InputError, match="keys list"):
+        keys.remove("nobody")
+
+
+def test_a_file_that_is_something_else_is_named(tmp_path):
+    path = tmp_path / "keys.db"
+    path.write_text("not a database" * 100)
+    with pytest.raises(InputError, match="keys add NAME"):
+        Keys(path)
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as db:
+        db.execute("CREATE TABLE keys (a)")
+    db.close()
+    with pytest.raises(InputError, match=r"other\.db"):
+        Keys(other)
+
+
+def test_the_folder_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("CENACLE_HOME", str(tmp_path / "a" / "b"))
+    assert config_folder() == tmp_path / "a" / "b"
+    assert stat.S_IMODE(config_folder().stat().st_mode) == 0o700
+    monkeypatch.delenv("CENACLE_HOME")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    assert config_folder() == tmp_path / "xdg" / "cenacle"
+    monkeypatch.setenv("CENACLE_HOME", str(Path("/dev/null/x")))
+    with pytest.raises(InputError, match="CENACLE_HOME"):
+        config_folder()

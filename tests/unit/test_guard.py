@@ -1,0 +1,278 @@
+"""The door, around an application of its own: what passes and what comes back."""
+
+import asyncio
+import json
+import socket
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from cenacle.errors import InputError
+from cenacle.server.auth import Keys
+from cenacle.server.guard import HEADERS, Guard, Policy
+
+ALL = ("/v1/models", "/v1/chat/completions", "/metrics", "/cluster", "/openapi.json", "/nowhere")
+
+
+class Inside:
+    """What is guarded: says whose request it was; a POST waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.go = asyncio.Event()
+
+    def app(self) -> Starlette:
+        async def who(http):
+            return JSONResponse({"key": http.scope["state"].get("key", "nobody")})
+
+        async def wait(http):
+            self.waiting += 1
+            await http.body()
+            await self.go.wait()
+            return await who(http)
+
+        return Starlette(
+            routes=[
+                *(Route(p, who) for p in (*ALL[:-1], "/", "/health", "/static/{path:path}")),
+                *(Route(p, wait, methods=["POST"]) for p in ("/v1/completions", "/v1/messages")),
+            ]
+        )
+
+
+@pytest.fixture
+def keys(tmp_path):
+    made = Keys(tmp_path / "keys.db")
+    yield made
+    made.close()
+
+
+def ask(keys, policy, *requests, base="http://localhost:8080"):
+    """Answers to requests (method, path, headers), one after the other; waits are let go."""
+
+    async def run():
+        inside = Inside()
+        inside.go.set()
+        transport = httpx.ASGITransport(Guard(inside.app(), policy, keys).with_cors())
+        async with httpx.AsyncClient(transport=transport, base_url=base) as client:
+            return [await client.request(m, p, headers=h) for m, p, h in requests]
+
+    return asyncio.run(run())
+
+
+def bearer(secret):
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def test_where_keys_are_demanded_nothing_is_given_without_one(keys):
+    secret = keys.add("alice")
+    gone = keys.add("gone")
+    keys.remove("gone")
+    policy = Policy(require_key=True, hosts=None)
+    wrong = (
+        *({}, bearer(""), bearer("x"), bearer(gone), {"Authorization": f"Basic {secret}"}),
+        *({"x-api-key": "x"}, {"x-api-key": ""}, bearer(f"{secret}x"), {"key": secret}),
+    )
+    requests = [("GET", path, headers) for path in ALL for headers in wrong]
+    requests += [("POST", path, {}) for path in ("/", "/health", "/static/x", "/v1/completions")]
+    requests += [("GET", path, {}) for path in ("/healthz", "/health/", "/static")]
+    for answer in ask(keys, policy, *requests):
+        assert answer.status_code == 401, answer.request.url
+        error = answer.json()["error"]
+        assert error["code"] == "invalid_api_key"
+        assert "alice" not in answer.text
+        assert answer.headers["www-authenticate"] == "Bearer"
+    right = [("GET", p, h) for p in ALL[:-1] for h in (bearer(secret), {"x-api-key": secret})]
+    for answer in ask(keys, policy, *right):
+        assert (answer.status_code, answer.json()) == (200, {"key": "alice"})
+    for answer in ask(keys, policy, *(("GET", p, {}) for p in ("/", "/health", "/static/a.js"))):
+        assert (answer.status_code, answer.json()) == (200, {"key": "nobody"})
+
+
+def test_anthropics_clients_are_refused_in_their_own_form(keys):
+    (answer,) = ask(keys, Policy(require_key=True), ("POST", "/v1/messages", {}))
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == "authentication_error"
+
+
+def test_where_none_is_demanded_a_key_that_is_known_counts(keys):
+    secret = keys.add("alice")
+    requests = [("GET", "/v1/models", h) for h in ({}, bearer("-"), bearer(secret))]
+    answers = ask(keys, Policy(), *requests)
+    assert [a.json()["key"] for a in answers] == ["", "", "alice"]
+
+
+def test_other_hosts_are_refused_on_loopback(keys):
+    policy = Policy(hosts=frozenset({"chat.example"}))
+    hosts = {
+        **dict.fromkeys(("localhost", "LOCALHOST:80", "127.0.0.1:1", "127.8.8.8", "[::1]:9"), 200),
+        **dict.fromkeys(("chat.example", "chat.example:443"), 200),
+        **dict.fromkeys(("evil.example", "localhost.evil.example", "127.0.0.1.evil.example"), 403),
+        **dict.fromkeys(("192.0.2.1", "", "[::2]", "0.0.0.0", "[", "x" * 5000), 403),
+    }
+    answers = ask(keys, policy, *(("GET", "/health", {"Host": h}) for h in hosts))
+    assert [a.status_code for a in answers] == list(hosts.values())
+    (open_to_all,) = ask(keys, Policy(hosts=None), ("GET", "/health", {"Host": "any.example"}))
+    assert open_to_all.status_code == 200
+
+
+def test_pages_of_other_origins_may_not_ask(keys):
+    origins = {
+        "http://localhost:8080": 200,
+        "https://localhost:8080": 200,
+        **dict.fromkeys(("http://localhost:3000", "http://evil.example", "null", "http://["), 403),
+    }
+    # What a form or a script sends without asking the browser's leave.
+    plain = {"Content-Type": "text/plain"}
+    asked = [("POST", "/v1/completions", {"Origin": o, **plain}) for o in origins]
+    assert [a.status_code for a in ask(keys, Policy(), *asked)] == list(origins.values())
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    (answer,) = ask(keys, Policy(), ("OPTIONS", "/v1/completions", preflight))
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_an_origin_that_was_allowed_may(keys):
+    page = "https://chat.example"
+    policy = Policy(require_key=True, cors_origins=(page,))
+    secret = keys.add("alice")
+    preflight = {
+        "Origin": page,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type",
+    }
+    asked, done, other = ask(
+        keys,
+        policy,
+        ("OPTIONS", "/v1/completions", preflight),
+        ("POST", "/v1/completions", {"Origin": page, **bearer(secret)}),
+        ("POST", "/v1/completions", {"Origin": "https://evil.example", **bearer(secret)}),
+    )
+    assert (asked.status_code, done.status_code, other.status_code) == (200, 200, 403)
+    assert done.headers["access-control-allow-origin"] == page
+    assert "access-control-allow-origin" not in other.headers
+    assert "access-control-allow-credentials" not in done.headers
+
+
+def test_every_answer_carries_the_headers(keys):
+    paths = ("/", "/v1/models", "/nowhere")
+    for answer in ask(keys, Policy(), *(("GET", p, {}) for p in paths)):
+        assert {n: answer.headers[n] for n in HEADERS} == HEADERS
+    (refused,) = ask(keys, Policy(require_key=True), ("GET", "/v1/models", {}))
+    assert {n: refused.headers[n] for n in HEADERS} == HEADERS
+
+
+def test_a_budget_that_is_used_up(keys):
+    secret = keys.add("alice", tokens_per_day=100)
+    asked = ("POST", "/v1/completions", bearer(secret))
+    keys.charge("alice", 99)
+    assert ask(keys, Policy(), asked)[0].status_code == 200
+    keys.charge("alice", 1)
+    (answer,) = ask(keys, Policy(), asked)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert 0 < int(answer.headers["retry-after"]) <= 86400
+    assert ask(keys, Policy(), ("GET", "/v1/models", bearer(secret)))[0].status_code == 200
+    other = Keys(keys.path)
+    assert other.used("alice") == 100  # written when a request ends
+    other.close()
+
+
+def test_a_file_of_keys_that_became_unusable_lets_nobody_in(keys, caplog):
+    secret = keys.add("alice")
+    keys._db.execute("DROP TABLE keys")
+    (answer,) = ask(keys, Policy(require_key=True), ("GET", "/v1/models", bearer(secret)))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "keys_unavailable")
+    assert "no such table" in caplog.text
+    assert "no such table" not in answer.text
+
+
+def test_requests_at_once(keys):
+    alice, bob = keys.add("alice", streams=2), keys.add("bob")
+
+    async def run():
+        inside = Inside()
+        app = Guard(inside.app(), Policy(streams=4, streams_per_key=3), keys).with_cors()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+
+            def post(secret):
+                return client.post("/v1/completions", headers=bearer(secret))
+
+            tasks = [asyncio.create_task(post(s)) for s in (alice, alice, bob)]
+            async with asyncio.timeout(5):
+                while inside.waiting < 3:
+                    await asyncio.sleep(0)
+            third = await post(alice)
+            tasks.append(asyncio.create_task(post(bob)))
+            async with asyncio.timeout(5):
+                while inside.waiting < 4:
+                    await asyncio.sleep(0)
+            fifth = await post(bob)
+            inside.go.set()
+            done = await asyncio.gather(*tasks)
+            return [third, fifth], done, await post(alice)
+
+    refused, done, after = asyncio.run(run())
+    for answer in refused:
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert "2 requests with this key" in refused[0].text
+    assert "4 requests already" in refused[1].text
+    assert [a.json()["key"] for a in done] == ["alice", "alice", "bob", "bob"]
+    assert after.status_code == 200
+
+
+def test_the_access_log_has_no_text(keys, capsys):
+    secret = keys.add("alice")
+    policy = Policy(require_key=True, access_log=True)
+    ask(
+        keys,
+        policy,
+        ("POST", "/v1/completions?q=xyzzy", bearer(secret)),
+        ("GET", "/v1/models", bearer(secret)),
+        ("GET", "/xyzzy%0a2026 forged", bearer(secret)),
+        ("GET", "/xyzzy", bearer("xyzzy")),
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert "key=alice POST /v1/completions 200" in lines[0]
+    assert "key=alice GET - 404" in lines[2]
+    assert "key=- GET - 401" in lines[3]
+    assert "xyzzy" not in "".join(lines)
+    assert secret not in "".join(lines)
+
+
+def test_text_is_logged_only_when_asked_for(keys, capsys):
+    async def run(policy):
+        inside = Inside()
+        inside.go.set()
+        transport = httpx.ASGITransport(Guard(inside.app(), policy, keys))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = json.dumps({"prompt": "plugh"}).encode() + b"\n\x1b[31mforged"
+            await client.post("/v1/completions", content=body)
+
+    asyncio.run(run(Policy()))
+    assert capsys.readouterr().err == ""
+    asyncio.run(run(Policy(log_text=True)))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "plugh" in lines[0]
+    assert '"key"' in lines[1]
+    assert "\x1b" not in "".join(lines)
+
+
+def test_beyond_loopback_a_key_is_needed_to_start(keys):
+    with (
+        socket.create_server(("0.0.0.0", 0)) as outside,
+        socket.create_server(("127.0.0.1", 0)) as own,
+    ):
+        with pytest.raises(InputError, match="cenacle keys add NAME"):
+            Policy.of(outside, keys)
+        with pytest.raises(InputError, match="cenacle keys add NAME"):
+            Policy.of(own, keys, require_key=True)
+        assert Policy.of(own, keys) == Policy()
+        keys.add("alice")
+        assert Policy.of(outside, keys) == Policy(require_key=True, hosts=None)
+        named = Policy.of(own, keys, require_key=True, hosts=["Chat.example"])
+        assert named == Policy(require_key=True, hosts=frozenset({"chat.example"}))
