@@ -19,11 +19,12 @@ import mlx.core as mx
 
 from .cluster.launcher import LocalRanks, choose
 from .collective.mesh import WIRES
+from .dialogue import Message
 from .engine.engine import Options, need_of
 from .engine.lockstep import Group
 from .engine.scheduler import Scheduler
 from .engine.terms import Terms
-from .engine.text import Message, Text
+from .engine.text import Text
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .model import balance
 from .model.residency import Need, check_available

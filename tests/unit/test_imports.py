@@ -14,10 +14,11 @@ ROOT = Path(cenacle.__file__).parent
 # From the ground up; a module may import from its own room and from those above this line.
 # The longest name that fits decides: engine.scheduler is not in the room of engine.
 ROOMS = (
-    ("errors", "spec", "plan", "request"),
+    ("errors", "spec", "plan", "request", "dialogue"),
     (
         *("native", "collective", "engine.scheduler", "engine.terms", "engine.channel"),
-        *("server.openai", "demo_tasks", "cost"),
+        *("server.fields", "server.exchange", "server.grammars", "server.openai"),
+        *("server.responses", "server.anthropic", "server.description", "demo_tasks", "cost"),
     ),
     ("model",),
     ("engine",),
@@ -37,7 +38,8 @@ ROOMS = (
 )
 WITHOUT_MLX = (
     *("", "errors", "spec", "plan", "request"),
-    *("engine.scheduler", "engine.terms", "engine.channel", "server.openai"),
+    *("engine.scheduler", "engine.terms", "engine.channel", "dialogue"),
+    *("server.openai", "server.responses", "server.anthropic", "server.description"),
     *("server.auth", "server.guard", "server.tls"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),

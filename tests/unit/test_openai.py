@@ -10,21 +10,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cenacle.dialogue import Finish, Logged, Part, Tool, Usage
 from cenacle.errors import CenacleError, ClusterError, InputError, RankLost
 from cenacle.request import Sampling
-from cenacle.server import openai
-from cenacle.server.openai import Asked, Choice, Refused, Reply, Served
+from cenacle.server import anthropic, exchange, openai, responses
+from cenacle.server.exchange import Asked, Choice, Head, Served
+from cenacle.server.fields import Refused
+from cenacle.server.openai import ChatReply, TextReply
 
 SERVED = Served("house", 100, 50)
 HELLO = [{"role": "user", "content": "hello"}]
+PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PLACE}}
+STRICT = {"function": {"name": "weather", "parameters": PLACE, "strict": True}}
 
 
 def chat(**fields: Any) -> Asked:
-    return openai.read("chat", json.dumps({"messages": HELLO, **fields}).encode(), SERVED)
+    return openai.read_chat(json.dumps({"messages": HELLO, **fields}).encode(), SERVED)
 
 
 def text(**fields: Any) -> Asked:
-    return openai.read("text", json.dumps({"prompt": "hello", **fields}).encode(), SERVED)
+    return openai.read_text(json.dumps({"prompt": "hello", **fields}).encode(), SERVED)
 
 
 def refused(read: Any, body: dict[str, Any]) -> tuple[int, str | None, str | None, str]:
@@ -39,8 +45,9 @@ def refused(read: Any, body: dict[str, Any]) -> tuple[int, str | None, str | Non
 
 
 def test_the_defaults_are_those_of_openai() -> None:
-    assert chat() == Asked("chat", (tuple(HELLO),), None, Sampling(temperature=1.0))
-    assert text() == Asked("text", ("hello",), 16, Sampling(temperature=1.0))
+    greedy_not = Sampling(temperature=1.0)
+    assert chat() == Asked((tuple(HELLO),), True, "messages", None, greedy_not)
+    assert text() == Asked(("hello",), False, "prompt", 16, greedy_not)
 
 
 def test_every_supported_parameter_is_read() -> None:
@@ -63,7 +70,8 @@ def test_every_supported_parameter_is_read() -> None:
         user="someone",
     )
     sampling = Sampling(0, 0.5, 3, 0.1, -5, 1.1, 1, -1.5, {3: -100.0, 4: 0.5})
-    assert asked == Asked("chat", (tuple(HELLO),), 7, sampling, ("a", "bc"), 2, True, True)
+    prompts = (tuple(HELLO),)
+    assert asked == Asked(prompts, True, "messages", 7, sampling, ("a", "bc"), 2, True, True)
     assert chat(max_completion_tokens=9).max_tokens == 9
     assert chat(stop="x").stop == ("x",)
 
@@ -124,22 +132,17 @@ def test_what_asks_for_nothing_is_accepted(extra: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"tools": [{"type": "code_interpreter"}]}, "tools[0].type"),
+        ({"tools": [WEATHER | STRICT]}, "tools[0].strict"),
+        ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"metadata": {"a": "b"}}, "metadata"),
+        ({"verbosity": "low"}, "verbosity"),
         (
             {"stream": True, "stream_options": {"include_obfuscation": True}},
             "stream_options.include_obfuscation",
         ),
         ({"messages": [{**HELLO[0], "name": "x"}]}, "messages[0].name"),
-        (
-            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
-            "messages[1].tool_calls",
-        ),
+        ({"messages": [{**HELLO[0], "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0].content[0].type",
@@ -184,6 +187,8 @@ def test_what_is_unknown_is_refused_by_name(read: Any, extra: dict[str, Any], pa
         ({"top_k": 2.0}, "top_k"),
         ({"seed": 1.0}, "seed"),
         ({"seed": False}, "seed"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"tools": {}}, "tools"),
         ({"n": True}, "n"),
         ({"stop": 3}, "stop"),
         ({"stop": ["a", 3]}, "stop[1]"),
@@ -231,7 +236,16 @@ def test_wrong_types_name_the_field(extra: dict[str, Any], param: str) -> None:
         (chat, {"logit_bias": {"1": 101}}, "logit_bias.1"),
         (chat, {"stream_options": {"include_usage": True}}, "stream_options"),
         (chat, {"messages": []}, "messages"),
-        (chat, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (chat, {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        (chat, {"top_logprobs": 2}, "top_logprobs"),
+        (chat, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (chat, {"tool_choice": "required"}, "tool_choice"),
+        (chat, {"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
+        (chat, {"tools": [WEATHER, WEATHER]}, "tools[1]"),
+        (chat, {"response_format": {"type": "yaml"}}, "response_format.type"),
+        (chat, {"response_format": {"type": "regex", "pattern": "("}}, "response_format.pattern"),
+        (chat, {"reasoning_effort": "some"}, "reasoning_effort"),
+        (text, {"logprobs": 6}, "logprobs"),
         (chat, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         (text, {"prompt": []}, "prompt"),
         (text, {"prompt": [[]]}, "prompt[0]"),
@@ -292,7 +306,7 @@ def test_another_model_is_not_found_and_the_message_says_the_right_one() -> None
 )
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
-        openai.read("chat", body, SERVED)
+        openai.read_chat(body, SERVED)
     assert (caught.value.status, caught.value.code) == (400, "invalid_body")
 
 
@@ -328,11 +342,10 @@ _NAMES = [
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(["chat", "text"]), st.dictionaries(st.sampled_from(_NAMES), _JSON))
-def test_whatever_comes_is_read_or_refused(kind: Any, fields: dict[str, Any]) -> None:
-    body = {"messages" if kind == "chat" else "prompt": HELLO if kind == "chat" else "x", **fields}
+@given(st.booleans(), st.dictionaries(st.sampled_from(_NAMES), _JSON))
+def test_whatever_comes_is_read_or_refused(is_chat: bool, fields: dict[str, Any]) -> None:
     try:
-        asked = openai.read(kind, json.dumps(body).encode(), SERVED)
+        asked = (chat if is_chat else text)(**fields)
     except InputError as error:
         json.dumps(openai.failure(error))
     else:
@@ -340,10 +353,10 @@ def test_whatever_comes_is_read_or_refused(kind: Any, fields: dict[str, Any]) ->
 
 
 def test_a_prompt_must_leave_room_for_an_answer() -> None:
-    assert openai.room(99, SERVED, "prompt") == 1
-    assert openai.room(99, replace(SERVED, context=None), "prompt") is None
+    assert exchange.room(99, SERVED, "prompt") == 1
+    assert exchange.room(99, replace(SERVED, context=None), "prompt") is None
     with pytest.raises(Refused, match="100 tokens") as caught:
-        openai.room(100, SERVED, "messages")
+        exchange.room(100, SERVED, "messages")
     assert (caught.value.field, caught.value.code) == ("messages", "context_length_exceeded")
 
 
@@ -353,15 +366,30 @@ def test_choices_have_seeds_of_their_own_and_the_first_has_the_one_given() -> No
     assert chat(n=2).sampling_of(1).seed is None
 
 
-def reply(**fields: Any) -> Reply:
-    return Reply(chat(**fields), "1", 7, "house", "fp_1")
+HEAD = Head("1", 7, "house", "fp_1")
+STOP, LENGTH = Finish("stop"), Finish("length")
+
+
+def replies(**fields: Any) -> ChatReply:
+    return ChatReply(chat(**fields), HEAD)
+
+
+def data_of(events: Any) -> list[Any]:
+    """The data of a stream's events, none of which has a name."""
+    listed = list(events)
+    assert all(name is None for name, _ in listed)
+    return [data for _, data in listed]
+
+
+def choices_of(events: Any) -> list[Any]:
+    return [chunk["choices"][0] for chunk in data_of(events)]
 
 
 def test_a_whole_chat_answer() -> None:
-    usage = openai.usage(3, 2)
-    choices = [Choice(1, "b", "length"), Choice(0, "a", "stop")]
+    parts = [Part("text", "a"), Part("text", "b")]
+    choices = [Choice(1, parts, LENGTH), Choice(0, parts[:1], STOP)]
     head = {"id": "chatcmpl-1", "created": 7, "model": "house", "system_fingerprint": "fp_1"}
-    assert reply().whole(choices, usage) == {
+    assert replies().whole(choices, Usage(3, 2, 1)) == {
         **head,
         "object": "chat.completion",
         "choices": [
@@ -371,31 +399,190 @@ def test_a_whole_chat_answer() -> None:
                 "logprobs": None,
                 "finish_reason": finish,
             }
-            for index, content, finish in [(0, "a", "stop"), (1, "b", "length")]
+            for index, content, finish in [(0, "a", "stop"), (1, "ab", "length")]
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 2,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 1},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        },
     }
 
 
 def test_the_chunks_of_a_chat() -> None:
-    plain = reply(stream=True)
-    chunks = [plain.opening(0), plain.piece(0, "a"), plain.closing(0, "stop")]
-    deltas = [c["choices"][0]["delta"] for c in chunks if c]
+    plain = replies(stream=True)
+    parts = (plain.opening(0, Usage(1, 0)), plain.piece(0, Part("text", "a")))
+    chunks = [c for events in (*parts, plain.closing(0, STOP)) for c in data_of(events)]
+    deltas = [c["choices"][0]["delta"] for c in chunks]
     assert deltas == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
-    assert [c["choices"][0]["finish_reason"] for c in chunks if c] == [None, None, "stop"]
-    assert {c["object"] for c in chunks if c} == {"chat.completion.chunk"}
-    assert all("usage" not in c for c in chunks if c)
-    assert plain.counted(openai.usage(1, 1)) is None
-    counting = reply(stream=True, stream_options={"include_usage": True})
-    assert counting.piece(0, "a")["usage"] is None
-    last = counting.counted(openai.usage(1, 2))
-    assert last is not None
-    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 3)
+    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "stop"]
+    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+    assert all("usage" not in c for c in chunks)
+    assert data_of(plain.ending(Usage(1, 1))) == ["[DONE]"]
+    counting = replies(stream=True, stream_options={"include_usage": True})
+    assert data_of(counting.piece(0, Part("text", "a")))[0]["usage"] is None
+    last, done = data_of(counting.ending(Usage(1, 2)))
+    assert (last["choices"], last["usage"]["total_tokens"], done) == ([], 3, "[DONE]")
+
+
+CALL = Part("call", '{"place": "Oslo"}', "weather")
+THOUGHT = [Part("reasoning", "Hm"), Part("reasoning", "."), CALL, Part("call", "{}", "b", "own-1")]
+
+
+def test_reasoning_and_calls_are_apart_from_the_text() -> None:
+    whole = replies(tools=[WEATHER]).whole([Choice(0, THOUGHT, STOP)], Usage(1, 2, 0, 1))
+    called = {"type": "function", "id": "call_1_0_0", "function": CALL_JSON}
+    own = {"type": "function", "id": "own-1", "function": {"name": "b", "arguments": "{}"}}
+    assert whole["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "reasoning_content": "Hm.",
+        "tool_calls": [called, own],
+    }
+    assert whole["choices"][0]["finish_reason"] == "tool_calls"
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
+    stream = replies(tools=[WEATHER], stream=True)
+    deltas = [c["delta"] for part in THOUGHT for c in choices_of(stream.piece(0, part))]
+    assert deltas == [
+        {"reasoning_content": "Hm"},
+        {"reasoning_content": "."},
+        {"tool_calls": [{"index": 0, **called}]},
+        {"tool_calls": [{"index": 1, **own}]},
+    ]
+    assert choices_of(stream.closing(0, STOP))[0]["finish_reason"] == "tool_calls"
+    assert choices_of(stream.closing(1, STOP))[0]["finish_reason"] == "stop"
+    assert choices_of(stream.closing(0, LENGTH))[0]["finish_reason"] == "length"
+
+
+CALL_JSON = {"name": "weather", "arguments": '{"place": "Oslo"}'}
+
+
+def test_a_conversation_with_calls_is_read_as_templates_have_it() -> None:
+    messages = [
+        *HELLO,
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "Hm.",
+            "tool_calls": [{"id": "c1", "type": "function", "function": CALL_JSON}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    function = {"name": "weather", "arguments": {"place": "Oslo"}}
+    assert chat(messages=messages).prompts[0][1:] == (
+        {
+            "role": "assistant",
+            "reasoning_content": "Hm.",
+            "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+            "content": "",
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    )
+    messages[1]["tool_calls"][0]["function"] = {"name": "weather", "arguments": "{"}  # type: ignore
+    status, field, _, _ = refused(chat, {"messages": messages})
+    assert (status, field) == (400, "messages[1].tool_calls[0].function.arguments")
+
+
+def test_the_choice_of_tools() -> None:
+    tool = Tool("weather", parameters=PLACE)
+    free = chat(tools=[WEATHER])
+    assert (free.tools, free.calls, free.grammar) == ((tool,), None, None)
+    none = chat(tools=[WEATHER], tool_choice="none")
+    assert (none.tools, none.calls, none.grammar) == ((), None, None)
+    forced = chat(tools=[WEATHER], tool_choice="required")
+    assert (forced.tools, forced.calls) == ((tool,), "required")
+    assert forced.grammar is not None
+    named = {"type": "function", "function": {"name": "weather"}}
+    one = chat(tools=[WEATHER | STRICT], tool_choice=named)
+    assert (one.calls, one.tools[0].strict) == ("weather", True)
+    other = {"type": "function", "function": {"name": "whether"}}
+    assert refused(chat, {"tools": [WEATHER], "tool_choice": other})[1] == "tool_choice"
+
+
+def test_formats_become_grammars() -> None:
+    wanted: list[dict[str, Any]] = [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "p", "schema": PLACE, "strict": True}},
+        {"type": "regex", "pattern": r"\d+/\d+"},
+        {"type": "grammar", "grammar": 'start: "a" | "b"'},
+    ]
+    made = [chat(response_format=form).grammar for form in wanted]
+    assert len(set(made)) == 4
+    assert [text(response_format=form).grammar for form in wanted] == made
+    for grammar in made:
+        assert grammar is not None
+        json.loads(grammar)
+    bad = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"type": "texture"}}}
+    status, field, _, message = refused(chat, {"response_format": bad})
+    assert (status, field) == (400, "response_format.json_schema.schema")
+    assert "texture" in message
+    unenforceable = {"name": "p", "schema": {"not": {"type": "string"}}}
+    both = {"type": "json_schema", "json_schema": unenforceable}
+    assert "not" in refused(chat, {"response_format": both})[3]
+
+
+EURO = "€".encode()
+LOGGED = [
+    Logged(b"a", -0.5, (Logged(b"a", -0.5), Logged(EURO[:1], -1.5))),
+    Logged(EURO[:1], -2.0, (Logged(b" b", -0.1),)),
+]
+
+
+def test_log_probabilities_of_a_chat() -> None:
+    asked = {"logprobs": True, "top_logprobs": 2}
+    part = Part("text", "a€", logged=tuple(LOGGED))
+    logs = {
+        "content": [
+            {
+                "token": "a",
+                "logprob": -0.5,
+                "bytes": [97],
+                "top_logprobs": [
+                    {"token": "a", "logprob": -0.5, "bytes": [97]},
+                    {"token": "\ufffd", "logprob": -1.5, "bytes": [0xE2]},
+                ],
+            },
+            {
+                "token": "\ufffd",
+                "logprob": -2.0,
+                "bytes": [0xE2],
+                "top_logprobs": [{"token": " b", "logprob": -0.1, "bytes": [32, 98]}],
+            },
+        ],
+        "refusal": None,
+    }
+    whole = replies(**asked).whole([Choice(0, [part], STOP)], Usage(1, 1))
+    assert whole["choices"][0]["logprobs"] == logs
+    assert choices_of(replies(**asked).piece(0, part))[0]["logprobs"] == logs
+    assert chat(logprobs=True).logprobs == 0
+    assert chat().logprobs is None
+
+
+def test_log_probabilities_of_a_completion() -> None:
+    parts = [Part("text", "a", logged=(one,)) for one in LOGGED]
+    reply = TextReply(text(logprobs=2), HEAD)
+    logs = [choices_of(reply.piece(0, part))[0]["logprobs"] for part in parts]
+    assert [log["text_offset"] for log in logs] == [[0], [1]]
+    whole = TextReply(text(logprobs=2), HEAD).whole([Choice(0, parts, STOP)], Usage(1, 1))
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["a", "bytes:\\xe2"],
+        "token_logprobs": [-0.5, -2.0],
+        "top_logprobs": [{"a": -0.5, "bytes:\\xe2": -1.5}, {" b": -0.1}],
+        "text_offset": [0, 1],
+    }
+    assert refused(text, {"logprobs": 0, "echo": True})[:3] == (400, "echo", UNSUPPORTED)
+    assert text(echo=True).echo
+
+
+UNSUPPORTED = "unsupported_parameter"
 
 
 def test_completions_have_their_own_shapes() -> None:
-    plain = Reply(text(), "1", 7, "house", "fp_1")
-    whole = plain.whole([Choice(0, "a", "stop")], openai.usage(1, 1))
+    plain = TextReply(text(), HEAD)
+    whole = plain.whole([Choice(0, [Part("text", "a")], STOP)], Usage(1, 1))
     assert (whole["id"], whole["object"]) == ("cmpl-1", "text_completion")
     assert whole["choices"][0] == {
         "index": 0,
@@ -403,9 +590,43 @@ def test_completions_have_their_own_shapes() -> None:
         "logprobs": None,
         "finish_reason": "stop",
     }
-    assert plain.opening(0) is None
-    assert plain.piece(2, "x")["choices"][0]["text"] == "x"
-    assert plain.closing(2, "length")["object"] == "text_completion"
+    assert data_of(plain.opening(0, Usage(1, 0))) == []
+    assert choices_of(plain.piece(2, Part("text", "x")))[0]["text"] == "x"
+    assert data_of(plain.closing(2, LENGTH))[0]["object"] == "text_completion"
+
+
+@pytest.mark.parametrize("module", ["openai", "responses", "anthropic"])
+def test_what_is_described_is_read(module: str) -> None:
+    """That what is read is described is certain: `Fields` fails otherwise."""
+    tables = {
+        "openai": [
+            (openai.read_chat, openai.CHAT_PARAMETERS, {"messages": HELLO}),
+            (openai.read_text, openai.TEXT_PARAMETERS, {"prompt": "x"}),
+        ],
+        "responses": [(responses.read, responses.PARAMETERS, {"input": "x"})],
+        "anthropic": [
+            (
+                anthropic.read,
+                anthropic.PARAMETERS,
+                {"model": "house", "max_tokens": 1, "messages": HELLO},
+            ),
+            (
+                anthropic.read_count,
+                anthropic.COUNT_PARAMETERS,
+                {"model": "house", "messages": HELLO},
+            ),
+        ],
+    }
+    for read, table, needed in tables[module]:
+        read(json.dumps(needed).encode(), SERVED)
+        for name in table:
+            with pytest.raises(InputError) as caught:  # no member may be a list of lists
+                read(json.dumps({**needed, name: [[{}]]}).encode(), SERVED)
+            assert (caught.value.field or "").split("[")[0] == name
+            assert not isinstance(caught.value, Refused) or caught.value.code not in UNKNOWN
+
+
+UNKNOWN = ("unknown_parameter", UNSUPPORTED)
 
 
 def test_errors_of_the_group_are_not_the_clients() -> None:

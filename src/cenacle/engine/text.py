@@ -1,21 +1,37 @@
 """Between text and tokens, for one model.
 
-Owns: the tokenizer, rendering of chats, turning a stream of tokens into a stream of text.
-Does not know: ranks, HTTP.
+Owns: the tokenizer, rendering of chats, turning a stream of tokens into a stream of text, or of an
+answer's parts: what a model that thinks says to itself, calls of tools, and text.
+Does not know: ranks, HTTP, any API.
 Invariant: the pieces of a `TextStream` joined are the text of all its tokens, cut before the first
-stop string; no piece ends inside a character.
+stop string; no piece ends inside a character. The parts of an `AnswerStream` are the same without
+the marks between them; a call that cannot be read is given as text, with its marks.
+Next: mlx-lm's `tokenizer_utils.py` and `tool_parsers` know the marks of each family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..dialogue import Logged, Message, Part, Tool
 from ..errors import CheckpointError, InputError
+from ..request import TokenEvent
 
-Message = dict[str, Any]
-"""A chat message: {"role": ..., "content": ...}."""
+# Variables of templates, and arguments of what renders them, that are not for clients to set.
+_OURS = frozenset(
+    (
+        *("messages", "conversation", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "return_dict", "tokenizer_kwargs"),
+    )
+)
+
+Read = Callable[[str], list[Part]]
+"""From the text of calls to calls."""
 
 
 class Text:
@@ -54,26 +70,85 @@ class Text:
         special = bos is None or not text.startswith(bos)
         return tuple(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
-    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    @property
+    def renders_tools(self) -> bool:
+        """Whether the chat template has words for tools."""
+        return self._template_has("tools")
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether it is known how this model calls tools."""
+        return bool(self._tokenizer.has_tool_calling)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether this model has marks for reasoning."""
+        return bool(self._tokenizer.has_thinking)
+
+    def _template_has(self, word: str) -> bool:
+        """Whether the chat template uses a variable; one that is a program may use any."""
+        template = self._tokenizer.chat_template
+        found = re.search(rf"\b{re.escape(word)}\b", str(template))
+        return self.has_template and (template is None or found is not None)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        options: dict[str, Any] | None = None,
+        *,
+        think: bool | None = None,
+        continued: bool = False,
+    ) -> tuple[int, ...]:
         """A chat to ids, ready for the assistant's answer.
 
         Without a chat template the messages are rendered one per line, "role: content".
 
+        Args:
+            messages: at least one.
+            tools: what the model is told it may call; only where `renders_tools`.
+            options: variables of the template.
+            think: whether a model that can think shall; None: as the template has it.
+            continued: the last message, the assistant's, is the answer's beginning.
+
         Raises:
-            InputError: the template refuses the messages.
+            InputError: the template refuses the messages, or has no use for an option.
         """
+        for name in options or {}:
+            if name in _OURS or not self._template_has(name):
+                raise InputError(f"{name}: this model's chat template has no use for it", name)
         if not self.has_template:
             lines = [f"{m['role']}: {m['content']}" for m in messages]
-            return self.encode("\n".join([*lines, "assistant:"]))
+            return self.encode("\n".join(lines if continued else [*lines, "assistant:"]))
+        variables: dict[str, Any] = dict(options or {})
+        if tools:
+            variables["tools"] = [tool.to_json() for tool in tools]
+        if think is not None:
+            variables["enable_thinking"] = think
+        if continued:
+            variables["continue_final_message"] = True
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages), tokenize=False, add_generation_prompt=not continued, **variables
             )
         except Exception as error:  # templates are programs of the checkpoint's author
             raise InputError(
                 f"messages: the model's chat template refuses them: {error}", "messages"
             ) from error
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        # A template may open the reasoning whatever it is told.
+        return ids + self.think_end if think is False and self._in_reasoning(ids) else ids
+
+    @property
+    def think_end(self) -> tuple[int, ...]:
+        """The ids that end reasoning."""
+        return tuple(self._tokenizer.think_end_tokens or ())
+
+    def _in_reasoning(self, prompt: Sequence[int]) -> bool:
+        if not self.thinks:
+            return False
+        find = self._tokenizer
+        return bool(find.rfind_think_start(prompt) > find.rfind_think_end(prompt))
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Ids to text."""
@@ -83,42 +158,235 @@ class Text:
         """A new stream of text that ends before any of the `stop` strings."""
         return TextStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
 
+    def plain(self, stop: Sequence[str]) -> AnswerStream:
+        """A new stream of an answer that is nothing but text."""
+        return AnswerStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
 
-class TextStream:
-    """Tokens in, pieces of text out. `stopped` tells that a stop string was met."""
+    def called(self, read: Read) -> AnswerStream:
+        """A new stream of an answer that is nothing but calls; `read` is given all of it."""
+        return AnswerStream(self._tokenizer.detokenizer, (), self.stop_tokens, None, read, "tool")
 
-    def __init__(self, detokenizer: Any, stop: Sequence[str], silent: Sequence[int]) -> None:
-        self._detokenizer = detokenizer
+    def chat(
+        self, stop: Sequence[str], tools: Sequence[Tool], prompt: Sequence[int]
+    ) -> AnswerStream:
+        """A new stream of an answer that may have reasoning, text and calls.
+
+        Args:
+            stop: text ends before any of these.
+            tools: what may be called; without any, calls are text.
+            prompt: the ids that the answer follows.
+        """
+        from mlx_lm.generate import make_text_state_machine
+
+        begin = self._tokenizer.response_initial_state
+        if begin is None:
+            begin = "reasoning" if self._in_reasoning(prompt) else "normal"
+        state = make_text_state_machine(self._tokenizer).make_state(begin)
+        detokenizer = self._tokenizer.detokenizer
+        read = self._reader(tools)
+        return AnswerStream(detokenizer, stop, self.stop_tokens, state, read, begin)
+
+    def _reader(self, tools: Sequence[Tool]) -> Read:
+        """Reads calls in this model's own form, with mlx-lm's parser."""
+        tokenizer, described = self._tokenizer, [tool.to_json() for tool in tools]
+
+        def read(text: str) -> list[Part]:
+            as_text = f"{tokenizer.tool_call_start}{text}{tokenizer.tool_call_end}"
+            if not tools:
+                return [Part("text", as_text)]
+            try:
+                made = tokenizer.tool_parser(text, described)
+                return [_call(one) for one in (made if isinstance(made, list) else [made])]
+            except Exception:  # parsers raise whatever a model's mistakes make them raise
+                return [Part("text", as_text)]
+
+        return read
+
+    def logged(self, event: TokenEvent) -> Logged:
+        """What was reported about a token."""
+        top = tuple(Logged(self._bytes(token), logprob) for token, logprob in event.top)
+        return Logged(self._bytes(event.token), event.logprob or 0.0, top)
+
+    def _bytes(self, token: int) -> bytes:
+        """A token's bytes, as the streaming detokenizer has them: half a character stays that."""
+        from mlx_lm import tokenizer_utils as mlx_lm
+
+        detokenizer = self._tokenizer.detokenizer
+        if isinstance(detokenizer, mlx_lm.BPEStreamingDetokenizer):
+            if token >= len(detokenizer.tokenmap):
+                return b""
+            known = mlx_lm._byte_decoder()
+            word = detokenizer.tokenmap[token]
+            return b"".join(bytes([known[c]]) if c in known else c.encode() for c in word)
+        if isinstance(detokenizer, mlx_lm.SPMStreamingDetokenizer):
+            return detokenizer.tokenmap[token].replace(detokenizer._sep, b" ")
+        return self.decode([token]).encode()
+
+
+def _call(made: dict[str, Any]) -> Part:
+    """A call as mlx-lm's parsers give it."""
+    arguments = made.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(made["name"], str) or not isinstance(arguments, dict):
+        raise ValueError("no call")
+    text = json.dumps(arguments, ensure_ascii=False)
+    return Part("call", text, made["name"], str(made.get("id") or ""))
+
+
+class Cutter:
+    """Text in, the same text out until a stop string: `met` is the one that was met."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [s for s in stop if s]
-        self._silent = frozenset(silent)
         self._held = ""
-        self.stopped = False
+        self.met: str | None = None
 
-    def add(self, token: int) -> str:
-        """The text that this token makes certain; perhaps empty."""
-        if self.stopped or token in self._silent:
+    def add(self, piece: str) -> str:
+        """The text that is certain now."""
+        if self.met is not None:
             return ""
-        self._detokenizer.add_token(token)
-        return self._release(self._detokenizer.last_segment)
-
-    def end(self) -> str:
-        """What was held back."""
-        if self.stopped:
-            return ""
-        self._detokenizer.finalize()
-        piece = self._release(self._detokenizer.last_segment)
-        held, self._held = self._held, ""
-        return piece if self.stopped else piece + held
-
-    def _release(self, piece: str) -> str:
         text = self._held + piece
-        cuts = [at for s in self._stop if (at := text.find(s)) >= 0]
-        if cuts:
-            self.stopped, self._held = True, ""
-            return text[: min(cuts)]
+        found = min(((at, s) for s in self._stop if (at := text.find(s)) >= 0), default=None)
+        if found is not None:
+            (at, self.met), self._held = found, ""
+            return text[:at]
         # The longest end of the text that could be the beginning of a stop string is kept back.
         keep = max(
             (n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
         )
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def end(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """Tokens in, pieces of text out. `stopped` tells that a stop string was met."""
+
+    def __init__(self, detokenizer: Any, stop: Sequence[str], silent: Sequence[int]) -> None:
+        self._detokenizer = detokenizer
+        self._cutter = Cutter(stop)
+        self._silent = frozenset(silent)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._cutter.met is not None
+
+    def add(self, token: int) -> str:
+        """The text that this token makes certain; perhaps empty."""
+        if self.stopped or token in self._silent:
+            return ""
+        self._detokenizer.add_token(token)
+        return self._cutter.add(self._detokenizer.last_segment)
+
+    def end(self) -> str:
+        """What was held back."""
+        if self.stopped:
+            return ""
+        self._detokenizer.finalize()
+        return self._cutter.add(self._detokenizer.last_segment) + self._cutter.end()
+
+
+class AnswerStream:
+    """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text;
+    `reasoning` counts the tokens inside reasoning.
+
+    Args:
+        detokenizer: mlx-lm's, fresh.
+        stop: text ends before any of these; reasoning and calls may have them.
+        silent: ids that have no text.
+        state: of mlx-lm's `TextStateMachine`; None: the answer stays in the state it begins in.
+        read: reads calls.
+        begin: "normal", "reasoning" or "tool".
+    """
+
+    def __init__(
+        self,
+        detokenizer: Any,
+        stop: Sequence[str],
+        silent: Sequence[int],
+        state: Any = None,
+        read: Read | None = None,
+        begin: str = "normal",
+    ) -> None:
+        self._detokenizer, self._cutter, self._silent = detokenizer, Cutter(stop), frozenset(silent)
+        self._state, self._read, self._now = state, read, begin
+        self._call = ""
+        self._turned = False  # from one kind to another, and nothing has come since
+        self.reasoning = 0
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was met, or None."""
+        return self._cutter.met
+
+    @property
+    def thinking(self) -> bool:
+        """Whether it is inside reasoning."""
+        return self._now == "reasoning"
+
+    def add(self, token: int) -> list[Part]:
+        """The parts that this token makes certain; perhaps none."""
+        if self.stopped is not None or token in self._silent:
+            return []
+        self.reasoning += self.thinking
+        self._detokenizer.add_token(token)
+        return self._split(self._detokenizer.last_segment)
+
+    def end(self) -> list[Part]:
+        """What was held back."""
+        if self.stopped is not None:
+            return []
+        self._detokenizer.finalize()
+        parts = self._split(self._detokenizer.last_segment)
+        if self._state is not None and self._state[0] is not None:
+            parts += self._in_state(self._now, self._state[3])  # perhaps a mark's beginning
+        return parts + self._leave()
+
+    def _split(self, text: str) -> list[Part]:
+        if self._state is None:
+            return self._in_state(self._now, text)
+        if self._state[0] is None:
+            return []  # the format says that nothing follows
+        from mlx_lm.generate import TextStateMachine
+
+        self._state, segments = TextStateMachine.split(self._state, text)
+        parts = []
+        for state, piece in segments:
+            if state != self._now:
+                parts += self._leave()
+                self._now, self._turned = state, True
+            parts += self._in_state(state, piece)
+        return parts
+
+    def _in_state(self, state: str | None, text: str) -> list[Part]:
+        if self.stopped is not None:
+            return []
+        if state == "tool":
+            self._call += text
+            return []
+        if self._turned:  # lines between reasoning, calls and text belong to none of them
+            text = text.lstrip("\n")
+            self._turned = not text
+        if state == "reasoning":
+            return [Part("reasoning", text)] if text else []
+        text = self._cutter.add(text) if state == "normal" else ""
+        return [Part("text", text)] if text else []
+
+    def _leave(self) -> list[Part]:
+        """The end of a stretch of one kind."""
+        if self._now == "tool":
+            call, self._call = self._call, ""
+            return self._read(call) if self._read is not None and call else []
+        held = self._cutter.end()
+        return [Part("text", held)] if held else []
+
+
+def with_logs(parts: list[Part], logged: Sequence[Logged]) -> list[Part]:
+    """The parts, the last of which carries the reports about tokens."""
+    return [*parts[:-1], replace(parts[-1], logged=tuple(logged))]

@@ -1,11 +1,12 @@
-"""The HTTP server: OpenAI's endpoints and the truth about the group, on one socket.
+"""The HTTP server: OpenAI's and Anthropic's endpoints and the truth about the group, on one socket.
 
 Owns: the listening socket, the endpoints, deadlines and sizes of what clients send, and each
-request's way from its body to its last byte.
-Does not know: the API's parameters and shapes (`openai.py`), ranks, MLX.
-Invariant: whatever ends an HTTP request, its places in the group are freed; every wait has a
-deadline; no text of prompts or answers is logged; /health is 200 only while the group works.
-Read `Answering` first: it is one request's life. Next: `engine/lockstep.py`, which calls the sinks.
+request's way from its body to the group's requests.
+Does not know: the APIs' parameters and shapes (`openai.py`, `responses.py`, `anthropic.py`), ranks,
+MLX.
+Invariant: every wait has a deadline; no text of prompts or answers is logged; /health is 200 only
+while the group works.
+Next: `answering.py`, which is one request's life from there on.
 """
 
 from __future__ import annotations
@@ -14,21 +15,17 @@ import asyncio
 import contextlib
 import errno
 import hashlib
-import json
-import logging
 import signal
 import socket
 import ssl
 import threading
 import time
-import traceback
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -38,22 +35,23 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
-from ..engine.lockstep import Group, Sink
-from ..engine.text import TextStream
-from ..errors import CenacleError, ClusterError, InputError, RankLost
-from ..request import Request, TokenEvent
-from . import openai
+from ..dialogue import Message
+from ..engine.text import AnswerStream
+from ..errors import ClusterError, InputError, RankLost
+from . import anthropic, description, exchange, grammars, openai, responses
+from .answering import Answering, Draft, json_response, refusal
 from .auth import Keys
+from .exchange import Asked, Front, Head, Prompt, Served, check_model
+from .fields import Refused, not_supported
 from .guard import Guard, Policy
 
 if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` is to answer at once
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class Api:
         self._model, self._limits = model, limits
         self._text = model.text
         spec = model.spec
-        self._served = openai.Served(model.name, spec.context, spec.vocabulary)
+        self._served = Served(model.name, spec.context, spec.vocabulary)
         self._created = int(time.time())
         parts = (__version__, model.name, spec.to_json(), model.plan.nodes)
         self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
@@ -189,6 +187,10 @@ class Api:
                 Route("/v1/models/{name:path}", self._one_model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completions, methods=["POST"]),
+                Route("/v1/responses", self._responses, methods=["POST"]),
+                Route("/v1/messages", self._messages, methods=["POST"]),
+                Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
+                Route("/openapi.json", self._openapi),
             ],
             exception_handlers={HTTPException: _http_error},
         )
@@ -207,51 +209,74 @@ class Api:
     async def _health(self, http: HttpRequest) -> Response:
         if "key" not in http.scope["state"]:  # for load balancers: nothing but the truth
             failed = self._model.group.failure is not None
-            return _json(503 if failed else 200, {"status": "failed" if failed else "ok"})
+            return json_response(503 if failed else 200, {"status": "failed" if failed else "ok"})
         group, ranks = self._model.group, self._model.ranks
         if (failure := group.failure) is not None:
             body: dict[str, Any] = {"status": "failed", "reason": str(failure)}
             if isinstance(failure, RankLost):
                 body["rank"] = failure.rank
-            return _json(503, {**body, "model": self._served.model})
+            return json_response(503, {**body, "model": self._served.model})
         who = [
             {"rank": rank, "pid": pid, "device": ready.get("device")}
             for rank, (pid, ready) in enumerate(zip(ranks.pids, ranks.ready, strict=True))
         ]
         body = {"status": "ok", "model": self._served.model, "nodes": self._model.plan.nodes}
-        return _json(200, {**body, "ranks": who, **group.load})
+        return json_response(200, {**body, "ranks": who, **group.load})
 
     async def _models(self, _: HttpRequest) -> Response:
-        data = [openai.model_object(self._served, self._created)]
-        return _json(200, {"object": "list", "data": data})
+        return json_response(200, openai.model_list(self._served, self._created))
 
     async def _one_model(self, http: HttpRequest) -> Response:
-        name = http.path_params["name"]
-        if name == self._served.model:
-            return _json(200, openai.model_object(self._served, self._created))
-        return _refusal(openai.no_model(name, self._served))
+        try:
+            check_model(http.path_params["name"], self._served)
+        except Refused as error:
+            return _refusal(error)
+        return json_response(200, openai.model_object(self._served, self._created))
+
+    async def _openapi(self, _: HttpRequest) -> Response:
+        return json_response(200, description.openapi(__version__))
 
     async def _chat(self, http: HttpRequest) -> Response:
-        return await self._answer("chat", http)
+        return await self._answer(openai.CHAT, http)
 
     async def _completions(self, http: HttpRequest) -> Response:
-        return await self._answer("text", http)
+        return await self._answer(openai.TEXT, http)
 
-    async def _answer(self, kind: openai.Kind, http: HttpRequest) -> Response:
+    async def _responses(self, http: HttpRequest) -> Response:
+        return await self._answer(responses.FRONT, http)
+
+    async def _messages(self, http: HttpRequest) -> Response:
+        return await self._answer(anthropic.FRONT, http)
+
+    async def _count_tokens(self, http: HttpRequest) -> Response:
+        def count(body: bytes) -> int:
+            asked = anthropic.read_count(body, self._served)
+            return len(self._prompt(asked, asked.prompts[0]))
+
         try:
-            body = await self._body(http)
-            prepare = partial(self._prepare, kind, body, http.scope["state"]["key"])
-            loop = asyncio.get_running_loop()
-            asked, drafts = await loop.run_in_executor(self._tokenizing, prepare)
+            tokens = await self._in_thread(count, await self._body(http))
+        except ClientDisconnect:
+            return Response()
+        except Exception as error:
+            return _refusal(error, anthropic.FRONT)
+        return json_response(200, {"input_tokens": tokens})
+
+    async def _answer(self, front: Front, http: HttpRequest) -> Response:
+        try:
+            body, key = await self._body(http), http.scope["state"]["key"]
+            asked, drafts = await self._in_thread(self._prepare, front, body, key)
         except ClientDisconnect:
             return Response()  # nobody is there to read it
         except Exception as error:
-            return _refusal(error)
+            return _refusal(error, front)
         if (failure := self._ending or self._model.group.failure) is not None:
-            return _refusal(failure)  # not raised: it would gather a traceback for every request
-        model, now = self._served.model, int(time.time())
-        reply = openai.Reply(asked, uuid.uuid4().hex, now, model, self._fingerprint)
-        return Answering(reply, drafts, self._model.group, self._answering, self._limits.answer_s)
+            return _refusal(failure, front)  # not raised: each time it would gather a traceback
+        head = Head(uuid.uuid4().hex, int(time.time()), self._served.model, self._fingerprint)
+        group, deadline_s = self._model.group, self._limits.answer_s
+        return Answering(front, asked, head, drafts, group, self._answering, deadline_s)
+
+    async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *given)
 
     async def _body(self, http: HttpRequest) -> bytes:
         limit, declared = self._limits.body_bytes, http.headers.get("content-length", "0")
@@ -278,230 +303,96 @@ class Api:
             raise _TooLarge(limit)
         return bytes(body)
 
-    def _prepare(
-        self, kind: openai.Kind, body: bytes, key: str
-    ) -> tuple[openai.Asked, list[_Draft]]:
+    def _prepare(self, front: Front, body: bytes, key: str) -> tuple[Asked, list[Draft]]:
         """The checked requests of a body. Slow: tokenizes."""
-        asked = openai.read(kind, body, self._served)
-        drafts: list[_Draft] = []
+        asked = front.read(body, self._served)
+        drafts: list[Draft] = []
         for prompt in asked.prompts:
-            # A plain prompt is not rendered as a chat, as `Model.request` would.
-            ids = self._text.encode(prompt) if isinstance(prompt, str) else prompt
-            tokens = self._model.tokens_of(ids)
-            room = openai.room(len(tokens), self._served, asked.prompt_field)
+            tokens = self._prompt(asked, prompt)
+            room = exchange.room(len(tokens), self._served, asked.prompt_field)
             limits = [n for n in (asked.max_tokens, room) if n is not None]
+            echo = self._text.decode(tokens) if asked.echo else ""
             for choice in range(asked.n):
                 sampling = asked.sampling_of(choice)
-                request = self._model.request(tokens, min(limits, default=None), sampling)
-                request = replace(request, key=key)
+                request = replace(
+                    self._model.request(tokens, min(limits, default=None), sampling),
+                    logprobs=asked.logprobs,
+                    grammar=asked.grammar,
+                    key=key,
+                )
                 counted = len(tokens) if choice == 0 else 0
-                drafts.append(_Draft(len(drafts), request, counted, self._text.stream(asked.stop)))
+                answer = self._answer_stream(asked, tokens)
+                draft = Draft(len(drafts), request, counted, answer, self._text, echo)
+                drafts.append(replace(draft, think_tokens=asked.think_tokens))
         return asked, drafts
 
+    def _prompt(self, asked: Asked, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt's ids."""
+        if isinstance(prompt, str):
+            # Not rendered as a chat, as `Model.request` would.
+            return self._text.encode(prompt)
+        if not asked.chat:
+            return self._model.tokens_of(prompt)
+        text = self._text
+        if asked.think and not text.thinks:
+            raise not_supported("thinking", f"the model {self._served.model} has no reasoning")
+        if asked.tools and asked.calls is None and not (text.calls_tools and text.renders_tools):
+            raise not_supported(
+                "tools",
+                "where the model decides, since it is not known how this model calls; force a call "
+                "with tool_choice",
+            )
+        messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
+        tools = asked.tools
+        if not text.renders_tools:
+            messages, tools = grammars.told(messages, tools), ()
+        # What must match a grammar cannot think first.
+        think = False if asked.grammar is not None and text.thinks else asked.think
+        return text.render(messages, tools, asked.template, think=think, continued=asked.continued)
 
-@dataclass
-class _Draft:
-    """One choice while it is being written.
-
-    Args:
-        index: among the choices of one HTTP request.
-        request: what the group is asked.
-        prompt_tokens: to be counted: 0 if another choice has the same prompt.
-        text: from tokens to text.
-    """
-
-    index: int
-    request: Request
-    prompt_tokens: int
-    text: TextStream
-    tokens: int = 0
-    finish: str | None = None
-    pieces: list[str] = field(default_factory=list)
-
-
-class Answering(Response):
-    """One HTTP request's choices while the group generates them; an ASGI response.
-
-    From `__call__` on it holds places in the group, and gives them back whatever happens: the
-    answer is complete, the client has left, the group has failed, the server ends.
-
-    Args:
-        reply: makes the objects that are sent.
-        drafts: the choices, not yet submitted.
-        group: generates.
-        register: where it is found while it runs, for `tell`.
-        deadline_s: longest wait for a token.
-    """
-
-    def __init__(
-        self,
-        reply: openai.Reply,
-        drafts: list[_Draft],
-        group: Group,
-        register: set[Answering],
-        deadline_s: float,
-    ) -> None:
-        self._reply, self._drafts, self._group = reply, drafts, group
-        self._register, self._deadline_s = register, deadline_s
-        self._events: asyncio.Queue[tuple[_Draft, TokenEvent | CenacleError]] = asyncio.Queue()
-
-    def tell(self, error: CenacleError) -> None:
-        """End the answer with an error. Call it from the event loop's thread."""
-        self._events.put_nowait((self._drafts[0], error))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, until done or until the client has left."""
-        stream = self._reply.asked.stream
-        work = asyncio.create_task(
-            self._stream(send) if stream else self._whole(scope, receive, send)
-        )
-        gone = asyncio.create_task(_disconnected(receive))
-        self._register.add(self)
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._register.discard(self)
-            for draft in self._drafts:
-                self._group.cancel(draft.request.id)
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with aclosing(self._generate()) as generated:
-                async for draft, piece in generated:
-                    draft.pieces.append(piece)
-            choices = [
-                openai.Choice(d.index, "".join(d.pieces), d.finish or "length")
-                for d in self._drafts
-            ]
-            response = _json(200, self._reply.whole(choices, self._usage()))
-        except Exception as error:
-            response = _refusal(error)
-        await response(scope, receive, send)
-
-    async def _stream(self, send: Send) -> None:
-        async def say(data: dict[str, Any] | str | None) -> None:
-            if data is not None:
-                text = data if isinstance(data, str) else json.dumps(data)
-                body = f"data: {text}\n\n".encode()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            for draft in self._drafts:
-                await say(self._reply.opening(draft.index))
-            async with aclosing(self._generate()) as generated:
-                async for draft, piece in generated:
-                    if piece:
-                        await say(self._reply.piece(draft.index, piece))
-                    if draft.finish is not None:
-                        await say(self._reply.closing(draft.index, draft.finish))
-            await say(self._reply.counted(self._usage()))
-            await say("[DONE]")
-        except Exception as error:  # too late for a status: the client is told in the stream
-            await say(_error(error)[1])
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _generate(self) -> AsyncGenerator[tuple[_Draft, str], None]:
-        """Every token's text, until all choices are finished."""
-        for draft in self._drafts:
-            self._group.submit(draft.request, self._sink(draft))
-        left = len(self._drafts)
-        while left:
-            draft, event = await self._next()
-            if draft.finish is not None and isinstance(event, TokenEvent):
-                continue  # was under way when a stop string ended the choice
-            if isinstance(event, CenacleError):
-                raise event
-            draft.tokens += 1
-            piece, draft.finish = draft.text.add(event.token), event.finish
-            if event.finish is not None:
-                piece += draft.text.end()
-            if draft.text.stopped:
-                draft.finish = "stop"
-                self._group.cancel(draft.request.id)
-            left -= draft.finish is not None
-            yield draft, piece
-
-    async def _next(self) -> tuple[_Draft, TokenEvent | CenacleError]:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                return await self._events.get()
-        except TimeoutError:
-            raise ClusterError(f"no token came for {self._deadline_s:g} s") from None
-
-    def _sink(self, draft: _Draft) -> Sink:
-        """Called by the group's thread."""
-        loop, put = asyncio.get_running_loop(), self._events.put_nowait
-
-        def sink(event: TokenEvent | CenacleError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(put, (draft, event))
-
-        return sink
-
-    def _usage(self) -> dict[str, int]:
-        prompts = sum(d.prompt_tokens for d in self._drafts)
-        return openai.usage(prompts, sum(d.tokens for d in self._drafts))
+    def _answer_stream(self, asked: Asked, prompt: tuple[int, ...]) -> AnswerStream:
+        if asked.calls is not None:
+            return self._text.called(grammars.read_calls)
+        if asked.chat and asked.grammar is None:
+            return self._text.chat(asked.stop, asked.tools, prompt)
+        return self._text.plain(asked.stop)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class _TooLarge(openai.Refused):
+class _TooLarge(Refused):
     def __init__(self, limit: int) -> None:
         message = f"The body: expected at most {limit} bytes, got more"
         super().__init__(message, None, "body_too_large", 413)
 
 
-class _TooSlow(openai.Refused):
+class _TooSlow(Refused):
     def __init__(self, seconds: float) -> None:
         message = f"The body: expected all of it within {seconds:g} s, got a part"
         super().__init__(message, None, "body_too_slow", 408)
 
 
-def _error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and body for any error."""
-    if not isinstance(error, CenacleError):
-        # Neither its message nor the lines of code: they may hold a client's text.
-        where = traceback.extract_tb(error.__traceback__)[-1:]
-        at = "".join(f" at {frame.filename}:{frame.lineno}" for frame in where)
-        log.error("internal error: %s%s", type(error).__name__, at)
-        error = CenacleError("The server made a mistake; its log says where")
-    return openai.failure(error)
-
-
-def _refusal(error: Exception) -> Response:
+def _refusal(error: Exception, front: Front = openai.CHAT) -> Response:
     # What is left of a body that was not read would be taken for the next request.
     unread = isinstance(error, _TooLarge | _TooSlow)
-    return _json(*_error(error), {"connection": "close"} if unread else None)
+    return refusal(error, front, {"connection": "close"} if unread else {})
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
+    front = _front_of(http.url.path)
     if not isinstance(error, HTTPException):
-        return _refusal(error)
+        return _refusal(error, front)
     what, headers = f"{http.method} {http.url.path[:200]}", Headers(error.headers)
+    message, code = error.detail, None
     if error.status_code == 404:
-        body = openai.error_object(f"{what}: no such path", None, "unknown_url")
+        message, code = f"{what}: no such path", "unknown_url"
     elif error.status_code == 405:
         message = f"{what}: not allowed here; use {headers.get('allow')}"
-        body = openai.error_object(message, None, "method_not_allowed")
-    else:
-        body = openai.error_object(error.detail)
-    return _json(error.status_code, body, dict(headers))
+        code = "method_not_allowed"
+    return refusal(Refused(message, None, code, error.status_code), front, dict(headers))
 
 
-def _json(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    # ASCII: a name that a client sent may hold half of a surrogate pair.
-    return Response(json.dumps(body), status, headers, "application/json")
+def _front_of(path: str) -> Front:
+    """The API whose form of errors a path has."""
+    return anthropic.FRONT if path.startswith("/v1/messages") else openai.CHAT
 
 
 class _Connection(H11Protocol):

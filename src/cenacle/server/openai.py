@@ -1,196 +1,231 @@
-"""OpenAI's API as plain data: a body's bytes to what is asked, text to response objects.
+"""OpenAI's chat completions and completions as plain data: a body's bytes to what is asked, parts
+of an answer to response objects.
 
-Owns: names, types and ranges of the parameters of chat completions and completions; the shapes of
-responses, chunks and errors.
+Owns: names, types and ranges of the parameters; the shapes of responses, chunks and errors.
 Does not know: HTTP, tokenizers, MLX, time.
-Invariant: a parameter is obeyed or refused by name, never ignored in silence (`user` alone has no
-effect and is accepted); null counts as absent; an `Asked` that exists can be carried out.
-Next: `app.py` puts this on sockets.
+Invariant: a parameter is obeyed or refused by name, never ignored in silence (those in `NAMES` tell
+an operator who asks, and have no effect); null counts as absent; what is accepted is described in
+`CHAT_PARAMETERS` and `TEXT_PARAMETERS`.
+Source: https://platform.openai.com/docs/api-reference/chat
+Next: `exchange.py` has the nouns, `responses.py` is OpenAI's newer API, `app.py` has the sockets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
 
+from ..dialogue import Finish, Logged, Message, Part, Tool, Usage, joined
 from ..errors import CenacleError, ClusterError, InputError
-from ..request import Sampling
-
-Kind = Literal["chat", "text"]
-Prompt = str | tuple[int, ...] | tuple[dict[str, str], ...]
-"""Plain text, ids, or the messages of a chat."""
+from ..request import MAX_LOGPROBS, Sampling
+from . import grammars
+from .exchange import Asked, Choice, Event, Front, Head, Prompt, Served, check_model
+from .fields import (
+    UNSUPPORTED,
+    Fields,
+    Refused,
+    boolean,
+    dict_of,
+    integer,
+    integer_from,
+    list_of,
+    missing,
+    not_among,
+    not_supported,
+    number,
+    object_of,
+    one_of,
+    shown,
+    string,
+    strings,
+    wrong_type,
+)
 
 MAX_N = 8
 MAX_CHOICES = 32  # prompts times n of one HTTP request
 MAX_STOPS = 4
+MAX_TOOLS = 128
+MAX_TEXT_LOGPROBS = 5  # OpenAI's limit for completions
 TEXT_MAX_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
-T = TypeVar("T")
+# For whoever runs a server: they change no answer.
+NAMES = ("user", "safety_identifier", "prompt_cache_key")
 
-
-class Refused(InputError):
-    """A request that is refused: HTTP `status`, and OpenAI's `param` and `code`."""
-
-    def __init__(
-        self,
-        message: str,
-        field: str | None = None,
-        code: str | None = "invalid_value",
-        status: int = 400,
-    ) -> None:
-        super().__init__(message, field)
-        self.code, self.status = code, status
-
-
-@dataclass(frozen=True)
-class Served:
-    """What requests are checked against.
-
-    Args:
-        model: the id that clients name.
-        context: most tokens of prompt and answer together; None: not known.
-        vocabulary: number of token ids.
-    """
-
-    model: str
-    context: int | None
-    vocabulary: int
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one HTTP request asks.
-
-    Args:
-        kind: "chat" or "text".
-        prompts: at least one; a chat has exactly one.
-        max_tokens: None: as many as fit.
-        stop: strings before which an answer ends.
-        n: answers per prompt.
-        stream: answer in chunks.
-        usage_chunk: a stream ends with a chunk that counts tokens.
-    """
-
-    kind: Kind
-    prompts: tuple[Prompt, ...]
-    max_tokens: int | None
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    n: int = 1
-    stream: bool = False
-    usage_chunk: bool = False
-
-    @property
-    def prompt_field(self) -> str:
-        """The parameter that the prompts came in."""
-        return "messages" if self.kind == "chat" else "prompt"
-
-    def sampling_of(self, choice: int) -> Sampling:
-        """The sampling of one of the `n` answers: a given seed is counted up, so that they differ;
-        the first is what n=1 would give."""
-        seed = self.sampling.seed
-        if seed is None or choice == 0:
-            return self.sampling
-        return replace(self.sampling, seed=(seed + choice + 2**63) % 2**64 - 2**63)
-
-
-def read(kind: Kind, body: bytes, served: Served) -> Asked:
-    """What a body asks.
-
-    Raises:
-        InputError: names the field (a `Refused` where a code or a status goes with it).
-    """
-    fields = _Fields(_object(body))
-    model = fields.take("model", _string, served.model)
-    if model != served.model:
-        raise no_model(model, served)
-    if kind == "chat":
-        prompts: tuple[Prompt, ...] = (fields.need("messages", _messages),)
-    else:
-        prompts = fields.need("prompt", _prompts)
-    n = fields.take("n", _integer_from(1, MAX_N), 1)
-    if len(prompts) * n > MAX_CHOICES:
-        raise Refused(
-            f"prompt: expected at most {MAX_CHOICES} answers in one request, got "
-            f"{len(prompts)} prompts times n={n}",
-            "prompt",
-        )
-    stream = fields.take("stream", _boolean, False)
-    asked = Asked(
-        kind,
-        prompts,
-        _max_tokens(kind, fields),
-        _sampling(fields, served.vocabulary),
-        fields.take("stop", _stops, ()),
-        n,
-        stream,
-        _usage_chunk(fields, stream),
-    )
-    fields.take("user", _string, "")
-    fields.refuse_rest(_UNSUPPORTED[kind])
-    return asked
-
-
-def no_model(name: str, served: Served) -> Refused:
-    """The refusal of a model that is not served."""
-    message = f"The model {_shown(name)} does not exist: this server has {served.model!r}"
-    return Refused(message, "model", "model_not_found", 404)
-
-
-def room(tokens: int, served: Served, field: str) -> int | None:
-    """How many tokens an answer to a prompt of so many may have; None: not known.
-
-    Raises:
-        Refused: the prompt leaves no room.
-    """
-    if served.context is None:
-        return None
-    if tokens >= served.context:
-        raise Refused(
-            f"This model's maximum context length is {served.context} tokens, and the answer needs "
-            f"at least one of them. Your {field} has {tokens} tokens: shorten it by at least "
-            f"{tokens - served.context + 1}",
-            field,
-            "context_length_exceeded",
-        )
-    return served.context - tokens
-
-
-# Parameters of OpenAI's API that are not supported, with the values that ask for nothing.
-_UNSUPPORTED: dict[Kind, dict[str, tuple[Any, ...]]] = {
-    "chat": {
-        "audio": (),
-        "function_call": ("none", "auto"),
-        "functions": ([],),
-        "logprobs": (False,),
-        "metadata": ({},),
-        "modalities": (["text"],),
-        "moderation": (),
-        "parallel_tool_calls": (),
-        "prediction": (),
-        "prompt_cache_key": (),
-        "prompt_cache_options": (),
-        "prompt_cache_retention": (),
-        "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
-        "safety_identifier": (),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "top_logprobs": (),
-        "verbosity": (),
-        "web_search_options": (),
-    },
-    "text": {
-        "best_of": (1,),
-        "echo": (False,),
-        "logprobs": (),
-        "suffix": (),
+_STRING = {"type": "string"}
+_BOOLEAN = {"type": "boolean"}
+_OBJECT = {"type": "object"}
+_PENALTY = {"type": "number", "minimum": -2, "maximum": 2}
+SAMPLING_PARAMETERS: dict[str, dict[str, Any]] = {
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 1},
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 1},
+    "top_k": {"type": "integer", "minimum": 0, "default": 0},
+    "min_p": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+    "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 10},
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "logit_bias": {
+        "type": "object",
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
 }
+_COMMON_PARAMETERS: dict[str, dict[str, Any]] = {
+    "model": _STRING,
+    **SAMPLING_PARAMETERS,
+    "n": {"type": "integer", "minimum": 1, "maximum": MAX_N, "default": 1},
+    "stop": {
+        "oneOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+        ]
+    },
+    "stream": _BOOLEAN,
+    "stream_options": {
+        "type": "object",
+        "properties": {
+            "include_usage": _BOOLEAN,
+            "include_obfuscation": {"const": False},
+        },
+        "additionalProperties": False,
+    },
+    "max_tokens": {"type": "integer", "minimum": 1},
+    **dict.fromkeys(NAMES, _STRING),
+}
+RESPONSE_FORMAT: dict[str, Any] = {
+    "oneOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["text", "json_object"]}},
+            "required": ["type"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": {
+                    "type": "object",
+                    "properties": {
+                        "name": _STRING,
+                        "description": _STRING,
+                        "schema": _OBJECT,
+                        "strict": _BOOLEAN,
+                    },
+                    "required": ["name", "schema"],
+                    "additionalProperties": False,
+                },
+            },
+            "required": ["type", "json_schema"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {"type": {"const": "regex"}, "pattern": _STRING},
+            "required": ["type", "pattern"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {"type": {"const": "grammar"}, "grammar": _STRING},
+            "required": ["type", "grammar"],
+            "additionalProperties": False,
+        },
+    ]
+}
+_TOOL: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                "description": _STRING,
+                "parameters": _OBJECT,
+                "strict": _BOOLEAN,
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["type", "function"],
+    "additionalProperties": False,
+}
+CHAT_PARAMETERS: dict[str, dict[str, Any]] = {
+    "messages": {"type": "array", "items": _OBJECT, "minItems": 1},
+    **_COMMON_PARAMETERS,
+    "max_completion_tokens": {"type": "integer", "minimum": 1},
+    "logprobs": _BOOLEAN,
+    "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
+    "response_format": RESPONSE_FORMAT,
+    "tools": {"type": "array", "items": _TOOL, "maxItems": MAX_TOOLS},
+    "tool_choice": {
+        "oneOf": [
+            {"enum": ["none", "auto", "required"]},
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {
+                        "type": "object",
+                        "properties": {"name": _STRING},
+                        "required": ["name"],
+                        "additionalProperties": False,
+                    },
+                },
+                "required": ["type", "function"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+    "parallel_tool_calls": _BOOLEAN,
+    "reasoning_effort": {"enum": list(EFFORTS)},
+    "chat_template_kwargs": _OBJECT,
+}
+TEXT_PARAMETERS: dict[str, dict[str, Any]] = {
+    "prompt": {
+        "oneOf": [
+            _STRING,
+            {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "oneOf": [
+                        _STRING,
+                        {"type": "integer"},
+                        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                    ]
+                },
+            },
+        ]
+    },
+    **_COMMON_PARAMETERS,
+    "logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_TEXT_LOGPROBS},
+    "echo": _BOOLEAN,
+    "response_format": RESPONSE_FORMAT,
+}
+
+# Parameters of OpenAI's API that are not supported, with the values that ask for nothing.
+_CHAT_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_TEXT_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ()}
 _STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
 _MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
@@ -198,83 +233,269 @@ _MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "name": (),
     "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
+    "reasoning_content": ("",),
     "tool_call_id": (),
     "tool_calls": ([],),
 }
 
 
-class _Fields:
-    """The members of a JSON object, taken one by one; what is left at the end is refused."""
+def read_chat(body: bytes, served: Served) -> Asked:
+    """What a body of chat completions asks.
 
-    def __init__(self, data: dict[str, Any], where: str = "") -> None:
-        self._left = {k: v for k, v in data.items() if v is not None}
-        self._where = where
+    Raises:
+        InputError: names the field (a `Refused` where a code or a status goes with it).
+    """
+    fields = Fields(object_of(body), known=CHAT_PARAMETERS)
+    check_model(fields.take("model", string, served.model), served)
+    prompts: tuple[Prompt, ...] = (fields.need("messages", _messages),)
+    stream = fields.take("stream", boolean, False)
+    tools = fields.take("tools", _tools, ())
+    choice = fields.take("tool_choice", _tool_choice, "auto")
+    parallel = fields.take("parallel_tool_calls", boolean, True)
+    tools, calls, grammar = choose_tools(tools, choice, parallel)
+    if (wanted := fields.take("response_format", response_format, None)) is not None:
+        if grammar is not None:
+            raise Refused(
+                "response_format: not together with a tool_choice that forces a call",
+                "response_format",
+                "invalid_parameter_combination",
+            )
+        grammar = wanted
+    template: dict[str, Any] = dict(fields.take("chat_template_kwargs", dict_of, {}))
+    think = thinking(fields.take("reasoning_effort", one_of(*EFFORTS), ""), template)
+    asked = Asked(
+        prompts,
+        True,
+        "messages",
+        _max_tokens(fields),
+        sampling(fields, served.vocabulary),
+        fields.take("stop", strings(MAX_STOPS), ()),
+        fields.take("n", integer_from(1, MAX_N), 1),
+        stream,
+        _usage_chunk(fields, stream),
+        _chat_logprobs(fields),
+        tools=tools,
+        calls=calls,
+        parallel=parallel,
+        grammar=grammar,
+        template=template,
+        think=think,
+    )
+    take_names(fields)
+    fields.refuse_rest(_CHAT_UNSUPPORTED)
+    return asked
 
-    def has(self, name: str) -> bool:
-        return name in self._left
 
-    def take(self, name: str, convert: Callable[[Any, str], T], default: T) -> T:
-        if name not in self._left:
-            return default
-        return convert(self._left.pop(name), self._where + name)
+def read_text(body: bytes, served: Served) -> Asked:
+    """What a body of completions asks.
 
-    def need(self, name: str, convert: Callable[[Any, str], T]) -> T:
-        if name not in self._left:
-            full = self._where + name
-            raise Refused(f"{full}: required, but missing", full, "missing_required_parameter")
-        return convert(self._left.pop(name), self._where + name)
+    Raises:
+        InputError: as `read_chat`.
+    """
+    fields = Fields(object_of(body), known=TEXT_PARAMETERS)
+    check_model(fields.take("model", string, served.model), served)
+    prompts = fields.need("prompt", _prompts)
+    n = fields.take("n", integer_from(1, MAX_N), 1)
+    if len(prompts) * n > MAX_CHOICES:
+        raise Refused(
+            f"prompt: expected at most {MAX_CHOICES} answers in one request, got "
+            f"{len(prompts)} prompts times n={n}",
+            "prompt",
+        )
+    stream = fields.take("stream", boolean, False)
+    none: int | None = None
+    logprobs = fields.take("logprobs", integer_from(0, MAX_TEXT_LOGPROBS), none)
+    echo = fields.take("echo", boolean, False)
+    if echo and logprobs is not None:
+        raise not_supported("echo", "with logprobs; remove one of the two")
+    asked = Asked(
+        prompts,
+        False,
+        "prompt",
+        fields.take("max_tokens", integer_from(1, None), TEXT_MAX_TOKENS),
+        sampling(fields, served.vocabulary),
+        fields.take("stop", strings(MAX_STOPS), ()),
+        n,
+        stream,
+        _usage_chunk(fields, stream),
+        logprobs,
+        echo,
+        grammar=fields.take("response_format", response_format, None),
+    )
+    take_names(fields)
+    fields.refuse_rest(_TEXT_UNSUPPORTED)
+    return asked
 
-    def refuse_rest(self, unsupported: dict[str, tuple[Any, ...]]) -> None:
-        for name, value in self._left.items():
-            full = self._where + name[:80]
-            if name not in unsupported:
-                raise Refused(f"{full}: unknown parameter; remove it", full, "unknown_parameter")
-            # Compared as JSON: to Python False is 0.
-            if json.dumps(value) not in [json.dumps(v) for v in unsupported[name]]:
-                raise Refused(
-                    f"{full}: not supported by this server; remove it",
-                    full,
-                    "unsupported_parameter",
+
+def take_names(fields: Fields) -> None:
+    """Take what tells an operator who asks."""
+    for name in NAMES:
+        fields.take(name, string, "")
+
+
+def sampling(fields: Fields, vocabulary: int) -> Sampling:
+    """The members of `SAMPLING_PARAMETERS`."""
+    none: int | None = None
+
+    def biases(value: Any, name: str) -> dict[int, float]:
+        return _biases(value, name, vocabulary)
+
+    return Sampling(
+        temperature=fields.take("temperature", number, 1.0),
+        top_p=fields.take("top_p", number, 1.0),
+        top_k=fields.take("top_k", integer, 0),
+        min_p=fields.take("min_p", number, 0.0),
+        seed=fields.take("seed", integer, none),
+        repetition_penalty=fields.take("repetition_penalty", number, 1.0),
+        presence_penalty=fields.take("presence_penalty", number, 0.0),
+        frequency_penalty=fields.take("frequency_penalty", number, 0.0),
+        logit_bias=fields.take("logit_bias", biases, {}),
+    )
+
+
+def choose_tools(
+    tools: tuple[Tool, ...], choice: str | Tool, parallel: bool, field: str = "tools"
+) -> tuple[tuple[Tool, ...], str | None, str | None]:
+    """What is offered, which calls are forced (see `Asked.calls`), and the grammar of those.
+
+    Args:
+        tools: all that were given.
+        choice: "auto", "none", "required", or the one to be called, of which only the name counts.
+        parallel: several calls are allowed.
+        field: the parameter of the tools.
+
+    Raises:
+        Refused: a tool is chosen that is not there, or strict where nothing enforces it.
+    """
+    if choice == "none" or (choice == "auto" and not tools):
+        return (), None, None
+    names = [tool.name for tool in tools]
+    if choice == "auto":
+        for at, tool in enumerate(tools):
+            if tool.strict:
+                raise not_supported(
+                    f"{field}[{at}].strict",
+                    "where the model decides whether it calls; force a call with tool_choice, or "
+                    "give strict=false",
                 )
+        if not parallel:
+            raise not_supported(
+                "parallel_tool_calls",
+                "as false where the model decides whether it calls; force a call with tool_choice",
+            )
+        return tools, None, None
+    if not tools:
+        raise Refused("tool_choice: expected tools with it, got none", "tool_choice")
+    only = choice.name if isinstance(choice, Tool) else None
+    if only is not None and only not in names:
+        raise not_among("tool_choice", names, only)
+    return tools, only or "required", grammars.calls(tools, only, parallel, field)
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"The body is not UTF-8: byte {error.start} of {len(body)}", None, "invalid_body"
-        ) from None
-    try:
-        data = json.loads(text, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise Refused(
-            f"The body is not JSON: {error.msg} at line {error.lineno} column {error.colno}",
-            None,
-            "invalid_body",
-        ) from None
-    except (ValueError, RecursionError):
-        raise Refused(
-            "The body is not JSON that can be read: NaN, Infinity, a number of thousands of digits "
-            "or nesting too deep",
-            None,
-            "invalid_body",
-        ) from None
-    if not isinstance(data, dict):
-        raise Refused(f"The body: expected a JSON object, got {_kind(data)}", None, "invalid_body")
-    return data
+def thinking(effort: str, template: dict[str, Any]) -> bool | None:
+    """Whether a model shall think, None: as its template says; that is told what is no mere no."""
+    if effort == "none":
+        return False
+    if effort:
+        template["reasoning_effort"] = effort
+    return None
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
+def response_format(value: Any, name: str) -> str | None:
+    """The grammar of a response_format."""
+    fields = Fields(dict_of(value, name), f"{name}.")
+    kind = fields.need("type", one_of("text", "json_object", "json_schema", "regex", "grammar"))
+    grammar: str | None = None
+    if kind == "json_object":
+        grammar = grammars.json_schema({"type": "object"}, name)
+    elif kind == "json_schema":
+        grammar = fields.need("json_schema", schema_format)
+    elif kind == "regex":
+        grammar = fields.need("pattern", _grammar_of(grammars.regex))
+    elif kind == "grammar":
+        grammar = fields.need("grammar", _grammar_of(grammars.lark))
+    fields.refuse_rest({})
+    return grammar
 
 
-def _max_tokens(kind: Kind, fields: _Fields) -> int | None:
-    positive = _integer_from(1, None)
-    if kind == "text":
-        return fields.take("max_tokens", positive, TEXT_MAX_TOKENS)
+def schema_format(value: Any, name: str) -> str:
+    """The grammar of {"name", "schema", "strict"}; what is not strict is held to it too."""
+    fields = Fields(dict_of(value, name), f"{name}.")
+    fields.need("name", string)
+    fields.take("description", string, "")
+    fields.take("strict", boolean, False)
+    schema = fields.need("schema", dict_of)
+    fields.refuse_rest({})
+    return grammars.json_schema(schema, f"{name}.schema")
+
+
+def _grammar_of(make: Callable[[str, str], str]) -> Callable[[Any, str], str]:
+    return lambda value, name: make(string(value, name), name)
+
+
+def function(value: Any, name: str) -> Tool:
+    """A function as OpenAI's APIs describe it."""
+    fields = Fields(dict_of(value, name), f"{name}.")
+    tool = Tool(
+        fields.need("name", tool_name),
+        fields.take("description", string, ""),
+        fields.take("parameters", dict_of, {}),
+        fields.take("strict", boolean, False),
+    )
+    fields.refuse_rest({})
+    return tool
+
+
+def tool_name(value: Any, name: str) -> str:
+    """A function's name: up to 64 letters, digits, _ and -."""
+    text = string(value, name)
+    plain = text.replace("_", "a").replace("-", "a")
+    if not (plain.isascii() and plain.isalnum() and len(text) <= 64):
+        raise Refused(f"{name}: expected 1 to 64 letters, digits, _ or -, got {shown(text)}", name)
+    return text
+
+
+def unique(tools: list[Tool], name: str) -> tuple[Tool, ...]:
+    """Tools whose names differ, not too many."""
+    if len(tools) > MAX_TOOLS:
+        raise Refused(f"{name}: expected at most {MAX_TOOLS} tools, got {len(tools)}", name)
+    names = [tool.name for tool in tools]
+    for at, one in enumerate(names):
+        if one in names[:at]:
+            full = f"{name}[{at}]"
+            raise Refused(f"{full}: expected another name, {one!r} is taken", full)
+    return tuple(tools)
+
+
+def _tools(value: Any, name: str) -> tuple[Tool, ...]:
+    return unique([_tool(t, f"{name}[{at}]") for at, t in enumerate(list_of(value, name))], name)
+
+
+def _tool(value: Any, name: str) -> Tool:
+    fields = Fields(dict_of(value, name), f"{name}.")
+    if (kind := fields.need("type", string)) != "function":
+        raise not_supported(f"{name}.type", f"only functions, not {shown(kind)}")
+    tool = fields.need("function", function)
+    fields.refuse_rest({})
+    return tool
+
+
+def _tool_choice(value: Any, name: str) -> str | Tool:
+    if isinstance(value, str):
+        return one_of("none", "auto", "required")(value, name)
+    fields = Fields(dict_of(value, name), f"{name}.")
+    if (kind := fields.need("type", string)) != "function":
+        raise not_supported(f"{name}.type", f"only functions, not {shown(kind)}")
+    inner = Fields(fields.need("function", dict_of), f"{name}.function.")
+    tool = Tool(inner.need("name", string))
+    inner.refuse_rest({})
+    fields.refuse_rest({})
+    return tool
+
+
+def _max_tokens(fields: Fields) -> int | None:
+    positive = integer_from(1, None)
     if fields.has("max_tokens") and fields.has("max_completion_tokens"):
         raise Refused(
             "max_tokens: give it or max_completion_tokens, not both",
@@ -286,90 +507,123 @@ def _max_tokens(kind: Kind, fields: _Fields) -> int | None:
     return fields.take("max_completion_tokens", positive, either)
 
 
-def _sampling(fields: _Fields, vocabulary: int) -> Sampling:
-    none: int | None = None
-
-    def biases(value: Any, name: str) -> dict[int, float]:
-        return _biases(value, name, vocabulary)
-
-    return Sampling(
-        temperature=fields.take("temperature", _number, 1.0),
-        top_p=fields.take("top_p", _number, 1.0),
-        top_k=fields.take("top_k", _integer, 0),
-        min_p=fields.take("min_p", _number, 0.0),
-        seed=fields.take("seed", _integer, none),
-        repetition_penalty=fields.take("repetition_penalty", _number, 1.0),
-        presence_penalty=fields.take("presence_penalty", _number, 0.0),
-        frequency_penalty=fields.take("frequency_penalty", _number, 0.0),
-        logit_bias=fields.take("logit_bias", biases, {}),
-    )
+def _chat_logprobs(fields: Fields) -> int | None:
+    wanted = fields.take("logprobs", boolean, False)
+    if fields.has("top_logprobs") and not wanted:
+        raise Refused("top_logprobs: only allowed with logprobs=true", "top_logprobs")
+    top = fields.take("top_logprobs", integer_from(0, MAX_LOGPROBS), 0)
+    return top if wanted else None
 
 
-def _usage_chunk(fields: _Fields, stream: bool) -> bool:
+def _usage_chunk(fields: Fields, stream: bool) -> bool:
     if not fields.has("stream_options"):
         return False
-    options = _Fields(fields.need("stream_options", _dict), "stream_options.")
+    options = Fields(fields.need("stream_options", dict_of), "stream_options.")
     if not stream:
         raise Refused("stream_options: only allowed with stream=true", "stream_options")
-    usage = options.take("include_usage", _boolean, False)
+    counted = options.take("include_usage", boolean, False)
     options.refuse_rest(_STREAM_OPTIONS)
-    return usage
+    return counted
 
 
-def _messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
-    items = _list(value, name)
+def _messages(value: Any, name: str) -> tuple[Message, ...]:
+    items = list_of(value, name)
     if not items:
         raise Refused("messages: expected at least one message, got none", name)
     return tuple(_message(item, f"{name}[{at}]") for at, item in enumerate(items))
 
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def _message(value: Any, name: str) -> dict[str, str]:
-    fields = _Fields(_dict(value, name), f"{name}.")
-    role = fields.need("role", _string)
-    if role not in _ROLES:
-        known = ", ".join(_ROLES)
-        raise Refused(f"{name}.role: expected one of {known}; got {_shown(role)}", f"{name}.role")
-    content = fields.take("content", _anything, None)
-    # Before the content, which a message with tool calls lacks: that is not what is wrong with it.
+def _message(value: Any, name: str) -> Message:
+    fields = Fields(dict_of(value, name), f"{name}.")
+    role = fields.need("role", string)
+    content = fields.take("content", _content, None)
+    message: Message = {}
+    if role == "tool":
+        message = {"role": "tool", "tool_call_id": fields.need("tool_call_id", string)}
+    elif role in ROLES:
+        message = {"role": ROLES[role]}
+    else:
+        known = (*ROLES, "tool")
+        raise not_among(f"{name}.role", known, role)
+    if role == "assistant":
+        if thought := fields.take("reasoning_content", string, ""):
+            message["reasoning_content"] = thought
+        if calls := fields.take("tool_calls", _calls, None):
+            message["tool_calls"] = calls
     fields.refuse_rest(_MESSAGE)
-    full = f"{name}.content"
-    if content is None:
-        raise Refused(f"{full}: required, but missing", full, "missing_required_parameter")
-    return {"role": _ROLES[role], "content": _content(content, full)}
+    if content is None and "tool_calls" not in message:
+        raise missing(f"{name}.content")
+    return {**message, "content": content or ""}
+
+
+def _calls(value: Any, name: str) -> list[dict[str, Any]]:
+    return [_past_call(item, f"{name}[{at}]") for at, item in enumerate(list_of(value, name))]
+
+
+def _past_call(value: Any, name: str) -> dict[str, Any]:
+    fields = Fields(dict_of(value, name), f"{name}.")
+    if (kind := fields.take("type", string, "function")) != "function":
+        raise not_supported(f"{name}.type", f"only functions, not {shown(kind)}")
+    call_id = fields.need("id", string)
+    fields.take("index", integer, 0)  # clients that put a stream together leave it in
+    inner = Fields(fields.need("function", dict_of), f"{name}.function.")
+    made = past_call(call_id, inner.need("name", string), inner.need("arguments", arguments))
+    inner.refuse_rest({})
+    fields.refuse_rest({})
+    return made
+
+
+def past_call(call_id: str, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A call in an earlier message, as chat templates read it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": given}}
+
+
+def arguments(value: Any, name: str) -> dict[str, Any]:
+    """The arguments of an earlier call, an object as JSON text."""
+    try:
+        data = json.loads(string(value, name) or "{}")
+    except (ValueError, RecursionError):
+        raise Refused(f"{name}: expected a JSON object as text, got {shown(value)}", name) from None
+    return dict_of(data, name)
 
 
 def _content(value: Any, name: str) -> str:
     if isinstance(value, str):
-        return _string(value, name)
+        return string(value, name)
+    return text_parts(value, name, ("text",))
+
+
+def text_parts(value: Any, name: str, kinds: Sequence[str]) -> str:
+    """The text of a list of parts, all of the given types."""
     if not isinstance(value, list):
-        raise _wrong_type(name, "a string or a list of text parts", value)
-    return "".join(_part(part, f"{name}[{at}]") for at, part in enumerate(value))
+        raise wrong_type(name, "a string or a list of text parts", value)
+    return "".join(_part(part, f"{name}[{at}]", kinds) for at, part in enumerate(value))
 
 
-def _part(value: Any, name: str) -> str:
-    part = _dict(value, name)
-    fields = _Fields(part, f"{name}.")
-    kind = fields.need("type", _string)
-    if kind != "text":
+def _part(value: Any, name: str, kinds: Sequence[str]) -> str:
+    fields = Fields(dict_of(value, name), f"{name}.")
+    kind = fields.need("type", string)
+    if kind not in kinds:
         raise Refused(
-            f"{name}.type: this server reads only parts of type 'text', got {_shown(kind)}",
+            f"{name}.type: this server reads only parts of type {' or '.join(map(repr, kinds))}, "
+            f"got {shown(kind)}",
             f"{name}.type",
-            "unsupported_parameter",
+            UNSUPPORTED,
         )
-    text = fields.need("text", _string)
-    fields.refuse_rest({})
+    text = fields.need("text", string)
+    fields.refuse_rest({"annotations": ([],), "logprobs": ([],)})
     return text
 
 
 def _prompts(value: Any, name: str) -> tuple[Prompt, ...]:
     """A string, a list of ids, or a list of any of these."""
     if isinstance(value, str):
-        return (_string(value, name),)
+        return (string(value, name),)
     if not isinstance(value, list):
-        raise _wrong_type(name, "a string, a list of token ids or a list of these", value)
+        raise wrong_type(name, "a string, a list of token ids or a list of these", value)
     if not value:
         raise Refused(f"{name}: expected a prompt, got an empty list", name)
     if isinstance(value[0], str | list):
@@ -378,225 +632,252 @@ def _prompts(value: Any, name: str) -> tuple[Prompt, ...]:
 
 
 def _one_prompt(value: Any, name: str) -> Prompt:
-    return _string(value, name) if isinstance(value, str) else _ids(_list(value, name), name)
+    return string(value, name) if isinstance(value, str) else _ids(list_of(value, name), name)
 
 
 def _ids(value: list[Any], name: str) -> tuple[int, ...]:
     for at, item in enumerate(value):
         if type(item) is not int:  # to Python True is an int
-            raise _wrong_type(f"{name}[{at}]", "a token id", item)
+            raise wrong_type(f"{name}[{at}]", "a token id", item)
     if not value:
         raise Refused(f"{name}: expected at least one token id, got none", name)
     return tuple(value)
 
 
-def _stops(value: Any, name: str) -> tuple[str, ...]:
-    if isinstance(value, str):
-        items = [(name, value)]
-    elif isinstance(value, list):
-        items = [(f"{name}[{at}]", item) for at, item in enumerate(value)]
-    else:
-        raise _wrong_type(name, f"a string or up to {MAX_STOPS} of them", value)
-    if len(items) > MAX_STOPS:
-        raise Refused(f"{name}: expected at most {MAX_STOPS} strings, got {len(items)}", name)
-    for full, item in items:
-        if not _string(item, full):
-            raise Refused(f"{full}: expected a string that is not empty", full)
-    return tuple(item for _, item in items)
-
-
 def _biases(value: Any, name: str, vocabulary: int) -> dict[int, float]:
     biases: dict[int, float] = {}
-    for key, bias in _dict(value, name).items():
+    for key, bias in dict_of(value, name).items():
         full = f"{name}.{key[:80]}"
         digits = key.isascii() and key.isdigit() and len(key) < 20
         if not digits or int(key) >= vocabulary:
             raise Refused(
                 f"{full}: expected a token id from 0 to {vocabulary - 1} as the name", full
             )
-        if not -100 <= _number(bias, full) <= 100:
+        if not -100 <= number(bias, full) <= 100:
             raise Refused(f"{full}: expected from -100 to 100, got {bias}", full)
         biases[int(key)] = float(bias)
     return biases
 
 
-def _anything(value: Any, name: str) -> Any:  # noqa: ARG001
-    return value
+class _Reply(ABC):
+    """What both APIs have in common; all objects of an answer carry the same head."""
 
+    prefix: str
+    kind: str
+    chunk_kind: str
 
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(name, "a string", value)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise Refused(
-            f"{name}: not valid Unicode: half of a surrogate pair at character {error.start}", name
-        ) from None
-    return value
+    def __init__(self, asked: Asked, head: Head) -> None:
+        self._asked, self._head = asked, head
 
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong_type(name, "a number", value)
-    return value
-
-
-def _integer(value: Any, name: str) -> int:
-    if type(value) is not int:
-        raise _wrong_type(name, "an integer", value)
-    return value
-
-
-def _integer_from(low: int, high: int | None) -> Callable[[Any, str], int]:
-    def convert(value: Any, name: str) -> int:
-        number = _integer(value, name)
-        if number < low or (high is not None and number > high):
-            wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise Refused(f"{name}: expected {wanted}, got {_shown(value)}", name)
-        return number
-
-    return convert
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong_type(name, "true or false", value)
-    return value
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _wrong_type(name, "a list", value)
-    return value
-
-
-def _dict(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _wrong_type(name, "an object", value)
-    return value
-
-
-def _wrong_type(name: str, wanted: str, value: Any) -> Refused:
-    return Refused(f"{name}: expected {wanted}, got {_kind(value)}", name, "invalid_type")
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return "a number"
-    return {"str": "a string", "list": "a list", "dict": "an object"}[type(value).__name__]
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One finished answer: where it stands among the choices, its text, why it ended."""
-
-    index: int
-    text: str
-    finish: str
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The objects that answer one request; all carry the same head.
-
-    Args:
-        asked: what is answered.
-        id: unique, without the prefix.
-        created: seconds since 1970.
-        model: the served model's id.
-        fingerprint: changes when the same seed may give other text.
-    """
-
-    asked: Asked
-    id: str
-    created: int
-    model: str
-    fingerprint: str
-
-    def whole(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The answer to a request without `stream`."""
-        ordered = sorted(choices, key=lambda c: c.index)
-        kind = "chat.completion" if self.asked.kind == "chat" else "text_completion"
         body = [
-            {
-                "index": c.index,
-                **self._whole_text(c.text),
-                "logprobs": None,
-                "finish_reason": c.finish,
-            }
-            for c in ordered
+            {"index": c.index, **self._whole(c)} for c in sorted(choices, key=lambda c: c.index)
         ]
-        return {**self._head(kind), "choices": body, "usage": usage}
+        return {**self._headed(self.kind), "choices": body, "usage": usage_object(usage)}
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk before a choice's text; a chat's says whose words follow, others have none."""
-        if self.asked.kind == "text":
-            return None
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+    def ending(self, usage: Usage) -> Iterator[Event]:
+        """The chunk that counts, if it was asked for, and the end of the stream."""
+        if self._asked.usage_chunk:
+            counted = {"choices": [], "usage": usage_object(usage)}
+            yield None, {**self._headed(self.chunk_kind), **counted}
+        yield None, "[DONE]"
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A chunk with some text."""
-        chat = self.asked.kind == "chat"
-        return self._chunk(index, {"delta": {"content": text}} if chat else {"text": text}, None)
+    def failed(self, error: CenacleError) -> Iterator[Event]:
+        """Too late for a status: the client is told in the stream."""
+        yield None, failure(error)[1]
 
-    def closing(self, index: int, finish: str) -> dict[str, Any]:
-        """A choice's last chunk."""
-        chat = self.asked.kind == "chat"
-        return self._chunk(index, {"delta": {}} if chat else {"text": ""}, finish)
+    @abstractmethod
+    def _whole(self, choice: Choice) -> dict[str, Any]: ...
 
-    def counted(self, usage: dict[str, int]) -> dict[str, Any] | None:
-        """The chunk after all choices, if it was asked for."""
-        if not self.asked.usage_chunk:
-            return None
-        return {**self._head(self._chunk_kind), "choices": [], "usage": usage}
+    def _chunk(
+        self, index: int, what: dict[str, Any], logged: object, finish: str | None
+    ) -> Iterator[Event]:
+        choice = {"index": index, **what, "logprobs": logged, "finish_reason": finish}
+        chunk = {**self._headed(self.chunk_kind), "choices": [choice]}
+        yield None, {**chunk, "usage": None} if self._asked.usage_chunk else chunk
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
-        if self.asked.kind == "text":
-            return {"text": text}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.asked.kind == "chat" else "text_completion"
-
-    def _chunk(self, index: int, text: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, **text, "logprobs": None, "finish_reason": finish}
-        chunk = {**self._head(self._chunk_kind), "choices": [choice]}
-        return {**chunk, "usage": None} if self.asked.usage_chunk else chunk
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl-" if self.asked.kind == "chat" else "cmpl-"
+    def _headed(self, kind: str) -> dict[str, Any]:
         return {
-            "id": prefix + self.id,
+            "id": self.prefix + self._head.id,
             "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "created": self._head.created,
+            "model": self._head.model,
+            "system_fingerprint": self._head.fingerprint,
         }
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+class ChatReply(_Reply):
+    """Answers of chat completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, asked: Asked, head: Head) -> None:
+        super().__init__(asked, head)
+        self._called: dict[int, int] = {}  # choice -> number of its calls so far
+
+    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+        """The chunk before a choice's text, which says whose words follow."""
+        yield from self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
+
+    def piece(self, index: int, part: Part) -> Iterator[Event]:
+        """A chunk with some text, or a call."""
+        if part.kind == "call":
+            at = self._count(index)
+            call = {"index": at, **self._call(part, index, at)}
+            delta: dict[str, Any] = {"tool_calls": [call]}
+        elif part.kind == "reasoning":
+            delta = {"reasoning_content": part.text}
+        else:
+            delta = {"content": part.text}
+        yield from self._chunk(index, {"delta": delta}, self._logs(part.logged), None)
+
+    def closing(self, index: int, finish: Finish) -> Iterator[Event]:
+        """A choice's last chunk."""
+        reason = self._reason(finish, bool(self._called.get(index)))
+        yield from self._chunk(index, {"delta": {}}, None, reason)
+
+    def _whole(self, choice: Choice) -> dict[str, Any]:
+        parts = joined(choice.parts)
+        text, thought = ("".join(p.text for p in parts if p.kind == k) for k in _TEXTS)
+        calls = [
+            self._call(p, choice.index, self._count(choice.index))
+            for p in parts
+            if p.kind == "call"
+        ]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
+        if calls:
+            message = {**message, "content": text or None, "tool_calls": calls}
+        logged = [one for part in parts for one in part.logged]
+        return {
+            "message": message,
+            "logprobs": self._logs(logged),
+            "finish_reason": self._reason(choice.finish, bool(calls)),
+        }
+
+    def _count(self, index: int) -> int:
+        at = self._called.get(index, 0)
+        self._called[index] = at + 1
+        return at
+
+    def _call(self, part: Part, index: int, at: int) -> dict[str, Any]:
+        call_id = part.id or f"call_{self._head.id}_{index}_{at}"
+        called = {"name": part.name, "arguments": part.text}
+        return {"id": call_id, "type": "function", "function": called}
+
+    def _logs(self, logged: Sequence[Logged]) -> dict[str, Any] | None:
+        if self._asked.logprobs is None:
+            return None
+        return {"content": [log_object(one) for one in logged], "refusal": None}
+
+    @staticmethod
+    def _reason(finish: Finish, called: bool) -> str:
+        if finish.reason == "length":
+            return "length"
+        return "tool_calls" if called else "stop"
+
+
+_TEXTS: tuple[Literal["text", "reasoning"], ...] = ("text", "reasoning")
+
+
+class TextReply(_Reply):
+    """Answers of completions."""
+
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, asked: Asked, head: Head) -> None:
+        super().__init__(asked, head)
+        self._written: dict[int, int] = {}  # choice -> characters of its tokens so far
+
+    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+        """Nothing."""
+        yield from ()
+
+    def piece(self, index: int, part: Part) -> Iterator[Event]:
+        """A chunk with some text."""
+        yield from self._chunk(index, {"text": part.text}, self._logs(index, part.logged), None)
+
+    def closing(self, index: int, finish: Finish) -> Iterator[Event]:
+        """A choice's last chunk."""
+        yield from self._chunk(index, {"text": ""}, None, self._reason(finish))
+
+    def _whole(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "text": "".join(part.text for part in choice.parts),
+            "logprobs": self._logs(choice.index, [o for p in choice.parts for o in p.logged]),
+            "finish_reason": self._reason(choice.finish),
+        }
+
+    def _logs(self, index: int, logged: Sequence[Logged]) -> dict[str, Any] | None:
+        if self._asked.logprobs is None:
+            return None
+        offsets, at = [], self._written.get(index, 0)
+        for one in logged:
+            offsets.append(at)
+            at += len(one.text)
+        self._written[index] = at
+        return {
+            "tokens": [_named(one) for one in logged],
+            "token_logprobs": [one.logprob for one in logged],
+            "top_logprobs": [{_named(t): t.logprob for t in one.top} for one in logged]
+            if self._asked.logprobs
+            else None,
+            "text_offset": offsets,
+        }
+
+    @staticmethod
+    def _reason(finish: Finish) -> str:
+        return "length" if finish.reason == "length" else "stop"
+
+
+def _named(one: Logged) -> str:
+    """A token as completions name it: half a character by its bytes."""
+    try:
+        return one.data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in one.data)
+
+
+def log_object(one: Logged) -> dict[str, Any]:
+    """A token's log-probability and those of its alternatives."""
+
+    def plain(each: Logged) -> dict[str, Any]:
+        return {"token": each.text, "logprob": each.logprob, "bytes": list(each.data)}
+
+    return {**plain(one), "top_logprobs": [plain(each) for each in one.top]}
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
     """How many tokens were read and generated (a token that ended an answer is counted)."""
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
+
+
+def model_list(served: Served, created: int) -> dict[str, Any]:
+    """What GET /v1/models gives: OpenAI's members and Anthropic's, whose path is the same."""
+    model = model_object(served, created)
+    ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
+    return {"object": "list", "data": [model], **ends}
 
 
 def model_object(served: Served, created: int) -> dict[str, Any]:
     """The served model, as GET /v1/models lists it."""
-    return {"id": served.model, "object": "model", "created": created, "owned_by": "cenacle"}
+    return {
+        "id": served.model,
+        "object": "model",
+        "created": created,
+        "owned_by": "cenacle",
+        "type": "model",
+        "display_name": served.model,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+    }
 
 
 def failure(error: CenacleError) -> tuple[int, dict[str, Any]]:
@@ -618,3 +899,7 @@ def error_object(
 ) -> dict[str, Any]:
     """OpenAI's form of an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+CHAT = Front(read_chat, ChatReply, failure)
+TEXT = Front(read_text, TextReply, failure)
