@@ -7,6 +7,7 @@ Does not know: HTTP, terminals. The verbs and the server are thin over this.
 from __future__ import annotations
 
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from .cluster.launcher import LocalRanks, choose
 from .collective.mesh import WIRES
 from .dialogue import Message
 from .engine.engine import Options, need_of
-from .engine.lockstep import Group
+from .engine.lockstep import Epoch, Group, Ranks
 from .engine.scheduler import Scheduler
 from .engine.terms import Terms
 from .engine.text import Text
@@ -140,6 +141,7 @@ def load(
     cores: Sequence[Sequence[int]] | None = None,
     threads: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
+    recover: bool = True,
 ) -> Model:
     """Start `nodes` local processes that hold a model together.
 
@@ -164,6 +166,8 @@ def load(
         cores: for each rank the cores that it runs on; None: the system decides.
         threads: of the native kernels in each rank; None: its share of the cores.
         progress: called with rank, bytes loaded, bytes in all.
+        recover: start the ranks again when one of them fails, and let every answer go on where it
+            was; else the first failure is the last, as a measurement wants it.
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
@@ -179,27 +183,32 @@ def load(
     options = options or Options()
     text = _text(checkpoint)
     _check_memory(need_of(checkpoint.config, plan, 0, options, kernels))
-    ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads)
-    try:
-        where = ranks.folder / "plan.json"
-        plan.save(where)
-        order = {
-            "type": "load",
-            "folder": str(checkpoint.folder.resolve()),
-            "plan": str(where),
-            "wire": wire,
-            "latency_s": latency_s,
-            "kernels": kernels,
-            "options": asdict(options),
-        }
-        ranks.load(order, progress)
-    except BaseException:
-        ranks.close(now=True)
-        raise
-    group = Group(ranks, Scheduler(options.batch, measure_every))
+    order = {
+        "type": "load",
+        "folder": str(checkpoint.folder.resolve()),
+        "wire": wire,
+        "latency_s": latency_s,
+        "kernels": kernels,
+        "options": asdict(options),
+    }
+
+    def start(epoch: Epoch, report: Callable[[int, int, int], None] | None = None) -> LocalRanks:
+        ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads, epoch=epoch)
+        try:
+            where = ranks.folder / "plan.json"
+            plan.save(where)
+            ranks.load({**order, "plan": str(where)}, report)
+        except BaseException:
+            ranks.close(now=True)
+            raise
+        return ranks
+
+    ranks = start(Epoch(0, threading.Event()), progress)
+    scheduler = Scheduler(options.batch, measure_every)
+    group = Group(ranks, scheduler, start=start if recover else None)
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
-    return Model(name, plan, text, group, ranks, reason, checkpoint.config)
+    return Model(name, plan, text, group, reason, checkpoint.config)
 
 
 def _check_wire(wire: str, backend: str, nodes: int) -> None:
@@ -238,14 +247,18 @@ class Model:
         plan: Plan,
         text: Text | None,
         group: Group,
-        ranks: LocalRanks,
         plan_reason: str = "",
         config: dict[str, Any] | None = None,
     ) -> None:
-        self.name, self.plan, self.group, self.ranks = name, plan, group, ranks
+        self.name, self.plan, self.group = name, plan, group
         self.plan_reason = plan_reason  # why this plan, in one line
         self.config = config or {}  # the checkpoint's config.json
         self._text = text
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that hold the model now."""
+        return self.group.ranks
 
     @property
     def spec(self) -> ModelSpec:

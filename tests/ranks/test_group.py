@@ -231,7 +231,7 @@ def ask_all(model) -> tuple[list[threading.Thread], list[CenacleError]]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_is_named_in_mid_answer(rank):
-    with loaded(latency_s=0.005) as model:
+    with loaded(latency_s=0.005, recover=False) as model:
         threads, told = ask_all(model)
         began = time.monotonic()
         os.kill(model.ranks.pids[rank], signal.SIGKILL)
@@ -248,7 +248,7 @@ def test_killed_rank_is_named_in_mid_answer(rank):
 
 
 def test_killed_idle_rank_is_noticed():
-    with loaded() as model:
+    with loaded(recover=False) as model:
         os.kill(model.ranks.pids[1], signal.SIGKILL)
         wait_until(lambda: model.group.failure is not None, 5, "the loss of rank 1")
         assert isinstance(model.group.failure, RankLost)
@@ -258,12 +258,12 @@ def test_killed_idle_rank_is_noticed():
 
 def test_stopped_rank_is_named_in_mid_answer():
     """SIGSTOP: the process is there and says nothing, as one that swaps or hangs."""
-    with loaded(latency_s=0.005) as model:
+    with loaded(latency_s=0.005, recover=False) as model:
         stream = model.stream(PROMPT, 400)
         next(stream)
         began = time.monotonic()
         os.kill(model.ranks.pids[1], signal.SIGSTOP)
-        with pytest.raises(RankLost, match="rank 1 was silent for 5 s") as lost:
+        with pytest.raises(RankLost, match="rank 1 was silent for 4 s") as lost:
             list(stream)
         assert lost.value.rank == 1
         assert time.monotonic() - began < 6.5
@@ -308,7 +308,7 @@ def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(tmp_path,
         asked = order(tmp_path / "plan.json", MIXTRAL)
         ranks.load({**asked, "kernels": kernels, "options": asdict(Options())})
         group = Group(ranks, Scheduler(4, 0))
-        model = Model("mixtral", plan, None, group, ranks)
+        model = Model("mixtral", plan, None, group)
         said = "rank 1 chose other experts than rank 0 for the same tokens in exchange [0-9]+, "
         tokens = []
         with pytest.raises(RankLost, match=said + "layer 1"):
@@ -337,7 +337,7 @@ class Ending:
         if self._said:
             raise Closed("the connection was closed")
         self._said = True
-        return {"type": "error", "kind": "ClusterError", "message": "it has a reason"}
+        return {"type": "error", "epoch": 0, "kind": "ClusterError", "message": "it has a reason"}
 
     def blame(self, rank, reason):
         return RankLost(rank, f"rank {rank} {reason}")

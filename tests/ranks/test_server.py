@@ -38,7 +38,7 @@ from cenacle.server.app import Limits, bind, serve
 
 sock = bind(port=0)
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read shows
-with cenacle.load({str(DEMO)!r}, nodes=int(sys.argv[1])) as model:
+with cenacle.load({str(DEMO)!r}, int(sys.argv[1]), recover="recover" in sys.argv) as model:
     limits = Limits(body_s=2, head_s=2, write_s=2)
     serve(model, sock, lambda url: print(url, flush=True), limits)
 print("ended", flush=True)
@@ -72,11 +72,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(log: Path, nodes: int) -> Iterator[Server]:
+def server(log: Path, nodes: int, *how: str) -> Iterator[Server]:
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(nodes)],
+            [sys.executable, "-c", PROGRAM, str(nodes), *how],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -410,6 +410,42 @@ def test_no_text_is_logged(single: Server) -> None:
 
 
 # Ends
+
+
+def test_when_a_rank_is_killed_answers_go_on_and_health_says_so(tmp_path: Path) -> None:
+    question: Any = {"messages": SUM, **ENDLESS, "temperature": 0.8, "seed": 3}
+    with server(tmp_path / "log", 2, "recover") as shaken:
+        undisturbed = shaken.post(json=question).json()["choices"][0]["message"]["content"]
+        pids = [r["pid"] for r in shaken.health()[1]["ranks"]]
+        got: list[str] = []
+
+        def ask() -> None:
+            got.append(shaken.post(json=question).json()["choices"][0]["message"]["content"])
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        with shaken.client() as client:
+            stream = client.chat.completions.create(model="demo_model", stream=True, **question)
+            pieces = [next(stream).choices[0].delta.content for _ in range(5)]
+            os.kill(pids[1], signal.SIGKILL)
+            wait_until(lambda: shaken.health()[0] == 503, 2)
+            status, health = shaken.health()
+            assert (status, health["status"], health["rank"]) == (503, "recovering", 1)
+            assert health["reason"].startswith(f"rank 1 (process {pids[1]}) was killed by SIGKILL")
+            assert health["for_s"] < 3
+            threads[1].start()  # it waits, rather than fail
+            pieces += [chunk.choices[0].delta.content for chunk in stream]
+        assert "".join(piece or "" for piece in pieces) == undisturbed
+        for thread in threads:
+            thread.join(30)
+        assert got == [undisturbed] * 2
+        status, health = shaken.health()
+        assert (status, health["status"], health["recoveries"]) == (200, "ok", 1)
+        assert not any(running(pid) for pid in pids)
+        shaken.process.send_signal(signal.SIGINT)
+        assert shaken.process.wait(10) == 0
+        assert not any(running(r["pid"]) for r in health["ranks"])
+        assert "epoch 1 works" in shaken.log.read_text()
 
 
 def test_when_a_rank_is_killed_clients_are_told_and_health_says_so(tmp_path: Path) -> None:

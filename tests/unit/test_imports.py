@@ -17,7 +17,13 @@ ROOMS = (
     ("errors", "spec", "plan", "request", "dialogue"),
     (
         *("native", "collective", "engine.scheduler", "engine.terms", "engine.channel"),
-        *("server.fields", "server.exchange", "server.grammars", "server.openai"),
+        *(
+            "cluster.supervisor",
+            "server.fields",
+            "server.exchange",
+            "server.grammars",
+            "server.openai",
+        ),
         *("server.responses", "server.anthropic", "server.description", "demo_tasks", "cost"),
     ),
     ("model",),
@@ -41,6 +47,7 @@ WITHOUT_MLX = (
     *("engine.scheduler", "engine.terms", "engine.channel", "dialogue"),
     *("server.openai", "server.responses", "server.anthropic", "server.description"),
     *("server.auth", "server.guard", "server.tls"),
+    *("cluster.supervisor", "engine.lockstep"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),

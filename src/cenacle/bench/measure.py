@@ -131,6 +131,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         cores=cores,
         threads=threads,
         measure_every=0,
+        recover=False,
         options=Options(batch=batch),
         **asked.options,
     ) as model:

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,11 +29,13 @@ from typing import Any
 from .. import errors
 from ..collective import mesh
 from ..engine.channel import Channel, Closed, Silent
+from ..engine.lockstep import Epoch
 from ..errors import CenacleError, ClusterError, RankLost
 
 START_DEADLINE_S = 60.0
-SILENCE_S = 5.0  # a rank says that it is alive once a second
+SILENCE_S = 4.0  # a rank says once a second that it is alive: one that hangs is named within 5 s
 STOP_S = 2.0
+KILLED_S = 20.0  # longest time that the system may take to give a killed rank's memory back
 
 # Told to glibc before a rank starts, as it must be. Memory in pages of 2 MB, with which a core
 # reads weights a third faster (docs/LOG.md); and up to 256 MB of what is freed are kept for the
@@ -61,9 +64,11 @@ class LocalRanks:
         program: the command of a rank.
         cores: for each rank the cores that it may run on; None: all that this process may.
         threads: of the native kernels in each rank; None: its share of the cores.
+        epoch: which of a group's successive ranks these are.
 
     Raises:
-        ClusterError: a process could not be started or did not call back in time.
+        ClusterError: a process could not be started or did not call back in time, or the group was
+            closed meanwhile.
     """
 
     def __init__(
@@ -73,9 +78,11 @@ class LocalRanks:
         program: Sequence[str] = WORKER,
         cores: Sequence[Sequence[int]] | None = None,
         threads: int | None = None,
+        epoch: Epoch | None = None,
     ) -> None:
         self.nodes = nodes
-        self._limits: dict[str, str] = {}
+        self._epoch = epoch or Epoch(0, threading.Event())
+        self._limits = {"CENACLE_EPOCH": str(self._epoch.number)}
         if cores is not None:
             self._limits["CENACLE_CORES"] = json.dumps([list(c) for c in cores])
         if threads is not None:
@@ -144,6 +151,7 @@ class LocalRanks:
             try:
                 sock, _ = listener.accept()
             except TimeoutError:
+                self._go_on()
                 missing = sorted(set(range(self.nodes)) - set(found))
                 dead = [p for p in self._processes if p.poll() is not None]
                 if dead or time.monotonic() > ends:
@@ -178,6 +186,7 @@ class LocalRanks:
             for rank, channel in enumerate(self.channels):
                 waiting.register(channel, selectors.EVENT_READ, rank)
             while len(ready) < self.nodes:
+                self._go_on()
                 for key, _ in waiting.select(timeout=0.2):
                     rank = key.data
                     heard[rank] = time.monotonic()
@@ -190,6 +199,10 @@ class LocalRanks:
                 if time.monotonic() - heard[rank] > SILENCE_S:
                     raise self.blame(rank, f"was silent for {SILENCE_S:g} s while loading")
         self.ready = [ready[r] for r in range(self.nodes)]
+
+    def _go_on(self) -> None:
+        if self._epoch.ending.is_set():
+            raise ClusterError("the group was closed while its ranks were being started")
 
     def _hear(self, rank: int) -> dict[str, Any]:
         try:
@@ -234,7 +247,7 @@ class LocalRanks:
             if pid not in [p.pid for p in self._processes]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        _wait(self._processes, STOP_S)
+        _wait(self._processes, KILLED_S)
         for channel in self.channels:
             channel.close()
         shutil.rmtree(self.folder, ignore_errors=True)

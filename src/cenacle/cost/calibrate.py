@@ -211,7 +211,7 @@ def _overhead(nodes: int, tokens: int) -> tuple[float, float]:
     os.environ["CENACLE_THREADS"] = str(max(1, cores() // nodes))
     try:
         synth(folder, config=EMPTY, dtype="float32", overwrite=True)
-        with load(str(folder), 1, kernels="native", measure_every=0) as model:
+        with load(str(folder), 1, kernels="native", measure_every=0, recover=False) as model:
             ids = list(range(8))
             model.generate(ids, max_tokens=8)
             runs = [1e6 / model.generate(ids, max_tokens=tokens).tok_per_s for _ in range(5)]

@@ -82,6 +82,7 @@ def _runs(
             latency_s=latency_ms / 1000,
             kernels="native",
             measure_every=0,
+            recover=False,
             **options,
         ) as model:
             ids = list(range(300, 316))

@@ -1,15 +1,19 @@
 """Keeping the ranks in step, seen from the front.
 
 Owns: `Group`: the thread that sends every step to every rank, hands the tokens to those who asked,
-compares what the ranks say, and ends the group when one of them fails.
-Does not know: text, HTTP, how ranks were started (it is given `Ranks`).
+compares what the ranks say, and, when one of them fails, ends them all, has others started, and
+lets every answer go on where it was.
+Does not know: text, HTTP, how ranks are started (it is given `Ranks`, and what starts others).
 Invariant: every rank gets the same steps in the same order; at most `DEPTH` steps are under way;
-when the group has failed every request that was in it has been told, once.
-Next: `worker.py` is the other side; `scheduler.py` decides what a step is.
+there is one epoch of ranks at a time, and what an older one says is not heard; whoever asked gets
+every token of the answer once, or one error.
+Next: `worker.py` is the other side; `scheduler.py` decides what a step is, `cluster/supervisor.py`
+what is done after a failure.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import threading
@@ -19,32 +23,68 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from ..cluster import supervisor
+from ..cluster.supervisor import Answered, GiveUp, Lost, Machines, Refused, Serve, Start, Wait
 from ..errors import CenacleError, ClusterError, RankLost
 from ..request import Request, Step, TokenEvent
 from .channel import Channel
 from .scheduler import Scheduler
 from .terms import Terms
 
+log = logging.getLogger(__name__)
+
 # The next step is sent before the last one's tokens have come back, so that ranks never wait for
 # the front. More would only make cancelling slower.
 DEPTH = 2
 LAST_WORDS_S = 1.0  # longest time until what a rank said before it ended has been read
+# A request during which the group was lost may be the cause: a prompt for which there is no memory.
+# After SUSPECT losses without a token of its own between it has to wait until no other suspect is
+# under way, so that the cause is found; after LOSSES it is ended, and the others go on without it.
+SUSPECT, LOSSES = 2, 3
 
 Sink = Callable[[TokenEvent | CenacleError], None]
 
 
 class Ranks(Protocol):
-    """Running ranks, as `cluster.launcher` starts them."""
+    """Running ranks of one epoch, loaded, as `cluster.launcher` starts them.
+
+    Args:
+        channels: to each rank; nothing has been sent on them but the order to load.
+        pids, ready: of each rank its process, and what it said when it was ready.
+        backend, backend_reason: how they exchange, and why so (None: it was asked for).
+    """
 
     channels: list[Channel]
+    pids: list[int]
+    ready: list[dict[str, Any]]
+    backend: str
+    backend_reason: str | None
 
     def blame(self, rank: int, reason: str) -> RankLost:
         """The rank that really failed (a dead one before those that noticed), and why."""
         ...
 
     def close(self, *, now: bool) -> None:
-        """End every rank; `now`: without asking first."""
+        """End every rank; `now`: without asking first. When it returns they are gone, or cannot be
+        heard any more. May be called again."""
         ...
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Which ranks are to be started.
+
+    Args:
+        number: larger than of all ranks before; with every message to and from these.
+        ending: set when the group is closed: a start that takes long looks at it and gives up.
+    """
+
+    number: int
+    ending: threading.Event
+
+
+StartRanks = Callable[[Epoch], Ranks]
+"""Starts and loads the ranks of an epoch; raises a `CenacleError` if it cannot, and leaves none."""
 
 
 @dataclass
@@ -58,37 +98,72 @@ class _Running:
     others: dict[int, list[Any]] = field(default_factory=dict)
 
 
-class Group:
-    """A running group of ranks that answers requests.
+@dataclass
+class _Asked:
+    """A request that somebody waits for, and what was given of its answer.
 
-    Args:
-        ranks: started and loaded.
-        scheduler: decides the steps.
-        step_deadline_s: longest that one step may take before the group is given up.
+    `losses`: how often the group was lost while it ran, since its last token.
     """
 
-    def __init__(self, ranks: Ranks, scheduler: Scheduler, step_deadline_s: float = 600) -> None:
-        self._ranks, self._scheduler = ranks, scheduler
+    request: Request
+    sink: Sink
+    given: list[int] = field(default_factory=list)
+    losses: int = 0
+
+
+_Heard = tuple[int, int, dict[str, Any] | ClusterError]
+"""Epoch, rank, and its message or why there will be none."""
+
+
+class Group:
+    """A group of ranks that answers requests.
+
+    Args:
+        ranks: of epoch 0, started and loaded.
+        scheduler: decides the steps.
+        step_deadline_s: longest that one step may take before its ranks are given up.
+        start: starts other ranks when these have failed; None: the first failure is the last.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        scheduler: Scheduler,
+        step_deadline_s: float = 600,
+        start: StartRanks | None = None,
+    ) -> None:
+        self._ranks, self._scheduler, self._start = ranks, scheduler, start
         self._step_deadline_s = step_deadline_s
         self._lock = threading.Lock()
-        self._inbox: queue.Queue[tuple[int, dict[str, Any] | ClusterError] | None] = queue.Queue()
-        self._sinks: dict[str, Sink] = {}
+        self._inbox: queue.Queue[_Heard | None] = queue.Queue()
+        self._asked: dict[str, _Asked] = {}
+        self._admitted: set[str] = set()  # by the ranks of this epoch
+        self._suspects: deque[_Asked] = deque()  # to be tried one after the other
+        self._on_trial: _Asked | None = None
         self._under_way: deque[_Running] = deque()
+        self._state = supervisor.State(since=time.monotonic())
         self._failure: CenacleError | None = None
-        self._closing = False
+        self._ending = threading.Event()
         self.terms = Terms()
-        self._threads = [
-            threading.Thread(target=self._listen, args=(rank, channel), daemon=True)
-            for rank, channel in enumerate(ranks.channels)
-        ]
-        self._threads.append(threading.Thread(target=self._run, daemon=True))
-        for thread in self._threads:
-            thread.start()
+        self._listen()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     @property
     def failure(self) -> CenacleError | None:
-        """Why the group is no longer working, or None."""
+        """Why the group will not work again, or None."""
         return self._failure
+
+    @property
+    def state(self) -> supervisor.State:
+        """Whether the ranks work, are being started again, or have failed; times are
+        `time.monotonic()`'s."""
+        return self._state
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks of this epoch, or of the last if they are being started."""
+        return self._ranks
 
     @property
     def load(self) -> dict[str, int]:
@@ -103,7 +178,7 @@ class Group:
             self.terms = Terms()
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Begin a request.
+        """Begin a request. While ranks are being started it waits.
 
         Args:
             request: its id must be unique; without a seed it is given a random one.
@@ -119,37 +194,73 @@ class Group:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            self._sinks[request.id] = sink
+            self._asked[request.id] = _Asked(request, sink)
             self._scheduler.submit(request)
         self._inbox.put(None)
 
     def cancel(self, request_id: str) -> None:
         """End a request; its sink is not called again. Unknown ids are ignored."""
         with self._lock:
-            self._sinks.pop(request_id, None)
+            self._asked.pop(request_id, None)
             self._scheduler.cancel(request_id)
+            self._try_suspect()
+        self._inbox.put(None)
+
+    def tell(self, machines: Machines) -> None:
+        """Which machines there are, for those groups that have several."""
+        self._note(machines)
         self._inbox.put(None)
 
     def close(self) -> None:
         """End the ranks. Requests that still run are told."""
-        self._closing = True
+        self._ending.set()
         self._fail(ClusterError("the group was closed"), now=False)
         self._inbox.put(None)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=10)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=30)
 
-    def _listen(self, rank: int, channel: Channel) -> None:
-        while self._failure is None:
+    def _run(self) -> None:
+        """Do what the supervisor says until the group has failed."""
+        try:
+            while self._failure is None:
+                match supervisor.next_action(self._state):
+                    case Serve():
+                        self._serve()
+                    case Start(epoch, not_before):
+                        if not self._ending.wait(max(0.0, not_before - time.monotonic())):
+                            self._start_ranks(epoch)
+                    case Wait(missing):
+                        log.warning("waiting for %s", ", ".join(missing))
+                        self._inbox.get()
+                    case GiveUp(reason):
+                        self._fail(_again(self._state, reason))
+        except Exception as error:
+            self._fail(ClusterError(f"the front failed: {error!r}"))
+            raise
+
+    def _note(self, event: supervisor.Event) -> None:
+        with self._lock:
+            self._state = supervisor.after(self._state, event)
+
+    # While the ranks work
+
+    def _listen(self) -> None:
+        for rank, channel in enumerate(self._ranks.channels):
+            arguments = (self._state.epoch, rank, channel)
+            threading.Thread(target=self._hear, args=arguments, daemon=True).start()
+
+    def _hear(self, epoch: int, rank: int, channel: Channel) -> None:
+        while True:
             try:
                 message = channel.receive()
             except ClusterError as error:
-                self._inbox.put((rank, error))
+                self._inbox.put((epoch, rank, error))
                 return
             if message["type"] != "alive":
-                self._inbox.put((rank, message))
+                self._inbox.put((message["epoch"], rank, message))
 
-    def _run(self) -> None:
+    def _serve(self) -> None:
+        """Take steps until the ranks fail."""
         try:
             while self._failure is None:
                 self._send_steps()
@@ -157,18 +268,13 @@ class Group:
         except queue.Empty:
             late = self._under_way[0]
             behind = sorted(set(range(len(self._ranks.channels))) - late.answered)
-            self._fail(
-                RankLost(
-                    behind[0],
-                    f"step {late.step.number} took longer than {self._step_deadline_s:g} s; "
-                    f"ranks {behind} have not finished it",
-                )
+            why = (
+                f"step {late.step.number} took longer than {self._step_deadline_s:g} s; "
+                f"ranks {behind} have not finished it"
             )
+            self._lose(RankLost(behind[0], why))
         except CenacleError as error:
-            self._fail(error)
-        except Exception as error:
-            self._fail(ClusterError(f"the front failed: {error!r}"))
-            raise
+            self._lose(error)
 
     def _patience(self) -> float | None:
         return self._step_deadline_s if self._under_way else None
@@ -177,10 +283,12 @@ class Group:
         while len(self._under_way) < DEPTH:
             with self._lock:
                 step = self._scheduler.next_step()
+                if step is not None:
+                    self._admitted.update(request.id for request in step.admitted)
             if step is None:
                 return
             self._under_way.append(_Running(step))
-            message = {"type": "step", "step": step.to_json()}
+            message = {"type": "step", "epoch": self._state.epoch, "step": step.to_json()}
             for rank, channel in enumerate(self._ranks.channels):
                 try:
                     channel.send(message)
@@ -198,10 +306,12 @@ class Group:
                 return
             self._handle(item)
 
-    def _handle(self, item: tuple[int, dict[str, Any] | ClusterError] | None) -> None:
+    def _handle(self, item: _Heard | None) -> None:
         if item is None:
             return
-        rank, message = item
+        epoch, rank, message = item
+        if epoch != self._state.epoch:
+            return  # of ranks that have been ended
         if isinstance(message, ClusterError):
             raise self._ranks.blame(rank, str(message))
         if message["type"] == "error":
@@ -235,24 +345,113 @@ class Group:
         running.others.clear()
 
     def _deliver(self, events: list[TokenEvent]) -> None:
+        told: list[tuple[Sink, TokenEvent]] = []
         with self._lock:
-            kept = self._scheduler.seen(events)
-            sinks = [(self._sinks.get(e.request), e) for e in kept]
-            for event in kept:
+            for event in self._scheduler.seen(events):
+                asked = self._asked.get(event.request)
+                if asked is None:
+                    continue
+                if asked.given and event.cached:
+                    event = replace(event, cached=0)  # its own prompt was counted before
+                asked.given.append(event.token)
+                asked.losses = 0
                 if event.finish is not None:
-                    self._sinks.pop(event.request, None)
-        for sink, event in sinks:
-            if sink is not None:
-                sink(event)
+                    del self._asked[event.request]
+                told.append((asked.sink, event))
+            self._try_suspect()
+            if told and self._state.in_a_row:
+                self._state = supervisor.after(self._state, Answered(time.monotonic()))
+        for sink, event in told:
+            sink(event)
+
+    # When they fail
+
+    def _lose(self, error: CenacleError) -> None:
+        """End this epoch's ranks, and queue again what they were working on."""
+        if self._failure is not None:
+            return  # they have been told to end
+        if self._start is None:
+            self._fail(error)
+            return
+        log.warning("epoch %d ended: %s", self._state.epoch, error)
+        rank = error.rank if isinstance(error, RankLost) else None
+        self._note(Lost(time.monotonic(), str(error), rank))
+        self._ranks.close(now=True)
+        self._under_way.clear()
+        hopeless: list[_Asked] = []
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._scheduler.lost()
+            admitted, self._admitted = self._admitted, set()
+            for asked in [self._asked[name] for name in admitted if name in self._asked]:
+                asked.losses += 1
+                if asked.losses == LOSSES:
+                    hopeless.append(self._asked.pop(asked.request.id))
+            # Those who were being answered come first.
+            again = sorted(self._asked.values(), key=lambda a: a.request.id not in admitted)
+            for asked in again:
+                if asked.losses < SUSPECT:
+                    self._scheduler.submit(asked.request.after(asked.given))
+            self._suspects = deque(asked for asked in again if asked.losses >= SUSPECT)
+            self._on_trial = None
+            self._try_suspect()
+        for asked in hopeless:
+            why = f"this request was ended: the group was lost {LOSSES} times while it ran: {error}"
+            asked.sink(ClusterError(why))
+
+    def _try_suspect(self) -> None:
+        """Let the next suspect run if the last one has had a token, or is gone."""
+        tried = self._on_trial
+        if tried is not None and tried.losses and tried.request.id in self._asked:
+            return
+        self._on_trial = None
+        while self._suspects and self._on_trial is None:
+            asked = self._suspects.popleft()
+            if asked.request.id in self._asked:
+                self._on_trial = asked
+                self._scheduler.submit(asked.request.after(asked.given))
+
+    def _start_ranks(self, number: int) -> None:
+        assert self._start is not None, "without it the first failure is the last"
+        began = time.monotonic()
+        try:
+            ranks = self._start(Epoch(number, self._ending))
+        except (CenacleError, OSError) as error:
+            if not self._ending.is_set():
+                log.warning("epoch %d could not be started: %s", number, error)
+            rank = error.rank if isinstance(error, RankLost) else None
+            self._note(Refused(time.monotonic(), str(error), rank))
+            return
+        with self._lock:
+            if self._failure is None:
+                self._ranks = ranks
+                self._state = supervisor.after(self._state, supervisor.Started(time.monotonic()))
+                again = len(self._asked)
+        if self._failure is not None:
+            ranks.close(now=True)
+            return
+        self._listen()
+        took = time.monotonic() - began
+        log.warning("epoch %d works, started in %.1f s; %d requests go on", number, took, again)
 
     def _fail(self, error: CenacleError, *, now: bool = True) -> None:
         with self._lock:
             if self._failure is not None:
                 return
             self._failure = error
+            rank = error.rank if isinstance(error, RankLost) else None
+            self._state = replace(
+                self._state, phase="failed", since=time.monotonic(), reason=str(error), rank=rank
+            )
             self._scheduler.lost()
-            sinks, self._sinks = list(self._sinks.values()), {}
+            self._suspects.clear()
+            told, self._asked = list(self._asked.values()), {}
         # First the clients are told, then the ranks are ended: that may take a moment.
-        for sink in sinks:
-            sink(error)
+        for asked in told:
+            asked.sink(error)
         self._ranks.close(now=now)
+
+
+def _again(state: supervisor.State, reason: str) -> CenacleError:
+    return ClusterError(reason) if state.rank is None else RankLost(state.rank, reason)

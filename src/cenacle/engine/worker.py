@@ -58,6 +58,11 @@ def own_rank() -> int:
     raise ClusterError("this program is started by cenacle, not by hand: it has no rank")
 
 
+def epoch() -> int:
+    """Which of a group's successive sets of ranks this process is of."""
+    return int(os.environ.get("CENACLE_EPOCH", "0"))
+
+
 def stay_on_cores() -> None:
     """Run on this rank's cores only, where the launcher was given some (Linux)."""
     cores = json.loads(os.environ.get("CENACLE_CORES", "null"))
@@ -76,7 +81,7 @@ def connect() -> Channel:
     sock.settimeout(10)
     sock.connect(os.environ["CENACLE_CONTROL"])
     channel = Channel(sock, deadline_s=30)
-    hello = {"type": "hello", "rank": own_rank(), "pid": os.getpid()}
+    hello = {"type": "hello", "epoch": epoch(), "rank": own_rank(), "pid": os.getpid()}
     channel.send({**hello, "token": os.environ.pop("CENACLE_TOKEN")})
     return channel
 
@@ -108,7 +113,7 @@ def last_words(channel: Channel, error: Exception) -> None:
     text = str(error) if isinstance(error, CenacleError) else f"{type(error).__name__}: {error}"
     kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
     try:
-        channel.send({"type": "error", "kind": kind, "message": text})
+        channel.send({"type": "error", "epoch": epoch(), "kind": kind, "message": text})
     except ClusterError:
         sys.exit(1)
 
@@ -158,11 +163,14 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
             engine.close()
             collective.close()
             return
+        if message["epoch"] != epoch():
+            raise ClusterError(f"expected steps of epoch {epoch()}, got one of {message['epoch']}")
         step = Step.from_json(message["step"])
         events, report = engine.step(step)
         channel.send(
             {
                 "type": "stepped",
+                "epoch": epoch(),
                 "number": step.number,
                 "tokens": [list(asdict(e).values()) for e in events],
                 "report": report,

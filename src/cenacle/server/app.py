@@ -40,7 +40,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .. import __version__
 from ..dialogue import Message
 from ..engine.text import AnswerStream
-from ..errors import ClusterError, InputError, RankLost
+from ..errors import ClusterError, InputError
 from . import anthropic, description, exchange, grammars, openai, responses
 from .answering import Answering, Draft, json_response, refusal
 from .auth import Keys
@@ -131,7 +131,8 @@ def serve(
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; the socket is closed then, the model is not.
 
-    When the group fails the server stays, and says so to everyone who asks.
+    While the group is being formed again requests wait; when it has failed for good the server
+    stays, and says so to everyone who asks.
 
     Args:
         model: loaded, with a tokenizer.
@@ -208,19 +209,22 @@ class Api:
 
     async def _health(self, http: HttpRequest) -> Response:
         if "key" not in http.scope["state"]:  # for load balancers: nothing but the truth
-            failed = self._model.group.failure is not None
-            return json_response(503 if failed else 200, {"status": "failed" if failed else "ok"})
+            phase = self._model.group.state.phase
+            return json_response(200 if phase == "ok" else 503, {"status": phase})
         group, ranks = self._model.group, self._model.ranks
-        if (failure := group.failure) is not None:
-            body: dict[str, Any] = {"status": "failed", "reason": str(failure)}
-            if isinstance(failure, RankLost):
-                body["rank"] = failure.rank
-            return json_response(503, {**body, "model": self._served.model})
+        state = group.state
+        if state.phase != "ok":
+            body: dict[str, Any] = {"status": state.phase, "reason": state.reason}
+            body["for_s"] = round(time.monotonic() - state.since, 1)
+            if state.rank is not None:
+                body["rank"] = state.rank
+            return json_response(503, {**body, "model": self._served.model, **group.load})
         who = [
             {"rank": rank, "pid": pid, "device": ready.get("device")}
             for rank, (pid, ready) in enumerate(zip(ranks.pids, ranks.ready, strict=True))
         ]
         body = {"status": "ok", "model": self._served.model, "nodes": self._model.plan.nodes}
+        body["recoveries"] = state.recoveries
         return json_response(200, {**body, "ranks": who, **group.load})
 
     async def _models(self, _: HttpRequest) -> Response:

@@ -1,0 +1,316 @@
+"""A group over played ranks that fail by a script: who is told what, and what goes on.
+
+A played rank's token is a number made of all tokens before it, so an answer that goes on in a wrong
+place is another answer. Real ranks that fail: `tests/ranks/test_recovery.py`.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cenacle.cluster.supervisor import Machines
+from cenacle.engine import lockstep
+from cenacle.engine.channel import Closed
+from cenacle.engine.lockstep import Epoch, Group
+from cenacle.engine.scheduler import Scheduler
+from cenacle.errors import CenacleError, ClusterError, RankLost
+from cenacle.request import Request, Step, TokenEvent
+
+Fault = Callable[["PlayedRank", Step], None]
+
+
+class PlayedRank:
+    """A rank, and the front's channel to it."""
+
+    def __init__(self, rank: int, epoch: int, fault: Fault) -> None:
+        self.rank, self.epoch, self._fault = rank, epoch, fault
+        self._running: dict[str, list[int]] = {}
+        self._left: dict[str, int] = {}
+        self._said: queue.Queue[dict | None] = queue.Queue()
+        self.lie = 0
+        self.steps = 0
+
+    def send(self, message: dict) -> None:
+        assert message["epoch"] == self.epoch
+        step = Step.from_json(message["step"])
+        assert step.number == self.steps, "a step is missing"
+        self.steps += 1
+        for request_id in step.cancelled:
+            self._running.pop(request_id, None)
+        for request in step.admitted:
+            self._running[request.id] = list(request.tokens)
+            self._left[request.id] = request.max_tokens
+        self._fault(self, step)
+        time.sleep(0.001)  # somebody else should get a turn
+        tokens = []
+        for request_id, known in list(self._running.items()):
+            known.append((sum(known) * 31 + len(known) + self.lie) % 1009)
+            self._left[request_id] -= 1
+            finish = None if self._left[request_id] else "length"
+            if finish:
+                del self._running[request_id]
+            tokens.append([request_id, known[-1], finish])
+        said = {"type": "stepped", "number": step.number, "tokens": tokens, "report": None}
+        self.say(said)
+
+    def say(self, message: dict, epoch: int | None = None) -> None:
+        self._said.put({"epoch": self.epoch if epoch is None else epoch, **message})
+
+    def hang_up(self) -> None:
+        self._said.put(None)
+
+    def receive(self) -> dict:
+        message = self._said.get(timeout=20)
+        if message is None:
+            raise Closed("closed the connection")
+        return message
+
+
+class PlayedRanks:
+    """Two of them."""
+
+    def __init__(self, epoch: int, fault: Fault) -> None:
+        self.channels = [PlayedRank(rank, epoch, fault) for rank in (0, 1)]
+        self.pids, self.ready, self.backend, self.backend_reason = [], [], "played", None
+        self.closed = False
+
+    def blame(self, rank: int, reason: str) -> RankLost:
+        return RankLost(rank, f"rank {rank} {reason}")
+
+    def close(self, *, now: bool) -> None:
+        self.closed = True
+        for channel in self.channels:
+            channel.hang_up()
+
+
+class Stage:
+    """Starts played ranks and remembers them."""
+
+    def __init__(self, fault: Fault, refuse: tuple[int, ...] = ()) -> None:
+        self.fault, self.refuse = fault, refuse
+        self.epochs: list[PlayedRanks] = []
+        self.starts: list[int] = []
+
+    def __call__(self, epoch: Epoch) -> PlayedRanks:
+        assert all(ranks.closed for ranks in self.epochs), "two groups at once"
+        self.starts.append(epoch.number)
+        if epoch.number in self.refuse:
+            raise ClusterError("no memory is left")
+        self.epochs.append(PlayedRanks(epoch.number, self.fault))
+        return self.epochs[-1]
+
+
+class Client:
+    """Asks for a number of tokens, and keeps what it is told."""
+
+    def __init__(self, group: Group, name: str, length: int = 20, prompt: tuple = (1, 2)) -> None:
+        self.tokens: list[int] = []
+        self.error: CenacleError | None = None
+        self._done = threading.Event()
+        request = Request(name, prompt, length)
+        known = list(prompt)
+        for _ in range(length):
+            known.append((sum(known) * 31 + len(known)) % 1009)
+        self.expected = known[len(prompt) :]
+        group.submit(request, self._told)
+
+    def _told(self, event: TokenEvent | CenacleError) -> None:
+        assert not self._done.is_set(), "told after the end"
+        if isinstance(event, CenacleError):
+            self.error = event
+        else:
+            self.tokens.append(event.token)
+        if self.error is not None or event.finish is not None:
+            self._done.set()
+
+    def wait(self) -> list[int]:
+        assert self._done.wait(10), f"not told the end, got {len(self.tokens)}"
+        if self.error is not None:
+            raise self.error
+        return self.tokens
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cenacle.cluster.supervisor.BACKOFF_S", (0.0, 0.01, 0.02))
+
+
+@pytest.fixture
+def play() -> Iterator[Callable[..., tuple[Group, Stage]]]:
+    made: list[tuple[Group, Stage]] = []
+
+    def begin(fault: Fault, refuse: tuple[int, ...] = (), batch: int = 8) -> tuple[Group, Stage]:
+        stage = Stage(fault, refuse)
+        ranks = stage(Epoch(0, threading.Event()))
+        group = Group(ranks, Scheduler(batch, 0), start=stage)
+        made.append((group, stage))
+        return made[-1]
+
+    yield begin
+    for group, stage in made:
+        group.close()
+        assert all(ranks.closed for ranks in stage.epochs)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.002)
+
+
+def die(rank: PlayedRank, step: Step) -> None:
+    rank.say({"type": "error", "kind": "ClusterError", "message": "its disk is gone"})
+
+
+def disagree(rank: PlayedRank, step: Step) -> None:
+    rank.lie = 1
+
+
+def leave(rank: PlayedRank, step: Step) -> None:
+    rank.hang_up()
+    raise Closed("the connection was lost")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(die, "failed: its disk is gone"), (disagree, "disagrees at step 5"), (leave, "connection")],
+)
+def test_every_answer_goes_on_where_it_was(play, wrong, said):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch < 3 and rank.rank == 1 and step.number == 5:
+            wrong(rank, step)
+
+    group, stage = play(fault, batch=3)
+    clients = [Client(group, f"{n}", 20 + n, (n, 7)) for n in range(5)]  # two of them wait
+    for client in clients:
+        assert client.wait() == client.expected
+    assert stage.starts == [0, 1, 2, 3]
+    state = group.state
+    assert (state.phase, state.epoch, state.rank, state.recoveries) == ("ok", 3, 1, 3)
+    assert said in state.reason
+    assert group.load == {"running": 0, "waiting": 0}
+
+
+def test_what_an_older_epoch_says_is_not_heard(play):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch == 0 and rank.rank == 0 and step.number == 3:
+            die(rank, step)
+        if rank.epoch == 1:  # late messages of ranks that were ended, over whatever way
+            late = {"type": "stepped", "number": step.number, "report": None}
+            rank.say({**late, "tokens": [["a", 7, None]]}, epoch=0)
+            rank.say({"type": "error", "kind": "ClusterError", "message": "old"}, epoch=0)
+
+    group, stage = play(fault)
+    client = Client(group, "a")
+    assert client.wait() == client.expected
+    assert stage.starts == [0, 1]
+
+
+def test_a_group_that_fails_again_and_again_is_given_up_and_says_why(play):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        leave(rank, step)  # no step is ever finished
+
+    group, stage = play(fault, refuse=(2, 3))
+    client = Client(group, "a", 3)
+    with pytest.raises(ClusterError, match=r"no memory is left \(given up after 4 failures"):
+        client.wait()
+    assert stage.starts == [0, 1, 2, 3]
+    assert group.state.phase == "failed"
+    with pytest.raises(ClusterError, match="no memory is left"):
+        Client(group, "b")
+
+
+def test_a_request_that_ends_the_ranks_is_ended_and_the_others_go_on(play):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if any(request.id == "poison" for request in step.admitted):
+            leave(rank, step)
+
+    group, stage = play(fault)
+    others = [Client(group, f"{n}", 60 + n, (n,)) for n in range(3)]
+    until(lambda: len(others[0].tokens) > 3)
+    poison = Client(group, "poison")
+    with pytest.raises(ClusterError, match="the group was lost 3 times while it ran: rank 0"):
+        poison.wait()
+    for other in others:
+        assert other.wait() == other.expected
+    assert stage.starts == [0, 1, 2, 3]
+    assert group.failure is None
+
+
+def test_who_left_while_ranks_are_started_is_not_asked_for_again(play):
+    started = threading.Event()
+    asked = []
+
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch == 0 and step.number == 4:
+            leave(rank, step)
+        asked.extend((rank.epoch, request.id) for request in step.admitted)
+
+    group, stage = play(fault)
+    plain = stage.__call__
+
+    def slow(epoch: Epoch) -> PlayedRanks:
+        started.wait(5)
+        return plain(epoch)
+
+    group._start = slow
+    gone, stays = Client(group, "gone"), Client(group, "stays")
+    until(lambda: group.state.phase == "recovering")
+    group.cancel("gone")
+    late = Client(group, "late")
+    started.set()
+    assert stays.wait() == stays.expected
+    assert late.wait() == late.expected
+    assert {name for epoch, name in asked if epoch == 1} == {"stays", "late"}
+    assert len(gone.tokens) < 20
+
+
+def test_a_group_can_be_closed_while_its_ranks_are_started(play):
+    begun = threading.Event()
+
+    def never(epoch: Epoch) -> PlayedRanks:
+        begun.set()
+        assert epoch.ending.wait(5), "not told that the group is closed"
+        raise ClusterError("ended")
+
+    def fault(rank: PlayedRank, step: Step) -> None:
+        leave(rank, step)
+
+    group, _ = play(fault)
+    group._start = never
+    client = Client(group, "a")
+    assert begun.wait(5)
+    group.close()
+    with pytest.raises(ClusterError, match="closed"):
+        client.wait()
+    assert not group._thread.is_alive()
+
+
+def test_a_machine_that_is_needed_is_waited_for(play):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch == 0 and step.number == 4:
+            leave(rank, step)
+
+    group, stage = play(fault)
+    group.tell(Machines(0, ("carol",), fits=False))
+    client = Client(group, "a")
+    until(lambda: group.state.phase == "recovering")
+    time.sleep(0.05)
+    assert stage.starts == [0]
+    group.tell(Machines(1))
+    assert client.wait() == client.expected
+    assert stage.starts == [0, 1]
+
+
+def test_without_a_way_to_start_others_the_first_failure_is_the_last():
+    group = Group(PlayedRanks(0, die), Scheduler(4, 0))
+    client = Client(group, "a")
+    with pytest.raises(RankLost, match="its disk is gone"):
+        client.wait()
+    assert group.state.phase == "failed"
+    assert lockstep.LOSSES > 1
+    group.close()
