@@ -1,0 +1,260 @@
+"""From tokens to the parts of an answer, and from messages to tokens, with mlx-lm's own parsers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cenacle
+from cenacle.dialogue import Part, Tool, joined
+from cenacle.engine.text import Text
+from cenacle.errors import InputError
+from cenacle.request import TokenEvent
+from cenacle.server import grammars
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+WEATHER = Tool("weather", "Look outside", {"type": "object"})
+# As Qwen's: tools in the system's turn, calls between marks, reasoning where it is wanted.
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n"
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    'Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}"
+    "{% for tool_call in m.tool_calls or [] %}{% set tool_call = tool_call.function %}"
+    '<tool_call>{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}'
+    "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking %}<think>{% endif %}{% if shout %}!{% endif %}{% endif %}"
+)
+
+
+def text_of(folder: Path, template: str, marks: tuple[str, ...] = ()) -> Text:
+    """The demo's tokenizer with another template and with marks as tokens of their own."""
+    config = json.loads((DEMO / "config.json").read_text())
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    first = max(tokenizer["model"]["vocab"].values()) + 100
+    tokenizer["added_tokens"] += [
+        {
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False),
+            "id": first + at,
+            "content": mark,
+        }
+        for at, mark in enumerate(marks)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "chat_template.jinja").write_text(template)
+    shutil.copy(DEMO / "tokenizer_config.json", folder)
+    return Text(folder, config)
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory) -> Text:
+    """A model that thinks and calls tools as Qwen's do."""
+    return text_of(tmp_path_factory.mktemp("thinker"), TEMPLATE, ("<think>", "</think>"))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Text:
+    """The demo itself."""
+    return Text(DEMO, json.loads((DEMO / "config.json").read_text()))
+
+
+def parts_of(text: Text, said: str, tools=(WEATHER,), stop=(), prompt=()) -> list[Part]:
+    stream = text.chat(stop, tools, prompt)
+    parts = [part for token in text.encode(said) for part in stream.add(token)]
+    return joined(parts + ([] if stream.stopped else stream.end()))
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
+CALLED = Part("call", '{"place": "Oslo"}', "weather")
+
+
+@pytest.mark.parametrize(
+    ("said", "parts"),
+    [
+        ("It rains.", [Part("text", "It rains.")]),
+        (CALL, [CALLED]),
+        (f"Let me look.\n{CALL}", [Part("text", "Let me look.\n"), CALLED]),
+        (f"{CALL}\n{CALL}", [CALLED, CALLED]),
+        (
+            f"<think>\nHm.\n</think>\n\nYes.{CALL}",
+            [Part("reasoning", "Hm.\n"), Part("text", "Yes."), CALLED],
+        ),
+        ("a <tool_ b </think>", [Part("text", "a <tool_ b </think>")]),
+        ("<think>never ends", [Part("reasoning", "never ends")]),
+        ("1 < 2 <tool", [Part("text", "1 < 2 <tool")]),
+        ("\n\nfirst lines stay", [Part("text", "\n\nfirst lines stay")]),
+        # What cannot be read as a call is not lost.
+        ("<tool_call>{</tool_call>", [Part("text", "<tool_call>{</tool_call>")]),
+        ("<tool_call>[1]</tool_call>", [Part("text", "<tool_call>[1]</tool_call>")]),
+        (
+            '<tool_call>{"name": "weather"',
+            [Part("text", '<tool_call>{"name": "weather"</tool_call>')],
+        ),
+    ],
+)
+def test_an_answer_in_parts(thinker, said, parts):
+    assert parts_of(thinker, said) == parts
+
+
+def test_calls_are_text_where_no_tools_are_offered(thinker):
+    assert parts_of(thinker, CALL, tools=()) == [Part("text", CALL)]
+
+
+def test_reasoning_that_the_prompt_has_begun(thinker):
+    ask = [{"role": "user", "content": "Why?"}]
+    prompt = thinker.render(ask, think=True)
+    assert parts_of(thinker, "Hm.</think>So.", prompt=prompt) == [
+        Part("reasoning", "Hm."),
+        Part("text", "So."),
+    ]
+    assert parts_of(thinker, "So.", prompt=thinker.render(ask, think=False)) == [
+        Part("text", "So.")
+    ]
+    stream = thinker.chat((), (), prompt)
+    for token in thinker.encode("abc</think>de"):
+        stream.add(token)
+    assert stream.reasoning == len(thinker.encode("abc")) + 1
+
+
+def test_stop_strings_are_for_the_text_alone(thinker):
+    said = "<think>stop?</think>Go, stop, go"
+    assert parts_of(thinker, said, stop=["stop"]) == [
+        Part("reasoning", "stop?"),
+        Part("text", "Go, "),
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "x", "\n", "é"]), max_size=8)
+)
+def test_nothing_that_is_said_is_lost(thinker, words):
+    """Joined, with marks and the lines beside them aside, the parts are what was said."""
+
+    def bare(said: str) -> str:
+        for mark in ("<think>", "</think>", "<tool_call>", "</tool_call>", "\n"):
+            said = said.replace(mark, "")
+        return said
+
+    said = "".join(words)
+    assert bare("".join(part.text for part in parts_of(thinker, said))) == bare(said)
+
+
+# What each of mlx-lm's parsers reads; the templates name the marks by which mlx-lm knows them.
+SCRIPTS = {
+    "qwen3_coder": (
+        "<tool_call>\n<function=",
+        "<tool_call>\n<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>\n"
+        "</tool_call>",
+    ),
+    "mistral": ("[TOOL_CALLS]", '[TOOL_CALLS]weather[ARGS]{"place": "Oslo"}'),
+    "glm47": (
+        "<arg_key>",
+        "<tool_call>weather<arg_key>place</arg_key><arg_value>Oslo</arg_value></tool_call>",
+    ),
+    "kimi_k2": (
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+        '<|tool_call_argument_begin|>{"place": "Oslo"}<|tool_call_end|><|tool_calls_section_end|>',
+    ),
+    "minimax_m2": (
+        "<minimax:tool_call>",
+        '<minimax:tool_call><invoke name="weather"><parameter name="place">Oslo</parameter>'
+        "</invoke></minimax:tool_call>",
+    ),
+    "pythonic": (
+        "<|tool_call_start|>",
+        '<|tool_call_start|>[weather(place="Oslo")]<|tool_call_end|>',
+    ),
+}
+
+
+@pytest.mark.parametrize("parser", SCRIPTS)
+def test_every_form_of_calls(tmp_path, parser):
+    mark, said = SCRIPTS[parser]
+    text = text_of(tmp_path, f"{{# {mark} #}}{{{{ tools }}}}")
+    (call,) = parts_of(text, said)
+    assert (call.kind, call.name, json.loads(call.text)) == ("call", "weather", {"place": "Oslo"})
+    assert call.id == ("functions.weather:0" if parser == "kimi_k2" else "")
+
+
+def test_forced_calls_are_read_at_the_end(plain):
+    said = '[{"name": "weather", "arguments": {"place": "Oslo"}}, {"name": "b", "arguments": {}}]'
+    stream = plain.called(grammars.read_calls)
+    tokens = plain.encode(said)
+    assert [part for token in tokens for part in stream.add(token)] == []
+    assert stream.end() == [CALLED, Part("call", "{}", "b")]
+    cut = plain.called(grammars.read_calls)
+    for token in tokens[:-5]:
+        cut.add(token)
+    assert cut.end() == [Part("text", plain.decode(tokens[:-5]))]
+
+
+def test_a_template_is_told_of_tools_and_calls(thinker):
+    call = {"function": {"name": "weather", "arguments": {"place": "Oslo"}}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+    ]
+    said = thinker.decode(thinker.render(messages, [WEATHER]))
+    assert '"name": "weather"' in said.split("<|im_start|>")[1]
+    assert (
+        '<think>Hm.</think><tool_call>{"name": "weather", "arguments": {"place": "Oslo"}}' in said
+    )
+    assert "tool\nrain" in said
+    assert (thinker.renders_tools, thinker.calls_tools, thinker.thinks) == (True, True, True)
+
+
+def test_a_model_without_words_for_tools(plain):
+    assert (plain.renders_tools, plain.calls_tools, plain.thinks) == (False, False, False)
+    call = {"function": {"name": "weather", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+    ]
+    told = grammars.told(messages, [WEATHER])
+    assert [m["role"] for m in told] == ["system", "user", "assistant", "user"]
+    said = plain.decode(plain.render(told))
+    assert "Look outside" in said
+    assert '[{"name": "weather", "arguments": {}}]' in said
+    assert "rain" in said
+
+
+def test_options_go_to_the_template_or_are_refused(thinker):
+    ask = [{"role": "user", "content": "Why?"}]
+    assert thinker.decode(thinker.render(ask, options={"shout": True})).endswith("!")
+    for name in ("whisper", "tools", "messages", "add_generation_prompt", "chat_template"):
+        with pytest.raises(InputError, match=name) as caught:
+            thinker.render(ask, options={name: True})
+        assert caught.value.field == name
+
+
+def test_a_last_message_may_be_continued(plain):
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is"}]
+    assert plain.decode(plain.render(messages, continued=True)).endswith("assistant\nIt is")
+
+
+def test_reasoning_is_closed_where_it_is_not_wanted(tmp_path):
+    always = "{{ messages[0].content }}<think>"
+    text = text_of(tmp_path, always, ("<think>", "</think>"))
+    ask = [{"role": "user", "content": "Why?"}]
+    assert text.decode(text.render(ask)).endswith("<think>")
+    assert text.decode(text.render(ask, think=False)).endswith("<think></think>")
+
+
+def test_tokens_in_reports_have_their_bytes(plain):
+    (first, *_) = tokens = plain.encode("é 4")
+    assert (
+        b"".join(plain.logged(TokenEvent("", t, None, -1.0)).data for t in tokens) == "é 4".encode()
+    )
+    logged = plain.logged(TokenEvent("", first, None, -1.0, ((first, -1.0), (tokens[-1], -2.0))))
+    assert [one.logprob for one in logged.top] == [-1.0, -2.0]
+    assert logged.top[1].data == b"4"

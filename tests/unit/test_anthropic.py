@@ -1,0 +1,236 @@
+"""Anthropic's Messages API as plain data. The bodies are what the official client was seen to send;
+what is answered is read by the official client's own types."""
+
+import json
+from typing import Any
+
+import pytest
+from anthropic import types
+from pydantic import TypeAdapter
+
+from cenacle.dialogue import Finish, Part, Usage
+from cenacle.errors import CenacleError, ClusterError, InputError
+from cenacle.server import anthropic
+from cenacle.server.exchange import Asked, Choice, Head, Served
+from cenacle.server.fields import Refused
+
+SERVED = Served("house", 100, 50)
+HEAD = Head("1", 7, "house", "fp_1")
+STOP, LENGTH = Finish("stop"), Finish("length")
+EVENT: TypeAdapter[Any] = TypeAdapter(types.RawMessageStreamEvent)
+HELLO = [{"role": "user", "content": "hello"}]
+SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}}
+TOOL = {"name": "weather", "description": "Look outside", "input_schema": SCHEMA}
+
+# As anthropic.Anthropic().messages.create sends it in the second round of a loop.
+LOOP: dict[str, Any] = {
+    "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": "Weather in Oslo?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Ask.", "signature": ""},
+                {"type": "text", "text": "Let me look.", "citations": None},
+                {
+                    "id": "toolu_1_0",
+                    "caller": None,
+                    "input": {"place": "Oslo"},
+                    "name": "weather",
+                    "type": "tool_use",
+                },
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_1_0", "content": "rain"},
+                {"type": "text", "text": "And tomorrow?"},
+            ],
+        },
+    ],
+    "tools": [TOOL],
+}
+
+
+def read(**fields: Any) -> Asked:
+    body = {"model": "house", "max_tokens": 9, "messages": HELLO, **fields}
+    return anthropic.read(json.dumps(body).encode(), SERVED)
+
+
+def test_a_plain_question() -> None:
+    asked = read(temperature=0.5, top_k=3, top_p=0.5, stop_sequences=["a"], stream=True)
+    assert asked.prompts == (tuple(HELLO),)
+    assert (asked.max_tokens, asked.stop, asked.stream) == (9, ("a",), True)
+    sampling = asked.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 3, 0.5)
+    assert read(metadata={"user_id": "me"}, service_tier="auto") == read()
+
+
+def test_a_round_of_tools_becomes_messages() -> None:
+    function = {"name": "weather", "arguments": {"place": "Oslo"}}
+    assert read(**LOOP).prompts[0] == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather in Oslo?"},
+        {
+            "role": "assistant",
+            "content": "Let me look.",
+            "reasoning_content": "Ask.",
+            "tool_calls": [{"id": "toolu_1_0", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "toolu_1_0", "content": "rain"},
+        {"role": "user", "content": "And tomorrow?"},
+    )
+
+
+def test_messages_of_one_role_make_one_turn_and_a_last_one_of_the_assistant_is_continued() -> None:
+    one, two = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
+    begun = {"role": "assistant", "content": "It is"}
+    asked = read(messages=[one, two, begun])
+    assert asked.prompts[0] == ({"role": "user", "content": "a\nb"}, begun)
+    assert asked.continued
+    assert not read().continued
+
+
+def test_errors_of_tools_are_said() -> None:
+    result = {"type": "tool_result", "tool_use_id": "t", "is_error": True, "content": [TEXT]}
+    messages = [{"role": "user", "content": [result]}]
+    (message,) = read(messages=messages).prompts[0]
+    assert message == {"role": "tool", "tool_call_id": "t", "content": "Error: no"}
+
+
+TEXT = {"type": "text", "text": "no"}
+
+
+def test_the_choice_of_tools() -> None:
+    free = read(tools=[TOOL])
+    assert (len(free.tools), free.calls, free.grammar) == (1, None, None)
+    every = read(tools=[TOOL], tool_choice={"type": "any", "disable_parallel_tool_use": True})
+    assert (every.calls, every.parallel, every.grammar is not None) == ("required", False, True)
+    named = read(tools=[{**TOOL, "strict": True}], tool_choice={"type": "tool", "name": "weather"})
+    assert (named.calls, named.grammar is not None) == ("weather", True)
+    assert read(tools=[TOOL], tool_choice={"type": "none"}).tools == ()
+
+
+def test_thinking() -> None:
+    enabled = read(max_tokens=5000, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert (enabled.think, enabled.think_tokens) == (True, 1024)
+    assert read(thinking={"type": "disabled"}).think is False
+    assert read(thinking={"type": "adaptive"}).think is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"model": None}, "model: required"),
+        ({"max_tokens": None}, "max_tokens: required"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1"),
+        ({"temperature": 1.5}, "temperature: expected from 0 to 1"),
+        ({"stop_sequences": "a"}, "stop_sequences: expected a list"),
+        ({"seed": 1}, "seed: unknown"),
+        ({"container": "c"}, "container: not supported"),
+        ({"mcp_servers": [{}]}, "mcp_servers: not supported"),
+        ({"service_tier": "priority"}, "service_tier: not supported"),
+        ({"output_config": {"effort": "low"}}, "output_config.effort: not supported"),
+        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens: required"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "less than max_tokens=9"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type: not supported"),
+        ({"tools": [{**TOOL, "strict": True}]}, "tools[0].strict: not supported"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice: expected tools"),
+        ({"messages": []}, "messages: expected at least one"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content[0].type"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: required"),
+    ],
+)
+def test_what_is_refused_is_named(fields: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(**fields)
+    status, body = anthropic.failure(caught.value)
+    assert (status, body["type"]) == (400, "error")
+    assert body["error"]["type"] == "invalid_request_error"
+    assert word in body["error"]["message"]
+
+
+def test_errors_have_anthropics_types() -> None:
+    def kind(error: CenacleError) -> tuple[int, str]:
+        status, body = anthropic.failure(error)
+        return status, body["error"]["type"]
+
+    with pytest.raises(InputError) as other_model:
+        read(model="claude")
+    assert kind(other_model.value) == (404, "not_found_error")
+    assert kind(ClusterError("gone")) == (503, "overloaded_error")
+    assert kind(CenacleError("oh")) == (500, "api_error")
+    assert kind(Refused("big", status=413)) == (413, "request_too_large")
+
+
+PARTS = [
+    Part("reasoning", "Hm"),
+    Part("text", "It "),
+    Part("text", "rains"),
+    Part("call", '{"place": "Oslo"}', "weather"),
+]
+
+
+def put_together(parts: list[Part], finish: Finish, usage: Usage) -> Any:
+    """The message that the official client makes of a stream."""
+    from anthropic.lib.streaming._messages import accumulate_event
+
+    reply = anthropic.Reply(read(stream=True), HEAD)
+    events = [*reply.opening(0, Usage(usage.prompt, 0))]
+    for part in parts:
+        events += reply.piece(0, part)
+    events += [*reply.closing(0, finish), *reply.ending(usage)]
+    message: Any = None
+    pieces: dict[int, bytes] = {}  # of the JSON of calls
+    for name, data in events:
+        assert isinstance(data, dict)
+        assert name == data["type"]
+        event = EVENT.validate_python(data)
+        message = accumulate_event(event=event, current_snapshot=message, json_bufs=pieces)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("parts", "finish", "why"),
+    [
+        (PARTS, STOP, "tool_use"),
+        (PARTS[:3], STOP, "end_turn"),
+        (PARTS[:2], LENGTH, "max_tokens"),
+        (PARTS[:2], Finish("string", "ra"), "stop_sequence"),
+        ([], STOP, "end_turn"),
+    ],
+)
+def test_a_stream_makes_the_whole_message(parts: list[Part], finish: Finish, why: str) -> None:
+    usage = Usage(7, 3, 5)
+    whole = anthropic.Reply(read(), HEAD).whole([Choice(0, parts, finish)], usage)
+    message = types.Message.model_validate(whole)
+    assert (message.stop_reason, message.stop_sequence) == (why, finish.string)
+    assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (2, 5)
+    streamed = put_together(parts, finish, usage)
+    assert streamed.model_dump(exclude={"usage"}) == message.model_dump(exclude={"usage"})
+    assert streamed.usage.output_tokens == 3
+
+
+def test_the_blocks_of_a_message() -> None:
+    whole = anthropic.Reply(read(), HEAD).whole([Choice(0, PARTS, STOP)], Usage(7, 3))
+    assert whole["content"] == [
+        {"type": "thinking", "thinking": "Hm", "signature": ""},
+        {"type": "text", "text": "It rains", "citations": None},
+        {"type": "tool_use", "id": "toolu_1_0", "name": "weather", "input": {"place": "Oslo"}},
+    ]
+
+
+def test_a_failure_in_the_middle() -> None:
+    ((name, data),) = anthropic.Reply(read(), HEAD).failed(ClusterError("gone"))
+    assert isinstance(data, dict)
+    assert (name, data["error"]["message"]) == ("error", "gone")
+
+
+def test_counting_needs_no_limit() -> None:
+    body = {"model": "house", "messages": HELLO, "system": "x", "tools": [TOOL]}
+    asked = anthropic.read_count(json.dumps(body).encode(), SERVED)
+    assert asked.prompts[0][0] == {"role": "system", "content": "x"}
+    with pytest.raises(InputError, match="max_tokens: unknown"):
+        anthropic.read_count(json.dumps({**body, "max_tokens": 1}).encode(), SERVED)

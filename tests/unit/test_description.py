@@ -1,0 +1,129 @@
+"""The OpenAPI description says what is true: of bodies that are read, and of answers."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from cenacle.dialogue import Finish, Part, Usage
+from cenacle.errors import CenacleError, ClusterError
+from cenacle.server import anthropic, description, openai, responses
+from cenacle.server.exchange import Choice, Front, Head, Served
+from cenacle.server.fields import Refused
+
+SERVED = Served("house", 100, 50)
+PATHS = description.openapi("1")["paths"]
+HELLO = [{"role": "user", "content": "hello"}]
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+FRONTS: dict[str, tuple[Front, list[dict[str, Any]]]] = {
+    "/v1/chat/completions": (
+        openai.CHAT,
+        [
+            {"messages": HELLO},
+            {
+                "messages": HELLO,
+                "tools": [{"type": "function", "function": FUNCTION}],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+                "stop": "x",
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "logit_bias": {"3": 1},
+            },
+            {
+                "messages": HELLO,
+                "response_format": {"type": "regex", "pattern": "a"},
+                "stop": ["b"],
+            },
+            {
+                "messages": HELLO,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": True},
+                },
+            },
+        ],
+    ),
+    "/v1/completions": (
+        openai.TEXT,
+        [{"prompt": p, "echo": True} for p in ("a", [1, 2], ["a", "b"], [[1], [2]])],
+    ),
+    "/v1/responses": (
+        responses.FRONT,
+        [
+            {"input": "hello", "include": [responses.LOGPROBS], "top_logprobs": 3},
+            {
+                "input": HELLO,
+                "text": {"format": {"type": "json_object"}},
+                "reasoning": {"effort": "none"},
+            },
+            {
+                "input": HELLO,
+                "tools": [{"type": "function", **FUNCTION}],
+                "tool_choice": {"type": "function", "name": "f"},
+            },
+        ],
+    ),
+    "/v1/messages": (
+        anthropic.FRONT,
+        [
+            {
+                "model": "house",
+                "max_tokens": 2000,
+                "messages": HELLO,
+                "thinking": {"type": "enabled", "budget_tokens": 1024},
+            },
+            {
+                "model": "house",
+                "max_tokens": 9,
+                "system": "x",
+                "messages": HELLO,
+                "tools": [{"name": "f", "input_schema": {}}],
+                "tool_choice": {"type": "tool", "name": "f"},
+                "metadata": {"user_id": "me"},
+            },
+            {
+                "model": "house",
+                "max_tokens": 9,
+                "messages": HELLO,
+                "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+            },
+        ],
+    ),
+}
+PARTS = [Part("reasoning", "Hm"), Part("text", "a"), Part("call", "{}", "f")]
+
+
+def check(path: str, status: str, body: dict[str, Any]) -> None:
+    content = PATHS[path]["post"]["responses"][status]["content"]
+    jsonschema.validate(body, content["application/json"]["schema"])
+
+
+@pytest.mark.parametrize("path", FRONTS)
+def test_bodies_and_answers_are_as_described(path: str) -> None:
+    front, bodies = FRONTS[path]
+    schema = PATHS[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for body in bodies:
+        jsonschema.validate(body, schema)
+        asked = front.read(json.dumps(body).encode(), SERVED)
+        for finish in (Finish("stop"), Finish("length"), Finish("string", "x")):
+            reply = front.reply(asked, Head("1", 7, "house", "fp"))
+            check(path, "200", reply.whole([Choice(0, PARTS, finish)], Usage(3, 2)))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**bodies[0], "unknown": 1}, schema)
+
+
+@pytest.mark.parametrize("path", FRONTS)
+@pytest.mark.parametrize(
+    "error", [Refused("x"), Refused("x", status=404), ClusterError("x"), CenacleError("x")]
+)
+def test_errors_are_as_described(path: str, error: CenacleError) -> None:
+    status, body = FRONTS[path][0].failure(error)
+    check(path, str(status), body)
+
+
+def test_operations_have_names_of_their_own() -> None:
+    names = [operation["operationId"] for path in PATHS.values() for operation in path.values()]
+    assert len(set(names)) == len(names) == 9
+    json.dumps(PATHS)

@@ -1,0 +1,227 @@
+"""OpenAI's Responses API as plain data. The bodies are what the official clients were seen to send;
+what is answered is read by the official client's own types."""
+
+import json
+from typing import Any, get_args
+
+import pytest
+from openai.types import responses as types
+
+from cenacle.dialogue import Finish, Logged, Part, Usage
+from cenacle.errors import ClusterError, InputError
+from cenacle.server import openai, responses
+from cenacle.server.exchange import Asked, Choice, Head, Served
+
+SERVED = Served("house", 100, 50)
+HEAD = Head("1", 7, "house", "fp_1")
+STOP, LENGTH = Finish("stop"), Finish("length")
+# The client's own types of events, by name.
+EVENTS = {
+    get_args(event.model_fields["type"].annotation)[0]: event
+    for event in get_args(get_args(types.ResponseStreamEvent)[0])
+}
+
+# As openai.OpenAI().responses.create(input=..., tools=[openai.pydantic_function_tool(...)]) sends
+# it in the second round of a loop, the first answer's output given back.
+LOOP: dict[str, Any] = {
+    "model": "house",
+    "instructions": "Be brief.",
+    "input": [
+        {"role": "user", "content": "Weather in Oslo?"},
+        {
+            "id": "item_0_0",
+            "type": "reasoning",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": "Ask."}],
+            "encrypted_content": None,
+            "status": "completed",
+        },
+        {
+            "arguments": '{"place":"Oslo"}',
+            "call_id": "call_0_1",
+            "name": "weather",
+            "type": "function_call",
+            "id": "item_0_1",
+            "status": "completed",
+        },
+        {"type": "function_call_output", "call_id": "call_0_1", "output": "rain"},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "name": "weather",
+            "description": "Look outside",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+            "strict": False,
+        }
+    ],
+    "store": False,
+    "stream": True,
+}
+
+
+def read(**fields: Any) -> Asked:
+    return responses.read(json.dumps({"input": "hello", **fields}).encode(), SERVED)
+
+
+def refused(**fields: Any) -> tuple[str | None, str | None]:
+    with pytest.raises(InputError) as caught:
+        read(**fields)
+    error = openai.failure(caught.value)[1]["error"]
+    return error["param"], error["code"]
+
+
+def test_a_plain_question() -> None:
+    asked = read(max_output_tokens=5, temperature=0, seed=3, metadata={"a": "b"}, user="me")
+    assert asked.prompts == (({"role": "user", "content": "hello"},),)
+    assert (asked.max_tokens, asked.sampling.temperature, asked.sampling.seed) == (5, 0, 3)
+    assert asked.given["metadata"] == {"a": "b"}
+    assert asked.chat
+
+
+def test_a_round_of_tools_becomes_messages() -> None:
+    asked = read(**LOOP)
+    function = {"name": "weather", "arguments": {"place": "Oslo"}}
+    assert asked.prompts[0] == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather in Oslo?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "Ask.",
+            "tool_calls": [{"id": "call_0_1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "call_0_1", "content": "rain"},
+    )
+    assert [tool.name for tool in asked.tools] == ["weather"]
+    assert asked.stream
+
+
+def test_messages_of_parts_and_a_conversation() -> None:
+    items = [
+        {"role": "developer", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "message", "role": "user", "content": "b"},
+        {
+            "type": "message",
+            "id": "item_1",
+            "status": "completed",
+            "role": "assistant",
+            "content": [
+                {"type": "output_text", "text": "c", "annotations": [], "logprobs": []},
+            ],
+        },
+    ]
+    assert read(input=items).prompts[0] == (
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter"),
+        ({"store": True}, "store", "unsupported_parameter"),
+        ({"background": True}, "background", "unsupported_parameter"),
+        ({"conversation": "c"}, "conversation", "unsupported_parameter"),
+        ({"truncation": "auto"}, "truncation", "unsupported_parameter"),
+        ({"max_tool_calls": 1}, "max_tool_calls", "unsupported_parameter"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported_parameter"),
+        ({"include": ["file_search_call.results"]}, "include[0]", "unsupported_parameter"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary", "unsupported_parameter"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].type", "unsupported_parameter"),
+        ({"stop": "x"}, "stop", "unknown_parameter"),
+        ({"messages": []}, "messages", "unknown_parameter"),
+        ({"input": []}, "input", "invalid_value"),
+        ({"input": 3}, "input", "invalid_type"),
+        ({"input": [{"role": "tool", "content": ""}]}, "input[0].role", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.name", "missing"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ],
+)
+def test_what_is_refused_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+    field, given = refused(**fields)
+    assert field == param
+    assert given is not None
+    assert given.startswith(code)
+
+
+def test_formats_and_forced_calls_become_grammars() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    asked = read(text={"format": form})
+    assert asked.grammar is not None
+    assert asked.given["text"] == {"format": form}
+    forced = read(tools=LOOP["tools"], tool_choice={"type": "function", "name": "weather"})
+    assert (forced.calls, forced.grammar is not None) == ("weather", True)
+
+
+PARTS = [
+    Part("reasoning", "Hm"),
+    Part("reasoning", "."),
+    Part("text", "It ", logged=(Logged(b"It ", -0.5, (Logged(b"It ", -0.5),)),)),
+    Part("text", "rains", logged=(Logged(b"rains", -0.1, (Logged(b"snows", -3.0),)),)),
+    Part("call", '{"place": "Oslo"}', "weather"),
+    Part("call", "{}", "umbrella", "own-1"),
+]
+
+
+def stream(parts: list[Part], finish: Finish, usage: Usage, **fields: Any) -> list[Any]:
+    reply = responses.Reply(read(stream=True, **fields), HEAD)
+    events = [*reply.opening(0, Usage(3, 0))]
+    for part in parts:
+        events += reply.piece(0, part)
+    events += [*reply.closing(0, finish), *reply.ending(usage)]
+    for name, data in events:
+        assert isinstance(data, dict)
+        assert name == data["type"]
+    return [data for _, data in events]
+
+
+@pytest.mark.parametrize("finish", [STOP, LENGTH])
+def test_a_stream_ends_with_the_whole_response(finish: Finish) -> None:
+    fields = {"include": [responses.LOGPROBS], "top_logprobs": 1}
+    events = stream(PARTS, finish, Usage(3, 9, 2, 4), **fields)
+    whole = responses.Reply(read(**fields), HEAD).whole(
+        [Choice(0, PARTS, finish)], Usage(3, 9, 2, 4)
+    )
+    assert events[-1]["response"] == whole
+    assert [e["sequence_number"] for e in events] == list(range(len(events)))
+    for event in events:
+        EVENTS[event["type"]].model_validate(event)
+    read_back = types.Response.model_validate(whole)
+    assert read_back.output_text == "It rains"
+    assert [item.type for item in read_back.output] == [
+        *("reasoning", "message", "function_call", "function_call")
+    ]
+    assert read_back.status == ("completed" if finish is STOP else "incomplete")
+    assert read_back.usage is not None
+    assert read_back.usage.input_tokens_details.cached_tokens == 2
+    assert read_back.usage.output_tokens_details.reasoning_tokens == 4
+
+
+def test_the_events_of_each_item() -> None:
+    kinds = [e["type"].removeprefix("response.") for e in stream(PARTS[2:5], STOP, Usage(3, 9))]
+    assert kinds == [
+        *("created", "in_progress"),
+        *("output_item.added", "content_part.added", "output_text.delta", "output_text.delta"),
+        *("output_text.done", "content_part.done", "output_item.done"),
+        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.done"),
+        *("output_item.done", "completed"),
+    ]
+
+
+def test_an_answer_without_a_word() -> None:
+    assert responses.Reply(read(), HEAD).whole([Choice(0, [], STOP)], Usage(1, 1))["output"] == []
+    assert len(stream([], STOP, Usage(1, 1))) == 3
+
+
+def test_a_failure_in_the_middle() -> None:
+    reply = responses.Reply(read(stream=True), HEAD)
+    events = [data for _, data in reply.failed(ClusterError("gone"))]
+    assert [e["type"] for e in events if isinstance(e, dict)] == ["error", "response.failed"]
+    for event in events:
+        EVENTS[event["type"]].model_validate(event)
