@@ -22,6 +22,7 @@ from .cluster.launcher import LocalRanks, choose
 from .collective.mesh import WIRES
 from .dialogue import Message
 from .engine.engine import Options, need_of
+from .engine.grammar import Vocabulary, check
 from .engine.lockstep import Epoch, Group, Ranks
 from .engine.scheduler import Scheduler
 from .engine.terms import Terms
@@ -44,11 +45,16 @@ ANSWER_DEADLINE_S = 900.0  # longer than any step may take: the group fails befo
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer: its token, the text that became certain, and why it ended or None."""
+    """A piece of an answer: its token, the text that became certain, and why it ended or None.
+
+    `logprob` and `top` are those of `TokenEvent`.
+    """
 
     token: int
     text: str
     finish: str | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,7 @@ class Model:
         self.plan_reason = plan_reason  # why this plan, in one line
         self.config = config or {}  # the checkpoint's config.json
         self._text = text
+        self._vocabulary = Vocabulary(lambda: self.text)
 
     @property
     def ranks(self) -> Ranks:
@@ -277,9 +284,19 @@ class Model:
         return self._text
 
     def request(
-        self, prompt: Prompt, max_tokens: int | None = None, sampling: Sampling | None = None
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        *,
+        logprobs: int | None = None,
+        grammar: str | None = None,
     ) -> Request:
         """A request for a prompt, checked against the model's context and vocabulary.
+
+        Args:
+            prompt, max_tokens: see `stream`.
+            sampling, logprobs, grammar: see `Request`.
 
         Raises:
             InputError: names what is wrong.
@@ -302,7 +319,10 @@ class Model:
             raise InputError(f"max_tokens: expected at least 1, got {max_tokens}", "max_tokens")
         stop = self._text.stop_tokens if self._text is not None else ()
         limit = min(max_tokens or DEFAULT_MAX_TOKENS, room)
-        return Request(uuid.uuid4().hex, tokens, limit, stop, sampling or Sampling())
+        if grammar is not None:
+            check(grammar, self._vocabulary)
+        name = uuid.uuid4().hex
+        return Request(name, tokens, limit, stop, sampling or Sampling(), logprobs, grammar)
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids of a prompt in any of its forms."""
@@ -321,6 +341,8 @@ class Model:
         max_tokens: int | None = None,
         *,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        grammar: str | None = None,
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """Answer a prompt piece by piece; ending the iteration early cancels the request.
@@ -329,6 +351,8 @@ class Model:
             prompt: text, ids or a chat.
             max_tokens: most tokens to generate.
             stop: strings before which the answer ends.
+            logprobs: how many alternatives to give with each token's log-probability; None: none.
+            grammar: what the answer must match, as llguidance reads it.
             sampling: fields of `Sampling`.
 
         Raises:
@@ -336,9 +360,10 @@ class Model:
             ClusterError: the group failed.
         """
         try:
-            request = self.request(prompt, max_tokens, Sampling(**sampling))
+            how = Sampling(**sampling)
         except TypeError as error:
             raise InputError(f"unknown argument: {error}") from error
+        request = self.request(prompt, max_tokens, how, logprobs=logprobs, grammar=grammar)
         return self._stream(request, stop)
 
     def _stream(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
@@ -357,7 +382,8 @@ class Model:
                 if text and event.finish:
                     piece += text.end()
                 stopped = text is not None and text.stopped
-                yield Chunk(event.token, piece, "stop" if stopped else event.finish)
+                finish = "stop" if stopped else event.finish
+                yield Chunk(event.token, piece, finish, event.logprob, event.top)
                 if stopped or event.finish:
                     return
         finally:

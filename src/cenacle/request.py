@@ -168,7 +168,8 @@ class TokenEvent:
     Args:
         request: the request's id.
         token: the id that was chosen.
-        finish: None while it goes on, else "stop" (a stop token) or "length".
+        finish: None while it goes on, else "stop" (a stop token), "length", or "error" (its grammar
+            could not be followed to the end; the token is no part of the answer).
         logprob: natural logarithm of the probability that the model gave the token, before
             temperature and filters; None unless asked for.
         top: the most probable ids with their log-probabilities, best first, as many as asked for.
@@ -182,6 +183,23 @@ class TokenEvent:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     cached: int = 0
+
+    @classmethod
+    def from_json(cls, data: list[Any]) -> TokenEvent:
+        """Read a list of the fields' values, as a rank sends it."""
+        request, token, finish, logprob, top, cached = data
+        pairs = tuple((int(i), float(p)) for i, p in top)
+        return cls(request, token, finish, logprob, pairs, cached)
+
+    def outcome(self) -> TokenEvent | InputError:
+        """What whoever asked is told: the token, or why there is no answer."""
+        if self.finish != "error":
+            return self
+        return InputError(
+            "grammar: expected one that can be followed to the end of the answer, but llguidance "
+            "reached a limit of its own in the middle of it; simplify the grammar",
+            "grammar",
+        )
 
 
 def _within(

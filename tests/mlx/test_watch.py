@@ -11,7 +11,7 @@ from cenacle.engine import engine
 from cenacle.model.watch import Watch
 from cenacle.model.weights import Checkpoint, describe
 from cenacle.plan import Plan
-from cenacle.request import Step
+from cenacle.request import Step, TokenEvent
 
 
 class Clock:
@@ -100,7 +100,7 @@ class Recorder:
 
     def next(self):
         self.told.append("next")
-        return [("a", 1, None)]
+        return [TokenEvent("a", 1)]
 
     def stop(self):
         self.told.append("stop")

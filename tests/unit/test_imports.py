@@ -48,6 +48,7 @@ WITHOUT_MLX = (
     *("server.openai", "server.responses", "server.anthropic", "server.description"),
     *("server.auth", "server.guard", "server.tls"),
     *("cluster.supervisor", "engine.lockstep"),
+    *("engine.grammar", "engine.text"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),

@@ -24,16 +24,13 @@ from mlx_lm.generate import (
     maybe_quantize_kv_cache,
 )
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ..errors import InputError
-from ..request import Request
+from ..request import Request, TokenEvent
+from .sampler import Drawing
 
 if TYPE_CHECKING:
     from .engine import Options
-
-Token = tuple[str, int, str | None]
-"""Request id, token, and why it ended ("stop", "length") or None."""
 
 
 class Batch(ABC):
@@ -45,7 +42,7 @@ class Batch(ABC):
     prefilling = False
 
     @abstractmethod
-    def insert(self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]) -> None:
+    def insert(self, request: Request, drawing: Drawing) -> None:
         """Begin a request; its prompt is processed by the following calls of `next`."""
 
     @abstractmethod
@@ -53,7 +50,7 @@ class Batch(ABC):
         """End a request and free its cache; unknown ids are ignored (it may just have ended)."""
 
     @abstractmethod
-    def next(self) -> list[Token]:
+    def next(self) -> list[TokenEvent]:
         """One token for each request whose prompt is done, some prompt for the others."""
 
     def wait(self) -> None:
@@ -89,42 +86,45 @@ class Continuous(Batch):
             prefill_batch_size=min(8, options.batch),
         )
         self._ids: dict[int, str] = {}
+        self._drawings: dict[int, Drawing] = {}
 
-    def insert(self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]) -> None:
+    def insert(self, request: Request, drawing: Drawing) -> None:
         """See `Batch`."""
         (uid,) = self._generator.insert(
             [list(request.tokens)],
             max_tokens=[request.max_tokens],
-            samplers=[sampler],
-            logits_processors=[processors],
+            samplers=[drawing.choice],
+            logits_processors=[drawing.processors],
             stop_sequences=[StopSequences([(t,) for t in request.stop_tokens])],
         )
-        self._ids[uid] = request.id
+        self._ids[uid], self._drawings[uid] = request.id, drawing
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
         uids = [uid for uid, known in self._ids.items() if known == request_id]
         for uid in uids:
             self._generator.remove([uid])
-            del self._ids[uid]
+            del self._ids[uid], self._drawings[uid]
 
-    def next(self) -> list[Token]:
+    def next(self) -> list[TokenEvent]:
         """See `Batch`."""
         if not self._ids:
             return []
         prompts, responses = self._generator.next()
         self.prefilling = bool(prompts)
-        tokens: list[Token] = [(self._ids[r.uid], r.token, r.finish_reason) for r in responses]
-        for response in responses:
-            if response.finish_reason is not None:
-                del self._ids[response.uid]
-        return tokens
+        events: list[TokenEvent] = []
+        for r in responses:
+            events.append(self._drawings[r.uid].event(self._ids[r.uid], r.token, r.finish_reason))
+            if r.finish_reason is not None:
+                del self._ids[r.uid], self._drawings[r.uid]
+        return events
 
     def close(self) -> None:
         """See `Batch`."""
         self._generator.remove(list(self._ids))
         self._generator.close()
         self._ids.clear()
+        self._drawings.clear()
 
 
 class OneByOne(Batch):
@@ -132,8 +132,8 @@ class OneByOne(Batch):
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self._model, self._options = model, options
-        self._waiting: list[tuple[Request, Sampler, list[LogitsProcessor]]] = []
-        self._running: dict[str, tuple[Request, Iterator[tuple[int, Any]]]] = {}
+        self._waiting: list[tuple[Request, Drawing]] = []
+        self._running: dict[str, tuple[Request, Drawing, Iterator[tuple[int, Any]]]] = {}
         self._given: dict[str, int] = {}
         if options.kv_bits is not None:
             self._try_quantised_cache()
@@ -152,9 +152,9 @@ class OneByOne(Batch):
                 "kv_bits",
             ) from error
 
-    def insert(self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]) -> None:
+    def insert(self, request: Request, drawing: Drawing) -> None:
         """See `Batch`."""
-        self._waiting.append((request, sampler, processors))
+        self._waiting.append((request, drawing))
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
@@ -162,15 +162,15 @@ class OneByOne(Batch):
         self._running.pop(request_id, None)
         self._given.pop(request_id, None)
 
-    def next(self) -> list[Token]:
+    def next(self) -> list[TokenEvent]:
         """See `Batch`."""
         self.prefilling = bool(self._waiting)
         while self._waiting and len(self._running) < self._options.batch:
-            request, sampler, processors = self._waiting.pop(0)
-            self._running[request.id] = (request, self._generate(request, sampler, processors))
+            request, drawing = self._waiting.pop(0)
+            self._running[request.id] = (request, drawing, self._generate(request, drawing))
             self._given[request.id] = 0
-        tokens: list[Token] = []
-        for request, generator in list(self._running.values()):
+        events: list[TokenEvent] = []
+        for request, drawing, generator in list(self._running.values()):
             token, _ = next(generator)
             self._given[request.id] += 1
             finish = None
@@ -178,21 +178,19 @@ class OneByOne(Batch):
                 finish = "length"
             if token in request.stop_tokens:
                 finish = "stop"
-            tokens.append((request.id, token, finish))
+            events.append(drawing.event(request.id, token, finish))
             if finish:
                 self.remove(request.id)
-        return tokens
+        return events
 
-    def _generate(
-        self, request: Request, sampler: Sampler, processors: list[LogitsProcessor]
-    ) -> Iterator[tuple[int, Any]]:
+    def _generate(self, request: Request, drawing: Drawing) -> Iterator[tuple[int, Any]]:
         options = self._options
         return generate_step(
             mx.array(request.tokens),
             self._model,
             max_tokens=request.max_tokens,
-            sampler=sampler,
-            logits_processors=processors,
+            sampler=drawing.choice,
+            logits_processors=drawing.processors,
             max_kv_size=options.max_kv_size,
             prefill_step_size=options.prefill_chunk,
             kv_bits=options.kv_bits,

@@ -23,7 +23,8 @@ from ..model.watch import Watch
 from ..plan import Plan
 from ..request import Request, Step, TokenEvent
 from .batches import make_batch
-from .sampler import Samplers, make_processors
+from .grammar import Vocabulary
+from .sampler import Drawings
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,22 @@ def need_of(
 
 
 class Engine:
-    """Generates for several requests at once, in lockstep with the other ranks."""
+    """Generates for several requests at once, in lockstep with the other ranks.
+
+    Args:
+        vocabulary: for grammars; None: requests have none.
+    """
 
     def __init__(
-        self, model: nn.Module, collective: Collective, watch: Watch, options: Options
+        self,
+        model: nn.Module,
+        collective: Collective,
+        watch: Watch,
+        options: Options,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self._collective, self._watch = collective, watch
-        self._samplers = Samplers(collective)
+        self._drawings = Drawings(collective, vocabulary)
         self._batch = make_batch(model, options)
         self._next_step = 0
 
@@ -93,7 +103,7 @@ class Engine:
         if step.measured:
             self._batch.wait()  # the token that is under way is not this step's
             self._watch.start()
-        events = [TokenEvent(*token) for token in self._batch.next()]
+        events = self._batch.next()
         self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(events) if step.measured else None
 
@@ -110,13 +120,7 @@ class Engine:
         self._next_step += 1
 
     def _admit(self, request: Request) -> None:
-        seed = request.sampling.seed
-        assert seed is not None, "the scheduler gives every request a seed"
-        self._batch.insert(
-            request,
-            self._samplers.make(request.sampling, seed, request.answered),
-            make_processors(request.sampling),
-        )
+        self._batch.insert(request, self._drawings.make(request))
 
     def close(self) -> None:
         """Free the caches."""

@@ -322,7 +322,7 @@ class Group:
             running.reports[rank] = message["report"]
         if rank == 0:
             running.tokens = message["tokens"]
-            self._deliver([TokenEvent(*t) for t in message["tokens"]])
+            self._deliver([TokenEvent.from_json(t) for t in message["tokens"]])
         else:
             running.others[rank] = message["tokens"]
         self._compare(running)
@@ -336,7 +336,8 @@ class Group:
         if running.tokens is None:
             return
         for rank, tokens in running.others.items():
-            if tokens != running.tokens:
+            # Not their log-probabilities: only rank 0 says those.
+            if [t[:3] for t in tokens] != [t[:3] for t in running.tokens]:
                 raise RankLost(
                     rank,
                     f"rank {rank} disagrees at step {running.step.number}: expected tokens "
@@ -362,7 +363,7 @@ class Group:
             if told and self._state.in_a_row:
                 self._state = supervisor.after(self._state, Answered(time.monotonic()))
         for sink, event in told:
-            sink(event)
+            sink(event.outcome())
 
     # When they fail
 

@@ -60,6 +60,11 @@ class Text:
         return tuple(sorted(self._tokenizer.eos_token_ids))
 
     @property
+    def inner(self) -> Any:
+        """The tokenizer as transformers has it."""
+        return self._tokenizer._tokenizer
+
+    @property
     def has_template(self) -> bool:
         """Whether the checkpoint says how a chat is rendered."""
         return bool(self._tokenizer.has_chat_template)

@@ -128,6 +128,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from ..model.watch import Watch
     from ..model.weights import Checkpoint, load
     from .engine import Engine, Options, need_of
+    from .grammar import Vocabulary
+    from .text import Text
 
     plan = Plan.load(Path(order["plan"]))
     native.set_threads(local_ranks=share_of_cores(plan.nodes))
@@ -150,7 +152,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()
-    engine = Engine(model, collective, watch, options)
+    vocabulary = Vocabulary(lambda: Text(checkpoint.folder, checkpoint.config))
+    engine = Engine(model, collective, watch, options, vocabulary)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
