@@ -318,12 +318,14 @@ class Api:
             echo = self._text.decode(tokens) if asked.echo else ""
             for choice in range(asked.n):
                 sampling = asked.sampling_of(choice)
-                request = replace(
-                    self._model.request(tokens, min(limits, default=None), sampling),
+                request = self._model.request(
+                    tokens,
+                    min(limits, default=None),
+                    sampling,
                     logprobs=asked.logprobs,
                     grammar=asked.grammar,
-                    key=key,
                 )
+                request = replace(request, key=key)
                 counted = len(tokens) if choice == 0 else 0
                 answer = self._answer_stream(asked, tokens)
                 draft = Draft(len(drafts), request, counted, answer, self._text, echo)
