@@ -45,6 +45,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
         kernels={"a": (10.0, 0.1, 70.0), "b": (12.0, 0.1, 90.0)},
         overhead_us=(500.0, 0.02),
         exchanges={64: (40.0, 0.1), 1_000_064: (540.0, 0.1)},
+        working_us=(104.096, 0.2),  # of 8192 bytes, which take 4.096 us at that rate
         memory_gib=16.0,
         facts={
             "date": "2026-11-23",
@@ -63,5 +64,5 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
     assert machine["efficiency"] == 0.55
     assert machine["overhead_us"] == 500
     assert machine.facts["overhead_us"].confidence == "M"
-    assert link["latency_us"] == 40
+    assert link["latency_us"] == 100
     assert link["gb_s"] == 2.0

@@ -36,7 +36,7 @@ def calibrated(folder, gb_s, exchange_us=100.0, nodes=2):
     exchanges = {1000: (exchange_us, 0.1), 100_000: (2 * exchange_us, 0.1)} if nodes > 1 else {}
     measured = Calibration(
         "this", nodes, {512: (gb_s, 0.01)}, {"a": (gb_s, 0.0, 50.0)}, (20.0, 0.1), exchanges,
-        16.0, FACTS,
+        (exchange_us, 0.1) if nodes > 1 else None, 16.0, FACTS,
     )  # fmt: skip
     (folder / "this.toml").write_text(as_toml(measured))
 

@@ -28,6 +28,7 @@ from ..api import load
 from ..cluster.launcher import LocalRanks
 from ..errors import InputError
 from ..model.synth import synth
+from .probe import WORKING
 
 PROBE = (sys.executable, "-m", "cenacle.cost.probe")
 # A model of almost no weights: what a token costs is the layers' own time.
@@ -63,7 +64,8 @@ class Calibration:
         reads: MB -> (GB/s, spread).
         kernels: shape -> (GB/s, spread, GFLOP/s with 64 tokens).
         overhead_us: of a layer, and its spread.
-        exchanges: bytes -> (us, spread).
+        exchanges: bytes -> (us, spread), of ranks that do nothing else.
+        working_us: what one of `probe.WORKING` numbers adds to ranks that compute, and its spread.
         facts: date, versions, processor, device, threads.
     """
 
@@ -73,6 +75,7 @@ class Calibration:
     kernels: dict[str, tuple[float, float, float]]
     overhead_us: tuple[float, float]
     exchanges: dict[int, tuple[float, float]]
+    working_us: tuple[float, float] | None
     memory_gib: float
     facts: dict[str, Any]
 
@@ -94,13 +97,18 @@ class Calibration:
 
     @property
     def link(self) -> tuple[float, float] | None:
-        """Latency in us and GB/s: the smallest message, and what the largest adds to it."""
-        if not self.exchanges:
+        """Latency in us and GB/s, between ranks that work.
+
+        The rate is what the largest message adds to the smallest. The latency is what an exchange
+        adds to a rank that computes, less its bytes at that rate: a bare one has no wait for the
+        slower rank in it, and is a fraction of it where ranks share cores.
+        """
+        if not self.exchanges or self.working_us is None:
             return None
         small, large = min(self.exchanges), max(self.exchanges)
-        latency = self.exchanges[small][0]
-        beyond = max(1e-9, self.exchanges[large][0] - latency)
-        return latency, (large - small) / beyond / 1e3
+        bare = self.exchanges[small][0]
+        rate = (large - small) / max(1e-9, self.exchanges[large][0] - bare) / 1e3
+        return max(bare, self.working_us[0] - 4 * WORKING / rate / 1e3), rate
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -114,6 +122,7 @@ class Calibration:
             "gflops": self.gflops,
             "overhead_us": self.overhead_us[0],
             "exchange_us": {str(k): v[0] for k, v in self.exchanges.items()},
+            "working_us": self.working_us[0] if self.working_us is not None else None,
             "latency_us": latency,
             "link_gb_s": rate,
             "memory_gib": self.memory_gib,
@@ -140,6 +149,9 @@ class Calibration:
             f"exchange {size:>8} B  {us:>8.0f} us  +-{100 * spread:.0f} %"
             for size, (us, spread) in self.exchanges.items()
         ]
+        if self.working_us is not None:
+            us, spread = self.working_us
+            lines.append(f"an exchange of ranks that work {us:.0f} us  +-{100 * spread:.0f} %")
         return "\n".join(lines)
 
 
@@ -177,6 +189,7 @@ def calibrate(
     reads = {int(size): _mean([f["reads"][size] for f in found]) for size in found[0]["reads"]}
     kernels = {k: _mean([f["kernels"][k] for f in found]) for k in found[0]["kernels"]}
     exchanges = {int(size): (us, spread) for size, (us, spread) in found[0]["exchanges"].items()}
+    working = tuple(found[0]["working"]) if nodes > 1 else None
     facts = {
         "date": datetime.now(UTC).date().isoformat(),
         "cenacle": version("cenacle"),
@@ -192,6 +205,7 @@ def calibrate(
         kernels,  # type: ignore[arg-type]
         overhead,
         exchanges,
+        working,
         memory_gib() / nodes,
         facts,
     )
@@ -258,7 +272,7 @@ def as_toml(c: Calibration) -> str:
             "[links.measured]",
             f'title = "between {c.nodes} local processes, {f["backend"]}"',
             f'topology = "{"ring" if f["backend"] == "ring" else "mesh"}"',
-            f"latency_us = {number(latency, c.exchanges[min(c.exchanges)][1])}",
+            f"latency_us = {number(latency, c.working_us[1] if c.working_us else None)}",
             f"gb_s = {number(gb_s, c.exchanges[max(c.exchanges)][1])}",
         ]
     return "\n".join(lines) + "\n"
