@@ -145,6 +145,9 @@ class Group:
         self._failure: CenacleError | None = None
         self._ending = threading.Event()
         self.terms = Terms()
+        # Since the group began.
+        self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        self.heard: list[float] = []  # when each rank last gave a sign of life, time.monotonic()'s
         self._listen()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -196,6 +199,8 @@ class Group:
                 raise self._failure
             self._asked[request.id] = _Asked(request, sink)
             self._scheduler.submit(request)
+            self.counts["requests"] += 1
+            self.counts["prompt_tokens"] += len(request.tokens)
         self._inbox.put(None)
 
     def cancel(self, request_id: str) -> None:
@@ -245,17 +250,20 @@ class Group:
     # While the ranks work
 
     def _listen(self) -> None:
+        self.heard = [time.monotonic()] * len(self._ranks.channels)
         for rank, channel in enumerate(self._ranks.channels):
             arguments = (self._state.epoch, rank, channel)
             threading.Thread(target=self._hear, args=arguments, daemon=True).start()
 
     def _hear(self, epoch: int, rank: int, channel: Channel) -> None:
+        heard = self.heard
         while True:
             try:
                 message = channel.receive()
             except ClusterError as error:
                 self._inbox.put((epoch, rank, error))
                 return
+            heard[rank] = time.monotonic()
             if message["type"] != "alive":
                 self._inbox.put((message["epoch"], rank, message))
 
@@ -355,6 +363,7 @@ class Group:
                 if asked.given and event.cached:
                     event = replace(event, cached=0)  # its own prompt was counted before
                 asked.given.append(event.token)
+                self.counts["generated_tokens"] += 1
                 asked.losses = 0
                 if event.finish is not None:
                     del self._asked[event.request]

@@ -41,9 +41,10 @@ from .. import __version__
 from ..dialogue import Message
 from ..engine.text import AnswerStream
 from ..errors import ClusterError, InputError
-from . import anthropic, description, exchange, grammars, openai, responses
+from . import anthropic, description, exchange, grammars, openai, page, responses
 from .answering import Answering, Draft, json_response, refusal
 from .auth import Keys
+from .cluster_view import ClusterView
 from .exchange import Asked, Front, Head, Prompt, Served, check_model
 from .fields import Refused, not_supported
 from .guard import Guard, Policy
@@ -181,8 +182,11 @@ class Api:
         # In a thread: a long prompt takes a while, and others' streams must go on. One thread:
         # tokenizers are not made for several at once.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
+        self._view = ClusterView(model)
         self.app = Starlette(
             routes=[
+                *page.routes(),
+                Route("/cluster", self._cluster),
                 Route("/health", self._health),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._one_model),
@@ -204,7 +208,8 @@ class Api:
             answering.tell(error)
 
     def close(self) -> None:
-        """End the tokenizing thread."""
+        """End its threads."""
+        self._view.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     async def _health(self, http: HttpRequest) -> Response:
@@ -226,6 +231,11 @@ class Api:
         body = {"status": "ok", "model": self._served.model, "nodes": self._model.plan.nodes}
         body["recoveries"] = state.recoveries
         return json_response(200, {**body, "ranks": who, **group.load})
+
+    async def _cluster(self, http: HttpRequest) -> Response:
+        asked = http.query_params
+        view = self._view.to_json(asked.get("placement", ""), asked.get("steps", ""))
+        return json_response(200, view, {"cache-control": "no-store"})
 
     async def _models(self, _: HttpRequest) -> Response:
         return json_response(200, openai.model_list(self._served, self._created))

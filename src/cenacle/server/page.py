@@ -1,0 +1,44 @@
+"""The page's files.
+
+Owns: `web/`, read once when the server starts, and how browsers may keep it.
+Does not know: what the page does.
+Invariant: only names that are in the table are answered, so no path leads out of the folder; the
+page asks no other host for anything, and has no script or style outside its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+FOLDER = Path(__file__).parent / "web"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+def routes() -> list[Route]:
+    """The routes / (the page) and /static/NAME."""
+    table = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in FOLDER.iterdir()}
+    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, (data, _) in table.items()}
+
+    async def answer(http: Request) -> Response:
+        name = http.path_params.get("name", "index.html")
+        if name not in table:
+            raise HTTPException(404)
+        data, kind = table[name]
+        # Kept, but asked for again each time: after an update no old part runs with a new one.
+        headers = {"etag": tags[name], "cache-control": "no-cache"}
+        if tags[name] in http.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(data, headers=headers, media_type=kind)
+
+    return [Route("/", answer), Route("/static/{name}", answer)]

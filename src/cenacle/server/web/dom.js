@@ -1,0 +1,94 @@
+// Making elements and icons. Text is always text: nothing here or elsewhere parses HTML.
+
+const PATHS = {
+  menu: "M4 6h16M4 12h16M4 18h16",
+  plus: "M12 5v14M5 12h14",
+  send: "M12 19V5M5 12l7-7 7 7",
+  stop: "M7 7h10v10H7z",
+  down: "M12 5v14M5 12l7 7 7-7",
+  copy: "M9 9h11v11H9zM5 15H4V4h11v1",
+  check: "M4 12l5 5L20 6",
+  again: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
+  edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
+  more: "M5 12h.01M12 12h.01M19 12h.01",
+  close: "M6 6l12 12M18 6L6 18",
+  settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5",
+};
+const SVG = "http://www.w3.org/2000/svg";
+
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((c) => c !== null && c !== undefined && c !== false));
+  return element;
+}
+
+export function s(tag, attributes = {}, ...children) {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+export function icon(name) {
+  return s("svg", { class: "glyph", viewBox: "0 0 24 24", "aria-hidden": "true" },
+    s("path", { d: PATHS[name] }));
+}
+
+export function setIcon(button, name, label) {
+  button.querySelector("svg.glyph")?.remove();
+  button.prepend(icon(name));
+  if (label) {
+    button.setAttribute("aria-label", label);
+    button.title = label;
+  }
+}
+
+export function iconButton(name, label, onclick) {
+  const button = h("button", { class: "icon", type: "button", onclick });
+  setIcon(button, name, label);
+  return button;
+}
+
+export const $ = (id) => document.getElementById(id);
+
+let hiding = 0;
+export function toast(text, action, onclick) {
+  const box = $("toast");
+  box.replaceChildren(h("span", {}, text));
+  if (action) {
+    box.append(h("button", { class: "link", type: "button", onclick: () => { box.hidden = true; onclick(); } }, action));
+  }
+  box.hidden = false;
+  clearTimeout(hiding);
+  hiding = setTimeout(() => { box.hidden = true; }, action ? 8000 : 2500);
+}
+
+export async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Only pages of https and of this machine may use the clipboard directly.
+    const area = h("textarea", { class: "sr", readonly: true });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    if (!done) return toast("The browser did not allow copying");
+  }
+  toast("Copied");
+}
+
+export function download(name, text, type) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const link = h("a", { href: url, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}

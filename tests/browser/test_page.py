@@ -1,0 +1,438 @@
+"""The page in a real browser, over a real server with two ranks of the demo model."""
+
+import json
+import re
+import selectors
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+import cenacle
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
+PROGRAM = f"""
+import cenacle
+from cenacle.server.app import bind, serve
+
+sock = bind(port=0)
+with cenacle.load({str(DEMO)!r}, nodes=2, placement="whole", latency_s=0.002) as model:
+    serve(model, sock, lambda url: print(url, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    log = tmp_path_factory.mktemp("page") / "log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        try:
+            with selectors.DefaultSelector() as waiting:
+                waiting.register(process.stdout, selectors.EVENT_READ)
+                assert waiting.select(timeout=60), "the server did not start"
+            found = process.stdout.readline().strip()
+            assert found.startswith("http://"), log.read_text()
+            yield found
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("NO BROWSER: the page was not looked at; install Debian's chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="NO PLAYWRIGHT: pip install it")
+    with playwright.sync_playwright() as p:
+        running = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def opened(browser, url):
+    """Opens the page; at the end it must have been silent, and asked nobody else.
+
+    With `refused=True` the browser's own lines about refused requests are expected.
+    """
+    contexts, asked, said = [], [], []
+
+    def open_page(width=1280, height=860, refused=False, **how):
+        context = browser.new_context(viewport={"width": width, "height": height}, **how)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("request", lambda r: asked.append(r.url))
+        own = "Failed to load resource"
+        page.on("console", lambda m: None if refused and own in m.text else said.append(m.text))
+        page.on("pageerror", lambda e: said.append(str(e)))
+        page.goto(url)
+        page.wait_for_selector("#messages > *")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [a for a in asked if not a.startswith((f"{url}/", "blob:"))] == []
+    assert said == []
+
+
+def ask(page, text):
+    page.fill("#input", text)
+    page.keyboard.press("Enter")
+
+
+def answers(page):
+    """The finished answers' texts."""
+    page.wait_for_function("!document.querySelector('.live') && document.querySelector('.stats')")
+    return [e.inner_text() for e in page.query_selector_all(".model-said .prose")]
+
+
+def endless(page):
+    """From now on answers go on until they are stopped: the end's token is forbidden."""
+
+    def change(route):
+        body = route.request.post_data_json
+        route.continue_(post_data=json.dumps({**body, "logit_bias": {str(END): -100}}))
+
+    page.route("**/v1/chat/completions", change)
+
+
+def test_ask_regenerate_edit_and_find_it_all_again(opened):
+    page = opened()
+    page.click("#open-settings")
+    page.fill("[name=temperature]", "0")
+    page.click("#settings .main")
+    ask(page, "What is 12 + 30?")
+    assert answers(page) == ["42"]
+    stats = page.inner_text(".stats")
+    assert re.fullmatch(r"\S+ tokens/s · first after \S+ m?s · \d+ tokens", stats), stats
+    page.click("[aria-label=Regenerate]")
+    assert answers(page) == ["42"]
+    ask(page, "What is 7 + 5?")
+    page.wait_for_function("document.querySelectorAll('.stats').length === 2")
+    assert answers(page) == ["42", "12"]
+    page.keyboard.press("ArrowUp")  # in an empty field: edit the last question
+    assert page.input_value("#input") == "What is 7 + 5?"
+    ask(page, "What is 20 + 5?")
+    page.wait_for_function("document.querySelector('.user:nth-child(3)').innerText.includes('20')")
+    assert answers(page) == ["42", "25"]
+    page.reload()
+    assert answers(page) == ["42", "25"]
+    # A second conversation, renamed, exported, deleted, brought back.
+    page.click("#new")
+    page.wait_for_selector(".empty")
+    ask(page, "What is 1 + 1?")
+    assert answers(page) == ["2"]
+    assert [e.inner_text() for e in page.query_selector_all(".pick")] == [
+        "What is 1 + 1?",
+        "What is 12 + 30?",
+    ]
+    menu = page.locator("#conversations li").first
+    menu.locator(".icon").click()
+    menu.get_by_text("Rename").click()
+    page.keyboard.type("Small sums")
+    page.keyboard.press("Enter")
+    assert page.inner_text(".pick >> nth=0") == "Small sums"
+    menu.locator(".icon").click()
+    with page.expect_download() as given:
+        menu.get_by_text("Export as JSON").click()
+    assert given.value.suggested_filename == "Small-sums.json"
+    exported = json.loads(Path(given.value.path()).read_text())
+    assert [m["content"] for m in exported["messages"]] == ["What is 1 + 1?", "2"]
+    menu.locator(".icon").click()
+    menu.get_by_text("Delete").click()
+    assert len(page.query_selector_all(".pick")) == 1
+    page.get_by_text("Undo").click()
+    assert len(page.query_selector_all(".pick")) == 2
+
+
+def test_an_answer_streams_and_is_stopped(opened, url):
+    page = opened()
+    endless(page)
+    ask(page, "Spell otter backwards.")
+    page.wait_for_function("document.querySelector('.live .prose')?.innerText.length > 10")
+    before = page.inner_text(".live .prose")
+    page.wait_for_function(
+        "n => document.querySelector('.live .prose').innerText.length > n", arg=len(before)
+    )
+    page.click("[aria-label=Stop]")
+    (text,) = answers(page)
+    assert text.startswith(before)
+    assert page.inner_text(".stats").endswith("stopped")
+    assert re.search(r"about \d+ tokens", page.inner_text(".stats"))
+    page.wait_for_timeout(200)
+    assert httpx.get(f"{url}/health").json()["running"] == 0, "the server stopped as well"
+    page.reload()
+    assert answers(page) == [text]
+
+
+def test_errors_are_words(opened):
+    page = opened(refused=True)
+    page.route(
+        "**/v1/chat/completions",
+        lambda r: r.fulfill(status=429, headers={"retry-after": "3"}, body="{}"),
+    )
+    ask(page, "What is 12 + 30?")
+    page.wait_for_selector(".failed:not([hidden])")
+    assert page.inner_text(".failed") == "The server is busy: try again in 3 s."
+    page.unroute("**/v1/chat/completions")
+    page.click("[aria-label='Try again']")
+    assert answers(page) == ["42"]
+
+
+def test_markdown_makes_elements_and_nothing_else(opened):
+    page = opened()
+    hostile = [
+        "<img src=x onerror=alert(1)>",
+        "<script>alert(1)</script>",
+        "[a](javascript:alert(1))",
+        "[a](data:text/html,x)",
+        "[a](JaVaScRiPt:alert(1))",
+        "[a](\tjavascript:alert(1))",
+        "![a](http://127.0.0.1:9/pixel.png)",
+        '[a](http://b"onmouseover="alert(1))',
+        "<a href='javascript:alert(1)'>x</a>",
+        "`<b>`\n\n```<i>\n<script>\n```",
+        "| <b> |\n|---|\n| <img src=y> |",
+        "<javascript:alert(1)>",
+        "> - <svg onload=alert(1)>",
+    ]
+    found = page.evaluate(
+        """async (texts) => {
+          const { render } = await import("/static/markdown.js");
+          return texts.map((text) => {
+            const box = document.createElement("div");
+            document.body.append(box);
+            render(box, text);
+            const all = [...box.querySelectorAll("*")];
+            const out = {
+              tags: all.map((e) => e.tagName.toLowerCase()),
+              on: all.flatMap((e) => [...e.attributes]).map((a) => a.name),
+              links: [...box.querySelectorAll("a")].map((a) => a.href),
+            };
+            box.remove();
+            return out;
+          });
+        }""",
+        hostile,
+    )
+    allowed = {
+        *("p", "a", "span", "code", "pre", "figure", "figcaption", "button", "svg", "path", "div"),
+        *("table", "thead", "tbody", "tr", "th", "td", "blockquote", "ul", "li", "br"),
+    }
+    for text, made in zip(hostile, found, strict=True):
+        assert set(made["tags"]) <= allowed, text
+        assert not [a for a in made["on"] if a.startswith("on") or a in ("src", "style")], text
+        assert all(link.startswith("http://") for link in made["links"]), text
+
+
+def test_markdown_says_what_was_written(opened):
+    page = opened()
+    cases = {
+        "# T\ntext": "<h2>T</h2><p>text</p>",
+        "a **b *c* d** `e<f`": "<p>a <strong>b <em>c</em> d</strong> <code>e&lt;f</code></p>",
+        "snake_case_name 2*3*4": "<p>snake_case_name 2<em>3</em>4</p>",
+        "1. a\n   - b\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
+        "3. a": '<ol start="3"><li>a</li></ol>',
+        "> a\n> b": "<blockquote><p>a<br>b</p></blockquote>",
+        "---": "<hr>",
+        "a ** b": "<p>a ** b</p>",
+        "see https://a.org/b_c.": '<p>see <a href="https://a.org/b_c" target="_blank" '
+        'rel="noopener noreferrer">https://a.org/b_c</a>.</p>',
+    }
+    script = """async (texts) => {
+      const { render } = await import("/static/markdown.js");
+      const box = document.createElement("div");
+      return texts.map((text) => { render(box, text); return box.innerHTML; });
+    }"""
+    for (text, want), got in zip(cases.items(), page.evaluate(script, list(cases)), strict=True):
+        assert got == want, text
+    # What grows piece by piece ends as what came at once, and is quick where nothing closes.
+    text = "# A\n\ntext **b\nc** d\n\n- e\n- f\n\n```py\nx = 1\n\ny\n```\n\n|a|b|\n|-|-|\n|1|2|\n"
+    marks = ["[", "**a ", "`", "_a ", "~~", "<", "> ", "- ", "![", "\\"]
+    grown, whole, slow_ms, code = page.evaluate(
+        """async ([text, marks]) => {
+          const { render } = await import("/static/markdown.js");
+          const [one, two] = [document.createElement("div"), document.createElement("div")];
+          for (let i = 0; i <= text.length; i++) render(one, text.slice(0, i));
+          render(two, text);
+          const began = performance.now();
+          for (const mark of marks) render(two.cloneNode(), mark.repeat(10000));
+          const took = performance.now() - began;
+          return [one.innerHTML, two.innerHTML, took, one.querySelector("pre").innerText];
+        }""",
+        [text, marks],
+    )
+    assert grown == whole
+    assert code == "x = 1\n\ny"
+    assert slow_ms < 2000
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_cluster_view_on_a_phone_and_a_screen(opened, url, scheme):
+    for width in (390, 1280):
+        page = opened(width, color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", ground))) < 60) == (scheme == "dark")
+        page.goto(f"{url}/#cluster")
+        page.wait_for_selector("canvas")
+        assert page.evaluate("document.querySelector('#view-cluster').scrollWidth") <= width
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_heat_map_has_the_routers_counts(opened, url):
+    for question in ("What is 12 + 30?", "Spell otter backwards.") * 4:
+        body = {
+            "model": "demo_model",
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 12,
+        }
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).is_success
+    page = opened()
+    page.click("#tab-cluster")
+    page.wait_for_selector("canvas")
+    seen = httpx.get(f"{url}/cluster").json()
+    counts, steps = seen["routed"]["counts"], seen["terms"]["steps"]
+    assert steps > 3
+    assert [sum(row) for row in counts] == [steps * seen["placed"]["top_k"]] * len(counts)
+    page.wait_for_function(f"document.body.innerText.includes('mean of {steps} measured')")
+    box = page.locator("canvas").bounding_box()
+    page.locator("canvas").focus()
+    for layer in range(2):
+        for expert in range(len(counts[0])):
+            page.keyboard.press("ArrowRight" if expert else "ArrowDown" if layer else "ArrowRight")
+            if expert == 0:
+                for _ in range(len(counts[0])):
+                    page.keyboard.press("ArrowLeft")
+            text = page.inner_text(".tip")
+            assert f"Layer {layer}, expert {expert}" in text
+            assert f"on Node {0 if expert < 8 else 1}\n" in text
+            assert re.search(rf"chosen {counts[layer][expert]} times?,", text), (layer, expert)
+    # The pixels: an expert that fired most is of its node's full colour.
+    most = max(max(row) for row in counts)
+    layer, expert = next((at, row.index(most)) for at, row in enumerate(counts) if most in row)
+    page.mouse.move(0, 0)
+    page.locator("#tab-cluster").focus()
+    pixel = page.evaluate(
+        """([layer, expert, layers, experts]) => {
+          const canvas = document.querySelector("canvas");
+          const scale = devicePixelRatio;
+          const across = (canvas.width / scale - 34) / experts;
+          const down = (canvas.height / scale - 16) / layers;
+          const at = [34 + (expert + 0.5) * across, 16 + (layer + 0.5) * down];
+          return [...canvas.getContext("2d").getImageData(at[0] * scale, at[1] * scale, 1, 1).data];
+        }""",
+        [layer, expert, len(counts), len(counts[0])],
+    )
+    colour = page.evaluate(
+        "n => getComputedStyle(document.querySelector(`.name .node-${n}`)).backgroundColor",
+        0 if expert < 8 else 1,
+    )
+    assert pixel[:3] == [int(n) for n in re.findall(r"\d+", colour)[:3]]
+    assert box["width"] > 800
+
+
+def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
+    """What no demo has: the page is given the answer of a large cluster."""
+    page = opened(390, refused=True)
+    big = large_cluster(steps=40)
+    page.route("**/cluster?*", lambda r: r.fulfill(json=big))
+    page.evaluate("location.hash = '#cluster'")
+    page.wait_for_function("document.querySelectorAll('.node').length === 8")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.querySelector('#view-cluster').scrollWidth") <= 390
+    took = page.evaluate(
+        """async () => {
+          const began = performance.now();
+          dispatchEvent(new Event("hashchange"));
+          for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
+          return performance.now() - began;
+        }"""
+    )
+    assert took < 3000
+    # A node is lost: it is said, and the page goes on.
+    big |= {"status": "failed", "reason": "rank 3 was killed by SIGKILL", "lost_rank": 3}
+    page.wait_for_selector(".node.lost")
+    assert "rank 3 was killed" in page.inner_text("#banner")
+    assert page.inner_text(".node.lost .state") == "lost"
+    # The server goes away: what was known stays, dimmed, with a word.
+    page.unroute("**/cluster?*")
+    page.route("**/cluster?*", lambda r: r.abort())
+    page.wait_for_function(
+        "document.querySelector('#banner').innerText.includes('cannot be reached')"
+    )
+    assert len(page.query_selector_all(".node")) == 8
+
+
+def large_cluster(steps):
+    layers, experts, nodes, top_k = 60, 256, 8, 8
+    counts = [[(layer * expert) % 7 for expert in range(experts)] for layer in range(layers)]
+    runs = [[node, experts // nodes] for node in range(nodes)]
+    terms = dict.fromkeys(("trunk", "experts", "exchange", "waiting", "rest"), 4.0)
+    terms["total"] = 20.0
+    return {
+        "model": "DeepSeek-V3-0324-4bit",
+        "family": "deepseek_v3",
+        "status": "ok",
+        "uptime_s": 5000,
+        "nodes": nodes,
+        "placed": {
+            "experts": "whole", "trunk": "replicated", "reason": "", "exchanges": layers,
+            "backend": "mesh", "top_k": top_k, "bytes": int(3.8e11),
+        },
+        "ranks": [
+            {
+                "rank": r, "pid": 100 + r, "device": "Device(gpu, 0)", "silent_s": 0.4,
+                "weights_bytes": int(5e10), "resident_bytes": int(5.2e10),
+            }
+            for r in range(nodes)
+        ],
+        "memory": {"total_bytes": int(5.5e11), "available_bytes": int(1e11)},
+        "load": {"running": 3, "waiting": 1},
+        "counts": {"requests": 900, "prompt_tokens": 123456, "generated_tokens": 4567890},
+        "terms": {"steps": steps, "token_ms": terms, "rank_ms": [terms] * nodes},
+        "history": {
+            "every_s": 2.0, "tokens_per_s": [40.0] * 150, "running": [3] * 150,
+            "waiting": [1] * 150,
+        },
+        "predicted": {"terms_ms": {**terms, "waiting": 0}, "tok_per_s": 62.5, "basis": "some"},
+        "placement": {
+            "id": "x", "sets": [[n] for n in range(nodes)], "maps": [runs],
+            "layers": [[n + 3, 0] for n in range(layers)],
+        },
+        "routed": {"steps": steps, "counts": counts},
+    }  # fmt: skip
+
+
+def test_files_are_given_with_their_types_and_nothing_else_is(url):
+    with httpx.Client(base_url=url) as client:
+        for path, kind in {
+            "/": "text/html", "/static/app.js": "text/javascript", "/static/style.css": "text/css",
+            "/static/icon.svg": "image/svg+xml",
+        }.items():  # fmt: skip
+            answer = client.get(path)
+            assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-cache")
+            assert answer.headers["content-type"].startswith(kind)
+            again = client.get(path, headers={"if-none-match": answer.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+        html = client.get("/").text
+        assert not re.search(r"<script>|style=|\son\w+=|https?://", html)
+        for path in (
+            "/static/..%2fapp.py", "/static/../app.py", "/static/%2e%2e/app.py", "/static/",
+            "/static//etc/passwd", "/static/..%5capp.py", "/static/app.js/", "/static/app.js%00",
+        ):  # fmt: skip
+            assert client.get(path).status_code == 404, path
+        brief = client.get("/cluster").json()
+        have = {"placement": brief["placement"]["id"], "steps": brief["terms"]["steps"]}
+        less = client.get("/cluster", params=have).json()
+        assert set(brief) - set(less) == {"placement", "routed"}
