@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -34,6 +34,9 @@ from .model.weights import Checkpoint, describe, locate
 from .plan import Plan
 from .request import Request, Sampling, TokenEvent
 from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    from .cluster.forming import Joined  # needs libraries that one machine alone does not
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
@@ -148,6 +151,7 @@ def load(
     threads: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
     recover: bool = True,
+    joined: Joined | None = None,
 ) -> Model:
     """Start `nodes` local processes that hold a model together.
 
@@ -174,24 +178,34 @@ def load(
         progress: called with rank, bytes loaded, bytes in all.
         recover: start the ranks again when one of them fails, and let every answer go on where it
             was; else the first failure is the last, as a measurement wants it.
+        joined: start the ranks on the machines of a cluster instead; it says how many and how to
+            deal, and `nodes`, `shares`, `placement`, `trunk`, `budgets`, `plan`, `backend`,
+            `cores` and `threads` are not looked at.
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
         InputError: native kernels are asked for and cannot be used; a wire that is unknown, or that
             only the mesh has.
     """
-    _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
+    if joined is None:
+        _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
     checkpoint = Checkpoint.open(locate(model))
+    # A hub repository's folder is named after a commit.
+    name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
     reason = ""
+    if joined is not None:
+        plan, reason = joined.form(name, checkpoint, options or Options(), kernels)
     if plan is None:
         spec = describe(checkpoint)
         plan, reason = _choose(spec, nodes, shares, placement, trunk, budgets, latency_s)
     options = options or Options()
     text = _text(checkpoint)
-    _check_memory(need_of(checkpoint.config, plan, 0, options, kernels))
+    if joined is None:
+        _check_memory(need_of(checkpoint.config, plan, 0, options, kernels))
     order = {
         "type": "load",
         "folder": str(checkpoint.folder.resolve()),
+        "plan": plan.to_json(),
         "wire": wire,
         "latency_s": latency_s,
         "kernels": kernels,
@@ -199,11 +213,11 @@ def load(
     }
 
     def start(epoch: Epoch, report: Callable[[int, int, int], None] | None = None) -> LocalRanks:
+        if joined is not None:
+            return joined.start(order, report, epoch)
         ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads, epoch=epoch)
         try:
-            where = ranks.folder / "plan.json"
-            plan.save(where)
-            ranks.load({**order, "plan": str(where)}, report)
+            ranks.load(order, report)
         except BaseException:
             ranks.close(now=True)
             raise
@@ -212,8 +226,6 @@ def load(
     ranks = start(Epoch(0, threading.Event()), progress)
     scheduler = Scheduler(options.batch, measure_every)
     group = Group(ranks, scheduler, start=start if recover else None)
-    # A hub repository's folder is named after a commit.
-    name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
     return Model(name, plan, text, group, reason, checkpoint.config)
 
 
@@ -256,7 +268,7 @@ class Model:
         plan_reason: str = "",
         config: dict[str, Any] | None = None,
     ) -> None:
-        self.name, self.plan, self.group = name, plan, group
+        self.name, self._plan, self.group = name, plan, group
         self.plan_reason = plan_reason  # why this plan, in one line
         self.config = config or {}  # the checkpoint's config.json
         self._text = text
@@ -268,9 +280,15 @@ class Model:
         return self.group.ranks
 
     @property
+    def plan(self) -> Plan:
+        """Who holds what now: ranks on other machines than before may have another plan."""
+        plan: Plan = getattr(self.ranks, "plan", self._plan)
+        return plan
+
+    @property
     def spec(self) -> ModelSpec:
         """What the checkpoint is."""
-        return self.plan.spec
+        return self._plan.spec
 
     @property
     def text(self) -> Text:

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_keys, cli_plan
+from . import cli_cluster, cli_keys, cli_plan
 from .errors import CenacleError, InputError
 from .plan import Plan, human
 
@@ -714,6 +714,9 @@ def _progress() -> Iterator[Any]:
             bars.update(tasks[rank], completed=done)
 
         yield show
+
+
+cli_cluster.register(app, _progress)
 
 
 def _dealt(

@@ -281,9 +281,9 @@ def test_close_tells_those_who_wait():
         assert_gone(model.ranks.pids)
 
 
-def order(plan: Path, folder: Path) -> dict:
+def order(plan: Plan, folder: Path) -> dict:
     return {
-        **{"type": "load", "folder": str(folder), "plan": str(plan)},
+        **{"type": "load", "folder": str(folder), "plan": plan.to_json()},
         **{"wire": "f32", "latency_s": 0.0, "kernels": "mlx", "options": {}},
     }
 
@@ -300,12 +300,11 @@ def test_bf16_on_the_wire(two):
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "auto"])
-def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(tmp_path, kernels):
+def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(kernels):
     plan = cenacle.inspect(str(MIXTRAL), 2)
-    plan.save(tmp_path / "plan.json")
     ranks = LocalRanks(2, program=(sys.executable, str(OTHER_ROUTER)))
     try:
-        asked = order(tmp_path / "plan.json", MIXTRAL)
+        asked = order(plan, MIXTRAL)
         ranks.load({**asked, "kernels": kernels, "options": asdict(Options())})
         group = Group(ranks, Scheduler(4, 0))
         model = Model("mixtral", plan, None, group)
@@ -363,10 +362,9 @@ def test_ranks_that_cannot_load_say_why(tmp_path):
     plan = cenacle.inspect(str(folder), 2)
     ranks = LocalRanks(2)
     try:
-        plan.save(ranks.folder / "plan.json")
         os.truncate(folder / "model.safetensors", 300_000)
         with pytest.raises(CheckpointError, match=r"rank [01]: .*is truncated"):
-            ranks.load(order(ranks.folder / "plan.json", folder))
+            ranks.load(order(plan, folder))
     finally:
         ranks.close(now=True)
     assert_gone(ranks.pids)

@@ -40,7 +40,7 @@ ROOMS = (
     ),  # "" is the package itself, which passes on what api has
     ("bench",),
     ("server",),
-    ("cli", "cli_keys", "cli_plan", "__main__"),
+    ("cli", "cli_keys", "cli_plan", "cli_cluster", "__main__"),
 )
 WITHOUT_MLX = (
     *("", "errors", "spec", "plan", "request"),
@@ -52,6 +52,7 @@ WITHOUT_MLX = (
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),
+    *("cluster.state", "cluster.pairing", "cluster.wire", "cluster.links"),
 )
 
 

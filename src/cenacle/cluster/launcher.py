@@ -178,8 +178,8 @@ class LocalRanks:
         Raises:
             CenacleError: what the first failing rank said, in its own class; or `RankLost`.
         """
-        for channel in self.channels:
-            channel.send({**order, "backend": self.backend})
+        for rank, channel in enumerate(self.channels):
+            channel.send(self._order_for(rank, order))
         ready: dict[int, dict[str, Any]] = {}
         heard = dict.fromkeys(range(self.nodes), time.monotonic())
         with selectors.DefaultSelector() as waiting:
@@ -203,6 +203,11 @@ class LocalRanks:
     def _go_on(self) -> None:
         if self._epoch.ending.is_set():
             raise ClusterError("the group was closed while its ranks were being started")
+
+    def _order_for(self, rank: int, order: dict[str, Any]) -> dict[str, Any]:
+        """What this rank is told: on one machine all are told the same."""
+        del rank
+        return {**order, "backend": self.backend}
 
     def _hear(self, rank: int) -> dict[str, Any]:
         try:

@@ -72,7 +72,9 @@ def stay_on_cores() -> None:
 
 def share_of_cores(nodes: int) -> int:
     """Number of ranks that share the cores this process may run on."""
-    return 1 if "CENACLE_CORES" in os.environ else nodes
+    if "CENACLE_CORES" in os.environ:
+        return 1
+    return int(os.environ.get("CENACLE_LOCAL_RANKS", nodes))
 
 
 def connect() -> Channel:
@@ -131,7 +133,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from .grammar import Vocabulary
     from .text import Text
 
-    plan = Plan.load(Path(order["plan"]))
+    plan = Plan.from_json(order["plan"])
     native.set_threads(local_ranks=share_of_cores(plan.nodes))
     collective = join(order, plan.nodes)
     watch = Watch()

@@ -1,0 +1,395 @@
+"""The verbs of a cluster: `cenacle up`, `join`, `nodes`, `status`, `leave`, `down`.
+
+Owns: their arguments and what is printed; `cli.py` puts them beside the others.
+Invariant: as `cli.py`: answers to stdout, everything else to stderr, with --json one object last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import cli_keys
+from .errors import CenacleError, ClusterError, InputError
+from .plan import human
+
+if TYPE_CHECKING:
+    import ssl
+
+    from .cluster.control import Head
+    from .cluster.forming import Joined
+    from .cluster.pairing import Identity
+    from .engine.engine import Options
+    from .server.guard import Policy
+
+err = Console(stderr=True, highlight=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+Name = Annotated[str | None, typer.Option(help="This machine's name. Default: its host name.")]
+
+Progress = Callable[[], AbstractContextManager[Any]]
+_progress: list[Progress] = []
+
+
+def up(
+    model: Annotated[str, typer.Argument(help="A folder, a hub repository's name, or demo.")],
+    nodes: Annotated[
+        int, typer.Option("--nodes", "-n", min=0, help="Machines. 0: all that ever joined, from 2.")
+    ] = 0,
+    host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the API; 0: any.")] = 8080,
+    listen: Annotated[str, typer.Option(help="Where machines join, HOST:PORT.")] = "0.0.0.0:4747",
+    name: Name = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(help="Relative speeds, head first, such as 2,1,1. Default: as measured."),
+    ] = None,
+    placement: Annotated[str, typer.Option(help="auto, whole, sliced or replicated.")] = "auto",
+    trunk: Annotated[str, typer.Option(help="auto, replicated or sharded.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, mesh or ring.")] = "auto",
+    wire: Annotated[str, typer.Option(help="f32, or bf16: half the bytes, rounded.")] = "f32",
+    kernels: Annotated[str, typer.Option(help="auto, native or mlx.")] = "auto",
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Most prompt tokens per step.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Most requests generated at once.")] = 32,
+    require_key: cli_keys.RequireKey = False,
+    tls: cli_keys.Tls = None,
+    tls_cert: cli_keys.TlsCert = None,
+    tls_key: cli_keys.TlsKey = None,
+    allowed_host: cli_keys.AllowedHost = None,
+    cors_origin: cli_keys.CorsOrigin = None,
+    token_minutes: Annotated[
+        float, typer.Option(min=0.01, help="How long the printed token lets machines in.")
+    ] = 60.0,
+) -> None:
+    """Begin a cluster on this machine, and serve a model on all machines that join.
+
+    Prints the line to run on each of the others.
+
+    Example: [bold]cenacle up org/model -n 3[/]
+    """
+    from .cluster import join as joining
+    from .cluster import machine, pairing
+
+    if model == "demo":
+        model = str(machine.PACKAGE / "demo_model")
+    at, at_port = joining.read_address(listen)
+    from .server.app import bind
+
+    with bind(host, port) as sock:  # before what is slow
+        from .cluster.control import Head
+        from .cluster.forming import Joined
+        from .cluster.placing import Wanted
+        from .engine.engine import Options
+
+        policy = cli_keys.who_may_ask(
+            sock, require_key=require_key, hosts=allowed_host, cors_origins=cors_origin
+        )
+        context = cli_keys.tls_of(host, tls, tls_cert, tls_key)
+        folder = pairing.own_folder() / "cluster"
+        head = Head(folder, at, at_port, name or socket.gethostname(), 60 * token_minutes)
+        with _leaving(head):
+            token = head.invite()
+            for where in _join_addresses(at, head.port):
+                err.print(f"cenacle join {where} --token {token}", soft_wrap=True, markup=False)
+            with _own_agent(head):
+                wanted = Wanted(placement, trunk, backend, wire, _numbers(shares))
+                joined = Joined(head, nodes, wanted, lambda text: _wait(head, text))
+                options = Options(prefill_chunk=prefill_chunk, batch=batch)
+                _serve(head, model, joined, kernels, options, sock, policy, context)
+
+
+def _wait(head: Head, text: str) -> None:
+    head.tell(waiting=text)
+    _say(text)
+
+
+def _serve(
+    head: Head,
+    model: str,
+    joined: Joined,
+    kernels: str,
+    options: Options,
+    sock: socket.socket,
+    policy: Policy,
+    tls: ssl.SSLContext | None,
+) -> None:
+    from .api import load
+    from .server.app import serve
+
+    def started(url: str) -> None:
+        head.tell(url=url, waiting="")
+        _say(f"serving {loaded.name} on {loaded.plan.nodes} machines at {url}")
+
+    head.tell(model=Path(model).name)
+    with _progress[0]() as progress:
+        loaded = load(model, kernels=kernels, options=options, progress=progress, joined=joined)
+    with loaded:
+        for line in (loaded.ranks.backend_reason, loaded.plan_reason):
+            if line:
+                _say(line)
+        head.tell(plan=loaded.plan_reason, exchange=loaded.ranks.backend_reason)
+        serve(loaded, sock, on_started=started, policy=policy, tls=tls)
+
+
+@contextmanager
+def _leaving(head: Head) -> Iterator[None]:
+    """Close the head at the end; `cenacle down` ends this program as SIGTERM does."""
+    head.on_end = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        if not head.ended.is_set():
+            raise
+    except ClusterError:
+        if not head.ended.is_set():
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        head.close(end_agents=head.ended.is_set())
+
+
+@contextmanager
+def _own_agent(head: Head) -> Iterator[None]:
+    """The head's own machine takes part like any other."""
+    import asyncio
+
+    from .cluster.agent import Agent
+
+    agent = Agent(head.identity, head.own_address, head.port, [])
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(agent.run())
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        with suppress(asyncio.CancelledError, CenacleError):
+            loop.run_until_complete(task)
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    thread = threading.Thread(target=run, name="agent", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # it has ended by itself
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join(10)
+
+
+def _join_addresses(at: str, port: int) -> list[str]:
+    """What to print: the address that others reach, or all that might be."""
+    from .cluster import machine
+
+    found = machine.addresses()[:1] if at in ("0.0.0.0", "::") else [at]
+    return [f"[{a}]:{port}" if ":" in a else f"{a}:{port}" for a in found or [socket.gethostname()]]
+
+
+def join(
+    head: Annotated[
+        str | None, typer.Argument(help="HOST:PORT, with --token; without: as joined before.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="As `cenacle up` prints it.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="The folder in which this machine has models.")
+    ] = None,
+    name: Name = None,
+    service: Annotated[
+        bool, typer.Option(help="Write a service that rejoins after a restart, and stop.")
+    ] = False,
+) -> None:
+    """Make this machine part of a cluster: pair with the head once, then serve it until the end.
+
+    Example: [bold]cenacle join 192.168.1.10:4747 --token 7K2M-9QXD-41TB-W3HF --models /models[/]
+    """
+    from .cluster import agent as agents
+    from .cluster import join as joining
+    from .cluster import pairing
+    from .cluster.control import take_lock
+
+    folder = pairing.own_folder() / "cluster"
+    identity = pairing.Identity(folder, "node")
+    lock = take_lock(folder / "agent.lock", "an agent of this machine")
+    with lock:
+        if token is not None:
+            if head is None:
+                raise InputError("join: expected HOST:PORT before --token", "head")
+            host, port = joining.read_address(head)
+            identity = joining.pair(folder, host, port, token, name or socket.gethostname())
+        elif not identity.exists:
+            raise InputError(
+                "this machine is not part of a cluster yet: run the line that `cenacle up` prints "
+                "on the head, cenacle join HOST:PORT --token ..."
+            )
+        elif head is not None:
+            host, port = joining.read_address(head)
+            identity.remember(host=host, port=port)
+        if models is not None:
+            if not models.is_dir():
+                raise InputError(f"--models: {models} is not a folder", "models")
+            identity.remember(models=str(models.resolve()))
+        known = identity.remembered()
+        if service:
+            path, text, enable = joining.service(pairing.own_folder())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            _say(f"{path} is written; switch it on with")
+            print(enable)
+            return
+        folders = [Path(known["models"])] if known.get("models") else []
+        agent = agents.Agent(identity, known["host"], known["port"], folders, _say)
+        _say(f"ended: {agents.run(agent)}")
+
+
+def nodes(
+    invite: Annotated[
+        bool, typer.Option(help="Print a new line to join by; on the head's machine.")
+    ] = False,
+    strike: Annotated[
+        str | None, typer.Option(help="Remove this machine; on the head's machine.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The machines of this machine's cluster, as the head sees them.
+
+    Example: [bold]cenacle nodes[/]
+    """
+    identity, where = _cluster()
+    if invite:
+        token = _ask(identity, where, "invite")["token"]
+        addresses = _join_addresses("0.0.0.0", where[1])
+        for address in addresses:
+            print(f"cenacle join {address} --token {token}")
+        return
+    if strike is not None:
+        left = _ask(identity, where, "strike", name=strike)["left"]
+        _say(f"{left} is not part of this cluster any more")
+        return
+    answer = _ask(identity, where, "status")
+    if as_json:
+        print(json.dumps(answer["nodes"]))
+        return
+    table = Table("machine", "rank", "address", "memory", "free", "reads", "what", "", box=None)
+    for node in answer["nodes"]:
+        rank = "" if node["rank"] is None else str(node["rank"])
+        rate = node.get("read_bytes_s")
+        table.add_row(
+            node["name"],
+            rank,
+            node["address"],
+            human(node["memory_bytes"]) if "memory_bytes" in node else "",
+            human(node["available_bytes"]) if "available_bytes" in node else "",
+            f"{rate / 1e9:.0f} GB/s" if rate else "",
+            " ".join(str(node[k]) for k in ("system", "processor") if k in node),
+            node["reason"] or "here",
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def status(as_json: AsJson = False) -> None:
+    """What this machine's cluster does at this moment.
+
+    Example: [bold]cenacle status[/]
+    """
+    identity, where = _cluster()
+    answer = _ask(identity, where, "status")
+    answer.pop("type", None)
+    if as_json:
+        print(json.dumps(answer))
+        return
+    print(f"{answer['phase']}: {answer.get('model')} {answer.get('url', '')}".rstrip())
+    for key in ("waiting", "exchange", "plan"):
+        if answer.get(key):
+            print(answer[key])
+    for node in answer["nodes"]:
+        rank = "" if node["rank"] is None else f"rank {node['rank']}, "
+        print(f"  {node['name']}: {rank}{node['reason'] or 'here'}")
+
+
+def leave() -> None:
+    """Take this machine out of its cluster; its agent ends, its keys are removed.
+
+    Example: [bold]cenacle leave[/]
+    """
+    from .cluster import pairing
+
+    identity = pairing.Identity(pairing.own_folder() / "cluster", "node")
+    if not identity.exists:
+        raise InputError("this machine is not part of a cluster")
+    known = identity.remembered()
+    try:
+        _ask(identity, (known["host"], known["port"]), "leave")
+    except ClusterError as error:
+        _say(
+            f"{error}; this machine forgets its cluster all the same. On the head: "
+            f"`cenacle nodes --strike {known['name']}`"
+        )
+    identity.forget()
+    _say("this machine is not part of a cluster any more")
+
+
+def down() -> None:
+    """End the cluster that was begun on this machine: server, ranks, agents.
+
+    Example: [bold]cenacle down[/]
+    """
+    from .cluster import pairing
+
+    identity = pairing.Identity(pairing.own_folder() / "cluster", pairing.HEAD)
+    if not identity.exists:
+        raise InputError("no cluster was begun on this machine; `cenacle leave` is for the others")
+    known = identity.remembered()
+    _ask(identity, (known["host"], known["port"]), "down")
+    _say("the cluster ends")
+
+
+def _cluster() -> tuple[Identity, tuple[str, int]]:
+    """This machine's identity, the head's before a node's, and where the head is."""
+    from .cluster import pairing
+
+    folder = pairing.own_folder() / "cluster"
+    identity = pairing.Identity(folder, pairing.HEAD)
+    if identity.exists and "port" in (known := identity.remembered()):
+        return identity, (known["host"], known["port"])
+    identity = pairing.Identity(folder, "node")
+    if not identity.exists:
+        raise InputError("this machine is not part of a cluster: see `cenacle up` and `join`")
+    known = identity.remembered()
+    return identity, (known["host"], known["port"])
+
+
+def _ask(identity: Identity, where: tuple[str, int], what: str, **more: Any) -> dict[str, Any]:
+    from .cluster import join as joining
+
+    return joining.ask(identity, *where, what, **more)
+
+
+def _say(text: str) -> None:
+    err.print(text, soft_wrap=True, markup=False)
+
+
+def _numbers(given: str | None) -> list[float] | None:
+    if given is None:
+        return None
+    try:
+        return [float(s) for s in given.split(",")]
+    except ValueError as error:
+        raise InputError(f"--shares: expected numbers such as 2,1,1, got {given!r}") from error
+
+
+def register(app: typer.Typer, progress: Progress) -> None:
+    """Put these verbs beside the others."""
+    _progress.append(progress)
+    for verb in (up, join, nodes, status, leave, down):
+        app.command()(verb)

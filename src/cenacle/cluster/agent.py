@@ -1,0 +1,355 @@
+"""The program on each machine of a cluster: it reports to the head and starts ranks as it is told.
+
+Owns: this machine's connection to its head, the ranks that run here, and passing their messages on.
+Does not know: models, plans, which group a rank is of beyond its number.
+Invariant: it listens to nobody but its head, which has to prove that it is; when the connection to
+the head is lost, or this process ends, so do all ranks here; a lost head is called again for ever.
+Next: `control.py` is the other side; `engine/worker.py` is what is started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import ssl
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..collective import mesh
+from ..engine.channel import Closed
+from ..errors import CenacleError, ClusterError
+from . import links, machine, pairing, wire
+from .launcher import MALLOC, WORKER
+from .state import SILENCE_S
+
+log = logging.getLogger(__name__)
+
+ALIVE_EVERY_S = 1.0
+CONNECT_S = 5.0
+AGAIN_S = (0.2, 0.5, 1.0, 2.0)  # between calls to a head that does not answer
+STOP_S = 5.0
+
+
+class Ended(Exception):
+    """The head says that this agent shall end; says why."""
+
+
+@dataclass
+class _Rank:
+    """A rank that runs here."""
+
+    formation: int
+    rank: int
+    process: asyncio.subprocess.Process
+    folder: Path
+    server: asyncio.Server
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Agent:
+    """One machine's agent.
+
+    Args:
+        identity: what this machine proves itself with.
+        host, port: of the head.
+        folders: where models are looked for, the first one first.
+        say: told, in sentences, what happens.
+    """
+
+    def __init__(
+        self,
+        identity: pairing.Identity,
+        host: str,
+        port: int,
+        folders: list[Path],
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._identity, self._host, self._port = identity, host, port
+        self._folders, self._say = folders, say
+        self._ranks: list[_Rank] = []
+        self._formation = 0
+        self._writer: asyncio.StreamWriter | None = None
+        self._address = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._said = ""
+
+    async def run(self) -> str:
+        """Serve the head until it says that this shall end; says why.
+
+        Raises:
+            CenacleError: the head refuses this machine, and will again.
+        """
+        facts = await asyncio.to_thread(machine.facts)
+        tries = 0
+        try:
+            while True:
+                came = time.monotonic()
+                try:
+                    await self._session(facts)
+                except Ended as end:
+                    return str(end)
+                except (OSError, ClusterError) as error:
+                    if isinstance(error, _Refused):
+                        raise
+                    self._tell(self._why(error))
+                tries = 0 if time.monotonic() - came > 2 * AGAIN_S[-1] else tries + 1
+                await asyncio.sleep(AGAIN_S[min(tries, len(AGAIN_S) - 1)])
+        finally:
+            await self._end_ranks()
+            if self._writer is not None:
+                wire.hang_up(self._writer)
+            for task in self._tasks:
+                task.cancel()
+
+    def _tell(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            self._say(text)
+
+    def _why(self, error: Exception) -> str:
+        where = f"{self._host}:{self._port}"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"what answers at {where} is not the head of this machine's cluster; waiting"
+        return f"the head at {where} does not answer ({error}); waiting for it"
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                return await asyncio.open_connection(
+                    self._host,
+                    self._port,
+                    ssl=self._identity.client(),
+                    server_hostname=pairing.SERVER_NAME,
+                    limit=wire.PIECE,
+                )
+        except TimeoutError:
+            raise Closed(f"no connection within {CONNECT_S:g} s") from None
+
+    async def _session(self, facts: dict[str, Any]) -> None:
+        """One connection to the head, until it ends."""
+        reader, writer = await self._open()
+        self._writer = writer
+        self._address = writer.get_extra_info("sockname")[0]
+        alive: asyncio.Task[None] | None = None
+        try:
+            hello = {**facts, **machine.changing()}
+            await wire.send(writer, {"type": "agent", "facts": hello}, SILENCE_S)
+            while True:
+                message = await wire.receive(reader, SILENCE_S)
+                match message["type"]:
+                    case "welcome":
+                        self._tell(
+                            f"{message['name']} is in the cluster of {self._host}:{self._port}"
+                        )
+                        alive = self._start(self._say_alive(writer))
+                    case "order":
+                        self._start(self._obey(message, writer))
+                    case "end":
+                        with contextlib.suppress(ClusterError):
+                            await wire.send(writer, {"type": "leaving"}, 1)
+                        raise Ended(str(message.get("reason")))
+                    case "refused":
+                        if "is here already" in str(message["message"]):
+                            raise ClusterError(str(message["message"]))
+                        raise _Refused(str(message["message"]))
+        finally:
+            if alive is not None:
+                alive.cancel()
+            wire.hang_up(writer)
+            await self._end_ranks()
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _say_alive(self, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ClusterError):
+            while True:
+                await asyncio.sleep(ALIVE_EVERY_S)
+                message = {"type": "alive", "facts": machine.changing()}
+                await wire.send(writer, message, SILENCE_S)
+
+    async def _obey(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+            "find": self._find,
+            "ports": self._ports,
+            "answer_link": self._answer_link,
+            "measure_link": self._measure_link,
+            "start": self._start_rank,
+            "stop": self._stop_ranks,
+        }
+        answer: dict[str, Any] = {"type": "answer", "id": message["id"]}
+        try:
+            result = await orders[message["what"]](**message["arguments"])
+            answer["result"] = result
+        except (CenacleError, OSError) as error:
+            kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
+            answer["error"] = {"kind": kind, "message": str(error)}
+        except (KeyError, TypeError) as error:
+            reason = f"this agent cannot do that ({error!r}): are its versions the head's?"
+            answer["error"] = {"kind": "ClusterError", "message": reason}
+        with contextlib.suppress(ClusterError):
+            await wire.send(writer, answer, SILENCE_S)
+
+    # Orders
+
+    async def _find(self, model: str) -> dict[str, Any]:
+        folder = await asyncio.to_thread(machine.find, model, self._folders)
+        digest = await asyncio.to_thread(machine.digest, folder)
+        return {"folder": str(folder.resolve()), "digest": digest}
+
+    async def _ports(self, address: str, count: int) -> dict[str, Any]:
+        return {"ports": machine.free_ports(address, count)}
+
+    async def _answer_link(self, address: str, secret: str) -> dict[str, Any]:
+        return {"port": links.answer(address, pairing.decode(secret))}
+
+    async def _measure_link(self, address: str, port: int, secret: str) -> dict[str, Any]:
+        found = await asyncio.to_thread(links.measure, address, port, pairing.decode(secret))
+        return asdict(found)
+
+    async def _start_rank(
+        self,
+        formation: int,
+        epoch: int,
+        rank: int,
+        backend: str,
+        addresses: list[str],
+        secret: str,
+        relay: str,
+        token: str,
+    ) -> dict[str, Any]:
+        if formation < self._formation:
+            raise ClusterError(
+                f"was told to start a rank of formation {formation}, but knows {self._formation}"
+            )
+        if formation > self._formation:
+            await self._end_ranks()
+        self._formation = formation
+        folder = Path(tempfile.mkdtemp(prefix="cenacle-"))  # mode 0700
+        try:
+            env = {
+                **os.environ,
+                "CENACLE_CONTROL": str(folder / "control"),
+                "CENACLE_TOKEN": token,
+                "CENACLE_RANK": str(rank),
+                "CENACLE_EPOCH": str(epoch),
+                "CENACLE_LOCAL_RANKS": "1",
+                "MLX_RANK": str(rank),
+            }
+            env["GLIBC_TUNABLES"] = ":".join(filter(None, [env.get("GLIBC_TUNABLES"), MALLOC]))
+            if backend == "mesh":
+                env[mesh.ADDRESSES] = json.dumps(addresses)
+                env[mesh.SECRET] = secret
+            elif backend == "ring":
+                hosts = folder / "hosts.json"
+                hosts.write_text(json.dumps([[a] for a in addresses]))
+                env["MLX_HOSTFILE"] = str(hosts)
+
+            async def passing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await self._relay(relay, reader, writer)
+
+            server = await asyncio.start_unix_server(
+                passing, str(folder / "control"), limit=wire.PIECE
+            )
+            process = await asyncio.create_subprocess_exec(
+                *WORKER, env=env, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        started = _Rank(formation, rank, process, folder, server)
+        self._ranks.append(started)
+        self._start(self._watch(started))
+        return {"pid": process.pid}
+
+    async def _relay(
+        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """A rank's messages, to and from the front."""
+        try:
+            theirs = await self._open()
+            await wire.send(theirs[1], {"type": "relay", "name": name}, SILENCE_S)
+            await wire.receive(theirs[0], SILENCE_S)
+            await wire.pass_on((reader, writer), theirs)
+        except (OSError, ClusterError) as error:
+            log.info("a rank's connection ended: %s", error)
+        finally:
+            writer.close()
+
+    async def _watch(self, rank: _Rank) -> None:
+        """Until a rank has ended: clean up and report how."""
+        try:
+            status = await rank.process.wait()
+            if status and self._writer is not None:
+                how = f"was killed by {_signal(-status)}" if status < 0 else f"exited {status}"
+                said = {"type": "ended", "formation": rank.formation, "rank": rank.rank}
+                with contextlib.suppress(ClusterError):
+                    await wire.send(self._writer, {**said, "how": how}, SILENCE_S)
+        finally:
+            rank.server.close()
+            shutil.rmtree(rank.folder, ignore_errors=True)
+            if rank in self._ranks:
+                self._ranks.remove(rank)
+            rank.gone.set()
+
+    async def _stop_ranks(self, formation: int, patience_s: float) -> dict[str, Any]:
+        ending = [r for r in self._ranks if r.formation == formation]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                for rank in ending:
+                    await rank.gone.wait()
+        await self._end_ranks(formation)
+        return {}
+
+    async def _end_ranks(self, formation: int | None = None) -> None:
+        """Kill the ranks here, of all formations or of one, and wait until they are gone."""
+        ending = [r for r in self._ranks if formation in (None, r.formation)]
+        for rank in ending:
+            with contextlib.suppress(ProcessLookupError):
+                rank.process.kill()
+        for rank in ending:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(rank.gone.wait(), STOP_S)
+
+
+class _Refused(ClusterError):
+    """The head will not have this machine; asking again would not help."""
+
+
+def run(agent: Agent) -> str:
+    """Run an agent until its head ends it or this process is told to end; says why.
+
+    Raises:
+        CenacleError: the head refuses this machine.
+    """
+
+    async def until_told() -> str:
+        loop, own = asyncio.get_running_loop(), asyncio.current_task()
+        assert own is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, own.cancel)
+        return await agent.run()
+
+    try:
+        return asyncio.run(until_told())
+    except asyncio.CancelledError:
+        return "it was told to end"
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

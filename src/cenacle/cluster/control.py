@@ -1,0 +1,750 @@
+"""The head of a cluster: it lets machines in, hears their agents, and gives them orders.
+
+Owns: the listening socket, the roster of machines that belong to the cluster, one connection per
+agent, the way of each rank's messages, and carrying out what `state.py` decides.
+Does not know: models, plans, what orders are for (`forming.py`), HTTP.
+Invariant: whoever has no certificate of this cluster's authority, or was removed, can only ask to
+pair; every wait has a deadline; an agent that is lost is lost with all its ranks' connections.
+Threads: everything here runs in one asyncio loop in a thread of its own; `Head`'s public methods
+are for other threads.
+Next: `agent.py` is the other side, `hosts.py` makes ranks of relays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import queue
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import errors
+from ..errors import CenacleError, ClusterError, InputError
+from . import machine, pairing, state, wire
+from .state import Node, State
+
+log = logging.getLogger(__name__)
+
+PORT = 4747
+GREETING_S = 10.0  # in which a connection must have said who it is
+GUESTS = 64  # connections that have not, at one time
+WRONG_S = 0.5  # how long a wrong answer waits
+ALIVE_EVERY_S = 1.0
+SEND_S = 4.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Formation:
+    """A group to be made.
+
+    Args:
+        number: higher than of all before it, also before this head was started.
+        members: in rank order; the first is the head's own machine.
+    """
+
+    number: int
+    members: tuple[Node, ...]
+
+
+@dataclass
+class _Agent:
+    """A connected agent."""
+
+    writer: asyncio.StreamWriter
+    local: str  # this side's address of its connection
+    orders: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
+    relays: set[asyncio.Task[None]] = field(default_factory=set)
+    why: str = ""  # why it was hung up on, if it was
+
+
+class Head:
+    """The control plane of a cluster.
+
+    Args:
+        folder: where this user's keys and roster are.
+        host, port: where to listen; port 0: any that is free.
+        name: of the head's own machine.
+        token_life_s: how long a token admits.
+
+    Raises:
+        InputError: the folder cannot be used, another head runs from it, or the port is taken.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        host: str = "0.0.0.0",  # machines join from elsewhere, and have to prove themselves
+        port: int = PORT,
+        name: str = "",
+        token_life_s: float = pairing.TOKEN_LIFE_S,
+    ) -> None:
+        self._lock = take_lock(folder / "head.lock", "a head of this cluster")
+        try:
+            self._authority = pairing.Authority(folder)
+            self._roster_file = folder / "roster.json"
+            roster = self._read_roster()
+            self._socket = _listen(host, port)
+        except BaseException:
+            self._lock.close()
+            raise
+        self.identity = self._authority.identity
+        self._tokens = pairing.Tokens(time.monotonic, token_life_s)
+        self._der = ssl.PEM_cert_to_DER_cert(_first(self.identity.certificate.read_text()))
+        self._agents: dict[str, _Agent] = {}
+        self._awaited: dict[str, socket.socket] = {}  # relay's name -> the front's end of it
+        self._fates: dict[tuple[int, int], str] = {}  # formation, rank -> how it ended
+        self._forms: queue.Queue[Formation] = queue.Queue()
+        self._about: dict[str, Any] = {}  # what the program adds to `status`
+        self._guests: dict[asyncio.StreamWriter, None] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._order = 0
+        self.ended = threading.Event()  # set when somebody asked for the end
+        self.on_end: Callable[[], None] = lambda: None
+        self._state = State(machine.versions(), epoch=roster["epoch"])
+        self._closing = False
+        self.port: int = self._socket.getsockname()[1]
+        # The head's machine calls itself here; verbs do too.
+        self.own_address = _EVERYWHERE.get(host, host)
+        self.identity.remember(name=name, host=self.own_address, port=self.port)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="head", daemon=True)
+        started: Future[None] = Future()
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self._task, self._start(roster["nodes"], name, started))
+        try:
+            started.result(10)
+        except BaseException:
+            self.close()
+            raise
+
+    # For other threads
+
+    def invite(self) -> str:
+        """A new token."""
+        return self._do(_value(self._tokens.issue))
+
+    def form(
+        self,
+        nodes: int,
+        say: Callable[[str], None] = lambda _: None,
+        ending: threading.Event | None = None,
+        patience_s: float | None = None,
+    ) -> Formation:
+        """Wait until a group can be made.
+
+        Args:
+            nodes: how many machines; 0: all that belong to the cluster, two at least.
+            say: told who is waited for, when that changes.
+            ending: gives up when it is set.
+            patience_s: after so long the machines that are there will do; None: never.
+
+        Raises:
+            ClusterError: the head is closed, or `ending` was set.
+        """
+        self._do(_value(lambda: self._happens(state.Asked(nodes))))
+        said, began = "", time.monotonic()
+        while True:
+            if patience_s is not None and time.monotonic() - began > patience_s:
+                self._do(_value(self._ask_for_less))
+            with contextlib.suppress(queue.Empty):
+                return self._forms.get(timeout=0.2)
+            if self._closing or self.ended.is_set() or (ending is not None and ending.is_set()):
+                raise ClusterError("the cluster was ended before it was complete")
+            waiting = self.waiting(nodes)
+            if waiting != said:
+                said = waiting
+                say(waiting)
+
+    @property
+    def known(self) -> int:
+        """How many machines belong to the cluster."""
+        return len(self._state.nodes)
+
+    @property
+    def fit(self) -> int:
+        """How many of them can take part now."""
+        return sum(n.fit for n in self._state.nodes.values())
+
+    def waiting(self, nodes: int) -> str:
+        """Who is waited for, as a sentence."""
+        now = self._state
+        here = [n.name for n in now.nodes.values() if n.fit]
+        wanted = nodes or max(2, len(now.nodes))
+        gone = "; ".join(f"{n.name} {n.reason}" for n in state.missing(now))
+        return f"{len(here)} of {wanted} machines are here ({', '.join(here)})" + (
+            f": {gone}" if gone else ""
+        )
+
+    def is_ready(self, number: int) -> None:
+        """Note that a formation's ranks have loaded."""
+        self._do(_value(lambda: self._happens(state.Ready(number))))
+
+    def is_over(self, number: int) -> None:
+        """Note that a formation has ended; another may be made."""
+        with contextlib.suppress(ClusterError):
+            self._do(_value(lambda: self._happens(state.Over(number))))
+
+    def order(
+        self, who: Node, what: str, deadline_s: float = 10.0, **arguments: Any
+    ) -> dict[str, Any]:
+        """Have an agent do something.
+
+        Raises:
+            CenacleError: what the agent said, in its own class, with the machine's name.
+            ClusterError: the agent is lost, or took too long.
+        """
+        return self._do(self._ask(who, what, arguments, deadline_s), deadline_s + 5)
+
+    def orders(
+        self, many: Sequence[tuple[Node, dict[str, Any]]], what: str, deadline_s: float = 10.0
+    ) -> list[dict[str, Any]]:
+        """The same for several at once, each with its own arguments."""
+
+        async def all_of_them() -> list[dict[str, Any]]:
+            return await asyncio.gather(*(self._ask(n, what, a, deadline_s) for n, a in many))
+
+        return self._do(all_of_them(), deadline_s + 5)
+
+    def await_relays(self, names: list[str]) -> list[socket.socket]:
+        """The front's ends of relays that agents will open under these (secret) names."""
+        ends = []
+
+        def prepare() -> None:
+            for name in names:
+                near, far = socket.socketpair()
+                self._awaited[name] = far
+                ends.append(near)
+
+        self._do(_value(prepare))
+        return ends
+
+    def drop_relays(self, names: list[str]) -> None:
+        """Whoever has not come under these names need not come any more."""
+
+        def drop() -> None:
+            for name in names:
+                if (far := self._awaited.pop(name, None)) is not None:
+                    far.close()
+
+        with contextlib.suppress(ClusterError):
+            self._do(_value(drop))
+
+    def fate(self, number: int, rank: int) -> str | None:
+        """How a rank of a formation ended, if that is known."""
+        return self._fates.get((number, rank))
+
+    def lost(self, who: Node) -> str | None:
+        """Why a machine is not here, or None."""
+        node = self._state.nodes.get(who.id)
+        if node is None:
+            return "was removed from this cluster"
+        return None if node.here else node.reason
+
+    def tell(self, **about: Any) -> None:
+        """Add to what `status` says."""
+        self._about.update(about)
+
+    def status(self) -> dict[str, Any]:
+        """The state of the cluster, as JSON."""
+        now = self._state
+        return {
+            **self._about,
+            "phase": now.phase,
+            "formation": now.epoch,
+            "nodes": [
+                {
+                    "id": node.id,
+                    "name": node.name,
+                    "here": node.here,
+                    "reason": node.reason,
+                    "rank": now.members.index(node.id) if node.id in now.members else None,
+                    "address": node.address,
+                    "silent_s": round(time.monotonic() - node.heard_s, 1) if node.here else None,
+                    **{k: v for k, v in node.facts.items() if k in _SHOWN},
+                }
+                for node in now.nodes.values()
+            ],
+        }
+
+    def close(self, end_agents: bool = False) -> None:
+        """Stop listening and hang up on everyone; `end_agents`: tell the agents to end as well."""
+        if self._closing:
+            return
+        self._closing = True
+        with contextlib.suppress(ClusterError, FutureTimeout):
+            self._call(self._stop(end_agents), 10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._socket.close()
+        self._lock.close()
+
+    # In the loop
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, T], deadline_s: float = 10.0) -> T:
+        if self._closing:
+            work.close()
+            raise ClusterError("the head has ended")
+        return self._call(work, deadline_s)
+
+    def _call(self, work: Coroutine[Any, Any, T], deadline_s: float) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(deadline_s)
+        except FutureTimeout:
+            future.cancel()
+            raise ClusterError(f"the head did not answer within {deadline_s:g} s") from None
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _start(self, nodes: dict[str, str], name: str, started: Future[None]) -> None:
+        try:
+            self._happens(state.Known(pairing.HEAD, name or "head"))
+            for who, called in nodes.items():
+                self._happens(state.Known(who, called))
+            self._server = await asyncio.start_server(
+                self._guest,
+                sock=self._socket,
+                ssl=self.identity.server(),
+                ssl_handshake_timeout=GREETING_S,
+                limit=wire.PIECE,
+            )
+            self._task(self._tick())
+            started.set_result(None)
+        except BaseException as error:
+            started.set_exception(error)
+
+    async def _stop(self, end_agents: bool) -> None:
+        if end_agents:
+            for agent in list(self._agents.values()):
+                with contextlib.suppress(ClusterError):
+                    await wire.send(agent.writer, {"type": "end", "reason": _ENDED}, 1)
+            ends = time.monotonic() + 3
+            while self._agents.keys() - {pairing.HEAD} and time.monotonic() < ends:
+                await asyncio.sleep(0.02)
+        self._server.close()
+        for who in list(self._agents):
+            self._hang_up(who, _ENDED)
+        for far in self._awaited.values():
+            far.close()
+        for guest in list(self._guests):
+            wire.hang_up(guest)
+        rest = [t for t in self._tasks if t is not asyncio.current_task()]
+        for task in rest:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(*rest, return_exceptions=True), 5)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(ALIVE_EVERY_S / 2)
+            self._happens(state.Tick(time.monotonic()))
+
+    def _happens(self, event: state.Event) -> None:
+        before = self._state
+        self._state, actions = state.decide(before, event)
+        for action in actions:
+            match action:
+                case state.HangUp(id=who, reason=reason):
+                    self._hang_up(who, reason)
+                case state.Refuse(id=who, reason=reason):
+                    agent = self._agents[who]
+                    name = self._state.nodes[who].name
+                    log.warning("%s %s", name, reason)
+                    self._task(self._refuse(agent.writer, f"this machine {reason}"))
+                case state.Form(epoch=number, members=members):
+                    # Written down first: no number is ever used twice.
+                    self._write_roster()
+                    nodes = tuple(self._with_address(m, members) for m in members)
+                    self._forms.put(Formation(number, nodes))
+
+    def _ask_for_less(self) -> None:
+        if self._state.asked is not None:  # else the group has just been begun
+            self._happens(state.Asked(max(1, self.fit)))
+
+    def _with_address(self, who: str, members: tuple[str, ...]) -> Node:
+        node = self._state.nodes[who]
+        if who != pairing.HEAD:
+            return node
+        # The head's own agent calls over the loopback; the others know a better address.
+        seen = [self._agents[m].local for m in members if m != who and m in self._agents]
+        return Node(**{**vars(node), "address": seen[0] if seen else node.address})
+
+    def _hang_up(self, who: str, reason: str) -> None:
+        if (agent := self._agents.get(who)) is not None:
+            agent.why = agent.why or reason
+            wire.hang_up(agent.writer)
+            for relay in list(agent.relays):
+                relay.cancel()
+
+    async def _refuse(
+        self, writer: asyncio.StreamWriter, reason: str, kind: str = "ClusterError"
+    ) -> None:
+        with contextlib.suppress(ClusterError):
+            await wire.send(writer, {"type": "refused", "message": reason, "kind": kind}, SEND_S)
+
+    # Connections
+
+    async def _guest(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if len(self._guests) >= GUESTS:  # whoever is here longest is not one of us
+            wire.hang_up(next(iter(self._guests)))
+        self._guests[writer] = None
+        try:
+            await self._greet(reader, writer)
+        except (CenacleError, OSError) as error:
+            log.info("a connection was closed: %s", error)
+        finally:
+            self._guests.pop(writer, None)
+            wire.hang_up(writer)
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        hello = await wire.receive(reader, GREETING_S, wire.GREETING)
+        if hello["type"] == "pair":
+            await self._pair(hello, reader, writer)
+            return
+        if certificate is None:
+            await self._say_no(writer, "this machine is not of this cluster: join it with a token")
+            return
+        who = pairing.whose(certificate)
+        if who not in self._state.nodes:
+            await self._say_no(writer, "this machine was removed from this cluster: join it again")
+            return
+        self._guests.pop(writer, None)
+        match hello["type"]:
+            case "agent":
+                await self._hear(who, hello, reader, writer)
+            case "relay":
+                await self._relay(who, hello, reader, writer)
+            case "ask":
+                try:
+                    await self._answer(who, hello, writer)
+                except InputError as error:
+                    await self._say_no(writer, str(error), "InputError")
+
+    async def _say_no(
+        self, writer: asyncio.StreamWriter, reason: str, kind: str = "ClusterError"
+    ) -> None:
+        await asyncio.sleep(WRONG_S)
+        await self._refuse(writer, reason, kind)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(writer.wait_closed(), 1)
+
+    async def _pair(
+        self,
+        hello: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        theirs, ours = pairing.decode(hello.get("nonce")), secrets.token_bytes(pairing.NONCE)
+        await wire.send(writer, {"type": "nonce", "nonce": pairing.encode(ours)}, SEND_S)
+        asked = await wire.receive(reader, GREETING_S, wire.GREETING)
+        said = pairing.decode(asked.get("said"))
+        try:
+            if len(theirs) != pairing.NONCE:
+                raise ClusterError("this is not how machines pair")
+            proof = pairing.decode(asked.get("proof"))
+            token = self._tokens.find(proof, theirs, ours, self._der, said)
+            about = json.loads(said)
+            who = secrets.token_hex(8)
+            certificate = self._authority.sign(str(about["request"]).encode(), who)
+            name = _printable(str(about["name"]))
+        except (ClusterError, ValueError, KeyError, TypeError) as error:
+            log.warning("a machine was not let in: %s", error)
+            await self._say_no(writer, str(error))
+            return
+        self._happens(state.Known(who, name))
+        self._write_roster()
+        name = self._state.nodes[who].name
+        given = json.dumps({"certificate": certificate.decode(), "name": name, "id": who}).encode()
+        answer = pairing.proof_of(token, "head", theirs, ours, self._der, given)
+        log.info("%s has joined", name)
+        await wire.send(
+            writer,
+            {"type": "paired", "said": pairing.encode(given), "proof": pairing.encode(answer)},
+            SEND_S,
+        )
+        writer.close()
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(writer.wait_closed(), 5)
+
+    async def _hear(
+        self,
+        who: str,
+        hello: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """An agent's connection, until it ends."""
+        if who in self._agents:
+            await self._say_no(writer, f"{self._state.nodes[who].name} is here already")
+            return
+        facts = hello.get("facts")
+        if not isinstance(facts, dict):
+            raise ClusterError("an agent did not say what its machine is")
+        agent = _Agent(writer, writer.get_extra_info("sockname")[0])
+        self._agents[who] = agent
+        why = "its agent has ended"
+        alive = self._task(self._say_alive(writer))
+        try:
+            name = self._state.nodes[who].name
+            await wire.send(writer, {"type": "welcome", "name": name}, SEND_S)
+            address = writer.get_extra_info("peername")[0]
+            self._happens(state.Came(who, time.monotonic(), facts, address))
+            log.info("%s is here (%s)", name, address)
+            while True:
+                message = await wire.receive(reader, state.SILENCE_S)
+                if message["type"] == "alive":
+                    said = message.get("facts")
+                    now = said if isinstance(said, dict) else {}
+                    self._happens(state.Heard(who, time.monotonic(), now))
+                elif message["type"] == "answer":
+                    future = agent.orders.pop(message.get("id", -1), None)
+                    if future is not None and not future.done():
+                        future.set_result(message)
+                elif message["type"] == "ended":
+                    self._fates[(message["formation"], message["rank"])] = str(message["how"])
+                elif message["type"] == "leaving":
+                    why = "its agent was ended"
+        except (CenacleError, KeyError, TypeError) as error:
+            if isinstance(error, CenacleError) and str(error) != "closed the connection":
+                why = str(error)
+        finally:
+            alive.cancel()
+            del self._agents[who]
+            self._hang_up_on(agent)
+            node = self._state.nodes.get(who)
+            self._happens(state.Went(who, agent.why or why))
+            log.warning("%s: %s", node.name if node else who, agent.why or why)
+            for future in agent.orders.values():
+                if not future.done():
+                    future.set_exception(ClusterError(agent.why or why))
+
+    def _hang_up_on(self, agent: _Agent) -> None:
+        for relay in list(agent.relays):
+            relay.cancel()
+
+    async def _say_alive(self, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ClusterError):
+            while True:
+                await asyncio.sleep(ALIVE_EVERY_S)
+                await wire.send(writer, {"type": "alive"}, SEND_S)
+
+    async def _relay(
+        self,
+        who: str,
+        hello: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """A rank's messages, between its agent and the front."""
+        far = self._awaited.pop(str(hello.get("name")), None)
+        agent = self._agents.get(who)
+        if far is None or agent is None:
+            raise ClusterError("a relay that nobody waits for")
+        near = await asyncio.open_unix_connection(sock=far, limit=wire.PIECE)
+        task = asyncio.current_task()
+        assert task is not None
+        agent.relays.add(task)
+        try:
+            await wire.send(writer, {"type": "welcome"}, SEND_S)
+            await wire.pass_on((reader, writer), near)
+        finally:
+            agent.relays.discard(task)
+            near[1].close()
+            # What a rank said last is on its way to the front: TLS has nothing more to give.
+
+    async def _answer(self, who: str, hello: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """A verb's question."""
+        match hello.get("what"):
+            case "status":
+                answer: dict[str, Any] = self.status()
+            case "invite" if who == pairing.HEAD:
+                answer = {"token": self._tokens.issue()}
+            case "leave":
+                answer = self._strike(who)
+            case "strike" if who == pairing.HEAD:
+                answer = self._strike(self._named(str(hello.get("name"))))
+            case "down" if who == pairing.HEAD:
+                answer = {"phase": "ending"}
+            case _:
+                await self._say_no(writer, "only the head's own machine may ask for that")
+                return
+        await wire.send(writer, {"type": "answer", **answer}, SEND_S)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(writer.wait_closed(), 1)
+        if hello.get("what") == "down":
+            self.ended.set()
+            self.on_end()
+
+    def _named(self, name: str) -> str:
+        for node in self._state.nodes.values():
+            if name in (node.name, node.id) and node.id != pairing.HEAD:
+                return node.id
+        names = ", ".join(n.name for n in self._state.nodes.values() if n.id != pairing.HEAD)
+        raise InputError(f"no machine of this cluster is called {name}; there are: {names}")
+
+    def _strike(self, who: str) -> dict[str, Any]:
+        if who == pairing.HEAD:
+            raise InputError("the head cannot leave its own cluster; `cenacle down` ends it")
+        name = self._state.nodes[who].name
+        agent = self._agents.get(who)
+        if agent is not None:
+            # The machine is struck when its agent has heard why.
+            self._task(self._bid_farewell(agent, who))
+        else:
+            self._happens(state.Struck(who))
+            self._write_roster()
+        return {"left": name}
+
+    async def _bid_farewell(self, agent: _Agent, who: str) -> None:
+        with contextlib.suppress(ClusterError):
+            await wire.send(agent.writer, {"type": "end", "reason": "it left the cluster"}, SEND_S)
+        await asyncio.sleep(0.2)
+        self._happens(state.Struck(who))
+        self._write_roster()
+
+    async def _ask(
+        self, who: Node, what: str, arguments: dict[str, Any], deadline_s: float
+    ) -> dict[str, Any]:
+        agent = self._agents.get(who.id)
+        if agent is None:
+            raise ClusterError(f"{who.name} {self.lost(who) or 'is not here'}")
+        self._order += 1
+        number, future = self._order, self._loop.create_future()
+        agent.orders[number] = future
+        message = {"type": "order", "id": number, "what": what, "arguments": arguments}
+        try:
+            await wire.send(agent.writer, message, SEND_S)
+            answer = await asyncio.wait_for(future, deadline_s)
+        except TimeoutError:
+            raise ClusterError(
+                f"{who.name} did not do what it was told ({what}) within {deadline_s:g} s"
+            ) from None
+        except ClusterError as error:
+            raise ClusterError(f"{who.name} {error}") from None
+        finally:
+            agent.orders.pop(number, None)
+        if (refusal := answer.get("error")) is not None:
+            kind = getattr(errors, str(refusal.get("kind")), ClusterError)
+            if not (isinstance(kind, type) and issubclass(kind, CenacleError)):
+                kind = ClusterError
+            if issubclass(kind, errors.RankLost):
+                kind = ClusterError
+            raise kind(f"{who.name}: {refusal.get('message')}")
+        return dict(answer["result"])
+
+    # The roster
+
+    def _read_roster(self) -> dict[str, Any]:
+        if not self._roster_file.exists():
+            return {"epoch": 0, "nodes": {}}
+        try:
+            found = json.loads(pairing.read_private(self._roster_file))
+            return {
+                "epoch": int(found["epoch"]),
+                "nodes": {str(k): str(v) for k, v in found["nodes"].items()},
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{self._roster_file} is damaged ({error!r}): remove it; every machine then has "
+                f"to join again"
+            ) from error
+
+    def _write_roster(self) -> None:
+        nodes = {n.id: n.name for n in self._state.nodes.values() if n.id != pairing.HEAD}
+        data = {"epoch": self._state.epoch, "nodes": nodes}
+        pairing.write_private(self._roster_file, json.dumps(data, indent=1).encode())
+
+
+def take_lock(path: Path, what: str) -> Any:
+    """An open file that only one process at a time can have; it holds the process's number.
+
+    Raises:
+        InputError: another process has it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = path.open("a+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise InputError(f"{what} runs already (process {holder}) with {path.parent}") from None
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+_ENDED = "the head was ended"
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_SHOWN = (
+    "cenacle",
+    "mlx",
+    "system",
+    "processor",
+    "memory_bytes",
+    "available_bytes",
+    "read_bytes_s",
+    "kernels",
+)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=GUESTS)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen at {host}:{port} ({error.strerror}); choose another with --listen",
+            "listen",
+        ) from error
+
+
+def _first(pem: str) -> str:
+    end = "-----END CERTIFICATE-----"
+    return pem[: pem.index(end) + len(end)] + "\n"
+
+
+def _printable(name: str) -> str:
+    kept = "".join(c for c in name if c.isalnum() or c in "-_.")[:40]
+    return kept or "node"
+
+
+async def _value(work: Callable[[], T]) -> T:
+    return work()

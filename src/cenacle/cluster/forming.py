@@ -1,0 +1,189 @@
+"""From machines that are there to ranks that answer.
+
+Owns: the order of things: who takes part, does everyone have the model, what do the links give, who
+holds what, start, load.
+Does not know: sockets (`control.py`), how the decisions are made (`placing.py`), requests.
+Invariant: what fails on the way leaves no rank and no formation behind; the error names a machine.
+Next: `hosts.RemoteRanks`, which is what comes out.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.engine import Options
+from ..engine.lockstep import Epoch
+from ..errors import CheckpointError, PlanError
+from ..model.weights import Checkpoint, describe
+from ..plan import Plan
+from . import links, machine, pairing, placing
+from .control import Formation, Head
+from .hosts import RemoteRanks
+from .launcher import Progress
+from .links import Link
+from .state import Node
+
+FIND_S = 30.0
+LEFT_S = 3.0  # how long a lost machine is waited for where the others may do without
+FIRST = Epoch(0, threading.Event())
+
+
+@dataclass(frozen=True)
+class Formed:
+    """What was decided for one formation.
+
+    Args:
+        formation: the machines.
+        folders: of the model, on each.
+        backend, exchange: how ranks exchange, and why.
+        links: what was measured between pairs of ranks.
+        plan: who holds what.
+        reason: why, in one line.
+    """
+
+    formation: Formation
+    folders: list[str]
+    backend: str
+    exchange: str
+    links: Mapping[tuple[int, int], Link]
+    plan: Plan
+    reason: str
+
+
+class Joined:
+    """The machines of a cluster, as a place where ranks can be started.
+
+    Args:
+        head: started.
+        nodes: how many machines; 0: all that belong to the cluster.
+        wanted: placement and exchange, as far as they were asked for.
+        say: told what is waited for and what was decided, in sentences.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        nodes: int = 0,
+        wanted: placing.Wanted | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._head, self._nodes, self._say = head, nodes, say
+        self._wanted = wanted or placing.Wanted()
+        self._formed: Formed | None = None  # not started yet
+
+    def form(
+        self, name: str, checkpoint: Checkpoint, options: Options, kernels: str
+    ) -> tuple[Plan, str]:
+        """Wait until all machines that are wanted are there, ask and measure them, and decide.
+
+        Args:
+            name: of the model, by which each machine looks for its folder.
+            checkpoint: the head's own copy.
+            options, kernels: see `api.load`.
+
+        Returns:
+            The plan of the first group, and why it was chosen.
+
+        Raises:
+            CheckpointError: a machine has not got the model, or another one of that name.
+            PlanError: it does not fit; names the machine.
+            ClusterError: the cluster was ended, or a machine was lost meanwhile.
+        """
+        self._what = (name, checkpoint, options, kernels)
+        self._formed = self._decide(self._head.form(self._nodes, self._say))
+        return self._formed.plan, self._formed.reason
+
+    def start(
+        self, order: dict[str, Any], progress: Progress | None = None, epoch: Epoch = FIRST
+    ) -> RemoteRanks:
+        """Start and load the ranks of an epoch: the first on what `form` decided, others on the
+        machines that are left, if the model fits there; else when enough have come back.
+
+        Raises:
+            CenacleError: what the first failing rank said; no rank is left.
+        """
+        formed, self._formed = self._formed, None
+        formed = formed or self._again(epoch)
+        order = {**order, "plan": formed.plan.to_json(), "wire": self._wanted.wire}
+        ranks = RemoteRanks(
+            self._head,
+            formed.formation,
+            formed.plan,
+            formed.backend,
+            formed.exchange,
+            formed.folders,
+            epoch,
+        )
+        try:
+            ranks.load(order, progress)
+        except BaseException:
+            ranks.close(now=True)
+            raise
+        self._head.is_ready(formed.formation.number)
+        return ranks
+
+    def _again(self, epoch: Epoch) -> Formed:
+        """After a loss."""
+        formation = self._head.form(self._nodes, self._say, epoch.ending, LEFT_S)
+        try:
+            return self._decide(formation)
+        except PlanError as error:
+            wanted = self._nodes or self._head.known
+            if len(formation.members) >= wanted:
+                raise
+            self._say(f"the model does not fit on what is left ({error})")
+        return self._decide(self._head.form(self._nodes, self._say, epoch.ending))
+
+    def _decide(self, formation: Formation) -> Formed:
+        name, checkpoint, options, kernels = self._what
+        try:
+            members = formation.members
+            folders = self._find(name, checkpoint, members)
+            backend, exchange = placing.exchange(self._wanted.backend, self._wanted.wire, members)
+            measured = self._measure(members)
+            plan, reason = placing.place(
+                describe(checkpoint),
+                checkpoint.config,
+                members,
+                measured,
+                self._wanted,
+                options,
+                kernels,
+            )
+        except BaseException:
+            self._head.is_over(formation.number)
+            raise
+        if measured:
+            exchange = f"{exchange}; {placing.describe_links(members, measured)}"
+        return Formed(formation, folders, backend, exchange, measured, plan, reason)
+
+    def _find(self, name: str, checkpoint: Checkpoint, members: tuple[Node, ...]) -> list[str]:
+        here = checkpoint.folder.resolve()
+        expected = machine.digest(here)
+        others = members[1:]  # the first is this machine
+        answers = self._head.orders([(n, {"model": name}) for n in others], "find", FIND_S)
+        for node, answer in zip(others, answers, strict=True):
+            if answer["digest"] != expected:
+                raise CheckpointError(
+                    f"{node.name} has another model of the name {name} at {answer['folder']} than "
+                    f"the head has at {here} (config.json or weight files differ): copy it again"
+                )
+        return [str(here), *(str(answer["folder"]) for answer in answers)]
+
+    def _measure(self, members: tuple[Node, ...]) -> dict[tuple[int, int], Link]:
+        """Every pair, one after the other: links that are busy say little."""
+        found = {}
+        for a, one in enumerate(members):
+            for b in range(a + 1, len(members)):
+                secret = pairing.encode(secrets.token_bytes(16))
+                two = members[b]
+                asked: dict[str, Any] = {"address": two.address, "secret": secret}
+                asked |= self._head.order(two, "answer_link", **asked)
+                wait = links.DEADLINE_S + 5
+                got = self._head.order(one, "measure_link", wait, **asked)
+                found[a, b] = Link(float(got["latency_s"]), float(got["bytes_s"]))
+        return found

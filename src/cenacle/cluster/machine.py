@@ -1,0 +1,171 @@
+"""What this machine is, as its agent reports it: memory, processor, versions, addresses.
+
+Owns: asking the system.
+Does not know: clusters, models.
+Invariant: plain data (JSON); nothing here takes longer than about a second.
+Next: `agent.py` sends it, `placing.py` decides by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import platform
+import socket
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .. import native
+from ..collective import mesh
+from ..errors import CheckpointError
+
+PACKAGE = Path(__file__).parent.parent
+READ_BYTES = 128 * 2**20  # more than caches hold
+READS = 9
+
+
+def versions() -> dict[str, str]:
+    """Of what has to be the same on all nodes."""
+    return {"cenacle": version("cenacle"), "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
+
+
+def facts() -> dict[str, Any]:
+    """What stays as it is while the program runs."""
+    import mlx.core as mx
+
+    gpu = mx.default_device().type == mx.DeviceType.gpu
+    return {
+        **versions(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "macos": platform.mac_ver()[0],
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else None,
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu,
+        "metal": mx.device_info() if gpu and mx.metal.is_available() else None,
+        "kernels": native.describe() if native.available() else "mlx",
+        "read_bytes_s": _read_rate(gpu),
+        "no_mesh": mesh.why_not(),
+    }
+
+
+def changing() -> dict[str, Any]:
+    """What an agent reports once a second."""
+    return {"available_bytes": psutil.virtual_memory().available}
+
+
+def find(model: str, folders: list[Path]) -> Path:
+    """The folder of a model of that name on this machine.
+
+    Args:
+        model: a folder's or a hub repository's name, or a path.
+        folders: where models are kept here, the first one first.
+
+    Raises:
+        CheckpointError: none of them has it.
+    """
+    name = Path(model).name
+    tried = [f / model.replace("/", "--") for f in folders] + [f / name for f in folders]
+    tried += [PACKAGE / name]
+    if Path(model).is_absolute():
+        tried.append(Path(model))
+    for folder in tried:
+        if (folder / "config.json").is_file():
+            return folder
+    places = ", ".join(str(f) for f in folders) or "no folder of models was given"
+    raise CheckpointError(
+        f"the model {name} is not on this machine ({places}): copy its folder there and start "
+        f"`cenacle join --models FOLDER`, FOLDER being the one that has {name} in it"
+    )
+
+
+def digest(folder: Path) -> str:
+    """What tells two checkpoints apart without reading their weights: config.json, the index, and
+    the names, sizes and headers of the weight files."""
+    seen = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("model*.safetensors")):
+        if path.suffix == ".json" and path.name not in ("config.json", _INDEX):
+            continue
+        seen.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            seen.update(file.read(_HEADER_BYTES))
+    return seen.hexdigest()
+
+
+_INDEX = "model.safetensors.index.json"
+_HEADER_BYTES = 1 << 20
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's own address, as that host sees it; empty if it cannot be reached."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        with socket.socket(found[0][0], socket.SOCK_DGRAM) as sock:
+            sock.connect(found[0][4])  # sends nothing
+            return str(sock.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def addresses() -> list[str]:
+    """This machine's addresses that others may reach, the likeliest first."""
+    found = []
+    state = psutil.net_if_stats()
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6) or not state[name].isup:
+                continue
+            address = ipaddress.ip_address(entry.address.partition("%")[0])
+            if not (address.is_loopback or address.is_link_local):
+                found.append(str(address))
+    default = address_towards("192.0.2.1", 9)  # any address beyond the router (RFC 5737)
+    return sorted(found, key=lambda a: (a != default, ":" in a))
+
+
+def free_ports(address: str, count: int) -> list[int]:
+    """Ports of an address that are free now."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sockets = [socket.socket(family) for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind((address, 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def _read_rate(gpu: bool) -> float:
+    """Bytes a second of reading memory on the device that computes: the best of a few reads."""
+    import mlx.core as mx
+
+    array = mx.zeros(READ_BYTES // 4, dtype=mx.float32)
+    mx.eval(array)
+    times = []
+    for _ in range(READS):
+        began = time.perf_counter()
+        if native.available() and not gpu:
+            native.module().read(array)
+        else:
+            mx.eval(mx.max(array))
+        times.append(time.perf_counter() - began)
+    return READ_BYTES / min(times)
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":  # never run
+        import subprocess
+
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

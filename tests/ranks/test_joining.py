@@ -1,0 +1,345 @@
+"""Joining a cluster on one machine: real sockets, real TLS, real agents; no ranks are started.
+
+Who may come in and who may not; what strangers can do to the head, which is nothing.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import ssl
+import struct
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from cenacle.cluster import join, pairing
+from cenacle.cluster.agent import Agent
+from cenacle.cluster.control import Head
+from cenacle.cluster.join import ask, pair
+from cenacle.engine.channel import Channel
+from cenacle.errors import ClusterError, InputError
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    head = Head(tmp_path_factory.mktemp("head"), HOST, 0, "one")
+    yield head
+    head.close()
+
+
+def until(condition, what, seconds=10.0):
+    ends = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < ends, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return found
+
+
+@contextmanager
+def agent(identity, port):
+    """A running agent; what it said, and in the end why it ended."""
+    said, ended = [], []
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(Agent(identity, HOST, port, [], said.append).run())
+
+    def run():
+        try:
+            ended.append(loop.run_until_complete(task))
+        except (ClusterError, asyncio.CancelledError) as error:
+            ended.append(error)
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield said, ended
+    finally:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join(10)
+
+
+def names(head):
+    return {n["name"]: n for n in head.status()["nodes"]}
+
+
+def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path):
+    identity = pair(tmp_path, HOST, head.port, head.invite(), "two")
+    assert identity.remembered()["name"] == "two"
+    assert not names(head)["two"]["here"]
+    with agent(identity, head.port) as (said, _):
+        node = until(lambda: names(head)["two"]["here"] and names(head)["two"], "two")
+        assert until(lambda: said, "a word") == [f"two is in the cluster of {HOST}:{head.port}"]
+        assert node["address"] == HOST
+        assert node["memory_bytes"] > node["available_bytes"] > 0
+        assert ask(identity, HOST, head.port, "status")["nodes"] == head.status()["nodes"]
+        with agent(identity, head.port) as (other, _):  # a copied folder
+            until(lambda: other, "a word")
+            assert "is here already" in other[0]
+    until(lambda: not names(head)["two"]["here"], "the end of two")
+    assert names(head)["two"]["reason"] == "its agent has ended"
+
+
+@pytest.mark.parametrize("token", ["0000-0000-0000-0000", "nonsense"])
+def test_a_wrong_token_lets_nobody_in(head, tmp_path, token):
+    before = head.status()["nodes"]
+    with pytest.raises((ClusterError, InputError), match="token"):
+        pair(tmp_path, HOST, head.port, token, "bad")
+    assert head.status()["nodes"] == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_old_token_lets_nobody_in(tmp_path):
+    head = Head(tmp_path / "head", HOST, 0, "one", token_life_s=0.0)
+    try:
+        with pytest.raises(ClusterError, match=r"too old; `cenacle nodes --invite`"):
+            pair(tmp_path / "node", HOST, head.port, head.invite(), "late")
+        assert not (tmp_path / "node").exists()
+    finally:
+        head.close()
+
+
+def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
+    """A man in the middle with a certificate of his own passes every message on."""
+    other = pairing.Authority(tmp_path / "other").identity.server()
+    other.verify_mode = ssl.CERT_NONE
+    listener = socket.create_server((HOST, 0))
+    passed = []
+
+    def between():
+        plain, _ = listener.accept()
+        near = Channel(other.wrap_socket(plain, server_side=True), 5)
+        sock = socket.create_connection((HOST, head.port))
+        far = Channel(pairing.stranger().wrap_socket(sock), 5)
+        with suppress(ClusterError):
+            for a, b in ((near, far), (far, near), (near, far), (far, near)):
+                passed.append(a.receive())
+                b.send(passed[-1])
+        near.close()
+        far.close()
+
+    thread = threading.Thread(target=between)
+    thread.start()
+    before, token = head.status()["nodes"], head.invite()
+    with pytest.raises(ClusterError, match="the token is wrong"):
+        pair(tmp_path / "node", HOST, listener.getsockname()[1], token, "victim")
+    thread.join()
+    listener.close()
+    assert len(passed) == 4
+    assert token.replace("-", "") not in json.dumps(passed).replace("-", "")
+    assert head.status()["nodes"] == before
+    pair(tmp_path / "node", HOST, head.port, token, f"victim{len(before)}")  # it is still good
+
+
+def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
+    """It says yes to everyone."""
+    authority = pairing.Authority(tmp_path / "other")
+    server = authority.identity.server()
+    listener = socket.create_server((HOST, 0))
+
+    def yes():
+        plain, _ = listener.accept()
+        channel = Channel(server.wrap_socket(plain, server_side=True), 5)
+        channel.receive()
+        channel.send({"type": "nonce", "nonce": pairing.encode(bytes(16))})
+        said = json.loads(pairing.decode(channel.receive()["said"]))
+        given = {"certificate": authority.sign(said["request"].encode(), "x").decode()}
+        sent = pairing.encode(json.dumps({**given, "id": "x", "name": "x"}).encode())
+        channel.send({"type": "paired", "said": sent, "proof": pairing.encode(bytes(32))})
+        channel.close()
+
+    thread = threading.Thread(target=yes)
+    thread.start()
+    with pytest.raises(ClusterError, match="does not know the token"):
+        pair(tmp_path / "n", HOST, listener.getsockname()[1], pairing.new_token(), "victim")
+    thread.join()
+    listener.close()
+    assert not (tmp_path / "n").exists()
+
+
+def test_another_clusters_machine_is_refused_and_told_why(head, tmp_path):
+    other = Head(tmp_path / "other", HOST, 0, "one")
+    try:
+        theirs = pair(tmp_path / "n", HOST, other.port, other.invite(), "n")
+        with pytest.raises(ClusterError, match="not the head of this machine's cluster"):
+            ask(theirs, HOST, head.port, "status")
+        with agent(theirs, head.port) as (said, _):
+            until(lambda: said, "a word")
+            assert "not the head of this machine's cluster" in said[0]
+        # One that does not check whom it calls gets no further.
+        careless = pairing.stranger()
+        careless.load_cert_chain(theirs.certificate, theirs.key)
+        raw = socket.create_connection((HOST, head.port), timeout=5)
+        channel = Channel(careless.wrap_socket(raw), 5)
+        with suppress(ClusterError):
+            channel.send({"type": "ask", "what": "status"})
+        with pytest.raises(ClusterError, match=r"alert|lost|closed"):
+            channel.receive()
+        channel.close()
+    finally:
+        other.close()
+    assert "n" not in names(head)
+
+
+GARBAGE = [
+    b"",
+    b"\0" * 1000,
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    os.urandom(5000),
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + os.urandom(40),  # a torn TLS greeting
+]
+FRAMES = [
+    struct.pack(">I", 2**31) + b"x",
+    struct.pack(">I", 5) + b"nope!",
+    struct.pack(">I", 2) + b"[]",
+    struct.pack(">I", 2) + b"{}",
+    struct.pack(">I", 16000) + b"[" * 16000,
+    *(
+        struct.pack(">I", len(m)) + m
+        for m in (
+            b'{"type":"agent","facts":{}}',
+            b'{"type":"relay","name":"x"}',
+            b'{"type":"ask","what":"down"}',
+            b'{"type":"ask","what":"status"}',
+            b'{"type":"pair"}',
+            b'{"type":"pair","nonce":5}',
+            b'{"type":"nonsense"}',
+        )
+    ),
+]
+
+
+def test_strangers_do_no_harm(head, tmp_path):
+    before = head.status()["nodes"]
+    socks = []
+    for data in GARBAGE:
+        socks.append(socket.create_connection((HOST, head.port), timeout=5))
+        with suppress(OSError):
+            socks[-1].sendall(data)
+    answers = []
+    for data in FRAMES:
+        raw = socket.create_connection((HOST, head.port), timeout=5)
+        sock = pairing.stranger().wrap_socket(raw)
+        socks.append(sock)
+        with suppress(OSError):
+            sock.sendall(data)
+        answers.append(sock)
+    # While all of them hang about, a machine joins.
+    identity = pair(tmp_path, HOST, head.port, head.invite(), f"good{len(before)}")
+    assert ask(identity, HOST, head.port, "status")["phase"] == "idle"
+    for sock in answers:
+        with suppress(OSError):
+            assert b'"nodes"' not in sock.recv(4096)
+    for sock in socks:
+        sock.close()
+    assert len(head.status()["nodes"]) == len(before) + 1
+
+
+def test_only_the_head_may_end_it_or_invite(head, tmp_path):
+    identity = pair(tmp_path, HOST, head.port, head.invite(), "curious")
+    for what in ("down", "invite", "strike", "nonsense"):
+        with pytest.raises(ClusterError, match="only the head's own machine"):
+            ask(identity, HOST, head.port, what, name="one")
+    assert not head.ended.is_set()
+    token = ask(head.identity, HOST, head.port, "invite")["token"]
+    assert pairing.read_token(token) == token
+    with pytest.raises(InputError, match="no machine of this cluster is called nobody"):
+        ask(head.identity, HOST, head.port, "strike", name="nobody")
+
+
+def test_who_left_or_was_struck_needs_a_new_token(head, tmp_path):
+    for way in ("leave", "strike"):
+        identity = pair(tmp_path / way, HOST, head.port, head.invite(), way)
+        with agent(identity, head.port) as (_, ended):
+            until(lambda: names(head)[way]["here"], way)  # noqa: B023
+            who = identity if way == "leave" else head.identity
+            assert ask(who, HOST, head.port, way, name=way)["left"] == way
+            until(lambda: ended, "the agent's end")
+            assert ended == ["it left the cluster"]
+        until(lambda: way not in names(head), "the end of its name")  # noqa: B023
+        with pytest.raises(ClusterError, match="was removed from this cluster"):
+            ask(identity, HOST, head.port, "status")
+
+
+def test_other_versions_are_explained(head, tmp_path, monkeypatch):
+    identity = pair(tmp_path, HOST, head.port, head.invite(), "older")
+    facts = {"cenacle": "0.0.1", "mlx": "0.1", "mlx_lm": "0.32.2"}
+    monkeypatch.setattr("cenacle.cluster.machine.facts", lambda: facts)
+    with agent(identity, head.port) as (_, ended):
+        until(lambda: ended, "a refusal")
+    assert "cenacle 0.0.1, expected" in str(ended[0])
+    assert "pip install cenacle==" in str(ended[0])
+
+
+def test_orders_to_who_is_not_there_fail_at_once(head):
+    before = time.monotonic()
+    from cenacle.cluster.state import Node
+
+    with pytest.raises(ClusterError, match="was removed"):
+        head.order(Node("x", "gone"), "find", model="m")
+    assert time.monotonic() - before < 1
+
+
+def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
+    head = Head(tmp_path / "h", HOST, 0, "one")
+    port = head.port
+    identity = pair(tmp_path / "n", HOST, port, head.invite(), "two")
+    with agent(identity, port) as (said, _):
+        until(lambda: names(head)["two"]["here"], "two")
+        with pytest.raises(InputError, match=f"runs already .process {os.getpid()}"):
+            Head(tmp_path / "h", HOST, 0, "one")
+        head.close()
+        until(lambda: any("waiting for it" in s for s in said), "that it is missed")
+        head = Head(tmp_path / "h", HOST, port, "one")
+        until(lambda: names(head).get("two", {}).get("here"), "two again")  # needs no token
+        head.close()
+    assert "does not answer" in said[1]
+
+
+def test_errors_of_addresses(tmp_path):
+    assert join.read_address("10.0.0.1") == ("10.0.0.1", 4747)
+    assert join.read_address("[fd00::1]:99") == ("fd00::1", 99)
+    for wrong in ("", "x:y", "x:0", "x:99999", ":5"):
+        with pytest.raises(InputError, match="HOST:PORT"):
+            join.read_address(wrong)
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        with pytest.raises(ClusterError, match="no head answers"):
+            pair(tmp_path, HOST, taken.getsockname()[1], pairing.new_token(), "x")
+        taken.listen()
+        with pytest.raises(InputError, match="choose another with --listen"):
+            Head(tmp_path / "h", HOST, taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_services_are_what_their_readers_read(tmp_path, monkeypatch, platform):
+    import configparser
+    import plistlib
+    import shlex
+
+    monkeypatch.setenv("HOME", str(tmp_path / "a b%c"))
+    path, text, enable = join.service(tmp_path / 'x "y"', platform)
+    assert path.is_relative_to(tmp_path / "a b%c")
+    if platform == "darwin":
+        read = plistlib.loads(text.encode())
+        command, home = read["ProgramArguments"], read["EnvironmentVariables"]["CENACLE_HOME"]
+        assert read["RunAtLoad"]
+        assert not read["KeepAlive"]["SuccessfulExit"]
+    else:
+        unit = configparser.ConfigParser(interpolation=None)
+        unit.optionxform = str
+        unit.read_string(text)
+        command = shlex.split(unit["Service"]["ExecStart"].replace("%%", "%"))
+        (value,) = shlex.split(unit["Service"]["Environment"])
+        home = value.removeprefix("CENACLE_HOME=")
+        assert unit["Service"]["Restart"] == "on-failure"
+        assert unit["Install"]["WantedBy"] == "default.target"
+    assert command[1:] == ["-m", "cenacle.cli", "join"]
+    assert home == str(tmp_path / 'x "y"')
+    assert path.name in enable

@@ -1,0 +1,146 @@
+"""Tokens, certificates and files of a cluster's machines, without any connection."""
+
+import json
+import ssl
+import stat
+
+import pytest
+
+from cenacle.cluster import pairing
+from cenacle.cluster.pairing import Authority, Identity, Tokens, proof_of
+from cenacle.errors import ClusterError, InputError
+
+SAID = (b"j" * 16, b"h" * 16, b"certificate", b"what is sent")
+
+
+def modes(folder):
+    return {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
+
+
+def test_tokens_are_long_enough_and_read_as_people_type_them():
+    token = pairing.new_token()
+    assert len(token.replace("-", "")) * 5 == 80, "bits"
+    assert pairing.read_token(token.lower().replace("-", " ").replace("0", "o")) == token
+    for wrong in ("", "ABCD", token + "A", token[:-1] + "U", token[:-1] + "!"):
+        with pytest.raises(InputError, match="as `cenacle up` prints it"):
+            pairing.read_token(wrong)
+
+
+def test_a_token_admits_until_it_is_too_old():
+    now = [100.0]
+    tokens = Tokens(lambda: now[0], life_s=60)
+    token, other = tokens.issue(), tokens.issue()
+    proof = proof_of(token, "joiner", *SAID)
+    assert tokens.find(proof, *SAID) == token != other
+    now[0] += 59
+    assert tokens.find(proof, *SAID) == token, "several machines may use one"
+    now[0] += 2
+    with pytest.raises(ClusterError, match="too old"):
+        tokens.find(proof, *SAID)
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_a_proof_is_for_one_conversation_only(changed):
+    tokens = Tokens(lambda: 0.0)
+    proof = proof_of(tokens.issue(), "joiner", *SAID)
+    other = [*SAID]
+    other[changed] = other[changed][:-1] + b"x"
+    with pytest.raises(ClusterError, match="wrong"):
+        tokens.find(proof, *other)
+
+
+def test_a_proof_is_for_one_side_only():
+    tokens = Tokens(lambda: 0.0)
+    with pytest.raises(ClusterError, match="wrong"):
+        tokens.find(proof_of(tokens.issue(), "head", *SAID), *SAID)
+
+
+def test_files_are_their_owners_only(tmp_path):
+    folder = tmp_path / "home" / "cluster"
+    authority = Authority(folder)
+    key = pairing.new_key()
+    pairing.keep_node(folder, key, authority.sign(pairing.request_for(key), "ab"), host="x")
+    found = modes(folder)
+    assert set(found) == {
+        *("ca.key", "ca.crt", "head.key", "head.crt", "head.json"),
+        *("node.key", "node.crt", "node.json"),
+    }
+    assert set(found.values()) == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    (folder / "head.key").chmod(0o644)
+    with pytest.raises(InputError, match="chmod 600"):
+        authority.identity.server()
+
+
+def test_an_authority_is_made_once(tmp_path):
+    assert Authority(tmp_path).pem == Authority(tmp_path).pem
+    (tmp_path / "ca.crt").write_text("nonsense")
+    with pytest.raises(InputError, match="damaged"):
+        Authority(tmp_path)
+
+
+def test_what_is_not_a_request_is_not_signed(tmp_path):
+    authority = Authority(tmp_path)
+    request = pairing.request_for(pairing.new_key())
+    torn = bytearray(request)
+    torn[70] ^= 1
+    for wrong in (b"", b"nonsense", bytes(torn), authority.pem):
+        with pytest.raises(ClusterError, match="request"):
+            authority.sign(wrong, "x")
+
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, name: str | None) -> str | None:
+    """TLS between two memory buffers; whom the server then knows."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    a = client.wrap_bio(down, up, server_hostname=name)
+    b = server.wrap_bio(up, down, server_side=True)
+    done = set()
+    for _ in range(10):
+        for side in (a, b):
+            if side not in done:
+                try:
+                    side.do_handshake()
+                    done.add(side)
+                except ssl.SSLWantReadError:
+                    pass
+    assert len(done) == 2
+    der = b.getpeercert(binary_form=True)
+    return None if der is None else pairing.whose(der)
+
+
+def node(folder, authority, who="ab12"):
+    key = pairing.new_key()
+    return pairing.keep_node(folder, key, authority.sign(pairing.request_for(key), who))
+
+
+def test_both_sides_are_known_by_their_certificates(tmp_path):
+    authority, other = Authority(tmp_path / "a"), Authority(tmp_path / "b")
+    ours, theirs = node(tmp_path / "n", authority), node(tmp_path / "m", other)
+    server = authority.identity.server()
+    assert shake_hands(ours.client(), server, pairing.SERVER_NAME) == "ab12"
+    assert shake_hands(authority.identity.client(), server, pairing.SERVER_NAME) == pairing.HEAD
+    assert shake_hands(pairing.stranger(), server, None) is None, "it may only ask to pair"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(theirs.client(), server, pairing.SERVER_NAME)  # another cluster's node
+    foreign = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    foreign.check_hostname, foreign.verify_mode = False, ssl.CERT_NONE
+    foreign.load_cert_chain(theirs.certificate, theirs.key)
+    with pytest.raises(ssl.SSLError):
+        shake_hands(foreign, server, None)  # who does not check whom he calls
+
+
+def test_a_node_cannot_pass_for_the_head(tmp_path):
+    authority = Authority(tmp_path / "a")
+    ours, bad = node(tmp_path / "n", authority), node(tmp_path / "m", authority, "bad")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(ours.client(), Identity(bad.folder, "node").server(), pairing.SERVER_NAME)
+
+
+def test_what_is_remembered(tmp_path):
+    identity = Identity(tmp_path, "node")
+    identity.remember(host="a", port=1)
+    identity.remember(port=2)
+    assert identity.remembered() == {"host": "a", "port": 2}
+    pairing.write_private(identity.facts, json.dumps([]).encode())
+    with pytest.raises(InputError, match="damaged"):
+        identity.remembered()
