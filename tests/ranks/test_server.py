@@ -31,14 +31,14 @@ SECRET = "xyzzy-plugh"  # must not be found in any log
 # An answer that goes on until the context is full.
 ENDLESS: dict[str, Any] = {"temperature": 0, "logit_bias": {str(END): -100}}
 
-PROGRAM = f"""
+PROGRAM = """
 import socket, sys
 import cenacle
 from cenacle.server.app import Limits, bind, serve
 
 sock = bind(port=0)
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read shows
-with cenacle.load({str(DEMO)!r}, int(sys.argv[1]), recover="recover" in sys.argv) as model:
+with cenacle.load(sys.argv[2], int(sys.argv[1]), recover="recover" in sys.argv) as model:
     limits = Limits(body_s=2, head_s=2, write_s=2)
     serve(model, sock, lambda url: print(url, flush=True), limits)
 print("ended", flush=True)
@@ -72,11 +72,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(log: Path, nodes: int, *how: str) -> Iterator[Server]:
+def server(log: Path, nodes: int, *how: str, model: Path = DEMO) -> Iterator[Server]:
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(nodes), *how],
+            [sys.executable, "-c", PROGRAM, str(nodes), str(model), *how],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -90,6 +90,8 @@ def test_messages_of_one_role_make_one_turn_and_a_last_one_of_the_assistant_is_c
     assert asked.prompts[0] == ({"role": "user", "content": "a\nb"}, begun)
     assert asked.continued
     assert not read().continued
+    rule = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert read(messages=[one, rule]).prompts[0][1]["content"] == "Be brief."  # type: ignore
 
 
 def test_errors_of_tools_are_said() -> None:
@@ -138,7 +140,8 @@ def test_thinking() -> None:
         ({"tools": [{**TOOL, "strict": True}]}, "tools[0].strict: not supported"),
         ({"tool_choice": {"type": "any"}}, "tool_choice: expected tools"),
         ({"messages": []}, "messages: expected at least one"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading: not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content[0].type"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: required"),
     ],

@@ -108,11 +108,26 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "cache_control": ({"type": "ephemeral"},),
     "container": (),
     "context_management": (),
+    "diagnostics": (),
     "inference_geo": (),
     "mcp_servers": ([],),
     "service_tier": ("auto", "standard_only"),
+    "speed": ("standard",),
+    "user_profile_id": (),
+    "workspace_id": (),
+}
+_TOOL: dict[str, tuple[Any, ...]] = {
+    "allowed_callers": (["direct"],),
+    "defer_loading": (False,),
+    "eager_input_streaming": (False,),
+    "input_examples": ([],),
 }
 _BLOCK: dict[str, tuple[Any, ...]] = {"citations": ([],)}
+_BLOCKS = {
+    "system": "'text'",
+    "user": "'text' or 'tool_result'",
+    "assistant": "'text', 'thinking' or 'tool_use'",
+}
 
 
 def read(body: bytes, served: Served) -> Asked:
@@ -248,7 +263,7 @@ def _tool(value: Any, name: str) -> Tool:
         fields.take("strict", boolean, False),
     )
     _take_cache_control(fields)
-    fields.refuse_rest({})
+    fields.refuse_rest(_TOOL)
     return tool
 
 
@@ -326,7 +341,7 @@ def _message(value: Any, name: str) -> Iterator[Message]:
     """One message's content as chat templates read it: results of tools are messages of their own,
     before the rest."""
     fields = Fields(dict_of(value, name), f"{name}.")
-    role = fields.need("role", one_of("user", "assistant"))
+    role = fields.need("role", one_of("user", "assistant", "system"))
     if not fields.has("content"):
         raise missing(f"{name}.content")
     content = fields.take("content", lambda given, _: given, None)
@@ -357,10 +372,7 @@ def _message(value: Any, name: str) -> Iterator[Message]:
             block.take("signature", string, "")
             block.refuse_rest({})
         else:
-            known = (
-                "'text' or 'tool_result'" if role == "user" else "'text', 'thinking' or 'tool_use'"
-            )
-            raise _block_refused(where, kind, known)
+            raise _block_refused(where, kind, _BLOCKS[role])
     message: Message = {"role": role, "content": "".join(texts)}
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
@@ -502,6 +514,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached,
         "output_tokens": usage.completion,
+        "output_tokens_details": {"thinking_tokens": usage.reasoning},
     }
 
 

@@ -80,6 +80,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "conversation": (),
     "context_management": (),
     "max_tool_calls": (),
+    "moderation": (),
     "previous_response_id": (),
     "prompt": (),
     "prompt_cache_options": (),
