@@ -19,9 +19,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import cenacle
 
+ROOT = Path(__file__).parents[2]
 DEMO = Path(cenacle.__file__).parent / "demo_model"
 SUM: Any = [{"role": "user", "content": "What is 12 + 30?"}]
 PRIVATE = ("demo_model", "alice", "tokens", "rank", "pid")
@@ -126,6 +128,131 @@ def test_with_one_everything_is_there(safe: Safe) -> None:
         assert [r["rank"] for r in health["ranks"]] == list(range(health["nodes"]))
 
 
+def numbers(safe: Safe) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample of /metrics: (name, sorted labels) -> value."""
+    with safe.http(authorization=f"Bearer {safe.key}") as client:
+        answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(answer.text)
+    samples = [s for family in families for s in family.samples]
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for s in samples}
+
+
+def used(safe: Safe, name: str) -> int:
+    rows = json.loads(cenacle_program(safe.home, "keys", "list", "--json").stdout)
+    return next(row["used_today"] for row in rows if row["name"] == name)
+
+
+def end_of_demo() -> int:
+    return json.loads((DEMO / "config.json").read_text())["eos_token_id"]
+
+
+def test_what_is_counted(safe: Safe) -> None:
+    before, used_before = numbers(safe), used(safe, "alice")
+    with safe.client() as client:
+        answers = [
+            client.chat.completions.create(
+                model="demo_model",
+                messages=SUM,
+                temperature=0,
+                max_tokens=tokens,
+                logit_bias={str(end_of_demo()): -100},
+            )
+            for tokens in (24, 8)
+        ]
+        stopped = client.chat.completions.create(
+            model="demo_model", messages=SUM, temperature=0, stop=["2"]
+        )
+        with client.chat.completions.create(
+            model="demo_model",
+            messages=SUM,
+            stream=True,
+            logit_bias={str(end_of_demo()): -100},
+        ) as stream:
+            for _ in range(5):
+                next(stream)
+    ends = time.monotonic() + 5
+    while (after := numbers(safe))["cenacle_num_requests_running", ()]:
+        assert time.monotonic() < ends
+    gained = {k: v - before.get(k, 0) for k, v in after.items()}
+    alice = (("key", "alice"),)
+    whole = [a.usage for a in (*answers, stopped) if a.usage is not None]
+    prompt = whole[0].prompt_tokens
+    generated = sum(u.completion_tokens for u in whole)
+    assert gained["cenacle_prompt_tokens_total", alice] == 4 * prompt
+    # And those of the stream, of which as many came as the client read, or a few more.
+    of_stream = gained["cenacle_generation_tokens_total", alice] - generated
+    assert 4 <= of_stream < 1000
+    outcomes = {
+        dict(labels)["finished_reason"]: value
+        for (name, labels), value in gained.items()
+        if name == "cenacle_request_outcome_total" and value
+    }
+    assert outcomes == {"length": 2, "stop": 1, "abort": 1}
+    assert gained["cenacle_time_to_first_token_seconds_count", ()] == 4
+    assert gained["cenacle_request_queue_time_seconds_count", ()] == 4
+    assert gained["cenacle_e2e_request_latency_seconds_count", ()] == 3
+    gaps = gained["cenacle_time_per_output_token_seconds_count", ()]
+    assert gaps == generated + of_stream - 4
+    assert gained["cenacle_measured_steps_total", ()] >= 3
+    terms = {
+        dict(k)["term"]: v for (n, k), v in gained.items() if n == "cenacle_step_seconds_total"
+    }
+    assert set(terms) == {"trunk", "experts", "exchange", "waiting", "rest"}
+    assert terms["experts"] > 0
+    steps = gained["cenacle_measured_steps_total", ()]
+    nodes = int(dict(next(k for n, k in after if n == "cenacle_info"))["nodes"])
+    config = json.loads((DEMO / "config.json").read_text())
+    chosen = steps * config["ffn_config"]["moe_top_k"]
+    by_rank = [
+        gained["cenacle_expert_activations_total", (("layer", "0"), ("rank", str(rank)))]
+        for rank in range(nodes)
+    ]
+    assert by_rank == [chosen] * nodes  # the demo's plan: a slice of every expert on each
+    assert after["cenacle_busiest_rank_ratio_sum", ()] == pytest.approx(
+        after["cenacle_busiest_rank_ratio_count", ()]
+    )
+    # Charged, on disk: what was answered, and what was not waited for.
+    charged = used(safe, "alice") - used_before
+    assert charged == 4 * prompt + generated + of_stream
+
+
+def test_every_expression_of_the_dashboard_is_of_a_series_that_exists(safe: Safe) -> None:
+    with safe.client() as client:  # so that there is one of each
+        client.chat.completions.create(
+            model="demo_model",
+            messages=SUM,
+            max_tokens=20,
+            logit_bias={str(end_of_demo()): -100},
+        )
+    names = {name for name, _ in numbers(safe)}
+    # Made only where a machine was calibrated.
+    names.add("cenacle_predicted_step_seconds")
+    dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    asked = {n for e in expressions for n in re.findall(r"\b(?:cenacle|process)_\w+", e)}
+    assert len(asked) > 15
+    assert asked <= names
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for name in names:
+        plain = re.sub(r"_(bucket|sum|count)$", "", name)
+        if name.startswith("cenacle_") and "num_requests" not in name and "_cache_" not in name:
+            assert f"`{plain}`" in text, name
+
+
+def test_a_budget_ends_what_a_key_may(safe: Safe) -> None:
+    made = cenacle_program(safe.home, "keys", "add", "dave", "--tokens-per-day", "10")
+    body = {"messages": SUM, "temperature": 0}
+    with safe.http(authorization=f"Bearer {made.stdout.strip()}") as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        answer = client.post("/v1/chat/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
+        assert int(answer.headers["retry-after"]) > 0
+        messages = client.post("/v1/messages", json={**body, "max_tokens": 5})
+        assert messages.json()["error"]["type"] == "rate_limit_error"
+    cenacle_program(safe.home, "keys", "remove", "dave")
+
+
 def test_keys_come_and_go_while_it_runs(safe: Safe) -> None:
     made = cenacle_program(safe.home, "keys", "add", "bob", "--json")
     secret = json.loads(made.stdout)["key"]
@@ -168,6 +295,18 @@ def test_connections_that_never_agree_on_tls_are_ended(safe: Safe) -> None:
         assert time.monotonic() - began < 15
         with safe.http() as client:
             assert client.get("/health").status_code == 200
+
+
+def test_an_idle_rank_that_hangs_shows(tmp_path: Path) -> None:
+    with serving(tmp_path, 2) as hung, hung.http() as nobody:
+        with hung.http(authorization=f"Bearer {hung.key}") as client:
+            pids = [r["pid"] for r in client.get("/health").json()["ranks"]]
+        began = time.monotonic()
+        os.kill(pids[1], signal.SIGSTOP)
+        while nobody.get("/health").status_code == 200:
+            assert time.monotonic() - began < 7
+            time.sleep(0.1)
+        assert nobody.get("/health").json()["status"] != "ok"
 
 
 def test_serve_says_what_is_missing_before_it_loads(tmp_path: Path) -> None:

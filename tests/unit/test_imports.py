@@ -46,7 +46,7 @@ WITHOUT_MLX = (
     *("", "errors", "spec", "plan", "request"),
     *("engine.scheduler", "engine.terms", "engine.channel", "dialogue"),
     *("server.openai", "server.responses", "server.anthropic", "server.description"),
-    *("server.auth", "server.guard", "server.tls"),
+    *("server.auth", "server.guard", "server.metrics", "server.tls"),
     *("cluster.supervisor", "engine.lockstep"),
     *("engine.grammar", "engine.text"),
     *("model.balance", "model.residency"),

@@ -110,7 +110,8 @@ class Engine:
     def _measured(self, events: list[TokenEvent]) -> dict[str, Any]:
         self._batch.wait()  # the head and the sampler come after the last lap
         decoding = bool(events) and not self._batch.prefilling
-        return {**self._watch.stop(), "decoding": decoding}
+        sent = self._collective.traffic.bytes
+        return {**self._watch.stop(), "decoding": decoding, "sent_bytes": sent}
 
     def _expect(self, step: Step) -> None:
         if step.number != self._next_step:

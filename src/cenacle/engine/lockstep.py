@@ -87,6 +87,18 @@ StartRanks = Callable[[Epoch], Ranks]
 """Starts and loads the ranks of an epoch; raises a `CenacleError` if it cannot, and leaves none."""
 
 
+class Observer(Protocol):
+    """Is told what happens, by the group's thread; must return at once and raise nothing."""
+
+    def sent(self, step: Step) -> None:
+        """A step goes to the ranks."""
+        ...
+
+    def measured(self, reports: list[dict[str, Any]]) -> None:
+        """Every rank has finished a measured step: their `Watch.stop()` reports, in rank order."""
+        ...
+
+
 @dataclass
 class _Running:
     """A step that has been sent: what rank 0 said, and who has answered."""
@@ -148,6 +160,7 @@ class Group:
         # Since the group began.
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.heard: list[float] = []  # when each rank last gave a sign of life, time.monotonic()'s
+        self.observers: list[Observer] = []
         self._listen()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -295,6 +308,8 @@ class Group:
                     self._admitted.update(request.id for request in step.admitted)
             if step is None:
                 return
+            for observer in self.observers:
+                observer.sent(step)
             self._under_way.append(_Running(step))
             message = {"type": "step", "epoch": self._state.epoch, "step": step.to_json()}
             for rank, channel in enumerate(self._ranks.channels):
@@ -337,7 +352,10 @@ class Group:
         while self._under_way and len(self._under_way[0].answered) == len(self._ranks.channels):
             done = self._under_way.popleft()
             if done.reports:
-                self.terms.add([report for _, report in sorted(done.reports.items())])
+                reports = [report for _, report in sorted(done.reports.items())]
+                self.terms.add(reports)
+                for observer in self.observers:
+                    observer.measured(reports)
 
     def _compare(self, running: _Running) -> None:
         """Ranks that chose other tokens than rank 0 have lost step: nothing they say is right."""

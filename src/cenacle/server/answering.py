@@ -23,11 +23,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..dialogue import Finish, Logged, Part, Usage
-from ..engine.lockstep import Group, Sink
+from ..engine.lockstep import Sink
 from ..engine.text import AnswerStream, Text, with_logs
 from ..errors import CenacleError, ClusterError
 from ..request import Request, TokenEvent
 from .exchange import Asked, Choice, Event, Front, Head
+from .metrics import Metered
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Answering(Response):
         asked: Asked,
         head: Head,
         drafts: list[Draft],
-        group: Group,
+        group: Metered,
         register: set[Answering],
         deadline_s: float,
     ) -> None:
@@ -195,10 +196,11 @@ class Answering(Response):
             parts, began = draft.take(event), draft.request.id
             if (closed := draft.stop_thinking()) is not None:
                 parts += closed
-                self._group.cancel(began)
+                self._group.cancel(began, "continued")
                 self._group.submit(draft.request, self._sink(draft))
             if draft.finish is not None:
-                self._group.cancel(draft.request.id)  # a stop string the ranks know nothing of
+                # A stop string: the ranks know nothing of it.
+                self._group.cancel(draft.request.id, "stop")
                 left -= 1
             yield draft, parts
 

@@ -48,6 +48,7 @@ from .cluster_view import ClusterView
 from .exchange import Asked, Front, Head, Prompt, Served, check_model
 from .fields import Refused, not_supported
 from .guard import Guard, Policy
+from .metrics import Metered, Metrics
 
 if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` is to answer at once
@@ -151,7 +152,7 @@ def serve(
     with (
         contextlib.closing(sock),
         contextlib.closing(Keys()) as keys,
-        contextlib.closing(Api(model, limits)) as api,
+        contextlib.closing(Api(model, limits, Metrics(model, keys))) as api,
     ):
         guard = Guard(api.app, policy or Policy.of(sock, keys), keys)
         server = _Server(api, guard, on_started or (lambda _: None), limits, tls)
@@ -164,13 +165,15 @@ class Api:
     Args:
         model: loaded.
         limits: what a client may cost.
+        metrics: count what happens.
 
     Raises:
         CheckpointError: the model has no tokenizer.
     """
 
-    def __init__(self, model: Model, limits: Limits) -> None:
-        self._model, self._limits = model, limits
+    def __init__(self, model: Model, limits: Limits, metrics: Metrics) -> None:
+        self._model, self._limits, self._metrics = model, limits, metrics
+        self._group = Metered(model.group, metrics)
         self._text = model.text
         spec = model.spec
         self._served = Served(model.name, spec.context, spec.vocabulary)
@@ -188,6 +191,7 @@ class Api:
                 *page.routes(),
                 Route("/cluster", self._cluster),
                 Route("/health", self._health),
+                Route("/metrics", self._numbers),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._one_model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -236,6 +240,10 @@ class Api:
         asked = http.query_params
         view = self._view.to_json(asked.get("placement", ""), asked.get("steps", ""))
         return json_response(200, view, {"cache-control": "no-store"})
+
+    async def _numbers(self, http: HttpRequest) -> Response:
+        page, kind = self._metrics.page(http.headers.get("accept", ""))
+        return Response(page, media_type=kind)
 
     async def _models(self, _: HttpRequest) -> Response:
         return json_response(200, openai.model_list(self._served, self._created))
@@ -286,7 +294,7 @@ class Api:
         if (failure := self._ending or self._model.group.failure) is not None:
             return _refusal(failure, front)  # not raised: each time it would gather a traceback
         head = Head(uuid.uuid4().hex, int(time.time()), self._served.model, self._fingerprint)
-        group, deadline_s = self._model.group, self._limits.answer_s
+        group, deadline_s = self._group, self._limits.answer_s
         return Answering(front, asked, head, drafts, group, self._answering, deadline_s)
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:

@@ -1,0 +1,124 @@
+"""Counting, against a group that is played by the test."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from cenacle.errors import ClusterError, InputError
+from cenacle.plan import Plan
+from cenacle.request import Request, Step, TokenEvent
+from cenacle.server.auth import Keys
+from cenacle.server.metrics import Metered, Metrics, activations
+from cenacle.spec import ModelSpec, MoELayer
+
+SPEC = ModelSpec("mixtral", 1, (MoELayer(0, 4, 100, units=4),), 2, 1000, 64, 10, "float32")
+
+
+class Group:
+    """Remembers sinks; refuses what the test says."""
+
+    failure = None
+
+    def __init__(self) -> None:
+        self.load = {"running": 0, "waiting": 0}
+        self.observers, self.sinks, self.refuses = [], {}, None
+
+    def submit(self, request, sink):
+        if self.refuses is not None:
+            raise self.refuses
+        self.sinks[request.id] = sink
+
+    def cancel(self, request_id):
+        self.sinks.pop(request_id, None)
+
+
+@pytest.fixture
+def played(tmp_path):
+    group, keys = Group(), Keys(tmp_path / "keys.db")
+    plan = Plan.whole(SPEC, 2)
+    model = SimpleNamespace(group=group, plan=plan, config={}, name="m", spec=SPEC)
+    metrics = Metrics(model, keys)
+    yield SimpleNamespace(
+        group=group,
+        keys=keys,
+        metrics=metrics,
+        metered=Metered(group, metrics),
+        value=lambda name, **labels: metrics.registry.get_sample_value(f"cenacle_{name}", labels),
+    )
+    keys.close()
+
+
+def test_a_request_has_one_outcome_and_is_charged_once(played):
+    heard = []
+    played.metered.submit(request := Request("a", (1, 2, 3), 9, key="alice"), heard.append)
+    assert played.keys.used("alice") == 0
+    played.metrics.sent(Step(0, (request,)))
+    assert played.keys.used("alice") == 3
+    sink = played.group.sinks["a"]
+    sink(TokenEvent("a", 5, cached=2))
+    played.metrics.sent(Step(0, (request,)))  # again, after ranks were lost
+    sink(TokenEvent("a", 6, "stop"))
+    played.metered.cancel("a")
+    sink(TokenEvent("a", 7))
+    assert len(heard) == 3
+    assert played.keys.used("alice") == 5
+    assert played.value("request_outcome_total", finished_reason="stop") == 1
+    assert played.value("request_outcome_total", finished_reason="abort") is None
+    assert played.value("generation_tokens_total", key="alice") == 2
+    assert played.value("prompt_tokens_total", key="alice") == 3
+    assert played.value("prefix_cache_hits_total") == 2
+    assert played.value("time_per_output_token_seconds_count") == 1
+
+
+def test_other_ends(played):
+    played.metered.submit(Request("a", (1,), 9), print)
+    played.group.sinks["a"](ClusterError("lost"))
+    played.metered.submit(Request("b", (1,), 9), print)
+    played.metered.cancel("b", "stop")
+    played.group.refuses = InputError("too long")
+    with pytest.raises(InputError):
+        played.metered.submit(Request("c", (1,), 9), print)
+    for reason in ("error", "stop", "refused"):
+        assert played.value("request_outcome_total", finished_reason=reason) == 1
+    assert played.metrics._live == {}
+
+
+def report(sent_bytes, experts, exchange):
+    return {
+        "decoding": True,
+        "sent_bytes": sent_bytes,
+        "total_s": 1.0,
+        "laps_s": {"trunk": 0.1, "experts": experts},
+        "exchanges_s": [exchange],
+        "routed": {"0": {"0": 3, "2": 1}},
+    }
+
+
+def test_measured_steps(played):
+    played.metrics.measured([report(100, 0.2, 0.4), report(100, 0.5, 0.1)])
+    assert played.value("step_seconds_total", term="exchange") == pytest.approx(0.1)
+    assert played.value("step_seconds_total", term="waiting") == pytest.approx(0.15)
+    assert played.value("rank_step_seconds_total", rank="0", term="waiting") == pytest.approx(0.3)
+    assert played.value("exchange_sent_bytes_total", rank="1") == 100
+    played.metrics.measured([report(150, 0.2, 0.4), report(30, 0.5, 0.1)])
+    assert played.value("exchange_sent_bytes_total", rank="0") == 150
+    assert played.value("exchange_sent_bytes_total", rank="1") == 130  # started again: from nought
+    layer = played.metrics._model.plan.layers[0]
+    zero = sum({0: 3, 2: 1}[e] for e in (0, 2) if 0 in [p.rank for p in layer.experts[e]])
+    assert played.value("expert_activations_total", layer="0", rank="0") == 2 * zero
+    assert played.value("busiest_rank_ratio_count") == 2
+    assert played.value("busiest_rank_ratio_sum") == pytest.approx(2 * max(zero, 4 - zero) / 2)
+    played.metrics.measured([{**report(150, 0, 0), "decoding": False}] * 2)
+    assert played.value("measured_steps_total") == 2
+    assert played.value("predicted_step_seconds", term="trunk") is None
+
+
+def test_work_follows_slices_and_replicas():
+    counts = {0: 3, 2: 1}
+    sliced = Plan.sliced(SPEC, 2, shares=[3, 1])
+    times, work = activations(sliced.layers[0], counts, sliced)
+    assert times == [4, 4]
+    assert work == pytest.approx([3, 1])
+    both = Plan.replicated(SPEC, 2, budgets=[9999, 9999])  # each expert on both
+    times, work = activations(both.layers[0], counts, both)
+    assert (times, work) == ([2, 2], [2, 2])
