@@ -27,7 +27,7 @@ keys_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)  # :AB: is part of a fingerprint
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 KeyName = Annotated[str, typer.Argument(help="Whose: a person, a program.")]

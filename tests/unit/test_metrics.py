@@ -17,7 +17,7 @@ SPEC = ModelSpec("mixtral", 1, (MoELayer(0, 4, 100, units=4),), 2, 1000, 64, 10,
 class Group:
     """Remembers sinks; refuses what the test says."""
 
-    failure = None
+    state = SimpleNamespace(phase="ok", recoveries=0)
 
     def __init__(self) -> None:
         self.load = {"running": 0, "waiting": 0}

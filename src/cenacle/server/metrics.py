@@ -23,7 +23,7 @@ from prometheus_client import (
     Summary,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
@@ -310,7 +310,11 @@ class _Now:
 
         yield gauge("num_requests_running", "Requests that ranks work on.", load["running"])
         yield gauge("num_requests_waiting", "Requests not yet admitted.", load["waiting"])
-        yield gauge("up", "1 while the group works.", model.group.failure is None)
+        state = model.group.state
+        yield gauge("up", "1 while the group works.", state.phase == "ok")
+        yield CounterMetricFamily(
+            "cenacle_recoveries", "How often ranks were started again.", state.recoveries
+        )
         facts = {"version": __version__, "model": model.name, "nodes": str(model.plan.nodes)}
         facts |= {"placement": model.plan.placement, "trunk": model.plan.trunk}
         yield InfoMetricFamily("cenacle", "What is served.", facts)
