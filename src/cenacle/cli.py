@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_cluster, cli_keys, cli_plan
+from . import cli_cluster, cli_doctor, cli_keys, cli_plan
 from .errors import CenacleError, InputError
 from .plan import Plan, human
 
@@ -653,6 +653,7 @@ def demo(
 
 
 cli_plan.register(app)
+cli_doctor.register(app)
 
 
 @contextmanager

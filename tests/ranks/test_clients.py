@@ -403,7 +403,9 @@ def test_errors_of_messages(claude: anthropic.Anthropic, served: Server) -> None
 
 def test_llm(served: Server, tmp_path: Path) -> None:
     assert llm(served, tmp_path, "-o", "temperature", "0", ASK) == "42"
-    made = json.loads(llm(served, tmp_path, "--responses", "--schema", json.dumps(PLACE), "Weather?"))
+    made = json.loads(
+        llm(served, tmp_path, "--responses", "--schema", json.dumps(PLACE), "Weather?")
+    )
     check_arguments(json.dumps(made))
 
 

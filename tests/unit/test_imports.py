@@ -40,7 +40,7 @@ ROOMS = (
     ),  # "" is the package itself, which passes on what api has
     ("bench",),
     ("server",),
-    ("cli", "cli_keys", "cli_plan", "cli_cluster", "__main__"),
+    ("cli", "cli_cluster", "cli_doctor", "cli_keys", "cli_plan", "__main__"),
 )
 WITHOUT_MLX = (
     *("", "errors", "spec", "plan", "request"),
@@ -48,6 +48,8 @@ WITHOUT_MLX = (
     *("server.openai", "server.responses", "server.anthropic", "server.description"),
     *("server.auth", "server.guard", "server.metrics", "server.tls"),
     *("cluster.supervisor", "engine.lockstep"),
+    *("server.auth", "server.guard", "server.tls"),
+    *("cluster.supervisor", "cluster.doctor", "engine.lockstep"),
     *("engine.grammar", "engine.text"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
