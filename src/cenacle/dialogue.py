@@ -28,7 +28,7 @@ class Tool:
         name: of the function.
         description: for the model.
         parameters: a JSON schema of its arguments.
-        strict: arguments must match the schema.
+        strict: a call whose arguments do not match the schema is none.
     """
 
     name: str

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import cenacle
 from cenacle.dialogue import Part, Tool, joined
 from cenacle.engine.text import Text
 from cenacle.errors import InputError
-from cenacle.request import TokenEvent
+from cenacle.request import Request, TokenEvent
 from cenacle.server import grammars
+from cenacle.server.answering import Draft
 
 DEMO = Path(cenacle.__file__).parent / "demo_model"
 WEATHER = Tool("weather", "Look outside", {"type": "object"})
@@ -104,6 +107,51 @@ def test_an_answer_in_parts(thinker, said, parts):
 
 def test_calls_are_text_where_no_tools_are_offered(thinker):
     assert parts_of(thinker, CALL, tools=()) == [Part("text", CALL)]
+
+
+def test_a_call_that_breaks_a_strict_schema_is_text(thinker):
+    schema = {"type": "object", "properties": {"place": {"type": "integer"}}}
+    strict = Tool("weather", "", schema, strict=True)
+    assert parts_of(thinker, CALL, [strict]) == [Part("text", CALL)]
+    assert parts_of(thinker, CALL, [replace(strict, parameters={})]) == [CALLED]
+    assert parts_of(thinker, CALL, [replace(strict, strict=False)]) == [CALLED]
+
+
+def test_a_strict_pattern_has_its_time(thinker):
+    place = {"type": "string", "pattern": "^(s+)+$"}
+    slow = Tool("weather", "", {"properties": {"place": place}}, strict=True)
+    call = CALL.replace("Oslo", "s" * 40 + "!")
+    began = time.monotonic()
+    assert parts_of(thinker, call, [slow]) == [Part("text", call)]
+    assert time.monotonic() - began < 2
+    assert parts_of(thinker, CALL.replace("Oslo", "ss"), [slow])[0].kind == "call"
+
+
+def test_one_call_ends_an_answer_that_may_have_one(thinker):
+    stream = thinker.chat((), [WEATHER], (), parallel=False)
+    tokens = thinker.encode(f"Hm.{CALL}{CALL}And more.")
+    parts = joined([part for token in tokens for part in stream.add(token)] + stream.end())
+    assert parts == [Part("text", "Hm."), CALLED]
+    assert (stream.ended, stream.stopped) == (True, None)
+
+
+def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
+    prompt = thinker.render([{"role": "user", "content": "Why?"}], think=True)
+    first = Request("1", prompt, 20, thinker.stop_tokens)
+    draft = Draft(0, first, 1, thinker.chat((), (), prompt), thinker, think_tokens=4)
+    thoughts = thinker.encode("abcdefgh")[:4]
+    for token in thoughts:
+        assert draft.stop_thinking() is None
+        draft.take(TokenEvent("1", token))
+    assert draft.stop_thinking() == []  # a mark has no text
+    rest = draft.request
+    assert rest.id != "1"
+    assert rest.tokens == (*prompt, *thoughts, *thinker.think_end)
+    assert (rest.max_tokens, rest.answered) == (15, 5)
+    assert draft.stop_thinking() is None
+    (said,) = draft.take(TokenEvent(rest.id, thinker.encode("x")[0]))
+    assert (said.kind, said.text) == ("text", "x")
+    assert (draft.tokens, draft.answer.reasoning) == (5, 5)
 
 
 def test_reasoning_that_the_prompt_has_begun(thinker):

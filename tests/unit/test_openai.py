@@ -1,8 +1,10 @@
 """OpenAI's API as plain data: what is read, what is refused and how, what is answered."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,7 @@ SERVED = Served("house", 100, 50)
 HELLO = [{"role": "user", "content": "hello"}]
 PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PLACE}}
+NO_SCHEMA = {"function": {"name": "f", "parameters": {"type": "texture"}, "strict": True}}
 STRICT = {"function": {"name": "weather", "parameters": PLACE, "strict": True}}
 
 
@@ -133,8 +136,6 @@ def test_what_asks_for_nothing_is_accepted(extra: dict[str, Any]) -> None:
     ("extra", "param"),
     [
         ({"tools": [{"type": "code_interpreter"}]}, "tools[0].type"),
-        ({"tools": [WEATHER | STRICT]}, "tools[0].strict"),
-        ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"metadata": {"a": "b"}}, "metadata"),
         ({"verbosity": "low"}, "verbosity"),
         (
@@ -242,6 +243,7 @@ def test_wrong_types_name_the_field(extra: dict[str, Any], param: str) -> None:
         (chat, {"tool_choice": "required"}, "tool_choice"),
         (chat, {"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
         (chat, {"tools": [WEATHER, WEATHER]}, "tools[1]"),
+        (chat, {"tools": [WEATHER | NO_SCHEMA]}, "tools[0]"),
         (chat, {"response_format": {"type": "yaml"}}, "response_format.type"),
         (chat, {"response_format": {"type": "regex", "pattern": "("}}, "response_format.pattern"),
         (chat, {"reasoning_effort": "some"}, "reasoning_effort"),
@@ -320,36 +322,101 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-_NAMES = [
-    "logit_bias",
-    "max_tokens",
-    "messages",
-    "model",
-    "n",
-    "presence_penalty",
-    "prompt",
-    "response_format",
-    "seed",
-    "stop",
-    "stream",
-    "stream_options",
-    "temperature",
-    "tools",
-    "top_k",
-    "unknown",
-    "user",
+_READERS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+    (openai.read_chat, openai.CHAT_PARAMETERS, {"messages": HELLO}),
+    (openai.read_text, openai.TEXT_PARAMETERS, {"prompt": "x"}),
+    (responses.read, responses.PARAMETERS, {"input": "x"}),
+    (
+        anthropic.read,
+        anthropic.PARAMETERS,
+        {"model": "house", "max_tokens": 1, "messages": HELLO},
+    ),
+    (anthropic.read_count, anthropic.COUNT_PARAMETERS, {"model": "house", "messages": HELLO}),
 ]
+# Words that lead deeper than chance would.
+_WORDS = st.sampled_from(
+    [
+        *(
+            "type",
+            "text",
+            "content",
+            "role",
+            "user",
+            "assistant",
+            "tool",
+            "name",
+            "input",
+            "output",
+        ),
+        *("function", "function_call", "function_call_output", "message", "reasoning", "arguments"),
+        *(
+            "tool_use",
+            "tool_result",
+            "thinking",
+            "tool_use_id",
+            "call_id",
+            "id",
+            "schema",
+            "format",
+        ),
+        *(
+            "json_schema",
+            "json_object",
+            "regex",
+            "pattern",
+            "grammar",
+            "parameters",
+            "strict",
+            "{}",
+        ),
+        *("input_schema", "properties", "required", "anyOf", "$ref", "object", "integer", "x"),
+    ]
+)
+_DEEP = st.recursive(
+    _JSON | _WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_WORDS, inner, max_size=4),
+    max_leaves=12,
+)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.booleans(), st.dictionaries(st.sampled_from(_NAMES), _JSON))
-def test_whatever_comes_is_read_or_refused(is_chat: bool, fields: dict[str, Any]) -> None:
+@settings(max_examples=250, deadline=None)
+@given(st.sampled_from(range(5)), st.data())
+def test_whatever_comes_is_read_or_refused(which: int, data: Any) -> None:
+    read, table, needed = _READERS[which]
+    names = st.sampled_from([*table, "unknown", "store", "metadata"])
+    fields = data.draw(st.dictionaries(names, _DEEP, max_size=4))
     try:
-        asked = (chat if is_chat else text)(**fields)
+        asked = read(json.dumps({**needed, **fields}).encode(), SERVED)
     except InputError as error:
         json.dumps(openai.failure(error))
+        json.dumps(anthropic.failure(error))
     else:
         assert len(asked.prompts) * asked.n >= 1
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$ref": "#/nowhere"},
+        {"$ref": "http://127.0.0.1:9/x"},
+        {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"enum": []},
+        {"type": "string", "pattern": "(" * 999},
+        {"type": "string", "minLength": 10**12},
+        {"type": "array", "minItems": 10**9},
+        {"type": "integer", "minimum": 10**400},
+        {"type": "string", "x-guidance": {"lenient": 3, "whitespace_pattern": "("}},
+        {"properties": {str(n): {"type": "string"} for n in range(3000)}},
+    ],
+)
+def test_no_schema_breaks_the_reader(schema: dict[str, Any]) -> None:
+    """Refused or read, in the time that a person would wait."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    began = time.monotonic()
+    with contextlib.suppress(InputError):
+        chat(response_format=form)
+    assert time.monotonic() - began < 10
 
 
 def test_a_prompt_must_leave_room_for_an_answer() -> None:
@@ -490,6 +557,8 @@ def test_the_choice_of_tools() -> None:
     tool = Tool("weather", parameters=PLACE)
     free = chat(tools=[WEATHER])
     assert (free.tools, free.calls, free.grammar) == ((tool,), None, None)
+    single = chat(tools=[WEATHER | STRICT], parallel_tool_calls=False)
+    assert (single.parallel, single.tools[0].strict, single.grammar) == (False, True, None)
     none = chat(tools=[WEATHER], tool_choice="none")
     assert (none.tools, none.calls, none.grammar) == ((), None, None)
     forced = chat(tools=[WEATHER], tool_choice="required")
@@ -595,29 +664,9 @@ def test_completions_have_their_own_shapes() -> None:
     assert data_of(plain.closing(2, LENGTH))[0]["object"] == "text_completion"
 
 
-@pytest.mark.parametrize("module", ["openai", "responses", "anthropic"])
-def test_what_is_described_is_read(module: str) -> None:
+def test_what_is_described_is_read() -> None:
     """That what is read is described is certain: `Fields` fails otherwise."""
-    tables = {
-        "openai": [
-            (openai.read_chat, openai.CHAT_PARAMETERS, {"messages": HELLO}),
-            (openai.read_text, openai.TEXT_PARAMETERS, {"prompt": "x"}),
-        ],
-        "responses": [(responses.read, responses.PARAMETERS, {"input": "x"})],
-        "anthropic": [
-            (
-                anthropic.read,
-                anthropic.PARAMETERS,
-                {"model": "house", "max_tokens": 1, "messages": HELLO},
-            ),
-            (
-                anthropic.read_count,
-                anthropic.COUNT_PARAMETERS,
-                {"model": "house", "messages": HELLO},
-            ),
-        ],
-    }
-    for read, table, needed in tables[module]:
+    for read, table, needed in _READERS:
         read(json.dumps(needed).encode(), SERVED)
         for name in table:
             with pytest.raises(InputError) as caught:  # no member may be a list of lists

@@ -13,10 +13,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import regex
+from jsonschema import Draft202012Validator, ValidationError, validators
+from referencing import Registry
 
 from ..dialogue import Logged, Message, Part, Tool
 from ..errors import CheckpointError, InputError
@@ -29,6 +33,8 @@ _OURS = frozenset(
         *("add_generation_prompt", "continue_final_message", "return_dict", "tokenizer_kwargs"),
     )
 )
+
+PATTERN_S = 0.05  # for one pattern of a strict tool; servers answer others meanwhile
 
 Read = Callable[[str], list[Part]]
 """From the text of calls to calls."""
@@ -172,14 +178,21 @@ class Text:
         return AnswerStream(self._tokenizer.detokenizer, (), self.stop_tokens, None, read, "tool")
 
     def chat(
-        self, stop: Sequence[str], tools: Sequence[Tool], prompt: Sequence[int]
+        self,
+        stop: Sequence[str],
+        tools: Sequence[Tool],
+        prompt: Sequence[int],
+        *,
+        parallel: bool = True,
     ) -> AnswerStream:
         """A new stream of an answer that may have reasoning, text and calls.
 
         Args:
             stop: text ends before any of these.
-            tools: what may be called; without any, calls are text.
+            tools: what may be called; without any, calls are text, and so is a call of a strict
+                tool with other arguments than its schema has.
             prompt: the ids that the answer follows.
+            parallel: False: the answer ends with its first call.
         """
         from mlx_lm.generate import make_text_state_machine
 
@@ -189,11 +202,13 @@ class Text:
         state = make_text_state_machine(self._tokenizer).make_state(begin)
         detokenizer = self._tokenizer.detokenizer
         read = self._reader(tools)
-        return AnswerStream(detokenizer, stop, self.stop_tokens, state, read, begin)
+        calls = None if parallel else 1
+        return AnswerStream(detokenizer, stop, self.stop_tokens, state, read, begin, calls)
 
     def _reader(self, tools: Sequence[Tool]) -> Read:
         """Reads calls in this model's own form, with mlx-lm's parser."""
         tokenizer, described = self._tokenizer, [tool.to_json() for tool in tools]
+        strict = {tool.name: tool.parameters for tool in tools if tool.strict}
 
         def read(text: str) -> list[Part]:
             as_text = f"{tokenizer.tool_call_start}{text}{tokenizer.tool_call_end}"
@@ -201,7 +216,8 @@ class Text:
                 return [Part("text", as_text)]
             try:
                 made = tokenizer.tool_parser(text, described)
-                return [_call(one) for one in (made if isinstance(made, list) else [made])]
+                listed = made if isinstance(made, list) else [made]
+                return [_call(one, strict.get(one["name"])) for one in listed]
             except Exception:  # parsers raise whatever a model's mistakes make them raise
                 return [Part("text", as_text)]
 
@@ -228,15 +244,27 @@ class Text:
         return self.decode([token]).encode()
 
 
-def _call(made: dict[str, Any]) -> Part:
-    """A call as mlx-lm's parsers give it."""
+def _call(made: dict[str, Any], schema: dict[str, Any] | None) -> Part:
+    """A call as mlx-lm's parsers give it; `schema`: what its arguments must match."""
     arguments = made.get("arguments", {})
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(made["name"], str) or not isinstance(arguments, dict):
         raise ValueError("no call")
+    if schema is not None:
+        # The registry: nothing is fetched from where a schema points to.
+        _Timed(schema, registry=Registry()).validate(arguments)
     text = json.dumps(arguments, ensure_ascii=False)
     return Part("call", text, made["name"], str(made.get("id") or ""))
+
+
+def _pattern(_: Any, pattern: str, given: Any, __: Any) -> Iterator[ValidationError]:
+    """JSON schema's "pattern", with an end: a client chooses both the pattern and the text."""
+    if isinstance(given, str) and not regex.search(pattern, given, timeout=PATTERN_S):
+        yield ValidationError("another pattern")
+
+
+_Timed = validators.extend(Draft202012Validator, {"pattern": _pattern})
 
 
 class Cutter:
@@ -298,8 +326,8 @@ class TextStream:
 
 
 class AnswerStream:
-    """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text;
-    `reasoning` counts the tokens inside reasoning.
+    """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text,
+    `ended` tells that nothing more comes, `reasoning` counts the tokens inside reasoning.
 
     Args:
         detokenizer: mlx-lm's, fresh.
@@ -308,6 +336,7 @@ class AnswerStream:
         state: of mlx-lm's `TextStateMachine`; None: the answer stays in the state it begins in.
         read: reads calls.
         begin: "normal", "reasoning" or "tool".
+        calls: the answer ends with so many calls; None: whenever it ends.
     """
 
     def __init__(
@@ -318,10 +347,11 @@ class AnswerStream:
         state: Any = None,
         read: Read | None = None,
         begin: str = "normal",
+        calls: int | None = None,
     ) -> None:
         self._detokenizer, self._cutter, self._silent = detokenizer, Cutter(stop), frozenset(silent)
         self._state, self._read, self._now = state, read, begin
-        self._call = ""
+        self._call, self._calls_left = "", calls
         self._turned = False  # from one kind to another, and nothing has come since
         self.reasoning = 0
 
@@ -331,13 +361,18 @@ class AnswerStream:
         return self._cutter.met
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more comes, whatever tokens do."""
+        return self.stopped is not None or self._calls_left == 0
+
+    @property
     def thinking(self) -> bool:
         """Whether it is inside reasoning."""
         return self._now == "reasoning"
 
     def add(self, token: int) -> list[Part]:
         """The parts that this token makes certain; perhaps none."""
-        if self.stopped is not None or token in self._silent:
+        if self.ended or token in self._silent:
             return []
         self.reasoning += self.thinking
         self._detokenizer.add_token(token)
@@ -345,7 +380,7 @@ class AnswerStream:
 
     def end(self) -> list[Part]:
         """What was held back."""
-        if self.stopped is not None:
+        if self.ended:
             return []
         self._detokenizer.finalize()
         parts = self._split(self._detokenizer.last_segment)
@@ -370,7 +405,7 @@ class AnswerStream:
         return parts
 
     def _in_state(self, state: str | None, text: str) -> list[Part]:
-        if self.stopped is not None:
+        if self.ended:
             return []
         if state == "tool":
             self._call += text
@@ -387,7 +422,11 @@ class AnswerStream:
         """The end of a stretch of one kind."""
         if self._now == "tool":
             call, self._call = self._call, ""
-            return self._read(call) if self._read is not None and call else []
+            parts = self._read(call) if self._read is not None and call else []
+            if self._calls_left is not None:
+                parts = parts[: self._calls_left]
+                self._calls_left -= sum(part.kind == "call" for part in parts)
+            return parts
         held = self._cutter.end()
         return [Part("text", held)] if held else []
 

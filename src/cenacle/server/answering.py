@@ -74,6 +74,8 @@ class Draft:
             parts += self.answer.end()
         if self.answer.stopped is not None:
             self.finish = Finish("string", self.answer.stopped)
+        elif self.answer.ended:
+            self.finish = Finish("stop")
         if self._logged and (parts or self.finish):
             parts = with_logs(parts or [Part("text", "")], self._logged)
             self._logged.clear()

@@ -167,6 +167,11 @@ def _read(
     check_model(fields.need("model", string), served)
     system = fields.take("system", _system, "")
     messages = fields.need("messages", _messages)
+    last = messages[-1]
+    if last["role"] == "assistant" and ("tool_calls" in last or not last["content"]):
+        raise Refused(
+            "messages: expected a tool_result or text to end them, got neither", "messages"
+        )
     if system:
         messages = [{"role": "system", "content": system}, *messages]
     tools = fields.take("tools", _tools, ())
@@ -200,7 +205,7 @@ def _read(
         grammar=grammar,
         think=think,
         think_tokens=budget,
-        continued=messages[-1]["role"] == "assistant",
+        continued=last["role"] == "assistant",
     )
 
 

@@ -378,7 +378,7 @@ class Api:
         if asked.calls is not None:
             return self._text.called(grammars.read_calls)
         if asked.chat and asked.grammar is None:
-            return self._text.chat(asked.stop, asked.tools, prompt)
+            return self._text.chat(asked.stop, asked.tools, prompt, parallel=asked.parallel)
         return self._text.plain(asked.stop)
 
 

@@ -371,19 +371,12 @@ def choose_tools(
     if choice == "none" or (choice == "auto" and not tools):
         return (), None, None
     names = [tool.name for tool in tools]
+    for at, tool in enumerate(tools):
+        if tool.strict:
+            grammars.json_schema(tool.parameters, f"{field}[{at}]")
+            if '"patternProperties":' in json.dumps(tool.parameters):
+                raise not_supported(f"{field}[{at}]", "patternProperties in a strict tool")
     if choice == "auto":
-        for at, tool in enumerate(tools):
-            if tool.strict:
-                raise not_supported(
-                    f"{field}[{at}].strict",
-                    "where the model decides whether it calls; force a call with tool_choice, or "
-                    "give strict=false",
-                )
-        if not parallel:
-            raise not_supported(
-                "parallel_tool_calls",
-                "as false where the model decides whether it calls; force a call with tool_choice",
-            )
         return tools, None, None
     if not tools:
         raise Refused("tool_choice: expected tools with it, got none", "tool_choice")
