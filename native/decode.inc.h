@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "packed.h"
 
 namespace cenacle {
 namespace {
@@ -65,25 +65,36 @@ inline void unpack(const uint8_t* from, int64_t n, float scale, float bias, floa
 }
 
 inline void decode_row(const Matrix& m, int64_t row, float* to) {
-  const Matrix r = m.from(row);
+  const int64_t lane = m.packed ? row % ABREAST : 0;
+  const Matrix r = m.from(row - lane);
   if (m.format == Format::dense) {
     floats(m.type, r.weight, m.width, to);
     return;
   }
   const int64_t groups = m.width / m.group, bytes = int64_t(m.group) * m.bits / 8;
   for (int64_t g = 0; g < groups; g++) {
-    const uint8_t* w = r.weight + g * bytes;
+    const uint8_t *w = r.weight + g * bytes, *scales = r.scales, *biases = r.biases;
+    int64_t in = g;
+    uint8_t words[128];
+    if (m.packed) {
+      const uint8_t* from = r.weight + g * packed_group(m);
+      for (int64_t i = 0; i < bytes; i += 4) memcpy(words + i, from + ABREAST * i + 4 * lane, 4);
+      w = words;
+      scales = from + packed_weights(m);
+      biases = scales + ABREAST * (m.type == Float::f32 ? 4 : 2);
+      in = lane;
+    }
     float* y = to + g * m.group;
     if (m.format == Format::mxfp4) {
       const float values[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
-      const float scale = e8m0(r.scales[g]);
+      const float scale = e8m0(scales[in]);
       for (int64_t i = 0; i < bytes; i++) {
         y[2 * i] = values[w[i] & 15] * scale;
         y[2 * i + 1] = values[w[i] >> 4] * scale;
       }
       continue;
     }
-    const float scale = at(m.type, r.scales, g), bias = at(m.type, r.biases, g);
+    const float scale = at(m.type, scales, in), bias = at(m.type, biases, in);
     switch (m.bits) {
       case 2: unpack<2>(w, m.group, scale, bias, y); break;
       case 3: unpack<3>(w, m.group, scale, bias, y); break;

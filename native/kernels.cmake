@@ -4,7 +4,7 @@ function(add_kernels target)
   set(here ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_include_directories(${target} PRIVATE ${here})
   target_sources(${target} PRIVATE
-    ${here}/layers.cpp ${here}/ops.cpp ${here}/usable.cpp ${here}/kernels_portable.cpp
+    ${here}/layers.cpp ${here}/ops.cpp ${here}/packed.cpp ${here}/usable.cpp ${here}/kernels_portable.cpp
     ${here}/ops_portable.cpp)
   target_compile_options(${target} PRIVATE -O3 -Wall -Wextra -fno-math-errno -fno-trapping-math)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

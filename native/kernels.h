@@ -22,6 +22,8 @@ struct Matrix {
   const uint8_t *weight, *scales, *biases;
   int64_t rows, width;
   int64_t weight_stride, scale_stride;
+  bool packed = false;   // sixteen rows side by side, all in `weight`: see packed.h
+  int activations = 16;  // bits of their integers, or 8 where a set has kernels for that
 
   Matrix from(int64_t row) const {
     Matrix m = *this;
@@ -32,15 +34,19 @@ struct Matrix {
   }
 };
 
-// How a kernel wants its activations: as they are, or as integers of 16 bits with a scale for every
-// `fine` values, dealt out as the unpacking of the weights leaves them.
+// How a kernel wants its activations: as they are, or as integers of 16 or 8 bits with a scale for
+// every `fine` values, dealt out as the unpacking of the weights leaves them.
 enum class Deal : int {
   none,
   words2, words4,  // int16, to 2 or 4 vectors: value ways * lane + way goes to that lane of that vector
   // The upper and the lower byte apart, as `vpdpbusd` wants them: value = 256 upper + lower, both signed.
-  planes,       // of each 64 values [upper 64][lower 64]
-  even_planes,  // of each 128 values [upper even 64][upper odd 64][lower even 64][lower odd 64]
-  // The same for `sdot`: of each 32 values [upper 32][lower 32], and with even places before odd ones.
+  planes,  // of each 64 values [upper 64][lower 64]
+  // The two bytes apart for a packed matrix, in which a word of 32 bits is four or eight weights: of each
+  // 4 values [upper 4][lower 4], and of each 8 [upper even 4][upper odd 4][lower even 4][lower odd 4].
+  quads, even_quads,
+  // One byte a value, as it is or of each 8 values [even 4][odd 4].
+  quads8, even_quads8,
+  // Planes for `sdot`: of each 32 values [upper 32][lower 32], and with even places before odd ones.
   planes32, even_planes32,
 };
 struct Layout {
@@ -57,7 +63,7 @@ constexpr int64_t bytes_of(Layout l, int64_t width) {
   switch (l.deal) {
     case Deal::none: return 0;
     case Deal::planes: return (width + 63) / 64 * 128;
-    case Deal::even_planes: return (width + 127) / 128 * 256;
+    case Deal::quads8: case Deal::even_quads8: return width;
     default: return 2 * width;
   }
 }
@@ -86,12 +92,14 @@ constexpr int TOKENS = 64;  // most tokens in one call of `multiply`
 
 struct Kernels {
   const char* name;
+  bool (*packs)(const Matrix&);  // whether such a matrix is to be packed before it is used
   Layout (*choose)(const Matrix&);
   // One token's values in a layout.
   void (*prepare)(Layout, int64_t width, const float* x, uint8_t* fixed, float* scales, float* sums);
   // Floats of scratch memory that `multiply` wants.
   int64_t (*scratch)(const Matrix&);
   // out[j][row - first] = W[row] . x[tokens[j]] for first <= row < last, j < count <= TOKENS.
+  // Of a packed matrix `first` is a multiple of sixteen, and so is `last`, or it is the last row's end.
   void (*multiply)(const Matrix&, int64_t first, int64_t last, const Activations&,
                    const int32_t* tokens, int count, float* const* out, float* scratch);
   // gate = act(gate, up), in place; `up` is not read if the activation is not gated.

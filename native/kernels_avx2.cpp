@@ -8,18 +8,12 @@
 // 2-, 3-, 5- and 6-bit rows, and rows of 4 bits that do not fill vectors, are spread to bytes first.
 #include <immintrin.h>
 
-#include "decode.inc.h"
+#include "x86.inc.h"
 
 namespace cenacle {
 namespace {
 
-constexpr int ROWS = 16;   // rows whose weights stay in the first-level cache while tokens pass
-constexpr int AHEAD = 8192;  // bytes
-
-// GCC drops calls of functions that only prefetch, unless they are inlined at once.
-[[gnu::always_inline]] inline void ask_ahead(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD), _MM_HINT_T1);
-}
+constexpr int ROWS = 16;  // rows whose weights stay in the first-level cache while tokens pass
 
 inline float total(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -70,33 +64,14 @@ inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const fl
     }
 }
 
-template <Float F, int T>
-inline void dense_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t row, int64_t rows,
-                       const float* const* x, float* const* out) {
-  int64_t r = 0;
-  if constexpr (T > 1)
-    for (; r + 2 <= rows; r += 2)
-      dense_tile<F, 2, T>(w + r * stride, stride, width, x, out, row + r);
-  for (; r < rows; r++)
-    dense_tile<F, 1, T>(w + r * stride, stride, width, x, out, row + r);
-}
-
-template <Float F>
-void dense(const Matrix& m, int64_t begin, int64_t end, const Activations& a, const int32_t* tokens,
-           int count, float* const* out) {
-  for (int64_t row = begin; row < end; row += ROWS) {
-    const int64_t n = end - row < ROWS ? end - row : ROWS;
-    const uint8_t* w = m.weight + row * m.weight_stride;
-    for (int j = 0; j < count;) {
-      const int some = count - j >= 3 ? 3 : 1;
-      const float* x[3];
-      for (int t = 0; t < some; t++) x[t] = a.plain + int64_t(tokens[j + t]) * a.width;
-      const auto run = some == 3 ? dense_rows<F, 3> : dense_rows<F, 1>;
-      run(w, m.weight_stride, m.width, row - begin, n, x, out + j);
-      j += some;
-    }
+struct Tile {
+  static constexpr int rows = 2;
+  template <Float F, int R, int T>
+  static void run(const uint8_t* w, int64_t stride, int64_t width, const float* const* x, float* const* out,
+                  int64_t row) {
+    dense_tile<F, R, T>(w, stride, width, x, out, row);
   }
-}
+};
 
 // ---- 4 and 8 bits -----------------------------------------------------------------------------
 
@@ -243,42 +218,14 @@ inline void fixed_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t 
   }
 }
 
-// The bytes of a row of fewer bits.
-template <int BITS>
-inline void spread_bits(const uint8_t* from, int64_t n, uint8_t* to) {
-  constexpr uint64_t mask = 0x0101010101010101u * ((1u << BITS) - 1);
-  int64_t i = 0;
-  // Eight bytes are read of which BITS are wanted, where the row has as many.
-  for (; i + 64 <= n; i += 8, from += BITS) {
-    uint64_t word;
-    memcpy(&word, from, 8);
-    word = _pdep_u64(word, mask);
-    memcpy(to + i, &word, 8);
-  }
-  for (; i < n; i += 8, from += BITS) {
-    uint64_t word = 0;
-    memcpy(&word, from, BITS);
-    word = _pdep_u64(word, mask);
-    memcpy(to + i, &word, 8);
-  }
-}
-
-inline void spread_row(const Matrix& m, int64_t row, uint8_t* to) {
+// The bytes of a row of fewer bits, or of e2m1: twice the value plus 12.
+inline void bytes_of_row(const Matrix& m, int64_t row, uint8_t* to) {
+  if (m.format != Format::mxfp4) return spread_row(m, row, to);
   const uint8_t* from = m.weight + row * m.weight_stride;
-  if (m.format == Format::mxfp4) {
-    const uint8_t values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-    for (int64_t i = 0; i < m.width; i += 2) {
-      to[i] = values[from[i / 2] & 15];
-      to[i + 1] = values[from[i / 2] >> 4];
-    }
-    return;
-  }
-  switch (m.bits) {
-    case 2: return spread_bits<2>(from, m.width, to);
-    case 3: return spread_bits<3>(from, m.width, to);
-    case 4: return spread_bits<4>(from, m.width, to);
-    case 5: return spread_bits<5>(from, m.width, to);
-    default: return spread_bits<6>(from, m.width, to);
+  const uint8_t values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  for (int64_t i = 0; i < m.width; i += 2) {
+    to[i] = values[from[i / 2] & 15];
+    to[i + 1] = values[from[i / 2] >> 4];
   }
 }
 
@@ -297,7 +244,7 @@ void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
     for (int64_t r = 0; r < n; r++)
       row_scales(m, row + r, FINE, groups, scales + r * groups, biases + r * groups);
     if (C == Code::bytes && spreads(m, a.layout)) {
-      for (int64_t r = 0; r < n; r++) spread_row(m, row + r, bytes + r * m.width);
+      for (int64_t r = 0; r < n; r++) bytes_of_row(m, row + r, bytes + r * m.width);
       w = bytes, stride = m.width;
     }
     for (int j = 0; j < count;) {
@@ -312,6 +259,8 @@ void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
 }
 
 // ---- the table --------------------------------------------------------------------------------
+
+bool packs(const Matrix&) { return false; }
 
 Layout choose(const Matrix& m) {
   if (m.format == Format::dense) return {Deal::none, 0};
@@ -372,13 +321,7 @@ int64_t scratch(const Matrix& m) {
 
 void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
               const int32_t* tokens, int count, float* const* out, float* scratch) {
-  if (m.format == Format::dense) {
-    const auto run = m.type == Float::f32    ? dense<Float::f32>
-                     : m.type == Float::bf16 ? dense<Float::bf16>
-                                             : dense<Float::f16>;
-    run(m, first, last, a, tokens, count, out);
-    return;
-  }
+  if (m.format == Format::dense) return dense<Tile>(m, first, last, a, tokens, count, out);
   const bool small = a.layout.fine == 32, bytes = a.layout.deal == Deal::words2;
   const auto run = bytes ? (small ? fixed<Code::bytes, 32> : fixed<Code::bytes, 64>)
                    : m.format == Format::mxfp4
@@ -389,6 +332,6 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
 
 }  // namespace
 
-const Kernels avx2 = {"avx2", choose, prepare, scratch, multiply, activate};
+const Kernels avx2 = {"avx2", packs, choose, prepare, scratch, multiply, activate};
 
 }  // namespace cenacle

@@ -230,6 +230,8 @@ void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
 
 // ---- the table --------------------------------------------------------------------------------
 
+bool packs(const Matrix&) { return false; }
+
 Layout choose(const Matrix& m) {
   if (m.format == Format::dense) return {Deal::none, 0};
   const int fine = m.group > 64 ? 64 : m.group;
@@ -306,6 +308,6 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
 
 }  // namespace
 
-const Kernels neon = {"neon", choose, prepare, scratch, multiply, activate};
+const Kernels neon = {"neon", packs, choose, prepare, scratch, multiply, activate};
 
 }  // namespace cenacle

@@ -20,6 +20,8 @@ float dot(const float* w, const float* x, int64_t n) {
   return sum;
 }
 
+bool packs(const Matrix&) { return false; }
+
 Layout choose(const Matrix&) { return {Deal::none, 0}; }
 
 void prepare(Layout, int64_t, const float*, uint8_t*, float*, float*) {}
@@ -37,6 +39,6 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
 
 }  // namespace
 
-const Kernels portable = {"portable", choose, prepare, scratch, multiply, activate};
+const Kernels portable = {"portable", packs, choose, prepare, scratch, multiply, activate};
 
 }  // namespace cenacle

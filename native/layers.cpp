@@ -84,9 +84,9 @@ int64_t chunk(int64_t rows, int64_t most, int64_t tokens) {
 void linear(const Kernels& kernels, const Linear& layer, const float* x, int64_t tokens, float* out) {
   const Matrix& m = layer.matrix;
   const Activations a = first_input.make(kernels, m, x, tokens);
-  const int64_t size = chunk(m.rows, 256, tokens), chunks = (m.rows + size - 1) / size;
+  const int64_t rows = layer.rows, size = chunk(rows, 256, tokens), chunks = (rows + size - 1) / size;
   Pool::get().run(chunks, [&](int64_t i) {
-    const int64_t first = i * size, last = std::min(m.rows, first + size);
+    const int64_t first = i * size, last = std::min(rows, first + size);
     float* memory = scratch.get(kernels.scratch(m));
     int32_t which[TOKENS];
     float* to[TOKENS];
@@ -94,7 +94,7 @@ void linear(const Kernels& kernels, const Linear& layer, const float* x, int64_t
       const int count = int(std::min<int64_t>(TOKENS, tokens - begin));
       for (int j = 0; j < count; j++) {
         which[j] = int32_t(begin + j);
-        to[j] = out + (begin + j) * m.rows + first;
+        to[j] = out + (begin + j) * rows + first;
       }
       kernels.multiply(m, first, last, a, which, count, to, memory);
       add(layer.bias ? layer.bias + first : nullptr, last - first, to, count);
@@ -105,7 +105,7 @@ void linear(const Kernels& kernels, const Linear& layer, const float* x, int64_t
 void experts(const Kernels& kernels, const Experts& e, const float* x, const int32_t* rows,
              int64_t tokens, int64_t k, float* out) {
   const int64_t pairs = tokens * k, width = e.down.rows, hidden = e.down.matrix.width;
-  const int64_t count = e.down.matrix.rows / std::max<int64_t>(1, width);
+  const int64_t count = e.down.experts;
   // Pairs by expert: those of expert i are order[start[i]] up to order[start[i + 1]].
   std::vector<int64_t> start(count + 1, 0), order;
   for (int64_t p = 0; p < pairs; p++) {
@@ -148,7 +148,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
       }
       for (size_t s = 0; s < e.in.size(); s++) {
         const Linear& l = e.in[s];
-        const Matrix m = l.matrix.from(expert * l.rows);
+        const Matrix m = l.of(expert);
         kernels.multiply(m, first, last, s ? a1 : a0, which, some, to[s],
                          scratch.get(kernels.scratch(m)));
         add(l.bias ? l.bias + expert * l.rows + first : nullptr, n, to[s], some);
@@ -162,7 +162,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
   Pool::get().run(work * downs, [&](int64_t i) {
     const int64_t expert = active[i / downs], first = i % downs * down;
     const int64_t last = std::min(width, first + down);
-    const Matrix m = e.down.matrix.from(expert * width);
+    const Matrix m = e.down.of(expert);
     float* memory = scratch.get(kernels.scratch(m));
     int32_t which[TOKENS];
     float* to[TOKENS];

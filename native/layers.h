@@ -6,14 +6,18 @@
 
 #include <vector>
 
-#include "kernels.h"
+#include "packed.h"
 
 namespace cenacle {
 
 struct Linear {
-  Matrix matrix;       // of all experts, stacked
-  const float* bias;   // [experts, rows] or null
-  int64_t rows;        // of one expert
+  Matrix matrix;           // of all experts, stacked
+  const float* bias;       // [experts, rows] or null
+  int64_t rows;            // of one expert
+  int64_t experts = 1;
+
+  int64_t apart() const { return matrix.packed ? packed_rows(rows) : rows; }
+  Matrix of(int64_t expert) const { return matrix.from(expert * apart()); }
 };
 
 // out[t] = W x[t] + bias, x [tokens, width], out [tokens, rows].

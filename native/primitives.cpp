@@ -2,7 +2,7 @@
 //
 // Owns: what enters MLX's lazy graph, checks of shapes and types at load, the choice of a kernel set.
 // Does not know: models, ranks. Weights are checked once, when a `Weights` is made; a call costs one
-// graph node. Outputs are float32. See docs/structure.md for where it enters a model.
+// graph node; matrices that the kernels want packed are copied then. Outputs are float32. See docs/structure.md for where it enters a model.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -12,6 +12,9 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -57,7 +60,17 @@ void use(const std::string& name) {
   throw std::invalid_argument("this processor has no kernels named " + name);
 }
 
-// The matrices of one linear layer, or of a stack of them; held, so that a graph can use pointers.
+// Bits of the activations' integers, for weights that are made from now on.
+std::atomic<int> activations{16};
+
+void use_activations(int bits) {
+  if (bits != 16 && bits != 8)
+    throw std::invalid_argument("activations: expected 16 or 8 bits, got " + std::to_string(bits));
+  activations = bits;
+}
+
+// The matrices of one linear layer, or of a stack of them, as its kernels want them; held, so that a graph
+// can use pointers.
 struct Weights {
   mx::array weight;
   std::optional<mx::array> scales, biases, bias;
@@ -65,6 +78,9 @@ struct Weights {
   Float type;
   int bits, group;
   int64_t count, rows, width;
+  const Kernels* kernels = chosen;
+  bool stacked, packed = false;
+  int bits_of_activations = activations;
 
   Weights(mx::array w, std::optional<mx::array> s, std::optional<mx::array> z,
           std::optional<mx::array> b, int bits, int group, const std::string& mode)
@@ -72,7 +88,8 @@ struct Weights {
         bits(bits), group(group) {
     if (weight.ndim() != 2 && weight.ndim() != 3)
       throw std::invalid_argument("weight: expected [rows, width] or [experts, rows, width]");
-    count = weight.ndim() == 3 ? weight.shape(0) : 1;
+    stacked = weight.ndim() == 3;
+    count = stacked ? weight.shape(0) : 1;
     rows = weight.shape(-2);
     std::vector<mx::array> all{weight};
     if (!scales) {
@@ -120,6 +137,34 @@ struct Weights {
     for (const auto& array : all)
       if (!array.flags().row_contiguous)
         throw std::invalid_argument("weights must be contiguous");
+    if (kernels->packs(linear().matrix)) pack_all();
+  }
+
+  // A copy takes the place of the arrays, which are free to go when their owner lets them.
+  void pack_all() {
+    nb::gil_scoped_release release;
+    const Linear plain = linear();
+    Matrix one = plain.matrix;
+    one.rows = rows;
+    const int64_t each = packed_bytes(one);
+    const int64_t lines = (count * each + 63) / 64 + 1;
+    mx::array all(mx::allocator::malloc(lines * 64), {int(lines), 64}, mx::uint8);
+    uint8_t* to = aligned(all);
+    Pool::get().run(count, [&](int64_t i) {
+      Matrix m = plain.of(i);
+      m.rows = rows;
+      cenacle::pack(m, to + i * each);
+    });
+    weight = all;
+    scales.reset();
+    biases.reset();
+    packed = true;
+  }
+
+  // A vector of words should not lie on two lines of the cache.
+  static uint8_t* aligned(const mx::array& a) {
+    const auto at = reinterpret_cast<uintptr_t>(a.data<char>());
+    return reinterpret_cast<uint8_t*>((at + 63) / 64 * 64);
   }
 
   static Float real(mx::Dtype t) {
@@ -141,9 +186,14 @@ struct Weights {
     };
     Matrix m{format, type, bits, group, bytes(weight), bytes(scales), bytes(biases),
              count * rows, width, 0, 0};
-    m.weight_stride = int64_t(weight.shape(-1)) * mx::size_of(weight.dtype());
-    if (scales) m.scale_stride = int64_t(scales->shape(-1)) * mx::size_of(scales->dtype());
-    return {m, bias ? bias->data<float>() : nullptr, rows};
+    m.activations = bits_of_activations;
+    if (packed) {
+      m = cenacle::packed(m, aligned(weight));
+    } else {
+      m.weight_stride = int64_t(weight.shape(-1)) * mx::size_of(weight.dtype());
+      if (scales) m.scale_stride = int64_t(scales->shape(-1)) * mx::size_of(scales->dtype());
+    }
+    return {m, bias ? bias->data<float>() : nullptr, rows, count};
   }
 };
 
@@ -180,14 +230,12 @@ struct Strided {
 
 class Primitive : public mx::Primitive {
  public:
-  explicit Primitive(mx::Stream s) : mx::Primitive(s), kernels_(chosen) {}
+  explicit Primitive(mx::Stream s) : mx::Primitive(s) {}
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::runtime_error("cenacle's native layers run on the CPU only");
   }
 
  protected:
-  const Kernels* kernels_;
-
   float* begin(const std::vector<mx::array>& inputs, mx::array& out) {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     auto& encoder = mx::cpu::get_command_encoder(stream());
@@ -199,7 +247,8 @@ class Primitive : public mx::Primitive {
 
 class LinearPrimitive : public Primitive {
  public:
-  LinearPrimitive(mx::Stream s, Linear layer) : Primitive(s), layer_(layer) {}
+  LinearPrimitive(mx::Stream s, Linear layer, const Kernels* kernels)
+      : Primitive(s), layer_(layer), kernels_(kernels) {}
   const char* name() const override { return "CenacleLinear"; }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -215,16 +264,18 @@ class LinearPrimitive : public Primitive {
 
  private:
   Linear layer_;
+  const Kernels* kernels_;
 };
 
 class ExpertsPrimitive : public Primitive {
  public:
-  ExpertsPrimitive(mx::Stream s, Experts experts, std::shared_ptr<const Dealer> dealer, bool summed)
-      : Primitive(s), experts_(std::move(experts)), dealer_(std::move(dealer)), summed_(summed) {}
+  ExpertsPrimitive(mx::Stream s, Experts experts, const Kernels* kernels,
+                   std::shared_ptr<const Dealer> dealer, bool summed)
+      : Primitive(s), experts_(std::move(experts)), kernels_(kernels), dealer_(std::move(dealer)),
+        summed_(summed) {}
   const char* name() const override { return summed_ ? "CenacleExpertsSum" : "CenacleExperts"; }
 
   // Inputs: x, ids, which row each id is, the ids' weights if they are summed, matrices.
-
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     float* out = begin(inputs, outputs[0]);
     const int64_t k = inputs[1].shape(-1), tokens = k ? inputs[1].size() / k : 0;
@@ -261,6 +312,7 @@ class ExpertsPrimitive : public Primitive {
 
  private:
   Experts experts_;
+  const Kernels* kernels_;
   std::shared_ptr<const Dealer> dealer_;
   bool summed_;
 };
@@ -278,7 +330,7 @@ mx::array call_linear(const mx::array& x, const Weights& w) {
   std::vector<mx::array> inputs{as(x, mx::float32, s)};
   w.inputs(inputs);
   return mx::array(std::move(shape), mx::float32,
-                   std::make_shared<LinearPrimitive>(s, w.linear()), std::move(inputs));
+                   std::make_shared<LinearPrimitive>(s, w.linear(), w.kernels), std::move(inputs));
 }
 
 class EmbedPrimitive : public Primitive {
@@ -316,6 +368,48 @@ mx::array call_embed(const mx::array& ids, const Weights& w) {
                    std::move(inputs));
 }
 
+// A packed layer's arrays as they were given.
+class UnpackPrimitive : public Primitive {
+ public:
+  UnpackPrimitive(mx::Stream s, Linear layer) : Primitive(s), layer_(layer) {}
+  const char* name() const override { return "CenacleUnpack"; }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    std::vector<uint8_t*> to;
+    for (auto& out : outputs) {
+      begin(inputs, out);
+      to.push_back(reinterpret_cast<uint8_t*>(out.data<char>()));
+    }
+    to.resize(3, nullptr);
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [l = layer_, to, w = outputs[0].nbytes() / layer_.experts,
+         s = outputs[1].nbytes() / layer_.experts] {
+          for (int64_t i = 0; i < l.experts; i++)
+            unpack(l.of(i), 0, l.rows, to[0] + i * w, to[1] + i * s, to[2] ? to[2] + i * s : nullptr);
+        });
+  }
+
+ private:
+  Linear layer_;
+};
+
+// What `Weights` was made of: weight, scales and biases, in the lazy graph; nothing if it keeps them itself.
+std::vector<mx::array> arrays(const Weights& w) {
+  if (!w.packed) return {};
+  const auto shape = [&](int64_t n) {
+    return w.stacked ? mx::Shape{int(w.count), int(w.rows), int(n)} : mx::Shape{int(w.rows), int(n)};
+  };
+  const mx::Dtype types[] = {mx::float32, mx::bfloat16, mx::float16};
+  std::vector<mx::Shape> shapes{shape(w.width * w.bits / 32), shape(w.width / w.group)};
+  std::vector<mx::Dtype> kinds{mx::uint32, w.format == Format::mxfp4 ? mx::uint8 : types[int(w.type)]};
+  if (w.format == Format::affine) {
+    shapes.push_back(shapes[1]);
+    kinds.push_back(kinds[1]);
+  }
+  const mx::Stream s = mx::default_stream(mx::Device::cpu);
+  return mx::array::make_arrays(shapes, kinds, std::make_shared<UnpackPrimitive>(s, w.linear()), {w.weight});
+}
+
 // The matrices of a layer's experts and what is between them.
 struct Stack {
   std::vector<Weights> in;
@@ -336,6 +430,9 @@ struct Stack {
     for (const auto& w : in)
       if (w.count != down.count || w.rows != down.width || w.width != in[0].width)
         throw std::invalid_argument("the experts' matrices do not fit each other");
+    for (const auto& w : in)
+      if (w.kernels != down.kernels)
+        throw std::invalid_argument("the experts' matrices were made for different kernels");
     {
       nb::gil_scoped_release release;
       mx::eval(map);
@@ -371,7 +468,8 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e,
   }
   e.down.inputs(inputs);
   return mx::array(std::move(shape), mx::float32,
-                   std::make_shared<ExpertsPrimitive>(s, std::move(raw), e.dealer, weights.has_value()),
+                   std::make_shared<ExpertsPrimitive>(s, std::move(raw), e.down.kernels, e.dealer,
+                                                      weights.has_value()),
                    std::move(inputs));
 }
 
@@ -379,9 +477,9 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e,
 
 class QkvPrimitive : public Primitive {
  public:
-  QkvPrimitive(mx::Stream s, std::array<Linear, 3> layers, int64_t width, std::array<bool, 2> normed,
+  QkvPrimitive(mx::Stream s, std::array<Linear, 3> layers, const Kernels* kernels, int64_t width, std::array<bool, 2> normed,
                std::array<float, 2> eps, Rope rope, std::optional<int64_t> offset)
-      : Primitive(s), layers_(layers), width_(width), normed_(normed), eps_(eps), rope_(rope),
+      : Primitive(s), layers_(layers), kernels_(kernels), width_(width), normed_(normed), eps_(eps), rope_(rope),
         offset_(offset) {}
   const char* name() const override { return "CenacleQKV"; }
 
@@ -448,6 +546,7 @@ class QkvPrimitive : public Primitive {
 
  private:
   std::array<Linear, 3> layers_;
+  const Kernels* kernels_;
   int64_t width_;
   std::array<bool, 2> normed_;
   std::array<float, 2> eps_;
@@ -488,6 +587,8 @@ std::vector<mx::array> call_qkv(const mx::array& x, const Weights& q, const Weig
     if (w->width != x.shape(2) || w->rows % width)
       throw std::invalid_argument("expected projections from " + std::to_string(x.shape(2)) +
                                   " to heads of " + std::to_string(width));
+    if (w->kernels != q.kernels)
+      throw std::invalid_argument("the projections were made for different kernels");
     shapes.push_back({x.shape(0), int(w->rows / width), x.shape(1), width});
     w->inputs(inputs);
   }
@@ -495,7 +596,7 @@ std::vector<mx::array> call_qkv(const mx::array& x, const Weights& q, const Weig
   rope.dims = dims, rope.traditional = traditional, rope.scale = scale;
   return mx::array::make_arrays(
       std::move(shapes), {mx::float32, mx::float32, mx::float32},
-      std::make_shared<QkvPrimitive>(s, std::array{q.linear(), k.linear(), v.linear()}, width,
+      std::make_shared<QkvPrimitive>(s, std::array{q.linear(), k.linear(), v.linear()}, q.kernels, width,
                                      std::array{q_norm.has_value(), k_norm.has_value()},
                                      std::array{q_eps, k_eps}, rope, number),
       inputs);
@@ -529,11 +630,19 @@ NB_MODULE(_native, m) {
   });
   m.def("used", [] { return std::string(chosen.load()->name); });
   m.def("use", &use);
+  // Gives freed memory back to the machine: what was packed leaves holes that the next array does not fit.
+  m.def("trim", [] {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+  });
+  m.def("use_activations", &use_activations, nb::arg("bits"));
   nb::class_<Weights>(m, "Weights")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>,
                     std::optional<mx::array>, int, int, const std::string&>(),
            nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(),
-           nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"));
+           nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"))
+      .def("arrays", &arrays);
   nb::class_<Dealer>(m, "Dealer")
       .def("__init__",
            [](Dealer* self, std::vector<std::vector<int>> holders, std::vector<int64_t> speeds,

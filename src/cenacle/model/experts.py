@@ -204,6 +204,7 @@ class NativeExperts(LocalExperts):
         if replicas is not None:
             dealer = extension.Dealer(replicas.holders, replicas.speeds, replicas.rank)
         self._stack = extension.Stack(inputs, down, self._row_of, *act, dealer)
+        extension.trim()
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
         """See `LocalExperts`."""

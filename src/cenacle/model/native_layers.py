@@ -58,8 +58,13 @@ def activation(experts: nn.Module) -> Activation | None:
 def weights(layer: nn.Module) -> Any | None:
     """A linear layer's matrices, or a stack of them, as the kernels take them; None: they do not.
 
-    Strided weights and biases that are not float32 are replaced in the layer, not kept twice.
+    Strided weights and biases that are not float32 are replaced in the layer, not kept twice. Where
+    the kernels keep a packed copy the layer's arrays become what unpacks it: computed if anybody
+    looks at their values, else never.
     """
+    made = getattr(layer, "_weights", None)
+    if made is not None:
+        return made
     for name in ("weight", "scales", "biases"):
         if layer.get(name) is not None:
             layer[name] = mx.contiguous(layer[name])
@@ -68,7 +73,7 @@ def weights(layer: nn.Module) -> Any | None:
     if layer.get("global_scale") is not None:
         return None
     try:
-        return native.module().Weights(
+        made = native.module().Weights(
             layer.weight,
             layer.get("scales"),
             layer.get("biases"),
@@ -79,6 +84,11 @@ def weights(layer: nn.Module) -> Any | None:
         )
     except ValueError:  # a format without kernels
         return None
+    for name, array in zip(("weight", "scales", "biases"), made.arrays(), strict=False):
+        layer[name] = array
+    # What is no array is kept as a plain attribute, unseen by `parameters`.
+    layer._weights = made
+    return made
 
 
 class NativeLinear(nn.Linear):
@@ -170,13 +180,12 @@ def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
         kind = _NATIVE.get(type(layer))
         if kind is None or id(layer) in swapped:
             continue
-        made = weights(layer)
-        if made is None:
+        if weights(layer) is None:
             continue
-        # Before the class: what is no array is kept as a plain attribute, unseen by `parameters`.
-        layer._weights, layer._linear, layer._embed = made, extension.linear, extension.embed
+        layer._linear, layer._embed = extension.linear, extension.embed
         layer.__class__ = kind
         swapped.add(id(layer))
+    extension.trim()
     for _, layer in model.named_modules():
         if id(layer) not in swapped and not isinstance(layer, (*_STACKED, *keep)):
             _widen(layer)

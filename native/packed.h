@@ -1,0 +1,34 @@
+// Sixteen rows of a quantised matrix side by side.
+//
+// Owns: the layout, and getting into it and out of it. Does not know: instruction sets, MLX.
+// Of sixteen rows, for each group of weights in turn: the rows' words of 32 bits (of 8 or 4 weights), the
+// sixteen first ones, the second ones, ...; the sixteen scales; the sixteen biases. So a vector of words
+// belongs to sixteen outputs, which need no sum over lanes at the end; a group costs one conversion for
+// sixteen rows; and a matrix is one stream, which the processor's own prefetcher keeps up with.
+// Rows that are missing from the last sixteen are zeros.
+#pragma once
+
+#include "kernels.h"
+
+namespace cenacle {
+
+constexpr int64_t ABREAST = 16;
+
+// Bytes of a group of sixteen rows: of weights, and with scales and biases.
+constexpr int64_t packed_weights(const Matrix& m) { return ABREAST * m.group * m.bits / 8; }
+constexpr int64_t packed_group(const Matrix& m) {
+  const int size = m.format == Format::mxfp4 ? 1 : m.type == Float::f32 ? 8 : 4;
+  return packed_weights(m) + ABREAST * size;
+}
+constexpr int64_t packed_rows(int64_t rows) { return (rows + ABREAST - 1) / ABREAST * ABREAST; }
+
+// The description of the matrix that `pack` makes of `plain`, at `to`; 0: how large it will be.
+Matrix packed(const Matrix& plain, const uint8_t* to);
+inline int64_t packed_bytes(const Matrix& plain) {
+  return packed_rows(plain.rows) * packed(plain, nullptr).weight_stride;
+}
+void pack(const Matrix& plain, uint8_t* to);
+// `rows` of a packed matrix as they were, from row `first` on.
+void unpack(const Matrix& m, int64_t first, int64_t rows, uint8_t* weight, uint8_t* scales, uint8_t* biases);
+
+}  // namespace cenacle
