@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test faults lint clean
 
 install: .venv/installed
 
@@ -16,6 +16,9 @@ demo: install
 
 test: install lint
 	$(BIN)/pytest
+
+faults: install
+	$(BIN)/python benchmarks/faults.py
 
 lint: install
 	$(BIN)/ruff format --check src tests tools benchmarks

@@ -4,22 +4,35 @@ Real processes, the demo model; what is streamed is compared with what the same 
 undisturbed. `tests/unit/test_lockstep.py` has what only ranks that are out of their minds do.
 """
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import cenacle
 from cenacle.api import Model
+from cenacle.cluster.launcher import WORKER, LocalRanks
+from cenacle.engine.engine import Options
+from cenacle.engine.lockstep import Epoch, Group
+from cenacle.engine.scheduler import Scheduler
 from cenacle.request import Request, Sampling
 
+HERE = Path(__file__).parent
+OTHER_ROUTER = HERE / "other_router_rank.py"
+FAULTS = HERE.parent.parent / "benchmarks" / "faults.py"
+MIXTRAL = HERE.parent / "vectors" / "mixtral"
 DEMO = Path(cenacle.__file__).parent / "demo_model"
 QUESTIONS = ("What is 12 + 30?", "Who are you? Tell me more.", "What is 7 + 8?")
 LENGTH = 60
@@ -94,10 +107,10 @@ class Client:
             raise self.error
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def group(request) -> Iterator[tuple[Model, list[str]]]:
+@pytest.fixture(scope="module")
+def group() -> Iterator[tuple[Model, list[str]]]:
     """A group, which every test leaves working, and what it answers undisturbed."""
-    with loaded(request.param) as model:
+    with loaded(3) as model:
         yield model, answers(model)
 
 
@@ -133,3 +146,48 @@ def test_answers_go_on_where_they_were(group, fault, noticed_s):
     assert [len(c.tokens) for c in clients] == [LENGTH] * len(clients)
     assert not any(map(alive, pids)), "the old ranks are gone"
     assert model.group.load == {"running": 0, "waiting": 0}
+
+
+def test_a_rank_that_routes_otherwise_is_replaced_and_nobody_notices():
+    plan = cenacle.inspect(str(MIXTRAL), 2)
+    order = {"type": "load", "folder": str(MIXTRAL), "wire": "f32", "latency_s": 0.0}
+    order |= {"kernels": "mlx", "options": asdict(Options())}
+
+    def start(epoch: Epoch) -> LocalRanks:
+        program = (sys.executable, str(OTHER_ROUTER)) if epoch.number == 0 else WORKER
+        ranks = LocalRanks(2, program=program, epoch=epoch)
+        plan.save(ranks.folder / "plan.json")
+        ranks.load({**order, "plan": str(ranks.folder / "plan.json")})
+        return ranks
+
+    ranks = start(Epoch(0, threading.Event()))
+    group = Group(ranks, Scheduler(4, 0), start=start)
+    try:
+        recorded = mx.load(str(MIXTRAL / "vectors.safetensors"))
+        model = Model("mixtral", plan, None, group)
+        prompt, expected = (recorded[f"prompt_7.{what}"].tolist() for what in ("tokens", "greedy"))
+        assert model.generate(prompt, len(expected)).tokens == expected
+        assert "chose other experts" in group.state.reason
+        assert group.state.recoveries == 1
+    finally:
+        group.close()
+        assert not any(map(alive, [*ranks.pids, *model.ranks.pids]))
+
+
+def test_what_the_clients_of_a_server_see():
+    """`benchmarks/faults.py`, each of some faults once; it compares the texts."""
+    rows = (
+        "kill a rank, and one that is being started",
+        "stop an idle rank",
+        "no memory for a rank",
+        "end the server while it recovers",
+        "kill the server",
+    )
+    command = [sys.executable, str(FAULTS), "--times", "1", "--rows", *rows]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["rows"]
+    if set(found) != set(rows):
+        warnings.warn(f"not all rows were run: {done.stdout}", stacklevel=1)
+    assert found["stop an idle rank"]["detected_s"][1] < 5.5
+    assert sum(row["answers"] for row in found.values()) >= 5
