@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 
 import pytest
 
@@ -52,7 +53,7 @@ class PlayedRank:
             finish = None if self._left[request_id] else "length"
             if finish:
                 del self._running[request_id]
-            tokens.append([request_id, known[-1], finish])
+            tokens.append(list(astuple(TokenEvent(request_id, known[-1], finish))))
         said = {"type": "stepped", "number": step.number, "tokens": tokens, "report": None}
         self.say(said)
 
@@ -201,7 +202,7 @@ def test_what_an_older_epoch_says_is_not_heard(play):
             die(rank, step)
         if rank.epoch == 1:  # late messages of ranks that were ended, over whatever way
             late = {"type": "stepped", "number": step.number, "report": None}
-            rank.say({**late, "tokens": [["a", 7, None]]}, epoch=0)
+            rank.say({**late, "tokens": [list(astuple(TokenEvent("a", 7)))]}, epoch=0)
             rank.say({"type": "error", "kind": "ClusterError", "message": "old"}, epoch=0)
 
     group, stage = play(fault)
