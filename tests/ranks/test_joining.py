@@ -83,7 +83,7 @@ def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path)
             until(lambda: other, "a word")
             assert "is here already" in other[0]
     until(lambda: not names(head)["two"]["here"], "the end of two")
-    assert names(head)["two"]["reason"] == "its agent has ended"
+    assert names(head)["two"]["reason"] == "has lost its agent"
 
 
 @pytest.mark.parametrize("token", ["0000-0000-0000-0000", "nonsense"])

@@ -342,7 +342,7 @@ class Head:
         if end_agents:
             for agent in list(self._agents.values()):
                 with contextlib.suppress(ClusterError):
-                    await wire.send(agent.writer, {"type": "end", "reason": _ENDED}, 1)
+                    await wire.send(agent.writer, {"type": "end", "reason": _DOWN}, 1)
             ends = time.monotonic() + 3
             while self._agents.keys() - {pairing.HEAD} and time.monotonic() < ends:
                 await asyncio.sleep(0.02)
@@ -420,6 +420,8 @@ class Head:
             await self._greet(reader, writer)
         except (CenacleError, OSError) as error:
             log.info("a connection was closed: %s", error)
+        except asyncio.CancelledError:
+            pass  # hung up on; asyncio would print that of a connection's task
         finally:
             self._guests.pop(writer, None)
             wire.hang_up(writer)
@@ -512,7 +514,7 @@ class Head:
             raise ClusterError("an agent did not say what its machine is")
         agent = _Agent(writer, writer.get_extra_info("sockname")[0])
         self._agents[who] = agent
-        why = "its agent has ended"
+        why = "has lost its agent"
         alive = self._task(self._say_alive(writer))
         try:
             name = self._state.nodes[who].name
@@ -521,7 +523,8 @@ class Head:
             self._happens(state.Came(who, time.monotonic(), facts, address))
             log.info("%s is here (%s)", name, address)
             while True:
-                message = await wire.receive(reader, state.SILENCE_S)
+                # Who is silent is decided in one place, `state.decide`, and before this.
+                message = await wire.receive(reader, 3 * state.SILENCE_S)
                 if message["type"] == "alive":
                     said = message.get("facts")
                     now = said if isinstance(said, dict) else {}
@@ -533,7 +536,7 @@ class Head:
                 elif message["type"] == "ended":
                     self._fates[(message["formation"], message["rank"])] = str(message["how"])
                 elif message["type"] == "leaving":
-                    why = "its agent was ended"
+                    why = "has ended its agent"
         except (CenacleError, KeyError, TypeError) as error:
             if isinstance(error, CenacleError) and str(error) != "closed the connection":
                 why = str(error)
@@ -543,7 +546,7 @@ class Head:
             self._hang_up_on(agent)
             node = self._state.nodes.get(who)
             self._happens(state.Went(who, agent.why or why))
-            log.warning("%s: %s", node.name if node else who, agent.why or why)
+            log.warning("%s %s", node.name if node else who, agent.why or why)
             for future in agent.orders.values():
                 if not future.done():
                     future.set_exception(ClusterError(agent.why or why))
@@ -711,7 +714,7 @@ def take_lock(path: Path, what: str) -> Any:
     return file
 
 
-_ENDED = "the head was ended"
+_ENDED, _DOWN = "was told that the head ends", "the head was ended"
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _SHOWN = (
     "cenacle",

@@ -74,6 +74,7 @@ class Joined:
         self._head, self._nodes, self._say = head, nodes, say
         self._wanted = wanted or placing.Wanted()
         self._formed: Formed | None = None  # not started yet
+        self._links: dict[tuple[str, float, str, float], Link] = {}
 
     def form(
         self, name: str, checkpoint: Checkpoint, options: Options, kernels: str
@@ -175,15 +176,21 @@ class Joined:
         return [str(here), *(str(answer["folder"]) for answer in answers)]
 
     def _measure(self, members: tuple[Node, ...]) -> dict[tuple[int, int], Link]:
-        """Every pair, one after the other: links that are busy say little."""
+        """Every pair, one after the other: links that are busy say little. Each is measured once
+        while both its machines stay: after a loss every second counts."""
         found = {}
         for a, one in enumerate(members):
             for b in range(a + 1, len(members)):
-                secret = pairing.encode(secrets.token_bytes(16))
                 two = members[b]
+                pair = (one.id, one.came_s, two.id, two.came_s)
+                if pair in self._links:
+                    found[a, b] = self._links[pair]
+                    continue
+                secret = pairing.encode(secrets.token_bytes(16))
                 asked: dict[str, Any] = {"address": two.address, "secret": secret}
                 asked |= self._head.order(two, "answer_link", **asked)
                 wait = links.DEADLINE_S + 5
                 got = self._head.order(one, "measure_link", wait, **asked)
-                found[a, b] = Link(float(got["latency_s"]), float(got["bytes_s"]))
+                link = Link(float(got["latency_s"]), float(got["bytes_s"]))
+                found[a, b] = self._links[pair] = link
         return found

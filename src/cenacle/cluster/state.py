@@ -28,6 +28,7 @@ class Node:
         name: for people; unique in the cluster.
         here: whether its agent is connected.
         reason: why it is not here, or cannot take part; empty if it can.
+        came_s: when its agent connected.
         heard_s: when it was last heard.
         facts: what its agent said of the machine.
         address: where other nodes reach it.
@@ -37,6 +38,7 @@ class Node:
     name: str
     here: bool = False
     reason: str = "has not come yet"
+    came_s: float = 0.0
     heard_s: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     address: str = ""
@@ -195,7 +197,13 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
                 state = _with(
                     state,
                     replace(
-                        node, here=True, reason=reason, heard_s=at, facts=facts, address=address
+                        node,
+                        here=True,
+                        reason=reason,
+                        came_s=at,
+                        heard_s=at,
+                        facts=facts,
+                        address=address,
                     ),
                 )
         case Heard(id=who, at_s=at, facts=facts):

@@ -453,6 +453,8 @@ class Group:
             return
         with self._lock:
             if self._failure is None:
+                if len(ranks.channels) != len(self._ranks.channels):
+                    self.terms = Terms()  # means over ranks: of others now
                 self._ranks = ranks
                 self._state = supervisor.after(self._state, supervisor.Started(time.monotonic()))
                 again = len(self._asked)

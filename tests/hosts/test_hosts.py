@@ -1,0 +1,312 @@
+"""A cluster of three hosts: real agents, real TLS, real sockets over a bridge, the demo model.
+
+One cluster serves all tests, in order: from nothing to answering, then every kind of loss.
+"""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import cenacle
+
+sys.path.insert(0, str(Path(__file__).parent))
+from net import Capture, Host, Network, until, why_not
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
+SUM = "What is 12 + 30?"
+CONTROL, API = 4747, 8080
+WORKER = "cenacle.engine.worker"
+
+NO_HOSTS = why_not()
+pytestmark = pytest.mark.skipif(
+    NO_HOSTS is not None, reason=f"CLUSTERS OF SEVERAL HOSTS ARE NOT TESTED: {NO_HOSTS}"
+)
+
+
+class Cluster:
+    """Three hosts, `a` the head; each has the model somewhere else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network = Network("abc", folder)
+        self.a, self.b, self.c = self.network.hosts
+        self.capture = Capture(self.network)
+        self.token = ""
+        for host, place in ((self.a, "here"), (self.b, "models"), (self.c, "other/place")):
+            shutil.copytree(DEMO, host.folder / place / "answers")
+
+    def up(self) -> str:
+        """Start the head; the line that it prints for the others."""
+        before = len(self.a.log.read_text()) if self.a.log.exists() else 0
+        self.a.start("up", "here/answers", "-n", "3", "--port", str(API), "--name", "a")
+        found = until(
+            lambda: re.search(r"cenacle (join .*)\n", self.a.log.read_text()[before:]),
+            "the line for other machines",
+        )
+        return found.group(1)
+
+    def join(self, host: Host, *more: str) -> None:
+        host.start("join", *more, "--name", host.letter)
+
+    def close(self) -> None:
+        self.capture.close()
+        self.network.close()
+
+    def ask(self, path: str, body: dict | None = None) -> tuple[int, dict]:
+        """One request to the API, from the head's host; status 0: nobody listens."""
+        connection = http.client.HTTPConnection("127.0.0.1", API)
+        try:
+            connection.sock = self.a.connect("127.0.0.1", API)
+            content = None if body is None else json.dumps(body)
+            kind = {"Content-Type": "application/json"}
+            connection.request("GET" if body is None else "POST", path, content, kind)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        except (OSError, http.client.HTTPException):
+            return 0, {}
+        finally:
+            connection.close()
+
+    def answer(self, question: str = SUM, **more) -> str:
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, **more}
+        status, answer = self.ask("/v1/chat/completions", body)
+        assert status == 200, answer
+        return answer["choices"][0]["message"]["content"]
+
+    def healthy(self) -> dict:
+        """Health once all works."""
+
+        def ok() -> dict | None:
+            status, health = self.ask("/health")
+            return health if status == 200 and health.get("status") == "ok" else None
+
+        return until(ok, f"a group that works; {self.logs()}", 60)
+
+    def status(self, host: Host) -> dict:
+        done = host.run("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def nodes(self) -> dict[str, dict]:
+        return {n["name"]: n for n in self.status(self.a)["nodes"]}
+
+    def logs(self) -> str:
+        return "".join(f"\n== {h.letter}\n{h.log.read_text()}" for h in self.network.hosts)
+
+
+class Streaming:
+    """A long answer that is being streamed, and when its pieces came."""
+
+    def __init__(self, cluster: Cluster, tokens: int = 200) -> None:
+        self.text, self.times, self.error = "", [], ""
+        self._sock = cluster.a.connect("127.0.0.1", API)
+        self._body = {
+            "messages": [{"role": "user", "content": SUM}],
+            **{"temperature": 0, "stream": True, "max_tokens": tokens},
+            "logit_bias": {str(END): -100},
+        }
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", API)
+        connection.sock = self._sock
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(self._body), kind)
+        for line in connection.getresponse():
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                self.error = event["error"]["message"]
+                break
+            for choice in event["choices"]:
+                self.text += choice["delta"].get("content") or ""
+                self.times.append(time.monotonic())
+        connection.close()
+
+    def begun(self) -> "Streaming":
+        until(lambda: len(self.times) > 20, "the first pieces")
+        return self
+
+    def end(self, seconds: float = 90) -> str:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), "the stream did not end"
+        assert not self.error, self.error
+        return self.text
+
+    @property
+    def longest_pause_s(self) -> float:
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("hosts"))
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster) -> str:
+    """The long answer without any fault."""
+    return Streaming(cluster).end()
+
+
+def test_from_nothing_to_answering_with_one_command_each(cluster):
+    line = cluster.up().split()
+    assert line[:2] == ["join", f"{cluster.a.address}:{CONTROL}"]
+    cluster.token = line[3]
+    wrong = cluster.b.run("join", line[1], "--token", "0000-0000-0000-0000")
+    assert wrong.returncode == 5
+    assert "the token is wrong" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    cluster.join(cluster.b, *line[1:], "--models", "models")
+    until(lambda: "b is in the cluster" in cluster.b.log.read_text(), "b")
+    cluster.join(cluster.c, *line[1:], "--models", "other/place")
+    health = cluster.healthy()
+    assert health["nodes"] == 3
+    assert cluster.answer() == "42"
+    status = cluster.status(cluster.b)  # from any machine
+    assert (status["phase"], status["model"]) == ("running", "answers")
+    assert {n["name"]: (n["rank"], n["address"]) for n in status["nodes"]} == {
+        "a": (0, "127.0.0.1"),
+        "b": (1, cluster.b.address),
+        "c": (2, cluster.c.address),
+    }
+    assert "links: " in status["exchange"]
+    for host in cluster.network.hosts:
+        assert len(host.pids(WORKER)) == 1
+        for file in (host.folder / ".config" / "cenacle" / "cluster").iterdir():
+            if file.suffix in (".key", ".json"):
+                assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+def test_machines_listen_at_their_own_address_only(cluster):
+    for host in (cluster.b, cluster.c):
+        assert {address for address, _ in host.listening()} <= {host.address}
+    assert set(cluster.a.listening()) == {("0.0.0.0", CONTROL), ("127.0.0.1", API)}
+
+
+def test_nothing_secret_is_in_clear_on_the_control_channel(cluster, undisturbed):
+    seen = cluster.capture.payloads()
+    assert b"cenacle-mesh" in seen, "the exchange is in clear, and captured"
+    control = cluster.capture.payloads(CONTROL)
+    assert len(control) > 100_000
+    letters = cluster.token.replace("-", "").encode()
+    words = (SUM.encode(), b'"step"', b'"tokens"', b'"hello"', b"PRIVATE", b"CERTIFICATE")
+    for word in (cluster.token.encode(), letters, *words, b'"secret"', b"head.cenacle"):
+        name = word.decode()
+        # The name of the server is asked for in TLS's greeting, as anywhere.
+        assert (word in control) == (name == "head.cenacle"), name
+    assert SUM.encode() not in seen
+
+
+def test_garbage_on_every_port_does_no_harm(cluster, undisturbed):
+    stream = Streaming(cluster).begun()
+    socks = []
+    for host in cluster.network.hosts:
+        for address, port in host.listening():
+            if address == "127.0.0.1":
+                continue
+            for data in (b"\0" * 5000, b"GET / HTTP/1.1\r\n\r\n", os.urandom(3000)):
+                caller = cluster.c if host is not cluster.c else cluster.b
+                sock = caller.connect(host.address, port)
+                socks.append(sock)
+                with suppress(OSError):
+                    sock.sendall(data)
+    assert len(socks) >= 3
+    assert stream.end() == undisturbed
+    for sock in socks:
+        sock.close()
+
+
+def test_a_rank_that_is_killed_costs_a_moment_and_no_answer(cluster, undisturbed):
+    stream = Streaming(cluster).begun()
+    (killed,) = cluster.c.kill(WORKER)
+    assert stream.end() == undisturbed
+    assert f"rank 2 on c (process {killed}) was killed by SIGKILL" in cluster.a.log.read_text()
+    assert cluster.healthy()["nodes"] == 3
+    print(f"a rank killed: longest pause {stream.longest_pause_s:.1f} s")
+
+
+def test_an_agent_that_is_killed_takes_its_rank_along(cluster, undisturbed):
+    stream = Streaming(cluster).begun()
+    began = time.monotonic()
+    cluster.b.kill("cenacle join")
+    until(lambda: not cluster.b.pids(), "the end of its rank", 5)
+    until(lambda: not cluster.nodes()["b"]["here"], "that it is missed", 5)
+    assert time.monotonic() - began < 5
+    assert stream.end() == undisturbed  # on two machines
+    assert cluster.healthy()["nodes"] == 2
+    print(f"an agent killed: longest pause {stream.longest_pause_s:.1f} s")
+    cluster.join(cluster.b)  # no token, no address
+    until(lambda: cluster.nodes()["b"]["here"], "b again")
+
+
+def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
+    stream = Streaming(cluster).begun()
+    (rank,) = cluster.c.pids(WORKER)
+    began = time.monotonic()
+    cluster.network.link(cluster.c, "down")
+    until(lambda: "c has not been heard" in cluster.a.log.read_text(), "that it is missed", 6)
+    missed = time.monotonic() - began
+    until(lambda: rank not in cluster.c.pids(), "the end of its rank", 6)
+    assert stream.end() == undisturbed
+    print(f"cable pulled: missed after {missed:.1f} s, pause {stream.longest_pause_s:.1f} s")
+    assert missed < 5
+    assert "the machine c (10.99.0.3) has not been heard for 4 s" in cluster.a.log.read_text()
+    cluster.network.link(cluster.c, "up")
+    until(lambda: cluster.nodes()["c"]["here"], "c again")  # by itself
+
+
+def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster, undisturbed):
+    cluster.a.kill()
+    until(lambda: not cluster.b.pids(WORKER) + cluster.c.pids(WORKER), "the end of all ranks", 6)
+    assert cluster.b.pids("cenacle join")
+    assert cluster.c.pids("cenacle join")
+    cluster.up()
+    assert cluster.healthy()["nodes"] == 3
+    assert cluster.answer() == "42"
+
+
+def test_a_host_that_dies_is_done_without(cluster, undisturbed):
+    stream = Streaming(cluster).begun()
+    cluster.c.kill()
+    assert stream.end() == undisturbed
+    assert cluster.healthy()["nodes"] == 2
+    print(f"a host killed: longest pause {stream.longest_pause_s:.1f} s")
+    cluster.join(cluster.c)
+    until(lambda: cluster.nodes()["c"]["here"], "c again")
+
+
+def test_in_the_end_nothing_is_left(cluster):
+    done = cluster.c.run("leave")
+    assert done.returncode == 0, done.stderr
+    until(lambda: not cluster.c.pids(), "the end of c's agent", 5)
+    assert not list((cluster.c.folder / ".config/cenacle/cluster").glob("node.*"))
+    assert "not part of a cluster" in cluster.c.run("status").stderr
+    assert cluster.b.run("down").returncode == 2
+    assert cluster.a.run("down").returncode == 0
+    for host in cluster.network.hosts:
+        until(lambda: not host.pids(), f"the end of all that ran on {host.letter}", 10)  # noqa: B023
+    assert cluster.ask("/health") == (0, {})
+    logs = cluster.logs()
+    assert "Exception in callback" not in logs
+    assert "never retrieved" not in logs
+    assert SUM not in logs
+    with pytest.raises(OSError, match="refused"):
+        cluster.b.connect(cluster.a.address, CONTROL)
