@@ -13,7 +13,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -234,12 +234,26 @@ def generate(
 
 @app.command()
 def chat(
-    model: ModelName,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A folder or a hub name; with --url: its name there."),
+    ] = None,
     nodes: Nodes = 1,
+    url: Annotated[
+        str | None, typer.Option(help="Talk with a server, at http://HOST:PORT.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="CENACLE_API_KEY", help="The server's API key.")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="The server's certificate, if it made its own; PEM.")
+    ] = None,
     max_tokens: MaxTokens = 1024,
     temp: Temp = 0.7,
     top_p: TopP = 0.95,
+    seed: Seed = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    history: Annotated[bool, typer.Option(help="Keep questions for the arrow keys.")] = True,
     shares: Shares = None,
     placement: PlacementName = Placement.auto,
     trunk: TrunkName = Trunk.auto,
@@ -250,41 +264,25 @@ def chat(
     kernels: KernelsName = Kernels.auto,
     kv_bits: KVBits = None,
 ) -> None:
-    """Talk with a model in the terminal. /new starts again, /bye or Ctrl-D ends.
+    """Talk with a model in the terminal, here or on a server. /help lists commands, Ctrl-D ends.
 
     Example: [bold]cenacle chat -m org/model -n 2[/]
     """
-    beginning = [{"role": "system", "content": system}] if system else []
+    from .cli_chat import Local, Remote, Settings, Talk, history_file
+
+    how = Settings(max_tokens, temp, top_p, seed)
+    kept = history_file() if history else None
+    if url is not None:
+        with closing(Remote(url, key, model, certificate)) as remote:
+            Talk(remote, how, system or "").loop(kept)
+        return
+    if model is None:
+        raise InputError("--model: expected a folder or a hub name, or a server with --url")
     dealt = _dealt(shares, placement, trunk, budgets_gb)
     with _loaded(
         model, nodes, dealt, plan, backend, wire, kernels, 0.0, 512, 32, kv_bits, None
     ) as loaded:
-        history = list(beginning)
-        while True:
-            try:
-                said = input("> " if sys.stdin.isatty() else "").strip()
-            except EOFError:
-                return
-            if said == "/bye":
-                return
-            if said == "/new":
-                history = list(beginning)
-            if not said or said == "/new":
-                continue
-            history.append({"role": "user", "content": said})
-            answer = ""
-            try:
-                for chunk in loaded.stream(history, max_tokens, temperature=temp, top_p=top_p):
-                    answer += chunk.text
-                    print(chunk.text, end="", flush=True)
-            except KeyboardInterrupt:
-                err.print("\n(stopped)")
-            except InputError as error:
-                err.print(f"[red]{_plain(str(error))}[/]")
-                history.pop()
-                continue
-            print()
-            history.append({"role": "assistant", "content": answer})
+        Talk(Local(loaded), how, system or "").loop(kept)
 
 
 @app.command()

@@ -40,7 +40,7 @@ ROOMS = (
     ),  # "" is the package itself, which passes on what api has
     ("bench",),
     ("server",),
-    ("cli", "cli_cluster", "cli_doctor", "cli_keys", "cli_plan", "__main__"),
+    ("cli", "cli_chat", "cli_cluster", "cli_doctor", "cli_keys", "cli_plan", "__main__"),
 )
 WITHOUT_MLX = (
     *("", "errors", "spec", "plan", "request"),

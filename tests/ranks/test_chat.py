@@ -1,0 +1,215 @@
+"""`cenacle chat` over a real pseudo-terminal: a model here, a server elsewhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pexpect
+import pytest
+
+import cenacle
+from cenacle.cli_chat import Part, Remote, Settings, Talk, complete
+from cenacle.errors import ClusterError, InputError
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+CHAT = [sys.executable, "-m", "cenacle.cli", "chat"]
+# Two nodes behind a slow link, so that an answer can be stopped; and a key.
+PROGRAM = f"""
+import cenacle
+from cenacle.server.app import bind, serve
+from cenacle.server.auth import Keys
+from cenacle.server.guard import Policy
+
+sock = bind(port=0)
+keys = Keys()
+print(keys.add("tester"), flush=True)
+with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.01) as model:
+    policy = Policy.of(sock, keys, require_key=True)
+    serve(model, sock, lambda url: print(url, flush=True), policy=policy)
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Nothing of this user's is read or written, and the terminal is a plain one."""
+    home = tmp_path_factory.mktemp("home")
+    own = {name: str(home / name) for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME")}
+    plain = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    return {**os.environ, **own, **plain}
+
+
+@pytest.fixture(scope="module")
+def server(environment):
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        key = process.stdout.readline().strip()
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://")
+        yield url, key
+        process.terminate()
+
+
+class Terminal:
+    """A program in a terminal; what it shows is read without colours and movements."""
+
+    def __init__(self, arguments, environment):
+        self.child = pexpect.spawn(
+            arguments[0], arguments[1:], env=environment, encoding="utf-8", timeout=30,
+            dimensions=(30, 100),
+        )  # fmt: skip
+
+    def see(self, text):
+        self.child.expect(text)
+
+    def type(self, keys):
+        self.child.send(keys)
+
+    def ask(self, question):
+        """Ask; the lines that are shown until those below the answer."""
+        self.type(question + "\r")
+        self.see(r"first after")
+        shown = self.child.before
+        self.ready()
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+        return [line.strip() for line in re.split(r"[\r\n]+", plain)]
+
+    def ready(self):
+        """Wait for the line of input: it asks for pasted text in brackets."""
+        self.see(r"\x1b\[\?2004h")
+
+    def leave(self):
+        self.type("\x04")
+        self.see(pexpect.EOF)
+        self.child.close()
+        return self.child.exitstatus
+
+
+def test_a_model_here(environment, tmp_path):
+    terminal = Terminal([*CHAT, "-m", str(DEMO), "-n", "2", "--temp", "0"], environment)
+    terminal.see("/help")
+    terminal.ready()
+    assert "42" in terminal.ask("What is 12 + 30?")
+    assert "42" in terminal.ask("/regenerate")
+    terminal.type("/save " + str(tmp_path / "talk.json") + "\r")
+    terminal.see("saved as")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [m["content"] for m in saved["messages"]] == ["What is 12 + 30?", "42"]
+    assert (tmp_path / "talk.json").stat().st_mode & 0o077 == 0
+    terminal.type("/nonsense\r")
+    terminal.see("no such command")
+    terminal.type("\x1b[A" * 4 + "\r")  # the fourth line before: the question
+    terminal.see("first after")
+    # Two lines, by Ctrl-J and by a backslash, and a line that is thrown away.
+    terminal.type("/system one\x0atwo\\\rthree\r")
+    terminal.see("system: one")
+    terminal.see("two")
+    terminal.see("three")
+    terminal.type("not this\x03")
+    terminal.type("/new\r")
+    assert "12" in terminal.ask("What is 7 + 5?")
+    assert terminal.leave() == 0
+    kept = Path(environment["XDG_STATE_HOME"]) / "cenacle" / "chat_history"
+    assert "What is 12 + 30?" in kept.read_text()
+    assert kept.stat().st_mode & 0o077 == 0
+
+
+def test_a_server_elsewhere_and_an_answer_that_is_stopped(environment, server):
+    url, key = server
+    how = {**environment, "CENACLE_API_KEY": key}
+    terminal = Terminal([*CHAT, "--url", f"{url}/v1", "--temp", "0"], how)
+    terminal.see("demo_model")
+    terminal.ready()
+    assert "42" in terminal.ask("What is 12 + 30?")
+    terminal.type("/temp 2\r")
+    terminal.see("temperature: 2")
+    terminal.type("/seed 1\r")
+    terminal.see("seed: 1")
+    terminal.type("Spell otter backwards.\r")
+    terminal.see(r"\x1b\[\?2004l")
+    terminal.see(r"[a-z]{2}")  # it has begun
+    terminal.type("\x03")
+    terminal.see("stopped")
+    terminal.ready()
+    terminal.type("/temp 0\r")
+    terminal.see("temperature: 0")
+    assert "12" in terminal.ask("What is 7 + 5?")
+    assert terminal.leave() == 0
+
+
+def test_wrong_keys_and_addresses_are_one_sentence(environment, server):
+    url, key = server
+    for arguments, kind, said in (
+        ((url,), InputError, "CENACLE_API_KEY"),
+        ((url, "wrong"), InputError, "not valid"),
+        (("http://127.0.0.1:9",), ClusterError, "does not answer"),
+        (("nonsense",), InputError, "expected http://"),
+        (("http://127.0.0.1:x",), InputError, "cannot be used"),
+        ((url, key, None, Path("/nowhere")), InputError, "cannot be used"),
+    ):
+        with pytest.raises(kind, match=re.escape(said)):
+            Remote(*arguments)
+    with closing(Remote(url, key, "other")) as remote:
+        with pytest.raises(InputError, match="other"):
+            list(remote.answer([{"role": "user", "content": "Hello"}], Settings()))
+    ran = subprocess.run(
+        [*CHAT, "--url", url], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: ")
+
+
+def test_pipes_have_the_answers_alone(environment, server):
+    url, key = server
+    ran = subprocess.run(
+        [*CHAT, "--url", url, "--key", key, "--temp", "0"],
+        input="What is 12 + 30?\n/temp 9\n\n/new\nWhat is 7 + 5?\n/exit\nWhat is 1 + 1?\n",
+        capture_output=True, text=True, timeout=60, env=environment,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout.splitlines()) == (0, ["42", "12"])
+    assert "/temp: expected a number from 0 to 2" in ran.stderr
+
+
+class Echo:
+    """Answers with what it was asked."""
+
+    name = "echo"
+
+    def answer(self, messages, how):
+        yield Part("text", json.dumps(messages))
+
+
+def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):
+    talk = Talk(Echo(), Settings(), "be short")
+    talk._take("hello [red]", talk._plainly)
+    assert json.loads(capsys.readouterr().out) == [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "hello [red]"},
+    ]
+    for name in ("talk.json", "talk.md"):
+        talk._take(f"/save {tmp_path / name}", talk._plainly)
+    assert "**You**\n\nhello [red]" in (tmp_path / "talk.md").read_text()
+    other = Talk(Echo(), Settings())
+    other._take(f"/load {tmp_path / 'talk.json'}", other._plainly)
+    assert (other.messages, other.system) == (talk.messages, "be short")
+    for wrong in ("[]", "{}", '{"messages": [{"role": "tool", "content": "x"}]}', "\x00", '"a"'):
+        (tmp_path / "wrong.json").write_text(wrong)
+        other._take(f"/load {tmp_path / 'wrong.json'}", other._plainly)
+        assert "not what /save writes" in capsys.readouterr().err.replace("\n", " ")
+    assert other.messages == talk.messages
+    other._take("//slash", other._plainly)
+    assert other.messages[-2]["content"] == "/slash"
+
+
+def test_what_is_complete_never_changes():
+    text = "# A\n\ntext\n\n- a\n\n- b\n\n  c\n\n```\nx\n\ny\n```\n\n"
+    text += "1. p\n\n2. q\n\nlast\n\n> r\n\n> s\n"
+    cuts = [complete(text[:n]) for n in range(len(text) + 1)]
+    assert cuts == sorted(cuts), "what was printed stays printed"
+    assert {text[: c] for c in cuts} == {
+        "", text[: text.index("text")], text[: text.index("```")], text[: text.index("last")],
+    }  # fmt: skip
