@@ -8,7 +8,15 @@ import os
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from .errors import CenacleError, CheckpointError, ClusterError, InputError, PlanError, RankLost
+from .errors import (
+    Busy,
+    CenacleError,
+    CheckpointError,
+    ClusterError,
+    InputError,
+    PlanError,
+    RankLost,
+)
 
 if TYPE_CHECKING:
     from .api import Chunk, Completion, Model, inspect, load
@@ -19,6 +27,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 __version__ = metadata.version("cenacle")
 
 __all__ = [
+    "Busy",
     "CenacleError",
     "CheckpointError",
     "Chunk",

@@ -24,12 +24,13 @@ from .dialogue import Message
 from .engine.engine import Options, need_of
 from .engine.grammar import Vocabulary, check
 from .engine.lockstep import Epoch, Group, Ranks
+from .engine.prefixes import Footprint
 from .engine.scheduler import Scheduler
 from .engine.terms import Terms
 from .engine.text import Text
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .model import balance
-from .model.residency import Need, check_available
+from .model.residency import Need, cache_budget, check_available
 from .model.weights import Checkpoint, describe, locate
 from .plan import Plan
 from .request import Request, Sampling, TokenEvent
@@ -200,8 +201,9 @@ def load(
         plan, reason = _choose(spec, nodes, shares, placement, trunk, budgets, latency_s)
     options = options or Options()
     text = _text(checkpoint)
+    need = need_of(checkpoint.config, plan, 0, options, kernels)
     if joined is None:
-        _check_memory(need_of(checkpoint.config, plan, 0, options, kernels))
+        _check_memory(need)
     order = {
         "type": "load",
         "folder": str(checkpoint.folder.resolve()),
@@ -224,9 +226,33 @@ def load(
         return ranks
 
     ranks = start(Epoch(0, threading.Event()), progress)
-    scheduler = Scheduler(options.batch, measure_every)
+    sharing = plan.nodes if joined is None else 1
+    scheduler = _scheduler(ranks.ready, options, measure_every, need.cache, sharing)
     group = Group(ranks, scheduler, start=start if recover else None)
     return Model(name, plan, text, group, reason, checkpoint.config)
+
+
+def _scheduler(
+    ready: Sequence[dict[str, Any]],
+    options: Options,
+    measure_every: int,
+    planned: int,
+    sharing: int,
+) -> Scheduler:
+    """From what the ranks said when they were ready; `sharing` of them are on one machine."""
+    footprint = Footprint.largest(Footprint.of(r["footprint"]) for r in ready)
+    left = min(r["memory_left"] for r in ready)
+    budget = cache_budget(left, sharing, planned)
+    if options.kv_gb is not None:
+        budget = int(options.kv_gb * 1e9)
+    return Scheduler(
+        options.batch,
+        measure_every,
+        chunk=options.prefill_chunk,
+        queue=options.queue,
+        kv_bytes=budget,
+        footprint=footprint,
+    )
 
 
 def _check_wire(wire: str, backend: str, nodes: int) -> None:

@@ -313,6 +313,11 @@ def serve(
     streams_per_key: cli_keys.StreamsPerKey = 64,
     access_log: cli_keys.AccessLog = False,
     log_text: cli_keys.LogText = False,
+    queue: Annotated[int, typer.Option(min=0, help="Most requests that wait; then 429.")] = 64,
+    kv_gb: Annotated[
+        float | None,
+        typer.Option(min=0, help="Gigabytes of cache per node for requests that run together."),
+    ] = None,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health.
 
@@ -349,6 +354,8 @@ def serve(
             batch,
             kv_bits,
             max_kv_size,
+            queue=queue,
+            kv_gb=kv_gb,
         ) as loaded:
             run(
                 loaded,
@@ -668,12 +675,17 @@ def _loaded(
     batch: int,
     kv_bits: int | None,
     max_kv_size: int | None,
+    **options: Any,
 ) -> Iterator[Model]:
     from .api import load
     from .engine.engine import Options
 
-    options = Options(
-        prefill_chunk=prefill_chunk, batch=batch, kv_bits=kv_bits, max_kv_size=max_kv_size
+    how = Options(
+        prefill_chunk=prefill_chunk,
+        batch=batch,
+        kv_bits=kv_bits,
+        max_kv_size=max_kv_size,
+        **options,
     )
     with _progress() as progress:
         loaded = load(
@@ -685,7 +697,7 @@ def _loaded(
             wire=wire.value,
             latency_s=latency_ms / 1000,
             kernels=kernels.value,
-            options=options,
+            options=how,
             progress=progress,
         )
     with loaded:

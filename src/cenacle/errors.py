@@ -4,6 +4,7 @@
     ├── InputError       (2)     a wrong argument or request: the caller's to correct (HTTP 400)
     ├── CheckpointError  (3)     the model's files are missing, damaged or not understood
     ├── PlanError        (4)     the experts cannot be dealt as asked; ask for other nodes or shares
+    ├── Busy             (6)     the queue is full: ask again in a while (HTTP 429)
     └── ClusterError     (5)     a rank failed, fell silent or could not be started (HTTP 503)
         └── RankLost     (5)     names the rank; the whole group has been ended
 
@@ -44,6 +45,21 @@ class PlanError(CenacleError):
     """The experts cannot be placed as asked."""
 
     exit_code = 4
+
+
+class Busy(CenacleError):
+    """The queue is full.
+
+    Args:
+        message: how full.
+        retry_after_s: whole seconds after which a place is likely to be free.
+    """
+
+    exit_code = 6
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ClusterError(CenacleError):

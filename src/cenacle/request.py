@@ -131,20 +131,39 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of one prompt that is processed in one step.
+
+    Args:
+        request: the request's id.
+        begin, end: positions of its first token and behind its last; parts follow one another.
+    """
+
+    request: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of the group: every rank takes it or none does.
 
     Args:
         number: counts from 0; a rank that sees a gap refuses to go on.
-        admitted: requests that start with this step.
+        admitted: requests that the ranks get with this step.
         cancelled: ids of requests that end before this step.
         measured: whether ranks take their clocks (costs a synchronisation per layer).
+        prefill: prompts of which a chunk is processed in this step.
+        started: the last parts of prompts, processed together, whose requests join those that are
+            answered.
     """
 
     number: int
     admitted: tuple[Request, ...] = ()
     cancelled: tuple[str, ...] = ()
     measured: bool = False
+    prefill: tuple[Part, ...] = ()
+    started: tuple[Part, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""
@@ -158,6 +177,8 @@ class Step:
             tuple(Request.from_json(r) for r in data["admitted"]),
             tuple(data["cancelled"]),
             data["measured"],
+            tuple(Part(**p) for p in data["prefill"]),
+            tuple(Part(**p) for p in data["started"]),
         )
 
 

@@ -11,6 +11,7 @@ TREE = {
     "InputError": ("CenacleError", 2),
     "CheckpointError": ("CenacleError", 3),
     "PlanError": ("CenacleError", 4),
+    "Busy": ("CenacleError", 6),
     "ClusterError": ("CenacleError", 5),
     "RankLost": ("ClusterError", 5),
 }

@@ -18,6 +18,7 @@ ROOMS = (
     (
         *("native", "collective", "engine.scheduler", "engine.terms", "engine.channel"),
         *(
+            "engine.prefixes",
             "cluster.supervisor",
             "server.fields",
             "server.exchange",
@@ -50,7 +51,7 @@ WITHOUT_MLX = (
     *("cluster.supervisor", "engine.lockstep"),
     *("server.auth", "server.guard", "server.tls"),
     *("cluster.supervisor", "cluster.doctor", "engine.lockstep"),
-    *("engine.grammar", "engine.text"),
+    *("engine.grammar", "engine.text", "engine.prefixes"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.engine.scheduler import Scheduler
-from cenacle.request import Request, Step, TokenEvent
+from cenacle.request import Part, Request, Step, TokenEvent
 
 
 def request(name: str) -> Request:
@@ -114,4 +114,5 @@ def test_after_a_loss_steps_begin_anew():
     assert scheduler.lost() == []
     assert scheduler.next_step() is None
     scheduler.submit(request("b"))
-    assert scheduler.next_step() == Step(0, (request("b"),))
+    step = scheduler.next_step()
+    assert step == Step(0, (request("b"),), started=(Part("b", 0, 1),))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -24,34 +25,62 @@ from mlx_lm.generate import (
     maybe_quantize_kv_cache,
 )
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import LogitsProcessor
 
-from ..errors import InputError
-from ..request import Request, TokenEvent
+from ..request import Part, Request, TokenEvent
 from .sampler import Drawing
 
 if TYPE_CHECKING:
     from .engine import Options
 
 
+@dataclass
+class _Prompt:
+    """A request whose prompt has not been processed to its end, and the cache of what has."""
+
+    request: Request
+    drawing: Drawing
+    caches: list[Any] = field(default_factory=list)
+
+
 class Batch(ABC):
     """The requests that are being generated.
 
-    `prefilling` tells whether the last call of `next` processed any prompt.
+    A prompt is processed in parts, which the scheduler orders: chunks alone (`prefill`), the last
+    part, of at least one token, with those of others (`start`).
     """
 
-    prefilling = False
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self._model, self._options = model, options
+        self._prompts: dict[str, _Prompt] = {}
 
-    @abstractmethod
     def insert(self, request: Request, drawing: Drawing) -> None:
-        """Begin a request; its prompt is processed by the following calls of `next`."""
+        """Begin a request; its prompt waits for its parts."""
+        self._prompts[request.id] = _Prompt(request, drawing)
+
+    def prefill(self, part: Part) -> None:
+        """Process a chunk of a prompt, which is not its end; returns when it has been computed."""
+        prompt, options = self._prompts[part.request], self._options
+        if not prompt.caches:
+            prompt.caches = make_prompt_cache(self._model, options.max_kv_size)
+        tokens = mx.array([prompt.request.tokens[part.begin : part.end]])
+        with mx.stream(generation_stream):
+            self._model(tokens, cache=prompt.caches)
+            maybe_quantize_kv_cache(prompt.caches, 0, options.kv_group_size, options.kv_bits)
+            mx.eval([cache.state for cache in prompt.caches])
+            mx.clear_cache()
 
     @abstractmethod
+    def start(self, part: Part) -> None:
+        """The last part of a prompt: it is processed by the following calls of `next`."""
+
     def remove(self, request_id: str) -> None:
         """End a request and free its cache; unknown ids are ignored (it may just have ended)."""
+        self._prompts.pop(request_id, None)
 
     @abstractmethod
     def next(self) -> list[TokenEvent]:
-        """One token for each request whose prompt is done, some prompt for the others."""
+        """One token for each request whose prompt is done; the last parts of others' prompts."""
 
     def wait(self) -> None:
         """Return when all that was begun has been computed: `next` leaves a token under way."""
@@ -79,20 +108,25 @@ class Continuous(Batch):
     """mlx-lm's `BatchGenerator`."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
         self._generator = BatchGenerator(
             model,
             prefill_step_size=options.prefill_chunk,
             completion_batch_size=options.batch,
-            prefill_batch_size=min(8, options.batch),
+            prefill_batch_size=options.batch,
         )
         self._ids: dict[int, str] = {}
         self._drawings: dict[int, Drawing] = {}
 
-    def insert(self, request: Request, drawing: Drawing) -> None:
+    def start(self, part: Part) -> None:
         """See `Batch`."""
+        prompt = self._prompts.pop(part.request)
+        request, drawing = prompt.request, prompt.drawing
         (uid,) = self._generator.insert(
-            [list(request.tokens)],
+            [list(request.tokens[part.begin :])],
             max_tokens=[request.max_tokens],
+            caches=[prompt.caches or make_prompt_cache(self._model)],
+            all_tokens=[list(request.tokens[: part.begin])],
             samplers=[drawing.choice],
             logits_processors=[drawing.processors],
             stop_sequences=[StopSequences([(t,) for t in request.stop_tokens])],
@@ -101,6 +135,7 @@ class Continuous(Batch):
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
+        super().remove(request_id)
         uids = [uid for uid, known in self._ids.items() if known == request_id]
         for uid in uids:
             self._generator.remove([uid])
@@ -110,8 +145,7 @@ class Continuous(Batch):
         """See `Batch`."""
         if not self._ids:
             return []
-        prompts, responses = self._generator.next()
-        self.prefilling = bool(prompts)
+        _, responses = self._generator.next()
         events: list[TokenEvent] = []
         for r in responses:
             events.append(self._drawings[r.uid].event(self._ids[r.uid], r.token, r.finish_reason))
@@ -121,6 +155,7 @@ class Continuous(Batch):
 
     def close(self) -> None:
         """See `Batch`."""
+        self._prompts.clear()
         self._generator.remove(list(self._ids))
         self._generator.close()
         self._ids.clear()
@@ -131,46 +166,27 @@ class OneByOne(Batch):
     """mlx-lm's `generate_step`, one generator per request, each advanced once per step."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self._model, self._options = model, options
-        self._waiting: list[tuple[Request, Drawing]] = []
-        self._running: dict[str, tuple[Request, Drawing, Iterator[tuple[int, Any]]]] = {}
+        super().__init__(model, options)
+        self._running: dict[str, tuple[_Prompt, Iterator[tuple[int, Any]]]] = {}
         self._given: dict[str, int] = {}
-        if options.kv_bits is not None:
-            self._try_quantised_cache()
 
-    def _try_quantised_cache(self) -> None:
-        """Find out now, not in the middle of an answer, that a cache cannot be quantised."""
-        options = self._options
-        caches = make_prompt_cache(self._model, options.max_kv_size)
-        self._model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
-        try:
-            maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
-        except (ValueError, NotImplementedError) as error:
-            raise InputError(
-                f"kv_bits: this model's cache cannot be quantised to {options.kv_bits} bits in "
-                f"groups of {options.kv_group_size}: {error}",
-                "kv_bits",
-            ) from error
-
-    def insert(self, request: Request, drawing: Drawing) -> None:
+    def start(self, part: Part) -> None:
         """See `Batch`."""
-        self._waiting.append((request, drawing))
+        prompt = self._prompts.pop(part.request)
+        self._running[part.request] = (prompt, self._generate(prompt, part.begin))
+        self._given[part.request] = 0
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
-        self._waiting = [w for w in self._waiting if w[0].id != request_id]
+        super().remove(request_id)
         self._running.pop(request_id, None)
         self._given.pop(request_id, None)
 
     def next(self) -> list[TokenEvent]:
         """See `Batch`."""
-        self.prefilling = bool(self._waiting)
-        while self._waiting and len(self._running) < self._options.batch:
-            request, drawing = self._waiting.pop(0)
-            self._running[request.id] = (request, drawing, self._generate(request, drawing))
-            self._given[request.id] = 0
         events: list[TokenEvent] = []
-        for request, drawing, generator in list(self._running.values()):
+        for prompt, generator in list(self._running.values()):
+            request = prompt.request
             token, _ = next(generator)
             self._given[request.id] += 1
             finish = None
@@ -178,20 +194,26 @@ class OneByOne(Batch):
                 finish = "length"
             if token in request.stop_tokens:
                 finish = "stop"
-            events.append(drawing.event(request.id, token, finish))
+            events.append(prompt.drawing.event(request.id, token, finish))
             if finish:
                 self.remove(request.id)
         return events
 
-    def _generate(self, request: Request, drawing: Drawing) -> Iterator[tuple[int, Any]]:
-        options = self._options
+    def _generate(self, prompt: _Prompt, begin: int) -> Iterator[tuple[int, Any]]:
+        options, request = self._options, prompt.request
+        before = mx.array(request.tokens[:begin], dtype=mx.int32)
+
+        def behind(processor: LogitsProcessor) -> LogitsProcessor:
+            return lambda tokens, logits: processor(mx.concatenate([before, tokens]), logits)
+
         return generate_step(
-            mx.array(request.tokens),
+            mx.array(request.tokens[begin:]),
             self._model,
             max_tokens=request.max_tokens,
-            sampler=drawing.choice,
-            logits_processors=drawing.processors,
+            sampler=prompt.drawing.choice,
+            logits_processors=[behind(p) for p in prompt.drawing.processors],
             max_kv_size=options.max_kv_size,
+            prompt_cache=prompt.caches or None,
             prefill_step_size=options.prefill_chunk,
             kv_bits=options.kv_bits,
             kv_group_size=options.kv_group_size,
@@ -200,5 +222,5 @@ class OneByOne(Batch):
 
     def close(self) -> None:
         """See `Batch`."""
-        self._waiting.clear()
+        self._prompts.clear()
         self._running.clear()

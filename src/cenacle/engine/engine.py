@@ -22,8 +22,10 @@ from ..model import architecture, residency
 from ..model.watch import Watch
 from ..plan import Plan
 from ..request import Request, Step, TokenEvent
+from . import cache
 from .batches import make_batch
 from .grammar import Vocabulary
+from .prefixes import Footprint
 from .sampler import Drawings
 
 
@@ -32,11 +34,13 @@ class Options:
     """How a rank runs the model.
 
     Args:
-        prefill_chunk: most prompt tokens per step and request.
+        prefill_chunk: most prompt tokens per step.
         batch: most requests that are generated at once.
         kv_bits: bits of a quantised KV cache, 4 or 8; None: as computed.
         kv_group_size: group size of the quantised KV cache.
         max_kv_size: keep only this many positions (the first four and the last), None: all.
+        queue: most requests that wait while others are answered; None: any number.
+        kv_gb: gigabytes for caches of running requests on each rank; None: half of what is left.
     """
 
     prefill_chunk: int = 512
@@ -44,6 +48,8 @@ class Options:
     kv_bits: int | None = None
     kv_group_size: int = 64
     max_kv_size: int | None = None
+    queue: int | None = None
+    kv_gb: float | None = None
 
 
 def need_of(
@@ -84,13 +90,15 @@ class Engine:
     ) -> None:
         self._collective, self._watch = collective, watch
         self._drawings = Drawings(collective, vocabulary)
+        self.footprint: Footprint = cache.footprint(
+            model, options.max_kv_size, options.kv_bits, options.kv_group_size
+        )
         self._batch = make_batch(model, options)
         self._next_step = 0
 
     def step(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
-        """Take one step: end what is cancelled, admit what is new, one token for each request.
-
-        A request's first token comes when its prompt has been processed, some steps later.
+        """Take one step: end what is cancelled, admit what is new, process the parts of prompts
+        that are due, one token for each request that has begun to be answered.
 
         Returns:
             The tokens of this step, and the measurements if it was a measured one.
@@ -103,13 +111,17 @@ class Engine:
         if step.measured:
             self._batch.wait()  # the token that is under way is not this step's
             self._watch.start()
+        for part in step.prefill:
+            self._batch.prefill(part)
+        for part in step.started:
+            self._batch.start(part)
         events = self._batch.next()
         self._collective.check()  # what was computed after a failed exchange must not be served
-        return events, self._measured(events) if step.measured else None
+        return events, self._measured(step, events) if step.measured else None
 
-    def _measured(self, events: list[TokenEvent]) -> dict[str, Any]:
+    def _measured(self, step: Step, events: list[TokenEvent]) -> dict[str, Any]:
         self._batch.wait()  # the head and the sampler come after the last lap
-        decoding = bool(events) and not self._batch.prefilling
+        decoding = bool(events) and not (step.prefill or step.started)
         sent = self._collective.traffic.bytes
         return {**self._watch.stop(), "decoding": decoding, "sent_bytes": sent}
 

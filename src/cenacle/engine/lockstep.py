@@ -14,6 +14,7 @@ what is done after a failure.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import random
 import threading
@@ -104,6 +105,7 @@ class _Running:
     """A step that has been sent: what rank 0 said, and who has answered."""
 
     step: Step
+    sent: float
     tokens: list[Any] | None = None
     answered: set[int] = field(default_factory=set)
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -156,6 +158,8 @@ class Group:
         self._state = supervisor.State(since=time.monotonic())
         self._failure: CenacleError | None = None
         self._ending = threading.Event()
+        self._last_s = 0.0  # when rank 0 finished its last step
+        self._place_s, self._placed_s = 1.0, time.monotonic()  # every how often a request ends
         self.terms = Terms()
         # Since the group began.
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
@@ -203,6 +207,8 @@ class Group:
 
         Raises:
             CenacleError: the group has failed.
+            InputError: the request's cache would never fit.
+            Busy: the queue is full.
         """
         if request.sampling.seed is None:
             seed = random.getrandbits(48)
@@ -210,6 +216,8 @@ class Group:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
+            if not request.answered:  # what goes on had its place
+                self._scheduler.check(request, min(60, math.ceil(self._place_s)))
             self._asked[request.id] = _Asked(request, sink)
             self._scheduler.submit(request)
             self.counts["requests"] += 1
@@ -310,7 +318,7 @@ class Group:
                 return
             for observer in self.observers:
                 observer.sent(step)
-            self._under_way.append(_Running(step))
+            self._under_way.append(_Running(step, time.monotonic()))
             message = {"type": "step", "epoch": self._state.epoch, "step": step.to_json()}
             for rank, channel in enumerate(self._ranks.channels):
                 try:
@@ -344,6 +352,9 @@ class Group:
         if message["report"] is not None:
             running.reports[rank] = message["report"]
         if rank == 0:
+            now = time.monotonic()
+            self._scheduler.took(running.step, now - max(running.sent, self._last_s))
+            self._last_s = now
             running.tokens = message["tokens"]
             self._deliver([TokenEvent.from_json(t) for t in message["tokens"]])
         else:
@@ -385,6 +396,9 @@ class Group:
                 asked.losses = 0
                 if event.finish is not None:
                     del self._asked[event.request]
+                    now = time.monotonic()
+                    self._place_s += 0.2 * (now - self._placed_s - self._place_s)
+                    self._placed_s = now
                 told.append((asked.sink, event))
             self._try_suspect()
             if told and self._state.in_a_row:

@@ -1,34 +1,95 @@
 """Which requests run, and what the next step is.
 
-Owns: waiting and running requests and the numbering of steps.
-Does not know: MLX, sockets, time.
-Invariant: a request is in exactly one place: waiting, running, or gone;
-`0 <= running <= batch`; steps are numbered without gaps.
+Owns: waiting and running requests, who is next, how much of which prompt a step processes, the
+bytes that caches may take, and the numbering of steps.
+Does not know: MLX, sockets, clocks: it is told how long steps took.
+Invariant: a request is in exactly one place: waiting, running, or gone; `0 <= running <= batch`;
+the caches of those that run fit the budget when each has all its tokens; a step processes at most
+`chunk` prompt tokens, and fewer while somebody is being answered; every prompt gets its turn;
+steps are numbered without gaps.
+Fairness: of waiting requests that of the key comes first whose requests were given least (virtual
+token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024); prompts that
+are being processed take turns, keys first, then the requests of a key.
 Next: `lockstep.py` sends the steps to every rank and brings the events back.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from math import inf
 
-from ..request import Request, Step, TokenEvent
+from ..errors import Busy, InputError
+from ..request import Part, Request, Step, TokenEvent
+from .prefixes import Footprint
+
+TAIL = 128  # prompt tokens with which a request may join the batch: short prompts go together
+LEAST_CHUNK = 16  # prompt tokens; fewer cost as much
+LAST_OF = 4  # places from which on the last one is kept for who has none
+STALL_S = 0.25  # for which a chunk of prompt may delay the tokens of those being answered
+GIVEN, COMPUTED = 2, 1  # what a token of an answer and one of a prompt count for a key
+
+
+@dataclass
+class _Running:
+    """A request that the ranks have.
+
+    Args:
+        done: prompt tokens that have been processed, by the steps given out so far.
+        started: whether it has joined the batch.
+        answer: the tokens that came back.
+    """
+
+    request: Request
+    done: int = 0
+    started: bool = False
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Most tokens that its cache will hold."""
+        return _length(self.request)
+
+
+def _length(request: Request) -> int:
+    return len(request.tokens) + request.max_tokens
 
 
 class Scheduler:
-    """Turns waiting requests and cancellations into steps, first come, first served.
+    """Turns waiting requests and cancellations into steps.
 
     Args:
         batch: most requests that run at once.
         measure_every: one step in this many is measured; 0: none. May be changed at any time.
+        chunk: most prompt tokens in a step.
+        queue: most requests that wait; None: any number.
+        kv_bytes: of memory for caches of running requests, on each rank; None: no limit.
+        footprint: what caches take.
     """
 
-    def __init__(self, batch: int = 32, measure_every: int = 8) -> None:
+    def __init__(
+        self,
+        batch: int = 32,
+        measure_every: int = 8,
+        *,
+        chunk: int = 512,
+        queue: int | None = None,
+        kv_bytes: int | None = None,
+        footprint: Footprint | None = None,
+    ) -> None:
         self._batch, self.measure_every = batch, measure_every
-        self._waiting: deque[Request] = deque()
-        self._running: dict[str, Request] = {}
+        self._chunk, self._queue, self.kv_bytes = chunk, queue, kv_bytes
+        self.footprint = footprint or Footprint(0)
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
+        self._running: dict[str, _Running] = {}
+        self._turns: OrderedDict[str, list[str]] = OrderedDict()  # key -> prompts under way
+        self._served: dict[str, float] = {}  # key -> what it was given
         self._cancelled: list[str] = []
         self._number = 0
+        self._pace = 64.0  # prompt tokens that can be processed within STALL_S: a guess at first
+        self._answer_s = 0.0  # what a step without prompts takes
 
     @property
     def waiting(self) -> int:
@@ -40,25 +101,59 @@ class Scheduler:
         """Number of requests that ranks are working on."""
         return len(self._running)
 
+    @property
+    def reserved(self) -> int:
+        """Bytes that the caches of running requests may come to, on each rank."""
+        return self.footprint.bytes([r.length for r in self._running.values()])
+
+    def check(self, request: Request, retry_after_s: int = 1) -> None:
+        """Whether a request may be submitted now.
+
+        Args:
+            retry_after_s: what to tell if the queue is full.
+
+        Raises:
+            InputError: its cache would never fit.
+            Busy: the queue is full.
+        """
+        need, limit = self.footprint.bytes([_length(request)]), self.kv_bytes
+        if limit is not None and need > limit:
+            raise InputError(
+                f"max_tokens: the cache of {len(request.tokens)} prompt tokens and "
+                f"{request.max_tokens} of answer takes up to {need:,} bytes, more than the "
+                f"{limit:,} that there are for all requests; ask for less, or see --kv-gb",
+                "max_tokens",
+            )
+        if self._queue is not None and len(self._waiting) >= self._queue:
+            raise Busy(
+                f"{len(self._waiting)} requests are waiting already, expected at most "
+                f"{self._queue}: try again in {retry_after_s} s",
+                retry_after_s,
+            )
+
     def submit(self, request: Request) -> None:
-        """Queue a request."""
-        self._waiting.append(request)
+        """Queue a request, however long the queue is."""
+        key = request.key
+        active = self._active()
+        if key not in active:
+            # Who was away gets no credit for it.
+            floor = min((self._served[k] for k in active), default=0.0)
+            self._served[key] = max(self._served.get(key, 0.0), floor)
+        self._waiting[request.id] = request
 
     def cancel(self, request_id: str) -> None:
         """End a request wherever it is; unknown ids are ignored (it may just have ended)."""
-        self._waiting = deque(r for r in self._waiting if r.id != request_id)
-        if self._running.pop(request_id, None) is not None:
+        self._waiting.pop(request_id, None)
+        if request_id in self._running:
+            self._end(request_id)
             self._cancelled.append(request_id)
 
     def next_step(self) -> Step | None:
         """The step to take now, or None if there is nothing to do."""
-        admitted: list[Request] = []
-        while self._waiting and len(self._running) < self._batch:
-            request = self._waiting.popleft()
-            self._running[request.id] = request
-            admitted.append(request)
+        admitted = list(self._admit())
         if not (self._running or self._cancelled):
             return None
+        prefill, started = self._share_out()
         every = self.measure_every
         step = Step(
             self._number,
@@ -66,10 +161,21 @@ class Scheduler:
             tuple(self._cancelled),
             # Not the first of each round: step 0 compiles and allocates.
             measured=bool(every) and self._number % every == every - 1,
+            prefill=tuple(prefill),
+            started=tuple(started),
         )
         self._cancelled = []
         self._number += 1
         return step
+
+    def took(self, step: Step, seconds: float) -> None:
+        """Take note of how long a step took, for the pace of prompts beside answers."""
+        tokens = sum(p.end - p.begin for p in (*step.prefill, *step.started))
+        if not tokens:
+            self._answer_s += 0.3 * (seconds - self._answer_s)
+        elif tokens >= LEAST_CHUNK:
+            seconds = max(seconds - self._answer_s, seconds / 4, 1e-6)
+            self._pace += 0.3 * (STALL_S * tokens / seconds - self._pace)
 
     def seen(self, events: Iterable[TokenEvent]) -> list[TokenEvent]:
         """Take note of a step's tokens.
@@ -79,8 +185,11 @@ class Scheduler:
         """
         kept = [e for e in events if e.request in self._running]
         for event in kept:
+            running = self._running[event.request]
+            running.answer.append(event.token)
+            self._served[running.request.key] += GIVEN
             if event.finish is not None:
-                del self._running[event.request]
+                self._end(event.request)
         return kept
 
     def lost(self) -> list[str]:
@@ -89,9 +198,92 @@ class Scheduler:
         Returns:
             The ids of all requests that were waiting or running.
         """
-        ids = [*self._running, *(r.id for r in self._waiting)]
+        ids = [*self._running, *self._waiting]
         self._waiting.clear()
         self._running.clear()
+        self._turns.clear()
         self._cancelled = []
         self._number = 0
         return ids
+
+    # Who runs
+
+    def _active(self) -> set[str]:
+        running = {r.request.key for r in self._running.values()}
+        return running | {r.key for r in self._waiting.values()}
+
+    def _end(self, request_id: str) -> None:
+        self._turn_taken(self._running.pop(request_id))
+        if not (self._running or self._waiting):
+            self._served.clear()
+
+    def _admit(self) -> Iterator[Request]:
+        while self._waiting and len(self._running) < self._batch:
+            able = list(self._waiting.values())
+            if self._batch >= LAST_OF and len(self._running) == self._batch - 1:
+                held = {r.request.key for r in self._running.values()} - {""}
+                able = [r for r in able if r.key not in held]
+            request = min(able, key=lambda r: self._served[r.key], default=None)
+            if request is None or not self._fits(request):
+                return  # nor may a smaller one go first: this one would wait for ever
+            del self._waiting[request.id]
+            self._running[request.id] = _Running(request)
+            self._turns.setdefault(request.key, []).append(request.id)
+            yield request
+
+    def _fits(self, request: Request) -> bool:
+        if self.kv_bytes is None or not self._running:
+            return True
+        lengths = [r.length for r in self._running.values()]
+        return self.footprint.bytes([*lengths, _length(request)]) <= self.kv_bytes
+
+    # Whose prompt goes on
+
+    def _share_out(self) -> tuple[list[Part], list[Part]]:
+        """The prompts' parts of this step: chunks, each alone, and last parts, together."""
+        left = self._chunk
+        if any(r.started for r in self._running.values()):
+            left = min(left, max(LEAST_CHUNK, int(self._pace)))
+        chunks: list[Part] = []
+        tails: list[Part] = []
+        # The first of each key, then the second of each, and so on.
+        by_key = zip_longest(*self._turns.values())
+        for name in [name for names in by_key for name in names if name is not None]:
+            running = self._running[name]
+            began, prompt = running.done, len(running.request.tokens)
+            if _more(tails, prompt - began) > left and began < prompt - 1:
+                if left < LEAST_CHUNK and (chunks or tails):
+                    continue
+                running.done += min(left, prompt - 1 - began)
+                chunks.append(Part(name, began, running.done))
+                left -= running.done - began
+            more = _more(tails, prompt - running.done)
+            if more <= left:
+                left -= int(more)
+                tails.append(Part(name, running.done, prompt))
+                running.done, running.started = prompt, True
+            if running.done > began:
+                self._served[running.request.key] += COMPUTED * (running.done - began)
+                self._turn_taken(running)
+        return chunks, tails
+
+    def _turn_taken(self, running: _Running) -> None:
+        """Others come first in the next step; a prompt that is done has no turns any more."""
+        key, name = running.request.key, running.request.id
+        if name not in self._turns.get(key, ()):
+            return
+        self._turns[key].remove(name)
+        if name in self._running and not running.started:
+            self._turns[key].append(name)
+        if self._turns[key]:
+            self._turns.move_to_end(key)
+        else:
+            del self._turns[key]
+
+
+def _more(tails: list[Part], rest: int) -> float:
+    """Prompt tokens by which a step grows when this one joins: all are padded to the longest."""
+    if rest > TAIL:
+        return inf
+    longest = max((p.end - p.begin for p in tails), default=0)
+    return (len(tails) + 1) * max(longest, rest) - len(tails) * longest

@@ -161,7 +161,9 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     device = str(mx.default_device())
     if order["kernels"] != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
         device += f", {native.describe()}"
-    channel.send({"type": "ready", "device": device, "peak_rss_bytes": peak * scale})
+    ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
+    ready["memory_left"] = memory_left()
+    channel.send({**ready, "footprint": asdict(engine.footprint)})
     while True:
         message = receive(channel)
         if message["type"] == "stop":
@@ -181,6 +183,16 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
                 "report": report,
             }
         )
+
+
+def memory_left() -> int:
+    """Bytes that are left now that the weights are there, for all ranks of this machine."""
+    import mlx.core as mx
+    import psutil
+
+    if mx.metal.is_available():  # never run
+        return int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory()
+    return int(psutil.virtual_memory().available)
 
 
 def join(order: dict[str, Any], nodes: int) -> Collective:

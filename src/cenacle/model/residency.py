@@ -86,6 +86,20 @@ def cache_bytes(
     return math.ceil(kept * positions * bits / 8)
 
 
+def cache_budget(left: int, ranks: int, cache: int) -> int:
+    """Bytes that a rank's caches of running requests may take, unless it is told otherwise.
+
+    Half of what is left, as joining and leaving a batch copies a layer's caches, and others want
+    memory too.
+
+    Args:
+        left: what the machine has when its ranks' weights are there.
+        ranks: how many share the machine.
+        cache: of one long request, which is what was planned for; never less.
+    """
+    return max(cache, (left // ranks - WORKSPACE_BYTES) // 2)
+
+
 def wired_limit(facts: Mapping[str, Any], need: Need) -> int:
     """The wired limit to set on a Mac before loading, in bytes.
 
@@ -128,4 +142,11 @@ def check_available(meminfo: str, need: Need) -> None:
                 )
 
 
-__all__ = ["CACHE_POSITIONS", "Need", "cache_bytes", "check_available", "wired_limit"]
+__all__ = [
+    "CACHE_POSITIONS",
+    "Need",
+    "cache_budget",
+    "cache_bytes",
+    "check_available",
+    "wired_limit",
+]

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from ..dialogue import Finish, Logged, Part, Usage
 from ..engine.lockstep import Sink
 from ..engine.text import AnswerStream, Text, with_logs
-from ..errors import CenacleError, ClusterError
+from ..errors import Busy, CenacleError, ClusterError
 from ..request import Request, TokenEvent
 from .exchange import Asked, Choice, Event, Front, Head
 from .metrics import Metered
@@ -130,21 +130,31 @@ class Answering(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, until done or until the client has left."""
+        self._register.add(self)
+        try:
+            for draft in self._drafts:
+                self._group.submit(draft.request, self._sink(draft))
+        except CenacleError as error:  # while there is still a status to send
+            self._give_back()
+            await refusal(error, self._front)(scope, receive, send)
+            return
         stream = self._asked.stream
         work = asyncio.create_task(
             self._stream(send) if stream else self._whole(scope, receive, send)
         )
         gone = asyncio.create_task(_disconnected(receive))
-        self._register.add(self)
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._register.discard(self)
-            for draft in self._drafts:
-                self._group.cancel(draft.request.id)
+            self._give_back()
             work.cancel()
             gone.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
+
+    def _give_back(self) -> None:
+        self._register.discard(self)
+        for draft in self._drafts:
+            self._group.cancel(draft.request.id)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -185,7 +195,6 @@ class Answering(Response):
     async def _generate(self) -> AsyncGenerator[tuple[Draft, list[Part]], None]:
         """Every token's parts, until all choices are finished."""
         for draft in self._drafts:
-            self._group.submit(draft.request, self._sink(draft))
             if draft.echo:
                 yield draft, [Part("text", draft.echo)]
         left = len(self._drafts)
@@ -258,6 +267,8 @@ def known(error: Exception) -> CenacleError:
 def refusal(error: Exception, front: Front, headers: dict[str, str] | None = None) -> Response:
     """An error as a response of an API."""
     status, body = front.failure(known(error))
+    if isinstance(error, Busy):
+        headers = {**(headers or {}), "retry-after": str(error.retry_after_s)}
     return json_response(status, body, headers)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..dialogue import Finish, Message, Part, Tool, Usage, joined
-from ..errors import CenacleError, ClusterError, InputError
+from ..errors import Busy, CenacleError, ClusterError, InputError
 from ..request import Sampling
 from . import grammars, openai
 from .exchange import Asked, Choice, Event, Front, Head, Served, check_model
@@ -540,6 +540,8 @@ def failure(error: CenacleError) -> tuple[int, dict[str, Any]]:
     status = 500
     if isinstance(error, InputError):
         status = error.status if isinstance(error, Refused) else 400
+    elif isinstance(error, Busy):
+        status = 429
     elif isinstance(error, ClusterError):
         status = 503
     return status, error_object(status, str(error))

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ..dialogue import Finish, Logged, Message, Part, Tool, Usage, joined
-from ..errors import CenacleError, ClusterError, InputError
+from ..errors import Busy, CenacleError, ClusterError, InputError
 from ..request import MAX_LOGPROBS, Sampling
 from . import grammars
 from .exchange import Asked, Choice, Event, Front, Head, Prompt, Served, check_model
@@ -879,6 +879,8 @@ def failure(error: CenacleError) -> tuple[int, dict[str, Any]]:
         return error.status, error_object(str(error), error.field, error.code)
     if isinstance(error, InputError):
         return 400, error_object(str(error), error.field, "invalid_value")
+    if isinstance(error, Busy):
+        return 429, error_object(str(error), None, "server_busy", "rate_limit_error")
     if isinstance(error, ClusterError):
         return 503, error_object(str(error), None, "group_failed", "server_error")
     return 500, error_object(str(error), None, "internal_error", "server_error")
