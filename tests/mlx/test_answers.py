@@ -14,7 +14,7 @@ import cenacle
 from cenacle.dialogue import Part, Tool, joined
 from cenacle.engine.text import Text
 from cenacle.errors import InputError
-from cenacle.request import Request, TokenEvent
+from cenacle.request import Request, Sampling, TokenEvent
 from cenacle.server import grammars
 from cenacle.server.answering import Draft
 
@@ -135,23 +135,64 @@ def test_one_call_ends_an_answer_that_may_have_one(thinker):
     assert (stream.ended, stream.stopped) == (True, None)
 
 
+def drafted(text: Text, prompt: tuple[int, ...], **given) -> Draft:
+    request = Request("1", prompt, 20, text.stop_tokens)
+    return Draft(0, request, 1, text.chat((), (), prompt), text, **given)
+
+
 def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
     prompt = thinker.render([{"role": "user", "content": "Why?"}], think=True)
-    first = Request("1", prompt, 20, thinker.stop_tokens)
-    draft = Draft(0, first, 1, thinker.chat((), (), prompt), thinker, think_tokens=4)
+    draft = drafted(thinker, prompt, think_tokens=4)
     thoughts = thinker.encode("abcdefgh")[:4]
     for token in thoughts:
-        assert draft.stop_thinking() is None
-        draft.take(TokenEvent("1", token))
-    assert draft.stop_thinking() == []  # a mark has no text
+        assert draft.turn([]) is None
+        parts = draft.take(TokenEvent("1", token))
+    assert draft.turn(parts) == parts  # a mark has no text
     rest = draft.request
     assert rest.id != "1"
     assert rest.tokens == (*prompt, *thoughts, *thinker.think_end)
     assert (rest.max_tokens, rest.answered) == (15, 5)
-    assert draft.stop_thinking() is None
+    assert draft.turn([]) is None
     (said,) = draft.take(TokenEvent(rest.id, thinker.encode("x")[0]))
     assert (said.kind, said.text) == ("text", "x")
-    assert (draft.tokens, draft.answer.reasoning) == (5, 5)
+    assert (draft.tokens, draft.reasoning) == (5, 4)
+
+
+def test_a_grammar_begins_where_reasoning_ends(thinker):
+    prompt = thinker.render([{"role": "user", "content": "Why?"}], think=True)
+    draft = drafted(thinker, prompt)
+    draft.request = replace(draft.request, grammar="g", sampling=Sampling(logit_bias={5: 1.0}))
+    draft.answer = thinker.plain(())
+    draft.think_first(thinker.chat((), (), prompt))
+    (end,) = thinker.stop_tokens
+    assert (draft.request.grammar, draft.request.sampling.logit_bias) == (None, {5: 1.0, end: -100})
+    said = []
+    thoughts = thinker.encode("Hm.</think>")
+    for token in thoughts:
+        parts = draft.take(TokenEvent("1", token))
+        turned = draft.turn(parts)
+        said += parts if turned is None else turned
+    assert joined(said) == [Part("reasoning", "Hm.")]
+    rest = draft.request
+    assert (rest.tokens, rest.grammar, rest.answered) == ((*prompt, *thoughts), "g", 0)
+    assert (rest.max_tokens, rest.sampling.logit_bias) == (20 - len(thoughts), {5: 1.0})
+    for token in thinker.encode("<think>1"):  # from here on everything is text
+        said += draft.take(TokenEvent(rest.id, token))
+    assert joined(said)[1:] == [Part("text", "<think>1")]
+    assert draft.reasoning == len(thoughts)
+
+
+def test_where_a_model_would_think_before_an_answer_of_a_form(tmp_path, thinker, plain):
+    ask = [{"role": "user", "content": "Why?"}]
+    opened = thinker.render(ask, think=True)
+    assert thinker.thought(opened, None) == opened
+    closed = thinker.render(ask, think=False)
+    assert thinker.thought(closed, False) == closed
+    assert thinker.decode(thinker.thought(closed, True)).endswith("<think>")
+    assert plain.thought(plain.render(ask), None) == plain.render(ask)
+    able = text_of(tmp_path, "{{ messages[0].content }}", ("<think>", "</think>"))
+    # It has the marks, and nothing says that it thinks.
+    assert able.thought(able.render(ask), None) == able.render(ask)
 
 
 def test_reasoning_that_the_prompt_has_begun(thinker):
@@ -164,10 +205,6 @@ def test_reasoning_that_the_prompt_has_begun(thinker):
     assert parts_of(thinker, "So.", prompt=thinker.render(ask, think=False)) == [
         Part("text", "So.")
     ]
-    stream = thinker.chat((), (), prompt)
-    for token in thinker.encode("abc</think>de"):
-        stream.add(token)
-    assert stream.reasoning == len(thinker.encode("abc")) + 1
 
 
 def test_stop_strings_are_for_the_text_alone(thinker):

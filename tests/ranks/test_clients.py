@@ -246,6 +246,20 @@ def test_reasoning_is_apart(client: openai.OpenAI) -> None:
     assert whole.usage.prompt_tokens_details.cached_tokens is not None
 
 
+def test_reasoning_comes_before_an_answer_of_a_form(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model=MODEL,
+        messages=SUM,
+        reasoning_effort="low",
+        response_format=Forecast,
+        logit_bias={"364": 100},  # ends reasoning at once
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Forecast)
+    assert parsed.usage is not None
+    assert parsed.usage.completion_tokens_details is not None
+    assert parsed.usage.completion_tokens_details.reasoning_tokens == 1
+
+
 # OpenAI's client: responses
 
 

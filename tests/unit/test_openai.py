@@ -139,6 +139,10 @@ def test_what_asks_for_nothing_is_accepted(extra: dict[str, Any]) -> None:
         ({"metadata": {"a": "b"}}, "metadata"),
         ({"verbosity": "low"}, "verbosity"),
         (
+            {"tools": [WEATHER], "response_format": {"type": "json_object"}},
+            "response_format",
+        ),
+        (
             {"stream": True, "stream_options": {"include_obfuscation": True}},
             "stream_options.include_obfuscation",
         ),

@@ -148,14 +148,24 @@ class Text:
             ) from error
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
         # A template may open the reasoning whatever it is told.
-        return ids + self.think_end if think is False and self._in_reasoning(ids) else ids
+        return ids + self.think_end if think is False and self.in_reasoning(ids) else ids
+
+    def thought(self, prompt: Sequence[int], think: bool | None) -> tuple[int, ...]:
+        """A prompt whose answer must match something, with the mark that begins reasoning where the
+        model would reason first: else that would have to match as well."""
+        ids = tuple(prompt)
+        hybrid = self.thinks and self._template_has("enable_thinking")
+        if think is False or self.in_reasoning(ids) or not (think or hybrid):
+            return ids
+        return ids + tuple(self._tokenizer.think_start_tokens)
 
     @property
     def think_end(self) -> tuple[int, ...]:
         """The ids that end reasoning."""
         return tuple(self._tokenizer.think_end_tokens or ())
 
-    def _in_reasoning(self, prompt: Sequence[int]) -> bool:
+    def in_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to a prompt begins inside reasoning."""
         if not self.thinks:
             return False
         find = self._tokenizer
@@ -198,7 +208,7 @@ class Text:
 
         begin = self._tokenizer.response_initial_state
         if begin is None:
-            begin = "reasoning" if self._in_reasoning(prompt) else "normal"
+            begin = "reasoning" if self.in_reasoning(prompt) else "normal"
         state = make_text_state_machine(self._tokenizer).make_state(begin)
         detokenizer = self._tokenizer.detokenizer
         read = self._reader(tools)
@@ -327,7 +337,7 @@ class TextStream:
 
 class AnswerStream:
     """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text,
-    `ended` tells that nothing more comes, `reasoning` counts the tokens inside reasoning.
+    `ended` tells that nothing more comes, `thinking` whether it is inside reasoning.
 
     Args:
         detokenizer: mlx-lm's, fresh.
@@ -353,7 +363,6 @@ class AnswerStream:
         self._state, self._read, self._now = state, read, begin
         self._call, self._calls_left = "", calls
         self._turned = False  # from one kind to another, and nothing has come since
-        self.reasoning = 0
 
     @property
     def stopped(self) -> str | None:
@@ -374,7 +383,6 @@ class AnswerStream:
         """The parts that this token makes certain; perhaps none."""
         if self.ended or token in self._silent:
             return []
-        self.reasoning += self.thinking
         self._detokenizer.add_token(token)
         return self._split(self._detokenizer.last_segment)
 

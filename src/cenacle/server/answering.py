@@ -45,6 +45,7 @@ class Draft:
         text: says what was reported about tokens.
         echo: what the answer begins with.
         think_tokens: reasoning ends after so many; None: when the model ends it.
+        then: what follows reasoning, and the request that has its grammar; None: this goes on.
     """
 
     index: int
@@ -54,7 +55,9 @@ class Draft:
     text: Text
     echo: str = ""
     think_tokens: int | None = None
+    then: tuple[AnswerStream, Request] | None = None
     tokens: int = 0
+    reasoning: int = 0
     cached: int = 0
     finish: Finish | None = None
     parts: list[Part] = field(default_factory=list)
@@ -68,6 +71,7 @@ class Draft:
         self.cached = self.cached or event.cached
         if event.logprob is not None and event.finish != "stop":
             self._logged.append(self.text.logged(event))
+        self.reasoning += self.answer.thinking
         parts = self.answer.add(event.token)
         if event.finish is not None:
             self.finish = Finish("length" if event.finish == "length" else "stop")
@@ -81,17 +85,46 @@ class Draft:
             self._logged.clear()
         return parts
 
-    def stop_thinking(self) -> list[Part] | None:
-        """Close reasoning that has had its tokens, as the model would, and make `request` what is
-        left of the answer. None: that is not due."""
-        end = self.text.think_end
-        left = self.request.max_tokens - len(self._given) - len(end)
-        due = self.think_tokens is not None and self.answer.reasoning >= self.think_tokens
-        if not (due and self.answer.thinking and left > 0 and self.finish is None):
+    def think_first(self, reasoning: AnswerStream) -> None:
+        """Let reasoning come before what must match the request's grammar; it cannot end the
+        answer."""
+        self.then = self.answer, self.request
+        sampling = self.request.sampling
+        bias = {**sampling.logit_bias, **dict.fromkeys(self.request.stop_tokens, -100.0)}
+        self.answer = reasoning
+        self.request = replace(
+            self.request, grammar=None, sampling=replace(sampling, logit_bias=bias)
+        )
+
+    def turn(self, parts: list[Part]) -> list[Part] | None:
+        """Where reasoning has had its tokens, close it as the model would; where what follows it
+        must match a grammar, let that begin. `request` is then what is left of the answer.
+
+        Args:
+            parts: what the last token made certain.
+
+        Returns:
+            What of it, and of the closing, is to be told; None: neither is due.
+        """
+        if self.finish is not None:
             return None
-        rest = self.request.after([*self._given, *end])
-        self.request, self._given = replace(rest, id=uuid.uuid4().hex), []
-        return [part for token in end for part in self.answer.add(token)]
+        spent = self.think_tokens is not None and self.reasoning >= self.think_tokens
+        close = self.text.think_end if spent and self.answer.thinking else ()
+        rest = (*self._given, *close)
+        left = self.request.max_tokens - len(rest)
+        if left < 1 or not (close or (self.then is not None and not self.answer.thinking)):
+            return None
+        parts = parts + [part for token in close for part in self.answer.add(token)]
+        if self.then is None:
+            self.request = self.request.after(rest)
+        else:
+            # To the grammar all of this is a prompt; what came with reasoning's last token is none.
+            tokens = (*self.request.tokens, *rest)
+            parts = [part for part in parts if part.kind == "reasoning"]
+            (self.answer, request), self.then = self.then, None
+            self.request = replace(request, tokens=tokens, max_tokens=left)
+        self.request, self._given = replace(self.request, id=uuid.uuid4().hex), []
+        return parts
 
 
 class Answering(Response):
@@ -203,10 +236,10 @@ class Answering(Response):
             if isinstance(event, CenacleError):
                 raise event
             if draft.finish is not None or event.request != draft.request.id:
-                continue  # was under way when the choice ended, or its reasoning was closed
+                continue  # was under way when the choice ended, or its reasoning
             parts, began = draft.take(event), draft.request.id
-            if (closed := draft.stop_thinking()) is not None:
-                parts += closed
+            if (turned := draft.turn(parts)) is not None:
+                parts = turned
                 self._group.cancel(began, "continued")
                 self._group.submit(draft.request, self._sink(draft))
             if draft.finish is not None:
@@ -238,7 +271,7 @@ class Answering(Response):
             sum(d.prompt_tokens for d in drafts),
             sum(d.tokens for d in drafts),
             sum(d.cached for d in drafts if d.prompt_tokens),
-            sum(d.answer.reasoning for d in drafts),
+            sum(d.reasoning for d in drafts),
         )
 
 

@@ -178,10 +178,9 @@ def _read(
     choice, parallel = fields.take("tool_choice", _tool_choice, ("auto", True))
     tools, calls, grammar = openai.choose_tools(tools, choice, parallel)
     if (wanted := fields.take("output_config", _output_config, None)) is not None:
-        if grammar is not None:
-            raise Refused(
-                "output_config.format: not together with a tool_choice that forces a call",
-                "output_config.format",
+        if tools:
+            raise not_supported(
+                "output_config.format", "together with tools; tool_choice none frees it"
             )
         grammar = wanted
     think, budget = fields.take("thinking", _thinking, (None, None))

@@ -335,19 +335,25 @@ class Api:
             limits = [n for n in (asked.max_tokens, room) if n is not None]
             echo = self._text.decode(tokens) if asked.echo else ""
             for choice in range(asked.n):
-                sampling = asked.sampling_of(choice)
                 request = self._model.request(
                     tokens,
                     min(limits, default=None),
-                    sampling,
+                    asked.sampling_of(choice),
                     logprobs=asked.logprobs,
                     grammar=asked.grammar,
                 )
-                request = replace(request, key=key)
-                counted = len(tokens) if choice == 0 else 0
-                answer = self._answer_stream(asked, tokens)
-                draft = Draft(len(drafts), request, counted, answer, self._text, echo)
-                drafts.append(replace(draft, think_tokens=asked.think_tokens))
+                draft = Draft(
+                    len(drafts),
+                    replace(request, key=key),
+                    len(tokens) if choice == 0 else 0,
+                    self._stream(asked, tokens),
+                    self._text,
+                    echo,
+                    asked.think_tokens,
+                )
+                if asked.grammar is not None and asked.chat and self._text.in_reasoning(tokens):
+                    draft.think_first(self._text.chat((), (), tokens))
+                drafts.append(draft)
         return asked, drafts
 
     def _prompt(self, asked: Asked, prompt: Prompt) -> tuple[int, ...]:
@@ -370,11 +376,11 @@ class Api:
         tools = asked.tools
         if not text.renders_tools:
             messages, tools = grammars.told(messages, tools), ()
-        # What must match a grammar cannot think first.
-        think = False if asked.grammar is not None and text.thinks else asked.think
-        return text.render(messages, tools, asked.template, think=think, continued=asked.continued)
+        think = False if asked.continued else asked.think
+        ids = text.render(messages, tools, asked.template, think=think, continued=asked.continued)
+        return ids if asked.grammar is None else text.thought(ids, think)
 
-    def _answer_stream(self, asked: Asked, prompt: tuple[int, ...]) -> AnswerStream:
+    def _stream(self, asked: Asked, prompt: tuple[int, ...]) -> AnswerStream:
         if asked.calls is not None:
             return self._text.called(grammars.read_calls)
         if asked.chat and asked.grammar is None:

@@ -255,12 +255,8 @@ def read_chat(body: bytes, served: Served) -> Asked:
     parallel = fields.take("parallel_tool_calls", boolean, True)
     tools, calls, grammar = choose_tools(tools, choice, parallel)
     if (wanted := fields.take("response_format", response_format, None)) is not None:
-        if grammar is not None:
-            raise Refused(
-                "response_format: not together with a tool_choice that forces a call",
-                "response_format",
-                "invalid_parameter_combination",
-            )
+        if tools:
+            raise not_supported("response_format", "together with tools; tool_choice none frees it")
         grammar = wanted
     template: dict[str, Any] = dict(fields.take("chat_template_kwargs", dict_of, {}))
     think = thinking(fields.take("reasoning_effort", one_of(*EFFORTS), ""), template)

@@ -111,10 +111,8 @@ def read(body: bytes, served: Served) -> Asked:
     tools, calls, grammar = openai.choose_tools(given_tools, choice, parallel)
     form, wanted = fields.take("text", _text, ({"type": "text"}, None))
     if wanted is not None:
-        if grammar is not None:
-            raise Refused(
-                "text.format: not together with a tool_choice that forces a call", "text.format"
-            )
+        if tools:
+            raise not_supported("text.format", "together with tools; tool_choice none frees it")
         grammar = wanted
     template: dict[str, Any] = {}
     effort = fields.take("reasoning", _effort, "")
