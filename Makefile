@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test faults lint clean
+.PHONY: install demo test faults lint load fuzz clean
 
 install: .venv/installed
 
@@ -24,6 +24,14 @@ lint: install
 	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/ruff check src tests tools benchmarks
 	$(BIN)/mypy
+
+# Several people at once, and bodies that are wrong; NODES=2 for two nodes.
+NODES ?= 1
+load: install
+	$(BIN)/python benchmarks/load.py --nodes $(NODES)
+
+fuzz: install
+	$(BIN)/python benchmarks/fuzz.py --nodes $(NODES) --schema 100
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -297,16 +297,94 @@ def test_connections_that_never_agree_on_tls_are_ended(safe: Safe) -> None:
             assert client.get("/health").status_code == 200
 
 
-def test_an_idle_rank_that_hangs_shows(tmp_path: Path) -> None:
-    with serving(tmp_path, 2) as hung, hung.http() as nobody:
-        with hung.http(authorization=f"Bearer {hung.key}") as client:
-            pids = [r["pid"] for r in client.get("/health").json()["ranks"]]
+@pytest.mark.parametrize("safe", [2], indirect=True)
+def test_an_idle_rank_that_hangs_shows(safe: Safe) -> None:
+    with safe.http() as nobody, safe.http(authorization=f"Bearer {safe.key}") as client:
+        pids = [r["pid"] for r in client.get("/health").json()["ranks"]]
         began = time.monotonic()
         os.kill(pids[1], signal.SIGSTOP)
-        while nobody.get("/health").status_code == 200:
+        while (health := nobody.get("/health")).status_code == 200:
             assert time.monotonic() - began < 7
             time.sleep(0.1)
-        assert nobody.get("/health").json()["status"] != "ok"
+        assert health.json() == {"status": "recovering"}
+        assert numbers(safe)["cenacle_up", ()] == 0
+        answer = client.post("/v1/chat/completions", json={"messages": SUM, "temperature": 0})
+        assert answer.json()["choices"][0]["message"]["content"] == "42"
+        assert numbers(safe)["cenacle_recoveries_total", ()] == 1
+
+
+def raw(safe: Safe, request: str) -> bytes:
+    """What a server answers to these very bytes, until it ends the connection or falls silent."""
+    trust = ssl.create_default_context(cafile=str(safe.home / "tls-cert.pem"))
+    data = b""
+    with socket.create_connection(("127.0.0.1", safe.port), timeout=20) as sock:
+        with trust.wrap_socket(sock, server_hostname="localhost") as made:
+            made.sendall(request.encode("latin-1"))
+            made.settimeout(1)
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
+                while piece := made.recv(65536):
+                    data += piece
+    return data
+
+
+@pytest.mark.parametrize("safe", [1], indirect=True)
+def test_paths_lead_nowhere(safe: Safe) -> None:
+    up = ("../", "..%2f", "%2e%2e/", "..%5c", "....//", "%2e%2e%2f", "..%c0%af")
+    names = ("etc/passwd", "server/app.py", "pyproject.toml")
+    paths = [f"/static/{u * 8}{n}" for u in up for n in names]
+    paths += [f"/{u * 8}{n}" for u in up for n in names]
+    paths += ["/static//etc/passwd", "/static/file:///etc/passwd", "//etc/passwd", "/static/."]
+    paths += ["/v1/models/..%2f..%2fetc%2fpasswd", "/static/index.html%00.js", "/static/"]
+    with socket.create_connection(("127.0.0.1", safe.port), timeout=20) as sock:
+        trust = ssl.create_default_context(cafile=str(safe.home / "tls-cert.pem"))
+        with trust.wrap_socket(sock, server_hostname="localhost") as made:
+            with made.makefile("rwb") as stream:
+                for path in paths:  # as they are: a client would tidy them up
+                    head = (
+                        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {safe.key}\r\n\r\n"
+                    )
+                    stream.write(head.encode())
+                    stream.flush()
+                    status = int(stream.readline().split()[1])
+                    headers = {}
+                    while line := stream.readline().strip():
+                        name, _, value = line.decode().partition(":")
+                        headers[name.lower()] = value.strip()
+                    body = stream.read(int(headers["content-length"]))
+                    assert status in (400, 404), path
+                    assert b"root:" not in body
+                    assert b"import" not in body
+
+
+@pytest.mark.parametrize("safe", [1], indirect=True)
+def test_heads_that_want_to_be_something_else(safe: Safe) -> None:
+    key, host = f"x-api-key: {safe.key}\r\n", "Host: localhost\r\n"
+    injected = raw(safe, f"GET /v1/models/%0d%0aX-Injected:%201%0d%0a HTTP/1.1\r\n{host}{key}\r\n")
+    head, _, _ = injected.lower().partition(b"\r\n\r\n")
+    assert head.startswith(b"http/1.1 404 ")
+    assert b"\nx-injected" not in head
+    second = f"GET /v1/models HTTP/1.1\r\n{host}{key}\r\n"
+    post = f"POST /v1/completions HTTP/1.1\r\n{host}{key}"
+    for smuggled in (
+        f"{post}Content-Length: 4\r\nContent-Length: 9\r\n\r\n{{}}  {second}",
+        f"{post}Content-Length : 4\r\n\r\n{{}}  {second}",
+        f"{post}Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n{second}",
+        f"{post}Content-Length: -1\r\n\r\n{second}",
+        f"GET /v1/models HTTP/1.1\r\n{host}Host: evil.example\r\n{key}\r\n",
+        f"GET /v1/models HTTP/1.1\r\n{host}x: a\rb\r\n{key}\r\n",
+        f"GET /v1/models HTTP/1.1\r\n{host}{key}x: {'a' * 2_000_000}\r\n\r\n",
+        f"GET /v1/models\x00 HTTP/1.1\r\n{host}{key}\r\n",
+    ):
+        answer = raw(safe, smuggled)
+        assert b"demo_model" not in answer, smuggled[:200]
+        assert b" 200 " not in answer, smuggled[:200]
+    # Both lengths: the chunks count, and nothing after them is taken for part of the body.
+    both = raw(
+        safe,
+        f"{post}Content-Length: 100\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n",
+    )
+    assert both.startswith(b"HTTP/1.1 400 ")
+    assert b"Traceback" not in safe.log.read_bytes()
 
 
 def test_serve_says_what_is_missing_before_it_loads(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""A server of the demo model for the load and the fuzz, as `cenacle serve` starts it.
+
+Owns: its process, a folder of keys of its own, and looking at what its processes hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+import cenacle
+from cenacle.server.auth import Keys
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+START_S = 90.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the server's processes hold: resident bytes of the front and of all ranks together,
+    and open files of all."""
+
+    front_bytes: int
+    ranks_bytes: int
+    files: int
+
+
+@dataclass
+class Serving:
+    """A running server: its address, its processes and its keys by name."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    ranks: list[int] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def held(self) -> Held:
+        """What its processes hold now (Linux)."""
+        pids = [self.process.pid, *self.ranks]
+        front, *ranks = (_resident(pid) for pid in pids)
+        files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+        return Held(front, sum(ranks), files)
+
+
+@contextlib.contextmanager
+def serving(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterator[Serving]:
+    """A server with a key for each name, ended with the block."""
+    with tempfile.TemporaryDirectory(prefix="cenacle-load-") as home:
+        with contextlib.closing(Keys(Path(home) / "keys.db")) as kept:
+            keys = {name: kept.add(name) for name in names}
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+        command = [sys.executable, "-m", "cenacle.cli", "serve", "-m", str(DEMO)]
+        command += ["-n", str(nodes), "--port", str(port), *options]
+        log = Path(home) / "log"
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                command, env={**os.environ, "CENACLE_HOME": home}, stderr=errors
+            )
+        running = Serving(f"http://127.0.0.1:{port}", process, log, keys=keys)
+        try:
+            health = _wait(running)
+            running.ranks = [r["pid"] for r in health["ranks"]]
+            yield running
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+
+
+def _wait(running: Serving) -> dict[str, list[dict[str, int]]]:
+    headers = {"x-api-key": next(iter(running.keys.values()), "-")}
+    ends = time.monotonic() + START_S
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            # The socket listens before the model is loaded, and then waits.
+            return dict(httpx.get(f"{running.url}/health", headers=headers, timeout=START_S).json())
+        if running.process.poll() is not None or time.monotonic() > ends:
+            raise SystemExit(f"the server did not start: {running.log.read_text()}")
+        time.sleep(0.1)
+
+
+def _resident(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,32 @@
+"""`make load` and `make fuzz`, short."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *options: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *options], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_several_people_at_once(nodes):
+    # How much faster than one is not asked here: other tests may have the cores.
+    result = run("load.py", "--seconds", "3", "--alone", "1", "--nodes", nodes, "--faster", "0")
+    assert result["requests"] > 5
+    assert result["errors"] == {}
+    assert result["tok_per_s"] > result["tok_per_s_alone"]
+
+
+def test_wrong_bodies_and_what_the_description_allows():
+    result = run("fuzz.py", "--bodies", "600", "--schema", "1", "--seed", "3")
+    assert sum(result["statuses"].values()) == 600
