@@ -146,15 +146,15 @@ def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
     thoughts = thinker.encode("abcdefgh")[:4]
     for token in thoughts:
         assert draft.turn([]) is None
-        parts = draft.take(TokenEvent("1", token))
+        parts = draft.take(TokenEvent("1", token, cached=2))
     assert draft.turn(parts) == parts  # a mark has no text
     rest = draft.request
     assert rest.id != "1"
     assert rest.tokens == (*prompt, *thoughts, *thinker.think_end)
     assert (rest.max_tokens, rest.answered) == (15, 5)
     assert draft.turn([]) is None
-    (said,) = draft.take(TokenEvent(rest.id, thinker.encode("x")[0]))
-    assert (said.kind, said.text) == ("text", "x")
+    (said,) = draft.take(TokenEvent(rest.id, thinker.encode("x")[0], cached=9))
+    assert (said.kind, said.text, draft.cached) == ("text", "x", 2)
     assert (draft.tokens, draft.reasoning) == (5, 4)
 
 

@@ -1,11 +1,14 @@
 """The OpenAPI description says what is true: of bodies that are read, and of answers."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+import cenacle
 from cenacle.dialogue import Finish, Part, Usage
 from cenacle.errors import CenacleError, ClusterError
 from cenacle.server import anthropic, description, openai, responses
@@ -125,5 +128,11 @@ def test_errors_are_as_described(path: str, error: CenacleError) -> None:
 
 def test_operations_have_names_of_their_own() -> None:
     names = [operation["operationId"] for path in PATHS.values() for operation in path.values()]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == len(PATHS)
     json.dumps(PATHS)
+
+
+def test_every_endpoint_is_described() -> None:
+    app = (Path(cenacle.__file__).parent / "server" / "app.py").read_text()
+    routes = set(re.findall(r'Route\("([^"]+)"', app))
+    assert {route.replace(":path", "") for route in routes} == set(PATHS)

@@ -540,7 +540,7 @@ def test_a_conversation_with_calls_is_read_as_templates_have_it() -> None:
             "reasoning_content": "Hm.",
             "tool_calls": [{"id": "c1", "type": "function", "function": CALL_JSON}],
         },
-        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"},
     ]
     function = {"name": "weather", "arguments": {"place": "Oslo"}}
     assert chat(messages=messages).prompts[0][1:] == (
@@ -550,7 +550,7 @@ def test_a_conversation_with_calls_is_read_as_templates_have_it() -> None:
             "tool_calls": [{"id": "c1", "type": "function", "function": function}],
             "content": "",
         },
-        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"},
     )
     messages[1]["tool_calls"][0]["function"] = {"name": "weather", "arguments": "{"}  # type: ignore
     status, field, _, _ = refused(chat, {"messages": messages})

@@ -68,7 +68,8 @@ class Draft:
         """The parts that a token makes certain."""
         self.tokens += 1
         self._given.append(event.token)
-        self.cached = self.cached or event.cached
+        if self.tokens == 1:  # a continuation finds more, none of which was the client's prompt
+            self.cached = event.cached
         if event.logprob is not None and event.finish != "stop":
             self._logged.append(self.text.logged(event))
         self.reasoning += self.answer.thinking

@@ -168,13 +168,21 @@ def openapi(version: str) -> dict[str, Any]:
         "description": _REFUSALS["503"],
         "content": _content(_answer(["status"], status={"enum": ["failed"]})),
     }
+    numbers = _get("metrics", _STRING)
+    numbers["get"]["responses"]["200"]["content"] = _content(_STRING, "text/plain")
+    view = _get("cluster view", {"type": "object"})
+    view["get"]["parameters"] = [
+        {"name": name, "in": "query", "schema": _STRING} for name in ("placement", "steps")
+    ]
     counted = _answer(["input_tokens"], input_tokens=_COUNT)
     count_of = ["model", "messages"]
     return {
         "openapi": "3.1.0",
         "info": {"title": "Cenacle", "version": version, "license": {"name": "Apache-2.0"}},
         "paths": {
+            "/cluster": view,
             "/health": health,
+            "/metrics": numbers,
             "/openapi.json": _get("description", {"type": "object"}),
             "/v1/models": _get("models", _answer(["object", "data"])),
             "/v1/models/{name}": one_model,

@@ -532,6 +532,8 @@ def _message(value: Any, name: str) -> Message:
     message: Message = {}
     if role == "tool":
         message = {"role": "tool", "tool_call_id": fields.need("tool_call_id", string)}
+        if called := fields.take("name", string, ""):  # some templates say whose result it is
+            message["name"] = called
     elif role in ROLES:
         message = {"role": ROLES[role]}
     else:
