@@ -12,7 +12,6 @@ from dataclasses import astuple
 
 import pytest
 
-from cenacle.cluster.supervisor import Machines
 from cenacle.engine import lockstep
 from cenacle.engine.channel import Closed
 from cenacle.engine.lockstep import Epoch, Group
@@ -291,20 +290,27 @@ def test_a_group_can_be_closed_while_its_ranks_are_started(play):
     assert not group._thread.is_alive()
 
 
-def test_a_machine_that_is_needed_is_waited_for(play):
+def test_a_start_says_what_it_waits_for(play):
+    back = threading.Event()
+
     def fault(rank: PlayedRank, step: Step) -> None:
         if rank.epoch == 0 and step.number == 4:
             leave(rank, step)
 
     group, stage = play(fault)
-    group.tell(Machines(0, ("carol",), fits=False))
+
+    def wait(epoch: Epoch) -> PlayedRanks:
+        epoch.say("waiting for carol")
+        assert back.wait(5)
+        return stage(epoch)
+
+    group._start = wait
     client = Client(group, "a")
-    until(lambda: group.state.phase == "recovering")
-    time.sleep(0.05)
-    assert stage.starts == [0]
-    group.tell(Machines(1))
+    until(lambda: group.state.doing == "waiting for carol")
+    assert group.state.phase == "recovering"
+    back.set()
     assert client.wait() == client.expected
-    assert stage.starts == [0, 1]
+    assert group.state.doing == ""
 
 
 def test_without_a_way_to_start_others_the_first_failure_is_the_last():

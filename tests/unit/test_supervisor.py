@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 from cenacle.cluster import supervisor
 from cenacle.cluster.supervisor import (
     Answered,
+    Doing,
     GiveUp,
     Lost,
-    Machines,
     Refused,
     Serve,
     Start,
     Started,
     State,
-    Wait,
     after,
     next_action,
 )
@@ -51,7 +50,7 @@ def test_failures_in_a_row_are_waited_for_longer_and_then_given_up():
     state = replay(*events)
     assert (state.phase, state.since, state.rank) == ("failed", 20, 2)
     assert next_action(state) == GiveUp("d (given up after 4 failures without a token)")
-    assert replay(*events, Started(30), Answered(31), Machines(32)) == state, "it stays so"
+    assert replay(*events, Started(30), Answered(31), Doing(32, "x")) == state, "it stays so"
 
 
 @pytest.mark.parametrize(
@@ -63,12 +62,12 @@ def test_a_token_or_a_minute_of_work_ends_a_row(between, expected):
     assert len(state.in_a_row) == expected
 
 
-def test_a_machine_that_is_needed_is_waited_for():
-    gone = (Lost(5, "rank 2 is gone", 2), Machines(6, ("carol",), fits=False))
-    assert next_action(replay(*gone)) == Wait(("carol",))
-    assert next_action(replay(*gone, Machines(99))) == Start(1, 5)
-    left = (gone[0], Machines(6, ("carol",), fits=True))
-    assert next_action(replay(*left)) == Start(1, 5), "those that are left will do"
+def test_what_a_start_waits_for_is_known_until_it_ends():
+    waits = (Lost(5, "rank 2 is gone", 2), Doing(6, "waiting for carol"))
+    assert replay(*waits).doing == "waiting for carol"
+    assert next_action(replay(*waits)) == Start(1, 5)
+    assert replay(*waits, Started(7)).doing == replay(*waits, Refused(7, "no")).doing == ""
+    assert replay(Doing(1, "nothing")).doing == ""
 
 
 times = st.floats(0, 1e4)
@@ -77,7 +76,7 @@ events = st.one_of(
     st.builds(Refused, times, st.just("y")),
     st.builds(Started, times),
     st.builds(Answered, times),
-    st.builds(Machines, times, st.just(("m",)), st.booleans()),
+    st.builds(Doing, times, st.just("waits")),
 )
 
 

@@ -129,15 +129,20 @@ class Joined:
 
     def _again(self, epoch: Epoch) -> Formed:
         """After a loss."""
-        formation = self._head.form(self._nodes, self._say, epoch.ending, LEFT_S)
+
+        def say(text: str) -> None:
+            self._say(text)
+            epoch.say(text)
+
+        formation = self._head.form(self._nodes, say, epoch.ending, LEFT_S)
         try:
             return self._decide(formation)
         except PlanError as error:
             wanted = self._nodes or self._head.known
             if len(formation.members) >= wanted:
                 raise
-            self._say(f"the model does not fit on what is left ({error})")
-        return self._decide(self._head.form(self._nodes, self._say, epoch.ending))
+            say(f"the model does not fit on what is left ({error})")
+        return self._decide(self._head.form(self._nodes, say, epoch.ending))
 
     def _decide(self, formation: Formation) -> Formed:
         name, checkpoint, options, kernels = self._what

@@ -1,7 +1,6 @@
 """What to do when a group of ranks fails: a pure function of what has happened.
 
-Owns: the rules: when ranks are started again, after how long, when the group is given up, when it
-has to wait for a machine.
+Owns: the rules: when ranks are started again, after how long, when the group is given up.
 Does not know: processes, sockets, clocks, requests. Times are handed in, in seconds.
 Invariant: the same events give the same state and the same next action, so what a group did can be
 replayed; a new epoch's number is larger than all before it; what has failed stays so.
@@ -53,15 +52,14 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Machines:
-    """Which machines are not there, and whether the model fits on those that are."""
+class Doing:
+    """What the ranks that are being started wait for, such as a machine that is not there."""
 
     at: float
-    missing: tuple[str, ...] = ()
-    fits: bool = True
+    what: str
 
 
-Event = Lost | Refused | Started | Answered | Machines
+Event = Lost | Refused | Started | Answered | Doing
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class State:
         rank: which one failed, if it was one.
         in_a_row: times of the failures without a token, or `STEADY_S` of work, between them.
         recoveries: how often the group was formed again.
-        missing, fits: see `Machines`.
+        doing: what new ranks wait for, see `Doing`.
     """
 
     phase: Phase = "ok"
@@ -86,8 +84,7 @@ class State:
     rank: int | None = None
     in_a_row: tuple[float, ...] = ()
     recoveries: int = 0
-    missing: tuple[str, ...] = ()
-    fits: bool = True
+    doing: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,30 +101,23 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Wait:
-    """Nothing can be done until machines are there again."""
-
-    missing: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class GiveUp:
     """Tell everyone the reason; the group stays failed."""
 
     reason: str
 
 
-Action = Serve | Start | Wait | GiveUp
+Action = Serve | Start | GiveUp
 
 
 def after(state: State, event: Event) -> State:
     """The state when this has happened. What comes too late, or to a group that has failed, changes
     nothing."""
     match state.phase, event:
-        case (("ok" | "recovering"), Machines()):
-            return replace(state, missing=event.missing, fits=event.fits)
         case "ok", Answered():
             return replace(state, in_a_row=())
+        case "recovering", Doing():
+            return replace(state, doing=event.what)
         case "recovering", Started():
             return replace(
                 state,
@@ -135,6 +125,7 @@ def after(state: State, event: Event) -> State:
                 epoch=state.epoch + 1,
                 since=event.at,
                 recoveries=state.recoveries + 1,
+                doing="",
             )
         case "ok", Lost():
             return _failed(state, event)
@@ -156,6 +147,7 @@ def _failed(state: State, event: Lost | Refused) -> State:
         reason=event.reason,
         rank=event.rank,
         in_a_row=failures,
+        doing="",
     )
 
 
@@ -166,6 +158,4 @@ def next_action(state: State) -> Action:
     if state.phase == "failed":
         many = len(state.in_a_row)
         return GiveUp(f"{state.reason} (given up after {many} failures without a token)")
-    if not state.fits:
-        return Wait(state.missing)
     return Start(state.epoch + 1, state.in_a_row[-1] + BACKOFF_S[len(state.in_a_row) - 1])

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..cluster import supervisor
-from ..cluster.supervisor import Answered, GiveUp, Lost, Machines, Refused, Serve, Start, Wait
+from ..cluster.supervisor import Answered, Doing, GiveUp, Lost, Refused, Serve, Start
 from ..errors import CenacleError, ClusterError, RankLost
 from ..request import Request, Step, TokenEvent
 from .channel import Channel
@@ -78,10 +78,12 @@ class Epoch:
     Args:
         number: larger than of all ranks before; with every message to and from these.
         ending: set when the group is closed: a start that takes long looks at it and gives up.
+        say: to be told what a start waits for, such as a machine; /health passes it on.
     """
 
     number: int
     ending: threading.Event
+    say: Callable[[str], None] = lambda _: None
 
 
 StartRanks = Callable[[Epoch], Ranks]
@@ -232,11 +234,6 @@ class Group:
             self._try_suspect()
         self._inbox.put(None)
 
-    def tell(self, machines: Machines) -> None:
-        """Which machines there are, for those groups that have several."""
-        self._note(machines)
-        self._inbox.put(None)
-
     def close(self) -> None:
         """End the ranks. Requests that still run are told."""
         self._ending.set()
@@ -255,14 +252,15 @@ class Group:
                     case Start(epoch, not_before):
                         if not self._ending.wait(max(0.0, not_before - time.monotonic())):
                             self._start_ranks(epoch)
-                    case Wait(missing):
-                        log.warning("waiting for %s", ", ".join(missing))
-                        self._inbox.get()
                     case GiveUp(reason):
                         self._fail(_again(self._state, reason))
         except Exception as error:
             self._fail(ClusterError(f"the front failed: {error!r}"))
             raise
+
+    def _waits(self, what: str) -> None:
+        log.warning("%s", what)
+        self._note(Doing(time.monotonic(), what))
 
     def _note(self, event: supervisor.Event) -> None:
         with self._lock:
@@ -458,7 +456,7 @@ class Group:
         assert self._start is not None, "without it the first failure is the last"
         began = time.monotonic()
         try:
-            ranks = self._start(Epoch(number, self._ending))
+            ranks = self._start(Epoch(number, self._ending, self._waits))
         except (CenacleError, OSError) as error:
             if not self._ending.is_set():
                 log.warning("epoch %d could not be started: %s", number, error)

@@ -225,6 +225,8 @@ class Api:
         if state.phase != "ok":
             body: dict[str, Any] = {"status": state.phase, "reason": state.reason}
             body["for_s"] = round(time.monotonic() - state.since, 1)
+            if state.doing:
+                body["doing"] = state.doing
             if state.rank is not None:
                 body["rank"] = state.rank
             return json_response(503, {**body, "model": self._served.model, **group.load})
