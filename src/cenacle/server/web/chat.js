@@ -43,7 +43,7 @@ export function start() {
     }
   });
   showAll();
-  fit();
+  toEnd(true);
 }
 
 export function setModel(name) {

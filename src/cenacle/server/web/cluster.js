@@ -170,7 +170,7 @@ function drawNodes() {
     const own = state.terms.rank_ms[at];
     return h("div", { class: `node${lost ? " lost" : ""}` },
       h("div", { class: "name" }, h("span", { class: `swatch node-${at % 8}` }), h("strong", {}, `Node ${at}`),
-        h("span", { class: `state ${lost || (down && !failing) ? "bad" : quiet || failing ? "late" : "good"}` }, word)),
+        h("span", { class: `state ${lost || state.status === "failed" ? "bad" : down || quiet ? "late" : "good"}` }, word)),
       memory,
       h("dl", {},
         h("dt", {}, "Weights"), h("dd", {}, bytes(rank.weights_bytes)),
