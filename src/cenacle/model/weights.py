@@ -20,7 +20,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -194,19 +194,6 @@ def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"{folder}: {len(missing)} of {len(named)} tensors that the index names are missing, "
             f"the first is {name} in {file}; fetch that file"
         )
-
-
-def read_rows(tensor: Tensor, experts: int, wanted: list[int]) -> mx.array:
-    """Read the rows of `wanted` experts from a tensor that stacks `experts` of them.
-
-    The first axis may hold several rows per expert (DBRX: [experts * width, d_model]).
-
-    Raises:
-        CheckpointError: the file ended or could not be read.
-    """
-    rows = tensor.shape[0] // experts
-    got = read_parts(tensor, (experts, rows, *tensor.shape[1:]), wanted, 0, [(0, experts)])
-    return got.reshape(len(wanted) * rows, *tensor.shape[1:])
 
 
 def read_parts(
@@ -398,6 +385,7 @@ def _partial(
             self._slices: dict[int, cuts.Slice] = {}
             self._cuts: dict[str, cuts.Cut] = {}  # of the trunk and the shared experts
             self._absent: list[str] = []
+            self._views: dict[str, cuts.View] = {}
             if plan is None:
                 return
             _check_plan(plan, found)
@@ -422,10 +410,18 @@ def _partial(
                 for path, cut in by.items():
                     _cut_module(self, path, cut)
 
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
-            views = cuts.views(shapes, self._slices, self._count, family)
-            own = _own(weights, checkpoint, self._held, self._count, views)
+            self._views = cuts.views(shapes, self._slices, self._count, family)
+
+        def pieces(self) -> dict[str, Piece | None]:
+            """What is read of the checkpoint's tensors; those that are not named entirely."""
+            found = _pieces(checkpoint.tensors, self._held, self._count, self._views)
+            absent = tuple(self._absent)
+            return found | {n: None for n in checkpoint.tensors if n.startswith(absent)}
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            pieces = _pieces(checkpoint.tensors, self._held, self._count, self._views)
+            own = _own(weights, checkpoint, self._held, pieces)
             if family.before is not None:
                 own = family.before(own)
             sizes = {len(held) for held in self._held.values()}
@@ -437,7 +433,7 @@ def _partial(
                 own = namer.sanitize(own)
             own = architecture.prestack_weights(own)
             by = dict(self._cuts)
-            if not views:
+            if not self._views:
                 for part in self._slices.values():
                     by |= part.cuts
             names = {id(array): name for name, array in weights.items()}
@@ -493,49 +489,140 @@ def _cut_array(
     return read_parts(tensor, (1, *tensor.shape), [0], axis + 1, ranges)[0]
 
 
-def _own(
-    weights: dict[str, mx.array],
-    checkpoint: Checkpoint,
+@dataclass(frozen=True)
+class Piece:
+    """What a rank reads of a tensor: as the arguments of `read_parts`."""
+
+    shape: tuple[int, ...]
+    wanted: tuple[int, ...]
+    axis: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def spans(self, tensor: Tensor, join: int = 0) -> Iterator[tuple[int, int]]:
+        """The bytes [start, stop) from the file's beginning, ascending.
+
+        Args:
+            join: spans with so many bytes between them, or fewer, are given as one.
+        """
+        item = (tensor.stop - tensor.start) // self.shape[0]
+        across = math.prod(self.shape[1 : self.axis]) if self.axis else 1
+        row = item // across
+        each = row // self.shape[self.axis] if self.axis else row
+        pieces = [(a * each, b * each) for a, b in self.ranges] if self.axis else [(0, row)]
+        gaps = [a - b for (_, b), (a, _) in pairwise([*pieces, (row + pieces[0][0], 0)])]
+        if max(gaps) <= join:  # millions of short rows need not be looked at one by one
+            pieces, across, row = [(pieces[0][0], item - row + pieces[-1][1])], 1, item
+        begun: tuple[int, int] | None = None
+        for index in self.wanted:
+            for i in range(across):
+                at = tensor.start + index * item + i * row
+                for start, stop in ((at + a, at + b) for a, b in pieces):
+                    if begun is not None and start - begun[1] <= join:
+                        begun = (begun[0], stop)
+                        continue
+                    if begun is not None:
+                        yield begun
+                    begun = (start, stop)
+        if begun is not None:
+            yield begun
+
+
+def _pieces(
+    tensors: dict[str, Tensor],
     held: dict[int, list[int]],
     count: int,
     views: dict[str, cuts.View],
-) -> dict[str, mx.array]:
-    """The checkpoint as if only the held experts existed, numbered from 0 in every layer, and only
-    what `views` shows of them."""
-    own = {}
-    together: dict[tuple[str, str, cuts.View], dict[str, str]] = {}
-    for name, array in weights.items():
+) -> dict[str, Piece | None]:
+    """What to read of tensors that hold routed experts; None: nothing. Others are not named: they
+    are read entirely."""
+    found: dict[str, Piece | None] = {}
+    for name, tensor in tensors.items():
         layer = architecture.layer_of(name)
         mine = held.get(layer) if layer is not None else None
         single = architecture.SINGLE.fullmatch(name)
         view = views.get(name)
         if mine is None or (len(mine) == count and view is None):
-            own[name] = array
-        elif single is not None:
-            expert = int(single["expert"])
-            if expert not in mine:
-                continue
-            local = f"{single['head']}.{mine.index(expert)}.{single['tail']}"
-            own[local] = array
-            if view is not None:
-                together.setdefault((single["head"], single["tail"], view), {})[local] = name
+            continue
+        if single is not None and int(single["expert"]) not in mine:
+            found[name] = None
         elif view is not None:
-            got = read_parts(checkpoint.tensors[name], view.shape, mine, view.axis, view.ranges)
-            # DBRX's experts share one axis with their width: give it back so.
-            flat = len(view.shape) > len(array.shape)
+            wanted = (0,) if single is not None else tuple(mine)
+            found[name] = Piece(view.shape, wanted, view.axis, tuple(view.ranges))
+        elif single is None and architecture.STACKED.fullmatch(name) and tensor.shape:
+            rows, rest = divmod(tensor.shape[0], count)
+            if not rest:
+                shape = (count, rows, *tensor.shape[1:])
+                found[name] = Piece(shape, tuple(mine), 0, ((0, count),))
+    return found
+
+
+def spans_of(
+    checkpoint: Checkpoint, plan: Plan, rank: int, join: int = 1 << 16
+) -> dict[Path, list[tuple[int, int]]]:
+    """The bytes of each file that a rank reads, [start, stop), ascending: what it must have.
+
+    Of a sharded trunk all is counted, since what is cut of it may be converted first.
+
+    Args:
+        join: see `Piece.spans`.
+
+    Raises:
+        CheckpointError, PlanError: see `build`.
+    """
+    config = checkpoint.config
+    made, arguments = _partial(config, checkpoint, plan, rank)
+    pieces = made(arguments.from_dict(config)).pieces()  # type: ignore[call-arg]
+    found: dict[Path, list[tuple[int, int]]] = {}
+    for name, tensor in sorted(checkpoint.tensors.items(), key=lambda t: (t[1].file, t[1].start)):
+        piece = pieces.get(name, Piece((1,), (0,), 0, ((0, 1),)))
+        spans = found.setdefault(tensor.file, [])
+        for start, stop in piece.spans(tensor, join) if piece is not None else ():
+            if spans and start - spans[-1][1] <= join:
+                spans[-1] = (spans[-1][0], stop)
+            elif stop > start:
+                spans.append((start, stop))
+    return found
+
+
+def _own(
+    weights: dict[str, mx.array],
+    checkpoint: Checkpoint,
+    held: dict[int, list[int]],
+    pieces: dict[str, Piece | None],
+) -> dict[str, mx.array]:
+    """The checkpoint as if only the held experts existed, numbered from 0 in every layer, and only
+    the `pieces` of them."""
+    own = {}
+    together: dict[tuple[str, str, Piece], dict[str, str]] = {}
+    for name, array in weights.items():
+        layer = architecture.layer_of(name)
+        mine = held.get(layer, []) if layer is not None else []
+        single = architecture.SINGLE.fullmatch(name)
+        piece = pieces.get(name, ...)
+        if piece is None:
+            continue
+        if single is not None and int(single["expert"]) in mine:
+            expert = mine.index(int(single["expert"]))
+            local = f"{single['head']}.{expert}.{single['tail']}"
+            own[local] = array
+            if isinstance(piece, Piece):
+                together.setdefault((single["head"], single["tail"], piece), {})[local] = name
+        elif isinstance(piece, Piece):
+            tensor = checkpoint.tensors[name]
+            got = read_parts(tensor, piece.shape, list(piece.wanted), piece.axis, piece.ranges)
+            # Several rows of an expert may share the first axis with experts: give it back so.
+            flat = len(piece.shape) > len(array.shape)
             own[name] = got.reshape(-1, *got.shape[2:]) if flat else got
-        elif architecture.STACKED.fullmatch(name) and array.ndim and array.shape[0] % count == 0:
-            own[name] = read_rows(checkpoint.tensors[name], count, mine)
         else:
             own[name] = array
-    for (_, _, view), names in together.items():
-        array = _read_together([checkpoint.tensors[n] for n in names.values()], view)
+    for (_, _, piece), names in together.items():
+        array = _read_together([checkpoint.tensors[n] for n in names.values()], piece)
         for i, name in enumerate(names):
             own[name] = array[i]
     return own
 
 
-def _read_together(tensors: list[Tensor], view: cuts.View) -> mx.array:
+def _read_together(tensors: list[Tensor], piece: Piece) -> mx.array:
     """The same part of several tensors, [tensors, ...].
 
     In one array, because it is freed as a whole when experts have been stacked; many small ones
@@ -545,8 +632,9 @@ def _read_together(tensors: list[Tensor], view: cuts.View) -> mx.array:
         raise CheckpointError(
             f"{tensors[0].file}: {tensors[0].name} and its like have different types"
         )
-    parts = [_gather(t, view.shape, [0], view.axis, view.ranges) for t in tensors]
-    return _as_array(tensors[0], np.concatenate(parts), [len(parts), *view.cut[1:]])
+    parts = [_gather(t, piece.shape, [0], piece.axis, piece.ranges) for t in tensors]
+    cut = cuts.View(piece.shape, piece.axis, piece.ranges).cut
+    return _as_array(tensors[0], np.concatenate(parts), [len(parts), *cut[1:]])
 
 
 def named_arrays(model: nn.Module) -> list[tuple[str, mx.array]]:

@@ -1,0 +1,282 @@
+"""Fetching a node's part of a checkpoint, from what answers like the hub, and from a node."""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+import mlx.core as mx
+import pytest
+
+from cenacle.cluster import fetch as module
+from cenacle.cluster.fetch import JOURNAL, Folder, Hub, Store, fetch, skeleton
+from cenacle.errors import CheckpointError
+from cenacle.model.synth import synth
+from cenacle.model.weights import Checkpoint, describe, load, named_arrays, spans_of
+from cenacle.plan import Plan
+
+REPO, COMMIT = "circle/tiny", "0123456789abcdef0123456789abcdef01234567"
+FAMILIES = ("qwen3_moe", "mixtral", "dbrx", "gpt_oss")
+
+
+class Server:
+    """Answers like the hub for one folder, and does what a test wants to go wrong."""
+
+    def __init__(self, folder):
+        self.folder, self.sent, self.asked = folder, 0, []
+        self.break_after, self.ranges, self.refuse, self.damage = None, True, 0, None
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                server.answer(self)
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def close(self):
+        self._http.shutdown()
+        self._http.server_close()
+
+    def answer(self, http):
+        path = unquote(urlparse(http.path).path)
+        files = sorted(self.folder.iterdir())
+        if path.startswith(f"/api/models/{REPO}"):
+            siblings = []
+            for f in files:
+                data = f.read_bytes()
+                row = {"rfilename": f.name, "size": len(data)}
+                if f.suffix == ".safetensors":
+                    sha = hashlib.sha256(data).hexdigest()
+                    row["lfs"] = {"sha256": sha, "size": len(data), "pointerSize": 130}
+                siblings.append(row)
+            return self.send(
+                http, 200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
+            )
+        if not path.startswith(f"/{REPO}/resolve/{COMMIT}/"):
+            return self.send(http, 404, b"", {"X-Error-Code": "RepoNotFound"})
+        if self.refuse:
+            self.refuse -= 1
+            return self.send(http, 503, b"")
+        data = bytearray((self.folder / path.rsplit("/", 1)[-1]).read_bytes())
+        start, stop = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", http.headers["Range"]).groups())
+        self.asked.append((path.rsplit("/", 1)[-1], start, stop + 1))
+        if not self.ranges:
+            return self.send(http, 200, bytes(data))
+        if self.damage is not None and start <= self.damage <= stop:
+            data[self.damage] ^= 1
+        part = bytes(data[start : stop + 1])
+        self.sent += len(part)
+        if self.break_after is not None:
+            whole, part = len(part), part[: self.break_after]
+            self.break_after = None
+            return self.send(http, 206, part, {"Content-Length": str(whole)})
+        return self.send(http, 206, part)
+
+    @staticmethod
+    def send(http, status, data, headers=None):
+        http.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            http.send_header(name, value)
+        http.end_headers()
+        http.wfile.write(data)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    return {family: synth(root / family, family=family).path for family in FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The models are tiny: the first guess at a header must not hold all of them."""
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "HEADER_BYTES", 2048)
+
+
+@pytest.fixture
+def hub(folders, monkeypatch):
+    server = Server(folders["qwen3_moe"])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    yield server
+    server.close()
+
+
+def parts(folder, plan, rank):
+    model = load(Checkpoint.open(folder), plan, rank, lambda *_: None)
+    return dict(named_arrays(model))
+
+
+def relative(spans):
+    return {path.name: wanted for path, wanted in spans.items()}
+
+
+@pytest.mark.parametrize("placement", ["whole", "replicated", "sliced"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, tmp_path):
+    """From a folder elsewhere, span by span; what was not fetched is holes, and is not missed."""
+    whole = folders[family]
+    plan = getattr(Plan, placement)(describe(Checkpoint.open(whole)), 3)
+    for rank in range(3):
+        store = skeleton(Folder(whole), tmp_path / str(rank))
+        described = Checkpoint.open(store.folder)
+        assert describe(described) == plan.spec
+        wanted = relative(spans_of(described, plan, rank, join=0))
+        # Zeros where they are not known to be wanted would not be noticed in a missing part.
+        fetched = fetch([Folder(whole)], store, wanted)
+        assert fetched <= sum(b - a for spans in wanted.values() for a, b in spans)
+        assert fetch([Folder(whole)], store, wanted) == 0
+        want, got = parts(whole, plan, rank), parts(store.folder, plan, rank)
+        assert want.keys() == got.keys()
+        assert all(mx.array_equal(want[k], got[k]) for k in want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_node_fetches_more_than_its_part(folders, family):
+    checkpoint = Checkpoint.open(folders[family])
+    for placement in ("whole", "replicated"):
+        plan = getattr(Plan, placement)(describe(checkpoint), 3)
+        for rank in range(3):
+            spans = spans_of(checkpoint, plan, rank, join=0)
+            fetched = sum(b - a for each in spans.values() for a, b in each)
+            assert fetched <= 1.05 * plan.bytes_of(rank)["total"]
+
+
+def test_from_the_hub_only_what_is_wanted(hub, folders, tmp_path):
+    store = skeleton(Hub(REPO), tmp_path / "part")
+    described = Checkpoint.open(store.folder)
+    plan = Plan.whole(describe(described), 2)
+    wanted = relative(spans_of(described, plan, 1))
+    before, seen = hub.sent, []
+    fetched = fetch([Hub(REPO)], store, wanted, lambda *p: seen.append(p))
+    assert hub.sent - before == fetched
+    assert seen[0][0] < seen[-1][0] == seen[-1][1]
+    want, got = parts(folders["qwen3_moe"], plan, 1), parts(store.folder, plan, 1)
+    assert all(mx.array_equal(want[k], got[k]) for k in want)
+    taken = sum(p.stat().st_blocks * 512 for p in store.folder.glob("*.safetensors"))
+    assert taken < sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
+
+
+def test_what_breaks_off_is_resumed(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
+    store = skeleton(Hub(REPO), tmp_path / "part")
+    wanted = {"model.safetensors": [(0, 50_000)]}
+    hub.break_after, hub.refuse = 1000, 2
+    fetch([Hub(REPO)], store, wanted)
+    # A program that was killed knows what it had, and a line that was half written does no harm.
+    with (store.folder / JOURNAL).open("a") as f:
+        f.write('{"file": "model.safetens')
+    again = Store(store.folder)
+    assert again.missing(wanted) == {}
+    hub.asked.clear()
+    fetch([Hub(REPO)], again, {"model.safetensors": [(0, 60_000)]})
+    assert min(start for _, start, _ in hub.asked) == 50_000
+
+
+def test_a_source_that_stays_away_is_given_up_and_another_asked(hub, folders, tmp_path):
+    store = skeleton(Hub(REPO), tmp_path / "part")
+    wanted = {"model.safetensors": [(0, 50_000)]}
+    hub.refuse = 1000
+    with pytest.raises(CheckpointError, match="answers 503; given up after 6 attempts"):
+        fetch([Hub(REPO)], store, wanted)
+    fetch([Hub(REPO), Folder(folders["qwen3_moe"])], store, wanted)
+    assert store.missing(wanted) == {}
+
+
+def test_from_a_node_that_has_only_a_part(hub, tmp_path):
+    one, other = (skeleton(Hub(REPO), tmp_path / n) for n in ("one", "other"))
+    fetch([Hub(REPO)], one, {"model.safetensors": [(20_000, 40_000)]})
+    before = hub.sent
+    fetch([Folder(one.folder), Hub(REPO)], other, {"model.safetensors": [(25_000, 35_000)]})
+    assert hub.sent == before
+    with pytest.raises(CheckpointError, match="does not have bytes 35000 to 50000"):
+        fetch([Folder(one.folder)], other, {"model.safetensors": [(30_000, 50_000)]})
+
+
+def test_a_server_without_ranges_is_refused(hub, tmp_path):
+    store = skeleton(Hub(REPO), tmp_path / "part")
+    hub.ranges = False
+    with pytest.raises(CheckpointError, match="the hub answers 200, expected 206"):
+        fetch([Hub(REPO)], store, {"model.safetensors": [(30_000, 50_000)]})
+
+
+def test_a_byte_that_was_changed_on_the_way_is_noticed(hub, folders, tmp_path):
+    size = (folders["qwen3_moe"] / "model.safetensors").stat().st_size
+    store = skeleton(Hub(REPO), tmp_path / "part")
+    hub.damage = 100_000
+    with pytest.raises(CheckpointError, match="damaged on the way"):
+        fetch([Hub(REPO)], store, {"model.safetensors": [(0, size)]})
+    hub.damage = None
+    fetch([Hub(REPO)], store, {"model.safetensors": [(0, size)]})
+    assert (store.folder / "model.safetensors").read_bytes() == (
+        folders["qwen3_moe"] / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_byte_that_was_changed_on_the_disk_is_found_and_fetched_again(folders, tmp_path):
+    store = skeleton(Folder(folders["qwen3_moe"]), tmp_path / "part")
+    wanted = {"model.safetensors": [(30_000, 50_000)]}
+    fetch([Folder(folders["qwen3_moe"])], store, wanted)
+    assert store.damaged() == {}
+    with (store.folder / "model.safetensors").open("r+b") as f:
+        f.seek(40_000)
+        byte = f.read(1)
+        f.seek(40_000)
+        f.write(bytes([byte[0] ^ 255]))
+    again = Store(store.folder)
+    wrong = again.damaged()
+    assert [a <= 40_000 < b for a, b in wrong["model.safetensors"]] == [True]
+    again.forget(wrong)
+    assert Store(store.folder).missing(wanted) == again.missing(wanted) != {}
+    fetch([Folder(folders["qwen3_moe"])], again, wanted)
+    assert again.damaged() == {}
+
+
+def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkeypatch):
+    source = Folder(folders["qwen3_moe"])
+    store = skeleton(source, tmp_path / "part")
+    wanted = {"model.safetensors": [(30_000, 50_000)]}
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(CheckpointError, match=r"20\.0 KB are to be fetched, 1\.00 KB are free"):
+            fetch([source], store, wanted)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(module.os, "fsync", full)
+        with pytest.raises(CheckpointError, match="the disk is full; free some space"):
+            fetch([source], store, wanted)
+    assert fetch([source], store, wanted) == 20_000
+
+
+def test_a_source_that_has_changed_is_refused(folders, tmp_path):
+    store = skeleton(Folder(folders["qwen3_moe"]), tmp_path / "part")
+    with pytest.raises(CheckpointError, match="remove the folder to fetch the new model"):
+        store.make("model.safetensors", 17)
+
+
+def test_what_is_not_there_is_said(hub, tmp_path):
+    with pytest.raises(CheckpointError, match="no such repository"):
+        skeleton(Hub("circle/none"), tmp_path / "none")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        skeleton(Folder(tmp_path / "nowhere"), tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        skeleton(Folder(tmp_path / "empty"), tmp_path / "none")
