@@ -637,6 +637,7 @@ NB_MODULE(_native, m) {
 #endif
   });
   m.def("use_activations", &use_activations, nb::arg("bits"));
+  m.def("activations", [] { return activations.load(); });
   nb::class_<Weights>(m, "Weights")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>,
                     std::optional<mx::array>, int, int, const std::string&>(),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
 
+ACTIVATIONS = ("int16", "int8")
 DEFAULT_MAX_TOKENS = 512
 MEMINFO = Path("/proc/meminfo")
 ANSWER_DEADLINE_S = 900.0  # longer than any step may take: the group fails before
@@ -146,6 +147,7 @@ def load(
     wire: str = "f32",
     latency_s: float = 0.0,
     kernels: str = "auto",
+    activations: str = "int16",
     options: Options | None = None,
     measure_every: int = 8,
     cores: Sequence[Sequence[int]] | None = None,
@@ -172,6 +174,8 @@ def load(
         latency_s: seconds added to every exchange, to study a slower link.
         kernels: "native": ours for CPUs, many times faster, see `model.experts.parallelize`;
             "mlx": MLX's own; "auto": native where they can be used, else MLX's.
+        activations: integers inside the native kernels' quantised layers: "int16", or "int8", less
+            exact (docs/performance.md), where the kernels have it (see `native.use_activations`).
         options: how ranks run the model.
         measure_every: one step in this many is measured; 0: none.
         cores: for each rank the cores that it runs on; None: the system decides.
@@ -185,11 +189,17 @@ def load(
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
-        InputError: native kernels are asked for and cannot be used; a wire that is unknown, or that
+        InputError: native kernels are asked for and cannot be used; activations that are unknown;
+            a wire that is unknown, or that
             only the mesh has.
     """
     if joined is None:
         _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
+    if activations not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(
+            f"activations: expected one of {known}, got {activations!r}", "activations"
+        )
     checkpoint = Checkpoint.open(locate(model))
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
@@ -211,6 +221,7 @@ def load(
         "wire": wire,
         "latency_s": latency_s,
         "kernels": kernels,
+        "activations": activations,
         "options": asdict(options),
     }
 

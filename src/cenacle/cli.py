@@ -63,6 +63,13 @@ class Kernels(StrEnum):
     mlx = "mlx"
 
 
+class Activations(StrEnum):
+    """What activations become inside quantised layers; see `api.load`."""
+
+    int16 = "int16"
+    int8 = "int8"
+
+
 class Wire(StrEnum):
     """How the mesh sends float32 vectors; see `collective.mesh.WIRES`."""
 
@@ -140,6 +147,10 @@ KernelsName = Annotated[
         help="native: ours for CPUs, many times faster. mlx: MLX's own. auto: native if it can be."
     ),
 ]
+ActivationsName = Annotated[
+    Activations,
+    typer.Option(help="Inside native quantised layers; int8: quicker prompts, less exact."),
+]
 LatencyMs = Annotated[
     float, typer.Option(min=0, help="Milliseconds added to every exchange, to study a slow link.")
 ]
@@ -191,6 +202,7 @@ def generate(
     backend: BackendName = Backend.auto,
     wire: WireName = Wire.f32,
     kernels: KernelsName = Kernels.auto,
+    activations: ActivationsName = Activations.int16,
     latency_ms: LatencyMs = 0.0,
     prefill_chunk: PrefillChunk = 512,
     kv_bits: KVBits = None,
@@ -210,6 +222,7 @@ def generate(
         backend,
         wire,
         kernels,
+        activations,
         latency_ms,
         prefill_chunk,
         32,
@@ -262,6 +275,7 @@ def chat(
     backend: BackendName = Backend.auto,
     wire: WireName = Wire.f32,
     kernels: KernelsName = Kernels.auto,
+    activations: ActivationsName = Activations.int16,
     kv_bits: KVBits = None,
 ) -> None:
     """Talk with a model in the terminal, here or on a server. /help lists commands, Ctrl-D ends.
@@ -280,7 +294,7 @@ def chat(
         raise InputError("--model: expected a folder or a hub name, or a server with --url")
     dealt = _dealt(shares, placement, trunk, budgets_gb)
     with _loaded(
-        model, nodes, dealt, plan, backend, wire, kernels, 0.0, 512, 32, kv_bits, None
+        model, nodes, dealt, plan, backend, wire, kernels, activations, 0.0, 512, 32, kv_bits, None
     ) as loaded:
         Talk(Local(loaded), how, system or "").loop(kept)
 
@@ -299,6 +313,7 @@ def serve(
     backend: BackendName = Backend.auto,
     wire: WireName = Wire.f32,
     kernels: KernelsName = Kernels.auto,
+    activations: ActivationsName = Activations.int16,
     prefill_chunk: PrefillChunk = 512,
     batch: Batch = 32,
     kv_bits: KVBits = None,
@@ -349,6 +364,7 @@ def serve(
             backend,
             wire,
             kernels,
+            activations,
             0.0,
             prefill_chunk,
             batch,
@@ -518,6 +534,7 @@ def bench(
     threads: Threads = None,
     backend: BackendName = Backend.auto,
     kernels: KernelsName = Kernels.auto,
+    activations: ActivationsName = Activations.int16,
     placement: PlacementName = Placement.auto,
     trunk: TrunkName = Trunk.auto,
     latency_ms: LatencyMs = 0.0,
@@ -555,7 +572,12 @@ def bench(
         repeat,
         prompt,
         {"placement": placement.value, "trunk": trunk.value},
-        {"backend": backend.value, "kernels": kernels.value, "latency_s": latency_ms / 1000},
+        {
+            "backend": backend.value,
+            "kernels": kernels.value,
+            "activations": activations.value,
+            "latency_s": latency_ms / 1000,
+        },
         kept,
         deadline,
     )
@@ -670,6 +692,7 @@ def _loaded(
     backend: Backend,
     wire: Wire,
     kernels: Kernels,
+    activations: Activations,
     latency_ms: float,
     prefill_chunk: int,
     batch: int,
@@ -697,6 +720,7 @@ def _loaded(
             wire=wire.value,
             latency_s=latency_ms / 1000,
             kernels=kernels.value,
+            activations=activations.value,
             options=how,
             progress=progress,
         )

@@ -61,7 +61,21 @@ def describe() -> str:
     if _module is None:
         return f"plain MLX, because {_why}"
     threads = _module.threads()
-    return f"{_module.used()} kernels, {threads} thread{'s' if threads > 1 else ''}"
+    said = f"{_module.used()} kernels, {threads} thread{'s' if threads > 1 else ''}"
+    return said + (", int8 activations" if _module.activations() == 8 else "")
+
+
+def use_activations(name: str) -> None:
+    """Which integers the kernels make of activations, in layers that are made from now on.
+
+    "int8", a scale for every 32 values, is there for 4- and 8-bit weights and mxfp4 on processors
+    with AVX-512 and VNNI; everything else goes on with 16 bits.
+
+    Args:
+        name: "int16" or "int8".
+    """
+    if _module is not None:
+        _module.use_activations(int(name.removeprefix("int")))
 
 
 def set_threads(local_ranks: int = 1) -> int:

@@ -24,7 +24,8 @@ KERNELS = native.module().kernels() if native.available() else []
 FLOATS = [mx.float32, mx.bfloat16, mx.float16]
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 65, 70)
-EXACT, ROUNDED = 1e-6, 6e-5  # of the norm: float sums, and activations of 16 bits
+# Of the norm: float sums, activations of 16 bits, and of 8.
+EXACT, ROUNDED, COARSE = 1e-6, 6e-5, 1e-2
 RUNNABLE = [row.name for row in all_families() if row.refused is None]
 
 
@@ -84,6 +85,36 @@ def test_mxfp4_layer(kernels):
         for tokens in TOKENS:
             x = normal(tokens, width, seed=tokens)
             assert_close(kernels.linear(x, made), x, w, ROUNDED)
+
+
+@pytest.fixture
+def int8(kernels):
+    kernels.use_activations(8)
+    yield kernels
+    kernels.use_activations(16)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "mode"), [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")]
+)
+def test_activations_of_8_bits(int8, bits, group, mode):
+    for rows, width in [(33, 3 * group), (64, 1024)]:
+        made, w = quantised(normal(rows, width), bits, group, mode)
+        for tokens in TOKENS:
+            x = normal(tokens, width, seed=tokens)
+            got = int8.linear(x, made)
+            assert_close(got, x, w, COARSE if int8.used() == "vnni" else ROUNDED)
+    exact = np.array(x) @ np.array(w).T
+    coarse = np.linalg.norm(np.array(got) - exact) > ROUNDED * np.linalg.norm(exact)
+    assert coarse == (int8.used() == "vnni")  # nowhere else are there kernels for it
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_arrays_can_be_had_back(kernels, bits):
+    q, s, b = mx.quantize(normal(3, 20, 128), 64, bits)
+    back = kernels.Weights(q, s, b, None, bits, 64, "affine").arrays()
+    assert len(back) == (3 if kernels.used() == "vnni" else 0)
+    assert all(mx.array_equal(x, y) for x, y in zip(back, (q, s, b), strict=False))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -313,6 +344,17 @@ def test_quantised_families(family, bits, tmp_path):
     synth(tmp_path / "m", family=family, quantize=bits, group_size=32)
     (got, _), (want, _) = both(tmp_path / "m")
     assert error(got, want) <= 5e-4
+
+
+@pytest.mark.parametrize(("activations", "most"), [(16, 5e-4), (8, 0.15)])
+def test_what_integers_cost_in_logits(activations, most, tmp_path):
+    synth(tmp_path / "m", family="qwen3_moe", quantize=4, group_size=64)
+    native.module().use_activations(activations)
+    try:
+        (got, _), (want, _) = both(tmp_path / "m")
+    finally:
+        native.module().use_activations(16)
+    assert error(got, want) <= most
 
 
 # Replicas

@@ -42,6 +42,7 @@ def measure(
     threads: int | None,
     folder: Path | None = None,
     plan: Plan | None = None,
+    activations: str = "int16",
 ) -> dict[str, Any]:
     """The ceilings of `nodes` ranks, placed as the model's will be.
 
@@ -59,7 +60,12 @@ def measure(
         alone_ms = None
         if folder is not None and plan is not None and native.available():
             alone_ms = ranks.ask(
-                "kernels", 300.0, folder=str(folder.resolve()), plan=plan.to_json(), times=15
+                "kernels",
+                300.0,
+                folder=str(folder.resolve()),
+                plan=plan.to_json(),
+                times=15,
+                activations=activations,
             )
     return {
         "read_gb_s": read,
@@ -138,7 +144,7 @@ def exchange(collective: Collective, sizes: Sequence[int]) -> list[dict[str, Any
 
 
 def kernels(
-    collective: Collective, folder: str, plan: dict[str, Any], times: int
+    collective: Collective, folder: str, plan: dict[str, Any], times: int, activations: str
 ) -> dict[str, float] | None:
     """Milliseconds of one token's matrices alone: every linear layer and every layer's experts.
 
@@ -146,6 +152,7 @@ def kernels(
     attention, routing, sampling, exchanges and Python. None: this model has no native layers.
     """
     dealt = Plan.from_json(plan)
+    native.use_activations(activations)
     model = load(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
     parallelize(model, dealt.spec.family, dealt, collective, Watch(), "native")
     count, rng = dealt.spec.moe[0].experts, np.random.default_rng(0)

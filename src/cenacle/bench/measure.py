@@ -118,10 +118,11 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     latency_s = asked.options.get("latency_s", 0.0)
     plan, reason = api.place(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
     say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
+    activations = asked.options.get("activations", "int16")
     say("measuring what memory, exchange and kernels give on their own")
     native = asked.options.get("kernels", "auto") != "mlx" and native_layers.usable()
     of = (checkpoint.folder, plan) if native else (None, None)
-    limits = ceilings.measure(asked.nodes, backend, cores, threads, *of)
+    limits = ceilings.measure(asked.nodes, backend, cores, threads, *of, activations)
     say(f"loading {asked.model} on {asked.nodes} nodes")
     batch = max(*asked.streams, 1)
     with api.load(

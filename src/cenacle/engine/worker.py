@@ -149,6 +149,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():  # never run
         need = need_of(checkpoint.config, plan, collective.rank, options, order["kernels"])
         mx.set_wired_limit(residency.wired_limit(mx.device_info(), need))
+    native.use_activations(order.get("activations", "int16"))
     model = load(checkpoint, plan, collective.rank, progress)
     parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
     gc.collect()
