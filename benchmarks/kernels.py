@@ -7,8 +7,10 @@ last line of stdout is JSON. Speeds are only worth something on an idle machine.
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from cenacle import native
+from cenacle.cluster.launcher import MALLOC
 
 WIDTH = 2048
 
@@ -100,4 +103,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if MALLOC not in os.environ.get("GLIBC_TUNABLES", ""):
+        # Memory in pages as a rank's, which glibc must be told before it starts.
+        environment = {**os.environ, "GLIBC_TUNABLES": MALLOC}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     main()

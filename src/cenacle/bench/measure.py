@@ -121,8 +121,8 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     activations = asked.options.get("activations", "int16")
     say("measuring what memory, exchange and kernels give on their own")
     native = asked.options.get("kernels", "auto") != "mlx" and native_layers.usable()
-    of = (checkpoint.folder, plan) if native else (None, None)
-    limits = ceilings.measure(asked.nodes, backend, cores, threads, *of, activations)
+    folder, dealt = (checkpoint.folder, plan) if native else (None, None)
+    limits = ceilings.measure(asked.nodes, backend, cores, threads, folder, dealt, activations)
     say(f"loading {asked.model} on {asked.nodes} nodes")
     batch = max(*asked.streams, 1)
     with api.load(
