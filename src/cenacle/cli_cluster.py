@@ -129,7 +129,7 @@ def _serve(
     from .server.app import serve
 
     def started(url: str) -> None:
-        head.tell(url=url, waiting="")
+        head.tell(url=url)
         _say(f"serving {loaded.name} on {loaded.plan.nodes} machines at {url}")
 
     head.tell(model=Path(model).name)
@@ -139,7 +139,6 @@ def _serve(
         for line in (loaded.ranks.backend_reason, loaded.plan_reason):
             if line:
                 _say(line)
-        head.tell(plan=loaded.plan_reason, exchange=loaded.ranks.backend_reason)
         serve(loaded, sock, on_started=started, policy=policy, tls=tls)
 
 

@@ -5,6 +5,8 @@ import ssl
 import stat
 
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from cenacle.cluster import pairing
 from cenacle.cluster.pairing import Authority, Identity, Tokens, proof_of
@@ -132,6 +134,9 @@ def test_both_sides_are_known_by_their_certificates(tmp_path):
 def test_a_node_cannot_pass_for_the_head(tmp_path):
     authority = Authority(tmp_path / "a")
     ours, bad = node(tmp_path / "n", authority), node(tmp_path / "m", authority, "bad")
+    (own, _) = x509.load_pem_x509_certificates(bad.certificate.read_bytes())
+    uses = own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(uses) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     with pytest.raises(ssl.SSLCertVerificationError):
         shake_hands(ours.client(), Identity(bad.folder, "node").server(), pairing.SERVER_NAME)
 

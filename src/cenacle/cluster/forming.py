@@ -125,6 +125,7 @@ class Joined:
             ranks.close(now=True)
             raise
         self._head.is_ready(formed.formation.number)
+        self._head.tell(waiting="", exchange=formed.exchange, plan=formed.reason)
         return ranks
 
     def _again(self, epoch: Epoch) -> Formed:
