@@ -166,6 +166,14 @@ def test_answers_of_a_form(client: openai.OpenAI) -> None:
         extra_body={"response_format": {"type": "grammar", "grammar": 'start: "yes" | "no"'}},
     )
     assert one.choices[0].text in ("yes", "no")
+    endless: Any = {"name": "x", "schema": {"$ref": "#"}}
+    with pytest.raises(openai.BadRequestError, match="no text matches") as nothing:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=SUM,
+            response_format={"type": "json_schema", "json_schema": endless},
+        )
+    assert nothing.value.param == "response_format"
     with pytest.raises(openai.BadRequestError, match="patternless") as refused:
         client.chat.completions.create(
             model=MODEL,

@@ -202,6 +202,7 @@ def _read(
         calls=calls,
         parallel=parallel,
         grammar=grammar,
+        grammar_field="tools" if calls is not None else "output_config.format",
         think=think,
         think_tokens=budget,
         continued=last["role"] == "assistant",

@@ -41,6 +41,7 @@ from .. import __version__
 from ..dialogue import Message
 from ..engine.text import AnswerStream
 from ..errors import ClusterError, InputError
+from ..request import Request
 from . import anthropic, description, exchange, grammars, openai, page, responses
 from .answering import Answering, Draft, json_response, refusal
 from .auth import Keys
@@ -337,13 +338,7 @@ class Api:
             limits = [n for n in (asked.max_tokens, room) if n is not None]
             echo = self._text.decode(tokens) if asked.echo else ""
             for choice in range(asked.n):
-                request = self._model.request(
-                    tokens,
-                    min(limits, default=None),
-                    asked.sampling_of(choice),
-                    logprobs=asked.logprobs,
-                    grammar=asked.grammar,
-                )
+                request = self._request(asked, tokens, min(limits, default=None), choice)
                 draft = Draft(
                     len(drafts),
                     replace(request, key=key),
@@ -357,6 +352,18 @@ class Api:
                     draft.think_first(self._text.chat((), (), tokens))
                 drafts.append(draft)
         return asked, drafts
+
+    def _request(
+        self, asked: Asked, tokens: tuple[int, ...], most: int | None, choice: int
+    ) -> Request:
+        sampling, logs = asked.sampling_of(choice), asked.logprobs
+        try:
+            return self._model.request(tokens, most, sampling, logprobs=logs, grammar=asked.grammar)
+        except InputError as error:
+            if error.field != "grammar":
+                raise
+            field = asked.grammar_field  # what the client calls it
+            raise Refused(f"{field}: cannot be enforced: {error}", field) from error
 
     def _prompt(self, asked: Asked, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's ids."""

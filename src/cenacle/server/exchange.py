@@ -59,6 +59,7 @@ class Asked:
         calls: None: as the model likes; "required", or a function's name: calls and nothing else.
         parallel: several calls in one answer are allowed.
         grammar: what the answer must match, see `grammars.py`; None: anything.
+        grammar_field: the parameter that it came in.
         template: options of the chat template.
         think: whether a model that can think shall; None: as its template has it.
         think_tokens: reasoning ends after so many; None: when the model ends it.
@@ -81,6 +82,7 @@ class Asked:
     calls: str | None = None
     parallel: bool = True
     grammar: str | None = None
+    grammar_field: str = "response_format"
     template: dict[str, Any] = field(default_factory=dict)
     think: bool | None = None
     think_tokens: int | None = None

@@ -275,6 +275,7 @@ def read_chat(body: bytes, served: Served) -> Asked:
         calls=calls,
         parallel=parallel,
         grammar=grammar,
+        grammar_field="tools" if calls is not None else "response_format",
         template=template,
         think=think,
     )

@@ -134,6 +134,7 @@ def read(body: bytes, served: Served) -> Asked:
         calls=calls,
         parallel=parallel,
         grammar=grammar,
+        grammar_field="tools" if calls is not None else "text.format",
         think=openai.thinking(effort, template),
         template=template,
         given={
