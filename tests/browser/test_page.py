@@ -196,6 +196,35 @@ def test_errors_are_words(opened):
     assert answers(page) == ["42"]
 
 
+def test_a_key_is_asked_for_once_sent_and_kept(opened):
+    page = opened(refused=True)
+    sent = []
+
+    def door(route):
+        sent.append(route.request.headers.get("authorization"))
+        if sent[-1] == "Bearer open sesame":
+            route.continue_()
+        else:
+            route.fulfill(status=401, body="{}")
+
+    page.route(re.compile(r"/v1/|/cluster\?"), door)
+    ask(page, "What is 12 + 30?")
+    page.wait_for_selector("#key[open]")
+    page.fill("#key input", "wrong")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#key-title:has-text('not accepted')")
+    page.fill("#key input", "open sesame")
+    page.keyboard.press("Enter")
+    assert answers(page) == ["42"]
+    assert None in sent
+    assert "Bearer wrong" in sent
+    page.reload()
+    sent.clear()
+    page.click("[aria-label=Regenerate]")
+    assert answers(page) == ["42"]
+    assert set(sent) == {"Bearer open sesame"}
+
+
 def test_markdown_makes_elements_and_nothing_else(opened):
     page = opened()
     hostile = [
