@@ -284,6 +284,9 @@ def test_bodies_that_are_refused(single: Server) -> None:
         assert refused(single.post(content=body)) == (400, None, "invalid_body")
     many = {"messages": [{"role": "user", "content": "1 + 1 " * 1000}]}
     assert refused(single.post(json=many)) == (400, "messages", "context_length_exceeded")
+    crowd = single.post(json={"messages": [{"role": "user", "content": ""}] * 10_001})
+    assert refused(crowd) == (400, "messages", "invalid_value")
+    assert "10000 messages" in crowd.text
     ids = single.post("completions", json={"prompt": [1] * 1024})
     assert refused(ids) == (400, "prompt", "context_length_exceeded")
     ids = single.post("completions", json={"prompt": [384]})

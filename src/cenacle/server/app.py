@@ -63,6 +63,7 @@ class Limits:
 
     Args:
         body_bytes: largest body.
+        messages: most messages of a chat: a template takes its time for each, and others wait.
         body_s: seconds in which a body must have come.
         head_s: seconds in which a request's head must have come.
         write_s: seconds for which a client may leave a full send buffer unread.
@@ -76,6 +77,7 @@ class Limits:
     """
 
     body_bytes: int = 10_000_000
+    messages: int = 10_000
     body_s: float = 30.0
     head_s: float = 30.0
     write_s: float = 60.0
@@ -372,6 +374,9 @@ class Api:
             return self._text.encode(prompt)
         if not asked.chat:
             return self._model.tokens_of(prompt)
+        if len(prompt) > (most := self._limits.messages):
+            field = asked.prompt_field
+            raise Refused(f"{field}: expected at most {most} messages, got {len(prompt)}", field)
         text = self._text
         if asked.think and not text.thinks:
             raise not_supported("thinking", f"the model {self._served.model} has no reasoning")
