@@ -38,7 +38,7 @@ import cenacle
 DEMO = Path(cenacle.__file__).parent / "demo_model"
 ENDS = json.loads((DEMO / "generation_config.json").read_text())["eos_token_id"]
 GROUPS = Path("/sys/fs/cgroup/memory")
-TOKENS = 300
+TOKENS = 200
 HIT_AFTER = 15  # tokens that the first client has when the fault comes
 
 
