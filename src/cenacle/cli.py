@@ -70,6 +70,14 @@ class Activations(StrEnum):
     int8 = "int8"
 
 
+class Speculate(StrEnum):
+    """When tokens are drafted; see `engine.engine.Options`."""
+
+    auto = "auto"
+    off = "off"
+    always = "always"
+
+
 class Wire(StrEnum):
     """How the mesh sends float32 vectors; see `collective.mesh.WIRES`."""
 
@@ -158,6 +166,10 @@ PrefillChunk = Annotated[int, typer.Option(min=1, help="Most prompt tokens per s
 Batch = Annotated[int, typer.Option(min=1, help="Most requests generated at once.")]
 KVBits = Annotated[int | None, typer.Option(help="Quantise the KV cache to 4 or 8 bits.")]
 MaxKV = Annotated[int | None, typer.Option(min=8, help="Keep at most this many positions.")]
+SpeculateName = Annotated[
+    Speculate,
+    typer.Option("--speculate", help="Draft tokens and check several at once, if it pays."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temp = Annotated[float, typer.Option(help="Temperature; 0 is greedy.")]
@@ -207,6 +219,7 @@ def generate(
     prefill_chunk: PrefillChunk = 512,
     kv_bits: KVBits = None,
     max_kv_size: MaxKV = None,
+    speculate: SpeculateName = Speculate.auto,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt.
@@ -228,6 +241,7 @@ def generate(
         32,
         kv_bits,
         max_kv_size,
+        speculate=speculate.value,
     ) as loaded:
         ids = loaded.text.encode(text) if raw else loaded.tokens_of(text)
         answer = loaded.generate(
@@ -277,6 +291,7 @@ def chat(
     kernels: KernelsName = Kernels.auto,
     activations: ActivationsName = Activations.int16,
     kv_bits: KVBits = None,
+    speculate: SpeculateName = Speculate.auto,
 ) -> None:
     """Talk with a model in the terminal, here or on a server. /help lists commands, Ctrl-D ends.
 
@@ -294,7 +309,20 @@ def chat(
         raise InputError("--model: expected a folder or a hub name, or a server with --url")
     dealt = _dealt(shares, placement, trunk, budgets_gb)
     with _loaded(
-        model, nodes, dealt, plan, backend, wire, kernels, activations, 0.0, 512, 32, kv_bits, None
+        model,
+        nodes,
+        dealt,
+        plan,
+        backend,
+        wire,
+        kernels,
+        activations,
+        0.0,
+        512,
+        32,
+        kv_bits,
+        None,
+        speculate=speculate.value,
     ) as loaded:
         Talk(Local(loaded), how, system or "").loop(kept)
 
@@ -318,6 +346,7 @@ def serve(
     batch: Batch = 32,
     kv_bits: KVBits = None,
     max_kv_size: MaxKV = None,
+    speculate: SpeculateName = Speculate.auto,
     require_key: cli_keys.RequireKey = False,
     tls: cli_keys.Tls = None,
     tls_cert: cli_keys.TlsCert = None,
@@ -372,6 +401,7 @@ def serve(
             max_kv_size,
             queue=queue,
             kv_gb=kv_gb,
+            speculate=speculate.value,
         ) as loaded:
             run(
                 loaded,

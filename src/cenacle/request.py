@@ -208,9 +208,8 @@ class TokenEvent:
     @classmethod
     def from_json(cls, data: list[Any]) -> TokenEvent:
         """Read a list of the fields' values, as a rank sends it."""
-        request, token, finish, logprob, top, cached = data
-        pairs = tuple((int(i), float(p)) for i, p in top)
-        return cls(request, token, finish, logprob, pairs, cached)
+        event = cls(*data)
+        return replace(event, top=tuple((i, p) for i, p in event.top))
 
     def outcome(self) -> TokenEvent | InputError:
         """What whoever asked is told: the token, or why there is no answer."""

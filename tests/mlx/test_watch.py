@@ -7,6 +7,7 @@ import pytest
 from one_process import VECTORS, load_rank
 
 from cenacle.collective.alone import Alone
+from cenacle.collective.base import Traffic
 from cenacle.engine import engine
 from cenacle.model.watch import Watch
 from cenacle.model.weights import Checkpoint, describe
@@ -98,6 +99,8 @@ class Recorder:
     def __init__(self) -> None:
         self.told: list[str] = []
 
+    traffic = Traffic()
+
     def next(self):
         self.told.append("next")
         return [TokenEvent("a", 1)]
@@ -113,6 +116,7 @@ class Recorder:
 def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
+    monkeypatch.setattr(engine.cache, "footprint", lambda *_: None)
     it = engine.Engine(None, recorder, recorder, engine.Options())
     it.step(Step(0, measured=True))
     assert recorder.told == ["wait", "start", "next", "check", "wait", "stop"]

@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 
 import cenacle
 from cenacle import InputError
+from cenacle.engine.engine import Options
 from cenacle.request import Sampling
 
 DEMO = Path(cenacle.__file__).parent / "demo_model"
@@ -46,7 +47,23 @@ LISTS = LLMatcher.grammar_from_lark(
 
 @pytest.fixture(scope="module")
 def models():
-    with cenacle.load(str(DEMO), 1) as one, cenacle.load(str(DEMO), 2) as two:
+    """Without drafts."""
+    options = Options(speculate="off")
+    with (
+        cenacle.load(str(DEMO), 1, options=options) as one,
+        cenacle.load(str(DEMO), 2, options=options) as two,
+    ):
+        yield {1: one, 2: two}
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    """With drafts wherever there is one."""
+    options = Options(speculate="always")
+    with (
+        cenacle.load(str(DEMO), 1, options=options) as one,
+        cenacle.load(str(DEMO), 2, options=options, trunk="sharded") as two,
+    ):
         yield {1: one, 2: two}
 
 
@@ -179,3 +196,75 @@ def test_grammars_that_cannot_be_followed_are_refused(models):
         with pytest.raises(InputError, match=f"grammar: expected one that .*{re.escape(reason)}"):
             models[2].generate(ASKED, 3, grammar=grammar)
     assert models[2].generate(ASKED).text == "42"
+
+
+ENDLESS = {"logit_bias": {362: -100.0}}  # an end that never comes
+LOOP = [81, 82, 83, 84] * 6
+DRAFTED = [
+    (LOOP, 60, {}),
+    (NOISE, 80, ENDLESS),
+    (NOISE, 60, ENDLESS | WILD),
+    (NOISE, 60, ENDLESS | {"repetition_penalty": 1.1, "temperature": 0.7, "seed": 3}),
+    (ASKED, 30, {}),
+    (NOISE, 60, WILD | {"grammar": OBJECT}),
+    (LOOP, 60, {"grammar": LISTS, "temperature": 0.5, "seed": 2}),
+]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_drafts_change_nothing(models, drafting, nodes):
+    before = drafting[nodes].group.drafts
+    for prompt, limit, how in DRAFTED:
+        plain = list(models[nodes].stream(prompt, limit, logprobs=2, **how))
+        drafted = list(drafting[nodes].stream(prompt, limit, logprobs=2, **how))
+        assert [(c.token, c.finish) for c in drafted] == [(c.token, c.finish) for c in plain]
+        for a, b in zip(drafted, plain, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
+    done = drafting[nodes].group.drafts - before
+    assert done.drafted > done.accepted > 50
+    assert models[nodes].group.drafts.drafted == 0
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_others_come_and_go_beside_a_draft(models, drafting, nodes):
+    """Each time the request that drafts goes back among the others, and comes out again."""
+    for prompt, limit, how in (DRAFTED[2], DRAFTED[5]):
+        limit *= 3
+        want = models[nodes].generate(prompt, limit, logprobs=1, **how).tokens
+        other = models[nodes].generate(ASKED).tokens
+        got, guests = [], 0
+        for chunk in drafting[nodes].stream(prompt, limit, logprobs=1, **how):
+            got.append(chunk.token)
+            if len(got) % 12 == 5 and guests < 6:
+                guests += 1
+                if guests % 2:
+                    assert drafting[nodes].generate(ASKED).tokens == other
+                else:  # one that leaves in the middle
+                    next(drafting[nodes].stream(NOISE, 100, **ENDLESS))
+        assert got == want
+        assert guests >= 2
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_request_that_drafts_can_be_cancelled(drafting, nodes):
+    model = drafting[nodes]
+    stream = model.stream(NOISE, 800, **ENDLESS)
+    for _ in range(40):
+        next(stream)
+    stream.close()
+    assert model.generate(ASKED).text == "42"
+    assert model.group.load == {"running": 0, "waiting": 0}
+
+
+def test_measured_steps_of_drafts_are_divided_by_their_tokens(drafting):
+    model = drafting[2]
+    done = model.generate(LOOP, 100, **ENDLESS)
+    terms = model.group.terms
+    assert terms.tokens > terms.steps > 0
+    parts = sum(v for k, v in done.terms_ms.items() if k != "total")
+    assert parts == pytest.approx(done.terms_ms["total"])
+
+
+def test_ways_to_draft():
+    with pytest.raises(InputError, match="speculate: expected one of auto, off, always, got 'no'"):
+        Options(speculate="no")

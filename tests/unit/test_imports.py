@@ -17,6 +17,7 @@ ROOMS = (
     ("errors", "spec", "plan", "request", "dialogue"),
     (
         *("native", "collective", "engine.scheduler", "engine.terms", "engine.channel"),
+        "engine.drafts",
         *(
             "engine.prefixes",
             "cluster.supervisor",
@@ -51,7 +52,7 @@ WITHOUT_MLX = (
     *("cluster.supervisor", "engine.lockstep"),
     *("server.auth", "server.guard", "server.tls"),
     *("cluster.supervisor", "cluster.doctor", "engine.lockstep"),
-    *("engine.grammar", "engine.text", "engine.prefixes"),
+    *("engine.grammar", "engine.text", "engine.prefixes", "engine.drafts"),
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),

@@ -27,8 +27,12 @@ from mlx_lm.generate import (
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import LogitsProcessor
 
+from ..collective.base import Collective
+from ..model.watch import Watch
 from ..request import Part, Request, TokenEvent
+from .drafts import Drafts
 from .sampler import Drawing
+from .speculation import Alone, Answer, can_go_back
 
 if TYPE_CHECKING:
     from .engine import Options
@@ -53,6 +57,11 @@ class Batch(ABC):
     def __init__(self, model: nn.Module, options: Options) -> None:
         self._model, self._options = model, options
         self._prompts: dict[str, _Prompt] = {}
+
+    @property
+    def drafts(self) -> Drafts:
+        """What became of all drafts so far."""
+        return Drafts()
 
     def insert(self, request: Request, drawing: Drawing) -> None:
         """Begin a request; its prompt waits for its parts."""
@@ -91,12 +100,18 @@ class Batch(ABC):
         """Free every cache."""
 
 
-def make_batch(model: nn.Module, options: Options) -> Batch:
-    """Continuous batching where mlx-lm can merge this model's caches, else one by one."""
+def make_batch(model: nn.Module, options: Options, collective: Collective, watch: Watch) -> Batch:
+    """Continuous batching where mlx-lm can merge this model's caches, else one by one.
+
+    Drafts only with the first, and where its caches can forget what was drafted in vain.
+    """
     plain = options.kv_bits is None and options.max_kv_size is None
-    if plain and all(_mergeable(c) for c in make_prompt_cache(model)):
-        return Continuous(model, options)
-    return OneByOne(model, options)
+    if not (plain and all(_mergeable(c) for c in make_prompt_cache(model))):
+        return OneByOne(model, options)
+    alone = None
+    if options.speculate != "off" and can_go_back(model):
+        alone = Alone(model, collective, watch, options.speculate)
+    return Continuous(model, options, alone)
 
 
 def _mergeable(cache: Any) -> bool:
@@ -105,9 +120,9 @@ def _mergeable(cache: Any) -> bool:
 
 
 class Continuous(Batch):
-    """mlx-lm's `BatchGenerator`."""
+    """mlx-lm's `BatchGenerator`; a request that runs by itself is `Alone`'s while drafts pay."""
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Options, alone: Alone | None = None) -> None:
         super().__init__(model, options)
         self._generator = BatchGenerator(
             model,
@@ -115,51 +130,78 @@ class Continuous(Batch):
             completion_batch_size=options.batch,
             prefill_batch_size=options.batch,
         )
-        self._ids: dict[int, str] = {}
-        self._drawings: dict[int, Drawing] = {}
+        self._answers: dict[int, Answer] = {}
+        self._alone = alone
+
+    @property
+    def drafts(self) -> Drafts:
+        """See `Batch`."""
+        return self._alone.pace.drafts if self._alone is not None else super().drafts
 
     def start(self, part: Part) -> None:
         """See `Batch`."""
+        if self._alone is not None and self._alone.answer is not None:
+            answer, caches = self._alone.leave()
+            self._generate(answer, answer.length - 1, caches)
         prompt = self._prompts.pop(part.request)
-        request, drawing = prompt.request, prompt.drawing
+        self._generate(Answer(prompt.request, prompt.drawing), part.begin, prompt.caches)
+
+    def _generate(self, answer: Answer, begin: int, caches: list[Any]) -> None:
+        """Give a request to mlx-lm.
+
+        Args:
+            begin: how many of its tokens are in `caches`.
+        """
+        tokens, drawing = answer.tokens, answer.drawing
         (uid,) = self._generator.insert(
-            [list(request.tokens[part.begin :])],
-            max_tokens=[request.max_tokens],
-            caches=[prompt.caches or make_prompt_cache(self._model)],
-            all_tokens=[list(request.tokens[: part.begin])],
+            [tokens[begin:]],
+            max_tokens=[answer.left],
+            caches=[caches or make_prompt_cache(self._model)],
+            all_tokens=[tokens[:begin]],
             samplers=[drawing.choice],
             logits_processors=[drawing.processors],
-            stop_sequences=[StopSequences([(t,) for t in request.stop_tokens])],
+            stop_sequences=[StopSequences([(t,) for t in answer.request.stop_tokens])],
         )
-        self._ids[uid], self._drawings[uid] = request.id, drawing
+        self._answers[uid] = answer
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
         super().remove(request_id)
-        uids = [uid for uid, known in self._ids.items() if known == request_id]
+        uids = [uid for uid, known in self._answers.items() if known.request.id == request_id]
         for uid in uids:
             self._generator.remove([uid])
-            del self._ids[uid], self._drawings[uid]
+            del self._answers[uid]
+        alone = self._alone
+        if alone is not None and alone.answer is not None and alone.answer.request.id == request_id:
+            alone.end()
 
     def next(self) -> list[TokenEvent]:
         """See `Batch`."""
-        if not self._ids:
+        if self._alone is not None and self._alone.answer is not None:
+            return self._alone.next()
+        if not self._answers:
             return []
         _, responses = self._generator.next()
         events: list[TokenEvent] = []
         for r in responses:
-            events.append(self._drawings[r.uid].event(self._ids[r.uid], r.token, r.finish_reason))
+            answer = self._answers[r.uid]
+            answer.given.append(r.token)
+            events.append(answer.event(r.token, r.finish_reason))
             if r.finish_reason is not None:
-                del self._ids[r.uid], self._drawings[r.uid]
+                del self._answers[r.uid]
+            elif self._alone is not None and len(self._answers) == 1 and self._alone.wants(answer):
+                caches, _ = self._generator.remove([r.uid], return_prompt_caches=True)[r.uid]
+                self._alone.take(self._answers.pop(r.uid), caches)
         return events
 
     def close(self) -> None:
         """See `Batch`."""
         self._prompts.clear()
-        self._generator.remove(list(self._ids))
+        self._generator.remove(list(self._answers))
         self._generator.close()
-        self._ids.clear()
-        self._drawings.clear()
+        self._answers.clear()
+        if self._alone is not None:
+            self._alone.end()
 
 
 class OneByOne(Batch):

@@ -10,6 +10,7 @@ steps have admitted; `worker.py`, which brings the steps.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +18,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..collective.base import Collective
-from ..errors import ClusterError
+from ..errors import ClusterError, InputError
 from ..model import architecture, residency
 from ..model.watch import Watch
 from ..plan import Plan
 from ..request import Request, Step, TokenEvent
 from . import cache
 from .batches import make_batch
+from .drafts import Drafts
 from .grammar import Vocabulary
 from .prefixes import Footprint
 from .sampler import Drawings
+from .speculation import WAYS
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Options:
         max_kv_size: keep only this many positions (the first four and the last), None: all.
         queue: most requests that wait while others are answered; None: any number.
         kv_gb: gigabytes for caches of running requests on each rank; None: half of what is left.
+        speculate: draft tokens for a request that runs alone, if its cache can forget them: "auto",
+            while it pays; "always"; "off".
     """
 
     prefill_chunk: int = 512
@@ -50,6 +55,13 @@ class Options:
     max_kv_size: int | None = None
     queue: int | None = None
     kv_gb: float | None = None
+    speculate: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.speculate not in WAYS:
+            raise InputError(
+                f"speculate: expected one of {', '.join(WAYS)}, got {self.speculate!r}", "speculate"
+            )
 
 
 def need_of(
@@ -93,7 +105,8 @@ class Engine:
         self.footprint: Footprint = cache.footprint(
             model, options.max_kv_size, options.kv_bits, options.kv_group_size
         )
-        self._batch = make_batch(model, options)
+        self._batch = make_batch(model, options, collective, watch)
+        self._drafts = self._batch.drafts
         self._next_step = 0
 
     def step(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
@@ -119,11 +132,18 @@ class Engine:
         self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(step, events) if step.measured else None
 
+    def take_drafts(self) -> Drafts:
+        """What became of drafts since the last call."""
+        before, self._drafts = self._drafts, self._batch.drafts
+        return self._drafts - before
+
     def _measured(self, step: Step, events: list[TokenEvent]) -> dict[str, Any]:
         self._batch.wait()  # the head and the sampler come after the last lap
         decoding = bool(events) and not (step.prefill or step.started)
         sent = self._collective.traffic.bytes
-        return {**self._watch.stop(), "decoding": decoding, "sent_bytes": sent}
+        tokens = max(Counter(e.request for e in events).values(), default=0)
+        said = {"decoding": decoding, "tokens": tokens, "sent_bytes": sent}
+        return {**self._watch.stop(), **said}
 
     def _expect(self, step: Step) -> None:
         if step.number != self._next_step:

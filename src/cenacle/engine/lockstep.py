@@ -29,6 +29,7 @@ from ..cluster.supervisor import Answered, Doing, GiveUp, Lost, Refused, Serve, 
 from ..errors import CenacleError, ClusterError, RankLost
 from ..request import Request, Step, TokenEvent
 from .channel import Channel
+from .drafts import Drafts
 from .scheduler import Scheduler
 from .terms import Terms
 
@@ -163,6 +164,7 @@ class Group:
         self._last_s = 0.0  # when rank 0 finished its last step
         self._place_s, self._placed_s = 1.0, time.monotonic()  # every how often a request ends
         self.terms = Terms()
+        self.drafts = Drafts()  # of all requests since the beginning
         # Since the group began.
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.heard: list[float] = []  # when each rank last gave a sign of life, time.monotonic()'s
@@ -354,6 +356,7 @@ class Group:
             self._scheduler.took(running.step, now - max(running.sent, self._last_s))
             self._last_s = now
             running.tokens = message["tokens"]
+            self.drafts += Drafts(**message.get("drafts", {}))
             self._deliver([TokenEvent.from_json(t) for t in message["tokens"]])
         else:
             running.others[rank] = message["tokens"]

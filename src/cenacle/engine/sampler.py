@@ -13,6 +13,7 @@ Next: `grammar.py`, which tokens may follow; `batches.py`, which calls all this.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -166,6 +167,45 @@ class Drawing:
     processors: list[LogitsProcessor] = field(default_factory=list)
     probe: Probe | None = None
     matcher: Matcher | None = None
+
+    def draw(self, tokens: mx.array | None, logits: mx.array, position: int) -> mx.array:
+        """This rank's own choice at several positions at once: [rows, vocabulary] -> [rows].
+
+        Args:
+            tokens: all before the first row, then those that lead to the other rows; None will do
+                if there are no processors.
+            logits: as the model gives them.
+            position: in the answer, of the first row.
+        """
+        if self.processors:
+            assert tokens is not None
+            first = tokens.shape[0] - logits.shape[0] + 1
+            rows = []
+            for i in range(logits.shape[0]):
+                row = logits[i : i + 1]
+                for processor in self.processors:
+                    row = processor(tokens[: first + i], row)
+                rows.append(row)
+            logits = mx.concatenate(rows)
+        return self.choice.draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True), position)
+
+    def possible(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
+        """How many tokens of a draft, from the first, the grammar allows behind `tokens`."""
+        if self.matcher is None or not draft:
+            return len(draft)
+        unseen = tokens[self.matcher.length :]
+        return max(self.matcher.possible([*unseen, *draft]) - len(unseen), 0)
+
+    def forget(self, length: int | None = None) -> None:
+        """What was drawn and has not been given will not be.
+
+        Args:
+            length: how many tokens of the text, of those that the grammar has seen, stay.
+        """
+        if self.probe is not None:
+            self.probe.drop()
+        if self.matcher is not None and length is not None:
+            self.matcher.rewind(length)
 
     def event(self, request_id: str, token: int, finish: str | None) -> TokenEvent:
         """What is said of a token; to be called once for each, in order."""

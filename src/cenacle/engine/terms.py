@@ -14,13 +14,15 @@ from typing import Any
 
 @dataclass
 class Terms:
-    """Sums over measured decode steps, in seconds; `steps` says how many.
+    """Sums over measured decode steps, in seconds; `steps` says how many, `tokens` how many tokens
+    they gave to each request.
 
     `routed` counts, by layer and expert, how often the router chose an expert in these steps.
     `ranks` holds, in rank order, each rank's own trunk, experts, waiting and total.
     """
 
     steps: int = 0
+    tokens: int = 0
     trunk: float = 0.0
     experts: float = 0.0
     exchange: float = 0.0
@@ -41,6 +43,7 @@ class Terms:
         ranks = len(reports)
         pure = [min(times) for times in zip(*(r["exchanges_s"] for r in reports), strict=True)]
         self.steps += 1
+        self.tokens += reports[0].get("tokens", 1)
         self.exchange += sum(pure)
         if not self.ranks:
             self.ranks = [dict.fromkeys(_OWN, 0.0) for _ in reports]
@@ -58,7 +61,7 @@ class Terms:
                 seen[int(expert)] = seen.get(int(expert), 0) + times
 
     def per_token_ms(self) -> dict[str, float]:
-        """Mean milliseconds of a decode step by term; zeros if none was measured."""
+        """Mean milliseconds of a token by term; zeros if none was measured."""
         return self._ms({name: getattr(self, name) for name in _OWN})
 
     def per_rank_ms(self) -> list[dict[str, float]]:
@@ -66,7 +69,7 @@ class Terms:
         return [self._ms(own) for own in self.ranks]
 
     def _ms(self, own: dict[str, float]) -> dict[str, float]:
-        n = max(self.steps, 1)
+        n = max(self.tokens, 1)
         named = {k: own[k] for k in ("trunk", "experts")}
         named |= {"exchange": self.exchange, "waiting": own["waiting"]}
         rest = own["total"] - sum(named.values())

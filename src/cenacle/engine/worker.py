@@ -182,6 +182,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
                 "number": step.number,
                 "tokens": [list(asdict(e).values()) for e in events],
                 "report": report,
+                "drafts": asdict(engine.take_drafts()),
             }
         )
 

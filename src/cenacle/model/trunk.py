@@ -3,9 +3,10 @@
 Owns: adding up what ranks computed of a divided part, one exchange each.
 Does not know: which rank has what (`plan.py`), how parameters were cut (`cuts.py`).
 Invariant: after each part every rank has the same values; an output bias is added once.
-Shapes: everything maps [batch, length, width] to the same but the head, which gives logits of the
-last position only, [batch, 1, vocabulary]: nothing else is sampled from, and an exchange of a whole
-prompt's logits would be hundreds of megabytes.
+Shapes: everything maps [batch, length, width] to the same but the head, which of a prompt gives the
+logits of the last position only, [batch, 1, vocabulary]: nothing else is sampled from, and an
+exchange of all of them would be hundreds of megabytes. Of a few positions, as a draft has, it gives
+those of all.
 Next: `experts.py`, the exchange of a block's experts; `engine/engine.py`, which runs the model.
 """
 
@@ -21,6 +22,8 @@ from ..plan import Plan
 from . import architecture
 from .cuts import O_PROJ
 from .watch import Watch
+
+FEW = 32  # positions; more than are ever drafted
 
 Exchange = Callable[[mx.array], mx.array]
 
@@ -53,8 +56,9 @@ class DividedHead(nn.Module):
         self._first, self._rows, self._exchange = first, rows, exchange
 
     def __call__(self, x: mx.array) -> mx.array:
-        """[batch, length, width] -> [batch, 1, vocabulary], of the last position."""
-        y = self.layer(x[:, -1:])
+        """[batch, length, width] -> [batch, length or 1, vocabulary], of the last position if there
+        are more than `FEW`."""
+        y = self.layer(x if x.shape[1] <= FEW else x[:, -1:])
         after = self._rows - self._first - y.shape[-1]
         return self._exchange(mx.pad(y, [(0, 0)] * (y.ndim - 1) + [(self._first, after)]))
 
