@@ -7,6 +7,7 @@ import pytest
 from cenacle.errors import ClusterError, InputError
 from cenacle.plan import Plan
 from cenacle.request import Request, Step, TokenEvent
+from cenacle.engine.drafts import Drafts
 from cenacle.server.auth import Keys
 from cenacle.server.metrics import Metered, Metrics, activations
 from cenacle.spec import ModelSpec, MoELayer
@@ -18,6 +19,7 @@ class Group:
     """Remembers sinks; refuses what the test says."""
 
     state = SimpleNamespace(phase="ok", recoveries=0)
+    drafts = Drafts(12, 9)
 
     def __init__(self) -> None:
         self.load = {"running": 0, "waiting": 0}
@@ -122,3 +124,8 @@ def test_work_follows_slices_and_replicas():
     both = Plan.replicated(SPEC, 2, budgets=[9999, 9999])  # each expert on both
     times, work = activations(both.layers[0], counts, both)
     assert (times, work) == ([2, 2], [2, 2])
+
+
+def test_drafts_are_told(played):
+    assert played.value("spec_decode_num_draft_tokens_total") == 12
+    assert played.value("spec_decode_num_accepted_tokens_total") == 9

@@ -315,6 +315,15 @@ class _Now:
         yield CounterMetricFamily(
             "cenacle_recoveries", "How often ranks were started again.", state.recoveries
         )
+        drafts = model.group.drafts
+        yield CounterMetricFamily(
+            "cenacle_spec_decode_num_draft_tokens", "Tokens that were drafted.", drafts.drafted
+        )
+        yield CounterMetricFamily(
+            "cenacle_spec_decode_num_accepted_tokens",
+            "Drafted tokens that the model agreed with.",
+            drafts.accepted,
+        )
         facts = {"version": __version__, "model": model.name, "nodes": str(model.plan.nodes)}
         facts |= {"placement": model.plan.placement, "trunk": model.plan.trunk}
         yield InfoMetricFamily("cenacle", "What is served.", facts)
