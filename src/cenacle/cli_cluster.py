@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -219,8 +219,9 @@ def join(
 
     folder = pairing.own_folder() / "cluster"
     identity = pairing.Identity(folder, "node")
-    lock = take_lock(folder / "agent.lock", "an agent of this machine")
-    with lock:
+    # An agent that runs already does not stand in the way of writing a service.
+    running = nullcontext() if service else take_lock(folder / "agent.lock", "this machine's agent")
+    with running:
         if token is not None:
             if head is None:
                 raise InputError("join: expected HOST:PORT before --token", "head")

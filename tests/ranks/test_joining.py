@@ -12,17 +12,26 @@ import struct
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
+import cenacle
 from cenacle.cluster import join, pairing
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.control import Head
+from cenacle.cluster.forming import Joined
 from cenacle.cluster.join import ask, pair
+from cenacle.cluster.placing import Wanted
 from cenacle.engine.channel import Channel
+from cenacle.engine.engine import Options, need_of
+from cenacle.engine.lockstep import Epoch
 from cenacle.errors import ClusterError, InputError
+from cenacle.model.weights import Checkpoint, describe
+from cenacle.plan import Plan
 
 HOST = "127.0.0.1"
+DEMO = Path(cenacle.__file__).parent / "demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +313,46 @@ def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
         until(lambda: names(head).get("two", {}).get("here"), "two again")  # needs no token
         head.close()
     assert "does not answer" in said[1]
+
+
+def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypatch):
+    """Each of two machines has room for half of the demo model, not for all of it."""
+    checkpoint = Checkpoint.open(DEMO)
+    spec, options = describe(checkpoint), Options()
+    half, whole = (
+        need_of(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").own for n in (2, 1)
+    )
+    room = {"available_bytes": (half + whole) // 2}
+    monkeypatch.setattr("cenacle.cluster.machine.changing", lambda: room)
+    said, told = [], []
+    head = Head(tmp_path / "h", HOST, 0, "one")
+    try:
+        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        joined = Joined(head, 2, Wanted(placement="sliced"), said.append)
+        with agent(head.identity, head.port):
+            with agent(two, head.port):
+                plan, _ = joined.form(DEMO.name, checkpoint, options, "native")
+                assert plan.nodes == 2
+                assert head.status()["phase"] == "forming"
+            until(lambda: not names(head)["two"]["here"], "the loss of two")
+            head.is_over(1)
+            ending, found = threading.Event(), []
+            epoch = Epoch(1, ending, told.append)
+            again = threading.Thread(target=lambda: found.append(joined._again(epoch)))
+            again.start()
+            try:
+                until(lambda: any("does not fit" in t for t in told), "that it does not fit")
+                until(lambda: "two has lost its agent" in told[-1], "who is waited for")
+                with agent(two, head.port):
+                    until(lambda: found, "the group of both")
+            finally:
+                ending.set()
+                again.join()
+            assert [n.name for n in found[0].formation.members] == ["one", "two"]
+            assert found[0].formation.number == 3, "numbers are not used twice"
+            assert told == said[-len(told) :]
+    finally:
+        head.close()
 
 
 def test_errors_of_addresses(tmp_path):

@@ -158,7 +158,7 @@ class Agent:
                             await wire.send(writer, {"type": "leaving"}, 1)
                         raise Ended(str(message.get("reason")))
                     case "refused":
-                        if "is here already" in str(message["message"]):
+                        if message.get("again"):
                             raise ClusterError(str(message["message"]))
                         raise _Refused(str(message["message"]))
         finally:

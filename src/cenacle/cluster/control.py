@@ -401,10 +401,15 @@ class Head:
                 relay.cancel()
 
     async def _refuse(
-        self, writer: asyncio.StreamWriter, reason: str, kind: str = "ClusterError"
+        self,
+        writer: asyncio.StreamWriter,
+        reason: str,
+        kind: str = "ClusterError",
+        again: bool = False,
     ) -> None:
+        message = {"type": "refused", "message": reason, "kind": kind, "again": again}
         with contextlib.suppress(ClusterError):
-            await wire.send(writer, {"type": "refused", "message": reason, "kind": kind}, SEND_S)
+            await wire.send(writer, message, SEND_S)
 
     # Connections
 
@@ -452,10 +457,14 @@ class Head:
                     await self._say_no(writer, str(error), "InputError")
 
     async def _say_no(
-        self, writer: asyncio.StreamWriter, reason: str, kind: str = "ClusterError"
+        self,
+        writer: asyncio.StreamWriter,
+        reason: str,
+        kind: str = "ClusterError",
+        again: bool = False,
     ) -> None:
         await asyncio.sleep(WRONG_S)
-        await self._refuse(writer, reason, kind)
+        await self._refuse(writer, reason, kind, again)
         writer.close()
         with contextlib.suppress(OSError):
             await asyncio.wait_for(writer.wait_closed(), 1)
@@ -507,7 +516,9 @@ class Head:
     ) -> None:
         """An agent's connection, until it ends."""
         if who in self._agents:
-            await self._say_no(writer, f"{self._state.nodes[who].name} is here already")
+            # Perhaps its own connection of a moment ago: it may try again.
+            reason = f"{self._state.nodes[who].name} is here already"
+            await self._say_no(writer, reason, again=True)
             return
         facts = hello.get("facts")
         if not isinstance(facts, dict):
