@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from cenacle.engine.drafts import Drafts
 from cenacle.errors import ClusterError, InputError
 from cenacle.plan import Plan
 from cenacle.request import Request, Step, TokenEvent
-from cenacle.engine.drafts import Drafts
 from cenacle.server.auth import Keys
 from cenacle.server.metrics import Metered, Metrics, activations
 from cenacle.spec import ModelSpec, MoELayer
