@@ -197,7 +197,8 @@ def test_requests_at_once(keys):
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
 
             def post(secret):
-                return client.post("/v1/completions", headers=bearer(secret))
+                answer = client.post("/v1/completions", headers=bearer(secret))
+                return asyncio.wait_for(answer, 10)
 
             tasks = [asyncio.create_task(post(s)) for s in (alice, alice, bob)]
             async with asyncio.timeout(5):
