@@ -28,11 +28,12 @@ def serve(channel: Channel) -> None:
     import mlx.core as mx
 
     from cenacle.engine.engine import Engine, Options
+    from cenacle.engine.scheduler import Scheduler
     from cenacle.model.experts import parallelize
     from cenacle.model.watch import Watch
     from cenacle.model.weights import Checkpoint, load, named_arrays
     from cenacle.plan import Plan
-    from cenacle.request import Request, Step
+    from cenacle.request import Request
 
     order = receive(channel)
     nodes = order["nodes"]
@@ -59,11 +60,10 @@ def serve(channel: Channel) -> None:
         engine = Engine(model, collective, watch, Options(prefill_chunk=16))
         request = Request("r", tuple(message["prompt"]), message["max_tokens"])
         request = Request.from_json({**request.to_json(), "sampling": {**GREEDY, "seed": 1}})
-        tokens, number = [], 0
-        while not tokens or tokens[-1].finish is None:
-            step = Step(number, admitted=(request,) if number == 0 else ())
-            tokens += engine.step(step)[0]
-            number += 1
+        tokens, scheduler = [], Scheduler(chunk=16)
+        scheduler.submit(request)
+        while (step := scheduler.next_step()) is not None:
+            tokens += scheduler.seen(engine.step(step)[0])
         engine.close()
         channel.send(
             {
