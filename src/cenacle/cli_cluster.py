@@ -39,6 +39,13 @@ err = Console(stderr=True, highlight=False)
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 Name = Annotated[str | None, typer.Option(help="This machine's name. Default: its host name.")]
 
+_CHOICES = {
+    "placement": ("auto", "whole", "sliced", "replicated"),
+    "trunk": ("auto", "replicated", "sharded"),
+    "backend": ("auto", "mesh", "ring"),
+    "wire": ("f32", "bf16"),
+    "kernels": ("auto", "native", "mlx"),
+}
 Progress = Callable[[], AbstractContextManager[Any]]
 _progress: list[Progress] = []
 
@@ -82,6 +89,16 @@ def up(
     from .cluster import join as joining
     from .cluster import machine, pairing
 
+    for option, given in (
+        ("placement", placement),
+        ("trunk", trunk),
+        ("backend", backend),
+        ("wire", wire),
+        ("kernels", kernels),
+    ):
+        if given not in _CHOICES[option]:
+            choices = ", ".join(_CHOICES[option])
+            raise InputError(f"--{option}: expected one of {choices}, got {given!r}", option)
     if model == "demo":
         model = str(machine.PACKAGE / "demo_model")
     at, at_port = joining.read_address(listen)

@@ -24,10 +24,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -272,7 +272,9 @@ class Head:
                     "here": node.here,
                     "reason": node.reason,
                     "rank": now.members.index(node.id) if node.id in now.members else None,
-                    "address": node.address,
+                    "address": self._address(now.nodes)
+                    if node.id == pairing.HEAD
+                    else node.address,
                     "silent_s": round(time.monotonic() - node.heard_s, 1) if node.here else None,
                     **{k: v for k, v in node.facts.items() if k in _SHOWN},
                 }
@@ -387,11 +389,13 @@ class Head:
 
     def _with_address(self, who: str, members: tuple[str, ...]) -> Node:
         node = self._state.nodes[who]
-        if who != pairing.HEAD:
-            return node
-        # The head's own agent calls over the loopback; the others know a better address.
-        seen = [self._agents[m].local for m in members if m != who and m in self._agents]
-        return Node(**{**vars(node), "address": seen[0] if seen else node.address})
+        return replace(node, address=self._address(members)) if who == pairing.HEAD else node
+
+    def _address(self, members: Iterable[str]) -> str:
+        """The head's own: its agent calls over the loopback, but the others know a better one."""
+        others = [self._agents.get(m) for m in members if m != pairing.HEAD]
+        seen = [agent.local for agent in others if agent is not None]
+        return seen[0] if seen else self.own_address
 
     def _hang_up(self, who: str, reason: str) -> None:
         if (agent := self._agents.get(who)) is not None:
