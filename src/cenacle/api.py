@@ -263,6 +263,9 @@ def _scheduler(
         queue=options.queue,
         kv_bytes=budget,
         footprint=footprint,
+        cache_bytes=int(options.cache_gb * 1e9)
+        if options.cache_gb is not None
+        else cache_budget(left, sharing, 0) // 4,
     )
 
 

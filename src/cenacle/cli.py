@@ -362,6 +362,10 @@ def serve(
         float | None,
         typer.Option(min=0, help="Gigabytes of cache per node for requests that run together."),
     ] = None,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(min=0, help="Gigabytes per node for prompts that may come again; 0: none."),
+    ] = None,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health.
 
@@ -402,6 +406,7 @@ def serve(
             queue=queue,
             kv_gb=kv_gb,
             speculate=speculate.value,
+            cache_gb=cache_gb,
         ) as loaded:
             run(
                 loaded,

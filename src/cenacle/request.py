@@ -137,11 +137,28 @@ class Part:
     Args:
         request: the request's id.
         begin, end: positions of its first token and behind its last; parts follow one another.
+        mark: whether what cannot be cut later is kept as it is behind this part.
     """
 
     request: str
     begin: int
     end: int
+    mark: bool = False
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """The beginning of an admitted request's prompt need not be computed.
+
+    Args:
+        request: the request's id.
+        source: of whose cache it is the beginning: a request that runs, or has run.
+        tokens: how many tokens of it.
+    """
+
+    request: str
+    source: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,9 @@ class Step:
         cancelled: ids of requests that end before this step.
         measured: whether ranks take their clocks (costs a synchronisation per layer).
         prefill: prompts of which a chunk is processed in this step.
+        reused: what the admitted need not compute.
+        kept: which of the cancelled have their caches kept.
+        dropped: whose caches are let go, behind all else in this step.
         started: the last parts of prompts, processed together, whose requests join those that are
             answered.
     """
@@ -164,6 +184,9 @@ class Step:
     measured: bool = False
     prefill: tuple[Part, ...] = ()
     started: tuple[Part, ...] = ()
+    reused: tuple[Reuse, ...] = ()
+    kept: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""
@@ -179,6 +202,9 @@ class Step:
             data["measured"],
             tuple(Part(**p) for p in data["prefill"]),
             tuple(Part(**p) for p in data["started"]),
+            tuple(Reuse(**r) for r in data["reused"]),
+            tuple(data["kept"]),
+            tuple(data["dropped"]),
         )
 
 

@@ -94,8 +94,6 @@ def test_a_models_laps(family):
 class Recorder:
     """A batch, a watch and a collective in one, that notes what it is told."""
 
-    prefilling = False
-
     def __init__(self) -> None:
         self.told: list[str] = []
 
@@ -116,7 +114,6 @@ class Recorder:
 def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
-    monkeypatch.setattr(engine.cache, "footprint", lambda *_: None)
     it = engine.Engine(None, recorder, recorder, engine.Options())
     it.step(Step(0, measured=True))
     assert recorder.told == ["wait", "start", "next", "check", "wait", "stop"]

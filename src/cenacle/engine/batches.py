@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -29,7 +29,8 @@ from mlx_lm.sample_utils import LogitsProcessor
 
 from ..collective.base import Collective
 from ..model.watch import Watch
-from ..request import Part, Request, TokenEvent
+from ..request import Part, Request, Reuse, TokenEvent
+from .cache import Sequence
 from .drafts import Drafts
 from .sampler import Drawing
 from .speculation import Alone, Answer, can_go_back
@@ -44,7 +45,7 @@ class _Prompt:
 
     request: Request
     drawing: Drawing
-    caches: list[Any] = field(default_factory=list)
+    sequence: Sequence | None = None
 
 
 class Batch(ABC):
@@ -52,11 +53,18 @@ class Batch(ABC):
 
     A prompt is processed in parts, which the scheduler orders: chunks alone (`prefill`), the last
     part, of at least one token, with those of others (`start`).
+
+    `keeps`: whether caches of requests can be used again.
     """
+
+    keeps = False
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self._model, self._options = model, options
         self._prompts: dict[str, _Prompt] = {}
+        self._keeping = options.cache_gb != 0
+        self._kept: dict[str, Sequence] = {}  # of requests that have ended
+        self._marks: dict[str, dict[int, list[Any]]] = {}  # of those that are answered
 
     @property
     def drafts(self) -> Drafts:
@@ -70,22 +78,49 @@ class Batch(ABC):
     def prefill(self, part: Part) -> None:
         """Process a chunk of a prompt, which is not its end; returns when it has been computed."""
         prompt, options = self._prompts[part.request], self._options
-        if not prompt.caches:
-            prompt.caches = make_prompt_cache(self._model, options.max_kv_size)
+        if prompt.sequence is None:
+            prompt.sequence = Sequence(make_prompt_cache(self._model, options.max_kv_size))
+        caches = prompt.sequence.caches
         tokens = mx.array([prompt.request.tokens[part.begin : part.end]])
         with mx.stream(generation_stream):
-            self._model(tokens, cache=prompt.caches)
-            maybe_quantize_kv_cache(prompt.caches, 0, options.kv_group_size, options.kv_bits)
-            mx.eval([cache.state for cache in prompt.caches])
+            self._model(tokens, cache=caches)
+            maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
+            mx.eval([cache.state for cache in caches])
             mx.clear_cache()
+        if part.mark:
+            prompt.sequence.mark(part.end)
+
+    def reuse(self, reuse: Reuse) -> None:
+        """Let a prompt begin with the beginning of another request's cache."""
+        with mx.stream(generation_stream):
+            self._prompts[reuse.request].sequence = self._find(reuse.source).cut(reuse.tokens)
+
+    def _find(self, request_id: str) -> Sequence:
+        if (kept := self._kept.get(request_id)) is not None:
+            return kept
+        sequence = self._prompts[request_id].sequence
+        assert sequence is not None, "the front names only what has been begun"
+        return sequence
+
+    def drop(self, request_id: str) -> None:
+        """Let go of what was kept; unknown ids are ignored."""
+        self._kept.pop(request_id, None)
 
     @abstractmethod
     def start(self, part: Part) -> None:
         """The last part of a prompt: it is processed by the following calls of `next`."""
 
+    def keep(self, request_id: str) -> None:
+        """Keep the cache of a request that is to be removed; it may have ended by itself, and have
+        been kept then."""
+        if request_id not in self._kept:
+            with mx.stream(generation_stream):
+                self._kept[request_id] = self._find(request_id).settle()
+
     def remove(self, request_id: str) -> None:
         """End a request and free its cache; unknown ids are ignored (it may just have ended)."""
         self._prompts.pop(request_id, None)
+        self._marks.pop(request_id, None)
 
     @abstractmethod
     def next(self) -> list[TokenEvent]:
@@ -122,6 +157,8 @@ def _mergeable(cache: Any) -> bool:
 class Continuous(Batch):
     """mlx-lm's `BatchGenerator`; a request that runs by itself is `Alone`'s while drafts pay."""
 
+    keeps = True
+
     def __init__(self, model: nn.Module, options: Options, alone: Alone | None = None) -> None:
         super().__init__(model, options)
         self._generator = BatchGenerator(
@@ -144,7 +181,9 @@ class Continuous(Batch):
             answer, caches = self._alone.leave()
             self._generate(answer, answer.length - 1, caches)
         prompt = self._prompts.pop(part.request)
-        self._generate(Answer(prompt.request, prompt.drawing), part.begin, prompt.caches)
+        sequence = prompt.sequence or Sequence([])
+        self._marks[part.request] = sequence.marks
+        self._generate(Answer(prompt.request, prompt.drawing), part.begin, sequence.caches)
 
     def _generate(self, answer: Answer, begin: int, caches: list[Any]) -> None:
         """Give a request to mlx-lm.
@@ -164,6 +203,23 @@ class Continuous(Batch):
         )
         self._answers[uid] = answer
 
+    def _find(self, request_id: str) -> Sequence:
+        alone = self._alone
+        if alone is not None and alone.answer is not None and alone.answer.request.id == request_id:
+            return Sequence(alone.caches)
+        for uid, answer in self._answers.items():
+            if answer.request.id == request_id:
+                caches, _ = self._generator.extract_cache([uid])[uid]
+                return Sequence(caches, self._marks[request_id])
+        return super()._find(request_id)
+
+    def _ended(self, event: TokenEvent, caches: list[Any]) -> None:
+        """Keep the cache of an answer that is complete."""
+        marks = self._marks.pop(event.request, {})
+        if self._keeping:
+            with mx.stream(generation_stream):
+                self._kept[event.request] = Sequence(caches, marks).settle()
+
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
         super().remove(request_id)
@@ -178,17 +234,24 @@ class Continuous(Batch):
     def next(self) -> list[TokenEvent]:
         """See `Batch`."""
         if self._alone is not None and self._alone.answer is not None:
-            return self._alone.next()
+            caches = self._alone.caches
+            events = self._alone.next()
+            if events[-1].finish is not None:
+                self._ended(events[-1], caches)
+            return events
         if not self._answers:
             return []
         _, responses = self._generator.next()
-        events: list[TokenEvent] = []
+        events = []
         for r in responses:
             answer = self._answers[r.uid]
             answer.given.append(r.token)
             events.append(answer.event(r.token, r.finish_reason))
             if r.finish_reason is not None:
                 del self._answers[r.uid]
+                self._ended(events[-1], r.prompt_cache)
+                if self._keeping:
+                    self._kept[answer.request.id].mark(answer.length)
             elif self._alone is not None and len(self._answers) == 1 and self._alone.wants(answer):
                 caches, _ = self._generator.remove([r.uid], return_prompt_caches=True)[r.uid]
                 self._alone.take(self._answers.pop(r.uid), caches)
@@ -197,6 +260,7 @@ class Continuous(Batch):
     def close(self) -> None:
         """See `Batch`."""
         self._prompts.clear()
+        self._kept.clear()
         self._generator.remove(list(self._answers))
         self._generator.close()
         self._answers.clear()
@@ -255,7 +319,7 @@ class OneByOne(Batch):
             sampler=prompt.drawing.choice,
             logits_processors=[behind(p) for p in prompt.drawing.processors],
             max_kv_size=options.max_kv_size,
-            prompt_cache=prompt.caches or None,
+            prompt_cache=prompt.sequence.caches if prompt.sequence else None,
             prefill_step_size=options.prefill_chunk,
             kv_bits=options.kv_bits,
             kv_group_size=options.kv_group_size,

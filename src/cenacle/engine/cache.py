@@ -1,20 +1,24 @@
-"""Caches of keys, values and states: what they take.
+"""Caches of keys, values and states: what they take, and their beginnings, used again.
 
-Owns: `footprint`, the bytes of a model's caches by length.
-Does not know: requests, steps, ranks.
-Invariant: nothing here is computed by the model: shapes are enough.
-Next: `prefixes.py`, what the front makes of it.
+Owns: `footprint`, the bytes of a model's caches by length; `Sequence`, the caches of one sequence,
+which can be cut where it was marked, or anywhere.
+Does not know: requests, steps, ranks. Which caches are kept, and how much of which is used, is the
+front's to say (`prefixes.py`).
+Invariant: nothing is computed by the model here; a cut shares no array that is written in place.
+Next: `batches.py`, which fills them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
+from mlx.utils import tree_map, tree_reduce
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -26,6 +30,64 @@ from mlx_lm.models.cache import (
 
 from ..errors import InputError
 from .prefixes import Footprint
+
+EXACT = (RotatingKVCache, ChunkedKVCache, ArraysCache)  # cannot be cut: they forget
+
+
+@dataclass
+class Sequence:
+    """The caches of one sequence.
+
+    Args:
+        caches: one for each layer.
+        marks: those of `EXACT` kinds as they were at some positions, in the order of `leaves`.
+    """
+
+    caches: list[Any]
+    marks: dict[int, list[Any]] = field(default_factory=dict)
+
+    def mark(self, position: int) -> None:
+        """Keep what cannot be cut, as it is now."""
+        self.marks[position] = [_copy(c) for c in leaves(self.caches) if isinstance(c, EXACT)]
+
+    def cut(self, tokens: int) -> Sequence:
+        """The first tokens' caches, for another sequence to go on with.
+
+        Args:
+            tokens: at most as many as there are; with `EXACT` kinds a position with a mark.
+        """
+        marks = {p: m for p, m in self.marks.items() if p <= tokens}
+        kept = iter(marks.get(tokens, ()))
+
+        def beginning(cache: Any) -> Any:
+            if isinstance(cache, CacheList):
+                return CacheList(*(beginning(c) for c in cache.caches))
+            if isinstance(cache, EXACT):
+                return _copy(next(kept))
+            part = copy.copy(cache)
+            if cache.keys is not None:
+                part.keys, part.values = tree_map(
+                    lambda a: a[..., :tokens, :], (cache.keys, cache.values)
+                )
+                part.offset = tokens
+            return part
+
+        return Sequence([beginning(c) for c in self.caches], marks)
+
+    def settle(self) -> Sequence:
+        """Compute what it refers to, so that it holds no other sequence's arrays."""
+        mx.eval([c.state for c in self.caches])
+        return self
+
+
+def _copy(cache: Any) -> Any:
+    """A cache whose arrays are other objects: writing into one leaves the other as it is."""
+    other = copy.copy(cache)
+    if isinstance(cache, ArraysCache):
+        other.cache = [None if a is None else a[...] for a in cache.cache]
+    elif cache.keys is not None:
+        other.keys, other.values = cache.keys[...], cache.values[...]
+    return other
 
 
 def leaves(caches: list[Any]) -> Iterator[Any]:
@@ -69,7 +131,7 @@ def footprint(
     windows: Counter[int] = Counter()
     exact = False
     for cache in leaves(caches):
-        exact |= isinstance(cache, RotatingKVCache | ChunkedKVCache | ArraysCache)
+        exact |= isinstance(cache, EXACT)
         if isinstance(cache, ArraysCache):
             fixed += cache.nbytes
             continue

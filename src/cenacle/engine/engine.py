@@ -46,6 +46,8 @@ class Options:
         kv_gb: gigabytes for caches of running requests on each rank; None: half of what is left.
         speculate: draft tokens for a request that runs alone, if its cache can forget them: "auto",
             while it pays; "always"; "off".
+        cache_gb: gigabytes on each rank for caches of requests that have ended, for others that
+            begin alike; None: an eighth of what is left; 0: none is kept.
     """
 
     prefill_chunk: int = 512
@@ -55,6 +57,7 @@ class Options:
     max_kv_size: int | None = None
     queue: int | None = None
     kv_gb: float | None = None
+    cache_gb: float | None = None
     speculate: str = "auto"
 
     def __post_init__(self) -> None:
@@ -102,12 +105,25 @@ class Engine:
     ) -> None:
         self._collective, self._watch = collective, watch
         self._drawings = Drawings(collective, vocabulary)
-        self.footprint: Footprint = cache.footprint(
-            model, options.max_kv_size, options.kv_bits, options.kv_group_size
-        )
+        self._model, self._options = model, options
         self._batch = make_batch(model, options, collective, watch)
         self._drafts = self._batch.drafts
         self._next_step = 0
+
+    def footprint(self) -> Footprint:
+        """What caches take on this rank.
+
+        Raises:
+            InputError: they cannot be quantised as asked.
+        """
+        options = self._options
+        return cache.footprint(
+            self._model,
+            options.max_kv_size,
+            options.kv_bits,
+            options.kv_group_size,
+            keeps=self._batch.keeps,
+        )
 
     def step(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
         """Take one step: end what is cancelled, admit what is new, process the parts of prompts
@@ -118,9 +134,15 @@ class Engine:
         """
         self._expect(step)
         for request_id in step.cancelled:
+            if request_id in step.kept:
+                self._batch.keep(request_id)
+            else:
+                self._batch.drop(request_id)
             self._batch.remove(request_id)
         for request in step.admitted:
             self._admit(request)
+        for reuse in step.reused:
+            self._batch.reuse(reuse)
         if step.measured:
             self._batch.wait()  # the token that is under way is not this step's
             self._watch.start()
@@ -129,6 +151,8 @@ class Engine:
         for part in step.started:
             self._batch.start(part)
         events = self._batch.next()
+        for request_id in step.dropped:
+            self._batch.drop(request_id)
         self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(step, events) if step.measured else None
 

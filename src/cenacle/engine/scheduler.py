@@ -17,18 +17,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from math import inf
 
 from ..errors import Busy, InputError
-from ..request import Part, Request, Step, TokenEvent
-from .prefixes import Footprint
+from ..request import Part, Request, Reuse, Step, TokenEvent
+from .prefixes import Entry, Footprint, Prefixes, packed
 
 TAIL = 128  # prompt tokens with which a request may join the batch: short prompts go together
 LEAST_CHUNK = 16  # prompt tokens; fewer cost as much
 LAST_OF = 4  # places from which on the last one is kept for who has none
 STALL_S = 0.25  # for which a chunk of prompt may delay the tokens of those being answered
+WORTH = 64  # prompt tokens for which it is worth waiting until another has computed them
+MARKS, MARK_EVERY = 8, 512  # most marks between a prompt's ends, least tokens between two
+KEPT_AFTER = ("stop", "length")
 GIVEN, COMPUTED = 2, 1  # what a token of an answer and one of a prompt count for a key
 
 
@@ -38,12 +41,16 @@ class _Running:
 
     Args:
         done: prompt tokens that have been processed, by the steps given out so far.
+        cached: how many of them were not computed.
+        cache: what others may use of it.
         started: whether it has joined the batch.
         answer: the tokens that came back.
     """
 
     request: Request
     done: int = 0
+    cached: int = 0
+    cache: Entry | None = None
     started: bool = False
     answer: list[int] = field(default_factory=list)
 
@@ -67,6 +74,7 @@ class Scheduler:
         queue: most requests that wait; None: any number.
         kv_bytes: of memory for caches of running requests, on each rank; None: no limit.
         footprint: what caches take.
+        cache_bytes: of memory for caches of requests that have ended, on each rank; 0: none.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class Scheduler:
         queue: int | None = None,
         kv_bytes: int | None = None,
         footprint: Footprint | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         self._batch, self.measure_every = batch, measure_every
         self._chunk, self._queue, self.kv_bytes = chunk, queue, kv_bytes
@@ -87,6 +96,10 @@ class Scheduler:
         self._turns: OrderedDict[str, list[str]] = OrderedDict()  # key -> prompts under way
         self._served: dict[str, float] = {}  # key -> what it was given
         self._cancelled: list[str] = []
+        self._cache_bytes = cache_bytes if self.footprint.keeps else 0
+        self._prefixes = Prefixes()
+        self._kept: list[str] = []
+        self._dropped: list[str] = []
         self._number = 0
         self._pace = 64.0  # prompt tokens that can be processed within STALL_S: a guess at first
         self._answer_s = 0.0  # what a step without prompts takes
@@ -145,12 +158,21 @@ class Scheduler:
         """End a request wherever it is; unknown ids are ignored (it may just have ended)."""
         self._waiting.pop(request_id, None)
         if request_id in self._running:
-            self._end(request_id)
             self._cancelled.append(request_id)
+            running = self._end(request_id)
+            entry = running.cache
+            if entry is not None:
+                # Of the answer the ranks may be further than is known here.
+                entry.tokens = entry.tokens[: 4 * entry.done]
+                if entry.cuts is None and self._keep(entry):
+                    self._kept.append(request_id)
+                else:
+                    self._prefixes.entries.pop(request_id)
 
     def next_step(self) -> Step | None:
         """The step to take now, or None if there is nothing to do."""
-        admitted = list(self._admit())
+        reused: list[Reuse] = []
+        admitted = list(self._admit(reused))
         if not (self._running or self._cancelled):
             return None
         prefill, started = self._share_out()
@@ -163,8 +185,11 @@ class Scheduler:
             measured=bool(every) and self._number % every == every - 1,
             prefill=tuple(prefill),
             started=tuple(started),
+            reused=tuple(reused),
+            kept=tuple(self._kept),
+            dropped=tuple(self._dropped),
         )
-        self._cancelled = []
+        self._cancelled, self._kept, self._dropped = [], [], []
         self._number += 1
         return step
 
@@ -183,13 +208,19 @@ class Scheduler:
         Returns:
             Those of requests that still run (a cancelled one may have been in flight).
         """
-        kept = [e for e in events if e.request in self._running]
-        for event in kept:
-            running = self._running[event.request]
+        kept: list[TokenEvent] = []
+        for event in events:
+            running = self._running.get(event.request)
+            if running is None:
+                continue
+            if not running.answer and running.cached:
+                event = replace(event, cached=running.cached)
+            kept.append(event)
             running.answer.append(event.token)
             self._served[running.request.key] += GIVEN
             if event.finish is not None:
                 self._end(event.request)
+                self._ended(running, event.finish)
         return kept
 
     def lost(self) -> list[str]:
@@ -202,7 +233,8 @@ class Scheduler:
         self._waiting.clear()
         self._running.clear()
         self._turns.clear()
-        self._cancelled = []
+        self._prefixes = Prefixes()
+        self._cancelled, self._kept, self._dropped = [], [], []
         self._number = 0
         return ids
 
@@ -212,14 +244,16 @@ class Scheduler:
         running = {r.request.key for r in self._running.values()}
         return running | {r.key for r in self._waiting.values()}
 
-    def _end(self, request_id: str) -> None:
-        self._turn_taken(self._running.pop(request_id))
+    def _end(self, request_id: str) -> _Running:
+        running = self._running.pop(request_id)
+        self._turn_taken(running)
         if not (self._running or self._waiting):
             self._served.clear()
+        return running
 
-    def _admit(self) -> Iterator[Request]:
+    def _admit(self, reused: list[Reuse]) -> Iterator[Request]:
         while self._waiting and len(self._running) < self._batch:
-            able = list(self._waiting.values())
+            able = [r for r in self._waiting.values() if not self._worth_waiting(r)]
             if self._batch >= LAST_OF and len(self._running) == self._batch - 1:
                 held = {r.request.key for r in self._running.values()} - {""}
                 able = [r for r in able if r.key not in held]
@@ -227,7 +261,8 @@ class Scheduler:
             if request is None or not self._fits(request):
                 return  # nor may a smaller one go first: this one would wait for ever
             del self._waiting[request.id]
-            self._running[request.id] = _Running(request)
+            self._running[request.id] = running = _Running(request)
+            self._look_up(running, reused)
             self._turns.setdefault(request.key, []).append(request.id)
             yield request
 
@@ -236,6 +271,69 @@ class Scheduler:
             return True
         lengths = [r.length for r in self._running.values()]
         return self.footprint.bytes([*lengths, _length(request)]) <= self.kv_bytes
+
+    # What need not be computed
+
+    def _worth_waiting(self, request: Request) -> bool:
+        """Whether much of its prompt is being processed for somebody else."""
+        if not self._turns or not self._cache_bytes:
+            return False
+        tokens = packed(request.tokens)
+        return self._prefixes.coming(tokens) >= self._prefixes.find(tokens)[1] + WORTH
+
+    def _look_up(self, running: _Running, reused: list[Reuse]) -> None:
+        if not self._cache_bytes:
+            return
+        request, tokens = running.request, packed(running.request.tokens)
+        cuts: set[int] | None = set() if self.footprint.exact else None
+        source, count = self._prefixes.find(tokens)
+        if source is not None:
+            self._prefixes.touch(source)
+            reused.append(Reuse(request.id, source.name, count))
+            running.done = running.cached = count
+            if cuts is not None:
+                cuts = {c for c in source.cuts or () if c < count} | {count}
+        running.cache = Entry(request.id, tokens, running.done, cuts, growing=True)
+        self._prefixes.entries[request.id] = running.cache
+
+    def _ended(self, running: _Running, finish: str) -> None:
+        """Its cache, answer and all, can be used again."""
+        entry = running.cache
+        if entry is None:
+            return
+        entry.tokens = packed((*running.request.tokens, *running.answer))
+        entry.done = len(entry.tokens) // 4
+        if entry.cuts is not None:
+            entry.cuts.add(entry.done)
+        else:
+            entry.done -= 1  # the last token, which was drawn, may not have gone through the model
+        if finish not in KEPT_AFTER or not self._keep(entry):
+            self._drop(entry)
+
+    def _keep(self, entry: Entry) -> bool:
+        """Count a cache as kept, and let others go for it; False: it is not worth it."""
+        entry.growing = False
+        marks = len(entry.cuts or ()) * self.footprint.state
+        entry.size = self.footprint.bytes([entry.done]) + marks
+        if entry.done < self._prefixes.least or entry.size > self._cache_bytes:
+            return False
+        self._prefixes.touch(entry)
+        there = self._prefixes.oldest(disk=False)
+        for other in there:
+            covered = entry.tokens.startswith(other.tokens) and other is not entry
+            if covered and (entry.cuts is None or entry.cuts.issuperset(other.cuts or ())):
+                self._drop(other)
+        there = self._prefixes.oldest(disk=False)
+        total = sum(e.size for e in there)
+        for other in there:
+            if total > self._cache_bytes:
+                total -= other.size
+                self._drop(other)
+        return True
+
+    def _drop(self, entry: Entry) -> None:
+        del self._prefixes.entries[entry.name]
+        self._dropped.append(entry.name)
 
     # Whose prompt goes on
 
@@ -254,18 +352,38 @@ class Scheduler:
             if _more(tails, prompt - began) > left and began < prompt - 1:
                 if left < LEAST_CHUNK and (chunks or tails):
                     continue
-                running.done += min(left, prompt - 1 - began)
-                chunks.append(Part(name, began, running.done))
+                running.done += int(min(left, prompt - 1 - began, self._to_mark(running)))
+                mark = bool(self._cache_bytes) and self.footprint.exact
+                mark = mark and running.done in self._marks(running)
+                chunks.append(Part(name, began, running.done, mark))
+                if mark and running.cache is not None and running.cache.cuts is not None:
+                    running.cache.cuts.add(running.done)
                 left -= running.done - began
             more = _more(tails, prompt - running.done)
             if more <= left:
                 left -= int(more)
                 tails.append(Part(name, running.done, prompt))
                 running.done, running.started = prompt, True
+            if running.cache is not None:
+                running.cache.done = min(running.done, prompt - 1)
+                running.cache.growing = not running.started
             if running.done > began:
                 self._served[running.request.key] += COMPUTED * (running.done - began)
                 self._turn_taken(running)
         return chunks, tails
+
+    def _marks(self, running: _Running) -> list[int]:
+        """Where a prompt's caches that cannot be cut are kept: at its end, and a few between."""
+        length = len(running.request.tokens)
+        apart = max(1, -(-length // (MARKS * MARK_EVERY))) * MARK_EVERY
+        return [*range(apart, length - 1, apart), length - 1]
+
+    def _to_mark(self, running: _Running) -> float:
+        if not (self.footprint.exact and self._cache_bytes):
+            return inf
+        return (
+            min((m for m in self._marks(running) if m > running.done), default=inf) - running.done
+        )
 
     def _turn_taken(self, running: _Running) -> None:
         """Others come first in the next step; a prompt that is done has no turns any more."""

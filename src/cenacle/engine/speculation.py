@@ -127,7 +127,7 @@ class Alone:
         self._clock = clock
         self.pace = Pace(ALWAYS if way == "always" else None)
         self.answer: Answer | None = None
-        self._caches: list[Any] = []
+        self.caches: list[Any] = []
         self._ahead: mx.array | None = None
         self._last = 0.0  # when the last call ended
         self._steady = False  # whether it was one of a kind that is timed
@@ -157,11 +157,11 @@ class Alone:
         """
         trim_prompt_cache(caches, 1)
         answer.drawing.forget()
-        self.answer, self._caches, self._ahead, self._steady = answer, caches, None, False
+        self.answer, self.caches, self._ahead, self._steady = answer, caches, None, False
 
     def leave(self) -> tuple[Answer, list[Any]]:
         """Give the request back, with caches of all its tokens but the last."""
-        answer, caches = self.answer, self._caches
+        answer, caches = self.answer, self.caches
         assert answer is not None
         if self._ahead is not None:
             trim_prompt_cache(caches, 1)  # it will be drawn again, the same
@@ -173,7 +173,7 @@ class Alone:
 
     def end(self) -> None:
         """Forget the request."""
-        self.answer, self._caches, self._ahead = None, [], None
+        self.answer, self.caches, self._ahead = None, [], None
 
     def next(self) -> list[TokenEvent]:
         """The request's next tokens, one at least."""
@@ -229,7 +229,7 @@ class Alone:
 
     def _draw(self, token: mx.array, answer: Answer, position: int) -> mx.array:
         """Begin to draw what follows a token, [1] -> [1]; all before it is in the cache."""
-        logits = self._model(token[None], cache=self._caches)[:, -1]
+        logits = self._model(token[None], cache=self.caches)[:, -1]
         context = None
         if answer.drawing.processors:
             context = mx.array(answer.tokens, dtype=mx.int32)
@@ -242,7 +242,7 @@ class Alone:
     def _verify(self, answer: Answer, draft: list[int]) -> list[TokenEvent]:
         """Let the model see the whole draft at once, and give what it agrees with and one more."""
         length, tokens = answer.length, None
-        rows = self._model(mx.array([[answer.last, *draft]]), cache=self._caches)[0]
+        rows = self._model(mx.array([[answer.last, *draft]]), cache=self.caches)[0]
         if answer.drawing.processors:
             tokens = mx.array([*answer.tokens, *draft], dtype=mx.int32)
         drawn = answer.drawing.draw(tokens, rows, answer.position)
@@ -256,7 +256,7 @@ class Alone:
             events.append(self._give(answer, token))
             if events[-1].finish is not None:
                 break
-        trim_prompt_cache(self._caches, len(draft) + 1 - len(events))
+        trim_prompt_cache(self.caches, len(draft) + 1 - len(events))
         answer.drawing.forget(length + accepted)
         self.pace.verified(len(draft), min(accepted, len(events)), limit)
         self._tick(len(draft))

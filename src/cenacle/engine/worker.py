@@ -164,7 +164,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         device += f", {native.describe()}"
     ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
     ready["memory_left"] = memory_left()
-    channel.send({**ready, "footprint": asdict(engine.footprint)})
+    channel.send({**ready, "footprint": asdict(engine.footprint())})
     while True:
         message = receive(channel)
         if message["type"] == "stop":
