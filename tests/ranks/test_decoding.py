@@ -258,7 +258,7 @@ def test_a_request_that_drafts_can_be_cancelled(drafting, nodes):
 
 def test_measured_steps_of_drafts_are_divided_by_their_tokens(drafting):
     model = drafting[2]
-    done = model.generate(LOOP, 100, **ENDLESS)
+    done = model.generate(LOOP, 400, **ENDLESS)
     terms = model.group.terms
     assert terms.tokens > terms.steps > 0
     parts = sum(v for k, v in done.terms_ms.items() if k != "total")
