@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test faults lint load fuzz clean
+.PHONY: install demo test faults soak lint load fuzz clean
 
 install: .venv/installed
 
@@ -17,8 +17,12 @@ demo: install
 test: install lint
 	$(BIN)/pytest
 
+# What failures cost: each ten times, three quarters of an hour; an hour with a fault every minute.
 faults: install
 	$(BIN)/python benchmarks/faults.py
+
+soak: install
+	$(BIN)/python benchmarks/soak.py
 
 lint: install
 	$(BIN)/ruff format --check src tests tools benchmarks

@@ -1,397 +1,103 @@
-"""What a failure costs: ranks are killed, stopped, starved; what the server's clients see.
+"""What failures cost: `make faults`.
 
-    python benchmarks/faults.py [--nodes 2] [--times 10] [--rows NAME ...]
+    python benchmarks/faults.py [--times 10] [--rows 'kill-*,local-*'] [--longest SECONDS]
 
-Each row does one thing to the ranks of a `cenacle serve` of the demo model while three clients
-stream (greedy, drawn with a seed, drawn with penalties) and a fourth asks when the ranks are gone
-already. One server lives through all rows but the last two, which end it. Seconds are counted from
-the fault: `detected` until /health is no longer 200, `recovered` until it is again; `pause` is the
-longest that a stream was without a token. `failed` counts answers that ended with an error, `other`
-those with another text than the undisturbed server's, `left` processes of ended groups that live.
-The last line is one JSON object; the exit status is 1 if anything was lost or left.
+Rows that begin with `local-` kill, stop and starve the ranks of a `cenacle serve` on this machine
+(`local_faults.py`); the others befall a cluster of three hosts, which are network namespaces
+(`host_faults.py`). One server and one cluster live through all rows that let them live.
+Each time answers are being streamed, and are compared with what was streamed undisturbed. The
+columns are those of `found.py`. The last line is one JSON object; the exit status is 1 if a promise
+was broken: an answer lost or with another text, a failure noticed after more than five seconds or
+without its name, a machine that did not come back, a process, port or file left.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
-import os
-import re
-import signal
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-import httpx
+import host_faults
+import local_faults
+from found import HEADER, Found
+from net import why_not
 
-import cenacle
-
-DEMO = Path(cenacle.__file__).parent / "demo_model"
-ENDS = json.loads((DEMO / "generation_config.json").read_text())["eos_token_id"]
-GROUPS = Path("/sys/fs/cgroup/memory")
-TOKENS = 200
-HIT_AFTER = 15  # tokens that the first client has when the fault comes
-
-
-def body(question: str, **how: Any) -> dict[str, Any]:
-    """A request whose answer goes on for `TOKENS` tokens."""
-    endless = {str(end): -100 for end in ENDS}
-    messages = [{"role": "user", "content": question}]
-    asked = {"messages": messages, "max_tokens": TOKENS, "logit_bias": endless, "temperature": 0}
-    return {**asked, **how, "stream": True}
-
-
-ASKED = (
-    body("What is 12 + 30?"),
-    body("Who are you?", temperature=0.8, seed=5),
-    body("What is 7 + 8?", temperature=0.8, seed=6, presence_penalty=0.5),
-)
-
-
-class Client(threading.Thread):
-    """Streams one answer; `text`, `times` of its pieces, and `error` if it did not end well."""
-
-    def __init__(self, url: str, asked: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
-        self.text, self.error = "", ""
-        self.times: list[float] = []
-        self._url, self._asked = url, asked
-        self.start()
-
-    def run(self) -> None:
-        """Read until the end, whatever it is."""
-        try:
-            with httpx.stream("POST", self._url, json=self._asked, timeout=60) as answer:
-                if answer.status_code != 200:
-                    self.error = f"status {answer.status_code}: {answer.read().decode()}"
-                    return
-                done = False
-                for line in answer.iter_lines():
-                    done = done or line == "data: [DONE]"
-                    if line.startswith("data: {"):
-                        self._take(json.loads(line.removeprefix("data: ")))
-                if not done:
-                    self.error = self.error or "the stream was cut"
-        except httpx.HTTPError as error:
-            self.error = repr(error)
-
-    def _take(self, chunk: dict[str, Any]) -> None:
-        if "error" in chunk:
-            self.error = chunk["error"]["message"]
-        for choice in chunk.get("choices", ()):
-            self.text += choice["delta"].get("content") or ""
-            self.times.append(time.monotonic())
-
-
-class Server:
-    """A `cenacle serve` of the demo model, and every process that it has had."""
-
-    def __init__(self, nodes: int, log: Path) -> None:
-        command = ["serve", "-m", str(DEMO), "-n", str(nodes), "--port", "0"]
-        self._log = log.open("w")
-        self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("cenacle"), *command],
-            stdout=self._log,
-            stderr=self._log,
-        )
-        self.seen: set[int] = set()
-        self.url = self._where(log)
-        self.pids()
-
-    def _where(self, log: Path) -> str:
-        ends = time.monotonic() + 60
-        while time.monotonic() < ends and self.process.poll() is None:
-            if found := re.search(r"http://\S+", log.read_text()):
-                return found.group()
-            time.sleep(0.05)
-        raise SystemExit(f"the server did not start: {log.read_text()}")
-
-    def health(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of /health; (0, {}) if there is no answer."""
-        try:
-            answer = httpx.get(f"{self.url}/health", timeout=5)
-            return answer.status_code, answer.json()
-        except httpx.HTTPError:
-            return 0, {}
-
-    def pids(self) -> list[int]:
-        """Of the present ranks."""
-        pids = [rank["pid"] for rank in self.health()[1].get("ranks", ())]
-        self.seen.update(pids)
-        return pids
-
-    def ask(self, asked: dict[str, Any]) -> Client:
-        """Begin to stream an answer."""
-        return Client(f"{self.url}/v1/chat/completions", asked)
-
-    def close(self) -> None:
-        """End it, gently if it can still hear."""
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._log.close()
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs, or is stopped."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:
-    """Seconds until it was so; None: it was not."""
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > seconds:
-            return None
-        time.sleep(0.01)
-    return time.monotonic() - began
-
-
-@contextlib.contextmanager
-def starved(pid: int) -> Iterator[None]:
-    """A control group in which the process gets no more memory: the kernel ends it (as root)."""
-    group = GROUPS / f"cenacle-faults-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text("4096")
-        (group / "cgroup.procs").write_text(str(pid))
-        yield
-    finally:
-        if alive(pid):
-            (GROUPS / "cgroup.procs").write_text(str(pid))
-        wait_for(lambda: not (group / "cgroup.procs").read_text().split(), 20)
-        group.rmdir()
-
-
-# The faults: each is given the server, does its worst, and may wait and do more.
-
-
-def kill(*ranks: int) -> Callable[[Server], None]:
-    """SIGKILL these ranks; negative ones count from the last."""
-
-    def do(server: Server) -> None:
-        pids = server.pids()
-        for rank in ranks:
-            os.kill(pids[rank], signal.SIGKILL)
-
-    return do
-
-
-def stop(server: Server) -> None:
-    """SIGSTOP: the process is there and says nothing."""
-    os.kill(server.pids()[-1], signal.SIGSTOP)
-
-
-def pause(server: Server) -> None:
-    """SIGSTOP for two seconds: shorter than the deadline."""
-    pid = server.pids()[-1]
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(2)
-    os.kill(pid, signal.SIGCONT)
-
-
-def kill_twice(server: Server) -> None:
-    """SIGKILL a rank, and one of those that are being started in its place."""
-    old = set(server.pids())
-    os.kill(min(old), signal.SIGKILL)
-
-    def young() -> list[int]:
-        text = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
-        found = {int(pid) for pid in text.split()} - old
-        for task in Path(f"/proc/{server.process.pid}/task").iterdir():
-            found |= {int(pid) for pid in (task / "children").read_text().split()} - old
-        return sorted(pid for pid in found if alive(pid))
-
-    wait_for(lambda: bool(young()), 10)
-    time.sleep(0.5)
-    for pid in young()[:1]:
-        server.seen.add(pid)
-        os.kill(pid, signal.SIGKILL)
-
-
-def starve(server: Server) -> None:
-    """No more memory for a rank that is given long prompts."""
-    pid = server.pids()[-1]
-    with starved(pid):
-        for repeats in (60, 80, 100, 120):  # what is free in the process is used up at some time
-            client = server.ask(body("12 + 30? " * repeats, max_tokens=2, n=8))
-            client.join(60)
-            if client.error or not alive(pid):
-                break
-
-
-def kill_front(server: Server) -> None:
-    """SIGKILL the server itself: nobody is left to tell anybody."""
-    server.pids()
-    server.process.kill()
-    server.process.wait()
-
-
-def end_while_recovering(server: Server) -> None:
-    """SIGTERM while ranks are being started."""
-    os.kill(server.pids()[0], signal.SIGKILL)
-    wait_for(lambda: server.health()[0] == 503, 10)
-    server.process.terminate()
-    server.process.wait(20)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One fault. `recovers`: the group ends and is formed again; `idle`: nobody is being answered;
-    `ends`: the server is ended, only what it leaves behind counts."""
-
-    do: Callable[[Server], None]
-    recovers: bool = True
-    idle: bool = False
-    ends: bool = False
-
-
-ROWS = {
-    "kill rank 0": Row(kill(0)),
-    "kill the last rank": Row(kill(-1)),
-    "kill two ranks": Row(kill(0, -1)),
-    "kill a rank, and one that is being started": Row(kill_twice),
-    "kill an idle rank": Row(kill(-1), idle=True),
-    "stop a rank": Row(stop),
-    "stop an idle rank": Row(stop, idle=True),
-    "stop a rank for 2 s": Row(pause, recovers=False),
-    "no memory for a rank": Row(starve),
-    "end the server while it recovers": Row(end_while_recovering, ends=True),
-    "kill the server": Row(kill_front, ends=True),
-}
-
-
-@dataclass
-class Found:
-    """What was seen in all times of a row."""
-
-    detected_s: list[float] = field(default_factory=list)
-    recovered_s: list[float] = field(default_factory=list)
-    pause_s: list[float] = field(default_factory=list)
-    answers: int = 0
-    failed: int = 0
-    other: int = 0
-    left: int = 0
-    wrong: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """The numbers, each time as [median, worst]."""
-        times = {
-            name: [round(statistics.median(values), 2), round(max(values), 2)] if values else None
-            for name in ("detected_s", "recovered_s", "pause_s")
-            for values in [getattr(self, name)]
-        }
-        counts = {n: getattr(self, n) for n in ("answers", "failed", "other", "left", "wrong")}
-        return {**times, **counts}
-
-
-def once(server: Server, row: Row, undisturbed: list[str], found: Found) -> None:
-    """Do a row's fault to a working server, and note what follows."""
-    old, recoveries = server.pids(), server.health()[1]["recoveries"]
-    clients = [] if row.idle else [server.ask(asked) for asked in ASKED]
-    if clients and wait_for(lambda: len(clients[0].times) >= HIT_AFTER, 30) is None:
-        found.wrong.append(f"no answer to disturb: {clients[0].error}")
-    began = time.monotonic()
-    doing = threading.Thread(target=row.do, args=(server,))
-    doing.start()
-    if row.ends:
-        doing.join()
-        if wait_for(lambda: not any(map(alive, server.seen)), 10) is None:
-            found.left += sum(map(alive, server.seen))
-        found.recovered_s.append(time.monotonic() - began)
-        return
-    if row.recovers:
-        if wait_for(lambda: server.health()[0] != 200, 12) is None:
-            found.wrong.append("the fault was not noticed")
-        else:
-            found.detected_s.append(time.monotonic() - began)
-    clients.append(server.ask(ASKED[0]))
-    doing.join()
-    if wait_for(lambda: server.health()[0] == 200, 40) is None:
-        found.wrong.append(f"no recovery: {server.health()[1]}")
-    elif row.recovers:
-        found.recovered_s.append(time.monotonic() - began)
-    due = [*([] if row.idle else undisturbed), undisturbed[0]]
-    for client, expected in zip(clients, due, strict=True):
-        client.join(60)
-        found.answers += 1
-        found.failed += bool(client.error) or client.is_alive()
-        found.other += not client.error and client.text != expected
-        if client.error:
-            found.wrong.append(client.error)
-        gaps = [b - a for a, b in itertools.pairwise(client.times)]
-        found.pause_s.append(max(gaps, default=0.0))
-    if row.recovers:
-        found.left += sum(map(alive, old))
-    elif server.health()[1]["recoveries"] != recoveries:
-        found.wrong.append("the group was ended without need")
-    server.pids()
+Rows = dict[str, Found]
 
 
 def main() -> int:
     """Run the rows, print a table; the exit status."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--nodes", type=int, default=2)
     options.add_argument("--times", type=int, default=10)
-    options.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    options.add_argument("--rows", default="*", help="names or patterns, with commas between")
+    options.add_argument("--nodes", type=int, default=2, help="ranks of the local rows")
+    options.add_argument(
+        "--longest", type=float, default=1e9, help="no fault lasts longer, seconds"
+    )
     given = options.parse_args()
-    found = {name: Found() for name in given.rows}
-    print(f"{'':44}detected s    recovered s   pause s       answers  failed  other  left")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
-        server: Server | None = None
+    asked = given.rows.split(",")
+    names = [
+        name
+        for name in (*host_faults.ROWS, *local_faults.ROWS)
+        if any(fnmatch(name, pattern) for pattern in asked)
+    ]
+    if not names:
+        known = ", ".join((*host_faults.ROWS, *local_faults.ROWS))
+        print(f"--rows: expected some of {known}, got {given.rows}", file=sys.stderr)
+        return 2
+    began, rows = time.monotonic(), Rows()
+    print(HEADER)
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        on_hosts(given, [n for n in names if n in host_faults.ROWS], Path(folder), rows)
+        on_one_machine(given, [n for n in names if n in local_faults.ROWS], Path(folder), rows)
+    numbers = {name: one.to_json() for name, one in rows.items()}
+    seconds = round(time.monotonic() - began)
+    print(json.dumps({"times": given.times, "seconds": seconds, "rows": numbers}))
+    return 1 if any(one.bad for one in rows.values()) else 0
+
+
+def on_hosts(given: argparse.Namespace, names: list[str], folder: Path, rows: Rows) -> None:
+    """The rows of three hosts."""
+    if names and (why := why_not()) is not None:
+        print(f"{' '.join(names)}: not run: {why}")
+        return
+    if not names:
+        return
+    with contextlib.closing(host_faults.Trial(folder)) as trial:
+        for name in names:
+            row, found = host_faults.ROWS[name], rows.setdefault(name, Found())
+            for _ in range(given.times):
+                row.once(trial, trial.whose_turn(row.hosts), found, given.longest)
+            print(found.line(name), flush=True)
+
+
+def on_one_machine(given: argparse.Namespace, names: list[str], folder: Path, rows: Rows) -> None:
+    """The rows of one machine."""
+    with contextlib.ExitStack() as ends:
+        server: local_faults.Server | None = None
         undisturbed: list[str] = []
-        for name in given.rows:
-            row = ROWS[name]
-            if row.do is starve and not os.access(GROUPS, os.W_OK):
-                print(f"{name:44}not run: this process cannot make control groups of memory")
-                del found[name]
+        for name in names:
+            if (why := local_faults.why_not(name)) is not None:
+                print(f"{name:30}not run: {why}")
                 continue
+            row, found = local_faults.ROWS[name], rows.setdefault(name, Found())
             for _ in range(given.times):
                 if server is None:
-                    server = Server(given.nodes, Path(folder) / "log")
+                    server = local_faults.Server(given.nodes, folder)
                     ends.callback(server.close)
-                    clients = [server.ask(asked) for asked in ASKED]
-                    for client in clients:
-                        client.join()
-                    undisturbed = [client.text for client in clients]
-                once(server, row, undisturbed, found[name])
+                    undisturbed = server.undisturbed()
+                local_faults.once(server, row, undisturbed, found)
                 if row.ends:
                     server = None
-            print(line(name, found[name]), flush=True)
+            print(found.line(name), flush=True)
         if server is not None:
             server.close()
-            for one in found.values():
-                one.left += sum(map(alive, server.seen))
-    rows = {name: one.to_json() for name, one in found.items()}
-    print(json.dumps({"nodes": given.nodes, "times": given.times, "rows": rows}))
-    bad = any(one.failed or one.other or one.left or one.wrong for one in found.values())
-    return 1 if bad else 0
-
-
-def line(name: str, found: Found) -> str:
-    """A row of the table."""
-    data = found.to_json()
-    times = [data[n] or ("-", "-") for n in ("detected_s", "recovered_s", "pause_s")]
-    cells = "".join(f"{a!s:>5} {b!s:>6}  " for a, b in times)
-    counts = (found.answers, found.failed, found.other, found.left)
-    wrong = "".join(f"\n    {why}" for why in dict.fromkeys(found.wrong))
-    return f"{name:44}{cells}{''.join(f'{n:7}' for n in counts)}{wrong}"
+            found.left += server.left(server.seen)
 
 
 if __name__ == "__main__":

@@ -3,152 +3,21 @@
 One cluster serves all tests, in order: from nothing to answering, then every kind of loss.
 """
 
-import http.client
-import json
 import os
-import re
-import shutil
 import stat
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-import cenacle
-
-sys.path.insert(0, str(Path(__file__).parent))
-from net import Capture, Host, Network, until, why_not
-
-DEMO = Path(cenacle.__file__).parent / "demo_model"
-END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
-SUM = "What is 12 + 30?"
-CONTROL, API = 4747, 8080
-WORKER = "cenacle.engine.worker"
+from cluster import API, CONTROL, JOIN, SUM, WORKER, Cluster, Streaming
+from net import Capture, until, why_not
 
 NO_HOSTS = why_not()
 pytestmark = pytest.mark.skipif(
     NO_HOSTS is not None, reason=f"CLUSTERS OF SEVERAL HOSTS ARE NOT TESTED: {NO_HOSTS}"
 )
-
-
-class Cluster:
-    """Three hosts, `a` the head; each has the model somewhere else."""
-
-    def __init__(self, folder: Path) -> None:
-        self.network = Network("abc", folder)
-        self.a, self.b, self.c = self.network.hosts
-        self.capture = Capture(self.network)
-        self.token = ""
-        for host, place in ((self.a, "here"), (self.b, "models"), (self.c, "other/place")):
-            shutil.copytree(DEMO, host.folder / place / "answers")
-
-    def up(self) -> str:
-        """Start the head; the line that it prints for the others."""
-        before = len(self.a.log.read_text()) if self.a.log.exists() else 0
-        self.a.start("up", "here/answers", "-n", "3", "--port", str(API), "--name", "a")
-        found = until(
-            lambda: re.search(r"cenacle (join .*)\n", self.a.log.read_text()[before:]),
-            "the line for other machines",
-        )
-        return found.group(1)
-
-    def join(self, host: Host, *more: str) -> None:
-        host.start("join", *more, "--name", host.letter)
-
-    def close(self) -> None:
-        self.capture.close()
-        self.network.close()
-
-    def ask(self, path: str, body: dict | None = None) -> tuple[int, dict]:
-        """One request to the API, from the head's host; status 0: nobody listens."""
-        connection = http.client.HTTPConnection("127.0.0.1", API)
-        try:
-            connection.sock = self.a.connect("127.0.0.1", API)
-            content = None if body is None else json.dumps(body)
-            kind = {"Content-Type": "application/json"}
-            connection.request("GET" if body is None else "POST", path, content, kind)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-        except (OSError, http.client.HTTPException):
-            return 0, {}
-        finally:
-            connection.close()
-
-    def answer(self, question: str = SUM, **more) -> str:
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, **more}
-        status, answer = self.ask("/v1/chat/completions", body)
-        assert status == 200, answer
-        return answer["choices"][0]["message"]["content"]
-
-    def healthy(self) -> dict:
-        """Health once all works."""
-
-        def ok() -> dict | None:
-            status, health = self.ask("/health")
-            return health if status == 200 and health.get("status") == "ok" else None
-
-        return until(ok, f"a group that works; {self.logs()}", 60)
-
-    def status(self, host: Host) -> dict:
-        done = host.run("status", "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    def nodes(self) -> dict[str, dict]:
-        return {n["name"]: n for n in self.status(self.a)["nodes"]}
-
-    def logs(self) -> str:
-        return "".join(f"\n== {h.letter}\n{h.log.read_text()}" for h in self.network.hosts)
-
-
-class Streaming:
-    """A long answer that is being streamed, and when its pieces came."""
-
-    def __init__(self, cluster: Cluster, tokens: int = 200) -> None:
-        self.text, self.times, self.error = "", [], ""
-        self._sock = cluster.a.connect("127.0.0.1", API)
-        self._body = {
-            "messages": [{"role": "user", "content": SUM}],
-            **{"temperature": 0, "stream": True, "max_tokens": tokens},
-            "logit_bias": {str(END): -100},
-        }
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    def _read(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", API)
-        connection.sock = self._sock
-        kind = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(self._body), kind)
-        for line in connection.getresponse():
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                self.error = event["error"]["message"]
-                break
-            for choice in event["choices"]:
-                self.text += choice["delta"].get("content") or ""
-                self.times.append(time.monotonic())
-        connection.close()
-
-    def begun(self) -> "Streaming":
-        until(lambda: len(self.times) > 20, "the first pieces")
-        return self
-
-    def end(self, seconds: float = 90) -> str:
-        self._thread.join(seconds)
-        assert not self._thread.is_alive(), "the stream did not end"
-        assert not self.error, self.error
-        return self.text
-
-    @property
-    def longest_pause_s(self) -> float:
-        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +30,22 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def capture(cluster) -> Iterator[Capture]:
+    """All that is sent from before the first machine joins."""
+    capture = Capture(cluster.network)
+    try:
+        yield capture
+    finally:
+        capture.close()
+
+
+@pytest.fixture(scope="module")
 def undisturbed(cluster) -> str:
     """The long answer without any fault."""
     return Streaming(cluster).end()
 
 
-def test_from_nothing_to_answering_with_one_command_each(cluster):
+def test_from_nothing_to_answering_with_one_command_each(cluster, capture):
     line = cluster.up().split()
     assert line[:2] == ["join", f"{cluster.a.address}:{CONTROL}"]
     cluster.token = line[3]
@@ -201,10 +80,10 @@ def test_machines_listen_at_their_own_address_only(cluster):
     assert set(cluster.a.listening()) == {("0.0.0.0", CONTROL), ("127.0.0.1", API)}
 
 
-def test_nothing_secret_is_in_clear_on_the_control_channel(cluster, undisturbed):
-    seen = cluster.capture.payloads()
+def test_nothing_secret_is_in_clear_on_the_control_channel(cluster, capture, undisturbed):
+    seen = capture.payloads()
     assert b"cenacle-mesh" in seen, "the exchange is in clear, and captured"
-    control = cluster.capture.payloads(CONTROL)
+    control = capture.payloads(CONTROL)
     assert len(control) > 100_000
     letters = cluster.token.replace("-", "").encode()
     words = (SUM.encode(), b'"step"', b'"tokens"', b'"hello"', b"PRIVATE", b"CERTIFICATE")
@@ -246,8 +125,9 @@ def test_a_rank_that_is_killed_costs_a_moment_and_no_answer(cluster, undisturbed
 def test_an_agent_that_is_killed_takes_its_rank_along(cluster, undisturbed):
     stream = Streaming(cluster).begun()
     began = time.monotonic()
-    cluster.b.kill("cenacle join")
+    cluster.b.kill(JOIN)
     until(lambda: not cluster.b.pids(), "the end of its rank", 5)
+    assert not any(cluster.b.temporary.iterdir())
     until(lambda: not cluster.nodes()["b"]["here"], "that it is missed", 5)
     assert time.monotonic() - began < 5
     assert stream.end() == undisturbed  # on two machines
@@ -276,8 +156,8 @@ def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
 def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster, undisturbed):
     cluster.a.kill()
     until(lambda: not cluster.b.pids(WORKER) + cluster.c.pids(WORKER), "the end of all ranks", 6)
-    assert cluster.b.pids("cenacle join")
-    assert cluster.c.pids("cenacle join")
+    assert cluster.b.pids(JOIN)
+    assert cluster.c.pids(JOIN)
     cluster.up()
     assert cluster.healthy()["nodes"] == 3
     assert cluster.answer() == "42"
@@ -303,7 +183,8 @@ def test_in_the_end_nothing_is_left(cluster):
     assert cluster.a.run("down").returncode == 0
     for host in cluster.network.hosts:
         until(lambda: not host.pids(), f"the end of all that ran on {host.letter}", 10)  # noqa: B023
-    assert cluster.ask("/health") == (0, {})
+        assert not any(host.temporary.iterdir())
+    assert cluster.ask("/health")[0] == 0
     logs = cluster.logs()
     assert "Exception in callback" not in logs
     assert "never retrieved" not in logs

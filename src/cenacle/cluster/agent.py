@@ -14,8 +14,8 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
+import socket
 import ssl
 import tempfile
 import time
@@ -50,8 +50,6 @@ class _Rank:
     formation: int
     rank: int
     process: asyncio.subprocess.Process
-    folder: Path
-    server: asyncio.Server
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -237,11 +235,13 @@ class Agent:
         if formation > self._formation:
             await self._end_ranks()
         self._formation = formation
-        folder = Path(tempfile.mkdtemp(prefix="cenacle-"))  # mode 0700
-        try:
+        # No file has a name: however this process ends, nothing of a rank is left on the disk.
+        near, far = socket.socketpair()
+        with contextlib.ExitStack() as files:
+            files.enter_context(far)
             env = {
                 **os.environ,
-                "CENACLE_CONTROL": str(folder / "control"),
+                "CENACLE_CONTROL": f"fd:{far.fileno()}",
                 "CENACLE_TOKEN": token,
                 "CENACLE_RANK": str(rank),
                 "CENACLE_EPOCH": str(epoch),
@@ -249,35 +249,41 @@ class Agent:
                 "MLX_RANK": str(rank),
             }
             env["GLIBC_TUNABLES"] = ":".join(filter(None, [env.get("GLIBC_TUNABLES"), MALLOC]))
+            inherited = [far.fileno()]
+
+            def given(content: object) -> str:
+                """Where the rank finds this as JSON."""
+                file = files.enter_context(tempfile.TemporaryFile())
+                file.write(json.dumps(content).encode())
+                file.seek(0)
+                inherited.append(file.fileno())
+                return f"/dev/fd/{file.fileno()}"
+
             if backend == "mesh":
                 env[mesh.ADDRESSES] = json.dumps(addresses)
                 env[mesh.SECRET] = secret
             elif backend == "ring":
-                hosts = folder / "hosts.json"
-                hosts.write_text(json.dumps([[a] for a in addresses]))
-                env["MLX_HOSTFILE"] = str(hosts)
-
-            async def passing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await self._relay(relay, reader, writer)
-
-            server = await asyncio.start_unix_server(
-                passing, str(folder / "control"), limit=wire.PIECE
-            )
-            process = await asyncio.create_subprocess_exec(
-                *WORKER, env=env, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
-            )
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        started = _Rank(formation, rank, process, folder, server)
+                env["MLX_HOSTFILE"] = given([[a] for a in addresses])
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *WORKER,
+                    env=env,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=inherited,
+                )
+            except BaseException:
+                near.close()
+                raise
+        self._start(self._relay(relay, near))
+        started = _Rank(formation, rank, process)
         self._ranks.append(started)
         self._start(self._watch(started))
         return {"pid": process.pid}
 
-    async def _relay(
-        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _relay(self, name: str, near: socket.socket) -> None:
         """A rank's messages, to and from the front."""
+        reader, writer = await asyncio.open_unix_connection(sock=near, limit=wire.PIECE)
         try:
             theirs = await self._open()
             await wire.send(theirs[1], {"type": "relay", "name": name}, SILENCE_S)
@@ -298,8 +304,6 @@ class Agent:
                 with contextlib.suppress(ClusterError):
                     await wire.send(self._writer, {**said, "how": how}, SILENCE_S)
         finally:
-            rank.server.close()
-            shutil.rmtree(rank.folder, ignore_errors=True)
             if rank in self._ranks:
                 self._ranks.remove(rank)
             rank.gone.set()

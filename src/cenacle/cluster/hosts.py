@@ -119,6 +119,9 @@ class RemoteRanks(LocalRanks):
     def _order_for(self, rank: int, order: dict[str, Any]) -> dict[str, Any]:
         return {**order, "folder": self._folders[rank], "backend": self.backend}
 
+    def _loaded(self) -> None:
+        pass  # nothing of remote ranks is on this disk
+
     def _fate(self, rank: int) -> str | None:
         """How a rank has ended, as a sentence, if it has."""
         member = self.formation.members[rank]

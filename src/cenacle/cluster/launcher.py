@@ -199,6 +199,11 @@ class LocalRanks:
                 if time.monotonic() - heard[rank] > SILENCE_S:
                     raise self.blame(rank, f"was silent for {SILENCE_S:g} s while loading")
         self.ready = [ready[r] for r in range(self.nodes)]
+        self._loaded()
+
+    def _loaded(self) -> None:
+        # All have met. A front that is killed could not remove it.
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _go_on(self) -> None:
         if self._epoch.ending.is_set():

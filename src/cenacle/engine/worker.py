@@ -78,10 +78,14 @@ def share_of_cores(nodes: int) -> int:
 
 
 def connect() -> Channel:
-    """Call the front back and say who this is."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(10)
-    sock.connect(os.environ["CENACLE_CONTROL"])
+    """Say to the front who this is."""
+    where = os.environ["CENACLE_CONTROL"]
+    if where.startswith("fd:"):  # of a cluster: one end of what the agent made
+        sock = socket.socket(fileno=int(where.removeprefix("fd:")))
+    else:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        sock.connect(where)
     channel = Channel(sock, deadline_s=30)
     hello = {"type": "hello", "epoch": epoch(), "rank": own_rank(), "pid": os.getpid()}
     channel.send({**hello, "token": os.environ.pop("CENACLE_TOKEN")})

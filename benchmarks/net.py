@@ -1,4 +1,4 @@
-"""Hosts for tests: network namespaces joined by a bridge, each with its own address and home.
+"""Hosts for tests and benchmarks: network namespaces on a bridge, each with its address and home.
 
 The bridge is in a namespace of its own, so nothing of it is seen outside but names in /run/netns.
 """
@@ -14,11 +14,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 CENACLE = str(Path(sys.executable).parent / "cenacle")
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
+T = TypeVar("T")
 
 
 def why_not() -> str | None:
@@ -47,6 +50,7 @@ class Host:
         self.letter, self.port = letter, f"p{letter}"
         self.folder = folder / letter
         self.folder.mkdir()
+        self.temporary.mkdir()
         self.programs: list[subprocess.Popen[bytes]] = []
         ip("netns", "add", self.name)
         near = ("-n", network.switch)
@@ -61,9 +65,15 @@ class Host:
         return self.folder / "log"
 
     @property
+    def temporary(self) -> Path:
+        """Where its programs put what they do not keep."""
+        return self.folder / "tmp"
+
+    @property
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CENACLE_", "XDG_"))}
-        return kept | {"HOME": str(self.folder), "CENACLE_THREADS": "1"}
+        own = {"HOME": str(self.folder), "TMPDIR": str(self.temporary), "CENACLE_THREADS": "1"}
+        return kept | own
 
     def start(self, *words: str) -> "subprocess.Popen[bytes]":
         """A program of this host; what it says goes to the log."""
@@ -119,8 +129,8 @@ class Host:
     def listening(self) -> list[tuple[str, int]]:
         """Where programs of this host listen (TCP over IPv4)."""
         found = []
-        pid = self.pids()[0]
-        for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        table = inside(self.name, Path("/proc/thread-self/net/tcp").read_text)
+        for line in table.splitlines()[1:]:
             _, local, _, state, *_ = line.split()
             if state == "0A":
                 address, port = local.split(":")
@@ -161,16 +171,21 @@ class Network:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def inside(name: str, work):
+def enter(name: str) -> None:
+    """Put the calling thread into a namespace, for good: sockets that it makes are there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path(f"/run/netns/{name}").open() as file:
+        if libc.setns(file.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+
+
+def inside(name: str, work: Callable[[], T]) -> T:
     """What `work` gives, done by a thread in this namespace: its sockets stay there."""
     result: list = []
 
     def go() -> None:
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            with Path(f"/run/netns/{name}").open() as file:
-                if libc.setns(file.fileno(), CLONE_NEWNET):
-                    raise OSError(ctypes.get_errno(), "setns")
+            enter(name)
             result.append(work())
         except BaseException as error:
             result.append(error)
@@ -222,7 +237,7 @@ class Capture:
         self._sock.close()
 
 
-def until(condition, what: str, seconds: float = 30.0):
+def until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
     """What the condition gives, once that is true; fails with `what` after some seconds."""
     ends = time.monotonic() + seconds
     while not (found := condition()):
