@@ -1,12 +1,13 @@
 """Tokens a second with drafts and without, in turn, over an emulated link.
 
-    python benchmarks/speculation.py [--model DIR] [--nodes 2] [--latency-ms 0.3]
+    python benchmarks/speculation.py [--model DIR] [--nodes 2] [--latency-ms 0.3] [--draft DIR]
 
 The prompt is a text that says the same thing again and again. A model of random weights goes on
 with something else; one that may say only a few tokens (`--words 2`) soon repeats itself.
 
 The last line of stdout is JSON: "ratio", the median of the rounds'; "tok_per_s" of both ways;
-"same", whether the tokens are the same; "drafted" and "accepted" of the drafting way.
+"same", whether the tokens are the same; "drafted" and "accepted" of the drafting way, "by_model"
+what of both is the draft model's.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, default=0.3)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--draft", help="a draft model, DIR")
     parser.add_argument("--way", default="auto", help="auto or always")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--noise", action="store_true", help="a prompt that repeats nothing")
     parser.add_argument("--words", type=int, default=0, help="let a model say only so many tokens")
     given = parser.parse_args()
     ways = ("off", given.way)
@@ -45,17 +48,19 @@ def main() -> None:
             given.nodes,
             latency_s=given.latency_ms / 1000,
             options=Options(speculate=way),
+            draft=given.draft if way != "off" else None,
             measure_every=0,
             threads=1,
         )
         for way in ways
     }
+    prompt = list(range(60, 90)) if given.noise else PIECE * 8
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     answers: dict[str, list[int]] = {}
     try:
         for number in range(given.rounds + 1):
             for way in ways:
-                done = models[way].generate(PIECE * 8, given.tokens, **how)
+                done = models[way].generate(prompt, given.tokens, **how)
                 answers[way] = done.tokens
                 if number:  # the first is for warming up
                     speeds[way].append(done.tok_per_s)
@@ -75,6 +80,7 @@ def main() -> None:
         "same": answers["off"] == answers[given.way],
         "drafted": drafts.drafted,
         "accepted": drafts.accepted,
+        "by_model": [drafts.by_model, drafts.by_model_accepted],
     }
     print(json.dumps(said))
 

@@ -21,6 +21,7 @@ import mlx.core as mx
 from .cluster.launcher import LocalRanks, choose
 from .collective.mesh import WIRES
 from .dialogue import Message
+from .engine.drafting import DraftModel
 from .engine.engine import Options, need_of
 from .engine.grammar import Vocabulary, check
 from .engine.lockstep import Epoch, Group, Ranks
@@ -149,6 +150,7 @@ def load(
     kernels: str = "auto",
     activations: str = "int16",
     options: Options | None = None,
+    draft: str | None = None,
     measure_every: int = 8,
     cores: Sequence[Sequence[int]] | None = None,
     threads: int | None = None,
@@ -177,6 +179,9 @@ def load(
         activations: integers inside the native kernels' quantised layers: "int16", or "int8", less
             exact (docs/performance.md), where the kernels have it (see `native.use_activations`).
         options: how ranks run the model.
+        draft: a small model with the same tokenizer, a folder or a hub repository's name, whose
+            guesses the model checks several at a time while a request runs alone: the same answer,
+            sooner. Rank 0 keeps it.
         measure_every: one step in this many is measured; 0: none.
         cores: for each rank the cores that it runs on; None: the system decides.
         threads: of the native kernels in each rank; None: its share of the cores.
@@ -189,9 +194,9 @@ def load(
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
-        InputError: native kernels are asked for and cannot be used; activations that are unknown;
-            a wire that is unknown, or that
-            only the mesh has.
+        InputError: native kernels are asked for and cannot be used; a draft model that does not
+            fit the model; activations that are unknown; a wire that is unknown, or that only the
+            mesh has.
     """
     if joined is None:
         _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
@@ -203,15 +208,16 @@ def load(
     checkpoint = Checkpoint.open(locate(model))
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
-    reason = ""
+    options, text, reason = options or Options(), _text(checkpoint), ""
+    drafting = None
+    if draft is not None:
+        drafting = DraftModel.check(draft, checkpoint, text, options, kernels)
     if joined is not None:
-        plan, reason = joined.form(name, checkpoint, options or Options(), kernels)
+        plan, reason = joined.form(name, checkpoint, options, kernels, drafting)
     if plan is None:
         spec = describe(checkpoint)
         plan, reason = _choose(spec, nodes, shares, placement, trunk, budgets, latency_s)
-    options = options or Options()
-    text = _text(checkpoint)
-    need = need_of(checkpoint.config, plan, 0, options, kernels)
+    need = need_of(checkpoint.config, plan, 0, options, kernels, drafting)
     if joined is None:
         _check_memory(need)
     order = {
@@ -223,6 +229,7 @@ def load(
         "kernels": kernels,
         "activations": activations,
         "options": asdict(options),
+        "draft": asdict(drafting) if drafting is not None else None,
     }
 
     def start(epoch: Epoch, report: Callable[[int, int, int], None] | None = None) -> LocalRanks:

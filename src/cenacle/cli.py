@@ -170,6 +170,13 @@ SpeculateName = Annotated[
     Speculate,
     typer.Option("--speculate", help="Draft tokens and check several at once, if it pays."),
 ]
+DraftName = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help="A small model with the same tokenizer, whose guesses are checked several at once.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temp = Annotated[float, typer.Option(help="Temperature; 0 is greedy.")]
@@ -220,6 +227,7 @@ def generate(
     kv_bits: KVBits = None,
     max_kv_size: MaxKV = None,
     speculate: SpeculateName = Speculate.auto,
+    draft: DraftName = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt.
@@ -241,6 +249,7 @@ def generate(
         32,
         kv_bits,
         max_kv_size,
+        draft=draft,
         speculate=speculate.value,
     ) as loaded:
         ids = loaded.text.encode(text) if raw else loaded.tokens_of(text)
@@ -292,6 +301,7 @@ def chat(
     activations: ActivationsName = Activations.int16,
     kv_bits: KVBits = None,
     speculate: SpeculateName = Speculate.auto,
+    draft: DraftName = None,
 ) -> None:
     """Talk with a model in the terminal, here or on a server. /help lists commands, Ctrl-D ends.
 
@@ -322,6 +332,7 @@ def chat(
         32,
         kv_bits,
         None,
+        draft=draft,
         speculate=speculate.value,
     ) as loaded:
         Talk(Local(loaded), how, system or "").loop(kept)
@@ -347,6 +358,7 @@ def serve(
     kv_bits: KVBits = None,
     max_kv_size: MaxKV = None,
     speculate: SpeculateName = Speculate.auto,
+    draft: DraftName = None,
     require_key: cli_keys.RequireKey = False,
     tls: cli_keys.Tls = None,
     tls_cert: cli_keys.TlsCert = None,
@@ -405,6 +417,7 @@ def serve(
             max_kv_size,
             queue=queue,
             kv_gb=kv_gb,
+            draft=draft,
             speculate=speculate.value,
             cache_gb=cache_gb,
         ) as loaded:
@@ -733,6 +746,7 @@ def _loaded(
     batch: int,
     kv_bits: int | None,
     max_kv_size: int | None,
+    draft: str | None = None,
     **options: Any,
 ) -> Iterator[Model]:
     from .api import load
@@ -757,6 +771,7 @@ def _loaded(
             kernels=kernels.value,
             activations=activations.value,
             options=how,
+            draft=draft,
             progress=progress,
         )
     with loaded:

@@ -70,6 +70,10 @@ def up(
     kernels: Annotated[str, typer.Option(help="auto, native or mlx.")] = "auto",
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Most prompt tokens per step.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Most requests generated at once.")] = 32,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="A small model with the same tokenizer, on this machine, that drafts."),
+    ] = None,
     require_key: cli_keys.RequireKey = False,
     tls: cli_keys.Tls = None,
     tls_cert: cli_keys.TlsCert = None,
@@ -124,7 +128,7 @@ def up(
                 wanted = Wanted(placement, trunk, backend, wire, _numbers(shares))
                 joined = Joined(head, nodes, wanted, lambda text: _wait(head, text))
                 options = Options(prefill_chunk=prefill_chunk, batch=batch)
-                _serve(head, model, joined, kernels, options, sock, policy, context)
+                _serve(head, model, joined, kernels, options, draft, sock, policy, context)
 
 
 def _wait(head: Head, text: str) -> None:
@@ -138,6 +142,7 @@ def _serve(
     joined: Joined,
     kernels: str,
     options: Options,
+    draft: str | None,
     sock: socket.socket,
     policy: Policy,
     tls: ssl.SSLContext | None,
@@ -151,7 +156,9 @@ def _serve(
 
     head.tell(model=Path(model).name)
     with _progress[0]() as progress:
-        loaded = load(model, kernels=kernels, options=options, progress=progress, joined=joined)
+        loaded = load(
+            model, kernels=kernels, options=options, draft=draft, progress=progress, joined=joined
+        )
     with loaded:
         for line in (loaded.ranks.backend_reason, loaded.plan_reason):
             if line:

@@ -13,9 +13,9 @@ import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from cenacle.collective.alone import Alone as OneRank
+from cenacle.engine.cache import can_go_back
 from cenacle.engine.engine import Engine, Options
 from cenacle.engine.sampler import Choice, Drawing
-from cenacle.engine.speculation import can_go_back
 from cenacle.model.watch import Watch
 from cenacle.request import Part, Request, Sampling, Step
 
@@ -42,9 +42,9 @@ class Chain(nn.Module):
         return self.table[tokens] + self.sums[sums % 3]
 
 
-def answer(way, tokens=(0, 1, 2, 3, 0, 1, 2, 3), limit=40, sharp=1.0, stop=(), **how):
+def answer(way, tokens=(0, 1, 2, 3, 0, 1, 2, 3), limit=40, sharp=1.0, stop=(), drafter=None, **how):
     model = Chain(sharp)
-    engine = Engine(model, OneRank(), Watch(), Options(speculate=way))
+    engine = Engine(model, OneRank(), Watch(), Options(speculate=way), drafter=drafter)
     sampling = Sampling(**{"seed": 0, **how})
     request = Request("a", tokens, limit, stop, sampling, logprobs=2)
     events = [*engine.step(Step(0, (request,), started=(Part("a", 0, len(tokens)),)))[0]]

@@ -95,7 +95,10 @@ def test_inspect_tells_before_loading_what_ranks_take(tmp_path_factory):
 def test_a_saved_plan_is_what_runs(folder, tmp_path):
     saved = tmp_path / "plan.json"
     assert run("inspect", "-m", folder, "-n", 2, "--shares", "3,1", "--save", saved).returncode == 0
-    ran = run("generate", "-m", folder, "--plan", saved, "-p", "x", "--max-tokens", 1, "--json")
+    ran = run(
+        *("generate", "-m", folder, "--plan", saved, "--draft", folder),
+        *("-p", "x", "--max-tokens", 1, "--json"),
+    )
     weights = [r["weights_bytes"] for r in last_json(ran)["ranks"]]
     assert len(weights) == 2
     assert weights[0] > weights[1]

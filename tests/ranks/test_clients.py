@@ -235,6 +235,59 @@ def test_seed_n_stop_and_echo(client: openai.OpenAI) -> None:
     assert echo.choices[0].text == rendered(ASK) + "42"
 
 
+def test_choices_in_one_stream_are_those_of_the_whole_answer(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": SUM,
+        "n": 2,
+        "seed": 3,
+        "temperature": 1.5,
+        "top_p": 0.95,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "max_completion_tokens": 6,
+        "logit_bias": {str(END): -100},
+        "extra_body": {"min_p": 0.001, "top_k": 50, "repetition_penalty": 1.1},
+    }
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        *chunks, counted = stream
+    assert counted.choices == []
+    assert counted.usage is not None
+    assert whole.usage is not None
+    assert counted.usage.completion_tokens == whole.usage.completion_tokens == 12
+    assert {c.usage for c in chunks} == {None}
+    for index in range(2):
+        own = [c.choices[0] for c in chunks if c.choices[0].index == index]
+        text = "".join(one.delta.content or "" for one in own)
+        assert text == whole.choices[index].message.content
+        assert own[0].delta.role == "assistant"
+        assert [one.finish_reason for one in own] == [None] * (len(own) - 1) + ["length"]
+
+
+def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": PLACE}}
+    allowed: Any = {
+        "mode": "required",
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+    }
+    whole = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Weather?"}],
+        tools=[other, CHAT_TOOL],  # type: ignore
+        tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+        parallel_tool_calls=False,
+        temperature=2,
+        seed=1,
+    )
+    (call,) = whole.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    check_arguments(call.function.arguments)
+
+
 def test_reasoning_is_apart(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(
         model=MODEL,
@@ -315,6 +368,24 @@ def test_responses_that_are_calls(client: openai.OpenAI) -> None:
     after = client.responses.create(model=MODEL, input=history, max_output_tokens=3)
     assert after.usage is not None
     assert after.usage.output_tokens == 3 or after.status == "completed"
+
+
+def test_events_come_in_order(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    with client.responses.create(model=MODEL, input=ASK, temperature=0, stream=True) as stream:
+        events = list(stream)
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    kinds = [e.type.removeprefix("response.") for e in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert set(kinds[4:-4]) == {"output_text.delta"}
+    ends = ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    assert kinds[-4:] == ends
+    with claude.messages.create(
+        model=MODEL, max_tokens=20, messages=SUM, extra_body=GREEDY, stream=True
+    ) as told:
+        blocks = [e.type for e in told]
+    assert blocks[:2] == ["message_start", "content_block_start"]
+    assert set(blocks[2:-3]) == {"content_block_delta"}
+    assert blocks[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
 
 # Anthropic's client, whose newest version has no word for temperature

@@ -6,6 +6,7 @@ The references are mlx-lm's own model, asked for the logits of the whole text at
 
 import json
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -229,20 +230,24 @@ def test_drafts_change_nothing(models, drafting, nodes):
 def test_others_come_and_go_beside_a_draft(models, drafting, nodes):
     """Each time the request that drafts goes back among the others, and comes out again."""
     for prompt, limit, how in (DRAFTED[2], DRAFTED[5]):
-        limit *= 3
-        want = models[nodes].generate(prompt, limit, logprobs=1, **how).tokens
-        other = models[nodes].generate(ASKED).tokens
-        got, guests = [], 0
-        for chunk in drafting[nodes].stream(prompt, limit, logprobs=1, **how):
-            got.append(chunk.token)
-            if len(got) % 12 == 5 and guests < 6:
-                guests += 1
-                if guests % 2:
-                    assert drafting[nodes].generate(ASKED).tokens == other
-                else:  # one that leaves in the middle
-                    next(drafting[nodes].stream(NOISE, 100, **ENDLESS))
-        assert got == want
-        assert guests >= 2
+        come_and_go(models[nodes], drafting[nodes], prompt, limit, how)
+
+
+def come_and_go(plain, drafting, prompt, limit, how) -> None:
+    limit *= 3
+    want = plain.generate(prompt, limit, logprobs=1, **how).tokens
+    other = plain.generate(ASKED).tokens
+    got, guests = [], 0
+    for chunk in drafting.stream(prompt, limit, logprobs=1, **how):
+        got.append(chunk.token)
+        if len(got) % 12 == 5 and guests < 6:
+            guests += 1
+            if guests % 2:
+                assert drafting.generate(ASKED).tokens == other
+            else:  # one that leaves in the middle
+                next(drafting.stream(NOISE, 100, **ENDLESS))
+    assert got == want
+    assert guests >= 2
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -263,6 +268,79 @@ def test_measured_steps_of_drafts_are_divided_by_their_tokens(drafting):
     assert terms.tokens > terms.steps > 0
     parts = sum(v for k, v in done.terms_ms.items() if k != "total")
     assert parts == pytest.approx(done.terms_ms["total"])
+
+
+# A draft model
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory) -> Path:
+    """The demo model, turned round: what it thinks likeliest is the least likely."""
+    folder = tmp_path_factory.mktemp("draft") / "stranger"
+    shutil.copytree(DEMO, folder)
+    weights = mx.load(str(DEMO / "model.safetensors"))
+    weights["lm_head.weight"] = -weights["lm_head.weight"]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """Its first three layers of four: it agrees now and then."""
+    folder = tmp_path_factory.mktemp("draft") / "small"
+    shutil.copytree(DEMO, folder)
+    config = json.loads((DEMO / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_layers": 3}))
+    weights = mx.load(str(DEMO / "model.safetensors"))
+    kept = {k: v for k, v in weights.items() if ".blocks.3." not in k}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept)
+    return folder
+
+
+SAID = [([60 + (7 * i * i) % 30 for i in range(25)], 60, ENDLESS | WILD), *DRAFTED]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_draft_model_changes_nothing(models, small, nodes):
+    """Of two nodes each has half of each expert, and the first the whole draft model."""
+    with cenacle.load(
+        str(DEMO), nodes, options=Options(speculate="always"), draft=str(small)
+    ) as drafting:
+        for prompt, limit, how in SAID:
+            plain = list(models[nodes].stream(prompt, limit, logprobs=2, **how))
+            drafted = list(drafting.stream(prompt, limit, logprobs=2, **how))
+            assert [(c.token, c.finish) for c in drafted] == [(c.token, c.finish) for c in plain]
+            for a, b in zip(drafted, plain, strict=True):
+                assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
+        done = drafting.group.drafts
+        assert done.by_model > done.by_model_accepted > 20
+        assert done.drafted - done.by_model > 50  # from the text
+        come_and_go(models[nodes], drafting, *DRAFTED[2])
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_draft_model_that_is_always_right_or_never(models, stranger, nodes):
+    want = models[nodes].generate(NOISE, 300, **ENDLESS | WILD).tokens
+    with cenacle.load(str(DEMO), nodes, draft=str(stranger)) as model:
+        assert model.generate(NOISE, 300, **ENDLESS | WILD).tokens == want
+        done = model.group.drafts
+        assert 0 < done.by_model < 150, "it gives up"
+        assert done.by_model_accepted < done.by_model / 4
+    with cenacle.load(
+        str(DEMO), nodes, draft=str(DEMO), options=Options(speculate="always")
+    ) as model:
+        for how in (WILD, {}):
+            first = model.generate(NOISE, 40, **how).tokens
+            assert first == models[nodes].generate(NOISE, 40, **how).tokens
+        assert model.group.drafts.by_model == model.group.drafts.by_model_accepted > 0
+        # A text that begins alike, as the next question of a chat.
+        again = [*NOISE, *first[:20], 65, 70, 61]
+        assert model.generate(again, 9).tokens == models[nodes].generate(again, 9).tokens
+        stream = model.stream(NOISE, 800, **ENDLESS)
+        for _ in range(40):
+            next(stream)
+        stream.close()
+        assert model.generate(ASKED).text == "42"
 
 
 def test_ways_to_draft():

@@ -37,7 +37,7 @@ def run(pace, kept, cost, steps=400, seed=1) -> tuple[float, list[int]]:
         k = pace.limit
         limits.append(k)
         if not k:
-            pace.plain()
+            pace.passed()
             pace.took(0, 1.0)
             tokens, seconds = tokens + 1, seconds + 1
             continue

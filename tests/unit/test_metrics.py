@@ -19,7 +19,7 @@ class Group:
     """Remembers sinks; refuses what the test says."""
 
     state = SimpleNamespace(phase="ok", recoveries=0)
-    drafts = Drafts(12, 9)
+    drafts = Drafts(12, 9, 8, 7)
 
     def __init__(self) -> None:
         self.load = {"running": 0, "waiting": 0}
@@ -127,5 +127,6 @@ def test_work_follows_slices_and_replicas():
 
 
 def test_drafts_are_told(played):
-    assert played.value("spec_decode_num_draft_tokens_total") == 12
-    assert played.value("spec_decode_num_accepted_tokens_total") == 9
+    drafted, accepted = (f"spec_decode_num_{what}_tokens_total" for what in ("draft", "accepted"))
+    assert [played.value(drafted, source=s) for s in ("text", "model")] == [4, 8]
+    assert [played.value(accepted, source=s) for s in ("text", "model")] == [2, 7]

@@ -573,6 +573,25 @@ def test_the_choice_of_tools() -> None:
     assert (one.calls, one.tools[0].strict) == ("weather", True)
     other = {"type": "function", "function": {"name": "whether"}}
     assert refused(chat, {"tools": [WEATHER], "tool_choice": other})[1] == "tool_choice"
+    rain = {"type": "function", "function": {"name": "rain"}}
+    for mode, calls in (("auto", None), ("required", "required")):
+        among: Any = {"mode": mode, "tools": [named]}
+        some = chat(
+            tools=[rain, WEATHER],
+            tool_choice={"type": "allowed_tools", "allowed_tools": among},
+        )
+        assert (some.tools, some.calls) == ((tool,), calls)
+    for wrong, field in (
+        ({"mode": "auto", "tools": [other]}, "tool_choice"),
+        ({"mode": "auto", "tools": []}, "tool_choice.allowed_tools.tools"),
+        ({"mode": "none", "tools": [named]}, "tool_choice.allowed_tools.mode"),
+        (
+            {"mode": "auto", "tools": [{"type": "custom"}]},
+            "tool_choice.allowed_tools.tools[0].type",
+        ),
+    ):
+        asked = {"type": "allowed_tools", "allowed_tools": wrong}
+        assert refused(chat, {"tools": [WEATHER], "tool_choice": asked})[1] == field
 
 
 def test_formats_become_grammars() -> None:

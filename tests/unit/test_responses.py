@@ -157,6 +157,14 @@ def test_formats_and_forced_calls_become_grammars() -> None:
     assert asked.given["text"] == {"format": form}
     forced = read(tools=LOOP["tools"], tool_choice={"type": "function", "name": "weather"})
     assert (forced.calls, forced.grammar is not None) == ("weather", True)
+    among = {
+        "type": "allowed_tools",
+        "mode": "required",
+        "tools": [{"type": "function", "name": "weather"}],
+    }
+    some = read(tools=LOOP["tools"], tool_choice=among)
+    assert ([tool.name for tool in some.tools], some.calls) == (["weather"], "required")
+    assert some.given["tool_choice"] == among
 
 
 PARTS = [

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.drafting import DraftModel
 from ..engine.engine import Options
 from ..engine.lockstep import Epoch
 from ..errors import CheckpointError, PlanError
@@ -77,7 +78,12 @@ class Joined:
         self._links: dict[tuple[str, float, str, float], Link] = {}
 
     def form(
-        self, name: str, checkpoint: Checkpoint, options: Options, kernels: str
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        options: Options,
+        kernels: str,
+        draft: DraftModel | None = None,
     ) -> tuple[Plan, str]:
         """Wait until all machines that are wanted are there, ask and measure them, and decide.
 
@@ -85,6 +91,7 @@ class Joined:
             name: of the model, by which each machine looks for its folder.
             checkpoint: the head's own copy.
             options, kernels: see `api.load`.
+            draft: of the head's machine, whose rank is the first.
 
         Returns:
             The plan of the first group, and why it was chosen.
@@ -94,7 +101,7 @@ class Joined:
             PlanError: it does not fit; names the machine.
             ClusterError: the cluster was ended, or a machine was lost meanwhile.
         """
-        self._what = (name, checkpoint, options, kernels)
+        self._what = (name, checkpoint, options, kernels, draft)
         self._formed = self._decide(self._head.form(self._nodes, self._say))
         return self._formed.plan, self._formed.reason
 
@@ -146,7 +153,7 @@ class Joined:
         return self._decide(self._head.form(self._nodes, say, epoch.ending))
 
     def _decide(self, formation: Formation) -> Formed:
-        name, checkpoint, options, kernels = self._what
+        name, checkpoint, options, kernels, draft = self._what
         try:
             members = formation.members
             folders = self._find(name, checkpoint, members)
@@ -160,6 +167,7 @@ class Joined:
                 self._wanted,
                 options,
                 kernels,
+                draft,
             )
         except BaseException:
             self._head.is_over(formation.number)

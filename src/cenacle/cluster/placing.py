@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..engine.drafting import DraftModel
 from ..engine.engine import Options, need_of
 from ..errors import ClusterError, InputError, PlanError
 from ..model import balance, residency
@@ -93,6 +94,7 @@ def place(
     wanted: Wanted,
     options: Options,
     kernels: str,
+    draft: DraftModel | None = None,
 ) -> tuple[Plan, str]:
     """The plan for these machines, and why.
 
@@ -100,6 +102,7 @@ def place(
 
     Args:
         found: links by pairs of ranks.
+        draft: what the first rank has besides.
 
     Raises:
         PlanError: it fits in neither way; says what does not fit where.
@@ -129,7 +132,8 @@ def place(
         )
         refused = []
         for rank, node in enumerate(members):
-            need = replace(need_of(dict(config), plan, rank, options, kernels), beside=0)
+            need = need_of(dict(config), plan, rank, options, kernels, draft)
+            need = replace(need, beside=0)
             try:
                 _check(node, need)
             except PlanError as error:

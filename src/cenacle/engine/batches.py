@@ -30,12 +30,13 @@ from mlx_lm.sample_utils import LogitsProcessor
 from ..collective.base import Collective
 from ..model.watch import Watch
 from ..request import Part, Request, Reuse, TokenEvent
-from .cache import Sequence
+from .cache import Sequence, can_go_back, can_merge
 from .drafts import Drafts
 from .sampler import Drawing
-from .speculation import Alone, Answer, can_go_back
+from .speculation import Alone, Answer
 
 if TYPE_CHECKING:
+    from .drafting import Drafter
     from .engine import Options
 
 
@@ -135,23 +136,24 @@ class Batch(ABC):
         """Free every cache."""
 
 
-def make_batch(model: nn.Module, options: Options, collective: Collective, watch: Watch) -> Batch:
+def make_batch(
+    model: nn.Module,
+    options: Options,
+    collective: Collective,
+    watch: Watch,
+    drafter: Drafter | None = None,
+) -> Batch:
     """Continuous batching where mlx-lm can merge this model's caches, else one by one.
 
     Drafts only with the first, and where its caches can forget what was drafted in vain.
     """
     plain = options.kv_bits is None and options.max_kv_size is None
-    if not (plain and all(_mergeable(c) for c in make_prompt_cache(model))):
+    if not (plain and can_merge(model)):
         return OneByOne(model, options)
     alone = None
     if options.speculate != "off" and can_go_back(model):
-        alone = Alone(model, collective, watch, options.speculate)
+        alone = Alone(model, collective, watch, options.speculate, drafter=drafter)
     return Continuous(model, options, alone)
-
-
-def _mergeable(cache: Any) -> bool:
-    inner = getattr(cache, "caches", None)
-    return all(map(_mergeable, inner)) if inner is not None else hasattr(cache, "merge")
 
 
 class Continuous(Batch):
@@ -173,7 +175,7 @@ class Continuous(Batch):
     @property
     def drafts(self) -> Drafts:
         """See `Batch`."""
-        return self._alone.pace.drafts if self._alone is not None else super().drafts
+        return self._alone.drafts if self._alone is not None else super().drafts
 
     def start(self, part: Part) -> None:
         """See `Batch`."""

@@ -146,3 +146,28 @@ def footprint(
         else:
             per_token += size
     return Footprint(per_token, fixed, tuple(sorted(windows.items())), exact, keeps)
+
+
+def can_go_back(model: nn.Module) -> bool:
+    """Whether this model's caches can forget their last tokens at any time.
+
+    A state has no last token, and a cache that rotates has overwritten what it would return to.
+    """
+
+    def plain(cache: Any) -> bool:
+        inner = getattr(cache, "caches", None)
+        if inner is not None:
+            return all(map(plain, inner))
+        return bool(cache.is_trimmable()) and not hasattr(cache, "max_size")
+
+    return all(map(plain, make_prompt_cache(model)))
+
+
+def can_merge(model: nn.Module) -> bool:
+    """Whether mlx-lm can merge this model's caches into a batch."""
+
+    def merges(cache: Any) -> bool:
+        inner = getattr(cache, "caches", None)
+        return all(map(merges, inner)) if inner is not None else hasattr(cache, "merge")
+
+    return all(map(merges, make_prompt_cache(model)))

@@ -10,23 +10,27 @@ Next: `speculation.py` lets the model check the drafts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add, sub
 
 MATCH = 3  # tokens; where fewer agree, the next one seldom does
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """How many tokens were drafted, and how many of them were kept."""
+    """How many tokens were drafted, and how many of them were kept; `by_model`,
+    `by_model_accepted`: those of a draft model."""
 
     drafted: int = 0
     accepted: int = 0
+    by_model: int = 0
+    by_model_accepted: int = 0
 
     def __add__(self, other: Drafts) -> Drafts:
-        return Drafts(self.drafted + other.drafted, self.accepted + other.accepted)
+        return Drafts(*map(add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Drafts) -> Drafts:
-        return Drafts(self.drafted - other.drafted, self.accepted - other.accepted)
+        return Drafts(*map(sub, astuple(self), astuple(other)))
 
 
 class Lookup:
@@ -115,10 +119,10 @@ class Pace:
         self._rest = self._tired = 0
         self.limit = self.FIRST if self._fixed is None else self._fixed
 
-    def plain(self) -> None:
-        """A token was made without a draft."""
+    def passed(self, tokens: int = 1) -> None:
+        """So many tokens were made without a draft of this kind."""
         if self._rest:
-            self._rest -= 1
+            self._rest = max(0, self._rest - tokens)
             if not self._rest:
                 self._kept, self._refused = 2.0, 0.5
                 self._seconds = {k: s for k, s in self._seconds.items() if k == 0}
@@ -145,15 +149,33 @@ class Pace:
         else:
             self._seconds[drafted] = 0.7 * known + 0.3 * min(seconds, 2 * known)
 
-    def propose(self) -> int:
-        """Rank 0's proposal: the best number of tokens to draft; 0: none."""
-        if 0 not in self._seconds:
+    def propose(self, least: float = 0.0) -> int:
+        """Rank 0's proposal: the best number of tokens to draft; 0: none.
+
+        Args:
+            least: tokens a second that there are without these drafts, if it is known to be more
+                than one token after another.
+        """
+        best, speed = self._best()
+        if not speed:
             return self.limit
+        return best if speed > max(self.GAIN / self._seconds[0], least) else 0
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second that its drafts are expected to give; 0.0: it does not draft, or nothing
+        is known yet."""
+        return self._best()[1] if self.limit and len(self._seconds) > 1 else 0.0
+
+    def _best(self) -> tuple[int, float]:
+        """The best number of tokens to draft, and tokens a second with it (0.0: unknown)."""
+        if 0 not in self._seconds:
+            return self.limit, 0.0
         p = min(self._kept / (self._kept + self._refused), 0.999)
         most = min(self.MOST, 2 * max(self._seconds) or self.FIRST)
         speeds = {k: (1 - p ** (k + 1)) / (1 - p) / self._expected(k) for k in range(1, most + 1)}
         best = max(speeds, key=lambda k: speeds[k])
-        return best if speeds[best] * self._seconds[0] > self.GAIN else 0
+        return best, speeds[best]
 
     def _expected(self, drafted: int) -> float:
         """Seconds of a step: between what was measured a straight line, beyond it another."""

@@ -25,6 +25,7 @@ from ..plan import Plan
 from ..request import Request, Step, TokenEvent
 from . import cache
 from .batches import make_batch
+from .drafting import Drafter, DraftModel
 from .drafts import Drafts
 from .grammar import Vocabulary
 from .prefixes import Footprint
@@ -68,13 +69,19 @@ class Options:
 
 
 def need_of(
-    config: dict[str, Any], plan: Plan, rank: int, options: Options, kernels: str
+    config: dict[str, Any],
+    plan: Plan,
+    rank: int,
+    options: Options,
+    kernels: str,
+    draft: DraftModel | None = None,
 ) -> residency.Need:
-    """What a rank of the plan will keep in memory: its weights and the cache of one request.
+    """What a rank of the plan will keep in memory: its weights, one request's cache, a draft model.
 
     Args:
         config: config.json.
         kernels: as `model.experts.parallelize`; the native ones keep float32.
+        draft: what rank 0 has besides.
     """
     spec = plan.spec
     width = 4 if kernels == "native" or spec.dtype == "float32" else 2
@@ -85,7 +92,7 @@ def need_of(
         options.kv_bits,
         width,
     )
-    return residency.Need.of(plan, rank, cache)
+    return residency.Need.of(plan, rank, cache, draft.bytes if draft is not None else 0)
 
 
 class Engine:
@@ -93,6 +100,7 @@ class Engine:
 
     Args:
         vocabulary: for grammars; None: requests have none.
+        drafter: the draft model, if there is one.
     """
 
     def __init__(
@@ -102,11 +110,12 @@ class Engine:
         watch: Watch,
         options: Options,
         vocabulary: Vocabulary | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._collective, self._watch = collective, watch
         self._drawings = Drawings(collective, vocabulary)
         self._model, self._options = model, options
-        self._batch = make_batch(model, options, collective, watch)
+        self._batch = make_batch(model, options, collective, watch, drafter)
         self._drafts = self._batch.drafts
         self._next_step = 0
 

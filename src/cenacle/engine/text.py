@@ -71,6 +71,11 @@ class Text:
         return self._tokenizer._tokenizer
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, those that were added included."""
+        return dict(self._tokenizer.get_vocab())
+
+    @property
     def has_template(self) -> bool:
         """Whether the checkpoint says how a chat is rendered."""
         return bool(self._tokenizer.has_chat_template)

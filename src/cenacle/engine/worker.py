@@ -133,6 +133,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from ..model.experts import parallelize
     from ..model.watch import Watch
     from ..model.weights import Checkpoint, load
+    from . import drafting
     from .engine import Engine, Options, need_of
     from .grammar import Vocabulary
     from .text import Text
@@ -150,24 +151,33 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
             channel.send({"type": "progress", "done": done, "total": total})
 
     checkpoint, options = Checkpoint.open(Path(order["folder"])), Options(**order["options"])
+    draft = drafting.DraftModel(**order["draft"]) if order.get("draft") else None
     if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():  # never run
-        need = need_of(checkpoint.config, plan, collective.rank, options, order["kernels"])
+        need = need_of(checkpoint.config, plan, collective.rank, options, order["kernels"], draft)
         mx.set_wired_limit(residency.wired_limit(mx.device_info(), need))
     native.use_activations(order.get("activations", "int16"))
     model = load(checkpoint, plan, collective.rank, progress)
     parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
+    drafter = None
+    if draft is not None:
+        small = None
+        if collective.rank == 0:
+            small = drafting.load(Checkpoint.open(Path(draft.folder)), order["kernels"])
+        drafter = drafting.Drafter(draft, collective, small, plan.spec.vocabulary)
     gc.collect()
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()
     vocabulary = Vocabulary(lambda: Text(checkpoint.folder, checkpoint.config))
-    engine = Engine(model, collective, watch, options, vocabulary)
+    engine = Engine(model, collective, watch, options, vocabulary, drafter)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
     if order["kernels"] != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
         device += f", {native.describe()}"
     ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
-    ready["memory_left"] = memory_left()
+    # What the draft will keep of the text comes out of what is left for requests.
+    kept = draft.cache if draft is not None and collective.rank == 0 else 0
+    ready["memory_left"] = memory_left() - kept
     channel.send({**ready, "footprint": asdict(engine.footprint())})
     while True:
         message = receive(channel)

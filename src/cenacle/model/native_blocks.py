@@ -24,10 +24,13 @@ from mlx_lm.models import (
     ernie4_5_moe,
     granitemoe,
     jamba,
+    llama,
     mellum,
     mixtral,
     phimoe,
+    qwen2,
     qwen2_moe,
+    qwen3,
     qwen3_moe,
 )
 from mlx_lm.models.base import scaled_dot_product_attention
@@ -48,6 +51,9 @@ _ATTENTION: tuple[type[nn.Module], ...] = (
     phimoe.Attention,
     qwen2_moe.Attention,
     qwen3_moe.Attention,
+    llama.Attention,  # these three of draft models
+    qwen2.Attention,
+    qwen3.Attention,
 )
 
 # Blocks that are nothing but the weighted sum of the k experts of which the router's softmax is

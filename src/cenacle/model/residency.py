@@ -35,24 +35,28 @@ class Need:
         weights: what the plan gives it.
         cache: keys and values of the positions that are planned for.
         beside: what other ranks on the same machine keep.
+        draft: a draft model, with its cache.
     """
 
     rank: int
     weights: int
     cache: int
     beside: int = 0
+    draft: int = 0
 
     @classmethod
-    def of(cls, plan: Plan, rank: int, cache: int) -> Need:
-        """What `rank` keeps, where all ranks of the plan are on one machine."""
+    def of(cls, plan: Plan, rank: int, cache: int, draft: int = 0) -> Need:
+        """What `rank` keeps, where all ranks of the plan are on one machine; the draft model is
+        rank 0's."""
         others = [r for r in range(plan.nodes) if r != rank]
         beside = sum(plan.bytes_of(r)["total"] + cache + WORKSPACE_BYTES for r in others)
-        return cls(rank, plan.bytes_of(rank)["total"], cache, beside)
+        own = draft if rank == 0 else 0
+        return cls(rank, plan.bytes_of(rank)["total"], cache, beside + draft - own, own)
 
     @property
     def own(self) -> int:
         """Bytes of this rank alone."""
-        return self.weights + self.cache + WORKSPACE_BYTES
+        return self.weights + self.cache + self.draft + WORKSPACE_BYTES
 
     @property
     def total(self) -> int:
@@ -62,9 +66,10 @@ class Need:
     def __str__(self) -> str:
         """For messages."""
         beside = f" and {human(self.beside)} of its neighbours" if self.beside else ""
+        draft = f"draft model {human(self.draft)}, " if self.draft else ""
         return (
             f"rank {self.rank} needs {human(self.total)} of memory (weights "
-            f"{human(self.weights)}, cache {human(self.cache)}, workspace "
+            f"{human(self.weights)}, cache {human(self.cache)}, {draft}workspace "
             f"{human(WORKSPACE_BYTES)}{beside})"
         )
 

@@ -357,6 +357,24 @@ def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
     return model
 
 
+def build_dense(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's model of a checkpoint without experts, lazy and whole.
+
+    Raises:
+        CheckpointError: unknown family, or tensors missing, surplus or misshapen.
+    """
+    family = architecture.resolve(checkpoint.config)
+    try:
+        model, _ = mlx_lm_utils.load_model(
+            checkpoint.folder, lazy=True, model_config=checkpoint.config
+        )
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"{checkpoint.folder}: the files do not fit {family}: {error}"
+        ) from error
+    return model
+
+
 def _partial(
     config: dict[str, Any], checkpoint: Checkpoint, plan: Plan | None, rank: int
 ) -> tuple[type[nn.Module], Any]:

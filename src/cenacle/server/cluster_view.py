@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,7 @@ class ClusterView:
             "memory": machine_memory(),
             "load": group.load,
             "counts": dict(group.counts),
+            "drafts": asdict(group.drafts),
             "terms": {
                 "steps": terms.steps,
                 "token_ms": _rounded(terms.per_token_ms()),

@@ -316,14 +316,20 @@ class _Now:
             "cenacle_recoveries", "How often ranks were started again.", state.recoveries
         )
         drafts = model.group.drafts
-        yield CounterMetricFamily(
-            "cenacle_spec_decode_num_draft_tokens", "Tokens that were drafted.", drafts.drafted
+        drafted = CounterMetricFamily(
+            "cenacle_spec_decode_num_draft_tokens", "Tokens that were drafted.", labels=["source"]
         )
-        yield CounterMetricFamily(
+        accepted = CounterMetricFamily(
             "cenacle_spec_decode_num_accepted_tokens",
             "Drafted tokens that the model agreed with.",
-            drafts.accepted,
+            labels=["source"],
         )
+        drafted.add_metric(["text"], drafts.drafted - drafts.by_model)
+        drafted.add_metric(["model"], drafts.by_model)
+        accepted.add_metric(["text"], drafts.accepted - drafts.by_model_accepted)
+        accepted.add_metric(["model"], drafts.by_model_accepted)
+        yield drafted
+        yield accepted
         facts = {"version": __version__, "model": model.name, "nodes": str(model.plan.nodes)}
         facts |= {"placement": model.plan.placement, "trunk": model.plan.trunk}
         yield InfoMetricFamily("cenacle", "What is served.", facts)

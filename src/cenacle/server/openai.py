@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -178,6 +179,23 @@ CHAT_PARAMETERS: dict[str, dict[str, Any]] = {
                     },
                 },
                 "required": ["type", "function"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "allowed_tools"},
+                    "allowed_tools": {
+                        "type": "object",
+                        "properties": {
+                            "mode": {"enum": ["auto", "required"]},
+                            "tools": {"type": "array", "items": _OBJECT, "minItems": 1},
+                        },
+                        "required": ["mode", "tools"],
+                        "additionalProperties": False,
+                    },
+                },
+                "required": ["type", "allowed_tools"],
                 "additionalProperties": False,
             },
         ]
@@ -351,20 +369,35 @@ def sampling(fields: Fields, vocabulary: int) -> Sampling:
     )
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """A choice among some of the tools: "auto", or "required" to call one of them."""
+
+    mode: str
+    names: tuple[str, ...]
+
+
 def choose_tools(
-    tools: tuple[Tool, ...], choice: str | Tool, parallel: bool, field: str = "tools"
+    tools: tuple[Tool, ...], choice: str | Tool | Allowed, parallel: bool, field: str = "tools"
 ) -> tuple[tuple[Tool, ...], str | None, str | None]:
     """What is offered, which calls are forced (see `Asked.calls`), and the grammar of those.
 
     Args:
         tools: all that were given.
-        choice: "auto", "none", "required", or the one to be called, of which only the name counts.
+        choice: "auto", "none", "required", the one to be called, of which only the name counts, or
+            those that may be: the others are not offered.
         parallel: several calls are allowed.
         field: the parameter of the tools.
 
     Raises:
         Refused: a tool is chosen that is not there, or strict where nothing enforces it.
     """
+    if isinstance(choice, Allowed):
+        for name in choice.names:
+            if name not in (known := [tool.name for tool in tools]):
+                raise not_among("tool_choice", known, name)
+        tools = tuple(tool for tool in tools if tool.name in choice.names)
+        choice = choice.mode
     if choice == "none" or (choice == "auto" and not tools):
         return (), None, None
     names = [tool.name for tool in tools]
@@ -471,16 +504,43 @@ def _tool(value: Any, name: str) -> Tool:
     return tool
 
 
-def _tool_choice(value: Any, name: str) -> str | Tool:
+def _tool_choice(value: Any, name: str) -> str | Tool | Allowed:
     if isinstance(value, str):
         return one_of("none", "auto", "required")(value, name)
     fields = Fields(dict_of(value, name), f"{name}.")
-    if (kind := fields.need("type", string)) != "function":
-        raise not_supported(f"{name}.type", f"only functions, not {shown(kind)}")
+    if fields.need("type", one_of("function", "allowed_tools")) == "function":
+        tool = _function_named(fields, name)
+        fields.refuse_rest({})
+        return tool
+    inner = Fields(fields.need("allowed_tools", dict_of), f"{name}.allowed_tools.")
+    fields.refuse_rest({})
+    return allowed(inner, f"{name}.allowed_tools", _function_named)
+
+
+def allowed(fields: Fields, name: str, named: Callable[[Fields, str], Tool]) -> Allowed:
+    """The members of a choice among some tools.
+
+    Args:
+        named: reads which function one of them is.
+    """
+    mode = fields.need("mode", one_of("auto", "required"))
+    names = []
+    for at, item in enumerate(fields.need("tools", list_of)):
+        full = f"{name}.tools[{at}]"
+        one = Fields(dict_of(item, full), f"{full}.")
+        one.need("type", one_of("function"))
+        names.append(named(one, full).name)
+        one.refuse_rest({})
+    fields.refuse_rest({})
+    if not names:
+        raise Refused(f"{name}.tools: expected at least one tool, got none", f"{name}.tools")
+    return Allowed(mode, tuple(names))
+
+
+def _function_named(fields: Fields, name: str) -> Tool:
     inner = Fields(fields.need("function", dict_of), f"{name}.function.")
     tool = Tool(inner.need("name", string))
     inner.refuse_rest({})
-    fields.refuse_rest({})
     return tool
 
 

@@ -57,6 +57,16 @@ PARAMETERS: dict[str, dict[str, Any]] = {
                 "required": ["type", "name"],
                 "additionalProperties": False,
             },
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "allowed_tools"},
+                    "mode": {"enum": ["auto", "required"]},
+                    "tools": {"type": "array", "items": _OBJECT, "minItems": 1},
+                },
+                "required": ["type", "mode", "tools"],
+                "additionalProperties": False,
+            },
         ]
     },
     "parallel_tool_calls": _BOOLEAN,
@@ -106,7 +116,7 @@ def read(body: bytes, served: Served) -> Asked:
     if instructions:
         messages = [{"role": "system", "content": instructions}, *messages]
     given_tools = fields.take("tools", _tools, ())
-    choice = fields.take("tool_choice", _tool_choice, "auto")
+    choice, shown_choice = fields.take("tool_choice", _tool_choice, ("auto", "auto"))
     parallel = fields.take("parallel_tool_calls", boolean, True)
     tools, calls, grammar = openai.choose_tools(given_tools, choice, parallel)
     form, wanted = fields.take("text", _text, ({"type": "text"}, None))
@@ -143,9 +153,7 @@ def read(body: bytes, served: Served) -> Asked:
             "parallel_tool_calls": parallel,
             "reasoning": {"effort": effort or None, "summary": None},
             "text": {"format": form},
-            "tool_choice": {"type": "function", "name": choice.name}
-            if isinstance(choice, Tool)
-            else choice,
+            "tool_choice": shown_choice,
             "tools": [_tool_object(tool) for tool in given_tools],
             "top_logprobs": top or 0,
             "metadata": fields.take("metadata", _metadata, {}),
@@ -210,15 +218,20 @@ def _tool_object(tool: Tool) -> dict[str, Any]:
     return {**tool.to_json()["function"], "type": "function", "strict": tool.strict}
 
 
-def _tool_choice(value: Any, name: str) -> str | Tool:
+def _tool_choice(value: Any, name: str) -> tuple[str | Tool | openai.Allowed, Any]:
+    """The choice, and how it was given."""
     if isinstance(value, str):
-        return one_of("none", "auto", "required")(value, name)
+        return one_of("none", "auto", "required")(value, name), value
     fields = Fields(dict_of(value, name), f"{name}.")
-    if (kind := fields.need("type", string)) != "function":
-        raise not_supported(f"{name}.type", f"only functions, not {shown(kind)}")
-    tool = Tool(fields.need("name", string))
-    fields.refuse_rest({})
-    return tool
+    if fields.need("type", one_of("function", "allowed_tools")) == "function":
+        tool = _named(fields, name)
+        fields.refuse_rest({})
+        return tool, value
+    return openai.allowed(fields, name, _named), value
+
+
+def _named(fields: Fields, name: str) -> Tool:  # noqa: ARG001
+    return Tool(fields.need("name", string))
 
 
 def _input(value: Any, name: str) -> list[Message]:

@@ -139,7 +139,7 @@ function drawLead() {
 }
 
 function drawFigures() {
-  const { load, counts: sums, terms, history } = state;
+  const { load, counts: sums, terms, history, drafts } = state;
   const rate = history.tokens_per_s.at(-1) ?? 0;
   const busiest = Math.max(0, ...terms.rank_ms.map((r) => r.experts));
   const mean = terms.token_ms.experts;
@@ -149,6 +149,7 @@ function drawFigures() {
     ["Time of a token", terms.steps ? `${number(terms.token_ms.total)} ms` : "–", terms.steps ? `mean of ${terms.steps} measured` : "not measured yet"],
     ["Busiest node", state.nodes > 1 && mean ? `${(busiest / mean).toFixed(2)}×` : "–", "experts' time over the mean"],
     ["Tokens made", number(sums.generated_tokens), `${number(sums.prompt_tokens)} read, ${number(sums.requests)} answers`],
+    ...(drafts?.drafted ? [["Drafts kept", `${Math.round((100 * drafts.accepted) / drafts.drafted)} %`, `of ${number(drafts.drafted)} tokens guessed ahead`]] : []),
   ];
   view.figures.replaceChildren(...items.map(([title, value, note]) =>
     h("div", { class: "figure" }, h("span", { class: "title" }, title), h("strong", {}, value), h("span", { class: "note" }, note))));
