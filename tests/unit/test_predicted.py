@@ -32,10 +32,11 @@ def owned(tmp_path, monkeypatch):
     return folder
 
 
-def calibrated(folder, gb_s, exchange_us=100.0, nodes=2):
+def calibrated(folder, gb_s, exchange_us=100.0, nodes=2, alone_gb_s=None):
     exchanges = {1000: (exchange_us, 0.1), 100_000: (2 * exchange_us, 0.1)} if nodes > 1 else {}
     measured = Calibration(
-        "this", nodes, {512: (gb_s, 0.01)}, {"a": (gb_s, 0.0, 50.0)}, (20.0, 0.1), exchanges,
+        "this", nodes, {512: (gb_s, 0.01)}, {"a": (gb_s, 0.0, 50.0)},
+        {"a": alone_gb_s} if alone_gb_s else None, (20.0, 0.1), exchanges,
         (exchange_us, 0.1) if nodes > 1 else None, 16.0, FACTS,
     )  # fmt: skip
     (folder / "this.toml").write_text(as_toml(measured))
@@ -69,6 +70,11 @@ def test_terms_add_up_and_follow_what_was_measured(owned, plan):
     calibrated(owned, 20.0)
     fast = predicted(plan, CONFIG, "demo")
     assert fast.terms_ms["experts"] == pytest.approx(slow.terms_ms["experts"] / 2)
+    # What one process reads while the others are idle concerns nobody but a single one.
+    calibrated(owned, 10.0, alone_gb_s=20.0)
+    alone = predicted(plan, CONFIG, "demo")
+    same = slow if plan.nodes > 1 else fast
+    assert alone.terms_ms == pytest.approx(same.terms_ms)
     if plan.nodes > 1:
         calibrated(owned, 20.0, exchange_us=200.0)
         late = predicted(plan, CONFIG, "demo")

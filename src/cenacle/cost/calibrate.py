@@ -3,8 +3,8 @@
 Owns: what is measured, and the machine and link entries made of it.
 Does not know: how a model's time is predicted from them (`cost.py`).
 Measured: read bandwidth by size, kernels by shape, a layer's own time, and between local processes
-an exchange by message size; all by as many processes at once as will later share the machine,
-because they share its memory. Next: `probe.py`, which runs in each process.
+an exchange by message size; by as many processes at once as will later share the machine, because
+they share its memory, and then by one of them alone. Next: `probe.py`, which runs in each process.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Calibration:
     Args:
         reads: MB -> (GB/s, spread).
         kernels: shape -> (GB/s, spread, GFLOP/s with 64 tokens).
+        alone: shape -> GB/s while the other processes are idle; None: there are no others.
         overhead_us: of a layer, and its spread.
         exchanges: bytes -> (us, spread), of ranks that do nothing else.
         working_us: what one of `probe.WORKING` numbers adds to ranks that compute, and its spread.
@@ -73,6 +74,7 @@ class Calibration:
     nodes: int
     reads: dict[int, tuple[float, float]]
     kernels: dict[str, tuple[float, float, float]]
+    alone: dict[str, float] | None
     overhead_us: tuple[float, float]
     exchanges: dict[int, tuple[float, float]]
     working_us: tuple[float, float] | None
@@ -89,6 +91,11 @@ class Calibration:
         """Kernels' median over the read bandwidth, at most 1."""
         rates = [k[0] for k in self.kernels.values()]
         return min(1.0, statistics.median(rates) / self.bandwidth[0])
+
+    @property
+    def alone_gb_s(self) -> float | None:
+        """At which one process reads weights while the others are idle: the kernels' median."""
+        return statistics.median(self.alone.values()) if self.alone is not None else None
 
     @property
     def gflops(self) -> float:
@@ -118,6 +125,7 @@ class Calibration:
             "nodes": self.nodes,
             "read_gb_s": {str(k): v[0] for k, v in self.reads.items()},
             "kernel_gb_s": {k: v[0] for k, v in self.kernels.items()},
+            "alone_kernel_gb_s": self.alone,
             "efficiency": self.efficiency,
             "gflops": self.gflops,
             "overhead_us": self.overhead_us[0],
@@ -143,6 +151,8 @@ class Calibration:
             f"{100 * rate / self.bandwidth[0]:.0f} % of a read; {flops:.0f} GFLOP/s with 64 tokens"
             for name, (rate, spread, flops) in self.kernels.items()
         ]
+        if self.alone_gb_s is not None:
+            lines.append(f"kernels, alone         {self.alone_gb_s:>5.1f} GB/s")
         us, spread = self.overhead_us
         lines.append(f"a layer's own time    {us:>6.0f} us  +-{100 * spread:.0f} %")
         lines += [
@@ -169,20 +179,12 @@ def calibrate(
     if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
         raise InputError(f"name: expected letters, digits and dashes, got {name!r}", "name")
     say(f"measuring memory, kernels and exchanges in {nodes} processes at once")
-    ranks = LocalRanks(nodes, "auto", PROBE)
-    try:
-        ranks.load(
-            {
-                "type": "load",
-                "nodes": nodes,
-                "seconds": 0.1 if quick else 1.0,
-                "latency_s": 0,
-                "wire": "f32",
-            }
-        )
-        found = ranks.ready
-    finally:
-        ranks.close(now=False)
+    found, backend = _probe(nodes, nodes, quick)
+    alone = None
+    if nodes > 1:
+        say("measuring kernels in one of them alone")
+        kernels_alone = _probe(1, nodes, quick)[0][0]["kernels"]
+        alone = {shape: float(rate[0]) for shape, rate in kernels_alone.items()}
     say("measuring a layer's own time")
     overhead = _overhead(nodes, 24 if quick else 96)
     # The slowest process of a group is what the others wait for; reads and kernels: the mean.
@@ -196,19 +198,39 @@ def calibrate(
         "mlx": version("mlx"),
         "processor": processor(),
         "device": found[0]["device"],
-        "backend": ranks.backend if nodes > 1 else "alone",
+        "backend": backend,
     }
     return Calibration(
         name,
         nodes,
         reads,  # type: ignore[arg-type]
         kernels,  # type: ignore[arg-type]
+        alone,
         overhead,
         exchanges,
         working,
         memory_gib() / nodes,
         facts,
     )
+
+
+def _probe(processes: int, share: int, quick: bool) -> tuple[list[dict[str, Any]], str]:
+    """What as many processes find, each with the threads of one of `share`; how they exchanged."""
+    ranks = LocalRanks(processes, "auto", PROBE)
+    try:
+        ranks.load(
+            {
+                "type": "load",
+                "nodes": processes,
+                "share": share,
+                "seconds": 0.1 if quick else 1.0,
+                "latency_s": 0,
+                "wire": "f32",
+            }
+        )
+        return list(ranks.ready), ranks.backend if processes > 1 else "alone"
+    finally:
+        ranks.close(now=False)
 
 
 def _mean(rows: list[list[float]]) -> tuple[float, ...]:
@@ -265,6 +287,8 @@ def as_toml(c: Calibration) -> str:
         f"compute = {number(1.0)}",
         f"overhead_us = {number(*c.overhead_us)}",
     ]
+    if c.alone_gb_s is not None:
+        lines.append(f"alone_gb_s = {number(c.alone_gb_s)}")
     if c.link is not None:
         latency, gb_s = c.link
         lines += [

@@ -62,7 +62,8 @@ class Machine:
         family: whose efficiency and overhead apply.
         facts: "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts", and the family's
             "efficiency" (share of the bandwidth that weights are read at), "kv_efficiency",
-            "compute" (share of the operations), "attention_compute", "overhead_us" (a plain layer).
+            "compute" (share of the operations), "attention_compute", "overhead_us" (a plain layer);
+            perhaps "alone_gb_s" (see `alone`).
         wired: share of memory that may hold weights and cache.
     """
 
@@ -84,6 +85,17 @@ class Machine:
     def bytes_per_s(self) -> float:
         """At which weights are read."""
         return self["bandwidth_gb_s"] * 1e9 * self["efficiency"]
+
+    @property
+    def alone(self) -> Machine:
+        """This machine while no other of the cluster is at work: itself, unless they share memory.
+
+        Several nodes that are processes on one computer read less each than one of them does.
+        """
+        if "alone_gb_s" not in self.facts:
+            return self
+        rate = self["alone_gb_s"] / self["efficiency"]
+        return self.with_fact("bandwidth_gb_s", rate, self.facts["alone_gb_s"].source)
 
     @property
     def memory_bytes(self) -> float:
@@ -268,7 +280,9 @@ class Catalogue:
 
 
 # Measured on one machine, so given beside the vendor's numbers.
-_MEASURED = ("efficiency", "kv_efficiency", "compute", "attention_compute", "overhead_us")
+_MEASURED = (
+    "efficiency", "kv_efficiency", "compute", "attention_compute", "overhead_us", "alone_gb_s",
+)  # fmt: skip
 _MACHINE = {"title", "family", "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts"}
 _LINK = {"title", "topology", "latency_us", "gb_s"}
 _SOLD = {"dgx-spark": (128,), "h100": (80,), "h200": (141,), "b200": (180, 192), "8xh100": (640,)}

@@ -238,10 +238,13 @@ def predict(
     if len(machines) == 1 or scheme == "single":
         if len(machines) > 1:
             raise InputError(f"scheme: single is one machine, got {len(machines)}", "scheme")
+        machines = (machines[0].alone,)
         layout, name = _single(job, machines[0]), ("single", "whole", "replicated")
     else:
         if link is None:
             raise InputError("link: several machines need one, such as tb5-rdma", "link")
+        if scheme == "pipeline":  # its stages take turns
+            machines = tuple(m.alone for m in machines)
         layout, name = _layout(job, scheme, machines, placement, trunk, shares, rest_sliced)
     terms = _step(job, layout, machines, link, study, tokens=1, users=1)
     users = _step_of_all(job, layout, machines, link, study)

@@ -53,7 +53,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
 
     nodes = int(order["nodes"])
     mx.set_default_device(mx.cpu) if native.available() else None
-    threads = native.set_threads(local_ranks=nodes)
+    threads = native.set_threads(local_ranks=int(order["share"]))
     collective = worker.join(order, nodes)
     seconds = float(order["seconds"])
     result = {

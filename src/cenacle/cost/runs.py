@@ -110,6 +110,7 @@ def _machine(most: int) -> tuple[dict[int, float], float]:
                 order = {
                     "type": "load",
                     "nodes": nodes,
+                    "share": nodes,
                     "seconds": 0.3,
                     "latency_s": 0,
                     "wire": "f32",
