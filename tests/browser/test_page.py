@@ -323,6 +323,8 @@ def test_the_cluster_view_on_a_phone_and_a_screen(opened, url, scheme):
         page.goto(f"{url}/#cluster")
         page.wait_for_selector("canvas")
         assert page.evaluate("document.querySelector('#view-cluster').scrollWidth") <= width
+        page.wait_for_selector(".card-time table")
+        assert not re.search(r"\b(null|undefined|NaN)\b", page.inner_text("#cluster"))
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

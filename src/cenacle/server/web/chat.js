@@ -209,7 +209,7 @@ function showMessages() {
     box.replaceChildren(h("div", { class: "empty" },
       h("img", { src: "/static/icon.svg", alt: "", width: 52, height: 52 }),
       h("h1", {}, "What would you like to know?"),
-      h("p", {}, "Answers are made on your own machines. Nothing leaves them."),
+      h("p", {}, `${model || "The model"} answers on your own machines. Nothing leaves them.`),
       h("div", { class: "examples" }, EXAMPLES.map((text) =>
         h("button", { type: "button", onclick: () => { $("input").value = text; submit(); } }, text)))));
     return;

@@ -148,7 +148,7 @@ function drawFigures() {
     ["Running", load.running, load.waiting ? `${load.waiting} waiting` : "none waiting"],
     ["Time of a token", terms.steps ? `${number(terms.token_ms.total)} ms` : "–", terms.steps ? `mean of ${terms.steps} measured` : "not measured yet"],
     ["Busiest node", state.nodes > 1 && mean ? `${(busiest / mean).toFixed(2)}×` : "–", "experts' time over the mean"],
-    ["Tokens made", number(sums.generated_tokens), `${number(sums.prompt_tokens)} read, ${number(sums.requests)} answers`],
+    ["Tokens made", number(sums.generated_tokens), `${number(sums.prompt_tokens)} read, ${number(sums.requests)} answer${sums.requests === 1 ? "" : "s"}`],
     ...(drafts?.drafted ? [["Drafts kept", `${Math.round((100 * drafts.accepted) / drafts.drafted)} %`, `of ${number(drafts.drafted)} tokens guessed ahead`]] : []),
   ];
   view.figures.replaceChildren(...items.map(([title, value, note]) =>
@@ -230,11 +230,11 @@ function drawTimes() {
       h("td", {}, terms.steps ? number(terms.token_ms[name]) : "–"),
       predicted && h("td", {}, name === "waiting" ? "in experts" : number(predicted.terms_ms[name]))))));
   view.times.replaceChildren(
-    row("Measured", terms.steps ? terms.token_ms : null, terms.steps ? `${number(terms.token_ms.total)} ms, mean of ${terms.steps} tokens` : "ask something first: one token in eight is measured"),
+    row("Measured", terms.steps ? terms.token_ms : null, terms.steps ? `${number(terms.token_ms.total)} ms, mean of ${terms.steps} measured` : "ask something first: one token in eight is measured"),
     predicted ? row("Predicted", predicted.terms_ms, `${number(predicted.terms_ms.total)} ms, ${number(predicted.tok_per_s)} tokens/s for one user`)
       : h("p", { class: "hint boxed" }, "No prediction to compare with: ", ...withCode(state.not_predicted)),
     h("div", { class: "wide", tabindex: 0 }, table),
-    predicted && h("p", { class: "hint" }, `Predicted for ${predicted.basis}.`));
+    ...(predicted ? [h("p", { class: "hint" }, `Predicted for ${predicted.basis}.`)] : []));
 }
 
 // `commands` in a sentence of the server's.
