@@ -25,6 +25,8 @@ END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 SUM = "What is 12 + 30?"
 CONTROL, API = 4747, 8080
 UP, JOIN, WORKER = "cenacle up", "cenacle join", "cenacle.engine.worker"
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 60}
 JSON = {"Content-Type": "application/json"}
 
 
@@ -149,13 +151,24 @@ def call(
 
 
 class Streaming:
-    """A long answer that is being streamed, and when its pieces came."""
+    """A long answer that is being streamed, and when its pieces came; `last` is the last event.
 
-    def __init__(self, cluster: Cluster, tokens: int = 200) -> None:
+    Args:
+        cluster: of which it is asked.
+        tokens: at most so many.
+        path: OpenAI's chat, or Anthropic's messages: that answer is a list of numbers.
+    """
+
+    def __init__(self, cluster: Cluster, tokens: int = 200, path: str = CHAT) -> None:
         self.text, self.times = "", []
         self.error, self.cut = "", False  # what the server said; whether it broke off
         self._host = cluster.a.name
-        self._body = asked(tokens=tokens, stream=True)
+        self.last: dict[str, Any] = {}
+        self._path, self._body = path, asked(tokens=tokens, stream=True)
+        if path == MESSAGES:
+            del self._body["logit_bias"]
+            form = {"format": {"type": "json_schema", "schema": NUMBERS}}
+            self._body |= {"model": "answers", "output_config": form}
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -164,12 +177,12 @@ class Streaming:
         connection = http.client.HTTPConnection("127.0.0.1", API, timeout=90)
         done = False
         try:
-            connection.request("POST", "/v1/chat/completions", json.dumps(self._body), JSON)
+            connection.request("POST", self._path, json.dumps(self._body), JSON)
             answer = connection.getresponse()
             if answer.status != 200:
                 self.error = f"status {answer.status}: {answer.read().decode()}"
             for line in answer:
-                done = done or line.startswith(b"data: [DONE]")
+                done = done or line.startswith((b"data: [DONE]", b"event: message_stop"))
                 if line.startswith(b"data: {"):
                     self._take(json.loads(line[6:]))
         except (OSError, http.client.HTTPException):
@@ -179,10 +192,11 @@ class Streaming:
         self.cut = not done and not self.error
 
     def _take(self, event: dict[str, Any]) -> None:
+        self.last = event
         if "error" in event:
             self.error = event["error"]["message"]
-        for choice in event.get("choices", ()):
-            self.text += choice["delta"].get("content") or ""
+        for choice in event.get("choices", [event] if "delta" in event else ()):
+            self.text += choice["delta"].get("content") or choice["delta"].get("text") or ""
             self.times.append(time.monotonic())
 
     def begun(self) -> "Streaming":

@@ -75,12 +75,15 @@ class Host:
         own = {"HOME": str(self.folder), "TMPDIR": str(self.temporary), "CENACLE_THREADS": "1"}
         return kept | own
 
-    def start(self, *words: str) -> "subprocess.Popen[bytes]":
-        """A program of this host; what it says goes to the log."""
+    def start(self, *words: str, **more: str) -> "subprocess.Popen[bytes]":
+        """A program of this host; what it says goes to the log.
+
+        `more`: of its environment.
+        """
         with self.log.open("ab") as log:
             program = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, CENACLE, *words],
-                env=self.environment,
+                env=self.environment | more,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -234,7 +234,11 @@ def load(
 
     def start(epoch: Epoch, report: Callable[[int, int, int], None] | None = None) -> LocalRanks:
         if joined is not None:
-            return joined.start(order, report, epoch)
+            found = joined.start(order, report, epoch)
+            if epoch.number:  # on other machines, or with another plan
+                need = need_of(checkpoint.config, found.plan, 0, options, kernels, drafting)
+                scheduler.resize(*_room(found.ready, options, need.cache, 1))
+            return found
         ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads, epoch=epoch)
         try:
             ranks.load(order, report)
@@ -247,6 +251,8 @@ def load(
     sharing = plan.nodes if joined is None else 1
     scheduler = _scheduler(ranks.ready, options, measure_every, need.cache, sharing)
     group = Group(ranks, scheduler, start=start if recover else None)
+    if joined is not None and recover:
+        joined.serves(group.move)
     return Model(name, plan, text, group, reason, checkpoint.config)
 
 
@@ -258,22 +264,31 @@ def _scheduler(
     sharing: int,
 ) -> Scheduler:
     """From what the ranks said when they were ready; `sharing` of them are on one machine."""
-    footprint = Footprint.largest(Footprint.of(r["footprint"]) for r in ready)
-    left = min(r["memory_left"] for r in ready)
-    budget = cache_budget(left, sharing, planned)
-    if options.kv_gb is not None:
-        budget = int(options.kv_gb * 1e9)
+    kv_bytes, footprint, cache_bytes = _room(ready, options, planned, sharing)
     return Scheduler(
         options.batch,
         measure_every,
         chunk=options.prefill_chunk,
         queue=options.queue,
-        kv_bytes=budget,
+        kv_bytes=kv_bytes,
         footprint=footprint,
-        cache_bytes=int(options.cache_gb * 1e9)
-        if options.cache_gb is not None
-        else cache_budget(left, sharing, 0) // 4,
+        cache_bytes=cache_bytes,
     )
+
+
+def _room(
+    ready: Sequence[dict[str, Any]], options: Options, planned: int, sharing: int
+) -> tuple[int | None, Footprint, int]:
+    """Bytes for caches of running requests, what these take, and bytes for caches that are kept."""
+    footprint = Footprint.largest(Footprint.of(r["footprint"]) for r in ready)
+    left = min(r["memory_left"] for r in ready)
+    budget = cache_budget(left, sharing, planned)
+    if options.kv_gb is not None:
+        budget = int(options.kv_gb * 1e9)
+    kept = cache_budget(left, sharing, 0) // 4
+    if options.cache_gb is not None:
+        kept = int(options.cache_gb * 1e9)
+    return budget, footprint, kept
 
 
 def _check_wire(wire: str, backend: str, nodes: int) -> None:

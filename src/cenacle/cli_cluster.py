@@ -258,6 +258,7 @@ def join(
             )
         elif head is not None:
             host, port = joining.read_address(head)
+            joining.check(identity, host, port)
             identity.remember(host=host, port=port)
         if models is not None:
             if not models.is_dir():
@@ -333,7 +334,7 @@ def status(as_json: AsJson = False) -> None:
         print(json.dumps(answer))
         return
     print(f"{answer['phase']}: {answer.get('model')} {answer.get('url', '')}".rstrip())
-    for key in ("waiting", "exchange", "plan"):
+    for key in ("waiting", "formed", "exchange", "plan"):
         if answer.get(key):
             print(answer[key])
     for node in answer["nodes"]:

@@ -4,20 +4,34 @@ One cluster serves all tests, in order: from nothing to answering, then every ki
 """
 
 import os
+import re
+import signal
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
-from cluster import API, CONTROL, JOIN, SUM, WORKER, Cluster, Streaming
+from cluster import API, CHAT, CONTROL, JOIN, MESSAGES, SUM, UP, WORKER, Cluster, Streaming
 from net import Capture, until, why_not
 
 NO_HOSTS = why_not()
 pytestmark = pytest.mark.skipif(
     NO_HOSTS is not None, reason=f"CLUSTERS OF SEVERAL HOSTS ARE NOT TESTED: {NO_HOSTS}"
 )
+
+
+def is_waited_for(cluster: Cluster) -> None:
+    """The head has ended: nothing of it is left, and no rank anywhere; agents wait."""
+    until(lambda: not cluster.a.pids(), "the end of all on the head's host", 15)
+    for host in (cluster.b, cluster.c):
+        until(lambda: not host.pids(WORKER), "the end of all ranks", 6)  # noqa: B023
+        assert host.pids(JOIN)
+        assert not host.listening()
+    with pytest.raises(OSError, match="refused"):
+        cluster.b.connect(cluster.a.address, CONTROL)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +147,36 @@ def test_an_agent_that_is_killed_takes_its_rank_along(cluster, undisturbed):
     assert stream.end() == undisturbed  # on two machines
     assert cluster.healthy()["nodes"] == 2
     print(f"an agent killed: longest pause {stream.longest_pause_s:.1f} s")
-    cluster.join(cluster.b)  # no token, no address
-    until(lambda: cluster.nodes()["b"]["here"], "b again")
+
+
+def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbed):
+    streams: list[Streaming] = []
+    back = threading.Event()
+
+    def ask() -> None:
+        while not back.is_set():
+            streams.append(mine := Streaming(cluster))
+            mine.wait()
+
+    asking = [threading.Thread(target=ask) for _ in range(2)]  # one of them is always answered
+    for thread in asking:
+        thread.start()
+    try:
+        cluster.join(cluster.b)  # no token, no address
+        until(lambda: cluster.ask("/health")[1].get("nodes") == 3, "a group of three", 40)
+    finally:
+        back.set()
+        for thread in asking:
+            thread.join()
+    assert [s.end() for s in streams] == [undisturbed] * len(streams)
+    paused = max(s.longest_pause_s for s in streams)
+    print(f"a machine taken in: longest pause {paused:.1f} s")
+    assert paused > 1, "a stream went on in another group than it began in"
+    why = "b is here and wanted: the group is formed anew with b"
+    assert why in cluster.a.log.read_text()
+    status = cluster.status(cluster.c)
+    assert status["formed"] == f"formed anew: {why}"
+    assert [n["reason"] for n in status["nodes"]] == ["", "", ""]
 
 
 def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
@@ -153,11 +195,53 @@ def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
     until(lambda: cluster.nodes()["c"]["here"], "c again")  # by itself
 
 
-def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster, undisturbed):
-    cluster.a.kill()
-    until(lambda: not cluster.b.pids(WORKER) + cluster.c.pids(WORKER), "the end of all ranks", 6)
-    assert cluster.b.pids(JOIN)
-    assert cluster.c.pids(JOIN)
+def test_two_heads_do_not_take_each_others_machines(cluster):
+    again = cluster.a.run("up", "here/answers", "--port", "0")
+    assert again.returncode == 2
+    assert "a head of this cluster runs already (process " in again.stderr
+    before = len(cluster.b.log.read_text())
+    its = {"CENACLE_HOME": str(cluster.b.folder / "other")}
+    words = ("up", "models/answers", "--port", "0", "--name", "a")  # its name, too
+    other = cluster.b.start(*words, **its)
+    line = until(
+        lambda: re.search(r"cenacle join (\S+) --token (\S+)", cluster.b.log.read_text()[before:]),
+        "the line of the other head",
+    )
+    where, token = line.groups()
+    assert where == f"{cluster.b.address}:{CONTROL}"
+    called = cluster.c.run("join", where, "--token", token)
+    assert called.returncode == 2
+    assert "this machine's agent runs already" in called.stderr
+    other.terminate()
+    other.wait(20)
+    assert cluster.status(cluster.c)["model"] == "answers"
+    assert cluster.answer() == "42"
+
+
+def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster):
+    streams = [Streaming(cluster, 600, path).begun() for path in (CHAT, MESSAGES)]
+    before = cluster.status(cluster.b)["formation"]
+    (head,) = cluster.a.pids(UP)
+    os.kill(head, signal.SIGTERM)
+    for stream in streams:
+        assert stream.wait()
+        assert stream.error == "the server was told to end"
+    assert streams[0].last["error"]["type"] == "server_error"
+    assert streams[1].last["type"] == "error"
+    is_waited_for(cluster)
+    cluster.up()
+    assert cluster.healthy()["nodes"] == 3
+    assert cluster.status(cluster.b)["formation"] > before
+    assert cluster.answer() == "42"
+
+
+def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
+    stream = Streaming(cluster, 600).begun()
+    cluster.a.kill(UP)  # not its rank, which notices
+    assert stream.wait()
+    assert stream.cut
+    assert not stream.error
+    is_waited_for(cluster)
     cluster.up()
     assert cluster.healthy()["nodes"] == 3
     assert cluster.answer() == "42"

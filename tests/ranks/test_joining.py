@@ -6,6 +6,7 @@ Who may come in and who may not; what strangers can do to the head, which is not
 import asyncio
 import json
 import os
+import shutil
 import socket
 import ssl
 import struct
@@ -50,11 +51,11 @@ def until(condition, what, seconds=10.0):
 
 
 @contextmanager
-def agent(identity, port):
+def agent(identity, port, *folders):
     """A running agent; what it said, and in the end why it ended."""
     said, ended = [], []
     loop = asyncio.new_event_loop()
-    task = loop.create_task(Agent(identity, HOST, port, [], said.append).run())
+    task = loop.create_task(Agent(identity, HOST, port, list(folders), said.append).run())
 
     def run():
         try:
@@ -351,6 +352,71 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
             assert [n.name for n in found[0].formation.members] == ["one", "two"]
             assert found[0].formation.number == 3, "numbers are not used twice"
             assert told == said[-len(told) :]
+    finally:
+        head.close()
+
+
+def test_a_machine_of_one_cluster_is_not_another_heads(head, tmp_path):
+    mine = pair(tmp_path / "n", HOST, head.port, head.invite(), "mine")
+    other = Head(tmp_path / "other", HOST, 0, "one")  # of the same name
+    try:
+        with pytest.raises(InputError, match="another's head: to change over, `cenacle leave` fir"):
+            pair(tmp_path / "n", HOST, other.port, other.invite(), "mine")
+        with pytest.raises(join.OtherHead, match="not the head of this machine's cluster"):
+            join.check(mine, HOST, other.port)
+        assert list(names(other)) == ["one"]
+    finally:
+        other.close()
+    join.check(mine, HOST, other.port)  # nobody is there: it may come
+    join.check(mine, HOST, head.port)
+    # With a token of its own head's it may join again, as who was removed has to.
+    again = pair(tmp_path / "n", HOST, head.port, head.invite(), "mine")
+    assert again.remembered()["name"] == "mine-2"
+    assert pairing.Identity(tmp_path / "n", "node").remembered()["port"] == head.port
+
+
+def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
+    old = Agent(pairing.Identity(tmp_path, "node"), HOST, 1, [])
+    old._formation = 7
+    order = {"epoch": 0, "rank": 0, "backend": "mesh", "addresses": [], "secret": ""}
+    with pytest.raises(ClusterError, match="told to start a rank of formation 6, but knows 7"):
+        asyncio.run(old._start_rank(formation=6, relay="", token="", **order))
+
+
+def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("cenacle.cluster.state.STAY_S", 0.3)
+    monkeypatch.setattr("cenacle.cluster.state.REST_S", 1.0)
+    for at, change in (("here", ""), ("there", " ")):
+        shutil.copytree(DEMO, tmp_path / at / "answers")
+        config = tmp_path / at / "answers" / "config.json"
+        config.write_text(config.read_text() + change)
+    checkpoint, moves, said = Checkpoint.open(tmp_path / "here" / "answers"), [], []
+    head = Head(tmp_path / "h", HOST, 0, "one")
+    try:
+        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        joined = Joined(head, 2, say=said.append)
+        joined._what = ("answers", checkpoint, Options(), "auto", None)
+        with agent(head.identity, head.port):
+            formation = head.form(2, patience_s=0.1)
+            assert [n.name for n in formation.members] == ["one"]
+            head.is_ready(formation.number)
+            joined.serves(moves.append)
+            with agent(two, head.port, tmp_path / "there"):
+                seen: list[str] = []
+                until(
+                    lambda: seen.append(names(head)["two"]["reason"]) or "left" in seen[-1], "why"
+                )
+                assert seen[-1].startswith("is left out for 1 s: two has another model of the name")
+            assert head.status()["phase"] == "running"
+            assert not moves
+            until(lambda: not names(head)["two"]["here"], "the end of two")
+            (tmp_path / "there" / "answers" / "config.json").write_text(
+                (tmp_path / "here" / "answers" / "config.json").read_text()
+            )
+            with agent(two, head.port, tmp_path / "there"):
+                until(lambda: moves, "that it is taken in")
+                assert moves == ["two is here and wanted: the group is formed anew with two"]
+                assert names(head)["two"]["reason"] == "is being taken in"
     finally:
         head.close()
 

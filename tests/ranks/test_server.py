@@ -34,11 +34,15 @@ ENDLESS: dict[str, Any] = {"temperature": 0, "logit_bias": {str(END): -100}}
 PROGRAM = """
 import socket, sys
 import cenacle
+from cenacle.engine.engine import Options
 from cenacle.server.app import Limits, bind, serve
 
 sock = bind(port=0)
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read shows
-with cenacle.load(sys.argv[2], int(sys.argv[1]), recover="recover" in sys.argv) as model:
+how = {"options": Options(speculate="always" if "always" in sys.argv else "auto")}
+with cenacle.load(
+    sys.argv[2], int(sys.argv[1]), recover="recover" in sys.argv, **how
+) as model:
     limits = Limits(body_s=2, head_s=2, write_s=2)
     serve(model, sock, lambda url: print(url, flush=True), limits)
 print("ended", flush=True)

@@ -5,7 +5,11 @@ import random
 import pytest
 
 from cenacle.cluster.state import (
+    LONGEST_REST_S,
+    REST_S,
+    SETTLED_S,
     SILENCE_S,
+    STAY_S,
     Asked,
     Came,
     Form,
@@ -17,10 +21,13 @@ from cenacle.cluster.state import (
     Refuse,
     State,
     Struck,
+    TakeIn,
     Tick,
+    Unfit,
     Went,
     decide,
     missing,
+    outside,
 )
 
 VERSIONS = {"cenacle": "1", "mlx": "2", "mlx_lm": "3"}
@@ -103,6 +110,118 @@ def test_one_group_at_a_time_and_each_has_a_higher_number():
     assert done == [Form(8, ("head", "n"))], "also after the head was started again"
 
 
+THREE = (*TWO, Known("m", "c"))
+
+
+def lives(at, *who):
+    """All of these are heard, and the time comes."""
+    return (*(Heard(w, at) for w in who or ("head", "n", "m")), Tick(at))
+
+
+def two_of_three():
+    """A group works without m, which was lost and is back since 20."""
+    state, _ = replay(*THREE, *(came(w) for w in ("head", "n", "m")), Asked(0), Ready(1, 1.0))
+    lost = (Went("m", "is gone"), Over(1, 2.0, "m"), Asked(0), Asked(2, for_now=True))
+    state, done = replay(*lost, Ready(2, 8.0), came("m", 20.0), state=state)
+    assert done == [Form(2, ("head", "n"))]
+    return state
+
+
+def test_who_comes_back_is_taken_in_when_it_has_stayed():
+    state, done = replay(*lives(20.0 + STAY_S - 0.1), state=two_of_three())
+    assert done == []
+    assert "when it has been here for 5 s" in outside(state, state.nodes["m"])
+    state, done = replay(*lives(20.0 + STAY_S), state=state)
+    assert done == [TakeIn(2, ("m",))]
+    assert outside(state, state.nodes["m"]) == "is being taken in"
+    state, done = replay(*lives(30.0), state=state)
+    assert done == [], "once"
+    state, done = replay(Over(2, 31.0), Asked(0), Ready(3, 33.0), *lives(50.0), state=state)
+    assert done == [Form(3, ("head", "n", "m"))], "an end in peace is nobody's failure"
+    assert not missing(state)
+
+
+def test_who_comes_and_goes_is_not_taken_in():
+    state, done = two_of_three(), []
+    for n in range(20):
+        at = 20.0 + 4 * n
+        events = (Went("m", "is gone"), came("m", at), *lives(at + STAY_S - 0.5))
+        state, more = replay(*events, state=state)
+        done += more
+    assert done == []
+
+
+def test_no_more_are_taken_in_than_were_asked_for():
+    state, _ = replay(*THREE, came("head"), came("n"), Asked(2), Ready(1, 1.0))
+    state, done = replay(came("m", 2.0), *lives(60.0), state=state)
+    assert done == []
+    assert outside(state, state.nodes["m"]) == "is not needed: 2 machines were asked for"
+    new = (Known("x", "d"), came("x", 2.0))  # all that are known: a new one, too
+    state, done = replay(*new, *lives(60.0, "head", "n", "m", "x"), state=two_of_three())
+    assert done == [TakeIn(2, ("m", "x"))]
+
+
+def test_those_who_come_one_after_the_other_are_taken_in_together():
+    state, _ = replay(Known("x", "d"), came("x", 22.0), state=two_of_three())
+    all_four = ("head", "n", "m", "x")
+    state, done = replay(*lives(25.5, *all_four), state=state)
+    assert done == [], "x has not stayed long enough"
+    assert replay(*lives(27.5, *all_four), state=state)[1] == [TakeIn(2, ("m", "x"))]
+    # One that comes and goes does not keep the other out.
+    events = (Went("x", "is gone"), came("x", 34.0), *lives(35.5, *all_four))
+    assert replay(*events, state=state)[1] == [TakeIn(2, ("m",))]
+
+
+def test_who_fails_when_it_was_taken_in_rests_longer_each_time():
+    state, now, rests = two_of_three(), 25.0, []
+    for number in range(3, 21, 2):
+        state, done = replay(*lives(now), state=state)
+        assert done == [TakeIn(number - 1, ("m",))]
+        now += 1
+        events = (Over(number - 1, now), Asked(0), Ready(number, now), *lives(now + 2))
+        state, done = replay(*events, Over(number, now + 3, "m"), Asked(0), state=state)
+        assert done == [Form(number, ("head", "n", "m"))], "not at once with m again"
+        (node,) = missing(state)
+        assert node.here
+        assert "the group failed when it had been taken in" in node.reason
+        rests.append(node.rests_until_s - now - 3)
+        now += 9
+        less = (Asked(2, for_now=True), Ready(number + 1, now))
+        state, done = replay(*less, state=state)
+        assert done == [Form(number + 1, ("head", "n"))]
+        now = max(now + STAY_S, node.rests_until_s)
+    assert rests == [min(LONGEST_REST_S, REST_S * 2**n) for n in range(9)]
+    # A minute of work, and it is as good as any other.
+    events = (*lives(now), Over(20, now), Asked(0), Ready(21, now), *lives(now + SETTLED_S))
+    state, _ = replay(*events, Over(21, now + 99, "m"), state=state)
+    assert not missing(state)
+
+
+def test_who_is_to_blame_for_a_group_that_failed_with_a_machine_taken_in():
+    state, _ = replay(*lives(25.0), Over(2, 26.0), Asked(0), state=two_of_three())
+    assert state.members == ("head", "n", "m")
+    for blamed, resting in (("m", ["c"]), ("", ["c"]), ("n", []), (None, [])):
+        after, _ = replay(Over(3, 27.0, blamed), state=state)
+        assert [n.name for n in missing(after)] == resting, blamed
+    after, _ = replay(Over(3, 27.0, "m"), Went("m", "is gone"), came("m", 29.0), state=state)
+    assert "is left out for 10 s" in after.nodes["m"].reason, "also when it comes again"
+    assert not missing(replay(*lives(37.0), state=after)[0])
+
+
+def test_who_turns_out_to_be_unfit_leaves_the_group_alone():
+    state, _ = replay(*lives(25.0), state=two_of_three())
+    state, done = replay(Unfit(("m",), 26.0, "it has another model"), *lives(35.0), state=state)
+    assert done == []
+    assert state.running
+    assert state.nodes["m"].reason == "is left out for 10 s: it has another model"
+    assert replay(*lives(36.0), state=state)[1] == [TakeIn(2, ("m",))]
+
+
+def test_a_head_that_knows_less_than_its_machines_does_not_use_a_number_twice():
+    events = (*TWO, came("head"), came("n", formation=41), Asked(2))
+    assert replay(*events)[1] == [Form(42, ("head", "n"))]
+
+
 def test_names_are_unique():
     state, _ = replay(Known("head", "mac"), Known("x", "mac"), Known("y", "mac"))
     assert [n.name for n in state.nodes.values()] == ["mac", "mac-2", "mac-3"]
@@ -126,7 +245,8 @@ def test_whatever_happens_the_rules_hold(seed):
                 Struck(dice.choice("abc")),
                 Asked(dice.choice([0, 1, 2, 3])),
                 Ready(dice.choice([formed or 0, 1])),
-                Over(dice.choice([formed or 0, 1])),
+                Over(dice.choice([formed or 0, 1]), now, dice.choice(["", "a", None])),
+                Unfit(("a", "b"), now, "it is"),
                 Tick(now),
             ]
         )
@@ -140,6 +260,11 @@ def test_whatever_happens_the_rules_hold(seed):
                 assert action.members[0] == next(iter(state.nodes))
                 epochs.append(action.epoch)
                 formed = action.epoch
+            if isinstance(action, TakeIn):
+                assert before.running
+                assert action.epoch == formed
+                assert not set(action.ids) & set(state.members)
+                assert all(state.nodes[m].fit for m in action.ids)
     assert epochs == sorted(set(epochs))
     assert epochs, "this tests something"
     assert replay(*log)[0] == state

@@ -21,6 +21,7 @@ ROOMS = (
         *(
             "engine.prefixes",
             "cluster.supervisor",
+            "cluster.fate",
             "server.fields",
             "server.exchange",
             "server.grammars",
@@ -56,7 +57,7 @@ WITHOUT_MLX = (
     *("model.balance", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),
-    *("cluster.state", "cluster.pairing", "cluster.wire", "cluster.links"),
+    *("cluster.state", "cluster.pairing", "cluster.wire", "cluster.links", "cluster.fate"),
 )
 
 

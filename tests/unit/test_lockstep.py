@@ -195,6 +195,24 @@ def test_every_answer_goes_on_where_it_was(play, wrong, said):
     assert group.load == {"running": 0, "waiting": 0}
 
 
+def test_ranks_that_work_can_be_ended_between_steps(play):
+    group, stage = play(lambda rank, step: None, batch=3)
+    clients = [Client(group, f"{n}", 400 + n, (n, 7)) for n in range(5)]  # two of them wait
+    for number in range(1, 6):  # more often than a request may be there when a group is lost
+        given = sum(len(c.tokens) for c in clients)
+        until(lambda: sum(len(c.tokens) for c in clients) > given)  # noqa: B023
+        group.move(f"machine {number} is back")
+        until(lambda: stage.starts[-1] == number)  # noqa: B023
+        until(lambda: group.state.phase == "ok")
+    assert group.state.reason == "machine 5 is back"
+    for client in clients:
+        assert client.wait() == client.expected
+    assert stage.starts == [0, 1, 2, 3, 4, 5]
+    group.move("machine 6 is back")  # nobody asks for anything
+    until(lambda: group.state.recoveries == 6)
+    assert Client(group, "late").wait()
+
+
 def test_what_an_older_epoch_says_is_not_heard(play):
     def fault(rank: PlayedRank, step: Step) -> None:
         if rank.epoch == 0 and rank.rank == 0 and step.number == 3:

@@ -10,6 +10,7 @@ from cenacle.cluster.supervisor import (
     Doing,
     GiveUp,
     Lost,
+    Moves,
     Refused,
     Serve,
     Start,
@@ -70,9 +71,20 @@ def test_what_a_start_waits_for_is_known_until_it_ends():
     assert replay(Doing(1, "nothing")).doing == ""
 
 
+def test_moving_is_no_failure():
+    state = replay(Moves(10, "carol is back"))
+    assert (state.phase, state.since, state.reason) == ("recovering", 10, "carol is back")
+    assert next_action(state) == Start(1, 10)
+    assert replay(Moves(10, "x"), Started(12)) == State("ok", 1, 12, "x", recoveries=1)
+    assert replay(Lost(1, "a"), Started(2), Moves(3, "x")).in_a_row == (1,), "no token yet"
+    assert replay(Lost(1, "a", 1), Moves(3, "x")).reason == "a", "it is being started already"
+    assert replay(*[Moves(1, "x"), Refused(2, "no")]).in_a_row == (2,)
+
+
 times = st.floats(0, 1e4)
 events = st.one_of(
     st.builds(Lost, times, st.just("x"), st.none() | st.integers(0, 3)),
+    st.builds(Moves, times, st.just("z")),
     st.builds(Refused, times, st.just("y")),
     st.builds(Started, times),
     st.builds(Answered, times),

@@ -27,7 +27,7 @@ from typing import Any
 from ..collective import mesh
 from ..engine.channel import Closed
 from ..errors import CenacleError, ClusterError
-from . import links, machine, pairing, wire
+from . import fate, links, machine, pairing, wire
 from .launcher import MALLOC, WORKER
 from .state import SILENCE_S
 
@@ -50,6 +50,7 @@ class _Rank:
     formation: int
     rank: int
     process: asyncio.subprocess.Process
+    kills_before: int | None = field(default_factory=fate.kernel_kills)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -139,7 +140,7 @@ class Agent:
         self._address = writer.get_extra_info("sockname")[0]
         alive: asyncio.Task[None] | None = None
         try:
-            hello = {**facts, **machine.changing()}
+            hello = {**facts, **machine.changing(), "formation": self._formation}
             await wire.send(writer, {"type": "agent", "facts": hello}, SILENCE_S)
             while True:
                 message = await wire.receive(reader, SILENCE_S)
@@ -175,8 +176,7 @@ class Agent:
         with contextlib.suppress(ClusterError):
             while True:
                 await asyncio.sleep(ALIVE_EVERY_S)
-                message = {"type": "alive", "facts": machine.changing()}
-                await wire.send(writer, message, SILENCE_S)
+                await wire.send(writer, _alive(), SILENCE_S)
 
     async def _obey(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
@@ -299,7 +299,7 @@ class Agent:
         try:
             status = await rank.process.wait()
             if status and self._writer is not None:
-                how = f"was killed by {_signal(-status)}" if status < 0 else f"exited {status}"
+                how = fate.of(status, rank.kills_before)
                 said = {"type": "ended", "formation": rank.formation, "rank": rank.rank}
                 with contextlib.suppress(ClusterError):
                     await wire.send(self._writer, {**said, "how": how}, SILENCE_S)
@@ -315,6 +315,10 @@ class Agent:
                 for rank in ending:
                     await rank.gone.wait()
         await self._end_ranks(formation)
+        if self._writer is not None:
+            # The next plan is made of what is free now, and not of what was a second ago.
+            with contextlib.suppress(ClusterError):
+                await wire.send(self._writer, _alive(), SILENCE_S)
         return {}
 
     async def _end_ranks(self, formation: int | None = None) -> None:
@@ -326,6 +330,10 @@ class Agent:
         for rank in ending:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(rank.gone.wait(), STOP_S)
+
+
+def _alive() -> dict[str, Any]:
+    return {"type": "alive", "facts": machine.changing()}
 
 
 class _Refused(ClusterError):
@@ -350,10 +358,3 @@ def run(agent: Agent) -> str:
         return asyncio.run(until_told())
     except asyncio.CancelledError:
         return "it was told to end"
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

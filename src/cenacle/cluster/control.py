@@ -60,6 +60,21 @@ class Formation:
     members: tuple[Node, ...]
 
 
+@dataclass(frozen=True)
+class Return:
+    """Machines that are here while a group works without them.
+
+    Args:
+        number: of the formation that works.
+        members: of the group that there would be with them, in rank order.
+        back: those of them who are not in the present one.
+    """
+
+    number: int
+    members: tuple[Node, ...]
+    back: tuple[Node, ...]
+
+
 @dataclass
 class _Agent:
     """A connected agent."""
@@ -108,6 +123,7 @@ class Head:
         self._awaited: dict[str, socket.socket] = {}  # relay's name -> the front's end of it
         self._fates: dict[tuple[int, int], str] = {}  # formation, rank -> how it ended
         self._forms: queue.Queue[Formation] = queue.Queue()
+        self._returns: queue.Queue[Return] = queue.Queue()
         self._about: dict[str, Any] = {}  # what the program adds to `status`
         self._guests: dict[asyncio.StreamWriter, None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -143,6 +159,7 @@ class Head:
         say: Callable[[str], None] = lambda _: None,
         ending: threading.Event | None = None,
         patience_s: float | None = None,
+        for_now: bool = False,
     ) -> Formation:
         """Wait until a group can be made.
 
@@ -151,18 +168,19 @@ class Head:
             say: told who is waited for, when that changes.
             ending: gives up when it is set.
             patience_s: after so long the machines that are there will do; None: never.
+            for_now: more machines are wished for, and are taken in when they come.
 
         Raises:
             ClusterError: the head is closed, or `ending` was set.
         """
-        self._do(_value(lambda: self._happens(state.Asked(nodes))))
+        self._do(_value(lambda: self._happens(state.Asked(nodes, for_now))))
         said, began = "", time.monotonic()
         while True:
             if patience_s is not None and time.monotonic() - began > patience_s:
                 self._do(_value(self._ask_for_less))
             with contextlib.suppress(queue.Empty):
                 return self._forms.get(timeout=0.2)
-            if self._closing or self.ended.is_set() or (ending is not None and ending.is_set()):
+            if self.closed or (ending is not None and ending.is_set()):
                 raise ClusterError("the cluster was ended before it was complete")
             waiting = self.waiting(nodes)
             if waiting != said:
@@ -191,12 +209,40 @@ class Head:
 
     def is_ready(self, number: int) -> None:
         """Note that a formation's ranks have loaded."""
-        self._do(_value(lambda: self._happens(state.Ready(number))))
+        self._do(_value(lambda: self._happens(state.Ready(number, time.monotonic()))))
 
-    def is_over(self, number: int) -> None:
-        """Note that a formation has ended; another may be made."""
+    def is_over(self, number: int, blamed: str | None = None) -> None:
+        """Note that a formation has ended; another may be made.
+
+        Args:
+            blamed: the id of the machine that failed; "": one did, it is not known which.
+        """
         with contextlib.suppress(ClusterError):
-            self._do(_value(lambda: self._happens(state.Over(number))))
+            over = state.Over(number, time.monotonic(), blamed)
+            self._do(_value(lambda: self._happens(over)))
+
+    def returning(self, patience_s: float) -> Return | None:
+        """Who is to be taken into the group that works; None: nobody within so long."""
+        try:
+            return self._returns.get(timeout=patience_s)
+        except queue.Empty:
+            return None
+
+    def is_unfit(self, who: Sequence[Node], reason: str) -> None:
+        """Note that these cannot be taken in now."""
+        unfit = state.Unfit(tuple(n.id for n in who), time.monotonic(), reason)
+        with contextlib.suppress(ClusterError):
+            self._do(_value(lambda: self._happens(unfit)))
+
+    def is_wanted(self, asked: Return) -> bool:
+        """Whether those are still to be taken in."""
+        now = self._state
+        return now.epoch == asked.number and now.running and bool(now.taking)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended, or is about to."""
+        return self._closing or self.ended.is_set()
 
     def order(
         self, who: Node, what: str, deadline_s: float = 10.0, **arguments: Any
@@ -270,7 +316,7 @@ class Head:
                     "id": node.id,
                     "name": node.name,
                     "here": node.here,
-                    "reason": node.reason,
+                    "reason": node.reason or state.outside(now, node),
                     "rank": now.members.index(node.id) if node.id in now.members else None,
                     "address": self._address(now.nodes)
                     if node.id == pairing.HEAD
@@ -382,10 +428,20 @@ class Head:
                     self._write_roster()
                     nodes = tuple(self._with_address(m, members) for m in members)
                     self._forms.put(Formation(number, nodes))
+                case state.TakeIn(ids=ids):
+                    known = self._state.nodes
+                    whole = [n for n in known if n in self._state.members or n in ids]
+                    self._returns.put(
+                        Return(
+                            self._state.epoch,
+                            tuple(self._with_address(n, tuple(whole)) for n in whole),
+                            tuple(known[n] for n in ids),
+                        )
+                    )
 
     def _ask_for_less(self) -> None:
         if self._state.asked is not None:  # else the group has just been begun
-            self._happens(state.Asked(max(1, self.fit)))
+            self._happens(state.Asked(max(1, self.fit), for_now=True))
 
     def _with_address(self, who: str, members: tuple[str, ...]) -> Node:
         node = self._state.nodes[who]

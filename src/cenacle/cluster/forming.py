@@ -1,7 +1,7 @@
 """From machines that are there to ranks that answer.
 
 Owns: the order of things: who takes part, does everyone have the model, what do the links give, who
-holds what, start, load.
+holds what, start, load; the same tried out beside a group that works, for machines that came back.
 Does not know: sockets (`control.py`), how the decisions are made (`placing.py`), requests.
 Invariant: what fails on the way leaves no rank and no formation behind; the error names a machine.
 Next: `hosts.RemoteRanks`, which is what comes out.
@@ -9,24 +9,27 @@ Next: `hosts.RemoteRanks`, which is what comes out.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engine.drafting import DraftModel
 from ..engine.engine import Options
 from ..engine.lockstep import Epoch
-from ..errors import CheckpointError, PlanError
+from ..errors import CenacleError, CheckpointError, PlanError
 from ..model.weights import Checkpoint, describe
 from ..plan import Plan
 from . import links, machine, pairing, placing
-from .control import Formation, Head
+from .control import Formation, Head, Return
 from .hosts import RemoteRanks
 from .launcher import Progress
 from .links import Link
 from .state import Node
+
+log = logging.getLogger(__name__)
 
 FIND_S = 30.0
 LEFT_S = 3.0  # how long a lost machine is waited for where the others may do without
@@ -75,6 +78,7 @@ class Joined:
         self._head, self._nodes, self._say = head, nodes, say
         self._wanted = wanted or placing.Wanted()
         self._formed: Formed | None = None  # not started yet
+        self._present: Formed | None = None  # what was started last
         self._links: dict[tuple[str, float, str, float], Link] = {}
 
     def form(
@@ -131,9 +135,54 @@ class Joined:
         except BaseException:
             ranks.close(now=True)
             raise
+        self._present = formed
         self._head.is_ready(formed.formation.number)
         self._head.tell(waiting="", exchange=formed.exchange, plan=formed.reason)
         return ranks
+
+    def serves(self, move: Callable[[str], None]) -> None:
+        """From now on have the group formed anew whenever machines come back.
+
+        Args:
+            move: ends the ranks that work, between two steps, for the reason given; others are then
+                begun by `start`.
+        """
+        work = threading.Thread(target=self._take_in, args=(move,), name="returns", daemon=True)
+        work.start()
+
+    def _take_in(self, move: Callable[[str], None]) -> None:
+        while not self._head.closed:
+            asked = self._head.returning(0.5)
+            if asked is None:
+                continue
+            names = " and ".join(n.name for n in asked.back)
+            try:
+                self._try_out(asked)
+            except (CenacleError, OSError) as error:
+                log.warning("%s cannot be taken in: %s", names, error)
+                self._head.is_unfit(asked.back, str(error))
+                continue
+            if self._head.is_wanted(asked):
+                are = "is" if len(asked.back) == 1 else "are"
+                move(f"{names} {are} here and wanted: the group is formed anew with {names}")
+
+    def _try_out(self, asked: Return) -> None:
+        """All that can be known to fail before the group that works is ended.
+
+        What its ranks hold now will be free then.
+        """
+        held = {}
+        if self._present is not None:
+            plan = self._present.plan
+            for rank, node in enumerate(self._present.formation.members):
+                held[node.id] = plan.bytes_of(rank)["total"]
+        members = []
+        for node in asked.members:
+            facts = dict(node.facts)
+            if node.id in held:
+                facts["available_bytes"] += held[node.id]
+            members.append(replace(node, facts=facts))
+        self._propose(Formation(asked.number, tuple(members)))
 
     def _again(self, epoch: Epoch) -> Formed:
         """After a loss."""
@@ -142,36 +191,41 @@ class Joined:
             self._say(text)
             epoch.say(text)
 
+        self._head.tell(formed=f"formed anew: {epoch.why}")
         formation = self._head.form(self._nodes, say, epoch.ending, LEFT_S)
-        try:
-            return self._decide(formation)
-        except PlanError as error:
-            wanted = self._nodes or self._head.known
-            if len(formation.members) >= wanted:
-                raise
-            say(f"the model does not fit on what is left ({error})")
-        return self._decide(self._head.form(self._nodes, say, epoch.ending))
+        while True:
+            try:
+                return self._decide(formation)
+            except PlanError as error:
+                have = len(formation.members)
+                if have >= (self._nodes or self._head.known):
+                    raise
+                say(f"the model does not fit on what is left ({error})")
+            formation = self._head.form(have + 1, say, epoch.ending, for_now=True)
 
     def _decide(self, formation: Formation) -> Formed:
-        name, checkpoint, options, kernels, draft = self._what
         try:
-            members = formation.members
-            folders = self._find(name, checkpoint, members)
-            backend, exchange = placing.exchange(self._wanted.backend, self._wanted.wire, members)
-            measured = self._measure(members)
-            plan, reason = placing.place(
-                describe(checkpoint),
-                checkpoint.config,
-                members,
-                measured,
-                self._wanted,
-                options,
-                kernels,
-                draft,
-            )
+            return self._propose(formation)
         except BaseException:
-            self._head.is_over(formation.number)
+            self._head.is_over(formation.number, "")
             raise
+
+    def _propose(self, formation: Formation) -> Formed:
+        name, checkpoint, options, kernels, draft = self._what
+        members = formation.members
+        folders = self._find(name, checkpoint, members)
+        backend, exchange = placing.exchange(self._wanted.backend, self._wanted.wire, members)
+        measured = self._measure(members)
+        plan, reason = placing.place(
+            describe(checkpoint),
+            checkpoint.config,
+            members,
+            measured,
+            self._wanted,
+            options,
+            kernels,
+            draft,
+        )
         if measured:
             exchange = f"{exchange}; {placing.describe_links(members, measured)}"
         return Formed(formation, folders, backend, exchange, measured, plan, reason)

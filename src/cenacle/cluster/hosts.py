@@ -61,6 +61,7 @@ class RemoteRanks(LocalRanks):
         self.ready: list[dict[str, Any]] = []
         self._epoch = epoch
         self._closed = False
+        self._blamed: str | None = None  # who failed; "": not known; None: nothing did
         self._relays = [secrets.token_hex(16) for _ in formation.members]
         try:
             self._start_all()
@@ -97,9 +98,8 @@ class RemoteRanks(LocalRanks):
         ends_at = time.monotonic() + HELLO_S
         for rank, channel in enumerate(self.channels):
             hello = self._hello(rank, channel, ends_at)
-            if hello.get("rank") != rank or not secrets.compare_digest(
-                str(hello.get("token")), token
-            ):
+            right = secrets.compare_digest(str(hello.get("token")), token)
+            if not right or (hello.get("rank"), hello.get("epoch")) != (rank, self._epoch.number):
                 raise ClusterError(f"what calls as rank {rank} on {members[rank].name} is not it")
             self.pids.append(int(hello["pid"]))
 
@@ -139,8 +139,10 @@ class RemoteRanks(LocalRanks):
         while time.monotonic() < ends:
             for index in range(self.nodes):
                 if (why := self._fate(index)) is not None:
+                    self._blamed = self.formation.members[index].id
                     return RankLost(index, f"{why}; all ranks were ended")
             time.sleep(0.02)
+        self._blamed = ""
         name = self.formation.members[rank].name
         return RankLost(rank, f"rank {rank} on {name} {reason}; all ranks were ended")
 
@@ -160,7 +162,9 @@ class RemoteRanks(LocalRanks):
             self._head.orders([(n, order) for n in here], "stop")
         for channel in self.channels:
             channel.close()
-        self._head.is_over(self.formation.number)
+        # Ranks that never answered failed, whatever it was.
+        blamed = self._blamed if self.ready else self._blamed or ""
+        self._head.is_over(self.formation.number, blamed)
 
 
 def _host_port(address: str, port: int) -> str:

@@ -26,6 +26,10 @@ from .control import PORT
 DEADLINE_S = 10.0
 
 
+class OtherHead(ClusterError):
+    """What answers is the head of another cluster, or none."""
+
+
 def read_address(text: str) -> tuple[str, int]:
     """Host and port of "HOST:PORT", "[v6]:PORT" or "HOST".
 
@@ -50,7 +54,7 @@ def pair(folder: Path, host: str, port: int, token: str, name: str) -> pairing.I
         name: this machine's, for people.
 
     Raises:
-        InputError: a token that cannot be one.
+        InputError: a token that cannot be one; this machine is part of another cluster.
         ClusterError: the head cannot be reached, does not take the token, or does not know it.
     """
     token = pairing.read_token(token)
@@ -59,6 +63,14 @@ def pair(folder: Path, host: str, port: int, token: str, name: str) -> pairing.I
     sock = _call(host, port, pairing.stranger(), None)
     seen = sock.getpeercert(binary_form=True)
     assert seen is not None, "a TLS server without a certificate"
+    before = pairing.Identity(folder, "node")
+    if before.exists and not before.is_of(seen):
+        sock.close()
+        known = before.remembered()
+        raise InputError(
+            f"this machine is part of the cluster of {known['host']}:{known['port']}, and {where} "
+            f"is another's head: to change over, `cenacle leave` first"
+        )
     channel = Channel(sock, DEADLINE_S)
     try:
         mine = secrets.token_bytes(pairing.NONCE)
@@ -109,6 +121,20 @@ def ask(identity: pairing.Identity, host: str, port: int, what: str, **more: Any
         channel.close()
 
 
+def check(identity: pairing.Identity, host: str, port: int) -> None:
+    """Whether the head of this machine's cluster may be there: nobody answers, or it does.
+
+    Raises:
+        OtherHead: somebody else does.
+    """
+    try:
+        ask(identity, host, port, "status")
+    except OtherHead:
+        raise
+    except ClusterError:
+        return  # the agent waits for it
+
+
 def _call(host: str, port: int, context: ssl.SSLContext, name: str | None) -> ssl.SSLSocket:
     where = f"{host}:{port}"
     try:
@@ -122,7 +148,7 @@ def _call(host: str, port: int, context: ssl.SSLContext, name: str | None) -> ss
         return context.wrap_socket(plain, server_hostname=name)
     except ssl.SSLCertVerificationError as error:
         plain.close()
-        raise ClusterError(
+        raise OtherHead(
             f"what answers at {where} is not the head of this machine's cluster "
             f"({error.verify_message}); join again with a token of the head that you mean"
         ) from error

@@ -31,6 +31,7 @@ from ..collective import mesh
 from ..engine.channel import Channel, Closed, Silent
 from ..engine.lockstep import Epoch
 from ..errors import CenacleError, ClusterError, RankLost
+from . import fate
 
 START_DEADLINE_S = 60.0
 SILENCE_S = 4.0  # a rank says once a second that it is alive: one that hangs is named within 5 s
@@ -93,6 +94,7 @@ class LocalRanks:
         self.ready: list[dict[str, Any]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self.folder = Path(tempfile.mkdtemp(prefix="cenacle-"))  # mode 0700
+        self._kills = fate.kernel_kills()
         self._closed = False
         try:
             self._start(self.backend, list(program))
@@ -234,7 +236,7 @@ class LocalRanks:
                 status = process.poll()
                 # A rank that noticed a dead peer says so and ends with 0.
                 if status and len(self._processes) == self.nodes:
-                    how = f"was killed by {_signal(-status)}" if status < 0 else f"exited {status}"
+                    how = fate.of(status, self._kills)
                     pid = process.pid
                     return RankLost(index, f"rank {index} (process {pid}) {how}; all were ended")
             time.sleep(0.02)
@@ -299,13 +301,6 @@ def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.01, ends - time.monotonic()))
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -186,6 +187,21 @@ class Identity:
                 f"{self.certificate}: this machine's certificate is damaged ({error}); join again"
             ) from error
         return context
+
+    def is_of(self, certificate: bytes) -> bool:
+        """Whether a certificate (DER) is of this identity's authority: of the same cluster.
+
+        An identity that is damaged is of none, and has to be replaced: True.
+        """
+        try:
+            *_, authority = x509.load_pem_x509_certificates(self.certificate.read_bytes())
+        except (OSError, ValueError):
+            return True
+        try:
+            x509.load_der_x509_certificate(certificate).verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
 
     def forget(self) -> None:
         """Remove the files."""

@@ -29,6 +29,14 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Moves:
+    """The ranks that work are ended, though nothing failed: there are better machines for them."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Refused:
     """Ranks could not be started."""
 
@@ -59,7 +67,7 @@ class Doing:
     what: str
 
 
-Event = Lost | Refused | Started | Answered | Doing
+Event = Lost | Moves | Refused | Started | Answered | Doing
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,8 @@ def after(state: State, event: Event) -> State:
             )
         case "ok", Lost():
             return _failed(state, event)
+        case "ok", Moves(at=at, reason=reason):
+            return replace(state, phase="recovering", since=at, reason=reason, rank=None)
         case "recovering", Refused():
             return _failed(state, event)
     return state
@@ -158,4 +168,6 @@ def next_action(state: State) -> Action:
     if state.phase == "failed":
         many = len(state.in_a_row)
         return GiveUp(f"{state.reason} (given up after {many} failures without a token)")
+    if not state.in_a_row:  # nothing has failed
+        return Start(state.epoch + 1, state.since)
     return Start(state.epoch + 1, state.in_a_row[-1] + BACKOFF_S[len(state.in_a_row) - 1])

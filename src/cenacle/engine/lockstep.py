@@ -24,8 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..cluster import supervisor
-from ..cluster.supervisor import Answered, Doing, GiveUp, Lost, Refused, Serve, Start
+from ..cluster import fate, supervisor
+from ..cluster.supervisor import Answered, Doing, GiveUp, Lost, Moves, Refused, Serve, Start
 from ..errors import CenacleError, ClusterError, RankLost
 from ..request import Request, Step, TokenEvent
 from .channel import Channel
@@ -80,11 +80,13 @@ class Epoch:
         number: larger than of all ranks before; with every message to and from these.
         ending: set when the group is closed: a start that takes long looks at it and gives up.
         say: to be told what a start waits for, such as a machine; /health passes it on.
+        why: why the ranks before these were ended; empty for the first ones.
     """
 
     number: int
     ending: threading.Event
     say: Callable[[str], None] = lambda _: None
+    why: str = ""
 
 
 StartRanks = Callable[[Epoch], Ranks]
@@ -160,6 +162,7 @@ class Group:
         self._under_way: deque[_Running] = deque()
         self._state = supervisor.State(since=time.monotonic())
         self._failure: CenacleError | None = None
+        self._moving = ""  # why ranks that work are to be ended behind the steps under way
         self._ending = threading.Event()
         self._last_s = 0.0  # when rank 0 finished its last step
         self._place_s, self._placed_s = 1.0, time.monotonic()  # every how often a request ends
@@ -236,6 +239,18 @@ class Group:
             self._try_suspect()
         self._inbox.put(None)
 
+    def move(self, reason: str) -> None:
+        """Have the ranks ended between two steps and others started: there are better machines for
+        them. Every answer goes on. Nothing happens if they are being started in any case.
+
+        Args:
+            reason: why, as a sentence.
+        """
+        with self._lock:
+            if self._state.phase == "ok" and self._start is not None:
+                self._moving = reason
+        self._inbox.put(None)
+
     def close(self) -> None:
         """End the ranks. Requests that still run are told."""
         self._ending.set()
@@ -257,7 +272,7 @@ class Group:
                     case GiveUp(reason):
                         self._fail(_again(self._state, reason))
         except Exception as error:
-            self._fail(ClusterError(f"the front failed: {error!r}"))
+            self._fail(ClusterError(f"the front failed: {fate.of_error(error)}"))
             raise
 
     def _waits(self, what: str) -> None:
@@ -292,7 +307,11 @@ class Group:
         """Take steps until the ranks fail."""
         try:
             while self._failure is None:
-                self._send_steps()
+                if not self._moving:
+                    self._send_steps()
+                elif not self._under_way:
+                    self._move()
+                    return
                 self._handle(self._inbox.get(timeout=self._patience()))
         except queue.Empty:
             late = self._under_way[0]
@@ -376,10 +395,10 @@ class Group:
         for rank, tokens in running.others.items():
             # Not their log-probabilities: only rank 0 says those.
             if [t[:3] for t in tokens] != [t[:3] for t in running.tokens]:
-                raise RankLost(
+                raise self._ranks.blame(
                     rank,
-                    f"rank {rank} disagrees at step {running.step.number}: expected tokens "
-                    f"{running.tokens}, got {tokens}; the group was ended",
+                    f"disagrees at step {running.step.number}: expected tokens {running.tokens}, "
+                    f"got {tokens}",
                 )
         running.others.clear()
 
@@ -407,7 +426,7 @@ class Group:
         for sink, event in told:
             sink(event.outcome())
 
-    # When they fail
+    # When they fail, or are to be others
 
     def _lose(self, error: CenacleError) -> None:
         """End this epoch's ranks, and queue again what they were working on."""
@@ -420,15 +439,31 @@ class Group:
         rank = error.rank if isinstance(error, RankLost) else None
         self._note(Lost(time.monotonic(), str(error), rank))
         self._ranks.close(now=True)
+        self._queue_again(error)
+
+    def _move(self) -> None:
+        """As `_lose`, but nothing has failed: no request is to blame."""
+        log.warning("epoch %d ends: %s", self._state.epoch, self._moving)
+        self._note(Moves(time.monotonic(), self._moving))
+        self._ranks.close(now=False)
+        self._queue_again(None)
+
+    def _queue_again(self, error: CenacleError | None) -> None:
+        """What ranks that are gone were working on, and all who wait, are for the next ranks.
+
+        Args:
+            error: why they were lost; None: they were not.
+        """
         self._under_way.clear()
         hopeless: list[_Asked] = []
         with self._lock:
+            self._moving = ""
             if self._failure is not None:
                 return
             self._scheduler.lost()
             admitted, self._admitted = self._admitted, set()
             for asked in [self._asked[name] for name in admitted if name in self._asked]:
-                asked.losses += 1
+                asked.losses += error is not None
                 if asked.losses == LOSSES:
                     hopeless.append(self._asked.pop(asked.request.id))
             # Those who were being answered come first.
@@ -459,7 +494,7 @@ class Group:
         assert self._start is not None, "without it the first failure is the last"
         began = time.monotonic()
         try:
-            ranks = self._start(Epoch(number, self._ending, self._waits))
+            ranks = self._start(Epoch(number, self._ending, self._waits, self._state.reason))
         except (CenacleError, OSError) as error:
             if not self._ending.is_set():
                 log.warning("epoch %d could not be started: %s", number, error)

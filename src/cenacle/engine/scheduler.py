@@ -89,20 +89,25 @@ class Scheduler:
         cache_bytes: int = 0,
     ) -> None:
         self._batch, self.measure_every = batch, measure_every
-        self._chunk, self._queue, self.kv_bytes = chunk, queue, kv_bytes
-        self.footprint = footprint or Footprint(0)
+        self._chunk, self._queue = chunk, queue
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._running: dict[str, _Running] = {}
         self._turns: OrderedDict[str, list[str]] = OrderedDict()  # key -> prompts under way
         self._served: dict[str, float] = {}  # key -> what it was given
         self._cancelled: list[str] = []
-        self._cache_bytes = cache_bytes if self.footprint.keeps else 0
+        self.resize(kv_bytes, footprint or Footprint(0), cache_bytes)
         self._prefixes = Prefixes()
         self._kept: list[str] = []
         self._dropped: list[str] = []
         self._number = 0
         self._pace = 64.0  # prompt tokens that can be processed within STALL_S: a guess at first
         self._answer_s = 0.0  # what a step without prompts takes
+
+    def resize(self, kv_bytes: int | None, footprint: Footprint, cache_bytes: int) -> None:
+        """What the ranks that come next have room for, once `lost` was called; see the
+        constructor."""
+        self.kv_bytes, self.footprint = kv_bytes, footprint
+        self._cache_bytes = cache_bytes if footprint.keeps else 0
 
     @property
     def waiting(self) -> int:

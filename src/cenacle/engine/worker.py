@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cluster import fate
 from ..errors import CenacleError, ClusterError
 from ..plan import Plan
 from ..request import Step
@@ -116,7 +117,7 @@ def receive(channel: Channel) -> dict[str, Any]:
 
 def last_words(channel: Channel, error: Exception) -> None:
     """Tell the front why this rank ends."""
-    text = str(error) if isinstance(error, CenacleError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, CenacleError) else fate.of_error(error)
     kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
     try:
         channel.send({"type": "error", "epoch": epoch(), "kind": kind, "message": text})

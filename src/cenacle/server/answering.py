@@ -15,7 +15,7 @@ import json
 import logging
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +31,8 @@ from .exchange import Asked, Choice, Event, Front, Head
 from .metrics import Metered
 
 log = logging.getLogger(__name__)
+
+COMMENT = b": waiting\n\n"  # an event stream's comment: no event
 
 
 @dataclass
@@ -141,6 +143,7 @@ class Answering(Response):
         group: generates.
         register: where it is found while it runs, for `tell`.
         deadline_s: longest wait for a token.
+        quiet_s: in a stream, how long nothing may be said: then comes a sign of life.
     """
 
     def __init__(
@@ -152,10 +155,13 @@ class Answering(Response):
         group: Metered,
         register: set[Answering],
         deadline_s: float,
+        quiet_s: float,
     ) -> None:
         self._front, self._asked, self._reply = front, asked, front.reply(asked, head)
         self._drafts, self._group = drafts, group
-        self._register, self._deadline_s = register, deadline_s
+        self._register, self._deadline_s, self._quiet_s = register, deadline_s, quiet_s
+        self._live: Callable[[], Awaitable[None]] | None = None  # gives a sign of life
+        self._said_s = 0.0  # when something was said last, in the loop's time
         self._events: asyncio.Queue[tuple[Draft, TokenEvent | CenacleError]] = asyncio.Queue()
 
     def tell(self, error: CenacleError) -> None:
@@ -202,11 +208,18 @@ class Answering(Response):
         await response(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
+        async def write(body: bytes) -> None:
+            self._said_s = asyncio.get_running_loop().time()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
         async def say(events: Iterable[Event]) -> None:
             for event in events:
-                body = _server_sent(event)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await write(_server_sent(event))
 
+        async def live() -> None:
+            await write(b"".join(map(_server_sent, self._reply.waiting())) or COMMENT)
+
+        self._live, self._said_s = live, asyncio.get_running_loop().time()
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
@@ -250,11 +263,21 @@ class Answering(Response):
             yield draft, parts
 
     async def _next(self) -> tuple[Draft, TokenEvent | CenacleError]:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                return await self._events.get()
-        except TimeoutError:
-            raise ClusterError(f"no token came for {self._deadline_s:g} s") from None
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self._deadline_s
+        while True:
+            due = ends
+            if self._live is not None:
+                # Clients and proxies hang up on who says nothing, and recovery may take long.
+                if loop.time() >= self._said_s + self._quiet_s:
+                    await self._live()
+                due = min(ends, self._said_s + self._quiet_s)
+            try:
+                async with asyncio.timeout_at(due):
+                    return await self._events.get()
+            except TimeoutError:
+                if loop.time() >= ends:
+                    raise ClusterError(f"no token came for {self._deadline_s:g} s") from None
 
     def _sink(self, draft: Draft) -> Sink:
         """Called by the group's thread."""

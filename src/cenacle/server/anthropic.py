@@ -455,6 +455,10 @@ class Reply:
         yield _event("message_delta", delta=delta, usage=usage_object(usage))
         yield _event("message_stop")
 
+    def waiting(self) -> tuple[Event, ...]:
+        """A sign of life, as Anthropic has it."""
+        return (_event("ping"),)
+
     def failed(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
         yield "error", failure(error)[1]

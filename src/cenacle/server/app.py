@@ -69,6 +69,7 @@ class Limits:
         write_s: seconds for which a client may leave a full send buffer unread.
         handshake_s: seconds in which a connection's TLS must be agreed on.
         idle_s: seconds that a connection is kept between requests.
+        quiet_s: seconds after which a stream without a token gives a sign of life.
         answer_s: seconds without a token after which an answer is given up; the group has a
             shorter deadline of its own.
         close_s: seconds that running requests get to end when the server is told to.
@@ -83,6 +84,7 @@ class Limits:
     write_s: float = 60.0
     handshake_s: float = 10.0
     idle_s: int = 75
+    quiet_s: float = 3.0
     answer_s: float = 900.0
     close_s: int = 5
     drained_bytes: int = 100_000_000
@@ -299,8 +301,8 @@ class Api:
         if (failure := self._ending or self._model.group.failure) is not None:
             return _refusal(failure, front)  # not raised: each time it would gather a traceback
         head = Head(uuid.uuid4().hex, int(time.time()), self._served.model, self._fingerprint)
-        group, deadline_s = self._group, self._limits.answer_s
-        return Answering(front, asked, head, drafts, group, self._answering, deadline_s)
+        group, waits = self._group, (self._limits.answer_s, self._limits.quiet_s)
+        return Answering(front, asked, head, drafts, group, self._answering, *waits)
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *given)

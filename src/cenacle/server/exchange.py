@@ -143,6 +143,10 @@ class Reply(Protocol):
         """The end of the stream, when all choices have ended."""
         ...
 
+    def waiting(self) -> Iterable[Event]:
+        """A sign of life in a stream that waits; nothing: a comment will do, which clients skip."""
+        ...
+
     def failed(self, error: CenacleError) -> Iterable[Event]:
         """The end of a stream that cannot go on."""
         ...

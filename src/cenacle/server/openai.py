@@ -735,6 +735,10 @@ class _Reply(ABC):
             yield None, {**self._headed(self.chunk_kind), **counted}
         yield None, "[DONE]"
 
+    def waiting(self) -> tuple[Event, ...]:
+        """Nothing: a comment will do."""
+        return ()
+
     def failed(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
         yield None, failure(error)[1]

@@ -355,6 +355,10 @@ class Reply:
         response = self._response(status, self._items, usage)
         yield self._event(f"response.{status}", response=response)
 
+    def waiting(self) -> tuple[Event, ...]:
+        """Nothing: a comment will do."""
+        return ()
+
     def failed(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
         told = openai.failure(error)[1]["error"]

@@ -40,7 +40,10 @@ export function repaint() {
 export function problemOf(known) {
   if (failing) return failing;
   if (known?.status === "failed") return `The cluster has stopped: ${known.reason}`;
-  if (known?.status === "recovering") return `A node was lost and is being started again; answers go on when it is back. (${known.reason})`;
+  if (known?.status === "recovering") {
+    const what = known.lost_rank == null ? "The nodes are being started anew; answers go on then." : "A node was lost and is being started again; answers go on when it is back.";
+    return `${what} (${known.reason})`;
+  }
   return null;
 }
 
