@@ -52,6 +52,7 @@ class Host:
         self.folder.mkdir()
         self.temporary.mkdir()
         self.programs: list[subprocess.Popen[bytes]] = []
+        self.more: dict[str, str] = {}  # environment
         ip("netns", "add", self.name)
         near = ("-n", network.switch)
         ip(*near, "link", "add", self.port, "type", "veth", "peer", "eth0", "netns", self.name)
@@ -73,7 +74,7 @@ class Host:
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CENACLE_", "XDG_"))}
         own = {"HOME": str(self.folder), "TMPDIR": str(self.temporary), "CENACLE_THREADS": "1"}
-        return kept | own
+        return kept | own | self.more
 
     def start(self, *words: str, **more: str) -> "subprocess.Popen[bytes]":
         """A program of this host; what it says goes to the log.

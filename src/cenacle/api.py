@@ -205,7 +205,7 @@ def load(
         raise InputError(
             f"activations: expected one of {known}, got {activations!r}", "activations"
         )
-    checkpoint = Checkpoint.open(locate(model))
+    checkpoint = Checkpoint.open(locate(model) if joined is None else joined.locate(model))
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
     options, text, reason = options or Options(), _text(checkpoint), ""

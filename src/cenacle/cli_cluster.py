@@ -225,7 +225,7 @@ def join(
     ] = None,
     token: Annotated[str | None, typer.Option(help="As `cenacle up` prints it.")] = None,
     models: Annotated[
-        Path | None, typer.Option(help="The folder in which this machine has models.")
+        Path | None, typer.Option(help="Where this machine has models, if it has any.")
     ] = None,
     name: Name = None,
     service: Annotated[
@@ -317,7 +317,7 @@ def nodes(
             human(node["available_bytes"]) if "available_bytes" in node else "",
             f"{rate / 1e9:.0f} GB/s" if rate else "",
             " ".join(str(node[k]) for k in ("system", "processor") if k in node),
-            node["reason"] or "here",
+            node["reason"] or _part(node) or "here",
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
@@ -339,7 +339,15 @@ def status(as_json: AsJson = False) -> None:
             print(answer[key])
     for node in answer["nodes"]:
         rank = "" if node["rank"] is None else f"rank {node['rank']}, "
-        print(f"  {node['name']}: {rank}{node['reason'] or 'here'}")
+        print(f"  {node['name']}: {rank}{node['reason'] or _part(node) or 'here'}")
+
+
+def _part(node: dict[str, Any]) -> str:
+    """How far a machine has fetched its part of the model, while it does."""
+    part = node.get("part")
+    if part is None or part["done"] >= part["total"]:
+        return ""
+    return f"here, has fetched {human(part['done'])} of {human(part['total'])}"
 
 
 def leave() -> None:

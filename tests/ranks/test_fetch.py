@@ -1,92 +1,20 @@
 """Fetching a node's part of a checkpoint, from what answers like the hub, and from a node."""
 
-import hashlib
-import json
-import re
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlparse
 
 import mlx.core as mx
 import pytest
 
 from cenacle.cluster import fetch as module
-from cenacle.cluster.fetch import JOURNAL, Folder, Hub, Store, fetch, skeleton
+from cenacle.cluster.fetch import Folder, Hub, Store, fetch, skeleton
 from cenacle.errors import CheckpointError
+from cenacle.model.ranges import JOURNAL, Strip, size
 from cenacle.model.synth import synth
-from cenacle.model.weights import Checkpoint, describe, load, named_arrays, spans_of
+from cenacle.model.weights import Checkpoint, describe, load, named_arrays, wanted_of
 from cenacle.plan import Plan
+from like_hub import REPO, Server, pretend
 
-REPO, COMMIT = "circle/tiny", "0123456789abcdef0123456789abcdef01234567"
 FAMILIES = ("qwen3_moe", "mixtral", "dbrx", "gpt_oss")
-
-
-class Server:
-    """Answers like the hub for one folder, and does what a test wants to go wrong."""
-
-    def __init__(self, folder):
-        self.folder, self.sent, self.asked = folder, 0, []
-        self.break_after, self.ranges, self.refuse, self.damage = None, True, 0, None
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
-                server.answer(self)
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-
-    def close(self):
-        self._http.shutdown()
-        self._http.server_close()
-
-    def answer(self, http):
-        path = unquote(urlparse(http.path).path)
-        files = sorted(self.folder.iterdir())
-        if path.startswith(f"/api/models/{REPO}"):
-            siblings = []
-            for f in files:
-                data = f.read_bytes()
-                row = {"rfilename": f.name, "size": len(data)}
-                if f.suffix == ".safetensors":
-                    sha = hashlib.sha256(data).hexdigest()
-                    row["lfs"] = {"sha256": sha, "size": len(data), "pointerSize": 130}
-                siblings.append(row)
-            return self.send(
-                http, 200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
-            )
-        if not path.startswith(f"/{REPO}/resolve/{COMMIT}/"):
-            return self.send(http, 404, b"", {"X-Error-Code": "RepoNotFound"})
-        if self.refuse:
-            self.refuse -= 1
-            return self.send(http, 503, b"")
-        data = bytearray((self.folder / path.rsplit("/", 1)[-1]).read_bytes())
-        start, stop = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", http.headers["Range"]).groups())
-        self.asked.append((path.rsplit("/", 1)[-1], start, stop + 1))
-        if not self.ranges:
-            return self.send(http, 200, bytes(data))
-        if self.damage is not None and start <= self.damage <= stop:
-            data[self.damage] ^= 1
-        part = bytes(data[start : stop + 1])
-        self.sent += len(part)
-        if self.break_after is not None:
-            whole, part = len(part), part[: self.break_after]
-            self.break_after = None
-            return self.send(http, 206, part, {"Content-Length": str(whole)})
-        return self.send(http, 206, part)
-
-    @staticmethod
-    def send(http, status, data, headers=None):
-        http.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            http.send_header(name, value)
-        http.end_headers()
-        http.wfile.write(data)
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +33,7 @@ def small(monkeypatch):
 @pytest.fixture
 def hub(folders, monkeypatch):
     server = Server(folders["qwen3_moe"])
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url)
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    pretend(monkeypatch, server.url)
     yield server
     server.close()
 
@@ -121,13 +43,10 @@ def parts(folder, plan, rank):
     return dict(named_arrays(model))
 
 
-def relative(spans):
-    return {path.name: wanted for path, wanted in spans.items()}
-
-
+@pytest.mark.parametrize("apart", [0, 1 << 16])
 @pytest.mark.parametrize("placement", ["whole", "replicated", "sliced"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, tmp_path):
+def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, apart, tmp_path):
     """From a folder elsewhere, span by span; what was not fetched is holes, and is not missed."""
     whole = folders[family]
     plan = getattr(Plan, placement)(describe(Checkpoint.open(whole)), 3)
@@ -135,10 +54,10 @@ def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, tmp_path
         store = skeleton(Folder(whole), tmp_path / str(rank))
         described = Checkpoint.open(store.folder)
         assert describe(described) == plan.spec
-        wanted = relative(spans_of(described, plan, rank, join=0))
+        wanted = wanted_of(described, plan, rank, apart)
         # Zeros where they are not known to be wanted would not be noticed in a missing part.
         fetched = fetch([Folder(whole)], store, wanted)
-        assert fetched <= sum(b - a for spans in wanted.values() for a, b in spans)
+        assert fetched <= size(w for each in wanted.values() for w in each)
         assert fetch([Folder(whole)], store, wanted) == 0
         want, got = parts(whole, plan, rank), parts(store.folder, plan, rank)
         assert want.keys() == got.keys()
@@ -151,8 +70,8 @@ def test_no_node_fetches_more_than_its_part(folders, family):
     for placement in ("whole", "replicated"):
         plan = getattr(Plan, placement)(describe(checkpoint), 3)
         for rank in range(3):
-            spans = spans_of(checkpoint, plan, rank, join=0)
-            fetched = sum(b - a for each in spans.values() for a, b in each)
+            wanted = wanted_of(checkpoint, plan, rank)
+            fetched = size(w for each in wanted.values() for w in each)
             assert fetched <= 1.05 * plan.bytes_of(rank)["total"]
 
 
@@ -160,7 +79,7 @@ def test_from_the_hub_only_what_is_wanted(hub, folders, tmp_path):
     store = skeleton(Hub(REPO), tmp_path / "part")
     described = Checkpoint.open(store.folder)
     plan = Plan.whole(describe(described), 2)
-    wanted = relative(spans_of(described, plan, 1))
+    wanted = wanted_of(described, plan, 1)
     before, seen = hub.sent, []
     fetched = fetch([Hub(REPO)], store, wanted, lambda *p: seen.append(p))
     assert hub.sent - before == fetched
@@ -280,3 +199,40 @@ def test_what_is_not_there_is_said(hub, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="has no weights"):
         skeleton(Folder(tmp_path / "empty"), tmp_path / "none")
+
+
+def test_columns_are_fetched_and_kept_apart(folders, tmp_path):
+    """What is known of one set of columns says nothing of another's; rows that are here do."""
+    whole = Folder(folders["qwen3_moe"])
+    store = skeleton(whole, tmp_path / "part")
+    rows = [30_000 + 100 * i for i in range(200)]
+    strip = Strip(30_000, 50_000, 100, ((10, 30), (60, 80)))
+    assert fetch([whole], store, {"model.safetensors": [strip]}) == strip.nbytes == 200 * 40
+    got = (store.folder / "model.safetensors").read_bytes()
+    want = (folders["qwen3_moe"] / "model.safetensors").read_bytes()
+    for row in rows:
+        assert got[row + 10 : row + 30] == want[row + 10 : row + 30]
+        assert got[row + 60 : row + 80] == want[row + 60 : row + 80]
+        assert not any(got[row + 30 : row + 60])
+    again = Store(store.folder)
+    narrower, other = strip._replace(kept=((12, 20),)), strip._replace(kept=((25, 35),))
+    assert again.missing({"model.safetensors": [strip, narrower]}) == {}
+    assert again.missing({"model.safetensors": [other]}) == {"model.safetensors": [other]}
+    assert again.missing({"model.safetensors": [(30_000, 31_000)]})
+    fetch([whole], again, {"model.safetensors": [(35_050, 45_020)]})
+    left = [other._replace(stop=35_100), other._replace(start=45_000)]
+    assert again.missing({"model.safetensors": [other]}) == {"model.safetensors": left}
+    assert again.damaged() == {}
+    with (store.folder / "model.safetensors").open("r+b") as f:
+        f.seek(30_000 + 65)
+        f.write(bytes([want[30_065] ^ 1]))
+    wrong = again.damaged()
+    assert wrong == {"model.safetensors": [strip]}
+    again.forget(wrong)
+    assert Store(store.folder).missing({"model.safetensors": [strip]})
+
+
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
+    for name in ("../model.safetensors", "/tmp/model.safetensors"):
+        with pytest.raises(CheckpointError, match="a file cannot be called"):
+            Store(tmp_path).make(name, 10)

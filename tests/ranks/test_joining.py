@@ -24,6 +24,7 @@ from cenacle.cluster.control import Head
 from cenacle.cluster.forming import Joined
 from cenacle.cluster.join import ask, pair
 from cenacle.cluster.placing import Wanted
+from cenacle.cluster.sharing import Sharing
 from cenacle.engine.channel import Channel
 from cenacle.engine.engine import Options, need_of
 from cenacle.engine.lockstep import Epoch
@@ -395,7 +396,8 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
     try:
         two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2, say=said.append)
-        joined._what = ("answers", checkpoint, Options(), "auto", None)
+        joined._what = (checkpoint, Options(), "auto", None)
+        joined._sharing = Sharing(head, "answers", checkpoint, None)
         with agent(head.identity, head.port):
             formation = head.form(2, patience_s=0.1)
             assert [n.name for n in formation.members] == ["one"]
@@ -406,7 +408,8 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
                 until(
                     lambda: seen.append(names(head)["two"]["reason"]) or "left" in seen[-1], "why"
                 )
-                assert seen[-1].startswith("is left out for 1 s: two has another model of the name")
+                assert seen[-1].startswith("is left out for 1 s: two: ")
+                assert "has another model of the name answers" in seen[-1]
             assert head.status()["phase"] == "running"
             assert not moves
             until(lambda: not names(head)["two"]["here"], "the end of two")

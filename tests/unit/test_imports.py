@@ -54,7 +54,7 @@ WITHOUT_MLX = (
     *("server.auth", "server.guard", "server.tls"),
     *("cluster.supervisor", "cluster.doctor", "engine.lockstep"),
     *("engine.grammar", "engine.text", "engine.prefixes", "engine.drafts"),
-    *("model.balance", "model.residency"),
+    *("model.balance", "model.ranges", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),
     *("cluster.state", "cluster.pairing", "cluster.wire", "cluster.links", "cluster.fate"),

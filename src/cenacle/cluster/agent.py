@@ -1,6 +1,7 @@
 """The program on each machine of a cluster: it reports to the head and starts ranks as it is told.
 
-Owns: this machine's connection to its head, the ranks that run here, and passing their messages on.
+Owns: this machine's connection to its head, the ranks that run here, passing their messages on, and
+fetching this machine's part of the model.
 Does not know: models, plans, which group a rank is of beyond its number.
 Invariant: it listens to nobody but its head, which has to prove that it is; when the connection to
 the head is lost, or this process ends, so do all ranks here; a lost head is called again for ever.
@@ -27,7 +28,8 @@ from typing import Any
 from ..collective import mesh
 from ..engine.channel import Closed
 from ..errors import CenacleError, ClusterError
-from . import fate, links, machine, pairing, wire
+from ..plan import human
+from . import fate, links, machine, pairing, parts, wire
 from .launcher import MALLOC, WORKER
 from .state import SILENCE_S
 
@@ -37,6 +39,8 @@ ALIVE_EVERY_S = 1.0
 CONNECT_S = 5.0
 AGAIN_S = (0.2, 0.5, 1.0, 2.0)  # between calls to a head that does not answer
 STOP_S = 5.0
+FETCHED_S = 1.0  # after which it is said how far a fetch is
+SAY_EVERY_S = 10.0
 
 
 class Ended(Exception):
@@ -62,6 +66,7 @@ class Agent:
         host, port: of the head.
         folders: where models are looked for, the first one first.
         say: told, in sentences, what happens.
+        place: the folder of parts of models that are fetched; None: `parts.cache`.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Agent:
         port: int,
         folders: list[Path],
         say: Callable[[str], None] = lambda _: None,
+        place: Path | None = None,
     ) -> None:
         self._identity, self._host, self._port = identity, host, port
         self._folders, self._say = folders, say
@@ -80,6 +86,9 @@ class Agent:
         self._address = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._said = ""
+        self._parts = place or parts.cache()
+        self._verified: set[Path] = set()  # parts that were compared with their hashes
+        self._fetching: parts.Fetching | None = None
 
     async def run(self) -> str:
         """Serve the head until it says that this shall end; says why.
@@ -163,6 +172,8 @@ class Agent:
         finally:
             if alive is not None:
                 alive.cancel()
+            if self._fetching is not None:
+                self._fetching.stop()  # the head orders it again
             wire.hang_up(writer)
             await self._end_ranks()
 
@@ -181,6 +192,8 @@ class Agent:
     async def _obey(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
             "find": self._find,
+            "fetch": self._fetch,
+            "fetched": self._fetched,
             "ports": self._ports,
             "answer_link": self._answer_link,
             "measure_link": self._measure_link,
@@ -202,10 +215,48 @@ class Agent:
 
     # Orders
 
-    async def _find(self, model: str) -> dict[str, Any]:
-        folder = await asyncio.to_thread(machine.find, model, self._folders)
-        digest = await asyncio.to_thread(machine.digest, folder)
-        return {"folder": str(folder.resolve()), "digest": digest}
+    async def _find(self, model: str, digest: str, config: str) -> dict[str, Any]:
+        """What of the model is here, or where a part of it goes."""
+        asked = (model, digest, config, self._folders, self._parts)
+        return vars(await asyncio.to_thread(parts.look, *asked))
+
+    async def _fetch(self, model: str, folder: str, order: dict[str, Any]) -> dict[str, Any]:
+        """Begin to fetch a part; one that goes on is ended."""
+        into, before = Path(folder), self._fetching
+        if into.parent.resolve() != self._parts.resolve():
+            raise ClusterError(f"{into} is no place for a part of a model")
+        head = parts.FromHead(self._identity, self._host, self._port)
+        what = parts.Order.from_json(order)
+        self._fetching = parts.Fetching(into, what, head, self._verified, before)
+        self._start(self._tell_of(self._fetching, model))
+        return {}
+
+    async def _tell_of(self, fetching: parts.Fetching, model: str) -> None:
+        began = time.monotonic()
+        try:
+            while not await asyncio.to_thread(fetching.wait, FETCHED_S):
+                if time.monotonic() - began > SAY_EVERY_S:
+                    began += SAY_EVERY_S
+                    self._say(f"{model}: {human(fetching.done)} of {human(fetching.total)} here")
+        except CenacleError as error:
+            self._say(f"{model}: {error}")
+            return
+        if fetching.damaged:
+            self._say(f"{model}: {human(fetching.damaged)} here were damaged, and fetched again")
+        if fetching.fetched:
+            self._say(f"{model}: {human(fetching.fetched)} fetched into {fetching.folder}")
+
+    async def _fetched(self) -> dict[str, Any]:
+        """How far that is, after a second or when it has come to its end."""
+        now = self._fetching
+        if now is None:
+            raise ClusterError("fetches nothing")
+        ended = await asyncio.to_thread(now.wait, FETCHED_S)
+        said = {"ended": ended, "done": now.done, "total": now.total, "folder": str(now.folder)}
+        if ended:
+            said["digest"] = await asyncio.to_thread(machine.digest, now.folder)
+            said["fetched"] = now.fetched
+        return said
 
     async def _ports(self, address: str, count: int) -> dict[str, Any]:
         return {"ports": machine.free_ports(address, count)}

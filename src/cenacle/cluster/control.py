@@ -1,7 +1,8 @@
 """The head of a cluster: it lets machines in, hears their agents, and gives them orders.
 
 Owns: the listening socket, the roster of machines that belong to the cluster, one connection per
-agent, the way of each rank's messages, and carrying out what `state.py` decides.
+agent, the way of each rank's messages, the way of what machines fetch, and carrying out what
+`state.py` decides.
 Does not know: models, plans, what orders are for (`forming.py`), HTTP.
 Invariant: whoever has no certificate of this cluster's authority, or was removed, can only ask to
 pair; every wait has a deadline; an agent that is lost is lost with all its ranks' connections.
@@ -34,6 +35,7 @@ from typing import Any, TypeVar
 from .. import errors
 from ..errors import CenacleError, ClusterError, InputError
 from . import machine, pairing, state, wire
+from .giving import Given
 from .state import Node, State
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ GUESTS = 64  # connections that have not, at one time
 WRONG_S = 0.5  # how long a wrong answer waits
 ALIVE_EVERY_S = 1.0
 SEND_S = 4.0
+IDLE_S = 60.0  # in which whoever fetches asks for more
+LATER_S = 0.2  # how long who asks too early waits
 T = TypeVar("T")
 
 
@@ -124,6 +128,8 @@ class Head:
         self._fates: dict[tuple[int, int], str] = {}  # formation, rank -> how it ended
         self._forms: queue.Queue[Formation] = queue.Queue()
         self._returns: queue.Queue[Return] = queue.Queue()
+        self._given: Given | None = None
+        self._parts: dict[str, dict[str, int]] = {}  # how far each machine has fetched its own
         self._about: dict[str, Any] = {}  # what the program adds to `status`
         self._guests: dict[asyncio.StreamWriter, None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -300,6 +306,14 @@ class Head:
             return "was removed from this cluster"
         return None if node.here else node.reason
 
+    def give(self, given: Given) -> None:
+        """What the machines of the cluster may fetch from now on."""
+        self._given = given
+
+    def tell_part(self, who: Node, done: int, total: int) -> None:
+        """Add to what `status` says: bytes of its part that a machine has, and bytes in all."""
+        self._parts[who.id] = {"done": done, "total": total}
+
     def tell(self, **about: Any) -> None:
         """Add to what `status` says."""
         self._about.update(about)
@@ -322,6 +336,7 @@ class Head:
                     if node.id == pairing.HEAD
                     else node.address,
                     "silent_s": round(time.monotonic() - node.heard_s, 1) if node.here else None,
+                    "part": self._parts.get(node.id),
                     **{k: v for k, v in node.facts.items() if k in _SHOWN},
                 }
                 for node in now.nodes.values()
@@ -510,6 +525,8 @@ class Head:
                 await self._hear(who, hello, reader, writer)
             case "relay":
                 await self._relay(who, hello, reader, writer)
+            case "part":
+                await self._give(who, hello, reader, writer)
             case "ask":
                 try:
                     await self._answer(who, hello, writer)
@@ -655,6 +672,31 @@ class Head:
             agent.relays.discard(task)
             near[1].close()
             # What a rank said last is on its way to the front: TLS has nothing more to give.
+
+    async def _give(
+        self,
+        who: str,
+        asked: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """What a machine fetches of the model, one range after the other."""
+        while who in self._state.nodes:
+            try:
+                if self._given is None:
+                    raise ClusterError("the head has no model to give yet")
+                answer = await asyncio.to_thread(self._given.answer, asked)
+            except CenacleError as error:
+                await self._refuse(writer, str(error), type(error).__name__)
+            else:
+                if answer is None:
+                    await asyncio.sleep(LATER_S)
+                    await wire.send(writer, {"type": "later"}, SEND_S)
+                else:
+                    await wire.send(writer, {"type": "part", **answer[0]}, SEND_S)
+                    for at in range(0, len(answer[1]), wire.PIECE):
+                        await wire.send_bytes(writer, answer[1][at : at + wire.PIECE], GREETING_S)
+            asked = await wire.receive(reader, IDLE_S, wire.GREETING)
 
     async def _answer(self, who: str, hello: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         """A verb's question."""

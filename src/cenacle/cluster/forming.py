@@ -1,7 +1,8 @@
 """From machines that are there to ranks that answer.
 
-Owns: the order of things: who takes part, does everyone have the model, what do the links give, who
-holds what, start, load; the same tried out beside a group that works, for machines that came back.
+Owns: the order of things: who takes part, what of the model is where, what do the links give, who
+holds what, fetch, start, load; the same tried out beside a group that works, for machines that came
+back.
 Does not know: sockets (`control.py`), how the decisions are made (`placing.py`), requests.
 Invariant: what fails on the way leaves no rank and no formation behind; the error names a machine.
 Next: `hosts.RemoteRanks`, which is what comes out.
@@ -14,24 +15,26 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..engine.drafting import DraftModel
 from ..engine.engine import Options
 from ..engine.lockstep import Epoch
-from ..errors import CenacleError, CheckpointError, PlanError
+from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
 from ..model.weights import Checkpoint, describe
 from ..plan import Plan
-from . import links, machine, pairing, placing
+from . import links, pairing, parts, placing
 from .control import Formation, Head, Return
+from .fetch import Hub
 from .hosts import RemoteRanks
 from .launcher import Progress
 from .links import Link
+from .sharing import Say, Sharing
 from .state import Node
 
 log = logging.getLogger(__name__)
 
-FIND_S = 30.0
 LEFT_S = 3.0  # how long a lost machine is waited for where the others may do without
 FIRST = Epoch(0, threading.Event())
 
@@ -79,7 +82,18 @@ class Joined:
         self._wanted = wanted or placing.Wanted()
         self._formed: Formed | None = None  # not started yet
         self._present: Formed | None = None  # what was started last
+        self._hub: Hub | None = None  # that has what the head has not
         self._links: dict[tuple[str, float, str, float], Link] = {}
+
+    def locate(self, model: str) -> Path:
+        """The head's folder of a model; of one that only the hub has, a part, which `form` and
+        `start` complete.
+
+        Raises:
+            CheckpointError: see `parts.open_model`.
+        """
+        folder, self._hub = parts.open_model(model)
+        return folder
 
     def form(
         self,
@@ -93,7 +107,7 @@ class Joined:
 
         Args:
             name: of the model, by which each machine looks for its folder.
-            checkpoint: the head's own copy.
+            checkpoint: in the folder that `locate` gave.
             options, kernels: see `api.load`.
             draft: of the head's machine, whose rank is the first.
 
@@ -101,12 +115,20 @@ class Joined:
             The plan of the first group, and why it was chosen.
 
         Raises:
-            CheckpointError: a machine has not got the model, or another one of that name.
+            CheckpointError: a machine cannot fetch its part, or has another model of that name.
             PlanError: it does not fit; names the machine.
-            ClusterError: the cluster was ended, or a machine was lost meanwhile.
+            ClusterError: the cluster was ended, or machines cannot reach each other.
         """
-        self._what = (name, checkpoint, options, kernels, draft)
-        self._formed = self._decide(self._head.form(self._nodes, self._say))
+        self._what = (checkpoint, options, kernels, draft)
+        self._sharing = Sharing(self._head, name, checkpoint, self._hub)
+        while self._formed is None:
+            formation = self._head.form(self._nodes, self._say)
+            try:
+                self._formed = self._decide(formation, self._say)
+            except ClusterError as error:
+                if not any(self._head.lost(n) for n in formation.members):
+                    raise
+                self._say(f"{error}; what it has fetched is kept")
         return self._formed.plan, self._formed.reason
 
     def start(
@@ -182,7 +204,7 @@ class Joined:
             if node.id in held:
                 facts["available_bytes"] += held[node.id]
             members.append(replace(node, facts=facts))
-        self._propose(Formation(asked.number, tuple(members)))
+        self._propose(Formation(asked.number, tuple(members)), log.info)
 
     def _again(self, epoch: Epoch) -> Formed:
         """After a loss."""
@@ -195,25 +217,30 @@ class Joined:
         formation = self._head.form(self._nodes, say, epoch.ending, LEFT_S)
         while True:
             try:
-                return self._decide(formation)
-            except PlanError as error:
+                return self._decide(formation, say, epoch.ending)
+            except (PlanError, CheckpointError) as error:
                 have = len(formation.members)
                 if have >= (self._nodes or self._head.known):
                     raise
-                say(f"the model does not fit on what is left ({error})")
+                fits = "does not fit on" if isinstance(error, PlanError) else "cannot be had by"
+                say(f"the model {fits} what is left ({error})")
             formation = self._head.form(have + 1, say, epoch.ending, for_now=True)
 
-    def _decide(self, formation: Formation) -> Formed:
+    def _decide(
+        self, formation: Formation, say: Say, ending: threading.Event | None = None
+    ) -> Formed:
         try:
-            return self._propose(formation)
+            return self._propose(formation, say, ending)
         except BaseException:
             self._head.is_over(formation.number, "")
             raise
 
-    def _propose(self, formation: Formation) -> Formed:
-        name, checkpoint, options, kernels, draft = self._what
+    def _propose(
+        self, formation: Formation, say: Say, ending: threading.Event | None = None
+    ) -> Formed:
+        checkpoint, options, kernels, draft = self._what
         members = formation.members
-        folders = self._find(name, checkpoint, members)
+        found = self._sharing.find(members)
         backend, exchange = placing.exchange(self._wanted.backend, self._wanted.wire, members)
         measured = self._measure(members)
         plan, reason = placing.place(
@@ -226,22 +253,11 @@ class Joined:
             kernels,
             draft,
         )
+        self._sharing.fetch(members, found, plan, say, ending)
         if measured:
             exchange = f"{exchange}; {placing.describe_links(members, measured)}"
+        folders = [each.folder for each in found]
         return Formed(formation, folders, backend, exchange, measured, plan, reason)
-
-    def _find(self, name: str, checkpoint: Checkpoint, members: tuple[Node, ...]) -> list[str]:
-        here = checkpoint.folder.resolve()
-        expected = machine.digest(here)
-        others = members[1:]  # the first is this machine
-        answers = self._head.orders([(n, {"model": name}) for n in others], "find", FIND_S)
-        for node, answer in zip(others, answers, strict=True):
-            if answer["digest"] != expected:
-                raise CheckpointError(
-                    f"{node.name} has another model of the name {name} at {answer['folder']} than "
-                    f"the head has at {here} (config.json or weight files differ): copy it again"
-                )
-        return [str(here), *(str(answer["folder"]) for answer in answers)]
 
     def _measure(self, members: tuple[Node, ...]) -> dict[tuple[int, int], Link]:
         """Every pair, one after the other: links that are busy say little. Each is measured once

@@ -60,7 +60,7 @@ def pair(folder: Path, host: str, port: int, token: str, name: str) -> pairing.I
     token = pairing.read_token(token)
     key = pairing.new_key()
     where = f"{host}:{port}"
-    sock = _call(host, port, pairing.stranger(), None)
+    sock = call(host, port, pairing.stranger(), None)
     seen = sock.getpeercert(binary_form=True)
     assert seen is not None, "a TLS server without a certificate"
     before = pairing.Identity(folder, "node")
@@ -113,7 +113,7 @@ def ask(identity: pairing.Identity, host: str, port: int, what: str, **more: Any
         CenacleError: it cannot be reached, or what it said, in its own class.
     """
     where = f"{host}:{port}"
-    channel = Channel(_call(host, port, identity.client(), pairing.SERVER_NAME), DEADLINE_S)
+    channel = Channel(call(host, port, identity.client(), pairing.SERVER_NAME), DEADLINE_S)
     try:
         channel.send({"type": "ask", "what": what, **more})
         return _said(channel, "answer", where)
@@ -135,7 +135,8 @@ def check(identity: pairing.Identity, host: str, port: int) -> None:
         return  # the agent waits for it
 
 
-def _call(host: str, port: int, context: ssl.SSLContext, name: str | None) -> ssl.SSLSocket:
+def call(host: str, port: int, context: ssl.SSLContext, name: str | None) -> ssl.SSLSocket:
+    """A connection to the head; see `ask` for what it raises."""
     where = f"{host}:{port}"
     try:
         plain = socket.create_connection((host, port), timeout=DEADLINE_S)

@@ -22,7 +22,6 @@ import psutil
 
 from .. import native
 from ..collective import mesh
-from ..errors import CheckpointError
 
 PACKAGE = Path(__file__).parent.parent
 READ_BYTES = 256 * 2**20  # more than caches hold
@@ -61,29 +60,19 @@ def changing() -> dict[str, Any]:
     return {"available_bytes": psutil.virtual_memory().available}
 
 
-def find(model: str, folders: list[Path]) -> Path:
-    """The folder of a model of that name on this machine.
+def find(model: str, folders: list[Path]) -> Path | None:
+    """The folder of a model of that name on this machine, if there is one.
 
     Args:
         model: a folder's or a hub repository's name, or a path.
         folders: where models are kept here, the first one first.
-
-    Raises:
-        CheckpointError: none of them has it.
     """
     name = Path(model).name
     tried = [f / model.replace("/", "--") for f in folders] + [f / name for f in folders]
     tried += [PACKAGE / name]
     if Path(model).is_absolute():
         tried.append(Path(model))
-    for folder in tried:
-        if (folder / "config.json").is_file():
-            return folder
-    places = ", ".join(str(f) for f in folders) or "no folder of models was given"
-    raise CheckpointError(
-        f"the model {name} is not on this machine ({places}): copy its folder there and start "
-        f"`cenacle join --models FOLDER`, FOLDER being the one that has {name} in it"
-    )
+    return next((folder for folder in tried if (folder / "config.json").is_file()), None)
 
 
 def digest(folder: Path) -> str:
@@ -95,12 +84,18 @@ def digest(folder: Path) -> str:
             continue
         seen.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            seen.update(file.read(_HEADER_BYTES))
+            if path.suffix == ".json":
+                seen.update(file.read())
+                continue
+            length = file.read(8)
+            seen.update(length)
+            # A part of a checkpoint has no more of a file than this for sure.
+            seen.update(file.read(min(int.from_bytes(length, "little"), _HEADER_BYTES)))
     return seen.hexdigest()
 
 
 _INDEX = "model.safetensors.index.json"
-_HEADER_BYTES = 1 << 20
+_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 def address_towards(host: str, port: int) -> str:

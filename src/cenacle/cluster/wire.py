@@ -55,13 +55,18 @@ async def send(writer: asyncio.StreamWriter, message: dict[str, Any], deadline_s
         Closed: it is gone.
     """
     data = json.dumps(message, separators=(",", ":")).encode()
+    # One write: several tasks may send.
+    await send_bytes(writer, struct.pack(">I", len(data)) + data, deadline_s)
+
+
+async def send_bytes(writer: asyncio.StreamWriter, data: bytes, deadline_s: float) -> None:
+    """Send bytes that a message has announced; raises as `send`."""
     try:
-        # One write: several tasks may send.
-        writer.write(struct.pack(">I", len(data)) + data)
+        writer.write(data)
         async with asyncio.timeout(deadline_s):
             await writer.drain()
     except TimeoutError:
-        raise Silent(f"did not take a message within {deadline_s:g} s") from None
+        raise Silent(f"did not take {len(data)} bytes within {deadline_s:g} s") from None
     except OSError as error:
         raise Closed(_why(error)) from None
 

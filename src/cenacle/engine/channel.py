@@ -81,6 +81,10 @@ class Channel:
             raise Closed(f"sent what is not a message, a JSON {type(message).__name__}")
         return message
 
+    def receive_bytes(self, count: int) -> bytes:
+        """So many bytes, which a message has announced; raises as `receive`."""
+        return self._exactly(count)
+
     def _exactly(self, count: int) -> bytes:
         data = bytearray()
         ends = time.monotonic() + self._deadline_s

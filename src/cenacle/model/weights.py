@@ -38,6 +38,7 @@ from ..plan import Plan, human
 from ..spec import ModelSpec, MoELayer
 from . import architecture, cuts
 from .experts import Silent
+from .ranges import Strip, Wanted, append, is_part
 
 Progress = Callable[[int, int], None]
 """Called with bytes of weights in memory so far and bytes in all."""
@@ -297,10 +298,15 @@ def locate(model: str, revision: str | None = None) -> Path:
     """A local folder for a path or a hub repository's name ("org/name"), fetched if need be.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be had.
+        CheckpointError: neither a folder of all of a model nor a repository that can be had.
     """
     folder = Path(model).expanduser()
     if folder.exists():
+        if is_part(folder):
+            raise CheckpointError(
+                f"{folder} has only one machine's part of a model: give the folder that has all "
+                f"of it, or the hub's name of the model"
+            )
         return folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(
@@ -516,33 +522,28 @@ class Piece:
     axis: int
     ranges: tuple[tuple[int, int], ...]
 
-    def spans(self, tensor: Tensor, join: int = 0) -> Iterator[tuple[int, int]]:
-        """The bytes [start, stop) from the file's beginning, ascending.
+    def bytes_in(self, tensor: Tensor, apart: int) -> Iterator[Wanted]:
+        """The bytes of the tensor's file, ascending.
 
         Args:
-            join: spans with so many bytes between them, or fewer, are given as one.
+            apart: pieces of a row with so many bytes between them, or fewer, are given as columns,
+                since there may be millions of them.
         """
         item = (tensor.stop - tensor.start) // self.shape[0]
         across = math.prod(self.shape[1 : self.axis]) if self.axis else 1
         row = item // across
         each = row // self.shape[self.axis] if self.axis else row
-        pieces = [(a * each, b * each) for a, b in self.ranges] if self.axis else [(0, row)]
-        gaps = [a - b for (_, b), (a, _) in pairwise([*pieces, (row + pieces[0][0], 0)])]
-        if max(gaps) <= join:  # millions of short rows need not be looked at one by one
-            pieces, across, row = [(pieces[0][0], item - row + pieces[-1][1])], 1, item
-        begun: tuple[int, int] | None = None
-        for index in self.wanted:
-            for i in range(across):
-                at = tensor.start + index * item + i * row
-                for start, stop in ((at + a, at + b) for a, b in pieces):
-                    if begun is not None and start - begun[1] <= join:
-                        begun = (begun[0], stop)
-                        continue
-                    if begun is not None:
-                        yield begun
-                    begun = (start, stop)
-        if begun is not None:
-            yield begun
+        kept = tuple((a * each, b * each) for a, b in self.ranges) if self.axis else ((0, row),)
+        gaps = [a - b for (_, b), (a, _) in pairwise([*kept, (row + kept[0][0], 0)])]
+        for first, count in _runs(list(self.wanted)):
+            start, stop = tensor.start + first * item, tensor.start + (first + count) * item
+            if max(gaps) == 0:
+                yield start, stop
+            elif max(gaps) <= apart and row <= _BLOCK:
+                yield Strip(start, stop, row, kept)
+            else:
+                for at in range(start, stop, row):
+                    yield from ((at + a, at + b) for a, b in kept)
 
 
 def _pieces(
@@ -574,15 +575,18 @@ def _pieces(
     return found
 
 
-def spans_of(
-    checkpoint: Checkpoint, plan: Plan, rank: int, join: int = 1 << 16
-) -> dict[Path, list[tuple[int, int]]]:
-    """The bytes of each file that a rank reads, [start, stop), ascending: what it must have.
+def wanted_of(
+    checkpoint: Checkpoint, plan: Plan, rank: int, apart: int = 1 << 16
+) -> dict[str, list[Wanted]]:
+    """The bytes of each file that a rank reads, ascending, each once: what it must have.
 
     Of a sharded trunk all is counted, since what is cut of it may be converted first.
 
     Args:
-        join: see `Piece.spans`.
+        apart: see `Piece.bytes_in`.
+
+    Returns:
+        By the file's name.
 
     Raises:
         CheckpointError, PlanError: see `build`.
@@ -590,15 +594,12 @@ def spans_of(
     config = checkpoint.config
     made, arguments = _partial(config, checkpoint, plan, rank)
     pieces = made(arguments.from_dict(config)).pieces()  # type: ignore[call-arg]
-    found: dict[Path, list[tuple[int, int]]] = {}
+    found: dict[str, list[Wanted]] = {}
     for name, tensor in sorted(checkpoint.tensors.items(), key=lambda t: (t[1].file, t[1].start)):
         piece = pieces.get(name, Piece((1,), (0,), 0, ((0, 1),)))
-        spans = found.setdefault(tensor.file, [])
-        for start, stop in piece.spans(tensor, join) if piece is not None else ():
-            if spans and start - spans[-1][1] <= join:
-                spans[-1] = (spans[-1][0], stop)
-            elif stop > start:
-                spans.append((start, stop))
+        wanted = found.setdefault(tensor.file.name, [])
+        for more in piece.bytes_in(tensor, apart) if piece is not None else ():
+            append(wanted, more)
     return found
 
 

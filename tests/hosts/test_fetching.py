@@ -1,0 +1,127 @@
+"""Three hosts, of which one has the model, or only the hub: what a plan needs is fetched.
+
+The hub is a server at the bridge. One cluster serves all tests, in order.
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import API, CONTROL, DEMO, WORKER, Cluster, Streaming, head
+from like_hub import REPO, Server, times_sent
+from net import Network, inside, ip, until, why_not
+
+WEIGHTS = "model.safetensors"
+HUB = "10.99.0.254"
+
+NO_HOSTS = why_not()
+pytestmark = pytest.mark.skipif(
+    NO_HOSTS is not None, reason=f"FETCHING BETWEEN HOSTS IS NOT TESTED: {NO_HOSTS}"
+)
+
+
+class Fetching(Cluster):
+    """Hosts of which only `a` has the model; `c` has little room."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network = Network("abc", folder)
+        self.members = self.a, self.b, self.c = self.network.hosts
+        self.small = self.c.folder / ".cache"
+        try:
+            self.small.mkdir()
+            mount("-t", "tmpfs", "-o", "size=2m", "none", str(self.small))
+            shutil.copytree(DEMO, self.a.folder / "answers")
+            ip("-n", self.network.switch, "addr", "add", f"{HUB}/24", "dev", "br0")
+            self.hub = inside(self.network.switch, lambda: Server(DEMO, HUB))
+        except BaseException:
+            self.network.close()
+            raise
+        for host in self.network.hosts:
+            host.more = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(host.folder / "hf")}
+
+    def serve(self, model: str, placement: str) -> list[str]:
+        """`cenacle up`; the words of the line that it prints."""
+        more = ("--placement", placement, "-n", "3", "--port", str(API), "--name", "a")
+        return head(self.a, model, *more).split()
+
+    def part(self, host) -> Path:
+        (found,) = (host.folder / ".cache" / "cenacle" / "models").iterdir()
+        return found
+
+    def close(self) -> None:
+        self.network.close()
+        self.hub.close()
+        subprocess.run(["umount", str(self.small)], capture_output=True)
+
+
+def mount(*words: str) -> None:
+    done = subprocess.run(["mount", *words], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"A FULL DISK IS NOT TESTED: {done.stderr.strip()}")
+
+
+def on_disk(folder: Path) -> int:
+    return sum(p.stat().st_blocks * 512 for p in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Fetching]:
+    cluster = Fetching(tmp_path_factory.mktemp("fetching"))
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def test_a_disk_that_is_too_small_is_explained(cluster):
+    line = cluster.serve("answers", "whole")
+    assert line[1] == f"{cluster.a.address}:{CONTROL}"
+    for host in (cluster.b, cluster.c):
+        cluster.join(host, *line[1:])
+    (program,) = cluster.a.programs
+    assert program.wait(60) == 3, cluster.logs()
+    said = cluster.a.log.read_text()
+    assert re.search(r"c: .*are to be fetched, .* are free on this disk; free ", said), said
+    assert "Traceback" not in said
+
+
+def test_with_room_it_goes_on_and_each_machine_has_its_part(cluster):
+    mount("-o", "remount,size=64m", str(cluster.small))
+    cluster.serve("answers", "whole")
+    assert cluster.healthy()["nodes"] == 3
+    assert cluster.answer() == "42"
+    whole = on_disk(DEMO)
+    for host in (cluster.b, cluster.c):
+        part = cluster.nodes()[host.letter]["part"]
+        assert part["done"] == part["total"] < 0.7 * whole
+        assert on_disk(cluster.part(host)) <= 1.05 * part["total"] + (256 << 10)
+        assert f"fetched into {cluster.part(host)}" in host.log.read_text()
+        assert "has fetched" not in host.run("status").stdout
+    assert cluster.hub.sent == 0
+
+
+def test_of_slices_the_hub_gives_every_byte_once_over_the_cluster(cluster):
+    cluster.a.kill()
+    until(lambda: not cluster.b.pids(WORKER) + cluster.c.pids(WORKER), "the end of all ranks", 8)
+    cluster.serve(REPO, "sliced")
+    assert cluster.healthy()["nodes"] == 3
+    assert cluster.answer() == "42"
+    assert (times_sent(cluster.hub, WEIGHTS) == 1).all()
+    asked = {client for client, *_ in cluster.hub.served}
+    assert asked <= {host.address for host in cluster.network.hosts}
+
+
+def test_after_a_loss_the_others_fetch_what_they_lack(cluster):
+    text = Streaming(cluster, 400).end()
+    stream = Streaming(cluster, 400).begun()
+    cluster.c.kill()
+    assert stream.end() == text
+    until(lambda: not cluster.nodes()["c"]["here"], "that c is missed")
+    assert until(lambda: cluster.healthy()["nodes"] == 2, "the group of two")
+    assert cluster.answer() == "42"
+    assert (times_sent(cluster.hub, WEIGHTS) == 1).all()
+    print(f"a host killed: longest pause {stream.longest_pause_s:.1f} s, its part fetched again")

@@ -1,0 +1,330 @@
+"""A model that only the head, or only the hub, has: real agents fetch their parts; no ranks run."""
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import cenacle
+from cenacle.cluster import fetch as fetching
+from cenacle.cluster import forming, machine, sharing
+from cenacle.cluster.agent import Agent
+from cenacle.cluster.control import Head
+from cenacle.cluster.forming import Joined
+from cenacle.cluster.giving import Given
+from cenacle.cluster.join import pair
+from cenacle.cluster.placing import Wanted
+from cenacle.engine.engine import Options
+from cenacle.engine.lockstep import Epoch
+from cenacle.errors import CheckpointError, ClusterError
+from cenacle.model.ranges import JOURNAL
+from cenacle.model.weights import Checkpoint, load, locate, named_arrays, wanted_of
+from like_hub import REPO, Server, pretend, times_sent
+
+HOST = "127.0.0.1"
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+WEIGHTS = "model.safetensors"
+
+
+def until(condition, what, seconds=20.0):
+    ends = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < ends, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return found
+
+
+class Cluster:
+    """A head, its own agent, and two more, each with a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.said = folder, {}
+        self.head = Head(folder / "head", HOST, 0, "a")
+        self.identities = {"a": self.head.identity}
+        for name in "bc":
+            token = self.head.invite()
+            self.identities[name] = pair(folder / name / "id", HOST, self.head.port, token, name)
+        self._ends = {}
+        for name in "abc":
+            self.come(name)
+
+    def come(self, name, folders=()):
+        said = self.said[name] = []
+        where = (self.identities[name], HOST, self.head.port)
+        place = None if name == "a" else self.folder / name / "models"
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(Agent(*where, list(folders), said.append, place).run())
+
+        def run():
+            with suppress(asyncio.CancelledError):
+                loop.run_until_complete(task)
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        self._ends[name] = (lambda: loop.call_soon_threadsafe(task.cancel), thread)
+        until(lambda: self.nodes()[name]["here"], name)
+
+    def go(self, name):
+        end, thread = self._ends.pop(name)
+        with suppress(RuntimeError):
+            end()
+        thread.join(20)
+        assert not thread.is_alive()
+        until(lambda: not self.nodes()[name]["here"], f"the loss of {name}")
+
+    def nodes(self):
+        return {n["name"]: n for n in self.head.status()["nodes"]}
+
+    def form(self, model, placement):
+        """What was decided; `self.joined` decides again after a loss."""
+        self.told = []
+        self.joined = Joined(self.head, 3, Wanted(placement=placement), self.told.append)
+        folder = self.joined.locate(model)
+        name = model if model == REPO else folder.name
+        self.joined.form(name, Checkpoint.open(folder), Options(), "mlx")
+        self.formed = self.joined._formed
+        return self.formed
+
+    def again(self, ending=None):
+        self.head.is_over(self.formed.formation.number)
+        self.formed = self.joined._again(Epoch(1, ending or threading.Event()))
+        return self.formed
+
+    def close(self):
+        for name in list(self._ends):
+            self.go(name)
+        self.head.close()
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    monkeypatch.setenv("CENACLE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(forming, "LEFT_S", 0.3)
+    monkeypatch.setattr(machine, "_read_rate", lambda _: 1e10)
+    # The machine of the test is a small one; how much is free on it does not matter here.
+    monkeypatch.setattr(machine, "changing", lambda: {"available_bytes": 64 << 30})
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = Server(DEMO)
+    pretend(monkeypatch, server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Under a name that this program's own folder does not have."""
+    return shutil.copytree(DEMO, tmp_path / "answers")
+
+
+def is_enough(formed):
+    """Every machine's rank loads from its folder what it would from the whole."""
+    for rank, folder in enumerate(formed.folders):
+        want, got = (
+            dict(named_arrays(load(Checkpoint.open(Path(f)), formed.plan, rank, lambda *_: None)))
+            for f in (DEMO, folder)
+        )
+        assert want.keys() == got.keys()
+        assert all(mx.array_equal(want[k], got[k]) for k in want)
+
+
+def fetched(folder):
+    """Bytes that were ever noted in a part."""
+    total = 0
+    for line in filter(None, (Path(folder) / JOURNAL).read_text().splitlines()):
+        noted = json.loads(line)
+        if "start" in noted:
+            rows = (noted["stop"] - noted["start"]) // noted.get("period", 1)
+            total += rows * sum(b - a for a, b in noted.get("kept", [(0, 1)]))
+    return total
+
+
+@contextmanager
+def answering(monkeypatch, how):
+    """What the head gives goes through `how(answer, asked)`."""
+    real = Given.answer
+    with monkeypatch.context() as m:
+        m.setattr(Given, "answer", lambda self, asked: how(real(self, asked), asked))
+        yield
+
+
+@pytest.mark.parametrize("placement", ["whole", "replicated"])
+def test_each_machine_fetches_its_own_part(cluster, hub, placement):
+    formed = cluster.form(REPO, placement)
+    is_enough(formed)
+    # The head reads attention and its like as all do, and gives them on.
+    assert times_sent(hub, WEIGHTS).max() == (1 if placement == "whole" else 2)
+    for rank, folder in enumerate(formed.folders):
+        part = formed.plan.bytes_of(rank)["total"]
+        assert 0.9 * part < fetched(folder) <= 1.05 * part
+    assert hub.sent <= sum(formed.plan.bytes_of(r)["total"] for r in range(3)) * 1.05
+    told = cluster.nodes()["b"]["part"]
+    assert told["done"] == told["total"] > 0
+    assert any("fetched in" in text and "b " in text for text in cluster.told)
+    # What is here already is not fetched again.
+    before = hub.sent
+    cluster.head.is_over(formed.formation.number)
+    is_enough(cluster.form(REPO, placement))
+    assert hub.sent == before
+
+
+@pytest.mark.parametrize("apart", [0, 1 << 16])
+def test_of_slices_the_hub_gives_each_byte_once(cluster, hub, apart, monkeypatch):
+    """Also where a slice is rows that a machine gets by itself (`apart` 0)."""
+    monkeypatch.setattr(sharing, "wanted_of", partial(wanted_of, apart=apart))
+    formed = cluster.form(REPO, "sliced")
+    is_enough(formed)
+    assert (times_sent(hub, WEIGHTS) == 1).all()
+    for rank in (1, 2):
+        assert fetched(formed.folders[rank]) <= 1.05 * formed.plan.bytes_of(rank)["total"]
+    # After a loss: only what nobody of those who are left has.
+    cluster.go("c")
+    formed = cluster.again()
+    assert formed.plan.nodes == 2
+    is_enough(formed)
+    times = times_sent(hub, WEIGHTS)
+    assert times.mean() < (1.5 if apart == 0 else 1.001)
+
+
+def test_from_the_head_alone_and_damage_on_the_way(cluster, model, monkeypatch):
+    wrong, asked_for = [], []
+
+    def damage(answer, asked):
+        if asked.get("file") == WEIGHTS and answer is not None:
+            asked_for.append(asked["wanted"])
+            if len(wrong) < 2:
+                wrong.append(asked)
+                return answer[0], bytes([answer[1][0] ^ 1]) + answer[1][1:]
+        return answer
+
+    with answering(monkeypatch, damage):
+        formed = cluster.form(str(model), "whole")
+    assert len(wrong) == 2
+    assert formed.folders[0] == str(model.resolve())
+    is_enough(formed)
+    for rank in (1, 2):
+        part = formed.plan.bytes_of(rank)["total"]
+        assert fetched(formed.folders[rank]) <= 1.05 * part
+        taken = sum(p.stat().st_blocks * 512 for p in Path(formed.folders[rank]).iterdir())
+        assert taken <= 1.05 * part + 4096 * len(asked_for)
+    with pytest.raises(CheckpointError, match="only one machine's part"):
+        locate(formed.folders[1])
+
+
+def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
+    monkeypatch.setattr(fetching, "CHUNK_BYTES", 1 << 18)
+    given, hold = [], threading.Event()
+
+    def slow(answer, asked):
+        if asked.get("file") == WEIGHTS:
+            given.append(tuple(asked["wanted"]))
+            if len(given) > 12 and not hold.is_set():
+                return None  # "later"
+        return answer
+
+    with answering(monkeypatch, slow):
+        found = []
+        forming = threading.Thread(target=lambda: found.append(cluster.form(str(model), "whole")))
+        forming.start()
+        try:
+            until(lambda: len(given) > 20, "the first pieces")
+            part = until(lambda: cluster.nodes()["b"]["part"], "how far b is")
+            assert 0 < part["done"] < part["total"]
+            cluster.go("b")
+            until(lambda: any("b has lost its agent" in t for t in cluster.told), "that it is said")
+            (place,) = (cluster.folder / "b" / "models").iterdir()
+            before = fetched(place)
+            given.clear()
+            hold.set()
+            cluster.come("b")
+        finally:
+            hold.set()
+            forming.join(60)
+    assert not forming.is_alive()
+    assert 0 < before < fetched(place) <= 1.05 * found[0].plan.bytes_of(1)["total"]
+    is_enough(found[0])
+
+
+def test_damage_on_the_disk_is_found_by_the_next_process(cluster, model):
+    formed = cluster.form(str(model), "whole")
+    file = Path(formed.folders[1]) / WEIGHTS
+    ranges = wanted_of(Checkpoint.open(DEMO), formed.plan, 1)[WEIGHTS]
+    with file.open("r+b") as f:
+        f.seek(ranges[-1][0])
+        byte = f.read(1)
+        f.seek(ranges[-1][0])
+        f.write(bytes([byte[0] ^ 1]))
+    cluster.go("b")
+    cluster.come("b")
+    is_enough(cluster.again())
+    until(lambda: any("were damaged, and fetched again" in t for t in cluster.said["b"]), "a word")
+
+
+def test_after_a_loss_what_is_missing_is_fetched_or_waited_for(cluster, hub):
+    formed = cluster.form(REPO, "whole")
+    before = times_sent(hub, WEIGHTS)
+    cluster.go("c")
+    formed = cluster.again()
+    assert formed.plan.nodes == 2
+    is_enough(formed)
+    more = times_sent(hub, WEIGHTS) - before
+    lost = formed.plan.bytes_of(0)["experts"] + formed.plan.bytes_of(1)["experts"]
+    assert 0 < more.sum() <= 0.5 * lost, "what c had, and what b gives to a"
+    # Without a hub nobody has b's and c's experts.
+    hub.close()
+    cluster.come("c")
+    cluster.go("b")
+    ending, found = threading.Event(), []
+
+    def go_on():
+        with suppress(ClusterError):
+            found.append(cluster.again(ending))
+
+    again = threading.Thread(target=go_on)
+    again.start()
+    try:
+        until(lambda: any("cannot be had by what is left" in t for t in cluster.told), "why")
+        assert any("the hub does not answer" in t or "refused" in t for t in cluster.told)
+    finally:
+        ending.set()
+        again.join(30)
+    assert not again.is_alive()
+    assert not found
+
+
+def test_who_has_the_model_fetches_nothing_and_another_is_refused(cluster, model, tmp_path):
+    for name in ("same", "half", "other"):
+        shutil.copytree(DEMO, tmp_path / name / model.name)
+    (tmp_path / "half" / model.name / WEIGHTS).unlink()
+    config = tmp_path / "other" / model.name / "config.json"
+    config.write_text(config.read_text().replace('"n_heads": 4', '"n_heads": 2'))
+    for name, folder in (("b", "same"), ("c", "half")):
+        cluster.go(name)
+        cluster.come(name, [tmp_path / folder])
+    formed = cluster.form(str(model), "whole")
+    assert formed.folders[1] == str((tmp_path / "same" / model.name).resolve())
+    assert not (tmp_path / "b" / "models").exists()
+    assert Path(formed.folders[2]).parent == tmp_path / "c" / "models"
+    is_enough(formed)
+    cluster.go("c")
+    cluster.come("c", [tmp_path / "other"])
+    cluster.head.is_over(formed.formation.number)
+    with pytest.raises(CheckpointError, match=r"c: .*other.* has another model of the name"):
+        cluster.form(str(model), "whole")
