@@ -196,7 +196,7 @@ def load(
         CheckpointError, PlanError, ClusterError: see those. No process is left.
         InputError: native kernels are asked for and cannot be used; a draft model that does not
             fit the model; activations that are unknown; a wire that is unknown, or that only the
-            mesh has.
+            mesh has; a folder for caches that is a file.
     """
     if joined is None:
         _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
@@ -205,6 +205,8 @@ def load(
         raise InputError(
             f"activations: expected one of {known}, got {activations!r}", "activations"
         )
+    if options is not None and options.cache_dir is not None:
+        _check_folder(Path(options.cache_dir).expanduser())
     checkpoint = Checkpoint.open(locate(model) if joined is None else joined.locate(model))
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
@@ -273,6 +275,7 @@ def _scheduler(
         kv_bytes=kv_bytes,
         footprint=footprint,
         cache_bytes=cache_bytes,
+        disk_bytes=int(options.cache_disk_gb * 1e9),
     )
 
 
@@ -300,6 +303,14 @@ def _check_wire(wire: str, backend: str, nodes: int) -> None:
             f"wire: expected f32, since {used} exchanges vectors as they are, got {wire!r}; "
             f"use --backend mesh",
             "wire",
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"cache_dir: expected a folder, or a name for a new one, got the file {folder}",
+            "cache_dir",
         )
 
 

@@ -378,6 +378,8 @@ def serve(
         float | None,
         typer.Option(min=0, help="Gigabytes per node for prompts that may come again; 0: none."),
     ] = None,
+    cache_dir: cli_cluster.CacheDir = None,
+    cache_disk_gb: cli_cluster.CacheDiskGB = cli_cluster.CACHE_DISK_GB,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health.
 
@@ -420,6 +422,8 @@ def serve(
             draft=draft,
             speculate=speculate.value,
             cache_gb=cache_gb,
+            cache_disk_gb=cache_disk_gb,
+            cache_dir=cli_cluster.absolute(cache_dir),
         ) as loaded:
             run(
                 loaded,

@@ -38,6 +38,17 @@ err = Console(stderr=True, highlight=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 Name = Annotated[str | None, typer.Option(help="This machine's name. Default: its host name.")]
+CACHE_DISK_GB = 8.0
+CacheDiskGB = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Gigabytes of disk per node for prompts' beginnings, past restarts; 0: none."
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="The folder for those, on every node. Default: this user's cache folder."),
+]
 
 _CHOICES = {
     "placement": ("auto", "whole", "sliced", "replicated"),
@@ -74,6 +85,8 @@ def up(
         str | None,
         typer.Option(help="A small model with the same tokenizer, on this machine, that drafts."),
     ] = None,
+    cache_dir: CacheDir = None,
+    cache_disk_gb: CacheDiskGB = CACHE_DISK_GB,
     require_key: cli_keys.RequireKey = False,
     tls: cli_keys.Tls = None,
     tls_cert: cli_keys.TlsCert = None,
@@ -127,8 +140,18 @@ def up(
             with _own_agent(head):
                 wanted = Wanted(placement, trunk, backend, wire, _numbers(shares))
                 joined = Joined(head, nodes, wanted, lambda text: _wait(head, text))
-                options = Options(prefill_chunk=prefill_chunk, batch=batch)
+                options = Options(
+                    prefill_chunk=prefill_chunk,
+                    batch=batch,
+                    cache_dir=absolute(cache_dir),
+                    cache_disk_gb=cache_disk_gb,
+                )
                 _serve(head, model, joined, kernels, options, draft, sock, policy, context)
+
+
+def absolute(folder: Path | None) -> str | None:
+    """A folder as ranks are told of it, wherever they are started."""
+    return str(folder.expanduser().absolute()) if folder is not None else None
 
 
 def _wait(head: Head, text: str) -> None:

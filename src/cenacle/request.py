@@ -162,6 +162,53 @@ class Reuse:
 
 
 @dataclass(frozen=True)
+class Page:
+    """A part of a prompt's caches, which every rank may have as a file.
+
+    Args:
+        key: made of all tokens up to its end, see `engine.pages.keys`.
+        parent: key of the page that ends where this one begins; empty at the first token.
+        begin, end: positions of its first token and behind its last.
+    """
+
+    key: str
+    parent: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Store:
+    """A page is written.
+
+    Args:
+        source: name of the cache that is kept and has it.
+        page: which part of it.
+    """
+
+    source: str
+    page: Page
+
+
+@dataclass(frozen=True)
+class Load:
+    """A cache that pages make, as if it had been kept.
+
+    Args:
+        name: by which it is spoken of then.
+        pages: in order, from the first token on.
+    """
+
+    name: str
+    pages: tuple[Page, ...]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Load:
+        """Read what `asdict` gave."""
+        return cls(data["name"], tuple(Page(**p) for p in data["pages"]))
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of the group: every rank takes it or none does.
 
@@ -176,6 +223,11 @@ class Step:
         dropped: whose caches are let go, behind all else in this step.
         started: the last parts of prompts, processed together, whose requests join those that are
             answered.
+        removed: keys of pages whose files go, before others are written.
+        stored: pages that are written.
+        sought: pages of which ranks say, when they know, whether they can read them all.
+        loaded: those of which all ranks have said so: they are read, before
+            anything is removed or reused.
     """
 
     number: int
@@ -187,6 +239,10 @@ class Step:
     reused: tuple[Reuse, ...] = ()
     kept: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    stored: tuple[Store, ...] = ()
+    sought: tuple[Load, ...] = ()
+    loaded: tuple[Load, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""
@@ -205,6 +261,10 @@ class Step:
             tuple(Reuse(**r) for r in data["reused"]),
             tuple(data["kept"]),
             tuple(data["dropped"]),
+            tuple(data["removed"]),
+            tuple(Store(s["source"], Page(**s["page"])) for s in data["stored"]),
+            tuple(Load.from_json(x) for x in data["sought"]),
+            tuple(Load.from_json(x) for x in data["loaded"]),
         )
 
 
@@ -222,6 +282,7 @@ class TokenEvent:
         top: the most probable ids with their log-probabilities, best first, as many as asked for.
         cached: with a request's first token: how many of its prompt's tokens were not computed
             because their cache was still there.
+        read: how many of those were read from disk for this request.
     """
 
     request: str
@@ -230,6 +291,7 @@ class TokenEvent:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     cached: int = 0
+    read: int = 0
 
     @classmethod
     def from_json(cls, data: list[Any]) -> TokenEvent:

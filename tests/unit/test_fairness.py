@@ -212,6 +212,15 @@ def test_a_full_queue_says_so():
     scheduler.check(Request("r3", (1,), 5), 9)
 
 
+def test_without_a_queue_who_need_not_wait_is_taken():
+    scheduler = Scheduler(1, queue=0)
+    scheduler.check(Request("a", (1,), 5))
+    scheduler.submit(Request("a", (1,), 5))
+    scheduler.next_step()
+    with pytest.raises(Busy, match="0 requests are waiting already, expected at most 0"):
+        scheduler.check(Request("b", (1,), 5))
+
+
 def test_a_cancelled_request_has_its_place_given_away_in_the_very_next_step():
     scheduler = Scheduler(1, 0)
     ranks = Ranks(scheduler, 512)

@@ -17,7 +17,7 @@ ROOMS = (
     ("errors", "spec", "plan", "request", "dialogue"),
     (
         *("native", "collective", "engine.scheduler", "engine.terms", "engine.channel"),
-        "engine.drafts",
+        *("engine.drafts", "engine.pages"),
         *(
             "engine.prefixes",
             "cluster.supervisor",
@@ -54,6 +54,7 @@ WITHOUT_MLX = (
     *("server.auth", "server.guard", "server.tls"),
     *("cluster.supervisor", "cluster.doctor", "engine.lockstep"),
     *("engine.grammar", "engine.text", "engine.prefixes", "engine.drafts"),
+    *("engine.pages", "engine.disk"),
     *("model.balance", "model.ranges", "model.residency"),
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),

@@ -15,6 +15,8 @@ import pytest
 from cenacle.engine import lockstep
 from cenacle.engine.channel import Closed
 from cenacle.engine.lockstep import Epoch, Group
+from cenacle.engine.pages import keys
+from cenacle.engine.prefixes import Footprint, packed
 from cenacle.engine.scheduler import Scheduler
 from cenacle.errors import CenacleError, ClusterError, RankLost
 from cenacle.request import Request, Step, TokenEvent
@@ -339,3 +341,20 @@ def test_without_a_way_to_start_others_the_first_failure_is_the_last():
     assert group.state.phase == "failed"
     assert lockstep.LOSSES > 1
     group.close()
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr(lockstep, "SEEK_S", 0.1)
+    prompt = tuple(range(600))
+    key = keys(packed(prompt), [256])[256]
+    ranks = PlayedRanks(0, lambda rank, step: None)
+    ranks.ready = [{"pages": [[key, "", 0, 256, 9]], "notices": ["one is odd"]}] * 2
+    how = {"footprint": Footprint(1, keeps=True), "cache_bytes": 10**6, "disk_bytes": 10**6}
+    group = Group(ranks, Scheduler(8, 0, chunk=1000, **how))
+    try:
+        client = Client(group, "a", prompt=prompt)  # these ranks do not look for pages
+        assert client.wait() == client.expected
+    finally:
+        group.close()
+    assert "rank 1: one is odd" in caplog.text
+    assert "a disk did not answer for 0.1 s" in caplog.text

@@ -57,7 +57,7 @@ def test_a_request_has_one_outcome_and_is_charged_once(played):
     played.metrics.sent(Step(0, (request,)))
     assert played.keys.used("alice") == 3
     sink = played.group.sinks["a"]
-    sink(TokenEvent("a", 5, cached=2))
+    sink(TokenEvent("a", 5, cached=2, read=1))
     played.metrics.sent(Step(0, (request,)))  # again, after ranks were lost
     sink(TokenEvent("a", 6, "stop"))
     played.metered.cancel("a")
@@ -69,6 +69,7 @@ def test_a_request_has_one_outcome_and_is_charged_once(played):
     assert played.value("generation_tokens_total", key="alice") == 2
     assert played.value("prompt_tokens_total", key="alice") == 3
     assert played.value("prefix_cache_hits_total") == 2
+    assert played.value("prefix_cache_disk_hits_total") == 1
     assert played.value("time_per_output_token_seconds_count") == 1
 
 

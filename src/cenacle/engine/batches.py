@@ -10,9 +10,11 @@ each request keeps its own cache and takes its turn in every step.
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -29,7 +31,7 @@ from mlx_lm.sample_utils import LogitsProcessor
 
 from ..collective.base import Collective
 from ..model.watch import Watch
-from ..request import Part, Request, Reuse, TokenEvent
+from ..request import Page, Part, Request, Reuse, TokenEvent
 from .cache import Sequence, can_go_back, can_merge
 from .drafts import Drafts
 from .sampler import Drawing
@@ -102,6 +104,16 @@ class Batch(ABC):
         sequence = self._prompts[request_id].sequence
         assert sequence is not None, "the front names only what has been begun"
         return sequence
+
+    def page(self, source: str, page: Page, about: Mapping[str, str]) -> io.BytesIO:
+        """A part of what is kept, see `Sequence.page`."""
+        with mx.stream(generation_stream):
+            return self._kept[source].page(page.begin, page.end, about)
+
+    def read(self, name: str, pages: Iterable[tuple[int, Path]]) -> None:
+        """Keep what files have, see `Sequence.read`."""
+        with mx.stream(generation_stream):
+            self._kept[name] = Sequence.read(pages)
 
     def drop(self, request_id: str) -> None:
         """Let go of what was kept; unknown ids are ignored."""

@@ -1,7 +1,8 @@
 """Caches of keys, values and states: what they take, and their beginnings, used again.
 
 Owns: `footprint`, the bytes of a model's caches by length; `Sequence`, the caches of one sequence,
-which can be cut where it was marked, or anywhere.
+which can be cut where it was marked, or anywhere, and written in pages and read again, in the form
+of mlx-lm's own files of caches.
 Does not know: requests, steps, ranks. Which caches are kept, and how much of which is used, is the
 front's to say (`prefixes.py`).
 Invariant: nothing is computed by the model here; a cut shares no array that is written in place.
@@ -11,9 +12,11 @@ Next: `batches.py`, which fills them.
 from __future__ import annotations
 
 import copy
+import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +28,9 @@ from mlx_lm.models.cache import (
     CacheList,
     ChunkedKVCache,
     RotatingKVCache,
+    load_prompt_cache,
     make_prompt_cache,
+    save_prompt_cache,
 )
 
 from ..errors import InputError
@@ -73,6 +78,61 @@ class Sequence:
             return part
 
         return Sequence([beginning(c) for c in self.caches], marks)
+
+    def page(self, begin: int, end: int, about: Mapping[str, str]) -> io.BytesIO:
+        """A file's content: what these positions added to the caches.
+
+        Args:
+            begin, end: positions; with `EXACT` kinds there is a mark at `end`.
+            about: goes with it.
+        """
+        kept = iter(self.marks.get(end, ()))
+
+        def part(cache: Any) -> Any:
+            if isinstance(cache, CacheList):
+                return CacheList(*(part(c) for c in cache.caches))
+            if isinstance(cache, EXACT):
+                return next(kept)
+            piece = copy.copy(cache)
+            if cache.keys is not None:
+                piece.keys, piece.values = tree_map(
+                    lambda a: mx.contiguous(a[..., begin:end, :]), (cache.keys, cache.values)
+                )
+                piece.offset = end - begin
+            return piece
+
+        content = io.BytesIO()
+        parts = [part(c) for c in self.caches]
+        save_prompt_cache(content, parts, dict(about))  # type: ignore[arg-type]  # or any file
+        return content
+
+    @classmethod
+    def read(cls, pages: Iterable[tuple[int, Path]]) -> Sequence:
+        """Caches of pages that follow one another.
+
+        Args:
+            pages: where each ends, and its file.
+        """
+
+        def whole(parts: tuple[Any, ...]) -> Any:
+            last = parts[-1]
+            if isinstance(last, CacheList):
+                lists = (p.caches for p in parts)
+                return CacheList(*(whole(inner) for inner in zip(*lists, strict=True)))
+            if not isinstance(last, EXACT) and last.keys is not None:
+                last.keys = mx.concatenate([p.keys for p in parts], axis=-2)
+                last.values = mx.concatenate([p.values for p in parts], axis=-2)
+                last.offset = sum(p.offset for p in parts)
+            return last
+
+        each: list[list[Any]] = []
+        marks = {}
+        for end, path in pages:
+            each.append(load_prompt_cache(str(path)))
+            mx.eval([c.state for c in each[-1]])  # else all files would be open at once
+            if exact := [_copy(c) for c in leaves(each[-1]) if isinstance(c, EXACT)]:
+                marks[end] = exact
+        return cls([whole(parts) for parts in zip(*each, strict=True)], marks).settle()
 
     def settle(self) -> Sequence:
         """Compute what it refers to, so that it holds no other sequence's arrays."""

@@ -25,6 +25,7 @@ from ..plan import Plan
 from ..request import Request, Step, TokenEvent
 from . import cache
 from .batches import make_batch
+from .disk import Disk
 from .drafting import Drafter, DraftModel
 from .drafts import Drafts
 from .grammar import Vocabulary
@@ -49,6 +50,9 @@ class Options:
             while it pays; "always"; "off".
         cache_gb: gigabytes on each rank for caches of requests that have ended, for others that
             begin alike; None: an eighth of what is left; 0: none is kept.
+        cache_disk_gb: gigabytes of disk on each rank for the beginnings of prompts, which outlive
+            the program; 0: nothing is written.
+        cache_dir: the folder for those; None: this user's, see `disk.default_folder`.
     """
 
     prefill_chunk: int = 512
@@ -60,6 +64,8 @@ class Options:
     kv_gb: float | None = None
     cache_gb: float | None = None
     speculate: str = "auto"
+    cache_disk_gb: float = 0.0
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.speculate not in WAYS:
@@ -101,6 +107,7 @@ class Engine:
     Args:
         vocabulary: for grammars; None: requests have none.
         drafter: the draft model, if there is one.
+        disk: for the beginnings of prompts; None: none are written.
     """
 
     def __init__(
@@ -111,10 +118,12 @@ class Engine:
         options: Options,
         vocabulary: Vocabulary | None = None,
         drafter: Drafter | None = None,
+        disk: Disk | None = None,
     ) -> None:
         self._collective, self._watch = collective, watch
         self._drawings = Drawings(collective, vocabulary)
         self._model, self._options = model, options
+        self._disk = disk
         self._batch = make_batch(model, options, collective, watch, drafter)
         self._drafts = self._batch.drafts
         self._next_step = 0
@@ -148,6 +157,8 @@ class Engine:
             else:
                 self._batch.drop(request_id)
             self._batch.remove(request_id)
+        if self._disk is not None:
+            self._turn_pages(self._disk, step)
         for request in step.admitted:
             self._admit(request)
         for reuse in step.reused:
@@ -164,6 +175,15 @@ class Engine:
             self._batch.drop(request_id)
         self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(step, events) if step.measured else None
+
+    def _turn_pages(self, disk: Disk, step: Step) -> None:
+        for load in step.loaded:
+            self._batch.read(load.name, [(p.end, disk.path(p)) for p in load.pages])
+        disk.remove(step.removed)
+        for store in step.stored:
+            disk.write(store.page, self._batch.page(store.source, store.page, disk.about))
+        for load in step.sought:
+            disk.seek(load)
 
     def take_drafts(self) -> Drafts:
         """What became of drafts since the last call."""
@@ -191,4 +211,6 @@ class Engine:
     def close(self) -> None:
         """Free the caches."""
         self._batch.close()
+        if self._disk is not None:
+            self._disk.close()
         mx.clear_cache()

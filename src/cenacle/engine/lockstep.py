@@ -43,6 +43,7 @@ LAST_WORDS_S = 1.0  # longest time until what a rank said before it ended has be
 # After SUSPECT losses without a token of its own between it has to wait until no other suspect is
 # under way, so that the cause is found; after LOSSES it is ended, and the others go on without it.
 SUSPECT, LOSSES = 2, 3
+SEEK_S = 10.0  # longest time that requests wait for what ranks have on disk
 
 Sink = Callable[[TokenEvent | CenacleError], None]
 
@@ -165,6 +166,7 @@ class Group:
         self._moving = ""  # why ranks that work are to be ended behind the steps under way
         self._ending = threading.Event()
         self._last_s = 0.0  # when rank 0 finished its last step
+        self._sought_s = 0.0  # when ranks were last told to look for pages
         self._place_s, self._placed_s = 1.0, time.monotonic()  # every how often a request ends
         self.terms = Terms()
         self.drafts = Drafts()  # of all requests since the beginning
@@ -172,6 +174,7 @@ class Group:
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.heard: list[float] = []  # when each rank last gave a sign of life, time.monotonic()'s
         self.observers: list[Observer] = []
+        self._list_pages(ranks)
         self._listen()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -312,7 +315,7 @@ class Group:
                 elif not self._under_way:
                     self._move()
                     return
-                self._handle(self._inbox.get(timeout=self._patience()))
+                self._handle(self._next_heard())
         except queue.Empty:
             late = self._under_way[0]
             behind = sorted(set(range(len(self._ranks.channels))) - late.answered)
@@ -323,6 +326,29 @@ class Group:
             self._lose(RankLost(behind[0], why))
         except CenacleError as error:
             self._lose(error)
+
+    def _next_heard(self) -> _Heard | None:
+        """What comes next; a disk is waited for only so long."""
+        if not self._scheduler.seeking:
+            return self._inbox.get(timeout=self._patience())
+        left = self._sought_s + SEEK_S - time.monotonic()
+        try:
+            if left > 0:
+                return self._inbox.get(timeout=left)
+        except queue.Empty:
+            pass
+        log.warning("a disk did not answer for %g s: prompts on disk are not used now", SEEK_S)
+        with self._lock:
+            self._scheduler.give_up_disk()
+        return None
+
+    def _list_pages(self, ranks: Ranks) -> None:
+        """Take note of what new ranks have on disk."""
+        for rank, ready in enumerate(ranks.ready):
+            for notice in ready.get("notices", ()):
+                log.warning("rank %d: %s", rank, notice)
+        if notice := self._scheduler.list_pages([ready.get("pages") for ready in ranks.ready]):
+            log.warning("%s", notice)
 
     def _patience(self) -> float | None:
         return self._step_deadline_s if self._under_way else None
@@ -335,6 +361,8 @@ class Group:
                     self._admitted.update(request.id for request in step.admitted)
             if step is None:
                 return
+            if step.sought:
+                self._sought_s = time.monotonic()
             for observer in self.observers:
                 observer.sent(step)
             self._under_way.append(_Running(step, time.monotonic()))
@@ -366,6 +394,12 @@ class Group:
             raise self._ranks.blame(rank, str(message))
         if message["type"] == "error":
             raise self._ranks.blame(rank, f"failed: {message['message']}")
+        if message["type"] == "pages":
+            for notice in message.get("notices", ()):
+                log.warning("rank %d: %s", rank, notice)
+            with self._lock:
+                self._scheduler.heard(rank, message)
+            return
         running = next(r for r in self._under_way if r.step.number == message["number"])
         running.answered.add(rank)
         if message["report"] is not None:
@@ -410,7 +444,7 @@ class Group:
                 if asked is None:
                     continue
                 if asked.given and event.cached:
-                    event = replace(event, cached=0)  # its own prompt was counted before
+                    event = replace(event, cached=0, read=0)  # its own prompt was counted before
                 asked.given.append(event.token)
                 self.counts["generated_tokens"] += 1
                 asked.losses = 0
@@ -506,6 +540,7 @@ class Group:
                 if len(ranks.channels) != len(self._ranks.channels):
                     self.terms = Terms()  # means over ranks: of others now
                 self._ranks = ranks
+                self._list_pages(ranks)
                 self._state = supervisor.after(self._state, supervisor.Started(time.monotonic()))
                 again = len(self._asked)
         if self._failure is not None:

@@ -98,8 +98,8 @@ class Entry:
         cuts: where it can be cut, None: anywhere.
         size: bytes on the rank where it is largest; 0 while its request runs (counted elsewhere).
         used: number of the last use.
-        memory, disk: where it is.
         growing: its prompt is being processed: there will be more.
+        read: from disk, and not used since.
     """
 
     name: str
@@ -108,9 +108,8 @@ class Entry:
     cuts: set[int] | None = None
     size: int = 0
     used: int = 0
-    memory: bool = True
-    disk: bool = False
     growing: bool = False
+    read: bool = False
 
     def usable(self, tokens: bytes, done: int | None = None) -> int:
         """How many of the tokens need not be computed with this: never all of them."""
@@ -134,10 +133,10 @@ class Prefixes:
     _uses: int = 0
 
     def find(self, tokens: bytes) -> tuple[Entry | None, int]:
-        """The entry in memory that has most of the tokens, and how many of them."""
+        """The entry that has most of the tokens, and how many of them."""
         best, most = None, self.least - 1
         for entry in self.entries.values():
-            if entry.memory and (count := entry.usable(tokens)) > most:
+            if (count := entry.usable(tokens)) > most:
                 best, most = entry, count
         return (best, most) if best is not None else (None, 0)
 
@@ -146,25 +145,14 @@ class Prefixes:
         growing = (e for e in self.entries.values() if e.growing)
         return max((e.usable(tokens, len(e.tokens) // 4 - 1) for e in growing), default=0)
 
-    def on_disk(self, tokens: bytes, more_than: int) -> Entry | None:
-        """The entry that is on disk only and has more of the tokens than that."""
-        found = [e for e in self.entries.values() if e.disk and not e.memory]
-        best = max(found, key=lambda e: e.usable(tokens), default=None)
-        return best if best is not None and best.usable(tokens) > more_than else None
-
-    def shared(self, tokens: bytes) -> int:
-        """The longest beginning that the tokens have in common with any entry."""
-        return max((common(e.tokens, tokens) for e in self.entries.values()), default=0)
-
     def touch(self, entry: Entry) -> None:
         """It was used now."""
         self._uses += 1
         entry.used = self._uses
 
-    def oldest(self, *, disk: bool) -> list[Entry]:
-        """Entries that are there (those of running requests are not), longest unused first."""
-        there = [e for e in self.entries.values() if (e.disk if disk else e.memory and e.size)]
-        return sorted(there, key=lambda e: e.used)
+    def oldest(self) -> list[Entry]:
+        """Entries that are kept (those of running requests are not), longest unused first."""
+        return sorted((e for e in self.entries.values() if e.size), key=lambda e: e.used)
 
 
 __all__ = ["ROUND", "Entry", "Footprint", "Prefixes", "common", "packed"]

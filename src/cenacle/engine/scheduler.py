@@ -16,13 +16,15 @@ Next: `lockstep.py` sends the steps to every rank and brings the events back.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from math import inf
+from typing import Any
 
 from ..errors import Busy, InputError
-from ..request import Part, Request, Reuse, Step, TokenEvent
+from ..request import Load, Part, Request, Reuse, Step, TokenEvent
+from .pages import PAGE, Listing, Pages, worth
 from .prefixes import Entry, Footprint, Prefixes, packed
 
 TAIL = 128  # prompt tokens with which a request may join the batch: short prompts go together
@@ -42,6 +44,7 @@ class _Running:
     Args:
         done: prompt tokens that have been processed, by the steps given out so far.
         cached: how many of them were not computed.
+        read: how many of those were read from disk for it.
         cache: what others may use of it.
         started: whether it has joined the batch.
         answer: the tokens that came back.
@@ -50,6 +53,7 @@ class _Running:
     request: Request
     done: int = 0
     cached: int = 0
+    read: int = 0
     cache: Entry | None = None
     started: bool = False
     answer: list[int] = field(default_factory=list)
@@ -75,6 +79,7 @@ class Scheduler:
         kv_bytes: of memory for caches of running requests, on each rank; None: no limit.
         footprint: what caches take.
         cache_bytes: of memory for caches of requests that have ended, on each rank; 0: none.
+        disk_bytes: of disk for the beginnings of prompts, on each rank; 0: none.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Scheduler:
         kv_bytes: int | None = None,
         footprint: Footprint | None = None,
         cache_bytes: int = 0,
+        disk_bytes: int = 0,
     ) -> None:
         self._batch, self.measure_every = batch, measure_every
         self._chunk, self._queue = chunk, queue
@@ -97,6 +103,9 @@ class Scheduler:
         self._cancelled: list[str] = []
         self.resize(kv_bytes, footprint or Footprint(0), cache_bytes)
         self._prefixes = Prefixes()
+        self._disk_bytes = disk_bytes
+        self._pages = Pages()
+        self._loaded: list[Load] = []
         self._kept: list[str] = []
         self._dropped: list[str] = []
         self._number = 0
@@ -142,7 +151,9 @@ class Scheduler:
                 f"{limit:,} that there are for all requests; ask for less, or see --kv-gb",
                 "max_tokens",
             )
-        if self._queue is not None and len(self._waiting) >= self._queue:
+        place = len(self._running) < self._batch and self._fits(request)
+        waits = bool(self._waiting) or not place
+        if self._queue is not None and waits and len(self._waiting) >= self._queue:
             raise Busy(
                 f"{len(self._waiting)} requests are waiting already, expected at most "
                 f"{self._queue}: try again in {retry_after_s} s",
@@ -171,6 +182,7 @@ class Scheduler:
                 entry.tokens = entry.tokens[: 4 * entry.done]
                 if entry.cuts is None and self._keep(entry):
                     self._kept.append(request_id)
+                    self._write(running, entry)
                 else:
                     self._prefixes.entries.pop(request_id)
 
@@ -178,7 +190,9 @@ class Scheduler:
         """The step to take now, or None if there is nothing to do."""
         reused: list[Reuse] = []
         admitted = list(self._admit(reused))
-        if not (self._running or self._cancelled):
+        stored, sought, removed = self._pages.take()
+        about_pages = stored or sought or removed or self._loaded
+        if not (self._running or self._cancelled or about_pages):
             return None
         prefill, started = self._share_out()
         every = self.measure_every
@@ -193,13 +207,20 @@ class Scheduler:
             reused=tuple(reused),
             kept=tuple(self._kept),
             dropped=tuple(self._dropped),
+            removed=removed,
+            stored=stored,
+            sought=sought,
+            loaded=tuple(self._loaded),
         )
         self._cancelled, self._kept, self._dropped = [], [], []
+        self._loaded = []
         self._number += 1
         return step
 
     def took(self, step: Step, seconds: float) -> None:
         """Take note of how long a step took, for the pace of prompts beside answers."""
+        if step.stored or step.loaded:
+            return  # not only the model took its time
         tokens = sum(p.end - p.begin for p in (*step.prefill, *step.started))
         if not tokens:
             self._answer_s += 0.3 * (seconds - self._answer_s)
@@ -219,7 +240,7 @@ class Scheduler:
             if running is None:
                 continue
             if not running.answer and running.cached:
-                event = replace(event, cached=running.cached)
+                event = replace(event, cached=running.cached, read=running.read)
             kept.append(event)
             running.answer.append(event.token)
             self._served[running.request.key] += GIVEN
@@ -239,9 +260,40 @@ class Scheduler:
         self._running.clear()
         self._turns.clear()
         self._prefixes = Prefixes()
+        self._pages, self._loaded = Pages(), []
         self._cancelled, self._kept, self._dropped = [], [], []
         self._number = 0
         return ids
+
+    # What ranks have on disk
+
+    def list_pages(self, listed: Sequence[Listing | None]) -> str:
+        """Take note of what those ranks have that come next.
+
+        Args:
+            listed: of each rank; None: it can write nothing.
+
+        Returns:
+            In one line what is of no use; empty if all is.
+        """
+        there = [rank for rank in listed if rank is not None]
+        able = self._cache_bytes and there and len(there) == len(listed)
+        self._pages = Pages(self._disk_bytes, there) if able else Pages()
+        return self._pages.notice
+
+    def heard(self, rank: int, said: Mapping[str, Any]) -> None:
+        """Take note of what a rank says of its files, see `Pages.heard`."""
+        for load, tokens in self._pages.heard(rank, said):
+            self._was_read(load, tokens)
+
+    @property
+    def seeking(self) -> bool:
+        """Whether requests wait for ranks that look for their beginnings on disk."""
+        return self._pages.seeking
+
+    def give_up_disk(self) -> None:
+        """Those requests wait no longer; nothing is read from disk or written any more."""
+        self._pages.give_up()
 
     # Who runs
 
@@ -258,13 +310,15 @@ class Scheduler:
 
     def _admit(self, reused: list[Reuse]) -> Iterator[Request]:
         while self._waiting and len(self._running) < self._batch:
-            able = [r for r in self._waiting.values() if not self._worth_waiting(r)]
+            able = [r for r in self._waiting.values() if not self._waits(r)]
             if self._batch >= LAST_OF and len(self._running) == self._batch - 1:
                 held = {r.request.key for r in self._running.values()} - {""}
                 able = [r for r in able if r.key not in held]
             request = min(able, key=lambda r: self._served[r.key], default=None)
             if request is None or not self._fits(request):
                 return  # nor may a smaller one go first: this one would wait for ever
+            if self._seek(request):
+                continue  # it waits for the disk: others may go first
             del self._waiting[request.id]
             self._running[request.id] = running = _Running(request)
             self._look_up(running, reused)
@@ -279,8 +333,10 @@ class Scheduler:
 
     # What need not be computed
 
-    def _worth_waiting(self, request: Request) -> bool:
-        """Whether much of its prompt is being processed for somebody else."""
+    def _waits(self, request: Request) -> bool:
+        """Whether much of its prompt is being read from disk, or processed for somebody else."""
+        if self._pages.waits(request.id):
+            return True
         if not self._turns or not self._cache_bytes:
             return False
         tokens = packed(request.tokens)
@@ -296,6 +352,8 @@ class Scheduler:
             self._prefixes.touch(source)
             reused.append(Reuse(request.id, source.name, count))
             running.done = running.cached = count
+            running.read = count if source.read else 0
+            source.read = False
             if cuts is not None:
                 cuts = {c for c in source.cuts or () if c < count} | {count}
         running.cache = Entry(request.id, tokens, running.done, cuts, growing=True)
@@ -312,23 +370,24 @@ class Scheduler:
             entry.cuts.add(entry.done)
         else:
             entry.done -= 1  # the last token, which was drawn, may not have gone through the model
-        if finish not in KEPT_AFTER or not self._keep(entry):
+        if finish in KEPT_AFTER and self._keep(entry):
+            self._write(running, entry)
+        else:
             self._drop(entry)
 
     def _keep(self, entry: Entry) -> bool:
         """Count a cache as kept, and let others go for it; False: it is not worth it."""
         entry.growing = False
-        marks = len(entry.cuts or ()) * self.footprint.state
-        entry.size = self.footprint.bytes([entry.done]) + marks
+        entry.size = self._size(entry.done, len(entry.cuts or ()))
         if entry.done < self._prefixes.least or entry.size > self._cache_bytes:
             return False
         self._prefixes.touch(entry)
-        there = self._prefixes.oldest(disk=False)
+        there = self._prefixes.oldest()
         for other in there:
             covered = entry.tokens.startswith(other.tokens) and other is not entry
             if covered and (entry.cuts is None or entry.cuts.issuperset(other.cuts or ())):
                 self._drop(other)
-        there = self._prefixes.oldest(disk=False)
+        there = self._prefixes.oldest()
         total = sum(e.size for e in there)
         for other in there:
             if total > self._cache_bytes:
@@ -336,9 +395,47 @@ class Scheduler:
                 self._drop(other)
         return True
 
+    def _size(self, tokens: int, marks: int) -> int:
+        """Bytes of a kept cache."""
+        exact = marks * self.footprint.state if self.footprint.exact else 0
+        return self.footprint.bytes([tokens]) + exact
+
     def _drop(self, entry: Entry) -> None:
         del self._prefixes.entries[entry.name]
         self._dropped.append(entry.name)
+        self._pages.unwant(entry.name)
+
+    # What outlives the ranks
+
+    def _write(self, running: _Running, entry: Entry) -> None:
+        """Have of a cache that is kept now what is worth it written to disk."""
+        most = min(worth(len(running.request.tokens) - 1, running.cached), entry.done)
+        ends: list[int] = []
+        cuts = range(PAGE, most + 1, PAGE) if entry.cuts is None else sorted(entry.cuts)
+        for cut in cuts:
+            if (ends[-1] if ends else 0) + PAGE <= cut <= most:
+                ends.append(cut)
+        self._pages.want(entry.name, entry.tokens, ends)
+
+    def _seek(self, request: Request) -> bool:
+        """Have its beginning read from disk, if there is much more of it than in memory."""
+        tokens = packed(request.tokens)
+        pages = self._pages.chain(tokens)
+        if not pages or pages[-1].end < self._prefixes.find(tokens)[1] + WORTH:
+            return False
+        if self._size(pages[-1].end, len(pages)) > self._cache_bytes:
+            return False
+        self._pages.seek(pages, tokens[: 4 * pages[-1].end], request.id)
+        return True
+
+    def _was_read(self, load: Load, tokens: bytes) -> None:
+        """All ranks can read this: from now on it is a cache like others."""
+        cuts = {page.end for page in load.pages} if self.footprint.exact else None
+        entry = Entry(load.name, tokens, load.pages[-1].end, cuts, read=True)
+        self._prefixes.entries[load.name] = entry
+        self._loaded.append(load)
+        if not self._keep(entry):
+            self._drop(entry)
 
     # Whose prompt goes on
 

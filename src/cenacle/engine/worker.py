@@ -20,7 +20,9 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ from .channel import Channel
 
 if TYPE_CHECKING:
     from ..collective.base import Collective
+    from .disk import Disk
+    from .engine import Options
 
 ALIVE_EVERY_S = 1.0
 
@@ -169,7 +173,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()
     vocabulary = Vocabulary(lambda: Text(checkpoint.folder, checkpoint.config))
-    engine = Engine(model, collective, watch, options, vocabulary, drafter)
+    disk = _disk(channel, order, options, collective.rank)
+    engine = Engine(model, collective, watch, options, vocabulary, drafter, disk)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
@@ -179,6 +184,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     # What the draft will keep of the text comes out of what is left for requests.
     kept = draft.cache if draft is not None and collective.rank == 0 else 0
     ready["memory_left"] = memory_left() - kept
+    if disk is not None:
+        ready |= {"pages": disk.listed, "notices": disk.notices}
     channel.send({**ready, "footprint": asdict(engine.footprint())})
     while True:
         message = receive(channel)
@@ -200,6 +207,31 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
                 "drafts": asdict(engine.take_drafts()),
             }
         )
+
+
+def _disk(channel: Channel, order: dict[str, Any], options: Options, rank: int) -> Disk | None:
+    """Where prompts outlive this program, if they shall."""
+    import mlx.core as mx
+
+    from .. import native
+    from .disk import Disk, default_folder, fingerprint
+
+    if not options.cache_disk_gb or options.cache_gb == 0:
+        return None
+    # All that decides what is in a cache: also what only changes how it is rounded.
+    facts = {name: order.get(name) for name in ("plan", "wire", "kernels", "activations")}
+    facts |= {name: version(name) for name in ("cenacle", "mlx", "mlx-lm")}
+    facts["device"] = str(mx.default_device())
+    if native.available():
+        facts["native"] = native.module().used()
+    home = Path(options.cache_dir) if options.cache_dir else default_folder()
+
+    def say(said: dict[str, Any]) -> None:
+        with suppress(ClusterError):  # the front is gone: so is this process, in a moment
+            channel.send({"type": "pages", "epoch": epoch(), **said})
+
+    group = fingerprint(Path(order["folder"]), facts)
+    return Disk(home.expanduser(), group, rank, int(options.cache_disk_gb * 1e9), say)
 
 
 def memory_left() -> int:

@@ -134,6 +134,9 @@ class Metrics:
         self._generated = counter("generation_tokens", "Generated tokens.", "key")
         self._queried = counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self._hits = counter("prefix_cache_hits", "Prompt tokens that were in the cache.")
+        self._disk_hits = counter(
+            "prefix_cache_disk_hits", "Those of them that were read from disk first."
+        )
         self._steps = counter("measured_steps", "Decode steps in which ranks took their clocks.")
         self._seconds = counter("step_seconds", "Of measured steps, mean over ranks.", "term")
         self._rank_seconds = counter("rank_step_seconds", "Of one rank.", "rank", "term")
@@ -174,6 +177,7 @@ class Metrics:
             self._first.observe(now - live.submitted)
             self._queried.inc(live.prompt_tokens)
             self._hits.inc(event.cached)
+            self._disk_hits.inc(event.read)
         else:
             self._token.observe(now - live.last)
         live.last = now

@@ -1,0 +1,271 @@
+"""What was computed once is not computed again, also by the next program: real files, real servers.
+
+The same expectations on one node and on two; every answer is what a group without any cache gave.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+import cenacle
+from cenacle.engine.engine import Options
+from cenacle.engine.pages import PAGE
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
+LENGTH = 24
+ENDLESS = 200  # tokens of an answer that does not end by itself
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def about(name, question):
+    text = f"You are {name}. " + f"{name} is patient, answers briefly and likes otters. " * 14
+    return [{"role": "system", "content": text}, user(question)]
+
+
+FIRST = about("Ada", "What is 12 + 30?")
+SECOND = [*FIRST, {"role": "assistant", "content": "42"}, user("Who are you?")]
+OTHER = about("Ada", "What is 7 + 8?")
+NAMES = ("Bob", "Cleo", "Dan", "Eve", "Flo")  # the tests do harm to what is kept of them
+ASKED = {name: about(name, "Who are you?") for name in NAMES}
+
+
+def begin(model, messages, length=LENGTH):
+    """The events of an answer, as they come."""
+    events = queue.Queue()
+    request = model.request(messages, length)
+    if length == ENDLESS:
+        request = replace(request, stop_tokens=())
+    model.group.submit(request, events.put)
+    return events
+
+
+def rest(events):
+    """An answer's tokens, how many of its prompt's were not computed, and of those from disk."""
+    tokens, cached, read = [], 0, 0
+    while True:
+        event = events.get(timeout=60)
+        if isinstance(event, Exception):
+            raise event
+        tokens.append(event.token)
+        cached, read = cached + event.cached, read + event.read
+        if event.finish is not None:
+            return tokens, cached, read
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Without any cache: texts by conversation, tokens by name, and those of an endless answer."""
+    with cenacle.load(str(DEMO), options=Options(cache_gb=0)) as model:
+        texts = {json.dumps(c): model.generate(c, LENGTH).text for c in (FIRST, SECOND, OTHER)}
+        tokens = {name: rest(begin(model, asked))[0] for name, asked in ASKED.items()}
+        return texts, tokens, rest(begin(model, ASKED["Flo"], ENDLESS))[0]
+
+
+def until(condition, seconds=30):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it does not happen"
+        time.sleep(0.02)
+
+
+# Over HTTP
+
+
+@contextmanager
+def serving(folder, nodes, *options):
+    """`cenacle serve`: its address."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    log = folder / "log"
+    command = [sys.executable, "-m", "cenacle.cli", "serve", "-m", str(DEMO), "-n", str(nodes)]
+    command += ["--port", str(port), "--cache-dir", str(folder / "kept"), *options]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stderr=errors)
+        try:
+            ends = time.monotonic() + 90
+            while "serving demo_model at" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < ends, log.read_text()
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+
+
+def body(messages, **more):
+    known = {"model": "demo_model", "messages": messages, "temperature": 0}
+    return {**known, "max_tokens": LENGTH, **more}
+
+
+def ask(url, messages):
+    """The text, and how many of the prompt's tokens were not computed."""
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body(messages), timeout=60).json()
+    details = answer["usage"]["prompt_tokens_details"]
+    return answer["choices"][0]["message"]["content"], details["cached_tokens"]
+
+
+def hits(url):
+    """Tokens that were not computed, and those of them that came from disk."""
+    lines = [line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()]
+    names = ("cenacle_prefix_cache_hits_total", "cenacle_prefix_cache_disk_hits_total")
+    return tuple(float(value) for name in names for key, value, *_ in lines if key == name)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_server_remembers_and_so_does_the_next_one(nodes, tmp_path, plain):
+    first, second, other = plain[0].values()
+
+    def pages(rank):
+        return list((tmp_path / "kept").glob(f"*/rank-{rank}/*.safetensors"))
+
+    with serving(tmp_path, nodes) as url:
+        assert ask(url, FIRST) == (first, 0)
+        text, cached = ask(url, SECOND)
+        assert (text, cached > PAGE) == (second, True)
+        text, shared = ask(url, OTHER)
+        assert (text, PAGE < shared < cached) == (other, True), "the system prompt"
+        assert hits(url) == (cached + shared, 0)
+        until(lambda: all(len(pages(rank)) == cached // PAGE for rank in range(nodes)))
+    with serving(tmp_path, nodes) as url:
+        text, cached = ask(url, OTHER)
+        kept = shared // PAGE * PAGE
+        assert (text, cached) == (other, kept)
+        text, cached = ask(url, SECOND)
+        assert (text, cached >= shared) == (second, True)
+        assert hits(url) == (kept + cached, kept)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_full_queue_says_when_to_come_again(tmp_path):
+    options = ("--batch", "1", "--queue", "1", "--speculate", "off", "--cache-disk-gb", "0")
+    with serving(tmp_path, 1, *options) as url, httpx.Client(timeout=60) as client:
+        path = f"{url}/v1/chat/completions"
+        endless = body(FIRST[1:], stream=True, logit_bias={str(END): -100}, max_tokens=980)
+        with client.stream("POST", path, json=endless) as first:
+            assert first.status_code == 200
+            events = first.iter_raw()  # to be held: the answer ends with it
+            next(events)
+            how = {"json": body(FIRST[1:])}
+            waits = threading.Thread(target=client.post, args=(path,), kwargs=how)
+            waits.start()
+            until(lambda: client.get(f"{url}/health").json()["waiting"] == 1)
+            for where in ("chat/completions", "completions", "responses", "messages"):
+                given = body(OTHER[1:])
+                if where == "completions":
+                    given = {"prompt": "What"}
+                if where == "responses":
+                    given = {"input": "What"}
+                refused = client.post(f"{url}/v1/{where}", json=given)
+                assert refused.status_code == 429, refused.text
+                assert 1 <= int(refused.headers["retry-after"]) <= 60
+                assert refused.json()["error"]["type"] == "rate_limit_error"
+                assert "1 requests are waiting already, expected at most 1" in refused.text
+        waits.join(30)
+        assert not waits.is_alive()
+        assert client.post(path, json=body(FIRST[1:])).status_code == 200
+    assert not (tmp_path / "kept").exists()
+
+
+# Harm
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """One folder for all groups: what one wrote is nothing to another."""
+    return tmp_path_factory.mktemp("kept")
+
+
+def until_there(group, count):
+    until(lambda: len(list(group.glob("*/*.safetensors"))) == count)
+
+
+def loaded(folder, nodes):
+    options = Options(cache_dir=str(folder), cache_disk_gb=0.5)
+    return cenacle.load(str(DEMO), nodes, options=options)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def shorten(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def mark_otherwise(path):
+    """As if another group had written it, and somebody had moved it here."""
+    data = path.read_bytes()
+    found = re.search(rb"[0-9a-f]{32}(?=/rank-)", data)
+    data = data.replace(found[0], b"f" * 32)
+    start = path.name.rpartition("-")[0] + "-"
+    checksum = hashlib.sha256(start.encode() + data).hexdigest()[:32]
+    path.unlink()
+    path.with_name(f"{start}{checksum}.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_harm_is_noticed_and_every_answer_is_right(nodes, kept, plain, caplog):
+    _, right, endless = plain
+    before, first = set(kept.iterdir()), {}
+    with loaded(kept, nodes) as model:
+        pages = {n: (len(model.request(ASKED[n]).tokens) - 1) // PAGE for n in NAMES}
+        group = kept / "none yet"
+        for count, name in enumerate(NAMES, 1):
+            assert rest(begin(model, ASKED[name])) == (right[name], 0, 0)
+            until(lambda: set(kept.iterdir()) - before)
+            (group,) = set(kept.iterdir()) - before
+            until_there(group, nodes * sum(list(pages.values())[:count]))
+            begins = set((group / f"rank-{nodes - 1}").glob("*--0-*"))
+            (first[name],) = begins - set(first.values())
+    flip(first["Bob"])
+    shorten(first["Cleo"])
+    first["Dan"].unlink()
+    mark_otherwise(first["Eve"])
+    with loaded(kept, nodes) as model:
+        for name in NAMES[:4]:
+            assert rest(begin(model, ASKED[name])) == (right[name], 0, 0), name
+        read = pages["Flo"] * PAGE
+        assert rest(begin(model, ASKED["Flo"])) == (right["Flo"], read, read)
+        said = caplog.text
+        assert f"{first['Bob']} is damaged: it was removed" in said
+        assert f"{first['Cleo']} is damaged: it was removed" in said
+        assert len(re.findall("is of another model or group: ignored", said)) == 1
+        missed = "cached pages that are not on every rank, and not used: 1"
+        assert (missed in said) == (nodes > 1)
+        assert len(caplog.records) == 3 + (nodes > 1), "one line each"
+        # All is there again, and what is not of this group is still there.
+        ours = nodes * sum(pages.values())
+        until_there(group, ours + 1)
+
+        # A rank dies in the middle of an answer: the others' memory is gone too, the files are not.
+        events = begin(model, ASKED["Flo"], ENDLESS)
+        token = events.get(timeout=60).token
+        os.kill(model.ranks.pids[-1], signal.SIGKILL)
+        assert [token, *rest(events)[0]] == endless
+        read = pages["Bob"] * PAGE
+        assert rest(begin(model, ASKED["Bob"])) == (right["Bob"], read, read)
+        assert model.group.state.recoveries == 1
