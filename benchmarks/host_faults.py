@@ -346,8 +346,8 @@ class Row:
         except Broken as error:
             found.wrong.append(str(error))
             ended = time.monotonic()
-        judge(self, trial, host, began, ended, found)
         judge_stream(trial, stream, found)
+        judge(self, trial, host, began, ended, found)
         left = trial.left()
         found.left += len(left)
         found.wrong += left

@@ -314,6 +314,11 @@ class Head:
         """Add to what `status` says: bytes of its part that a machine has, and bytes in all."""
         self._parts[who.id] = {"done": done, "total": total}
 
+    def silent_s(self, who: Node) -> float:
+        """For how long a machine's agent has not been heard."""
+        node = self._state.nodes.get(who.id)
+        return time.monotonic() - node.heard_s if node is not None else float("inf")
+
     def tell(self, **about: Any) -> None:
         """Add to what `status` says."""
         self._about.update(about)

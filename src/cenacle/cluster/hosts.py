@@ -24,6 +24,7 @@ from .launcher import STOP_S, LocalRanks
 from .state import SILENCE_S
 
 FATE_S = 1.0  # longest wait for an agent's word on how a rank ended
+HEARD_S = 1.5  # an agent that was heard so lately lives
 HELLO_S = 60.0  # a rank's interpreter on a busy machine
 
 
@@ -135,7 +136,12 @@ class RemoteRanks(LocalRanks):
     def blame(self, rank: int, reason: str) -> RankLost:
         """The rank that really failed: a machine that is lost or a process that died goes before
         those that noticed."""
-        ends = time.monotonic() + FATE_S
+        hangs = (
+            self.channels[rank].silent
+            and self._head.silent_s(self.formation.members[rank]) < HEARD_S
+        )
+        # A rank that says nothing on a machine that does has not ended: no word of that will come.
+        ends = time.monotonic() + (0.1 if hangs else FATE_S)
         while time.monotonic() < ends:
             for index in range(self.nodes):
                 if (why := self._fate(index)) is not None:

@@ -39,6 +39,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, deadline_s: float) -> None:
         self._socket, self._deadline_s = sock, deadline_s
+        self.silent = False  # whether it was given up because nothing came
         self._sending = threading.Lock()
         sock.settimeout(deadline_s)
 
@@ -94,9 +95,11 @@ class Channel:
             try:
                 piece = self._socket.recv(count - len(data))
             except TimeoutError as error:
+                self.silent = True
                 raise Silent(f"was silent for {self._deadline_s:g} s") from error
             except OSError as error:
                 raise Closed(f"the connection was lost ({error})") from error
+            self.silent = False
             if not piece:
                 raise Closed("closed the connection")
             data += piece
