@@ -7,11 +7,13 @@ Invariant: as `cli.py`: answers to stdout, everything else to stderr, with --jso
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -103,6 +105,7 @@ def up(
 
     Example: [bold]cenacle up org/model -n 3[/]
     """
+    _log()
     from .cluster import join as joining
     from .cluster import machine, pairing
 
@@ -156,7 +159,7 @@ def absolute(folder: Path | None) -> str | None:
 
 def _wait(head: Head, text: str) -> None:
     head.tell(waiting=text)
-    _say(text)
+    _tell(text)
 
 
 def _serve(
@@ -175,7 +178,7 @@ def _serve(
 
     def started(url: str) -> None:
         head.tell(url=url)
-        _say(f"serving {loaded.name} on {loaded.plan.nodes} machines at {url}")
+        _tell(f"serving {loaded.name} on {loaded.plan.nodes} machines at {url}")
 
     head.tell(model=Path(model).name)
     with _progress[0]() as progress:
@@ -185,7 +188,7 @@ def _serve(
     with loaded:
         for line in (loaded.ranks.backend_reason, loaded.plan_reason):
             if line:
-                _say(line)
+                _tell(line)
         serve(loaded, sock, on_started=started, policy=policy, tls=tls)
 
 
@@ -259,6 +262,7 @@ def join(
 
     Example: [bold]cenacle join 192.168.1.10:4747 --token 7K2M-9QXD-41TB-W3HF --models /models[/]
     """
+    _log()
     from .cluster import agent as agents
     from .cluster import join as joining
     from .cluster import pairing
@@ -296,8 +300,8 @@ def join(
             print(enable)
             return
         folders = [Path(known["models"])] if known.get("models") else []
-        agent = agents.Agent(identity, known["host"], known["port"], folders, _say)
-        _say(f"ended: {agents.run(agent)}")
+        agent = agents.Agent(identity, known["host"], known["port"], folders, _tell)
+        _tell(f"ended: {agents.run(agent)}")
 
 
 def nodes(
@@ -433,6 +437,16 @@ def _ask(identity: Identity, where: tuple[str, int], what: str, **more: Any) -> 
 
 def _say(text: str) -> None:
     err.print(text, soft_wrap=True, markup=False)
+
+
+def _tell(text: str) -> None:
+    """What happens while a head or an agent runs; in a log with its time."""
+    _say(text if err.is_terminal else f"{time.strftime('%H:%M:%S')} {text}")
+
+
+def _log() -> None:
+    """What parts of a head or an agent say of failures, likewise."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 def _numbers(given: str | None) -> list[float] | None:

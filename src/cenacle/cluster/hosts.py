@@ -148,8 +148,9 @@ class RemoteRanks(LocalRanks):
                     self._blamed = self.formation.members[index].id
                     return RankLost(index, f"{why}; all ranks were ended")
             time.sleep(0.02)
-        self._blamed = ""
-        name = self.formation.members[rank].name
+        member = self.formation.members[rank]
+        self._blamed = member.id if hangs else ""
+        name = member.name
         return RankLost(rank, f"rank {rank} on {name} {reason}; all ranks were ended")
 
     def close(self, *, now: bool) -> None:
