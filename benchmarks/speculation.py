@@ -55,6 +55,9 @@ def main() -> None:
         for way in ways
     }
     prompt = list(range(60, 90)) if given.noise else PIECE * 8
+    if given.noise:  # and an answer that does not end
+        stops = models["off"].text.stop_tokens
+        how["logit_bias"] = dict.fromkeys(stops, -100.0)
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     answers: dict[str, list[int]] = {}
     try:

@@ -297,7 +297,10 @@ def small(tmp_path_factory) -> Path:
     return folder
 
 
-SAID = [([60 + (7 * i * i) % 30 for i in range(25)], 60, ENDLESS | WILD), *DRAFTED]
+SAID = [
+    ([60 + (7 * i * i) % 30 for i in range(25)], 60, ENDLESS | WILD),
+    *(DRAFTED[at] for at in (0, 3, 5, 6)),
+]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
