@@ -267,12 +267,13 @@ def end_while_recovering(server: Server) -> None:
 @dataclass(frozen=True)
 class Row:
     """One fault. `recovers`: the group ends and is formed again; `idle`: nobody is being answered;
-    `ends`: the server is ended, only what it leaves behind counts."""
+    `ends`: the server is ended, only what it leaves behind counts; `says`: a part of the reason."""
 
     do: Callable[[Server], None]
     recovers: bool = True
     idle: bool = False
     ends: bool = False
+    says: str = ""
 
 
 ROWS = {
@@ -284,7 +285,7 @@ ROWS = {
     "local-stop": Row(stop),
     "local-stop-idle": Row(stop, idle=True),
     "local-stop-2s": Row(pause, recovers=False),
-    "local-no-memory": Row(starve),
+    "local-no-memory": Row(starve, says="ran out of memory"),
     "local-end-recovering": Row(end_while_recovering, ends=True),
     "local-kill-server": Row(kill_front, ends=True),
 }
@@ -316,6 +317,8 @@ def once(server: Server, row: Row, undisturbed: list[str], found: Found) -> None
             found.wrong.append("the fault was not noticed")
         else:
             found.detected_s.append(time.monotonic() - began)
+            if row.says not in (reason := server.health()[1].get("reason", "")):
+                found.wrong.append(f"expected {row.says!r} as the reason, got {reason!r}")
     clients.append(server.ask(ASKED[0]))
     doing.join()
     if wait_for(lambda: server.health()[0] == 200, 40) is None:

@@ -4,22 +4,29 @@ Real processes, the demo model; what is streamed is compared with what the same 
 undisturbed. `tests/unit/test_lockstep.py` has what only ranks that are out of their minds do.
 """
 
+import itertools
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import httpx
 import mlx.core as mx
+import openai
 import pytest
+from test_server import END, SUM, Server, server
 
 import cenacle
 from cenacle.api import Model
@@ -188,3 +195,178 @@ def test_what_the_clients_of_a_server_see():
     if set(found) != set(rows):
         warnings.warn(f"not all rows were run: {done.stdout}", stacklevel=1)
     assert sum(row["answers"] for row in found.values()) >= 5
+
+
+# What a request may ask, over HTTP: each stream goes on as it would have
+
+NUMBER = {"type": "integer", "minimum": 0, "maximum": 99}
+LONG = {"type": "array", "items": NUMBER, "minItems": 40, "maxItems": 40}
+SHAPE: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": LONG, "strict": True}}
+ENDLESS: dict[str, Any] = {"logit_bias": {str(END): -100}, "max_tokens": 100}
+ASKED: dict[str, dict[str, Any]] = {
+    "a grammar": {"response_format": SHAPE, "temperature": 0},
+    "a grammar, drawn": {"response_format": SHAPE, "temperature": 0.9, "seed": 3},
+    "log-probabilities": {**ENDLESS, "temperature": 0, "logprobs": True, "top_logprobs": 3},
+    "two answers, drawn": {**ENDLESS, "n": 2, "temperature": 0.8, "seed": 5, "top_p": 0.9},
+    "Anthropic's": {"output_config": {"format": {"type": "json_schema", "schema": LONG}}},
+}
+HANGS_UP_S = 5.0  # clients and proxies do when nothing comes: sooner than recovery from SIGSTOP
+
+
+class Streaming(threading.Thread):
+    """One stream, read by the API's own client; `told`: all that it was told, but when."""
+
+    def __init__(self, served: Server, name: str) -> None:
+        super().__init__(daemon=True)
+        self.times: list[float] = []
+        self.told: dict[Any, Any] = {}
+        self.logprobs: list[float] = []
+        self.error: Exception | None = None
+        self._read = self._anthropic if "output_config" in ASKED[name] else self._openai
+        self._served, self._asked = served, ASKED[name]
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._read(self._served)
+        except Exception as error:
+            self.error = error
+
+    def _openai(self, served: Server) -> None:
+        with openai.OpenAI(
+            base_url=f"{served.url}/v1", api_key="-", max_retries=0, timeout=HANGS_UP_S
+        ) as client:
+            for chunk in client.chat.completions.create(
+                **{"model": "demo_model", "messages": SUM, "stream": True},
+                stream_options={"include_usage": True},
+                **self._asked,
+            ):
+                self.times.append(time.monotonic())
+                if chunk.usage is not None:
+                    self.told["counts"] = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
+                for choice in chunk.choices:
+                    self._add(choice.index, choice.delta.content or "")
+                    if choice.finish_reason:
+                        self.told["finish", choice.index] = choice.finish_reason
+                    for token in (choice.logprobs and choice.logprobs.content) or ():
+                        self._add("tokens", [token.token, *(t.token for t in token.top_logprobs)])
+                        self.logprobs += [token.logprob, *(t.logprob for t in token.top_logprobs)]
+
+    def _anthropic(self, served: Server) -> None:
+        with anthropic.Anthropic(
+            base_url=served.url, api_key="-", max_retries=0, timeout=HANGS_UP_S
+        ) as client:
+            for event in client.messages.create(
+                **{"model": "demo_model", "messages": SUM, "stream": True, "max_tokens": 150},
+                extra_body={"temperature": 0, **self._asked},
+            ):
+                self.times.append(time.monotonic())
+                if event.type == "content_block_delta" and event.delta.type == "text_delta":
+                    self._add(0, event.delta.text)
+                if event.type == "message_delta":
+                    self.told["end"] = event.delta.stop_reason, event.usage.output_tokens
+
+    def _add(self, what: Any, more: Any) -> None:
+        self.told[what] = self.told.get(what, type(more)()) + more
+
+    def result(self) -> dict[Any, Any]:
+        self.join(60)
+        assert not self.is_alive(), "the stream does not end"
+        if self.error is not None:
+            raise self.error
+        return self.told
+
+    @property
+    def pause_s(self) -> float:
+        return max(b - a for a, b in itertools.pairwise(self.times))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("served") / "log"
+    with server(log, 2, "recover", "always") as running:
+        yield running
+        assert "Traceback" not in log.read_text()
+
+
+def pids_of(served: Server) -> list[int]:
+    return [rank["pid"] for rank in served.health()[1]["ranks"]]
+
+
+def recovers(served: Server, streams: list[Streaming], fault: Callable[[], None]) -> str:
+    """Why the group was formed anew after a fault in the middle of these."""
+    wait_until(lambda: all(len(s.times) > 8 for s in streams), 20, "some tokens")
+    assert all(s.is_alive() for s in streams), "the answers are too short to be disturbed"
+    fault()
+    wait_until(lambda: served.health()[0] == 503, 8, "the loss is noticed")
+    reason: str = served.health()[1].get("reason", "")
+    wait_until(lambda: served.health()[0] == 200, 30, "recovery")
+    return reason
+
+
+def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> None:
+    """All at once, beside one another; while nobody answers each stream gives signs of life."""
+    undisturbed = {name: Streaming(served, name) for name in ASKED}
+    for name, stream in undisturbed.items():
+        assert stream.result(), name
+    disturbed = {name: Streaming(served, name) for name in ASKED}
+    seen: list[str] = []
+
+    def watch() -> None:
+        """A stream as it is, to see what clients do not show."""
+        body = {"messages": SUM, "temperature": 0, "stream": True, **ENDLESS}
+        with httpx.stream(
+            "POST", f"{served.url}/v1/chat/completions", json=body, timeout=HANGS_UP_S
+        ) as answer:
+            seen.extend(answer.iter_lines())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    pid = pids_of(served)[1]
+    reason = recovers(served, [*disturbed.values()], lambda: os.kill(pid, signal.SIGSTOP))
+    assert "rank 1" in reason
+    for name, stream in disturbed.items():
+        assert stream.result() == undisturbed[name].told, name
+        assert stream.logprobs == pytest.approx(undisturbed[name].logprobs, abs=1e-4), name
+        assert stream.pause_s > HANGS_UP_S, "a client that waits in silence would have gone"
+    assert len(undisturbed["log-probabilities"].logprobs) == 4 * 100
+    watching.join(30)
+    assert seen.count(": waiting") >= 2
+    assert seen[-2] == "data: [DONE]"
+
+
+def drafted(served: Server) -> float:
+    page = httpx.get(f"{served.url}/metrics", timeout=10).text
+    name = "cenacle_spec_decode_num_draft_tokens_total"
+    found = re.search(rf'^{name}{{source="text"}} ([\d.e+]+)$', page, re.MULTILINE)
+    assert found, page
+    return float(found.group(1))
+
+
+def test_an_answer_with_drafts_goes_on_and_a_rank_without_memory_is_named(served: Server) -> None:
+    name = "log-probabilities"
+    undisturbed = Streaming(served, name)
+    undisturbed.result()
+    before = drafted(served)
+    assert before > 0
+    stream = Streaming(served, name)  # by itself, so tokens are drafted
+    pid = pids_of(served)[1]
+
+    messages = [{"role": "user", "content": "12 + 30? " * 80}]
+    hungry = threading.Thread(
+        target=served.post, kwargs={"json": {"messages": messages, "max_tokens": 2, "n": 8}}
+    )
+
+    def starve() -> None:
+        """No more memory for a rank, and a prompt that needs some."""
+        size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
+        hungry.start()
+
+    reason = recovers(served, [stream], starve)
+    assert "rank 1" in reason
+    assert "memory" in reason
+    assert stream.result() == undisturbed.told
+    assert stream.logprobs == pytest.approx(undisturbed.logprobs, abs=1e-4)
+    hungry.join(60)
+    assert drafted(served) > before

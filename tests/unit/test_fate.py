@@ -13,7 +13,7 @@ from cenacle.cluster import fate
     ("program", "said"),
     [
         ("raise SystemExit(3)", "exited 3"),
-        ("import os; os.kill(os.getpid(), 11)", "was killed by SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 6)", "was killed by SIGABRT"),
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
     ],
 )

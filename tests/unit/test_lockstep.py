@@ -199,6 +199,13 @@ def test_every_answer_goes_on_where_it_was(play, wrong, said):
 
 def test_ranks_that_work_can_be_ended_between_steps(play):
     group, stage = play(lambda rank, step: None, batch=3)
+    end, under_way = group._move, []
+
+    def note_and_end() -> None:
+        under_way.append(len(group._under_way))
+        end()
+
+    group._move = note_and_end
     clients = [Client(group, f"{n}", 400 + n, (n, 7)) for n in range(5)]  # two of them wait
     for number in range(1, 6):  # more often than a request may be there when a group is lost
         given = sum(len(c.tokens) for c in clients)
@@ -210,6 +217,7 @@ def test_ranks_that_work_can_be_ended_between_steps(play):
     for client in clients:
         assert client.wait() == client.expected
     assert stage.starts == [0, 1, 2, 3, 4, 5]
+    assert under_way == [0] * 5, "steps were under way"
     group.move("machine 6 is back")  # nobody asks for anything
     until(lambda: group.state.recoveries == 6)
     assert Client(group, "late").wait()

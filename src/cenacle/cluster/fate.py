@@ -53,6 +53,8 @@ def of(status: int, kills_before: int | None = None) -> str:
             f", most likely by the kernel because this machine {OUT_OF_MEMORY} (/proc/vmstat "
             "counts a process ended so since this one began)"
         )
+    if -status == signal.SIGSEGV:
+        said += ", as MLX is on a CPU when the system refuses it memory"
     return said
 
 
