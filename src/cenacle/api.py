@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from .cluster.launcher import LocalRanks, choose
 from .collective.mesh import WIRES
+from .cost import dealt
 from .dialogue import Message
 from .engine.drafting import DraftModel
 from .engine.engine import Options, need_of
@@ -39,6 +40,7 @@ from .spec import ModelSpec
 
 if TYPE_CHECKING:
     from .cluster.forming import Joined  # needs libraries that one machine alone does not
+    from .selftest import Seen, SelfTest
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
@@ -117,12 +119,12 @@ def place(
     latency_s: float = 0.0,
 ) -> tuple[Plan, str]:
     """As `inspect`, with one line that says why this plan was chosen (may be empty)."""
-    spec = describe(Checkpoint.open(locate(model)))
-    return _choose(spec, nodes, shares, placement, trunk, budgets, latency_s)
+    checkpoint = Checkpoint.open(locate(model))
+    return _choose(checkpoint, nodes, shares, placement, trunk, budgets, latency_s)
 
 
 def _choose(
-    spec: ModelSpec,
+    checkpoint: Checkpoint,
     nodes: int,
     shares: Sequence[float] | None,
     placement: str,
@@ -132,7 +134,10 @@ def _choose(
 ) -> tuple[Plan, str]:
     gpu = mx.default_device().type != mx.DeviceType.cpu
     latency = balance.LATENCY_S + latency_s
-    return balance.choose(spec, nodes, shares, placement, trunk, budgets, gpu, latency)
+    found = dealt.here(checkpoint.config, nodes, latency_s) if nodes > 1 else ""
+    measured = None if isinstance(found, str) else found
+    spec = describe(checkpoint)
+    return balance.choose(spec, nodes, shares, placement, trunk, budgets, gpu, latency, measured)
 
 
 def load(
@@ -157,6 +162,8 @@ def load(
     progress: Callable[[int, int, int], None] | None = None,
     recover: bool = True,
     joined: Joined | None = None,
+    selftest: SelfTest | None = None,
+    sums: bool = False,
 ) -> Model:
     """Start `nodes` local processes that hold a model together.
 
@@ -191,6 +198,8 @@ def load(
         joined: start the ranks on the machines of a cluster instead; it says how many and how to
             deal, and `nodes`, `shares`, `placement`, `trunk`, `budgets`, `plan`, `backend`,
             `cores` and `threads` are not looked at.
+        selftest: what is asked of the group before anybody else may.
+        sums: have ranks sum their weights, for the self-test (see `model.sums`).
 
     Raises:
         CheckpointError, PlanError, ClusterError: see those. No process is left.
@@ -217,8 +226,7 @@ def load(
     if joined is not None:
         plan, reason = joined.form(name, checkpoint, options, kernels, drafting)
     if plan is None:
-        spec = describe(checkpoint)
-        plan, reason = _choose(spec, nodes, shares, placement, trunk, budgets, latency_s)
+        plan, reason = _choose(checkpoint, nodes, shares, placement, trunk, budgets, latency_s)
     need = need_of(checkpoint.config, plan, 0, options, kernels, drafting)
     if joined is None:
         _check_memory(need)
@@ -232,18 +240,40 @@ def load(
         "activations": activations,
         "options": asdict(options),
         "draft": asdict(drafting) if drafting is not None else None,
+        "sums": sums,
     }
+    if selftest is not None:
+        how = {k: v for k, v in order.items() if k not in ("folder", "plan", "type", "sums")}
+
+        def alone() -> Seen:
+            from .selftest import see
+
+            one = load(
+                str(checkpoint.folder.resolve()),
+                kernels=kernels,
+                activations=activations,
+                options=replace(options, cache_disk_gb=0.0),
+                recover=False,
+                sums=True,
+            )
+            with one:
+                return see(one, 0)
+
+        formed = joined.formed if joined is not None else None
+        measure = joined.measure_again if joined is not None else dict
+        order["sums"] = selftest.before(checkpoint, plan, how, alone, formed, measure)
 
     def start(epoch: Epoch, report: Callable[[int, int, int], None] | None = None) -> LocalRanks:
+        now = {**order, "sums": order["sums"] and epoch.number == 0}
         if joined is not None:
-            found = joined.start(order, report, epoch)
+            found = joined.start(now, report, epoch)
             if epoch.number:  # on other machines, or with another plan
                 need = need_of(checkpoint.config, found.plan, 0, options, kernels, drafting)
                 scheduler.resize(*_room(found.ready, options, need.cache, 1))
             return found
         ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads, epoch=epoch)
         try:
-            ranks.load(order, report)
+            ranks.load(now, report)
         except BaseException:
             ranks.close(now=True)
             raise
@@ -253,9 +283,16 @@ def load(
     sharing = plan.nodes if joined is None else 1
     scheduler = _scheduler(ranks.ready, options, measure_every, need.cache, sharing)
     group = Group(ranks, scheduler, start=start if recover else None)
+    loaded = Model(name, plan, text, group, reason, checkpoint.config)
+    if selftest is not None:
+        try:
+            selftest.after(loaded, measure_every, latency_s)
+        except BaseException:
+            loaded.close()
+            raise
     if joined is not None and recover:
         joined.serves(group.move)
-    return Model(name, plan, text, group, reason, checkpoint.config)
+    return loaded
 
 
 def _scheduler(

@@ -29,6 +29,7 @@ from .plan import Plan, human
 
 if TYPE_CHECKING:
     from .api import Model
+    from .selftest import SelfTest
 
 app = typer.Typer(
     name="cenacle",
@@ -380,6 +381,10 @@ def serve(
     ] = None,
     cache_dir: cli_cluster.CacheDir = None,
     cache_disk_gb: cli_cluster.CacheDiskGB = cli_cluster.CACHE_DISK_GB,
+    selftest: Annotated[
+        bool,
+        typer.Option("--selftest", help="First check what the nodes compute, and their weights."),
+    ] = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health.
 
@@ -424,6 +429,7 @@ def serve(
             cache_gb=cache_gb,
             cache_disk_gb=cache_disk_gb,
             cache_dir=cli_cluster.absolute(cache_dir),
+            selftest=_selftest() if selftest else None,
         ) as loaded:
             run(
                 loaded,
@@ -735,6 +741,13 @@ cli_plan.register(app)
 cli_doctor.register(app)
 
 
+def _selftest() -> SelfTest:
+    from .cluster.pairing import own_folder
+    from .selftest import SelfTest
+
+    return SelfTest(own_folder(), say=_saying())
+
+
 @contextmanager
 def _loaded(
     model: str,
@@ -751,6 +764,7 @@ def _loaded(
     kv_bits: int | None,
     max_kv_size: int | None,
     draft: str | None = None,
+    selftest: SelfTest | None = None,
     **options: Any,
 ) -> Iterator[Model]:
     from .api import load
@@ -777,6 +791,7 @@ def _loaded(
             options=how,
             draft=draft,
             progress=progress,
+            selftest=selftest,
         )
     with loaded:
         if loaded.ranks.backend_reason is not None:

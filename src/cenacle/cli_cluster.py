@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
     from .cluster.control import Head
     from .cluster.forming import Joined
+    from .cluster.hostsfile import Host
     from .cluster.pairing import Identity
     from .engine.engine import Options
+    from .selftest import SelfTest
     from .server.guard import Policy
 
 err = Console(stderr=True, highlight=False)
@@ -51,11 +53,14 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(help="The folder for those, on every node. Default: this user's cache folder."),
 ]
+Mdns = Annotated[
+    bool, typer.Option("--mdns/--no-mdns", help="Let heads be found by name in the network.")
+]
 
 _CHOICES = {
     "placement": ("auto", "whole", "sliced", "replicated"),
     "trunk": ("auto", "replicated", "sharded"),
-    "backend": ("auto", "mesh", "ring"),
+    "backend": ("auto", "jaccl", "nccl", "mesh", "ring"),
     "wire": ("f32", "bf16"),
     "kernels": ("auto", "native", "mlx"),
 }
@@ -72,13 +77,20 @@ def up(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the API; 0: any.")] = 8080,
     listen: Annotated[str, typer.Option(help="Where machines join, HOST:PORT.")] = "0.0.0.0:4747",
     name: Name = None,
+    hosts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A hosts file as mlx.launch reads it: who is awaited, which addresses are used."
+        ),
+    ] = None,
+    mdns: Mdns = True,
     shares: Annotated[
         str | None,
         typer.Option(help="Relative speeds, head first, such as 2,1,1. Default: as measured."),
     ] = None,
     placement: Annotated[str, typer.Option(help="auto, whole, sliced or replicated.")] = "auto",
     trunk: Annotated[str, typer.Option(help="auto, replicated or sharded.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, mesh or ring.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, mesh, ring, jaccl or nccl.")] = "auto",
     wire: Annotated[str, typer.Option(help="f32, or bf16: half the bytes, rounded.")] = "f32",
     kernels: Annotated[str, typer.Option(help="auto, native or mlx.")] = "auto",
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Most prompt tokens per step.")] = 512,
@@ -95,6 +107,14 @@ def up(
     tls_key: cli_keys.TlsKey = None,
     allowed_host: cli_keys.AllowedHost = None,
     cors_origin: cli_keys.CorsOrigin = None,
+    selftest: Annotated[
+        bool | None,
+        typer.Option(
+            "--selftest/--no-selftest",
+            help="Check what the group computes, its weights and links, before it serves. Default: "
+            "when this plan on these machines has not passed yet.",
+        ),
+    ] = None,
     token_minutes: Annotated[
         float, typer.Option(min=0.01, help="How long the printed token lets machines in.")
     ] = 60.0,
@@ -122,6 +142,8 @@ def up(
     if model == "demo":
         model = str(machine.PACKAGE / "demo_model")
     at, at_port = joining.read_address(listen)
+    expected = _expected(hosts)
+    nodes = nodes or len(expected)
     from .server.app import bind
 
     with bind(host, port) as sock:  # before what is slow
@@ -129,6 +151,7 @@ def up(
         from .cluster.forming import Joined
         from .cluster.placing import Wanted
         from .engine.engine import Options
+        from .selftest import SelfTest
 
         policy = cli_keys.who_may_ask(
             sock, require_key=require_key, hosts=allowed_host, cors_origins=cors_origin
@@ -138,18 +161,53 @@ def up(
         head = Head(folder, at, at_port, name or socket.gethostname(), 60 * token_minutes)
         with _leaving(head):
             token = head.invite()
-            for where in _join_addresses(at, head.port):
+            own = expected[0].ips[0] if expected else at
+            for where in _join_addresses(own, head.port):
                 err.print(f"cenacle join {where} --token {token}", soft_wrap=True, markup=False)
-            with _own_agent(head):
+            with _announced(head, at if mdns else None), _own_agent(head):
                 wanted = Wanted(placement, trunk, backend, wire, _numbers(shares))
-                joined = Joined(head, nodes, wanted, lambda text: _wait(head, text))
+                joined = Joined(head, nodes, wanted, lambda text: _wait(head, text), expected)
                 options = Options(
                     prefill_chunk=prefill_chunk,
                     batch=batch,
                     cache_dir=absolute(cache_dir),
                     cache_disk_gb=cache_disk_gb,
                 )
-                _serve(head, model, joined, kernels, options, draft, sock, policy, context)
+                test = None if selftest is False else SelfTest(folder, bool(selftest), _say)
+                _serve(head, model, joined, kernels, options, draft, sock, policy, context, test)
+
+
+def _expected(file: Path | None) -> tuple[Host, ...]:
+    """The hosts of a hosts file, of which this machine is the first."""
+    from .cluster import hostsfile, machine
+
+    if file is None:
+        return ()
+    found = hostsfile.read(file)
+    hostsfile.check_first(found, machine.addresses())
+    return found
+
+
+@contextmanager
+def _announced(head: Head, at: str | None) -> Iterator[None]:
+    """Let the head be found by name; `at`: where it listens, None: not."""
+    if at is None:
+        yield
+        return
+    from .cluster import machine
+    from .cluster.discovery import Announced
+
+    everywhere = at in ("0.0.0.0", "::")
+    announced = Announced(
+        head.identity.remembered()["name"],
+        machine.addresses() if everywhere else [at],
+        head.port,
+        lambda why: _say(f"this head cannot be found by name (mDNS): {why}"),
+    )
+    try:
+        yield
+    finally:
+        announced.close()
 
 
 def absolute(folder: Path | None) -> str | None:
@@ -172,6 +230,7 @@ def _serve(
     sock: socket.socket,
     policy: Policy,
     tls: ssl.SSLContext | None,
+    selftest: SelfTest | None,
 ) -> None:
     from .api import load
     from .server.app import serve
@@ -183,7 +242,13 @@ def _serve(
     head.tell(model=Path(model).name)
     with _progress[0]() as progress:
         loaded = load(
-            model, kernels=kernels, options=options, draft=draft, progress=progress, joined=joined
+            model,
+            kernels=kernels,
+            options=options,
+            draft=draft,
+            progress=progress,
+            joined=joined,
+            selftest=selftest,
         )
     with loaded:
         for line in (loaded.ranks.backend_reason, loaded.plan_reason):
@@ -247,13 +312,18 @@ def _join_addresses(at: str, port: int) -> list[str]:
 
 def join(
     head: Annotated[
-        str | None, typer.Argument(help="HOST:PORT, with --token; without: as joined before.")
+        str | None,
+        typer.Argument(help="HOST:PORT. Default: as joined before; with --token: found by mDNS."),
     ] = None,
     token: Annotated[str | None, typer.Option(help="As `cenacle up` prints it.")] = None,
     models: Annotated[
         Path | None, typer.Option(help="Where this machine has models, if it has any.")
     ] = None,
     name: Name = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Whose head, by its machine's name, if there are several.")
+    ] = None,
+    mdns: Mdns = True,
     service: Annotated[
         bool, typer.Option(help="Write a service that rejoins after a restart, and stop.")
     ] = False,
@@ -274,9 +344,9 @@ def join(
     running = nullcontext() if service else take_lock(folder / "agent.lock", "this machine's agent")
     with running:
         if token is not None:
-            if head is None:
+            if head is None and not mdns:
                 raise InputError("join: expected HOST:PORT before --token", "head")
-            host, port = joining.read_address(head)
+            host, port = joining.read_address(head) if head is not None else _found(cluster)
             identity = joining.pair(folder, host, port, token, name or socket.gethostname())
         elif not identity.exists:
             raise InputError(
@@ -304,6 +374,16 @@ def join(
         _tell(f"ended: {agents.run(agent)}")
 
 
+def _found(name: str | None) -> tuple[str, int]:
+    """Where the head is that can be found in the network."""
+    from .cluster import discovery
+
+    _say("looking for a head in this network (mDNS)")
+    head = discovery.choose(discovery.look(), name)
+    _say(f"found {head.name} at {head.host}:{head.port}")
+    return head.host, head.port
+
+
 def nodes(
     invite: Annotated[
         bool, typer.Option(help="Print a new line to join by; on the head's machine.")
@@ -317,18 +397,18 @@ def nodes(
 
     Example: [bold]cenacle nodes[/]
     """
-    identity, where = _cluster()
+    identity, where = cluster()
     if invite:
-        token = _ask(identity, where, "invite")["token"]
+        token = ask(identity, where, "invite")["token"]
         addresses = _join_addresses("0.0.0.0", where[1])
         for address in addresses:
             print(f"cenacle join {address} --token {token}")
         return
     if strike is not None:
-        left = _ask(identity, where, "strike", name=strike)["left"]
+        left = ask(identity, where, "strike", name=strike)["left"]
         _say(f"{left} is not part of this cluster any more")
         return
-    answer = _ask(identity, where, "status")
+    answer = ask(identity, where, "status")
     if as_json:
         print(json.dumps(answer["nodes"]))
         return
@@ -354,8 +434,8 @@ def status(as_json: AsJson = False) -> None:
 
     Example: [bold]cenacle status[/]
     """
-    identity, where = _cluster()
-    answer = _ask(identity, where, "status")
+    identity, where = cluster()
+    answer = ask(identity, where, "status")
     answer.pop("type", None)
     if as_json:
         print(json.dumps(answer))
@@ -389,7 +469,7 @@ def leave() -> None:
         raise InputError("this machine is not part of a cluster")
     known = identity.remembered()
     try:
-        _ask(identity, (known["host"], known["port"]), "leave")
+        ask(identity, (known["host"], known["port"]), "leave")
     except ClusterError as error:
         _say(
             f"{error}; this machine forgets its cluster all the same. On the head: "
@@ -410,11 +490,11 @@ def down() -> None:
     if not identity.exists:
         raise InputError("no cluster was begun on this machine; `cenacle leave` is for the others")
     known = identity.remembered()
-    _ask(identity, (known["host"], known["port"]), "down")
+    ask(identity, (known["host"], known["port"]), "down")
     _say("the cluster ends")
 
 
-def _cluster() -> tuple[Identity, tuple[str, int]]:
+def cluster() -> tuple[Identity, tuple[str, int]]:
     """This machine's identity, the head's before a node's, and where the head is."""
     from .cluster import pairing
 
@@ -429,7 +509,8 @@ def _cluster() -> tuple[Identity, tuple[str, int]]:
     return identity, (known["host"], known["port"])
 
 
-def _ask(identity: Identity, where: tuple[str, int], what: str, **more: Any) -> dict[str, Any]:
+def ask(identity: Identity, where: tuple[str, int], what: str, **more: Any) -> dict[str, Any]:
+    """The head's answer, see `cluster.join.ask`."""
     from .cluster import join as joining
 
     return joining.ask(identity, *where, what, **more)

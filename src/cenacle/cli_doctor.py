@@ -12,34 +12,51 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import cli_cluster
+
 Head = Annotated[
     str | None,
     typer.Option(metavar="HOST[:PORT]", help="Another node: the way to it, and its clock."),
 ]
+Cluster = Annotated[
+    bool, typer.Option("--cluster", help="Every machine of this machine's cluster, by its agent.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 
+CLUSTER_S = 75.0  # longer than the head waits for a machine
 MARKS = {"bad": "[red]✗[/]", "warning": "[yellow]![/]", "good": "[green]✓[/]"}
 
 
-def doctor(head: Head = None, as_json: AsJson = False) -> None:
-    """What is wrong with this machine, and what to do about it.
+def doctor(head: Head = None, cluster: Cluster = False, as_json: AsJson = False) -> None:
+    """What is wrong with this machine, or with all of its cluster, and what to do about it.
 
     Example: cenacle doctor --head 192.168.1.10:8080
     """
-    from .cluster.doctor import examine, gather
+    from .cluster.doctor import Finding, examine, gather
 
-    found = examine(gather(head))
-    bad = any(f.level == "bad" for f in found)
+    if cluster:
+        identity, where = cli_cluster.cluster()
+        answer = cli_cluster.ask(identity, where, "doctor", deadline_s=CLUSTER_S)
+        machines = {n: [Finding(**f) for f in said] for n, said in answer["machines"].items()}
+    else:
+        machines = {"": examine(gather(head))}
+    every = [f for found in machines.values() for f in found]
+    bad = any(f.level == "bad" for f in every)
     if as_json:
-        print(json.dumps({"healthy": not bad, "findings": [f.to_json() for f in found]}))
+        said = {n: [f.to_json() for f in found] for n, found in machines.items()}
+        kept = {"machines": said} if cluster else {"findings": said[""]}
+        print(json.dumps({"healthy": not bad, **kept}))
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for f in found:
-            console.print(f"{MARKS[f.level]} ", end="")
-            console.print(f.what, markup=False)
-            if f.fix:
-                console.print(f"  {f.fix}", style="dim", markup=False)
-        if all(f.level == "good" for f in found):
+        for name, found in machines.items():
+            if name:
+                console.print(name, style="bold", markup=False)
+            for f in found:
+                console.print(f"{MARKS[f.level]} ", end="")
+                console.print(f.what, markup=False)
+                if f.fix:
+                    console.print(f"  {f.fix}", style="dim", markup=False)
+        if all(f.level == "good" for f in every):
             console.print("Nothing is wrong that can be seen from here.")
     if bad:
         raise typer.Exit(1)

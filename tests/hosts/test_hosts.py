@@ -3,6 +3,7 @@
 One cluster serves all tests, in order: from nothing to answering, then every kind of loss.
 """
 
+import json
 import os
 import re
 import signal
@@ -11,9 +12,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from cenacle.model.weights import Checkpoint
 from cluster import API, CHAT, CONTROL, JOIN, MESSAGES, SUM, UP, WORKER, Cluster, Streaming
 from net import Capture, until, why_not
 
@@ -69,8 +72,13 @@ def test_from_nothing_to_answering_with_one_command_each(cluster, capture):
     assert "Traceback" not in wrong.stderr
     cluster.join(cluster.b, *line[1:], "--models", "models")
     until(lambda: "b is in the cluster" in cluster.b.log.read_text(), "b")
-    cluster.join(cluster.c, *line[1:], "--models", "other/place")
+    # No address: the head is found by its name.
+    cluster.join(cluster.c, *line[2:], "--models", "other/place")
     health = cluster.healthy()
+    log = cluster.a.log.read_text()
+    assert "self-test: passed" in log, log
+    assert log.index("self-test: first one node alone") < log.index("self-test: passed")
+    assert f"found a at {cluster.a.address}:{CONTROL}" in cluster.c.log.read_text()
     assert health["nodes"] == 3
     assert cluster.answer() == "42"
     status = cluster.status(cluster.b)  # from any machine
@@ -218,6 +226,17 @@ def test_two_heads_do_not_take_each_others_machines(cluster):
     assert cluster.answer() == "42"
 
 
+def flip(folder: Path) -> None:
+    """Change one bit of one weight; again: as it was."""
+    tensors = Checkpoint.open(folder).tensors
+    tensor = next(t for n, t in tensors.items() if "experts" not in n and t.start > 3 << 20)
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.start + 400)
+        byte = file.read(1)[0]
+        file.seek(tensor.start + 400)
+        file.write(bytes([byte ^ 1]))
+
+
 def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster):
     streams = [Streaming(cluster, 600, path).begun() for path in (CHAT, MESSAGES)]
     before = cluster.status(cluster.b)["formation"]
@@ -228,6 +247,17 @@ def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster)
         assert stream.error == "the server was told to end"
     assert streams[0].last["error"]["type"] == "server_error"
     assert streams[1].last["type"] == "error"
+    is_waited_for(cluster)
+    # Meanwhile a bit of c's copy has changed: found, named, and not served.
+    damaged = cluster.c.folder / "other/place/answers"
+    flip(damaged)
+    up = ("up", "here/answers", "-n", "3", "--port", "0", "--name", "a")
+    refused = cluster.a.run(*up, "--selftest", "--trunk", "replicated")
+    flip(damaged)
+    assert refused.returncode == 5, refused.stderr
+    assert "self-test: c does not hold the checkpoint's " in refused.stderr
+    assert "Nothing is served" in refused.stderr
+    assert "Traceback" not in refused.stderr
     is_waited_for(cluster)
     cluster.up()
     assert cluster.healthy()["nodes"] == 3
@@ -242,9 +272,22 @@ def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
     assert stream.cut
     assert not stream.error
     is_waited_for(cluster)
-    cluster.up()
+    hosts = [{"ssh": h.letter, "ips": [h.address], "rdma": []} for h in cluster.members]
+    (cluster.a.folder / "hosts.json").write_text(json.dumps(hosts))
+    wrong = cluster.b.run("up", "models/answers", "--hosts", "../a/hosts.json")
+    assert wrong.returncode == 2
+    assert "is not this machine: `cenacle up` begins on the first" in wrong.stderr
+    cluster.up("--hosts", "hosts.json")
     assert cluster.healthy()["nodes"] == 3
     assert cluster.answer() == "42"
+
+
+def test_all_machines_are_examined_from_any(cluster):
+    done = cluster.b.run("doctor", "--cluster", "--json")
+    said = json.loads(done.stdout)["machines"]
+    assert set(said) == {"a", "b", "c"}
+    for name in "bc":
+        assert any("The way to the other nodes is eth0" in f["what"] for f in said[name]), said
 
 
 def test_a_host_that_dies_is_done_without(cluster, undisturbed):

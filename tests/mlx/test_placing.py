@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 import cenacle
-from cenacle.cluster import links, machine
+from cenacle.cluster import hostsfile, links, machine, rdma
 from cenacle.cluster.links import Link
-from cenacle.cluster.placing import Wanted, describe_links, exchange, place, shares_of
+from cenacle.cluster.placing import (
+    Wanted,
+    describe_links,
+    exchange,
+    measured,
+    place,
+    shares_of,
+)
 from cenacle.cluster.state import Node
 from cenacle.engine.engine import Options, need_of
 from cenacle.errors import ClusterError, InputError, PlanError
@@ -37,15 +44,158 @@ def test_the_mesh_where_all_have_it_else_the_ring_and_why():
     both = [node("a"), node("b")]
     assert exchange("auto", "f32", both)[0] == "mesh"
     without = [node("a"), node("b", no_mesh="it was not built")]
-    backend, why = exchange("auto", "f32", without)
+    backend, why, _ = exchange("auto", "f32", without)
     assert backend == "ring"
     assert "b: it was not built" in why
     with pytest.raises(ClusterError, match=r"b: it was not built; use --backend ring"):
         exchange("mesh", "f32", without)
     with pytest.raises(InputError, match="expected f32"):
         exchange("auto", "bf16", without)
-    with pytest.raises(ClusterError, match="expected auto, mesh or ring"):
-        exchange("jaccl", "f32", both)
+    with pytest.raises(ClusterError, match="expected auto or jaccl, nccl, mesh, ring"):
+        exchange("mpi", "f32", both)
+
+
+def port(device, uuid, to):
+    return {"device": device, "uuid": uuid, "to": to}
+
+
+def test_rdma_goes_first_then_cuda_then_the_mesh():
+    """As reports say; only mesh and ring were ever run between machines."""
+    macs = {"no_mesh": "not on macOS"}
+    a = node("a", **macs, thunderbolt=[port("rdma_en2", "A2", "B5"), port("rdma_en3", "A3", "C2")])
+    b = node("b", **macs, thunderbolt=[port("rdma_en5", "B5", "A2"), port("rdma_en4", "B4", "C3")])
+    c = node("c", **macs, thunderbolt=[port("rdma_en2", "C2", "A3"), port("rdma_en3", "C3", "B4")])
+    backend, why, devices = exchange("auto", "f32", [a, b, c])
+    assert (backend, "RDMA" in why) == ("jaccl", True)
+    assert devices == [
+        [None, "rdma_en2", "rdma_en3"],
+        ["rdma_en5", None, "rdma_en4"],
+        ["rdma_en2", "rdma_en3", None],
+    ]
+    assert exchange("ring", "f32", [a, b, c]).devices == []
+    cut = replace(c, facts={**c.facts, "thunderbolt": [port("rdma_en2", "C2", "A3")]})
+    assert exchange("auto", "f32", [a, b, cut])[0] == "ring"
+    with pytest.raises(ClusterError, match="not every pair of machines has a Thunderbolt cable"):
+        exchange("jaccl", "f32", [a, b, cut])
+    with pytest.raises(ClusterError, match="x: no cable with RDMA"):
+        exchange("jaccl", "f32", [a, node("x")])
+    said = [[None, "rdma_en7"], ["rdma_en8", None]]  # a hosts file's
+    assert exchange("auto", "f32", [node("x"), node("y")], said).devices == said
+    with pytest.raises(InputError, match="as jaccl exchanges"):
+        exchange("auto", "bf16", [a, b, c])
+    cuda = [node("a", cuda=True), node("b", cuda=True)]
+    assert exchange("auto", "f32", cuda)[0] == "nccl"
+    assert exchange("auto", "f32", [*cuda, node("c")])[0] == "mesh"
+    with pytest.raises(ClusterError, match="c has no CUDA"):
+        exchange("nccl", "f32", [*cuda, node("c")])
+
+
+# In the form of `system_profiler SPThunderboltDataType -json` on a Mac with three ports, two used.
+PROFILE = {
+    "SPThunderboltDataType": [
+        {
+            "_name": "thunderboltusb4_bus_0",
+            "device_name_key": "Mac Studio",
+            "domain_uuid_key": "AAAA",
+            "receptacle_1_tag": {"receptacle_id_key": "1", "link_status_key": "0x2"},
+            "_items": [{"_name": "a disk"}, {"_name": "Mac", "domain_uuid_key": "BBBB"}],
+        },
+        {"domain_uuid_key": "CCCC", "receptacle_1_tag": {"receptacle_id_key": "2"}},
+        {
+            "domain_uuid_key": "DDDD",
+            "receptacle_1_tag": {"receptacle_id_key": "3"},
+            "_items": [{"_name": "Mac", "domain_uuid_key": "EEEE"}],
+        },
+    ]
+}
+HARDWARE = """
+Hardware Port: Ethernet
+Device: en0
+Ethernet Address: aa:bb:cc:dd:ee:ff
+
+Hardware Port: Thunderbolt 1
+Device: en2
+Ethernet Address: aa:bb:cc:dd:ee:01
+
+Hardware Port: Thunderbolt 3
+Device: en4
+Ethernet Address: aa:bb:cc:dd:ee:02
+"""
+DEVICES = "    device     node GUID\n    ------     ------\n    rdma_en2   8005c2d1a5a50000\n"
+
+
+def test_ports_are_read_from_what_macos_says():
+    assert rdma.ports(json.dumps(PROFILE), HARDWARE, DEVICES) == [port("rdma_en2", "AAAA", "BBBB")]
+    both = DEVICES + "    rdma_en4   8005c2d1a5a50001\n"
+    assert len(rdma.ports(json.dumps(PROFILE), HARDWARE, both)) == 2
+    for other in ("", "{}", "[]", '{"SPThunderboltDataType": 3}', '{"SPThunderboltDataType": [3]}'):
+        assert rdma.ports(other, HARDWARE, DEVICES) == []
+
+
+def test_placements_are_judged_on_the_machines_as_measured():
+    """A slow link makes whole experts and one exchange a layer better than cutting the trunk."""
+    members = [node("a", memory_bytes=32 * GB), node("b", memory_bytes=32 * GB)]
+    quick, slow = ({(0, 1): Link(latency, GB)} for latency in (10e-6, 20e-3))
+    plan, why = placed(members, found=slow)
+    assert plan.trunk == "replicated"
+    assert "20 ms an exchange, as measured" in why
+    assert "10 GB/s" in why or "7 GB/s" in why
+    known = measured(CHECKPOINT.config, members, quick, "mesh")
+    assert known.machines[0].family == "cpu"
+    assert known.machines[0]["efficiency"] == 0.7, "of its family, as it was never calibrated"
+    better = [node(m.name, calibrated={"efficiency": 0.9, "tflops": 0.05}) for m in members]
+    known = measured(CHECKPOINT.config, better, quick, "ring")
+    assert known.machines[0].bytes_per_s == pytest.approx(9 * GB)
+    assert known.link.topology == "ring"
+    assert measured(CHECKPOINT.config, members, {}, "mesh") is None
+    metal = {"memory_size": 64 * GB, "max_recommended_working_set_size": 48 * GB}
+    mac = node("m", metal=metal, processor="Apple M2 Ultra", gpu=True, memory_bytes=64 * GB)
+    known = measured(CHECKPOINT.config, [mac, mac], quick, "mesh")
+    assert known.machines[0].family == "apple-m1-m2"
+    assert known.machines[0].wired == 0.75
+
+
+HOSTS = [
+    {"ssh": "one", "ips": ["10.0.0.1"], "rdma": [None, "rdma_en2", "rdma_en3"]},
+    {"ssh": "two", "ips": ["10.0.0.2", "192.168.1.2"], "rdma": ["rdma_en2", None, "rdma_en3"]},
+    {"ssh": "three", "ips": ["10.0.0.3"], "rdma": ["rdma_en2", "rdma_en3", None]},
+]
+
+
+def test_a_hosts_file_says_who_is_awaited_and_where_they_exchange(tmp_path):
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(HOSTS))
+    hosts = hostsfile.read(file)
+    file.write_text(json.dumps({"backend": "jaccl", "hosts": HOSTS}))
+    assert hostsfile.read(file) == hosts
+    hostsfile.check_first(hosts, ["127.0.0.1", "10.0.0.1"])
+    with pytest.raises(InputError, match=r"the first, one .10.0.0.1., is not this machine"):
+        hostsfile.check_first(hosts, ["10.0.0.2"])
+    assert hostsfile.awaited(hosts, ["192.168.1.2"]) == "awaited: three (10.0.0.3)"
+    assert hostsfile.awaited(hosts, ["10.0.0.3", "10.0.0.2"]) == ""
+    a, b, c = (
+        replace(node(n), address=address)
+        for n, address in (("a", "127.0.0.1"), ("b", "10.0.0.3"), ("c", "192.168.1.2"))
+    )
+    members, devices = hostsfile.arranged(hosts, [a, b, c])
+    assert [m.address for m in members] == ["10.0.0.1", "10.0.0.3", "10.0.0.2"]
+    assert devices[1] == ["rdma_en2", None, "rdma_en3"]
+    assert devices[0] == [None, "rdma_en3", "rdma_en2"]
+    members, devices = hostsfile.arranged(hosts, [a, c])
+    assert devices == [[None, "rdma_en2"], ["rdma_en2", None]]
+    with pytest.raises(ClusterError, match=r"x .10.0.0.9. is in this cluster, but not in the"):
+        hostsfile.arranged(hosts, [a, replace(node("x"), address="10.0.0.9")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "[1]", '[{"ssh": "a"}]', '[{"ssh": "a", "ips": ["nonsense"]}]', '{"hosts": 5}',
+     '[{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.1"]}]'],
+)  # fmt: skip
+def test_hosts_files_that_are_none(tmp_path, text):
+    (tmp_path / "hosts.json").write_text(text)
+    with pytest.raises(InputError, match="--hosts: "):
+        hostsfile.read(tmp_path / "hosts.json")
 
 
 def test_machines_are_dealt_by_speed_but_not_by_noise():

@@ -16,13 +16,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import cenacle
+from cenacle.cli import app
 from cenacle.cluster import join, pairing
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.control import Head
 from cenacle.cluster.forming import Joined
 from cenacle.cluster.join import ask, pair
+from cenacle.cluster.links import Link
 from cenacle.cluster.placing import Wanted
 from cenacle.cluster.sharing import Sharing
 from cenacle.engine.channel import Channel
@@ -31,6 +34,7 @@ from cenacle.engine.lockstep import Epoch
 from cenacle.errors import ClusterError, InputError
 from cenacle.model.weights import Checkpoint, describe
 from cenacle.plan import Plan
+from cenacle.selftest import SelfTest
 
 HOST = "127.0.0.1"
 DEMO = Path(cenacle.__file__).parent / "demo_model"
@@ -379,7 +383,7 @@ def test_a_machine_of_one_cluster_is_not_another_heads(head, tmp_path):
 def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
     old = Agent(pairing.Identity(tmp_path, "node"), HOST, 1, [])
     old._formation = 7
-    order = {"epoch": 0, "rank": 0, "backend": "mesh", "addresses": [], "secret": ""}
+    order = {"epoch": 0, "rank": 0, "backend": "mesh", "addresses": [], "devices": [], "secret": ""}
     with pytest.raises(ClusterError, match="told to start a rank of formation 6, but knows 7"):
         asyncio.run(old._start_rank(formation=6, relay="", token="", **order))
 
@@ -420,6 +424,59 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
                 until(lambda: moves, "that it is taken in")
                 assert moves == ["two is here and wanted: the group is formed anew with two"]
                 assert names(head)["two"]["reason"] == "is being taken in"
+    finally:
+        head.close()
+
+
+def test_every_machine_is_examined_by_its_own_agent(tmp_path, monkeypatch):
+    head = Head(tmp_path / "h", HOST, 0, "one")
+    try:
+        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        pair(tmp_path / "m", HOST, head.port, head.invite(), "absent")
+        with agent(head.identity, head.port), agent(two, head.port):
+            until(lambda: names(head)["two"]["here"] and names(head)["one"]["here"], "both")
+            said = ask(two, HOST, head.port, "doctor", 60)["machines"]
+            assert list(said) == ["one", "two", "absent"]
+            for name in ("one", "two"):
+                whats = [f["what"] for f in said[name]]
+                assert any("clock agrees" in w for w in whats), whats
+                assert any("Versions" in w for w in whats), whats
+            (only,) = said["absent"]
+            assert "absent has not come yet" in only["what"]
+            # What the verb makes of it.
+            folder = tmp_path / "home" / "cluster"
+            folder.parent.mkdir()
+            shutil.copytree(tmp_path / "n", folder)
+            monkeypatch.setenv("CENACLE_HOME", str(folder.parent))
+            shown = CliRunner().invoke(app, ["doctor", "--cluster", "--json"])
+            assert shown.exit_code == 1, "one machine is not there"
+            assert set(json.loads(shown.stdout)["machines"]) == set(said)
+            shown = CliRunner().invoke(app, ["doctor", "--cluster"])
+            assert "absent\n" in shown.stdout
+            assert "has not come yet" in shown.stdout
+    finally:
+        head.close()
+
+
+def test_a_slow_link_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    measured = []
+
+    def slow(address, port, secret):
+        measured.append(address)
+        return Link(50e-6, 10e6)
+
+    monkeypatch.setattr("cenacle.cluster.links.measure", slow)
+    checkpoint = Checkpoint.open(DEMO)
+    head = Head(tmp_path / "h", HOST, 0, "one")
+    try:
+        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        joined = Joined(head, 2)
+        test = SelfTest(tmp_path / "h", False)
+        with agent(head.identity, head.port), agent(two, head.port):
+            plan, _ = joined.form(DEMO.name, checkpoint, Options(), "native")
+            with pytest.raises(ClusterError, match="between one and two carries 10 MB/s"):
+                test.before(checkpoint, plan, {}, dict, joined.formed, joined.measure_again)
+            assert len(measured) == 3
     finally:
         head.close()
 

@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import spec_of
 
+from cenacle.cost.catalog import Fact, Link, Machine
+from cenacle.cost.cost import Study
+from cenacle.cost.dealt import Measured
 from cenacle.errors import PlanError
 from cenacle.model.balance import (
     CPU_BYTES_S,
@@ -18,6 +21,7 @@ from cenacle.model.balance import (
     deal_tokens,
     expected_busiest,
     expert_reads,
+    measured_s,
     reference,
     speeds_of,
     token_s,
@@ -179,6 +183,56 @@ def test_choices(spec, asked, got, said):
     plan, why = choose(spec, 2, **asked)
     assert f"{plan.placement}/{plan.trunk}" == got
     assert said in why
+
+
+SHAPE = {
+    "model_type": "mixtral", "hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128,
+    "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 9,
+    "num_local_experts": 16, "num_experts_per_tok": 4, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def machines(*gb_s: float, latency_us: float = 100.0, config: dict = SHAPE) -> Measured:
+    """As if they had been measured: reading takes all of the time."""
+    numbers = {"memory_gib": 64, "tflops": 1000, "usd": 0, "watts": 0, "efficiency": 1}
+    numbers |= {"kv_efficiency": 1, "compute": 1, "attention_compute": 1, "overhead_us": 0}
+    facts = {k: Fact(v, "M", "") for k, v in numbers.items()}
+    found = tuple(
+        Machine(f"m{r}", "", "cpu", {**facts, "bandwidth_gb_s": Fact(r, "M", "")}, 0.9)
+        for r in gb_s
+    )
+    between = {"latency_us": Fact(latency_us, "M", ""), "gb_s": Fact(1, "M", "")}
+    return Measured(config, found, Link("l", "", "mesh", between), Study(0.2, 0, 1, 0), "told")
+
+
+def test_what_was_measured_goes_before_what_is_assumed():
+    spec = model(10**8, (HEAD,))
+    plan, why = choose(spec, 2, measured=machines(50, 50))
+    assert plan.placement == "sliced"
+    assert "at 50 GB/s a node and 0.1 ms an exchange, told" in why
+    sliced, whole = (
+        measured_s(make(spec, 2), machines(50, 50)) for make in (Plan.sliced, Plan.whole)
+    )
+    assert sliced < whole
+    # Reading and exchanging are all there is: twice the bandwidth halves what is not exchange.
+    exchanges = 11 * 100e-6
+    twice = measured_s(Plan.sliced(spec, 2), machines(100, 100))
+    assert twice - exchanges == pytest.approx((sliced - exchanges) / 2, rel=0.02)
+    # On GPUs stock kernels skip nothing: whole experts cost every rank all of them.
+    assert measured_s(Plan.whole(spec, 2), machines(50, 50), gpu=True) > whole
+    # An uneven deal is judged with each machine's own speed, an even one with the slowest's.
+    spec = model(10**8)
+    even, uneven = (
+        measured_s(Plan.sliced(spec, 2, shares), machines(75, 25)) for shares in (None, (3, 1))
+    )
+    assert uneven == pytest.approx(measured_s(Plan.sliced(spec, 2), machines(50, 50)), rel=0.05)
+    assert even > 1.8 * uneven
+
+
+def test_a_shape_that_is_not_understood_is_judged_by_bytes():
+    plan, why = choose(model(10**8), 2, measured=machines(50, 25, config={"model_type": "x"}))
+    assert plan.placement == "sliced"
+    assert "50 GB/s a node and 0.1 ms an exchange, told" in why
 
 
 def test_one_node_needs_no_choice():

@@ -250,6 +250,7 @@ CASES = [
         "ufw",
         "ufw allow",
     ),
+    (LINUX, {"firewall-cmd --state": "running\n"}, "warning", "firewalld", "firewall-cmd"),
 ]
 
 

@@ -36,6 +36,7 @@ ROOMS = (
         "api",
         "demo",
         "tracing",
+        "selftest",
         "cost.probe",
         "cost.calibrate",
         "cost.runs",
@@ -59,6 +60,7 @@ WITHOUT_MLX = (
     *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
     *("cost.validate", "cost.here", "server.predicted"),
     *("cluster.state", "cluster.pairing", "cluster.wire", "cluster.links", "cluster.fate"),
+    *("cluster.discovery", "cluster.rdma", "cluster.hostsfile", "cost.dealt"),
 )
 
 

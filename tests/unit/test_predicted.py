@@ -7,6 +7,8 @@ import pytest
 
 import cenacle
 from cenacle.cost.calibrate import Calibration, as_toml
+from cenacle.cost.dealt import here
+from cenacle.model.balance import choose
 from cenacle.plan import Plan
 from cenacle.server.predicted import Predicted, predicted
 from cenacle.spec import ModelSpec, MoELayer
@@ -81,3 +83,15 @@ def test_terms_add_up_and_follow_what_was_measured(owned, plan):
         assert late.terms_ms["exchange"] > 1.5 * fast.terms_ms["exchange"] > 0
     else:
         assert fast.terms_ms["exchange"] == 0
+
+
+def test_a_placement_is_chosen_on_the_machine_as_it_was_calibrated(owned):
+    """Not by assumed numbers: a slow exchange makes cutting the trunk as well not worth it."""
+    assert "never calibrated" in here(CONFIG, 2)
+    calibrated(owned, 10.0)
+    measured = here(CONFIG, 2, latency_s=0.001)
+    assert measured.bytes_s == 10e9
+    assert measured.latency_s == pytest.approx(1.1e-3, rel=0.05)
+    assert "calibrated" in choose(SPEC, 2, measured=measured)[1]
+    (owned / "this.toml").write_text("nonsense")
+    assert "cannot say" in here(CONFIG, 2)

@@ -21,7 +21,7 @@ import ssl
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..collective import mesh
 from ..engine.channel import Closed
 from ..errors import CenacleError, ClusterError
 from ..plan import human
-from . import fate, links, machine, pairing, parts, wire
+from . import doctor, fate, links, machine, pairing, parts, wire
 from .launcher import MALLOC, WORKER
 from .state import SILENCE_S
 
@@ -199,6 +199,7 @@ class Agent:
             "measure_link": self._measure_link,
             "start": self._start_rank,
             "stop": self._stop_ranks,
+            "examine": self._examine,
         }
         answer: dict[str, Any] = {"type": "answer", "id": message["id"]}
         try:
@@ -268,6 +269,13 @@ class Agent:
         found = await asyncio.to_thread(links.measure, address, port, pairing.decode(secret))
         return asdict(found)
 
+    async def _examine(self, now_s: float) -> dict[str, Any]:
+        """What `cenacle doctor` would say here; `now_s`: the head's clock."""
+        skew_s = now_s - time.time()
+        facts = await asyncio.to_thread(doctor.gather, self._host)
+        found = doctor.examine(replace(facts, skew_s=skew_s))
+        return {"findings": [f.to_json() for f in found]}
+
     async def _start_rank(
         self,
         formation: int,
@@ -275,6 +283,7 @@ class Agent:
         rank: int,
         backend: str,
         addresses: list[str],
+        devices: list[list[str | None]],
         secret: str,
         relay: str,
         token: str,
@@ -315,6 +324,13 @@ class Agent:
                 env[mesh.SECRET] = secret
             elif backend == "ring":
                 env["MLX_HOSTFILE"] = given([[a] for a in addresses])
+            elif backend == "jaccl":  # never run
+                env["MLX_IBV_DEVICES"] = given(devices)
+                env["MLX_JACCL_COORDINATOR"] = addresses[0]
+            elif backend == "nccl":  # never run
+                at, _, port = addresses[0].rpartition(":")
+                env |= {"NCCL_HOST_IP": at.strip("[]"), "NCCL_PORT": port}
+                env["MLX_WORLD_SIZE"] = str(len(addresses))
             try:
                 process = await asyncio.create_subprocess_exec(
                     *WORKER,

@@ -48,6 +48,7 @@ ALIVE_EVERY_S = 1.0
 SEND_S = 4.0
 IDLE_S = 60.0  # in which whoever fetches asks for more
 LATER_S = 0.2  # how long who asks too early waits
+EXAMINE_S = 60.0  # tools of macOS take their time
 T = TypeVar("T")
 
 
@@ -708,6 +709,8 @@ class Head:
         match hello.get("what"):
             case "status":
                 answer: dict[str, Any] = self.status()
+            case "doctor":
+                answer = {"machines": await self._examine()}
             case "invite" if who == pairing.HEAD:
                 answer = {"token": self._tokens.issue()}
             case "leave":
@@ -726,6 +729,21 @@ class Head:
         if hello.get("what") == "down":
             self.ended.set()
             self.on_end()
+
+    async def _examine(self) -> dict[str, Any]:
+        """What is wrong with each machine, as its own agent says; and who is not here."""
+
+        async def one(node: Node) -> list[dict[str, str]]:
+            try:
+                arguments = {"now_s": time.time()}
+                return list((await self._ask(node, "examine", arguments, EXAMINE_S))["findings"])
+            except ClusterError as error:
+                said = f"It could not be examined: {error}."
+            return [{"level": "bad", "what": said, "fix": "See its agent's own words there."}]
+
+        nodes = list(self._state.nodes.values())
+        found = await asyncio.gather(*(one(node) for node in nodes))
+        return {node.name: said for node, said in zip(nodes, found, strict=True)}
 
     def _named(self, name: str) -> str:
         for node in self._state.nodes.values():

@@ -417,6 +417,12 @@ def _linux_firewall(facts: Facts) -> Iterator[Finding]:
             "The firewall (ufw) is on: other nodes may not reach this one.",
             "`sudo ufw allow from THEIR_NETWORK` for the nodes' own network.",
         )
+    if facts.said.get("firewall-cmd --state", "").strip() == "running":
+        yield Finding(
+            "warning",
+            "The firewall (firewalld) is on: other nodes may not reach this one.",
+            "`sudo firewall-cmd --zone=trusted --add-source=THEIR_NETWORK`.",
+        )
 
 
 EVERYWHERE: tuple[Check, ...] = (_versions, _fast_synch, _file_handles, _disk, _clock)
@@ -443,7 +449,7 @@ _MAC_TOOLS = (
     "/usr/libexec/ApplicationFirewall/socketfilterfw --getglobalstate",
     "/usr/libexec/ApplicationFirewall/socketfilterfw --getblockall",
 )
-_LINUX_TOOLS = ("timedatectl show -p NTPSynchronized --value", "ufw status")
+_LINUX_TOOLS = ("timedatectl show -p NTPSynchronized --value", "ufw status", "firewall-cmd --state")
 _LINUX_FILES = (
     "/proc/meminfo",
     "/proc/pressure/memory",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from ..engine.lockstep import Epoch
 from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
 from ..model.weights import Checkpoint, describe
 from ..plan import Plan
-from . import links, pairing, parts, placing
+from . import hostsfile, links, pairing, parts, placing
 from .control import Formation, Head, Return
 from .fetch import Hub
 from .hosts import RemoteRanks
+from .hostsfile import Host
 from .launcher import Progress
 from .links import Link
+from .rdma import Devices
 from .sharing import Say, Sharing
 from .state import Node
 
@@ -47,6 +49,7 @@ class Formed:
         formation: the machines.
         folders: of the model, on each.
         backend, exchange: how ranks exchange, and why.
+        devices: of RDMA, see `rdma.Devices`.
         links: what was measured between pairs of ranks.
         plan: who holds what.
         reason: why, in one line.
@@ -59,6 +62,7 @@ class Formed:
     links: Mapping[tuple[int, int], Link]
     plan: Plan
     reason: str
+    devices: Devices
 
 
 class Joined:
@@ -69,6 +73,7 @@ class Joined:
         nodes: how many machines; 0: all that belong to the cluster.
         wanted: placement and exchange, as far as they were asked for.
         say: told what is waited for and what was decided, in sentences.
+        hosts: of a hosts file: who is awaited, and at which addresses machines exchange.
     """
 
     def __init__(
@@ -77,8 +82,11 @@ class Joined:
         nodes: int = 0,
         wanted: placing.Wanted | None = None,
         say: Callable[[str], None] = lambda _: None,
+        hosts: Sequence[Host] = (),
     ) -> None:
-        self._head, self._nodes, self._say = head, nodes, say
+        self._head, self._nodes = head, nodes
+        self._hosts = hosts
+        self._say = self._naming(say)
         self._wanted = wanted or placing.Wanted()
         self._formed: Formed | None = None  # not started yet
         self._present: Formed | None = None  # what was started last
@@ -94,6 +102,15 @@ class Joined:
         """
         folder, self._hub = parts.open_model(model)
         return folder
+
+    def _naming(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """With a hosts file whoever is awaited has a name."""
+
+        def with_names(text: str) -> None:
+            here = [n["address"] for n in self._head.status()["nodes"] if n["here"]]
+            say("; ".join(filter(None, [text, hostsfile.awaited(self._hosts, here)])))
+
+        return with_names if self._hosts else say
 
     def form(
         self,
@@ -131,6 +148,21 @@ class Joined:
                 self._say(f"{error}; what it has fetched is kept")
         return self._formed.plan, self._formed.reason
 
+    @property
+    def formed(self) -> Formed | None:
+        """What was decided for the group that is not started yet."""
+        return self._formed
+
+    def measure_again(self) -> dict[tuple[int, int], Link]:
+        """The links of the group that is not started yet, once more.
+
+        Raises:
+            ClusterError: a machine was lost meanwhile.
+        """
+        assert self._formed is not None
+        self._links.clear()
+        return self._measure(self._formed.formation.members)
+
     def start(
         self, order: dict[str, Any], progress: Progress | None = None, epoch: Epoch = FIRST
     ) -> RemoteRanks:
@@ -151,6 +183,7 @@ class Joined:
             formed.exchange,
             formed.folders,
             epoch,
+            formed.devices,
         )
         try:
             ranks.load(order, progress)
@@ -239,9 +272,15 @@ class Joined:
         self, formation: Formation, say: Say, ending: threading.Event | None = None
     ) -> Formed:
         checkpoint, options, kernels, draft = self._what
+        devices: Devices = []
+        if self._hosts:
+            members, devices = hostsfile.arranged(self._hosts, formation.members)
+            formation = replace(formation, members=members)
         members = formation.members
         found = self._sharing.find(members)
-        backend, exchange = placing.exchange(self._wanted.backend, self._wanted.wire, members)
+        backend, exchange, devices = placing.exchange(
+            self._wanted.backend, self._wanted.wire, members, devices
+        )
         measured = self._measure(members)
         plan, reason = placing.place(
             describe(checkpoint),
@@ -252,12 +291,13 @@ class Joined:
             options,
             kernels,
             draft,
+            backend,
         )
         self._sharing.fetch(members, found, plan, say, ending)
         if measured:
             exchange = f"{exchange}; {placing.describe_links(members, measured)}"
         folders = [each.folder for each in found]
-        return Formed(formation, folders, backend, exchange, measured, plan, reason)
+        return Formed(formation, folders, backend, exchange, measured, plan, reason, devices)
 
     def _measure(self, members: tuple[Node, ...]) -> dict[tuple[int, int], Link]:
         """Every pair, one after the other: links that are busy say little. Each is measured once

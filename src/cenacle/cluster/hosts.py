@@ -21,6 +21,7 @@ from ..errors import CenacleError, ClusterError, RankLost
 from ..plan import Plan
 from .control import Formation, Head
 from .launcher import STOP_S, LocalRanks
+from .rdma import Devices
 from .state import SILENCE_S
 
 FATE_S = 1.0  # longest wait for an agent's word on how a rank ended
@@ -52,8 +53,10 @@ class RemoteRanks(LocalRanks):
         reason: str,
         folders: Sequence[str],
         epoch: Epoch,
+        devices: Devices | None = None,
     ) -> None:
         self.plan = plan
+        self._devices = devices or []
         self.nodes = len(formation.members)
         self.backend, self.backend_reason = backend, reason
         self.formation, self._head, self._folders = formation, head, folders
@@ -89,6 +92,7 @@ class RemoteRanks(LocalRanks):
                 "rank": rank,
                 "backend": self.backend if self.nodes > 1 else "alone",
                 "addresses": addresses,
+                "devices": self._devices,
                 "secret": secret,
                 "relay": self._relays[rank],
                 "token": token,

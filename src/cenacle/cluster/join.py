@@ -106,14 +106,24 @@ def pair(folder: Path, host: str, port: int, token: str, name: str) -> pairing.I
     )
 
 
-def ask(identity: pairing.Identity, host: str, port: int, what: str, **more: Any) -> dict[str, Any]:
+def ask(
+    identity: pairing.Identity,
+    host: str,
+    port: int,
+    what: str,
+    deadline_s: float = DEADLINE_S,
+    **more: Any,
+) -> dict[str, Any]:
     """Ask the head something.
+
+    Args:
+        deadline_s: of the answer.
 
     Raises:
         CenacleError: it cannot be reached, or what it said, in its own class.
     """
     where = f"{host}:{port}"
-    channel = Channel(call(host, port, identity.client(), pairing.SERVER_NAME), DEADLINE_S)
+    channel = Channel(call(host, port, identity.client(), pairing.SERVER_NAME), deadline_s)
     try:
         channel.send({"type": "ask", "what": what, **more})
         return _said(channel, "answer", where)

@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import platform
 import socket
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -22,6 +23,10 @@ import psutil
 
 from .. import native
 from ..collective import mesh
+from ..cost import catalog
+from ..cost.dealt import MACHINE
+from ..errors import CenacleError
+from . import rdma
 
 PACKAGE = Path(__file__).parent.parent
 READ_BYTES = 256 * 2**20  # more than caches hold
@@ -49,6 +54,9 @@ def facts() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu,
         "metal": mx.device_info() if gpu and mx.metal.is_available() else None,
+        "cuda": gpu and not mx.metal.is_available(),
+        "thunderbolt": _thunderbolt(),
+        "calibrated": _calibrated(),
         "kernels": native.describe() if native.available() else "mlx",
         "read_bytes_s": _read_rate(gpu),
         "no_mesh": mesh.why_not(),
@@ -159,10 +167,37 @@ def _read_rate(gpu: bool) -> float:
     return piece / best
 
 
+def _calibrated() -> dict[str, float]:
+    """What `cenacle calibrate` found here that does not depend on how many ranks share it."""
+    try:
+        found = catalog.load().machine(MACHINE)
+    except CenacleError:
+        return {}
+    kept = ("efficiency", "compute", "overhead_us", "tflops")
+    return {k: found[k] for k in kept if found.facts[k].confidence == "M"}
+
+
+def _thunderbolt() -> list[dict[str, str]]:
+    """Ports with RDMA and where they lead, see `rdma.ports`."""
+    if sys.platform != "darwin":
+        return []
+    commands = (  # never run
+        ["system_profiler", "SPThunderboltDataType", "-json"],
+        ["networksetup", "-listallhardwareports"],
+        ["ibv_devices"],
+    )
+    said = []
+    for command in commands:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+            return []
+        said.append(done.stdout)
+    return rdma.ports(*said)
+
+
 def _processor() -> str:
     if sys.platform == "darwin":  # never run
-        import subprocess
-
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     info = Path("/proc/cpuinfo")

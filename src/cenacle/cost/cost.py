@@ -217,8 +217,8 @@ def predict(
         link: between them; None for one node.
         placement: of experts (scheme "expert"): one of `PLACEMENTS`.
         trunk: "replicated" or "sharded" (scheme "expert").
-        shares: relative parts per node where the placement is weighted; None: by bandwidth within
-            memory.
+        shares: each node's part where the placement is weighted, adding up to 1; None: by
+            bandwidth within memory.
         rest_sliced: whether dense layers, shared experts and head are cut over the nodes (scheme
             "expert"), or are on all.
 

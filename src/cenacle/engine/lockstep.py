@@ -207,6 +207,18 @@ class Group:
             self._scheduler.measure_every = every
             self.terms = Terms()
 
+    def compute_all(self, on: bool) -> None:
+        """Whether requests that are submitted from now on use nothing that was computed before."""
+        with self._lock:
+            self._scheduler.fresh = on
+
+    def forget(self, every: int) -> None:
+        """As `measure`, and forget all that was counted: nobody had asked yet."""
+        self.measure(every)
+        with self._lock:
+            self.drafts = Drafts()
+            self.counts = dict.fromkeys(self.counts, 0)
+
     def submit(self, request: Request, sink: Sink) -> None:
         """Begin a request. While ranks are being started it waits.
 

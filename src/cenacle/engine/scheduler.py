@@ -104,6 +104,7 @@ class Scheduler:
         self.resize(kv_bytes, footprint or Footprint(0), cache_bytes)
         self._prefixes = Prefixes()
         self._disk_bytes = disk_bytes
+        self.fresh = False  # whether all is computed, and nothing of it kept for others
         self._pages = Pages()
         self._loaded: list[Load] = []
         self._kept: list[str] = []
@@ -337,13 +338,13 @@ class Scheduler:
         """Whether much of its prompt is being read from disk, or processed for somebody else."""
         if self._pages.waits(request.id):
             return True
-        if not self._turns or not self._cache_bytes:
+        if not self._turns or not self._cache_bytes or self.fresh:
             return False
         tokens = packed(request.tokens)
         return self._prefixes.coming(tokens) >= self._prefixes.find(tokens)[1] + WORTH
 
     def _look_up(self, running: _Running, reused: list[Reuse]) -> None:
-        if not self._cache_bytes:
+        if not self._cache_bytes or self.fresh:
             return
         request, tokens = running.request, packed(running.request.tokens)
         cuts: set[int] | None = set() if self.footprint.exact else None
@@ -420,7 +421,7 @@ class Scheduler:
     def _seek(self, request: Request) -> bool:
         """Have its beginning read from disk, if there is much more of it than in memory."""
         tokens = packed(request.tokens)
-        pages = self._pages.chain(tokens)
+        pages = () if self.fresh else self._pages.chain(tokens)
         if not pages or pages[-1].end < self._prefixes.find(tokens)[1] + WORTH:
             return False
         if self._size(pages[-1].end, len(pages)) > self._cache_bytes:

@@ -136,6 +136,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from .. import native
     from ..model import residency
     from ..model.experts import parallelize
+    from ..model.sums import sums_of
     from ..model.watch import Watch
     from ..model.weights import Checkpoint, load
     from . import drafting
@@ -162,6 +163,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         mx.set_wired_limit(residency.wired_limit(mx.device_info(), need))
     native.use_activations(order.get("activations", "int16"))
     model = load(checkpoint, plan, collective.rank, progress)
+    summed = sums_of(model) if order.get("sums") else None
     parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
     drafter = None
     if draft is not None:
@@ -186,6 +188,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     ready["memory_left"] = memory_left() - kept
     if disk is not None:
         ready |= {"pages": disk.listed, "notices": disk.notices}
+    ready["sums"] = summed
     channel.send({**ready, "footprint": asdict(engine.footprint())})
     while True:
         message = receive(channel)

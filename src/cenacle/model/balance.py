@@ -18,14 +18,15 @@ import random
 from collections.abc import Sequence
 from itertools import product
 
-from ..errors import PlanError
+from ..cost.dealt import Measured, predict_plan
+from ..errors import CenacleError, PlanError
 from ..plan import Plan
 from ..spec import ModelSpec
 
 Holders = Sequence[Sequence[int]]
 """For each expert the ranks that can compute it, ascending."""
 
-# What `choose` assumes of a machine: it is asked before anything was measured.
+# What `choose` assumes of machines that nobody has measured.
 LATENCY_S = 100e-6  # an exchange, and waiting in it for the slowest (docs/LOG.md: two local ranks)
 CPU_BYTES_S = 20e9  # native kernels on one core, 4 bits (docs/LOG.md)
 GPU_BYTES_S = 400e9  # a Mac Studio's memory is about as fast
@@ -192,12 +193,15 @@ def expert_reads(plan: Plan, skips: bool) -> float:
     return sum(seen) / len(seen)
 
 
-def token_s(plan: Plan, gpu: bool = False, latency_s: float = LATENCY_S) -> float:
+def token_s(
+    plan: Plan, gpu: bool = False, latency_s: float = LATENCY_S, bytes_s: float | None = None
+) -> float:
     """Modelled seconds of one decoded token: bytes of the busiest rank and exchanges.
 
     Args:
         gpu: whether ranks compute on GPUs.
         latency_s: seconds of an exchange.
+        bytes_s: at which the quickest rank reads weights; None: as assumed.
     """
     spec = plan.spec
     speeds = speeds_of(plan.nodes, plan.shares)
@@ -210,7 +214,41 @@ def token_s(plan: Plan, gpu: bool = False, latency_s: float = LATENCY_S) -> floa
         trunk = max(trunk, own * fastest / speed)
     experts = sum(m.expert_bytes for m in spec.moe) * expert_reads(plan, skips=not gpu)
     exchanges = plan.exchanges * latency_s if plan.nodes > 1 else 0.0
-    return (trunk + experts) / (GPU_BYTES_S if gpu else CPU_BYTES_S) + exchanges
+    return (trunk + experts) / (bytes_s or _bytes_s(gpu)) + exchanges
+
+
+def _bytes_s(gpu: bool) -> float:
+    return GPU_BYTES_S if gpu else CPU_BYTES_S
+
+
+def measured_s(plan: Plan, measured: Measured, gpu: bool = False) -> float:
+    """The same by the performance model (`cost/`), on machines that were measured.
+
+    Raises:
+        CenacleError: it has no word on this plan.
+    """
+    terms = predict_plan(plan, measured).terms
+    seconds = sum(terms.values())
+    if gpu and plan.nodes > 1:  # it does not know that stock kernels cannot skip an expert
+        reads = expert_reads(plan, skips=False) / expert_reads(plan, skips=True)
+        seconds += (reads - 1) * terms["experts"]
+    return seconds
+
+
+def _times(
+    plans: Sequence[Plan], gpu: bool, latency_s: float, measured: Measured | None
+) -> tuple[list[float], str]:
+    """Seconds of a token under each plan, and what they are made of."""
+    if measured is None:
+        by = f"at {_bytes_s(gpu) / 1e9:g} GB/s a node and {1e3 * latency_s:g} ms an exchange"
+        return [token_s(p, gpu, latency_s) for p in plans], f"{by}, assumed"
+    rate, latency_s = measured.bytes_s, measured.latency_s
+    by = f"at {rate / 1e9:.3g} GB/s a node and {1e3 * latency_s:.2g} ms an exchange"
+    by = f"{by}, {measured.said}"
+    try:
+        return [measured_s(p, measured, gpu) for p in plans], by
+    except CenacleError:  # a shape that it does not know: then by bytes alone
+        return [token_s(p, gpu, latency_s, rate) for p in plans], by
 
 
 def choose(
@@ -222,6 +260,7 @@ def choose(
     budgets: Sequence[int] | None = None,
     gpu: bool = False,
     latency_s: float = LATENCY_S,
+    measured: Measured | None = None,
 ) -> tuple[Plan, str]:
     """The plan that was asked for, or of whole and sliced experts and both trunks the quickest.
 
@@ -233,6 +272,7 @@ def choose(
         budgets: see `Plan.replicated`; they need that placement.
         gpu: see `token_s`.
         latency_s: see `token_s`.
+        measured: the machines, where they were measured; then `latency_s` is not looked at.
 
     Returns:
         The plan, and one line that says why, or what of the plan may surprise; empty if nothing.
@@ -257,7 +297,7 @@ def choose(
         raise refused
     if nodes == 1:
         return plans[0], ""
-    times = [token_s(p, gpu, latency_s) for p in plans]
+    times, by = _times(plans, gpu, latency_s, measured)
     best = min(range(len(plans)), key=lambda i: (times[i], i))
     plan, said = plans[best], ""
     if len(plans) > 1:
@@ -268,9 +308,7 @@ def choose(
         ]
         said = (
             f"experts {plan.placement}, trunk {plan.trunk}: {1e3 * times[best]:.2f} ms a token "
-            f"modelled ({', '.join(others)}), at "
-            f"{(GPU_BYTES_S if gpu else CPU_BYTES_S) / 1e9:g} GB/s a node and "
-            f"{1e3 * latency_s:g} ms an exchange"
+            f"modelled ({', '.join(others)}), {by}"
         )
     attention = [p for p in spec.parts if p.kind == "attention"]
     if plan.trunk == "sharded" and not any(plan.divides(p) for p in attention):

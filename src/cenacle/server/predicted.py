@@ -4,7 +4,7 @@ Owns: from a plan and a config to the terms of one token, on machines that `cali
 Does not know: HTTP, what was measured while serving (`engine/terms.py`).
 Invariant: nothing is guessed: without a calibrated machine (and, for several nodes, a calibrated
 link) there is no prediction but the reason, which says what to do.
-Next: `cost/cost.py` is the model itself; `cluster_view.py` and the metrics show it.
+Next: `cost/dealt.py` asks the model; `cluster_view.py` and the metrics show it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..cost import catalog, planner
-from ..cost.cost import Job, predict
-from ..cost.shapes import from_config
+from ..cost import dealt
 from ..errors import CenacleError
 from ..plan import Plan
-
-MACHINE, LINK = "this", "measured"  # the names under which `cenacle calibrate` saves
-CONTEXT = 512  # positions in the cache of the token that is predicted
 
 
 @dataclass(frozen=True)
@@ -58,31 +53,11 @@ def predicted(plan: Plan, config: dict[str, Any], name: str) -> Predicted | str:
     Returns:
         The prediction, or one sentence that says why there is none. Reads files: call it once.
     """
+    measured = dealt.here(config, plan.nodes)
+    if isinstance(measured, str):
+        return measured
     try:
-        known = catalog.load()
-        if MACHINE not in known.machines:
-            return "this machine was never calibrated: run `cenacle calibrate`"
-        if plan.nodes > 1 and LINK not in known.links:
-            return "the link between nodes was never calibrated: run `cenacle calibrate --nodes 2`"
-        link = LINK if plan.nodes > 1 else None
-        machines, between, study = planner.from_catalogue(
-            known, ",".join([MACHINE] * plan.nodes), link, None
-        )
-        spec = plan.spec
-        weights = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
-        # Bits are those of the checkpoint, through its bytes.
-        job = Job(from_config(name, config), catalog.quant(16), CONTEXT, bytes_=weights)
-        found = predict(
-            job,
-            "expert" if plan.nodes > 1 else "single",
-            machines,
-            between,
-            study,
-            placement="weighted" if plan.placement == "sliced" and plan.shares else plan.placement,
-            trunk=plan.trunk,
-            shares=plan.shares,
-            rest_sliced=plan.trunk == "sharded",
-        )
+        found = dealt.predict_plan(plan, measured, name)
     except CenacleError as error:
         return f"the performance model cannot say: {error}"
     seconds = found.terms
@@ -94,7 +69,8 @@ def predicted(plan: Plan, config: dict[str, Any], name: str) -> Predicted | str:
         "rest": seconds["head"],
     }
     terms["total"] = sum(terms.values())
-    basis = machines[0].title + (f"; link {between.title}" if between is not None else "")
+    link = measured.link
+    basis = measured.machines[0].title + (f"; link {link.title}" if link is not None else "")
     return Predicted({k: 1000 * v for k, v in terms.items()}, found.tok_per_s, basis)
 
 

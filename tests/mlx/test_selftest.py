@@ -1,0 +1,252 @@
+"""What a self-test compares: sums of weights whatever the placement, answers, links."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from one_process import VECTORS
+
+import cenacle
+from cenacle import selftest
+from cenacle.cluster.control import Formation
+from cenacle.cluster.links import Link
+from cenacle.cluster.state import Node
+from cenacle.errors import ClusterError, PlanError
+from cenacle.model import sums
+from cenacle.model.sums import compare, sums_of
+from cenacle.model.synth import synth
+from cenacle.model.weights import Checkpoint, describe, load, named_arrays
+from cenacle.plan import Plan
+from cenacle.selftest import Answer, SelfTest, bad_links, differs, prompts, tolerance_of
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+
+
+def loaded(checkpoint, plan, rank=0):
+    return load(checkpoint, plan, rank, lambda done, total: None)
+
+
+def slow_sum(array) -> int:
+    """Word by word."""
+    words = np.array(array.view({2: mx.uint16, 4: mx.uint32}[array.dtype.size])).reshape(-1)
+    return sum(int(w) for w in words) % sums.MODULUS
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint32])
+def test_a_sum_is_that_of_the_words(dtype, monkeypatch):
+    monkeypatch.setattr(sums, "_PIECE", 1000)
+    array = mx.random.randint(-(2**30), 2**30, (37, 101)).astype(dtype)
+    assert sums._sum(array) == slow_sum(array)
+    assert sums._sum(array.T) == slow_sum(mx.contiguous(array.T))
+    assert sums._sum(mx.array([True, False, True])) == 2
+    assert sums._sum(mx.array([2**40 + 5, -1])) == (2**8 + 5 + 2 * (2**32 - 1)) % 2**32
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """Shared experts, a dense first layer, latent attention, four bits."""
+    folder = tmp_path_factory.mktemp("synth")
+    synth(folder, family="qwen2_moe", quantize=4, dtype="bfloat16", overwrite=True)
+    return folder
+
+
+def plans_of(spec):
+    for nodes in (2, 3):
+        for trunk in ("replicated", "sharded"):
+            for make in (
+                lambda n, t: Plan.whole(spec, n, None, t),
+                lambda n, t: Plan.whole(spec, n, (3, 2, 2)[:n], t),
+                lambda n, t: Plan.sliced(spec, n, None, t),
+                lambda n, t: Plan.replicated(spec, n, None, None, t),
+            ):
+                try:
+                    yield make(nodes, trunk)
+                except PlanError:
+                    continue
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "quantised"])
+def test_parts_are_found_to_be_those_of_the_whole(name, quantised):
+    checkpoint = Checkpoint.open(quantised if name == "quantised" else VECTORS / name)
+    spec = describe(checkpoint)
+    whole = sums_of(loaded(checkpoint, Plan.whole(spec, 1)))
+    tried = 0
+    for plan in plans_of(spec):
+        ranks = [sums_of(loaded(checkpoint, plan, r)) for r in range(plan.nodes)]
+        found = compare(whole, plan, ranks)
+        assert not found.wrong, (plan.placement, plan.nodes, plan.trunk)
+        # Key heads that two ranks share are the only parts that overlap.
+        assert found.unknown <= (0.2 * found.same if plan.trunk == "sharded" else 0)
+        tried += 1
+        wrong = {**ranks[1], "x": [1, 1]}
+        stacked = next(n for n, s in whole.items() if len(s) > 2)
+        wrong[stacked] = [*wrong[stacked][:-1], (wrong[stacked][-1] + 1) % sums.MODULUS]
+        ((bad, expert, blamed),) = compare(whole, plan, [ranks[0], wrong, *ranks[2:]]).wrong
+        assert bad == stacked
+        assert expert == plan.layers[0].held_by(1)[-1]
+        assert 1 in blamed
+        if plan.placement != "sliced":
+            assert blamed == (1,)
+    assert tried >= 4
+
+
+def test_every_byte_counts(tmp_path):
+    """One bit of one weight in a file: the sum that is not the same is that tensor's."""
+    folder = tmp_path / "model"
+    shutil.copytree(VECTORS / "mixtral", folder)
+    checkpoint = Checkpoint.open(folder)
+    plan = Plan.whole(describe(checkpoint), 1)
+    before = sums_of(loaded(checkpoint, plan))
+    tensor = next(t for n, t in checkpoint.tensors.items() if "experts.1" in n)
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.start + 40)
+        byte = file.read(1)[0]
+        file.seek(tensor.start + 40)
+        file.write(bytes([byte ^ 1]))
+    ((name, expert, ranks),) = compare(before, plan, [sums_of(loaded(checkpoint, plan))]).wrong
+    assert (expert, ranks) == (1, (0,))
+    assert "experts" in name or "switch_mlp" in name
+
+
+def test_ranks_that_hold_the_same_are_compared_without_the_whole():
+    checkpoint = Checkpoint.open(DEMO)
+    plan = Plan.sliced(describe(checkpoint), 2)
+    model = loaded(checkpoint, plan)
+    ranks = [sums_of(model), sums_of(loaded(checkpoint, plan, 1))]
+    assert selftest._unlike(plan, ranks) == []
+    name = next(n for n, _ in named_arrays(model) if "norm" in n)
+    ranks[1][name] = [ranks[1][name][0], 7]
+    assert selftest._unlike(plan, ranks) == [name]
+    assert selftest._unlike(replace(plan, trunk="sharded"), ranks) == []
+
+
+def test_prompts_are_the_same_always_and_fit():
+    assert prompts(1000, None) == prompts(1000, 10**6)
+    assert [len(p) for p in prompts(1000, None)] == [8] * 16 + [2304]
+    assert len(prompts(384, 1024)[-1]) + 8 < 1024
+    assert {t for p in prompts(384, None) for t in p} == set(range(384))
+
+
+TOP = ({7: -0.1, 8: -2.5}, {3: -0.5, 4: -0.505}, {5: -1.0})
+GIVEN = Answer((7, 3, 5), TOP)
+
+
+@pytest.mark.parametrize(
+    ("got", "said"),
+    [
+        (GIVEN, ""),
+        (Answer((7, 3, 5), ({7: -0.11, 8: -2.49, 9: -9.0}, *TOP[1:])), ""),
+        (Answer((7, 3, 5), ({7: -0.13, 8: -2.5}, *TOP[1:])), "id 7 was -0.100, is -0.130"),
+        (Answer((7, 3, 5), (*TOP[:2], {5: math.nan})), "token 2 the log-probability of id 5"),
+        # As probable as each other: from there on anything may follow.
+        (Answer((7, 4, 9), (TOP[0], {3: -0.505, 4: -0.5}, {9: -4.0})), ""),
+        (Answer((8, 3, 5), TOP), "token 0 was 7, is 8"),
+        (Answer((7, 3), TOP[:2]), "3 tokens were answered, now 2"),
+    ],
+)
+def test_answers_may_differ_by_rounding_and_no_more(got, said):
+    assert Answer.from_json(json.loads(json.dumps(got.to_json()))).tokens == got.tokens
+    found = differs(GIVEN, got, selftest.FINE)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+def test_in_few_bits_one_may_differ_by_much_but_not_most():
+    far = Answer((7, 3, 5), ({7: -0.1, 8: -1.5}, *TOP[1:]))
+    assert differs(GIVEN, far, selftest.FINE)
+    assert not differs(GIVEN, far, selftest.COARSE)
+    assert selftest.spread([GIVEN] * 20, [GIVEN] * 19 + [far]) == 0
+    assert selftest.spread([GIVEN] * 20, [far] * 20) == 1 > selftest.COARSE.usual
+    assert selftest.spread([], []) == math.inf, "nothing to compare is no agreement"
+
+
+def test_what_computes_in_few_bits_may_differ_more():
+    native, mlx = "Device(cpu, 0), AVX-512 kernels, 1 thread", "Device(gpu, 0)"
+    assert tolerance_of("bfloat16", [native, native]) == selftest.FINE
+    assert tolerance_of("float32", [mlx, native]) == selftest.FINE
+    assert tolerance_of("bfloat16", [mlx, native]) == selftest.COARSE
+    assert tolerance_of("bfloat16", [native + ", int8 activations"]) == selftest.COARSE
+
+
+GOOD = {(0, 1): Link(50e-6, 1.1e9), (0, 2): Link(60e-6, 1e9), (1, 2): Link(55e-6, 1.2e9)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({(0, 1): Link(120e-6, 0.5e9)}, None),
+        ({(0, 1): Link(50e-6, 11e6)}, "a and b carries 11 MB/s, and a sound gigabit cable 110"),
+        ({(0, 2): Link(9e-3, 1e9)}, "a and c takes 9.0 ms one way: Wi-Fi"),
+        ({(1, 2): Link(50e-6, 0.3e9)}, "b and c carries 300 MB/s, and carried 1200"),
+        ({(1, 2): Link(600e-6, 1e9)}, "b and c takes 600 us one way, and took 55"),
+    ],
+)
+def test_links_that_are_not_what_they_were(changed, said):
+    bad = bad_links("abc", {**GOOD, **changed}, GOOD)
+    assert ([] if said is None else list(changed)) == list(bad)
+    assert said is None or said in bad[next(iter(changed))]
+
+
+def test_a_link_is_compared_with_the_others_where_nothing_is_known():
+    slow = {**GOOD, (0, 1): Link(50e-6, 110e6)}
+    assert list(bad_links("abc", slow, {})) == [(0, 1)]
+    assert not bad_links("ab", {(0, 1): Link(50e-6, 110e6)}, {}), "a gigabit between two is sound"
+
+
+def formed(link):
+    members = tuple(Node(n, n, True, "", facts={"processor": "p"}) for n in "ab")
+    return SimpleNamespace(
+        formation=Formation(1, members), links={(0, 1): link}, backend="mesh", exchange=""
+    )
+
+
+def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
+    checkpoint = Checkpoint.open(DEMO)
+    plan = Plan.whole(describe(checkpoint), 2)
+    slow, said = Link(50e-6, 10e6), []
+
+    def no() -> selftest.Seen:
+        raise AssertionError("nothing is to be loaded")
+
+    tried = []
+
+    def measure():
+        tried.append(1)
+        return {(0, 1): slow}
+
+    test = SelfTest(tmp_path, False, said.append)
+    with pytest.raises(ClusterError, match=r"between a and b carries 10 MB/s.*--no-selftest"):
+        test.before(checkpoint, plan, {}, no, formed(slow), measure)
+    assert len(tried) == 2, "it is measured again before it is believed"
+    # Another time somebody else had used it.
+    seen = selftest.Seen((), (), (), 0.0)
+    quick = {(0, 1): Link(50e-6, 1e9)}
+    assert test.before(checkpoint, plan, {}, lambda: seen, formed(slow), lambda: quick)
+    # What has passed before is not kept from serving, but said.
+    (tmp_path / "selftest" / f"{test._digest[:32]}.json").parent.mkdir()
+    record = {"format": selftest.FORMAT, "passed": [test._key]}
+    (tmp_path / "selftest" / f"{test._digest[:32]}.json").write_text(json.dumps(record))
+    said.clear()
+    assert not test.before(checkpoint, plan, {}, no, formed(slow), measure)
+    assert "carries 10 MB/s" in said[0]
+    # Another plan has not passed.
+    assert test.before(checkpoint, Plan.sliced(plan.spec, 2), {}, lambda: seen, formed(quick[0, 1]))
+
+
+def test_where_the_whole_does_not_fit_there_is_nothing_to_compare_with(tmp_path):
+    checkpoint = Checkpoint.open(DEMO)
+    said = []
+
+    def no() -> selftest.Seen:
+        raise PlanError("rank 0 needs too much")
+
+    test = SelfTest(tmp_path, True, said.append)
+    assert test.before(checkpoint, Plan.whole(describe(checkpoint), 2), {}, no)
+    assert "nothing to compare with yet: the model does not fit" in said[-1]

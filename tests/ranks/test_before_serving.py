@@ -1,0 +1,77 @@
+"""A self-test of real groups: what passes, what is remembered, and one byte that is wrong."""
+
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import cenacle
+from cenacle.cluster.launcher import LocalRanks
+from cenacle.errors import ClusterError
+from cenacle.model.weights import Checkpoint
+from cenacle.selftest import SelfTest
+
+DEMO = Path(cenacle.__file__).parent / "demo_model"
+
+
+def serve(folder, nodes, always=True, **how):
+    """What a start with a self-test says."""
+    said = []
+    test = SelfTest(folder, always, said.append)
+    with cenacle.load(str(folder / "model"), nodes, selftest=test, **how) as model:
+        assert model.group.counts == {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        assert model.generate("What is 12 + 30?", max_tokens=8).text == "42"
+    return said
+
+
+def flip(tensor, at, bit=1):
+    """Change one bit of a tensor's file; again: as it was."""
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.start + at)
+        byte = file.read(1)[0]
+        file.seek(tensor.start + at)
+        file.write(bytes([byte ^ bit]))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A copy of the demo model that was served once, and what that start said."""
+    folder = tmp_path_factory.mktemp("selftest")
+    shutil.copytree(DEMO, folder / "model")
+    return folder, serve(folder, 2, always=False, placement="whole")
+
+
+def test_a_group_is_compared_with_one_node_and_what_passed_is_remembered(first):
+    folder, said = first
+    assert "first one node alone" in said[1]
+    assert "passed" in said[2]
+    assert "17 prompts" in said[2]
+    assert "an exchange takes" in said[2]
+    assert serve(folder, 2, always=False, placement="whole") == []
+    # Another plan is compared with what that one node gave.
+    said = serve(folder, 2, always=False, placement="sliced", trunk="sharded")
+    assert len(said) == 2
+    assert "passed" in said[1]
+
+
+def test_a_byte_that_is_wrong_is_named_and_not_served(first):
+    """Of all the model's bytes one of the least telling: the lowest bits of one weight."""
+    folder, _ = first
+    tensors = Checkpoint.open(folder / "model").tensors
+    name = next(n for n, t in tensors.items() if "experts" in n and t.start > 3 << 20)
+    flip(tensors[name], 400)
+    try:
+        with pytest.raises(ClusterError, match=r"rank [01] does not hold .* of expert \d+\. Noth"):
+            serve(folder, 2, placement="whole")
+    finally:
+        flip(tensors[name], 400)
+
+
+def test_a_group_that_computes_something_else_is_not_served(first, monkeypatch):
+    """As if a chip multiplied wrongly: the weights are right, and the ranks agree."""
+    program = (sys.executable, str(Path(__file__).parent / "wrong_rank.py"))
+    monkeypatch.setattr("cenacle.api.LocalRanks", partial(LocalRanks, program=program))
+    with pytest.raises(ClusterError, match="tokens is answered otherwise than by one node"):
+        serve(first[0], 2, placement="whole")
