@@ -85,7 +85,7 @@ class Cluster:
             status, health = self.ask("/health")
             return health if status == 200 and health.get("status") == "ok" else None
 
-        return until(ok, f"a group that works; {self.logs()}", 60)
+        return until(ok, f"a group that works; {self.logs()}", 120)
 
     def status(self, host: Host) -> dict[str, Any]:
         """What `cenacle status` says on a host."""
