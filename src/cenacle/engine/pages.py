@@ -18,7 +18,7 @@ from typing import Any
 
 from ..request import Load, Page, Store
 
-PAGE = 256  # tokens
+PAGE = 128  # tokens: what is left to compute of a prompt is one part, see `scheduler.TAIL`
 FIRST = 4096  # tokens
 AT_ONCE = 4  # pages that are being written: each is in memory meanwhile
 KEY = 24  # letters of a page's key
@@ -166,6 +166,11 @@ class Pages:
     def waits(self, request_id: str) -> bool:
         """Whether a request waits for pages."""
         return any(request_id in seeking.requests for seeking in self._seeking.values())
+
+    @property
+    def any(self) -> bool:
+        """Whether there are pages at all."""
+        return bool(self._known)
 
     @property
     def seeking(self) -> bool:

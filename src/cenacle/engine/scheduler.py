@@ -420,6 +420,8 @@ class Scheduler:
 
     def _seek(self, request: Request) -> bool:
         """Have its beginning read from disk, if there is much more of it than in memory."""
+        if not self._pages.any:
+            return False
         tokens = packed(request.tokens)
         pages = () if self.fresh else self._pages.chain(tokens)
         if not pages or pages[-1].end < self._prefixes.find(tokens)[1] + WORTH:
