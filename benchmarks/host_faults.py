@@ -7,11 +7,14 @@ Hosts are network namespaces (`tests/hosts`), so this needs Linux and the right 
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -23,6 +26,7 @@ from cenacle.cluster import join as joining
 from cenacle.cluster import pairing
 from cenacle.engine.channel import Channel
 from cenacle.errors import CenacleError, ClusterError
+from cenacle.model.ranges import JOURNAL
 from cluster import API, CONTROL, JOIN, UP, WORKER, Cluster, Health, Streaming, head
 from found import DETECTED_S, Found
 from net import Host, inside
@@ -147,6 +151,64 @@ def unplug(trial: Trial, host: Host) -> Iterator[None]:
     trial.cluster.network.link(host, "down")
     yield
     trial.cluster.network.link(host, "up")
+
+
+# What happens to a host's part of the model. It has the model no more, and fetches its part.
+
+
+@contextmanager
+def disk_full(trial: Trial, host: Host) -> Iterator[None]:
+    """It comes back without the model, to a disk that has no room for its part."""
+    cache = host.folder / ".cache"
+    without_model(host)
+    cache.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", cache], check=True)
+    try:
+        yield
+        trial.cluster.join(host)
+        said = trial.wait_for(lambda: "free on this disk" in why_out(trial, host), RECOVERED_S)
+        expect(said, f"a full disk was not explained: {why_out(trial, host)}")
+        # Programs of a host have mounts of their own: of this one they see the size only.
+        subprocess.run(["mount", "-o", "remount,size=64m", "none", cache], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", cache], check=True)
+
+
+@contextmanager
+def corrupted(trial: Trial, host: Host) -> Iterator[None]:
+    """It fetches its part; one byte of that is another when its agent is started again."""
+    without_model(host)
+    yield
+    trial.cluster.join(host)
+    expect(trial.wait_for(lambda: trial.health.whole, RECOVERED_S), "it did not fetch its part")
+    host.kill(JOIN)
+    (part,) = (host.folder / ".cache/cenacle/models").iterdir()
+    noted = [json.loads(line) for line in (part / JOURNAL).read_text().split("\n") if line]
+    last = [n for n in noted if "start" in n and n["file"].endswith(".safetensors")][-1]
+    at = last["start"] + last.get("kept", [(0, 0)])[0][0]
+    with (part / last["file"]).open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+    before = len(host.log.read_text())
+    trial.cluster.join(host)
+    said = trial.wait_for(
+        lambda: "were damaged, and fetched again" in host.log.read_text()[before:], RECOVERED_S
+    )
+    expect(said, "a byte that changed was not noticed")
+
+
+def without_model(host: Host) -> None:
+    """Its agent ends, and its copy of the model and what it has fetched are removed."""
+    host.kill(JOIN)
+    for folder in (*host.folder.glob("**/answers"), host.folder / ".cache"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def why_out(trial: Trial, host: Host) -> str:
+    """Why a host does not take part."""
+    return str(trial.cluster.nodes().get(host.letter, {}).get("reason"))
 
 
 # What strangers and mistaken people do.
@@ -466,5 +528,7 @@ ROWS: dict[str, Row | HeadRow] = {
     "foreign-certificate": Row(foreign_certificate, recovers=False),
     "garbage": Row(garbage, recovers=False),
     "garbage-forming": Row(garbage_forming),
+    "disk-full": Row(disk_full),
+    "corrupted": Row(corrupted),
     "two-heads": Row(two_heads, recovers=False),
 }
