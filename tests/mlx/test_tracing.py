@@ -43,6 +43,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
         nodes=2,
         reads={1: (50.0, 0.1), 256: (20.0, 0.05)},
         kernels={"a": (10.0, 0.1, 70.0), "b": (12.0, 0.1, 90.0)},
+        alone={"a": 17.0, "b": 19.0},
         overhead_us=(500.0, 0.02),
         exchanges={64: (40.0, 0.1), 1_000_064: (540.0, 0.1)},
         working_us=(104.096, 0.2),  # of 8192 bytes, which take 4.096 us at that rate
@@ -61,6 +62,8 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
     known = catalog.load([file])
     machine, link = known.machine("this"), known.link("measured")
     assert machine["bandwidth_gb_s"] == 20
+    assert machine.bytes_per_s == pytest.approx(11e9)
+    assert machine.alone.bytes_per_s == pytest.approx(18e9)
     assert machine["efficiency"] == 0.55
     assert machine["overhead_us"] == 500
     assert machine.facts["overhead_us"].confidence == "M"
