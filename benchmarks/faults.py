@@ -25,13 +25,14 @@ from pathlib import Path
 import host_faults
 import local_faults
 from found import HEADER, Found
-from net import why_not
+from net import end_tidily, why_not
 
 Rows = dict[str, Found]
 
 
 def main() -> int:
     """Run the rows, print a table; the exit status."""
+    end_tidily()
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--times", type=int, default=10)
     options.add_argument("--rows", default="*", help="names or patterns, with commas between")

@@ -45,7 +45,7 @@ from host_faults import (
     unplug,
     wrong_token,
 )
-from net import Host, enter
+from net import Host, end_tidily, enter
 
 CLIENTS = 2
 PAUSE_S = 1.0
@@ -175,6 +175,7 @@ def look(pid: int) -> tuple[float, float]:
 
 def main() -> int:
     """Run it; the exit status."""
+    end_tidily()
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--minutes", type=float, default=60)
     options.add_argument("--every", type=float, default=60, help="seconds from fault to fault")
