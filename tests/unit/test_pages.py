@@ -129,6 +129,16 @@ def test_what_only_some_ranks_have_is_not_used_but_removed():
     assert len(known(Pages(5, [listed[0]]))) == 1, "there is less room than before"
 
 
+def test_a_page_counts_when_every_rank_has_it():
+    pages = Pages(100, [[], []])
+    pages.want("a", packed([1, 2]), [1])
+    ((store,), _, _) = pages.take()
+    pages.heard(0, {"written": [store.page.key, 5]})
+    assert not pages.any
+    pages.heard(1, {"written": [store.page.key, 5]})
+    assert pages.chain(packed([1, 2])) == (store.page,)
+
+
 class Group:
     """A scheduler, and ranks that do at once what a step says; each answer has one token."""
 

@@ -36,6 +36,7 @@ from mlx_lm.models.cache import (
 from ..errors import InputError
 from .prefixes import Footprint
 
+OPEN = 32  # files that are read at once
 EXACT = (RotatingKVCache, ChunkedKVCache, ArraysCache)  # cannot be cut: they forget
 
 
@@ -129,7 +130,8 @@ class Sequence:
         marks = {}
         for end, path in pages:
             each.append(load_prompt_cache(str(path)))
-            mx.eval([c.state for c in each[-1]])  # else all files would be open at once
+            if len(each) % OPEN == 0 or any(isinstance(c, EXACT) for c in leaves(each[-1])):
+                mx.eval([c.state for caches in each[-OPEN:] for c in caches])
             if exact := [_copy(c) for c in leaves(each[-1]) if isinstance(c, EXACT)]:
                 marks[end] = exact
         return cls([whole(parts) for parts in zip(*each, strict=True)], marks).settle()
