@@ -252,4 +252,9 @@ def until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
 
 def end_tidily() -> None:
     """Let a program that is told to end leave no host behind."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: hosts are being removed
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
