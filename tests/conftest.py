@@ -1,4 +1,4 @@
-"""For all tests: the user's own keys and certificates are not touched."""
+"""For all tests: the user's own keys and certificates are not touched, and none is timed."""
 
 import os
 import tempfile
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

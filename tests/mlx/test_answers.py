@@ -215,7 +215,7 @@ def test_stop_strings_are_for_the_text_alone(thinker):
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "x", "\n", "é"]), max_size=8)
 )

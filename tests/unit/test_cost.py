@@ -47,7 +47,7 @@ def run(job, variant, count, machine=None, link=None):
 
 
 @given(jobs, variants, counts)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_terms_are_positive_and_add_up(job, variant, count):
     p = run(job, variant, count)
     if p is None:
@@ -61,7 +61,7 @@ def test_terms_are_positive_and_add_up(job, variant, count):
 
 
 @given(jobs, variants, counts, st.floats(1, 10), st.sampled_from(["bandwidth_gb_s", "tflops"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_more_of_a_machine_never_slows(job, variant, count, factor, key):
     machine = KNOWN.machine("m3-ultra-512")
     slow = run(job, variant, count, machine)
@@ -74,7 +74,7 @@ def test_more_of_a_machine_never_slows(job, variant, count, factor, key):
 
 
 @given(jobs, variants, counts, st.floats(1, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_better_link_never_slows(job, variant, count, factor):
     link = KNOWN.link("10gbe")
     base = run(job, variant, count, link=link)
@@ -90,7 +90,7 @@ def test_a_better_link_never_slows(job, variant, count, factor):
 
 
 @given(jobs, variants)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_one_node_is_a_single_machine(job, variant):
     one = run(job, variant, 1)
     machine = KNOWN.machine("m3-ultra-512")
@@ -100,7 +100,7 @@ def test_one_node_is_a_single_machine(job, variant):
 
 
 @given(jobs, counts)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_slices_and_layers_lose_no_bytes(job, count):
     """Cut parts add up to the whole; what is on every node is counted on every node."""
     whole = predict(job, "single", (KNOWN.machine("m3-ultra-512"),), None, STUDY)
@@ -114,7 +114,7 @@ def test_slices_and_layers_lose_no_bytes(job, count):
 
 
 @given(jobs, st.integers(2, 6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_slices_read_a_fair_share_and_whole_ones_no_less(job, count):
     sliced = run(job, ("expert", "sliced", "replicated"), count)
     whole = run(job, ("expert", "whole", "replicated"), count)

@@ -383,7 +383,7 @@ _DEEP = st.recursive(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.sampled_from(range(5)), st.data())
 def test_whatever_comes_is_read_or_refused(which: int, data: Any) -> None:
     read, table, needed = _READERS[which]

@@ -42,7 +42,7 @@ def test_the_papers_layouts():
     ),
     data=st.data(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_busiest_is_the_mean_over_all_choices(groups, data):
     experts = sum(size for size, _, _ in groups)
     top_k = data.draw(st.integers(1, experts))
@@ -57,7 +57,7 @@ def test_busiest_is_the_mean_over_all_choices(groups, data):
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_distinct_experts_of_a_batch(experts, tokens, data):
     top_k = data.draw(st.integers(1, experts))
     one = [set(c) for c in combinations(range(experts), top_k)]
@@ -171,7 +171,7 @@ def test_what_is_no_trace_is_an_error(tmp_path):
 
 
 @given(st.integers(0, 1000), st.integers(2, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_swap_is_left_that_sets_more_apart(seed, nodes):
     draw = np.random.default_rng(seed)
     trace = trace_of([list(draw.choice(7, 3, replace=False)) for _ in range(30)], 7)
