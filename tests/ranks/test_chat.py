@@ -27,7 +27,7 @@ from cenacle.server.guard import Policy
 sock = bind(port=0)
 keys = Keys()
 print(keys.add("tester"), flush=True)
-with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.03) as model:
+with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.08) as model:
     policy = Policy.of(sock, keys, require_key=True)
     serve(model, sock, lambda url: print(url, flush=True), policy=policy)
 """

@@ -323,7 +323,7 @@ class Ending:
     """A rank that says why it ends while the next step is on its way to it."""
 
     def __init__(self):
-        self.channels, self.pids = [self], []
+        self.channels, self.pids, self.ready = [self], [], [{}]
         self._sent, self._said = threading.Event(), False
 
     def send(self, message):
