@@ -10,7 +10,7 @@ import pytest
 from net import why_not
 
 FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults.py"
-ROWS = ("stop-rank", "stop-agent", "link-3s", "restart-head")
+ROWS = ("stop-rank", "stop-agent", "link-3s")
 NO_HOSTS = why_not()
 
 

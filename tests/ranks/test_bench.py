@@ -95,23 +95,8 @@ def adds_up(terms):
     assert sum(terms[t] for t in TERMS) == pytest.approx(terms["total"])
 
 
-@pytest.mark.parametrize("where", ["json", "table"])
-def test_ablation_has_every_row_at_every_latency(folder, tmp_path, where):
-    given = [
-        "-m",
-        folder,
-        "--latencies",
-        "0" if where == "table" else "0.3,0",
-        "--tokens",
-        3,
-        "--repeat",
-        1,
-    ]
-    if where == "table":
-        ran = run("ablation", *given)
-        assert ran.returncode == 0, ran.stderr
-        assert ran.stdout.count("P-LR-D") >= 2
-        return
+def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
+    given = ["-m", folder, "--latencies", "0.3,0", "--tokens", 3, "--repeat", 1]
     found = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
     names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole", "ours, replicated", "ours, sliced"]
     names.append("ours, sliced, trunk sharded")

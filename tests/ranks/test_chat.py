@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import closing
@@ -27,7 +28,7 @@ from cenacle.server.guard import Policy
 sock = bind(port=0)
 keys = Keys()
 print(keys.add("tester"), flush=True)
-with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.08) as model:
+with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.03) as model:
     policy = Policy.of(sock, keys, require_key=True)
     serve(model, sock, lambda url: print(url, flush=True), policy=policy)
 """
@@ -61,6 +62,8 @@ class Terminal:
         self.child = pexpect.spawn(
             arguments[0], arguments[1:], env=environment, encoding="utf-8", timeout=30,
             dimensions=(30, 100),
+            # A program that is started in the background may have been told to ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
 
     def see(self, text):

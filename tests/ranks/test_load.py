@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -18,15 +16,14 @@ def run(script: str, *options: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("nodes", ["1", "2"])
-def test_several_people_at_once(nodes):
+def test_several_people_at_once():
     # How much faster than one is not asked here: other tests may have the cores.
-    result = run("load.py", "--seconds", "3", "--alone", "1", "--nodes", nodes, "--faster", "0")
+    result = run("load.py", "--seconds", "3", "--alone", "1", "--nodes", "2", "--faster", "0")
     assert result["requests"] > 5
     assert result["errors"] == {}
     assert result["tok_per_s"] > result["tok_per_s_alone"]
 
 
 def test_wrong_bodies_and_what_the_description_allows():
-    result = run("fuzz.py", "--bodies", "600", "--schema", "1", "--seed", "3")
-    assert sum(result["statuses"].values()) == 600
+    result = run("fuzz.py", "--bodies", "300", "--schema", "1", "--seed", "3")
+    assert sum(result["statuses"].values()) == 300
