@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import psutil
 import pytest
 from mlx.utils import tree_flatten
 from one_process import VECTORS
 
+from cenacle.demo import FOLDER as DEMO
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model.weights import Checkpoint, build, describe, load, locate
 from cenacle.plan import Plan
@@ -293,6 +295,7 @@ RANK = """
 import json, re, sys
 from pathlib import Path
 import mlx.core as mx
+import psutil
 from cenacle.model.weights import Checkpoint, describe, load
 from cenacle.plan import Plan
 
@@ -412,3 +415,13 @@ def test_ranks_have_the_files_rows(tmp_path, write):
             assert mx.array_equal(mx.concatenate(parts), value), name
         else:
             assert all(mx.array_equal(part, value) for part in parts), name
+
+
+def test_models_that_are_only_described_leave_nothing_behind():
+    """A head builds one for each machine whenever it forms a group, for months."""
+    checkpoint = Checkpoint.open(DEMO)
+    describe(checkpoint)
+    before = psutil.Process().memory_info().rss
+    for _ in range(30):  # 28 MB, where the draws of their weights were kept
+        describe(checkpoint)
+    assert psutil.Process().memory_info().rss - before < 10e6

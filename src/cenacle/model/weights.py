@@ -21,6 +21,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -343,12 +344,13 @@ def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
     if refused is not None:
         raise CheckpointError(f"{checkpoint.folder}: {family} cannot be run: {refused}")
     try:
-        model, _ = mlx_lm_utils.load_model(
-            checkpoint.folder,
-            lazy=True,
-            model_config=checkpoint.config,
-            get_model_classes=lambda config: _partial(config, checkpoint, plan, rank),
-        )
+        with _draws_let_go():
+            model, _ = mlx_lm_utils.load_model(
+                checkpoint.folder,
+                lazy=True,
+                model_config=checkpoint.config,
+                get_model_classes=lambda config: _partial(config, checkpoint, plan, rank),
+            )
     except CenacleError:
         raise
     except KeyError as error:
@@ -371,14 +373,28 @@ def build_dense(checkpoint: Checkpoint) -> nn.Module:
     """
     family = architecture.resolve(checkpoint.config)
     try:
-        model, _ = mlx_lm_utils.load_model(
-            checkpoint.folder, lazy=True, model_config=checkpoint.config
-        )
+        with _draws_let_go():
+            model, _ = mlx_lm_utils.load_model(
+                checkpoint.folder, lazy=True, model_config=checkpoint.config
+            )
     except Exception as error:  # as above
         raise CheckpointError(
             f"{checkpoint.folder}: the files do not fit {family}: {error}"
         ) from error
     return model
+
+
+@contextmanager
+def _draws_let_go() -> Iterator[None]:
+    """Build a model and let go of its random weights, which were never computed but replaced.
+
+    MLX's random state would stand at the end of the chain of all those draws and keep it: a
+    megabyte for each small model, and a head builds several whenever it forms a group.
+    """
+    try:
+        yield
+    finally:
+        mx.eval(cast("list[mx.array]", mx.random.state)[0])
 
 
 def _partial(
