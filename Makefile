@@ -19,10 +19,10 @@ test: install lint
 	$(MAKE) -k -j2 test-alone test-together
 
 test-alone:
-	$(BIN)/pytest -p no:cacheprovider tests/unit tests/mlx tests/browser
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/unit tests/mlx tests/browser
 
 test-together:
-	$(BIN)/pytest -p no:cacheprovider tests/ranks tests/hosts
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/ranks tests/hosts
 
 # What failures cost: each ten times, three quarters of an hour; an hour with a fault every minute.
 faults: install
