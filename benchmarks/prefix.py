@@ -1,8 +1,9 @@
 """How much sooner the first token comes when a long system prompt was seen before.
 
-Run: python benchmarks/prefix.py [--nodes N] [--tokens 4000]. A random model of the given form is
-asked twice with the same long beginning and different ends, then once more after it was loaded
-again; the last line is JSON: `first_s`, `second_s` and `restart_s`, seconds to the first token,
+Run: python benchmarks/prefix.py [--nodes N] [--tokens 4000] [--model DIR]. A random model of the
+given form, or that of the folder, is asked twice with the same long beginning and different ends,
+then once more after it was loaded again; the last line is JSON: `first_s`, `second_s` and
+`restart_s`, seconds to the first token,
 how many times shorter the last two are than the first, and how many tokens they found.
 """
 
@@ -50,10 +51,11 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--family", default="qwen3_moe")
+    parser.add_argument("--model", help="a folder, instead of a small random model")
     how = parser.parse_args()
     system = [(131 * i * i + 17 * i + 5) % 257 for i in range(how.tokens)]
     with tempfile.TemporaryDirectory() as folder:
-        path = str(synth(Path(folder) / "model", family=how.family).path)
+        path = how.model or str(synth(Path(folder) / "model", family=how.family).path)
         kept = Path(folder) / "kept"
         options = Options(cache_disk_gb=8, cache_dir=str(kept))
         with cenacle.load(path, how.nodes, options=options) as model:
@@ -64,7 +66,12 @@ def main() -> None:
         with cenacle.load(path, how.nodes, options=options) as model:
             first_token(model, [7] * 250)
             restart_s, third = first_token(model, [*system, 9, 10, 11, 12])
-    result = {"family": how.family, "nodes": how.nodes, "tokens": how.tokens, "first_s": first_s}
+    result = {
+        "model": (how.model and Path(how.model).name) or how.family,
+        "nodes": how.nodes,
+        "tokens": how.tokens,
+        "first_s": first_s,
+    }
     result |= {"second_s": second_s, "ratio": first_s / second_s, "cached": second.cached}
     result |= {"restart_s": restart_s, "restart_ratio": first_s / restart_s, "read": third.read}
     print(json.dumps(result))
