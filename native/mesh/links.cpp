@@ -179,7 +179,7 @@ void Links::close() {
 // fill them where nobody asks anything for hours.
 void Links::beat() {
   std::unique_lock<std::mutex> bed(bed_);
-  while (!wake_.wait_for(bed, Seconds(settings_.silence_s / 5), [&] { return closing_.load(); })) {
+  while (!wake_.wait_for(bed, Seconds(settings_.silence_s / kBeats), [&] { return closing_.load(); })) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock || failed_) continue;
     for (int p = 0; p < size(); ++p) {
@@ -300,7 +300,7 @@ void Links::transfer(std::vector<Flow>& flows) {
   const auto time = [](double s) { return std::chrono::duration_cast<Clock::duration>(Seconds(s)); };
   const auto silence = time(settings_.silence_s), patience = time(settings_.deadline_s);
   auto now = Clock::now();
-  auto next_beat = now + silence / 5;
+  auto next_beat = now + silence / kBeats;
   for (auto& f : flows) f.heard = f.moved = now;
   const auto spin = time(settings_.spin_us * 1e-6);
   auto spin_until = now + spin;
@@ -336,7 +336,7 @@ void Links::transfer(std::vector<Flow>& flows) {
       for (const auto& f : flows) {
         if (f.out.over() || f.out.done == 0) say_alive(f.peer);
       }
-      next_beat = now + silence / 5;
+      next_beat = now + silence / kBeats;
     }
     auto ends = next_beat;
     for (const auto& f : flows) {

@@ -3,7 +3,7 @@
 // Every rank calls all_sum with the same tags, counts and types in the same order. Vectors are
 // added in rank order (in float32 for the floating types), so every rank has the same bits.
 //
-// Two kinds of waiting: a rank whose process lives says so about five times in `silence_s`, from a
+// Two kinds of waiting: a rank whose process lives says so about twenty times in `silence_s`, from a
 // thread of its own, so one that is stopped or unplugged is found soon; one that lives may compute
 // for `deadline_s` before it comes.
 #pragma once
@@ -24,6 +24,8 @@ namespace cenacle {
 enum class Type : uint8_t { f32 = 1, bf16 = 2, f16 = 3, i32 = 4, u32 = 5, f32_as_bf16 = 6 };
 size_t size_of(Type type);  // on the wire
 const char* name_of(Type type);
+
+constexpr int kBeats = 20;  // in `silence_s`: some come through soon after a cable is back
 
 struct Settings {
   double silence_s;      // longest time without a sign of life from a peer that is waited for

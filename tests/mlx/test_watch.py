@@ -9,6 +9,7 @@ from one_process import VECTORS, load_rank
 from cenacle.collective.alone import Alone
 from cenacle.collective.base import Traffic
 from cenacle.engine import engine
+from cenacle.errors import ClusterError
 from cenacle.model.watch import Watch
 from cenacle.model.weights import Checkpoint, describe
 from cenacle.plan import Plan
@@ -120,3 +121,27 @@ def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatc
     recorder.told.clear()
     it.step(Step(1))
     assert recorder.told == ["next", "check"]
+
+
+class Lost(Recorder):
+    """One whose exchange failed, as MLX tells it; `check` says why, if it was an exchange."""
+
+    why: ClusterError | None = None
+
+    def next(self):
+        raise RuntimeError("whatever a task threw")
+
+    def check(self):
+        if self.why is not None:
+            raise self.why
+
+
+def test_a_failed_exchange_is_told_in_its_own_words(monkeypatch):
+    lost = Lost()
+    monkeypatch.setattr(engine, "make_batch", lambda *_: lost)
+    it = engine.Engine(None, lost, lost, engine.Options())
+    with pytest.raises(RuntimeError, match="whatever a task threw"):  # not an exchange
+        it.step(Step(0))
+    lost.why = ClusterError("rank 1 closed its connection")
+    with pytest.raises(ClusterError, match="rank 1 closed its connection"):
+        it.step(Step(1))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..collective import mesh
+from ..collective import mesh, tcp
 from ..engine.channel import Closed
 from ..errors import CenacleError, ClusterError
 from ..plan import human
@@ -35,7 +36,11 @@ from .state import SILENCE_S
 
 log = logging.getLogger(__name__)
 
-ALIVE_EVERY_S = 1.0
+ALIVE_EVERY_S = 0.25
+# Longer than the head waits for agents: the head's TCP may ask again only a second after a cable is
+# back, and the head may have noticed nothing.
+HEAD_SILENCE_S = 6.0
+FACTS_EVERY = 4  # of these with what changes on the machine
 CONNECT_S = 5.0
 AGAIN_S = (0.2, 0.5, 1.0, 2.0)  # between calls to a head that does not answer
 STOP_S = 5.0
@@ -132,7 +137,7 @@ class Agent:
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
             async with asyncio.timeout(CONNECT_S):
-                return await asyncio.open_connection(
+                reader, writer = await asyncio.open_connection(
                     self._host,
                     self._port,
                     ssl=self._identity.client(),
@@ -141,6 +146,8 @@ class Agent:
                 )
         except TimeoutError:
             raise Closed(f"no connection within {CONNECT_S:g} s") from None
+        tcp.set_up(writer.get_extra_info("socket"))
+        return reader, writer
 
     async def _session(self, facts: dict[str, Any]) -> None:
         """One connection to the head, until it ends."""
@@ -152,7 +159,7 @@ class Agent:
             hello = {**facts, **machine.changing(), "formation": self._formation}
             await wire.send(writer, {"type": "agent", "facts": hello}, SILENCE_S)
             while True:
-                message = await wire.receive(reader, SILENCE_S)
+                message = await wire.receive(reader, HEAD_SILENCE_S)
                 match message["type"]:
                     case "welcome":
                         self._tell(
@@ -185,9 +192,10 @@ class Agent:
 
     async def _say_alive(self, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ClusterError):
-            while True:
+            for beat in itertools.count(1):
                 await asyncio.sleep(ALIVE_EVERY_S)
-                await wire.send(writer, _alive(), SILENCE_S)
+                word = {"type": "alive"} if beat % FACTS_EVERY else _alive()
+                await wire.send(writer, word, SILENCE_S)
 
     async def _obey(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import errors
+from ..collective import tcp
 from ..errors import CenacleError, ClusterError, InputError
 from . import machine, pairing, state, wire
 from .giving import Given
@@ -44,7 +45,8 @@ PORT = 4747
 GREETING_S = 10.0  # in which a connection must have said who it is
 GUESTS = 64  # connections that have not, at one time
 WRONG_S = 0.5  # how long a wrong answer waits
-ALIVE_EVERY_S = 1.0
+ALIVE_EVERY_S = 0.25
+LOOK_EVERY_S = 0.5  # who has fallen silent
 SEND_S = 4.0
 IDLE_S = 60.0  # in which whoever fetches asks for more
 LATER_S = 0.2  # how long who asks too early waits
@@ -429,7 +431,7 @@ class Head:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(ALIVE_EVERY_S / 2)
+            await asyncio.sleep(LOOK_EVERY_S)
             self._happens(state.Tick(time.monotonic()))
 
     def _happens(self, event: state.Event) -> None:
@@ -502,6 +504,7 @@ class Head:
         if len(self._guests) >= GUESTS:  # whoever is here longest is not one of us
             wire.hang_up(next(iter(self._guests)))
         self._guests[writer] = None
+        tcp.set_up(writer.get_extra_info("socket"))
         try:
             await self._greet(reader, writer)
         except (CenacleError, OSError) as error:

@@ -34,7 +34,7 @@ from ..errors import CenacleError, ClusterError, RankLost
 from . import fate
 
 START_DEADLINE_S = 60.0
-SILENCE_S = 4.0  # a rank says once a second that it is alive: one that hangs is named within 5 s
+SILENCE_S = 4.0  # ranks say four times a second that they live: who hangs is named within 5 s
 STOP_S = 2.0
 KILLED_S = 20.0  # longest time that the system may take to give a killed rank's memory back
 

@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..collective import tcp
 from ..errors import ClusterError
 
 PING_BYTES = 64
@@ -94,7 +95,7 @@ def _answer(listener: socket.socket, secret: bytes) -> None:
 
 def _quick(sock: socket.socket) -> None:
     sock.settimeout(DEADLINE_S / 4)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    tcp.set_up(sock)
 
 
 def _exactly(sock: socket.socket, count: int) -> bytes:

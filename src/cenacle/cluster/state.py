@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-SILENCE_S = 4.0  # agents say once a second that they live; who does not for this long is lost
+SILENCE_S = 4.0  # agents say four times a second that they live; who does not for this long is lost
 STAY_S = 5.0  # how long a machine must have been here before a group that works is formed anew
 REST_S = 10.0  # for which a machine is left out that failed when it was taken in; doubles each time
 LONGEST_REST_S = 600.0

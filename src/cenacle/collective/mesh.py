@@ -41,6 +41,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ClusterError
+from . import tcp
 from .base import Chosen, Collective
 
 ADDRESSES = "CENACLE_MESH"
@@ -96,7 +97,7 @@ class Mesh(Collective):
         addresses: where each rank listens, in rank order: "unix:/path" or "host:port".
         secret: known to the ranks of this group only.
         silence_s: longest time without a sign of life from a rank that is waited for. Every rank
-            gives one five times in that, also while it computes.
+            gives one twenty times in that, also while it computes.
         deadline_s: longest wait for a rank that lives: it may compute for minutes (a long prompt
             on a slow machine).
         handshake_s: longest time that one connection may take to say who it is.
@@ -279,7 +280,7 @@ class _Door:
                 _receive(sock, ends), self._proof(b"connector", hello, nonce)
             ):
                 raise _Refused("does not have this group's secret")
-            _set_up(sock)
+            tcp.set_up(sock)
             with self._changed:
                 if peer in self._in:
                     raise _Refused(f"says that it is rank {peer}, which is already here")
@@ -339,7 +340,7 @@ class _Door:
             _send(sock, self._proof(b"connector", hello, theirs), ends)
             if _receive(sock, ends) != b"in":
                 raise _Imposter("did not let this rank in")
-            _set_up(sock)
+            tcp.set_up(sock)
         except BaseException:
             sock.close()
             raise
@@ -382,11 +383,6 @@ def _host_port(address: str) -> tuple[str, int]:
     if not colon or not port.isdecimal():
         raise ClusterError(f"mesh address: expected unix:/path or host:port, got {address!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _set_up(sock: socket.socket) -> None:
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _send(sock: socket.socket, message: bytes, ends: float) -> None:

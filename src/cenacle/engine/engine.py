@@ -149,7 +149,17 @@ class Engine:
 
         Returns:
             The tokens of this step, and the measurements if it was a measured one.
+
+        Raises:
+            ClusterError: an exchange failed; names the rank. Or this is not the step that follows.
         """
+        try:
+            return self._take(step)
+        except RuntimeError:
+            self._collective.check()  # if it was an exchange: in its words, and with its rank
+            raise
+
+    def _take(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
         self._expect(step)
         for request_id in step.cancelled:
             if request_id in step.kept:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .disk import Disk
     from .engine import Options
 
-ALIVE_EVERY_S = 1.0
+ALIVE_EVERY_S = 0.25
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def connect() -> Channel:
 
 
 def say_alive(channel: Channel) -> None:
-    """Tell the front once a second; when it is gone, end, whatever the main thread waits for."""
+    """Tell the front that this rank lives; when it is gone, end, whatever the main thread does."""
     while True:
         time.sleep(ALIVE_EVERY_S)
         try:

@@ -131,11 +131,6 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def anything(value: Any, name: str) -> Any:  # noqa: ARG001
-    """Whatever it is."""
-    return value
-
-
 def string(value: Any, name: str) -> str:
     """A string of whole characters."""
     if not isinstance(value, str):
