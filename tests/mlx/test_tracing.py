@@ -45,6 +45,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
         reads={1: (50.0, 0.1), 256: (20.0, 0.05)},
         kernels={"a": (10.0, 0.1, 70.0), "b": (12.0, 0.1, 90.0)},
         alone={"a": 17.0, "b": 19.0},
+        expert_us=(7.0, 0.3),
         overhead_us=(500.0, 0.02),
         exchanges={64: (40.0, 0.1), 1_000_064: (540.0, 0.1)},
         working_us=(104.096, 0.2),  # of 8192 bytes, which take 4.096 us at that rate
@@ -67,6 +68,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
     assert machine.alone.bytes_per_s == pytest.approx(18e9)
     assert machine["efficiency"] == 0.55
     assert machine["overhead_us"] == 500
+    assert machine.expert_s == pytest.approx(7e-6)
     assert machine.facts["overhead_us"].confidence == "M"
     assert link["latency_us"] == 100
     assert link["gb_s"] == 2.0

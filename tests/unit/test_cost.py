@@ -138,6 +138,22 @@ def test_units_by_hand():
     assert p.missing_bytes == pytest.approx(p.bytes_per_node[0] - 0.75 * 192 * 2**30)
 
 
+def test_every_slice_of_an_expert_is_begun_and_of_whole_ones_the_busiest_nodes():
+    job = Job(KNOWN.model("dbrx"), catalog.quant(4))
+    plain = KNOWN.machine("m3-ultra-512")
+    slow = plain.with_fact("expert_us", 10.0, "a test")
+    for variant, begun in (
+        (("single", "whole", "replicated"), 4),
+        (("expert", "sliced", "replicated"), 4),
+        (("expert", "whole", "replicated"), 2.6462),
+        (("expert", "replicated", "replicated"), 2),
+        (("pipeline", "whole", "replicated"), 4),
+    ):
+        count = 1 if variant[0] == "single" else 2
+        took, free = (run(job, variant, count, m).terms["experts"] for m in (slow, plain))
+        assert took - free == pytest.approx(40 * begun * 10e-6, rel=1e-3), variant
+
+
 def test_the_cache_takes_memory_for_every_user():
     machine = KNOWN.machine("m3-ultra-512")
 

@@ -2,9 +2,10 @@
 
 Owns: what is measured, and the machine and link entries made of it.
 Does not know: how a model's time is predicted from them (`cost.py`).
-Measured: read bandwidth by size, kernels by shape, a layer's own time, and between local processes
-an exchange by message size; by as many processes at once as will later share the machine, because
-they share its memory, and then by one of them alone. Next: `probe.py`, which runs in each process.
+Measured: read bandwidth by size, kernels by shape, an expert's and a layer's own time, and between
+local processes an exchange by message size; by as many processes at once as will later share the
+machine, because they share its memory, and then by one of them alone.
+Next: `probe.py`, which runs in each process.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Calibration:
         reads: MB -> (GB/s, spread).
         kernels: shape -> (GB/s, spread, GFLOP/s with 64 tokens).
         alone: shape -> GB/s while the other processes are idle; None: there are no others.
+        expert_us: what an expert costs besides reading its bytes, and its spread.
         overhead_us: of a layer, and its spread.
         exchanges: bytes -> (us, spread), of ranks that do nothing else.
         working_us: what one of `probe.WORKING` numbers adds to ranks that compute, and its spread.
@@ -75,6 +77,7 @@ class Calibration:
     reads: dict[int, tuple[float, float]]
     kernels: dict[str, tuple[float, float, float]]
     alone: dict[str, float] | None
+    expert_us: tuple[float, float]
     overhead_us: tuple[float, float]
     exchanges: dict[int, tuple[float, float]]
     working_us: tuple[float, float] | None
@@ -128,6 +131,7 @@ class Calibration:
             "alone_kernel_gb_s": self.alone,
             "efficiency": self.efficiency,
             "gflops": self.gflops,
+            "expert_us": self.expert_us[0],
             "overhead_us": self.overhead_us[0],
             "exchange_us": {str(k): v[0] for k, v in self.exchanges.items()},
             "working_us": self.working_us[0] if self.working_us is not None else None,
@@ -153,6 +157,8 @@ class Calibration:
         ]
         if self.alone_gb_s is not None:
             lines.append(f"kernels, alone         {self.alone_gb_s:>5.1f} GB/s")
+        us, spread = self.expert_us
+        lines.append(f"an expert, besides    {us:>6.1f} us  +-{100 * spread:.0f} %")
         us, spread = self.overhead_us
         lines.append(f"a layer's own time    {us:>6.0f} us  +-{100 * spread:.0f} %")
         lines += [
@@ -190,6 +196,7 @@ def calibrate(
     # The slowest process of a group is what the others wait for; reads and kernels: the mean.
     reads = {int(size): _mean([f["reads"][size] for f in found]) for size in found[0]["reads"]}
     kernels = {k: _mean([f["kernels"][k] for f in found]) for k in found[0]["kernels"]}
+    expert = _mean([f["expert"] for f in found])
     exchanges = {int(size): (us, spread) for size, (us, spread) in found[0]["exchanges"].items()}
     working = tuple(found[0]["working"]) if nodes > 1 else None
     facts = {
@@ -206,6 +213,7 @@ def calibrate(
         reads,  # type: ignore[arg-type]
         kernels,  # type: ignore[arg-type]
         alone,
+        expert,  # type: ignore[arg-type]
         overhead,
         exchanges,
         working,
@@ -287,6 +295,8 @@ def as_toml(c: Calibration) -> str:
         f"compute = {number(1.0)}",
         f"overhead_us = {number(*c.overhead_us)}",
     ]
+    if c.expert_us[0] > 0:  # on a busy machine nothing may come out
+        lines.append(f"expert_us = {number(*c.expert_us)}")
     if c.alone_gb_s is not None:
         lines.append(f"alone_gb_s = {number(c.alone_gb_s)}")
     if c.link is not None:

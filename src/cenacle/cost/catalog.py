@@ -63,7 +63,7 @@ class Machine:
         facts: "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts", and the family's
             "efficiency" (share of the bandwidth that weights are read at), "kv_efficiency",
             "compute" (share of the operations), "attention_compute", "overhead_us" (a plain layer);
-            perhaps "alone_gb_s" (see `alone`).
+            perhaps "alone_gb_s" (see `alone`) and "expert_us" (see `expert_s`).
         wired: share of memory that may hold weights and cache.
     """
 
@@ -85,6 +85,12 @@ class Machine:
     def bytes_per_s(self) -> float:
         """At which weights are read."""
         return self["bandwidth_gb_s"] * 1e9 * self["efficiency"]
+
+    @property
+    def expert_s(self) -> float:
+        """Seconds that an expert, or a slice of one, costs besides reading its bytes: its matrices
+        begin somewhere else in memory. 0 where it was not measured."""
+        return self.facts["expert_us"].value / 1e6 if "expert_us" in self.facts else 0.0
 
     @property
     def alone(self) -> Machine:
@@ -282,6 +288,7 @@ class Catalogue:
 # Measured on one machine, so given beside the vendor's numbers.
 _MEASURED = (
     "efficiency", "kv_efficiency", "compute", "attention_compute", "overhead_us", "alone_gb_s",
+    "expert_us",
 )  # fmt: skip
 _MACHINE = {"title", "family", "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts"}
 _LINK = {"title", "topology", "latency_us", "gb_s"}

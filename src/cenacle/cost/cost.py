@@ -571,7 +571,10 @@ def _step(
         operations = 2 * tokens * s.top_k * s.expert * min(1.0, load / distinct)
         if layout.local:
             operations = 2 * tokens * layout.local * s.expert
-        routed.append(work(m, load * job.expert_bytes / unwired, operations))
+        # Of a sliced expert every node begins its own slice.
+        begun = distinct if layout.groups is None and not pipelined else load
+        begin = begun * m.expert_s
+        routed.append(begin + work(m, load * job.expert_bytes / unwired, operations))
         shared.append(work(m, p * job.shared_bytes, 2 * tokens * p * s.shared))
     experts_s = s.moe_layers * spend([a + b for a, b in zip(routed, shared, strict=True)])
 

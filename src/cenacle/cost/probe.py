@@ -30,6 +30,7 @@ KERNELS = {  # name -> rows, columns: what a layer of such a model multiplies
     "head 32000x2048": (32000, 2048),
 }
 MESSAGES = (64, 4096, 24576, 262144, 1572864)
+NARROW, WIDE, HIDDEN = 128, 1024, 2048  # experts' widths, of equal bytes together
 WORKING = 2048  # rows and columns of the matrix between exchanges of as many numbers
 
 
@@ -61,6 +62,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         "device": f"{mx.default_device()}, {native.describe()}",
         "reads": _reads(collective, seconds),
         "kernels": _kernels(collective, seconds),
+        "expert": _expert(collective, seconds),
         "exchanges": _exchanges(collective, seconds) if nodes > 1 else {},
         "working": _working(collective, seconds) if nodes > 1 else None,
     }
@@ -133,6 +135,56 @@ def _kernels(collective: Collective, seconds: float) -> dict[str, list[float]]:
         flops = 2 * 64 * rows * columns / statistics.median(_timed(many, seconds / 2)) / 1e9
         found[name] = [*rate, flops]
     return found
+
+
+def _expert(collective: Collective, seconds: float) -> list[float]:
+    """Microseconds, and spread, that an expert costs besides reading its bytes.
+
+    Eight narrow experts less one that has as many bytes as they have together, over seven; each
+    time others, out of more than caches hold.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_map
+    from mlx_lm.models.switch_layers import SwitchGLU
+
+    from ..model.experts import NativeExperts
+    from ..model.native_layers import usable
+    from ..model.watch import Watch
+
+    links, times = 24, WIDE // NARROW
+    made: list[tuple[Any, int, int]] = []
+    for width, active in ((NARROW, times), (WIDE, 1)):
+        few: Any = SwitchGLU(HIDDEN, width, active)
+        nn.quantize(few, 64, 4)
+        few.set_dtype(mx.bfloat16)  # scales, as they come in checkpoints
+        count = active * max(1, 200_000_000 // (3 * HIDDEN * width * active * 9 // 16))
+        few.update(tree_map(lambda p, n=count // active: mx.tile(p, (n, 1, 1)), few.parameters()))
+        mx.eval(few.parameters())
+        native = usable() and NativeExperts.can(few)
+        experts = NativeExperts(few, range(count), count, 0, Watch()) if native else few
+        made.append((experts, active, count))
+    x = mx.random.normal((1, HIDDEN))
+
+    def run(experts: Any, active: int, count: int, turn: int) -> float:
+        # Neighbours of one token are far from one another, and so are those of the next.
+        far = count // active
+        ids = [
+            mx.array([[(turn * links + i) % far + far * e for e in range(active)]], mx.uint32)
+            for i in range(links)
+        ]
+        mx.eval(ids, x)
+        began = time.perf_counter()
+        mx.eval([experts(x, chosen) for chosen in ids])
+        return (time.perf_counter() - began) / links * 1e6
+
+    collective.barrier()
+    added: list[float] = []
+    ends = time.perf_counter() + 2 * seconds
+    while len(added) < 6 or time.perf_counter() < ends:
+        narrow, wide = (run(*one, turn=len(added)) for one in made)
+        added.append((narrow - wide) / (times - 1))
+    return [max(0.0, statistics.median(added[1:])), _spread(added[1:])]
 
 
 def _weights(parts: list[Any]) -> Callable[[Any], Any]:
