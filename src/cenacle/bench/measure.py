@@ -454,8 +454,10 @@ def prepared(model: str | None, name: str | None, quantize: int, cache: Path, sa
     assert name is not None
     folder = cache / "synth" / f"{name}-{quantize or 'full'}"
     if not (folder / "config.json").exists():
-        say(f"writing a random {name} to {folder}")
         tiny = name in synth.families()
+        if not tiny:
+            synth.full_config(name)  # an unknown name ends here
+        say(f"writing a random {name} to {folder}")
         synth.synth(
             folder,
             family=name if tiny else None,
