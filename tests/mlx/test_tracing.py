@@ -48,7 +48,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
         expert_us=(7.0, 0.3),
         overhead_us=(500.0, 0.02),
         exchanges={64: (40.0, 0.1), 1_000_064: (540.0, 0.1)},
-        working_us=(104.096, 0.2),  # of 8192 bytes, which take 4.096 us at that rate
+        working_us=(100.0, 0.2),
         memory_gib=16.0,
         facts={
             "date": "2026-11-23",

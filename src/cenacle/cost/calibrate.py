@@ -29,7 +29,6 @@ from ..api import load
 from ..cluster.launcher import LocalRanks
 from ..errors import InputError
 from ..model.synth import synth
-from .probe import WORKING
 
 PROBE = (sys.executable, "-m", "cenacle.cost.probe")
 # A model of almost no weights: what a token costs is the layers' own time.
@@ -68,7 +67,7 @@ class Calibration:
         expert_us: what an expert costs besides reading its bytes, and its spread.
         overhead_us: of a layer, and its spread.
         exchanges: bytes -> (us, spread), of ranks that do nothing else.
-        working_us: what one of `probe.WORKING` numbers adds to ranks that compute, and its spread.
+        working_us: what one adds to a token of a model of almost no weights, and its spread.
         facts: date, versions, processor, device, threads.
     """
 
@@ -110,15 +109,15 @@ class Calibration:
         """Latency in us and GB/s, between ranks that work.
 
         The rate is what the largest message adds to the smallest. The latency is what an exchange
-        adds to a rank that computes, less its bytes at that rate: a bare one has no wait for the
-        slower rank in it, and is a fraction of it where ranks share cores.
+        adds to a token: a bare one has neither the wait for the slower rank in it nor what ranks
+        and front take from one another where they share cores, and is a fraction of that.
         """
         if not self.exchanges or self.working_us is None:
             return None
         small, large = min(self.exchanges), max(self.exchanges)
         bare = self.exchanges[small][0]
         rate = (large - small) / max(1e-9, self.exchanges[large][0] - bare) / 1e3
-        return max(bare, self.working_us[0] - 4 * WORKING / rate / 1e3), rate
+        return max(bare, self.working_us[0]), rate
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -191,14 +190,13 @@ def calibrate(
         say("measuring kernels in one of them alone")
         kernels_alone = _probe(1, nodes, quick)[0][0]["kernels"]
         alone = {shape: float(rate[0]) for shape, rate in kernels_alone.items()}
-    say("measuring a layer's own time")
-    overhead = _overhead(nodes, 24 if quick else 96)
+    say("measuring a layer's own time, and what an exchange adds to it")
+    overhead, working = _own_times(nodes, 24 if quick else 96)
     # The slowest process of a group is what the others wait for; reads and kernels: the mean.
     reads = {int(size): _mean([f["reads"][size] for f in found]) for size in found[0]["reads"]}
     kernels = {k: _mean([f["kernels"][k] for f in found]) for k in found[0]["kernels"]}
     expert = _mean([f["expert"] for f in found])
     exchanges = {int(size): (us, spread) for size, (us, spread) in found[0]["exchanges"].items()}
-    working = tuple(found[0]["working"]) if nodes > 1 else None
     facts = {
         "date": datetime.now(UTC).date().isoformat(),
         "cenacle": version("cenacle"),
@@ -245,28 +243,50 @@ def _mean(rows: list[list[float]]) -> tuple[float, ...]:
     return tuple(statistics.mean(column) for column in zip(*rows, strict=True))
 
 
-def _overhead(nodes: int, tokens: int) -> tuple[float, float]:
-    """Microseconds a layer, and spread: a model of almost no weights, one process.
+def _own_times(nodes: int, tokens: int) -> tuple[tuple[float, float], tuple[float, float] | None]:
+    """Microseconds a layer, and spread; and an exchange, if there are several nodes.
 
-    Threads as one of `nodes` processes has; the embedding and the head are next to nothing.
+    Of a model of almost no weights, on one node and then on all; threads as one of `nodes`
+    processes has. The embedding and the head are next to nothing.
     """
     folder = Path(tempfile.mkdtemp(prefix="cenacle-empty-"))
     before = os.environ.get("CENACLE_THREADS")
     os.environ["CENACLE_THREADS"] = str(max(1, cores() // nodes))
     try:
         synth(folder, config=EMPTY, dtype="float32", overwrite=True)
-        with load(str(folder), 1, kernels="native", measure_every=0, recover=False) as model:
-            ids = list(range(8))
-            model.generate(ids, max_tokens=8)
-            runs = [1e6 / model.generate(ids, max_tokens=tokens).tok_per_s for _ in range(5)]
+        one = _tokens(folder, 1, tokens)
+        several = _tokens(folder, nodes, tokens) if nodes > 1 else None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if before is None:
             del os.environ["CENACLE_THREADS"]
         else:
             os.environ["CENACLE_THREADS"] = before
-    each = sorted(r / EMPTY_LAYERS for r in runs)
-    return each[2], (each[3] - each[1]) / 2 / each[2]
+    middle = statistics.median(one)
+    overhead = middle / EMPTY_LAYERS, _half_width(one) / middle
+    if several is None:
+        return overhead, None
+    # One exchange a layer, and the last shares the token.
+    added = statistics.median(several) - middle
+    return overhead, (
+        max(0.0, added / (EMPTY_LAYERS + 1)),
+        (_half_width(one) + _half_width(several)) / max(1.0, added),
+    )
+
+
+def _tokens(folder: Path, nodes: int, tokens: int) -> list[float]:
+    """Microseconds a token, several times."""
+    how: dict[str, Any] = {"placement": "sliced", "trunk": "replicated"}  # one exchange a layer
+    with load(str(folder), nodes, measure_every=0, recover=False, **how) as model:
+        ids = list(range(8))
+        model.generate(ids, max_tokens=8)
+        return [1e6 / model.generate(ids, max_tokens=tokens).tok_per_s for _ in range(9)]
+
+
+def _half_width(values: list[float]) -> float:
+    """Half of the middle half's width."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2
 
 
 def as_toml(c: Calibration) -> str:

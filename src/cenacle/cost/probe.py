@@ -31,7 +31,6 @@ KERNELS = {  # name -> rows, columns: what a layer of such a model multiplies
 }
 MESSAGES = (64, 4096, 24576, 262144, 1572864)
 NARROW, WIDE, HIDDEN = 128, 1024, 2048  # experts' widths, of equal bytes together
-WORKING = 2048  # rows and columns of the matrix between exchanges of as many numbers
 
 
 def main() -> None:
@@ -64,7 +63,6 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         "kernels": _kernels(collective, seconds),
         "expert": _expert(collective, seconds),
         "exchanges": _exchanges(collective, seconds) if nodes > 1 else {},
-        "working": _working(collective, seconds) if nodes > 1 else None,
     }
     channel.send({"type": "ready", **result})
     while worker.receive(channel)["type"] != "stop":
@@ -227,38 +225,6 @@ def _exchanges(collective: Collective, seconds: float) -> dict[str, list[float]]
             runs.append((time.perf_counter() - began) / links * 1e6)
         found[str(size)] = [statistics.median(runs), _spread(runs)]
     return found
-
-
-def _working(collective: Collective, seconds: float) -> list[float]:
-    """Microseconds, and spread, that an exchange of `WORKING` numbers adds to ranks that work.
-
-    A chain of 24 matrices read from memory with an exchange after each, less the same without: what
-    a bare exchange takes and the wait for the slower rank, which no exchange in a model is spared.
-    """
-    import mlx.core as mx
-
-    links, copies = 24, 96  # together larger than caches
-    # Scaled so that what goes through the chain stays of one size.
-    dense = mx.random.normal((WORKING, WORKING)) / (WORKING**0.5 * collective.size)
-    parts = mx.quantize(dense.astype(mx.bfloat16), 64, 4)
-    stack = [[mx.array(p) + 0 for p in parts] for _ in range(copies)]
-    x = mx.random.normal((1, WORKING))
-    mx.eval(stack, x)
-    made = [_weights(s) for s in stack]
-
-    def chain(first: int, exchange: bool) -> float:
-        collective.barrier()  # first: exchanges run in the order in which they were made
-        began, y = time.perf_counter(), x
-        for i in range(links):
-            y = made[(first + i) % copies](y)
-            y = collective.all_sum(y) if exchange else y
-        mx.eval(y)
-        return (time.perf_counter() - began) / links * 1e6
-
-    added = []
-    for i in range(max(6, int(40 * seconds))):  # on every rank as often
-        added.append(chain(2 * i * links, True) - chain((2 * i + 1) * links, False))
-    return [statistics.median(added[1:]), _spread(added[1:])]
 
 
 def _rate(times: list[float], amount: float) -> list[float]:
