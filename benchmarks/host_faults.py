@@ -490,12 +490,17 @@ class HeadRow:
         if not stream.wait(10):
             found.lost += 1
             found.wrong.append("an answer did not end")
+        elif not stream.error and not stream.cut:
+            pass  # it was whole before the head heard of its end
         elif self.by == signal.SIGTERM and "told to end" not in stream.error:
             found.lost += 1
             found.wrong.append(f"an answer had no clean end: {stream.error or 'it broke off'}")
         else:
             found.ended += 1
-        if not trial.undisturbed.startswith(stream.text):
+        whole = not stream.error and not stream.cut
+        if not trial.undisturbed.startswith(stream.text) or (
+            whole and stream.text != trial.undisturbed
+        ):
             found.other += 1
         began = time.monotonic()
         trial.cluster.up()
