@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-alone test-together faults soak lint load fuzz clean
+.PHONY: install demo test test-ranks test-rest faults soak lint load fuzz clean
 
 install: .venv/installed
 
@@ -14,15 +14,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/cenacle demo --nodes 2
 
-# What needs one process at a time beside what starts several and often waits for them.
+# In two halves beside each other: what starts several ranks often waits for them.
 test: install lint
-	$(MAKE) -k -j2 test-alone test-together
+	$(MAKE) -k -j2 test-ranks test-rest
 
-test-alone:
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/unit tests/mlx tests/browser
+test-ranks:
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/ranks
 
-test-together:
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/ranks tests/hosts
+test-rest:
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/unit tests/mlx tests/browser tests/hosts
 
 # What failures cost: each ten times, three quarters of an hour; an hour with a fault every minute.
 faults: install
