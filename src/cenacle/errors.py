@@ -15,9 +15,14 @@ from __future__ import annotations
 
 
 class CenacleError(Exception):
-    """Base of every error a user can meet. `exit_code` is the verb's exit status."""
+    """Base of every error a user can meet.
+
+    `exit_code` is the verb's exit status; `machine` the id of the machine of a cluster that failed,
+    where it was one.
+    """
 
     exit_code = 1
+    machine: str | None = None
 
 
 class InputError(CenacleError):

@@ -31,7 +31,7 @@ from cenacle.cluster.sharing import Sharing
 from cenacle.engine.channel import Channel
 from cenacle.engine.engine import Options, need_of
 from cenacle.engine.lockstep import Epoch
-from cenacle.errors import ClusterError, InputError
+from cenacle.errors import CheckpointError, ClusterError, InputError
 from cenacle.model.weights import Checkpoint, describe
 from cenacle.plan import Plan
 from cenacle.selftest import SelfTest
@@ -300,8 +300,9 @@ def test_orders_to_who_is_not_there_fail_at_once(head):
     before = time.monotonic()
     from cenacle.cluster.state import Node
 
-    with pytest.raises(ClusterError, match="was removed"):
+    with pytest.raises(ClusterError, match="was removed") as caught:
         head.order(Node("x", "gone"), "find", model="m")
+    assert caught.value.machine == "x"
     assert time.monotonic() - before < 1
 
 
@@ -424,6 +425,28 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
                 until(lambda: moves, "that it is taken in")
                 assert moves == ["two is here and wanted: the group is formed anew with two"]
                 assert names(head)["two"]["reason"] == "is being taken in"
+    finally:
+        head.close()
+
+
+def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_path, monkeypatch):
+    for at, change in (("here", ""), ("there", " ")):
+        shutil.copytree(DEMO, tmp_path / at / "answers")
+        config = tmp_path / at / "answers" / "config.json"
+        config.write_text(config.read_text() + change)
+    checkpoint, over = Checkpoint.open(tmp_path / "here" / "answers"), []
+    head = Head(tmp_path / "h", HOST, 0, "one")
+    monkeypatch.setattr(head, "is_over", lambda *ended: over.append(ended))
+    try:
+        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        joined = Joined(head, 2)
+        joined._what = (checkpoint, Options(), "auto", None)
+        joined._sharing = Sharing(head, "answers", checkpoint, None)
+        with agent(head.identity, head.port), agent(two, head.port, tmp_path / "there"):
+            formation = head.form(2)
+            with pytest.raises(CheckpointError, match="another model of the name answers"):
+                joined._decide(formation, lambda _: None)
+        assert over == [(formation.number, formation.members[1].id)]
     finally:
         head.close()
 

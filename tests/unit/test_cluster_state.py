@@ -6,6 +6,7 @@ import pytest
 
 from cenacle.cluster.state import (
     LONGEST_REST_S,
+    LONGEST_TRY_S,
     REST_S,
     SETTLED_S,
     SILENCE_S,
@@ -215,6 +216,34 @@ def test_who_turns_out_to_be_unfit_leaves_the_group_alone():
     assert state.running
     assert state.nodes["m"].reason == "is left out for 10 s: it has another model"
     assert replay(*lives(36.0), state=state)[1] == [TakeIn(2, ("m",))]
+
+
+def test_who_is_tried_in_vain_is_tried_again_within_a_minute():
+    """Trying costs nobody: unlike one that broke a group it does not rest for ever longer."""
+    state, now, rests = two_of_three(), 25.0, []
+    for _ in range(5):
+        state, done = replay(*lives(now), state=state)
+        assert done == [TakeIn(2, ("m",))]
+        state, _ = replay(Unfit(("m",), now, "its disk is full"), state=state)
+        rests.append(state.nodes["m"].rests_until_s - now)
+        now = state.nodes["m"].rests_until_s
+    assert rests == [REST_S, 2 * REST_S, 4 * REST_S, LONGEST_TRY_S, LONGEST_TRY_S]
+    state, _ = replay(*lives(now), Unfit(("m",), now, "its disk is full"), state=state)
+    again = (Went("m", "is gone"), came("m", now + 1), *lives(now + 1 + STAY_S))
+    state, done = replay(*again, state=state)
+    assert done == [TakeIn(2, ("m",))], "whoever started it again may have seen to it"
+
+
+def test_who_comes_while_another_is_taken_in_waits_for_its_own_turn():
+    state, _ = replay(*lives(25.0), Known("x", "d"), came("x", 25.5), state=two_of_three())
+    state, done = replay(Over(2, 26.0), Asked(0), state=state)
+    assert done == [Form(3, ("head", "n", "m"))], "x has not been tried"
+    state, done = replay(Ready(3, 28.0), *lives(34.0, "head", "n", "m", "x"), state=state)
+    assert done == [TakeIn(3, ("x",))]
+    # If who was chosen is gone, whoever is here will do.
+    events = (*lives(25.0), Known("x", "d"), came("x", 25.5), Went("m", "is gone"), Over(2, 26.0))
+    state, done = replay(*events, Asked(3), state=two_of_three())
+    assert done == [TakeIn(2, ("m",)), Form(3, ("head", "n", "x"))]
 
 
 def test_a_head_that_knows_less_than_its_machines_does_not_use_a_number_twice():

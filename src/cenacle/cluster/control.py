@@ -780,7 +780,7 @@ class Head:
     ) -> dict[str, Any]:
         agent = self._agents.get(who.id)
         if agent is None:
-            raise ClusterError(f"{who.name} {self.lost(who) or 'is not here'}")
+            raise _of(who, ClusterError(f"{who.name} {self.lost(who) or 'is not here'}"))
         self._order += 1
         number, future = self._order, self._loop.create_future()
         agent.orders[number] = future
@@ -789,11 +789,10 @@ class Head:
             await wire.send(agent.writer, message, SEND_S)
             answer = await asyncio.wait_for(future, deadline_s)
         except TimeoutError:
-            raise ClusterError(
-                f"{who.name} did not do what it was told ({what}) within {deadline_s:g} s"
-            ) from None
+            said = f"{who.name} did not do what it was told ({what}) within {deadline_s:g} s"
+            raise _of(who, ClusterError(said)) from None
         except ClusterError as error:
-            raise ClusterError(f"{who.name} {error}") from None
+            raise _of(who, ClusterError(f"{who.name} {error}")) from None
         finally:
             agent.orders.pop(number, None)
         if (refusal := answer.get("error")) is not None:
@@ -802,7 +801,7 @@ class Head:
                 kind = ClusterError
             if issubclass(kind, errors.RankLost):
                 kind = ClusterError
-            raise kind(f"{who.name}: {refusal.get('message')}")
+            raise _of(who, kind(f"{who.name}: {refusal.get('message')}"))
         return dict(answer["result"])
 
     # The roster
@@ -851,6 +850,11 @@ def take_lock(path: Path, what: str) -> Any:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _of(who: Node, error: CenacleError) -> CenacleError:
+    error.machine = who.id
+    return error
 
 
 _ENDED, _DOWN = "was told that the head ends", "the head was ended"

@@ -264,8 +264,8 @@ class Joined:
     ) -> Formed:
         try:
             return self._propose(formation, say, ending)
-        except BaseException:
-            self._head.is_over(formation.number, "")
+        except BaseException as error:
+            self._head.is_over(formation.number, getattr(error, "machine", None) or "")
             raise
 
     def _propose(

@@ -18,7 +18,12 @@ SILENCE_S = 4.0  # agents say four times a second that they live; who does not f
 STAY_S = 5.0  # how long a machine must have been here before a group that works is formed anew
 REST_S = 10.0  # for which a machine is left out that failed when it was taken in; doubles each time
 LONGEST_REST_S = 600.0
+LONGEST_TRY_S = (
+    60.0  # for which one is left out that was tried beside the group, which costs nobody
+)
 SETTLED_S = 60.0  # who has worked for so long is here for good
+
+BROKE = "the group failed when it had been taken in"
 
 VERSIONS = ("cenacle", "mlx", "mlx_lm")
 """What must be the same on all nodes: ranks have to compute the same, and speak the same."""
@@ -81,6 +86,8 @@ class State:
         last: members of the last group that answered.
         new: members of the present one who were not in that; until they have settled.
         taking: who is being taken in.
+        chosen: who the next group is made of if all of them are still here, and nobody else: the
+            last one ended so that they may be together; who came meanwhile has not been tried.
     """
 
     versions: Mapping[str, str]
@@ -94,6 +101,7 @@ class State:
     last: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     taking: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     @property
     def phase(self) -> str:
@@ -247,6 +255,8 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
                 actions.append(HangUp(who, "was removed from this cluster: join it again"))
             else:
                 wrong = _mismatch(state.versions, facts)
+                if node.failed != BROKE:  # somebody may have seen to it
+                    node = replace(node, rest_s=0.0, rests_until_s=0.0)
                 if wrong:
                     actions.append(Refuse(who, wrong))
                 came = replace(
@@ -282,10 +292,13 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
         case Over(epoch=epoch, at_s=at, blamed=blamed):
             if epoch == state.epoch:
                 failed = [w for w in state.new if blamed in ("", w)]
-                state = _rests(state, failed, at, "the group failed when it had been taken in")
-                state = replace(state, members=(), running=False, new=(), taking=())
+                state = _rests(state, failed, at, BROKE, LONGEST_REST_S)
+                peace = blamed is None and state.taking
+                chosen = (*state.members, *state.taking) if peace else ()
+                state = replace(state, members=(), running=False, new=(), taking=(), chosen=chosen)
         case Unfit(ids=ids, at_s=at, reason=reason):
-            state = _rests(state, [w for w in ids if w in state.taking], at, reason)
+            tried = [w for w in ids if w in state.taking]
+            state = _rests(state, tried, at, reason, LONGEST_TRY_S)
             state = replace(state, taking=())
         case Tick(at_s=at):
             state = _at(state, at, actions)
@@ -295,6 +308,7 @@ def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
             epoch=state.epoch + 1,
             members=members,
             asked=None,
+            chosen=(),
             running=False,
             new=tuple(m for m in members if state.last and m not in state.last),
         )
@@ -360,6 +374,8 @@ def _formable(state: State) -> tuple[str, ...] | None:
     if state.asked is None or state.members:
         return None
     fit = [n.id for n in state.nodes.values() if n.fit]
+    if state.chosen and set(state.chosen) <= set(fit):
+        return tuple(n for n in fit if n in state.chosen)
     wanted = state.asked or max(2, len(state.nodes))
     # The head's machine, which is the first, has rank 0: its tokens take the shortest way.
     if len(fit) < wanted or not next(iter(state.nodes.values())).fit:
@@ -367,14 +383,14 @@ def _formable(state: State) -> tuple[str, ...] | None:
     return tuple(fit[:wanted])
 
 
-def _rests(state: State, who: Iterable[str], at: float, why: str) -> State:
-    """These have failed when they were taken in: each is left out, twice as long as the last
-    time."""
+def _rests(state: State, who: Iterable[str], at: float, why: str, longest: float) -> State:
+    """These have failed when they were taken in, or tried: each is left out, twice as long as the
+    last time."""
     for name in who:
         node = state.nodes.get(name)
         if node is None:
             continue
-        rest = min(LONGEST_REST_S, 2 * node.rest_s or REST_S)
+        rest = min(longest, 2 * node.rest_s or REST_S)
         node = replace(node, rest_s=rest, rests_until_s=at + rest, failed=why)
         state = _with(state, replace(node, reason=node.rest) if node.fit else node)
     return state
