@@ -24,7 +24,7 @@ test-ranks:
 test-rest:
 	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/unit tests/mlx tests/browser tests/hosts
 
-# What failures cost: each ten times, three quarters of an hour; an hour with a fault every minute.
+# What failures cost: each ten times, an hour in all; and an hour with a fault every minute.
 faults: install
 	$(BIN)/python benchmarks/faults.py
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from cenacle.cluster import join as joining
 from cenacle.cluster import pairing
+from cenacle.cluster.state import SETTLED_S
 from cenacle.engine.channel import Channel
 from cenacle.errors import CenacleError, ClusterError
 from cenacle.model.ranges import JOURNAL
@@ -181,6 +182,7 @@ def corrupted(trial: Trial, host: Host) -> Iterator[None]:
     yield
     trial.cluster.join(host)
     expect(trial.wait_for(lambda: trial.health.whole, RECOVERED_S), "it did not fetch its part")
+    time.sleep(SETTLED_S)  # who goes sooner than this after it was taken in is left out for a while
     host.kill(JOIN)
     (part,) = (host.folder / ".cache/cenacle/models").iterdir()
     noted = [json.loads(line) for line in (part / JOURNAL).read_text().split("\n") if line]

@@ -47,6 +47,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
         alone={"a": 17.0, "b": 19.0},
         expert_us=(7.0, 0.3),
         overhead_us=(500.0, 0.02),
+        alone_overhead_us=400.0,
         exchanges={64: (40.0, 0.1), 1_000_064: (540.0, 0.1)},
         working_us=(100.0, 0.2),
         memory_gib=16.0,
@@ -71,4 +72,5 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
     assert machine.expert_s == pytest.approx(7e-6)
     assert machine.facts["overhead_us"].confidence == "M"
     assert link["latency_us"] == 100
+    assert machine.alone["overhead_us"] == 400
     assert link["gb_s"] == 2.0

@@ -154,6 +154,18 @@ def test_every_slice_of_an_expert_is_begun_and_of_whole_ones_the_busiest_nodes()
         assert took - free == pytest.approx(40 * begun * 10e-6, rel=1e-3), variant
 
 
+def test_a_layer_takes_longer_where_nodes_share_cores():
+    job = Job(KNOWN.model("dbrx"), catalog.quant(4))
+    here = KNOWN.machine("m3-ultra-512").with_fact("overhead_us", 300.0, "a test")
+    here = here.with_fact("alone_overhead_us", 100.0, "a test")
+    for variant, count, each in (
+        (("expert", "sliced", "sharded"), 2, 300e-6),
+        (("pipeline", "whole", "replicated"), 2, 100e-6),
+        (("expert", "sliced", "replicated"), 1, 100e-6),
+    ):
+        assert run(job, variant, count, here).terms["overhead"] == pytest.approx(40 * each), variant
+
+
 def test_the_cache_takes_memory_for_every_user():
     machine = KNOWN.machine("m3-ultra-512")
 

@@ -38,7 +38,7 @@ def calibrated(folder, gb_s, exchange_us=100.0, nodes=2, alone_gb_s=None):
     exchanges = {1000: (exchange_us, 0.1), 100_000: (2 * exchange_us, 0.1)} if nodes > 1 else {}
     measured = Calibration(
         "this", nodes, {512: (gb_s, 0.01)}, {"a": (gb_s, 0.0, 50.0)},
-        {"a": alone_gb_s} if alone_gb_s else None, (0.0, 0.0), (20.0, 0.1), exchanges,
+        {"a": alone_gb_s} if alone_gb_s else None, (0.0, 0.0), (20.0, 0.1), None, exchanges,
         (exchange_us, 0.1) if nodes > 1 else None, 16.0, FACTS,
     )  # fmt: skip
     (folder / "this.toml").write_text(as_toml(measured))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -40,9 +41,9 @@ EMPTY = {
     "intermediate_size": 128,
     "moe_intermediate_size": 64,
     "num_hidden_layers": EMPTY_LAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 16,
     "num_experts": 8,
     "num_experts_per_tok": 4,
     "norm_topk_prob": True,
@@ -66,6 +67,7 @@ class Calibration:
         alone: shape -> GB/s while the other processes are idle; None: there are no others.
         expert_us: what an expert costs besides reading its bytes, and its spread.
         overhead_us: of a layer, and its spread.
+        alone_overhead_us: the same while the other processes are idle.
         exchanges: bytes -> (us, spread), of ranks that do nothing else.
         working_us: what one adds to a token of a model of almost no weights, and its spread.
         facts: date, versions, processor, device, threads.
@@ -78,6 +80,7 @@ class Calibration:
     alone: dict[str, float] | None
     expert_us: tuple[float, float]
     overhead_us: tuple[float, float]
+    alone_overhead_us: float | None
     exchanges: dict[int, tuple[float, float]]
     working_us: tuple[float, float] | None
     memory_gib: float
@@ -109,8 +112,8 @@ class Calibration:
         """Latency in us and GB/s, between ranks that work.
 
         The rate is what the largest message adds to the smallest. The latency is what an exchange
-        adds to a token: a bare one has neither the wait for the slower rank in it nor what ranks
-        and front take from one another where they share cores, and is a fraction of that.
+        adds to a token: a bare one has no wait for the slower rank in it, and is a fraction of that
+        where ranks share cores.
         """
         if not self.exchanges or self.working_us is None:
             return None
@@ -132,6 +135,7 @@ class Calibration:
             "gflops": self.gflops,
             "expert_us": self.expert_us[0],
             "overhead_us": self.overhead_us[0],
+            "alone_overhead_us": self.alone_overhead_us,
             "exchange_us": {str(k): v[0] for k, v in self.exchanges.items()},
             "working_us": self.working_us[0] if self.working_us is not None else None,
             "latency_us": latency,
@@ -160,6 +164,8 @@ class Calibration:
         lines.append(f"an expert, besides    {us:>6.1f} us  +-{100 * spread:.0f} %")
         us, spread = self.overhead_us
         lines.append(f"a layer's own time    {us:>6.0f} us  +-{100 * spread:.0f} %")
+        if self.alone_overhead_us is not None:
+            lines.append(f"the same, alone       {self.alone_overhead_us:>6.0f} us")
         lines += [
             f"exchange {size:>8} B  {us:>8.0f} us  +-{100 * spread:.0f} %"
             for size, (us, spread) in self.exchanges.items()
@@ -191,7 +197,7 @@ def calibrate(
         kernels_alone = _probe(1, nodes, quick)[0][0]["kernels"]
         alone = {shape: float(rate[0]) for shape, rate in kernels_alone.items()}
     say("measuring a layer's own time, and what an exchange adds to it")
-    overhead, working = _own_times(nodes, 24 if quick else 96)
+    overhead, overhead_alone, working = _own_times(nodes, 24 if quick else 96)
     # The slowest process of a group is what the others wait for; reads and kernels: the mean.
     reads = {int(size): _mean([f["reads"][size] for f in found]) for size in found[0]["reads"]}
     kernels = {k: _mean([f["kernels"][k] for f in found]) for k in found[0]["kernels"]}
@@ -213,6 +219,7 @@ def calibrate(
         alone,
         expert,  # type: ignore[arg-type]
         overhead,
+        overhead_alone,
         exchanges,
         working,
         memory_gib() / nodes,
@@ -243,44 +250,67 @@ def _mean(rows: list[list[float]]) -> tuple[float, ...]:
     return tuple(statistics.mean(column) for column in zip(*rows, strict=True))
 
 
-def _own_times(nodes: int, tokens: int) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    """Microseconds a layer, and spread; and an exchange, if there are several nodes.
+def _own_times(
+    nodes: int, tokens: int
+) -> tuple[tuple[float, float], float | None, tuple[float, float] | None]:
+    """Microseconds a layer, and spread; if there are several nodes, the same of one alone, and an
+    exchange, and spread.
 
-    Of a model of almost no weights, on one node and then on all; threads as one of `nodes`
-    processes has. The embedding and the head are next to nothing.
+    Of a model of almost no weights, on one node and on all, with one exchange a layer and with two:
+    what the second one adds is an exchange, what is left of the first is the layer. Threads as one
+    of `nodes` processes has. The embedding and the head are next to nothing.
     """
     folder = Path(tempfile.mkdtemp(prefix="cenacle-empty-"))
     before = os.environ.get("CENACLE_THREADS")
     os.environ["CENACLE_THREADS"] = str(max(1, cores() // nodes))
     try:
         synth(folder, config=EMPTY, dtype="float32", overwrite=True)
-        one = _tokens(folder, 1, tokens)
-        several = _tokens(folder, nodes, tokens) if nodes > 1 else None
+        ways = [(1, "replicated")]
+        if nodes > 1:
+            ways += [(nodes, "replicated"), (nodes, "sharded")]
+        one, *several = _in_turn(folder, ways, tokens)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if before is None:
             del os.environ["CENACLE_THREADS"]
         else:
             os.environ["CENACLE_THREADS"] = before
-    middle = statistics.median(one)
-    overhead = middle / EMPTY_LAYERS, _half_width(one) / middle
-    if several is None:
-        return overhead, None
-    # One exchange a layer, and the last shares the token.
-    added = statistics.median(several) - middle
-    return overhead, (
-        max(0.0, added / (EMPTY_LAYERS + 1)),
-        (_half_width(one) + _half_width(several)) / max(1.0, added),
+    alone = statistics.median(one)
+    if not several:
+        return (alone / EMPTY_LAYERS, _half_width(one) / alone), None, None
+    single, double = several
+    second = [b - a for a, b in zip(single, double, strict=True)]
+    added = max(1.0, statistics.median(second))
+    exchange = added / EMPTY_LAYERS
+    # The last exchange shares the token. Sharing a machine makes no layer faster.
+    together = max(alone, statistics.median(single) - (EMPTY_LAYERS + 1) * exchange)
+    return (
+        (together / EMPTY_LAYERS, _half_width(single) / together),
+        alone / EMPTY_LAYERS,
+        (exchange, _half_width(second) / added),
     )
 
 
-def _tokens(folder: Path, nodes: int, tokens: int) -> list[float]:
-    """Microseconds a token, several times."""
-    how: dict[str, Any] = {"placement": "sliced", "trunk": "replicated"}  # one exchange a layer
-    with load(str(folder), nodes, measure_every=0, recover=False, **how) as model:
+def _in_turn(folder: Path, ways: list[tuple[int, str]], tokens: int) -> list[list[float]]:
+    """Microseconds a token with so many nodes and such a trunk, each several times, in turn."""
+    with ExitStack() as loaded:
+        models = [
+            loaded.enter_context(
+                load(
+                    str(folder), n, placement="sliced", trunk=trunk, measure_every=0, recover=False
+                )
+            )
+            for n, trunk in ways
+        ]
         ids = list(range(8))
-        model.generate(ids, max_tokens=8)
-        return [1e6 / model.generate(ids, max_tokens=tokens).tok_per_s for _ in range(9)]
+        found: list[list[float]] = [[] for _ in models]
+        for turn in range(12):
+            for model, times in zip(models, found, strict=True):
+                times.append(1e6 / model.generate(ids, max_tokens=tokens).tok_per_s)
+            if turn == 0:
+                for times in found:
+                    times.clear()  # the first compiles
+        return found
 
 
 def _half_width(values: list[float]) -> float:
@@ -319,6 +349,8 @@ def as_toml(c: Calibration) -> str:
         lines.append(f"expert_us = {number(*c.expert_us)}")
     if c.alone_gb_s is not None:
         lines.append(f"alone_gb_s = {number(c.alone_gb_s)}")
+    if c.alone_overhead_us is not None:
+        lines.append(f"alone_overhead_us = {number(c.alone_overhead_us)}")
     if c.link is not None:
         latency, gb_s = c.link
         lines += [

@@ -63,7 +63,7 @@ class Machine:
         facts: "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts", and the family's
             "efficiency" (share of the bandwidth that weights are read at), "kv_efficiency",
             "compute" (share of the operations), "attention_compute", "overhead_us" (a plain layer);
-            perhaps "alone_gb_s" (see `alone`) and "expert_us" (see `expert_s`).
+            perhaps "alone_gb_s" and "alone_overhead_us" (see `alone`), "expert_us" (`expert_s`).
         wired: share of memory that may hold weights and cache.
     """
 
@@ -94,14 +94,19 @@ class Machine:
 
     @property
     def alone(self) -> Machine:
-        """This machine while no other of the cluster is at work: itself, unless they share memory.
+        """This machine while no other of the cluster is at work: itself, unless they share one.
 
-        Several nodes that are processes on one computer read less each than one of them does.
+        Several nodes that are processes on one computer read less each than one of them does, and
+        what prepares the next layer shares the cores with what computes this one.
         """
-        if "alone_gb_s" not in self.facts:
-            return self
-        rate = self["alone_gb_s"] / self["efficiency"]
-        return self.with_fact("bandwidth_gb_s", rate, self.facts["alone_gb_s"].source)
+        alone = self
+        if "alone_gb_s" in self.facts:
+            rate = self["alone_gb_s"] / self["efficiency"]
+            alone = alone.with_fact("bandwidth_gb_s", rate, self.facts["alone_gb_s"].source)
+        if "alone_overhead_us" in self.facts:
+            fact = self.facts["alone_overhead_us"]
+            alone = alone.with_fact("overhead_us", fact.value, fact.source)
+        return alone
 
     @property
     def memory_bytes(self) -> float:
@@ -288,7 +293,7 @@ class Catalogue:
 # Measured on one machine, so given beside the vendor's numbers.
 _MEASURED = (
     "efficiency", "kv_efficiency", "compute", "attention_compute", "overhead_us", "alone_gb_s",
-    "expert_us",
+    "alone_overhead_us", "expert_us",
 )  # fmt: skip
 _MACHINE = {"title", "family", "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts"}
 _LINK = {"title", "topology", "latency_us", "gb_s"}
