@@ -493,20 +493,20 @@ class HeadRow:
         if not trial.wait_for(lambda: not trial.cluster.a.pids(), LEFT_S):
             found.wrong.append("the head did not end")
         found.answers += 1
-        if not stream.wait(10):
+        ended = stream.wait(10)
+        whole = ended and not stream.error and not stream.cut  # before the head heard of its end
+        if not ended:
             found.lost += 1
             found.wrong.append("an answer did not end")
-        elif not stream.error and not stream.cut:
-            pass  # it was whole before the head heard of its end
+        elif whole:
+            pass
         elif self.by == signal.SIGTERM and "told to end" not in stream.error:
             found.lost += 1
             found.wrong.append(f"an answer had no clean end: {stream.error or 'it broke off'}")
         else:
             found.ended += 1
-        whole = not stream.error and not stream.cut
-        if not trial.undisturbed.startswith(stream.text) or (
-            whole and stream.text != trial.undisturbed
-        ):
+        as_far = trial.undisturbed if whole else trial.undisturbed[: len(stream.text)]
+        if stream.text != as_far:
             found.other += 1
         began = time.monotonic()
         trial.cluster.up()

@@ -179,7 +179,8 @@ void Links::close() {
 // fill them where nobody asks anything for hours.
 void Links::beat() {
   std::unique_lock<std::mutex> bed(bed_);
-  while (!wake_.wait_for(bed, Seconds(settings_.silence_s / kBeats), [&] { return closing_.load(); })) {
+  const auto pause = Seconds(settings_.silence_s / kBeats);
+  while (!wake_.wait_for(bed, pause, [&] { return closing_.load(); })) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock || failed_) continue;
     for (int p = 0; p < size(); ++p) {

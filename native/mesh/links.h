@@ -3,7 +3,7 @@
 // Every rank calls all_sum with the same tags, counts and types in the same order. Vectors are
 // added in rank order (in float32 for the floating types), so every rank has the same bits.
 //
-// Two kinds of waiting: a rank whose process lives says so about twenty times in `silence_s`, from a
+// Two kinds of waiting: a rank whose process lives says so some twenty times in `silence_s`, from a
 // thread of its own, so one that is stopped or unplugged is found soon; one that lives may compute
 // for `deadline_s` before it comes.
 #pragma once

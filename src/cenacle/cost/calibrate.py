@@ -182,11 +182,12 @@ def calibrate(
     """Measure for some seconds (`quick`) or about a minute.
 
     Raises:
-        InputError: no nodes, or a name that is not one.
+        InputError: no nodes or more than 8, or a name that is not one.
         ClusterError: a process failed.
     """
-    if nodes < 1:
-        raise InputError(f"nodes: expected at least 1, got {nodes}", "nodes")
+    most = int(EMPTY["num_key_value_heads"])  # type: ignore[call-overload]
+    if not 1 <= nodes <= most:
+        raise InputError(f"nodes: expected 1 to {most}, got {nodes}", "nodes")
     if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
         raise InputError(f"name: expected letters, digits and dashes, got {name!r}", "name")
     say(f"measuring memory, kernels and exchanges in {nodes} processes at once")

@@ -2,7 +2,7 @@
 
 Owns: timing reads, kernels and exchanges while its neighbours do the same.
 Does not know: what is made of the numbers (`calibrate.py`).
-Invariant: as every rank: it says that it is alive each second, and ends when its connection does.
+Invariant: as every rank: it says all the time that it is alive, and ends when its connection does.
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+"""What TCP does when a cable was out, between two network namespaces."""
+
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from cenacle.collective import tcp
+from net import Network, inside, why_not
+
+NO_HOSTS = why_not()
+OUT_S = 3.6  # a little after Linux would have asked again anyway
+
+
+def knows_longest() -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, tcp.RTO_MAX_MS, tcp.LONGEST_MS)
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(NO_HOSTS is not None, reason=f"CABLES ARE NOT TESTED: {NO_HOSTS}")
+@pytest.mark.skipif(not knows_longest(), reason="this kernel is older than 6.15")
+def test_what_was_sent_meanwhile_comes_soon_after_a_cable_is_back():
+    with tempfile.TemporaryDirectory(prefix="cable-") as folder:
+        network = Network("ab", Path(folder))
+        try:
+            a, b = network.hosts
+            listener = inside(a.name, lambda: socket.create_server((a.address, 0)))
+            ours = b.connect(a.address, listener.getsockname()[1])
+            theirs, _ = listener.accept()
+            with listener, ours, theirs:
+                for sock in (ours, theirs):
+                    tcp.set_up(sock)
+                theirs.sendall(b"before")
+                assert ours.recv(6) == b"before"
+                network.link(b, "down")
+                theirs.sendall(b"meanwhile")  # as the head: its own link stays up
+                time.sleep(OUT_S)
+                network.link(b, "up")
+                began = time.monotonic()
+                ours.settimeout(10)
+                assert ours.recv(9) == b"meanwhile"
+                # Unless told otherwise Linux asks again 0.2, 0.6, 1.4, 3.0 and 6.2 s after.
+                assert time.monotonic() - began < 1.5
+        finally:
+            network.close()
