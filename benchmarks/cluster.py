@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import cenacle
-from cenacle.cluster import join as joining
-from cenacle.cluster import pairing
+from cenacle.cluster import client as joining
+from cenacle.cluster.security import identity as identities
 from cenacle.errors import CenacleError
 from net import Host, Network, enter, inside, until
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 SUM = "What is 12 + 30?"
 CONTROL, API = 4747, 8080
-UP, JOIN, WORKER = "cenacle up", "cenacle join", "cenacle.engine.worker"
+UP, JOIN, WORKER = "cenacle up", "cenacle join", "cenacle.ranks.worker"
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 60}
 JSON = {"Content-Type": "application/json"}
@@ -95,7 +95,7 @@ class Cluster:
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """The machines by name, as the head sees them; none if there is no head."""
-        identity = pairing.Identity(self.a.folder / ".config/cenacle/cluster", pairing.HEAD)
+        identity = identities.Identity(self.a.folder / ".config/cenacle/cluster", identities.HEAD)
         try:
             status = inside(
                 self.a.name, lambda: joining.ask(identity, "127.0.0.1", CONTROL, "status")

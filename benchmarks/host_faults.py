@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cenacle.cluster import join as joining
-from cenacle.cluster import pairing
-from cenacle.cluster.state import SETTLED_S
-from cenacle.engine.channel import Channel
+from cenacle.cluster import client as joining
+from cenacle.cluster.membership import SETTLED_S
+from cenacle.cluster.security import identity as identities
 from cenacle.errors import CenacleError, ClusterError
-from cenacle.model.ranges import JOURNAL
+from cenacle.model.byte_ranges import JOURNAL
+from cenacle.ranks.channel import Channel
 from cluster import API, CONTROL, JOIN, UP, WORKER, Cluster, Health, Streaming, head
 from found import DETECTED_S, Found
 from net import Host, inside
@@ -220,7 +220,7 @@ def why_out(trial: Trial, host: Host) -> str:
 def wrong_token(trial: Trial, _host: Host) -> Iterator[None]:
     """Somebody guesses."""
     where = f"{trial.cluster.a.address}:{CONTROL}"
-    guess = pairing.new_token()
+    guess = identities.new_token()
     done = trial.stranger.run("join", where, "--token", guess)
     refused(done, "the token is wrong")
     yield
@@ -241,13 +241,13 @@ def old_token(trial: Trial, _host: Host) -> Iterator[None]:
 def foreign_certificate(trial: Trial, _host: Host) -> Iterator[None]:
     """Machines that another authority vouches for, under names that the head knows."""
     folder = trial.stranger.folder / "foreign"
-    authority = pairing.Authority(folder)
+    authority = identities.Authority(folder)
     known = [node["id"] for node in trial.cluster.nodes().values()]
     expect(len(known) == 3, "the head does not say who belongs to it")
     for who in (FOREIGN, *known):
-        key = pairing.new_key()
-        certificate = authority.sign(pairing.request_for(key), who)
-        identity = pairing.keep_node(folder, key, certificate)
+        key = identities.new_key()
+        certificate = authority.sign(identities.request_for(key), who)
+        identity = identities.keep_node(folder, key, certificate)
         for message in (
             {"type": "agent", "facts": {}},
             {"type": "ask", "what": "status"},
@@ -299,8 +299,8 @@ def two_heads(trial: Trial, host: Host) -> Iterator[None]:
     more on the head's own machine, which may not be."""
     rival(trial)
     folder = Path(".config/cenacle/cluster")
-    ours = pairing.Identity(host.folder / folder, "node")
-    theirs = pairing.Identity(trial.rival.folder / folder, pairing.HEAD)
+    ours = identities.Identity(host.folder / folder, "node")
+    theirs = identities.Identity(trial.rival.folder / folder, identities.HEAD)
     for identity, caller, called in (
         (ours, host, trial.rival),
         (theirs, trial.rival, trial.cluster.a),
@@ -346,10 +346,10 @@ def nothing_kept(host: Host) -> None:
 
 
 def careless(
-    trial: Trial, identity: pairing.Identity, message: dict[str, Any]
+    trial: Trial, identity: identities.Identity, message: dict[str, Any]
 ) -> dict[str, Any] | None:
     """What the head answers to one who does not look whom he talks to; None: it hangs up."""
-    context = pairing.stranger()
+    context = identities.stranger()
     context.load_cert_chain(identity.certificate, identity.key)
 
     def ask() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from cenacle import native
-from cenacle.cluster.launcher import MALLOC
+from cenacle.ranks.local_ranks import MALLOC
 
 WIDTH = 2048
 

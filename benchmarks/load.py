@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from cenacle.demo_tasks import held_out
+from cenacle.demo.tasks import held_out
 from serving import DEMO, Held, Serving, serving
 
 FAIR = 0.5  # the slowest key's tokens over the fastest's

@@ -27,7 +27,7 @@ import httpx
 import cenacle
 from found import Found
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 ENDS = json.loads((DEMO / "generation_config.json").read_text())["eos_token_id"]
 GROUPS = Path("/sys/fs/cgroup/memory")
 TOKENS = 200

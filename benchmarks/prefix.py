@@ -18,11 +18,11 @@ from pathlib import Path
 
 import cenacle
 from cenacle.api import Model
+from cenacle.core.request import TokenEvent
 from cenacle.engine.engine import Options
-from cenacle.engine.pages import PAGE
 from cenacle.errors import CenacleError
 from cenacle.model.synth import synth
-from cenacle.request import TokenEvent
+from cenacle.scheduler.disk_index import PAGE
 
 WRITTEN_S = 60.0  # longest time until all is on disk
 

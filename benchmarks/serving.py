@@ -22,7 +22,7 @@ import httpx
 import cenacle
 from cenacle.server.auth import Keys
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 START_S = 90.0
 
 
@@ -62,7 +62,7 @@ def serving(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterator[
             keys = {name: kept.add(name) for name in names}
         with socket.create_server(("127.0.0.1", 0)) as sock:
             port = sock.getsockname()[1]
-        command = [sys.executable, "-m", "cenacle.cli", "serve", "-m", str(DEMO)]
+        command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO)]
         command += ["-n", str(nodes), "--port", str(port), *options]
         log = Path(home) / "log"
         with log.open("w") as errors:

@@ -21,7 +21,7 @@ from typing import Any
 import cenacle
 from cenacle.engine.engine import Options
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 PIECE = [81, 82, 83, 84, 85, 86, 87, 88]
 
 

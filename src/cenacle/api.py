@@ -18,29 +18,28 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .cluster.launcher import LocalRanks, choose
 from .collective.mesh import WIRES
-from .cost import dealt
-from .dialogue import Message
-from .engine.drafting import DraftModel
+from .core.chat import Message
+from .core.model_spec import ModelSpec
+from .core.plan import Plan
+from .core.request import Request, Sampling, TokenEvent
 from .engine.engine import Options, need_of
-from .engine.grammar import Vocabulary, check
-from .engine.lockstep import Epoch, Group, Ranks
-from .engine.prefixes import Footprint
-from .engine.scheduler import Scheduler
-from .engine.terms import Terms
-from .engine.text import Text
+from .engine.sampling.grammar import Vocabulary, check
+from .engine.speculative.draft_model import DraftModel
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
-from .model import balance
-from .model.residency import Need, cache_budget, check_available
-from .model.weights import Checkpoint, describe, locate
-from .plan import Plan
-from .request import Request, Sampling, TokenEvent
-from .spec import ModelSpec
+from .model.loader import Checkpoint, describe, locate
+from .planning import choose_plan, plan_cost
+from .planning.memory import Need, cache_budget, check_available
+from .ranks.local_ranks import LocalRanks, choose
+from .ranks.rank_group import Epoch, Group, Ranks
+from .ranks.step_timings import Terms
+from .scheduler.prefix_index import Footprint
+from .scheduler.scheduler import Scheduler
+from .text.tokenizer import Text
 
 if TYPE_CHECKING:
-    from .cluster.forming import Joined  # needs libraries that one machine alone does not
-    from .selftest import Seen, SelfTest
+    from .cluster.formation import Joined  # needs libraries that one machine alone does not
+    from .verification import Seen, SelfTest
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
@@ -133,11 +132,13 @@ def _choose(
     latency_s: float,
 ) -> tuple[Plan, str]:
     gpu = mx.default_device().type != mx.DeviceType.cpu
-    latency = balance.LATENCY_S + latency_s
-    found = dealt.here(checkpoint.config, nodes, latency_s) if nodes > 1 else ""
+    latency = choose_plan.LATENCY_S + latency_s
+    found = plan_cost.here(checkpoint.config, nodes, latency_s) if nodes > 1 else ""
     measured = None if isinstance(found, str) else found
     spec = describe(checkpoint)
-    return balance.choose(spec, nodes, shares, placement, trunk, budgets, gpu, latency, measured)
+    return choose_plan.choose(
+        spec, nodes, shares, placement, trunk, budgets, gpu, latency, measured
+    )
 
 
 def load(
@@ -246,7 +247,7 @@ def load(
         how = {k: v for k, v in order.items() if k not in ("folder", "plan", "type", "sums")}
 
         def alone() -> Seen:
-            from .selftest import see
+            from .verification import see
 
             one = load(
                 str(checkpoint.folder.resolve()),

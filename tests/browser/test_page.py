@@ -15,7 +15,7 @@ import pytest
 import cenacle
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 PROGRAM = f"""
 import cenacle

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from cenacle.cost import catalog, planner, report
-from cenacle.cost.cost import Job
+from cenacle.planning import catalog, planner, report
+from cenacle.planning.perf_model import Job
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

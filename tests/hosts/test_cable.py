@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cenacle.collective import tcp
+from cenacle.collective import socket_options
 from net import Network, inside, why_not
 
 NO_HOSTS = why_not()
@@ -17,7 +17,9 @@ OUT_S = 3.6  # a little after Linux would have asked again anyway
 def knows_longest() -> bool:
     with socket.socket() as sock:
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, tcp.RTO_MAX_MS, tcp.LONGEST_MS)
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket_options.RTO_MAX_MS, socket_options.LONGEST_MS
+            )
         except OSError:
             return False
     return True
@@ -35,7 +37,7 @@ def test_what_was_sent_meanwhile_comes_soon_after_a_cable_is_back():
             theirs, _ = listener.accept()
             with listener, ours, theirs:
                 for sock in (ours, theirs):
-                    tcp.set_up(sock)
+                    socket_options.set_up(sock)
                 theirs.sendall(b"before")
                 assert ours.recv(6) == b"before"
                 network.link(b, "down")

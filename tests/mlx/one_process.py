@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from cenacle.collective.base import Chosen, Collective
-from cenacle.model.experts import parallelize
-from cenacle.model.watch import Watch
-from cenacle.model.weights import Checkpoint, describe, load
-from cenacle.plan import Plan
+from cenacle.core.plan import Plan
+from cenacle.model.expert_parallel import parallelize
+from cenacle.model.loader import Checkpoint, describe, load
+from cenacle.model.step_timer import Watch
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 DEADLINE_S = 20

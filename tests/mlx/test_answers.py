@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cenacle
-from cenacle.dialogue import Part, Tool, joined
-from cenacle.engine.text import Text
+from cenacle.core.chat import Part, Tool, joined
+from cenacle.core.request import Request, Sampling, TokenEvent
 from cenacle.errors import InputError
-from cenacle.request import Request, Sampling, TokenEvent
-from cenacle.server import grammars
-from cenacle.server.answering import Draft
+from cenacle.server.api import structured_output
+from cenacle.server.generation import Draft
+from cenacle.text.tokenizer import Text
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 WEATHER = Tool("weather", "Look outside", {"type": "object"})
 # As Qwen's: tools in the system's turn, calls between marks, reasoning where it is wanted.
 TEMPLATE = (
@@ -271,11 +271,11 @@ def test_every_form_of_calls(tmp_path, parser):
 
 def test_forced_calls_are_read_at_the_end(plain):
     said = '[{"name": "weather", "arguments": {"place": "Oslo"}}, {"name": "b", "arguments": {}}]'
-    stream = plain.called(grammars.read_calls)
+    stream = plain.called(structured_output.read_calls)
     tokens = plain.encode(said)
     assert [part for token in tokens for part in stream.add(token)] == []
     assert stream.end() == [CALLED, Part("call", "{}", "b")]
-    cut = plain.called(grammars.read_calls)
+    cut = plain.called(structured_output.read_calls)
     for token in tokens[:-5]:
         cut.add(token)
     assert cut.end() == [Part("text", plain.decode(tokens[:-5]))]
@@ -305,7 +305,7 @@ def test_a_model_without_words_for_tools(plain):
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "rain"},
     ]
-    told = grammars.told(messages, [WEATHER])
+    told = structured_output.told(messages, [WEATHER])
     assert [m["role"] for m in told] == ["system", "user", "assistant", "user"]
     said = plain.decode(plain.render(told))
     assert "Look outside" in said

@@ -10,13 +10,13 @@ from one_process import load_rank
 from test_native import normal
 
 from cenacle import native
-from cenacle.collective.alone import Alone
+from cenacle.collective.single import Alone
+from cenacle.core.plan import Plan
 from cenacle.model import native_blocks
-from cenacle.model.experts import ExpertParallel
+from cenacle.model.expert_parallel import ExpertParallel
+from cenacle.model.loader import Checkpoint, describe
 from cenacle.model.native_layers import weights
 from cenacle.model.synth import synth, tiny_config
-from cenacle.model.weights import Checkpoint, describe
-from cenacle.plan import Plan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 

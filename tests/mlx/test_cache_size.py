@@ -7,9 +7,10 @@ from one_process import VECTORS
 
 import cenacle
 from cenacle import PlanError, api
-from cenacle.model import architecture, residency
+from cenacle.model import architecture
+from cenacle.model.loader import Checkpoint, build, describe
 from cenacle.model.synth import synth
-from cenacle.model.weights import Checkpoint, build, describe
+from cenacle.planning import memory
 
 LENGTH = 256  # mlx-lm's caches grow in steps of this
 
@@ -26,7 +27,7 @@ def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
     mx.eval(model(mx.zeros((1, LENGTH), mx.int32), cache=cache))
     held = sum(c.nbytes for c in cache)
     kept = architecture.kept_per_token(checkpoint.config, describe(checkpoint).layers)
-    assert held == residency.cache_bytes(kept, LENGTH, None, None, 4)
+    assert held == memory.cache_bytes(kept, LENGTH, None, None, 4)
 
 
 def test_too_little_memory_is_said_before_anything_starts(tmp_path, monkeypatch):

@@ -13,14 +13,14 @@ from mlx.utils import tree_flatten
 from one_process import VECTORS, in_threads, load_rank
 
 from cenacle import native
-from cenacle.collective.alone import Alone
+from cenacle.collective.single import Alone
+from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError, PlanError
-from cenacle.model import architecture, cuts
-from cenacle.model.cuts import Cut
+from cenacle.model import architecture, slicing
+from cenacle.model.loader import Checkpoint, build, describe, read_parts
+from cenacle.model.slicing import Cut
 from cenacle.model.synth import synth, tiny_config
-from cenacle.model.trunk import FEW
-from cenacle.model.weights import Checkpoint, build, describe, read_parts
-from cenacle.plan import Plan
+from cenacle.model.tensor_parallel import FEW
 
 IO = Path("/proc/self/io")
 WEIGHTS = "model.safetensors"
@@ -247,9 +247,9 @@ def understood(folder: Path, plan: Plan) -> bool:
     model = build(checkpoint, None, 0)
     blocks = architecture.blocks(model)
     part = (0, 1, plan.width)
-    slices = {b.layer: cuts.of_experts(b, part) for b in blocks}
+    slices = {b.layer: slicing.of_experts(b, part) for b in blocks}
     shapes = {n: t.shape for n, t in checkpoint.tensors.items()}
-    return bool(cuts.views(shapes, slices, blocks[0].count, family))
+    return bool(slicing.views(shapes, slices, blocks[0].count, family))
 
 
 @pytest.mark.parametrize("name", FORMS)

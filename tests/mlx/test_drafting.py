@@ -15,15 +15,15 @@ from test_speculation import WORDS, Chain, answer
 
 import cenacle
 from cenacle import InputError
-from cenacle.collective.alone import Alone as OneRank
-from cenacle.engine import drafting
-from cenacle.engine.drafting import NEAR, Drafter, DraftModel
-from cenacle.engine.drafts import Lookup
+from cenacle.collective.single import Alone as OneRank
 from cenacle.engine.engine import Options
-from cenacle.engine.text import Text
-from cenacle.model.weights import Checkpoint
+from cenacle.engine.speculative import draft_model
+from cenacle.engine.speculative.draft_model import NEAR, Drafter, DraftModel
+from cenacle.engine.speculative.ngram import Lookup
+from cenacle.model.loader import Checkpoint
+from cenacle.text.tokenizer import Text
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 MIXTRAL = Path(__file__).parent.parent / "vectors" / "mixtral"
 
 
@@ -181,7 +181,7 @@ def test_any_model_is_loaded_whole_and_computes_as_mlx_lm_does(tmp_path, kernels
     for folder in (*folders, DEMO):
         want = load_model(folder)[0](tokens)
         mx.eval(want)
-        model = drafting.load(Checkpoint.open(folder), kernels)
+        model = draft_model.load(Checkpoint.open(folder), kernels)
         assert mx.allclose(model(tokens, cache=make_prompt_cache(model)), want, atol=1e-3)
 
 

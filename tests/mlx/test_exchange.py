@@ -6,8 +6,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from one_process import VECTORS, in_threads, run_ranks
 
-from cenacle.collective.alone import Alone
-from cenacle.collective.study import Delayed, Recorded
+from cenacle.collective.delayed import Delayed, Recorded
+from cenacle.collective.single import Alone
 
 WIDTH, LAYERS = 64, 2  # of every recorded model
 FAMILIES = ("dbrx", "mixtral", "qwen3_moe")

@@ -7,8 +7,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from cenacle import native
-from cenacle.model.balance import deal
-from cenacle.model.experts import (
+from cenacle.model.expert_parallel import (
     LoopedLinear,
     MaskedExperts,
     NativeExperts,
@@ -16,7 +15,8 @@ from cenacle.model.experts import (
     Replicas,
     reference,
 )
-from cenacle.model.watch import Watch
+from cenacle.model.step_timer import Watch
+from cenacle.planning.choose_plan import deal
 
 WIDTH, HIDDEN, COUNT = 64, 32, 6
 LOCAL = [MaskedExperts, PackedExperts]

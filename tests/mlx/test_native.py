@@ -10,14 +10,14 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from one_process import load_rank
 
 from cenacle import native
-from cenacle.collective.alone import Alone
-from cenacle.model import balance
-from cenacle.model.experts import NativeExperts, PackedExperts, reference
+from cenacle.collective.single import Alone
+from cenacle.core.plan import Plan
+from cenacle.model.expert_parallel import NativeExperts, PackedExperts, reference
 from cenacle.model.families import all_families
+from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.step_timer import Watch
 from cenacle.model.synth import synth
-from cenacle.model.watch import Watch
-from cenacle.model.weights import Checkpoint, describe
-from cenacle.plan import Plan
+from cenacle.planning import choose_plan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 KERNELS = native.module().kernels() if native.available() else []
@@ -372,7 +372,7 @@ def test_replicas_are_dealt_as_in_python(seed):
     dealer = native.module().Dealer(holders, speeds, 0)
     for most in (2, 8, 200):
         counts = random.integers(0, most, experts).tolist()
-        assert dealer.deal(counts) == balance.deal(counts, holders, speeds)
+        assert dealer.deal(counts) == choose_plan.deal(counts, holders, speeds)
 
 
 def test_wrong_holders_are_refused():

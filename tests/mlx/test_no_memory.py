@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from cenacle.cluster import fate
+from cenacle.ranks import exit_reason
 
 
 def test_what_mlx_does_where_memory_is_refused():
@@ -11,6 +11,8 @@ def test_what_mlx_does_where_memory_is_refused():
     program = "import mlx.core as mx; mx.eval(mx.zeros((10**7, 10**7)) + 1)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     if done.returncode < 0:
-        assert "when the system refuses it memory" in fate.of(done.returncode)
+        assert "when the system refuses it memory" in exit_reason.of(done.returncode)
     else:
-        assert fate.of_error(RuntimeError(done.stderr.decode())).startswith("ran out of memory")
+        assert exit_reason.of_error(RuntimeError(done.stderr.decode())).startswith(
+            "ran out of memory"
+        )

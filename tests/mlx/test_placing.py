@@ -10,22 +10,15 @@ from pathlib import Path
 import pytest
 
 import cenacle
-from cenacle.cluster import hostsfile, links, machine, rdma
-from cenacle.cluster.links import Link
-from cenacle.cluster.placing import (
-    Wanted,
-    describe_links,
-    exchange,
-    measured,
-    place,
-    shares_of,
-)
-from cenacle.cluster.state import Node
+from cenacle.cluster import hostsfile, link_probe, node_info, thunderbolt
+from cenacle.cluster.link_probe import Link
+from cenacle.cluster.membership import Node
+from cenacle.cluster.placement import Wanted, describe_links, exchange, measured, place, shares_of
 from cenacle.engine.engine import Options, need_of
 from cenacle.errors import ClusterError, InputError, PlanError
-from cenacle.model.weights import Checkpoint, describe
+from cenacle.model.loader import Checkpoint, describe
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 GB = 10**9
 CHECKPOINT = Checkpoint.open(DEMO)
 SPEC = describe(CHECKPOINT)
@@ -125,11 +118,13 @@ DEVICES = "    device     node GUID\n    ------     ------\n    rdma_en2   8005c
 
 
 def test_ports_are_read_from_what_macos_says():
-    assert rdma.ports(json.dumps(PROFILE), HARDWARE, DEVICES) == [port("rdma_en2", "AAAA", "BBBB")]
+    assert thunderbolt.ports(json.dumps(PROFILE), HARDWARE, DEVICES) == [
+        port("rdma_en2", "AAAA", "BBBB")
+    ]
     both = DEVICES + "    rdma_en4   8005c2d1a5a50001\n"
-    assert len(rdma.ports(json.dumps(PROFILE), HARDWARE, both)) == 2
+    assert len(thunderbolt.ports(json.dumps(PROFILE), HARDWARE, both)) == 2
     for other in ("", "{}", "[]", '{"SPThunderboltDataType": 3}', '{"SPThunderboltDataType": [3]}'):
-        assert rdma.ports(other, HARDWARE, DEVICES) == []
+        assert thunderbolt.ports(other, HARDWARE, DEVICES) == []
 
 
 def test_placements_are_judged_on_the_machines_as_measured():
@@ -234,16 +229,16 @@ def test_slow_links_are_seen_and_named():
 
 def test_links_are_measured_and_strangers_are_not_answered():
     secret = b"s" * 16
-    port = links.answer("127.0.0.1", secret)
+    port = link_probe.answer("127.0.0.1", secret)
     with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
-        stranger.sendall(b"x" * 16 + bytes(links.PING_BYTES))
+        stranger.sendall(b"x" * 16 + bytes(link_probe.PING_BYTES))
         with suppress(ConnectionResetError):  # or the end
             assert stranger.recv(100) == b""
-    link = links.measure("127.0.0.1", port, secret)
+    link = link_probe.measure("127.0.0.1", port, secret)
     assert 1e-6 < link.latency_s < 0.1
     assert 1e6 < link.bytes_s < 1e12
     with pytest.raises(ClusterError, match="cannot be reached"):
-        links.measure("127.0.0.1", port, secret)  # it answers once
+        link_probe.measure("127.0.0.1", port, secret)  # it answers once
 
 
 def test_models_are_found_by_name_wherever_they_are(tmp_path):
@@ -252,27 +247,27 @@ def test_models_are_found_by_name_wherever_they_are(tmp_path):
     (kept / "org--name").mkdir()
     for folder in ("some", "org--name"):
         (kept / folder / "config.json").write_text("{}")
-    assert machine.find("some", [kept]) == kept / "some"
-    assert machine.find("/elsewhere/some", [kept]) == kept / "some"
-    assert machine.find("org/name", [kept]) == kept / "org--name"
-    assert machine.find("demo_model", []) == DEMO
-    assert machine.find("other", [kept]) is None
+    assert node_info.find("some", [kept]) == kept / "some"
+    assert node_info.find("/elsewhere/some", [kept]) == kept / "some"
+    assert node_info.find("org/name", [kept]) == kept / "org--name"
+    assert node_info.find("demo_model", []) == DEMO
+    assert node_info.find("other", [kept]) is None
 
 
 def test_checkpoints_are_told_apart(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy)
-    assert machine.digest(copy) == machine.digest(DEMO)
+    assert node_info.digest(copy) == node_info.digest(DEMO)
     (copy / "README.md").write_text("no weights")
-    assert machine.digest(copy) == machine.digest(DEMO)
+    assert node_info.digest(copy) == node_info.digest(DEMO)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-    assert machine.digest(copy) != machine.digest(DEMO)
+    assert node_info.digest(copy) != node_info.digest(DEMO)
 
 
 def test_facts_are_what_decisions_need():
-    facts = json.loads(json.dumps({**machine.facts(), **machine.changing()}))
-    assert facts.items() >= machine.versions().items()
+    facts = json.loads(json.dumps({**node_info.facts(), **node_info.changing()}))
+    assert facts.items() >= node_info.versions().items()
     assert facts["memory_bytes"] > facts["available_bytes"] > 0
     assert 1e8 < facts["read_bytes_s"] < 1e13
     me = replace(node("a"), facts=facts)

@@ -7,12 +7,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from one_process import in_threads
 
+from cenacle.core.plan import Plan
 from cenacle.errors import PlanError
-from cenacle.model.schedules import CENTRAL, SCHEDULES, schedule
+from cenacle.model.loader import Checkpoint, describe, load
+from cenacle.model.step_timer import Watch
 from cenacle.model.synth import synth
-from cenacle.model.watch import Watch
-from cenacle.model.weights import Checkpoint, describe, load
-from cenacle.plan import Plan
+from cenacle.research.paper_schedules import CENTRAL, SCHEDULES, schedule
 
 PROMPT = [(37 * i + 11) % 251 for i in range(12)]
 THEN = [17, 200, 3, 90]

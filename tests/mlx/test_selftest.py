@@ -13,19 +13,19 @@ import pytest
 from one_process import VECTORS
 
 import cenacle
-from cenacle import selftest
-from cenacle.cluster.control import Formation
-from cenacle.cluster.links import Link
-from cenacle.cluster.state import Node
+from cenacle import verification
+from cenacle.cluster.head import Formation
+from cenacle.cluster.link_probe import Link
+from cenacle.cluster.membership import Node
+from cenacle.core.plan import Plan
 from cenacle.errors import ClusterError, PlanError
-from cenacle.model import sums
-from cenacle.model.sums import compare, sums_of
+from cenacle.model import checksums
+from cenacle.model.checksums import compare, sums_of
+from cenacle.model.loader import Checkpoint, describe, load, named_arrays
 from cenacle.model.synth import synth
-from cenacle.model.weights import Checkpoint, describe, load, named_arrays
-from cenacle.plan import Plan
-from cenacle.selftest import Answer, SelfTest, bad_links, differs, prompts, tolerance_of
+from cenacle.verification import Answer, SelfTest, bad_links, differs, prompts, tolerance_of
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 
 
 def loaded(checkpoint, plan, rank=0):
@@ -35,17 +35,17 @@ def loaded(checkpoint, plan, rank=0):
 def slow_sum(array) -> int:
     """Word by word."""
     words = np.array(array.view({2: mx.uint16, 4: mx.uint32}[array.dtype.size])).reshape(-1)
-    return sum(int(w) for w in words) % sums.MODULUS
+    return sum(int(w) for w in words) % checksums.MODULUS
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint32])
 def test_a_sum_is_that_of_the_words(dtype, monkeypatch):
-    monkeypatch.setattr(sums, "_PIECE", 1000)
+    monkeypatch.setattr(checksums, "_PIECE", 1000)
     array = mx.random.randint(-(2**30), 2**30, (37, 101)).astype(dtype)
-    assert sums._sum(array) == slow_sum(array)
-    assert sums._sum(array.T) == slow_sum(mx.contiguous(array.T))
-    assert sums._sum(mx.array([True, False, True])) == 2
-    assert sums._sum(mx.array([2**40 + 5, -1])) == (2**8 + 5 + 2 * (2**32 - 1)) % 2**32
+    assert checksums._sum(array) == slow_sum(array)
+    assert checksums._sum(array.T) == slow_sum(mx.contiguous(array.T))
+    assert checksums._sum(mx.array([True, False, True])) == 2
+    assert checksums._sum(mx.array([2**40 + 5, -1])) == (2**8 + 5 + 2 * (2**32 - 1)) % 2**32
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_parts_are_found_to_be_those_of_the_whole(name, quantised):
         tried += 1
         wrong = {**ranks[1], "x": [1, 1]}
         stacked = next(n for n, s in whole.items() if len(s) > 2)
-        wrong[stacked] = [*wrong[stacked][:-1], (wrong[stacked][-1] + 1) % sums.MODULUS]
+        wrong[stacked] = [*wrong[stacked][:-1], (wrong[stacked][-1] + 1) % checksums.MODULUS]
         ((bad, expert, blamed),) = compare(whole, plan, [ranks[0], wrong, *ranks[2:]]).wrong
         assert bad == stacked
         assert expert == plan.layers[0].held_by(1)[-1]
@@ -119,11 +119,11 @@ def test_ranks_that_hold_the_same_are_compared_without_the_whole():
     plan = Plan.sliced(describe(checkpoint), 2)
     model = loaded(checkpoint, plan)
     ranks = [sums_of(model), sums_of(loaded(checkpoint, plan, 1))]
-    assert selftest._unlike(plan, ranks) == []
+    assert verification._unlike(plan, ranks) == []
     name = next(n for n, _ in named_arrays(model) if "norm" in n)
     ranks[1][name] = [ranks[1][name][0], 7]
-    assert selftest._unlike(plan, ranks) == [name]
-    assert selftest._unlike(replace(plan, trunk="sharded"), ranks) == []
+    assert verification._unlike(plan, ranks) == [name]
+    assert verification._unlike(replace(plan, trunk="sharded"), ranks) == []
 
 
 def test_prompts_are_the_same_always_and_fit():
@@ -152,26 +152,26 @@ GIVEN = Answer((7, 3, 5), TOP)
 )
 def test_answers_may_differ_by_rounding_and_no_more(got, said):
     assert Answer.from_json(json.loads(json.dumps(got.to_json()))).tokens == got.tokens
-    found = differs(GIVEN, got, selftest.FINE)
+    found = differs(GIVEN, got, verification.FINE)
     assert said in found
     assert bool(said) == bool(found)
 
 
 def test_in_few_bits_one_may_differ_by_much_but_not_most():
     far = Answer((7, 3, 5), ({7: -0.1, 8: -1.5}, *TOP[1:]))
-    assert differs(GIVEN, far, selftest.FINE)
-    assert not differs(GIVEN, far, selftest.COARSE)
-    assert selftest.spread([GIVEN] * 20, [GIVEN] * 19 + [far]) == 0
-    assert selftest.spread([GIVEN] * 20, [far] * 20) == 1 > selftest.COARSE.usual
-    assert selftest.spread([], []) == math.inf, "nothing to compare is no agreement"
+    assert differs(GIVEN, far, verification.FINE)
+    assert not differs(GIVEN, far, verification.COARSE)
+    assert verification.spread([GIVEN] * 20, [GIVEN] * 19 + [far]) == 0
+    assert verification.spread([GIVEN] * 20, [far] * 20) == 1 > verification.COARSE.usual
+    assert verification.spread([], []) == math.inf, "nothing to compare is no agreement"
 
 
 def test_what_computes_in_few_bits_may_differ_more():
     native, mlx = "Device(cpu, 0), AVX-512 kernels, 1 thread", "Device(gpu, 0)"
-    assert tolerance_of("bfloat16", [native, native]) == selftest.FINE
-    assert tolerance_of("float32", [mlx, native]) == selftest.FINE
-    assert tolerance_of("bfloat16", [mlx, native]) == selftest.COARSE
-    assert tolerance_of("bfloat16", [native + ", int8 activations"]) == selftest.COARSE
+    assert tolerance_of("bfloat16", [native, native]) == verification.FINE
+    assert tolerance_of("float32", [mlx, native]) == verification.FINE
+    assert tolerance_of("bfloat16", [mlx, native]) == verification.COARSE
+    assert tolerance_of("bfloat16", [native + ", int8 activations"]) == verification.COARSE
 
 
 GOOD = {(0, 1): Link(50e-6, 1.1e9), (0, 2): Link(60e-6, 1e9), (1, 2): Link(55e-6, 1.2e9)}
@@ -212,7 +212,7 @@ def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
     plan = Plan.whole(describe(checkpoint), 2)
     slow, said = Link(50e-6, 10e6), []
 
-    def no() -> selftest.Seen:
+    def no() -> verification.Seen:
         raise AssertionError("nothing is to be loaded")
 
     tried = []
@@ -226,12 +226,12 @@ def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
         test.before(checkpoint, plan, {}, no, formed(slow), measure)
     assert len(tried) == 2, "it is measured again before it is believed"
     # Another time somebody else had used it.
-    seen = selftest.Seen((), (), (), 0.0)
+    seen = verification.Seen((), (), (), 0.0)
     quick = {(0, 1): Link(50e-6, 1e9)}
     assert test.before(checkpoint, plan, {}, lambda: seen, formed(slow), lambda: quick)
     # What has passed before is not kept from serving, but said.
     (tmp_path / "selftest" / f"{test._digest[:32]}.json").parent.mkdir()
-    record = {"format": selftest.FORMAT, "passed": [test._key]}
+    record = {"format": verification.FORMAT, "passed": [test._key]}
     (tmp_path / "selftest" / f"{test._digest[:32]}.json").write_text(json.dumps(record))
     said.clear()
     assert not test.before(checkpoint, plan, {}, no, formed(slow), measure)
@@ -244,7 +244,7 @@ def test_where_the_whole_does_not_fit_there_is_nothing_to_compare_with(tmp_path)
     checkpoint = Checkpoint.open(DEMO)
     said = []
 
-    def no() -> selftest.Seen:
+    def no() -> verification.Seen:
         raise PlanError("rank 0 needs too much")
 
     test = SelfTest(tmp_path, True, said.append)

@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from cenacle.cost.shapes import from_config
 from cenacle.model import architecture, synth
+from cenacle.planning.model_shapes import from_config
 
 # Small models whose norms, biases and adapters are a large part: their shapes are not asked for.
 TOLERANCE = 0.01
@@ -36,7 +36,7 @@ def test_the_catalogues_shapes(name):
 @pytest.mark.parametrize("family", synth.families())
 def test_every_familys_config_can_be_planned(family):
     """A config.json of any family: its parameters are those of mlx-lm's model."""
-    from cenacle.cli_plan import _counted
+    from cenacle.cli.plan import _counted
 
     config = synth.tiny_config(family)
     total, routed, layers = counted(config)

@@ -10,14 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from cenacle.engine.cache.kv_cache.kv_cache import can_go_back
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from cenacle.collective.alone import Alone as OneRank
-from cenacle.engine.cache import can_go_back
+from cenacle.collective.single import Alone as OneRank
+from cenacle.core.request import Part, Request, Sampling, Step
 from cenacle.engine.engine import Engine, Options
-from cenacle.engine.sampler import Choice, Drawing
-from cenacle.model.watch import Watch
-from cenacle.request import Part, Request, Sampling, Step
+from cenacle.engine.sampling.sampler import Choice, Drawing
+from cenacle.model.step_timer import Watch
 
 WORDS = 6
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.cost import catalog
-from cenacle.cost.calibrate import Calibration, as_toml
-from cenacle.cost.routing import Trace
-from cenacle.demo import FOLDER
+from cenacle.calibration.calibrate import Calibration, as_toml
+from cenacle.demo.run import FOLDER
+from cenacle.planning import catalog
+from cenacle.planning.routing_stats import Trace
 
 
 def test_a_recording_of_the_demo_model(tmp_path):
-    from cenacle.cli import app
+    from cenacle.cli.main import app
 
     (tmp_path / "questions.txt").write_text("What is 12 + 30?\n\nSpell otter backwards.\n")
     out = tmp_path / "trace.npz"

@@ -8,9 +8,9 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from one_process import VECTORS, load_rank, run_ranks
 
-from cenacle.collective.alone import Alone
-from cenacle.model.weights import Checkpoint, describe
-from cenacle.plan import Plan
+from cenacle.collective.single import Alone
+from cenacle.core.plan import Plan
+from cenacle.model.loader import Checkpoint, describe
 
 MAX_RELATIVE_ERROR = 5e-6
 PROMPT_LENGTHS = (1, 7, 40)

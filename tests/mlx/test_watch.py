@@ -6,14 +6,14 @@ import mlx.core as mx
 import pytest
 from one_process import VECTORS, load_rank
 
-from cenacle.collective.alone import Alone
 from cenacle.collective.base import Traffic
+from cenacle.collective.single import Alone
+from cenacle.core.plan import Plan
+from cenacle.core.request import Step, TokenEvent
 from cenacle.engine import engine
 from cenacle.errors import ClusterError
-from cenacle.model.watch import Watch
-from cenacle.model.weights import Checkpoint, describe
-from cenacle.plan import Plan
-from cenacle.request import Step, TokenEvent
+from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.step_timer import Watch
 
 
 class Clock:

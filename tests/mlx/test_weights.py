@@ -13,11 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 from one_process import VECTORS
 
-from cenacle.demo import FOLDER as DEMO
+from cenacle.core.model_spec import ModelSpec, MoELayer
+from cenacle.core.plan import Plan
+from cenacle.demo.run import FOLDER as DEMO
 from cenacle.errors import CheckpointError, PlanError
-from cenacle.model.weights import Checkpoint, build, describe, load, locate
-from cenacle.plan import Plan
-from cenacle.spec import ModelSpec, MoELayer
+from cenacle.model.loader import Checkpoint, build, describe, load, locate
 
 MIXTRAL = VECTORS / "mixtral"
 WEIGHTS = "model.safetensors"
@@ -296,8 +296,8 @@ import json, re, sys
 from pathlib import Path
 import mlx.core as mx
 import psutil
-from cenacle.model.weights import Checkpoint, describe, load
-from cenacle.plan import Plan
+from cenacle.model.loader import Checkpoint, describe, load
+from cenacle.core.plan import Plan
 
 def number(file, key):
     return int(re.search(key + r":\\s*(\\d+)", Path(file).read_text())[1])

@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 
-from cenacle.engine import worker
-from cenacle.model import experts
+from cenacle.model import expert_parallel
+from cenacle.ranks import worker
 
-parallelize = experts.parallelize
+parallelize = expert_parallel.parallelize
 
 
 def perturbed(model, *arguments) -> None:
@@ -16,5 +16,5 @@ def perturbed(model, *arguments) -> None:
     parallelize(model, *arguments)
 
 
-experts.parallelize = perturbed
+expert_parallel.parallelize = perturbed
 worker.main()

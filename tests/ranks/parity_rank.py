@@ -1,7 +1,7 @@
 """One rank that runs many checkpoints in one group; started by `test_families.py`.
 
 For each folder: the logits of a prompt and some greedy tokens, through the same loading, layer and
-engine as `cenacle.engine.worker`.
+engine as `cenacle.ranks.worker`.
 """
 
 import hashlib
@@ -9,8 +9,8 @@ import os
 import threading
 from pathlib import Path
 
-from cenacle.engine.channel import Channel
-from cenacle.engine.worker import connect, join, last_words, receive, say_alive
+from cenacle.ranks.channel import Channel
+from cenacle.ranks.worker import connect, join, last_words, receive, say_alive
 
 
 def main() -> None:
@@ -27,13 +27,13 @@ def main() -> None:
 def serve(channel: Channel) -> None:
     import mlx.core as mx
 
+    from cenacle.core.plan import Plan
+    from cenacle.core.request import Request
     from cenacle.engine.engine import Engine, Options
-    from cenacle.engine.scheduler import Scheduler
-    from cenacle.model.experts import parallelize
-    from cenacle.model.watch import Watch
-    from cenacle.model.weights import Checkpoint, load, named_arrays
-    from cenacle.plan import Plan
-    from cenacle.request import Request
+    from cenacle.model.expert_parallel import parallelize
+    from cenacle.model.loader import Checkpoint, load, named_arrays
+    from cenacle.model.step_timer import Watch
+    from cenacle.scheduler.scheduler import Scheduler
 
     order = receive(channel)
     nodes = order["nodes"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import cenacle
-from cenacle.cluster.launcher import LocalRanks
 from cenacle.errors import ClusterError
-from cenacle.model.weights import Checkpoint
-from cenacle.selftest import SelfTest
+from cenacle.model.loader import Checkpoint
+from cenacle.ranks.local_ranks import LocalRanks
+from cenacle.verification import SelfTest
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 
 
 def serve(folder, nodes, always=True, **how):

@@ -11,12 +11,12 @@ import pytest
 
 from cenacle import native
 from cenacle.bench.measure import expected_bytes, expected_experts, split
+from cenacle.core.model_spec import ModelSpec, MoELayer
+from cenacle.core.plan import Plan
 from cenacle.errors import InputError
 from cenacle.model.synth import synth
-from cenacle.plan import Plan
-from cenacle.spec import ModelSpec, MoELayer
 
-VERB = [sys.executable, "-m", "cenacle.cli", "bench"]
+VERB = [sys.executable, "-m", "cenacle", "bench"]
 TERMS = ["trunk", "experts", "exchange", "waiting", "rest"]
 
 

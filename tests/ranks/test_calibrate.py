@@ -3,10 +3,10 @@
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.cli import app
-from cenacle.cost import catalog
-from cenacle.cost.calibrate import calibrate
+from cenacle.calibration.calibrate import calibrate
+from cenacle.cli.main import app
 from cenacle.errors import InputError
+from cenacle.planning import catalog
 
 
 def test_two_nodes_of_this_machine_become_a_machine_and_a_link(tmp_path):

@@ -13,17 +13,17 @@ import pexpect
 import pytest
 
 import cenacle
-from cenacle.cli_chat import Part, Remote, Settings, Talk, complete
+from cenacle.cli.chat import Part, Remote, Settings, Talk, complete
 from cenacle.errors import ClusterError, InputError
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
-CHAT = [sys.executable, "-m", "cenacle.cli", "chat"]
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
+CHAT = [sys.executable, "-m", "cenacle", "chat"]
 # Two nodes behind a slow link, so that an answer can be stopped; and a key.
 PROGRAM = f"""
 import cenacle
 from cenacle.server.app import bind, serve
 from cenacle.server.auth import Keys
-from cenacle.server.guard import Policy
+from cenacle.server.middleware import Policy
 
 sock = bind(port=0)
 keys = Keys()

@@ -14,10 +14,10 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm import stream_generate
 
 from cenacle import native
-from cenacle.demo import FOLDER
+from cenacle.demo.run import FOLDER
 from cenacle.model.synth import synth
 
-VERB = [sys.executable, "-m", "cenacle.cli"]
+VERB = [sys.executable, "-m", "cenacle"]
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from mlx_lm.utils import load_model
 
 import cenacle
 from cenacle import InputError
+from cenacle.core.request import Sampling
 from cenacle.engine.engine import Options
-from cenacle.request import Sampling
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 ASKED = "What is 12 + 30?"
 DICE = {"temperature": 1.2, "seed": 5, "top_p": 0.9}
 NOISE = list(range(60, 90))  # no text that the model knows: it is sure of nothing

@@ -3,8 +3,8 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import cenacle
-from cenacle.demo import FOLDER
-from cenacle.demo_tasks import KINDS, correct, held_out
+from cenacle.demo.run import FOLDER
+from cenacle.demo.tasks import KINDS, correct, held_out
 
 
 def test_at_least_95_percent_of_unseen_questions_are_answered():

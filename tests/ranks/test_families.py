@@ -12,11 +12,11 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from cenacle.cluster.launcher import LocalRanks
+from cenacle.core.plan import Plan
 from cenacle.model.families import all_families
+from cenacle.model.loader import Checkpoint, describe
 from cenacle.model.synth import synth
-from cenacle.model.weights import Checkpoint, describe
-from cenacle.plan import Plan
+from cenacle.ranks.local_ranks import LocalRanks
 
 RANK = Path(__file__).parent / "parity_rank.py"
 PROMPT = [(37 * i + 11) % 251 for i in range(24)]

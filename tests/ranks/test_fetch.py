@@ -5,13 +5,13 @@ import shutil
 import mlx.core as mx
 import pytest
 
-from cenacle.cluster import fetch as module
-from cenacle.cluster.fetch import Folder, Hub, Store, fetch, skeleton
+from cenacle.cluster.download import hub as module
+from cenacle.cluster.download.hub import Folder, Hub, Store, fetch, skeleton
+from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError
-from cenacle.model.ranges import JOURNAL, Strip, size
+from cenacle.model.byte_ranges import JOURNAL, Strip, size
+from cenacle.model.loader import Checkpoint, describe, load, named_arrays, wanted_of
 from cenacle.model.synth import synth
-from cenacle.model.weights import Checkpoint, describe, load, named_arrays, wanted_of
-from cenacle.plan import Plan
 from like_hub import REPO, Server, pretend
 
 FAMILIES = ("qwen3_moe", "mixtral", "dbrx", "gpt_oss")

@@ -19,23 +19,16 @@ import mlx.core as mx
 import pytest
 
 import cenacle
-from cenacle import (
-    CenacleError,
-    CheckpointError,
-    ClusterError,
-    InputError,
-    PlanError,
-    RankLost,
-)
+from cenacle import CenacleError, CheckpointError, ClusterError, InputError, PlanError, RankLost
 from cenacle.api import Model
-from cenacle.cluster.launcher import LocalRanks
-from cenacle.engine.channel import Closed
+from cenacle.core.model_spec import ModelSpec, MoELayer
+from cenacle.core.plan import Plan
+from cenacle.core.request import Request, Sampling
 from cenacle.engine.engine import Options
-from cenacle.engine.lockstep import Group
-from cenacle.engine.scheduler import Scheduler
-from cenacle.plan import Plan
-from cenacle.request import Request, Sampling
-from cenacle.spec import ModelSpec, MoELayer
+from cenacle.ranks.channel import Closed
+from cenacle.ranks.local_ranks import LocalRanks
+from cenacle.ranks.rank_group import Group
+from cenacle.scheduler.scheduler import Scheduler
 
 OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
 VECTORS = Path(__file__).parent.parent / "vectors"

@@ -75,7 +75,7 @@ def hub(tmp_path_factory):
 def cenacle(hub_url, home, *arguments):
     env = {**os.environ, "HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "cenacle.cli", *arguments],
+        [sys.executable, "-m", "cenacle", *arguments],
         env=env,
         capture_output=True,
         text=True,

@@ -19,25 +19,26 @@ import pytest
 from typer.testing import CliRunner
 
 import cenacle
-from cenacle.cli import app
-from cenacle.cluster import join, pairing
+from cenacle.cli.main import app
+from cenacle.cluster import client
 from cenacle.cluster.agent import Agent
-from cenacle.cluster.control import Head
-from cenacle.cluster.forming import Joined
-from cenacle.cluster.join import ask, pair
-from cenacle.cluster.links import Link
-from cenacle.cluster.placing import Wanted
-from cenacle.cluster.sharing import Sharing
-from cenacle.engine.channel import Channel
+from cenacle.cluster.client import ask, pair
+from cenacle.cluster.download.distribution import Sharing
+from cenacle.cluster.formation import Joined
+from cenacle.cluster.head import Head
+from cenacle.cluster.link_probe import Link
+from cenacle.cluster.placement import Wanted
+from cenacle.cluster.security import identity as identities
+from cenacle.core.plan import Plan
 from cenacle.engine.engine import Options, need_of
-from cenacle.engine.lockstep import Epoch
 from cenacle.errors import CheckpointError, ClusterError, InputError
-from cenacle.model.weights import Checkpoint, describe
-from cenacle.plan import Plan
-from cenacle.selftest import SelfTest
+from cenacle.model.loader import Checkpoint, describe
+from cenacle.ranks.channel import Channel
+from cenacle.ranks.rank_group import Epoch
+from cenacle.verification import SelfTest
 
 HOST = "127.0.0.1"
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_an_old_token_lets_nobody_in(tmp_path):
 
 def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
     """A man in the middle with a certificate of his own passes every message on."""
-    other = pairing.Authority(tmp_path / "other").identity.server()
+    other = identities.Authority(tmp_path / "other").identity.server()
     other.verify_mode = ssl.CERT_NONE
     listener = socket.create_server((HOST, 0))
     passed = []
@@ -131,7 +132,7 @@ def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
         plain, _ = listener.accept()
         near = Channel(other.wrap_socket(plain, server_side=True), 5)
         sock = socket.create_connection((HOST, head.port))
-        far = Channel(pairing.stranger().wrap_socket(sock), 5)
+        far = Channel(identities.stranger().wrap_socket(sock), 5)
         with suppress(ClusterError):
             for a, b in ((near, far), (far, near), (near, far), (far, near)):
                 passed.append(a.receive())
@@ -154,7 +155,7 @@ def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
 
 def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
     """It says yes to everyone."""
-    authority = pairing.Authority(tmp_path / "other")
+    authority = identities.Authority(tmp_path / "other")
     server = authority.identity.server()
     listener = socket.create_server((HOST, 0))
 
@@ -162,17 +163,17 @@ def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
         plain, _ = listener.accept()
         channel = Channel(server.wrap_socket(plain, server_side=True), 5)
         channel.receive()
-        channel.send({"type": "nonce", "nonce": pairing.encode(bytes(16))})
-        said = json.loads(pairing.decode(channel.receive()["said"]))
+        channel.send({"type": "nonce", "nonce": identities.encode(bytes(16))})
+        said = json.loads(identities.decode(channel.receive()["said"]))
         given = {"certificate": authority.sign(said["request"].encode(), "x").decode()}
-        sent = pairing.encode(json.dumps({**given, "id": "x", "name": "x"}).encode())
-        channel.send({"type": "paired", "said": sent, "proof": pairing.encode(bytes(32))})
+        sent = identities.encode(json.dumps({**given, "id": "x", "name": "x"}).encode())
+        channel.send({"type": "paired", "said": sent, "proof": identities.encode(bytes(32))})
         channel.close()
 
     thread = threading.Thread(target=yes)
     thread.start()
     with pytest.raises(ClusterError, match="does not know the token"):
-        pair(tmp_path / "n", HOST, listener.getsockname()[1], pairing.new_token(), "victim")
+        pair(tmp_path / "n", HOST, listener.getsockname()[1], identities.new_token(), "victim")
     thread.join()
     listener.close()
     assert not (tmp_path / "n").exists()
@@ -188,7 +189,7 @@ def test_another_clusters_machine_is_refused_and_told_why(head, tmp_path):
             until(lambda: said, "a word")
             assert "not the head of this machine's cluster" in said[0]
         # One that does not check whom it calls gets no further.
-        careless = pairing.stranger()
+        careless = identities.stranger()
         careless.load_cert_chain(theirs.certificate, theirs.key)
         raw = socket.create_connection((HOST, head.port), timeout=5)
         channel = Channel(careless.wrap_socket(raw), 5)
@@ -240,7 +241,7 @@ def test_strangers_do_no_harm(head, tmp_path):
     answers = []
     for data in FRAMES:
         raw = socket.create_connection((HOST, head.port), timeout=5)
-        sock = pairing.stranger().wrap_socket(raw)
+        sock = identities.stranger().wrap_socket(raw)
         socks.append(sock)
         with suppress(OSError):
             sock.sendall(data)
@@ -267,7 +268,7 @@ def test_only_the_head_may_end_it_or_invite(head, tmp_path):
             ask(identity, HOST, head.port, what, name="one")
     assert not head.ended.is_set()
     token = ask(head.identity, HOST, head.port, "invite")["token"]
-    assert pairing.read_token(token) == token
+    assert identities.read_token(token) == token
     with pytest.raises(InputError, match="no machine of this cluster is called nobody"):
         ask(head.identity, HOST, head.port, "strike", name="nobody")
 
@@ -289,7 +290,7 @@ def test_who_left_or_was_struck_needs_a_new_token(head, tmp_path):
 def test_other_versions_are_explained(head, tmp_path, monkeypatch):
     identity = pair(tmp_path, HOST, head.port, head.invite(), "older")
     facts = {"cenacle": "0.0.1", "mlx": "0.1", "mlx_lm": "0.32.2"}
-    monkeypatch.setattr("cenacle.cluster.machine.facts", lambda: facts)
+    monkeypatch.setattr("cenacle.cluster.node_info.facts", lambda: facts)
     with agent(identity, head.port) as (_, ended):
         until(lambda: ended, "a refusal")
     assert "cenacle 0.0.1, expected" in str(ended[0])
@@ -298,7 +299,7 @@ def test_other_versions_are_explained(head, tmp_path, monkeypatch):
 
 def test_orders_to_who_is_not_there_fail_at_once(head):
     before = time.monotonic()
-    from cenacle.cluster.state import Node
+    from cenacle.cluster.membership import Node
 
     with pytest.raises(ClusterError, match="was removed") as caught:
         head.order(Node("x", "gone"), "find", model="m")
@@ -330,7 +331,7 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
         need_of(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").own for n in (2, 1)
     )
     room = {"available_bytes": (half + whole) // 2}
-    monkeypatch.setattr("cenacle.cluster.machine.changing", lambda: room)
+    monkeypatch.setattr("cenacle.cluster.node_info.changing", lambda: room)
     said, told = [], []
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
@@ -368,21 +369,21 @@ def test_a_machine_of_one_cluster_is_not_another_heads(head, tmp_path):
     try:
         with pytest.raises(InputError, match="another's head: to change over, `cenacle leave` fir"):
             pair(tmp_path / "n", HOST, other.port, other.invite(), "mine")
-        with pytest.raises(join.OtherHead, match="not the head of this machine's cluster"):
-            join.check(mine, HOST, other.port)
+        with pytest.raises(client.OtherHead, match="not the head of this machine's cluster"):
+            client.check(mine, HOST, other.port)
         assert list(names(other)) == ["one"]
     finally:
         other.close()
-    join.check(mine, HOST, other.port)  # nobody is there: it may come
-    join.check(mine, HOST, head.port)
+    client.check(mine, HOST, other.port)  # nobody is there: it may come
+    client.check(mine, HOST, head.port)
     # With a token of its own head's it may join again, as who was removed has to.
     again = pair(tmp_path / "n", HOST, head.port, head.invite(), "mine")
     assert again.remembered()["name"] == "mine-2"
-    assert pairing.Identity(tmp_path / "n", "node").remembered()["port"] == head.port
+    assert identities.Identity(tmp_path / "n", "node").remembered()["port"] == head.port
 
 
 def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
-    old = Agent(pairing.Identity(tmp_path, "node"), HOST, 1, [])
+    old = Agent(identities.Identity(tmp_path, "node"), HOST, 1, [])
     old._formation = 7
     order = {"epoch": 0, "rank": 0, "backend": "mesh", "addresses": [], "devices": [], "secret": ""}
     with pytest.raises(ClusterError, match="told to start a rank of formation 6, but knows 7"):
@@ -390,8 +391,8 @@ def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
 
 
 def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("cenacle.cluster.state.STAY_S", 0.3)
-    monkeypatch.setattr("cenacle.cluster.state.REST_S", 1.0)
+    monkeypatch.setattr("cenacle.cluster.membership.STAY_S", 0.3)
+    monkeypatch.setattr("cenacle.cluster.membership.REST_S", 1.0)
     for at, change in (("here", ""), ("there", " ")):
         shutil.copytree(DEMO, tmp_path / at / "answers")
         config = tmp_path / at / "answers" / "config.json"
@@ -488,7 +489,7 @@ def test_a_slow_link_is_refused_before_anything_is_loaded(tmp_path, monkeypatch)
         measured.append(address)
         return Link(50e-6, 10e6)
 
-    monkeypatch.setattr("cenacle.cluster.links.measure", slow)
+    monkeypatch.setattr("cenacle.cluster.link_probe.measure", slow)
     checkpoint = Checkpoint.open(DEMO)
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
@@ -505,15 +506,15 @@ def test_a_slow_link_is_refused_before_anything_is_loaded(tmp_path, monkeypatch)
 
 
 def test_errors_of_addresses(tmp_path):
-    assert join.read_address("10.0.0.1") == ("10.0.0.1", 4747)
-    assert join.read_address("[fd00::1]:99") == ("fd00::1", 99)
+    assert client.read_address("10.0.0.1") == ("10.0.0.1", 4747)
+    assert client.read_address("[fd00::1]:99") == ("fd00::1", 99)
     for wrong in ("", "x:y", "x:0", "x:99999", ":5"):
         with pytest.raises(InputError, match="HOST:PORT"):
-            join.read_address(wrong)
+            client.read_address(wrong)
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         with pytest.raises(ClusterError, match="no head answers"):
-            pair(tmp_path, HOST, taken.getsockname()[1], pairing.new_token(), "x")
+            pair(tmp_path, HOST, taken.getsockname()[1], identities.new_token(), "x")
         taken.listen()
         with pytest.raises(InputError, match="choose another with --listen"):
             Head(tmp_path / "h", HOST, taken.getsockname()[1])
@@ -526,7 +527,7 @@ def test_services_are_what_their_readers_read(tmp_path, monkeypatch, platform):
     import shlex
 
     monkeypatch.setenv("HOME", str(tmp_path / "a b%c"))
-    path, text, enable = join.service(tmp_path / 'x "y"', platform)
+    path, text, enable = client.service(tmp_path / 'x "y"', platform)
     assert path.is_relative_to(tmp_path / "a b%c")
     if platform == "darwin":
         read = plistlib.loads(text.encode())
@@ -542,6 +543,6 @@ def test_services_are_what_their_readers_read(tmp_path, monkeypatch, platform):
         home = value.removeprefix("CENACLE_HOME=")
         assert unit["Service"]["Restart"] == "on-failure"
         assert unit["Install"]["WantedBy"] == "default.target"
-    assert command[1:] == ["-m", "cenacle.cli", "join"]
+    assert command[1:] == ["-m", "cenacle", "join"]
     assert home == str(tmp_path / 'x "y"')
     assert path.name in enable

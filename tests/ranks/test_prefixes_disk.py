@@ -23,9 +23,9 @@ import pytest
 
 import cenacle
 from cenacle.engine.engine import Options
-from cenacle.engine.pages import PAGE
+from cenacle.scheduler.disk_index import PAGE
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 LENGTH = 24
 ENDLESS = 200  # tokens of an answer that does not end by itself
@@ -95,7 +95,7 @@ def serving(folder, nodes, *options):
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     log = folder / "log"
-    command = [sys.executable, "-m", "cenacle.cli", "serve", "-m", str(DEMO), "-n", str(nodes)]
+    command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO), "-n", str(nodes)]
     command += ["--port", str(port), "--cache-dir", str(folder / "kept"), *options]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stderr=errors)

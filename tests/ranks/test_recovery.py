@@ -30,17 +30,17 @@ from test_server import END, SUM, Server, server
 
 import cenacle
 from cenacle.api import Model
-from cenacle.cluster.launcher import WORKER, LocalRanks
+from cenacle.core.request import Request, Sampling
 from cenacle.engine.engine import Options
-from cenacle.engine.lockstep import Epoch, Group
-from cenacle.engine.scheduler import Scheduler
-from cenacle.request import Request, Sampling
+from cenacle.ranks.local_ranks import WORKER, LocalRanks
+from cenacle.ranks.rank_group import Epoch, Group
+from cenacle.scheduler.scheduler import Scheduler
 
 HERE = Path(__file__).parent
 OTHER_ROUTER = HERE / "other_router_rank.py"
 FAULTS = HERE.parent.parent / "benchmarks" / "faults.py"
 MIXTRAL = HERE.parent / "vectors" / "mixtral"
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 QUESTIONS = ("What is 12 + 30?", "Who are you? Tell me more.", "What is 7 + 8?")
 LENGTH = 60
 DICE = {"temperature": 0.8, "seed": 11}

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import cenacle
 
 ROOT = Path(__file__).parents[2]
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 SUM: Any = [{"role": "user", "content": "What is 12 + 30?"}]
 PRIVATE = ("demo_model", "alice", "tokens", "rank", "pid")
 
@@ -55,7 +55,7 @@ class Safe:
 
 def cenacle_program(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "cenacle.cli", *arguments],
+        [sys.executable, "-m", "cenacle", *arguments],
         env={**os.environ, "CENACLE_HOME": str(home)},
         capture_output=True,
         text=True,
@@ -73,7 +73,7 @@ def serving(home: Path, nodes: int, *options: str) -> Iterator[Safe]:
     """`cenacle serve` on every address of this machine, until the block ends."""
     key = cenacle_program(home, "keys", "add", "alice").stdout.strip()
     port, log = free_port(), home / "log"
-    command = [sys.executable, "-m", "cenacle.cli", "serve", "-m", str(DEMO), "-n", str(nodes)]
+    command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO), "-n", str(nodes)]
     command += ["--host", "0.0.0.0", "--port", str(port), "--tls", "self", *options]
     with log.open("w") as errors:
         process = subprocess.Popen(

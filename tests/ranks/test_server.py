@@ -24,7 +24,7 @@ import cenacle
 from cenacle.errors import InputError
 from cenacle.server.app import bind
 
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 SUM: Any = [{"role": "user", "content": "What is 12 + 30?"}]
 SECRET = "xyzzy-plugh"  # must not be found in any log

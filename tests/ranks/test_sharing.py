@@ -13,23 +13,24 @@ import mlx.core as mx
 import pytest
 
 import cenacle
-from cenacle.cluster import fetch as fetching
-from cenacle.cluster import forming, machine, sharing
+from cenacle.cluster import formation, node_info
 from cenacle.cluster.agent import Agent
-from cenacle.cluster.control import Head
-from cenacle.cluster.forming import Joined
-from cenacle.cluster.giving import Given
-from cenacle.cluster.join import pair
-from cenacle.cluster.placing import Wanted
+from cenacle.cluster.client import pair
+from cenacle.cluster.download import distribution
+from cenacle.cluster.download import hub as fetching
+from cenacle.cluster.download.file_server import Given
+from cenacle.cluster.formation import Joined
+from cenacle.cluster.head import Head
+from cenacle.cluster.placement import Wanted
 from cenacle.engine.engine import Options
-from cenacle.engine.lockstep import Epoch
 from cenacle.errors import CheckpointError, ClusterError
-from cenacle.model.ranges import JOURNAL
-from cenacle.model.weights import Checkpoint, load, locate, named_arrays, wanted_of
+from cenacle.model.byte_ranges import JOURNAL
+from cenacle.model.loader import Checkpoint, load, locate, named_arrays, wanted_of
+from cenacle.ranks.rank_group import Epoch
 from like_hub import REPO, Server, pretend, times_sent
 
 HOST = "127.0.0.1"
-DEMO = Path(cenacle.__file__).parent / "demo_model"
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 WEIGHTS = "model.safetensors"
 
 
@@ -111,10 +112,10 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(forming, "LEFT_S", 0.3)
-    monkeypatch.setattr(machine, "_read_rate", lambda _: 1e10)
+    monkeypatch.setattr(formation, "LEFT_S", 0.3)
+    monkeypatch.setattr(node_info, "_read_rate", lambda _: 1e10)
     # The machine of the test is a small one; how much is free on it does not matter here.
-    monkeypatch.setattr(machine, "changing", lambda: {"available_bytes": 64 << 30})
+    monkeypatch.setattr(node_info, "changing", lambda: {"available_bytes": 64 << 30})
     cluster = Cluster(tmp_path)
     yield cluster
     cluster.close()
@@ -188,7 +189,7 @@ def test_each_machine_fetches_its_own_part(cluster, hub, placement):
 @pytest.mark.parametrize("apart", [0, 1 << 16])
 def test_of_slices_the_hub_gives_each_byte_once(cluster, hub, apart, monkeypatch):
     """Also where a slice is rows that a machine gets by itself (`apart` 0)."""
-    monkeypatch.setattr(sharing, "wanted_of", partial(wanted_of, apart=apart))
+    monkeypatch.setattr(distribution, "wanted_of", partial(wanted_of, apart=apart))
     formed = cluster.form(REPO, "sliced")
     is_enough(formed)
     assert (times_sent(hub, WEIGHTS) == 1).all()

@@ -1,10 +1,10 @@
 """A rank as any other, but what rank 1 computes of its experts is a tenth too large; its weights
 were summed before."""
 
-from cenacle.engine import worker
-from cenacle.model import architecture, experts
+from cenacle.model import architecture, expert_parallel
+from cenacle.ranks import worker
 
-parallelize = experts.parallelize
+parallelize = expert_parallel.parallelize
 
 
 def wrong(model, *arguments) -> None:
@@ -15,5 +15,5 @@ def wrong(model, *arguments) -> None:
     parallelize(model, *arguments)
 
 
-experts.parallelize = wrong
+expert_parallel.parallelize = wrong
 worker.main()

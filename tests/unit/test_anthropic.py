@@ -8,11 +8,11 @@ import pytest
 from anthropic import types
 from pydantic import TypeAdapter
 
-from cenacle.dialogue import Finish, Part, Usage
+from cenacle.core.chat import Finish, Part, Usage
 from cenacle.errors import CenacleError, ClusterError, InputError
-from cenacle.server import anthropic
-from cenacle.server.exchange import Asked, Choice, Head, Served
-from cenacle.server.fields import Refused
+from cenacle.server.api import anthropic
+from cenacle.server.api.protocol import Asked, Choice, Head, Served
+from cenacle.server.api.validation import Refused
 
 SERVED = Served("house", 100, 50)
 HEAD = Head("1", 7, "house", "fp_1")

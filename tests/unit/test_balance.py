@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import spec_of
 
-from cenacle.cost.catalog import Fact, Link, Machine
-from cenacle.cost.cost import Study
-from cenacle.cost.dealt import Measured
+from cenacle.core.model_spec import ModelSpec, MoELayer, TrunkPart
+from cenacle.core.plan import Plan
 from cenacle.errors import PlanError
-from cenacle.model.balance import (
+from cenacle.planning.catalog import Fact, Link, Machine
+from cenacle.planning.choose_plan import (
     CPU_BYTES_S,
     FEW,
     choose,
@@ -26,8 +26,8 @@ from cenacle.model.balance import (
     speeds_of,
     token_s,
 )
-from cenacle.plan import Plan
-from cenacle.spec import ModelSpec, MoELayer, TrunkPart
+from cenacle.planning.perf_model import Study
+from cenacle.planning.plan_cost import Measured
 
 
 @st.composite

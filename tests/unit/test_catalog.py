@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from cenacle.cost import catalog
-from cenacle.cost.catalog import quant
 from cenacle.errors import CheckpointError, InputError
+from cenacle.planning import catalog
+from cenacle.planning.catalog import quant
 
 KNOWN = catalog.load()
 
@@ -195,7 +195,7 @@ def test_the_owners_folder_is_read(tmp_path, monkeypatch):
 
 
 def test_a_dense_model_is_refused():
-    from cenacle.cost.shapes import from_config
+    from cenacle.planning.model_shapes import from_config
 
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 9}
     with pytest.raises(CheckpointError, match="no experts: a dense model"):

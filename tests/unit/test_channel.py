@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.channel import MAX_MESSAGE, Channel, Closed, Silent
 from cenacle.errors import ClusterError
+from cenacle.ranks.channel import MAX_MESSAGE, Channel, Closed, Silent
 
 
 @pytest.fixture

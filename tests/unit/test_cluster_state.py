@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from cenacle.cluster.state import (
+from cenacle.cluster.membership import (
     LONGEST_REST_S,
     LONGEST_TRY_S,
     REST_S,

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from cenacle.plan import Plan
+from cenacle.core.model_spec import ModelSpec, MoELayer
+from cenacle.core.plan import Plan
 from cenacle.server.cluster_view import counted, machine_memory, placement, resident_bytes
-from cenacle.spec import ModelSpec, MoELayer
 
 
 def spec_of(layers: int, experts: int) -> ModelSpec:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cenacle.cost import catalog
-from cenacle.cost.cost import PAPER, TERMS, Job, Study, exchange, predict, wired_setting
 from cenacle.errors import InputError, PlanError
+from cenacle.planning import catalog
+from cenacle.planning.perf_model import PAPER, TERMS, Job, Study, exchange, predict, wired_setting
 
 KNOWN = catalog.load()
 STUDY = Study.of(KNOWN.fits["study"])

@@ -9,14 +9,14 @@ import jsonschema
 import pytest
 
 import cenacle
-from cenacle.dialogue import Finish, Part, Usage
+from cenacle.core.chat import Finish, Part, Usage
 from cenacle.errors import CenacleError, ClusterError
-from cenacle.server import anthropic, description, openai, responses
-from cenacle.server.exchange import Choice, Front, Head, Served
-from cenacle.server.fields import Refused
+from cenacle.server.api import anthropic, openai, openai_responses, openapi
+from cenacle.server.api.protocol import Choice, Front, Head, Served
+from cenacle.server.api.validation import Refused
 
 SERVED = Served("house", 100, 50)
-PATHS = description.openapi("1")["paths"]
+PATHS = openapi.openapi("1")["paths"]
 HELLO = [{"role": "user", "content": "hello"}]
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 FRONTS: dict[str, tuple[Front, list[dict[str, Any]]]] = {
@@ -52,9 +52,9 @@ FRONTS: dict[str, tuple[Front, list[dict[str, Any]]]] = {
         [{"prompt": p, "echo": True} for p in ("a", [1, 2], ["a", "b"], [[1], [2]])],
     ),
     "/v1/responses": (
-        responses.FRONT,
+        openai_responses.FRONT,
         [
-            {"input": "hello", "include": [responses.LOGPROBS], "top_logprobs": 3},
+            {"input": "hello", "include": [openai_responses.LOGPROBS], "top_logprobs": 3},
             {
                 "input": HELLO,
                 "text": {"format": {"type": "json_object"}},

@@ -8,10 +8,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from cenacle.engine.cache.kv_cache.disk_store import Disk, default_folder, fingerprint
 
-from cenacle.engine import disk as module
-from cenacle.engine.disk import Disk, default_folder, fingerprint
-from cenacle.request import Load, Page
+from cenacle.core.request import Load, Page
+from cenacle.engine.cache.kv_cache import disk_store as module
 
 GROUP, OTHER = "a" * 32, "b" * 32
 

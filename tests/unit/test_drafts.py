@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.drafts import Drafts, Lookup, Pace, reference_draft
+from cenacle.engine.speculative.ngram import Drafts, Lookup, Pace, reference_draft
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 

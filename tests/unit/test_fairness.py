@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine import scheduler as module
-from cenacle.engine.prefixes import Footprint
-from cenacle.engine.scheduler import LEAST_CHUNK, TAIL, Scheduler
+from cenacle.core.request import Request, TokenEvent
 from cenacle.errors import Busy, InputError
-from cenacle.request import Request, TokenEvent
+from cenacle.scheduler import scheduler as module
+from cenacle.scheduler.prefix_index import Footprint
+from cenacle.scheduler.scheduler import LEAST_CHUNK, TAIL, Scheduler
 
 KEYS = 4
 

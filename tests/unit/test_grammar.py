@@ -9,10 +9,10 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from cenacle import InputError
-from cenacle.engine.grammar import Vocabulary, check
-from cenacle.engine.text import Text
+from cenacle.engine.sampling.grammar import Vocabulary, check
+from cenacle.text.tokenizer import Text
 
-DEMO = Path(__file__).parents[2] / "src/cenacle/demo_model"
+DEMO = Path(__file__).parents[2] / "src/cenacle/demo/demo_model"
 SHAPE = "(ab|a[0-9]{1,3})+z"
 PATTERN = LLMatcher.grammar_from_regex(SHAPE)
 OBJECT = LLMatcher.grammar_from_json_schema('{"type": "object"}')

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from cenacle.errors import InputError
 from cenacle.server.auth import Keys
-from cenacle.server.guard import HEADERS, Guard, Policy
+from cenacle.server.middleware import HEADERS, Guard, Policy
 
 ALL = ("/v1/models", "/v1/chat/completions", "/metrics", "/cluster", "/openapi.json", "/nowhere")
 

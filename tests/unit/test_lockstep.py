@@ -12,14 +12,14 @@ from dataclasses import astuple
 
 import pytest
 
-from cenacle.engine import lockstep
-from cenacle.engine.channel import Closed
-from cenacle.engine.lockstep import Epoch, Group
-from cenacle.engine.pages import keys
-from cenacle.engine.prefixes import Footprint, packed
-from cenacle.engine.scheduler import Scheduler
+from cenacle.core.request import Request, Step, TokenEvent
 from cenacle.errors import CenacleError, ClusterError, RankLost
-from cenacle.request import Request, Step, TokenEvent
+from cenacle.ranks import rank_group
+from cenacle.ranks.channel import Closed
+from cenacle.ranks.rank_group import Epoch, Group
+from cenacle.scheduler.disk_index import keys
+from cenacle.scheduler.prefix_index import Footprint, packed
+from cenacle.scheduler.scheduler import Scheduler
 
 Fault = Callable[["PlayedRank", Step], None]
 
@@ -137,7 +137,7 @@ class Client:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cenacle.cluster.supervisor.BACKOFF_S", (0.0, 0.01, 0.02))
+    monkeypatch.setattr("cenacle.scheduler.recovery.BACKOFF_S", (0.0, 0.01, 0.02))
 
 
 @pytest.fixture
@@ -347,12 +347,12 @@ def test_without_a_way_to_start_others_the_first_failure_is_the_last():
     with pytest.raises(RankLost, match="its disk is gone"):
         client.wait()
     assert group.state.phase == "failed"
-    assert lockstep.LOSSES > 1
+    assert rank_group.LOSSES > 1
     group.close()
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr(lockstep, "SEEK_S", 0.1)
+    monkeypatch.setattr(rank_group, "SEEK_S", 0.1)
     prompt = tuple(range(600))
     key = keys(packed(prompt), [256])[256]
     ranks = PlayedRanks(0, lambda rank, step: None)

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from cenacle.engine.drafts import Drafts
+from cenacle.core.model_spec import ModelSpec, MoELayer
+from cenacle.core.plan import Plan
+from cenacle.core.request import Request, Step, TokenEvent
+from cenacle.engine.speculative.ngram import Drafts
 from cenacle.errors import ClusterError, InputError
-from cenacle.plan import Plan
-from cenacle.request import Request, Step, TokenEvent
 from cenacle.server.auth import Keys
 from cenacle.server.metrics import Metered, Metrics, activations
-from cenacle.spec import ModelSpec, MoELayer
 
 SPEC = ModelSpec("mixtral", 1, (MoELayer(0, 4, 100, units=4),), 2, 1000, 64, 10, "float32")
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cenacle.dialogue import Finish, Logged, Part, Tool, Usage
+from cenacle.core.chat import Finish, Logged, Part, Tool, Usage
+from cenacle.core.request import Sampling
 from cenacle.errors import CenacleError, ClusterError, InputError, RankLost
-from cenacle.request import Sampling
-from cenacle.server import anthropic, exchange, openai, responses
-from cenacle.server.exchange import Asked, Choice, Head, Served
-from cenacle.server.fields import Refused
-from cenacle.server.openai import ChatReply, TextReply
+from cenacle.server.api import anthropic, openai, openai_responses, protocol
+from cenacle.server.api.openai import ChatReply, TextReply
+from cenacle.server.api.protocol import Asked, Choice, Head, Served
+from cenacle.server.api.validation import Refused
 
 SERVED = Served("house", 100, 50)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -329,7 +329,7 @@ _JSON = st.recursive(
 _READERS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
     (openai.read_chat, openai.CHAT_PARAMETERS, {"messages": HELLO}),
     (openai.read_text, openai.TEXT_PARAMETERS, {"prompt": "x"}),
-    (responses.read, responses.PARAMETERS, {"input": "x"}),
+    (openai_responses.read, openai_responses.PARAMETERS, {"input": "x"}),
     (
         anthropic.read,
         anthropic.PARAMETERS,
@@ -424,10 +424,10 @@ def test_no_schema_breaks_the_reader(schema: dict[str, Any]) -> None:
 
 
 def test_a_prompt_must_leave_room_for_an_answer() -> None:
-    assert exchange.room(99, SERVED, "prompt") == 1
-    assert exchange.room(99, replace(SERVED, context=None), "prompt") is None
+    assert protocol.room(99, SERVED, "prompt") == 1
+    assert protocol.room(99, replace(SERVED, context=None), "prompt") is None
     with pytest.raises(Refused, match="100 tokens") as caught:
-        exchange.room(100, SERVED, "messages")
+        protocol.room(100, SERVED, "messages")
     assert (caught.value.field, caught.value.code) == ("messages", "context_length_exceeded")
 
 
@@ -712,7 +712,7 @@ def test_errors_of_the_group_are_not_the_clients() -> None:
 
 def test_it_needs_neither_mlx_nor_starlette() -> None:
     code = (
-        "import sys, cenacle.server.openai;"
+        "import sys, cenacle.server.api.openai;"
         "print([m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_lm', 'starlette')])"
     )
     done = subprocess.run(

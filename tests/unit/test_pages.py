@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.pages import FIRST, PAGE, Pages, keys
-from cenacle.engine.prefixes import Footprint, packed
-from cenacle.engine.scheduler import Scheduler
-from cenacle.request import Load, Page, Request, Step, Store, TokenEvent
+from cenacle.core.request import Load, Page, Request, Step, Store, TokenEvent
+from cenacle.scheduler.disk_index import FIRST, PAGE, Pages, keys
+from cenacle.scheduler.prefix_index import Footprint, packed
+from cenacle.scheduler.scheduler import Scheduler
 
 SIZE = 10  # bytes of a page here
 

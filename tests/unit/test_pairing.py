@@ -8,8 +8,8 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from cenacle.cluster import pairing
-from cenacle.cluster.pairing import Authority, Identity, Tokens, proof_of
+from cenacle.cluster.security import identity as identities
+from cenacle.cluster.security.identity import Authority, Identity, Tokens, proof_of
 from cenacle.errors import ClusterError, InputError
 
 SAID = (b"j" * 16, b"h" * 16, b"certificate", b"what is sent")
@@ -20,12 +20,12 @@ def modes(folder):
 
 
 def test_tokens_are_long_enough_and_read_as_people_type_them():
-    token = pairing.new_token()
+    token = identities.new_token()
     assert len(token.replace("-", "")) * 5 == 80, "bits"
-    assert pairing.read_token(token.lower().replace("-", " ").replace("0", "o")) == token
+    assert identities.read_token(token.lower().replace("-", " ").replace("0", "o")) == token
     for wrong in ("", "ABCD", token + "A", token[:-1] + "U", token[:-1] + "!"):
         with pytest.raises(InputError, match="as `cenacle up` prints it"):
-            pairing.read_token(wrong)
+            identities.read_token(wrong)
 
 
 def test_a_token_admits_until_it_is_too_old():
@@ -60,8 +60,8 @@ def test_a_proof_is_for_one_side_only():
 def test_files_are_their_owners_only(tmp_path):
     folder = tmp_path / "home" / "cluster"
     authority = Authority(folder)
-    key = pairing.new_key()
-    pairing.keep_node(folder, key, authority.sign(pairing.request_for(key), "ab"), host="x")
+    key = identities.new_key()
+    identities.keep_node(folder, key, authority.sign(identities.request_for(key), "ab"), host="x")
     found = modes(folder)
     assert set(found) == {
         *("ca.key", "ca.crt", "head.key", "head.crt", "head.json"),
@@ -83,7 +83,7 @@ def test_an_authority_is_made_once(tmp_path):
 
 def test_what_is_not_a_request_is_not_signed(tmp_path):
     authority = Authority(tmp_path)
-    request = pairing.request_for(pairing.new_key())
+    request = identities.request_for(identities.new_key())
     torn = bytearray(request)
     torn[70] ^= 1
     for wrong in (b"", b"nonsense", bytes(torn), authority.pem):
@@ -107,23 +107,25 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, name: str | None
                     pass
     assert len(done) == 2
     der = b.getpeercert(binary_form=True)
-    return None if der is None else pairing.whose(der)
+    return None if der is None else identities.whose(der)
 
 
 def node(folder, authority, who="ab12"):
-    key = pairing.new_key()
-    return pairing.keep_node(folder, key, authority.sign(pairing.request_for(key), who))
+    key = identities.new_key()
+    return identities.keep_node(folder, key, authority.sign(identities.request_for(key), who))
 
 
 def test_both_sides_are_known_by_their_certificates(tmp_path):
     authority, other = Authority(tmp_path / "a"), Authority(tmp_path / "b")
     ours, theirs = node(tmp_path / "n", authority), node(tmp_path / "m", other)
     server = authority.identity.server()
-    assert shake_hands(ours.client(), server, pairing.SERVER_NAME) == "ab12"
-    assert shake_hands(authority.identity.client(), server, pairing.SERVER_NAME) == pairing.HEAD
-    assert shake_hands(pairing.stranger(), server, None) is None, "it may only ask to pair"
+    assert shake_hands(ours.client(), server, identities.SERVER_NAME) == "ab12"
+    assert (
+        shake_hands(authority.identity.client(), server, identities.SERVER_NAME) == identities.HEAD
+    )
+    assert shake_hands(identities.stranger(), server, None) is None, "it may only ask to pair"
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(theirs.client(), server, pairing.SERVER_NAME)  # another cluster's node
+        shake_hands(theirs.client(), server, identities.SERVER_NAME)  # another cluster's node
     foreign = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     foreign.check_hostname, foreign.verify_mode = False, ssl.CERT_NONE
     foreign.load_cert_chain(theirs.certificate, theirs.key)
@@ -138,7 +140,7 @@ def test_a_node_cannot_pass_for_the_head(tmp_path):
     uses = own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(uses) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(ours.client(), Identity(bad.folder, "node").server(), pairing.SERVER_NAME)
+        shake_hands(ours.client(), Identity(bad.folder, "node").server(), identities.SERVER_NAME)
 
 
 def test_what_is_remembered(tmp_path):
@@ -146,6 +148,6 @@ def test_what_is_remembered(tmp_path):
     identity.remember(host="a", port=1)
     identity.remember(port=2)
     assert identity.remembered() == {"host": "a", "port": 2}
-    pairing.write_private(identity.facts, json.dumps([]).encode())
+    identities.write_private(identity.facts, json.dumps([]).encode())
     with pytest.raises(InputError, match="damaged"):
         identity.remembered()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cenacle.core.model_spec import ModelSpec, MoELayer, TrunkPart
+from cenacle.core.plan import LayerPlan, Part, Plan, human
 from cenacle.errors import PlanError
-from cenacle.plan import LayerPlan, Part, Plan, human
-from cenacle.spec import ModelSpec, MoELayer, TrunkPart
 
 
 def spec_of(

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.cost import catalog, planner, report, validate
-from cenacle.cost.cost import TERMS, Job, Study
+from cenacle.calibration import validate
+from cenacle.core.plan import Plan
 from cenacle.errors import CenacleError, InputError, PlanError
-from cenacle.plan import Plan
+from cenacle.planning import catalog, planner, report
+from cenacle.planning.perf_model import TERMS, Job, Study
 
 KNOWN = catalog.load()
 STUDY = Study.of(KNOWN.fits["study"])
@@ -164,7 +165,7 @@ def test_the_report_asks_nobody_for_anything():
     ],
 )
 def test_wrong_arguments_are_errors_with_a_sentence(arguments, message, tmp_path, monkeypatch):
-    from cenacle.cli import app
+    from cenacle.cli.main import app
 
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, arguments)
@@ -173,7 +174,7 @@ def test_wrong_arguments_are_errors_with_a_sentence(arguments, message, tmp_path
 
 
 def test_a_dense_config_is_refused(tmp_path):
-    from cenacle.cli import app
+    from cenacle.cli.main import app
 
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64}')
@@ -228,7 +229,7 @@ def test_wrong_rows(tmp_path, line, message):
 
 
 def test_rows_that_are_right_are_shown_beside_an_error(tmp_path):
-    from cenacle.cli import app
+    from cenacle.cli.main import app
 
     file = tmp_path / "rows.csv"
     lines = ["dbrx,4,m9-max,1,,single,0,9,x", "dbrx,4,m4-max-128,1,,single,0,9,x"]
@@ -283,11 +284,11 @@ def test_the_papers_numbers():
 def test_stored_runs_are_predicted():
     from statistics import median
 
-    from cenacle.cost import here
+    from cenacle.calibration import local_fit
 
-    stored = here.load(here.STORE)
+    stored = local_fit.load(local_fit.STORE)
     assert len(stored.rows) >= 12
-    _, rows = here.judge(stored)
+    _, rows = local_fit.judge(stored)
     unfitted = [abs(p.tok_per_s / r.tok_per_s - 1) for r, p in rows if not r.fitted]
     assert len(unfitted) >= 7
     assert median(unfitted) <= 0.15

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 
 import cenacle
-from cenacle.cost.calibrate import Calibration, as_toml
-from cenacle.cost.dealt import here
-from cenacle.model.balance import choose
-from cenacle.plan import Plan
-from cenacle.server.predicted import Predicted, predicted
-from cenacle.spec import ModelSpec, MoELayer
+from cenacle.calibration.calibrate import Calibration, as_toml
+from cenacle.core.model_spec import ModelSpec, MoELayer
+from cenacle.core.plan import Plan
+from cenacle.planning.choose_plan import choose
+from cenacle.planning.plan_cost import here
+from cenacle.server.expected_speed import Predicted, predicted
 
-CONFIG = json.loads((Path(cenacle.__file__).parent / "demo_model" / "config.json").read_text())
+CONFIG = json.loads(
+    (Path(cenacle.__file__).parent / "demo" / "demo_model" / "config.json").read_text()
+)
 LAYERS, EXPERTS = CONFIG["n_layers"], CONFIG["ffn_config"]["moe_num_experts"]
 SPEC = ModelSpec(
     "dbrx", LAYERS, tuple(MoELayer(n, EXPERTS, 200_000, units=4) for n in range(LAYERS)),

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.prefixes import Entry, Footprint, Prefixes, common, packed
-from cenacle.engine.scheduler import Scheduler
-from cenacle.request import Request, TokenEvent
+from cenacle.core.request import Request, TokenEvent
+from cenacle.scheduler.prefix_index import Entry, Footprint, Prefixes, common, packed
+from cenacle.scheduler.scheduler import Scheduler
 
 tokens = st.lists(st.integers(0, 2), max_size=40)
 

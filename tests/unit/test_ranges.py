@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from cenacle.model.ranges import (
+from cenacle.model.byte_ranges import (
     Strip,
     append,
     covered,

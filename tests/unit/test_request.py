@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cenacle.core.request import Request, Sampling, Step, TokenEvent
 from cenacle.errors import InputError
-from cenacle.request import Request, Sampling, Step, TokenEvent
 
 samplings = st.builds(
     Sampling,

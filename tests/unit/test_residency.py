@@ -3,9 +3,9 @@
 import pytest
 
 from cenacle import PlanError
-from cenacle.model.residency import WORKSPACE_BYTES, Need, cache_bytes, check_available, wired_limit
-from cenacle.plan import Plan
-from cenacle.spec import ModelSpec, MoELayer
+from cenacle.core.model_spec import ModelSpec, MoELayer
+from cenacle.core.plan import Plan
+from cenacle.planning.memory import WORKSPACE_BYTES, Need, cache_bytes, check_available, wired_limit
 
 GIB = 2**30
 

@@ -7,10 +7,10 @@ from typing import Any, get_args
 import pytest
 from openai.types import responses as types
 
-from cenacle.dialogue import Finish, Logged, Part, Usage
+from cenacle.core.chat import Finish, Logged, Part, Usage
 from cenacle.errors import ClusterError, InputError
-from cenacle.server import openai, responses
-from cenacle.server.exchange import Asked, Choice, Head, Served
+from cenacle.server.api import openai, openai_responses
+from cenacle.server.api.protocol import Asked, Choice, Head, Served
 
 SERVED = Served("house", 100, 50)
 HEAD = Head("1", 7, "house", "fp_1")
@@ -61,7 +61,7 @@ LOOP: dict[str, Any] = {
 
 
 def read(**fields: Any) -> Asked:
-    return responses.read(json.dumps({"input": "hello", **fields}).encode(), SERVED)
+    return openai_responses.read(json.dumps({"input": "hello", **fields}).encode(), SERVED)
 
 
 def refused(**fields: Any) -> tuple[str | None, str | None]:
@@ -178,7 +178,7 @@ PARTS = [
 
 
 def stream(parts: list[Part], finish: Finish, usage: Usage, **fields: Any) -> list[Any]:
-    reply = responses.Reply(read(stream=True, **fields), HEAD)
+    reply = openai_responses.Reply(read(stream=True, **fields), HEAD)
     events = [*reply.opening(0, Usage(3, 0))]
     for part in parts:
         events += reply.piece(0, part)
@@ -191,9 +191,9 @@ def stream(parts: list[Part], finish: Finish, usage: Usage, **fields: Any) -> li
 
 @pytest.mark.parametrize("finish", [STOP, LENGTH])
 def test_a_stream_ends_with_the_whole_response(finish: Finish) -> None:
-    fields = {"include": [responses.LOGPROBS], "top_logprobs": 1}
+    fields = {"include": [openai_responses.LOGPROBS], "top_logprobs": 1}
     events = stream(PARTS, finish, Usage(3, 9, 2, 4), **fields)
-    whole = responses.Reply(read(**fields), HEAD).whole(
+    whole = openai_responses.Reply(read(**fields), HEAD).whole(
         [Choice(0, PARTS, finish)], Usage(3, 9, 2, 4)
     )
     assert events[-1]["response"] == whole
@@ -223,12 +223,15 @@ def test_the_events_of_each_item() -> None:
 
 
 def test_an_answer_without_a_word() -> None:
-    assert responses.Reply(read(), HEAD).whole([Choice(0, [], STOP)], Usage(1, 1))["output"] == []
+    assert (
+        openai_responses.Reply(read(), HEAD).whole([Choice(0, [], STOP)], Usage(1, 1))["output"]
+        == []
+    )
     assert len(stream([], STOP, Usage(1, 1))) == 3
 
 
 def test_a_failure_in_the_middle() -> None:
-    reply = responses.Reply(read(stream=True), HEAD)
+    reply = openai_responses.Reply(read(stream=True), HEAD)
     events = [data for _, data in reply.failed(ClusterError("gone"))]
     assert [e["type"] for e in events if isinstance(e, dict)] == ["error", "response.failed"]
     for event in events:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cenacle.cost.routing import (
+from cenacle.errors import InputError
+from cenacle.planning.routing_stats import (
     Group,
     Trace,
     busiest,
@@ -24,7 +25,6 @@ from cenacle.cost.routing import (
     simulate,
     windows_of,
 )
-from cenacle.errors import InputError
 
 
 def test_the_papers_layouts():

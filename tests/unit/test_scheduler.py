@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.scheduler import Scheduler
-from cenacle.request import Part, Request, Step, TokenEvent
+from cenacle.core.request import Part, Request, Step, TokenEvent
+from cenacle.scheduler.scheduler import Scheduler
 
 
 def request(name: str) -> Request:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.cluster import supervisor
-from cenacle.cluster.supervisor import (
+from cenacle.scheduler import recovery
+from cenacle.scheduler.recovery import (
     Answered,
     Doing,
     GiveUp,
@@ -21,7 +21,7 @@ from cenacle.cluster.supervisor import (
 )
 
 
-def replay(*events: supervisor.Event) -> State:
+def replay(*events: recovery.Event) -> State:
     state = State()
     for event in events:
         state = after(state, event)
@@ -98,7 +98,7 @@ def test_whatever_happens_epochs_grow_and_rows_are_bounded(happened):
     for event in happened:
         new = after(state, event)
         assert new.epoch >= state.epoch
-        assert len(new.in_a_row) <= supervisor.IN_A_ROW + 1
+        assert len(new.in_a_row) <= recovery.IN_A_ROW + 1
         match next_action(new):
             case Start(epoch, _):
                 assert epoch == new.epoch + 1

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cenacle.collective import tcp
+from cenacle.collective import socket_options
 
 
 @pytest.fixture
@@ -19,25 +19,27 @@ def pair():
 
 def test_messages_leave_at_once(pair):
     for sock in pair:
-        tcp.set_up(sock)
+        socket_options.set_up(sock)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such option")
 def test_linux_asks_again_at_least_once_a_second(pair):
     ours, theirs = pair
-    tcp.set_up(ours)
-    option = socket.IPPROTO_TCP, tcp.THIN_LINEAR_TIMEOUTS
+    socket_options.set_up(ours)
+    option = socket.IPPROTO_TCP, socket_options.THIN_LINEAR_TIMEOUTS
     assert (ours.getsockopt(*option), theirs.getsockopt(*option)) == (1, 0)
     try:
-        longest = theirs.getsockopt(socket.IPPROTO_TCP, tcp.RTO_MAX_MS)
+        longest = theirs.getsockopt(socket.IPPROTO_TCP, socket_options.RTO_MAX_MS)
     except OSError:
         return  # a kernel before 6.15
-    assert longest > tcp.LONGEST_MS
-    assert ours.getsockopt(socket.IPPROTO_TCP, tcp.RTO_MAX_MS) == tcp.LONGEST_MS
+    assert longest > socket_options.LONGEST_MS
+    assert (
+        ours.getsockopt(socket.IPPROTO_TCP, socket_options.RTO_MAX_MS) == socket_options.LONGEST_MS
+    )
 
 
 def test_what_is_not_tcp_is_left_alone():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        tcp.set_up(ours)  # raises nothing
+        socket_options.set_up(ours)  # raises nothing

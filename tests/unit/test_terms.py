@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.terms import Terms
+from cenacle.ranks.step_timings import Terms
 
 seconds = st.floats(0, 10, allow_subnormal=False)
 

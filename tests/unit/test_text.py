@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.text import TextStream
+from cenacle.text.tokenizer import TextStream
 
 SILENT = 0
 

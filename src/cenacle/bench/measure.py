@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 
 from .. import api
+from ..core.plan import Plan
+from ..core.request import TokenEvent
 from ..engine.engine import Options
 from ..errors import CenacleError, ClusterError, InputError
-from ..model import balance, native_layers, synth
-from ..model.weights import Checkpoint, describe, locate
-from ..plan import Plan
-from ..request import TokenEvent
-from . import ceilings
-from .peers import Job, Peer, PeerFailed, Setup, Speed
+from ..model import native_layers, synth
+from ..model.loader import Checkpoint, describe, locate
+from ..planning import choose_plan
+from . import hardware_limits
+from .peers.peers import Job, Peer, PeerFailed, Setup, Speed
 
 DRAWS = 2000  # random top-k choices from which the expected bytes of a token are found
 ANSWER_S = 900.0
@@ -122,7 +123,9 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     say("measuring what memory, exchange and kernels give on their own")
     native = asked.options.get("kernels", "auto") != "mlx" and native_layers.usable()
     folder, dealt = (checkpoint.folder, plan) if native else (None, None)
-    limits = ceilings.measure(asked.nodes, backend, cores, threads, folder, dealt, activations)
+    limits = hardware_limits.measure(
+        asked.nodes, backend, cores, threads, folder, dealt, activations
+    )
     say(f"loading {asked.model} on {asked.nodes} nodes")
     batch = max(*asked.streams, 1)
     with api.load(
@@ -399,14 +402,14 @@ def expected_experts(plan: Plan) -> tuple[list[float], float]:
         for part in parts:
             share[expert, part.rank] = (part.stop - part.start) / plan.width
     holders = [tuple(p.rank for p in parts) for parts in layer.experts]
-    speeds = balance.speeds_of(plan.nodes, plan.shares)
+    speeds = choose_plan.speeds_of(plan.nodes, plan.shares)
     rng = np.random.default_rng(0)
     read = np.zeros((DRAWS, plan.nodes))
     for draw in range(DRAWS):
         chosen = rng.permutation(count)[: plan.spec.top_k]
         if plan.placement == "replicated":
             counts = np.bincount(chosen, minlength=count).tolist()
-            ranks = balance.deal_experts(counts, holders, speeds)
+            ranks = choose_plan.deal_experts(counts, holders, speeds)
             read[draw] = np.bincount([r for r in ranks if r >= 0], minlength=plan.nodes)
         else:
             read[draw] = share[chosen].sum(axis=0)

@@ -26,13 +26,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..collective import mesh, tcp
-from ..engine.channel import Closed
+from ..collective import mesh, socket_options
+from ..core.plan import human
 from ..errors import CenacleError, ClusterError
-from ..plan import human
-from . import doctor, fate, links, machine, pairing, parts, wire
-from .launcher import MALLOC, WORKER
-from .state import SILENCE_S
+from ..ranks import exit_reason
+from ..ranks.channel import Closed
+from ..ranks.local_ranks import MALLOC, WORKER
+from . import doctor, framing, link_probe, node_info
+from .download import task
+from .membership import SILENCE_S
+from .security import identity as identities
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ class _Rank:
     formation: int
     rank: int
     process: asyncio.subprocess.Process
-    kills_before: int | None = field(default_factory=fate.kernel_kills)
+    kills_before: int | None = field(default_factory=exit_reason.kernel_kills)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -76,7 +79,7 @@ class Agent:
 
     def __init__(
         self,
-        identity: pairing.Identity,
+        identity: identities.Identity,
         host: str,
         port: int,
         folders: list[Path],
@@ -91,9 +94,9 @@ class Agent:
         self._address = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._said = ""
-        self._parts = place or parts.cache()
+        self._parts = place or task.cache()
         self._verified: set[Path] = set()  # parts that were compared with their hashes
-        self._fetching: parts.Fetching | None = None
+        self._fetching: task.Fetching | None = None
 
     async def run(self) -> str:
         """Serve the head until it says that this shall end; says why.
@@ -101,7 +104,7 @@ class Agent:
         Raises:
             CenacleError: the head refuses this machine, and will again.
         """
-        facts = await asyncio.to_thread(machine.facts)
+        facts = await asyncio.to_thread(node_info.facts)
         tries = 0
         try:
             while True:
@@ -119,7 +122,7 @@ class Agent:
         finally:
             await self._end_ranks()
             if self._writer is not None:
-                wire.hang_up(self._writer)
+                framing.hang_up(self._writer)
             for task in self._tasks:
                 task.cancel()
 
@@ -141,12 +144,12 @@ class Agent:
                     self._host,
                     self._port,
                     ssl=self._identity.client(),
-                    server_hostname=pairing.SERVER_NAME,
-                    limit=wire.PIECE,
+                    server_hostname=identities.SERVER_NAME,
+                    limit=framing.PIECE,
                 )
         except TimeoutError:
             raise Closed(f"no connection within {CONNECT_S:g} s") from None
-        tcp.set_up(writer.get_extra_info("socket"))
+        socket_options.set_up(writer.get_extra_info("socket"))
         return reader, writer
 
     async def _session(self, facts: dict[str, Any]) -> None:
@@ -156,10 +159,10 @@ class Agent:
         self._address = writer.get_extra_info("sockname")[0]
         alive: asyncio.Task[None] | None = None
         try:
-            hello = {**facts, **machine.changing(), "formation": self._formation}
-            await wire.send(writer, {"type": "agent", "facts": hello}, SILENCE_S)
+            hello = {**facts, **node_info.changing(), "formation": self._formation}
+            await framing.send(writer, {"type": "agent", "facts": hello}, SILENCE_S)
             while True:
-                message = await wire.receive(reader, HEAD_SILENCE_S)
+                message = await framing.receive(reader, HEAD_SILENCE_S)
                 match message["type"]:
                     case "welcome":
                         self._tell(
@@ -170,7 +173,7 @@ class Agent:
                         self._start(self._obey(message, writer))
                     case "end":
                         with contextlib.suppress(ClusterError):
-                            await wire.send(writer, {"type": "leaving"}, 1)
+                            await framing.send(writer, {"type": "leaving"}, 1)
                         raise Ended(str(message.get("reason")))
                     case "refused":
                         if message.get("again"):
@@ -181,7 +184,7 @@ class Agent:
                 alive.cancel()
             if self._fetching is not None:
                 self._fetching.stop()  # the head orders it again
-            wire.hang_up(writer)
+            framing.hang_up(writer)
             await self._end_ranks()
 
     def _start(self, work: Any) -> asyncio.Task[None]:
@@ -195,7 +198,7 @@ class Agent:
             for beat in itertools.count(1):
                 await asyncio.sleep(ALIVE_EVERY_S)
                 word = {"type": "alive"} if beat % FACTS_EVERY else _alive()
-                await wire.send(writer, word, SILENCE_S)
+                await framing.send(writer, word, SILENCE_S)
 
     async def _obey(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
@@ -220,27 +223,27 @@ class Agent:
             reason = f"this agent cannot do that ({error!r}): are its versions the head's?"
             answer["error"] = {"kind": "ClusterError", "message": reason}
         with contextlib.suppress(ClusterError):
-            await wire.send(writer, answer, SILENCE_S)
+            await framing.send(writer, answer, SILENCE_S)
 
     # Orders
 
     async def _find(self, model: str, digest: str, config: str) -> dict[str, Any]:
         """What of the model is here, or where a part of it goes."""
         asked = (model, digest, config, self._folders, self._parts)
-        return vars(await asyncio.to_thread(parts.look, *asked))
+        return vars(await asyncio.to_thread(task.look, *asked))
 
     async def _fetch(self, model: str, folder: str, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to fetch a part; one that goes on is ended."""
         into, before = Path(folder), self._fetching
         if into.parent.resolve() != self._parts.resolve():
             raise ClusterError(f"{into} is no place for a part of a model")
-        head = parts.FromHead(self._identity, self._host, self._port)
-        what = parts.Order.from_json(order)
-        self._fetching = parts.Fetching(into, what, head, self._verified, before)
+        head = task.FromHead(self._identity, self._host, self._port)
+        what = task.Order.from_json(order)
+        self._fetching = task.Fetching(into, what, head, self._verified, before)
         self._start(self._tell_of(self._fetching, model))
         return {}
 
-    async def _tell_of(self, fetching: parts.Fetching, model: str) -> None:
+    async def _tell_of(self, fetching: task.Fetching, model: str) -> None:
         began = time.monotonic()
         try:
             while not await asyncio.to_thread(fetching.wait, FETCHED_S):
@@ -263,18 +266,20 @@ class Agent:
         ended = await asyncio.to_thread(now.wait, FETCHED_S)
         said = {"ended": ended, "done": now.done, "total": now.total, "folder": str(now.folder)}
         if ended:
-            said["digest"] = await asyncio.to_thread(machine.digest, now.folder)
+            said["digest"] = await asyncio.to_thread(node_info.digest, now.folder)
             said["fetched"] = now.fetched
         return said
 
     async def _ports(self, address: str, count: int) -> dict[str, Any]:
-        return {"ports": machine.free_ports(address, count)}
+        return {"ports": node_info.free_ports(address, count)}
 
     async def _answer_link(self, address: str, secret: str) -> dict[str, Any]:
-        return {"port": links.answer(address, pairing.decode(secret))}
+        return {"port": link_probe.answer(address, identities.decode(secret))}
 
     async def _measure_link(self, address: str, port: int, secret: str) -> dict[str, Any]:
-        found = await asyncio.to_thread(links.measure, address, port, pairing.decode(secret))
+        found = await asyncio.to_thread(
+            link_probe.measure, address, port, identities.decode(secret)
+        )
         return asdict(found)
 
     async def _examine(self, now_s: float) -> dict[str, Any]:
@@ -358,12 +363,12 @@ class Agent:
 
     async def _relay(self, name: str, near: socket.socket) -> None:
         """A rank's messages, to and from the front."""
-        reader, writer = await asyncio.open_unix_connection(sock=near, limit=wire.PIECE)
+        reader, writer = await asyncio.open_unix_connection(sock=near, limit=framing.PIECE)
         try:
             theirs = await self._open()
-            await wire.send(theirs[1], {"type": "relay", "name": name}, SILENCE_S)
-            await wire.receive(theirs[0], SILENCE_S)
-            await wire.pass_on((reader, writer), theirs)
+            await framing.send(theirs[1], {"type": "relay", "name": name}, SILENCE_S)
+            await framing.receive(theirs[0], SILENCE_S)
+            await framing.pass_on((reader, writer), theirs)
         except (OSError, ClusterError) as error:
             log.info("a rank's connection ended: %s", error)
         finally:
@@ -374,10 +379,10 @@ class Agent:
         try:
             status = await rank.process.wait()
             if status and self._writer is not None:
-                how = fate.of(status, rank.kills_before)
+                how = exit_reason.of(status, rank.kills_before)
                 said = {"type": "ended", "formation": rank.formation, "rank": rank.rank}
                 with contextlib.suppress(ClusterError):
-                    await wire.send(self._writer, {**said, "how": how}, SILENCE_S)
+                    await framing.send(self._writer, {**said, "how": how}, SILENCE_S)
         finally:
             if rank in self._ranks:
                 self._ranks.remove(rank)
@@ -393,7 +398,7 @@ class Agent:
         if self._writer is not None:
             # The next plan is made of what is free now, and not of what was a second ago.
             with contextlib.suppress(ClusterError):
-                await wire.send(self._writer, _alive(), SILENCE_S)
+                await framing.send(self._writer, _alive(), SILENCE_S)
         return {}
 
     async def _end_ranks(self, formation: int | None = None) -> None:
@@ -408,7 +413,7 @@ class Agent:
 
 
 def _alive() -> dict[str, Any]:
-    return {"type": "alive", "facts": machine.changing()}
+    return {"type": "alive", "facts": node_info.changing()}
 
 
 class _Refused(ClusterError):

@@ -26,8 +26,8 @@ from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from ..cost.cost import wired_setting
-from ..plan import human
+from ..core.plan import human
+from ..planning.perf_model import wired_setting
 
 TOOL_DEADLINE_S = 5.0
 FEW_FILES = 1024  # a server with hundreds of clients, and 8 nodes, stays below this

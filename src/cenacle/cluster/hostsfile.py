@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ClusterError, InputError
-from .rdma import Devices, complete
-from .state import Node
+from .membership import Node
+from .thunderbolt import Devices, complete
 
 
 @dataclass(frozen=True)

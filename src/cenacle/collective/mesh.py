@@ -41,7 +41,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ClusterError
-from . import tcp
+from . import socket_options
 from .base import Chosen, Collective
 
 ADDRESSES = "CENACLE_MESH"
@@ -280,7 +280,7 @@ class _Door:
                 _receive(sock, ends), self._proof(b"connector", hello, nonce)
             ):
                 raise _Refused("does not have this group's secret")
-            tcp.set_up(sock)
+            socket_options.set_up(sock)
             with self._changed:
                 if peer in self._in:
                     raise _Refused(f"says that it is rank {peer}, which is already here")
@@ -340,7 +340,7 @@ class _Door:
             _send(sock, self._proof(b"connector", hello, theirs), ends)
             if _receive(sock, ends) != b"in":
                 raise _Imposter("did not let this rank in")
-            tcp.set_up(sock)
+            socket_options.set_up(sock)
         except BaseException:
             sock.close()
             raise

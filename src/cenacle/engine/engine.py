@@ -18,20 +18,21 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..collective.base import Collective
+from ..core.plan import Plan
+from ..core.request import Request, Step, TokenEvent
 from ..errors import ClusterError, InputError
-from ..model import architecture, residency
-from ..model.watch import Watch
-from ..plan import Plan
-from ..request import Request, Step, TokenEvent
-from . import cache
-from .batches import make_batch
-from .disk import Disk
-from .drafting import Drafter, DraftModel
-from .drafts import Drafts
-from .grammar import Vocabulary
-from .prefixes import Footprint
-from .sampler import Drawings
-from .speculation import WAYS
+from ..model import architecture
+from ..model.step_timer import Watch
+from ..planning import memory
+from ..scheduler.prefix_index import Footprint
+from .batch import make_batch
+from .cache import kv_cache
+from .cache.disk_store import Disk
+from .sampling.grammar import Vocabulary
+from .sampling.sampler import Drawings
+from .speculative.decoder import WAYS
+from .speculative.draft_model import Drafter, DraftModel
+from .speculative.ngram import Drafts
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def need_of(
     options: Options,
     kernels: str,
     draft: DraftModel | None = None,
-) -> residency.Need:
+) -> memory.Need:
     """What a rank of the plan will keep in memory: its weights, one request's cache, a draft model.
 
     Args:
@@ -91,14 +92,14 @@ def need_of(
     """
     spec = plan.spec
     width = 4 if kernels == "native" or spec.dtype == "float32" else 2
-    cache = residency.cache_bytes(
+    cache = memory.cache_bytes(
         architecture.kept_per_token(config, spec.layers),
         spec.context,
         options.max_kv_size,
         options.kv_bits,
         width,
     )
-    return residency.Need.of(plan, rank, cache, draft.bytes if draft is not None else 0)
+    return memory.Need.of(plan, rank, cache, draft.bytes if draft is not None else 0)
 
 
 class Engine:
@@ -135,7 +136,7 @@ class Engine:
             InputError: they cannot be quantised as asked.
         """
         options = self._options
-        return cache.footprint(
+        return kv_cache.footprint(
             self._model,
             options.max_kv_size,
             options.kv_bits,

@@ -38,18 +38,19 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
-from ..dialogue import Message
-from ..engine.text import AnswerStream
+from ..core.chat import Message
+from ..core.request import Request
 from ..errors import ClusterError, InputError
-from ..request import Request
-from . import anthropic, description, exchange, grammars, openai, page, responses
-from .answering import Answering, Draft, json_response, refusal
+from ..text.tokenizer import AnswerStream
+from . import static
+from .api import anthropic, openai, openai_responses, openapi, protocol, structured_output
+from .api.protocol import Asked, Front, Head, Prompt, Served, check_model
+from .api.validation import Refused, not_supported
 from .auth import Keys
 from .cluster_view import ClusterView
-from .exchange import Asked, Front, Head, Prompt, Served, check_model
-from .fields import Refused, not_supported
-from .guard import Guard, Policy
+from .generation import Answering, Draft, json_response, refusal
 from .metrics import Metered, Metrics
+from .middleware import Guard, Policy
 
 if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` is to answer at once
@@ -193,7 +194,7 @@ class Api:
         self._view = ClusterView(model)
         self.app = Starlette(
             routes=[
-                *page.routes(),
+                *static.routes(),
                 Route("/cluster", self._cluster),
                 Route("/health", self._health),
                 Route("/metrics", self._numbers),
@@ -263,7 +264,7 @@ class Api:
         return json_response(200, openai.model_object(self._served, self._created))
 
     async def _openapi(self, _: HttpRequest) -> Response:
-        return json_response(200, description.openapi(__version__))
+        return json_response(200, openapi.openapi(__version__))
 
     async def _chat(self, http: HttpRequest) -> Response:
         return await self._answer(openai.CHAT, http)
@@ -272,7 +273,7 @@ class Api:
         return await self._answer(openai.TEXT, http)
 
     async def _responses(self, http: HttpRequest) -> Response:
-        return await self._answer(responses.FRONT, http)
+        return await self._answer(openai_responses.FRONT, http)
 
     async def _messages(self, http: HttpRequest) -> Response:
         return await self._answer(anthropic.FRONT, http)
@@ -338,7 +339,7 @@ class Api:
         drafts: list[Draft] = []
         for prompt in asked.prompts:
             tokens = self._prompt(asked, prompt)
-            room = exchange.room(len(tokens), self._served, asked.prompt_field)
+            room = protocol.room(len(tokens), self._served, asked.prompt_field)
             limits = [n for n in (asked.max_tokens, room) if n is not None]
             echo = self._text.decode(tokens) if asked.echo else ""
             for choice in range(asked.n):
@@ -391,14 +392,14 @@ class Api:
         messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
         tools = asked.tools
         if not text.renders_tools:
-            messages, tools = grammars.told(messages, tools), ()
+            messages, tools = structured_output.told(messages, tools), ()
         think = False if asked.continued else asked.think
         ids = text.render(messages, tools, asked.template, think=think, continued=asked.continued)
         return ids if asked.grammar is None else text.thought(ids, think)
 
     def _stream(self, asked: Asked, prompt: tuple[int, ...]) -> AnswerStream:
         if asked.calls is not None:
-            return self._text.called(grammars.read_calls)
+            return self._text.called(structured_output.read_calls)
         if asked.chat and asked.grammar is None:
             return self._text.chat(asked.stop, asked.tools, prompt, parallel=asked.parallel)
         return self._text.plain(asked.stop)

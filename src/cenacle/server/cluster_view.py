@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plan import Plan
-from .predicted import Predicted, predicted
+from ..core.plan import Plan
+from .expected_speed import Predicted, predicted
 
 if TYPE_CHECKING:
     from ..api import Model

@@ -28,13 +28,13 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 from .. import __version__
-from ..engine.lockstep import Group, Sink
-from ..engine.terms import Terms
+from ..core.plan import LayerPlan, Plan
+from ..core.request import Request, Step, TokenEvent
 from ..errors import CenacleError
-from ..plan import LayerPlan, Plan
-from ..request import Request, Step, TokenEvent
+from ..ranks.rank_group import Group, Sink
+from ..ranks.step_timings import Terms
 from .auth import Keys
-from .predicted import Predicted, predicted
+from .expected_speed import Predicted, predicted
 
 if TYPE_CHECKING:
     from ..api import Model

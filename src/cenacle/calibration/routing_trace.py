@@ -1,0 +1,80 @@
+"""Recording a model's routing: which experts each token chose in each layer.
+
+Owns: running a model in this process, on one rank, with a tape instead of a clock.
+Does not know: what is made of a recording (`cost/routing.py`), files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generate_step
+
+from ..collective.single import Alone
+from ..core.plan import Plan
+from ..errors import InputError
+from ..model import native_layers
+from ..model.expert_parallel import parallelize
+from ..model.loader import Checkpoint, describe, load, locate
+from ..model.step_timer import Watch
+from ..planning.routing_stats import Trace
+from ..text.tokenizer import Text
+
+
+class Tape(Watch):
+    """Keeps the ids of every token: layer -> arrays [tokens, k]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: dict[int, list[np.ndarray]] = {}
+
+    def routed(self, layer: int, ids: mx.array) -> None:
+        """See `Watch`; here every token is noted."""
+        rows = np.asarray(ids).reshape(-1, ids.shape[-1]).astype(np.int16)
+        self.ids.setdefault(layer, []).append(rows)
+
+
+def record(model: str, prompts: Sequence[str], max_tokens: int) -> Trace:
+    """Answer each prompt greedily and note every routing decision, of prompts and answers.
+
+    Args:
+        model: a folder or a hub repository's name.
+        prompts: texts; rendered as a user's message where the model has a chat template.
+        max_tokens: most tokens of an answer.
+
+    Raises:
+        CheckpointError: see `Checkpoint.open`.
+        InputError: no prompt.
+    """
+    if not prompts:
+        raise InputError("prompts: expected at least one, got none", "prompts")
+    checkpoint = Checkpoint.open(locate(model))
+    spec = describe(checkpoint)
+    plan = Plan.whole(spec, 1)
+    tape = Tape()
+    loaded = load(checkpoint, plan, 0, lambda *_: None)
+    kernels = "native" if native_layers.usable() else "mlx"
+    parallelize(loaded, spec.family, plan, Alone(), tape, kernels)
+    text = Text(checkpoint.folder, checkpoint.config)
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        ids = text.render(chat) if text.has_template else text.encode(prompt)
+        for token, _ in generate_step(mx.array(ids), loaded, max_tokens=max_tokens):
+            if int(token) in text.stop_tokens:
+                break
+    layers = sorted(tape.ids)
+    arrays = [np.concatenate(tape.ids[layer]) for layer in layers]
+    count = spec.moe[0].experts
+    stacked = np.stack([np.where(a >= count, -1, a) for a in arrays])
+    facts = {
+        "model": Path(checkpoint.folder).resolve().name,
+        "prompts": len(prompts),
+        "max_tokens": max_tokens,
+        "expert_bytes": spec.moe[0].expert_bytes,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    return Trace(tuple(layers), count, stacked, facts)

@@ -1,0 +1,1 @@
+"""Fetching the byte ranges that a node needs."""

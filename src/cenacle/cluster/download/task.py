@@ -1,0 +1,363 @@
+"""A machine's part of the model: where it is kept here, and fetching it beside everything else.
+
+Owns: the folder of parts, one fetch at a time in a thread of its own, and the head as a source.
+Does not know: plans (it is given ranges), orders (`agent.py`), how files are written (`fetch.py`).
+Invariant: what the head gives is compared with its hash before it is noted as here; what an earlier
+process left is, before it is relied on; one connection for each thread that fetches.
+Next: `giving.py` answers, `sharing.py` says who fetches what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import CenacleError, CheckpointError, ClusterError
+from ...model.byte_ranges import JOURNAL, Strip, Wanted, is_part, read_wanted, size
+from ...model.loader import Checkpoint, locate
+from ...ranks.channel import Channel
+from .. import client, node_info
+from ..security import identity as identities
+from .hub import PIECE_BYTES, File, Hub, Interrupted, Source, Store, check_room, fetch, skeleton
+
+DEADLINE_S = 120.0  # the head may have to fetch it first; whether it lives the agent watches
+
+
+def cache() -> Path:
+    """Where this user's parts of models are."""
+    if given := os.environ.get("CENACLE_HOME"):
+        return Path(given) / "models"
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "cenacle" / "models"
+
+
+def folder_of(place: Path, model: str, key: str) -> Path:
+    """Where a part of a model is, or would be.
+
+    Args:
+        place: the folder of parts.
+        key: what tells models of one name apart.
+    """
+    return place / f"{model.replace('/', '--').lstrip('.')}-{key}"
+
+
+# The head's own
+
+
+def open_model(model: str) -> tuple[Path, Hub | None]:
+    """What the head knows a model by: a whole folder, or its part, and the hub that has the rest.
+
+    Of a hub's model that is not on this machine only config, tokenizer and headers are fetched.
+
+    Raises:
+        CheckpointError: see `weights.locate`.
+    """
+    given = Path(model).expanduser()
+    if given.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        return locate(model), None
+    if (cached := _in_the_hub_s_cache(model)) is not None:
+        return cached, None
+    hub = Hub(model)
+    try:
+        folder = folder_of(cache(), model, hub.commit)
+        skeleton(hub, folder)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, Interrupted):
+            raise
+        # The hub does not answer: what was fetched of this model before may do.
+        known = sorted(cache().glob(f"{folder_of(cache(), model, '*').name}/{JOURNAL}"), key=_age)
+        commits = [p.parent.name.rpartition("-")[2] for p in known]
+        commits = [c for c in commits if re.fullmatch("[0-9a-f]{40}", c)]
+        if not commits:
+            raise
+        hub = Hub(model, commits[-1])
+        folder = folder_of(cache(), model, commits[-1])
+        Checkpoint.open(folder)  # its headers are here
+    return folder, hub
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _in_the_hub_s_cache(model: str) -> Path | None:
+    """The folder of a model that was fetched whole some time."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    try:
+        found = snapshot_download(
+            model, local_files_only=True, allow_patterns=DEFAULT_ALLOW_PATTERNS
+        )
+        Checkpoint.open(Path(found))
+    except (LocalEntryNotFoundError, CheckpointError, ValueError):
+        return None
+    return Path(found)
+
+
+# A machine's own
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a machine has of a model.
+
+    Args:
+        folder: where it is, or where a part of it goes.
+        whole: nothing needs to be fetched.
+    """
+
+    folder: str
+    whole: bool
+
+
+def look(model: str, digest: str, config: str, folders: list[Path], place: Path) -> Found:
+    """What of a model is on this machine.
+
+    Args:
+        model: as the head calls it.
+        digest: `machine.digest` of the head's.
+        config: the SHA-256 of its config.json.
+        folders: where models are kept here.
+        place: where parts are.
+
+    Raises:
+        CheckpointError: there is another model of that name.
+    """
+    part = Found(str(folder_of(place, model, digest[:12])), False)
+    folder = node_info.find(model, folders)
+    if folder is None or is_part(folder):
+        return part
+    folder = folder.resolve()
+    if node_info.digest(folder) == digest:
+        return Found(str(folder), True)
+    if hashlib.sha256((folder / "config.json").read_bytes()).hexdigest() == config:
+        return part  # weights are missing, or were fetched to their half
+    raise CheckpointError(
+        f"{folder} has another model of the name {model} than the head (config.json differs): copy "
+        f"it again, or take it away"
+    )
+
+
+class FromHead:
+    """The model's files as the head has them, whole or in part.
+
+    Args:
+        identity: what this machine proves itself with.
+        host, port: of the head.
+    """
+
+    def __init__(self, identity: identities.Identity, host: str, port: int) -> None:
+        self.name = f"the head at {host}:{port}"
+        self._identity, self._where = identity, (host, port)
+        self._mine = threading.local()
+        self._all: set[Channel] = set()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Nothing more is read."""
+        self._stopped = True
+        self.close()
+
+    def close(self) -> None:
+        """End all connections."""
+        for channel in list(self._all):
+            channel.close()
+
+    def files(self) -> Mapping[str, File]:
+        """See `fetch.Source`."""
+        answer, _ = self._ask({})
+        return {str(name): File(int(count)) for name, count in answer["files"].items()}
+
+    def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """See `fetch.Source`."""
+        return self._read({"file": file, "wanted": [start, stop]}, stop - start)
+
+    def columns(self, file: str, strip: Strip) -> bytes:
+        """See `fetch.Source`."""
+        return b"".join(self._read({"file": file, "wanted": strip}, strip.nbytes))
+
+    def _read(self, what: dict[str, Any], count: int) -> Iterator[bytes]:
+        answer, channel = self._ask(what)
+        seen, whole = hashlib.sha256(), False
+        try:
+            for at in range(0, count, PIECE_BYTES):
+                piece = channel.receive_bytes(min(PIECE_BYTES, count - at))
+                seen.update(piece)
+                yield piece
+            if seen.hexdigest() != answer["sha256"]:
+                raise Interrupted(
+                    f"{self.name}: bytes {what['wanted'][0]} to {what['wanted'][1]} of "
+                    f"{what['file']} were damaged on the way"
+                )
+            whole = True
+        except ClusterError as error:
+            raise Interrupted(f"{self.name} {error}") from error
+        finally:
+            if not whole:
+                self._drop()
+
+    def _ask(self, what: dict[str, Any]) -> tuple[dict[str, Any], Channel]:
+        while not self._stopped:
+            try:
+                channel: Channel | None = getattr(self._mine, "channel", None)
+                if channel is None:
+                    sock = client.call(
+                        *self._where, self._identity.client(), identities.SERVER_NAME
+                    )
+                    channel = self._mine.channel = Channel(sock, DEADLINE_S)
+                    self._all.add(channel)
+                channel.send({"type": "part", **what})
+                answer = channel.receive()
+            except ClusterError as error:
+                self._drop()
+                raise Interrupted(f"{self.name}: {error}") from error
+            match answer.get("type"):
+                case "part":
+                    return answer, channel
+                case "later":  # it is fetching this itself
+                    continue
+            if answer.get("kind") == CheckpointError.__name__:
+                raise CheckpointError(f"{self.name}: {answer.get('message')}")
+            self._drop()
+            raise Interrupted(f"{self.name}: {answer.get('message')}")
+        raise CheckpointError(_ENDED)
+
+    def _drop(self) -> None:
+        if (channel := getattr(self._mine, "channel", None)) is not None:
+            self._mine.channel = None
+            channel.close()
+            self._all.discard(channel)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a machine shall fetch.
+
+    Args:
+        of_hub: ranges by file that it gets from the hub, or else from the head.
+        of_head: ranges that it gets from the head.
+        hub, revision: the repository and its commit; None: there is no hub.
+        head: whether the head can be asked: not by its own machine.
+    """
+
+    of_hub: Mapping[str, Sequence[Wanted]]
+    of_head: Mapping[str, Sequence[Wanted]]
+    hub: str | None
+    revision: str | None
+    head: bool
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Order:
+        """What `vars` of one became on its way.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        of_hub, of_head = (
+            {str(file): [read_wanted(w) for w in each] for file, each in given[key].items()}
+            for key in ("of_hub", "of_head")
+        )
+        return cls(of_hub, of_head, given["hub"], given["revision"], bool(given["head"]))
+
+
+class Fetching:
+    """One fetch, in a thread.
+
+    Args:
+        folder: of the part.
+        order: what of it.
+        head: the head as a source, if the order says so.
+        verified: folders that this process has compared with their hashes; others are, first.
+        after: an earlier one; it is told to end, and its end waited for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        order: Order,
+        head: FromHead,
+        verified: set[Path],
+        after: Fetching | None = None,
+    ) -> None:
+        self.folder, self._order, self._head, self._verified = folder, order, head, verified
+        self.done, self.total, self.fetched, self.damaged = 0, 0, 0, 0
+        self._hub = Hub(order.hub, order.revision) if order.hub else None
+        self._error: Exception | None = None
+        self._stopped, self._after = False, after
+        if after is not None:
+            after.stop()
+        self._thread = threading.Thread(target=self._run, name="fetching", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._after is not None:
+                self._after._thread.join()
+                self._after = None
+            self._fetch()
+        except Exception as error:
+            self._error = error
+        finally:
+            self._head.close()
+            if self._hub is not None:
+                self._hub.close()
+
+    def _fetch(self) -> None:
+        order = self._order
+        store = Store(self.folder)
+        if self.folder not in self._verified:
+            if wrong := store.damaged():
+                self.damaged = size(w for each in wrong.values() for w in each)
+                store.forget(wrong)
+            self._verified.add(self.folder)
+        from_hub: list[Source] = [self._hub] if self._hub is not None else []
+        from_head: list[Source] = [self._head] if order.head else []
+        if order.head or self.damaged:
+            store = skeleton((from_head or from_hub)[0], self.folder)
+        first = size(w for each in order.of_hub.values() for w in each)
+        self.total = first + size(w for each in order.of_head.values() for w in each)
+        # Before anything is fetched: a disk that is too small is not filled first.
+        missing = [store.missing(order.of_hub), store.missing(order.of_head)]
+        files = {f for each in missing for f in each}
+        check_room(store, {f: [w for m in missing for w in m.get(f, ())] for f in files})
+        self.fetched = fetch([*from_hub, *from_head], store, order.of_hub, self._progress(0))
+        self.fetched += fetch(from_head, store, order.of_head, self._progress(first))
+
+    def _progress(self, before: int) -> Callable[[int, int], None]:
+        def progress(done: int, _: int) -> None:
+            self.done = before + done
+            if self._stopped:
+                raise CheckpointError(_ENDED)
+
+        return progress
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has come to its end, after so many seconds at most.
+
+        Raises:
+            CenacleError: why it did not succeed.
+        """
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return False
+        if isinstance(self._error, CenacleError):
+            raise self._error
+        if self._error is not None:
+            raise ClusterError(f"fetching failed: {self._error!r}") from self._error
+        return True
+
+    def stop(self) -> None:
+        """Ask it to end after the ranges that it is at."""
+        self._stopped = True
+        self._head.stop()
+
+
+_ENDED = "fetching was ended before all had come"

@@ -1,0 +1,322 @@
+"""From machines that are there to ranks that answer.
+
+Owns: the order of things: who takes part, what of the model is where, what do the links give, who
+holds what, fetch, start, load; the same tried out beside a group that works, for machines that came
+back.
+Does not know: sockets (`control.py`), how the decisions are made (`placing.py`), requests.
+Invariant: what fails on the way leaves no rank and no formation behind; the error names a machine.
+Next: `hosts.RemoteRanks`, which is what comes out.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.plan import Plan
+from ..engine.engine import Options
+from ..engine.speculative.draft_model import DraftModel
+from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
+from ..model.loader import Checkpoint, describe
+from ..ranks.local_ranks import Progress
+from ..ranks.rank_group import Epoch
+from . import hostsfile, link_probe, placement
+from .download import task
+from .download.distribution import Say, Sharing
+from .download.hub import Hub
+from .head import Formation, Head, Return
+from .hostsfile import Host
+from .link_probe import Link
+from .membership import Node
+from .remote_ranks import RemoteRanks
+from .security import identity
+from .thunderbolt import Devices
+
+log = logging.getLogger(__name__)
+
+LEFT_S = 3.0  # how long a lost machine is waited for where the others may do without
+FIRST = Epoch(0, threading.Event())
+
+
+@dataclass(frozen=True)
+class Formed:
+    """What was decided for one formation.
+
+    Args:
+        formation: the machines.
+        folders: of the model, on each.
+        backend, exchange: how ranks exchange, and why.
+        devices: of RDMA, see `rdma.Devices`.
+        links: what was measured between pairs of ranks.
+        plan: who holds what.
+        reason: why, in one line.
+    """
+
+    formation: Formation
+    folders: list[str]
+    backend: str
+    exchange: str
+    links: Mapping[tuple[int, int], Link]
+    plan: Plan
+    reason: str
+    devices: Devices
+
+
+class Joined:
+    """The machines of a cluster, as a place where ranks can be started.
+
+    Args:
+        head: started.
+        nodes: how many machines; 0: all that belong to the cluster.
+        wanted: placement and exchange, as far as they were asked for.
+        say: told what is waited for and what was decided, in sentences.
+        hosts: of a hosts file: who is awaited, and at which addresses machines exchange.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        nodes: int = 0,
+        wanted: placement.Wanted | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        hosts: Sequence[Host] = (),
+    ) -> None:
+        self._head, self._nodes = head, nodes
+        self._hosts = hosts
+        self._say = self._naming(say)
+        self._wanted = wanted or placement.Wanted()
+        self._formed: Formed | None = None  # not started yet
+        self._present: Formed | None = None  # what was started last
+        self._hub: Hub | None = None  # that has what the head has not
+        self._links: dict[tuple[str, float, str, float], Link] = {}
+
+    def locate(self, model: str) -> Path:
+        """The head's folder of a model; of one that only the hub has, a part, which `form` and
+        `start` complete.
+
+        Raises:
+            CheckpointError: see `parts.open_model`.
+        """
+        folder, self._hub = task.open_model(model)
+        return folder
+
+    def _naming(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """With a hosts file whoever is awaited has a name."""
+
+        def with_names(text: str) -> None:
+            here = [n["address"] for n in self._head.status()["nodes"] if n["here"]]
+            say("; ".join(filter(None, [text, hostsfile.awaited(self._hosts, here)])))
+
+        return with_names if self._hosts else say
+
+    def form(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        options: Options,
+        kernels: str,
+        draft: DraftModel | None = None,
+    ) -> tuple[Plan, str]:
+        """Wait until all machines that are wanted are there, ask and measure them, and decide.
+
+        Args:
+            name: of the model, by which each machine looks for its folder.
+            checkpoint: in the folder that `locate` gave.
+            options, kernels: see `api.load`.
+            draft: of the head's machine, whose rank is the first.
+
+        Returns:
+            The plan of the first group, and why it was chosen.
+
+        Raises:
+            CheckpointError: a machine cannot fetch its part, or has another model of that name.
+            PlanError: it does not fit; names the machine.
+            ClusterError: the cluster was ended, or machines cannot reach each other.
+        """
+        self._what = (checkpoint, options, kernels, draft)
+        self._sharing = Sharing(self._head, name, checkpoint, self._hub)
+        while self._formed is None:
+            formation = self._head.form(self._nodes, self._say)
+            try:
+                self._formed = self._decide(formation, self._say)
+            except ClusterError as error:
+                if not any(self._head.lost(n) for n in formation.members):
+                    raise
+                self._say(f"{error}; what it has fetched is kept")
+        return self._formed.plan, self._formed.reason
+
+    @property
+    def formed(self) -> Formed | None:
+        """What was decided for the group that is not started yet."""
+        return self._formed
+
+    def measure_again(self) -> dict[tuple[int, int], Link]:
+        """The links of the group that is not started yet, once more.
+
+        Raises:
+            ClusterError: a machine was lost meanwhile.
+        """
+        assert self._formed is not None
+        self._links.clear()
+        return self._measure(self._formed.formation.members)
+
+    def start(
+        self, order: dict[str, Any], progress: Progress | None = None, epoch: Epoch = FIRST
+    ) -> RemoteRanks:
+        """Start and load the ranks of an epoch: the first on what `form` decided, others on the
+        machines that are left, if the model fits there; else when enough have come back.
+
+        Raises:
+            CenacleError: what the first failing rank said; no rank is left.
+        """
+        formed, self._formed = self._formed, None
+        formed = formed or self._again(epoch)
+        order = {**order, "plan": formed.plan.to_json(), "wire": self._wanted.wire}
+        ranks = RemoteRanks(
+            self._head,
+            formed.formation,
+            formed.plan,
+            formed.backend,
+            formed.exchange,
+            formed.folders,
+            epoch,
+            formed.devices,
+        )
+        try:
+            ranks.load(order, progress)
+        except BaseException:
+            ranks.close(now=True)
+            raise
+        self._present = formed
+        self._head.is_ready(formed.formation.number)
+        self._head.tell(waiting="", exchange=formed.exchange, plan=formed.reason)
+        return ranks
+
+    def serves(self, move: Callable[[str], None]) -> None:
+        """From now on have the group formed anew whenever machines come back.
+
+        Args:
+            move: ends the ranks that work, between two steps, for the reason given; others are then
+                begun by `start`.
+        """
+        work = threading.Thread(target=self._take_in, args=(move,), name="returns", daemon=True)
+        work.start()
+
+    def _take_in(self, move: Callable[[str], None]) -> None:
+        while not self._head.closed:
+            asked = self._head.returning(0.5)
+            if asked is None:
+                continue
+            names = " and ".join(n.name for n in asked.back)
+            try:
+                self._try_out(asked)
+            except (CenacleError, OSError) as error:
+                log.warning("%s cannot be taken in: %s", names, error)
+                self._head.is_unfit(asked.back, str(error))
+                continue
+            if self._head.is_wanted(asked):
+                are = "is" if len(asked.back) == 1 else "are"
+                move(f"{names} {are} here and wanted: the group is formed anew with {names}")
+
+    def _try_out(self, asked: Return) -> None:
+        """All that can be known to fail before the group that works is ended.
+
+        What its ranks hold now will be free then.
+        """
+        held = {}
+        if self._present is not None:
+            plan = self._present.plan
+            for rank, node in enumerate(self._present.formation.members):
+                held[node.id] = plan.bytes_of(rank)["total"]
+        members = []
+        for node in asked.members:
+            facts = dict(node.facts)
+            if node.id in held:
+                facts["available_bytes"] += held[node.id]
+            members.append(replace(node, facts=facts))
+        self._propose(Formation(asked.number, tuple(members)), log.info)
+
+    def _again(self, epoch: Epoch) -> Formed:
+        """After a loss."""
+
+        def say(text: str) -> None:
+            self._say(text)
+            epoch.say(text)
+
+        self._head.tell(formed=f"formed anew: {epoch.why}")
+        formation = self._head.form(self._nodes, say, epoch.ending, LEFT_S)
+        while True:
+            try:
+                return self._decide(formation, say, epoch.ending)
+            except (PlanError, CheckpointError) as error:
+                have = len(formation.members)
+                if have >= (self._nodes or self._head.known):
+                    raise
+                fits = "does not fit on" if isinstance(error, PlanError) else "cannot be had by"
+                say(f"the model {fits} what is left ({error})")
+            formation = self._head.form(have + 1, say, epoch.ending, for_now=True)
+
+    def _decide(
+        self, formation: Formation, say: Say, ending: threading.Event | None = None
+    ) -> Formed:
+        try:
+            return self._propose(formation, say, ending)
+        except BaseException as error:
+            self._head.is_over(formation.number, getattr(error, "machine", None) or "")
+            raise
+
+    def _propose(
+        self, formation: Formation, say: Say, ending: threading.Event | None = None
+    ) -> Formed:
+        checkpoint, options, kernels, draft = self._what
+        devices: Devices = []
+        if self._hosts:
+            members, devices = hostsfile.arranged(self._hosts, formation.members)
+            formation = replace(formation, members=members)
+        members = formation.members
+        found = self._sharing.find(members)
+        backend, exchange, devices = placement.exchange(
+            self._wanted.backend, self._wanted.wire, members, devices
+        )
+        measured = self._measure(members)
+        plan, reason = placement.place(
+            describe(checkpoint),
+            checkpoint.config,
+            members,
+            measured,
+            self._wanted,
+            options,
+            kernels,
+            draft,
+            backend,
+        )
+        self._sharing.fetch(members, found, plan, say, ending)
+        if measured:
+            exchange = f"{exchange}; {placement.describe_links(members, measured)}"
+        folders = [each.folder for each in found]
+        return Formed(formation, folders, backend, exchange, measured, plan, reason, devices)
+
+    def _measure(self, members: tuple[Node, ...]) -> dict[tuple[int, int], Link]:
+        """Every pair, one after the other: links that are busy say little. Each is measured once
+        while both its machines stay: after a loss every second counts."""
+        found = {}
+        for a, one in enumerate(members):
+            for b in range(a + 1, len(members)):
+                two = members[b]
+                pair = (one.id, one.came_s, two.id, two.came_s)
+                if pair in self._links:
+                    found[a, b] = self._links[pair]
+                    continue
+                secret = identity.encode(secrets.token_bytes(16))
+                asked: dict[str, Any] = {"address": two.address, "secret": secret}
+                asked |= self._head.order(two, "answer_link", **asked)
+                wait = link_probe.DEADLINE_S + 5
+                got = self._head.order(one, "measure_link", wait, **asked)
+                link = Link(float(got["latency_s"]), float(got["bytes_s"]))
+                found[a, b] = self._links[pair] = link
+        return found

@@ -1,0 +1,1 @@
+"""The demo: a small trained model and its questions."""

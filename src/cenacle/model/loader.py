@@ -1,0 +1,769 @@
+"""Checkpoint + plan -> this rank's model, reading only this rank's bytes.
+
+Owns: what a checkpoint's files say of themselves, and loading by byte range.
+Does not know: how experts are computed (see `experts.py`), how ranks talk.
+How: mlx-lm's own loading code does everything that depends on the family (renaming, stacking,
+splitting, dequantising: its `sanitize`) and on the quantisation. It is given a checkpoint in which
+only this rank's experts exist, numbered from 0, and a config with that many experts; so no family
+needs code of its own here. Tensors with one expert each are MLX's lazy arrays, read when they are
+evaluated; of a tensor that stacks a layer's experts only this rank's rows are read.
+Where a plan cuts experts, their tensors are cut before `sanitize` if their names and shapes say
+which axis is the hidden width (`cuts.py`), and after it if not: then each is read entirely, one at
+a time. What is cut of the trunk passes through `sanitize` first; tensors that come out as they went
+in are read by byte range, others cut lazily.
+Next: `experts.py` wraps the loaded blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
+
+from ..core.model_spec import ModelSpec, MoELayer
+from ..core.plan import Plan, human
+from ..errors import CenacleError, CheckpointError, PlanError
+from . import architecture, slicing
+from .byte_ranges import Strip, Wanted, append, is_part
+from .expert_parallel import Silent
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of weights in memory so far and bytes in all."""
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+_BLOCK = 1 << 20  # bytes read at a time of rows of which only columns are wanted
+_GAP = 8192  # bytes; two pages: less is not worth another read
+
+# safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
+_DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
+    "F64": (64, np.float64, mx.float32),
+    "F32": (32, np.float32, mx.float32),
+    "F16": (16, np.float16, mx.float16),
+    "BF16": (16, np.uint16, mx.bfloat16),
+    "I64": (64, np.int64, mx.int64),
+    "I32": (32, np.int32, mx.int32),
+    "I16": (16, np.int16, mx.int16),
+    "I8": (8, np.int8, mx.int8),
+    "U64": (64, np.uint64, mx.uint64),
+    "U32": (32, np.uint32, mx.uint32),
+    "U16": (16, np.uint16, mx.uint16),
+    "U8": (8, np.uint8, mx.uint8),
+    "BOOL": (8, np.bool_, mx.bool_),
+    "F8_E4M3": (8, np.uint8, mx.uint8),
+    "F8_E8M0": (8, np.uint8, mx.uint8),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor's bytes are: `file`, [start, stop) in bytes from the file's beginning."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and safetensors files, whose headers have been checked.
+
+    Args:
+        folder: where it is.
+        config: config.json, with the names that mlx-lm looks for.
+        tensors: every tensor by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read config.json and the headers; no weights.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or not what its header says.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        try:
+            config = mlx_lm_utils.load_config(folder)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{folder} has no config.json; expected a model folder as on the Hugging Face hub"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
+        if "model_file" in config:
+            raise CheckpointError(
+                f"{folder}: config.json names a Python file of its own ({config['model_file']}); "
+                f"cenacle runs mlx-lm's own families only and executes no code from a checkpoint"
+            )
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder} has no weights: expected files named model*.safetensors"
+            )
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= {t.name: t for t in _header(file)}
+        _check_index(folder, tensors)
+        return cls(folder, architecture.complete(config), tensors)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(t.stop - t.start for t in self.tensors.values())
+
+
+def _header(file: Path) -> Iterable[Tensor]:
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{file} is truncated or not a safetensors file: its header should be {length} "
+                f"bytes long, the file has {human(size)}; fetch it again"
+            )
+        try:
+            header = json.loads(f.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{file}: the header is corrupted ({error}); fetch it again"
+            ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is corrupted (no JSON object); fetch it again")
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = (
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
+            want = math.prod(shape) * _DTYPES[dtype][0] // 8
+            given = stop - start
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: tensor {name} is described by {entry!r}, which is not understood"
+            ) from error
+        if given != want or start < 0:
+            raise CheckpointError(
+                f"{file}: tensor {name} of {dtype} {list(shape)} needs {want} bytes, "
+                f"its header gives it {given}"
+            )
+        begin = 8 + length
+        if begin + stop > size:
+            raise CheckpointError(
+                f"{file} is truncated: tensor {name} ends at byte {begin + stop}, "
+                f"the file has {size}; fetch it again"
+            )
+        yield Tensor(name, file, dtype, shape, begin + start, begin + stop)
+
+
+def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Every tensor that the index names must be there: a missing shard is found by this."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        named = dict(json.loads(index.read_text())["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, not UTF-8
+        raise CheckpointError(f"{index} is not understood: {error!r}") from error
+    missing = {name: file for name, file in named.items() if name not in tensors}
+    if missing:
+        name, file = next(iter(missing.items()))
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(named)} tensors that the index names are missing, "
+            f"the first is {name} in {file}; fetch that file"
+        )
+
+
+def read_parts(
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    wanted: list[int],
+    axis: int,
+    ranges: Sequence[tuple[int, int]],
+) -> mx.array:
+    """Read the `ranges` along one axis of some items of a tensor, no byte twice.
+
+    Memory: the result, and `_BLOCK` bytes or one row more. Neighbouring pieces with less than
+    `_GAP` bytes between them are read with what lies between: a disk reads whole pages anyway.
+
+    Args:
+        shape: how to look at the tensor; as many elements as it has.
+        wanted: indices along the first axis, ascending.
+        axis: which axis is cut; 0: none, and `ranges` are ignored.
+        ranges: [start, stop) along `axis`, ascending.
+
+    Raises:
+        CheckpointError: the file ended or could not be read.
+    """
+    cut = slicing.View(shape, axis, tuple(ranges)).cut
+    data = _gather(tensor, shape, wanted, axis, ranges)
+    return _as_array(tensor, data, [len(wanted), *cut[1:]])
+
+
+def _as_array(tensor: Tensor, data: np.ndarray, shape: Sequence[int]) -> mx.array:
+    """Bytes of a tensor's type as an array."""
+    _, carrier, dtype = _DTYPES[tensor.dtype]
+    array = mx.array(data.reshape(-1).view(carrier).reshape(shape))
+    return array.view(dtype) if carrier is np.uint16 and dtype == mx.bfloat16 else array
+
+
+def _gather(
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    wanted: list[int],
+    axis: int,
+    ranges: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """The bytes of `read_parts`, [rows, bytes of a row]."""
+    item = (tensor.stop - tensor.start) // shape[0]
+    across = math.prod(shape[1:axis]) if axis else 1
+    row = item // across
+    each = row // shape[axis] if axis else row
+    pieces = [(a * each, b * each) for a, b in ranges] if axis else [(0, row)]
+    width = sum(b - a for a, b in pieces)
+    gaps = [a - b for (_, b), (a, _) in pairwise([*pieces, (row + pieces[0][0], 0)])]
+    out = np.empty((len(wanted) * across, width), dtype=np.uint8)
+    with tensor.file.open("rb", buffering=0) as f:
+        at = 0
+        for first, count in _runs(wanted):
+            begin, rows = tensor.start + first * item, count * across
+            if len(pieces) == 1 and gaps == [0]:
+                _read(f, tensor, begin, out[at : at + rows])
+            elif max(gaps) >= _GAP:
+                for i in range(rows):
+                    to = 0
+                    for a, b in pieces:
+                        _read(f, tensor, begin + i * row + a, out[at + i, to : to + b - a])
+                        to += b - a
+            else:
+                low, high = pieces[0][0], pieces[-1][1]
+                step = max(1, _BLOCK // row)
+                block = np.empty(step * row, dtype=np.uint8)
+                for i in range(0, rows, step):
+                    some = min(step, rows - i)
+                    _read(f, tensor, begin + i * row + low, block[low : (some - 1) * row + high])
+                    lines, to = block[: some * row].reshape(some, row), 0
+                    for a, b in pieces:
+                        out[at + i : at + i + some, to : to + b - a] = lines[:, a:b]
+                        to += b - a
+            at += rows
+    return out
+
+
+def _read(f: FileIO, tensor: Tensor, start: int, into: np.ndarray) -> None:
+    f.seek(start)
+    view = memoryview(into.reshape(-1).data)
+    while view:
+        got = f.readinto(view)
+        if not got:
+            raise CheckpointError(
+                f"{tensor.file}: the file ended inside {tensor.name}; fetch it again"
+            )
+        view = view[got:]
+
+
+def _runs(numbers: list[int]) -> Iterable[tuple[int, int]]:
+    """Neighbouring ascending numbers as (first, count)."""
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[first], i - first
+            first = i
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """A local folder for a path or a hub repository's name ("org/name"), fetched if need be.
+
+    Raises:
+        CheckpointError: neither a folder of all of a model nor a repository that can be had.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists():
+        if is_part(folder):
+            raise CheckpointError(
+                f"{folder} has only one machine's part of a model: give the folder that has all "
+                f"of it, or the hub's name of the model"
+            )
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{model}: no such folder, and not a hub repository's name such as org/model"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=mlx_lm_utils.DEFAULT_ALLOW_PATTERNS
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"{model}: no such folder here, and the hub did not give it: {reason}"
+        ) from error
+
+
+def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
+    """mlx-lm's model with this rank's tensors, lazy: only rows of stacked tensors are read.
+
+    Args:
+        plan: whose experts; None: all of them, and then nothing is read.
+        rank: which rank's.
+
+    Raises:
+        CheckpointError: unknown or dense family, or tensors missing, surplus or misshapen.
+    """
+    family = architecture.resolve(checkpoint.config)
+    refused = architecture.FAMILIES.get(family, architecture.GENERIC).refused
+    if refused is not None:
+        raise CheckpointError(f"{checkpoint.folder}: {family} cannot be run: {refused}")
+    try:
+        with _draws_let_go():
+            model, _ = mlx_lm_utils.load_model(
+                checkpoint.folder,
+                lazy=True,
+                model_config=checkpoint.config,
+                get_model_classes=lambda config: _partial(config, checkpoint, plan, rank),
+            )
+    except CenacleError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {family} needs {error}, which is missing from "
+            f"the weights or from config.json"
+        ) from error
+    except Exception as error:  # mlx-lm raises what its families' code happens to raise
+        raise CheckpointError(
+            f"{checkpoint.folder}: the files do not fit {family}: {error}"
+        ) from error
+    return model
+
+
+def build_dense(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's model of a checkpoint without experts, lazy and whole.
+
+    Raises:
+        CheckpointError: unknown family, or tensors missing, surplus or misshapen.
+    """
+    family = architecture.resolve(checkpoint.config)
+    try:
+        with _draws_let_go():
+            model, _ = mlx_lm_utils.load_model(
+                checkpoint.folder, lazy=True, model_config=checkpoint.config
+            )
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"{checkpoint.folder}: the files do not fit {family}: {error}"
+        ) from error
+    return model
+
+
+@contextmanager
+def _draws_let_go() -> Iterator[None]:
+    """Build a model and let go of its random weights, which were never computed but replaced.
+
+    MLX's random state would stand at the end of the chain of all those draws and keep it: a
+    megabyte for each small model, and a head builds several whenever it forms a group.
+    """
+    try:
+        yield
+    finally:
+        mx.eval(cast("list[mx.array]", mx.random.state)[0])
+
+
+def _partial(
+    config: dict[str, Any], checkpoint: Checkpoint, plan: Plan | None, rank: int
+) -> tuple[type[nn.Module], Any]:
+    """mlx-lm's classes for `config`, of a model that holds one rank's experts only."""
+    base, arguments = architecture.classes(config)
+    family = architecture.FAMILIES.get(architecture.resolve(config), architecture.GENERIC)
+
+    class Partial(base):  # type: ignore[valid-type, misc]
+        def __init__(self, args: Any) -> None:
+            super().__init__(args)
+            architecture.prestack(self)
+            found = architecture.blocks(self)
+            if not found:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {config['model_type']} is a dense model, it has no "
+                    f"experts to spread; mlx-lm runs it on one machine"
+                )
+            counts = {b.count for b in found}
+            if len(counts) > 1:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: layers with different numbers of experts "
+                    f"({sorted(counts)}) are not supported"
+                )
+            self._count = counts.pop()
+            self._held: dict[int, list[int]] = {b.layer: list(range(self._count)) for b in found}
+            self._slices: dict[int, slicing.Slice] = {}
+            self._cuts: dict[str, slicing.Cut] = {}  # of the trunk and the shared experts
+            self._absent: list[str] = []
+            self._views: dict[str, slicing.View] = {}
+            if plan is None:
+                return
+            _check_plan(plan, found)
+            self._cuts = slicing.of_trunk(self, plan, rank)
+            for block, layer in zip(found, plan.layers, strict=True):
+                held = self._held[block.layer] = list(layer.held_by(rank))
+                if len(held) < self._count:
+                    for linear in block.linears.values():
+                        _keep_rows(linear, len(held))
+                start, stop = layer.slice_of(rank)
+                if stop - start < plan.width:
+                    self._slices[block.layer] = slicing.of_experts(block, (start, stop, plan.width))
+                mine = layer.shared_of(rank)
+                for name in block.shared if not block.sums_inside(family) else ():
+                    if mine is None:
+                        block.module[name] = Silent()
+                        self._absent.append(f"{block.path}.{name}.")
+                    elif len(layer.shared) > 1:
+                        units = layer.shared[-1].stop
+                        self._cuts |= slicing.of_mlp(self, f"{block.path}.{name}", (*mine, units))
+            for by in (self._cuts, *(s.cuts for s in self._slices.values())):
+                for path, cut in by.items():
+                    _cut_module(self, path, cut)
+
+            shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
+            self._views = slicing.views(shapes, self._slices, self._count, family)
+
+        def pieces(self) -> dict[str, Piece | None]:
+            """What is read of the checkpoint's tensors; those that are not named entirely."""
+            found = _pieces(checkpoint.tensors, self._held, self._count, self._views)
+            absent = tuple(self._absent)
+            return found | {n: None for n in checkpoint.tensors if n.startswith(absent)}
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            pieces = _pieces(checkpoint.tensors, self._held, self._count, self._views)
+            own = _own(weights, checkpoint, self._held, pieces)
+            if family.before is not None:
+                own = family.before(own)
+            sizes = {len(held) for held in self._held.values()}
+            if len(sizes) > 1:
+                raise CheckpointError("a rank must hold equally many experts of every layer")
+            local = architecture.with_experts(config, self._count, sizes.pop())
+            namer = base(arguments.from_dict(local))  # type: ignore[call-arg]
+            if hasattr(namer, "sanitize"):
+                own = namer.sanitize(own)
+            own = architecture.prestack_weights(own)
+            by = dict(self._cuts)
+            if not self._views:
+                for part in self._slices.values():
+                    by |= part.cuts
+            names = {id(array): name for name, array in weights.items()}
+            return {
+                k: _cut_array(k, v, by, checkpoint.tensors.get(names.get(id(v), "")))
+                for k, v in own.items()
+                if not k.startswith(tuple(self._absent))
+            }
+
+    return Partial, arguments
+
+
+def _check_plan(plan: Plan, found: list[architecture.Block]) -> None:
+    """The plan must be one of this model: with another's, wrong experts would answer."""
+    got = [(p.layer, len(p.experts)) for p in plan.layers]
+    expected = [(b.layer, b.count) for b in found]
+    if got != expected:
+        raise PlanError(
+            f"the plan is of another model: expected (layer, experts) {expected}, got {got}"
+        )
+
+
+def _keep_rows(linear: nn.Module, rows: int) -> None:
+    """Give a stacked layer of an unloaded model fewer experts."""
+    for name in ("weight", "bias"):
+        if name in linear:
+            linear[name] = linear[name][:rows]
+
+
+def _cut_module(model: nn.Module, path: str, cut: slicing.Cut) -> None:
+    """Give a module of an unloaded model the shapes of its slice."""
+    node = architecture.get(model, path)
+    if isinstance(node, mx.array):  # a vector with an entry per head
+        architecture.replace(model, path, cut.apply(node, "weight"))
+        return
+    for name in ("weight", "bias"):
+        if name in node:
+            node[name] = cut.apply(node[name], name)
+
+
+def _cut_array(
+    name: str, array: mx.array, by: dict[str, slicing.Cut], tensor: Tensor | None
+) -> mx.array:
+    """The rank's part of a converted tensor; `tensor`: where it is, if it was not converted."""
+    path, _, leaf = name.rpartition(".")
+    cut, leaf = (by[name], "weight") if name in by else (by.get(path), leaf)
+    axis = cut.axis_of(leaf, array.ndim) if cut is not None else None
+    if cut is None or axis is None:
+        return array
+    if tensor is None or tensor.shape != tuple(array.shape):
+        return cut.apply(array, leaf)
+    ranges = cut.ranges_in(array.shape[axis])
+    return read_parts(tensor, (1, *tensor.shape), [0], axis + 1, ranges)[0]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank reads of a tensor: as the arguments of `read_parts`."""
+
+    shape: tuple[int, ...]
+    wanted: tuple[int, ...]
+    axis: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def bytes_in(self, tensor: Tensor, apart: int) -> Iterator[Wanted]:
+        """The bytes of the tensor's file, ascending.
+
+        Args:
+            apart: pieces of a row with so many bytes between them, or fewer, are given as columns,
+                since there may be millions of them.
+        """
+        item = (tensor.stop - tensor.start) // self.shape[0]
+        across = math.prod(self.shape[1 : self.axis]) if self.axis else 1
+        row = item // across
+        each = row // self.shape[self.axis] if self.axis else row
+        kept = tuple((a * each, b * each) for a, b in self.ranges) if self.axis else ((0, row),)
+        gaps = [a - b for (_, b), (a, _) in pairwise([*kept, (row + kept[0][0], 0)])]
+        for first, count in _runs(list(self.wanted)):
+            start, stop = tensor.start + first * item, tensor.start + (first + count) * item
+            if max(gaps) == 0:
+                yield start, stop
+            elif max(gaps) <= apart and row <= _BLOCK:
+                yield Strip(start, stop, row, kept)
+            else:
+                for at in range(start, stop, row):
+                    yield from ((at + a, at + b) for a, b in kept)
+
+
+def _pieces(
+    tensors: dict[str, Tensor],
+    held: dict[int, list[int]],
+    count: int,
+    views: dict[str, slicing.View],
+) -> dict[str, Piece | None]:
+    """What to read of tensors that hold routed experts; None: nothing. Others are not named: they
+    are read entirely."""
+    found: dict[str, Piece | None] = {}
+    for name, tensor in tensors.items():
+        layer = architecture.layer_of(name)
+        mine = held.get(layer) if layer is not None else None
+        single = architecture.SINGLE.fullmatch(name)
+        view = views.get(name)
+        if mine is None or (len(mine) == count and view is None):
+            continue
+        if single is not None and int(single["expert"]) not in mine:
+            found[name] = None
+        elif view is not None:
+            wanted = (0,) if single is not None else tuple(mine)
+            found[name] = Piece(view.shape, wanted, view.axis, tuple(view.ranges))
+        elif single is None and architecture.STACKED.fullmatch(name) and tensor.shape:
+            rows, rest = divmod(tensor.shape[0], count)
+            if not rest:
+                shape = (count, rows, *tensor.shape[1:])
+                found[name] = Piece(shape, tuple(mine), 0, ((0, count),))
+    return found
+
+
+def wanted_of(
+    checkpoint: Checkpoint, plan: Plan, rank: int, apart: int = 1 << 16
+) -> dict[str, list[Wanted]]:
+    """The bytes of each file that a rank reads, ascending, each once: what it must have.
+
+    Of a sharded trunk all is counted, since what is cut of it may be converted first.
+
+    Args:
+        apart: see `Piece.bytes_in`.
+
+    Returns:
+        By the file's name.
+
+    Raises:
+        CheckpointError, PlanError: see `build`.
+    """
+    config = checkpoint.config
+    made, arguments = _partial(config, checkpoint, plan, rank)
+    pieces = made(arguments.from_dict(config)).pieces()  # type: ignore[call-arg]
+    found: dict[str, list[Wanted]] = {}
+    for name, tensor in sorted(checkpoint.tensors.items(), key=lambda t: (t[1].file, t[1].start)):
+        piece = pieces.get(name, Piece((1,), (0,), 0, ((0, 1),)))
+        wanted = found.setdefault(tensor.file.name, [])
+        for more in piece.bytes_in(tensor, apart) if piece is not None else ():
+            append(wanted, more)
+    return found
+
+
+def _own(
+    weights: dict[str, mx.array],
+    checkpoint: Checkpoint,
+    held: dict[int, list[int]],
+    pieces: dict[str, Piece | None],
+) -> dict[str, mx.array]:
+    """The checkpoint as if only the held experts existed, numbered from 0 in every layer, and only
+    the `pieces` of them."""
+    own = {}
+    together: dict[tuple[str, str, Piece], dict[str, str]] = {}
+    for name, array in weights.items():
+        layer = architecture.layer_of(name)
+        mine = held.get(layer, []) if layer is not None else []
+        single = architecture.SINGLE.fullmatch(name)
+        piece = pieces.get(name, ...)
+        if piece is None:
+            continue
+        if single is not None and int(single["expert"]) in mine:
+            expert = mine.index(int(single["expert"]))
+            local = f"{single['head']}.{expert}.{single['tail']}"
+            own[local] = array
+            if isinstance(piece, Piece):
+                together.setdefault((single["head"], single["tail"], piece), {})[local] = name
+        elif isinstance(piece, Piece):
+            tensor = checkpoint.tensors[name]
+            got = read_parts(tensor, piece.shape, list(piece.wanted), piece.axis, piece.ranges)
+            # Several rows of an expert may share the first axis with experts: give it back so.
+            flat = len(piece.shape) > len(array.shape)
+            own[name] = got.reshape(-1, *got.shape[2:]) if flat else got
+        else:
+            own[name] = array
+    for (_, _, piece), names in together.items():
+        array = _read_together([checkpoint.tensors[n] for n in names.values()], piece)
+        for i, name in enumerate(names):
+            own[name] = array[i]
+    return own
+
+
+def _read_together(tensors: list[Tensor], piece: Piece) -> mx.array:
+    """The same part of several tensors, [tensors, ...].
+
+    In one array, because it is freed as a whole when experts have been stacked; many small ones
+    would stay with the process.
+    """
+    if len({t.dtype for t in tensors}) > 1:
+        raise CheckpointError(
+            f"{tensors[0].file}: {tensors[0].name} and its like have different types"
+        )
+    parts = [_gather(t, piece.shape, [0], piece.axis, piece.ranges) for t in tensors]
+    cut = slicing.View(piece.shape, piece.axis, piece.ranges).cut
+    return _as_array(tensors[0], np.concatenate(parts), [len(parts), *cut[1:]])
+
+
+def named_arrays(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """A model's parameters with their dotted names."""
+    return cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+
+
+def describe(checkpoint: Checkpoint) -> ModelSpec:
+    """What the checkpoint is and what each part of it takes in memory; reads no weights.
+
+    The sizes are those of the model that mlx-lm would build, after its own conversions.
+
+    Raises:
+        CheckpointError: see `build`.
+    """
+    model = build(checkpoint, None, 0)
+    family = architecture.resolve(checkpoint.config)
+    row = architecture.FAMILIES.get(family, architecture.GENERIC)
+    sizes = {name: value.nbytes for name, value in named_arrays(model)}
+
+    def under(path: str) -> int:
+        return sum(size for name, size in sizes.items() if name.startswith(path + "."))
+
+    layers = []
+    for block in architecture.blocks(model):
+        experts = sum(under(f"{block.path}.{block.switch}.{n}") for n in block.linears)
+        names = () if block.sums_inside(row) else block.shared
+        shared = sum(under(f"{block.path}.{n}") for n in names)
+        units, kept = slicing.units_of_experts(block) if row.unsliced is None else (1, 0)
+        shared_units, shared_kept = slicing.units_of_shared([block.module[n] for n in names])
+        layers.append(
+            MoELayer(
+                block.layer,
+                block.count,
+                experts // block.count,
+                shared,
+                units,
+                shared_units if shared else 1,
+                kept,
+                shared_kept,
+            )
+        )
+    parts = slicing.parts_of_trunk(model, row)
+    spread = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
+    config = checkpoint.config
+    dtypes: Counter[str] = Counter()
+    for _, value in named_arrays(model):
+        if mx.issubdtype(value.dtype, mx.floating):
+            dtypes[str(value.dtype).removeprefix("mlx.core.")] += value.size
+    return ModelSpec(
+        family=family,
+        layers=len(model.layers),
+        moe=tuple(layers),
+        top_k=architecture.first(config, architecture.TOP_KS) or 1,
+        trunk_bytes=sum(sizes.values()) - spread,
+        context=architecture.first(config, architecture.CONTEXTS),
+        vocabulary=architecture.first(config, ("vocab_size",)) or 0,
+        dtype=dtypes.most_common(1)[0][0],
+        quantization=_quantization(config),
+        parts=parts,
+        lookup_bytes=slicing.lookup_bytes(model, parts),
+        unsliced=row.unsliced,
+    )
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    q = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(q, dict):
+        return None
+    if "bits" in q:
+        return f"{q.get('mode', 'affine')} {q['bits']}-bit, groups of {q.get('group_size')}"
+    return str(q.get("quant_method", "unknown"))
+
+
+def load(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Progress) -> nn.Module:
+    """This rank's model, in memory; its blocks are still mlx-lm's (see `experts.parallelize`).
+
+    Raises:
+        CheckpointError: see `build`; or a file could not be read to its end.
+    """
+    # A buffer kept for reuse would count twice: the tensors read and the model made of them.
+    limit = mx.set_cache_limit(0)
+    try:
+        model = build(checkpoint, plan, rank)
+        arrays = [value for _, value in named_arrays(model)]
+        total, done = sum(a.nbytes for a in arrays), 0
+        for array in arrays:
+            mx.eval(array)
+            done += array.nbytes
+            progress(done, total)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: reading the weights failed: {error}"
+        ) from error
+    finally:
+        mx.set_cache_limit(limit)
+    return model

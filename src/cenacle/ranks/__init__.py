@@ -1,0 +1,1 @@
+"""The rank processes, seen from both sides."""

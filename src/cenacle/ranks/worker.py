@@ -1,0 +1,268 @@
+"""The program of one rank: `python -m cenacle.ranks.worker`, started by `cluster.launcher`.
+
+Owns: the life of a rank: connect to the front, form the group, load, take steps until told to
+stop or until the front is gone.
+Does not know: who sends the steps, text, HTTP.
+Invariant: the process ends when its control connection does, whatever it is waiting for; a rank
+that fails says why before it ends.
+Next: `engine.py` is what a step does.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.plan import Plan
+from ..core.request import Step
+from ..errors import CenacleError, ClusterError
+from . import exit_reason
+from .channel import Channel
+
+if TYPE_CHECKING:
+    from ..collective.base import Collective
+    from ..engine.cache.disk_store import Disk
+    from ..engine.engine import Options
+
+ALIVE_EVERY_S = 0.25
+
+
+def main() -> None:
+    """Run one rank until the front says stop or goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle
+    stay_on_cores()
+    channel = connect()
+    threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
+    try:
+        _serve(channel, receive(channel))
+    except Exception as error:
+        if not isinstance(error, CenacleError):
+            traceback.print_exc()
+        last_words(channel, error)
+        os._exit(0)  # MLX's threads may wait for ever for a peer that is lost
+
+
+def own_rank() -> int:
+    """This process's rank: from the launcher, or from MPI's."""
+    for name in ("CENACLE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    raise ClusterError("this program is started by cenacle, not by hand: it has no rank")
+
+
+def epoch() -> int:
+    """Which of a group's successive sets of ranks this process is of."""
+    return int(os.environ.get("CENACLE_EPOCH", "0"))
+
+
+def stay_on_cores() -> None:
+    """Run on this rank's cores only, where the launcher was given some (Linux)."""
+    cores = json.loads(os.environ.get("CENACLE_CORES", "null"))
+    if cores is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores[own_rank()])
+
+
+def share_of_cores(nodes: int) -> int:
+    """Number of ranks that share the cores this process may run on."""
+    if "CENACLE_CORES" in os.environ:
+        return 1
+    return int(os.environ.get("CENACLE_LOCAL_RANKS", nodes))
+
+
+def connect() -> Channel:
+    """Say to the front who this is."""
+    where = os.environ["CENACLE_CONTROL"]
+    if where.startswith("fd:"):  # of a cluster: one end of what the agent made
+        sock = socket.socket(fileno=int(where.removeprefix("fd:")))
+    else:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        sock.connect(where)
+    channel = Channel(sock, deadline_s=30)
+    hello = {"type": "hello", "epoch": epoch(), "rank": own_rank(), "pid": os.getpid()}
+    channel.send({**hello, "token": os.environ.pop("CENACLE_TOKEN")})
+    return channel
+
+
+def say_alive(channel: Channel) -> None:
+    """Tell the front that this rank lives; when it is gone, end, whatever the main thread does."""
+    while True:
+        time.sleep(ALIVE_EVERY_S)
+        try:
+            channel.send({"type": "alive"})
+        except ClusterError:
+            os._exit(1)
+
+
+def receive(channel: Channel) -> dict[str, Any]:
+    """Wait for the front's next message; an idle front is silent, so this has no deadline of its
+    own: `say_alive` notices when the front is gone."""
+    from .channel import Silent
+
+    while True:
+        try:
+            return channel.receive()
+        except Silent:
+            continue
+
+
+def last_words(channel: Channel, error: Exception) -> None:
+    """Tell the front why this rank ends."""
+    text = str(error) if isinstance(error, CenacleError) else exit_reason.of_error(error)
+    kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
+    try:
+        channel.send({"type": "error", "epoch": epoch(), "kind": kind, "message": text})
+    except ClusterError:
+        sys.exit(1)
+
+
+def _serve(channel: Channel, order: dict[str, Any]) -> None:
+    # Imported here: the front must hear of this process before MLX is loaded.
+    import mlx.core as mx
+
+    from .. import native
+    from ..engine.engine import Engine, Options, need_of
+    from ..engine.sampling.grammar import Vocabulary
+    from ..engine.speculative import draft_model
+    from ..model.checksums import sums_of
+    from ..model.expert_parallel import parallelize
+    from ..model.loader import Checkpoint, load
+    from ..model.step_timer import Watch
+    from ..planning import memory
+    from ..text.tokenizer import Text
+
+    plan = Plan.from_json(order["plan"])
+    native.set_threads(local_ranks=share_of_cores(plan.nodes))
+    collective = join(order, plan.nodes)
+    watch = Watch()
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 0.1:
+            last = time.monotonic()
+            channel.send({"type": "progress", "done": done, "total": total})
+
+    checkpoint, options = Checkpoint.open(Path(order["folder"])), Options(**order["options"])
+    draft = draft_model.DraftModel(**order["draft"]) if order.get("draft") else None
+    if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():  # never run
+        need = need_of(checkpoint.config, plan, collective.rank, options, order["kernels"], draft)
+        mx.set_wired_limit(memory.wired_limit(mx.device_info(), need))
+    native.use_activations(order.get("activations", "int16"))
+    model = load(checkpoint, plan, collective.rank, progress)
+    summed = sums_of(model) if order.get("sums") else None
+    parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
+    drafter = None
+    if draft is not None:
+        small = None
+        if collective.rank == 0:
+            small = draft_model.load(Checkpoint.open(Path(draft.folder)), order["kernels"])
+        drafter = draft_model.Drafter(draft, collective, small, plan.spec.vocabulary)
+    gc.collect()
+    gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
+    collective.barrier()
+    vocabulary = Vocabulary(lambda: Text(checkpoint.folder, checkpoint.config))
+    disk = _disk(channel, order, options, collective.rank)
+    engine = Engine(model, collective, watch, options, vocabulary, drafter, disk)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scale = 1 if sys.platform == "darwin" else 1024
+    device = str(mx.default_device())
+    if order["kernels"] != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
+        device += f", {native.describe()}"
+    ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
+    # What the draft will keep of the text comes out of what is left for requests.
+    kept = draft.cache if draft is not None and collective.rank == 0 else 0
+    ready["memory_left"] = memory_left() - kept
+    if disk is not None:
+        ready |= {"pages": disk.listed, "notices": disk.notices}
+    ready["sums"] = summed
+    channel.send({**ready, "footprint": asdict(engine.footprint())})
+    while True:
+        message = receive(channel)
+        if message["type"] == "stop":
+            engine.close()
+            collective.close()
+            return
+        if message["epoch"] != epoch():
+            raise ClusterError(f"expected steps of epoch {epoch()}, got one of {message['epoch']}")
+        step = Step.from_json(message["step"])
+        events, report = engine.step(step)
+        channel.send(
+            {
+                "type": "stepped",
+                "epoch": epoch(),
+                "number": step.number,
+                "tokens": [list(asdict(e).values()) for e in events],
+                "report": report,
+                "drafts": asdict(engine.take_drafts()),
+            }
+        )
+
+
+def _disk(channel: Channel, order: dict[str, Any], options: Options, rank: int) -> Disk | None:
+    """Where prompts outlive this program, if they shall."""
+    import mlx.core as mx
+
+    from .. import native
+    from ..engine.cache.disk_store import Disk, default_folder, fingerprint
+
+    if not options.cache_disk_gb or options.cache_gb == 0:
+        return None
+    # All that decides what is in a cache: also what only changes how it is rounded.
+    facts = {name: order.get(name) for name in ("plan", "wire", "kernels", "activations")}
+    facts |= {name: version(name) for name in ("cenacle", "mlx", "mlx-lm")}
+    facts["device"] = str(mx.default_device())
+    if native.available():
+        facts["native"] = native.module().used()
+    home = Path(options.cache_dir) if options.cache_dir else default_folder()
+
+    def say(said: dict[str, Any]) -> None:
+        with suppress(ClusterError):  # the front is gone: so is this process, in a moment
+            channel.send({"type": "pages", "epoch": epoch(), **said})
+
+    group = fingerprint(Path(order["folder"]), facts)
+    return Disk(home.expanduser(), group, rank, int(options.cache_disk_gb * 1e9), say)
+
+
+def memory_left() -> int:
+    """Bytes that are left now that the weights are there, for all ranks of this machine."""
+    import mlx.core as mx
+    import psutil
+
+    if mx.metal.is_available():  # never run
+        return int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory()
+    return int(psutil.virtual_memory().available)
+
+
+def join(order: dict[str, Any], nodes: int) -> Collective:
+    """Form the group that the front asked for; a `Collective`."""
+    from ..collective.delayed import Delayed
+    from ..collective.mesh import Mesh
+    from ..collective.mlx import Mlx
+    from ..collective.single import Alone
+
+    group: Collective
+    if nodes == 1:
+        group = Alone()
+    elif order["backend"] == "mesh":
+        group = Mesh.from_environment(own_rank(), nodes, order["wire"])
+    else:
+        group = Mlx(order["backend"], nodes)
+    return Delayed(group, order["latency_s"]) if order["latency_s"] else group
+
+
+if __name__ == "__main__":
+    main()

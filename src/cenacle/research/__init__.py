@@ -1,0 +1,1 @@
+"""The paper's schedules and their study. Nothing that serves imports it."""

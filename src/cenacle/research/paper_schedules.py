@@ -1,0 +1,271 @@
+"""The paper's schedules of a Mixture-of-Experts layer, for study (arXiv:2506.23635).
+
+Owns: which experts a rank executes beyond those it must, and who routes.
+Does not know: how experts are computed: all rows use the `LocalExperts` of this machine, so their
+kernels are ours; links (see `collective/study.py`).
+Shapes: x [batch, length, width], ids and scores [batch, length, k]. A schedule computes a prompt's
+tokens one after the other, as the paper does, but exchanges them at once.
+Invariant: whatever is executed besides the chosen experts is thrown away, so every schedule gives
+mlx-lm's output. Only for blocks that are a weighted sum of their experts and nothing else.
+
+    naive    experts as separate arrays; the central rank alone runs the trunk and routes: it sends
+             x, ids and scores to all (first exchange), and their sums come back (second)
+    P-LB     as naive, with prestacked experts; every rank executes all that it holds
+    P-LR     as P-LB, but each rank tops up to the busiest rank's number of chosen experts with its
+             least recently used ones
+    P-LR-D   as P-LR, decentralised: every rank runs trunk and router; one exchange
+
+Two things are quicker here than in the paper, for all rows: a rank weighs and adds its experts'
+outputs before sending them, one vector instead of one for each executed expert; and ranks exchange
+by our collective instead of gRPC, pipes and pickled maps.
+Next: `experts.py`, ours; `bench/ablation.py`, which measures them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..collective.base import Collective
+from ..core.plan import LayerPlan, Plan
+from ..errors import PlanError
+from ..model import architecture, native_layers
+from ..model.expert_parallel import ExpertParallel, LocalExperts, parallelize
+from ..model.step_timer import Watch
+
+SCHEDULES = ("naive", "P-LB", "P-LR", "P-LR-D")
+CENTRAL = ("naive", "P-LB", "P-LR")
+
+
+class _Probe(nn.Module):
+    """Stands in for the experts: asks the block whom it chooses and how it weighs them.
+
+    The block's output is the sum over j of score j times row j of what this gives; rows of the
+    identity make that the scores themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids = mx.array(0)
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:  # noqa: ARG002
+        """x [..., width], ids [..., k] -> [..., k, k]."""
+        self.ids = ids
+        k = ids.shape[-1]
+        return mx.broadcast_to(mx.eye(k), (*ids.shape, k))
+
+    def weighted(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:  # noqa: ARG002
+        """For blocks that leave the sum to their experts: the scores themselves."""
+        self.ids = ids
+        return weights
+
+
+class _Separate(nn.Module):
+    """This rank's experts as arrays of their own: gate, up and down of each."""
+
+    def __init__(self, stack: nn.Module, rows: int, kernels: str) -> None:
+        super().__init__()
+        self.experts = [self._one(stack, row) for row in range(rows)]
+        self.activation = stack.activation
+        mx.eval(self.parameters())
+        if kernels != "mlx" and native_layers.usable():
+            native_layers.swap(self)
+
+    @staticmethod
+    def _one(stack: nn.Module, row: int) -> dict[str, nn.Module]:
+        made: dict[str, nn.Module] = {}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = stack[name]
+            quantised = "scales" in linear
+            kind = nn.QuantizedLinear if quantised else nn.Linear
+            layer = kind.__new__(kind)  # not its __init__, which draws weights
+            nn.Module.__init__(layer)
+            for key in ("weight", "scales", "biases", "bias"):
+                if linear.get(key) is not None:
+                    layer[key] = mx.contiguous(linear[key][row])
+            if quantised:
+                layer.group_size, layer.bits = linear.group_size, linear.bits
+                layer.mode = linear.mode
+            made[name] = layer
+        return made
+
+    def __call__(self, x: mx.array, row: int) -> mx.array:
+        """x [width] -> [width], by one expert."""
+        e = self.experts[row]
+        x = x[None]
+        return e["down_proj"](self.activation(e["up_proj"](x), e["gate_proj"](x)))[0]
+
+
+class Scheduled(nn.Module):
+    """A block under one of the `SCHEDULES`; on ranks other than the central one see `serve`.
+
+    Args:
+        block: mlx-lm's own block, whose experts are `local`.
+        switch: the attribute of the block that holds them.
+        local: this rank's experts.
+        plan: of this layer.
+        schedule: see the module.
+        separate: the experts as separate arrays, for "naive".
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        switch: str,
+        local: LocalExperts,
+        plan: LayerPlan,
+        schedule: str,
+        collective: Collective,
+        watch: Watch,
+        separate: _Separate | None,
+    ) -> None:
+        super().__init__()
+        self.block, self.width = block, width(local.experts)
+        # Without its stack, where there are arrays of their own: it is freed.
+        self.local = local if separate is None else None
+        self._rows, self._probe = local._rows, _Probe()
+        block[switch] = self._probe
+        self._layer, self._schedule, self._separate = plan.layer, schedule, separate
+        self._collective, self._watch = collective, watch
+        self._holders = [
+            np.array(plan.held_by(rank), dtype=np.int64) for rank in range(collective.size)
+        ]
+        # The order of last use, oldest first.
+        self._recent = [int(e) for e in self._holders[collective.rank]]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [batch, length, width] -> the same, on every rank of the decentralised schedule and on
+        the central one of the others."""
+        scores, dtype = self.block(x), x.dtype
+        ids = self._probe.ids
+        self._watch.routed(self._layer, ids)
+        if self._schedule in CENTRAL:
+            self._watch.lap("trunk", x, ids, scores)
+            x, ids, scores = self._sent(x.shape, ids.shape[-1], x, ids, scores)
+        else:
+            self._watch.lap("trunk", x)
+        return self._sum(self._part(x, ids, scores)).astype(dtype)
+
+    def serve(self, batch: int, length: int, k: int) -> None:
+        """What a rank that is not the central one does in this layer."""
+        self._watch.lap("trunk")
+        self._sum(self._part(*self._sent((batch, length, self.width), k)))
+
+    def _sent(
+        self, shape: tuple[int, ...], k: int, *own: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """First exchange: the central rank's x, ids and scores on every rank."""
+        batch, length, width = shape
+        if own:
+            whole = mx.concatenate([a.astype(mx.float32) for a in own], axis=-1)
+        else:
+            whole = mx.zeros((batch, length, width + 2 * k))
+        whole = self._collective.all_sum(whole)
+        self._watch.lap("exchange", whole)
+        x, ids, scores = mx.split(whole, [width, width + k], axis=-1)
+        return x, ids.astype(mx.int32), scores
+
+    def _sum(self, part: mx.array) -> mx.array:
+        self._watch.lap("experts", part)
+        whole = self._collective.all_sum(part)
+        self._watch.lap("exchange", whole)
+        mx.eval(whole)  # also where nobody measures: the paper's ranks wait for every exchange
+        return whole
+
+    def _part(self, x: mx.array, ids: mx.array, scores: mx.array) -> mx.array:
+        """This rank's share of the weighted sum: [batch, length, width]."""
+        chosen = np.asarray(ids).reshape(-1, ids.shape[-1])
+        weights = np.asarray(scores.astype(mx.float32)).reshape(chosen.shape)
+        tokens = x.reshape(-1, x.shape[-1])
+        parts = [
+            self._token(tokens[i], row, weight)
+            for i, (row, weight) in enumerate(zip(chosen, weights, strict=True))
+        ]
+        return mx.stack(parts).reshape(x.shape)
+
+    def _token(self, x: mx.array, ids: np.ndarray, scores: np.ndarray) -> mx.array:
+        weight = dict(zip(ids.tolist(), scores.tolist(), strict=True))
+        run = self.executed(ids)
+        if not run:
+            return mx.zeros(x.shape, mx.float32)
+        if self._separate is not None:
+            each = mx.stack([self._separate(x, int(self._rows[e])) for e in run])
+        else:
+            assert self.local is not None
+            each = self.local.compute(x[None], mx.array([run], dtype=mx.int32))[0]
+        used = mx.array([weight.get(e, 0.0) for e in run])
+        return (each.astype(mx.float32) * used[:, None]).sum(axis=0)
+
+    def executed(self, ids: np.ndarray) -> list[int]:
+        """The experts that this rank runs for a token: the chosen ones, then those on top."""
+        chosen = [np.intersect1d(held, ids) for held in self._holders]
+        own = [int(e) for e in chosen[self._collective.rank]]
+        if self._schedule == "naive":
+            return own
+        held = self._holders[self._collective.rank]
+        if self._schedule == "P-LB":
+            return own + [int(e) for e in held if e not in own]
+        top = max(len(c) for c in chosen)
+        idle = [e for e in self._recent if e not in own]
+        run = own + idle[: top - len(own)]
+        self._recent = [e for e in self._recent if e not in run] + run
+        return run
+
+
+def width(experts: nn.Module) -> int:
+    """The width of what stacked experts take."""
+    first = experts["gate_proj"] if "gate_proj" in experts else experts["fc1"]
+    return first.input_dims
+
+
+def schedule(
+    model: nn.Module,
+    family: str,
+    plan: Plan,
+    collective: Collective,
+    watch: Watch,
+    kernels: str,
+    name: str,
+) -> list[Scheduled]:
+    """`parallelize` under one of the `SCHEDULES`, in place.
+
+    Returns:
+        The layers' blocks, in order.
+
+    Raises:
+        PlanError: an unknown schedule, experts that are not whole on one rank each, or a family
+            whose block is more than a weighted sum of its experts.
+    """
+    if name not in SCHEDULES:
+        raise PlanError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
+    row = architecture.FAMILIES.get(family, architecture.GENERIC)
+    found = architecture.blocks(model)
+    plain = row.forward is None and not row.once
+    if not plain or any(b.shared or b.sums_inside(row) for b in found):
+        raise PlanError(
+            f"schedule: {family}'s blocks are more than a weighted sum of experts; "
+            f"the paper's schedules run families such as dbrx, mixtral and qwen3_moe"
+        )
+    if any(len(parts) != 1 for layer in plan.layers for parts in layer.experts):
+        raise PlanError(f"schedule {name}: expected whole experts, got placement {plan.placement}")
+    separate: list[_Separate | None] = [None] * len(found)
+    if name == "naive":
+        mine = [len(layer.held_by(collective.rank)) for layer in plan.layers]
+        if any("gate_proj" not in b.experts for b in found):
+            raise PlanError(
+                f"schedule naive: {family}'s experts have no gate; try another schedule"
+            )
+        separate = [_Separate(b.experts, n, kernels) for b, n in zip(found, mine, strict=True)]
+    parallelize(model, family, plan, collective, watch, kernels)
+    made = []
+    for block, layer, alone in zip(found, plan.layers, separate, strict=True):
+        wrapped: Any = architecture.get(model, block.path)
+        assert isinstance(wrapped, ExpertParallel)
+        local = wrapped.block[block.switch]
+        new = Scheduled(wrapped.block, block.switch, local, layer, name, collective, watch, alone)
+        architecture.replace(model, block.path, new)
+        made.append(new)
+    return made

@@ -1,0 +1,1 @@
+"""What the ranks do next: pure state machines, no MLX, no clock."""

@@ -1,0 +1,449 @@
+"""Between text and tokens, for one model.
+
+Owns: the tokenizer, rendering of chats, turning a stream of tokens into a stream of text, or of an
+answer's parts: what a model that thinks says to itself, calls of tools, and text.
+Does not know: ranks, HTTP, any API.
+Invariant: the pieces of a `TextStream` joined are the text of all its tokens, cut before the first
+stop string; no piece ends inside a character. The parts of an `AnswerStream` are the same without
+the marks between them; a call that cannot be read is given as text, with its marks.
+Next: mlx-lm's `tokenizer_utils.py` and `tool_parsers` know the marks of each family.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import regex
+from jsonschema import Draft202012Validator, ValidationError, validators
+from referencing import Registry
+
+from ..core.chat import Logged, Message, Part, Tool
+from ..core.request import TokenEvent
+from ..errors import CheckpointError, InputError
+
+# Variables of templates, and arguments of what renders them, that are not for clients to set.
+_OURS = frozenset(
+    (
+        *("messages", "conversation", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "return_dict", "tokenizer_kwargs"),
+    )
+)
+
+PATTERN_S = 0.05  # for one pattern of a strict tool; servers answer others meanwhile
+
+Read = Callable[[str], list[Part]]
+"""From the text of calls to calls."""
+
+
+class Text:
+    """A checkpoint's tokenizer, as mlx-lm loads it.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config.json.
+
+    Raises:
+        CheckpointError: there is no tokenizer or it cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        from mlx_lm.utils import load_tokenizer
+
+        try:
+            self._tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        except Exception as error:  # transformers raises what its many tokenizers raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return tuple(sorted(self._tokenizer.eos_token_ids))
+
+    @property
+    def inner(self) -> Any:
+        """The tokenizer as transformers has it."""
+        return self._tokenizer._tokenizer
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, those that were added included."""
+        return dict(self._tokenizer.get_vocab())
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint says how a chat is rendered."""
+        return bool(self._tokenizer.has_chat_template)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Plain text to ids, with the tokenizer's own beginning unless the text has it."""
+        bos = self._tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
+
+    @property
+    def renders_tools(self) -> bool:
+        """Whether the chat template has words for tools."""
+        return self._template_has("tools")
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether it is known how this model calls tools."""
+        return bool(self._tokenizer.has_tool_calling)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether this model has marks for reasoning."""
+        return bool(self._tokenizer.has_thinking)
+
+    def _template_has(self, word: str) -> bool:
+        """Whether the chat template uses a variable; one that is a program may use any."""
+        template = self._tokenizer.chat_template
+        found = re.search(rf"\b{re.escape(word)}\b", str(template))
+        return self.has_template and (template is None or found is not None)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        options: dict[str, Any] | None = None,
+        *,
+        think: bool | None = None,
+        continued: bool = False,
+    ) -> tuple[int, ...]:
+        """A chat to ids, ready for the assistant's answer.
+
+        Without a chat template the messages are rendered one per line, "role: content".
+
+        Args:
+            messages: at least one.
+            tools: what the model is told it may call; only where `renders_tools`.
+            options: variables of the template.
+            think: whether a model that can think shall; None: as the template has it.
+            continued: the last message, the assistant's, is the answer's beginning.
+
+        Raises:
+            InputError: the template refuses the messages, or has no use for an option.
+        """
+        for name in options or {}:
+            if name in _OURS or not self._template_has(name):
+                raise InputError(f"{name}: this model's chat template has no use for it", name)
+        if not self.has_template:
+            lines = [f"{m['role']}: {m['content']}" for m in messages]
+            return self.encode("\n".join(lines if continued else [*lines, "assistant:"]))
+        variables: dict[str, Any] = dict(options or {})
+        if tools:
+            variables["tools"] = [tool.to_json() for tool in tools]
+        if think is not None:
+            variables["enable_thinking"] = think
+        if continued:
+            variables["continue_final_message"] = True
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=not continued, **variables
+            )
+        except Exception as error:  # templates are programs of the checkpoint's author
+            raise InputError(
+                f"messages: the model's chat template refuses them: {error}", "messages"
+            ) from error
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        # A template may open the reasoning whatever it is told.
+        return ids + self.think_end if think is False and self.in_reasoning(ids) else ids
+
+    def thought(self, prompt: Sequence[int], think: bool | None) -> tuple[int, ...]:
+        """A prompt whose answer must match something, with the mark that begins reasoning where the
+        model would reason first: else that would have to match as well."""
+        ids = tuple(prompt)
+        hybrid = self.thinks and self._template_has("enable_thinking")
+        if think is False or self.in_reasoning(ids) or not (think or hybrid):
+            return ids
+        return ids + tuple(self._tokenizer.think_start_tokens)
+
+    @property
+    def think_end(self) -> tuple[int, ...]:
+        """The ids that end reasoning."""
+        return tuple(self._tokenizer.think_end_tokens or ())
+
+    def in_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to a prompt begins inside reasoning."""
+        if not self.thinks:
+            return False
+        find = self._tokenizer
+        return bool(find.rfind_think_start(prompt) > find.rfind_think_end(prompt))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Ids to text."""
+        return self._tokenizer.decode(list(tokens))
+
+    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """A new stream of text that ends before any of the `stop` strings."""
+        return TextStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
+
+    def plain(self, stop: Sequence[str]) -> AnswerStream:
+        """A new stream of an answer that is nothing but text."""
+        return AnswerStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
+
+    def called(self, read: Read) -> AnswerStream:
+        """A new stream of an answer that is nothing but calls; `read` is given all of it."""
+        return AnswerStream(self._tokenizer.detokenizer, (), self.stop_tokens, None, read, "tool")
+
+    def chat(
+        self,
+        stop: Sequence[str],
+        tools: Sequence[Tool],
+        prompt: Sequence[int],
+        *,
+        parallel: bool = True,
+    ) -> AnswerStream:
+        """A new stream of an answer that may have reasoning, text and calls.
+
+        Args:
+            stop: text ends before any of these.
+            tools: what may be called; without any, calls are text, and so is a call of a strict
+                tool with other arguments than its schema has.
+            prompt: the ids that the answer follows.
+            parallel: False: the answer ends with its first call.
+        """
+        from mlx_lm.generate import make_text_state_machine
+
+        begin = self._tokenizer.response_initial_state
+        if begin is None:
+            begin = "reasoning" if self.in_reasoning(prompt) else "normal"
+        state = make_text_state_machine(self._tokenizer).make_state(begin)
+        detokenizer = self._tokenizer.detokenizer
+        read = self._reader(tools)
+        calls = None if parallel else 1
+        return AnswerStream(detokenizer, stop, self.stop_tokens, state, read, begin, calls)
+
+    def _reader(self, tools: Sequence[Tool]) -> Read:
+        """Reads calls in this model's own form, with mlx-lm's parser."""
+        tokenizer, described = self._tokenizer, [tool.to_json() for tool in tools]
+        strict = {tool.name: tool.parameters for tool in tools if tool.strict}
+
+        def read(text: str) -> list[Part]:
+            as_text = f"{tokenizer.tool_call_start}{text}{tokenizer.tool_call_end}"
+            if not tools:
+                return [Part("text", as_text)]
+            try:
+                made = tokenizer.tool_parser(text, described)
+                listed = made if isinstance(made, list) else [made]
+                return [_call(one, strict.get(one["name"])) for one in listed]
+            except Exception:  # parsers raise whatever a model's mistakes make them raise
+                return [Part("text", as_text)]
+
+        return read
+
+    def logged(self, event: TokenEvent) -> Logged:
+        """What was reported about a token."""
+        top = tuple(Logged(self._bytes(token), logprob) for token, logprob in event.top)
+        return Logged(self._bytes(event.token), event.logprob or 0.0, top)
+
+    def _bytes(self, token: int) -> bytes:
+        """A token's bytes, as the streaming detokenizer has them: half a character stays that."""
+        from mlx_lm import tokenizer_utils as mlx_lm
+
+        detokenizer = self._tokenizer.detokenizer
+        if isinstance(detokenizer, mlx_lm.BPEStreamingDetokenizer):
+            if token >= len(detokenizer.tokenmap):
+                return b""
+            known = mlx_lm._byte_decoder()
+            word = detokenizer.tokenmap[token]
+            return b"".join(bytes([known[c]]) if c in known else c.encode() for c in word)
+        if isinstance(detokenizer, mlx_lm.SPMStreamingDetokenizer):
+            return detokenizer.tokenmap[token].replace(detokenizer._sep, b" ")
+        return self.decode([token]).encode()
+
+
+def _call(made: dict[str, Any], schema: dict[str, Any] | None) -> Part:
+    """A call as mlx-lm's parsers give it; `schema`: what its arguments must match."""
+    arguments = made.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(made["name"], str) or not isinstance(arguments, dict):
+        raise ValueError("no call")
+    if schema is not None:
+        # The registry: nothing is fetched from where a schema points to.
+        _Timed(schema, registry=Registry()).validate(arguments)
+    text = json.dumps(arguments, ensure_ascii=False)
+    return Part("call", text, made["name"], str(made.get("id") or ""))
+
+
+def _pattern(_: Any, pattern: str, given: Any, __: Any) -> Iterator[ValidationError]:
+    """JSON schema's "pattern", with an end: a client chooses both the pattern and the text."""
+    if isinstance(given, str) and not regex.search(pattern, given, timeout=PATTERN_S):
+        yield ValidationError("another pattern")
+
+
+_Timed = validators.extend(Draft202012Validator, {"pattern": _pattern})
+
+
+class Cutter:
+    """Text in, the same text out until a stop string: `met` is the one that was met."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [s for s in stop if s]
+        self._held = ""
+        self.met: str | None = None
+
+    def add(self, piece: str) -> str:
+        """The text that is certain now."""
+        if self.met is not None:
+            return ""
+        text = self._held + piece
+        found = min(((at, s) for s in self._stop if (at := text.find(s)) >= 0), default=None)
+        if found is not None:
+            (at, self.met), self._held = found, ""
+            return text[:at]
+        # The longest end of the text that could be the beginning of a stop string is kept back.
+        keep = max(
+            (n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def end(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """Tokens in, pieces of text out. `stopped` tells that a stop string was met."""
+
+    def __init__(self, detokenizer: Any, stop: Sequence[str], silent: Sequence[int]) -> None:
+        self._detokenizer = detokenizer
+        self._cutter = Cutter(stop)
+        self._silent = frozenset(silent)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._cutter.met is not None
+
+    def add(self, token: int) -> str:
+        """The text that this token makes certain; perhaps empty."""
+        if self.stopped or token in self._silent:
+            return ""
+        self._detokenizer.add_token(token)
+        return self._cutter.add(self._detokenizer.last_segment)
+
+    def end(self) -> str:
+        """What was held back."""
+        if self.stopped:
+            return ""
+        self._detokenizer.finalize()
+        return self._cutter.add(self._detokenizer.last_segment) + self._cutter.end()
+
+
+class AnswerStream:
+    """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text,
+    `ended` tells that nothing more comes, `thinking` whether it is inside reasoning.
+
+    Args:
+        detokenizer: mlx-lm's, fresh.
+        stop: text ends before any of these; reasoning and calls may have them.
+        silent: ids that have no text.
+        state: of mlx-lm's `TextStateMachine`; None: the answer stays in the state it begins in.
+        read: reads calls.
+        begin: "normal", "reasoning" or "tool".
+        calls: the answer ends with so many calls; None: whenever it ends.
+    """
+
+    def __init__(
+        self,
+        detokenizer: Any,
+        stop: Sequence[str],
+        silent: Sequence[int],
+        state: Any = None,
+        read: Read | None = None,
+        begin: str = "normal",
+        calls: int | None = None,
+    ) -> None:
+        self._detokenizer, self._cutter, self._silent = detokenizer, Cutter(stop), frozenset(silent)
+        self._state, self._read, self._now = state, read, begin
+        self._call, self._calls_left = "", calls
+        self._turned = False  # from one kind to another, and nothing has come since
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was met, or None."""
+        return self._cutter.met
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes, whatever tokens do."""
+        return self.stopped is not None or self._calls_left == 0
+
+    @property
+    def thinking(self) -> bool:
+        """Whether it is inside reasoning."""
+        return self._now == "reasoning"
+
+    def add(self, token: int) -> list[Part]:
+        """The parts that this token makes certain; perhaps none."""
+        if self.ended or token in self._silent:
+            return []
+        self._detokenizer.add_token(token)
+        return self._split(self._detokenizer.last_segment)
+
+    def end(self) -> list[Part]:
+        """What was held back."""
+        if self.ended:
+            return []
+        self._detokenizer.finalize()
+        parts = self._split(self._detokenizer.last_segment)
+        if self._state is not None and self._state[0] is not None:
+            parts += self._in_state(self._now, self._state[3])  # perhaps a mark's beginning
+        return parts + self._leave()
+
+    def _split(self, text: str) -> list[Part]:
+        if self._state is None:
+            return self._in_state(self._now, text)
+        if self._state[0] is None:
+            return []  # the format says that nothing follows
+        from mlx_lm.generate import TextStateMachine
+
+        self._state, segments = TextStateMachine.split(self._state, text)
+        parts = []
+        for state, piece in segments:
+            if state != self._now:
+                parts += self._leave()
+                self._now, self._turned = state, True
+            parts += self._in_state(state, piece)
+        return parts
+
+    def _in_state(self, state: str | None, text: str) -> list[Part]:
+        if self.ended:
+            return []
+        if state == "tool":
+            self._call += text
+            return []
+        if self._turned:  # lines between reasoning, calls and text belong to none of them
+            text = text.lstrip("\n")
+            self._turned = not text
+        if state == "reasoning":
+            return [Part("reasoning", text)] if text else []
+        text = self._cutter.add(text) if state == "normal" else ""
+        return [Part("text", text)] if text else []
+
+    def _leave(self) -> list[Part]:
+        """The end of a stretch of one kind."""
+        if self._now == "tool":
+            call, self._call = self._call, ""
+            parts = self._read(call) if self._read is not None and call else []
+            if self._calls_left is not None:
+                parts = parts[: self._calls_left]
+                self._calls_left -= sum(part.kind == "call" for part in parts)
+            return parts
+        held = self._cutter.end()
+        return [Part("text", held)] if held else []
+
+
+def with_logs(parts: list[Part], logged: Sequence[Logged]) -> list[Part]:
+    """The parts, the last of which carries the reports about tokens."""
+    return [*parts[:-1], replace(parts[-1], logged=tuple(logged))]
