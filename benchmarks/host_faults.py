@@ -25,6 +25,7 @@ from typing import Any
 from cenacle.cluster import client as joining
 from cenacle.cluster.membership import SETTLED_S
 from cenacle.cluster.security import identity as identities
+from cenacle.cluster.security import pairing
 from cenacle.errors import CenacleError, ClusterError
 from cenacle.model.byte_ranges import JOURNAL
 from cenacle.ranks.channel import Channel
@@ -220,7 +221,7 @@ def why_out(trial: Trial, host: Host) -> str:
 def wrong_token(trial: Trial, _host: Host) -> Iterator[None]:
     """Somebody guesses."""
     where = f"{trial.cluster.a.address}:{CONTROL}"
-    guess = identities.new_token()
+    guess = pairing.new_token()
     done = trial.stranger.run("join", where, "--token", guess)
     refused(done, "the token is wrong")
     yield
@@ -349,7 +350,7 @@ def careless(
     trial: Trial, identity: identities.Identity, message: dict[str, Any]
 ) -> dict[str, Any] | None:
     """What the head answers to one who does not look whom he talks to; None: it hangs up."""
-    context = identities.stranger()
+    context = pairing.stranger()
     context.load_cert_chain(identity.certificate, identity.key)
 
     def ask() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import cenacle
 from cenacle.api import Model
 from cenacle.core.request import TokenEvent
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.errors import CenacleError
 from cenacle.model.synth import synth
 from cenacle.scheduler.disk_index import PAGE

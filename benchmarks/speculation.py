@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cenacle
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 PIECE = [81, 82, 83, 84, 85, 86, 87, 88]

@@ -19,7 +19,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .api import Chunk, Completion, Model, inspect, load
+    from .api import Chunk, Completion, Model, load
+    from .runtime import inspect
 
 # Nothing is reported to anybody: huggingface_hub would tell its makers what is used.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -44,8 +45,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load MLX when it is first needed: the nouns and `cenacle --help` do without."""
-    if name in ("Chunk", "Completion", "Model", "inspect", "load"):
+    if name in ("Chunk", "Completion", "Model", "load"):
         from . import api
 
         return getattr(api, name)
+    if name == "inspect":
+        from .runtime import inspect
+
+        return inspect
     raise AttributeError(f"module 'cenacle' has no attribute {name!r}")

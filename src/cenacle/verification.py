@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .cluster import node_info
 from .cluster.link_probe import Link
 from .core.plan import Plan
-from .core.request import Request, Step, TokenEvent
+from .core.request import Request, TokenEvent
+from .core.step import Step
 from .errors import CenacleError, ClusterError, PlanError
 from .model.byte_ranges import is_part
 from .model.checksums import Sums, compare
@@ -40,7 +41,7 @@ from .model.checksums import Sums, compare
 if TYPE_CHECKING:
     from .api import Model
     from .cluster.formation import Formed
-    from .model.loader import Checkpoint
+    from .model.checkpoint import Checkpoint
 
 FORMAT = 1  # of records; another is as none
 SHORT, SHORT_TOKENS, ANSWER_TOKENS = 16, 8, 8
@@ -480,7 +481,7 @@ class SelfTest:
             return {}  # never passed
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
-        from .cluster.security.identity import write_private
+        from .paths import write_private
 
         write_private(self._folder / name, json.dumps({**data, "format": FORMAT}).encode())
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cenacle.model.loader import Checkpoint
+from cenacle.model.checkpoint import Checkpoint
 from cluster import API, CHAT, CONTROL, JOIN, MESSAGES, SUM, UP, WORKER, Cluster, Streaming
 from net import Capture, until, why_not
 

@@ -14,8 +14,9 @@ import mlx.nn as nn
 
 from cenacle.collective.base import Chosen, Collective
 from cenacle.core.plan import Plan
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import parallelize
-from cenacle.model.loader import Checkpoint, describe, load
+from cenacle.model.loader import describe, load
 from cenacle.model.step_timer import Watch
 
 VECTORS = Path(__file__).parent.parent / "vectors"

@@ -13,8 +13,9 @@ from cenacle import native
 from cenacle.collective.single import Alone
 from cenacle.core.plan import Plan
 from cenacle.model import native_blocks
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import ExpertParallel
-from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.loader import describe
 from cenacle.model.native_layers import weights
 from cenacle.model.synth import synth, tiny_config
 

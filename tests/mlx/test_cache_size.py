@@ -8,7 +8,8 @@ from one_process import VECTORS
 import cenacle
 from cenacle import PlanError, api
 from cenacle.model import architecture
-from cenacle.model.loader import Checkpoint, build, describe
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import build, describe
 from cenacle.model.synth import synth
 from cenacle.planning import memory
 

@@ -16,11 +16,13 @@ from cenacle import native
 from cenacle.collective.single import Alone
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError, PlanError
-from cenacle.model import architecture, slicing
-from cenacle.model.loader import Checkpoint, build, describe, read_parts
+from cenacle.model import architecture, slicing, tensor_layout
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import build, describe
 from cenacle.model.slicing import Cut
 from cenacle.model.synth import synth, tiny_config
 from cenacle.model.tensor_parallel import FEW
+from cenacle.model.tensor_reader import read_parts
 
 IO = Path("/proc/self/io")
 WEIGHTS = "model.safetensors"
@@ -249,7 +251,7 @@ def understood(folder: Path, plan: Plan) -> bool:
     part = (0, 1, plan.width)
     slices = {b.layer: slicing.of_experts(b, part) for b in blocks}
     shapes = {n: t.shape for n, t in checkpoint.tensors.items()}
-    return bool(slicing.views(shapes, slices, blocks[0].count, family))
+    return bool(tensor_layout.views(shapes, slices, blocks[0].count, family))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -16,11 +16,11 @@ from test_speculation import WORDS, Chain, answer
 import cenacle
 from cenacle import InputError
 from cenacle.collective.single import Alone as OneRank
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.engine.speculative import draft_model
 from cenacle.engine.speculative.draft_model import NEAR, Drafter, DraftModel
 from cenacle.engine.speculative.ngram import Lookup
-from cenacle.model.loader import Checkpoint
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.text.tokenizer import Text
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"

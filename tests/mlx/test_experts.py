@@ -16,7 +16,7 @@ from cenacle.model.expert_parallel import (
     reference,
 )
 from cenacle.model.step_timer import Watch
-from cenacle.planning.choose_plan import deal
+from cenacle.planning.load_balancer import deal
 
 WIDTH, HIDDEN, COUNT = 64, 32, 6
 LOCAL = [MaskedExperts, PackedExperts]

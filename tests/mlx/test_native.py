@@ -12,12 +12,13 @@ from one_process import load_rank
 from cenacle import native
 from cenacle.collective.single import Alone
 from cenacle.core.plan import Plan
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import NativeExperts, PackedExperts, reference
 from cenacle.model.families import all_families
-from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.loader import describe
 from cenacle.model.step_timer import Watch
 from cenacle.model.synth import synth
-from cenacle.planning import choose_plan
+from cenacle.planning import load_balancer
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 KERNELS = native.module().kernels() if native.available() else []
@@ -372,7 +373,7 @@ def test_replicas_are_dealt_as_in_python(seed):
     dealer = native.module().Dealer(holders, speeds, 0)
     for most in (2, 8, 200):
         counts = random.integers(0, most, experts).tolist()
-        assert dealer.deal(counts) == choose_plan.deal(counts, holders, speeds)
+        assert dealer.deal(counts) == load_balancer.deal(counts, holders, speeds)
 
 
 def test_wrong_holders_are_refused():

@@ -14,9 +14,10 @@ from cenacle.cluster import hostsfile, link_probe, node_info, thunderbolt
 from cenacle.cluster.link_probe import Link
 from cenacle.cluster.membership import Node
 from cenacle.cluster.placement import Wanted, describe_links, exchange, measured, place, shares_of
-from cenacle.engine.engine import Options, need_of
+from cenacle.engine.options import Options, need_of
 from cenacle.errors import ClusterError, InputError, PlanError
-from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import describe
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 GB = 10**9

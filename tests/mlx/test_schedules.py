@@ -9,7 +9,8 @@ from one_process import in_threads
 
 from cenacle.core.plan import Plan
 from cenacle.errors import PlanError
-from cenacle.model.loader import Checkpoint, describe, load
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import describe, load
 from cenacle.model.step_timer import Watch
 from cenacle.model.synth import synth
 from cenacle.research.paper_schedules import CENTRAL, SCHEDULES, schedule

@@ -20,8 +20,9 @@ from cenacle.cluster.membership import Node
 from cenacle.core.plan import Plan
 from cenacle.errors import ClusterError, PlanError
 from cenacle.model import checksums
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.checksums import compare, sums_of
-from cenacle.model.loader import Checkpoint, describe, load, named_arrays
+from cenacle.model.loader import describe, load, named_arrays
 from cenacle.model.synth import synth
 from cenacle.verification import Answer, SelfTest, bad_links, differs, prompts, tolerance_of
 

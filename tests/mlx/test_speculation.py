@@ -14,8 +14,10 @@ from cenacle.engine.cache.kv_cache.kv_cache import can_go_back
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from cenacle.collective.single import Alone as OneRank
-from cenacle.core.request import Part, Request, Sampling, Step
-from cenacle.engine.engine import Engine, Options
+from cenacle.core.request import Request, Sampling
+from cenacle.core.step import Part, Step
+from cenacle.engine.engine import Engine
+from cenacle.engine.options import Options
 from cenacle.engine.sampling.sampler import Choice, Drawing
 from cenacle.model.step_timer import Watch
 

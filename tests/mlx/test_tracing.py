@@ -13,7 +13,7 @@ from cenacle.planning.routing_stats import Trace
 
 
 def test_a_recording_of_the_demo_model(tmp_path):
-    from cenacle.cli.main import app
+    from cenacle.cli.options import app
 
     (tmp_path / "questions.txt").write_text("What is 12 + 30?\n\nSpell otter backwards.\n")
     out = tmp_path / "trace.npz"

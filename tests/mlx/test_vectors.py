@@ -10,7 +10,8 @@ from one_process import VECTORS, load_rank, run_ranks
 
 from cenacle.collective.single import Alone
 from cenacle.core.plan import Plan
-from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import describe
 
 MAX_RELATIVE_ERROR = 5e-6
 PROMPT_LENGTHS = (1, 7, 40)

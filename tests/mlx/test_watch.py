@@ -9,10 +9,12 @@ from one_process import VECTORS, load_rank
 from cenacle.collective.base import Traffic
 from cenacle.collective.single import Alone
 from cenacle.core.plan import Plan
-from cenacle.core.request import Step, TokenEvent
-from cenacle.engine import engine
+from cenacle.core.request import TokenEvent
+from cenacle.core.step import Step
+from cenacle.engine import engine, options
 from cenacle.errors import ClusterError
-from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import describe
 from cenacle.model.step_timer import Watch
 
 
@@ -115,7 +117,7 @@ class Recorder:
 def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
-    it = engine.Engine(None, recorder, recorder, engine.Options())
+    it = engine.Engine(None, recorder, recorder, options.Options())
     it.step(Step(0, measured=True))
     assert recorder.told == ["wait", "start", "next", "check", "wait", "stop"]
     recorder.told.clear()
@@ -139,7 +141,7 @@ class Lost(Recorder):
 def test_a_failed_exchange_is_told_in_its_own_words(monkeypatch):
     lost = Lost()
     monkeypatch.setattr(engine, "make_batch", lambda *_: lost)
-    it = engine.Engine(None, lost, lost, engine.Options())
+    it = engine.Engine(None, lost, lost, options.Options())
     with pytest.raises(RuntimeError, match="whatever a task threw"):  # not an exchange
         it.step(Step(0))
     lost.why = ClusterError("rank 1 closed its connection")

@@ -17,7 +17,8 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.demo.run import FOLDER as DEMO
 from cenacle.errors import CheckpointError, PlanError
-from cenacle.model.loader import Checkpoint, build, describe, load, locate
+from cenacle.model.checkpoint import Checkpoint, locate
+from cenacle.model.loader import build, describe, load
 
 MIXTRAL = VECTORS / "mixtral"
 WEIGHTS = "model.safetensors"

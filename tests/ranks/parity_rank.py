@@ -29,9 +29,11 @@ def serve(channel: Channel) -> None:
 
     from cenacle.core.plan import Plan
     from cenacle.core.request import Request
-    from cenacle.engine.engine import Engine, Options
+    from cenacle.engine.engine import Engine
+    from cenacle.engine.options import Options
+    from cenacle.model.checkpoint import Checkpoint
     from cenacle.model.expert_parallel import parallelize
-    from cenacle.model.loader import Checkpoint, load, named_arrays
+    from cenacle.model.loader import load, named_arrays
     from cenacle.model.step_timer import Watch
     from cenacle.scheduler.scheduler import Scheduler
 

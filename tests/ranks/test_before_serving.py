@@ -9,7 +9,7 @@ import pytest
 
 import cenacle
 from cenacle.errors import ClusterError
-from cenacle.model.loader import Checkpoint
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.local_ranks import LocalRanks
 from cenacle.verification import SelfTest
 

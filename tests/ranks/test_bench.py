@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from cenacle import native
-from cenacle.bench.measure import expected_bytes, expected_experts, split
+from cenacle.bench.expected_work import expected_bytes, expected_experts, split
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.errors import InputError

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model
 import cenacle
 from cenacle import InputError
 from cenacle.core.request import Sampling
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 ASKED = "What is 12 + 30?"

@@ -13,8 +13,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from cenacle.core.plan import Plan
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import all_families
-from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.loader import describe
 from cenacle.model.synth import synth
 from cenacle.ranks.local_ranks import LocalRanks
 

@@ -6,11 +6,15 @@ import mlx.core as mx
 import pytest
 
 from cenacle.cluster.download import hub as module
-from cenacle.cluster.download.hub import Folder, Hub, Store, fetch, skeleton
+from cenacle.cluster.download.download import fetch, skeleton
+from cenacle.cluster.download.hub import Hub
+from cenacle.cluster.download.local_folder import Folder
+from cenacle.cluster.download.sparse_store import Store
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError
 from cenacle.model.byte_ranges import JOURNAL, Strip, size
-from cenacle.model.loader import Checkpoint, describe, load, named_arrays, wanted_of
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import describe, load, named_arrays, wanted_of
 from cenacle.model.synth import synth
 from like_hub import REPO, Server, pretend
 

@@ -24,7 +24,7 @@ from cenacle.api import Model
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.ranks.channel import Closed
 from cenacle.ranks.local_ranks import LocalRanks
 from cenacle.ranks.rank_group import Group

@@ -19,8 +19,8 @@ import pytest
 from typer.testing import CliRunner
 
 import cenacle
-from cenacle.cli.main import app
-from cenacle.cluster import client
+from cenacle.cli.options import app
+from cenacle.cluster import client, service_unit
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import ask, pair
 from cenacle.cluster.download.distribution import Sharing
@@ -29,12 +29,14 @@ from cenacle.cluster.head import Head
 from cenacle.cluster.link_probe import Link
 from cenacle.cluster.placement import Wanted
 from cenacle.cluster.security import identity as identities
+from cenacle.cluster.security import pairing
 from cenacle.core.plan import Plan
-from cenacle.engine.engine import Options, need_of
+from cenacle.engine.options import Options, need_of
 from cenacle.errors import CheckpointError, ClusterError, InputError
-from cenacle.model.loader import Checkpoint, describe
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import describe
 from cenacle.ranks.channel import Channel
-from cenacle.ranks.rank_group import Epoch
+from cenacle.ranks.ranks import Epoch
 from cenacle.verification import SelfTest
 
 HOST = "127.0.0.1"
@@ -132,7 +134,7 @@ def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
         plain, _ = listener.accept()
         near = Channel(other.wrap_socket(plain, server_side=True), 5)
         sock = socket.create_connection((HOST, head.port))
-        far = Channel(identities.stranger().wrap_socket(sock), 5)
+        far = Channel(pairing.stranger().wrap_socket(sock), 5)
         with suppress(ClusterError):
             for a, b in ((near, far), (far, near), (near, far), (far, near)):
                 passed.append(a.receive())
@@ -163,17 +165,17 @@ def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
         plain, _ = listener.accept()
         channel = Channel(server.wrap_socket(plain, server_side=True), 5)
         channel.receive()
-        channel.send({"type": "nonce", "nonce": identities.encode(bytes(16))})
-        said = json.loads(identities.decode(channel.receive()["said"]))
+        channel.send({"type": "nonce", "nonce": pairing.encode(bytes(16))})
+        said = json.loads(pairing.decode(channel.receive()["said"]))
         given = {"certificate": authority.sign(said["request"].encode(), "x").decode()}
-        sent = identities.encode(json.dumps({**given, "id": "x", "name": "x"}).encode())
-        channel.send({"type": "paired", "said": sent, "proof": identities.encode(bytes(32))})
+        sent = pairing.encode(json.dumps({**given, "id": "x", "name": "x"}).encode())
+        channel.send({"type": "paired", "said": sent, "proof": pairing.encode(bytes(32))})
         channel.close()
 
     thread = threading.Thread(target=yes)
     thread.start()
     with pytest.raises(ClusterError, match="does not know the token"):
-        pair(tmp_path / "n", HOST, listener.getsockname()[1], identities.new_token(), "victim")
+        pair(tmp_path / "n", HOST, listener.getsockname()[1], pairing.new_token(), "victim")
     thread.join()
     listener.close()
     assert not (tmp_path / "n").exists()
@@ -189,7 +191,7 @@ def test_another_clusters_machine_is_refused_and_told_why(head, tmp_path):
             until(lambda: said, "a word")
             assert "not the head of this machine's cluster" in said[0]
         # One that does not check whom it calls gets no further.
-        careless = identities.stranger()
+        careless = pairing.stranger()
         careless.load_cert_chain(theirs.certificate, theirs.key)
         raw = socket.create_connection((HOST, head.port), timeout=5)
         channel = Channel(careless.wrap_socket(raw), 5)
@@ -241,7 +243,7 @@ def test_strangers_do_no_harm(head, tmp_path):
     answers = []
     for data in FRAMES:
         raw = socket.create_connection((HOST, head.port), timeout=5)
-        sock = identities.stranger().wrap_socket(raw)
+        sock = pairing.stranger().wrap_socket(raw)
         socks.append(sock)
         with suppress(OSError):
             sock.sendall(data)
@@ -268,7 +270,7 @@ def test_only_the_head_may_end_it_or_invite(head, tmp_path):
             ask(identity, HOST, head.port, what, name="one")
     assert not head.ended.is_set()
     token = ask(head.identity, HOST, head.port, "invite")["token"]
-    assert identities.read_token(token) == token
+    assert pairing.read_token(token) == token
     with pytest.raises(InputError, match="no machine of this cluster is called nobody"):
         ask(head.identity, HOST, head.port, "strike", name="nobody")
 
@@ -514,7 +516,7 @@ def test_errors_of_addresses(tmp_path):
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         with pytest.raises(ClusterError, match="no head answers"):
-            pair(tmp_path, HOST, taken.getsockname()[1], identities.new_token(), "x")
+            pair(tmp_path, HOST, taken.getsockname()[1], pairing.new_token(), "x")
         taken.listen()
         with pytest.raises(InputError, match="choose another with --listen"):
             Head(tmp_path / "h", HOST, taken.getsockname()[1])
@@ -527,7 +529,7 @@ def test_services_are_what_their_readers_read(tmp_path, monkeypatch, platform):
     import shlex
 
     monkeypatch.setenv("HOME", str(tmp_path / "a b%c"))
-    path, text, enable = client.service(tmp_path / 'x "y"', platform)
+    path, text, enable = service_unit.service(tmp_path / 'x "y"', platform)
     assert path.is_relative_to(tmp_path / "a b%c")
     if platform == "darwin":
         read = plistlib.loads(text.encode())

@@ -9,7 +9,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 import cenacle
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.model.synth import synth, tiny_config
 
 PROMPT = [(131 * i * i + 17 * i + 5) % 257 for i in range(2100)]

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 import cenacle
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.scheduler.disk_index import PAGE
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"

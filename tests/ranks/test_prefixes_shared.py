@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import cenacle
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.model.synth import synth
 
 SYSTEM = [(131 * i * i + 17 * i + 5) % 257 for i in range(600)]

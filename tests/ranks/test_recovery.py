@@ -31,9 +31,10 @@ from test_server import END, SUM, Server, server
 import cenacle
 from cenacle.api import Model
 from cenacle.core.request import Request, Sampling
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.ranks.local_ranks import WORKER, LocalRanks
-from cenacle.ranks.rank_group import Epoch, Group
+from cenacle.ranks.rank_group import Group
+from cenacle.ranks.ranks import Epoch
 from cenacle.scheduler.scheduler import Scheduler
 
 HERE = Path(__file__).parent

@@ -22,7 +22,7 @@ import pytest
 
 import cenacle
 from cenacle.errors import InputError
-from cenacle.server.app import bind
+from cenacle.server.http_server import bind
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]

@@ -22,11 +22,12 @@ from cenacle.cluster.download.file_server import Given
 from cenacle.cluster.formation import Joined
 from cenacle.cluster.head import Head
 from cenacle.cluster.placement import Wanted
-from cenacle.engine.engine import Options
+from cenacle.engine.options import Options
 from cenacle.errors import CheckpointError, ClusterError
 from cenacle.model.byte_ranges import JOURNAL
-from cenacle.model.loader import Checkpoint, load, locate, named_arrays, wanted_of
-from cenacle.ranks.rank_group import Epoch
+from cenacle.model.checkpoint import Checkpoint, locate
+from cenacle.model.loader import load, named_arrays, wanted_of
+from cenacle.ranks.ranks import Epoch
 from like_hub import REPO, Server, pretend, times_sent
 
 HOST = "127.0.0.1"

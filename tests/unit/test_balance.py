@@ -14,17 +14,19 @@ from cenacle.errors import PlanError
 from cenacle.planning.catalog import Fact, Link, Machine
 from cenacle.planning.choose_plan import (
     CPU_BYTES_S,
-    FEW,
     choose,
-    deal,
-    deal_experts,
-    deal_tokens,
     expected_busiest,
     expert_reads,
     measured_s,
+    token_s,
+)
+from cenacle.planning.load_balancer import (
+    FEW,
+    deal,
+    deal_experts,
+    deal_tokens,
     reference,
     speeds_of,
-    token_s,
 )
 from cenacle.planning.perf_model import Study
 from cenacle.planning.plan_cost import Measured

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from cenacle.engine.cache.kv_cache.disk_store import Disk, default_folder, fingerprint
 
-from cenacle.core.request import Load, Page
+from cenacle.core.step import Load, Page
 from cenacle.engine.cache.kv_cache import disk_store as module
 
 GROUP, OTHER = "a" * 32, "b" * 32

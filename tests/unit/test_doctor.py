@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.cli.main import app
+from cenacle.cli.options import app
 from cenacle.cluster import doctor
 from cenacle.cluster.doctor import Facts, examine
 

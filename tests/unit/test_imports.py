@@ -1,8 +1,9 @@
-"""The rooms of the package: imports run one way, and the nouns know no MLX."""
+"""Imports point downward only, no two files import each other, and some modules never need MLX."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,88 +12,87 @@ import cenacle
 
 ROOT = Path(cenacle.__file__).parent
 
-# From the ground up; a module may import from its own room and from those above this line.
-# The longest name that fits decides: engine.scheduler is not in the room of engine.
-ROOMS = (
-    ("errors", "spec", "plan", "request", "dialogue"),
-    (
-        *("native", "collective", "engine.scheduler", "engine.terms", "engine.channel"),
-        *("engine.drafts", "engine.pages"),
-        *(
-            "engine.prefixes",
-            "cluster.supervisor",
-            "cluster.fate",
-            "server.fields",
-            "server.exchange",
-            "server.grammars",
-            "server.openai",
-        ),
-        *("server.responses", "server.anthropic", "server.description", "demo_tasks", "cost"),
-    ),
-    ("model",),
-    ("engine",),
-    ("cluster",),
-    (
-        "api",
-        "demo",
-        "tracing",
-        "selftest",
-        "cost.probe",
-        "cost.calibrate",
-        "cost.runs",
-        "",
-    ),  # "" is the package itself, which passes on what api has
-    ("bench",),
-    ("server",),
-    ("cli", "cli_chat", "cli_cluster", "cli_doctor", "cli_keys", "cli_plan", "__main__"),
+# Packages and top-level modules, bottom first. Each imports only itself and what stands before it.
+ORDER = (
+    "errors",
+    "paths",
+    "native",
+    "core",
+    "collective",
+    "text",
+    "scheduler",
+    "planning",
+    "model",
+    "engine",
+    "ranks",
+    "cluster",
+    "verification",
+    "runtime",
+    "api",
+    "calibration",
+    "bench",
+    "research",
+    "demo",
+    "server",
+    "cli",
+    "__main__",
 )
+# The package itself hands on names of `errors`, `api` and `runtime`; nothing below may need it.
+PACKAGE = ""
+
 WITHOUT_MLX = (
-    *("", "errors", "spec", "plan", "request"),
-    *("engine.scheduler", "engine.terms", "engine.channel", "dialogue"),
-    *("server.openai", "server.responses", "server.anthropic", "server.description"),
-    *("server.auth", "server.guard", "server.metrics", "server.tls"),
-    *("cluster.supervisor", "engine.lockstep"),
-    *("server.auth", "server.guard", "server.tls"),
-    *("cluster.supervisor", "cluster.doctor", "engine.lockstep"),
-    *("engine.grammar", "engine.text", "engine.prefixes", "engine.drafts"),
-    *("engine.pages", "engine.disk"),
-    *("model.balance", "model.ranges", "model.residency"),
-    *("cost.shapes", "cost.catalog", "cost.routing", "cost.cost", "cost.planner", "cost.report"),
-    *("cost.validate", "cost.here", "server.predicted"),
-    *("cluster.state", "cluster.pairing", "cluster.wire", "cluster.links", "cluster.fate"),
-    *("cluster.discovery", "cluster.rdma", "cluster.hostsfile", "cost.dealt"),
+    PACKAGE,
+    "cluster.discovery",
+    "cluster.doctor",
+    "cluster.framing",
+    "cluster.hostsfile",
+    "cluster.link_probe",
+    "cluster.membership",
+    "cluster.security",
+    "cluster.thunderbolt",
+    "core",
+    "engine.cache.disk_store",
+    "engine.sampling.grammar",
+    "engine.speculative.ngram",
+    "errors",
+    "model.byte_ranges",
+    "paths",
+    "planning",
+    "ranks.channel",
+    "ranks.exit_reason",
+    "ranks.rank_group",
+    "ranks.step_timings",
+    "scheduler",
+    "server.api",
+    "server.auth",
+    "server.expected_speed",
+    "server.metrics",
+    "server.middleware",
+    "server.tls",
+    "text",
 )
 
 
-def modules() -> dict[str, Path]:
-    names = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
+def find_modules(root: Path) -> dict[str, Path]:
+    """Dotted names below the package ("" is the package itself) and their files."""
+    modules = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
-MODULES = modules()
+def find_imports(module: str, modules: dict[str, Path], *, for_types: bool) -> set[str]:
+    """The package's own modules that a file imports anywhere in it.
 
-
-def room(module: str) -> int | None:
-    """The index of a module's room; None: it has no room yet."""
-    fits = [
-        (len(name), index)
-        for index, names in enumerate(ROOMS)
-        for name in names
-        if module == name or (name and module.startswith(name + "."))
-    ]
-    return max(fits)[1] if fits else None
-
-
-def imported(path: Path, module: str) -> set[str]:
-    """The package's own modules that a file imports anywhere but for type checkers only."""
+    `for_types`: also what it imports for type checkers only.
+    """
+    path = modules[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types:
             for child in node.orelse:
                 visit(child)
             return
@@ -105,7 +105,7 @@ def imported(path: Path, module: str) -> set[str]:
             if source.split(".")[0] == "cenacle":
                 for alias in node.names:
                     inner = f"{source}.{alias.name}".removeprefix("cenacle.")
-                    found.add(f"cenacle.{inner}" if inner in MODULES else source)
+                    found.add(f"cenacle.{inner}" if inner in modules else source)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -113,21 +113,83 @@ def imported(path: Path, module: str) -> set[str]:
     return {name.removeprefix("cenacle").removeprefix(".") for name in found}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module):
-    own = room(module)
-    if module in ("server", "engine", "collective", "model", "cluster", "bench", "cost"):
-        assert not imported(MODULES[module], module), "a package's own file imports nothing"
-        return
-    assert own is not None, f"{module} is in no room: give it one in ROOMS"
-    wrong = [name for name in imported(MODULES[module], module) if room(name) > own]
-    assert not wrong, f"{module} imports {wrong}, which are above it"
+def find_upward_imports(order: tuple[str, ...], modules: dict[str, Path]) -> list[str]:
+    """One sentence for each import that points upward, each unknown and each missing entry."""
+    tops = {module.split(".")[0] for module in modules} - {PACKAGE}
+    wrong = [f"{name} is listed in ORDER and does not exist" for name in order if name not in tops]
+    wrong += [f"{name} is not listed in ORDER" for name in sorted(tops - set(order))]
+    for module in modules:
+        top = module.split(".")[0]
+        if top not in order:
+            continue
+        for name in sorted(find_imports(module, modules, for_types=True)):
+            source = name.split(".")[0]
+            if source in order and order.index(source) > order.index(top):
+                wrong.append(f"{module} imports {name}, which is above it")
+    return wrong
 
 
-@pytest.mark.parametrize("module", [m for m in WITHOUT_MLX if m in MODULES])
-def test_imports_no_mlx(module):
-    name = f"cenacle.{module}" if module else "cenacle"
-    program = f"import sys, {name}; print([m for m in sys.modules if m.startswith('mlx')])"
+def find_cycle(modules: dict[str, Path]) -> list[str]:
+    """Files that import each other, in order; empty if there are none."""
+    graph = {m: find_imports(m, modules, for_types=True) & set(modules) for m in modules}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+MODULES = find_modules(ROOT)
+
+
+def test_imports_point_downward():
+    assert find_upward_imports(ORDER, MODULES) == []
+
+
+def test_no_two_files_import_each_other():
+    assert find_cycle(MODULES) == []
+
+
+def write_package(root: Path, files: dict[str, str]) -> dict[str, Path]:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return find_modules(root)
+
+
+def test_an_upward_import_is_found(tmp_path):
+    modules = write_package(tmp_path, {"low.py": "from . import high\n", "high.py": ""})
+    assert find_upward_imports(("low", "high"), modules) == [
+        "low imports high, which is above it",
+    ]
+
+
+def test_an_upward_import_for_type_checkers_is_found(tmp_path):
+    text = "if TYPE_CHECKING:\n    from .high import Name\n"
+    modules = write_package(tmp_path, {"low.py": text, "high.py": ""})
+    assert len(find_upward_imports(("low", "high"), modules)) == 1
+
+
+def test_files_that_import_each_other_are_found(tmp_path):
+    files = {"pkg/a.py": "from .b import x\n", "pkg/b.py": "def f():\n    from . import a\n"}
+    assert set(find_cycle(write_package(tmp_path, files))) == {"pkg.a", "pkg.b"}
+
+
+def test_missing_and_unlisted_modules_are_found(tmp_path):
+    modules = write_package(tmp_path, {"new.py": ""})
+    assert find_upward_imports(("gone",), modules) == [
+        "gone is listed in ORDER and does not exist",
+        "new is not listed in ORDER",
+    ]
+
+
+@pytest.mark.parametrize("entry", WITHOUT_MLX)
+def test_imports_no_mlx(entry):
+    modules = [m for m in MODULES if m == entry or (entry and m.startswith(entry + "."))]
+    assert modules, f"{entry} does not exist"
+    names = ", ".join(f"cenacle.{m}" if m else "cenacle" for m in modules)
+    program = f"import sys, {names}; print([m for m in sys.modules if m.startswith('mlx')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 

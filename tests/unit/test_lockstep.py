@@ -12,11 +12,13 @@ from dataclasses import astuple
 
 import pytest
 
-from cenacle.core.request import Request, Step, TokenEvent
+from cenacle.core.request import Request, TokenEvent
+from cenacle.core.step import Step
 from cenacle.errors import CenacleError, ClusterError, RankLost
 from cenacle.ranks import rank_group
 from cenacle.ranks.channel import Closed
-from cenacle.ranks.rank_group import Epoch, Group
+from cenacle.ranks.rank_group import Group
+from cenacle.ranks.ranks import Epoch
 from cenacle.scheduler.disk_index import keys
 from cenacle.scheduler.prefix_index import Footprint, packed
 from cenacle.scheduler.scheduler import Scheduler

@@ -6,7 +6,8 @@ import pytest
 
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
-from cenacle.core.request import Request, Step, TokenEvent
+from cenacle.core.request import Request, TokenEvent
+from cenacle.core.step import Step
 from cenacle.engine.speculative.ngram import Drafts
 from cenacle.errors import ClusterError, InputError
 from cenacle.server.auth import Keys

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.core.request import Load, Page, Request, Step, Store, TokenEvent
+from cenacle.core.request import Request, TokenEvent
+from cenacle.core.step import Load, Page, Step, Store
 from cenacle.scheduler.disk_index import FIRST, PAGE, Pages, keys
 from cenacle.scheduler.prefix_index import Footprint, packed
 from cenacle.scheduler.scheduler import Scheduler

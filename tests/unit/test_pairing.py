@@ -8,8 +8,11 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from cenacle import paths
 from cenacle.cluster.security import identity as identities
-from cenacle.cluster.security.identity import Authority, Identity, Tokens, proof_of
+from cenacle.cluster.security import pairing
+from cenacle.cluster.security.identity import Authority, Identity
+from cenacle.cluster.security.pairing import Tokens, proof_of
 from cenacle.errors import ClusterError, InputError
 
 SAID = (b"j" * 16, b"h" * 16, b"certificate", b"what is sent")
@@ -20,12 +23,12 @@ def modes(folder):
 
 
 def test_tokens_are_long_enough_and_read_as_people_type_them():
-    token = identities.new_token()
+    token = pairing.new_token()
     assert len(token.replace("-", "")) * 5 == 80, "bits"
-    assert identities.read_token(token.lower().replace("-", " ").replace("0", "o")) == token
+    assert pairing.read_token(token.lower().replace("-", " ").replace("0", "o")) == token
     for wrong in ("", "ABCD", token + "A", token[:-1] + "U", token[:-1] + "!"):
         with pytest.raises(InputError, match="as `cenacle up` prints it"):
-            identities.read_token(wrong)
+            pairing.read_token(wrong)
 
 
 def test_a_token_admits_until_it_is_too_old():
@@ -123,7 +126,7 @@ def test_both_sides_are_known_by_their_certificates(tmp_path):
     assert (
         shake_hands(authority.identity.client(), server, identities.SERVER_NAME) == identities.HEAD
     )
-    assert shake_hands(identities.stranger(), server, None) is None, "it may only ask to pair"
+    assert shake_hands(pairing.stranger(), server, None) is None, "it may only ask to pair"
     with pytest.raises(ssl.SSLCertVerificationError):
         shake_hands(theirs.client(), server, identities.SERVER_NAME)  # another cluster's node
     foreign = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -148,6 +151,6 @@ def test_what_is_remembered(tmp_path):
     identity.remember(host="a", port=1)
     identity.remember(port=2)
     assert identity.remembered() == {"host": "a", "port": 2}
-    identities.write_private(identity.facts, json.dumps([]).encode())
+    paths.write_private(identity.facts, json.dumps([]).encode())
     with pytest.raises(InputError, match="damaged"):
         identity.remembered()

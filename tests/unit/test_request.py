@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.core.request import Request, Sampling, Step, TokenEvent
+from cenacle.core.request import Request, Sampling, TokenEvent
+from cenacle.core.step import Step
 from cenacle.errors import InputError
 
 samplings = st.builds(

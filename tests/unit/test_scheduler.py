@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.core.request import Part, Request, Step, TokenEvent
+from cenacle.core.request import Request, TokenEvent
+from cenacle.core.step import Part, Step
 from cenacle.scheduler.scheduler import Scheduler
 
 

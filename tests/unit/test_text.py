@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.text.tokenizer import TextStream
+from cenacle.text.output_parser import TextStream
 
 SILENT = 0
 

@@ -23,10 +23,11 @@ from .. import native
 from ..collective.base import Collective
 from ..core.plan import Plan
 from ..model import native_layers
+from ..model.checkpoint import Checkpoint
 from ..model.expert_parallel import NativeExperts, parallelize
-from ..model.loader import Checkpoint, load
+from ..model.loader import load
+from ..model.native_layers import width as input_width
 from ..model.step_timer import Watch
-from ..research.paper_schedules import width as input_width
 from .rank_worker import Ranks
 
 READ_BYTES = 256 << 20

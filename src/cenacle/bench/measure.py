@@ -22,20 +22,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .. import api
-from ..core.plan import Plan
+from .. import api, runtime
 from ..core.request import TokenEvent
-from ..engine.engine import Options
+from ..engine.options import Options
 from ..errors import CenacleError, ClusterError, InputError
 from ..model import native_layers, synth
-from ..model.loader import Checkpoint, describe, locate
-from ..planning import choose_plan
+from ..model.checkpoint import Checkpoint, locate
+from ..model.loader import describe
 from . import hardware_limits
+from .expected_work import available, expected_bytes, split
 from .peers.peers import Job, Peer, PeerFailed, Setup, Speed
 
-DRAWS = 2000  # random top-k choices from which the expected bytes of a token are found
 ANSWER_S = 900.0
 CACHE = Path("~/.cache/cenacle").expanduser()
 
@@ -117,7 +114,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     load, stolen = os.getloadavg()[0], _steal()
     backend = asked.options.get("backend", "auto")
     latency_s = asked.options.get("latency_s", 0.0)
-    plan, reason = api.place(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
+    plan, reason = runtime.place(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
     say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
     activations = asked.options.get("activations", "int16")
     say("measuring what memory, exchange and kernels give on their own")
@@ -179,29 +176,6 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         "ceilings": {**limits, "token": bench.token},
         "peers": bench.compare(setups, theirs),
     }
-
-
-def available() -> list[int]:
-    """The cores that this process may use."""
-    try:
-        return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return list(range(os.cpu_count() or 1))
-
-
-def split(nodes: int, threads: int | None) -> tuple[list[list[int]] | None, int]:
-    """Each node's cores, and its threads; None if there are too few for a set each.
-
-    Raises:
-        InputError: fewer than one thread.
-    """
-    cores = available()
-    each = threads if threads is not None else max(1, len(cores) // nodes)
-    if each < 1:
-        raise InputError(f"--threads: expected at least 1, got {each}", "threads")
-    if nodes * each > len(cores) or not hasattr(os, "sched_setaffinity"):
-        return None, each
-    return [cores[i * each : (i + 1) * each] for i in range(nodes)], each
 
 
 def _steal() -> Callable[[], float | None]:
@@ -386,58 +360,6 @@ class _Bench:
 
 def _row(speeds: Sequence[float], **what: int) -> dict[str, Any]:
     return {**what, "tok_s": statistics.median(speeds), "all": list(speeds)}
-
-
-def expected_experts(plan: Plan) -> tuple[list[float], float]:
-    """Whole experts' weights that a rank reads in a layer for one token, all equally likely.
-
-    Returns:
-        For each rank the mean, and E[max], the mean of what the busiest rank reads, from `DRAWS`
-        random choices; both of the first MoE layer.
-    """
-    layer = plan.layers[0]
-    count = len(layer.experts)
-    share = np.zeros((count, plan.nodes))
-    for expert, parts in enumerate(layer.experts):
-        for part in parts:
-            share[expert, part.rank] = (part.stop - part.start) / plan.width
-    holders = [tuple(p.rank for p in parts) for parts in layer.experts]
-    speeds = choose_plan.speeds_of(plan.nodes, plan.shares)
-    rng = np.random.default_rng(0)
-    read = np.zeros((DRAWS, plan.nodes))
-    for draw in range(DRAWS):
-        chosen = rng.permutation(count)[: plan.spec.top_k]
-        if plan.placement == "replicated":
-            counts = np.bincount(chosen, minlength=count).tolist()
-            ranks = choose_plan.deal_experts(counts, holders, speeds)
-            read[draw] = np.bincount([r for r in ranks if r >= 0], minlength=plan.nodes)
-        else:
-            read[draw] = share[chosen].sum(axis=0)
-    # Exact where no dealing decides, so that ranks with as much have the same.
-    replicated = plan.placement == "replicated"
-    mean = read.mean(axis=0) if replicated else share.mean(axis=0) * plan.spec.top_k
-    return mean.tolist(), float(read.max(axis=1).mean())
-
-
-def expected_bytes(plan: Plan) -> tuple[list[int], list[int]]:
-    """Bytes of weights that each rank reads for one token, if all experts are equally likely.
-
-    Returns:
-        For each rank the mean, and for each rank what it reads where it is the busiest of every
-        layer: a token waits for that one.
-    """
-    spec = plan.spec
-    common = spec.trunk_bytes - spec.lookup_bytes - sum(p.bytes for p in spec.parts)
-    own = [
-        common + sum(plan.part_bytes(p, r) for p in spec.parts) + plan.bytes_of(r)["shared"]
-        for r in range(plan.nodes)
-    ]
-    mean, most = expected_experts(plan)
-    each = sum(m.expert_bytes for m in spec.moe)
-    return (
-        [int(o + m * each) for o, m in zip(own, mean, strict=True)],
-        [int(o + most * each) for o in own],
-    )
 
 
 def prepared(model: str | None, name: str | None, quantize: int, cache: Path, say: Say) -> str:

@@ -18,8 +18,9 @@ from ..collective.single import Alone
 from ..core.plan import Plan
 from ..errors import InputError
 from ..model import native_layers
+from ..model.checkpoint import Checkpoint, locate
 from ..model.expert_parallel import parallelize
-from ..model.loader import Checkpoint, describe, load, locate
+from ..model.loader import describe, load
 from ..model.step_timer import Watch
 from ..planning.routing_stats import Trace
 from ..text.tokenizer import Text

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .. import paths
 from ..core.plan import human
 from ..errors import CenacleError, ClusterError, InputError
 from . import keys as key_commands
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ..cluster.head import Head
     from ..cluster.hostsfile import Host
     from ..cluster.security.identity import Identity
-    from ..engine.engine import Options
+    from ..engine.options import Options
     from ..server.middleware import Policy
     from ..verification import SelfTest
 
@@ -128,7 +129,6 @@ def up(
     _log()
     from ..cluster import client as joining
     from ..cluster import node_info
-    from ..cluster.security import identity as identities
 
     for option, given in (
         ("placement", placement),
@@ -145,20 +145,20 @@ def up(
     at, at_port = joining.read_address(listen)
     expected = _expected(hosts)
     nodes = nodes or len(expected)
-    from ..server.app import bind
+    from ..server.http_server import bind
 
     with bind(host, port) as sock:  # before what is slow
         from ..cluster.formation import Joined
         from ..cluster.head import Head
         from ..cluster.placement import Wanted
-        from ..engine.engine import Options
+        from ..engine.options import Options
         from ..verification import SelfTest
 
         policy = key_commands.who_may_ask(
             sock, require_key=require_key, hosts=allowed_host, cors_origins=cors_origin
         )
         context = key_commands.tls_of(host, tls, tls_cert, tls_key)
-        folder = identities.own_folder() / "cluster"
+        folder = paths.own_folder() / "cluster"
         head = Head(folder, at, at_port, name or socket.gethostname(), 60 * token_minutes)
         with _leaving(head):
             token = head.invite()
@@ -234,7 +234,7 @@ def _serve(
     selftest: SelfTest | None,
 ) -> None:
     from ..api import load
-    from ..server.app import serve
+    from ..server.http_server import serve
 
     def started(url: str) -> None:
         head.tell(url=url)
@@ -336,10 +336,11 @@ def join(
     _log()
     from ..cluster import agent as agents
     from ..cluster import client as joining
+    from ..cluster import service_unit
     from ..cluster.head import take_lock
     from ..cluster.security import identity as identities
 
-    folder = identities.own_folder() / "cluster"
+    folder = paths.own_folder() / "cluster"
     identity = identities.Identity(folder, "node")
     # An agent that runs already does not stand in the way of writing a service.
     running = nullcontext() if service else take_lock(folder / "agent.lock", "this machine's agent")
@@ -364,7 +365,7 @@ def join(
             identity.remember(models=str(models.resolve()))
         known = identity.remembered()
         if service:
-            path, text, enable = joining.service(identities.own_folder())
+            path, text, enable = service_unit.service(paths.own_folder())
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             _say(f"{path} is written; switch it on with")
@@ -465,7 +466,7 @@ def leave() -> None:
     """
     from ..cluster.security import identity as identities
 
-    identity = identities.Identity(identities.own_folder() / "cluster", "node")
+    identity = identities.Identity(paths.own_folder() / "cluster", "node")
     if not identity.exists:
         raise InputError("this machine is not part of a cluster")
     known = identity.remembered()
@@ -487,7 +488,7 @@ def down() -> None:
     """
     from ..cluster.security import identity as identities
 
-    identity = identities.Identity(identities.own_folder() / "cluster", identities.HEAD)
+    identity = identities.Identity(paths.own_folder() / "cluster", identities.HEAD)
     if not identity.exists:
         raise InputError("no cluster was begun on this machine; `cenacle leave` is for the others")
     known = identity.remembered()
@@ -497,9 +498,10 @@ def down() -> None:
 
 def cluster() -> tuple[Identity, tuple[str, int]]:
     """This machine's identity, the head's before a node's, and where the head is."""
+    from .. import paths
     from ..cluster.security import identity as identities
 
-    folder = identities.own_folder() / "cluster"
+    folder = paths.own_folder() / "cluster"
     identity = identities.Identity(folder, identities.HEAD)
     if identity.exists and "port" in (known := identity.remembered()):
         return identity, (known["host"], known["port"])

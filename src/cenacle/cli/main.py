@@ -9,184 +9,70 @@ one JSON object; an error is one sentence on stderr and a non-zero exit status (
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..core.plan import Plan, human
+from ..core.plan import human
 from ..errors import CenacleError, InputError
 from . import cluster as cluster_commands
 from . import doctor
 from . import keys as key_commands
 from . import plan as plan_commands
+from .bench import bench_app
+from .options import (
+    Activations,
+    ActivationsName,
+    AsJson,
+    Backend,
+    BackendName,
+    Batch,
+    BudgetsGB,
+    DraftName,
+    Kernels,
+    KernelsName,
+    KVBits,
+    LatencyMs,
+    MaxKV,
+    MaxTokens,
+    ModelName,
+    Nodes,
+    Placement,
+    PlacementName,
+    PlanFile,
+    PrefillChunk,
+    Seed,
+    Shares,
+    Speculate,
+    SpeculateName,
+    Temp,
+    TopK,
+    TopP,
+    Trunk,
+    TrunkName,
+    Wire,
+    WireName,
+    _dealt,
+    _loaded,
+    _plain,
+    _progress,
+    _saying,
+    app,
+    err,
+)
 
 if TYPE_CHECKING:
-    from ..api import Model
     from ..verification import SelfTest
 
-app = typer.Typer(
-    name="cenacle",
-    help="A private server for Mixture-of-Experts models: experts spread over several nodes, "
-    "one exchange per layer.",
-    no_args_is_help=True,
-    epilog="Examples:\n\n"
-    "  cenacle demo\n\n"
-    "  cenacle inspect -m DIR -n 3\n\n"
-    '  cenacle generate -m DIR -n 2 -p "What is 12 + 30?" --temp 0 --json\n\n'
-    "  cenacle chat -m org/model -n 2\n\n"
-    "  cenacle serve -m DIR -n 2 --port 8080\n\n"
-    "  cenacle synth --name dbrx-132b --layers 2 --quantize 4 --out DIR\n\n"
-    "  cenacle bench --synth moe-2b --nodes 2\n\n"
-    "  cenacle families\n\n"
-    "  cenacle plan qwen3-235b-a22b --machines 4xm3-ultra-512 --link tb5-rdma --quant 8",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-bench_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 app.add_typer(bench_app, name="bench")
 app.add_typer(key_commands.keys_app, name="keys")
-err = Console(stderr=True, highlight=False)
-
-
-class Kernels(StrEnum):
-    """What computes; see `api.load`."""
-
-    auto = "auto"
-    native = "native"
-    mlx = "mlx"
-
-
-class Activations(StrEnum):
-    """What activations become inside quantised layers; see `api.load`."""
-
-    int16 = "int16"
-    int8 = "int8"
-
-
-class Speculate(StrEnum):
-    """When tokens are drafted; see `engine.engine.Options`."""
-
-    auto = "auto"
-    off = "off"
-    always = "always"
-
-
-class Wire(StrEnum):
-    """How the mesh sends float32 vectors; see `collective.mesh.WIRES`."""
-
-    f32 = "f32"
-    bf16 = "bf16"
-
-
-class Backend(StrEnum):
-    """How ranks exchange; see `cluster.launcher.choose` and `collective.mlx.BACKENDS`."""
-
-    auto = "auto"
-    mesh = "mesh"
-    ring = "ring"
-    mpi = "mpi"
-    jaccl = "jaccl"
-    nccl = "nccl"
-
-
-class Placement(StrEnum):
-    """Who holds which expert; see `api.load`."""
-
-    auto = "auto"
-    whole = "whole"
-    sliced = "sliced"
-    replicated = "replicated"
-
-
-class Trunk(StrEnum):
-    """Who holds what is not an expert; see `api.load`."""
-
-    auto = "auto"
-    replicated = "replicated"
-    sharded = "sharded"
-
-
-ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="A folder, or a hub repository's name (org/model).")
-]
-Nodes = Annotated[int, typer.Option("--nodes", "-n", min=1, help="Number of local processes.")]
-Shares = Annotated[
-    str | None,
-    typer.Option(help="Relative speeds of the nodes, such as 2,1,1. Default: even."),
-]
-PlacementName = Annotated[
-    Placement,
-    typer.Option(
-        help="whole: each expert on one node. sliced: a part of each on every node. "
-        "replicated: whole ones on several. auto: whole or sliced, by modelled time."
-    ),
-]
-TrunkName = Annotated[
-    Trunk,
-    typer.Option(
-        help="Attention, dense layers and head: replicated on every node, or sharded where the "
-        "family allows it, one more exchange each."
-    ),
-]
-BudgetsGB = Annotated[
-    str | None,
-    typer.Option(
-        help="Gigabytes of weights per node, such as 24,24,16, for --placement replicated: "
-        "as many copies as fit. Default: two of each expert."
-    ),
-]
-PlanFile = Annotated[
-    Path | None, typer.Option("--plan", help="A plan saved by `inspect --save`; overrides --nodes.")
-]
-BackendName = Annotated[Backend, typer.Option(help="How nodes exchange.")]
-WireName = Annotated[
-    Wire, typer.Option(help="How the mesh sends vectors; bf16: half the bytes, rounded.")
-]
-KernelsName = Annotated[
-    Kernels,
-    typer.Option(
-        help="native: ours for CPUs, many times faster. mlx: MLX's own. auto: native if it can be."
-    ),
-]
-ActivationsName = Annotated[
-    Activations,
-    typer.Option(help="Inside native quantised layers; int8: quicker prompts, less exact."),
-]
-LatencyMs = Annotated[
-    float, typer.Option(min=0, help="Milliseconds added to every exchange, to study a slow link.")
-]
-PrefillChunk = Annotated[int, typer.Option(min=1, help="Most prompt tokens per step.")]
-Batch = Annotated[int, typer.Option(min=1, help="Most requests generated at once.")]
-KVBits = Annotated[int | None, typer.Option(help="Quantise the KV cache to 4 or 8 bits.")]
-MaxKV = Annotated[int | None, typer.Option(min=8, help="Keep at most this many positions.")]
-SpeculateName = Annotated[
-    Speculate,
-    typer.Option("--speculate", help="Draft tokens and check several at once, if it pays."),
-]
-DraftName = Annotated[
-    str | None,
-    typer.Option(
-        "--draft",
-        help="A small model with the same tokenizer, whose guesses are checked several at once.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-Temp = Annotated[float, typer.Option(help="Temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
-TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0: all.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text, on any number of nodes.")]
 
 
 def main() -> None:
@@ -200,10 +86,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 @app.command()
@@ -393,8 +275,8 @@ def serve(
 
     Example: [bold]cenacle serve -m DIR -n 2 --port 8080[/]
     """
-    from ..server.app import bind
-    from ..server.app import serve as run
+    from ..server.http_server import bind
+    from ..server.http_server import serve as run
 
     # First the port: it is cheap to find out that it is taken, and loading is not.
     with bind(host, port) as sock:
@@ -458,7 +340,7 @@ def inspect(
 
     Example: [bold]cenacle inspect -m DIR -n 3 --json[/]
     """
-    from ..api import place
+    from ..runtime import place
 
     plan, reason = place(model, nodes, **_dealt(shares, placement, trunk, budgets_gb))
     if save is not None:
@@ -573,149 +455,6 @@ def synth(
         )
 
 
-BenchModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="A folder, or a hub repository's name.")
-]
-SynthName = Annotated[
-    str | None,
-    typer.Option("--synth", help="Or a random model of this name or family (see `synth --list`)."),
-]
-Quantize = Annotated[int, typer.Option(help="Bits of the --synth model; 0: not quantised.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Per node. Default: an even share.")]
-Cache = Annotated[Path, typer.Option(help="Random models and peers' models are kept here.")]
-
-
-@bench_app.callback()
-def bench(
-    context: typer.Context,
-    model: BenchModel = None,
-    synth: SynthName = None,
-    quantize: Quantize = 4,
-    nodes: Nodes = 1,
-    threads: Threads = None,
-    backend: BackendName = Backend.auto,
-    kernels: KernelsName = Kernels.auto,
-    activations: ActivationsName = Activations.int16,
-    placement: PlacementName = Placement.auto,
-    trunk: TrunkName = Trunk.auto,
-    latency_ms: LatencyMs = 0.0,
-    contexts: Annotated[str, typer.Option(help="Tokens before the first.")] = "32,2048,8192",
-    streams: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,2,4,8",
-    tokens: Annotated[int, typer.Option(min=2, help="Decoded per measurement.")] = 64,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds, in turn with the peers.")] = 3,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.")] = 512,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(help="llama.cpp=PATH, dllama=PATH or mlx-lm; may be given several times."),
-    ] = None,
-    deadline: Annotated[float, typer.Option(min=1, help="Seconds for a peer's process.")] = 300.0,
-    cache: Cache = Path("~/.cache/cenacle"),
-    as_json: AsJson = False,
-) -> None:
-    """How fast a model runs here, where the time goes, and what the machine could give.
-
-    Example: [bold]cenacle bench --synth moe-2b --nodes 2 --threads 1 --peer mlx-lm --json[/]
-    """
-    if context.invoked_subcommand is not None:
-        return
-    from ..bench import measure, report
-    from ..bench.peers import peers
-
-    said = _saying()
-    others = [peers.parse(p) for p in peer or ()]
-    kept = cache.expanduser()
-    asked = measure.Asked(
-        measure.prepared(model, synth, quantize, kept, said),
-        nodes,
-        threads,
-        _whole(contexts, "contexts"),
-        _whole(streams, "streams"),
-        tokens,
-        repeat,
-        prompt,
-        {"placement": placement.value, "trunk": trunk.value},
-        {
-            "backend": backend.value,
-            "kernels": kernels.value,
-            "activations": activations.value,
-            "latency_s": latency_ms / 1000,
-        },
-        kept,
-        deadline,
-    )
-    result = measure.run(asked, others, said)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        report.show_bench(result, _wide())
-
-
-@bench_app.command()
-def ablation(
-    model: BenchModel = None,
-    synth: SynthName = None,
-    quantize: Quantize = 4,
-    nodes: Nodes = 2,
-    threads: Threads = None,
-    backend: BackendName = Backend.auto,
-    kernels: KernelsName = Kernels.auto,
-    latencies: Annotated[str, typer.Option(help="Of the emulated links, in ms.")] = "1,0.3,0.05,0",
-    tokens: Annotated[int, typer.Option(min=2, help="Decoded per number and round.")] = 16,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds over all rows.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Folder for a PNG and an SVG.")] = None,
-    cache: Cache = Path("~/.cache/cenacle"),
-    as_json: AsJson = False,
-) -> None:
-    """The paper's schedules step by step, then ours, over emulated links.
-
-    Example: [bold]cenacle bench ablation --synth dbrx-2l --nodes 2 --out DIR --json[/]
-    """
-    from ..bench import measure, report
-    from ..research import plot
-    from ..research import schedule_ablation as study
-
-    said = _saying()
-    if model is None and synth is None:
-        synth = "dbrx-2l"
-    asked = study.Asked(
-        measure.prepared(model, synth, quantize, cache.expanduser(), said),
-        nodes,
-        threads,
-        backend.value,
-        kernels.value,
-        tuple(_numbers("latencies", latencies) or ()),
-        tokens,
-        repeat,
-    )
-    result = study.run(asked, said)
-    if out is not None:
-        result["pictures"] = [str(p) for p in plot.draw(result, out)]
-    if as_json:
-        print(json.dumps(result))
-    else:
-        report.show_ablation(result, _wide())
-
-
-def _saying() -> Callable[[str], None]:
-    return lambda text: err.print(_plain(text), soft_wrap=True)
-
-
-def _wide() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def _whole(text: str, option: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(n) for n in text.split(","))
-        if min(numbers) < 1:
-            raise ValueError
-    except ValueError as error:
-        raise InputError(
-            f"--{option}: expected whole numbers from 1 such as 1,2,4, got {text!r}", option
-        ) from error
-    return numbers
-
-
 @app.command()
 def demo(
     nodes: Nodes = 2,
@@ -747,112 +486,13 @@ doctor.register(app)
 
 
 def _selftest() -> SelfTest:
-    from ..cluster.security.identity import own_folder
+    from ..paths import own_folder
     from ..verification import SelfTest
 
     return SelfTest(own_folder(), say=_saying())
 
 
-@contextmanager
-def _loaded(
-    model: str,
-    nodes: int,
-    dealt: dict[str, Any],
-    plan: Path | None,
-    backend: Backend,
-    wire: Wire,
-    kernels: Kernels,
-    activations: Activations,
-    latency_ms: float,
-    prefill_chunk: int,
-    batch: int,
-    kv_bits: int | None,
-    max_kv_size: int | None,
-    draft: str | None = None,
-    selftest: SelfTest | None = None,
-    **options: Any,
-) -> Iterator[Model]:
-    from ..api import load
-    from ..engine.engine import Options
-
-    how = Options(
-        prefill_chunk=prefill_chunk,
-        batch=batch,
-        kv_bits=kv_bits,
-        max_kv_size=max_kv_size,
-        **options,
-    )
-    with _progress() as progress:
-        loaded = load(
-            model,
-            nodes,
-            **dealt,
-            plan=Plan.load(plan) if plan else None,
-            backend=backend.value,
-            wire=wire.value,
-            latency_s=latency_ms / 1000,
-            kernels=kernels.value,
-            activations=activations.value,
-            options=how,
-            draft=draft,
-            progress=progress,
-            selftest=selftest,
-        )
-    with loaded:
-        if loaded.ranks.backend_reason is not None:
-            err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
-        if loaded.plan_reason:
-            err.print(_plain(loaded.plan_reason), soft_wrap=True)
-        if kernels is not Kernels.mlx:
-            err.print(_plain(f"computing on {loaded.ranks.ready[0]['device']}"), soft_wrap=True)
-        yield loaded
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar per rank on stderr, while weights are loaded."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = (TextColumn("rank {task.fields[rank]}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        tasks: dict[int, Any] = {}
-
-        def show(rank: int, done: int, total: int) -> None:
-            if rank not in tasks:
-                tasks[rank] = bars.add_task("", total=total, rank=rank)
-            bars.update(tasks[rank], completed=done)
-
-        yield show
-
-
 cluster_commands.register(app, _progress)
-
-
-def _dealt(
-    shares: str | None, placement: Placement, trunk: Trunk, budgets_gb: str | None
-) -> dict[str, Any]:
-    """The arguments of `api.load` that say how to deal."""
-    budgets = _numbers("budgets-gb", budgets_gb)
-    return {
-        "shares": _numbers("shares", shares),
-        "placement": placement.value,
-        "trunk": trunk.value,
-        "budgets": [int(1e9 * b) for b in budgets] if budgets is not None else None,
-    }
-
-
-def _numbers(option: str, given: str | None) -> list[float] | None:
-    if given is None:
-        return None
-    try:
-        numbers = [float(s) for s in given.split(",")]
-    except ValueError as error:
-        raise InputError(
-            f"--{option}: expected numbers such as 2,1,1, got {given!r}", option
-        ) from error
-    if not all(math.isfinite(n) for n in numbers):
-        raise InputError(f"--{option}: expected finite numbers, got {given!r}", option)
-    return numbers
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def _job(
         bits = names.quant(quant or _bits_of(config))
         shape = _counted(from_config(str(name), config), config)
         return Job(shape, bits, context, users, prompt), None
-    from ..model.loader import Checkpoint, describe
+    from ..model.checkpoint import Checkpoint
+    from ..model.loader import describe
 
     checkpoint = Checkpoint.open(path)
     spec = describe(checkpoint)

@@ -33,9 +33,10 @@ from ..ranks import exit_reason
 from ..ranks.channel import Closed
 from ..ranks.local_ranks import MALLOC, WORKER
 from . import doctor, framing, link_probe, node_info
-from .download import task
+from .download import node_cache, task
 from .membership import SILENCE_S
 from .security import identity as identities
+from .security import pairing
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Agent:
         self._address = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._said = ""
-        self._parts = place or task.cache()
+        self._parts = place or node_cache.cache()
         self._verified: set[Path] = set()  # parts that were compared with their hashes
         self._fetching: task.Fetching | None = None
 
@@ -230,7 +231,7 @@ class Agent:
     async def _find(self, model: str, digest: str, config: str) -> dict[str, Any]:
         """What of the model is here, or where a part of it goes."""
         asked = (model, digest, config, self._folders, self._parts)
-        return vars(await asyncio.to_thread(task.look, *asked))
+        return vars(await asyncio.to_thread(node_cache.look, *asked))
 
     async def _fetch(self, model: str, folder: str, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to fetch a part; one that goes on is ended."""
@@ -274,12 +275,10 @@ class Agent:
         return {"ports": node_info.free_ports(address, count)}
 
     async def _answer_link(self, address: str, secret: str) -> dict[str, Any]:
-        return {"port": link_probe.answer(address, identities.decode(secret))}
+        return {"port": link_probe.answer(address, pairing.decode(secret))}
 
     async def _measure_link(self, address: str, port: int, secret: str) -> dict[str, Any]:
-        found = await asyncio.to_thread(
-            link_probe.measure, address, port, identities.decode(secret)
-        )
+        found = await asyncio.to_thread(link_probe.measure, address, port, pairing.decode(secret))
         return asdict(found)
 
     async def _examine(self, now_s: float) -> dict[str, Any]:

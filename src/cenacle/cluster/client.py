@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 import secrets
-import shlex
 import socket
 import ssl
-import sys
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from .. import errors
 from ..errors import CenacleError, ClusterError, InputError
 from ..ranks.channel import Channel
 from .head import PORT
 from .security import identity as identities
+from .security import pairing
 
 DEADLINE_S = 10.0
 
@@ -57,10 +55,10 @@ def pair(folder: Path, host: str, port: int, token: str, name: str) -> identitie
         InputError: a token that cannot be one; this machine is part of another cluster.
         ClusterError: the head cannot be reached, does not take the token, or does not know it.
     """
-    token = identities.read_token(token)
+    token = pairing.read_token(token)
     key = identities.new_key()
     where = f"{host}:{port}"
-    sock = call(host, port, identities.stranger(), None)
+    sock = call(host, port, pairing.stranger(), None)
     seen = sock.getpeercert(binary_form=True)
     assert seen is not None, "a TLS server without a certificate"
     before = identities.Identity(folder, "node")
@@ -73,19 +71,19 @@ def pair(folder: Path, host: str, port: int, token: str, name: str) -> identitie
         )
     channel = Channel(sock, DEADLINE_S)
     try:
-        mine = secrets.token_bytes(identities.NONCE)
-        channel.send({"type": "pair", "nonce": identities.encode(mine)})
-        theirs = identities.decode(_said(channel, "nonce", where).get("nonce"))
+        mine = secrets.token_bytes(pairing.NONCE)
+        channel.send({"type": "pair", "nonce": pairing.encode(mine)})
+        theirs = pairing.decode(_said(channel, "nonce", where).get("nonce"))
         request = identities.request_for(key).decode()
         said = json.dumps({"request": request, "name": name}).encode()
-        proof = identities.proof_of(token, "joiner", mine, theirs, seen, said)
+        proof = pairing.proof_of(token, "joiner", mine, theirs, seen, said)
         channel.send(
-            {"type": "proof", "said": identities.encode(said), "proof": identities.encode(proof)}
+            {"type": "proof", "said": pairing.encode(said), "proof": pairing.encode(proof)}
         )
         answer = _said(channel, "paired", where)
-        given = identities.decode(answer.get("said"))
-        expected = identities.proof_of(token, "head", mine, theirs, seen, given)
-        if not secrets.compare_digest(identities.decode(answer.get("proof")), expected):
+        given = pairing.decode(answer.get("said"))
+        expected = pairing.proof_of(token, "head", mine, theirs, seen, given)
+        if not secrets.compare_digest(pairing.decode(answer.get("proof")), expected):
             raise ClusterError(
                 f"what answers at {where} does not know the token: it is not the head that gave "
                 f"it out; nothing was changed"
@@ -184,51 +182,3 @@ def _said(channel: Channel, kind: str, where: str) -> dict[str, Any]:
     if message.get("type") != kind:
         raise ClusterError(f"what answers at {where} is not a head")
     return message
-
-
-def service(folder: Path, platform: str = sys.platform) -> tuple[Path, str, str]:
-    """What lets this machine rejoin by itself after a restart.
-
-    Args:
-        folder: CENACLE_HOME of the service.
-        platform: as `sys.platform`.
-
-    Returns:
-        The file, its contents, and the command that switches it on.
-    """
-    program = [sys.executable, "-m", "cenacle", "join"]
-    if platform == "darwin":  # never run; the tests read the text
-        path = Path.home() / "Library" / "LaunchAgents" / "org.cenacle.join.plist"
-        arguments = "".join(f"    <string>{escape(p)}</string>\n" for p in program)
-        text = (
-            '<?xml version="1.0" encoding="UTF-8"?>\n'
-            '<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" '
-            '"http://www.apple.com/DTDs/PropertyList-1.0.dtd">\n'
-            '<plist version="1.0">\n<dict>\n'
-            "  <key>Label</key><string>org.cenacle.join</string>\n"
-            f"  <key>ProgramArguments</key>\n  <array>\n{arguments}  </array>\n"
-            "  <key>EnvironmentVariables</key>\n"
-            f"  <dict><key>CENACLE_HOME</key><string>{escape(str(folder))}</string></dict>\n"
-            "  <key>RunAtLoad</key><true/>\n"
-            "  <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>\n"
-            "  <key>StandardErrorPath</key>"
-            f"<string>{escape(str(folder / 'agent.log'))}</string>\n"
-            "</dict>\n</plist>\n"
-        )
-        return path, text, f"launchctl load -w {shlex.quote(str(path))}"
-    path = Path.home() / ".config" / "systemd" / "user" / "cenacle-join.service"
-    quoted = " ".join(f'"{_systemd(p)}"' for p in program)
-    text = (
-        "[Unit]\nDescription=This machine's agent in a cenacle cluster\n"
-        "After=network-online.target\n\n"
-        f'[Service]\nExecStart={quoted}\nEnvironment="CENACLE_HOME={_systemd(str(folder))}"\n'
-        "Restart=on-failure\nRestartSec=5\n\n"
-        "[Install]\nWantedBy=default.target\n"
-    )
-    enable = f"systemctl --user enable --now {path.name}; loginctl enable-linger"
-    return path, text, enable
-
-
-def _systemd(text: str) -> str:
-    """For between quotes in a unit file."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")

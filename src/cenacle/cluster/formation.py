@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ..core.plan import Plan
-from ..engine.engine import Options
+from ..engine.options import Options
 from ..engine.speculative.draft_model import DraftModel
 from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
-from ..model.loader import Checkpoint, describe
+from ..model.checkpoint import Checkpoint
+from ..model.loader import describe
 from ..ranks.local_ranks import Progress
-from ..ranks.rank_group import Epoch
+from ..ranks.ranks import Epoch
 from . import hostsfile, link_probe, placement
-from .download import task
+from .download import node_cache
 from .download.distribution import Say, Sharing
 from .download.hub import Hub
 from .head import Formation, Head, Return
@@ -34,7 +35,7 @@ from .hostsfile import Host
 from .link_probe import Link
 from .membership import Node
 from .remote_ranks import RemoteRanks
-from .security import identity
+from .security import pairing
 from .thunderbolt import Devices
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Joined:
         Raises:
             CheckpointError: see `parts.open_model`.
         """
-        folder, self._hub = task.open_model(model)
+        folder, self._hub = node_cache.open_model(model)
         return folder
 
     def _naming(self, say: Callable[[str], None]) -> Callable[[str], None]:
@@ -312,7 +313,7 @@ class Joined:
                 if pair in self._links:
                     found[a, b] = self._links[pair]
                     continue
-                secret = identity.encode(secrets.token_bytes(16))
+                secret = pairing.encode(secrets.token_bytes(16))
                 asked: dict[str, Any] = {"address": two.address, "secret": secret}
                 asked |= self._head.order(two, "answer_link", **asked)
                 wait = link_probe.DEADLINE_S + 5

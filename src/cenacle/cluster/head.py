@@ -32,13 +32,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .. import errors
+from .. import errors, paths
 from ..collective import socket_options
 from ..errors import CenacleError, ClusterError, InputError
 from . import framing, membership, node_info
 from .download.file_server import Given
 from .membership import Node, State
-from .security import identity
+from .security import identity, pairing
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Head:
         host: str = "0.0.0.0",  # machines join from elsewhere, and have to prove themselves
         port: int = PORT,
         name: str = "",
-        token_life_s: float = identity.TOKEN_LIFE_S,
+        token_life_s: float = pairing.TOKEN_LIFE_S,
     ) -> None:
         self._lock = take_lock(folder / "head.lock", "a head of this cluster")
         try:
@@ -125,7 +125,7 @@ class Head:
             self._lock.close()
             raise
         self.identity = self._authority.identity
-        self._tokens = identity.Tokens(time.monotonic, token_life_s)
+        self._tokens = pairing.Tokens(time.monotonic, token_life_s)
         self._der = ssl.PEM_cert_to_DER_cert(_first(self.identity.certificate.read_text()))
         self._agents: dict[str, _Agent] = {}
         self._awaited: dict[str, socket.socket] = {}  # relay's name -> the front's end of it
@@ -562,14 +562,14 @@ class Head:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        theirs, ours = identity.decode(hello.get("nonce")), secrets.token_bytes(identity.NONCE)
-        await framing.send(writer, {"type": "nonce", "nonce": identity.encode(ours)}, SEND_S)
+        theirs, ours = pairing.decode(hello.get("nonce")), secrets.token_bytes(pairing.NONCE)
+        await framing.send(writer, {"type": "nonce", "nonce": pairing.encode(ours)}, SEND_S)
         asked = await framing.receive(reader, GREETING_S, framing.GREETING)
-        said = identity.decode(asked.get("said"))
+        said = pairing.decode(asked.get("said"))
         try:
-            if len(theirs) != identity.NONCE:
+            if len(theirs) != pairing.NONCE:
                 raise ClusterError("this is not how machines pair")
-            proof = identity.decode(asked.get("proof"))
+            proof = pairing.decode(asked.get("proof"))
             token = self._tokens.find(proof, theirs, ours, self._der, said)
             about = json.loads(said)
             who = secrets.token_hex(8)
@@ -583,11 +583,11 @@ class Head:
         self._write_roster()
         name = self._state.nodes[who].name
         given = json.dumps({"certificate": certificate.decode(), "name": name, "id": who}).encode()
-        answer = identity.proof_of(token, "head", theirs, ours, self._der, given)
+        answer = pairing.proof_of(token, "head", theirs, ours, self._der, given)
         log.info("%s has joined", name)
         await framing.send(
             writer,
-            {"type": "paired", "said": identity.encode(given), "proof": identity.encode(answer)},
+            {"type": "paired", "said": pairing.encode(given), "proof": pairing.encode(answer)},
             SEND_S,
         )
         writer.close()
@@ -815,7 +815,7 @@ class Head:
         if not self._roster_file.exists():
             return {"epoch": 0, "nodes": {}}
         try:
-            found = json.loads(identity.read_private(self._roster_file))
+            found = json.loads(paths.read_private(self._roster_file))
             return {
                 "epoch": int(found["epoch"]),
                 "nodes": {str(k): str(v) for k, v in found["nodes"].items()},
@@ -829,7 +829,7 @@ class Head:
     def _write_roster(self) -> None:
         nodes = {n.id: n.name for n in self._state.nodes.values() if n.id != identity.HEAD}
         data = {"epoch": self._state.epoch, "nodes": nodes}
-        identity.write_private(self._roster_file, json.dumps(data, indent=1).encode())
+        paths.write_private(self._roster_file, json.dumps(data, indent=1).encode())
 
 
 def take_lock(path: Path, what: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..core.model_spec import ModelSpec
 from ..core.plan import Plan, human
-from ..engine.engine import Options, need_of
+from ..engine.options import Options, need_of
 from ..engine.speculative.draft_model import DraftModel
 from ..errors import CenacleError, ClusterError, InputError, PlanError
 from ..planning import catalog, choose_plan, memory

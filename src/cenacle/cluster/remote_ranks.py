@@ -19,7 +19,7 @@ from ..core.plan import Plan
 from ..errors import CenacleError, ClusterError, RankLost
 from ..ranks.channel import Channel, Closed, Silent
 from ..ranks.local_ranks import STOP_S, LocalRanks
-from ..ranks.rank_group import Epoch
+from ..ranks.ranks import Epoch
 from .head import Formation, Head
 from .membership import SILENCE_S
 from .thunderbolt import Devices

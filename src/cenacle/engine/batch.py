@@ -30,7 +30,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import LogitsProcessor
 
 from ..collective.base import Collective
-from ..core.request import Page, Part, Request, Reuse, TokenEvent
+from ..core.request import Request, TokenEvent
+from ..core.step import Page, Part, Reuse
 from ..model.step_timer import Watch
 from .cache.kv_cache import Sequence, can_go_back, can_merge
 from .sampling.sampler import Drawing
@@ -38,7 +39,7 @@ from .speculative.decoder import Alone, Answer
 from .speculative.ngram import Drafts
 
 if TYPE_CHECKING:
-    from .engine import Options
+    from .options import Options
     from .speculative.draft_model import Drafter
 
 

@@ -23,7 +23,7 @@ from .. import native
 from ..collective.base import Chosen, Collective
 from ..core.plan import Plan
 from ..errors import InputError
-from ..planning import choose_plan
+from ..planning import load_balancer
 from . import architecture, native_blocks, native_layers
 from .architecture import Family, Sum
 from .step_timer import Watch
@@ -72,7 +72,7 @@ class Replicas:
         """Which of the chosen experts `ids` another rank computes: a boolean for each id."""
         count = len(self.holders)
         counts = np.bincount(ids.reshape(-1), minlength=count + 1)[:count]
-        dealt = choose_plan.deal(counts.tolist(), self.holders, self.speeds)
+        dealt = load_balancer.deal(counts.tolist(), self.holders, self.speeds)
         return np.array([*dealt, -1])[ids] != self.rank
 
 
@@ -355,7 +355,7 @@ def parallelize(
         holders = layer.holders(collective.rank)
         replicas = None
         if any(len(ranks) > 1 for ranks in holders):
-            speeds = tuple(choose_plan.speeds_of(plan.nodes, plan.shares))
+            speeds = tuple(load_balancer.speeds_of(plan.nodes, plan.shares))
             replicas = Replicas(holders, speeds, collective.rank)
         experts = local(block.experts, held, count, block.layer, watch, replicas)
         block.module[block.switch] = experts

@@ -16,16 +16,12 @@ Next: `experts.py` wraps the loaded blocks.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -35,298 +31,16 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from ..core.model_spec import ModelSpec, MoELayer
-from ..core.plan import Plan, human
+from ..core.plan import Plan
 from ..errors import CenacleError, CheckpointError, PlanError
-from . import architecture, slicing
-from .byte_ranges import Strip, Wanted, append, is_part
+from . import architecture, slicing, tensor_layout
+from .byte_ranges import Strip, Wanted, append
+from .checkpoint import Checkpoint, Tensor
 from .expert_parallel import Silent
+from .tensor_reader import _BLOCK, _as_array, _gather, _runs, read_parts
 
 Progress = Callable[[int, int], None]
 """Called with bytes of weights in memory so far and bytes in all."""
-
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-_BLOCK = 1 << 20  # bytes read at a time of rows of which only columns are wanted
-_GAP = 8192  # bytes; two pages: less is not worth another read
-
-# safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
-_DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
-    "F64": (64, np.float64, mx.float32),
-    "F32": (32, np.float32, mx.float32),
-    "F16": (16, np.float16, mx.float16),
-    "BF16": (16, np.uint16, mx.bfloat16),
-    "I64": (64, np.int64, mx.int64),
-    "I32": (32, np.int32, mx.int32),
-    "I16": (16, np.int16, mx.int16),
-    "I8": (8, np.int8, mx.int8),
-    "U64": (64, np.uint64, mx.uint64),
-    "U32": (32, np.uint32, mx.uint32),
-    "U16": (16, np.uint16, mx.uint16),
-    "U8": (8, np.uint8, mx.uint8),
-    "BOOL": (8, np.bool_, mx.bool_),
-    "F8_E4M3": (8, np.uint8, mx.uint8),
-    "F8_E8M0": (8, np.uint8, mx.uint8),
-}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where a tensor's bytes are: `file`, [start, stop) in bytes from the file's beginning."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder with config.json and safetensors files, whose headers have been checked.
-
-    Args:
-        folder: where it is.
-        config: config.json, with the names that mlx-lm looks for.
-        tensors: every tensor by name.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read config.json and the headers; no weights.
-
-        Raises:
-            CheckpointError: a file is missing, truncated or not what its header says.
-        """
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
-        try:
-            config = mlx_lm_utils.load_config(folder)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{folder} has no config.json; expected a model folder as on the Hugging Face hub"
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
-        if "model_file" in config:
-            raise CheckpointError(
-                f"{folder}: config.json names a Python file of its own ({config['model_file']}); "
-                f"cenacle runs mlx-lm's own families only and executes no code from a checkpoint"
-            )
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"{folder} has no weights: expected files named model*.safetensors"
-            )
-        tensors: dict[str, Tensor] = {}
-        for file in files:
-            tensors |= {t.name: t for t in _header(file)}
-        _check_index(folder, tensors)
-        return cls(folder, architecture.complete(config), tensors)
-
-    def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
-        return sum(t.stop - t.start for t in self.tensors.values())
-
-
-def _header(file: Path) -> Iterable[Tensor]:
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        head = f.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(
-                f"{file} is truncated or not a safetensors file: its header should be {length} "
-                f"bytes long, the file has {human(size)}; fetch it again"
-            )
-        try:
-            header = json.loads(f.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{file}: the header is corrupted ({error}); fetch it again"
-            ) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: the header is corrupted (no JSON object); fetch it again")
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        try:
-            dtype, shape, (start, stop) = (
-                entry["dtype"],
-                tuple(entry["shape"]),
-                entry["data_offsets"],
-            )
-            want = math.prod(shape) * _DTYPES[dtype][0] // 8
-            given = stop - start
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{file}: tensor {name} is described by {entry!r}, which is not understood"
-            ) from error
-        if given != want or start < 0:
-            raise CheckpointError(
-                f"{file}: tensor {name} of {dtype} {list(shape)} needs {want} bytes, "
-                f"its header gives it {given}"
-            )
-        begin = 8 + length
-        if begin + stop > size:
-            raise CheckpointError(
-                f"{file} is truncated: tensor {name} ends at byte {begin + stop}, "
-                f"the file has {size}; fetch it again"
-            )
-        yield Tensor(name, file, dtype, shape, begin + start, begin + stop)
-
-
-def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Every tensor that the index names must be there: a missing shard is found by this."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    try:
-        named = dict(json.loads(index.read_text())["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, not UTF-8
-        raise CheckpointError(f"{index} is not understood: {error!r}") from error
-    missing = {name: file for name, file in named.items() if name not in tensors}
-    if missing:
-        name, file = next(iter(missing.items()))
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(named)} tensors that the index names are missing, "
-            f"the first is {name} in {file}; fetch that file"
-        )
-
-
-def read_parts(
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    wanted: list[int],
-    axis: int,
-    ranges: Sequence[tuple[int, int]],
-) -> mx.array:
-    """Read the `ranges` along one axis of some items of a tensor, no byte twice.
-
-    Memory: the result, and `_BLOCK` bytes or one row more. Neighbouring pieces with less than
-    `_GAP` bytes between them are read with what lies between: a disk reads whole pages anyway.
-
-    Args:
-        shape: how to look at the tensor; as many elements as it has.
-        wanted: indices along the first axis, ascending.
-        axis: which axis is cut; 0: none, and `ranges` are ignored.
-        ranges: [start, stop) along `axis`, ascending.
-
-    Raises:
-        CheckpointError: the file ended or could not be read.
-    """
-    cut = slicing.View(shape, axis, tuple(ranges)).cut
-    data = _gather(tensor, shape, wanted, axis, ranges)
-    return _as_array(tensor, data, [len(wanted), *cut[1:]])
-
-
-def _as_array(tensor: Tensor, data: np.ndarray, shape: Sequence[int]) -> mx.array:
-    """Bytes of a tensor's type as an array."""
-    _, carrier, dtype = _DTYPES[tensor.dtype]
-    array = mx.array(data.reshape(-1).view(carrier).reshape(shape))
-    return array.view(dtype) if carrier is np.uint16 and dtype == mx.bfloat16 else array
-
-
-def _gather(
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    wanted: list[int],
-    axis: int,
-    ranges: Sequence[tuple[int, int]],
-) -> np.ndarray:
-    """The bytes of `read_parts`, [rows, bytes of a row]."""
-    item = (tensor.stop - tensor.start) // shape[0]
-    across = math.prod(shape[1:axis]) if axis else 1
-    row = item // across
-    each = row // shape[axis] if axis else row
-    pieces = [(a * each, b * each) for a, b in ranges] if axis else [(0, row)]
-    width = sum(b - a for a, b in pieces)
-    gaps = [a - b for (_, b), (a, _) in pairwise([*pieces, (row + pieces[0][0], 0)])]
-    out = np.empty((len(wanted) * across, width), dtype=np.uint8)
-    with tensor.file.open("rb", buffering=0) as f:
-        at = 0
-        for first, count in _runs(wanted):
-            begin, rows = tensor.start + first * item, count * across
-            if len(pieces) == 1 and gaps == [0]:
-                _read(f, tensor, begin, out[at : at + rows])
-            elif max(gaps) >= _GAP:
-                for i in range(rows):
-                    to = 0
-                    for a, b in pieces:
-                        _read(f, tensor, begin + i * row + a, out[at + i, to : to + b - a])
-                        to += b - a
-            else:
-                low, high = pieces[0][0], pieces[-1][1]
-                step = max(1, _BLOCK // row)
-                block = np.empty(step * row, dtype=np.uint8)
-                for i in range(0, rows, step):
-                    some = min(step, rows - i)
-                    _read(f, tensor, begin + i * row + low, block[low : (some - 1) * row + high])
-                    lines, to = block[: some * row].reshape(some, row), 0
-                    for a, b in pieces:
-                        out[at + i : at + i + some, to : to + b - a] = lines[:, a:b]
-                        to += b - a
-            at += rows
-    return out
-
-
-def _read(f: FileIO, tensor: Tensor, start: int, into: np.ndarray) -> None:
-    f.seek(start)
-    view = memoryview(into.reshape(-1).data)
-    while view:
-        got = f.readinto(view)
-        if not got:
-            raise CheckpointError(
-                f"{tensor.file}: the file ended inside {tensor.name}; fetch it again"
-            )
-        view = view[got:]
-
-
-def _runs(numbers: list[int]) -> Iterable[tuple[int, int]]:
-    """Neighbouring ascending numbers as (first, count)."""
-    first = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
-            yield numbers[first], i - first
-            first = i
-
-
-def locate(model: str, revision: str | None = None) -> Path:
-    """A local folder for a path or a hub repository's name ("org/name"), fetched if need be.
-
-    Raises:
-        CheckpointError: neither a folder of all of a model nor a repository that can be had.
-    """
-    folder = Path(model).expanduser()
-    if folder.exists():
-        if is_part(folder):
-            raise CheckpointError(
-                f"{folder} has only one machine's part of a model: give the folder that has all "
-                f"of it, or the hub's name of the model"
-            )
-        return folder
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"{model}: no such folder, and not a hub repository's name such as org/model"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=mlx_lm_utils.DEFAULT_ALLOW_PATTERNS
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(
-            f"{model}: no such folder here, and the hub did not give it: {reason}"
-        ) from error
 
 
 def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
@@ -425,7 +139,7 @@ def _partial(
             self._slices: dict[int, slicing.Slice] = {}
             self._cuts: dict[str, slicing.Cut] = {}  # of the trunk and the shared experts
             self._absent: list[str] = []
-            self._views: dict[str, slicing.View] = {}
+            self._views: dict[str, tensor_layout.View] = {}
             if plan is None:
                 return
             _check_plan(plan, found)
@@ -451,7 +165,7 @@ def _partial(
                     _cut_module(self, path, cut)
 
             shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
-            self._views = slicing.views(shapes, self._slices, self._count, family)
+            self._views = tensor_layout.views(shapes, self._slices, self._count, family)
 
         def pieces(self) -> dict[str, Piece | None]:
             """What is read of the checkpoint's tensors; those that are not named entirely."""
@@ -566,7 +280,7 @@ def _pieces(
     tensors: dict[str, Tensor],
     held: dict[int, list[int]],
     count: int,
-    views: dict[str, slicing.View],
+    views: dict[str, tensor_layout.View],
 ) -> dict[str, Piece | None]:
     """What to read of tensors that hold routed experts; None: nothing. Others are not named: they
     are read entirely."""
@@ -668,7 +382,7 @@ def _read_together(tensors: list[Tensor], piece: Piece) -> mx.array:
             f"{tensors[0].file}: {tensors[0].name} and its like have different types"
         )
     parts = [_gather(t, piece.shape, [0], piece.axis, piece.ranges) for t in tensors]
-    cut = slicing.View(piece.shape, piece.axis, piece.ranges).cut
+    cut = tensor_layout.View(piece.shape, piece.axis, piece.ranges).cut
     return _as_array(tensors[0], np.concatenate(parts), [len(parts), *cut[1:]])
 
 

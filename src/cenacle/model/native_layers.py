@@ -197,3 +197,9 @@ def _widen(layer: nn.Module) -> None:
         if isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16):
             layer[name] = value.astype(mx.float32)
             mx.eval(layer[name])
+
+
+def width(experts: nn.Module) -> int:
+    """The width of what stacked experts take."""
+    first = experts["gate_proj"] if "gate_proj" in experts else experts["fc1"]
+    return first.input_dims

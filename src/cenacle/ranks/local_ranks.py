@@ -31,7 +31,7 @@ from ..collective import mesh
 from ..errors import CenacleError, ClusterError, RankLost
 from . import exit_reason
 from .channel import Channel, Closed, Silent
-from .rank_group import Epoch
+from .ranks import Epoch
 
 START_DEADLINE_S = 60.0
 SILENCE_S = 4.0  # ranks say four times a second that they live: who hangs is named within 5 s

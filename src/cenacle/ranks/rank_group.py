@@ -24,7 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..core.request import Request, Step, TokenEvent
+from ..core.request import Request, TokenEvent
+from ..core.step import Step
 from ..engine.speculative.ngram import Drafts
 from ..errors import CenacleError, ClusterError, RankLost
 from ..scheduler import recovery
@@ -32,6 +33,7 @@ from ..scheduler.recovery import Answered, Doing, GiveUp, Lost, Moves, Refused, 
 from ..scheduler.scheduler import Scheduler
 from . import exit_reason
 from .channel import Channel
+from .ranks import Epoch, Ranks, StartRanks
 from .step_timings import Terms
 
 log = logging.getLogger(__name__)
@@ -47,52 +49,6 @@ SUSPECT, LOSSES = 2, 3
 SEEK_S = 10.0  # longest time that requests wait for what ranks have on disk
 
 Sink = Callable[[TokenEvent | CenacleError], None]
-
-
-class Ranks(Protocol):
-    """Running ranks of one epoch, loaded, as `cluster.launcher` starts them.
-
-    Args:
-        channels: to each rank; nothing has been sent on them but the order to load.
-        pids, ready: of each rank its process, and what it said when it was ready.
-        backend, backend_reason: how they exchange, and why so (None: it was asked for).
-    """
-
-    channels: list[Channel]
-    pids: list[int]
-    ready: list[dict[str, Any]]
-    backend: str
-    backend_reason: str | None
-
-    def blame(self, rank: int, reason: str) -> RankLost:
-        """The rank that really failed (a dead one before those that noticed), and why."""
-        ...
-
-    def close(self, *, now: bool) -> None:
-        """End every rank; `now`: without asking first. When it returns they are gone, or cannot be
-        heard any more. May be called again."""
-        ...
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Which ranks are to be started.
-
-    Args:
-        number: larger than of all ranks before; with every message to and from these.
-        ending: set when the group is closed: a start that takes long looks at it and gives up.
-        say: to be told what a start waits for, such as a machine; /health passes it on.
-        why: why the ranks before these were ended; empty for the first ones.
-    """
-
-    number: int
-    ending: threading.Event
-    say: Callable[[str], None] = lambda _: None
-    why: str = ""
-
-
-StartRanks = Callable[[Epoch], Ranks]
-"""Starts and loads the ranks of an epoch; raises a `CenacleError` if it cannot, and leaves none."""
 
 
 class Observer(Protocol):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
-from ..core.request import Step
+from ..core.step import Step
 from ..errors import CenacleError, ClusterError
 from . import exit_reason
 from .channel import Channel
@@ -35,7 +35,7 @@ from .channel import Channel
 if TYPE_CHECKING:
     from ..collective.base import Collective
     from ..engine.cache.disk_store import Disk
-    from ..engine.engine import Options
+    from ..engine.options import Options
 
 ALIVE_EVERY_S = 0.25
 
@@ -134,12 +134,14 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     import mlx.core as mx
 
     from .. import native
-    from ..engine.engine import Engine, Options, need_of
+    from ..engine.engine import Engine
+    from ..engine.options import Options, need_of
     from ..engine.sampling.grammar import Vocabulary
     from ..engine.speculative import draft_model
+    from ..model.checkpoint import Checkpoint
     from ..model.checksums import sums_of
     from ..model.expert_parallel import parallelize
-    from ..model.loader import Checkpoint, load
+    from ..model.loader import load
     from ..model.step_timer import Watch
     from ..planning import memory
     from ..text.tokenizer import Text

@@ -34,6 +34,7 @@ from ..core.plan import LayerPlan, Plan
 from ..errors import PlanError
 from ..model import architecture, native_layers
 from ..model.expert_parallel import ExpertParallel, LocalExperts, parallelize
+from ..model.native_layers import width
 from ..model.step_timer import Watch
 
 SCHEDULES = ("naive", "P-LB", "P-LR", "P-LR-D")
@@ -213,12 +214,6 @@ class Scheduled(nn.Module):
         run = own + idle[: top - len(own)]
         self._recent = [e for e in self._recent if e not in run] + run
         return run
-
-
-def width(experts: nn.Module) -> int:
-    """The width of what stacked experts take."""
-    first = experts["gate_proj"] if "gate_proj" in experts else experts["fc1"]
-    return first.input_dims
 
 
 def schedule(

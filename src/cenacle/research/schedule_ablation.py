@@ -24,15 +24,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..bench.measure import expected_experts, split
+from ..bench.expected_work import expected_experts, split
 from ..bench.rank_worker import Ranks
 from ..collective.base import Collective
 from ..collective.delayed import Delayed
 from ..core.plan import Plan
 from ..errors import ClusterError, InputError, PlanError
 from ..model import synth
+from ..model.checkpoint import Checkpoint, locate
 from ..model.expert_parallel import parallelize
-from ..model.loader import Checkpoint, describe, load, locate
+from ..model.loader import describe, load
 from ..model.step_timer import Watch
 from .paper_schedules import CENTRAL, SCHEDULES, Scheduled, schedule
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.request import Load, Page, Store
+from ..core.step import Load, Page, Store
 
 PAGE = 128  # tokens: what is left to compute of a prompt is one part, see `scheduler.TAIL`
 FIRST = 4096  # tokens

@@ -22,7 +22,8 @@ from itertools import zip_longest
 from math import inf
 from typing import Any
 
-from ..core.request import Load, Part, Request, Reuse, Step, TokenEvent
+from ..core.request import Request, TokenEvent
+from ..core.step import Load, Part, Reuse, Step
 from ..errors import Busy, InputError
 from .disk_index import PAGE, Listing, Pages, worth
 from .prefix_index import Entry, Footprint, Prefixes, packed

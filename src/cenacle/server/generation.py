@@ -26,7 +26,8 @@ from ..core.chat import Finish, Logged, Part, Usage
 from ..core.request import Request, TokenEvent
 from ..errors import Busy, CenacleError, ClusterError
 from ..ranks.rank_group import Sink
-from ..text.tokenizer import AnswerStream, Text, with_logs
+from ..text.output_parser import AnswerStream, with_logs
+from ..text.tokenizer import Text
 from .api.protocol import Asked, Choice, Event, Front, Head
 from .metrics import Metered
 

@@ -29,7 +29,8 @@ from prometheus_client.metrics_core import Metric
 
 from .. import __version__
 from ..core.plan import LayerPlan, Plan
-from ..core.request import Request, Step, TokenEvent
+from ..core.request import Request, TokenEvent
+from ..core.step import Step
 from ..errors import CenacleError
 from ..ranks.rank_group import Group, Sink
 from ..ranks.step_timings import Terms

@@ -20,13 +20,15 @@ from typing import Any
 from ...core.plan import Plan, human
 from ...errors import CheckpointError, ClusterError
 from ...model.byte_ranges import Span, Strip, Wanted, covered, joined, shared, without
-from ...model.loader import Checkpoint, wanted_of
+from ...model.checkpoint import Checkpoint
+from ...model.loader import wanted_of
 from .. import node_info
 from ..head import Head
 from ..membership import Node
 from .file_server import Given
 from .hub import Hub
-from .task import Found, Order
+from .node_cache import Found
+from .task import Order
 
 FIND_S = 30.0
 ASK_S = 60.0  # for a word on how far it is

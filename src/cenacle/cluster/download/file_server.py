@@ -17,7 +17,9 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...model.byte_ranges import Span, Strip, Wanted, joined, read_wanted, valid, without
-from .hub import CHUNK_BYTES, Folder, Hub, Interrupted
+from .hub import Hub
+from .local_folder import Folder
+from .source import CHUNK_BYTES, Interrupted
 
 
 class Given:

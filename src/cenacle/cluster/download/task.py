@@ -10,8 +10,6 @@ Next: `giving.py` answers, `sharing.py` says who fetches what.
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,131 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CenacleError, CheckpointError, ClusterError
-from ...model.byte_ranges import JOURNAL, Strip, Wanted, is_part, read_wanted, size
-from ...model.loader import Checkpoint, locate
+from ...model.byte_ranges import Strip, Wanted, read_wanted, size
 from ...ranks.channel import Channel
-from .. import client, node_info
+from .. import client
 from ..security import identity as identities
-from .hub import PIECE_BYTES, File, Hub, Interrupted, Source, Store, check_room, fetch, skeleton
+from .download import check_room, fetch, skeleton
+from .hub import Hub
+from .source import PIECE_BYTES, File, Interrupted, Source
+from .sparse_store import Store
 
 DEADLINE_S = 120.0  # the head may have to fetch it first; whether it lives the agent watches
-
-
-def cache() -> Path:
-    """Where this user's parts of models are."""
-    if given := os.environ.get("CENACLE_HOME"):
-        return Path(given) / "models"
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "cenacle" / "models"
-
-
-def folder_of(place: Path, model: str, key: str) -> Path:
-    """Where a part of a model is, or would be.
-
-    Args:
-        place: the folder of parts.
-        key: what tells models of one name apart.
-    """
-    return place / f"{model.replace('/', '--').lstrip('.')}-{key}"
 
 
 # The head's own
 
 
-def open_model(model: str) -> tuple[Path, Hub | None]:
-    """What the head knows a model by: a whole folder, or its part, and the hub that has the rest.
-
-    Of a hub's model that is not on this machine only config, tokenizer and headers are fetched.
-
-    Raises:
-        CheckpointError: see `weights.locate`.
-    """
-    given = Path(model).expanduser()
-    if given.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        return locate(model), None
-    if (cached := _in_the_hub_s_cache(model)) is not None:
-        return cached, None
-    hub = Hub(model)
-    try:
-        folder = folder_of(cache(), model, hub.commit)
-        skeleton(hub, folder)
-    except CheckpointError as error:
-        if not isinstance(error.__cause__, Interrupted):
-            raise
-        # The hub does not answer: what was fetched of this model before may do.
-        known = sorted(cache().glob(f"{folder_of(cache(), model, '*').name}/{JOURNAL}"), key=_age)
-        commits = [p.parent.name.rpartition("-")[2] for p in known]
-        commits = [c for c in commits if re.fullmatch("[0-9a-f]{40}", c)]
-        if not commits:
-            raise
-        hub = Hub(model, commits[-1])
-        folder = folder_of(cache(), model, commits[-1])
-        Checkpoint.open(folder)  # its headers are here
-    return folder, hub
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _in_the_hub_s_cache(model: str) -> Path | None:
-    """The folder of a model that was fetched whole some time."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-
-    try:
-        found = snapshot_download(
-            model, local_files_only=True, allow_patterns=DEFAULT_ALLOW_PATTERNS
-        )
-        Checkpoint.open(Path(found))
-    except (LocalEntryNotFoundError, CheckpointError, ValueError):
-        return None
-    return Path(found)
-
-
 # A machine's own
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a machine has of a model.
-
-    Args:
-        folder: where it is, or where a part of it goes.
-        whole: nothing needs to be fetched.
-    """
-
-    folder: str
-    whole: bool
-
-
-def look(model: str, digest: str, config: str, folders: list[Path], place: Path) -> Found:
-    """What of a model is on this machine.
-
-    Args:
-        model: as the head calls it.
-        digest: `machine.digest` of the head's.
-        config: the SHA-256 of its config.json.
-        folders: where models are kept here.
-        place: where parts are.
-
-    Raises:
-        CheckpointError: there is another model of that name.
-    """
-    part = Found(str(folder_of(place, model, digest[:12])), False)
-    folder = node_info.find(model, folders)
-    if folder is None or is_part(folder):
-        return part
-    folder = folder.resolve()
-    if node_info.digest(folder) == digest:
-        return Found(str(folder), True)
-    if hashlib.sha256((folder / "config.json").read_bytes()).hexdigest() == config:
-        return part  # weights are missing, or were fetched to their half
-    raise CheckpointError(
-        f"{folder} has another model of the name {model} than the head (config.json differs): copy "
-        f"it again, or take it away"
-    )
 
 
 class FromHead:

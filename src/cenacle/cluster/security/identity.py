@@ -23,16 +23,9 @@ Someone between the two has to show a certificate of his own, and neither proof 
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import hashlib
-import hmac
 import json
-import os
 import secrets
 import ssl
-import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,62 +38,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ...errors import ClusterError, InputError
+from ...paths import read_private, write_private
 
 HEAD = "head"  # the head's identity; nodes have random ones
 SERVER_NAME = "head.cenacle.invalid"  # in the head's certificate: its address may change
-TOKEN_LIFE_S = 3600.0
-TOKEN_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32: nothing looks alike
-TOKEN_LENGTH = 16  # letters of five bits
-NONCE = 16  # bytes
 SKEW = timedelta(days=30)  # a clock may be wrong by that much
 LIFE = timedelta(days=3650)
-
-
-def own_folder() -> Path:
-    """This user's folder: $CENACLE_HOME, else `cenacle` where configuration is kept."""
-    if given := os.environ.get("CENACLE_HOME"):
-        return Path(given)
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(base) / "cenacle"
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read (0600, in a folder of 0700), whole or not at all.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(file, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); set CENACLE_HOME to a folder of yours"
-        ) from error
-
-
-def read_private(path: Path) -> bytes:
-    """Read a file of `write_private`.
-
-    Raises:
-        InputError: it is not there, or others can read it.
-    """
-    try:
-        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise InputError(f"{path} can be read by others: `chmod 600 {path}`")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True)
@@ -330,101 +273,6 @@ def whose(certificate: bytes) -> str:
     """The identity that a certificate (DER, checked by TLS) proves."""
     name = x509.load_der_x509_certificate(certificate).subject
     return str(name.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-
-
-class Tokens:
-    """The tokens that the head has given out; each admits machines until it is too old.
-
-    Args:
-        clock: seconds, monotonic.
-        life_s: how long a token admits.
-    """
-
-    def __init__(self, clock: Callable[[], float], life_s: float = TOKEN_LIFE_S) -> None:
-        self._clock, self._life_s = clock, life_s
-        self._issued: dict[str, float] = {}
-
-    def issue(self) -> str:
-        """A new token, such as 7K2M-9QXD-41TB-W3HF."""
-        token = new_token()
-        self._issued[token] = self._clock() + self._life_s
-        return token
-
-    def find(self, proof: bytes, *transcript: bytes) -> str:
-        """The token by which a joiner's proof was made.
-
-        Raises:
-            ClusterError: none, or one that is too old.
-        """
-        for token, ends in self._issued.items():
-            if hmac.compare_digest(proof_of(token, "joiner", *transcript), proof):
-                if self._clock() < ends:
-                    return token
-                raise ClusterError(
-                    "the token is too old; `cenacle nodes --invite` on the head gives a new one"
-                )
-        raise ClusterError(
-            "the token is wrong; `cenacle nodes --invite` on the head gives a new one"
-        )
-
-
-def new_token() -> str:
-    """A token in groups of four letters."""
-    letters = "".join(secrets.choice(TOKEN_LETTERS) for _ in range(TOKEN_LENGTH))
-    return "-".join(letters[i : i + 4] for i in range(0, TOKEN_LENGTH, 4))
-
-
-def read_token(text: str) -> str:
-    """A token as `new_token` writes it, of what a person typed.
-
-    Raises:
-        InputError: it cannot be one.
-    """
-    letters = text.upper().translate(str.maketrans("OIL", "011", "- "))
-    if len(letters) != TOKEN_LENGTH or not set(letters) <= set(TOKEN_LETTERS):
-        raise InputError(
-            f"token: expected {TOKEN_LENGTH} letters and digits such as 7K2M-9QXD-41TB-W3HF, as "
-            f"`cenacle up` prints it, got {len(letters)}",
-            "token",
-        )
-    return "-".join(letters[i : i + 4] for i in range(0, TOKEN_LENGTH, 4))
-
-
-def proof_of(
-    token: str, role: str, joiner: bytes, head: bytes, certificate: bytes, said: bytes
-) -> bytes:
-    """The proof that `role` knows the token.
-
-    Args:
-        role: "joiner" or "head".
-        joiner, head: the random bytes of both.
-        certificate: the head's in this TLS connection, DER.
-        said: what is sent along.
-    """
-    parts = (joiner, head, hashlib.sha256(certificate).digest(), hashlib.sha256(said).digest())
-    # The lengths are fixed, so parts cannot run into one another.
-    return hmac.digest(token.encode(), role.encode() + b"\0" + b"".join(parts), "sha256")
-
-
-def stranger() -> ssl.SSLContext:
-    """For a machine that is about to pair: it cannot check the head's certificate yet."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def encode(data: bytes) -> str:
-    """Bytes for JSON."""
-    return base64.b64encode(data).decode()
-
-
-def decode(text: object) -> bytes:
-    """Bytes of JSON; empty if they are none."""
-    with contextlib.suppress(ValueError):
-        return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
-    return b""
 
 
 def _builder(

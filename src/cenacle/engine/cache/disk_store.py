@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...core.request import Load, Page
+from ...core.step import Load, Page
 
 FORMAT = 1  # of pages and their names; others are not looked at
 SPARED = 10**9  # bytes of the disk that are left to others

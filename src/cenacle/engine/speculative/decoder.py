@@ -34,7 +34,6 @@ from .draft_model import NEAR, PIECE, Drafter
 from .ngram import Drafts, Lookup, Pace
 
 ALWAYS = 8  # tokens that are drafted where it need not pay
-WAYS = ("auto", "off", "always")
 
 
 @dataclass

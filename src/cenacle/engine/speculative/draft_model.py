@@ -30,8 +30,8 @@ from ...collective.single import Alone
 from ...core.plan import Plan
 from ...errors import CheckpointError, InputError
 from ...model import architecture, loader, native_blocks, native_layers
+from ...model.checkpoint import Checkpoint, locate
 from ...model.expert_parallel import parallelize
-from ...model.loader import Checkpoint
 from ...model.step_timer import Watch
 from ...planning import memory
 from ...scheduler.prefix_index import common, packed
@@ -39,7 +39,7 @@ from ..cache.kv_cache import can_go_back, can_merge
 
 if TYPE_CHECKING:
     from ...text.tokenizer import Text
-    from ..engine import Options
+    from ..options import Options
 
 Draw = Callable[[mx.array, int], mx.array]
 """Draws a token: log-probabilities [1, vocabulary], position in the answer -> id [1]."""
@@ -92,7 +92,7 @@ class DraftModel:
             CheckpointError: it is no model that mlx-lm runs.
             InputError: it cannot draft for this model; says why.
         """
-        own = Checkpoint.open(loader.locate(name))
+        own = Checkpoint.open(locate(name))
         said = f"draft: {own.folder.name} cannot draft for {checkpoint.folder.name}"
         if options.speculate == "off":
             raise InputError(

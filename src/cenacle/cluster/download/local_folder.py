@@ -1,0 +1,58 @@
+"""."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ...errors import CheckpointError
+from ...model.byte_ranges import JOURNAL, Strip
+from .hub import _of_a_model
+from .source import PIECE_BYTES, File
+from .sparse_store import Store
+
+
+class Folder:
+    """A checkpoint's folder on this machine, whole or a part: what another node is given.
+
+    Args:
+        path: where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = str(path), path
+        self._store = Store(path) if (path / JOURNAL).exists() else None
+
+    def files(self) -> Mapping[str, File]:
+        """See `Source`."""
+        if self._store is not None:
+            return {name: File(size) for name, size in self._store.sizes.items()}
+        if not self._path.is_dir():
+            raise CheckpointError(f"{self._path}: no such folder")
+        found = [p for p in sorted(self._path.iterdir()) if p.is_file() and _of_a_model(p.name)]
+        return {p.name: File(p.stat().st_size) for p in found}
+
+    def has(self, file: str, start: int, stop: int) -> bool:
+        """Whether all of a range is here by now."""
+        if self._store is not None:
+            self._store.refresh()
+            return not self._store.missing({file: [(start, stop)]})
+        path = self._path / file
+        return path.is_file() and stop <= path.stat().st_size
+
+    def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """See `Source`."""
+        if not self.has(file, start, stop):
+            raise CheckpointError(f"{self.name} does not have bytes {start} to {stop} of {file}")
+        with (self._path / file).open("rb") as f:
+            f.seek(start)
+            while start < stop:
+                piece = f.read(min(PIECE_BYTES, stop - start))
+                if not piece:
+                    raise CheckpointError(f"{self._path / file}: the file ended at byte {start}")
+                yield piece
+                start += len(piece)
+
+    def columns(self, file: str, strip: Strip) -> bytes:
+        """See `Source`."""
+        return strip.take(b"".join(self.read(file, strip.start, strip.stop)))
