@@ -2,11 +2,11 @@
 
 import mlx.core as mx
 import pytest
-from cenacle.engine.cache.kv_cache.kv_cache import EXACT, Sequence, leaves
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 from mlx_lm.utils import load_model
 
+from cenacle.engine.cache.kv_cache import EXACT, Sequence, leaves
 from cenacle.model.synth import synth
 
 PROMPT = [(131 * i * i + 17 * i + 5) % 257 for i in range(700)]

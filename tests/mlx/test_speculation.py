@@ -10,12 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from cenacle.engine.cache.kv_cache.kv_cache import can_go_back
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from cenacle.collective.single import Alone as OneRank
 from cenacle.core.request import Request, Sampling
 from cenacle.core.step import Part, Step
+from cenacle.engine.cache.kv_cache import can_go_back
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import Options
 from cenacle.engine.sampling.sampler import Choice, Drawing

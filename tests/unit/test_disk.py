@@ -8,10 +8,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from cenacle.engine.cache.kv_cache.disk_store import Disk, default_folder, fingerprint
 
 from cenacle.core.step import Load, Page
-from cenacle.engine.cache.kv_cache import disk_store as module
+from cenacle.engine.cache import disk_store as module
+from cenacle.engine.cache.disk_store import Disk, default_folder, fingerprint
 
 GROUP, OTHER = "a" * 32, "b" * 32
 

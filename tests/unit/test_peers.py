@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from cenacle.bench.peers.peers import formats, peers
+from cenacle.bench.peers import formats, peers
 from cenacle.errors import InputError
 
 QWEN = {
