@@ -1,4 +1,15 @@
-"""."""
+"""Every folder of the program, and files that only their owner can read.
+
+Owns: where configuration, caches and state are, by the environment:
+
+    CENACLE_HOME        one folder for everything below; overrides the three XDG variables
+    XDG_CONFIG_HOME     keys, certificates, the cluster, the user's catalog    (~/.config)
+    XDG_CACHE_HOME      downloaded models, prefix cache, bench's models        (~/.cache)
+    XDG_STATE_HOME      history of the chat                                    (~/.local/state)
+
+Does not know: what is in the files.
+Invariant: a private file is written whole or not at all, with mode 0600.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +20,72 @@ from pathlib import Path
 
 from .errors import InputError
 
+HOME_VARIABLE = "CENACLE_HOME"
 
-def own_folder() -> Path:
-    """This user's folder: $CENACLE_HOME, else `cenacle` where configuration is kept."""
-    if given := os.environ.get("CENACLE_HOME"):
-        return Path(given)
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(base) / "cenacle"
+
+def config_dir() -> Path:
+    """Folder for configuration, keys and certificates."""
+    return _user_dir("XDG_CONFIG_HOME", ".config")
+
+
+def cache_dir() -> Path:
+    """Folder for what can be downloaded or computed again."""
+    return _user_dir("XDG_CACHE_HOME", ".cache")
+
+
+def state_dir() -> Path:
+    """Folder for history."""
+    return _user_dir("XDG_STATE_HOME", ".local/state")
+
+
+def cluster_dir() -> Path:
+    """Folder for the identity, roster and verification records of a node or head."""
+    return config_dir() / "cluster"
+
+
+def catalog_dir() -> Path:
+    """Folder for the user's own machines and links, those of `calibrate` among them."""
+    return config_dir() / "catalog"
+
+
+def models_dir() -> Path:
+    """Folder for downloaded models and parts of models."""
+    return cache_dir() / "models"
+
+
+def prefix_cache_dir() -> Path:
+    """Folder for the prefix cache on disk."""
+    return cache_dir() / "prefixes"
+
+
+def chat_history_file() -> Path:
+    """File for the prompts that the arrow keys bring back."""
+    return state_dir() / "chat_history"
+
+
+def make_config_dir() -> Path:
+    """`config_dir`, created with mode 0700 if it does not exist.
+
+    Raises:
+        InputError: it cannot be created.
+    """
+    folder = config_dir()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be created ({error}); set {HOME_VARIABLE} to a folder that you can "
+            f"write to",
+            HOME_VARIABLE,
+        ) from error
+    return folder
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read (0600, in a folder of 0700), whole or not at all.
+    """Write a file with mode 0600, in a folder of mode 0700, whole or not at all.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the file cannot be written.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -39,7 +102,8 @@ def write_private(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}); set CENACLE_HOME to a folder of yours"
+            f"{path}: cannot be written ({error.strerror}); set {HOME_VARIABLE} to a folder that "
+            f"you can write to"
         ) from error
 
 
@@ -47,11 +111,17 @@ def read_private(path: Path) -> bytes:
     """Read a file of `write_private`.
 
     Raises:
-        InputError: it is not there, or others can read it.
+        InputError: it does not exist, or other users can read it.
     """
     try:
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise InputError(f"{path} can be read by others: `chmod 600 {path}`")
+            raise InputError(f"{path} can be read by other users: run `chmod 600 {path}`")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _user_dir(variable: str, default: str) -> Path:
+    if home := os.environ.get(HOME_VARIABLE):
+        return Path(home)
+    return Path(os.environ.get(variable) or Path.home() / default) / "cenacle"

@@ -38,7 +38,7 @@ with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.03) as model:
 def environment(tmp_path_factory):
     """Nothing of this user's is read or written, and the terminal is a plain one."""
     home = tmp_path_factory.mktemp("home")
-    own = {name: str(home / name) for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME")}
+    own = {"CENACLE_HOME": str(home)}
     plain = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
     return {**os.environ, **own, **plain}
 
@@ -116,7 +116,7 @@ def test_a_model_here(environment, tmp_path):
     terminal.type("/new\r")
     assert "12" in terminal.ask("What is 7 + 5?")
     assert terminal.leave() == 0
-    kept = Path(environment["XDG_STATE_HOME"]) / "cenacle" / "chat_history"
+    kept = Path(environment["CENACLE_HOME"]) / "chat_history"
     assert "What is 12 + 30?" in kept.read_text()
     assert kept.stat().st_mode & 0o077 == 0
 

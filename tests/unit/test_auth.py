@@ -1,12 +1,11 @@
 import sqlite3
 import stat
 import threading
-from pathlib import Path
 
 import pytest
 
 from cenacle.errors import InputError
-from cenacle.server.auth import DAY_S, Key, Keys, config_folder
+from cenacle.server.auth import DAY_S, Key, Keys
 
 
 class Clock:
@@ -126,15 +125,3 @@ def test_a_file_that_is_something_else_is_named(tmp_path):
     db.close()
     with pytest.raises(InputError, match=r"other\.db"):
         Keys(other)
-
-
-def test_the_folder_is_where_the_environment_says(tmp_path, monkeypatch):
-    monkeypatch.setenv("CENACLE_HOME", str(tmp_path / "a" / "b"))
-    assert config_folder() == tmp_path / "a" / "b"
-    assert stat.S_IMODE(config_folder().stat().st_mode) == 0o700
-    monkeypatch.delenv("CENACLE_HOME")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
-    assert config_folder() == tmp_path / "xdg" / "cenacle"
-    monkeypatch.setenv("CENACLE_HOME", str(Path("/dev/null/x")))
-    with pytest.raises(InputError, match="CENACLE_HOME"):
-        config_folder()

@@ -188,9 +188,9 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 def test_the_owners_folder_is_read(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    catalog.own_folder().mkdir(parents=True)
-    (catalog.own_folder() / "shed.toml").write_text(ENTRY.format(bandwidth=50, more=""))
+    monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
+    (tmp_path / "catalog").mkdir()
+    (tmp_path / "catalog" / "shed.toml").write_text(ENTRY.format(bandwidth=50, more=""))
     assert catalog.load().machine("shed").name == "shed"
 
 

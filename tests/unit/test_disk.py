@@ -11,7 +11,7 @@ import pytest
 
 from cenacle.core.step import Load, Page
 from cenacle.engine.cache import disk_store as module
-from cenacle.engine.cache.disk_store import Disk, default_folder, fingerprint
+from cenacle.engine.cache.disk_store import Disk, fingerprint
 
 GROUP, OTHER = "a" * 32, "b" * 32
 
@@ -224,17 +224,6 @@ def test_a_folder_that_others_can_read_is_not_used(opened):
     again.disk.write(page("2"), content("x"))
     assert again.heard(1)["failed"] == page("2").key
     assert len(first.files()) == 1
-
-
-def test_the_default_folder_follows_the_users_wishes(monkeypatch, tmp_path):
-    monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "prefixes"
-    monkeypatch.delenv("CENACLE_HOME")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "cenacle" / "prefixes"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / ".cache" / "cenacle" / "prefixes"
 
 
 def test_a_fingerprint_is_of_the_weights_and_of_all_that_was_decided(tmp_path):

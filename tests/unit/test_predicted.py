@@ -30,9 +30,9 @@ FACTS = {
 @pytest.fixture
 def owned(tmp_path, monkeypatch):
     """The folder of an owner's measurements, empty."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    folder = tmp_path / "cenacle" / "catalog"
-    folder.mkdir(parents=True)
+    monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
+    folder = tmp_path / "catalog"
+    folder.mkdir()
     return folder
 
 

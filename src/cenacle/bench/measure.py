@@ -29,12 +29,12 @@ from ..errors import CenacleError, ClusterError, InputError
 from ..model import native_layers, synth
 from ..model.checkpoint import Checkpoint, locate
 from ..model.loader import describe
+from ..paths import cache_dir
 from . import hardware_limits
 from .expected_work import available, expected_bytes, split
 from .peers.peers import Job, Peer, PeerFailed, Setup, Speed
 
 ANSWER_S = 900.0
-CACHE = Path("~/.cache/cenacle").expanduser()
 
 Say = Callable[[str], None]
 
@@ -68,7 +68,7 @@ class Asked:
     prompt: int = 512
     placed: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    cache: Path = CACHE
+    cache: Path = field(default_factory=cache_dir)
     deadline_s: float = 300.0
 
 

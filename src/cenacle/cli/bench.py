@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..errors import InputError
+from ..paths import cache_dir
 from .options import (
     Activations,
     ActivationsName,
@@ -49,7 +50,10 @@ Quantize = Annotated[int, typer.Option(help="Bits of the --synth model; 0: not q
 Threads = Annotated[int | None, typer.Option(min=1, help="Per node. Default: an even share.")]
 
 
-Cache = Annotated[Path, typer.Option(help="Random models and peers' models are kept here.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Random models and peers' models are kept here. Default: the user's cache."),
+]
 
 
 @bench_app.callback()
@@ -76,7 +80,7 @@ def bench(
         typer.Option(help="llama.cpp=PATH, dllama=PATH or mlx-lm; may be given several times."),
     ] = None,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds for a peer's process.")] = 300.0,
-    cache: Cache = Path("~/.cache/cenacle"),
+    cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """How fast a model runs here, where the time goes, and what the machine could give.
@@ -90,7 +94,7 @@ def bench(
 
     said = _saying()
     others = [peers.parse(p) for p in peer or ()]
-    kept = cache.expanduser()
+    kept = cache.expanduser() if cache is not None else cache_dir()
     asked = measure.Asked(
         measure.prepared(model, synth, quantize, kept, said),
         nodes,
@@ -130,7 +134,7 @@ def ablation(
     tokens: Annotated[int, typer.Option(min=2, help="Decoded per number and round.")] = 16,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds over all rows.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder for a PNG and an SVG.")] = None,
-    cache: Cache = Path("~/.cache/cenacle"),
+    cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """The paper's schedules step by step, then ours, over emulated links.
@@ -144,8 +148,9 @@ def ablation(
     said = _saying()
     if model is None and synth is None:
         synth = "dbrx-2l"
+    kept = cache.expanduser() if cache is not None else cache_dir()
     asked = study.Asked(
-        measure.prepared(model, synth, quantize, cache.expanduser(), said),
+        measure.prepared(model, synth, quantize, kept, said),
         nodes,
         threads,
         backend.value,

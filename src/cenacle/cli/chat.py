@@ -512,12 +512,6 @@ def _session(history: Path | None) -> PromptSession[str]:
     return session
 
 
-def history_file() -> Path:
-    """Where questions are kept for the arrow keys."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "cenacle" / "chat_history"
-
-
 def _number(word: str, text: str, low: float, high: float, *, whole: bool = False) -> float:
     try:
         number = float(int(text) if whole else float(text))

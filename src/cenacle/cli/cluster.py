@@ -158,7 +158,7 @@ def up(
             sock, require_key=require_key, hosts=allowed_host, cors_origins=cors_origin
         )
         context = key_commands.tls_of(host, tls, tls_cert, tls_key)
-        folder = paths.own_folder() / "cluster"
+        folder = paths.cluster_dir()
         head = Head(folder, at, at_port, name or socket.gethostname(), 60 * token_minutes)
         with _leaving(head):
             token = head.invite()
@@ -340,7 +340,7 @@ def join(
     from ..cluster.head import take_lock
     from ..cluster.security import identity as identities
 
-    folder = paths.own_folder() / "cluster"
+    folder = paths.cluster_dir()
     identity = identities.Identity(folder, "node")
     # An agent that runs already does not stand in the way of writing a service.
     running = nullcontext() if service else take_lock(folder / "agent.lock", "this machine's agent")
@@ -365,7 +365,7 @@ def join(
             identity.remember(models=str(models.resolve()))
         known = identity.remembered()
         if service:
-            path, text, enable = service_unit.service(paths.own_folder())
+            path, text, enable = service_unit.service(paths.config_dir())
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             _say(f"{path} is written; switch it on with")
@@ -466,7 +466,7 @@ def leave() -> None:
     """
     from ..cluster.security import identity as identities
 
-    identity = identities.Identity(paths.own_folder() / "cluster", "node")
+    identity = identities.Identity(paths.cluster_dir(), "node")
     if not identity.exists:
         raise InputError("this machine is not part of a cluster")
     known = identity.remembered()
@@ -488,7 +488,7 @@ def down() -> None:
     """
     from ..cluster.security import identity as identities
 
-    identity = identities.Identity(paths.own_folder() / "cluster", identities.HEAD)
+    identity = identities.Identity(paths.cluster_dir(), identities.HEAD)
     if not identity.exists:
         raise InputError("no cluster was begun on this machine; `cenacle leave` is for the others")
     known = identity.remembered()
@@ -501,7 +501,7 @@ def cluster() -> tuple[Identity, tuple[str, int]]:
     from .. import paths
     from ..cluster.security import identity as identities
 
-    folder = paths.own_folder() / "cluster"
+    folder = paths.cluster_dir()
     identity = identities.Identity(folder, identities.HEAD)
     if identity.exists and "port" in (known := identity.remembered()):
         return identity, (known["host"], known["port"])

@@ -144,13 +144,13 @@ def tls_of(
     Raises:
         InputError: options that do not go together, or files that cannot be used.
     """
+    from ..paths import make_config_dir
     from ..server import tls as made
-    from ..server.auth import config_folder
 
     if tls is not None and (tls != "self" or cert is not None or key is not None):
         raise InputError(f"--tls: expected self and no --tls-cert or --tls-key, got {tls!r}", "tls")
     if tls is not None:
-        cert, key = made.self_made(config_folder(), host)
+        cert, key = made.self_made(make_config_dir(), host)
     if cert is None and key is None:
         return None
     if cert is None or key is None:

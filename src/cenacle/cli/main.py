@@ -193,10 +193,11 @@ def chat(
 
     Example: [bold]cenacle chat -m org/model -n 2[/]
     """
-    from .chat import Local, Remote, Settings, Talk, history_file
+    from ..paths import chat_history_file
+    from .chat import Local, Remote, Settings, Talk
 
     how = Settings(max_tokens, temp, top_p, seed)
-    kept = history_file() if history else None
+    kept = chat_history_file() if history else None
     if url is not None:
         with closing(Remote(url, key, model, certificate)) as remote:
             Talk(remote, how, system or "").loop(kept)
@@ -486,10 +487,10 @@ doctor.register(app)
 
 
 def _selftest() -> SelfTest:
-    from ..paths import own_folder
+    from ..paths import config_dir
     from ..verification import SelfTest
 
-    return SelfTest(own_folder(), say=_saying())
+    return SelfTest(config_dir(), say=_saying())
 
 
 cluster_commands.register(app, _progress)

@@ -19,6 +19,7 @@ from ..calibration import validate as validation
 from ..core.model_spec import ModelSpec
 from ..core.plan import human
 from ..errors import CenacleError, CheckpointError, InputError, PlanError
+from ..paths import catalog_dir
 from ..planning import catalog as names
 from ..planning import planner
 from ..planning.catalog import Catalogue
@@ -460,7 +461,7 @@ def calibrate(
     from ..calibration import calibrate as measuring
 
     result = measuring.calibrate(name, nodes, quick, lambda text: err.print(text))
-    path = out or names.own_folder() / f"{name}.toml"
+    path = out or catalog_dir() / f"{name}.toml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

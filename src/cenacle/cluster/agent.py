@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .. import paths
 from ..collective import mesh, socket_options
 from ..core.plan import human
 from ..errors import CenacleError, ClusterError
@@ -75,7 +76,7 @@ class Agent:
         host, port: of the head.
         folders: where models are looked for, the first one first.
         say: told, in sentences, what happens.
-        place: the folder of parts of models that are fetched; None: `parts.cache`.
+        place: the folder of parts of models that are fetched; None: `paths.models_dir`.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Agent:
         self._address = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._said = ""
-        self._parts = place or node_cache.cache()
+        self._parts = place or paths.models_dir()
         self._verified: set[Path] = set()  # parts that were compared with their hashes
         self._fetching: task.Fetching | None = None
 

@@ -30,7 +30,7 @@ class Options:
             begin alike; None: an eighth of what is left; 0: none is kept.
         cache_disk_gb: gigabytes of disk on each rank for the beginnings of prompts, which outlive
             the program; 0: nothing is written.
-        cache_dir: the folder for those; None: this user's, see `disk.default_folder`.
+        cache_dir: the folder for those; None: `paths.prefix_cache_dir`.
     """
 
     prefill_chunk: int = 512

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..paths import catalog_dir
 from .model_shapes import Shape, from_config, from_table
 
 FOLDER = Path(__file__).parent / "catalog"
@@ -300,14 +300,8 @@ _LINK = {"title", "topology", "latency_us", "gb_s"}
 _SOLD = {"dgx-spark": (128,), "h100": (80,), "h200": (141,), "b200": (180, 192), "8xh100": (640,)}
 
 
-def own_folder() -> Path:
-    """Where an owner's own entries are, `calibrate`'s among them."""
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(base) / "cenacle" / "catalog"
-
-
 def load(files: Sequence[Path] = ()) -> Catalogue:
-    """The tables of the package, then those of `own_folder`, then `files`.
+    """The tables of the package, then those of `paths.catalog_dir`, then `files`.
 
     An owner's file has tables [machines.NAME] and [links.NAME] with the keys of machines.toml and
     links.toml; a later entry replaces an earlier one of the same name.
@@ -317,7 +311,7 @@ def load(files: Sequence[Path] = ()) -> Catalogue:
     """
     base = _package()
     machines, links = dict(base.machines), dict(base.links)
-    own = own_folder()
+    own = catalog_dir()
     for path in (*(sorted(own.glob("*.toml")) if own.is_dir() else ()), *files):
         table = _toml(path)
         surplus = sorted(set(table) - {"machines", "links"})

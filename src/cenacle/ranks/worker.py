@@ -218,8 +218,8 @@ def _disk(channel: Channel, order: dict[str, Any], options: Options, rank: int) 
     """Where prompts outlive this program, if they shall."""
     import mlx.core as mx
 
-    from .. import native
-    from ..engine.cache.disk_store import Disk, default_folder, fingerprint
+    from .. import native, paths
+    from ..engine.cache.disk_store import Disk, fingerprint
 
     if not options.cache_disk_gb or options.cache_gb == 0:
         return None
@@ -229,7 +229,7 @@ def _disk(channel: Channel, order: dict[str, Any], options: Options, rank: int) 
     facts["device"] = str(mx.default_device())
     if native.available():
         facts["native"] = native.module().used()
-    home = Path(options.cache_dir) if options.cache_dir else default_folder()
+    home = Path(options.cache_dir) if options.cache_dir else paths.prefix_cache_dir()
 
     def say(said: dict[str, Any]) -> None:
         with suppress(ClusterError):  # the front is gone: so is this process, in a moment

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import CenacleError, InputError
+from ..paths import make_config_dir
 
 PREFIX = "cen-"
 DAY_S = 86400
@@ -40,24 +41,6 @@ CREATE TABLE IF NOT EXISTS used (
 );
 """
 _COLUMNS = {"keys": "digest, name, created, tokens_per_day, streams", "used": "day, name, tokens"}
-
-
-def config_folder() -> Path:
-    """Where this user's keys and certificates are; made with mode 0700 if it is not there.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    home = os.environ.get("CENACLE_HOME")
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    folder = Path(home) if home else Path(base) / "cenacle"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make {folder}: {error}; set CENACLE_HOME to a folder of yours", "CENACLE_HOME"
-        ) from error
-    return folder
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ class Keys:
     file has become unusable.
 
     Args:
-        path: of the file, made if it is not there; None: "keys.db" in `config_folder`.
+        path: of the file, made if it is not there; None: "keys.db" in `paths.config_dir`.
         clock: seconds since 1970, replaced in tests.
 
     Raises:
@@ -90,7 +73,7 @@ class Keys:
     """
 
     def __init__(self, path: Path | None = None, clock: Callable[[], float] = time.time) -> None:
-        self.path = path or config_folder() / "keys.db"
+        self.path = path or make_config_dir() / "keys.db"
         self._clock = clock
         self._lock = threading.Lock()
         self._pending: Counter[tuple[int, str]] = Counter()

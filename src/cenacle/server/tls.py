@@ -55,7 +55,7 @@ def self_made(folder: Path, host: str) -> tuple[Path, Path]:
     trust it go on doing so.
 
     Args:
-        folder: see `auth.config_folder`.
+        folder: see `paths.make_config_dir`.
         host: where the server listens.
 
     Raises:

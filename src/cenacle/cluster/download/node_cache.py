@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,11 @@ from pathlib import Path
 from ...errors import CheckpointError
 from ...model.byte_ranges import JOURNAL, is_part
 from ...model.checkpoint import Checkpoint, locate
+from ...paths import models_dir
 from .. import node_info
 from .download import skeleton
 from .hub import Hub
 from .source import Interrupted
-
-
-def cache() -> Path:
-    """Where this user's parts of models are."""
-    if given := os.environ.get("CENACLE_HOME"):
-        return Path(given) / "models"
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "cenacle" / "models"
 
 
 def folder_of(place: Path, model: str, key: str) -> Path:
@@ -50,19 +42,21 @@ def open_model(model: str) -> tuple[Path, Hub | None]:
         return cached, None
     hub = Hub(model)
     try:
-        folder = folder_of(cache(), model, hub.commit)
+        folder = folder_of(models_dir(), model, hub.commit)
         skeleton(hub, folder)
     except CheckpointError as error:
         if not isinstance(error.__cause__, Interrupted):
             raise
         # The hub does not answer: what was fetched of this model before may do.
-        known = sorted(cache().glob(f"{folder_of(cache(), model, '*').name}/{JOURNAL}"), key=_age)
+        known = sorted(
+            models_dir().glob(f"{folder_of(models_dir(), model, '*').name}/{JOURNAL}"), key=_age
+        )
         commits = [p.parent.name.rpartition("-")[2] for p in known]
         commits = [c for c in commits if re.fullmatch("[0-9a-f]{40}", c)]
         if not commits:
             raise
         hub = Hub(model, commits[-1])
-        folder = folder_of(cache(), model, commits[-1])
+        folder = folder_of(models_dir(), model, commits[-1])
         Checkpoint.open(folder)  # its headers are here
     return folder, hub
 

@@ -49,14 +49,6 @@ Say = Callable[[dict[str, Any]], None]
 """Called by the thread with what has become of pages, as `Pages.heard` takes it, and "notices"."""
 
 
-def default_folder() -> Path:
-    """This user's: in $CENACLE_HOME, else where caches are kept."""
-    if home := os.environ.get("CENACLE_HOME"):
-        return Path(home) / "prefixes"
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "cenacle" / "prefixes"
-
-
 def fingerprint(model: Path, facts: Mapping[str, Any]) -> str:
     """What has to be the same for a cache to be the same.
 
@@ -295,4 +287,4 @@ def _why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-__all__ = ["Disk", "default_folder", "fingerprint"]
+__all__ = ["Disk", "fingerprint"]
