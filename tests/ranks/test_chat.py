@@ -21,7 +21,7 @@ CHAT = [sys.executable, "-m", "cenacle", "chat"]
 # Two nodes behind a slow link, so that an answer can be stopped; and a key.
 PROGRAM = f"""
 import cenacle
-from cenacle.server.app import bind, serve
+from cenacle.server.http_server import bind, serve
 from cenacle.server.auth import Keys
 from cenacle.server.middleware import Policy
 

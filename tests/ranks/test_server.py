@@ -35,7 +35,8 @@ PROGRAM = """
 import socket, sys
 import cenacle
 from cenacle.engine.engine import Options
-from cenacle.server.app import Limits, bind, serve
+from cenacle.server.app import Limits
+from cenacle.server.http_server import bind, serve
 
 sock = bind(port=0)
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read shows
