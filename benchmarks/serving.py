@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 import cenacle
-from cenacle.server.auth import Keys
+from cenacle.server.auth import KeyStore
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 START_S = 90.0
@@ -58,7 +58,7 @@ class Serving:
 def serving(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterator[Serving]:
     """A server with a key for each name, ended with the block."""
     with tempfile.TemporaryDirectory(prefix="cenacle-load-") as home:
-        with contextlib.closing(Keys(Path(home) / "keys.db")) as kept:
+        with contextlib.closing(KeyStore(Path(home) / "keys.db")) as kept:
             keys = {name: kept.add(name) for name in names}
         with socket.create_server(("127.0.0.1", 0)) as sock:
             port = sock.getsockname()[1]

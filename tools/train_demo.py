@@ -4,13 +4,13 @@ Owns: the tokenizer, the model in PyTorch (the layout that mlx-lm's ``dbrx.py`` 
 loop and the export in Hugging Face's DBRX format.
 Does not know: cenacle's engine, MLX or any cluster; only ``--check-mlx`` imports mlx-lm.
 Invariants: fixed seeds and one thread, so the same versions on the same CPU train the same model;
-held-out questions (``demo_tasks.py``) never reach the optimiser.
+held-out questions (``demo/tasks.py``) never reach the optimiser.
 Shapes: batches [rows, row tokens], each row several conversations that cannot see one another.
-Read next: ``src/cenacle/demo_model/README.md``, the model's card.
+Read next: ``src/cenacle/demo/demo_model/README.md``, the model's card.
 
-    python tools/train_demo.py --out src/cenacle/demo_model            # train: about 50 minutes
-    python tools/train_demo.py --check src/cenacle/demo_model          # accuracy, in PyTorch
-    python tools/train_demo.py --check-mlx src/cenacle/demo_model      # accuracy, in mlx-lm
+    python tools/train_demo.py --out src/cenacle/demo/demo_model        # train: about 50 minutes
+    python tools/train_demo.py --check src/cenacle/demo/demo_model      # accuracy, in PyTorch
+    python tools/train_demo.py --check-mlx src/cenacle/demo/demo_model  # accuracy, in mlx-lm
 
 Training needs torch (2.13 here), safetensors, tokenizers, one core; ``--check-mlx`` needs mlx-lm.
 """
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # The module by itself: training needs no installed cenacle, and none of what cenacle depends on.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "src" / "cenacle"))
-from demo_tasks import FACTS, KINDS, PHRASINGS, Task, correct, held_out, tasks
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src" / "cenacle" / "demo"))
+from tasks import FACTS, KINDS, PHRASINGS, Task, held_out, is_correct, tasks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -452,8 +452,8 @@ def accuracy_mlx(folder: Path, count: int) -> dict[str, float]:
                 [{"role": "user", "content": task.question}], add_generation_prompt=True
             )
             text = generate(model, tokenizer, prompt=prompt, max_tokens=80)
-            right += correct(task, text)
-            if not correct(task, text):
+            right += is_correct(task, text)
+            if not is_correct(task, text):
                 print(f"  {kind}: {task.question} -> {text!r}, expected {task.answer!r}")
         result[kind] = right / len(asked)
         print(f"{kind}: {right}/{len(asked)}", flush=True)

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cenacle.calibration.calibrate import Calibration, as_toml
-from cenacle.demo.run import FOLDER
+from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.planning import catalog
 from cenacle.planning.routing_stats import Trace
 
@@ -17,7 +17,7 @@ def test_a_recording_of_the_demo_model(tmp_path):
 
     (tmp_path / "questions.txt").write_text("What is 12 + 30?\n\nSpell otter backwards.\n")
     out = tmp_path / "trace.npz"
-    arguments = ["trace", "-m", str(FOLDER), "--prompts", str(tmp_path / "questions.txt")]
+    arguments = ["trace", "-m", str(DEMO_MODEL_DIR), "--prompts", str(tmp_path / "questions.txt")]
     arguments += ["--out", str(out), "--max-tokens", "12", "--copies", "1", "--json"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     data = json.loads(result.output.splitlines()[-1])
@@ -31,7 +31,16 @@ def test_a_recording_of_the_demo_model(tmp_path):
     assert ordered.min() >= 0
     assert ordered.max() <= 15
     assert data["busiest"]["sliced: a fair share"] == 2
-    plan = ["plan", str(FOLDER), "--machines", "2xm4-32", "--link", "10gbe", "--trace", str(out)]
+    plan = [
+        "plan",
+        str(DEMO_MODEL_DIR),
+        "--machines",
+        "2xm4-32",
+        "--link",
+        "10gbe",
+        "--trace",
+        str(out),
+    ]
     saved = tmp_path / "plan.json"
     result = CliRunner().invoke(app, [*plan, "--save", str(saved)], catch_exceptions=False)
     assert result.exit_code == 0

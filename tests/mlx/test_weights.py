@@ -15,7 +15,7 @@ from one_process import VECTORS
 
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
-from cenacle.demo.run import FOLDER as DEMO
+from cenacle.demo.run import DEMO_MODEL_DIR as DEMO
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model.checkpoint import Checkpoint, locate
 from cenacle.model.loader import build, describe, load

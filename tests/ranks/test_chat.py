@@ -13,7 +13,7 @@ import pexpect
 import pytest
 
 import cenacle
-from cenacle.cli.chat import Part, Remote, Settings, Talk, complete
+from cenacle.cli.chat import ChatSession, ChatSettings, Part, RemoteChat, stable_prefix_length
 from cenacle.errors import ClusterError, InputError
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -155,10 +155,10 @@ def test_wrong_keys_and_addresses_are_one_sentence(environment, server):
         ((url, key, None, Path("/nowhere")), InputError, "cannot be used"),
     ):
         with pytest.raises(kind, match=re.escape(said)):
-            Remote(*arguments)
-    with closing(Remote(url, key, "other")) as remote:
+            RemoteChat(*arguments)
+    with closing(RemoteChat(url, key, "other")) as remote:
         with pytest.raises(InputError, match="other"):
-            list(remote.answer([{"role": "user", "content": "Hello"}], Settings()))
+            list(remote.answer([{"role": "user", "content": "Hello"}], ChatSettings()))
     ran = subprocess.run(
         [*CHAT, "--url", url], capture_output=True, text=True, timeout=60, env=environment
     )
@@ -187,7 +187,7 @@ class Echo:
 
 
 def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):
-    talk = Talk(Echo(), Settings(), "be short")
+    talk = ChatSession(Echo(), ChatSettings(), "be short")
     talk._take("hello [red]", talk._plainly)
     assert json.loads(capsys.readouterr().out) == [
         {"role": "system", "content": "be short"},
@@ -196,7 +196,7 @@ def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):
     for name in ("talk.json", "talk.md"):
         talk._take(f"/save {tmp_path / name}", talk._plainly)
     assert "**You**\n\nhello [red]" in (tmp_path / "talk.md").read_text()
-    other = Talk(Echo(), Settings())
+    other = ChatSession(Echo(), ChatSettings())
     other._take(f"/load {tmp_path / 'talk.json'}", other._plainly)
     assert (other.messages, other.system) == (talk.messages, "be short")
     for wrong in ("[]", "{}", '{"messages": [{"role": "tool", "content": "x"}]}', "\x00", '"a"'):
@@ -211,7 +211,7 @@ def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):
 def test_what_is_complete_never_changes():
     text = "# A\n\ntext\n\n- a\n\n- b\n\n  c\n\n```\nx\n\ny\n```\n\n"
     text += "1. p\n\n2. q\n\nlast\n\n> r\n\n> s\n"
-    cuts = [complete(text[:n]) for n in range(len(text) + 1)]
+    cuts = [stable_prefix_length(text[:n]) for n in range(len(text) + 1)]
     assert cuts == sorted(cuts), "what was printed stays printed"
     assert {text[: c] for c in cuts} == {
         "", text[: text.index("text")], text[: text.index("```")], text[: text.index("last")],

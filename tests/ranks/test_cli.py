@@ -14,7 +14,7 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm import stream_generate
 
 from cenacle import native
-from cenacle.demo.run import FOLDER
+from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.model.synth import synth
 
 VERB = [sys.executable, "-m", "cenacle"]
@@ -138,7 +138,12 @@ def test_demo_answers(folder):
 
 def test_chat_remembers_and_ends(folder):
     ran = run(
-        "chat", "-m", FOLDER, "--temp", "0", input="What is 2 + 3?\n/new\nMake dog uppercase.\n"
+        "chat",
+        "-m",
+        DEMO_MODEL_DIR,
+        "--temp",
+        "0",
+        input="What is 2 + 3?\n/new\nMake dog uppercase.\n",
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == ["5", "DOG"]
@@ -218,7 +223,7 @@ def test_what_computes_is_said(there):
     if there and not native.available():
         pytest.skip(native.why_not())
     env = {**os.environ, **({} if there else {"CENACLE_NATIVE": "0"})}
-    ran = run("generate", "-m", FOLDER, "-p", "What is 2 + 2?", env=env)
+    ran = run("generate", "-m", DEMO_MODEL_DIR, "-p", "What is 2 + 2?", env=env)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "4\n"
     assert ("plain MLX, because" in ran.stderr) == (not there)
@@ -226,7 +231,7 @@ def test_what_computes_is_said(there):
 
 def test_native_kernels_that_are_not_there_are_refused():
     env = {**os.environ, "CENACLE_NATIVE": "0"}
-    ran = run("generate", "-m", FOLDER, "-p", "Hello", "--kernels", "native", env=env)
+    ran = run("generate", "-m", DEMO_MODEL_DIR, "-p", "Hello", "--kernels", "native", env=env)
     assert ran.returncode == 2
     assert "CENACLE_NATIVE" in ran.stderr
     assert "Traceback" not in ran.stderr

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from cenacle.errors import InputError
-from cenacle.server.auth import DAY_S, Key, Keys
+from cenacle.server.auth import DAY_S, ApiKey, KeyStore
 
 
 class Clock:
@@ -17,14 +17,14 @@ class Clock:
 
 @pytest.fixture
 def keys(tmp_path):
-    made = Keys(tmp_path / "keys.db", Clock())
+    made = KeyStore(tmp_path / "keys.db", Clock())
     yield made
     made.close()
 
 
 def test_a_secret_finds_its_key_and_nothing_else_does(keys):
     alice, bob = keys.add("alice", 1000, 2), keys.add("bob")
-    assert keys.find(alice) == Key("alice", Clock.now, 1000, 2)
+    assert keys.find(alice) == ApiKey("alice", Clock.now, 1000, 2)
     assert keys.find(bob).name == "bob"
     assert alice != bob
     assert len(alice) > 40
@@ -49,12 +49,12 @@ def test_a_file_that_others_could_read_is_closed_to_them(tmp_path):
     path = tmp_path / "keys.db"
     path.touch()
     path.chmod(0o644)
-    Keys(path).close()
+    KeyStore(path).close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_changes_of_another_program_are_seen_at_once(keys):
-    other = Keys(keys.path, Clock())
+    other = KeyStore(keys.path, Clock())
     secret = other.add("late")
     assert keys.find(secret).name == "late"
     other.remove("late")
@@ -69,13 +69,13 @@ def test_use_is_counted_by_day_over_restarts_and_programs(keys):
     assert keys.used("alice") == 30
     keys.save()
     keys.charge("alice", 1)
-    other = Keys(keys.path, clock)
+    other = KeyStore(keys.path, clock)
     assert other.used("alice") == 30
     other.charge("alice", 5)
     other.close()
     assert keys.used("alice") == 36
     keys.close()
-    again = Keys(keys.path, clock)
+    again = KeyStore(keys.path, clock)
     assert again.used("alice") == 36
     assert again.until_tomorrow_s() == DAY_S - 100
     clock.now += DAY_S
@@ -118,10 +118,10 @@ def test_a_file_that_is_something_else_is_named(tmp_path):
     path = tmp_path / "keys.db"
     path.write_text("not a database" * 100)
     with pytest.raises(InputError, match="keys add NAME"):
-        Keys(path)
+        KeyStore(path)
     other = tmp_path / "other.db"
     with sqlite3.connect(other) as db:
         db.execute("CREATE TABLE keys (a)")
     db.close()
     with pytest.raises(InputError, match=r"other\.db"):
-        Keys(other)
+        KeyStore(other)

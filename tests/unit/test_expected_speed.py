@@ -11,7 +11,7 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.planning.choose_plan import choose
 from cenacle.planning.plan_cost import here
-from cenacle.server.expected_speed import Predicted, predicted
+from cenacle.server.expected_speed import SpeedPrediction, predict_speed
 
 CONFIG = json.loads(
     (Path(cenacle.__file__).parent / "demo" / "demo_model" / "config.json").read_text()
@@ -47,17 +47,17 @@ def calibrated(folder, gb_s, exchange_us=100.0, nodes=2, alone_gb_s=None):
 
 
 def test_without_a_calibration_there_is_a_reason_and_no_number(owned):
-    assert "cenacle calibrate" in predicted(Plan.whole(SPEC, 1), CONFIG, "demo")
+    assert "cenacle calibrate" in predict_speed(Plan.whole(SPEC, 1), CONFIG, "demo")
     calibrated(owned, 10.0, nodes=1)
-    assert isinstance(predicted(Plan.whole(SPEC, 1), CONFIG, "demo"), Predicted)
-    reason = predicted(Plan.whole(SPEC, 2), CONFIG, "demo")
+    assert isinstance(predict_speed(Plan.whole(SPEC, 1), CONFIG, "demo"), SpeedPrediction)
+    reason = predict_speed(Plan.whole(SPEC, 2), CONFIG, "demo")
     assert "link" in reason
     assert "cenacle calibrate --nodes 2" in reason
 
 
 def test_a_config_that_tells_too_little_is_a_reason(owned):
     calibrated(owned, 10.0)
-    assert "cannot say" in predicted(Plan.whole(SPEC, 2), {"model_type": "dbrx"}, "demo")
+    assert "cannot say" in predict_speed(Plan.whole(SPEC, 2), {"model_type": "dbrx"}, "demo")
 
 
 @pytest.mark.parametrize("plan", [
@@ -66,22 +66,22 @@ def test_a_config_that_tells_too_little_is_a_reason(owned):
 ])  # fmt: skip
 def test_terms_add_up_and_follow_what_was_measured(owned, plan):
     calibrated(owned, 10.0)
-    slow = predicted(plan, CONFIG, "demo")
-    assert isinstance(slow, Predicted), slow
+    slow = predict_speed(plan, CONFIG, "demo")
+    assert isinstance(slow, SpeedPrediction), slow
     assert set(slow.terms_ms) == {"trunk", "experts", "exchange", "waiting", "rest", "total"}
     parts = sum(v for k, v in slow.terms_ms.items() if k != "total")
     assert parts == pytest.approx(slow.terms_ms["total"]) == pytest.approx(1000 / slow.tok_per_s)
     calibrated(owned, 20.0)
-    fast = predicted(plan, CONFIG, "demo")
+    fast = predict_speed(plan, CONFIG, "demo")
     assert fast.terms_ms["experts"] == pytest.approx(slow.terms_ms["experts"] / 2)
     # What one process reads while the others are idle concerns nobody but a single one.
     calibrated(owned, 10.0, alone_gb_s=20.0)
-    alone = predicted(plan, CONFIG, "demo")
+    alone = predict_speed(plan, CONFIG, "demo")
     same = slow if plan.nodes > 1 else fast
     assert alone.terms_ms == pytest.approx(same.terms_ms)
     if plan.nodes > 1:
         calibrated(owned, 20.0, exchange_us=200.0)
-        late = predicted(plan, CONFIG, "demo")
+        late = predict_speed(plan, CONFIG, "demo")
         assert late.terms_ms["exchange"] > 1.5 * fast.terms_ms["exchange"] > 0
     else:
         assert fast.terms_ms["exchange"] == 0

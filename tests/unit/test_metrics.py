@@ -10,8 +10,8 @@ from cenacle.core.request import Request, TokenEvent
 from cenacle.core.step import Step
 from cenacle.engine.speculative.ngram import Drafts
 from cenacle.errors import ClusterError, InputError
-from cenacle.server.auth import Keys
-from cenacle.server.metrics import Metered, Metrics, activations
+from cenacle.server.auth import KeyStore
+from cenacle.server.metrics import InstrumentedGroup, Metrics, rank_activations
 
 SPEC = ModelSpec("mixtral", 1, (MoELayer(0, 4, 100, units=4),), 2, 1000, 64, 10, "float32")
 
@@ -37,7 +37,7 @@ class Group:
 
 @pytest.fixture
 def played(tmp_path):
-    group, keys = Group(), Keys(tmp_path / "keys.db")
+    group, keys = Group(), KeyStore(tmp_path / "keys.db")
     plan = Plan.whole(SPEC, 2)
     model = SimpleNamespace(group=group, plan=plan, config={}, name="m", spec=SPEC)
     metrics = Metrics(model, keys)
@@ -45,7 +45,7 @@ def played(tmp_path):
         group=group,
         keys=keys,
         metrics=metrics,
-        metered=Metered(group, metrics),
+        metered=InstrumentedGroup(group, metrics),
         value=lambda name, **labels: metrics.registry.get_sample_value(f"cenacle_{name}", labels),
     )
     keys.close()
@@ -120,11 +120,11 @@ def test_measured_steps(played):
 def test_work_follows_slices_and_replicas():
     counts = {0: 3, 2: 1}
     sliced = Plan.sliced(SPEC, 2, shares=[3, 1])
-    times, work = activations(sliced.layers[0], counts, sliced)
+    times, work = rank_activations(sliced.layers[0], counts, sliced)
     assert times == [4, 4]
     assert work == pytest.approx([3, 1])
     both = Plan.replicated(SPEC, 2, budgets=[9999, 9999])  # each expert on both
-    times, work = activations(both.layers[0], counts, both)
+    times, work = rank_activations(both.layers[0], counts, both)
     assert (times, work) == ([2, 2], [2, 2])
 
 

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from cenacle.errors import InputError
-from cenacle.server.auth import Keys
-from cenacle.server.middleware import HEADERS, Guard, Policy
+from cenacle.server.auth import KeyStore
+from cenacle.server.middleware import SECURITY_HEADERS, AccessMiddleware, AccessPolicy
 
 ALL = ("/v1/models", "/v1/chat/completions", "/metrics", "/cluster", "/openapi.json", "/nowhere")
 
@@ -44,7 +44,7 @@ class Inside:
 
 @pytest.fixture
 def keys(tmp_path):
-    made = Keys(tmp_path / "keys.db")
+    made = KeyStore(tmp_path / "keys.db")
     yield made
     made.close()
 
@@ -55,7 +55,7 @@ def ask(keys, policy, *requests, base="http://localhost:8080"):
     async def run():
         inside = Inside()
         inside.go.set()
-        transport = httpx.ASGITransport(Guard(inside.app(), policy, keys).with_cors())
+        transport = httpx.ASGITransport(AccessMiddleware(inside.app(), policy, keys).with_cors())
         async with httpx.AsyncClient(transport=transport, base_url=base) as client:
             return [await client.request(m, p, headers=h) for m, p, h in requests]
 
@@ -70,7 +70,7 @@ def test_where_keys_are_demanded_nothing_is_given_without_one(keys):
     secret = keys.add("alice")
     gone = keys.add("gone")
     keys.remove("gone")
-    policy = Policy(require_key=True, hosts=None)
+    policy = AccessPolicy(require_key=True, hosts=None)
     wrong = (
         *({}, bearer(""), bearer("x"), bearer(gone), {"Authorization": f"Basic {secret}"}),
         *({"x-api-key": "x"}, {"x-api-key": ""}, bearer(f"{secret}x"), {"key": secret}),
@@ -92,7 +92,7 @@ def test_where_keys_are_demanded_nothing_is_given_without_one(keys):
 
 
 def test_anthropics_clients_are_refused_in_their_own_form(keys):
-    (answer,) = ask(keys, Policy(require_key=True), ("POST", "/v1/messages", {}))
+    (answer,) = ask(keys, AccessPolicy(require_key=True), ("POST", "/v1/messages", {}))
     assert answer.json()["type"] == "error"
     assert answer.json()["error"]["type"] == "authentication_error"
 
@@ -100,12 +100,12 @@ def test_anthropics_clients_are_refused_in_their_own_form(keys):
 def test_where_none_is_demanded_a_key_that_is_known_counts(keys):
     secret = keys.add("alice")
     requests = [("GET", "/v1/models", h) for h in ({}, bearer("-"), bearer(secret))]
-    answers = ask(keys, Policy(), *requests)
+    answers = ask(keys, AccessPolicy(), *requests)
     assert [a.json()["key"] for a in answers] == ["", "", "alice"]
 
 
 def test_other_hosts_are_refused_on_loopback(keys):
-    policy = Policy(hosts=frozenset({"chat.example"}))
+    policy = AccessPolicy(hosts=frozenset({"chat.example"}))
     hosts = {
         **dict.fromkeys(("localhost", "LOCALHOST:80", "127.0.0.1:1", "127.8.8.8", "[::1]:9"), 200),
         **dict.fromkeys(("chat.example", "chat.example:443"), 200),
@@ -114,7 +114,9 @@ def test_other_hosts_are_refused_on_loopback(keys):
     }
     answers = ask(keys, policy, *(("GET", "/health", {"Host": h}) for h in hosts))
     assert [a.status_code for a in answers] == list(hosts.values())
-    (open_to_all,) = ask(keys, Policy(hosts=None), ("GET", "/health", {"Host": "any.example"}))
+    (open_to_all,) = ask(
+        keys, AccessPolicy(hosts=None), ("GET", "/health", {"Host": "any.example"})
+    )
     assert open_to_all.status_code == 200
 
 
@@ -127,15 +129,15 @@ def test_pages_of_other_origins_may_not_ask(keys):
     # What a form or a script sends without asking the browser's leave.
     plain = {"Content-Type": "text/plain"}
     asked = [("POST", "/v1/completions", {"Origin": o, **plain}) for o in origins]
-    assert [a.status_code for a in ask(keys, Policy(), *asked)] == list(origins.values())
+    assert [a.status_code for a in ask(keys, AccessPolicy(), *asked)] == list(origins.values())
     preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    (answer,) = ask(keys, Policy(), ("OPTIONS", "/v1/completions", preflight))
+    (answer,) = ask(keys, AccessPolicy(), ("OPTIONS", "/v1/completions", preflight))
     assert "access-control-allow-origin" not in answer.headers
 
 
 def test_an_origin_that_was_allowed_may(keys):
     page = "https://chat.example"
-    policy = Policy(require_key=True, cors_origins=(page,))
+    policy = AccessPolicy(require_key=True, cors_origins=(page,))
     secret = keys.add("alice")
     preflight = {
         "Origin": page,
@@ -157,23 +159,23 @@ def test_an_origin_that_was_allowed_may(keys):
 
 def test_every_answer_carries_the_headers(keys):
     paths = ("/", "/v1/models", "/nowhere")
-    for answer in ask(keys, Policy(), *(("GET", p, {}) for p in paths)):
-        assert {n: answer.headers[n] for n in HEADERS} == HEADERS
-    (refused,) = ask(keys, Policy(require_key=True), ("GET", "/v1/models", {}))
-    assert {n: refused.headers[n] for n in HEADERS} == HEADERS
+    for answer in ask(keys, AccessPolicy(), *(("GET", p, {}) for p in paths)):
+        assert {n: answer.headers[n] for n in SECURITY_HEADERS} == SECURITY_HEADERS
+    (refused,) = ask(keys, AccessPolicy(require_key=True), ("GET", "/v1/models", {}))
+    assert {n: refused.headers[n] for n in SECURITY_HEADERS} == SECURITY_HEADERS
 
 
 def test_a_budget_that_is_used_up(keys):
     secret = keys.add("alice", tokens_per_day=100)
     asked = ("POST", "/v1/completions", bearer(secret))
     keys.charge("alice", 99)
-    assert ask(keys, Policy(), asked)[0].status_code == 200
+    assert ask(keys, AccessPolicy(), asked)[0].status_code == 200
     keys.charge("alice", 1)
-    (answer,) = ask(keys, Policy(), asked)
+    (answer,) = ask(keys, AccessPolicy(), asked)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
     assert 0 < int(answer.headers["retry-after"]) <= 86400
-    assert ask(keys, Policy(), ("GET", "/v1/models", bearer(secret)))[0].status_code == 200
-    other = Keys(keys.path)
+    assert ask(keys, AccessPolicy(), ("GET", "/v1/models", bearer(secret)))[0].status_code == 200
+    other = KeyStore(keys.path)
     assert other.used("alice") == 100  # written when a request ends
     other.close()
 
@@ -181,7 +183,7 @@ def test_a_budget_that_is_used_up(keys):
 def test_a_file_of_keys_that_became_unusable_lets_nobody_in(keys, caplog):
     secret = keys.add("alice")
     keys._db.execute("DROP TABLE keys")
-    (answer,) = ask(keys, Policy(require_key=True), ("GET", "/v1/models", bearer(secret)))
+    (answer,) = ask(keys, AccessPolicy(require_key=True), ("GET", "/v1/models", bearer(secret)))
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "keys_unavailable")
     assert "no such table" in caplog.text
     assert "no such table" not in answer.text
@@ -192,7 +194,9 @@ def test_requests_at_once(keys):
 
     async def run():
         inside = Inside()
-        app = Guard(inside.app(), Policy(streams=4, streams_per_key=3), keys).with_cors()
+        app = AccessMiddleware(
+            inside.app(), AccessPolicy(streams=4, streams_per_key=3), keys
+        ).with_cors()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
 
@@ -226,7 +230,7 @@ def test_requests_at_once(keys):
 
 def test_the_access_log_has_no_text(keys, capsys):
     secret = keys.add("alice")
-    policy = Policy(require_key=True, access_log=True)
+    policy = AccessPolicy(require_key=True, access_log=True)
     ask(
         keys,
         policy,
@@ -248,14 +252,14 @@ def test_text_is_logged_only_when_asked_for(keys, capsys):
     async def run(policy):
         inside = Inside()
         inside.go.set()
-        transport = httpx.ASGITransport(Guard(inside.app(), policy, keys))
+        transport = httpx.ASGITransport(AccessMiddleware(inside.app(), policy, keys))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = json.dumps({"prompt": "plugh"}).encode() + b"\n\x1b[31mforged"
             await client.post("/v1/completions", content=body)
 
-    asyncio.run(run(Policy()))
+    asyncio.run(run(AccessPolicy()))
     assert capsys.readouterr().err == ""
-    asyncio.run(run(Policy(log_text=True)))
+    asyncio.run(run(AccessPolicy(log_text=True)))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert "plugh" in lines[0]
@@ -269,11 +273,11 @@ def test_beyond_loopback_a_key_is_needed_to_start(keys):
         socket.create_server(("127.0.0.1", 0)) as own,
     ):
         with pytest.raises(InputError, match="cenacle keys add NAME"):
-            Policy.of(outside, keys)
+            AccessPolicy.of(outside, keys)
         with pytest.raises(InputError, match="cenacle keys add NAME"):
-            Policy.of(own, keys, require_key=True)
-        assert Policy.of(own, keys) == Policy()
+            AccessPolicy.of(own, keys, require_key=True)
+        assert AccessPolicy.of(own, keys) == AccessPolicy()
         keys.add("alice")
-        assert Policy.of(outside, keys) == Policy(require_key=True, hosts=None)
-        named = Policy.of(own, keys, require_key=True, hosts=["Chat.example"])
-        assert named == Policy(require_key=True, hosts=frozenset({"chat.example"}))
+        assert AccessPolicy.of(outside, keys) == AccessPolicy(require_key=True, hosts=None)
+        named = AccessPolicy.of(own, keys, require_key=True, hosts=["Chat.example"])
+        assert named == AccessPolicy(require_key=True, hosts=frozenset({"chat.example"}))

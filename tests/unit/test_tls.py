@@ -40,10 +40,10 @@ def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> st
 
 
 def test_a_client_that_trusts_the_certificate_is_served(tmp_path):
-    cert, key = tls.self_made(tmp_path, "127.0.0.1")
+    cert, key = tls.self_signed(tmp_path, "127.0.0.1")
     assert {stat.S_IMODE(p.stat().st_mode) for p in (cert, key)} == {0o600}
     assert names_of(cert) >= {"127.0.0.1", "::1", "localhost", socket.gethostname().lower()}
-    server = tls.context(cert, key)
+    server = tls.server_context(cert, key)
     client = ssl.create_default_context(cafile=str(cert))
     for name in ("localhost", "127.0.0.1"):
         assert shake_hands(server, client, name) == "TLSv1.3"
@@ -54,7 +54,7 @@ def test_a_client_that_trusts_the_certificate_is_served(tmp_path):
 
 
 def test_old_versions_of_tls_are_refused_and_1_2_has_modern_ciphers(tmp_path):
-    server = tls.context(*tls.self_made(tmp_path, "localhost"))
+    server = tls.server_context(*tls.self_signed(tmp_path, "localhost"))
     client = ssl.create_default_context(cafile=str(tmp_path / "tls-cert.pem"))
     client.maximum_version = ssl.TLSVersion.TLSv1_2
     assert shake_hands(server, client, "localhost") == "TLSv1.2"
@@ -63,32 +63,32 @@ def test_old_versions_of_tls_are_refused_and_1_2_has_modern_ciphers(tmp_path):
 
 
 def test_it_is_kept_until_it_does_not_serve_any_more(tmp_path, monkeypatch):
-    cert, key = tls.self_made(tmp_path, "127.0.0.1")
+    cert, key = tls.self_signed(tmp_path, "127.0.0.1")
     first = tls.fingerprint(cert)
     assert len(first.split(":")) == 32
-    tls.self_made(tmp_path, "0.0.0.0")
+    tls.self_signed(tmp_path, "0.0.0.0")
     assert tls.fingerprint(cert) == first
-    tls.self_made(tmp_path, "cenacle.example")
+    tls.self_signed(tmp_path, "cenacle.example")
     second = tls.fingerprint(cert)
     assert second != first
     assert "cenacle.example" in names_of(cert)
-    monkeypatch.setattr(tls, "RENEW", tls.VALID + datetime.timedelta(days=1))
-    tls.self_made(tmp_path, "cenacle.example")
+    monkeypatch.setattr(tls, "RENEW_BEFORE", tls.VALIDITY + datetime.timedelta(days=1))
+    tls.self_signed(tmp_path, "cenacle.example")
     assert tls.fingerprint(cert) != second
     monkeypatch.undo()
     key.write_text("damaged")
-    tls.self_made(tmp_path, "localhost")
-    tls.context(cert, key)
+    tls.self_signed(tmp_path, "localhost")
+    tls.server_context(cert, key)
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
-    cert, key = tls.self_made(tmp_path, "localhost")
+    cert, key = tls.self_signed(tmp_path, "localhost")
     (tmp_path / "other").mkdir()
-    _, other = tls.self_made(tmp_path / "other", "localhost")
+    _, other = tls.self_signed(tmp_path / "other", "localhost")
     text = tmp_path / "text"
     text.write_text("hello")
     for wrong in ((cert, other), (text, key), (cert, tmp_path / "absent")):
         with pytest.raises(InputError, match="belong together"):
-            tls.context(*wrong)
+            tls.server_context(*wrong)
     with pytest.raises(InputError, match="text is not a certificate"):
         tls.fingerprint(text)

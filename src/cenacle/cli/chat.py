@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
     from ..api import Model
 
-CONNECT_S, SILENCE_S = 10.0, 900.0  # deadlines of a remote server
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 900.0  # deadlines of a remote server
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChatSettings:
     """How answers are made; None: the model's or the server's own way."""
 
     max_tokens: int = 1024
@@ -51,23 +51,23 @@ class Settings:
     seed: int | None = None
 
 
-class Source(Protocol):
+class ChatSource(Protocol):
     """What answers."""
 
     name: str
 
-    def answer(self, messages: list[dict[str, str]], how: Settings) -> Iterator[Part]:
+    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[Part]:
         """The parts of an answer, about one a token; ending the iteration ends the answer."""
         ...
 
 
-class Local:
+class LocalChat:
     """A model that is loaded in this program."""
 
     def __init__(self, model: Model) -> None:
         self.name, self._model = model.name, model
 
-    def answer(self, messages: list[dict[str, str]], how: Settings) -> Iterator[Part]:
+    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[Part]:
         """See `Source`."""
         tokens = self._model.tokens_of(messages)
         stream = self._model.text.chat((), (), tokens)
@@ -81,7 +81,7 @@ class Local:
         yield from stream.end()
 
 
-class Remote:
+class RemoteChat:
     """A server with OpenAI's API: this program's, or any other.
 
     Args:
@@ -110,15 +110,15 @@ class Remote:
             self._client = httpx.Client(
                 base_url=base,
                 headers={"authorization": f"Bearer {key}"} if key else {},
-                timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
+                timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
                 verify=trusted,
             )
         except (OSError, ValueError, httpx.InvalidURL) as error:
             raise InputError(f"url: {url!r} cannot be used: {error}", "url") from error
         try:
-            with _in_words(base):
-                answer = self._client.get("/v1/models", timeout=CONNECT_S)
-                _check(answer, base)
+            with _translate_errors(base):
+                answer = self._client.get("/v1/models", timeout=CONNECT_TIMEOUT_S)
+                _raise_for_status(answer, base)
                 names = [m["id"] for m in answer.json()["data"]]
                 self.name = model or names[0]
         except BaseException:
@@ -129,7 +129,7 @@ class Remote:
         """Close the connection."""
         self._client.close()
 
-    def answer(self, messages: list[dict[str, str]], how: Settings) -> Iterator[Part]:
+    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[Part]:
         """See `Source`."""
         body: dict[str, Any] = {
             "model": self.name,
@@ -143,23 +143,23 @@ class Remote:
             body["seed"] = how.seed
         base = str(self._client.base_url).rstrip("/")
         with (
-            _in_words(base),
+            _translate_errors(base),
             self._client.stream("POST", "/v1/chat/completions", json=body) as answer,
         ):
             if answer.is_error:
                 answer.read()
-            _check(answer, base)
+            _raise_for_status(answer, base)
             for line in answer.iter_lines():
                 data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                 if data == "[DONE]":
                     return
                 if data:
-                    yield from _parts(json.loads(data), base)
+                    yield from _parse_chunk(json.loads(data), base)
         raise ClusterError(f"{base}: the connection ended before the answer did")
 
 
 @contextmanager
-def _in_words(base: str) -> Iterator[None]:
+def _translate_errors(base: str) -> Iterator[None]:
     """Around what a server may spoil: its errors become ours."""
     try:
         yield
@@ -172,7 +172,7 @@ def _in_words(base: str) -> Iterator[None]:
         raise ClusterError(f"{base} is no server with OpenAI's API: {error!r}") from error
 
 
-def _check(answer: httpx.Response, base: str) -> None:
+def _raise_for_status(answer: httpx.Response, base: str) -> None:
     if answer.is_success:
         return
     try:
@@ -186,7 +186,7 @@ def _check(answer: httpx.Response, base: str) -> None:
     raise ClusterError(f"{base}: {said}")
 
 
-def _parts(chunk: dict[str, Any], base: str) -> Iterator[Part]:
+def _parse_chunk(chunk: dict[str, Any], base: str) -> Iterator[Part]:
     if "error" in chunk:
         raise ClusterError(f"{base}: {chunk['error']['message']}")
     for choice in chunk["choices"][:1]:
@@ -219,7 +219,7 @@ KEYS = (
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """A conversation and what it is held with.
 
     Args:
@@ -228,8 +228,8 @@ class Talk:
         system: the system prompt.
     """
 
-    source: Source
-    how: Settings
+    source: ChatSource
+    how: ChatSettings
     system: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -252,7 +252,7 @@ class Talk:
     def _in_a_terminal(self, history: Path | None) -> None:
         screen = Console(highlight=False)
         screen.print(f"[bold]{_plain(self.source.name)}[/]  [dim]/help tells what there is[/]")
-        session = _session(history)
+        session = _prompt_session(history)
         going = True
         while going:
             try:
@@ -273,7 +273,7 @@ class Talk:
         except InputError as error:
             err.print(f"[red]{_plain(str(error))}[/]", soft_wrap=True)
         except ClusterError as error:
-            if isinstance(self.source, Local):
+            if isinstance(self.source, LocalChat):
                 raise
             err.print(f"[red]{_plain(str(error))}[/]", soft_wrap=True)
         return True
@@ -319,16 +319,20 @@ class Talk:
                 tell(f"system: {self.system or 'none'}")
             case "/temp":
                 if rest:
-                    self.how = replace(self.how, temperature=_number(word, rest, 0, 2))
+                    self.how = replace(self.how, temperature=_parse_number(word, rest, 0, 2))
                 tell(f"temperature: {self.how.temperature:g}")
             case "/max":
                 if rest:
-                    most = int(_number(word, rest, 1, 1e9, whole=True))
+                    most = int(_parse_number(word, rest, 1, 1e9, whole=True))
                     self.how = replace(self.how, max_tokens=most)
                 tell(f"most tokens: {self.how.max_tokens}")
             case "/seed":
                 if rest:
-                    seed = None if rest == "-" else int(_number(word, rest, 0, 2**48, whole=True))
+                    seed = (
+                        None
+                        if rest == "-"
+                        else int(_parse_number(word, rest, 0, 2**48, whole=True))
+                    )
                     self.how = replace(self.how, seed=seed)
                 tell(f"seed: {'random' if self.how.seed is None else self.how.seed}")
             case "/save":
@@ -345,7 +349,7 @@ class Talk:
     # ---- files
 
     def _save(self, name: str) -> Path:
-        path = _path("/save", name)
+        path = _parse_path("/save", name)
         if path.suffix == ".md":
             who = {"user": "You", "assistant": self.source.name}
             text = "\n\n".join(f"**{who[m['role']]}**\n\n{m['content']}" for m in self.messages)
@@ -360,7 +364,7 @@ class Talk:
         return path
 
     def _load(self, name: str) -> None:
-        path = _path("/load", name)
+        path = _parse_path("/load", name)
         try:
             body = json.loads(path.read_text())
             messages = [{"role": m["role"], "content": m["content"]} for m in body["messages"]]
@@ -418,7 +422,7 @@ class Talk:
                             Padding(Text(thought.strip(), style="dim"), (0, 0, 1, 2))
                         )
                         thought = ""
-                    if done := complete(text[shown:]):
+                    if done := stable_prefix_length(text[shown:]):
                         live.console.print(Markdown(text[shown : shown + done]))
                         live.console.print()
                         shown += done
@@ -437,7 +441,7 @@ class Talk:
         return text
 
 
-def complete(text: str) -> int:
+def stable_prefix_length(text: str) -> int:
     """How many characters of a Markdown text that is being written will not change any more: up to
     the last empty line outside code, unless what follows may belong to the same list or quote."""
     done = at = 0
@@ -470,7 +474,7 @@ class _Tail:
             yield Segment.line()
 
 
-def _session(history: Path | None) -> PromptSession[str]:
+def _prompt_session(history: Path | None) -> PromptSession[str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
@@ -512,7 +516,7 @@ def _session(history: Path | None) -> PromptSession[str]:
     return session
 
 
-def _number(word: str, text: str, low: float, high: float, *, whole: bool = False) -> float:
+def _parse_number(word: str, text: str, low: float, high: float, *, whole: bool = False) -> float:
     try:
         number = float(int(text) if whole else float(text))
     except ValueError:
@@ -523,7 +527,7 @@ def _number(word: str, text: str, low: float, high: float, *, whole: bool = Fals
     return number
 
 
-def _path(word: str, name: str) -> Path:
+def _parse_path(word: str, name: str) -> Path:
     if not name:
         raise InputError(f"{word}: expected a file, got none")
     return Path(name).expanduser()

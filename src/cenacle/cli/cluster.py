@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..cluster.hostsfile import Host
     from ..cluster.security.identity import Identity
     from ..engine.options import Options
-    from ..server.middleware import Policy
+    from ..server.middleware import AccessPolicy
     from ..verification import SelfTest
 
 err = Console(stderr=True, highlight=False)
@@ -154,10 +154,10 @@ def up(
         from ..engine.options import Options
         from ..verification import SelfTest
 
-        policy = key_commands.who_may_ask(
+        policy = key_commands.access_policy(
             sock, require_key=require_key, hosts=allowed_host, cors_origins=cors_origin
         )
-        context = key_commands.tls_of(host, tls, tls_cert, tls_key)
+        context = key_commands.tls_context(host, tls, tls_cert, tls_key)
         folder = paths.cluster_dir()
         head = Head(folder, at, at_port, name or socket.gethostname(), 60 * token_minutes)
         with _leaving(head):
@@ -229,7 +229,7 @@ def _serve(
     options: Options,
     draft: str | None,
     sock: socket.socket,
-    policy: Policy,
+    policy: AccessPolicy,
     tls: ssl.SSLContext | None,
     selftest: SelfTest | None,
 ) -> None:

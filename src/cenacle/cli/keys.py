@@ -20,7 +20,7 @@ from rich.table import Table
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..server.middleware import Policy
+    from ..server.middleware import AccessPolicy
 
 keys_app = typer.Typer(
     help="API keys of this user's servers; needed to listen beyond this machine.",
@@ -46,8 +46,8 @@ AllowedHost = Annotated[
     list[str] | None,
     typer.Option(help="A name that requests to loopback may use, behind a proxy; repeatable."),
 ]
-Streams = Annotated[int, typer.Option(min=1, help="Most requests answered at once.")]
-StreamsPerKey = Annotated[int, typer.Option(min=1, help="The same for one key.")]
+MaxConcurrent = Annotated[int, typer.Option(min=1, help="Most requests answered at once.")]
+MaxConcurrentPerKey = Annotated[int, typer.Option(min=1, help="The same for one key.")]
 AccessLog = Annotated[
     bool, typer.Option("--access-log", help="A line per request on stderr, without text.")
 ]
@@ -67,9 +67,9 @@ def add(
 
     Example: [bold]cenacle keys add alice --tokens-per-day 200000[/]
     """
-    from ..server.auth import Keys
+    from ..server.auth import KeyStore
 
-    with contextlib.closing(Keys()) as keys:
+    with contextlib.closing(KeyStore()) as keys:
         secret = keys.add(name, tokens_per_day, streams)
         print(json.dumps({"name": name, "key": secret}) if as_json else secret)
         err.print(
@@ -86,13 +86,13 @@ def list_keys(as_json: AsJson = False) -> None:
 
     Example: [bold]cenacle keys list --json[/]
     """
-    from ..server.auth import Keys, date
+    from ..server.auth import KeyStore, format_date
 
-    with contextlib.closing(Keys()) as keys:
+    with contextlib.closing(KeyStore()) as keys:
         rows = [
             {
                 "name": key.name,
-                "created": date(key.created),
+                "created": format_date(key.created),
                 "tokens_per_day": key.tokens_per_day,
                 "streams": key.streams,
                 "used_today": keys.used(key.name),
@@ -115,28 +115,28 @@ def remove(name: KeyName) -> None:
 
     Example: [bold]cenacle keys remove alice[/]
     """
-    from ..server.auth import Keys
+    from ..server.auth import KeyStore
 
-    with contextlib.closing(Keys()) as keys:
+    with contextlib.closing(KeyStore()) as keys:
         keys.remove(name)
     err.print(f"removed {name}", markup=False)
 
 
-def who_may_ask(sock: socket.socket, **given: Any) -> Policy:
+def access_policy(sock: socket.socket, **given: Any) -> AccessPolicy:
     """The policy of a server that listens on `sock`; see `server.guard.Policy.of`.
 
     Raises:
         InputError: keys are required and there is none.
     """
-    from ..server.auth import Keys
-    from ..server.middleware import Policy
+    from ..server.auth import KeyStore
+    from ..server.middleware import AccessPolicy
 
     hosts, origins = given.pop("hosts") or (), given.pop("cors_origins") or ()
-    with contextlib.closing(Keys()) as keys:
-        return Policy.of(sock, keys, hosts=hosts, cors_origins=tuple(origins), **given)
+    with contextlib.closing(KeyStore()) as keys:
+        return AccessPolicy.of(sock, keys, hosts=hosts, cors_origins=tuple(origins), **given)
 
 
-def tls_of(
+def tls_context(
     host: str, tls: str | None, cert: Path | None, key: Path | None
 ) -> ssl.SSLContext | None:
     """The TLS that was asked for, or None; says the certificate's fingerprint.
@@ -150,12 +150,12 @@ def tls_of(
     if tls is not None and (tls != "self" or cert is not None or key is not None):
         raise InputError(f"--tls: expected self and no --tls-cert or --tls-key, got {tls!r}", "tls")
     if tls is not None:
-        cert, key = made.self_made(make_config_dir(), host)
+        cert, key = made.self_signed(make_config_dir(), host)
     if cert is None and key is None:
         return None
     if cert is None or key is None:
         raise InputError("--tls-cert and --tls-key: expected both, got one", "tls-cert")
-    context = made.context(cert, key)
+    context = made.server_context(cert, key)
     err.print(
         f"certificate {cert}, SHA-256 fingerprint {made.fingerprint(cert)}",
         soft_wrap=True,

@@ -194,13 +194,13 @@ def chat(
     Example: [bold]cenacle chat -m org/model -n 2[/]
     """
     from ..paths import chat_history_file
-    from .chat import Local, Remote, Settings, Talk
+    from .chat import ChatSession, ChatSettings, LocalChat, RemoteChat
 
-    how = Settings(max_tokens, temp, top_p, seed)
+    how = ChatSettings(max_tokens, temp, top_p, seed)
     kept = chat_history_file() if history else None
     if url is not None:
-        with closing(Remote(url, key, model, certificate)) as remote:
-            Talk(remote, how, system or "").loop(kept)
+        with closing(RemoteChat(url, key, model, certificate)) as remote:
+            ChatSession(remote, how, system or "").loop(kept)
         return
     if model is None:
         raise InputError("--model: expected a folder or a hub name, or a server with --url")
@@ -222,7 +222,7 @@ def chat(
         draft=draft,
         speculate=speculate.value,
     ) as loaded:
-        Talk(Local(loaded), how, system or "").loop(kept)
+        ChatSession(LocalChat(loaded), how, system or "").loop(kept)
 
 
 @app.command()
@@ -252,8 +252,8 @@ def serve(
     tls_key: key_commands.TlsKey = None,
     cors_origin: key_commands.CorsOrigin = None,
     allowed_host: key_commands.AllowedHost = None,
-    streams: key_commands.Streams = 256,
-    streams_per_key: key_commands.StreamsPerKey = 64,
+    streams: key_commands.MaxConcurrent = 256,
+    streams_per_key: key_commands.MaxConcurrentPerKey = 64,
     access_log: key_commands.AccessLog = False,
     log_text: key_commands.LogText = False,
     queue: Annotated[int, typer.Option(min=0, help="Most requests that wait; then 429.")] = 64,
@@ -281,7 +281,7 @@ def serve(
 
     # First the port: it is cheap to find out that it is taken, and loading is not.
     with bind(host, port) as sock:
-        policy = key_commands.who_may_ask(
+        policy = key_commands.access_policy(
             sock,
             require_key=require_key,
             hosts=allowed_host,
@@ -291,7 +291,7 @@ def serve(
             access_log=access_log,
             log_text=log_text,
         )
-        context = key_commands.tls_of(host, tls, tls_cert, tls_key)
+        context = key_commands.tls_context(host, tls, tls_cert, tls_key)
         if policy.require_key and context is None:
             err.print("without TLS keys and answers can be read on the way; see --tls")
         with _loaded(
@@ -469,10 +469,10 @@ def demo(
 
     Example: [bold]cenacle demo --nodes 2[/]
     """
-    from ..demo.run import run
+    from ..demo.run import run_demo
 
     dealt = _dealt(None, placement, trunk, None)
-    result = run(nodes, questions, seed, Console(), _progress, dealt)
+    result = run_demo(nodes, questions, seed, Console(), _progress, dealt)
     if as_json:
         print(json.dumps(result))
     if result["right"] < 0.5 * result["asked"]:

@@ -19,15 +19,24 @@ from ..api import Completion, load
 from ..core.plan import Plan
 from ..errors import CenacleError
 from ..ranks.step_timings import Terms
-from .tasks import KINDS, Task, correct, held_out
+from .tasks import KINDS, Task, held_out, is_correct
 
-FOLDER = Path(__file__).parent / "demo_model"
-TERMS = ("trunk", "experts", "exchange", "waiting", "rest")
-COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
+STEP_PHASES = ("trunk", "experts", "exchange", "waiting", "rest")
+RANK_COLOURS = (
+    "cyan",
+    "magenta",
+    "yellow",
+    "green",
+    "blue",
+    "red",
+    "bright_cyan",
+    "bright_magenta",
+)
 SHADES = " ▁▂▃▄▅▆▇█"
 
 
-def run(
+def run_demo(
     nodes: int,
     questions: int,
     seed: int,
@@ -48,12 +57,14 @@ def run(
     Returns:
         A JSON object: "asked", "right", "answers", "tok_per_s", "terms_ms", "routed", "nodes".
     """
-    if not (FOLDER / "config.json").exists():
-        raise CenacleError(f"the demo model is missing from {FOLDER}; install the package again")
-    tasks = _tasks(questions, seed)
+    if not (DEMO_MODEL_DIR / "config.json").exists():
+        raise CenacleError(
+            f"the demo model is missing from {DEMO_MODEL_DIR}; install the package again"
+        )
+    tasks = _choose_tasks(questions, seed)
     with progress() as show:
         dealt = dealt or {"placement": "whole", "trunk": "replicated"}
-        model = load(str(FOLDER), nodes, measure_every=2, progress=show, **dealt)
+        model = load(str(DEMO_MODEL_DIR), nodes, measure_every=2, progress=show, **dealt)
     with model:
         console.print(
             f"A DBRX of {model.spec.layers} layers, {model.spec.moe[0].experts} experts each, "
@@ -66,19 +77,19 @@ def run(
         for task in tasks:
             answer = model.generate(task.question, max_tokens=64, keep_terms=True)
             answers.append((task, answer))
-            ok = correct(task, answer.text)
+            ok = is_correct(task, answer.text)
             mark = Text("right", "green") if ok else Text(f"wrong: {task.answer}", "red")
             console.print(Text(f"{task.question:<44}"), Text(f"{answer.text:<16}", "bold"), mark)
         terms = model.group.terms
         total = sum(len(a.tokens) - 1 for _, a in answers)
         seconds = sum((len(a.tokens) - 1) / a.tok_per_s for _, a in answers if a.tok_per_s)
         rate = total / seconds if seconds else 0.0
-        right = sum(correct(t, a.text) for t, a in answers)
+        right = sum(is_correct(t, a.text) for t, a in answers)
         console.print(
             f"\n{right} of {len(answers)} right, {rate:.0f} tokens a second\n", highlight=False
         )
-        _draw_routing(console, model.plan, terms.routed)
-        _draw_terms(console, terms.per_token_ms(), nodes)
+        _print_routing(console, model.plan, terms.routed)
+        _print_step_timings(console, terms.per_token_ms(), nodes)
         return {
             "asked": len(answers),
             "right": right,
@@ -92,13 +103,13 @@ def run(
         }
 
 
-def _tasks(questions: int, seed: int) -> list[Task]:
+def _choose_tasks(questions: int, seed: int) -> list[Task]:
     per_kind = -(-questions // len(KINDS))
     columns = [held_out(kind, per_kind, seed) for kind in KINDS]
     return [task for row in zip(*columns, strict=True) for task in row][:questions]
 
 
-def _draw_routing(console: Console, plan: Plan, routed: dict[int, dict[int, int]]) -> None:
+def _print_routing(console: Console, plan: Plan, routed: dict[int, dict[int, int]]) -> None:
     console.print("Experts that worked (a column is an expert, its colour the node that has it):")
     table = Table(box=None, show_header=False, padding=(0, 1))
     most = max((times for seen in routed.values() for times in seen.values()), default=1)
@@ -112,19 +123,22 @@ def _draw_routing(console: Console, plan: Plan, routed: dict[int, dict[int, int]
             for part in parts:  # of an expert in slices each has its width, of replicas each a part
                 counts[part.rank] += times / len(parts)
             shade = SHADES[min(len(SHADES) - 1, -(-times * (len(SHADES) - 1) // most))]
-            line.append(shade * 2, COLOURS[rank % len(COLOURS)])
+            line.append(shade * 2, RANK_COLOURS[rank % len(RANK_COLOURS)])
         shares = Text("  ").join(
-            Text(f"node {r} {100 * c / max(1, sum(counts)):.0f} %", COLOURS[r % len(COLOURS)])
+            Text(
+                f"node {r} {100 * c / max(1, sum(counts)):.0f} %",
+                RANK_COLOURS[r % len(RANK_COLOURS)],
+            )
             for r, c in enumerate(counts)
         )
         table.add_row(f"layer {layer.layer}", line, shares)
     console.print(table)
 
 
-def _draw_terms(console: Console, terms: dict[str, float], nodes: int) -> None:
+def _print_step_timings(console: Console, terms: dict[str, float], nodes: int) -> None:
     console.print(f"\nWhere the time of a token went (mean of {nodes} nodes, milliseconds):")
     table = Table(box=None, show_header=False, padding=(0, 1))
-    for name in TERMS:
+    for name in STEP_PHASES:
         share = terms[name] / terms["total"] if terms["total"] else 0.0
         table.add_row(name, f"{terms[name]:7.2f}", "█" * round(40 * share), f"{100 * share:.0f} %")
     table.add_row("total", f"{terms['total']:7.2f}")

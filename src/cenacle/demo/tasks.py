@@ -308,7 +308,9 @@ def _word(rng: random.Random, split: Split) -> str:
             return word
 
 
-def _ask_word(kind: str, answer: Callable[[str], str]) -> Callable[[random.Random, Split], Task]:
+def _word_task_maker(
+    kind: str, answer: Callable[[str], str]
+) -> Callable[[random.Random, Split], Task]:
     def make(rng: random.Random, split: Split) -> Task:
         word = _word(rng, split)
         return Task(kind, rng.choice(PHRASINGS[kind]).format(w=word), answer(word))
@@ -348,26 +350,26 @@ def _all_facts(split: Split) -> list[Task]:
     return [task for task in asked if split_of(task.question) == split]
 
 
-_FACTS_OF: dict[Split, list[Task]] = {
+_FACT_TASKS: dict[Split, list[Task]] = {
     "train": _all_facts("train"),
     "held_out": _all_facts("held_out"),
 }
 
 _MAKERS: dict[str, Callable[[random.Random, Split], Task]] = {
     "add": _add,
-    "reverse": _ask_word("reverse", lambda w: w[::-1]),
-    "sort": _ask_word("sort", lambda w: "".join(sorted(w))),
-    "upper": _ask_word("upper", str.upper),
-    "length": _ask_word("length", lambda w: str(len(w))),
+    "reverse": _word_task_maker("reverse", lambda w: w[::-1]),
+    "sort": _word_task_maker("sort", lambda w: "".join(sorted(w))),
+    "upper": _word_task_maker("upper", str.upper),
+    "length": _word_task_maker("length", lambda w: str(len(w))),
     "count": _count,
-    "fact": lambda rng, split: rng.choice(_FACTS_OF[split]),
+    "fact": lambda rng, split: rng.choice(_FACT_TASKS[split]),
 }
 
 # How often each kind is trained on: the harder, the more often.
 _WEIGHTS = {"add": 6, "reverse": 4, "sort": 4, "upper": 1, "length": 2, "count": 1.5, "fact": 4}
 
 
-def _casually(rng: random.Random, task: Task) -> Task:
+def _vary_style(rng: random.Random, task: Task) -> Task:
     """One question in six as people type it: without capitals or without the final mark."""
     style = rng.randrange(12)
     if style == 0:
@@ -383,7 +385,7 @@ def tasks(split: Split, seed: int) -> Iterator[Task]:
     weights = [_WEIGHTS[kind] for kind in KINDS]
     while True:
         kind = rng.choices(KINDS, weights)[0]
-        yield _casually(rng, _MAKERS[kind](rng, split))
+        yield _vary_style(rng, _MAKERS[kind](rng, split))
 
 
 def held_out(kind: str, count: int, seed: int = 0) -> list[Task]:
@@ -393,7 +395,7 @@ def held_out(kind: str, count: int, seed: int = 0) -> list[Task]:
     """
     rng = random.Random(f"{seed} {kind}")
     if kind == "fact":
-        pool = list(_FACTS_OF["held_out"])
+        pool = list(_FACT_TASKS["held_out"])
         rng.shuffle(pool)
         return pool[:count]
     found: dict[str, Task] = {}
@@ -405,6 +407,6 @@ def held_out(kind: str, count: int, seed: int = 0) -> list[Task]:
     return list(found.values())
 
 
-def correct(task: Task, text: str) -> bool:
+def is_correct(task: Task, text: str) -> bool:
     """Exact match, apart from white space around the answer."""
     return text.strip() == task.answer

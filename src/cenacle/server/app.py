@@ -39,7 +39,7 @@ from .api.protocol import Asked, Front, Head, Prompt, Served, check_model
 from .api.validation import Refused, not_supported
 from .cluster_view import ClusterView
 from .generation import Answering, Draft, json_response, refusal
-from .metrics import Metered, Metrics
+from .metrics import InstrumentedGroup, Metrics
 
 if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` is to answer at once
@@ -80,7 +80,7 @@ class Limits:
     drained_bytes: int = 100_000_000
 
 
-class Api:
+class Application:
     """The endpoints over one model; `app` is the ASGI application.
 
     Args:
@@ -94,7 +94,7 @@ class Api:
 
     def __init__(self, model: Model, limits: Limits, metrics: Metrics) -> None:
         self._model, self._limits, self._metrics = model, limits, metrics
-        self._group = Metered(model.group, metrics)
+        self._group = InstrumentedGroup(model.group, metrics)
         self._text = model.text
         spec = model.spec
         self._served = Served(model.name, spec.context, spec.vocabulary)
@@ -122,7 +122,7 @@ class Api:
                 Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
                 Route("/openapi.json", self._openapi),
             ],
-            exception_handlers={HTTPException: _http_error},
+            exception_handlers={HTTPException: _on_http_error},
         )
         self.app.router.redirect_slashes = False
 
@@ -175,7 +175,7 @@ class Api:
         try:
             check_model(http.path_params["name"], self._served)
         except Refused as error:
-            return _refusal(error)
+            return _error_response(error)
         return json_response(200, openai.model_object(self._served, self._created))
 
     async def _openapi(self, _: HttpRequest) -> Response:
@@ -203,7 +203,7 @@ class Api:
         except ClientDisconnect:
             return Response()
         except Exception as error:
-            return _refusal(error, anthropic.FRONT)
+            return _error_response(error, anthropic.FRONT)
         return json_response(200, {"input_tokens": tokens})
 
     async def _answer(self, front: Front, http: HttpRequest) -> Response:
@@ -213,9 +213,11 @@ class Api:
         except ClientDisconnect:
             return Response()  # nobody is there to read it
         except Exception as error:
-            return _refusal(error, front)
+            return _error_response(error, front)
         if (failure := self._ending or self._model.group.failure) is not None:
-            return _refusal(failure, front)  # not raised: each time it would gather a traceback
+            return _error_response(
+                failure, front
+            )  # not raised: each time it would gather a traceback
         head = Head(uuid.uuid4().hex, int(time.time()), self._served.model, self._fingerprint)
         group, waits = self._group, (self._limits.answer_s, self._limits.quiet_s)
         return Answering(front, asked, head, drafts, group, self._answering, *waits)
@@ -227,7 +229,7 @@ class Api:
         limit, declared = self._limits.body_bytes, http.headers.get("content-length", "0")
         too_large = int(declared) > limit if declared.isdigit() else False
         if too_large and "expect" in http.headers:
-            raise _TooLarge(limit)  # the client has not begun to send
+            raise _BodyTooLarge(limit)  # the client has not begun to send
         body, thrown_away = bytearray(), 0
         try:
             async with asyncio.timeout(self._limits.body_s):
@@ -242,10 +244,10 @@ class Api:
                         body += piece
         except TimeoutError:
             if too_large:
-                raise _TooLarge(limit) from None
-            raise _TooSlow(self._limits.body_s) from None
+                raise _BodyTooLarge(limit) from None
+            raise _BodyTooSlow(self._limits.body_s) from None
         if too_large:
-            raise _TooLarge(limit)
+            raise _BodyTooLarge(limit)
         return bytes(body)
 
     def _prepare(self, front: Front, body: bytes, key: str) -> tuple[Asked, list[Draft]]:
@@ -320,28 +322,28 @@ class Api:
         return self._text.plain(asked.stop)
 
 
-class _TooLarge(Refused):
+class _BodyTooLarge(Refused):
     def __init__(self, limit: int) -> None:
         message = f"The body: expected at most {limit} bytes, got more"
         super().__init__(message, None, "body_too_large", 413)
 
 
-class _TooSlow(Refused):
+class _BodyTooSlow(Refused):
     def __init__(self, seconds: float) -> None:
         message = f"The body: expected all of it within {seconds:g} s, got a part"
         super().__init__(message, None, "body_too_slow", 408)
 
 
-def _refusal(error: Exception, front: Front = openai.CHAT) -> Response:
+def _error_response(error: Exception, front: Front = openai.CHAT) -> Response:
     # What is left of a body that was not read would be taken for the next request.
-    unread = isinstance(error, _TooLarge | _TooSlow)
+    unread = isinstance(error, _BodyTooLarge | _BodyTooSlow)
     return refusal(error, front, {"connection": "close"} if unread else {})
 
 
-async def _http_error(http: HttpRequest, error: Exception) -> Response:
-    front = _front_of(http.url.path)
+async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
+    front = _adapter_for_path(http.url.path)
     if not isinstance(error, HTTPException):
-        return _refusal(error, front)
+        return _error_response(error, front)
     what, headers = f"{http.method} {http.url.path[:200]}", Headers(error.headers)
     message, code = error.detail, None
     if error.status_code == 404:
@@ -352,6 +354,6 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
     return refusal(Refused(message, None, code, error.status_code), front, dict(headers))
 
 
-def _front_of(path: str) -> Front:
+def _adapter_for_path(path: str) -> Front:
     """The API whose form of errors a path has."""
     return anthropic.FRONT if path.startswith("/v1/messages") else openai.CHAT

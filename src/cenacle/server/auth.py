@@ -27,11 +27,11 @@ from pathlib import Path
 from ..errors import CenacleError, InputError
 from ..paths import make_config_dir
 
-PREFIX = "cen-"
+KEY_PREFIX = "cen-"
 DAY_S = 86400
-BUSY_S = 5.0  # longest wait for another program that is writing
+LOCK_TIMEOUT_S = 5.0  # longest wait for another program that is writing
 
-_TABLES = """
+_SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     name TEXT PRIMARY KEY, digest BLOB NOT NULL, created REAL NOT NULL,
     tokens_per_day INTEGER, streams INTEGER
@@ -44,7 +44,7 @@ _COLUMNS = {"keys": "digest, name, created, tokens_per_day, streams", "used": "d
 
 
 @dataclass(frozen=True)
-class Key:
+class ApiKey:
     """An API key, without its secret.
 
     Args:
@@ -60,7 +60,7 @@ class Key:
     streams: int | None = None
 
 
-class Keys:
+class KeyStore:
     """The keys of one file. Safe for several threads. Every method raises `CenacleError` when the
     file has become unusable.
 
@@ -81,10 +81,10 @@ class Keys:
             # Before SQLite makes it with everybody's right to read; its journals inherit the mode.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             self.path.chmod(0o600)
-            self._db = sqlite3.connect(self.path, timeout=BUSY_S, check_same_thread=False)
+            self._db = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")  # a commit then costs no wait for the disk
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_TABLES)
+            self._db.executescript(_SCHEMA)
             for table in _COLUMNS.items():
                 self._db.execute("SELECT {1} FROM {0} LIMIT 0".format(*table))
         except (OSError, sqlite3.Error) as error:
@@ -116,7 +116,7 @@ class Keys:
         for what, limit in (("tokens-per-day", tokens_per_day), ("streams", streams)):
             if limit is not None and not 1 <= limit < 2**63:
                 raise InputError(f"{what}: expected at least 1, got {limit}", what)
-        secret = PREFIX + secrets.token_urlsafe(32)
+        secret = KEY_PREFIX + secrets.token_urlsafe(32)
         row = (name, _digest(secret), self._clock(), tokens_per_day, streams)
         try:
             with self._using(), self._db:
@@ -138,22 +138,22 @@ class Keys:
             if not self._db.execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
                 raise InputError(f"name: there is no key {name!r}; see `cenacle keys list`", "name")
 
-    def all(self) -> list[Key]:
+    def all(self) -> list[ApiKey]:
         """All keys, by name."""
         with self._using():
             rows = self._db.execute(
                 "SELECT name, created, tokens_per_day, streams FROM keys ORDER BY name"
             ).fetchall()
-        return [Key(*row) for row in rows]
+        return [ApiKey(*row) for row in rows]
 
-    def find(self, secret: str) -> Key | None:
+    def find(self, secret: str) -> ApiKey | None:
         """The key of a secret, or None. Every key is compared, each in constant time."""
         digest, found = _digest(secret), None
         with self._using():
             rows = self._db.execute(f"SELECT {_COLUMNS['keys']} FROM keys").fetchall()
         for theirs, *rest in rows:
             if hmac.compare_digest(theirs, digest):
-                found = Key(*rest)
+                found = ApiKey(*rest)
         return found
 
     def charge(self, name: str, tokens: int) -> None:
@@ -206,6 +206,6 @@ def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 
 
-def date(seconds: float) -> str:
+def format_date(seconds: float) -> str:
     """A day for people, in UTC."""
     return datetime.fromtimestamp(seconds, UTC).date().isoformat()

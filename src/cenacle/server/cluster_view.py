@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
-from .expected_speed import Predicted, predicted
+from .expected_speed import SpeedPrediction, predict_speed
 
 if TYPE_CHECKING:
     from ..api import Model
 
-SAMPLE_S = 2.0
-SAMPLES = 150  # five minutes
+SAMPLE_INTERVAL_S = 2.0
+MAX_SAMPLES = 150  # five minutes
 PROC = Path("/proc")
 
 
@@ -40,12 +40,12 @@ class ClusterView:
         sample_s: seconds between two samples of the last minutes.
     """
 
-    def __init__(self, model: Model, sample_s: float = SAMPLE_S) -> None:
+    def __init__(self, model: Model, sample_s: float = SAMPLE_INTERVAL_S) -> None:
         self._model, self._sample_s = model, sample_s
         self._began = time.monotonic()
-        self._placement = placement(model.plan)
-        self._predicted = predicted(model.plan, model.config, model.name)
-        self._samples: deque[tuple[float, int, int]] = deque(maxlen=SAMPLES)
+        self._placement = placement_map(model.plan)
+        self._predicted = predict_speed(model.plan, model.config, model.name)
+        self._samples: deque[tuple[float, int, int]] = deque(maxlen=MAX_SAMPLES)
         self._closed = threading.Event()
         threading.Thread(target=self._sample, daemon=True, name="sampling").start()
 
@@ -97,14 +97,17 @@ class ClusterView:
         }
         if known.phase != "ok":
             body |= {"reason": known.reason, "lost_rank": known.rank}
-        if isinstance(self._predicted, Predicted):
+        if isinstance(self._predicted, SpeedPrediction):
             body["predicted"] = self._predicted.to_json()
         else:
             body |= {"predicted": None, "not_predicted": self._predicted}
         if have_placement != self._placement["id"]:
             body["placement"] = self._placement
         if have_steps != str(terms.steps):
-            body["routed"] = {"steps": terms.steps, "counts": counted(model.plan, terms.routed)}
+            body["routed"] = {
+                "steps": terms.steps,
+                "counts": routing_counts(model.plan, terms.routed),
+            }
         return body
 
     def _ranks(self) -> list[dict[str, Any]]:
@@ -132,7 +135,7 @@ class ClusterView:
         return self._model.group.counts["generated_tokens"]
 
 
-def placement(plan: Plan) -> dict[str, Any]:
+def placement_map(plan: Plan) -> dict[str, Any]:
     """Who holds which expert, in runs of neighbours.
 
     Returns:
@@ -156,7 +159,7 @@ def placement(plan: Plan) -> dict[str, Any]:
     return {"id": digest, **body}
 
 
-def counted(plan: Plan, routed: Mapping[int, Mapping[int, int]]) -> list[list[int]]:
+def routing_counts(plan: Plan, routed: Mapping[int, Mapping[int, int]]) -> list[list[int]]:
     """How often each expert was chosen: a row per MoE layer, in the plan's order."""
     # Looked up, never iterated: the group's thread adds to it meanwhile.
     rows = [(routed.get(p.layer, {}), len(p.experts)) for p in plan.layers]

@@ -18,7 +18,7 @@ from ..planning import plan_cost
 
 
 @dataclass(frozen=True)
-class Predicted:
+class SpeedPrediction:
     """A prediction for one token of one request.
 
     Args:
@@ -42,7 +42,7 @@ class Predicted:
         }
 
 
-def predicted(plan: Plan, config: dict[str, Any], name: str) -> Predicted | str:
+def predict_speed(plan: Plan, config: dict[str, Any], name: str) -> SpeedPrediction | str:
     """The terms of a token on this machine's ranks.
 
     Args:
@@ -71,7 +71,7 @@ def predicted(plan: Plan, config: dict[str, Any], name: str) -> Predicted | str:
     terms["total"] = sum(terms.values())
     link = measured.link
     basis = measured.machines[0].title + (f"; link {link.title}" if link is not None else "")
-    return Predicted({k: 1000 * v for k, v in terms.items()}, found.tok_per_s, basis)
+    return SpeedPrediction({k: 1000 * v for k, v in terms.items()}, found.tok_per_s, basis)
 
 
-__all__ = ["Predicted", "predicted"]
+__all__ = ["SpeedPrediction", "predict_speed"]

@@ -29,7 +29,7 @@ from ..ranks.rank_group import Sink
 from ..text.output_parser import AnswerStream, with_logs
 from ..text.tokenizer import Text
 from .api.protocol import Asked, Choice, Event, Front, Head
-from .metrics import Metered
+from .metrics import InstrumentedGroup
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Answering(Response):
         asked: Asked,
         head: Head,
         drafts: list[Draft],
-        group: Metered,
+        group: InstrumentedGroup,
         register: set[Answering],
         deadline_s: float,
         quiet_s: float,

@@ -17,10 +17,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ClusterError, InputError
-from .app import Api, Limits
-from .auth import Keys
+from .app import Application, Limits
+from .auth import KeyStore
 from .metrics import Metrics
-from .middleware import Guard, Policy
+from .middleware import AccessMiddleware, AccessPolicy
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -47,11 +47,11 @@ def bind(host: str = "127.0.0.1", port: int = 8080) -> socket.socket:
     except (OSError, UnicodeError) as error:
         if sock is not None:
             sock.close()
-        raise _no_socket(host, port, error) from error
+        raise _bind_error(host, port, error) from error
     return sock
 
 
-def _no_socket(host: str, port: int, error: Exception) -> InputError:
+def _bind_error(host: str, port: int, error: Exception) -> InputError:
     match error:
         case OSError(errno=errno.EADDRINUSE):
             return InputError(
@@ -69,7 +69,7 @@ def serve(
     sock: socket.socket,
     on_started: Callable[[str], None] | None = None,
     limits: Limits | None = None,
-    policy: Policy | None = None,
+    policy: AccessPolicy | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; the socket is closed then, the model is not.
@@ -92,15 +92,15 @@ def serve(
     limits = limits or Limits()
     with (
         contextlib.closing(sock),
-        contextlib.closing(Keys()) as keys,
-        contextlib.closing(Api(model, limits, Metrics(model, keys))) as api,
+        contextlib.closing(KeyStore()) as keys,
+        contextlib.closing(Application(model, limits, Metrics(model, keys))) as api,
     ):
-        guard = Guard(api.app, policy or Policy.of(sock, keys), keys)
-        server = _Server(api, guard, on_started or (lambda _: None), limits, tls)
+        guard = AccessMiddleware(api.app, policy or AccessPolicy.of(sock, keys), keys)
+        server = _UvicornServer(api, guard, on_started or (lambda _: None), limits, tls)
         asyncio.run(server.serve(sockets=[sock]))
 
 
-class _Connection(H11Protocol):
+class _TimedConnection(H11Protocol):
     """uvicorn's connection, with deadlines where it has none: for a request's head, and for a
     client that does not read what it asked for."""
 
@@ -142,13 +142,13 @@ class _Connection(H11Protocol):
             timer.cancel()
 
 
-class _Server(uvicorn.Server):
+class _UvicornServer(uvicorn.Server):
     """uvicorn, which ends what it is doing when it is told to end, and returns."""
 
     def __init__(
         self,
-        api: Api,
-        guard: Guard,
+        api: Application,
+        guard: AccessMiddleware,
         on_started: Callable[[str], None],
         limits: Limits,
         tls: ssl.SSLContext | None,
@@ -156,7 +156,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 guard.with_cors(),
-                http=partial(_Connection, limits),  # type: ignore[arg-type]
+                http=partial(_TimedConnection, limits),  # type: ignore[arg-type]
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

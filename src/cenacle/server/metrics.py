@@ -34,15 +34,15 @@ from ..core.step import Step
 from ..errors import CenacleError
 from ..ranks.rank_group import Group, Sink
 from ..ranks.step_timings import Terms
-from .auth import Keys
-from .expected_speed import Predicted, predicted
+from .auth import KeyStore
+from .expected_speed import SpeedPrediction, predict_speed
 
 if TYPE_CHECKING:
     from ..api import Model
 
 disable_created_metrics()  # a second series for each, of when it began: nobody asks for it
 
-NOBODY = "-"  # the label of requests without a key; no key has this name
+NO_KEY_LABEL = "-"  # the label of requests without a key; no key has this name
 
 _FIRST: tuple[float, ...] = (
     0.001,
@@ -85,7 +85,7 @@ _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 
 
 @dataclass
-class _Live:
+class RequestTimer:
     """A request that has no outcome yet; times by `time.perf_counter`."""
 
     key: str
@@ -103,13 +103,13 @@ class Metrics:
         keys: to which tokens are charged.
     """
 
-    def __init__(self, model: Model, keys: Keys) -> None:
+    def __init__(self, model: Model, keys: KeyStore) -> None:
         self._model, self._keys = model, keys
         self._lock = threading.Lock()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, RequestTimer] = {}
         self._sent_bytes: dict[int, int] = {}
-        said = predicted(model.plan, model.config, model.name)
-        self._predicted = said if isinstance(said, Predicted) else None
+        said = predict_speed(model.plan, model.config, model.name)
+        self._predicted = said if isinstance(said, SpeedPrediction) else None
         self.registry = CollectorRegistry(auto_describe=True)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -151,7 +151,7 @@ class Metrics:
         )
         self._sent = counter("exchange_sent_bytes", "Bytes that a rank put into sums.", "rank")
         ProcessCollector(registry=self.registry)
-        self.registry.register(_Now(model, self._predicted))
+        self.registry.register(StateCollector(model, self._predicted))
         model.group.observers.append(self)
 
     def page(self, accept: str) -> tuple[bytes, str]:
@@ -163,7 +163,7 @@ class Metrics:
 
     def began(self, request: Request) -> None:
         """A request is about to be submitted."""
-        live = _Live(request.key, len(request.tokens), time.perf_counter())
+        live = RequestTimer(request.key, len(request.tokens), time.perf_counter())
         with self._lock:
             self._live[request.id] = live
 
@@ -182,7 +182,7 @@ class Metrics:
         else:
             self._token.observe(now - live.last)
         live.last = now
-        self._generated.labels(live.key or NOBODY).inc()
+        self._generated.labels(live.key or NO_KEY_LABEL).inc()
         if live.key:
             self._keys.charge(live.key, 1)
         if event.finish is not None:
@@ -209,7 +209,7 @@ class Metrics:
                 continue
             live.admitted = True
             self._queue.observe(time.perf_counter() - live.submitted)
-            self._prompt.labels(live.key or NOBODY).inc(live.prompt_tokens)
+            self._prompt.labels(live.key or NO_KEY_LABEL).inc(live.prompt_tokens)
             if live.key:
                 self._keys.charge(live.key, live.prompt_tokens)
 
@@ -237,13 +237,13 @@ class Metrics:
             counts = step.routed.get(layer.layer)
             if not counts:
                 continue
-            times, work = activations(layer, counts, plan)
+            times, work = rank_activations(layer, counts, plan)
             for rank, many in enumerate(times):
                 self._activations.labels(layer.layer, rank).inc(many)
             self._busiest.observe(max(work) * len(work) / sum(work))
 
 
-def activations(
+def rank_activations(
     layer: LayerPlan, counts: dict[int, int], plan: Plan
 ) -> tuple[list[float], list[float]]:
     """What each rank does in a layer.
@@ -266,7 +266,7 @@ def activations(
     return times, work
 
 
-class Metered:
+class InstrumentedGroup:
     """The group as requests see it, with everything counted that happens to them.
 
     Args:
@@ -300,10 +300,10 @@ class Metered:
         self._metrics.ended(request_id, reason)
 
 
-class _Now:
+class StateCollector:
     """What is read when it is asked for."""
 
-    def __init__(self, model: Model, foretold: Predicted | None) -> None:
+    def __init__(self, model: Model, foretold: SpeedPrediction | None) -> None:
         self._model, self._predicted = model, foretold
 
     def collect(self) -> Iterator[Metric]:

@@ -28,16 +28,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import CenacleError, InputError
 from .api.openai import error_object
-from .auth import Key, Keys
+from .auth import ApiKey, KeyStore
 
 access_log = logging.getLogger("cenacle.access")
 text_log = logging.getLogger("cenacle.text")
 log = logging.getLogger(__name__)
 
-TEXT_LOGGED = 100_000  # bytes of a body and of an answer that --log-text keeps
-PAGE = "/static/"  # where the page's files are; they hold no data
+MAX_LOGGED_TEXT_BYTES = 100_000  # bytes of a body and of an answer that --log-text keeps
+STATIC_PREFIX = "/static/"  # where the page's files are; they hold no data
 
-HEADERS = {
+SECURITY_HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
     "x-content-type-options": "nosniff",
@@ -48,7 +48,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Policy:
+class AccessPolicy:
     """Who may ask, and how much at once.
 
     Args:
@@ -72,7 +72,7 @@ class Policy:
     log_text: bool = False
 
     @classmethod
-    def of(cls, sock: socket.socket, keys: Keys, **given: Any) -> Policy:
+    def of(cls, sock: socket.socket, keys: KeyStore, **given: Any) -> AccessPolicy:
         """What is right for where a socket listens: beyond loopback keys are required.
 
         Args:
@@ -98,7 +98,7 @@ class Policy:
 
 
 @dataclass
-class _Passing:
+class _RequestLog:
     """A request on its way: what the log will say of it."""
 
     began: float = field(default_factory=time.monotonic)
@@ -107,7 +107,7 @@ class _Passing:
     answer: bytearray = field(default_factory=bytearray)
 
 
-class _Denied(Exception):
+class _AccessDenied(Exception):
     def __init__(
         self, status: int, code: str, message: str, headers: dict[str, str] | None = None
     ) -> None:
@@ -115,7 +115,7 @@ class _Denied(Exception):
         self.status, self.code, self.headers = status, code, headers or {}
 
 
-class Guard:
+class AccessMiddleware:
     """The middleware.
 
     A request that may pass has `scope["state"]["key"]`: its key's name, or "" where none is
@@ -127,14 +127,14 @@ class Guard:
         keys: those that there are.
     """
 
-    def __init__(self, app: ASGIApp, policy: Policy, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy, keys: KeyStore) -> None:
         self._app: ASGIApp = app
         self._policy, self._keys = policy, keys
         self._streams: Counter[str] = Counter()
         if policy.access_log:
-            _to_stderr(access_log)
+            _log_to_stderr(access_log)
         if policy.log_text:
-            _to_stderr(text_log)
+            _log_to_stderr(text_log)
 
     def with_cors(self) -> ASGIApp:
         """Itself, inside what answers browsers' questions before a request from another origin;
@@ -153,36 +153,36 @@ class Guard:
         """Let a request pass, or refuse it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        passing, policy = _Passing(), self._policy
+        passing, policy = _RequestLog(), self._policy
 
         async def said(message: Message) -> None:
             if message["type"] == "http.response.start":
                 passing.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
+                for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             elif policy.log_text:
-                _keep(passing.answer, message)
+                _append_limited(passing.answer, message)
             await send(message)
 
         async def heard() -> Message:
             message = await receive()
             if message["type"] == "http.request":
-                _keep(passing.body, message)
+                _append_limited(passing.body, message)
             return message
 
         state = scope.setdefault("state", {})
         try:
             await self._pass(scope, heard if policy.log_text else receive, said)
-        except _Denied as denied:
-            await _refusal(scope["path"], denied)(scope, receive, said)
+        except _AccessDenied as denied:
+            await _denial_response(scope["path"], denied)(scope, receive, said)
         finally:
             self._save()
             if policy.access_log:
-                _note(scope, passing, state.get("key"))
+                _log_access(scope, passing, state.get("key"))
             if policy.log_text:
-                text_log.info("asked %s", _shown(passing.body))
-                text_log.info("answered %s", _shown(passing.answer))
+                text_log.info("asked %s", _escape_text(passing.body))
+                text_log.info("answered %s", _escape_text(passing.answer))
         return None
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -196,16 +196,16 @@ class Guard:
         except CenacleError as error:
             log.error("%s", error)
             message = "API keys cannot be checked now; the server's log says why"
-            raise _Denied(503, "keys_unavailable", message) from error
+            raise _AccessDenied(503, "keys_unavailable", message) from error
         if scope["method"] != "POST":
             return await self._app(scope, receive, send)
         name = scope["state"]["key"]
         most = key.streams if key is not None and key.streams else self._policy.streams_per_key
         if self._streams.total() >= self._policy.streams:
-            raise _busy(f"the server answers {self._policy.streams} requests already")
+            raise _too_many_requests(f"the server answers {self._policy.streams} requests already")
         # Without keys all are one user's, who may take all there is.
         if name and self._streams[name] >= most:
-            raise _busy(f"{most} requests with this key are being answered already")
+            raise _too_many_requests(f"{most} requests with this key are being answered already")
         self._streams[name] += 1
         try:
             return await self._app(scope, receive, send)
@@ -219,7 +219,7 @@ class Guard:
         if hosts is None:
             return
         given = headers.get("host", "")
-        name = _name_of(given)
+        name = _host_name(given)
         if name in hosts or name == "localhost":
             return
         try:
@@ -227,7 +227,7 @@ class Guard:
                 return
         except ValueError:
             pass
-        raise _Denied(
+        raise _AccessDenied(
             403,
             "host_not_allowed",
             f"The Host header: expected localhost or an address of loopback, got {given[:80]!r}; "
@@ -244,23 +244,23 @@ class Guard:
                 return
         except ValueError:
             pass
-        raise _Denied(
+        raise _AccessDenied(
             403,
             "origin_not_allowed",
             f"The Origin header: pages of {origin[:80]!r} may not ask this server; "
             f"if they shall, start it with --cors-origin",
         )
 
-    def _key(self, scope: Scope, headers: Headers) -> Key | None:
-        secret = _secret(headers)
+    def _key(self, scope: Scope, headers: Headers) -> ApiKey | None:
+        secret = _read_api_key(headers)
         key = self._keys.find(secret) if secret else None
         if key is not None:
             scope["state"]["key"] = key.name
         elif not self._policy.require_key:
             scope["state"]["key"] = ""
-        elif not _public(scope):
+        elif not _is_public(scope):
             what = "is not valid" if secret else "is missing"
-            raise _Denied(
+            raise _AccessDenied(
                 401,
                 "invalid_api_key",
                 f"The API key {what}; send one as Authorization: Bearer KEY or x-api-key: KEY",
@@ -268,12 +268,12 @@ class Guard:
             )
         return key
 
-    def _check_budget(self, key: Key | None) -> None:
+    def _check_budget(self, key: ApiKey | None) -> None:
         if key is None or key.tokens_per_day is None:
             return
         used = self._keys.used(key.name)
         if used >= key.tokens_per_day:
-            raise _Denied(
+            raise _AccessDenied(
                 429,
                 "insufficient_quota",
                 f"The key's {key.tokens_per_day} tokens of this day (UTC) are used up",
@@ -287,17 +287,17 @@ class Guard:
             log.error("%s", error)
 
 
-def _busy(why: str) -> _Denied:
-    return _Denied(429, "too_many_requests", f"Too many at once: {why}", {"retry-after": "1"})
+def _too_many_requests(why: str) -> _AccessDenied:
+    return _AccessDenied(429, "too_many_requests", f"Too many at once: {why}", {"retry-after": "1"})
 
 
-def _public(scope: Scope) -> bool:
+def _is_public(scope: Scope) -> bool:
     path = scope["path"]
-    page = path in ("/", "/favicon.ico", "/health") or path.startswith(PAGE)
+    page = path in ("/", "/favicon.ico", "/health") or path.startswith(STATIC_PREFIX)
     return page and scope["method"] in ("GET", "HEAD")
 
 
-def _secret(headers: Headers) -> str | None:
+def _read_api_key(headers: Headers) -> str | None:
     """The key that came along: OpenAI's clients and Anthropic's send it differently."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and given.strip():
@@ -305,14 +305,14 @@ def _secret(headers: Headers) -> str | None:
     return headers.get("x-api-key")
 
 
-def _name_of(host: str) -> str:
+def _host_name(host: str) -> str:
     """A Host header without its port and brackets."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].lower()
 
 
-_ANTHROPIC = {
+_ANTHROPIC_ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
@@ -320,11 +320,11 @@ _ANTHROPIC = {
 }
 
 
-def _refusal(path: str, denied: _Denied) -> Response:
+def _denial_response(path: str, denied: _AccessDenied) -> Response:
     """In the form of the API that was asked."""
     body: dict[str, Any]
     if path.startswith("/v1/messages"):
-        error = {"type": _ANTHROPIC[denied.status], "message": str(denied)}
+        error = {"type": _ANTHROPIC_ERROR_TYPES[denied.status], "message": str(denied)}
         body = {"type": "error", "error": error}
     else:
         kind = {429: "rate_limit_error", 503: "server_error"}.get(
@@ -334,7 +334,7 @@ def _refusal(path: str, denied: _Denied) -> Response:
     return Response(json.dumps(body), denied.status, denied.headers, "application/json")
 
 
-def _note(scope: Scope, passing: _Passing, key: str | None) -> None:
+def _log_access(scope: Scope, passing: _RequestLog, key: str | None) -> None:
     # A path that nothing here has may be anything a client made up.
     path = scope["path"] if "endpoint" in scope and passing.status != 404 else "-"
     took = 1000 * (time.monotonic() - passing.began)
@@ -345,16 +345,16 @@ def _note(scope: Scope, passing: _Passing, key: str | None) -> None:
     )
 
 
-def _keep(text: bytearray, message: Message) -> None:
-    text += message.get("body", b"")[: max(0, TEXT_LOGGED - len(text))]
+def _append_limited(text: bytearray, message: Message) -> None:
+    text += message.get("body", b"")[: max(0, MAX_LOGGED_TEXT_BYTES - len(text))]
 
 
-def _shown(text: bytearray) -> str:
+def _escape_text(text: bytearray) -> str:
     # In one line: what a client sent must not look like other lines of a log.
     return ascii(text.decode("utf-8", "replace"))
 
 
-def _to_stderr(logger: logging.Logger) -> None:
+def _log_to_stderr(logger: logging.Logger) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     logger.handlers, logger.propagate = [handler], False

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-FOLDER = Path(__file__).parent / "web"
-TYPES = {
+WEB_DIR = Path(__file__).parent / "web"
+MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -27,7 +27,7 @@ TYPES = {
 
 def routes() -> list[Route]:
     """The routes / (the page) and /static/NAME."""
-    table = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in FOLDER.iterdir()}
+    table = {path.name: (path.read_bytes(), MEDIA_TYPES[path.suffix]) for path in WEB_DIR.iterdir()}
     tags = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, (data, _) in table.items()}
 
     async def answer(http: Request) -> Response:

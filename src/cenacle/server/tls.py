@@ -24,11 +24,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ..errors import InputError
 
-VALID = timedelta(days=820)  # Apple's clients take no more than 825
-RENEW = timedelta(days=30)
+VALIDITY = timedelta(days=820)  # Apple's clients take no more than 825
+RENEW_BEFORE = timedelta(days=30)
 
 
-def context(cert: Path, key: Path) -> ssl.SSLContext:
+def server_context(cert: Path, key: Path) -> ssl.SSLContext:
     """A server's context: TLS 1.2 or later with the ciphers that Python recommends.
 
     Raises:
@@ -48,7 +48,7 @@ def context(cert: Path, key: Path) -> ssl.SSLContext:
     return made
 
 
-def self_made(folder: Path, host: str) -> tuple[Path, Path]:
+def self_signed(folder: Path, host: str) -> tuple[Path, Path]:
     """A certificate that this server signs itself, and its key, kept in `folder`.
 
     The one that is there is taken while it is valid and covers `host`, so that clients which
@@ -62,10 +62,10 @@ def self_made(folder: Path, host: str) -> tuple[Path, Path]:
         InputError: the files cannot be written.
     """
     cert, key = folder / "tls-cert.pem", folder / "tls-key.pem"
-    names = _names(host)
-    if not _serves(cert, key, _names_of_host(host)):
+    names = _host_names(host)
+    if not _is_usable(cert, key, _required_names(host)):
         try:
-            _make(cert, key, names)
+            _create_certificate(cert, key, names)
         except OSError as error:
             raise InputError(f"cannot write {folder}: {error}", "tls") from error
     return cert, key
@@ -85,19 +85,19 @@ def fingerprint(cert: Path) -> str:
     return digest.hex(":").upper()
 
 
-def _serves(cert: Path, key: Path, wanted: set[str]) -> bool:
+def _is_usable(cert: Path, key: Path, wanted: set[str]) -> bool:
     """Whether the files are there, belong together, cover the names, and will for a while."""
     try:
-        context(cert, key)
+        server_context(cert, key)
         known = x509.load_pem_x509_certificate(cert.read_bytes())
         covered = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (InputError, OSError, ValueError, x509.ExtensionNotFound):
         return False
     names = {str(name.value).lower() for name in covered}
-    return wanted <= names and known.not_valid_after_utc - datetime.now(UTC) > RENEW
+    return wanted <= names and known.not_valid_after_utc - datetime.now(UTC) > RENEW_BEFORE
 
 
-def _names_of_host(host: str) -> set[str]:
+def _required_names(host: str) -> set[str]:
     """What a certificate must cover: the address that was asked for, unless that is "all"."""
     with suppress(ValueError):
         address = ipaddress.ip_address(host)
@@ -105,10 +105,10 @@ def _names_of_host(host: str) -> set[str]:
     return {host.lower()}
 
 
-def _names(host: str) -> list[str]:
+def _host_names(host: str) -> list[str]:
     """Names and addresses by which this machine may be called, the given one first."""
     machine = socket.gethostname().lower()
-    names = [*_names_of_host(host), machine, f"{machine}.local", "localhost", "127.0.0.1", "::1"]
+    names = [*_required_names(host), machine, f"{machine}.local", "localhost", "127.0.0.1", "::1"]
     with suppress(OSError, UnicodeError):
         names.append(socket.getfqdn().lower())
         names += [str(found[4][0]) for found in socket.getaddrinfo(machine, None)]
@@ -120,11 +120,11 @@ def _names(host: str) -> list[str]:
     return list(dict.fromkeys(n.partition("%")[0] for n in names if n))
 
 
-def _make(cert: Path, key: Path, names: list[str]) -> None:
+def _create_certificate(cert: Path, key: Path, names: list[str]) -> None:
     private = ec.generate_private_key(ec.SECP256R1())
     who = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cenacle")])
     now = datetime.now(UTC)
-    alternatives = x509.SubjectAlternativeName([_general(n) for n in names if n.isascii()])
+    alternatives = x509.SubjectAlternativeName([_general_name(n) for n in names if n.isascii()])
     usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
     # Not an authority: whoever trusts it trusts this server and nothing that it might sign.
     made = (
@@ -134,7 +134,7 @@ def _make(cert: Path, key: Path, names: list[str]) -> None:
         .public_key(private.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + VALID)
+        .not_valid_after(now + VALIDITY)
         .add_extension(alternatives, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=False)
@@ -148,7 +148,7 @@ def _make(cert: Path, key: Path, names: list[str]) -> None:
     _write(cert, made.public_bytes(pem))
 
 
-def _general(name: str) -> x509.GeneralName:
+def _general_name(name: str) -> x509.GeneralName:
     with suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(name))
     return x509.DNSName(name)
