@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from cenacle import native
+from cenacle.bench import hardware_limits
 from cenacle.bench.expected_work import expected_bytes, expected_experts, split
+from cenacle.bench.rank_worker import find_job
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.errors import InputError
@@ -143,6 +145,27 @@ def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, st
     assert ran.returncode == status, ran.stderr
     assert said in " ".join(ran.stderr.split())
     assert "Traceback" not in ran.stderr
+
+
+def test_a_job_is_found_by_its_dotted_name():
+    assert find_job(f"{hardware_limits.__name__}.read") is hardware_limits.read
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "cenacle",
+        "cenacle.bench.nothing.read",
+        "cenacle.bench.hardware_limits.nothing",
+        "cenacle.bench.hardware_limits.READ_BYTES",
+        "cenacle.bench.hardware_limits.RankPool",  # of another module
+        "cenacle.bench.hardware_limits.statistics.median",
+    ],
+)
+def test_a_job_is_a_function_of_this_package(name):
+    with pytest.raises(InputError, match=f"a function in cenacle, got '{name}'"):
+        find_job(name)
 
 
 def spec(experts, top_k):

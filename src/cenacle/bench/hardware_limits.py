@@ -28,7 +28,7 @@ from ..model.expert_parallel import NativeExperts, parallelize
 from ..model.loader import load
 from ..model.native_layers import width as input_width
 from ..model.step_timer import Watch
-from .rank_worker import Ranks
+from .rank_worker import RankPool
 
 READ_BYTES = 256 << 20
 SIZES = (4, 4096, 24_576, 262_144, 1_572_864)  # bytes of an exchange
@@ -53,15 +53,15 @@ def measure(
         in bytes one exchange, evaluated alone ("one") and in a chain of many ("chain"); empty for
         one node. With `folder` and `plan`, "kernels_ms": for each rank what `kernels` found.
     """
-    with Ranks(1) as alone:
-        read = alone.ask("read_by_threads")[0]
-    with Ranks(nodes, backend, cores, threads) as ranks:
-        together = ranks.ask("read")
-        exchange = ranks.ask("exchange", sizes=list(SIZES))[0] if nodes > 1 else []
+    with RankPool(1) as single:
+        read_gb_s = single.run(read_by_threads)[0]
+    with RankPool(nodes, backend, cores, threads) as ranks:
+        together = ranks.run(read)
+        exchange_us = ranks.run(exchange, sizes=list(SIZES))[0] if nodes > 1 else []
         alone_ms = None
         if folder is not None and plan is not None and native.available():
-            alone_ms = ranks.ask(
-                "kernels",
+            alone_ms = ranks.run(
+                kernels,
                 300.0,
                 folder=str(folder.resolve()),
                 plan=plan.to_json(),
@@ -69,9 +69,9 @@ def measure(
                 activations=activations,
             )
     return {
-        "read_gb_s": read,
+        "read_gb_s": read_gb_s,
         "ranks_read_gb_s": together,
-        "exchange_us": exchange,
+        "exchange_us": exchange_us,
         "kernels_ms": alone_ms,
     }
 
@@ -191,11 +191,3 @@ def _width(layer: Any) -> int:
     """What a linear layer takes."""
     width: int = layer.weight.shape[-1]
     return width * 32 // layer.bits if "scales" in layer else width
-
-
-JOBS: dict[str, Callable[..., Any]] = {
-    "read_by_threads": read_by_threads,
-    "read": read,
-    "exchange": exchange,
-    "kernels": kernels,
-}

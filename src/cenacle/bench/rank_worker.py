@@ -1,24 +1,26 @@
-"""Ranks that do what a benchmark asks, instead of serving: both sides of that.
+"""Ranks that run measuring jobs instead of serving: both sides of that.
 
-Owns: `Ranks`, the front's side (start, ask every rank the same, collect), and the program of such a
-rank, `python -m cenacle.bench.rank_worker`.
-Does not know: what the jobs measure: they are functions of `ceilings.py` and `ablation.py`.
-Invariant: a job runs on every rank at once; every answer comes within the deadline or the rank is
-named; no process is left.
-Next: `ceilings.py`, `ablation.py`.
+Owns: `RankPool`, which starts ranks, runs a job on all of them and collects the results, and the
+program of such a rank, `python -m cenacle.bench.rank_worker`.
+Does not know: what a job measures. An order carries the job's dotted name; the rank imports it.
+Invariant: a job is a function of this package; it runs on every rank at once, and every rank
+answers within the timeout or is named in the error; no process is left behind.
+Next: `hardware_limits.py`, whose jobs these are.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ClusterError
+from ..errors import ClusterError, InputError
 from ..ranks.channel import Channel, Silent
 from ..ranks.local_ranks import LocalRanks
 from ..ranks.worker import connect, join, last_words, receive, say_alive, stay_on_cores
@@ -26,14 +28,15 @@ from ..ranks.worker import connect, join, last_words, receive, say_alive, stay_o
 if TYPE_CHECKING:
     from ..collective.base import Collective
 
+PACKAGE = "cenacle"
 PROGRAM = (sys.executable, "-m", "cenacle.bench.rank_worker")
 
 
-class Ranks:
+class RankPool:
     """Started ranks that wait for jobs; use it in a `with` statement.
 
     Args:
-        nodes, backend, cores, threads: as `cluster.launcher.LocalRanks`.
+        nodes, backend, cores, threads: as for `LocalRanks`.
 
     Raises:
         ClusterError: a rank did not start.
@@ -56,24 +59,29 @@ class Ranks:
 
     @property
     def backend(self) -> str:
-        """How the ranks exchange."""
+        """How the ranks communicate."""
         return self._ranks.backend
 
-    def ask(self, job: str, deadline_s: float = 120.0, **order: Any) -> list[Any]:
+    def run(self, job: Callable[..., Any], timeout_s: float = 120.0, **arguments: Any) -> list[Any]:
         """Run a job on every rank.
+
+        Args:
+            job: a function of this package that takes the rank's collective and `arguments`.
+            arguments: JSON values.
 
         Returns:
             What each rank's job returned, in rank order.
 
         Raises:
-            CenacleError: what the first rank that failed said; or it did not answer in time.
+            ClusterError: a rank failed, or did not answer in time.
         """
+        name = f"{job.__module__}.{job.__name__}"
         for channel in self._ranks.channels:
-            channel.send({"type": "job", "job": job, "order": order})
-        ends = time.monotonic() + deadline_s
-        return [self._answer(rank, job, ends) for rank in range(self._ranks.nodes)]
+            channel.send({"type": "job", "job": name, "arguments": arguments})
+        ends = time.monotonic() + timeout_s
+        return [self._result(rank, name, ends) for rank in range(self._ranks.nodes)]
 
-    def _answer(self, rank: int, job: str, ends: float) -> Any:
+    def _result(self, rank: int, name: str, ends: float) -> Any:
         while time.monotonic() < ends:
             try:
                 message = self._ranks.channels[rank].receive()
@@ -85,10 +93,10 @@ class Ranks:
                 raise ClusterError(f"rank {rank}: {message['message']}")
             if message["type"] == "result":
                 return message["result"]
-        raise self._ranks.blame(rank, f"did not finish the job {job!r} in time")
+        raise self._ranks.blame(rank, f"did not finish {name} in time")
 
-    def __enter__(self) -> Ranks:
-        """The ranks themselves."""
+    def __enter__(self) -> RankPool:
+        """The pool itself."""
         return self
 
     def __exit__(
@@ -101,8 +109,24 @@ class Ranks:
         self._ranks.close(now=True)
 
 
+def find_job(name: str) -> Callable[..., Any]:
+    """The function of this package with that dotted name.
+
+    Raises:
+        InputError: there is none.
+    """
+    module_name, _, function_name = name.rpartition(".")
+    job = None
+    if module_name.startswith(f"{PACKAGE}."):
+        with suppress(ImportError):
+            job = getattr(importlib.import_module(module_name), function_name, None)
+    if not callable(job) or job.__module__ != module_name:
+        raise InputError(f"job: expected the dotted name of a function in {PACKAGE}, got {name!r}")
+    return job
+
+
 def main() -> None:
-    """Run one rank until the front goes away."""
+    """Run one rank until the process that started it goes away."""
     stay_on_cores()
     channel = connect()
     threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
@@ -116,19 +140,16 @@ def main() -> None:
 
 
 def _serve(channel: Channel) -> None:
-    # Imported here: the front must hear of this process before MLX is loaded.
+    # Imported here: the starting process must hear of this one before MLX is loaded.
     from .. import native
     from ..ranks.worker import share_of_cores
-    from ..research import schedule_ablation
-    from . import hardware_limits
 
     order = receive(channel)
     native.set_threads(local_ranks=share_of_cores(order["nodes"]))
     collective: Collective = join(order, order["nodes"])
     channel.send({"type": "ready"})
-    jobs = {**hardware_limits.JOBS, **schedule_ablation.JOBS}
     while (message := receive(channel))["type"] != "stop":
-        result = jobs[message["job"]](collective, **message["order"])
+        result = find_job(message["job"])(collective, **message["arguments"])
         channel.send({"type": "result", "result": result})
 
 

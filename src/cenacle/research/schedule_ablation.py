@@ -25,7 +25,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..bench.expected_work import expected_experts, split
-from ..bench.rank_worker import Ranks
+from ..bench.rank_worker import RankPool
 from ..collective.base import Collective
 from ..collective.delayed import Delayed
 from ..core.plan import Plan
@@ -101,10 +101,10 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
         expected[name] = expected_experts(plan)[1]
         # Processes of its own for each row and round: which memory a process happens to get changed
         # its speed by a quarter (docs/LOG.md), and one draw for all rows would not be a comparison.
-        with Ranks(asked.nodes, asked.backend, cores, threads) as ranks:
+        with RankPool(asked.nodes, asked.backend, cores, threads) as ranks:
             backend = ranks.backend
-            ranks.ask(
-                "ablation_load",
+            ranks.run(
+                ablation_load,
                 asked.deadline_s,
                 folder=str(checkpoint.folder.resolve()),
                 plan=plan.to_json(),
@@ -113,8 +113,8 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
             )
             for latency_ms in asked.latencies_ms:
                 say(f"{name}, {latency_ms:g} ms")
-                reports = ranks.ask(
-                    "ablation_decode",
+                reports = ranks.run(
+                    ablation_decode,
                     asked.deadline_s,
                     latency_s=latency_ms / 1000,
                     tokens=asked.tokens,
@@ -384,9 +384,3 @@ def ablation_decode(collective: Collective, latency_s: float, tokens: int) -> di
         "exchange_bytes": moved,
         "logits": shown,
     }
-
-
-JOBS: dict[str, Callable[..., Any]] = {
-    "ablation_load": ablation_load,
-    "ablation_decode": ablation_decode,
-}
