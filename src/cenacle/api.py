@@ -315,17 +315,17 @@ class Model:
             InputError: names what is wrong.
         """
         tokens = self.tokens_of(prompt)
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocabulary:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocab_size:
             raise InputError(
-                f"prompt: expected token ids from 0 to {self.spec.vocabulary - 1}, "
+                f"prompt: expected token ids from 0 to {self.spec.vocab_size - 1}, "
                 f"got {min(tokens)} to {max(tokens)}",
                 "prompt",
             )
-        room = (self.spec.context or 2**31) - len(tokens)
+        room = (self.spec.context_length or 2**31) - len(tokens)
         if room < 1:
             raise InputError(
                 f"prompt: {len(tokens)} tokens do not fit the model's context of "
-                f"{self.spec.context}; shorten it by at least {1 - room}",
+                f"{self.spec.context_length}; shorten it by at least {1 - room}",
                 "prompt",
             )
         if max_tokens is not None and max_tokens < 1:

@@ -142,7 +142,7 @@ def see(model: Model, measure_every: int) -> Seen:
         CenacleError: the group failed.
     """
     ready = model.ranks.ready  # of these, whatever happens meanwhile
-    *short, long = prompts(model.spec.vocabulary, model.spec.context)
+    *short, long = prompts(model.spec.vocab_size, model.spec.context_length)
     exchanges = _Exchanges()
     model.group.compute_all(True)  # nothing that an earlier one kept on disk
     try:
@@ -423,7 +423,7 @@ class SelfTest:
                     found.append(f"{self._names[rank]} does not hold the {name} that it did")
         tolerance = tolerance_of(model.spec.dtype, [*seen.devices, *record["devices"]])
         source = "one node" if record["plan"] is None else "an earlier pass"
-        asked = prompts(model.spec.vocabulary, model.spec.context)
+        asked = prompts(model.spec.vocab_size, model.spec.context_length)
         answers = [Answer.from_json(a) for a in record["answers"]]
         for prompt, expected, got in zip(asked, answers, seen.answers, strict=True):
             if why := differs(expected, got, tolerance):

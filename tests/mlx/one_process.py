@@ -116,7 +116,7 @@ def run_ranks(
         placement: "whole", "sliced" or "replicated".
     """
     deal = getattr(Plan, placement)
-    plan = deal(describe(Checkpoint.open(folder)), nodes, shares=shares)
+    plan = deal(describe(Checkpoint.open(folder)), nodes, node_weights=shares)
 
     def run(threads: Collective) -> Any:
         collective = wrap(threads)

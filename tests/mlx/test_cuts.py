@@ -309,34 +309,34 @@ def test_a_trunk_in_shards(name, nodes):
             assert have.shape == must.shape
             assert mx.abs(have - must).max() <= 1e-5 * mx.abs(must).max()
         assert held == plan.bytes_of(rank)["total"]
-        assert calls == plan.exchanges == spec.layers * 2 + 1
+        assert calls == plan.all_reduces == spec.layers * 2 + 1
 
 
 def test_quantised_heads_inside_a_group_are_dealt_by_key_head(tmp_path):
     """Heads of 32 in groups of 64: only two query heads together end at a border."""
     folder = synth(tmp_path, family="qwen3_moe", quantize=4, group_size=64).path
-    part = next(p for p in describe(Checkpoint.open(folder)).parts if p.kind == "attention")
+    part = next(p for p in describe(Checkpoint.open(folder)).dense_modules if p.kind == "attention")
     assert (part.units, part.groups) == (2, 2)
 
 
 def test_plan_with_another_trunk():
     spec = describe(Checkpoint.open(VECTORS / "mixtral"))
-    parts = tuple(replace(p, path=p.path.replace("self_attn", "attn")) for p in spec.parts)
-    plan = Plan.whole(replace(spec, parts=parts), 2, trunk="sharded")
+    parts = tuple(replace(p, path=p.path.replace("self_attn", "attn")) for p in spec.dense_modules)
+    plan = Plan.whole(replace(spec, dense_modules=parts), 2, trunk="sharded")
     with pytest.raises(PlanError, match=r"it has no model\.layers\.0\.attn"):
         build(Checkpoint.open(VECTORS / "mixtral"), plan, 0)
 
 
 def test_bytes_of_the_parts_are_the_models():
     spec = describe(Checkpoint.open(VECTORS / "mixtral"))
-    kinds = [p.kind for p in spec.parts]
+    kinds = [p.kind for p in spec.dense_modules]
     assert sorted(kinds) == ["attention", "attention", "head"]
     names = {"attention": "self_attn", "head": "lm_head"}
     tensors = Checkpoint.open(VECTORS / "mixtral").tensors.values()
     for kind, name in names.items():
         held = sum(4 * math.prod(t.shape) for t in tensors if name in t.name)
-        assert sum(p.bytes for p in spec.parts if p.kind == kind) == held
-    assert spec.lookup_bytes == 4 * 256 * 64
+        assert sum(p.bytes for p in spec.dense_modules if p.kind == kind) == held
+    assert spec.embedding_bytes == 4 * 256 * 64
 
 
 @pytest.mark.parametrize("trunk", ["replicated", "sharded"])

@@ -90,7 +90,7 @@ def test_parts_are_found_to_be_those_of_the_whole(name, quantised):
         wrong[stacked] = [*wrong[stacked][:-1], (wrong[stacked][-1] + 1) % checksums.MODULUS]
         ((bad, expert, blamed),) = compare(whole, plan, [ranks[0], wrong, *ranks[2:]]).wrong
         assert bad == stacked
-        assert expert == plan.layers[0].held_by(1)[-1]
+        assert expert == plan.layers[0].experts_of(1)[-1]
         assert 1 in blamed
         if plan.placement != "sliced":
             assert blamed == (1,)

@@ -63,7 +63,7 @@ def test_ranks_together(folder, nodes, shares, placement):
 def test_spec(folder):
     spec = describe(Checkpoint.open(folder))
     assert (spec.family, spec.layers, spec.top_k) == (folder.name, 2, 2)
-    assert (spec.context, spec.vocabulary, spec.dtype) == (512, 256, "float32")
+    assert (spec.context_length, spec.vocab_size, spec.dtype) == (512, 256, "float32")
     assert [(m.layer, m.experts, m.expert_bytes) for m in spec.moe] == [
         (0, 8, 3 * 64 * 24 * 4),
         (1, 8, 3 * 64 * 24 * 4),

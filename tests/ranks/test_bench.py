@@ -170,7 +170,7 @@ def test_a_job_is_a_function_of_this_package(name):
 
 def spec(experts, top_k):
     layers = (MoELayer(0, experts, 1000, units=8), MoELayer(1, experts, 1000, units=8))
-    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", lookup_bytes=100)
+    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", embedding_bytes=100)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def compare(ranks: LocalRanks, case: Case, plan: Plan, kernels: str, tmp_path: P
         return f"relative error of logits {error:.1e}"
     if any(r["tokens"] != case.tokens for r in results):
         return f"tokens {results[0]['tokens']}, mlx-lm {case.tokens}"
-    divided = sum(plan.divides(p) for p in case.spec.parts)
+    divided = sum(plan.is_sharded(p) for p in case.spec.dense_modules)
     if any(r["calls"] != len(plan.layers) + divided for r in results):
         return f"{results[0]['calls']} exchanges: {len(plan.layers)} layers, {divided} other parts"
     if any(r["bytes"] != plan.bytes_of(i)["total"] for i, r in enumerate(results)):

@@ -118,7 +118,7 @@ def test_three_nodes_with_unlike_shares_give_the_same_tokens(one):
     with loaded(
         nodes=3, shares=(5, 2, 1), placement="whole", options=Options(prefill_chunk=64)
     ) as model:
-        assert [len(model.plan.layers[0].held_by(r)) for r in range(3)] == [5, 2, 1]
+        assert [len(model.plan.layers[0].experts_of(r)) for r in range(3)] == [5, 2, 1]
         assert model.generate(PROMPT, 16).tokens == GREEDY
         assert model.generate(list(range(200)), 6).tokens == one["long prompt"]
 

@@ -90,10 +90,10 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     checkpoint = Checkpoint.open(locate(asked.model))
     spec = describe(checkpoint)
     longest = max(*asked.contexts, asked.prompt) + asked.repeat * asked.tokens + 1
-    if spec.context is not None and longest > spec.context:
+    if spec.context_length is not None and longest > spec.context_length:
         raise InputError(
             f"--contexts and --prompt: with {asked.repeat} times {asked.tokens} tokens after them "
-            f"this model has room for {spec.context - asked.repeat * asked.tokens - 1}, "
+            f"this model has room for {spec.context_length - asked.repeat * asked.tokens - 1}, "
             f"got {max(*asked.contexts, asked.prompt)}",
             "contexts",
         )
@@ -328,7 +328,7 @@ class _Bench:
 
     def _many(self, length: int, tokens: int, streams: int) -> list[list[float]]:
         """Random requests at once; the moments of each one's tokens."""
-        vocabulary = self._model.spec.vocabulary
+        vocabulary = self._model.spec.vocab_size
         requests = [
             self._model.request([self._draw.randrange(vocabulary) for _ in range(length)], tokens)
             for _ in range(streams)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import paths
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, InputError
 from . import keys as key_commands
 
@@ -422,8 +422,8 @@ def nodes(
             node["name"],
             rank,
             node["address"],
-            human(node["memory_bytes"]) if "memory_bytes" in node else "",
-            human(node["available_bytes"]) if "available_bytes" in node else "",
+            format_bytes(node["memory_bytes"]) if "memory_bytes" in node else "",
+            format_bytes(node["available_bytes"]) if "available_bytes" in node else "",
             f"{rate / 1e9:.0f} GB/s" if rate else "",
             " ".join(str(node[k]) for k in ("system", "processor") if k in node),
             node["reason"] or _part(node) or "here",
@@ -456,7 +456,7 @@ def _part(node: dict[str, Any]) -> str:
     part = node.get("part")
     if part is None or part["done"] >= part["total"]:
         return ""
-    return f"here, has fetched {human(part['done'])} of {human(part['total'])}"
+    return f"here, has fetched {format_bytes(part['done'])} of {format_bytes(part['total'])}"
 
 
 def leave() -> None:

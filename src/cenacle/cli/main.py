@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CenacleError, InputError
 from . import cluster as cluster_commands
 from . import doctor
@@ -358,7 +358,7 @@ def inspect(
                     "placement": plan.placement,
                     "trunk": plan.trunk,
                     "reason": reason,
-                    "exchanges": plan.exchanges if plan.nodes > 1 else 0,
+                    "exchanges": plan.all_reduces if plan.nodes > 1 else 0,
                     "total_bytes": spec.total_bytes,
                     "bytes_per_rank": [b["total"] for b in per_rank],
                     "ranks": per_rank,
@@ -368,14 +368,14 @@ def inspect(
         return
     first = spec.moe[0]
     print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
-    each, whole = human(first.expert_bytes), human(spec.total_bytes)
+    each, whole = format_bytes(first.expert_bytes), format_bytes(spec.total_bytes)
     print(f"experts     {first.experts} a layer, {spec.top_k} per token, {each} each")
     print(f"weights     {whole}, {spec.dtype}, {spec.quantization or 'not quantised'}")
-    print(f"context     {spec.context or 'not said'} tokens, vocabulary {spec.vocabulary}")
+    print(f"context     {spec.context_length or 'not said'} tokens, vocabulary {spec.vocab_size}")
     if plan.nodes > 1:
         print(
             f"placement   experts {plan.placement}, trunk {plan.trunk}, "
-            f"{plan.exchanges} exchanges a token"
+            f"{plan.all_reduces} exchanges a token"
         )
     print(plan.table())
     if reason:
@@ -452,7 +452,7 @@ def synth(
     else:
         print(
             f"{made.path}: {made.family}, {made.layers} layers, {made.parameters / 1e6:.1f} M "
-            f"parameters, {human(made.bytes)} in {made.shards} files"
+            f"parameters, {format_bytes(made.bytes)} in {made.shards} files"
         )
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..calibration import validate as validation
 from ..core.model_spec import ModelSpec
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CenacleError, CheckpointError, InputError, PlanError
 from ..paths import catalog_dir
 from ..planning import catalog as names
@@ -512,7 +512,8 @@ def trace(
         return
     print(
         f"{out}: {recorded.tokens} tokens, {len(recorded.layers)} layers, "
-        f"{recorded.top_k} of {recorded.experts} experts a token, {human(out.stat().st_size)}"
+        f"{recorded.top_k} of {recorded.experts} experts a token, "
+        f"{format_bytes(out.stat().st_size)}"
     )
     skew = result["skew"]
     print(
@@ -522,7 +523,7 @@ def trace(
     )
     print(
         f"experts a layer on the busiest of {nodes} nodes, on the half of the tokens that nothing "
-        f"was chosen by ({copies} copies are {human(copies * each)} a node):"
+        f"was chosen by ({copies} copies are {format_bytes(copies * each)} a node):"
     )
     for what, value in result["busiest"].items():
         print(f"  {what:<34}{value:.4f}")

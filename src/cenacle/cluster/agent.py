@@ -28,7 +28,7 @@ from typing import Any
 
 from .. import paths
 from ..collective import mesh, socket_options
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError
 from ..ranks import exit_reason
 from ..ranks.channel import Closed
@@ -251,14 +251,19 @@ class Agent:
             while not await asyncio.to_thread(fetching.wait, FETCHED_S):
                 if time.monotonic() - began > SAY_EVERY_S:
                     began += SAY_EVERY_S
-                    self._say(f"{model}: {human(fetching.done)} of {human(fetching.total)} here")
+                    self._say(
+                        f"{model}: {format_bytes(fetching.done)} of "
+                        f"{format_bytes(fetching.total)} here"
+                    )
         except CenacleError as error:
             self._say(f"{model}: {error}")
             return
         if fetching.damaged:
-            self._say(f"{model}: {human(fetching.damaged)} here were damaged, and fetched again")
+            self._say(
+                f"{model}: {format_bytes(fetching.damaged)} here were damaged, and fetched again"
+            )
         if fetching.fetched:
-            self._say(f"{model}: {human(fetching.fetched)} fetched into {fetching.folder}")
+            self._say(f"{model}: {format_bytes(fetching.fetched)} fetched into {fetching.folder}")
 
     async def _fetched(self) -> dict[str, Any]:
         """How far that is, after a second or when it has come to its end."""

@@ -78,7 +78,8 @@ class Family:
         heads: attention is plain: q, k and v projections (or one of all three), norms of single
             heads, attention over heads, an output projection. Then heads can be dealt to ranks.
         interleaved: fused gate and up projections on the hub alternate rows, others have halves.
-        unsliced: why an expert cannot be cut by its hidden width: it is then not a sum over it.
+        unsliceable_reason: why an expert's hidden width cannot be sliced: its output is not a
+            sum over it.
         metal_only: mlx-lm's own code for it is written as Metal kernels.
         note: what is special, for `cenacle families`.
     """
@@ -90,7 +91,7 @@ class Family:
     once: tuple[str, ...] = ()
     heads: bool = False
     interleaved: bool = False
-    unsliced: str | None = None
+    unsliceable_reason: str | None = None
     metal_only: bool = False
     note: str = ""
 
@@ -237,7 +238,7 @@ FAMILIES: dict[str, Family] = {
         metal_only=True,
         note="never run: needs Metal",
         # Zero stays zero, so whole experts on several ranks are right.
-        unsliced="each expert's output is normalised before the weighted sum",
+        unsliceable_reason="each expert's output is normalised before the weighted sum",
     ),
     "nemotron_h": Family(
         once=("fc2_latent_proj.bias",), heads=True, note="latent experts are projected back"

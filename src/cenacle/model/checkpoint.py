@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_part
@@ -116,7 +116,7 @@ def _header(file: Path) -> Iterable[Tensor]:
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise CheckpointError(
                 f"{file} is truncated or not a safetensors file: its header should be {length} "
-                f"bytes long, the file has {human(size)}; fetch it again"
+                f"bytes long, the file has {format_bytes(size)}; fetch it again"
             )
         try:
             header = json.loads(f.read(length))

@@ -79,7 +79,7 @@ def compare(whole: Sums, plan: Plan, ranks: Sequence[Sums]) -> Compared:
         ranks: in rank order.
     """
     held = {
-        layer.layer: [layer.held_by(rank) for rank in range(plan.nodes)] for layer in plan.layers
+        layer.layer: [layer.experts_of(rank) for rank in range(plan.nodes)] for layer in plan.layers
     }
     wrong: list[tuple[str, int | None, tuple[int, ...]]] = []
     same = unknown = 0

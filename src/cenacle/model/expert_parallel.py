@@ -350,16 +350,16 @@ def parallelize(
             local = NativeExperts
         elif on_cpu:
             _loop_where_mlx_cannot_gather(block)
-        held = layer.held_by(collective.rank)
+        held = layer.experts_of(collective.rank)
         count = len(layer.experts)
-        holders = layer.holders(collective.rank)
+        holders = layer.replica_ranks(collective.rank)
         replicas = None
         if any(len(ranks) > 1 for ranks in holders):
-            speeds = tuple(load_balancer.speeds_of(plan.nodes, plan.shares))
+            speeds = tuple(load_balancer.speeds_of(plan.nodes, plan.node_weights))
             replicas = Replicas(holders, speeds, collective.rank)
         experts = local(block.experts, held, count, block.layer, watch, replicas)
         block.module[block.switch] = experts
-        mine = layer.shared_of(collective.rank)
+        mine = layer.shared_slice_of(collective.rank)
         for name in block.shared if mine is not None and mine[0] else ():
             silence_bias(block.module[name].down_proj)
         if collective.rank:

@@ -145,14 +145,14 @@ def _partial(
             _check_plan(plan, found)
             self._cuts = slicing.of_trunk(self, plan, rank)
             for block, layer in zip(found, plan.layers, strict=True):
-                held = self._held[block.layer] = list(layer.held_by(rank))
+                held = self._held[block.layer] = list(layer.experts_of(rank))
                 if len(held) < self._count:
                     for linear in block.linears.values():
                         _keep_rows(linear, len(held))
                 start, stop = layer.slice_of(rank)
                 if stop - start < plan.width:
                     self._slices[block.layer] = slicing.of_experts(block, (start, stop, plan.width))
-                mine = layer.shared_of(rank)
+                mine = layer.shared_slice_of(rank)
                 for name in block.shared if not block.sums_inside(family) else ():
                     if mine is None:
                         block.module[name] = Silent()
@@ -412,7 +412,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
         experts = sum(under(f"{block.path}.{block.switch}.{n}") for n in block.linears)
         names = () if block.sums_inside(row) else block.shared
         shared = sum(under(f"{block.path}.{n}") for n in names)
-        units, kept = slicing.units_of_experts(block) if row.unsliced is None else (1, 0)
+        units, kept = slicing.units_of_experts(block) if row.unsliceable_reason is None else (1, 0)
         shared_units, shared_kept = slicing.units_of_shared([block.module[n] for n in names])
         layers.append(
             MoELayer(
@@ -426,7 +426,7 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
                 shared_kept,
             )
         )
-    parts = slicing.parts_of_trunk(model, row)
+    modules = slicing.dense_modules(model, row)
     spread = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
     config = checkpoint.config
     dtypes: Counter[str] = Counter()
@@ -439,13 +439,13 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
         moe=tuple(layers),
         top_k=architecture.first(config, architecture.TOP_KS) or 1,
         trunk_bytes=sum(sizes.values()) - spread,
-        context=architecture.first(config, architecture.CONTEXTS),
-        vocabulary=architecture.first(config, ("vocab_size",)) or 0,
+        context_length=architecture.first(config, architecture.CONTEXTS),
+        vocab_size=architecture.first(config, ("vocab_size",)) or 0,
         dtype=dtypes.most_common(1)[0][0],
         quantization=_quantization(config),
-        parts=parts,
-        lookup_bytes=slicing.lookup_bytes(model, parts),
-        unsliced=row.unsliced,
+        dense_modules=modules,
+        embedding_bytes=slicing.embedding_bytes(model, modules),
+        unsliceable_reason=row.unsliceable_reason,
     )
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..core.model_spec import TrunkPart
-from ..core.plan import Heads, Plan
+from ..core.model_spec import DenseModule
+from ..core.plan import HeadSlice, Plan
 from ..errors import CheckpointError, PlanError
 from . import architecture
 from .architecture import Block, Family
@@ -192,7 +192,7 @@ def of_experts(block: Block, part: Fraction) -> Slice:
 # The trunk
 
 
-def parts_of_trunk(model: nn.Module, family: Family) -> tuple[TrunkPart, ...]:
+def dense_modules(model: nn.Module, family: Family) -> tuple[DenseModule, ...]:
     """What a sharded trunk divides: dense layers, the head, and attention where it is plain."""
     blocks = architecture.blocks(model)
     inside = tuple(f"{b.path}." for b in blocks if b.path) + tuple(
@@ -209,7 +209,7 @@ def parts_of_trunk(model: nn.Module, family: Family) -> tuple[TrunkPart, ...]:
         elif in_layer and not path.startswith(inside) and _is_mlp(module):
             units = _units(module.down_proj)
             size = sum(v.nbytes for _, v in _arrays(module)) - _kept(module.down_proj)
-            parts.append(TrunkPart(path, "mlp", units, size // units))
+            parts.append(DenseModule(path, "mlp", units, size // units))
         elif name == "lm_head" and isinstance(module, nn.Linear | nn.QuantizedLinear):
             head = True
             parts.append(_rows(path, "head", module))
@@ -219,7 +219,7 @@ def parts_of_trunk(model: nn.Module, family: Family) -> tuple[TrunkPart, ...]:
     return tuple(sorted(parts, key=lambda p: (architecture.layer_of(f"{p.path}.") or 0, p.path)))
 
 
-def lookup_bytes(model: nn.Module, parts: Iterable[TrunkPart]) -> int:
+def embedding_bytes(model: nn.Module, parts: Iterable[DenseModule]) -> int:
     """Bytes of the embedding table, of which a token needs one row; 0 if it is the head too."""
     found = _embedding(model)
     if found is None or any(p.kind == "tied" for p in parts):
@@ -246,10 +246,10 @@ def _other_head(model: nn.Module) -> bool:
     )
 
 
-def _rows(path: str, kind: str, linear: nn.Module) -> TrunkPart:
+def _rows(path: str, kind: str, linear: nn.Module) -> DenseModule:
     rows = linear.weight.shape[0]
     units = rows // math.gcd(rows, 16)
-    return TrunkPart(path, kind, units, sum(v.nbytes for _, v in _arrays(linear)) // units)
+    return DenseModule(path, kind, units, sum(v.nbytes for _, v in _arrays(linear)) // units)
 
 
 def _attention_layers(module: nn.Module) -> bool:
@@ -264,7 +264,7 @@ def _counts(module: nn.Module) -> tuple[int, int]:
     return heads, next(getattr(module, n) for n in _KV_HEADS if hasattr(module, n))
 
 
-def _attention(path: str, module: nn.Module) -> TrunkPart | None:
+def _attention(path: str, module: nn.Module) -> DenseModule | None:
     """None: heads are not at borders of quantisation groups."""
     heads, groups = _counts(module)
     o = next(module[n] for n in O_PROJ if n in module)
@@ -277,12 +277,12 @@ def _attention(path: str, module: nn.Module) -> TrunkPart | None:
     whole += sum(module[n].nbytes for n in _PER_HEAD if isinstance(module.get(n), mx.array))
     if "Wqkv" in module:
         rows = sum(v.nbytes for _, v in _arrays(module.Wqkv)) // (heads + 2 * groups)
-        return TrunkPart(
+        return DenseModule(
             path, "attention", units, (whole + heads * rows) // units, groups, 2 * rows
         )
     whole += sum(v.nbytes for _, v in _arrays(module.q_proj))
     other = sum(v.nbytes for n in ("k_proj", "v_proj") for _, v in _arrays(module[n]))
-    return TrunkPart(path, "attention", units, whole // units, groups, other // groups)
+    return DenseModule(path, "attention", units, whole // units, groups, other // groups)
 
 
 def of_trunk(model: nn.Module, plan: Plan, rank: int) -> dict[str, Cut]:
@@ -292,8 +292,8 @@ def of_trunk(model: nn.Module, plan: Plan, rank: int) -> dict[str, Cut]:
         PlanError: the plan names a part that the model does not have.
     """
     made: dict[str, Cut] = {}
-    for part in plan.spec.parts:
-        if not plan.divides(part):
+    for part in plan.spec.dense_modules:
+        if not plan.is_sharded(part):
             continue
         try:
             module = architecture.get(model, part.path)
@@ -311,10 +311,10 @@ def of_trunk(model: nn.Module, plan: Plan, rank: int) -> dict[str, Cut]:
     return made
 
 
-def _heads(path: str, module: nn.Module, mine: Heads, units: int) -> dict[str, Cut]:
+def _heads(path: str, module: nn.Module, mine: HeadSlice, units: int) -> dict[str, Cut]:
     heads, groups = _counts(module)
     each = heads // units
-    start, stop = mine.start * each, mine.stop * each
+    start, stop = mine.query_start * each, mine.query_stop * each
     o_name = next(n for n in O_PROJ if n in module)
     inputs = features(module[o_name])[1]
 
@@ -328,8 +328,8 @@ def _heads(path: str, module: nn.Module, mine: Heads, units: int) -> dict[str, C
         q, kv = heads * each_head, groups * each_head
         ranges = (
             rows(start, stop, heads, q),
-            rows(mine.first, mine.last, groups, kv, q),
-            rows(mine.first, mine.last, groups, kv, q + kv),
+            rows(mine.kv_start, mine.kv_stop, groups, kv, q),
+            rows(mine.kv_start, mine.kv_stop, groups, kv, q + kv),
         )
         made[f"{path}.Wqkv"] = Cut(_ROWS, ranges, size)
         module.d_model = (stop - start) * each_head  # where mlx-lm splits queries off
@@ -338,14 +338,16 @@ def _heads(path: str, module: nn.Module, mine: Heads, units: int) -> dict[str, C
         made[f"{path}.q_proj"] = Cut(_ROWS, (rows(start, stop, heads, size),), size)
         for name in ("k_proj", "v_proj"):
             size = features(module[name])[0]
-            made[f"{path}.{name}"] = Cut(_ROWS, (rows(mine.first, mine.last, groups, size),), size)
+            made[f"{path}.{name}"] = Cut(
+                _ROWS, (rows(mine.kv_start, mine.kv_stop, groups, size),), size
+            )
     for name in _PER_HEAD:
         if isinstance(module.get(name), mx.array):
             made[f"{path}.{name}"] = Cut(_COLUMNS, ((start, stop),), heads)
     local: dict[tuple[str, ...], int] = {
         _HEADS: stop - start,
-        _KV_HEADS: mine.last - mine.first,
-        _GROUPS: (stop - start) // (mine.last - mine.first),
+        _KV_HEADS: mine.kv_stop - mine.kv_start,
+        _GROUPS: (stop - start) // (mine.kv_stop - mine.kv_start),
     }
     for names, value in local.items():
         for name in names:

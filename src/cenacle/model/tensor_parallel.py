@@ -104,8 +104,8 @@ def divide(model: nn.Module, plan: Plan, collective: Collective, watch: Watch) -
         watch.lap("exchange", whole)
         return whole
 
-    for part in plan.spec.parts:
-        if not plan.divides(part):
+    for part in plan.spec.dense_modules:
+        if not plan.is_sharded(part):
             continue
         module = architecture.get(model, part.path)
         if part.kind in ("attention", "mlp"):

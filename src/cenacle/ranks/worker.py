@@ -172,7 +172,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         small = None
         if collective.rank == 0:
             small = draft_model.load(Checkpoint.open(Path(draft.folder)), order["kernels"])
-        drafter = draft_model.Drafter(draft, collective, small, plan.spec.vocabulary)
+        drafter = draft_model.Drafter(draft, collective, small, plan.spec.vocab_size)
     gc.collect()
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()

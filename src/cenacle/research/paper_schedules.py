@@ -132,7 +132,7 @@ class Scheduled(nn.Module):
         self._layer, self._schedule, self._separate = plan.layer, schedule, separate
         self._collective, self._watch = collective, watch
         self._holders = [
-            np.array(plan.held_by(rank), dtype=np.int64) for rank in range(collective.size)
+            np.array(plan.experts_of(rank), dtype=np.int64) for rank in range(collective.size)
         ]
         # The order of last use, oldest first.
         self._recent = [int(e) for e in self._holders[collective.rank]]
@@ -248,7 +248,7 @@ def schedule(
         raise PlanError(f"schedule {name}: expected whole experts, got placement {plan.placement}")
     separate: list[_Separate | None] = [None] * len(found)
     if name == "naive":
-        mine = [len(layer.held_by(collective.rank)) for layer in plan.layers]
+        mine = [len(layer.experts_of(collective.rank)) for layer in plan.layers]
         if any("gate_proj" not in b.experts for b in found):
             raise PlanError(
                 f"schedule naive: {family}'s experts have no gate; try another schedule"

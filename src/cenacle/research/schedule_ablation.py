@@ -89,7 +89,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     checkpoint = Checkpoint.open(locate(asked.model))
     spec = describe(checkpoint)
     cores, threads = split(asked.nodes, asked.threads)
-    ours = [p for p in asked.ours if spec.parts or not p.endswith("trunk sharded")]
+    ours = [p for p in asked.ours if spec.dense_modules or not p.endswith("trunk sharded")]
     names = [*SCHEDULES, *(f"ours, {placement}" for placement in ours)]
     seen: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
     expected: dict[str, float] = {}
@@ -333,7 +333,7 @@ def ablation_load(
         parallelize(model, family, dealt, link, watch, kernels)
     central = row in CENTRAL
     _held.append(
-        _Loaded(model, layers, central, link, watch, dealt.spec.top_k, dealt.spec.vocabulary)
+        _Loaded(model, layers, central, link, watch, dealt.spec.top_k, dealt.spec.vocab_size)
     )
     collective.barrier()
 

@@ -97,7 +97,7 @@ class Application:
         self._group = InstrumentedGroup(model.group, metrics)
         self._text = model.text
         spec = model.spec
-        self._served = Served(model.name, spec.context, spec.vocabulary)
+        self._served = Served(model.name, spec.context_length, spec.vocab_size)
         self._created = int(time.time())
         parts = (__version__, model.name, spec.to_json(), model.plan.nodes)
         self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...core.plan import Plan, human
+from ...core.plan import Plan
+from ...core.units import format_bytes
 from ...errors import CheckpointError, ClusterError
 from ...model.byte_ranges import Span, Strip, Wanted, covered, joined, shared, without
 from ...model.checkpoint import Checkpoint
@@ -154,7 +155,7 @@ class Sharing:
                 self._given.expect({})
             raise
         if any(fetched.values()):
-            names = ", ".join(f"{name} {human(n)}" for name, n in fetched.items() if n)
+            names = ", ".join(f"{name} {format_bytes(n)}" for name, n in fetched.items() if n)
             say(f"fetched in {time.monotonic() - began:.0f} s: {names}")
 
     def _wait(self, members: list[Node], say: Say, over: Callable[[], bool]) -> dict[str, int]:
@@ -173,7 +174,9 @@ class Sharing:
                     fetched[node.name] = self._came(node, answer)
             members = [n for n in members if n.name not in fetched]
             if members and time.monotonic() > next_s:
-                parts = [f"{n} {human(a)} of {human(b)}" for n, (a, b) in progress.items()]
+                parts = [
+                    f"{n} {format_bytes(a)} of {format_bytes(b)}" for n, (a, b) in progress.items()
+                ]
                 say(f"fetching: {', '.join(parts)}")
                 next_s = time.monotonic() + SAY_EVERY_S
         return fetched

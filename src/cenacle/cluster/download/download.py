@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ...core.plan import human
+from ...core.units import format_bytes
 from ...errors import CheckpointError
 from ...model.byte_ranges import Strip, Wanted, size
 from .hub import HEADER_BYTES, SMALL_BYTES, Hub
@@ -132,8 +132,9 @@ def check_room(store: Store, missing: Mapping[str, Sequence[Wanted]]) -> None:
     free = shutil.disk_usage(store.folder).free
     if need > free:
         raise CheckpointError(
-            f"{store.folder}: {human(need)} are to be fetched, {human(free)} are free on this "
-            f"disk; free {human(need - free)}, or use more nodes. What is here is kept"
+            f"{store.folder}: {format_bytes(need)} are to be fetched, {format_bytes(free)} are "
+            f"free on this disk; free {format_bytes(need - free)}, or use more nodes. What is here "
+            f"is kept"
         )
 
 
