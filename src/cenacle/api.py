@@ -24,7 +24,7 @@ from .engine.options import Options, need_of
 from .engine.sampling.grammar import Vocabulary, check
 from .engine.speculative.draft_model import DraftModel
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
-from .model.checkpoint import Checkpoint, locate
+from .model.checkpoint import Checkpoint, locate_checkpoint
 from .ranks.local_ranks import LocalRanks
 from .ranks.rank_group import Group
 from .ranks.ranks import Epoch, Ranks
@@ -172,7 +172,9 @@ def load(
         )
     if options is not None and options.cache_dir is not None:
         _check_folder(Path(options.cache_dir).expanduser())
-    checkpoint = Checkpoint.open(locate(model) if joined is None else joined.locate(model))
+    checkpoint = Checkpoint.open(
+        locate_checkpoint(model) if joined is None else joined.locate(model)
+    )
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
     options, text, reason = options or Options(), _text(checkpoint), ""

@@ -12,8 +12,8 @@ from .collective.mesh import WIRES
 from .core.plan import Plan
 from .engine.options import Options
 from .errors import InputError
-from .model.checkpoint import Checkpoint, locate
-from .model.loader import describe
+from .model.checkpoint import Checkpoint, locate_checkpoint
+from .model.loader import read_model_spec
 from .planning import choose_plan, plan_cost
 from .planning.memory import Need, cache_budget, check_available
 from .ranks.local_ranks import choose
@@ -51,7 +51,7 @@ def place(
     latency_s: float = 0.0,
 ) -> tuple[Plan, str]:
     """As `inspect`, with one line that says why this plan was chosen (may be empty)."""
-    checkpoint = Checkpoint.open(locate(model))
+    checkpoint = Checkpoint.open(locate_checkpoint(model))
     return _choose(checkpoint, nodes, shares, placement, trunk, budgets, latency_s)
 
 
@@ -68,7 +68,7 @@ def _choose(
     latency = choose_plan.LATENCY_S + latency_s
     found = plan_cost.here(checkpoint.config, nodes, latency_s) if nodes > 1 else ""
     measured = None if isinstance(found, str) else found
-    spec = describe(checkpoint)
+    spec = read_model_spec(checkpoint)
     return choose_plan.choose(
         spec, nodes, shares, placement, trunk, budgets, gpu, latency, measured
     )

@@ -75,7 +75,7 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
     assert found["ceilings"]["exchange_us"] == []
     token = found["ceilings"]["token"]
     assert token["percent"] == pytest.approx(100 * token["read_ms"] / token["token_ms"])
-    assert (token["kernels_ms"] is not None) == native.available()
+    assert (token["kernels_ms"] is not None) == native.is_available()
 
 
 def test_bench_on_two_ranks_says_what_each_did(folder, tmp_path):

@@ -106,8 +106,8 @@ def test_a_saved_plan_is_what_runs(folder, tmp_path):
 
 @pytest.mark.parametrize("kernels", ["mlx", "native"])
 def test_every_placement_gives_the_same_text(folder, kernels):
-    if kernels == "native" and not native.available():
-        pytest.skip(native.why_not())
+    if kernels == "native" and not native.is_available():
+        pytest.skip(native.unavailable_reason())
     said = set()
     for how in ("-n 1", "-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated"):
         ran = run(
@@ -220,8 +220,8 @@ def test_ending_the_front_leaves_no_rank(folder, how):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_what_computes_is_said(there):
-    if there and not native.available():
-        pytest.skip(native.why_not())
+    if there and not native.is_available():
+        pytest.skip(native.unavailable_reason())
     env = {**os.environ, **({} if there else {"CENACLE_NATIVE": "0"})}
     ran = run("generate", "-m", DEMO_MODEL_DIR, "-p", "What is 2 + 2?", env=env)
     assert ran.returncode == 0, ran.stderr

@@ -27,8 +27,8 @@ from ..core.request import TokenEvent
 from ..engine.options import Options
 from ..errors import CenacleError, ClusterError, InputError
 from ..model import native_layers, synth
-from ..model.checkpoint import Checkpoint, locate
-from ..model.loader import describe
+from ..model.checkpoint import Checkpoint, locate_checkpoint
+from ..model.loader import read_model_spec
 from ..paths import cache_dir
 from . import hardware_limits
 from .expected_work import available, expected_bytes, split
@@ -87,8 +87,8 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         raise InputError(
             "bench: expected at least 2 tokens, 1 repetition and contexts of at least 1 token"
         )
-    checkpoint = Checkpoint.open(locate(asked.model))
-    spec = describe(checkpoint)
+    checkpoint = Checkpoint.open(locate_checkpoint(asked.model))
+    spec = read_model_spec(checkpoint)
     longest = max(*asked.contexts, asked.prompt) + asked.repeat * asked.tokens + 1
     if spec.context_length is not None and longest > spec.context_length:
         raise InputError(
@@ -118,7 +118,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
     activations = asked.options.get("activations", "int16")
     say("measuring what memory, exchange and kernels give on their own")
-    native = asked.options.get("kernels", "auto") != "mlx" and native_layers.usable()
+    native = asked.options.get("kernels", "auto") != "mlx" and native_layers.is_supported()
     folder, dealt = (checkpoint.folder, plan) if native else (None, None)
     limits = hardware_limits.measure(
         asked.nodes, backend, cores, threads, folder, dealt, activations
@@ -379,7 +379,7 @@ def prepared(model: str | None, name: str | None, quantize: int, cache: Path, sa
     assert name is not None
     folder = cache / "synth" / f"{name}-{quantize or 'full'}"
     if not (folder / "config.json").exists():
-        tiny = name in synth.families()
+        tiny = name in synth.family_names()
         if not tiny:
             synth.full_config(name)  # an unknown name ends here
         say(f"writing a random {name} to {folder}")

@@ -388,9 +388,9 @@ def families(as_json: AsJson = False) -> None:
 
     Example: [bold]cenacle families[/]
     """
-    from ..model.families import all_families
+    from ..model.families import list_families
 
-    rows = all_families()
+    rows = list_families()
     if as_json:
         print(json.dumps([r.to_json() for r in rows]))
         return
@@ -426,8 +426,8 @@ def synth(
     from ..model import synth as writer
 
     if show:
-        print("families:", *writer.families())
-        print("names:", *writer.catalogue())
+        print("families:", *writer.family_names())
+        print("names:", *writer.model_catalogue())
         return
     if out is None:
         raise InputError("--out: expected a folder to write, got none", "out")

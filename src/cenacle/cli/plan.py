@@ -160,10 +160,10 @@ def _job(
         shape = _counted(from_config(str(name), config), config)
         return Job(shape, bits, context, users, prompt), None
     from ..model.checkpoint import Checkpoint
-    from ..model.loader import describe
+    from ..model.loader import read_model_spec
 
     checkpoint = Checkpoint.open(path)
-    spec = describe(checkpoint)
+    spec = read_model_spec(checkpoint)
     shape = from_config(path.resolve().name, checkpoint.config, str(path))
     shape = _counted(shape, checkpoint.config)
     if quant is not None:
@@ -188,12 +188,12 @@ def _counted(shape: Shape, config: dict[str, Any]) -> Shape:
 
     plain = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
     try:
-        model = synth.build(architecture.complete(plain))
+        model = synth.build_lazy_model(architecture.complete_config(plain))
     except CenacleError as error:
         err.print(f"parameters are derived from the config: {error}", markup=False)
         return shape
-    architecture.prestack(model)
-    blocks = architecture.blocks(model)
+    architecture.stack_dbrx_experts(model)
+    blocks = architecture.find_blocks(model)
     if not blocks:
         return shape
 
@@ -218,7 +218,7 @@ def _spec(job: Job) -> ModelSpec:
     from ..model import architecture
 
     known = job.shape.family
-    return planner.spec_of(job, architecture.resolve({"model_type": known}) if known else "")
+    return planner.spec_of(job, architecture.resolve_family({"model_type": known}) if known else "")
 
 
 def _bits_of(config: dict[str, Any]) -> str:

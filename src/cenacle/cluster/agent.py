@@ -98,7 +98,7 @@ class Agent:
         self._said = ""
         self._parts = place or paths.models_dir()
         self._verified: set[Path] = set()  # parts that were compared with their hashes
-        self._fetching: task.Fetching | None = None
+        self._fetching: task.DownloadTask | None = None
 
     async def run(self) -> str:
         """Serve the head until it says that this shall end; says why.
@@ -232,20 +232,20 @@ class Agent:
     async def _find(self, model: str, digest: str, config: str) -> dict[str, Any]:
         """What of the model is here, or where a part of it goes."""
         asked = (model, digest, config, self._folders, self._parts)
-        return vars(await asyncio.to_thread(node_cache.look, *asked))
+        return vars(await asyncio.to_thread(node_cache.find_local_model, *asked))
 
     async def _fetch(self, model: str, folder: str, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to fetch a part; one that goes on is ended."""
         into, before = Path(folder), self._fetching
         if into.parent.resolve() != self._parts.resolve():
             raise ClusterError(f"{into} is no place for a part of a model")
-        head = task.FromHead(self._identity, self._host, self._port)
-        what = task.Order.from_json(order)
-        self._fetching = task.Fetching(into, what, head, self._verified, before)
+        head = task.HeadSource(self._identity, self._host, self._port)
+        what = task.DownloadOrder.from_json(order)
+        self._fetching = task.DownloadTask(into, what, head, self._verified, before)
         self._start(self._tell_of(self._fetching, model))
         return {}
 
-    async def _tell_of(self, fetching: task.Fetching, model: str) -> None:
+    async def _tell_of(self, fetching: task.DownloadTask, model: str) -> None:
         began = time.monotonic()
         try:
             while not await asyncio.to_thread(fetching.wait, FETCHED_S):

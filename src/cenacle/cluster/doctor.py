@@ -502,7 +502,7 @@ def gather(head: str | None = None) -> Facts:
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         shutil.disk_usage(next(p for p in (home, *home.parents) if p.exists())).free,
         _installed(),
-        native.why_not() or None,
+        native.unavailable_reason() or None,
         _skew_s(head) if head and ":" in head else None,
     )
 

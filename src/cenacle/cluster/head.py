@@ -36,7 +36,7 @@ from .. import errors, paths
 from ..collective import socket_options
 from ..errors import CenacleError, ClusterError, InputError
 from . import framing, membership, node_info
-from .download.file_server import Given
+from .download.file_server import ModelFileServer
 from .membership import Node, State
 from .security import identity, pairing
 
@@ -132,7 +132,7 @@ class Head:
         self._fates: dict[tuple[int, int], str] = {}  # formation, rank -> how it ended
         self._forms: queue.Queue[Formation] = queue.Queue()
         self._returns: queue.Queue[Return] = queue.Queue()
-        self._given: Given | None = None
+        self._given: ModelFileServer | None = None
         self._parts: dict[str, dict[str, int]] = {}  # how far each machine has fetched its own
         self._about: dict[str, Any] = {}  # what the program adds to `status`
         self._guests: dict[asyncio.StreamWriter, None] = {}
@@ -310,7 +310,7 @@ class Head:
             return "was removed from this cluster"
         return None if node.here else node.reason
 
-    def give(self, given: Given) -> None:
+    def give(self, given: ModelFileServer) -> None:
         """What the machines of the cluster may fetch from now on."""
         self._given = given
 

@@ -57,7 +57,7 @@ def facts() -> dict[str, Any]:
         "cuda": gpu and not mx.metal.is_available(),
         "thunderbolt": _thunderbolt(),
         "calibrated": _calibrated(),
-        "kernels": native.describe() if native.available() else "mlx",
+        "kernels": native.describe_kernels() if native.is_available() else "mlx",
         "read_bytes_s": _read_rate(gpu),
         "no_mesh": mesh.why_not(),
     }
@@ -159,8 +159,8 @@ def _read_rate(gpu: bool) -> float:
     for _ in range(READS):
         for array in arrays:  # in turn, so that no cache holds them
             began = time.perf_counter()
-            if native.available() and not gpu:
-                native.module().read(array)
+            if native.is_available() and not gpu:
+                native.extension().read(array)
             else:
                 mx.eval(mx.max(array))
             best = min(best, time.perf_counter() - began)
