@@ -24,7 +24,6 @@ from typing import Any
 
 from .. import api, runtime
 from ..core.request import TokenEvent
-from ..engine.options import Options
 from ..errors import CenacleError, ClusterError, InputError
 from ..model import native_layers, synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
@@ -52,8 +51,8 @@ class Asked:
         tokens: decoded per measurement.
         repeat: rounds.
         prompt: tokens of the prompt that is timed in each round.
-        placed: passed on to `api.place` as it is (placement, trunk, shares, budgets).
-        options: passed on to `api.load` as they are (kernels, backend, latency_s, ...).
+        placed: `LoadOptions` that say how to place the model.
+        options: other `LoadOptions` (kernels, backend, latency_s, ...).
         cache: folder for what is kept between runs.
         deadline_s: longest that one process of a peer may take.
     """
@@ -114,7 +113,9 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     load, stolen = os.getloadavg()[0], _steal()
     backend = asked.options.get("backend", "auto")
     latency_s = asked.options.get("latency_s", 0.0)
-    plan, reason = runtime.place(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
+    plan, reason = runtime.choose(
+        runtime.LoadOptions(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
+    )
     say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
     activations = asked.options.get("activations", "int16")
     say("measuring what memory, exchange and kernels give on their own")
@@ -133,7 +134,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         threads=threads,
         measure_every=0,
         recover=False,
-        options=Options(batch=batch),
+        max_batch_size=batch,
         **asked.options,
     ) as model:
         bench = _Bench(model, asked, say)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..cluster.head import Head
     from ..cluster.hostsfile import Host
     from ..cluster.security.identity import Identity
-    from ..engine.options import Options
+    from ..runtime import LoadOptions
     from ..server.middleware import AccessPolicy
     from ..verification import SelfTest
 
@@ -151,7 +151,7 @@ def up(
         from ..cluster.formation import Joined
         from ..cluster.head import Head
         from ..cluster.placement import Wanted
-        from ..engine.options import Options
+        from ..runtime import LoadOptions
         from ..verification import SelfTest
 
         policy = key_commands.access_policy(
@@ -168,14 +168,17 @@ def up(
             with _announced(head, at if mdns else None), _own_agent(head):
                 wanted = Wanted(placement, trunk, backend, wire, _numbers(shares))
                 joined = Joined(head, nodes, wanted, lambda text: _wait(head, text), expected)
-                options = Options(
-                    prefill_chunk=prefill_chunk,
-                    batch=batch,
-                    cache_dir=absolute(cache_dir),
-                    cache_disk_gb=cache_disk_gb,
+                options = LoadOptions(
+                    model,
+                    kernels=kernels,
+                    draft_model=draft,
+                    max_batch_size=batch,
+                    prefix_cache_dir=absolute(cache_dir),
+                    prefix_cache_disk_gb=cache_disk_gb,
+                    prefill_chunk_size=prefill_chunk,
                 )
                 test = None if selftest is False else SelfTest(folder, bool(selftest), _say)
-                _serve(head, model, joined, kernels, options, draft, sock, policy, context, test)
+                _serve(head, joined, options, sock, policy, context, test)
 
 
 def _expected(file: Path | None) -> tuple[Host, ...]:
@@ -223,34 +226,23 @@ def _wait(head: Head, text: str) -> None:
 
 def _serve(
     head: Head,
-    model: str,
     joined: Joined,
-    kernels: str,
-    options: Options,
-    draft: str | None,
+    options: LoadOptions,
     sock: socket.socket,
     policy: AccessPolicy,
     tls: ssl.SSLContext | None,
     selftest: SelfTest | None,
 ) -> None:
-    from ..api import load
+    from ..api import Model
     from ..server.http_server import serve
 
     def started(url: str) -> None:
         head.tell(url=url)
         _tell(f"serving {loaded.name} on {loaded.plan.nodes} machines at {url}")
 
-    head.tell(model=Path(model).name)
+    head.tell(model=Path(options.model).name)
     with _progress[0]() as progress:
-        loaded = load(
-            model,
-            kernels=kernels,
-            options=options,
-            draft=draft,
-            progress=progress,
-            joined=joined,
-            selftest=selftest,
-        )
+        loaded = Model.load(options, progress=progress, joined=joined, selftest=selftest)
     with loaded:
         for line in (loaded.ranks.backend_reason, loaded.plan_reason):
             if line:

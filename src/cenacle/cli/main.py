@@ -136,7 +136,7 @@ def generate(
         kv_bits,
         max_kv_size,
         draft=draft,
-        speculate=speculate.value,
+        speculative=speculate.value,
     ) as loaded:
         ids = loaded.text.encode(text) if raw else loaded.tokens_of(text)
         answer = loaded.generate(
@@ -220,7 +220,7 @@ def chat(
         kv_bits,
         None,
         draft=draft,
-        speculate=speculate.value,
+        speculative=speculate.value,
     ) as loaded:
         ChatSession(LocalChat(loaded), how, system or "").loop(kept)
 
@@ -308,13 +308,13 @@ def serve(
             batch,
             kv_bits,
             max_kv_size,
-            queue=queue,
-            kv_gb=kv_gb,
+            max_queue=queue,
+            kv_cache_gb=kv_gb,
             draft=draft,
-            speculate=speculate.value,
-            cache_gb=cache_gb,
-            cache_disk_gb=cache_disk_gb,
-            cache_dir=cluster_commands.absolute(cache_dir),
+            speculative=speculate.value,
+            prefix_cache_gb=cache_gb,
+            prefix_cache_disk_gb=cache_disk_gb,
+            prefix_cache_dir=cluster_commands.absolute(cache_dir),
             selftest=_selftest() if selftest else None,
         ) as loaded:
             run(
@@ -341,9 +341,9 @@ def inspect(
 
     Example: [bold]cenacle inspect -m DIR -n 3 --json[/]
     """
-    from ..runtime import place
+    from ..runtime import LoadOptions, choose
 
-    plan, reason = place(model, nodes, **_dealt(shares, placement, trunk, budgets_gb))
+    plan, reason = choose(LoadOptions(model, nodes, **_dealt(shares, placement, trunk, budgets_gb)))
     if save is not None:
         plan.save(save)
     spec = plan.spec

@@ -247,32 +247,28 @@ def _loaded(
     selftest: SelfTest | None = None,
     **options: Any,
 ) -> Iterator[Model]:
-    from ..api import load
-    from ..engine.options import Options
+    from ..api import Model
+    from ..runtime import LoadOptions
 
-    how = Options(
-        prefill_chunk=prefill_chunk,
-        batch=batch,
+    how = LoadOptions(
+        model,
+        nodes,
+        **dealt,
+        plan=Plan.load(plan) if plan else None,
+        backend=backend.value,
+        comm_dtype=wire.value,
+        latency_s=latency_ms / 1000,
+        kernels=kernels.value,
+        activations=activations.value,
+        draft_model=draft,
+        max_batch_size=batch,
+        prefill_chunk_size=prefill_chunk,
         kv_bits=kv_bits,
         max_kv_size=max_kv_size,
         **options,
     )
     with _progress() as progress:
-        loaded = load(
-            model,
-            nodes,
-            **dealt,
-            plan=Plan.load(plan) if plan else None,
-            backend=backend.value,
-            wire=wire.value,
-            latency_s=latency_ms / 1000,
-            kernels=kernels.value,
-            activations=activations.value,
-            options=how,
-            draft=draft,
-            progress=progress,
-            selftest=selftest,
-        )
+        loaded = Model.load(how, progress=progress, selftest=selftest)
     with loaded:
         if loaded.ranks.backend_reason is not None:
             err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
@@ -306,10 +302,10 @@ def _dealt(
     """The arguments of `api.load` that say how to deal."""
     budgets = _numbers("budgets-gb", budgets_gb)
     return {
-        "shares": _numbers("shares", shares),
+        "node_weights": _numbers("shares", shares),
         "placement": placement.value,
         "trunk": trunk.value,
-        "budgets": [int(1e9 * b) for b in budgets] if budgets is not None else None,
+        "node_memory_bytes": [int(1e9 * b) for b in budgets] if budgets is not None else None,
     }
 
 
