@@ -327,7 +327,7 @@ class Ending:
         if self._said:
             raise Closed("the connection was closed")
         self._said = True
-        return {"type": "error", "epoch": 0, "kind": "ClusterError", "message": "it has a reason"}
+        return {"type": "error", "epoch": 0, "error": {"message": "it has a reason"}}
 
     def blame(self, rank, reason):
         return RankLost(rank, f"rank {rank} {reason}")

@@ -305,7 +305,7 @@ def test_orders_to_who_is_not_there_fail_at_once(head):
 
     with pytest.raises(ClusterError, match="was removed") as caught:
         head.order(Node("x", "gone"), "find", model="m")
-    assert caught.value.machine == "x"
+    assert caught.value.node_id == "x"
     assert time.monotonic() - before < 1
 
 

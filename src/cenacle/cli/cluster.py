@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import paths
+from .. import net, paths
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, InputError
 from . import keys as key_commands
@@ -183,12 +183,12 @@ def up(
 
 def _expected(file: Path | None) -> tuple[Host, ...]:
     """The hosts of a hosts file, of which this machine is the first."""
-    from ..cluster import hostsfile, node_info
+    from ..cluster import hostsfile
 
     if file is None:
         return ()
     found = hostsfile.read(file)
-    hostsfile.check_first(found, node_info.addresses())
+    hostsfile.check_first(found, net.local_addresses())
     return found
 
 
@@ -198,13 +198,12 @@ def _announced(head: Head, at: str | None) -> Iterator[None]:
     if at is None:
         yield
         return
-    from ..cluster import node_info
     from ..cluster.discovery import Announced
 
     everywhere = at in ("0.0.0.0", "::")
     announced = Announced(
         head.identity.remembered()["name"],
-        node_info.addresses() if everywhere else [at],
+        net.local_addresses() if everywhere else [at],
         head.port,
         lambda why: _say(f"this head cannot be found by name (mDNS): {why}"),
     )
@@ -297,10 +296,9 @@ def _own_agent(head: Head) -> Iterator[None]:
 
 def _join_addresses(at: str, port: int) -> list[str]:
     """What to print: the address that others reach, or all that might be."""
-    from ..cluster import node_info
 
-    found = node_info.addresses()[:1] if at in ("0.0.0.0", "::") else [at]
-    return [f"[{a}]:{port}" if ":" in a else f"{a}:{port}" for a in found or [socket.gethostname()]]
+    found = net.local_addresses()[:1] if at in ("0.0.0.0", "::") else [at]
+    return [net.format_address(a, port) for a in found or [socket.gethostname()]]
 
 
 def join(

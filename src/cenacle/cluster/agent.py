@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import paths
+from .. import net, paths
 from ..collective import mesh, socket_options
 from ..core.units import format_bytes
-from ..errors import CenacleError, ClusterError
+from ..errors import CenacleError, ClusterError, error_from_json, error_to_json
 from ..ranks import exit_reason
 from ..ranks.channel import Closed
 from ..ranks.local_ranks import MALLOC, WORKER
@@ -178,9 +178,8 @@ class Agent:
                             await framing.send(writer, {"type": "leaving"}, 1)
                         raise Ended(str(message.get("reason")))
                     case "refused":
-                        if message.get("again"):
-                            raise ClusterError(str(message["message"]))
-                        raise _Refused(str(message["message"]))
+                        error = error_from_json(message.get("error"))
+                        raise error if message.get("again") else _Refused(str(error))
         finally:
             if alive is not None:
                 alive.cancel()
@@ -219,11 +218,12 @@ class Agent:
             result = await orders[message["what"]](**message["arguments"])
             answer["result"] = result
         except (CenacleError, OSError) as error:
-            kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
-            answer["error"] = {"kind": kind, "message": str(error)}
+            if not isinstance(error, CenacleError):
+                error = ClusterError(str(error))
+            answer["error"] = error_to_json(error)
         except (KeyError, TypeError) as error:
             reason = f"this agent cannot do that ({error!r}): are its versions the head's?"
-            answer["error"] = {"kind": "ClusterError", "message": reason}
+            answer["error"] = error_to_json(ClusterError(reason))
         with contextlib.suppress(ClusterError):
             await framing.send(writer, answer, SILENCE_S)
 
@@ -278,7 +278,7 @@ class Agent:
         return said
 
     async def _ports(self, address: str, count: int) -> dict[str, Any]:
-        return {"ports": node_info.free_ports(address, count)}
+        return {"ports": net.free_ports(count, address)}
 
     async def _answer_link(self, address: str, secret: str) -> dict[str, Any]:
         return {"port": link_probe.answer(address, pairing.decode(secret))}
@@ -346,8 +346,8 @@ class Agent:
                 env["MLX_IBV_DEVICES"] = given(devices)
                 env["MLX_JACCL_COORDINATOR"] = addresses[0]
             elif backend == "nccl":  # never run
-                at, _, port = addresses[0].rpartition(":")
-                env |= {"NCCL_HOST_IP": at.strip("[]"), "NCCL_PORT": port}
+                host, port = net.parse_address(addresses[0])
+                env |= {"NCCL_HOST_IP": host, "NCCL_PORT": str(port)}
                 env["MLX_WORLD_SIZE"] = str(len(addresses))
             try:
                 process = await asyncio.create_subprocess_exec(

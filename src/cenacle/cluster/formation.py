@@ -268,7 +268,7 @@ class Joined:
         try:
             return self._propose(formation, say, ending)
         except BaseException as error:
-            self._head.is_over(formation.number, getattr(error, "machine", None) or "")
+            self._head.is_over(formation.number, getattr(error, "node_id", None) or "")
             raise
 
     def _propose(

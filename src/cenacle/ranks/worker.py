@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
 from ..core.step import Step
-from ..errors import CenacleError, ClusterError
+from ..errors import CenacleError, ClusterError, error_to_json
 from . import exit_reason
 from .channel import Channel
 
@@ -121,10 +121,10 @@ def receive(channel: Channel) -> dict[str, Any]:
 
 def last_words(channel: Channel, error: Exception) -> None:
     """Tell the front why this rank ends."""
-    text = str(error) if isinstance(error, CenacleError) else exit_reason.of_error(error)
-    kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
+    if not isinstance(error, CenacleError):
+        error = ClusterError(exit_reason.of_error(error))
     try:
-        channel.send({"type": "error", "epoch": epoch(), "kind": kind, "message": text})
+        channel.send({"type": "error", "epoch": epoch(), "error": error_to_json(error)})
     except ClusterError:
         sys.exit(1)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import CenacleError, CheckpointError, ClusterError
+from ...errors import CenacleError, CheckpointError, ClusterError, error_from_json
 from ...model.byte_ranges import ByteRange, ColumnRange, byte_range_from_json, total_bytes
 from ...ranks.channel import Channel
 from .. import client
@@ -113,10 +113,11 @@ class HeadSource:
                     return answer, channel
                 case "later":  # it is fetching this itself
                     continue
-            if answer.get("kind") == CheckpointError.__name__:
-                raise CheckpointError(f"{self.name}: {answer.get('message')}")
+            failure = error_from_json(answer.get("error"), f"{self.name}: ")
+            if isinstance(failure, CheckpointError):
+                raise failure
             self._drop()
-            raise SourceInterrupted(f"{self.name}: {answer.get('message')}")
+            raise SourceInterrupted(str(failure))
         raise CheckpointError(_ENDED)
 
     def _drop(self) -> None:
