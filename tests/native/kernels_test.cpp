@@ -17,10 +17,10 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-#include "layers.h"
-#include "packed.h"
-#include "pool.h"
+#include "kernels/kernels.h"
+#include "layers/layers.h"
+#include "kernels/repack.h"
+#include "thread_pool.h"
 
 namespace cenacle {
 namespace {

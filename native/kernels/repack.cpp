@@ -1,4 +1,4 @@
-#include "packed.h"
+#include "kernels/repack.h"
 
 #include <cstring>
 

@@ -1,3 +1,3 @@
 // Norms, rotation and attention for AVX2 and FMA (x86-64-v3).
 #define OPS ops_avx2
-#include "ops.inc.h"
+#include "ops/ops.inc.h"

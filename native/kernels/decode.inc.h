@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "packed.h"
+#include "kernels/repack.h"
 
 namespace cenacle {
 namespace {

@@ -1,3 +1,3 @@
 // Norms, rotation and attention for the baseline of any processor.
 #define OPS ops_portable
-#include "ops.inc.h"
+#include "ops/ops.inc.h"

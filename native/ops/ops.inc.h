@@ -6,8 +6,8 @@
 // token) multiply keys where they lie; many are worth a transposed copy of the block.
 #include <float.h>
 
-#include "decode.inc.h"
-#include "ops.h"
+#include "kernels/decode.inc.h"
+#include "ops/ops.h"
 
 namespace cenacle {
 namespace {

@@ -1,4 +1,4 @@
-#include "layers.h"
+#include "layers/layers.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -6,7 +6,7 @@
 #include <new>
 #include <numeric>
 
-#include "pool.h"
+#include "thread_pool.h"
 
 namespace cenacle {
 namespace {

@@ -1,7 +1,7 @@
 // The kernels in plain C++: what every other set is compared with, and what runs where none fits.
 // A row is decoded to float once and multiplied with every token; sixteen partial sums let the
 // compiler use whatever vectors the processor's baseline has.
-#include "decode.inc.h"
+#include "kernels/decode.inc.h"
 
 namespace cenacle {
 namespace {

@@ -5,7 +5,7 @@
 // stand in MLX's place for any model: src/cenacle/model/native_layers.py puts them there.
 // Invariant: float32 in and out; each call is one node of the graph, where MLX's CPU backend makes ten.
 // Next: ops.h, what is computed.
-#include "fast.h"
+#include "primitives/fast_ops.h"
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>

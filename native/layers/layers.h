@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "packed.h"
+#include "kernels/repack.h"
 
 namespace cenacle {
 

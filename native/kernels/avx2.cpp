@@ -8,7 +8,7 @@
 // 2-, 3-, 5- and 6-bit rows, and rows of 4 bits that do not fill vectors, are spread to bytes first.
 #include <immintrin.h>
 
-#include "x86.inc.h"
+#include "kernels/x86.inc.h"
 
 namespace cenacle {
 namespace {

@@ -10,7 +10,7 @@
 // Everything else is multiplied as float; 2-, 3-, 5- and 6-bit rows are decoded to float first.
 #include <arm_neon.h>
 
-#include "decode.inc.h"
+#include "kernels/decode.inc.h"
 
 namespace cenacle {
 namespace {

@@ -1,24 +1,24 @@
 # The kernel sets of the processor that is compiled for, as sources of `target`. Only these files are
-# compiled for more than the baseline; which set is used is decided at run time (usable.cpp).
+# compiled for more than the baseline; which set is used is decided at run time (kernels/dispatch.cpp).
 function(add_kernels target)
   set(here ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_include_directories(${target} PRIVATE ${here})
   target_sources(${target} PRIVATE
-    ${here}/layers.cpp ${here}/ops.cpp ${here}/packed.cpp ${here}/usable.cpp ${here}/kernels_portable.cpp
-    ${here}/ops_portable.cpp)
+    ${here}/layers/layers.cpp ${here}/ops/ops.cpp ${here}/kernels/repack.cpp ${here}/kernels/dispatch.cpp ${here}/kernels/portable.cpp
+    ${here}/ops/portable.cpp)
   target_compile_options(${target} PRIVATE -O3 -Wall -Wextra -fno-math-errno -fno-trapping-math)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    target_sources(${target} PRIVATE ${here}/kernels_avx2.cpp ${here}/kernels_vnni.cpp ${here}/ops_avx2.cpp)
+    target_sources(${target} PRIVATE ${here}/kernels/avx2.cpp ${here}/kernels/vnni.cpp ${here}/ops/avx2.cpp)
     target_compile_definitions(${target} PRIVATE CENACLE_AVX2)
     set(avx2 -mavx2 -mfma -mf16c -mbmi2)
-    set_source_files_properties(${here}/kernels_avx2.cpp ${here}/ops_avx2.cpp TARGET_DIRECTORY ${target}
+    set_source_files_properties(${here}/kernels/avx2.cpp ${here}/ops/avx2.cpp TARGET_DIRECTORY ${target}
       PROPERTIES COMPILE_OPTIONS "${avx2}")
-    set_source_files_properties(${here}/kernels_vnni.cpp TARGET_DIRECTORY ${target}
+    set_source_files_properties(${here}/kernels/vnni.cpp TARGET_DIRECTORY ${target}
       PROPERTIES COMPILE_OPTIONS "${avx2};-mavx512f;-mavx512vl;-mavx512bw;-mavx512dq;-mavx512vnni;-Wno-maybe-uninitialized;-Wno-uninitialized")
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
-    target_sources(${target} PRIVATE ${here}/kernels_neon.cpp)
+    target_sources(${target} PRIVATE ${here}/kernels/neon.cpp)
     target_compile_definitions(${target} PRIVATE CENACLE_NEON)
-    set_source_files_properties(${here}/kernels_neon.cpp TARGET_DIRECTORY ${target}
+    set_source_files_properties(${here}/kernels/neon.cpp TARGET_DIRECTORY ${target}
       PROPERTIES COMPILE_OPTIONS "-march=armv8.2-a+dotprod")
   endif()
 endfunction()

@@ -4,7 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include "mlx/array.h"
-#include "ops.h"
+#include "ops/ops.h"
 
 namespace cenacle {
 

@@ -1,5 +1,5 @@
 // Which kernel sets this processor can run.
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #ifdef CENACLE_NEON
 #include <asm/hwcap.h>

@@ -8,7 +8,7 @@
 // Rows that are missing from the last sixteen are zeros.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace cenacle {
 

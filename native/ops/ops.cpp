@@ -1,4 +1,4 @@
-#include "ops.h"
+#include "ops/ops.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "pool.h"
+#include "thread_pool.h"
 
 namespace cenacle {
 namespace {

@@ -8,8 +8,8 @@
 // Affine biases cost nothing in the loop: bias x (sum of the group's activations) is added at the end.
 #include <immintrin.h>
 
-#include "packed_vnni.inc.h"
-#include "x86.inc.h"
+#include "kernels/repack_vnni.inc.h"
+#include "kernels/x86.inc.h"
 
 namespace cenacle {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "decode.inc.h"
+#include "kernels/decode.inc.h"
 
 namespace cenacle {
 namespace {

@@ -1,0 +1,108 @@
+// The module cenacle._native: layers as MLX primitives.
+//
+// Owns: what Python sees. Does not know: models, ranks.
+// Invariant: weights are checked once, when a `Weights` is made; a call costs one graph node.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include "mlx/version.h"
+#include "primitives/fast_ops.h"
+#include "primitives/primitives.h"
+
+namespace cenacle {
+
+const Ops& ops() {
+#ifdef CENACLE_AVX2
+  if (chosen != &portable) return ops_avx2;
+#endif
+  return ops_portable;
+}
+
+}  // namespace cenacle
+
+NB_MODULE(_native, m) {
+  using namespace cenacle;
+  m.attr("mlx_version") = std::to_string(MLX_VERSION_MAJOR) + "." +
+                          std::to_string(MLX_VERSION_MINOR) + "." +
+                          std::to_string(MLX_VERSION_PATCH);
+  m.def("set_threads", [](int n) {
+    nb::gil_scoped_release release;
+    Pool::get().resize(n);
+  });
+  m.def("threads", [] { return Pool::get().threads(); });
+  m.def("kernels", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : usable()) names.push_back(k->name);
+    return names;
+  });
+  m.def("used", [] { return std::string(chosen.load()->name); });
+  m.def("use", &use);
+  // Gives freed memory back to the machine: what was packed leaves holes that the next array does not fit.
+  m.def("trim", [] {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+  });
+  m.def("use_activations", &use_activations, nb::arg("bits"));
+  m.def("activations", [] { return activations.load(); });
+  nb::class_<Weights>(m, "Weights")
+      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>,
+                    std::optional<mx::array>, int, int, const std::string&>(),
+           nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(),
+           nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"))
+      .def("arrays", &arrays);
+  nb::class_<Dealer>(m, "Dealer")
+      .def("__init__",
+           [](Dealer* self, std::vector<std::vector<int>> holders, std::vector<int64_t> speeds,
+              int rank) {
+             for (const auto& ranks : holders)
+               for (const int r : ranks)
+                 if (r < 0 || size_t(r) >= speeds.size())
+                   throw std::invalid_argument("holders: expected ranks that have a speed");
+             new (self) Dealer{std::move(holders), std::move(speeds), rank};
+           },
+           nb::arg("holders"), nb::arg("speeds"), nb::arg("rank"))
+      .def("deal", [](const Dealer& self, const std::vector<int64_t>& counts) {
+        if (counts.size() != self.holders.size())
+          throw std::invalid_argument("counts: expected one for every expert");
+        return self.deal(counts);
+      }, nb::arg("counts"));
+  nb::class_<Stack>(m, "Stack")
+      .def(nb::init<std::vector<Weights>, Weights, mx::array, int, float, float,
+                    const std::optional<Dealer>&>(),
+           nb::arg("inputs"), nb::arg("down"), nb::arg("rows"), nb::arg("activation"), nb::arg("a"),
+           nb::arg("b"), nb::arg("dealer").none() = nb::none());
+  m.def("busy_s", [] { return double(busy_ns) * 1e-9; });
+  define_fast(m);
+  m.def("embed", &call_embed, nb::arg("ids"), nb::arg("weights"));
+  m.def("linear", &call_linear, nb::arg("x"), nb::arg("weights"));
+  m.def("experts", &call_experts, nb::arg("x"), nb::arg("ids"), nb::arg("stack"),
+        nb::arg("weights").none() = nb::none());
+  m.def("qkv", &call_qkv, nb::arg("x"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::kw_only(),
+        nb::arg("width"), nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("q_eps"),
+        nb::arg("k_eps"), nb::arg("dims"), nb::arg("traditional"), nb::arg("base"), nb::arg("scale"),
+        nb::arg("offset"));
+  // A benchmark's ceiling: reads bytes as fast as one core or all can, and adds them up.
+  m.def("read", [](const mx::array& a) {
+    const uint64_t* data = reinterpret_cast<const uint64_t*>(a.data<char>());
+    const int64_t words = int64_t(a.nbytes()) / 8, size = 1 << 15;
+    std::atomic<uint64_t> sum{0};
+    nb::gil_scoped_release release;
+    Pool::get().run((words + size - 1) / size, [&](int64_t i) {
+      uint64_t part[8] = {};
+      const int64_t last = std::min(words, (i + 1) * size);
+      for (int64_t j = i * size; j + 8 <= last; j += 8) {
+        for (int k = 0; k < 8; k++) part[k] += data[j + k];
+      }
+      for (const uint64_t p : part) sum += p;
+    });
+    return sum.load();
+  });
+}
