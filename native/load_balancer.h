@@ -11,21 +11,21 @@
 
 namespace cenacle {
 
-struct Dealer {
+struct ReplicaAssigner {
   std::vector<std::vector<int>> holders;  // of each expert, ascending
   std::vector<int64_t> speeds;            // of each rank
   int rank = 0;                           // ours
 
-  static constexpr int64_t FEW = 4;
+  static constexpr int64_t FEW_TOKENS_PER_EXPERT = 4;
 
   // The rank that computes each expert, -1: nobody chose it.
-  std::vector<int> deal(std::vector<int64_t> counts) const {
+  std::vector<int> assign(std::vector<int64_t> counts) const {
     int64_t active = 0, pairs = 0;
     for (size_t e = 0; e < counts.size(); e++) {
       if (holders[e].empty()) counts[e] = 0;
       active += counts[e] > 0, pairs += counts[e];
     }
-    return pairs <= FEW * active ? experts(counts) : tokens(counts);
+    return pairs <= FEW_TOKENS_PER_EXPERT * active ? assign_experts(counts) : assign_tokens(counts);
   }
 
  private:
@@ -33,9 +33,9 @@ struct Dealer {
     return work * speeds[b] < other * speeds[a];
   }
 
-  std::vector<int> experts(const std::vector<int64_t>& counts) const {
+  std::vector<int> assign_experts(const std::vector<int64_t>& counts) const {
     const int ranks = int(speeds.size()), n = int(counts.size());
-    std::vector<int> dealt(n, -1), moved(ranks), queue;
+    std::vector<int> assigned(n, -1), moved(ranks), queue;
     std::vector<int64_t> load(ranks, 0);
     for (int expert = 0; expert < n; expert++) {
       if (!counts[expert]) continue;
@@ -45,7 +45,7 @@ struct Dealer {
       for (size_t i = 0; i < queue.size(); i++) {
         const int from = queue[i];
         for (int other = 0; other < expert; other++) {
-          if (dealt[other] != from) continue;
+          if (assigned[other] != from) continue;
           for (const int to : holders[other])
             if (moved[to] < 0) moved[to] = other, queue.push_back(to);
         }
@@ -56,15 +56,15 @@ struct Dealer {
       load[best]++;
       while (moved[best] != expert) {
         const int other = moved[best];
-        std::swap(best, dealt[other]);
+        std::swap(best, assigned[other]);
       }
-      dealt[expert] = best;
+      assigned[expert] = best;
     }
-    return dealt;
+    return assigned;
   }
 
-  std::vector<int> tokens(const std::vector<int64_t>& counts) const {
-    std::vector<int> dealt(counts.size(), -1), order(counts.size());
+  std::vector<int> assign_tokens(const std::vector<int64_t>& counts) const {
+    std::vector<int> assigned(counts.size(), -1), order(counts.size());
     std::vector<int64_t> load(speeds.size(), 0);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -76,9 +76,9 @@ struct Dealer {
       for (const int r : holders[expert])
         if (best < 0 || less(load[r] + count, r, load[best] + count, best)) best = r;
       load[best] += count;
-      dealt[expert] = best;
+      assigned[expert] = best;
     }
-    return dealt;
+    return assigned;
   }
 };
 

@@ -22,10 +22,10 @@
 
 namespace cenacle {
 
-class Pool {
+class WorkerPool {
  public:
-  static Pool& get() {
-    static Pool* pool = new Pool;  // never destroyed: its threads may outlive main
+  static WorkerPool& get() {
+    static WorkerPool* pool = new WorkerPool;  // never destroyed: its threads may outlive main
     return *pool;
   }
 

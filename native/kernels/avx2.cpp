@@ -8,12 +8,11 @@
 // 2-, 3-, 5- and 6-bit rows, and rows of 4 bits that do not fill vectors, are spread to bytes first.
 #include <immintrin.h>
 
+#include "kernels/quantized_tile.inc.h"
 #include "kernels/x86.inc.h"
 
 namespace cenacle {
 namespace {
-
-constexpr int ROWS = 16;  // rows whose weights stay in the first-level cache while tokens pass
 
 inline float total(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -46,7 +45,7 @@ inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const fl
   int64_t i = 0;
   for (; i + 16 <= width; i += 16) {
     if constexpr (T == 1)
-      if (i * bytes % 64 == 0) ask_ahead(w + i * bytes);
+      if (i * bytes % 64 == 0) prefetch_ahead(w + i * bytes);
     for (int part = 0; part < 2; part++) {
       __m256 v[T];
       for (int t = 0; t < T; t++) v[t] = _mm256_loadu_ps(x[t] + i + 8 * part);
@@ -80,23 +79,21 @@ inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 
-enum class Code { nibbles, bytes, e2m1 };
-
-// T tokens with one row. `scale[t]` holds a factor for every group of `FINE` weights.
-template <Code C, int FINE, int T>
-inline void fixed_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
+// T tokens with one row. `scale[t]` holds a factor for every group of `GROUP` weights.
+template <Code C, int GROUP, int T>
+inline void quantized_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
                        const float* const* scale, __m256* sum) {
-  constexpr bool halves = C != Code::bytes && FINE == 32;  // two groups in a vector of nibbles
-  constexpr int unit = C == Code::bytes ? FINE : 64;       // weights in one round
+  constexpr bool halves = C != Code::bytes && GROUP == 32;  // two groups in a vector of nibbles
+  constexpr int unit = C == Code::bytes ? GROUP : 64;       // weights in one round
   const __m256i low = _mm256_set1_epi16(C == Code::bytes ? 0xff : 0xf);
   const __m256i split = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
   for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
   for (int64_t i = 0, g = 0; i < width; i += unit, g += halves ? 2 : 1) {
     __m256i part[T];
     if constexpr (C == Code::bytes) {
-      for (int h = 0; h < FINE / 32; h++) {
+      for (int h = 0; h < GROUP / 32; h++) {
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i + 32 * h));
-        if constexpr (T == 1) ask_ahead(w + i + 32 * h);
+        if constexpr (T == 1) prefetch_ahead(w + i + 32 * h);
         const __m256i even = _mm256_and_si256(v, low), odd = _mm256_srli_epi16(v, 8);
         for (int t = 0; t < T; t++) {
           const auto* p = reinterpret_cast<const __m256i*>(x[t] + i + 32 * h);
@@ -107,7 +104,7 @@ inline void fixed_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
       }
     } else {
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i / 2));
-      if constexpr (T == 1) ask_ahead(w + i / 2);
+      if constexpr (T == 1) prefetch_ahead(w + i / 2);
       __m256i n[4] = {_mm256_and_si256(v, low), _mm256_and_si256(_mm256_srli_epi16(v, 4), low),
                       _mm256_and_si256(_mm256_srli_epi16(v, 8), low), _mm256_srli_epi16(v, 12)};
       if constexpr (C == Code::e2m1) {
@@ -145,8 +142,8 @@ inline void eight(const Matrix& r, int64_t g, float* scale, float* bias) {
   _mm256_storeu_ps(bias + g, load<F>(r.biases, g));
 }
 
-// Scales and biases of a row as floats, one for each `fine` weights.
-inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, float* scale,
+// Scales and biases of a row as floats, one for each `group_size` weights.
+inline void row_scales(const Matrix& m, int64_t row, int group_size, int64_t groups, float* scale,
                        float* bias) {
   const Matrix r = m.from(row);
   const int64_t n = m.width / m.group;
@@ -179,17 +176,11 @@ inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, f
       bias[g] = at(m.type, r.biases, g);
     }
   }
-  const bool twice = m.group > fine;  // 128 weights a scale, 64 activations
-  if (twice)
-    for (int64_t g = n - 1; g >= 0; g--) {
-      scale[2 * g] = scale[2 * g + 1] = scale[g];
-      bias[2 * g] = bias[2 * g + 1] = bias[g];
-    }
-  for (int64_t g = twice ? 2 * n : n; g < groups; g++) scale[g] = bias[g] = 0.f;
+  spread_scales(m, group_size, groups, scale, bias);
 }
 
-template <Code C, int FINE, int T>
-inline void fixed_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t at, int64_t rows,
+template <Code C, int GROUP, int T>
+inline void quantized_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t at, int64_t rows,
                        int64_t groups, const float* scales, const float* biases,
                        const Activations& a, const int32_t* tokens, float* const* out,
                        float* scratch) {
@@ -197,7 +188,7 @@ inline void fixed_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t 
   const float *xs[T], *xb[T];
   float* factor[T];
   for (int t = 0; t < T; t++) {
-    x[t] = reinterpret_cast<const int16_t*>(a.fixed) + int64_t(tokens[t]) * a.width;
+    x[t] = reinterpret_cast<const int16_t*>(a.quantized) + int64_t(tokens[t]) * a.width;
     xs[t] = a.scales + int64_t(tokens[t]) * groups;
     xb[t] = a.sums + int64_t(tokens[t]) * groups;
     factor[t] = scratch + t * groups;
@@ -213,14 +204,14 @@ inline void fixed_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t 
         bias[t] = _mm256_fmadd_ps(b, _mm256_loadu_ps(xb[t] + g), bias[t]);
       }
     }
-    fixed_tile<C, FINE, T>(w + r * stride, width, x, factor, sum);
+    quantized_tile<C, GROUP, T>(w + r * stride, width, x, factor, sum);
     for (int t = 0; t < T; t++) out[t][at + r] = total(_mm256_add_ps(sum[t], bias[t]));
   }
 }
 
 // The bytes of a row of fewer bits, or of e2m1: twice the value plus 12.
 inline void bytes_of_row(const Matrix& m, int64_t row, uint8_t* to) {
-  if (m.format != Format::mxfp4) return spread_row(m, row, to);
+  if (m.format != Format::mxfp4) return expand_row(m, row, to);
   const uint8_t* from = m.weight + row * m.weight_stride;
   const uint8_t values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
   for (int64_t i = 0; i < m.width; i += 2) {
@@ -229,10 +220,10 @@ inline void bytes_of_row(const Matrix& m, int64_t row, uint8_t* to) {
   }
 }
 
-inline bool spreads(const Matrix& m, Layout l) { return l.deal == Deal::words2 && m.bits != 8; }
+inline bool expands_rows(const Matrix& m, Layout l) { return l.interleave == Interleave::int16x2 && m.bits != 8; }
 
-template <Code C, int FINE>
-void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
+template <Code C, int GROUP>
+void multiply_quantized(const Matrix& m, int64_t first, int64_t last, const Activations& a,
            const int32_t* tokens, int count, float* const* out, float* scratch) {
   const int64_t groups = groups_of(a.layout, m.width);
   float *scales = scratch, *biases = scales + ROWS * groups, *rest = biases + ROWS * groups;
@@ -242,19 +233,15 @@ void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
     const uint8_t* w = m.weight + row * m.weight_stride;
     int64_t stride = m.weight_stride;
     for (int64_t r = 0; r < n; r++)
-      row_scales(m, row + r, FINE, groups, scales + r * groups, biases + r * groups);
-    if (C == Code::bytes && spreads(m, a.layout)) {
+      row_scales(m, row + r, GROUP, groups, scales + r * groups, biases + r * groups);
+    if (C == Code::bytes && expands_rows(m, a.layout)) {
       for (int64_t r = 0; r < n; r++) bytes_of_row(m, row + r, bytes + r * m.width);
       w = bytes, stride = m.width;
     }
-    for (int j = 0; j < count;) {
-      const int some = count - j >= 4 ? 4 : count - j >= 2 ? 2 : 1;
-      const auto run = some == 4   ? fixed_rows<C, FINE, 4>
-                       : some == 2 ? fixed_rows<C, FINE, 2>
-                                   : fixed_rows<C, FINE, 1>;
-      run(w, stride, m.width, row - first, n, groups, scales, biases, a, tokens + j, out + j, rest);
-      j += some;
-    }
+    for_token_tiles(count, [&](int j, auto size) {
+      quantized_rows<C, GROUP, size()>(w, stride, m.width, row - first, n, groups, scales, biases, a,
+                                       tokens + j, out + j, rest);
+    });
   }
 }
 
@@ -263,21 +250,20 @@ void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
 bool packs(const Matrix&) { return false; }
 
 Layout choose(const Matrix& m) {
-  if (m.format == Format::dense) return {Deal::none, 0};
-  const int fine = m.group > 64 ? 64 : m.group;
-  return {m.bits == 4 && m.width % 64 == 0 ? Deal::words4 : Deal::words2, fine};
+  if (m.format == Format::dense) return {Interleave::none, 0};
+  const int group_size = m.group > 64 ? 64 : m.group;
+  return {m.bits == 4 && m.width % 64 == 0 ? Interleave::int16x4 : Interleave::int16x2, group_size};
 }
 
-// A group that holds an infinity or a NaN becomes NaN as a whole.
 void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales, float* sums) {
-  const int fine = l.fine, ways = l.deal == Deal::words4 ? 4 : 2, unit = 16 * ways;
-  auto* fixed = reinterpret_cast<int16_t*>(to);
-  const int64_t groups = width / fine, padded = groups_of(l, width);
+  const int group_size = l.group, ways = l.interleave == Interleave::int16x4 ? 4 : 2, unit = 16 * ways;
+  auto* quantized = reinterpret_cast<int16_t*>(to);
+  const int64_t groups = width / group_size, padded = groups_of(l, width);
   for (int64_t g = 0; g < groups; g++) {
-    const float* v = x + g * fine;
+    const float* v = x + g * group_size;
     __m256i most = _mm256_setzero_si256();
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-    for (int i = 0; i < fine; i += 8) {
+    for (int i = 0; i < group_size; i += 8) {
       const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(v + i));
       most = _mm256_max_epi32(most, _mm256_and_si256(bits, magnitude));
     }
@@ -285,15 +271,12 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
     uint32_t top = 0;
     for (const uint32_t lane : lanes) top = lane > top ? lane : top;
-    const bool finite = top < 0x7f800000u;
-    // Below this the reciprocal overflows; such values are nothing beside any others.
-    const float largest = finite && from_bits(top) > 1e-30f ? from_bits(top) : 0.f;
-    const float inverse = largest > 0.f ? 32767.f / largest : 0.f;
-    const __m256 factor = _mm256_set1_ps(inverse);
+    const GroupScale of(top, 32767.f);
+    const __m256 factor = _mm256_set1_ps(of.inverse);
     __m256i sum = _mm256_setzero_si256();
     int16_t q[64];
-    for (int i = 0; i < fine; i += 8) {
-      const __m256i n = finite ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + i), factor))
+    for (int i = 0; i < group_size; i += 8) {
+      const __m256i n = of.finite ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(v + i), factor))
                                : _mm256_setzero_si256();
       sum = _mm256_add_epi32(sum, n);
       const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
@@ -302,12 +285,12 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
     int32_t whole = 0;
     for (const uint32_t lane : lanes) whole += int32_t(lane);
-    scales[g] = finite ? largest / 32767.f : NAN;
+    scales[g] = of.scale;
     sums[g] = float(whole) * scales[g];
     // Value ways * lane + way of a unit goes to that lane of that way's vector.
-    for (int i = 0; i < fine; i++) {
-      const int64_t place = g * fine + i, in = place % unit;
-      fixed[place - in + in % ways * 16 + in / ways] = q[i];
+    for (int i = 0; i < group_size; i++) {
+      const int64_t place = g * group_size + i, in = place % unit;
+      quantized[place - in + in % ways * 16 + in / ways] = q[i];
     }
   }
   for (int64_t g = groups; g < padded; g++) scales[g] = sums[g] = 0.f;
@@ -315,18 +298,18 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  if (l.deal == Deal::none) return 0;
-  return (2 * ROWS + 4) * groups_of(l, m.width) + (spreads(m, l) ? ROWS * m.width / 4 : 0);
+  if (l.interleave == Interleave::none) return 0;
+  return (2 * ROWS + 4) * groups_of(l, m.width) + (expands_rows(m, l) ? ROWS * m.width / 4 : 0);
 }
 
 void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
               const int32_t* tokens, int count, float* const* out, float* scratch) {
   if (m.format == Format::dense) return dense<Tile>(m, first, last, a, tokens, count, out);
-  const bool small = a.layout.fine == 32, bytes = a.layout.deal == Deal::words2;
-  const auto run = bytes ? (small ? fixed<Code::bytes, 32> : fixed<Code::bytes, 64>)
+  const bool small = a.layout.group == 32, bytes = a.layout.interleave == Interleave::int16x2;
+  const auto run = bytes ? (small ? multiply_quantized<Code::bytes, 32> : multiply_quantized<Code::bytes, 64>)
                    : m.format == Format::mxfp4
-                       ? fixed<Code::e2m1, 32>
-                       : (small ? fixed<Code::nibbles, 32> : fixed<Code::nibbles, 64>);
+                       ? multiply_quantized<Code::e2m1, 32>
+                       : (small ? multiply_quantized<Code::nibbles, 32> : multiply_quantized<Code::nibbles, 64>);
   run(m, first, last, a, tokens, count, out, scratch);
 }
 

@@ -65,7 +65,7 @@ inline void unpack(const uint8_t* from, int64_t n, float scale, float bias, floa
 }
 
 inline void decode_row(const Matrix& m, int64_t row, float* to) {
-  const int64_t lane = m.packed ? row % ABREAST : 0;
+  const int64_t lane = m.packed ? row % ROWS_PER_PACK : 0;
   const Matrix r = m.from(row - lane);
   if (m.format == Format::dense) {
     floats(m.type, r.weight, m.width, to);
@@ -78,10 +78,10 @@ inline void decode_row(const Matrix& m, int64_t row, float* to) {
     uint8_t words[128];
     if (m.packed) {
       const uint8_t* from = r.weight + g * packed_group(m);
-      for (int64_t i = 0; i < bytes; i += 4) memcpy(words + i, from + ABREAST * i + 4 * lane, 4);
+      for (int64_t i = 0; i < bytes; i += 4) memcpy(words + i, from + ROWS_PER_PACK * i + 4 * lane, 4);
       w = words;
       scales = from + packed_weights(m);
-      biases = scales + ABREAST * (m.type == Float::f32 ? 4 : 2);
+      biases = scales + ROWS_PER_PACK * (m.type == Float::f32 ? 4 : 2);
       in = lane;
     }
     float* y = to + g * m.group;
@@ -138,43 +138,43 @@ inline float gelu(float x) {
 inline float minimum(float x, float limit) { return x > limit ? limit : x; }
 inline float clip(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
-inline void activate(Act act, float a, float b, float* gate, const float* up, int64_t n) {
+inline void activate(Activation act, float a, float b, float* gate, const float* up, int64_t n) {
   switch (act) {
-    case Act::swiglu:
+    case Activation::swiglu:
       for (int64_t i = 0; i < n; i++) gate[i] = silu(gate[i]) * up[i];
       break;
-    case Act::oai:
+    case Activation::gpt_oss:
       for (int64_t i = 0; i < n; i++) {
         const float g = minimum(gate[i], b);
         gate[i] = (clip(up[i], b) + 1.f) * (g * sigmoid(a * g));
       }
       break;
-    case Act::geglu:
+    case Activation::geglu:
       for (int64_t i = 0; i < n; i++) gate[i] = gelu(gate[i]) * up[i];
       break;
-    case Act::clipped:
+    case Activation::clipped:
       for (int64_t i = 0; i < n; i++) gate[i] = silu(minimum(gate[i], a)) * clip(up[i], a);
       break;
-    case Act::capped:
+    case Activation::capped:
       for (int64_t i = 0; i < n; i++) gate[i] = minimum(silu(gate[i]), a) * clip(up[i], a);
       break;
-    case Act::situ:
+    case Activation::situ:
       for (int64_t i = 0; i < n; i++) {
         const float u = b != 0.f ? b * tanhf(up[i] / b) : up[i];
         gate[i] = a * tanhf(gate[i] / a) * sigmoid(gate[i]) * u;
       }
       break;
-    case Act::gelu_tanh:
+    case Activation::gelu_tanh:
       for (int64_t i = 0; i < n; i++) gate[i] = gelu(gate[i]);
       break;
-    case Act::gelu_erf:
+    case Activation::gelu_erf:
       for (int64_t i = 0; i < n; i++)
         gate[i] = gate[i] * (1.f + erff(gate[i] * 0.707106781186547524f)) / 2.f;
       break;
-    case Act::gelu_fast:
+    case Activation::gelu_fast:
       for (int64_t i = 0; i < n; i++) gate[i] *= sigmoid(1.702f * gate[i]);
       break;
-    case Act::relu2:
+    case Activation::relu2:
       for (int64_t i = 0; i < n; i++) {
         const float g = gate[i] > 0.f || gate[i] != gate[i] ? gate[i] : 0.f;
         gate[i] = g * g;

@@ -8,7 +8,7 @@
 
 namespace cenacle {
 
-std::vector<const Kernels*> usable() {
+std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> all;
 #ifdef CENACLE_AVX2
   __builtin_cpu_init();

@@ -35,35 +35,35 @@ struct Matrix {
 };
 
 // How a kernel wants its activations: as they are, or as integers of 16 or 8 bits with a scale for
-// every `fine` values, dealt out as the unpacking of the weights leaves them.
-enum class Deal : int {
+// every `group_size` values, dealt out as the unpacking of the weights leaves them.
+enum class Interleave : int {
   none,
-  words2, words4,  // int16, to 2 or 4 vectors: value ways * lane + way goes to that lane of that vector
+  int16x2, int16x4,  // int16, to 2 or 4 vectors: value ways * lane + way goes to that lane of that vector
   // The upper and the lower byte apart, as `vpdpbusd` wants them: value = 256 upper + lower, both signed.
-  planes,  // of each 64 values [upper 64][lower 64]
+  byte_planes,  // of each 64 values [upper 64][lower 64]
   // The two bytes apart for a packed matrix, in which a word of 32 bits is four or eight weights: of each
   // 4 values [upper 4][lower 4], and of each 8 [upper even 4][upper odd 4][lower even 4][lower odd 4].
-  quads, even_quads,
+  byte_quads, byte_quads_even,
   // One byte a value, as it is or of each 8 values [even 4][odd 4].
-  quads8, even_quads8,
+  int8_quads, int8_quads_even,
   // Planes for `sdot`: of each 32 values [upper 32][lower 32], and with even places before odd ones.
-  planes32, even_planes32,
+  byte_planes32, byte_planes32_even,
 };
 struct Layout {
-  Deal deal;
-  int fine;
+  Interleave interleave;
+  int group;
   bool operator==(const Layout&) const = default;
 };
 // Groups are padded to sixteen, for the kernels' sake; the padding is zero.
 constexpr int64_t groups_of(Layout l, int64_t width) {
-  return l.deal == Deal::none ? 0 : (width / l.fine + 15) / 16 * 16;
+  return l.interleave == Interleave::none ? 0 : (width / l.group + 15) / 16 * 16;
 }
 // Of one token.
 constexpr int64_t bytes_of(Layout l, int64_t width) {
-  switch (l.deal) {
-    case Deal::none: return 0;
-    case Deal::planes: return (width + 63) / 64 * 128;
-    case Deal::quads8: case Deal::even_quads8: return width;
+  switch (l.interleave) {
+    case Interleave::none: return 0;
+    case Interleave::byte_planes: return (width + 63) / 64 * 128;
+    case Interleave::int8_quads: case Interleave::int8_quads_even: return width;
     default: return 2 * width;
   }
 }
@@ -73,20 +73,20 @@ struct Activations {
   Layout layout;
   int64_t width;
   const float* plain;          // [tokens, width]
-  const uint8_t* fixed;        // [tokens, bytes_of(layout, width)]
+  const uint8_t* quantized;        // [tokens, bytes_of(layout, width)]
   const float *scales, *sums;  // [tokens, groups]: of the integers; sums are scaled
 };
 
-enum class Act : int {
+enum class Activation : int {
   swiglu,    // silu(gate) * up
-  oai,       // gpt-oss: clipped, (up + 1) * gate * sigmoid(a * gate); b is the limit
+  gpt_oss,       // gpt-oss: clipped, (up + 1) * gate * sigmoid(a * gate); b is the limit
   geglu,     // gelu(gate) * up, tanh approximation
   clipped,   // swiglu of min(gate, a), clip(up, -a, a)
   capped,    // min(silu(gate), a) * clip(up, -a, a)
   situ,      // a tanh(gate / a) sigmoid(gate) * up, up = b tanh(up / b) if b
   gelu_tanh, gelu_erf, gelu_fast, relu2,  // of one matrix
 };
-constexpr bool gated(Act a) { return a < Act::gelu_tanh; }
+constexpr bool gated(Activation a) { return a < Activation::gelu_tanh; }
 
 constexpr int TOKENS = 64;  // most tokens in one call of `multiply`
 
@@ -95,7 +95,7 @@ struct Kernels {
   bool (*packs)(const Matrix&);  // whether such a matrix is to be packed before it is used
   Layout (*choose)(const Matrix&);
   // One token's values in a layout.
-  void (*prepare)(Layout, int64_t width, const float* x, uint8_t* fixed, float* scales, float* sums);
+  void (*prepare)(Layout, int64_t width, const float* x, uint8_t* quantized, float* scales, float* sums);
   // Floats of scratch memory that `multiply` wants.
   int64_t (*scratch)(const Matrix&);
   // out[j][row - first] = W[row] . x[tokens[j]] for first <= row < last, j < count <= TOKENS.
@@ -103,7 +103,7 @@ struct Kernels {
   void (*multiply)(const Matrix&, int64_t first, int64_t last, const Activations&,
                    const int32_t* tokens, int count, float* const* out, float* scratch);
   // gate = act(gate, up), in place; `up` is not read if the activation is not gated.
-  void (*activate)(Act, float a, float b, float* gate, const float* up, int64_t n);
+  void (*activate)(Activation, float a, float b, float* gate, const float* up, int64_t n);
 };
 
 extern const Kernels portable;
@@ -115,6 +115,6 @@ extern const Kernels neon;
 #endif
 
 // The sets that this processor can run, the best first.
-std::vector<const Kernels*> usable();
+std::vector<const Kernels*> available_kernels();
 
 }  // namespace cenacle

@@ -10,15 +10,14 @@
 // Everything else is multiplied as float; 2-, 3-, 5- and 6-bit rows are decoded to float first.
 #include <arm_neon.h>
 
-#include "kernels/decode.inc.h"
+#include "kernels/quantized_tile.inc.h"
 
 namespace cenacle {
 namespace {
 
-constexpr int ROWS = 16;            // rows whose weights stay in the first-level cache while tokens pass
 constexpr int DECODE = 4;           // rows decoded to float at a time
 constexpr int AHEAD = 1024;         // bytes
-constexpr float MOST = 0x7f7f;      // the largest integer of which both halves fit in a signed byte
+constexpr float MAX_QUANTIZED = 0x7f7f;      // the largest integer of which both halves fit in a signed byte
 
 // ---- float weights ----------------------------------------------------------------------------
 
@@ -92,11 +91,9 @@ void dense(const uint8_t* w, int64_t stride, int64_t width, int64_t rows, int64_
 
 // ---- 4 and 8 bits -----------------------------------------------------------------------------
 
-enum class Code { nibbles, bytes, e2m1 };
-
-// T tokens with one row. `scale[t]` holds a factor for every group of `FINE` weights.
-template <Code C, int FINE, int T>
-inline void fixed_tile(const uint8_t* w, int64_t width, const int8_t* const* x,
+// T tokens with one row. `scale[t]` holds a factor for every group of `GROUP` weights.
+template <Code C, int GROUP, int T>
+inline void quantized_tile(const uint8_t* w, int64_t width, const int8_t* const* x,
                        const float* const* scale, float32x4_t* sum) {
   // Twice the values of mxfp4's codes.
   alignas(16) static constexpr int8_t kTwice[16] = {0, 1,  2,  3,  4,  6,  8,  12,
@@ -104,10 +101,10 @@ inline void fixed_tile(const uint8_t* w, int64_t width, const int8_t* const* x,
   const int8x16_t table = vld1q_s8(kTwice);
   const uint8x16_t low = vdupq_n_u8(0xf), half = vdupq_n_u8(0x80);
   for (int t = 0; t < T; t++) sum[t] = vdupq_n_f32(0.f);
-  for (int64_t i = 0, g = 0; i < width; i += FINE, g++) {
+  for (int64_t i = 0, g = 0; i < width; i += GROUP, g++) {
     int32x4_t upper[T], lower[T];
     for (int t = 0; t < T; t++) upper[t] = lower[t] = vdupq_n_s32(0);
-    for (int64_t j = i; j < i + FINE; j += 32) {
+    for (int64_t j = i; j < i + GROUP; j += 32) {
       int8x16_t n[2];
       if constexpr (C == Code::bytes) {
         for (int h = 0; h < 2; h++)
@@ -139,8 +136,8 @@ inline void four(const Matrix& r, int64_t g, float* scale, float* bias) {
   vst1q_f32(bias + g, load<F>(r.biases, g));
 }
 
-// Scales and biases of a row as floats, one for each `fine` weights.
-inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, float* scale,
+// Scales and biases of a row as floats, one for each `group_size` weights.
+inline void row_scales(const Matrix& m, int64_t row, int group_size, int64_t groups, float* scale,
                        float* bias) {
   const Matrix r = m.from(row);
   const int64_t n = m.width / m.group;
@@ -163,24 +160,18 @@ inline void row_scales(const Matrix& m, int64_t row, int fine, int64_t groups, f
     if (m.bits == 8)
       for (g = 0; g < n; g++) bias[g] = fmaf(128.f, scale[g], bias[g]);
   }
-  const bool twice = m.group > fine;  // 128 weights a scale, 64 activations
-  if (twice)
-    for (int64_t g = n - 1; g >= 0; g--) {
-      scale[2 * g] = scale[2 * g + 1] = scale[g];
-      bias[2 * g] = bias[2 * g + 1] = bias[g];
-    }
-  for (int64_t g = twice ? 2 * n : n; g < groups; g++) scale[g] = bias[g] = 0.f;
+  spread_scales(m, group_size, groups, scale, bias);
 }
 
-template <Code C, int FINE, int T>
-inline void fixed_rows(const Matrix& m, int64_t first, int64_t row, int64_t rows, int64_t groups,
+template <Code C, int GROUP, int T>
+inline void quantized_rows(const Matrix& m, int64_t first, int64_t row, int64_t rows, int64_t groups,
                        const float* scales, const float* biases, const Activations& a,
                        const int32_t* tokens, float* const* out, float* scratch) {
   const int8_t* x[T];
   const float *xs[T], *xb[T];
   float* factor[T];
   for (int t = 0; t < T; t++) {
-    x[t] = reinterpret_cast<const int8_t*>(a.fixed + tokens[t] * bytes_of(a.layout, a.width));
+    x[t] = reinterpret_cast<const int8_t*>(a.quantized + tokens[t] * bytes_of(a.layout, a.width));
     xs[t] = a.scales + int64_t(tokens[t]) * groups;
     xb[t] = a.sums + int64_t(tokens[t]) * groups;
     factor[t] = scratch + t * groups;
@@ -197,34 +188,25 @@ inline void fixed_rows(const Matrix& m, int64_t first, int64_t row, int64_t rows
       }
     }
     const uint8_t* w = m.weight + (row + r) * m.weight_stride;
-    fixed_tile<C, FINE, T>(w, m.width, x, factor, sum);
+    quantized_tile<C, GROUP, T>(w, m.width, x, factor, sum);
     for (int t = 0; t < T; t++)
       out[t][row + r - first] = vaddvq_f32(vaddq_f32(sum[t], bias[t]));
   }
 }
 
-template <Code C, int FINE>
-void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
+template <Code C, int GROUP>
+void multiply_quantized(const Matrix& m, int64_t first, int64_t last, const Activations& a,
            const int32_t* tokens, int count, float* const* out, float* scratch) {
   const int64_t groups = groups_of(a.layout, m.width);
   float *scales = scratch, *biases = scales + ROWS * groups, *rest = biases + ROWS * groups;
   for (int64_t row = first; row < last; row += ROWS) {
     const int64_t n = last - row < ROWS ? last - row : ROWS;
     for (int64_t r = 0; r < n; r++)
-      row_scales(m, row + r, FINE, groups, scales + r * groups, biases + r * groups);
-    for (int j = 0; j < count;) {
-      const int32_t* t = tokens + j;
-      if (count - j >= 4) {
-        fixed_rows<C, FINE, 4>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
-        j += 4;
-      } else if (count - j >= 2) {
-        fixed_rows<C, FINE, 2>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
-        j += 2;
-      } else {
-        fixed_rows<C, FINE, 1>(m, first, row, n, groups, scales, biases, a, t, out + j, rest);
-        j += 1;
-      }
-    }
+      row_scales(m, row + r, GROUP, groups, scales + r * groups, biases + r * groups);
+    for_token_tiles(count, [&](int j, auto size) {
+      quantized_rows<C, GROUP, size()>(m, first, row, n, groups, scales, biases, a, tokens + j, out + j,
+                                       rest);
+    });
   }
 }
 
@@ -233,33 +215,29 @@ void fixed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
 bool packs(const Matrix&) { return false; }
 
 Layout choose(const Matrix& m) {
-  if (m.format == Format::dense) return {Deal::none, 0};
-  const int fine = m.group > 64 ? 64 : m.group;
-  if (m.bits == 8 && m.format == Format::affine) return {Deal::planes32, fine};
-  return m.bits == 4 ? Layout{Deal::even_planes32, fine} : Layout{Deal::none, 0};
+  if (m.format == Format::dense) return {Interleave::none, 0};
+  const int group_size = m.group > 64 ? 64 : m.group;
+  if (m.bits == 8 && m.format == Format::affine) return {Interleave::byte_planes32, group_size};
+  return m.bits == 4 ? Layout{Interleave::byte_planes32_even, group_size} : Layout{Interleave::none, 0};
 }
 
-// A group that holds an infinity or a NaN becomes NaN as a whole.
-void prepare(Layout l, int64_t width, const float* x, uint8_t* fixed, float* scales, float* sums) {
-  const int fine = l.fine, ways = l.deal == Deal::even_planes32 ? 2 : 1;
-  const int64_t groups = width / fine, padded = groups_of(l, width);
-  auto* to = reinterpret_cast<int8_t*>(fixed);
+void prepare(Layout l, int64_t width, const float* x, uint8_t* quantized, float* scales, float* sums) {
+  const int group_size = l.group, ways = l.interleave == Interleave::byte_planes32_even ? 2 : 1;
+  const int64_t groups = width / group_size, padded = groups_of(l, width);
+  auto* to = reinterpret_cast<int8_t*>(quantized);
   for (int64_t g = 0; g < groups; g++) {
-    const float* v = x + g * fine;
+    const float* v = x + g * group_size;
     uint32x4_t most = vdupq_n_u32(0);
-    for (int i = 0; i < fine; i += 4)
+    for (int i = 0; i < group_size; i += 4)
       most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(v + i)),
                                        vdupq_n_u32(0x7fffffff)));
     const uint32_t top = vmaxvq_u32(most);
-    const bool finite = top < 0x7f800000u;
-    // Below this the reciprocal overflows; such values are nothing beside any others.
-    const float largest = finite && from_bits(top) > 1e-30f ? from_bits(top) : 0.f;
-    const float inverse = largest > 0.f ? MOST / largest : 0.f;
+    const GroupScale of(top, MAX_QUANTIZED);
     int32_t whole = 0;
-    for (int i = 0; i < fine; i += 32, to += 64) {
+    for (int i = 0; i < group_size; i += 32, to += 64) {
       int32_t q[32];
       for (int j = 0; j < 32; j += 4)
-        vst1q_s32(q + j, finite ? vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(v + i + j), inverse))
+        vst1q_s32(q + j, of.finite ? vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(v + i + j), of.inverse))
                                 : vdupq_n_s32(0));
       for (int j = 0; j < 32; j++) {
         const auto lower = static_cast<int8_t>(q[j]);
@@ -269,7 +247,7 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* fixed, float* sca
         whole += q[j];
       }
     }
-    scales[g] = finite ? largest / MOST : NAN;
+    scales[g] = of.scale;
     sums[g] = float(whole) * scales[g];
   }
   for (int64_t g = groups; g < padded; g++) scales[g] = sums[g] = 0.f;
@@ -277,7 +255,7 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* fixed, float* sca
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  return l.deal != Deal::none ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODE * m.width;
+  return l.interleave != Interleave::none ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODE * m.width;
 }
 
 void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
@@ -290,7 +268,7 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
     run(w, m.weight_stride, m.width, last - first, 0, a, tokens, count, out);
     return;
   }
-  if (a.layout.deal == Deal::none) {
+  if (a.layout.interleave == Interleave::none) {
     for (int64_t row = first; row < last; row += DECODE) {
       const int64_t n = last - row < DECODE ? last - row : DECODE;
       for (int64_t r = 0; r < n; r++) decode_row(m, row + r, scratch + r * m.width);
@@ -299,10 +277,10 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
     }
     return;
   }
-  const bool small = a.layout.fine == 32;
-  const auto run = m.format == Format::mxfp4 ? fixed<Code::e2m1, 32>
-                   : m.bits == 8 ? (small ? fixed<Code::bytes, 32> : fixed<Code::bytes, 64>)
-                                 : (small ? fixed<Code::nibbles, 32> : fixed<Code::nibbles, 64>);
+  const bool small = a.layout.group == 32;
+  const auto run = m.format == Format::mxfp4 ? multiply_quantized<Code::e2m1, 32>
+                   : m.bits == 8 ? (small ? multiply_quantized<Code::bytes, 32> : multiply_quantized<Code::bytes, 64>)
+                                 : (small ? multiply_quantized<Code::nibbles, 32> : multiply_quantized<Code::nibbles, 64>);
   run(m, first, last, a, tokens, count, out, scratch);
 }
 

@@ -22,7 +22,7 @@ float dot(const float* w, const float* x, int64_t n) {
 
 bool packs(const Matrix&) { return false; }
 
-Layout choose(const Matrix&) { return {Deal::none, 0}; }
+Layout choose(const Matrix&) { return {Interleave::none, 0}; }
 
 void prepare(Layout, int64_t, const float*, uint8_t*, float*, float*) {}
 

@@ -9,17 +9,17 @@ namespace {
 template <class Each>
 void walk(const Matrix& m, int64_t row, const uint8_t* packed, uint8_t* weight, uint8_t* scales,
           uint8_t* biases, Each&& each) {
-  const int64_t group = packed_group(m), words = packed_weights(m) / ABREAST / 4;
+  const int64_t group = packed_group(m), words = packed_weights(m) / ROWS_PER_PACK / 4;
   const int size = m.format == Format::mxfp4 ? 1 : m.type == Float::f32 ? 4 : 2;
-  auto* from = const_cast<uint8_t*>(packed) + row / ABREAST * m.width / m.group * group;
+  auto* from = const_cast<uint8_t*>(packed) + row / ROWS_PER_PACK * m.width / m.group * group;
   for (int64_t g = 0; g < m.width / m.group; g++, from += group) {
     for (int64_t i = 0; i < words; i++, weight += 4)
-      each(weight, from + 4 * (i * ABREAST + row % ABREAST), 4);
-    uint8_t* tail = from + packed_weights(m) + size * (row % ABREAST);
+      each(weight, from + 4 * (i * ROWS_PER_PACK + row % ROWS_PER_PACK), 4);
+    uint8_t* tail = from + packed_weights(m) + size * (row % ROWS_PER_PACK);
     each(scales, tail, size);
     scales += size;
     if (m.format != Format::affine) continue;
-    each(biases, tail + size * ABREAST, size);
+    each(biases, tail + size * ROWS_PER_PACK, size);
     biases += size;
   }
 }
@@ -32,13 +32,13 @@ Matrix packed(const Matrix& plain, const uint8_t* to) {
   m.weight = to;
   m.scales = m.biases = nullptr;
   m.scale_stride = 0;
-  m.weight_stride = packed_group(plain) / ABREAST * (plain.width / plain.group);
+  m.weight_stride = packed_group(plain) / ROWS_PER_PACK * (plain.width / plain.group);
   return m;
 }
 
 void pack(const Matrix& plain, uint8_t* to) {
-  const int64_t rows = packed_rows(plain.rows), stride = packed(plain, nullptr).weight_stride;
-  if (rows > plain.rows) std::memset(to + (rows - ABREAST) * stride, 0, ABREAST * stride);
+  const int64_t rows = padded_rows(plain.rows), stride = packed(plain, nullptr).weight_stride;
+  if (rows > plain.rows) std::memset(to + (rows - ROWS_PER_PACK) * stride, 0, ROWS_PER_PACK * stride);
   for (int64_t row = 0; row < plain.rows; row++) {
     const Matrix r = plain.from(row);
     walk(plain, row, to, const_cast<uint8_t*>(r.weight), const_cast<uint8_t*>(r.scales),

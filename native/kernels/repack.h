@@ -12,20 +12,20 @@
 
 namespace cenacle {
 
-constexpr int64_t ABREAST = 16;
+constexpr int64_t ROWS_PER_PACK = 16;
 
 // Bytes of a group of sixteen rows: of weights, and with scales and biases.
-constexpr int64_t packed_weights(const Matrix& m) { return ABREAST * m.group * m.bits / 8; }
+constexpr int64_t packed_weights(const Matrix& m) { return ROWS_PER_PACK * m.group * m.bits / 8; }
 constexpr int64_t packed_group(const Matrix& m) {
   const int size = m.format == Format::mxfp4 ? 1 : m.type == Float::f32 ? 8 : 4;
-  return packed_weights(m) + ABREAST * size;
+  return packed_weights(m) + ROWS_PER_PACK * size;
 }
-constexpr int64_t packed_rows(int64_t rows) { return (rows + ABREAST - 1) / ABREAST * ABREAST; }
+constexpr int64_t padded_rows(int64_t rows) { return (rows + ROWS_PER_PACK - 1) / ROWS_PER_PACK * ROWS_PER_PACK; }
 
 // The description of the matrix that `pack` makes of `plain`, at `to`; 0: how large it will be.
 Matrix packed(const Matrix& plain, const uint8_t* to);
 inline int64_t packed_bytes(const Matrix& plain) {
-  return packed_rows(plain.rows) * packed(plain, nullptr).weight_stride;
+  return padded_rows(plain.rows) * packed(plain, nullptr).weight_stride;
 }
 void pack(const Matrix& plain, uint8_t* to);
 // `rows` of a packed matrix as they were, from row `first` on.

@@ -1,23 +1,21 @@
 // Packed matrices (packed.h) for AVX-512 with VNNI: included by kernels_vnni.cpp.
 //
 // A vector of words holds four bytes of sixteen rows. The four activations that belong to them are the
-// same for all rows: `vpdpbusd` broadcasts them from memory. A token's integers of 16 bits are two planes
+// same for all rows: `vpdpbusd` broadcasts them from memory. A token's integers of 16 bits are two byte_planes
 // of signed bytes, each with a sum of its own until the group ends: 256 x upper + lower, exact.
 // For several tokens the words are read and taken apart once.
 #pragma once
 
 #include <immintrin.h>
 
-#include "kernels/decode.inc.h"
+#include "kernels/quantized_tile.inc.h"
 
 namespace cenacle {
 namespace {
 
 // How far ahead lines are asked for where several tokens keep the processor from running ahead itself, in
 // bytes. With one token that only hurts (docs/LOG.md).
-constexpr int64_t SOON = 4608;
-
-enum class Code { nibbles, bytes, e2m1 };
+constexpr int64_t PREFETCH_BYTES = 4608;
 
 // Sixteen numbers of a group: scales or biases.
 inline __m512 sixteen(Float type, const uint8_t* p, int which) {
@@ -36,13 +34,13 @@ inline __m512 halved_powers(const uint8_t* p) {
                        _mm512_set1_ps(.5f));
 }
 
-// Sixteen rows, of which `rows` are wanted, with T tokens of PLANES bytes a value and FINE values a scale.
+// Sixteen rows, of which `rows` are wanted, with T tokens of PLANES bytes a value and GROUP values a scale.
 // The compiler keeps sums in registers only where all loops over them are unrolled.
-template <Code C, int PLANES, int FINE, int T>
-void abreast(const Matrix& m, const uint8_t* w, const Activations& a, const int32_t* tokens,
+template <Code C, int PLANES, int GROUP, int T>
+void packed_tile(const Matrix& m, const uint8_t* w, const Activations& a, const int32_t* tokens,
              float* const* out, int64_t at, __mmask16 rows) {
   constexpr int PARTS = C == Code::bytes ? 1 : 2;  // vectors of weights in one of words
-  constexpr int STEPS = FINE / 4 / PARTS;
+  constexpr int STEPS = GROUP / 4 / PARTS;
   const __m512i low = _mm512_set1_epi8(15);
   // Twice the value plus 12: not negative.
   const __m512i values = _mm512_broadcast_i32x4(
@@ -53,17 +51,17 @@ void abreast(const Matrix& m, const uint8_t* w, const Activations& a, const int3
   __m512 sum[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; t++) {
-    x[t] = a.fixed + tokens[t] * bytes;
+    x[t] = a.quantized + tokens[t] * bytes;
     scales[t] = a.scales + tokens[t] * padded;
     sums[t] = a.sums + tokens[t] * padded;
     sum[t] = _mm512_setzero_ps();
   }
   const int64_t tail = packed_group(m) - packed_weights(m);
   int64_t offset = 0;  // in the activations
-  for (int64_t g = 0; g < m.width / FINE;) {
+  for (int64_t g = 0; g < m.width / GROUP;) {
     const uint8_t* end = w + packed_weights(m);
     for (int64_t b = 0; T > 1 && b < packed_group(m); b += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(w + b + SOON), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w + b + PREFETCH_BYTES), _MM_HINT_T0);
     const __m512 scale = C == Code::e2m1 ? halved_powers(end) : sixteen(m.type, end, 0);
     const __m512 bias = C == Code::e2m1 ? _mm512_mul_ps(scale, _mm512_set1_ps(-12.f))
                                         : sixteen(m.type, end, 1);
@@ -95,7 +93,7 @@ void abreast(const Matrix& m, const uint8_t* w, const Activations& a, const int3
             }
       }
       w += 64 * STEPS;
-      offset += FINE * PLANES;
+      offset += GROUP * PLANES;
 #pragma GCC unroll 8
       for (int t = 0; t < T; t++) {
         __m512i whole = part[t][0];
@@ -111,19 +109,19 @@ void abreast(const Matrix& m, const uint8_t* w, const Activations& a, const int3
   for (int t = 0; t < T; t++) _mm512_mask_storeu_ps(out[t] + at, rows, sum[t]);
 }
 
-template <Code C, int PLANES, int FINE>
-void packed_rows_of(const Matrix& m, int64_t begin, int64_t end, const Activations& a,
+template <Code C, int PLANES, int GROUP>
+void packed_tiles(const Matrix& m, int64_t begin, int64_t end, const Activations& a,
                     const int32_t* tokens, int count, float* const* out) {
-  for (int64_t row = begin; row < end; row += ABREAST) {
+  for (int64_t row = begin; row < end; row += ROWS_PER_PACK) {
     const uint8_t* w = m.weight + row * m.weight_stride;
-    const __mmask16 rows = end - row < ABREAST ? __mmask16((1u << (end - row)) - 1) : 0xffff;
+    const __mmask16 rows = end - row < ROWS_PER_PACK ? __mmask16((1u << (end - row)) - 1) : 0xffff;
     for (int j = 0; j < count;) {
       const int left = count - j, some = left >= 8 ? 8 : left >= 4 ? 4 : left;
-      const auto run = some == 8   ? abreast<C, PLANES, FINE, 8>
-                       : some == 4 ? abreast<C, PLANES, FINE, 4>
-                       : some == 3 ? abreast<C, PLANES, FINE, 3>
-                       : some == 2 ? abreast<C, PLANES, FINE, 2>
-                                   : abreast<C, PLANES, FINE, 1>;
+      const auto run = some == 8   ? packed_tile<C, PLANES, GROUP, 8>
+                       : some == 4 ? packed_tile<C, PLANES, GROUP, 4>
+                       : some == 3 ? packed_tile<C, PLANES, GROUP, 3>
+                       : some == 2 ? packed_tile<C, PLANES, GROUP, 2>
+                                   : packed_tile<C, PLANES, GROUP, 1>;
       run(m, w, a, tokens + j, out + j, row - begin, rows);
       j += some;
     }
@@ -132,21 +130,21 @@ void packed_rows_of(const Matrix& m, int64_t begin, int64_t end, const Activatio
 
 void multiply_packed(const Matrix& m, int64_t first, int64_t last, const Activations& a,
                      const int32_t* tokens, int count, float* const* out) {
-  const bool one = m.activations == 8, small = a.layout.fine == 32;
+  const bool one = m.activations == 8, small = a.layout.group == 32;
   using enum Code;
   const auto run =
-      m.format == Format::mxfp4 ? (one ? packed_rows_of<e2m1, 1, 32> : packed_rows_of<e2m1, 2, 32>)
-      : m.bits == 4 ? (one     ? packed_rows_of<nibbles, 1, 32>
-                       : small ? packed_rows_of<nibbles, 2, 32>
-                               : packed_rows_of<nibbles, 2, 64>)
-                    : (one     ? packed_rows_of<bytes, 1, 32>
-                       : small ? packed_rows_of<bytes, 2, 32>
-                               : packed_rows_of<bytes, 2, 64>);
+      m.format == Format::mxfp4 ? (one ? packed_tiles<e2m1, 1, 32> : packed_tiles<e2m1, 2, 32>)
+      : m.bits == 4 ? (one     ? packed_tiles<nibbles, 1, 32>
+                       : small ? packed_tiles<nibbles, 2, 32>
+                               : packed_tiles<nibbles, 2, 64>)
+                    : (one     ? packed_tiles<bytes, 1, 32>
+                       : small ? packed_tiles<bytes, 2, 32>
+                               : packed_tiles<bytes, 2, 64>);
   run(m, first, last, a, tokens, count, out);
 }
 
 // How a group of values becomes integers of up to `most`, all zero and of no scale where one is no number.
-struct Steps {
+struct Quantizer {
   __m512 factor;
   float scale;
   __m512i of(const float* x) const {
@@ -154,19 +152,16 @@ struct Steps {
                           : _mm512_setzero_si512();
   }
 };
-inline Steps steps_of(const float* x, int n, float most) {
+inline Quantizer quantizer_of(const float* x, int n, float most) {
   __m512i top = _mm512_setzero_si512();
   for (int i = 0; i < n; i += 16)
     top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(x + i)),
                                                  _mm512_set1_epi32(0x7fffffff)));
-  const uint32_t greatest = _mm512_reduce_max_epu32(top);
-  if (greatest >= 0x7f800000u) return {_mm512_setzero_ps(), NAN};
-  // Below this the reciprocal overflows; such values are nothing beside any others.
-  const float largest = from_bits(greatest) > 1e-30f ? from_bits(greatest) : 0.f;
-  return {_mm512_set1_ps(largest > 0.f ? most / largest : 0.f), largest / most};
+  const GroupScale of(_mm512_reduce_max_epu32(top), most);
+  return {_mm512_set1_ps(of.inverse), of.scale};
 }
 // So that the upper byte of the rounded sum stays a signed byte: 127 * 256 + 127.
-constexpr float MOST = 32639.f;
+constexpr float MAX_QUANTIZED = 32639.f;
 
 struct Bytes {
   __m128i upper, lower;
@@ -178,24 +173,24 @@ inline Bytes bytes_of(__m512i q) {
 
 // One token's values for a packed matrix.
 void prepare_packed(Layout l, int64_t width, const float* x, uint8_t* to, float* scales, float* sums) {
-  const bool one = l.deal == Deal::quads8 || l.deal == Deal::even_quads8;
-  const bool halves = l.deal == Deal::even_quads || l.deal == Deal::even_quads8;
+  const bool one = l.interleave == Interleave::int8_quads || l.interleave == Interleave::int8_quads_even;
+  const bool halves = l.interleave == Interleave::byte_quads_even || l.interleave == Interleave::int8_quads_even;
   const __m128i evens = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  const auto deal = [&](__m128i v) { return halves ? _mm_shuffle_epi8(v, evens) : v; };
-  const int64_t groups = width / l.fine;
-  for (int64_t g = 0; g < groups; g++, x += l.fine) {
-    const Steps steps = steps_of(x, l.fine, one ? 127.f : MOST);
+  const auto reorder = [&](__m128i v) { return halves ? _mm_shuffle_epi8(v, evens) : v; };
+  const int64_t groups = width / l.group;
+  for (int64_t g = 0; g < groups; g++, x += l.group) {
+    const Quantizer steps = quantizer_of(x, l.group, one ? 127.f : MAX_QUANTIZED);
     __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < l.fine; i += 16, to += one ? 16 : 32) {
+    for (int i = 0; i < l.group; i += 16, to += one ? 16 : 32) {
       const __m512i q = steps.of(x + i);
       total = _mm512_add_epi32(total, q);
       auto* place = reinterpret_cast<__m128i*>(to);
       if (one) {
-        _mm_storeu_si128(place, deal(_mm512_cvtepi32_epi8(q)));
+        _mm_storeu_si128(place, reorder(_mm512_cvtepi32_epi8(q)));
         continue;
       }
       const Bytes b = bytes_of(q);
-      const __m128i u = deal(b.upper), w = deal(b.lower);
+      const __m128i u = reorder(b.upper), w = reorder(b.lower);
       _mm_storeu_si128(place, halves ? _mm_unpacklo_epi64(u, w) : _mm_unpacklo_epi32(u, w));
       _mm_storeu_si128(place + 1, halves ? _mm_unpackhi_epi64(u, w) : _mm_unpackhi_epi32(u, w));
     }

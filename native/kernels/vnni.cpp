@@ -14,8 +14,6 @@
 namespace cenacle {
 namespace {
 
-constexpr int ROWS = 16;  // rows whose weights stay in the first-level cache while tokens pass
-
 inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : __mmask16((1u << n) - 1); }
 
 // ---- float weights ----------------------------------------------------------------------------
@@ -45,7 +43,7 @@ inline void dense_tile(const uint8_t* w, int64_t stride, int64_t width, const fl
   for (; i + 32 <= width; i += 32) {
     if constexpr (T == 1)
       for (int b = 0; b < 32 * (F == Float::f32 ? 4 : 2); b += 64)
-        ask_ahead(w + i * (F == Float::f32 ? 4 : 2) + b);
+        prefetch_ahead(w + i * (F == Float::f32 ? 4 : 2) + b);
     step(i, 0, 0xffff);
     step(i + 16, 1, 0xffff);
   }
@@ -76,11 +74,11 @@ inline __m512 spread(const float* scales) {
   return _mm512_permutexvar_ps(pick, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
 }
 
-// Adds a row times T tokens to `sum`. `factor[t]` holds a number for every group of `FINE` weights.
-template <int FINE, int T>
+// Adds a row times T tokens to `sum`. `factor[t]` holds a number for every group of `GROUP` weights.
+template <int GROUP, int T>
 inline void tile(const uint8_t* w, int64_t width, const uint8_t* const* x, const float* const* factor,
                  __m512* sum) {
-  constexpr int GROUPS = UNIT / FINE;
+  constexpr int GROUPS = UNIT / GROUP;
   __m512 local[T];  // the compiler keeps these in registers, and `sum` not
   for (int t = 0; t < T; t++) local[t] = sum[t];
   const auto step = [&](int64_t at, int64_t g, __mmask8 some) __attribute__((always_inline)) {
@@ -109,12 +107,12 @@ inline void tile(const uint8_t* w, int64_t width, const uint8_t* const* x, const
   }
 }
 
-// Scales and biases of whole rows, one for each `fine` weights, padded with zeros.
+// Scales and biases of whole rows, one for each `group_size` weights, padded with zeros.
 template <Float F>
-void scales_of(const Matrix& m, int64_t row, int64_t rows, int fine, int64_t groups, float* scale,
+void scales_of(const Matrix& m, int64_t row, int64_t rows, int group_size, int64_t groups, float* scale,
                float* bias) {
   const int64_t n = m.width / m.group;
-  const int times = m.group / fine;  // 2: 128 weights a scale, 64 activations
+  const int times = m.group / group_size;  // 2: 128 weights a scale, 64 activations
   const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
   for (int64_t r = row; r < row + rows; r++, scale += groups, bias += groups) {
     const uint8_t *from_s = m.scales + r * m.scale_stride, *from_b = m.biases + r * m.scale_stride;
@@ -145,7 +143,7 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 // Rows [0, 4) with T tokens.
-template <int FINE, int T>
+template <int GROUP, int T>
 inline void four_rows(const uint8_t* w, int64_t width, int64_t groups, const float* scales,
                       const float* biases, const Activations& a, const int32_t* tokens,
                       float* const* out, int64_t at, int rows, float* memory) {
@@ -154,7 +152,7 @@ inline void four_rows(const uint8_t* w, int64_t width, int64_t groups, const flo
   __m512 sum[4][T];
   const int64_t bytes = bytes_of(a.layout, width);
   for (int t = 0; t < T; t++) {
-    x[t] = a.fixed + int64_t(tokens[t]) * bytes;
+    x[t] = a.quantized + int64_t(tokens[t]) * bytes;
     const float *xs = a.scales + int64_t(tokens[t]) * groups, *xb = a.sums + int64_t(tokens[t]) * groups;
     for (int r = 0; r < 4; r++) {
       float* to = memory + (r * T + t) * groups;
@@ -168,7 +166,7 @@ inline void four_rows(const uint8_t* w, int64_t width, int64_t groups, const flo
       }
     }
   }
-  for (int r = 0; r < rows; r++) tile<FINE, T>(w + r * width, width, x, factor[r], sum[r]);
+  for (int r = 0; r < rows; r++) tile<GROUP, T>(w + r * width, width, x, factor[r], sum[r]);
   for (int t = 0; t < T; t++) {
     const __m128 y = totals(sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
     _mm_mask_storeu_ps(out[t] + at, __mmask8((1u << rows) - 1), y);
@@ -176,8 +174,8 @@ inline void four_rows(const uint8_t* w, int64_t width, int64_t groups, const flo
 }
 
 // Rows that are spread to bytes.
-template <int FINE>
-void spread_rows(const Matrix& m, int64_t begin, int64_t end, const Activations& a, const int32_t* tokens,
+template <int GROUP>
+void expanded_rows(const Matrix& m, int64_t begin, int64_t end, const Activations& a, const int32_t* tokens,
                  int count, float* const* out, float* scratch) {
   const int64_t groups = groups_of(a.layout, m.width);
   const auto scales_of = m.type == Float::f32    ? cenacle::scales_of<Float::f32>
@@ -189,16 +187,14 @@ void spread_rows(const Matrix& m, int64_t begin, int64_t end, const Activations&
   const int64_t block = count <= 4 ? 4 : ROWS;
   for (int64_t row = begin; row < end; row += block) {
     const int64_t n = end - row < block ? end - row : block;
-    scales_of(m, row, n, FINE, groups, scales, biases);
-    for (int64_t r = 0; r < n; r++) spread_row(m, row + r, bytes + r * m.width);
-    for (int j = 0; j < count;) {
-      const int some = count - j >= 4 ? 4 : count - j >= 2 ? 2 : 1;
-      const auto run = some == 4 ? four_rows<FINE, 4> : some == 2 ? four_rows<FINE, 2> : four_rows<FINE, 1>;
+    scales_of(m, row, n, GROUP, groups, scales, biases);
+    for (int64_t r = 0; r < n; r++) expand_row(m, row + r, bytes + r * m.width);
+    for_token_tiles(count, [&](int j, auto size) {
       for (int64_t r = 0; r < n; r += 4)
-        run(bytes + r * m.width, m.width, groups, scales + r * groups, biases + r * groups, a, tokens + j,
-            out + j, row + r - begin, int(n - r < 4 ? n - r : 4), memory);
-      j += some;
-    }
+        four_rows<GROUP, size()>(bytes + r * m.width, m.width, groups, scales + r * groups,
+                                 biases + r * groups, a, tokens + j, out + j, row + r - begin,
+                                 int(n - r < 4 ? n - r : 4), memory);
+    });
   }
 }
 
@@ -207,25 +203,24 @@ void spread_rows(const Matrix& m, int64_t begin, int64_t end, const Activations&
 bool packs(const Matrix& m) { return m.format != Format::dense && (m.bits == 4 || m.bits == 8); }
 
 Layout choose(const Matrix& m) {
-  if (m.format == Format::dense) return {Deal::none, 0};
-  const int fine = m.group > 64 ? 64 : m.group;
-  if (!m.packed) return {Deal::planes, fine};
-  if (m.activations == 8) return {m.bits == 4 ? Deal::even_quads8 : Deal::quads8, 32};
-  return {m.bits == 4 ? Deal::even_quads : Deal::quads, fine};
+  if (m.format == Format::dense) return {Interleave::none, 0};
+  const int group_size = m.group > 64 ? 64 : m.group;
+  if (!m.packed) return {Interleave::byte_planes, group_size};
+  if (m.activations == 8) return {m.bits == 4 ? Interleave::int8_quads_even : Interleave::int8_quads, 32};
+  return {m.bits == 4 ? Interleave::byte_quads_even : Interleave::byte_quads, group_size};
 }
 
-// A group that holds an infinity or a NaN becomes NaN as a whole.
-void prepare(Layout l, int64_t width, const float* x, uint8_t* fixed, float* scales, float* sums) {
-  if (l.deal != Deal::planes) return prepare_packed(l, width, x, fixed, scales, sums);
-  const int fine = l.fine;
-  const int64_t groups = width / fine, padded = groups_of(l, width), bytes = bytes_of(l, width);
-  if (width % 64) memset(fixed + bytes - 128, 0, 128);
+void prepare(Layout l, int64_t width, const float* x, uint8_t* quantized, float* scales, float* sums) {
+  if (l.interleave != Interleave::byte_planes) return prepare_packed(l, width, x, quantized, scales, sums);
+  const int group_size = l.group;
+  const int64_t groups = width / group_size, padded = groups_of(l, width), bytes = bytes_of(l, width);
+  if (width % 64) memset(quantized + bytes - 128, 0, 128);
   for (int64_t g = 0; g < groups; g++) {
-    const Steps steps = steps_of(x + g * fine, fine, MOST);
+    const Quantizer steps = quantizer_of(x + g * group_size, group_size, MAX_QUANTIZED);
     __m512i total = _mm512_setzero_si512();
-    uint8_t* to = fixed + g * fine / 64 * 128 + g * fine % 64;
-    for (int i = 0; i < fine; i += 16) {
-      const __m512i q = steps.of(x + g * fine + i);
+    uint8_t* to = quantized + g * group_size / 64 * 128 + g * group_size % 64;
+    for (int i = 0; i < group_size; i += 16) {
+      const __m512i q = steps.of(x + g * group_size + i);
       total = _mm512_add_epi32(total, q);
       const Bytes b = bytes_of(q);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), b.upper);
@@ -239,7 +234,7 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* fixed, float* sca
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  if (l.deal != Deal::planes) return 0;
+  if (l.interleave != Interleave::byte_planes) return 0;
   return (2 * ROWS + 16) * groups_of(l, m.width) + 16 + ROWS * m.width / 4 + 16;
 }
 
@@ -247,7 +242,7 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
               const int32_t* tokens, int count, float* const* out, float* scratch) {
   if (m.format == Format::dense) return dense<Tile>(m, first, last, a, tokens, count, out);
   if (m.packed) return multiply_packed(m, first, last, a, tokens, count, out);
-  const auto run = a.layout.fine == 32 ? spread_rows<32> : spread_rows<64>;
+  const auto run = a.layout.group == 32 ? expanded_rows<32> : expanded_rows<64>;
   run(m, first, last, a, tokens, count, out, scratch);
 }
 

@@ -11,7 +11,7 @@ namespace {
 constexpr int AHEAD = 8192;  // bytes
 
 // GCC drops calls of functions that only prefetch, unless they are inlined at once.
-[[gnu::always_inline]] inline void ask_ahead(const uint8_t* p) {
+[[gnu::always_inline]] inline void prefetch_ahead(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD), _MM_HINT_T1);
 }
 
@@ -55,7 +55,7 @@ void dense(const Matrix& m, int64_t begin, int64_t end, const Activations& a, co
 
 // The bytes of a row of fewer bits.
 template <int BITS>
-inline void spread_bits(const uint8_t* from, int64_t n, uint8_t* to) {
+inline void expand_bits(const uint8_t* from, int64_t n, uint8_t* to) {
   constexpr uint64_t mask = 0x0101010101010101u * ((1u << BITS) - 1);
   int64_t i = 0;
   // Eight bytes are read of which BITS are wanted, where the row has as many.
@@ -73,14 +73,14 @@ inline void spread_bits(const uint8_t* from, int64_t n, uint8_t* to) {
   }
 }
 
-inline void spread_row(const Matrix& m, int64_t row, uint8_t* to) {
+inline void expand_row(const Matrix& m, int64_t row, uint8_t* to) {
   const uint8_t* from = m.weight + row * m.weight_stride;
   switch (m.bits) {
-    case 2: return spread_bits<2>(from, m.width, to);
-    case 3: return spread_bits<3>(from, m.width, to);
-    case 4: return spread_bits<4>(from, m.width, to);
-    case 5: return spread_bits<5>(from, m.width, to);
-    default: return spread_bits<6>(from, m.width, to);
+    case 2: return expand_bits<2>(from, m.width, to);
+    case 3: return expand_bits<3>(from, m.width, to);
+    case 4: return expand_bits<4>(from, m.width, to);
+    case 5: return expand_bits<5>(from, m.width, to);
+    default: return expand_bits<6>(from, m.width, to);
   }
 }
 

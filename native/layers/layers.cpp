@@ -41,22 +41,22 @@ class Prepared {
     const Layout l = kernels.choose(m);
     const int64_t width = m.width, groups = groups_of(l, width), bytes = bytes_of(l, width);
     Activations a{l, width, x, nullptr, nullptr, nullptr};
-    if (l.deal == Deal::none) return a;
-    uint8_t* fixed = fixed_.get(tokens * bytes);
+    if (l.interleave == Interleave::none) return a;
+    uint8_t* quantized = quantized_.get(tokens * bytes);
     float* scales = scales_.get(2 * tokens * groups);
     float* sums = scales + tokens * groups;
     const int64_t some = std::max<int64_t>(1, 8192 / width);
-    Pool::get().run((tokens + some - 1) / some, [&](int64_t i) {
+    WorkerPool::get().run((tokens + some - 1) / some, [&](int64_t i) {
       for (int64_t t = i * some; t < std::min(tokens, (i + 1) * some); t++)
-        kernels.prepare(l, width, x + t * width, fixed + t * bytes, scales + t * groups,
+        kernels.prepare(l, width, x + t * width, quantized + t * bytes, scales + t * groups,
                         sums + t * groups);
     });
-    a.fixed = fixed, a.scales = scales, a.sums = sums;
+    a.quantized = quantized, a.scales = scales, a.sums = sums;
     return a;
   }
 
  private:
-  Buffer<uint8_t> fixed_;
+  Buffer<uint8_t> quantized_;
   Buffer<float> scales_;
 };
 
@@ -73,7 +73,7 @@ void add(const float* bias, int64_t n, float* const* out, int count) {
 // Rows for one task. With many tokens as many as stay in a cache. With few, memory binds, and what is read
 // in one go should be long: kernels ask for lines ahead, and those beyond a task's end are read in vain.
 int64_t chunk(int64_t rows, int64_t most, int64_t tokens) {
-  const int64_t threads = Pool::get().threads();
+  const int64_t threads = WorkerPool::get().threads();
   if (tokens > 4) return std::clamp<int64_t>(rows / (8 * threads) / 16 * 16, 32, most);
   if (threads == 1) return rows;
   return std::max<int64_t>(32, (rows / (4 * threads) + 15) / 16 * 16);
@@ -85,7 +85,7 @@ void linear(const Kernels& kernels, const Linear& layer, const float* x, int64_t
   const Matrix& m = layer.matrix;
   const Activations a = first_input.make(kernels, m, x, tokens);
   const int64_t rows = layer.rows, size = chunk(rows, 256, tokens), chunks = (rows + size - 1) / size;
-  Pool::get().run(chunks, [&](int64_t i) {
+  WorkerPool::get().run(chunks, [&](int64_t i) {
     const int64_t first = i * size, last = std::min(rows, first + size);
     float* memory = scratch.get(kernels.scratch(m));
     int32_t which[TOKENS];
@@ -133,7 +133,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
 
   const int64_t work = int64_t(active.size());
   const int64_t size = std::min(hidden, chunk(hidden * work, 64, tokens)), chunks = (hidden + size - 1) / size;
-  Pool::get().run(work * chunks, [&](int64_t i) {
+  WorkerPool::get().run(work * chunks, [&](int64_t i) {
     const int64_t expert = active[i / chunks], first = i % chunks * size;
     const int64_t last = std::min(hidden, first + size), n = last - first;
     float* up = wide.get(TOKENS * size);
@@ -159,7 +159,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
 
   const Activations ah = hidden_input.make(kernels, e.down.matrix, h, mine);
   const int64_t down = std::min(width, chunk(width * work, 128, tokens)), downs = (width + down - 1) / down;
-  Pool::get().run(work * downs, [&](int64_t i) {
+  WorkerPool::get().run(work * downs, [&](int64_t i) {
     const int64_t expert = active[i / downs], first = i % downs * down;
     const int64_t last = std::min(width, first + down);
     const Matrix m = e.down.of(expert);
@@ -183,7 +183,7 @@ void experts_sum(const Kernels& kernels, const Experts& e, const float* x, const
   const int64_t width = e.down.rows, some = std::max<int64_t>(1, 16384 / (width * std::max<int64_t>(1, k)));
   float* part = parts.get(tokens * k * width);
   experts(kernels, e, x, rows, tokens, k, part);
-  Pool::get().run((tokens + some - 1) / some, [&](int64_t i) {
+  WorkerPool::get().run((tokens + some - 1) / some, [&](int64_t i) {
     for (int64_t t = i * some; t < std::min(tokens, (i + 1) * some); t++) {
       float* to = out + t * width;
       std::memset(to, 0, width * sizeof(float));

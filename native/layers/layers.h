@@ -16,7 +16,7 @@ struct Linear {
   int64_t rows;            // of one expert
   int64_t experts = 1;
 
-  int64_t apart() const { return matrix.packed ? packed_rows(rows) : rows; }
+  int64_t apart() const { return matrix.packed ? padded_rows(rows) : rows; }
   Matrix of(int64_t expert) const { return matrix.from(expert * apart()); }
 };
 
@@ -26,7 +26,7 @@ void linear(const Kernels&, const Linear&, const float* x, int64_t tokens, float
 struct Experts {
   std::vector<Linear> in;  // gate and up, or one
   Linear down;
-  Act act;
+  Activation act;
   float a, b;
 };
 

@@ -26,8 +26,8 @@ using Seconds = std::chrono::duration<double>;
 
 constexpr uint32_t kMagic = 0x4d434e43;  // "CNCM"
 constexpr uint16_t kVersion = 2;
-constexpr uint8_t kDirect = 1, kScatter = 2, kGather = 3, kAlive = 254, kLost = 255;
-constexpr size_t kPiece = 128 * 1024;  // most bytes given to a socket at once
+constexpr uint8_t kDirect = 1, kScatter = 2, kGather = 3, kHeartbeat = 254, kLost = 255;
+constexpr size_t kMaxSendBytes = 128 * 1024;  // most bytes given to a socket at once
 
 template <typename T, typename Sum, typename Out>
 void add(const std::vector<const void*>& from, void* to, size_t count) {
@@ -48,10 +48,10 @@ void add(const std::vector<const void*>& from, void* to, size_t count) {
 }
 
 // bfloat16 that the compiler can widen and round eight at a time.
-struct Brain {
+struct BFloat16 {
   uint16_t bits;
-  Brain() = default;
-  explicit Brain(float x) {
+  BFloat16() = default;
+  explicit BFloat16(float x) {
     const auto u = std::bit_cast<uint32_t>(x);
     const uint32_t even = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
     const uint32_t nan = (u >> 16) | 0x40;
@@ -67,7 +67,7 @@ void add(Type type, const std::vector<const void*>& from, void* to, size_t count
       return add<float, float, float>(from, to, count);
     case Type::bf16:
     case Type::f32_as_bf16:
-      return add<Brain, float, Brain>(from, to, count);
+      return add<BFloat16, float, BFloat16>(from, to, count);
     case Type::f16:
       return add<mlx::core::float16_t, float, mlx::core::float16_t>(from, to, count);
     case Type::i32:  // wraps as unsigned does, which is defined
@@ -77,8 +77,8 @@ void add(Type type, const std::vector<const void*>& from, void* to, size_t count
   throw std::logic_error("no such type");
 }
 
-bool is_alive(const Header& h) {
-  return h.magic == kMagic && h.version == kVersion && h.kind == kAlive;
+bool is_heartbeat(const Header& h) {
+  return h.magic == kMagic && h.version == kVersion && h.kind == kHeartbeat;
 }
 
 std::string seconds(double s) {
@@ -87,7 +87,7 @@ std::string seconds(double s) {
   return out.str();
 }
 
-void relax() {
+void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -131,7 +131,7 @@ struct Links::Flow {
     // The next piece as at most two parts.
     int parts(iovec* to) const {
       int n = 0;
-      size_t room = kPiece;
+      size_t room = kMaxSendBytes;
       if (done < sizeof(Header)) {
         to[n++] = {reinterpret_cast<std::byte*>(const_cast<Header*>(&header)) + done,
                    sizeof(Header) - done};
@@ -146,19 +146,19 @@ struct Links::Flow {
   Half out;
   Half in;
   Header got{};  // what the peer's header says; `in.header` is what it must say
-  Clock::time_point heard;  // a sign of life
+  Clock::time_point last_heard;  // a sign of life
   Clock::time_point moved;  // a byte of the messages themselves
   bool over() const { return out.over() && in.over(); }
 };
 
 Links::Links(int rank, std::vector<int> fds, Settings settings)
     : rank_(rank), fds_(std::move(fds)), settings_(settings), scratch_(fds_.size()) {
-  if (size() > 1) heart_ = std::thread([this] { beat(); });
+  if (size() > 1) heartbeat_ = std::thread([this] { run_heartbeat(); });
 }
 
 Links::~Links() {
   close();
-  if (heart_.joinable()) heart_.join();
+  if (heartbeat_.joinable()) heartbeat_.join();
   for (int p = 0; p < size(); ++p) {
     if (p != rank_) ::close(fds_[p]);
   }
@@ -166,7 +166,7 @@ Links::~Links() {
 
 void Links::close() {
   {
-    const std::lock_guard<std::mutex> lock(bed_);
+    const std::lock_guard<std::mutex> lock(sleep_mutex_);
     if (closing_.exchange(true)) return;
   }
   wake_.notify_all();
@@ -177,27 +177,27 @@ void Links::close() {
 
 // Signs of life while this rank computes. The others' are taken off the sockets too, or they would
 // fill them where nobody asks anything for hours.
-void Links::beat() {
-  std::unique_lock<std::mutex> bed(bed_);
-  const auto pause = Seconds(settings_.silence_s / kBeats);
-  while (!wake_.wait_for(bed, pause, [&] { return closing_.load(); })) {
+void Links::run_heartbeat() {
+  std::unique_lock<std::mutex> sleep_lock(sleep_mutex_);
+  const auto pause = Seconds(settings_.silence_s / kHeartbeatsPerSilence);
+  while (!wake_.wait_for(sleep_lock, pause, [&] { return closing_.load(); })) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock || failed_) continue;
     for (int p = 0; p < size(); ++p) {
       if (p == rank_) continue;
-      say_alive(p);
+      send_heartbeat(p);
       Header seen{};
       const auto take = [&](int flags) {
         return ::recv(fds_[p], &seen, sizeof seen, MSG_DONTWAIT | flags) == ssize_t(sizeof seen);
       };
-      while (take(MSG_PEEK) && is_alive(seen)) take(0);
+      while (take(MSG_PEEK) && is_heartbeat(seen)) take(0);
     }
   }
 }
 
 // Between two messages only.
-void Links::say_alive(int peer) {
-  const Header alive{kMagic, kVersion, kAlive, 0, {}, 0};
+void Links::send_heartbeat(int peer) {
+  const Header alive{kMagic, kVersion, kHeartbeat, 0, {}, 0};
   const ssize_t n = ::send(fds_[peer], &alive, sizeof alive, MSG_DONTWAIT | MSG_NOSIGNAL);
   // A peer that has taken nothing for hours has left room for a part: then nothing fits behind.
   if (n > 0 && n < ssize_t(sizeof alive)) ::shutdown(fds_[peer], SHUT_WR);
@@ -227,18 +227,18 @@ void Links::all_sum(const void* in, void* out, size_t count, Type type, Tag tag)
   tag_ = tag;
   if (type != Type::f32 || !settings_.bf16_wire) {
     type_ = type;
-    exchange(static_cast<const std::byte*>(in), static_cast<std::byte*>(out), count);
+    all_reduce(static_cast<const std::byte*>(in), static_cast<std::byte*>(out), count);
     return;
   }
   type_ = Type::f32_as_bf16;
-  std::byte* own = scratch(rank_, count * sizeof(Brain));
-  add<float, float, Brain>({in}, own, count);
-  exchange(own, static_cast<std::byte*>(out), count);
+  std::byte* own = scratch(rank_, count * sizeof(BFloat16));
+  add<float, float, BFloat16>({in}, own, count);
+  all_reduce(own, static_cast<std::byte*>(out), count);
 }
 
 // `own` as it travels, `out` as it was asked for.
-void Links::exchange(const std::byte* own, std::byte* out, size_t count) {
-  const bool narrow = type_ == Type::f32_as_bf16;
+void Links::all_reduce(const std::byte* own, std::byte* out, size_t count) {
+  const bool as_bf16 = type_ == Type::f32_as_bf16;
   const size_t width = size_of(type_), bytes = count * width;
   const int n = size();
   std::vector<Flow> flows;
@@ -258,8 +258,8 @@ void Links::exchange(const std::byte* own, std::byte* out, size_t count) {
     }
     transfer(flows);
     compare(flows);
-    if (narrow) {
-      add<Brain, float, float>(vectors, out, count);
+    if (as_bf16) {
+      add<BFloat16, float, float>(vectors, out, count);
     } else {
       add(type_, vectors, out, count);
     }
@@ -268,8 +268,8 @@ void Links::exchange(const std::byte* own, std::byte* out, size_t count) {
 
   // Each rank adds one part and sends the sum to all: two hops, and 2 / n of the bytes a link.
   // What was narrowed for the way is narrowed again for the second, here as on all other ranks.
-  if (narrow && narrow_.size() < bytes) narrow_.resize(bytes);
-  std::byte* result = narrow ? narrow_.data() : out;
+  if (as_bf16 && bf16_sum_.size() < bytes) bf16_sum_.resize(bytes);
+  std::byte* result = as_bf16 ? bf16_sum_.data() : out;
   const auto begin = [&](int r) { return count * r / n * width; };
   const auto length = [&](int r) { return begin(r + 1) - begin(r); };
   for (int p = 0; p < n; ++p) {
@@ -291,7 +291,7 @@ void Links::exchange(const std::byte* own, std::byte* out, size_t count) {
         flow(p, kGather, result + begin(rank_), length(rank_), result + begin(p), length(p)));
   }
   transfer(flows);
-  if (narrow) add<Brain, float, float>({result}, out, count);
+  if (as_bf16) add<BFloat16, float, float>({result}, out, count);
 }
 
 // Runs all messages to their ends. Sending never blocks receiving, so peers that all send at once
@@ -301,8 +301,8 @@ void Links::transfer(std::vector<Flow>& flows) {
   const auto time = [](double s) { return std::chrono::duration_cast<Clock::duration>(Seconds(s)); };
   const auto silence = time(settings_.silence_s), patience = time(settings_.deadline_s);
   auto now = Clock::now();
-  auto next_beat = now + silence / kBeats;
-  for (auto& f : flows) f.heard = f.moved = now;
+  auto next_heartbeat = now + silence / kHeartbeatsPerSilence;
+  for (auto& f : flows) f.last_heard = f.moved = now;
   const auto spin = time(settings_.spin_us * 1e-6);
   auto spin_until = now + spin;
   std::vector<pollfd> waiting;
@@ -329,33 +329,33 @@ void Links::transfer(std::vector<Flow>& flows) {
       spin_until = now + spin;
       if (spin.count() > 0) continue;
     } else if (now < spin_until) {
-      relax();
+      pause_cpu();
       continue;
     }
-    if (now >= next_beat) {
+    if (now >= next_heartbeat) {
       // Whoever has all of this message may wait for the next one already.
       for (const auto& f : flows) {
-        if (f.out.over() || f.out.done == 0) say_alive(f.peer);
+        if (f.out.over() || f.out.done == 0) send_heartbeat(f.peer);
       }
-      next_beat = now + silence / kBeats;
+      next_heartbeat = now + silence / kHeartbeatsPerSilence;
     }
-    auto ends = next_beat;
+    auto ends = next_heartbeat;
     for (const auto& f : flows) {
       const short events = (f.out.over() ? 0 : POLLOUT) | (f.in.over() ? 0 : POLLIN);
       waiting.push_back({f.over() ? -1 : fds_[f.peer], events, 0});
-      if (!f.over()) ends = std::min({ends, f.heard + silence, f.moved + patience});
+      if (!f.over()) ends = std::min({ends, f.last_heard + silence, f.moved + patience});
     }
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(ends - now).count();
     const int found = ::poll(
         waiting.data(), waiting.size(), static_cast<int>(std::clamp<int64_t>(left, 0, 60'000)));
     if (found < 0 && errno != EINTR) {
-      give_up(std::string("poll failed: ") + std::strerror(errno));
+      abort(std::string("poll failed: ") + std::strerror(errno));
     }
     if (found != 0) continue;
     now = Clock::now();
     for (const auto& f : flows) {
       if (f.over()) continue;
-      if (now >= f.heard + silence) {
+      if (now >= f.last_heard + silence) {
         fail(f.peer, Fault::silent,
              (f.in.over() ? "took nothing for " : "was silent for ") + seconds(settings_.silence_s));
       }
@@ -377,7 +377,7 @@ bool Links::send(Flow& f) {
     const ssize_t n = ::sendmsg(fds_[f.peer], &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n > 0) {
       f.out.done += n;
-      f.heard = f.moved = Clock::now();
+      f.last_heard = f.moved = Clock::now();
       moved = true;
       if (!f.in.over()) break;  // let the other direction have its turn
     } else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS)) {
@@ -409,13 +409,13 @@ bool Links::receive(Flow& f) {
     const ssize_t n = ::recvmsg(fds_[f.peer], &message, MSG_DONTWAIT);
     if (n > 0) {
       f.in.done += n;
-      f.heard = Clock::now();
+      f.last_heard = Clock::now();
       moved = true;
       if (before >= sizeof(Header)) {
-        f.moved = f.heard;
+        f.moved = f.last_heard;
         continue;
       }
-      while (f.in.done >= sizeof(Header) && is_alive(f.got)) {
+      while (f.in.done >= sizeof(Header) && is_heartbeat(f.got)) {
         // Only a sign of life: what came behind it moves up to where it belongs.
         const size_t more = f.in.done - sizeof(Header), head = std::min(more, sizeof(Header));
         if (more > 0) {
@@ -425,7 +425,7 @@ bool Links::receive(Flow& f) {
         f.in.done = more;
       }
       if (f.in.done >= sizeof(Header)) {
-        f.moved = f.heard;
+        f.moved = f.last_heard;
         check(f);
       }
     } else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
@@ -471,12 +471,12 @@ void Links::check(const Flow& f) {
 void Links::compare(const std::vector<Flow>& flows) {
   std::vector<uint32_t> digests(size(), tag_.digest);
   for (const auto& f : flows) digests[f.peer] = f.got.tag.digest;
-  std::string odd;
+  std::string mismatched;
   for (int p = 1; p < size(); ++p) {
-    if (digests[p] != digests[0]) odd += (odd.empty() ? "" : ", ") + std::to_string(p);
+    if (digests[p] != digests[0]) mismatched += (mismatched.empty() ? "" : ", ") + std::to_string(p);
   }
-  if (odd.empty()) return;
-  give_up("rank " + odd + " chose other experts than rank 0 for the same tokens in " + where() +
+  if (mismatched.empty()) return;
+  abort("rank " + mismatched + " chose other experts than rank 0 for the same tokens in " + where() +
             ": the step was given up, since its text would be wrong; use the same checkpoint, "
             "versions and kernels on all ranks");
 }
@@ -507,10 +507,10 @@ void Links::fail(int rank, Fault fault, const std::string& what) {
       }
     }
   }
-  give_up(out.str());
+  abort(out.str());
 }
 
-void Links::give_up(std::string why) {
+void Links::abort(std::string why) {
   flows_ = nullptr;
   broken_ = std::move(why);
   failed_ = true;

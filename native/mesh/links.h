@@ -25,7 +25,7 @@ enum class Type : uint8_t { f32 = 1, bf16 = 2, f16 = 3, i32 = 4, u32 = 5, f32_as
 size_t size_of(Type type);  // on the wire
 const char* name_of(Type type);
 
-constexpr int kBeats = 20;  // in `silence_s`: some come through soon after a cable is back
+constexpr int kHeartbeatsPerSilence = 20;  // in `silence_s`: some come through soon after a cable is back
 
 struct Settings {
   double silence_s;      // longest time without a sign of life from a peer that is waited for
@@ -35,7 +35,7 @@ struct Settings {
   bool bf16_wire;        // send float32 vectors as f32_as_bf16
 };
 
-// Which exchange this is.
+// Which all-reduce this is.
 struct Tag {
   uint64_t number;
   int32_t layer;    // of the model, for messages; negative: none
@@ -68,27 +68,27 @@ class Links {
   // on every call throws the same.
   void all_sum(const void* in, void* out, size_t count, Type type, Tag tag);
 
-  // From any thread, without waiting: why no exchange works any more; null: they do.
+  // From any thread, without waiting: why no all-reduce works any more; null: they do.
   const char* failure() const { return failed_ ? broken_.c_str() : nullptr; }
 
-  // From any thread: ends an exchange that waits. The sockets are closed with the last reference.
+  // From any thread: ends an all-reduce that waits. The sockets are closed with the last reference.
   void close();
 
  private:
   struct Flow;
   enum class Fault : uint8_t { silent = 1, closed = 2, out_of_step = 3, late = 4 };
 
-  void exchange(const std::byte* own, std::byte* out, size_t count);
+  void all_reduce(const std::byte* own, std::byte* out, size_t count);
   Flow flow(int peer, uint8_t kind, const void* out, size_t out_bytes, void* in, size_t in_bytes);
   void transfer(std::vector<Flow>& flows);
   bool send(Flow& flow);
   bool receive(Flow& flow);
   void check(const Flow& flow);
   void compare(const std::vector<Flow>& flows);
-  void say_alive(int peer);
-  void beat();
+  void send_heartbeat(int peer);
+  void run_heartbeat();
   std::string where() const;
-  [[noreturn]] void give_up(std::string why);
+  [[noreturn]] void abort(std::string why);
   [[noreturn]] void fail(int rank, Fault fault, const std::string& what);
   std::byte* scratch(int peer, size_t bytes);
 
@@ -96,7 +96,7 @@ class Links {
   std::vector<int> fds_;
   Settings settings_;
   std::vector<std::vector<std::byte>> scratch_;  // a peer's vector; at rank_, what is sent
-  std::vector<std::byte> narrow_;                // the sum, where it comes as bfloat16
+  std::vector<std::byte> bf16_sum_;                // the sum, where it comes as bfloat16
   std::vector<Flow>* flows_ = nullptr;           // of the transfer that is under way
   Type type_ = Type::f32;
   Tag tag_{};
@@ -104,9 +104,9 @@ class Links {
   std::atomic<bool> closing_ = false;
   std::string broken_;  // written once, before `failed_`
   std::atomic<bool> failed_ = false;
-  std::mutex bed_;
+  std::mutex sleep_mutex_;
   std::condition_variable wake_;
-  std::thread heart_;
+  std::thread heartbeat_;
 };
 
 }  // namespace cenacle

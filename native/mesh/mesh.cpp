@@ -1,4 +1,4 @@
-// cenacle._mesh: the exchange as an MLX primitive, and its Python class.
+// cenacle._mesh: the all-reduce as an MLX primitive, and its Python class.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>

@@ -15,7 +15,7 @@ namespace {
 template <class Task>
 void share(int64_t count, int64_t size, Task&& task) {
   const int64_t some = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size));
-  Pool::get().run((count + some - 1) / some,
+  WorkerPool::get().run((count + some - 1) / some,
                   [&](int64_t i) { task(i * some, std::min(count, (i + 1) * some)); });
 }
 
@@ -96,7 +96,7 @@ void attention(const Ops& ops, const Attention& a) {
     for (int64_t i = 0; i < a.v_width; i++) to[i] = out[i] / sum;
   };
 
-  Pool::get().run(many * parts, [&](int64_t i) {
+  WorkerPool::get().run(many * parts, [&](int64_t i) {
     const int64_t tile = i / parts, part = i % parts, first = tile % tiles * ROWS_AT_ONCE;
     const int64_t count = std::min<int64_t>(ROWS_AT_ONCE, rows - first);
     static thread_local std::vector<float> scratch, own;

@@ -7,8 +7,8 @@ namespace {
 class ExpertsPrimitive : public Primitive {
  public:
   ExpertsPrimitive(mx::Stream s, Experts experts, const Kernels* kernels,
-                   std::shared_ptr<const Dealer> dealer, bool summed)
-      : Primitive(s), experts_(std::move(experts)), kernels_(kernels), dealer_(std::move(dealer)),
+                   std::shared_ptr<const ReplicaAssigner> assigner, bool summed)
+      : Primitive(s), experts_(std::move(experts)), kernels_(kernels), assigner_(std::move(assigner)),
         summed_(summed) {}
   const char* name() const override { return summed_ ? "CenacleExpertsSum" : "CenacleExperts"; }
 
@@ -17,11 +17,11 @@ class ExpertsPrimitive : public Primitive {
     float* out = begin(inputs, outputs[0]);
     const int64_t k = inputs[1].shape(-1), tokens = k ? inputs[1].size() / k : 0;
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [x = Strided(inputs[0]), ids = Strided(inputs[1]), map = inputs[2].data<int32_t>(),
+        [x = StridedInput(inputs[0]), ids = StridedInput(inputs[1]), map = inputs[2].data<int32_t>(),
          known = int64_t(inputs[2].size()), out, tokens, k, e = experts_,
-         kernels = kernels_, dealer = dealer_,
-         weights = summed_ ? std::optional<Strided>(inputs[3]) : std::nullopt] {
-          const Busy busy;
+         kernels = kernels_, assigner = assigner_,
+         weights = summed_ ? std::optional<StridedInput>(inputs[3]) : std::nullopt] {
+          const KernelTimer busy;
           std::vector<uint32_t> copy, copied, weighted;
           const uint32_t* id = ids.read<uint32_t>(copied);
           std::vector<int32_t> rows(tokens * k);
@@ -31,13 +31,13 @@ class ExpertsPrimitive : public Primitive {
                                        std::to_string(known));
             rows[i] = map[id[i]];
           }
-          if (dealer) {  // replicas of what we hold may be computed elsewhere
-            std::vector<int64_t> counts(dealer->holders.size(), 0);
+          if (assigner) {  // replicas of what we hold may be computed elsewhere
+            std::vector<int64_t> counts(assigner->holders.size(), 0);
             for (int64_t i = 0; i < tokens * k; i++)
               if (id[i] < counts.size()) counts[id[i]]++;
-            const std::vector<int> dealt = dealer->deal(counts);
+            const std::vector<int> assigned = assigner->assign(counts);
             for (int64_t i = 0; i < tokens * k; i++)
-              if (rows[i] >= 0 && dealt[id[i]] != dealer->rank) rows[i] = -1;
+              if (rows[i] >= 0 && assigned[id[i]] != assigner->rank) rows[i] = -1;
           }
           if (weights)
             experts_sum(*kernels, e, x.read<float>(copy), rows.data(), weights->read<float>(weighted),
@@ -50,7 +50,7 @@ class ExpertsPrimitive : public Primitive {
  private:
   Experts experts_;
   const Kernels* kernels_;
-  std::shared_ptr<const Dealer> dealer_;
+  std::shared_ptr<const ReplicaAssigner> assigner_;
   bool summed_;
 };
 
@@ -79,7 +79,7 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e,
   }
   e.down.inputs(inputs);
   return mx::array(std::move(shape), mx::float32,
-                   std::make_shared<ExpertsPrimitive>(s, std::move(raw), e.down.kernels, e.dealer,
+                   std::make_shared<ExpertsPrimitive>(s, std::move(raw), e.down.kernels, e.assigner,
                                                       weights.has_value()),
                    std::move(inputs));
 }

@@ -16,8 +16,8 @@ class LinearPrimitive : public Primitive {
     float* out = begin(inputs, outputs[0]);
     const int64_t tokens = inputs[0].size() / layer_.matrix.width;
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [x = Strided(inputs[0]), out, tokens, layer = layer_, kernels = kernels_] {
-          const Busy busy;
+        [x = StridedInput(inputs[0]), out, tokens, layer = layer_, kernels = kernels_] {
+          const KernelTimer busy;
           std::vector<uint32_t> copy;
           linear(*kernels, layer, x.read<float>(copy), tokens, out);
         });
@@ -36,7 +36,7 @@ class EmbedPrimitive : public Primitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     float* out = begin(inputs, outputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [ids = Strided(inputs[0]), out, m = layer_.matrix] {
+        [ids = StridedInput(inputs[0]), out, m = layer_.matrix] {
           std::vector<uint32_t> copy;
           const uint32_t* id = ids.read<uint32_t>(copy);
           for (int64_t i = 0; i < ids.size; i++) {

@@ -34,12 +34,12 @@ NB_MODULE(_native, m) {
                           std::to_string(MLX_VERSION_PATCH);
   m.def("set_threads", [](int n) {
     nb::gil_scoped_release release;
-    Pool::get().resize(n);
+    WorkerPool::get().resize(n);
   });
-  m.def("threads", [] { return Pool::get().threads(); });
+  m.def("threads", [] { return WorkerPool::get().threads(); });
   m.def("kernels", [] {
     std::vector<std::string> names;
-    for (const Kernels* k : usable()) names.push_back(k->name);
+    for (const Kernels* k : available_kernels()) names.push_back(k->name);
     return names;
   });
   m.def("used", [] { return std::string(chosen.load()->name); });
@@ -50,7 +50,7 @@ NB_MODULE(_native, m) {
     malloc_trim(0);
 #endif
   });
-  m.def("use_activations", &use_activations, nb::arg("bits"));
+  m.def("set_activation_bits", &set_activation_bits, nb::arg("bits"));
   m.def("activations", [] { return activations.load(); });
   nb::class_<Weights>(m, "Weights")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>,
@@ -58,28 +58,28 @@ NB_MODULE(_native, m) {
            nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(),
            nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"))
       .def("arrays", &arrays);
-  nb::class_<Dealer>(m, "Dealer")
+  nb::class_<ReplicaAssigner>(m, "Dealer")
       .def("__init__",
-           [](Dealer* self, std::vector<std::vector<int>> holders, std::vector<int64_t> speeds,
+           [](ReplicaAssigner* self, std::vector<std::vector<int>> holders, std::vector<int64_t> speeds,
               int rank) {
              for (const auto& ranks : holders)
                for (const int r : ranks)
                  if (r < 0 || size_t(r) >= speeds.size())
                    throw std::invalid_argument("holders: expected ranks that have a speed");
-             new (self) Dealer{std::move(holders), std::move(speeds), rank};
+             new (self) ReplicaAssigner{std::move(holders), std::move(speeds), rank};
            },
            nb::arg("holders"), nb::arg("speeds"), nb::arg("rank"))
-      .def("deal", [](const Dealer& self, const std::vector<int64_t>& counts) {
+      .def("deal", [](const ReplicaAssigner& self, const std::vector<int64_t>& counts) {
         if (counts.size() != self.holders.size())
           throw std::invalid_argument("counts: expected one for every expert");
-        return self.deal(counts);
+        return self.assign(counts);
       }, nb::arg("counts"));
   nb::class_<Stack>(m, "Stack")
       .def(nb::init<std::vector<Weights>, Weights, mx::array, int, float, float,
-                    const std::optional<Dealer>&>(),
+                    const std::optional<ReplicaAssigner>&>(),
            nb::arg("inputs"), nb::arg("down"), nb::arg("rows"), nb::arg("activation"), nb::arg("a"),
            nb::arg("b"), nb::arg("dealer").none() = nb::none());
-  m.def("busy_s", [] { return double(busy_ns) * 1e-9; });
+  m.def("busy_s", [] { return double(kernel_time_ns) * 1e-9; });
   define_fast(m);
   m.def("embed", &call_embed, nb::arg("ids"), nb::arg("weights"));
   m.def("linear", &call_linear, nb::arg("x"), nb::arg("weights"));
@@ -95,7 +95,7 @@ NB_MODULE(_native, m) {
     const int64_t words = int64_t(a.nbytes()) / 8, size = 1 << 15;
     std::atomic<uint64_t> sum{0};
     nb::gil_scoped_release release;
-    Pool::get().run((words + size - 1) / size, [&](int64_t i) {
+    WorkerPool::get().run((words + size - 1) / size, [&](int64_t i) {
       uint64_t part[8] = {};
       const int64_t last = std::min(words, (i + 1) * size);
       for (int64_t j = i * size; j + 8 <= last; j += 8) {

@@ -20,14 +20,14 @@ namespace cenacle {
 
 namespace mx = mlx::core;
 
-inline std::atomic<const Kernels*> chosen{usable().front()};
+inline std::atomic<const Kernels*> chosen{available_kernels().front()};
 
 // Nanoseconds spent in layers and experts so far: what a token's time is compared with.
-inline std::atomic<int64_t> busy_ns{0};
-class Busy {
+inline std::atomic<int64_t> kernel_time_ns{0};
+class KernelTimer {
  public:
-  ~Busy() {
-    busy_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - since_).count();
+  ~KernelTimer() {
+    kernel_time_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - since_).count();
   }
 
  private:
@@ -35,7 +35,7 @@ class Busy {
 };
 
 inline void use(const std::string& name) {
-  for (const Kernels* k : usable())
+  for (const Kernels* k : available_kernels())
     if (name == k->name) {
       chosen = k;
       return;
@@ -46,21 +46,21 @@ inline void use(const std::string& name) {
 // Bits of the activations' integers, for weights that are made from now on.
 inline std::atomic<int> activations{16};
 
-inline void use_activations(int bits) {
+inline void set_activation_bits(int bits) {
   if (bits != 16 && bits != 8)
     throw std::invalid_argument("activations: expected 16 or 8 bits, got " + std::to_string(bits));
   activations = bits;
 }
 
 // A strided array of 32-bit values as a contiguous copy.
-struct Strided {
+struct StridedInput {
   const uint32_t* data;
   mx::Shape shape;
   mx::Strides strides;
   int64_t size;
   bool contiguous;
 
-  explicit Strided(const mx::array& a)
+  explicit StridedInput(const mx::array& a)
       : data(a.data<uint32_t>()), shape(a.shape()), strides(a.strides()), size(a.size()),
         contiguous(a.flags().row_contiguous) {}
 

@@ -28,16 +28,16 @@ struct Stack {
   std::vector<Weights> in;
   Weights down;
   mx::array map;
-  Act act;
+  Activation act;
   float a, b;
-  std::shared_ptr<const Dealer> dealer;  // null: every expert that we hold is ours to compute
+  std::shared_ptr<const ReplicaAssigner> assigner;  // null: every expert that we hold is ours to compute
 
   Stack(std::vector<Weights> in_, Weights down_, mx::array map_, int act_, float a, float b,
-        const std::optional<Dealer>& dealer_)
-      : in(std::move(in_)), down(std::move(down_)), map(std::move(map_)), act(Act(act_)), a(a), b(b) {
-    if (dealer_) dealer = std::make_shared<const Dealer>(*dealer_);
-    if (dealer && dealer->holders.size() + 1 != map.size())
-      throw std::invalid_argument("map: expected an entry for every expert dealt, and one more");
+        const std::optional<ReplicaAssigner>& assigner_)
+      : in(std::move(in_)), down(std::move(down_)), map(std::move(map_)), act(Activation(act_)), a(a), b(b) {
+    if (assigner_) assigner = std::make_shared<const ReplicaAssigner>(*assigner_);
+    if (assigner && assigner->holders.size() + 1 != map.size())
+      throw std::invalid_argument("map: expected an entry for every expert assigned, and one more");
     if (in.size() != (gated(act) ? 2u : 1u))
       throw std::invalid_argument("wrong number of matrices for this activation");
     for (const auto& w : in)

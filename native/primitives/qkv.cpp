@@ -41,7 +41,7 @@ class QkvPrimitive : public Primitive {
     Rope rope = rope_;
     rope.batch = batch, rope.length = length, rope.width = width_;
     rope.rates = inputs[1].data<float>(), rope.rate_stride = inputs[1].strides(0);
-    encoder.dispatch([x = Strided(inputs[0]), out0 = out[0], out1 = out[1], out2 = out[2],
+    encoder.dispatch([x = StridedInput(inputs[0]), out0 = out[0], out1 = out[1], out2 = out[2],
                       norm0 = norms[0], norm1 = norms[1], eps = eps_, layers = layers_, tokens, length,
                       width = width_, rope, kernels = kernels_, ops = &ops(), number = offset_.value_or(0),
                       where = offsets ? offsets->data<char>() : nullptr,
@@ -63,7 +63,7 @@ class QkvPrimitive : public Primitive {
         projected.resize(tokens * row);
         float* p = projected.data();
         {
-          const Busy busy;
+          const KernelTimer busy;
           linear(*kernels, layers[i], from, tokens, p);
         }
         if (norm[i]) rms_norm(*ops, p, norm[i], eps[i], tokens * row / width, width, p);
@@ -71,7 +71,7 @@ class QkvPrimitive : public Primitive {
         rope.strides[0] = length * row, rope.strides[1] = width, rope.strides[2] = row;
         cenacle::rope(*ops, rope);
       }
-      const Busy busy;
+      const KernelTimer busy;
       linear(*kernels, layers[2], from, tokens, out2);
     });
   }

@@ -100,7 +100,7 @@ struct Weights {
     const int64_t lines = (count * each + 63) / 64 + 1;
     mx::array all(mx::allocator::malloc(lines * 64), {int(lines), 64}, mx::uint8);
     uint8_t* to = aligned(all);
-    Pool::get().run(count, [&](int64_t i) {
+    WorkerPool::get().run(count, [&](int64_t i) {
       Matrix m = plain.of(i);
       m.rows = rows;
       cenacle::pack(m, to + i * each);

@@ -157,7 +157,7 @@ Case make(Format format, Float type, int bits, int group, int64_t rows, int64_t 
   return c;
 }
 
-int bits_of(Layout l) { return l.deal == Deal::quads8 || l.deal == Deal::even_quads8 ? 8 : 16; }
+int bits_of(Layout l) { return l.interleave == Interleave::int8_quads || l.interleave == Interleave::int8_quads_even ? 8 : 16; }
 
 constexpr int64_t GUARD = 3;  // outputs before and after that must stay as they were
 
@@ -168,7 +168,7 @@ std::vector<float> run(const Kernels& k, const Matrix& m, const float* x, int64_
   const int64_t groups = groups_of(l, m.width), bytes = bytes_of(l, m.width);
   Edge<uint8_t> fixed(tokens * bytes);
   Edge<float> scales(tokens * groups), sums(tokens * groups), scratch(k.scratch(m));
-  if (l.deal != Deal::none)
+  if (l.interleave != Interleave::none)
     for (int64_t t = 0; t < tokens; t++)
       k.prepare(l, m.width, x + t * m.width, fixed.get() + t * bytes, scales.get() + t * groups,
                 sums.get() + t * groups);
@@ -227,9 +227,9 @@ void check(const Kernels& k, Case c, int64_t tokens, int bits = 16) {
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t row = 0; row < m.rows; row++) {
       double sum = 0, rounding = 0, steps = 0;
-      for (int64_t g = 0, fine = l.deal != Deal::none ? l.fine : m.width; g < m.width; g += fine) {
+      for (int64_t g = 0, group_size = l.interleave != Interleave::none ? l.group : m.width; g < m.width; g += group_size) {
         double top = 0, weights = 0;
-        for (int64_t i = g; i < g + fine; i++) {
+        for (int64_t i = g; i < g + group_size; i++) {
           const double v = x[t * m.width + i], w = c.value[row * m.width + i];
           sum += w * v;
           rounding += c.parts[row * m.width + i] * std::fabs(v);
@@ -238,7 +238,7 @@ void check(const Kernels& k, Case c, int64_t tokens, int bits = 16) {
         }
         steps += weights * top * half;
       }
-      const double bound = 1e-6 * rounding + (l.deal != Deal::none ? steps : 0.);
+      const double bound = 1e-6 * rounding + (l.interleave != Interleave::none ? steps : 0.);
       const double off = std::fabs(double(out[t * m.rows + row]) - sum);
       worst = std::max(worst, off / bound);
       if (!(off <= bound))
@@ -248,7 +248,7 @@ void check(const Kernels& k, Case c, int64_t tokens, int bits = 16) {
                     std::to_string(out[t * m.rows + row]));
     }
   for (const int64_t most : {1, 2, 5})
-    for (const int64_t step : {m.packed ? ABREAST : 3, m.rows}) {
+    for (const int64_t step : {m.packed ? ROWS_PER_PACK : 3, m.rows}) {
       const auto other = run(k, m, x, tokens, most, step);
       if (std::memcmp(out.data(), other.data(), out.size() * sizeof(float)) != 0)
         fail(k, c.name + ": other bits in calls of " + std::to_string(most) + " tokens and " +
@@ -280,24 +280,24 @@ void check_activate(const Kernels& k) {
     gates.push_back(i < 7 ? float(i - 3) * 40.f : 3 * normal());
     ups.push_back(2 * normal());
   }
-  for (int act = 0; act <= int(Act::relu2); act++) {
+  for (int act = 0; act <= int(Activation::relu2); act++) {
     const double a = 1.7, b = 2.5;
     std::vector<float> got = gates;
-    k.activate(Act(act), float(a), float(b), got.data(), ups.data(), int64_t(got.size()));
+    k.activate(Activation(act), float(a), float(b), got.data(), ups.data(), int64_t(got.size()));
     for (size_t i = 0; i < got.size(); i++) {
       const double g = gates[i], u = ups[i], af = float(a), bf = float(b);
       double want = inf;
-      switch (Act(act)) {
-        case Act::swiglu: want = g * sigmoid(g) * u; break;
-        case Act::oai: want = (clip(u, bf) + 1) * std::min(g, bf) * sigmoid(af * std::min(g, bf)); break;
-        case Act::geglu: want = tanh_gelu(g) * u; break;
-        case Act::clipped: want = std::min(g, af) * sigmoid(std::min(g, af)) * clip(u, af); break;
-        case Act::capped: want = std::min(g * sigmoid(g), af) * clip(u, af); break;
-        case Act::situ: want = af * std::tanh(g / af) * sigmoid(g) * bf * std::tanh(u / bf); break;
-        case Act::gelu_tanh: want = tanh_gelu(g); break;
-        case Act::gelu_erf: want = g * std::erfc(-g / std::sqrt(2.0)) / 2; break;
-        case Act::gelu_fast: want = g * sigmoid(1.702 * g); break;
-        case Act::relu2: want = g > 0 ? g * g : 0; break;
+      switch (Activation(act)) {
+        case Activation::swiglu: want = g * sigmoid(g) * u; break;
+        case Activation::gpt_oss: want = (clip(u, bf) + 1) * std::min(g, bf) * sigmoid(af * std::min(g, bf)); break;
+        case Activation::geglu: want = tanh_gelu(g) * u; break;
+        case Activation::clipped: want = std::min(g, af) * sigmoid(std::min(g, af)) * clip(u, af); break;
+        case Activation::capped: want = std::min(g * sigmoid(g), af) * clip(u, af); break;
+        case Activation::situ: want = af * std::tanh(g / af) * sigmoid(g) * bf * std::tanh(u / bf); break;
+        case Activation::gelu_tanh: want = tanh_gelu(g); break;
+        case Activation::gelu_erf: want = g * std::erfc(-g / std::sqrt(2.0)) / 2; break;
+        case Activation::gelu_fast: want = g * sigmoid(1.702 * g); break;
+        case Activation::relu2: want = g > 0 ? g * g : 0; break;
       }
       // Where 1 + erf cancels the error is one of 1, not of the result.
       const double bound = 2e-6 * (std::fabs(want) + std::fabs(g) * 1e-1) + 1e-30;
@@ -322,7 +322,7 @@ void check_experts(const Kernels& k) {
   for (int32_t& r : rows) r = std::uniform_int_distribution<int32_t>(-1, int32_t(count) - 1)(dice);
   const auto of = [&](const Kernels& k) {
     return Experts{{{as_wanted(k, gate), bias.data(), hidden, count}, {as_wanted(k, up), nullptr, hidden, count}},
-                   {as_wanted(k, down), nullptr, width, count}, Act::swiglu, 0, 0};
+                   {as_wanted(k, down), nullptr, width, count}, Activation::swiglu, 0, 0};
   };
   std::vector<float> want(tokens * top * width), got(want.size());
   experts(portable, of(portable), x.data(), rows.data(), tokens, top, want.data());
@@ -371,6 +371,6 @@ void check_all(const Kernels& k) {
 }  // namespace cenacle
 
 int main() {
-  for (const cenacle::Kernels* k : cenacle::usable()) cenacle::check_all(*k);
+  for (const cenacle::Kernels* k : cenacle::available_kernels()) cenacle::check_all(*k);
   return cenacle::failures ? 1 : 0;
 }

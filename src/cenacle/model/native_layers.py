@@ -6,7 +6,7 @@ How: a layer keeps its object, attributes and parameters and changes its class f
 computes natively, so that whatever mlx-lm does with it (tied heads, attribute access) goes on.
 Invariant: a swapped model computes in float32 throughout; what the kernels do not know stays as it
 is and gets float32 inputs. Weights are checked once, here: they must not be replaced afterwards.
-Next: `experts.NativeExperts`, the experts; `native/primitives.cpp`, what is called.
+Next: `experts.NativeExperts`, the experts; `native/primitives/`, what is called.
 """
 
 from __future__ import annotations
