@@ -50,7 +50,7 @@ NB_MODULE(_native, m) {
     malloc_trim(0);
 #endif
   });
-  m.def("set_activation_bits", &set_activation_bits, nb::arg("bits"));
+  m.def("use_activations", &set_activation_bits, nb::arg("bits"));
   m.def("activations", [] { return activations.load(); });
   nb::class_<Weights>(m, "Weights")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>,
