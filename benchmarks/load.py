@@ -35,7 +35,7 @@ WARM_S = 3.0
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 
 # Kept prompts fill what they may have within seconds: after that memory has no reason to grow.
-FULL = ("--cache-gb", "0.05", "--cache-disk-gb", "0")
+FULL = ("--prefix-cache-gb", "0.05", "--prefix-cache-disk-gb", "0")
 
 
 @dataclass

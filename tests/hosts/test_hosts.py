@@ -252,7 +252,7 @@ def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster)
     damaged = cluster.c.folder / "other/place/answers"
     flip(damaged)
     up = ("up", "here/answers", "-n", "3", "--port", "0", "--name", "a")
-    refused = cluster.a.run(*up, "--selftest", "--trunk", "replicated")
+    refused = cluster.a.run(*up, "--verify", "--trunk", "replicated")
     flip(damaged)
     assert refused.returncode == 5, refused.stderr
     assert "self-test: c does not hold the checkpoint's " in refused.stderr

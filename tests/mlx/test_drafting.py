@@ -207,7 +207,7 @@ def test_models_that_cannot_draft_are_refused(dense, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(InputError, match=r"the same tokenizer, but 2 of its \d+ tokens are others"):
         check(other)
-    with pytest.raises(InputError, match="expected --speculate auto or always"):
+    with pytest.raises(InputError, match="expected --speculative auto or always"):
         check(dense, options=Options(speculate="off"))
     with pytest.raises(InputError, match="must be able to forget tokens"):
         check(dense, options=Options(max_kv_size=64))

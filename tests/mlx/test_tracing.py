@@ -13,12 +13,18 @@ from cenacle.planning.routing_stats import Trace
 
 
 def test_a_recording_of_the_demo_model(tmp_path):
-    from cenacle.cli.options import app
+    from cenacle.cli.main import app
 
     (tmp_path / "questions.txt").write_text("What is 12 + 30?\n\nSpell otter backwards.\n")
     out = tmp_path / "trace.npz"
-    arguments = ["trace", "-m", str(DEMO_MODEL_DIR), "--prompts", str(tmp_path / "questions.txt")]
-    arguments += ["--out", str(out), "--max-tokens", "12", "--copies", "1", "--json"]
+    arguments = [
+        "record-routing",
+        "-m",
+        str(DEMO_MODEL_DIR),
+        "--prompts",
+        str(tmp_path / "questions.txt"),
+    ]
+    arguments += ["--out", str(out), "--max-tokens", "12", "--replicas", "1", "--json"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     data = json.loads(result.output.splitlines()[-1])
     trace = Trace.load(out)
@@ -38,7 +44,7 @@ def test_a_recording_of_the_demo_model(tmp_path):
         "2xm4-32",
         "--link",
         "10gbe",
-        "--trace",
+        "--routing-trace",
         str(out),
     ]
     saved = tmp_path / "plan.json"

@@ -52,8 +52,27 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
     script(tmp_path / "good" / "llama-bench", good)
     script(tmp_path / "bad" / "llama-bench", "raise SystemExit('out of luck')")
     script(tmp_path / "slow" / "llama-bench", "import time; time.sleep(60)")
-    given = ["--nodes", 1, "--contexts", "8,20", "--streams", "1,3", "--tokens", 6, "--repeat", 2]
-    given += ["--prompt", 16, "--deadline", 2, "--cache", tmp_path / "cache", "--json"]
+    given = [
+        "--nodes",
+        1,
+        "--contexts",
+        "8,20",
+        "--concurrency",
+        "1,3",
+        "--tokens",
+        6,
+        "--repeat",
+        2,
+    ]
+    given += [
+        "--prompt-tokens",
+        16,
+        "--peer-timeout-s",
+        2,
+        "--cache-dir",
+        tmp_path / "cache",
+        "--json",
+    ]
     for name in ("good", "bad", "slow"):
         given += ["--peer", f"llama.cpp={tmp_path / name}"]
     found = last_json(run("-m", folder, *given))
@@ -75,12 +94,12 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
     assert found["ceilings"]["exchange_us"] == []
     token = found["ceilings"]["token"]
     assert token["percent"] == pytest.approx(100 * token["read_ms"] / token["token_ms"])
-    assert (token["kernels_ms"] is not None) == native.is_available()
+    assert (token["kernels_ms"] is not None) == native.available()
 
 
 def test_bench_on_two_ranks_says_what_each_did(folder, tmp_path):
-    given = ["-n", 2, "--contexts", "8", "--streams", "2", "--tokens", 4, "--repeat", 1]
-    found = last_json(run("-m", folder, *given, "--prompt", 8, "--json"))
+    given = ["-n", 2, "--contexts", "8", "--concurrency", "2", "--tokens", 4, "--repeat", 1]
+    found = last_json(run("-m", folder, *given, "--prompt-tokens", 8, "--json"))
     assert [r["rank"] for r in found["ranks"]] == [0, 1]
     for rank in found["ranks"]:
         adds_up(rank["terms_ms"])
@@ -98,7 +117,7 @@ def adds_up(terms):
 
 
 def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
-    given = ["-m", folder, "--latencies", "0.3,0", "--tokens", 3, "--repeat", 1]
+    given = ["-m", folder, "--latencies-ms", "0.3,0", "--tokens", 3, "--repeat", 1]
     found = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
     names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole", "ours, replicated", "ours, sliced"]
     names.append("ours, sliced, trunk sharded")
@@ -133,15 +152,15 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
         (["--synth", "nonsense"], 2, "nothing is called 'nonsense'"),
         (["-m", "FOLDER", "--peer", "vllm=/x"], 2, "expected llama.cpp=PATH"),
         (["-m", "FOLDER", "--peer", "dllama=/nowhere"], 2, "expected the program dllama at"),
-        (["-m", "FOLDER", "--contexts", "0"], 2, "expected whole numbers from 1"),
+        (["-m", "FOLDER", "--contexts", "0"], 2, "expected positive integers"),
         (["-m", "FOLDER", "--contexts", "100000"], 2, "this model has room for"),
         (["-m", "/nowhere"], 3, "no such folder"),
         (["ablation", "-m", "FOLDER", "-n", "1"], 2, "expected at least 2 nodes"),
-        (["ablation", "-m", "FOLDER", "--latencies", "slow"], 2, "expected numbers"),
+        (["ablation", "-m", "FOLDER", "--latencies-ms", "slow"], 2, "expected numbers"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, status, said):
-    ran = run(*[folder if a == "FOLDER" else a for a in arguments], "--cache", tmp_path)
+    ran = run(*[folder if a == "FOLDER" else a for a in arguments], "--cache-dir", tmp_path)
     assert ran.returncode == status, ran.stderr
     assert said in " ".join(ran.stderr.split())
     assert "Traceback" not in ran.stderr
@@ -170,7 +189,7 @@ def test_a_job_is_a_function_of_this_package(name):
 
 def spec(experts, top_k):
     layers = (MoELayer(0, experts, 1000, units=8), MoELayer(1, experts, 1000, units=8))
-    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", embedding_bytes=100)
+    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", lookup_bytes=100)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cenacle.calibration.calibrate import calibrate
-from cenacle.cli.options import app
+from cenacle.cli.main import app
 from cenacle.errors import InputError
 from cenacle.planning import catalog
 

@@ -82,10 +82,23 @@ def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
 
 def test_inspect_tells_before_loading_what_ranks_take(tmp_path_factory):
     big = synth(tmp_path_factory.mktemp("big") / "m", family="mixtral", config=None).path
-    plan = last_json(run("inspect", "--model", big, "--nodes", 3, "--shares", "2,1,1", "--json"))
+    plan = last_json(
+        run("inspect", "--model", big, "--nodes", 3, "--node-weights", "2,1,1", "--json")
+    )
     assert sum(r["experts"] for r in plan["ranks"]) == plan["spec"]["expert_bytes"]
     ran = run(
-        "generate", "-m", big, "-n", 3, "--shares", "2,1,1", "-p", "x", "--max-tokens", 1, "--json"
+        "generate",
+        "-m",
+        big,
+        "-n",
+        3,
+        "--node-weights",
+        "2,1,1",
+        "-p",
+        "x",
+        "--max-tokens",
+        1,
+        "--json",
     )
     for rank, planned in zip(last_json(ran)["ranks"], plan["bytes_per_rank"], strict=True):
         assert rank["weights_bytes"] == planned
@@ -94,9 +107,12 @@ def test_inspect_tells_before_loading_what_ranks_take(tmp_path_factory):
 
 def test_a_saved_plan_is_what_runs(folder, tmp_path):
     saved = tmp_path / "plan.json"
-    assert run("inspect", "-m", folder, "-n", 2, "--shares", "3,1", "--save", saved).returncode == 0
+    assert (
+        run("inspect", "-m", folder, "-n", 2, "--node-weights", "3,1", "--save", saved).returncode
+        == 0
+    )
     ran = run(
-        *("generate", "-m", folder, "--plan", saved, "--draft", folder),
+        *("generate", "-m", folder, "--plan", saved, "--draft-model", folder),
         *("-p", "x", "--max-tokens", 1, "--json"),
     )
     weights = [r["weights_bytes"] for r in last_json(ran)["ranks"]]
@@ -106,8 +122,8 @@ def test_a_saved_plan_is_what_runs(folder, tmp_path):
 
 @pytest.mark.parametrize("kernels", ["mlx", "native"])
 def test_every_placement_gives_the_same_text(folder, kernels):
-    if kernels == "native" and not native.is_available():
-        pytest.skip(native.unavailable_reason())
+    if kernels == "native" and not native.available():
+        pytest.skip(native.why_not())
     said = set()
     for how in ("-n 1", "-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated"):
         ran = run(
@@ -122,9 +138,9 @@ def test_the_choice_is_explained(folder):
     ran = run("inspect", "-m", folder, "-n", 2, "--json")
     got = last_json(ran)
     assert got["reason"].startswith(f"experts {got['placement']}, trunk {got['trunk']}: ")
-    assert got["exchanges"] >= 2
+    assert got["all_reduces"] >= 2
     asked = run("inspect", "-m", folder, "-n", 2, "--placement", "whole", "--trunk", "replicated")
-    assert "experts whole, trunk replicated, 2 exchanges a token" in asked.stdout
+    assert "experts whole, trunk replicated, 2 all-reduces per token" in asked.stdout
     assert asked.stderr == ""
 
 
@@ -154,8 +170,8 @@ def test_families_and_help_tell_what_there_is():
     assert {"dbrx", "mixtral", "gpt_oss"} <= {row["name"] for row in listed}
     assert all(row["refused"] for row in listed if row["name"] == "muse_spark")
     text = run("--help").stdout
-    for verb in ("generate", "chat", "serve", "inspect", "families", "synth", "demo"):
-        assert re.search(rf"^\s*cenacle {verb}\b", text, re.M), verb
+    for command in ("generate", "chat", "serve", "inspect", "families", "synth", "demo"):
+        assert re.search(rf"^│ {command} ", text, re.M), command
 
 
 @pytest.mark.parametrize(
@@ -164,19 +180,31 @@ def test_families_and_help_tell_what_there_is():
         (["inspect", "-m", "no/such/folder"], 3, "no such folder"),
         (["inspect", "-m", "FOLDER", "-n", "9", "--placement", "whole"], 4, "at most 6|at most 8"),
         (["inspect", "-m", "FOLDER", "-n", "99", "--placement", "sliced"], 4, "--placement whole"),
-        (["inspect", "-m", "FOLDER", "-n", "2", "--budgets-gb", "1,1"], 4, "budgets are for"),
+        (["inspect", "-m", "FOLDER", "-n", "2", "--node-memory-gb", "1,1"], 4, "budgets are for"),
         (
-            ["inspect", "-m", "FOLDER", "--placement", "replicated", "--budgets-gb", "0"],
-            *(4, "allow more memory"),
+            ["inspect", "-m", "FOLDER", "--placement", "replicated", "--node-memory-gb", "0"],
+            *(4, "allow more bytes"),
         ),
-        (["inspect", "-m", "FOLDER", "-n", "2", "--budgets-gb", "nan,1"], 2, "--budgets-gb"),
-        (["generate", "-m", "FOLDER", "-p", "x", "--temp", "3"], 2, "temperature"),
-        (["generate", "-m", "FOLDER", "-p", "x", "--max-tokens", "-1"], 2, "max-tokens"),
-        (["generate", "-m", "FOLDER", "-p", "x", "--shares", "1,a"], 2, "--shares"),
-        (["generate", "-m", "FOLDER", "-p", "x", "-n", "2", "--shares", "1"], 4, "node_weights"),
+        (
+            ["inspect", "-m", "FOLDER", "-n", "2", "--node-memory-gb", "nan,1"],
+            2,
+            "--node-memory-gb",
+        ),
+        (
+            ["generate", "-m", "FOLDER", "-p", "x", "--temp", "3"],
+            2,
+            "--temp: expected at most 2, got .3.",
+        ),
+        (
+            ["generate", "-m", "FOLDER", "-p", "x", "--max-tokens", "-1"],
+            2,
+            "--max-tokens: expected at least 1, got .-1.",
+        ),
+        (["generate", "-m", "FOLDER", "-p", "x", "--node-weights", "1,a"], 2, "--node-weights"),
+        (["generate", "-m", "FOLDER", "-p", "x", "-n", "2", "--node-weights", "1"], 4, "shares"),
         (["generate", "-m", "FOLDER", "-p", "LONG"], 2, "context"),
         (["synth", "--family", "dbxr", "--out", "OUT"], 2, "dbrx"),
-        (["generate", "-m", "FOLDER", "--unknown"], 2, "No such option"),
+        (["generate", "-m", "FOLDER", "--unknown"], 2, "no such option"),
     ],
 )
 def test_bad_input_is_one_sentence_and_a_status(folder, tmp_path, arguments, status, said):
@@ -220,8 +248,8 @@ def test_ending_the_front_leaves_no_rank(folder, how):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_what_computes_is_said(there):
-    if there and not native.is_available():
-        pytest.skip(native.unavailable_reason())
+    if there and not native.available():
+        pytest.skip(native.why_not())
     env = {**os.environ, **({} if there else {"CENACLE_NATIVE": "0"})}
     ran = run("generate", "-m", DEMO_MODEL_DIR, "-p", "What is 2 + 2?", env=env)
     assert ran.returncode == 0, ran.stderr

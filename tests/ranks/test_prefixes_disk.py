@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 import cenacle
+from cenacle.engine.options import Options
 from cenacle.scheduler.disk_index import PAGE
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -72,7 +73,7 @@ def rest(events):
 @pytest.fixture(scope="module")
 def plain():
     """Without any cache: texts by conversation, tokens by name, and those of an endless answer."""
-    with cenacle.load(str(DEMO), prefix_cache_gb=0) as model:
+    with cenacle.load(str(DEMO), options=Options(cache_gb=0)) as model:
         texts = {json.dumps(c): model.generate(c, LENGTH).text for c in (FIRST, SECOND, OTHER)}
         tokens = {name: rest(begin(model, asked))[0] for name, asked in ASKED.items()}
         return texts, tokens, rest(begin(model, ASKED["Flo"], ENDLESS))[0]
@@ -95,7 +96,7 @@ def serving(folder, nodes, *options):
         port = sock.getsockname()[1]
     log = folder / "log"
     command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO), "-n", str(nodes)]
-    command += ["--port", str(port), "--cache-dir", str(folder / "kept"), *options]
+    command += ["--port", str(port), "--prefix-cache-dir", str(folder / "kept"), *options]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stderr=errors)
         try:
@@ -158,7 +159,8 @@ def test_a_server_remembers_and_so_does_the_next_one(nodes, tmp_path, plain):
 
 
 def test_a_full_queue_says_when_to_come_again(tmp_path):
-    options = ("--batch", "1", "--queue", "1", "--speculate", "off", "--cache-disk-gb", "0")
+    options = ("--max-batch-size", "1", "--max-queue", "1", "--speculative", "off")
+    options += ("--prefix-cache-disk-gb", "0")
     with serving(tmp_path, 1, *options) as url, httpx.Client(timeout=60) as client:
         path = f"{url}/v1/chat/completions"
         endless = body(FIRST[1:], stream=True, logit_bias={str(END): -100}, max_tokens=980)
@@ -201,7 +203,8 @@ def until_there(group, count):
 
 
 def loaded(folder, nodes):
-    return cenacle.load(str(DEMO), nodes, prefix_cache_dir=str(folder), prefix_cache_disk_gb=0.5)
+    options = Options(cache_dir=str(folder), cache_disk_gb=0.5)
+    return cenacle.load(str(DEMO), nodes, options=options)
 
 
 def flip(path):

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.cli.options import app
+from cenacle.cli.main import app
 from cenacle.cluster import doctor
 from cenacle.cluster.doctor import Facts, examine
 
@@ -136,7 +136,7 @@ CASES = [
         {"sysctl -n vm.swapusage": "total = 8192.00M  used = 5000.50M  free = 3191.50M"},
         "warning",
         "5.24 GB of memory were moved to disk",
-        "--shares",
+        "--node-weights",
     ),
     (
         MAC,
@@ -204,7 +204,7 @@ CASES = [
         {"/proc/pressure/memory": "some avg10=40.00 avg60=22.50 avg300=9.00 total=9\n"},
         "bad",
         "22 % of the last minute",
-        "--shares",
+        "--node-weights",
     ),
     (
         LINUX,

@@ -16,7 +16,6 @@ ROOT = Path(cenacle.__file__).parent
 ORDER = (
     "errors",
     "paths",
-    "net",
     "native",
     "core",
     "collective",
@@ -57,7 +56,6 @@ WITHOUT_MLX = (
     "engine.speculative.ngram",
     "errors",
     "model.byte_ranges",
-    "net",
     "paths",
     "planning",
     "ranks.channel",

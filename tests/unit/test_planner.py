@@ -159,13 +159,16 @@ def test_the_report_asks_nobody_for_anything():
         (["plan", "./nowhere", "--machines", "m3-ultra-512"], "no such file"),
         (["plan", "dbrx", "--machines", "m4-32", "--json"], "nothing fits"),
         (["plan", "dbrx", "--machines", "m3-ultra-512", "--png", "x.gif"], "png or .svg"),
-        (["plan", "dbrx", "--machines", "m3-ultra-512", "--trace", "none.npz"], "not a trace"),
+        (
+            ["plan", "dbrx", "--machines", "m3-ultra-512", "--routing-trace", "none.npz"],
+            "not a trace",
+        ),
         (["plan", "dbrx", "--machines", "this"], "cenacle calibrate"),
         (["validate", "--rows", "none.csv"], "cannot read"),
     ],
 )
 def test_wrong_arguments_are_errors_with_a_sentence(arguments, message, tmp_path, monkeypatch):
-    from cenacle.cli.options import app
+    from cenacle.cli.main import app
 
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, arguments)
@@ -174,7 +177,7 @@ def test_wrong_arguments_are_errors_with_a_sentence(arguments, message, tmp_path
 
 
 def test_a_dense_config_is_refused(tmp_path):
-    from cenacle.cli.options import app
+    from cenacle.cli.main import app
 
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64}')
@@ -229,7 +232,7 @@ def test_wrong_rows(tmp_path, line, message):
 
 
 def test_rows_that_are_right_are_shown_beside_an_error(tmp_path):
-    from cenacle.cli.options import app
+    from cenacle.cli.main import app
 
     file = tmp_path / "rows.csv"
     lines = ["dbrx,4,m9-max,1,,single,0,9,x", "dbrx,4,m4-max-128,1,,single,0,9,x"]

@@ -1,184 +1,182 @@
-"""."""
+"""The commands `cenacle bench` and `cenacle bench ablation`.
+
+Owns: their options and output.
+Does not know: what is measured (`bench`, `research`).
+"""
 
 from __future__ import annotations
 
-import json
-import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ..errors import InputError
-from ..paths import cache_dir
+from .. import paths
+from .command import command, expand_dataclasses, format_example
+from .console import print_json, report, wide_console
+from .inference import old_keywords
 from .options import (
-    Activations,
-    ActivationsName,
-    AsJson,
+    MODEL_HELP,
     Backend,
-    BackendName,
+    JsonOutput,
     Kernels,
-    KernelsName,
-    LatencyMs,
-    Nodes,
-    Placement,
-    PlacementName,
-    Trunk,
-    TrunkName,
-    _numbers,
-    _saying,
+    LoadArguments,
+    parse_float_list,
+    parse_int_list,
 )
 
-bench_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
+app = typer.Typer(invoke_without_command=True)
 
 
-BenchModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="A folder, or a hub repository's name.")
+@dataclass(frozen=True)
+class BenchmarkModelArguments:
+    """Which model to measure."""
+
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)
+    ] = None
+    synth: Annotated[
+        str | None,
+        typer.Option(help="Random model of this name or family instead (see `synth --list`)."),
+    ] = None
+    quantize: Annotated[
+        int, typer.Option(help="Bits per weight of the --synth model; 0: not quantized.")
+    ] = 4
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for random models and models of peers. Default: the user's cache folder."
+        ),
+    ] = None
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder that `cache_dir` names."""
+        return self.cache_dir.expanduser() if self.cache_dir is not None else paths.cache_dir()
+
+    def prepare(self) -> str:
+        """The model to measure; a random model is written if it is not in the cache."""
+        from ..bench import measure
+
+        return measure.prepared(self.model, self.synth, self.quantize, self.cache_folder, report)
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads per node. Default: an equal share of the cores."),
 ]
 
 
-SynthName = Annotated[
-    str | None,
-    typer.Option("--synth", help="Or a random model of this name or family (see `synth --list`)."),
-]
+@dataclass(frozen=True)
+class WorkloadArguments:
+    """What to measure."""
+
+    contexts: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Context lengths at which decoding is measured.")
+    ] = "32,2048,8192"
+    concurrency: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")
+    ] = "1,2,4,8"
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode per measurement.")] = 64
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the measured prompt.")] = 512
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Number of rounds, in turn with the peers.")
+    ] = 3
 
 
-Quantize = Annotated[int, typer.Option(help="Bits of the --synth model; 0: not quantised.")]
-
-
-Threads = Annotated[int | None, typer.Option(min=1, help="Per node. Default: an even share.")]
-
-
-Cache = Annotated[
-    Path | None,
-    typer.Option(help="Random models and peers' models are kept here. Default: the user's cache."),
-]
-
-
-@bench_app.callback()
+@app.callback(epilog=format_example("cenacle bench --synth moe-2b --nodes 2 --threads 1 --json"))
+@expand_dataclasses
 def bench(
     context: typer.Context,
-    model: BenchModel = None,
-    synth: SynthName = None,
-    quantize: Quantize = 4,
-    nodes: Nodes = 1,
+    model: BenchmarkModelArguments,
+    workload: WorkloadArguments,
     threads: Threads = None,
-    backend: BackendName = Backend.auto,
-    kernels: KernelsName = Kernels.auto,
-    activations: ActivationsName = Activations.int16,
-    placement: PlacementName = Placement.auto,
-    trunk: TrunkName = Trunk.auto,
-    latency_ms: LatencyMs = 0.0,
-    contexts: Annotated[str, typer.Option(help="Tokens before the first.")] = "32,2048,8192",
-    streams: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,2,4,8",
-    tokens: Annotated[int, typer.Option(min=2, help="Decoded per measurement.")] = 64,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds, in turn with the peers.")] = 3,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.")] = 512,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="llama.cpp=PATH, dllama=PATH or mlx-lm; may be given several times."),
+        typer.Option(
+            metavar="PEER",
+            help="Also measure llama.cpp=PATH, dllama=PATH or mlx-lm on the same model; "
+            "repeatable.",
+        ),
     ] = None,
-    deadline: Annotated[float, typer.Option(min=1, help="Seconds for a peer's process.")] = 300.0,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    peer_timeout_s: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a run of a peer is stopped.")
+    ] = 300.0,
+    json_output: JsonOutput = False,
+    *,
+    load: LoadArguments,
 ) -> None:
-    """How fast a model runs here, where the time goes, and what the machine could give.
-
-    Example: [bold]cenacle bench --synth moe-2b --nodes 2 --threads 1 --peer mlx-lm --json[/]
-    """
+    """Measure prompt and decoding speed, where the time goes, and the limits of the hardware."""
     if context.invoked_subcommand is not None:
         return
-    from ..bench import measure, report
+    from ..bench import measure
     from ..bench.peers import peers
+    from ..bench.report import show_bench
 
-    said = _saying()
-    others = [peers.parse(p) for p in peer or ()]
-    kept = cache.expanduser() if cache is not None else cache_dir()
-    asked = measure.Asked(
-        measure.prepared(model, synth, quantize, kept, said),
-        nodes,
-        threads,
-        _whole(contexts, "contexts"),
-        _whole(streams, "streams"),
-        tokens,
-        repeat,
-        prompt,
-        {"placement": placement.value, "trunk": trunk.value},
-        {
-            "backend": backend.value,
-            "kernels": kernels.value,
-            "activations": activations.value,
-            "latency_s": latency_ms / 1000,
-        },
-        kept,
-        deadline,
+    keywords = old_keywords(load.to_keywords())
+    placed = {k: keywords[k] for k in ("placement", "trunk", "shares", "budgets")}
+    options = {
+        k: keywords[k] for k in ("backend", "kernels", "activations", "latency_s", "wire", "draft")
+    }
+    request = measure.Asked(
+        model=model.prepare(),
+        nodes=load.nodes,
+        threads=threads,
+        contexts=parse_int_list(workload.contexts, "contexts"),
+        streams=parse_int_list(workload.concurrency, "concurrency"),
+        tokens=workload.tokens,
+        repeat=workload.repeat,
+        prompt=workload.prompt_tokens,
+        placed=placed,
+        options=options,
+        cache=model.cache_folder,
+        deadline_s=peer_timeout_s,
     )
-    result = measure.run(asked, others, said)
-    if as_json:
-        print(json.dumps(result))
+    result = measure.run(request, [peers.parse(p) for p in peer or ()], report)
+    if json_output:
+        print_json(result)
     else:
-        report.show_bench(result, _wide())
+        show_bench(result, wide_console())
 
 
-@bench_app.command()
+@command(app, name="ablation", example="cenacle bench ablation --synth dbrx-2l --nodes 2 --out DIR")
 def ablation(
-    model: BenchModel = None,
-    synth: SynthName = None,
-    quantize: Quantize = 4,
-    nodes: Nodes = 2,
+    model: BenchmarkModelArguments,
+    nodes: Annotated[
+        int, typer.Option("--nodes", "-n", min=1, help="Number of local processes (ranks).")
+    ] = 2,
     threads: Threads = None,
-    backend: BackendName = Backend.auto,
-    kernels: KernelsName = Kernels.auto,
-    latencies: Annotated[str, typer.Option(help="Of the emulated links, in ms.")] = "1,0.3,0.05,0",
-    tokens: Annotated[int, typer.Option(min=2, help="Decoded per number and round.")] = 16,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds over all rows.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Folder for a PNG and an SVG.")] = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
+    latencies_ms: Annotated[
+        str, typer.Option(metavar="MS,MS,...", help="Latencies of the emulated links.")
+    ] = "1,0.3,0.05,0",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode per row and round.")] = 16,
+    repeat: Annotated[int, typer.Option(min=1, help="Number of rounds over all rows.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for a plot as PNG and SVG.")] = None,
+    json_output: JsonOutput = False,
 ) -> None:
-    """The paper's schedules step by step, then ours, over emulated links.
+    """Compare the schedules of the DBRX paper with Cenacle's over emulated links."""
+    from ..bench.report import show_ablation
+    from ..research import plot, schedule_ablation
 
-    Example: [bold]cenacle bench ablation --synth dbrx-2l --nodes 2 --out DIR --json[/]
-    """
-    from ..bench import measure, report
-    from ..research import plot
-    from ..research import schedule_ablation as study
-
-    said = _saying()
-    if model is None and synth is None:
-        synth = "dbrx-2l"
-    kept = cache.expanduser() if cache is not None else cache_dir()
-    asked = study.Asked(
-        measure.prepared(model, synth, quantize, kept, said),
+    if model.model is None and model.synth is None:
+        model = replace(model, synth="dbrx-2l")
+    request = schedule_ablation.Asked(
+        model.prepare(),
         nodes,
         threads,
-        backend.value,
-        kernels.value,
-        tuple(_numbers("latencies", latencies) or ()),
+        backend,
+        kernels,
+        tuple(parse_float_list(latencies_ms, "latencies-ms") or ()),
         tokens,
         repeat,
     )
-    result = study.run(asked, said)
+    result = schedule_ablation.run(request, report)
     if out is not None:
-        result["pictures"] = [str(p) for p in plot.draw(result, out)]
-    if as_json:
-        print(json.dumps(result))
+        result["plots"] = [str(path) for path in plot.draw(result, out)]
+    if json_output:
+        print_json(result)
     else:
-        report.show_ablation(result, _wide())
-
-
-def _wide() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def _whole(text: str, option: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(n) for n in text.split(","))
-        if min(numbers) < 1:
-            raise ValueError
-    except ValueError as error:
-        raise InputError(
-            f"--{option}: expected whole numbers from 1 such as 1,2,4, got {text!r}", option
-        ) from error
-    return numbers
+        show_ablation(result, wide_console())

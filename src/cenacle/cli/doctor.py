@@ -1,67 +1,71 @@
-"""The verb `cenacle doctor`.
+"""The command `cenacle doctor`.
 
-Owns: its arguments and what is printed. Invariant: as `cli.py`; status 1 if anything is bad.
-Next: `cluster/doctor.py` finds it.
+Owns: its options and output.
+Does not know: what is checked.
+Invariant: exits with status 1 if a finding is bad.
+Next: `cluster/doctor.py` makes the findings.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from . import cluster as cluster_commands
+from .cluster import query_head
+from .command import command
+from .console import print_json
+from .options import JsonOutput
 
-Head = Annotated[
-    str | None,
-    typer.Option(metavar="HOST[:PORT]", help="Another node: the way to it, and its clock."),
-]
-Cluster = Annotated[
-    bool, typer.Option("--cluster", help="Every machine of this machine's cluster, by its agent.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+app = typer.Typer()
 
-CLUSTER_S = 75.0  # longer than the head waits for a machine
-MARKS = {"bad": "[red]✗[/]", "warning": "[yellow]![/]", "good": "[green]✓[/]"}
+CLUSTER_TIMEOUT_S = 75.0  # longer than the head waits for a node
+SYMBOLS = {"bad": "[red]✗[/]", "warning": "[yellow]![/]", "good": "[green]✓[/]"}
 
 
-def doctor(head: Head = None, cluster: Cluster = False, as_json: AsJson = False) -> None:
-    """What is wrong with this machine, or with all of its cluster, and what to do about it.
-
-    Example: cenacle doctor --head 192.168.1.10:8080
-    """
+@command(app, example="cenacle doctor --head 192.168.1.10:8080", panel="Cluster")
+def doctor(
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST[:PORT]", help="Also check the network path to this node, and its clock."
+        ),
+    ] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Check every node of the cluster.")
+    ] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Check this machine or its cluster for problems, and suggest how to fix them."""
     from ..cluster.doctor import Finding, examine, gather
 
     if cluster:
-        identity, where = cluster_commands.cluster()
-        answer = cluster_commands.ask(identity, where, "doctor", deadline_s=CLUSTER_S)
-        machines = {n: [Finding(**f) for f in said] for n, said in answer["machines"].items()}
+        answer = query_head("doctor", deadline_s=CLUSTER_TIMEOUT_S)
+        findings_by_node = {
+            node: [Finding(**finding) for finding in findings]
+            for node, findings in answer["machines"].items()
+        }
     else:
-        machines = {"": examine(gather(head))}
-    every = [f for found in machines.values() for f in found]
-    bad = any(f.level == "bad" for f in every)
-    if as_json:
-        said = {n: [f.to_json() for f in found] for n, found in machines.items()}
-        kept = {"machines": said} if cluster else {"findings": said[""]}
-        print(json.dumps({"healthy": not bad, **kept}))
+        findings_by_node = {"": examine(gather(head))}
+    levels = {finding.level for findings in findings_by_node.values() for finding in findings}
+    if json_output:
+        rows = {
+            node: [f.to_json() for f in findings] for node, findings in findings_by_node.items()
+        }
+        details = {"nodes": rows} if cluster else {"findings": rows[""]}
+        print_json({"healthy": "bad" not in levels, **details})
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for name, found in machines.items():
-            if name:
-                console.print(name, style="bold", markup=False)
-            for f in found:
-                console.print(f"{MARKS[f.level]} ", end="")
-                console.print(f.what, markup=False)
-                if f.fix:
-                    console.print(f"  {f.fix}", style="dim", markup=False)
-        if all(f.level == "good" for f in every):
-            console.print("Nothing is wrong that can be seen from here.")
-    if bad:
+        for node, findings in findings_by_node.items():
+            if node:
+                console.print(node, style="bold", markup=False)
+            for finding in findings:
+                console.print(f"{SYMBOLS[finding.level]} ", end="")
+                console.print(finding.what, markup=False)
+                if finding.fix:
+                    console.print(f"  {finding.fix}", style="dim", markup=False)
+        if levels <= {"good"}:
+            console.print("No problems found.")
+    if "bad" in levels:
         raise typer.Exit(1)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(doctor)

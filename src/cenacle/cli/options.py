@@ -1,323 +1,342 @@
-"""."""
+"""Options that several commands share, each declared once.
+
+Owns: names, types, defaults and help texts of shared options; parsing of lists of numbers.
+Does not know: what the options do, MLX.
+Invariant: a load option has the name of its field in `runtime.LoadOptions`, but for its unit.
+Next: `command.py` turns the dataclasses into options of a command.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
-from ..core.plan import Plan
 from ..errors import InputError
 
-if TYPE_CHECKING:
-    from ..api import Model
-    from ..verification import SelfTest
+MODEL_HELP = "Model folder, or the name of a Hugging Face repository (org/model)."
 
-
-app = typer.Typer(
-    name="cenacle",
-    help="A private server for Mixture-of-Experts models: experts spread over several nodes, "
-    "one exchange per layer.",
-    no_args_is_help=True,
-    epilog="Examples:\n\n"
-    "  cenacle demo\n\n"
-    "  cenacle inspect -m DIR -n 3\n\n"
-    '  cenacle generate -m DIR -n 2 -p "What is 12 + 30?" --temp 0 --json\n\n'
-    "  cenacle chat -m org/model -n 2\n\n"
-    "  cenacle serve -m DIR -n 2 --port 8080\n\n"
-    "  cenacle synth --name dbrx-132b --layers 2 --quantize 4 --out DIR\n\n"
-    "  cenacle bench --synth moe-2b --nodes 2\n\n"
-    "  cenacle families\n\n"
-    "  cenacle plan qwen3-235b-a22b --machines 4xm3-ultra-512 --link tb5-rdma --quant 8",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-
-
-err = Console(stderr=True, highlight=False)
-
-
-class Kernels(StrEnum):
-    """What computes; see `api.load`."""
-
-    auto = "auto"
-    native = "native"
-    mlx = "mlx"
-
-
-class Activations(StrEnum):
-    """What activations become inside quantised layers; see `api.load`."""
-
-    int16 = "int16"
-    int8 = "int8"
-
-
-class Speculate(StrEnum):
-    """When tokens are drafted; see `engine.engine.Options`."""
-
-    auto = "auto"
-    off = "off"
-    always = "always"
-
-
-class Wire(StrEnum):
-    """How the mesh sends float32 vectors; see `collective.mesh.WIRES`."""
-
-    f32 = "f32"
-    bf16 = "bf16"
-
-
-class Backend(StrEnum):
-    """How ranks exchange; see `cluster.launcher.choose` and `collective.mlx.BACKENDS`."""
-
-    auto = "auto"
-    mesh = "mesh"
-    ring = "ring"
-    mpi = "mpi"
-    jaccl = "jaccl"
-    nccl = "nccl"
-
-
-class Placement(StrEnum):
-    """Who holds which expert; see `api.load`."""
-
-    auto = "auto"
-    whole = "whole"
-    sliced = "sliced"
-    replicated = "replicated"
-
-
-class Trunk(StrEnum):
-    """Who holds what is not an expert; see `api.load`."""
-
-    auto = "auto"
-    replicated = "replicated"
-    sharded = "sharded"
-
-
-ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="A folder, or a hub repository's name (org/model).")
+ModelName = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
+JsonOutput = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
 ]
-
-
-Nodes = Annotated[int, typer.Option("--nodes", "-n", min=1, help="Number of local processes.")]
-
-
-Shares = Annotated[
-    str | None,
-    typer.Option(help="Relative speeds of the nodes, such as 2,1,1. Default: even."),
-]
-
-
-PlacementName = Annotated[
-    Placement,
-    typer.Option(
-        help="whole: each expert on one node. sliced: a part of each on every node. "
-        "replicated: whole ones on several. auto: whole or sliced, by modelled time."
-    ),
-]
-
-
-TrunkName = Annotated[
-    Trunk,
-    typer.Option(
-        help="Attention, dense layers and head: replicated on every node, or sharded where the "
-        "family allows it, one more exchange each."
-    ),
-]
-
-
-BudgetsGB = Annotated[
-    str | None,
-    typer.Option(
-        help="Gigabytes of weights per node, such as 24,24,16, for --placement replicated: "
-        "as many copies as fit. Default: two of each expert."
-    ),
-]
-
+_placement = partial(typer.Option, rich_help_panel="Placement")
+_execution = partial(typer.Option, rich_help_panel="Execution")
+_memory = partial(typer.Option, rich_help_panel="Batching and caches")
+_server = partial(typer.Option, rich_help_panel="Server")
+_sampling = partial(typer.Option, rich_help_panel="Sampling")
 
 PlanFile = Annotated[
-    Path | None, typer.Option("--plan", help="A plan saved by `inspect --save`; overrides --nodes.")
-]
-
-
-BackendName = Annotated[Backend, typer.Option(help="How nodes exchange.")]
-
-
-WireName = Annotated[
-    Wire, typer.Option(help="How the mesh sends vectors; bf16: half the bytes, rounded.")
-]
-
-
-KernelsName = Annotated[
-    Kernels,
-    typer.Option(
-        help="native: ours for CPUs, many times faster. mlx: MLX's own. auto: native if it can be."
+    Path | None,
+    _placement(
+        "--plan",
+        help="Placement saved by `inspect --save` or `plan --save`; overrides the other options.",
     ),
 ]
 
 
-ActivationsName = Annotated[
-    Activations,
-    typer.Option(help="Inside native quantised layers; int8: quicker prompts, less exact."),
+Backend = Annotated[
+    Literal["auto", "mesh", "ring", "mpi", "jaccl", "nccl"],
+    _execution(help="Backend of the all-reduce between nodes."),
+]
+Kernels = Annotated[
+    Literal["auto", "native", "mlx"],
+    _execution(help="CPU kernels: native (Cenacle's own), mlx, or auto (native where supported)."),
 ]
 
 
-LatencyMs = Annotated[
-    float, typer.Option(min=0, help="Milliseconds added to every exchange, to study a slow link.")
-]
+@dataclass(frozen=True)
+class PlacementArguments:
+    """Which node holds what."""
+
+    nodes: Annotated[
+        int, _placement("--nodes", "-n", min=1, help="Number of local processes (ranks).")
+    ] = 1
+    node_weights: Annotated[
+        str | None,
+        _placement(
+            metavar="W,W,...", help="Relative speed of each node, such as 2,1,1. Default: equal."
+        ),
+    ] = None
+    placement: Annotated[
+        Literal["auto", "whole", "sliced", "replicated"],
+        _placement(
+            help="Placement of experts: whole (each on one node), sliced (a part of each on every "
+            "node), replicated (copies on several nodes) or auto (whole or sliced, by predicted "
+            "speed)."
+        ),
+    ] = "auto"
+    trunk: Annotated[
+        Literal["auto", "replicated", "sharded"],
+        _placement(
+            help="Attention, dense layers and output head: replicated on every node, or sharded at "
+            "the cost of one more all-reduce each."
+        ),
+    ] = "auto"
+    node_memory_gb: Annotated[
+        str | None,
+        _placement(
+            metavar="GB,GB,...",
+            help="Gigabytes of weights per node, such as 24,24,16, for --placement replicated. "
+            "Default: two copies of each expert.",
+        ),
+    ] = None
+    latency_ms: Annotated[
+        float,
+        _placement(
+            min=0, help="Milliseconds added to every all-reduce, to emulate a slower network."
+        ),
+    ] = 0.0
+
+    def to_keywords(self) -> dict[str, Any]:
+        """These arguments as keyword arguments of `api.load`, in its units.
+
+        Raises:
+            InputError: a list of numbers is malformed.
+        """
+        memory_gb = parse_float_list(self.node_memory_gb, "node-memory-gb")
+        return {
+            "node_weights": parse_float_list(self.node_weights, "node-weights"),
+            "placement": self.placement,
+            "trunk": self.trunk,
+            "node_memory_bytes": [int(1e9 * gb) for gb in memory_gb] if memory_gb else None,
+            "latency_s": self.latency_ms / 1000,
+        }
 
 
-PrefillChunk = Annotated[int, typer.Option(min=1, help="Most prompt tokens per step.")]
+@dataclass(frozen=True)
+class LoadArguments(PlacementArguments):
+    """How to load and run a model."""
+
+    backend: Backend = "auto"
+    comm_dtype: Annotated[
+        Literal["f32", "bf16"],
+        _execution(
+            help="Data type in which the mesh backend sends vectors; bf16 halves the traffic and "
+            "rounds the values."
+        ),
+    ] = "f32"
+    kernels: Kernels = "auto"
+    activations: Annotated[
+        Literal["int16", "int8"],
+        _execution(
+            help="Integer type of activations in native quantized layers; int8 processes prompts "
+            "faster and is less accurate."
+        ),
+    ] = "int16"
+    draft_model: Annotated[
+        str | None,
+        _execution(
+            metavar="MODEL", help="Draft model for speculative decoding, with the same tokenizer."
+        ),
+    ] = None
+    speculative: Annotated[
+        Literal["auto", "off", "always"],
+        _execution(help="Speculative decoding; auto uses it while it is faster."),
+    ] = "auto"
+    prefill_chunk_size: Annotated[
+        int, _memory(min=1, help="Maximum number of prompt tokens per step.")
+    ] = 512
+    kv_bits: Annotated[
+        int | None, _memory(help="Quantize the KV cache to this many bits, 4 or 8.")
+    ] = None
+    max_kv_size: Annotated[
+        int | None,
+        _memory(
+            min=8, help="Maximum number of tokens in the KV cache of a request. Default: unlimited."
+        ),
+    ] = None
+
+    def to_keywords(self) -> dict[str, Any]:
+        """See `PlacementArguments`."""
+        return {
+            **super().to_keywords(),
+            "backend": self.backend,
+            "comm_dtype": self.comm_dtype,
+            "kernels": self.kernels,
+            "activations": self.activations,
+            "draft_model": self.draft_model,
+            "speculative": self.speculative,
+            "prefill_chunk_size": self.prefill_chunk_size,
+            "kv_bits": self.kv_bits,
+            "max_kv_size": self.max_kv_size,
+        }
 
 
-Batch = Annotated[int, typer.Option(min=1, help="Most requests generated at once.")]
+@dataclass(frozen=True)
+class ServingArguments(LoadArguments):
+    """How to load and run a model that serves several clients."""
+
+    max_batch_size: Annotated[
+        int, _memory(min=1, help="Maximum number of requests that run at once.")
+    ] = 32
+    max_queue: Annotated[
+        int,
+        _memory(min=0, help="Maximum number of waiting requests; further requests get status 429."),
+    ] = 64
+    kv_cache_gb: Annotated[
+        float | None,
+        _memory(
+            min=0,
+            help="Gigabytes per node for the KV cache of running requests. Default: half of the "
+            "free memory.",
+        ),
+    ] = None
+    prefix_cache_gb: Annotated[
+        float | None,
+        _memory(
+            min=0,
+            help="Gigabytes of memory per node for the prefix cache; 0 disables it. Default: an "
+            "eighth of the free memory.",
+        ),
+    ] = None
+    prefix_cache_disk_gb: Annotated[
+        float,
+        _memory(
+            min=0,
+            help="Gigabytes of disk per node for the prefix cache, which survives restarts; 0 "
+            "disables it.",
+        ),
+    ] = 8.0
+    prefix_cache_dir: Annotated[
+        Path | None,
+        _memory(
+            help="Folder of the prefix cache on disk, on every node. Default: in the user's cache "
+            "folder."
+        ),
+    ] = None
+    measure_every: Annotated[
+        int, _execution(min=0, help="Measure timings of every Nth step; 0 disables it.")
+    ] = 8
+    recover: Annotated[
+        bool,
+        _execution(
+            "--recover/--no-recover", help="Restart the ranks and resume requests after a failure."
+        ),
+    ] = True
+    verify: Annotated[
+        bool | None,
+        _execution(
+            "--verify/--no-verify",
+            help="Verify weights and answers of the nodes before serving. Default: no.",
+        ),
+    ] = None
+
+    def to_keywords(self) -> dict[str, Any]:
+        """See `PlacementArguments`."""
+        folder = self.prefix_cache_dir
+        return {
+            **super().to_keywords(),
+            "max_batch_size": self.max_batch_size,
+            "max_queue": self.max_queue,
+            "kv_cache_gb": self.kv_cache_gb,
+            "prefix_cache_gb": self.prefix_cache_gb,
+            "prefix_cache_disk_gb": self.prefix_cache_disk_gb,
+            # Ranks may have another working directory.
+            "prefix_cache_dir": str(folder.expanduser().absolute()) if folder else None,
+            "measure_every": self.measure_every,
+            "recover": self.recover,
+        }
 
 
-KVBits = Annotated[int | None, typer.Option(help="Quantise the KV cache to 4 or 8 bits.")]
+@dataclass(frozen=True)
+class SamplingArguments:
+    """How to choose the tokens of an answer."""
+
+    max_tokens: Annotated[int, _sampling(min=1, help="Maximum number of tokens to generate.")] = 256
+    temp: Annotated[float, _sampling(min=0, max=2, help="Temperature; 0 is greedy.")] = 0.0
+    top_p: Annotated[
+        float, _sampling(min=0, max=1, help="Nucleus sampling: probability mass to sample from.")
+    ] = 1.0
+    top_k: Annotated[
+        int, _sampling(min=0, help="Number of most likely tokens to sample from; 0: all.")
+    ] = 0
+    seed: Annotated[
+        int | None, _sampling(help="Random seed; the same seed gives the same text.")
+    ] = None
 
 
-MaxKV = Annotated[int | None, typer.Option(min=8, help="Keep at most this many positions.")]
+@dataclass(frozen=True)
+class ServerArguments:
+    """How to listen for HTTP requests, and which to accept."""
 
-
-SpeculateName = Annotated[
-    Speculate,
-    typer.Option("--speculate", help="Draft tokens and check several at once, if it pays."),
-]
-
-
-DraftName = Annotated[
-    str | None,
-    typer.Option(
-        "--draft",
-        help="A small model with the same tokenizer, whose guesses are checked several at once.",
-    ),
-]
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
-
-
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-
-
-Temp = Annotated[float, typer.Option(help="Temperature; 0 is greedy.")]
-
-
-TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
-
-
-TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0: all.")]
-
-
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text, on any number of nodes.")]
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
-
-
-def _saying() -> Callable[[str], None]:
-    return lambda text: err.print(_plain(text), soft_wrap=True)
-
-
-@contextmanager
-def _loaded(
-    model: str,
-    nodes: int,
-    dealt: dict[str, Any],
-    plan: Path | None,
-    backend: Backend,
-    wire: Wire,
-    kernels: Kernels,
-    activations: Activations,
-    latency_ms: float,
-    prefill_chunk: int,
-    batch: int,
-    kv_bits: int | None,
-    max_kv_size: int | None,
-    draft: str | None = None,
-    selftest: SelfTest | None = None,
-    **options: Any,
-) -> Iterator[Model]:
-    from ..api import Model
-    from ..runtime import LoadOptions
-
-    how = LoadOptions(
-        model,
-        nodes,
-        **dealt,
-        plan=Plan.load(plan) if plan else None,
-        backend=backend.value,
-        comm_dtype=wire.value,
-        latency_s=latency_ms / 1000,
-        kernels=kernels.value,
-        activations=activations.value,
-        draft_model=draft,
-        max_batch_size=batch,
-        prefill_chunk_size=prefill_chunk,
-        kv_bits=kv_bits,
-        max_kv_size=max_kv_size,
-        **options,
+    host: Annotated[str, _server(help="Address on which the API listens.")] = "127.0.0.1"
+    port: Annotated[
+        int, _server(min=0, max=65535, help="Port of the API; 0 chooses a free port.")
+    ] = 8080
+    require_key: Annotated[
+        bool, _server("--require-key", help="Require an API key on the loopback address too.")
+    ] = False
+    tls: Annotated[
+        Literal["self"] | None, _server(help="Use TLS with a self-signed certificate.")
+    ] = None
+    tls_cert: Annotated[Path | None, _server(help="TLS certificate (PEM); requires --tls-key.")] = (
+        None
     )
-    with _progress() as progress:
-        loaded = Model.load(how, progress=progress, selftest=selftest)
-    with loaded:
-        if loaded.ranks.backend_reason is not None:
-            err.print(_plain(loaded.ranks.backend_reason), soft_wrap=True)
-        if loaded.plan_reason:
-            err.print(_plain(loaded.plan_reason), soft_wrap=True)
-        if kernels is not Kernels.mlx:
-            err.print(_plain(f"computing on {loaded.ranks.ready[0]['device']}"), soft_wrap=True)
-        yield loaded
+    tls_key: Annotated[Path | None, _server(help="Private key of --tls-cert (PEM).")] = None
+    allowed_host: Annotated[
+        list[str] | None,
+        _server(
+            help="Additional Host header to accept on the loopback address, for use behind a "
+            "proxy; repeatable."
+        ),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        _server(
+            help="Origin of web pages that may use the API, such as https://chat.example; "
+            "repeatable."
+        ),
+    ] = None
+    max_concurrent: Annotated[
+        int, _server(min=1, help="Maximum number of HTTP requests answered at once.")
+    ] = 256
+    max_concurrent_per_key: Annotated[
+        int, _server(min=1, help="Maximum number of HTTP requests answered at once per API key.")
+    ] = 64
+    access_log: Annotated[
+        bool, _server("--access-log", help="Log every request to stderr, without its text.")
+    ] = False
+    log_text: Annotated[
+        bool, _server("--log-text", help="Log the text of prompts and answers to stderr.")
+    ] = False
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar per rank on stderr, while weights are loaded."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+def parse_float_list(text: str | None, option: str) -> list[float] | None:
+    """Parse numbers separated by commas; None stays None.
 
-    columns = (TextColumn("rank {task.fields[rank]}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        tasks: dict[int, Any] = {}
-
-        def show(rank: int, done: int, total: int) -> None:
-            if rank not in tasks:
-                tasks[rank] = bars.add_task("", total=total, rank=rank)
-            bars.update(tasks[rank], completed=done)
-
-        yield show
-
-
-def _dealt(
-    shares: str | None, placement: Placement, trunk: Trunk, budgets_gb: str | None
-) -> dict[str, Any]:
-    """The arguments of `api.load` that say how to deal."""
-    budgets = _numbers("budgets-gb", budgets_gb)
-    return {
-        "node_weights": _numbers("shares", shares),
-        "placement": placement.value,
-        "trunk": trunk.value,
-        "node_memory_bytes": [int(1e9 * b) for b in budgets] if budgets is not None else None,
-    }
-
-
-def _numbers(option: str, given: str | None) -> list[float] | None:
-    if given is None:
+    Raises:
+        InputError: not a list of finite numbers.
+    """
+    if text is None:
         return None
     try:
-        numbers = [float(s) for s in given.split(",")]
+        numbers = [float(number) for number in text.split(",")]
     except ValueError as error:
         raise InputError(
-            f"--{option}: expected numbers such as 2,1,1, got {given!r}", option
+            f"--{option}: expected numbers such as 2,1,1, got {text!r}", option
         ) from error
-    if not all(math.isfinite(n) for n in numbers):
-        raise InputError(f"--{option}: expected finite numbers, got {given!r}", option)
+    if not all(math.isfinite(number) for number in numbers):
+        raise InputError(f"--{option}: expected finite numbers, got {text!r}", option)
+    return numbers
+
+
+def parse_int_list(text: str, option: str) -> tuple[int, ...]:
+    """Parse positive integers separated by commas.
+
+    Raises:
+        InputError: not a list of positive integers.
+    """
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        numbers = (0,)
+    if min(numbers) < 1:
+        raise InputError(
+            f"--{option}: expected positive integers such as 1,2,4, got {text!r}", option
+        )
     return numbers

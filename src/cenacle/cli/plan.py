@@ -1,538 +1,538 @@
-"""The verbs of the performance model: `cenacle plan`, `calibrate`, `validate`, `trace`.
+"""The commands of the performance model: `cenacle plan`, `calibrate`, `validate`, `record-routing`.
 
-Owns: their arguments and what is printed; `cli.py` puts them beside the others.
-Invariant: as `cli.py`: answers to stdout, everything else to stderr, with --json one object last.
+Owns: their options and output.
+Does not know: how speeds are predicted (`planning`) or measured (`calibration`).
 """
 
 from __future__ import annotations
 
-import json
-import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from ..calibration import validate as validation
-from ..core.model_spec import ModelSpec
-from ..core.units import format_bytes
-from ..errors import CenacleError, CheckpointError, InputError, PlanError
+from ..core.plan import human
+from ..errors import CheckpointError, InputError, PlanError
 from ..paths import catalog_dir
-from ..planning import catalog as names
-from ..planning import planner
-from ..planning.catalog import Catalogue
-from ..planning.perf_model import Job
-from ..planning.routing_stats import Trace, contiguous
+from .command import command
+from .console import print_json, report, wide_console, write_text
+from .options import JsonOutput, ModelName
 
 if TYPE_CHECKING:
-    from ..planning.model_shapes import Shape
-    from ..planning.planner import Result
+    from ..calibration.validate import Checked
+    from ..core.model_spec import ModelSpec
+    from ..planning.catalog import Catalogue
+    from ..planning.perf_model import Job
+    from ..planning.planner import Comparison, Curve, Result
+    from ..planning.routing_stats import Trace
 
-err = Console(stderr=True, highlight=False)
+app = typer.Typer()
+PANEL = "Planning and measurement"
 
-Files = Annotated[
+CatalogFiles = Annotated[
     list[Path] | None,
-    typer.Option("--catalog", help="A file of your own machines and links (TOML); repeatable."),
+    typer.Option("--catalog", help="TOML file with your own machines and links; repeatable."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 
 
-def plan(
-    model: Annotated[
-        str, typer.Argument(help="A name, a hub repository's name, a folder, or a config.json.")
-    ],
-    machines: Annotated[
-        str, typer.Option(help="Such as 4xm3-ultra-512, or 1xm3-ultra-256,2xm4-max-128; this.")
-    ],
-    link: Annotated[
-        str | None, typer.Option(help="Between them: tb5-rdma, 10gbe, ...; measured.")
-    ] = None,
+@dataclass(frozen=True)
+class WorkloadArguments:
+    """How the model is used."""
+
     quant: Annotated[
         str | None,
-        typer.Option(help="Bits: 4, 4.5, 8, 16, mxfp4, 2.5/8.5. Default: 4, or as read."),
+        typer.Option(
+            metavar="BITS",
+            help="Bits per weight: 4, 4.5, 8, 16, mxfp4, or 2.5/8.5 for experts and the rest. "
+            "Default: as stored, or 4 for a name.",
+        ),
+    ] = None
+    context: Annotated[int, typer.Option(min=1, help="Context length per user, in tokens.")] = 4096
+    users: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 1
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the prompt for the time to first token.")
+    ] = 512
+    routing_trace: Annotated[
+        Path | None, typer.Option(help="Expert routing recorded by `cenacle record-routing`.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where to write the results of `plan`."""
+
+    html: Annotated[Path | None, typer.Option(help="Write a report as one HTML file.")] = None
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Plot the first --what-if curve, or else the step timings, as PNG."),
+    ] = None
+    svg: Annotated[Path | None, typer.Option(help="Write the same plot as SVG.")] = None
+    save: Annotated[
+        Path | None, typer.Option(help="Write the best placement, for `serve --plan`.")
+    ] = None
+
+
+@command(
+    app,
+    example="cenacle plan qwen3-235b-a22b --machines 4xm3-ultra-512 --link tb5-rdma",
+    panel=PANEL,
+)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="Name in the catalog, Hugging Face repository, folder or config.json."),
+    ],
+    machines: Annotated[
+        str,
+        typer.Option(
+            help="Machines, such as 4xm3-ultra-512 or 1xm3-ultra-256,2xm4-max-128; `this` is the "
+            "calibrated one."
+        ),
+    ],
+    link: Annotated[
+        str | None,
+        typer.Option(
+            help="Network between the machines, such as tb5-rdma or 10gbe; `measured` is the "
+            "calibrated one."
+        ),
     ] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache, per user.")] = 4096,
-    users: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
-    prompt: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens for the first token's time.")
-    ] = 512,
-    wired: Annotated[
+    memory_fraction: Annotated[
         float | None,
-        typer.Option(min=0.05, max=1, help="Share of memory for the model; a Mac's default: 0.75."),
+        typer.Option(
+            min=0.05, max=1, help="Fraction of memory for the model. Default: 0.75 on a Mac."
+        ),
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="Other machines to compare with per dollar, such as 8xh100.")
+        str | None,
+        typer.Option(metavar="MACHINES", help="Compare speed per dollar with these machines."),
     ] = None,
     what_if: Annotated[
         list[str] | None,
-        typer.Option(help="nodes=1..8, latency=3us..1ms or price=2000..10000; repeatable."),
+        typer.Option(
+            metavar="RANGE",
+            help="Plot speed over nodes=1..8, latency=3us..1ms or price=2000..10000; repeatable.",
+        ),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="A recording of `cenacle trace`.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a report, one file.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write the first curve, or the terms.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="The same as SVG.")] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Write the best plan, for `serve --plan`.")
-    ] = None,
-    catalog: Files = None,
-    as_json: AsJson = False,
+    catalog: CatalogFiles = None,
+    json_output: JsonOutput = False,
+    *,
+    workload: WorkloadArguments,
+    files: ReportFiles,
 ) -> None:
-    """What a model will do on given machines, which placement to take, and when not to buy.
+    """Predict speed, memory and cost of a model on given machines, and recommend a placement."""
+    from ..planning import catalog as catalogs
+    from ..planning import planner
+    from ..planning.report import describe, terminal
+    from ..planning.routing_stats import Trace
 
-    Example: [bold]cenacle plan qwen3-235b-a22b --machines 4xm3-ultra-512 --link tb5-rdma[/]
-    """
-    from ..planning import report
-
-    known = names.load(catalog or ())
-    job, spec = _job(known, model, quant, context, users, prompt)
-    found, between, study = planner.from_catalogue(known, machines, link, wired)
-    recorded = Trace.load(trace) if trace is not None else None
-    if recorded is not None:
-        job = _traced(job, recorded, len(found))
-    result = planner.plan(job, found, between, study)
+    catalogue = catalogs.load(catalog or ())
+    job, spec = _read_job(catalogue, model, workload)
+    nodes, network, study = planner.from_catalogue(catalogue, machines, link, memory_fraction)
+    trace = Trace.load(workload.routing_trace) if workload.routing_trace is not None else None
+    if trace is not None:
+        job = _apply_routing(job, trace, len(nodes))
+    result = planner.plan(job, nodes, network, study)
     comparison = None
     if compare is not None and result.best is not None:
-        # Several machines of the other kind talk over the same link.
-        others = known.machines_of(compare)
-        comparison = planner.compare(result, others, between, study)
-    curves = [planner.what_if(text, job, found, between, study) for text in what_if or ()]
-    for path in (png, svg):
-        if path is not None:
-            figure = (
-                report.curve_figure(curves[0]) if curves else report.terms_figure(result.options)
-            )
-            report.save(figure, path)
-    if html is not None:
-        _write(html, report.html(result, curves, comparison))
-    if save is not None:
-        dealt, note = planner.plan_file(result, spec or _spec(job), recorded)
-        try:
-            dealt.save(save)
-        except OSError as error:
-            raise InputError(f"cannot write {save}: {error}", "save") from error
-        err.print(
-            f"{save}: {dealt.placement} experts on {dealt.nodes} nodes. {note}", soft_wrap=True
-        )
-    if as_json:
-        print(json.dumps(result.to_json()))
+        # Several machines of the other kind are connected by the same link.
+        others = catalogue.machines_of(compare)
+        comparison = planner.compare(result, others, network, study)
+    curves = [planner.what_if(text, job, nodes, network, study) for text in what_if or ()]
+    _write_report(files, result, curves, comparison)
+    if files.save is not None:
+        _save_plan(files.save, result, spec, trace)
+    if json_output:
+        print_json(result.to_json())
     else:
-        _show(result, report.describe(job.shape, result))
+        _print_result(result, describe(job.shape, result))
         if comparison is not None:
             print(comparison.sentence())
         for curve in curves:
             print()
-            print(report.terminal(curve))
-        _unverified(result)
+            print(terminal(curve))
+        _print_unverified_inputs(result)
     if result.best is None:
         raise PlanError(result.advice)
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}", "file") from error
-
-
-def _job(
-    known: Catalogue, model: str, quant: str | None, context: int, users: int, prompt: int
+def _read_job(
+    catalogue: Catalogue, model: str, workload: WorkloadArguments
 ) -> tuple[Job, ModelSpec | None]:
-    """The job, and the checkpoint's facts where the model is a folder."""
-    from ..planning.model_shapes import from_config
+    from ..planning.catalog import quant
+    from ..planning.perf_model import Job
 
-    path = Path(model).expanduser()
-    if not path.exists():
-        if path.suffix == ".json" or model.startswith((".", "/", "~")):
-            raise CheckpointError(f"{model}: no such file or folder")
-        shape = known.model(model)
-        return Job(shape, names.quant(quant or 4), context, users, prompt), None
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a config.json: {error}") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: expected a JSON object")
-        name = config.get("_name_or_path") or path.resolve().parent.name
-        bits = names.quant(quant or _bits_of(config))
-        shape = _counted(from_config(str(name), config), config)
-        return Job(shape, bits, context, users, prompt), None
-    from ..model.checkpoint import Checkpoint
-    from ..model.loader import read_model_spec
+    path, usage = Path(model).expanduser(), (workload.context, workload.users)
+    if path.exists():
+        from ..model.workload import read_workload
 
-    checkpoint = Checkpoint.open(path)
-    spec = read_model_spec(checkpoint)
-    shape = from_config(path.resolve().name, checkpoint.config, str(path))
-    shape = _counted(shape, checkpoint.config)
-    if quant is not None:
-        return Job(shape, names.quant(quant), context, users, prompt), None
-    read = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
-    each = 8 * spec.expert_bytes / shape.routed
-    stated = names.Quant(f"{each:.3g} (read)", each, 8 * spec.trunk_bytes / shape.trunk)
-    return Job(shape, stated, context, users, prompt, read), spec
+        return read_workload(path, workload.quant, *usage, workload.prompt_tokens, report)
+    if path.suffix == ".json" or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such file or folder")
+    quantization = quant(workload.quant or 4)
+    return Job(catalogue.model(model), quantization, *usage, workload.prompt_tokens), None
 
 
-def _counted(shape: Shape, config: dict[str, Any]) -> Shape:
-    """The shape with its parameters counted in the model that mlx-lm builds of the config.
+def _apply_routing(job: Job, trace: Trace, nodes: int) -> Job:
+    """The job with the expert load of a recording instead of uniform routing."""
+    from ..planning.routing_stats import Group, busiest, contiguous, even
 
-    What a config says of its attention is read; how many parameters each part has need not be
-    derived where mlx-lm knows the family.
-    """
-    from dataclasses import replace
-
-    from mlx.utils import tree_flatten
-
-    from ..model import architecture, synth
-
-    plain = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
-    try:
-        model = synth.build_lazy_model(architecture.complete_config(plain))
-    except CenacleError as error:
-        err.print(f"parameters are derived from the config: {error}", markup=False)
-        return shape
-    architecture.stack_dbrx_experts(model)
-    blocks = architecture.find_blocks(model)
-    if not blocks:
-        return shape
-
-    def size(module: Any) -> int:
-        found: Any = tree_flatten(module.parameters())
-        return sum(v.size for _, v in found)
-
-    routed = sum(size(m) for b in blocks for m in b.linears.values())
-    shared = sum(size(b.module[n]) for b in blocks for n in b.shared)
-    return replace(
-        shape,
-        moe_layers=len(blocks),
-        moe_ids=tuple(b.layer for b in blocks),
-        experts=blocks[0].count,
-        expert=routed // (len(blocks) * blocks[0].count),
-        shared=shared // len(blocks),
-        trunk=size(model) - routed - shared,
-    )
-
-
-def _spec(job: Job) -> ModelSpec:
-    from ..model import architecture
-
-    known = job.shape.family
-    return planner.spec_of(job, architecture.resolve_family({"model_type": known}) if known else "")
-
-
-def _bits_of(config: dict[str, Any]) -> str:
-    """What config.json says of quantisation, or 16 bits."""
-    for key in ("quantization", "quantization_config"):
-        table = config.get(key)
-        if isinstance(table, dict):
-            if "mxfp4" in (table.get("mode"), table.get("quant_method")):
-                return "mxfp4"
-            if isinstance(table.get("bits"), int):
-                return str(table["bits"])
-            if table.get("quant_method") == "fp8":
-                return "fp8"
-    return "16"
-
-
-def _traced(job: Job, trace: Trace, nodes: int) -> Job:
-    from dataclasses import replace
-
-    from ..planning.routing_stats import Group, busiest, even
-
-    s = job.shape
-    if (trace.experts, trace.top_k) != (s.experts, s.top_k):
+    shape = job.shape
+    if (trace.experts, trace.top_k) != (shape.experts, shape.top_k):
         raise InputError(
-            f"trace: it was recorded with {trace.top_k} of {trace.experts} experts a token, "
-            f"{s.name} has {s.top_k} of {s.experts}",
-            "trace",
+            f"--routing-trace: expected {shape.top_k} of {shape.experts} experts per token, as "
+            f"{shape.name} has, got {trace.top_k} of {trace.experts}",
+            "routing-trace",
         )
-    if nodes == 1 or nodes > s.experts:
+    if nodes == 1 or nodes > shape.experts:
         return job
-    uniform = busiest([Group(n) for n in even(s.experts, nodes)], s.top_k)
+    uniform = busiest([Group(count) for count in even(shape.experts, nodes)], shape.top_k)
     return replace(job, skew=trace.busiest(contiguous(trace, nodes)) / uniform)
 
 
-def _show(result: Result, question: str) -> None:
+def _write_report(
+    files: ReportFiles, result: Result, curves: list[Curve], comparison: Comparison | None
+) -> None:
+    from ..planning import report as reports
+
+    for path in (files.png, files.svg):
+        if path is not None:
+            curve = reports.curve_figure(curves[0]) if curves else None
+            reports.save(curve or reports.terms_figure(result.options), path)
+    if files.html is not None:
+        write_text(files.html, reports.html(result, curves, comparison), "html")
+
+
+def _save_plan(path: Path, result: Result, spec: ModelSpec | None, trace: Trace | None) -> None:
+    from ..planning import planner
+
+    if spec is None:
+        from ..model.workload import estimate_spec
+
+        spec = estimate_spec(result.job)
+    saved_plan, note = planner.plan_file(result, spec, trace)
+    try:
+        saved_plan.save(path)
+    except OSError as error:
+        raise InputError(f"--save: cannot write {path}: {error}", "save") from error
+    report(f"{path}: {saved_plan.placement} experts on {saved_plan.nodes} nodes. {note}")
+
+
+def _print_result(result: Result, question: str) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("scheme", "placement", "trunk"):
         table.add_column(column, no_wrap=True)
-    for column in (
-        "nodes",
-        "tok/s",
-        "all users",
-        "first s",
-        "binds",
-        "GB/node",
-        "USD",
-        "USD/(tok/s)",
-    ):
+    numbers = ("nodes", "tok/s", "all users", "first s", "bound by", "GB/node", "USD")
+    for column in (*numbers, "USD/(tok/s)", "W"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("W", justify="right", no_wrap=True)
-    for o in result.options:
-        p = o.prediction
-        if p is None or not o.fits:
+    for option in result.options:
+        prediction = option.prediction
+        if prediction is None or not option.fits:
             continue
-        mark = "*" if any(m.facts["usd"].confidence == "D" for m in o.machines) else ""
-        each = [b / 1e9 for b in dict.fromkeys(p.bytes_per_node)]
+        recalled = any(m.facts["usd"].confidence == "D" for m in option.machines)
+        gigabytes = [size / 1e9 for size in dict.fromkeys(prediction.bytes_per_node)]
         table.add_row(
-            *(o.scheme, o.placement, o.trunk, str(len(o.machines))),
-            *(f"{p.tok_per_s:.1f}", f"{p.tok_per_s_all_users:.1f}", f"{p.ttft_s:.1f}", p.binding),
-            "/".join(f"{b:.0f}" for b in each),
-            f"{o.usd:,.0f}{mark}" if o.usd is not None else "?",
-            f"{o.usd / p.tok_per_s:,.0f}" if o.usd is not None else "?",
-            f"{p.watts:.0f}",
+            *(option.scheme, option.placement, option.trunk, str(len(option.machines))),
+            f"{prediction.tok_per_s:.1f}",
+            f"{prediction.tok_per_s_all_users:.1f}",
+            f"{prediction.ttft_s:.1f}",
+            prediction.binding,
+            "/".join(f"{gb:.0f}" for gb in gigabytes),
+            f"{option.usd:,.0f}{'*' if recalled else ''}" if option.usd is not None else "?",
+            f"{option.usd / prediction.tok_per_s:,.0f}" if option.usd is not None else "?",
+            f"{prediction.watts:.0f}",
         )
-    out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    out.print(question, soft_wrap=True)
-    out.print(table)
-    for o in result.options:
-        title = f"{o.scheme} {o.placement} {o.trunk} x{len(o.machines)}"
-        out.print(f"  {title:<38} {o.why}", soft_wrap=True, markup=False)
-    out.print(result.advice, soft_wrap=True, markup=False)
+    console = wide_console()
+    console.print(question, soft_wrap=True)
+    console.print(table)
+    for option in result.options:
+        title = f"{option.scheme} {option.placement} {option.trunk} x{len(option.machines)}"
+        console.print(f"  {title:<38} {option.why}", soft_wrap=True, markup=False)
+    console.print(result.advice, soft_wrap=True, markup=False)
 
 
-def _unverified(result: Result) -> None:
-    """Name the inputs that are only recalled."""
+def _print_unverified_inputs(result: Result) -> None:
     from ..planning.perf_model import inputs
 
-    p = result.options[0].prediction
-    if p is None:
+    prediction = result.options[0].prediction
+    if prediction is None:
         return
-    recalled = [name for name, fact in inputs(p, result.job) if fact.confidence == "D"]
+    recalled = [name for name, fact in inputs(prediction, result.job) if fact.confidence == "D"]
     if recalled:
-        print(f"unverified (*, recalled) inputs: {', '.join(recalled)}")
+        print(f"unverified inputs (*, from memory): {', '.join(recalled)}")
 
 
-def validate(
-    rows: Annotated[
-        Path | None,
-        typer.Option(help=f"Your own measurements, a CSV with {','.join(validation.COLUMNS)}."),
-    ] = None,
-    refit: Annotated[
-        bool, typer.Option(help="Fit on the rows marked so, show it, and leave-one-out as well.")
-    ] = False,
-    save: Annotated[Path | None, typer.Option(help="With --refit: write fits.toml here.")] = None,
-    run: Annotated[
-        bool, typer.Option(help="Measure clusters of local processes first (minutes).")
-    ] = False,
-    catalog: Files = None,
-    as_json: AsJson = False,
-) -> None:
-    """Predicted against measured: clusters run here, published speeds, the paper, your own rows.
-
-    Example: [bold]cenacle validate --rows mine.csv[/]
-    """
-    known = names.load(catalog or ())
-    report: dict[str, Any] = {}
-    if rows is not None:
-        found, problems = validation.read_csv(rows, known)
-        checked = [validation.check(r, known) for r in found]
-        report = {**_section(f"{rows}", checked, as_json), "errors": problems}
-    else:
-        problems = []
-        _validate_all(known, refit, save, run, report, as_json)
-    if as_json:
-        print(json.dumps(report))
-    if problems:
-        total = len(problems) + len(report["rows"])
-        raise InputError(
-            f"rows: {rows}: {len(problems)} of {total} rows cannot be predicted; "
-            + "; ".join(problems),
-            "rows",
-        )
-
-
-def _validate_all(
-    known: Catalogue,
-    refit: bool,
-    save: Path | None,
-    run: bool,
-    report: dict[str, Any],
-    as_json: bool,
-) -> None:
-    from ..calibration import local_fit
-
-    if run:
-        from ..calibration.local_runs import measure
-
-        measure(local_fit.STORE, lambda text: err.print(text))
-    if local_fit.STORE.exists():
-        stored = local_fit.load(local_fit.STORE)
-        text, report["here"] = local_fit.table(stored, *local_fit.judge(stored))
-        if not as_json:
-            print(text + "\n")
-    rows = [r for r in validation.published() if not r.skip]
-    if refit:
-        marked = [r for r in rows if r.fit]
-        known = validation.fit(marked, known)
-        others = validation.leave_one_out(marked, known)
-        report["leave_one_out"] = _section("leave-one-out over the fitted rows", others, as_json)
-        if save is not None:
-            old = (names.FOLDER / "fits.toml").read_text()
-            _write(save, validation.fits_toml(known, old))
-    everything = validation.check_all(rows, known)
-    report["published"] = {
-        "fitted": _section("published, fitted", [c for c in everything if c.row.fit], as_json),
-        "unfitted": _section(
-            "published, not fitted", [c for c in everything if not c.row.fit], as_json
-        ),
-        "skipped": [
-            {"model": r.model, "machines": r.machines, "tok_per_s": r.tok_per_s, "why": r.skip}
-            for r in validation.published()
-            if r.skip
-        ],
-    }
-    paper = validation.paper_section(known)
-    report["paper"] = [
-        {"what": what, "stated": stated, "ours": ours, "remark": remark}
-        for what, stated, ours, remark in paper
-    ]
-    if as_json:
-        return
-    wrong = [c for c in everything if not c.row.fit and c.error > 0.25]
-    print("\nrows that are wrong by more than 25 %, and why:")
-    for c in wrong:
-        reason = c.row.reason or "no reason known"
-        print(f"  {c.row.model} on {c.row.machines}: {c.error:.0%}; {reason}")
-    print("not predicted:")
-    for r in validation.published():
-        if r.skip:
-            print(f"  {r.model} on {r.machines}, {r.tok_per_s:g} tok/s: {r.skip}")
-    print("\nthe paper")
-    for what, stated, ours, remark in paper:
-        print(f"  {what:<44}{stated:>9.4g}{ours:>9.4g}  {remark}")
-
-
-def _section(title: str, checked: list[validation.Checked], as_json: bool) -> dict[str, Any]:
-    """Print a table of rows, and give it as JSON."""
-    summary = validation.Summary.of(checked)
-    if summary is None:
-        return {"rows": [], "median": None, "worst": None}
-    if not as_json:
-        table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-        for column in ("model", "quant", "machines", "link", "scheme"):
-            table.add_column(column, no_wrap=True)
-        for column in ("context", "measured", "predicted", "error"):
-            table.add_column(column, justify="right")
-        for c in checked:
-            r = c.row
-            table.add_row(
-                *(r.model, r.quant, r.machines, r.link or "", r.scheme, str(r.context)),
-                f"{r.tok_per_s:.4g}",
-                f"{c.predicted.tok_per_s:.4g}" + ("" if c.predicted.fits else " !"),
-                f"{c.predicted.tok_per_s / r.tok_per_s - 1:+.0%}",
-            )
-        out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        out.print(table)
-        print(
-            f"{summary.rows} rows, median error {summary.median:.1%}, worst {summary.worst:.1%}"
-            + (
-                " (!: beyond the default memory limit)"
-                if any(not c.predicted.fits for c in checked)
-                else ""
-            )
-            + "\n"
-        )
-    return {
-        "rows": [c.to_json() for c in checked],
-        "median": summary.median,
-        "worst": summary.worst,
-    }
-
-
+@command(app, example="cenacle calibrate --nodes 2", panel=PANEL)
 def calibrate(
     out: Annotated[
-        Path | None,
-        typer.Option(help="Where to save; default: the folder of your own machines and links."),
+        Path | None, typer.Option(help="File to write. Default: NAME.toml in the user's catalog.")
     ] = None,
     nodes: Annotated[
-        int, typer.Option(min=1, help="Local processes between which to measure.")
+        int, typer.Option("--nodes", "-n", min=1, help="Number of local processes to measure.")
     ] = 2,
-    name: Annotated[str, typer.Option(help="The machine's name.")] = "this",
-    quick: Annotated[bool, typer.Option(help="Seconds instead of a minute; less sure.")] = False,
-    as_json: AsJson = False,
+    name: Annotated[str, typer.Option(help="Name of this machine in the catalog.")] = "this",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure for seconds, less accurately.")
+    ] = False,
+    json_output: JsonOutput = False,
 ) -> None:
-    """Measure this machine and, between local nodes, the exchange; `plan --machines this,this
-    --link measured` then uses it.
+    """Measure this machine and the all-reduce between local processes, for `plan` to use.
 
-    Example: [bold]cenacle calibrate[/]
+    The machine is then known as `this` and the link as `measured`.
     """
-    from ..calibration import calibrate as measuring
+    from ..calibration import calibrate as calibration
+    from ..planning import catalog as catalogs
 
-    result = measuring.calibrate(name, nodes, quick, lambda text: err.print(text))
+    result = calibration.calibrate(name, nodes, quick, report)
     path = out or catalog_dir() / f"{name}.toml"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}", "out") from error
-    _write(path, measuring.as_toml(result))
-    names.load([path])  # what was written must read back
-    if as_json:
-        print(json.dumps({"file": str(path), **result.to_json()}))
+    write_text(path, calibration.as_toml(result), "out")
+    catalogs.load([path])  # what was written must be readable
+    if json_output:
+        print_json({"file": str(path), **result.to_json()})
     else:
         print(result.table())
         print(f"saved as {path}")
 
 
-def trace(
-    model: Annotated[str, typer.Option("--model", "-m", help="A folder or a hub name.")],
-    prompts: Annotated[Path, typer.Option(help="A text file: one prompt per line.")],
-    out: Annotated[Path, typer.Option(help="The recording to write.")] = Path("trace.npz"),
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer each with.")] = 64,
-    nodes: Annotated[int, typer.Option(min=2, help="For how many nodes to simulate.")] = 2,
-    copies: Annotated[int, typer.Option(min=0, help="Extra experts per node and layer.")] = 2,
-    memory_mb: Annotated[
-        float | None, typer.Option(min=0, help="Or: spare memory per node for copies, in MB.")
+@command(app, example="cenacle validate --rows measurements.csv", panel=PANEL)
+def validate(
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file of your own measurements, with the columns model, quant_bits, machine, "
+            "nodes, link, scheme, context, tok_per_s and source."
+        ),
     ] = None,
-    as_json: AsJson = False,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit", help="Refit the constants on the rows for fitting, and cross-validate."
+        ),
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="With --refit: write the constants to this file.")
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="First measure local processes, for several minutes.")
+    ] = False,
+    catalog: CatalogFiles = None,
+    json_output: JsonOutput = False,
 ) -> None:
-    """Record which experts each token chooses, and what that costs on several nodes.
+    """Compare predicted speeds with local, published or your own measurements."""
+    from ..calibration import validate as validation
+    from ..planning import catalog as catalogs
 
-    Example: [bold]cenacle trace -m DIR --prompts questions.txt --out trace.npz[/]
-    """
+    catalogue = catalogs.load(catalog or ())
+    if rows is not None:
+        measured, errors = validation.read_csv(rows, catalogue)
+        section = _Section(str(rows), [validation.check(row, catalogue) for row in measured])
+        if json_output:
+            print_json({**section.to_json(), "errors": errors})
+        else:
+            section.print()
+        if errors:
+            raise InputError(
+                f"rows: {rows}: {len(errors)} of {len(errors) + len(measured)} rows cannot be "
+                f"predicted; " + "; ".join(errors),
+                "rows",
+            )
+        return
+    if run:
+        from ..calibration.local_fit import STORE
+        from ..calibration.local_runs import measure
+
+        measure(STORE, report)
+    validation_report = _Validation(catalogue, refit)
+    if save is not None and refit:
+        old_constants = (catalogs.FOLDER / "fits.toml").read_text()
+        write_text(save, validation.fits_toml(validation_report.catalogue, old_constants), "save")
+    if json_output:
+        print_json(validation_report.to_json())
+    else:
+        validation_report.print()
+
+
+class _Section:
+    """Predictions beside measurements, as a table or as JSON."""
+
+    def __init__(self, title: str, checked: list[Checked]) -> None:
+        from ..calibration.validate import Summary
+
+        self.title, self.checked = title, checked
+        self.summary = Summary.of(checked)
+
+    def to_json(self) -> dict[str, Any]:
+        """The rows, and the median and worst relative error."""
+        return {
+            "rows": [check.to_json() for check in self.checked],
+            "median": self.summary.median if self.summary else None,
+            "worst": self.summary.worst if self.summary else None,
+        }
+
+    def print(self) -> None:
+        """Print the table and the errors."""
+        if self.summary is None:
+            return
+        table = Table(box=None, pad_edge=False, title=self.title, title_justify="left")
+        for column in ("model", "quant", "machines", "link", "scheme"):
+            table.add_column(column, no_wrap=True)
+        for column in ("context", "measured", "predicted", "error"):
+            table.add_column(column, justify="right")
+        for check in self.checked:
+            row, predicted = check.row, check.predicted
+            table.add_row(
+                *(row.model, row.quant, row.machines, row.link or "", row.scheme, str(row.context)),
+                f"{row.tok_per_s:.4g}",
+                f"{predicted.tok_per_s:.4g}" + ("" if predicted.fits else " !"),
+                f"{predicted.tok_per_s / row.tok_per_s - 1:+.0%}",
+            )
+        wide_console().print(table)
+        too_large = any(not check.predicted.fits for check in self.checked)
+        print(
+            f"{self.summary.rows} rows, median error {self.summary.median:.1%}, "
+            f"worst {self.summary.worst:.1%}"
+            + (" (!: exceeds the default memory limit)" if too_large else "")
+            + "\n"
+        )
+
+
+class _Validation:
+    """The performance model against all measurements that come with the program."""
+
+    def __init__(self, catalogue: Catalogue, refit: bool) -> None:
+        from ..calibration import local_fit
+        from ..calibration import validate as validation
+
+        self.local_text, self.local = "", None
+        if local_fit.STORE.exists():
+            stored = local_fit.load(local_fit.STORE)
+            self.local_text, self.local = local_fit.table(stored, *local_fit.judge(stored))
+        published = validation.published()
+        rows = [row for row in published if not row.skip]
+        self.skipped = [row for row in published if row.skip]
+        self.sections = {}
+        if refit:
+            fitted_rows = [row for row in rows if row.fit]
+            catalogue = validation.fit(fitted_rows, catalogue)
+            self.sections["leave_one_out"] = _Section(
+                "leave-one-out over the fitted rows",
+                validation.leave_one_out(fitted_rows, catalogue),
+            )
+        self.catalogue = catalogue
+        checked = validation.check_all(rows, catalogue)
+        self.unfitted = [check for check in checked if not check.row.fit]
+        fitted = [check for check in checked if check.row.fit]
+        self.sections["fitted"] = _Section("published, fitted", fitted)
+        self.sections["unfitted"] = _Section("published, not fitted", self.unfitted)
+        self.paper = validation.paper_section(catalogue)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `validate --json` prints."""
+        sections = {name: section.to_json() for name, section in self.sections.items()}
+        published = {name: sections.pop(name) for name in ("fitted", "unfitted")}
+        return {
+            **({"local_runs": self.local} if self.local is not None else {}),
+            **sections,
+            "published": {
+                **published,
+                "skipped": [
+                    {
+                        "model": row.model,
+                        "machines": row.machines,
+                        "tok_per_s": row.tok_per_s,
+                        "reason": row.skip,
+                    }
+                    for row in self.skipped
+                ],
+            },
+            "paper": [
+                {"quantity": quantity, "stated": stated, "predicted": predicted, "remark": remark}
+                for quantity, stated, predicted, remark in self.paper
+            ],
+        }
+
+    def print(self) -> None:
+        """Print tables for people."""
+        if self.local is not None:
+            print(self.local_text + "\n")
+        for section in self.sections.values():
+            section.print()
+        print("\nrows with an error above 25 %:")
+        for check in self.unfitted:
+            if check.error > 0.25:
+                reason = check.row.reason or "no known reason"
+                print(f"  {check.row.model} on {check.row.machines}: {check.error:.0%}; {reason}")
+        print("not predicted:")
+        for row in self.skipped:
+            print(f"  {row.model} on {row.machines}, {row.tok_per_s:g} tok/s: {row.skip}")
+        print("\nDBRX paper: stated, predicted")
+        for quantity, stated, predicted, remark in self.paper:
+            print(f"  {quantity:<44}{stated:>9.4g}{predicted:>9.4g}  {remark}")
+
+
+@command(
+    app,
+    name="record-routing",
+    example="cenacle record-routing -m DIR --prompts questions.txt --out routing.npz",
+    panel=PANEL,
+)
+def record_routing(
+    model: ModelName,
+    prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("routing.npz"),
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of tokens to generate per prompt.")
+    ] = 64,
+    nodes: Annotated[
+        int, typer.Option("--nodes", "-n", min=2, help="Number of nodes to simulate.")
+    ] = 2,
+    replicas: Annotated[
+        int, typer.Option(min=0, help="Additional experts per node and layer to simulate.")
+    ] = 2,
+    replica_memory_mb: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Memory per node for additional experts, in MB; overrides --replicas."
+        ),
+    ] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Record which experts each token is routed to, and simulate the load on several nodes."""
     from ..calibration.routing_trace import record
     from ..planning.routing_stats import simulate
 
     try:
         lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts: cannot read {prompts}: {error}", "prompts") from error
+        raise InputError(f"--prompts: cannot read {prompts}: {error}", "prompts") from error
     if not lines:
-        raise InputError(f"prompts: {prompts} has no line", "prompts")
-    recorded = record(model, lines, max_tokens)
-    recorded.save(out)
-    each = float(recorded.facts["expert_bytes"]) * len(recorded.layers)  # one of every layer
-    if memory_mb is not None:
-        copies = min(recorded.experts, int(memory_mb * 1e6 / each))
-    result = simulate(recorded, nodes, copies)
-    result |= {"copies": copies, "copies_bytes": round(copies * each)}
-    if as_json:
-        print(json.dumps({"file": str(out), **result}))
+        raise InputError(f"--prompts: expected at least one line in {prompts}, got none", "prompts")
+    trace = record(model, lines, max_tokens)
+    trace.save(out)
+    # One expert of every layer.
+    replica_bytes = float(trace.facts["expert_bytes"]) * len(trace.layers)
+    if replica_memory_mb is not None:
+        replicas = min(trace.experts, int(replica_memory_mb * 1e6 / replica_bytes))
+    result = simulate(trace, nodes, replicas)
+    result |= {"replicas": replicas, "replica_bytes": round(replicas * replica_bytes)}
+    if json_output:
+        print_json({"file": str(out), **result})
         return
-    print(
-        f"{out}: {recorded.tokens} tokens, {len(recorded.layers)} layers, "
-        f"{recorded.top_k} of {recorded.experts} experts a token, "
-        f"{format_bytes(out.stat().st_size)}"
-    )
     skew = result["skew"]
     print(
-        f"routing: entropy {skew['entropy']:.3f} of uniform's, the hottest expert "
-        f"{skew['hottest']:.2f}x its share, {skew['unused']:.1%} never chosen, the pair most often "
-        f"together {skew['pairs']:.2f}x as often as by chance"
+        f"{out}: {trace.tokens} tokens, {len(trace.layers)} layers, {trace.top_k} of "
+        f"{trace.experts} experts per token, {human(out.stat().st_size)}"
     )
     print(
-        f"experts a layer on the busiest of {nodes} nodes, on the half of the tokens that nothing "
-        f"was chosen by ({copies} copies are {format_bytes(copies * each)} a node):"
+        f"routing: entropy {skew['entropy']:.3f} of the maximum; the most used expert has "
+        f"{skew['hottest']:.2f} times its share, {skew['unused']:.1%} are never used; the most "
+        f"frequent pair is {skew['pairs']:.2f} times as frequent as by chance"
     )
-    for what, value in result["busiest"].items():
-        print(f"  {what:<34}{value:.4f}")
-
-
-def register(app: typer.Typer) -> None:
-    """Put these verbs beside the others."""
-    for verb in (plan, calibrate, validate, trace):
-        app.command()(verb)
-
-
-__all__ = ["CenacleError", "register"]
+    print(
+        f"experts per layer on the busiest of {nodes} nodes, on the half of the tokens that was "
+        f"not used to place them ({replicas} additional experts take "
+        f"{human(replicas * replica_bytes)} per node):"
+    )
+    for placement, busiest in result["busiest"].items():
+        print(f"  {placement:<34}{busiest:.4f}")

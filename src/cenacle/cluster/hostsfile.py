@@ -107,7 +107,7 @@ def arranged(hosts: Sequence[Host], members: Sequence[Node]) -> tuple[tuple[Node
         if at is None:
             raise ClusterError(
                 f"{node.name} ({node.address}) is in this cluster, but not in the hosts file: add "
-                f"it, or `cenacle nodes --strike {node.name}`"
+                f"it, or `cenacle nodes --remove {node.name}`"
             )
         order.append((at, replace(node, address=hosts[at].ips[0])))
     known = all(len(host.rdma) == len(hosts) for host in hosts)

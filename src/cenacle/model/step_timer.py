@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 
-class StepTimer:
+class Watch:
     """Takes laps between the parts of a step.
 
     Args:

@@ -150,7 +150,7 @@ class Scheduler:
             raise InputError(
                 f"max_tokens: the cache of {len(request.tokens)} prompt tokens and "
                 f"{request.max_tokens} of answer takes up to {need:,} bytes, more than the "
-                f"{limit:,} that there are for all requests; ask for less, or see --kv-gb",
+                f"{limit:,} that there are for all requests; ask for less, or see --kv-cache-gb",
                 "max_tokens",
             )
         place = len(self._running) < self._batch and self._fits(request)

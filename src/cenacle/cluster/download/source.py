@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ...errors import CenacleError, CheckpointError
-from ...model.byte_ranges import ColumnRange
+from ...model.byte_ranges import Strip
 
 T = TypeVar("T")
 
@@ -21,24 +21,24 @@ Progress = Callable[[int, int], None]
 CHUNK_BYTES = 16 << 20  # of one request, and of one hash: what a break costs at most
 
 
-READ_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
 
 
 CONNECTIONS = 4
 
 
-MAX_ATTEMPTS = 6
+TRIES = 6
 
 
-FIRST_RETRY_DELAY_S = 0.5  # doubled after every failure that brought nothing
+FIRST_PAUSE_S = 0.5  # doubled after every failure that brought nothing
 
 
-class SourceInterrupted(CenacleError):
+class Interrupted(CenacleError):
     """A source broke off, or is not there now: to be tried again."""
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class File:
     """A file of a source: bytes, and its SHA-256 where the source says it."""
 
     size: int
@@ -50,7 +50,7 @@ class Source(Protocol):
 
     name: str
 
-    def files(self) -> Mapping[str, SourceFile]:
+    def files(self) -> Mapping[str, File]:
         """What there is.
 
         Raises:
@@ -68,31 +68,30 @@ class Source(Protocol):
         """
         ...
 
-    def columns(self, file: str, strip: ColumnRange) -> bytes:
+    def columns(self, file: str, strip: Strip) -> bytes:
         """What `strip.take` gives of a file; raises as `read`."""
         ...
 
 
-def retry(work: Callable[[], T]) -> T:
+def _patiently(work: Callable[[], T]) -> T:
     """Do it again after a while if the source breaks off.
 
     Raises:
         CheckpointError: it does so too often.
     """
-    pause = FIRST_RETRY_DELAY_S
-    for _ in range(MAX_ATTEMPTS - 1):
-        with suppress(SourceInterrupted):
+    pause = FIRST_PAUSE_S
+    for _ in range(TRIES - 1):
+        with suppress(Interrupted):
             return work()
         time.sleep(pause)
         pause *= 2
     try:
         return work()
-    except SourceInterrupted as error:
+    except Interrupted as error:
         raise CheckpointError(
-            f"{error}; given up after {MAX_ATTEMPTS} attempts. What has come is kept: ask again"
+            f"{error}; given up after {TRIES} attempts. What has come is kept: ask again"
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -20,19 +20,11 @@ from ...core.chat import Finish, Message, Part, Tool, Usage, joined
 from ...core.request import Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
 from . import openai, structured_output
-from .protocol import (
-    ApiAdapter,
-    ChoiceState,
-    Event,
-    GenerationRequest,
-    ResponseMeta,
-    ServedModel,
-    check_model,
-)
+from .protocol import Asked, Choice, Event, Front, Head, Served, check_model
 from .validation import (
     UNSUPPORTED,
     Fields,
-    RequestError,
+    Refused,
     boolean,
     dict_of,
     integer,
@@ -138,7 +130,7 @@ _BLOCKS = {
 }
 
 
-def read(body: bytes, served: ServedModel) -> GenerationRequest:
+def read(body: bytes, served: Served) -> Asked:
     """What a body of messages asks.
 
     Raises:
@@ -158,7 +150,7 @@ def read(body: bytes, served: ServedModel) -> GenerationRequest:
     return _read(fields, served, max_tokens, sampling, stop, stream)
 
 
-def read_count(body: bytes, served: ServedModel) -> GenerationRequest:
+def read_count(body: bytes, served: Served) -> Asked:
     """What a body of count_tokens asks; only its prompt is of interest."""
     fields = Fields(object_of(body), known=COUNT_PARAMETERS)
     return _read(fields, served, None, Sampling(), (), False)
@@ -166,18 +158,18 @@ def read_count(body: bytes, served: ServedModel) -> GenerationRequest:
 
 def _read(
     fields: Fields,
-    served: ServedModel,
+    served: Served,
     max_tokens: int | None,
     sampling: Sampling,
     stop: tuple[str, ...],
     stream: bool,
-) -> GenerationRequest:
+) -> Asked:
     check_model(fields.need("model", string), served)
     system = fields.take("system", _system, "")
     messages = fields.need("messages", _messages)
     last = messages[-1]
     if last["role"] == "assistant" and ("tool_calls" in last or not last["content"]):
-        raise RequestError(
+        raise Refused(
             "messages: expected a tool_result or text to end them, got neither", "messages"
         )
     if system:
@@ -193,12 +185,12 @@ def _read(
         grammar = wanted
     think, budget = fields.take("thinking", _thinking, (None, None))
     if budget is not None and max_tokens is not None and budget >= max_tokens:
-        raise RequestError(
+        raise Refused(
             f"thinking.budget_tokens: expected less than max_tokens={max_tokens}, got {budget}",
             "thinking.budget_tokens",
         )
     fields.refuse_rest(_UNSUPPORTED)
-    return GenerationRequest(
+    return Asked(
         (tuple(messages),),
         True,
         "messages",
@@ -219,7 +211,7 @@ def _read(
 
 def _temperature(value: Any, name: str) -> float:
     if not 0 <= number(value, name) <= 1:
-        raise RequestError(f"{name}: expected from 0 to 1, got {shown(value)}", name)
+        raise Refused(f"{name}: expected from 0 to 1, got {shown(value)}", name)
     return float(value)
 
 
@@ -257,7 +249,7 @@ def _format(value: Any, name: str) -> str:
     fields.need("type", one_of("json_schema"))
     schema = fields.need("schema", dict_of)
     fields.refuse_rest({})
-    return structured_output.json_schema_grammar(schema, f"{name}.schema")
+    return structured_output.json_schema(schema, f"{name}.schema")
 
 
 def _tools(value: Any, name: str) -> tuple[Tool, ...]:
@@ -320,8 +312,8 @@ def _text(fields: Fields) -> str:
     return text
 
 
-def _block_refused(name: str, kind: str, known: str) -> RequestError:
-    return RequestError(
+def _block_refused(name: str, kind: str, known: str) -> Refused:
+    return Refused(
         f"{name}.type: this server reads only blocks of type {known} here, got {shown(kind)}",
         f"{name}.type",
         UNSUPPORTED,
@@ -331,7 +323,7 @@ def _block_refused(name: str, kind: str, known: str) -> RequestError:
 def _messages(value: Any, name: str) -> list[Message]:
     items = list_of(value, name)
     if not items:
-        raise RequestError("messages: expected at least one message, got none", name)
+        raise Refused("messages: expected at least one message, got none", name)
     messages = [m for at, item in enumerate(items) for m in _message(item, f"{name}[{at}]")]
     whole: list[Message] = []
     for message in messages:
@@ -420,21 +412,21 @@ def _result_text(value: Any, name: str) -> str:
     return "".join(_text_block(b, f"{name}[{at}]") for at, b in enumerate(list_of(value, name)))
 
 
-class MessageBuilder:
+class Reply:
     """The message that answers one request."""
 
-    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:  # noqa: ARG002
+    def __init__(self, asked: Asked, head: Head) -> None:  # noqa: ARG002
         self._head = head
         self._block: str | None = None  # the kind of the open block
         self._at = -1  # its index
         self._finish = Finish("stop")
         self._called = 0
 
-    def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The message without its content."""
         yield _event("message_start", message=self._message([], None, None, usage))
 
-    def delta(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
+    def piece(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
         """A block's beginning where the kind changes, and what is added to it."""
         if not part.text and part.kind != "call":
             return
@@ -452,26 +444,26 @@ class MessageBuilder:
         }[part.kind]
         yield _event("content_block_delta", index=self._at, delta=delta)
 
-    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
+    def closing(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
         """The last block's end."""
         self._finish = finish
         yield from self._close()
 
-    def finish_stream(self, usage: Usage) -> Iterator[Event]:
+    def ending(self, usage: Usage) -> Iterator[Event]:
         """Why it ended, what was counted, and the end."""
         delta = self._stopped(self._finish, bool(self._called))
         yield _event("message_delta", delta=delta, usage=usage_object(usage))
         yield _event("message_stop")
 
-    def keep_alive(self) -> tuple[Event, ...]:
+    def waiting(self) -> tuple[Event, ...]:
         """A sign of life, as Anthropic has it."""
         return (_event("ping"),)
 
-    def error(self, error: CenacleError) -> Iterator[Event]:
+    def failed(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
-        yield "error", render_error(error)[1]
+        yield "error", failure(error)[1]
 
-    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The message."""
         parts = [p for p in joined(choices[0].parts) if p.text]
         content = [self._content(part) for part in parts]
@@ -547,11 +539,11 @@ _TYPES = {
 }
 
 
-def render_error(error: CenacleError) -> tuple[int, dict[str, Any]]:
+def failure(error: CenacleError) -> tuple[int, dict[str, Any]]:
     """The HTTP status and the body for an error."""
     status = 500
     if isinstance(error, InputError):
-        status = error.status if isinstance(error, RequestError) else 400
+        status = error.status if isinstance(error, Refused) else 400
     elif isinstance(error, Busy):
         status = 429
     elif isinstance(error, ClusterError):
@@ -565,4 +557,4 @@ def error_object(status: int, message: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-FRONT = ApiAdapter(read, MessageBuilder, render_error)
+FRONT = Front(read, Reply, failure)

@@ -19,18 +19,10 @@ from ...core.chat import Finish, Message, Part, Tool, Usage, joined
 from ...core.request import MAX_LOGPROBS
 from ...errors import CenacleError
 from . import openai, structured_output
-from .protocol import (
-    ApiAdapter,
-    ChoiceState,
-    Event,
-    GenerationRequest,
-    ResponseMeta,
-    ServedModel,
-    check_model,
-)
+from .protocol import Asked, Choice, Event, Front, Head, Served, check_model
 from .validation import (
     Fields,
-    RequestError,
+    Refused,
     boolean,
     dict_of,
     integer_from,
@@ -111,7 +103,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _ITEM: dict[str, tuple[Any, ...]] = {"status": ("completed", "incomplete"), "phase": ()}
 
 
-def read(body: bytes, served: ServedModel) -> GenerationRequest:
+def read(body: bytes, served: Served) -> Asked:
     """What a body asks.
 
     Raises:
@@ -139,8 +131,8 @@ def read(body: bytes, served: ServedModel) -> GenerationRequest:
     top = fields.take("top_logprobs", integer_from(0, MAX_LOGPROBS), none)
     include = fields.take("include", _include, False)
     if top is not None and not include:
-        raise RequestError(f"top_logprobs: only allowed with {LOGPROBS} in include", "top_logprobs")
-    asked = GenerationRequest(
+        raise Refused(f"top_logprobs: only allowed with {LOGPROBS} in include", "top_logprobs")
+    asked = Asked(
         (tuple(messages),),
         True,
         "input",
@@ -200,7 +192,7 @@ def _text(value: Any, name: str) -> tuple[dict[str, Any], str | None]:
     kind = inner.need("type", one_of("text", "json_object", "json_schema"))
     grammar: str | None = None
     if kind == "json_object":
-        grammar = structured_output.json_schema_grammar({"type": "object"}, f"{name}.format")
+        grammar = structured_output.json_schema({"type": "object"}, f"{name}.format")
         inner.refuse_rest({})
     elif kind == "json_schema":
         flat = {k: v for k, v in form.items() if k != "type"}
@@ -248,7 +240,7 @@ def _input(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
         raise wrong_type(name, "a string or a list of items", value)
     if not value:
-        raise RequestError(f"{name}: expected at least one item, got none", name)
+        raise Refused(f"{name}: expected at least one item, got none", name)
     messages: list[Message] = []
     for at, item in enumerate(value):
         _add(messages, _item(item, f"{name}[{at}]"))
@@ -310,10 +302,10 @@ def _thought(value: Any, name: str) -> str:
     return openai.text_parts(value, name, ("reasoning_text",))
 
 
-class ResponsesBuilder:
+class Reply:
     """The response that answers one request."""
 
-    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:
+    def __init__(self, asked: Asked, head: Head) -> None:
         self._asked, self._head = asked, head
         self._number = 0  # of the next event
         self._parts: list[Part] = []
@@ -321,12 +313,12 @@ class ResponsesBuilder:
         self._items: list[dict[str, Any]] = []  # those that are complete
         self._finish = Finish("stop")
 
-    def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The response without its output."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress", [], None))
 
-    def delta(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
+    def piece(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
         """An item's beginning where the kind changes, and what is added to it."""
         if part.kind == "call" or self._open is None or part.kind != self._open.kind:
             if part.kind != "call" and not (part.text or part.logged):
@@ -352,31 +344,31 @@ class ResponsesBuilder:
                 "response.output_text.delta", content_index=0, delta=part.text, logprobs=logs
             )
 
-    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
+    def closing(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
         """The last item's end."""
         self._finish = finish
         yield from self._close()
 
-    def finish_stream(self, usage: Usage) -> Iterator[Event]:
+    def ending(self, usage: Usage) -> Iterator[Event]:
         """The whole response."""
         status = self._status(self._finish)
         response = self._response(status, self._items, usage)
         yield self._event(f"response.{status}", response=response)
 
-    def keep_alive(self) -> tuple[Event, ...]:
+    def waiting(self) -> tuple[Event, ...]:
         """Nothing: a comment will do."""
         return ()
 
-    def error(self, error: CenacleError) -> Iterator[Event]:
+    def failed(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
-        told = openai.render_error(error)[1]["error"]
+        told = openai.failure(error)[1]["error"]
         code = told["code"] or "server_error"
         response = self._response("failed", self._items, None)
         response["error"] = {"code": "server_error", "message": told["message"]}
         yield self._event("error", code=code, message=told["message"], param=told["param"])
         yield self._event("response.failed", response=response)
 
-    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The response."""
         self._finish = choices[0].finish
         parts = [p for p in joined(choices[0].parts) if p.text or p.logged]
@@ -479,4 +471,4 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-FRONT = ApiAdapter(read, ResponsesBuilder, openai.render_error)
+FRONT = Front(read, Reply, openai.failure)

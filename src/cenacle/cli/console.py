@@ -1,0 +1,81 @@
+"""Output helpers that every command uses.
+
+Owns: the console on stderr, JSON and tables on stdout, the progress bars of loading.
+Does not know: commands and their options.
+Invariant: results go to stdout, everything else to stderr; with --json the last line of stdout is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import InputError
+
+FALLBACK_WIDTH = 120  # of tables in a pipe
+
+# No emoji: ":AB:" may be part of a fingerprint.
+stderr_console = Console(stderr=True, highlight=False, emoji=False)
+
+
+def report(message: str) -> None:
+    """Print a message to stderr, without wrapping or markup."""
+    stderr_console.print(message, soft_wrap=True, markup=False)
+
+
+def print_error(message: str) -> None:
+    """Print an error to stderr, on one line."""
+    stderr_console.print("error:", style="bold red", end=" ")
+    report(message)
+
+
+def print_json(value: Any) -> None:
+    """Print a value to stdout as one line of JSON."""
+    print(json.dumps(value))
+
+
+def wide_console(fallback_width: int = FALLBACK_WIDTH) -> Console:
+    """A console on stdout: as wide as the terminal, or `fallback_width` columns in a pipe."""
+    return Console(width=None if sys.stdout.isatty() else fallback_width, highlight=False)
+
+
+def write_text(path: Path, text: str, option: str) -> None:
+    """Write a file that the user named with `--option`, and create its folder.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise InputError(f"--{option}: cannot write {path}: {error}", option) from error
+
+
+@contextmanager
+def loading_progress() -> Iterator[Callable[[int, int, int], None]]:
+    """Show a progress bar for each rank while weights are loaded.
+
+    Yields:
+        The progress callback of `api.load`: rank, bytes loaded, total bytes.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+    columns = (TextColumn("rank {task.fields[rank]}"), BarColumn(), DownloadColumn())
+    hidden = not stderr_console.is_terminal
+    with Progress(*columns, console=stderr_console, transient=True, disable=hidden) as bars:
+        tasks: dict[int, TaskID] = {}
+
+        def show(rank: int, loaded_bytes: int, total_bytes: int) -> None:
+            if rank not in tasks:
+                tasks[rank] = bars.add_task("", total=total_bytes, rank=rank)
+            bars.update(tasks[rank], completed=loaded_bytes)
+
+        yield show

@@ -1,0 +1,251 @@
+"""The commands that run a model: `cenacle generate`, `chat`, `serve`.
+
+Owns: their options and output; loading a model and opening a server for them and for `up`.
+Does not know: how a model is loaded (`api`), how requests are answered (`server`).
+Next: `cluster.py` has `up`, which serves a model from several machines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import keys
+from .command import command
+from .console import loading_progress, print_json, report
+from .options import (
+    MODEL_HELP,
+    JsonOutput,
+    LoadArguments,
+    ModelName,
+    PlanFile,
+    SamplingArguments,
+    ServerArguments,
+    ServingArguments,
+)
+
+if TYPE_CHECKING:
+    import socket
+    import ssl
+
+    from ..api import Model
+    from ..server.middleware import AccessPolicy
+
+app = typer.Typer()
+PANEL = "Run a model"
+CHAT_SAMPLING = SamplingArguments(max_tokens=1024, temp=0.7, top_p=0.95)
+
+
+@command(
+    app, example='cenacle generate -m DIR -n 2 -p "What is 12 + 30?" --temp 0 --json', panel=PANEL
+)
+def generate(
+    model: ModelName,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Prompt; - reads it from standard input.")
+    ],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Do not apply the chat template of the model.")
+    ] = False,
+    json_output: JsonOutput = False,
+    *,
+    sampling: SamplingArguments,
+    load: LoadArguments,
+    plan: PlanFile = None,
+) -> None:
+    """Generate the answer to one prompt."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with load_model(model, load, plan) as loaded:
+        tokens = loaded.text.encode(text) if raw else loaded.tokens_of(text)
+        completion = loaded.generate(
+            tokens,
+            sampling.max_tokens,
+            temperature=sampling.temp,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+        )
+        if json_output:
+            print_json({**completion.to_json(), "ranks": loaded.ranks_json()})
+            return
+        print(completion.text)
+        report(
+            f"{completion.prompt_tokens} prompt tokens, time to first token "
+            f"{completion.first_token_s:.2f} s; {len(completion.tokens)} tokens generated, "
+            f"{completion.tok_per_s:.1f} tok/s on {completion.nodes} nodes"
+        )
+
+
+@command(app, example="cenacle chat -m org/model -n 2", panel=PANEL)
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help=f"{MODEL_HELP} With --url: its name there."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Chat with a server, such as http://HOST:PORT."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="CENACLE_API_KEY", help="API key of the server.")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Certificate of the server (PEM), if it is self-signed.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    history: Annotated[
+        bool, typer.Option(help="Save prompts, to recall them with the arrow keys.")
+    ] = True,
+    *,
+    sampling: SamplingArguments = CHAT_SAMPLING,
+    load: LoadArguments,
+    plan: PlanFile = None,
+) -> None:
+    """Chat in the terminal with a local model or a server; /help lists the commands."""
+    from ..paths import chat_history_file
+    from .chat import ChatSession, ChatSettings, LocalChat, RemoteChat
+
+    settings = ChatSettings(sampling.max_tokens, sampling.temp, sampling.top_p, sampling.seed)
+    history_path = chat_history_file() if history else None
+    if url is not None:
+        with closing(RemoteChat(url, key, model, certificate)) as remote:
+            ChatSession(remote, settings, system or "").loop(history_path)
+        return
+    if model is None:
+        raise InputError(
+            "--model: expected a folder or a repository, got none; or give a server with --url",
+            "model",
+        )
+    with load_model(model, load, plan) as loaded:
+        ChatSession(LocalChat(loaded), settings, system or "").loop(history_path)
+
+
+@command(app, example="cenacle serve -m DIR -n 2 --port 8080", panel=PANEL)
+def serve(
+    model: ModelName,
+    *,
+    server: ServerArguments,
+    load: ServingArguments,
+    plan: PlanFile = None,
+) -> None:
+    """Serve a model through the OpenAI and Anthropic APIs."""
+    # A port in use is found before the model is loaded.
+    with open_server(server) as endpoint:
+        selftest = None
+        if load.verify:
+            from ..paths import config_dir
+            from ..verification import SelfTest
+
+            selftest = SelfTest(config_dir(), say=report)
+        with load_model(model, load, plan, options={"selftest": selftest}) as loaded:
+            endpoint.serve(loaded, lambda url: report(f"serving {loaded.name} at {url}"))
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A bound socket, and who may connect how."""
+
+    sock: socket.socket
+    policy: AccessPolicy
+    tls: ssl.SSLContext | None
+
+    def serve(self, model: Model, on_started: Callable[[str], None]) -> None:
+        """Answer requests until the program is ended; `on_started` gets the URL."""
+        from ..server.http_server import serve
+
+        serve(model, self.sock, on_started=on_started, policy=self.policy, tls=self.tls)
+
+
+@contextmanager
+def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
+    """Bind the port of the API, and prepare API keys and TLS.
+
+    Raises:
+        InputError: the port is in use, there is no API key, or the TLS files cannot be used.
+    """
+    from ..server.http_server import bind
+
+    with bind(arguments.host, arguments.port) as sock:
+        policy = keys.access_policy(
+            sock,
+            require_key=arguments.require_key,
+            hosts=arguments.allowed_host,
+            cors_origins=arguments.cors_origin,
+            streams=arguments.max_concurrent,
+            streams_per_key=arguments.max_concurrent_per_key,
+            access_log=arguments.access_log,
+            log_text=arguments.log_text,
+        )
+        tls = keys.tls_context(arguments.host, arguments.tls, arguments.tls_cert, arguments.tls_key)
+        if policy.require_key and tls is None:
+            report("warning: without TLS, API keys and answers are sent unencrypted; see --tls")
+        yield Endpoint(sock, policy, tls)
+
+
+@contextmanager
+def load_model(
+    model: str,
+    arguments: LoadArguments,
+    plan: Path | None = None,
+    options: dict[str, Any] | None = None,
+    on_message: Callable[[str], None] = report,
+) -> Iterator[Model]:
+    """Load a model with progress bars, and report how it runs.
+
+    Args:
+        model: folder or repository.
+        arguments: of the command line.
+        plan: file with a saved placement.
+        options: further arguments of `api.load`.
+        on_message: where to report.
+    """
+    from ..api import load
+    from ..core.plan import Plan
+
+    saved_plan = Plan.load(plan) if plan is not None else None
+    keywords = {**old_keywords(arguments.to_keywords()), **(options or {})}
+    with loading_progress() as progress:
+        loaded = load(model, arguments.nodes, plan=saved_plan, progress=progress, **keywords)
+    with loaded:
+        for reason in (loaded.ranks.backend_reason, loaded.plan_reason):
+            if reason:
+                on_message(reason)
+        if arguments.kernels != "mlx":
+            on_message(f"computing on {loaded.ranks.ready[0]['device']}")
+        yield loaded
+
+
+def old_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Names of `api.load` until it has those of the command line."""
+    from ..engine.options import Options
+
+    names = {
+        "node_weights": "shares",
+        "node_memory_bytes": "budgets",
+        "comm_dtype": "wire",
+        "draft_model": "draft",
+    }
+    engine_names = {
+        "prefill_chunk_size": "prefill_chunk",
+        "max_batch_size": "batch",
+        "kv_bits": "kv_bits",
+        "max_kv_size": "max_kv_size",
+        "max_queue": "queue",
+        "kv_cache_gb": "kv_gb",
+        "prefix_cache_gb": "cache_gb",
+        "speculative": "speculate",
+        "prefix_cache_disk_gb": "cache_disk_gb",
+        "prefix_cache_dir": "cache_dir",
+    }
+    engine = {engine_names[k]: v for k, v in keywords.items() if k in engine_names}
+    others = {names.get(k, k): v for k, v in keywords.items() if k not in engine_names}
+    return {**others, **({"options": Options(**engine)} if engine else {})}

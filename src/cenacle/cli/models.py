@@ -1,0 +1,193 @@
+"""The commands about checkpoints: `cenacle inspect`, `families`, `synth`, `demo`.
+
+Owns: their options and output.
+Does not know: file formats and placement (`model`, `planning`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..core.plan import human
+from ..errors import CenacleError, InputError
+from .command import command
+from .console import (
+    loading_progress,
+    print_json,
+    report,
+    stderr_console,
+    wide_console,
+)
+from .options import JsonOutput, ModelName, PlacementArguments
+
+if TYPE_CHECKING:
+    from ..core.plan import Plan
+
+app = typer.Typer()
+PANEL = "Models"
+DEMO_PLACEMENT = PlacementArguments(nodes=2, placement="whole", trunk="replicated")
+
+
+@command(app, example="cenacle inspect -m DIR -n 3 --json", panel=PANEL)
+def inspect(
+    model: ModelName,
+    placement: PlacementArguments,
+    save: Annotated[Path | None, typer.Option(help="Write the placement to this file.")] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Show the architecture of a model and its placement on N nodes, without reading weights."""
+    from ..runtime import place
+    from .inference import old_keywords
+
+    plan, reason = place(model, placement.nodes, **old_keywords(placement.to_keywords()))
+    if save is not None:
+        plan.save(save)
+    if json_output:
+        ranks = [plan.bytes_of(rank) for rank in range(plan.nodes)]
+        print_json(
+            {
+                "model": model,
+                "spec": plan.spec.to_json(),
+                "nodes": plan.nodes,
+                "placement": plan.placement,
+                "trunk": plan.trunk,
+                "reason": reason,
+                "all_reduces": plan.exchanges if plan.nodes > 1 else 0,
+                "total_bytes": plan.spec.total_bytes,
+                "bytes_per_rank": [rank["total"] for rank in ranks],
+                "ranks": ranks,
+            }
+        )
+        return
+    _print_plan(plan)
+    if reason:
+        report(reason)
+
+
+def _print_plan(plan: Plan) -> None:
+    spec, layer = plan.spec, plan.spec.moe[0]
+    print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
+    print(
+        f"experts     {layer.experts} per layer, {spec.top_k} per token, "
+        f"{human(layer.expert_bytes)} each"
+    )
+    quantization = spec.quantization or "not quantized"
+    print(f"weights     {human(spec.total_bytes)}, {spec.dtype}, {quantization}")
+    print(f"context     {spec.context or 'unknown'} tokens, vocabulary {spec.vocabulary}")
+    if plan.nodes > 1:
+        print(
+            f"placement   experts {plan.placement}, trunk {plan.trunk}, "
+            f"{plan.exchanges} all-reduces per token"
+        )
+    print(plan.table())
+
+
+@command(app, example="cenacle families", panel=PANEL)
+def families(json_output: JsonOutput = False) -> None:
+    """List the supported model families."""
+    from ..model.families import all_families
+
+    rows = all_families()
+    if json_output:
+        print_json([row.to_json() for row in rows])
+        return
+    table = Table("family", "aliases", "supported", "note", box=None)
+    for row in rows:
+        supported = "yes" if row.refused is None else "no"
+        table.add_row(row.name, ", ".join(row.aliases), supported, row.refused or row.note)
+    wide_console().print(table)
+
+
+@dataclass(frozen=True)
+class SyntheticModelArguments:
+    """What random model to write."""
+
+    family: Annotated[
+        str | None, typer.Option(help="Small model of this family (see `cenacle families`).")
+    ] = None
+    name: Annotated[
+        str | None, typer.Option(help="Model with the shape of this one (see --list).")
+    ] = None
+    config: Annotated[Path | None, typer.Option(help="Model of this config.json.")] = None
+    layers: Annotated[int | None, typer.Option(min=1, help="Reduce it to this many layers.")] = None
+    quantize: Annotated[
+        int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: none.")
+    ] = None
+    group_size: Annotated[
+        int, typer.Option(help="Weights per quantization scale: 32, 64 or 128.")
+    ] = 64
+    mode: Annotated[Literal["affine", "mxfp4"], typer.Option(help="Quantization mode.")] = "affine"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Data type of unquantized weights. Default: that of the model."),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same bytes.")] = 0
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
+    ] = False
+
+
+@command(
+    app, example="cenacle synth --name dbrx-132b --layers 2 --quantize 4 --out DIR", panel=PANEL
+)
+def synth(
+    synthetic: SyntheticModelArguments,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    list_names: Annotated[bool, typer.Option("--list", help="List families and names.")] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Write a checkpoint with random weights, for tests and benchmarks."""
+    from rich.progress import Progress
+
+    from ..model import synth as writer
+
+    if list_names:
+        print("families:", *writer.families())
+        print("names:", *writer.catalogue())
+        return
+    if out is None:
+        raise InputError("--out: expected a folder to write, got none", "out")
+    hidden = not stderr_console.is_terminal
+    with Progress(console=stderr_console, transient=True, disable=hidden) as bars:
+        bar = bars.add_task("writing", total=None)
+        written = writer.synth(
+            out,
+            **asdict(synthetic),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    if json_output:
+        print_json({**asdict(written), "path": str(written.path)})
+    else:
+        print(
+            f"{written.path}: {written.family}, {written.layers} layers, "
+            f"{written.parameters / 1e6:.1f} M parameters, {human(written.bytes)} in "
+            f"{written.shards} files"
+        )
+
+
+@command(app, example="cenacle demo --nodes 2", panel="Run a model")
+def demo(
+    questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed; it selects the questions.")] = 0,
+    json_output: JsonOutput = False,
+    placement: PlacementArguments = DEMO_PLACEMENT,
+) -> None:
+    """Answer questions with a small bundled DBRX model and show where the time goes."""
+    from ..demo.run import run_demo
+    from .inference import old_keywords
+
+    dealt = old_keywords(placement.to_keywords())
+    result = run_demo(placement.nodes, questions, seed, Console(), loading_progress, dealt)
+    if json_output:
+        print_json(result)
+    if result["right"] < 0.5 * result["asked"]:
+        raise CenacleError(
+            f"the demo model answered {result['right']} of {result['asked']} questions correctly; "
+            f"expected at least half: this installation computes wrong results"
+        )
