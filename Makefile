@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-ranks test-rest faults soak lint load fuzz clean
+.PHONY: install demo test faults soak lint load fuzz clean
 
 install: .venv/installed
 
@@ -14,15 +14,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/cenacle demo --nodes 2
 
-# In two halves beside each other: what starts several ranks often waits for them.
+# In three processes: tests that start several ranks often wait for them.
 test: install lint
-	$(MAKE) -k -j2 test-ranks test-rest
-
-test-ranks:
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/ranks
-
-test-rest:
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/unit tests/mlx tests/browser tests/hosts
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 # What failures cost: each ten times, an hour in all; and an hour with a fault every minute.
 faults: install

@@ -166,7 +166,7 @@ def main() -> int:
     parse.add_argument("--clients", type=int, default=16)
     parse.add_argument("--nodes", type=int, default=1)
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--faster", type=float, default=FASTER, help="0: a busy machine's speed")
+    parse.add_argument("--report-only", action="store_true", help="no figure sets the exit status")
     given = parse.parse_args()
     names = tuple(f"person-{n:02}" for n in range(given.clients))
     with serving(given.nodes, names, "--require-key", *FULL) as server:
@@ -186,7 +186,7 @@ def main() -> int:
         "memory_flat": grown < GROWN_BYTES,
         "files_flat": after.files - idle.files <= GROWN_FILES,
         "fair": min(tokens.values()) >= FAIR * max(tokens.values()),
-        "faster": rate >= given.faster * rate_alone,
+        "faster": rate >= FASTER * rate_alone,
         "nothing_logged": "Traceback" not in log and "error" not in log,
     }
     result = {
@@ -208,7 +208,7 @@ def main() -> int:
         "checks": checks,
     }
     print(json.dumps(result))
-    return 0 if all(checks.values()) else 1
+    return 0 if given.report_only or all(checks.values()) else 1
 
 
 if __name__ == "__main__":

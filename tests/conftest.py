@@ -1,4 +1,4 @@
-"""For all tests: the user's own keys and certificates are not touched, and none is timed."""
+"""For all tests: nothing of the user is touched, nothing is timed, and files run side by side."""
 
 import os
 import tempfile
@@ -18,3 +18,31 @@ def config_home() -> Iterator[Path]:
         os.environ["CENACLE_HOME"] = folder  # the programs that tests start inherit it
         yield Path(folder)
         del os.environ["CENACLE_HOME"]
+
+
+# Where several pytest processes share the files, those that take longest begin first.
+FOLDERS = ("hosts", "ranks", "browser", "mlx", "unit")
+LONGEST_FILES = (
+    "test_recovery.py",
+    "test_families.py",
+    "test_server.py",
+    "test_safety.py",
+    "test_bench.py",
+    "test_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file runs in one process, since its tests share servers; all of hosts/ in one, since its
+    files make network namespaces of the same names."""
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        folder, name = item.path.parent.name, item.path.name
+        files = LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
+        return FOLDERS.index(folder), files
+
+    items.sort(key=rank)
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder == "hosts" else f"{folder}/{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
