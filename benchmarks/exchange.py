@@ -110,12 +110,9 @@ def _echo(sock: socket.socket, times: int) -> None:
 
 def ports(count: int) -> list[str]:
     """Addresses of the loopback that are free now."""
-    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [f"127.0.0.1:{s.getsockname()[1]}" for s in socks]
-    finally:
-        for sock in socks:
-            sock.close()
+    from cenacle import net
+
+    return [f"127.0.0.1:{port}" for port in net.free_ports(count)]
 
 
 def measure(nodes: int, asked: argparse.Namespace) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def layer(name: str, rows: int) -> tuple[Any, mx.array, int]:
     """The kernels' weights, the array that holds most of their bytes, and their bytes."""
-    weights = native.module().Weights
+    weights = native.extension().Weights
     # A block of random rows, repeated: drawing them all takes longer than measuring.
     some = mx.random.normal((1024, WIDTH)).astype(mx.bfloat16)
     if name in ("float32", "bfloat16", "float16"):
@@ -61,12 +61,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--kernels", default=None, help="a set of kernels, else the best")
     args = parser.parse_args()
-    module = native.module()
+    module = native.extension()
     mx.set_default_device(mx.cpu)
     module.set_threads(args.threads)
     if args.kernels:
         module.use(args.kernels)
-    print(f"{platform.processor() or platform.machine()}, {native.describe()}")
+    print(f"{platform.processor() or platform.machine()}, {native.describe_kernels()}")
     print("format        read GB/s   1 token GB/s   % of read   GMAC/s with 1   8   64 tokens")
     formats = ("float32", "bfloat16", "float16", "8-bit g64")
     results = []

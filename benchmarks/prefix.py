@@ -19,7 +19,6 @@ from pathlib import Path
 import cenacle
 from cenacle.api import Model
 from cenacle.core.request import TokenEvent
-from cenacle.engine.options import Options
 from cenacle.errors import CenacleError
 from cenacle.model.synth import synth
 from cenacle.scheduler.disk_index import PAGE
@@ -57,13 +56,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = how.model or str(synth(Path(folder) / "model", family=how.family).path)
         kept = Path(folder) / "kept"
-        options = Options(cache_disk_gb=8, cache_dir=str(kept))
-        with cenacle.load(path, how.nodes, options=options) as model:
+        options = {"prefix_cache_disk_gb": 8, "prefix_cache_dir": str(kept)}
+        with cenacle.load(path, how.nodes, **options) as model:
             first_token(model, [7] * 250)  # what is compiled and allocated once
             first_s, _ = first_token(model, [*system, 1, 2, 3])
             second_s, second = first_token(model, [*system, 4, 5, 6, 7, 8])
             _wait(kept, how.nodes * (how.tokens // PAGE))
-        with cenacle.load(path, how.nodes, options=options) as model:
+        with cenacle.load(path, how.nodes, **options) as model:
             first_token(model, [7] * 250)
             restart_s, third = first_token(model, [*system, 9, 10, 11, 12])
     result = {

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import cenacle
-from cenacle.engine.options import Options
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 PIECE = [81, 82, 83, 84, 85, 86, 87, 88]
@@ -47,8 +46,8 @@ def main() -> None:
             given.model,
             given.nodes,
             latency_s=given.latency_ms / 1000,
-            options=Options(speculate=way),
-            draft=given.draft if way != "off" else None,
+            speculative=way,
+            draft_model=given.draft if way != "off" else None,
             measure_every=0,
             threads=1,
         )

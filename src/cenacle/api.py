@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,19 @@ from .core.chat import Message
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import Request, Sampling, TokenEvent
-from .engine.options import Options, need_of
+from .engine.options import need_of
 from .engine.sampling.grammar import Vocabulary, check
 from .engine.speculative.draft_model import DraftModel
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
-from .model.checkpoint import Checkpoint, locate
+from .model.checkpoint import Checkpoint, locate_checkpoint
 from .ranks.local_ranks import LocalRanks
 from .ranks.rank_group import Group
 from .ranks.ranks import Epoch, Ranks
 from .ranks.step_timings import Terms
 from .runtime import (
-    ACTIVATIONS,
-    _check_folder,
+    LoadOptions,
+    _check_comm_dtype,
     _check_memory,
-    _check_wire,
     _choose,
     _room,
     _scheduler,
@@ -100,89 +99,49 @@ def load(
     model: str,
     nodes: int = 1,
     *,
-    shares: Sequence[float] | None = None,
-    placement: str = "auto",
-    trunk: str = "auto",
-    budgets: Sequence[int] | None = None,
-    plan: Plan | None = None,
-    backend: str = "auto",
-    wire: str = "f32",
-    latency_s: float = 0.0,
-    kernels: str = "auto",
-    activations: str = "int16",
-    options: Options | None = None,
-    draft: str | None = None,
-    measure_every: int = 8,
-    cores: Sequence[Sequence[int]] | None = None,
-    threads: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
-    recover: bool = True,
-    joined: Joined | None = None,
-    selftest: SelfTest | None = None,
-    sums: bool = False,
+    **options: Any,
 ) -> Model:
     """Start `nodes` local processes that hold a model together.
 
     Args:
-        model: a folder or a hub repository's name.
-        nodes: number of ranks.
-        shares: relative speeds of the ranks, by which everything is dealt; None: equal.
-        placement: "whole" experts, each on one rank; "sliced", every rank a part of every expert;
-            "replicated", whole ones on several ranks; "auto": whole or sliced, by modelled time.
-        trunk: "replicated", all of attention, dense layers and head on every rank; "sharded",
-            divided where the family allows it, for one more exchange each; "auto": as above.
-        budgets: bytes of weights per rank, for "replicated": as many copies as fit.
-        plan: a placement dealt before; overrides all of these.
-        backend: "mesh", "ring", "mpi", "jaccl" or "nccl"; "auto": the mesh where this
-            installation has it, else the ring.
-        wire: "f32", or "bf16": the mesh sends half the bytes, each rank's part rounded to bfloat16.
-        latency_s: seconds added to every exchange, to study a slower link.
-        kernels: "native": ours for CPUs, many times faster, see `model.experts.parallelize`;
-            "mlx": MLX's own; "auto": native where they can be used, else MLX's.
-        activations: integers inside the native kernels' quantised layers: "int16", or "int8", less
-            exact (docs/performance.md), where the kernels have it (see `native.use_activations`).
-        options: how ranks run the model.
-        draft: a small model with the same tokenizer, a folder or a hub repository's name, whose
-            guesses the model checks several at a time while a request runs alone: the same answer,
-            sooner. Rank 0 keeps it.
-        measure_every: one step in this many is measured; 0: none.
-        cores: for each rank the cores that it runs on; None: the system decides.
-        threads: of the native kernels in each rank; None: its share of the cores.
-        progress: called with rank, bytes loaded, bytes in all.
-        recover: start the ranks again when one of them fails, and let every answer go on where it
-            was; else the first failure is the last, as a measurement wants it.
-        joined: start the ranks on the machines of a cluster instead; it says how many and how to
-            deal, and `nodes`, `shares`, `placement`, `trunk`, `budgets`, `plan`, `backend`,
-            `cores` and `threads` are not looked at.
-        selftest: what is asked of the group before anybody else may.
-        sums: have ranks sum their weights, for the self-test (see `model.sums`).
+        model, nodes, options: see `LoadOptions`.
+        progress: called with rank, bytes loaded and bytes in all.
 
     Raises:
+        InputError: an unknown option or value, or options that do not go together.
         CheckpointError, PlanError, ClusterError: see those. No process is left.
-        InputError: native kernels are asked for and cannot be used; a draft model that does not
-            fit the model; activations that are unknown; a wire that is unknown, or that only the
-            mesh has; a folder for caches that is a file.
     """
+    try:
+        how = LoadOptions(model, nodes, **options)
+    except TypeError as error:
+        raise InputError(f"unknown option: {error}") from error
+    return Model.load(how, progress=progress)
+
+
+def _load(
+    how: LoadOptions,
+    progress: Callable[[int, int, int], None] | None = None,
+    joined: Joined | None = None,
+    selftest: SelfTest | None = None,
+    sums: bool = False,
+) -> Model:
     if joined is None:
-        _check_wire(wire, backend, plan.nodes if plan is not None else nodes)
-    if activations not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise InputError(
-            f"activations: expected one of {known}, got {activations!r}", "activations"
-        )
-    if options is not None and options.cache_dir is not None:
-        _check_folder(Path(options.cache_dir).expanduser())
-    checkpoint = Checkpoint.open(locate(model) if joined is None else joined.locate(model))
+        _check_comm_dtype(how)
+    model, kernels, options, reason = how.model, how.kernels, how.engine, ""
+    checkpoint = Checkpoint.open(
+        locate_checkpoint(model) if joined is None else joined.locate(model)
+    )
     # A hub repository's folder is named after a commit.
     name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
-    options, text, reason = options or Options(), _text(checkpoint), ""
+    text = _text(checkpoint)
     drafting = None
-    if draft is not None:
-        drafting = DraftModel.check(draft, checkpoint, text, options, kernels)
+    if how.draft_model is not None:
+        drafting = DraftModel.check(how.draft_model, checkpoint, text, options, kernels)
     if joined is not None:
         plan, reason = joined.form(name, checkpoint, options, kernels, drafting)
-    if plan is None:
-        plan, reason = _choose(checkpoint, nodes, shares, placement, trunk, budgets, latency_s)
+    else:
+        plan, reason = _choose(checkpoint, how)
     need = need_of(checkpoint.config, plan, 0, options, kernels, drafting)
     if joined is None:
         _check_memory(need)
@@ -190,26 +149,35 @@ def load(
         "type": "load",
         "folder": str(checkpoint.folder.resolve()),
         "plan": plan.to_json(),
-        "wire": wire,
-        "latency_s": latency_s,
+        "wire": how.comm_dtype,
+        "latency_s": how.latency_s,
         "kernels": kernels,
-        "activations": activations,
+        "activations": how.activations,
         "options": asdict(options),
         "draft": asdict(drafting) if drafting is not None else None,
         "sums": sums,
     }
     if selftest is not None:
-        how = {k: v for k, v in order.items() if k not in ("folder", "plan", "type", "sums")}
+        decisive = {k: v for k, v in order.items() if k not in ("folder", "plan", "type", "sums")}
 
         def alone() -> Seen:
             from .verification import see
 
-            one = load(
-                str(checkpoint.folder.resolve()),
-                kernels=kernels,
-                activations=activations,
-                options=replace(options, cache_disk_gb=0.0),
-                recover=False,
+            one = _load(
+                LoadOptions(
+                    str(checkpoint.folder.resolve()),
+                    kernels=kernels,
+                    activations=how.activations,
+                    speculative=how.speculative,
+                    max_batch_size=how.max_batch_size,
+                    kv_cache_gb=how.kv_cache_gb,
+                    prefix_cache_gb=how.prefix_cache_gb,
+                    prefill_chunk_size=how.prefill_chunk_size,
+                    kv_bits=how.kv_bits,
+                    kv_group_size=how.kv_group_size,
+                    max_kv_size=how.max_kv_size,
+                    recover=False,
+                ),
                 sums=True,
             )
             with one:
@@ -217,7 +185,7 @@ def load(
 
         formed = joined.formed if joined is not None else None
         measure = joined.measure_again if joined is not None else dict
-        order["sums"] = selftest.before(checkpoint, plan, how, alone, formed, measure)
+        order["sums"] = selftest.before(checkpoint, plan, decisive, alone, formed, measure)
 
     def start(epoch: Epoch, report: Callable[[int, int, int], None] | None = None) -> LocalRanks:
         now = {**order, "sums": order["sums"] and epoch.number == 0}
@@ -227,7 +195,9 @@ def load(
                 need = need_of(checkpoint.config, found.plan, 0, options, kernels, drafting)
                 scheduler.resize(*_room(found.ready, options, need.cache, 1))
             return found
-        ranks = LocalRanks(plan.nodes, backend, cores=cores, threads=threads, epoch=epoch)
+        ranks = LocalRanks(
+            plan.nodes, how.backend, cores=how.cores, threads=how.threads, epoch=epoch
+        )
         try:
             ranks.load(now, report)
         except BaseException:
@@ -237,16 +207,16 @@ def load(
 
     ranks = start(Epoch(0, threading.Event()), progress)
     sharing = plan.nodes if joined is None else 1
-    scheduler = _scheduler(ranks.ready, options, measure_every, need.cache, sharing)
-    group = Group(ranks, scheduler, start=start if recover else None)
+    scheduler = _scheduler(ranks.ready, options, how.measure_every, need.cache, sharing)
+    group = Group(ranks, scheduler, start=start if how.recover else None)
     loaded = Model(name, plan, text, group, reason, checkpoint.config)
     if selftest is not None:
         try:
-            selftest.after(loaded, measure_every, latency_s)
+            selftest.after(loaded, how.measure_every, how.latency_s)
         except BaseException:
             loaded.close()
             raise
-    if joined is not None and recover:
+    if joined is not None and how.recover:
         joined.serves(group.move)
     return loaded
 
@@ -268,6 +238,24 @@ class Model:
         self.config = config or {}  # the checkpoint's config.json
         self._text = text
         self._vocabulary = Vocabulary(lambda: self.text)
+
+    @classmethod
+    def load(
+        cls,
+        options: LoadOptions,
+        *,
+        progress: Callable[[int, int, int], None] | None = None,
+        joined: Joined | None = None,
+        selftest: SelfTest | None = None,
+    ) -> Model:
+        """As `cenacle.load`, with the options in one object.
+
+        Args:
+            joined: start the ranks on the machines of a cluster; it decides how many and how to
+                place the model.
+            selftest: the verification before the model serves.
+        """
+        return _load(options, progress, joined, selftest)
 
     @property
     def ranks(self) -> Ranks:
@@ -315,17 +303,17 @@ class Model:
             InputError: names what is wrong.
         """
         tokens = self.tokens_of(prompt)
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocabulary:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocab_size:
             raise InputError(
-                f"prompt: expected token ids from 0 to {self.spec.vocabulary - 1}, "
+                f"prompt: expected token ids from 0 to {self.spec.vocab_size - 1}, "
                 f"got {min(tokens)} to {max(tokens)}",
                 "prompt",
             )
-        room = (self.spec.context or 2**31) - len(tokens)
+        room = (self.spec.context_length or 2**31) - len(tokens)
         if room < 1:
             raise InputError(
                 f"prompt: {len(tokens)} tokens do not fit the model's context of "
-                f"{self.spec.context}; shorten it by at least {1 - room}",
+                f"{self.spec.context_length}; shorten it by at least {1 - room}",
                 "prompt",
             )
         if max_tokens is not None and max_tokens < 1:

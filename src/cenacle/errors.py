@@ -17,12 +17,12 @@ from __future__ import annotations
 class CenacleError(Exception):
     """Base of every error a user can meet.
 
-    `exit_code` is the verb's exit status; `machine` the id of the machine of a cluster that failed,
-    where it was one.
+    `exit_code` is the command's exit status; `node_id` the node of a cluster that failed, where it
+    was one.
     """
 
     exit_code = 1
-    machine: str | None = None
+    node_id: str | None = None
 
 
 class InputError(CenacleError):
@@ -84,3 +84,47 @@ class RankLost(ClusterError):
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+def error_to_json(error: CenacleError) -> dict[str, object]:
+    """An error as it is sent to another process: kind, message, and what else it names."""
+    kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _KINDS)
+    names = ("field", "rank", "retry_after_s", "node_id")
+    details = {name: getattr(error, name, None) for name in names}
+    details = {name: value for name, value in details.items() if value is not None}
+    return {"kind": kind, "message": str(error), **details}
+
+
+def error_from_json(data: object, prefix: str = "") -> CenacleError:
+    """The error that `error_to_json` described; a `ClusterError` if that cannot be told.
+
+    Args:
+        prefix: put in front of the message, such as the name of the node that sent it.
+    """
+    data = data if isinstance(data, dict) else {"message": data}
+    message = f"{prefix}{data.get('message')}"
+    field, rank, retry_after_s = (data.get(name) for name in ("field", "rank", "retry_after_s"))
+    error: CenacleError
+    match data.get("kind"):
+        case "InputError":
+            error = InputError(message, field if isinstance(field, str) else None)
+        case "Busy" if isinstance(retry_after_s, int):
+            error = Busy(message, retry_after_s)
+        case "RankLost" if isinstance(rank, int):
+            error = RankLost(rank, message)
+        case "CheckpointError" | "PlanError" as kind:
+            error = _KINDS[kind](message)
+        case _:
+            error = ClusterError(message)
+    if isinstance(node_id := data.get("node_id"), str):
+        error.node_id = node_id
+    return error
+
+
+_KINDS: dict[str, type[CenacleError]] = {
+    kind.__name__: kind
+    for kind in (
+        *(CenacleError, InputError, CheckpointError, PlanError),
+        *(Busy, ClusterError, RankLost),
+    )
+}

@@ -35,17 +35,17 @@ def _import() -> tuple[ModuleType | None, str]:
 _module, _why = _import()
 
 
-def available() -> bool:
+def is_available() -> bool:
     """Whether the extension can be used."""
     return _module is not None
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """One sentence that says why it cannot be used; empty if it can."""
     return _why
 
 
-def module() -> ModuleType:
+def extension() -> ModuleType:
     """The extension.
 
     Raises:
@@ -56,7 +56,7 @@ def module() -> ModuleType:
     return _module
 
 
-def describe() -> str:
+def describe_kernels() -> str:
     """What computes on this machine's CPU, in a few words."""
     if _module is None:
         return f"plain MLX, because {_why}"
@@ -65,7 +65,7 @@ def describe() -> str:
     return said + (", int8 activations" if _module.activations() == 8 else "")
 
 
-def use_activations(name: str) -> None:
+def set_activations(name: str) -> None:
     """Which integers the kernels make of activations, in layers that are made from now on.
 
     "int8", a scale for every 32 values, is there for 4- and 8-bit weights and mxfp4 on processors

@@ -35,8 +35,8 @@ from .core.plan import Plan
 from .core.request import Request, TokenEvent
 from .core.step import Step
 from .errors import CenacleError, ClusterError, PlanError
-from .model.byte_ranges import is_part
-from .model.checksums import Sums, compare
+from .model.byte_ranges import is_partial
+from .model.checksums import Checksums, compare_checksums
 
 if TYPE_CHECKING:
     from .api import Model
@@ -103,7 +103,7 @@ class Seen:
     """
 
     answers: tuple[Answer, ...]
-    sums: tuple[Sums, ...]
+    sums: tuple[Checksums, ...]
     devices: tuple[str, ...]
     exchange_s: float
 
@@ -142,7 +142,7 @@ def see(model: Model, measure_every: int) -> Seen:
         CenacleError: the group failed.
     """
     ready = model.ranks.ready  # of these, whatever happens meanwhile
-    *short, long = prompts(model.spec.vocabulary, model.spec.context)
+    *short, long = prompts(model.spec.vocab_size, model.spec.context_length)
     exchanges = _Exchanges()
     model.group.compute_all(True)  # nothing that an earlier one kept on disk
     try:
@@ -348,7 +348,7 @@ class SelfTest:
         return True
 
     def _see_one_node(self, checkpoint: Checkpoint, alone: Callable[[], Seen]) -> None:
-        if is_part(checkpoint.folder):
+        if is_partial(checkpoint.folder):
             why = "this machine has a part of the checkpoint only"
         else:
             self._say("self-test: first one node alone, to compare with")
@@ -413,7 +413,7 @@ class SelfTest:
                 for name in _unlike(plan, seen.sums)
             ]
         if record["plan"] is None:
-            for name, expert, ranks in compare(record["sums"][0], plan, seen.sums).wrong:
+            for name, expert, ranks in compare_checksums(record["sums"][0], plan, seen.sums).wrong:
                 what = name if expert is None else f"{name} of expert {expert}"
                 who = " or ".join(self._names[r] for r in ranks)
                 found.append(f"{who} does not hold the checkpoint's {what}")
@@ -423,7 +423,7 @@ class SelfTest:
                     found.append(f"{self._names[rank]} does not hold the {name} that it did")
         tolerance = tolerance_of(model.spec.dtype, [*seen.devices, *record["devices"]])
         source = "one node" if record["plan"] is None else "an earlier pass"
-        asked = prompts(model.spec.vocabulary, model.spec.context)
+        asked = prompts(model.spec.vocab_size, model.spec.context_length)
         answers = [Answer.from_json(a) for a in record["answers"]]
         for prompt, expected, got in zip(asked, answers, seen.answers, strict=True):
             if why := differs(expected, got, tolerance):
@@ -486,7 +486,7 @@ class SelfTest:
         write_private(self._folder / name, json.dumps({**data, "format": FORMAT}).encode())
 
 
-def _unlike(plan: Plan, sums: Sequence[Sums]) -> list[str]:
+def _unlike(plan: Plan, sums: Sequence[Checksums]) -> list[str]:
     """Parameters that all ranks hold wholly, and not the same: of the trunk, if it is not cut, and
     outside of blocks with experts, whose shared ones may be."""
     if plan.trunk != "replicated":

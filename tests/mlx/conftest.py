@@ -4,15 +4,15 @@ import pytest
 
 from cenacle import native
 
-KERNELS = native.module().kernels() if native.available() else ["none"]
+KERNELS = native.extension().kernels() if native.is_available() else ["none"]
 
 
 @pytest.fixture(params=KERNELS)
 def kernels(request):
     """The extension, with each set of kernels that this processor has."""
-    if not native.available():
-        pytest.skip(native.why_not())
-    module = native.module()
+    if not native.is_available():
+        pytest.skip(native.unavailable_reason())
+    module = native.extension()
     before = module.used()
     module.use(request.param)
     yield module

@@ -16,8 +16,8 @@ from cenacle.collective.base import Chosen, Collective
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import parallelize
-from cenacle.model.loader import describe, load
-from cenacle.model.step_timer import Watch
+from cenacle.model.loader import load_rank_model, read_model_spec
+from cenacle.model.step_timer import StepTimer
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 DEADLINE_S = 20
@@ -91,12 +91,14 @@ def load_rank(
     folder: Path,
     plan: Plan,
     collective: Collective,
-    watch: Watch | None = None,
+    watch: StepTimer | None = None,
     kernels: str = "mlx",
 ) -> nn.Module:
     """One rank's expert-parallel model, in memory."""
-    model = load(Checkpoint.open(folder), plan, collective.rank, lambda done, total: None)
-    parallelize(model, plan.spec.family, plan, collective, watch or Watch(), kernels)
+    model = load_rank_model(
+        Checkpoint.open(folder), plan, collective.rank, lambda done, total: None
+    )
+    parallelize(model, plan.spec.family, plan, collective, watch or StepTimer(), kernels)
     return model
 
 
@@ -116,7 +118,7 @@ def run_ranks(
         placement: "whole", "sliced" or "replicated".
     """
     deal = getattr(Plan, placement)
-    plan = deal(describe(Checkpoint.open(folder)), nodes, shares=shares)
+    plan = deal(read_model_spec(Checkpoint.open(folder)), nodes, node_weights=shares)
 
     def run(threads: Collective) -> Any:
         collective = wrap(threads)

@@ -15,7 +15,7 @@ from cenacle.core.chat import Part, Tool, joined
 from cenacle.core.request import Request, Sampling, TokenEvent
 from cenacle.errors import InputError
 from cenacle.server.api import structured_output
-from cenacle.server.generation import Draft
+from cenacle.server.generation import InFlightChoice
 from cenacle.text.tokenizer import Text
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -135,9 +135,9 @@ def test_one_call_ends_an_answer_that_may_have_one(thinker):
     assert (stream.ended, stream.stopped) == (True, None)
 
 
-def drafted(text: Text, prompt: tuple[int, ...], **given) -> Draft:
+def drafted(text: Text, prompt: tuple[int, ...], **given) -> InFlightChoice:
     request = Request("1", prompt, 20, text.stop_tokens)
-    return Draft(0, request, 1, text.chat((), (), prompt), text, **given)
+    return InFlightChoice(0, request, 1, text.chat((), (), prompt), text, **given)
 
 
 def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
@@ -271,11 +271,11 @@ def test_every_form_of_calls(tmp_path, parser):
 
 def test_forced_calls_are_read_at_the_end(plain):
     said = '[{"name": "weather", "arguments": {"place": "Oslo"}}, {"name": "b", "arguments": {}}]'
-    stream = plain.called(structured_output.read_calls)
+    stream = plain.called(structured_output.parse_tool_calls)
     tokens = plain.encode(said)
     assert [part for token in tokens for part in stream.add(token)] == []
     assert stream.end() == [CALLED, Part("call", "{}", "b")]
-    cut = plain.called(structured_output.read_calls)
+    cut = plain.called(structured_output.parse_tool_calls)
     for token in tokens[:-5]:
         cut.add(token)
     assert cut.end() == [Part("text", plain.decode(tokens[:-5]))]
@@ -305,7 +305,7 @@ def test_a_model_without_words_for_tools(plain):
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "rain"},
     ]
-    told = structured_output.told(messages, [WEATHER])
+    told = structured_output.describe_tools_in_chat(messages, [WEATHER])
     assert [m["role"] for m in told] == ["system", "user", "assistant", "user"]
     said = plain.decode(plain.render(told))
     assert "Look outside" in said

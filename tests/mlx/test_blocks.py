@@ -15,11 +15,11 @@ from cenacle.core.plan import Plan
 from cenacle.model import native_blocks
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import ExpertParallel
-from cenacle.model.loader import describe
-from cenacle.model.native_layers import weights
+from cenacle.model.loader import read_model_spec
+from cenacle.model.native_layers import native_weights
 from cenacle.model.synth import synth, tiny_config
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
 
 
 def close(got: mx.array, want: mx.array, tolerance: float = 5e-6) -> bool:
@@ -82,7 +82,7 @@ def test_the_weighted_sum_is_the_sum_of_what_experts_give(kernels, tokens):
 @pytest.mark.parametrize("offset", [0, 1000, "each"])
 def test_queries_keys_and_values(kernels, batch, length, offset, dims, normed):
     layers = [nn.Linear(64, rows, bias=True) for rows in (6 * 32, 2 * 32, 2 * 32)]
-    made = [weights(layer) for layer in layers]
+    made = [native_weights(layer) for layer in layers]
     norms = [1 + normal(32, seed=n) / 4 if normed else None for n in (1, 2)]
     x = normal(batch, length, 64)
     at = mx.arange(batch) * 7 - 3 if offset == "each" else offset
@@ -147,7 +147,7 @@ def models(tmp_path_factory):
 
 
 def swapped(folder):
-    plan = Plan.whole(describe(Checkpoint.open(folder)), 1)
+    plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
     return load_rank(folder, plan, Alone(), kernels="native")
 
 

@@ -9,7 +9,7 @@ import cenacle
 from cenacle import PlanError, api
 from cenacle.model import architecture
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import build, describe
+from cenacle.model.loader import build_model, read_model_spec
 from cenacle.model.synth import synth
 from cenacle.planning import memory
 
@@ -23,11 +23,13 @@ def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
         folder = tmp_path / family
         synth(folder, family=family)
     checkpoint = Checkpoint.open(folder)
-    model = build(checkpoint, None, 0)
+    model = build_model(checkpoint, None, 0)
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, LENGTH), mx.int32), cache=cache))
     held = sum(c.nbytes for c in cache)
-    kept = architecture.kept_per_token(checkpoint.config, describe(checkpoint).layers)
+    kept = architecture.kv_cache_elements_per_token(
+        checkpoint.config, read_model_spec(checkpoint).layers
+    )
     assert held == memory.cache_bytes(kept, LENGTH, None, None, 4)
 
 

@@ -18,11 +18,11 @@ from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model import architecture, slicing, tensor_layout
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import build, describe
-from cenacle.model.slicing import Cut
+from cenacle.model.loader import build_model, read_model_spec
+from cenacle.model.slicing import TensorSlice
 from cenacle.model.synth import synth, tiny_config
-from cenacle.model.tensor_parallel import FEW
-from cenacle.model.tensor_reader import read_parts
+from cenacle.model.tensor_parallel import MAX_VERIFIED_POSITIONS
+from cenacle.model.tensor_reader import read_ranges
 
 IO = Path("/proc/self/io")
 WEIGHTS = "model.safetensors"
@@ -58,7 +58,7 @@ def saved(folder: Path, array: mx.array):
 def test_parts_are_the_files(tmp_path, dtype, shape, wanted, axis, ranges):
     values = np.random.default_rng(1).integers(0, 250, shape)
     tensor = saved(tmp_path, mx.array(values).astype(dtype))
-    got = read_parts(tensor, shape, wanted, axis, ranges)
+    got = read_ranges(tensor, shape, wanted, axis, ranges)
     want = values[wanted]
     if axis:
         want = np.concatenate([want.take(range(a, b), axis) for a, b in ranges], axis)
@@ -80,7 +80,7 @@ def test_no_byte_is_read_twice(tmp_path, shape, axis, ranges, expected):
     before = bytes_read()
     overhead = bytes_read() - before  # of asking
     before = bytes_read()
-    read_parts(tensor, shape, list(range(shape[0])), axis, ranges)
+    read_ranges(tensor, shape, list(range(shape[0])), axis, ranges)
     got = bytes_read() - before - overhead
     assert expected - 2**13 <= got <= expected
 
@@ -88,14 +88,14 @@ def test_no_byte_is_read_twice(tmp_path, shape, axis, ranges, expected):
 def test_a_file_that_ends(tmp_path):
     tensor = saved(tmp_path, mx.zeros((4, 100)))
     with pytest.raises(CheckpointError, match="the file ended inside x; fetch it again"):
-        read_parts(replace(tensor, stop=tensor.stop + 1600), (8, 100), [7], 1, [(0, 50)])
+        read_ranges(replace(tensor, stop=tensor.stop + 1600), (8, 100), [7], 1, [(0, 50)])
 
 
 # Cuts
 
 
 def test_borders_inside_a_group_are_refused():
-    cut = Cut(-1, ((0, 48),), 128)
+    cut = TensorSlice(-1, ((0, 48),), 128)
     assert cut.apply(mx.zeros((3, 16)), "weight").shape == (3, 6)  # 4 bits: 16 words of 8
     with pytest.raises(CheckpointError, match="not at borders of an axis of 4; use --placement"):
         cut.apply(mx.zeros((3, 4)), "scales")
@@ -104,8 +104,8 @@ def test_borders_inside_a_group_are_refused():
 
 
 def test_output_biases_are_not_cut():
-    assert Cut(-1, ((0, 2),), 4).apply(mx.zeros(5), "bias").shape == (5,)
-    assert Cut(-2, ((0, 2), (3, 4)), 4).apply(mx.zeros((6, 4)), "bias").shape == (6, 3)
+    assert TensorSlice(-1, ((0, 2),), 4).apply(mx.zeros(5), "bias").shape == (5,)
+    assert TensorSlice(-2, ((0, 2), (3, 4)), 4).apply(mx.zeros((6, 4)), "bias").shape == (6, 3)
 
 
 # The ways in which checkpoints hold experts; each is made of what mlx-lm's own names hold
@@ -218,7 +218,7 @@ def test_fused_experts_as_wide_as_the_model(tmp_path, family):
     text[width] = text["hidden_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     rewritten(tmp_path / "model", None, FORMS[family], {"config": tmp_path / "config.json"})
-    plan = Plan.sliced(describe(Checkpoint.open(tmp_path / "model")), 2)
+    plan = Plan.sliced(read_model_spec(Checkpoint.open(tmp_path / "model")), 2)
     assert understood(tmp_path / "model", plan)
     assert_slices_make_the_whole(tmp_path / "model", plan)
 
@@ -228,8 +228,8 @@ def parameters(model) -> dict[str, mx.array]:
 
 
 def assert_slices_make_the_whole(folder: Path, plan: Plan) -> None:
-    whole = parameters(build(Checkpoint.open(folder), None, 0))
-    ranks = [parameters(build(Checkpoint.open(folder), plan, r)) for r in range(plan.nodes)]
+    whole = parameters(build_model(Checkpoint.open(folder), None, 0))
+    ranks = [parameters(build_model(Checkpoint.open(folder), plan, r)) for r in range(plan.nodes)]
     cut = 0
     for name, value in whole.items():
         parts = [rank[name] for rank in ranks]
@@ -246,18 +246,18 @@ def understood(folder: Path, plan: Plan) -> bool:
     """Whether the experts' tensors are cut as they are in the file, and not after conversion."""
     checkpoint = Checkpoint.open(folder)
     family = architecture.FAMILIES.get(plan.spec.family, architecture.GENERIC)
-    model = build(checkpoint, None, 0)
-    blocks = architecture.blocks(model)
+    model = build_model(checkpoint, None, 0)
+    blocks = architecture.find_blocks(model)
     part = (0, 1, plan.width)
-    slices = {b.layer: slicing.of_experts(b, part) for b in blocks}
+    slices = {b.layer: slicing.slice_experts(b, part) for b in blocks}
     shapes = {n: t.shape for n, t in checkpoint.tensors.items()}
-    return bool(tensor_layout.views(shapes, slices, blocks[0].count, family))
+    return bool(tensor_layout.expert_tensor_views(shapes, slices, blocks[0].count, family))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_fused_experts(tmp_path, name):
     folder = form(tmp_path, name)
-    plan = Plan.sliced(describe(Checkpoint.open(folder)), 3, (1, 2, 1))
+    plan = Plan.sliced(read_model_spec(Checkpoint.open(folder)), 3, (1, 2, 1))
     assert understood(folder, plan)
     assert_slices_make_the_whole(folder, plan)
 
@@ -266,7 +266,7 @@ def test_fused_experts(tmp_path, name):
 def test_hub_checkpoints(name):
     """As transformers saved them: DBRX with all experts on one axis, the others one by one."""
     folder = VECTORS / name
-    plan = Plan.sliced(describe(Checkpoint.open(folder)), 4)
+    plan = Plan.sliced(read_model_spec(Checkpoint.open(folder)), 4)
     assert understood(folder, plan)
     assert_slices_make_the_whole(folder, plan)
 
@@ -278,7 +278,7 @@ def test_shapes_that_do_not_tell(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = {"config": tmp_path / "config.json"}
     folder = rewritten(tmp_path / "model", None, FORMS["qwen3_5_moe"], options)
-    plan = Plan.sliced(describe(Checkpoint.open(folder)), 2)
+    plan = Plan.sliced(read_model_spec(Checkpoint.open(folder)), 2)
     assert not understood(folder, plan)
     assert_slices_make_the_whole(folder, plan)
 
@@ -291,9 +291,9 @@ def test_shapes_that_do_not_tell(tmp_path):
 def test_a_trunk_in_shards(name, nodes):
     """Against one rank; of many positions only the last one's logits are made."""
     folder = VECTORS / name
-    spec = describe(Checkpoint.open(folder))
+    spec = read_model_spec(Checkpoint.open(folder))
     plan = Plan.sliced(spec, nodes, range(1, nodes + 1) if nodes < 4 else None, trunk="sharded")
-    few, many = mx.array([[3, 1, 4, 1, 5]]), mx.arange(FEW + 1)[None]
+    few, many = mx.array([[3, 1, 4, 1, 5]]), mx.arange(MAX_VERIFIED_POSITIONS + 1)[None]
     whole = load_rank(folder, Plan.whole(spec, 1), Alone())
     want = [whole(few), whole(many)[:, -1:]]
 
@@ -309,34 +309,36 @@ def test_a_trunk_in_shards(name, nodes):
             assert have.shape == must.shape
             assert mx.abs(have - must).max() <= 1e-5 * mx.abs(must).max()
         assert held == plan.bytes_of(rank)["total"]
-        assert calls == plan.exchanges == spec.layers * 2 + 1
+        assert calls == plan.all_reduces == spec.layers * 2 + 1
 
 
 def test_quantised_heads_inside_a_group_are_dealt_by_key_head(tmp_path):
     """Heads of 32 in groups of 64: only two query heads together end at a border."""
     folder = synth(tmp_path, family="qwen3_moe", quantize=4, group_size=64).path
-    part = next(p for p in describe(Checkpoint.open(folder)).parts if p.kind == "attention")
+    part = next(
+        p for p in read_model_spec(Checkpoint.open(folder)).dense_modules if p.kind == "attention"
+    )
     assert (part.units, part.groups) == (2, 2)
 
 
 def test_plan_with_another_trunk():
-    spec = describe(Checkpoint.open(VECTORS / "mixtral"))
-    parts = tuple(replace(p, path=p.path.replace("self_attn", "attn")) for p in spec.parts)
-    plan = Plan.whole(replace(spec, parts=parts), 2, trunk="sharded")
+    spec = read_model_spec(Checkpoint.open(VECTORS / "mixtral"))
+    parts = tuple(replace(p, path=p.path.replace("self_attn", "attn")) for p in spec.dense_modules)
+    plan = Plan.whole(replace(spec, dense_modules=parts), 2, trunk="sharded")
     with pytest.raises(PlanError, match=r"it has no model\.layers\.0\.attn"):
-        build(Checkpoint.open(VECTORS / "mixtral"), plan, 0)
+        build_model(Checkpoint.open(VECTORS / "mixtral"), plan, 0)
 
 
 def test_bytes_of_the_parts_are_the_models():
-    spec = describe(Checkpoint.open(VECTORS / "mixtral"))
-    kinds = [p.kind for p in spec.parts]
+    spec = read_model_spec(Checkpoint.open(VECTORS / "mixtral"))
+    kinds = [p.kind for p in spec.dense_modules]
     assert sorted(kinds) == ["attention", "attention", "head"]
     names = {"attention": "self_attn", "head": "lm_head"}
     tensors = Checkpoint.open(VECTORS / "mixtral").tensors.values()
     for kind, name in names.items():
         held = sum(4 * math.prod(t.shape) for t in tensors if name in t.name)
-        assert sum(p.bytes for p in spec.parts if p.kind == kind) == held
-    assert spec.lookup_bytes == 4 * 256 * 64
+        assert sum(p.bytes for p in spec.dense_modules if p.kind == kind) == held
+    assert spec.embedding_bytes == 4 * 256 * 64
 
 
 @pytest.mark.parametrize("trunk", ["replicated", "sharded"])
@@ -353,10 +355,10 @@ def test_bytes_of_the_parts_are_the_models():
 @pytest.mark.parametrize("kernels", ["mlx", "native"])
 def test_uneven_slices(tmp_path, family, options, nodes, shares, trunk, kernels):
     """Against one rank, through the same kernels; biases (gpt_oss, phixtral) are added once."""
-    if kernels == "native" and not native.available():
-        pytest.skip(native.why_not())
+    if kernels == "native" and not native.is_available():
+        pytest.skip(native.unavailable_reason())
     folder = synth(tmp_path, family=family, **options).path
-    spec = describe(Checkpoint.open(folder))
+    spec = read_model_spec(Checkpoint.open(folder))
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     alone = load_rank(folder, Plan.whole(spec, 1), Alone(), kernels=kernels)
     want = alone(tokens)[:, -1:]

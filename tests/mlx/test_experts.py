@@ -8,18 +8,18 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from cenacle import native
 from cenacle.model.expert_parallel import (
-    LoopedLinear,
+    CompactedExperts,
+    LoopedGatherLinear,
     MaskedExperts,
     NativeExperts,
-    PackedExperts,
-    Replicas,
-    reference,
+    ReplicaPlacement,
+    reference_experts,
 )
-from cenacle.model.step_timer import Watch
+from cenacle.model.step_timer import StepTimer
 from cenacle.planning.load_balancer import deal
 
 WIDTH, HIDDEN, COUNT = 64, 32, 6
-LOCAL = [MaskedExperts, PackedExperts]
+LOCAL = [MaskedExperts, CompactedExperts]
 KINDS = [(SwitchGLU, False, False), (SwitchGLU, True, False), (SwitchMLP, False, False)]
 KINDS += [(SwitchMLP, True, False), (SwitchGLU, False, True), (SwitchGLU, True, True)]
 SHAPES = [(1, 1), (3, 1), (1, 5), (2, 37)]  # the last is a prefill: over 64 pairs from k = 1 on
@@ -56,7 +56,7 @@ def rows_of(experts: nn.Module, held) -> nn.Module:
 
 
 def local(cls, experts: nn.Module, held, count: int = COUNT) -> nn.Module:
-    return cls(rows_of(experts, held), held, count, 0, Watch())
+    return cls(rows_of(experts, held), held, count, 0, StepTimer())
 
 
 def questions(shape, k: int, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
@@ -84,7 +84,7 @@ def test_each_rank_gives_its_part_and_the_sum_is_the_whole(cls, kind, bias, quan
     total = mx.zeros((*shape, k, WIDTH))
     for held in HELD:
         part = local(cls, experts, held)(x, ids)
-        assert_close(part, reference(experts, x, ids, held))
+        assert_close(part, reference_experts(experts, x, ids, held))
         elsewhere = ~np.isin(np.array(ids), held)
         assert not np.array(part)[elsewhere].any(), "not exactly zero where another rank computes"
         total = total + part
@@ -95,8 +95,8 @@ def test_each_rank_gives_its_part_and_the_sum_is_the_whole(cls, kind, bias, quan
 @pytest.mark.parametrize("cls", [*LOCAL, NativeExperts])
 def test_replicas_are_computed_once(cls, shape):
     """Every chosen expert by exactly one rank, the one that `balance.deal` says."""
-    if cls is NativeExperts and not native.available():
-        pytest.skip(native.why_not())
+    if cls is NativeExperts and not native.is_available():
+        pytest.skip(native.unavailable_reason())
     experts = stack(SwitchGLU, True, False)
     x, ids = questions(shape, 3)
     holders = ((0, 1), (1, 2), (0, 2), (0, 1, 2), (2,), (0,))
@@ -107,10 +107,15 @@ def test_replicas_are_computed_once(cls, shape):
     for rank in range(3):
         held = [e for e in range(COUNT) if rank in holders[e]]
         part = cls(
-            rows_of(experts, held), held, COUNT, 0, Watch(), Replicas(holders, speeds, rank)
+            rows_of(experts, held),
+            held,
+            COUNT,
+            0,
+            StepTimer(),
+            ReplicaPlacement(holders, speeds, rank),
         )(x, ids)
         mine = np.flatnonzero(dealt == rank).tolist()
-        assert_close(part, reference(experts, x, ids, mine))
+        assert_close(part, reference_experts(experts, x, ids, mine))
         total = total + part
     assert_close(total, experts(x, ids))
 
@@ -138,7 +143,9 @@ def test_rank_of_which_nothing_was_chosen(cls, shape, quantised):
 def test_rows_need_not_be_neighbours(cls):
     experts = stack(SwitchGLU, False, False)
     x, ids = questions((2, 5), 3)
-    assert_close(local(cls, experts, (0, 2, 5))(x, ids), reference(experts, x, ids, (0, 2, 5)))
+    assert_close(
+        local(cls, experts, (0, 2, 5))(x, ids), reference_experts(experts, x, ids, (0, 2, 5))
+    )
 
 
 @pytest.mark.parametrize("cls", LOCAL)
@@ -149,7 +156,7 @@ def test_id_that_is_nobodys(cls):
     some = mx.array(np.array([[[1, 0], [0, 0], [1, 1], [0, 1]]], dtype=bool))
     given = mx.where(some, COUNT, ids)
     for held in [*HELD, tuple(range(COUNT))]:
-        want = mx.where(some[..., None], 0, reference(experts, x, ids, held))
+        want = mx.where(some[..., None], 0, reference_experts(experts, x, ids, held))
         assert_close(local(cls, experts, held)(x, given), want)
 
 
@@ -173,10 +180,10 @@ def test_type_is_the_same_with_and_without_work(dtype, quantised):
     x, ids = questions((1, 1), 1, dtype)
     types = set()
     for held in [(0, 1), (2, 3), (4, 5)]:
-        part = local(PackedExperts, experts, held)
+        part = local(CompactedExperts, experts, held)
         for name in names(part.experts):
             if not quantised and dtype != mx.float32:
-                part.experts[name] = LoopedLinear(part.experts[name])
+                part.experts[name] = LoopedGatherLinear(part.experts[name])
         y = part(x, ids)
         mx.eval(y)
         types.add((y.dtype, y.shape))
@@ -190,7 +197,7 @@ def test_looped_linear_is_a_float32_gather(dtype, tolerance, shape, bias):
     linear = stack(SwitchGLU, bias, False, dtype).gate_proj
     x, ids = questions(shape, 2, dtype)
     x = mx.expand_dims(x, (-2, -3))
-    got = LoopedLinear(linear)(x, ids)
+    got = LoopedGatherLinear(linear)(x, ids)
     weight = linear.weight.astype(mx.float32).swapaxes(-1, -2)
     want = mx.gather_mm(x.astype(mx.float32), weight, rhs_indices=ids)
     if bias:
@@ -206,7 +213,7 @@ def test_looped_stack_is_the_float32_stack(kind, k):
     experts, exact = stack(kind, True, False, mx.bfloat16), stack(kind, True, False, mx.bfloat16)
     exact.set_dtype(mx.float32)
     for name in names(experts):
-        experts[name] = LoopedLinear(experts[name])
+        experts[name] = LoopedGatherLinear(experts[name])
     for shape in SHAPES:
         x, ids = questions(shape, k, mx.bfloat16)
         assert_close(experts(x, ids), exact(x.astype(mx.float32), ids), 2e-2)
@@ -215,7 +222,7 @@ def test_looped_stack_is_the_float32_stack(kind, k):
 def test_router_ids_of_any_integer_type():
     experts = stack(SwitchGLU, False, False)
     x, ids = questions((1, 3), 2)
-    want = reference(experts, x, ids, (0, 1))
+    want = reference_experts(experts, x, ids, (0, 1))
     for dtype in (mx.int32, mx.uint32, mx.int64):
         for cls in LOCAL:
             assert_close(local(cls, experts, (0, 1))(x, ids.astype(dtype)), want)

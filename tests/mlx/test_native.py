@@ -13,26 +13,26 @@ from cenacle import native
 from cenacle.collective.single import Alone
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.expert_parallel import NativeExperts, PackedExperts, reference
-from cenacle.model.families import all_families
-from cenacle.model.loader import describe
-from cenacle.model.step_timer import Watch
+from cenacle.model.expert_parallel import CompactedExperts, NativeExperts, reference_experts
+from cenacle.model.families import list_families
+from cenacle.model.loader import read_model_spec
+from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
 from cenacle.planning import load_balancer
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
-KERNELS = native.module().kernels() if native.available() else []
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
+KERNELS = native.extension().kernels() if native.is_available() else []
 FLOATS = [mx.float32, mx.bfloat16, mx.float16]
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 65, 70)
 # Of the norm: float sums, activations of 16 bits, and of 8.
 EXACT, ROUNDED, COARSE = 1e-6, 6e-5, 1e-2
-RUNNABLE = [row.name for row in all_families() if row.refused is None]
+RUNNABLE = [row.name for row in list_families() if row.refused is None]
 
 
 @pytest.fixture
 def threads():
-    module = native.module()
+    module = native.extension()
     before = module.threads()
     yield module.set_threads
     module.set_threads(before)
@@ -45,7 +45,7 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 def quantised(w: mx.array, bits: int, group: int, mode: str = "affine"):
     """The kernels' weights and the same as a float32 matrix."""
     q, s, *b = mx.quantize(w, group, bits, mode=mode)
-    made = native.module().Weights(q, s, b[0] if b else None, None, bits, group, mode)
+    made = native.extension().Weights(q, s, b[0] if b else None, None, bits, group, mode)
     wide = [a.astype(mx.float32) for a in (s, *b)] if b else [s]
     exact = mx.dequantize(q, *wide, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
     return made, exact
@@ -181,7 +181,7 @@ def test_a_token_gives_the_same_bits_alone_and_among_others(kernels):
 
 
 def test_refuses_what_it_cannot_compute():
-    weights = native.module().Weights
+    weights = native.extension().Weights
     w = normal(8, 64)
     q, s, b = mx.quantize(w, 64, 4)
     for arguments in (
@@ -196,9 +196,9 @@ def test_refuses_what_it_cannot_compute():
         with pytest.raises(ValueError, match=r"\w"):
             weights(*arguments)
     with pytest.raises(ValueError, match="width 64"):
-        native.module().linear(normal(1, 32), weights(w, None, None, None, 0, 0, ""))
+        native.extension().linear(normal(1, 32), weights(w, None, None, None, 0, 0, ""))
     with pytest.raises(ValueError, match="no kernels named"):
-        native.module().use("abacus")
+        native.extension().use("abacus")
 
 
 # ---- experts ------------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def check(experts: nn.Module, held, tokens: int, k: int, tolerance: float) -> No
     random = np.random.default_rng(tokens)
     ids = mx.array(np.stack([random.permutation(COUNT)[:k] for _ in range(tokens)]))
     x = normal(1, tokens, WIDTH)
-    want = np.array(reference(experts, x, ids[None], held))
-    part = NativeExperts(stacked_rows(experts, held), held, COUNT, 0, Watch())
+    want = np.array(reference_experts(experts, x, ids[None], held))
+    part = NativeExperts(stacked_rows(experts, held), held, COUNT, 0, StepTimer())
     got = np.array(part(x, ids[None].astype(mx.uint32)))
     assert got.shape == want.shape
     assert np.linalg.norm(got - want) <= tolerance * max(np.linalg.norm(want), 1e-6)
@@ -290,12 +290,12 @@ def test_experts_of_half_floats(kernels, dtype):
     exact.update(experts.parameters())
     exact.set_dtype(mx.float32)
     x, ids = normal(1, 4, WIDTH), mx.array([[[0, 1], [2, 3], [4, 5], [5, 0]]])
-    got = NativeExperts(experts, range(COUNT), COUNT, 0, Watch())(x, ids)
+    got = NativeExperts(experts, range(COUNT), COUNT, 0, StepTimer())(x, ids)
     assert mx.abs(got - exact(x, ids)).max() <= 1e-5 * mx.abs(got).max()
 
 
 def test_expert_id_out_of_range_is_an_error_and_the_stream_stays_usable(kernels):
-    part = NativeExperts(stack(SwitchGLU, None), range(COUNT), COUNT, 0, Watch())
+    part = NativeExperts(stack(SwitchGLU, None), range(COUNT), COUNT, 0, StepTimer())
     x = normal(1, 1, WIDTH)
     with pytest.raises(RuntimeError, match="expert id 9"):
         mx.eval(part(x, mx.array([[[9, 0]]])))
@@ -313,12 +313,12 @@ PROMPT = [(37 * i + 11) % 251 for i in range(24)]
 
 def both(folder):
     """(logits, greedy tokens) of a checkpoint with the kernels and without."""
-    plan, results = Plan.whole(describe(Checkpoint.open(folder)), 1), []
+    plan, results = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1), []
     for kernels in ("native", "mlx"):
         model = load_rank(folder, plan, Alone(), kernels=kernels)
         kinds = {type(m) for m in model.modules()}
         assert (NativeExperts in kinds) == (kernels == "native")
-        assert (PackedExperts in kinds) == (kernels == "mlx")
+        assert (CompactedExperts in kinds) == (kernels == "mlx")
         logits = model(mx.array([PROMPT]))
         assert logits.dtype == mx.float32
         steps = generate_step(mx.array(PROMPT), model, max_tokens=5, prefill_step_size=16)
@@ -350,11 +350,11 @@ def test_quantised_families(family, bits, tmp_path):
 @pytest.mark.parametrize(("activations", "most"), [(16, 5e-4), (8, 0.15)])
 def test_what_integers_cost_in_logits(activations, most, tmp_path):
     synth(tmp_path / "m", family="qwen3_moe", quantize=4, group_size=64)
-    native.module().use_activations(activations)
+    native.extension().use_activations(activations)
     try:
         (got, _), (want, _) = both(tmp_path / "m")
     finally:
-        native.module().use_activations(16)
+        native.extension().use_activations(16)
     assert error(got, want) <= most
 
 
@@ -370,14 +370,14 @@ def test_replicas_are_dealt_as_in_python(seed):
         for _ in range(experts)
     ]
     speeds = random.integers(1, 1000, ranks).tolist()
-    dealer = native.module().Dealer(holders, speeds, 0)
+    dealer = native.extension().Dealer(holders, speeds, 0)
     for most in (2, 8, 200):
         counts = random.integers(0, most, experts).tolist()
         assert dealer.deal(counts) == load_balancer.deal(counts, holders, speeds)
 
 
 def test_wrong_holders_are_refused():
-    extension = native.module()
+    extension = native.extension()
     with pytest.raises(ValueError, match="holders: expected ranks that have a speed"):
         extension.Dealer([[0, 2]], [1, 1], 0)
     with pytest.raises(ValueError, match="counts: expected one for every expert"):

@@ -8,7 +8,7 @@ import pytest
 from cenacle import native
 from cenacle.model import native_layers
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
 MLX = native_layers._MLX  # MLX's own, whatever the process uses now
 TOLERANCE = 5e-6  # of the largest value: float32 sums in another order
 
@@ -162,7 +162,7 @@ def test_what_ours_do_not_know_goes_to_mlx(kernels, random):
 
 def test_embedding_of_a_token_that_is_not_there(kernels):
     table = nn.Embedding(8, 4)
-    made = native_layers.weights(table)
+    made = native_layers.native_weights(table)
     ids = mx.array([[7, 0]])
     assert mx.array_equal(kernels.embed(ids, made), table(ids))
     with pytest.raises(RuntimeError, match="token 8 of 8"):
@@ -170,9 +170,9 @@ def test_embedding_of_a_token_that_is_not_there(kernels):
 
 
 def test_they_stand_in_mlx_s_place_and_can_be_taken_back():
-    native_layers.use_operations(True)
-    assert mx.fast.rms_norm is native.module().rms_norm
-    assert mx.logsumexp is native.module().logsumexp
-    native_layers.use_operations(False)
+    native_layers.install_operations(True)
+    assert mx.fast.rms_norm is native.extension().rms_norm
+    assert mx.logsumexp is native.extension().logsumexp
+    native_layers.install_operations(False)
     assert mx.fast.rms_norm is MLX["rms_norm"]
     assert mx.logsumexp is MLX["logsumexp"]

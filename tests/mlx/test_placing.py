@@ -17,12 +17,12 @@ from cenacle.cluster.placement import Wanted, describe_links, exchange, measured
 from cenacle.engine.options import Options, need_of
 from cenacle.errors import ClusterError, InputError, PlanError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import describe
+from cenacle.model.loader import read_model_spec
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 GB = 10**9
 CHECKPOINT = Checkpoint.open(DEMO)
-SPEC = describe(CHECKPOINT)
+SPEC = read_model_spec(CHECKPOINT)
 
 
 def node(name, read=10 * GB, free=8 * GB, **facts):

@@ -10,8 +10,8 @@ from one_process import in_threads
 from cenacle.core.plan import Plan
 from cenacle.errors import PlanError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import describe, load
-from cenacle.model.step_timer import Watch
+from cenacle.model.loader import load_rank_model, read_model_spec
+from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
 from cenacle.research.paper_schedules import CENTRAL, SCHEDULES, schedule
 
@@ -45,12 +45,12 @@ def steps(run, model):
 
 def on_ranks(folder, nodes, name, kernels):
     """Rank 0's logits, the layers of each rank, and each rank's number of exchanges."""
-    spec = describe(Checkpoint.open(folder))
+    spec = read_model_spec(Checkpoint.open(folder))
     plan = Plan.whole(spec, nodes)
 
     def rank(collective):
-        model = load(Checkpoint.open(folder), plan, collective.rank, lambda *_: None)
-        layers = schedule(model, spec.family, plan, collective, Watch(), kernels, name)
+        model = load_rank_model(Checkpoint.open(folder), plan, collective.rank, lambda *_: None)
+        layers = schedule(model, spec.family, plan, collective, StepTimer(), kernels, name)
         if name in CENTRAL and collective.rank:
             for length in (len(PROMPT), *(1 for _ in THEN)):
                 for layer in layers:

@@ -21,8 +21,8 @@ from cenacle.core.plan import Plan
 from cenacle.errors import ClusterError, PlanError
 from cenacle.model import checksums
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.checksums import compare, sums_of
-from cenacle.model.loader import describe, load, named_arrays
+from cenacle.model.checksums import compare_checksums, weight_checksums
+from cenacle.model.loader import load_rank_model, named_parameters, read_model_spec
 from cenacle.model.synth import synth
 from cenacle.verification import Answer, SelfTest, bad_links, differs, prompts, tolerance_of
 
@@ -30,7 +30,7 @@ DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 
 
 def loaded(checkpoint, plan, rank=0):
-    return load(checkpoint, plan, rank, lambda done, total: None)
+    return load_rank_model(checkpoint, plan, rank, lambda done, total: None)
 
 
 def slow_sum(array) -> int:
@@ -75,12 +75,12 @@ def plans_of(spec):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "quantised"])
 def test_parts_are_found_to_be_those_of_the_whole(name, quantised):
     checkpoint = Checkpoint.open(quantised if name == "quantised" else VECTORS / name)
-    spec = describe(checkpoint)
-    whole = sums_of(loaded(checkpoint, Plan.whole(spec, 1)))
+    spec = read_model_spec(checkpoint)
+    whole = weight_checksums(loaded(checkpoint, Plan.whole(spec, 1)))
     tried = 0
     for plan in plans_of(spec):
-        ranks = [sums_of(loaded(checkpoint, plan, r)) for r in range(plan.nodes)]
-        found = compare(whole, plan, ranks)
+        ranks = [weight_checksums(loaded(checkpoint, plan, r)) for r in range(plan.nodes)]
+        found = compare_checksums(whole, plan, ranks)
         assert not found.wrong, (plan.placement, plan.nodes, plan.trunk)
         # Key heads that two ranks share are the only parts that overlap.
         assert found.unknown <= (0.2 * found.same if plan.trunk == "sharded" else 0)
@@ -88,9 +88,11 @@ def test_parts_are_found_to_be_those_of_the_whole(name, quantised):
         wrong = {**ranks[1], "x": [1, 1]}
         stacked = next(n for n, s in whole.items() if len(s) > 2)
         wrong[stacked] = [*wrong[stacked][:-1], (wrong[stacked][-1] + 1) % checksums.MODULUS]
-        ((bad, expert, blamed),) = compare(whole, plan, [ranks[0], wrong, *ranks[2:]]).wrong
+        ((bad, expert, blamed),) = compare_checksums(
+            whole, plan, [ranks[0], wrong, *ranks[2:]]
+        ).wrong
         assert bad == stacked
-        assert expert == plan.layers[0].held_by(1)[-1]
+        assert expert == plan.layers[0].experts_of(1)[-1]
         assert 1 in blamed
         if plan.placement != "sliced":
             assert blamed == (1,)
@@ -102,26 +104,28 @@ def test_every_byte_counts(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(VECTORS / "mixtral", folder)
     checkpoint = Checkpoint.open(folder)
-    plan = Plan.whole(describe(checkpoint), 1)
-    before = sums_of(loaded(checkpoint, plan))
+    plan = Plan.whole(read_model_spec(checkpoint), 1)
+    before = weight_checksums(loaded(checkpoint, plan))
     tensor = next(t for n, t in checkpoint.tensors.items() if "experts.1" in n)
     with tensor.file.open("r+b") as file:
         file.seek(tensor.start + 40)
         byte = file.read(1)[0]
         file.seek(tensor.start + 40)
         file.write(bytes([byte ^ 1]))
-    ((name, expert, ranks),) = compare(before, plan, [sums_of(loaded(checkpoint, plan))]).wrong
+    ((name, expert, ranks),) = compare_checksums(
+        before, plan, [weight_checksums(loaded(checkpoint, plan))]
+    ).wrong
     assert (expert, ranks) == (1, (0,))
     assert "experts" in name or "switch_mlp" in name
 
 
 def test_ranks_that_hold_the_same_are_compared_without_the_whole():
     checkpoint = Checkpoint.open(DEMO)
-    plan = Plan.sliced(describe(checkpoint), 2)
+    plan = Plan.sliced(read_model_spec(checkpoint), 2)
     model = loaded(checkpoint, plan)
-    ranks = [sums_of(model), sums_of(loaded(checkpoint, plan, 1))]
+    ranks = [weight_checksums(model), weight_checksums(loaded(checkpoint, plan, 1))]
     assert verification._unlike(plan, ranks) == []
-    name = next(n for n, _ in named_arrays(model) if "norm" in n)
+    name = next(n for n, _ in named_parameters(model) if "norm" in n)
     ranks[1][name] = [ranks[1][name][0], 7]
     assert verification._unlike(plan, ranks) == [name]
     assert verification._unlike(replace(plan, trunk="sharded"), ranks) == []
@@ -210,7 +214,7 @@ def formed(link):
 
 def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
     checkpoint = Checkpoint.open(DEMO)
-    plan = Plan.whole(describe(checkpoint), 2)
+    plan = Plan.whole(read_model_spec(checkpoint), 2)
     slow, said = Link(50e-6, 10e6), []
 
     def no() -> verification.Seen:
@@ -249,5 +253,5 @@ def test_where_the_whole_does_not_fit_there_is_nothing_to_compare_with(tmp_path)
         raise PlanError("rank 0 needs too much")
 
     test = SelfTest(tmp_path, True, said.append)
-    assert test.before(checkpoint, Plan.whole(describe(checkpoint), 2), {}, no)
+    assert test.before(checkpoint, Plan.whole(read_model_spec(checkpoint), 2), {}, no)
     assert "nothing to compare with yet: the model does not fit" in said[-1]

@@ -12,17 +12,17 @@ TOLERANCE = 0.01
 
 
 def counted(config):
-    model = synth.build(config)
-    architecture.prestack(model)
+    model = synth.build_lazy_model(config)
+    architecture.stack_dbrx_experts(model)
     total = sum(v.size for _, v in tree_flatten(model.parameters()) if isinstance(v, mx.array))
-    blocks = architecture.blocks(model)
+    blocks = architecture.find_blocks(model)
     routed = sum(
         m.weight.size for b in blocks for m in b.linears.values() if isinstance(m.weight, mx.array)
     )
     return total, routed, [b.layer for b in blocks]
 
 
-@pytest.mark.parametrize("name", sorted(synth.catalogue()))
+@pytest.mark.parametrize("name", sorted(synth.model_catalogue()))
 def test_the_catalogues_shapes(name):
     config = synth.full_config(name)
     total, routed, layers = counted(config)
@@ -33,7 +33,7 @@ def test_the_catalogues_shapes(name):
     assert sum(a.layers for a in shape.attention) == shape.layers
 
 
-@pytest.mark.parametrize("family", synth.families())
+@pytest.mark.parametrize("family", synth.family_names())
 def test_every_familys_config_can_be_planned(family):
     """A config.json of any family: its parameters are those of mlx-lm's model."""
     from cenacle.model.workload import count_parameters

@@ -19,7 +19,7 @@ from cenacle.engine.cache.kv_cache import can_go_back
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import Options
 from cenacle.engine.sampling.sampler import Choice, Drawing
-from cenacle.model.step_timer import Watch
+from cenacle.model.step_timer import StepTimer
 
 WORDS = 6
 
@@ -46,7 +46,7 @@ class Chain(nn.Module):
 
 def answer(way, tokens=(0, 1, 2, 3, 0, 1, 2, 3), limit=40, sharp=1.0, stop=(), drafter=None, **how):
     model = Chain(sharp)
-    engine = Engine(model, OneRank(), Watch(), Options(speculate=way), drafter=drafter)
+    engine = Engine(model, OneRank(), StepTimer(), Options(speculate=way), drafter=drafter)
     sampling = Sampling(**{"seed": 0, **how})
     request = Request("a", tokens, limit, stop, sampling, logprobs=2)
     events = [*engine.step(Step(0, (request,), started=(Part("a", 0, len(tokens)),)))[0]]

@@ -18,12 +18,12 @@ from cenacle.model import architecture
 from cenacle.model.synth import (
     LINEAR,
     _encode,
-    build,
-    catalogue,
-    families,
+    build_lazy_model,
+    family_names,
     first_layers,
     full_config,
     layer_count,
+    model_catalogue,
     synth,
     text_config,
     tiny_config,
@@ -51,10 +51,10 @@ def metal_only(family):
     return architecture.FAMILIES.get(family, architecture.GENERIC).metal_only
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", family_names())
 def test_every_family_loads_and_its_logits_are_well_spread(family, tmp_path):
     made = synth(tmp_path, family=family)
-    assert made.family == architecture.resolve(tiny_config(family))
+    assert made.family == architecture.resolve_family(tiny_config(family))
     model, _ = load_model(tmp_path)
 
     # mlx-lm changes nothing on loading, and nothing is as constant as its own start values.
@@ -156,7 +156,7 @@ def test_shards(tmp_path):
     load_model(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("family", [f for f in families() if not metal_only(f)])
+@pytest.mark.parametrize("family", [f for f in family_names() if not metal_only(f)])
 def test_fewer_layers(family, tmp_path):
     config = tiny_config(family)
     total = layer_count(config)
@@ -178,10 +178,10 @@ def test_fewer_layers(family, tmp_path):
 
 
 def test_full_size_models_have_the_parameters_their_sources_state():
-    for name, entry in catalogue().items():
+    for name, entry in model_catalogue().items():
         assert entry.source
         assert entry.confidence in "ABCDE"
-        parameters = get_total_parameters(build(full_config(name)))
+        parameters = get_total_parameters(build_lazy_model(full_config(name)))
         if entry.parameters is not None:
             assert parameters == pytest.approx(entry.parameters, rel=0.01), name
 
@@ -189,10 +189,10 @@ def test_full_size_models_have_the_parameters_their_sources_state():
 def test_first_layers_of_a_full_size_model():
     config = first_layers(full_config("kimi-k2.5"), 3)
     assert config["text_config"]["num_hidden_layers"] == 3
-    assert len(build(config).layers) == 3
-    assert len(build(first_layers(full_config("granite-4.0-h-small"), 6)).layers) == 6
+    assert len(build_lazy_model(config).layers) == 3
+    assert len(build_lazy_model(first_layers(full_config("granite-4.0-h-small"), 6)).layers) == 6
     with pytest.raises(InputError, match="holds routed experts"):
-        build(first_layers(full_config("deepseek-v3"), 3))
+        build_lazy_model(first_layers(full_config("deepseek-v3"), 3))
     with pytest.raises(InputError, match="at least 4"):
         first_layers(full_config("llama-4-scout"), 2)
     with pytest.raises(InputError, match="1 to 40"):

@@ -11,7 +11,7 @@ from one_process import VECTORS, load_rank, run_ranks
 from cenacle.collective.single import Alone
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import describe
+from cenacle.model.loader import read_model_spec
 
 MAX_RELATIVE_ERROR = 5e-6
 PROMPT_LENGTHS = (1, 7, 40)
@@ -36,7 +36,7 @@ def folder(request):
 
 
 def test_one_rank(folder):
-    plan = Plan.whole(describe(Checkpoint.open(folder)), 1)
+    plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
     replay(load_rank(folder, plan, Alone()), mx.load(str(folder / "vectors.safetensors")))
 
 
@@ -61,9 +61,9 @@ def test_ranks_together(folder, nodes, shares, placement):
 
 
 def test_spec(folder):
-    spec = describe(Checkpoint.open(folder))
+    spec = read_model_spec(Checkpoint.open(folder))
     assert (spec.family, spec.layers, spec.top_k) == (folder.name, 2, 2)
-    assert (spec.context, spec.vocabulary, spec.dtype) == (512, 256, "float32")
+    assert (spec.context_length, spec.vocab_size, spec.dtype) == (512, 256, "float32")
     assert [(m.layer, m.experts, m.expert_bytes) for m in spec.moe] == [
         (0, 8, 3 * 64 * 24 * 4),
         (1, 8, 3 * 64 * 24 * 4),

@@ -14,8 +14,8 @@ from cenacle.core.step import Step
 from cenacle.engine import engine, options
 from cenacle.errors import ClusterError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import describe
-from cenacle.model.step_timer import Watch
+from cenacle.model.loader import read_model_spec
+from cenacle.model.step_timer import StepTimer
 
 
 class Clock:
@@ -28,7 +28,7 @@ class Clock:
 
 def test_laps_add_up_by_name():
     clock = Clock()
-    watch = Watch(clock)
+    watch = StepTimer(clock)
     watch.start()
     for name, seconds in [("trunk", 1), ("experts", 2), ("exchange", 4), ("trunk", 8)]:
         clock.now += seconds
@@ -46,14 +46,14 @@ def test_outside_a_measured_step_nothing_is_evaluated_or_kept():
     def must_not_be_called():
         raise AssertionError("the clock was read")
 
-    watch = Watch(must_not_be_called)
+    watch = StepTimer(must_not_be_called)
     watch.lap("trunk", "not even an array")
     watch.routed(0, "not even an array")
     assert not watch.running
 
 
 def test_routed_counts():
-    watch = Watch()
+    watch = StepTimer()
     watch.start()
     watch.routed(3, mx.array([[[0, 2], [2, 5]]]))
     watch.routed(3, mx.array([[[2, 1]]], mx.uint32))
@@ -65,7 +65,7 @@ def test_routed_counts():
 
 def test_every_step_begins_anew():
     clock = Clock()
-    watch = Watch(clock)
+    watch = StepTimer(clock)
     for _ in range(2):
         watch.start()
         watch.routed(0, mx.array([[1]]))
@@ -82,8 +82,8 @@ def test_every_step_begins_anew():
 @pytest.mark.parametrize("family", ["dbrx", "mixtral", "qwen3_moe"])
 def test_a_models_laps(family):
     """Per layer: what came before the block, its experts, its exchange."""
-    folder, watch = VECTORS / family, Watch()
-    plan = Plan.whole(describe(Checkpoint.open(folder)), 1)
+    folder, watch = VECTORS / family, StepTimer()
+    plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
     model = load_rank(folder, plan, Alone(), watch)
     watch.start()
     mx.eval(model(mx.array([[1, 2, 3]])))

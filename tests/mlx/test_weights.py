@@ -17,8 +17,8 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.demo.run import DEMO_MODEL_DIR as DEMO
 from cenacle.errors import CheckpointError, PlanError
-from cenacle.model.checkpoint import Checkpoint, locate
-from cenacle.model.loader import build, describe, load
+from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
+from cenacle.model.loader import build_model, load_rank_model, read_model_spec
 
 MIXTRAL = VECTORS / "mixtral"
 WEIGHTS = "model.safetensors"
@@ -33,9 +33,9 @@ def folder(tmp_path) -> Path:
 
 def open_and_load(folder: Path, nodes: int = 2) -> None:
     checkpoint = Checkpoint.open(folder)
-    plan = Plan.whole(describe(checkpoint), nodes)
+    plan = Plan.whole(read_model_spec(checkpoint), nodes)
     for rank in range(nodes):
-        load(checkpoint, plan, rank, lambda done, total: None)
+        load_rank_model(checkpoint, plan, rank, lambda done, total: None)
 
 
 def refused(folder: Path, *patterns: str) -> None:
@@ -82,7 +82,7 @@ def test_no_such_folder(tmp_path):
         Checkpoint.open(tmp_path / "nowhere")
     for name in (str(tmp_path / "nowhere"), "./no/where", "nowhere", "~/no/where"):
         with pytest.raises(CheckpointError, match="no such folder"):
-            locate(name)
+            locate_checkpoint(name)
 
 
 def test_no_config(folder):
@@ -272,15 +272,15 @@ def test_plan_of_another_model(experts, layers):
     moe = tuple(MoELayer(i, experts, 18432) for i in range(layers))
     plan = Plan.whole(ModelSpec("mixtral", layers, moe, 2, 0, 512, 256, "float32"), 2)
     with pytest.raises(PlanError, match="the plan is of another model"):
-        build(Checkpoint.open(MIXTRAL), plan, 0)
+        build_model(Checkpoint.open(MIXTRAL), plan, 0)
 
 
 def test_progress_counts_the_plans_bytes():
     checkpoint = Checkpoint.open(MIXTRAL)
-    plan = Plan.whole(describe(checkpoint), 3)
+    plan = Plan.whole(read_model_spec(checkpoint), 3)
     for rank in range(3):
         told = []
-        load(checkpoint, plan, rank, lambda *now, told=told: told.append(now))
+        load_rank_model(checkpoint, plan, rank, lambda *now, told=told: told.append(now))
         total = plan.bytes_of(rank)["total"]
         assert told[-1] == (total, total)
         assert [done for done, _ in told] == sorted(done for done, _ in told)
@@ -407,9 +407,11 @@ def test_ranks_have_the_files_rows(tmp_path, write):
     """Every expert's tensors, put together from the ranks, are the file's."""
     write(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    plan = Plan.whole(describe(checkpoint), 3, (1, 2, 4))
-    whole = dict(tree_flatten(build(checkpoint, None, 0).parameters()))
-    ranks = [dict(tree_flatten(build(checkpoint, plan, rank).parameters())) for rank in range(3)]
+    plan = Plan.whole(read_model_spec(checkpoint), 3, (1, 2, 4))
+    whole = dict(tree_flatten(build_model(checkpoint, None, 0).parameters()))
+    ranks = [
+        dict(tree_flatten(build_model(checkpoint, plan, rank).parameters())) for rank in range(3)
+    ]
     for name, value in whole.items():
         parts = [rank[name] for rank in ranks]
         if ".switch_mlp." in name:
@@ -421,8 +423,8 @@ def test_ranks_have_the_files_rows(tmp_path, write):
 def test_models_that_are_only_described_leave_nothing_behind():
     """A head builds one for each machine whenever it forms a group, for months."""
     checkpoint = Checkpoint.open(DEMO)
-    describe(checkpoint)
+    read_model_spec(checkpoint)
     before = psutil.Process().memory_info().rss
     for _ in range(30):  # 28 MB, where the draws of their weights were kept
-        describe(checkpoint)
+        read_model_spec(checkpoint)
     assert psutil.Process().memory_info().rss - before < 10e6

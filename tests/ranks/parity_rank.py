@@ -33,8 +33,8 @@ def serve(channel: Channel) -> None:
     from cenacle.engine.options import Options
     from cenacle.model.checkpoint import Checkpoint
     from cenacle.model.expert_parallel import parallelize
-    from cenacle.model.loader import load, named_arrays
-    from cenacle.model.step_timer import Watch
+    from cenacle.model.loader import load_rank_model, named_parameters
+    from cenacle.model.step_timer import StepTimer
     from cenacle.scheduler.scheduler import Scheduler
 
     order = receive(channel)
@@ -46,11 +46,11 @@ def serve(channel: Channel) -> None:
         if message["type"] == "stop":
             return
         plan = Plan.load(Path(message["plan"]))
-        watch = Watch()
-        model = load(
+        watch = StepTimer()
+        model = load_rank_model(
             Checkpoint.open(Path(message["folder"])), plan, collective.rank, lambda *_: None
         )
-        held = sum(value.nbytes for _, value in named_arrays(model))
+        held = sum(value.nbytes for _, value in named_parameters(model))
         kernels = message["kernels"]
         parallelize(model, plan.spec.family, plan, collective, watch, kernels)
         before = collective.traffic.calls

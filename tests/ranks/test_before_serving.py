@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 import cenacle
+from cenacle.api import Model
 from cenacle.errors import ClusterError
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.local_ranks import LocalRanks
+from cenacle.runtime import LoadOptions
 from cenacle.verification import SelfTest
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -20,7 +22,8 @@ def serve(folder, nodes, always=True, **how):
     """What a start with a self-test says."""
     said = []
     test = SelfTest(folder, always, said.append)
-    with cenacle.load(str(folder / "model"), nodes, selftest=test, **how) as model:
+    options = LoadOptions(str(folder / "model"), nodes, **how)
+    with Model.load(options, selftest=test) as model:
         assert model.group.counts == {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         assert model.generate("What is 12 + 30?", max_tokens=8).text == "42"
     return said

@@ -94,7 +94,7 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
     assert found["ceilings"]["exchange_us"] == []
     token = found["ceilings"]["token"]
     assert token["percent"] == pytest.approx(100 * token["read_ms"] / token["token_ms"])
-    assert (token["kernels_ms"] is not None) == native.available()
+    assert (token["kernels_ms"] is not None) == native.is_available()
 
 
 def test_bench_on_two_ranks_says_what_each_did(folder, tmp_path):
@@ -189,7 +189,7 @@ def test_a_job_is_a_function_of_this_package(name):
 
 def spec(experts, top_k):
     layers = (MoELayer(0, experts, 1000, units=8), MoELayer(1, experts, 1000, units=8))
-    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", lookup_bytes=100)
+    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", embedding_bytes=100)
 
 
 @pytest.mark.parametrize(

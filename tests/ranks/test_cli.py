@@ -122,8 +122,8 @@ def test_a_saved_plan_is_what_runs(folder, tmp_path):
 
 @pytest.mark.parametrize("kernels", ["mlx", "native"])
 def test_every_placement_gives_the_same_text(folder, kernels):
-    if kernels == "native" and not native.available():
-        pytest.skip(native.why_not())
+    if kernels == "native" and not native.is_available():
+        pytest.skip(native.unavailable_reason())
     said = set()
     for how in ("-n 1", "-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated"):
         ran = run(
@@ -183,7 +183,7 @@ def test_families_and_help_tell_what_there_is():
         (["inspect", "-m", "FOLDER", "-n", "2", "--node-memory-gb", "1,1"], 4, "budgets are for"),
         (
             ["inspect", "-m", "FOLDER", "--placement", "replicated", "--node-memory-gb", "0"],
-            *(4, "allow more bytes"),
+            *(4, "allow more memory"),
         ),
         (
             ["inspect", "-m", "FOLDER", "-n", "2", "--node-memory-gb", "nan,1"],
@@ -201,7 +201,11 @@ def test_families_and_help_tell_what_there_is():
             "--max-tokens: expected at least 1, got .-1.",
         ),
         (["generate", "-m", "FOLDER", "-p", "x", "--node-weights", "1,a"], 2, "--node-weights"),
-        (["generate", "-m", "FOLDER", "-p", "x", "-n", "2", "--node-weights", "1"], 4, "shares"),
+        (
+            ["generate", "-m", "FOLDER", "-p", "x", "-n", "2", "--node-weights", "1"],
+            4,
+            "node_weights",
+        ),
         (["generate", "-m", "FOLDER", "-p", "LONG"], 2, "context"),
         (["synth", "--family", "dbxr", "--out", "OUT"], 2, "dbrx"),
         (["generate", "-m", "FOLDER", "--unknown"], 2, "no such option"),
@@ -248,8 +252,8 @@ def test_ending_the_front_leaves_no_rank(folder, how):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_what_computes_is_said(there):
-    if there and not native.available():
-        pytest.skip(native.why_not())
+    if there and not native.is_available():
+        pytest.skip(native.unavailable_reason())
     env = {**os.environ, **({} if there else {"CENACLE_NATIVE": "0"})}
     ran = run("generate", "-m", DEMO_MODEL_DIR, "-p", "What is 2 + 2?", env=env)
     assert ran.returncode == 0, ran.stderr

@@ -49,10 +49,9 @@ LISTS = LLMatcher.grammar_from_lark(
 @pytest.fixture(scope="module")
 def models():
     """Without drafts."""
-    options = Options(speculate="off")
     with (
-        cenacle.load(str(DEMO), 1, options=options) as one,
-        cenacle.load(str(DEMO), 2, options=options) as two,
+        cenacle.load(str(DEMO), 1, speculative="off") as one,
+        cenacle.load(str(DEMO), 2, speculative="off") as two,
     ):
         yield {1: one, 2: two}
 
@@ -60,10 +59,9 @@ def models():
 @pytest.fixture(scope="module")
 def drafting():
     """With drafts wherever there is one."""
-    options = Options(speculate="always")
     with (
-        cenacle.load(str(DEMO), 1, options=options) as one,
-        cenacle.load(str(DEMO), 2, options=options, trunk="sharded") as two,
+        cenacle.load(str(DEMO), 1, speculative="always") as one,
+        cenacle.load(str(DEMO), 2, speculative="always", trunk="sharded") as two,
     ):
         yield {1: one, 2: two}
 
@@ -306,9 +304,7 @@ SAID = [
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_draft_model_changes_nothing(models, small, nodes):
     """Of two nodes each has half of each expert, and the first the whole draft model."""
-    with cenacle.load(
-        str(DEMO), nodes, options=Options(speculate="always"), draft=str(small)
-    ) as drafting:
+    with cenacle.load(str(DEMO), nodes, speculative="always", draft_model=str(small)) as drafting:
         for prompt, limit, how in SAID:
             plain = list(models[nodes].stream(prompt, limit, logprobs=2, **how))
             drafted = list(drafting.stream(prompt, limit, logprobs=2, **how))
@@ -324,7 +320,7 @@ def test_a_draft_model_changes_nothing(models, small, nodes):
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_draft_model_that_is_never_right_is_given_up(models, stranger, nodes):
     want = models[nodes].generate(NOISE, 200, **ENDLESS | WILD).tokens
-    with cenacle.load(str(DEMO), nodes, draft=str(stranger)) as model:
+    with cenacle.load(str(DEMO), nodes, draft_model=str(stranger)) as model:
         assert model.generate(NOISE, 200, **ENDLESS | WILD).tokens == want
         done = model.group.drafts
         assert 0 < done.by_model < 100, "it gives up"
@@ -333,8 +329,7 @@ def test_a_draft_model_that_is_never_right_is_given_up(models, stranger, nodes):
 
 def test_a_draft_model_that_is_always_right(models):
     """Of one rank: tests/mlx/test_drafting.py."""
-    options = Options(speculate="always")
-    with cenacle.load(str(DEMO), 2, draft=str(DEMO), options=options) as model:
+    with cenacle.load(str(DEMO), 2, draft_model=str(DEMO), speculative="always") as model:
         for how in (WILD, {}):
             first = model.generate(NOISE, 40, **how).tokens
             assert first == models[2].generate(NOISE, 40, **how).tokens

@@ -14,8 +14,8 @@ from mlx_lm.utils import load_model
 
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.families import all_families
-from cenacle.model.loader import describe
+from cenacle.model.families import list_families
+from cenacle.model.loader import read_model_spec
 from cenacle.model.synth import synth
 from cenacle.ranks.local_ranks import LocalRanks
 
@@ -24,7 +24,7 @@ PROMPT = [(37 * i + 11) % 251 for i in range(24)]
 MAX_TOKENS = 5
 TOLERANCE = 1e-4
 TOLERANCE_ROUNDED = 5e-4  # the native kernels round activations of quantised layers to 16 bits
-RUNNABLE = [row.name for row in all_families() if row.refused is None]
+RUNNABLE = [row.name for row in list_families() if row.refused is None]
 
 
 class Case:
@@ -32,7 +32,7 @@ class Case:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.spec = describe(Checkpoint.open(folder))
+        self.spec = read_model_spec(Checkpoint.open(folder))
         model, _ = load_model(folder)
         self.logits = model(mx.array([PROMPT])).astype(mx.float32)
         steps = generate_step(mx.array(PROMPT), model, max_tokens=MAX_TOKENS, prefill_step_size=16)
@@ -112,7 +112,7 @@ def compare(ranks: LocalRanks, case: Case, plan: Plan, kernels: str, tmp_path: P
         return f"relative error of logits {error:.1e}"
     if any(r["tokens"] != case.tokens for r in results):
         return f"tokens {results[0]['tokens']}, mlx-lm {case.tokens}"
-    divided = sum(plan.divides(p) for p in case.spec.parts)
+    divided = sum(plan.is_sharded(p) for p in case.spec.dense_modules)
     if any(r["calls"] != len(plan.layers) + divided for r in results):
         return f"{results[0]['calls']} exchanges: {len(plan.layers)} layers, {divided} other parts"
     if any(r["bytes"] != plan.bytes_of(i)["total"] for i, r in enumerate(results)):

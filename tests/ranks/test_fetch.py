@@ -6,15 +6,15 @@ import mlx.core as mx
 import pytest
 
 from cenacle.cluster.download import hub as module
-from cenacle.cluster.download.download import fetch, skeleton
+from cenacle.cluster.download.download import fetch_metadata, fetch_ranges
 from cenacle.cluster.download.hub import Hub
-from cenacle.cluster.download.local_folder import Folder
-from cenacle.cluster.download.sparse_store import Store
+from cenacle.cluster.download.local_folder import LocalFolder
+from cenacle.cluster.download.sparse_store import SparseStore
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError
-from cenacle.model.byte_ranges import JOURNAL, Strip, size
+from cenacle.model.byte_ranges import JOURNAL, ColumnRange, total_bytes
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import describe, load, named_arrays, wanted_of
+from cenacle.model.loader import load_rank_model, named_parameters, read_model_spec, required_ranges
 from cenacle.model.synth import synth
 from like_hub import REPO, Server, pretend
 
@@ -43,8 +43,8 @@ def hub(folders, monkeypatch):
 
 
 def parts(folder, plan, rank):
-    model = load(Checkpoint.open(folder), plan, rank, lambda *_: None)
-    return dict(named_arrays(model))
+    model = load_rank_model(Checkpoint.open(folder), plan, rank, lambda *_: None)
+    return dict(named_parameters(model))
 
 
 @pytest.mark.parametrize("apart", [0, 1 << 16])
@@ -53,16 +53,16 @@ def parts(folder, plan, rank):
 def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, apart, tmp_path):
     """From a folder elsewhere, span by span; what was not fetched is holes, and is not missed."""
     whole = folders[family]
-    plan = getattr(Plan, placement)(describe(Checkpoint.open(whole)), 3)
+    plan = getattr(Plan, placement)(read_model_spec(Checkpoint.open(whole)), 3)
     for rank in range(3):
-        store = skeleton(Folder(whole), tmp_path / str(rank))
+        store = fetch_metadata(LocalFolder(whole), tmp_path / str(rank))
         described = Checkpoint.open(store.folder)
-        assert describe(described) == plan.spec
-        wanted = wanted_of(described, plan, rank, apart)
+        assert read_model_spec(described) == plan.spec
+        wanted = required_ranges(described, plan, rank, apart)
         # Zeros where they are not known to be wanted would not be noticed in a missing part.
-        fetched = fetch([Folder(whole)], store, wanted)
-        assert fetched <= size(w for each in wanted.values() for w in each)
-        assert fetch([Folder(whole)], store, wanted) == 0
+        fetched = fetch_ranges([LocalFolder(whole)], store, wanted)
+        assert fetched <= total_bytes(w for each in wanted.values() for w in each)
+        assert fetch_ranges([LocalFolder(whole)], store, wanted) == 0
         want, got = parts(whole, plan, rank), parts(store.folder, plan, rank)
         assert want.keys() == got.keys()
         assert all(mx.array_equal(want[k], got[k]) for k in want)
@@ -72,20 +72,20 @@ def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, apart, t
 def test_no_node_fetches_more_than_its_part(folders, family):
     checkpoint = Checkpoint.open(folders[family])
     for placement in ("whole", "replicated"):
-        plan = getattr(Plan, placement)(describe(checkpoint), 3)
+        plan = getattr(Plan, placement)(read_model_spec(checkpoint), 3)
         for rank in range(3):
-            wanted = wanted_of(checkpoint, plan, rank)
-            fetched = size(w for each in wanted.values() for w in each)
+            wanted = required_ranges(checkpoint, plan, rank)
+            fetched = total_bytes(w for each in wanted.values() for w in each)
             assert fetched <= 1.05 * plan.bytes_of(rank)["total"]
 
 
 def test_from_the_hub_only_what_is_wanted(hub, folders, tmp_path):
-    store = skeleton(Hub(REPO), tmp_path / "part")
+    store = fetch_metadata(Hub(REPO), tmp_path / "part")
     described = Checkpoint.open(store.folder)
-    plan = Plan.whole(describe(described), 2)
-    wanted = wanted_of(described, plan, 1)
+    plan = Plan.whole(read_model_spec(described), 2)
+    wanted = required_ranges(described, plan, 1)
     before, seen = hub.sent, []
-    fetched = fetch([Hub(REPO)], store, wanted, lambda *p: seen.append(p))
+    fetched = fetch_ranges([Hub(REPO)], store, wanted, lambda *p: seen.append(p))
     assert hub.sent - before == fetched
     assert seen[0][0] < seen[-1][0] == seen[-1][1]
     want, got = parts(folders["qwen3_moe"], plan, 1), parts(store.folder, plan, 1)
@@ -96,88 +96,90 @@ def test_from_the_hub_only_what_is_wanted(hub, folders, tmp_path):
 
 def test_what_breaks_off_is_resumed(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
-    store = skeleton(Hub(REPO), tmp_path / "part")
+    store = fetch_metadata(Hub(REPO), tmp_path / "part")
     wanted = {"model.safetensors": [(0, 50_000)]}
     hub.break_after, hub.refuse = 1000, 2
-    fetch([Hub(REPO)], store, wanted)
+    fetch_ranges([Hub(REPO)], store, wanted)
     # A program that was killed knows what it had, and a line that was half written does no harm.
     with (store.folder / JOURNAL).open("a") as f:
         f.write('{"file": "model.safetens')
-    again = Store(store.folder)
+    again = SparseStore(store.folder)
     assert again.missing(wanted) == {}
     hub.asked.clear()
-    fetch([Hub(REPO)], again, {"model.safetensors": [(0, 60_000)]})
+    fetch_ranges([Hub(REPO)], again, {"model.safetensors": [(0, 60_000)]})
     assert min(start for _, start, _ in hub.asked) == 50_000
 
 
 def test_a_source_that_stays_away_is_given_up_and_another_asked(hub, folders, tmp_path):
-    store = skeleton(Hub(REPO), tmp_path / "part")
+    store = fetch_metadata(Hub(REPO), tmp_path / "part")
     wanted = {"model.safetensors": [(0, 50_000)]}
     hub.refuse = 1000
     with pytest.raises(CheckpointError, match="answers 503; given up after 6 attempts"):
-        fetch([Hub(REPO)], store, wanted)
-    fetch([Hub(REPO), Folder(folders["qwen3_moe"])], store, wanted)
+        fetch_ranges([Hub(REPO)], store, wanted)
+    fetch_ranges([Hub(REPO), LocalFolder(folders["qwen3_moe"])], store, wanted)
     assert store.missing(wanted) == {}
 
 
 def test_from_a_node_that_has_only_a_part(hub, tmp_path):
-    one, other = (skeleton(Hub(REPO), tmp_path / n) for n in ("one", "other"))
-    fetch([Hub(REPO)], one, {"model.safetensors": [(20_000, 40_000)]})
+    one, other = (fetch_metadata(Hub(REPO), tmp_path / n) for n in ("one", "other"))
+    fetch_ranges([Hub(REPO)], one, {"model.safetensors": [(20_000, 40_000)]})
     before = hub.sent
-    fetch([Folder(one.folder), Hub(REPO)], other, {"model.safetensors": [(25_000, 35_000)]})
+    fetch_ranges(
+        [LocalFolder(one.folder), Hub(REPO)], other, {"model.safetensors": [(25_000, 35_000)]}
+    )
     assert hub.sent == before
     with pytest.raises(CheckpointError, match="does not have bytes 35000 to 50000"):
-        fetch([Folder(one.folder)], other, {"model.safetensors": [(30_000, 50_000)]})
+        fetch_ranges([LocalFolder(one.folder)], other, {"model.safetensors": [(30_000, 50_000)]})
 
 
 def test_a_server_without_ranges_is_refused(hub, tmp_path):
-    store = skeleton(Hub(REPO), tmp_path / "part")
+    store = fetch_metadata(Hub(REPO), tmp_path / "part")
     hub.ranges = False
     with pytest.raises(CheckpointError, match="the hub answers 200, expected 206"):
-        fetch([Hub(REPO)], store, {"model.safetensors": [(30_000, 50_000)]})
+        fetch_ranges([Hub(REPO)], store, {"model.safetensors": [(30_000, 50_000)]})
 
 
 def test_a_byte_that_was_changed_on_the_way_is_noticed(hub, folders, tmp_path):
     size = (folders["qwen3_moe"] / "model.safetensors").stat().st_size
-    store = skeleton(Hub(REPO), tmp_path / "part")
+    store = fetch_metadata(Hub(REPO), tmp_path / "part")
     hub.damage = 100_000
     with pytest.raises(CheckpointError, match="damaged on the way"):
-        fetch([Hub(REPO)], store, {"model.safetensors": [(0, size)]})
+        fetch_ranges([Hub(REPO)], store, {"model.safetensors": [(0, size)]})
     hub.damage = None
-    fetch([Hub(REPO)], store, {"model.safetensors": [(0, size)]})
+    fetch_ranges([Hub(REPO)], store, {"model.safetensors": [(0, size)]})
     assert (store.folder / "model.safetensors").read_bytes() == (
         folders["qwen3_moe"] / "model.safetensors"
     ).read_bytes()
 
 
 def test_a_byte_that_was_changed_on_the_disk_is_found_and_fetched_again(folders, tmp_path):
-    store = skeleton(Folder(folders["qwen3_moe"]), tmp_path / "part")
+    store = fetch_metadata(LocalFolder(folders["qwen3_moe"]), tmp_path / "part")
     wanted = {"model.safetensors": [(30_000, 50_000)]}
-    fetch([Folder(folders["qwen3_moe"])], store, wanted)
+    fetch_ranges([LocalFolder(folders["qwen3_moe"])], store, wanted)
     assert store.damaged() == {}
     with (store.folder / "model.safetensors").open("r+b") as f:
         f.seek(40_000)
         byte = f.read(1)
         f.seek(40_000)
         f.write(bytes([byte[0] ^ 255]))
-    again = Store(store.folder)
+    again = SparseStore(store.folder)
     wrong = again.damaged()
     assert [a <= 40_000 < b for a, b in wrong["model.safetensors"]] == [True]
     again.forget(wrong)
-    assert Store(store.folder).missing(wanted) == again.missing(wanted) != {}
-    fetch([Folder(folders["qwen3_moe"])], again, wanted)
+    assert SparseStore(store.folder).missing(wanted) == again.missing(wanted) != {}
+    fetch_ranges([LocalFolder(folders["qwen3_moe"])], again, wanted)
     assert again.damaged() == {}
 
 
 def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkeypatch):
-    source = Folder(folders["qwen3_moe"])
-    store = skeleton(source, tmp_path / "part")
+    source = LocalFolder(folders["qwen3_moe"])
+    store = fetch_metadata(source, tmp_path / "part")
     wanted = {"model.safetensors": [(30_000, 50_000)]}
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as m:
         m.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(CheckpointError, match=r"20\.0 KB are to be fetched, 1\.00 KB are free"):
-            fetch([source], store, wanted)
+            fetch_ranges([source], store, wanted)
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -185,45 +187,45 @@ def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkey
     with monkeypatch.context() as m:
         m.setattr(module.os, "fsync", full)
         with pytest.raises(CheckpointError, match="the disk is full; free some space"):
-            fetch([source], store, wanted)
-    assert fetch([source], store, wanted) == 20_000
+            fetch_ranges([source], store, wanted)
+    assert fetch_ranges([source], store, wanted) == 20_000
 
 
 def test_a_source_that_has_changed_is_refused(folders, tmp_path):
-    store = skeleton(Folder(folders["qwen3_moe"]), tmp_path / "part")
+    store = fetch_metadata(LocalFolder(folders["qwen3_moe"]), tmp_path / "part")
     with pytest.raises(CheckpointError, match="remove the folder to fetch the new model"):
         store.make("model.safetensors", 17)
 
 
 def test_what_is_not_there_is_said(hub, tmp_path):
     with pytest.raises(CheckpointError, match="no such repository"):
-        skeleton(Hub("circle/none"), tmp_path / "none")
+        fetch_metadata(Hub("circle/none"), tmp_path / "none")
     with pytest.raises(CheckpointError, match="no such folder"):
-        skeleton(Folder(tmp_path / "nowhere"), tmp_path / "none")
+        fetch_metadata(LocalFolder(tmp_path / "nowhere"), tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="has no weights"):
-        skeleton(Folder(tmp_path / "empty"), tmp_path / "none")
+        fetch_metadata(LocalFolder(tmp_path / "empty"), tmp_path / "none")
 
 
 def test_columns_are_fetched_and_kept_apart(folders, tmp_path):
     """What is known of one set of columns says nothing of another's; rows that are here do."""
-    whole = Folder(folders["qwen3_moe"])
-    store = skeleton(whole, tmp_path / "part")
+    whole = LocalFolder(folders["qwen3_moe"])
+    store = fetch_metadata(whole, tmp_path / "part")
     rows = [30_000 + 100 * i for i in range(200)]
-    strip = Strip(30_000, 50_000, 100, ((10, 30), (60, 80)))
-    assert fetch([whole], store, {"model.safetensors": [strip]}) == strip.nbytes == 200 * 40
+    strip = ColumnRange(30_000, 50_000, 100, ((10, 30), (60, 80)))
+    assert fetch_ranges([whole], store, {"model.safetensors": [strip]}) == strip.nbytes == 200 * 40
     got = (store.folder / "model.safetensors").read_bytes()
     want = (folders["qwen3_moe"] / "model.safetensors").read_bytes()
     for row in rows:
         assert got[row + 10 : row + 30] == want[row + 10 : row + 30]
         assert got[row + 60 : row + 80] == want[row + 60 : row + 80]
         assert not any(got[row + 30 : row + 60])
-    again = Store(store.folder)
+    again = SparseStore(store.folder)
     narrower, other = strip._replace(kept=((12, 20),)), strip._replace(kept=((25, 35),))
     assert again.missing({"model.safetensors": [strip, narrower]}) == {}
     assert again.missing({"model.safetensors": [other]}) == {"model.safetensors": [other]}
     assert again.missing({"model.safetensors": [(30_000, 31_000)]})
-    fetch([whole], again, {"model.safetensors": [(35_050, 45_020)]})
+    fetch_ranges([whole], again, {"model.safetensors": [(35_050, 45_020)]})
     left = [other._replace(stop=35_100), other._replace(start=45_000)]
     assert again.missing({"model.safetensors": [other]}) == {"model.safetensors": left}
     assert again.damaged() == {}
@@ -233,10 +235,10 @@ def test_columns_are_fetched_and_kept_apart(folders, tmp_path):
     wrong = again.damaged()
     assert wrong == {"model.safetensors": [strip]}
     again.forget(wrong)
-    assert Store(store.folder).missing({"model.safetensors": [strip]})
+    assert SparseStore(store.folder).missing({"model.safetensors": [strip]})
 
 
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
     for name in ("../model.safetensors", "/tmp/model.safetensors"):
         with pytest.raises(CheckpointError, match="a file cannot be called"):
-            Store(tmp_path).make(name, 10)
+            SparseStore(tmp_path).make(name, 10)

@@ -115,10 +115,8 @@ def test_ring_gives_the_same_tokens(one):
 
 
 def test_three_nodes_with_unlike_shares_give_the_same_tokens(one):
-    with loaded(
-        nodes=3, shares=(5, 2, 1), placement="whole", options=Options(prefill_chunk=64)
-    ) as model:
-        assert [len(model.plan.layers[0].held_by(r)) for r in range(3)] == [5, 2, 1]
+    with loaded(nodes=3, node_weights=(5, 2, 1), placement="whole", prefill_chunk_size=64) as model:
+        assert [len(model.plan.layers[0].experts_of(r)) for r in range(3)] == [5, 2, 1]
         assert model.generate(PROMPT, 16).tokens == GREEDY
         assert model.generate(list(range(200)), 6).tokens == one["long prompt"]
 
@@ -282,14 +280,14 @@ def order(plan: Plan, folder: Path) -> dict:
 
 
 def test_bf16_on_the_wire(two):
-    with loaded(nodes=3, wire="bf16") as model:
+    with loaded(nodes=3, comm_dtype="bf16") as model:
         tokens = model.generate(PROMPT, 16).tokens
         assert len(tokens) == 16
         assert tokens[:2] == GREEDY[:2]  # rounded, but near
-    with pytest.raises(InputError, match="since ring exchanges vectors as they are"):
-        cenacle.load(str(MIXTRAL), 2, backend="ring", wire="bf16")
+    with pytest.raises(InputError, match="since the backend ring sends vectors unchanged"):
+        cenacle.load(str(MIXTRAL), 2, backend="ring", comm_dtype="bf16")
     with pytest.raises(InputError, match="expected one of f32, bf16, got 'int8'"):
-        cenacle.load(str(MIXTRAL), 2, wire="int8")
+        cenacle.load(str(MIXTRAL), 2, comm_dtype="int8")
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "auto"])
@@ -329,7 +327,7 @@ class Ending:
         if self._said:
             raise Closed("the connection was closed")
         self._said = True
-        return {"type": "error", "epoch": 0, "kind": "ClusterError", "message": "it has a reason"}
+        return {"type": "error", "epoch": 0, "error": {"message": "it has a reason"}}
 
     def blame(self, rank, reason):
         return RankLost(rank, f"rank {rank} {reason}")

@@ -23,7 +23,7 @@ from cenacle.cli.main import app
 from cenacle.cluster import client, service_unit
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import ask, pair
-from cenacle.cluster.download.distribution import Sharing
+from cenacle.cluster.download.distribution import ModelDistribution
 from cenacle.cluster.formation import Joined
 from cenacle.cluster.head import Head
 from cenacle.cluster.link_probe import Link
@@ -34,7 +34,7 @@ from cenacle.core.plan import Plan
 from cenacle.engine.options import Options, need_of
 from cenacle.errors import CheckpointError, ClusterError, InputError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import describe
+from cenacle.model.loader import read_model_spec
 from cenacle.ranks.channel import Channel
 from cenacle.ranks.ranks import Epoch
 from cenacle.verification import SelfTest
@@ -305,7 +305,7 @@ def test_orders_to_who_is_not_there_fail_at_once(head):
 
     with pytest.raises(ClusterError, match="was removed") as caught:
         head.order(Node("x", "gone"), "find", model="m")
-    assert caught.value.machine == "x"
+    assert caught.value.node_id == "x"
     assert time.monotonic() - before < 1
 
 
@@ -328,7 +328,7 @@ def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
 def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypatch):
     """Each of two machines has room for half of the demo model, not for all of it."""
     checkpoint = Checkpoint.open(DEMO)
-    spec, options = describe(checkpoint), Options()
+    spec, options = read_model_spec(checkpoint), Options()
     half, whole = (
         need_of(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").own for n in (2, 1)
     )
@@ -405,7 +405,7 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
         two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2, say=said.append)
         joined._what = (checkpoint, Options(), "auto", None)
-        joined._sharing = Sharing(head, "answers", checkpoint, None)
+        joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
         with agent(head.identity, head.port):
             formation = head.form(2, patience_s=0.1)
             assert [n.name for n in formation.members] == ["one"]
@@ -444,7 +444,7 @@ def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_
         two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2)
         joined._what = (checkpoint, Options(), "auto", None)
-        joined._sharing = Sharing(head, "answers", checkpoint, None)
+        joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
         with agent(head.identity, head.port), agent(two, head.port, tmp_path / "there"):
             formation = head.form(2)
             with pytest.raises(CheckpointError, match="another model of the name answers"):

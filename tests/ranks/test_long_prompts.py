@@ -9,7 +9,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 import cenacle
-from cenacle.engine.options import Options
 from cenacle.model.synth import synth, tiny_config
 
 PROMPT = [(131 * i * i + 17 * i + 5) % 257 for i in range(2100)]
@@ -30,9 +29,7 @@ def expected(folder, max_tokens, **options):
 
 
 def on_nodes(folder, nodes, max_tokens, **options):
-    with cenacle.load(
-        str(folder), nodes=nodes, options=Options(prefill_chunk=CHUNK, **options)
-    ) as model:
+    with cenacle.load(str(folder), nodes=nodes, prefill_chunk_size=CHUNK, **options) as model:
         return model.generate(PROMPT, max_tokens=max_tokens).tokens
 
 
@@ -58,4 +55,4 @@ def test_quantised_and_rotating_caches(wide_heads, options):
 
 def test_a_cache_that_cannot_be_quantised_is_refused_before_any_answer(wide_heads):
     with pytest.raises(cenacle.InputError, match=r"kv_bits.*groups of 64"):
-        cenacle.load(str(wide_heads), options=Options(kv_bits=8))
+        cenacle.load(str(wide_heads), kv_bits=8)

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from cenacle import ClusterError
+from cenacle import ClusterError, net
 from cenacle.collective import mesh
 from cenacle.ranks import local_ranks
 
@@ -54,7 +54,7 @@ class Process:
 
 
 def ports(count: int) -> list[str]:
-    return [f"127.0.0.1:{p}" for p in local_ranks._free_ports(count)]
+    return [f"127.0.0.1:{p}" for p in net.free_ports(count)]
 
 
 @pytest.fixture

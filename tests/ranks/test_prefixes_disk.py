@@ -22,7 +22,6 @@ import httpx
 import pytest
 
 import cenacle
-from cenacle.engine.options import Options
 from cenacle.scheduler.disk_index import PAGE
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -73,7 +72,7 @@ def rest(events):
 @pytest.fixture(scope="module")
 def plain():
     """Without any cache: texts by conversation, tokens by name, and those of an endless answer."""
-    with cenacle.load(str(DEMO), options=Options(cache_gb=0)) as model:
+    with cenacle.load(str(DEMO), prefix_cache_gb=0) as model:
         texts = {json.dumps(c): model.generate(c, LENGTH).text for c in (FIRST, SECOND, OTHER)}
         tokens = {name: rest(begin(model, asked))[0] for name, asked in ASKED.items()}
         return texts, tokens, rest(begin(model, ASKED["Flo"], ENDLESS))[0]
@@ -203,8 +202,7 @@ def until_there(group, count):
 
 
 def loaded(folder, nodes):
-    options = Options(cache_dir=str(folder), cache_disk_gb=0.5)
-    return cenacle.load(str(DEMO), nodes, options=options)
+    return cenacle.load(str(DEMO), nodes, prefix_cache_dir=str(folder), prefix_cache_disk_gb=0.5)
 
 
 def flip(path):

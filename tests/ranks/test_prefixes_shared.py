@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 import cenacle
-from cenacle.engine.options import Options
 from cenacle.model.synth import synth
 
 SYSTEM = [(131 * i * i + 17 * i + 5) % 257 for i in range(600)]
@@ -22,7 +21,7 @@ def folder(request, tmp_path_factory):
 
 
 def loaded(folder, nodes=1, cache_gb=1.0, **options):
-    return cenacle.load(str(folder), nodes, options=Options(cache_gb=cache_gb, **options))
+    return cenacle.load(str(folder), nodes, prefix_cache_gb=cache_gb, **options)
 
 
 def begin(model, prompt, max_tokens=8, **how):

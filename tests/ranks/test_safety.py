@@ -22,6 +22,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import cenacle
+from cenacle import net
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -63,16 +64,11 @@ def cenacle_program(home: Path, *arguments: str) -> "subprocess.CompletedProcess
     )
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
 @contextlib.contextmanager
 def serving(home: Path, nodes: int, *options: str) -> Iterator[Safe]:
     """`cenacle serve` on every address of this machine, until the block ends."""
     key = cenacle_program(home, "keys", "add", "alice").stdout.strip()
-    port, log = free_port(), home / "log"
+    port, log = net.free_ports(1)[0], home / "log"
     command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO), "-n", str(nodes)]
     command += ["--host", "0.0.0.0", "--port", str(port), "--tls", "self", *options]
     with log.open("w") as errors:
@@ -392,7 +388,7 @@ def test_heads_that_want_to_be_something_else(safe: Safe) -> None:
 
 
 def test_serve_says_what_is_missing_before_it_loads(tmp_path: Path) -> None:
-    serve = ("serve", "-m", str(DEMO), "--port", str(free_port()))
+    serve = ("serve", "-m", str(DEMO), "--port", str(net.free_ports(1)[0]))
     for options, said in (
         (("--host", "0.0.0.0"), "cenacle keys add NAME"),
         (("--require-key",), "cenacle keys add NAME"),

@@ -34,13 +34,12 @@ ENDLESS: dict[str, Any] = {"temperature": 0, "logit_bias": {str(END): -100}}
 PROGRAM = """
 import socket, sys
 import cenacle
-from cenacle.engine.engine import Options
 from cenacle.server.app import Limits
 from cenacle.server.http_server import bind, serve
 
 sock = bind(port=0)
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read shows
-how = {"options": Options(speculate="always" if "always" in sys.argv else "auto")}
+how = {"speculative": "always" if "always" in sys.argv else "auto"}
 with cenacle.load(
     sys.argv[2], int(sys.argv[1]), recover="recover" in sys.argv, **how
 ) as model:

@@ -18,15 +18,15 @@ from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import pair
 from cenacle.cluster.download import distribution
 from cenacle.cluster.download import hub as fetching
-from cenacle.cluster.download.file_server import Given
+from cenacle.cluster.download.file_server import ModelFileServer
 from cenacle.cluster.formation import Joined
 from cenacle.cluster.head import Head
 from cenacle.cluster.placement import Wanted
 from cenacle.engine.options import Options
 from cenacle.errors import CheckpointError, ClusterError
 from cenacle.model.byte_ranges import JOURNAL
-from cenacle.model.checkpoint import Checkpoint, locate
-from cenacle.model.loader import load, named_arrays, wanted_of
+from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
+from cenacle.model.loader import load_rank_model, named_parameters, required_ranges
 from cenacle.ranks.ranks import Epoch
 from like_hub import REPO, Server, pretend, times_sent
 
@@ -140,7 +140,11 @@ def is_enough(formed):
     """Every machine's rank loads from its folder what it would from the whole."""
     for rank, folder in enumerate(formed.folders):
         want, got = (
-            dict(named_arrays(load(Checkpoint.open(Path(f)), formed.plan, rank, lambda *_: None)))
+            dict(
+                named_parameters(
+                    load_rank_model(Checkpoint.open(Path(f)), formed.plan, rank, lambda *_: None)
+                )
+            )
             for f in (DEMO, folder)
         )
         assert want.keys() == got.keys()
@@ -161,9 +165,9 @@ def fetched(folder):
 @contextmanager
 def answering(monkeypatch, how):
     """What the head gives goes through `how(answer, asked)`."""
-    real = Given.answer
+    real = ModelFileServer.answer
     with monkeypatch.context() as m:
-        m.setattr(Given, "answer", lambda self, asked: how(real(self, asked), asked))
+        m.setattr(ModelFileServer, "answer", lambda self, asked: how(real(self, asked), asked))
         yield
 
 
@@ -190,7 +194,7 @@ def test_each_machine_fetches_its_own_part(cluster, hub, placement):
 @pytest.mark.parametrize("apart", [0, 1 << 16])
 def test_of_slices_the_hub_gives_each_byte_once(cluster, hub, apart, monkeypatch):
     """Also where a slice is rows that a machine gets by itself (`apart` 0)."""
-    monkeypatch.setattr(distribution, "wanted_of", partial(wanted_of, apart=apart))
+    monkeypatch.setattr(distribution, "wanted_of", partial(required_ranges, apart=apart))
     formed = cluster.form(REPO, "sliced")
     is_enough(formed)
     assert (times_sent(hub, WEIGHTS) == 1).all()
@@ -227,7 +231,7 @@ def test_from_the_head_alone_and_damage_on_the_way(cluster, model, monkeypatch):
         taken = sum(p.stat().st_blocks * 512 for p in Path(formed.folders[rank]).iterdir())
         assert taken <= 1.05 * part + 4096 * len(asked_for)
     with pytest.raises(CheckpointError, match="only one machine's part"):
-        locate(formed.folders[1])
+        locate_checkpoint(formed.folders[1])
 
 
 def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
@@ -267,7 +271,7 @@ def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
 def test_damage_on_the_disk_is_found_by_the_next_process(cluster, model):
     formed = cluster.form(str(model), "whole")
     file = Path(formed.folders[1]) / WEIGHTS
-    ranges = wanted_of(Checkpoint.open(DEMO), formed.plan, 1)[WEIGHTS]
+    ranges = required_ranges(Checkpoint.open(DEMO), formed.plan, 1)[WEIGHTS]
     with file.open("r+b") as f:
         f.seek(ranges[-1][0])
         byte = f.read(1)

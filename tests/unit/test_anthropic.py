@@ -11,11 +11,11 @@ from pydantic import TypeAdapter
 from cenacle.core.chat import Finish, Part, Usage
 from cenacle.errors import CenacleError, ClusterError, InputError
 from cenacle.server.api import anthropic
-from cenacle.server.api.protocol import Asked, Choice, Head, Served
-from cenacle.server.api.validation import Refused
+from cenacle.server.api.protocol import ChoiceState, GenerationRequest, ResponseMeta, ServedModel
+from cenacle.server.api.validation import RequestError
 
-SERVED = Served("house", 100, 50)
-HEAD = Head("1", 7, "house", "fp_1")
+SERVED = ServedModel("house", 100, 50)
+HEAD = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = Finish("stop"), Finish("length")
 EVENT: TypeAdapter[Any] = TypeAdapter(types.RawMessageStreamEvent)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -53,7 +53,7 @@ LOOP: dict[str, Any] = {
 }
 
 
-def read(**fields: Any) -> Asked:
+def read(**fields: Any) -> GenerationRequest:
     body = {"model": "house", "max_tokens": 9, "messages": HELLO, **fields}
     return anthropic.read(json.dumps(body).encode(), SERVED)
 
@@ -149,7 +149,7 @@ def test_thinking() -> None:
 def test_what_is_refused_is_named(fields: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError) as caught:
         read(**fields)
-    status, body = anthropic.failure(caught.value)
+    status, body = anthropic.render_error(caught.value)
     assert (status, body["type"]) == (400, "error")
     assert body["error"]["type"] == "invalid_request_error"
     assert word in body["error"]["message"]
@@ -157,7 +157,7 @@ def test_what_is_refused_is_named(fields: dict[str, Any], word: str) -> None:
 
 def test_errors_have_anthropics_types() -> None:
     def kind(error: CenacleError) -> tuple[int, str]:
-        status, body = anthropic.failure(error)
+        status, body = anthropic.render_error(error)
         return status, body["error"]["type"]
 
     with pytest.raises(InputError) as other_model:
@@ -165,7 +165,7 @@ def test_errors_have_anthropics_types() -> None:
     assert kind(other_model.value) == (404, "not_found_error")
     assert kind(ClusterError("gone")) == (503, "overloaded_error")
     assert kind(CenacleError("oh")) == (500, "api_error")
-    assert kind(Refused("big", status=413)) == (413, "request_too_large")
+    assert kind(RequestError("big", status=413)) == (413, "request_too_large")
 
 
 PARTS = [
@@ -180,11 +180,11 @@ def put_together(parts: list[Part], finish: Finish, usage: Usage) -> Any:
     """The message that the official client makes of a stream."""
     from anthropic.lib.streaming._messages import accumulate_event
 
-    reply = anthropic.Reply(read(stream=True), HEAD)
-    events = [*reply.opening(0, Usage(usage.prompt, 0))]
+    reply = anthropic.MessageBuilder(read(stream=True), HEAD)
+    events = [*reply.first_events(0, Usage(usage.prompt, 0))]
     for part in parts:
-        events += reply.piece(0, part)
-    events += [*reply.closing(0, finish), *reply.ending(usage)]
+        events += reply.delta(0, part)
+    events += [*reply.finish_choice(0, finish), *reply.finish_stream(usage)]
     message: Any = None
     pieces: dict[int, bytes] = {}  # of the JSON of calls
     for name, data in events:
@@ -207,7 +207,9 @@ def put_together(parts: list[Part], finish: Finish, usage: Usage) -> Any:
 )
 def test_a_stream_makes_the_whole_message(parts: list[Part], finish: Finish, why: str) -> None:
     usage = Usage(7, 3, 5)
-    whole = anthropic.Reply(read(), HEAD).whole([Choice(0, parts, finish)], usage)
+    whole = anthropic.MessageBuilder(read(), HEAD).full_response(
+        [ChoiceState(0, parts, finish)], usage
+    )
     message = types.Message.model_validate(whole)
     assert (message.stop_reason, message.stop_sequence) == (why, finish.string)
     assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (2, 5)
@@ -217,7 +219,9 @@ def test_a_stream_makes_the_whole_message(parts: list[Part], finish: Finish, why
 
 
 def test_the_blocks_of_a_message() -> None:
-    whole = anthropic.Reply(read(), HEAD).whole([Choice(0, PARTS, STOP)], Usage(7, 3))
+    whole = anthropic.MessageBuilder(read(), HEAD).full_response(
+        [ChoiceState(0, PARTS, STOP)], Usage(7, 3)
+    )
     assert whole["content"] == [
         {"type": "thinking", "thinking": "Hm", "signature": ""},
         {"type": "text", "text": "It rains", "citations": None},
@@ -226,7 +230,7 @@ def test_the_blocks_of_a_message() -> None:
 
 
 def test_a_failure_in_the_middle() -> None:
-    ((name, data),) = anthropic.Reply(read(), HEAD).failed(ClusterError("gone"))
+    ((name, data),) = anthropic.MessageBuilder(read(), HEAD).error(ClusterError("gone"))
     assert isinstance(data, dict)
     assert (name, data["error"]["message"]) == ("error", "gone")
 

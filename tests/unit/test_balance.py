@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import spec_of
 
-from cenacle.core.model_spec import ModelSpec, MoELayer, TrunkPart
+from cenacle.core.model_spec import DenseModule, ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.errors import PlanError
 from cenacle.planning.catalog import Fact, Link, Machine
@@ -102,7 +102,7 @@ def test_better_than_the_papers_layouts(nodes, paper):
     arXiv:2506.23635, which replicates groups of eight; over every set of four."""
     spec = spec_of(experts=16, layers=1, expert_bytes=100, trunk=0)
     layer = Plan.replicated(spec, nodes, [800] * nodes).layers[0]
-    holders = layer.holders(0)
+    holders = layer.replica_ranks(0)
     busy = []
     for chosen in combinations(range(16), 4):
         counts = [int(e in chosen) for e in range(16)]
@@ -148,16 +148,18 @@ def test_reads_of_unlike_nodes():
         3, rel=0.01
     )  # speeds are in thousandths
     assert expert_reads(Plan.sliced(spec, 2, (3, 1)), True) == pytest.approx(3, rel=0.01)
-    assert expert_reads(Plan.replicated(spec, 2, shares=(3, 1)), True) == pytest.approx(3, rel=0.01)
+    assert expert_reads(Plan.replicated(spec, 2, node_weights=(3, 1)), True) == pytest.approx(
+        3, rel=0.01
+    )
 
 
-def model(expert_bytes: int, parts: tuple[TrunkPart, ...] = ()) -> ModelSpec:
+def model(expert_bytes: int, parts: tuple[DenseModule, ...] = ()) -> ModelSpec:
     moe = tuple(MoELayer(i, 16, expert_bytes, units=8) for i in range(10))
     trunk = sum(p.bytes for p in parts) + 5000
     return ModelSpec("mixtral", 10, moe, 4, trunk, None, 9, "float32", None, parts, 1000)
 
 
-HEAD = TrunkPart("lm_head", "head", 100, 10**7)
+HEAD = DenseModule("lm_head", "head", 100, 10**7)
 
 
 def test_modelled_time_is_bytes_and_exchanges():
@@ -175,7 +177,7 @@ def test_modelled_time_is_bytes_and_exchanges():
         (model(10**8, (HEAD,)), {"latency_s": 10}, "sliced/replicated", "10000 ms an exchange"),
         (model(10**8, (HEAD,)), {"trunk": "replicated"}, "sliced/replicated", "whole/replicated"),
         (model(10**8, (HEAD,)), {"placement": "whole"}, "whole/sharded", "whole/replicated"),
-        (replace(model(10**8), unsliced="no"), {}, "whole/replicated", ""),
+        (replace(model(10**8), unsliceable_reason="no"), {}, "whole/replicated", ""),
         (model(10**8), {"gpu": True}, "sliced/replicated", "400 GB/s"),
         (model(10**8), {"placement": "replicated"}, "replicated/replicated", ""),
         (model(10**8), {"trunk": "sharded"}, "sliced/sharded", "not plain grouped-query"),

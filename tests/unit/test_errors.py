@@ -1,5 +1,6 @@
 """The tree of errors is the one its docstring draws."""
 
+import json
 import re
 
 import pytest
@@ -36,3 +37,51 @@ def test_fields():
     assert errors.InputError("no").field is None
     lost = errors.RankLost(3, "rank 3 was killed")
     assert (str(lost), lost.rank) == ("rank 3 was killed", 3)
+
+
+class OwnKind(errors.CheckpointError):
+    """A kind that the other process does not know."""
+
+
+NAMED = errors.PlanError("too large")
+NAMED.node_id = "n"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (errors.CenacleError("wrong"), errors.ClusterError),
+        (errors.InputError("wrong", "top_p"), errors.InputError),
+        (errors.InputError("wrong"), errors.InputError),
+        (errors.CheckpointError("wrong"), errors.CheckpointError),
+        (NAMED, errors.PlanError),
+        (errors.Busy("full", 7), errors.Busy),
+        (errors.ClusterError("wrong"), errors.ClusterError),
+        (errors.RankLost(3, "wrong"), errors.RankLost),
+        (OwnKind("wrong"), errors.CheckpointError),
+    ],
+)
+def test_an_error_is_the_same_in_another_process(error, kind):
+    sent = json.loads(json.dumps(errors.error_to_json(error)))
+    received = errors.error_from_json(sent, "b: ")
+    assert type(received) is kind
+    assert str(received) == f"b: {error}"
+    expected = {k: v for k, v in vars(error).items() if v is not None}
+    assert {k: v for k, v in vars(received).items() if v is not None} == expected
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        3,
+        [],
+        {},
+        {"kind": "SystemExit", "message": "x"},
+        {"kind": "RankLost", "message": "x"},
+        {"kind": "Busy", "retry_after_s": "soon"},
+        {"kind": ["InputError"]},
+    ],
+)
+def test_what_is_not_an_error_becomes_a_cluster_error(data):
+    assert type(errors.error_from_json(data)) is errors.ClusterError

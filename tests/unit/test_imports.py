@@ -16,6 +16,7 @@ ROOT = Path(cenacle.__file__).parent
 ORDER = (
     "errors",
     "paths",
+    "net",
     "native",
     "core",
     "collective",
@@ -56,6 +57,7 @@ WITHOUT_MLX = (
     "engine.speculative.ngram",
     "errors",
     "model.byte_ranges",
+    "net",
     "paths",
     "planning",
     "ranks.channel",

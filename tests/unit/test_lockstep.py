@@ -167,7 +167,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def die(rank: PlayedRank, step: Step) -> None:
-    rank.say({"type": "error", "kind": "ClusterError", "message": "its disk is gone"})
+    rank.say({"type": "error", "error": {"message": "its disk is gone"}})
 
 
 def disagree(rank: PlayedRank, step: Step) -> None:
@@ -232,7 +232,7 @@ def test_what_an_older_epoch_says_is_not_heard(play):
         if rank.epoch == 1:  # late messages of ranks that were ended, over whatever way
             late = {"type": "stepped", "number": step.number, "report": None}
             rank.say({**late, "tokens": [list(astuple(TokenEvent("a", 7)))]}, epoch=0)
-            rank.say({"type": "error", "kind": "ClusterError", "message": "old"}, epoch=0)
+            rank.say({"type": "error", "error": {"message": "old"}}, epoch=0)
 
     group, stage = play(fault)
     client = Client(group, "a")

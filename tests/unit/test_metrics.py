@@ -119,11 +119,11 @@ def test_measured_steps(played):
 
 def test_work_follows_slices_and_replicas():
     counts = {0: 3, 2: 1}
-    sliced = Plan.sliced(SPEC, 2, shares=[3, 1])
+    sliced = Plan.sliced(SPEC, 2, node_weights=[3, 1])
     times, work = rank_activations(sliced.layers[0], counts, sliced)
     assert times == [4, 4]
     assert work == pytest.approx([3, 1])
-    both = Plan.replicated(SPEC, 2, budgets=[9999, 9999])  # each expert on both
+    both = Plan.replicated(SPEC, 2, node_memory_bytes=[9999, 9999])  # each expert on both
     times, work = rank_activations(both.layers[0], counts, both)
     assert (times, work) == ([2, 2], [2, 2])
 

@@ -16,11 +16,11 @@ from cenacle.core.chat import Finish, Logged, Part, Tool, Usage
 from cenacle.core.request import Sampling
 from cenacle.errors import CenacleError, ClusterError, InputError, RankLost
 from cenacle.server.api import anthropic, openai, openai_responses, protocol
-from cenacle.server.api.openai import ChatReply, TextReply
-from cenacle.server.api.protocol import Asked, Choice, Head, Served
-from cenacle.server.api.validation import Refused
+from cenacle.server.api.openai import ChatResponseBuilder, CompletionResponseBuilder
+from cenacle.server.api.protocol import ChoiceState, GenerationRequest, ResponseMeta, ServedModel
+from cenacle.server.api.validation import RequestError
 
-SERVED = Served("house", 100, 50)
+SERVED = ServedModel("house", 100, 50)
 HELLO = [{"role": "user", "content": "hello"}]
 PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PLACE}}
@@ -28,11 +28,11 @@ NO_SCHEMA = {"function": {"name": "f", "parameters": {"type": "texture"}, "stric
 STRICT = {"function": {"name": "weather", "parameters": PLACE, "strict": True}}
 
 
-def chat(**fields: Any) -> Asked:
+def chat(**fields: Any) -> GenerationRequest:
     return openai.read_chat(json.dumps({"messages": HELLO, **fields}).encode(), SERVED)
 
 
-def text(**fields: Any) -> Asked:
+def text(**fields: Any) -> GenerationRequest:
     return openai.read_text(json.dumps({"prompt": "hello", **fields}).encode(), SERVED)
 
 
@@ -40,7 +40,7 @@ def refused(read: Any, body: dict[str, Any]) -> tuple[int, str | None, str | Non
     """Status, param, code and message of the error that a body meets."""
     with pytest.raises(InputError) as caught:
         read(**body)
-    status, data = openai.failure(caught.value)
+    status, data = openai.render_error(caught.value)
     error = data["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
@@ -49,8 +49,8 @@ def refused(read: Any, body: dict[str, Any]) -> tuple[int, str | None, str | Non
 
 def test_the_defaults_are_those_of_openai() -> None:
     greedy_not = Sampling(temperature=1.0)
-    assert chat() == Asked((tuple(HELLO),), True, "messages", None, greedy_not)
-    assert text() == Asked(("hello",), False, "prompt", 16, greedy_not)
+    assert chat() == GenerationRequest((tuple(HELLO),), True, "messages", None, greedy_not)
+    assert text() == GenerationRequest(("hello",), False, "prompt", 16, greedy_not)
 
 
 def test_every_supported_parameter_is_read() -> None:
@@ -74,7 +74,9 @@ def test_every_supported_parameter_is_read() -> None:
     )
     sampling = Sampling(0, 0.5, 3, 0.1, -5, 1.1, 1, -1.5, {3: -100.0, 4: 0.5})
     prompts = (tuple(HELLO),)
-    assert asked == Asked(prompts, True, "messages", 7, sampling, ("a", "bc"), 2, True, True)
+    assert asked == GenerationRequest(
+        prompts, True, "messages", 7, sampling, ("a", "bc"), 2, True, True
+    )
     assert chat(max_completion_tokens=9).max_tokens == 9
     assert chat(stop="x").stop == ("x",)
 
@@ -311,7 +313,7 @@ def test_another_model_is_not_found_and_the_message_says_the_right_one() -> None
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RequestError) as caught:
         openai.read_chat(body, SERVED)
     assert (caught.value.status, caught.value.code) == (400, "invalid_body")
 
@@ -392,8 +394,8 @@ def test_whatever_comes_is_read_or_refused(which: int, data: Any) -> None:
     try:
         asked = read(json.dumps({**needed, **fields}).encode(), SERVED)
     except InputError as error:
-        json.dumps(openai.failure(error))
-        json.dumps(anthropic.failure(error))
+        json.dumps(openai.render_error(error))
+        json.dumps(anthropic.render_error(error))
     else:
         assert len(asked.prompts) * asked.n >= 1
 
@@ -426,7 +428,7 @@ def test_no_schema_breaks_the_reader(schema: dict[str, Any]) -> None:
 def test_a_prompt_must_leave_room_for_an_answer() -> None:
     assert protocol.room(99, SERVED, "prompt") == 1
     assert protocol.room(99, replace(SERVED, context=None), "prompt") is None
-    with pytest.raises(Refused, match="100 tokens") as caught:
+    with pytest.raises(RequestError, match="100 tokens") as caught:
         protocol.room(100, SERVED, "messages")
     assert (caught.value.field, caught.value.code) == ("messages", "context_length_exceeded")
 
@@ -437,12 +439,12 @@ def test_choices_have_seeds_of_their_own_and_the_first_has_the_one_given() -> No
     assert chat(n=2).sampling_of(1).seed is None
 
 
-HEAD = Head("1", 7, "house", "fp_1")
+HEAD = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = Finish("stop"), Finish("length")
 
 
-def replies(**fields: Any) -> ChatReply:
-    return ChatReply(chat(**fields), HEAD)
+def replies(**fields: Any) -> ChatResponseBuilder:
+    return ChatResponseBuilder(chat(**fields), HEAD)
 
 
 def data_of(events: Any) -> list[Any]:
@@ -458,9 +460,9 @@ def choices_of(events: Any) -> list[Any]:
 
 def test_a_whole_chat_answer() -> None:
     parts = [Part("text", "a"), Part("text", "b")]
-    choices = [Choice(1, parts, LENGTH), Choice(0, parts[:1], STOP)]
+    choices = [ChoiceState(1, parts, LENGTH), ChoiceState(0, parts[:1], STOP)]
     head = {"id": "chatcmpl-1", "created": 7, "model": "house", "system_fingerprint": "fp_1"}
-    assert replies().whole(choices, Usage(3, 2, 1)) == {
+    assert replies().full_response(choices, Usage(3, 2, 1)) == {
         **head,
         "object": "chat.completion",
         "choices": [
@@ -484,17 +486,17 @@ def test_a_whole_chat_answer() -> None:
 
 def test_the_chunks_of_a_chat() -> None:
     plain = replies(stream=True)
-    parts = (plain.opening(0, Usage(1, 0)), plain.piece(0, Part("text", "a")))
-    chunks = [c for events in (*parts, plain.closing(0, STOP)) for c in data_of(events)]
+    parts = (plain.first_events(0, Usage(1, 0)), plain.delta(0, Part("text", "a")))
+    chunks = [c for events in (*parts, plain.finish_choice(0, STOP)) for c in data_of(events)]
     deltas = [c["choices"][0]["delta"] for c in chunks]
     assert deltas == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "stop"]
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
     assert all("usage" not in c for c in chunks)
-    assert data_of(plain.ending(Usage(1, 1))) == ["[DONE]"]
+    assert data_of(plain.finish_stream(Usage(1, 1))) == ["[DONE]"]
     counting = replies(stream=True, stream_options={"include_usage": True})
-    assert data_of(counting.piece(0, Part("text", "a")))[0]["usage"] is None
-    last, done = data_of(counting.ending(Usage(1, 2)))
+    assert data_of(counting.delta(0, Part("text", "a")))[0]["usage"] is None
+    last, done = data_of(counting.finish_stream(Usage(1, 2)))
     assert (last["choices"], last["usage"]["total_tokens"], done) == ([], 3, "[DONE]")
 
 
@@ -503,7 +505,9 @@ THOUGHT = [Part("reasoning", "Hm"), Part("reasoning", "."), CALL, Part("call", "
 
 
 def test_reasoning_and_calls_are_apart_from_the_text() -> None:
-    whole = replies(tools=[WEATHER]).whole([Choice(0, THOUGHT, STOP)], Usage(1, 2, 0, 1))
+    whole = replies(tools=[WEATHER]).full_response(
+        [ChoiceState(0, THOUGHT, STOP)], Usage(1, 2, 0, 1)
+    )
     called = {"type": "function", "id": "call_1_0_0", "function": CALL_JSON}
     own = {"type": "function", "id": "own-1", "function": {"name": "b", "arguments": "{}"}}
     assert whole["choices"][0]["message"] == {
@@ -516,16 +520,16 @@ def test_reasoning_and_calls_are_apart_from_the_text() -> None:
     assert whole["choices"][0]["finish_reason"] == "tool_calls"
     assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
     stream = replies(tools=[WEATHER], stream=True)
-    deltas = [c["delta"] for part in THOUGHT for c in choices_of(stream.piece(0, part))]
+    deltas = [c["delta"] for part in THOUGHT for c in choices_of(stream.delta(0, part))]
     assert deltas == [
         {"reasoning_content": "Hm"},
         {"reasoning_content": "."},
         {"tool_calls": [{"index": 0, **called}]},
         {"tool_calls": [{"index": 1, **own}]},
     ]
-    assert choices_of(stream.closing(0, STOP))[0]["finish_reason"] == "tool_calls"
-    assert choices_of(stream.closing(1, STOP))[0]["finish_reason"] == "stop"
-    assert choices_of(stream.closing(0, LENGTH))[0]["finish_reason"] == "length"
+    assert choices_of(stream.finish_choice(0, STOP))[0]["finish_reason"] == "tool_calls"
+    assert choices_of(stream.finish_choice(1, STOP))[0]["finish_reason"] == "stop"
+    assert choices_of(stream.finish_choice(0, LENGTH))[0]["finish_reason"] == "length"
 
 
 CALL_JSON = {"name": "weather", "arguments": '{"place": "Oslo"}'}
@@ -646,19 +650,21 @@ def test_log_probabilities_of_a_chat() -> None:
         ],
         "refusal": None,
     }
-    whole = replies(**asked).whole([Choice(0, [part], STOP)], Usage(1, 1))
+    whole = replies(**asked).full_response([ChoiceState(0, [part], STOP)], Usage(1, 1))
     assert whole["choices"][0]["logprobs"] == logs
-    assert choices_of(replies(**asked).piece(0, part))[0]["logprobs"] == logs
+    assert choices_of(replies(**asked).delta(0, part))[0]["logprobs"] == logs
     assert chat(logprobs=True).logprobs == 0
     assert chat().logprobs is None
 
 
 def test_log_probabilities_of_a_completion() -> None:
     parts = [Part("text", "a", logged=(one,)) for one in LOGGED]
-    reply = TextReply(text(logprobs=2), HEAD)
-    logs = [choices_of(reply.piece(0, part))[0]["logprobs"] for part in parts]
+    reply = CompletionResponseBuilder(text(logprobs=2), HEAD)
+    logs = [choices_of(reply.delta(0, part))[0]["logprobs"] for part in parts]
     assert [log["text_offset"] for log in logs] == [[0], [1]]
-    whole = TextReply(text(logprobs=2), HEAD).whole([Choice(0, parts, STOP)], Usage(1, 1))
+    whole = CompletionResponseBuilder(text(logprobs=2), HEAD).full_response(
+        [ChoiceState(0, parts, STOP)], Usage(1, 1)
+    )
     assert whole["choices"][0]["logprobs"] == {
         "tokens": ["a", "bytes:\\xe2"],
         "token_logprobs": [-0.5, -2.0],
@@ -673,8 +679,8 @@ UNSUPPORTED = "unsupported_parameter"
 
 
 def test_completions_have_their_own_shapes() -> None:
-    plain = TextReply(text(), HEAD)
-    whole = plain.whole([Choice(0, [Part("text", "a")], STOP)], Usage(1, 1))
+    plain = CompletionResponseBuilder(text(), HEAD)
+    whole = plain.full_response([ChoiceState(0, [Part("text", "a")], STOP)], Usage(1, 1))
     assert (whole["id"], whole["object"]) == ("cmpl-1", "text_completion")
     assert whole["choices"][0] == {
         "index": 0,
@@ -682,9 +688,9 @@ def test_completions_have_their_own_shapes() -> None:
         "logprobs": None,
         "finish_reason": "stop",
     }
-    assert data_of(plain.opening(0, Usage(1, 0))) == []
-    assert choices_of(plain.piece(2, Part("text", "x")))[0]["text"] == "x"
-    assert data_of(plain.closing(2, LENGTH))[0]["object"] == "text_completion"
+    assert data_of(plain.first_events(0, Usage(1, 0))) == []
+    assert choices_of(plain.delta(2, Part("text", "x")))[0]["text"] == "x"
+    assert data_of(plain.finish_choice(2, LENGTH))[0]["object"] == "text_completion"
 
 
 def test_what_is_described_is_read() -> None:
@@ -695,7 +701,7 @@ def test_what_is_described_is_read() -> None:
             with pytest.raises(InputError) as caught:  # no member may be a list of lists
                 read(json.dumps({**needed, name: [[{}]]}).encode(), SERVED)
             assert (caught.value.field or "").split("[")[0] == name
-            assert not isinstance(caught.value, Refused) or caught.value.code not in UNKNOWN
+            assert not isinstance(caught.value, RequestError) or caught.value.code not in UNKNOWN
 
 
 UNKNOWN = ("unknown_parameter", UNSUPPORTED)
@@ -703,11 +709,11 @@ UNKNOWN = ("unknown_parameter", UNSUPPORTED)
 
 def test_errors_of_the_group_are_not_the_clients() -> None:
     for error in (ClusterError("gone"), RankLost(1, "rank 1 was killed")):
-        status, data = openai.failure(error)
+        status, data = openai.render_error(error)
         assert (status, data["error"]["type"]) == (503, "server_error")
         assert data["error"]["message"] == str(error)
-    assert openai.failure(CenacleError("x"))[0] == 500
-    assert openai.failure(InputError("x", "prompt"))[1]["error"]["param"] == "prompt"
+    assert openai.render_error(CenacleError("x"))[0] == 500
+    assert openai.render_error(InputError("x", "prompt"))[1]["error"]["param"] == "prompt"
 
 
 def test_it_needs_neither_mlx_nor_starlette() -> None:

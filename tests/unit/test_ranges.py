@@ -6,15 +6,15 @@ import random
 import pytest
 
 from cenacle.model.byte_ranges import (
-    Strip,
-    append,
-    covered,
-    joined,
-    read_wanted,
-    shared,
-    size,
-    valid,
-    without,
+    ColumnRange,
+    append_range,
+    byte_range_from_json,
+    covering_spans,
+    intersect_spans,
+    is_valid,
+    merge_spans,
+    subtract_spans,
+    total_bytes,
 )
 
 
@@ -31,52 +31,54 @@ def some(draw, count):
 def test_spans_add_and_subtract_as_sets_do(seed):
     draw = random.Random(seed)
     one, other = some(draw, draw.randrange(6)), some(draw, draw.randrange(6))
-    assert numbers(joined(one)) == numbers(one)
-    assert all(b < c for (_, b), (c, _) in zip(joined(one), joined(one)[1:], strict=False))
-    assert numbers(without(one, joined(other))) == numbers(one) - numbers(other)
-    assert numbers(shared(one, other)) == numbers(one) & numbers(other)
+    assert numbers(merge_spans(one)) == numbers(one)
+    assert all(
+        b < c for (_, b), (c, _) in zip(merge_spans(one), merge_spans(one)[1:], strict=False)
+    )
+    assert numbers(subtract_spans(one, merge_spans(other))) == numbers(one) - numbers(other)
+    assert numbers(intersect_spans(one, other)) == numbers(one) & numbers(other)
 
 
 def test_a_strip_takes_columns_and_knows_their_places():
-    strip = Strip(30, 60, 10, ((1, 3), (7, 10)))
+    strip = ColumnRange(30, 60, 10, ((1, 3), (7, 10)))
     data = bytes(range(100))
     taken = strip.take(data[30:60])
-    assert strip.nbytes == size([strip]) == len(taken) == 15
+    assert strip.nbytes == total_bytes([strip]) == len(taken) == 15
     assert list(taken) == [n for n in range(30, 60) if n % 10 in (1, 2, 7, 8, 9)]
     assert b"".join(data[a:b] for a, b in strip.pieces()) == taken
     parts = list(strip.steps(25))
     assert [(p.start, p.stop) for p in parts] == [(30, 50), (50, 60)]
     assert [p.stop - p.start for p in strip.steps(3)] == [10, 10, 10], "a row at least"
-    assert covered([strip, (60, 70), (0, 5)]) == [(0, 5), (30, 70)]
+    assert covering_spans([strip, (60, 70), (0, 5)]) == [(0, 5), (30, 70)]
 
 
 def test_neighbours_of_a_kind_become_one():
     wanted = []
-    strip = Strip(20, 40, 10, ((0, 5),))
+    strip = ColumnRange(20, 40, 10, ((0, 5),))
     for more in ((0, 10), (10, 20), strip, strip._replace(start=40, stop=50), (50, 50), (60, 70)):
-        append(wanted, more)
-    other = Strip(70, 80, 5, ((0, 2),))
-    append(wanted, other)
-    append(wanted, Strip(80, 100, 10, ((0, 2),)))
+        append_range(wanted, more)
+    other = ColumnRange(70, 80, 5, ((0, 2),))
+    append_range(wanted, other)
+    append_range(wanted, ColumnRange(80, 100, 10, ((0, 2),)))
     assert wanted == [
         (0, 20),
         strip._replace(stop=50),
         (60, 70),
         other,
-        Strip(80, 100, 10, ((0, 2),)),
+        ColumnRange(80, 100, 10, ((0, 2),)),
     ]
 
 
 def test_what_was_written_is_read_and_nonsense_is_known():
-    for good in ((3, 9), Strip(30, 60, 10, ((1, 3), (7, 10)))):
-        read = read_wanted(json.loads(json.dumps(good)))
+    for good in ((3, 9), ColumnRange(30, 60, 10, ((1, 3), (7, 10)))):
+        read = byte_range_from_json(json.loads(json.dumps(good)))
         assert read == good
         assert type(read) is type(good)
-        assert valid(read)
+        assert is_valid(read)
     for bad in ([1], [1, 2, 3], [1, 2, 3, 4], ["a", 2], None, [0, 10, 5, [[1]]]):
         with pytest.raises((TypeError, ValueError)):
-            read_wanted(bad)
-    strip = Strip(30, 60, 10, ((1, 3), (7, 10)))
+            byte_range_from_json(bad)
+    strip = ColumnRange(30, 60, 10, ((1, 3), (7, 10)))
     for bad in (
         (5, 5),
         (-1, 5),
@@ -87,4 +89,4 @@ def test_what_was_written_is_read_and_nonsense_is_known():
         strip._replace(kept=((1, 11),)),
         strip._replace(kept=((-1, 3),)),
     ):
-        assert not valid(bad)
+        assert not is_valid(bad)

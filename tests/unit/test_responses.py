@@ -10,10 +10,10 @@ from openai.types import responses as types
 from cenacle.core.chat import Finish, Logged, Part, Usage
 from cenacle.errors import ClusterError, InputError
 from cenacle.server.api import openai, openai_responses
-from cenacle.server.api.protocol import Asked, Choice, Head, Served
+from cenacle.server.api.protocol import ChoiceState, GenerationRequest, ResponseMeta, ServedModel
 
-SERVED = Served("house", 100, 50)
-HEAD = Head("1", 7, "house", "fp_1")
+SERVED = ServedModel("house", 100, 50)
+HEAD = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = Finish("stop"), Finish("length")
 # The client's own types of events, by name.
 EVENTS = {
@@ -60,14 +60,14 @@ LOOP: dict[str, Any] = {
 }
 
 
-def read(**fields: Any) -> Asked:
+def read(**fields: Any) -> GenerationRequest:
     return openai_responses.read(json.dumps({"input": "hello", **fields}).encode(), SERVED)
 
 
 def refused(**fields: Any) -> tuple[str | None, str | None]:
     with pytest.raises(InputError) as caught:
         read(**fields)
-    error = openai.failure(caught.value)[1]["error"]
+    error = openai.render_error(caught.value)[1]["error"]
     return error["param"], error["code"]
 
 
@@ -178,11 +178,11 @@ PARTS = [
 
 
 def stream(parts: list[Part], finish: Finish, usage: Usage, **fields: Any) -> list[Any]:
-    reply = openai_responses.Reply(read(stream=True, **fields), HEAD)
-    events = [*reply.opening(0, Usage(3, 0))]
+    reply = openai_responses.ResponsesBuilder(read(stream=True, **fields), HEAD)
+    events = [*reply.first_events(0, Usage(3, 0))]
     for part in parts:
-        events += reply.piece(0, part)
-    events += [*reply.closing(0, finish), *reply.ending(usage)]
+        events += reply.delta(0, part)
+    events += [*reply.finish_choice(0, finish), *reply.finish_stream(usage)]
     for name, data in events:
         assert isinstance(data, dict)
         assert name == data["type"]
@@ -193,8 +193,8 @@ def stream(parts: list[Part], finish: Finish, usage: Usage, **fields: Any) -> li
 def test_a_stream_ends_with_the_whole_response(finish: Finish) -> None:
     fields = {"include": [openai_responses.LOGPROBS], "top_logprobs": 1}
     events = stream(PARTS, finish, Usage(3, 9, 2, 4), **fields)
-    whole = openai_responses.Reply(read(**fields), HEAD).whole(
-        [Choice(0, PARTS, finish)], Usage(3, 9, 2, 4)
+    whole = openai_responses.ResponsesBuilder(read(**fields), HEAD).full_response(
+        [ChoiceState(0, PARTS, finish)], Usage(3, 9, 2, 4)
     )
     assert events[-1]["response"] == whole
     assert [e["sequence_number"] for e in events] == list(range(len(events)))
@@ -224,15 +224,17 @@ def test_the_events_of_each_item() -> None:
 
 def test_an_answer_without_a_word() -> None:
     assert (
-        openai_responses.Reply(read(), HEAD).whole([Choice(0, [], STOP)], Usage(1, 1))["output"]
+        openai_responses.ResponsesBuilder(read(), HEAD).full_response(
+            [ChoiceState(0, [], STOP)], Usage(1, 1)
+        )["output"]
         == []
     )
     assert len(stream([], STOP, Usage(1, 1))) == 3
 
 
 def test_a_failure_in_the_middle() -> None:
-    reply = openai_responses.Reply(read(stream=True), HEAD)
-    events = [data for _, data in reply.failed(ClusterError("gone"))]
+    reply = openai_responses.ResponsesBuilder(read(stream=True), HEAD)
+    events = [data for _, data in reply.error(ClusterError("gone"))]
     assert [e["type"] for e in events if isinstance(e, dict)] == ["error", "response.failed"]
     for event in events:
         EVENTS[event["type"]].model_validate(event)

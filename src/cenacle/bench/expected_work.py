@@ -50,7 +50,7 @@ def expected_experts(plan: Plan) -> tuple[list[float], float]:
         for part in parts:
             share[expert, part.rank] = (part.stop - part.start) / plan.width
     holders = [tuple(p.rank for p in parts) for parts in layer.experts]
-    speeds = load_balancer.speeds_of(plan.nodes, plan.shares)
+    speeds = load_balancer.speeds_of(plan.nodes, plan.node_weights)
     rng = np.random.default_rng(0)
     read = np.zeros((DRAWS, plan.nodes))
     for draw in range(DRAWS):
@@ -75,9 +75,11 @@ def expected_bytes(plan: Plan) -> tuple[list[int], list[int]]:
         layer: a token waits for that one.
     """
     spec = plan.spec
-    common = spec.trunk_bytes - spec.lookup_bytes - sum(p.bytes for p in spec.parts)
+    common = spec.trunk_bytes - spec.embedding_bytes - sum(p.bytes for p in spec.dense_modules)
     own = [
-        common + sum(plan.part_bytes(p, r) for p in spec.parts) + plan.bytes_of(r)["shared"]
+        common
+        + sum(plan.module_bytes(p, r) for p in spec.dense_modules)
+        + plan.bytes_of(r)["shared"]
         for r in range(plan.nodes)
     ]
     mean, most = expected_experts(plan)

@@ -25,9 +25,9 @@ from ..core.plan import Plan
 from ..model import native_layers
 from ..model.checkpoint import Checkpoint
 from ..model.expert_parallel import NativeExperts, parallelize
-from ..model.loader import load
+from ..model.loader import load_rank_model
 from ..model.native_layers import width as input_width
-from ..model.step_timer import Watch
+from ..model.step_timer import StepTimer
 from .rank_worker import RankPool
 
 READ_BYTES = 256 << 20
@@ -59,7 +59,7 @@ def measure(
         together = ranks.run(read)
         exchange_us = ranks.run(exchange, sizes=list(SIZES))[0] if nodes > 1 else []
         alone_ms = None
-        if folder is not None and plan is not None and native.available():
+        if folder is not None and plan is not None and native.is_available():
             alone_ms = ranks.run(
                 kernels,
                 300.0,
@@ -79,10 +79,10 @@ def measure(
 def _reader(bytes_: int) -> Callable[[], object]:
     """A function that reads that many bytes of memory once, with the kernels' threads."""
     data = np.ones(bytes_ // 4, np.float32)
-    if native.available():
+    if native.is_available():
         array = mx.array(data)
         mx.eval(array)
-        read = native.module().read
+        read = native.extension().read
         return lambda: read(array)
     words = data.view(np.uint64)
     return lambda: np.bitwise_or.reduce(words)  # one thread, near the limit of one core
@@ -101,13 +101,13 @@ def _gb_s(read: Callable[[], object], times: int = 7) -> float:
 def read_by_threads(collective: Collective) -> dict[str, float]:  # noqa: ARG001
     """GB/s by number of threads: one, two, four, ... up to the cores."""
     read = _reader(READ_BYTES)
-    if not native.available():
+    if not native.is_available():
         return {"1": _gb_s(read)}
     most = native.set_threads()
     counts = sorted({1, most, *(2**i for i in range(most.bit_length()))})
     found = {}
     for threads in counts:
-        native.module().set_threads(threads)
+        native.extension().set_threads(threads)
         found[str(threads)] = _gb_s(read)
     return found
 
@@ -153,9 +153,9 @@ def kernels(
     attention, routing, sampling, exchanges and Python. None: this model has no native layers.
     """
     dealt = Plan.from_json(plan)
-    native.use_activations(activations)
-    model = load(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
-    parallelize(model, dealt.spec.family, dealt, collective, Watch(), "native")
+    native.set_activations(activations)
+    model = load_rank_model(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
+    parallelize(model, dealt.spec.family, dealt, collective, StepTimer(), "native")
     count, rng = dealt.spec.moe[0].experts, np.random.default_rng(0)
     linears: list[Callable[[], mx.array]] = []
     stacks: list[Callable[[], mx.array]] = []

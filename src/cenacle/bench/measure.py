@@ -24,11 +24,10 @@ from typing import Any
 
 from .. import api, runtime
 from ..core.request import TokenEvent
-from ..engine.options import Options
 from ..errors import CenacleError, ClusterError, InputError
 from ..model import native_layers, synth
-from ..model.checkpoint import Checkpoint, locate
-from ..model.loader import describe
+from ..model.checkpoint import Checkpoint, locate_checkpoint
+from ..model.loader import read_model_spec
 from ..paths import cache_dir
 from . import hardware_limits
 from .expected_work import available, expected_bytes, split
@@ -52,8 +51,8 @@ class Asked:
         tokens: decoded per measurement.
         repeat: rounds.
         prompt: tokens of the prompt that is timed in each round.
-        placed: passed on to `api.place` as it is (placement, trunk, shares, budgets).
-        options: passed on to `api.load` as they are (kernels, backend, latency_s, ...).
+        placed: `LoadOptions` that say how to place the model.
+        options: other `LoadOptions` (kernels, backend, latency_s, ...).
         cache: folder for what is kept between runs.
         deadline_s: longest that one process of a peer may take.
     """
@@ -87,13 +86,14 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         raise InputError(
             "bench: expected at least 2 tokens, 1 repetition and contexts of at least 1 token"
         )
-    checkpoint = Checkpoint.open(locate(asked.model))
-    spec = describe(checkpoint)
+    checkpoint = Checkpoint.open(locate_checkpoint(asked.model))
+    spec = read_model_spec(checkpoint)
     longest = max(*asked.contexts, asked.prompt) + asked.repeat * asked.tokens + 1
-    if spec.context is not None and longest > spec.context:
+    if spec.context_length is not None and longest > spec.context_length:
         raise InputError(
             f"--contexts and --prompt-tokens: with {asked.repeat} times {asked.tokens} tokens "
-            f"after them this model has room for {spec.context - asked.repeat * asked.tokens - 1}, "
+            f"after them this model has room for "
+            f"{spec.context_length - asked.repeat * asked.tokens - 1}, "
             f"got {max(*asked.contexts, asked.prompt)}",
             "contexts",
         )
@@ -114,11 +114,13 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     load, stolen = os.getloadavg()[0], _steal()
     backend = asked.options.get("backend", "auto")
     latency_s = asked.options.get("latency_s", 0.0)
-    plan, reason = runtime.place(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
+    plan, reason = runtime.choose(
+        runtime.LoadOptions(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
+    )
     say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
     activations = asked.options.get("activations", "int16")
     say("measuring what memory, exchange and kernels give on their own")
-    native = asked.options.get("kernels", "auto") != "mlx" and native_layers.usable()
+    native = asked.options.get("kernels", "auto") != "mlx" and native_layers.is_supported()
     folder, dealt = (checkpoint.folder, plan) if native else (None, None)
     limits = hardware_limits.measure(
         asked.nodes, backend, cores, threads, folder, dealt, activations
@@ -133,7 +135,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         threads=threads,
         measure_every=0,
         recover=False,
-        options=Options(batch=batch),
+        max_batch_size=batch,
         **asked.options,
     ) as model:
         bench = _Bench(model, asked, say)
@@ -328,7 +330,7 @@ class _Bench:
 
     def _many(self, length: int, tokens: int, streams: int) -> list[list[float]]:
         """Random requests at once; the moments of each one's tokens."""
-        vocabulary = self._model.spec.vocabulary
+        vocabulary = self._model.spec.vocab_size
         requests = [
             self._model.request([self._draw.randrange(vocabulary) for _ in range(length)], tokens)
             for _ in range(streams)
@@ -379,7 +381,7 @@ def prepared(model: str | None, name: str | None, quantize: int, cache: Path, sa
     assert name is not None
     folder = cache / "synth" / f"{name}-{quantize or 'full'}"
     if not (folder / "config.json").exists():
-        tiny = name in synth.families()
+        tiny = name in synth.family_names()
         if not tiny:
             synth.full_config(name)  # an unknown name ends here
         say(f"writing a random {name} to {folder}")

@@ -20,7 +20,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ClusterError, InputError
+from ..errors import ClusterError, InputError, error_from_json
 from ..ranks.channel import Channel, Silent
 from ..ranks.local_ranks import LocalRanks
 from ..ranks.worker import connect, join, last_words, receive, say_alive, stay_on_cores
@@ -90,7 +90,7 @@ class RankPool:
             except ClusterError as error:
                 raise self._ranks.blame(rank, str(error)) from error
             if message["type"] == "error":
-                raise ClusterError(f"rank {rank}: {message['message']}")
+                raise error_from_json(message["error"], f"rank {rank}: ")
             if message["type"] == "result":
                 return message["result"]
         raise self._ranks.blame(rank, f"did not finish {name} in time")

@@ -52,13 +52,13 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from .. import native
 
     nodes = int(order["nodes"])
-    mx.set_default_device(mx.cpu) if native.available() else None
+    mx.set_default_device(mx.cpu) if native.is_available() else None
     threads = native.set_threads(local_ranks=int(order["share"]))
     collective = worker.join(order, nodes)
     seconds = float(order["seconds"])
     result = {
         "threads": threads,
-        "device": f"{mx.default_device()}, {native.describe()}",
+        "device": f"{mx.default_device()}, {native.describe_kernels()}",
         "reads": _reads(collective, seconds),
         "kernels": _kernels(collective, seconds),
         "expert": _expert(collective, seconds),
@@ -94,8 +94,8 @@ def _reads(collective: Collective, seconds: float) -> dict[str, list[float]]:
         mx.eval(array)
 
         def read(array: mx.array = array) -> None:
-            if native.available():
-                native.module().read(array)
+            if native.is_available():
+                native.extension().read(array)
             else:
                 mx.eval(mx.max(array))
 
@@ -147,8 +147,8 @@ def _expert(collective: Collective, seconds: float) -> list[float]:
     from mlx_lm.models.switch_layers import SwitchGLU
 
     from ..model.expert_parallel import NativeExperts
-    from ..model.native_layers import usable
-    from ..model.step_timer import Watch
+    from ..model.native_layers import is_supported
+    from ..model.step_timer import StepTimer
 
     links, times = 24, WIDE // NARROW
     made: list[tuple[Any, int, int]] = []
@@ -159,8 +159,8 @@ def _expert(collective: Collective, seconds: float) -> list[float]:
         count = active * max(1, 200_000_000 // (3 * HIDDEN * width * active * 9 // 16))
         few.update(tree_map(lambda p, n=count // active: mx.tile(p, (n, 1, 1)), few.parameters()))
         mx.eval(few.parameters())
-        native = usable() and NativeExperts.can(few)
-        experts = NativeExperts(few, range(count), count, 0, Watch()) if native else few
+        native = is_supported() and NativeExperts.can(few)
+        experts = NativeExperts(few, range(count), count, 0, StepTimer()) if native else few
         made.append((experts, active, count))
     x = mx.random.normal((1, HIDDEN))
 
@@ -191,11 +191,11 @@ def _weights(parts: list[Any]) -> Callable[[Any], Any]:
     from .. import native
 
     q, scales, biases = parts
-    if native.available():
-        held = native.module().Weights(
+    if native.is_available():
+        held = native.extension().Weights(
             q, scales, biases, None, bits=4, group_size=64, mode="affine"
         )
-        return lambda x: native.module().linear(x, held)
+        return lambda x: native.extension().linear(x, held)
     return lambda x: mx.quantized_matmul(x, q, scales, biases, True, 64, 4)
 
 

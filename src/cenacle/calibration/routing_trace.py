@@ -18,15 +18,15 @@ from ..collective.single import Alone
 from ..core.plan import Plan
 from ..errors import InputError
 from ..model import native_layers
-from ..model.checkpoint import Checkpoint, locate
+from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
-from ..model.loader import describe, load
-from ..model.step_timer import Watch
+from ..model.loader import load_rank_model, read_model_spec
+from ..model.step_timer import StepTimer
 from ..planning.routing_stats import Trace
 from ..text.tokenizer import Text
 
 
-class Tape(Watch):
+class Tape(StepTimer):
     """Keeps the ids of every token: layer -> arrays [tokens, k]."""
 
     def __init__(self) -> None:
@@ -53,12 +53,12 @@ def record(model: str, prompts: Sequence[str], max_tokens: int) -> Trace:
     """
     if not prompts:
         raise InputError("prompts: expected at least one, got none", "prompts")
-    checkpoint = Checkpoint.open(locate(model))
-    spec = describe(checkpoint)
+    checkpoint = Checkpoint.open(locate_checkpoint(model))
+    spec = read_model_spec(checkpoint)
     plan = Plan.whole(spec, 1)
     tape = Tape()
-    loaded = load(checkpoint, plan, 0, lambda *_: None)
-    kernels = "native" if native_layers.usable() else "mlx"
+    loaded = load_rank_model(checkpoint, plan, 0, lambda *_: None)
+    kernels = "native" if native_layers.is_supported() else "mlx"
     parallelize(loaded, spec.family, plan, Alone(), tape, kernels)
     text = Text(checkpoint.folder, checkpoint.config)
     for prompt in prompts:

@@ -15,7 +15,6 @@ import typer
 from .. import paths
 from .command import command, expand_dataclasses, format_example
 from .console import print_json, report, wide_console
-from .inference import old_keywords
 from .options import (
     MODEL_HELP,
     Backend,
@@ -114,11 +113,10 @@ def bench(
     from ..bench.peers import peers
     from ..bench.report import show_bench
 
-    keywords = old_keywords(load.to_keywords())
-    placed = {k: keywords[k] for k in ("placement", "trunk", "shares", "budgets")}
-    options = {
-        k: keywords[k] for k in ("backend", "kernels", "activations", "latency_s", "wire", "draft")
-    }
+    keywords = load.to_keywords()
+    placed = {k: keywords[k] for k in ("placement", "trunk", "node_weights", "node_memory_bytes")}
+    names = ("backend", "kernels", "activations", "latency_s", "comm_dtype", "draft_model")
+    options = {k: keywords[k] for k in names}
     request = measure.Asked(
         model=model.prepare(),
         nodes=load.nodes,

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .. import paths
-from ..core.plan import human
+from .. import net, paths
+from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, InputError
 from .command import command
 from .console import print_json, report, stderr_console, wide_console
@@ -158,19 +158,20 @@ def _serve_cluster(
     if load.verify is not False:
         selftest = SelfTest(paths.cluster_dir(), bool(load.verify), report)
     head.tell(model=Path(model).name)
-    options = {"joined": joined, "selftest": selftest}
-    with load_model(model, load, options=options, on_message=_report_event) as loaded:
+    with load_model(
+        model, load, joined=joined, selftest=selftest, on_message=_report_event
+    ) as loaded:
         endpoint.serve(loaded, on_started)
 
 
 def _read_hosts(file: Path | None) -> tuple[Host, ...]:
     """The hosts of a hosts file, of which this machine must be the first."""
-    from ..cluster import hostsfile, node_info
+    from ..cluster import hostsfile
 
     if file is None:
         return ()
     hosts = hostsfile.read(file)
-    hostsfile.check_first(hosts, node_info.addresses())
+    hostsfile.check_first(hosts, net.local_addresses())
     return hosts
 
 
@@ -180,13 +181,12 @@ def _announced(head: Head, address: str | None) -> Iterator[None]:
     if address is None:
         yield
         return
-    from ..cluster import node_info
     from ..cluster.discovery import Announced
 
     any_address = address in ("0.0.0.0", "::")
     announcement = Announced(
         head.identity.remembered()["name"],
-        node_info.addresses() if any_address else [address],
+        net.local_addresses() if any_address else [address],
         head.port,
         lambda reason: report(f"this head cannot be found by mDNS: {reason}"),
     )
@@ -240,12 +240,11 @@ def _local_agent(head: Head) -> Iterator[None]:
 
 def _join_commands(address: str, port: int, token: str) -> list[str]:
     """The command lines by which nodes join a head that listens on `address`."""
-    from ..cluster import node_info
 
     any_address = address in ("0.0.0.0", "::")
-    hosts = node_info.addresses()[:1] if any_address else [address]
+    hosts = net.local_addresses()[:1] if any_address else [address]
     return [
-        f"cenacle join {f'[{host}]' if ':' in host else host}:{port} --token {token}"
+        f"cenacle join {net.format_address(host, port)} --token {token}"
         for host in hosts or [socket.gethostname()]
     ]
 
@@ -379,8 +378,8 @@ def nodes(
             node["name"],
             "" if node["rank"] is None else str(node["rank"]),
             node["address"],
-            human(node["memory_bytes"]) if "memory_bytes" in node else "",
-            human(node["available_bytes"]) if "available_bytes" in node else "",
+            format_bytes(node["memory_bytes"]) if "memory_bytes" in node else "",
+            format_bytes(node["available_bytes"]) if "available_bytes" in node else "",
             f"{read_rate / 1e9:.0f} GB/s" if read_rate else "",
             " ".join(str(node[key]) for key in ("system", "processor") if key in node),
             _node_state(node),
@@ -410,7 +409,8 @@ def _node_state(node: dict[str, Any]) -> str:
         return str(node["reason"])
     part = node.get("part")
     if part is not None and part["done"] < part["total"]:
-        return f"connected, downloaded {human(part['done'])} of {human(part['total'])}"
+        done, total = format_bytes(part["done"]), format_bytes(part["total"])
+        return f"connected, downloaded {done} of {total}"
     return "connected"
 
 

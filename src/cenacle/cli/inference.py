@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     import ssl
 
     from ..api import Model
+    from ..cluster.formation import Joined
     from ..server.middleware import AccessPolicy
+    from ..verification import SelfTest
 
 app = typer.Typer()
 PANEL = "Run a model"
@@ -146,7 +148,7 @@ def serve(
             from ..verification import SelfTest
 
             selftest = SelfTest(config_dir(), say=report)
-        with load_model(model, load, plan, options={"selftest": selftest}) as loaded:
+        with load_model(model, load, plan, selftest=selftest) as loaded:
             endpoint.serve(loaded, lambda url: report(f"serving {loaded.name} at {url}"))
 
 
@@ -196,7 +198,9 @@ def load_model(
     model: str,
     arguments: LoadArguments,
     plan: Path | None = None,
-    options: dict[str, Any] | None = None,
+    *,
+    joined: Joined | None = None,
+    selftest: SelfTest | None = None,
     on_message: Callable[[str], None] = report,
 ) -> Iterator[Model]:
     """Load a model with progress bars, and report how it runs.
@@ -205,16 +209,17 @@ def load_model(
         model: folder or repository.
         arguments: of the command line.
         plan: file with a saved placement.
-        options: further arguments of `api.load`.
+        joined, selftest: see `Model.load`.
         on_message: where to report.
     """
-    from ..api import load
+    from ..api import Model
     from ..core.plan import Plan
+    from ..runtime import LoadOptions
 
     saved_plan = Plan.load(plan) if plan is not None else None
-    keywords = {**old_keywords(arguments.to_keywords()), **(options or {})}
+    options = LoadOptions(model, arguments.nodes, plan=saved_plan, **arguments.to_keywords())
     with loading_progress() as progress:
-        loaded = load(model, arguments.nodes, plan=saved_plan, progress=progress, **keywords)
+        loaded = Model.load(options, progress=progress, joined=joined, selftest=selftest)
     with loaded:
         for reason in (loaded.ranks.backend_reason, loaded.plan_reason):
             if reason:
@@ -222,30 +227,3 @@ def load_model(
         if arguments.kernels != "mlx":
             on_message(f"computing on {loaded.ranks.ready[0]['device']}")
         yield loaded
-
-
-def old_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Names of `api.load` until it has those of the command line."""
-    from ..engine.options import Options
-
-    names = {
-        "node_weights": "shares",
-        "node_memory_bytes": "budgets",
-        "comm_dtype": "wire",
-        "draft_model": "draft",
-    }
-    engine_names = {
-        "prefill_chunk_size": "prefill_chunk",
-        "max_batch_size": "batch",
-        "kv_bits": "kv_bits",
-        "max_kv_size": "max_kv_size",
-        "max_queue": "queue",
-        "kv_cache_gb": "kv_gb",
-        "prefix_cache_gb": "cache_gb",
-        "speculative": "speculate",
-        "prefix_cache_disk_gb": "cache_disk_gb",
-        "prefix_cache_dir": "cache_dir",
-    }
-    engine = {engine_names[k]: v for k, v in keywords.items() if k in engine_names}
-    others = {names.get(k, k): v for k, v in keywords.items() if k not in engine_names}
-    return {**others, **({"options": Options(**engine)} if engine else {})}

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CenacleError, InputError
 from .command import command
 from .console import (
@@ -42,10 +42,9 @@ def inspect(
     json_output: JsonOutput = False,
 ) -> None:
     """Show the architecture of a model and its placement on N nodes, without reading weights."""
-    from ..runtime import place
-    from .inference import old_keywords
+    from ..runtime import LoadOptions, choose
 
-    plan, reason = place(model, placement.nodes, **old_keywords(placement.to_keywords()))
+    plan, reason = choose(LoadOptions(model, placement.nodes, **placement.to_keywords()))
     if save is not None:
         plan.save(save)
     if json_output:
@@ -58,7 +57,7 @@ def inspect(
                 "placement": plan.placement,
                 "trunk": plan.trunk,
                 "reason": reason,
-                "all_reduces": plan.exchanges if plan.nodes > 1 else 0,
+                "all_reduces": plan.all_reduces if plan.nodes > 1 else 0,
                 "total_bytes": plan.spec.total_bytes,
                 "bytes_per_rank": [rank["total"] for rank in ranks],
                 "ranks": ranks,
@@ -75,15 +74,15 @@ def _print_plan(plan: Plan) -> None:
     print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
     print(
         f"experts     {layer.experts} per layer, {spec.top_k} per token, "
-        f"{human(layer.expert_bytes)} each"
+        f"{format_bytes(layer.expert_bytes)} each"
     )
     quantization = spec.quantization or "not quantized"
-    print(f"weights     {human(spec.total_bytes)}, {spec.dtype}, {quantization}")
-    print(f"context     {spec.context or 'unknown'} tokens, vocabulary {spec.vocabulary}")
+    print(f"weights     {format_bytes(spec.total_bytes)}, {spec.dtype}, {quantization}")
+    print(f"context     {spec.context_length or 'unknown'} tokens, vocabulary {spec.vocab_size}")
     if plan.nodes > 1:
         print(
             f"placement   experts {plan.placement}, trunk {plan.trunk}, "
-            f"{plan.exchanges} all-reduces per token"
+            f"{plan.all_reduces} all-reduces per token"
         )
     print(plan.table())
 
@@ -91,9 +90,9 @@ def _print_plan(plan: Plan) -> None:
 @command(app, example="cenacle families", panel=PANEL)
 def families(json_output: JsonOutput = False) -> None:
     """List the supported model families."""
-    from ..model.families import all_families
+    from ..model.families import list_families
 
-    rows = all_families()
+    rows = list_families()
     if json_output:
         print_json([row.to_json() for row in rows])
         return
@@ -148,8 +147,8 @@ def synth(
     from ..model import synth as writer
 
     if list_names:
-        print("families:", *writer.families())
-        print("names:", *writer.catalogue())
+        print("families:", *writer.family_names())
+        print("names:", *writer.model_catalogue())
         return
     if out is None:
         raise InputError("--out: expected a folder to write, got none", "out")
@@ -166,7 +165,7 @@ def synth(
     else:
         print(
             f"{written.path}: {written.family}, {written.layers} layers, "
-            f"{written.parameters / 1e6:.1f} M parameters, {human(written.bytes)} in "
+            f"{written.parameters / 1e6:.1f} M parameters, {format_bytes(written.bytes)} in "
             f"{written.shards} files"
         )
 
@@ -180,9 +179,8 @@ def demo(
 ) -> None:
     """Answer questions with a small bundled DBRX model and show where the time goes."""
     from ..demo.run import run_demo
-    from .inference import old_keywords
 
-    dealt = old_keywords(placement.to_keywords())
+    dealt = placement.to_keywords()
     result = run_demo(placement.nodes, questions, seed, Console(), loading_progress, dealt)
     if json_output:
         print_json(result)

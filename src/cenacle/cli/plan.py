@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CheckpointError, InputError, PlanError
 from ..paths import catalog_dir
 from .command import command
@@ -522,7 +522,7 @@ def record_routing(
     skew = result["skew"]
     print(
         f"{out}: {trace.tokens} tokens, {len(trace.layers)} layers, {trace.top_k} of "
-        f"{trace.experts} experts per token, {human(out.stat().st_size)}"
+        f"{trace.experts} experts per token, {format_bytes(out.stat().st_size)}"
     )
     print(
         f"routing: entropy {skew['entropy']:.3f} of the maximum; the most used expert has "
@@ -532,7 +532,7 @@ def record_routing(
     print(
         f"experts per layer on the busiest of {nodes} nodes, on the half of the tokens that was "
         f"not used to place them ({replicas} additional experts take "
-        f"{human(replicas * replica_bytes)} per node):"
+        f"{format_bytes(replicas * replica_bytes)} per node):"
     )
     for placement, busiest in result["busiest"].items():
         print(f"  {placement:<34}{busiest:.4f}")

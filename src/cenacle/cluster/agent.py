@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import paths
+from .. import net, paths
 from ..collective import mesh, socket_options
-from ..core.plan import human
-from ..errors import CenacleError, ClusterError
+from ..core.units import format_bytes
+from ..errors import CenacleError, ClusterError, error_from_json, error_to_json
 from ..ranks import exit_reason
 from ..ranks.channel import Closed
 from ..ranks.local_ranks import MALLOC, WORKER
@@ -98,7 +98,7 @@ class Agent:
         self._said = ""
         self._parts = place or paths.models_dir()
         self._verified: set[Path] = set()  # parts that were compared with their hashes
-        self._fetching: task.Fetching | None = None
+        self._fetching: task.DownloadTask | None = None
 
     async def run(self) -> str:
         """Serve the head until it says that this shall end; says why.
@@ -178,9 +178,8 @@ class Agent:
                             await framing.send(writer, {"type": "leaving"}, 1)
                         raise Ended(str(message.get("reason")))
                     case "refused":
-                        if message.get("again"):
-                            raise ClusterError(str(message["message"]))
-                        raise _Refused(str(message["message"]))
+                        error = error_from_json(message.get("error"))
+                        raise error if message.get("again") else _Refused(str(error))
         finally:
             if alive is not None:
                 alive.cancel()
@@ -219,11 +218,12 @@ class Agent:
             result = await orders[message["what"]](**message["arguments"])
             answer["result"] = result
         except (CenacleError, OSError) as error:
-            kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
-            answer["error"] = {"kind": kind, "message": str(error)}
+            if not isinstance(error, CenacleError):
+                error = ClusterError(str(error))
+            answer["error"] = error_to_json(error)
         except (KeyError, TypeError) as error:
             reason = f"this agent cannot do that ({error!r}): are its versions the head's?"
-            answer["error"] = {"kind": "ClusterError", "message": reason}
+            answer["error"] = error_to_json(ClusterError(reason))
         with contextlib.suppress(ClusterError):
             await framing.send(writer, answer, SILENCE_S)
 
@@ -232,33 +232,38 @@ class Agent:
     async def _find(self, model: str, digest: str, config: str) -> dict[str, Any]:
         """What of the model is here, or where a part of it goes."""
         asked = (model, digest, config, self._folders, self._parts)
-        return vars(await asyncio.to_thread(node_cache.look, *asked))
+        return vars(await asyncio.to_thread(node_cache.find_local_model, *asked))
 
     async def _fetch(self, model: str, folder: str, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to fetch a part; one that goes on is ended."""
         into, before = Path(folder), self._fetching
         if into.parent.resolve() != self._parts.resolve():
             raise ClusterError(f"{into} is no place for a part of a model")
-        head = task.FromHead(self._identity, self._host, self._port)
-        what = task.Order.from_json(order)
-        self._fetching = task.Fetching(into, what, head, self._verified, before)
+        head = task.HeadSource(self._identity, self._host, self._port)
+        what = task.DownloadOrder.from_json(order)
+        self._fetching = task.DownloadTask(into, what, head, self._verified, before)
         self._start(self._tell_of(self._fetching, model))
         return {}
 
-    async def _tell_of(self, fetching: task.Fetching, model: str) -> None:
+    async def _tell_of(self, fetching: task.DownloadTask, model: str) -> None:
         began = time.monotonic()
         try:
             while not await asyncio.to_thread(fetching.wait, FETCHED_S):
                 if time.monotonic() - began > SAY_EVERY_S:
                     began += SAY_EVERY_S
-                    self._say(f"{model}: {human(fetching.done)} of {human(fetching.total)} here")
+                    self._say(
+                        f"{model}: {format_bytes(fetching.done)} of "
+                        f"{format_bytes(fetching.total)} here"
+                    )
         except CenacleError as error:
             self._say(f"{model}: {error}")
             return
         if fetching.damaged:
-            self._say(f"{model}: {human(fetching.damaged)} here were damaged, and fetched again")
+            self._say(
+                f"{model}: {format_bytes(fetching.damaged)} here were damaged, and fetched again"
+            )
         if fetching.fetched:
-            self._say(f"{model}: {human(fetching.fetched)} fetched into {fetching.folder}")
+            self._say(f"{model}: {format_bytes(fetching.fetched)} fetched into {fetching.folder}")
 
     async def _fetched(self) -> dict[str, Any]:
         """How far that is, after a second or when it has come to its end."""
@@ -273,7 +278,7 @@ class Agent:
         return said
 
     async def _ports(self, address: str, count: int) -> dict[str, Any]:
-        return {"ports": node_info.free_ports(address, count)}
+        return {"ports": net.free_ports(count, address)}
 
     async def _answer_link(self, address: str, secret: str) -> dict[str, Any]:
         return {"port": link_probe.answer(address, pairing.decode(secret))}
@@ -341,8 +346,8 @@ class Agent:
                 env["MLX_IBV_DEVICES"] = given(devices)
                 env["MLX_JACCL_COORDINATOR"] = addresses[0]
             elif backend == "nccl":  # never run
-                at, _, port = addresses[0].rpartition(":")
-                env |= {"NCCL_HOST_IP": at.strip("[]"), "NCCL_PORT": port}
+                host, port = net.parse_address(addresses[0])
+                env |= {"NCCL_HOST_IP": host, "NCCL_PORT": str(port)}
                 env["MLX_WORLD_SIZE"] = str(len(addresses))
             try:
                 process = await asyncio.create_subprocess_exec(

@@ -14,8 +14,8 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from .. import errors
-from ..errors import CenacleError, ClusterError, InputError
+from .. import net
+from ..errors import ClusterError, InputError, error_from_json
 from ..ranks.channel import Channel
 from .head import PORT
 from .security import identity as identities
@@ -34,13 +34,12 @@ def read_address(text: str) -> tuple[str, int]:
     Raises:
         InputError: it is none of these.
     """
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
-        host, port = text, str(PORT)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"head: expected HOST:PORT as `cenacle up` prints it, got {text!r}")
-    return host, int(port)
+    try:
+        return net.parse_address(text, PORT)
+    except ValueError:
+        raise InputError(
+            f"head: expected HOST:PORT as `cenacle up` prints it, got {text!r}"
+        ) from None
 
 
 def pair(folder: Path, host: str, port: int, token: str, name: str) -> identities.Identity:
@@ -175,10 +174,7 @@ def _said(channel: Channel, kind: str, where: str) -> dict[str, Any]:
             why = "it does not accept this machine's certificate; join again with a token"
         raise ClusterError(f"the head at {where}: {why}") from error
     if message.get("type") == "refused":
-        found = getattr(errors, str(message.get("kind")), ClusterError)
-        known = isinstance(found, type) and issubclass(found, CenacleError)
-        fits = known and not issubclass(found, errors.RankLost)
-        raise (found if fits else ClusterError)(f"the head at {where}: {message.get('message')}")
+        raise error_from_json(message.get("error"), f"the head at {where}: ")
     if message.get("type") != kind:
         raise ClusterError(f"what answers at {where} is not a head")
     return message

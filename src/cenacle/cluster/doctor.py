@@ -26,7 +26,7 @@ from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..planning.perf_model import wired_setting
 
 TOOL_DEADLINE_S = 5.0
@@ -142,7 +142,7 @@ def _disk(facts: Facts) -> Iterator[Finding]:
     if facts.disk_free < LOW_DISK_BYTES:
         yield Finding(
             "warning",
-            f"{human(facts.disk_free)} are free where weights are kept.",
+            f"{format_bytes(facts.disk_free)} are free where weights are kept.",
             "Remove models that are not used, or set HF_HOME to a larger disk.",
         )
 
@@ -212,18 +212,20 @@ def _wired(facts: Facts) -> Iterator[Finding]:
         setting = wired_setting(memory, memory * 0.85)
         yield Finding(
             "warning",
-            f"The GPU may keep about 75 % of this Mac's {human(memory)}.",
+            f"The GPU may keep about 75 % of this Mac's {format_bytes(memory)}.",
             f"If a model needs more: `{setting}` lasts until the next restart.",
         )
     elif wired_setting(memory, limit * 2**20) is None:
         yield Finding(
             "bad",
-            f"iogpu.wired_limit_mb leaves the system {human(memory - limit * 2**20)}: too little, "
-            f"the Mac may freeze.",
+            f"iogpu.wired_limit_mb leaves the system {format_bytes(memory - limit * 2**20)}: "
+            f"too little, the Mac may freeze.",
             f"`sudo sysctl iogpu.wired_limit_mb={int(memory * 0.85 / 2**20)}`.",
         )
     else:
-        yield Finding("good", f"The GPU may keep {human(limit * 2**20)} of {human(memory)}.")
+        yield Finding(
+            "good", f"The GPU may keep {format_bytes(limit * 2**20)} of {format_bytes(memory)}."
+        )
 
 
 def _mac_memory(facts: Facts) -> Iterator[Finding]:
@@ -238,7 +240,7 @@ def _mac_memory(facts: Facts) -> Iterator[Finding]:
     if used is not None and float(used) > 1024:
         yield Finding(
             "warning",
-            f"{human(float(used) * 2**20)} of memory were moved to disk.",
+            f"{format_bytes(float(used) * 2**20)} of memory were moved to disk.",
             "End other programs, or give this node less of the model (--node-weights).",
         )
 
@@ -351,7 +353,7 @@ def _linux_memory(facts: Facts) -> Iterator[Finding]:
     total = facts.find("/proc/meminfo", r"^MemTotal:\s+(\d+)")
     available = facts.find("/proc/meminfo", r"^MemAvailable:\s+(\d+)")
     if total and available and int(available) < 0.1 * int(total):
-        of = f"{human(int(available) * 1024)} of {human(int(total) * 1024)}"
+        of = f"{format_bytes(int(available) * 1024)} of {format_bytes(int(total) * 1024)}"
         yield Finding(
             "warning",
             f"{of} of memory are available.",
@@ -500,7 +502,7 @@ def gather(head: str | None = None) -> Facts:
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         shutil.disk_usage(next(p for p in (home, *home.parents) if p.exists())).free,
         _installed(),
-        native.why_not() or None,
+        native.unavailable_reason() or None,
         _skew_s(head) if head and ":" in head else None,
     )
 

@@ -23,12 +23,12 @@ from ..engine.options import Options
 from ..engine.speculative.draft_model import DraftModel
 from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
 from ..model.checkpoint import Checkpoint
-from ..model.loader import describe
+from ..model.loader import read_model_spec
 from ..ranks.local_ranks import Progress
 from ..ranks.ranks import Epoch
 from . import hostsfile, link_probe, placement
 from .download import node_cache
-from .download.distribution import Say, Sharing
+from .download.distribution import ModelDistribution, Say
 from .download.hub import Hub
 from .head import Formation, Head, Return
 from .hostsfile import Host
@@ -140,7 +140,7 @@ class Joined:
             ClusterError: the cluster was ended, or machines cannot reach each other.
         """
         self._what = (checkpoint, options, kernels, draft)
-        self._sharing = Sharing(self._head, name, checkpoint, self._hub)
+        self._sharing = ModelDistribution(self._head, name, checkpoint, self._hub)
         while self._formed is None:
             formation = self._head.form(self._nodes, self._say)
             try:
@@ -268,7 +268,7 @@ class Joined:
         try:
             return self._propose(formation, say, ending)
         except BaseException as error:
-            self._head.is_over(formation.number, getattr(error, "machine", None) or "")
+            self._head.is_over(formation.number, getattr(error, "node_id", None) or "")
             raise
 
     def _propose(
@@ -286,7 +286,7 @@ class Joined:
         )
         measured = self._measure(members)
         plan, reason = placement.place(
-            describe(checkpoint),
+            read_model_spec(checkpoint),
             checkpoint.config,
             members,
             measured,

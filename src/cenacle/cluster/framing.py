@@ -9,11 +9,10 @@ more than `GREETING` bytes.
 from __future__ import annotations
 
 import asyncio
-import json
-import struct
 from contextlib import suppress
 from typing import Any
 
+from .. import net
 from ..ranks.channel import Closed, Silent
 
 GREETING = 16 * 1024  # bytes of a message by someone who is not known yet
@@ -32,17 +31,17 @@ async def receive(
     """
     try:
         async with asyncio.timeout(deadline_s):
-            (length,) = struct.unpack(">I", await reader.readexactly(4))
+            (length,) = net.FRAME_HEADER.unpack(await reader.readexactly(net.FRAME_HEADER.size))
             if length > most:
                 raise Closed(f"sent a message of {length} bytes, expected at most {most}")
-            message = json.loads(await reader.readexactly(length))
+            message = net.decode_frame(await reader.readexactly(length))
     except TimeoutError:
         raise Silent(f"was silent for {deadline_s:g} s") from None
     except (OSError, asyncio.IncompleteReadError) as error:
         raise Closed(_why(error)) from None
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+    except ValueError as error:
         raise Closed(f"sent what is not a message ({type(error).__name__})") from None
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+    if not isinstance(message.get("type"), str):
         raise Closed("sent what is not a message: expected a JSON object with a type")
     return message
 
@@ -54,9 +53,8 @@ async def send(writer: asyncio.StreamWriter, message: dict[str, Any], deadline_s
         Silent: the other side did not take it within the deadline.
         Closed: it is gone.
     """
-    data = json.dumps(message, separators=(",", ":")).encode()
     # One write: several tasks may send.
-    await send_bytes(writer, struct.pack(">I", len(data)) + data, deadline_s)
+    await send_bytes(writer, net.encode_frame(message), deadline_s)
 
 
 async def send_bytes(writer: asyncio.StreamWriter, data: bytes, deadline_s: float) -> None:
@@ -102,7 +100,7 @@ async def _one_way(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
             await writer.drain()
 
 
-def _why(error: Exception) -> str:
+def _why(error: OSError | asyncio.IncompleteReadError) -> str:
     if isinstance(error, asyncio.IncompleteReadError):
         return "closed the connection"
-    return f"the connection was lost ({error})"
+    return net.describe_loss(error)

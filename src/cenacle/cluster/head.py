@@ -32,11 +32,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .. import errors, paths
+from .. import net, paths
 from ..collective import socket_options
-from ..errors import CenacleError, ClusterError, InputError
+from ..errors import CenacleError, ClusterError, InputError, error_from_json, error_to_json
 from . import framing, membership, node_info
-from .download.file_server import Given
+from .download.file_server import ModelFileServer
 from .membership import Node, State
 from .security import identity, pairing
 
@@ -132,7 +132,7 @@ class Head:
         self._fates: dict[tuple[int, int], str] = {}  # formation, rank -> how it ended
         self._forms: queue.Queue[Formation] = queue.Queue()
         self._returns: queue.Queue[Return] = queue.Queue()
-        self._given: Given | None = None
+        self._given: ModelFileServer | None = None
         self._parts: dict[str, dict[str, int]] = {}  # how far each machine has fetched its own
         self._about: dict[str, Any] = {}  # what the program adds to `status`
         self._guests: dict[asyncio.StreamWriter, None] = {}
@@ -310,7 +310,7 @@ class Head:
             return "was removed from this cluster"
         return None if node.here else node.reason
 
-    def give(self, given: Given) -> None:
+    def give(self, given: ModelFileServer) -> None:
         """What the machines of the cluster may fetch from now on."""
         self._given = given
 
@@ -446,7 +446,7 @@ class Head:
                     agent = self._agents[who]
                     name = self._state.nodes[who].name
                     log.warning("%s %s", name, reason)
-                    self._task(self._refuse(agent.writer, f"this machine {reason}"))
+                    self._task(self._refuse(agent.writer, ClusterError(f"this machine {reason}")))
                 case membership.Form(epoch=number, members=members):
                     # Written down first: no number is ever used twice.
                     self._write_roster()
@@ -487,11 +487,10 @@ class Head:
     async def _refuse(
         self,
         writer: asyncio.StreamWriter,
-        reason: str,
-        kind: str = "ClusterError",
+        error: CenacleError,
         again: bool = False,
     ) -> None:
-        message = {"type": "refused", "message": reason, "kind": kind, "again": again}
+        message = {"type": "refused", "error": error_to_json(error), "again": again}
         with contextlib.suppress(ClusterError):
             await framing.send(writer, message, SEND_S)
 
@@ -523,11 +522,15 @@ class Head:
             await self._pair(hello, reader, writer)
             return
         if certificate is None:
-            await self._say_no(writer, "this machine is not of this cluster: join it with a token")
+            await self._say_no(
+                writer, ClusterError("this machine is not of this cluster: join it with a token")
+            )
             return
         who = identity.whose(certificate)
         if who not in self._state.nodes:
-            await self._say_no(writer, "this machine was removed from this cluster: join it again")
+            await self._say_no(
+                writer, ClusterError("this machine was removed from this cluster: join it again")
+            )
             return
         self._guests.pop(writer, None)
         match hello["type"]:
@@ -541,17 +544,16 @@ class Head:
                 try:
                     await self._answer(who, hello, writer)
                 except InputError as error:
-                    await self._say_no(writer, str(error), "InputError")
+                    await self._say_no(writer, error)
 
     async def _say_no(
         self,
         writer: asyncio.StreamWriter,
-        reason: str,
-        kind: str = "ClusterError",
+        error: CenacleError,
         again: bool = False,
     ) -> None:
         await asyncio.sleep(WRONG_S)
-        await self._refuse(writer, reason, kind, again)
+        await self._refuse(writer, error, again)
         writer.close()
         with contextlib.suppress(OSError):
             await asyncio.wait_for(writer.wait_closed(), 1)
@@ -577,7 +579,7 @@ class Head:
             name = _printable(str(about["name"]))
         except (ClusterError, ValueError, KeyError, TypeError) as error:
             log.warning("a machine was not let in: %s", error)
-            await self._say_no(writer, str(error))
+            await self._say_no(writer, ClusterError(str(error)))
             return
         self._happens(membership.Known(who, name))
         self._write_roster()
@@ -605,7 +607,7 @@ class Head:
         if who in self._agents:
             # Perhaps its own connection of a moment ago: it may try again.
             reason = f"{self._state.nodes[who].name} is here already"
-            await self._say_no(writer, reason, again=True)
+            await self._say_no(writer, ClusterError(reason), again=True)
             return
         facts = hello.get("facts")
         if not isinstance(facts, dict):
@@ -697,7 +699,7 @@ class Head:
                     raise ClusterError("the head has no model to give yet")
                 answer = await asyncio.to_thread(self._given.answer, asked)
             except CenacleError as error:
-                await self._refuse(writer, str(error), type(error).__name__)
+                await self._refuse(writer, error)
             else:
                 if answer is None:
                     await asyncio.sleep(LATER_S)
@@ -726,7 +728,9 @@ class Head:
             case "down" if who == identity.HEAD:
                 answer = {"phase": "ending"}
             case _:
-                await self._say_no(writer, "only the head's own machine may ask for that")
+                await self._say_no(
+                    writer, ClusterError("only the head's own machine may ask for that")
+                )
                 return
         await framing.send(writer, {"type": "answer", **answer}, SEND_S)
         writer.close()
@@ -801,12 +805,7 @@ class Head:
         finally:
             agent.orders.pop(number, None)
         if (refusal := answer.get("error")) is not None:
-            kind = getattr(errors, str(refusal.get("kind")), ClusterError)
-            if not (isinstance(kind, type) and issubclass(kind, CenacleError)):
-                kind = ClusterError
-            if issubclass(kind, errors.RankLost):
-                kind = ClusterError
-            raise _of(who, kind(f"{who.name}: {refusal.get('message')}"))
+            raise _of(who, error_from_json(refusal, f"{who.name}: "))
         return dict(answer["result"])
 
     # The roster
@@ -858,7 +857,7 @@ def take_lock(path: Path, what: str) -> Any:
 
 
 def _of(who: Node, error: CenacleError) -> CenacleError:
-    error.machine = who.id
+    error.node_id = who.id
     return error
 
 
@@ -878,8 +877,7 @@ _SHOWN = (
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=GUESTS)
+        return net.listen(host, port, GUESTS)
     except OSError as error:
         raise InputError(
             f"cannot listen at {host}:{port} ({error.strerror}); choose another with --listen",

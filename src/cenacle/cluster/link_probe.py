@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from .. import net
 from ..collective import socket_options
 from ..errors import ClusterError
 
@@ -40,8 +41,7 @@ class Link:
 
 def answer(address: str, secret: bytes) -> int:
     """Answer one measurement at this address, from a thread; the port where."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, 0), family=family)
+    listener = net.listen(address, 0)
     port: int = listener.getsockname()[1]
     threading.Thread(target=_answer, args=(listener, secret), daemon=True).start()
     return port
@@ -61,12 +61,12 @@ def measure(address: str, port: int, secret: bytes) -> Link:
             for _ in range(PINGS):
                 began = time.perf_counter()
                 sock.sendall(bytes(PING_BYTES))
-                _exactly(sock, PING_BYTES)
+                net.receive_exactly(sock, PING_BYTES)
                 trips.append(time.perf_counter() - began)
             trip = statistics.median(trips)
             began = time.perf_counter()
             sock.sendall(bytes(BULK_BYTES))
-            _exactly(sock, 1)
+            net.receive_exactly(sock, 1)
             took = max(1e-6, time.perf_counter() - began - trip)
     except OSError as error:
         raise ClusterError(
@@ -84,11 +84,11 @@ def _answer(listener: socket.socket, secret: bytes) -> None:
             sock, _ = listener.accept()
             with sock, suppress(OSError):
                 _quick(sock)
-                if not hmac.compare_digest(_exactly(sock, len(secret)), secret):
+                if not hmac.compare_digest(net.receive_exactly(sock, len(secret)), secret):
                     continue
                 for _ in range(PINGS):
-                    sock.sendall(_exactly(sock, PING_BYTES))
-                _exactly(sock, BULK_BYTES)
+                    sock.sendall(net.receive_exactly(sock, PING_BYTES))
+                net.receive_exactly(sock, BULK_BYTES)
                 sock.sendall(b"!")
                 return
 
@@ -96,13 +96,3 @@ def _answer(listener: socket.socket, secret: bytes) -> None:
 def _quick(sock: socket.socket) -> None:
     sock.settimeout(DEADLINE_S / 4)
     socket_options.set_up(sock)
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        piece = sock.recv(min(1 << 20, count - len(data)))
-        if not piece:
-            raise OSError("closed the connection")
-        data += piece
-    return bytes(data)

@@ -9,9 +9,7 @@ Next: `agent.py` sends it, `placing.py` decides by it.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -57,7 +55,7 @@ def facts() -> dict[str, Any]:
         "cuda": gpu and not mx.metal.is_available(),
         "thunderbolt": _thunderbolt(),
         "calibrated": _calibrated(),
-        "kernels": native.describe() if native.available() else "mlx",
+        "kernels": native.describe_kernels() if native.is_available() else "mlx",
         "read_bytes_s": _read_rate(gpu),
         "no_mesh": mesh.why_not(),
     }
@@ -106,45 +104,6 @@ _INDEX = "model.safetensors.index.json"
 _HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
-def address_towards(host: str, port: int) -> str:
-    """This machine's own address, as that host sees it; empty if it cannot be reached."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-        with socket.socket(found[0][0], socket.SOCK_DGRAM) as sock:
-            sock.connect(found[0][4])  # sends nothing
-            return str(sock.getsockname()[0])
-    except OSError:
-        return ""
-
-
-def addresses() -> list[str]:
-    """This machine's addresses that others may reach, the likeliest first."""
-    found = []
-    state = psutil.net_if_stats()
-    for name, entries in psutil.net_if_addrs().items():
-        for entry in entries:
-            if entry.family not in (socket.AF_INET, socket.AF_INET6) or not state[name].isup:
-                continue
-            address = ipaddress.ip_address(entry.address.partition("%")[0])
-            if not (address.is_loopback or address.is_link_local):
-                found.append(str(address))
-    default = address_towards("192.0.2.1", 9)  # any address beyond the router (RFC 5737)
-    return sorted(found, key=lambda a: (a != default, ":" in a))
-
-
-def free_ports(address: str, count: int) -> list[int]:
-    """Ports of an address that are free now."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sockets = [socket.socket(family) for _ in range(count)]
-    try:
-        for sock in sockets:
-            sock.bind((address, 0))
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
-
-
 def _read_rate(gpu: bool) -> float:
     """Bytes a second of reading memory on the device that computes.
 
@@ -159,8 +118,8 @@ def _read_rate(gpu: bool) -> float:
     for _ in range(READS):
         for array in arrays:  # in turn, so that no cache holds them
             began = time.perf_counter()
-            if native.available() and not gpu:
-                native.module().read(array)
+            if native.is_available() and not gpu:
+                native.extension().read(array)
             else:
                 mx.eval(mx.max(array))
             best = min(best, time.perf_counter() - began)

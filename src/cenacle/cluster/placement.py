@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..core.model_spec import ModelSpec
-from ..core.plan import Plan, human
+from ..core.plan import Plan
+from ..core.units import format_bytes
 from ..engine.options import Options, need_of
 from ..engine.speculative.draft_model import DraftModel
 from ..errors import CenacleError, ClusterError, InputError, PlanError
@@ -262,5 +263,5 @@ def _allowed(node: Node) -> int:
 
 def _ratio(numbers: Sequence[float]) -> str:
     if max(numbers) > 1e6:
-        return ":".join(human(n) for n in numbers)
+        return ":".join(format_bytes(n) for n in numbers)
     return ":".join(f"{n:g}" for n in numbers)

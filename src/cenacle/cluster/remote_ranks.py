@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from .. import net
 from ..core.plan import Plan
 from ..errors import CenacleError, ClusterError, RankLost
 from ..ranks.channel import Channel, Closed, Silent
@@ -79,7 +80,7 @@ class RemoteRanks(LocalRanks):
             [(n, {"address": n.address, "count": 1}) for n in members], "ports"
         )
         addresses = [
-            _host_port(n.address, answer["ports"][0])
+            net.format_address(n.address, answer["ports"][0])
             for n, answer in zip(members, found, strict=True)
         ]
         secret, token = secrets.token_hex(32), secrets.token_hex(16)
@@ -176,7 +177,3 @@ class RemoteRanks(LocalRanks):
         # Ranks that never answered failed, whatever it was.
         blamed = self._blamed if self.ready else self._blamed or ""
         self._head.is_over(self.formation.number, blamed)
-
-
-def _host_port(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -40,6 +40,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import net
 from ..errors import ClusterError
 from . import socket_options
 from .base import Chosen, Collective
@@ -48,6 +49,7 @@ ADDRESSES = "CENACLE_MESH"
 SECRET = "CENACLE_MESH_SECRET"
 
 MAGIC, VERSION = b"cenacle-mesh", 2
+LENGTH = struct.Struct(">H")
 MAX_MESSAGE = 256  # bytes
 MAX_GUESTS = 64  # connections that are being asked who they are, at one time
 NONCE = 16  # bytes
@@ -357,9 +359,7 @@ def _listen(address: str) -> socket.socket:
             sock.bind(address.removeprefix("unix:"))
             sock.listen(MAX_GUESTS)
             return sock
-        host, port = _host_port(address)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=MAX_GUESTS)
+        return net.listen(*_host_port(address), MAX_GUESTS)
     except OSError as error:
         raise ClusterError(f"the mesh cannot listen at {address}: {error}") from error
 
@@ -379,39 +379,33 @@ def _connect(address: str, ends: float) -> socket.socket:
 
 
 def _host_port(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
-        raise ClusterError(f"mesh address: expected unix:/path or host:port, got {address!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    try:
+        return net.parse_address(address)
+    except ValueError:
+        raise ClusterError(
+            f"mesh address: expected unix:/path or host:port, got {address!r}"
+        ) from None
 
 
 def _send(sock: socket.socket, message: bytes, ends: float) -> None:
     sock.settimeout(max(0.001, ends - time.monotonic()))
-    sock.sendall(struct.pack(">H", len(message)) + message)
+    sock.sendall(LENGTH.pack(len(message)) + message)
 
 
 def _receive(sock: socket.socket, ends: float) -> bytes:
-    (length,) = struct.unpack(">H", _exactly(sock, 2, ends))
+    (length,) = LENGTH.unpack(_exactly(sock, LENGTH.size, ends))
     if length > MAX_MESSAGE:
         raise _Refused(f"sent a message of {length} bytes, expected at most {MAX_MESSAGE}")
     return _exactly(sock, length, ends)
 
 
 def _exactly(sock: socket.socket, count: int, ends: float) -> bytes:
-    data = b""
-    while len(data) < count:
-        left = ends - time.monotonic()
-        if left <= 0:
-            raise _Refused("was silent in the handshake")
-        sock.settimeout(left)
-        try:
-            piece = sock.recv(count - len(data))
-        except TimeoutError:
-            continue
-        if not piece:
-            raise _Refused("closed the connection in the handshake")
-        data += piece
-    return data
+    try:
+        return net.receive_exactly(sock, count, ends)
+    except TimeoutError:
+        raise _Refused("was silent in the handshake") from None
+    except OSError as error:
+        raise _Refused(f"{net.describe_loss(error)} in the handshake") from None
 
 
 def _hang_up(sock: socket.socket) -> None:

@@ -24,8 +24,8 @@ class MoELayer:
         units: into how many equal pieces an expert's hidden width can be cut, at the borders of
             quantisation groups (1: not at all).
         shared_units: the same for the shared experts.
-        kept_bytes: of `expert_bytes`, what every rank with a slice holds entire (output biases).
-        shared_kept_bytes: the same of `shared_bytes`.
+        unsliced_bytes: of `expert_bytes`, what each rank with a slice holds whole (output biases).
+        shared_unsliced_bytes: the same of `shared_bytes`.
     """
 
     layer: int
@@ -34,12 +34,12 @@ class MoELayer:
     shared_bytes: int = 0
     units: int = 1
     shared_units: int = 1
-    kept_bytes: int = 0
-    shared_kept_bytes: int = 0
+    unsliced_bytes: int = 0
+    shared_unsliced_bytes: int = 0
 
 
 @dataclass(frozen=True)
-class TrunkPart:
+class DenseModule:
     """A module that every rank needs and that can be divided among ranks: see `Plan.trunk`.
 
     Args:
@@ -76,13 +76,13 @@ class ModelSpec:
         moe: the MoE layers, in order.
         top_k: experts chosen per token.
         trunk_bytes: bytes in memory of everything that every rank holds.
-        context: most tokens of prompt and answer together (None: the config does not say).
-        vocabulary: number of token ids.
+        context_length: most tokens of prompt and answer together (None: the config does not say).
+        vocab_size: number of token ids.
         dtype: element type of the unquantised tensors, such as "bfloat16".
         quantization: for instance "affine 4-bit, groups of 64", or None.
-        parts: what of the trunk can be divided among ranks.
-        lookup_bytes: of `trunk_bytes`, the embedding table, of which a token reads one row.
-        unsliced: why no expert can be cut, or None.
+        dense_modules: what of the trunk can be divided among ranks.
+        embedding_bytes: of `trunk_bytes`, the embedding table, of which a token reads one row.
+        unsliceable_reason: why no expert can be cut, or None.
     """
 
     family: str
@@ -90,13 +90,13 @@ class ModelSpec:
     moe: tuple[MoELayer, ...]
     top_k: int
     trunk_bytes: int
-    context: int | None
-    vocabulary: int
+    context_length: int | None
+    vocab_size: int
     dtype: str
     quantization: str | None = None
-    parts: tuple[TrunkPart, ...] = ()
-    lookup_bytes: int = 0
-    unsliced: str | None = None
+    dense_modules: tuple[DenseModule, ...] = ()
+    embedding_bytes: int = 0
+    unsliceable_reason: str | None = None
 
     @property
     def expert_bytes(self) -> int:

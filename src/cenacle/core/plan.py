@@ -1,13 +1,13 @@
-"""Who holds which expert, and which part of the trunk.
+"""Which rank holds which experts, and which slices of the trunk.
 
-Owns: `Plan`, data that names for every layer and expert the ranks and the slices of its hidden
-width that they hold, and the ways to deal one.
-Does not know: MLX, files, sockets, which replica computes what (`model/balance.py`).
-Invariants, checked when a plan is made: in every layer the slices of each expert tile its width
-exactly once, and each slice has one rank or several (replicas); a rank's slice is the same in all
-experts of a layer that it holds; every rank holds at least one expert of every layer, and equally
-many of each; the bytes of every rank are known.
-Next: `model/weights.py` reads what the plan gives a rank, `model/experts.py` computes it.
+Owns: `Plan`, which names for every layer and expert the ranks and the slices of its hidden width
+that they hold, and the placements that make one.
+Does not know: MLX, files, sockets, which replica computes a token (`planning/load_balancer.py`).
+Invariants, checked on construction: in every layer the slices of each expert tile its width exactly
+once, and each slice is on one rank or on several (replicas); a rank's slice is the same for all
+experts that it holds of a layer; every rank holds at least one expert of every layer, and equally
+many of each layer; the bytes of every rank are known.
+Next: `model/loader.py` reads what a rank holds, `model/expert_parallel.py` computes it.
 
     >>> print(Plan.whole(spec, nodes=2).table())
     rank   experts  of        trunk     experts      shared       total
@@ -21,86 +21,91 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from .model_spec import ModelSpec, MoELayer, TrunkPart
+from .model_spec import DenseModule, ModelSpec, MoELayer
+from .units import format_bytes
 
-FORMAT = 2
+FORMAT = 3
 TRUNKS = ("replicated", "sharded")
 
 
 @dataclass(frozen=True)
-class Part:
-    """`rank` holds columns [start, stop) of an expert's hidden width, in units of `Plan.width`."""
+class WidthSlice:
+    """`rank` holds [start, stop) of a hidden width, in the units of its owner (see `LayerPlan`)."""
 
     rank: int
     start: int
     stop: int
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """[start, stop)."""
+        return self.start, self.stop
+
 
 @dataclass(frozen=True)
-class Heads:
-    """A rank's slice of attention: query heads [start, stop), key and value heads [first, last)."""
+class HeadSlice:
+    """A rank's slice of attention: [start, stop) of the query and of the key/value heads."""
 
-    start: int
-    stop: int
-    first: int
-    last: int
+    query_start: int
+    query_stop: int
+    kv_start: int
+    kv_stop: int
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One MoE layer.
+    """The placement of one MoE layer.
 
     Args:
         layer: index among all the model's layers.
-        experts: for each expert its parts, by start and then by rank.
-        shared: the parts of the block's shared experts, in units of `MoELayer.shared_units`
-            (none: it has none).
+        experts: for each expert its slices, by start and then by rank, in units of `Plan.width`.
+        shared: the slices of the block's shared experts, in units of `MoELayer.shared_units`
+            (empty: the block has none).
     """
 
     layer: int
-    experts: tuple[tuple[Part, ...], ...]
-    shared: tuple[Part, ...]
+    experts: tuple[tuple[WidthSlice, ...], ...]
+    shared: tuple[WidthSlice, ...]
 
-    def held_by(self, rank: int) -> tuple[int, ...]:
-        """Ids of the experts of which `rank` holds a part, ascending."""
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """Ids of the experts of which `rank` holds a slice, ascending."""
         return tuple(
-            e for e, parts in enumerate(self.experts) if any(p.rank == rank for p in parts)
+            e for e, slices in enumerate(self.experts) if any(s.rank == rank for s in slices)
         )
 
     def slice_of(self, rank: int) -> tuple[int, int]:
-        """[start, stop) of the width, of each expert that `rank` holds."""
-        return next((p.start, p.stop) for parts in self.experts for p in parts if p.rank == rank)
+        """[start, stop) of the width of each expert that `rank` holds."""
+        return next(s.span for slices in self.experts for s in slices if s.rank == rank)
 
-    def shared_of(self, rank: int) -> tuple[int, int] | None:
+    def shared_slice_of(self, rank: int) -> tuple[int, int] | None:
         """[start, stop) of the shared experts' width that `rank` holds, or None."""
-        return next(((p.start, p.stop) for p in self.shared if p.rank == rank), None)
+        return next((s.span for s in self.shared if s.rank == rank), None)
 
-    def holders(self, rank: int) -> tuple[tuple[int, ...], ...]:
+    def replica_ranks(self, rank: int) -> tuple[tuple[int, ...], ...]:
         """For each expert the ranks that hold the same slice as `rank` does, ascending."""
-        mine = self.slice_of(rank)
-        return tuple(
-            tuple(p.rank for p in parts if (p.start, p.stop) == mine) for parts in self.experts
-        )
+        span = self.slice_of(rank)
+        return tuple(tuple(s.rank for s in slices if s.span == span) for slices in self.experts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement of a model on `nodes` ranks.
+    """The placement of a model on `nodes` ranks.
 
     Args:
-        placement: the name of the way it was dealt ("whole", "sliced", "replicated").
+        placement: "whole", "sliced" or "replicated": the constructor that made it.
         nodes: number of ranks.
-        width: the number of units in which expert widths are cut (1: experts are whole).
+        width: number of units into which expert widths are divided (1: experts are whole).
         layers: one entry per MoE layer.
-        spec: the facts the plan was dealt from; they give the bytes.
-        trunk: "replicated" (all of it on every rank) or "sharded": the spec's `parts` are divided,
-            each by its units; one that has fewer units than there are ranks stays replicated.
-        shares: relative speeds of the ranks, by which everything was dealt; None: equal.
+        spec: the model that was placed; it gives the bytes.
+        trunk: "replicated" (all of it on every rank) or "sharded" (the spec's `dense_modules` are
+            divided by units; a module with fewer units than ranks stays replicated).
+        node_weights: relative speeds of the ranks, in proportion to which everything was assigned;
+            None: equal.
 
     Raises:
         PlanError: an invariant of this module does not hold.
@@ -112,194 +117,193 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     spec: ModelSpec
     trunk: str = "replicated"
-    shares: tuple[float, ...] | None = None
+    node_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.width < 1 or not self.layers:
             raise PlanError(
-                f"expected at least 1 node, width 1 and 1 MoE layer, got {self.nodes} nodes, "
-                f"width {self.width} and {len(self.layers)} layers (no MoE layer: a dense model)"
+                f"plan: expected at least 1 node, width 1 and 1 MoE layer, got {self.nodes} nodes, "
+                f"width {self.width} and {len(self.layers)} layers (a dense model has no MoE layer)"
             )
         if self.trunk not in TRUNKS:
             raise PlanError(f"trunk: expected {' or '.join(TRUNKS)}, got {self.trunk!r}")
-        _weights(self.nodes, self.shares)
+        _resolve_node_weights(self.nodes, self.node_weights)
         if [p.layer for p in self.layers] != [m.layer for m in self.spec.moe]:
             raise PlanError(
                 f"the plan covers layers {[p.layer for p in self.layers]}, "
                 f"the model's MoE layers are {[m.layer for m in self.spec.moe]}"
             )
         for plan, moe in zip(self.layers, self.spec.moe, strict=True):
-            self._check(plan, moe)
+            self._check_layer(plan, moe)
         for rank in range(self.nodes):
-            counts = {len(p.held_by(rank)) for p in self.layers}
+            counts = {len(p.experts_of(rank)) for p in self.layers}
             if len(counts) > 1:
                 raise PlanError(
-                    f"rank {rank} must hold equally many experts of every layer, got "
+                    f"rank {rank}: expected equally many experts of every layer, got "
                     f"{sorted(counts)}"
                 )
 
-    def _check(self, plan: LayerPlan, moe: MoELayer) -> None:
-        where = f"layer {plan.layer}"
+    def _check_layer(self, plan: LayerPlan, moe: MoELayer) -> None:
+        name = f"layer {plan.layer}"
         if len(plan.experts) != moe.experts:
             raise PlanError(
-                f"{where}: expected a holder for each of {moe.experts} experts, "
+                f"{name}: expected a rank for each of {moe.experts} experts, "
                 f"got {len(plan.experts)}"
             )
         if moe.units % self.width:
             raise PlanError(
-                f"{where}: the width of an expert has {moe.units} units, which cannot be cut "
-                f"in {self.width} equal pieces"
+                f"{name}: an expert's width has {moe.units} units, which cannot be divided into "
+                f"{self.width} equal pieces"
             )
-        slices: dict[int, tuple[int, int]] = {}
-        for expert, parts in enumerate(plan.experts):
-            self._tiles(parts, self.width, f"{where}: expert {expert}")
-            for part in parts:
-                if slices.setdefault(part.rank, (part.start, part.stop)) != (part.start, part.stop):
-                    raise PlanError(f"{where}: rank {part.rank} holds different slices of experts")
-        empty = [r for r in range(self.nodes) if r not in slices]
+        spans: dict[int, tuple[int, int]] = {}
+        for expert, slices in enumerate(plan.experts):
+            self._check_tiling(slices, self.width, f"{name}: expert {expert}")
+            for part in slices:
+                if spans.setdefault(part.rank, part.span) != part.span:
+                    raise PlanError(f"{name}: rank {part.rank} holds different slices of experts")
+        empty = [r for r in range(self.nodes) if r not in spans]
         if empty:
-            raise PlanError(f"{where}: ranks {empty} hold no expert; use fewer nodes")
+            raise PlanError(f"{name}: ranks {empty} hold no expert; use fewer nodes")
         if bool(plan.shared) != bool(moe.shared_bytes):
             raise PlanError(
-                f"{where}: shared experts take {moe.shared_bytes} bytes but are given to "
+                f"{name}: shared experts take {moe.shared_bytes} bytes but are assigned to "
                 f"{'no rank' if not plan.shared else f'rank {plan.shared[0].rank}'}"
             )
         if plan.shared:
-            self._tiles(plan.shared, moe.shared_units, f"{where}: shared experts", replicas=False)
+            self._check_tiling(
+                plan.shared, moe.shared_units, f"{name}: shared experts", replicas=False
+            )
 
-    def _tiles(self, parts: tuple[Part, ...], width: int, what: str, replicas: bool = True) -> None:
-        """The parts must tile `width`, each slice held by one rank or, with `replicas`, several."""
+    def _check_tiling(
+        self, slices: tuple[WidthSlice, ...], width: int, name: str, replicas: bool = True
+    ) -> None:
+        """The slices must tile `width`, each on one rank or, with `replicas`, on several."""
         reached, last = 0, (0, 0)
-        for part in parts:
+        for part in slices:
             if not 0 <= part.rank < self.nodes:
                 raise PlanError(
-                    f"{what} is given to rank {part.rank}, expected 0 to {self.nodes - 1}"
+                    f"{name}: expected a rank from 0 to {self.nodes - 1}, got {part.rank}"
                 )
-            copy = replicas and (part.start, part.stop) == last
-            if not copy and (part.start != reached or part.stop <= part.start):
+            is_replica = replicas and part.span == last
+            if not is_replica and (part.start != reached or part.stop <= part.start):
                 raise PlanError(
-                    f"{what} must be held exactly once, but its parts "
-                    f"{[(p.start, p.stop) for p in parts]} do not tile 0 to {width}"
+                    f"{name} must be held exactly once, but its slices "
+                    f"{[s.span for s in slices]} do not tile 0 to {width}"
                 )
-            reached, last = part.stop, (part.start, part.stop)
-        if len({p.rank for p in parts}) < len(parts):
+            reached, last = part.stop, part.span
+        if len({s.rank for s in slices}) < len(slices):
             raise PlanError(
-                f"{what} must be held exactly once by a rank, got {[p.rank for p in parts]}"
+                f"{name} must be held at most once by a rank, got ranks {[s.rank for s in slices]}"
             )
         if reached != width:
-            raise PlanError(f"{what} is held up to {reached} of {width} of its width")
+            raise PlanError(f"{name} is held up to {reached} of {width} of its width")
 
     @classmethod
     def whole(
         cls,
         spec: ModelSpec,
         nodes: int,
-        shares: Sequence[float] | None = None,
+        node_weights: Sequence[float] | None = None,
         trunk: str = "replicated",
     ) -> Plan:
-        """Deal whole experts, evenly or by `shares`.
+        """Assign whole experts, evenly or in proportion to `node_weights`.
 
         Each rank gets neighbouring experts, so that its rows of a stacked tensor are one range of
-        bytes; the cuts are prefix sums. With a replicated trunk the shared experts of each layer go
-        to the rank that is furthest behind its share of the bytes so far, so that memory stays
-        even; with a sharded one they are cut.
+        bytes. With a replicated trunk the shared experts of each layer go to the rank that is
+        furthest behind its proportion of the bytes so far; with a sharded trunk they are sliced.
 
         Args:
             nodes: from 1 to the number of experts.
-            shares: one positive weight per rank, for instance (2, 1, 1); None: equal.
+            node_weights: one positive weight per rank, such as (2, 1, 1); None: equal.
             trunk: see `Plan`.
 
         Raises:
-            PlanError: more nodes than experts, or a wrong number or value of shares.
+            PlanError: more nodes than experts, or invalid node weights.
         """
-        weights = _weights(nodes, shares)
-        counts = [_deal(moe.experts, weights) for moe in spec.moe]
-        owners = [[r for r in range(nodes) for _ in range(c[r])] for c in counts]
-        experts = [tuple((Part(r, 0, 1),) for r in own) for own in owners]
-        return cls._with_shared("whole", nodes, 1, experts, spec, trunk, shares)
+        weights = _resolve_node_weights(nodes, node_weights)
+        experts = []
+        for moe in spec.moe:
+            counts = largest_remainder(moe.experts, weights)
+            experts.append(
+                tuple((WidthSlice(r, 0, 1),) for r in range(nodes) for _ in range(counts[r]))
+            )
+        return cls._with_shared("whole", nodes, 1, experts, spec, trunk, node_weights)
 
     @classmethod
     def sliced(
         cls,
         spec: ModelSpec,
         nodes: int,
-        shares: Sequence[float] | None = None,
+        node_weights: Sequence[float] | None = None,
         trunk: str = "replicated",
     ) -> Plan:
-        """Every rank holds a slice of every expert's hidden width, by `shares`.
+        """Assign every rank a slice of every expert's hidden width, in proportion to the weights.
 
-        Cuts are at the borders of quantisation groups, by prefix sums.
+        Slices end at borders of quantisation groups.
 
         Raises:
-            PlanError: the experts of this family cannot be cut, or there are more nodes than
-                groups, or a wrong number or value of shares.
+            PlanError: the experts of this family cannot be sliced, there are more nodes than
+                groups, or invalid node weights.
         """
-        weights = _weights(nodes, shares)
+        weights = _resolve_node_weights(nodes, node_weights)
         width = math.gcd(*(m.units for m in spec.moe))
-        if nodes > 1 and spec.unsliced is not None:
+        if nodes > 1 and spec.unsliceable_reason is not None:
             raise PlanError(
-                f"sliced: experts of {spec.family} cannot be cut: {spec.unsliced}; "
+                f"sliced: experts of {spec.family} cannot be sliced: {spec.unsliceable_reason}; "
                 f"use --placement whole or replicated"
             )
         if width < nodes:
             raise PlanError(
-                f"sliced: an expert's hidden width can be cut into {width} pieces at most (at "
-                f"borders of quantisation groups), got {nodes} nodes; use fewer nodes, or "
+                f"sliced: an expert's hidden width can be divided into {width} slices at most "
+                f"(at borders of quantisation groups), got {nodes} nodes; use fewer nodes, or "
                 f"--placement whole or replicated"
             )
-        counts = _deal(width, weights)
-        cuts = [0, *accumulate(counts)]
-        parts = tuple(Part(r, cuts[r], cuts[r + 1]) for r in range(nodes))
-        experts = [(parts,) * m.experts for m in spec.moe]
-        return cls._with_shared("sliced", nodes, width, experts, spec, trunk, shares)
+        slices = _width_slices(width, weights)
+        experts = [(slices,) * m.experts for m in spec.moe]
+        return cls._with_shared("sliced", nodes, width, experts, spec, trunk, node_weights)
 
     @classmethod
     def replicated(
         cls,
         spec: ModelSpec,
         nodes: int,
-        budgets: Sequence[int] | None = None,
-        shares: Sequence[float] | None = None,
+        node_memory_bytes: Sequence[int] | None = None,
+        node_weights: Sequence[float] | None = None,
         trunk: str = "replicated",
     ) -> Plan:
-        """Each whole expert on one rank or several; `model/balance.py` deals a token's experts.
+        """Assign each whole expert to one rank or several.
+
+        Which replica computes an expert is decided per token by `planning/load_balancer.py`.
 
         Args:
-            budgets: bytes of weights that each rank may hold, the trunk included: as many copies
-                as fit. None: two copies of every expert where there are more than two nodes (the
-                layout of arXiv:2506.23635 for four), in proportion to `shares`.
-            shares: relative speeds of the ranks; a faster one is dealt more.
+            node_memory_bytes: bytes of weights that each rank may hold, the trunk included; as many
+                replicas as fit. None: two replicas of every expert on more than two nodes (the
+                layout of arXiv:2506.23635 for four nodes), in proportion to `node_weights`.
+            node_weights: relative speeds of the ranks.
 
         Raises:
-            PlanError: the budgets do not hold every expert once, or wrong numbers.
+            PlanError: the memory does not hold every expert once, or invalid numbers.
         """
-        weights = _weights(nodes, shares)
-        most = min(m.experts for m in spec.moe)
-        if budgets is None:
-            copies = [2 if nodes > 2 else 1] * most
-            counts = _capped(sum(copies), weights, most)
+        weights = _resolve_node_weights(nodes, node_weights)
+        experts_per_layer = min(m.experts for m in spec.moe)
+        if node_memory_bytes is None:
+            replicas = experts_per_layer * (2 if nodes > 2 else 1)
+            counts = cap_by_budget(replicas, weights, experts_per_layer)
         else:
-            if len(budgets) != nodes:
-                raise PlanError(f"budgets: expected {nodes} numbers, got {len(budgets)}")
-            lean = cls.whole(spec, nodes, shares, trunk)
-            each = sum(m.expert_bytes for m in spec.moe)
-            free = [
-                b - lean.bytes_of(r)["trunk"] - lean.bytes_of(r)["shared"]
-                for r, b in enumerate(budgets)
-            ]
-            counts = [min(most, max(0, f // each)) for f in free]
-            if sum(counts) < most or not all(counts):
-                raise PlanError(
-                    f"replicated: the budgets hold {counts} experts of each layer on the ranks, "
-                    f"expected at least one on each and {most} together; an expert takes "
-                    f"{human(each)} over all layers, the rest of a rank "
-                    f"{human(lean.bytes_of(0)['trunk'])}; allow more bytes or use more nodes"
-                )
+            lean = cls.whole(spec, nodes, node_weights, trunk)
+            counts = _experts_that_fit(spec, lean, node_memory_bytes)
         if len({m.experts for m in spec.moe}) > 1:
-            raise PlanError("replicated: layers with different numbers of experts")
-        holders = _spread(most, counts)
-        experts = [tuple(tuple(Part(r, 0, 1) for r in h) for h in holders) for _ in spec.moe]
-        return cls._with_shared("replicated", nodes, 1, experts, spec, trunk, shares)
+            raise PlanError(
+                "replicated: expected equally many experts in every layer; "
+                "use --placement whole or sliced"
+            )
+        experts = tuple(
+            tuple(WidthSlice(r, 0, 1) for r in ranks)
+            for ranks in spread_replicas(experts_per_layer, counts)
+        )
+        return cls._with_shared(
+            "replicated", nodes, 1, [experts] * len(spec.moe), spec, trunk, node_weights
+        )
 
     @classmethod
     def _with_shared(
@@ -307,91 +311,97 @@ class Plan:
         placement: str,
         nodes: int,
         width: int,
-        experts: Sequence[tuple[tuple[Part, ...], ...]],
+        experts: Sequence[tuple[tuple[WidthSlice, ...], ...]],
         spec: ModelSpec,
         trunk: str,
-        shares: Sequence[float] | None,
+        node_weights: Sequence[float] | None,
     ) -> Plan:
-        """Place the shared experts: cut where experts or trunk are and they can be, else whole."""
-        weights = _weights(nodes, shares)
-        load = [0.0] * nodes
+        """Add the shared experts: sliced where experts or trunk are, if they can be, else whole."""
+        weights = _resolve_node_weights(nodes, node_weights)
+        load = [0.0] * nodes  # bytes
         layers: list[LayerPlan] = []
-        for moe, parts in zip(spec.moe, experts, strict=True):
-            for part in (p for each in parts for p in each):
+        for moe, layer_experts in zip(spec.moe, experts, strict=True):
+            for part in (s for slices in layer_experts for s in slices):
                 load[part.rank] += moe.expert_bytes * (part.stop - part.start) / width
-            shared: tuple[Part, ...] = ()
-            cut = placement == "sliced" or trunk == "sharded"
-            if moe.shared_bytes and cut and moe.shared_units >= nodes:
-                cuts = [0, *accumulate(_deal(moe.shared_units, weights))]
-                shared = tuple(Part(r, cuts[r], cuts[r + 1]) for r in range(nodes))
+            shared: tuple[WidthSlice, ...] = ()
+            is_sliced = placement == "sliced" or trunk == "sharded"
+            if moe.shared_bytes and is_sliced and moe.shared_units >= nodes:
+                shared = _width_slices(moe.shared_units, weights)
             elif moe.shared_bytes:
                 rank = min(range(nodes), key=lambda r: (load[r] / weights[r], r))
                 load[rank] += moe.shared_bytes
-                shared = (Part(rank, 0, moe.shared_units),)
-            layers.append(LayerPlan(moe.layer, parts, shared))
-        given = tuple(float(w) for w in shares) if shares is not None else None
-        return cls(placement, nodes, width, tuple(layers), spec, trunk, given)
+                shared = (WidthSlice(rank, 0, moe.shared_units),)
+            layers.append(LayerPlan(moe.layer, layer_experts, shared))
+        checked = tuple(map(float, node_weights)) if node_weights is not None else None
+        return cls(placement, nodes, width, tuple(layers), spec, trunk, checked)
 
-    def divides(self, part: TrunkPart) -> bool:
-        """Whether `part` is divided among the ranks."""
+    def is_sharded(self, module: DenseModule) -> bool:
+        """Whether `module` is divided among the ranks."""
         if self.trunk != "sharded" or self.nodes == 1:
             return False
-        if part.groups:
-            ranks_a_group = -(-self.nodes // part.groups)
-            return part.units // part.groups >= ranks_a_group
-        return part.units >= self.nodes
+        if module.groups:
+            ranks_per_group = -(-self.nodes // module.groups)
+            return module.units // module.groups >= ranks_per_group
+        return module.units >= self.nodes
 
-    def rows_of(self, part: TrunkPart, rank: int) -> tuple[int, int]:
-        """[start, stop) of the units of a part without groups that is `rank`'s."""
-        cuts = [0, *accumulate(_deal(part.units, _weights(self.nodes, self.shares)))]
-        return cuts[rank], cuts[rank + 1]
+    def rows_of(self, module: DenseModule, rank: int) -> tuple[int, int]:
+        """`rank`'s [start, stop) of the units of a module without groups."""
+        borders = _borders(module.units, _resolve_node_weights(self.nodes, self.node_weights))
+        return borders[rank], borders[rank + 1]
 
-    def heads_of(self, part: TrunkPart, rank: int) -> Heads:
-        """`rank`'s heads of an attention: key and value heads are dealt with the query heads that
-        use them; where there are more ranks than those, ranks share one and deal its queries."""
-        weights = _weights(self.nodes, self.shares)
-        queries = part.units // part.groups
-        if self.nodes <= part.groups:
-            cuts = [0, *accumulate(_deal(part.groups, weights))]
-            first, last = cuts[rank], cuts[rank + 1]
-            return Heads(first * queries, last * queries, first, last)
-        borders = [g * self.nodes // part.groups for g in range(part.groups + 1)]
-        group = next(g for g in range(part.groups) if rank < borders[g + 1])
-        begin, end = borders[group], borders[group + 1]
-        cuts = [group * queries + c for c in accumulate(_deal(queries, weights[begin:end]))]
-        start = cuts[rank - begin - 1] if rank > begin else group * queries
-        return Heads(start, cuts[rank - begin], group, group + 1)
+    def heads_of(self, module: DenseModule, rank: int) -> HeadSlice:
+        """`rank`'s heads of an attention module.
 
-    def part_bytes(self, part: TrunkPart, rank: int) -> int:
-        """Bytes of `part` that `rank` reads for a token (and holds, unless the head is tied)."""
-        if not self.divides(part):
-            return part.bytes
-        if part.groups:
-            h = self.heads_of(part, rank)
-            return (h.stop - h.start) * part.unit_bytes + (h.last - h.first) * part.group_bytes
-        start, stop = self.rows_of(part, rank)
-        return (stop - start) * part.unit_bytes
+        Key/value heads go with the query heads that use them. Where there are more ranks than
+        key/value heads, several ranks hold the same one and divide its query heads.
+        """
+        weights = _resolve_node_weights(self.nodes, self.node_weights)
+        queries = module.units // module.groups
+        if self.nodes <= module.groups:
+            start, stop = _borders(module.groups, weights)[rank : rank + 2]
+            return HeadSlice(start * queries, stop * queries, start, stop)
+        first_ranks = [g * self.nodes // module.groups for g in range(module.groups + 1)]
+        group = next(g for g in range(module.groups) if rank < first_ranks[g + 1])
+        begin, end = first_ranks[group], first_ranks[group + 1]
+        start, stop = _borders(queries, weights[begin:end])[rank - begin : rank - begin + 2]
+        return HeadSlice(group * queries + start, group * queries + stop, group, group + 1)
+
+    def module_bytes(self, module: DenseModule, rank: int) -> int:
+        """Bytes of `module` that `rank` reads for a token (and holds, unless the head is tied)."""
+        if not self.is_sharded(module):
+            return module.bytes
+        if module.groups:
+            heads = self.heads_of(module, rank)
+            queries = heads.query_stop - heads.query_start
+            return (
+                queries * module.unit_bytes + (heads.kv_stop - heads.kv_start) * module.group_bytes
+            )
+        start, stop = self.rows_of(module, rank)
+        return (stop - start) * module.unit_bytes
 
     @property
-    def exchanges(self) -> int:
-        """Exchanges of one pass through the model: one a MoE layer, one a divided part."""
-        return len(self.layers) + sum(self.divides(p) for p in self.spec.parts)
+    def all_reduces(self) -> int:
+        """All-reduces of one forward pass: one per MoE layer and per sharded module."""
+        return len(self.layers) + sum(self.is_sharded(m) for m in self.spec.dense_modules)
 
     def bytes_of(self, rank: int) -> dict[str, int]:
         """Bytes of weights that `rank` holds: trunk, experts, shared and their total."""
         experts = shared = 0
         for plan, moe in zip(self.layers, self.spec.moe, strict=True):
-            held = [p for parts in plan.experts for p in parts if p.rank == rank]
-            units = sum(p.stop - p.start for p in held)
-            cut = moe.expert_bytes - moe.kept_bytes
-            experts += cut * units // self.width + moe.kept_bytes * len(held)
-            mine = plan.shared_of(rank)
-            if mine is not None:
-                cut = moe.shared_bytes - moe.shared_kept_bytes
-                shared += cut * (mine[1] - mine[0]) // moe.shared_units + moe.shared_kept_bytes
-        held_parts = [p for p in self.spec.parts if p.kind != "tied"]
-        trunk = self.spec.trunk_bytes
-        trunk -= sum(p.bytes - self.part_bytes(p, rank) for p in held_parts)
+            held = [s for slices in plan.experts for s in slices if s.rank == rank]
+            units = sum(s.stop - s.start for s in held)
+            sliceable = moe.expert_bytes - moe.unsliced_bytes
+            experts += sliceable * units // self.width + moe.unsliced_bytes * len(held)
+            span = plan.shared_slice_of(rank)
+            if span is not None:
+                sliceable = moe.shared_bytes - moe.shared_unsliced_bytes
+                shared += sliceable * (span[1] - span[0]) // moe.shared_units
+                shared += moe.shared_unsliced_bytes
+        trunk = self.spec.trunk_bytes - sum(
+            m.bytes - self.module_bytes(m, rank)
+            for m in self.spec.dense_modules
+            if m.kind != "tied"
+        )
         return {
             "trunk": trunk,
             "experts": experts,
@@ -400,7 +410,7 @@ class Plan:
         }
 
     def table(self) -> str:
-        """The plan as a small table, one line per rank (experts: of the first MoE layer)."""
+        """A table with one line per rank (experts: of the first MoE layer)."""
         lines = [
             f"{'rank':<5}{'experts':>9}{'of':>4}{'trunk':>13}{'experts':>12}{'shared':>12}{'total':>12}"
         ]
@@ -408,40 +418,42 @@ class Plan:
         for rank in range(self.nodes):
             b = self.bytes_of(rank)
             lines.append(
-                f"{rank:<5}{len(first.held_by(rank)):>9}{len(first.experts):>4}"
-                f"{human(b['trunk']):>13}{human(b['experts']):>12}"
-                f"{human(b['shared']):>12}{human(b['total']):>12}"
+                f"{rank:<5}{len(first.experts_of(rank)):>9}{len(first.experts):>4}"
+                f"{format_bytes(b['trunk']):>13}{format_bytes(b['experts']):>12}"
+                f"{format_bytes(b['shared']):>12}{format_bytes(b['total']):>12}"
             )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back; parts are [rank, start, stop]."""
+        """A JSON object that `from_json` reads back; slices are [rank, start, stop]."""
         return {
             "format": FORMAT,
             "placement": self.placement,
             "nodes": self.nodes,
             "width": self.width,
             "trunk": self.trunk,
-            "shares": list(self.shares) if self.shares is not None else None,
+            "node_weights": list(self.node_weights) if self.node_weights is not None else None,
             "layers": [
                 {
-                    "layer": p.layer,
-                    "experts": [[[q.rank, q.start, q.stop] for q in parts] for parts in p.experts],
-                    "shared": [[q.rank, q.start, q.stop] for q in p.shared],
+                    "layer": plan.layer,
+                    "experts": [
+                        [[s.rank, s.start, s.stop] for s in slices] for slices in plan.experts
+                    ],
+                    "shared": [[s.rank, s.start, s.stop] for s in plan.shared],
                 }
-                for p in self.layers
+                for plan in self.layers
             ],
             "spec": {k: v for k, v in self.spec.to_json().items() if k in _SPEC_FIELDS},
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """Read what `to_json` gave.
+        """Read what `to_json` wrote.
 
         Raises:
             PlanError: another format, unknown or missing keys, or a broken invariant.
         """
-        keys = {"format", "placement", "nodes", "width", "trunk", "shares", "layers", "spec"}
+        keys = {"format", "placement", "nodes", "width", "trunk", "node_weights", "layers", "spec"}
         if not isinstance(data, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(f"plan file: expected a JSON object, got {data!r:.40}")
         if set(data) != keys or data["format"] != FORMAT:
@@ -452,21 +464,24 @@ class Plan:
             )
         try:
             moe = tuple(MoELayer(**m) for m in data["spec"]["moe"])
-            parts = tuple(TrunkPart(**p) for p in data["spec"]["parts"])
-            facts: dict[str, Any] = {**data["spec"], "moe": moe, "parts": parts}
-            spec = ModelSpec(**facts)
+            modules = tuple(DenseModule(**m) for m in data["spec"]["dense_modules"])
+            fields: dict[str, Any] = {**data["spec"], "moe": moe, "dense_modules": modules}
+            spec = ModelSpec(**fields)
             layers = tuple(
                 LayerPlan(
-                    p["layer"],
-                    tuple(tuple(Part(*q) for q in parts) for parts in p["experts"]),
-                    tuple(Part(*q) for q in p["shared"]),
+                    plan["layer"],
+                    tuple(tuple(WidthSlice(*s) for s in slices) for slices in plan["experts"]),
+                    tuple(WidthSlice(*s) for s in plan["shared"]),
                 )
-                for p in data["layers"]
+                for plan in data["layers"]
             )
-            _expect_numbers(data["nodes"], data["width"], spec, layers)
-            shares = tuple(data["shares"]) if data["shares"] is not None else None
-            where = (data["placement"], data["nodes"], data["width"], layers, spec)
-            return cls(*where, data["trunk"], shares)
+            _check_integers(data["nodes"], data["width"], spec, layers)
+            weights = tuple(data["node_weights"]) if data["node_weights"] is not None else None
+            return cls(
+                *(data["placement"], data["nodes"], data["width"], layers, spec),
+                trunk=data["trunk"],
+                node_weights=weights,
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan file: {error}") from error
 
@@ -490,76 +505,77 @@ class Plan:
 _SPEC_FIELDS = frozenset(ModelSpec.__dataclass_fields__)
 
 
-def _expect_numbers(nodes: int, width: int, spec: ModelSpec, layers: tuple[LayerPlan, ...]) -> None:
-    """Raise a TypeError unless all counts, indices and bytes are integers."""
-    numbers: list[Any] = [nodes, width, spec.layers, spec.top_k, spec.trunk_bytes, spec.vocabulary]
-    numbers.append(spec.lookup_bytes)
+def _check_integers(nodes: int, width: int, spec: ModelSpec, layers: tuple[LayerPlan, ...]) -> None:
+    """Raise TypeError unless all counts, indices and bytes of a plan file are integers."""
+    numbers: list[Any] = [nodes, width, spec.layers, spec.top_k, spec.trunk_bytes, spec.vocab_size]
+    numbers.append(spec.embedding_bytes)
     for moe in spec.moe:
         numbers += asdict(moe).values()
-    for trunk in spec.parts:
-        numbers += [trunk.units, trunk.unit_bytes, trunk.groups, trunk.group_bytes]
+    for module in spec.dense_modules:
+        numbers += [module.units, module.unit_bytes, module.groups, module.group_bytes]
     for plan in layers:
         numbers.append(plan.layer)
-        for parts in (*plan.experts, plan.shared):
-            numbers += [n for p in parts for n in (p.rank, p.start, p.stop)]
+        for slices in (*plan.experts, plan.shared):
+            numbers += [n for s in slices for n in (s.rank, s.start, s.stop)]
     wrong = [n for n in numbers if type(n) is not int]
     if wrong:
         raise TypeError(f"expected integers, got {wrong[0]!r}")
     positive = [n for moe in spec.moe for n in (moe.units, moe.shared_units)]
-    positive += [n for part in spec.parts for n in (part.units, part.groups or 1)]
-    if any(n < 1 for n in positive) or any(p.units % (p.groups or 1) for p in spec.parts):
-        raise TypeError("expected at least one unit, and as many units for every group")
+    positive += [n for m in spec.dense_modules for n in (m.units, m.groups or 1)]
+    if any(n < 1 for n in positive) or any(m.units % (m.groups or 1) for m in spec.dense_modules):
+        raise TypeError("expected at least one unit, and equally many units in every group")
 
 
-def _weights(nodes: int, shares: Sequence[float] | None) -> tuple[float, ...]:
-    """One positive weight per node."""
-    weights = tuple(shares) if shares is not None else (1.0,) * nodes
+def _resolve_node_weights(nodes: int, node_weights: Sequence[float] | None) -> tuple[float, ...]:
+    """One positive weight per node; None: all 1."""
+    weights = tuple(node_weights) if node_weights is not None else (1.0,) * nodes
     if nodes < 1:
         raise PlanError(f"nodes: expected at least 1, got {nodes}")
     if len(weights) != nodes:
-        raise PlanError(f"shares: expected {nodes} numbers, one per node, got {len(weights)}")
+        raise PlanError(f"node_weights: expected {nodes} numbers, one per node, got {len(weights)}")
     if not all(0 < w < float("inf") for w in weights):
-        raise PlanError(f"shares: expected positive numbers, got {list(weights)}")
+        raise PlanError(f"node_weights: expected positive numbers, got {list(weights)}")
     return weights
 
 
-def _capped(items: int, weights: Sequence[float], most: int) -> list[int]:
-    """As `_deal`, but at most `most` each; what is too much for one goes to the others."""
-    counts = [min(most, c) for c in _deal(items, weights)]
-    while sum(counts) < items:
-        open_ = [r for r in range(len(weights)) if counts[r] < most]
-        counts[max(open_, key=lambda r: (weights[r] / (counts[r] + 1), -r))] += 1
+def _borders(items: int, weights: Sequence[float]) -> list[int]:
+    """Prefix sums of `largest_remainder`: rank r has items [borders[r], borders[r + 1])."""
+    return [0, *accumulate(largest_remainder(items, weights))]
+
+
+def _width_slices(width: int, weights: Sequence[float]) -> tuple[WidthSlice, ...]:
+    return tuple(WidthSlice(r, *span) for r, span in enumerate(pairwise(_borders(width, weights))))
+
+
+def _experts_that_fit(spec: ModelSpec, lean: Plan, node_memory_bytes: Sequence[int]) -> list[int]:
+    """Experts of each layer that fit on each rank beside its trunk and shared experts in `lean`."""
+    if len(node_memory_bytes) != lean.nodes:
+        raise PlanError(
+            f"node_memory_bytes: expected {lean.nodes} numbers, got {len(node_memory_bytes)}"
+        )
+    experts_per_layer = min(m.experts for m in spec.moe)
+    expert_bytes = sum(m.expert_bytes for m in spec.moe)
+    counts = []
+    for rank, limit in enumerate(node_memory_bytes):
+        held = lean.bytes_of(rank)
+        free = limit - held["trunk"] - held["shared"]
+        counts.append(min(experts_per_layer, max(0, free // expert_bytes)))
+    if sum(counts) < experts_per_layer or not all(counts):
+        raise PlanError(
+            f"replicated: the nodes' memory holds {counts} experts of each layer, expected at "
+            f"least one on each node and {experts_per_layer} together; an expert takes "
+            f"{format_bytes(expert_bytes)} over all layers, the rest of a rank "
+            f"{format_bytes(lean.bytes_of(0)['trunk'])}; allow more memory or use more nodes"
+        )
     return counts
 
 
-def _spread(experts: int, counts: Sequence[int]) -> list[tuple[int, ...]]:
-    """The ranks that hold each expert, where rank r holds counts[r] of them.
+def largest_remainder(items: int, weights: Sequence[float]) -> list[int]:
+    """Divide `items` in proportion to `weights`: largest remainders, at least one each.
 
-    Each expert goes to the ranks with most room, which always works out; among equals to those
-    that share the fewest experts with each other so far, so that any set can be dealt well.
+    Raises:
+        PlanError: fewer items than weights.
     """
-    room = list(counts)
-    together = [[0] * len(room) for _ in room]
-    holders = []
-    for expert in range(experts):
-        copies = -(-sum(room) // (experts - expert))
-        chosen: list[int] = []
-        while len(chosen) < copies:
-            rest = [r for r in range(len(room)) if r not in chosen and room[r]]
-            if not rest:
-                break
-            best = min(rest, key=lambda r: (-room[r], sum(together[r][c] for c in chosen), r))
-            chosen.append(best)
-        for r in chosen:
-            room[r] -= 1
-            for c in chosen:
-                together[r][c] += 1
-        holders.append(tuple(sorted(chosen)))
-    return holders
-
-
-def _deal(items: int, weights: Sequence[float]) -> list[int]:
-    """How many of `items` each weight gets: largest remainders, at least one each."""
     if items < len(weights):
         raise PlanError(
             f"nodes: expected at most {items}, the number of experts of a layer, "
@@ -577,10 +593,36 @@ def _deal(items: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def human(n: float) -> str:
-    """Bytes in decimal units, three or four digits: 1.27 GB."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(n) < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.{2 if n < 10 else 1}f} {unit}"
-        n /= 1000
-    raise AssertionError("unreachable")
+def cap_by_budget(items: int, weights: Sequence[float], limit: int) -> list[int]:
+    """`largest_remainder` with at most `limit` each; what exceeds it goes to the others."""
+    counts = [min(limit, c) for c in largest_remainder(items, weights)]
+    while sum(counts) < items:
+        below = [r for r in range(len(weights)) if counts[r] < limit]
+        counts[max(below, key=lambda r: (weights[r] / (counts[r] + 1), -r))] += 1
+    return counts
+
+
+def spread_replicas(experts: int, counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """The ranks that hold each expert, where rank r holds counts[r] of them.
+
+    Each expert goes to the ranks with most room, which always works out; among equals to the ranks
+    that have the fewest experts in common so far, so that any set of experts can be balanced well.
+    """
+    room = list(counts)
+    in_common = [[0] * len(room) for _ in room]
+    ranks_of_expert = []
+    for expert in range(experts):
+        replicas = -(-sum(room) // (experts - expert))
+        chosen: list[int] = []
+        while len(chosen) < replicas:
+            rest = [r for r in range(len(room)) if r not in chosen and room[r]]
+            if not rest:
+                break
+            best = min(rest, key=lambda r: (-room[r], sum(in_common[r][c] for c in chosen), r))
+            chosen.append(best)
+        for r in chosen:
+            room[r] -= 1
+            for c in chosen:
+                in_common[r][c] += 1
+        ranks_of_expert.append(tuple(sorted(chosen)))
+    return ranks_of_expert

@@ -32,7 +32,7 @@ from mlx_lm.sample_utils import LogitsProcessor
 from ..collective.base import Collective
 from ..core.request import Request, TokenEvent
 from ..core.step import Page, Part, Reuse
-from ..model.step_timer import Watch
+from ..model.step_timer import StepTimer
 from .cache.kv_cache import Sequence, can_go_back, can_merge
 from .sampling.sampler import Drawing
 from .speculative.decoder import Alone, Answer
@@ -153,7 +153,7 @@ def make_batch(
     model: nn.Module,
     options: Options,
     collective: Collective,
-    watch: Watch,
+    watch: StepTimer,
     drafter: Drafter | None = None,
 ) -> Batch:
     """Continuous batching where mlx-lm can merge this model's caches, else one by one.

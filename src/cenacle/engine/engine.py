@@ -20,7 +20,7 @@ from ..collective.base import Collective
 from ..core.request import Request, TokenEvent
 from ..core.step import Step
 from ..errors import ClusterError
-from ..model.step_timer import Watch
+from ..model.step_timer import StepTimer
 from ..scheduler.prefix_index import Footprint
 from .batch import make_batch
 from .cache import kv_cache
@@ -45,7 +45,7 @@ class Engine:
         self,
         model: nn.Module,
         collective: Collective,
-        watch: Watch,
+        watch: StepTimer,
         options: Options,
         vocabulary: Vocabulary | None = None,
         drafter: Drafter | None = None,

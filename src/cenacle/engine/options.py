@@ -70,8 +70,8 @@ def need_of(
     spec = plan.spec
     width = 4 if kernels == "native" or spec.dtype == "float32" else 2
     cache = memory.cache_bytes(
-        architecture.kept_per_token(config, spec.layers),
-        spec.context,
+        architecture.kv_cache_elements_per_token(config, spec.layers),
+        spec.context_length,
         options.max_kv_size,
         options.kv_bits,
         width,

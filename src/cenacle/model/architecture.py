@@ -24,14 +24,14 @@ from mlx_lm.utils import _get_classes
 
 from ..errors import CheckpointError
 
-Sum = Callable[[mx.array], mx.array]
+AllReduce = Callable[[mx.array], mx.array]
 
 # Names that families give to experts every token goes through, where they sit inside the block.
-SHARED = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
+SHARED_EXPERTS = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
 
 # Keys of config.json that give the number of routed experts, at any depth.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_KS = (
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
     "moe_top_k",
@@ -40,7 +40,7 @@ TOP_KS = (
     "top_k_experts",
     "num_selected_experts",
 )
-CONTEXTS = (
+CONTEXT_LENGTH_KEYS = (
     "max_position_embeddings",
     "max_seq_len",
     "max_sequence_length",
@@ -50,9 +50,9 @@ CONTEXTS = (
 )
 
 # Tensors of a checkpoint that hold routed experts. One tensor per expert:
-SINGLE = re.compile(r"(?P<head>.*\.(?:experts|moe\.mlp))\.(?P<expert>\d+)\.(?P<tail>.*)")
+EXPERT_TENSOR = re.compile(r"(?P<head>.*\.(?:experts|moe\.mlp))\.(?P<expert>\d+)\.(?P<tail>.*)")
 # or all experts of a layer stacked along the first axis:
-STACKED = re.compile(
+STACKED_TENSOR = re.compile(
     r"(?!.*(?:norm|correction_bias))"  # which families hang beside the experts
     r".*\.(?:"
     r"(?:experts|switch_mlp|switch_glu)\.(?!\d)"  # mlx's own, and the hub's fused ones
@@ -60,7 +60,7 @@ STACKED = re.compile(
     r"|block_sparse_moe\.(?:input|output)_linear\."  # granitemoe, granitemoehybrid
     r").*"
 )
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Family:
         heads: attention is plain: q, k and v projections (or one of all three), norms of single
             heads, attention over heads, an output projection. Then heads can be dealt to ranks.
         interleaved: fused gate and up projections on the hub alternate rows, others have halves.
-        unsliced: why an expert cannot be cut by its hidden width: it is then not a sum over it.
+        unsliceable_reason: why an expert's hidden width cannot be sliced: its output is not a
+            sum over it.
         metal_only: mlx-lm's own code for it is written as Metal kernels.
         note: what is special, for `cenacle families`.
     """
@@ -90,7 +91,7 @@ class Family:
     once: tuple[str, ...] = ()
     heads: bool = False
     interleaved: bool = False
-    unsliced: str | None = None
+    unsliceable_reason: str | None = None
     metal_only: bool = False
     note: str = ""
 
@@ -103,7 +104,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Block:
+class MoEBlock:
     """One MoE block of a model.
 
     Args:
@@ -137,7 +138,7 @@ class Block:
     @property
     def shared(self) -> tuple[str, ...]:
         """Attributes of the block that hold shared experts."""
-        return tuple(n for n in SHARED if isinstance(self.module.get(n), nn.Module))
+        return tuple(n for n in SHARED_EXPERTS if isinstance(self.module.get(n), nn.Module))
 
     def sums_inside(self, family: Family) -> bool:
         """Whether the sum over ranks happens in the middle of this block."""
@@ -168,7 +169,7 @@ class StackedDbrx(nn.Module):
         return (y * scores.astype(x.dtype)[..., None]).sum(axis=-2)
 
 
-def _longcat(block: Any, x: mx.array, *, all_sum: Sum) -> mx.array:
+def _longcat_forward(block: Any, x: mx.array, *, all_sum: AllReduce) -> mx.array:
     """LongCat's zero-computation experts return the token itself: added after the sum, once."""
     ids, weights = block.router(x)
     identity = ids >= block.n_routed_experts
@@ -178,7 +179,7 @@ def _longcat(block: Any, x: mx.array, *, all_sum: Sum) -> mx.array:
     return all_sum(y) + x * mx.where(identity, weights, 0.0).sum(axis=-1, keepdims=True)
 
 
-def _gpt_oss(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _rename_gpt_oss_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """transformers saves unquantised gpt-oss experts as [experts, in, out] without ".weight"."""
     return {
         f"{k}.weight" if _UNNAMED.search(k) else k: v.swapaxes(1, 2) if _UNNAMED.search(k) else v
@@ -189,12 +190,12 @@ def _gpt_oss(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 _UNNAMED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 
-def _stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _stack_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Stack single experts for a family whose conversion in mlx-lm knows fused ones only."""
     found: dict[str, dict[int, mx.array]] = {}
     rest = {}
     for key, value in weights.items():
-        one = SINGLE.fullmatch(key)
+        one = EXPERT_TENSOR.fullmatch(key)
         if one is None or not one["head"].endswith(".experts"):
             rest[key] = value
             continue
@@ -226,18 +227,23 @@ FAMILIES: dict[str, Family] = {
         }
     ),
     "gpt_oss": Family(
-        before=_gpt_oss, heads=True, interleaved=True, note="clipped SwiGLU, expert biases"
+        before=_rename_gpt_oss_experts,
+        heads=True,
+        interleaved=True,
+        note="clipped SwiGLU, expert biases",
     ),
     "kimi_k3": Family(
         sum_before="routed_expert_norm", note="the sum of latent experts is normalised"
     ),
-    "longcat_flash": Family(forward=_longcat, note="zero-computation experts return the token"),
-    "longcat_flash_ngram": Family(forward=_longcat, note="as longcat_flash"),
+    "longcat_flash": Family(
+        forward=_longcat_forward, note="zero-computation experts return the token"
+    ),
+    "longcat_flash_ngram": Family(forward=_longcat_forward, note="as longcat_flash"),
     "muse_spark": Family(
         metal_only=True,
         note="never run: needs Metal",
         # Zero stays zero, so whole experts on several ranks are right.
-        unsliced="each expert's output is normalised before the weighted sum",
+        unsliceable_reason="each expert's output is normalised before the weighted sum",
     ),
     "nemotron_h": Family(
         once=("fc2_latent_proj.bias",), heads=True, note="latent experts are projected back"
@@ -248,7 +254,7 @@ FAMILIES: dict[str, Family] = {
             "rotary_dim": int(_head_dim(c) * c.get("partial_rotary_factor", 1)),
         }
     ),
-    "qwen3_5_moe": Family(before=_stacked),
+    "qwen3_5_moe": Family(before=_stack_experts),
     "qwen3_next": Family(config=lambda _: {"norm_topk_prob": True}),
     "solar_open": Family(
         heads=True,
@@ -284,7 +290,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def resolve(config: dict[str, Any]) -> str:
+def resolve_family(config: dict[str, Any]) -> str:
     """The mlx-lm module that runs this config's model_type.
 
     Raises:
@@ -303,25 +309,25 @@ def resolve(config: dict[str, Any]) -> str:
     return model.__module__.rsplit(".", 1)[-1]
 
 
-def classes(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
+def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
     """mlx-lm's model class and its arguments' class for a config."""
     return _get_classes(config)
 
 
-def layer_of(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
     """The layer index in a tensor's or module's name."""
-    found = _LAYER.search(name)
+    found = _LAYER_INDEX.search(name)
     return int(found[1]) if found else None
 
 
-def prestack(model: nn.Module) -> None:
+def stack_dbrx_experts(model: nn.Module) -> None:
     """Replace expert lists by stacked experts (DBRX)."""
     for path, module in list(model.named_modules()):
         if isinstance(module, dbrx.SparseMoeBlock):
-            replace(model, path, StackedDbrx(module))
+            replace_module(model, path, StackedDbrx(module))
 
 
-def prestack_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def stack_dbrx_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Stack DBRX's per-expert tensors (`ffn.experts.0.w1.weight`, ...), lazily."""
     names = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     found: dict[str, dict[int, mx.array]] = {}
@@ -336,20 +342,20 @@ def prestack_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return rest | {k: mx.stack([v[e] for e in sorted(v)]) for k, v in found.items()}
 
 
-def blocks(model: nn.Module) -> list[Block]:
+def find_blocks(model: nn.Module) -> list[MoEBlock]:
     """The MoE blocks of a (prestacked) model, by layer."""
     found = []
     for path, module in model.named_modules():
         if isinstance(module, SwitchGLU | SwitchMLP):
             parent, _, switch = path.rpartition(".")
-            layer = layer_of(path)
+            layer = layer_index(path)
             if layer is None:
                 raise CheckpointError(f"{path} holds experts outside any layer")
-            found.append(Block(layer, parent, switch, get(model, parent)))
+            found.append(MoEBlock(layer, parent, switch, get_module(model, parent)))
     return sorted(found, key=lambda b: b.layer)
 
 
-def get(root: nn.Module, path: str) -> Any:
+def get_module(root: nn.Module, path: str) -> Any:
     """The attribute or list item at a dotted path."""
     node: Any = root
     for name in path.split("."):
@@ -357,17 +363,17 @@ def get(root: nn.Module, path: str) -> Any:
     return node
 
 
-def replace(root: nn.Module, path: str, value: Any) -> None:
+def replace_module(root: nn.Module, path: str, value: Any) -> None:
     """Put `value` at a dotted path."""
     parent, _, name = path.rpartition(".")
-    node = get(root, parent) if parent else root
+    node = get_module(root, parent) if parent else root
     if name.isdigit():
         node[int(name)] = value
     else:
         setattr(node, name, value)
 
 
-def first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+def find_int(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
     """The first of `keys` that is an integer in the config or in the configs nested in it."""
     nested: list[dict[str, Any]] = [config]
     while nested:
@@ -382,29 +388,29 @@ def first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
     return None
 
 
-def kept_per_token(config: dict[str, Any], layers: int) -> int:
+def kv_cache_elements_per_token(config: dict[str, Any], layers: int) -> int:
     """How many numbers a KV cache keeps per position, all layers together.
 
     Exact for grouped-query and for latent attention; more than is needed where some layers have
     none (linear attention, state-space layers) or keep a window only, less than mlx-lm's
     deepseek_v2 keeps, which unfolds its latents.
     """
-    latent = first(config, ("kv_lora_rank",))
+    latent = find_int(config, ("kv_lora_rank",))
     if latent is not None:
-        return layers * (latent + (first(config, ("qk_rope_head_dim",)) or 0))
-    heads = first(config, ("num_attention_heads", "n_heads", "num_heads")) or 1
-    kept = first(config, ("num_key_value_heads", "kv_n_heads", "num_attention_groups")) or heads
-    width = first(config, ("hidden_size", "d_model", "model_dim")) or 0
-    return layers * 2 * kept * (first(config, ("head_dim",)) or width // heads)
+        return layers * (latent + (find_int(config, ("qk_rope_head_dim",)) or 0))
+    heads = find_int(config, ("num_attention_heads", "n_heads", "num_heads")) or 1
+    kept = find_int(config, ("num_key_value_heads", "kv_n_heads", "num_attention_groups")) or heads
+    width = find_int(config, ("hidden_size", "d_model", "model_dim")) or 0
+    return layers * 2 * kept * (find_int(config, ("head_dim",)) or width // heads)
 
 
-def complete(config: dict[str, Any]) -> dict[str, Any]:
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with the keys that mlx-lm looks for, taken from transformers 5's names.
 
     transformers 5 saves `rope_theta` inside `rope_parameters` and renames counts of experts;
     mlx-lm 0.32.2 then refuses the config or, worse, uses its own default base in silence.
     """
-    full = {k: complete(v) if k == "text_config" else v for k, v in config.items()}
+    full = {k: complete_config(v) if k == "text_config" else v for k, v in config.items()}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
         for key in ("rope_theta", "partial_rotary_factor"):
@@ -413,8 +419,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         scaled = rope.get("rope_type", "default") != "default"
         if full.get("rope_scaling") is None:
             full["rope_scaling"] = dict(rope) if scaled else None
-    counts = [config[k] for k in EXPERT_COUNTS if isinstance(config.get(k), int)]
-    for key in EXPERT_COUNTS[:3] if counts else ():
+    counts = [config[k] for k in EXPERT_COUNT_KEYS if isinstance(config.get(k), int)]
+    for key in EXPERT_COUNT_KEYS[:3] if counts else ():
         full.setdefault(key, counts[0])
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and "full_attention" in kinds:
@@ -428,11 +434,13 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def with_experts(config: Any, count: int, local: int) -> Any:
+def with_expert_count(config: Any, count: int, local: int) -> Any:
     """The config with `local` in place of every number of routed experts that is `count`."""
     if isinstance(config, dict):
         return {
-            k: local if k in EXPERT_COUNTS and v == count else with_experts(v, count, local)
+            k: local
+            if k in EXPERT_COUNT_KEYS and v == count
+            else with_expert_count(v, count, local)
             for k, v in config.items()
         }
     return config

@@ -22,12 +22,12 @@ JOURNAL = "ranges.jsonl"
 """The file, in a folder that has only parts of a model's files, that says which."""
 
 
-def is_part(folder: Path) -> bool:
+def is_partial(folder: Path) -> bool:
     """Whether a model's folder is one of holes."""
     return (folder / JOURNAL).exists()
 
 
-class Strip(NamedTuple):
+class ColumnRange(NamedTuple):
     """Some columns of rows: of every `period` bytes from `start` to `stop` those in `kept`.
 
     Args:
@@ -46,12 +46,12 @@ class Strip(NamedTuple):
         """Bytes that are kept."""
         return (self.stop - self.start) // self.period * sum(b - a for a, b in self.kept)
 
-    def has(self, other: Strip) -> bool:
+    def has(self, other: ColumnRange) -> bool:
         """Whether another strip's columns are among these, in whatever rows."""
         return (
             self.period == other.period
             and (self.start - other.start) % self.period == 0
-            and not without(other.kept, self.kept)
+            and not subtract_spans(other.kept, self.kept)
         )
 
     def take(self, rows: bytes) -> bytes:
@@ -65,32 +65,32 @@ class Strip(NamedTuple):
             for a, b in self.kept:
                 yield row + a, row + b
 
-    def steps(self, most: int) -> Iterator[Strip]:
+    def steps(self, most: int) -> Iterator[ColumnRange]:
         """The same in parts of `most` bytes of the file at most, one row at least."""
         step = max(1, most // self.period) * self.period
         for start in range(self.start, self.stop, step):
             yield self._replace(start=start, stop=min(start + step, self.stop))
 
 
-Wanted = Span | Strip
+ByteRange = Span | ColumnRange
 
 
-def append(wanted: list[Wanted], more: Wanted) -> None:
+def append_range(wanted: list[ByteRange], more: ByteRange) -> None:
     """Put what lies behind all others into a list; neighbours of one kind become one."""
     last = wanted[-1] if wanted else None
     if more[0] == more[1]:
         return
-    if isinstance(more, Strip):
-        if isinstance(last, Strip) and last.stop == more.start and last[2:] == more[2:]:
+    if isinstance(more, ColumnRange):
+        if isinstance(last, ColumnRange) and last.stop == more.start and last[2:] == more[2:]:
             wanted[-1] = last._replace(stop=more.stop)
             return
-    elif last is not None and not isinstance(last, Strip) and last[1] == more[0]:
+    elif last is not None and not isinstance(last, ColumnRange) and last[1] == more[0]:
         wanted[-1] = (last[0], more[1])
         return
     wanted.append(more)
 
 
-def read_wanted(given: Any) -> Wanted:
+def byte_range_from_json(given: Any) -> ByteRange:
     """What was written as JSON.
 
     Raises:
@@ -100,15 +100,15 @@ def read_wanted(given: Any) -> Wanted:
     if not columns:
         return int(start), int(stop)
     period, kept = columns
-    return Strip(int(start), int(stop), int(period), tuple((int(a), int(b)) for a, b in kept))
+    return ColumnRange(int(start), int(stop), int(period), tuple((int(a), int(b)) for a, b in kept))
 
 
-def valid(wanted: Wanted) -> bool:
+def is_valid(wanted: ByteRange) -> bool:
     """Whether what was read from elsewhere makes sense, in a file that is long enough."""
     start, stop, *_ = wanted
     if not 0 <= start < stop:
         return False
-    if not isinstance(wanted, Strip):
+    if not isinstance(wanted, ColumnRange):
         return True
     ends = [n for pair in wanted.kept for n in pair]
     return bool(
@@ -121,17 +121,17 @@ def valid(wanted: Wanted) -> bool:
     )
 
 
-def size(wanted: Iterable[Wanted]) -> int:
+def total_bytes(wanted: Iterable[ByteRange]) -> int:
     """Bytes in all; those that are wanted twice count twice."""
-    return sum(w.nbytes if isinstance(w, Strip) else w[1] - w[0] for w in wanted)
+    return sum(w.nbytes if isinstance(w, ColumnRange) else w[1] - w[0] for w in wanted)
 
 
-def covered(wanted: Iterable[Wanted]) -> list[Span]:
+def covering_spans(wanted: Iterable[ByteRange]) -> list[Span]:
     """The ranges in which all of it lies, ascending and apart."""
-    return joined((w[0], w[1]) for w in wanted)
+    return merge_spans((w[0], w[1]) for w in wanted)
 
 
-def joined(spans: Iterable[Span]) -> list[Span]:
+def merge_spans(spans: Iterable[Span]) -> list[Span]:
     """The same bytes, ascending, each once, neighbours as one."""
     out: list[Span] = []
     for start, stop in sorted(spans):
@@ -142,10 +142,10 @@ def joined(spans: Iterable[Span]) -> list[Span]:
     return out
 
 
-def without(wanted: Iterable[Span], have: Sequence[Span]) -> list[Span]:
+def subtract_spans(wanted: Iterable[Span], have: Sequence[Span]) -> list[Span]:
     """What of `wanted` is in none of `have`, which are ascending and apart."""
     left = []
-    for start, stop in joined(wanted):
+    for start, stop in merge_spans(wanted):
         at = start
         for index in range(bisect_right(have, start, key=lambda span: span[1]), len(have)):
             a, b = have[index]
@@ -159,7 +159,7 @@ def without(wanted: Iterable[Span], have: Sequence[Span]) -> list[Span]:
     return left
 
 
-def shared(one: Iterable[Span], other: Iterable[Span]) -> list[Span]:
+def intersect_spans(one: Iterable[Span], other: Iterable[Span]) -> list[Span]:
     """What is in both."""
-    one = joined(one)
-    return without(one, without(one, joined(other)))
+    one = merge_spans(one)
+    return subtract_spans(one, subtract_spans(one, merge_spans(other)))

@@ -14,16 +14,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import CheckpointError
 from . import architecture
-from .byte_ranges import is_part
+from .byte_ranges import is_partial
 
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+MAX_HEADER_BYTES = 100_000_000  # bytes; the limit of the safetensors format
 
 
 # safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
-_DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
+DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
     "F64": (64, np.float64, mx.float32),
     "F32": (32, np.float32, mx.float32),
     "F16": (16, np.float16, mx.float16),
@@ -43,7 +43,7 @@ _DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorInfo:
     """Where a tensor's bytes are: `file`, [start, stop) in bytes from the file's beginning."""
 
     name: str
@@ -66,7 +66,7 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -97,26 +97,26 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} has no weights: expected files named model*.safetensors"
             )
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, TensorInfo] = {}
         for file in files:
-            tensors |= {t.name: t for t in _header(file)}
+            tensors |= {t.name: t for t in _read_header(file)}
         _check_index(folder, tensors)
-        return cls(folder, architecture.complete(config), tensors)
+        return cls(folder, architecture.complete_config(config), tensors)
 
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(t.stop - t.start for t in self.tensors.values())
 
 
-def _header(file: Path) -> Iterable[Tensor]:
+def _read_header(file: Path) -> Iterable[TensorInfo]:
     size = file.stat().st_size
     with file.open("rb") as f:
         head = f.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
                 f"{file} is truncated or not a safetensors file: its header should be {length} "
-                f"bytes long, the file has {human(size)}; fetch it again"
+                f"bytes long, the file has {format_bytes(size)}; fetch it again"
             )
         try:
             header = json.loads(f.read(length))
@@ -134,7 +134,7 @@ def _header(file: Path) -> Iterable[Tensor]:
                 tuple(entry["shape"]),
                 entry["data_offsets"],
             )
-            want = math.prod(shape) * _DTYPES[dtype][0] // 8
+            want = math.prod(shape) * DTYPES[dtype][0] // 8
             given = stop - start
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -151,10 +151,10 @@ def _header(file: Path) -> Iterable[Tensor]:
                 f"{file} is truncated: tensor {name} ends at byte {begin + stop}, "
                 f"the file has {size}; fetch it again"
             )
-        yield Tensor(name, file, dtype, shape, begin + start, begin + stop)
+        yield TensorInfo(name, file, dtype, shape, begin + start, begin + stop)
 
 
-def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
     """Every tensor that the index names must be there: a missing shard is found by this."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -172,7 +172,7 @@ def _check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def locate(model: str, revision: str | None = None) -> Path:
+def locate_checkpoint(model: str, revision: str | None = None) -> Path:
     """A local folder for a path or a hub repository's name ("org/name"), fetched if need be.
 
     Raises:
@@ -180,7 +180,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     """
     folder = Path(model).expanduser()
     if folder.exists():
-        if is_part(folder):
+        if is_partial(folder):
             raise CheckpointError(
                 f"{folder} has only one machine's part of a model: give the folder that has all "
                 f"of it, or the hub's name of the model"

@@ -21,9 +21,9 @@ import mlx.nn as nn
 
 from ..core.plan import Plan
 from . import architecture
-from .loader import named_arrays
+from .loader import named_parameters
 
-Sums = dict[str, list[int]]
+Checksums = dict[str, list[int]]
 """Parameter -> how many elements a piece of it has, then the sum of each: of each expert that this
 rank holds, ascending, if the parameter stacks experts; else there is one piece."""
 
@@ -32,15 +32,15 @@ _PIECE = 1 << 24  # elements at a time: they are widened to 4 bytes
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint32}
 
 
-def sums_of(model: nn.Module) -> Sums:
+def weight_checksums(model: nn.Module) -> Checksums:
     """The sums of all parameters of a model as `weights.load` gives it, before it is packed."""
     stacked = tuple(
         f"{block.path}.{block.switch}.{name}."
-        for block in architecture.blocks(model)
+        for block in architecture.find_blocks(model)
         for name in block.linears
     )
     found = {}
-    for name, array in named_arrays(model):
+    for name, array in named_parameters(model):
         pieces = list(array) if name.startswith(stacked) else [array]
         found[name] = [pieces[0].size, *map(_sum, pieces)]
     return found
@@ -56,7 +56,7 @@ def _sum(array: mx.array) -> int:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ChecksumComparison:
     """What comparing gave.
 
     Args:
@@ -70,7 +70,9 @@ class Compared:
     unknown: int
 
 
-def compare(whole: Sums, plan: Plan, ranks: Sequence[Sums]) -> Compared:
+def compare_checksums(
+    whole: Checksums, plan: Plan, ranks: Sequence[Checksums]
+) -> ChecksumComparison:
     """The sums of a group's ranks against those of the whole model on one rank.
 
     Args:
@@ -79,12 +81,12 @@ def compare(whole: Sums, plan: Plan, ranks: Sequence[Sums]) -> Compared:
         ranks: in rank order.
     """
     held = {
-        layer.layer: [layer.held_by(rank) for rank in range(plan.nodes)] for layer in plan.layers
+        layer.layer: [layer.experts_of(rank) for rank in range(plan.nodes)] for layer in plan.layers
     }
     wrong: list[tuple[str, int | None, tuple[int, ...]]] = []
     same = unknown = 0
     for name, (size, *expected) in whole.items():
-        layer = architecture.layer_of(name)
+        layer = architecture.layer_index(name)
         for piece, sum_ in enumerate(expected):
             found: dict[int, tuple[int, int]] = {}  # rank -> elements, sum
             for rank, sums in enumerate(ranks):
@@ -102,7 +104,7 @@ def compare(whole: Sums, plan: Plan, ranks: Sequence[Sums]) -> Compared:
                 wrong.append((name, piece if len(expected) > 1 else None, bad))
             else:
                 same += 1
-    return Compared(tuple(wrong), same, unknown)
+    return ChecksumComparison(tuple(wrong), same, unknown)
 
 
 def _differ(
@@ -121,4 +123,4 @@ def _differ(
     return bad if found else None
 
 
-__all__ = ["Compared", "Sums", "compare", "sums_of"]
+__all__ = ["ChecksumComparison", "Checksums", "compare_checksums", "weight_checksums"]

@@ -25,14 +25,16 @@ from ..core.plan import Plan
 from ..errors import InputError
 from ..planning import load_balancer
 from . import architecture, native_blocks, native_layers
-from .architecture import Family, Sum
-from .step_timer import Watch
-from .tensor_parallel import divide, silence_bias
+from .architecture import AllReduce, Family
+from .step_timer import StepTimer
+from .tensor_parallel import shard_dense, zero_bias
 
 _LINEARS = ("gate_proj", "up_proj", "fc1", "down_proj", "fc2")  # the last of a stack comes last
 
 
-def reference(experts: nn.Module, x: mx.array, ids: mx.array, held: Sequence[int]) -> mx.array:
+def reference_experts(
+    experts: nn.Module, x: mx.array, ids: mx.array, held: Sequence[int]
+) -> mx.array:
     """What a rank that holds the experts `held` must give, the slow and obvious way.
 
     `experts` is the whole stack of one machine; x [..., width], ids [..., k]; gives
@@ -43,7 +45,7 @@ def reference(experts: nn.Module, x: mx.array, ids: mx.array, held: Sequence[int
     return mx.where(mine[..., None], y, 0)
 
 
-class Routing:
+class LastRouting:
     """The experts chosen last in a layer: put here by its experts, taken by its exchange."""
 
     def __init__(self, layer: int) -> None:
@@ -61,7 +63,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Replicas:
+class ReplicaPlacement:
     """Which ranks hold each expert, how fast ranks are, and which rank this is."""
 
     holders: tuple[tuple[int, ...], ...]
@@ -96,8 +98,8 @@ class LocalExperts(nn.Module):
         held: Sequence[int],
         count: int,
         layer: int,
-        watch: Watch,
-        replicas: Replicas | None = None,
+        watch: StepTimer,
+        replicas: ReplicaPlacement | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
@@ -107,7 +109,7 @@ class LocalExperts(nn.Module):
         rows[list(held)] = np.arange(len(held), dtype=np.int32)
         self._rows, self._row_of = rows, mx.array(rows)
         self._layer, self._watch = layer, watch
-        self.routing = Routing(layer)
+        self.routing = LastRouting(layer)
         # Some families hang more on the stack than its linear layers (muse_spark: a norm).
         for name, child in experts.children().items():
             if name not in (*_LINEARS, "activation"):
@@ -146,7 +148,7 @@ class MaskedExperts(LocalExperts):
         return mx.where((row >= 0)[..., None], y, mx.zeros((), y.dtype))
 
 
-class PackedExperts(LocalExperts):
+class CompactedExperts(LocalExperts):
     """Asks the host which (token, expert) pairs are this rank's and computes only those.
 
     For CPUs, where the wait for the routing is cheap and the work is not.
@@ -178,12 +180,12 @@ class NativeExperts(LocalExperts):
     def can(cls, experts: nn.Module) -> bool:
         """Whether the kernels know these experts' matrices and activation."""
         known = type(experts) in (SwitchGLU, SwitchMLP)
-        if not known or native_layers.activation(experts) is None:
+        if not known or native_layers.activation_code(experts) is None:
             return False
         children = experts.children()
         linears = [children[n] for n in _LINEARS if n in children]
         plain = len(children) == len(linears) + ("activation" in children)
-        return plain and None not in map(native_layers.weights, linears)
+        return plain and None not in map(native_layers.native_weights, linears)
 
     def __init__(
         self,
@@ -191,15 +193,15 @@ class NativeExperts(LocalExperts):
         held: Sequence[int],
         count: int,
         layer: int,
-        watch: Watch,
-        replicas: Replicas | None = None,
+        watch: StepTimer,
+        replicas: ReplicaPlacement | None = None,
     ) -> None:
         super().__init__(experts, held, count, layer, watch, replicas)
-        act = native_layers.activation(experts)
+        act = native_layers.activation_code(experts)
         assert act is not None
-        made = [native_layers.weights(experts[n]) for n in _LINEARS if n in experts]
+        made = [native_layers.native_weights(experts[n]) for n in _LINEARS if n in experts]
         *inputs, down = made
-        extension = native.module()
+        extension = native.extension()
         self._experts = extension.experts
         dealer = None
         if replicas is not None:
@@ -219,7 +221,7 @@ class NativeExperts(LocalExperts):
         return self._experts(x, ids, self._stack, weights)
 
 
-class LoopedLinear(nn.Module):
+class LoopedGatherLinear(nn.Module):
     """A stacked linear layer, one expert at a time, for what MLX's CPU `gather_mm` cannot do.
 
     MLX's Linux CPU backend gathers float32 matrices only; checkpoints come in bfloat16.
@@ -244,7 +246,7 @@ class LoopedLinear(nn.Module):
         return out.reshape(*wanted.shape, 1, -1)
 
 
-class Silent(nn.Module):
+class Zeros(nn.Module):
     """Shared experts that another rank computes: zeros, shaped like the input."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -252,10 +254,10 @@ class Silent(nn.Module):
         return mx.zeros_like(x)
 
 
-class SumBefore(nn.Module):
+class AllReduceBefore(nn.Module):
     """A module that is not linear: the ranks' parts are added before it."""
 
-    def __init__(self, module: nn.Module, all_sum: Sum) -> None:
+    def __init__(self, module: nn.Module, all_sum: AllReduce) -> None:
         super().__init__()
         self.module = module
         self._all_sum = all_sum
@@ -280,9 +282,9 @@ class ExpertParallel(nn.Module):
     def __init__(
         self,
         block: nn.Module,
-        routing: Routing,
+        routing: LastRouting,
         collective: Collective,
-        watch: Watch,
+        watch: StepTimer,
         family: Family,
         inside: bool,
     ) -> None:
@@ -300,7 +302,7 @@ class ExpertParallel(nn.Module):
         if inside:
             name = family.sum_before
             assert name is not None
-            block[name] = SumBefore(block[name], self._exchange)
+            block[name] = AllReduceBefore(block[name], self._exchange)
 
     def __call__(self, *args: mx.array) -> mx.array:
         """As the block; the same on every rank."""
@@ -319,7 +321,7 @@ def parallelize(
     family: str,
     plan: Plan,
     collective: Collective,
-    watch: Watch,
+    watch: StepTimer,
     kernels: str = "auto",
 ) -> None:
     """Replace the MoE blocks of a loaded model by expert-parallel ones, in place.
@@ -337,53 +339,53 @@ def parallelize(
     """
     row = architecture.FAMILIES.get(family, architecture.GENERIC)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    swapped = kernels != "mlx" and native_layers.usable()
+    swapped = kernels != "mlx" and native_layers.is_supported()
     if kernels == "native" and not swapped:
-        why = native.why_not() or "they are for CPUs, this is a GPU"
+        why = native.unavailable_reason() or "they are for CPUs, this is a GPU"
         raise InputError(f"kernels: native ones cannot be used: {why}; auto and mlx can", "kernels")
-    native_layers.use_operations(swapped)
-    for block, layer in zip(architecture.blocks(model), plan.layers, strict=True):
+    native_layers.install_operations(swapped)
+    for block, layer in zip(architecture.find_blocks(model), plan.layers, strict=True):
         if layer.slice_of(collective.rank)[0]:
-            silence_bias(next(block.linears[n] for n in ("down_proj", "fc2") if n in block.linears))
-        local: type[LocalExperts] = PackedExperts if on_cpu else MaskedExperts
+            zero_bias(next(block.linears[n] for n in ("down_proj", "fc2") if n in block.linears))
+        local: type[LocalExperts] = CompactedExperts if on_cpu else MaskedExperts
         if swapped and NativeExperts.can(block.experts):
             local = NativeExperts
         elif on_cpu:
-            _loop_where_mlx_cannot_gather(block)
-        held = layer.held_by(collective.rank)
+            _replace_ungatherable_linears(block)
+        held = layer.experts_of(collective.rank)
         count = len(layer.experts)
-        holders = layer.holders(collective.rank)
+        holders = layer.replica_ranks(collective.rank)
         replicas = None
         if any(len(ranks) > 1 for ranks in holders):
-            speeds = tuple(load_balancer.speeds_of(plan.nodes, plan.shares))
-            replicas = Replicas(holders, speeds, collective.rank)
+            speeds = tuple(load_balancer.speeds_of(plan.nodes, plan.node_weights))
+            replicas = ReplicaPlacement(holders, speeds, collective.rank)
         experts = local(block.experts, held, count, block.layer, watch, replicas)
         block.module[block.switch] = experts
-        mine = layer.shared_of(collective.rank)
+        mine = layer.shared_slice_of(collective.rank)
         for name in block.shared if mine is not None and mine[0] else ():
-            silence_bias(block.module[name].down_proj)
+            zero_bias(block.module[name].down_proj)
         if collective.rank:
             for path in row.once:
                 _zero(block.module, path)
         inside = block.sums_inside(row)
         wrapped = ExpertParallel(block.module, experts.routing, collective, watch, row, inside)
-        architecture.replace(model, block.path, wrapped)
-    divide(model, plan, collective, watch)
+        architecture.replace_module(model, block.path, wrapped)
+    shard_dense(model, plan, collective, watch)
     if swapped:
-        native_layers.swap(model, keep=(LoopedLinear,))
-        native_blocks.swap(model)
+        native_layers.install_native_layers(model, keep=(LoopedGatherLinear,))
+        native_blocks.install_native_blocks(model)
 
 
-def _loop_where_mlx_cannot_gather(block: architecture.Block) -> None:
+def _replace_ungatherable_linears(block: architecture.MoEBlock) -> None:
     for name, linear in block.linears.items():
         if "scales" not in linear and linear.weight.dtype != mx.float32:
-            block.experts[name] = LoopedLinear(linear)
+            block.experts[name] = LoopedGatherLinear(linear)
 
 
 def _zero(module: nn.Module, path: str) -> None:
     parent, _, name = path.rpartition(".")
     try:
-        owner = architecture.get(module, parent)
+        owner = architecture.get_module(module, parent)
     except (AttributeError, KeyError):
         return
     if name in owner:

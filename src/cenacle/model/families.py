@@ -15,11 +15,11 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 from .architecture import FAMILIES, GENERIC
 
-TINY = Path(__file__).parent / "configs" / "tiny"
+TINY_CONFIGS = Path(__file__).parent / "configs" / "tiny"
 
 
 @dataclass(frozen=True)
-class Row:
+class FamilyInfo:
     """One family: mlx-lm's module, other model_types that it runs, why it is refused or None."""
 
     name: str
@@ -32,12 +32,12 @@ class Row:
         return asdict(self)
 
 
-def all_families() -> list[Row]:
+def list_families() -> list[FamilyInfo]:
     """Every family with experts, by name."""
-    names = {p.stem for p in TINY.glob("*.json")} | set(FAMILIES) - set(MODEL_REMAPPING)
+    names = {p.stem for p in TINY_CONFIGS.glob("*.json")} | set(FAMILIES) - set(MODEL_REMAPPING)
     rows = []
     for name in sorted(names, key=str.lower):
         aliases = tuple(sorted(a for a, module in MODEL_REMAPPING.items() if module == name))
         family = FAMILIES.get(name, GENERIC)
-        rows.append(Row(name, aliases, family.note, family.refused))
+        rows.append(FamilyInfo(name, aliases, family.note, family.refused))
     return rows

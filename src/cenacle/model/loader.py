@@ -34,16 +34,16 @@ from ..core.model_spec import ModelSpec, MoELayer
 from ..core.plan import Plan
 from ..errors import CenacleError, CheckpointError, PlanError
 from . import architecture, slicing, tensor_layout
-from .byte_ranges import Strip, Wanted, append
-from .checkpoint import Checkpoint, Tensor
-from .expert_parallel import Silent
-from .tensor_reader import _BLOCK, _as_array, _gather, _runs, read_parts
+from .byte_ranges import ByteRange, ColumnRange, append_range
+from .checkpoint import Checkpoint, TensorInfo
+from .expert_parallel import Zeros
+from .tensor_reader import BLOCK_BYTES, gather_bytes, read_ranges, runs, to_array
 
 Progress = Callable[[int, int], None]
 """Called with bytes of weights in memory so far and bytes in all."""
 
 
-def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
+def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
     """mlx-lm's model with this rank's tensors, lazy: only rows of stacked tensors are read.
 
     Args:
@@ -53,12 +53,12 @@ def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
     Raises:
         CheckpointError: unknown or dense family, or tensors missing, surplus or misshapen.
     """
-    family = architecture.resolve(checkpoint.config)
+    family = architecture.resolve_family(checkpoint.config)
     refused = architecture.FAMILIES.get(family, architecture.GENERIC).refused
     if refused is not None:
         raise CheckpointError(f"{checkpoint.folder}: {family} cannot be run: {refused}")
     try:
-        with _draws_let_go():
+        with _discard_random_init():
             model, _ = mlx_lm_utils.load_model(
                 checkpoint.folder,
                 lazy=True,
@@ -79,15 +79,15 @@ def build(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
     return model
 
 
-def build_dense(checkpoint: Checkpoint) -> nn.Module:
+def build_dense_model(checkpoint: Checkpoint) -> nn.Module:
     """mlx-lm's model of a checkpoint without experts, lazy and whole.
 
     Raises:
         CheckpointError: unknown family, or tensors missing, surplus or misshapen.
     """
-    family = architecture.resolve(checkpoint.config)
+    family = architecture.resolve_family(checkpoint.config)
     try:
-        with _draws_let_go():
+        with _discard_random_init():
             model, _ = mlx_lm_utils.load_model(
                 checkpoint.folder, lazy=True, model_config=checkpoint.config
             )
@@ -99,7 +99,7 @@ def build_dense(checkpoint: Checkpoint) -> nn.Module:
 
 
 @contextmanager
-def _draws_let_go() -> Iterator[None]:
+def _discard_random_init() -> Iterator[None]:
     """Build a model and let go of its random weights, which were never computed but replaced.
 
     MLX's random state would stand at the end of the chain of all those draws and keep it: a
@@ -115,14 +115,14 @@ def _partial(
     config: dict[str, Any], checkpoint: Checkpoint, plan: Plan | None, rank: int
 ) -> tuple[type[nn.Module], Any]:
     """mlx-lm's classes for `config`, of a model that holds one rank's experts only."""
-    base, arguments = architecture.classes(config)
-    family = architecture.FAMILIES.get(architecture.resolve(config), architecture.GENERIC)
+    base, arguments = architecture.model_classes(config)
+    family = architecture.FAMILIES.get(architecture.resolve_family(config), architecture.GENERIC)
 
     class Partial(base):  # type: ignore[valid-type, misc]
         def __init__(self, args: Any) -> None:
             super().__init__(args)
-            architecture.prestack(self)
-            found = architecture.blocks(self)
+            architecture.stack_dbrx_experts(self)
+            found = architecture.find_blocks(self)
             if not found:
                 raise CheckpointError(
                     f"{checkpoint.folder}: {config['model_type']} is a dense model, it has no "
@@ -136,38 +136,44 @@ def _partial(
                 )
             self._count = counts.pop()
             self._held: dict[int, list[int]] = {b.layer: list(range(self._count)) for b in found}
-            self._slices: dict[int, slicing.Slice] = {}
-            self._cuts: dict[str, slicing.Cut] = {}  # of the trunk and the shared experts
+            self._slices: dict[int, slicing.ExpertSlice] = {}
+            self._cuts: dict[str, slicing.TensorSlice] = {}  # of the trunk and the shared experts
             self._absent: list[str] = []
-            self._views: dict[str, tensor_layout.View] = {}
+            self._views: dict[str, tensor_layout.ExpertTensorView] = {}
             if plan is None:
                 return
             _check_plan(plan, found)
-            self._cuts = slicing.of_trunk(self, plan, rank)
+            self._cuts = slicing.slice_trunk(self, plan, rank)
             for block, layer in zip(found, plan.layers, strict=True):
-                held = self._held[block.layer] = list(layer.held_by(rank))
+                held = self._held[block.layer] = list(layer.experts_of(rank))
                 if len(held) < self._count:
                     for linear in block.linears.values():
-                        _keep_rows(linear, len(held))
+                        _keep_experts(linear, len(held))
                 start, stop = layer.slice_of(rank)
                 if stop - start < plan.width:
-                    self._slices[block.layer] = slicing.of_experts(block, (start, stop, plan.width))
-                mine = layer.shared_of(rank)
+                    self._slices[block.layer] = slicing.slice_experts(
+                        block, (start, stop, plan.width)
+                    )
+                mine = layer.shared_slice_of(rank)
                 for name in block.shared if not block.sums_inside(family) else ():
                     if mine is None:
-                        block.module[name] = Silent()
+                        block.module[name] = Zeros()
                         self._absent.append(f"{block.path}.{name}.")
                     elif len(layer.shared) > 1:
                         units = layer.shared[-1].stop
-                        self._cuts |= slicing.of_mlp(self, f"{block.path}.{name}", (*mine, units))
+                        self._cuts |= slicing.slice_mlp(
+                            self, f"{block.path}.{name}", (*mine, units)
+                        )
             for by in (self._cuts, *(s.cuts for s in self._slices.values())):
                 for path, cut in by.items():
-                    _cut_module(self, path, cut)
+                    _slice_module(self, path, cut)
 
             shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
-            self._views = tensor_layout.views(shapes, self._slices, self._count, family)
+            self._views = tensor_layout.expert_tensor_views(
+                shapes, self._slices, self._count, family
+            )
 
-        def pieces(self) -> dict[str, Piece | None]:
+        def pieces(self) -> dict[str, TensorPiece | None]:
             """What is read of the checkpoint's tensors; those that are not named entirely."""
             found = _pieces(checkpoint.tensors, self._held, self._count, self._views)
             absent = tuple(self._absent)
@@ -175,24 +181,24 @@ def _partial(
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             pieces = _pieces(checkpoint.tensors, self._held, self._count, self._views)
-            own = _own(weights, checkpoint, self._held, pieces)
+            own = _rank_tensors(weights, checkpoint, self._held, pieces)
             if family.before is not None:
                 own = family.before(own)
             sizes = {len(held) for held in self._held.values()}
             if len(sizes) > 1:
                 raise CheckpointError("a rank must hold equally many experts of every layer")
-            local = architecture.with_experts(config, self._count, sizes.pop())
+            local = architecture.with_expert_count(config, self._count, sizes.pop())
             namer = base(arguments.from_dict(local))  # type: ignore[call-arg]
             if hasattr(namer, "sanitize"):
                 own = namer.sanitize(own)
-            own = architecture.prestack_weights(own)
+            own = architecture.stack_dbrx_weights(own)
             by = dict(self._cuts)
             if not self._views:
                 for part in self._slices.values():
                     by |= part.cuts
             names = {id(array): name for name, array in weights.items()}
             return {
-                k: _cut_array(k, v, by, checkpoint.tensors.get(names.get(id(v), "")))
+                k: _slice_tensor(k, v, by, checkpoint.tensors.get(names.get(id(v), "")))
                 for k, v in own.items()
                 if not k.startswith(tuple(self._absent))
             }
@@ -200,7 +206,7 @@ def _partial(
     return Partial, arguments
 
 
-def _check_plan(plan: Plan, found: list[architecture.Block]) -> None:
+def _check_plan(plan: Plan, found: list[architecture.MoEBlock]) -> None:
     """The plan must be one of this model: with another's, wrong experts would answer."""
     got = [(p.layer, len(p.experts)) for p in plan.layers]
     expected = [(b.layer, b.count) for b in found]
@@ -210,26 +216,26 @@ def _check_plan(plan: Plan, found: list[architecture.Block]) -> None:
         )
 
 
-def _keep_rows(linear: nn.Module, rows: int) -> None:
+def _keep_experts(linear: nn.Module, rows: int) -> None:
     """Give a stacked layer of an unloaded model fewer experts."""
     for name in ("weight", "bias"):
         if name in linear:
             linear[name] = linear[name][:rows]
 
 
-def _cut_module(model: nn.Module, path: str, cut: slicing.Cut) -> None:
+def _slice_module(model: nn.Module, path: str, cut: slicing.TensorSlice) -> None:
     """Give a module of an unloaded model the shapes of its slice."""
-    node = architecture.get(model, path)
+    node = architecture.get_module(model, path)
     if isinstance(node, mx.array):  # a vector with an entry per head
-        architecture.replace(model, path, cut.apply(node, "weight"))
+        architecture.replace_module(model, path, cut.apply(node, "weight"))
         return
     for name in ("weight", "bias"):
         if name in node:
             node[name] = cut.apply(node[name], name)
 
 
-def _cut_array(
-    name: str, array: mx.array, by: dict[str, slicing.Cut], tensor: Tensor | None
+def _slice_tensor(
+    name: str, array: mx.array, by: dict[str, slicing.TensorSlice], tensor: TensorInfo | None
 ) -> mx.array:
     """The rank's part of a converted tensor; `tensor`: where it is, if it was not converted."""
     path, _, leaf = name.rpartition(".")
@@ -240,11 +246,11 @@ def _cut_array(
     if tensor is None or tensor.shape != tuple(array.shape):
         return cut.apply(array, leaf)
     ranges = cut.ranges_in(array.shape[axis])
-    return read_parts(tensor, (1, *tensor.shape), [0], axis + 1, ranges)[0]
+    return read_ranges(tensor, (1, *tensor.shape), [0], axis + 1, ranges)[0]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """What a rank reads of a tensor: as the arguments of `read_parts`."""
 
     shape: tuple[int, ...]
@@ -252,7 +258,7 @@ class Piece:
     axis: int
     ranges: tuple[tuple[int, int], ...]
 
-    def bytes_in(self, tensor: Tensor, apart: int) -> Iterator[Wanted]:
+    def bytes_in(self, tensor: TensorInfo, apart: int) -> Iterator[ByteRange]:
         """The bytes of the tensor's file, ascending.
 
         Args:
@@ -265,30 +271,30 @@ class Piece:
         each = row // self.shape[self.axis] if self.axis else row
         kept = tuple((a * each, b * each) for a, b in self.ranges) if self.axis else ((0, row),)
         gaps = [a - b for (_, b), (a, _) in pairwise([*kept, (row + kept[0][0], 0)])]
-        for first, count in _runs(list(self.wanted)):
+        for first, count in runs(list(self.wanted)):
             start, stop = tensor.start + first * item, tensor.start + (first + count) * item
             if max(gaps) == 0:
                 yield start, stop
-            elif max(gaps) <= apart and row <= _BLOCK:
-                yield Strip(start, stop, row, kept)
+            elif max(gaps) <= apart and row <= BLOCK_BYTES:
+                yield ColumnRange(start, stop, row, kept)
             else:
                 for at in range(start, stop, row):
                     yield from ((at + a, at + b) for a, b in kept)
 
 
 def _pieces(
-    tensors: dict[str, Tensor],
+    tensors: dict[str, TensorInfo],
     held: dict[int, list[int]],
     count: int,
-    views: dict[str, tensor_layout.View],
-) -> dict[str, Piece | None]:
+    views: dict[str, tensor_layout.ExpertTensorView],
+) -> dict[str, TensorPiece | None]:
     """What to read of tensors that hold routed experts; None: nothing. Others are not named: they
     are read entirely."""
-    found: dict[str, Piece | None] = {}
+    found: dict[str, TensorPiece | None] = {}
     for name, tensor in tensors.items():
-        layer = architecture.layer_of(name)
+        layer = architecture.layer_index(name)
         mine = held.get(layer) if layer is not None else None
-        single = architecture.SINGLE.fullmatch(name)
+        single = architecture.EXPERT_TENSOR.fullmatch(name)
         view = views.get(name)
         if mine is None or (len(mine) == count and view is None):
             continue
@@ -296,18 +302,18 @@ def _pieces(
             found[name] = None
         elif view is not None:
             wanted = (0,) if single is not None else tuple(mine)
-            found[name] = Piece(view.shape, wanted, view.axis, tuple(view.ranges))
-        elif single is None and architecture.STACKED.fullmatch(name) and tensor.shape:
+            found[name] = TensorPiece(view.shape, wanted, view.axis, tuple(view.ranges))
+        elif single is None and architecture.STACKED_TENSOR.fullmatch(name) and tensor.shape:
             rows, rest = divmod(tensor.shape[0], count)
             if not rest:
                 shape = (count, rows, *tensor.shape[1:])
-                found[name] = Piece(shape, tuple(mine), 0, ((0, count),))
+                found[name] = TensorPiece(shape, tuple(mine), 0, ((0, count),))
     return found
 
 
-def wanted_of(
+def required_ranges(
     checkpoint: Checkpoint, plan: Plan, rank: int, apart: int = 1 << 16
-) -> dict[str, list[Wanted]]:
+) -> dict[str, list[ByteRange]]:
     """The bytes of each file that a rank reads, ascending, each once: what it must have.
 
     Of a sharded trunk all is counted, since what is cut of it may be converted first.
@@ -324,29 +330,29 @@ def wanted_of(
     config = checkpoint.config
     made, arguments = _partial(config, checkpoint, plan, rank)
     pieces = made(arguments.from_dict(config)).pieces()  # type: ignore[call-arg]
-    found: dict[str, list[Wanted]] = {}
+    found: dict[str, list[ByteRange]] = {}
     for name, tensor in sorted(checkpoint.tensors.items(), key=lambda t: (t[1].file, t[1].start)):
-        piece = pieces.get(name, Piece((1,), (0,), 0, ((0, 1),)))
+        piece = pieces.get(name, TensorPiece((1,), (0,), 0, ((0, 1),)))
         wanted = found.setdefault(tensor.file.name, [])
         for more in piece.bytes_in(tensor, apart) if piece is not None else ():
-            append(wanted, more)
+            append_range(wanted, more)
     return found
 
 
-def _own(
+def _rank_tensors(
     weights: dict[str, mx.array],
     checkpoint: Checkpoint,
     held: dict[int, list[int]],
-    pieces: dict[str, Piece | None],
+    pieces: dict[str, TensorPiece | None],
 ) -> dict[str, mx.array]:
     """The checkpoint as if only the held experts existed, numbered from 0 in every layer, and only
     the `pieces` of them."""
     own = {}
-    together: dict[tuple[str, str, Piece], dict[str, str]] = {}
+    together: dict[tuple[str, str, TensorPiece], dict[str, str]] = {}
     for name, array in weights.items():
-        layer = architecture.layer_of(name)
+        layer = architecture.layer_index(name)
         mine = held.get(layer, []) if layer is not None else []
-        single = architecture.SINGLE.fullmatch(name)
+        single = architecture.EXPERT_TENSOR.fullmatch(name)
         piece = pieces.get(name, ...)
         if piece is None:
             continue
@@ -354,11 +360,11 @@ def _own(
             expert = mine.index(int(single["expert"]))
             local = f"{single['head']}.{expert}.{single['tail']}"
             own[local] = array
-            if isinstance(piece, Piece):
+            if isinstance(piece, TensorPiece):
                 together.setdefault((single["head"], single["tail"], piece), {})[local] = name
-        elif isinstance(piece, Piece):
+        elif isinstance(piece, TensorPiece):
             tensor = checkpoint.tensors[name]
-            got = read_parts(tensor, piece.shape, list(piece.wanted), piece.axis, piece.ranges)
+            got = read_ranges(tensor, piece.shape, list(piece.wanted), piece.axis, piece.ranges)
             # Several rows of an expert may share the first axis with experts: give it back so.
             flat = len(piece.shape) > len(array.shape)
             own[name] = got.reshape(-1, *got.shape[2:]) if flat else got
@@ -371,7 +377,7 @@ def _own(
     return own
 
 
-def _read_together(tensors: list[Tensor], piece: Piece) -> mx.array:
+def _read_together(tensors: list[TensorInfo], piece: TensorPiece) -> mx.array:
     """The same part of several tensors, [tensors, ...].
 
     In one array, because it is freed as a whole when experts have been stacked; many small ones
@@ -381,17 +387,17 @@ def _read_together(tensors: list[Tensor], piece: Piece) -> mx.array:
         raise CheckpointError(
             f"{tensors[0].file}: {tensors[0].name} and its like have different types"
         )
-    parts = [_gather(t, piece.shape, [0], piece.axis, piece.ranges) for t in tensors]
-    cut = tensor_layout.View(piece.shape, piece.axis, piece.ranges).cut
-    return _as_array(tensors[0], np.concatenate(parts), [len(parts), *cut[1:]])
+    parts = [gather_bytes(t, piece.shape, [0], piece.axis, piece.ranges) for t in tensors]
+    cut = tensor_layout.ExpertTensorView(piece.shape, piece.axis, piece.ranges).cut
+    return to_array(tensors[0], np.concatenate(parts), [len(parts), *cut[1:]])
 
 
-def named_arrays(model: nn.Module) -> list[tuple[str, mx.array]]:
+def named_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     """A model's parameters with their dotted names."""
     return cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
 
 
-def describe(checkpoint: Checkpoint) -> ModelSpec:
+def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
     """What the checkpoint is and what each part of it takes in memory; reads no weights.
 
     The sizes are those of the model that mlx-lm would build, after its own conversions.
@@ -399,21 +405,21 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     Raises:
         CheckpointError: see `build`.
     """
-    model = build(checkpoint, None, 0)
-    family = architecture.resolve(checkpoint.config)
+    model = build_model(checkpoint, None, 0)
+    family = architecture.resolve_family(checkpoint.config)
     row = architecture.FAMILIES.get(family, architecture.GENERIC)
-    sizes = {name: value.nbytes for name, value in named_arrays(model)}
+    sizes = {name: value.nbytes for name, value in named_parameters(model)}
 
     def under(path: str) -> int:
         return sum(size for name, size in sizes.items() if name.startswith(path + "."))
 
     layers = []
-    for block in architecture.blocks(model):
+    for block in architecture.find_blocks(model):
         experts = sum(under(f"{block.path}.{block.switch}.{n}") for n in block.linears)
         names = () if block.sums_inside(row) else block.shared
         shared = sum(under(f"{block.path}.{n}") for n in names)
-        units, kept = slicing.units_of_experts(block) if row.unsliced is None else (1, 0)
-        shared_units, shared_kept = slicing.units_of_shared([block.module[n] for n in names])
+        units, kept = slicing.expert_units(block) if row.unsliceable_reason is None else (1, 0)
+        shared_units, shared_kept = slicing.shared_units([block.module[n] for n in names])
         layers.append(
             MoELayer(
                 block.layer,
@@ -426,30 +432,30 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
                 shared_kept,
             )
         )
-    parts = slicing.parts_of_trunk(model, row)
+    modules = slicing.dense_modules(model, row)
     spread = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
     config = checkpoint.config
     dtypes: Counter[str] = Counter()
-    for _, value in named_arrays(model):
+    for _, value in named_parameters(model):
         if mx.issubdtype(value.dtype, mx.floating):
             dtypes[str(value.dtype).removeprefix("mlx.core.")] += value.size
     return ModelSpec(
         family=family,
         layers=len(model.layers),
         moe=tuple(layers),
-        top_k=architecture.first(config, architecture.TOP_KS) or 1,
+        top_k=architecture.find_int(config, architecture.TOP_K_KEYS) or 1,
         trunk_bytes=sum(sizes.values()) - spread,
-        context=architecture.first(config, architecture.CONTEXTS),
-        vocabulary=architecture.first(config, ("vocab_size",)) or 0,
+        context_length=architecture.find_int(config, architecture.CONTEXT_LENGTH_KEYS),
+        vocab_size=architecture.find_int(config, ("vocab_size",)) or 0,
         dtype=dtypes.most_common(1)[0][0],
-        quantization=_quantization(config),
-        parts=parts,
-        lookup_bytes=slicing.lookup_bytes(model, parts),
-        unsliced=row.unsliced,
+        quantization=_describe_quantization(config),
+        dense_modules=modules,
+        embedding_bytes=slicing.embedding_bytes(model, modules),
+        unsliceable_reason=row.unsliceable_reason,
     )
 
 
-def _quantization(config: dict[str, Any]) -> str | None:
+def _describe_quantization(config: dict[str, Any]) -> str | None:
     q = config.get("quantization") or config.get("quantization_config")
     if not isinstance(q, dict):
         return None
@@ -458,7 +464,7 @@ def _quantization(config: dict[str, Any]) -> str | None:
     return str(q.get("quant_method", "unknown"))
 
 
-def load(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Progress) -> nn.Module:
+def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Progress) -> nn.Module:
     """This rank's model, in memory; its blocks are still mlx-lm's (see `experts.parallelize`).
 
     Raises:
@@ -467,8 +473,8 @@ def load(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Progress) -> n
     # A buffer kept for reuse would count twice: the tensors read and the model made of them.
     limit = mx.set_cache_limit(0)
     try:
-        model = build(checkpoint, plan, rank)
-        arrays = [value for _, value in named_arrays(model)]
+        model = build_model(checkpoint, plan, rank)
+        arrays = [value for _, value in named_parameters(model)]
         total, done = sum(a.nbytes for a in arrays), 0
         for array in arrays:
             mx.eval(array)

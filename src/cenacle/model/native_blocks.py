@@ -92,11 +92,11 @@ class NativeBlock(nn.Module):
         return self.switch_mlp.weighted(x, ids, weights)
 
 
-def swap(model: nn.Module) -> None:
+def install_native_blocks(model: nn.Module) -> None:
     """Make what can be computed in whole parts be so, in place, after `native_layers.swap`."""
-    extension = native.module()
+    extension = native.extension()
     for _, layer in model.named_modules():
-        if type(layer) in _ATTENTION and (settings := _settings(layer)) is not None:
+        if type(layer) in _ATTENTION and (settings := _qkv_settings(layer)) is not None:
             # Partials: what is a list or a dictionary would be taken for parameters.
             layer._qkv, layer._attend = partial(extension.qkv, **settings), extension.attend
             layer.__class__ = NativeAttention
@@ -109,7 +109,7 @@ def swap(model: nn.Module) -> None:
             layer.__class__ = NativeBlock
 
 
-def _settings(layer: nn.Module) -> dict[str, Any] | None:
+def _qkv_settings(layer: nn.Module) -> dict[str, Any] | None:
     """What `qkv` is to be told of an attention layer; None: it is not as they usually are."""
     projections = [layer[n] for n in ("q_proj", "k_proj", "v_proj")]
     rope = layer.rope

@@ -30,7 +30,7 @@ Activation = tuple[int, float, float]
 """The kernels' number of an activation (native/kernels.h, `Act`) and its two constants."""
 
 
-def activation(experts: nn.Module) -> Activation | None:
+def activation_code(experts: nn.Module) -> Activation | None:
     """What is between an expert's matrices, if the kernels know it."""
     act = experts.activation
     gated: dict[type, Activation] = {
@@ -55,7 +55,7 @@ def activation(experts: nn.Module) -> Activation | None:
     return None
 
 
-def weights(layer: nn.Module) -> Any | None:
+def native_weights(layer: nn.Module) -> Any | None:
     """A linear layer's matrices, or a stack of them, as the kernels take them; None: they do not.
 
     Strided weights and biases that are not float32 are replaced in the layer, not kept twice. Where
@@ -73,7 +73,7 @@ def weights(layer: nn.Module) -> Any | None:
     if layer.get("global_scale") is not None:
         return None
     try:
-        made = native.module().Weights(
+        made = native.extension().Weights(
             layer.weight,
             layer.get("scales"),
             layer.get("biases"),
@@ -141,9 +141,9 @@ LINEARS = (NativeLinear, NativeQuantizedLinear)
 _STACKED = (switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear)
 
 
-def usable() -> bool:
+def is_supported() -> bool:
     """Whether models can be swapped: the extension is there and MLX runs on the CPU."""
-    return native.available() and mx.default_device().type == mx.DeviceType.cpu
+    return native.is_available() and mx.default_device().type == mx.DeviceType.cpu
 
 
 _OPERATIONS = {
@@ -156,7 +156,7 @@ _OPERATIONS = {
 _MLX = {name: getattr(place, name) for name, place in _OPERATIONS.items()}
 
 
-def use_operations(ours: bool) -> None:
+def install_operations(ours: bool) -> None:
     """Norms, rotary positions, attention and logsumexp of this whole process: ours, or MLX's own.
 
     mlx-lm's families all reach them as functions of `mx.fast`; ours have the same arguments and
@@ -165,22 +165,22 @@ def use_operations(ours: bool) -> None:
     logsumexp, which mlx-lm's generation takes of all logits, has no vectors.
     """
     for name, place in _OPERATIONS.items():
-        setattr(place, name, getattr(native.module(), name) if ours else _MLX[name])
+        setattr(place, name, getattr(native.extension(), name) if ours else _MLX[name])
 
 
-def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
+def install_native_layers(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
     """Make a loaded model compute natively where it can, in place; experts are not looked at.
 
     Args:
         keep: layers that stay as they are, whatever their types.
     """
-    extension = native.module()
+    extension = native.extension()
     swapped: set[int] = set()
     for _, layer in model.named_modules():
         kind = _NATIVE.get(type(layer))
         if kind is None or id(layer) in swapped:
             continue
-        if weights(layer) is None:
+        if native_weights(layer) is None:
             continue
         layer._linear, layer._embed = extension.linear, extension.embed
         layer.__class__ = kind
@@ -188,10 +188,10 @@ def swap(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
     extension.trim()
     for _, layer in model.named_modules():
         if id(layer) not in swapped and not isinstance(layer, (*_STACKED, *keep)):
-            _widen(layer)
+            _to_float32(layer)
 
 
-def _widen(layer: nn.Module) -> None:
+def _to_float32(layer: nn.Module) -> None:
     """What stays on plain MLX gets float32 parameters: MLX is ten times slower on mixed types."""
     for name, value in list(layer.items()):
         if isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16):

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..core.model_spec import TrunkPart
-from ..core.plan import Heads, Plan
+from ..core.model_spec import DenseModule
+from ..core.plan import HeadSlice, Plan
 from ..errors import CheckpointError, PlanError
 from . import architecture
-from .architecture import Block, Family
+from .architecture import Family, MoEBlock
 
-Fraction = tuple[int, int, int]
+UnitRange = tuple[int, int, int]
 """[start, stop) of so many equal units."""
 
 _ROWS, _COLUMNS = -2, -1
@@ -42,7 +42,7 @@ O_PROJ = ("o_proj", "out_proj")
 
 
 @dataclass(frozen=True)
-class Cut:
+class TensorSlice:
     """Which part of a layer's parameters a rank holds.
 
     Args:
@@ -94,12 +94,12 @@ class Cut:
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)
 
 
-def _scaled(part: Fraction, size: int) -> tuple[tuple[int, int], ...]:
+def _scaled(part: UnitRange, size: int) -> tuple[tuple[int, int], ...]:
     start, stop, units = part
     return ((start * size // units, stop * size // units),)
 
 
-def features(linear: nn.Module) -> tuple[int, int]:
+def feature_counts(linear: nn.Module) -> tuple[int, int]:
     """Output and input features of a linear layer, quantised or not, stacked or not."""
     if "scales" in linear:
         return linear.weight.shape[-2], linear.scales.shape[-1] * linear.group_size
@@ -108,7 +108,7 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 def _units(linear: nn.Module) -> int:
     """Into how many pieces a layer's inputs can be cut: quantisation groups, or a few features."""
-    _, inputs = features(linear)
+    _, inputs = feature_counts(linear)
     if "scales" in linear:
         return int(linear.scales.shape[-1])
     return inputs // math.gcd(inputs, 16 if inputs >= 256 else 4)
@@ -122,7 +122,7 @@ def _kept(linear: nn.Module) -> int:
 # Experts and dense layers
 
 
-def units_of_experts(block: Block) -> tuple[int, int]:
+def expert_units(block: MoEBlock) -> tuple[int, int]:
     """Pieces of an expert's hidden width, and bytes of one expert that are not cut."""
     down = next(block.linears[n] for n in _OUTPUTS if n in block.linears)
     kept = _kept(down)
@@ -130,7 +130,7 @@ def units_of_experts(block: Block) -> tuple[int, int]:
     return _units(down), kept // block.count
 
 
-def units_of_shared(modules: Sequence[nn.Module]) -> tuple[int, int]:
+def shared_units(modules: Sequence[nn.Module]) -> tuple[int, int]:
     """The same of a block's shared experts; 1 piece if they are not plain."""
     if not modules or not all(_is_mlp(m) for m in modules):
         return 1, 0
@@ -145,20 +145,20 @@ def _is_mlp(module: nn.Module) -> bool:
     return linears in (_MLP, _MLP - {"gate_proj"}) and set(children) <= linears | {"activation"}
 
 
-def of_mlp(model: nn.Module, path: str, part: Fraction) -> dict[str, Cut]:
+def slice_mlp(model: nn.Module, path: str, part: UnitRange) -> dict[str, TensorSlice]:
     """The cuts of a dense layer (or shared experts) by hidden width, by the layers' paths."""
-    module = architecture.get(model, path)
-    width = features(module.down_proj)[1]
+    module = architecture.get_module(model, path)
+    width = feature_counts(module.down_proj)[1]
     ranges = _scaled(part, width)
     return {
-        f"{path}.{n}": Cut(_COLUMNS if n == "down_proj" else _ROWS, ranges, width)
+        f"{path}.{n}": TensorSlice(_COLUMNS if n == "down_proj" else _ROWS, ranges, width)
         for n in _MLP
         if n in module
     }
 
 
 @dataclass(frozen=True)
-class Slice:
+class ExpertSlice:
     """A rank's slice of a layer's experts.
 
     Args:
@@ -168,22 +168,23 @@ class Slice:
         model_width: features that experts take and give.
     """
 
-    part: Fraction
-    cuts: dict[str, Cut]
+    part: UnitRange
+    cuts: dict[str, TensorSlice]
     width: int
     model_width: int
 
 
-def of_experts(block: Block, part: Fraction) -> Slice:
+def slice_experts(block: MoEBlock, part: UnitRange) -> ExpertSlice:
     """The cuts of a layer's experts."""
     down = next(block.linears[n] for n in _OUTPUTS if n in block.linears)
-    outputs, width = features(down)
+    outputs, width = feature_counts(down)
     ranges = _scaled(part, width)
     at = f"{block.path}.{block.switch}"
     made = {
-        f"{at}.{n}": Cut(_COLUMNS if n in _OUTPUTS else _ROWS, ranges, width) for n in block.linears
+        f"{at}.{n}": TensorSlice(_COLUMNS if n in _OUTPUTS else _ROWS, ranges, width)
+        for n in block.linears
     }
-    return Slice(part, made, width, outputs)
+    return ExpertSlice(part, made, width, outputs)
 
 
 # How a checkpoint's own tensors hold experts
@@ -192,9 +193,9 @@ def of_experts(block: Block, part: Fraction) -> Slice:
 # The trunk
 
 
-def parts_of_trunk(model: nn.Module, family: Family) -> tuple[TrunkPart, ...]:
+def dense_modules(model: nn.Module, family: Family) -> tuple[DenseModule, ...]:
     """What a sharded trunk divides: dense layers, the head, and attention where it is plain."""
-    blocks = architecture.blocks(model)
+    blocks = architecture.find_blocks(model)
     inside = tuple(f"{b.path}." for b in blocks if b.path) + tuple(
         f"{b.path}.{b.switch}" for b in blocks
     )
@@ -202,24 +203,24 @@ def parts_of_trunk(model: nn.Module, family: Family) -> tuple[TrunkPart, ...]:
     head = False
     for path, module in model.named_modules():
         name = path.rsplit(".", 1)[-1]
-        in_layer = architecture.layer_of(f"{path}.") is not None
+        in_layer = architecture.layer_index(f"{path}.") is not None
         if in_layer and family.heads and _attention_layers(module):
             part = _attention(path, module)
             parts += [part] if part else []
         elif in_layer and not path.startswith(inside) and _is_mlp(module):
             units = _units(module.down_proj)
             size = sum(v.nbytes for _, v in _arrays(module)) - _kept(module.down_proj)
-            parts.append(TrunkPart(path, "mlp", units, size // units))
+            parts.append(DenseModule(path, "mlp", units, size // units))
         elif name == "lm_head" and isinstance(module, nn.Linear | nn.QuantizedLinear):
             head = True
             parts.append(_rows(path, "head", module))
     tied = _embedding(model)
     if not head and tied is not None and not _other_head(model):
         parts.append(_rows(tied[0], "tied", tied[1]))
-    return tuple(sorted(parts, key=lambda p: (architecture.layer_of(f"{p.path}.") or 0, p.path)))
+    return tuple(sorted(parts, key=lambda p: (architecture.layer_index(f"{p.path}.") or 0, p.path)))
 
 
-def lookup_bytes(model: nn.Module, parts: Iterable[TrunkPart]) -> int:
+def embedding_bytes(model: nn.Module, parts: Iterable[DenseModule]) -> int:
     """Bytes of the embedding table, of which a token needs one row; 0 if it is the head too."""
     found = _embedding(model)
     if found is None or any(p.kind == "tied" for p in parts):
@@ -246,10 +247,10 @@ def _other_head(model: nn.Module) -> bool:
     )
 
 
-def _rows(path: str, kind: str, linear: nn.Module) -> TrunkPart:
+def _rows(path: str, kind: str, linear: nn.Module) -> DenseModule:
     rows = linear.weight.shape[0]
     units = rows // math.gcd(rows, 16)
-    return TrunkPart(path, kind, units, sum(v.nbytes for _, v in _arrays(linear)) // units)
+    return DenseModule(path, kind, units, sum(v.nbytes for _, v in _arrays(linear)) // units)
 
 
 def _attention_layers(module: nn.Module) -> bool:
@@ -264,11 +265,11 @@ def _counts(module: nn.Module) -> tuple[int, int]:
     return heads, next(getattr(module, n) for n in _KV_HEADS if hasattr(module, n))
 
 
-def _attention(path: str, module: nn.Module) -> TrunkPart | None:
+def _attention(path: str, module: nn.Module) -> DenseModule | None:
     """None: heads are not at borders of quantisation groups."""
     heads, groups = _counts(module)
     o = next(module[n] for n in O_PROJ if n in module)
-    dim = features(o)[1] // heads
+    dim = feature_counts(o)[1] // heads
     size = o.group_size if "scales" in o else 1
     units = heads if dim % size == 0 else groups if dim * (heads // groups) % size == 0 else 0
     if not units:
@@ -277,75 +278,77 @@ def _attention(path: str, module: nn.Module) -> TrunkPart | None:
     whole += sum(module[n].nbytes for n in _PER_HEAD if isinstance(module.get(n), mx.array))
     if "Wqkv" in module:
         rows = sum(v.nbytes for _, v in _arrays(module.Wqkv)) // (heads + 2 * groups)
-        return TrunkPart(
+        return DenseModule(
             path, "attention", units, (whole + heads * rows) // units, groups, 2 * rows
         )
     whole += sum(v.nbytes for _, v in _arrays(module.q_proj))
     other = sum(v.nbytes for n in ("k_proj", "v_proj") for _, v in _arrays(module[n]))
-    return TrunkPart(path, "attention", units, whole // units, groups, other // groups)
+    return DenseModule(path, "attention", units, whole // units, groups, other // groups)
 
 
-def of_trunk(model: nn.Module, plan: Plan, rank: int) -> dict[str, Cut]:
+def slice_trunk(model: nn.Module, plan: Plan, rank: int) -> dict[str, TensorSlice]:
     """This rank's cuts of an unloaded model's trunk, by path; attention learns of its heads.
 
     Raises:
         PlanError: the plan names a part that the model does not have.
     """
-    made: dict[str, Cut] = {}
-    for part in plan.spec.parts:
-        if not plan.divides(part):
+    made: dict[str, TensorSlice] = {}
+    for part in plan.spec.dense_modules:
+        if not plan.is_sharded(part):
             continue
         try:
-            module = architecture.get(model, part.path)
+            module = architecture.get_module(model, part.path)
         except (AttributeError, KeyError, IndexError) as error:
             raise PlanError(f"the plan is of another model: it has no {part.path}") from error
         if part.kind == "attention":
             made |= _heads(part.path, module, plan.heads_of(part, rank), part.units)
         elif part.kind == "mlp":
-            made |= of_mlp(model, part.path, (*plan.rows_of(part, rank), part.units))
+            made |= slice_mlp(model, part.path, (*plan.rows_of(part, rank), part.units))
         elif part.kind == "head":
             rows = module.weight.shape[0]
-            made[part.path] = Cut(
+            made[part.path] = TensorSlice(
                 _ROWS, _scaled((*plan.rows_of(part, rank), part.units), rows), rows
             )
     return made
 
 
-def _heads(path: str, module: nn.Module, mine: Heads, units: int) -> dict[str, Cut]:
+def _heads(path: str, module: nn.Module, mine: HeadSlice, units: int) -> dict[str, TensorSlice]:
     heads, groups = _counts(module)
     each = heads // units
-    start, stop = mine.start * each, mine.stop * each
+    start, stop = mine.query_start * each, mine.query_stop * each
     o_name = next(n for n in O_PROJ if n in module)
-    inputs = features(module[o_name])[1]
+    inputs = feature_counts(module[o_name])[1]
 
     def rows(first: int, last: int, of: int, size: int, at: int = 0) -> tuple[int, int]:
         return at + first * size // of, at + last * size // of
 
-    made = {f"{path}.{o_name}": Cut(_COLUMNS, (rows(start, stop, heads, inputs),), inputs)}
+    made = {f"{path}.{o_name}": TensorSlice(_COLUMNS, (rows(start, stop, heads, inputs),), inputs)}
     if "Wqkv" in module:
-        size = features(module.Wqkv)[0]
+        size = feature_counts(module.Wqkv)[0]
         each_head = size // (heads + 2 * groups)
         q, kv = heads * each_head, groups * each_head
         ranges = (
             rows(start, stop, heads, q),
-            rows(mine.first, mine.last, groups, kv, q),
-            rows(mine.first, mine.last, groups, kv, q + kv),
+            rows(mine.kv_start, mine.kv_stop, groups, kv, q),
+            rows(mine.kv_start, mine.kv_stop, groups, kv, q + kv),
         )
-        made[f"{path}.Wqkv"] = Cut(_ROWS, ranges, size)
+        made[f"{path}.Wqkv"] = TensorSlice(_ROWS, ranges, size)
         module.d_model = (stop - start) * each_head  # where mlx-lm splits queries off
     else:
-        size = features(module.q_proj)[0]
-        made[f"{path}.q_proj"] = Cut(_ROWS, (rows(start, stop, heads, size),), size)
+        size = feature_counts(module.q_proj)[0]
+        made[f"{path}.q_proj"] = TensorSlice(_ROWS, (rows(start, stop, heads, size),), size)
         for name in ("k_proj", "v_proj"):
-            size = features(module[name])[0]
-            made[f"{path}.{name}"] = Cut(_ROWS, (rows(mine.first, mine.last, groups, size),), size)
+            size = feature_counts(module[name])[0]
+            made[f"{path}.{name}"] = TensorSlice(
+                _ROWS, (rows(mine.kv_start, mine.kv_stop, groups, size),), size
+            )
     for name in _PER_HEAD:
         if isinstance(module.get(name), mx.array):
-            made[f"{path}.{name}"] = Cut(_COLUMNS, ((start, stop),), heads)
+            made[f"{path}.{name}"] = TensorSlice(_COLUMNS, ((start, stop),), heads)
     local: dict[tuple[str, ...], int] = {
         _HEADS: stop - start,
-        _KV_HEADS: mine.last - mine.first,
-        _GROUPS: (stop - start) // (mine.last - mine.first),
+        _KV_HEADS: mine.kv_stop - mine.kv_start,
+        _GROUPS: (stop - start) // (mine.kv_stop - mine.kv_start),
     }
     for names, value in local.items():
         for name in names:

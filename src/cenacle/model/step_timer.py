@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 
-class Watch:
+class StepTimer:
     """Takes laps between the parts of a step.
 
     Args:

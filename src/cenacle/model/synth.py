@@ -110,7 +110,7 @@ IM_END, END_OF_TEXT = 257, 258
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """A model of the catalogue.
 
     Args:
@@ -151,16 +151,16 @@ class SynthResult:
     seconds: float
 
 
-def families() -> list[str]:
+def family_names() -> list[str]:
     """Names of the tiny configs: mlx-lm's module names of all its MoE families."""
     return sorted(p.stem for p in (CONFIGS / "tiny").glob("*.json"))
 
 
 @cache
-def catalogue() -> dict[str, Entry]:
+def model_catalogue() -> dict[str, CatalogEntry]:
     """The full-size models by name."""
     raw = json.loads((CONFIGS / "models.json").read_text())
-    return {name: Entry(**entry) for name, entry in raw.items()}
+    return {name: CatalogEntry(**entry) for name, entry in raw.items()}
 
 
 def tiny_config(family: str) -> Config:
@@ -170,8 +170,8 @@ def tiny_config(family: str) -> Config:
         InputError: there is no such family; names the nearest.
     """
     path = CONFIGS / "tiny" / f"{family}.json"
-    if family not in families():
-        raise _unknown("family", family, families())
+    if family not in family_names():
+        raise _unknown("family", family, family_names())
     return json.loads(path.read_text())
 
 
@@ -181,9 +181,9 @@ def full_config(name: str) -> Config:
     Raises:
         InputError: the catalogue has no such model; names the nearest.
     """
-    if name not in catalogue():
-        raise _unknown("name", name, sorted(catalogue()))
-    return copy.deepcopy(catalogue()[name].config)
+    if name not in model_catalogue():
+        raise _unknown("name", name, sorted(model_catalogue()))
+    return copy.deepcopy(model_catalogue()[name].config)
 
 
 def synth(
@@ -234,7 +234,7 @@ def synth(
     source = _with_tokens(source) | {"torch_dtype": dtype}
     vocab_size = _vocab_size(source)
 
-    model = build(source, seed)
+    model = build_lazy_model(source, seed)
     _cast(model, getattr(mx, dtype))
     draws = _draws(model, source)
     total = sum(value.size for value in _parameters(model).values())
@@ -273,7 +273,7 @@ def synth(
     save_config(source, out / "config.json", keep_vision_config=True)
     return SynthResult(
         path=out,
-        family=architecture.resolve(source),
+        family=architecture.resolve_family(source),
         parameters=total,
         tensors=len(tensors),
         bytes=size,
@@ -402,7 +402,7 @@ def _vocab_size(config: Config) -> int:
 
 
 def _context(config: Config) -> int:
-    return architecture.first(config, architecture.CONTEXTS) or 4096
+    return architecture.find_int(config, architecture.CONTEXT_LENGTH_KEYS) or 4096
 
 
 def _with_tokens(config: Config) -> Config:
@@ -416,7 +416,7 @@ def _with_tokens(config: Config) -> Config:
 # ---- the model as a list of tensors
 
 
-def build(config: Config, seed: int = 0) -> nn.Module:
+def build_lazy_model(config: Config, seed: int = 0) -> nn.Module:
     """mlx-lm's model of a config. Nothing is evaluated: any size fits in memory.
 
     Raises:
@@ -426,7 +426,7 @@ def build(config: Config, seed: int = 0) -> nn.Module:
     mx.random.seed(seed)
     try:
         model_class: Any
-        model_class, args_class = architecture.classes(config)
+        model_class, args_class = architecture.model_classes(config)
         model = model_class(args_class.from_dict(config))
     except CheckpointError:
         raise
@@ -436,7 +436,7 @@ def build(config: Config, seed: int = 0) -> nn.Module:
             f"config: mlx-lm cannot build this {kind} model: {type(error).__name__}: {error}",
             "config",
         ) from error
-    has_experts = architecture.blocks(model) or any(
+    has_experts = architecture.find_blocks(model) or any(
         isinstance(m, SparseMoeBlock) for m in model.modules()
     )
     if not has_experts:
@@ -491,7 +491,7 @@ def _quantisation(bits: int | None, group_size: int, mode: str) -> tuple[int | N
 
 
 @dataclass(frozen=True)
-class Draw:
+class RandomTensor:
     """How a tensor's values are drawn: `default` (or 0) plus noise of standard deviation `std`."""
 
     std: float
@@ -499,7 +499,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class OutputTensor:
     """One tensor to write. `values` yields its bytes in order."""
 
     name: str
@@ -513,7 +513,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.size
 
 
-def _draws(model: nn.Module, config: Config) -> dict[str, Draw]:
+def _draws(model: nn.Module, config: Config) -> dict[str, RandomTensor]:
     """How to draw each parameter of a model that is not quantised, by name."""
     modules = dict(model.named_modules())
     params = _parameters(model)
@@ -526,30 +526,30 @@ def _draws(model: nn.Module, config: Config) -> dict[str, Draw]:
         / text.get("output_multiplier", 1.0)
     )
 
-    def draw(name: str, value: mx.array) -> Draw:
+    def draw(name: str, value: mx.array) -> RandomTensor:
         path, _, leaf = name.rpartition(".")
         owner = modules.get(path)
         width = value.shape[-1] if value.ndim else 1
         if isinstance(owner, nn.Embedding):
-            return Draw(head / math.sqrt(width) if tied else EMBEDDING)
+            return RandomTensor(head / math.sqrt(width) if tied else EMBEDDING)
         if "lm_head" in name and value.ndim == 2:
-            return Draw(head / math.sqrt(width))
+            return RandomTensor(head / math.sqrt(width))
         if leaf == "weight" and isinstance(owner, nn.Linear | SwitchLinear | MultiLinear):
             mixes = path.rpartition(".")[2] in _ATTENTION_OUTPUTS
-            return Draw((ATTENTION if mixes else LINEAR) / math.sqrt(width))
+            return RandomTensor((ATTENTION if mixes else LINEAR) / math.sqrt(width))
         if leaf == "weight" and isinstance(owner, nn.Conv1d):
-            return Draw(LINEAR / math.sqrt(math.prod(value.shape[1:])))
+            return RandomTensor(LINEAR / math.sqrt(math.prod(value.shape[1:])))
         if leaf == "bias" and isinstance(owner, nn.Linear | SwitchLinear | nn.Conv1d):
-            return Draw(NOISE)
+            return RandomTensor(NOISE)
         default = np.array(value.astype(mx.float32))
         if value.ndim == 2 and not default.any():  # a router kept as a bare matrix
-            return Draw(LINEAR / math.sqrt(width))
-        return Draw(NOISE, default.reshape(-1))
+            return RandomTensor(LINEAR / math.sqrt(width))
+        return RandomTensor(NOISE, default.reshape(-1))
 
     return {name: draw(name, value) for name, value in params.items()}
 
 
-def _tensors(model: nn.Module, draws: dict[str, Draw], seed: int) -> list[Tensor]:
+def _tensors(model: nn.Module, draws: dict[str, RandomTensor], seed: int) -> list[OutputTensor]:
     """The parameters of a model, quantised or not, in its own order."""
     modules = dict(model.named_modules())
 
@@ -568,13 +568,16 @@ def _tensors(model: nn.Module, draws: dict[str, Draw], seed: int) -> list[Tensor
         groups = partial(_groups, seed, path, value.size, std, owner.bits, leaf)
         return partial(_encoded, groups, value.dtype)
 
-    return [Tensor(n, v.dtype, tuple(v.shape), values(n, v)) for n, v in _parameters(model).items()]
+    return [
+        OutputTensor(n, v.dtype, tuple(v.shape), values(n, v))
+        for n, v in _parameters(model).items()
+    ]
 
 
 # ---- values
 
 
-class _Stream:
+class _RandomStream:
     """Random bits that depend on the seed and the tensor's name only."""
 
     def __init__(self, seed: int, name: str) -> None:
@@ -609,8 +612,10 @@ def _encoded(groups: Callable[[], Iterator[np.ndarray]], dtype: mx.Dtype) -> Ite
         yield _encode(chunk, dtype)
 
 
-def _floats(seed: int, name: str, n: int, draw: Draw, dtype: mx.Dtype) -> Iterator[np.ndarray]:
-    stream, done = _Stream(seed, name), 0
+def _floats(
+    seed: int, name: str, n: int, draw: RandomTensor, dtype: mx.Dtype
+) -> Iterator[np.ndarray]:
+    stream, done = _RandomStream(seed, name), 0
     scale = np.float32(draw.std * math.sqrt(3))
     for m in _chunks(n):
         values = stream.unit(m) * scale
@@ -622,7 +627,7 @@ def _floats(seed: int, name: str, n: int, draw: Draw, dtype: mx.Dtype) -> Iterat
 
 def _words(seed: int, name: str, n: int) -> Iterator[np.ndarray]:
     """Packed elements: uniform over all levels, whatever the number of bits."""
-    stream = _Stream(seed, name)
+    stream = _RandomStream(seed, name)
     for m in _chunks(n):
         yield stream.words(m)
 
@@ -635,7 +640,7 @@ def _groups(seed: int, path: str, n: int, std: float, bits: int, leaf: str) -> I
     """
     levels = 2**bits
     step = std / math.sqrt((levels**2 - 1) / 12)
-    scales, zeros = _Stream(seed, f"{path}.scales"), _Stream(seed, f"{path}.biases")
+    scales, zeros = _RandomStream(seed, f"{path}.scales"), _RandomStream(seed, f"{path}.biases")
     for m in _chunks(n):
         u = scales.unit(m)
         scale = np.copysign(np.float32(step) * (0.5 + np.abs(u)), u)
@@ -647,7 +652,7 @@ def _groups(seed: int, path: str, n: int, std: float, bits: int, leaf: str) -> I
 
 def _exponents(seed: int, name: str, n: int, std: float) -> Iterator[np.ndarray]:
     """Scales of mxfp4 groups: powers of two around what gives the standard deviation `std`."""
-    stream = _Stream(seed, name)
+    stream = _RandomStream(seed, name)
     nearest = math.log2(std / _E2M1_RMS) + 127
     for m in _chunks(n):
         yield np.floor(nearest + 0.5 + stream.unit(m) / 2).astype(np.uint8)
@@ -674,9 +679,9 @@ def _prepare(out: Path, size: int, overwrite: bool) -> None:
         )
 
 
-def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
+def _shards(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
     """Consecutive tensors, at most `limit` bytes a shard (a larger tensor has its own)."""
-    shards: list[list[Tensor]] = []
+    shards: list[list[OutputTensor]] = []
     size = 0
     for tensor in tensors:
         if not shards or size + tensor.nbytes > limit:
@@ -691,7 +696,7 @@ def _shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
 
 
-def _write_shard(file: BinaryIO, tensors: list[Tensor]) -> Iterator[int]:
+def _write_shard(file: BinaryIO, tensors: list[OutputTensor]) -> Iterator[int]:
     """Write one safetensors file; yields the bytes of each piece written.
 
     Wider elements come first, so that every tensor starts at a multiple of its element.

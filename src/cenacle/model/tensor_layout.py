@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from . import architecture
 from .architecture import Family
-from .slicing import Slice
+from .slicing import ExpertSlice
 
 
 @dataclass(frozen=True)
-class View:
+class ExpertTensorView:
     """How to look at a checkpoint's tensor, [items, ...], and what of which axis (0: all)."""
 
     shape: tuple[int, ...]
@@ -37,9 +37,9 @@ _FUSED = ("gate_up_proj", "input_linear")
 _DOWN = ("down_proj", "output_linear", "w2", "fc2")
 
 
-def views(
-    shapes: dict[str, tuple[int, ...]], slices: dict[int, Slice], count: int, family: Family
-) -> dict[str, View]:
+def expert_tensor_views(
+    shapes: dict[str, tuple[int, ...]], slices: dict[int, ExpertSlice], count: int, family: Family
+) -> dict[str, ExpertTensorView]:
     """How to cut the tensors that hold experts as they are in the checkpoint.
 
     Args:
@@ -50,14 +50,14 @@ def views(
     Returns:
         One for every such tensor; nothing at all if one of them is not understood.
     """
-    found: dict[str, tuple[Slice, tuple[int, ...]]] = {}
+    found: dict[str, tuple[ExpertSlice, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        layer = architecture.layer_of(name)
+        layer = architecture.layer_index(name)
         if layer not in slices:
             continue
-        if architecture.SINGLE.fullmatch(name):
+        if architecture.EXPERT_TENSOR.fullmatch(name):
             found[name] = slices[layer], (1, *shape)
-        elif architecture.STACKED.fullmatch(name) and shape and shape[0] % count == 0:
+        elif architecture.STACKED_TENSOR.fullmatch(name) and shape and shape[0] % count == 0:
             per = () if shape[0] == count else (shape[0] // count,)
             found[name] = slices[layer], (count, *per, *shape[1:])
     transposed = _transposed(found)
@@ -65,7 +65,7 @@ def views(
     return {} if None in seen.values() else {n: v for n, v in seen.items() if v is not None}
 
 
-def _transposed(found: dict[str, tuple[Slice, tuple[int, ...]]]) -> bool | None:
+def _transposed(found: dict[str, tuple[ExpertSlice, tuple[int, ...]]]) -> bool | None:
     """Whether fused gate and up projections are [experts, in, out]; None: shapes do not tell."""
     for name, (part, shape) in found.items():
         match = _PROJECTION.fullmatch(name)
@@ -77,16 +77,16 @@ def _transposed(found: dict[str, tuple[Slice, tuple[int, ...]]]) -> bool | None:
 
 
 def _view(
-    name: str, part: Slice, shape: tuple[int, ...], family: Family, transposed: bool | None
-) -> View | None:
+    name: str, part: ExpertSlice, shape: tuple[int, ...], family: Family, transposed: bool | None
+) -> ExpertTensorView | None:
     """See `views`; None: not understood."""
     match = _PROJECTION.fullmatch(name)
     if match is None:
-        return View(shape, 0, ()) if len(shape) == 1 else None
+        return ExpertTensorView(shape, 0, ()) if len(shape) == 1 else None
     fused, down, leaf = match["name"] in _FUSED, match["name"] in _DOWN, match["leaf"]
     if leaf == "bias":
         if down:
-            return View(shape, 0, ())
+            return ExpertTensorView(shape, 0, ())
         axis = 1
     else:
         if len(shape) < 3:
@@ -110,7 +110,7 @@ def _view(
         return None
     a, b = start * length // units, stop * length // units
     if not fused:
-        return View(shape, axis, ((a, b),))
+        return ExpertTensorView(shape, axis, ((a, b),))
     if family.interleaved:
-        return View(shape, axis, ((2 * a, 2 * b),))
-    return View(shape, axis, ((a, b), (length + a, length + b)))
+        return ExpertTensorView(shape, axis, ((2 * a, 2 * b),))
+    return ExpertTensorView(shape, axis, ((a, b), (length + a, length + b)))

@@ -21,17 +21,17 @@ from ..collective.base import Collective
 from ..core.plan import Plan
 from . import architecture
 from .slicing import O_PROJ
-from .step_timer import Watch
+from .step_timer import StepTimer
 
-FEW = 32  # positions; more than are ever drafted
+MAX_VERIFIED_POSITIONS = 32  # positions; more than are ever drafted
 
-Exchange = Callable[[mx.array], mx.array]
+AllReduce = Callable[[mx.array], mx.array]
 
 
-class Summed(nn.Module):
+class RowParallelLinear(nn.Module):
     """A layer of which each rank has some columns: the ranks' outputs are added."""
 
-    def __init__(self, layer: nn.Module, exchange: Exchange) -> None:
+    def __init__(self, layer: nn.Module, exchange: AllReduce) -> None:
         super().__init__()
         self.layer = layer
         self._exchange = exchange
@@ -41,7 +41,7 @@ class Summed(nn.Module):
         return self._exchange(self.layer(x))
 
 
-class DividedHead(nn.Module):
+class VocabParallelHead(nn.Module):
     """An output head of which each rank has some rows: the ranks' logits are put together.
 
     Args:
@@ -50,7 +50,7 @@ class DividedHead(nn.Module):
         rows: number of rows on all ranks.
     """
 
-    def __init__(self, layer: nn.Module, first: int, rows: int, exchange: Exchange) -> None:
+    def __init__(self, layer: nn.Module, first: int, rows: int, exchange: AllReduce) -> None:
         super().__init__()
         self.layer = layer
         self._first, self._rows, self._exchange = first, rows, exchange
@@ -58,19 +58,19 @@ class DividedHead(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[batch, length, width] -> [batch, length or 1, vocabulary], of the last position if there
         are more than `FEW`."""
-        y = self.layer(x if x.shape[1] <= FEW else x[:, -1:])
+        y = self.layer(x if x.shape[1] <= MAX_VERIFIED_POSITIONS else x[:, -1:])
         after = self._rows - self._first - y.shape[-1]
         return self._exchange(mx.pad(y, [(0, 0)] * (y.ndim - 1) + [(self._first, after)]))
 
 
-class DividedEmbedding(nn.Module):
+class VocabParallelEmbedding(nn.Module):
     """An embedding that is the output head too: each rank has all of it and computes some rows."""
 
-    def __init__(self, embedding: nn.Module, first: int, last: int, exchange: Exchange) -> None:
+    def __init__(self, embedding: nn.Module, first: int, last: int, exchange: AllReduce) -> None:
         super().__init__()
         self.embedding = embedding
         rows = embedding.weight.shape[0]
-        self.head = DividedHead(_some_rows(embedding, first, last), first, rows, exchange)
+        self.head = VocabParallelHead(_some_rows(embedding, first, last), first, rows, exchange)
 
     def __call__(self, ids: mx.array) -> mx.array:
         """As the embedding."""
@@ -95,7 +95,7 @@ def _some_rows(embedding: nn.Module, first: int, last: int) -> nn.Module:
     return quantised
 
 
-def divide(model: nn.Module, plan: Plan, collective: Collective, watch: Watch) -> None:
+def shard_dense(model: nn.Module, plan: Plan, collective: Collective, watch: StepTimer) -> None:
     """Make the parts of a loaded model that `plan` divides exchange what ranks have, in place."""
 
     def exchange(part: mx.array) -> mx.array:
@@ -104,28 +104,28 @@ def divide(model: nn.Module, plan: Plan, collective: Collective, watch: Watch) -
         watch.lap("exchange", whole)
         return whole
 
-    for part in plan.spec.parts:
-        if not plan.divides(part):
+    for part in plan.spec.dense_modules:
+        if not plan.is_sharded(part):
             continue
-        module = architecture.get(model, part.path)
+        module = architecture.get_module(model, part.path)
         if part.kind in ("attention", "mlp"):
             name = next(n for n in (*O_PROJ, "down_proj") if n in module)
             if collective.rank:
-                silence_bias(module[name])
-            module[name] = Summed(module[name], exchange)
+                zero_bias(module[name])
+            module[name] = RowParallelLinear(module[name], exchange)
             continue
         start, stop = plan.rows_of(part, collective.rank)
         made: nn.Module
         if part.kind == "head":
             each = module.weight.shape[0] // (stop - start)
-            made = DividedHead(module, start * each, part.units * each, exchange)
+            made = VocabParallelHead(module, start * each, part.units * each, exchange)
         else:
             each = module.weight.shape[0] // part.units
-            made = DividedEmbedding(module, start * each, stop * each, exchange)
-        architecture.replace(model, part.path, made)
+            made = VocabParallelEmbedding(module, start * each, stop * each, exchange)
+        architecture.replace_module(model, part.path, made)
 
 
-def silence_bias(layer: nn.Module) -> None:
+def zero_bias(layer: nn.Module) -> None:
     """Make an output bias that another rank adds zero."""
     if "bias" in layer:
         layer.bias = mx.zeros_like(layer.bias)

@@ -12,16 +12,16 @@ import numpy as np
 
 from ..errors import CheckpointError
 from . import tensor_layout
-from .checkpoint import _DTYPES, Tensor
+from .checkpoint import DTYPES, TensorInfo
 
-_BLOCK = 1 << 20  # bytes read at a time of rows of which only columns are wanted
-
-
-_GAP = 8192  # bytes; two pages: less is not worth another read
+BLOCK_BYTES = 1 << 20  # bytes read at a time of rows of which only columns are wanted
 
 
-def read_parts(
-    tensor: Tensor,
+MIN_GAP_BYTES = 8192  # bytes; two pages: less is not worth another read
+
+
+def read_ranges(
+    tensor: TensorInfo,
     shape: tuple[int, ...],
     wanted: list[int],
     axis: int,
@@ -41,20 +41,20 @@ def read_parts(
     Raises:
         CheckpointError: the file ended or could not be read.
     """
-    cut = tensor_layout.View(shape, axis, tuple(ranges)).cut
-    data = _gather(tensor, shape, wanted, axis, ranges)
-    return _as_array(tensor, data, [len(wanted), *cut[1:]])
+    cut = tensor_layout.ExpertTensorView(shape, axis, tuple(ranges)).cut
+    data = gather_bytes(tensor, shape, wanted, axis, ranges)
+    return to_array(tensor, data, [len(wanted), *cut[1:]])
 
 
-def _as_array(tensor: Tensor, data: np.ndarray, shape: Sequence[int]) -> mx.array:
+def to_array(tensor: TensorInfo, data: np.ndarray, shape: Sequence[int]) -> mx.array:
     """Bytes of a tensor's type as an array."""
-    _, carrier, dtype = _DTYPES[tensor.dtype]
+    _, carrier, dtype = DTYPES[tensor.dtype]
     array = mx.array(data.reshape(-1).view(carrier).reshape(shape))
     return array.view(dtype) if carrier is np.uint16 and dtype == mx.bfloat16 else array
 
 
-def _gather(
-    tensor: Tensor,
+def gather_bytes(
+    tensor: TensorInfo,
     shape: tuple[int, ...],
     wanted: list[int],
     axis: int,
@@ -71,23 +71,25 @@ def _gather(
     out = np.empty((len(wanted) * across, width), dtype=np.uint8)
     with tensor.file.open("rb", buffering=0) as f:
         at = 0
-        for first, count in _runs(wanted):
+        for first, count in runs(wanted):
             begin, rows = tensor.start + first * item, count * across
             if len(pieces) == 1 and gaps == [0]:
-                _read(f, tensor, begin, out[at : at + rows])
-            elif max(gaps) >= _GAP:
+                _read_into(f, tensor, begin, out[at : at + rows])
+            elif max(gaps) >= MIN_GAP_BYTES:
                 for i in range(rows):
                     to = 0
                     for a, b in pieces:
-                        _read(f, tensor, begin + i * row + a, out[at + i, to : to + b - a])
+                        _read_into(f, tensor, begin + i * row + a, out[at + i, to : to + b - a])
                         to += b - a
             else:
                 low, high = pieces[0][0], pieces[-1][1]
-                step = max(1, _BLOCK // row)
+                step = max(1, BLOCK_BYTES // row)
                 block = np.empty(step * row, dtype=np.uint8)
                 for i in range(0, rows, step):
                     some = min(step, rows - i)
-                    _read(f, tensor, begin + i * row + low, block[low : (some - 1) * row + high])
+                    _read_into(
+                        f, tensor, begin + i * row + low, block[low : (some - 1) * row + high]
+                    )
                     lines, to = block[: some * row].reshape(some, row), 0
                     for a, b in pieces:
                         out[at + i : at + i + some, to : to + b - a] = lines[:, a:b]
@@ -96,7 +98,7 @@ def _gather(
     return out
 
 
-def _read(f: FileIO, tensor: Tensor, start: int, into: np.ndarray) -> None:
+def _read_into(f: FileIO, tensor: TensorInfo, start: int, into: np.ndarray) -> None:
     f.seek(start)
     view = memoryview(into.reshape(-1).data)
     while view:
@@ -108,7 +110,7 @@ def _read(f: FileIO, tensor: Tensor, start: int, into: np.ndarray) -> None:
         view = view[got:]
 
 
-def _runs(numbers: list[int]) -> Iterable[tuple[int, int]]:
+def runs(numbers: list[int]) -> Iterable[tuple[int, int]]:
     """Neighbouring ascending numbers as (first, count)."""
     first = 0
     for i in range(1, len(numbers) + 1):

@@ -24,7 +24,7 @@ from ..planning.model_shapes import Shape, from_config
 from ..planning.perf_model import Job
 from . import architecture, synth
 from .checkpoint import Checkpoint
-from .loader import describe
+from .loader import read_model_spec
 
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
@@ -61,7 +61,7 @@ def read_workload(
         stored = quant(quantization or _stored_bits(config))
         return Job(shape, stored, context, users, prompt_tokens), None
     checkpoint = Checkpoint.open(path)
-    spec = describe(checkpoint)
+    spec = read_model_spec(checkpoint)
     shape = from_config(path.resolve().name, checkpoint.config, str(path))
     shape = count_parameters(shape, checkpoint.config, on_message)
     if quantization is not None:
@@ -82,12 +82,12 @@ def count_parameters(
     """
     unquantized = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     try:
-        model = synth.build(architecture.complete(unquantized))
+        model = synth.build_lazy_model(architecture.complete_config(unquantized))
     except CenacleError as error:
         on_message(f"parameter counts are estimated from the config: {error}")
         return shape
-    architecture.prestack(model)
-    blocks = architecture.blocks(model)
+    architecture.stack_dbrx_experts(model)
+    blocks = architecture.find_blocks(model)
     if not blocks:
         return shape
     routed = sum(_size(linear) for block in blocks for linear in block.linears.values())
@@ -110,7 +110,9 @@ def estimate_spec(job: Job) -> ModelSpec:
         PlanError: the shape does not say which layers have experts.
     """
     family = job.shape.family
-    return planner.spec_of(job, architecture.resolve({"model_type": family}) if family else "")
+    return planner.spec_of(
+        job, architecture.resolve_family({"model_type": family}) if family else ""
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

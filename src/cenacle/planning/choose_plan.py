@@ -65,19 +65,19 @@ def expert_reads(plan: Plan, skips: bool) -> float:
             compute another in their place).
     """
     layer, chosen = plan.layers[0], min(plan.spec.top_k, plan.spec.moe[0].experts)
-    speeds = speeds_of(plan.nodes, plan.shares)
+    speeds = speeds_of(plan.nodes, plan.node_weights)
     fastest = max(speeds)
     slices = [layer.slice_of(r) for r in range(plan.nodes)]
-    if all(len(layer.held_by(r)) == len(layer.experts) for r in range(plan.nodes)) and (
+    if all(len(layer.experts_of(r)) == len(layer.experts) for r in range(plan.nodes)) and (
         plan.width > 1
     ):
         parts = [(b - a) / plan.width for a, b in slices]
         return max(chosen * p * fastest / s for p, s in zip(parts, speeds, strict=True))
     if not skips:
         return chosen * fastest / min(speeds)
-    holders = layer.holders(0)
+    holders = layer.replica_ranks(0)
     if all(len(h) == 1 for h in holders):
-        counts = [len(layer.held_by(r)) for r in range(plan.nodes)]
+        counts = [len(layer.experts_of(r)) for r in range(plan.nodes)]
         return expected_busiest(counts, speeds, chosen) * fastest
     draw, seen = random.Random(0), []
     for _ in range(200):
@@ -99,16 +99,16 @@ def token_s(
         bytes_s: at which the quickest rank reads weights; None: as assumed.
     """
     spec = plan.spec
-    speeds = speeds_of(plan.nodes, plan.shares)
+    speeds = speeds_of(plan.nodes, plan.node_weights)
     fastest = max(speeds)
-    common = spec.trunk_bytes - spec.lookup_bytes - sum(p.bytes for p in spec.parts)
+    common = spec.trunk_bytes - spec.embedding_bytes - sum(p.bytes for p in spec.dense_modules)
     trunk = 0.0
     for rank, speed in enumerate(speeds):
-        own = common + sum(plan.part_bytes(p, rank) for p in spec.parts)
+        own = common + sum(plan.module_bytes(p, rank) for p in spec.dense_modules)
         own += plan.bytes_of(rank)["shared"]
         trunk = max(trunk, own * fastest / speed)
     experts = sum(m.expert_bytes for m in spec.moe) * expert_reads(plan, skips=not gpu)
-    exchanges = plan.exchanges * latency_s if plan.nodes > 1 else 0.0
+    exchanges = plan.all_reduces * latency_s if plan.nodes > 1 else 0.0
     return (trunk + experts) / (bytes_s or _bytes_s(gpu)) + exchanges
 
 
@@ -205,8 +205,8 @@ def choose(
             f"experts {plan.placement}, trunk {plan.trunk}: {1e3 * times[best]:.2f} ms a token "
             f"modelled ({', '.join(others)}), {by}"
         )
-    attention = [p for p in spec.parts if p.kind == "attention"]
-    if plan.trunk == "sharded" and not any(plan.divides(p) for p in attention):
+    attention = [p for p in spec.dense_modules if p.kind == "attention"]
+    if plan.trunk == "sharded" and not any(plan.is_sharded(p) for p in attention):
         why = (
             f"has too few heads for {nodes} nodes"
             if attention

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.plan import Plan, human
+from ..core.plan import Plan
+from ..core.units import format_bytes
 from ..errors import PlanError
 from .perf_model import wired_setting
 
@@ -65,12 +66,12 @@ class Need:
 
     def __str__(self) -> str:
         """For messages."""
-        beside = f" and {human(self.beside)} of its neighbours" if self.beside else ""
-        draft = f"draft model {human(self.draft)}, " if self.draft else ""
+        beside = f" and {format_bytes(self.beside)} of its neighbours" if self.beside else ""
+        draft = f"draft model {format_bytes(self.draft)}, " if self.draft else ""
         return (
-            f"rank {self.rank} needs {human(self.total)} of memory (weights "
-            f"{human(self.weights)}, cache {human(self.cache)}, {draft}workspace "
-            f"{human(WORKSPACE_BYTES)}{beside})"
+            f"rank {self.rank} needs {format_bytes(self.total)} of memory (weights "
+            f"{format_bytes(self.weights)}, cache {format_bytes(self.cache)}, {draft}workspace "
+            f"{format_bytes(WORKSPACE_BYTES)}{beside})"
         )
 
 
@@ -119,7 +120,10 @@ def wired_limit(facts: Mapping[str, Any], need: Need) -> int:
     memory, allowed = facts["memory_size"], facts["max_recommended_working_set_size"]
     if need.total <= allowed:
         return need.own
-    said = f"{need}, but this machine wires at most {human(allowed)} of its {human(memory)}"
+    said = (
+        f"{need}, but this machine wires at most {format_bytes(allowed)} of its "
+        f"{format_bytes(memory)}"
+    )
     setting = wired_setting(memory, need.total)
     if setting is None:
         raise PlanError(f"{said}: use more nodes, other shares or a smaller quantisation")
@@ -142,8 +146,8 @@ def check_available(meminfo: str, need: Need) -> None:
             available = int(value.split()[0]) * 1024
             if need.total > available:
                 raise PlanError(
-                    f"{need}, but {human(available)} are available on this machine: end other "
-                    f"programs, use more machines or a smaller quantisation"
+                    f"{need}, but {format_bytes(available)} are available on this machine: "
+                    f"end other programs, use more machines or a smaller quantisation"
                 )
 
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from ..core.plan import largest_remainder
 from ..errors import InputError, PlanError
 from .catalog import Fact, Link, Machine, Quant
 from .model_shapes import Shape
@@ -439,7 +440,11 @@ def _layout(
             note=f"{most} of {s.experts} experts a layer on each node",
         )
         return layout, ("expert", "replicated", trunk)
-    counts = even(s.experts, n) if alike and not shares else _whole_counts(s.experts, base_shares)
+    counts = (
+        even(s.experts, n)
+        if alike and not shares
+        else tuple(largest_remainder(s.experts, base_shares))
+    )
     held = tuple(
         fixed + attention_held[i] + kv[i] + rest_part[i] * rest + counts[i] * each for i in range(n)
     )
@@ -506,18 +511,6 @@ def _weights(
     free = sum(shares[i] for i in range(n) if i not in full)
     out = [caps[i] if i in full else left * shares[i] / free for i in range(n)]
     return tuple(max(x, 1e-3) / sum(max(y, 1e-3) for y in out) for x in out)
-
-
-def _whole_counts(experts: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Experts per node by shares, at least one each, by largest remainders."""
-    exact = [experts * s / sum(shares) for s in shares]
-    counts = [max(1, int(x)) for x in exact]
-    while sum(counts) < experts:
-        counts[max(range(len(counts)), key=lambda i: exact[i] - counts[i])] += 1
-    while sum(counts) > experts:
-        many = [i for i in range(len(counts)) if counts[i] > 1]
-        counts[max(many, key=lambda i: counts[i] - exact[i])] -= 1
-    return tuple(counts)
 
 
 def _step(

@@ -90,7 +90,7 @@ def predict_plan(plan: Plan, measured: Measured, name: str = "") -> Prediction:
             divide.
     """
     spec, machines = plan.spec, measured.machines
-    if plan.shares is None:  # dealt evenly: all wait for the slowest
+    if plan.node_weights is None:  # dealt evenly: all wait for the slowest
         machines = (min(machines, key=lambda m: m.bytes_per_s),) * plan.nodes
     weights = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
     # Bits are those of the checkpoint, through its bytes.
@@ -101,9 +101,13 @@ def predict_plan(plan: Plan, measured: Measured, name: str = "") -> Prediction:
         machines,
         measured.link,
         measured.study,
-        placement="weighted" if plan.placement == "sliced" and plan.shares else plan.placement,
+        placement="weighted"
+        if plan.placement == "sliced" and plan.node_weights
+        else plan.placement,
         trunk=plan.trunk,
-        shares=[s / sum(plan.shares) for s in plan.shares] if plan.shares else None,
+        shares=[s / sum(plan.node_weights) for s in plan.node_weights]
+        if plan.node_weights
+        else None,
         rest_sliced=plan.trunk == "sharded",
     )
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..core.model_spec import ModelSpec, MoELayer
-from ..core.plan import Part, Plan, human
+from ..core.plan import Plan, WidthSlice
+from ..core.units import format_bytes
 from ..errors import InputError, PlanError
 from .catalog import Catalogue, Link, Machine
 from .perf_model import PAPER, TERMS, Job, Prediction, Study, predict, wired_setting
@@ -226,8 +227,9 @@ def _shortage(p: Prediction) -> str:
     i = max(range(len(p.machines)), key=lambda i: p.bytes_per_node[i] - p.usable_per_node[i])
     machine, need, room = p.machines[i], p.bytes_per_node[i], p.usable_per_node[i]
     text = (
-        f"node {i} ({machine.name}) needs {human(need)}, may hold {human(room)} "
-        f"({machine.wired:.0%} of {human(machine.memory_bytes)}): {human(need - room)} too much"
+        f"node {i} ({machine.name}) needs {format_bytes(need)}, may hold {format_bytes(room)} "
+        f"({machine.wired:.0%} of {format_bytes(machine.memory_bytes)}): "
+        f"{format_bytes(need - room)} too much"
     )
     setting = wired_setting(machine.memory_bytes, need) if machine.kind == "apple" else None
     if setting is not None:
@@ -250,8 +252,9 @@ def _advice(
         return (
             f"Do not buy this for {job.shape.name} at {job.quant.name} bits: nothing fits. "
             f"Nearest, {near.scheme} on {near.names}: {_shortage(near.prediction)}. Take fewer "
-            f"bits, more memory or more machines: the weights alone are {human(job.total_bytes)}, "
-            f"these machines hold {human(sum(m.usable_bytes for m in machines))}."
+            f"bits, more memory or more machines: the weights alone are "
+            f"{format_bytes(job.total_bytes)}, these machines hold "
+            f"{format_bytes(sum(m.usable_bytes for m in machines))}."
         )
     p = best.prediction
     singles = [o for o in options if len(o.machines) == 1 and o.fits]
@@ -518,8 +521,8 @@ def spec_of(job: Job, family: str) -> ModelSpec:
         moe=tuple(MoELayer(layer, s.experts, expert, shared) for layer in s.moe_ids),
         top_k=s.top_k,
         trunk_bytes=round(job.trunk_bytes),
-        context=None,
-        vocabulary=s.vocabulary,
+        context_length=None,
+        vocab_size=s.vocabulary,
         dtype="bfloat16",
         quantization=None if job.quant.trunk_bits >= 16 else f"{job.quant.name} bits",
     )
@@ -542,7 +545,7 @@ def plan_file(result: Result, spec: ModelSpec, trace: Trace | None = None) -> tu
     n = len(option.machines)
     rates = [m.bytes_per_s for m in option.machines]
     shares = None if len(set(rates)) == 1 else rates
-    trunk = "sharded" if option.trunk == "sharded" and spec.parts else "replicated"
+    trunk = "sharded" if option.trunk == "sharded" and spec.dense_modules else "replicated"
     note = ""
     if option.trunk == "sharded" and trunk == "replicated":
         note = "which layers can be divided is known from a checkpoint's folder only: give that"
@@ -567,7 +570,7 @@ def plan_file(result: Result, spec: ModelSpec, trace: Trace | None = None) -> tu
 def _apart(plan: Plan, owner: np.ndarray) -> Plan:
     """The same plan with each layer's experts at the owners of `separate`: counts stay."""
     layers = tuple(
-        replace(layer, experts=tuple((Part(int(r), 0, 1),) for r in row))
+        replace(layer, experts=tuple((WidthSlice(int(r), 0, 1),) for r in row))
         for layer, row in zip(plan.layers, owner, strict=True)
     )
     return replace(plan, layers=layers)

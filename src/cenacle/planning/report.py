@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.plan import human
+from ..core.units import format_bytes
 from ..errors import InputError
 from .catalog import CONFIDENCE
 from .model_shapes import Shape
@@ -228,7 +228,7 @@ def describe(s: Shape, result: Result) -> str:
     return (
         f"{s.name}: {s.total / 1e9:.1f} billion parameters, {s.active / 1e9:.1f} read per token, "
         f"{s.experts} experts a layer of which {s.top_k} are chosen, {s.layers} layers; "
-        f"{human(job.total_bytes)} at {job.quant.name} bits. Context {job.context}, "
+        f"{format_bytes(job.total_bytes)} at {job.quant.name} bits. Context {job.context}, "
         f"{job.users} user{'s' if job.users > 1 else ''}, prompt {job.prompt}."
     )
 
@@ -241,7 +241,7 @@ def _card(o: Option, best: bool) -> str:
     numbers = ""
     if p is not None:
         per = f", {usd(o.usd / p.tok_per_s)} per token/s" if o.usd is not None else ""
-        memory = ", ".join(human(b) for b in dict.fromkeys(map(round, p.bytes_per_node)))
+        memory = ", ".join(format_bytes(b) for b in dict.fromkeys(map(round, p.bytes_per_node)))
         numbers = (
             f"<p><b>{p.tok_per_s:.1f} tok/s</b>, all users {p.tok_per_s_all_users:.1f}, "
             f"first token {p.ttft_s:.1f} s, {escape(p.binding)} binds; {escape(memory)} per node; "

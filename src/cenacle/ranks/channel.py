@@ -8,14 +8,13 @@ closed.
 
 from __future__ import annotations
 
-import json
 import socket
-import struct
 import threading
 import time
 from contextlib import suppress
 from typing import Any
 
+from .. import net
 from ..errors import ClusterError
 
 MAX_MESSAGE = 64 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
@@ -54,15 +53,15 @@ class Channel:
             Silent: the other side did not take it within the deadline.
             Closed: the other side is gone.
         """
-        data = json.dumps(message, separators=(",", ":")).encode()
+        frame = net.encode_frame(message)
         try:
             with self._sending:
-                self._socket.sendall(struct.pack(">I", len(data)) + data)
+                self._socket.sendall(frame)
         except TimeoutError as error:
             self.close()  # part of the message may be on its way: nothing can follow it
             raise Silent(f"took no message for {self._deadline_s:g} s") from error
         except OSError as error:
-            raise Closed(f"the connection was lost ({error})") from error
+            raise Closed(net.describe_loss(error)) from error
 
     def receive(self) -> dict[str, Any]:
         """Wait for one message.
@@ -71,39 +70,25 @@ class Channel:
             Silent: none came, or not to its end, within the deadline.
             Closed: the other side is gone, or what it sends is not a message.
         """
-        (length,) = struct.unpack(">I", self._exactly(4))
+        (length,) = net.FRAME_HEADER.unpack(self.receive_bytes(net.FRAME_HEADER.size))
         if length > MAX_MESSAGE:
             raise Closed(f"sent a message of {length} bytes, expected at most {MAX_MESSAGE}")
         try:
-            message = json.loads(self._exactly(length))
-        except ValueError as error:  # not JSON, or not UTF-8
+            return net.decode_frame(self.receive_bytes(length))
+        except ValueError as error:
             raise Closed(f"sent what is not a message ({error})") from error
-        if not isinstance(message, dict):
-            raise Closed(f"sent what is not a message, a JSON {type(message).__name__}")
-        return message
 
     def receive_bytes(self, count: int) -> bytes:
         """So many bytes, which a message has announced; raises as `receive`."""
-        return self._exactly(count)
-
-    def _exactly(self, count: int) -> bytes:
-        data = bytearray()
-        ends = time.monotonic() + self._deadline_s
-        while len(data) < count:
-            if data and time.monotonic() > ends:
-                raise Silent(f"took longer than {self._deadline_s:g} s for one message")
-            try:
-                piece = self._socket.recv(count - len(data))
-            except TimeoutError as error:
-                self.silent = True
-                raise Silent(f"was silent for {self._deadline_s:g} s") from error
-            except OSError as error:
-                raise Closed(f"the connection was lost ({error})") from error
-            self.silent = False
-            if not piece:
-                raise Closed("closed the connection")
-            data += piece
-        return bytes(data)
+        ends_s = time.monotonic() + self._deadline_s
+        self.silent = False
+        try:
+            return net.receive_exactly(self._socket, count, ends_s, shared=True)
+        except TimeoutError as error:
+            self.silent = True
+            raise Silent(f"was silent for {self._deadline_s:g} s") from error
+        except OSError as error:
+            raise Closed(net.describe_loss(error)) from error
 
     def close(self) -> None:
         """Close; a receive that waits in another thread ends."""

@@ -26,9 +26,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .. import errors
+from .. import net
 from ..collective import mesh
-from ..errors import CenacleError, ClusterError, RankLost
+from ..errors import ClusterError, RankLost, error_from_json
 from . import exit_reason
 from .channel import Channel, Closed, Silent
 from .ranks import Epoch
@@ -131,7 +131,9 @@ class LocalRanks:
         if backend == "ring":
             hosts = self.folder / "hosts.json"
             if not hosts.exists():
-                hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in _free_ports(self.nodes)]))
+                hosts.write_text(
+                    json.dumps([[f"127.0.0.1:{p}"] for p in net.free_ports(self.nodes)])
+                )
             env["MLX_HOSTFILE"] = str(hosts)
         elif backend == "nccl":
             env |= {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": os.environ.get("NCCL_PORT", "0")}
@@ -222,10 +224,7 @@ class LocalRanks:
         except ClusterError as error:
             raise self.blame(rank, str(error)) from error
         if message["type"] == "error":
-            kind = getattr(errors, message["kind"], ClusterError)
-            if not issubclass(kind, CenacleError) or issubclass(kind, RankLost):
-                kind = ClusterError
-            raise kind(f"rank {rank}: {message['message']}")
+            raise error_from_json(message["error"], f"rank {rank}: ")
         return message
 
     def blame(self, rank: int, reason: str) -> RankLost:
@@ -301,15 +300,3 @@ def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.01, ends - time.monotonic()))
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that are free now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()

@@ -362,7 +362,7 @@ class Group:
         if isinstance(message, ClusterError):
             raise self._ranks.blame(rank, str(message))
         if message["type"] == "error":
-            raise self._ranks.blame(rank, f"failed: {message['message']}")
+            raise self._ranks.blame(rank, f"failed: {message['error']['message']}")
         if message["type"] == "pages":
             for notice in message.get("notices", ()):
                 log.warning("rank %d: %s", rank, notice)

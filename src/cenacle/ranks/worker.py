@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
 from ..core.step import Step
-from ..errors import CenacleError, ClusterError
+from ..errors import CenacleError, ClusterError, error_to_json
 from . import exit_reason
 from .channel import Channel
 
@@ -121,10 +121,10 @@ def receive(channel: Channel) -> dict[str, Any]:
 
 def last_words(channel: Channel, error: Exception) -> None:
     """Tell the front why this rank ends."""
-    text = str(error) if isinstance(error, CenacleError) else exit_reason.of_error(error)
-    kind = type(error).__name__ if isinstance(error, CenacleError) else "ClusterError"
+    if not isinstance(error, CenacleError):
+        error = ClusterError(exit_reason.of_error(error))
     try:
-        channel.send({"type": "error", "epoch": epoch(), "kind": kind, "message": text})
+        channel.send({"type": "error", "epoch": epoch(), "error": error_to_json(error)})
     except ClusterError:
         sys.exit(1)
 
@@ -139,17 +139,17 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from ..engine.sampling.grammar import Vocabulary
     from ..engine.speculative import draft_model
     from ..model.checkpoint import Checkpoint
-    from ..model.checksums import sums_of
+    from ..model.checksums import weight_checksums
     from ..model.expert_parallel import parallelize
-    from ..model.loader import load
-    from ..model.step_timer import Watch
+    from ..model.loader import load_rank_model
+    from ..model.step_timer import StepTimer
     from ..planning import memory
     from ..text.tokenizer import Text
 
     plan = Plan.from_json(order["plan"])
     native.set_threads(local_ranks=share_of_cores(plan.nodes))
     collective = join(order, plan.nodes)
-    watch = Watch()
+    watch = StepTimer()
     last = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -163,16 +163,16 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():  # never run
         need = need_of(checkpoint.config, plan, collective.rank, options, order["kernels"], draft)
         mx.set_wired_limit(memory.wired_limit(mx.device_info(), need))
-    native.use_activations(order.get("activations", "int16"))
-    model = load(checkpoint, plan, collective.rank, progress)
-    summed = sums_of(model) if order.get("sums") else None
+    native.set_activations(order.get("activations", "int16"))
+    model = load_rank_model(checkpoint, plan, collective.rank, progress)
+    summed = weight_checksums(model) if order.get("sums") else None
     parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
     drafter = None
     if draft is not None:
         small = None
         if collective.rank == 0:
             small = draft_model.load(Checkpoint.open(Path(draft.folder)), order["kernels"])
-        drafter = draft_model.Drafter(draft, collective, small, plan.spec.vocabulary)
+        drafter = draft_model.Drafter(draft, collective, small, plan.spec.vocab_size)
     gc.collect()
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()
@@ -183,7 +183,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     scale = 1 if sys.platform == "darwin" else 1024
     device = str(mx.default_device())
     if order["kernels"] != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
-        device += f", {native.describe()}"
+        device += f", {native.describe_kernels()}"
     ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
     # What the draft will keep of the text comes out of what is left for requests.
     kept = draft.cache if draft is not None and collective.rank == 0 else 0
@@ -227,8 +227,8 @@ def _disk(channel: Channel, order: dict[str, Any], options: Options, rank: int) 
     facts = {name: order.get(name) for name in ("plan", "wire", "kernels", "activations")}
     facts |= {name: version(name) for name in ("cenacle", "mlx", "mlx-lm")}
     facts["device"] = str(mx.default_device())
-    if native.available():
-        facts["native"] = native.module().used()
+    if native.is_available():
+        facts["native"] = native.extension().used()
     home = Path(options.cache_dir) if options.cache_dir else paths.prefix_cache_dir()
 
     def say(said: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from ..errors import PlanError
 from ..model import architecture, native_layers
 from ..model.expert_parallel import ExpertParallel, LocalExperts, parallelize
 from ..model.native_layers import width
-from ..model.step_timer import Watch
+from ..model.step_timer import StepTimer
 
 SCHEDULES = ("naive", "P-LB", "P-LR", "P-LR-D")
 CENTRAL = ("naive", "P-LB", "P-LR")
@@ -72,8 +72,8 @@ class _Separate(nn.Module):
         self.experts = [self._one(stack, row) for row in range(rows)]
         self.activation = stack.activation
         mx.eval(self.parameters())
-        if kernels != "mlx" and native_layers.usable():
-            native_layers.swap(self)
+        if kernels != "mlx" and native_layers.is_supported():
+            native_layers.install_native_layers(self)
 
     @staticmethod
     def _one(stack: nn.Module, row: int) -> dict[str, nn.Module]:
@@ -120,7 +120,7 @@ class Scheduled(nn.Module):
         plan: LayerPlan,
         schedule: str,
         collective: Collective,
-        watch: Watch,
+        watch: StepTimer,
         separate: _Separate | None,
     ) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Scheduled(nn.Module):
         self._layer, self._schedule, self._separate = plan.layer, schedule, separate
         self._collective, self._watch = collective, watch
         self._holders = [
-            np.array(plan.held_by(rank), dtype=np.int64) for rank in range(collective.size)
+            np.array(plan.experts_of(rank), dtype=np.int64) for rank in range(collective.size)
         ]
         # The order of last use, oldest first.
         self._recent = [int(e) for e in self._holders[collective.rank]]
@@ -221,7 +221,7 @@ def schedule(
     family: str,
     plan: Plan,
     collective: Collective,
-    watch: Watch,
+    watch: StepTimer,
     kernels: str,
     name: str,
 ) -> list[Scheduled]:
@@ -237,7 +237,7 @@ def schedule(
     if name not in SCHEDULES:
         raise PlanError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     row = architecture.FAMILIES.get(family, architecture.GENERIC)
-    found = architecture.blocks(model)
+    found = architecture.find_blocks(model)
     plain = row.forward is None and not row.once
     if not plain or any(b.shared or b.sums_inside(row) for b in found):
         raise PlanError(
@@ -248,7 +248,7 @@ def schedule(
         raise PlanError(f"schedule {name}: expected whole experts, got placement {plan.placement}")
     separate: list[_Separate | None] = [None] * len(found)
     if name == "naive":
-        mine = [len(layer.held_by(collective.rank)) for layer in plan.layers]
+        mine = [len(layer.experts_of(collective.rank)) for layer in plan.layers]
         if any("gate_proj" not in b.experts for b in found):
             raise PlanError(
                 f"schedule naive: {family}'s experts have no gate; try another schedule"
@@ -257,10 +257,10 @@ def schedule(
     parallelize(model, family, plan, collective, watch, kernels)
     made = []
     for block, layer, alone in zip(found, plan.layers, separate, strict=True):
-        wrapped: Any = architecture.get(model, block.path)
+        wrapped: Any = architecture.get_module(model, block.path)
         assert isinstance(wrapped, ExpertParallel)
         local = wrapped.block[block.switch]
         new = Scheduled(wrapped.block, block.switch, local, layer, name, collective, watch, alone)
-        architecture.replace(model, block.path, new)
+        architecture.replace_module(model, block.path, new)
         made.append(new)
     return made

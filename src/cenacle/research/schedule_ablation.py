@@ -31,10 +31,10 @@ from ..collective.delayed import Delayed
 from ..core.plan import Plan
 from ..errors import ClusterError, InputError, PlanError
 from ..model import synth
-from ..model.checkpoint import Checkpoint, locate
+from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
-from ..model.loader import describe, load
-from ..model.step_timer import Watch
+from ..model.loader import load_rank_model, read_model_spec
+from ..model.step_timer import StepTimer
 from .paper_schedules import CENTRAL, SCHEDULES, Scheduled, schedule
 
 LATENCIES_MS = (1.0, 0.3, 0.05, 0.0)
@@ -86,10 +86,10 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     """
     if asked.nodes < 2 or asked.tokens < 2:
         raise InputError("bench ablation: expected at least 2 nodes and 2 tokens", "nodes")
-    checkpoint = Checkpoint.open(locate(asked.model))
-    spec = describe(checkpoint)
+    checkpoint = Checkpoint.open(locate_checkpoint(asked.model))
+    spec = read_model_spec(checkpoint)
     cores, threads = split(asked.nodes, asked.threads)
-    ours = [p for p in asked.ours if spec.parts or not p.endswith("trunk sharded")]
+    ours = [p for p in asked.ours if spec.dense_modules or not p.endswith("trunk sharded")]
     names = [*SCHEDULES, *(f"ours, {placement}" for placement in ours)]
     seen: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
     expected: dict[str, float] = {}
@@ -168,7 +168,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
 def plan_of(row: str, checkpoint: Checkpoint, nodes: int) -> Plan:
     """The placement of a row: whole experts for the paper's schedules."""
     placement = row.removeprefix("ours, ")
-    spec = describe(checkpoint)
+    spec = read_model_spec(checkpoint)
     if row in SCHEDULES or placement == "whole":
         return Plan.whole(spec, nodes)
     if placement == "sliced":
@@ -196,7 +196,7 @@ def full_depth(config: dict[str, Any]) -> int | None:
 
     layers = synth.layer_count(config)
     depths = []
-    for entry in synth.catalogue().values():
+    for entry in synth.model_catalogue().values():
         total = synth.layer_count(entry.config)
         same = entry.config.get("model_type") == config.get("model_type")
         if not same or total <= layers:
@@ -283,7 +283,7 @@ def _numbers(rounds: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
 # ---- on the ranks
 
 
-class _EveryLap(Watch):
+class _EveryLap(StepTimer):
     """Keeps each layer's experts apart, besides the sums."""
 
     def stop(self) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def ablation_load(
     dealt = Plan.from_json(plan)
     watch = _EveryLap()
     link = Delayed(collective, 0.0, precise_sleep)
-    model = load(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
+    model = load_rank_model(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
     family = dealt.spec.family
     layers: list[Scheduled] = []
     if row in SCHEDULES:
@@ -333,7 +333,7 @@ def ablation_load(
         parallelize(model, family, dealt, link, watch, kernels)
     central = row in CENTRAL
     _held.append(
-        _Loaded(model, layers, central, link, watch, dealt.spec.top_k, dealt.spec.vocabulary)
+        _Loaded(model, layers, central, link, watch, dealt.spec.top_k, dealt.spec.vocab_size)
     )
     collective.barrier()
 

@@ -35,10 +35,17 @@ from ..errors import ClusterError, InputError
 from ..text.output_parser import AnswerStream
 from . import static
 from .api import anthropic, openai, openai_responses, openapi, protocol, structured_output
-from .api.protocol import Asked, Front, Head, Prompt, Served, check_model
-from .api.validation import Refused, not_supported
+from .api.protocol import (
+    ApiAdapter,
+    GenerationRequest,
+    Prompt,
+    ResponseMeta,
+    ServedModel,
+    check_model,
+)
+from .api.validation import RequestError, not_supported
 from .cluster_view import ClusterView
-from .generation import Answering, Draft, json_response, refusal
+from .generation import GenerationRun, InFlightChoice, error_response, json_response
 from .metrics import InstrumentedGroup, Metrics
 
 if TYPE_CHECKING:
@@ -97,11 +104,11 @@ class Application:
         self._group = InstrumentedGroup(model.group, metrics)
         self._text = model.text
         spec = model.spec
-        self._served = Served(model.name, spec.context, spec.vocabulary)
+        self._served = ServedModel(model.name, spec.context_length, spec.vocab_size)
         self._created = int(time.time())
         parts = (__version__, model.name, spec.to_json(), model.plan.nodes)
         self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
-        self._answering: set[Answering] = set()
+        self._answering: set[GenerationRun] = set()
         self._ending: ClusterError | None = None
         # In a thread: a long prompt takes a while, and others' streams must go on. One thread:
         # tokenizers are not made for several at once.
@@ -129,8 +136,8 @@ class Application:
     def end(self, error: ClusterError) -> None:
         """Tell all who are being answered, and who ask from now on, that the server ends."""
         self._ending = error
-        for answering in self._answering:
-            answering.tell(error)
+        for generation in self._answering:
+            generation.abort(error)
 
     def close(self) -> None:
         """End its threads."""
@@ -174,7 +181,7 @@ class Application:
     async def _one_model(self, http: HttpRequest) -> Response:
         try:
             check_model(http.path_params["name"], self._served)
-        except Refused as error:
+        except RequestError as error:
             return _error_response(error)
         return json_response(200, openai.model_object(self._served, self._created))
 
@@ -206,7 +213,7 @@ class Application:
             return _error_response(error, anthropic.FRONT)
         return json_response(200, {"input_tokens": tokens})
 
-    async def _answer(self, front: Front, http: HttpRequest) -> Response:
+    async def _answer(self, front: ApiAdapter, http: HttpRequest) -> Response:
         try:
             body, key = await self._body(http), http.scope["state"]["key"]
             asked, drafts = await self._in_thread(self._prepare, front, body, key)
@@ -218,9 +225,11 @@ class Application:
             return _error_response(
                 failure, front
             )  # not raised: each time it would gather a traceback
-        head = Head(uuid.uuid4().hex, int(time.time()), self._served.model, self._fingerprint)
+        head = ResponseMeta(
+            uuid.uuid4().hex, int(time.time()), self._served.model, self._fingerprint
+        )
         group, waits = self._group, (self._limits.answer_s, self._limits.quiet_s)
-        return Answering(front, asked, head, drafts, group, self._answering, *waits)
+        return GenerationRun(front, asked, head, drafts, group, self._answering, *waits)
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *given)
@@ -250,10 +259,12 @@ class Application:
             raise _BodyTooLarge(limit)
         return bytes(body)
 
-    def _prepare(self, front: Front, body: bytes, key: str) -> tuple[Asked, list[Draft]]:
+    def _prepare(
+        self, front: ApiAdapter, body: bytes, key: str
+    ) -> tuple[GenerationRequest, list[InFlightChoice]]:
         """The checked requests of a body. Slow: tokenizes."""
-        asked = front.read(body, self._served)
-        drafts: list[Draft] = []
+        asked = front.parse(body, self._served)
+        drafts: list[InFlightChoice] = []
         for prompt in asked.prompts:
             tokens = self._prompt(asked, prompt)
             room = protocol.room(len(tokens), self._served, asked.prompt_field)
@@ -261,7 +272,7 @@ class Application:
             echo = self._text.decode(tokens) if asked.echo else ""
             for choice in range(asked.n):
                 request = self._request(asked, tokens, min(limits, default=None), choice)
-                draft = Draft(
+                draft = InFlightChoice(
                     len(drafts),
                     replace(request, key=key),
                     len(tokens) if choice == 0 else 0,
@@ -276,7 +287,7 @@ class Application:
         return asked, drafts
 
     def _request(
-        self, asked: Asked, tokens: tuple[int, ...], most: int | None, choice: int
+        self, asked: GenerationRequest, tokens: tuple[int, ...], most: int | None, choice: int
     ) -> Request:
         sampling, logs = asked.sampling_of(choice), asked.logprobs
         try:
@@ -285,9 +296,9 @@ class Application:
             if error.field != "grammar":
                 raise
             field = asked.grammar_field  # what the client calls it
-            raise Refused(f"{field}: cannot be enforced: {error}", field) from error
+            raise RequestError(f"{field}: cannot be enforced: {error}", field) from error
 
-    def _prompt(self, asked: Asked, prompt: Prompt) -> tuple[int, ...]:
+    def _prompt(self, asked: GenerationRequest, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's ids."""
         if isinstance(prompt, str):
             # Not rendered as a chat, as `Model.request` would.
@@ -296,7 +307,9 @@ class Application:
             return self._model.tokens_of(prompt)
         if len(prompt) > (most := self._limits.messages):
             field = asked.prompt_field
-            raise Refused(f"{field}: expected at most {most} messages, got {len(prompt)}", field)
+            raise RequestError(
+                f"{field}: expected at most {most} messages, got {len(prompt)}", field
+            )
         text = self._text
         if asked.think and not text.thinks:
             raise not_supported("thinking", f"the model {self._served.model} has no reasoning")
@@ -309,35 +322,35 @@ class Application:
         messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
         tools = asked.tools
         if not text.renders_tools:
-            messages, tools = structured_output.told(messages, tools), ()
+            messages, tools = structured_output.describe_tools_in_chat(messages, tools), ()
         think = False if asked.continued else asked.think
         ids = text.render(messages, tools, asked.template, think=think, continued=asked.continued)
         return ids if asked.grammar is None else text.thought(ids, think)
 
-    def _stream(self, asked: Asked, prompt: tuple[int, ...]) -> AnswerStream:
+    def _stream(self, asked: GenerationRequest, prompt: tuple[int, ...]) -> AnswerStream:
         if asked.calls is not None:
-            return self._text.called(structured_output.read_calls)
+            return self._text.called(structured_output.parse_tool_calls)
         if asked.chat and asked.grammar is None:
             return self._text.chat(asked.stop, asked.tools, prompt, parallel=asked.parallel)
         return self._text.plain(asked.stop)
 
 
-class _BodyTooLarge(Refused):
+class _BodyTooLarge(RequestError):
     def __init__(self, limit: int) -> None:
         message = f"The body: expected at most {limit} bytes, got more"
         super().__init__(message, None, "body_too_large", 413)
 
 
-class _BodyTooSlow(Refused):
+class _BodyTooSlow(RequestError):
     def __init__(self, seconds: float) -> None:
         message = f"The body: expected all of it within {seconds:g} s, got a part"
         super().__init__(message, None, "body_too_slow", 408)
 
 
-def _error_response(error: Exception, front: Front = openai.CHAT) -> Response:
+def _error_response(error: Exception, front: ApiAdapter = openai.CHAT) -> Response:
     # What is left of a body that was not read would be taken for the next request.
     unread = isinstance(error, _BodyTooLarge | _BodyTooSlow)
-    return refusal(error, front, {"connection": "close"} if unread else {})
+    return error_response(error, front, {"connection": "close"} if unread else {})
 
 
 async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
@@ -351,9 +364,11 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
     elif error.status_code == 405:
         message = f"{what}: not allowed here; use {headers.get('allow')}"
         code = "method_not_allowed"
-    return refusal(Refused(message, None, code, error.status_code), front, dict(headers))
+    return error_response(
+        RequestError(message, None, code, error.status_code), front, dict(headers)
+    )
 
 
-def _adapter_for_path(path: str) -> Front:
+def _adapter_for_path(path: str) -> ApiAdapter:
     """The API whose form of errors a path has."""
     return anthropic.FRONT if path.startswith("/v1/messages") else openai.CHAT

@@ -73,7 +73,7 @@ class ClusterView:
                 "experts": model.plan.placement,
                 "trunk": model.plan.trunk,
                 "reason": model.plan_reason,
-                "exchanges": model.plan.exchanges if model.plan.nodes > 1 else 0,
+                "exchanges": model.plan.all_reduces if model.plan.nodes > 1 else 0,
                 "backend": model.ranks.backend if model.plan.nodes > 1 else None,
                 "top_k": model.spec.top_k,
                 "bytes": model.spec.total_bytes,

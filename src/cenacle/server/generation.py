@@ -1,10 +1,10 @@
 """One HTTP request's life, from the requests that it became to its last byte.
 
-Owns: `Answering`, an ASGI response; errors as responses.
-Does not know: any API's shapes (a `Reply` makes them), sockets, ranks.
+Owns: `GenerationRun`, an ASGI response; errors as responses.
+Does not know: any API's shapes (a `ResponseBuilder` makes them), sockets, ranks.
 Invariant: whatever ends an HTTP request, its places in the group are freed; every wait has a
 deadline; no text of prompts or answers is logged.
-Next: `exchange.py` says what a `Reply` is; `engine/lockstep.py` calls the sinks.
+Next: `exchange.py` says what a `ResponseBuilder` is; `engine/lockstep.py` calls the sinks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..errors import Busy, CenacleError, ClusterError
 from ..ranks.rank_group import Sink
 from ..text.output_parser import AnswerStream, with_logs
 from ..text.tokenizer import Text
-from .api.protocol import Asked, Choice, Event, Front, Head
+from .api.protocol import ApiAdapter, ChoiceState, Event, GenerationRequest, ResponseMeta
 from .metrics import InstrumentedGroup
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ COMMENT = b": waiting\n\n"  # an event stream's comment: no event
 
 
 @dataclass
-class Draft:
+class InFlightChoice:
     """One choice while it is being written.
 
     Args:
@@ -131,7 +131,7 @@ class Draft:
         return parts
 
 
-class Answering(Response):
+class GenerationRun(Response):
     """One HTTP request's choices while the group generates them; an ASGI response.
 
     From `__call__` on it holds places in the group, and gives them back whatever happens: the
@@ -139,33 +139,35 @@ class Answering(Response):
 
     Args:
         front: the API.
-        asked, head: make its `Reply`.
+        asked, head: make its `ResponseBuilder`.
         drafts: the choices, not yet submitted.
         group: generates.
-        register: where it is found while it runs, for `tell`.
+        register: where it is found while it runs, for `abort`.
         deadline_s: longest wait for a token.
         quiet_s: in a stream, how long nothing may be said: then comes a sign of life.
     """
 
     def __init__(
         self,
-        front: Front,
-        asked: Asked,
-        head: Head,
-        drafts: list[Draft],
+        front: ApiAdapter,
+        asked: GenerationRequest,
+        head: ResponseMeta,
+        drafts: list[InFlightChoice],
         group: InstrumentedGroup,
-        register: set[Answering],
+        register: set[GenerationRun],
         deadline_s: float,
         quiet_s: float,
     ) -> None:
-        self._front, self._asked, self._reply = front, asked, front.reply(asked, head)
+        self._front, self._asked, self._reply = front, asked, front.respond(asked, head)
         self._drafts, self._group = drafts, group
         self._register, self._deadline_s, self._quiet_s = register, deadline_s, quiet_s
         self._live: Callable[[], Awaitable[None]] | None = None  # gives a sign of life
         self._said_s = 0.0  # when something was said last, in the loop's time
-        self._events: asyncio.Queue[tuple[Draft, TokenEvent | CenacleError]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[InFlightChoice, TokenEvent | CenacleError]] = (
+            asyncio.Queue()
+        )
 
-    def tell(self, error: CenacleError) -> None:
+    def abort(self, error: CenacleError) -> None:
         """End the answer with an error. Call it from the event loop's thread."""
         self._events.put_nowait((self._drafts[0], error))
 
@@ -177,7 +179,7 @@ class Answering(Response):
                 self._group.submit(draft.request, self._sink(draft))
         except CenacleError as error:  # while there is still a status to send
             self._give_back()
-            await refusal(error, self._front)(scope, receive, send)
+            await error_response(error, self._front)(scope, receive, send)
             return
         stream = self._asked.stream
         work = asyncio.create_task(
@@ -202,10 +204,12 @@ class Answering(Response):
             async with aclosing(self._generate()) as generated:
                 async for draft, parts in generated:
                     draft.parts += parts
-            choices = [Choice(d.index, d.parts, d.finish or Finish("length")) for d in self._drafts]
-            response = json_response(200, self._reply.whole(choices, self._usage()))
+            choices = [
+                ChoiceState(d.index, d.parts, d.finish or Finish("length")) for d in self._drafts
+            ]
+            response = json_response(200, self._reply.full_response(choices, self._usage()))
         except Exception as error:
-            response = refusal(error, self._front)
+            response = error_response(error, self._front)
         await response(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
@@ -218,7 +222,7 @@ class Answering(Response):
                 await write(_server_sent(event))
 
         async def live() -> None:
-            await write(b"".join(map(_server_sent, self._reply.waiting())) or COMMENT)
+            await write(b"".join(map(_server_sent, self._reply.keep_alive())) or COMMENT)
 
         self._live, self._said_s = live, asyncio.get_running_loop().time()
         headers = [
@@ -228,19 +232,19 @@ class Answering(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             for draft in self._drafts:
-                await say(self._reply.opening(draft.index, self._usage()))
+                await say(self._reply.first_events(draft.index, self._usage()))
             async with aclosing(self._generate()) as generated:
                 async for draft, parts in generated:
                     for part in parts:
-                        await say(self._reply.piece(draft.index, part))
+                        await say(self._reply.delta(draft.index, part))
                     if draft.finish is not None:
-                        await say(self._reply.closing(draft.index, draft.finish))
-            await say(self._reply.ending(self._usage()))
+                        await say(self._reply.finish_choice(draft.index, draft.finish))
+            await say(self._reply.finish_stream(self._usage()))
         except Exception as error:  # too late for a status: the client is told in the stream
-            await say(self._reply.failed(known(error)))
+            await say(self._reply.error(to_client_error(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _generate(self) -> AsyncGenerator[tuple[Draft, list[Part]], None]:
+    async def _generate(self) -> AsyncGenerator[tuple[InFlightChoice, list[Part]], None]:
         """Every token's parts, until all choices are finished."""
         for draft in self._drafts:
             if draft.echo:
@@ -263,7 +267,7 @@ class Answering(Response):
                 left -= 1
             yield draft, parts
 
-    async def _next(self) -> tuple[Draft, TokenEvent | CenacleError]:
+    async def _next(self) -> tuple[InFlightChoice, TokenEvent | CenacleError]:
         loop = asyncio.get_running_loop()
         ends = loop.time() + self._deadline_s
         while True:
@@ -280,7 +284,7 @@ class Answering(Response):
                 if loop.time() >= ends:
                     raise ClusterError(f"no token came for {self._deadline_s:g} s") from None
 
-    def _sink(self, draft: Draft) -> Sink:
+    def _sink(self, draft: InFlightChoice) -> Sink:
         """Called by the group's thread."""
         loop, put = asyncio.get_running_loop(), self._events.put_nowait
 
@@ -311,7 +315,7 @@ def _server_sent(event: Event) -> bytes:
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
-def known(error: Exception) -> CenacleError:
+def to_client_error(error: Exception) -> CenacleError:
     """An error that a client may see."""
     if isinstance(error, CenacleError):
         return error
@@ -322,9 +326,11 @@ def known(error: Exception) -> CenacleError:
     return CenacleError("The server made a mistake; its log says where")
 
 
-def refusal(error: Exception, front: Front, headers: dict[str, str] | None = None) -> Response:
+def error_response(
+    error: Exception, front: ApiAdapter, headers: dict[str, str] | None = None
+) -> Response:
     """An error as a response of an API."""
-    status, body = front.failure(known(error))
+    status, body = front.render_error(to_client_error(error))
     if isinstance(error, Busy):
         headers = {**(headers or {}), "retry-after": str(error.retry_after_s)}
     return json_response(status, body, headers)

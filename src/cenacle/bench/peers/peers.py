@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ... import net
 from ...errors import InputError
 from . import formats
 
@@ -167,7 +168,7 @@ class LlamaCpp(Peer):
         return found
 
     def _over_rpc(self, job: Job, model: Path, server: Path) -> Speed:
-        ports = _free_ports(job.nodes)
+        ports = net.free_ports(job.nodes)
         commands = [
             [str(server), "-H", "127.0.0.1", "-p", str(port), "-t", str(job.threads)]
             for port in ports
@@ -222,7 +223,7 @@ class Dllama(Peer):
         ]
 
     def _measure(self, job: Job, model: Path, tokenizer: Path) -> Speed:
-        ports = _free_ports(job.nodes - 1)
+        ports = net.free_ports(job.nodes - 1)
         threads = ["--nthreads", str(job.threads)]
         workers = [
             [str(self._program), "worker", "--host", "127.0.0.1", "--port", str(p), *threads]
@@ -273,7 +274,7 @@ class MlxLm(Peer):
         ]
         with tempfile.TemporaryDirectory(prefix="cenacle-") as folder:
             hosts = Path(folder) / "hosts.json"
-            hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in _free_ports(job.nodes)]))
+            hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in net.free_ports(job.nodes)]))
             env = {"MLX_HOSTFILE": str(hosts)}
             others = [[*command] for _ in range(job.nodes - 1)]
             envs = [{**env, "MLX_RANK": str(r + 1)} for r in range(job.nodes - 1)]
@@ -404,15 +405,6 @@ def _listens(port: int) -> bool:
     with socket.socket() as sock:
         sock.settimeout(1)
         return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
 
 
 def _count(n: int, what: str) -> str:

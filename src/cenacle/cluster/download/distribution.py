@@ -17,28 +17,37 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...core.plan import Plan, human
+from ...core.plan import Plan
+from ...core.units import format_bytes
 from ...errors import CheckpointError, ClusterError
-from ...model.byte_ranges import Span, Strip, Wanted, covered, joined, shared, without
+from ...model.byte_ranges import (
+    ByteRange,
+    ColumnRange,
+    Span,
+    covering_spans,
+    intersect_spans,
+    merge_spans,
+    subtract_spans,
+)
 from ...model.checkpoint import Checkpoint
-from ...model.loader import wanted_of
+from ...model.loader import required_ranges
 from .. import node_info
 from ..head import Head
 from ..membership import Node
-from .file_server import Given
+from .file_server import ModelFileServer
 from .hub import Hub
-from .node_cache import Found
-from .task import Order
+from .node_cache import LocalModel
+from .task import DownloadOrder
 
 FIND_S = 30.0
 ASK_S = 60.0  # for a word on how far it is
 SAY_EVERY_S = 10.0
 
-Files = Mapping[str, Sequence[Wanted]]
+Files = Mapping[str, Sequence[ByteRange]]
 Say = Callable[[str], None]
 
 
-def deal(wanted: Sequence[Files], hub: bool) -> list[tuple[Files, Files]]:
+def plan_downloads(wanted: Sequence[Files], hub: bool) -> list[tuple[Files, Files]]:
     """What each machine fetches from the hub, and what from the head.
 
     Args:
@@ -50,25 +59,25 @@ def deal(wanted: Sequence[Files], hub: bool) -> list[tuple[Files, Files]]:
     heads: dict[str, list[Span]] = {}
     for rank, files in enumerate(wanted):
         for file, each in files.items():
-            rows = covered(w for w in each if rank == 0 or isinstance(w, Strip))
-            heads[file] = joined([*heads.get(file, []), *rows])
+            rows = covering_spans(w for w in each if rank == 0 or isinstance(w, ColumnRange))
+            heads[file] = merge_spans([*heads.get(file, []), *rows])
     dealt: list[tuple[Files, Files]] = [({f: s for f, s in heads.items() if s}, {})]
     for files in wanted[1:]:
-        of_hub: dict[str, Sequence[Wanted]] = {}
-        of_head: dict[str, Sequence[Wanted]] = {}
+        of_hub: dict[str, Sequence[ByteRange]] = {}
+        of_head: dict[str, Sequence[ByteRange]] = {}
         for file, each in files.items():
-            spans = [(w[0], w[1]) for w in each if not isinstance(w, Strip)]
-            strips = [w for w in each if isinstance(w, Strip)]
-            if alone := without(spans, heads.get(file, [])):
+            spans = [(w[0], w[1]) for w in each if not isinstance(w, ColumnRange)]
+            strips = [w for w in each if isinstance(w, ColumnRange)]
+            if alone := subtract_spans(spans, heads.get(file, [])):
                 of_hub[file] = alone
-            given: list[Wanted] = [*shared(spans, heads.get(file, [])), *strips]
+            given: list[ByteRange] = [*intersect_spans(spans, heads.get(file, [])), *strips]
             if given:
                 of_head[file] = given
         dealt.append((of_hub, of_head))
     return dealt
 
 
-class Sharing:
+class ModelDistribution:
     """A model, for the machines of a cluster.
 
     Args:
@@ -84,11 +93,11 @@ class Sharing:
         self._digest = node_info.digest(self._folder)
         config = (self._folder / "config.json").read_bytes()
         self._config = hashlib.sha256(config).hexdigest()
-        self._given = Given(self._folder, hub)
+        self._given = ModelFileServer(self._folder, hub)
         self._latest = object()  # of what is fetched; what was begun before it is given up
         head.give(self._given)
 
-    def find(self, members: Sequence[Node]) -> list[Found]:
+    def find(self, members: Sequence[Node]) -> list[LocalModel]:
         """What of the model each machine has; the first is the head's own.
 
         Raises:
@@ -96,13 +105,13 @@ class Sharing:
         """
         asked = {"model": self._name, "digest": self._digest, "config": self._config}
         answers = self._head.orders([(n, asked) for n in members[1:]], "find", FIND_S)
-        found = [Found(str(a["folder"]), bool(a["whole"])) for a in answers]
-        return [Found(str(self._folder), self._hub is None), *found]
+        found = [LocalModel(str(a["folder"]), bool(a["whole"])) for a in answers]
+        return [LocalModel(str(self._folder), self._hub is None), *found]
 
     def fetch(
         self,
         members: Sequence[Node],
-        found: Sequence[Found],
+        found: Sequence[LocalModel],
         plan: Plan,
         say: Say,
         ending: threading.Event | None = None,
@@ -123,20 +132,20 @@ class Sharing:
         if not lacking:
             return
         wanted: list[Files] = [
-            wanted_of(self._checkpoint, plan, rank) if rank in lacking else {}
+            required_ranges(self._checkpoint, plan, rank) if rank in lacking else {}
             for rank in range(len(members))
         ]
-        dealt = deal(wanted, self._hub is not None)
+        dealt = plan_downloads(wanted, self._hub is not None)
         hub, revision = (None, None) if self._hub is None else (self._hub.name, self._hub.commit)
         mine = self._latest = object()
-        self._given.expect({file: covered(each) for file, each in dealt[0][0].items()})
+        self._given.expect({file: covering_spans(each) for file, each in dealt[0][0].items()})
         orders = [
             (
                 members[rank],
                 {
                     "model": self._name,
                     "folder": found[rank].folder,
-                    "order": vars(Order(*dealt[rank], hub, revision, rank > 0)),
+                    "order": vars(DownloadOrder(*dealt[rank], hub, revision, rank > 0)),
                 },
             )
             for rank in lacking
@@ -154,7 +163,7 @@ class Sharing:
                 self._given.expect({})
             raise
         if any(fetched.values()):
-            names = ", ".join(f"{name} {human(n)}" for name, n in fetched.items() if n)
+            names = ", ".join(f"{name} {format_bytes(n)}" for name, n in fetched.items() if n)
             say(f"fetched in {time.monotonic() - began:.0f} s: {names}")
 
     def _wait(self, members: list[Node], say: Say, over: Callable[[], bool]) -> dict[str, int]:
@@ -173,7 +182,9 @@ class Sharing:
                     fetched[node.name] = self._came(node, answer)
             members = [n for n in members if n.name not in fetched]
             if members and time.monotonic() > next_s:
-                parts = [f"{n} {human(a)} of {human(b)}" for n, (a, b) in progress.items()]
+                parts = [
+                    f"{n} {format_bytes(a)} of {format_bytes(b)}" for n, (a, b) in progress.items()
+                ]
                 say(f"fetching: {', '.join(parts)}")
                 next_s = time.monotonic() + SAY_EVERY_S
         return fetched

@@ -9,50 +9,50 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ...core.plan import human
+from ...core.units import format_bytes
 from ...errors import CheckpointError
-from ...model.byte_ranges import Strip, Wanted, size
-from .hub import HEADER_BYTES, SMALL_BYTES, Hub
-from .source import CHUNK_BYTES, CONNECTIONS, Interrupted, Progress, Source, _patiently
-from .sparse_store import PAGE_BYTES, Store
+from ...model.byte_ranges import ByteRange, ColumnRange, total_bytes
+from .hub import HEADER_BYTES, MAX_SMALL_FILE_BYTES, Hub
+from .source import CHUNK_BYTES, CONNECTIONS, Progress, Source, SourceInterrupted, retry
+from .sparse_store import PAGE_BYTES, SparseStore
 
 
-def skeleton(source: Source, folder: Path) -> Store:
+def fetch_metadata(source: Source, folder: Path) -> SparseStore:
     """A checkpoint's small files and the headers of its weights: enough to describe and plan it.
 
     Raises:
         CheckpointError: it is no checkpoint, the disk is full, or the source cannot be reached.
     """
-    store, listed = Store(folder), _patiently(source.files)
+    store, listed = SparseStore(folder), retry(source.files)
     weights = [f for f in listed if f.endswith(".safetensors")]
     if not weights:
         raise CheckpointError(f"{source.name} has no weights: expected files named *.safetensors")
-    wanted: dict[str, list[Wanted]] = {}
+    wanted: dict[str, list[ByteRange]] = {}
     for file, what in listed.items():
         store.make(file, what.size)
         if file in weights:
             wanted[file] = [(0, min(what.size, HEADER_BYTES))]
-        elif 0 < what.size <= SMALL_BYTES:
+        elif 0 < what.size <= MAX_SMALL_FILE_BYTES:
             wanted[file] = [(0, what.size)]
-    fetch([source], store, wanted)
-    longer: dict[str, list[Wanted]] = {
+    fetch_ranges([source], store, wanted)
+    longer: dict[str, list[ByteRange]] = {
         f: [(0, header)] for f in weights if (header := _header_end(store, f)) > HEADER_BYTES
     }
-    fetch([source], store, longer)
+    fetch_ranges([source], store, longer)
     return store
 
 
-def _header_end(store: Store, file: str) -> int:
+def _header_end(store: SparseStore, file: str) -> int:
     with (store.folder / file).open("rb") as f:
         head = f.read(8)
     end = 8 + struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     return int(min(end, store.sizes[file]))
 
 
-def fetch(
+def fetch_ranges(
     sources: Sequence[Source],
-    store: Store,
-    wanted: Mapping[str, Sequence[Wanted]],
+    store: SparseStore,
+    wanted: Mapping[str, Sequence[ByteRange]],
     progress: Progress = lambda *_: None,
 ) -> int:
     """Make it be here, from the first source that has it.
@@ -71,22 +71,22 @@ def fetch(
     """
     missing = store.missing(wanted)
     todo = [(file, some) for file, gaps in missing.items() for some in _batches(gaps)]
-    need = size(w for gaps in missing.values() for w in gaps)
-    total = size(w for each in wanted.values() for w in each)
-    check_room(store, missing)
+    need = total_bytes(w for gaps in missing.values() for w in gaps)
+    total = total_bytes(w for each in wanted.values() for w in each)
+    check_disk_space(store, missing)
     done = total - need
     progress(done, total)
     lock, stop = threading.Lock(), threading.Event()
     asked = list(sources)
 
-    def one(file: str, some: Sequence[Wanted]) -> None:
+    def one(file: str, some: Sequence[ByteRange]) -> None:
         nonlocal done
         if stop.is_set():
             return
         try:
             _batch(asked, store, file, some)
             with lock:
-                done += size(some)
+                done += total_bytes(some)
                 progress(done, total)
         except BaseException:
             stop.set()
@@ -101,11 +101,11 @@ def fetch(
     return need
 
 
-def _batches(gaps: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+def _batches(gaps: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
     """In chunks; so many together as are put onto the disk at once."""
-    batch: list[Wanted] = []
+    batch: list[ByteRange] = []
     for chunk in _chunks(gaps):
-        if batch and size(batch) + size([chunk]) > CHUNK_BYTES:
+        if batch and total_bytes(batch) + total_bytes([chunk]) > CHUNK_BYTES:
             yield batch
             batch = []
         batch.append(chunk)
@@ -113,16 +113,16 @@ def _batches(gaps: Iterable[Wanted]) -> Iterator[list[Wanted]]:
         yield batch
 
 
-def _chunks(gaps: Iterable[Wanted]) -> Iterator[Wanted]:
+def _chunks(gaps: Iterable[ByteRange]) -> Iterator[ByteRange]:
     for gap in gaps:
-        if isinstance(gap, Strip):
+        if isinstance(gap, ColumnRange):
             yield from gap.steps(CHUNK_BYTES)
             continue
         for at in range(gap[0], gap[1], CHUNK_BYTES):
             yield at, min(at + CHUNK_BYTES, gap[1])
 
 
-def check_room(store: Store, missing: Mapping[str, Sequence[Wanted]]) -> None:
+def check_disk_space(store: SparseStore, missing: Mapping[str, Sequence[ByteRange]]) -> None:
     """Whether the disk has room for what is missing.
 
     Raises:
@@ -132,22 +132,23 @@ def check_room(store: Store, missing: Mapping[str, Sequence[Wanted]]) -> None:
     free = shutil.disk_usage(store.folder).free
     if need > free:
         raise CheckpointError(
-            f"{store.folder}: {human(need)} are to be fetched, {human(free)} are free on this "
-            f"disk; free {human(need - free)}, or use more nodes. What is here is kept"
+            f"{store.folder}: {format_bytes(need)} are to be fetched, {format_bytes(free)} are "
+            f"free on this disk; free {format_bytes(need - free)}, or use more nodes. What is here "
+            f"is kept"
         )
 
 
-def _disk_bytes(wanted: Wanted) -> int:
+def _disk_bytes(wanted: ByteRange) -> int:
     """A disk has no holes shorter than a page."""
     start, stop, *_ = wanted
-    if not isinstance(wanted, Strip):
+    if not isinstance(wanted, ColumnRange):
         return stop - start
     row = sum(b - a + PAGE_BYTES for a, b in wanted.kept)
     return (stop - start) // wanted.period * min(wanted.period, row)
 
 
-def _batch(sources: list[Source], store: Store, file: str, some: Sequence[Wanted]) -> None:
-    written: list[tuple[Wanted, str]] = []
+def _batch(sources: list[Source], store: SparseStore, file: str, some: Sequence[ByteRange]) -> None:
+    written: list[tuple[ByteRange, str]] = []
     try:
         for chunk in some:
             written.append((chunk, _chunk(sources, store, file, chunk)))
@@ -155,32 +156,32 @@ def _batch(sources: list[Source], store: Store, file: str, some: Sequence[Wanted
         store.keep(file, written)
 
 
-def _chunk(sources: list[Source], store: Store, file: str, chunk: Wanted) -> str:
+def _chunk(sources: list[Source], store: SparseStore, file: str, chunk: ByteRange) -> str:
     """Write a chunk from the first source that has it; its SHA-256."""
     refused: CheckpointError | None = None
     for source in list(sources):
 
         def write(source: Source = source) -> str:
-            if isinstance(chunk, Strip):
+            if isinstance(chunk, ColumnRange):
                 return store.write_columns(file, chunk, source.columns(file, chunk))
             return store.write(file, chunk[0], source.read(file, *chunk), chunk[1])
 
         try:
-            return _patiently(write)
+            return retry(write)
         except CheckpointError as error:
             if isinstance(error.__cause__, OSError):  # the disk, not the source
                 raise
             refused = error
-            if isinstance(error.__cause__, Interrupted) and source in sources[:-1]:
+            if isinstance(error.__cause__, SourceInterrupted) and source in sources[:-1]:
                 sources.remove(source)
     raise refused or CheckpointError(f"{file}: there is no source to fetch it from")
 
 
-def _check(source: Hub, store: Store, wanted: Mapping[str, Sequence[Wanted]]) -> None:
+def _check(source: Hub, store: SparseStore, wanted: Mapping[str, Sequence[ByteRange]]) -> None:
     """Files that are here whole must have the hashes that the hub gives."""
     if not any(store.spans(file) == [(0, store.sizes[file])] for file in wanted):
         return
-    for file, what in _patiently(source.files).items():
+    for file, what in retry(source.files).items():
         if file in wanted and what.sha256 and store.complete(file, what.sha256) is False:
             store.forget({file: [span for span, _ in store._done[file]]})
             raise CheckpointError(

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 
 from ...errors import CheckpointError
-from ...model.byte_ranges import JOURNAL, Strip
-from .source import PIECE_BYTES, File, Interrupted, _first_line, _patiently
+from ...model.byte_ranges import JOURNAL, ColumnRange
+from .source import READ_BYTES, SourceFile, SourceInterrupted, first_line, retry
 
-SMALL_BYTES = 64 << 20  # files that are no weights are fetched whole, up to this
+MAX_SMALL_FILE_BYTES = 64 << 20  # files that are no weights are fetched whole, up to this
 HEADER_BYTES = 1 << 16  # first guess at the length of a safetensors header
 
 
@@ -44,7 +44,7 @@ class Hub:
         """End its connections."""
         self._client.close()
 
-    def files(self) -> Mapping[str, File]:
+    def files(self) -> Mapping[str, SourceFile]:
         """See `Source`; those that mlx-lm would fetch."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
@@ -59,14 +59,14 @@ class Hub:
         except RepositoryNotFoundError as error:
             raise CheckpointError(f"{self.name}: the hub has no such repository") from error
         except Exception as error:  # whichever library it speaks through has errors of its own
-            raise Interrupted(
-                f"{self.name}: the hub does not answer: {_first_line(error)}"
+            raise SourceInterrupted(
+                f"{self.name}: the hub does not answer: {first_line(error)}"
             ) from error
         self._commit = info.sha
         return {
-            s.rfilename: File(s.size or 0, s.lfs.sha256 if s.lfs is not None else None)
+            s.rfilename: SourceFile(s.size or 0, s.lfs.sha256 if s.lfs is not None else None)
             for s in info.siblings or ()
-            if _of_a_model(s.rfilename)
+            if is_model_file(s.rfilename)
         }
 
     @property
@@ -77,7 +77,7 @@ class Hub:
             CheckpointError: see `files`; or the hub does not answer for long.
         """
         if self._commit is None:
-            _patiently(self.files)
+            retry(self.files)
         return str(self._commit)
 
     def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
@@ -93,7 +93,7 @@ class Hub:
         try:
             with self._client.stream("GET", url, headers=headers) as answer:
                 if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
-                    raise Interrupted(f"{self.name}: the hub answers {answer.status_code}")
+                    raise SourceInterrupted(f"{self.name}: the hub answers {answer.status_code}")
                 whole = answer.status_code == 200 and start == 0
                 if answer.status_code != 206 and not whole:
                     raise CheckpointError(
@@ -101,20 +101,20 @@ class Hub:
                         f"{answer.status_code}, expected 206"
                     )
                 left = stop - start
-                for piece in answer.iter_bytes(PIECE_BYTES):
+                for piece in answer.iter_bytes(READ_BYTES):
                     yield piece[:left]
                     left -= len(piece)
                     if left <= 0 and whole:
                         return
         except httpx.HTTPError as error:
-            raise Interrupted(f"{self.name}: {_first_line(error)}") from error
+            raise SourceInterrupted(f"{self.name}: {first_line(error)}") from error
 
-    def columns(self, file: str, strip: Strip) -> bytes:
+    def columns(self, file: str, strip: ColumnRange) -> bytes:
         """See `Source`; all of the rows are read."""
         return strip.take(b"".join(self.read(file, strip.start, strip.stop)))
 
 
-def _of_a_model(file: str) -> bool:
+def is_model_file(file: str) -> bool:
     """Whether mlx-lm would fetch it: nothing else of a folder is given away."""
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ...model.byte_ranges import JOURNAL, Strip
-from .hub import _of_a_model
-from .source import PIECE_BYTES, File
-from .sparse_store import Store
+from ...model.byte_ranges import JOURNAL, ColumnRange
+from .hub import is_model_file
+from .source import READ_BYTES, SourceFile
+from .sparse_store import SparseStore
 
 
-class Folder:
+class LocalFolder:
     """A checkpoint's folder on this machine, whole or a part: what another node is given.
 
     Args:
@@ -21,16 +21,16 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.name, self._path = str(path), path
-        self._store = Store(path) if (path / JOURNAL).exists() else None
+        self._store = SparseStore(path) if (path / JOURNAL).exists() else None
 
-    def files(self) -> Mapping[str, File]:
+    def files(self) -> Mapping[str, SourceFile]:
         """See `Source`."""
         if self._store is not None:
-            return {name: File(size) for name, size in self._store.sizes.items()}
+            return {name: SourceFile(size) for name, size in self._store.sizes.items()}
         if not self._path.is_dir():
             raise CheckpointError(f"{self._path}: no such folder")
-        found = [p for p in sorted(self._path.iterdir()) if p.is_file() and _of_a_model(p.name)]
-        return {p.name: File(p.stat().st_size) for p in found}
+        found = [p for p in sorted(self._path.iterdir()) if p.is_file() and is_model_file(p.name)]
+        return {p.name: SourceFile(p.stat().st_size) for p in found}
 
     def has(self, file: str, start: int, stop: int) -> bool:
         """Whether all of a range is here by now."""
@@ -47,12 +47,12 @@ class Folder:
         with (self._path / file).open("rb") as f:
             f.seek(start)
             while start < stop:
-                piece = f.read(min(PIECE_BYTES, stop - start))
+                piece = f.read(min(READ_BYTES, stop - start))
                 if not piece:
                     raise CheckpointError(f"{self._path / file}: the file ended at byte {start}")
                 yield piece
                 start += len(piece)
 
-    def columns(self, file: str, strip: Strip) -> bytes:
+    def columns(self, file: str, strip: ColumnRange) -> bytes:
         """See `Source`."""
         return strip.take(b"".join(self.read(file, strip.start, strip.stop)))

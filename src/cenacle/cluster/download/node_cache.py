@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ...model.byte_ranges import JOURNAL, is_part
-from ...model.checkpoint import Checkpoint, locate
+from ...model.byte_ranges import JOURNAL, is_partial
+from ...model.checkpoint import Checkpoint, locate_checkpoint
 from ...paths import models_dir
 from .. import node_info
-from .download import skeleton
+from .download import fetch_metadata
 from .hub import Hub
-from .source import Interrupted
+from .source import SourceInterrupted
 
 
-def folder_of(place: Path, model: str, key: str) -> Path:
+def partial_folder(place: Path, model: str, key: str) -> Path:
     """Where a part of a model is, or would be.
 
     Args:
@@ -37,35 +37,36 @@ def open_model(model: str) -> tuple[Path, Hub | None]:
     """
     given = Path(model).expanduser()
     if given.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        return locate(model), None
-    if (cached := _in_the_hub_s_cache(model)) is not None:
+        return locate_checkpoint(model), None
+    if (cached := _find_in_hub_cache(model)) is not None:
         return cached, None
     hub = Hub(model)
     try:
-        folder = folder_of(models_dir(), model, hub.commit)
-        skeleton(hub, folder)
+        folder = partial_folder(models_dir(), model, hub.commit)
+        fetch_metadata(hub, folder)
     except CheckpointError as error:
-        if not isinstance(error.__cause__, Interrupted):
+        if not isinstance(error.__cause__, SourceInterrupted):
             raise
         # The hub does not answer: what was fetched of this model before may do.
         known = sorted(
-            models_dir().glob(f"{folder_of(models_dir(), model, '*').name}/{JOURNAL}"), key=_age
+            models_dir().glob(f"{partial_folder(models_dir(), model, '*').name}/{JOURNAL}"),
+            key=_modified_s,
         )
         commits = [p.parent.name.rpartition("-")[2] for p in known]
         commits = [c for c in commits if re.fullmatch("[0-9a-f]{40}", c)]
         if not commits:
             raise
         hub = Hub(model, commits[-1])
-        folder = folder_of(models_dir(), model, commits[-1])
+        folder = partial_folder(models_dir(), model, commits[-1])
         Checkpoint.open(folder)  # its headers are here
     return folder, hub
 
 
-def _age(path: Path) -> float:
+def _modified_s(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def _in_the_hub_s_cache(model: str) -> Path | None:
+def _find_in_hub_cache(model: str) -> Path | None:
     """The folder of a model that was fetched whole some time."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -82,7 +83,7 @@ def _in_the_hub_s_cache(model: str) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class LocalModel:
     """What a machine has of a model.
 
     Args:
@@ -94,7 +95,9 @@ class Found:
     whole: bool
 
 
-def look(model: str, digest: str, config: str, folders: list[Path], place: Path) -> Found:
+def find_local_model(
+    model: str, digest: str, config: str, folders: list[Path], place: Path
+) -> LocalModel:
     """What of a model is on this machine.
 
     Args:
@@ -107,13 +110,13 @@ def look(model: str, digest: str, config: str, folders: list[Path], place: Path)
     Raises:
         CheckpointError: there is another model of that name.
     """
-    part = Found(str(folder_of(place, model, digest[:12])), False)
+    part = LocalModel(str(partial_folder(place, model, digest[:12])), False)
     folder = node_info.find(model, folders)
-    if folder is None or is_part(folder):
+    if folder is None or is_partial(folder):
         return part
     folder = folder.resolve()
     if node_info.digest(folder) == digest:
-        return Found(str(folder), True)
+        return LocalModel(str(folder), True)
     if hashlib.sha256((folder / "config.json").read_bytes()).hexdigest() == config:
         return part  # weights are missing, or were fetched to their half
     raise CheckpointError(

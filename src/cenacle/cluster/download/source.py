@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ...errors import CenacleError, CheckpointError
-from ...model.byte_ranges import Strip
+from ...model.byte_ranges import ColumnRange
 
 T = TypeVar("T")
 
@@ -21,24 +21,24 @@ Progress = Callable[[int, int], None]
 CHUNK_BYTES = 16 << 20  # of one request, and of one hash: what a break costs at most
 
 
-PIECE_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 
 
 CONNECTIONS = 4
 
 
-TRIES = 6
+MAX_ATTEMPTS = 6
 
 
-FIRST_PAUSE_S = 0.5  # doubled after every failure that brought nothing
+FIRST_RETRY_DELAY_S = 0.5  # doubled after every failure that brought nothing
 
 
-class Interrupted(CenacleError):
+class SourceInterrupted(CenacleError):
     """A source broke off, or is not there now: to be tried again."""
 
 
 @dataclass(frozen=True)
-class File:
+class SourceFile:
     """A file of a source: bytes, and its SHA-256 where the source says it."""
 
     size: int
@@ -50,7 +50,7 @@ class Source(Protocol):
 
     name: str
 
-    def files(self) -> Mapping[str, File]:
+    def files(self) -> Mapping[str, SourceFile]:
         """What there is.
 
         Raises:
@@ -68,30 +68,31 @@ class Source(Protocol):
         """
         ...
 
-    def columns(self, file: str, strip: Strip) -> bytes:
+    def columns(self, file: str, strip: ColumnRange) -> bytes:
         """What `strip.take` gives of a file; raises as `read`."""
         ...
 
 
-def _patiently(work: Callable[[], T]) -> T:
+def retry(work: Callable[[], T]) -> T:
     """Do it again after a while if the source breaks off.
 
     Raises:
         CheckpointError: it does so too often.
     """
-    pause = FIRST_PAUSE_S
-    for _ in range(TRIES - 1):
-        with suppress(Interrupted):
+    pause = FIRST_RETRY_DELAY_S
+    for _ in range(MAX_ATTEMPTS - 1):
+        with suppress(SourceInterrupted):
             return work()
         time.sleep(pause)
         pause *= 2
     try:
         return work()
-    except Interrupted as error:
+    except SourceInterrupted as error:
         raise CheckpointError(
-            f"{error}; given up after {TRIES} attempts. What has come is kept: ask again"
+            f"{error}; given up after {MAX_ATTEMPTS} attempts. What has come is kept: ask again"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or [repr(error)])[0]

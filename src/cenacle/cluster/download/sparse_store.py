@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError
-from ...model.byte_ranges import JOURNAL, Span, Strip, Wanted, joined, without
-from .source import CONNECTIONS, Interrupted
+from ...model.byte_ranges import JOURNAL, ByteRange, ColumnRange, Span, merge_spans, subtract_spans
+from .source import CONNECTIONS, SourceInterrupted
 
 PAGE_BYTES = 4096  # of a disk
 
 
 @dataclass
-class Store:
+class SparseStore:
     """A folder of files with holes, and what is known to be in them.
 
     Args:
@@ -31,7 +31,7 @@ class Store:
 
     folder: Path
     sizes: dict[str, int] = field(default_factory=dict)
-    _done: dict[str, list[tuple[Wanted, str]]] = field(default_factory=dict)
+    _done: dict[str, list[tuple[ByteRange, str]]] = field(default_factory=dict)
     _seen: tuple[int, int] = (0, 0)  # the journal's inode, and how far it was read
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -65,13 +65,13 @@ class Store:
         start, stop, span = noted["start"], noted["stop"], None
         if "period" in noted:
             kept = tuple((a, b) for a, b in noted["kept"])
-            span = Strip(start, stop, noted["period"], kept)
+            span = ColumnRange(start, stop, noted["period"], kept)
         self._done.setdefault(noted["file"], []).append((span or (start, stop), noted["sha256"]))
 
     def spans(self, file: str) -> list[Span]:
         """The ranges of which all is here, ascending, neighbours joined."""
         done = self._done.get(file, ())
-        return joined((s[0], s[1]) for s, _ in done if not isinstance(s, Strip))
+        return merge_spans((s[0], s[1]) for s, _ in done if not isinstance(s, ColumnRange))
 
     def make(self, file: str, size: int) -> None:
         """A file of holes.
@@ -113,13 +113,15 @@ class Store:
                 digest.update(piece)
                 at += len(piece)
             if at < stop:
-                raise Interrupted(f"{file} ended at byte {at}, expected {stop}")
+                raise SourceInterrupted(f"{file} ended at byte {at}, expected {stop}")
         return digest.hexdigest()
 
-    def write_columns(self, file: str, strip: Strip, data: bytes) -> str:
+    def write_columns(self, file: str, strip: ColumnRange, data: bytes) -> str:
         """The same for what `strip.take` gave."""
         if len(data) != strip.nbytes:
-            raise Interrupted(f"{file}: got {len(data)} bytes of columns, expected {strip.nbytes}")
+            raise SourceInterrupted(
+                f"{file}: got {len(data)} bytes of columns, expected {strip.nbytes}"
+            )
         at, view = 0, memoryview(data)
         with self._room(), (self.folder / file).open("r+b", buffering=0) as f:
             for start, stop in strip.pieces():
@@ -127,7 +129,7 @@ class Store:
                 at += stop - start
         return hashlib.sha256(data).hexdigest()
 
-    def keep(self, file: str, written: Sequence[tuple[Wanted, str]]) -> None:
+    def keep(self, file: str, written: Sequence[tuple[ByteRange, str]]) -> None:
         """Note ranges of a file, when they are on the disk."""
         if not written:
             return
@@ -158,10 +160,10 @@ class Store:
         with self._lock, (self.folder / JOURNAL).open("a") as f:
             f.write(f"\n{text}")
 
-    def damaged(self) -> dict[str, list[Wanted]]:
+    def damaged(self) -> dict[str, list[ByteRange]]:
         """Ranges whose bytes are no longer those that were fetched. Reads everything."""
 
-        def wrong(file: str, span: Wanted, digest: str) -> bool:
+        def wrong(file: str, span: ByteRange, digest: str) -> bool:
             try:
                 with (self.folder / file).open("rb") as f:
                     f.seek(span[0])
@@ -170,18 +172,18 @@ class Store:
                 return True
             if len(data) < span[1] - span[0]:
                 return True
-            data = span.take(data) if isinstance(span, Strip) else data
+            data = span.take(data) if isinstance(span, ColumnRange) else data
             return hashlib.sha256(data).hexdigest() != digest
 
         done = [(file, *each) for file, spans in self._done.items() for each in spans]
-        found: dict[str, list[Wanted]] = {}
+        found: dict[str, list[ByteRange]] = {}
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             for (file, span, _), bad in zip(done, pool.map(lambda d: wrong(*d), done), strict=True):
                 if bad:
                     found.setdefault(file, []).append(span)
         return found
 
-    def forget(self, spans: Mapping[str, Sequence[Wanted]]) -> None:
+    def forget(self, spans: Mapping[str, Sequence[ByteRange]]) -> None:
         """Take ranges for missing from now on."""
         for file, wrong in spans.items():
             self._done[file] = [d for d in self._done[file] if d[0] not in wrong]
@@ -191,14 +193,16 @@ class Store:
         beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         beside.replace(self.folder / JOURNAL)
 
-    def missing(self, wanted: Mapping[str, Sequence[Wanted]]) -> dict[str, list[Wanted]]:
+    def missing(self, wanted: Mapping[str, Sequence[ByteRange]]) -> dict[str, list[ByteRange]]:
         """What of it is not here."""
-        found: dict[str, list[Wanted]] = {}
+        found: dict[str, list[ByteRange]] = {}
         for file, each in wanted.items():
             whole = self.spans(file)
-            gaps: list[Wanted] = []
-            gaps += without([(w[0], w[1]) for w in each if not isinstance(w, Strip)], whole)
-            strips = [w for w in each if isinstance(w, Strip)]
+            gaps: list[ByteRange] = []
+            gaps += subtract_spans(
+                [(w[0], w[1]) for w in each if not isinstance(w, ColumnRange)], whole
+            )
+            strips = [w for w in each if isinstance(w, ColumnRange)]
             if strips:
                 gaps += self._missing_columns(file, strips, whole)
             if gaps:
@@ -206,16 +210,18 @@ class Store:
         return found
 
     def _missing_columns(
-        self, file: str, strips: Sequence[Strip], whole: list[Span]
-    ) -> Iterator[Strip]:
-        here: dict[tuple[int, int], list[Strip]] = {}  # by length of rows, and where they begin
+        self, file: str, strips: Sequence[ColumnRange], whole: list[Span]
+    ) -> Iterator[ColumnRange]:
+        here: dict[
+            tuple[int, int], list[ColumnRange]
+        ] = {}  # by length of rows, and where they begin
         for done, _ in self._done.get(file, ()):
-            if isinstance(done, Strip):
+            if isinstance(done, ColumnRange):
                 here.setdefault((done.period, done.start % done.period), []).append(done)
         for strip in strips:
             same = here.get((strip.period, strip.start % strip.period), ())
-            have = joined([*whole, *((s.start, s.stop) for s in same if s.has(strip))])
-            for start, stop in without([(strip.start, strip.stop)], have):
+            have = merge_spans([*whole, *((s.start, s.stop) for s in same if s.has(strip))])
+            for start, stop in subtract_spans([(strip.start, strip.stop)], have):
                 before, after = (start - strip.start) % strip.period, (strip.stop - stop)
                 yield strip._replace(start=start - before, stop=stop + after % strip.period)
 
@@ -227,6 +233,10 @@ class Store:
             return hashlib.file_digest(f, "sha256").hexdigest() == sha256
 
 
-def _line(file: str, span: Wanted, digest: str) -> dict[str, Any]:
+def _line(file: str, span: ByteRange, digest: str) -> dict[str, Any]:
     line = {"file": file, "start": span[0], "stop": span[1], "sha256": digest}
-    return {**line, "period": span.period, "kept": span.kept} if isinstance(span, Strip) else line
+    return (
+        {**line, "period": span.period, "kept": span.kept}
+        if isinstance(span, ColumnRange)
+        else line
+    )

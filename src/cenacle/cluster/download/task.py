@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import CenacleError, CheckpointError, ClusterError
-from ...model.byte_ranges import Strip, Wanted, read_wanted, size
+from ...errors import CenacleError, CheckpointError, ClusterError, error_from_json
+from ...model.byte_ranges import ByteRange, ColumnRange, byte_range_from_json, total_bytes
 from ...ranks.channel import Channel
 from .. import client
 from ..security import identity as identities
-from .download import check_room, fetch, skeleton
+from .download import check_disk_space, fetch_metadata, fetch_ranges
 from .hub import Hub
-from .source import PIECE_BYTES, File, Interrupted, Source
-from .sparse_store import Store
+from .source import READ_BYTES, Source, SourceFile, SourceInterrupted
+from .sparse_store import SparseStore
 
 DEADLINE_S = 120.0  # the head may have to fetch it first; whether it lives the agent watches
 
@@ -35,7 +35,7 @@ DEADLINE_S = 120.0  # the head may have to fetch it first; whether it lives the 
 # A machine's own
 
 
-class FromHead:
+class HeadSource:
     """The model's files as the head has them, whole or in part.
 
     Args:
@@ -60,16 +60,16 @@ class FromHead:
         for channel in list(self._all):
             channel.close()
 
-    def files(self) -> Mapping[str, File]:
+    def files(self) -> Mapping[str, SourceFile]:
         """See `fetch.Source`."""
         answer, _ = self._ask({})
-        return {str(name): File(int(count)) for name, count in answer["files"].items()}
+        return {str(name): SourceFile(int(count)) for name, count in answer["files"].items()}
 
     def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """See `fetch.Source`."""
         return self._read({"file": file, "wanted": [start, stop]}, stop - start)
 
-    def columns(self, file: str, strip: Strip) -> bytes:
+    def columns(self, file: str, strip: ColumnRange) -> bytes:
         """See `fetch.Source`."""
         return b"".join(self._read({"file": file, "wanted": strip}, strip.nbytes))
 
@@ -77,18 +77,18 @@ class FromHead:
         answer, channel = self._ask(what)
         seen, whole = hashlib.sha256(), False
         try:
-            for at in range(0, count, PIECE_BYTES):
-                piece = channel.receive_bytes(min(PIECE_BYTES, count - at))
+            for at in range(0, count, READ_BYTES):
+                piece = channel.receive_bytes(min(READ_BYTES, count - at))
                 seen.update(piece)
                 yield piece
             if seen.hexdigest() != answer["sha256"]:
-                raise Interrupted(
+                raise SourceInterrupted(
                     f"{self.name}: bytes {what['wanted'][0]} to {what['wanted'][1]} of "
                     f"{what['file']} were damaged on the way"
                 )
             whole = True
         except ClusterError as error:
-            raise Interrupted(f"{self.name} {error}") from error
+            raise SourceInterrupted(f"{self.name} {error}") from error
         finally:
             if not whole:
                 self._drop()
@@ -107,16 +107,17 @@ class FromHead:
                 answer = channel.receive()
             except ClusterError as error:
                 self._drop()
-                raise Interrupted(f"{self.name}: {error}") from error
+                raise SourceInterrupted(f"{self.name}: {error}") from error
             match answer.get("type"):
                 case "part":
                     return answer, channel
                 case "later":  # it is fetching this itself
                     continue
-            if answer.get("kind") == CheckpointError.__name__:
-                raise CheckpointError(f"{self.name}: {answer.get('message')}")
+            failure = error_from_json(answer.get("error"), f"{self.name}: ")
+            if isinstance(failure, CheckpointError):
+                raise failure
             self._drop()
-            raise Interrupted(f"{self.name}: {answer.get('message')}")
+            raise SourceInterrupted(str(failure))
         raise CheckpointError(_ENDED)
 
     def _drop(self) -> None:
@@ -127,7 +128,7 @@ class FromHead:
 
 
 @dataclass(frozen=True)
-class Order:
+class DownloadOrder:
     """What a machine shall fetch.
 
     Args:
@@ -137,27 +138,30 @@ class Order:
         head: whether the head can be asked: not by its own machine.
     """
 
-    of_hub: Mapping[str, Sequence[Wanted]]
-    of_head: Mapping[str, Sequence[Wanted]]
+    of_hub: Mapping[str, Sequence[ByteRange]]
+    of_head: Mapping[str, Sequence[ByteRange]]
     hub: str | None
     revision: str | None
     head: bool
 
     @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> Order:
+    def from_json(cls, given: Mapping[str, Any]) -> DownloadOrder:
         """What `vars` of one became on its way.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
         of_hub, of_head = (
-            {str(file): [read_wanted(w) for w in each] for file, each in given[key].items()}
+            {
+                str(file): [byte_range_from_json(w) for w in each]
+                for file, each in given[key].items()
+            }
             for key in ("of_hub", "of_head")
         )
         return cls(of_hub, of_head, given["hub"], given["revision"], bool(given["head"]))
 
 
-class Fetching:
+class DownloadTask:
     """One fetch, in a thread.
 
     Args:
@@ -171,10 +175,10 @@ class Fetching:
     def __init__(
         self,
         folder: Path,
-        order: Order,
-        head: FromHead,
+        order: DownloadOrder,
+        head: HeadSource,
         verified: set[Path],
-        after: Fetching | None = None,
+        after: DownloadTask | None = None,
     ) -> None:
         self.folder, self._order, self._head, self._verified = folder, order, head, verified
         self.done, self.total, self.fetched, self.damaged = 0, 0, 0, 0
@@ -201,24 +205,24 @@ class Fetching:
 
     def _fetch(self) -> None:
         order = self._order
-        store = Store(self.folder)
+        store = SparseStore(self.folder)
         if self.folder not in self._verified:
             if wrong := store.damaged():
-                self.damaged = size(w for each in wrong.values() for w in each)
+                self.damaged = total_bytes(w for each in wrong.values() for w in each)
                 store.forget(wrong)
             self._verified.add(self.folder)
         from_hub: list[Source] = [self._hub] if self._hub is not None else []
         from_head: list[Source] = [self._head] if order.head else []
         if order.head or self.damaged:
-            store = skeleton((from_head or from_hub)[0], self.folder)
-        first = size(w for each in order.of_hub.values() for w in each)
-        self.total = first + size(w for each in order.of_head.values() for w in each)
+            store = fetch_metadata((from_head or from_hub)[0], self.folder)
+        first = total_bytes(w for each in order.of_hub.values() for w in each)
+        self.total = first + total_bytes(w for each in order.of_head.values() for w in each)
         # Before anything is fetched: a disk that is too small is not filled first.
         missing = [store.missing(order.of_hub), store.missing(order.of_head)]
         files = {f for each in missing for f in each}
-        check_room(store, {f: [w for m in missing for w in m.get(f, ())] for f in files})
-        self.fetched = fetch([*from_hub, *from_head], store, order.of_hub, self._progress(0))
-        self.fetched += fetch(from_head, store, order.of_head, self._progress(first))
+        check_disk_space(store, {f: [w for m in missing for w in m.get(f, ())] for f in files})
+        self.fetched = fetch_ranges([*from_hub, *from_head], store, order.of_hub, self._progress(0))
+        self.fetched += fetch_ranges(from_head, store, order.of_head, self._progress(first))
 
     def _progress(self, before: int) -> Callable[[int, int], None]:
         def progress(done: int, _: int) -> None:

@@ -28,7 +28,7 @@ from mlx_lm.models.cache import trim_prompt_cache
 
 from ...collective.base import Collective
 from ...core.request import Request, TokenEvent
-from ...model.step_timer import Watch
+from ...model.step_timer import StepTimer
 from ..sampling.sampler import Drawing
 from .draft_model import NEAR, PIECE, Drafter
 from .ngram import Drafts, Lookup, Pace
@@ -117,7 +117,7 @@ class Alone:
         self,
         model: nn.Module,
         collective: Collective,
-        watch: Watch,
+        watch: StepTimer,
         way: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
         drafter: Drafter | None = None,

@@ -30,9 +30,9 @@ from ...collective.single import Alone
 from ...core.plan import Plan
 from ...errors import CheckpointError, InputError
 from ...model import architecture, loader, native_blocks, native_layers
-from ...model.checkpoint import Checkpoint, locate
+from ...model.checkpoint import Checkpoint, locate_checkpoint
 from ...model.expert_parallel import parallelize
-from ...model.step_timer import Watch
+from ...model.step_timer import StepTimer
 from ...planning import memory
 from ...scheduler.prefix_index import common, packed
 from ..cache.kv_cache import can_go_back, can_merge
@@ -92,7 +92,7 @@ class DraftModel:
             CheckpointError: it is no model that mlx-lm runs.
             InputError: it cannot draft for this model; says why.
         """
-        own = Checkpoint.open(locate(name))
+        own = Checkpoint.open(locate_checkpoint(name))
         said = f"draft: {own.folder.name} cannot draft for {checkpoint.folder.name}"
         if options.speculate == "off":
             raise InputError(
@@ -113,14 +113,14 @@ class DraftModel:
                 "draft",
             )
         expected, known = (
-            architecture.first(c.config, ("vocab_size",)) or 0 for c in (checkpoint, own)
+            architecture.find_int(c.config, ("vocab_size",)) or 0 for c in (checkpoint, own)
         )
         _same_words(said, text, own, (expected, known))
-        sizes = sum(array.nbytes for _, array in loader.named_arrays(model))
-        native = kernels != "mlx" and native_layers.usable()
-        context = architecture.first(own.config, architecture.CONTEXTS)
+        sizes = sum(array.nbytes for _, array in loader.named_parameters(model))
+        native = kernels != "mlx" and native_layers.is_supported()
+        context = architecture.find_int(own.config, architecture.CONTEXT_LENGTH_KEYS)
         cache = memory.cache_bytes(
-            architecture.kept_per_token(own.config, len(model.layers)),
+            architecture.kv_cache_elements_per_token(own.config, len(model.layers)),
             context,
             max_kv_size=None,
             kv_bits=None,
@@ -154,13 +154,13 @@ def _same_words(
 
 
 def _dense(checkpoint: Checkpoint) -> bool:
-    return (architecture.first(checkpoint.config, architecture.EXPERT_COUNTS) or 0) < 2
+    return (architecture.find_int(checkpoint.config, architecture.EXPERT_COUNT_KEYS) or 0) < 2
 
 
 def _lazy(checkpoint: Checkpoint) -> nn.Module:
     if _dense(checkpoint):
-        return loader.build_dense(checkpoint)
-    return loader.build(checkpoint, None, 0)
+        return loader.build_dense_model(checkpoint)
+    return loader.build_model(checkpoint, None, 0)
 
 
 def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
@@ -173,21 +173,21 @@ def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
         CheckpointError, InputError: see `weights.load` and `parallelize`.
     """
     if not _dense(checkpoint):
-        spec = loader.describe(checkpoint)
+        spec = loader.read_model_spec(checkpoint)
         plan = Plan.whole(spec, 1)
-        model = loader.load(checkpoint, plan, 0, lambda *_: None)
-        parallelize(model, spec.family, plan, Alone(), Watch(), kernels)
+        model = loader.load_rank_model(checkpoint, plan, 0, lambda *_: None)
+        parallelize(model, spec.family, plan, Alone(), StepTimer(), kernels)
         return model
-    model = loader.build_dense(checkpoint)
+    model = loader.build_dense_model(checkpoint)
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:
         raise CheckpointError(
             f"{checkpoint.folder}: reading the weights failed: {error}"
         ) from error
-    if kernels != "mlx" and native_layers.usable():
-        native_layers.swap(model)
-        native_blocks.swap(model)
+    if kernels != "mlx" and native_layers.is_supported():
+        native_layers.install_native_layers(model)
+        native_blocks.install_native_blocks(model)
     return model
 
 

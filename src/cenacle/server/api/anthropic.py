@@ -20,11 +20,19 @@ from ...core.chat import Finish, Message, Part, Tool, Usage, joined
 from ...core.request import Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
 from . import openai, structured_output
-from .protocol import Asked, Choice, Event, Front, Head, Served, check_model
+from .protocol import (
+    ApiAdapter,
+    ChoiceState,
+    Event,
+    GenerationRequest,
+    ResponseMeta,
+    ServedModel,
+    check_model,
+)
 from .validation import (
     UNSUPPORTED,
     Fields,
-    Refused,
+    RequestError,
     boolean,
     dict_of,
     integer,
@@ -130,7 +138,7 @@ _BLOCKS = {
 }
 
 
-def read(body: bytes, served: Served) -> Asked:
+def read(body: bytes, served: ServedModel) -> GenerationRequest:
     """What a body of messages asks.
 
     Raises:
@@ -150,7 +158,7 @@ def read(body: bytes, served: Served) -> Asked:
     return _read(fields, served, max_tokens, sampling, stop, stream)
 
 
-def read_count(body: bytes, served: Served) -> Asked:
+def read_count(body: bytes, served: ServedModel) -> GenerationRequest:
     """What a body of count_tokens asks; only its prompt is of interest."""
     fields = Fields(object_of(body), known=COUNT_PARAMETERS)
     return _read(fields, served, None, Sampling(), (), False)
@@ -158,18 +166,18 @@ def read_count(body: bytes, served: Served) -> Asked:
 
 def _read(
     fields: Fields,
-    served: Served,
+    served: ServedModel,
     max_tokens: int | None,
     sampling: Sampling,
     stop: tuple[str, ...],
     stream: bool,
-) -> Asked:
+) -> GenerationRequest:
     check_model(fields.need("model", string), served)
     system = fields.take("system", _system, "")
     messages = fields.need("messages", _messages)
     last = messages[-1]
     if last["role"] == "assistant" and ("tool_calls" in last or not last["content"]):
-        raise Refused(
+        raise RequestError(
             "messages: expected a tool_result or text to end them, got neither", "messages"
         )
     if system:
@@ -185,12 +193,12 @@ def _read(
         grammar = wanted
     think, budget = fields.take("thinking", _thinking, (None, None))
     if budget is not None and max_tokens is not None and budget >= max_tokens:
-        raise Refused(
+        raise RequestError(
             f"thinking.budget_tokens: expected less than max_tokens={max_tokens}, got {budget}",
             "thinking.budget_tokens",
         )
     fields.refuse_rest(_UNSUPPORTED)
-    return Asked(
+    return GenerationRequest(
         (tuple(messages),),
         True,
         "messages",
@@ -211,7 +219,7 @@ def _read(
 
 def _temperature(value: Any, name: str) -> float:
     if not 0 <= number(value, name) <= 1:
-        raise Refused(f"{name}: expected from 0 to 1, got {shown(value)}", name)
+        raise RequestError(f"{name}: expected from 0 to 1, got {shown(value)}", name)
     return float(value)
 
 
@@ -249,7 +257,7 @@ def _format(value: Any, name: str) -> str:
     fields.need("type", one_of("json_schema"))
     schema = fields.need("schema", dict_of)
     fields.refuse_rest({})
-    return structured_output.json_schema(schema, f"{name}.schema")
+    return structured_output.json_schema_grammar(schema, f"{name}.schema")
 
 
 def _tools(value: Any, name: str) -> tuple[Tool, ...]:
@@ -312,8 +320,8 @@ def _text(fields: Fields) -> str:
     return text
 
 
-def _block_refused(name: str, kind: str, known: str) -> Refused:
-    return Refused(
+def _block_refused(name: str, kind: str, known: str) -> RequestError:
+    return RequestError(
         f"{name}.type: this server reads only blocks of type {known} here, got {shown(kind)}",
         f"{name}.type",
         UNSUPPORTED,
@@ -323,7 +331,7 @@ def _block_refused(name: str, kind: str, known: str) -> Refused:
 def _messages(value: Any, name: str) -> list[Message]:
     items = list_of(value, name)
     if not items:
-        raise Refused("messages: expected at least one message, got none", name)
+        raise RequestError("messages: expected at least one message, got none", name)
     messages = [m for at, item in enumerate(items) for m in _message(item, f"{name}[{at}]")]
     whole: list[Message] = []
     for message in messages:
@@ -412,21 +420,21 @@ def _result_text(value: Any, name: str) -> str:
     return "".join(_text_block(b, f"{name}[{at}]") for at, b in enumerate(list_of(value, name)))
 
 
-class Reply:
+class MessageBuilder:
     """The message that answers one request."""
 
-    def __init__(self, asked: Asked, head: Head) -> None:  # noqa: ARG002
+    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:  # noqa: ARG002
         self._head = head
         self._block: str | None = None  # the kind of the open block
         self._at = -1  # its index
         self._finish = Finish("stop")
         self._called = 0
 
-    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+    def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The message without its content."""
         yield _event("message_start", message=self._message([], None, None, usage))
 
-    def piece(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
+    def delta(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
         """A block's beginning where the kind changes, and what is added to it."""
         if not part.text and part.kind != "call":
             return
@@ -444,26 +452,26 @@ class Reply:
         }[part.kind]
         yield _event("content_block_delta", index=self._at, delta=delta)
 
-    def closing(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
+    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
         """The last block's end."""
         self._finish = finish
         yield from self._close()
 
-    def ending(self, usage: Usage) -> Iterator[Event]:
+    def finish_stream(self, usage: Usage) -> Iterator[Event]:
         """Why it ended, what was counted, and the end."""
         delta = self._stopped(self._finish, bool(self._called))
         yield _event("message_delta", delta=delta, usage=usage_object(usage))
         yield _event("message_stop")
 
-    def waiting(self) -> tuple[Event, ...]:
+    def keep_alive(self) -> tuple[Event, ...]:
         """A sign of life, as Anthropic has it."""
         return (_event("ping"),)
 
-    def failed(self, error: CenacleError) -> Iterator[Event]:
+    def error(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
-        yield "error", failure(error)[1]
+        yield "error", render_error(error)[1]
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
         """The message."""
         parts = [p for p in joined(choices[0].parts) if p.text]
         content = [self._content(part) for part in parts]
@@ -539,11 +547,11 @@ _TYPES = {
 }
 
 
-def failure(error: CenacleError) -> tuple[int, dict[str, Any]]:
+def render_error(error: CenacleError) -> tuple[int, dict[str, Any]]:
     """The HTTP status and the body for an error."""
     status = 500
     if isinstance(error, InputError):
-        status = error.status if isinstance(error, Refused) else 400
+        status = error.status if isinstance(error, RequestError) else 400
     elif isinstance(error, Busy):
         status = 429
     elif isinstance(error, ClusterError):
@@ -557,4 +565,4 @@ def error_object(status: int, message: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-FRONT = Front(read, Reply, failure)
+FRONT = ApiAdapter(read, MessageBuilder, render_error)

@@ -23,11 +23,20 @@ from ...core.chat import Finish, Logged, Message, Part, Tool, Usage, joined
 from ...core.request import MAX_LOGPROBS, Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
 from . import structured_output
-from .protocol import Asked, Choice, Event, Front, Head, Prompt, Served, check_model
+from .protocol import (
+    ApiAdapter,
+    ChoiceState,
+    Event,
+    GenerationRequest,
+    Prompt,
+    ResponseMeta,
+    ServedModel,
+    check_model,
+)
 from .validation import (
     UNSUPPORTED,
     Fields,
-    Refused,
+    RequestError,
     boolean,
     dict_of,
     integer,
@@ -258,7 +267,7 @@ _MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_chat(body: bytes, served: Served) -> Asked:
+def read_chat(body: bytes, served: ServedModel) -> GenerationRequest:
     """What a body of chat completions asks.
 
     Raises:
@@ -278,7 +287,7 @@ def read_chat(body: bytes, served: Served) -> Asked:
         grammar = wanted
     template: dict[str, Any] = dict(fields.take("chat_template_kwargs", dict_of, {}))
     think = thinking(fields.take("reasoning_effort", one_of(*EFFORTS), ""), template)
-    asked = Asked(
+    asked = GenerationRequest(
         prompts,
         True,
         "messages",
@@ -302,7 +311,7 @@ def read_chat(body: bytes, served: Served) -> Asked:
     return asked
 
 
-def read_text(body: bytes, served: Served) -> Asked:
+def read_text(body: bytes, served: ServedModel) -> GenerationRequest:
     """What a body of completions asks.
 
     Raises:
@@ -313,7 +322,7 @@ def read_text(body: bytes, served: Served) -> Asked:
     prompts = fields.need("prompt", _prompts)
     n = fields.take("n", integer_from(1, MAX_N), 1)
     if len(prompts) * n > MAX_CHOICES:
-        raise Refused(
+        raise RequestError(
             f"prompt: expected at most {MAX_CHOICES} answers in one request, got "
             f"{len(prompts)} prompts times n={n}",
             "prompt",
@@ -324,7 +333,7 @@ def read_text(body: bytes, served: Served) -> Asked:
     echo = fields.take("echo", boolean, False)
     if echo and logprobs is not None:
         raise not_supported("echo", "with logprobs; remove one of the two")
-    asked = Asked(
+    asked = GenerationRequest(
         prompts,
         False,
         "prompt",
@@ -403,17 +412,21 @@ def choose_tools(
     names = [tool.name for tool in tools]
     for at, tool in enumerate(tools):
         if tool.strict:
-            structured_output.json_schema(tool.parameters, f"{field}[{at}]")
+            structured_output.json_schema_grammar(tool.parameters, f"{field}[{at}]")
             if '"patternProperties":' in json.dumps(tool.parameters):
                 raise not_supported(f"{field}[{at}]", "patternProperties in a strict tool")
     if choice == "auto":
         return tools, None, None
     if not tools:
-        raise Refused("tool_choice: expected tools with it, got none", "tool_choice")
+        raise RequestError("tool_choice: expected tools with it, got none", "tool_choice")
     only = choice.name if isinstance(choice, Tool) else None
     if only is not None and only not in names:
         raise not_among("tool_choice", names, only)
-    return tools, only or "required", structured_output.calls(tools, only, parallel, field)
+    return (
+        tools,
+        only or "required",
+        structured_output.tool_call_grammar(tools, only, parallel, field),
+    )
 
 
 def thinking(effort: str, template: dict[str, Any]) -> bool | None:
@@ -431,13 +444,13 @@ def response_format(value: Any, name: str) -> str | None:
     kind = fields.need("type", one_of("text", "json_object", "json_schema", "regex", "grammar"))
     grammar: str | None = None
     if kind == "json_object":
-        grammar = structured_output.json_schema({"type": "object"}, name)
+        grammar = structured_output.json_schema_grammar({"type": "object"}, name)
     elif kind == "json_schema":
         grammar = fields.need("json_schema", schema_format)
     elif kind == "regex":
-        grammar = fields.need("pattern", _grammar_of(structured_output.regex))
+        grammar = fields.need("pattern", _grammar_of(structured_output.regex_grammar))
     elif kind == "grammar":
-        grammar = fields.need("grammar", _grammar_of(structured_output.lark))
+        grammar = fields.need("grammar", _grammar_of(structured_output.lark_grammar))
     fields.refuse_rest({})
     return grammar
 
@@ -450,7 +463,7 @@ def schema_format(value: Any, name: str) -> str:
     fields.take("strict", boolean, False)
     schema = fields.need("schema", dict_of)
     fields.refuse_rest({})
-    return structured_output.json_schema(schema, f"{name}.schema")
+    return structured_output.json_schema_grammar(schema, f"{name}.schema")
 
 
 def _grammar_of(make: Callable[[str, str], str]) -> Callable[[Any, str], str]:
@@ -475,19 +488,21 @@ def tool_name(value: Any, name: str) -> str:
     text = string(value, name)
     plain = text.replace("_", "a").replace("-", "a")
     if not (plain.isascii() and plain.isalnum() and len(text) <= 64):
-        raise Refused(f"{name}: expected 1 to 64 letters, digits, _ or -, got {shown(text)}", name)
+        raise RequestError(
+            f"{name}: expected 1 to 64 letters, digits, _ or -, got {shown(text)}", name
+        )
     return text
 
 
 def unique(tools: list[Tool], name: str) -> tuple[Tool, ...]:
     """Tools whose names differ, not too many."""
     if len(tools) > MAX_TOOLS:
-        raise Refused(f"{name}: expected at most {MAX_TOOLS} tools, got {len(tools)}", name)
+        raise RequestError(f"{name}: expected at most {MAX_TOOLS} tools, got {len(tools)}", name)
     names = [tool.name for tool in tools]
     for at, one in enumerate(names):
         if one in names[:at]:
             full = f"{name}[{at}]"
-            raise Refused(f"{full}: expected another name, {one!r} is taken", full)
+            raise RequestError(f"{full}: expected another name, {one!r} is taken", full)
     return tuple(tools)
 
 
@@ -533,7 +548,7 @@ def allowed(fields: Fields, name: str, named: Callable[[Fields, str], Tool]) -> 
         one.refuse_rest({})
     fields.refuse_rest({})
     if not names:
-        raise Refused(f"{name}.tools: expected at least one tool, got none", f"{name}.tools")
+        raise RequestError(f"{name}.tools: expected at least one tool, got none", f"{name}.tools")
     return Allowed(mode, tuple(names))
 
 
@@ -547,7 +562,7 @@ def _function_named(fields: Fields, name: str) -> Tool:
 def _max_tokens(fields: Fields) -> int | None:
     positive = integer_from(1, None)
     if fields.has("max_tokens") and fields.has("max_completion_tokens"):
-        raise Refused(
+        raise RequestError(
             "max_tokens: give it or max_completion_tokens, not both",
             "max_tokens",
             "invalid_parameter_combination",
@@ -560,7 +575,7 @@ def _max_tokens(fields: Fields) -> int | None:
 def _chat_logprobs(fields: Fields) -> int | None:
     wanted = fields.take("logprobs", boolean, False)
     if fields.has("top_logprobs") and not wanted:
-        raise Refused("top_logprobs: only allowed with logprobs=true", "top_logprobs")
+        raise RequestError("top_logprobs: only allowed with logprobs=true", "top_logprobs")
     top = fields.take("top_logprobs", integer_from(0, MAX_LOGPROBS), 0)
     return top if wanted else None
 
@@ -570,7 +585,7 @@ def _usage_chunk(fields: Fields, stream: bool) -> bool:
         return False
     options = Fields(fields.need("stream_options", dict_of), "stream_options.")
     if not stream:
-        raise Refused("stream_options: only allowed with stream=true", "stream_options")
+        raise RequestError("stream_options: only allowed with stream=true", "stream_options")
     counted = options.take("include_usage", boolean, False)
     options.refuse_rest(_STREAM_OPTIONS)
     return counted
@@ -579,7 +594,7 @@ def _usage_chunk(fields: Fields, stream: bool) -> bool:
 def _messages(value: Any, name: str) -> tuple[Message, ...]:
     items = list_of(value, name)
     if not items:
-        raise Refused("messages: expected at least one message, got none", name)
+        raise RequestError("messages: expected at least one message, got none", name)
     return tuple(_message(item, f"{name}[{at}]") for at, item in enumerate(items))
 
 
@@ -638,7 +653,9 @@ def arguments(value: Any, name: str) -> dict[str, Any]:
     try:
         data = json.loads(string(value, name) or "{}")
     except (ValueError, RecursionError):
-        raise Refused(f"{name}: expected a JSON object as text, got {shown(value)}", name) from None
+        raise RequestError(
+            f"{name}: expected a JSON object as text, got {shown(value)}", name
+        ) from None
     return dict_of(data, name)
 
 
@@ -659,7 +676,7 @@ def _part(value: Any, name: str, kinds: Sequence[str]) -> str:
     fields = Fields(dict_of(value, name), f"{name}.")
     kind = fields.need("type", string)
     if kind not in kinds:
-        raise Refused(
+        raise RequestError(
             f"{name}.type: this server reads only parts of type {' or '.join(map(repr, kinds))}, "
             f"got {shown(kind)}",
             f"{name}.type",
@@ -677,7 +694,7 @@ def _prompts(value: Any, name: str) -> tuple[Prompt, ...]:
     if not isinstance(value, list):
         raise wrong_type(name, "a string, a list of token ids or a list of these", value)
     if not value:
-        raise Refused(f"{name}: expected a prompt, got an empty list", name)
+        raise RequestError(f"{name}: expected a prompt, got an empty list", name)
     if isinstance(value[0], str | list):
         return tuple(_one_prompt(item, f"{name}[{at}]") for at, item in enumerate(value))
     return (_ids(value, name),)
@@ -692,7 +709,7 @@ def _ids(value: list[Any], name: str) -> tuple[int, ...]:
         if type(item) is not int:  # to Python True is an int
             raise wrong_type(f"{name}[{at}]", "a token id", item)
     if not value:
-        raise Refused(f"{name}: expected at least one token id, got none", name)
+        raise RequestError(f"{name}: expected at least one token id, got none", name)
     return tuple(value)
 
 
@@ -702,11 +719,11 @@ def _biases(value: Any, name: str, vocabulary: int) -> dict[int, float]:
         full = f"{name}.{key[:80]}"
         digits = key.isascii() and key.isdigit() and len(key) < 20
         if not digits or int(key) >= vocabulary:
-            raise Refused(
+            raise RequestError(
                 f"{full}: expected a token id from 0 to {vocabulary - 1} as the name", full
             )
         if not -100 <= number(bias, full) <= 100:
-            raise Refused(f"{full}: expected from -100 to 100, got {bias}", full)
+            raise RequestError(f"{full}: expected from -100 to 100, got {bias}", full)
         biases[int(key)] = float(bias)
     return biases
 
@@ -718,33 +735,33 @@ class _Reply(ABC):
     kind: str
     chunk_kind: str
 
-    def __init__(self, asked: Asked, head: Head) -> None:
+    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:
         self._asked, self._head = asked, head
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
         """The answer to a request without `stream`."""
         body = [
             {"index": c.index, **self._whole(c)} for c in sorted(choices, key=lambda c: c.index)
         ]
         return {**self._headed(self.kind), "choices": body, "usage": usage_object(usage)}
 
-    def ending(self, usage: Usage) -> Iterator[Event]:
+    def finish_stream(self, usage: Usage) -> Iterator[Event]:
         """The chunk that counts, if it was asked for, and the end of the stream."""
         if self._asked.usage_chunk:
             counted = {"choices": [], "usage": usage_object(usage)}
             yield None, {**self._headed(self.chunk_kind), **counted}
         yield None, "[DONE]"
 
-    def waiting(self) -> tuple[Event, ...]:
+    def keep_alive(self) -> tuple[Event, ...]:
         """Nothing: a comment will do."""
         return ()
 
-    def failed(self, error: CenacleError) -> Iterator[Event]:
+    def error(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
-        yield None, failure(error)[1]
+        yield None, render_error(error)[1]
 
     @abstractmethod
-    def _whole(self, choice: Choice) -> dict[str, Any]: ...
+    def _whole(self, choice: ChoiceState) -> dict[str, Any]: ...
 
     def _chunk(
         self, index: int, what: dict[str, Any], logged: object, finish: str | None
@@ -763,20 +780,20 @@ class _Reply(ABC):
         }
 
 
-class ChatReply(_Reply):
+class ChatResponseBuilder(_Reply):
     """Answers of chat completions."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, asked: Asked, head: Head) -> None:
+    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:
         super().__init__(asked, head)
         self._called: dict[int, int] = {}  # choice -> number of its calls so far
 
-    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+    def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The chunk before a choice's text, which says whose words follow."""
         yield from self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
 
-    def piece(self, index: int, part: Part) -> Iterator[Event]:
+    def delta(self, index: int, part: Part) -> Iterator[Event]:
         """A chunk with some text, or a call."""
         if part.kind == "call":
             at = self._count(index)
@@ -788,12 +805,12 @@ class ChatReply(_Reply):
             delta = {"content": part.text}
         yield from self._chunk(index, {"delta": delta}, self._logs(part.logged), None)
 
-    def closing(self, index: int, finish: Finish) -> Iterator[Event]:
+    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:
         """A choice's last chunk."""
         reason = self._reason(finish, bool(self._called.get(index)))
         yield from self._chunk(index, {"delta": {}}, None, reason)
 
-    def _whole(self, choice: Choice) -> dict[str, Any]:
+    def _whole(self, choice: ChoiceState) -> dict[str, Any]:
         parts = joined(choice.parts)
         text, thought = ("".join(p.text for p in parts if p.kind == k) for k in _TEXTS)
         calls = [
@@ -838,28 +855,28 @@ class ChatReply(_Reply):
 _TEXTS: tuple[Literal["text", "reasoning"], ...] = ("text", "reasoning")
 
 
-class TextReply(_Reply):
+class CompletionResponseBuilder(_Reply):
     """Answers of completions."""
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, asked: Asked, head: Head) -> None:
+    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:
         super().__init__(asked, head)
         self._written: dict[int, int] = {}  # choice -> characters of its tokens so far
 
-    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+    def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """Nothing."""
         yield from ()
 
-    def piece(self, index: int, part: Part) -> Iterator[Event]:
+    def delta(self, index: int, part: Part) -> Iterator[Event]:
         """A chunk with some text."""
         yield from self._chunk(index, {"text": part.text}, self._logs(index, part.logged), None)
 
-    def closing(self, index: int, finish: Finish) -> Iterator[Event]:
+    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:
         """A choice's last chunk."""
         yield from self._chunk(index, {"text": ""}, None, self._reason(finish))
 
-    def _whole(self, choice: Choice) -> dict[str, Any]:
+    def _whole(self, choice: ChoiceState) -> dict[str, Any]:
         return {
             "text": "".join(part.text for part in choice.parts),
             "logprobs": self._logs(choice.index, [o for p in choice.parts for o in p.logged]),
@@ -916,14 +933,14 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def model_list(served: Served, created: int) -> dict[str, Any]:
+def model_list(served: ServedModel, created: int) -> dict[str, Any]:
     """What GET /v1/models gives: OpenAI's members and Anthropic's, whose path is the same."""
     model = model_object(served, created)
     ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
     return {"object": "list", "data": [model], **ends}
 
 
-def model_object(served: Served, created: int) -> dict[str, Any]:
+def model_object(served: ServedModel, created: int) -> dict[str, Any]:
     """The served model, as GET /v1/models lists it."""
     return {
         "id": served.model,
@@ -936,9 +953,9 @@ def model_object(served: Served, created: int) -> dict[str, Any]:
     }
 
 
-def failure(error: CenacleError) -> tuple[int, dict[str, Any]]:
+def render_error(error: CenacleError) -> tuple[int, dict[str, Any]]:
     """The HTTP status and the body for an error."""
-    if isinstance(error, Refused):
+    if isinstance(error, RequestError):
         return error.status, error_object(str(error), error.field, error.code)
     if isinstance(error, InputError):
         return 400, error_object(str(error), error.field, "invalid_value")
@@ -959,5 +976,5 @@ def error_object(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-CHAT = Front(read_chat, ChatReply, failure)
-TEXT = Front(read_text, TextReply, failure)
+CHAT = ApiAdapter(read_chat, ChatResponseBuilder, render_error)
+TEXT = ApiAdapter(read_text, CompletionResponseBuilder, render_error)

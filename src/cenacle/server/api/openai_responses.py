@@ -19,10 +19,18 @@ from ...core.chat import Finish, Message, Part, Tool, Usage, joined
 from ...core.request import MAX_LOGPROBS
 from ...errors import CenacleError
 from . import openai, structured_output
-from .protocol import Asked, Choice, Event, Front, Head, Served, check_model
+from .protocol import (
+    ApiAdapter,
+    ChoiceState,
+    Event,
+    GenerationRequest,
+    ResponseMeta,
+    ServedModel,
+    check_model,
+)
 from .validation import (
     Fields,
-    Refused,
+    RequestError,
     boolean,
     dict_of,
     integer_from,
@@ -103,7 +111,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _ITEM: dict[str, tuple[Any, ...]] = {"status": ("completed", "incomplete"), "phase": ()}
 
 
-def read(body: bytes, served: Served) -> Asked:
+def read(body: bytes, served: ServedModel) -> GenerationRequest:
     """What a body asks.
 
     Raises:
@@ -131,8 +139,8 @@ def read(body: bytes, served: Served) -> Asked:
     top = fields.take("top_logprobs", integer_from(0, MAX_LOGPROBS), none)
     include = fields.take("include", _include, False)
     if top is not None and not include:
-        raise Refused(f"top_logprobs: only allowed with {LOGPROBS} in include", "top_logprobs")
-    asked = Asked(
+        raise RequestError(f"top_logprobs: only allowed with {LOGPROBS} in include", "top_logprobs")
+    asked = GenerationRequest(
         (tuple(messages),),
         True,
         "input",
@@ -192,7 +200,7 @@ def _text(value: Any, name: str) -> tuple[dict[str, Any], str | None]:
     kind = inner.need("type", one_of("text", "json_object", "json_schema"))
     grammar: str | None = None
     if kind == "json_object":
-        grammar = structured_output.json_schema({"type": "object"}, f"{name}.format")
+        grammar = structured_output.json_schema_grammar({"type": "object"}, f"{name}.format")
         inner.refuse_rest({})
     elif kind == "json_schema":
         flat = {k: v for k, v in form.items() if k != "type"}
@@ -240,7 +248,7 @@ def _input(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
         raise wrong_type(name, "a string or a list of items", value)
     if not value:
-        raise Refused(f"{name}: expected at least one item, got none", name)
+        raise RequestError(f"{name}: expected at least one item, got none", name)
     messages: list[Message] = []
     for at, item in enumerate(value):
         _add(messages, _item(item, f"{name}[{at}]"))
@@ -302,10 +310,10 @@ def _thought(value: Any, name: str) -> str:
     return openai.text_parts(value, name, ("reasoning_text",))
 
 
-class Reply:
+class ResponsesBuilder:
     """The response that answers one request."""
 
-    def __init__(self, asked: Asked, head: Head) -> None:
+    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:
         self._asked, self._head = asked, head
         self._number = 0  # of the next event
         self._parts: list[Part] = []
@@ -313,12 +321,12 @@ class Reply:
         self._items: list[dict[str, Any]] = []  # those that are complete
         self._finish = Finish("stop")
 
-    def opening(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
+    def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The response without its output."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress", [], None))
 
-    def piece(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
+    def delta(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
         """An item's beginning where the kind changes, and what is added to it."""
         if part.kind == "call" or self._open is None or part.kind != self._open.kind:
             if part.kind != "call" and not (part.text or part.logged):
@@ -344,31 +352,31 @@ class Reply:
                 "response.output_text.delta", content_index=0, delta=part.text, logprobs=logs
             )
 
-    def closing(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
+    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
         """The last item's end."""
         self._finish = finish
         yield from self._close()
 
-    def ending(self, usage: Usage) -> Iterator[Event]:
+    def finish_stream(self, usage: Usage) -> Iterator[Event]:
         """The whole response."""
         status = self._status(self._finish)
         response = self._response(status, self._items, usage)
         yield self._event(f"response.{status}", response=response)
 
-    def waiting(self) -> tuple[Event, ...]:
+    def keep_alive(self) -> tuple[Event, ...]:
         """Nothing: a comment will do."""
         return ()
 
-    def failed(self, error: CenacleError) -> Iterator[Event]:
+    def error(self, error: CenacleError) -> Iterator[Event]:
         """Too late for a status: the client is told in the stream."""
-        told = openai.failure(error)[1]["error"]
+        told = openai.render_error(error)[1]["error"]
         code = told["code"] or "server_error"
         response = self._response("failed", self._items, None)
         response["error"] = {"code": "server_error", "message": told["message"]}
         yield self._event("error", code=code, message=told["message"], param=told["param"])
         yield self._event("response.failed", response=response)
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
         """The response."""
         self._finish = choices[0].finish
         parts = [p for p in joined(choices[0].parts) if p.text or p.logged]
@@ -471,4 +479,4 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-FRONT = Front(read, Reply, openai.failure)
+FRONT = ApiAdapter(read, ResponsesBuilder, openai.render_error)

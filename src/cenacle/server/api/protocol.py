@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ...core.chat import Finish, Message, Part, Tool, Usage
 from ...core.request import Sampling
 from ...errors import CenacleError
-from .validation import Refused, shown
+from .validation import RequestError, shown
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 """Plain text, ids, or the messages of a chat."""
@@ -26,7 +26,7 @@ Event = tuple[str | None, dict[str, Any] | str]
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What requests are checked against.
 
     Args:
@@ -41,7 +41,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """What one HTTP request asks.
 
     Args:
@@ -99,7 +99,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChoiceState:
     """One finished answer: where it stands among the choices, its parts, why it ended."""
 
     index: int
@@ -108,7 +108,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseMeta:
     """What every object of one answer carries.
 
     Args:
@@ -124,61 +124,61 @@ class Head:
     fingerprint: str
 
 
-class Reply(Protocol):
+class ResponseBuilder(Protocol):
     """Shapes the answer to one request, in a stream or whole; used once."""
 
-    def opening(self, index: int, usage: Usage) -> Iterable[Event]:
+    def first_events(self, index: int, usage: Usage) -> Iterable[Event]:
         """What goes before a choice's parts. `usage` knows the prompt only."""
         ...
 
-    def piece(self, index: int, part: Part) -> Iterable[Event]:
+    def delta(self, index: int, part: Part) -> Iterable[Event]:
         """A part of a choice."""
         ...
 
-    def closing(self, index: int, finish: Finish) -> Iterable[Event]:
+    def finish_choice(self, index: int, finish: Finish) -> Iterable[Event]:
         """The end of a choice."""
         ...
 
-    def ending(self, usage: Usage) -> Iterable[Event]:
+    def finish_stream(self, usage: Usage) -> Iterable[Event]:
         """The end of the stream, when all choices have ended."""
         ...
 
-    def waiting(self) -> Iterable[Event]:
+    def keep_alive(self) -> Iterable[Event]:
         """A sign of life in a stream that waits; nothing: a comment will do, which clients skip."""
         ...
 
-    def failed(self, error: CenacleError) -> Iterable[Event]:
+    def error(self, error: CenacleError) -> Iterable[Event]:
         """The end of a stream that cannot go on."""
         ...
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
         """The answer to a request without `stream`."""
         ...
 
 
 @dataclass(frozen=True)
-class Front:
+class ApiAdapter:
     """An API.
 
     Args:
-        read: what a body asks; raises InputError.
-        reply: what shapes the answer.
-        failure: the HTTP status and the body for an error.
+        parse: what a body asks; raises InputError.
+        respond: what shapes the answer.
+        render_error: the HTTP status and the body for an error.
     """
 
-    read: Callable[[bytes, Served], Asked]
-    reply: Callable[[Asked, Head], Reply]
-    failure: Callable[[CenacleError], tuple[int, dict[str, Any]]]
+    parse: Callable[[bytes, ServedModel], GenerationRequest]
+    respond: Callable[[GenerationRequest, ResponseMeta], ResponseBuilder]
+    render_error: Callable[[CenacleError], tuple[int, dict[str, Any]]]
 
 
-def check_model(name: str, served: Served) -> None:
+def check_model(name: str, served: ServedModel) -> None:
     """Refuse a model that is not served."""
     if name != served.model:
         message = f"The model {shown(name)} does not exist: this server has {served.model!r}"
-        raise Refused(message, "model", "model_not_found", 404)
+        raise RequestError(message, "model", "model_not_found", 404)
 
 
-def room(tokens: int, served: Served, field: str) -> int | None:
+def room(tokens: int, served: ServedModel, field: str) -> int | None:
     """How many tokens an answer to a prompt of so many may have; None: not known.
 
     Raises:
@@ -187,7 +187,7 @@ def room(tokens: int, served: Served, field: str) -> int | None:
     if served.context is None:
         return None
     if tokens >= served.context:
-        raise Refused(
+        raise RequestError(
             f"This model's maximum context length is {served.context} tokens, and the answer needs "
             f"at least one of them. Your {field} has {tokens} tokens: shorten it by at least "
             f"{tokens - served.context + 1}",

@@ -18,14 +18,14 @@ from typing import Any
 from llguidance import LLMatcher
 
 from ...core.chat import Message, Part, Tool
-from .validation import Refused
+from .validation import RequestError
 
 MAX_CALLS = 8  # in one answer that must be calls: it must end some day
 # JSON as it is mostly written, on one line: white space without end would match too.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def json_schema(schema: dict[str, Any], name: str) -> str:
+def json_schema_grammar(schema: dict[str, Any], name: str) -> str:
     """Any JSON value that a schema describes.
 
     Raises:
@@ -34,17 +34,17 @@ def json_schema(schema: dict[str, Any], name: str) -> str:
     return _checked({"json_schema": _compact(schema)}, name)
 
 
-def regex(pattern: str, name: str) -> str:
+def regex_grammar(pattern: str, name: str) -> str:
     """Text that a regular expression (Rust's syntax, without look-around) matches as a whole."""
     return _checked(json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0], name)
 
 
-def lark(grammar: str, name: str) -> str:
+def lark_grammar(grammar: str, name: str) -> str:
     """Text that a context-free grammar in llguidance's variant of Lark derives."""
     return _checked({"lark_grammar": grammar}, name)
 
 
-def calls(tools: Sequence[Tool], only: str | None, parallel: bool, name: str) -> str:
+def tool_call_grammar(tools: Sequence[Tool], only: str | None, parallel: bool, name: str) -> str:
     """A JSON list of calls, `[{"name": ..., "arguments": {...}}]`, of at least one.
 
     Args:
@@ -62,14 +62,14 @@ def calls(tools: Sequence[Tool], only: str | None, parallel: bool, name: str) ->
     for at, tool in usable:
         # Each in a grammar of its own: references within a schema begin at its root.
         schema = _compact({"type": "object", **tool.parameters})
-        json_schema(schema, f"{name}[{at}]")
+        json_schema_grammar(schema, f"{name}[{at}]")
         head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
         rules += [f'call_{at}: {head} arguments_{at} "}}"']
         rules += [f"arguments_{at}: %json {json.dumps(schema)}"]
-    return lark("\n".join(rules), name)
+    return lark_grammar("\n".join(rules), name)
 
 
-def read_calls(text: str) -> list[Part]:
+def parse_tool_calls(text: str) -> list[Part]:
     """The calls that an answer which matches `calls` has; of one that was cut short its text."""
     try:
         made = json.loads(text)
@@ -80,7 +80,7 @@ def read_calls(text: str) -> list[Part]:
     ]
 
 
-def told(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+def describe_tools_in_chat(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     """A chat with tools in plain messages, for a model whose template has no words for them."""
     plain = [_plain(message) for message in messages]
     if not tools:
@@ -113,5 +113,5 @@ def _checked(grammar: dict[str, Any], name: str) -> str:
     text = json.dumps({"grammars": [grammar]})
     if wrong := LLMatcher.validate_grammar(text):
         reason = " ".join(wrong.split())[:300]
-        raise Refused(f"{name}: cannot be enforced: {reason}", name)
+        raise RequestError(f"{name}: cannot be enforced: {reason}", name)
     return text

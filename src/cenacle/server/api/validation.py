@@ -19,7 +19,7 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 
-class Refused(InputError):
+class RequestError(InputError):
     """A request that is refused: HTTP `status`, and OpenAI's `param` and `code`."""
 
     def __init__(
@@ -74,20 +74,22 @@ class Fields:
         for name, value in self._left.items():
             full = self._where + name[:80]
             if name not in unsupported:
-                raise Refused(f"{full}: unknown parameter; remove it", full, "unknown_parameter")
+                raise RequestError(
+                    f"{full}: unknown parameter; remove it", full, "unknown_parameter"
+                )
             # Compared as JSON: to Python False is 0.
             if json.dumps(value) not in [json.dumps(v) for v in unsupported[name]]:
                 raise not_supported(full)
 
 
-def missing(name: str) -> Refused:
+def missing(name: str) -> RequestError:
     """The refusal of a body that lacks a member."""
-    return Refused(f"{name}: required, but missing", name, "missing_required_parameter")
+    return RequestError(f"{name}: required, but missing", name, "missing_required_parameter")
 
 
-def not_supported(name: str, instead: str = "remove it") -> Refused:
+def not_supported(name: str, instead: str = "remove it") -> RequestError:
     """The refusal of what this server does not have."""
-    return Refused(f"{name}: not supported by this server; {instead}", name, UNSUPPORTED)
+    return RequestError(f"{name}: not supported by this server; {instead}", name, UNSUPPORTED)
 
 
 UNSUPPORTED = "unsupported_parameter"
@@ -102,26 +104,26 @@ def object_of(body: bytes) -> dict[str, Any]:
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise Refused(
+        raise RequestError(
             f"The body is not UTF-8: byte {error.start} of {len(body)}", None, "invalid_body"
         ) from None
     try:
         data = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise Refused(
+        raise RequestError(
             f"The body is not JSON: {error.msg} at line {error.lineno} column {error.colno}",
             None,
             "invalid_body",
         ) from None
     except (ValueError, RecursionError):
-        raise Refused(
+        raise RequestError(
             "The body is not JSON that can be read: NaN, Infinity, a number of thousands of digits "
             "or nesting too deep",
             None,
             "invalid_body",
         ) from None
     if not isinstance(data, dict):
-        raise Refused(
+        raise RequestError(
             f"The body: expected a JSON object, got {kind_of(data)}", None, "invalid_body"
         )
     return data
@@ -138,7 +140,7 @@ def string(value: Any, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise Refused(
+        raise RequestError(
             f"{name}: not valid Unicode: half of a surrogate pair at character {error.start}", name
         ) from None
     return value
@@ -155,9 +157,9 @@ def one_of(*values: str) -> Callable[[Any, str], str]:
     return convert
 
 
-def not_among(name: str, values: Iterable[str], got: Any) -> Refused:
+def not_among(name: str, values: Iterable[str], got: Any) -> RequestError:
     """The refusal of a string that is none of those expected."""
-    return Refused(f"{name}: expected one of {', '.join(values)}; got {shown(got)}", name)
+    return RequestError(f"{name}: expected one of {', '.join(values)}; got {shown(got)}", name)
 
 
 def number(value: Any, name: str) -> float:
@@ -181,7 +183,7 @@ def integer_from(low: int, high: int | None) -> Callable[[Any, str], int]:
         number = integer(value, name)
         if number < low or (high is not None and number > high):
             wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise Refused(f"{name}: expected {wanted}, got {shown(value)}", name)
+            raise RequestError(f"{name}: expected {wanted}, got {shown(value)}", name)
         return number
 
     return convert
@@ -219,18 +221,18 @@ def strings(most: int) -> Callable[[Any, str], tuple[str, ...]]:
         else:
             raise wrong_type(name, f"a string or up to {most} of them", value)
         if len(items) > most:
-            raise Refused(f"{name}: expected at most {most} strings, got {len(items)}", name)
+            raise RequestError(f"{name}: expected at most {most} strings, got {len(items)}", name)
         for full, item in items:
             if not string(item, full):
-                raise Refused(f"{full}: expected a string that is not empty", full)
+                raise RequestError(f"{full}: expected a string that is not empty", full)
         return tuple(item for _, item in items)
 
     return convert
 
 
-def wrong_type(name: str, wanted: str, value: Any) -> Refused:
+def wrong_type(name: str, wanted: str, value: Any) -> RequestError:
     """The refusal of a value of another type."""
-    return Refused(f"{name}: expected {wanted}, got {kind_of(value)}", name, "invalid_type")
+    return RequestError(f"{name}: expected {wanted}, got {kind_of(value)}", name, "invalid_type")
 
 
 def kind_of(value: Any) -> str:

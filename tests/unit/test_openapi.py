@@ -12,14 +12,14 @@ import cenacle
 from cenacle.core.chat import Finish, Part, Usage
 from cenacle.errors import CenacleError, ClusterError
 from cenacle.server.api import anthropic, openai, openai_responses, openapi
-from cenacle.server.api.protocol import Choice, Front, Head, Served
-from cenacle.server.api.validation import Refused
+from cenacle.server.api.protocol import ApiAdapter, ChoiceState, ResponseMeta, ServedModel
+from cenacle.server.api.validation import RequestError
 
-SERVED = Served("house", 100, 50)
+SERVED = ServedModel("house", 100, 50)
 PATHS = openapi.openapi("1")["paths"]
 HELLO = [{"role": "user", "content": "hello"}]
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
-FRONTS: dict[str, tuple[Front, list[dict[str, Any]]]] = {
+FRONTS: dict[str, tuple[ApiAdapter, list[dict[str, Any]]]] = {
     "/v1/chat/completions": (
         openai.CHAT,
         [
@@ -109,20 +109,21 @@ def test_bodies_and_answers_are_as_described(path: str) -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     for body in bodies:
         jsonschema.validate(body, schema)
-        asked = front.read(json.dumps(body).encode(), SERVED)
+        asked = front.parse(json.dumps(body).encode(), SERVED)
         for finish in (Finish("stop"), Finish("length"), Finish("string", "x")):
-            reply = front.reply(asked, Head("1", 7, "house", "fp"))
-            check(path, "200", reply.whole([Choice(0, PARTS, finish)], Usage(3, 2)))
+            reply = front.respond(asked, ResponseMeta("1", 7, "house", "fp"))
+            check(path, "200", reply.full_response([ChoiceState(0, PARTS, finish)], Usage(3, 2)))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**bodies[0], "unknown": 1}, schema)
 
 
 @pytest.mark.parametrize("path", FRONTS)
 @pytest.mark.parametrize(
-    "error", [Refused("x"), Refused("x", status=404), ClusterError("x"), CenacleError("x")]
+    "error",
+    [RequestError("x"), RequestError("x", status=404), ClusterError("x"), CenacleError("x")],
 )
 def test_errors_are_as_described(path: str, error: CenacleError) -> None:
-    status, body = FRONTS[path][0].failure(error)
+    status, body = FRONTS[path][0].render_error(error)
     check(path, str(status), body)
 
 
