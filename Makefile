@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test faults soak lint load fuzz clean
+.PHONY: install demo test faults soak lint docs load fuzz clean
 
 install: .venv/installed
 
@@ -29,6 +29,10 @@ lint: install
 	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/ruff check src tests tools benchmarks
 	$(BIN)/mypy
+
+# docs/cli.md, from the program itself.
+docs: install
+	$(BIN)/python tools/write_cli_docs.py
 
 # Several people at once, and bodies that are wrong; NODES=2 for two nodes.
 NODES ?= 1

@@ -21,6 +21,7 @@ from .options import (
     JsonOutput,
     Kernels,
     LoadArguments,
+    PlacementArguments,
     parse_float_list,
     parse_int_list,
 )
@@ -63,7 +64,9 @@ class BenchmarkModelArguments:
 
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads per node. Default: an equal share of the cores."),
+    typer.Option(
+        metavar="N", min=1, help="CPU threads per node. Default: an equal share of the cores."
+    ),
 ]
 
 
@@ -77,10 +80,14 @@ class WorkloadArguments:
     concurrency: Annotated[
         str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")
     ] = "1,2,4,8"
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode per measurement.")] = 64
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the measured prompt.")] = 512
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Tokens to decode per measurement.")
+    ] = 64
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of the measured prompt.")
+    ] = 512
     repeat: Annotated[
-        int, typer.Option(min=1, help="Number of rounds, in turn with the peers.")
+        int, typer.Option(metavar="N", min=1, help="Number of rounds, in turn with the peers.")
     ] = 3
 
 
@@ -113,10 +120,9 @@ def bench(
     from ..bench.peers import peers
     from ..bench.report import show_bench
 
-    keywords = load.to_keywords()
-    placed = {k: keywords[k] for k in ("placement", "trunk", "node_weights", "node_memory_bytes")}
-    names = ("backend", "kernels", "activations", "latency_s", "comm_dtype", "draft_model")
-    options = {k: keywords[k] for k in names}
+    placed = PlacementArguments.to_keywords(load)
+    options = {k: v for k, v in load.to_keywords().items() if k not in placed}
+    options["latency_s"] = placed.pop("latency_s")
     request = measure.Asked(
         model=model.prepare(),
         nodes=load.nodes,
@@ -142,7 +148,10 @@ def bench(
 def ablation(
     model: BenchmarkModelArguments,
     nodes: Annotated[
-        int, typer.Option("--nodes", "-n", min=1, help="Number of local processes (ranks).")
+        int,
+        typer.Option(
+            "--nodes", "-n", metavar="N", min=1, help="Number of local processes (ranks)."
+        ),
     ] = 2,
     threads: Threads = None,
     backend: Backend = "auto",
@@ -150,8 +159,12 @@ def ablation(
     latencies_ms: Annotated[
         str, typer.Option(metavar="MS,MS,...", help="Latencies of the emulated links.")
     ] = "1,0.3,0.05,0",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode per row and round.")] = 16,
-    repeat: Annotated[int, typer.Option(min=1, help="Number of rounds over all rows.")] = 2,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Tokens to decode per row and round.")
+    ] = 16,
+    repeat: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of rounds over all rows.")
+    ] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder for a plot as PNG and SVG.")] = None,
     json_output: JsonOutput = False,
 ) -> None:

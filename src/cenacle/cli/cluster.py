@@ -54,6 +54,7 @@ class ClusterLoadArguments(ServingArguments):
         typer.Option(
             "--nodes",
             "-n",
+            metavar="N",
             min=0,
             help="Number of nodes; 0: every node that has joined before, at least 2.",
         ),
@@ -84,7 +85,8 @@ class HeadArguments:
     ] = None
     mdns: Mdns = True
     token_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Minutes for which the printed token is valid.")
+        float,
+        typer.Option(metavar="N", min=0.01, help="Minutes for which the printed token is valid."),
     ] = 60.0
 
 

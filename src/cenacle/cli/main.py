@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from difflib import get_close_matches
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -86,7 +87,7 @@ def describe_usage_error(error: Any) -> str:
     if param is None:
         message = error.message.removeprefix("Got ").rstrip(".").replace(". Did", "; did")
         if similar := getattr(error, "possibilities", None):
-            message += f"; did you mean {' or '.join(sorted(similar))}?"
+            message += f"; did you mean {get_close_matches(error.option_name, similar, 1, 0)[0]}?"
         return message[0].lower() + message[1:] + hint * (not message.endswith("?"))
     name = max(param.opts, key=len) if param.param_type_name == "option" else param.name.upper()
     if type(error).__name__ == "MissingParameter":

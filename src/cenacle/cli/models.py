@@ -114,7 +114,9 @@ class SyntheticModelArguments:
         str | None, typer.Option(help="Model with the shape of this one (see --list).")
     ] = None
     config: Annotated[Path | None, typer.Option(help="Model of this config.json.")] = None
-    layers: Annotated[int | None, typer.Option(min=1, help="Reduce it to this many layers.")] = None
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Reduce it to this many layers.")
+    ] = None
     quantize: Annotated[
         int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: none.")
     ] = None
@@ -172,7 +174,7 @@ def synth(
 
 @command(app, example="cenacle demo --nodes 2", panel="Run a model")
 def demo(
-    questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 8,
+    questions: Annotated[int, typer.Option(metavar="N", min=1, help="Number of questions.")] = 8,
     seed: Annotated[int, typer.Option(help="Random seed; it selects the questions.")] = 0,
     json_output: JsonOutput = False,
     placement: PlacementArguments = DEMO_PLACEMENT,

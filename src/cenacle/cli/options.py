@@ -41,7 +41,10 @@ PlanFile = Annotated[
 
 Backend = Annotated[
     Literal["auto", "mesh", "ring", "mpi", "jaccl", "nccl"],
-    _execution(help="Backend of the all-reduce between nodes."),
+    _execution(
+        metavar="NAME",
+        help="Backend of the all-reduce between nodes: auto, mesh, ring, mpi, jaccl or nccl.",
+    ),
 ]
 Kernels = Annotated[
     Literal["auto", "native", "mlx"],
@@ -54,7 +57,8 @@ class PlacementArguments:
     """Which node holds what."""
 
     nodes: Annotated[
-        int, _placement("--nodes", "-n", min=1, help="Number of local processes (ranks).")
+        int,
+        _placement("--nodes", "-n", metavar="N", min=1, help="Number of local processes (ranks)."),
     ] = 1
     node_weights: Annotated[
         str | None,
@@ -65,16 +69,18 @@ class PlacementArguments:
     placement: Annotated[
         Literal["auto", "whole", "sliced", "replicated"],
         _placement(
+            metavar="MODE",
             help="Placement of experts: whole (each on one node), sliced (a part of each on every "
             "node), replicated (copies on several nodes) or auto (whole or sliced, by predicted "
-            "speed)."
+            "speed).",
         ),
     ] = "auto"
     trunk: Annotated[
         Literal["auto", "replicated", "sharded"],
         _placement(
-            help="Attention, dense layers and output head: replicated on every node, or sharded at "
-            "the cost of one more all-reduce each."
+            metavar="MODE",
+            help="Placement of attention, dense layers and output head: replicated (on every "
+            "node), sharded (for one more all-reduce each) or auto (by predicted speed).",
         ),
     ] = "auto"
     node_memory_gb: Annotated[
@@ -88,7 +94,9 @@ class PlacementArguments:
     latency_ms: Annotated[
         float,
         _placement(
-            min=0, help="Milliseconds added to every all-reduce, to emulate a slower network."
+            metavar="MS",
+            min=0,
+            help="Milliseconds added to every all-reduce, to emulate a slower network.",
         ),
     ] = 0.0
 
@@ -139,15 +147,17 @@ class LoadArguments(PlacementArguments):
         _execution(help="Speculative decoding; auto uses it while it is faster."),
     ] = "auto"
     prefill_chunk_size: Annotated[
-        int, _memory(min=1, help="Maximum number of prompt tokens per step.")
+        int, _memory(metavar="N", min=1, help="Maximum number of prompt tokens per step.")
     ] = 512
     kv_bits: Annotated[
-        int | None, _memory(help="Quantize the KV cache to this many bits, 4 or 8.")
+        int | None, _memory(metavar="BITS", help="Quantize the KV cache to this many bits, 4 or 8.")
     ] = None
     max_kv_size: Annotated[
         int | None,
         _memory(
-            min=8, help="Maximum number of tokens in the KV cache of a request. Default: unlimited."
+            metavar="N",
+            min=8,
+            help="Maximum number of tokens in the KV cache of a request. Default: unlimited.",
         ),
     ] = None
 
@@ -172,15 +182,20 @@ class ServingArguments(LoadArguments):
     """How to load and run a model that serves several clients."""
 
     max_batch_size: Annotated[
-        int, _memory(min=1, help="Maximum number of requests that run at once.")
+        int, _memory(metavar="N", min=1, help="Maximum number of requests that run at once.")
     ] = 32
     max_queue: Annotated[
         int,
-        _memory(min=0, help="Maximum number of waiting requests; further requests get status 429."),
+        _memory(
+            metavar="N",
+            min=0,
+            help="Maximum number of waiting requests; further requests get status 429.",
+        ),
     ] = 64
     kv_cache_gb: Annotated[
         float | None,
         _memory(
+            metavar="GB",
             min=0,
             help="Gigabytes per node for the KV cache of running requests. Default: half of the "
             "free memory.",
@@ -189,6 +204,7 @@ class ServingArguments(LoadArguments):
     prefix_cache_gb: Annotated[
         float | None,
         _memory(
+            metavar="GB",
             min=0,
             help="Gigabytes of memory per node for the prefix cache; 0 disables it. Default: an "
             "eighth of the free memory.",
@@ -197,6 +213,7 @@ class ServingArguments(LoadArguments):
     prefix_cache_disk_gb: Annotated[
         float,
         _memory(
+            metavar="GB",
             min=0,
             help="Gigabytes of disk per node for the prefix cache, which survives restarts; 0 "
             "disables it.",
@@ -210,7 +227,8 @@ class ServingArguments(LoadArguments):
         ),
     ] = None
     measure_every: Annotated[
-        int, _execution(min=0, help="Measure timings of every Nth step; 0 disables it.")
+        int,
+        _execution(metavar="N", min=0, help="Measure timings of every Nth step; 0 disables it."),
     ] = 8
     recover: Annotated[
         bool,
@@ -247,16 +265,24 @@ class ServingArguments(LoadArguments):
 class SamplingArguments:
     """How to choose the tokens of an answer."""
 
-    max_tokens: Annotated[int, _sampling(min=1, help="Maximum number of tokens to generate.")] = 256
-    temp: Annotated[float, _sampling(min=0, max=2, help="Temperature; 0 is greedy.")] = 0.0
+    max_tokens: Annotated[
+        int, _sampling(metavar="N", min=1, help="Maximum number of tokens to generate.")
+    ] = 256
+    temp: Annotated[
+        float, _sampling(metavar="T", min=0, max=2, help="Temperature; 0 is greedy.")
+    ] = 0.0
     top_p: Annotated[
-        float, _sampling(min=0, max=1, help="Nucleus sampling: probability mass to sample from.")
+        float,
+        _sampling(
+            metavar="P", min=0, max=1, help="Nucleus sampling: probability mass to sample from."
+        ),
     ] = 1.0
     top_k: Annotated[
-        int, _sampling(min=0, help="Number of most likely tokens to sample from; 0: all.")
+        int,
+        _sampling(metavar="N", min=0, help="Number of most likely tokens to sample from; 0: all."),
     ] = 0
     seed: Annotated[
-        int | None, _sampling(help="Random seed; the same seed gives the same text.")
+        int | None, _sampling(metavar="N", help="Random seed; the same seed gives the same text.")
     ] = None
 
 
@@ -266,7 +292,7 @@ class ServerArguments:
 
     host: Annotated[str, _server(help="Address on which the API listens.")] = "127.0.0.1"
     port: Annotated[
-        int, _server(min=0, max=65535, help="Port of the API; 0 chooses a free port.")
+        int, _server(metavar="N", min=0, max=65535, help="Port of the API; 0 chooses a free port.")
     ] = 8080
     require_key: Annotated[
         bool, _server("--require-key", help="Require an API key on the loopback address too.")
@@ -293,10 +319,13 @@ class ServerArguments:
         ),
     ] = None
     max_concurrent: Annotated[
-        int, _server(min=1, help="Maximum number of HTTP requests answered at once.")
+        int, _server(metavar="N", min=1, help="Maximum number of HTTP requests answered at once.")
     ] = 256
     max_concurrent_per_key: Annotated[
-        int, _server(min=1, help="Maximum number of HTTP requests answered at once per API key.")
+        int,
+        _server(
+            metavar="N", min=1, help="Maximum number of HTTP requests answered at once per API key."
+        ),
     ] = 64
     access_log: Annotated[
         bool, _server("--access-log", help="Log every request to stderr, without its text.")

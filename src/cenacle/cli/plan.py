@@ -49,10 +49,15 @@ class WorkloadArguments:
             "Default: as stored, or 4 for a name.",
         ),
     ] = None
-    context: Annotated[int, typer.Option(min=1, help="Context length per user, in tokens.")] = 4096
-    users: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 1
+    context: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Context length per user, in tokens.")
+    ] = 4096
+    users: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of concurrent requests.")
+    ] = 1
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of the prompt for the time to first token.")
+        int,
+        typer.Option(metavar="N", min=1, help="Length of the prompt for the time to first token."),
     ] = 512
     routing_trace: Annotated[
         Path | None, typer.Option(help="Expert routing recorded by `cenacle record-routing`.")
@@ -269,7 +274,10 @@ def calibrate(
         Path | None, typer.Option(help="File to write. Default: NAME.toml in the user's catalog.")
     ] = None,
     nodes: Annotated[
-        int, typer.Option("--nodes", "-n", min=1, help="Number of local processes to measure.")
+        int,
+        typer.Option(
+            "--nodes", "-n", metavar="N", min=1, help="Number of local processes to measure."
+        ),
     ] = 2,
     name: Annotated[str, typer.Option(help="Name of this machine in the catalog.")] = "this",
     quick: Annotated[
@@ -482,13 +490,15 @@ def record_routing(
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("routing.npz"),
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum number of tokens to generate per prompt.")
+        int,
+        typer.Option(metavar="N", min=1, help="Maximum number of tokens to generate per prompt."),
     ] = 64,
     nodes: Annotated[
-        int, typer.Option("--nodes", "-n", min=2, help="Number of nodes to simulate.")
+        int, typer.Option("--nodes", "-n", metavar="N", min=2, help="Number of nodes to simulate.")
     ] = 2,
     replicas: Annotated[
-        int, typer.Option(min=0, help="Additional experts per node and layer to simulate.")
+        int,
+        typer.Option(metavar="N", min=0, help="Additional experts per node and layer to simulate."),
     ] = 2,
     replica_memory_mb: Annotated[
         float | None,

@@ -1,0 +1,169 @@
+"""The command line without a model: shared options, errors, help, completion, docs/cli.md."""
+
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cenacle.calibration.validate import COLUMNS
+from cenacle.cli import main
+from cenacle.cli.command import command
+from cenacle.cli.options import ServingArguments
+from cenacle.paths import HOME_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+PAGE = runpy.run_path(str(ROOT / "tools" / "write_cli_docs.py"))
+
+
+def run_cenacle(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "cenacle", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def all_commands():
+    root = typer.main.get_command(main.app)
+    context = typer.Context(root, info_name="cenacle")
+    return dict(PAGE["find_commands"](root, context, "cenacle"))
+
+
+def test_the_page_of_the_command_line_is_current():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert page == PAGE["render_page"](), "run `make docs`"
+
+
+@pytest.mark.parametrize("name", all_commands())
+def test_every_command_has_a_summary_and_an_example(name):
+    help_text = CliRunner().invoke(main.app, [*name.split()[1:], "--help"]).output
+    assert f"Example: {name}" in " ".join(help_text.split())
+    for param in all_commands()[name].params:
+        assert param.help, param.name
+        assert param.help[0].isupper(), param.help
+        assert param.help.rstrip(")").endswith("."), param.help
+
+
+# For commands typer itself imports pydantic.
+@pytest.mark.parametrize(
+    ("arguments", "by_typer"),
+    [(("--help",), []), (("--version",), []), (("up", "--help"), ["pydantic"])],
+)
+def test_help_and_version_import_nothing_heavy(arguments, by_typer):
+    program = (
+        "import sys\nfrom cenacle.cli.main import main\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    status = end.code\n"
+        "heavy = {'mlx', 'numpy', 'starlette', 'pydantic', 'matplotlib', 'httpx', 'cryptography'}\n"
+        "print(status, sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"0 {by_typer}", done.stderr
+
+
+def test_the_version_is_printed():
+    done = run_cenacle("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("cenacle 0.")
+
+
+@pytest.mark.parametrize(
+    ("shell", "environment", "expected"),
+    [
+        ("bash", {"COMP_WORDS": "cenacle gen", "COMP_CWORD": "1"}, "generate\n"),
+        (
+            "bash",
+            {"COMP_WORDS": "cenacle serve --placement s", "COMP_CWORD": "3"},
+            "sliced\n",
+        ),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "cenacle gen"}, '"generate":'),
+        (
+            "fish",
+            {
+                "_TYPER_COMPLETE_ARGS": "cenacle gen",
+                "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+            },
+            "generate\t",
+        ),
+    ],
+)
+def test_shells_complete_commands_and_values(shell, environment, expected):
+    done = run_cenacle(**environment, _CENACLE_COMPLETE=f"complete_{shell}")
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "-m", "x"], "--prompt: expected a value, got none; see `cenacle generate"),
+        (["serve", "-m", "x", "--port", "70000"], "--port: expected at most 65535, got '70000'"),
+        (["serve", "-m", "x", "-n", "two"], "--nodes: expected an integer, got 'two'"),
+        (["up", "x", "--trunk", "y"], "--trunk: expected one of auto, replicated, sharded, got"),
+        (["plan", "--machines", "x"], "MODEL: expected a value, got none"),
+        (["serve", "-m", "x", "--nodse", "2"], "no such option: --nodse; did you mean --nodes?"),
+        (["generat"], "no such command 'generat'; did you mean 'generate'?"),
+        (["join", "a", "b"], "unexpected extra argument(s) (b); see `cenacle join --help`"),
+        (["chat"], "--model: expected a folder or a repository, got none; or give"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments, message, tmp_path):
+    done = run_cenacle(*arguments, **{HOME_VARIABLE: str(tmp_path)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_csv_columns_in_the_help_of_validate_are_those_that_are_read():
+    rows = next(p for p in all_commands()["cenacle validate"].params if p.name == "rows")
+    assert [column for column in COLUMNS if column not in rows.help] == []
+
+
+def test_load_options_have_the_names_and_defaults_of_the_python_interface():
+    from cenacle.runtime import LoadOptions
+
+    python = {field.name: field.default for field in fields(LoadOptions)}
+    keywords = ServingArguments(nodes=1).to_keywords()
+    assert set(keywords) <= set(python)
+    # Each command names the model in its own way; the rest is for programs.
+    assert set(python) - set(keywords) == {
+        *("model", "nodes", "plan", "verify"),
+        *("kv_group_size", "cores", "threads"),
+    }
+    differing = {name for name, value in keywords.items() if value != python[name]}
+    assert differing == {"max_queue", "prefix_cache_disk_gb"}  # a server's own defaults
+
+
+@dataclass(frozen=True)
+class Size:
+    width: Annotated[int, typer.Option(min=1, help="Width.")] = 2
+    unit: Annotated[str | None, typer.Option(help="Unit.")] = None
+
+
+WIDE = Size(width=7)
+
+
+def test_a_dataclass_parameter_becomes_options():
+    app, calls = typer.Typer(), []
+
+    @command(app, example="print")
+    def narrow(name: Annotated[str, typer.Argument(help="Name.")], size: Size) -> None:
+        calls.append((name, size))
+
+    @command(app, example="print")
+    def wide(size: Size = WIDE, *, again: bool = False) -> None:
+        calls.append((again, size))
+
+    for arguments in (["narrow", "a", "--unit", "m"], ["wide"], ["wide", "--width", "3"]):
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert calls == [("a", Size(2, "m")), (False, WIDE), (False, Size(3))]
+    assert CliRunner().invoke(app, ["wide", "--width", "0"]).exit_code == 2
