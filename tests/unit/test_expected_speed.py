@@ -1,4 +1,4 @@
-"""The prediction that is shown beside what is measured while serving."""
+"""The predicted speed that is shown beside the measured one."""
 
 import json
 from pathlib import Path
@@ -28,8 +28,8 @@ FACTS = {
 
 
 @pytest.fixture
-def owned(tmp_path, monkeypatch):
-    """The folder of an owner's measurements, empty."""
+def catalog(tmp_path, monkeypatch):
+    """The user's catalog, empty."""
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
     folder = tmp_path / "catalog"
     folder.mkdir()
@@ -46,54 +46,58 @@ def calibrated(folder, gb_s, exchange_us=100.0, nodes=2, alone_gb_s=None):
     (folder / "this.toml").write_text(as_toml(measured))
 
 
-def test_without_a_calibration_there_is_a_reason_and_no_number(owned):
+def test_without_a_calibration_there_is_a_reason_and_no_number(catalog):
     assert "cenacle calibrate" in predict_speed(Plan.whole(SPEC, 1), CONFIG, "demo")
-    calibrated(owned, 10.0, nodes=1)
+    calibrated(catalog, 10.0, nodes=1)
     assert isinstance(predict_speed(Plan.whole(SPEC, 1), CONFIG, "demo"), SpeedPrediction)
     reason = predict_speed(Plan.whole(SPEC, 2), CONFIG, "demo")
     assert "link" in reason
     assert "cenacle calibrate --nodes 2" in reason
 
 
-def test_a_config_that_tells_too_little_is_a_reason(owned):
-    calibrated(owned, 10.0)
-    assert "cannot say" in predict_speed(Plan.whole(SPEC, 2), {"model_type": "dbrx"}, "demo")
+def test_an_incomplete_config_is_a_reason(catalog):
+    calibrated(catalog, 10.0)
+    assert "cannot predict" in predict_speed(Plan.whole(SPEC, 2), {"model_type": "dbrx"}, "demo")
 
 
 @pytest.mark.parametrize("plan", [
     Plan.whole(SPEC, 1), Plan.whole(SPEC, 2), Plan.sliced(SPEC, 2), Plan.replicated(SPEC, 4),
     Plan.sliced(SPEC, 2, (3, 1)),
 ])  # fmt: skip
-def test_terms_add_up_and_follow_what_was_measured(owned, plan):
-    calibrated(owned, 10.0)
+def test_timings_add_up_and_follow_the_calibration(catalog, plan):
+    calibrated(catalog, 10.0)
     slow = predict_speed(plan, CONFIG, "demo")
     assert isinstance(slow, SpeedPrediction), slow
-    assert set(slow.terms_ms) == {"trunk", "experts", "exchange", "waiting", "rest", "total"}
-    parts = sum(v for k, v in slow.terms_ms.items() if k != "total")
-    assert parts == pytest.approx(slow.terms_ms["total"]) == pytest.approx(1000 / slow.tok_per_s)
-    calibrated(owned, 20.0)
+    assert set(slow.step_timings_ms) == {"trunk", "experts", "exchange", "waiting", "rest", "total"}
+    parts = sum(v for k, v in slow.step_timings_ms.items() if k != "total")
+    assert (
+        parts
+        == pytest.approx(slow.step_timings_ms["total"])
+        == pytest.approx(1000 / slow.tok_per_s)
+    )
+    calibrated(catalog, 20.0)
     fast = predict_speed(plan, CONFIG, "demo")
-    assert fast.terms_ms["experts"] == pytest.approx(slow.terms_ms["experts"] / 2)
+    assert fast.step_timings_ms["experts"] == pytest.approx(slow.step_timings_ms["experts"] / 2)
     # What one process reads while the others are idle concerns nobody but a single one.
-    calibrated(owned, 10.0, alone_gb_s=20.0)
+    calibrated(catalog, 10.0, alone_gb_s=20.0)
     alone = predict_speed(plan, CONFIG, "demo")
     same = slow if plan.nodes > 1 else fast
-    assert alone.terms_ms == pytest.approx(same.terms_ms)
+    assert alone.step_timings_ms == pytest.approx(same.step_timings_ms)
     if plan.nodes > 1:
-        calibrated(owned, 20.0, exchange_us=200.0)
+        calibrated(catalog, 20.0, exchange_us=200.0)
         late = predict_speed(plan, CONFIG, "demo")
-        assert late.terms_ms["exchange"] > 1.5 * fast.terms_ms["exchange"] > 0
+        assert late.step_timings_ms["exchange"] > 1.5 * fast.step_timings_ms["exchange"] > 0
     else:
-        assert fast.terms_ms["exchange"] == 0
+        assert fast.step_timings_ms["exchange"] == 0
 
 
-def test_a_placement_is_chosen_on_the_machine_as_it_was_calibrated(owned):
+def test_a_placement_is_chosen_on_the_machine_as_it_was_calibrated(catalog):
     """Not by assumed numbers: a slow exchange makes cutting the trunk as well not worth it."""
     assert "never calibrated" in here(CONFIG, 2)
-    calibrated(owned, 10.0)
+    calibrated(catalog, 10.0)
     measured = here(CONFIG, 2, latency_s=0.001)
     assert measured.bytes_s == 10e9
     assert measured.latency_s == pytest.approx(1.1e-3, rel=0.05)
     assert "calibrated" in choose(SPEC, 2, measured=measured)[1]
-    (owned / "this.toml").write_text("nonsense")
+    (catalog / "this.toml").write_text("nonsense")
     assert "cannot say" in here(CONFIG, 2)

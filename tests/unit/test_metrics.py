@@ -1,4 +1,4 @@
-"""Counting, against a group that is played by the test."""
+"""Counting, against a group that is server by the test."""
 
 from types import SimpleNamespace
 
@@ -12,23 +12,24 @@ from cenacle.engine.speculative.ngram import Drafts
 from cenacle.errors import ClusterError, InputError
 from cenacle.server.auth import KeyStore
 from cenacle.server.metrics import InstrumentedGroup, Metrics, rank_activations
+from cenacle.server.plan_info import PlanTracker
 
 SPEC = ModelSpec("mixtral", 1, (MoELayer(0, 4, 100, units=4),), 2, 1000, 64, 10, "float32")
 
 
-class Group:
-    """Remembers sinks; refuses what the test says."""
+class FakeGroup:
+    """Keeps the sinks; error requests with the error that the test sets."""
 
     state = SimpleNamespace(phase="ok", recoveries=0)
     drafts = Drafts(12, 9, 8, 7)
 
     def __init__(self) -> None:
         self.load = {"running": 0, "waiting": 0}
-        self.observers, self.sinks, self.refuses = [], {}, None
+        self.observers, self.sinks, self.error = [], {}, None
 
     def submit(self, request, sink):
-        if self.refuses is not None:
-            raise self.refuses
+        if self.error is not None:
+            raise self.error
         self.sinks[request.id] = sink
 
     def cancel(self, request_id):
@@ -36,55 +37,55 @@ class Group:
 
 
 @pytest.fixture
-def played(tmp_path):
-    group, keys = Group(), KeyStore(tmp_path / "keys.db")
+def server(tmp_path):
+    group, keys = FakeGroup(), KeyStore(tmp_path / "keys.db")
     plan = Plan.whole(SPEC, 2)
     model = SimpleNamespace(group=group, plan=plan, config={}, name="m", spec=SPEC)
-    metrics = Metrics(model, keys)
+    metrics = Metrics(model, keys, PlanTracker(model))
     yield SimpleNamespace(
         group=group,
         keys=keys,
         metrics=metrics,
-        metered=InstrumentedGroup(group, metrics),
+        instrumented=InstrumentedGroup(group, metrics),
         value=lambda name, **labels: metrics.registry.get_sample_value(f"cenacle_{name}", labels),
     )
     keys.close()
 
 
-def test_a_request_has_one_outcome_and_is_charged_once(played):
-    heard = []
-    played.metered.submit(request := Request("a", (1, 2, 3), 9, key="alice"), heard.append)
-    assert played.keys.used("alice") == 0
-    played.metrics.sent(Step(0, (request,)))
-    assert played.keys.used("alice") == 3
-    sink = played.group.sinks["a"]
+def test_a_request_has_one_outcome_and_is_charged_once(server):
+    events = []
+    server.instrumented.submit(request := Request("a", (1, 2, 3), 9, key="alice"), events.append)
+    assert server.keys.used("alice") == 0
+    server.metrics.sent(Step(0, (request,)))
+    assert server.keys.used("alice") == 3
+    sink = server.group.sinks["a"]
     sink(TokenEvent("a", 5, cached=2, read=1))
-    played.metrics.sent(Step(0, (request,)))  # again, after ranks were lost
+    server.metrics.sent(Step(0, (request,)))  # again, after ranks were lost
     sink(TokenEvent("a", 6, "stop"))
-    played.metered.cancel("a")
+    server.instrumented.cancel("a")
     sink(TokenEvent("a", 7))
-    assert len(heard) == 3
-    assert played.keys.used("alice") == 5
-    assert played.value("request_outcome_total", finished_reason="stop") == 1
-    assert played.value("request_outcome_total", finished_reason="abort") is None
-    assert played.value("generation_tokens_total", key="alice") == 2
-    assert played.value("prompt_tokens_total", key="alice") == 3
-    assert played.value("prefix_cache_hits_total") == 2
-    assert played.value("prefix_cache_disk_hits_total") == 1
-    assert played.value("time_per_output_token_seconds_count") == 1
+    assert len(events) == 3
+    assert server.keys.used("alice") == 5
+    assert server.value("request_outcome_total", finished_reason="stop") == 1
+    assert server.value("request_outcome_total", finished_reason="abort") is None
+    assert server.value("generation_tokens_total", key="alice") == 2
+    assert server.value("prompt_tokens_total", key="alice") == 3
+    assert server.value("prefix_cache_hits_total") == 2
+    assert server.value("prefix_cache_disk_hits_total") == 1
+    assert server.value("time_per_output_token_seconds_count") == 1
 
 
-def test_other_ends(played):
-    played.metered.submit(Request("a", (1,), 9), print)
-    played.group.sinks["a"](ClusterError("lost"))
-    played.metered.submit(Request("b", (1,), 9), print)
-    played.metered.cancel("b", "stop")
-    played.group.refuses = InputError("too long")
+def test_errors_stops_and_refusals_are_outcomes(server):
+    server.instrumented.submit(Request("a", (1,), 9), print)
+    server.group.sinks["a"](ClusterError("lost"))
+    server.instrumented.submit(Request("b", (1,), 9), print)
+    server.instrumented.cancel("b", "stop")
+    server.group.error = InputError("too long")
     with pytest.raises(InputError):
-        played.metered.submit(Request("c", (1,), 9), print)
+        server.instrumented.submit(Request("c", (1,), 9), print)
     for reason in ("error", "stop", "refused"):
-        assert played.value("request_outcome_total", finished_reason=reason) == 1
-    assert played.metrics._live == {}
+        assert server.value("request_outcome_total", finished_reason=reason) == 1
+    assert server.metrics._timers == {}
 
 
 def report(sent_bytes, experts, exchange):
@@ -98,23 +99,27 @@ def report(sent_bytes, experts, exchange):
     }
 
 
-def test_measured_steps(played):
-    played.metrics.measured([report(100, 0.2, 0.4), report(100, 0.5, 0.1)])
-    assert played.value("step_seconds_total", term="exchange") == pytest.approx(0.1)
-    assert played.value("step_seconds_total", term="waiting") == pytest.approx(0.15)
-    assert played.value("rank_step_seconds_total", rank="0", term="waiting") == pytest.approx(0.3)
-    assert played.value("exchange_sent_bytes_total", rank="1") == 100
-    played.metrics.measured([report(150, 0.2, 0.4), report(30, 0.5, 0.1)])
-    assert played.value("exchange_sent_bytes_total", rank="0") == 150
-    assert played.value("exchange_sent_bytes_total", rank="1") == 130  # started again: from nought
-    layer = played.metrics._model.plan.layers[0]
+def test_measured_steps(server):
+    server.metrics.measured([report(100, 0.2, 0.4), report(100, 0.5, 0.1)])
+    assert server.value("step_seconds_total", component="exchange") == pytest.approx(0.1)
+    assert server.value("step_seconds_total", component="waiting") == pytest.approx(0.15)
+    assert server.value("rank_step_seconds_total", rank="0", component="waiting") == pytest.approx(
+        0.3
+    )
+    assert server.value("all_reduce_sent_bytes_total", rank="1") == 100
+    server.metrics.measured([report(150, 0.2, 0.4), report(30, 0.5, 0.1)])
+    assert server.value("all_reduce_sent_bytes_total", rank="0") == 150
+    assert server.value("all_reduce_sent_bytes_total", rank="1") == 130  # restarted: from zero
+    layer = server.metrics._model.plan.layers[0]
     zero = sum({0: 3, 2: 1}[e] for e in (0, 2) if 0 in [p.rank for p in layer.experts[e]])
-    assert played.value("expert_activations_total", layer="0", rank="0") == 2 * zero
-    assert played.value("busiest_rank_ratio_count") == 2
-    assert played.value("busiest_rank_ratio_sum") == pytest.approx(2 * max(zero, 4 - zero) / 2)
-    played.metrics.measured([{**report(150, 0, 0), "decoding": False}] * 2)
-    assert played.value("measured_steps_total") == 2
-    assert played.value("predicted_step_seconds", term="trunk") is None
+    assert server.value("expert_activations_total", layer="0", rank="0") == 2 * zero
+    assert server.value("expert_load_imbalance_ratio_count") == 2
+    assert server.value("expert_load_imbalance_ratio_sum") == pytest.approx(
+        2 * max(zero, 4 - zero) / 2
+    )
+    server.metrics.measured([{**report(150, 0, 0), "decoding": False}] * 2)
+    assert server.value("measured_steps_total") == 2
+    assert server.value("predicted_step_seconds", component="trunk") is None
 
 
 def test_work_follows_slices_and_replicas():
@@ -128,7 +133,7 @@ def test_work_follows_slices_and_replicas():
     assert (times, work) == ([2, 2], [2, 2])
 
 
-def test_drafts_are_told(played):
+def test_drafts_are_counted_by_source(server):
     drafted, accepted = (f"spec_decode_num_{what}_tokens_total" for what in ("draft", "accepted"))
-    assert [played.value(drafted, source=s) for s in ("text", "model")] == [4, 8]
-    assert [played.value(accepted, source=s) for s in ("text", "model")] == [2, 7]
+    assert [server.value(drafted, source=s) for s in ("text", "model")] == [4, 8]
+    assert [server.value(accepted, source=s) for s in ("text", "model")] == [2, 7]

@@ -273,11 +273,11 @@ def test_beyond_loopback_a_key_is_needed_to_start(keys):
         socket.create_server(("127.0.0.1", 0)) as own,
     ):
         with pytest.raises(InputError, match="cenacle keys add NAME"):
-            AccessPolicy.of(outside, keys)
+            AccessPolicy.for_socket(outside, keys)
         with pytest.raises(InputError, match="cenacle keys add NAME"):
-            AccessPolicy.of(own, keys, require_key=True)
-        assert AccessPolicy.of(own, keys) == AccessPolicy()
+            AccessPolicy.for_socket(own, keys, require_key=True)
+        assert AccessPolicy.for_socket(own, keys) == AccessPolicy()
         keys.add("alice")
-        assert AccessPolicy.of(outside, keys) == AccessPolicy(require_key=True, hosts=None)
-        named = AccessPolicy.of(own, keys, require_key=True, hosts=["Chat.example"])
+        assert AccessPolicy.for_socket(outside, keys) == AccessPolicy(require_key=True, hosts=None)
+        named = AccessPolicy.for_socket(own, keys, require_key=True, hosts=["Chat.example"])
         assert named == AccessPolicy(require_key=True, hosts=frozenset({"chat.example"}))

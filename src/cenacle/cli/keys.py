@@ -133,7 +133,9 @@ def access_policy(sock: socket.socket, **given: Any) -> AccessPolicy:
 
     hosts, origins = given.pop("hosts") or (), given.pop("cors_origins") or ()
     with contextlib.closing(KeyStore()) as keys:
-        return AccessPolicy.of(sock, keys, hosts=hosts, cors_origins=tuple(origins), **given)
+        return AccessPolicy.for_socket(
+            sock, keys, hosts=hosts, cors_origins=tuple(origins), **given
+        )
 
 
 def tls_context(

@@ -12,7 +12,6 @@ Next: `answering.py`, which is one request's life from there on.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 import uuid
 from collections.abc import Callable
@@ -44,9 +43,10 @@ from .api.protocol import (
     check_model,
 )
 from .api.validation import RequestError, not_supported
-from .cluster_view import ClusterView
+from .cluster_view import ClusterView, group_state
 from .generation import GenerationRun, InFlightChoice, error_response, json_response
 from .metrics import InstrumentedGroup, Metrics
+from .plan_info import PlanTracker
 
 if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` is to answer at once
@@ -94,26 +94,28 @@ class Application:
         model: loaded.
         limits: what a client may cost.
         metrics: count what happens.
+        plan_tracker: describes the plan in use.
 
     Raises:
         CheckpointError: the model has no tokenizer.
     """
 
-    def __init__(self, model: Model, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, model: Model, limits: Limits, metrics: Metrics, plan_tracker: PlanTracker
+    ) -> None:
         self._model, self._limits, self._metrics = model, limits, metrics
         self._group = InstrumentedGroup(model.group, metrics)
         self._text = model.text
         spec = model.spec
         self._served = ServedModel(model.name, spec.context_length, spec.vocab_size)
         self._created = int(time.time())
-        parts = (__version__, model.name, spec.to_json(), model.plan.nodes)
-        self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+        self._plan_tracker = plan_tracker
         self._answering: set[GenerationRun] = set()
         self._ending: ClusterError | None = None
         # In a thread: a long prompt takes a while, and others' streams must go on. One thread:
         # tokenizers are not made for several at once.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
-        self._view = ClusterView(model)
+        self._view = ClusterView(model, plan_tracker)
         self.app = Starlette(
             routes=[
                 *static.routes(),
@@ -148,32 +150,27 @@ class Application:
         if "key" not in http.scope["state"]:  # for load balancers: nothing but the truth
             phase = self._model.group.state.phase
             return json_response(200 if phase == "ok" else 503, {"status": phase})
-        group, ranks = self._model.group, self._model.ranks
-        state = group.state
-        if state.phase != "ok":
-            body: dict[str, Any] = {"status": state.phase, "reason": state.reason}
-            body["for_s"] = round(time.monotonic() - state.since, 1)
-            if state.doing:
-                body["doing"] = state.doing
-            if state.rank is not None:
-                body["rank"] = state.rank
-            return json_response(503, {**body, "model": self._served.model, **group.load})
-        who = [
+        model = self._model
+        body = {**group_state(model), "model": self._served.model, **model.group.load}
+        if body["status"] != "ok":
+            return json_response(503, body)
+        body["nodes"] = model.plan.nodes
+        body["ranks"] = [
             {"rank": rank, "pid": pid, "device": ready.get("device")}
-            for rank, (pid, ready) in enumerate(zip(ranks.pids, ranks.ready, strict=True))
+            for rank, (pid, ready) in enumerate(
+                zip(model.ranks.pids, model.ranks.ready, strict=True)
+            )
         ]
-        body = {"status": "ok", "model": self._served.model, "nodes": self._model.plan.nodes}
-        body["recoveries"] = state.recoveries
-        return json_response(200, {**body, "ranks": who, **group.load})
+        return json_response(200, body)
 
     async def _cluster(self, http: HttpRequest) -> Response:
-        asked = http.query_params
-        view = self._view.to_json(asked.get("placement", ""), asked.get("steps", ""))
+        query = http.query_params
+        view = self._view.to_json(query.get("placement", ""), query.get("steps", ""))
         return json_response(200, view, {"cache-control": "no-store"})
 
     async def _numbers(self, http: HttpRequest) -> Response:
-        page, kind = self._metrics.page(http.headers.get("accept", ""))
-        return Response(page, media_type=kind)
+        page, media_type = self._metrics.render(http.headers.get("accept", ""))
+        return Response(page, media_type=media_type)
 
     async def _models(self, _: HttpRequest) -> Response:
         return json_response(200, openai.model_list(self._served, self._created))
@@ -226,7 +223,10 @@ class Application:
                 failure, front
             )  # not raised: each time it would gather a traceback
         head = ResponseMeta(
-            uuid.uuid4().hex, int(time.time()), self._served.model, self._fingerprint
+            uuid.uuid4().hex,
+            int(time.time()),
+            self._served.model,
+            self._plan_tracker.current.fingerprint,
         )
         group, waits = self._group, (self._limits.answer_s, self._limits.quiet_s)
         return GenerationRun(front, asked, head, drafts, group, self._answering, *waits)

@@ -21,6 +21,7 @@ from .app import Application, Limits
 from .auth import KeyStore
 from .metrics import Metrics
 from .middleware import AccessMiddleware, AccessPolicy
+from .plan_info import PlanTracker
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -89,15 +90,16 @@ def serve(
         CheckpointError: the model has no tokenizer.
         InputError: keys are required and there is none.
     """
-    limits = limits or Limits()
-    with (
-        contextlib.closing(sock),
-        contextlib.closing(KeyStore()) as keys,
-        contextlib.closing(Application(model, limits, Metrics(model, keys))) as api,
-    ):
-        guard = AccessMiddleware(api.app, policy or AccessPolicy.of(sock, keys), keys)
-        server = _UvicornServer(api, guard, on_started or (lambda _: None), limits, tls)
-        asyncio.run(server.serve(sockets=[sock]))
+    limits, plan_tracker = limits or Limits(), PlanTracker(model)
+    with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
+        metrics = Metrics(model, keys, plan_tracker)
+        with contextlib.closing(Application(model, limits, metrics, plan_tracker)) as application:
+            policy = policy or AccessPolicy.for_socket(sock, keys)
+            middleware = AccessMiddleware(application.app, policy, keys)
+            server = _UvicornServer(
+                application, middleware, on_started or (lambda _: None), limits, tls
+            )
+            asyncio.run(server.serve(sockets=[sock]))
 
 
 class _TimedConnection(H11Protocol):

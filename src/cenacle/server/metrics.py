@@ -1,10 +1,10 @@
-"""Numbers of the server for Prometheus: GET /metrics.
+"""Prometheus metrics: GET /metrics.
 
-Owns: the registry, what each number is made of, and charging tokens to keys.
+Owns: the registry, how each value is computed, and charging tokens to API keys.
 Does not know: HTTP, text, how requests are answered.
-Invariant: every name is defined by formula in `docs/metrics.md`; counting waits for nothing and
-no text is in it; a request that was submitted has exactly one outcome.
-Next: `engine/lockstep.py` says what happens; `answering.py` submits through `Metered`.
+Invariant: `docs/metrics.md` defines every name by a formula. Counting never blocks and sees no
+text. A request that was submitted gets exactly one outcome.
+Next: `ranks/rank_group.py` calls the observer; `generation.py` submits through `InstrumentedGroup`.
 """
 
 from __future__ import annotations
@@ -35,239 +35,236 @@ from ..errors import CenacleError
 from ..ranks.rank_group import Group, Sink
 from ..ranks.step_timings import Terms
 from .auth import KeyStore
-from .expected_speed import SpeedPrediction, predict_speed
+from .expected_speed import SpeedPrediction
+from .plan_info import PlanTracker
 
 if TYPE_CHECKING:
     from ..api import Model
 
-disable_created_metrics()  # a second series for each, of when it began: nobody asks for it
+disable_created_metrics()  # otherwise each counter gets a second series with its start time
 
 NO_KEY_LABEL = "-"  # the label of requests without a key; no key has this name
 
-_FIRST: tuple[float, ...] = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
+# Buckets in seconds, as vLLM has them.
+_FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+    80, 160, 640,
+)  # fmt: skip
+_TOKEN_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
     10,
-)
-_FIRST += (20, 40, 80, 160, 640)
-_TOKEN: tuple[float, ...] = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
-)
-_TOKEN += (2.5, 5, 10)
-_WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+)  # fmt: skip
+_REQUEST_BUCKETS = (
+    0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960,
+)  # fmt: skip
 
 
 @dataclass
 class RequestTimer:
-    """A request that has no outcome yet; times by `time.perf_counter`."""
+    """A request without an outcome yet; times are `time.perf_counter`'s."""
 
     key: str
     prompt_tokens: int
-    submitted: float
+    submitted_at: float
     admitted: bool = False
-    last: float | None = None
+    last_token_at: float | None = None
+
+    @property
+    def key_label(self) -> str:
+        """The key's name as a label."""
+        return self.key or NO_KEY_LABEL
 
 
 class Metrics:
-    """All numbers of one server.
+    """All metrics of one server; an `Observer` of the model's group.
 
     Args:
-        model: loaded; its group tells what happens from now on.
-        keys: to which tokens are charged.
+        model: loaded.
+        keys: tokens are charged to these.
+        plan_tracker: describes the plan in use.
     """
 
-    def __init__(self, model: Model, keys: KeyStore) -> None:
+    def __init__(self, model: Model, keys: KeyStore, plan_tracker: PlanTracker) -> None:
         self._model, self._keys = model, keys
         self._lock = threading.Lock()
-        self._live: dict[str, RequestTimer] = {}
-        self._sent_bytes: dict[int, int] = {}
-        said = predict_speed(model.plan, model.config, model.name)
-        self._predicted = said if isinstance(said, SpeedPrediction) else None
+        self._timers: dict[str, RequestTimer] = {}
+        self._last_sent_bytes: dict[int, int] = {}
         self.registry = CollectorRegistry(auto_describe=True)
+        self._create_request_metrics()
+        self._create_step_metrics()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(StateCollector(model, plan_tracker))
+        model.group.observers.append(self)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"cenacle_{name}", text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"cenacle_{name}", text, labels, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"cenacle_{name}", text, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"cenacle_{name}", text, buckets=buckets, registry=self.registry)
 
-        self._first = histogram(
-            "time_to_first_token_seconds", "From submitting to the first token.", _FIRST
+    def _create_request_metrics(self) -> None:
+        counter, histogram = self._counter, self._histogram
+        self._first_token_s = histogram(
+            "time_to_first_token_seconds",
+            "From submission to the first token.",
+            _FIRST_TOKEN_BUCKETS,
         )
-        self._token = histogram(
-            "time_per_output_token_seconds", "Between one token and the next.", _TOKEN
+        self._token_s = histogram(
+            "time_per_output_token_seconds", "Between one token and the next.", _TOKEN_BUCKETS
         )
-        self._whole = histogram(
-            "e2e_request_latency_seconds", "From submitting to the last token.", _WHOLE
+        self._request_s = histogram(
+            "e2e_request_latency_seconds", "From submission to the last token.", _REQUEST_BUCKETS
         )
-        self._queue = histogram(
-            "request_queue_time_seconds", "From submitting to the step that admits.", _FIRST
+        self._queue_s = histogram(
+            "request_queue_time_seconds",
+            "From submission to the step that admits it.",
+            _FIRST_TOKEN_BUCKETS,
         )
-        self._outcome = counter("request_outcome", "Requests that ended.", "finished_reason")
-        self._prompt = counter("prompt_tokens", "Prompt tokens of admitted requests.", "key")
-        self._generated = counter("generation_tokens", "Generated tokens.", "key")
-        self._queried = counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
-        self._hits = counter("prefix_cache_hits", "Prompt tokens that were in the cache.")
+        self._outcomes = counter("request_outcome", "Finished requests.", "finished_reason")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted requests.", "key")
+        self._generated_tokens = counter("generation_tokens", "Generated tokens.", "key")
+        self._cache_queries = counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the cache."
+        )
+        self._cache_hits = counter("prefix_cache_hits", "Prompt tokens found in the cache.")
         self._disk_hits = counter(
-            "prefix_cache_disk_hits", "Those of them that were read from disk first."
+            "prefix_cache_disk_hits", "Prompt tokens found in the cache and read from disk."
         )
-        self._steps = counter("measured_steps", "Decode steps in which ranks took their clocks.")
-        self._seconds = counter("step_seconds", "Of measured steps, mean over ranks.", "term")
-        self._rank_seconds = counter("rank_step_seconds", "Of one rank.", "rank", "term")
+
+    def _create_step_metrics(self) -> None:
+        counter = self._counter
+        self._steps = counter("measured_steps", "Decode steps that the ranks measured.")
+        self._step_s = counter(
+            "step_seconds", "Time of measured steps, mean over ranks.", "component"
+        )
+        self._rank_step_s = counter(
+            "rank_step_seconds", "Time of measured steps of one rank.", "rank", "component"
+        )
         self._activations = counter(
             "expert_activations", "Experts that a rank computed for tokens.", "layer", "rank"
         )
-        self._busiest = Summary(
-            "cenacle_busiest_rank_ratio",
+        self._load_imbalance = Summary(
+            "cenacle_expert_load_imbalance_ratio",
             "Work of the busiest rank over the mean, per measured step and layer.",
             registry=self.registry,
         )
-        self._sent = counter("exchange_sent_bytes", "Bytes that a rank put into sums.", "rank")
-        ProcessCollector(registry=self.registry)
-        self.registry.register(StateCollector(model, self._predicted))
-        model.group.observers.append(self)
+        self._sent_bytes = counter(
+            "all_reduce_sent_bytes", "Bytes that a rank put into all-reduces.", "rank"
+        )
 
-    def page(self, accept: str) -> tuple[bytes, str]:
-        """All numbers as text, and its media type, given what a client accepts."""
-        encode, kind = choose_encoder(accept)
-        return encode(self.registry), kind
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The metrics as text, and its media type, by a client's Accept header."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
 
-    # What `Metered` tells
+    # Called by `InstrumentedGroup`
 
-    def began(self, request: Request) -> None:
-        """A request is about to be submitted."""
-        live = RequestTimer(request.key, len(request.tokens), time.perf_counter())
+    def on_submit(self, request: Request) -> None:
+        """Count a request that is about to be submitted."""
+        timer = RequestTimer(request.key, len(request.tokens), time.perf_counter())
         with self._lock:
-            self._live[request.id] = live
+            self._timers[request.id] = timer
 
-    def token(self, event: TokenEvent) -> None:
-        """A token came. Called by the group's thread."""
+    def on_token(self, event: TokenEvent) -> None:
+        """Count a token; called by the group's thread."""
         now = time.perf_counter()
         with self._lock:
-            live = self._live.get(event.request)
-        if live is None:
+            timer = self._timers.get(event.request)
+        if timer is None:
             return
-        if live.last is None:
-            self._first.observe(now - live.submitted)
-            self._queried.inc(live.prompt_tokens)
-            self._hits.inc(event.cached)
+        if timer.last_token_at is None:
+            self._first_token_s.observe(now - timer.submitted_at)
+            self._cache_queries.inc(timer.prompt_tokens)
+            self._cache_hits.inc(event.cached)
             self._disk_hits.inc(event.read)
         else:
-            self._token.observe(now - live.last)
-        live.last = now
-        self._generated.labels(live.key or NO_KEY_LABEL).inc()
-        if live.key:
-            self._keys.charge(live.key, 1)
+            self._token_s.observe(now - timer.last_token_at)
+        timer.last_token_at = now
+        self._generated_tokens.labels(timer.key_label).inc()
+        if timer.key:
+            self._keys.charge(timer.key, 1)
         if event.finish is not None:
-            self.ended(event.request, event.finish)
+            self.on_finish(event.request, event.finish)
 
-    def ended(self, request_id: str, reason: str) -> None:
-        """A request has an outcome; those that come after it are nothing."""
+    def on_finish(self, request_id: str, reason: str) -> None:
+        """Count a request's outcome; only its first one counts."""
         with self._lock:
-            live = self._live.pop(request_id, None)
-        if live is None:
+            timer = self._timers.pop(request_id, None)
+        if timer is None:
             return
-        self._outcome.labels(reason).inc()
+        self._outcomes.labels(reason).inc()
         if reason in ("stop", "length"):
-            self._whole.observe(time.perf_counter() - live.submitted)
+            self._request_s.observe(time.perf_counter() - timer.submitted_at)
 
-    # What the group tells
+    # Called by the group, as its `Observer`
 
     def sent(self, step: Step) -> None:
-        """A step goes to the ranks; see `lockstep.Observer`."""
+        """Count the requests that a step admits."""
         for request in step.admitted:
             with self._lock:
-                live = self._live.get(request.id)
-            if live is None or live.admitted:  # admitted again after ranks were lost
+                timer = self._timers.get(request.id)
+            if timer is None or timer.admitted:  # admitted again after ranks were lost
                 continue
-            live.admitted = True
-            self._queue.observe(time.perf_counter() - live.submitted)
-            self._prompt.labels(live.key or NO_KEY_LABEL).inc(live.prompt_tokens)
-            if live.key:
-                self._keys.charge(live.key, live.prompt_tokens)
+            timer.admitted = True
+            self._queue_s.observe(time.perf_counter() - timer.submitted_at)
+            self._prompt_tokens.labels(timer.key_label).inc(timer.prompt_tokens)
+            if timer.key:
+                self._keys.charge(timer.key, timer.prompt_tokens)
 
     def measured(self, reports: Sequence[dict[str, Any]]) -> None:
-        """A measured step's reports, in rank order; see `lockstep.Observer`."""
+        """Count a measured step, given the ranks' reports in rank order."""
         for rank, report in enumerate(reports):
-            sent, before = report["sent_bytes"], self._sent_bytes.get(rank, 0)
-            # Ranks that were started again count from nought.
-            self._sent.labels(rank).inc(sent - before if sent >= before else sent)
-            self._sent_bytes[rank] = sent
-        step = Terms()
-        step.add(reports)
-        if not step.steps:
+            sent, last = report["sent_bytes"], self._last_sent_bytes.get(rank, 0)
+            # Ranks that were restarted count from zero again.
+            self._sent_bytes.labels(rank).inc(sent - last if sent >= last else sent)
+            self._last_sent_bytes[rank] = sent
+        timings = Terms()
+        timings.add(reports)
+        if not timings.steps:
             return
         self._steps.inc()
-        for term, ms in step.per_token_ms().items():
-            if term != "total":  # clocks of several threads may make a rest of less than nothing
-                self._seconds.labels(term).inc(max(0.0, ms) / 1000)
-        for rank, own in enumerate(step.per_rank_ms()):
-            for term, ms in own.items():
-                if term != "total":
-                    self._rank_seconds.labels(rank, term).inc(max(0.0, ms) / 1000)
+        for component, ms in timings.per_token_ms().items():
+            if component != "total":  # clocks of several threads can make "rest" negative
+                self._step_s.labels(component).inc(max(0.0, ms) / 1000)
+        for rank, rank_ms in enumerate(timings.per_rank_ms()):
+            for component, ms in rank_ms.items():
+                if component != "total":
+                    self._rank_step_s.labels(rank, component).inc(max(0.0, ms) / 1000)
         plan = self._model.plan
         for layer in plan.layers:
-            counts = step.routed.get(layer.layer)
+            counts = timings.routed.get(layer.layer)
             if not counts:
                 continue
-            times, work = rank_activations(layer, counts, plan)
-            for rank, many in enumerate(times):
-                self._activations.labels(layer.layer, rank).inc(many)
-            self._busiest.observe(max(work) * len(work) / sum(work))
+            computed, work = rank_activations(layer, counts, plan)
+            for rank, count in enumerate(computed):
+                self._activations.labels(layer.layer, rank).inc(count)
+            self._load_imbalance.observe(max(work) * len(work) / sum(work))
 
 
 def rank_activations(
     layer: LayerPlan, counts: dict[int, int], plan: Plan
 ) -> tuple[list[float], list[float]]:
-    """What each rank does in a layer.
+    """What each rank computes in a layer.
 
     Args:
-        counts: expert -> times chosen.
+        counts: expert -> number of times it was chosen.
 
     Returns:
-        By rank: how many experts it computed for tokens, a slice counting as one; and the work,
-        in whole experts. Each of r replicas is counted with 1/r: which one computes is decided on
-        the ranks.
+        By rank: how many experts it computed for tokens, where a slice counts as one; and its work
+        in whole experts. Each of r replicas counts 1/r, as the ranks decide which one computes.
     """
-    times, work = [0.0] * plan.nodes, [0.0] * plan.nodes
+    computed, work = [0.0] * plan.nodes, [0.0] * plan.nodes
     for expert, chosen in counts.items():
         parts = layer.experts[expert]
         for part in parts:
-            alike = sum((p.start, p.stop) == (part.start, part.stop) for p in parts)
-            times[part.rank] += chosen / alike
-            work[part.rank] += chosen / alike * (part.stop - part.start) / plan.width
-    return times, work
+            replicas = sum((p.start, p.stop) == (part.start, part.stop) for p in parts)
+            computed[part.rank] += chosen / replicas
+            work[part.rank] += chosen / replicas * (part.stop - part.start) / plan.width
+    return computed, work
 
 
 class InstrumentedGroup:
-    """The group as requests see it, with everything counted that happens to them.
+    """A group for requests, with everything counted that happens to them.
 
     Args:
         group: generates.
@@ -278,73 +275,79 @@ class InstrumentedGroup:
         self._group, self._metrics = group, metrics
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """As `Group.submit`."""
+        """As `RankGroup.submit`."""
 
-        def counting(event: TokenEvent | CenacleError) -> None:
+        def counting_sink(event: TokenEvent | CenacleError) -> None:
             if isinstance(event, TokenEvent):
-                self._metrics.token(event)
+                self._metrics.on_token(event)
             else:
-                self._metrics.ended(request.id, "error")
+                self._metrics.on_finish(request.id, "error")
             sink(event)
 
-        self._metrics.began(request)
+        self._metrics.on_submit(request)
         try:
-            self._group.submit(request, counting)
+            self._group.submit(request, counting_sink)
         except CenacleError:
-            self._metrics.ended(request.id, "refused")
+            self._metrics.on_finish(request.id, "refused")
             raise
 
     def cancel(self, request_id: str, reason: str = "abort") -> None:
-        """As `Group.cancel`, for a reason: "stop", or "abort": nobody wants it any more."""
+        """As `RankGroup.cancel`, with the outcome to count: "abort", "stop" or "continued"."""
         self._group.cancel(request_id)
-        self._metrics.ended(request_id, reason)
+        self._metrics.on_finish(request_id, reason)
 
 
 class StateCollector:
-    """What is read when it is asked for."""
+    """Metrics that are read when Prometheus asks for them."""
 
-    def __init__(self, model: Model, foretold: SpeedPrediction | None) -> None:
-        self._model, self._predicted = model, foretold
+    def __init__(self, model: Model, plan_tracker: PlanTracker) -> None:
+        self._model, self._plan_tracker = model, plan_tracker
 
     def collect(self) -> Iterator[Metric]:
-        """The gauges; called by the registry."""
-        model, load = self._model, self._model.group.load
-
-        def gauge(name: str, text: str, value: float) -> Metric:
-            return GaugeMetricFamily(f"cenacle_{name}", text, value)
-
-        yield gauge("num_requests_running", "Requests that ranks work on.", load["running"])
-        yield gauge("num_requests_waiting", "Requests not yet admitted.", load["waiting"])
-        state = model.group.state
-        yield gauge("up", "1 while the group works.", state.phase == "ok")
+        """The present values; called by the registry."""
+        group = self._model.group
+        load, state = group.load, group.state
+        yield _gauge("num_requests_running", "Requests in the ranks' batch.", load["running"])
+        yield _gauge("num_requests_waiting", "Requests not yet admitted.", load["waiting"])
+        yield _gauge("up", "1 while the group works.", state.phase == "ok")
         yield CounterMetricFamily(
-            "cenacle_recoveries", "How often ranks were started again.", state.recoveries
+            "cenacle_recoveries", "Number of times the ranks were restarted.", state.recoveries
         )
-        drafts = model.group.drafts
-        drafted = CounterMetricFamily(
-            "cenacle_spec_decode_num_draft_tokens", "Tokens that were drafted.", labels=["source"]
-        )
-        accepted = CounterMetricFamily(
-            "cenacle_spec_decode_num_accepted_tokens",
-            "Drafted tokens that the model agreed with.",
-            labels=["source"],
-        )
-        drafted.add_metric(["text"], drafts.drafted - drafts.by_model)
-        drafted.add_metric(["model"], drafts.by_model)
-        accepted.add_metric(["text"], drafts.accepted - drafts.by_model_accepted)
-        accepted.add_metric(["model"], drafts.by_model_accepted)
-        yield drafted
-        yield accepted
-        facts = {"version": __version__, "model": model.name, "nodes": str(model.plan.nodes)}
-        facts |= {"placement": model.plan.placement, "trunk": model.plan.trunk}
-        yield InfoMetricFamily("cenacle", "What is served.", facts)
-        if self._predicted is not None:
-            terms = GaugeMetricFamily(
+        yield from self._draft_counters()
+        info = self._plan_tracker.current
+        labels = {"version": __version__, "model": self._model.name, "nodes": str(info.plan.nodes)}
+        labels |= {"placement": info.plan.placement, "trunk": info.plan.trunk}
+        yield InfoMetricFamily("cenacle", "The model that is served.", labels)
+        if isinstance(info.prediction, SpeedPrediction):
+            predicted = GaugeMetricFamily(
                 "cenacle_predicted_step_seconds",
-                "The performance model's terms of a token.",
-                labels=["term"],
+                "Time of a token by the performance model.",
+                labels=["component"],
             )
-            for term, ms in self._predicted.terms_ms.items():
-                if term != "total":
-                    terms.add_metric([term], ms / 1000)
-            yield terms
+            for component, ms in info.prediction.step_timings_ms.items():
+                if component != "total":
+                    predicted.add_metric([component], ms / 1000)
+            yield predicted
+
+    def _draft_counters(self) -> Iterator[Metric]:
+        drafts = self._model.group.drafts
+        yield _counter_by_source(
+            "spec_decode_num_draft_tokens", "Drafted tokens.", drafts.drafted, drafts.by_model
+        )
+        yield _counter_by_source(
+            "spec_decode_num_accepted_tokens",
+            "Drafted tokens that the model confirmed.",
+            drafts.accepted,
+            drafts.by_model_accepted,
+        )
+
+
+def _counter_by_source(name: str, text: str, total: int, by_model: int) -> Metric:
+    family = CounterMetricFamily(f"cenacle_{name}", text, labels=["source"])
+    family.add_metric(["text"], total - by_model)
+    family.add_metric(["model"], by_model)
+    return family
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"cenacle_{name}", text, value)

@@ -72,7 +72,7 @@ class AccessPolicy:
     log_text: bool = False
 
     @classmethod
-    def of(cls, sock: socket.socket, keys: KeyStore, **given: Any) -> AccessPolicy:
+    def for_socket(cls, sock: socket.socket, keys: KeyStore, **given: Any) -> AccessPolicy:
         """What is right for where a socket listens: beyond loopback keys are required.
 
         Args:
