@@ -101,8 +101,8 @@ def ask(page, text):
 
 def answers(page):
     """The finished answers' texts."""
-    until(page, "!document.querySelector('.live') && document.querySelector('.stats')")
-    return [e.inner_text() for e in page.query_selector_all(".model-said .prose")]
+    until(page, "!document.querySelector('.streaming') && document.querySelector('.stats')")
+    return [e.inner_text() for e in page.query_selector_all(".assistant .prose")]
 
 
 def endless(page):
@@ -123,7 +123,7 @@ def test_ask_regenerate_edit_and_find_it_all_again(opened):
     ask(page, "What is 12 + 30?")
     assert answers(page) == ["42"]
     stats = page.inner_text(".stats")
-    assert re.fullmatch(r"\S+ tokens/s · first after \S+ m?s · \d+ tokens", stats), stats
+    assert re.fullmatch(r"\S+ tokens/s · first token after \S+ m?s · \d+ tokens", stats), stats
     page.click("[aria-label=Regenerate]")
     assert answers(page) == ["42"]
     ask(page, "What is 7 + 5?")
@@ -168,9 +168,13 @@ def test_an_answer_streams_and_is_stopped(opened, url):
     page = opened()
     endless(page)
     ask(page, "Spell otter backwards.")
-    until(page, "document.querySelector('.live .prose')?.innerText.length > 10")
-    before = page.inner_text(".live .prose")
-    until(page, "n => document.querySelector('.live .prose').innerText.length > n", arg=len(before))
+    until(page, "document.querySelector('.streaming .prose')?.innerText.length > 10")
+    before = page.inner_text(".streaming .prose")
+    until(
+        page,
+        "n => document.querySelector('.streaming .prose').innerText.length > n",
+        arg=len(before),
+    )
     page.click("[aria-label=Stop]")
     (text,) = answers(page)
     assert text.startswith(before)
@@ -189,8 +193,8 @@ def test_errors_are_words(opened):
         lambda r: r.fulfill(status=429, headers={"retry-after": "3"}, body="{}"),
     )
     ask(page, "What is 12 + 30?")
-    page.wait_for_selector(".failed:not([hidden])")
-    assert page.inner_text(".failed") == "The server is busy: try again in 3 s."
+    page.wait_for_selector(".error:not([hidden])")
+    assert page.inner_text(".error") == "The server is busy. Try again in 3 s."
     page.unroute("**/v1/chat/completions")
     page.click("[aria-label='Try again']")
     assert answers(page) == ["42"]
@@ -323,7 +327,7 @@ def test_the_cluster_view_on_a_phone_and_a_screen(opened, url, scheme):
         page.goto(f"{url}/#cluster")
         page.wait_for_selector("canvas")
         assert page.evaluate("document.querySelector('#view-cluster').scrollWidth") <= width
-        page.wait_for_selector(".card-time table")
+        page.wait_for_selector(".card-timings table")
         assert not re.search(r"\b(null|undefined|NaN)\b", page.inner_text("#cluster"))
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -339,10 +343,10 @@ def test_the_heat_map_has_the_routers_counts(opened, url):
     page = opened()
     page.click("#tab-cluster")
     page.wait_for_selector("canvas")
-    seen = httpx.get(f"{url}/cluster").json()
-    counts, steps = seen["routed"]["counts"], seen["terms"]["steps"]
+    body = httpx.get(f"{url}/cluster").json()
+    counts, steps = body["routing"]["counts"], body["step_timings"]["steps"]
     assert steps > 3
-    assert [sum(row) for row in counts] == [steps * seen["placed"]["top_k"]] * len(counts)
+    assert [sum(row) for row in counts] == [steps * body["plan"]["top_k"]] * len(counts)
     until(page, f"document.body.innerText.includes('mean of {steps} measured')")
     box = page.locator("canvas").bounding_box()
     page.locator("canvas").focus()
@@ -399,14 +403,14 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
     )
     assert took < 3000
     # A node is lost: it is said, and the page goes on.
-    big |= {"status": "failed", "reason": "rank 3 was killed by SIGKILL", "lost_rank": 3}
+    big |= {"status": "failed", "reason": "rank 3 was killed by SIGKILL", "rank": 3}
     page.wait_for_selector(".node.lost")
     assert "rank 3 was killed" in page.inner_text("#banner")
     assert page.inner_text(".node.lost .state") == "lost"
     # The server goes away: what was known stays, dimmed, with a word.
     page.unroute("**/cluster?*")
     page.route("**/cluster?*", lambda r: r.abort())
-    until(page, "document.querySelector('#banner').innerText.includes('cannot be reached')")
+    until(page, "document.querySelector('#banner').innerText.includes('Cannot reach')")
     assert len(page.query_selector_all(".node")) == 8
 
 
@@ -414,17 +418,18 @@ def large_cluster(steps):
     layers, experts, nodes, top_k = 60, 256, 8, 8
     counts = [[(layer * expert) % 7 for expert in range(experts)] for layer in range(layers)]
     runs = [[node, experts // nodes] for node in range(nodes)]
-    terms = dict.fromkeys(("trunk", "experts", "exchange", "waiting", "rest"), 4.0)
-    terms["total"] = 20.0
+    timings = dict.fromkeys(("trunk", "experts", "exchange", "waiting", "rest"), 4.0)
+    timings["total"] = 20.0
     return {
         "model": "DeepSeek-V3-0324-4bit",
         "family": "deepseek_v3",
         "status": "ok",
         "uptime_s": 5000,
         "nodes": nodes,
-        "placed": {
-            "experts": "whole", "trunk": "replicated", "reason": "", "exchanges": layers,
-            "backend": "mesh", "top_k": top_k, "bytes": int(3.8e11),
+        "recoveries": 0,
+        "plan": {
+            "placement": "whole", "trunk": "replicated", "reason": "", "all_reduces": layers,
+            "backend": "mesh", "top_k": top_k, "total_bytes": int(3.8e11),
         },
         "ranks": [
             {
@@ -434,19 +439,22 @@ def large_cluster(steps):
             for r in range(nodes)
         ],
         "memory": {"total_bytes": int(5.5e11), "available_bytes": int(1e11)},
-        "load": {"running": 3, "waiting": 1},
-        "counts": {"requests": 900, "prompt_tokens": 123456, "generated_tokens": 4567890},
-        "terms": {"steps": steps, "token_ms": terms, "rank_ms": [terms] * nodes},
+        "running": 3,
+        "waiting": 1,
+        "totals": {"requests": 900, "prompt_tokens": 123456, "generated_tokens": 4567890},
+        "step_timings": {"steps": steps, "mean_ms": timings, "rank_ms": [timings] * nodes},
         "history": {
-            "every_s": 2.0, "tokens_per_s": [40.0] * 150, "running": [3] * 150,
+            "interval_s": 2.0, "tokens_per_s": [40.0] * 150, "running": [3] * 150,
             "waiting": [1] * 150,
         },
-        "predicted": {"terms_ms": {**terms, "waiting": 0}, "tok_per_s": 62.5, "basis": "some"},
+        "prediction": {
+            "step_timings_ms": {**timings, "waiting": 0}, "tok_per_s": 62.5, "basis": "some",
+        },
         "placement": {
-            "id": "x", "sets": [[n] for n in range(nodes)], "maps": [runs],
+            "id": "x", "rank_sets": [[n] for n in range(nodes)], "patterns": [runs],
             "layers": [[n + 3, 0] for n in range(layers)],
         },
-        "routed": {"steps": steps, "counts": counts},
+        "routing": {"steps": steps, "counts": counts},
     }  # fmt: skip
 
 
@@ -468,7 +476,7 @@ def test_files_are_given_with_their_types_and_nothing_else_is(url):
             "/static//etc/passwd", "/static/..%5capp.py", "/static/app.js/", "/static/app.js%00",
         ):  # fmt: skip
             assert client.get(path).status_code == 404, path
-        brief = client.get("/cluster").json()
-        have = {"placement": brief["placement"]["id"], "steps": brief["terms"]["steps"]}
-        less = client.get("/cluster", params=have).json()
-        assert set(brief) - set(less) == {"placement", "routed"}
+        full = client.get("/cluster").json()
+        known = {"placement": full["placement"]["id"], "steps": full["step_timings"]["steps"]}
+        reduced = client.get("/cluster", params=known).json()
+        assert set(full) - set(reduced) == {"placement", "routing"}

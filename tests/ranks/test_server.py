@@ -439,7 +439,7 @@ def test_when_a_rank_is_killed_answers_go_on_and_health_says_so(tmp_path: Path) 
             status, health = shaken.health()
             assert (status, health["status"], health["rank"]) == (503, "recovering", 1)
             assert health["reason"].startswith(f"rank 1 (process {pids[1]}) was killed by SIGKILL")
-            assert health["for_s"] < 3
+            assert health["since_s"] < 3
             threads[1].start()  # it waits, rather than fail
             pieces += [chunk.choices[0].delta.content for chunk in stream]
         assert "".join(piece or "" for piece in pieces) == undisturbed

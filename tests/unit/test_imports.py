@@ -70,6 +70,7 @@ WITHOUT_MLX = (
     "server.expected_speed",
     "server.metrics",
     "server.middleware",
+    "server.plan_info",
     "server.tls",
     "text",
 )

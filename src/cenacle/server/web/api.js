@@ -1,4 +1,4 @@
-// Talking to the server: the key, errors in words, the stream of an answer.
+// Requests to the server: the API key, error messages, streamed answers.
 
 import * as store from "./store.js";
 
@@ -10,60 +10,60 @@ export class ServerError extends Error {
   }
 }
 
-let asking = null;
-let askForKey = async () => false;
-export function onKeyNeeded(ask) {
-  askForKey = ask;
+let keyRequest = null; // the open key dialog
+let promptForKey = async () => false;
+export function onKeyNeeded(prompt) {
+  promptForKey = prompt;
 }
 
-// One dialog, however many requests were refused.
-function keyGiven(refused) {
-  asking ??= askForKey(refused).finally(() => { asking = null; });
-  return asking;
+// One dialog, however many requests failed with 401.
+function requestKey(wasRejected) {
+  keyRequest ??= promptForKey(wasRejected).finally(() => { keyRequest = null; });
+  return keyRequest;
 }
 
-async function request(path, options = {}, patient = true) {
+async function request(path, options = {}, mayPrompt = true) {
   const key = store.key();
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { ...options, headers, cache: "no-store" });
+    response = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server cannot be reached. Is it running, and is this device in its network?");
+    throw new ServerError("Cannot reach the server. Check that it is running and that this device is on its network.");
   }
-  if (answer.status === 401 && patient) {
-    // Another request may have been given a key meanwhile.
-    if (store.key() !== key || (await keyGiven(key !== ""))) return request(path, options);
+  if (response.status === 401 && mayPrompt) {
+    // The key may have changed while this request was under way.
+    if (store.key() !== key || (await requestKey(key !== ""))) return request(path, options);
   }
-  if (!answer.ok) throw await inWords(answer);
-  return answer;
+  if (!response.ok) throw await toServerError(response);
+  return response;
 }
 
-async function inWords(answer) {
-  let said = "";
+async function toServerError(response) {
+  let detail = "";
   try {
-    const body = await answer.json();
-    said = body?.error?.message ?? body?.reason ?? "";
+    const body = await response.json();
+    detail = body?.error?.message ?? body?.reason ?? "";
   } catch { /* not JSON: the status has to do */ }
-  const after = Number(answer.headers.get("retry-after")) || null;
-  const words = {
-    401: "The server wants a valid key.",
-    403: "The server does not allow this.",
+  const retryAfter = Number(response.headers.get("retry-after")) || null;
+  const message = {
+    401: "The server requires a valid API key.",
+    403: "The server does not allow this request.",
     404: "The server does not know this address.",
-    413: "This is more text than the server takes at once.",
-    429: `The server is busy${after ? `: try again in ${after} s` : "; try again in a moment"}.`,
+    413: "The request is larger than the server accepts.",
+    429: `The server is busy. Try again in ${retryAfter ? `${retryAfter} s` : "a moment"}.`,
     503: "The model is not available.",
-  }[answer.status] ?? `The server answered with status ${answer.status}.`;
-  return new ServerError(said ? `${words} ${said}` : words, answer.status, after);
+  }[response.status] ?? `The server returned status ${response.status}.`;
+  return new ServerError(detail ? `${message} ${detail}` : message, response.status, retryAfter);
 }
 
-export async function json(path, patient = true) {
-  return (await request(path, {}, patient)).json();
+export async function getJson(path, mayPrompt = true) {
+  return (await request(path, {}, mayPrompt)).json();
 }
 
-// Each event of the answer: {text} and {thought} pieces, {finish}, {usage}.
-export async function* answer(body, signal) {
+// The events of a streamed answer: {text}, {reasoning}, {finish}, {usage}.
+export async function* streamChat(body, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
@@ -71,7 +71,7 @@ export async function* answer(body, signal) {
     signal,
   });
   let complete = false;
-  for await (const data of events(response.body)) {
+  for await (const data of serverSentEvents(response.body)) {
     if (data === "[DONE]") {
       complete = true;
       break;
@@ -81,29 +81,29 @@ export async function* answer(body, signal) {
     if (chunk.usage) yield { usage: chunk.usage };
     const choice = chunk.choices?.[0];
     if (!choice) continue;
-    const thought = choice.delta?.reasoning_content ?? choice.delta?.reasoning;
-    if (thought) yield { thought };
+    const reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning;
+    if (reasoning) yield { reasoning };
     if (choice.delta?.content) yield { text: choice.delta.content };
     if (choice.finish_reason) yield { finish: choice.finish_reason };
   }
-  if (!complete) throw new ServerError("The connection ended before the answer did.");
+  if (!complete) throw new ServerError("The connection closed before the answer was complete.");
 }
 
 // The data of each server-sent event.
-export async function* events(stream) {
+async function* serverSentEvents(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {
-      let piece;
+      let chunk;
       try {
-        piece = await reader.read();
+        chunk = await reader.read();
       } catch (error) {
         if (error.name === "AbortError") throw error;
         throw new ServerError("The connection was lost.");
       }
-      if (piece.done) return;
-      rest += piece.value;
+      if (chunk.done) return;
+      rest += chunk.value;
       const lines = rest.split(/\r\n|\n/);
       rest = lines.pop();
       for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trimStart();

@@ -1,4 +1,4 @@
-// The page: which view is shown, settings, the key, and whether the server is well.
+// The page: which view is shown, settings, the API key, and whether the server works.
 
 import * as api from "./api.js";
 import * as chat from "./chat.js";
@@ -10,19 +10,19 @@ for (const button of document.querySelectorAll("[data-icon]")) setIcon(button, b
 
 // ---- views
 
-function show() {
-  const name = location.hash === "#cluster" ? "cluster" : "chat";
-  for (const each of ["chat", "cluster"]) {
-    $(`view-${each}`).hidden = each !== name;
-    if (each === name) $(`tab-${each}`).setAttribute("aria-current", "page");
-    else $(`tab-${each}`).removeAttribute("aria-current");
+function showView() {
+  const current = location.hash === "#cluster" ? "cluster" : "chat";
+  for (const view of ["chat", "cluster"]) {
+    $(`view-${view}`).hidden = view !== current;
+    if (view === current) $(`tab-${view}`).setAttribute("aria-current", "page");
+    else $(`tab-${view}`).removeAttribute("aria-current");
   }
-  document.body.dataset.view = name;
-  cluster.shown(name === "cluster");
+  document.body.dataset.view = current;
+  cluster.setVisible(current === "cluster");
 }
-addEventListener("hashchange", show);
+addEventListener("hashchange", showView);
 
-// ---- settings and key
+// ---- settings and API key
 
 function applyTheme() {
   const { theme } = store.settings();
@@ -40,60 +40,60 @@ for (const dialog of document.querySelectorAll("dialog")) {
 
 const form = $("settings-form");
 $("open-settings").addEventListener("click", () => {
-  const now = { ...store.settings(), key: store.key() };
-  for (const [name, value] of Object.entries(now)) if (form.elements[name]) form.elements[name].value = value ?? "";
+  const settings = { ...store.settings(), key: store.key() };
+  for (const [name, value] of Object.entries(settings)) if (form.elements[name]) form.elements[name].value = value ?? "";
   $("settings").returnValue = "";
   $("settings").showModal();
 });
 $("settings").addEventListener("close", () => {
   if ($("settings").returnValue !== "save") return;
   const number = (name) => (form.elements[name].value === "" ? null : Number(form.elements[name].value));
-  const kept = store.saveSettings({
+  const saved = store.saveSettings({
     system: form.elements.system.value,
     temperature: number("temperature"),
     max_tokens: number("max_tokens"),
     seed: number("seed"),
     theme: form.elements.theme.value,
   }) && store.saveKey(form.elements.key.value.trim());
-  toast(kept ? "Saved" : "This browser keeps nothing: the settings are lost when you leave");
+  toast(saved ? "Saved" : "This browser does not allow storage: the settings are lost when you close the page");
   applyTheme();
 });
 
-api.onKeyNeeded((refused) => new Promise((resolve) => {
+api.onKeyNeeded((wasRejected) => new Promise((resolve) => {
   const dialog = $("key");
   const field = $("key-form").elements.key;
   field.value = "";
-  $("key-title").textContent = refused ? "The key was not accepted" : "This server asks for a key";
+  $("key-title").textContent = wasRejected ? "The API key was not accepted" : "API key required";
   dialog.returnValue = "";
   dialog.addEventListener("close", () => {
-    const given = dialog.returnValue === "save" ? field.value.trim() : "";
-    if (given) store.saveKey(given);
-    resolve(given !== "");
+    const key = dialog.returnValue === "save" ? field.value.trim() : "";
+    if (key) store.saveKey(key);
+    resolve(key !== "");
   }, { once: true });
   dialog.showModal();
 }));
 
 // ---- the server's state
 
+function showModelName(name) {
+  $("model").textContent = $("model").title = name;
+  chat.setModel(name);
+}
+
 cluster.onState((state) => {
-  const name = state?.model ?? "";
-  if (name) {
-    $("model").textContent = $("model").title = name;
-    chat.setModel(name);
-  }
-  const problem = cluster.problemOf(state);
-  $("dot").className = `dot ${problem ? "bad" : "good"}`;
-  $("tab-cluster").title = problem ?? "All nodes answer";
+  if (state?.model) showModelName(state.model);
+  const problem = cluster.describeProblem(state);
+  $("status-dot").className = `dot ${problem ? "bad" : "good"}`;
+  $("tab-cluster").title = problem ?? "All nodes are running";
   if ($("banner").textContent !== (problem ?? "")) $("banner").textContent = problem ?? "";
   $("banner").hidden = !problem;
 });
 
 applyTheme();
-show();
+showView();
 try {
-  const { data } = await api.json("/v1/models");
-  chat.setModel(data[0].id);
-  $("model").textContent = $("model").title = data[0].id;
+  const { data } = await api.getJson("/v1/models");
+  showModelName(data[0].id);
 } catch { /* the banner says what is wrong */ }
 chat.start();
 cluster.start();

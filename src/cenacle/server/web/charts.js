@@ -1,8 +1,8 @@
-// Drawing: a stacked bar, lines over the last minutes, and the heat map of layers x experts.
+// Charts: a stacked bar, sparklines of the last minutes, and the heat map of layers and experts.
 
 import { h, s } from "./dom.js";
 
-export function number(value) {
+export function formatNumber(value) {
   if (!Number.isFinite(value)) return "–";
   if (value >= 1e6) return `${(value / 1e6).toFixed(value < 1e7 ? 1 : 0)} M`;
   if (value >= 1e4) return `${(value / 1e3).toFixed(value < 1e5 ? 1 : 0)} k`;
@@ -10,64 +10,65 @@ export function number(value) {
   return value.toFixed(value >= 10 ? 1 : value >= 0.095 || value === 0 ? 2 : 3);
 }
 
-export function bytes(value) {
+export function formatBytes(value) {
   for (const [unit, size] of [["GB", 1e9], ["MB", 1e6], ["KB", 1e3]]) {
     if (value >= size) return `${(value / size).toFixed(value < 10 * size ? 1 : 0)} ${unit}`;
   }
   return `${value} B`;
 }
 
-// The colours that classes have now, in the present theme: what a canvas needs.
-export function colours(within, classes) {
+// The [red, green, blue] of CSS classes in the present theme, for a canvas.
+export function colours(parent, classes) {
   return classes.map((name) => {
     const probe = h("span", { class: `swatch ${name}` });
-    within.append(probe);
-    const found = getComputedStyle(probe).backgroundColor;
+    parent.append(probe);
+    const colour = getComputedStyle(probe).backgroundColor;
     probe.remove();
-    return found.match(/[\d.]+/g).slice(0, 3).map(Number);
+    return colour.match(/[\d.]+/g).slice(0, 3).map(Number);
   });
 }
 
-// ---- a stacked bar: segments [name, label, milliseconds], the longest bar being `most`
+// ---- a stacked bar: segments [component, label, milliseconds]; the longest bar is `longest` ms
 
-export function stacked(segments, most) {
-  const words = segments.map(([, label, value]) => `${label} ${number(value)} ms`).join(", ");
-  const bar = h("div", { class: "bar", role: "img", "aria-label": words });
+export function stackedBar(segments, longest) {
+  const description = segments.map(([, label, value]) => `${label} ${formatNumber(value)} ms`).join(", ");
+  const bar = h("div", { class: "bar", role: "img", "aria-label": description });
   for (const [name, label, value] of segments) {
-    const share = (100 * Math.max(0, value)) / most;
-    const part = h("span", { class: `part term-${name}`, title: `${label}: ${number(value)} ms` }, share > 9 ? number(value) : "");
-    part.style.width = `${share}%`;
-    bar.append(part);
+    const percent = (100 * Math.max(0, value)) / longest;
+    const segment = h("span", { class: `segment component-${name}`, title: `${label}: ${formatNumber(value)} ms` }, percent > 9 ? formatNumber(value) : "");
+    segment.style.width = `${percent}%`;
+    bar.append(segment);
   }
   return bar;
 }
 
-// ---- lines over time: series [class, label, values], the newest last
+// ---- lines over time: series [class, label, values], newest value last
 
 const WIDTH = 300;
 const HEIGHT = 64;
 const POINTS = 150;
 
-export function spark(title, series, everyS) {
-  const most = niceCeiling(Math.max(1, ...series.flatMap(([, , values]) => values)));
-  const x = (at, count) => WIDTH - ((count - 1 - at) * WIDTH) / (POINTS - 1);
-  const y = (value) => HEIGHT - 2 - (value / most) * (HEIGHT - 6);
-  const lines = series.filter(([, , v]) => v.length > 1).map(([name, , values]) => {
-    const points = values.map((v, at) => `${x(at, values.length).toFixed(1)},${y(v).toFixed(1)}`);
-    const from = x(0, values.length).toFixed(1);
+export function sparkline(title, series, intervalS) {
+  const top = niceCeiling(Math.max(1, ...series.flatMap(([, , values]) => values)));
+  const x = (index, count) => WIDTH - ((count - 1 - index) * WIDTH) / (POINTS - 1);
+  const y = (value) => HEIGHT - 2 - (value / top) * (HEIGHT - 6);
+  const lines = series.filter(([, , values]) => values.length > 1).map(([name, , values]) => {
+    const points = values.map((v, index) => `${x(index, values.length).toFixed(1)},${y(v).toFixed(1)}`);
+    const left = x(0, values.length).toFixed(1);
     return s("g", { class: `line ${name}` },
-      s("path", { class: "area", d: `M${from},${HEIGHT}L${points.join("L")}L${WIDTH},${HEIGHT}Z` }),
+      s("path", { class: "area", d: `M${left},${HEIGHT}L${points.join("L")}L${WIDTH},${HEIGHT}Z` }),
       s("path", { class: "stroke", d: `M${points.join("L")}` }));
   });
-  const now = series.map(([, label, values]) => `${number(values.at(-1) ?? 0)} ${label}`).join(", ");
+  const latest = series.map(([name, label, values]) => [name, `${formatNumber(values.at(-1) ?? 0)} ${label}`]);
+  const description = `${title}: now ${latest.map(([, text]) => text).join(", ")}; top of the chart ${formatNumber(top)}`;
   return [
     h("div", { class: "chart-title" }, h("strong", {}, title),
-      h("span", {}, series.map(([name, label, values]) => h("span", { class: `key ${name}` }, `${number(values.at(-1) ?? 0)} ${label}`)))),
+      h("span", {}, latest.map(([name, text]) => h("span", { class: `key ${name}` }, text)))),
     h("div", { class: "plot" },
-      s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": `${title}: now ${now}, at most ${number(most)} shown` },
+      s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": description },
         s("path", { class: "base", d: `M0,${HEIGHT - 1}H${WIDTH}` }), ...lines),
-      h("span", { class: "most" }, number(most))),
-    h("div", { class: "axis" }, h("span", {}, `${Math.round((POINTS * everyS) / 60)} min ago`), h("span", {}, "now")),
+      h("span", { class: "maximum" }, formatNumber(top))),
+    h("div", { class: "axis" }, h("span", {}, `${Math.round((POINTS * intervalS) / 60)} min ago`), h("span", {}, "now")),
   ];
 }
 
@@ -78,134 +79,147 @@ function niceCeiling(value) {
 
 // ---- the heat map
 
-const LEFT = 34; // room for the layers' numbers
-const TOP = 16; // and the experts'
+const LEFT = 34; // space for the layer numbers
+const TOP = 16; // and for the expert numbers
 
 export class HeatMap {
   constructor() {
     this.canvas = h("canvas", { tabindex: "0", role: "img" });
     this.tip = h("div", { class: "tip", hidden: true });
-    this.said = h("p", { class: "sr", "aria-live": "polite" });
-    this.element = h("div", { class: "heat" }, this.canvas, this.tip, this.said);
-    this.at = null; // [layer, expert] under the pointer or the keys
-    this.canvas.addEventListener("pointermove", (event) => this.point(event));
-    this.canvas.addEventListener("pointerdown", (event) => this.point(event));
-    this.canvas.addEventListener("pointerleave", () => this.mark(null));
-    this.canvas.addEventListener("blur", () => this.mark(null));
-    this.canvas.addEventListener("keydown", (event) => this.key(event));
+    this.announcement = h("p", { class: "visually-hidden", "aria-live": "polite" });
+    this.element = h("div", { class: "heat" }, this.canvas, this.tip, this.announcement);
+    this.cell = null; // [layer, expert] under the pointer or chosen by keys
+    this.canvas.addEventListener("pointermove", (event) => this.onPointer(event));
+    this.canvas.addEventListener("pointerdown", (event) => this.onPointer(event));
+    this.canvas.addEventListener("pointerleave", () => this.select(null));
+    this.canvas.addEventListener("blur", () => this.select(null));
+    this.canvas.addEventListener("keydown", (event) => this.onKey(event));
     new ResizeObserver(() => this.paint()).observe(this.element);
   }
 
   show(data) {
     this.data = data;
-    this.holders = data.placement.layers.map(([, map]) =>
-      data.placement.maps[map].flatMap(([set, many]) => Array(many).fill(set)));
-    const chosen = data.counts.flat();
-    this.most = chosen.reduce((a, b) => Math.max(a, b), 0);
+    // For each layer and expert the index of its rank set.
+    this.rankSets = data.placement.layers.map(([, pattern]) =>
+      data.placement.patterns[pattern].flatMap(([set, count]) => Array(count).fill(set)));
+    this.highest = data.counts.flat().reduce((a, b) => Math.max(a, b), 0);
     this.paint();
-    if (this.at) this.mark(this.at);
+    if (this.cell) this.select(this.cell);
   }
 
   paint() {
     const width = this.element.clientWidth;
     if (!this.data || !width) return;
-    const { placement, counts, palette, colourOf, lit } = this.data;
-    const layers = placement.layers.length;
-    const experts = Math.max(...this.holders.map((row) => row.length));
-    const across = (width - LEFT) / experts;
-    const down = Math.max(layers > 40 ? 5 : 6, Math.min(26, across, 420 / layers < across ? 420 / layers : across));
-    const height = TOP + down * layers;
+    const layers = this.data.placement.layers.length;
+    const experts = Math.max(...this.rankSets.map((row) => row.length));
+    const cellWidth = (width - LEFT) / experts;
+    const cellHeight = Math.max(layers > 40 ? 5 : 6, Math.min(26, cellWidth, 420 / layers));
+    const height = TOP + cellHeight * layers;
     const scale = devicePixelRatio || 1;
-    this.box = { across, down, layers, experts };
+    this.box = { cellWidth, cellHeight, layers, experts };
     this.canvas.width = Math.round(width * scale);
     this.canvas.height = Math.round(height * scale);
     this.canvas.style.height = `${height}px`;
     const style = getComputedStyle(this.element);
-    const surface = style.backgroundColor.match(/[\d.]+/g).slice(0, 3).map(Number);
     const pen = this.canvas.getContext("2d");
     pen.scale(scale, scale);
-    const colour = placement.sets.map((set) => colourOf(set) ?? palette[0]);
-    const bright = placement.sets.map((set) => lit(set));
-    const gap = Math.min(across, down) > 5 ? 1 : 0;
-    for (let layer = 0; layer < layers; layer++) {
-      // Whole device pixels: no seams between small cells.
-      const top = Math.round((TOP + layer * down) * scale) / scale;
-      const bottom = Math.round((TOP + (layer + 1) * down) * scale) / scale;
-      for (let expert = 0; expert < this.holders[layer].length; expert++) {
-        const set = this.holders[layer][expert];
-        const share = this.most ? Math.sqrt((counts[layer]?.[expert] ?? 0) / this.most) : 0;
-        const mix = (bright[set] ? 0.1 : 0.03) + (bright[set] ? 0.9 : 0.09) * share;
-        pen.fillStyle = `rgb(${surface.map((v, i) => Math.round(v + (colour[set][i] - v) * mix)).join(" ")})`;
-        const left = Math.round((LEFT + expert * across) * scale) / scale;
-        const right = Math.round((LEFT + (expert + 1) * across) * scale) / scale;
-        pen.fillRect(left, top, right - left - gap, bottom - top - gap);
-      }
-    }
-    pen.fillStyle = style.color;
-    pen.font = `10px ${style.fontFamily}`;
-    pen.textAlign = "right";
-    pen.textBaseline = "middle";
-    const everyLayer = step(layers, 13 / down);
-    for (let layer = 0; layer < layers; layer += everyLayer) {
-      pen.fillText(placement.layers[layer][0], LEFT - 6, TOP + (layer + 0.5) * down);
-    }
-    pen.textAlign = "center";
-    const everyExpert = step(experts, 26 / across);
-    for (let expert = 0; expert < experts; expert += everyExpert) {
-      pen.fillText(expert, LEFT + (expert + 0.5) * across, TOP / 2 - 1);
-    }
-    if (this.at) {
-      const [layer, expert] = this.at;
+    this.paintCells(pen, style, scale);
+    this.paintNumbers(pen, style);
+    if (this.cell) {
+      const [layer, expert] = this.cell;
       pen.strokeStyle = style.color;
       pen.lineWidth = 1.5;
-      pen.strokeRect(LEFT + expert * across - 0.5, TOP + layer * down - 0.5, Math.max(across, 3), Math.max(down, 3));
+      pen.strokeRect(LEFT + expert * cellWidth - 0.5, TOP + layer * cellHeight - 0.5, Math.max(cellWidth, 3), Math.max(cellHeight, 3));
     }
     this.canvas.setAttribute("aria-label", `Heat map of ${layers} layers and ${experts} experts; arrow keys read single experts`);
   }
 
-  point(event) {
-    const box = this.canvas.getBoundingClientRect();
-    const { across, down } = this.box;
-    const layer = Math.floor((event.clientY - box.top - TOP) / down);
-    const expert = Math.floor((event.clientX - box.left - LEFT) / across);
-    this.mark(this.holders[layer]?.[expert] === undefined ? null : [layer, expert]);
+  paintCells(pen, style, scale) {
+    const { placement, counts, palette, colourOf, isHighlighted } = this.data;
+    const { cellWidth, cellHeight, layers } = this.box;
+    const surface = style.backgroundColor.match(/[\d.]+/g).slice(0, 3).map(Number);
+    const colour = placement.rank_sets.map((set) => colourOf(set) ?? palette[0]);
+    const bright = placement.rank_sets.map((set) => isHighlighted(set));
+    const gap = Math.min(cellWidth, cellHeight) > 5 ? 1 : 0;
+    // Whole device pixels: no seams between small cells.
+    const snap = (value) => Math.round(value * scale) / scale;
+    for (let layer = 0; layer < layers; layer++) {
+      const top = snap(TOP + layer * cellHeight);
+      const bottom = snap(TOP + (layer + 1) * cellHeight);
+      for (const [expert, set] of this.rankSets[layer].entries()) {
+        const share = this.highest ? Math.sqrt((counts[layer]?.[expert] ?? 0) / this.highest) : 0;
+        const mix = (bright[set] ? 0.1 : 0.03) + (bright[set] ? 0.9 : 0.09) * share;
+        pen.fillStyle = `rgb(${surface.map((v, i) => Math.round(v + (colour[set][i] - v) * mix)).join(" ")})`;
+        const left = snap(LEFT + expert * cellWidth);
+        const right = snap(LEFT + (expert + 1) * cellWidth);
+        pen.fillRect(left, top, right - left - gap, bottom - top - gap);
+      }
+    }
   }
 
-  key(event) {
+  paintNumbers(pen, style) {
+    const { cellWidth, cellHeight, layers, experts } = this.box;
+    pen.fillStyle = style.color;
+    pen.font = `10px ${style.fontFamily}`;
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    const layerStep = labelStep(layers, 13 / cellHeight);
+    for (let layer = 0; layer < layers; layer += layerStep) {
+      pen.fillText(this.data.placement.layers[layer][0], LEFT - 6, TOP + (layer + 0.5) * cellHeight);
+    }
+    pen.textAlign = "center";
+    const expertStep = labelStep(experts, 26 / cellWidth);
+    for (let expert = 0; expert < experts; expert += expertStep) {
+      pen.fillText(expert, LEFT + (expert + 0.5) * cellWidth, TOP / 2 - 1);
+    }
+  }
+
+  exists([layer, expert]) {
+    return this.rankSets[layer]?.[expert] !== undefined;
+  }
+
+  onPointer(event) {
+    const bounds = this.canvas.getBoundingClientRect();
+    const { cellWidth, cellHeight } = this.box;
+    const layer = Math.floor((event.clientY - bounds.top - TOP) / cellHeight);
+    const expert = Math.floor((event.clientX - bounds.left - LEFT) / cellWidth);
+    this.select(this.exists([layer, expert]) ? [layer, expert] : null);
+  }
+
+  onKey(event) {
     const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (event.key === "Escape") this.mark(null);
+    if (event.key === "Escape") this.select(null);
     if (!move) return;
     event.preventDefault();
-    const [layer, expert] = this.at ? [this.at[0] + move[0], this.at[1] + move[1]] : [0, 0];
-    if (this.holders[layer]?.[expert] !== undefined) this.mark([layer, expert]);
-    this.said.textContent = this.tip.textContent;
+    const next = this.cell ? [this.cell[0] + move[0], this.cell[1] + move[1]] : [0, 0];
+    if (this.exists(next)) this.select(next);
+    this.announcement.textContent = this.tip.textContent;
   }
 
-  mark(at) {
-    this.at = at;
-    this.tip.hidden = at === null;
-    if (at) {
-      const [layer, expert] = at;
-      const { counts, placement, names } = this.data;
-      const row = counts[layer] ?? [];
-      const times = row[expert] ?? 0;
-      const all = row.reduce((a, b) => a + b, 0);
-      const fair = all ? (times * row.length) / all : 0;
-      this.tip.replaceChildren(
-        h("strong", {}, `Layer ${placement.layers[layer][0]}, expert ${expert}`),
-        h("span", {}, `on ${names[this.holders[layer][expert]]}`),
-        h("span", {}, `chosen ${times} time${times === 1 ? "" : "s"}${all ? `, ${fair.toFixed(2)}× its even share` : ""}`));
-      const { across, down } = this.box;
-      const x = LEFT + (expert + 0.5) * across;
-      const y = TOP + (layer + 1) * down + 6;
-      const room = this.element.clientWidth;
-      this.tip.style.left = `${Math.max(0, Math.min(x - this.tip.offsetWidth / 2, room - this.tip.offsetWidth))}px`;
-      this.tip.style.top = `${y}px`;
-    }
+  select(cell) {
+    this.cell = cell;
+    this.tip.hidden = cell === null;
+    if (cell) this.showTip(cell);
     this.paint();
+  }
+
+  showTip([layer, expert]) {
+    const { counts, placement, names } = this.data;
+    const row = counts[layer] ?? [];
+    const times = row[expert] ?? 0;
+    const total = row.reduce((a, b) => a + b, 0);
+    const load = total ? `, ${((times * row.length) / total).toFixed(2)}× an even share` : "";
+    this.tip.replaceChildren(
+      h("strong", {}, `Layer ${placement.layers[layer][0]}, expert ${expert}`),
+      h("span", {}, `on ${names[this.rankSets[layer][expert]]}`),
+      h("span", {}, `chosen ${times} time${times === 1 ? "" : "s"}${load}`));
+    const { cellWidth, cellHeight } = this.box;
+    const x = LEFT + (expert + 0.5) * cellWidth - this.tip.offsetWidth / 2;
+    this.tip.style.left = `${Math.max(0, Math.min(x, this.element.clientWidth - this.tip.offsetWidth))}px`;
+    this.tip.style.top = `${TOP + (layer + 1) * cellHeight + 6}px`;
   }
 }
 
-function step(count, atLeast) {
-  return [1, 2, 4, 5, 8, 10, 16, 20, 32, 64, 128].find((n) => n >= atLeast) ?? count;
+function labelStep(count, minimum) {
+  return [1, 2, 4, 5, 8, 10, 16, 20, 32, 64, 128].find((n) => n >= minimum) ?? count;
 }

@@ -1,35 +1,35 @@
-// The conversations: what was asked, the answer as it comes, and what can be done with both.
+// The chat view: conversations, answers while they stream, and what can be done with both.
 
 import * as api from "./api.js";
 import { $, copyText, download, h, icon, iconButton, setIcon, toast } from "./dom.js";
 import { render } from "./markdown.js";
 import * as store from "./store.js";
 
-let talk = store.newConversation(); // the one that is shown
-let running = null; // the answer that is coming: {talk, message, control}
+let shown = store.newConversation();
+let running = null; // the answer that streams: {conversation, message, control}
 let editing = null; // index of the question that is being edited
 let model = "";
 
+const SHOWN_ENTRY = "cenacle.conversation";
 const EXAMPLES = ["Explain what a mixture of experts is.", "What is 12 + 30?", "Write a haiku about rain."];
 
 export function start() {
-  const last = sessionStorage.getItem("cenacle.talk");
-  talk = store.conversations().find((t) => t.id === last) ?? talk;
+  shown = store.findConversation(sessionStorage.getItem(SHOWN_ENTRY)) ?? shown;
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     if (running) stop();
     else submit();
   });
   const input = $("input");
-  input.addEventListener("input", fit);
-  input.addEventListener("keydown", typed);
+  input.addEventListener("input", fitComposer);
+  input.addEventListener("keydown", onKeyDown);
   $("new").addEventListener("click", () => { open(store.newConversation()); closeList(); });
   $("cancel-edit").addEventListener("click", () => cancelEdit());
   $("export-all").addEventListener("click", exportAll);
   $("open-list").addEventListener("click", () => ($("list").classList.contains("open") ? closeList() : openList()));
   $("shade").addEventListener("click", closeList);
-  $("down").addEventListener("click", () => toEnd(true));
-  $("scroll").addEventListener("scroll", showDown, { passive: true });
+  $("scroll-down").addEventListener("click", () => scrollToEnd(true));
+  $("scroll").addEventListener("scroll", updateScrollButton, { passive: true });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if (running) stop();
@@ -37,37 +37,37 @@ export function start() {
     else closeList();
   });
   addEventListener("storage", (event) => {
-    if (event.key?.startsWith("cenacle.talk.") && !running) {
-      talk = store.conversations().find((t) => t.id === talk.id) ?? talk;
+    if (event.key?.startsWith(store.ENTRY_PREFIX) && !running) {
+      shown = store.findConversation(shown.id) ?? shown;
       showAll();
     }
   });
   showAll();
-  toEnd(true);
+  scrollToEnd(true);
 }
 
 export function setModel(name) {
   model = name;
 }
 
-function open(other) {
+function open(conversation) {
   if (editing !== null) cancelEdit();
-  talk = other;
-  sessionStorage.setItem("cenacle.talk", talk.id);
+  shown = conversation;
+  sessionStorage.setItem(SHOWN_ENTRY, shown.id);
   showAll();
-  toEnd(true);
+  scrollToEnd(true);
   if (!matchMedia("(pointer: coarse)").matches) $("input").focus();
 }
 
 // ---- asking
 
-function typed(event) {
+function onKeyDown(event) {
   const enter = event.key === "Enter" && !event.shiftKey && !event.isComposing;
   if (enter && !matchMedia("(pointer: coarse)").matches) {
     event.preventDefault();
     if (!running) submit();
   } else if (event.key === "ArrowUp" && !$("input").value && !running) {
-    const last = talk.messages.findLastIndex((m) => m.role === "user");
+    const last = shown.messages.findLastIndex((m) => m.role === "user");
     if (last >= 0) {
       event.preventDefault();
       edit(last);
@@ -78,75 +78,89 @@ function typed(event) {
 function submit() {
   const text = $("input").value.trim();
   if (!text || running) return;
-  if (editing !== null) talk.messages.length = editing;
+  if (editing !== null) shown.messages.length = editing;
   cancelEdit();
-  talk.messages.push({ role: "user", content: text });
+  shown.messages.push({ role: "user", content: text });
   $("input").value = "";
-  fit();
+  fitComposer();
   ask();
 }
 
 async function ask() {
-  const asked = talk;
+  const conversation = shown;
   const message = { role: "assistant", content: "" };
-  const setup = store.settings();
-  const history = asked.messages.filter((m) => m.role === "user" || m.content)
+  const settings = store.settings();
+  const history = conversation.messages.filter((m) => m.role === "user" || m.content)
     .map(({ role, content }) => ({ role, content }));
+  const options = ["temperature", "max_tokens", "seed"].filter((k) => settings[k] !== null).map((k) => [k, settings[k]]);
   const body = {
-    messages: setup.system.trim() ? [{ role: "system", content: setup.system }, ...history] : history,
-    ...Object.fromEntries(["temperature", "max_tokens", "seed"].filter((k) => setup[k] !== null).map((k) => [k, setup[k]])),
+    messages: settings.system.trim() ? [{ role: "system", content: settings.system }, ...history] : history,
+    ...Object.fromEntries(options),
   };
-  asked.messages.push(message);
-  asked.at = Date.now();
-  sessionStorage.setItem("cenacle.talk", asked.id);
-  running = { talk: asked, message, control: new AbortController() };
-  keep(asked);
+  conversation.messages.push(message);
+  conversation.updatedAt = Date.now();
+  sessionStorage.setItem(SHOWN_ENTRY, conversation.id);
+  running = { conversation, message, control: new AbortController() };
+  saveConversation(conversation);
   showAll();
-  toEnd(true);
-  const began = performance.now();
-  let first = 0;
-  let last = 0;
-  let pieces = 0;
-  let counted = null;
+  scrollToEnd(true);
+  const clock = new AnswerClock();
   try {
-    model ||= (await api.json("/v1/models")).data[0].id;
-    for await (const event of api.answer({ model, ...body }, running.control.signal)) {
-      if (event.text || event.thought) {
-        last = performance.now();
-        first ||= last;
-        pieces += 1;
-      }
-      if (event.thought) message.thought = (message.thought ?? "") + event.thought;
+    model ||= (await api.getJson("/v1/models")).data[0].id;
+    for await (const event of api.streamChat({ model, ...body }, running.control.signal)) {
+      if (event.text || event.reasoning) clock.addPiece();
+      if (event.reasoning) message.reasoning = (message.reasoning ?? "") + event.reasoning;
       if (event.text) message.content += event.text;
       if (event.finish) message.finish = event.finish;
-      if (event.usage) counted = event.usage;
-      soon();
+      if (event.usage) clock.usage = event.usage;
+      scheduleUpdate();
     }
   } catch (error) {
     if (error.name === "AbortError") message.finish = "stopped";
-    else message.error = error instanceof api.ServerError ? error.message : `Something went wrong here: ${error.message}`;
+    else message.error = error instanceof api.ServerError ? error.message : `Error in this page: ${error.message}`;
   }
-  if (first) {
-    const tokens = counted?.completion_tokens ?? pieces;
-    message.stats = {
-      tokens,
-      exact: counted !== null,
-      first_s: (first - began) / 1000,
-      per_s: last > first && tokens > 1 ? (1000 * (tokens - 1)) / (last - first) : null,
-      prompt: counted?.prompt_tokens ?? null,
-      cached: counted?.prompt_tokens_details?.cached_tokens ?? 0,
-    };
-  }
+  if (clock.first) message.stats = clock.stats();
+  finishAnswer(conversation, message);
+}
+
+function finishAnswer(conversation, message) {
   running = null;
-  asked.at = Date.now();
-  if (store.conversations().some((t) => t.id === asked.id)) keep(asked); // unless it was deleted
-  if (asked === talk) {
-    const follow = atEnd();
-    showAll();
-    if (follow) toEnd(true);
-    $("said").textContent = message.error ?? (message.finish === "stopped" ? "Stopped." : "The answer is complete.");
-  } else {
+  conversation.updatedAt = Date.now();
+  if (store.findConversation(conversation.id)) saveConversation(conversation); // unless it was deleted
+  if (conversation !== shown) {
     showList();
+    return;
+  }
+  const follow = isAtEnd();
+  showAll();
+  if (follow) scrollToEnd(true);
+  $("announcement").textContent = message.error ?? (message.finish === "stopped" ? "Stopped." : "The answer is complete.");
+}
+
+// When the pieces of an answer came.
+class AnswerClock {
+  constructor() {
+    this.start = performance.now();
+    this.first = this.last = this.pieces = 0;
+    this.usage = null; // the server's count of tokens
+  }
+
+  addPiece() {
+    this.last = performance.now();
+    this.first ||= this.last;
+    this.pieces += 1;
+  }
+
+  stats() {
+    const tokens = this.usage?.completion_tokens ?? this.pieces;
+    return {
+      tokens,
+      exact: this.usage !== null,
+      first_s: (this.first - this.start) / 1000,
+      per_s: this.last > this.first && tokens > 1 ? (1000 * (tokens - 1)) / (this.last - this.first) : null,
+      prompt: this.usage?.prompt_tokens ?? null,
+      cached: this.usage?.prompt_tokens_details?.cached_tokens ?? 0,
+    };
   }
 }
 
@@ -154,18 +168,18 @@ function stop() {
   running?.control.abort();
 }
 
-function again() {
+function regenerate() {
   if (running) return;
-  while (talk.messages.at(-1)?.role === "assistant") talk.messages.pop();
-  if (talk.messages.length) ask();
+  while (shown.messages.at(-1)?.role === "assistant") shown.messages.pop();
+  if (shown.messages.length) ask();
 }
 
 function edit(index) {
   if (running) return;
   editing = index;
   $("editing").hidden = false;
-  $("input").value = talk.messages[index].content;
-  fit();
+  $("input").value = shown.messages[index].content;
+  fitComposer();
   $("input").focus();
   showMessages();
 }
@@ -175,52 +189,52 @@ function cancelEdit() {
   editing = null;
   $("editing").hidden = true;
   $("input").value = "";
-  fit();
+  fitComposer();
   showMessages();
 }
 
-function keep(which) {
-  if (!store.save(which)) toast("This browser keeps no more: export or delete conversations");
+function saveConversation(conversation) {
+  if (!store.save(conversation)) toast("The browser's storage is full: export or delete conversations");
 }
 
 // ---- showing
 
 let frame = 0;
-function soon() {
+function scheduleUpdate() {
   frame ||= requestAnimationFrame(() => {
     frame = 0;
-    if (running?.talk !== talk) return;
-    const follow = atEnd();
+    if (running?.conversation !== shown) return;
+    const follow = isAtEnd();
     showAnswer($("messages").lastElementChild, running.message, true);
-    if (follow) toEnd();
-    showDown();
+    if (follow) scrollToEnd();
+    updateScrollButton();
   });
 }
 
 function showAll() {
   showMessages();
   showList();
-  fit();
+  fitComposer();
 }
 
 function showMessages() {
   const box = $("messages");
-  if (!talk.messages.length) {
+  if (!shown.messages.length) {
     box.replaceChildren(h("div", { class: "empty" },
       h("img", { src: "/static/icon.svg", alt: "", width: 52, height: 52 }),
       h("h1", {}, "What would you like to know?"),
-      h("p", {}, `${model || "The model"} answers on your own machines. Nothing leaves them.`),
+      h("p", {}, `${model || "The model"} runs on your own machines. Your messages stay there.`),
       h("div", { class: "examples" }, EXAMPLES.map((text) =>
         h("button", { type: "button", onclick: () => { $("input").value = text; submit(); } }, text)))));
     return;
   }
-  box.replaceChildren(...talk.messages.map((message, index) =>
-    message.role === "user" ? question(message, index) : answerOf(message, index)));
-  showDown();
+  box.replaceChildren(...shown.messages.map((message, index) =>
+    message.role === "user" ? questionElement(message, index) : answerElement(message, index)));
+  updateScrollButton();
 }
 
-function question(message, index) {
-  const last = index === talk.messages.findLastIndex((m) => m.role === "user");
+function questionElement(message, index) {
+  const last = index === shown.messages.findLastIndex((m) => m.role === "user");
   return h("article", { class: `message user${editing === index ? " edited" : ""}`, "aria-label": "You" },
     h("div", { class: "bubble" }, message.content),
     h("div", { class: "tools" },
@@ -228,75 +242,74 @@ function question(message, index) {
       iconButton("copy", "Copy", () => copyText(message.content))));
 }
 
-function answerOf(message, index) {
-  const live = running?.message === message;
-  const element = h("article", { class: "message model-said", "aria-label": "Model" },
-    h("details", { class: "thought", hidden: true }, h("summary"), h("div", { class: "text" })),
+function answerElement(message, index) {
+  const streaming = running?.message === message;
+  const element = h("article", { class: "message assistant", "aria-label": "Model" },
+    h("details", { class: "reasoning", hidden: true }, h("summary"), h("div", { class: "text" })),
     h("div", { class: "text prose" }),
-    h("p", { class: "failed", hidden: true }),
+    h("p", { class: "error", hidden: true }),
     h("div", { class: "foot" }));
-  showAnswer(element, message, live, index === talk.messages.length - 1);
+  showAnswer(element, message, streaming, index === shown.messages.length - 1);
   return element;
 }
 
-function showAnswer(element, message, live, last = true) {
-  const [thought, text, failed, foot] = element.children;
-  thought.hidden = !message.thought;
-  if (message.thought) {
-    const thinking = live && !message.content;
-    thought.firstChild.textContent = thinking ? "Thinking…" : "Thoughts";
-    render(thought.lastChild, message.thought);
+function showAnswer(element, message, streaming, isLast = true) {
+  const [reasoning, text, error, foot] = element.children;
+  reasoning.hidden = !message.reasoning;
+  if (message.reasoning) {
+    reasoning.firstChild.textContent = streaming && !message.content ? "Thinking…" : "Reasoning";
+    render(reasoning.lastChild, message.reasoning);
   }
-  element.classList.toggle("live", live);
-  element.classList.toggle("waiting", live && !message.content && !message.thought);
+  element.classList.toggle("streaming", streaming);
+  element.classList.toggle("waiting", streaming && !message.content && !message.reasoning);
   render(text, message.content);
-  failed.hidden = !message.error;
-  failed.textContent = message.error ?? "";
-  if (live) return;
+  error.hidden = !message.error;
+  error.textContent = message.error ?? "";
+  if (streaming) return;
   foot.replaceChildren(
     h("div", { class: "tools" },
       message.content && iconButton("copy", "Copy", () => copyText(message.content)),
-      last && !running && iconButton("again", message.error ? "Try again" : "Regenerate", again)),
-    h("span", { class: "stats" }, statsOf(message)));
+      isLast && !running && iconButton("retry", message.error ? "Try again" : "Regenerate", regenerate)),
+    h("span", { class: "stats" }, describeStats(message)));
 }
 
-function statsOf({ stats, finish }) {
+function describeStats({ stats, finish }) {
   const parts = [];
   if (stats) {
     const about = stats.exact ? "" : "about ";
     if (stats.per_s) parts.push(`${about}${stats.per_s.toFixed(stats.per_s < 10 ? 1 : 0)} tokens/s`);
-    parts.push(`first after ${stats.first_s < 1 ? `${Math.round(1000 * stats.first_s)} ms` : `${stats.first_s.toFixed(1)} s`}`);
+    parts.push(`first token after ${stats.first_s < 1 ? `${Math.round(1000 * stats.first_s)} ms` : `${stats.first_s.toFixed(1)} s`}`);
     parts.push(`${about}${stats.tokens} token${stats.tokens === 1 ? "" : "s"}`);
-    if (stats.cached) parts.push(`${stats.cached} of ${stats.prompt} prompt tokens remembered`);
+    if (stats.cached) parts.push(`${stats.cached} of ${stats.prompt} prompt tokens cached`);
   }
   if (finish === "stopped") parts.push("stopped");
-  if (finish === "length") parts.push("cut at the most tokens");
+  if (finish === "length") parts.push("reached the token limit");
   return parts.join(" · ");
 }
 
 function showList() {
   const all = store.conversations();
-  $("conversations").replaceChildren(...all.map((other) => {
-    const current = other.id === talk.id;
-    const row = h("li", { class: current ? "current" : null },
+  $("conversations").replaceChildren(...all.map((conversation) => {
+    const current = conversation.id === shown.id;
+    const isAnswering = () => running?.conversation.id === conversation.id;
+    return h("li", { class: current ? "current" : null },
       h("button", {
         class: "pick", type: "button", "aria-current": current ? "true" : null,
-        onclick: () => { open(running?.talk.id === other.id ? running.talk : other); closeList(); },
-      }, running?.talk.id === other.id && h("span", { class: "pulse", "aria-label": "answering" }), h("span", {}, store.titleOf(other))),
-      menuOf(other));
-    return row;
+        onclick: () => { open(isAnswering() ? running.conversation : conversation); closeList(); },
+      }, isAnswering() && h("span", { class: "pulse", "aria-label": "answering" }), h("span", {}, store.titleOf(conversation))),
+      menuElements(conversation));
   }));
   if (!all.length) $("conversations").append(h("li", { class: "none" }, "No conversations yet"));
 }
 
-function menuOf(other) {
-  const menu = h("div", { class: "menu", popover: "auto", id: `menu-${other.id}` },
-    h("button", { type: "button", onclick: () => { menu.hidePopover(); rename(other, button.parentElement); } }, "Rename"),
-    h("button", { type: "button", onclick: () => { menu.hidePopover(); download(`${fileName(other)}.md`, store.asMarkdown(other), "text/markdown"); } }, "Export as Markdown"),
-    h("button", { type: "button", onclick: () => { menu.hidePopover(); download(`${fileName(other)}.json`, JSON.stringify(other, null, 1), "application/json"); } }, "Export as JSON"),
-    h("button", { type: "button", class: "danger", onclick: () => { menu.hidePopover(); remove(other); } }, "Delete"));
+function menuElements(conversation) {
+  const menu = h("div", { class: "menu", popover: "auto", id: `menu-${conversation.id}` },
+    h("button", { type: "button", onclick: () => { menu.hidePopover(); rename(conversation, button.parentElement); } }, "Rename"),
+    h("button", { type: "button", onclick: () => { menu.hidePopover(); download(`${fileName(conversation)}.md`, store.toMarkdown(conversation), "text/markdown"); } }, "Export as Markdown"),
+    h("button", { type: "button", onclick: () => { menu.hidePopover(); download(`${fileName(conversation)}.json`, JSON.stringify(conversation, null, 1), "application/json"); } }, "Export as JSON"),
+    h("button", { type: "button", class: "danger", onclick: () => { menu.hidePopover(); remove(conversation); } }, "Delete"));
   const button = h("button", { class: "icon", type: "button", "aria-haspopup": "menu" }, icon("more"));
-  button.setAttribute("aria-label", `More about ${store.titleOf(other)}`);
+  button.setAttribute("aria-label", `Options for ${store.titleOf(conversation)}`);
   button.popoverTargetElement = menu;
   menu.addEventListener("toggle", (event) => {
     if (event.newState !== "open") return;
@@ -308,48 +321,48 @@ function menuOf(other) {
   return [button, menu];
 }
 
-const fileName = (other) => store.titleOf(other).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "conversation";
+const fileName = (conversation) => store.titleOf(conversation).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "conversation";
 
-function rename(other, row) {
+function rename(conversation, row) {
   const field = h("input", { class: "rename", "aria-label": "New name", maxlength: 120 });
-  field.value = store.titleOf(other);
-  const done = (saving) => {
+  field.value = store.titleOf(conversation);
+  const finish = (saving) => {
     field.onblur = null;
     if (saving && field.value.trim()) {
-      other.title = field.value.trim();
-      if (other.id === talk.id) talk.title = other.title;
-      keep(other.id === talk.id ? talk : other);
+      conversation.title = field.value.trim();
+      if (conversation.id === shown.id) shown.title = conversation.title;
+      saveConversation(conversation.id === shown.id ? shown : conversation);
     }
     showList();
   };
-  field.onblur = () => done(true);
+  field.onblur = () => finish(true);
   field.addEventListener("keydown", (event) => {
     event.stopPropagation();
-    if (event.key === "Enter") done(true);
-    if (event.key === "Escape") done(false);
+    if (event.key === "Enter") finish(true);
+    if (event.key === "Escape") finish(false);
   });
   row.replaceChildren(field);
   field.focus();
   field.select();
 }
 
-function remove(other) {
-  if (running?.talk.id === other.id) stop();
-  store.remove(other.id);
-  if (other.id === talk.id) open(store.newConversation());
+function remove(conversation) {
+  if (running?.conversation.id === conversation.id) stop();
+  store.remove(conversation.id);
+  if (conversation.id === shown.id) open(store.newConversation());
   else showList();
-  toast("Conversation deleted", "Undo", () => { store.save(other); open(other); });
+  toast("Conversation deleted", "Undo", () => { store.save(conversation); open(conversation); });
 }
 
 function exportAll() {
   const all = store.conversations();
-  if (!all.length) return toast("There is nothing to export yet");
+  if (!all.length) return toast("There are no conversations to export");
   download("cenacle-conversations.json", JSON.stringify(all, null, 1), "application/json");
 }
 
 // ---- the window
 
-function fit() {
+function fitComposer() {
   const input = $("input");
   input.style.height = "auto";
   input.style.height = `${Math.min(input.scrollHeight, innerHeight * 0.4)}px`;
@@ -359,18 +372,18 @@ function fit() {
   send.disabled = !running && !input.value.trim();
 }
 
-function atEnd() {
+function isAtEnd() {
   const box = $("scroll");
   return box.scrollHeight - box.scrollTop - box.clientHeight < 60;
 }
 
-function toEnd(now = false) {
+function scrollToEnd(now = false) {
   const box = $("scroll");
   box.scrollTo({ top: box.scrollHeight, behavior: now ? "instant" : "auto" });
 }
 
-function showDown() {
-  $("down").hidden = atEnd();
+function updateScrollButton() {
+  $("scroll-down").hidden = isAtEnd();
 }
 
 function openList() {

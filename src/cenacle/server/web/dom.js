@@ -1,4 +1,4 @@
-// Making elements and icons. Text is always text: nothing here or elsewhere parses HTML.
+// Elements and icons. Text stays text: nothing on this page parses HTML.
 
 const PATHS = {
   menu: "M4 6h16M4 12h16M4 18h16",
@@ -8,7 +8,7 @@ const PATHS = {
   down: "M12 5v14M5 12l7 7 7-7",
   copy: "M9 9h11v11H9zM5 15H4V4h11v1",
   check: "M4 12l5 5L20 6",
-  again: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
+  retry: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
   more: "M5 12h.01M12 12h.01M19 12h.01",
   close: "M6 6l12 12M18 6L6 18",
@@ -56,7 +56,7 @@ export function iconButton(name, label, onclick) {
 
 export const $ = (id) => document.getElementById(id);
 
-let hiding = 0;
+let hideTimer = 0;
 export function toast(text, action, onclick) {
   const box = $("toast");
   box.replaceChildren(h("span", {}, text));
@@ -64,22 +64,22 @@ export function toast(text, action, onclick) {
     box.append(h("button", { class: "link", type: "button", onclick: () => { box.hidden = true; onclick(); } }, action));
   }
   box.hidden = false;
-  clearTimeout(hiding);
-  hiding = setTimeout(() => { box.hidden = true; }, action ? 8000 : 2500);
+  clearTimeout(hideTimer);
+  hideTimer = setTimeout(() => { box.hidden = true; }, action ? 8000 : 2500);
 }
 
 export async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // Only pages of https and of this machine may use the clipboard directly.
-    const area = h("textarea", { class: "sr", readonly: true });
+    // The clipboard API exists only on https and localhost.
+    const area = h("textarea", { class: "visually-hidden", readonly: true });
     area.value = text;
     document.body.append(area);
     area.select();
-    const done = document.execCommand("copy");
+    const copied = document.execCommand("copy");
     area.remove();
-    if (!done) return toast("The browser did not allow copying");
+    if (!copied) return toast("The browser does not allow copying");
   }
   toast("Copied");
 }

@@ -1,14 +1,14 @@
-// What is kept in the browser: settings, the key, conversations. One entry per conversation, so
-// that two windows do not write over each other's.
+// What the browser stores: settings, the API key, conversations. Each conversation is an entry of
+// its own, so that two windows do not overwrite each other's.
 
 const PREFIX = "cenacle.";
 const DEFAULTS = { system: "", temperature: null, max_tokens: null, seed: null, theme: "auto" };
 
-function read(name, otherwise) {
+function read(name, fallback) {
   try {
-    return JSON.parse(localStorage.getItem(PREFIX + name)) ?? otherwise;
+    return JSON.parse(localStorage.getItem(PREFIX + name)) ?? fallback;
   } catch {
-    return otherwise; // not ours, or the browser keeps nothing
+    return fallback; // damaged, or storage is not allowed
   }
 }
 
@@ -26,33 +26,37 @@ export const saveSettings = (value) => write("settings", value);
 export const key = () => read("key", "");
 export const saveKey = (value) => write("key", value);
 
+export const ENTRY_PREFIX = `${PREFIX}conversation.`;
+const entryName = (id) => `conversation.${id}`;
+
 export function newConversation() {
   const id = Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
-  return { id, title: "", at: Date.now(), messages: [] };
+  return { id, title: "", updatedAt: Date.now(), messages: [] };
 }
 
-// The newest first. A damaged entry is passed over.
+// Newest first. Damaged entries are skipped.
 export function conversations() {
-  const found = [];
+  const all = [];
   for (let i = 0; i < localStorage.length; i++) {
     const name = localStorage.key(i);
-    if (!name.startsWith(PREFIX + "talk.")) continue;
-    const talk = read(name.slice(PREFIX.length), null);
-    if (talk && typeof talk.id === "string" && Array.isArray(talk.messages)) found.push(talk);
+    if (!name.startsWith(ENTRY_PREFIX)) continue;
+    const conversation = read(name.slice(PREFIX.length), null);
+    if (conversation && typeof conversation.id === "string" && Array.isArray(conversation.messages)) all.push(conversation);
   }
-  return found.sort((a, b) => b.at - a.at);
+  return all.sort((a, b) => b.updatedAt - a.updatedAt);
 }
 
-export const save = (talk) => write("talk." + talk.id, talk);
-export const remove = (id) => localStorage.removeItem(PREFIX + "talk." + id);
+export const findConversation = (id) => conversations().find((c) => c.id === id);
+export const save = (conversation) => write(entryName(conversation.id), conversation);
+export const remove = (id) => localStorage.removeItem(PREFIX + entryName(id));
 
-export function titleOf(talk) {
-  if (talk.title) return talk.title;
-  const first = talk.messages.find((m) => m.role === "user")?.content.trim().replace(/\s+/g, " ") ?? "";
+export function titleOf(conversation) {
+  if (conversation.title) return conversation.title;
+  const first = conversation.messages.find((m) => m.role === "user")?.content.trim().replace(/\s+/g, " ") ?? "";
   return first.length > 60 ? first.slice(0, 57) + "…" : first || "New conversation";
 }
 
-export function asMarkdown(talk) {
-  const parts = talk.messages.map((m) => `**${m.role === "user" ? "You" : "Model"}**\n\n${m.content}`);
-  return `# ${titleOf(talk)}\n\n${parts.join("\n\n---\n\n")}\n`;
+export function toMarkdown(conversation) {
+  const messages = conversation.messages.map((m) => `**${m.role === "user" ? "You" : "Model"}**\n\n${m.content}`);
+  return `# ${titleOf(conversation)}\n\n${messages.join("\n\n---\n\n")}\n`;
 }
