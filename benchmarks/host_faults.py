@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cenacle.cluster import client as joining
-from cenacle.cluster.membership import SETTLED_S
+from cenacle.cluster.membership import PROVEN_AFTER_S
 from cenacle.cluster.security import identity as identities
 from cenacle.cluster.security import pairing
 from cenacle.errors import CenacleError, ClusterError
@@ -183,7 +183,7 @@ def corrupted(trial: Trial, host: Host) -> Iterator[None]:
     yield
     trial.cluster.join(host)
     expect(trial.wait_for(lambda: trial.health.whole, RECOVERED_S), "it did not fetch its part")
-    time.sleep(SETTLED_S + 1)  # else it is left out for a while, as one that flaps
+    time.sleep(PROVEN_AFTER_S + 1)  # else it is left out for a while, as one that flaps
     host.kill(JOIN)
     (part,) = (host.folder / ".cache/cenacle/models").iterdir()
     noted = [json.loads(line) for line in (part / JOURNAL).read_text().split("\n") if line]

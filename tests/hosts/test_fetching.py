@@ -96,7 +96,7 @@ def test_with_room_it_goes_on_and_each_machine_has_its_part(cluster):
     assert cluster.answer() == "42"
     whole = on_disk(DEMO)
     for host in (cluster.b, cluster.c):
-        part = cluster.nodes()[host.letter]["part"]
+        part = cluster.nodes()[host.letter]["download_progress"]
         assert part["done"] == part["total"] < 0.7 * whole
         assert on_disk(cluster.part(host)) <= 1.05 * part["total"] + (256 << 10)
         assert f"fetched into {cluster.part(host)}" in host.log.read_text()
@@ -120,7 +120,7 @@ def test_after_a_loss_the_others_fetch_what_they_lack(cluster):
     stream = Streaming(cluster, 400).begun()
     cluster.c.kill()
     assert stream.end() == text
-    until(lambda: not cluster.nodes()["c"]["here"], "that c is missed")
+    until(lambda: not cluster.nodes()["c"]["connected"], "that c is missed")
     assert until(lambda: cluster.healthy()["nodes"] == 2, "the group of two")
     assert cluster.answer() == "42"
     assert (times_sent(cluster.hub, WEIGHTS) == 1).all()

@@ -150,7 +150,7 @@ def test_an_agent_that_is_killed_takes_its_rank_along(cluster, undisturbed):
     cluster.b.kill(JOIN)
     until(lambda: not cluster.b.pids(), "the end of its rank", 5)
     assert not any(cluster.b.temporary.iterdir())
-    until(lambda: not cluster.nodes()["b"]["here"], "that it is missed", 5)
+    until(lambda: not cluster.nodes()["b"]["connected"], "that it is missed", 5)
     assert time.monotonic() - began < 5
     assert stream.end() == undisturbed  # on two machines
     assert cluster.healthy()["nodes"] == 2
@@ -192,15 +192,15 @@ def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
     (rank,) = cluster.c.pids(WORKER)
     began = time.monotonic()
     cluster.network.link(cluster.c, "down")
-    until(lambda: "c has not been heard" in cluster.a.log.read_text(), "that it is missed", 6)
+    until(lambda: "c has sent no heartbeat" in cluster.a.log.read_text(), "that it is missed", 6)
     missed = time.monotonic() - began
     until(lambda: rank not in cluster.c.pids(), "the end of its rank", 6)
     assert stream.end() == undisturbed
     print(f"cable pulled: missed after {missed:.1f} s, pause {stream.longest_pause_s:.1f} s")
     assert missed < 5
-    assert "the machine c (10.99.0.3) has not been heard for 4 s" in cluster.a.log.read_text()
+    assert "node c (10.99.0.3) has sent no heartbeat for 4 s" in cluster.a.log.read_text()
     cluster.network.link(cluster.c, "up")
-    until(lambda: cluster.nodes()["c"]["here"], "c again")  # by itself
+    until(lambda: cluster.nodes()["c"]["connected"], "c again")  # by itself
 
 
 def test_two_heads_do_not_take_each_others_machines(cluster):
@@ -239,7 +239,7 @@ def flip(folder: Path) -> None:
 
 def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster):
     streams = [Streaming(cluster, 600, path).begun() for path in (CHAT, MESSAGES)]
-    before = cluster.status(cluster.b)["formation"]
+    before = cluster.status(cluster.b)["group_id"]
     (head,) = cluster.a.pids(UP)
     os.kill(head, signal.SIGTERM)
     for stream in streams:
@@ -261,7 +261,7 @@ def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster)
     is_waited_for(cluster)
     cluster.up()
     assert cluster.healthy()["nodes"] == 3
-    assert cluster.status(cluster.b)["formation"] > before
+    assert cluster.status(cluster.b)["group_id"] > before
     assert cluster.answer() == "42"
 
 
@@ -297,7 +297,7 @@ def test_a_host_that_dies_is_done_without(cluster, undisturbed):
     assert cluster.healthy()["nodes"] == 2
     print(f"a host killed: longest pause {stream.longest_pause_s:.1f} s")
     cluster.join(cluster.c)
-    until(lambda: cluster.nodes()["c"]["here"], "c again")
+    until(lambda: cluster.nodes()["c"]["connected"], "c again")
 
 
 def test_in_the_end_nothing_is_left(cluster):

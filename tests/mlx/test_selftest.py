@@ -14,7 +14,7 @@ from one_process import VECTORS
 
 import cenacle
 from cenacle import verification
-from cenacle.cluster.head import Formation
+from cenacle.cluster.head import GroupMembership
 from cenacle.cluster.link_probe import Link
 from cenacle.cluster.membership import Node
 from cenacle.core.plan import Plan
@@ -208,7 +208,7 @@ def test_a_link_is_compared_with_the_others_where_nothing_is_known():
 def formed(link):
     members = tuple(Node(n, n, True, "", facts={"processor": "p"}) for n in "ab")
     return SimpleNamespace(
-        formation=Formation(1, members), links={(0, 1): link}, backend="mesh", exchange=""
+        formation=GroupMembership(1, members), links={(0, 1): link}, backend="mesh", exchange=""
     )
 
 

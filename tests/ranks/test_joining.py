@@ -90,9 +90,9 @@ def names(head):
 def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path):
     identity = pair(tmp_path, HOST, head.port, head.invite(), "two")
     assert identity.remembered()["name"] == "two"
-    assert not names(head)["two"]["here"]
+    assert not names(head)["two"]["connected"]
     with agent(identity, head.port) as (said, _):
-        node = until(lambda: names(head)["two"]["here"] and names(head)["two"], "two")
+        node = until(lambda: names(head)["two"]["connected"] and names(head)["two"], "two")
         assert until(lambda: said, "a word") == [f"two is in the cluster of {HOST}:{head.port}"]
         assert node["address"] == HOST
         assert node["memory_bytes"] > node["available_bytes"] > 0
@@ -100,7 +100,7 @@ def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path)
         with agent(identity, head.port) as (other, _):  # a copied folder
             until(lambda: other, "a word")
             assert "is here already" in other[0]
-    until(lambda: not names(head)["two"]["here"], "the end of two")
+    until(lambda: not names(head)["two"]["connected"], "the end of two")
     assert names(head)["two"]["reason"] == "has lost its agent"
 
 
@@ -268,7 +268,7 @@ def test_only_the_head_may_end_it_or_invite(head, tmp_path):
     for what in ("down", "invite", "strike", "nonsense"):
         with pytest.raises(ClusterError, match="only the head's own machine"):
             ask(identity, HOST, head.port, what, name="one")
-    assert not head.ended.is_set()
+    assert not head.shutdown_requested.is_set()
     token = ask(head.identity, HOST, head.port, "invite")["token"]
     assert pairing.read_token(token) == token
     with pytest.raises(InputError, match="no machine of this cluster is called nobody"):
@@ -279,7 +279,7 @@ def test_who_left_or_was_struck_needs_a_new_token(head, tmp_path):
     for way in ("leave", "strike"):
         identity = pair(tmp_path / way, HOST, head.port, head.invite(), way)
         with agent(identity, head.port) as (_, ended):
-            until(lambda: names(head)[way]["here"], way)  # noqa: B023
+            until(lambda: names(head)[way]["connected"], way)  # noqa: B023
             who = identity if way == "leave" else head.identity
             assert ask(who, HOST, head.port, way, name=way)["left"] == way
             until(lambda: ended, "the agent's end")
@@ -304,7 +304,7 @@ def test_orders_to_who_is_not_there_fail_at_once(head):
     from cenacle.cluster.membership import Node
 
     with pytest.raises(ClusterError, match="was removed") as caught:
-        head.order(Node("x", "gone"), "find", model="m")
+        head.send_order(Node("x", "gone"), "find", model="m")
     assert caught.value.node_id == "x"
     assert time.monotonic() - before < 1
 
@@ -314,13 +314,13 @@ def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
     port = head.port
     identity = pair(tmp_path / "n", HOST, port, head.invite(), "two")
     with agent(identity, port) as (said, _):
-        until(lambda: names(head)["two"]["here"], "two")
+        until(lambda: names(head)["two"]["connected"], "two")
         with pytest.raises(InputError, match=f"runs already .process {os.getpid()}"):
             Head(tmp_path / "h", HOST, 0, "one")
         head.close()
         until(lambda: any("waiting for it" in s for s in said), "that it is missed")
         head = Head(tmp_path / "h", HOST, port, "one")
-        until(lambda: names(head).get("two", {}).get("here"), "two again")  # needs no token
+        until(lambda: names(head).get("two", {}).get("connected"), "two again")  # needs no token
         head.close()
     assert "does not answer" in said[1]
 
@@ -344,8 +344,8 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
                 plan, _ = joined.form(DEMO.name, checkpoint, options, "native")
                 assert plan.nodes == 2
                 assert head.status()["phase"] == "forming"
-            until(lambda: not names(head)["two"]["here"], "the loss of two")
-            head.is_over(1)
+            until(lambda: not names(head)["two"]["connected"], "the loss of two")
+            head.end_group(1)
             ending, found = threading.Event(), []
             epoch = Epoch(1, ending, told.append)
             again = threading.Thread(target=lambda: found.append(joined._again(epoch)))
@@ -359,7 +359,7 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
                 ending.set()
                 again.join()
             assert [n.name for n in found[0].formation.members] == ["one", "two"]
-            assert found[0].formation.number == 3, "numbers are not used twice"
+            assert found[0].formation.group_id == 3, "numbers are not used twice"
             assert told == said[-len(told) :]
     finally:
         head.close()
@@ -386,15 +386,15 @@ def test_a_machine_of_one_cluster_is_not_another_heads(head, tmp_path):
 
 def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
     old = Agent(identities.Identity(tmp_path, "node"), HOST, 1, [])
-    old._formation = 7
+    old._group_id = 7
     order = {"epoch": 0, "rank": 0, "backend": "mesh", "addresses": [], "devices": [], "secret": ""}
-    with pytest.raises(ClusterError, match="told to start a rank of formation 6, but knows 7"):
-        asyncio.run(old._start_rank(formation=6, relay="", token="", **order))
+    with pytest.raises(ClusterError, match="expected a group id of at least 7, got 6"):
+        asyncio.run(old._start_rank(group_id=6, relay="", token="", **order))
 
 
 def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("cenacle.cluster.membership.STAY_S", 0.3)
-    monkeypatch.setattr("cenacle.cluster.membership.REST_S", 1.0)
+    monkeypatch.setattr("cenacle.cluster.membership.MIN_PRESENCE_S", 0.3)
+    monkeypatch.setattr("cenacle.cluster.membership.COOLDOWN_S", 1.0)
     for at, change in (("here", ""), ("there", " ")):
         shutil.copytree(DEMO, tmp_path / at / "answers")
         config = tmp_path / at / "answers" / "config.json"
@@ -407,27 +407,28 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
         joined._what = (checkpoint, Options(), "auto", None)
         joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
         with agent(head.identity, head.port):
-            formation = head.form(2, patience_s=0.1)
+            formation = head.form_group(2, max_wait_s=0.1)
             assert [n.name for n in formation.members] == ["one"]
-            head.is_ready(formation.number)
+            head.mark_ready(formation.group_id)
             joined.serves(moves.append)
             with agent(two, head.port, tmp_path / "there"):
                 seen: list[str] = []
                 until(
-                    lambda: seen.append(names(head)["two"]["reason"]) or "left" in seen[-1], "why"
+                    lambda: seen.append(names(head)["two"]["reason"]) or "excluded" in seen[-1],
+                    "why",
                 )
-                assert seen[-1].startswith("is left out for 1 s: two: ")
+                assert seen[-1].startswith("is excluded for 1 s: two: ")
                 assert "has another model of the name answers" in seen[-1]
             assert head.status()["phase"] == "running"
             assert not moves
-            until(lambda: not names(head)["two"]["here"], "the end of two")
+            until(lambda: not names(head)["two"]["connected"], "the end of two")
             (tmp_path / "there" / "answers" / "config.json").write_text(
                 (tmp_path / "here" / "answers" / "config.json").read_text()
             )
             with agent(two, head.port, tmp_path / "there"):
                 until(lambda: moves, "that it is taken in")
                 assert moves == ["two is here and wanted: the group is formed anew with two"]
-                assert names(head)["two"]["reason"] == "is being taken in"
+                assert names(head)["two"]["reason"] == "is being added to the group"
     finally:
         head.close()
 
@@ -439,17 +440,17 @@ def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_
         config.write_text(config.read_text() + change)
     checkpoint, over = Checkpoint.open(tmp_path / "here" / "answers"), []
     head = Head(tmp_path / "h", HOST, 0, "one")
-    monkeypatch.setattr(head, "is_over", lambda *ended: over.append(ended))
+    monkeypatch.setattr(head, "end_group", lambda *ended: over.append(ended))
     try:
         two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2)
         joined._what = (checkpoint, Options(), "auto", None)
         joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
         with agent(head.identity, head.port), agent(two, head.port, tmp_path / "there"):
-            formation = head.form(2)
+            formation = head.form_group(2)
             with pytest.raises(CheckpointError, match="another model of the name answers"):
                 joined._decide(formation, lambda _: None)
-        assert over == [(formation.number, formation.members[1].id)]
+        assert over == [(formation.group_id, formation.members[1].id)]
     finally:
         head.close()
 
@@ -460,7 +461,9 @@ def test_every_machine_is_examined_by_its_own_agent(tmp_path, monkeypatch):
         two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
         pair(tmp_path / "m", HOST, head.port, head.invite(), "absent")
         with agent(head.identity, head.port), agent(two, head.port):
-            until(lambda: names(head)["two"]["here"] and names(head)["one"]["here"], "both")
+            until(
+                lambda: names(head)["two"]["connected"] and names(head)["one"]["connected"], "both"
+            )
             said = ask(two, HOST, head.port, "doctor", 60)["machines"]
             assert list(said) == ["one", "two", "absent"]
             for name in ("one", "two"):
@@ -468,7 +471,7 @@ def test_every_machine_is_examined_by_its_own_agent(tmp_path, monkeypatch):
                 assert any("clock agrees" in w for w in whats), whats
                 assert any("Versions" in w for w in whats), whats
             (only,) = said["absent"]
-            assert "absent has not come yet" in only["what"]
+            assert "absent has not connected yet" in only["what"]
             # What the verb makes of it.
             folder = tmp_path / "home" / "cluster"
             folder.parent.mkdir()
@@ -479,7 +482,7 @@ def test_every_machine_is_examined_by_its_own_agent(tmp_path, monkeypatch):
             assert set(json.loads(shown.stdout)["machines"]) == set(said)
             shown = CliRunner().invoke(app, ["doctor", "--cluster"])
             assert "absent\n" in shown.stdout
-            assert "has not come yet" in shown.stdout
+            assert "has not connected yet" in shown.stdout
     finally:
         head.close()
 

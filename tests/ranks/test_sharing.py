@@ -73,7 +73,7 @@ class Cluster:
         thread = threading.Thread(target=run)
         thread.start()
         self._ends[name] = (lambda: loop.call_soon_threadsafe(task.cancel), thread)
-        until(lambda: self.nodes()[name]["here"], name)
+        until(lambda: self.nodes()[name]["connected"], name)
 
     def go(self, name):
         end, thread = self._ends.pop(name)
@@ -81,7 +81,7 @@ class Cluster:
             end()
         thread.join(20)
         assert not thread.is_alive()
-        until(lambda: not self.nodes()[name]["here"], f"the loss of {name}")
+        until(lambda: not self.nodes()[name]["connected"], f"the loss of {name}")
 
     def nodes(self):
         return {n["name"]: n for n in self.head.status()["nodes"]}
@@ -97,7 +97,7 @@ class Cluster:
         return self.formed
 
     def again(self, ending=None):
-        self.head.is_over(self.formed.formation.number)
+        self.head.end_group(self.formed.formation.group_id)
         self.formed = self.joined._again(Epoch(1, ending or threading.Event()))
         return self.formed
 
@@ -181,12 +181,12 @@ def test_each_machine_fetches_its_own_part(cluster, hub, placement):
         part = formed.plan.bytes_of(rank)["total"]
         assert 0.9 * part < fetched(folder) <= 1.05 * part
     assert hub.sent <= sum(formed.plan.bytes_of(r)["total"] for r in range(3)) * 1.05
-    told = cluster.nodes()["b"]["part"]
+    told = cluster.nodes()["b"]["download_progress"]
     assert told["done"] == told["total"] > 0
     assert any("fetched in" in text and "b " in text for text in cluster.told)
     # What is here already is not fetched again.
     before = hub.sent
-    cluster.head.is_over(formed.formation.number)
+    cluster.head.end_group(formed.formation.group_id)
     is_enough(cluster.form(REPO, placement))
     assert hub.sent == before
 
@@ -251,7 +251,7 @@ def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
         forming.start()
         try:
             until(lambda: len(given) > 20, "the first pieces")
-            part = until(lambda: cluster.nodes()["b"]["part"], "how far b is")
+            part = until(lambda: cluster.nodes()["b"]["download_progress"], "how far b is")
             assert 0 < part["done"] < part["total"]
             cluster.go("b")
             until(lambda: any("b has lost its agent" in t for t in cluster.told), "that it is said")
@@ -331,6 +331,6 @@ def test_who_has_the_model_fetches_nothing_and_another_is_refused(cluster, model
     is_enough(formed)
     cluster.go("c")
     cluster.come("c", [tmp_path / "other"])
-    cluster.head.is_over(formed.formation.number)
+    cluster.head.end_group(formed.formation.group_id)
     with pytest.raises(CheckpointError, match=r"c: .*other.* has another model of the name"):
         cluster.form(str(model), "whole")

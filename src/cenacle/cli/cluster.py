@@ -139,11 +139,11 @@ def _serve_cluster(
     from ..verification import SelfTest
 
     def on_waiting(message: str) -> None:
-        head.tell(waiting=message)
+        head.set_status(waiting=message)
         _report_event(message)
 
     def on_started(url: str) -> None:
-        head.tell(url=url)
+        head.set_status(url=url)
         _report_event(f"serving {loaded.name} on {loaded.plan.nodes} nodes at {url}")
 
     keywords = load.to_keywords()
@@ -159,7 +159,7 @@ def _serve_cluster(
     selftest = None
     if load.verify is not False:
         selftest = SelfTest(paths.cluster_dir(), bool(load.verify), report)
-    head.tell(model=Path(model).name)
+    head.set_status(model=Path(model).name)
     with load_model(
         model, load, joined=joined, selftest=selftest, on_message=_report_event
     ) as loaded:
@@ -201,15 +201,15 @@ def _announced(head: Head, address: str | None) -> Iterator[None]:
 @contextmanager
 def _closing(head: Head) -> Iterator[None]:
     """Close the head at the end; `cenacle down` ends this program by SIGTERM."""
-    head.on_end = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    head.on_shutdown = lambda: os.kill(os.getpid(), signal.SIGTERM)
     try:
         yield
     except (SystemExit, ClusterError):
-        if not head.ended.is_set():
+        if not head.shutdown_requested.is_set():
             raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the program is ending already
-        head.close(end_agents=head.ended.is_set())
+        head.close(end_agents=head.shutdown_requested.is_set())
 
 
 @contextmanager
@@ -409,7 +409,7 @@ def status(json_output: JsonOutput = False) -> None:
 def _node_state(node: dict[str, Any]) -> str:
     if node["reason"]:
         return str(node["reason"])
-    part = node.get("part")
+    part = node.get("download_progress")
     if part is not None and part["done"] < part["total"]:
         done, total = format_bytes(part["done"]), format_bytes(part["total"])
         return f"connected, downloaded {done} of {total}"

@@ -35,7 +35,7 @@ from ..ranks.channel import Closed
 from ..ranks.local_ranks import MALLOC, WORKER
 from . import doctor, framing, link_probe, node_info
 from .download import node_cache, task
-from .membership import SILENCE_S
+from .membership import HEARTBEAT_TIMEOUT_S
 from .security import identity as identities
 from .security import pairing
 
@@ -61,7 +61,7 @@ class Ended(Exception):
 class _Rank:
     """A rank that runs here."""
 
-    formation: int
+    group_id: int
     rank: int
     process: asyncio.subprocess.Process
     kills_before: int | None = field(default_factory=exit_reason.kernel_kills)
@@ -91,7 +91,7 @@ class Agent:
         self._identity, self._host, self._port = identity, host, port
         self._folders, self._say = folders, say
         self._ranks: list[_Rank] = []
-        self._formation = 0
+        self._group_id = 0
         self._writer: asyncio.StreamWriter | None = None
         self._address = ""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,8 +161,8 @@ class Agent:
         self._address = writer.get_extra_info("sockname")[0]
         alive: asyncio.Task[None] | None = None
         try:
-            hello = {**facts, **node_info.changing(), "formation": self._formation}
-            await framing.send(writer, {"type": "agent", "facts": hello}, SILENCE_S)
+            hello = {**facts, **node_info.changing(), "group_id": self._group_id}
+            await framing.send(writer, {"type": "agent", "facts": hello}, HEARTBEAT_TIMEOUT_S)
             while True:
                 message = await framing.receive(reader, HEAD_SILENCE_S)
                 match message["type"]:
@@ -199,7 +199,7 @@ class Agent:
             for beat in itertools.count(1):
                 await asyncio.sleep(ALIVE_EVERY_S)
                 word = {"type": "alive"} if beat % FACTS_EVERY else _alive()
-                await framing.send(writer, word, SILENCE_S)
+                await framing.send(writer, word, HEARTBEAT_TIMEOUT_S)
 
     async def _obey(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
@@ -225,7 +225,7 @@ class Agent:
             reason = f"this agent cannot do that ({error!r}): are its versions the head's?"
             answer["error"] = error_to_json(ClusterError(reason))
         with contextlib.suppress(ClusterError):
-            await framing.send(writer, answer, SILENCE_S)
+            await framing.send(writer, answer, HEARTBEAT_TIMEOUT_S)
 
     # Orders
 
@@ -296,7 +296,7 @@ class Agent:
 
     async def _start_rank(
         self,
-        formation: int,
+        group_id: int,
         epoch: int,
         rank: int,
         backend: str,
@@ -306,13 +306,13 @@ class Agent:
         relay: str,
         token: str,
     ) -> dict[str, Any]:
-        if formation < self._formation:
+        if group_id < self._group_id:
             raise ClusterError(
-                f"was told to start a rank of formation {formation}, but knows {self._formation}"
+                f"start_rank: expected a group id of at least {self._group_id}, got {group_id}"
             )
-        if formation > self._formation:
+        if group_id > self._group_id:
             await self._end_ranks()
-        self._formation = formation
+        self._group_id = group_id
         # No file has a name: however this process ends, nothing of a rank is left on the disk.
         near, far = socket.socketpair()
         with contextlib.ExitStack() as files:
@@ -361,7 +361,7 @@ class Agent:
                 near.close()
                 raise
         self._start(self._relay(relay, near))
-        started = _Rank(formation, rank, process)
+        started = _Rank(group_id, rank, process)
         self._ranks.append(started)
         self._start(self._watch(started))
         return {"pid": process.pid}
@@ -371,8 +371,8 @@ class Agent:
         reader, writer = await asyncio.open_unix_connection(sock=near, limit=framing.PIECE)
         try:
             theirs = await self._open()
-            await framing.send(theirs[1], {"type": "relay", "name": name}, SILENCE_S)
-            await framing.receive(theirs[0], SILENCE_S)
+            await framing.send(theirs[1], {"type": "relay", "name": name}, HEARTBEAT_TIMEOUT_S)
+            await framing.receive(theirs[0], HEARTBEAT_TIMEOUT_S)
             await framing.pass_on((reader, writer), theirs)
         except (OSError, ClusterError) as error:
             log.info("a rank's connection ended: %s", error)
@@ -384,31 +384,36 @@ class Agent:
         try:
             status = await rank.process.wait()
             if status and self._writer is not None:
-                how = exit_reason.of(status, rank.kills_before)
-                said = {"type": "ended", "formation": rank.formation, "rank": rank.rank}
+                message = {
+                    "type": "rank_exited",
+                    "group_id": rank.group_id,
+                    "rank": rank.rank,
+                    "pid": rank.process.pid,
+                    "reason": exit_reason.of(status, rank.kills_before),
+                }
                 with contextlib.suppress(ClusterError):
-                    await framing.send(self._writer, {**said, "how": how}, SILENCE_S)
+                    await framing.send(self._writer, message, HEARTBEAT_TIMEOUT_S)
         finally:
             if rank in self._ranks:
                 self._ranks.remove(rank)
             rank.gone.set()
 
-    async def _stop_ranks(self, formation: int, patience_s: float) -> dict[str, Any]:
-        ending = [r for r in self._ranks if r.formation == formation]
+    async def _stop_ranks(self, group_id: int, patience_s: float) -> dict[str, Any]:
+        ending = [r for r in self._ranks if r.group_id == group_id]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 for rank in ending:
                     await rank.gone.wait()
-        await self._end_ranks(formation)
+        await self._end_ranks(group_id)
         if self._writer is not None:
             # The next plan is made of what is free now, and not of what was a second ago.
             with contextlib.suppress(ClusterError):
-                await framing.send(self._writer, _alive(), SILENCE_S)
+                await framing.send(self._writer, _alive(), HEARTBEAT_TIMEOUT_S)
         return {}
 
-    async def _end_ranks(self, formation: int | None = None) -> None:
+    async def _end_ranks(self, group_id: int | None = None) -> None:
         """Kill the ranks here, of all formations or of one, and wait until they are gone."""
-        ending = [r for r in self._ranks if formation in (None, r.formation)]
+        ending = [r for r in self._ranks if group_id in (None, r.group_id)]
         for rank in ending:
             with contextlib.suppress(ProcessLookupError):
                 rank.process.kill()

@@ -30,7 +30,7 @@ from . import hostsfile, link_probe, placement
 from .download import node_cache
 from .download.distribution import ModelDistribution, Say
 from .download.hub import Hub
-from .head import Formation, Head, Return
+from .head import GroupMembership, Head, ReturningNodes
 from .hostsfile import Host
 from .link_probe import Link
 from .membership import Node
@@ -58,7 +58,7 @@ class Formed:
         reason: why, in one line.
     """
 
-    formation: Formation
+    formation: GroupMembership
     folders: list[str]
     backend: str
     exchange: str
@@ -142,11 +142,11 @@ class Joined:
         self._what = (checkpoint, options, kernels, draft)
         self._sharing = ModelDistribution(self._head, name, checkpoint, self._hub)
         while self._formed is None:
-            formation = self._head.form(self._nodes, self._say)
+            formation = self._head.form_group(self._nodes, self._say)
             try:
                 self._formed = self._decide(formation, self._say)
             except ClusterError as error:
-                if not any(self._head.lost(n) for n in formation.members):
+                if all(self._head.is_connected(n) for n in formation.members):
                     raise
                 self._say(f"{error}; what it has fetched is kept")
         return self._formed.plan, self._formed.reason
@@ -194,8 +194,8 @@ class Joined:
             ranks.close(now=True)
             raise
         self._present = formed
-        self._head.is_ready(formed.formation.number)
-        self._head.tell(waiting="", exchange=formed.exchange, plan=formed.reason)
+        self._head.mark_ready(formed.formation.group_id)
+        self._head.set_status(waiting="", exchange=formed.exchange, plan=formed.reason)
         return ranks
 
     def serves(self, move: Callable[[str], None]) -> None:
@@ -210,21 +210,21 @@ class Joined:
 
     def _take_in(self, move: Callable[[str], None]) -> None:
         while not self._head.closed:
-            asked = self._head.returning(0.5)
+            asked = self._head.wait_for_returning(0.5)
             if asked is None:
                 continue
-            names = " and ".join(n.name for n in asked.back)
+            names = " and ".join(n.name for n in asked.returning)
             try:
                 self._try_out(asked)
             except (CenacleError, OSError) as error:
                 log.warning("%s cannot be taken in: %s", names, error)
-                self._head.is_unfit(asked.back, str(error))
+                self._head.reject_nodes(asked.returning, str(error))
                 continue
-            if self._head.is_wanted(asked):
-                are = "is" if len(asked.back) == 1 else "are"
+            if self._head.is_joining(asked):
+                are = "is" if len(asked.returning) == 1 else "are"
                 move(f"{names} {are} here and wanted: the group is formed anew with {names}")
 
-    def _try_out(self, asked: Return) -> None:
+    def _try_out(self, asked: ReturningNodes) -> None:
         """All that can be known to fail before the group that works is ended.
 
         What its ranks hold now will be free then.
@@ -240,7 +240,7 @@ class Joined:
             if node.id in held:
                 facts["available_bytes"] += held[node.id]
             members.append(replace(node, facts=facts))
-        self._propose(Formation(asked.number, tuple(members)), log.info)
+        self._propose(GroupMembership(asked.group_id, tuple(members)), log.info)
 
     def _again(self, epoch: Epoch) -> Formed:
         """After a loss."""
@@ -249,30 +249,30 @@ class Joined:
             self._say(text)
             epoch.say(text)
 
-        self._head.tell(formed=f"formed anew: {epoch.why}")
-        formation = self._head.form(self._nodes, say, epoch.ending, LEFT_S)
+        self._head.set_status(formed=f"formed anew: {epoch.why}")
+        formation = self._head.form_group(self._nodes, say, epoch.ending, LEFT_S)
         while True:
             try:
                 return self._decide(formation, say, epoch.ending)
             except (PlanError, CheckpointError) as error:
                 have = len(formation.members)
-                if have >= (self._nodes or self._head.known):
+                if have >= (self._nodes or self._head.node_count):
                     raise
                 fits = "does not fit on" if isinstance(error, PlanError) else "cannot be had by"
                 say(f"the model {fits} what is left ({error})")
-            formation = self._head.form(have + 1, say, epoch.ending, for_now=True)
+            formation = self._head.form_group(have + 1, say, epoch.ending, temporary=True)
 
     def _decide(
-        self, formation: Formation, say: Say, ending: threading.Event | None = None
+        self, formation: GroupMembership, say: Say, ending: threading.Event | None = None
     ) -> Formed:
         try:
             return self._propose(formation, say, ending)
         except BaseException as error:
-            self._head.is_over(formation.number, getattr(error, "node_id", None) or "")
+            self._head.end_group(formation.group_id, getattr(error, "node_id", None) or "")
             raise
 
     def _propose(
-        self, formation: Formation, say: Say, ending: threading.Event | None = None
+        self, formation: GroupMembership, say: Say, ending: threading.Event | None = None
     ) -> Formed:
         checkpoint, options, kernels, draft = self._what
         devices: Devices = []
@@ -309,15 +309,15 @@ class Joined:
         for a, one in enumerate(members):
             for b in range(a + 1, len(members)):
                 two = members[b]
-                pair = (one.id, one.came_s, two.id, two.came_s)
+                pair = (one.id, one.connected_at_s, two.id, two.connected_at_s)
                 if pair in self._links:
                     found[a, b] = self._links[pair]
                     continue
                 secret = pairing.encode(secrets.token_bytes(16))
                 asked: dict[str, Any] = {"address": two.address, "secret": secret}
-                asked |= self._head.order(two, "answer_link", **asked)
+                asked |= self._head.send_order(two, "answer_link", **asked)
                 wait = link_probe.DEADLINE_S + 5
-                got = self._head.order(one, "measure_link", wait, **asked)
+                got = self._head.send_order(one, "measure_link", wait, **asked)
                 link = Link(float(got["latency_s"]), float(got["bytes_s"]))
                 found[a, b] = self._links[pair] = link
         return found

@@ -37,7 +37,7 @@ from ..collective import socket_options
 from ..errors import CenacleError, ClusterError, InputError, error_from_json, error_to_json
 from . import framing, membership, node_info
 from .download.file_server import ModelFileServer
-from .membership import Node, State
+from .membership import Membership, Node
 from .security import identity, pairing
 
 log = logging.getLogger(__name__)
@@ -56,31 +56,31 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Formation:
+class GroupMembership:
     """A group to be made.
 
     Args:
-        number: higher than of all before it, also before this head was started.
+        group_id: higher than of all before it, also before this head was started.
         members: in rank order; the first is the head's own machine.
     """
 
-    number: int
+    group_id: int
     members: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
-class Return:
+class ReturningNodes:
     """Machines that are here while a group works without them.
 
     Args:
-        number: of the formation that works.
+        group_id: of the group that works.
         members: of the group that there would be with them, in rank order.
-        back: those of them who are not in the present one.
+        returning: those of them who are not in the present one.
     """
 
-    number: int
+    group_id: int
     members: tuple[Node, ...]
-    back: tuple[Node, ...]
+    returning: tuple[Node, ...]
 
 
 @dataclass
@@ -129,18 +129,18 @@ class Head:
         self._der = ssl.PEM_cert_to_DER_cert(_first(self.identity.certificate.read_text()))
         self._agents: dict[str, _Agent] = {}
         self._awaited: dict[str, socket.socket] = {}  # relay's name -> the front's end of it
-        self._fates: dict[tuple[int, int], str] = {}  # formation, rank -> how it ended
-        self._forms: queue.Queue[Formation] = queue.Queue()
-        self._returns: queue.Queue[Return] = queue.Queue()
+        self._exit_reasons: dict[tuple[int, int], str] = {}  # group, rank
+        self._forms: queue.Queue[GroupMembership] = queue.Queue()
+        self._returns: queue.Queue[ReturningNodes] = queue.Queue()
         self._given: ModelFileServer | None = None
         self._parts: dict[str, dict[str, int]] = {}  # how far each machine has fetched its own
         self._about: dict[str, Any] = {}  # what the program adds to `status`
         self._guests: dict[asyncio.StreamWriter, None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._order = 0
-        self.ended = threading.Event()  # set when somebody asked for the end
-        self.on_end: Callable[[], None] = lambda: None
-        self._state = State(node_info.versions(), epoch=roster["epoch"])
+        self.shutdown_requested = threading.Event()  # set when somebody asked for the end
+        self.on_shutdown: Callable[[], None] = lambda: None
+        self._state = Membership(node_info.versions(), group_id=roster["group_id"])
         self._closing = False
         self.port: int = self._socket.getsockname()[1]
         # The head's machine calls itself here; verbs do too.
@@ -163,98 +163,98 @@ class Head:
         """A new token."""
         return self._do(_value(self._tokens.issue))
 
-    def form(
+    def form_group(
         self,
         nodes: int,
         say: Callable[[str], None] = lambda _: None,
         ending: threading.Event | None = None,
-        patience_s: float | None = None,
-        for_now: bool = False,
-    ) -> Formation:
+        max_wait_s: float | None = None,
+        temporary: bool = False,
+    ) -> GroupMembership:
         """Wait until a group can be made.
 
         Args:
             nodes: how many machines; 0: all that belong to the cluster, two at least.
             say: told who is waited for, when that changes.
             ending: gives up when it is set.
-            patience_s: after so long the machines that are there will do; None: never.
-            for_now: more machines are wished for, and are taken in when they come.
+            max_wait_s: after so long the machines that are there will do; None: never.
+            temporary: more machines are wished for, and are taken in when they come.
 
         Raises:
             ClusterError: the head is closed, or `ending` was set.
         """
-        self._do(_value(lambda: self._happens(membership.Asked(nodes, for_now))))
+        self._do(_value(lambda: self._happens(membership.GroupRequested(nodes, temporary))))
         said, began = "", time.monotonic()
         while True:
-            if patience_s is not None and time.monotonic() - began > patience_s:
+            if max_wait_s is not None and time.monotonic() - began > max_wait_s:
                 self._do(_value(self._ask_for_less))
             with contextlib.suppress(queue.Empty):
                 return self._forms.get(timeout=0.2)
             if self.closed or (ending is not None and ending.is_set()):
                 raise ClusterError("the cluster was ended before it was complete")
-            waiting = self.waiting(nodes)
+            waiting = self.describe_missing(nodes)
             if waiting != said:
                 said = waiting
                 say(waiting)
 
     @property
-    def known(self) -> int:
+    def node_count(self) -> int:
         """How many machines belong to the cluster."""
         return len(self._state.nodes)
 
     @property
-    def fit(self) -> int:
+    def eligible_count(self) -> int:
         """How many of them can take part now."""
-        return sum(n.fit for n in self._state.nodes.values())
+        return sum(n.eligible for n in self._state.nodes.values())
 
-    def waiting(self, nodes: int) -> str:
+    def describe_missing(self, nodes: int) -> str:
         """Who is waited for, as a sentence."""
         now = self._state
-        here = [n.name for n in now.nodes.values() if n.fit]
+        here = [n.name for n in now.nodes.values() if n.eligible]
         wanted = nodes or max(2, len(now.nodes))
-        gone = "; ".join(f"{n.name} {n.reason}" for n in membership.missing(now))
+        gone = "; ".join(f"{n.name} {n.reason}" for n in membership.ineligible_nodes(now))
         return f"{len(here)} of {wanted} machines are here ({', '.join(here)})" + (
             f": {gone}" if gone else ""
         )
 
-    def is_ready(self, number: int) -> None:
+    def mark_ready(self, group_id: int) -> None:
         """Note that a formation's ranks have loaded."""
-        self._do(_value(lambda: self._happens(membership.Ready(number, time.monotonic()))))
+        self._do(_value(lambda: self._happens(membership.GroupReady(group_id, time.monotonic()))))
 
-    def is_over(self, number: int, blamed: str | None = None) -> None:
+    def end_group(self, group_id: int, blamed: str | None = None) -> None:
         """Note that a formation has ended; another may be made.
 
         Args:
             blamed: the id of the machine that failed; "": one did, it is not known which.
         """
         with contextlib.suppress(ClusterError):
-            over = membership.Over(number, time.monotonic(), blamed)
+            over = membership.GroupEnded(group_id, time.monotonic(), blamed)
             self._do(_value(lambda: self._happens(over)))
 
-    def returning(self, patience_s: float) -> Return | None:
+    def wait_for_returning(self, timeout_s: float) -> ReturningNodes | None:
         """Who is to be taken into the group that works; None: nobody within so long."""
         try:
-            return self._returns.get(timeout=patience_s)
+            return self._returns.get(timeout=timeout_s)
         except queue.Empty:
             return None
 
-    def is_unfit(self, who: Sequence[Node], reason: str) -> None:
+    def reject_nodes(self, nodes: Sequence[Node], reason: str) -> None:
         """Note that these cannot be taken in now."""
-        unfit = membership.Unfit(tuple(n.id for n in who), time.monotonic(), reason)
+        unfit = membership.NodesRejected(tuple(n.id for n in nodes), time.monotonic(), reason)
         with contextlib.suppress(ClusterError):
             self._do(_value(lambda: self._happens(unfit)))
 
-    def is_wanted(self, asked: Return) -> bool:
+    def is_joining(self, nodes: ReturningNodes) -> bool:
         """Whether those are still to be taken in."""
         now = self._state
-        return now.epoch == asked.number and now.running and bool(now.taking)
+        return now.group_id == nodes.group_id and now.running and bool(now.joining)
 
     @property
     def closed(self) -> bool:
         """Whether it has ended, or is about to."""
-        return self._closing or self.ended.is_set()
+        return self._closing or self.shutdown_requested.is_set()
 
-    def order(
+    def send_order(
         self, who: Node, what: str, deadline_s: float = 10.0, **arguments: Any
     ) -> dict[str, Any]:
         """Have an agent do something.
@@ -265,7 +265,7 @@ class Head:
         """
         return self._do(self._ask(who, what, arguments, deadline_s), deadline_s + 5)
 
-    def orders(
+    def send_orders(
         self, many: Sequence[tuple[Node, dict[str, Any]]], what: str, deadline_s: float = 10.0
     ) -> list[dict[str, Any]]:
         """The same for several at once, each with its own arguments."""
@@ -275,7 +275,7 @@ class Head:
 
         return self._do(all_of_them(), deadline_s + 5)
 
-    def await_relays(self, names: list[str]) -> list[socket.socket]:
+    def expect_relays(self, names: list[str]) -> list[socket.socket]:
         """The front's ends of relays that agents will open under these (secret) names."""
         ends = []
 
@@ -299,31 +299,39 @@ class Head:
         with contextlib.suppress(ClusterError):
             self._do(_value(drop))
 
-    def fate(self, number: int, rank: int) -> str | None:
-        """How a rank of a formation ended, if that is known."""
-        return self._fates.get((number, rank))
+    def failure_reason(self, group: GroupMembership, rank: int) -> str | None:
+        """How a rank of a group failed, as a sentence; None: it did not, as far as is known."""
+        node = group.members[rank]
+        if (reason := self._absence_reason(node)) is not None:
+            return f"rank {rank}: node {node.name} ({node.address}) {reason}"
+        if (reason := self._exit_reasons.get((group.group_id, rank))) is not None:
+            return f"rank {rank} on {node.name} {reason}"
+        return None
 
-    def lost(self, who: Node) -> str | None:
-        """Why a machine is not here, or None."""
-        node = self._state.nodes.get(who.id)
-        if node is None:
+    def is_connected(self, node: Node) -> bool:
+        """Whether a node's agent is connected."""
+        return self._absence_reason(node) is None
+
+    def _absence_reason(self, node: Node) -> str | None:
+        current = self._state.nodes.get(node.id)
+        if current is None:
             return "was removed from this cluster"
-        return None if node.here else node.reason
+        return None if current.connected else current.reason
 
-    def give(self, given: ModelFileServer) -> None:
+    def serve_files(self, given: ModelFileServer) -> None:
         """What the machines of the cluster may fetch from now on."""
         self._given = given
 
-    def tell_part(self, who: Node, done: int, total: int) -> None:
+    def set_download_progress(self, who: Node, done: int, total: int) -> None:
         """Add to what `status` says: bytes of its part that a machine has, and bytes in all."""
         self._parts[who.id] = {"done": done, "total": total}
 
-    def silent_s(self, who: Node) -> float:
+    def heartbeat_age_s(self, who: Node) -> float:
         """For how long a machine's agent has not been heard."""
         node = self._state.nodes.get(who.id)
-        return time.monotonic() - node.heard_s if node is not None else float("inf")
+        return time.monotonic() - node.last_heartbeat_s if node is not None else float("inf")
 
-    def tell(self, **about: Any) -> None:
+    def set_status(self, **about: Any) -> None:
         """Add to what `status` says."""
         self._about.update(about)
 
@@ -333,19 +341,21 @@ class Head:
         return {
             **self._about,
             "phase": now.phase,
-            "formation": now.epoch,
+            "group_id": now.group_id,
             "nodes": [
                 {
                     "id": node.id,
                     "name": node.name,
-                    "here": node.here,
-                    "reason": node.reason or membership.outside(now, node),
+                    "connected": node.connected,
+                    "reason": node.reason or membership.exclusion_reason(now, node),
                     "rank": now.members.index(node.id) if node.id in now.members else None,
                     "address": self._address(now.nodes)
                     if node.id == identity.HEAD
                     else node.address,
-                    "silent_s": round(time.monotonic() - node.heard_s, 1) if node.here else None,
-                    "part": self._parts.get(node.id),
+                    "heartbeat_age_s": round(self.heartbeat_age_s(node), 1)
+                    if node.connected
+                    else None,
+                    "download_progress": self._parts.get(node.id),
                     **{k: v for k, v in node.facts.items() if k in _SHOWN},
                 }
                 for node in now.nodes.values()
@@ -395,9 +405,9 @@ class Head:
 
     async def _start(self, nodes: dict[str, str], name: str, started: Future[None]) -> None:
         try:
-            self._happens(membership.Known(identity.HEAD, name or "head"))
+            self._happens(membership.NodeRegistered(identity.HEAD, name or "head"))
             for who, called in nodes.items():
-                self._happens(membership.Known(who, called))
+                self._happens(membership.NodeRegistered(who, called))
             self._server = await asyncio.start_server(
                 self._guest,
                 sock=self._socket,
@@ -437,35 +447,35 @@ class Head:
 
     def _happens(self, event: membership.Event) -> None:
         before = self._state
-        self._state, actions = membership.decide(before, event)
+        self._state, actions = membership.apply_event(before, event)
         for action in actions:
             match action:
-                case membership.HangUp(id=who, reason=reason):
+                case membership.Disconnect(id=who, reason=reason):
                     self._hang_up(who, reason)
-                case membership.Refuse(id=who, reason=reason):
+                case membership.Reject(id=who, reason=reason):
                     agent = self._agents[who]
                     name = self._state.nodes[who].name
                     log.warning("%s %s", name, reason)
                     self._task(self._refuse(agent.writer, ClusterError(f"this machine {reason}")))
-                case membership.Form(epoch=number, members=members):
+                case membership.StartGroup(group_id=group_id, members=members):
                     # Written down first: no number is ever used twice.
                     self._write_roster()
                     nodes = tuple(self._with_address(m, members) for m in members)
-                    self._forms.put(Formation(number, nodes))
-                case membership.TakeIn(ids=ids):
+                    self._forms.put(GroupMembership(group_id, nodes))
+                case membership.AddNodes(ids=ids):
                     known = self._state.nodes
                     whole = [n for n in known if n in self._state.members or n in ids]
                     self._returns.put(
-                        Return(
-                            self._state.epoch,
+                        ReturningNodes(
+                            self._state.group_id,
                             tuple(self._with_address(n, tuple(whole)) for n in whole),
                             tuple(known[n] for n in ids),
                         )
                     )
 
     def _ask_for_less(self) -> None:
-        if self._state.asked is not None:  # else the group has just been begun
-            self._happens(membership.Asked(max(1, self.fit), for_now=True))
+        if self._state.requested_nodes is not None:  # else the group has just been begun
+            self._happens(membership.GroupRequested(max(1, self.eligible_count), temporary=True))
 
     def _with_address(self, who: str, members: tuple[str, ...]) -> Node:
         node = self._state.nodes[who]
@@ -581,7 +591,7 @@ class Head:
             log.warning("a machine was not let in: %s", error)
             await self._say_no(writer, ClusterError(str(error)))
             return
-        self._happens(membership.Known(who, name))
+        self._happens(membership.NodeRegistered(who, name))
         self._write_roster()
         name = self._state.nodes[who].name
         given = json.dumps({"certificate": certificate.decode(), "name": name, "id": who}).encode()
@@ -620,21 +630,23 @@ class Head:
             name = self._state.nodes[who].name
             await framing.send(writer, {"type": "welcome", "name": name}, SEND_S)
             address = writer.get_extra_info("peername")[0]
-            self._happens(membership.Came(who, time.monotonic(), facts, address))
+            self._happens(membership.NodeConnected(who, time.monotonic(), facts, address))
             log.info("%s is here (%s)", name, address)
             while True:
                 # Who is silent is decided in one place, `state.decide`, and before this.
-                message = await framing.receive(reader, 3 * membership.SILENCE_S)
+                message = await framing.receive(reader, 3 * membership.HEARTBEAT_TIMEOUT_S)
                 if message["type"] == "alive":
                     said = message.get("facts")
                     now = said if isinstance(said, dict) else {}
-                    self._happens(membership.Heard(who, time.monotonic(), now))
+                    self._happens(membership.Heartbeat(who, time.monotonic(), now))
                 elif message["type"] == "answer":
                     future = agent.orders.pop(message.get("id", -1), None)
                     if future is not None and not future.done():
                         future.set_result(message)
-                elif message["type"] == "ended":
-                    self._fates[(message["formation"], message["rank"])] = str(message["how"])
+                elif message["type"] == "rank_exited":
+                    self._exit_reasons[(message["group_id"], message["rank"])] = (
+                        f"(process {message['pid']}) {message['reason']}"
+                    )
                 elif message["type"] == "leaving":
                     why = "has ended its agent"
         except (CenacleError, KeyError, TypeError) as error:
@@ -645,7 +657,7 @@ class Head:
             del self._agents[who]
             self._hang_up_on(agent)
             node = self._state.nodes.get(who)
-            self._happens(membership.Went(who, agent.why or why))
+            self._happens(membership.NodeDisconnected(who, agent.why or why))
             log.warning("%s %s", node.name if node else who, agent.why or why)
             for future in agent.orders.values():
                 if not future.done():
@@ -737,8 +749,8 @@ class Head:
         with contextlib.suppress(OSError):
             await asyncio.wait_for(writer.wait_closed(), 1)
         if hello.get("what") == "down":
-            self.ended.set()
-            self.on_end()
+            self.shutdown_requested.set()
+            self.on_shutdown()
 
     async def _examine(self) -> dict[str, Any]:
         """What is wrong with each machine, as its own agent says; and who is not here."""
@@ -771,7 +783,7 @@ class Head:
             # The machine is struck when its agent has heard why.
             self._task(self._bid_farewell(agent, who))
         else:
-            self._happens(membership.Struck(who))
+            self._happens(membership.NodeRemoved(who))
             self._write_roster()
         return {"left": name}
 
@@ -781,7 +793,7 @@ class Head:
                 agent.writer, {"type": "end", "reason": "it left the cluster"}, SEND_S
             )
         await asyncio.sleep(0.2)
-        self._happens(membership.Struck(who))
+        self._happens(membership.NodeRemoved(who))
         self._write_roster()
 
     async def _ask(
@@ -789,7 +801,9 @@ class Head:
     ) -> dict[str, Any]:
         agent = self._agents.get(who.id)
         if agent is None:
-            raise _of(who, ClusterError(f"{who.name} {self.lost(who) or 'is not here'}"))
+            raise _of(
+                who, ClusterError(f"{who.name} {self._absence_reason(who) or 'is not connected'}")
+            )
         self._order += 1
         number, future = self._order, self._loop.create_future()
         agent.orders[number] = future
@@ -812,11 +826,11 @@ class Head:
 
     def _read_roster(self) -> dict[str, Any]:
         if not self._roster_file.exists():
-            return {"epoch": 0, "nodes": {}}
+            return {"group_id": 0, "nodes": {}}
         try:
             found = json.loads(paths.read_private(self._roster_file))
             return {
-                "epoch": int(found["epoch"]),
+                "group_id": int(found["group_id"]),
                 "nodes": {str(k): str(v) for k, v in found["nodes"].items()},
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -827,7 +841,7 @@ class Head:
 
     def _write_roster(self) -> None:
         nodes = {n.id: n.name for n in self._state.nodes.values() if n.id != identity.HEAD}
-        data = {"epoch": self._state.epoch, "nodes": nodes}
+        data = {"group_id": self._state.group_id, "nodes": nodes}
         paths.write_private(self._roster_file, json.dumps(data, indent=1).encode())
 
 

@@ -1,11 +1,11 @@
-"""What a head knows of its nodes, and what it does next: a pure function of what was reported.
+"""What the head knows of its nodes, and what it does next: a pure function of reported events.
 
-Owns: events, the state that they make, and the actions that follow: when a group is begun, who is
-lost, and who is taken into a group that works already.
-Does not know: time (events carry it), sockets, models.
-Invariant: the same events give the same state and actions; at most one group exists at a time, and
-each has a number (its epoch) higher than any before it.
-Next: `control.py`, which makes events of what happens and carries the actions out.
+Owns: the events, the state they lead to, and the resulting actions: when a group starts, which
+node is lost, and which nodes are added to a group that is already running.
+Does not know: clocks (events carry their time), sockets, models.
+Invariant: the same events give the same state and actions. There is at most one group at a time,
+and its id is higher than every id before it.
+Next: `head.py`, which turns what happens into events and carries out the actions.
 """
 
 from __future__ import annotations
@@ -14,121 +14,124 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-SILENCE_S = 4.0  # agents say four times a second that they live; who does not for this long is lost
-STAY_S = 5.0  # how long a machine must have been here before a group that works is formed anew
-REST_S = 10.0  # for which a machine is left out that failed when it was taken in; doubles each time
-LONGEST_REST_S = 600.0
-LONGEST_TRY_S = (
-    60.0  # for which one is left out that was tried beside the group, which costs nobody
-)
-SETTLED_S = 60.0  # who has worked for so long is here for good
+HEARTBEAT_TIMEOUT_S = 4.0  # agents send four heartbeats a second
+MIN_PRESENCE_S = 5.0  # a node must have been connected this long before a group is re-formed for it
+COOLDOWN_S = 10.0  # exclusion after a failed join; doubles with every failure
+MAX_COOLDOWN_S = 600.0
+MAX_TRIAL_COOLDOWN_S = 60.0  # after a failed trial, which did not disturb the running group
+PROVEN_AFTER_S = 60.0  # a node that has worked this long starts again with a short cooldown
 
-BROKE = "the group failed when it had been taken in"
+FAILED_AFTER_JOIN = "the group failed after it had joined"
 
 VERSIONS = ("cenacle", "mlx", "mlx_lm")
-"""What must be the same on all nodes: ranks have to compute the same, and speak the same."""
+"""Packages whose versions must be equal on all nodes, so that ranks compute the same."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine.
+    """A node of the cluster.
 
     Args:
         id: proved by its certificate.
         name: for people; unique in the cluster.
-        here: whether its agent is connected.
-        reason: why it is not here, or cannot take part; empty if it can.
-        came_s: when its agent connected.
-        heard_s: when it was last heard.
-        facts: what its agent said of the machine.
+        connected: whether its agent is connected.
+        reason: why it cannot take part; empty if it can.
+        connected_at_s: when its agent connected.
+        last_heartbeat_s: when its agent was last heard.
+        facts: what its agent reported about it.
         address: where other nodes reach it.
-        rest_s: for how long it is, or was last, left out because it failed; 0: it did not.
-        rests_until_s: when that ends; 0: it has.
-        failed: how, as a sentence's end.
+        cooldown_s: length of its last cooldown; 0: it has not failed.
+        cooldown_until_s: when its present cooldown ends; 0: it has none.
+        failure: what led to the cooldown.
     """
 
     id: str
     name: str
-    here: bool = False
-    reason: str = "has not come yet"
-    came_s: float = 0.0
-    heard_s: float = 0.0
+    connected: bool = False
+    reason: str = "has not connected yet"
+    connected_at_s: float = 0.0
+    last_heartbeat_s: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     address: str = ""
-    rest_s: float = 0.0
-    rests_until_s: float = 0.0
-    failed: str = ""
+    cooldown_s: float = 0.0
+    cooldown_until_s: float = 0.0
+    failure: str = ""
 
     @property
-    def fit(self) -> bool:
+    def eligible(self) -> bool:
         """Whether it can be a member of a group."""
-        return self.here and not self.reason
+        return self.connected and not self.reason
 
     @property
-    def rest(self) -> str:
-        """Why it is left out, if it is here and must rest."""
-        return f"is left out for {self.rest_s:g} s: {self.failed}" if self.rests_until_s else ""
+    def cooldown_reason(self) -> str:
+        """Why it is excluded for now; empty if it is not."""
+        if not self.cooldown_until_s:
+            return ""
+        return f"is excluded for {self.cooldown_s:g} s: {self.failure}"
 
 
 @dataclass(frozen=True)
-class State:
-    """All that decisions depend on.
+class Membership:
+    """Everything that decisions depend on.
 
     Args:
-        versions: the head's own, which nodes must have too.
-        nodes: by id, in the order in which they became known; the head's machine is the first.
-        epoch: of the last group that was begun.
+        versions: the head's own; nodes must have the same.
+        nodes: by id, in the order in which they joined; the head's own node is the first.
+        group_id: of the last group that was started.
         members: of the present group, in rank order; empty: there is none.
-        asked: a group is wanted, of so many nodes at least (0: of all that are known); None: not.
-        wish: how many machines shall take part whenever they are here; 0: all that are known.
-        running: whether the present group answers.
-        ready_s: since when.
-        last: members of the last group that answered.
-        new: members of the present one who were not in that; until they have settled.
-        taking: who is being taken in.
-        chosen: who the next group is made of if all of them are still here, and nobody else: the
-            last one ended so that they may be together; who came meanwhile has not been tried.
+        requested_nodes: a group of at least so many nodes is requested (0: of all nodes of the
+            cluster); None: no group is requested.
+        target_nodes: how many nodes shall take part once they are available; 0: all.
+        running: whether the present group has loaded.
+        ready_at_s: since when.
+        last_members: of the last group that has loaded.
+        unproven: members of the present group that were not in the one before, until they have
+            worked for `PROVEN_AFTER_S`.
+        joining: nodes that are being added.
+        next_members: exactly these form the next group if all are still eligible, because the last
+            group ended in order to add some of them. Nodes that connected meanwhile have not been
+            tried.
     """
 
     versions: Mapping[str, str]
     nodes: Mapping[str, Node] = field(default_factory=dict)
-    epoch: int = 0
+    group_id: int = 0
     members: tuple[str, ...] = ()
-    asked: int | None = None
-    wish: int = 0
+    requested_nodes: int | None = None
+    target_nodes: int = 0
     running: bool = False
-    ready_s: float = 0.0
-    last: tuple[str, ...] = ()
-    new: tuple[str, ...] = ()
-    taking: tuple[str, ...] = ()
-    chosen: tuple[str, ...] = ()
+    ready_at_s: float = 0.0
+    last_members: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = ()
+    joining: tuple[str, ...] = ()
+    next_members: tuple[str, ...] = ()
 
     @property
     def phase(self) -> str:
-        """In one word."""
+        """`running`, `forming`, `waiting` or `idle`."""
         if self.running:
             return "running"
         if self.members:
             return "forming"
-        return "waiting" if self.asked is not None else "idle"
+        return "idle" if self.requested_nodes is None else "waiting"
 
     @property
-    def wanted(self) -> int:
-        """How many machines shall take part."""
-        return self.wish or max(2, len(self.nodes))
+    def desired_nodes(self) -> int:
+        """How many nodes shall take part."""
+        return self.target_nodes or max(2, len(self.nodes))
 
 
 @dataclass(frozen=True)
-class Known:
-    """A machine belongs to the cluster: it paired now, or before."""
+class NodeRegistered:
+    """A node belongs to the cluster: it has paired now or earlier."""
 
     id: str
     name: str
 
 
 @dataclass(frozen=True)
-class Came:
-    """An agent has connected and said what its machine is."""
+class NodeConnected:
+    """An agent has connected and described its node."""
 
     id: str
     at_s: float
@@ -137,8 +140,8 @@ class Came:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """An agent says that it lives."""
+class Heartbeat:
+    """An agent is alive; `facts`: those that have changed."""
 
     id: str
     at_s: float
@@ -146,7 +149,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Went:
+class NodeDisconnected:
     """An agent's connection has ended."""
 
     id: str
@@ -154,43 +157,46 @@ class Went:
 
 
 @dataclass(frozen=True)
-class Struck:
-    """A machine belongs to the cluster no longer."""
+class NodeRemoved:
+    """A node no longer belongs to the cluster."""
 
     id: str
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A group is wanted, of `nodes` machines; 0: of all that are known, but two at least.
+class GroupRequested:
+    """A group of `nodes` nodes is requested; 0: of all nodes of the cluster, but at least two.
 
-    `for_now`: more are wished for, and will be taken in when they come.
+    `temporary`: the group may be smaller than desired; further nodes are added when they connect.
     """
 
     nodes: int
-    for_now: bool = False
+    temporary: bool = False
 
 
 @dataclass(frozen=True)
-class Ready:
+class GroupReady:
     """All ranks of a group have loaded."""
 
-    epoch: int
+    group_id: int
     at_s: float = 0.0
 
 
 @dataclass(frozen=True)
-class Over:
-    """A group has ended: in peace (`blamed` is None), or because a machine failed ("": unknown)."""
+class GroupEnded:
+    """A group has ended.
 
-    epoch: int
+    `blamed`: the node that failed; "": one failed, it is not known which; None: none failed.
+    """
+
+    group_id: int
     at_s: float = 0.0
     blamed: str | None = None
 
 
 @dataclass(frozen=True)
-class Unfit:
-    """Machines that were to be taken in cannot be."""
+class NodesRejected:
+    """Nodes that were to be added cannot be."""
 
     ids: tuple[str, ...]
     at_s: float
@@ -199,230 +205,270 @@ class Unfit:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time passes."""
+    """Time has passed."""
 
     at_s: float
 
 
-Event = Known | Came | Heard | Went | Struck | Asked | Ready | Over | Unfit | Tick
+Event = (
+    NodeRegistered
+    | NodeConnected
+    | Heartbeat
+    | NodeDisconnected
+    | NodeRemoved
+    | GroupRequested
+    | GroupReady
+    | GroupEnded
+    | NodesRejected
+    | Tick
+)
 
 
 @dataclass(frozen=True)
-class Form:
-    """Begin a group of these, in rank order."""
+class StartGroup:
+    """Start a group of these nodes, in rank order."""
 
-    epoch: int
+    group_id: int
     members: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class TakeIn:
-    """The group works without these: form it anew with them."""
+class AddNodes:
+    """The group is running without these nodes: try them, then re-form it with them."""
 
-    epoch: int
+    group_id: int
     ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class HangUp:
-    """Close an agent's connection; what it did for a group is lost."""
+class Disconnect:
+    """Close an agent's connection; its ranks are lost."""
 
     id: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Refuse:
-    """Tell an agent why it cannot take part."""
+class Reject:
+    """Tell an agent why its node cannot take part."""
 
     id: str
     reason: str
 
 
-Action = Form | TakeIn | HangUp | Refuse
+Action = StartGroup | AddNodes | Disconnect | Reject
 
 
-def decide(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
+def apply_event(state: Membership, event: Event) -> tuple[Membership, tuple[Action, ...]]:
     """The state after an event, and what has to be done now."""
     actions: list[Action] = []
     match event:
-        case Known(id=who, name=name):
-            if who not in state.nodes:
-                state = _with(state, Node(who, _unique(state, name)))
-        case Came(id=who, at_s=at, facts=facts, address=address):
-            node = state.nodes.get(who)
-            if node is None:
-                actions.append(HangUp(who, "was removed from this cluster: join it again"))
-            else:
-                wrong = _mismatch(state.versions, facts)
-                if node.failed != BROKE:  # somebody may have seen to it
-                    node = replace(node, rest_s=0.0, rests_until_s=0.0)
-                if wrong:
-                    actions.append(Refuse(who, wrong))
-                came = replace(
-                    node,
-                    here=True,
-                    reason=wrong or node.rest,
-                    came_s=at,
-                    heard_s=at,
-                    facts=facts,
-                    address=address,
-                )
-                state = _with(state, came)
-                if not state.members:
-                    # This head's own memory may be older than what its machines have seen.
-                    state = replace(state, epoch=max(state.epoch, facts.get("formation", 0)))
-        case Heard(id=who, at_s=at, facts=facts):
-            node = state.nodes.get(who)
-            if node is not None and node.here:
-                known = {**node.facts, **facts}
-                state = _with(state, replace(node, heard_s=at, facts=known))
-        case Went(id=who, reason=reason):
-            state = _gone(state, who, reason)
-        case Struck(id=who):
-            if who in state.nodes:
-                actions.append(HangUp(who, "was removed from this cluster"))
-                rest = {k: n for k, n in state.nodes.items() if k != who}
-                state = replace(state, nodes=rest)
-        case Asked(nodes=wanted, for_now=for_now):
-            state = replace(state, asked=wanted, wish=state.wish if for_now else wanted)
-        case Ready(epoch=epoch, at_s=at):
-            if epoch == state.epoch and state.members:
-                state = replace(state, running=True, ready_s=at, last=state.members)
-        case Over(epoch=epoch, at_s=at, blamed=blamed):
-            if epoch == state.epoch:
-                failed = [w for w in state.new if blamed in ("", w)]
-                state = _rests(state, failed, at, BROKE, LONGEST_REST_S)
-                peace = blamed is None and state.taking
-                chosen = (*state.members, *state.taking) if peace else ()
-                state = replace(state, members=(), running=False, new=(), taking=(), chosen=chosen)
-        case Unfit(ids=ids, at_s=at, reason=reason):
-            tried = [w for w in ids if w in state.taking]
-            state = _rests(state, tried, at, reason, LONGEST_TRY_S)
-            state = replace(state, taking=())
-        case Tick(at_s=at):
-            state = _at(state, at, actions)
-    if (members := _formable(state)) is not None:
-        state = replace(
-            state,
-            epoch=state.epoch + 1,
-            members=members,
-            asked=None,
-            chosen=(),
-            running=False,
-            new=tuple(m for m in members if state.last and m not in state.last),
-        )
-        actions.append(Form(state.epoch, members))
-    return state, tuple(actions)
+        case NodeRegistered(id=node_id, name=name):
+            if node_id not in state.nodes:
+                state = _with(state, Node(node_id, _unique_name(state, name)))
+        case NodeConnected():
+            state = _connect(state, event, actions)
+        case Heartbeat(id=node_id, at_s=at_s, facts=facts):
+            node = state.nodes.get(node_id)
+            if node is not None and node.connected:
+                merged = {**node.facts, **facts}
+                state = _with(state, replace(node, last_heartbeat_s=at_s, facts=merged))
+        case NodeDisconnected(id=node_id, reason=reason):
+            state = _disconnect(state, node_id, reason)
+        case NodeRemoved(id=node_id):
+            if node_id in state.nodes:
+                actions.append(Disconnect(node_id, "was removed from this cluster"))
+                others = {k: n for k, n in state.nodes.items() if k != node_id}
+                state = replace(state, nodes=others)
+        case GroupRequested(nodes=nodes, temporary=temporary):
+            target = state.target_nodes if temporary else nodes
+            state = replace(state, requested_nodes=nodes, target_nodes=target)
+        case GroupReady(group_id=group_id, at_s=at_s):
+            if group_id == state.group_id and state.members:
+                members = state.members
+                state = replace(state, running=True, ready_at_s=at_s, last_members=members)
+        case GroupEnded():
+            state = _end_group(state, event)
+        case NodesRejected(ids=ids, at_s=at_s, reason=reason):
+            tried = [i for i in ids if i in state.joining]
+            state = _cool_down(state, tried, at_s, reason, MAX_TRIAL_COOLDOWN_S)
+            state = replace(state, joining=())
+        case Tick(at_s=at_s):
+            state = _advance_time(state, at_s, actions)
+    return _start_group(state, actions), tuple(actions)
 
 
-def missing(state: State) -> list[Node]:
-    """Who would have to come for the group that is wanted, as far as that is known."""
-    return [n for n in state.nodes.values() if not n.fit]
+def ineligible_nodes(state: Membership) -> list[Node]:
+    """The nodes that cannot be members of a group now."""
+    return [n for n in state.nodes.values() if not n.eligible]
 
 
-def outside(state: State, node: Node) -> str:
-    """Why a machine that could has no part in the group that works; empty: it has, or there is no
-    such group."""
-    if not state.running or not node.fit or node.id in state.members:
+def exclusion_reason(state: Membership, node: Node) -> str:
+    """Why an eligible node is not in the running group; empty: it is, or no group is running."""
+    if not state.running or not node.eligible or node.id in state.members:
         return ""
-    if node.id in state.taking:
-        return "is being taken in"
-    if len(state.members) >= state.wanted:
-        return f"is not needed: {state.wanted} machines were asked for"
-    return f"will be taken in when it has been here for {STAY_S:g} s"
+    if node.id in state.joining:
+        return "is being added to the group"
+    if len(state.members) >= state.desired_nodes:
+        return f"is not needed: {state.desired_nodes} nodes were requested"
+    return f"will be added after it has been connected for {MIN_PRESENCE_S:g} s"
 
 
-def _at(state: State, at: float, actions: list[Action]) -> State:
-    """What follows from the time alone."""
-    for node in state.nodes.values():
-        if node.here and at - node.heard_s > SILENCE_S:
-            said = f"has not been heard for {SILENCE_S:g} s"
-            actions.append(HangUp(node.id, said))
-            state = _gone(state, node.id, said)
-    for node in state.nodes.values():
-        if node.rests_until_s and at >= node.rests_until_s:
-            reason = "" if node.reason == node.rest else node.reason
-            state = _with(state, replace(node, rests_until_s=0.0, reason=reason))
-    if state.running and state.new and at - state.ready_s >= SETTLED_S:
-        for who in state.new:
-            if (settled := state.nodes.get(who)) is not None:
-                state = _with(state, replace(settled, rest_s=0.0))
-        state = replace(state, new=())
-    if found := _to_be_taken_in(state, at):
-        state = replace(state, taking=found)
-        actions.append(TakeIn(state.epoch, found))
+def _connect(state: Membership, event: NodeConnected, actions: list[Action]) -> Membership:
+    node = state.nodes.get(event.id)
+    if node is None:
+        actions.append(Disconnect(event.id, "was removed from this cluster: join it again"))
+        return state
+    mismatch = _version_mismatch(state.versions, event.facts)
+    if node.failure != FAILED_AFTER_JOIN:  # the cause may have been fixed
+        node = replace(node, cooldown_s=0.0, cooldown_until_s=0.0)
+    if mismatch:
+        actions.append(Reject(event.id, mismatch))
+    node = replace(
+        node,
+        connected=True,
+        reason=mismatch or node.cooldown_reason,
+        connected_at_s=event.at_s,
+        last_heartbeat_s=event.at_s,
+        facts=event.facts,
+        address=event.address,
+    )
+    state = _with(state, node)
+    if not state.members:
+        # The head's roster may be older than what its nodes have seen.
+        state = replace(state, group_id=max(state.group_id, event.facts.get("group_id", 0)))
     return state
 
 
-def _to_be_taken_in(state: State, at: float) -> tuple[str, ...]:
-    """For whom the group that works is to be formed anew, now."""
-    whole = all(m in state.nodes and state.nodes[m].fit for m in state.members)
-    if not state.running or state.taking or not whole or at - state.ready_s < STAY_S:
+def _end_group(state: Membership, event: GroupEnded) -> Membership:
+    if event.group_id != state.group_id:
+        return state
+    failed = [i for i in state.unproven if event.blamed in ("", i)]
+    state = _cool_down(state, failed, event.at_s, FAILED_AFTER_JOIN, MAX_COOLDOWN_S)
+    ended_to_add = event.blamed is None and state.joining
+    next_members = (*state.members, *state.joining) if ended_to_add else ()
+    return replace(
+        state, members=(), running=False, unproven=(), joining=(), next_members=next_members
+    )
+
+
+def _advance_time(state: Membership, now_s: float, actions: list[Action]) -> Membership:
+    for node in state.nodes.values():
+        if node.connected and now_s - node.last_heartbeat_s > HEARTBEAT_TIMEOUT_S:
+            reason = f"has sent no heartbeat for {HEARTBEAT_TIMEOUT_S:g} s"
+            actions.append(Disconnect(node.id, reason))
+            state = _disconnect(state, node.id, reason)
+    for node in state.nodes.values():
+        if node.cooldown_until_s and now_s >= node.cooldown_until_s:
+            reason = "" if node.reason == node.cooldown_reason else node.reason
+            state = _with(state, replace(node, cooldown_until_s=0.0, reason=reason))
+    if state.running and state.unproven and now_s - state.ready_at_s >= PROVEN_AFTER_S:
+        for node_id in state.unproven:
+            if (proven := state.nodes.get(node_id)) is not None:
+                state = _with(state, replace(proven, cooldown_s=0.0))
+        state = replace(state, unproven=())
+    if node_ids := _nodes_to_add(state, now_s):
+        state = replace(state, joining=node_ids)
+        actions.append(AddNodes(state.group_id, node_ids))
+    return state
+
+
+def _nodes_to_add(state: Membership, now_s: float) -> tuple[str, ...]:
+    """The nodes for which the running group is to be re-formed now."""
+    complete = all(m in state.nodes and state.nodes[m].eligible for m in state.members)
+    settled = now_s - state.ready_at_s >= MIN_PRESENCE_S
+    if not state.running or state.joining or not complete or not settled:
         return ()
-    room = max(0, state.wanted - len(state.members))
-    others = [n for n in state.nodes.values() if n.fit and n.id not in state.members][:room]
-    ripe = [n for n in others if at - n.came_s >= STAY_S]
-    # Who comes together is taken in together, unless one of them comes and goes.
-    if len(ripe) < len(others) and all(at - n.came_s < 3 * STAY_S for n in ripe):
+    room = max(0, state.desired_nodes - len(state.members))
+    others = [n for n in state.nodes.values() if n.eligible and n.id not in state.members][:room]
+    present = [n for n in others if now_s - n.connected_at_s >= MIN_PRESENCE_S]
+    # Nodes that connect together are added together, unless one of them keeps reconnecting.
+    if len(present) < len(others) and all(
+        now_s - n.connected_at_s < 3 * MIN_PRESENCE_S for n in present
+    ):
         return ()
-    return tuple(n.id for n in ripe)
+    return tuple(n.id for n in present)
 
 
-def _formable(state: State) -> tuple[str, ...] | None:
-    """The members of the group that can be begun now, or None."""
-    if state.asked is None or state.members:
+def _start_group(state: Membership, actions: list[Action]) -> Membership:
+    members = _members_of_next_group(state)
+    if members is None:
+        return state
+    added = tuple(m for m in members if state.last_members and m not in state.last_members)
+    state = replace(
+        state,
+        group_id=state.group_id + 1,
+        members=members,
+        requested_nodes=None,
+        next_members=(),
+        running=False,
+        unproven=added,
+    )
+    actions.append(StartGroup(state.group_id, members))
+    return state
+
+
+def _members_of_next_group(state: Membership) -> tuple[str, ...] | None:
+    if state.requested_nodes is None or state.members:
         return None
-    fit = [n.id for n in state.nodes.values() if n.fit]
-    if state.chosen and set(state.chosen) <= set(fit):
-        return tuple(n for n in fit if n in state.chosen)
-    wanted = state.asked or max(2, len(state.nodes))
-    # The head's machine, which is the first, has rank 0: its tokens take the shortest way.
-    if len(fit) < wanted or not next(iter(state.nodes.values())).fit:
+    eligible = [n.id for n in state.nodes.values() if n.eligible]
+    if state.next_members and set(state.next_members) <= set(eligible):
+        return tuple(i for i in eligible if i in state.next_members)
+    required = state.requested_nodes or max(2, len(state.nodes))
+    # The head's own node comes first and has rank 0: its tokens take the shortest way.
+    if len(eligible) < required or not next(iter(state.nodes.values())).eligible:
         return None
-    return tuple(fit[:wanted])
+    return tuple(eligible[:required])
 
 
-def _rests(state: State, who: Iterable[str], at: float, why: str, longest: float) -> State:
-    """These have failed when they were taken in, or tried: each is left out, twice as long as the
-    last time."""
-    for name in who:
-        node = state.nodes.get(name)
+def _cool_down(
+    state: Membership, node_ids: Iterable[str], now_s: float, failure: str, limit_s: float
+) -> Membership:
+    """Exclude nodes for twice as long as last time."""
+    for node_id in node_ids:
+        node = state.nodes.get(node_id)
         if node is None:
             continue
-        rest = min(longest, 2 * node.rest_s or REST_S)
-        node = replace(node, rest_s=rest, rests_until_s=at + rest, failed=why)
-        state = _with(state, replace(node, reason=node.rest) if node.fit else node)
+        cooldown_s = min(limit_s, 2 * node.cooldown_s or COOLDOWN_S)
+        node = replace(
+            node, cooldown_s=cooldown_s, cooldown_until_s=now_s + cooldown_s, failure=failure
+        )
+        if node.eligible:
+            node = replace(node, reason=node.cooldown_reason)
+        state = _with(state, node)
     return state
 
 
-def _mismatch(versions: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    wrong = [
+def _version_mismatch(versions: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    differences = [
         f"{name} {facts.get(name)}, expected {versions[name]}"
         for name in VERSIONS
         if facts.get(name) != versions[name]
     ]
-    if not wrong:
+    if not differences:
         return ""
     install = f"pip install cenacle=={versions['cenacle']}"
-    return f"has {' and '.join(wrong)} as on the head: `{install}` on it, and start it again"
+    return (
+        f"runs {' and '.join(differences)} as on the head: run `{install}` on it, then start its "
+        f"agent again"
+    )
 
 
-def _gone(state: State, who: str, reason: str) -> State:
-    node = state.nodes.get(who)
-    if node is None or not node.here:
+def _disconnect(state: Membership, node_id: str, reason: str) -> Membership:
+    node = state.nodes.get(node_id)
+    if node is None or not node.connected:
         return state
-    return _with(state, replace(node, here=False, reason=reason))
+    return _with(state, replace(node, connected=False, reason=reason))
 
 
-def _with(state: State, node: Node) -> State:
+def _with(state: Membership, node: Node) -> Membership:
     return replace(state, nodes={**state.nodes, node.id: node})
 
 
-def _unique(state: State, name: str) -> str:
+def _unique_name(state: Membership, name: str) -> str:
     names = {n.name for n in state.nodes.values()}
-    found, count = name, 1
-    while found in names:
+    candidate, count = name, 1
+    while candidate in names:
         count += 1
-        found = f"{name}-{count}"
-    return found
+        candidate = f"{name}-{count}"
+    return candidate

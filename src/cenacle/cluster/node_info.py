@@ -75,7 +75,7 @@ def find(model: str, folders: list[Path]) -> Path | None:
     """
     name = Path(model).name
     tried = [f / model.replace("/", "--") for f in folders] + [f / name for f in folders]
-    tried += [PACKAGE / name]
+    tried += [PACKAGE / "demo" / name]
     if Path(model).is_absolute():
         tried.append(Path(model))
     return next((folder for folder in tried if (folder / "config.json").is_file()), None)

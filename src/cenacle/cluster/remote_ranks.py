@@ -21,8 +21,8 @@ from ..errors import CenacleError, ClusterError, RankLost
 from ..ranks.channel import Channel, Closed, Silent
 from ..ranks.local_ranks import STOP_S, LocalRanks
 from ..ranks.ranks import Epoch
-from .head import Formation, Head
-from .membership import SILENCE_S
+from .head import GroupMembership, Head
+from .membership import HEARTBEAT_TIMEOUT_S
 from .thunderbolt import Devices
 
 FATE_S = 1.0  # longest wait for an agent's word on how a rank ended
@@ -48,7 +48,7 @@ class RemoteRanks(LocalRanks):
     def __init__(
         self,
         head: Head,
-        formation: Formation,
+        formation: GroupMembership,
         plan: Plan,
         backend: str,
         reason: str,
@@ -76,7 +76,7 @@ class RemoteRanks(LocalRanks):
 
     def _start_all(self) -> None:
         members = self.formation.members
-        found = self._head.orders(
+        found = self._head.send_orders(
             [(n, {"address": n.address, "count": 1}) for n in members], "ports"
         )
         addresses = [
@@ -84,11 +84,11 @@ class RemoteRanks(LocalRanks):
             for n, answer in zip(members, found, strict=True)
         ]
         secret, token = secrets.token_hex(32), secrets.token_hex(16)
-        ends = self._head.await_relays(self._relays)
-        self.channels = [Channel(end, SILENCE_S) for end in ends]
+        ends = self._head.expect_relays(self._relays)
+        self.channels = [Channel(end, HEARTBEAT_TIMEOUT_S) for end in ends]
         orders = [
             {
-                "formation": self.formation.number,
+                "group_id": self.formation.group_id,
                 "epoch": self._epoch.number,
                 "rank": rank,
                 "backend": self.backend if self.nodes > 1 else "alone",
@@ -100,7 +100,7 @@ class RemoteRanks(LocalRanks):
             }
             for rank in range(self.nodes)
         ]
-        self._head.orders(list(zip(members, orders, strict=True)), "start", 30.0)
+        self._head.send_orders(list(zip(members, orders, strict=True)), "start", 30.0)
         ends_at = time.monotonic() + HELLO_S
         for rank, channel in enumerate(self.channels):
             hello = self._hello(rank, channel, ends_at)
@@ -117,7 +117,7 @@ class RemoteRanks(LocalRanks):
             except Silent:
                 if time.monotonic() > ends_at:
                     raise self.blame(rank, f"did not call within {HELLO_S:g} s") from None
-                if (why := self._fate(rank)) is not None:
+                if (why := self._failure_reason(rank)) is not None:
                     raise RankLost(rank, why) from None
             except ClusterError as error:
                 raise self.blame(rank, str(error)) from error
@@ -128,28 +128,21 @@ class RemoteRanks(LocalRanks):
     def _loaded(self) -> None:
         pass  # nothing of remote ranks is on this disk
 
-    def _fate(self, rank: int) -> str | None:
-        """How a rank has ended, as a sentence, if it has."""
-        member = self.formation.members[rank]
-        if (why := self._head.lost(member)) is not None:
-            return f"rank {rank}: the machine {member.name} ({member.address}) {why}"
-        if (how := self._head.fate(self.formation.number, rank)) is not None:
-            pid = f" (process {self.pids[rank]})" if len(self.pids) > rank else ""
-            return f"rank {rank} on {member.name}{pid} {how}"
-        return None
+    def _failure_reason(self, rank: int) -> str | None:
+        return self._head.failure_reason(self.formation, rank)
 
     def blame(self, rank: int, reason: str) -> RankLost:
         """The rank that really failed: a machine that is lost or a process that died goes before
         those that noticed."""
         hangs = (
             self.channels[rank].silent
-            and self._head.silent_s(self.formation.members[rank]) < HEARD_S
+            and self._head.heartbeat_age_s(self.formation.members[rank]) < HEARD_S
         )
         # A rank that says nothing on a machine that does has not ended: no word of that will come.
         ends = time.monotonic() + (0.1 if hangs else FATE_S)
         while time.monotonic() < ends:
             for index in range(self.nodes):
-                if (why := self._fate(index)) is not None:
+                if (why := self._failure_reason(index)) is not None:
                     self._blamed = self.formation.members[index].id
                     return RankLost(index, f"{why}; all ranks were ended")
             time.sleep(0.02)
@@ -168,12 +161,12 @@ class RemoteRanks(LocalRanks):
                 with suppress(Closed, Silent):
                     channel.send({"type": "stop"})
         self._head.drop_relays(self._relays)
-        here = [n for n in self.formation.members if self._head.lost(n) is None]
+        here = [n for n in self.formation.members if self._head.is_connected(n)]
         with suppress(CenacleError):
-            order = {"formation": self.formation.number, "patience_s": 0.0 if now else STOP_S}
-            self._head.orders([(n, order) for n in here], "stop")
+            order = {"group_id": self.formation.group_id, "patience_s": 0.0 if now else STOP_S}
+            self._head.send_orders([(n, order) for n in here], "stop")
         for channel in self.channels:
             channel.close()
         # Ranks that never answered failed, whatever it was.
         blamed = self._blamed if self.ready else self._blamed or ""
-        self._head.is_over(self.formation.number, blamed)
+        self._head.end_group(self.formation.group_id, blamed)

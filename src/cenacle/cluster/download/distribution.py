@@ -95,7 +95,7 @@ class ModelDistribution:
         self._config = hashlib.sha256(config).hexdigest()
         self._given = ModelFileServer(self._folder, hub)
         self._latest = object()  # of what is fetched; what was begun before it is given up
-        head.give(self._given)
+        head.serve_files(self._given)
 
     def find(self, members: Sequence[Node]) -> list[LocalModel]:
         """What of the model each machine has; the first is the head's own.
@@ -104,7 +104,7 @@ class ModelDistribution:
             CheckpointError: one has another model of that name.
         """
         asked = {"model": self._name, "digest": self._digest, "config": self._config}
-        answers = self._head.orders([(n, asked) for n in members[1:]], "find", FIND_S)
+        answers = self._head.send_orders([(n, asked) for n in members[1:]], "find", FIND_S)
         found = [LocalModel(str(a["folder"]), bool(a["whole"])) for a in answers]
         return [LocalModel(str(self._folder), self._hub is None), *found]
 
@@ -156,7 +156,7 @@ class ModelDistribution:
             return self._latest is not mine or (ending is not None and ending.is_set())
 
         try:
-            self._head.orders(orders, "fetch", FIND_S)
+            self._head.send_orders(orders, "fetch", FIND_S)
             fetched = self._wait([members[rank] for rank in lacking], say, over)
         except BaseException:
             if self._latest is mine:
@@ -174,10 +174,10 @@ class ModelDistribution:
         while members:
             if over():
                 raise ClusterError("machines fetch for another group now, or the cluster was ended")
-            answers = self._head.orders([(n, {}) for n in members], "fetched", ASK_S)
+            answers = self._head.send_orders([(n, {}) for n in members], "fetched", ASK_S)
             for node, answer in zip(members, answers, strict=True):
                 progress[node.name] = (int(answer["done"]), int(answer["total"]))
-                self._head.tell_part(node, *progress[node.name])
+                self._head.set_download_progress(node, *progress[node.name])
                 if answer["ended"]:
                     fetched[node.name] = self._came(node, answer)
             members = [n for n in members if n.name not in fetched]
