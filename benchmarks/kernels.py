@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from cenacle import native
-from cenacle.ranks.local_ranks import MALLOC
+from cenacle.ranks.local_ranks import MALLOC_TUNABLES
 
 WIDTH = 2048
 
@@ -103,8 +103,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if MALLOC not in os.environ.get("GLIBC_TUNABLES", ""):
+    if MALLOC_TUNABLES not in os.environ.get("GLIBC_TUNABLES", ""):
         # Memory in pages as a rank's, which glibc must be told before it starts.
-        environment = {**os.environ, "GLIBC_TUNABLES": MALLOC}
+        environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     main()

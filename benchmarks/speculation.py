@@ -66,7 +66,7 @@ def main() -> None:
                 answers[way] = done.tokens
                 if number:  # the first is for warming up
                     speeds[way].append(done.tok_per_s)
-        drafts = models[given.way].group.drafts
+        drafts = models[given.way].group.draft_stats
     finally:
         for model in models.values():
             model.close()

@@ -26,9 +26,9 @@ from .engine.speculative.draft_model import DraftModel
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
 from .ranks.local_ranks import LocalRanks
-from .ranks.rank_group import Group
+from .ranks.rank_group import RankGroup
 from .ranks.ranks import Epoch, Ranks
-from .ranks.step_timings import Terms
+from .ranks.step_timings import StepTimings
 from .runtime import (
     LoadOptions,
     _check_comm_dtype,
@@ -76,7 +76,7 @@ class Completion:
         prompt_tokens: how many there were.
         first_token_s: seconds from asking to the first token.
         tok_per_s: tokens after the first, over the time since the first (0.0 for a single one).
-        terms_ms: where the time of a token went, see `docs/metrics.md`.
+        step_timings_ms: where the time of a token went, see `docs/metrics.md`.
         routed: layer -> expert -> times chosen, in measured steps.
     """
 
@@ -86,7 +86,7 @@ class Completion:
     prompt_tokens: int
     first_token_s: float
     tok_per_s: float
-    terms_ms: dict[str, float]
+    step_timings_ms: dict[str, float]
     nodes: int
     routed: dict[int, dict[int, int]] = field(default_factory=dict)
 
@@ -208,7 +208,7 @@ def _load(
     ranks = start(Epoch(0, threading.Event()), progress)
     sharing = plan.nodes if joined is None else 1
     scheduler = _scheduler(ranks.ready, options, how.measure_every, need.cache, sharing)
-    group = Group(ranks, scheduler, start=start if how.recover else None)
+    group = RankGroup(ranks, scheduler, start=start if how.recover else None)
     loaded = Model(name, plan, text, group, reason, checkpoint.config)
     if selftest is not None:
         try:
@@ -217,7 +217,7 @@ def _load(
             loaded.close()
             raise
     if joined is not None and how.recover:
-        joined.serves(group.move)
+        joined.serves(group.reform)
     return loaded
 
 
@@ -229,7 +229,7 @@ class Model:
         name: str,
         plan: Plan,
         text: Text | None,
-        group: Group,
+        group: RankGroup,
         plan_reason: str = "",
         config: dict[str, Any] | None = None,
     ) -> None:
@@ -396,17 +396,17 @@ class Model:
         max_tokens: int | None = None,
         *,
         stop: Sequence[str] = (),
-        keep_terms: bool = False,
+        keep_timings: bool = False,
         **sampling: Any,
     ) -> Completion:
         """Answer a prompt; arguments and errors as `stream`.
 
         The terms are those of all requests of the group since this call began, or, with
-        `keep_terms`, since the last call without.
+        `keep_timings`, since the last call without.
         """
         tokens = self.tokens_of(prompt)
-        if not keep_terms:
-            self.group.terms = Terms()
+        if not keep_timings:
+            self.group.step_timings = StepTimings()
         began = time.perf_counter()
         chunks: list[Chunk] = []
         times: list[float] = []
@@ -421,9 +421,9 @@ class Model:
             prompt_tokens=len(tokens),
             first_token_s=times[0] - began,
             tok_per_s=(len(times) - 1) / after if after > 0 else 0.0,
-            terms_ms=self.group.terms.per_token_ms(),
+            step_timings_ms=self.group.step_timings.per_token_ms(),
             nodes=self.plan.nodes,
-            routed=self.group.terms.routed,
+            routed=self.group.step_timings.routed,
         )
 
     def ranks_json(self) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from .model.checkpoint import Checkpoint, locate_checkpoint
 from .model.loader import read_model_spec
 from .planning import choose_plan, plan_cost
 from .planning.memory import Need, cache_budget, check_available
-from .ranks.local_ranks import choose as choose_backend
+from .ranks.local_ranks import resolve_backend as choose_backend
 from .scheduler.prefix_index import Footprint
 from .scheduler.scheduler import Scheduler
 from .text.tokenizer import Text

@@ -144,17 +144,17 @@ def see(model: Model, measure_every: int) -> Seen:
     ready = model.ranks.ready  # of these, whatever happens meanwhile
     *short, long = prompts(model.spec.vocab_size, model.spec.context_length)
     exchanges = _Exchanges()
-    model.group.compute_all(True)  # nothing that an earlier one kept on disk
+    model.group.bypass_caches(True)  # nothing that an earlier one kept on disk
     try:
         answers = _ask(model, short, ANSWER_TOKENS) + _ask(model, [long], LONG_ANSWER_TOKENS)
         if model.plan.nodes > 1:
             model.group.observers.append(exchanges)
-            model.group.measure(1)
+            model.group.measure_steps(1)
             _ask(model, short[:1], EXCHANGE_TOKENS)
             model.group.observers.remove(exchanges)
     finally:
-        model.group.compute_all(False)
-    model.group.forget(measure_every)
+        model.group.bypass_caches(False)
+    model.group.reset_statistics(measure_every)
     return Seen(
         tuple(answers),
         tuple(r.pop("sums") for r in ready),

@@ -11,8 +11,8 @@ def test_what_mlx_does_where_memory_is_refused():
     program = "import mlx.core as mx; mx.eval(mx.zeros((10**7, 10**7)) + 1)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     if done.returncode < 0:
-        assert "when the system refuses it memory" in exit_reason.of(done.returncode)
+        assert "when the system refuses it memory" in exit_reason.describe_exit(done.returncode)
     else:
-        assert exit_reason.of_error(RuntimeError(done.stderr.decode())).startswith(
+        assert exit_reason.describe_error(RuntimeError(done.stderr.decode())).startswith(
             "ran out of memory"
         )

@@ -10,16 +10,22 @@ import threading
 from pathlib import Path
 
 from cenacle.ranks.channel import Channel
-from cenacle.ranks.worker import connect, join, last_words, receive, say_alive
+from cenacle.ranks.worker import (
+    connect_to_front,
+    join_collective,
+    receive_message,
+    report_failure,
+    send_heartbeats,
+)
 
 
 def main() -> None:
-    channel = connect()
-    threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
+    channel = connect_to_front()
+    threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()
     try:
         serve(channel)
     except Exception as error:
-        last_words(channel, error)
+        report_failure(channel, error)
         raise
     os._exit(0)
 
@@ -37,12 +43,12 @@ def serve(channel: Channel) -> None:
     from cenacle.model.step_timer import StepTimer
     from cenacle.scheduler.scheduler import Scheduler
 
-    order = receive(channel)
+    order = receive_message(channel)
     nodes = order["nodes"]
-    collective = join({**order, "latency_s": 0, "wire": "f32"}, nodes)
+    collective = join_collective({**order, "latency_s": 0, "wire": "f32"}, nodes)
     channel.send({"type": "ready"})
     while True:
-        message = receive(channel)
+        message = receive_message(channel)
         if message["type"] == "stop":
             return
         plan = Plan.load(Path(message["plan"]))

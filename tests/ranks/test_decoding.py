@@ -212,16 +212,16 @@ DRAFTED = [
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_drafts_change_nothing(models, drafting, nodes):
-    before = drafting[nodes].group.drafts
+    before = drafting[nodes].group.draft_stats
     for prompt, limit, how in DRAFTED:
         plain = list(models[nodes].stream(prompt, limit, logprobs=2, **how))
         drafted = list(drafting[nodes].stream(prompt, limit, logprobs=2, **how))
         assert [(c.token, c.finish) for c in drafted] == [(c.token, c.finish) for c in plain]
         for a, b in zip(drafted, plain, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
-    done = drafting[nodes].group.drafts - before
+    done = drafting[nodes].group.draft_stats - before
     assert done.drafted > done.accepted > 50
-    assert models[nodes].group.drafts.drafted == 0
+    assert models[nodes].group.draft_stats.drafted == 0
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -262,10 +262,10 @@ def test_a_request_that_drafts_can_be_cancelled(drafting, nodes):
 def test_measured_steps_of_drafts_are_divided_by_their_tokens(drafting):
     model = drafting[2]
     done = model.generate(LOOP, 400, **ENDLESS)
-    terms = model.group.terms
+    terms = model.group.step_timings
     assert terms.tokens > terms.steps > 0
-    parts = sum(v for k, v in done.terms_ms.items() if k != "total")
-    assert parts == pytest.approx(done.terms_ms["total"])
+    parts = sum(v for k, v in done.step_timings_ms.items() if k != "total")
+    assert parts == pytest.approx(done.step_timings_ms["total"])
 
 
 # A draft model
@@ -311,7 +311,7 @@ def test_a_draft_model_changes_nothing(models, small, nodes):
             assert [(c.token, c.finish) for c in drafted] == [(c.token, c.finish) for c in plain]
             for a, b in zip(drafted, plain, strict=True):
                 assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
-        done = drafting.group.drafts
+        done = drafting.group.draft_stats
         assert done.by_model > done.by_model_accepted > 20
         assert done.drafted - done.by_model > 50  # from the text
         come_and_go(models[nodes], drafting, *DRAFTED[2])
@@ -322,7 +322,7 @@ def test_a_draft_model_that_is_never_right_is_given_up(models, stranger, nodes):
     want = models[nodes].generate(NOISE, 200, **ENDLESS | WILD).tokens
     with cenacle.load(str(DEMO), nodes, draft_model=str(stranger)) as model:
         assert model.generate(NOISE, 200, **ENDLESS | WILD).tokens == want
-        done = model.group.drafts
+        done = model.group.draft_stats
         assert 0 < done.by_model < 100, "it gives up"
         assert done.by_model_accepted < done.by_model / 4
 
@@ -333,7 +333,7 @@ def test_a_draft_model_that_is_always_right(models):
         for how in (WILD, {}):
             first = model.generate(NOISE, 40, **how).tokens
             assert first == models[2].generate(NOISE, 40, **how).tokens
-        assert model.group.drafts.by_model == model.group.drafts.by_model_accepted > 0
+        assert model.group.draft_stats.by_model == model.group.draft_stats.by_model_accepted > 0
         # A text that begins alike, as the next question of a chat.
         again = [*NOISE, *first[:20], 65, 70, 61]
         assert model.generate(again, 9).tokens == models[2].generate(again, 9).tokens

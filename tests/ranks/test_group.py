@@ -25,9 +25,9 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
 from cenacle.engine.options import Options
-from cenacle.ranks.channel import Closed
+from cenacle.ranks.channel import ChannelClosed
 from cenacle.ranks.local_ranks import LocalRanks
-from cenacle.ranks.rank_group import Group
+from cenacle.ranks.rank_group import RankGroup
 from cenacle.scheduler.scheduler import Scheduler
 
 OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
@@ -153,10 +153,10 @@ def test_completion_says_what_it_cost(two):
     assert (done.finish, done.prompt_tokens, done.nodes) == ("length", len(PROMPT), 2)
     assert done.first_token_s > 0
     assert done.tok_per_s > 0
-    parts = [v for k, v in done.terms_ms.items() if k != "total"]
-    assert sum(parts) == pytest.approx(done.terms_ms["total"])
-    assert done.terms_ms["total"] > 0, "no step was measured"
-    assert done.terms_ms["exchange"] > 0
+    parts = [v for k, v in done.step_timings_ms.items() if k != "total"]
+    assert sum(parts) == pytest.approx(done.step_timings_ms["total"])
+    assert done.step_timings_ms["total"] > 0, "no step was measured"
+    assert done.step_timings_ms["exchange"] > 0
     assert sorted(done.routed) == [0, 1]
     chosen = {sum(counts.values()) for counts in done.routed.values()}
     assert len(chosen) == 1, "every layer routes every token"
@@ -297,7 +297,7 @@ def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(kernels):
     try:
         asked = order(plan, MIXTRAL)
         ranks.load({**asked, "kernels": kernels, "options": asdict(Options())})
-        group = Group(ranks, Scheduler(4, 0))
+        group = RankGroup(ranks, Scheduler(4, 0))
         model = Model("mixtral", plan, None, group)
         said = "rank 1 chose other experts than rank 0 for the same tokens in exchange [0-9]+, "
         tokens = []
@@ -319,13 +319,13 @@ class Ending:
 
     def send(self, message):
         self._sent.set()
-        raise Closed("the connection was lost (Broken pipe)")
+        raise ChannelClosed("the connection was lost (Broken pipe)")
 
     def receive(self):
         self._sent.wait(10)
         time.sleep(0.1)
         if self._said:
-            raise Closed("the connection was closed")
+            raise ChannelClosed("the connection was closed")
         self._said = True
         return {"type": "error", "epoch": 0, "error": {"message": "it has a reason"}}
 
@@ -337,7 +337,7 @@ class Ending:
 
 
 def test_last_words_are_heard_though_a_step_cannot_be_sent():
-    group = Group(Ending(), Scheduler(4, 0))
+    group = RankGroup(Ending(), Scheduler(4, 0))
     group.submit(Request("r", (1, 2), 3), lambda event: None)
     wait_until(lambda: group.failure is not None, 5, "the end of the group")
     assert str(group.failure) == "rank 0 failed: it has a reason"

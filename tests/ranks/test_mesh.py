@@ -428,15 +428,15 @@ def test_wrong_addresses_are_refused():
 def test_mesh_is_the_default_here():
     """A build that failed silently would leave the ring."""
     assert mesh.why_not() is None
-    assert local_ranks.choose("auto", 2)[0] == "mesh"
-    assert local_ranks.choose("ring", 2) == ("ring", None)
+    assert local_ranks.resolve_backend("auto", 2)[0] == "mesh"
+    assert local_ranks.resolve_backend("ring", 2) == ("ring", None)
 
 
 def test_other_mlx_is_said(monkeypatch):
     monkeypatch.setattr(mx, "__version__", "0.99.0")
     assert "this is MLX 0.99.0; install cenacle again" in mesh.why_not()
-    backend, reason = local_ranks.choose("auto", 2)
+    backend, reason = local_ranks.resolve_backend("auto", 2)
     assert backend == "ring"
     assert reason.startswith("exchange: MLX's ring, which is slower, because the native exchange")
     with pytest.raises(ClusterError, match="use --backend ring"):
-        local_ranks.choose("mesh", 2)
+        local_ranks.resolve_backend("mesh", 2)

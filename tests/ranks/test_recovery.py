@@ -32,8 +32,8 @@ import cenacle
 from cenacle.api import Model
 from cenacle.core.request import Request, Sampling
 from cenacle.engine.options import Options
-from cenacle.ranks.local_ranks import WORKER, LocalRanks
-from cenacle.ranks.rank_group import Group
+from cenacle.ranks.local_ranks import WORKER_COMMAND, LocalRanks
+from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
 from cenacle.scheduler.scheduler import Scheduler
 
@@ -162,13 +162,13 @@ def test_a_rank_that_routes_otherwise_is_replaced_and_nobody_notices():
     order |= {"kernels": "mlx", "options": asdict(Options()), "plan": plan.to_json()}
 
     def start(epoch: Epoch) -> LocalRanks:
-        program = (sys.executable, str(OTHER_ROUTER)) if epoch.number == 0 else WORKER
+        program = (sys.executable, str(OTHER_ROUTER)) if epoch.number == 0 else WORKER_COMMAND
         ranks = LocalRanks(2, program=program, epoch=epoch)
         ranks.load(order)
         return ranks
 
     ranks = start(Epoch(0, threading.Event()))
-    group = Group(ranks, Scheduler(4, 0), start=start)
+    group = RankGroup(ranks, Scheduler(4, 0), start=start)
     try:
         recorded = mx.load(str(MIXTRAL / "vectors.safetensors"))
         model = Model("mixtral", plan, None, group)

@@ -8,7 +8,7 @@ parallelize = expert_parallel.parallelize
 
 
 def wrong(model, *arguments) -> None:
-    if worker.own_rank() == 1:
+    if worker.rank_from_environment() == 1:
         for block in architecture.find_blocks(model):
             last = list(block.linears.values())[-1]
             last.weight = last.weight * 1.1

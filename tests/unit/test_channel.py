@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.errors import ClusterError
-from cenacle.ranks.channel import MAX_MESSAGE, Channel, Closed, Silent
+from cenacle.ranks.channel import MAX_MESSAGE_BYTES, Channel, ChannelClosed, ChannelTimeout
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_large_messages_and_many_senders(pair):
 def test_silence_is_an_error_within_the_deadline(raw):
     channel, _ = raw
     began = time.monotonic()
-    with pytest.raises(Silent, match=r"silent for 0\.2 s"):
+    with pytest.raises(ChannelTimeout, match=r"silent for 0\.2 s"):
         channel.receive()
     assert time.monotonic() - began < 1
 
@@ -106,7 +106,7 @@ def test_silence_is_an_error_within_the_deadline(raw):
 def test_message_that_stops_in_the_middle(raw, part):
     channel, far = raw
     far.sendall(part)
-    with pytest.raises(Silent):
+    with pytest.raises(ChannelTimeout):
         channel.receive()
 
 
@@ -115,14 +115,14 @@ def test_closed(raw, part):
     channel, far = raw
     far.sendall(part)
     far.close()
-    with pytest.raises(Closed, match="closed the connection"):
+    with pytest.raises(ChannelClosed, match="closed the connection"):
         channel.receive()
 
 
 def test_send_to_nobody(raw):
     channel, far = raw
     far.close()
-    with pytest.raises(Closed, match="connection was lost"):
+    with pytest.raises(ChannelClosed, match="connection was lost"):
         channel.send({})
 
 
@@ -130,20 +130,22 @@ def test_send_that_is_not_taken_closes_the_channel(raw):
     """A message of which a part has been sent cannot be followed by another."""
     channel, far = raw
     began = time.monotonic()
-    with pytest.raises(Silent, match=r"took no message for 0\.2 s"):
+    with pytest.raises(ChannelTimeout, match=r"took no message for 0\.2 s"):
         channel.send({"x": "y" * 10_000_000})
     assert time.monotonic() - began < 2
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         channel.send({})
     while far.recv(1 << 20):
         pass  # ends: the connection was closed, after the part
 
 
-@pytest.mark.parametrize("length", [MAX_MESSAGE + 1, 2**32 - 1])
+@pytest.mark.parametrize("length", [MAX_MESSAGE_BYTES + 1, 2**32 - 1])
 def test_oversized(raw, length):
     channel, far = raw
     far.sendall(struct.pack(">I", length))
-    with pytest.raises(Closed, match=f"{length} bytes, expected at most {MAX_MESSAGE}"):
+    with pytest.raises(
+        ChannelClosed, match=f"{length} bytes, expected at most {MAX_MESSAGE_BYTES}"
+    ):
         channel.receive()
 
 
@@ -151,7 +153,7 @@ def test_oversized(raw, length):
 def test_garbage(raw, data):
     channel, far = raw
     far.sendall(frame(data))
-    with pytest.raises(Closed, match="not a message"):
+    with pytest.raises(ChannelClosed, match="not a message"):
         channel.receive()
 
 
@@ -172,7 +174,7 @@ def test_close_ends_a_receive_in_another_thread():
         channel.close()
         channel.close()
         thread.join(2)
-    assert [type(e) for e in got] == [Closed]
+    assert [type(e) for e in got] == [ChannelClosed]
 
 
 def test_a_message_that_trickles_ends_at_the_deadline():
@@ -190,7 +192,7 @@ def test_a_message_that_trickles_ends_at_the_deadline():
         thread = threading.Thread(target=trickle)
         thread.start()
         try:
-            with pytest.raises(Silent):
+            with pytest.raises(ChannelTimeout):
                 channel.receive()
         finally:
             done.set()

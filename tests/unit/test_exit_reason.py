@@ -19,22 +19,26 @@ from cenacle.ranks import exit_reason
 )
 def test_words_for_an_exit_status(program, said):
     status = subprocess.run([sys.executable, "-c", program], check=False).returncode
-    assert exit_reason.of(status) == exit_reason.of(status, 10**9 if status != -9 else None) == said
+    assert (
+        exit_reason.describe_exit(status)
+        == exit_reason.describe_exit(status, 10**9 if status != -9 else None)
+        == said
+    )
 
 
 def test_a_kill_for_lack_of_memory_is_told_from_others(tmp_path, monkeypatch):
     page = tmp_path / "vmstat"
     monkeypatch.setattr(exit_reason, "VMSTAT", page)
-    assert exit_reason.kernel_kills() is None, "not Linux"
+    assert exit_reason.oom_kill_count() is None, "not Linux"
     page.write_text("nr_free_pages 5\noom_kill 9\nnr_x 1\n")
-    before = exit_reason.kernel_kills()
+    before = exit_reason.oom_kill_count()
     assert before == 9
-    assert exit_reason.of(-signal.SIGKILL, before) == "was killed by SIGKILL"
+    assert exit_reason.describe_exit(-signal.SIGKILL, before) == "was killed by SIGKILL"
     page.write_text("nr_free_pages 5\noom_kill 10\nnr_x 1\n")
-    assert "ran out of memory" in exit_reason.of(-signal.SIGKILL, before)
-    assert exit_reason.of(-signal.SIGTERM, before) == "was killed by SIGTERM"
+    assert "ran out of memory" in exit_reason.describe_exit(-signal.SIGKILL, before)
+    assert exit_reason.describe_exit(-signal.SIGTERM, before) == "was killed by SIGTERM"
     page.write_text("nothing of that\n")
-    assert exit_reason.of(-signal.SIGKILL, before) == "was killed by SIGKILL"
+    assert exit_reason.describe_exit(-signal.SIGKILL, before) == "was killed by SIGKILL"
 
 
 @pytest.mark.parametrize(
@@ -47,10 +51,10 @@ def test_a_kill_for_lack_of_memory_is_told_from_others(tmp_path, monkeypatch):
     ],
 )
 def test_errors_that_mean_that_memory_is_short(error):
-    assert exit_reason.of_error(error).startswith("ran out of memory (")
-    assert type(error).__name__ in exit_reason.of_error(error)
+    assert exit_reason.describe_error(error).startswith("ran out of memory (")
+    assert type(error).__name__ in exit_reason.describe_error(error)
 
 
 def test_other_errors_are_what_they_are():
-    assert exit_reason.of_error(ValueError("no")) == "ValueError: no"
-    assert exit_reason.of_error(KeyError()) == "KeyError"
+    assert exit_reason.describe_error(ValueError("no")) == "ValueError: no"
+    assert exit_reason.describe_error(KeyError()) == "KeyError"

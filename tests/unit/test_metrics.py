@@ -21,7 +21,7 @@ class FakeGroup:
     """Keeps the sinks; error requests with the error that the test sets."""
 
     state = SimpleNamespace(phase="ok", recoveries=0)
-    drafts = Drafts(12, 9, 8, 7)
+    draft_stats = Drafts(12, 9, 8, 7)
 
     def __init__(self) -> None:
         self.load = {"running": 0, "waiting": 0}

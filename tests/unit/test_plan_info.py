@@ -14,8 +14,8 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, TokenEvent
 from cenacle.engine.speculative.ngram import Drafts
-from cenacle.ranks.step_timings import Terms
-from cenacle.scheduler.recovery import State
+from cenacle.ranks.step_timings import StepTimings
+from cenacle.scheduler.recovery import RecoveryState
 from cenacle.server.app import Application, Limits
 from cenacle.server.auth import KeyStore
 from cenacle.server.metrics import Metrics
@@ -27,10 +27,15 @@ class FakeGroup:
     """Answers every request with one token; its ranks can be replaced by those of another plan."""
 
     def __init__(self):
-        self.failure, self.state = None, State()
+        self.failure, self.state = None, RecoveryState()
         self.load = {"running": 0, "waiting": 0}
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
-        self.terms, self.drafts, self.observers, self.heard = Terms(), Drafts(), [], []
+        self.step_timings, self.draft_stats, self.observers, self.last_message_s = (
+            StepTimings(),
+            Drafts(),
+            [],
+            [],
+        )
 
     def submit(self, request, sink):
         sink(TokenEvent(request.id, 7, "stop"))

@@ -16,8 +16,8 @@ from cenacle.core.request import Request, TokenEvent
 from cenacle.core.step import Step
 from cenacle.errors import CenacleError, ClusterError, RankLost
 from cenacle.ranks import rank_group
-from cenacle.ranks.channel import Closed
-from cenacle.ranks.rank_group import Group
+from cenacle.ranks.channel import ChannelClosed
+from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
 from cenacle.scheduler.disk_index import keys
 from cenacle.scheduler.prefix_index import Footprint, packed
@@ -69,7 +69,7 @@ class PlayedRank:
     def receive(self) -> dict:
         message = self._said.get(timeout=20)
         if message is None:
-            raise Closed("closed the connection")
+            raise ChannelClosed("closed the connection")
         return message
 
 
@@ -110,7 +110,9 @@ class Stage:
 class Client:
     """Asks for a number of tokens, and keeps what it is told."""
 
-    def __init__(self, group: Group, name: str, length: int = 20, prompt: tuple = (1, 2)) -> None:
+    def __init__(
+        self, group: RankGroup, name: str, length: int = 20, prompt: tuple = (1, 2)
+    ) -> None:
         self.tokens: list[int] = []
         self.error: CenacleError | None = None
         self._done = threading.Event()
@@ -143,13 +145,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def play() -> Iterator[Callable[..., tuple[Group, Stage]]]:
-    made: list[tuple[Group, Stage]] = []
+def play() -> Iterator[Callable[..., tuple[RankGroup, Stage]]]:
+    made: list[tuple[RankGroup, Stage]] = []
 
-    def begin(fault: Fault, refuse: tuple[int, ...] = (), batch: int = 8) -> tuple[Group, Stage]:
+    def begin(
+        fault: Fault, refuse: tuple[int, ...] = (), batch: int = 8
+    ) -> tuple[RankGroup, Stage]:
         stage = Stage(fault, refuse)
         ranks = stage(Epoch(0, threading.Event()))
-        group = Group(ranks, Scheduler(batch, 0), start=stage)
+        group = RankGroup(ranks, Scheduler(batch, 0), start=stage)
         made.append((group, stage))
         return made[-1]
 
@@ -176,7 +180,7 @@ def disagree(rank: PlayedRank, step: Step) -> None:
 
 def leave(rank: PlayedRank, step: Step) -> None:
     rank.hang_up()
-    raise Closed("the connection was lost")
+    raise ChannelClosed("the connection was lost")
 
 
 @pytest.mark.parametrize(
@@ -201,18 +205,18 @@ def test_every_answer_goes_on_where_it_was(play, wrong, said):
 
 def test_ranks_that_work_can_be_ended_between_steps(play):
     group, stage = play(lambda rank, step: None, batch=3)
-    end, under_way = group._move, []
+    end, under_way = group._reform, []
 
     def note_and_end() -> None:
-        under_way.append(len(group._under_way))
+        under_way.append(len(group._in_flight))
         end()
 
-    group._move = note_and_end
+    group._reform = note_and_end
     clients = [Client(group, f"{n}", 400 + n, (n, 7)) for n in range(5)]  # two of them wait
     for number in range(1, 6):  # more often than a request may be there when a group is lost
         given = sum(len(c.tokens) for c in clients)
         until(lambda: sum(len(c.tokens) for c in clients) > given)  # noqa: B023
-        group.move(f"machine {number} is back")
+        group.reform(f"machine {number} is back")
         until(lambda: stage.starts[-1] == number)  # noqa: B023
         until(lambda: group.state.phase == "ok")
     assert group.state.reason == "machine 5 is back"
@@ -220,7 +224,7 @@ def test_ranks_that_work_can_be_ended_between_steps(play):
         assert client.wait() == client.expected
     assert stage.starts == [0, 1, 2, 3, 4, 5]
     assert under_way == [0] * 5, "steps were under way"
-    group.move("machine 6 is back")  # nobody asks for anything
+    group.reform("machine 6 is back")  # nobody asks for anything
     until(lambda: group.state.recoveries == 6)
     assert Client(group, "late").wait()
 
@@ -287,7 +291,7 @@ def test_who_left_while_ranks_are_started_is_not_asked_for_again(play):
         started.wait(5)
         return plain(epoch)
 
-    group._start = slow
+    group._start_epoch = slow
     gone, stays = Client(group, "gone"), Client(group, "stays")
     until(lambda: group.state.phase == "recovering")
     group.cancel("gone")
@@ -304,14 +308,14 @@ def test_a_group_can_be_closed_while_its_ranks_are_started(play):
 
     def never(epoch: Epoch) -> PlayedRanks:
         begun.set()
-        assert epoch.ending.wait(5), "not told that the group is closed"
+        assert epoch.closing.wait(5), "not told that the group is closed"
         raise ClusterError("ended")
 
     def fault(rank: PlayedRank, step: Step) -> None:
         leave(rank, step)
 
     group, _ = play(fault)
-    group._start = never
+    group._start_epoch = never
     client = Client(group, "a")
     assert begun.wait(5)
     group.close()
@@ -330,37 +334,37 @@ def test_a_start_says_what_it_waits_for(play):
     group, stage = play(fault)
 
     def wait(epoch: Epoch) -> PlayedRanks:
-        epoch.say("waiting for carol")
+        epoch.report("waiting for carol")
         assert back.wait(5)
         return stage(epoch)
 
-    group._start = wait
+    group._start_epoch = wait
     client = Client(group, "a")
-    until(lambda: group.state.doing == "waiting for carol")
+    until(lambda: group.state.detail == "waiting for carol")
     assert group.state.phase == "recovering"
     back.set()
     assert client.wait() == client.expected
-    assert group.state.doing == ""
+    assert group.state.detail == ""
 
 
 def test_without_a_way_to_start_others_the_first_failure_is_the_last():
-    group = Group(PlayedRanks(0, die), Scheduler(4, 0))
+    group = RankGroup(PlayedRanks(0, die), Scheduler(4, 0))
     client = Client(group, "a")
     with pytest.raises(RankLost, match="its disk is gone"):
         client.wait()
     assert group.state.phase == "failed"
-    assert rank_group.LOSSES > 1
+    assert rank_group.MAX_LOSSES > 1
     group.close()
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr(rank_group, "SEEK_S", 0.1)
+    monkeypatch.setattr(rank_group, "DISK_TIMEOUT_S", 0.1)
     prompt = tuple(range(600))
     key = keys(packed(prompt), [256])[256]
     ranks = PlayedRanks(0, lambda rank, step: None)
     ranks.ready = [{"pages": [[key, "", 0, 256, 9]], "notices": ["one is odd"]}] * 2
     how = {"footprint": Footprint(1, keeps=True), "cache_bytes": 10**6, "disk_bytes": 10**6}
-    group = Group(ranks, Scheduler(8, 0, chunk=1000, **how))
+    group = RankGroup(ranks, Scheduler(8, 0, chunk=1000, **how))
     try:
         client = Client(group, "a", prompt=prompt)  # these ranks do not look for pages
         assert client.wait() == client.expected

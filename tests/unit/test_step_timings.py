@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.ranks.step_timings import Terms
+from cenacle.ranks.step_timings import StepTimings
 
 seconds = st.floats(0, 10, allow_subnormal=False)
 
@@ -29,7 +29,7 @@ def steps(draw):
 
 @given(steps())
 def test_terms_add_up(steps):
-    terms = Terms()
+    terms = StepTimings()
     for reports in steps:
         terms.add(reports)
     ms = terms.per_token_ms()
@@ -43,7 +43,7 @@ def test_terms_add_up(steps):
 
 def test_exchange_is_the_shortest_and_the_rest_is_waiting():
     """Layer 0: rank 1 comes last, rank 0 waits 3 s. Layer 1: rank 0 comes last."""
-    terms = Terms()
+    terms = StepTimings()
     terms.add(
         [report([4.0, 1.0], trunk=1.0, experts=2.0), report([1.0, 2.0], 3.0, 4.0, total=12.0)]
     )
@@ -54,14 +54,14 @@ def test_exchange_is_the_shortest_and_the_rest_is_waiting():
 
 
 def test_one_rank_waits_for_nobody():
-    terms = Terms()
+    terms = StepTimings()
     terms.add([report([0.5, 0.25])])
     assert terms.per_token_ms()["waiting"] == 0
     assert terms.per_token_ms()["exchange"] == 750
 
 
 def test_means_are_over_measured_decode_steps():
-    terms = Terms()
+    terms = StepTimings()
     terms.add([report([1.0]), report([1.0])])
     terms.add([report([3.0]), report([3.0])])
     terms.add([report([9.0]), report([9.0], decoding=False)])
@@ -70,12 +70,12 @@ def test_means_are_over_measured_decode_steps():
 
 
 def test_nothing_measured_is_zero():
-    assert set(Terms().per_token_ms().values()) == {0.0}
+    assert set(StepTimings().per_token_ms().values()) == {0.0}
 
 
 def test_routed_counts_are_rank_0s_added_up():
     """They come through JSON, which makes strings of keys."""
-    terms = Terms()
+    terms = StepTimings()
     terms.add([report([1.0], routed={"0": {"3": 2}}), report([1.0], routed={"0": {"3": 2}})])
     terms.add([report([1.0], routed={"0": {"3": 1, "5": 1}, "4": {"0": 1}}), report([1.0])])
     assert terms.routed == {0: {3: 3, 5: 1}, 4: {0: 1}}
@@ -83,4 +83,4 @@ def test_routed_counts_are_rank_0s_added_up():
 
 def test_ranks_of_different_depth_are_an_error():
     with pytest.raises(ValueError, match="longer"):
-        Terms().add([report([1.0]), report([1.0, 2.0])])
+        StepTimings().add([report([1.0]), report([1.0, 2.0])])

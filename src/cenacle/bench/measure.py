@@ -289,12 +289,12 @@ class _Bench:
     def terms(self) -> None:
         """Where a token's time goes, by term and by rank, from measured steps."""
         self._say("where the time goes")
-        self._model.group.measure(2)
+        self._model.group.measure_steps(2)
         # Several short answers: a random model repeats itself, and one token has one routing.
         for _ in range(4):
             self._ask(self._asked.contexts[0], max(8, self._asked.tokens // 2))
-        found = self._model.group.terms
-        self._model.group.measure(0)
+        found = self._model.group.step_timings
+        self._model.group.measure_steps(0)
         self.terms_ms = {**found.per_token_ms(), "steps": found.steps}
         self.ranks = [{"rank": r, "terms_ms": ms} for r, ms in enumerate(found.per_rank_ms())]
         self.ranks = self.ranks or [{"rank": r} for r in range(self._asked.nodes)]

@@ -21,9 +21,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ClusterError, InputError, error_from_json
-from ..ranks.channel import Channel, Silent
+from ..ranks.channel import Channel, ChannelTimeout
 from ..ranks.local_ranks import LocalRanks
-from ..ranks.worker import connect, join, last_words, receive, say_alive, stay_on_cores
+from ..ranks.worker import (
+    connect_to_front,
+    join_collective,
+    pin_to_cores,
+    receive_message,
+    report_failure,
+    send_heartbeats,
+)
 
 if TYPE_CHECKING:
     from ..collective.base import Collective
@@ -85,7 +92,7 @@ class RankPool:
         while time.monotonic() < ends:
             try:
                 message = self._ranks.channels[rank].receive()
-            except Silent:
+            except ChannelTimeout:
                 break
             except ClusterError as error:
                 raise self._ranks.blame(rank, str(error)) from error
@@ -127,13 +134,13 @@ def find_job(name: str) -> Callable[..., Any]:
 
 def main() -> None:
     """Run one rank until the process that started it goes away."""
-    stay_on_cores()
-    channel = connect()
-    threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
+    pin_to_cores()
+    channel = connect_to_front()
+    threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()
     try:
         _serve(channel)
     except Exception as error:
-        last_words(channel, error)
+        report_failure(channel, error)
         raise
     finally:
         os._exit(0)  # MLX's threads may wait for ever for a peer that is lost
@@ -142,13 +149,13 @@ def main() -> None:
 def _serve(channel: Channel) -> None:
     # Imported here: the starting process must hear of this one before MLX is loaded.
     from .. import native
-    from ..ranks.worker import share_of_cores
+    from ..ranks.worker import ranks_sharing_cores
 
-    order = receive(channel)
-    native.set_threads(local_ranks=share_of_cores(order["nodes"]))
-    collective: Collective = join(order, order["nodes"])
+    order = receive_message(channel)
+    native.set_threads(local_ranks=ranks_sharing_cores(order["nodes"]))
+    collective: Collective = join_collective(order, order["nodes"])
     channel.send({"type": "ready"})
-    while (message := receive(channel))["type"] != "stop":
+    while (message := receive_message(channel))["type"] != "stop":
         result = find_job(message["job"])(collective, **message["arguments"])
         channel.send({"type": "result", "result": result})
 

@@ -35,14 +35,14 @@ NARROW, WIDE, HIDDEN = 128, 1024, 2048  # experts' widths, of equal bytes togeth
 
 def main() -> None:
     """Measure what the order asks for and send it in "ready"."""
-    channel = worker.connect()
-    threading.Thread(target=worker.say_alive, args=(channel,), daemon=True).start()
+    channel = worker.connect_to_front()
+    threading.Thread(target=worker.send_heartbeats, args=(channel,), daemon=True).start()
     try:
-        _serve(channel, worker.receive(channel))
+        _serve(channel, worker.receive_message(channel))
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
-        worker.last_words(channel, error)
+        worker.report_failure(channel, error)
         os._exit(0)
 
 
@@ -54,7 +54,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     nodes = int(order["nodes"])
     mx.set_default_device(mx.cpu) if native.is_available() else None
     threads = native.set_threads(local_ranks=int(order["share"]))
-    collective = worker.join(order, nodes)
+    collective = worker.join_collective(order, nodes)
     seconds = float(order["seconds"])
     result = {
         "threads": threads,
@@ -65,7 +65,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         "exchanges": _exchanges(collective, seconds) if nodes > 1 else {},
     }
     channel.send({"type": "ready", **result})
-    while worker.receive(channel)["type"] != "stop":
+    while worker.receive_message(channel)["type"] != "stop":
         pass
     collective.close()
 

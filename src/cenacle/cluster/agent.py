@@ -31,8 +31,8 @@ from ..collective import mesh, socket_options
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, error_from_json, error_to_json
 from ..ranks import exit_reason
-from ..ranks.channel import Closed
-from ..ranks.local_ranks import MALLOC, WORKER
+from ..ranks.channel import ChannelClosed
+from ..ranks.local_ranks import MALLOC_TUNABLES, WORKER_COMMAND
 from . import doctor, framing, link_probe, node_info
 from .download import node_cache, task
 from .membership import HEARTBEAT_TIMEOUT_S
@@ -64,7 +64,7 @@ class _Rank:
     group_id: int
     rank: int
     process: asyncio.subprocess.Process
-    kills_before: int | None = field(default_factory=exit_reason.kernel_kills)
+    kills_before: int | None = field(default_factory=exit_reason.oom_kill_count)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -150,7 +150,7 @@ class Agent:
                     limit=framing.PIECE,
                 )
         except TimeoutError:
-            raise Closed(f"no connection within {CONNECT_S:g} s") from None
+            raise ChannelClosed(f"no connection within {CONNECT_S:g} s") from None
         socket_options.set_up(writer.get_extra_info("socket"))
         return reader, writer
 
@@ -326,7 +326,9 @@ class Agent:
                 "CENACLE_LOCAL_RANKS": "1",
                 "MLX_RANK": str(rank),
             }
-            env["GLIBC_TUNABLES"] = ":".join(filter(None, [env.get("GLIBC_TUNABLES"), MALLOC]))
+            env["GLIBC_TUNABLES"] = ":".join(
+                filter(None, [env.get("GLIBC_TUNABLES"), MALLOC_TUNABLES])
+            )
             inherited = [far.fileno()]
 
             def given(content: object) -> str:
@@ -351,7 +353,7 @@ class Agent:
                 env["MLX_WORLD_SIZE"] = str(len(addresses))
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *WORKER,
+                    *WORKER_COMMAND,
                     env=env,
                     stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,
@@ -389,7 +391,7 @@ class Agent:
                     "group_id": rank.group_id,
                     "rank": rank.rank,
                     "pid": rank.process.pid,
-                    "reason": exit_reason.of(status, rank.kills_before),
+                    "reason": exit_reason.describe_exit(status, rank.kills_before),
                 }
                 with contextlib.suppress(ClusterError):
                     await framing.send(self._writer, message, HEARTBEAT_TIMEOUT_S)

@@ -24,7 +24,7 @@ from ..engine.speculative.draft_model import DraftModel
 from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
 from ..model.checkpoint import Checkpoint
 from ..model.loader import read_model_spec
-from ..ranks.local_ranks import Progress
+from ..ranks.local_ranks import LoadProgress
 from ..ranks.ranks import Epoch
 from . import hostsfile, link_probe, placement
 from .download import node_cache
@@ -167,7 +167,7 @@ class Joined:
         return self._measure(self._formed.formation.members)
 
     def start(
-        self, order: dict[str, Any], progress: Progress | None = None, epoch: Epoch = FIRST
+        self, order: dict[str, Any], progress: LoadProgress | None = None, epoch: Epoch = FIRST
     ) -> RemoteRanks:
         """Start and load the ranks of an epoch: the first on what `form` decided, others on the
         machines that are left, if the model fits there; else when enough have come back.
@@ -247,20 +247,20 @@ class Joined:
 
         def say(text: str) -> None:
             self._say(text)
-            epoch.say(text)
+            epoch.report(text)
 
-        self._head.set_status(formed=f"formed anew: {epoch.why}")
-        formation = self._head.form_group(self._nodes, say, epoch.ending, LEFT_S)
+        self._head.set_status(formed=f"formed anew: {epoch.reason}")
+        formation = self._head.form_group(self._nodes, say, epoch.closing, LEFT_S)
         while True:
             try:
-                return self._decide(formation, say, epoch.ending)
+                return self._decide(formation, say, epoch.closing)
             except (PlanError, CheckpointError) as error:
                 have = len(formation.members)
                 if have >= (self._nodes or self._head.node_count):
                     raise
                 fits = "does not fit on" if isinstance(error, PlanError) else "cannot be had by"
                 say(f"the model {fits} what is left ({error})")
-            formation = self._head.form_group(have + 1, say, epoch.ending, temporary=True)
+            formation = self._head.form_group(have + 1, say, epoch.closing, temporary=True)
 
     def _decide(
         self, formation: GroupMembership, say: Say, ending: threading.Event | None = None

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from .. import net
-from ..ranks.channel import Closed, Silent
+from ..ranks.channel import ChannelClosed, ChannelTimeout
 
 GREETING = 16 * 1024  # bytes of a message by someone who is not known yet
 MESSAGE = 16 * 1024 * 1024  # bytes of a message by someone who is
@@ -26,23 +26,23 @@ async def receive(
     """The next message.
 
     Raises:
-        Silent: it did not come, whole, within the deadline.
-        Closed: the other side is gone, or what it sends is not a message.
+        ChannelTimeout: it did not come, whole, within the deadline.
+        ChannelClosed: the other side is gone, or what it sends is not a message.
     """
     try:
         async with asyncio.timeout(deadline_s):
             (length,) = net.FRAME_HEADER.unpack(await reader.readexactly(net.FRAME_HEADER.size))
             if length > most:
-                raise Closed(f"sent a message of {length} bytes, expected at most {most}")
+                raise ChannelClosed(f"sent a message of {length} bytes, expected at most {most}")
             message = net.decode_frame(await reader.readexactly(length))
     except TimeoutError:
-        raise Silent(f"was silent for {deadline_s:g} s") from None
+        raise ChannelTimeout(f"was silent for {deadline_s:g} s") from None
     except (OSError, asyncio.IncompleteReadError) as error:
-        raise Closed(_why(error)) from None
+        raise ChannelClosed(_why(error)) from None
     except ValueError as error:
-        raise Closed(f"sent what is not a message ({type(error).__name__})") from None
+        raise ChannelClosed(f"sent what is not a message ({type(error).__name__})") from None
     if not isinstance(message.get("type"), str):
-        raise Closed("sent what is not a message: expected a JSON object with a type")
+        raise ChannelClosed("sent what is not a message: expected a JSON object with a type")
     return message
 
 
@@ -50,8 +50,8 @@ async def send(writer: asyncio.StreamWriter, message: dict[str, Any], deadline_s
     """Send a message.
 
     Raises:
-        Silent: the other side did not take it within the deadline.
-        Closed: it is gone.
+        ChannelTimeout: the other side did not take it within the deadline.
+        ChannelClosed: it is gone.
     """
     # One write: several tasks may send.
     await send_bytes(writer, net.encode_frame(message), deadline_s)
@@ -64,9 +64,9 @@ async def send_bytes(writer: asyncio.StreamWriter, data: bytes, deadline_s: floa
         async with asyncio.timeout(deadline_s):
             await writer.drain()
     except TimeoutError:
-        raise Silent(f"did not take {len(data)} bytes within {deadline_s:g} s") from None
+        raise ChannelTimeout(f"did not take {len(data)} bytes within {deadline_s:g} s") from None
     except OSError as error:
-        raise Closed(_why(error)) from None
+        raise ChannelClosed(_why(error)) from None
 
 
 def hang_up(writer: asyncio.StreamWriter) -> None:

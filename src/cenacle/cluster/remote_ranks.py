@@ -18,8 +18,8 @@ from typing import Any
 from .. import net
 from ..core.plan import Plan
 from ..errors import CenacleError, ClusterError, RankLost
-from ..ranks.channel import Channel, Closed, Silent
-from ..ranks.local_ranks import STOP_S, LocalRanks
+from ..ranks.channel import Channel, ChannelClosed, ChannelTimeout
+from ..ranks.local_ranks import STOP_TIMEOUT_S, LocalRanks
 from ..ranks.ranks import Epoch
 from .head import GroupMembership, Head
 from .membership import HEARTBEAT_TIMEOUT_S
@@ -114,7 +114,7 @@ class RemoteRanks(LocalRanks):
             self._go_on()
             try:
                 return channel.receive()
-            except Silent:
+            except ChannelTimeout:
                 if time.monotonic() > ends_at:
                     raise self.blame(rank, f"did not call within {HELLO_S:g} s") from None
                 if (why := self._failure_reason(rank)) is not None:
@@ -158,12 +158,15 @@ class RemoteRanks(LocalRanks):
         self._closed = True
         if not now:
             for channel in self.channels:
-                with suppress(Closed, Silent):
+                with suppress(ChannelClosed, ChannelTimeout):
                     channel.send({"type": "stop"})
         self._head.drop_relays(self._relays)
         here = [n for n in self.formation.members if self._head.is_connected(n)]
         with suppress(CenacleError):
-            order = {"group_id": self.formation.group_id, "patience_s": 0.0 if now else STOP_S}
+            order = {
+                "group_id": self.formation.group_id,
+                "patience_s": 0.0 if now else STOP_TIMEOUT_S,
+            }
             self._head.send_orders([(n, order) for n in here], "stop")
         for channel in self.channels:
             channel.close()

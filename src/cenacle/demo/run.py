@@ -18,7 +18,7 @@ from rich.text import Text
 from ..api import Completion, load
 from ..core.plan import Plan
 from ..errors import CenacleError
-from ..ranks.step_timings import Terms
+from ..ranks.step_timings import StepTimings
 from .tasks import KINDS, Task, held_out, is_correct
 
 DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
@@ -73,14 +73,14 @@ def run_demo(
         console.print(model.plan.table(), highlight=False, end="\n\n")
         model.generate(tasks[0].question, max_tokens=2)  # the first answer would pay for start-up
         answers: list[tuple[Task, Completion]] = []
-        model.group.terms = Terms()
+        model.group.step_timings = StepTimings()
         for task in tasks:
-            answer = model.generate(task.question, max_tokens=64, keep_terms=True)
+            answer = model.generate(task.question, max_tokens=64, keep_timings=True)
             answers.append((task, answer))
             ok = is_correct(task, answer.text)
             mark = Text("right", "green") if ok else Text(f"wrong: {task.answer}", "red")
             console.print(Text(f"{task.question:<44}"), Text(f"{answer.text:<16}", "bold"), mark)
-        terms = model.group.terms
+        terms = model.group.step_timings
         total = sum(len(a.tokens) - 1 for _, a in answers)
         seconds = sum((len(a.tokens) - 1) / a.tok_per_s for _, a in answers if a.tok_per_s)
         rate = total / seconds if seconds else 0.0

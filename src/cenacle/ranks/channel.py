@@ -17,14 +17,14 @@ from typing import Any
 from .. import net
 from ..errors import ClusterError
 
-MAX_MESSAGE = 64 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
 
 
-class Silent(ClusterError):
+class ChannelTimeout(ClusterError):
     """Nothing came within the deadline, or the other side did not take what was sent."""
 
 
-class Closed(ClusterError):
+class ChannelClosed(ClusterError):
     """The other side is gone."""
 
 
@@ -50,8 +50,8 @@ class Channel:
         """Send one message.
 
         Raises:
-            Silent: the other side did not take it within the deadline.
-            Closed: the other side is gone.
+            ChannelTimeout: the other side did not take it within the deadline.
+            ChannelClosed: the other side is gone.
         """
         frame = net.encode_frame(message)
         try:
@@ -59,24 +59,26 @@ class Channel:
                 self._socket.sendall(frame)
         except TimeoutError as error:
             self.close()  # part of the message may be on its way: nothing can follow it
-            raise Silent(f"took no message for {self._deadline_s:g} s") from error
+            raise ChannelTimeout(f"took no message for {self._deadline_s:g} s") from error
         except OSError as error:
-            raise Closed(net.describe_loss(error)) from error
+            raise ChannelClosed(net.describe_loss(error)) from error
 
     def receive(self) -> dict[str, Any]:
         """Wait for one message.
 
         Raises:
-            Silent: none came, or not to its end, within the deadline.
-            Closed: the other side is gone, or what it sends is not a message.
+            ChannelTimeout: none came, or not to its end, within the deadline.
+            ChannelClosed: the other side is gone, or what it sends is not a message.
         """
         (length,) = net.FRAME_HEADER.unpack(self.receive_bytes(net.FRAME_HEADER.size))
-        if length > MAX_MESSAGE:
-            raise Closed(f"sent a message of {length} bytes, expected at most {MAX_MESSAGE}")
+        if length > MAX_MESSAGE_BYTES:
+            raise ChannelClosed(
+                f"sent a message of {length} bytes, expected at most {MAX_MESSAGE_BYTES}"
+            )
         try:
             return net.decode_frame(self.receive_bytes(length))
         except ValueError as error:
-            raise Closed(f"sent what is not a message ({error})") from error
+            raise ChannelClosed(f"sent what is not a message ({error})") from error
 
     def receive_bytes(self, count: int) -> bytes:
         """So many bytes, which a message has announced; raises as `receive`."""
@@ -86,9 +88,9 @@ class Channel:
             return net.receive_exactly(self._socket, count, ends_s, shared=True)
         except TimeoutError as error:
             self.silent = True
-            raise Silent(f"was silent for {self._deadline_s:g} s") from error
+            raise ChannelTimeout(f"was silent for {self._deadline_s:g} s") from error
         except OSError as error:
-            raise Closed(net.describe_loss(error)) from error
+            raise ChannelClosed(net.describe_loss(error)) from error
 
     def close(self) -> None:
         """Close; a receive that waits in another thread ends."""

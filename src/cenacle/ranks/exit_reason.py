@@ -16,14 +16,14 @@ VMSTAT = Path("/proc/vmstat")
 OUT_OF_MEMORY = "ran out of memory"
 
 # MLX's allocators on CPU, CUDA and Metal raise RuntimeError; C++'s own becomes MemoryError.
-_NO_MEMORY = re.compile(
+_OUT_OF_MEMORY_ERROR = re.compile(
     r"unable to allocate|cannot allocate|failed to allocate|attempting to allocate|out of memory"
     r"|insufficient memory|bad_alloc",
     re.IGNORECASE,
 )
 
 
-def kernel_kills() -> int | None:
+def oom_kill_count() -> int | None:
     """How many processes the kernel has ended for lack of memory since it started; None: it does
     not say (other systems than Linux)."""
     try:
@@ -33,7 +33,7 @@ def kernel_kills() -> int | None:
     return int(found.group(1)) if found else None
 
 
-def of(status: int, kills_before: int | None = None) -> str:
+def describe_exit(status: int, kills_before: int | None = None) -> str:
     """How a process ended, to follow its name.
 
     Args:
@@ -46,7 +46,7 @@ def of(status: int, kills_before: int | None = None) -> str:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"signal {-status}"
-    said, now = f"was killed by {name}", kernel_kills()
+    said, now = f"was killed by {name}", oom_kill_count()
     if -status == signal.SIGKILL and None not in (kills_before, now) and now != kills_before:
         # Which process that was the kernel tells its log only, which not everybody may read.
         said += (
@@ -58,9 +58,9 @@ def of(status: int, kills_before: int | None = None) -> str:
     return said
 
 
-def of_error(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What an error that nobody expected means; where memory is short that comes first."""
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY_ERROR.search(str(error)):
         return f"{OUT_OF_MEMORY} ({what})"
     return what

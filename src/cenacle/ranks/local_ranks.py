@@ -30,18 +30,20 @@ from .. import net
 from ..collective import mesh
 from ..errors import ClusterError, RankLost, error_from_json
 from . import exit_reason
-from .channel import Channel, Closed, Silent
+from .channel import Channel, ChannelClosed, ChannelTimeout
 from .ranks import Epoch
 
-START_DEADLINE_S = 60.0
-SILENCE_S = 4.0  # ranks say four times a second that they live: who hangs is named within 5 s
-STOP_S = 2.0
-KILLED_S = 20.0  # longest time that the system may take to give a killed rank's memory back
+START_TIMEOUT_S = 60.0
+SILENCE_TIMEOUT_S = (
+    4.0  # ranks say four times a second that they live: who hangs is named within 5 s
+)
+STOP_TIMEOUT_S = 2.0
+KILL_TIMEOUT_S = 20.0  # longest time that the system may take to give a killed rank's memory back
 
 # Told to glibc before a rank starts, as it must be. Memory in pages of 2 MB, with which a core
 # reads weights a third faster (docs/LOG.md); and up to 256 MB of what is freed are kept for the
 # next layer: else the kernel clears the same pages again. Other C libraries do not look at this.
-MALLOC = ":".join(
+MALLOC_TUNABLES = ":".join(
     (
         "glibc.malloc.hugetlb=1",
         f"glibc.malloc.mmap_threshold={32 << 20}",
@@ -49,10 +51,10 @@ MALLOC = ":".join(
     )
 )
 
-Progress = Callable[[int, int, int], None]
+LoadProgress = Callable[[int, int, int], None]
 """Called with rank, bytes loaded, bytes in all."""
 
-WORKER = (sys.executable, "-m", "cenacle.ranks.worker")
+WORKER_COMMAND = (sys.executable, "-m", "cenacle.ranks.worker")
 
 
 class LocalRanks:
@@ -76,7 +78,7 @@ class LocalRanks:
         self,
         nodes: int,
         backend: str = "auto",
-        program: Sequence[str] = WORKER,
+        program: Sequence[str] = WORKER_COMMAND,
         cores: Sequence[Sequence[int]] | None = None,
         threads: int | None = None,
         epoch: Epoch | None = None,
@@ -88,13 +90,13 @@ class LocalRanks:
             self._limits["CENACLE_CORES"] = json.dumps([list(c) for c in cores])
         if threads is not None:
             self._limits["CENACLE_THREADS"] = str(threads)
-        self.backend, self.backend_reason = choose(backend, nodes)
+        self.backend, self.backend_reason = resolve_backend(backend, nodes)
         self.channels: list[Channel] = []
         self.pids: list[int] = []
         self.ready: list[dict[str, Any]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self.folder = Path(tempfile.mkdtemp(prefix="cenacle-"))  # mode 0700
-        self._kills = exit_reason.kernel_kills()
+        self._kills = exit_reason.oom_kill_count()
         self._closed = False
         try:
             self._start(self.backend, list(program))
@@ -109,7 +111,9 @@ class LocalRanks:
             listener.bind(address)
             listener.listen(self.nodes)
             env = {**os.environ, **self._limits}
-            env["GLIBC_TUNABLES"] = ":".join(filter(None, [env.get("GLIBC_TUNABLES"), MALLOC]))
+            env["GLIBC_TUNABLES"] = ":".join(
+                filter(None, [env.get("GLIBC_TUNABLES"), MALLOC_TUNABLES])
+            )
             env |= {"CENACLE_CONTROL": address, "CENACLE_TOKEN": token}
             if backend == "mesh":
                 # Sockets in a folder of this user's, and a secret besides, as between machines.
@@ -118,7 +122,7 @@ class LocalRanks:
                 )
                 env[mesh.SECRET] = secrets.token_hex(32)
             if backend == "mpi" and self.nodes > 1:
-                self._spawn([_mpirun(), "-np", str(self.nodes), *_MPI_FLAGS, *program], env)
+                self._spawn([_find_mpirun(), "-np", str(self.nodes), *_MPI_FLAGS, *program], env)
             else:
                 for rank in range(self.nodes):
                     self._spawn(program, env | self._environment(backend, rank))
@@ -147,7 +151,7 @@ class LocalRanks:
         )
 
     def _accept(self, listener: socket.socket, token: str) -> None:
-        ends = time.monotonic() + START_DEADLINE_S
+        ends = time.monotonic() + START_TIMEOUT_S
         found: dict[int, Channel] = {}
         pids: dict[int, int] = {}
         while len(found) < self.nodes:
@@ -162,11 +166,11 @@ class LocalRanks:
                     reason = (
                         f"a process ended with status {dead[0].returncode}"
                         if dead
-                        else f"nothing came within {START_DEADLINE_S:g} s"
+                        else f"nothing came within {START_TIMEOUT_S:g} s"
                     )
                     raise ClusterError(f"ranks {missing} did not start: {reason}") from None
                 continue
-            channel = Channel(sock, SILENCE_S)
+            channel = Channel(sock, SILENCE_TIMEOUT_S)
             hello = channel.receive()
             if not secrets.compare_digest(str(hello.get("token")), token):
                 channel.close()
@@ -176,7 +180,7 @@ class LocalRanks:
         self.channels = [found[r] for r in range(self.nodes)]
         self.pids = [pids[r] for r in range(self.nodes)]
 
-    def load(self, order: dict[str, Any], progress: Progress | None = None) -> None:
+    def load(self, order: dict[str, Any], progress: LoadProgress | None = None) -> None:
         """Tell every rank what to load, and wait until all are ready.
 
         Raises:
@@ -200,8 +204,8 @@ class LocalRanks:
                     elif message["type"] == "ready":
                         ready[rank] = message
                 rank = min(heard, key=lambda r: heard[r])
-                if time.monotonic() - heard[rank] > SILENCE_S:
-                    raise self.blame(rank, f"was silent for {SILENCE_S:g} s while loading")
+                if time.monotonic() - heard[rank] > SILENCE_TIMEOUT_S:
+                    raise self.blame(rank, f"was silent for {SILENCE_TIMEOUT_S:g} s while loading")
         self.ready = [ready[r] for r in range(self.nodes)]
         self._loaded()
 
@@ -210,7 +214,7 @@ class LocalRanks:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _go_on(self) -> None:
-        if self._epoch.ending.is_set():
+        if self._epoch.closing.is_set():
             raise ClusterError("the group was closed while its ranks were being started")
 
     def _order_for(self, rank: int, order: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +239,7 @@ class LocalRanks:
                 status = process.poll()
                 # A rank that noticed a dead peer says so and ends with 0.
                 if status and len(self._processes) == self.nodes:
-                    how = exit_reason.of(status, self._kills)
+                    how = exit_reason.describe_exit(status, self._kills)
                     pid = process.pid
                     return RankLost(index, f"rank {index} (process {pid}) {how}; all were ended")
             time.sleep(0.02)
@@ -248,9 +252,9 @@ class LocalRanks:
         self._closed = True
         if not now:
             for channel in self.channels:
-                with suppress(Closed, Silent):
+                with suppress(ChannelClosed, ChannelTimeout):
                     channel.send({"type": "stop"})
-            _wait(self._processes, STOP_S)
+            _wait_for_exit(self._processes, STOP_TIMEOUT_S)
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
@@ -258,13 +262,13 @@ class LocalRanks:
             if pid not in [p.pid for p in self._processes]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        _wait(self._processes, KILLED_S)
+        _wait_for_exit(self._processes, KILL_TIMEOUT_S)
         for channel in self.channels:
             channel.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def choose(backend: str, nodes: int) -> tuple[str, str | None]:
+def resolve_backend(backend: str, nodes: int) -> tuple[str, str | None]:
     """Which backend "auto" is here, and why; a backend that was asked for needs no reason.
 
     Raises:
@@ -285,7 +289,7 @@ def choose(backend: str, nodes: int) -> tuple[str, str | None]:
 _MPI_FLAGS = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 
 
-def _mpirun() -> str:
+def _find_mpirun() -> str:
     found = shutil.which("mpirun")
     if found is None:
         raise ClusterError(
@@ -295,7 +299,7 @@ def _mpirun() -> str:
     return found
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+def _wait_for_exit(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
     ends = time.monotonic() + seconds
     for process in processes:
         with suppress(subprocess.TimeoutExpired):

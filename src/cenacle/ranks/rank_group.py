@@ -29,24 +29,33 @@ from ..core.step import Step
 from ..engine.speculative.ngram import Drafts
 from ..errors import CenacleError, ClusterError, RankLost
 from ..scheduler import recovery
-from ..scheduler.recovery import Answered, Doing, GiveUp, Lost, Moves, Refused, Serve, Start
+from ..scheduler.recovery import (
+    FailGroup,
+    Progress,
+    RanksLost,
+    Rebalance,
+    ServeRequests,
+    StartFailed,
+    StartRanks,
+    TokensDelivered,
+)
 from ..scheduler.scheduler import Scheduler
 from . import exit_reason
 from .channel import Channel
-from .ranks import Epoch, Ranks, StartRanks
-from .step_timings import Terms
+from .ranks import Epoch, Ranks, RankStarter
+from .step_timings import StepTimings
 
 log = logging.getLogger(__name__)
 
 # The next step is sent before the last one's tokens have come back, so that ranks never wait for
 # the front. More would only make cancelling slower.
-DEPTH = 2
-LAST_WORDS_S = 1.0  # longest time until what a rank said before it ended has been read
+MAX_STEPS_IN_FLIGHT = 2
+FINAL_MESSAGES_S = 1.0  # longest time until what a rank said before it ended has been read
 # A request during which the group was lost may be the cause: a prompt for which there is no memory.
 # After SUSPECT losses without a token of its own between it has to wait until no other suspect is
 # under way, so that the cause is found; after LOSSES it is ended, and the others go on without it.
-SUSPECT, LOSSES = 2, 3
-SEEK_S = 10.0  # longest time that requests wait for what ranks have on disk
+SUSPECT_AFTER_LOSSES, MAX_LOSSES = 2, 3
+DISK_TIMEOUT_S = 10.0  # longest time that requests wait for what ranks have on disk
 
 Sink = Callable[[TokenEvent | CenacleError], None]
 
@@ -64,7 +73,7 @@ class Observer(Protocol):
 
 
 @dataclass
-class _Running:
+class _StepInFlight:
     """A step that has been sent: what rank 0 said, and who has answered."""
 
     step: Step
@@ -76,7 +85,7 @@ class _Running:
 
 
 @dataclass
-class _Asked:
+class _ActiveRequest:
     """A request that somebody waits for, and what was given of its answer.
 
     `losses`: how often the group was lost while it ran, since its last token.
@@ -88,11 +97,11 @@ class _Asked:
     losses: int = 0
 
 
-_Heard = tuple[int, int, dict[str, Any] | ClusterError]
+_InboxItem = tuple[int, int, dict[str, Any] | ClusterError]
 """Epoch, rank, and its message or why there will be none."""
 
 
-class Group:
+class RankGroup:
     """A group of ranks that answers requests.
 
     Args:
@@ -107,32 +116,34 @@ class Group:
         ranks: Ranks,
         scheduler: Scheduler,
         step_deadline_s: float = 600,
-        start: StartRanks | None = None,
+        start: RankStarter | None = None,
     ) -> None:
-        self._ranks, self._scheduler, self._start = ranks, scheduler, start
+        self._ranks, self._scheduler, self._start_epoch = ranks, scheduler, start
         self._step_deadline_s = step_deadline_s
         self._lock = threading.Lock()
-        self._inbox: queue.Queue[_Heard | None] = queue.Queue()
-        self._asked: dict[str, _Asked] = {}
+        self._inbox: queue.Queue[_InboxItem | None] = queue.Queue()
+        self._active: dict[str, _ActiveRequest] = {}
         self._admitted: set[str] = set()  # by the ranks of this epoch
-        self._suspects: deque[_Asked] = deque()  # to be tried one after the other
-        self._on_trial: _Asked | None = None
-        self._under_way: deque[_Running] = deque()
-        self._state = recovery.State(since=time.monotonic())
+        self._suspects: deque[_ActiveRequest] = deque()  # to be tried one after the other
+        self._on_trial: _ActiveRequest | None = None
+        self._in_flight: deque[_StepInFlight] = deque()
+        self._state = recovery.RecoveryState(since_s=time.monotonic())
         self._failure: CenacleError | None = None
-        self._moving = ""  # why ranks that work are to be ended behind the steps under way
-        self._ending = threading.Event()
+        self._reform_reason = ""  # why ranks that work are to be ended behind the steps under way
+        self._closing = threading.Event()
         self._last_s = 0.0  # when rank 0 finished its last step
-        self._sought_s = 0.0  # when ranks were last told to look for pages
+        self._disk_read_sent_s = 0.0  # when ranks were last told to look for pages
         self._place_s, self._placed_s = 1.0, time.monotonic()  # every how often a request ends
-        self.terms = Terms()
-        self.drafts = Drafts()  # of all requests since the beginning
+        self.step_timings = StepTimings()
+        self.draft_stats = Drafts()  # of all requests since the beginning
         # Since the group began.
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
-        self.heard: list[float] = []  # when each rank last gave a sign of life, time.monotonic()'s
+        self.last_message_s: list[
+            float
+        ] = []  # when each rank last gave a sign of life, time.monotonic()'s
         self.observers: list[Observer] = []
-        self._list_pages(ranks)
-        self._listen()
+        self._register_pages(ranks)
+        self._start_readers()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -142,7 +153,7 @@ class Group:
         return self._failure
 
     @property
-    def state(self) -> recovery.State:
+    def state(self) -> recovery.RecoveryState:
         """Whether the ranks work, are being started again, or have failed; times are
         `time.monotonic()`'s."""
         return self._state
@@ -158,22 +169,22 @@ class Group:
         with self._lock:
             return {"running": self._scheduler.running, "waiting": self._scheduler.waiting}
 
-    def measure(self, every: int) -> None:
+    def measure_steps(self, every: int) -> None:
         """From now on measure one step in `every` (0: none), and forget the terms so far."""
         with self._lock:
             self._scheduler.measure_every = every
-            self.terms = Terms()
+            self.step_timings = StepTimings()
 
-    def compute_all(self, on: bool) -> None:
+    def bypass_caches(self, on: bool) -> None:
         """Whether requests that are submitted from now on use nothing that was computed before."""
         with self._lock:
             self._scheduler.fresh = on
 
-    def forget(self, every: int) -> None:
+    def reset_statistics(self, every: int) -> None:
         """As `measure`, and forget all that was counted: nobody had asked yet."""
-        self.measure(every)
+        self.measure_steps(every)
         with self._lock:
-            self.drafts = Drafts()
+            self.draft_stats = Drafts()
             self.counts = dict.fromkeys(self.counts, 0)
 
     def submit(self, request: Request, sink: Sink) -> None:
@@ -197,7 +208,7 @@ class Group:
                 raise self._failure
             if not request.answered:  # what goes on had its place
                 self._scheduler.check(request, min(60, math.ceil(self._place_s)))
-            self._asked[request.id] = _Asked(request, sink)
+            self._active[request.id] = _ActiveRequest(request, sink)
             self._scheduler.submit(request)
             self.counts["requests"] += 1
             self.counts["prompt_tokens"] += len(request.tokens)
@@ -206,12 +217,12 @@ class Group:
     def cancel(self, request_id: str) -> None:
         """End a request; its sink is not called again. Unknown ids are ignored."""
         with self._lock:
-            self._asked.pop(request_id, None)
+            self._active.pop(request_id, None)
             self._scheduler.cancel(request_id)
-            self._try_suspect()
+            self._retry_suspect()
         self._inbox.put(None)
 
-    def move(self, reason: str) -> None:
+    def reform(self, reason: str) -> None:
         """Have the ranks ended between two steps and others started: there are better machines for
         them. Every answer goes on. Nothing happens if they are being started in any case.
 
@@ -219,13 +230,13 @@ class Group:
             reason: why, as a sentence.
         """
         with self._lock:
-            if self._state.phase == "ok" and self._start is not None:
-                self._moving = reason
+            if self._state.phase == "ok" and self._start_epoch is not None:
+                self._reform_reason = reason
         self._inbox.put(None)
 
     def close(self) -> None:
         """End the ranks. Requests that still run are told."""
-        self._ending.set()
+        self._closing.set()
         self._fail(ClusterError("the group was closed"), now=False)
         self._inbox.put(None)
         if self._thread is not threading.current_thread():
@@ -236,35 +247,35 @@ class Group:
         try:
             while self._failure is None:
                 match recovery.next_action(self._state):
-                    case Serve():
+                    case ServeRequests():
                         self._serve()
-                    case Start(epoch, not_before):
-                        if not self._ending.wait(max(0.0, not_before - time.monotonic())):
+                    case StartRanks(epoch, not_before_s):
+                        if not self._closing.wait(max(0.0, not_before_s - time.monotonic())):
                             self._start_ranks(epoch)
-                    case GiveUp(reason):
-                        self._fail(_again(self._state, reason))
+                    case FailGroup(reason):
+                        self._fail(_as_error(self._state, reason))
         except Exception as error:
-            self._fail(ClusterError(f"the front failed: {exit_reason.of_error(error)}"))
+            self._fail(ClusterError(f"the front failed: {exit_reason.describe_error(error)}"))
             raise
 
-    def _waits(self, what: str) -> None:
+    def _report_progress(self, what: str) -> None:
         log.warning("%s", what)
-        self._note(Doing(time.monotonic(), what))
+        self._apply(Progress(time.monotonic(), what))
 
-    def _note(self, event: recovery.Event) -> None:
+    def _apply(self, event: recovery.Event) -> None:
         with self._lock:
-            self._state = recovery.after(self._state, event)
+            self._state = recovery.apply(self._state, event)
 
     # While the ranks work
 
-    def _listen(self) -> None:
-        self.heard = [time.monotonic()] * len(self._ranks.channels)
+    def _start_readers(self) -> None:
+        self.last_message_s = [time.monotonic()] * len(self._ranks.channels)
         for rank, channel in enumerate(self._ranks.channels):
             arguments = (self._state.epoch, rank, channel)
-            threading.Thread(target=self._hear, args=arguments, daemon=True).start()
+            threading.Thread(target=self._read_messages, args=arguments, daemon=True).start()
 
-    def _hear(self, epoch: int, rank: int, channel: Channel) -> None:
-        heard = self.heard
+    def _read_messages(self, epoch: int, rank: int, channel: Channel) -> None:
+        heard = self.last_message_s
         while True:
             try:
                 message = channel.receive()
@@ -279,39 +290,41 @@ class Group:
         """Take steps until the ranks fail."""
         try:
             while self._failure is None:
-                if not self._moving:
+                if not self._reform_reason:
                     self._send_steps()
-                elif not self._under_way:
-                    self._move()
+                elif not self._in_flight:
+                    self._reform()
                     return
-                self._handle(self._next_heard())
+                self._handle_message(self._next_message())
         except queue.Empty:
-            late = self._under_way[0]
+            late = self._in_flight[0]
             behind = sorted(set(range(len(self._ranks.channels))) - late.answered)
             why = (
                 f"step {late.step.number} took longer than {self._step_deadline_s:g} s; "
                 f"ranks {behind} have not finished it"
             )
-            self._lose(RankLost(behind[0], why))
+            self._on_rank_lost(RankLost(behind[0], why))
         except CenacleError as error:
-            self._lose(error)
+            self._on_rank_lost(error)
 
-    def _next_heard(self) -> _Heard | None:
+    def _next_message(self) -> _InboxItem | None:
         """What comes next; a disk is waited for only so long."""
         if not self._scheduler.seeking:
-            return self._inbox.get(timeout=self._patience())
-        left = self._sought_s + SEEK_S - time.monotonic()
+            return self._inbox.get(timeout=self._wait_limit_s())
+        left = self._disk_read_sent_s + DISK_TIMEOUT_S - time.monotonic()
         try:
             if left > 0:
                 return self._inbox.get(timeout=left)
         except queue.Empty:
             pass
-        log.warning("a disk did not answer for %g s: prompts on disk are not used now", SEEK_S)
+        log.warning(
+            "a disk did not answer for %g s: prompts on disk are not used now", DISK_TIMEOUT_S
+        )
         with self._lock:
             self._scheduler.give_up_disk()
         return None
 
-    def _list_pages(self, ranks: Ranks) -> None:
+    def _register_pages(self, ranks: Ranks) -> None:
         """Take note of what new ranks have on disk."""
         for rank, ready in enumerate(ranks.ready):
             for notice in ready.get("notices", ()):
@@ -319,11 +332,11 @@ class Group:
         if notice := self._scheduler.list_pages([ready.get("pages") for ready in ranks.ready]):
             log.warning("%s", notice)
 
-    def _patience(self) -> float | None:
-        return self._step_deadline_s if self._under_way else None
+    def _wait_limit_s(self) -> float | None:
+        return self._step_deadline_s if self._in_flight else None
 
     def _send_steps(self) -> None:
-        while len(self._under_way) < DEPTH:
+        while len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
             with self._lock:
                 step = self._scheduler.next_step()
                 if step is not None:
@@ -331,29 +344,29 @@ class Group:
             if step is None:
                 return
             if step.sought:
-                self._sought_s = time.monotonic()
+                self._disk_read_sent_s = time.monotonic()
             for observer in self.observers:
                 observer.sent(step)
-            self._under_way.append(_Running(step, time.monotonic()))
+            self._in_flight.append(_StepInFlight(step, time.monotonic()))
             message = {"type": "step", "epoch": self._state.epoch, "step": step.to_json()}
             for rank, channel in enumerate(self._ranks.channels):
                 try:
                     channel.send(message)
                 except ClusterError as error:
-                    self._hear_last_words()
+                    self._read_final_messages()
                     raise self._ranks.blame(rank, str(error)) from error
 
-    def _hear_last_words(self) -> None:
+    def _read_final_messages(self) -> None:
         """A rank that cannot be reached may have said why: raise that, it tells more."""
-        ends = time.monotonic() + LAST_WORDS_S
+        ends = time.monotonic() + FINAL_MESSAGES_S
         while True:
             try:
                 item = self._inbox.get(timeout=max(0.0, ends - time.monotonic()))
             except queue.Empty:
                 return
-            self._handle(item)
+            self._handle_message(item)
 
-    def _handle(self, item: _Heard | None) -> None:
+    def _handle_message(self, item: _InboxItem | None) -> None:
         if item is None:
             return
         epoch, rank, message = item
@@ -369,7 +382,7 @@ class Group:
             with self._lock:
                 self._scheduler.heard(rank, message)
             return
-        running = next(r for r in self._under_way if r.step.number == message["number"])
+        running = next(r for r in self._in_flight if r.step.number == message["number"])
         running.answered.add(rank)
         if message["report"] is not None:
             running.reports[rank] = message["report"]
@@ -378,20 +391,20 @@ class Group:
             self._scheduler.took(running.step, now - max(running.sent, self._last_s))
             self._last_s = now
             running.tokens = message["tokens"]
-            self.drafts += Drafts(**message.get("drafts", {}))
+            self.draft_stats += Drafts(**message.get("drafts", {}))
             self._deliver([TokenEvent.from_json(t) for t in message["tokens"]])
         else:
             running.others[rank] = message["tokens"]
-        self._compare(running)
-        while self._under_way and len(self._under_way[0].answered) == len(self._ranks.channels):
-            done = self._under_way.popleft()
+        self._compare_tokens(running)
+        while self._in_flight and len(self._in_flight[0].answered) == len(self._ranks.channels):
+            done = self._in_flight.popleft()
             if done.reports:
                 reports = [report for _, report in sorted(done.reports.items())]
-                self.terms.add(reports)
+                self.step_timings.add(reports)
                 for observer in self.observers:
                     observer.measured(reports)
 
-    def _compare(self, running: _Running) -> None:
+    def _compare_tokens(self, running: _StepInFlight) -> None:
         """Ranks that chose other tokens than rank 0 have lost step: nothing they say is right."""
         if running.tokens is None:
             return
@@ -409,7 +422,7 @@ class Group:
         told: list[tuple[Sink, TokenEvent]] = []
         with self._lock:
             for event in self._scheduler.seen(events):
-                asked = self._asked.get(event.request)
+                asked = self._active.get(event.request)
                 if asked is None:
                     continue
                 if asked.given and event.cached:
@@ -418,104 +431,106 @@ class Group:
                 self.counts["generated_tokens"] += 1
                 asked.losses = 0
                 if event.finish is not None:
-                    del self._asked[event.request]
+                    del self._active[event.request]
                     now = time.monotonic()
                     self._place_s += 0.2 * (now - self._placed_s - self._place_s)
                     self._placed_s = now
                 told.append((asked.sink, event))
-            self._try_suspect()
-            if told and self._state.in_a_row:
-                self._state = recovery.after(self._state, Answered(time.monotonic()))
+            self._retry_suspect()
+            if told and self._state.recent_failures:
+                self._state = recovery.apply(self._state, TokensDelivered(time.monotonic()))
         for sink, event in told:
             sink(event.outcome())
 
     # When they fail, or are to be others
 
-    def _lose(self, error: CenacleError) -> None:
+    def _on_rank_lost(self, error: CenacleError) -> None:
         """End this epoch's ranks, and queue again what they were working on."""
         if self._failure is not None:
             return  # they have been told to end
-        if self._start is None:
+        if self._start_epoch is None:
             self._fail(error)
             return
         log.warning("epoch %d ended: %s", self._state.epoch, error)
         rank = error.rank if isinstance(error, RankLost) else None
-        self._note(Lost(time.monotonic(), str(error), rank))
+        self._apply(RanksLost(time.monotonic(), str(error), rank))
         self._ranks.close(now=True)
-        self._queue_again(error)
+        self._resubmit_all(error)
 
-    def _move(self) -> None:
-        """As `_lose`, but nothing has failed: no request is to blame."""
-        log.warning("epoch %d ends: %s", self._state.epoch, self._moving)
-        self._note(Moves(time.monotonic(), self._moving))
+    def _reform(self) -> None:
+        """As `_on_rank_lost`, but nothing has failed: no request is to blame."""
+        log.warning("epoch %d ends: %s", self._state.epoch, self._reform_reason)
+        self._apply(Rebalance(time.monotonic(), self._reform_reason))
         self._ranks.close(now=False)
-        self._queue_again(None)
+        self._resubmit_all(None)
 
-    def _queue_again(self, error: CenacleError | None) -> None:
+    def _resubmit_all(self, error: CenacleError | None) -> None:
         """What ranks that are gone were working on, and all who wait, are for the next ranks.
 
         Args:
             error: why they were lost; None: they were not.
         """
-        self._under_way.clear()
-        hopeless: list[_Asked] = []
+        self._in_flight.clear()
+        hopeless: list[_ActiveRequest] = []
         with self._lock:
-            self._moving = ""
+            self._reform_reason = ""
             if self._failure is not None:
                 return
             self._scheduler.lost()
             admitted, self._admitted = self._admitted, set()
-            for asked in [self._asked[name] for name in admitted if name in self._asked]:
+            for asked in [self._active[name] for name in admitted if name in self._active]:
                 asked.losses += error is not None
-                if asked.losses == LOSSES:
-                    hopeless.append(self._asked.pop(asked.request.id))
+                if asked.losses == MAX_LOSSES:
+                    hopeless.append(self._active.pop(asked.request.id))
             # Those who were being answered come first.
-            again = sorted(self._asked.values(), key=lambda a: a.request.id not in admitted)
+            again = sorted(self._active.values(), key=lambda a: a.request.id not in admitted)
             for asked in again:
-                if asked.losses < SUSPECT:
+                if asked.losses < SUSPECT_AFTER_LOSSES:
                     self._scheduler.submit(asked.request.after(asked.given))
-            self._suspects = deque(asked for asked in again if asked.losses >= SUSPECT)
+            self._suspects = deque(asked for asked in again if asked.losses >= SUSPECT_AFTER_LOSSES)
             self._on_trial = None
-            self._try_suspect()
+            self._retry_suspect()
         for asked in hopeless:
-            why = f"this request was ended: the group was lost {LOSSES} times while it ran: {error}"
-            asked.sink(ClusterError(why))
+            times = f"the group was lost {MAX_LOSSES} times while it ran"
+            asked.sink(ClusterError(f"this request was ended: {times}: {error}"))
 
-    def _try_suspect(self) -> None:
+    def _retry_suspect(self) -> None:
         """Let the next suspect run if the last one has had a token, or is gone."""
         tried = self._on_trial
-        if tried is not None and tried.losses and tried.request.id in self._asked:
+        if tried is not None and tried.losses and tried.request.id in self._active:
             return
         self._on_trial = None
         while self._suspects and self._on_trial is None:
             asked = self._suspects.popleft()
-            if asked.request.id in self._asked:
+            if asked.request.id in self._active:
                 self._on_trial = asked
                 self._scheduler.submit(asked.request.after(asked.given))
 
     def _start_ranks(self, number: int) -> None:
-        assert self._start is not None, "without it the first failure is the last"
+        assert self._start_epoch is not None, "without it the first failure is the last"
         began = time.monotonic()
         try:
-            ranks = self._start(Epoch(number, self._ending, self._waits, self._state.reason))
+            ranks = self._start_epoch(
+                Epoch(number, self._closing, self._report_progress, self._state.reason)
+            )
         except (CenacleError, OSError) as error:
-            if not self._ending.is_set():
+            if not self._closing.is_set():
                 log.warning("epoch %d could not be started: %s", number, error)
             rank = error.rank if isinstance(error, RankLost) else None
-            self._note(Refused(time.monotonic(), str(error), rank))
+            self._apply(StartFailed(time.monotonic(), str(error), rank))
             return
         with self._lock:
             if self._failure is None:
                 if len(ranks.channels) != len(self._ranks.channels):
-                    self.terms = Terms()  # means over ranks: of others now
+                    self.step_timings = StepTimings()  # means over ranks: of others now
                 self._ranks = ranks
-                self._list_pages(ranks)
-                self._state = recovery.after(self._state, recovery.Started(time.monotonic()))
-                again = len(self._asked)
+                self._register_pages(ranks)
+                self._state = recovery.apply(self._state, recovery.Started(time.monotonic()))
+                again = len(self._active)
         if self._failure is not None:
             ranks.close(now=True)
             return
-        self._listen()
+        self._start_readers()
         took = time.monotonic() - began
         log.warning("epoch %d works, started in %.1f s; %d requests go on", number, took, again)
 
@@ -526,16 +541,16 @@ class Group:
             self._failure = error
             rank = error.rank if isinstance(error, RankLost) else None
             self._state = replace(
-                self._state, phase="failed", since=time.monotonic(), reason=str(error), rank=rank
+                self._state, phase="failed", since_s=time.monotonic(), reason=str(error), rank=rank
             )
             self._scheduler.lost()
             self._suspects.clear()
-            told, self._asked = list(self._asked.values()), {}
+            told, self._active = list(self._active.values()), {}
         # First the clients are told, then the ranks are ended: that may take a moment.
         for asked in told:
             asked.sink(error)
         self._ranks.close(now=now)
 
 
-def _again(state: recovery.State, reason: str) -> CenacleError:
+def _as_error(state: recovery.RecoveryState, reason: str) -> CenacleError:
     return ClusterError(reason) if state.rank is None else RankLost(state.rank, reason)

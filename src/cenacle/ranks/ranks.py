@@ -42,16 +42,16 @@ class Epoch:
 
     Args:
         number: larger than of all ranks before; with every message to and from these.
-        ending: set when the group is closed: a start that takes long looks at it and gives up.
-        say: to be told what a start waits for, such as a machine; /health passes it on.
-        why: why the ranks before these were ended; empty for the first ones.
+        closing: set when the group is closed: a start that takes long looks at it and gives up.
+        report: to be told what a start waits for, such as a machine; /health passes it on.
+        reason: why the ranks before these were ended; empty for the first ones.
     """
 
     number: int
-    ending: threading.Event
-    say: Callable[[str], None] = lambda _: None
-    why: str = ""
+    closing: threading.Event
+    report: Callable[[str], None] = lambda _: None
+    reason: str = ""
 
 
-StartRanks = Callable[[Epoch], Ranks]
+RankStarter = Callable[[Epoch], Ranks]
 """Starts and loads the ranks of an epoch; raises a `CenacleError` if it cannot, and leaves none."""

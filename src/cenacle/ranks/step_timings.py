@@ -13,7 +13,7 @@ from typing import Any
 
 
 @dataclass
-class Terms:
+class StepTimings:
     """Sums over measured decode steps, in seconds; `steps` says how many, `tokens` how many tokens
     they gave to each request.
 
@@ -46,14 +46,14 @@ class Terms:
         self.tokens += reports[0].get("tokens", 1)
         self.exchange += sum(pure)
         if not self.ranks:
-            self.ranks = [dict.fromkeys(_OWN, 0.0) for _ in reports]
+            self.ranks = [dict.fromkeys(_RANK_TIMES, 0.0) for _ in reports]
         for report, own in zip(reports, self.ranks, strict=True):
             laps = report["laps_s"]
             own["trunk"] += laps.get("trunk", 0.0)
             own["experts"] += laps.get("experts", 0.0)
             own["waiting"] += sum(report["exchanges_s"]) - sum(pure)
             own["total"] += report["total_s"]
-        for name in _OWN:
+        for name in _RANK_TIMES:
             setattr(self, name, sum(own[name] for own in self.ranks) / ranks)
         for layer, counts in reports[0]["routed"].items():
             seen = self.routed.setdefault(int(layer), {})
@@ -62,7 +62,7 @@ class Terms:
 
     def per_token_ms(self) -> dict[str, float]:
         """Mean milliseconds of a token by term; zeros if none was measured."""
-        return self._ms({name: getattr(self, name) for name in _OWN})
+        return self._ms({name: getattr(self, name) for name in _RANK_TIMES})
 
     def per_rank_ms(self) -> list[dict[str, float]]:
         """The same for each rank, in rank order; empty if none was measured."""
@@ -76,4 +76,4 @@ class Terms:
         return {k: 1000 * v / n for k, v in {**named, "rest": rest, "total": own["total"]}.items()}
 
 
-_OWN = ("trunk", "experts", "waiting", "total")
+_RANK_TIMES = ("trunk", "experts", "waiting", "total")

@@ -37,25 +37,25 @@ if TYPE_CHECKING:
     from ..engine.cache.disk_store import Disk
     from ..engine.options import Options
 
-ALIVE_EVERY_S = 0.25
+HEARTBEAT_INTERVAL_S = 0.25
 
 
 def main() -> None:
     """Run one rank until the front says stop or goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle
-    stay_on_cores()
-    channel = connect()
-    threading.Thread(target=say_alive, args=(channel,), daemon=True).start()
+    pin_to_cores()
+    channel = connect_to_front()
+    threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()
     try:
-        _serve(channel, receive(channel))
+        _serve(channel, receive_message(channel))
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
-        last_words(channel, error)
+        report_failure(channel, error)
         os._exit(0)  # MLX's threads may wait for ever for a peer that is lost
 
 
-def own_rank() -> int:
+def rank_from_environment() -> int:
     """This process's rank: from the launcher, or from MPI's."""
     for name in ("CENACLE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         if name in os.environ:
@@ -63,26 +63,26 @@ def own_rank() -> int:
     raise ClusterError("this program is started by cenacle, not by hand: it has no rank")
 
 
-def epoch() -> int:
+def epoch_from_environment() -> int:
     """Which of a group's successive sets of ranks this process is of."""
     return int(os.environ.get("CENACLE_EPOCH", "0"))
 
 
-def stay_on_cores() -> None:
+def pin_to_cores() -> None:
     """Run on this rank's cores only, where the launcher was given some (Linux)."""
     cores = json.loads(os.environ.get("CENACLE_CORES", "null"))
     if cores is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores[own_rank()])
+        os.sched_setaffinity(0, cores[rank_from_environment()])
 
 
-def share_of_cores(nodes: int) -> int:
+def ranks_sharing_cores(nodes: int) -> int:
     """Number of ranks that share the cores this process may run on."""
     if "CENACLE_CORES" in os.environ:
         return 1
     return int(os.environ.get("CENACLE_LOCAL_RANKS", nodes))
 
 
-def connect() -> Channel:
+def connect_to_front() -> Channel:
     """Say to the front who this is."""
     where = os.environ["CENACLE_CONTROL"]
     if where.startswith("fd:"):  # of a cluster: one end of what the agent made
@@ -92,39 +92,46 @@ def connect() -> Channel:
         sock.settimeout(10)
         sock.connect(where)
     channel = Channel(sock, deadline_s=30)
-    hello = {"type": "hello", "epoch": epoch(), "rank": own_rank(), "pid": os.getpid()}
+    hello = {
+        "type": "hello",
+        "epoch": epoch_from_environment(),
+        "rank": rank_from_environment(),
+        "pid": os.getpid(),
+    }
     channel.send({**hello, "token": os.environ.pop("CENACLE_TOKEN")})
     return channel
 
 
-def say_alive(channel: Channel) -> None:
+def send_heartbeats(channel: Channel) -> None:
     """Tell the front that this rank lives; when it is gone, end, whatever the main thread does."""
     while True:
-        time.sleep(ALIVE_EVERY_S)
+        time.sleep(HEARTBEAT_INTERVAL_S)
         try:
             channel.send({"type": "alive"})
         except ClusterError:
             os._exit(1)
 
 
-def receive(channel: Channel) -> dict[str, Any]:
+def receive_message(channel: Channel) -> dict[str, Any]:
     """Wait for the front's next message; an idle front is silent, so this has no deadline of its
     own: `say_alive` notices when the front is gone."""
-    from .channel import Silent
+    from .channel import ChannelTimeout
 
     while True:
         try:
             return channel.receive()
-        except Silent:
+        except ChannelTimeout:
             continue
 
 
-def last_words(channel: Channel, error: Exception) -> None:
+def report_failure(channel: Channel, error: Exception) -> None:
     """Tell the front why this rank ends."""
     if not isinstance(error, CenacleError):
-        error = ClusterError(exit_reason.of_error(error))
+        error = ClusterError(exit_reason.describe_error(error))
     try:
-        channel.send({"type": "error", "epoch": epoch(), "error": error_to_json(error)})
+        channel.send(
+            {"type": "error", "epoch": epoch_from_environment(), "error": error_to_json(error)}
+        )
     except ClusterError:
         sys.exit(1)
 
@@ -147,8 +154,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from ..text.tokenizer import Text
 
     plan = Plan.from_json(order["plan"])
-    native.set_threads(local_ranks=share_of_cores(plan.nodes))
-    collective = join(order, plan.nodes)
+    native.set_threads(local_ranks=ranks_sharing_cores(plan.nodes))
+    collective = join_collective(order, plan.nodes)
     watch = StepTimer()
     last = 0.0
 
@@ -177,7 +184,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()
     vocabulary = Vocabulary(lambda: Text(checkpoint.folder, checkpoint.config))
-    disk = _disk(channel, order, options, collective.rank)
+    disk = _open_page_store(channel, order, options, collective.rank)
     engine = Engine(model, collective, watch, options, vocabulary, drafter, disk)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scale = 1 if sys.platform == "darwin" else 1024
@@ -187,25 +194,27 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
     # What the draft will keep of the text comes out of what is left for requests.
     kept = draft.cache if draft is not None and collective.rank == 0 else 0
-    ready["memory_left"] = memory_left() - kept
+    ready["memory_left"] = available_memory() - kept
     if disk is not None:
         ready |= {"pages": disk.listed, "notices": disk.notices}
     ready["sums"] = summed
     channel.send({**ready, "footprint": asdict(engine.footprint())})
     while True:
-        message = receive(channel)
+        message = receive_message(channel)
         if message["type"] == "stop":
             engine.close()
             collective.close()
             return
-        if message["epoch"] != epoch():
-            raise ClusterError(f"expected steps of epoch {epoch()}, got one of {message['epoch']}")
+        if message["epoch"] != epoch_from_environment():
+            raise ClusterError(
+                f"expected steps of epoch {epoch_from_environment()}, got one of {message['epoch']}"
+            )
         step = Step.from_json(message["step"])
         events, report = engine.step(step)
         channel.send(
             {
                 "type": "stepped",
-                "epoch": epoch(),
+                "epoch": epoch_from_environment(),
                 "number": step.number,
                 "tokens": [list(asdict(e).values()) for e in events],
                 "report": report,
@@ -214,7 +223,9 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         )
 
 
-def _disk(channel: Channel, order: dict[str, Any], options: Options, rank: int) -> Disk | None:
+def _open_page_store(
+    channel: Channel, order: dict[str, Any], options: Options, rank: int
+) -> Disk | None:
     """Where prompts outlive this program, if they shall."""
     import mlx.core as mx
 
@@ -233,13 +244,13 @@ def _disk(channel: Channel, order: dict[str, Any], options: Options, rank: int) 
 
     def say(said: dict[str, Any]) -> None:
         with suppress(ClusterError):  # the front is gone: so is this process, in a moment
-            channel.send({"type": "pages", "epoch": epoch(), **said})
+            channel.send({"type": "pages", "epoch": epoch_from_environment(), **said})
 
     group = fingerprint(Path(order["folder"]), facts)
     return Disk(home.expanduser(), group, rank, int(options.cache_disk_gb * 1e9), say)
 
 
-def memory_left() -> int:
+def available_memory() -> int:
     """Bytes that are left now that the weights are there, for all ranks of this machine."""
     import mlx.core as mx
     import psutil
@@ -249,7 +260,7 @@ def memory_left() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def join(order: dict[str, Any], nodes: int) -> Collective:
+def join_collective(order: dict[str, Any], nodes: int) -> Collective:
     """Form the group that the front asked for; a `Collective`."""
     from ..collective.delayed import Delayed
     from ..collective.mesh import Mesh
@@ -260,7 +271,7 @@ def join(order: dict[str, Any], nodes: int) -> Collective:
     if nodes == 1:
         group = Alone()
     elif order["backend"] == "mesh":
-        group = Mesh.from_environment(own_rank(), nodes, order["wire"])
+        group = Mesh.from_environment(rank_from_environment(), nodes, order["wire"])
     else:
         group = Mlx(order["backend"], nodes)
     return Delayed(group, order["latency_s"]) if order["latency_s"] else group

@@ -60,7 +60,7 @@ class ClusterView:
             known_steps: number of measured steps whose routing counts the client has; likewise.
         """
         model, group, info = self._model, self._model.group, self._plan_tracker.current
-        plan, timings = info.plan, group.terms
+        plan, timings = info.plan, group.step_timings
         body: dict[str, Any] = {
             "model": model.name,
             "family": model.spec.family,
@@ -80,7 +80,7 @@ class ClusterView:
             "memory": machine_memory(),
             **group.load,
             "totals": dict(group.counts),
-            "drafts": asdict(group.drafts),
+            "drafts": asdict(group.draft_stats),
             "step_timings": {
                 "steps": timings.steps,
                 "mean_ms": _rounded(timings.per_token_ms()),
@@ -113,7 +113,9 @@ class ClusterView:
                 "resident_bytes": resident_bytes(row["pid"]) if running else None,
                 "silent_s": round(now - last_message_at, 1),
             }
-            for row, last_message_at in zip(model.ranks_json(), model.group.heard, strict=False)
+            for row, last_message_at in zip(
+                model.ranks_json(), model.group.last_message_s, strict=False
+            )
         ]
 
     def _sample(self) -> None:
@@ -135,9 +137,9 @@ def group_state(model: Model) -> dict[str, Any]:
     state = model.group.state
     body: dict[str, Any] = {"status": state.phase, "recoveries": state.recoveries}
     if state.phase != "ok":
-        body |= {"since_s": round(time.monotonic() - state.since, 1), "reason": state.reason}
-        if state.doing:
-            body["detail"] = state.doing
+        body |= {"since_s": round(time.monotonic() - state.since_s, 1), "reason": state.reason}
+        if state.detail:
+            body["detail"] = state.detail
         if state.rank is not None:
             body["rank"] = state.rank
     return body

@@ -32,8 +32,8 @@ from ..core.plan import LayerPlan, Plan
 from ..core.request import Request, TokenEvent
 from ..core.step import Step
 from ..errors import CenacleError
-from ..ranks.rank_group import Group, Sink
-from ..ranks.step_timings import Terms
+from ..ranks.rank_group import RankGroup, Sink
+from ..ranks.step_timings import StepTimings
 from .auth import KeyStore
 from .expected_speed import SpeedPrediction
 from .plan_info import PlanTracker
@@ -218,7 +218,7 @@ class Metrics:
             # Ranks that were restarted count from zero again.
             self._sent_bytes.labels(rank).inc(sent - last if sent >= last else sent)
             self._last_sent_bytes[rank] = sent
-        timings = Terms()
+        timings = StepTimings()
         timings.add(reports)
         if not timings.steps:
             return
@@ -271,7 +271,7 @@ class InstrumentedGroup:
         metrics: counts.
     """
 
-    def __init__(self, group: Group, metrics: Metrics) -> None:
+    def __init__(self, group: RankGroup, metrics: Metrics) -> None:
         self._group, self._metrics = group, metrics
 
     def submit(self, request: Request, sink: Sink) -> None:
@@ -330,7 +330,7 @@ class StateCollector:
             yield predicted
 
     def _draft_counters(self) -> Iterator[Metric]:
-        drafts = self._model.group.drafts
+        drafts = self._model.group.draft_stats
         yield _counter_by_source(
             "spec_decode_num_draft_tokens", "Drafted tokens.", drafts.drafted, drafts.by_model
         )
