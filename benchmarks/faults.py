@@ -6,9 +6,9 @@ Rows that begin with `local-` kill, stop and starve the ranks of a `cenacle serv
 (`local_faults.py`); the others befall a cluster of three hosts, which are network namespaces
 (`host_faults.py`). One server and one cluster live through all rows that let them live.
 Each time answers are being streamed, and are compared with what was streamed undisturbed. The
-columns are those of `found.py`. The last line is one JSON object; the exit status is 1 if a promise
-was broken: an answer lost or with another text, a failure noticed after more than five seconds or
-without its name, a machine that did not come back, a process, port or file left.
+columns are those of `fault_record.py`. The last line is one JSON object; the exit status is 1 if a
+promise was broken: an answer lost or with another text, a failure noticed after more than five
+seconds or without its name, a machine that did not come back, a process, port or file left.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pathlib import Path
 
 import host_faults
 import local_faults
-from found import HEADER, Found
+from fault_record import HEADER, FaultRecord
 from net import end_tidily, why_not
 
-Rows = dict[str, Found]
+Rows = dict[str, FaultRecord]
 
 
 def main() -> int:
@@ -71,7 +71,7 @@ def on_hosts(given: argparse.Namespace, names: list[str], folder: Path, rows: Ro
         return
     with contextlib.closing(host_faults.Trial(folder)) as trial:
         for name in names:
-            row, found = host_faults.ROWS[name], rows.setdefault(name, Found())
+            row, found = host_faults.ROWS[name], rows.setdefault(name, FaultRecord())
             for _ in range(given.times):
                 row.once(trial, trial.whose_turn(row.hosts), found, given.longest)
             print(found.line(name), flush=True)
@@ -86,7 +86,7 @@ def on_one_machine(given: argparse.Namespace, names: list[str], folder: Path, ro
             if (why := local_faults.why_not(name)) is not None:
                 print(f"{name:30}not run: {why}")
                 continue
-            row, found = local_faults.ROWS[name], rows.setdefault(name, Found())
+            row, found = local_faults.ROWS[name], rows.setdefault(name, FaultRecord())
             for _ in range(given.times):
                 if server is None:
                     server = local_faults.Server(given.nodes, folder)

@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from serving import serving
+from serving import run_server
 
 AT_ONCE = 8
 ASK = [{"role": "user", "content": "What is 12 + 30?"}]
@@ -194,7 +194,7 @@ def main() -> int:
     parse.add_argument("--nodes", type=int, default=1)
     parse.add_argument("--seed", type=int, default=0)
     given = parse.parse_args()
-    with serving(given.nodes) as server:
+    with run_server(given.nodes) as server:
         statuses, wrong = asyncio.run(fuzz(server.url, given.bodies, given.seed))
         fine, said = True, ""
         if given.schema:

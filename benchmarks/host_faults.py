@@ -30,7 +30,7 @@ from cenacle.errors import CenacleError, ClusterError
 from cenacle.model.byte_ranges import JOURNAL
 from cenacle.ranks.channel import Channel
 from cluster import API, CONTROL, JOIN, UP, WORKER, Cluster, Health, Streaming, head
-from found import DETECTED_S, Found
+from fault_record import MAX_DETECTION_S, FaultRecord
 from net import Host, inside
 
 RECOVERED_S = 60.0  # in which the group has to answer again, on a machine that others use too
@@ -280,7 +280,7 @@ def garbage_forming(trial: Trial, host: Host) -> Iterator[None]:
     socks: list[tuple[int, socket.socket]] = []
     for _ in range(3):
         host.kill(WORKER)
-        trial.wait_for(lambda: trial.health.now[0] != 200, DETECTED_S)
+        trial.wait_for(lambda: trial.health.now[0] != 200, MAX_DETECTION_S)
         ends = time.monotonic() + RECOVERED_S
         while trial.health.now[0] != 200 and time.monotonic() < ends:
             socks += throw(trial)
@@ -397,7 +397,7 @@ class Row:
     recovers: bool | None = True
     seconds: float = 0.0
 
-    def once(self, trial: Trial, host: Host, found: Found, longest_s: float = 1e9) -> None:
+    def once(self, trial: Trial, host: Host, found: FaultRecord, longest_s: float = 1e9) -> None:
         """Do it to a cluster that is whole, which it is again afterwards, and note what follows.
 
         Args:
@@ -432,7 +432,9 @@ def recovered(trial: Trial, began: float) -> float | None:
     return None
 
 
-def judge(row: Row, trial: Trial, host: Host, began: float, ended: float, found: Found) -> None:
+def judge(
+    row: Row, trial: Trial, host: Host, began: float, ended: float, found: FaultRecord
+) -> None:
     """Note what /health said of a fault, and wait until the cluster is whole."""
     if not trial.wait_for(lambda: trial.health.whole, RECOVERED_S):
         found.wrong.append(f"not all machines came back: {trial.health.now}")
@@ -449,7 +451,7 @@ def judge(row: Row, trial: Trial, host: Host, began: float, ended: float, found:
     found.detected_s.append(at - began)
     if (took := recovered(trial, began)) is not None:
         found.recovered_s.append(took)
-    if row.recovers and at - began > DETECTED_S:
+    if row.recovers and at - began > MAX_DETECTION_S:
         found.wrong.append(f"noticed after {at - began:.1f} s")
     if not names(str(body.get("reason")), host):
         found.wrong.append(f"{host.letter} was not named: {body}")
@@ -460,7 +462,7 @@ def names(reason: str, host: Host) -> bool:
     return re.search(rf"\b(on|machine) {host.letter}\b", reason) is not None
 
 
-def judge_stream(trial: Trial, stream: Streaming, found: Found) -> None:
+def judge_stream(trial: Trial, stream: Streaming, found: FaultRecord) -> None:
     """Note how an answer went that was under way."""
     found.answers += 1
     if not stream.wait(90) or stream.error or stream.cut:
@@ -478,7 +480,7 @@ class HeadRow:
     by: signal.Signals
     hosts: str = "a"
 
-    def once(self, trial: Trial, _: Host, found: Found, __: float = 1e9) -> None:
+    def once(self, trial: Trial, _: Host, found: FaultRecord, __: float = 1e9) -> None:
         """See `Row`; detected: until all ranks are gone; recovered: from the head's start."""
         stream = Streaming(trial.cluster).begun()
         began = time.monotonic()
@@ -486,7 +488,7 @@ class HeadRow:
             os.kill(pid, self.by)
         agents = [pid for h in (trial.cluster.b, trial.cluster.c) for pid in h.pids(JOIN)]
         gone = trial.wait_for(
-            lambda: not any(h.pids(WORKER) for h in trial.cluster.members), 2 * DETECTED_S
+            lambda: not any(h.pids(WORKER) for h in trial.cluster.members), 2 * MAX_DETECTION_S
         )
         found.detected_s.append(time.monotonic() - began)
         if not gone:

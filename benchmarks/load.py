@@ -25,7 +25,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from cenacle.demo.tasks import held_out
-from serving import DEMO, Held, Serving, serving
+from serving import DEMO, ResourceUsage, RunningServer, run_server
 
 FAIR = 0.5  # the slowest key's tokens over the fastest's
 FASTER = 2.5  # tokens a second of all over those of one alone
@@ -118,8 +118,8 @@ async def ask(
 
 
 async def run(
-    server: Serving, keys: dict[str, str], seconds: float, seed: int
-) -> tuple[Seen, dict[str, float], list[Held], float]:
+    server: RunningServer, keys: dict[str, str], seconds: float, seed: int
+) -> tuple[Seen, dict[str, float], list[ResourceUsage], float]:
     """All clients at once.
 
     Returns:
@@ -139,10 +139,10 @@ async def run(
             )
         )
         await asyncio.sleep(seconds / 3)
-        held.append(server.held())
+        held.append(server.resource_usage())
         await asyncio.sleep(max(0.0, began + seconds - time.monotonic()))
         after, took = await generated(http, key), time.monotonic() - began
-        held.append(server.held())
+        held.append(server.resource_usage())
         await people
     return seen, {n: after.get(n, 0) - before.get(n, 0) for n in keys}, held, took
 
@@ -169,16 +169,16 @@ def main() -> int:
     parse.add_argument("--report-only", action="store_true", help="no figure sets the exit status")
     given = parse.parse_args()
     names = tuple(f"person-{n:02}" for n in range(given.clients))
-    with serving(given.nodes, names, "--require-key", *FULL) as server:
+    with run_server(given.nodes, names, "--require-key", *FULL) as server:
         one = {names[0]: server.keys[names[0]]}
         asyncio.run(run(server, one, min(WARM_S, given.alone), 1000))
         _, alone, _, alone_s = asyncio.run(run(server, one, given.alone, 2000))
-        idle = server.held()
+        idle = server.resource_usage()
         seen, tokens, held, took = asyncio.run(run(server, server.keys, given.seconds, given.seed))
         time.sleep(1)
-        after = server.held()
+        after = server.resource_usage()
         log = server.log.read_text()
-    grown = held[1].front_bytes + held[1].ranks_bytes - held[0].front_bytes - held[0].ranks_bytes
+    grown = held[1].server_bytes + held[1].ranks_bytes - held[0].server_bytes - held[0].ranks_bytes
     rate, rate_alone = sum(tokens.values()) / took, sum(alone.values()) / alone_s
     first = sorted(seen.first_s)
     checks = {

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 import cenacle
-from found import Found
+from fault_record import FaultRecord
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 ENDS = json.loads((DEMO / "generation_config.json").read_text())["eos_token_id"]
@@ -298,7 +298,7 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def once(server: Server, row: Row, undisturbed: list[str], found: Found) -> None:
+def once(server: Server, row: Row, undisturbed: list[str], found: FaultRecord) -> None:
     """Do a row's fault to a working server, and note what follows."""
     old, recoveries = server.pids(), server.health()[1]["recoveries"]
     clients = [] if row.idle else [server.ask(asked) for asked in ASKED]

@@ -1,6 +1,6 @@
-"""A server of the demo model for the load and the fuzz, as `cenacle serve` starts it.
+"""A server of the demo model for `load.py` and `fuzz.py`, started as `cenacle serve` starts it.
 
-Owns: its process, a folder of keys of its own, and looking at what its processes hold.
+Owns: the server's process, a key store of its own, and the resource usage of its processes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ START_S = 90.0
 
 
 @dataclass(frozen=True)
-class Held:
-    """What the server's processes hold: resident bytes of the front and of all ranks together,
-    and open files of all."""
+class ResourceUsage:
+    """Resident bytes of the server and of all its ranks together, and open files of all."""
 
-    front_bytes: int
+    server_bytes: int
     ranks_bytes: int
     files: int
 
 
 @dataclass
-class Serving:
-    """A running server: its address, its processes and its keys by name."""
+class RunningServer:
+    """A server's address, its processes and its keys by name."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -46,20 +45,20 @@ class Serving:
     ranks: list[int] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
 
-    def held(self) -> Held:
-        """What its processes hold now (Linux)."""
+    def resource_usage(self) -> ResourceUsage:
+        """What its processes use now (Linux)."""
         pids = [self.process.pid, *self.ranks]
-        front, *ranks = (_resident(pid) for pid in pids)
+        server, *ranks = (_resident_bytes(pid) for pid in pids)
         files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
-        return Held(front, sum(ranks), files)
+        return ResourceUsage(server, sum(ranks), files)
 
 
 @contextlib.contextmanager
-def serving(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterator[Serving]:
-    """A server with a key for each name, ended with the block."""
+def run_server(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterator[RunningServer]:
+    """Start a server with a key for each name; it ends with the block."""
     with tempfile.TemporaryDirectory(prefix="cenacle-load-") as home:
-        with contextlib.closing(KeyStore(Path(home) / "keys.db")) as kept:
-            keys = {name: kept.add(name) for name in names}
+        with contextlib.closing(KeyStore(Path(home) / "keys.db")) as key_store:
+            keys = {name: key_store.add(name) for name in names}
         with socket.create_server(("127.0.0.1", 0)) as sock:
             port = sock.getsockname()[1]
         command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO)]
@@ -69,9 +68,9 @@ def serving(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterator[
             process = subprocess.Popen(
                 command, env={**os.environ, "CENACLE_HOME": home}, stderr=errors
             )
-        running = Serving(f"http://127.0.0.1:{port}", process, log, keys=keys)
+        running = RunningServer(f"http://127.0.0.1:{port}", process, log, keys=keys)
         try:
-            health = _wait(running)
+            health = _wait_until_ready(running)
             running.ranks = [r["pid"] for r in health["ranks"]]
             yield running
         finally:
@@ -82,7 +81,7 @@ def serving(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterator[
                 process.kill()
 
 
-def _wait(running: Serving) -> dict[str, list[dict[str, int]]]:
+def _wait_until_ready(running: RunningServer) -> dict[str, list[dict[str, int]]]:
     headers = {"x-api-key": next(iter(running.keys.values()), "-")}
     ends = time.monotonic() + START_S
     while True:
@@ -94,6 +93,6 @@ def _wait(running: Serving) -> dict[str, list[dict[str, int]]]:
         time.sleep(0.1)
 
 
-def _resident(pid: int) -> int:
+def _resident_bytes(pid: int) -> int:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import JOIN, UP, Cluster, asked, call
-from found import Found, spread
+from fault_record import FaultRecord, spread
 from host_faults import (
     Row,
     Trial,
@@ -199,7 +199,7 @@ def soak(trial: Trial, given: argparse.Namespace) -> dict[str, Any]:
     clients = [Client(cluster, expected, given.seed + n) for n in range(CLIENTS)]
     looking = Looking(cluster)
     drawn: Counter[str] = Counter()
-    every_one = Found()
+    every_one = FaultRecord()
     untold: list[str] = []
     hosts, letter = {host.letter: host for host in cluster.members}, ""
     # Not to the same host twice in a row: who fails again just when it is back is left out a while.
@@ -210,7 +210,7 @@ def soak(trial: Trial, given: argparse.Namespace) -> dict[str, Any]:
         name, letter = rng.choice([f for f in faults if f[1] != letter])
         host = hosts[letter]
         drawn[name] += 1
-        found = Found()
+        found = FaultRecord()
         logged = len(cluster.a.log.read_text())
         FAULTS[name].once(trial, host, found, longest_s=given.every / 2)
         if FAULTS[name].recovers and not names(cluster.a.log.read_text()[logged:], host):
@@ -234,7 +234,7 @@ def next_due(began: float, every: float) -> float:
     return began + every * (1 + (time.monotonic() - began) // every)
 
 
-def add(total: Found, one: Found) -> None:
+def add(total: FaultRecord, one: FaultRecord) -> None:
     """Add what was seen of one fault."""
     for name, value in vars(one).items():
         setattr(total, name, getattr(total, name) + value)
@@ -244,7 +244,7 @@ def line(
     began: float,
     name: str,
     host: Host,
-    found: Found,
+    found: FaultRecord,
     clients: list[Client],
     held: dict[str, tuple[float, float]],
 ) -> str:
@@ -273,7 +273,7 @@ def line(
 def numbers(
     given: argparse.Namespace,
     began: float,
-    found: Found,
+    found: FaultRecord,
     drawn: Counter[str],
     clients: list[Client],
     looking: Looking,

@@ -16,7 +16,7 @@ from .errors import InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
 from .model.loader import read_model_spec
 from .planning import choose_plan, plan_cost
-from .planning.memory import Need, cache_budget, check_available
+from .planning.memory import MemoryEstimate, check_available, kv_cache_budget
 from .ranks.local_ranks import resolve_backend as choose_backend
 from .scheduler.prefix_index import Footprint
 from .scheduler.scheduler import Scheduler
@@ -170,10 +170,14 @@ def _choose(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Plan, str]:
     if options.plan is not None:
         return options.plan, ""
     gpu = mx.default_device().type != mx.DeviceType.cpu
-    latency = choose_plan.LATENCY_S + options.latency_s
+    latency = choose_plan.ASSUMED_LATENCY_S + options.latency_s
     nodes = options.nodes
-    found = plan_cost.here(checkpoint.config, nodes, options.latency_s) if nodes > 1 else ""
-    return choose_plan.choose(
+    found = (
+        plan_cost.local_measurements(checkpoint.config, nodes, options.latency_s)
+        if nodes > 1
+        else ""
+    )
+    return choose_plan.choose_plan(
         read_model_spec(checkpoint),
         nodes,
         options.node_weights,
@@ -213,10 +217,10 @@ def _room(
     """Bytes for caches of running requests, what these take, and bytes for caches that are kept."""
     footprint = Footprint.largest(Footprint.of(r["footprint"]) for r in ready)
     left = min(r["memory_left"] for r in ready)
-    budget = cache_budget(left, sharing, planned)
+    budget = kv_cache_budget(left, sharing, planned)
     if options.kv_gb is not None:
         budget = int(options.kv_gb * 1e9)
-    kept = cache_budget(left, sharing, 0) // 4
+    kept = kv_cache_budget(left, sharing, 0) // 4
     if options.cache_gb is not None:
         kept = int(options.cache_gb * 1e9)
     return budget, footprint, kept
@@ -233,7 +237,7 @@ def _check_comm_dtype(options: LoadOptions) -> None:
         )
 
 
-def _check_memory(need: Need) -> None:
+def _check_memory(need: MemoryEstimate) -> None:
     """On Linux CPUs all ranks' weights come out of what /proc/meminfo calls available."""
     if MEMINFO.exists() and mx.default_device().type == mx.DeviceType.cpu:
         check_available(MEMINFO.read_text(), need)

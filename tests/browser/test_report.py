@@ -5,20 +5,20 @@ import shutil
 import pytest
 
 from cenacle.planning import catalog, planner, report
-from cenacle.planning.perf_model import Job
+from cenacle.planning.perf_model import Workload
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture
 def page_file(tmp_path):
-    known = catalog.load()
-    found, link, study = planner.from_catalogue(known, "2xm2-ultra-192", "10gbe-grpc", None)
-    job = Job(known.model("dbrx"), catalog.quant(16))
-    result = planner.plan(job, found, link, study)
-    curve = planner.what_if("nodes=1..4", job, found, link, study)
+    known = catalog.load_catalog()
+    found, link, study = planner.resolve_cluster(known, "2xm2-ultra-192", "10gbe-grpc", None)
+    job = Workload(known.model("dbrx"), catalog.parse_quantization(16))
+    result = planner.evaluate_options(job, found, link, study)
+    curve = planner.what_if_curve("nodes=1..4", job, found, link, study)
     file = tmp_path / "report.html"
-    file.write_text(report.html(result, [curve]))
+    file.write_text(report.render_html(result, [curve]))
     return file
 
 

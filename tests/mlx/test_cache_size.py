@@ -30,7 +30,7 @@ def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
     kept = architecture.kv_cache_elements_per_token(
         checkpoint.config, read_model_spec(checkpoint).layers
     )
-    assert held == memory.cache_bytes(kept, LENGTH, None, None, 4)
+    assert held == memory.kv_cache_bytes(kept, LENGTH, None, None, 4)
 
 
 def test_too_little_memory_is_said_before_anything_starts(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from cenacle.model.expert_parallel import (
     reference_experts,
 )
 from cenacle.model.step_timer import StepTimer
-from cenacle.planning.load_balancer import deal
+from cenacle.planning.load_balancer import assign_replicas
 
 WIDTH, HIDDEN, COUNT = 64, 32, 6
 LOCAL = [MaskedExperts, CompactedExperts]
@@ -102,7 +102,7 @@ def test_replicas_are_computed_once(cls, shape):
     holders = ((0, 1), (1, 2), (0, 2), (0, 1, 2), (2,), (0,))
     speeds = (3, 2, 1)
     counts = np.bincount(np.array(ids).reshape(-1), minlength=COUNT)
-    dealt = np.array(deal(counts.tolist(), holders, speeds))
+    dealt = np.array(assign_replicas(counts.tolist(), holders, speeds))
     total = mx.zeros((*shape, 3, WIDTH))
     for rank in range(3):
         held = [e for e in range(COUNT) if rank in holders[e]]

@@ -373,7 +373,7 @@ def test_replicas_are_dealt_as_in_python(seed):
     dealer = native.extension().Dealer(holders, speeds, 0)
     for most in (2, 8, 200):
         counts = random.integers(0, most, experts).tolist()
-        assert dealer.deal(counts) == load_balancer.deal(counts, holders, speeds)
+        assert dealer.deal(counts) == load_balancer.assign_replicas(counts, holders, speeds)
 
 
 def test_wrong_holders_are_refused():

@@ -11,7 +11,7 @@ import pytest
 
 from cenacle import native
 from cenacle.bench import hardware_limits
-from cenacle.bench.expected_work import expected_bytes, expected_experts, split
+from cenacle.bench.expected_work import expected_bytes, expected_experts, split_cores
 from cenacle.bench.rank_worker import find_job
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
@@ -167,7 +167,7 @@ def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, st
 
 
 def test_a_job_is_found_by_its_dotted_name():
-    assert find_job(f"{hardware_limits.__name__}.read") is hardware_limits.read
+    assert find_job(f"{hardware_limits.__name__}.read_rate") is hardware_limits.read_rate
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_job_is_found_by_its_dotted_name():
     [
         "os.system",
         "cenacle",
-        "cenacle.bench.nothing.read",
+        "cenacle.bench.nothing.read_rate",
         "cenacle.bench.hardware_limits.nothing",
         "cenacle.bench.hardware_limits.READ_BYTES",
         "cenacle.bench.hardware_limits.RankPool",  # of another module
@@ -211,9 +211,9 @@ def test_slices_and_replicas_leave_less_to_the_busiest_rank():
 
 
 def test_cores_are_dealt_where_there_are_enough():
-    cores, each = split(1, 1)
+    cores, each = split_cores(1, 1)
     assert [len(c) for c in cores] == [1]
     assert each == 1
-    assert split(64, 64) == (None, 64)
+    assert split_cores(64, 64) == (None, 64)
     with pytest.raises(InputError, match="--threads"):
-        split(1, 0)
+        split_cores(1, 0)

@@ -14,7 +14,7 @@ def test_two_nodes_of_this_machine_become_a_machine_and_a_link(tmp_path):
     command = ["calibrate", "--quick", "--nodes", "2", "--out", str(file)]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    known = catalog.load([file])
+    known = catalog.load_catalog([file])
     here, link = known.machine("this"), known.link("measured")
     assert here["overhead_us"] >= here.alone["overhead_us"] > 0
     assert 0 <= here.expert_s < 0.01

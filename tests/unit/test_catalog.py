@@ -6,9 +6,9 @@ import pytest
 
 from cenacle.errors import CheckpointError, InputError
 from cenacle.planning import catalog
-from cenacle.planning.catalog import quant
+from cenacle.planning.catalog import parse_quantization
 
-KNOWN = catalog.load()
+KNOWN = catalog.load_catalog()
 
 ENTRY = """
 [machines.shed]
@@ -126,21 +126,23 @@ def test_unknown_names_get_the_nearest(what, message):
     ],
 )
 def test_quantisations(text, expert, trunk):
-    q = quant(text)
+    q = parse_quantization(text)
     assert (q.expert_bits, q.trunk_bits) == (expert, trunk)
 
 
 @pytest.mark.parametrize("text", ["", "7", "0", "-4", "nan", "four", "64", "1/2/3", "0.1/4", "inf"])
 def test_what_is_no_quantisation(text):
     with pytest.raises(InputError, match="expected bits"):
-        quant(text)
+        parse_quantization(text)
 
 
 def test_every_entry_is_whole():
     """Every machine, link and model can be had, with a source for each number."""
     for chip, memory in KNOWN.machine_names().values():
         machine = KNOWN.machine(f"{chip}-{memory:g}")
-        assert all(f.source and f.confidence in catalog.CONFIDENCE for f in machine.facts.values())
+        assert all(
+            f.source and f.confidence in catalog.CONFIDENCE_LEVELS for f in machine.facts.values()
+        )
     for name in KNOWN.links:
         assert KNOWN.link(name).facts
     for name, row in KNOWN.models.items():
@@ -155,7 +157,7 @@ def test_every_entry_is_whole():
 def test_an_owners_machine(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(ENTRY.format(bandwidth=50, more=""))
-    machine = catalog.load([file]).machine("shed")
+    machine = catalog.load_catalog([file]).machine("shed")
     assert machine["bandwidth_gb_s"] == 50
     assert machine.usd is None
 
@@ -176,29 +178,29 @@ def test_a_wrong_file_is_an_error_that_says_where(tmp_path, bandwidth, more, mes
     file = tmp_path / "mine.toml"
     file.write_text(ENTRY.format(bandwidth=bandwidth, more=more))
     with pytest.raises(InputError, match=message):
-        catalog.load([file])
+        catalog.load_catalog([file])
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="cannot read"):
-        catalog.load([tmp_path / "none.toml"])
+        catalog.load_catalog([tmp_path / "none.toml"])
     (tmp_path / "bad.toml").write_text("[machines")
     with pytest.raises(InputError, match="cannot read"):
-        catalog.load([tmp_path / "bad.toml"])
+        catalog.load_catalog([tmp_path / "bad.toml"])
 
 
 def test_the_owners_folder_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
     (tmp_path / "catalog").mkdir()
     (tmp_path / "catalog" / "shed.toml").write_text(ENTRY.format(bandwidth=50, more=""))
-    assert catalog.load().machine("shed").name == "shed"
+    assert catalog.load_catalog().machine("shed").name == "shed"
 
 
 def test_a_dense_model_is_refused():
-    from cenacle.planning.model_shapes import from_config
+    from cenacle.planning.model_shapes import shape_from_config
 
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 9}
     with pytest.raises(CheckpointError, match="no experts: a dense model"):
-        from_config("llama", config)
+        shape_from_config("llama", config)
     with pytest.raises(CheckpointError, match="none of num_hidden_layers"):
-        from_config("x", json.loads("{}"))
+        shape_from_config("x", json.loads("{}"))

@@ -9,8 +9,8 @@ import cenacle
 from cenacle.calibration.calibrate import Calibration, as_toml
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
-from cenacle.planning.choose_plan import choose
-from cenacle.planning.plan_cost import here
+from cenacle.planning.choose_plan import choose_plan
+from cenacle.planning.plan_cost import local_measurements
 from cenacle.server.expected_speed import SpeedPrediction, predict_speed
 
 CONFIG = json.loads(
@@ -93,11 +93,11 @@ def test_timings_add_up_and_follow_the_calibration(catalog, plan):
 
 def test_a_placement_is_chosen_on_the_machine_as_it_was_calibrated(catalog):
     """Not by assumed numbers: a slow exchange makes cutting the trunk as well not worth it."""
-    assert "never calibrated" in here(CONFIG, 2)
+    assert "never calibrated" in local_measurements(CONFIG, 2)
     calibrated(catalog, 10.0)
-    measured = here(CONFIG, 2, latency_s=0.001)
+    measured = local_measurements(CONFIG, 2, latency_s=0.001)
     assert measured.bytes_s == 10e9
     assert measured.latency_s == pytest.approx(1.1e-3, rel=0.05)
-    assert "calibrated" in choose(SPEC, 2, measured=measured)[1]
+    assert "calibrated" in choose_plan(SPEC, 2, measured=measured)[1]
     (catalog / "this.toml").write_text("nonsense")
-    assert "cannot say" in here(CONFIG, 2)
+    assert "cannot say" in local_measurements(CONFIG, 2)

@@ -51,4 +51,4 @@ def test_calibrate_and_bench_follow_cenacle_home(monkeypatch, tmp_path):
     from cenacle.bench import measure
 
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
-    assert measure.Asked("model").cache == tmp_path
+    assert measure.BenchConfig("model").cache == tmp_path

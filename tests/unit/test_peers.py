@@ -46,7 +46,7 @@ def test_gguf_as_its_own_reader_sees_it(tmp_path, config, arch):
 
 
 def test_weights_take_four_and_a_half_bits():
-    pieces = list(formats.blocks(np.random.default_rng(0), 1 << 23, 1.0))
+    pieces = list(formats.random_blocks(np.random.default_rng(0), 1 << 23, 1.0))
     assert len(pieces) > 1
     assert sum(p.nbytes for p in pieces) == (1 << 23) * 4.5 / 8
 
@@ -98,16 +98,16 @@ def test_other_shapes_are_refused_before_anything_is_written(tmp_path, config, w
 @pytest.mark.parametrize("text", ["vllm=/x", "llama.cpp", "llama.cpp=", "mlx-lm=/x", ""])
 def test_an_unknown_peer_is_refused(text):
     with pytest.raises(InputError, match=r"expected llama.cpp=PATH, dllama=PATH or mlx-lm"):
-        peers.parse(text)
+        peers.parse_peer(text)
 
 
 @pytest.mark.parametrize(("name", "program"), [("llama.cpp", "llama-bench"), ("dllama", "dllama")])
 def test_a_missing_program_is_named(tmp_path, name, program):
     with pytest.raises(InputError, match=f"expected the program {program} at {tmp_path}"):
-        peers.parse(f"{name}={tmp_path}")
+        peers.parse_peer(f"{name}={tmp_path}")
     script(tmp_path / "bin" / program, "")
-    peers.parse(f"{name}={tmp_path}")
-    peers.parse(f"{name}={tmp_path / 'bin' / program}")
+    peers.parse_peer(f"{name}={tmp_path}")
+    peers.parse_peer(f"{name}={tmp_path / 'bin' / program}")
 
 
 def script(path: Path, body: str) -> Path:
@@ -119,7 +119,7 @@ def script(path: Path, body: str) -> Path:
 
 def job(tmp_path, nodes=1, deadline_s=20.0):
     cores = sorted(os.sched_getaffinity(0))
-    return peers.Job(
+    return peers.PeerWorkload(
         *(tmp_path, QWEN, nodes, 1, [[cores[0]]] * nodes, 8, 4, 16, tmp_path / "cache", deadline_s)
     )
 
@@ -133,9 +133,9 @@ print(json.dumps([{"avg_ts": 5.5 if wanted == "0" else 7.25, "cores": 1}]))
 assert len(os.sched_getaffinity(0)) == 1
 """
     script(tmp_path / "llama-bench", body)
-    (setup,) = peers.parse(f"llama.cpp={tmp_path}").setups(job(tmp_path))
+    (setup,) = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path))
     assert setup.name == "llama.cpp, 1 thread"
-    assert setup.run() == peers.Speed(decode=7.25, prefill=5.5)
+    assert setup.run() == peers.PeerSpeed(decode=7.25, prefill=5.5)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -149,7 +149,7 @@ assert len(os.sched_getaffinity(0)) == 1
 )
 def test_a_peer_that_fails_says_so_with_its_last_words(tmp_path, body, said):
     script(tmp_path / "llama-bench", body)
-    (setup,) = peers.parse(f"llama.cpp={tmp_path}").setups(job(tmp_path))
+    (setup,) = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path))
     with pytest.raises(peers.PeerFailed, match=said):
         setup.run()
 
@@ -163,7 +163,7 @@ print("still thinking", flush=True)
 time.sleep(60)
 """
     script(tmp_path / "llama-bench", body)
-    (setup,) = peers.parse(f"llama.cpp={tmp_path}").setups(job(tmp_path, deadline_s=1.0))
+    (setup,) = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path, deadline_s=1.0))
     began = time.monotonic()
     with pytest.raises(peers.PeerFailed, match="not done within 1 s: still thinking"):
         setup.run()
@@ -186,7 +186,7 @@ def running(pid: int) -> bool:
 def test_servers_that_do_not_listen_are_reported(tmp_path):
     script(tmp_path / "llama-bench", "print('never asked')")
     script(tmp_path / "ggml-rpc-server", "print('no such device')")
-    setups = peers.parse(f"llama.cpp={tmp_path}").setups(job(tmp_path, nodes=2))
+    setups = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path, nodes=2))
     assert [s.name for s in setups] == ["llama.cpp, 2 threads", "llama.cpp, 2 RPC servers"]
     with pytest.raises(peers.PeerFailed, match="did not listen: no such device"):
         setups[1].run()
@@ -201,6 +201,6 @@ assert "--workers" in sys.argv
 print("   tokens/s: 12.50 (80.00 ms/tok)\\n   tokens/s: 21.25 (47.06 ms/tok)")
 """
     script(tmp_path / "dllama", body)
-    (setup,) = peers.parse(f"dllama={tmp_path}").setups(job(tmp_path, nodes=2))
+    (setup,) = peers.parse_peer(f"dllama={tmp_path}").setups(job(tmp_path, nodes=2))
     assert setup.name == "distributed-llama, 2 nodes"
-    assert setup.run() == peers.Speed(decode=21.25, prefill=12.5)
+    assert setup.run() == peers.PeerSpeed(decode=21.25, prefill=12.5)

@@ -11,15 +11,20 @@ from cenacle.calibration import validate
 from cenacle.core.plan import Plan
 from cenacle.errors import CenacleError, InputError, PlanError
 from cenacle.planning import catalog, planner, report
-from cenacle.planning.perf_model import TERMS, Job, Study
+from cenacle.planning.perf_model import PHASES, PaperConstants, Workload
 
-KNOWN = catalog.load()
-STUDY = Study.of(KNOWN.fits["study"])
+KNOWN = catalog.load_catalog()
+STUDY = PaperConstants.of(KNOWN.fits["study"])
 
 
 def plan(model, machines, link=None, quant="4", **job):
-    found, between, study = planner.from_catalogue(KNOWN, machines, link, None)
-    return planner.plan(Job(KNOWN.model(model), catalog.quant(quant), **job), found, between, study)
+    found, between, study = planner.resolve_cluster(KNOWN, machines, link, None)
+    return planner.evaluate_options(
+        Workload(KNOWN.model(model), catalog.parse_quantization(quant), **job),
+        found,
+        between,
+        study,
+    )
 
 
 def test_json_has_the_promised_keys():
@@ -31,7 +36,7 @@ def test_json_has_the_promised_keys():
             *("tok_per_s_all_users", "ttft_s", "terms_ms", "binding", "bytes_per_node"),
             *("usd", "usd_per_tok_per_s", "watts", "why"),
         ]
-        assert tuple(option["terms_ms"]) == TERMS
+        assert tuple(option["terms_ms"]) == PHASES
         if option["fits"]:
             total = sum(option["terms_ms"].values())
             assert 1000 / option["tok_per_s"] == pytest.approx(total)
@@ -83,7 +88,7 @@ def test_unlike_machines_are_weighted():
 
 def test_comparison_per_dollar():
     result = plan("dbrx", "2xm2-ultra-192", "10gbe-grpc", "16")
-    other = planner.compare(result, KNOWN.machines_of("8xh100"), None, STUDY)
+    other = planner.compare_per_dollar(result, KNOWN.machines_of("8xh100"), None, STUDY)
     assert 1 < other.ratio < 3
     assert "unverified" in other.sentence()
     assert re.search(r"\d\.\d\dx the tokens", other.sentence())
@@ -93,14 +98,14 @@ def test_comparison_per_dollar():
     ("text", "points"), [("nodes=1..5", 5), ("latency=3us..1ms", 25), ("price=2000..9000", 25)]
 )
 def test_what_if(text, points):
-    found, link, study = planner.from_catalogue(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
-    job = Job(KNOWN.model("qwen3-235b-a22b"), catalog.quant(4))
-    curve = planner.what_if(text, job, found, link, study)
+    found, link, study = planner.resolve_cluster(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
+    job = Workload(KNOWN.model("qwen3-235b-a22b"), catalog.parse_quantization(4))
+    curve = planner.what_if_curve(text, job, found, link, study)
     assert len(curve.x) == points
     ys = curve.series["experts sliced"]
     if curve.what != "nodes":  # a slower link, a dearer machine
         assert list(ys) == sorted(ys, reverse=True)
-    assert "tokens/s" in report.terminal(curve)
+    assert "tokens/s" in report.render_terminal(curve)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +116,16 @@ def test_what_if(text, points):
     ],
 )
 def test_a_wrong_what_if(text):
-    found, link, study = planner.from_catalogue(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
+    found, link, study = planner.resolve_cluster(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
     with pytest.raises(InputError, match="what-if"):
-        planner.what_if(text, Job(KNOWN.model("dbrx"), catalog.quant(4)), found, link, study)
+        planner.what_if_curve(
+            text, Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4)), found, link, study
+        )
 
 
 def test_a_plan_file_is_a_plan(tmp_path):
     result = plan("dbrx", "1xm3-ultra-256,1xm4-max-128", "tb5-rdma", "4")
-    dealt, note = planner.plan_file(result, planner.spec_of(result.job, "dbrx"))
+    dealt, note = planner.best_plan(result, planner.spec_from_workload(result.job, "dbrx"))
     dealt.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again.nodes == len(result.options[0].machines)
@@ -126,19 +133,19 @@ def test_a_plan_file_is_a_plan(tmp_path):
     assert result.options[0].placement == "weighted"  # slices by the machines' bandwidth
     assert dealt.placement == "whole"
     assert "give the checkpoint's folder" in note
-    spec = planner.spec_of(result.job, "dbrx")
+    spec = planner.spec_from_workload(result.job, "dbrx")
     spec = replace(spec, moe=tuple(replace(m, units=168) for m in spec.moe))
-    dealt, note = planner.plan_file(result, spec)
+    dealt, note = planner.best_plan(result, spec)
     assert dealt.placement == "sliced"
     with pytest.raises(PlanError, match="only sizes are known"):
-        planner.spec_of(plan("deepseek-v4-flash", "m3-ultra-512").job, "deepseek_v4")
+        planner.spec_from_workload(plan("deepseek-v4-flash", "m3-ultra-512").job, "deepseek_v4")
 
 
 def test_the_report_asks_nobody_for_anything():
     result = plan("dbrx", "2xm2-ultra-192", "10gbe-grpc", "16")
-    found, link, study = planner.from_catalogue(KNOWN, "2xm2-ultra-192", "10gbe-grpc", None)
-    curve = planner.what_if("nodes=1..4", result.job, found, link, study)
-    page = report.html(result, [curve])
+    found, link, study = planner.resolve_cluster(KNOWN, "2xm2-ultra-192", "10gbe-grpc", None)
+    curve = planner.what_if_curve("nodes=1..4", result.job, found, link, study)
+    page = report.render_html(result, [curve])
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", page)
     assert "<script" not in page
     assert "@import" not in page
@@ -203,7 +210,7 @@ def test_an_owners_rows(tmp_path):
         "deepseek-v3,4,m3-ultra-512;m2-ultra-192,2,10gbe,pipeline,512,12,me",
     )
     assert problems == []
-    checked = [validate.check(r, KNOWN) for r in found]
+    checked = [validate.validate_one(r, KNOWN) for r in found]
     assert all(0 < c.predicted.tok_per_s < 1000 for c in checked)
     assert validate.Summary.of(checked).rows == 4
 
@@ -257,7 +264,7 @@ def test_wrong_files(tmp_path):
 
 def test_published_speeds():
     """The stated tolerance; `cenacle validate` shows the rows."""
-    checked = validate.check_all(validate.published(), KNOWN)
+    checked = validate.validate_all(validate.load_published(), KNOWN)
     fitted = validate.Summary.of([c for c in checked if c.row.fit])
     others = validate.Summary.of([c for c in checked if not c.row.fit])
     assert fitted.worst <= 0.15
@@ -268,7 +275,7 @@ def test_published_speeds():
 
 def test_the_stored_fit_is_the_fit():
     """fits.toml is what `validate --refit` gives: nobody edited it, no row was forgotten."""
-    marked = [r for r in validate.published() if r.fit and not r.skip]
+    marked = [r for r in validate.load_published() if r.fit and not r.skip]
     again = validate.fit(marked, KNOWN)
     for p in validate.PARAMETERS:
         stored, found = KNOWN.fits, again.fits
@@ -278,7 +285,7 @@ def test_the_stored_fit_is_the_fit():
 
 
 def test_the_papers_numbers():
-    section = {what: (stated, ours) for what, stated, ours, _ in validate.paper_section(KNOWN)}
+    section = {what: (stated, ours) for what, stated, ours, _ in validate.compare_with_paper(KNOWN)}
     for what, (stated, ours) in section.items():
         exact = what.startswith("E[max]") or "per dollar against" in what
         assert ours == pytest.approx(stated, rel=0.005 if exact else 0.2), what
@@ -289,9 +296,9 @@ def test_stored_runs_are_predicted():
 
     from cenacle.calibration import local_fit
 
-    stored = local_fit.load(local_fit.STORE)
+    stored = local_fit.load_runs(local_fit.RUNS_FILE)
     assert len(stored.rows) >= 12
-    _, rows = local_fit.judge(stored)
+    _, rows = local_fit.fit_runs(stored)
     unfitted = [abs(p.tok_per_s / r.tok_per_s - 1) for r, p in rows if not r.fitted]
     assert len(unfitted) >= 7
     assert median(unfitted) <= 0.15

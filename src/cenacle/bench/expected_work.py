@@ -13,7 +13,7 @@ from ..planning import load_balancer
 DRAWS = 2000  # random top-k choices from which the expected bytes of a token are found
 
 
-def available() -> list[int]:
+def usable_cores() -> list[int]:
     """The cores that this process may use."""
     try:
         return sorted(os.sched_getaffinity(0))
@@ -21,13 +21,13 @@ def available() -> list[int]:
         return list(range(os.cpu_count() or 1))
 
 
-def split(nodes: int, threads: int | None) -> tuple[list[list[int]] | None, int]:
+def split_cores(nodes: int, threads: int | None) -> tuple[list[list[int]] | None, int]:
     """Each node's cores, and its threads; None if there are too few for a set each.
 
     Raises:
         InputError: fewer than one thread.
     """
-    cores = available()
+    cores = usable_cores()
     each = threads if threads is not None else max(1, len(cores) // nodes)
     if each < 1:
         raise InputError(f"--threads: expected at least 1, got {each}", "threads")
@@ -50,14 +50,14 @@ def expected_experts(plan: Plan) -> tuple[list[float], float]:
         for part in parts:
             share[expert, part.rank] = (part.stop - part.start) / plan.width
     holders = [tuple(p.rank for p in parts) for parts in layer.experts]
-    speeds = load_balancer.speeds_of(plan.nodes, plan.node_weights)
+    speeds = load_balancer.integer_speeds(plan.nodes, plan.node_weights)
     rng = np.random.default_rng(0)
     read = np.zeros((DRAWS, plan.nodes))
     for draw in range(DRAWS):
         chosen = rng.permutation(count)[: plan.spec.top_k]
         if plan.placement == "replicated":
             counts = np.bincount(chosen, minlength=count).tolist()
-            ranks = load_balancer.deal_experts(counts, holders, speeds)
+            ranks = load_balancer.assign_experts(counts, holders, speeds)
             read[draw] = np.bincount([r for r in ranks if r >= 0], minlength=plan.nodes)
         else:
             read[draw] = share[chosen].sum(axis=0)

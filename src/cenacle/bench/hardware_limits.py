@@ -31,12 +31,12 @@ from ..model.step_timer import StepTimer
 from .rank_worker import RankPool
 
 READ_BYTES = 256 << 20
-SIZES = (4, 4096, 24_576, 262_144, 1_572_864)  # bytes of an exchange
-CHAIN = 50  # exchanges in one lazy graph
+MESSAGE_BYTES = (4, 4096, 24_576, 262_144, 1_572_864)  # bytes of an exchange
+CHAIN_LENGTH = 50  # exchanges in one lazy graph
 ENOUGH_S = 0.25  # one size of exchange is measured for about this long
 
 
-def measure(
+def measure_limits(
     nodes: int,
     backend: str,
     cores: Sequence[Sequence[int]] | None,
@@ -54,14 +54,14 @@ def measure(
         one node. With `folder` and `plan`, "kernels_ms": for each rank what `kernels` found.
     """
     with RankPool(1) as single:
-        read_gb_s = single.run(read_by_threads)[0]
+        read_gb_s = single.run(read_rate_by_threads)[0]
     with RankPool(nodes, backend, cores, threads) as ranks:
-        together = ranks.run(read)
-        exchange_us = ranks.run(exchange, sizes=list(SIZES))[0] if nodes > 1 else []
+        together = ranks.run(read_rate)
+        exchange_us = ranks.run(all_reduce_times, sizes=list(MESSAGE_BYTES))[0] if nodes > 1 else []
         alone_ms = None
         if folder is not None and plan is not None and native.is_available():
             alone_ms = ranks.run(
-                kernels,
+                kernel_times,
                 300.0,
                 folder=str(folder.resolve()),
                 plan=plan.to_json(),
@@ -98,28 +98,28 @@ def _gb_s(read: Callable[[], object], times: int = 7) -> float:
     return READ_BYTES / statistics.median(seconds) / 1e9
 
 
-def read_by_threads(collective: Collective) -> dict[str, float]:  # noqa: ARG001
+def read_rate_by_threads(collective: Collective) -> dict[str, float]:  # noqa: ARG001
     """GB/s by number of threads: one, two, four, ... up to the cores."""
-    read = _reader(READ_BYTES)
+    read_rate = _reader(READ_BYTES)
     if not native.is_available():
-        return {"1": _gb_s(read)}
+        return {"1": _gb_s(read_rate)}
     most = native.set_threads()
     counts = sorted({1, most, *(2**i for i in range(most.bit_length()))})
     found = {}
     for threads in counts:
         native.extension().set_threads(threads)
-        found[str(threads)] = _gb_s(read)
+        found[str(threads)] = _gb_s(read_rate)
     return found
 
 
-def read(collective: Collective) -> float:
+def read_rate(collective: Collective) -> float:
     """GB/s of this rank while all ranks read."""
     reader = _reader(READ_BYTES)
     collective.barrier()
     return _gb_s(reader, times=15)
 
 
-def exchange(collective: Collective, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def all_reduce_times(collective: Collective, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Microseconds of one all_sum of float32 by size in bytes, alone and in a chain."""
 
     def once(x: mx.array, links: int) -> float:
@@ -137,14 +137,14 @@ def exchange(collective: Collective, sizes: Sequence[int]) -> list[dict[str, Any
         first = statistics.median(once(x, 1) for _ in range(3))
         each_us = max(1, int(np.asarray(collective.share(mx.array([int(first)])))[0]))
         times = max(3, min(100, int(ENOUGH_S * 1e6 / each_us)))
-        links = max(1, min(CHAIN, times))
+        links = max(1, min(CHAIN_LENGTH, times))
         one = statistics.median(once(x, 1) for _ in range(times))
         chain = statistics.median(once(x, links) for _ in range(max(3, times // links)))
         rows.append({"bytes": size, "one": one, "chain": chain})
     return rows
 
 
-def kernels(
+def kernel_times(
     collective: Collective, folder: str, plan: dict[str, Any], times: int, activations: str
 ) -> dict[str, float] | None:
     """Milliseconds of one token's matrices alone: every linear layer and every layer's experts.

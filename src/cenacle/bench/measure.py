@@ -30,8 +30,8 @@ from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.loader import read_model_spec
 from ..paths import cache_dir
 from . import hardware_limits
-from .expected_work import available, expected_bytes, split
-from .peers.peers import Job, Peer, PeerFailed, Setup, Speed
+from .expected_work import expected_bytes, split_cores, usable_cores
+from .peers.peers import Peer, PeerFailed, PeerSpeed, PeerVariant, PeerWorkload
 
 ANSWER_S = 900.0
 
@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchConfig:
     """What to measure.
 
     Args:
@@ -71,7 +71,9 @@ class Asked:
     deadline_s: float = 300.0
 
 
-def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> dict[str, Any]:
+def run_bench(
+    asked: BenchConfig, peers: Sequence[Peer] = (), say: Say = lambda _: None
+) -> dict[str, Any]:
     """Measure; `say` is told what is being done.
 
     Returns:
@@ -97,13 +99,13 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
             f"got {max(*asked.contexts, asked.prompt)}",
             "contexts",
         )
-    cores, threads = split(asked.nodes, asked.threads)
-    job = Job(
+    cores, threads = split_cores(asked.nodes, asked.threads)
+    job = PeerWorkload(
         checkpoint.folder,
         checkpoint.config,
         asked.nodes,
         threads,
-        cores or [available()] * asked.nodes,
+        cores or [usable_cores()] * asked.nodes,
         asked.contexts[0],
         asked.tokens,
         asked.prompt,
@@ -111,7 +113,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
         asked.deadline_s,
     )
     setups = [setup for peer in peers for setup in peer.setups(job)]
-    load, stolen = os.getloadavg()[0], _steal()
+    load, stolen = os.getloadavg()[0], _cpu_steal()
     backend = asked.options.get("backend", "auto")
     latency_s = asked.options.get("latency_s", 0.0)
     plan, reason = runtime.choose(
@@ -122,7 +124,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     say("measuring what memory, exchange and kernels give on their own")
     native = asked.options.get("kernels", "auto") != "mlx" and native_layers.is_supported()
     folder, dealt = (checkpoint.folder, plan) if native else (None, None)
-    limits = hardware_limits.measure(
+    limits = hardware_limits.measure_limits(
         asked.nodes, backend, cores, threads, folder, dealt, activations
     )
     say(f"loading {asked.model} on {asked.nodes} nodes")
@@ -150,7 +152,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
             row |= {"cores": list(cores[rank]) if cores else None, **ranks[rank]}
         conditions = {
             "machine": platform.machine(),
-            "cores": len(available()),
+            "cores": len(usable_cores()),
             "load_before": round(load, 2),
             "stolen_percent": stolen(),
             "nodes": asked.nodes,
@@ -180,7 +182,7 @@ def run(asked: Asked, peers: Sequence[Peer] = (), say: Say = lambda _: None) -> 
     }
 
 
-def _steal() -> Callable[[], float | None]:
+def _cpu_steal() -> Callable[[], float | None]:
     """Percent of the cores' time that other guests of this machine's host took since the call."""
     stat = Path("/proc/stat")
 
@@ -201,7 +203,7 @@ def _steal() -> Callable[[], float | None]:
 class _Bench:
     """A loaded model, and what has been found of it so far."""
 
-    def __init__(self, model: api.Model, asked: Asked, say: Say) -> None:
+    def __init__(self, model: api.Model, asked: BenchConfig, say: Say) -> None:
         self._model, self._asked, self._say = model, asked, say
         self._draw = random.Random(0)
         self.decode: list[dict[str, Any]] = []
@@ -211,7 +213,7 @@ class _Bench:
         self.terms_ms: dict[str, float] = {}
         self.token: dict[str, Any] = {}
 
-    def rounds(self, setups: Sequence[Setup]) -> list[list[Speed] | str]:
+    def rounds(self, setups: Sequence[PeerVariant]) -> list[list[PeerSpeed] | str]:
         """The first context and the prompt, in turn with the peers.
 
         Returns:
@@ -222,7 +224,7 @@ class _Bench:
         self._ask(context, 2)
         decode: list[float] = []
         prefill: list[float] = []
-        theirs: list[list[Speed] | str] = [[] for _ in setups]
+        theirs: list[list[PeerSpeed] | str] = [[] for _ in setups]
         for i in range(asked.repeat):
             self._say(f"round {i + 1} of {asked.repeat}: ours")
             times = self._ask(context, asked.tokens + 1)
@@ -243,7 +245,7 @@ class _Bench:
         return theirs
 
     def compare(
-        self, setups: Sequence[Setup], theirs: Sequence[list[Speed] | str]
+        self, setups: Sequence[PeerVariant], theirs: Sequence[list[PeerSpeed] | str]
     ) -> list[dict[str, Any]]:
         """A row for each peer: medians and ours over theirs, or how it failed."""
         rows: list[dict[str, Any]] = []
@@ -364,7 +366,7 @@ def _row(speeds: Sequence[float], **what: int) -> dict[str, Any]:
     return {**what, "tok_s": statistics.median(speeds), "all": list(speeds)}
 
 
-def prepared(model: str | None, name: str | None, quantize: int, cache: Path, say: Say) -> str:
+def prepare_model(model: str | None, name: str | None, quantize: int, cache: Path, say: Say) -> str:
     """The checkpoint to measure: a given one, or a random one of a known shape, written once.
 
     Args:

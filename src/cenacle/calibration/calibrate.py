@@ -33,14 +33,14 @@ from ..ranks.local_ranks import LocalRanks
 
 PROBE = (sys.executable, "-m", "cenacle.calibration.probe_worker")
 # A model of almost no weights: what a token costs is the layers' own time.
-EMPTY_LAYERS = 16
-EMPTY = {
+TINY_LAYERS = 16
+TINY_CONFIG = {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": 64,
     "intermediate_size": 128,
     "moe_intermediate_size": 64,
-    "num_hidden_layers": EMPTY_LAYERS,
+    "num_hidden_layers": TINY_LAYERS,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "head_dim": 16,
@@ -185,7 +185,7 @@ def calibrate(
         InputError: no nodes or more than 8, or a name that is not one.
         ClusterError: a process failed.
     """
-    most = int(EMPTY["num_key_value_heads"])  # type: ignore[call-overload]
+    most = int(TINY_CONFIG["num_key_value_heads"])  # type: ignore[call-overload]
     if not 1 <= nodes <= most:
         raise InputError(f"nodes: expected 1 to {most}, got {nodes}", "nodes")
     if not name.replace("-", "").replace(".", "").replace("_", "").isalnum():
@@ -208,7 +208,7 @@ def calibrate(
         "date": datetime.now(UTC).date().isoformat(),
         "cenacle": version("cenacle"),
         "mlx": version("mlx"),
-        "processor": processor(),
+        "processor": processor_name(),
         "device": found[0]["device"],
         "backend": backend,
     }
@@ -263,9 +263,9 @@ def _own_times(
     """
     folder = Path(tempfile.mkdtemp(prefix="cenacle-empty-"))
     before = os.environ.get("CENACLE_THREADS")
-    os.environ["CENACLE_THREADS"] = str(max(1, cores() // nodes))
+    os.environ["CENACLE_THREADS"] = str(max(1, usable_core_count() // nodes))
     try:
-        synth(folder, config=EMPTY, dtype="float32", overwrite=True)
+        synth(folder, config=TINY_CONFIG, dtype="float32", overwrite=True)
         ways = [(1, "replicated")]
         if nodes > 1:
             ways += [(nodes, "replicated"), (nodes, "sharded")]
@@ -278,16 +278,16 @@ def _own_times(
             os.environ["CENACLE_THREADS"] = before
     alone = statistics.median(one)
     if not several:
-        return (alone / EMPTY_LAYERS, _half_width(one) / alone), None, None
+        return (alone / TINY_LAYERS, _half_width(one) / alone), None, None
     single, double = several
     second = [b - a for a, b in zip(single, double, strict=True)]
     added = max(1.0, statistics.median(second))
-    exchange = added / EMPTY_LAYERS
+    exchange = added / TINY_LAYERS
     # The last exchange shares the token. Sharing a machine makes no layer faster.
-    together = max(alone, statistics.median(single) - (EMPTY_LAYERS + 1) * exchange)
+    together = max(alone, statistics.median(single) - (TINY_LAYERS + 1) * exchange)
     return (
-        (together / EMPTY_LAYERS, _half_width(single) / together),
-        alone / EMPTY_LAYERS,
+        (together / TINY_LAYERS, _half_width(single) / together),
+        alone / TINY_LAYERS,
         (exchange, _half_width(second) / added),
     )
 
@@ -369,7 +369,7 @@ def _key(name: str) -> str:
     return f'"{name}"' if "." in name else name
 
 
-def cores() -> int:
+def usable_core_count() -> int:
     """Cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
@@ -382,7 +382,7 @@ def memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name."""
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]

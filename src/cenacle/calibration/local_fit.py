@@ -17,11 +17,11 @@ from statistics import median
 from typing import Any
 
 from ..errors import InputError
-from ..planning.catalog import FOLDER, Fact, Link, Machine, Quant
-from ..planning.model_shapes import from_config
-from ..planning.perf_model import Job, Prediction, Study, predict
+from ..planning.catalog import CATALOG_DIR, Fact, Link, Machine, Quantization
+from ..planning.model_shapes import shape_from_config
+from ..planning.perf_model import PaperConstants, Prediction, Workload, predict
 
-STORE = FOLDER / "runs.json"
+RUNS_FILE = CATALOG_DIR / "runs.json"
 CONTEXT = 40
 
 
@@ -59,7 +59,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Run:
+class LocalRun:
     """One configuration and its speed: the median of `runs` answers."""
 
     shape: str
@@ -80,7 +80,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Runs:
+class LocalRuns:
     """All runs of one occasion.
 
     Args:
@@ -89,7 +89,7 @@ class Runs:
         facts: date, commit, processor, kernels.
     """
 
-    rows: tuple[Run, ...]
+    rows: tuple[LocalRun, ...]
     read_gb_s: dict[int, float]
     gflops: float
     rest_sliced: bool
@@ -107,7 +107,7 @@ class Runs:
             raise InputError(f"cannot write {path}: {error}", "run") from error
 
 
-def load(path: Path) -> Runs:
+def load_runs(path: Path) -> LocalRuns:
     """Read what `save` wrote.
 
     Raises:
@@ -115,9 +115,9 @@ def load(path: Path) -> Runs:
     """
     try:
         data = json.loads(path.read_text())
-        rows = tuple(Run(**r) for r in data.pop("rows"))
+        rows = tuple(LocalRun(**r) for r in data.pop("rows"))
         reads = {int(k): float(v) for k, v in data.pop("read_gb_s").items()}
-        return Runs(rows, reads, **data)
+        return LocalRuns(rows, reads, **data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a file of measured runs: {error}", "runs") from error
 
@@ -131,7 +131,7 @@ PARAMETERS = {
 }
 
 
-def predicted(run: Run, runs: Runs, at: dict[str, float]) -> Prediction:
+def predict_run(run: LocalRun, runs: LocalRuns, at: dict[str, float]) -> Prediction:
     """What the model says of a run, given the four numbers."""
 
     def fact(value: float) -> Fact:
@@ -155,7 +155,12 @@ def predicted(run: Run, runs: Runs, at: dict[str, float]) -> Prediction:
         # An emulated link evaluates every exchange before it waits: that costs something too.
         latency += 1000 * run.latency_ms + at["delay_us"]
     link = Link("here", "", "mesh", {"latency_us": fact(latency), "gb_s": fact(2.0)})
-    job = Job(from_config(run.shape, SHAPES[run.shape]), Quant("4", 4.5, 4.5), CONTEXT, prompt=16)
+    job = Workload(
+        shape_from_config(run.shape, SHAPES[run.shape]),
+        Quantization("4", 4.5, 4.5),
+        CONTEXT,
+        prompt=16,
+    )
     scheme = "single" if run.nodes == 1 else "expert"
     machines, between = (machine,) * run.nodes, link if run.nodes > 1 else None
     return predict(
@@ -163,27 +168,27 @@ def predicted(run: Run, runs: Runs, at: dict[str, float]) -> Prediction:
         scheme,
         machines,
         between,
-        Study(0.2, 0, 1, 0),
+        PaperConstants(0.2, 0, 1, 0),
         placement=run.placement,
         rest_sliced=runs.rest_sliced,
     )
 
 
-def judge(runs: Runs) -> tuple[dict[str, float], list[tuple[Run, Prediction]]]:
+def fit_runs(runs: LocalRuns) -> tuple[dict[str, float], list[tuple[LocalRun, Prediction]]]:
     """The four numbers fitted to the marked rows, and every row with its prediction."""
     marked = [r for r in runs.rows if r.fitted]
     if not marked:
         raise InputError("runs: no row to fit on; measure again with `validate --run`", "runs")
 
     def loss(at: dict[str, float]) -> float:
-        errors = [math.log(predicted(r, runs, at).tok_per_s / r.tok_per_s) for r in marked]
+        errors = [math.log(predict_run(r, runs, at).tok_per_s / r.tok_per_s) for r in marked]
         return sum(abs(e) + e * e for e in errors)
 
-    at = descend(PARAMETERS, loss)
-    return at, [(r, predicted(r, runs, at)) for r in runs.rows]
+    at = coordinate_descent(PARAMETERS, loss)
+    return at, [(r, predict_run(r, runs, at)) for r in runs.rows]
 
 
-def descend(
+def coordinate_descent(
     parameters: dict[Any, tuple[float, float, float]], loss: Callable[[dict[Any, float]], float]
 ) -> dict[Any, float]:
     """The values with the least loss: going through the parameters with shrinking steps.
@@ -206,8 +211,8 @@ def descend(
     return values
 
 
-def table(
-    runs: Runs, at: dict[str, float], rows: list[tuple[Run, Prediction]]
+def format_runs(
+    runs: LocalRuns, at: dict[str, float], rows: list[tuple[LocalRun, Prediction]]
 ) -> tuple[str, dict[str, Any]]:
     """For people, and the same as JSON."""
     lines = [

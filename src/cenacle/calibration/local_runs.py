@@ -22,14 +22,14 @@ from typing import Any
 from ..api import load
 from ..model.synth import synth
 from ..ranks.local_ranks import LocalRanks
-from .calibrate import PROBE, cores, processor
-from .local_fit import SHAPES, Run, Runs
+from .calibrate import PROBE, processor_name, usable_core_count
+from .local_fit import SHAPES, LocalRun, LocalRuns
 
 LATENCIES_MS = (0.0, 0.3, 1.0)
 TOKENS, ANSWERS = 40, 5
 
 
-def measure(path: Path, say: Callable[[str], None]) -> Runs:
+def measure_local_runs(path: Path, say: Callable[[str], None]) -> LocalRuns:
     """Run all configurations (some minutes) and store them.
 
     Each process gets one core. Placements other than whole are run where `api.load` has them.
@@ -39,9 +39,9 @@ def measure(path: Path, say: Callable[[str], None]) -> Runs:
     """
     knows_placements = "placement" in inspect.signature(load).parameters
     placements = ("whole", "sliced") if knows_placements else ("whole",)
-    most = min(2, cores())
+    most = min(2, usable_core_count())
     reads, gflops = _machine(most)
-    rows: list[Run] = []
+    rows: list[LocalRun] = []
     with _threads(1):
         for shape, config in SHAPES.items():
             folder = Path(tempfile.mkdtemp(prefix=f"cenacle-{shape}-"))
@@ -55,10 +55,10 @@ def measure(path: Path, say: Callable[[str], None]) -> Runs:
         "commit": _commit(),
         "cenacle": version("cenacle"),
         "mlx": version("mlx"),
-        "processor": f"{processor()}, {cores()} cores, one a process",
+        "processor": f"{processor_name()}, {usable_core_count()} cores, one a process",
         "kernels": "native",
     }
-    made = Runs(tuple(rows), reads, gflops, rest_sliced=knows_placements, facts=facts)
+    made = LocalRuns(tuple(rows), reads, gflops, rest_sliced=knows_placements, facts=facts)
     made.save(path)
     return made
 
@@ -70,7 +70,7 @@ def _runs(
     most: int,
     knows_placements: bool,
     say: Callable[[str], None],
-) -> list[Run]:
+) -> list[LocalRun]:
     asked = [(1, "whole", 0.0)]
     asked += [(n, p, ms) for n in range(2, most + 1) for p in placements for ms in LATENCIES_MS]
     rows = []
@@ -95,7 +95,7 @@ def _runs(
             ]
         middle = statistics.median(speeds)
         spread = (max(speeds) - min(speeds)) / 2 / middle
-        rows.append(Run(shape, nodes, placement, latency_ms, middle, spread, ANSWERS))
+        rows.append(LocalRun(shape, nodes, placement, latency_ms, middle, spread, ANSWERS))
         say(f"{shape}, {nodes} nodes, {placement}, {latency_ms} ms: {middle:.2f} tokens/s")
     return rows
 

@@ -22,11 +22,11 @@ from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
 from ..model.loader import load_rank_model, read_model_spec
 from ..model.step_timer import StepTimer
-from ..planning.routing_stats import Trace
+from ..planning.routing_stats import RoutingTrace
 from ..text.tokenizer import Text
 
 
-class Tape(StepTimer):
+class RoutingRecorder(StepTimer):
     """Keeps the ids of every token: layer -> arrays [tokens, k]."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Tape(StepTimer):
         self.ids.setdefault(layer, []).append(rows)
 
 
-def record(model: str, prompts: Sequence[str], max_tokens: int) -> Trace:
+def record_routing(model: str, prompts: Sequence[str], max_tokens: int) -> RoutingTrace:
     """Answer each prompt greedily and note every routing decision, of prompts and answers.
 
     Args:
@@ -56,7 +56,7 @@ def record(model: str, prompts: Sequence[str], max_tokens: int) -> Trace:
     checkpoint = Checkpoint.open(locate_checkpoint(model))
     spec = read_model_spec(checkpoint)
     plan = Plan.whole(spec, 1)
-    tape = Tape()
+    tape = RoutingRecorder()
     loaded = load_rank_model(checkpoint, plan, 0, lambda *_: None)
     kernels = "native" if native_layers.is_supported() else "mlx"
     parallelize(loaded, spec.family, plan, Alone(), tape, kernels)
@@ -78,4 +78,4 @@ def record(model: str, prompts: Sequence[str], max_tokens: int) -> Trace:
         "expert_bytes": spec.moe[0].expert_bytes,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    return Trace(tuple(layers), count, stacked, facts)
+    return RoutingTrace(tuple(layers), count, stacked, facts)

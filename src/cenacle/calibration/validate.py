@@ -20,9 +20,9 @@ from statistics import median
 from typing import Any
 
 from ..errors import CenacleError, InputError
-from ..planning.catalog import FOLDER, Catalogue, quant
-from ..planning.perf_model import PAPER, Job, Prediction, Study, predict
-from .local_fit import descend
+from ..planning.catalog import CATALOG_DIR, Catalog, parse_quantization
+from ..planning.perf_model import PAPER_SCHEMES, PaperConstants, Prediction, Workload, predict
+from .local_fit import coordinate_descent
 
 COLUMNS = (
     *("model", "quant_bits", "machine", "nodes", "link", "scheme", "context", "tok_per_s"),
@@ -32,11 +32,11 @@ CSV_SCHEMES = ("single", "pipeline", "tensor", "expert")
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One measurement. `machines` and `quant` as on the command line; `fit`: used to fit."""
 
     model: str
-    quant: str
+    quantization: str
     machines: str
     link: str | None
     scheme: str
@@ -50,10 +50,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Validation:
     """A row and what the model says."""
 
-    row: Row
+    row: Measurement
     predicted: Prediction
 
     @property
@@ -65,7 +65,7 @@ class Checked:
         """A JSON object."""
         return {
             "model": self.row.model,
-            "quant": self.row.quant,
+            "quant": self.row.quantization,
             "machines": self.row.machines,
             "link": self.row.link,
             "scheme": self.row.scheme,
@@ -91,7 +91,7 @@ class Summary:
     worst: float
 
     @classmethod
-    def of(cls, checked: Sequence[Checked]) -> Summary | None:
+    def of(cls, checked: Sequence[Validation]) -> Summary | None:
         """None of none."""
         if not checked:
             return None
@@ -99,11 +99,11 @@ class Summary:
         return cls(len(errors), median(errors), max(errors))
 
 
-def published() -> list[Row]:
+def load_published() -> list[Measurement]:
     """The rows of published.toml."""
-    rows = tomllib.loads((FOLDER / "published.toml").read_text())["row"]
+    rows = tomllib.loads((CATALOG_DIR / "published.toml").read_text())["row"]
     return [
-        Row(
+        Measurement(
             r["model"],
             r["quant"],
             r["machines"],
@@ -121,7 +121,7 @@ def published() -> list[Row]:
     ]
 
 
-def check(row: Row, catalogue: Catalogue) -> Checked:
+def validate_one(row: Measurement, catalogue: Catalog) -> Validation:
     """Predict a row.
 
     Scheme "expert" is Cenacle's best placement that needs no spare memory: sliced, or weighted for
@@ -131,31 +131,31 @@ def check(row: Row, catalogue: Catalogue) -> Checked:
         InputError, PlanError: a name that is unknown, a scheme that cannot be had.
     """
     machines = catalogue.machines_of(row.machines)
-    job = Job(catalogue.model(row.model), quant(row.quant), row.context)
+    job = Workload(catalogue.model(row.model), parse_quantization(row.quantization), row.context)
     link = catalogue.link(row.link) if row.link and len(machines) > 1 else None
     alike = len({m.name for m in machines}) == 1
-    return Checked(
+    return Validation(
         row,
         predict(
             job,
             row.scheme if len(machines) > 1 else "single",
             machines,
             link,
-            Study.of(catalogue.fits["study"]),
+            PaperConstants.of(catalogue.fits["study"]),
             placement="sliced" if alike else "weighted",
         ),
     )
 
 
-def check_all(rows: Sequence[Row], catalogue: Catalogue) -> list[Checked]:
+def validate_all(rows: Sequence[Measurement], catalogue: Catalog) -> list[Validation]:
     """All rows but those to skip."""
-    return [check(r, catalogue) for r in rows if not r.skip]
+    return [validate_one(r, catalogue) for r in rows if not r.skip]
 
 
 # ---- an owner's rows
 
 
-def read_csv(path: Path, catalogue: Catalogue) -> tuple[list[Row], list[str]]:
+def read_csv(path: Path, catalogue: Catalog) -> tuple[list[Measurement], list[str]]:
     """Rows of a CSV file with the columns `COLUMNS`, each checked against the catalogue.
 
     Returns:
@@ -176,14 +176,14 @@ def read_csv(path: Path, catalogue: Catalogue) -> tuple[list[Row], list[str]]:
             f"rows: {path}: expected the columns {','.join(COLUMNS)}; missing {', '.join(missing)}",
             "rows",
         )
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     problems: list[str] = []
     for record in reader:
         if not any((v or "").strip() for v in record.values() if isinstance(v, str)):
             continue
         try:
             row = _csv_row({k: (v or "").strip() for k, v in record.items() if k in COLUMNS})
-            check(row, catalogue)
+            validate_one(row, catalogue)
         except CenacleError as error:
             problems.append(f"line {reader.line_num}: {error}")
             continue
@@ -193,7 +193,7 @@ def read_csv(path: Path, catalogue: Catalogue) -> tuple[list[Row], list[str]]:
     return rows, problems
 
 
-def _csv_row(r: dict[str, str]) -> Row:
+def _csv_row(r: dict[str, str]) -> Measurement:
     def number(key: str, least: float, default: float | None = None) -> float:
         if not r[key] and default is not None:
             return default
@@ -232,7 +232,7 @@ def _csv_row(r: dict[str, str]) -> Row:
     if measured <= 0:
         raise InputError(f"tok_per_s: expected more than 0, got {r['tok_per_s']!r}", "tok_per_s")
     context = int(number("context", 0, 512))
-    return Row(
+    return Measurement(
         r["model"],
         r["quant_bits"],
         machines,
@@ -264,10 +264,10 @@ class Parameter:
     high: float
     prior: float = 0.0
 
-    def touches(self, row: Row, catalogue: Catalogue) -> bool:
+    def touches(self, row: Measurement, catalogue: Catalog) -> bool:
         """Whether a row's prediction depends on it."""
         if self.path[0] == "study":
-            return row.scheme in PAPER
+            return row.scheme in PAPER_SCHEMES
         if self.path[0] == "links":
             return row.link is not None and catalogue.link(row.link).name == self.path[1]
         return any(m.family == self.path[1] for m in catalogue.machines_of(row.machines))
@@ -298,8 +298,8 @@ PARAMETERS = (
 
 
 def fit(
-    rows: Sequence[Row], catalogue: Catalogue, parameters: Sequence[Parameter] = PARAMETERS
-) -> Catalogue:
+    rows: Sequence[Measurement], catalogue: Catalog, parameters: Sequence[Parameter] = PARAMETERS
+) -> Catalog:
     """The catalogue with `parameters` fitted to `rows`.
 
     Least sum of |log(predicted / measured)|, so that one row that is wrong does not pull the
@@ -320,11 +320,11 @@ def fit(
         pulls = [p.prior * abs(math.log(at[p] / p.start)) for p in parameters]
         return sum(abs(e) + e * e for e in errors) + sum(pulls)
 
-    values = descend({p: (p.start, p.low, p.high) for p in parameters}, loss)
+    values = coordinate_descent({p: (p.start, p.low, p.high) for p in parameters}, loss)
     return _set(catalogue, values)
 
 
-def _set(catalogue: Catalogue, values: dict[Parameter, float]) -> Catalogue:
+def _set(catalogue: Catalog, values: dict[Parameter, float]) -> Catalog:
     fits = {k: {n: dict(r) for n, r in t.items()} for k, t in catalogue.fits.items()}
     for p, value in values.items():
         where: Any = fits
@@ -334,27 +334,27 @@ def _set(catalogue: Catalogue, values: dict[Parameter, float]) -> Catalogue:
     return replace(catalogue, fits=fits)
 
 
-def _log_error(row: Row, catalogue: Catalogue) -> float:
-    return math.log(check(row, catalogue).predicted.tok_per_s / row.tok_per_s)
+def _log_error(row: Measurement, catalogue: Catalog) -> float:
+    return math.log(validate_one(row, catalogue).predicted.tok_per_s / row.tok_per_s)
 
 
 def leave_one_out(
-    rows: Sequence[Row],
-    catalogue: Catalogue,
+    rows: Sequence[Measurement],
+    catalogue: Catalog,
     parameters: Sequence[Parameter] = PARAMETERS,
     progress: Callable[[int], None] | None = None,
-) -> list[Checked]:
+) -> list[Validation]:
     """Each row predicted by parameters fitted on all the others."""
     out = []
     for i, row in enumerate(rows):
         others = [r for j, r in enumerate(rows) if j != i]
-        out.append(check(row, fit(others, catalogue, parameters)))
+        out.append(validate_one(row, fit(others, catalogue, parameters)))
         if progress is not None:
             progress(i)
     return out
 
 
-def fits_toml(catalogue: Catalogue, old: str) -> str:
+def format_fits(catalogue: Catalog, old: str) -> str:
     """fits.toml with the catalogue's fitted numbers, its comments and everything else kept."""
     lines, table = [], ""
     seen: set[tuple[str, str]] = set()
@@ -376,13 +376,13 @@ def fits_toml(catalogue: Catalogue, old: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows_of(catalogue: Catalogue, table: str) -> dict[str, Any]:
+def _rows_of(catalogue: Catalog, table: str) -> dict[str, Any]:
     group, _, name = table.partition(".")
     rows = catalogue.fits.get(group, {})
     return rows.get(name, {}) if name else (rows if group == "study" else {})
 
 
-def _added(catalogue: Catalogue, table: str, seen: set[tuple[str, str]]) -> list[str]:
+def _added(catalogue: Catalog, table: str, seen: set[tuple[str, str]]) -> list[str]:
     rows = _rows_of(catalogue, table)
     return [_line(k, r) for k, r in rows.items() if (table, k) not in seen] if table else []
 
@@ -394,20 +394,30 @@ def _line(key: str, row: dict[str, Any]) -> str:
 # ---- the paper
 
 
-def paper_section(catalogue: Catalogue) -> list[tuple[str, float, float, str]]:
+def compare_with_paper(catalogue: Catalog) -> list[tuple[str, float, float, str]]:
     """(what, stated, ours, remark) for the paper's results."""
-    from ..planning.routing_stats import Group, busiest
+    from ..planning.routing_stats import ExpertGroup, expected_max_load
 
-    eight = (Group(8), Group(8))
+    eight = (ExpertGroup(8), ExpertGroup(8))
     out = [
-        ("E[max] 2 nodes, 8+8", 2.6462, busiest(eight, 4), "by exact counting"),
-        ("E[max] 3 nodes, 8 / 8x2", 2.3231, busiest((Group(8), Group(8, 2)), 4), "exact"),
-        ("E[max] 4 nodes, 8x2 / 8x2", 1.5692, busiest((Group(8, 2),) * 2, 4), "exact"),
+        ("E[max] 2 nodes, 8+8", 2.6462, expected_max_load(eight, 4), "by exact counting"),
+        (
+            "E[max] 3 nodes, 8 / 8x2",
+            2.3231,
+            expected_max_load((ExpertGroup(8), ExpertGroup(8, 2)), 4),
+            "exact",
+        ),
+        (
+            "E[max] 4 nodes, 8x2 / 8x2",
+            1.5692,
+            expected_max_load((ExpertGroup(8, 2),) * 2, 4),
+            "exact",
+        ),
     ]
     rows = {
-        (r.machines, r.scheme): check(r, catalogue)
-        for r in published()
-        if r.scheme in PAPER and not r.skip
+        (r.machines, r.scheme): validate_one(r, catalogue)
+        for r in load_published()
+        if r.scheme in PAPER_SCHEMES and not r.skip
     }
     for (machines, scheme), c in rows.items():
         mark = "fitted" if c.row.fit else "not fitted"
@@ -435,8 +445,8 @@ def paper_section(catalogue: Catalogue) -> list[tuple[str, float, float, str]]:
         )
     )
     mac, box = rows["2xm2-ultra-192", "P-LR-D"].predicted, catalogue.machine("8xh100")
-    job = Job(catalogue.model("dbrx"), quant(16), 192)
-    big = predict(job, "single", (box,), None, Study.of(catalogue.fits["study"]))
+    job = Workload(catalogue.model("dbrx"), parse_quantization(16), 192)
+    big = predict(job, "single", (box,), None, PaperConstants.of(catalogue.fits["study"]))
     assert mac.usd is not None
     assert big.usd is not None
     ours = (mac.tok_per_s / mac.usd) / (big.tok_per_s / big.usd)

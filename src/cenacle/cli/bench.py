@@ -59,7 +59,9 @@ class BenchmarkModelArguments:
         """The model to measure; a random model is written if it is not in the cache."""
         from ..bench import measure
 
-        return measure.prepared(self.model, self.synth, self.quantize, self.cache_folder, report)
+        return measure.prepare_model(
+            self.model, self.synth, self.quantize, self.cache_folder, report
+        )
 
 
 Threads = Annotated[
@@ -123,7 +125,7 @@ def bench(
     placed = PlacementArguments.to_keywords(load)
     options = {k: v for k, v in load.to_keywords().items() if k not in placed}
     options["latency_s"] = placed.pop("latency_s")
-    request = measure.Asked(
+    request = measure.BenchConfig(
         model=model.prepare(),
         nodes=load.nodes,
         threads=threads,
@@ -137,7 +139,7 @@ def bench(
         cache=model.cache_folder,
         deadline_s=peer_timeout_s,
     )
-    result = measure.run(request, [peers.parse(p) for p in peer or ()], report)
+    result = measure.run_bench(request, [peers.parse_peer(p) for p in peer or ()], report)
     if json_output:
         print_json(result)
     else:
@@ -174,7 +176,7 @@ def ablation(
 
     if model.model is None and model.synth is None:
         model = replace(model, synth="dbrx-2l")
-    request = schedule_ablation.Asked(
+    request = schedule_ablation.AblationConfig(
         model.prepare(),
         nodes,
         threads,
@@ -184,9 +186,9 @@ def ablation(
         tokens,
         repeat,
     )
-    result = schedule_ablation.run(request, report)
+    result = schedule_ablation.run_ablation(request, report)
     if out is not None:
-        result["plots"] = [str(path) for path in plot.draw(result, out)]
+        result["plots"] = [str(path) for path in plot.save_figure(result, out)]
     if json_output:
         print_json(result)
     else:

@@ -21,12 +21,12 @@ from .console import print_json, report, wide_console, write_text
 from .options import JsonOutput, ModelName
 
 if TYPE_CHECKING:
-    from ..calibration.validate import Checked
+    from ..calibration.validate import Validation
     from ..core.model_spec import ModelSpec
-    from ..planning.catalog import Catalogue
-    from ..planning.perf_model import Job
-    from ..planning.planner import Comparison, Curve, Result
-    from ..planning.routing_stats import Trace
+    from ..planning.catalog import Catalog
+    from ..planning.perf_model import Workload
+    from ..planning.planner import Comparison, Curve, PlannerResult
+    from ..planning.routing_stats import RoutingTrace
 
 app = typer.Typer()
 PANEL = "Planning and measurement"
@@ -129,44 +129,46 @@ def plan(
     """Predict speed, memory and cost of a model on given machines, and recommend a placement."""
     from ..planning import catalog as catalogs
     from ..planning import planner
-    from ..planning.report import describe, terminal
-    from ..planning.routing_stats import Trace
+    from ..planning.report import describe_workload, render_terminal
+    from ..planning.routing_stats import RoutingTrace
 
-    catalogue = catalogs.load(catalog or ())
+    catalogue = catalogs.load_catalog(catalog or ())
     job, spec = _read_job(catalogue, model, workload)
-    nodes, network, study = planner.from_catalogue(catalogue, machines, link, memory_fraction)
-    trace = Trace.load(workload.routing_trace) if workload.routing_trace is not None else None
+    nodes, network, study = planner.resolve_cluster(catalogue, machines, link, memory_fraction)
+    trace = (
+        RoutingTrace.load(workload.routing_trace) if workload.routing_trace is not None else None
+    )
     if trace is not None:
         job = _apply_routing(job, trace, len(nodes))
-    result = planner.plan(job, nodes, network, study)
+    result = planner.evaluate_options(job, nodes, network, study)
     comparison = None
     if compare is not None and result.best is not None:
         # Several machines of the other kind are connected by the same link.
         others = catalogue.machines_of(compare)
-        comparison = planner.compare(result, others, network, study)
-    curves = [planner.what_if(text, job, nodes, network, study) for text in what_if or ()]
+        comparison = planner.compare_per_dollar(result, others, network, study)
+    curves = [planner.what_if_curve(text, job, nodes, network, study) for text in what_if or ()]
     _write_report(files, result, curves, comparison)
     if files.save is not None:
         _save_plan(files.save, result, spec, trace)
     if json_output:
         print_json(result.to_json())
     else:
-        _print_result(result, describe(job.shape, result))
+        _print_result(result, describe_workload(job.shape, result))
         if comparison is not None:
             print(comparison.sentence())
         for curve in curves:
             print()
-            print(terminal(curve))
+            print(render_terminal(curve))
         _print_unverified_inputs(result)
     if result.best is None:
         raise PlanError(result.advice)
 
 
 def _read_job(
-    catalogue: Catalogue, model: str, workload: WorkloadArguments
-) -> tuple[Job, ModelSpec | None]:
-    from ..planning.catalog import quant
-    from ..planning.perf_model import Job
+    catalogue: Catalog, model: str, workload: WorkloadArguments
+) -> tuple[Workload, ModelSpec | None]:
+    from ..planning.catalog import parse_quantization
+    from ..planning.perf_model import Workload
 
     path, usage = Path(model).expanduser(), (workload.context, workload.users)
     if path.exists():
@@ -175,13 +177,18 @@ def _read_job(
         return read_workload(path, workload.quant, *usage, workload.prompt_tokens, report)
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such file or folder")
-    quantization = quant(workload.quant or 4)
-    return Job(catalogue.model(model), quantization, *usage, workload.prompt_tokens), None
+    quantization = parse_quantization(workload.quant or 4)
+    return Workload(catalogue.model(model), quantization, *usage, workload.prompt_tokens), None
 
 
-def _apply_routing(job: Job, trace: Trace, nodes: int) -> Job:
+def _apply_routing(job: Workload, trace: RoutingTrace, nodes: int) -> Workload:
     """The job with the expert load of a recording instead of uniform routing."""
-    from ..planning.routing_stats import Group, busiest, contiguous, even
+    from ..planning.routing_stats import (
+        ExpertGroup,
+        contiguous_owners,
+        even_counts,
+        expected_max_load,
+    )
 
     shape = job.shape
     if (trace.experts, trace.top_k) != (shape.experts, shape.top_k):
@@ -192,31 +199,35 @@ def _apply_routing(job: Job, trace: Trace, nodes: int) -> Job:
         )
     if nodes == 1 or nodes > shape.experts:
         return job
-    uniform = busiest([Group(count) for count in even(shape.experts, nodes)], shape.top_k)
-    return replace(job, skew=trace.busiest(contiguous(trace, nodes)) / uniform)
+    uniform = expected_max_load(
+        [ExpertGroup(count) for count in even_counts(shape.experts, nodes)], shape.top_k
+    )
+    return replace(job, skew=trace.busiest(contiguous_owners(trace, nodes)) / uniform)
 
 
 def _write_report(
-    files: ReportFiles, result: Result, curves: list[Curve], comparison: Comparison | None
+    files: ReportFiles, result: PlannerResult, curves: list[Curve], comparison: Comparison | None
 ) -> None:
     from ..planning import report as reports
 
     for path in (files.png, files.svg):
         if path is not None:
             curve = reports.curve_figure(curves[0]) if curves else None
-            reports.save(curve or reports.terms_figure(result.options), path)
+            reports.save_figure(curve or reports.timings_figure(result.options), path)
     if files.html is not None:
-        write_text(files.html, reports.html(result, curves, comparison), "html")
+        write_text(files.html, reports.render_html(result, curves, comparison), "html")
 
 
-def _save_plan(path: Path, result: Result, spec: ModelSpec | None, trace: Trace | None) -> None:
+def _save_plan(
+    path: Path, result: PlannerResult, spec: ModelSpec | None, trace: RoutingTrace | None
+) -> None:
     from ..planning import planner
 
     if spec is None:
         from ..model.workload import estimate_spec
 
         spec = estimate_spec(result.job)
-    saved_plan, note = planner.plan_file(result, spec, trace)
+    saved_plan, note = planner.best_plan(result, spec, trace)
     try:
         saved_plan.save(path)
     except OSError as error:
@@ -224,7 +235,7 @@ def _save_plan(path: Path, result: Result, spec: ModelSpec | None, trace: Trace 
     report(f"{path}: {saved_plan.placement} experts on {saved_plan.nodes} nodes. {note}")
 
 
-def _print_result(result: Result, question: str) -> None:
+def _print_result(result: PlannerResult, question: str) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("scheme", "placement", "trunk"):
         table.add_column(column, no_wrap=True)
@@ -257,13 +268,15 @@ def _print_result(result: Result, question: str) -> None:
     console.print(result.advice, soft_wrap=True, markup=False)
 
 
-def _print_unverified_inputs(result: Result) -> None:
-    from ..planning.perf_model import inputs
+def _print_unverified_inputs(result: PlannerResult) -> None:
+    from ..planning.perf_model import prediction_inputs
 
     prediction = result.options[0].prediction
     if prediction is None:
         return
-    recalled = [name for name, fact in inputs(prediction, result.job) if fact.confidence == "D"]
+    recalled = [
+        name for name, fact in prediction_inputs(prediction, result.job) if fact.confidence == "D"
+    ]
     if recalled:
         print(f"unverified inputs (*, from memory): {', '.join(recalled)}")
 
@@ -295,7 +308,7 @@ def calibrate(
     result = calibration.calibrate(name, nodes, quick, report)
     path = out or catalog_dir() / f"{name}.toml"
     write_text(path, calibration.as_toml(result), "out")
-    catalogs.load([path])  # what was written must be readable
+    catalogs.load_catalog([path])  # what was written must be readable
     if json_output:
         print_json({"file": str(path), **result.to_json()})
     else:
@@ -331,10 +344,10 @@ def validate(
     from ..calibration import validate as validation
     from ..planning import catalog as catalogs
 
-    catalogue = catalogs.load(catalog or ())
+    catalogue = catalogs.load_catalog(catalog or ())
     if rows is not None:
         measured, errors = validation.read_csv(rows, catalogue)
-        section = _Section(str(rows), [validation.check(row, catalogue) for row in measured])
+        section = _Section(str(rows), [validation.validate_one(row, catalogue) for row in measured])
         if json_output:
             print_json({**section.to_json(), "errors": errors})
         else:
@@ -347,14 +360,14 @@ def validate(
             )
         return
     if run:
-        from ..calibration.local_fit import STORE
-        from ..calibration.local_runs import measure
+        from ..calibration.local_fit import RUNS_FILE
+        from ..calibration.local_runs import measure_local_runs
 
-        measure(STORE, report)
+        measure_local_runs(RUNS_FILE, report)
     validation_report = _Validation(catalogue, refit)
     if save is not None and refit:
-        old_constants = (catalogs.FOLDER / "fits.toml").read_text()
-        write_text(save, validation.fits_toml(validation_report.catalogue, old_constants), "save")
+        old_constants = (catalogs.CATALOG_DIR / "fits.toml").read_text()
+        write_text(save, validation.format_fits(validation_report.catalogue, old_constants), "save")
     if json_output:
         print_json(validation_report.to_json())
     else:
@@ -364,7 +377,7 @@ def validate(
 class _Section:
     """Predictions beside measurements, as a table or as JSON."""
 
-    def __init__(self, title: str, checked: list[Checked]) -> None:
+    def __init__(self, title: str, checked: list[Validation]) -> None:
         from ..calibration.validate import Summary
 
         self.title, self.checked = title, checked
@@ -390,7 +403,14 @@ class _Section:
         for check in self.checked:
             row, predicted = check.row, check.predicted
             table.add_row(
-                *(row.model, row.quant, row.machines, row.link or "", row.scheme, str(row.context)),
+                *(
+                    row.model,
+                    row.quantization,
+                    row.machines,
+                    row.link or "",
+                    row.scheme,
+                    str(row.context),
+                ),
                 f"{row.tok_per_s:.4g}",
                 f"{predicted.tok_per_s:.4g}" + ("" if predicted.fits else " !"),
                 f"{predicted.tok_per_s / row.tok_per_s - 1:+.0%}",
@@ -408,15 +428,15 @@ class _Section:
 class _Validation:
     """The performance model against all measurements that come with the program."""
 
-    def __init__(self, catalogue: Catalogue, refit: bool) -> None:
+    def __init__(self, catalogue: Catalog, refit: bool) -> None:
         from ..calibration import local_fit
         from ..calibration import validate as validation
 
         self.local_text, self.local = "", None
-        if local_fit.STORE.exists():
-            stored = local_fit.load(local_fit.STORE)
-            self.local_text, self.local = local_fit.table(stored, *local_fit.judge(stored))
-        published = validation.published()
+        if local_fit.RUNS_FILE.exists():
+            stored = local_fit.load_runs(local_fit.RUNS_FILE)
+            self.local_text, self.local = local_fit.format_runs(stored, *local_fit.fit_runs(stored))
+        published = validation.load_published()
         rows = [row for row in published if not row.skip]
         self.skipped = [row for row in published if row.skip]
         self.sections = {}
@@ -428,12 +448,12 @@ class _Validation:
                 validation.leave_one_out(fitted_rows, catalogue),
             )
         self.catalogue = catalogue
-        checked = validation.check_all(rows, catalogue)
+        checked = validation.validate_all(rows, catalogue)
         self.unfitted = [check for check in checked if not check.row.fit]
         fitted = [check for check in checked if check.row.fit]
         self.sections["fitted"] = _Section("published, fitted", fitted)
         self.sections["unfitted"] = _Section("published, not fitted", self.unfitted)
-        self.paper = validation.paper_section(catalogue)
+        self.paper = validation.compare_with_paper(catalogue)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `validate --json` prints."""
@@ -509,8 +529,8 @@ def record_routing(
     json_output: JsonOutput = False,
 ) -> None:
     """Record which experts each token is routed to, and simulate the load on several nodes."""
-    from ..calibration.routing_trace import record
-    from ..planning.routing_stats import simulate
+    from ..calibration.routing_trace import record_routing
+    from ..planning.routing_stats import simulate_placements
 
     try:
         lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
@@ -518,13 +538,13 @@ def record_routing(
         raise InputError(f"--prompts: cannot read {prompts}: {error}", "prompts") from error
     if not lines:
         raise InputError(f"--prompts: expected at least one line in {prompts}, got none", "prompts")
-    trace = record(model, lines, max_tokens)
+    trace = record_routing(model, lines, max_tokens)
     trace.save(out)
     # One expert of every layer.
     replica_bytes = float(trace.facts["expert_bytes"]) * len(trace.layers)
     if replica_memory_mb is not None:
         replicas = min(trace.experts, int(replica_memory_mb * 1e6 / replica_bytes))
-    result = simulate(trace, nodes, replicas)
+    result = simulate_placements(trace, nodes, replicas)
     result |= {"replicas": replicas, "replica_bytes": round(replicas * replica_bytes)}
     if json_output:
         print_json({"file": str(out), **result})

@@ -27,7 +27,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from ..core.units import format_bytes
-from ..planning.perf_model import wired_setting
+from ..planning.perf_model import wired_limit_command
 
 TOOL_DEADLINE_S = 5.0
 FEW_FILES = 1024  # a server with hundreds of clients, and 8 nodes, stays below this
@@ -209,13 +209,13 @@ def _wired(facts: Facts) -> Iterator[Finding]:
     if memory is None or limit is None:
         return
     if limit == 0:
-        setting = wired_setting(memory, memory * 0.85)
+        setting = wired_limit_command(memory, memory * 0.85)
         yield Finding(
             "warning",
             f"The GPU may keep about 75 % of this Mac's {format_bytes(memory)}.",
             f"If a model needs more: `{setting}` lasts until the next restart.",
         )
-    elif wired_setting(memory, limit * 2**20) is None:
+    elif wired_limit_command(memory, limit * 2**20) is None:
         yield Finding(
             "bad",
             f"iogpu.wired_limit_mb leaves the system {format_bytes(memory - limit * 2**20)}: "

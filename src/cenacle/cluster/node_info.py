@@ -23,7 +23,7 @@ from .. import native
 from ..collective import mesh
 from ..errors import CenacleError
 from ..planning import catalog
-from ..planning.plan_cost import MACHINE
+from ..planning.plan_cost import LOCAL_MACHINE
 from . import thunderbolt
 
 PACKAGE = Path(__file__).parent.parent
@@ -129,7 +129,7 @@ def _read_rate(gpu: bool) -> float:
 def _calibrated() -> dict[str, float]:
     """What `cenacle calibrate` found here that does not depend on how many ranks share it."""
     try:
-        found = catalog.load().machine(MACHINE)
+        found = catalog.load_catalog().machine(LOCAL_MACHINE)
     except CenacleError:
         return {}
     kept = ("efficiency", "compute", "overhead_us", "tflops")

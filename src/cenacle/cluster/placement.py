@@ -22,8 +22,8 @@ from ..engine.speculative.draft_model import DraftModel
 from ..errors import CenacleError, ClusterError, InputError, PlanError
 from ..planning import catalog, choose_plan, memory
 from ..planning.catalog import Fact, Machine
-from ..planning.perf_model import Study
-from ..planning.plan_cost import Measured
+from ..planning.perf_model import PaperConstants
+from ..planning.plan_cost import MeasuredMachines
 from . import thunderbolt
 from .link_probe import Link
 from .membership import Node
@@ -158,7 +158,9 @@ def place(
         PlanError: it fits in neither way; says what does not fit where.
     """
     gpu = all(bool(n.facts.get("gpu")) for n in members)
-    latency = choose_plan.LATENCY_S + max((link.latency_s for link in found.values()), default=0.0)
+    latency = choose_plan.ASSUMED_LATENCY_S + max(
+        (link.latency_s for link in found.values()), default=0.0
+    )
     known = measured(config, members, found, backend)
     ways: list[tuple[str, Sequence[float]]] = []
     if wanted.shares is not None:
@@ -171,7 +173,7 @@ def place(
         ways.append((f"by memory {_ratio(memory)}, as it does not fit by speed", memory))
     refused: list[str] = []
     for said, shares in ways:
-        plan, why = choose_plan.choose(
+        plan, why = choose_plan.choose_plan(
             spec,
             len(members),
             shares,
@@ -201,7 +203,7 @@ def measured(
     members: Sequence[Node],
     found: Mapping[tuple[int, int], Link],
     backend: str,
-) -> Measured | None:
+) -> MeasuredMachines | None:
     """The machines and links for the performance model; None: it cannot be asked.
 
     How fast weights are read is the machine's own measurement. What share of that kernels reach,
@@ -209,23 +211,23 @@ def measured(
     """
     if len(members) == 1 or not found:
         return None
-    latency = choose_plan.LATENCY_S + max(link.latency_s for link in found.values())
+    latency = choose_plan.ASSUMED_LATENCY_S + max(link.latency_s for link in found.values())
     facts = {
         "latency_us": Fact(1e6 * latency, "M", "measured when the group was formed"),
         "gb_s": Fact(min(link.bytes_s for link in found.values()) / 1e9, "M", "likewise"),
     }
     topology = "ring" if backend == "ring" else "mesh"
     try:
-        known = catalog.load()
+        known = catalog.load_catalog()
         machines = tuple(_machine(known, node) for node in members)
     except CenacleError:  # a file of this user's own that cannot be read
         return None
     link = catalog.Link("measured", "between the machines", topology, facts)
-    study = Study.of(known.fits["study"])
-    return Measured(config, machines, link, study, "as measured")
+    study = PaperConstants.of(known.fits["study"])
+    return MeasuredMachines(config, machines, link, study, "as measured")
 
 
-def _machine(known: catalog.Catalogue, node: Node) -> Machine:
+def _machine(known: catalog.Catalog, node: Node) -> Machine:
     facts, family = node.facts, _family(node.facts)
     numbers = {k: float(v["v"]) for k, v in known.fits["families"][family].items()}
     numbers |= {str(k): float(v) for k, v in (facts.get("calibrated") or {}).items()}
@@ -247,7 +249,7 @@ def _family(facts: Mapping[str, Any]) -> str:
     return "nvidia-rtx" if facts.get("gpu") else "cpu"
 
 
-def _check(node: Node, need: memory.Need) -> None:
+def _check(node: Node, need: memory.MemoryEstimate) -> None:
     if (metal := node.facts.get("metal")) is not None:
         memory.wired_limit(metal, need)
         return

@@ -59,7 +59,7 @@ def need_of(
     options: Options,
     kernels: str,
     draft: DraftModel | None = None,
-) -> memory.Need:
+) -> memory.MemoryEstimate:
     """What a rank of the plan will keep in memory: its weights, one request's cache, a draft model.
 
     Args:
@@ -69,14 +69,14 @@ def need_of(
     """
     spec = plan.spec
     width = 4 if kernels == "native" or spec.dtype == "float32" else 2
-    cache = memory.cache_bytes(
+    cache = memory.kv_cache_bytes(
         architecture.kv_cache_elements_per_token(config, spec.layers),
         spec.context_length,
         options.max_kv_size,
         options.kv_bits,
         width,
     )
-    return memory.Need.of(plan, rank, cache, draft.bytes if draft is not None else 0)
+    return memory.MemoryEstimate.of(plan, rank, cache, draft.bytes if draft is not None else 0)
 
 
 WAYS = ("auto", "off", "always")

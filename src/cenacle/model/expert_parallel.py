@@ -74,7 +74,7 @@ class ReplicaPlacement:
         """Which of the chosen experts `ids` another rank computes: a boolean for each id."""
         count = len(self.holders)
         counts = np.bincount(ids.reshape(-1), minlength=count + 1)[:count]
-        dealt = load_balancer.deal(counts.tolist(), self.holders, self.speeds)
+        dealt = load_balancer.assign_replicas(counts.tolist(), self.holders, self.speeds)
         return np.array([*dealt, -1])[ids] != self.rank
 
 
@@ -357,7 +357,7 @@ def parallelize(
         holders = layer.replica_ranks(collective.rank)
         replicas = None
         if any(len(ranks) > 1 for ranks in holders):
-            speeds = tuple(load_balancer.speeds_of(plan.nodes, plan.node_weights))
+            speeds = tuple(load_balancer.integer_speeds(plan.nodes, plan.node_weights))
             replicas = ReplicaPlacement(holders, speeds, collective.rank)
         experts = local(block.experts, held, count, block.layer, watch, replicas)
         block.module[block.switch] = experts

@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten
 from ..core.model_spec import ModelSpec
 from ..errors import CenacleError, CheckpointError
 from ..planning import planner
-from ..planning.catalog import Quant, quant
-from ..planning.model_shapes import Shape, from_config
-from ..planning.perf_model import Job
+from ..planning.catalog import Quantization, parse_quantization
+from ..planning.model_shapes import ModelShape, shape_from_config
+from ..planning.perf_model import Workload
 from . import architecture, synth
 from .checkpoint import Checkpoint
 from .loader import read_model_spec
@@ -39,7 +39,7 @@ def read_workload(
     users: int,
     prompt_tokens: int,
     on_message: OnMessage = lambda _: None,
-) -> tuple[Job, ModelSpec | None]:
+) -> tuple[Workload, ModelSpec | None]:
     """The workload, and the spec of a checkpoint that is run as it is stored.
 
     Args:
@@ -57,24 +57,28 @@ def read_workload(
     if path.is_file():
         config = _read_config(path)
         name = config.get("_name_or_path") or path.resolve().parent.name
-        shape = count_parameters(from_config(str(name), config), config, on_message)
-        stored = quant(quantization or _stored_bits(config))
-        return Job(shape, stored, context, users, prompt_tokens), None
+        shape = count_parameters(shape_from_config(str(name), config), config, on_message)
+        stored = parse_quantization(quantization or _stored_bits(config))
+        return Workload(shape, stored, context, users, prompt_tokens), None
     checkpoint = Checkpoint.open(path)
     spec = read_model_spec(checkpoint)
-    shape = from_config(path.resolve().name, checkpoint.config, str(path))
+    shape = shape_from_config(path.resolve().name, checkpoint.config, str(path))
     shape = count_parameters(shape, checkpoint.config, on_message)
     if quantization is not None:
-        return Job(shape, quant(quantization), context, users, prompt_tokens), None
+        return Workload(
+            shape, parse_quantization(quantization), context, users, prompt_tokens
+        ), None
     stored_bytes = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
     expert_bits = 8 * spec.expert_bytes / shape.routed
-    stored = Quant(f"{expert_bits:.3g} (stored)", expert_bits, 8 * spec.trunk_bytes / shape.trunk)
-    return Job(shape, stored, context, users, prompt_tokens, stored_bytes), spec
+    stored = Quantization(
+        f"{expert_bits:.3g} (stored)", expert_bits, 8 * spec.trunk_bytes / shape.trunk
+    )
+    return Workload(shape, stored, context, users, prompt_tokens, stored_bytes), spec
 
 
 def count_parameters(
-    shape: Shape, config: dict[str, Any], on_message: OnMessage = lambda _: None
-) -> Shape:
+    shape: ModelShape, config: dict[str, Any], on_message: OnMessage = lambda _: None
+) -> ModelShape:
     """The shape with the parameter counts of the model that mlx-lm builds from the config.
 
     Attention sizes come from the config; parameter counts need not be derived where mlx-lm knows
@@ -103,14 +107,14 @@ def count_parameters(
     )
 
 
-def estimate_spec(job: Job) -> ModelSpec:
+def estimate_spec(job: Workload) -> ModelSpec:
     """The spec of a model of which no checkpoint was read.
 
     Raises:
         PlanError: the shape does not say which layers have experts.
     """
     family = job.shape.family
-    return planner.spec_of(
+    return planner.spec_from_workload(
         job, architecture.resolve_family({"model_type": family}) if family else ""
     )
 

@@ -21,11 +21,11 @@ from typing import Any
 
 from ..errors import InputError
 from ..paths import catalog_dir
-from .model_shapes import Shape, from_config, from_table
+from .model_shapes import ModelShape, shape_from_config, shape_from_table
 
-FOLDER = Path(__file__).parent / "catalog"
-CONFIGS = Path(__file__).parent.parent / "model" / "configs" / "models.json"
-CONFIDENCE = {
+CATALOG_DIR = Path(__file__).parent / "catalog"
+MODEL_CONFIGS_FILE = Path(__file__).parent.parent / "model" / "configs" / "models.json"
+CONFIDENCE_LEVELS = {
     "A": "primary source read",
     "B": "two secondary sources",
     "C": "one secondary source",
@@ -36,7 +36,7 @@ CONFIDENCE = {
 }
 # A Mac wires about this share of its memory by default (ds4#909, vmlx-swift#417); a GPU's driver
 # and a Linux system leave more.
-WIRED = {"apple": 0.75, "cpu": 0.9, "amd": 0.95, "nvidia": 0.95}
+DEFAULT_MEMORY_FRACTION = {"apple": 0.75, "cpu": 0.9, "amd": 0.95, "nvidia": 0.95}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Quant:
+class Quantization:
     """Bits per weight, scales included, of routed experts and of everything else."""
 
     name: str
@@ -155,7 +155,7 @@ class Quant:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """All tables. `models` maps a name to its row; shapes are made when asked for."""
 
     machines: dict[str, dict[str, Any]]
@@ -176,7 +176,7 @@ class Catalogue:
         every = self.machine_names()
         key = every.get(wanted) or every.get(wanted.removesuffix("gb").removesuffix("-"))
         if key is None:
-            raise unknown("machine", name, every)
+            raise unknown_name("machine", name, every)
         chip, memory = key
         row = self.machines[chip]
         family = row["family"]
@@ -202,7 +202,7 @@ class Catalogue:
         facts |= {k: _fact(v) for k, v in fit.items()}
         # What was measured on this very machine goes before its family's.
         facts |= {k: _fact(row[k]) for k in _MEASURED if k in row}
-        share = wired if wired is not None else WIRED[family.split("-")[0]]
+        share = wired if wired is not None else DEFAULT_MEMORY_FRACTION[family.split("-")[0]]
         full = f"{chip}-{memory:g}" if len(row["memory_gib"]["v"]) > 1 else chip
         return Machine(full, row["title"], family, facts, share)
 
@@ -260,7 +260,7 @@ class Catalogue:
         squeezed = {plain.replace("-", ""): k for plain, k in names.items()}
         key = squeezed.get(_plain(name).replace("-", ""))
         if key is None:
-            raise unknown("link", name, names)
+            raise unknown_name("link", name, names)
         row = self.links[key]
         numbers: tuple[str, ...] = ("latency_us", "gb_s", "hop_us")
         facts = {k: _fact(row[k]) for k in numbers if k in row}
@@ -269,7 +269,7 @@ class Catalogue:
 
     # ---- models
 
-    def model(self, name: str) -> Shape:
+    def model(self, name: str) -> ModelShape:
         """A model's shape by any name: qwen3-30b-a3b, Qwen/Qwen3-30B-A3B-Instruct-2507-4bit.
 
         Raises:
@@ -282,12 +282,12 @@ class Catalogue:
         }
         key = names.get(_plain_model(name))
         if key is None:
-            raise unknown("model", name, names, _plain_model(name))
+            raise unknown_name("model", name, names, _plain_model(name))
         row = self.models[key]
         if "config" in row:
             entry = self.configs[row["config"]]
-            return from_config(key, entry["config"], entry["source"], entry["confidence"])
-        return from_table(key, row["shape"], row["s"], row["c"])
+            return shape_from_config(key, entry["config"], entry["source"], entry["confidence"])
+        return shape_from_table(key, row["shape"], row["s"], row["c"])
 
 
 # Measured on one machine, so given beside the vendor's numbers.
@@ -300,7 +300,7 @@ _LINK = {"title", "topology", "latency_us", "gb_s"}
 _SOLD = {"dgx-spark": (128,), "h100": (80,), "h200": (141,), "b200": (180, 192), "8xh100": (640,)}
 
 
-def load(files: Sequence[Path] = ()) -> Catalogue:
+def load_catalog(files: Sequence[Path] = ()) -> Catalog:
     """The tables of the package, then those of `paths.catalog_dir`, then `files`.
 
     An owner's file has tables [machines.NAME] and [links.NAME] with the keys of machines.toml and
@@ -327,10 +327,10 @@ def load(files: Sequence[Path] = ()) -> Catalogue:
 
 
 @cache
-def _package() -> Catalogue:
-    machines = _toml(FOLDER / "machines.toml")
-    links = _toml(FOLDER / "links.toml")
-    models = _toml(FOLDER / "models.toml")
+def _package() -> Catalog:
+    machines = _toml(CATALOG_DIR / "machines.toml")
+    links = _toml(CATALOG_DIR / "links.toml")
+    models = _toml(CATALOG_DIR / "models.toml")
     for name, row in models.items():
         _keys(
             f"models.{name}",
@@ -340,12 +340,12 @@ def _package() -> Catalogue:
         )
         if ("config" in row) == ("shape" in row):
             raise InputError(f"models.{name}: expected either config or shape", "catalog")
-    return Catalogue(
+    return Catalog(
         {n: _checked_machine(f"machines.{n}", row) for n, row in machines.items()},
         {n: _checked_link(f"links.{n}", row) for n, row in links.items()},
         models,
-        _toml(FOLDER / "fits.toml"),
-        json.loads(CONFIGS.read_text()),
+        _toml(CATALOG_DIR / "fits.toml"),
+        json.loads(MODEL_CONFIGS_FILE.read_text()),
     )
 
 
@@ -374,8 +374,11 @@ def _keys(where: str, row: Any, needed: set[str], allowed: Iterable[str]) -> Non
 
 def _checked_machine(where: str, row: dict[str, Any]) -> dict[str, Any]:
     _keys(where, row, _MACHINE, {"aliases", *_MEASURED, "measured"})
-    if row["family"].split("-")[0] not in WIRED:
-        raise InputError(f"{where}: family must begin with one of {', '.join(WIRED)}", "catalog")
+    if row["family"].split("-")[0] not in DEFAULT_MEMORY_FRACTION:
+        raise InputError(
+            f"{where}: family must begin with one of {', '.join(DEFAULT_MEMORY_FRACTION)}",
+            "catalog",
+        )
     for key in ("memory_gib", "usd"):
         _number(f"{where}.{key}", row[key], several=True)
     if len(row["memory_gib"]["v"]) != len(row["usd"]["v"]):
@@ -412,9 +415,9 @@ def _number(where: str, row: Any, several: bool = False) -> None:
             f"got {row['v']!r}",
             "catalog",
         )
-    if row["c"] not in CONFIDENCE:
+    if row["c"] not in CONFIDENCE_LEVELS:
         raise InputError(
-            f"{where}: confidence must be one of {', '.join(CONFIDENCE)}, got {row['c']!r}",
+            f"{where}: confidence must be one of {', '.join(CONFIDENCE_LEVELS)}, got {row['c']!r}",
             "catalog",
         )
 
@@ -462,7 +465,9 @@ _MODEL_NOISE = re.compile(
 )
 
 
-def unknown(kind: str, given: str, known: Iterable[str], plain: str | None = None) -> InputError:
+def unknown_name(
+    kind: str, given: str, known: Iterable[str], plain: str | None = None
+) -> InputError:
     """An error for a name that is nobody's, with the nearest ones."""
     if (kind, given) in (("machine", "this"), ("link", "measured")):
         return InputError(f"{kind}: {given!r} is not measured yet: run `cenacle calibrate`", kind)
@@ -475,7 +480,7 @@ def unknown(kind: str, given: str, known: Iterable[str], plain: str | None = Non
 # ---- quantisation
 
 
-def quant(text: str | float) -> Quant:
+def parse_quantization(text: str | float) -> Quantization:
     """Bits per weight as people write them.
 
     Whole numbers from 2 to 8 are MLX's groups of 64: half a bit more for scale and bias. At 2 and
@@ -496,7 +501,7 @@ def quant(text: str | float) -> Quant:
         return _bits(text, raw, expert, trunk)
     if plain in ("mxfp4", "mxfp4-q8", "fp4", "nvfp4", "mxfp4-8"):
         bits = 4.5 if plain == "nvfp4" else 4.25
-        return Quant(plain, bits, 8.5)
+        return Quantization(plain, bits, 8.5)
     if plain in (
         "bf16",
         "fp16",
@@ -507,11 +512,11 @@ def quant(text: str | float) -> Quant:
         "unquantised",
         "unquantized",
     ):
-        return Quant("16", 16.0, 16.0)
+        return Quantization("16", 16.0, 16.0)
     if plain in ("f32", "fp32", "float32"):
-        return Quant("32", 32.0, 32.0)
+        return Quantization("32", 32.0, 32.0)
     if plain in ("fp8", "f8", "e4m3"):
-        return Quant("fp8", 8.0, 8.0)
+        return Quantization("fp8", 8.0, 8.0)
     number = re.fullmatch(
         r"(?:i?q|int|gptq-int|awq-int|gptq|awq|oq|u?d-?q)?-?(\d+(?:\.\d+)?)(?:-?bits?|e|-k|-0|-1|-xxs|"
         r"-xs|-nl|-s|-m|-l|-xl)*",
@@ -523,16 +528,16 @@ def quant(text: str | float) -> Quant:
     if bits != int(bits):
         return _bits(text, plain, bits, bits)
     if bits in (16, 32):
-        return Quant(f"{bits:g}", bits, bits)
+        return Quantization(f"{bits:g}", bits, bits)
     if bits not in (2, 3, 4, 5, 6, 8):
         raise _no_quant(text)
-    return Quant(f"{bits:g}", bits + 0.5, bits + 0.5 if bits > 3 else 6.5)
+    return Quantization(f"{bits:g}", bits + 0.5, bits + 0.5 if bits > 3 else 6.5)
 
 
-def _bits(text: object, name: str, expert: float, trunk: float) -> Quant:
+def _bits(text: object, name: str, expert: float, trunk: float) -> Quantization:
     if not (1 <= expert <= 32 and 1 <= trunk <= 32):
         raise _no_quant(text)
-    return Quant(name, expert, trunk)
+    return Quantization(name, expert, trunk)
 
 
 def _no_quant(text: object) -> InputError:

@@ -20,13 +20,15 @@ from collections.abc import Sequence
 from ..core.model_spec import ModelSpec
 from ..core.plan import Plan
 from ..errors import CenacleError, PlanError
-from .load_balancer import deal_experts, speeds_of
-from .plan_cost import Measured, predict_plan
+from .load_balancer import assign_experts, integer_speeds
+from .plan_cost import MeasuredMachines, predict_plan
 
 # What `choose` assumes of machines that nobody has measured.
-LATENCY_S = 100e-6  # an exchange, and waiting in it for the slowest (docs/LOG.md: two local ranks)
-CPU_BYTES_S = 20e9  # native kernels on one core, 4 bits (docs/LOG.md)
-GPU_BYTES_S = 400e9  # a Mac Studio's memory is about as fast
+ASSUMED_LATENCY_S = (
+    100e-6  # an exchange, and waiting in it for the slowest (docs/LOG.md: two local ranks)
+)
+ASSUMED_CPU_BYTES_S = 20e9  # native kernels on one core, 4 bits (docs/LOG.md)
+ASSUMED_GPU_BYTES_S = 400e9  # a Mac Studio's memory is about as fast
 
 
 def expected_busiest(counts: Sequence[int], speeds: Sequence[int], chosen: int) -> float:
@@ -65,7 +67,7 @@ def expert_reads(plan: Plan, skips: bool) -> float:
             compute another in their place).
     """
     layer, chosen = plan.layers[0], min(plan.spec.top_k, plan.spec.moe[0].experts)
-    speeds = speeds_of(plan.nodes, plan.node_weights)
+    speeds = integer_speeds(plan.nodes, plan.node_weights)
     fastest = max(speeds)
     slices = [layer.slice_of(r) for r in range(plan.nodes)]
     if all(len(layer.experts_of(r)) == len(layer.experts) for r in range(plan.nodes)) and (
@@ -83,13 +85,16 @@ def expert_reads(plan: Plan, skips: bool) -> float:
     for _ in range(200):
         active = set(draw.sample(range(len(holders)), chosen))
         counts = [int(e in active) for e in range(len(holders))]
-        dealt = deal_experts(counts, holders, speeds)
+        dealt = assign_experts(counts, holders, speeds)
         seen.append(max(dealt.count(r) * fastest / speeds[r] for r in range(plan.nodes)))
     return sum(seen) / len(seen)
 
 
 def token_s(
-    plan: Plan, gpu: bool = False, latency_s: float = LATENCY_S, bytes_s: float | None = None
+    plan: Plan,
+    gpu: bool = False,
+    latency_s: float = ASSUMED_LATENCY_S,
+    bytes_s: float | None = None,
 ) -> float:
     """Modelled seconds of one decoded token: bytes of the busiest rank and exchanges.
 
@@ -99,7 +104,7 @@ def token_s(
         bytes_s: at which the quickest rank reads weights; None: as assumed.
     """
     spec = plan.spec
-    speeds = speeds_of(plan.nodes, plan.node_weights)
+    speeds = integer_speeds(plan.nodes, plan.node_weights)
     fastest = max(speeds)
     common = spec.trunk_bytes - spec.embedding_bytes - sum(p.bytes for p in spec.dense_modules)
     trunk = 0.0
@@ -113,10 +118,10 @@ def token_s(
 
 
 def _bytes_s(gpu: bool) -> float:
-    return GPU_BYTES_S if gpu else CPU_BYTES_S
+    return ASSUMED_GPU_BYTES_S if gpu else ASSUMED_CPU_BYTES_S
 
 
-def measured_s(plan: Plan, measured: Measured, gpu: bool = False) -> float:
+def measured_s(plan: Plan, measured: MeasuredMachines, gpu: bool = False) -> float:
     """The same by the performance model (`cost/`), on machines that were measured.
 
     Raises:
@@ -131,7 +136,7 @@ def measured_s(plan: Plan, measured: Measured, gpu: bool = False) -> float:
 
 
 def _times(
-    plans: Sequence[Plan], gpu: bool, latency_s: float, measured: Measured | None
+    plans: Sequence[Plan], gpu: bool, latency_s: float, measured: MeasuredMachines | None
 ) -> tuple[list[float], str]:
     """Seconds of a token under each plan, and what they are made of."""
     if measured is None:
@@ -146,7 +151,7 @@ def _times(
         return [token_s(p, gpu, latency_s, rate) for p in plans], by
 
 
-def choose(
+def choose_plan(
     spec: ModelSpec,
     nodes: int,
     shares: Sequence[float] | None = None,
@@ -154,8 +159,8 @@ def choose(
     trunk: str = "auto",
     budgets: Sequence[int] | None = None,
     gpu: bool = False,
-    latency_s: float = LATENCY_S,
-    measured: Measured | None = None,
+    latency_s: float = ASSUMED_LATENCY_S,
+    measured: MeasuredMachines | None = None,
 ) -> tuple[Plan, str]:
     """The plan that was asked for, or of whole and sliced experts and both trunks the quickest.
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-Holders = Sequence[Sequence[int]]
+ReplicaRanks = Sequence[Sequence[int]]
 """For each expert the ranks that can compute it, ascending."""
 
 
-FEW = 4  # tokens per active expert on average up to which experts are balanced, not tokens
+MAX_TOKENS_PER_EXPERT = (
+    4  # tokens per active expert on average up to which experts are balanced, not tokens
+)
 
 
-def reference(weights: Sequence[int], holders: Holders, speeds: Sequence[int]) -> float:
+def min_max_load(weights: Sequence[int], holders: ReplicaRanks, speeds: Sequence[int]) -> float:
     """The least possible time of the busiest rank, by trying everything.
 
     Args:
@@ -30,7 +32,9 @@ def reference(weights: Sequence[int], holders: Holders, speeds: Sequence[int]) -
     return best
 
 
-def deal(counts: Sequence[int], holders: Holders, speeds: Sequence[int]) -> list[int]:
+def assign_replicas(
+    counts: Sequence[int], holders: ReplicaRanks, speeds: Sequence[int]
+) -> list[int]:
     """The rank that computes each expert, -1 for those that nobody chose.
 
     Args:
@@ -40,12 +44,14 @@ def deal(counts: Sequence[int], holders: Holders, speeds: Sequence[int]) -> list
     """
     counts = [c if h else 0 for c, h in zip(counts, holders, strict=True)]
     active = sum(c > 0 for c in counts)
-    if sum(counts) <= FEW * active:
-        return deal_experts(counts, holders, speeds)
-    return deal_tokens(counts, holders, speeds)
+    if sum(counts) <= MAX_TOKENS_PER_EXPERT * active:
+        return assign_experts(counts, holders, speeds)
+    return assign_tokens(counts, holders, speeds)
 
 
-def deal_experts(counts: Sequence[int], holders: Holders, speeds: Sequence[int]) -> list[int]:
+def assign_experts(
+    counts: Sequence[int], holders: ReplicaRanks, speeds: Sequence[int]
+) -> list[int]:
     """Deal so that the busiest rank has the fewest experts for its speed; exact.
 
     Experts come one by one; each goes where the next one costs least, moving others from replica
@@ -81,7 +87,7 @@ def deal_experts(counts: Sequence[int], holders: Holders, speeds: Sequence[int])
     return dealt
 
 
-def deal_tokens(counts: Sequence[int], holders: Holders, speeds: Sequence[int]) -> list[int]:
+def assign_tokens(counts: Sequence[int], holders: ReplicaRanks, speeds: Sequence[int]) -> list[int]:
     """Deal so that the busiest rank has few tokens for its speed: the largest first, greedily."""
     dealt = [-1] * len(counts)
     load = [0] * len(speeds)
@@ -105,7 +111,7 @@ class _Time:
         return self.work * other.speed < other.work * self.speed
 
 
-def speeds_of(nodes: int, shares: Sequence[float] | None) -> list[int]:
+def integer_speeds(nodes: int, shares: Sequence[float] | None) -> list[int]:
     """Shares as whole numbers of a thousandth of the largest."""
     if shares is None:
         return [1] * nodes

@@ -21,14 +21,14 @@ from typing import Any
 from ..core.plan import Plan
 from ..core.units import format_bytes
 from ..errors import PlanError
-from .perf_model import wired_setting
+from .perf_model import wired_limit_command
 
-CACHE_POSITIONS = 8192  # of one request; longer contexts and more requests take what is left
+PLANNED_CONTEXT = 8192  # of one request; longer contexts and more requests take what is left
 WORKSPACE_BYTES = 256 * 2**20  # activations of a chunk of prompt, buffers between steps
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """What a rank keeps in memory, in bytes.
 
     Args:
@@ -46,7 +46,7 @@ class Need:
     draft: int = 0
 
     @classmethod
-    def of(cls, plan: Plan, rank: int, cache: int, draft: int = 0) -> Need:
+    def of(cls, plan: Plan, rank: int, cache: int, draft: int = 0) -> MemoryEstimate:
         """What `rank` keeps, where all ranks of the plan are on one machine; the draft model is
         rank 0's."""
         others = [r for r in range(plan.nodes) if r != rank]
@@ -75,7 +75,7 @@ class Need:
         )
 
 
-def cache_bytes(
+def kv_cache_bytes(
     kept: int, context: int | None, max_kv_size: int | None, kv_bits: int | None, width: int
 ) -> int:
     """Bytes of keys and values of one long request.
@@ -87,12 +87,12 @@ def cache_bytes(
         kv_bits: of a quantised cache (with 32 bits of scale and bias for 64 numbers), or None.
         width: bytes of a number that is not quantised.
     """
-    positions = min(max_kv_size or CACHE_POSITIONS, context or CACHE_POSITIONS)
+    positions = min(max_kv_size or PLANNED_CONTEXT, context or PLANNED_CONTEXT)
     bits = kv_bits + 0.5 if kv_bits else 8 * width
     return math.ceil(kept * positions * bits / 8)
 
 
-def cache_budget(left: int, ranks: int, cache: int) -> int:
+def kv_cache_budget(left: int, ranks: int, cache: int) -> int:
     """Bytes that a rank's caches of running requests may take, unless it is told otherwise.
 
     Half of what is left, as joining and leaving a batch copies a layer's caches, and others want
@@ -106,7 +106,7 @@ def cache_budget(left: int, ranks: int, cache: int) -> int:
     return max(cache, (left // ranks - WORKSPACE_BYTES) // 2)
 
 
-def wired_limit(facts: Mapping[str, Any], need: Need) -> int:
+def wired_limit(facts: Mapping[str, Any], need: MemoryEstimate) -> int:
     """The wired limit to set on a Mac before loading, in bytes.
 
     Args:
@@ -124,13 +124,13 @@ def wired_limit(facts: Mapping[str, Any], need: Need) -> int:
         f"{need}, but this machine wires at most {format_bytes(allowed)} of its "
         f"{format_bytes(memory)}"
     )
-    setting = wired_setting(memory, need.total)
+    setting = wired_limit_command(memory, need.total)
     if setting is None:
         raise PlanError(f"{said}: use more nodes, other shares or a smaller quantisation")
     raise PlanError(f"{said}; `{setting}` raises that until the next restart, or use more nodes")
 
 
-def check_available(meminfo: str, need: Need) -> None:
+def check_available(meminfo: str, need: MemoryEstimate) -> None:
     """Refuse what a Linux machine has no room for.
 
     Args:
@@ -149,13 +149,3 @@ def check_available(meminfo: str, need: Need) -> None:
                     f"{need}, but {format_bytes(available)} are available on this machine: "
                     f"end other programs, use more machines or a smaller quantisation"
                 )
-
-
-__all__ = [
-    "CACHE_POSITIONS",
-    "Need",
-    "cache_budget",
-    "cache_bytes",
-    "check_available",
-    "wired_limit",
-]

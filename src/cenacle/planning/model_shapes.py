@@ -5,7 +5,7 @@ Does not know: machines, time, ranks, MLX.
 Invariants: parameters are counted, not bytes; `total == trunk + routed + shared`. Embedding rows
 are looked up, not read, so a token reads the trunk less the embedding (unless the head is tied to
 it). Each kind of attention has its own rule of what it keeps and reads (`Attention`).
-Next: `cost.py` makes bytes and time of it; `tests/mlx/test_shapes.py` compares the counts with
+Next: `perf_model.py` computes time from it; `tests/mlx/test_model_shapes.py` compares counts with
 mlx-lm's.
 """
 
@@ -23,7 +23,7 @@ Config = dict[str, Any]
 # grouped-query attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the
 # small configs: gqa 68 to 88, mla 91, linear 62 to 84, dsa 141 to 147. csa with hyper-connections
 # has 455 there, but its 20 Sinkhorn rounds are one kernel where somebody wrote it: 2.5 (E).
-WEIGHT = {"gqa": 1.0, "mla": 1.15, "linear": 1.0, "dsa": 1.8, "csa": 2.5}
+OVERHEAD_WEIGHTS = {"gqa": 1.0, "mla": 1.15, "linear": 1.0, "dsa": 1.8, "csa": 2.5}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Attention:
     @property
     def overhead_weight(self) -> float:
         """This kind's overhead per layer, a plain layer being 1."""
-        return self.weight or WEIGHT[self.kind]
+        return self.weight or OVERHEAD_WEIGHTS[self.kind]
 
     @property
     def elements_per_entry(self) -> int:
@@ -109,7 +109,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A model by its parts. Numbers are parameters unless the name says otherwise.
 
     Args:
@@ -207,7 +207,7 @@ class Shape:
         return sum(a.layers * a.operations(context) for a in self.attention)
 
 
-def from_table(name: str, table: dict[str, Any], source: str, confidence: str) -> Shape:
+def shape_from_table(name: str, table: dict[str, Any], source: str, confidence: str) -> ModelShape:
     """A shape as `models.toml` writes one; raises KeyError or TypeError on a wrong table."""
     t = dict(table)
     attention = tuple(Attention(**a) for a in t.pop("attention"))
@@ -215,7 +215,7 @@ def from_table(name: str, table: dict[str, Any], source: str, confidence: str) -
     dense_layers, dense_width = t.pop("dense_layers", 0), t.pop("dense_width", 0)
     width, shared = t.pop("expert_width"), t.pop("shared_width", 0)
     inside = t.pop("expert_input", hidden)
-    shape = Shape(
+    shape = ModelShape(
         name=name,
         layers=layers,
         moe_layers=layers - dense_layers,
@@ -238,9 +238,9 @@ def from_table(name: str, table: dict[str, Any], source: str, confidence: str) -
     return shape
 
 
-def from_config(
+def shape_from_config(
     name: str, config: Config, source: str = "config.json", confidence: str = "A"
-) -> Shape:
+) -> ModelShape:
     """The shape that a config.json gives.
 
     Norms and biases are left out: some 0.1 % of a model.
@@ -286,7 +286,7 @@ def from_config(
     tied = read.flag("tie_word_embeddings")
     router = moe * experts * hidden
     inside = read.number("routed_expert_hidden_size", "moe_latent_size", default=hidden)
-    return Shape(
+    return ModelShape(
         name=name,
         layers=layers,
         moe_layers=moe,
@@ -474,7 +474,7 @@ def _linear(read: _Reader, layers: int, hidden: int) -> tuple[Attention, int]:
     return Attention("linear", layers, heads, heads, dim, state=heads * dim * dim), params
 
 
-def describe(shapes: Sequence[Shape]) -> str:
+def describe(shapes: Sequence[ModelShape]) -> str:
     """A small table, for a reader."""
     lines = [f"{'model':<24}{'total':>9}{'active':>9}{'experts':>9}{'top-k':>7}{'layers':>8}"]
     lines += [

@@ -26,21 +26,21 @@ from functools import cache
 
 from ..core.plan import largest_remainder
 from ..errors import InputError, PlanError
-from .catalog import Fact, Link, Machine, Quant
-from .model_shapes import Shape
+from .catalog import Fact, Link, Machine, Quantization
+from .model_shapes import ModelShape
 from .routing_stats import (
-    Group,
-    busiest_of_batch,
-    enumerate_busiest,
-    even,
-    expected_distinct,
-    windows_of,
+    ExpertGroup,
+    even_counts,
+    expected_distinct_experts,
+    expected_max_load_of_batch,
+    mean_max_load,
+    overlapping_windows,
 )
 
-TERMS = ("trunk", "experts", "exchange", "overhead", "head")
-CHUNK = 512  # prompt tokens per step, `engine.Options.prefill_chunk`
-PAPER = ("naive", "P-LB", "P-LR", "P-LR-D")
-SCHEMES = ("single", "pipeline", "tensor", "expert", *PAPER)
+PHASES = ("trunk", "experts", "exchange", "overhead", "head")
+PREFILL_CHUNK_SIZE = 512  # prompt tokens per step, `engine.Options.prefill_chunk`
+PAPER_SCHEMES = ("naive", "P-LB", "P-LR", "P-LR-D")
+SCHEMES = ("single", "pipeline", "tensor", "expert", *PAPER_SCHEMES)
 PLACEMENTS = ("whole", "replicated", "sliced", "weighted")
 SYSTEM_SHARE = 1 / 16  # of a Mac's memory that no setting should take from the system,
 SYSTEM_BYTES = 4 * 2**30  # nor less than this
@@ -48,7 +48,7 @@ WORKSPACE_BYTES = 1.5e9  # activations, the program itself and its libraries
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is asked of the machines.
 
     Args:
@@ -60,8 +60,8 @@ class Job:
         skew: E[max] of recorded routing over that of uniform routing (1: uniform).
     """
 
-    shape: Shape
-    quant: Quant
+    shape: ModelShape
+    quant: Quantization
     context: int = 4096
     users: int = 1
     prompt: int = 512
@@ -163,7 +163,7 @@ class Prediction:
     @property
     def binding(self) -> str:
         """The largest term."""
-        return max(TERMS, key=lambda t: self.terms[t])
+        return max(PHASES, key=lambda t: self.terms[t])
 
     @property
     def missing_bytes(self) -> float:
@@ -189,7 +189,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Study:
+class PaperConstants:
     """Constants of the paper's program and of exchanges, from fits.toml [study]."""
 
     per_peer: float
@@ -198,7 +198,7 @@ class Study:
     naive_exchange_s: float
 
     @classmethod
-    def of(cls, table: dict[str, dict[str, float]]) -> Study:
+    def of(cls, table: dict[str, dict[str, float]]) -> PaperConstants:
         """From the rows of fits.toml."""
         v = {k: float(row["v"]) for k, row in table.items()}
         return cls(
@@ -207,11 +207,11 @@ class Study:
 
 
 def predict(
-    job: Job,
+    job: Workload,
     scheme: str,
     machines: Sequence[Machine],
     link: Link | None,
-    study: Study,
+    study: PaperConstants,
     placement: str = "sliced",
     trunk: str = "replicated",
     shares: Sequence[float] | None = None,
@@ -247,7 +247,7 @@ def predict(
         if len(machines) > 1:
             raise InputError(f"scheme: single is one machine, got {len(machines)}", "scheme")
         machines = (machines[0].alone,)
-        layout, name = _single(job, machines[0]), ("single", "whole", "replicated")
+        layout, name = _single_machine_layout(job, machines[0]), ("single", "whole", "replicated")
     else:
         if link is None:
             raise InputError("link: several machines need one, such as tb5-rdma", "link")
@@ -293,7 +293,7 @@ class _Layout:
     trunk: tuple[float, ...]
     rest: tuple[float, ...]
     part: tuple[float, ...]
-    groups: tuple[Group, ...] | None
+    groups: tuple[ExpertGroup, ...] | None
     experts: int
     top_k: int
     holders: tuple[frozenset[int], ...] | None = None
@@ -308,25 +308,25 @@ class _Layout:
         if self.local:
             return float(self.local)
         if self.groups is None:
-            return max(self.part) * expected_distinct(self.experts, self.top_k, tokens)
+            return max(self.part) * expected_distinct_experts(self.experts, self.top_k, tokens)
         if self.holders is not None:
-            return _dealt(self.holders, len(self.held), self.experts, self.top_k, tokens)
-        return busiest_of_batch(self.groups, self.top_k, tokens)
+            return _replicated_load(self.holders, len(self.held), self.experts, self.top_k, tokens)
+        return expected_max_load_of_batch(self.groups, self.top_k, tokens)
 
 
 @cache
-def _dealt(
+def _replicated_load(
     holders: tuple[frozenset[int], ...], nodes: int, experts: int, top_k: int, tokens: int
 ) -> float:
     if all(len(h) == nodes for h in holders) and tokens == 1:
         return float(-(-top_k // nodes))
-    drawn = top_k if tokens == 1 else round(expected_distinct(experts, top_k, tokens))
+    drawn = top_k if tokens == 1 else round(expected_distinct_experts(experts, top_k, tokens))
     if all(len(h) == nodes for h in holders) or drawn > 64:
         return max(-(-drawn // nodes), drawn / nodes)
-    return enumerate_busiest(holders, nodes, drawn, most=2000)
+    return mean_max_load(holders, nodes, drawn, most=2000)
 
 
-def _single(job: Job, machine: Machine) -> _Layout:
+def _single_machine_layout(job: Workload, machine: Machine) -> _Layout:
     held = job.total_bytes + job.kv_bytes + WORKSPACE_BYTES
     s = job.shape
     return _Layout(
@@ -335,7 +335,7 @@ def _single(job: Job, machine: Machine) -> _Layout:
 
 
 def _layout(
-    job: Job,
+    job: Workload,
     scheme: str,
     machines: tuple[Machine, ...],
     placement: str,
@@ -378,7 +378,7 @@ def _layout(
         layout = _Layout(held, equal, equal, equal, None, s.experts, s.top_k, exchanges=2)
         return layout, ("tensor", "sliced", "sharded")
 
-    if scheme in PAPER:
+    if scheme in PAPER_SCHEMES:
         return _paper(job, scheme, machines)
 
     trunk_part, kv, exchanges = ones, [job.kv_bytes] * n, 1
@@ -391,7 +391,7 @@ def _layout(
             )
         if n > s.kv_heads:
             raise PlanError(f"{s.kv_heads} heads of keys and values are fewer than {n} nodes")
-        even_heads = even(s.kv_heads, n)
+        even_heads = even_counts(s.kv_heads, n)
         trunk_part = tuple(h / s.kv_heads for h in even_heads)
         kv, exchanges = [job.kv_bytes * p for p in trunk_part], 2
     attention_held = [attention * p for p in trunk_part]
@@ -429,19 +429,19 @@ def _layout(
                 f"no memory for copies: a node has room for {max(0, most)} experts a layer, an "
                 f"even deal gives it {-(-s.experts // n)}"
             )
-        holders = windows_of(s.experts, n, most)
+        holders = overlapping_windows(s.experts, n, most)
         held = tuple(
             fixed + attention_held[i] + kv[i] + rest_part[i] * rest + most * each for i in range(n)
         )
         layout = _Layout(
-            *(held, trunk_part, rest_part, ones, (Group(s.experts, n),), s.experts, s.top_k),
+            *(held, trunk_part, rest_part, ones, (ExpertGroup(s.experts, n),), s.experts, s.top_k),
             holders=holders,
             exchanges=exchanges,
             note=f"{most} of {s.experts} experts a layer on each node",
         )
         return layout, ("expert", "replicated", trunk)
     counts = (
-        even(s.experts, n)
+        even_counts(s.experts, n)
         if alike and not shares
         else tuple(largest_remainder(s.experts, base_shares))
     )
@@ -450,7 +450,8 @@ def _layout(
     )
     slowest = max(1 / m.bytes_per_s for m in machines)
     groups = tuple(
-        Group(c, 1, (1 / m.bytes_per_s) / slowest) for c, m in zip(counts, machines, strict=True)
+        ExpertGroup(c, 1, (1 / m.bytes_per_s) / slowest)
+        for c, m in zip(counts, machines, strict=True)
     )
     layout = _Layout(
         held, trunk_part, rest_part, ones, groups, s.experts, s.top_k, exchanges=exchanges
@@ -459,7 +460,7 @@ def _layout(
 
 
 def _paper(
-    job: Job, scheme: str, machines: tuple[Machine, ...]
+    job: Workload, scheme: str, machines: tuple[Machine, ...]
 ) -> tuple[_Layout, tuple[str, str, str]]:
     """The paper's schemes.
 
@@ -475,11 +476,14 @@ def _paper(
     half = -(-s.experts // 2)
     usable = min(m.usable_bytes for m in machines)
     if n == 2 or base + half * each <= usable:
-        groups: tuple[Group, ...] = (Group(s.experts - half, n // 2), Group(half, n - n // 2))
+        groups: tuple[ExpertGroup, ...] = (
+            ExpertGroup(s.experts - half, n // 2),
+            ExpertGroup(half, n - n // 2),
+        )
         local, placement = half, "whole" if n == 2 else "replicated"
     else:
-        groups = tuple(Group(c) for c in even(s.experts, n))
-        local, placement = max(even(s.experts, n)), "whole"
+        groups = tuple(ExpertGroup(c) for c in even_counts(s.experts, n))
+        local, placement = max(even_counts(s.experts, n)), "whole"
     ones = (1.0,) * n
     layout = _Layout(
         *((base + local * each,) * n, ones, ones, ones, groups, s.experts, s.top_k),
@@ -492,7 +496,7 @@ def _paper(
 
 
 def _weights(
-    job: Job, machines: tuple[Machine, ...], attention: float, fixed: float
+    job: Workload, machines: tuple[Machine, ...], attention: float, fixed: float
 ) -> tuple[float, ...]:
     """Shares by bandwidth, none above what its memory holds; the excess goes to the others."""
     n = len(machines)
@@ -514,11 +518,11 @@ def _weights(
 
 
 def _step(
-    job: Job,
+    job: Workload,
     layout: _Layout,
     machines: tuple[Machine, ...],
     link: Link | None,
-    study: Study,
+    study: PaperConstants,
     tokens: int,
     users: int,
     context: float | None = None,
@@ -556,7 +560,7 @@ def _step(
     ]
     trunk_s = spend([a + b for a, b in zip(trunk, dense, strict=True)])
 
-    distinct = expected_distinct(s.experts, s.top_k, tokens)
+    distinct = expected_distinct_experts(s.experts, s.top_k, tokens)
     executed = layout.executed(tokens) * (job.skew if layout.groups is not None else 1.0)
     if layout.groups is None:
         loads = [p * distinct for p in layout.part]
@@ -597,16 +601,16 @@ def _step(
         elif layout.study:
             # "(E[max], hidden) bf16 to every peer": outputs of all executed experts, warm-ups too.
             size = layout.executed(1) * s.hidden * 2
-            one = exchange(link, n, size, study)
+            one = all_reduce_s(link, n, size, study)
             exchange_s = tokens * s.moe_layers * layout.exchanges * one
             if layout.study == "naive":
                 exchange_s += tokens * s.moe_layers * study.naive_exchange_s
         else:
             # A dense layer that is cut needs its sum as well; the last exchange shares the token.
             count = s.layers * layout.exchanges + 1
-            exchange_s = count * exchange(link, n, vector, study)
+            exchange_s = count * all_reduce_s(link, n, vector, study)
             # The planner decides: a sliced head and gathered logits, or the whole head everywhere.
-            gather = exchange(link, n, users * s.vocabulary * element, study)
+            gather = all_reduce_s(link, n, users * s.vocabulary * element, study)
             slowest_head = max(
                 work(m, s.head_read * byte, 2 * users * s.head_read) for m in machines
             )
@@ -629,7 +633,11 @@ def _step(
 
 
 def _step_of_all(
-    job: Job, layout: _Layout, machines: tuple[Machine, ...], link: Link | None, study: Study
+    job: Workload,
+    layout: _Layout,
+    machines: tuple[Machine, ...],
+    link: Link | None,
+    study: PaperConstants,
 ) -> dict[str, float]:
     """Seconds in which each of the job's users gets a token.
 
@@ -644,7 +652,7 @@ def _step_of_all(
     return {k: v * max(1.0, parts / len(machines)) for k, v in one.items()}
 
 
-def exchange(link: Link, nodes: int, size: float, study: Study) -> float:
+def all_reduce_s(link: Link, nodes: int, size: float, study: PaperConstants) -> float:
     """Seconds of one all-reduce of `size` bytes.
 
     mesh: every node sends its vector to every peer at once, one hop; large ones are scattered and
@@ -662,11 +670,11 @@ def exchange(link: Link, nodes: int, size: float, study: Study) -> float:
 
 
 def _first_token(
-    job: Job,
+    job: Workload,
     layout: _Layout,
     machines: tuple[Machine, ...],
     link: Link | None,
-    study: Study,
+    study: PaperConstants,
 ) -> float:
     """Seconds to process the prompt.
 
@@ -676,16 +684,16 @@ def _first_token(
     if layout.study:
         one = _step(job, layout, machines, link, study, 1, 1, job.prompt / 2)
         return job.prompt * sum(one.values())
-    chunks, left = divmod(job.prompt, CHUNK)
+    chunks, left = divmod(job.prompt, PREFILL_CHUNK_SIZE)
     seconds = 0.0
-    for count, tokens in ((chunks, CHUNK), (1 if left else 0, left)):
+    for count, tokens in ((chunks, PREFILL_CHUNK_SIZE), (1 if left else 0, left)):
         if count:
             step = _step(job, layout, machines, link, study, tokens, 1, max(1, job.prompt / 2))
             seconds += count * sum(step.values())
     return seconds
 
 
-def wired_setting(memory_bytes: float, need_bytes: float) -> str | None:
+def wired_limit_command(memory_bytes: float, need_bytes: float) -> str | None:
     """The command that lets a Mac wire `need_bytes`, or None if its memory is too small.
 
     By default Metal keeps about 75 % of memory at most. A sixteenth, at least 4 GiB, is left to the
@@ -696,7 +704,7 @@ def wired_setting(memory_bytes: float, need_bytes: float) -> str | None:
     return f"sudo sysctl iogpu.wired_limit_mb={math.ceil(need_bytes / 2**20)}"
 
 
-def inputs(prediction: Prediction, job: Job) -> list[tuple[str, Fact]]:
+def prediction_inputs(prediction: Prediction, job: Workload) -> list[tuple[str, Fact]]:
     """Where every number that went in came from."""
     found: dict[str, Fact] = {
         "model shape": Fact(job.shape.total / 1e9, job.shape.confidence, job.shape.source)

@@ -17,15 +17,15 @@ from ..core.plan import Plan
 from ..errors import CenacleError
 from . import catalog
 from .catalog import Link, Machine
-from .model_shapes import from_config
-from .perf_model import Job, Prediction, Study, predict
+from .model_shapes import shape_from_config
+from .perf_model import PaperConstants, Prediction, Workload, predict
 
-MACHINE, LINK = "this", "measured"  # the names under which `cenacle calibrate` saves
-CONTEXT = 512  # positions in the cache of the token that is predicted
+LOCAL_MACHINE, LOCAL_LINK = "this", "measured"  # the names under which `cenacle calibrate` saves
+PREDICTED_CONTEXT = 512  # positions in the cache of the token that is predicted
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMachines:
     """What a group's machines were measured to be.
 
     Args:
@@ -39,7 +39,7 @@ class Measured:
     config: Mapping[str, Any] = field(repr=False)
     machines: tuple[Machine, ...]
     link: Link | None
-    study: Study
+    study: PaperConstants
     said: str
 
     @property
@@ -53,7 +53,9 @@ class Measured:
         return self.link["latency_us"] / 1e6 if self.link is not None else 0.0
 
 
-def here(config: Mapping[str, Any], nodes: int, latency_s: float = 0.0) -> Measured | str:
+def local_measurements(
+    config: Mapping[str, Any], nodes: int, latency_s: float = 0.0
+) -> MeasuredMachines | str:
     """Ranks of this machine as it was calibrated, or one sentence that says why there are none.
 
     Args:
@@ -62,22 +64,22 @@ def here(config: Mapping[str, Any], nodes: int, latency_s: float = 0.0) -> Measu
         latency_s: added to every exchange.
     """
     try:
-        known = catalog.load()
-        if MACHINE not in known.machines:
+        known = catalog.load_catalog()
+        if LOCAL_MACHINE not in known.machines:
             return "this machine was never calibrated: run `cenacle calibrate`"
-        if nodes > 1 and LINK not in known.links:
+        if nodes > 1 and LOCAL_LINK not in known.links:
             return "the link between nodes was never calibrated: run `cenacle calibrate --nodes 2`"
-        link = known.link(LINK) if nodes > 1 else None
+        link = known.link(LOCAL_LINK) if nodes > 1 else None
         if link is not None and latency_s:
             link = link.with_fact("latency_us", link["latency_us"] + 1e6 * latency_s, "emulated")
-        machines = (known.machine(MACHINE),) * nodes
-        study = Study.of(known.fits["study"])
+        machines = (known.machine(LOCAL_MACHINE),) * nodes
+        study = PaperConstants.of(known.fits["study"])
     except CenacleError as error:
         return f"the performance model cannot say: {error}"
-    return Measured(config, machines, link, study, "calibrated")
+    return MeasuredMachines(config, machines, link, study, "calibrated")
 
 
-def predict_plan(plan: Plan, measured: Measured, name: str = "") -> Prediction:
+def predict_plan(plan: Plan, measured: MeasuredMachines, name: str = "") -> Prediction:
     """One token of one request.
 
     Args:
@@ -94,9 +96,9 @@ def predict_plan(plan: Plan, measured: Measured, name: str = "") -> Prediction:
         machines = (min(machines, key=lambda m: m.bytes_per_s),) * plan.nodes
     weights = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
     # Bits are those of the checkpoint, through its bytes.
-    shape = from_config(name, dict(measured.config))
+    shape = shape_from_config(name, dict(measured.config))
     return predict(
-        Job(shape, catalog.quant(16), CONTEXT, bytes_=weights),
+        Workload(shape, catalog.parse_quantization(16), PREDICTED_CONTEXT, bytes_=weights),
         "expert" if plan.nodes > 1 else "single",
         machines,
         measured.link,
@@ -110,6 +112,3 @@ def predict_plan(plan: Plan, measured: Measured, name: str = "") -> Prediction:
         else None,
         rest_sliced=plan.trunk == "sharded",
     )
-
-
-__all__ = ["Measured", "here", "predict_plan"]

@@ -21,9 +21,17 @@ from ..core.model_spec import ModelSpec, MoELayer
 from ..core.plan import Plan, WidthSlice
 from ..core.units import format_bytes
 from ..errors import InputError, PlanError
-from .catalog import Catalogue, Link, Machine
-from .perf_model import PAPER, TERMS, Job, Prediction, Study, predict, wired_setting
-from .routing_stats import Trace, separate
+from .catalog import Catalog, Link, Machine
+from .perf_model import (
+    PAPER_SCHEMES,
+    PHASES,
+    PaperConstants,
+    Prediction,
+    Workload,
+    predict,
+    wired_limit_command,
+)
+from .routing_stats import RoutingTrace, separate_coactivated
 
 VARIANTS = (
     ("expert", "sliced", "replicated"),
@@ -36,11 +44,11 @@ VARIANTS = (
     ("expert", "whole", "sharded"),
     ("tensor", "sliced", "sharded"),
     ("pipeline", "whole", "layers"),
-    *((scheme, "whole", "replicated") for scheme in reversed(PAPER)),
+    *((scheme, "whole", "replicated") for scheme in reversed(PAPER_SCHEMES)),
 )
 # A cluster that is less than this much faster than one of its machines is not bought for speed: the
 # model's own error is some 10 %, and the price at least doubles.
-WORTH = 1.3
+MIN_SPEEDUP = 1.3
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Option:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; numbers are null where the scheme cannot be had."""
-        p, usd = self.prediction, self.usd
+        p, format_usd = self.prediction, self.usd
         return {
             "scheme": self.scheme,
             "placement": self.placement,
@@ -85,22 +93,22 @@ class Option:
             "tok_per_s": p.tok_per_s if p else None,
             "tok_per_s_all_users": p.tok_per_s_all_users if p else None,
             "ttft_s": p.ttft_s if p else None,
-            "terms_ms": {t: 1000 * p.terms[t] if p else None for t in TERMS},
+            "terms_ms": {t: 1000 * p.terms[t] if p else None for t in PHASES},
             "binding": p.binding if p else None,
             "bytes_per_node": [round(b) for b in p.bytes_per_node] if p else [],
-            "usd": usd,
-            "usd_per_tok_per_s": usd / p.tok_per_s if p and usd is not None else None,
+            "usd": format_usd,
+            "usd_per_tok_per_s": format_usd / p.tok_per_s if p and format_usd is not None else None,
             "watts": sum(m["watts"] for m in self.machines),
             "why": self.why,
         }
 
 
 @dataclass(frozen=True)
-class Result:
+class PlannerResult:
     """A plan: options in order, the best one, and a sentence of advice."""
 
     model: str
-    job: Job
+    job: Workload
     options: tuple[Option, ...]
     advice: str
 
@@ -119,7 +127,9 @@ class Result:
         }
 
 
-def plan(job: Job, machines: Sequence[Machine], link: Link | None, study: Study) -> Result:
+def evaluate_options(
+    job: Workload, machines: Sequence[Machine], link: Link | None, study: PaperConstants
+) -> PlannerResult:
     """Every scheme on all the machines, on each kind alone, and the best on fewer.
 
     Raises:
@@ -144,7 +154,7 @@ def plan(job: Job, machines: Sequence[Machine], link: Link | None, study: Study)
         tried += sorted((o for o in fewer if o.fits), key=_order)[:1]
     options = sorted(tried, key=_order)
     options = [replace(o, why=_why(o, options)) for o in options]
-    return Result(job.shape.name, job, tuple(options), _advice(job, options, machines, link))
+    return PlannerResult(job.shape.name, job, tuple(options), _advice(job, options, machines, link))
 
 
 def _kinds(machines: Sequence[Machine]) -> list[Machine]:
@@ -155,13 +165,13 @@ def _kinds(machines: Sequence[Machine]) -> list[Machine]:
 
 
 def _try(
-    job: Job,
+    job: Workload,
     scheme: str,
     placement: str,
     trunk: str,
     machines: tuple[Machine, ...],
     link: Link | None,
-    study: Study,
+    study: PaperConstants,
 ) -> Option:
     try:
         cut = "sharded" if trunk == "sharded" else "replicated"
@@ -191,7 +201,7 @@ def _why(option: Option, options: Sequence[Option]) -> str:
         return f"does not fit: {_shortage(p)}"
     best = options[0].prediction
     assert best is not None
-    terms = ", ".join(f"{t} {1000 * p.terms[t]:.1f} ms" for t in TERMS if p.terms[t] > 0)
+    terms = ", ".join(f"{t} {1000 * p.terms[t]:.1f} ms" for t in PHASES if p.terms[t] > 0)
     if option is options[0]:
         whole = next((o.prediction for o in options if _is(o, "whole", option)), None)
         less = (
@@ -201,19 +211,23 @@ def _why(option: Option, options: Sequence[Option]) -> str:
             else ""
         )
         return f"the fastest: {terms}{less}"
-    worst = max(TERMS, key=lambda t: p.terms[t] - best.terms[t])
+    worst = max(PHASES, key=lambda t: p.terms[t] - best.terms[t])
     excess = 1000 * (p.terms[worst] - best.terms[worst])
     slower = p.seconds / best.seconds
     if slower < 1.005:
         more = sum(p.bytes_per_node) > 1.01 * sum(best.bytes_per_node)
         return "as fast as the best" + (", with more memory" if more else "")
     reason = f"{slower:.2f}x slower than the best: {worst} takes {excess:.1f} ms more"
-    if option.scheme in ("expert", *PAPER) and worst == "experts" and p.executed > p.fair_share:
+    if (
+        option.scheme in ("expert", *PAPER_SCHEMES)
+        and worst == "experts"
+        and p.executed > p.fair_share
+    ):
         reason += (
             f" (the busiest node runs {p.executed:.2f} experts a layer, a fair share is "
             f"{p.fair_share:.2f})"
         )
-    if option.scheme in PAPER:
+    if option.scheme in PAPER_SCHEMES:
         reason += "; the paper's program, for study"
     return reason
 
@@ -231,7 +245,7 @@ def _shortage(p: Prediction) -> str:
         f"({machine.wired:.0%} of {format_bytes(machine.memory_bytes)}): "
         f"{format_bytes(need - room)} too much"
     )
-    setting = wired_setting(machine.memory_bytes, need) if machine.kind == "apple" else None
+    setting = wired_limit_command(machine.memory_bytes, need) if machine.kind == "apple" else None
     if setting is not None:
         share = min(0.99, need / machine.memory_bytes + 0.005)
         text += f"; it fits with --memory-fraction {share:.2f} after `{setting}`"
@@ -239,7 +253,7 @@ def _shortage(p: Prediction) -> str:
 
 
 def _advice(
-    job: Job, options: Sequence[Option], machines: tuple[Machine, ...], link: Link | None
+    job: Workload, options: Sequence[Option], machines: tuple[Machine, ...], link: Link | None
 ) -> str:
     """One or two sentences that say what to do, or not to do."""
     best = options[0]
@@ -278,7 +292,7 @@ def _advice(
     if singles and singles[0].prediction is not None:
         alone = singles[0].prediction
         gain = p.tok_per_s / alone.tok_per_s
-        if gain < WORTH:
+        if gain < MIN_SPEEDUP:
             return (
                 f"Do not buy this for speed: {best.names} gives {p.tok_per_s:.1f} tokens/s, "
                 f"{singles[0].names} alone {alone.tok_per_s:.1f}: {gain:.2f}x for "
@@ -340,8 +354,8 @@ class Comparison:
         if a is None or b is None:
             return f"No comparison: {self.other.why or self.ours.why}"
         text = (
-            f"{self.ours.names}: {a.tok_per_s:.1f} tokens/s for {usd(self.ours.usd)}; "
-            f"{self.other.names}: {b.tok_per_s:.1f} for {usd(self.other.usd)}"
+            f"{self.ours.names}: {a.tok_per_s:.1f} tokens/s for {format_usd(self.ours.usd)}; "
+            f"{self.other.names}: {b.tok_per_s:.1f} for {format_usd(self.other.usd)}"
         )
         if not b.fits:
             text += f" (does not fit: {_shortage(b)})"
@@ -356,8 +370,8 @@ class Comparison:
         )
 
 
-def compare(
-    result: Result, other: Sequence[Machine], link: Link | None, study: Study
+def compare_per_dollar(
+    result: PlannerResult, other: Sequence[Machine], link: Link | None, study: PaperConstants
 ) -> Comparison:
     """The best option of a plan beside the best of other machines.
 
@@ -366,7 +380,7 @@ def compare(
     """
     if result.best is None:
         raise PlanError(f"nothing to compare: {result.advice}")
-    there = plan(result.job, other, link, study)
+    there = evaluate_options(result.job, other, link, study)
     return Comparison(result.options[0], there.options[0])
 
 
@@ -390,12 +404,12 @@ class Curve:
     log_x: bool = False
 
 
-def what_if(
+def what_if_curve(
     text: str,
-    job: Job,
+    job: Workload,
     machines: Sequence[Machine],
     link: Link | None,
-    study: Study,
+    study: PaperConstants,
 ) -> Curve:
     """Curves over `nodes=1..8`, `latency=3us..1ms` or `price=2000..10000`.
 
@@ -499,7 +513,7 @@ def _quantity(text: str, what: str) -> float:
 # ---- a plan file
 
 
-def spec_of(job: Job, family: str) -> ModelSpec:
+def spec_from_workload(job: Workload, family: str) -> ModelSpec:
     """A `ModelSpec` of a model that is known by its shape only, so that a plan can be dealt.
 
     Args:
@@ -528,7 +542,9 @@ def spec_of(job: Job, family: str) -> ModelSpec:
     )
 
 
-def plan_file(result: Result, spec: ModelSpec, trace: Trace | None = None) -> tuple[Plan, str]:
+def best_plan(
+    result: PlannerResult, spec: ModelSpec, trace: RoutingTrace | None = None
+) -> tuple[Plan, str]:
     """The plan that `serve --plan` takes, of the best option that this version runs; and a note.
 
     Args:
@@ -563,7 +579,7 @@ def plan_file(result: Result, spec: ModelSpec, trace: Trace | None = None) -> tu
             )
     dealt = Plan.whole(spec, n, shares, trunk)
     if n > 1 and trace is not None:
-        dealt = _apart(dealt, separate(trace, n))
+        dealt = _apart(dealt, separate_coactivated(trace, n))
     return dealt, note
 
 
@@ -576,18 +592,18 @@ def _apart(plan: Plan, owner: np.ndarray) -> Plan:
     return replace(plan, layers=layers)
 
 
-def usd(price: float | None) -> str:
+def format_usd(price: float | None) -> str:
     """A price for people."""
     return "an unknown price" if price is None else f"${price:,.0f}"
 
 
-def from_catalogue(
-    catalogue: Catalogue, machines: str, link: str | None, wired: float | None
-) -> tuple[tuple[Machine, ...], Link | None, Study]:
+def resolve_cluster(
+    catalogue: Catalog, machines: str, link: str | None, wired: float | None
+) -> tuple[tuple[Machine, ...], Link | None, PaperConstants]:
     """Machines, link and constants by name.
 
     Raises:
         InputError: an unknown name.
     """
     found = catalogue.machines_of(machines, wired)
-    return found, catalogue.link(link) if link else None, Study.of(catalogue.fits["study"])
+    return found, catalogue.link(link) if link else None, PaperConstants.of(catalogue.fits["study"])

@@ -18,35 +18,37 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.units import format_bytes
 from ..errors import InputError
-from .catalog import CONFIDENCE
-from .model_shapes import Shape
-from .perf_model import PAPER, TERMS, inputs
-from .planner import Comparison, Curve, Option, Result, usd
+from .catalog import CONFIDENCE_LEVELS
+from .model_shapes import ModelShape
+from .perf_model import PAPER_SCHEMES, PHASES, prediction_inputs
+from .planner import Comparison, Curve, Option, PlannerResult, format_usd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by people who see colours differently.
-COLOURS = {
+PHASE_COLOURS = {
     "trunk": "#0072B2",
     "experts": "#E69F00",
     "exchange": "#D55E00",
     "overhead": "#999999",
     "head": "#56B4E9",
 }
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def terms_figure(options: Sequence[Option]) -> Figure:
+def timings_figure(options: Sequence[Option]) -> Figure:
     """Bars: milliseconds of a token by term, one bar per option that fits."""
     figure_of = _figure()
-    shown = [o for o in options if o.fits and o.prediction is not None and o.scheme not in PAPER]
+    shown = [
+        o for o in options if o.fits and o.prediction is not None and o.scheme not in PAPER_SCHEMES
+    ]
     shown = (shown or [o for o in options if o.fits])[:10]
     figure, axes = figure_of(4.6, 0.7 + 0.34 * max(1, len(shown)))
     left = [0.0] * len(shown)
-    for term in TERMS:
+    for term in PHASES:
         widths = [1000 * o.prediction.terms[term] if o.prediction else 0.0 for o in shown]
-        axes.barh(range(len(shown)), widths, left=left, color=COLOURS[term], label=term)
+        axes.barh(range(len(shown)), widths, left=left, color=PHASE_COLOURS[term], label=term)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(shown)), [_short(o) for o in shown])
     axes.invert_yaxis()
@@ -58,7 +60,7 @@ def terms_figure(options: Sequence[Option]) -> Figure:
 def curve_figure(curve: Curve) -> Figure:
     """Lines: tokens/s over what is varied."""
     figure, axes = _figure()(4.6, 3.6)
-    for (name, ys), colour in zip(curve.series.items(), LINES, strict=False):
+    for (name, ys), colour in zip(curve.series.items(), LINE_COLOURS, strict=False):
         points = [(x, y) for x, y in zip(curve.x, ys, strict=True) if y is not None]
         marker = "o" if curve.what == "nodes" else None
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, ms=4)
@@ -86,7 +88,7 @@ def _figure() -> Callable[[float, float], tuple[Figure, Any]]:
     return make
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG or an SVG, by the file's ending.
 
     Raises:
@@ -101,7 +103,7 @@ def save(figure: Figure, path: Path) -> None:
         raise InputError(f"cannot write {path}: {error}", "file") from error
 
 
-def svg(figure: Figure) -> str:
+def figure_to_svg(figure: Figure) -> str:
     """The figure as an <svg> element that scales with the page; text stays text."""
     import matplotlib as mpl
 
@@ -116,7 +118,7 @@ def svg(figure: Figure) -> str:
     return f'{head} role="img">{rest}'
 
 
-def terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
+def render_terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
     """The curve as text, in braille dots; a letter per line tells them apart without colours."""
     import plotille
 
@@ -129,7 +131,7 @@ def terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
     figure.register_label_formatter(float, lambda v, **_: f"{v:.3g}")
     figure.x_ticks_fkt = lambda low, _: f"{10**low if curve.log_x else low:.3g}"
     figure.y_ticks_fkt = lambda low, _: f"{low:.3g}"
-    lines = zip(curve.series.items(), _TERMINAL, "abcdefg", strict=False)
+    lines = zip(curve.series.items(), TERMINAL_COLOURS, "abcdefg", strict=False)
     for (name, ys), colour, letter in lines:
         points = [(scale(x), y) for x, y in zip(curve.x, ys, strict=True) if y is not None]
         xs, values = zip(*points, strict=True)
@@ -140,7 +142,7 @@ def terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
     return f"{curve.y_label}\n{figure.show(legend=True)}"
 
 
-_TERMINAL = ("blue", "red", "green", "magenta", "yellow", "cyan", "white")
+TERMINAL_COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan", "white")
 
 
 def _short(option: Option) -> str:
@@ -149,8 +151,8 @@ def _short(option: Option) -> str:
     return f"{name}{trunk} x{len(option.machines)}"
 
 
-def html(
-    result: Result,
+def render_html(
+    result: PlannerResult,
     curves: Sequence[Curve] = (),
     comparison: Comparison | None = None,
     made: str = "",
@@ -166,7 +168,7 @@ def html(
         parts.append(f"<p>{escape(comparison.sentence())}</p>")
     if best.prediction is not None and best.fits:
         p = best.prediction
-        price = usd(best.usd) + (" (unverified)" if _unverified_price(best) else "")
+        price = format_usd(best.usd) + (" (unverified)" if _unverified_price(best) else "")
         facts = [
             ("tokens per second, one user", f"{p.tok_per_s:.1f}"),
             (f"tokens per second, {job.users} users", f"{p.tok_per_s_all_users:.1f}"),
@@ -178,13 +180,13 @@ def html(
         parts.append('<dl class="facts">')
         parts += [f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts]
         parts.append("</dl>")
-        parts.append(f"<figure>{svg(terms_figure(result.options))}</figure>")
+        parts.append(f"<figure>{figure_to_svg(timings_figure(result.options))}</figure>")
     parts.append("<h2>What was asked</h2>")
-    parts.append(f"<p>{escape(describe(s, result))}</p>")
+    parts.append(f"<p>{escape(describe_workload(s, result))}</p>")
     parts.append("<h2>All schemes</h2>")
     cards = [(o, _card(o, i == result.best)) for i, o in enumerate(result.options)]
-    aside = [card for o, card in cards if o.scheme in PAPER or not o.fits]
-    parts += [card for o, card in cards if o.scheme not in PAPER and o.fits]
+    aside = [card for o, card in cards if o.scheme in PAPER_SCHEMES or not o.fits]
+    parts += [card for o, card in cards if o.scheme not in PAPER_SCHEMES and o.fits]
     if aside:
         parts.append(
             "<details><summary>The paper's own schemes, and what does not fit or cannot be had "
@@ -192,14 +194,16 @@ def html(
         )
     for curve in curves:
         title = {"nodes": "More machines", "latency": "Another link", "price": "Another price"}
-        parts.append(f"<h2>{title[curve.what]}</h2><figure>{svg(curve_figure(curve))}</figure>")
+        parts.append(
+            f"<h2>{title[curve.what]}</h2><figure>{figure_to_svg(curve_figure(curve))}</figure>"
+        )
     if best.prediction is not None:
         parts.append("<h2>Where the numbers come from</h2><ul class='sources'>")
-        for name, fact in inputs(best.prediction, job):
+        for name, fact in prediction_inputs(best.prediction, job):
             mark = '<b class="warn">unverified</b> ' if fact.confidence == "D" else ""
             parts.append(
                 f"<li><b>{escape(name)}</b> {fact.value:g}: {mark}"
-                f"{escape(CONFIDENCE[fact.confidence])}; {escape(fact.source)}</li>"
+                f"{escape(CONFIDENCE_LEVELS[fact.confidence])}; {escape(fact.source)}</li>"
             )
         parts.append("</ul>")
     parts.append(
@@ -222,7 +226,7 @@ def _unverified_price(option: Option) -> bool:
     return any(m.facts["usd"].confidence == "D" for m in option.machines)
 
 
-def describe(s: Shape, result: Result) -> str:
+def describe_workload(s: ModelShape, result: PlannerResult) -> str:
     """The question in a sentence."""
     job = result.job
     return (
@@ -237,10 +241,10 @@ def _card(o: Option, best: bool) -> str:
     p = o.prediction
     kind = "best" if best else "" if o.fits else "no"
     name = f"{o.scheme} / {o.placement} / trunk {o.trunk}" if o.scheme == "expert" else o.scheme
-    price = usd(o.usd) + (" (unverified)" if _unverified_price(o) else "")
+    price = format_usd(o.usd) + (" (unverified)" if _unverified_price(o) else "")
     numbers = ""
     if p is not None:
-        per = f", {usd(o.usd / p.tok_per_s)} per token/s" if o.usd is not None else ""
+        per = f", {format_usd(o.usd / p.tok_per_s)} per token/s" if o.usd is not None else ""
         memory = ", ".join(format_bytes(b) for b in dict.fromkeys(map(round, p.bytes_per_node)))
         numbers = (
             f"<p><b>{p.tok_per_s:.1f} tok/s</b>, all users {p.tok_per_s_all_users:.1f}, "

@@ -5,7 +5,7 @@ dealing of active experts to replicas, and the same from a recorded `Trace`; cho
 keeping apart experts that fire together.
 Does not know: bytes, time, MLX.
 Invariant: counts are exact up to 32 chosen experts (integers until the last division), floats
-beyond; `tests/unit/test_routing.py` enumerates small cases.
+beyond; `tests/unit/test_routing_stats.py` enumerates small cases.
 Source: arXiv:2506.23635 for E[max] and for dealing active expert i of a group to member i mod r.
 Next: `cost.py`.
 """
@@ -28,7 +28,7 @@ from ..errors import InputError
 
 
 @dataclass(frozen=True)
-class Group:
+class ExpertGroup:
     """`size` experts, each held by the same `members` nodes, which share their active ones evenly.
 
     Args:
@@ -40,7 +40,7 @@ class Group:
     cost: float = 1.0
 
 
-def busiest(groups: Sequence[Group], top_k: int) -> float:
+def expected_max_load(groups: Sequence[ExpertGroup], top_k: int) -> float:
     """E[max]: expected largest of ceil(active / members) * cost over groups, uniform routing.
 
     "router-aided: max over nodes of active experts; i-th active expert of the group goes to member
@@ -54,7 +54,7 @@ def busiest(groups: Sequence[Group], top_k: int) -> float:
 
 
 @cache
-def _busiest(groups: tuple[Group, ...], top_k: int) -> float:
+def _busiest(groups: tuple[ExpertGroup, ...], top_k: int) -> float:
     experts = sum(g.size for g in groups)
     if not 0 <= top_k <= experts:
         raise InputError(f"top_k: expected 0 to {experts}, got {top_k}")
@@ -85,14 +85,14 @@ def _times(a: list[Any], b: list[Any], degree: int) -> list[Any]:
     return out
 
 
-def even(experts: int, nodes: int) -> tuple[int, ...]:
+def even_counts(experts: int, nodes: int) -> tuple[int, ...]:
     """Experts per node, as even as can be: prefix sums of equal shares."""
     cuts = [experts * r // nodes for r in range(nodes + 1)]
     return tuple(b - a for a, b in pairwise(cuts))
 
 
 @cache
-def distinct(experts: int, top_k: int, tokens: int) -> tuple[tuple[int, float], ...]:
+def distinct_experts(experts: int, top_k: int, tokens: int) -> tuple[tuple[int, float], ...]:
     """Distribution of the number of distinct experts that `tokens` tokens choose, uniformly.
 
     Exact up to 64 tokens, beyond that its (rounded) expectation alone, E (1 - (1 - k/E)^tokens).
@@ -113,23 +113,25 @@ def distinct(experts: int, top_k: int, tokens: int) -> tuple[tuple[int, float], 
     return tuple((d, p / total) for d, p in sorted(found.items()))
 
 
-def expected_distinct(experts: int, top_k: int, tokens: int) -> float:
+def expected_distinct_experts(experts: int, top_k: int, tokens: int) -> float:
     """Expected number of distinct experts of `tokens` tokens."""
-    return sum(d * p for d, p in distinct(experts, top_k, tokens))
+    return sum(d * p for d, p in distinct_experts(experts, top_k, tokens))
 
 
-def busiest_of_batch(groups: Sequence[Group], top_k: int, tokens: int) -> float:
+def expected_max_load_of_batch(groups: Sequence[ExpertGroup], top_k: int, tokens: int) -> float:
     """E[max] of a batch: given how many distinct experts there are, they are a uniform draw.
 
     Exact up to 24 choices; beyond that at the expected number of distinct experts alone.
     """
     experts = sum(g.size for g in groups)
     if tokens > 1 and tokens * top_k > 24:
-        return busiest(groups, round(expected_distinct(experts, top_k, tokens)))
-    return sum(p * busiest(groups, d) for d, p in distinct(experts, top_k, tokens))
+        return expected_max_load(groups, round(expected_distinct_experts(experts, top_k, tokens)))
+    return sum(
+        p * expected_max_load(groups, d) for d, p in distinct_experts(experts, top_k, tokens)
+    )
 
 
-def deal(active: Sequence[int], holders: Sequence[frozenset[int]], nodes: int) -> int:
+def least_max_load(active: Sequence[int], holders: Sequence[frozenset[int]], nodes: int) -> int:
     """The least possible load of the busiest node when each active expert runs on one holder.
 
     Exact: for growing limits, augmenting paths of a bipartite matching.
@@ -163,17 +165,17 @@ def _place(
     return False
 
 
-def enumerate_busiest(
+def mean_max_load(
     holders: Sequence[frozenset[int]], nodes: int, top_k: int, most: int = 20_000, seed: int = 0
 ) -> float:
     """E[max] of any placement under uniform routing: every choice, or `most` drawn ones."""
     experts = len(holders)
     if math.comb(experts, top_k) <= most:
-        loads = [deal(c, holders, nodes) for c in combinations(range(experts), top_k)]
+        loads = [least_max_load(c, holders, nodes) for c in combinations(range(experts), top_k)]
     else:
         draw = np.random.default_rng(seed)
         loads = [
-            deal(list(draw.choice(experts, top_k, replace=False)), holders, nodes)
+            least_max_load(list(draw.choice(experts, top_k, replace=False)), holders, nodes)
             for _ in range(most // 10)
         ]
     return sum(loads) / len(loads)
@@ -183,7 +185,7 @@ def enumerate_busiest(
 
 
 @dataclass(frozen=True)
-class Trace:
+class RoutingTrace:
     """Which experts each token chose.
 
     Args:
@@ -223,7 +225,7 @@ class Trace:
             raise InputError(f"trace: cannot write {path}: {error}", "out") from error
 
     @classmethod
-    def load(cls, path: Path) -> Trace:
+    def load(cls, path: Path) -> RoutingTrace:
         """Read what `save` wrote.
 
         Raises:
@@ -242,9 +244,9 @@ class Trace:
             raise InputError(f"trace: {path} names expert {ids.max()} of {trace.experts}")
         return trace
 
-    def half(self, second: bool) -> Trace:
+    def half(self, second: bool) -> RoutingTrace:
         """Every other token: one half to choose a placement on, the other to judge it."""
-        return Trace(self.layers, self.experts, self.ids[:, int(second) :: 2], self.facts)
+        return RoutingTrace(self.layers, self.experts, self.ids[:, int(second) :: 2], self.facts)
 
     def counts(self) -> np.ndarray:
         """[layers, experts]: how often each expert was chosen."""
@@ -276,7 +278,7 @@ class Trace:
     def busiest_replicated(self, holders: Sequence[Sequence[frozenset[int]]], nodes: int) -> float:
         """E[max] when each layer's active experts are dealt to replicas exactly."""
         loads = [
-            deal([int(e) for e in set(token.tolist()) if e >= 0], held, nodes)
+            least_max_load([int(e) for e in set(token.tolist()) if e >= 0], held, nodes)
             for layer, held in zip(self.ids, holders, strict=True)
             for token in layer
         ]
@@ -302,19 +304,19 @@ class Trace:
         return dict(zip(("entropy", "hottest", "unused", "pairs"), map(float, means), strict=True))
 
 
-def contiguous(trace: Trace, nodes: int) -> np.ndarray:
+def contiguous_owners(trace: RoutingTrace, nodes: int) -> np.ndarray:
     """Owner [layers, experts] as `Plan.whole` deals: neighbours together."""
-    row = np.repeat(np.arange(nodes), even(trace.experts, nodes))
+    row = np.repeat(np.arange(nodes), even_counts(trace.experts, nodes))
     return np.tile(row, (len(trace.layers), 1))
 
 
-def separate(trace: Trace, nodes: int) -> np.ndarray:
+def separate_coactivated(trace: RoutingTrace, nodes: int) -> np.ndarray:
     """Owner [layers, experts]: experts that fire together go to different ranks.
 
     From the contiguous deal, swap two experts of different ranks as long as that lessens the number
     of pairs that fire together on one rank. Counts per rank, and so memory, stay.
     """
-    owner = contiguous(trace, nodes)
+    owner = contiguous_owners(trace, nodes)
     for layer in range(len(trace.layers)):
         pairs, row = trace.together(layer), owner[layer]
         while True:
@@ -332,8 +334,8 @@ def separate(trace: Trace, nodes: int) -> np.ndarray:
     return owner
 
 
-def replicate(
-    trace: Trace, owner: np.ndarray, nodes: int, extra: int, sample: int = 128
+def choose_replicas(
+    trace: RoutingTrace, owner: np.ndarray, nodes: int, extra: int, sample: int = 128
 ) -> list[list[frozenset[int]]]:
     """Holders [layers][experts]: `extra` more experts per rank and layer, where they help most.
 
@@ -366,7 +368,7 @@ def _copies(
         return [h | {rank} if e == expert else h for e, h in enumerate(holders)]
 
     def cost(held: list[frozenset[int]]) -> int:
-        return sum(deal(t, held, nodes) for t in tokens)
+        return sum(least_max_load(t, held, nodes) for t in tokens)
 
     room = [extra] * nodes
     while any(room):
@@ -381,7 +383,7 @@ def _copies(
     return holders
 
 
-def simulate(trace: Trace, nodes: int, copies: int) -> dict[str, Any]:
+def simulate_placements(trace: RoutingTrace, nodes: int, copies: int) -> dict[str, Any]:
     """What a recording says about `nodes` nodes, each choice judged on tokens it was not made on.
 
     Args:
@@ -400,19 +402,21 @@ def simulate(trace: Trace, nodes: int, copies: int) -> dict[str, Any]:
     if trace.tokens < 2:
         raise InputError(f"trace: expected at least 2 tokens, got {trace.tokens}", "trace")
     seen, unseen = trace.half(False), trace.half(True)
-    whole = contiguous(trace, nodes)
-    apart = separate(seen, nodes)
-    uniform = busiest([Group(n) for n in even(trace.experts, nodes)], trace.top_k)
+    whole = contiguous_owners(trace, nodes)
+    apart = separate_coactivated(seen, nodes)
+    uniform = expected_max_load(
+        [ExpertGroup(n) for n in even_counts(trace.experts, nodes)], trace.top_k
+    )
     out: dict[str, float] = {
         "uniform routing, whole": uniform,
         "this routing, neighbours together": unseen.busiest(whole),
         "fired together, set apart": unseen.busiest(apart),
     }
     if copies:
-        chosen = replicate(seen, apart, nodes, copies)
+        chosen = choose_replicas(seen, apart, nodes, copies)
         out[f"and {copies} copies a node, chosen"] = unseen.busiest_replicated(chosen, nodes)
         per_node = min(trace.experts, -(-trace.experts // nodes) + copies)
-        windows = windows_of(trace.experts, nodes, per_node)
+        windows = overlapping_windows(trace.experts, nodes, per_node)
         out[f"neighbours and {copies} copies, unchosen"] = unseen.busiest_replicated(
             [windows] * len(trace.layers), nodes
         )
@@ -420,7 +424,7 @@ def simulate(trace: Trace, nodes: int, copies: int) -> dict[str, Any]:
     return {"skew": trace.skew(), "busiest": out, "nodes": nodes, "tokens": trace.tokens}
 
 
-def windows_of(experts: int, nodes: int, most: int) -> tuple[frozenset[int], ...]:
+def overlapping_windows(experts: int, nodes: int, most: int) -> tuple[frozenset[int], ...]:
     """Holders of each expert when every node holds `most` neighbours from its even share on."""
     starts = [experts * r // nodes for r in range(nodes)]
     return tuple(

@@ -38,10 +38,10 @@ from ..model.native_layers import width
 from ..model.step_timer import StepTimer
 
 SCHEDULES = ("naive", "P-LB", "P-LR", "P-LR-D")
-CENTRAL = ("naive", "P-LB", "P-LR")
+CENTRALIZED_SCHEDULES = ("naive", "P-LB", "P-LR")
 
 
-class _Probe(nn.Module):
+class _RouterProbe(nn.Module):
     """Stands in for the experts: asks the block whom it chooses and how it weighs them.
 
     The block's output is the sum over j of score j times row j of what this gives; rows of the
@@ -64,7 +64,7 @@ class _Probe(nn.Module):
         return weights
 
 
-class _Separate(nn.Module):
+class _SeparateExperts(nn.Module):
     """This rank's experts as arrays of their own: gate, up and down of each."""
 
     def __init__(self, stack: nn.Module, rows: int, kernels: str) -> None:
@@ -100,7 +100,7 @@ class _Separate(nn.Module):
         return e["down_proj"](self.activation(e["up_proj"](x), e["gate_proj"](x)))[0]
 
 
-class Scheduled(nn.Module):
+class ScheduledBlock(nn.Module):
     """A block under one of the `SCHEDULES`; on ranks other than the central one see `serve`.
 
     Args:
@@ -121,13 +121,13 @@ class Scheduled(nn.Module):
         schedule: str,
         collective: Collective,
         watch: StepTimer,
-        separate: _Separate | None,
+        separate: _SeparateExperts | None,
     ) -> None:
         super().__init__()
         self.block, self.width = block, width(local.experts)
         # Without its stack, where there are arrays of their own: it is freed.
         self.local = local if separate is None else None
-        self._rows, self._probe = local._rows, _Probe()
+        self._rows, self._probe = local._rows, _RouterProbe()
         block[switch] = self._probe
         self._layer, self._schedule, self._separate = plan.layer, schedule, separate
         self._collective, self._watch = collective, watch
@@ -143,7 +143,7 @@ class Scheduled(nn.Module):
         scores, dtype = self.block(x), x.dtype
         ids = self._probe.ids
         self._watch.routed(self._layer, ids)
-        if self._schedule in CENTRAL:
+        if self._schedule in CENTRALIZED_SCHEDULES:
             self._watch.lap("trunk", x, ids, scores)
             x, ids, scores = self._sent(x.shape, ids.shape[-1], x, ids, scores)
         else:
@@ -216,7 +216,7 @@ class Scheduled(nn.Module):
         return run
 
 
-def schedule(
+def install_schedule(
     model: nn.Module,
     family: str,
     plan: Plan,
@@ -224,7 +224,7 @@ def schedule(
     watch: StepTimer,
     kernels: str,
     name: str,
-) -> list[Scheduled]:
+) -> list[ScheduledBlock]:
     """`parallelize` under one of the `SCHEDULES`, in place.
 
     Returns:
@@ -246,21 +246,25 @@ def schedule(
         )
     if any(len(parts) != 1 for layer in plan.layers for parts in layer.experts):
         raise PlanError(f"schedule {name}: expected whole experts, got placement {plan.placement}")
-    separate: list[_Separate | None] = [None] * len(found)
+    separate: list[_SeparateExperts | None] = [None] * len(found)
     if name == "naive":
         mine = [len(layer.experts_of(collective.rank)) for layer in plan.layers]
         if any("gate_proj" not in b.experts for b in found):
             raise PlanError(
                 f"schedule naive: {family}'s experts have no gate; try another schedule"
             )
-        separate = [_Separate(b.experts, n, kernels) for b, n in zip(found, mine, strict=True)]
+        separate = [
+            _SeparateExperts(b.experts, n, kernels) for b, n in zip(found, mine, strict=True)
+        ]
     parallelize(model, family, plan, collective, watch, kernels)
     made = []
     for block, layer, alone in zip(found, plan.layers, separate, strict=True):
         wrapped: Any = architecture.get_module(model, block.path)
         assert isinstance(wrapped, ExpertParallel)
         local = wrapped.block[block.switch]
-        new = Scheduled(wrapped.block, block.switch, local, layer, name, collective, watch, alone)
+        new = ScheduledBlock(
+            wrapped.block, block.switch, local, layer, name, collective, watch, alone
+        )
         architecture.replace_module(model, block.path, new)
         made.append(new)
     return made

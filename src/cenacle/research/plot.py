@@ -20,7 +20,7 @@ COLOURS = {
 }
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+def save_figure(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write `ablation.png` and `ablation.svg` into `folder`; gives their paths."""
     # The drawing library takes a second to import and has no display here.
     import matplotlib as mpl

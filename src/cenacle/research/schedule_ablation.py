@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..bench.expected_work import expected_experts, split
+from ..bench.expected_work import expected_experts, split_cores
 from ..bench.rank_worker import RankPool
 from ..collective.base import Collective
 from ..collective.delayed import Delayed
@@ -35,7 +35,7 @@ from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
 from ..model.loader import load_rank_model, read_model_spec
 from ..model.step_timer import StepTimer
-from .paper_schedules import CENTRAL, SCHEDULES, Scheduled, schedule
+from .paper_schedules import CENTRALIZED_SCHEDULES, SCHEDULES, ScheduledBlock, install_schedule
 
 LATENCIES_MS = (1.0, 0.3, 0.05, 0.0)
 """The paper's gRPC, TCP over Thunderbolt, RDMA, and this machine's own exchange."""
@@ -46,7 +46,7 @@ AGREE = 2e-3  # relative: rows add in different orders, and kernels round activa
 
 
 @dataclass(frozen=True)
-class Asked:
+class AblationConfig:
     """What to compare.
 
     Args:
@@ -71,7 +71,9 @@ class Asked:
     conditions: dict[str, Any] = field(default_factory=dict)
 
 
-def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run_ablation(
+    asked: AblationConfig, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Measure every row.
 
     Returns:
@@ -88,7 +90,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
         raise InputError("bench ablation: expected at least 2 nodes and 2 tokens", "nodes")
     checkpoint = Checkpoint.open(locate_checkpoint(asked.model))
     spec = read_model_spec(checkpoint)
-    cores, threads = split(asked.nodes, asked.threads)
+    cores, threads = split_cores(asked.nodes, asked.threads)
     ours = [p for p in asked.ours if spec.dense_modules or not p.endswith("trunk sharded")]
     names = [*SCHEDULES, *(f"ours, {placement}" for placement in ours)]
     seen: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
@@ -97,7 +99,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
     backend = ""
     for name in names * asked.repeat:
         say(f"loading {name}")
-        plan = plan_of(name, checkpoint, asked.nodes)
+        plan = plan_for_row(name, checkpoint, asked.nodes)
         expected[name] = expected_experts(plan)[1]
         # Processes of its own for each row and round: which memory a process happens to get changed
         # its speed by a quarter (docs/LOG.md), and one draw for all rows would not be a comparison.
@@ -141,7 +143,7 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
             f"(relative, expected at most {AGREE:g}); this installation computes something wrong"
         )
     layers = len(spec.moe)
-    depth = full_depth(checkpoint.config)
+    depth = catalogued_depth(checkpoint.config)
     return {
         "benchmark": "ablation",
         "model": asked.model,
@@ -161,11 +163,11 @@ def run(asked: Asked, say: Callable[[str], None] = lambda _: None) -> dict[str, 
         },
         "rows": rows,
         "logits_differ": differ,
-        "compared": compare(rows, layers, depth),
+        "compared": compare_rows(rows, layers, depth),
     }
 
 
-def plan_of(row: str, checkpoint: Checkpoint, nodes: int) -> Plan:
+def plan_for_row(row: str, checkpoint: Checkpoint, nodes: int) -> Plan:
     """The placement of a row: whole experts for the paper's schedules."""
     placement = row.removeprefix("ours, ")
     spec = read_model_spec(checkpoint)
@@ -186,7 +188,7 @@ def plan_of(row: str, checkpoint: Checkpoint, nodes: int) -> Plan:
     raise PlanError(f"placement: expected whole, sliced or replicated, got {placement!r}")
 
 
-def full_depth(config: dict[str, Any]) -> int | None:
+def catalogued_depth(config: dict[str, Any]) -> int | None:
     """Layers of the catalogued model whose first layers this config is; None: of none."""
     keys = {"quantization", "quantization_config"}
     tokens = {"eos_token_id", "pad_token_id", "bos_token_id", "torch_dtype"}
@@ -206,7 +208,9 @@ def full_depth(config: dict[str, Any]) -> int | None:
     return max(depths, default=None)
 
 
-def compare(rows: Sequence[dict[str, Any]], layers: int, depth: int | None) -> list[dict[str, Any]]:
+def compare_rows(
+    rows: Sequence[dict[str, Any]], layers: int, depth: int | None
+) -> list[dict[str, Any]]:
     """For each latency, how many times quicker than naive, and than P-LR-D, each row is.
 
     "layers" leaves out what is not in a layer (head, Python): it compares layers alone, in measured
@@ -297,7 +301,7 @@ class _Loaded:
     """The row that a rank holds: its model, or for a rank that is not central its layers."""
 
     model: Any
-    layers: list[Scheduled]
+    layers: list[ScheduledBlock]
     central: bool
     link: Delayed
     watch: _EveryLap
@@ -326,12 +330,12 @@ def ablation_load(
     link = Delayed(collective, 0.0, precise_sleep)
     model = load_rank_model(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
     family = dealt.spec.family
-    layers: list[Scheduled] = []
+    layers: list[ScheduledBlock] = []
     if row in SCHEDULES:
-        layers = schedule(model, family, dealt, link, watch, kernels, row)
+        layers = install_schedule(model, family, dealt, link, watch, kernels, row)
     else:
         parallelize(model, family, dealt, link, watch, kernels)
-    central = row in CENTRAL
+    central = row in CENTRALIZED_SCHEDULES
     _held.append(
         _Loaded(model, layers, central, link, watch, dealt.spec.top_k, dealt.spec.vocab_size)
     )

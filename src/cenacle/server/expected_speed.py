@@ -53,7 +53,7 @@ def predict_speed(plan: Plan, config: dict[str, Any], name: str) -> SpeedPredict
     Returns:
         The prediction, or one sentence that says why there is none.
     """
-    measured = plan_cost.here(config, plan.nodes)
+    measured = plan_cost.local_measurements(config, plan.nodes)
     if isinstance(measured, str):
         return measured
     try:

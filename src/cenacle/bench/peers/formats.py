@@ -29,7 +29,7 @@ _CHUNK_BLOCKS = 1 << 17
 
 
 @dataclass(frozen=True)
-class Shape:
+class PeerShape:
     """What both formats need to know of a model.
 
     Args:
@@ -57,7 +57,7 @@ class Shape:
     clip_qkv: float | None = None
 
 
-def shape(config: Config) -> Shape:
+def read_shape(config: Config) -> PeerShape:
     """The shape of a checkpoint's config.
 
     Raises:
@@ -66,7 +66,7 @@ def shape(config: Config) -> Shape:
     kind = config.get("model_type")
     if kind == "qwen3_moe":
         heads = config["num_attention_heads"]
-        found = Shape(
+        found = PeerShape(
             kind,
             config["num_hidden_layers"],
             config["hidden_size"],
@@ -87,7 +87,7 @@ def shape(config: Config) -> Shape:
             raise InputError("peer: expected a model whose layers all have experts")
     elif kind == "dbrx":
         attention, ffn = config["attn_config"], config["ffn_config"]
-        found = Shape(
+        found = PeerShape(
             kind,
             config["n_layers"],
             config["d_model"],
@@ -116,7 +116,7 @@ def shape(config: Config) -> Shape:
     return found
 
 
-def blocks(rng: np.random.Generator, weights: int, std: float) -> Iterator[np.ndarray]:
+def random_blocks(rng: np.random.Generator, weights: int, std: float) -> Iterator[np.ndarray]:
     """`weights` random four-bit weights of standard deviation `std`, as bytes, piece by piece."""
     left = weights // BLOCK
     while left:
@@ -144,7 +144,7 @@ def write_gguf(config: Config, out: Path, seed: int = 0) -> None:
             "peer llama.cpp: writing its model needs the package gguf; "
             "install it with `pip install 'cenacle[peers]'`"
         ) from error
-    s = shape(config)
+    s = read_shape(config)
     arch = {"qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE, "dbrx": gguf.MODEL_ARCH.DBRX}[s.kind]
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_block_count(s.layers)
@@ -189,7 +189,7 @@ def write_gguf(config: Config, out: Path, seed: int = 0) -> None:
     writer.close()
 
 
-def _gguf_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _gguf_tensors(s: PeerShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, outermost dimension first."""
     q, kv = s.heads * s.head_width, s.kv_heads * s.head_width
     yield "token_embd.weight", (s.vocabulary, s.width)
@@ -225,7 +225,7 @@ def _values(rng: np.random.Generator, name: str, dims: tuple[int, ...]) -> np.nd
     std = 1 / math.sqrt(dims[-1])
     if _is_float(name, dims):
         return (std * rng.standard_normal(dims)).astype(np.float32)
-    return np.concatenate(list(blocks(rng, math.prod(dims), std)))
+    return np.concatenate(list(random_blocks(rng, math.prod(dims), std)))
 
 
 # ---- distributed-llama
@@ -240,7 +240,7 @@ def write_dllama(config: Config, out: Path, seed: int = 0) -> None:
     Raises:
         InputError: a family that distributed-llama does not run.
     """
-    s = shape(config)
+    s = read_shape(config)
     if s.kind != "qwen3_moe":
         raise InputError(f"peer dllama: of ours it runs qwen3_moe only, got {s.kind}")
     header = {
@@ -276,7 +276,7 @@ def write_dllama(config: Config, out: Path, seed: int = 0) -> None:
             file.write(np.ones(n, np.float32).data)
 
         def matrix(rows: int, columns: int) -> None:
-            for piece in blocks(rng, rows * columns, 1 / math.sqrt(columns)):
+            for piece in random_blocks(rng, rows * columns, 1 / math.sqrt(columns)):
                 file.write(piece.data)
 
         floats(s.vocabulary, s.width)

@@ -41,7 +41,7 @@ class PeerFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class PeerWorkload:
     """What is measured.
 
     Args:
@@ -74,7 +74,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Speed:
+class PeerSpeed:
     """Tokens per second."""
 
     decode: float
@@ -82,18 +82,18 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Setup:
+class PeerVariant:
     """One way to run a peer: its name for the table, and how."""
 
     name: str
-    run: Callable[[], Speed]
+    run: Callable[[], PeerSpeed]
 
 
 class Peer(ABC):
     """A program to compare with."""
 
     @abstractmethod
-    def setups(self, job: Job) -> list[Setup]:
+    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
         """The ways to run it that use as many cores as ours.
 
         Raises:
@@ -101,7 +101,7 @@ class Peer(ABC):
         """
 
 
-def parse(text: str) -> Peer:
+def parse_peer(text: str) -> Peer:
     """A peer from the command line: "llama.cpp=PATH", "dllama=PATH" or "mlx-lm".
 
     Raises:
@@ -146,13 +146,13 @@ class LlamaCpp(Peer):
         self._bench = _binary(where, "llama-bench")
         self._where = where
 
-    def setups(self, job: Job) -> list[Setup]:
+    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
         """One process with all threads; with several nodes also one server for each."""
         threads = job.nodes * job.threads
-        model = cached(job, "gguf", formats.write_gguf)
+        model = cached_model(job, "gguf", formats.write_gguf)
         local = ["-t", str(threads), "-ngl", "0"]
         found = [
-            Setup(
+            PeerVariant(
                 f"llama.cpp, {_count(threads, 'thread')}",
                 lambda: self._measure(job, model, local),
             )
@@ -160,14 +160,14 @@ class LlamaCpp(Peer):
         if job.nodes > 1:
             server = _binary(self._where, "ggml-rpc-server")
             found.append(
-                Setup(
+                PeerVariant(
                     f"llama.cpp, {_count(job.nodes, 'RPC server')}",
                     lambda: self._over_rpc(job, model, server),
                 )
             )
         return found
 
-    def _over_rpc(self, job: Job, model: Path, server: Path) -> Speed:
+    def _over_rpc(self, job: PeerWorkload, model: Path, server: Path) -> PeerSpeed:
         ports = net.free_ports(job.nodes)
         commands = [
             [str(server), "-H", "127.0.0.1", "-p", str(port), "-t", str(job.threads)]
@@ -177,14 +177,14 @@ class LlamaCpp(Peer):
             hosts = ",".join(f"127.0.0.1:{p}" for p in ports)
             return self._measure(job, model, ["--rpc", hosts, "-ngl", "99", "-t", "1"])
 
-    def _measure(self, job: Job, model: Path, how: list[str]) -> Speed:
+    def _measure(self, job: PeerWorkload, model: Path, how: list[str]) -> PeerSpeed:
         base = [str(self._bench), "-m", str(model), *how, "-r", "1", "-o", "json"]
         ask = ["-p", "0", "-n", str(job.tokens), "-d", str(job.context)]
         decode = self._one([*base, *ask], job)
         prefill = self._one([*base, "-p", str(job.prompt), "-n", "0"], job)
-        return Speed(decode, prefill)
+        return PeerSpeed(decode, prefill)
 
-    def _one(self, command: list[str], job: Job) -> float:
+    def _one(self, command: list[str], job: PeerWorkload) -> float:
         text = run(command, job.all_cores, job.deadline_s)
         found = re.search(r'"avg_ts":\s*([0-9.]+)', text)
         if found is None:
@@ -208,21 +208,21 @@ class Dllama(Peer):
     def __init__(self, where: Path) -> None:
         self._program = _binary(where, "dllama")
 
-    def setups(self, job: Job) -> list[Setup]:
+    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
         """As many nodes as ours."""
-        model = cached(job, "m", formats.write_dllama)
-        vocabulary = formats.shape(job.config).vocabulary
+        model = cached_model(job, "m", formats.write_dllama)
+        vocabulary = formats.read_shape(job.config).vocabulary
         tokenizer = model.with_suffix(".t")
         if not tokenizer.exists():
             formats.write_dllama_tokenizer(tokenizer, vocabulary)
         return [
-            Setup(
+            PeerVariant(
                 f"distributed-llama, {_count(job.nodes, 'node')}",
                 lambda: self._measure(job, model, tokenizer),
             )
         ]
 
-    def _measure(self, job: Job, model: Path, tokenizer: Path) -> Speed:
+    def _measure(self, job: PeerWorkload, model: Path, tokenizer: Path) -> PeerSpeed:
         ports = net.free_ports(job.nodes - 1)
         threads = ["--nthreads", str(job.threads)]
         workers = [
@@ -243,7 +243,7 @@ class Dllama(Peer):
         speeds = re.findall(r"tokens/s:\s*([0-9.]+)", text)
         if len(speeds) != 2:
             raise PeerFailed(f"dllama printed no speeds: {_tail(text)}")
-        return Speed(float(speeds[1]), float(speeds[0]))
+        return PeerSpeed(float(speeds[1]), float(speeds[0]))
 
 
 # ---- mlx-lm
@@ -252,12 +252,12 @@ class Dllama(Peer):
 class MlxLm(Peer):
     """mlx-lm itself, alone or tensor-parallel over MLX's ring, in processes of their own."""
 
-    def setups(self, job: Job) -> list[Setup]:
+    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
         """As many ranks as ours."""
         how = f", {job.nodes} ranks" if job.nodes > 1 else ""
-        return [Setup(f"mlx-lm{how}", lambda: self._measure(job))]
+        return [PeerVariant(f"mlx-lm{how}", lambda: self._measure(job))]
 
-    def _measure(self, job: Job) -> Speed:
+    def _measure(self, job: PeerWorkload) -> PeerSpeed:
         order = {
             "folder": str(job.folder),
             "nodes": job.nodes,
@@ -282,7 +282,7 @@ class MlxLm(Peer):
                 text = run(command, job.cores[0], job.deadline_s, {**env, "MLX_RANK": "0"})
         try:
             answer = json.loads(text.strip().splitlines()[-1])
-            return Speed(answer["decode"], answer["prefill"])
+            return PeerSpeed(answer["decode"], answer["prefill"])
         except (ValueError, LookupError, TypeError) as error:
             raise PeerFailed(f"mlx-lm printed no speed: {_tail(text)}") from error
 
@@ -290,9 +290,11 @@ class MlxLm(Peer):
 # ---- processes and files
 
 
-def cached(job: Job, suffix: str, write: Callable[[dict[str, Any], Path], None]) -> Path:
+def cached_model(
+    job: PeerWorkload, suffix: str, write: Callable[[dict[str, Any], Path], None]
+) -> Path:
     """The model in a peer's format, written on first use; moved into place when it is whole."""
-    shape = formats.shape(job.config)
+    shape = formats.read_shape(job.config)
     digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
     path = job.cache / f"{shape.kind}-{digest}.{suffix}"
     if not path.exists():

@@ -119,7 +119,7 @@ class DraftModel:
         sizes = sum(array.nbytes for _, array in loader.named_parameters(model))
         native = kernels != "mlx" and native_layers.is_supported()
         context = architecture.find_int(own.config, architecture.CONTEXT_LENGTH_KEYS)
-        cache = memory.cache_bytes(
+        cache = memory.kv_cache_bytes(
             architecture.kv_cache_elements_per_token(own.config, len(model.layers)),
             context,
             max_kv_size=None,

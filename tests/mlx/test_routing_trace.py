@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from cenacle.calibration.calibrate import Calibration, as_toml
 from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.planning import catalog
-from cenacle.planning.routing_stats import Trace
+from cenacle.planning.routing_stats import RoutingTrace
 
 
 def test_a_recording_of_the_demo_model(tmp_path):
@@ -27,7 +27,7 @@ def test_a_recording_of_the_demo_model(tmp_path):
     arguments += ["--out", str(out), "--max-tokens", "12", "--replicas", "1", "--json"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     data = json.loads(result.output.splitlines()[-1])
-    trace = Trace.load(out)
+    trace = RoutingTrace.load(out)
     assert trace.ids.shape[0] == 4
     assert trace.ids.shape[2] == 4
     assert trace.tokens == data["tokens"] > 20
@@ -77,7 +77,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
     )
     file = tmp_path / "this.toml"
     file.write_text(as_toml(made))
-    known = catalog.load([file])
+    known = catalog.load_catalog([file])
     machine, link = known.machine("this"), known.link("measured")
     assert machine["bandwidth_gb_s"] == 20
     assert machine.bytes_per_s == pytest.approx(11e9)

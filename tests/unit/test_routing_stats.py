@@ -10,28 +10,32 @@ from hypothesis import strategies as st
 
 from cenacle.errors import InputError
 from cenacle.planning.routing_stats import (
-    Group,
-    Trace,
-    busiest,
-    busiest_of_batch,
-    contiguous,
-    deal,
-    distinct,
-    enumerate_busiest,
-    even,
-    expected_distinct,
-    replicate,
-    separate,
-    simulate,
-    windows_of,
+    ExpertGroup,
+    RoutingTrace,
+    choose_replicas,
+    contiguous_owners,
+    distinct_experts,
+    even_counts,
+    expected_distinct_experts,
+    expected_max_load,
+    expected_max_load_of_batch,
+    least_max_load,
+    mean_max_load,
+    overlapping_windows,
+    separate_coactivated,
+    simulate_placements,
 )
 
 
 def test_the_papers_layouts():
-    assert busiest((Group(8), Group(8)), 4) == pytest.approx(2.6462, abs=5e-5)
-    assert busiest((Group(8), Group(8, 2)), 4) == pytest.approx(2.3231, abs=5e-5)
-    assert busiest((Group(8, 2), Group(8, 2)), 4) == pytest.approx(1.5692, abs=5e-5)
-    assert busiest((Group(4),) * 4, 4) == pytest.approx(1.9692, abs=5e-5)
+    assert expected_max_load((ExpertGroup(8), ExpertGroup(8)), 4) == pytest.approx(2.6462, abs=5e-5)
+    assert expected_max_load((ExpertGroup(8), ExpertGroup(8, 2)), 4) == pytest.approx(
+        2.3231, abs=5e-5
+    )
+    assert expected_max_load((ExpertGroup(8, 2), ExpertGroup(8, 2)), 4) == pytest.approx(
+        1.5692, abs=5e-5
+    )
+    assert expected_max_load((ExpertGroup(4),) * 4, 4) == pytest.approx(1.9692, abs=5e-5)
 
 
 @given(
@@ -53,7 +57,7 @@ def test_busiest_is_the_mean_over_all_choices(groups, data):
         pairs = zip(counts, groups, strict=True)
         loads.append(max(-(-n // members) * cost for n, (_, members, cost) in pairs))
     expected = sum(loads) / len(loads)
-    assert busiest([Group(*g) for g in groups], top_k) == pytest.approx(expected)
+    assert expected_max_load([ExpertGroup(*g) for g in groups], top_k) == pytest.approx(expected)
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.data())
@@ -62,14 +66,16 @@ def test_distinct_experts_of_a_batch(experts, tokens, data):
     top_k = data.draw(st.integers(1, experts))
     one = [set(c) for c in combinations(range(experts), top_k)]
     sizes = [len(set().union(*several)) for several in product(one, repeat=tokens)]
-    for number, probability in distinct(experts, top_k, tokens):
+    for number, probability in distinct_experts(experts, top_k, tokens):
         assert probability == pytest.approx(sizes.count(number) / len(sizes))
-    assert expected_distinct(experts, top_k, tokens) == pytest.approx(sum(sizes) / len(sizes))
+    assert expected_distinct_experts(experts, top_k, tokens) == pytest.approx(
+        sum(sizes) / len(sizes)
+    )
 
 
 def test_floats_count_what_integers_do():
-    groups = (Group(16), Group(16, 2), Group(16))
-    fast = busiest(groups, 33)
+    groups = (ExpertGroup(16), ExpertGroup(16, 2), ExpertGroup(16))
+    fast = expected_max_load(groups, 33)
     ways = [math.comb(16, j) for j in range(17)]
     total, below, expected = math.comb(48, 33), 0, 0.0
     for level in range(17):
@@ -90,12 +96,12 @@ def test_a_batch_on_two_nodes_by_enumeration():
         max(len([e for e in {*a, *b} if e < 3]), len([e for e in {*a, *b} if e >= 3]))
         for a, b in product(one, one)
     ]
-    got = busiest_of_batch((Group(3), Group(3)), 2, tokens=2)
+    got = expected_max_load_of_batch((ExpertGroup(3), ExpertGroup(3)), 2, tokens=2)
     assert got == pytest.approx(sum(loads) / len(loads))
 
 
 def test_many_tokens_touch_almost_all_experts():
-    assert expected_distinct(16, 4, 500) == 16
+    assert expected_distinct_experts(16, 4, 500) == 16
 
 
 @given(
@@ -105,41 +111,43 @@ def test_dealing_to_replicas_is_the_best_there_is(holders):
     active = list(range(len(holders)))
     choices = product(*[sorted(h) for h in holders])
     best = min(max(ranks.count(r) for r in ranks) for ranks in choices)
-    assert deal(active, holders, 3) == best
+    assert least_max_load(active, holders, 3) == best
 
 
 def test_dealing_of_groups_agrees_with_the_formula():
     holders = [frozenset({0})] * 4 + [frozenset({1, 2})] * 4
-    assert enumerate_busiest(holders, 3, 3) == pytest.approx(busiest((Group(4), Group(4, 2)), 3))
+    assert mean_max_load(holders, 3, 3) == pytest.approx(
+        expected_max_load((ExpertGroup(4), ExpertGroup(4, 2)), 3)
+    )
 
 
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_even_counts_and_windows_hold_every_expert(experts, nodes):
-    counts = even(experts, nodes)
+    counts = even_counts(experts, nodes)
     assert sum(counts) == experts
     assert max(counts) - min(counts) <= 1
     most = -(-experts // nodes)
-    assert all(windows_of(experts, nodes, most))
+    assert all(overlapping_windows(experts, nodes, most))
 
 
-def trace_of(ids: list[list[int]], experts: int) -> Trace:
-    return Trace((0,), experts, np.array([ids], dtype=np.int16), {"expert_bytes": 1})
+def trace_of(ids: list[list[int]], experts: int) -> RoutingTrace:
+    return RoutingTrace((0,), experts, np.array([ids], dtype=np.int16), {"expert_bytes": 1})
 
 
 def test_experts_that_fire_together_are_set_apart():
     # 0 with 1 and 2 with 3, always: neighbours together make one rank run both.
     trace = trace_of([[0, 1], [2, 3]] * 20, 4)
-    assert trace.busiest(contiguous(trace, 2)) == 2
-    owner = separate(trace, 2)
+    assert trace.busiest(contiguous_owners(trace, 2)) == 2
+    owner = separate_coactivated(trace, 2)
     assert trace.busiest(owner) == 1
     assert sorted(np.bincount(owner[0])) == [2, 2]
 
 
 def test_copies_go_where_they_help():
     trace = trace_of([[0, 1], [0, 2], [1, 2]] * 20, 6)
-    owner = contiguous(trace, 2)  # 0, 1, 2 on rank 0
+    owner = contiguous_owners(trace, 2)  # 0, 1, 2 on rank 0
     assert trace.busiest(owner) == 2
-    holders = replicate(trace, owner, 2, extra=2)
+    holders = choose_replicas(trace, owner, 2, extra=2)
     assert trace.busiest_replicated(holders, 2) == 1
     assert sum(len(h) - 1 for h in holders[0]) <= 4
 
@@ -151,13 +159,13 @@ def test_uniform_routing_looks_uniform():
     skew = trace.skew()
     assert skew["entropy"] > 0.999
     assert skew["hottest"] < 1.2
-    assert trace.busiest(contiguous(trace, 2)) == pytest.approx(2.6462, rel=0.02)
+    assert trace.busiest(contiguous_owners(trace, 2)) == pytest.approx(2.6462, rel=0.02)
 
 
 def test_a_trace_is_read_back(tmp_path):
     trace = trace_of([[0, 3], [1, -1]], 4)
     trace.save(tmp_path / "t.npz")
-    again = Trace.load(tmp_path / "t.npz")
+    again = RoutingTrace.load(tmp_path / "t.npz")
     assert np.array_equal(again.ids, trace.ids)
     assert (again.layers, again.experts, again.facts) == (trace.layers, 4, trace.facts)
 
@@ -165,9 +173,9 @@ def test_a_trace_is_read_back(tmp_path):
 def test_what_is_no_trace_is_an_error(tmp_path):
     (tmp_path / "t.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InputError, match="not a trace"):
-        Trace.load(tmp_path / "t.npz")
+        RoutingTrace.load(tmp_path / "t.npz")
     with pytest.raises(InputError, match="expected 2 to 4"):
-        simulate(trace_of([[0, 1]] * 4, 4), nodes=5, copies=0)
+        simulate_placements(trace_of([[0, 1]] * 4, 4), nodes=5, copies=0)
 
 
 @given(st.integers(0, 1000), st.integers(2, 3))
@@ -175,7 +183,7 @@ def test_what_is_no_trace_is_an_error(tmp_path):
 def test_no_swap_is_left_that_sets_more_apart(seed, nodes):
     draw = np.random.default_rng(seed)
     trace = trace_of([list(draw.choice(7, 3, replace=False)) for _ in range(30)], 7)
-    owner, pairs = separate(trace, nodes)[0], trace.together(0)
+    owner, pairs = separate_coactivated(trace, nodes)[0], trace.together(0)
 
     def inside(row):
         return sum(pairs[a, b] for a in range(7) for b in range(a) if row[a] == row[b])

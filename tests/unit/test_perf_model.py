@@ -8,10 +8,18 @@ from hypothesis import strategies as st
 
 from cenacle.errors import InputError, PlanError
 from cenacle.planning import catalog
-from cenacle.planning.perf_model import PAPER, TERMS, Job, Study, exchange, predict, wired_setting
+from cenacle.planning.perf_model import (
+    PAPER_SCHEMES,
+    PHASES,
+    PaperConstants,
+    Workload,
+    all_reduce_s,
+    predict,
+    wired_limit_command,
+)
 
-KNOWN = catalog.load()
-STUDY = Study.of(KNOWN.fits["study"])
+KNOWN = catalog.load_catalog()
+STUDY = PaperConstants.of(KNOWN.fits["study"])
 MODELS = ("dbrx", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-120b", "qwen3.5-397b", "deepseek-v4-pro")
 VARIANTS = (
     ("expert", "whole", "replicated"),
@@ -20,12 +28,12 @@ VARIANTS = (
     ("expert", "sliced", "sharded"),
     ("tensor", "sliced", "sharded"),
     ("pipeline", "whole", "replicated"),
-    *((scheme, "whole", "replicated") for scheme in PAPER),
+    *((scheme, "whole", "replicated") for scheme in PAPER_SCHEMES),
 )
 
 jobs = st.builds(
-    lambda model, quant, context, users: Job(
-        KNOWN.model(model), catalog.quant(quant), context, users, prompt=700
+    lambda model, quant, context, users: Workload(
+        KNOWN.model(model), catalog.parse_quantization(quant), context, users, prompt=700
     ),
     st.sampled_from(MODELS),
     st.sampled_from(["2", "4", "4.5", "8", "16", "mxfp4"]),
@@ -52,7 +60,7 @@ def test_terms_are_positive_and_add_up(job, variant, count):
     p = run(job, variant, count)
     if p is None:
         return
-    assert set(p.terms) == set(TERMS)
+    assert set(p.terms) == set(PHASES)
     assert all(v >= 0 for v in p.terms.values())
     assert 1 / p.tok_per_s == pytest.approx(sum(p.terms.values()))
     assert p.terms[p.binding] == max(p.terms.values())
@@ -126,7 +134,7 @@ def test_slices_read_a_fair_share_and_whole_ones_no_less(job, count):
 def test_units_by_hand():
     """One plain case from the definitions: DBRX in bf16 on one M2 Ultra."""
     machine = KNOWN.machine("m2-ultra-192")
-    job = Job(KNOWN.model("dbrx"), catalog.quant(16), context=1)
+    job = Workload(KNOWN.model("dbrx"), catalog.parse_quantization(16), context=1)
     p = predict(job, "single", (machine,), None, STUDY)
     rate = 800e9 * machine["efficiency"]
     experts = 40 * 4 * 3 * 6144 * 10752 * 2
@@ -139,7 +147,7 @@ def test_units_by_hand():
 
 
 def test_every_slice_of_an_expert_is_begun_and_of_whole_ones_the_busiest_nodes():
-    job = Job(KNOWN.model("dbrx"), catalog.quant(4))
+    job = Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4))
     plain = KNOWN.machine("m3-ultra-512")
     slow = plain.with_fact("expert_us", 10.0, "a test")
     for variant, begun in (
@@ -155,7 +163,7 @@ def test_every_slice_of_an_expert_is_begun_and_of_whole_ones_the_busiest_nodes()
 
 
 def test_a_layer_takes_longer_where_nodes_share_cores():
-    job = Job(KNOWN.model("dbrx"), catalog.quant(4))
+    job = Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4))
     here = KNOWN.machine("m3-ultra-512").with_fact("overhead_us", 300.0, "a test")
     here = here.with_fact("alone_overhead_us", 100.0, "a test")
     for variant, count, each in (
@@ -170,7 +178,7 @@ def test_the_cache_takes_memory_for_every_user():
     machine = KNOWN.machine("m3-ultra-512")
 
     def held(users, context):
-        job = Job(KNOWN.model("dbrx"), catalog.quant(4), context, users)
+        job = Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4), context, users)
         return predict(job, "single", (machine,), None, STUDY).bytes_per_node[0]
 
     each = 40 * 2 * 8 * 128 * 2  # layers, keys and values, heads, head_dim, 16 bits
@@ -182,20 +190,20 @@ def test_exchange_by_hand():
     link = KNOWN.link("10gbe")
     size = 12288
     latency, rate = link["latency_us"] / 1e6, link["gb_s"] * 1e9
-    assert exchange(link, 1, size, STUDY) == 0
-    assert exchange(link, 2, size, STUDY) == pytest.approx(latency + size / rate)
+    assert all_reduce_s(link, 1, size, STUDY) == 0
+    assert all_reduce_s(link, 2, size, STUDY) == pytest.approx(latency + size / rate)
     ring = replace(link, topology="ring")
-    assert exchange(ring, 4, size, STUDY) == pytest.approx(3 * latency + 1.5 * size / rate)
+    assert all_reduce_s(ring, 4, size, STUDY) == pytest.approx(3 * latency + 1.5 * size / rate)
 
 
 def test_the_papers_setting():
     machines = KNOWN.machines_of("2xm2-ultra-192")
     link = KNOWN.link("10gbe-grpc")
-    job = Job(KNOWN.model("dbrx"), catalog.quant(16), context=192)
-    of = {s: predict(job, s, machines, link, STUDY) for s in PAPER}
+    job = Workload(KNOWN.model("dbrx"), catalog.parse_quantization(16), context=192)
+    of = {s: predict(job, s, machines, link, STUDY) for s in PAPER_SCHEMES}
     assert of["P-LR-D"].tok_per_s == pytest.approx(6.1, rel=0.2)
     assert of["P-LR-D"].tok_per_s >= 4 * of["naive"].tok_per_s
-    speeds = [of[s].tok_per_s for s in PAPER]
+    speeds = [of[s].tok_per_s for s in PAPER_SCHEMES]
     assert speeds == sorted(speeds), "each of the paper's steps is an improvement"
     for placement in ("sliced", "replicated"):
         ours = predict(job, "expert", machines, link, STUDY, placement=placement)
@@ -207,7 +215,7 @@ def test_the_papers_setting():
 
 def test_unlike_machines_get_shares_by_bandwidth_within_memory():
     machines = KNOWN.machines_of("1xm3-ultra-256,1xm4-max-64")
-    job = Job(KNOWN.model("qwen3-235b-a22b"), catalog.quant(4))
+    job = Workload(KNOWN.model("qwen3-235b-a22b"), catalog.parse_quantization(4))
     p = predict(job, "expert", machines, KNOWN.link("tb5-rdma"), STUDY, placement="weighted")
     assert p.fits
     assert p.bytes_per_node[1] <= machines[1].usable_bytes
@@ -215,7 +223,7 @@ def test_unlike_machines_get_shares_by_bandwidth_within_memory():
 
 
 def test_recorded_routing_makes_whole_experts_slower_and_slices_not():
-    job = Job(KNOWN.model("dbrx"), catalog.quant(4))
+    job = Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4))
     skewed = replace(job, skew=1.3)
     for placement, slower in (("whole", True), ("sliced", False)):
         a = run(job, ("expert", placement, "replicated"), 2)
@@ -228,7 +236,13 @@ def test_long_contexts_cost_by_their_attention():
 
     def growth(model):
         trunk = [
-            predict(Job(KNOWN.model(model), catalog.quant(4), c), "single", (machine,), None, STUDY)
+            predict(
+                Workload(KNOWN.model(model), catalog.parse_quantization(4), c),
+                "single",
+                (machine,),
+                None,
+                STUDY,
+            )
             for c in (1024, 65536)
         ]
         return trunk[1].terms["trunk"] - trunk[0].terms["trunk"]
@@ -242,14 +256,14 @@ def test_long_contexts_cost_by_their_attention():
 def test_a_mac_is_told_how_to_wire_more():
     machine = KNOWN.machine("m3-ultra-512")
     memory = machine.memory_bytes
-    assert wired_setting(memory, 450e9) == "sudo sysctl iogpu.wired_limit_mb=429154"
-    assert wired_setting(memory, memory * 15 / 16) is not None
-    assert wired_setting(memory, memory * 15 / 16 + 1) is None
-    assert wired_setting(16 * 2**30, 12 * 2**30) is not None
-    assert wired_setting(16 * 2**30, 12 * 2**30 + 1) is None
+    assert wired_limit_command(memory, 450e9) == "sudo sysctl iogpu.wired_limit_mb=429154"
+    assert wired_limit_command(memory, memory * 15 / 16) is not None
+    assert wired_limit_command(memory, memory * 15 / 16 + 1) is None
+    assert wired_limit_command(16 * 2**30, 12 * 2**30) is not None
+    assert wired_limit_command(16 * 2**30, 12 * 2**30 + 1) is None
 
 
 @pytest.mark.parametrize("field", ["context", "users", "prompt"])
 def test_nothing_asked_is_an_error(field):
     with pytest.raises(InputError, match=field):
-        Job(KNOWN.model("dbrx"), catalog.quant(4), **{field: 0})
+        Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4), **{field: 0})

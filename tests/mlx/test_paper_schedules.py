@@ -13,7 +13,7 @@ from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import load_rank_model, read_model_spec
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
-from cenacle.research.paper_schedules import CENTRAL, SCHEDULES, schedule
+from cenacle.research.paper_schedules import CENTRALIZED_SCHEDULES, SCHEDULES, install_schedule
 
 PROMPT = [(37 * i + 11) % 251 for i in range(12)]
 THEN = [17, 200, 3, 90]
@@ -50,8 +50,8 @@ def on_ranks(folder, nodes, name, kernels):
 
     def rank(collective):
         model = load_rank_model(Checkpoint.open(folder), plan, collective.rank, lambda *_: None)
-        layers = schedule(model, spec.family, plan, collective, StepTimer(), kernels, name)
-        if name in CENTRAL and collective.rank:
+        layers = install_schedule(model, spec.family, plan, collective, StepTimer(), kernels, name)
+        if name in CENTRALIZED_SCHEDULES and collective.rank:
             for length in (len(PROMPT), *(1 for _ in THEN)):
                 for layer in layers:
                     layer.serve(1, length, spec.top_k)
@@ -78,7 +78,7 @@ def test_every_schedule_gives_mlx_lms_logits(folders, name, family, nodes, kerne
     error = np.abs(results[0][0] - want).max() / np.abs(want).max()
     assert error <= (5e-4 if family == "quantised" else 1e-4)
     layers = len(results[0][1])
-    per_layer = 2 if name in CENTRAL else 1
+    per_layer = 2 if name in CENTRALIZED_SCHEDULES else 1
     assert [r[2] for r in results] == [per_layer * layers * (1 + len(THEN))] * nodes
 
 

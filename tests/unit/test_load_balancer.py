@@ -13,23 +13,23 @@ from cenacle.core.plan import Plan
 from cenacle.errors import PlanError
 from cenacle.planning.catalog import Fact, Link, Machine
 from cenacle.planning.choose_plan import (
-    CPU_BYTES_S,
-    choose,
+    ASSUMED_CPU_BYTES_S,
+    choose_plan,
     expected_busiest,
     expert_reads,
     measured_s,
     token_s,
 )
 from cenacle.planning.load_balancer import (
-    FEW,
-    deal,
-    deal_experts,
-    deal_tokens,
-    reference,
-    speeds_of,
+    MAX_TOKENS_PER_EXPERT,
+    assign_experts,
+    assign_replicas,
+    assign_tokens,
+    integer_speeds,
+    min_max_load,
 )
-from cenacle.planning.perf_model import Study
-from cenacle.planning.plan_cost import Measured
+from cenacle.planning.perf_model import PaperConstants
+from cenacle.planning.plan_cost import MeasuredMachines
 
 
 @st.composite
@@ -54,46 +54,50 @@ def busiest(weights, dealt, speeds) -> float:
 @given(cases())
 def test_experts_are_dealt_as_well_as_can_be(case):
     counts, holders, speeds = case
-    dealt = deal_experts(counts, holders, speeds)
+    dealt = assign_experts(counts, holders, speeds)
     for count, ranks, rank in zip(counts, holders, dealt, strict=True):
         assert rank in ranks if count else rank == -1
     ones = [min(c, 1) for c in counts]
-    want = reference(ones, holders, speeds) if any(ones) else 0
+    want = min_max_load(ones, holders, speeds) if any(ones) else 0
     assert busiest(ones, dealt, speeds) == pytest.approx(want)
 
 
 @given(cases())
 def test_tokens_are_dealt_to_holders_and_not_badly(case):
     counts, holders, speeds = case
-    dealt = deal_tokens(counts, holders, speeds)
+    dealt = assign_tokens(counts, holders, speeds)
     for count, ranks, rank in zip(counts, holders, dealt, strict=True):
         assert rank in ranks if count else rank == -1
     if any(counts):
-        assert busiest(counts, dealt, speeds) <= 3 * reference(counts, holders, speeds)
+        assert busiest(counts, dealt, speeds) <= 3 * min_max_load(counts, holders, speeds)
 
 
 @pytest.mark.parametrize("speeds", [[1, 1], [3, 1]])
 def test_tokens_on_two_full_replicas(speeds):
     counts, holders = [50, 30, 20, 20, 20, 20], [(0, 1)] * 6
-    dealt = deal(counts, holders, speeds)
-    assert busiest(counts, dealt, speeds) <= 1.15 * reference(counts, holders, speeds)
+    dealt = assign_replicas(counts, holders, speeds)
+    assert busiest(counts, dealt, speeds) <= 1.15 * min_max_load(counts, holders, speeds)
 
 
 def test_few_tokens_balance_experts_and_many_balance_tokens():
     holders = [(0, 1)] * 4
-    few, many = [FEW * 4 - 3, 1, 1, 1], [FEW * 4, 1, 1, 1]
-    assert deal(few, holders, [1, 1]) == deal_experts(few, holders, [1, 1])
-    assert deal(many, holders, [1, 1]) == deal_tokens(many, holders, [1, 1]) == [0, 1, 1, 1]
-    assert sorted(deal(few, holders, [1, 1])) == [0, 0, 1, 1]
+    few, many = [MAX_TOKENS_PER_EXPERT * 4 - 3, 1, 1, 1], [MAX_TOKENS_PER_EXPERT * 4, 1, 1, 1]
+    assert assign_replicas(few, holders, [1, 1]) == assign_experts(few, holders, [1, 1])
+    assert (
+        assign_replicas(many, holders, [1, 1])
+        == assign_tokens(many, holders, [1, 1])
+        == [0, 1, 1, 1]
+    )
+    assert sorted(assign_replicas(few, holders, [1, 1])) == [0, 0, 1, 1]
 
 
 def test_an_expert_without_holders_is_left_out():
-    assert deal([1, 1], [(), (0,)], [1]) == [-1, 0]
+    assert assign_replicas([1, 1], [(), (0,)], [1]) == [-1, 0]
 
 
 def test_speeds():
-    assert speeds_of(3, None) == [1, 1, 1]
-    assert speeds_of(2, (1e-9, 4.0)) == [1, 1000]
+    assert integer_speeds(3, None) == [1, 1, 1]
+    assert integer_speeds(2, (1e-9, 4.0)) == [1, 1000]
 
 
 @pytest.mark.parametrize(("nodes", "paper"), [(3, 2.32), (4, 1.57)])
@@ -106,7 +110,7 @@ def test_better_than_the_papers_layouts(nodes, paper):
     busy = []
     for chosen in combinations(range(16), 4):
         counts = [int(e in chosen) for e in range(16)]
-        busy.append(busiest(counts, deal(counts, holders, [1] * nodes), [1] * nodes))
+        busy.append(busiest(counts, assign_replicas(counts, holders, [1] * nodes), [1] * nodes))
     assert sum(busy) / len(busy) < paper - 0.3
 
 
@@ -166,7 +170,7 @@ def test_modelled_time_is_bytes_and_exchanges():
     spec = model(10**6, (HEAD,))
     plan = Plan.sliced(spec, 2, trunk="sharded")
     bytes_ = 4000 + 10**9 / 2 + 10 * 4 * 10**6 / 2
-    assert token_s(plan, latency_s=0.5) == pytest.approx(bytes_ / CPU_BYTES_S + 11 * 0.5)
+    assert token_s(plan, latency_s=0.5) == pytest.approx(bytes_ / ASSUMED_CPU_BYTES_S + 11 * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,7 @@ def test_modelled_time_is_bytes_and_exchanges():
     ],
 )
 def test_choices(spec, asked, got, said):
-    plan, why = choose(spec, 2, **asked)
+    plan, why = choose_plan(spec, 2, **asked)
     assert f"{plan.placement}/{plan.trunk}" == got
     assert said in why
 
@@ -196,7 +200,7 @@ SHAPE = {
 }  # fmt: skip
 
 
-def machines(*gb_s: float, latency_us: float = 100.0, config: dict = SHAPE) -> Measured:
+def machines(*gb_s: float, latency_us: float = 100.0, config: dict = SHAPE) -> MeasuredMachines:
     """As if they had been measured: reading takes all of the time."""
     numbers = {"memory_gib": 64, "tflops": 1000, "usd": 0, "watts": 0, "efficiency": 1}
     numbers |= {"kv_efficiency": 1, "compute": 1, "attention_compute": 1, "overhead_us": 0}
@@ -206,12 +210,14 @@ def machines(*gb_s: float, latency_us: float = 100.0, config: dict = SHAPE) -> M
         for r in gb_s
     )
     between = {"latency_us": Fact(latency_us, "M", ""), "gb_s": Fact(1, "M", "")}
-    return Measured(config, found, Link("l", "", "mesh", between), Study(0.2, 0, 1, 0), "told")
+    return MeasuredMachines(
+        config, found, Link("l", "", "mesh", between), PaperConstants(0.2, 0, 1, 0), "told"
+    )
 
 
 def test_what_was_measured_goes_before_what_is_assumed():
     spec = model(10**8, (HEAD,))
-    plan, why = choose(spec, 2, measured=machines(50, 50))
+    plan, why = choose_plan(spec, 2, measured=machines(50, 50))
     assert plan.placement == "sliced"
     assert "at 50 GB/s a node and 0.1 ms an exchange, told" in why
     sliced, whole = (
@@ -234,13 +240,13 @@ def test_what_was_measured_goes_before_what_is_assumed():
 
 
 def test_a_shape_that_is_not_understood_is_judged_by_bytes():
-    plan, why = choose(model(10**8), 2, measured=machines(50, 25, config={"model_type": "x"}))
+    plan, why = choose_plan(model(10**8), 2, measured=machines(50, 25, config={"model_type": "x"}))
     assert plan.placement == "sliced"
     assert "50 GB/s a node and 0.1 ms an exchange, told" in why
 
 
 def test_one_node_needs_no_choice():
-    plan, why = choose(model(5), 1)
+    plan, why = choose_plan(model(5), 1)
     assert (plan.placement, plan.trunk, why) == ("whole", "replicated", "")
 
 
@@ -256,4 +262,4 @@ def test_one_node_needs_no_choice():
 )
 def test_choices_that_are_not_possible(asked, message):
     with pytest.raises(PlanError, match=message):
-        choose(model(5), **{"nodes": 2, **asked})
+        choose_plan(model(5), **{"nodes": 2, **asked})

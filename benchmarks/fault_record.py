@@ -1,4 +1,4 @@
-"""What was seen each time that something was made to fail, and its line in a table.
+"""Measurements of an injected fault over all trials, and their line in a table.
 
 Owns: the numbers and their form. `local_faults.py` and `host_faults.py` fill it.
 """
@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-DETECTED_S = 5.0  # in which a failure has to be noticed, and named
+MAX_DETECTION_S = 5.0  # a failure must be noticed, and its node or rank named, within this time
 TIMES = ("detected_s", "recovered_s", "pause_s", "back_s")
 COUNTS = ("answers", "lost", "ended", "other", "left")
 HEADER = f"{'':30}{'detected s':14}{'recovered s':14}{'pause s':14}{'back s':14}" + "".join(
@@ -18,20 +18,20 @@ HEADER = f"{'':30}{'detected s':14}{'recovered s':14}{'pause s':14}{'back s':14}
 
 
 @dataclass
-class Found:
-    """What was seen in all times of a row. Seconds are counted from the fault.
+class FaultRecord:
+    """Measurements of all trials of one fault. Seconds count from the fault.
 
     Args:
         detected_s: until /health was no longer 200.
-        recovered_s: until it was again.
-        pause_s: the longest that each stream was without a token.
+        recovered_s: until /health was 200 again.
+        pause_s: longest time that each stream was without a token.
         back_s: from the end of the fault until all machines took part again.
-        answers: how many were asked for.
-        lost: that ended with an error, or not at all.
-        ended: that were told that the head ends, where nothing else can be promised.
-        other: with another text than undisturbed.
-        left: processes, ports and files that were there afterwards and not before.
-        wrong: promises that were broken, as sentences.
+        answers: number of requests.
+        lost: requests that ended with an error, or not at all.
+        ended: requests that were told that the head ends, which is all that can be promised then.
+        other: requests with another text than without the fault.
+        left: processes, ports and files that the fault left behind.
+        wrong: broken promises, as sentences.
     """
 
     detected_s: list[float] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Found:
 
     @property
     def bad(self) -> bool:
-        """Whether any promise was broken."""
+        """Whether a promise was broken."""
         return bool(self.lost or self.other or self.left or self.wrong)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Found:
         return {**times, **{name: getattr(self, name) for name in (*COUNTS, "wrong")}}
 
     def line(self, name: str) -> str:
-        """A row of the table, and what was wrong below it."""
+        """A row of the table, and below it the broken promises."""
         times = [spread(getattr(self, n)) or ("-", "-") for n in TIMES]
         cells = "".join(f"{a!s:>5} {b!s:>6}  " for a, b in times)
         counts = "".join(f"{getattr(self, n):8}" for n in COUNTS)
@@ -65,5 +65,5 @@ class Found:
 
 
 def spread(values: list[float]) -> list[float] | None:
-    """Median and worst, or nothing."""
+    """Median and worst; None without values."""
     return [round(statistics.median(values), 2), round(max(values), 2)] if values else None

@@ -5,7 +5,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from cenacle.model import architecture, synth
-from cenacle.planning.model_shapes import from_config
+from cenacle.planning.model_shapes import shape_from_config
 
 # Small models whose norms, biases and adapters are a large part: their shapes are not asked for.
 TOLERANCE = 0.01
@@ -26,7 +26,7 @@ def counted(config):
 def test_the_catalogues_shapes(name):
     config = synth.full_config(name)
     total, routed, layers = counted(config)
-    shape = from_config(name, config)
+    shape = shape_from_config(name, config)
     assert list(shape.moe_ids) == layers
     assert shape.routed == routed
     assert shape.total == pytest.approx(total, rel=TOLERANCE)
@@ -40,7 +40,7 @@ def test_every_familys_config_can_be_planned(family):
 
     config = synth.tiny_config(family)
     total, routed, layers = counted(config)
-    shape = count_parameters(from_config(family, config), config)
+    shape = count_parameters(shape_from_config(family, config), config)
     assert list(shape.moe_ids) == layers
     assert shape.total == pytest.approx(total, rel=0.01)
     assert shape.routed == pytest.approx(routed, rel=0.1)  # experts' biases

@@ -5,7 +5,13 @@ import pytest
 from cenacle import PlanError
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
-from cenacle.planning.memory import WORKSPACE_BYTES, Need, cache_bytes, check_available, wired_limit
+from cenacle.planning.memory import (
+    WORKSPACE_BYTES,
+    MemoryEstimate,
+    check_available,
+    kv_cache_bytes,
+    wired_limit,
+)
 
 GIB = 2**30
 
@@ -45,18 +51,21 @@ MACS = {
 @pytest.mark.parametrize("facts", MACS.values(), ids=MACS)
 def test_what_fits_is_wired_and_no_more(facts):
     allowed = facts["max_recommended_working_set_size"]
-    small = Need(0, 20 * GIB, GIB)
+    small = MemoryEstimate(0, 20 * GIB, GIB)
     assert wired_limit(facts, small) == 21 * GIB + WORKSPACE_BYTES
-    exact = Need(0, allowed - WORKSPACE_BYTES - 5, 5)
+    exact = MemoryEstimate(0, allowed - WORKSPACE_BYTES - 5, 5)
     assert wired_limit(facts, exact) == allowed
-    assert wired_limit(facts, Need(0, 10 * GIB, 0, beside=10 * GIB)) == 10 * GIB + WORKSPACE_BYTES
+    assert (
+        wired_limit(facts, MemoryEstimate(0, 10 * GIB, 0, beside=10 * GIB))
+        == 10 * GIB + WORKSPACE_BYTES
+    )
     with pytest.raises(PlanError, match=r"rank 1 needs .* but this machine wires at most"):
-        wired_limit(facts, Need(1, allowed - WORKSPACE_BYTES, 1))
+        wired_limit(facts, MemoryEstimate(1, allowed - WORKSPACE_BYTES, 1))
 
 
 def test_the_setting_that_helps_is_named():
     with pytest.raises(PlanError) as error:
-        wired_limit(MACS["M4 Pro 48 GB"], Need(1, 38 * GIB, GIB))
+        wired_limit(MACS["M4 Pro 48 GB"], MemoryEstimate(1, 38 * GIB, GIB))
     assert str(error.value) == (
         "rank 1 needs 42.1 GB of memory (weights 40.8 GB, cache 1.07 GB, workspace 268.4 MB), but "
         "this machine wires at most 40.2 GB of its 51.5 GB; `sudo sysctl "
@@ -67,18 +76,18 @@ def test_the_setting_that_helps_is_named():
 @pytest.mark.parametrize(("facts", "most"), [("M4 Pro 48 GB", 44), ("M3 Ultra 256 GB", 240)])
 def test_no_setting_takes_the_systems_own_memory(facts, most):
     with pytest.raises(PlanError, match="iogpu"):
-        wired_limit(MACS[facts], Need(0, most * GIB - WORKSPACE_BYTES, 0))
+        wired_limit(MACS[facts], MemoryEstimate(0, most * GIB - WORKSPACE_BYTES, 0))
     with pytest.raises(PlanError, match="use more nodes, other shares or a smaller") as error:
-        wired_limit(MACS[facts], Need(0, most * GIB, 0))
+        wired_limit(MACS[facts], MemoryEstimate(0, most * GIB, 0))
     assert "iogpu" not in str(error.value)
 
 
 def test_cache_is_what_one_request_keeps():
     kept = 12 * 2 * 4 * 128
-    assert cache_bytes(kept, 32768, None, None, 2) == 8192 * kept * 2
-    assert cache_bytes(kept, 2048, None, None, 4) == 2048 * kept * 4
-    assert cache_bytes(kept, None, 100, None, 2) == 100 * kept * 2
-    assert cache_bytes(kept, 32768, None, 4, 2) == 8192 * kept * 4.5 / 8
+    assert kv_cache_bytes(kept, 32768, None, None, 2) == 8192 * kept * 2
+    assert kv_cache_bytes(kept, 2048, None, None, 4) == 2048 * kept * 4
+    assert kv_cache_bytes(kept, None, 100, None, 2) == 100 * kept * 2
+    assert kv_cache_bytes(kept, 32768, None, 4, 2) == 8192 * kept * 4.5 / 8
 
 
 MEMINFO = """MemTotal:       24527012 kB
@@ -89,16 +98,16 @@ Buffers:          290460 kB
 
 
 def test_linux_needs_room_for_all_its_ranks():
-    need = Need(0, 11 * GIB - WORKSPACE_BYTES, 0, beside=11 * GIB)
+    need = MemoryEstimate(0, 11 * GIB - WORKSPACE_BYTES, 0, beside=11 * GIB)
     check_available(MEMINFO, need)
     with pytest.raises(PlanError, match=r"23\.6 GB are available on this machine: end other"):
-        check_available(MEMINFO, Need(0, 11 * GIB, 0, beside=11 * GIB))
+        check_available(MEMINFO, MemoryEstimate(0, 11 * GIB, 0, beside=11 * GIB))
     check_available("no such line: 1 kB", need)
 
 
 def test_ranks_of_one_machine_count_their_neighbours():
     layer = MoELayer(0, experts=4, expert_bytes=100)
     spec = ModelSpec("mixtral", 1, (layer,), 2, 1000, 64, 10, "float32")
-    need = Need.of(Plan.whole(spec, 2, (3, 1)), 1, cache=7)
+    need = MemoryEstimate.of(Plan.whole(spec, 2, (3, 1)), 1, cache=7)
     assert (need.weights, need.own) == (1100, 1107 + WORKSPACE_BYTES)
     assert need.total == 1107 + 1307 + 2 * WORKSPACE_BYTES
