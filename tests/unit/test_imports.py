@@ -15,6 +15,7 @@ ROOT = Path(cenacle.__file__).parent
 # Packages and top-level modules, bottom first. Each imports only itself and what stands before it.
 ORDER = (
     "errors",
+    "message",
     "paths",
     "net",
     "native",
@@ -56,6 +57,7 @@ WITHOUT_MLX = (
     "engine.sampling.grammar",
     "engine.speculative.ngram",
     "errors",
+    "message",
     "model.byte_ranges",
     "net",
     "paths",

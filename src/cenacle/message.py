@@ -1,0 +1,210 @@
+"""Typed messages between processes: frozen dataclasses that travel as JSON objects.
+
+Owns: `Message`, whose subclasses declare fields, and checking received JSON against them.
+Does not know: sockets, or which messages there are.
+Invariant: what `from_json` returns has the declared types and ranges; everything else raises a
+`MessageError` that names the field. `from_json(to_json(m)) == m`.
+Next: `cluster/messages.py` declares those of a cluster.
+
+Field types: bool, int, float, str, None, Any, Literal, unions of these, `tuple[T, ...]`,
+`Mapping[str, T]`, other messages, and `Annotated[T, Range(...)]` for numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, fields
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from .errors import ClusterError
+
+M = TypeVar("M", bound="Message")
+
+
+class MessageError(ClusterError):
+    """A received message is malformed; names the field."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest and largest value of a number."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+
+
+Count = Annotated[int, Range(0)]
+Port = Annotated[int, Range(1, 65535)]
+Seconds = Annotated[float, Range(0)]
+
+
+class Message:
+    """Base of all messages. A subclass is a frozen dataclass:
+
+        @dataclass(frozen=True)
+        class Ports(Message, type="ports"):
+            ports: tuple[Port, ...]
+
+    `type` tells messages of one connection apart; parts of messages have none.
+    """
+
+    type: ClassVar[str] = ""
+
+    def __init_subclass__(cls, type: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.type = type
+
+    def to_json(self) -> dict[str, Any]:
+        """The message as a JSON object."""
+        tag = {"type": self.type} if self.type else {}
+        return tag | {name: _encode(getattr(self, name)) for name in _field_types(type(self))}
+
+    @classmethod
+    def from_json(cls, data: object, path: str = "") -> Self:
+        """The message of a JSON object.
+
+        Args:
+            path: names the message in errors; by default its type.
+
+        Raises:
+            MessageError: a field is missing, unknown, or of the wrong type or range.
+        """
+        name = path or cls.type or cls.__name__
+        if not isinstance(data, Mapping):
+            raise MessageError(f"{name}: expected a JSON object, got {_describe(data)}")
+        types = _field_types(cls)
+        given = {key: value for key, value in data.items() if key != "type" or not cls.type}
+        for key in given:
+            if key not in types:
+                raise MessageError(f"{name}.{key}: unknown field")
+        values = {}
+        for field, annotation in types.items():
+            if field in given:
+                values[field] = _decode(annotation, given[field], f"{name}.{field}")
+            elif not _is_optional(cls, field):
+                raise MessageError(f"{name}.{field}: missing")
+        return cls(**values)
+
+
+def parse(data: object, *kinds: type[M]) -> M:
+    """The message of a JSON object that is one of these kinds, told apart by `type`.
+
+    Raises:
+        MessageError: it is none of them, or malformed.
+    """
+    received = data.get("type") if isinstance(data, Mapping) else data
+    for kind in kinds:
+        if kind.type == received:
+            return kind.from_json(data)
+    expected = ", ".join(kind.type for kind in kinds)
+    raise MessageError(f"type: expected {expected}, got {_describe(received)}")
+
+
+def _field_types(cls: type[Message]) -> dict[str, Any]:
+    if cls not in _FIELD_TYPES:
+        hints = get_type_hints(cls, include_extras=True)
+        _FIELD_TYPES[cls] = {f.name: hints[f.name] for f in _dataclass_fields(cls)}
+    return _FIELD_TYPES[cls]
+
+
+def _is_optional(cls: type[Message], name: str) -> bool:
+    return any(f.name == name and f.default is not MISSING for f in _dataclass_fields(cls))
+
+
+def _dataclass_fields(cls: Any) -> tuple[Field[Any], ...]:
+    return fields(cls)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Message):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(annotation: Any, value: Any, path: str) -> Any:
+    if annotation is Any:
+        return value
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        number = _decode(arguments[0], value, path)
+        for limits in arguments[1:]:
+            if number is not None and not limits.minimum <= number <= limits.maximum:
+                raise MessageError(f"{path}: expected {_describe_range(limits)}, got {number}")
+        return number
+    if origin in (Union, UnionType):
+        return _decode_union(arguments, value, path)
+    if origin is Literal:
+        if value not in arguments:
+            choices = ", ".join(map(str, arguments))
+            raise MessageError(f"{path}: expected {choices}, got {_describe(value)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise MessageError(f"{path}: expected a list, got {_describe(value)}")
+        return tuple(_decode(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise MessageError(f"{path}: expected an object, got {_describe(value)}")
+        return {str(k): _decode(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+    if issubclass(annotation, Message):
+        return annotation.from_json(value, path)
+    return _decode_scalar(annotation, value, path)
+
+
+def _decode_scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is float and type(value) in (int, float):
+        with suppress(OverflowError):  # an integer too large for a float
+            if math.isfinite(value):
+                return float(value)
+    elif type(value) is kind:
+        return value
+    raise MessageError(f"{path}: expected {_NAMES[kind]}, got {_describe(value)}")
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and NoneType in kinds:
+        return None
+    errors = []
+    for kind in kinds:
+        if kind is not NoneType:
+            try:
+                return _decode(kind, value, path)
+            except MessageError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _describe_range(limits: Range) -> str:
+    if limits.maximum == math.inf:
+        return f"at least {limits.minimum:g}"
+    return f"{limits.minimum:g} to {limits.maximum:g}"
+
+
+def _describe(value: object) -> str:
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else f"{value[:40]}...")
+    return "a list" if isinstance(value, list | tuple) else "an object"
+
+
+_FIELD_TYPES: dict[type[Message], dict[str, Any]] = {}  # get_type_hints is slow
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

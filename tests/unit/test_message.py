@@ -1,0 +1,117 @@
+"""A message that was received has the declared types, or its field is named."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cenacle.message import Count, Message, MessageError, Port, Seconds, parse
+
+
+@dataclass(frozen=True)
+class Part(Message):
+    a: int
+    b: str | None = None
+
+
+@dataclass(frozen=True)
+class Whole(Message, type="whole"):
+    ports: tuple[Port, ...]
+    parts: Mapping[str, Part]
+    wait_s: Seconds | None
+    mode: Literal["fast", "slow"] = "fast"
+    rows: tuple[tuple[str | None, ...], ...] = ()
+    value: int | str = 0
+    anything: Any = None
+    flag: bool = False
+
+
+@dataclass(frozen=True)
+class Other(Message, type="other"):
+    type_of: str = ""
+
+
+GOOD = {"type": "whole", "ports": [1, 65535], "parts": {"x": {"a": -3}}, "wait_s": 2}
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+wholes = st.builds(
+    Whole,
+    st.lists(st.integers(1, 65535), max_size=3).map(tuple),
+    st.dictionaries(st.text(max_size=3), st.builds(Part, st.integers(), st.none() | st.text())),
+    st.none() | st.floats(0, 1e9),
+    st.sampled_from(["fast", "slow"]),
+    st.lists(st.lists(st.none() | st.text(), max_size=2).map(tuple), max_size=2).map(tuple),
+    st.integers() | st.text(),
+    st.none() | st.integers(),
+    st.booleans(),
+)
+
+
+@given(wholes)
+def test_a_message_survives_json(message):
+    assert parse(json.loads(json.dumps(message.to_json())), Other, Whole) == message
+
+
+def test_fields_with_a_default_may_be_missing():
+    message = Whole.from_json(GOOD)
+    assert message == Whole((1, 65535), {"x": Part(-3)}, 2.0)
+    assert type(message.wait_s) is float
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"ports": [0]}, r"whole.ports[0]: expected 1 to 65535, got 0"),
+        ({"ports": [1, True]}, "whole.ports[1]: expected an integer, got True"),
+        ({"ports": 3}, "whole.ports: expected a list, got 3"),
+        ({"parts": []}, "whole.parts: expected an object, got a list"),
+        ({"parts": {"x": {}}}, "whole.parts.x.a: missing"),
+        ({"parts": {"x": 3}}, "whole.parts.x: expected a JSON object, got 3"),
+        ({"parts": {"x": {"a": 1.5}}}, "whole.parts.x.a: expected an integer, got 1.5"),
+        ({"wait_s": 10**400}, f"whole.wait_s: expected a number, got {10**400}"),
+        ({"wait_s": -1}, "whole.wait_s: expected at least 0, got -1.0"),
+        ({"wait_s": float("nan")}, "whole.wait_s: expected a number, got nan"),
+        ({"wait_s": "x" * 99}, f"whole.wait_s: expected a number, got '{'x' * 40}...'"),
+        ({"mode": "medium"}, "whole.mode: expected fast, slow, got 'medium'"),
+        ({"mode": []}, "whole.mode: expected fast, slow, got a list"),
+        ({"rows": [[None, 3]]}, "whole.rows[0][1]: expected a string, got 3"),
+        ({"value": {}}, "whole.value: expected an integer, got an object"),
+        ({"flag": 1}, "whole.flag: expected true or false, got 1"),
+        ({"more": 1}, "whole.more: unknown field"),
+    ],
+)
+def test_a_wrong_field_is_named(changes, error):
+    with pytest.raises(MessageError) as caught:
+        parse({**GOOD, **changes}, Whole)
+    assert str(caught.value) == error
+
+
+@pytest.mark.parametrize("data", [None, 3, [], {}, {"type": 3}, {"type": []}, {"type": "nonsense"}])
+def test_a_wrong_type_is_named(data):
+    with pytest.raises(MessageError, match=r"^type: expected whole, other, got "):
+        parse(data, Whole, Other)
+
+
+@given(json_values)
+def test_nothing_else_is_raised(data):
+    for received in (data, {"type": "whole", "ports": data, "parts": data, "wait_s": data}):
+        with suppress(MessageError):
+            assert isinstance(parse(received, Whole), Whole)
+
+
+def test_numbers_have_their_range():
+    @dataclass(frozen=True)
+    class Numbers(Message):
+        count: Count
+
+    with pytest.raises(MessageError, match=r"Numbers\.count: expected at least 0, got -1"):
+        Numbers.from_json({"count": -1})
