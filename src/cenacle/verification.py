@@ -120,7 +120,7 @@ class _Exchanges:
     def measured(self, reports: list[dict[str, Any]]) -> None:
         """See `Terms.add`."""
         if all(r["decoding"] for r in reports):
-            times = zip(*(r["exchanges_s"] for r in reports), strict=True)
+            times = zip(*(r["all_reduces_s"] for r in reports), strict=True)
             self.seconds += [min(of_ranks) for of_ranks in times]
 
 

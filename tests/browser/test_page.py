@@ -418,7 +418,7 @@ def large_cluster(steps):
     layers, experts, nodes, top_k = 60, 256, 8, 8
     counts = [[(layer * expert) % 7 for expert in range(experts)] for layer in range(layers)]
     runs = [[node, experts // nodes] for node in range(nodes)]
-    timings = dict.fromkeys(("trunk", "experts", "exchange", "waiting", "rest"), 4.0)
+    timings = dict.fromkeys(("trunk", "experts", "all_reduce", "waiting", "rest"), 4.0)
     timings["total"] = 20.0
     return {
         "model": "DeepSeek-V3-0324-4bit",

@@ -19,7 +19,7 @@ from cenacle.errors import InputError
 from cenacle.model.synth import synth
 
 VERB = [sys.executable, "-m", "cenacle", "bench"]
-TERMS = ["trunk", "experts", "exchange", "waiting", "rest"]
+TERMS = ["trunk", "experts", "all_reduce", "waiting", "rest"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
             exchanges = 2 * layers + 1
         assert row["exchanges"] == exchanges
         # An exchange is at least its link's latency, on every row.
-        assert row["terms_ms"]["exchange"] >= exchanges * row["latency_ms"]
+        assert row["terms_ms"]["all_reduce"] >= exchanges * row["latency_ms"]
     assert found["logits_differ"] <= 2e-3
     pairs = {(c["latency_ms"], c["row"], c["over"]): c for c in found["compared"]}
     assert pairs[0.3, "naive", "naive"]["token"] == 1

@@ -194,7 +194,7 @@ def test_what_is_counted(safe: Safe) -> None:
     timings = {
         dict(k)["component"]: v for (n, k), v in gained.items() if n == "cenacle_step_seconds_total"
     }
-    assert set(timings) == {"trunk", "experts", "exchange", "waiting", "rest"}
+    assert set(timings) == {"trunk", "experts", "all_reduce", "waiting", "rest"}
     assert timings["experts"] > 0
     steps = gained["cenacle_measured_steps_total", ()]
     nodes = int(dict(next(k for n, k in after if n == "cenacle_info"))["nodes"])

@@ -68,7 +68,14 @@ def test_timings_add_up_and_follow_the_calibration(catalog, plan):
     calibrated(catalog, 10.0)
     slow = predict_speed(plan, CONFIG, "demo")
     assert isinstance(slow, SpeedPrediction), slow
-    assert set(slow.step_timings_ms) == {"trunk", "experts", "exchange", "waiting", "rest", "total"}
+    assert set(slow.step_timings_ms) == {
+        "trunk",
+        "experts",
+        "all_reduce",
+        "waiting",
+        "rest",
+        "total",
+    }
     parts = sum(v for k, v in slow.step_timings_ms.items() if k != "total")
     assert (
         parts
@@ -86,9 +93,9 @@ def test_timings_add_up_and_follow_the_calibration(catalog, plan):
     if plan.nodes > 1:
         calibrated(catalog, 20.0, exchange_us=200.0)
         late = predict_speed(plan, CONFIG, "demo")
-        assert late.step_timings_ms["exchange"] > 1.5 * fast.step_timings_ms["exchange"] > 0
+        assert late.step_timings_ms["all_reduce"] > 1.5 * fast.step_timings_ms["all_reduce"] > 0
     else:
-        assert fast.step_timings_ms["exchange"] == 0
+        assert fast.step_timings_ms["all_reduce"] == 0
 
 
 def test_a_placement_is_chosen_on_the_machine_as_it_was_calibrated(catalog):

@@ -94,14 +94,14 @@ def report(sent_bytes, experts, exchange):
         "sent_bytes": sent_bytes,
         "total_s": 1.0,
         "laps_s": {"trunk": 0.1, "experts": experts},
-        "exchanges_s": [exchange],
+        "all_reduces_s": [exchange],
         "routed": {"0": {"0": 3, "2": 1}},
     }
 
 
 def test_measured_steps(server):
     server.metrics.measured([report(100, 0.2, 0.4), report(100, 0.5, 0.1)])
-    assert server.value("step_seconds_total", component="exchange") == pytest.approx(0.1)
+    assert server.value("step_seconds_total", component="all_reduce") == pytest.approx(0.1)
     assert server.value("step_seconds_total", component="waiting") == pytest.approx(0.15)
     assert server.value("rank_step_seconds_total", rank="0", component="waiting") == pytest.approx(
         0.3

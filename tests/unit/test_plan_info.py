@@ -101,19 +101,19 @@ def ask(client):
 def predicted_all_reduce(client):
     lines = client("GET", "/metrics").text.splitlines()
     value = next(
-        v for v in lines if v.startswith('cenacle_predicted_step_seconds{component="exchange"')
+        v for v in lines if v.startswith('cenacle_predicted_step_seconds{component="all_reduce"')
     )
     return float(value.rpartition(" ")[2])
 
 
 def test_the_cluster_view_follows_the_plan(client, model):
     before = client("GET", "/cluster").json()
-    assert before["prediction"]["step_timings_ms"]["exchange"] == 0
+    assert before["prediction"]["step_timings_ms"]["all_reduce"] == 0
     model.plan = Plan.whole(SPEC, 2)
     after = client("GET", f"/cluster?placement={before['placement']['id']}").json()
     assert after["nodes"] == 2
     assert after["placement"]["id"] != before["placement"]["id"]
-    assert after["prediction"]["step_timings_ms"]["exchange"] > 0
+    assert after["prediction"]["step_timings_ms"]["all_reduce"] > 0
 
 
 def test_the_predicted_metrics_follow_the_plan(client, model):

@@ -9,11 +9,11 @@ from cenacle.ranks.step_timings import StepTimings
 seconds = st.floats(0, 10, allow_subnormal=False)
 
 
-def report(exchanges, trunk=0.0, experts=0.0, total=None, decoding=True, routed=None):
-    laps = {"trunk": trunk, "experts": experts, "exchange": sum(exchanges)}
+def report(all_reduces, trunk=0.0, experts=0.0, total=None, decoding=True, routed=None):
+    laps = {"trunk": trunk, "experts": experts, "all_reduce": sum(all_reduces)}
     total = sum(laps.values()) if total is None else total
     return {
-        **{"laps_s": laps, "exchanges_s": exchanges, "total_s": total},
+        **{"laps_s": laps, "all_reduces_s": all_reduces, "total_s": total},
         **{"decoding": decoding, "routed": routed or {}},
     }
 
@@ -33,7 +33,7 @@ def test_terms_add_up(steps):
     for reports in steps:
         terms.add(reports)
     ms = terms.per_token_ms()
-    assert list(ms) == ["trunk", "experts", "exchange", "waiting", "rest", "total"]
+    assert list(ms) == ["trunk", "experts", "all_reduce", "waiting", "rest", "total"]
     parts = sum(v for k, v in ms.items() if k != "total")
     assert parts == pytest.approx(ms["total"], abs=1e-6)
     assert ms["waiting"] >= -1e-6
@@ -41,14 +41,14 @@ def test_terms_add_up(steps):
     assert ms["total"] == pytest.approx(1000 * sum(means) / len(steps), abs=1e-6)
 
 
-def test_exchange_is_the_shortest_and_the_rest_is_waiting():
+def test_the_all_reduce_is_the_shortest_and_the_rest_is_waiting():
     """Layer 0: rank 1 comes last, rank 0 waits 3 s. Layer 1: rank 0 comes last."""
     terms = StepTimings()
     terms.add(
         [report([4.0, 1.0], trunk=1.0, experts=2.0), report([1.0, 2.0], 3.0, 4.0, total=12.0)]
     )
     assert terms.per_token_ms() == {
-        **{"trunk": 2000.0, "experts": 3000.0, "exchange": 2000.0, "waiting": 2000.0},
+        **{"trunk": 2000.0, "experts": 3000.0, "all_reduce": 2000.0, "waiting": 2000.0},
         **{"rest": 1000.0, "total": 10000.0},
     }
 
@@ -57,7 +57,7 @@ def test_one_rank_waits_for_nobody():
     terms = StepTimings()
     terms.add([report([0.5, 0.25])])
     assert terms.per_token_ms()["waiting"] == 0
-    assert terms.per_token_ms()["exchange"] == 750
+    assert terms.per_token_ms()["all_reduce"] == 750
 
 
 def test_means_are_over_measured_decode_steps():
@@ -66,7 +66,7 @@ def test_means_are_over_measured_decode_steps():
     terms.add([report([3.0]), report([3.0])])
     terms.add([report([9.0]), report([9.0], decoding=False)])
     assert terms.steps == 2
-    assert terms.per_token_ms()["exchange"] == 2000
+    assert terms.per_token_ms()["all_reduce"] == 2000
 
 
 def test_nothing_measured_is_zero():

@@ -322,7 +322,7 @@ class _Bench:
         if alone:
             # What is neither a matrix nor an exchange: on one node all the rest of a token.
             kernels = max(k["linear"] + k["experts"] for k in alone)
-            busy = kernels + self.terms_ms["exchange"] + self.terms_ms["waiting"]
+            busy = kernels + self.terms_ms["all_reduce"] + self.terms_ms["waiting"]
             self.token |= {"kernels_ms": kernels, "outside_percent": 100 - busy * tok_s / 10}
 
     def _ask(self, length: int, tokens: int) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-TERMS = ("trunk", "experts", "exchange", "waiting", "rest", "total")
+TERMS = ("trunk", "experts", "all_reduce", "waiting", "rest", "total")
 
 
 def show_bench(result: dict[str, Any], console: Console) -> None:
@@ -85,7 +85,7 @@ def show_ablation(result: dict[str, Any], console: Console) -> None:
         f"{result['conditions']['nodes']} nodes; milliseconds per token as rank 0 sees them"
     )
     base = {(c["latency_ms"], c["row"], c["over"]): c for c in result["compared"]}
-    columns = ("experts", "exchange", "waiting", "trunk", "rest")
+    columns = ("experts", "all_reduce", "waiting", "trunk", "rest")
     over = ("/ naive", "layers", "/ P-LR-D", "layers")
     table = Table("link", "row", "tok/s", *columns, *over, box=None)
     for row in result["rows"]:

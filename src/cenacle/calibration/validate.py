@@ -433,7 +433,7 @@ def compare_with_paper(catalogue: Catalog) -> list[tuple[str, float, float, str]
     shares = {"2xm2-ultra-192": 0.23, "3xm2-ultra-192": 0.29, "4xm2-ultra-192": 0.33}
     for machines, stated in shares.items():
         terms = rows[machines, "P-LR-D"].predicted.terms
-        share = terms["exchange"] / sum(terms.values())
+        share = terms["all_reduce"] / sum(terms.values())
         out.append((f"communication share on {machines}", stated, share, "per_peer is a prior"))
     recalled = (5.9 / 13198) / (112.5 / 289000)
     out.append(

@@ -22,7 +22,7 @@ from ..ranks.step_timings import StepTimings
 from .tasks import KINDS, Task, held_out, is_correct
 
 DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
-STEP_PHASES = ("trunk", "experts", "exchange", "waiting", "rest")
+STEP_PHASES = ("trunk", "experts", "all_reduce", "waiting", "rest")
 RANK_COLOURS = (
     "cyan",
     "magenta",

@@ -312,7 +312,7 @@ class ExpertParallel(nn.Module):
     def _exchange(self, part: mx.array) -> mx.array:
         self._watch.lap("experts", part)
         whole = self._collective.all_sum(part, self._routing.take())
-        self._watch.lap("exchange", whole)
+        self._watch.lap("all_reduce", whole)
         return whole
 
 

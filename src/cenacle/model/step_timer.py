@@ -58,7 +58,7 @@ class StepTimer:
         """End the step.
 
         Returns:
-            A JSON object: "total_s"; "laps_s", the seconds of each lap name; "exchanges_s", the
+            A JSON object: "total_s"; "laps_s", the seconds of each lap name; "all_reduces_s", the
             seconds of each exchange in order; "routed", layer -> expert -> times chosen.
         """
         self.running = False
@@ -68,6 +68,6 @@ class StepTimer:
         return {
             "total_s": self._clock() - self._began,
             "laps_s": laps,
-            "exchanges_s": [s for name, s in self._laps if name == "exchange"],
+            "all_reduces_s": [s for name, s in self._laps if name == "all_reduce"],
             "routed": self._routed,
         }

@@ -101,7 +101,7 @@ def shard_dense(model: nn.Module, plan: Plan, collective: Collective, watch: Ste
     def exchange(part: mx.array) -> mx.array:
         watch.lap("trunk", part)
         whole = collective.all_sum(part)
-        watch.lap("exchange", whole)
+        watch.lap("all_reduce", whole)
         return whole
 
     for part in plan.spec.dense_modules:

@@ -37,7 +37,7 @@ from .routing_stats import (
     overlapping_windows,
 )
 
-PHASES = ("trunk", "experts", "exchange", "overhead", "head")
+PHASES = ("trunk", "experts", "all_reduce", "overhead", "head")
 PREFILL_CHUNK_SIZE = 512  # prompt tokens per step, `engine.Options.prefill_chunk`
 PAPER_SCHEMES = ("naive", "P-LB", "P-LR", "P-LR-D")
 SCHEMES = ("single", "pipeline", "tensor", "expert", *PAPER_SCHEMES)
@@ -626,7 +626,7 @@ def _step(
     return {
         "trunk": trunk_s,
         "experts": experts_s,
-        "exchange": exchange_s,
+        "all_reduce": exchange_s,
         "overhead": overhead_s,
         "head": head_s,
     }

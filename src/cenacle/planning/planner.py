@@ -284,7 +284,7 @@ def _advice(
             c = cluster.prediction
             text += (
                 f", the best of {cluster.names} {c.tok_per_s:.1f}, of whose token "
-                f"{c.terms['exchange'] / c.seconds:.0%} is exchange"
+                f"{c.terms['all_reduce'] / c.seconds:.0%} is exchange"
             )
             if link is not None:
                 text += f" over {link.name}"
@@ -320,7 +320,7 @@ def _called(option: Option) -> str:
 
 
 def _what_helps(p: Prediction) -> str:
-    if p.binding == "exchange" and p.link is not None:
+    if p.binding == "all_reduce" and p.link is not None:
         each = f"{p.link['latency_us']:.0f} us an exchange over {p.link.name}"
         return f" ({each}: a quicker link helps most)"
     if p.binding == "overhead":

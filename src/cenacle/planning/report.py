@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PHASE_COLOURS = {
     "trunk": "#0072B2",
     "experts": "#E69F00",
-    "exchange": "#D55E00",
+    "all_reduce": "#D55E00",
     "overhead": "#999999",
     "head": "#56B4E9",
 }

@@ -2,7 +2,7 @@
 
 Owns: the arithmetic of `docs/metrics.md`, section "Time of a token".
 Does not know: MLX, sockets, clocks.
-Invariant: trunk + experts + exchange + waiting + rest = total, each a mean over ranks.
+Invariant: trunk + experts + all_reduce + waiting + rest = total, each a mean over ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepTimings:
     tokens: int = 0
     trunk: float = 0.0
     experts: float = 0.0
-    exchange: float = 0.0
+    all_reduce: float = 0.0
     waiting: float = 0.0
     total: float = 0.0
     routed: dict[int, dict[int, int]] = field(default_factory=dict)
@@ -41,17 +41,17 @@ class StepTimings:
         if not all(r["decoding"] for r in reports):
             return
         ranks = len(reports)
-        pure = [min(times) for times in zip(*(r["exchanges_s"] for r in reports), strict=True)]
+        pure = [min(times) for times in zip(*(r["all_reduces_s"] for r in reports), strict=True)]
         self.steps += 1
         self.tokens += reports[0].get("tokens", 1)
-        self.exchange += sum(pure)
+        self.all_reduce += sum(pure)
         if not self.ranks:
             self.ranks = [dict.fromkeys(_RANK_TIMES, 0.0) for _ in reports]
         for report, own in zip(reports, self.ranks, strict=True):
             laps = report["laps_s"]
             own["trunk"] += laps.get("trunk", 0.0)
             own["experts"] += laps.get("experts", 0.0)
-            own["waiting"] += sum(report["exchanges_s"]) - sum(pure)
+            own["waiting"] += sum(report["all_reduces_s"]) - sum(pure)
             own["total"] += report["total_s"]
         for name in _RANK_TIMES:
             setattr(self, name, sum(own[name] for own in self.ranks) / ranks)
@@ -71,7 +71,7 @@ class StepTimings:
     def _ms(self, own: dict[str, float]) -> dict[str, float]:
         n = max(self.tokens, 1)
         named = {k: own[k] for k in ("trunk", "experts")}
-        named |= {"exchange": self.exchange, "waiting": own["waiting"]}
+        named |= {"all_reduce": self.all_reduce, "waiting": own["waiting"]}
         rest = own["total"] - sum(named.values())
         return {k: 1000 * v / n for k, v in {**named, "rest": rest, "total": own["total"]}.items()}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 COLOURS = {
     "experts": "#4477aa",
-    "exchange": "#ee6677",
+    "all_reduce": "#ee6677",
     "waiting": "#ccbb44",
     "trunk": "#228833",
     "rest": "#bbbbbb",

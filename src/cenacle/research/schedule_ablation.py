@@ -41,7 +41,7 @@ LATENCIES_MS = (1.0, 0.3, 0.05, 0.0)
 """The paper's gRPC, TCP over Thunderbolt, RDMA, and this machine's own exchange."""
 
 CONTEXT = 16  # tokens of the prompt
-TERMS = ("experts", "exchange", "waiting", "trunk", "rest")
+TERMS = ("experts", "all_reduce", "waiting", "trunk", "rest")
 AGREE = 2e-3  # relative: rows add in different orders, and kernels round activations to 16 bits
 
 
@@ -259,13 +259,13 @@ def _numbers(rounds: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     terms = dict.fromkeys((*TERMS, "total"), 0.0)
     slowest = 0.0
     for seen in kept:
-        pure = sum(min(times) for times in zip(*(s["exchanges_s"] for s in seen), strict=True))
+        pure = sum(min(times) for times in zip(*(s["all_reduces_s"] for s in seen), strict=True))
         own = seen[0]
         step_terms = {
             "experts": own["laps_s"].get("experts", 0.0),
             "trunk": own["laps_s"].get("trunk", 0.0),
-            "exchange": pure,
-            "waiting": sum(own["exchanges_s"]) - pure,
+            "all_reduce": pure,
+            "waiting": sum(own["all_reduces_s"]) - pure,
         }
         step_terms["rest"] = own["total_s"] - sum(step_terms.values())
         step_terms["total"] = own["total_s"]

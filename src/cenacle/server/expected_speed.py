@@ -64,7 +64,7 @@ def predict_speed(plan: Plan, config: dict[str, Any], name: str) -> SpeedPredict
     timings = {
         "trunk": seconds["trunk"] + seconds["overhead"],
         "experts": seconds["experts"],
-        "exchange": seconds["exchange"],
+        "all_reduce": seconds["all_reduce"],
         "waiting": 0.0,
         "rest": seconds["head"],
     }

@@ -85,7 +85,7 @@ function routingCounts() {
 const COMPONENTS = [
   ["trunk", "Trunk", "attention, router, dense layers"],
   ["experts", "Experts", "the chosen experts"],
-  ["exchange", "All-reduce", "sums over the nodes"],
+  ["all_reduce", "All-reduce", "sums over the nodes"],
   ["waiting", "Waiting", "for the slowest node"],
   ["rest", "Rest", "output head, sampling, overhead"],
 ];
