@@ -503,7 +503,7 @@ class HeadRow:
             found.wrong.append("an answer did not end")
         elif whole:
             pass
-        elif self.by == signal.SIGTERM and "told to end" not in stream.error:
+        elif self.by == signal.SIGTERM and "shutting down" not in stream.error:
             found.lost += 1
             found.wrong.append(f"an answer had no clean end: {stream.error or 'it broke off'}")
         else:

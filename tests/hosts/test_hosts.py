@@ -244,7 +244,7 @@ def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster)
     os.kill(head, signal.SIGTERM)
     for stream in streams:
         assert stream.wait()
-        assert stream.error == "the server was told to end"
+        assert stream.error == "the server is shutting down"
     assert streams[0].last["error"]["type"] == "server_error"
     assert streams[1].last["type"] == "error"
     is_waited_for(cluster)

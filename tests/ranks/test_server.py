@@ -34,8 +34,8 @@ ENDLESS: dict[str, Any] = {"temperature": 0, "logit_bias": {str(END): -100}}
 PROGRAM = """
 import socket, sys
 import cenacle
-from cenacle.server.app import Limits
 from cenacle.server.http_server import bind, serve
+from cenacle.server.limits import Limits
 
 sock = bind(port=0)
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read shows
@@ -43,7 +43,7 @@ how = {"speculative": "always" if "always" in sys.argv else "auto"}
 with cenacle.load(
     sys.argv[2], int(sys.argv[1]), recover="recover" in sys.argv, **how
 ) as model:
-    limits = Limits(body_s=2, head_s=2, write_s=2)
+    limits = Limits(body_timeout_s=2, head_timeout_s=2, write_timeout_s=2)
     serve(model, sock, lambda url: print(url, flush=True), limits)
 print("ended", flush=True)
 """
@@ -499,7 +499,7 @@ def test_a_signal_ends_the_server_and_what_it_is_doing(tmp_path: Path) -> None:
             for _ in range(5):
                 next(stream)
             ending.process.send_signal(signal.SIGTERM)
-            with pytest.raises(openai.APIError, match="told to end"):
+            with pytest.raises(openai.APIError, match="shutting down"):
                 list(stream)
         assert ending.process.wait(10) == 0
         assert ending.process.stdout is not None

@@ -32,7 +32,7 @@ def test_a_secret_finds_its_key_and_nothing_else_does(keys):
         assert keys.find(wrong) is None
     keys.remove("alice")
     assert keys.find(alice) is None
-    assert [k.name for k in keys.all()] == ["bob"]
+    assert [k.name for k in keys.list_keys()] == ["bob"]
 
 
 def test_the_file_is_its_owners_and_holds_no_secret(keys):
@@ -66,24 +66,24 @@ def test_use_is_counted_by_day_over_restarts_and_programs(keys):
     clock = keys._clock
     keys.add("alice", 100)
     keys.charge("alice", 30)
-    assert keys.used("alice") == 30
+    assert keys.used_today("alice") == 30
     keys.save()
     keys.charge("alice", 1)
     other = KeyStore(keys.path, clock)
-    assert other.used("alice") == 30
+    assert other.used_today("alice") == 30
     other.charge("alice", 5)
     other.close()
-    assert keys.used("alice") == 36
+    assert keys.used_today("alice") == 36
     keys.close()
     again = KeyStore(keys.path, clock)
-    assert again.used("alice") == 36
-    assert again.until_tomorrow_s() == DAY_S - 100
+    assert again.used_today("alice") == 36
+    assert again.seconds_until_reset() == DAY_S - 100
     clock.now += DAY_S
-    assert again.used("alice") == 0
+    assert again.used_today("alice") == 0
     clock.now -= DAY_S
     again.remove("alice")
     again.add("alice", 100)
-    assert again.used("alice") == 36  # a new key is no new budget
+    assert again.used_today("alice") == 36  # a new key is no new budget
     again.close()
 
 
@@ -98,7 +98,7 @@ def test_threads_charge_at_once_and_nothing_is_lost(keys):
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert keys.used("alice") == 800
+    assert keys.used_today("alice") == 800
 
 
 def test_wrong_names_and_limits_are_refused(keys):

@@ -36,12 +36,14 @@ def catalog(tmp_path, monkeypatch):
     return folder
 
 
-def calibrated(folder, gb_s, exchange_us=100.0, nodes=2, alone_gb_s=None):
-    exchanges = {1000: (exchange_us, 0.1), 100_000: (2 * exchange_us, 0.1)} if nodes > 1 else {}
+def calibrated(folder, gb_s, all_reduce_us=100.0, nodes=2, alone_gb_s=None):
+    all_reduces = (
+        {1000: (all_reduce_us, 0.1), 100_000: (2 * all_reduce_us, 0.1)} if nodes > 1 else {}
+    )
     measured = Calibration(
         "this", nodes, {512: (gb_s, 0.01)}, {"a": (gb_s, 0.0, 50.0)},
-        {"a": alone_gb_s} if alone_gb_s else None, (0.0, 0.0), (20.0, 0.1), None, exchanges,
-        (exchange_us, 0.1) if nodes > 1 else None, 16.0, FACTS,
+        {"a": alone_gb_s} if alone_gb_s else None, (0.0, 0.0), (20.0, 0.1), None, all_reduces,
+        (all_reduce_us, 0.1) if nodes > 1 else None, 16.0, FACTS,
     )  # fmt: skip
     (folder / "this.toml").write_text(as_toml(measured))
 
@@ -91,7 +93,7 @@ def test_timings_add_up_and_follow_the_calibration(catalog, plan):
     same = slow if plan.nodes > 1 else fast
     assert alone.step_timings_ms == pytest.approx(same.step_timings_ms)
     if plan.nodes > 1:
-        calibrated(catalog, 20.0, exchange_us=200.0)
+        calibrated(catalog, 20.0, all_reduce_us=200.0)
         late = predict_speed(plan, CONFIG, "demo")
         assert late.step_timings_ms["all_reduce"] > 1.5 * fast.step_timings_ms["all_reduce"] > 0
     else:
@@ -99,7 +101,7 @@ def test_timings_add_up_and_follow_the_calibration(catalog, plan):
 
 
 def test_a_placement_is_chosen_on_the_machine_as_it_was_calibrated(catalog):
-    """Not by assumed numbers: a slow exchange makes cutting the trunk as well not worth it."""
+    """Not by assumed numbers: with a slow all-reduce, sharding the trunk does not pay."""
     assert "never calibrated" in local_measurements(CONFIG, 2)
     calibrated(catalog, 10.0)
     measured = local_measurements(CONFIG, 2, latency_s=0.001)

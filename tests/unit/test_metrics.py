@@ -8,7 +8,7 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, TokenEvent
 from cenacle.core.step import Step
-from cenacle.engine.speculative.ngram import DraftStats
+from cenacle.engine.speculative.ngram import Drafts
 from cenacle.errors import ClusterError, InputError
 from cenacle.server.auth import KeyStore
 from cenacle.server.metrics import InstrumentedGroup, Metrics, rank_activations
@@ -21,7 +21,7 @@ class FakeGroup:
     """Keeps the sinks; error requests with the error that the test sets."""
 
     state = SimpleNamespace(phase="ok", recoveries=0)
-    draft_stats = DraftStats(12, 9, 8, 7)
+    draft_stats = Drafts(12, 9, 8, 7)
 
     def __init__(self) -> None:
         self.load = {"running": 0, "waiting": 0}
@@ -55,17 +55,17 @@ def server(tmp_path):
 def test_a_request_has_one_outcome_and_is_charged_once(server):
     events = []
     server.instrumented.submit(request := Request("a", (1, 2, 3), 9, key="alice"), events.append)
-    assert server.keys.used("alice") == 0
+    assert server.keys.used_today("alice") == 0
     server.metrics.sent(Step(0, (request,)))
-    assert server.keys.used("alice") == 3
+    assert server.keys.used_today("alice") == 3
     sink = server.group.sinks["a"]
-    sink(TokenEvent("a", 5, cached_tokens=2, disk_tokens=1))
+    sink(TokenEvent("a", 5, cached=2, read=1))
     server.metrics.sent(Step(0, (request,)))  # again, after ranks were lost
     sink(TokenEvent("a", 6, "stop"))
     server.instrumented.cancel("a")
     sink(TokenEvent("a", 7))
     assert len(events) == 3
-    assert server.keys.used("alice") == 5
+    assert server.keys.used_today("alice") == 5
     assert server.value("request_outcome_total", finished_reason="stop") == 1
     assert server.value("request_outcome_total", finished_reason="abort") is None
     assert server.value("generation_tokens_total", key="alice") == 2
@@ -88,13 +88,13 @@ def test_errors_stops_and_refusals_are_outcomes(server):
     assert server.metrics._timers == {}
 
 
-def report(sent_bytes, experts, exchange):
+def report(sent_bytes, experts, all_reduce):
     return {
         "decoding": True,
         "sent_bytes": sent_bytes,
         "total_s": 1.0,
         "laps_s": {"trunk": 0.1, "experts": experts},
-        "all_reduces_s": [exchange],
+        "all_reduces_s": [all_reduce],
         "routed": {"0": {"0": 3, "2": 1}},
     }
 

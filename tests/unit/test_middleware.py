@@ -176,7 +176,7 @@ def test_a_budget_that_is_used_up(keys):
     assert 0 < int(answer.headers["retry-after"]) <= 86400
     assert ask(keys, AccessPolicy(), ("GET", "/v1/models", bearer(secret)))[0].status_code == 200
     other = KeyStore(keys.path)
-    assert other.used("alice") == 100  # written when a request ends
+    assert other.used_today("alice") == 100  # written when a request ends
     other.close()
 
 
@@ -190,12 +190,12 @@ def test_a_file_of_keys_that_became_unusable_lets_nobody_in(keys, caplog):
 
 
 def test_requests_at_once(keys):
-    alice, bob = keys.add("alice", streams=2), keys.add("bob")
+    alice, bob = keys.add("alice", max_concurrent=2), keys.add("bob")
 
     async def run():
         inside = Inside()
         app = AccessMiddleware(
-            inside.app(), AccessPolicy(streams=4, streams_per_key=3), keys
+            inside.app(), AccessPolicy(max_concurrent=4, max_concurrent_per_key=3), keys
         ).with_cors()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:

@@ -9,15 +9,16 @@ import httpx
 import pytest
 from test_expected_speed import CONFIG, SPEC, calibrated
 
-from cenacle.core.chat import OutputPart
+from cenacle.core.chat import Part
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, TokenEvent
-from cenacle.engine.speculative.ngram import DraftStats
+from cenacle.engine.speculative.ngram import Drafts
 from cenacle.ranks.step_timings import StepTimings
 from cenacle.scheduler.recovery import RecoveryState
-from cenacle.server.app import Application, Limits
+from cenacle.server.app import Application
 from cenacle.server.auth import KeyStore
+from cenacle.server.limits import Limits
 from cenacle.server.metrics import Metrics
 from cenacle.server.middleware import AccessMiddleware, AccessPolicy
 from cenacle.server.plan_info import PlanTracker, placement_map
@@ -32,7 +33,7 @@ class FakeGroup:
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.step_timings, self.draft_stats, self.observers, self.last_message_s = (
             StepTimings(),
-            DraftStats(),
+            Drafts(),
             [],
             [],
         )
@@ -48,7 +49,7 @@ class OneWord:
     thinking, stopped, ended = False, None, False
 
     def add(self, token):
-        return [OutputPart("text", "word")]
+        return [Part("text", "word")]
 
     def end(self):
         return []

@@ -182,8 +182,8 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
             require_key=arguments.require_key,
             hosts=arguments.allowed_host,
             cors_origins=arguments.cors_origin,
-            streams=arguments.max_concurrent,
-            streams_per_key=arguments.max_concurrent_per_key,
+            max_concurrent=arguments.max_concurrent,
+            max_concurrent_per_key=arguments.max_concurrent_per_key,
             access_log=arguments.access_log,
             log_text=arguments.log_text,
         )

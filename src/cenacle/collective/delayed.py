@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .base import Collective, RoutingDecision
+from .base import Chosen, Collective
 
 
-class RecordingCollective(Collective):
+class Recorded(Collective):
     """Remembers the shape and dtype of every exchange, in order, in `calls`."""
 
     def __init__(self, inner: Collective) -> None:
@@ -21,7 +21,7 @@ class RecordingCollective(Collective):
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
         self.calls: list[tuple[tuple[int, ...], mx.Dtype]] = []
 
-    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
         self.calls.append((tuple(x.shape), x.dtype))
         return self._inner.all_sum(x, chosen)
 
@@ -30,7 +30,7 @@ class RecordingCollective(Collective):
         self._inner.check()
 
 
-class DelayedCollective(Collective):
+class Delayed(Collective):
     """Adds `latency_s` to every exchange.
 
     A lazy graph has no place for a sleep, so each exchange is evaluated first: the delay is that
@@ -49,7 +49,7 @@ class DelayedCollective(Collective):
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
         self.latency_s, self._sleep = latency_s, sleep
 
-    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
         y = self._inner.all_sum(x, chosen)
         if not self.latency_s:
             return y

@@ -107,15 +107,15 @@ def count_parameters(
     )
 
 
-def estimate_spec(workload: Workload) -> ModelSpec:
+def estimate_spec(job: Workload) -> ModelSpec:
     """The spec of a model of which no checkpoint was read.
 
     Raises:
         PlanError: the shape does not say which layers have experts.
     """
-    family = workload.shape.family
+    family = job.shape.family
     return planner.spec_from_workload(
-        workload, architecture.resolve_family({"model_type": family}) if family else ""
+        job, architecture.resolve_family({"model_type": family}) if family else ""
     )
 
 

@@ -1,6 +1,6 @@
 """Where the time of a token goes: from the ranks' clocks to terms that add up.
 
-Owns: the arithmetic of `docs/metrics.md`, section "Time of a token".
+Owns: the arithmetic of `docs/metrics.md`, section "Time per token".
 Does not know: MLX, sockets, clocks.
 Invariant: trunk + experts + all_reduce + waiting + rest = total, each a mean over ranks.
 """

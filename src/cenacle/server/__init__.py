@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API over a loaded model."""
+"""The HTTP server: OpenAI's and Anthropic's APIs and a web page over a loaded model."""

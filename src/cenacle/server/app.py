@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
@@ -31,7 +31,7 @@ from .. import __version__
 from ..core.chat import Message
 from ..core.request import Request
 from ..errors import ClusterError, InputError
-from ..text.output_parser import OutputParser
+from ..text.output_parser import AnswerStream
 from . import static
 from .api import anthropic, openai, openai_responses, openapi, protocol, structured_output
 from .api.protocol import (
@@ -45,6 +45,7 @@ from .api.protocol import (
 from .api.validation import RequestError, not_supported
 from .cluster_view import ClusterView, group_state
 from .generation import GenerationRun, InFlightChoice, error_response, json_response
+from .limits import Limits
 from .metrics import InstrumentedGroup, Metrics
 from .plan_info import PlanTracker
 
@@ -52,39 +53,6 @@ if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` is to answer at once
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a client may cost.
-
-    Args:
-        body_bytes: largest body.
-        messages: most messages of a chat: a template takes its time for each, and others wait.
-        body_s: seconds in which a body must have come.
-        head_s: seconds in which a request's head must have come.
-        write_s: seconds for which a client may leave a full send buffer unread.
-        handshake_s: seconds in which a connection's TLS must be agreed on.
-        idle_s: seconds that a connection is kept between requests.
-        quiet_s: seconds after which a stream without a token gives a sign of life.
-        answer_s: seconds without a token after which an answer is given up; the group has a
-            shorter deadline of its own.
-        close_s: seconds that running requests get to end when the server is told to.
-        drained_bytes: how much of a body that is too large is read and thrown away, so that a
-            client which sends before it listens gets to see the refusal.
-    """
-
-    body_bytes: int = 10_000_000
-    messages: int = 10_000
-    body_s: float = 30.0
-    head_s: float = 30.0
-    write_s: float = 60.0
-    handshake_s: float = 10.0
-    idle_s: int = 75
-    quiet_s: float = 3.0
-    answer_s: float = 900.0
-    close_s: int = 5
-    drained_bytes: int = 100_000_000
 
 
 class Application:
@@ -135,7 +103,7 @@ class Application:
         )
         self.app.router.redirect_slashes = False
 
-    def end(self, error: ClusterError) -> None:
+    def stop(self, error: ClusterError) -> None:
         """Tell all who are being answered, and who ask from now on, that the server ends."""
         self._ending = error
         for generation in self._answering:
@@ -228,33 +196,33 @@ class Application:
             self._served.model,
             self._plan_tracker.current.fingerprint,
         )
-        group, waits = self._group, (self._limits.answer_s, self._limits.quiet_s)
+        group, waits = self._group, (self._limits.token_timeout_s, self._limits.stream_keep_alive_s)
         return GenerationRun(front, asked, head, drafts, group, self._answering, *waits)
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *given)
 
     async def _body(self, http: HttpRequest) -> bytes:
-        limit, declared = self._limits.body_bytes, http.headers.get("content-length", "0")
+        limit, declared = self._limits.max_body_bytes, http.headers.get("content-length", "0")
         too_large = int(declared) > limit if declared.isdigit() else False
         if too_large and "expect" in http.headers:
             raise _BodyTooLarge(limit)  # the client has not begun to send
         body, thrown_away = bytearray(), 0
         try:
-            async with asyncio.timeout(self._limits.body_s):
+            async with asyncio.timeout(self._limits.body_timeout_s):
                 async for piece in http.stream():
                     if too_large or len(body) + len(piece) > limit:
                         too_large = True
                         thrown_away += len(body) + len(piece)
                         body.clear()
-                        if thrown_away > self._limits.drained_bytes:
+                        if thrown_away > self._limits.max_drained_bytes:
                             break
                     else:
                         body += piece
         except TimeoutError:
             if too_large:
                 raise _BodyTooLarge(limit) from None
-            raise _BodyTooSlow(self._limits.body_s) from None
+            raise _BodyTooSlow(self._limits.body_timeout_s) from None
         if too_large:
             raise _BodyTooLarge(limit)
         return bytes(body)
@@ -305,7 +273,7 @@ class Application:
             return self._text.encode(prompt)
         if not asked.chat:
             return self._model.tokens_of(prompt)
-        if len(prompt) > (most := self._limits.messages):
+        if len(prompt) > (most := self._limits.max_messages):
             field = asked.prompt_field
             raise RequestError(
                 f"{field}: expected at most {most} messages, got {len(prompt)}", field
@@ -327,7 +295,7 @@ class Application:
         ids = text.render(messages, tools, asked.template, think=think, continued=asked.continued)
         return ids if asked.grammar is None else text.thought(ids, think)
 
-    def _stream(self, asked: GenerationRequest, prompt: tuple[int, ...]) -> OutputParser:
+    def _stream(self, asked: GenerationRequest, prompt: tuple[int, ...]) -> AnswerStream:
         if asked.calls is not None:
             return self._text.called(structured_output.parse_tool_calls)
         if asked.chat and asked.grammar is None:

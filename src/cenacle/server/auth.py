@@ -1,10 +1,10 @@
-"""API keys and what each has used today: one SQLite file in the user's configuration folder.
+"""API keys, and the tokens that each has used today: one SQLite file in the configuration folder.
 
-Owns: the file, making and finding keys, counting tokens per key and day.
-Does not know: HTTP, models, what a request is.
-Invariant: the file is readable by its owner only and never holds a key, only its SHA-256; several
-programs (servers, `cenacle keys`) may use it at once, and each sees the others' changes at once.
-Next: `guard.py` asks for a key at the door; `metrics.py` charges tokens to it.
+Owns: the file, creating and finding keys, counting tokens per key and day.
+Does not know: HTTP, models, requests.
+Invariant: only the owner can read the file, and it holds a key's SHA-256, never the key. Several
+programs (servers, `cenacle keys`) can use it at once; each sees the others' changes immediately.
+Next: `middleware.py` looks keys up, `metrics.py` charges tokens to them.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ from ..paths import make_config_dir
 
 KEY_PREFIX = "cen-"
 DAY_S = 86400
-LOCK_TIMEOUT_S = 5.0  # longest wait for another program that is writing
+LOCK_TIMEOUT_S = 5.0  # longest wait for another program's write
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     name TEXT PRIMARY KEY, digest BLOB NOT NULL, created REAL NOT NULL,
-    tokens_per_day INTEGER, streams INTEGER
+    tokens_per_day INTEGER, max_concurrent INTEGER
 );
 CREATE TABLE IF NOT EXISTS used (
     day INTEGER NOT NULL, name TEXT NOT NULL, tokens INTEGER NOT NULL, PRIMARY KEY (day, name)
 );
 """
-_COLUMNS = {"keys": "digest, name, created, tokens_per_day, streams", "used": "day, name, tokens"}
+_COLUMNS = {
+    "keys": "digest, name, created, tokens_per_day, max_concurrent",
+    "used": "day, name, tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ class ApiKey:
         name: unique; also the label of its metrics.
         created: seconds since 1970.
         tokens_per_day: prompt and generated tokens per UTC day; None: no limit.
-        streams: requests at once; None: the server's own limit.
+        max_concurrent: requests at once; None: the server's default.
     """
 
     name: str
     created: float
     tokens_per_day: int | None = None
-    streams: int | None = None
+    max_concurrent: int | None = None
 
 
 class KeyStore:
@@ -65,7 +68,7 @@ class KeyStore:
     file has become unusable.
 
     Args:
-        path: of the file, made if it is not there; None: "keys.db" in `paths.config_dir`.
+        path: of the file, created if missing; None: "keys.db" in `paths.config_dir`.
         clock: seconds since 1970, replaced in tests.
 
     Raises:
@@ -78,92 +81,95 @@ class KeyStore:
         self._lock = threading.Lock()
         self._pending: Counter[tuple[int, str]] = Counter()
         try:
-            # Before SQLite makes it with everybody's right to read; its journals inherit the mode.
+            # SQLite would create it readable by everybody; its journals inherit the mode.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             self.path.chmod(0o600)
             self._db = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")  # a commit then costs no wait for the disk
+            self._db.execute("PRAGMA journal_mode=WAL")  # commits do not wait for the disk
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
             for table in _COLUMNS.items():
                 self._db.execute("SELECT {1} FROM {0} LIMIT 0".format(*table))
         except (OSError, sqlite3.Error) as error:
             raise InputError(
-                f"cannot use {self.path} for API keys: {error}; move it away and add keys again "
-                f"with `cenacle keys add NAME`",
+                f"{self.path}: cannot be used for API keys ({error}); move it away and "
+                f"create the keys again with `cenacle keys add NAME`",
                 "keys",
             ) from error
 
     def close(self) -> None:
-        """Write what has been used, and close the file."""
+        """Save the counts and close the file."""
         self.save()
         self._db.close()
 
-    def add(self, name: str, tokens_per_day: int | None = None, streams: int | None = None) -> str:
-        """Make a key.
+    def add(
+        self, name: str, tokens_per_day: int | None = None, max_concurrent: int | None = None
+    ) -> str:
+        """Create a key.
 
         Returns:
-            The secret. It is nowhere else: only its SHA-256 is kept. A slow hash with salt protects
-            secrets that can be guessed; 256 random bits cannot.
+            The secret. Only its SHA-256 is stored. A slow, salted hash protects secrets that can be
+            guessed; 256 random bits cannot.
 
         Raises:
-            InputError: the name is taken or not a name, or a limit is not positive.
+            InputError: the name is taken or malformed, or a limit is not positive.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}", name):
             raise InputError(
                 f"name: expected up to 64 letters, digits and _ . @ -, got {name!r}", "name"
             )
-        for what, limit in (("tokens-per-day", tokens_per_day), ("streams", streams)):
+        limits = {"tokens-per-day": tokens_per_day, "max-concurrent": max_concurrent}
+        for option, limit in limits.items():
             if limit is not None and not 1 <= limit < 2**63:
-                raise InputError(f"{what}: expected at least 1, got {limit}", what)
+                raise InputError(f"{option}: expected at least 1, got {limit}", option)
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
-        row = (name, _digest(secret), self._clock(), tokens_per_day, streams)
+        row = (name, _digest(secret), self._clock(), tokens_per_day, max_concurrent)
         try:
-            with self._using(), self._db:
+            with self._locked(), self._db:
                 self._db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?)", row)
         except sqlite3.IntegrityError as error:
             raise InputError(
-                f"name: there is a key {name} already; remove it first, or take another name",
+                f"name: a key named {name} exists already; remove it or choose another name",
                 "name",
             ) from error
         return secret
 
     def remove(self, name: str) -> None:
-        """Make a key worthless from the next request on; what it has used today stays counted.
+        """Delete a key; it is refused from the next request on. Its tokens of today stay counted.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no key of this name.
         """
-        with self._using(), self._db:
+        with self._locked(), self._db:
             if not self._db.execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
-                raise InputError(f"name: there is no key {name!r}; see `cenacle keys list`", "name")
+                raise InputError(f"name: no key is named {name!r}; see `cenacle keys list`", "name")
 
-    def all(self) -> list[ApiKey]:
+    def list_keys(self) -> list[ApiKey]:
         """All keys, by name."""
-        with self._using():
+        with self._locked():
             rows = self._db.execute(
-                "SELECT name, created, tokens_per_day, streams FROM keys ORDER BY name"
+                "SELECT name, created, tokens_per_day, max_concurrent FROM keys ORDER BY name"
             ).fetchall()
         return [ApiKey(*row) for row in rows]
 
     def find(self, secret: str) -> ApiKey | None:
-        """The key of a secret, or None. Every key is compared, each in constant time."""
-        digest, found = _digest(secret), None
-        with self._using():
+        """The key of a secret, or None. Compares with every key, each in constant time."""
+        digest, match = _digest(secret), None
+        with self._locked():
             rows = self._db.execute(f"SELECT {_COLUMNS['keys']} FROM keys").fetchall()
-        for theirs, *rest in rows:
-            if hmac.compare_digest(theirs, digest):
-                found = ApiKey(*rest)
-        return found
+        for stored, *columns in rows:
+            if hmac.compare_digest(stored, digest):
+                match = ApiKey(*columns)
+        return match
 
     def charge(self, name: str, tokens: int) -> None:
-        """Count tokens for a key, from now on in `used`; on disk with the next `save`."""
+        """Count tokens for a key: at once in `used_today`, on disk with the next `save`."""
         with self._lock:
             self._pending[self._day(), name] += tokens
 
     def save(self) -> None:
-        """Write what has been charged since the last time; what cannot be written is kept."""
-        with self._using():
+        """Write what was charged since the last call; a failed write is retried by the next."""
+        with self._locked():
             if not self._pending:
                 return
             rows = [(day, name, tokens) for (day, name), tokens in self._pending.items()]
@@ -175,28 +181,28 @@ class KeyStore:
                 )
             self._pending.clear()
 
-    def used(self, name: str) -> int:
-        """Tokens of a key in the present UTC day."""
+    def used_today(self, name: str) -> int:
+        """Tokens that a key has used on this UTC day."""
         day = self._day()
-        with self._using():
+        with self._locked():
             row = self._db.execute(
                 "SELECT tokens FROM used WHERE day = ? AND name = ?", (day, name)
             ).fetchone()
             return (row[0] if row else 0) + self._pending[day, name]
 
-    def until_tomorrow_s(self) -> int:
-        """Seconds until budgets begin again, at least 1."""
+    def seconds_until_reset(self) -> int:
+        """Seconds until the next UTC day, at least 1."""
         return int(DAY_S - self._clock() % DAY_S) or 1
 
     @contextmanager
-    def _using(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         with self._lock:
             try:
                 yield
             except sqlite3.IntegrityError:
                 raise
             except sqlite3.Error as error:
-                raise CenacleError(f"cannot use {self.path}: {error}") from error
+                raise CenacleError(f"{self.path}: cannot be used ({error})") from error
 
     def _day(self) -> int:
         return int(self._clock() // DAY_S)
@@ -207,5 +213,5 @@ def _digest(secret: str) -> bytes:
 
 
 def format_date(seconds: float) -> str:
-    """A day for people, in UTC."""
+    """The UTC date, as in 2026-11-26."""
     return datetime.fromtimestamp(seconds, UTC).date().isoformat()

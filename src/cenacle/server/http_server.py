@@ -1,4 +1,11 @@
-"""."""
+"""The listening socket and the process of the HTTP server: uvicorn with deadlines.
+
+Owns: binding the socket, running the application on it until a signal, deadlines of connections.
+Does not know: endpoints, APIs, the model.
+Invariant: every wait for a client has a deadline. On SIGTERM or SIGINT running requests get an
+error, and `serve` returns.
+Next: `app.py` is the application, `middleware.py` what surrounds it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +24,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ClusterError, InputError
-from .app import Application, Limits
+from ..net import format_address
+from .app import Application
 from .auth import KeyStore
+from .limits import Limits
 from .metrics import Metrics
 from .middleware import AccessMiddleware, AccessPolicy
 from .plan_info import PlanTracker
@@ -28,40 +37,35 @@ if TYPE_CHECKING:
 
 
 def bind(host: str = "127.0.0.1", port: int = 8080) -> socket.socket:
-    """A listening socket, taken before anything expensive is begun; port 0: any that is free.
+    """A listening socket, to be taken before anything expensive starts; port 0: any free port.
 
     Clients that connect before `serve` runs wait.
 
     Raises:
-        InputError: the port is in use or not allowed, or the host is not this machine's.
+        InputError: the port is in use or not allowed, or the host is not an address of this
+            machine.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"port: expected 0 to 65535, got {port}", "port")
-    sock: socket.socket | None = None
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(1024)  # without it another process could still take the port
-    except (OSError, UnicodeError) as error:
-        if sock is not None:
-            sock.close()
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = info[0]
+        # It listens at once: otherwise another process could still take the port.
+        return socket.create_server(
+            address, family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
+        )
+    except (OSError, ValueError) as error:
         raise _bind_error(host, port, error) from error
-    return sock
 
 
 def _bind_error(host: str, port: int, error: Exception) -> InputError:
     match error:
         case OSError(errno=errno.EADDRINUSE):
-            return InputError(
-                f"port {port} of {host} is in use; choose another with --port", "port"
-            )
+            message = f"port {port} of {host} is in use; choose another with --port"
+            return InputError(message, "port")
         case PermissionError():
-            return InputError(
-                f"port {port} of {host} needs privileges; choose one from 1024 with --port", "port"
-            )
+            message = f"port {port} of {host} needs privileges; choose one from 1024 with --port"
+            return InputError(message, "port")
     return InputError(f"{host} is not an address of this machine ({error}); see --host", "host")
 
 
@@ -73,18 +77,18 @@ def serve(
     policy: AccessPolicy | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> None:
-    """Answer requests until SIGTERM or SIGINT; the socket is closed then, the model is not.
+    """Answer requests until SIGTERM or SIGINT. Closes the socket, not the model.
 
-    While the group is being formed again requests wait; when it has failed for good the server
-    stays, and says so to everyone who asks.
+    Requests wait while the ranks are restarted. After a final failure the server keeps running and
+    answers every request with the reason.
 
     Args:
         model: loaded, with a tokenizer.
         sock: see `bind`.
-        on_started: called with the server's address once requests are answered.
-        limits: what a client may cost.
-        policy: who may ask; None: with keys only, unless the socket is on loopback.
-        tls: see `tls.context`; None: plain HTTP.
+        on_started: called with the server's URL once it answers requests.
+        limits: what a client may use.
+        policy: who may use the server; None: with keys only, unless the socket is on loopback.
+        tls: see `tls.server_context`; None: plain HTTP.
 
     Raises:
         CheckpointError: the model has no tokenizer.
@@ -94,70 +98,69 @@ def serve(
     with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
         metrics = Metrics(model, keys, plan_tracker)
         with contextlib.closing(Application(model, limits, metrics, plan_tracker)) as application:
-            policy = policy or AccessPolicy.for_socket(sock, keys)
-            middleware = AccessMiddleware(application.app, policy, keys)
-            server = _UvicornServer(
-                application, middleware, on_started or (lambda _: None), limits, tls
+            middleware = AccessMiddleware(
+                application.app, policy or AccessPolicy.for_socket(sock, keys), keys
             )
+            server = _UvicornServer(application, middleware.with_cors(), on_started, limits, tls)
             asyncio.run(server.serve(sockets=[sock]))
 
 
 class _TimedConnection(H11Protocol):
-    """uvicorn's connection, with deadlines where it has none: for a request's head, and for a
-    client that does not read what it asked for."""
+    """uvicorn's connection with two deadlines that it lacks: for a request's head, and for a client
+    that does not read its response."""
 
-    def __init__(self, limits: Limits, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, limits: Limits, **options: Any) -> None:
+        super().__init__(**options)
         self._limits = limits
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait_for("head", self._limits.head_s)
+        self._start_timer("head", self._limits.head_timeout_s)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._came("head")
+            self._stop_timer("head")
         else:
-            self._wait_for("head", self._limits.head_s)
+            self._start_timer("head", self._limits.head_timeout_s)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._wait_for("reading", self._limits.write_s)
+        self._start_timer("write", self._limits.write_timeout_s)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._came("reading")
+        self._stop_timer("write")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for what in list(self._timers):
-            self._came(what)
+        for name in list(self._timers):
+            self._stop_timer(name)
 
-    def _wait_for(self, what: str, seconds: float) -> None:
-        if what not in self._timers:
-            self._timers[what] = self.loop.call_later(seconds, self.transport.abort)
+    def _start_timer(self, name: str, seconds: float) -> None:
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
 
-    def _came(self, what: str) -> None:
-        if (timer := self._timers.pop(what, None)) is not None:
+    def _stop_timer(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
             timer.cancel()
 
 
 class _UvicornServer(uvicorn.Server):
-    """uvicorn, which ends what it is doing when it is told to end, and returns."""
+    """uvicorn that aborts running requests when it is told to stop, and returns."""
 
     def __init__(
         self,
-        api: Application,
-        guard: AccessMiddleware,
-        on_started: Callable[[str], None],
+        application: Application,
+        asgi: Any,
+        on_started: Callable[[str], None] | None,
         limits: Limits,
         tls: ssl.SSLContext | None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
-                guard.with_cors(),
+                asgi,
                 http=partial(_TimedConnection, limits),  # type: ignore[arg-type]
                 ws="none",
                 loop="asyncio",
@@ -167,41 +170,42 @@ class _UvicornServer(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=limits.idle_s,
-                timeout_graceful_shutdown=limits.close_s,
+                timeout_keep_alive=limits.keep_alive_s,
+                timeout_graceful_shutdown=limits.shutdown_timeout_s,
                 ssl_context_factory=(lambda *_: tls) if tls is not None else None,
             )
         )
-        self._api, self._on_started, self._tls = api, on_started, tls
-        self._handshake_s = limits.handshake_s
+        self._application, self._on_started, self._tls = application, on_started, tls
+        self._handshake_timeout_s = limits.tls_handshake_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self._tls is not None:
-            # uvicorn has no setting for this; asyncio's own is a minute.
+            # uvicorn has no setting for this, and asyncio's default is a minute.
             loop: Any = asyncio.get_running_loop()
             loop.create_server = partial(
-                loop.create_server, ssl_handshake_timeout=self._handshake_s
+                loop.create_server, ssl_handshake_timeout=self._handshake_timeout_s
             )
         await super().startup(sockets)
         scheme = "https" if self._tls is not None else "http"
         for sock in sockets or []:
-            host, port = sock.getsockname()[:2]
-            self._on_started(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+            if self._on_started is not None:
+                self._on_started(f"{scheme}://{format_address(*sock.getsockname()[:2])}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._api.end(ClusterError("the server was told to end"))
+        self._application.stop(ClusterError("the server is shutting down"))
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal that was obeyed is not raised again: the caller has a model
-        to close."""
+        """As uvicorn's, but does not raise an obeyed signal again: the caller still has to close
+        the model."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self.handle_exit) for number in signals}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)

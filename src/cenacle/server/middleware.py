@@ -1,11 +1,11 @@
-"""The door of the server: who may ask, how much at once, and what every answer carries.
+"""Access control around the application: API keys, hosts, origins, limits, logs.
 
-Owns: the check of keys, hosts and origins; limits per key and in all; the headers of every
-response; the access log. ASGI middleware around the application.
-Does not know: what is asked, models, how tokens are made.
-Invariant: where keys are demanded nothing but the page's own files and the one word of /health is
-given without a valid one; nothing that a client sent is logged unless that was asked for.
-Next: `app.py`, which it surrounds; `auth.py`, which knows the keys.
+Owns: checking keys and the Host and Origin headers; limits per key and in total; the security
+headers of every response; the access log and the text log. ASGI middleware.
+Does not know: what a request asks for, models, how tokens are generated.
+Invariant: where keys are required, a request without a valid one gets only the page's own files
+and the status word of /health. Nothing that a client sent is logged unless that was asked for.
+Next: `app.py` is the application inside; `auth.py` knows the keys.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ access_log = logging.getLogger("cenacle.access")
 text_log = logging.getLogger("cenacle.text")
 log = logging.getLogger(__name__)
 
-MAX_LOGGED_TEXT_BYTES = 100_000  # bytes of a body and of an answer that --log-text keeps
-STATIC_PREFIX = "/static/"  # where the page's files are; they hold no data
+MAX_LOGGED_TEXT_BYTES = 100_000  # of a body, and of an answer
+STATIC_PREFIX = "/static/"  # the page's files; they hold no data
 
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -49,16 +49,16 @@ SECURITY_HEADERS = {
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Who may ask, and how much at once.
+    """Who may use the server, and how much at once.
 
     Args:
-        require_key: every request needs a key.
-        hosts: names that a request's Host header may have besides loopback's; None: any. A page
-            elsewhere can make a browser ask this machine under that page's own name (DNS
-            rebinding); where no key protects the server only the name gives it away.
-        cors_origins: pages of these origins may ask from browsers; "*": all.
-        streams: requests that are answered at once, in all.
-        streams_per_key: the same for each key that has no limit of its own.
+        require_key: every request needs an API key.
+        hosts: names that the Host header may have besides those of loopback; None: any. A web page
+            elsewhere can make a browser send requests to this machine under the page's own name
+            (DNS rebinding). Without keys, only the Host header reveals that.
+        cors_origins: pages of these origins may use the server from browsers; "*": all.
+        max_concurrent: requests that are answered at once, in total.
+        max_concurrent_per_key: the same for each key without a limit of its own.
         access_log: log a line for each request: key, path, status, time; no text.
         log_text: log prompts and answers.
     """
@@ -66,42 +66,42 @@ class AccessPolicy:
     require_key: bool = False
     hosts: frozenset[str] | None = frozenset()
     cors_origins: tuple[str, ...] = ()
-    streams: int = 256
-    streams_per_key: int = 64
+    max_concurrent: int = 256
+    max_concurrent_per_key: int = 64
     access_log: bool = False
     log_text: bool = False
 
     @classmethod
-    def for_socket(cls, sock: socket.socket, keys: KeyStore, **given: Any) -> AccessPolicy:
-        """What is right for where a socket listens: beyond loopback keys are required.
+    def for_socket(cls, sock: socket.socket, keys: KeyStore, **options: Any) -> AccessPolicy:
+        """The policy for the address of a socket: beyond loopback keys are required.
 
         Args:
             sock: bound.
-            keys: those that there are.
-            given: fields; `hosts` are added to the address that the socket has.
+            keys: the existing keys.
+            options: fields; `hosts` are names besides those of loopback.
 
         Raises:
             InputError: keys are required, and there is none.
         """
         address = sock.getsockname()[0].partition("%")[0]
-        open_to_others = not ipaddress.ip_address(address).is_loopback
-        required = given.pop("require_key", False) or open_to_others
-        if required and not keys.all():
-            where = f"on {address}, beyond this machine," if open_to_others else "with keys only"
+        is_public = not ipaddress.ip_address(address).is_loopback
+        require_key = options.pop("require_key", False) or is_public
+        if require_key and not keys.list_keys():
+            why = f"listening on {address}, beyond this machine," if is_public else "--require-key"
             raise InputError(
-                f"to listen {where} the server needs an API key, and there is none; make one with "
-                f"`cenacle keys add NAME`",
+                f"{why} needs an API key, and there is none; create one with `cenacle keys add "
+                f"NAME`",
                 "require-key",
             )
-        named = frozenset(h.lower() for h in given.pop("hosts", ()))
-        return cls(required, None if open_to_others else named, **given)
+        hosts = frozenset(host.lower() for host in options.pop("hosts", ()))
+        return cls(require_key, None if is_public else hosts, **options)
 
 
 @dataclass
 class _RequestLog:
-    """A request on its way: what the log will say of it."""
+    """What the logs will contain about a request."""
 
-    began: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
     status: int = 0
     body: bytearray = field(default_factory=bytearray)
     answer: bytearray = field(default_factory=bytearray)
@@ -116,29 +116,28 @@ class _AccessDenied(Exception):
 
 
 class AccessMiddleware:
-    """The middleware.
+    """Checks each request against a policy.
 
-    A request that may pass has `scope["state"]["key"]`: its key's name, or "" where none is
-    needed. The page's files and /health pass without one, and then have no such entry.
+    A request that passes has `scope["state"]["key"]`: the name of its key, or "" where none is
+    required. The page's files and /health pass without a key, and then have no such entry.
 
     Args:
-        app: what it surrounds.
-        policy: who may pass.
-        keys: those that there are.
+        app: the application inside.
+        policy: who may use the server.
+        keys: the existing keys.
     """
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy, keys: KeyStore) -> None:
         self._app: ASGIApp = app
         self._policy, self._keys = policy, keys
-        self._streams: Counter[str] = Counter()
+        self._running: Counter[str] = Counter()  # requests, by the key's name
         if policy.access_log:
             _log_to_stderr(access_log)
         if policy.log_text:
             _log_to_stderr(text_log)
 
     def with_cors(self) -> ASGIApp:
-        """Itself, inside what answers browsers' questions before a request from another origin;
-        those carry no key."""
+        """This middleware inside one that answers CORS preflight requests, which carry no key."""
         if not self._policy.cors_origins:
             return self
         return CORSMiddleware(
@@ -150,76 +149,73 @@ class AccessMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request pass, or refuse it."""
+        """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        passing, policy = _RequestLog(), self._policy
+        record, policy = _RequestLog(), self._policy
 
-        async def said(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                passing.status = message["status"]
+                record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             elif policy.log_text:
-                _append_limited(passing.answer, message)
+                _append_limited(record.answer, message)
             await send(message)
 
-        async def heard() -> Message:
+        async def receive_and_log() -> Message:
             message = await receive()
             if message["type"] == "http.request":
-                _append_limited(passing.body, message)
+                _append_limited(record.body, message)
             return message
 
         state = scope.setdefault("state", {})
         try:
-            await self._pass(scope, heard if policy.log_text else receive, said)
+            await self._handle(
+                scope, receive_and_log if policy.log_text else receive, send_with_headers
+            )
         except _AccessDenied as denied:
-            await _denial_response(scope["path"], denied)(scope, receive, said)
+            await _denial_response(scope["path"], denied)(scope, receive, send_with_headers)
         finally:
-            self._save()
+            self._save_counts()
             if policy.access_log:
-                _log_access(scope, passing, state.get("key"))
+                _log_access(scope, record, state.get("key"))
             if policy.log_text:
-                text_log.info("asked %s", _escape_text(passing.body))
-                text_log.info("answered %s", _escape_text(passing.answer))
+                text_log.info("request %s", _escape_text(record.body))
+                text_log.info("response %s", _escape_text(record.answer))
         return None
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         self._check_host(headers)
         self._check_origin(headers)
         try:
-            key = self._key(scope, headers)
+            key = self._authenticate(scope, headers)
             if scope["method"] == "POST":
                 self._check_budget(key)
         except CenacleError as error:
             log.error("%s", error)
-            message = "API keys cannot be checked now; the server's log says why"
+            message = "API keys cannot be checked at present; the server's log has the reason"
             raise _AccessDenied(503, "keys_unavailable", message) from error
         if scope["method"] != "POST":
             return await self._app(scope, receive, send)
         name = scope["state"]["key"]
-        most = key.streams if key is not None and key.streams else self._policy.streams_per_key
-        if self._streams.total() >= self._policy.streams:
-            raise _too_many_requests(f"the server answers {self._policy.streams} requests already")
-        # Without keys all are one user's, who may take all there is.
-        if name and self._streams[name] >= most:
-            raise _too_many_requests(f"{most} requests with this key are being answered already")
-        self._streams[name] += 1
+        self._check_concurrency(name, key)
+        self._running[name] += 1
         try:
             return await self._app(scope, receive, send)
         finally:
-            self._streams[name] -= 1
-            if not self._streams[name]:
-                del self._streams[name]
+            self._running[name] -= 1
+            if not self._running[name]:
+                del self._running[name]
 
     def _check_host(self, headers: Headers) -> None:
         hosts = self._policy.hosts
         if hosts is None:
             return
-        given = headers.get("host", "")
-        name = _host_name(given)
+        host = headers.get("host", "")
+        name = _host_name(host)
         if name in hosts or name == "localhost":
             return
         try:
@@ -230,14 +226,14 @@ class AccessMiddleware:
         raise _AccessDenied(
             403,
             "host_not_allowed",
-            f"The Host header: expected localhost or an address of loopback, got {given[:80]!r}; "
-            f"if the server is known by that name start it with --allowed-host",
+            f"The Host header: expected localhost or a loopback address, got {host[:80]!r}; to "
+            f"allow this name, start the server with --allowed-host",
         )
 
     def _check_origin(self, headers: Headers) -> None:
-        """Browsers say which page asks, and send simple requests without asking first."""
-        origin, origins = headers.get("origin"), self._policy.cors_origins
-        if origin is None or origin in origins or "*" in origins:
+        """Browsers name the page that sends a request; simple requests need no preflight."""
+        origin, allowed = headers.get("origin"), self._policy.cors_origins
+        if origin is None or origin in allowed or "*" in allowed:
             return
         try:
             if urlsplit(origin).netloc == headers.get("host"):
@@ -247,11 +243,11 @@ class AccessMiddleware:
         raise _AccessDenied(
             403,
             "origin_not_allowed",
-            f"The Origin header: pages of {origin[:80]!r} may not ask this server; "
-            f"if they shall, start it with --cors-origin",
+            f"The Origin header: pages of {origin[:80]!r} may not use this server; to allow them, "
+            f"start it with --cors-origin",
         )
 
-    def _key(self, scope: Scope, headers: Headers) -> ApiKey | None:
+    def _authenticate(self, scope: Scope, headers: Headers) -> ApiKey | None:
         secret = _read_api_key(headers)
         key = self._keys.find(secret) if secret else None
         if key is not None:
@@ -259,11 +255,11 @@ class AccessMiddleware:
         elif not self._policy.require_key:
             scope["state"]["key"] = ""
         elif not _is_public(scope):
-            what = "is not valid" if secret else "is missing"
+            problem = "is not valid" if secret else "is missing"
             raise _AccessDenied(
                 401,
                 "invalid_api_key",
-                f"The API key {what}; send one as Authorization: Bearer KEY or x-api-key: KEY",
+                f"The API key {problem}; send one as Authorization: Bearer KEY or x-api-key: KEY",
                 {"www-authenticate": "Bearer"},
             )
         return key
@@ -271,37 +267,48 @@ class AccessMiddleware:
     def _check_budget(self, key: ApiKey | None) -> None:
         if key is None or key.tokens_per_day is None:
             return
-        used = self._keys.used(key.name)
-        if used >= key.tokens_per_day:
+        if self._keys.used_today(key.name) >= key.tokens_per_day:
             raise _AccessDenied(
                 429,
                 "insufficient_quota",
-                f"The key's {key.tokens_per_day} tokens of this day (UTC) are used up",
-                {"retry-after": str(self._keys.until_tomorrow_s())},
+                f"The API key has used its {key.tokens_per_day} tokens of this day (UTC)",
+                {"retry-after": str(self._keys.seconds_until_reset())},
             )
 
-    def _save(self) -> None:
+    def _check_concurrency(self, name: str, key: ApiKey | None) -> None:
+        total = self._policy.max_concurrent
+        if self._running.total() >= total:
+            raise _too_many_requests(f"the server answers {total} requests already")
+        limit = self._policy.max_concurrent_per_key
+        if key is not None and key.max_concurrent:
+            limit = key.max_concurrent
+        # Without keys all requests are one user's, who may take the total.
+        if name and self._running[name] >= limit:
+            raise _too_many_requests(f"{limit} requests with this key are being answered already")
+
+    def _save_counts(self) -> None:
         try:
             self._keys.save()
         except CenacleError as error:
             log.error("%s", error)
 
 
-def _too_many_requests(why: str) -> _AccessDenied:
-    return _AccessDenied(429, "too_many_requests", f"Too many at once: {why}", {"retry-after": "1"})
+def _too_many_requests(reason: str) -> _AccessDenied:
+    message = f"Too many requests at once: {reason}"
+    return _AccessDenied(429, "too_many_requests", message, {"retry-after": "1"})
 
 
 def _is_public(scope: Scope) -> bool:
     path = scope["path"]
-    page = path in ("/", "/favicon.ico", "/health") or path.startswith(STATIC_PREFIX)
-    return page and scope["method"] in ("GET", "HEAD")
+    public = path in ("/", "/favicon.ico", "/health") or path.startswith(STATIC_PREFIX)
+    return public and scope["method"] in ("GET", "HEAD")
 
 
 def _read_api_key(headers: Headers) -> str | None:
-    """The key that came along: OpenAI's clients and Anthropic's send it differently."""
-    scheme, _, given = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and given.strip():
-        return given.strip()
+    """The key of a request, as OpenAI's or as Anthropic's clients send it."""
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and secret.strip():
+        return secret.strip()
     return headers.get("x-api-key")
 
 
@@ -321,27 +328,31 @@ _ANTHROPIC_ERROR_TYPES = {
 
 
 def _denial_response(path: str, denied: _AccessDenied) -> Response:
-    """In the form of the API that was asked."""
+    """The error in the form of the API that the path belongs to."""
     body: dict[str, Any]
     if path.startswith("/v1/messages"):
         error = {"type": _ANTHROPIC_ERROR_TYPES[denied.status], "message": str(denied)}
         body = {"type": "error", "error": error}
     else:
-        kind = {429: "rate_limit_error", 503: "server_error"}.get(
+        error_type = {429: "rate_limit_error", 503: "server_error"}.get(
             denied.status, "invalid_request_error"
         )
-        body = error_object(str(denied), None, denied.code, kind)
+        body = error_object(str(denied), None, denied.code, error_type)
     return Response(json.dumps(body), denied.status, denied.headers, "application/json")
 
 
-def _log_access(scope: Scope, passing: _RequestLog, key: str | None) -> None:
-    # A path that nothing here has may be anything a client made up.
-    path = scope["path"] if "endpoint" in scope and passing.status != 404 else "-"
-    took = 1000 * (time.monotonic() - passing.began)
+def _log_access(scope: Scope, record: _RequestLog, key: str | None) -> None:
+    # A path that does not exist can be anything that a client made up.
+    path = scope["path"] if "endpoint" in scope and record.status != 404 else "-"
     client = (scope.get("client") or ("-",))[0]
     access_log.info(
-        *("%s key=%s %s %s %d %.0f ms", client, key or "-", scope["method"][:10], path),
-        *(passing.status, took),
+        "%s key=%s %s %s %d %.0f ms",
+        client,
+        key or "-",
+        scope["method"][:10],
+        path,
+        record.status,
+        1000 * (time.monotonic() - record.start),
     )
 
 
@@ -350,7 +361,7 @@ def _append_limited(text: bytearray, message: Message) -> None:
 
 
 def _escape_text(text: bytearray) -> str:
-    # In one line: what a client sent must not look like other lines of a log.
+    # On one line: what a client sent must not look like other lines of the log.
     return ascii(text.decode("utf-8", "replace"))
 
 

@@ -1,9 +1,9 @@
-"""The page's files.
+"""The files of the web page.
 
-Owns: `web/`, read once when the server starts, and how browsers may keep it.
+Owns: `web/`, read once when the server starts, and how browsers may cache it.
 Does not know: what the page does.
-Invariant: only names that are in the table are answered, so no path leads out of the folder; the
-page asks no other host for anything, and has no script or style outside its files.
+Invariant: only names in the table are answered, so no path leaves the folder. The page loads
+nothing from other hosts, and has no script or style outside its files.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ MEDIA_TYPES = {
 
 
 def routes() -> list[Route]:
-    """The routes / (the page) and /static/NAME."""
-    table = {path.name: (path.read_bytes(), MEDIA_TYPES[path.suffix]) for path in WEB_DIR.iterdir()}
-    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, (data, _) in table.items()}
+    """The routes / (the page) and /static/NAME.
 
-    async def answer(http: Request) -> Response:
+    Unlike starlette's `StaticFiles`, tags are made from contents: packages can keep a file's size
+    and time over an update.
+    """
+    files = {path.name: (path.read_bytes(), MEDIA_TYPES[path.suffix]) for path in WEB_DIR.iterdir()}
+    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, (data, _) in files.items()}
+
+    async def respond(http: Request) -> Response:
         name = http.path_params.get("name", "index.html")
-        if name not in table:
+        if name not in files:
             raise HTTPException(404)
-        data, kind = table[name]
-        # Kept, but asked for again each time: after an update no old part runs with a new one.
+        data, media_type = files[name]
+        # Cached, but validated each time: after an update no old file runs beside a new one.
         headers = {"etag": tags[name], "cache-control": "no-cache"}
         if tags[name] in http.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(data, headers=headers, media_type=kind)
+        return Response(data, headers=headers, media_type=media_type)
 
-    return [Route("/", answer), Route("/static/{name}", answer)]
+    return [Route("/", respond), Route("/static/{name}", respond)]

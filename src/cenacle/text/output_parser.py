@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..core.chat import OutputPart, TokenLogprob
+from ..core.chat import Logged, Part
 
-Read = Callable[[str], list[OutputPart]]
+Read = Callable[[str], list[Part]]
 """From the text of calls to calls."""
 
 
-class StopStringFilter:
+class Cutter:
     """Text in, the same text out until a stop string: `met` is the one that was met."""
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class TextStream:
 
     def __init__(self, detokenizer: Any, stop: Sequence[str], silent: Sequence[int]) -> None:
         self._detokenizer = detokenizer
-        self._cutter = StopStringFilter(stop)
+        self._cutter = Cutter(stop)
         self._silent = frozenset(silent)
 
     @property
@@ -70,7 +70,7 @@ class TextStream:
         return self._cutter.add(self._detokenizer.last_segment) + self._cutter.end()
 
 
-class OutputParser:
+class AnswerStream:
     """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text,
     `ended` tells that nothing more comes, `thinking` whether it is inside reasoning.
 
@@ -94,11 +94,7 @@ class OutputParser:
         begin: str = "normal",
         calls: int | None = None,
     ) -> None:
-        self._detokenizer, self._cutter, self._silent = (
-            detokenizer,
-            StopStringFilter(stop),
-            frozenset(silent),
-        )
+        self._detokenizer, self._cutter, self._silent = detokenizer, Cutter(stop), frozenset(silent)
         self._state, self._read, self._now = state, read, begin
         self._call, self._calls_left = "", calls
         self._turned = False  # from one kind to another, and nothing has come since
@@ -118,14 +114,14 @@ class OutputParser:
         """Whether it is inside reasoning."""
         return self._now == "reasoning"
 
-    def add(self, token: int) -> list[OutputPart]:
+    def add(self, token: int) -> list[Part]:
         """The parts that this token makes certain; perhaps none."""
         if self.ended or token in self._silent:
             return []
         self._detokenizer.add_token(token)
         return self._split(self._detokenizer.last_segment)
 
-    def end(self) -> list[OutputPart]:
+    def end(self) -> list[Part]:
         """What was held back."""
         if self.ended:
             return []
@@ -135,7 +131,7 @@ class OutputParser:
             parts += self._in_state(self._now, self._state[3])  # perhaps a mark's beginning
         return parts + self._leave()
 
-    def _split(self, text: str) -> list[OutputPart]:
+    def _split(self, text: str) -> list[Part]:
         if self._state is None:
             return self._in_state(self._now, text)
         if self._state[0] is None:
@@ -151,7 +147,7 @@ class OutputParser:
             parts += self._in_state(state, piece)
         return parts
 
-    def _in_state(self, state: str | None, text: str) -> list[OutputPart]:
+    def _in_state(self, state: str | None, text: str) -> list[Part]:
         if self.ended:
             return []
         if state == "tool":
@@ -161,11 +157,11 @@ class OutputParser:
             text = text.lstrip("\n")
             self._turned = not text
         if state == "reasoning":
-            return [OutputPart("reasoning", text)] if text else []
+            return [Part("reasoning", text)] if text else []
         text = self._cutter.add(text) if state == "normal" else ""
-        return [OutputPart("text", text)] if text else []
+        return [Part("text", text)] if text else []
 
-    def _leave(self) -> list[OutputPart]:
+    def _leave(self) -> list[Part]:
         """The end of a stretch of one kind."""
         if self._now == "tool":
             call, self._call = self._call, ""
@@ -175,9 +171,9 @@ class OutputParser:
                 self._calls_left -= sum(part.kind == "call" for part in parts)
             return parts
         held = self._cutter.end()
-        return [OutputPart("text", held)] if held else []
+        return [Part("text", held)] if held else []
 
 
-def attach_logprobs(parts: list[OutputPart], logged: Sequence[TokenLogprob]) -> list[OutputPart]:
+def with_logs(parts: list[Part], logged: Sequence[Logged]) -> list[Part]:
     """The parts, the last of which carries the reports about tokens."""
-    return [*parts[:-1], replace(parts[-1], logprobs=tuple(logged))]
+    return [*parts[:-1], replace(parts[-1], logged=tuple(logged))]

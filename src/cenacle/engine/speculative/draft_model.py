@@ -26,7 +26,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from ...collective.base import Collective
-from ...collective.single import SingleRank
+from ...collective.single import Alone
 from ...core.plan import Plan
 from ...errors import CheckpointError, InputError
 from ...model import architecture, loader, native_blocks, native_layers
@@ -38,7 +38,8 @@ from ...scheduler.prefix_index import common, packed
 from ..cache.kv_cache import can_go_back, can_merge
 
 if TYPE_CHECKING:
-    from ...text.tokenizer import ChatTokenizer
+    from ...text.tokenizer import Text
+    from ..options import Options
 
 Draw = Callable[[mx.array, int], mx.array]
 """Draws a token: log-probabilities [1, vocabulary], position in the answer -> id [1]."""
@@ -48,7 +49,7 @@ NEAR = 32  # tokens behind the text that it reads together with drafting
 
 
 @dataclass(frozen=True)
-class DraftModelConfig:
+class DraftModel:
     """A draft model, as far as every rank has to know it.
 
     Args:
@@ -75,20 +76,17 @@ class DraftModelConfig:
         cls,
         name: str,
         checkpoint: Checkpoint,
-        text: ChatTokenizer | None,
+        text: Text | None,
+        options: Options,
         kernels: str,
-        speculative: str,
-        *,
-        plain_kv_cache: bool,
-    ) -> DraftModelConfig:
+    ) -> DraftModel:
         """Look at a draft model before it is loaded; reads no weights.
 
         Args:
             name: a folder or a hub repository's name.
             checkpoint: of the model that is to be served.
             text: its tokenizer, or None: it has none.
-            kernels: as `api.load`.
-            speculative, plain_kv_cache: see `EngineOptions`.
+            options, kernels: as `api.load`.
 
         Raises:
             CheckpointError: it is no model that mlx-lm runs.
@@ -96,11 +94,12 @@ class DraftModelConfig:
         """
         own = Checkpoint.open(locate_checkpoint(name))
         said = f"draft: {own.folder.name} cannot draft for {checkpoint.folder.name}"
-        if speculative == "off":
+        if options.speculate == "off":
             raise InputError(
                 "draft: expected --speculative auto or always with a draft model, got off", "draft"
             )
-        if not (plain_kv_cache and can_merge(served := _lazy(checkpoint)) and can_go_back(served)):
+        plain = options.kv_bits is None and options.max_kv_size is None
+        if not (plain and can_merge(served := _lazy(checkpoint)) and can_go_back(served)):
             raise InputError(
                 f"draft: the cache of {checkpoint.folder.name} must be able to forget tokens, and "
                 f"it cannot: it is quantised, cut, or a state; leave --draft-model, --kv-bits and "
@@ -131,17 +130,17 @@ class DraftModelConfig:
 
 
 def _same_words(
-    said: str, text: ChatTokenizer | None, own: Checkpoint, vocabularies: tuple[int, int]
+    said: str, text: Text | None, own: Checkpoint, vocabularies: tuple[int, int]
 ) -> None:
     """The ids must mean the same in both."""
-    from ...text.tokenizer import ChatTokenizer
+    from ...text.tokenizer import Text
 
     if text is None:  # asked with ids: they have no meaning but their number
         if vocabularies[0] != vocabularies[1]:
             expected, got = vocabularies
             raise InputError(f"{said}: expected {expected} token ids, it has {got}", "draft")
         return
-    ours, theirs = text.vocabulary, ChatTokenizer(own.folder, own.config).vocabulary
+    ours, theirs = text.vocabulary, Text(own.folder, own.config).vocabulary
     words = {token: word for word, token in ours.items()}
     differ = [w for w, t in theirs.items() if ours.get(w, t) != t or words.get(t, w) != w]
     if differ:
@@ -177,7 +176,7 @@ def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
         spec = loader.read_model_spec(checkpoint)
         plan = Plan.whole(spec, 1)
         model = loader.load_rank_model(checkpoint, plan, 0, lambda *_: None)
-        parallelize(model, spec.family, plan, SingleRank(), StepTimer(), kernels)
+        parallelize(model, spec.family, plan, Alone(), StepTimer(), kernels)
         return model
     model = loader.build_dense_model(checkpoint)
     try:
@@ -192,7 +191,7 @@ def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
     return model
 
 
-class DraftModelProposer:
+class Drafter:
     """What a small model thinks comes next.
 
     Args:
@@ -203,11 +202,7 @@ class DraftModelProposer:
     """
 
     def __init__(
-        self,
-        what: DraftModelConfig,
-        collective: Collective,
-        model: nn.Module | None,
-        vocabulary: int,
+        self, what: DraftModel, collective: Collective, model: nn.Module | None, vocabulary: int
     ) -> None:
         self._what, self._collective, self._model = what, collective, model
         self._vocabulary = vocabulary
