@@ -35,7 +35,7 @@ def rank_main(rank: int, job: dict[str, Any], results: Connection) -> None:
     os.environ["MLX_HOSTFILE"] = job["hostfile"]
     import mlx.core as mx
 
-    from cenacle.collective.base import Chosen, Collective
+    from cenacle.collective.base import Collective, RoutingDecision
     from cenacle.collective.mesh import Mesh
     from cenacle.collective.mlx import Mlx
 
@@ -47,7 +47,7 @@ def rank_main(rank: int, job: dict[str, Any], results: Connection) -> None:
         groups["ring"] = Mlx("ring", len(job["addresses"]))
     pace = next(iter(groups.values()))  # the ranks agree on how often through the first mesh
 
-    eight = Chosen(0, mx.arange(8, dtype=mx.uint32)[None])
+    eight = RoutingDecision(0, mx.arange(8, dtype=mx.uint32)[None])
     mx.eval(eight.ids)
 
     def once(group: Collective, x: mx.array, links: int) -> float:

@@ -20,9 +20,9 @@ from .core.chat import Message
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import Request, Sampling, TokenEvent
-from .engine.options import need_of
+from .engine.memory import estimate_memory
 from .engine.sampling.grammar import Vocabulary, check
-from .engine.speculative.draft_model import DraftModel
+from .engine.speculative.draft_model import DraftModelConfig
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
 from .ranks.local_ranks import LocalRanks
@@ -38,7 +38,7 @@ from .runtime import (
     _scheduler,
     _text,
 )
-from .text.tokenizer import Text
+from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from .cluster.formation import Joined  # needs libraries that one machine alone does not
@@ -137,12 +137,19 @@ def _load(
     text = _text(checkpoint)
     drafting = None
     if how.draft_model is not None:
-        drafting = DraftModel.check(how.draft_model, checkpoint, text, options, kernels)
+        drafting = DraftModelConfig.check(
+            how.draft_model,
+            checkpoint,
+            text,
+            kernels,
+            options.speculative,
+            plain_kv_cache=options.plain_kv_cache,
+        )
     if joined is not None:
         plan, reason = joined.form(name, checkpoint, options, kernels, drafting)
     else:
         plan, reason = _choose(checkpoint, how)
-    need = need_of(checkpoint.config, plan, 0, options, kernels, drafting)
+    need = estimate_memory(checkpoint.config, plan, 0, options, kernels, drafting)
     if joined is None:
         _check_memory(need)
     order = {
@@ -192,7 +199,7 @@ def _load(
         if joined is not None:
             found = joined.start(now, report, epoch)
             if epoch.number:  # on other machines, or with another plan
-                need = need_of(checkpoint.config, found.plan, 0, options, kernels, drafting)
+                need = estimate_memory(checkpoint.config, found.plan, 0, options, kernels, drafting)
                 scheduler.resize(*_room(found.ready, options, need.cache, 1))
             return found
         ranks = LocalRanks(
@@ -228,7 +235,7 @@ class Model:
         self,
         name: str,
         plan: Plan,
-        text: Text | None,
+        text: ChatTokenizer | None,
         group: RankGroup,
         plan_reason: str = "",
         config: dict[str, Any] | None = None,
@@ -274,7 +281,7 @@ class Model:
         return self._plan.spec
 
     @property
-    def text(self) -> Text:
+    def text(self) -> ChatTokenizer:
         """The tokenizer.
 
         Raises:

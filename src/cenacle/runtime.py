@@ -9,18 +9,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from .collective.mesh import WIRES
+from .collective.mesh import COMM_DTYPES
 from .core.plan import Plan
-from .engine.options import Options
+from .engine.options import EngineOptions
 from .errors import InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
 from .model.loader import read_model_spec
 from .planning import choose_plan, plan_cost
 from .planning.memory import MemoryEstimate, check_available, kv_cache_budget
 from .ranks.local_ranks import resolve_backend as choose_backend
-from .scheduler.prefix_index import Footprint
+from .scheduler.prefix_index import CacheFootprint
 from .scheduler.scheduler import Scheduler
-from .text.tokenizer import Text
+from .text.tokenizer import ChatTokenizer
 
 ACTIVATIONS = ("int16", "int8")
 MEMINFO = Path("/proc/meminfo")
@@ -117,9 +117,9 @@ class LoadOptions:
                 f"activations: expected one of {', '.join(ACTIVATIONS)}, got {self.activations!r}",
                 "activations",
             )
-        if self.comm_dtype not in WIRES:
+        if self.comm_dtype not in COMM_DTYPES:
             raise InputError(
-                f"comm_dtype: expected one of {', '.join(WIRES)}, got {self.comm_dtype!r}",
+                f"comm_dtype: expected one of {', '.join(COMM_DTYPES)}, got {self.comm_dtype!r}",
                 "comm_dtype",
             )
         if self.prefix_cache_dir is not None:
@@ -132,20 +132,20 @@ class LoadOptions:
                 )
 
     @property
-    def engine(self) -> Options:
+    def engine(self) -> EngineOptions:
         """What the ranks are told of these."""
-        return Options(
-            prefill_chunk=self.prefill_chunk_size,
-            batch=self.max_batch_size,
+        return EngineOptions(
+            prefill_chunk_size=self.prefill_chunk_size,
+            max_batch_size=self.max_batch_size,
             kv_bits=self.kv_bits,
             kv_group_size=self.kv_group_size,
             max_kv_size=self.max_kv_size,
-            queue=self.max_queue,
-            kv_gb=self.kv_cache_gb,
-            cache_gb=self.prefix_cache_gb,
-            speculate=self.speculative,
-            cache_disk_gb=self.prefix_cache_disk_gb,
-            cache_dir=self.prefix_cache_dir,
+            max_queue=self.max_queue,
+            kv_cache_gb=self.kv_cache_gb,
+            prefix_cache_gb=self.prefix_cache_gb,
+            speculative=self.speculative,
+            prefix_cache_disk_gb=self.prefix_cache_disk_gb,
+            prefix_cache_dir=self.prefix_cache_dir,
         )
 
 
@@ -192,7 +192,7 @@ def _choose(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Plan, str]:
 
 def _scheduler(
     ready: Sequence[dict[str, Any]],
-    options: Options,
+    options: EngineOptions,
     measure_every: int,
     planned: int,
     sharing: int,
@@ -200,29 +200,29 @@ def _scheduler(
     """From what the ranks said when they were ready; `sharing` of them are on one machine."""
     kv_bytes, footprint, cache_bytes = _room(ready, options, planned, sharing)
     return Scheduler(
-        options.batch,
+        options.max_batch_size,
         measure_every,
-        chunk=options.prefill_chunk,
-        queue=options.queue,
+        chunk=options.prefill_chunk_size,
+        queue=options.max_queue,
         kv_bytes=kv_bytes,
         footprint=footprint,
         cache_bytes=cache_bytes,
-        disk_bytes=int(options.cache_disk_gb * 1e9),
+        disk_bytes=int(options.prefix_cache_disk_gb * 1e9),
     )
 
 
 def _room(
-    ready: Sequence[dict[str, Any]], options: Options, planned: int, sharing: int
-) -> tuple[int | None, Footprint, int]:
+    ready: Sequence[dict[str, Any]], options: EngineOptions, planned: int, sharing: int
+) -> tuple[int | None, CacheFootprint, int]:
     """Bytes for caches of running requests, what these take, and bytes for caches that are kept."""
-    footprint = Footprint.largest(Footprint.of(r["footprint"]) for r in ready)
+    footprint = CacheFootprint.largest(CacheFootprint.of(r["footprint"]) for r in ready)
     left = min(r["memory_left"] for r in ready)
     budget = kv_cache_budget(left, sharing, planned)
-    if options.kv_gb is not None:
-        budget = int(options.kv_gb * 1e9)
+    if options.kv_cache_gb is not None:
+        budget = int(options.kv_cache_gb * 1e9)
     kept = kv_cache_budget(left, sharing, 0) // 4
-    if options.cache_gb is not None:
-        kept = int(options.cache_gb * 1e9)
+    if options.prefix_cache_gb is not None:
+        kept = int(options.prefix_cache_gb * 1e9)
     return budget, footprint, kept
 
 
@@ -243,10 +243,10 @@ def _check_memory(need: MemoryEstimate) -> None:
         check_available(MEMINFO.read_text(), need)
 
 
-def _text(checkpoint: Checkpoint) -> Text | None:
+def _text(checkpoint: Checkpoint) -> ChatTokenizer | None:
     """None for a folder without any tokenizer: it can be asked with ids."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     found = any((checkpoint.folder / n).exists() for n in names)
     if not found and not any(checkpoint.folder.glob("*.tiktoken")):
         return None
-    return Text(checkpoint.folder, checkpoint.config)
+    return ChatTokenizer(checkpoint.folder, checkpoint.config)

@@ -179,9 +179,9 @@ def _ask(model: Model, asked: Sequence[tuple[int, ...]], tokens: int) -> list[An
             raise ClusterError(f"self-test: no token came for {DEADLINE_S:g} s") from None
         if isinstance(event, CenacleError):
             raise event
-        given[event.request].append(event)
+        given[event.request_id].append(event)
         if event.finish is not None:
-            open_.discard(event.request)
+            open_.discard(event.request_id)
     return [
         Answer(tuple(e.token for e in given[n]), tuple(dict(e.top) for e in given[n]))
         for n in names

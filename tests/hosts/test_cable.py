@@ -37,7 +37,7 @@ def test_what_was_sent_meanwhile_comes_soon_after_a_cable_is_back():
             theirs, _ = listener.accept()
             with listener, ours, theirs:
                 for sock in (ours, theirs):
-                    socket_options.set_up(sock)
+                    socket_options.configure_socket(sock)
                 theirs.sendall(b"before")
                 assert ours.recv(6) == b"before"
                 network.link(b, "down")

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from cenacle.collective.base import Chosen, Collective
+from cenacle.collective.base import Collective, RoutingDecision
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import parallelize
@@ -39,7 +39,7 @@ class Threads(Collective):
         super().__init__()
         self.rank, self.size, self._meeting = rank, meeting.size, meeting
 
-    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
         mx.eval(x)
         slots, barrier = self._meeting.slots, self._meeting.barrier
         slots[self.rank] = x

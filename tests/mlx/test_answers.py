@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cenacle
-from cenacle.core.chat import Part, Tool, joined
+from cenacle.core.chat import OutputPart, Tool, join_text
 from cenacle.core.request import Request, Sampling, TokenEvent
 from cenacle.errors import InputError
 from cenacle.server.api import structured_output
 from cenacle.server.generation import InFlightChoice
-from cenacle.text.tokenizer import Text
+from cenacle.text.tokenizer import ChatTokenizer
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 WEATHER = Tool("weather", "Look outside", {"type": "object"})
@@ -36,7 +36,7 @@ TEMPLATE = (
 )
 
 
-def text_of(folder: Path, template: str, marks: tuple[str, ...] = ()) -> Text:
+def text_of(folder: Path, template: str, marks: tuple[str, ...] = ()) -> ChatTokenizer:
     """The demo's tokenizer with another template and with marks as tokens of their own."""
     config = json.loads((DEMO / "config.json").read_text())
     tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
@@ -52,52 +52,54 @@ def text_of(folder: Path, template: str, marks: tuple[str, ...] = ()) -> Text:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "chat_template.jinja").write_text(template)
     shutil.copy(DEMO / "tokenizer_config.json", folder)
-    return Text(folder, config)
+    return ChatTokenizer(folder, config)
 
 
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory) -> Text:
+def thinker(tmp_path_factory) -> ChatTokenizer:
     """A model that thinks and calls tools as Qwen's do."""
     return text_of(tmp_path_factory.mktemp("thinker"), TEMPLATE, ("<think>", "</think>"))
 
 
 @pytest.fixture(scope="module")
-def plain() -> Text:
+def plain() -> ChatTokenizer:
     """The demo itself."""
-    return Text(DEMO, json.loads((DEMO / "config.json").read_text()))
+    return ChatTokenizer(DEMO, json.loads((DEMO / "config.json").read_text()))
 
 
-def parts_of(text: Text, said: str, tools=(WEATHER,), stop=(), prompt=()) -> list[Part]:
+def parts_of(
+    text: ChatTokenizer, said: str, tools=(WEATHER,), stop=(), prompt=()
+) -> list[OutputPart]:
     stream = text.chat(stop, tools, prompt)
     parts = [part for token in text.encode(said) for part in stream.add(token)]
-    return joined(parts + ([] if stream.stopped else stream.end()))
+    return join_text(parts + ([] if stream.stopped else stream.end()))
 
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
-CALLED = Part("call", '{"place": "Oslo"}', "weather")
+CALLED = OutputPart("call", '{"place": "Oslo"}', "weather")
 
 
 @pytest.mark.parametrize(
     ("said", "parts"),
     [
-        ("It rains.", [Part("text", "It rains.")]),
+        ("It rains.", [OutputPart("text", "It rains.")]),
         (CALL, [CALLED]),
-        (f"Let me look.\n{CALL}", [Part("text", "Let me look.\n"), CALLED]),
+        (f"Let me look.\n{CALL}", [OutputPart("text", "Let me look.\n"), CALLED]),
         (f"{CALL}\n{CALL}", [CALLED, CALLED]),
         (
             f"<think>\nHm.\n</think>\n\nYes.{CALL}",
-            [Part("reasoning", "Hm.\n"), Part("text", "Yes."), CALLED],
+            [OutputPart("reasoning", "Hm.\n"), OutputPart("text", "Yes."), CALLED],
         ),
-        ("a <tool_ b </think>", [Part("text", "a <tool_ b </think>")]),
-        ("<think>never ends", [Part("reasoning", "never ends")]),
-        ("1 < 2 <tool", [Part("text", "1 < 2 <tool")]),
-        ("\n\nfirst lines stay", [Part("text", "\n\nfirst lines stay")]),
+        ("a <tool_ b </think>", [OutputPart("text", "a <tool_ b </think>")]),
+        ("<think>never ends", [OutputPart("reasoning", "never ends")]),
+        ("1 < 2 <tool", [OutputPart("text", "1 < 2 <tool")]),
+        ("\n\nfirst lines stay", [OutputPart("text", "\n\nfirst lines stay")]),
         # What cannot be read as a call is not lost.
-        ("<tool_call>{</tool_call>", [Part("text", "<tool_call>{</tool_call>")]),
-        ("<tool_call>[1]</tool_call>", [Part("text", "<tool_call>[1]</tool_call>")]),
+        ("<tool_call>{</tool_call>", [OutputPart("text", "<tool_call>{</tool_call>")]),
+        ("<tool_call>[1]</tool_call>", [OutputPart("text", "<tool_call>[1]</tool_call>")]),
         (
             '<tool_call>{"name": "weather"',
-            [Part("text", '<tool_call>{"name": "weather"</tool_call>')],
+            [OutputPart("text", '<tool_call>{"name": "weather"</tool_call>')],
         ),
     ],
 )
@@ -106,13 +108,13 @@ def test_an_answer_in_parts(thinker, said, parts):
 
 
 def test_calls_are_text_where_no_tools_are_offered(thinker):
-    assert parts_of(thinker, CALL, tools=()) == [Part("text", CALL)]
+    assert parts_of(thinker, CALL, tools=()) == [OutputPart("text", CALL)]
 
 
 def test_a_call_that_breaks_a_strict_schema_is_text(thinker):
     schema = {"type": "object", "properties": {"place": {"type": "integer"}}}
     strict = Tool("weather", "", schema, strict=True)
-    assert parts_of(thinker, CALL, [strict]) == [Part("text", CALL)]
+    assert parts_of(thinker, CALL, [strict]) == [OutputPart("text", CALL)]
     assert parts_of(thinker, CALL, [replace(strict, parameters={})]) == [CALLED]
     assert parts_of(thinker, CALL, [replace(strict, strict=False)]) == [CALLED]
 
@@ -122,7 +124,7 @@ def test_a_strict_pattern_has_its_time(thinker):
     slow = Tool("weather", "", {"properties": {"place": place}}, strict=True)
     call = CALL.replace("Oslo", "s" * 40 + "!")
     began = time.monotonic()
-    assert parts_of(thinker, call, [slow]) == [Part("text", call)]
+    assert parts_of(thinker, call, [slow]) == [OutputPart("text", call)]
     assert time.monotonic() - began < 2
     assert parts_of(thinker, CALL.replace("Oslo", "ss"), [slow])[0].kind == "call"
 
@@ -130,12 +132,12 @@ def test_a_strict_pattern_has_its_time(thinker):
 def test_one_call_ends_an_answer_that_may_have_one(thinker):
     stream = thinker.chat((), [WEATHER], (), parallel=False)
     tokens = thinker.encode(f"Hm.{CALL}{CALL}And more.")
-    parts = joined([part for token in tokens for part in stream.add(token)] + stream.end())
-    assert parts == [Part("text", "Hm."), CALLED]
+    parts = join_text([part for token in tokens for part in stream.add(token)] + stream.end())
+    assert parts == [OutputPart("text", "Hm."), CALLED]
     assert (stream.ended, stream.stopped) == (True, None)
 
 
-def drafted(text: Text, prompt: tuple[int, ...], **given) -> InFlightChoice:
+def drafted(text: ChatTokenizer, prompt: tuple[int, ...], **given) -> InFlightChoice:
     request = Request("1", prompt, 20, text.stop_tokens)
     return InFlightChoice(0, request, 1, text.chat((), (), prompt), text, **given)
 
@@ -146,14 +148,14 @@ def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
     thoughts = thinker.encode("abcdefgh")[:4]
     for token in thoughts:
         assert draft.turn([]) is None
-        parts = draft.take(TokenEvent("1", token, cached=2))
+        parts = draft.take(TokenEvent("1", token, cached_tokens=2))
     assert draft.turn(parts) == parts  # a mark has no text
     rest = draft.request
     assert rest.id != "1"
     assert rest.tokens == (*prompt, *thoughts, *thinker.think_end)
-    assert (rest.max_tokens, rest.answered) == (15, 5)
+    assert (rest.max_tokens, rest.resumed_tokens) == (15, 5)
     assert draft.turn([]) is None
-    (said,) = draft.take(TokenEvent(rest.id, thinker.encode("x")[0], cached=9))
+    (said,) = draft.take(TokenEvent(rest.id, thinker.encode("x")[0], cached_tokens=9))
     assert (said.kind, said.text, draft.cached) == ("text", "x", 2)
     assert (draft.tokens, draft.reasoning) == (5, 4)
 
@@ -172,13 +174,13 @@ def test_a_grammar_begins_where_reasoning_ends(thinker):
         parts = draft.take(TokenEvent("1", token))
         turned = draft.turn(parts)
         said += parts if turned is None else turned
-    assert joined(said) == [Part("reasoning", "Hm.")]
+    assert join_text(said) == [OutputPart("reasoning", "Hm.")]
     rest = draft.request
-    assert (rest.tokens, rest.grammar, rest.answered) == ((*prompt, *thoughts), "g", 0)
+    assert (rest.tokens, rest.grammar, rest.resumed_tokens) == ((*prompt, *thoughts), "g", 0)
     assert (rest.max_tokens, rest.sampling.logit_bias) == (20 - len(thoughts), {5: 1.0})
     for token in thinker.encode("<think>1"):  # from here on everything is text
         said += draft.take(TokenEvent(rest.id, token))
-    assert joined(said)[1:] == [Part("text", "<think>1")]
+    assert join_text(said)[1:] == [OutputPart("text", "<think>1")]
     assert draft.reasoning == len(thoughts)
 
 
@@ -199,19 +201,19 @@ def test_reasoning_that_the_prompt_has_begun(thinker):
     ask = [{"role": "user", "content": "Why?"}]
     prompt = thinker.render(ask, think=True)
     assert parts_of(thinker, "Hm.</think>So.", prompt=prompt) == [
-        Part("reasoning", "Hm."),
-        Part("text", "So."),
+        OutputPart("reasoning", "Hm."),
+        OutputPart("text", "So."),
     ]
     assert parts_of(thinker, "So.", prompt=thinker.render(ask, think=False)) == [
-        Part("text", "So.")
+        OutputPart("text", "So.")
     ]
 
 
 def test_stop_strings_are_for_the_text_alone(thinker):
     said = "<think>stop?</think>Go, stop, go"
     assert parts_of(thinker, said, stop=["stop"]) == [
-        Part("reasoning", "stop?"),
-        Part("text", "Go, "),
+        OutputPart("reasoning", "stop?"),
+        OutputPart("text", "Go, "),
     ]
 
 
@@ -274,11 +276,11 @@ def test_forced_calls_are_read_at_the_end(plain):
     stream = plain.called(structured_output.parse_tool_calls)
     tokens = plain.encode(said)
     assert [part for token in tokens for part in stream.add(token)] == []
-    assert stream.end() == [CALLED, Part("call", "{}", "b")]
+    assert stream.end() == [CALLED, OutputPart("call", "{}", "b")]
     cut = plain.called(structured_output.parse_tool_calls)
     for token in tokens[:-5]:
         cut.add(token)
-    assert cut.end() == [Part("text", plain.decode(tokens[:-5]))]
+    assert cut.end() == [OutputPart("text", plain.decode(tokens[:-5]))]
 
 
 def test_a_template_is_told_of_tools_and_calls(thinker):

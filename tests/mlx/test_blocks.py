@@ -10,7 +10,7 @@ from one_process import load_rank
 from test_native import normal
 
 from cenacle import native
-from cenacle.collective.single import Alone
+from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.model import native_blocks
 from cenacle.model.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ def models(tmp_path_factory):
 
 def swapped(folder):
     plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
-    return load_rank(folder, plan, Alone(), kernels="native")
+    return load_rank(folder, plan, SingleRank(), kernels="native")
 
 
 @pytest.mark.parametrize("family", BLOCKS)

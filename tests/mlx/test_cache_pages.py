@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 from mlx_lm.utils import load_model
 
-from cenacle.engine.cache.kv_cache import EXACT, Sequence, leaves
+from cenacle.engine.cache.kv_cache import EXACT, SequenceCache, leaves
 from cenacle.model.synth import synth
 
 PROMPT = [(131 * i * i + 17 * i + 5) % 257 for i in range(700)]
@@ -28,7 +28,7 @@ def state(sequence):
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next", "glm_moe_dsa"])
 def test_pages_make_the_cache_that_was_cut(family, tmp_path):
     model, _ = load_model(synth(tmp_path / "model", family=family, dtype="float32").path)
-    whole = Sequence(make_prompt_cache(model))
+    whole = SequenceCache(make_prompt_cache(model))
     for begin, end in zip((0, *ENDS), (*ENDS, len(PROMPT)), strict=True):
         model(mx.array([PROMPT[begin:end]]), cache=whole.caches)
         mx.eval([cache.state for cache in whole.caches])
@@ -40,7 +40,7 @@ def test_pages_make_the_cache_that_was_cut(family, tmp_path):
     assert load_prompt_cache(str(pages[0][1]), return_metadata=True)[1] == {"mark": "m"}
     for count in (1, 3):
         end = ENDS[count - 1]
-        read, cut = Sequence.read(pages[:count]).cut(end), whole.cut(end)
+        read, cut = SequenceCache.read(pages[:count]).cut(end), whole.cut(end)
         expected, got = state(cut), state(read)
         assert expected.keys() == got.keys()
         for place, value in expected.items():
@@ -56,8 +56,8 @@ def test_half_precision_stays_what_it_is(dtype, tmp_path):
     arrays = [mx.random.normal((1, 2, 300, 8)).astype(dtype) for _ in range(2)]
     cache.update_and_fetch(*arrays)
     path = tmp_path / "page.safetensors"
-    path.write_bytes(Sequence([cache]).page(10, 266, {}).getbuffer())
-    (read,) = Sequence.read([(256, path)]).caches
+    path.write_bytes(SequenceCache([cache]).page(10, 266, {}).getbuffer())
+    (read,) = SequenceCache.read([(256, path)]).caches
     assert read.keys.dtype == dtype
     assert read.offset == 256
     for got, wanted in zip((read.keys, read.values), arrays, strict=True):

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from one_process import VECTORS, in_threads, load_rank
 
 from cenacle import native
-from cenacle.collective.single import Alone
+from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model import architecture, slicing, tensor_layout
@@ -294,7 +294,7 @@ def test_a_trunk_in_shards(name, nodes):
     spec = read_model_spec(Checkpoint.open(folder))
     plan = Plan.sliced(spec, nodes, range(1, nodes + 1) if nodes < 4 else None, trunk="sharded")
     few, many = mx.array([[3, 1, 4, 1, 5]]), mx.arange(MAX_VERIFIED_POSITIONS + 1)[None]
-    whole = load_rank(folder, Plan.whole(spec, 1), Alone())
+    whole = load_rank(folder, Plan.whole(spec, 1), SingleRank())
     want = [whole(few), whole(many)[:, -1:]]
 
     def run(collective):
@@ -360,7 +360,7 @@ def test_uneven_slices(tmp_path, family, options, nodes, shares, trunk, kernels)
     folder = synth(tmp_path, family=family, **options).path
     spec = read_model_spec(Checkpoint.open(folder))
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
-    alone = load_rank(folder, Plan.whole(spec, 1), Alone(), kernels=kernels)
+    alone = load_rank(folder, Plan.whole(spec, 1), SingleRank(), kernels=kernels)
     want = alone(tokens)[:, -1:]
     plan = Plan.sliced(spec, nodes, shares, trunk=trunk)
 

@@ -15,13 +15,13 @@ from test_speculation import WORDS, Chain, answer
 
 import cenacle
 from cenacle import InputError
-from cenacle.collective.single import Alone as OneRank
-from cenacle.engine.options import Options
+from cenacle.collective.single import SingleRank as OneRank
+from cenacle.engine.options import EngineOptions
 from cenacle.engine.speculative import draft_model
-from cenacle.engine.speculative.draft_model import NEAR, Drafter, DraftModel
-from cenacle.engine.speculative.ngram import Lookup
+from cenacle.engine.speculative.draft_model import NEAR, DraftModelConfig, DraftModelProposer
+from cenacle.engine.speculative.ngram import NgramProposer
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.text.tokenizer import Text
+from cenacle.text.tokenizer import ChatTokenizer
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 MIXTRAL = Path(__file__).parent.parent / "vectors" / "mixtral"
@@ -35,7 +35,7 @@ def chain(sharp=2.0, key=3):
 
 
 def drafter(model, context=None):
-    return Drafter(DraftModel("", WORDS, context, 0, 0), OneRank(), model, WORDS)
+    return DraftModelProposer(DraftModelConfig("", WORDS, context, 0, 0), OneRank(), model, WORDS)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,9 @@ def test_its_cache_is_the_text_and_nothing_else():
 
 
 def test_a_long_prompt_is_read_in_pieces_beside_the_answer(monkeypatch):
-    monkeypatch.setattr(Lookup, "hopeful", False)  # with six words everything was said before
+    monkeypatch.setattr(
+        NgramProposer, "hopeful", False
+    )  # with six words everything was said before
     prompt = tuple(int(i) for i in mx.random.randint(0, WORDS, (300,), key=mx.random.key(8)))
     plain = answer("off", sharp=2.0, tokens=prompt, temperature=1.0)[0]
     small = drafter(chain())
@@ -170,8 +172,16 @@ def dense(tmp_path_factory) -> Path:
 
 def check(draft, model=DEMO, options=None):
     checkpoint = Checkpoint.open(model)
-    text = Text(model, checkpoint.config) if model == DEMO else None
-    return DraftModel.check(str(draft), checkpoint, text, options or Options(), "auto")
+    text = ChatTokenizer(model, checkpoint.config) if model == DEMO else None
+    options = options or EngineOptions()
+    return DraftModelConfig.check(
+        str(draft),
+        checkpoint,
+        text,
+        "auto",
+        options.speculative,
+        plain_kv_cache=options.plain_kv_cache,
+    )
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "auto"])
@@ -208,6 +218,6 @@ def test_models_that_cannot_draft_are_refused(dense, tmp_path):
     with pytest.raises(InputError, match=r"the same tokenizer, but 2 of its \d+ tokens are others"):
         check(other)
     with pytest.raises(InputError, match="expected --speculative auto or always"):
-        check(dense, options=Options(speculate="off"))
+        check(dense, options=EngineOptions(speculative="off"))
     with pytest.raises(InputError, match="must be able to forget tokens"):
-        check(dense, options=Options(max_kv_size=64))
+        check(dense, options=EngineOptions(max_kv_size=64))

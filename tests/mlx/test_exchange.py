@@ -6,8 +6,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from one_process import VECTORS, in_threads, run_ranks
 
-from cenacle.collective.delayed import Delayed, Recorded
-from cenacle.collective.single import Alone
+from cenacle.collective.delayed import DelayedCollective, RecordingCollective
+from cenacle.collective.single import SingleRank
 
 WIDTH, LAYERS = 64, 2  # of every recorded model
 FAMILIES = ("dbrx", "mixtral", "qwen3_moe")
@@ -30,7 +30,7 @@ def prefill_and_decode(model, collective):
 @pytest.mark.parametrize("nodes", [2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_exchange_per_layer_and_the_same_bits_everywhere(family, nodes):
-    ranks = run_ranks(VECTORS / family, nodes, prefill_and_decode, Recorded)
+    ranks = run_ranks(VECTORS / family, nodes, prefill_and_decode, RecordingCollective)
     (whole,) = run_ranks(VECTORS / family, 1, prefill_and_decode)
     for rank in ranks:
         for (logits, calls, nbytes), length, first, (alone, _, _) in zip(
@@ -56,7 +56,7 @@ def test_delayed_sleeps_once_per_exchange():
     naps = [[], []]
 
     def delayed(collective):
-        return Delayed(collective, 0.25, naps[collective.rank].append)
+        return DelayedCollective(collective, 0.25, naps[collective.rank].append)
 
     ranks = run_ranks(VECTORS / "mixtral", 2, prefill_and_decode, delayed)
     plain = run_ranks(VECTORS / "mixtral", 2, prefill_and_decode)
@@ -70,12 +70,12 @@ def test_delayed_sleeps_once_per_exchange():
 def test_delayed_comes_after_the_exchange():
     order = []
 
-    class Noted(Alone):
+    class Noted(SingleRank):
         def _all_sum(self, x, chosen):
             order.append("exchange")
             return x
 
-    Delayed(Noted(), 1.0, lambda s: order.append(f"sleep {s:g}")).all_sum(mx.ones(3))
+    DelayedCollective(Noted(), 1.0, lambda s: order.append(f"sleep {s:g}")).all_sum(mx.ones(3))
     assert order == ["exchange", "sleep 1"]
 
 
@@ -103,7 +103,7 @@ def test_all_sum_adds_and_counts():
 
 
 def test_alone_returns_what_it_is_given():
-    collective = Alone()
+    collective = SingleRank()
     x = mx.array([1.5, -2.0])
     assert collective.all_sum(x) is x
     assert collective.share(x) is x

@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from one_process import load_rank
 
 from cenacle import native
-from cenacle.collective.single import Alone
+from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import CompactedExperts, NativeExperts, reference_experts
@@ -315,7 +315,7 @@ def both(folder):
     """(logits, greedy tokens) of a checkpoint with the kernels and without."""
     plan, results = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1), []
     for kernels in ("native", "mlx"):
-        model = load_rank(folder, plan, Alone(), kernels=kernels)
+        model = load_rank(folder, plan, SingleRank(), kernels=kernels)
         kinds = {type(m) for m in model.modules()}
         assert (NativeExperts in kinds) == (kernels == "native")
         assert (CompactedExperts in kinds) == (kernels == "mlx")

@@ -14,7 +14,8 @@ from cenacle.cluster import hostsfile, link_probe, node_info, thunderbolt
 from cenacle.cluster.link_probe import Link
 from cenacle.cluster.membership import Node
 from cenacle.cluster.placement import Wanted, describe_links, exchange, measured, place, shares_of
-from cenacle.engine.options import Options, need_of
+from cenacle.engine.memory import estimate_memory
+from cenacle.engine.options import EngineOptions
 from cenacle.errors import ClusterError, InputError, PlanError
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import read_model_spec
@@ -31,7 +32,7 @@ def node(name, read=10 * GB, free=8 * GB, **facts):
 
 
 def placed(members, wanted=Wanted(), found=None):  # noqa: B008  (it is frozen)
-    return place(SPEC, CHECKPOINT.config, members, found or {}, wanted, Options(), "native")
+    return place(SPEC, CHECKPOINT.config, members, found or {}, wanted, EngineOptions(), "native")
 
 
 def test_the_mesh_where_all_have_it_else_the_ring_and_why():
@@ -205,7 +206,7 @@ def test_machines_are_dealt_by_speed_but_not_by_noise():
 def test_what_does_not_fit_by_speed_is_dealt_by_memory():
     plan, _ = placed([node("a"), node("b")])
     own = plan.bytes_of(0)["total"]
-    enough = need_of(CHECKPOINT.config, plan, 0, Options(), "native").own + 4096
+    enough = estimate_memory(CHECKPOINT.config, plan, 0, EngineOptions(), "native").own + 4096
     fast = node("a", 60 * GB, free=enough)
     plan, why = placed([fast, node("b", 10 * GB, free=4 * enough)])
     assert "by memory" in why

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from cenacle.collective.single import Alone as OneRank
+from cenacle.collective.single import SingleRank as OneRank
 from cenacle.core.request import Request, Sampling
-from cenacle.core.step import Part, Step
+from cenacle.core.step import PromptChunk, Step
 from cenacle.engine.cache.kv_cache import can_go_back
 from cenacle.engine.engine import Engine
-from cenacle.engine.options import Options
-from cenacle.engine.sampling.sampler import Choice, Drawing
+from cenacle.engine.options import EngineOptions
+from cenacle.engine.sampling.sampler import Sampler, SamplingState
 from cenacle.model.step_timer import StepTimer
 
 WORDS = 6
@@ -46,10 +46,12 @@ class Chain(nn.Module):
 
 def answer(way, tokens=(0, 1, 2, 3, 0, 1, 2, 3), limit=40, sharp=1.0, stop=(), drafter=None, **how):
     model = Chain(sharp)
-    engine = Engine(model, OneRank(), StepTimer(), Options(speculate=way), drafter=drafter)
+    engine = Engine(model, OneRank(), StepTimer(), EngineOptions(speculative=way), drafter=drafter)
     sampling = Sampling(**{"seed": 0, **how})
     request = Request("a", tokens, limit, stop, sampling, logprobs=2)
-    events = [*engine.step(Step(0, (request,), started=(Part("a", 0, len(tokens)),)))[0]]
+    events = [
+        *engine.step(Step(0, (request,), final_chunks=(PromptChunk("a", 0, len(tokens)),)))[0]
+    ]
     number = 1
     while not events or events[-1].finish is None:
         events += engine.step(Step(number))[0]
@@ -119,8 +121,8 @@ def test_drafted_positions_are_distributed_as_the_model_says():
     times, drafted = 6000, 1
     drawn = []
     for seed in range(times // 8):
-        choice = Choice(OneRank(), Sampling(temperature=1.0), seed)
-        drawn += Drawing(choice).draw(None, rows, 3).tolist()
+        choice = Sampler(OneRank(), Sampling(temperature=1.0), seed)
+        drawn += SamplingState(choice).draw(None, rows, 3).tolist()
     seen = Counter(drawn)
     kept = seen[drafted] / times
     assert kept == pytest.approx(want[drafted], abs=4 * float(want[drafted] / times) ** 0.5)
@@ -134,7 +136,7 @@ def test_drafted_positions_are_distributed_as_the_model_says():
 def test_rows_at_once_are_drawn_as_one_after_another():
     rows = mx.random.normal((5, 40), key=mx.random.key(1))
     for how in ({}, {"temperature": 1.3, "top_p": 0.7, "min_p": 0.05, "top_k": 9}):
-        choice = Choice(OneRank(), Sampling(**how), 7)
+        choice = Sampler(OneRank(), Sampling(**how), 7)
         at_once = choice.draw(rows, 11).tolist()
         assert at_once == [choice.draw(rows[i : i + 1], 11 + i).item() for i in range(5)]
 

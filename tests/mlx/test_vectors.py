@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from one_process import VECTORS, load_rank, run_ranks
 
-from cenacle.collective.single import Alone
+from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import read_model_spec
@@ -37,7 +37,7 @@ def folder(request):
 
 def test_one_rank(folder):
     plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
-    replay(load_rank(folder, plan, Alone()), mx.load(str(folder / "vectors.safetensors")))
+    replay(load_rank(folder, plan, SingleRank()), mx.load(str(folder / "vectors.safetensors")))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from one_process import VECTORS, load_rank
 
 from cenacle.collective.base import Traffic
-from cenacle.collective.single import Alone
+from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.core.request import TokenEvent
 from cenacle.core.step import Step
@@ -84,7 +84,7 @@ def test_a_models_laps(family):
     """Per layer: what came before the block, its experts, its exchange."""
     folder, watch = VECTORS / family, StepTimer()
     plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
-    model = load_rank(folder, plan, Alone(), watch)
+    model = load_rank(folder, plan, SingleRank(), watch)
     watch.start()
     mx.eval(model(mx.array([[1, 2, 3]])))
     report = watch.stop()
@@ -117,7 +117,7 @@ class Recorder:
 def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
-    it = engine.Engine(None, recorder, recorder, options.Options())
+    it = engine.Engine(None, recorder, recorder, options.EngineOptions())
     it.step(Step(0, measured=True))
     assert recorder.told == ["wait", "start", "next", "check", "wait", "stop"]
     recorder.told.clear()
@@ -141,7 +141,7 @@ class Lost(Recorder):
 def test_a_failed_exchange_is_told_in_its_own_words(monkeypatch):
     lost = Lost()
     monkeypatch.setattr(engine, "make_batch", lambda *_: lost)
-    it = engine.Engine(None, lost, lost, options.Options())
+    it = engine.Engine(None, lost, lost, options.EngineOptions())
     with pytest.raises(RuntimeError, match="whatever a task threw"):  # not an exchange
         it.step(Step(0))
     lost.why = ClusterError("rank 1 closed its connection")

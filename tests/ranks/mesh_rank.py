@@ -8,7 +8,7 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from cenacle.collective.base import Chosen
+from cenacle.collective.base import RoutingDecision
 from cenacle.collective.mesh import Mesh
 
 
@@ -93,7 +93,7 @@ class Rank:
     def route(self, ids, dtype="uint32", turned=False):
         """An exchange that says which experts were chosen, in layer 3."""
         ids = mx.array(ids, dtype=getattr(mx, dtype))
-        chosen = Chosen(3, ids.swapaxes(0, 1) if turned else ids)
+        chosen = RoutingDecision(3, ids.swapaxes(0, 1) if turned else ids)
         return self.mesh.all_sum(mx.ones(8), chosen)[0].item()
 
     def check(self):

@@ -36,7 +36,7 @@ def serve(channel: Channel) -> None:
     from cenacle.core.plan import Plan
     from cenacle.core.request import Request
     from cenacle.engine.engine import Engine
-    from cenacle.engine.options import Options
+    from cenacle.engine.options import EngineOptions
     from cenacle.model.checkpoint import Checkpoint
     from cenacle.model.expert_parallel import parallelize
     from cenacle.model.loader import load_rank_model, named_parameters
@@ -65,7 +65,7 @@ def serve(channel: Channel) -> None:
         calls = collective.traffic.calls - before
         if collective.rank == 0:
             mx.save_safetensors(message["out"], {"logits": logits})
-        engine = Engine(model, collective, watch, Options(prefill_chunk=16))
+        engine = Engine(model, collective, watch, EngineOptions(prefill_chunk_size=16))
         request = Request("r", tuple(message["prompt"]), message["max_tokens"])
         request = Request.from_json({**request.to_json(), "sampling": {**GREEDY, "seed": 1}})
         tokens, scheduler = [], Scheduler(chunk=16)

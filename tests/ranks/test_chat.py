@@ -13,7 +13,7 @@ import pexpect
 import pytest
 
 import cenacle
-from cenacle.cli.chat import ChatSession, ChatSettings, Part, RemoteChat, stable_prefix_length
+from cenacle.cli.chat import ChatSession, ChatSettings, OutputPart, RemoteChat, stable_prefix_length
 from cenacle.errors import ClusterError, InputError
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -183,7 +183,7 @@ class Echo:
     name = "echo"
 
     def answer(self, messages, how):
-        yield Part("text", json.dumps(messages))
+        yield OutputPart("text", json.dumps(messages))
 
 
 def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model
 import cenacle
 from cenacle import InputError
 from cenacle.core.request import Sampling
-from cenacle.engine.options import Options
+from cenacle.engine.options import EngineOptions
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 ASKED = "What is 12 + 30?"
@@ -148,7 +148,7 @@ def test_a_seed_goes_on_where_an_answer_was_left(models):
             assert len(whole) > 8
             sampling = {k: v for k, v in how.items() if k != "grammar"}
             request = model.request(NOISE, 24, Sampling(**sampling))
-            rest = replace(request, grammar=how.get("grammar")).after(whole[:5])
+            rest = replace(request, grammar=how.get("grammar")).resumed_with(whole[:5])
             assert [c.token for c in model._stream(rest, ())] == whole[5:]
 
 
@@ -345,5 +345,7 @@ def test_a_draft_model_that_is_always_right(models):
 
 
 def test_ways_to_draft():
-    with pytest.raises(InputError, match="speculate: expected one of auto, off, always, got 'no'"):
-        Options(speculate="no")
+    with pytest.raises(
+        InputError, match="speculative: expected one of auto, off, always, got 'no'"
+    ):
+        EngineOptions(speculative="no")

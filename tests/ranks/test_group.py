@@ -24,7 +24,7 @@ from cenacle.api import Model
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
-from cenacle.engine.options import Options
+from cenacle.engine.options import EngineOptions
 from cenacle.ranks.channel import ChannelClosed
 from cenacle.ranks.local_ranks import LocalRanks
 from cenacle.ranks.rank_group import RankGroup
@@ -137,7 +137,7 @@ def test_an_answer_goes_on_where_it_was(two, how):
     request = two.request(PROMPT, 16, Sampling(**how))
     whole = [chunk.token for chunk in two._stream(request, ())]
     for given in (1, 7, 15):
-        rest = two._stream(replace(request, id=f"after {given}").after(whole[:given]), ())
+        rest = two._stream(replace(request, id=f"after {given}").resumed_with(whole[:given]), ())
         assert [chunk.token for chunk in rest] == whole[given:]
 
 
@@ -193,7 +193,7 @@ def test_wrong_requests_are_refused_and_harm_nobody(two):
         ([-1], {}, "token ids from 0 to 255"),
         ([1] * 512, {}, "do not fit the model's context of 512"),
         ([1], {"max_tokens": 0}, "max_tokens: expected at least 1"),
-        ([1], {"temperature": 3}, "temperature: expected from 0 to 2"),
+        ([1], {"temperature": 3}, "temperature: expected a number from 0 to 2"),
         ([1], {"colour": "red"}, "unknown argument"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -296,7 +296,7 @@ def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(kernels):
     ranks = LocalRanks(2, program=(sys.executable, str(OTHER_ROUTER)))
     try:
         asked = order(plan, MIXTRAL)
-        ranks.load({**asked, "kernels": kernels, "options": asdict(Options())})
+        ranks.load({**asked, "kernels": kernels, "options": asdict(EngineOptions())})
         group = RankGroup(ranks, Scheduler(4, 0))
         model = Model("mixtral", plan, None, group)
         said = "rank 1 chose other experts than rank 0 for the same tokens in exchange [0-9]+, "

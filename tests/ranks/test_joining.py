@@ -31,7 +31,8 @@ from cenacle.cluster.placement import Wanted
 from cenacle.cluster.security import identity as identities
 from cenacle.cluster.security import pairing
 from cenacle.core.plan import Plan
-from cenacle.engine.options import Options, need_of
+from cenacle.engine.memory import estimate_memory
+from cenacle.engine.options import EngineOptions
 from cenacle.errors import CheckpointError, ClusterError, InputError
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import read_model_spec
@@ -328,9 +329,10 @@ def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
 def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypatch):
     """Each of two machines has room for half of the demo model, not for all of it."""
     checkpoint = Checkpoint.open(DEMO)
-    spec, options = read_model_spec(checkpoint), Options()
+    spec, options = read_model_spec(checkpoint), EngineOptions()
     half, whole = (
-        need_of(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").own for n in (2, 1)
+        estimate_memory(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").own
+        for n in (2, 1)
     )
     room = {"available_bytes": (half + whole) // 2}
     monkeypatch.setattr("cenacle.cluster.node_info.changing", lambda: room)
@@ -404,7 +406,7 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
     try:
         two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2, say=said.append)
-        joined._what = (checkpoint, Options(), "auto", None)
+        joined._what = (checkpoint, EngineOptions(), "auto", None)
         joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
         with agent(head.identity, head.port):
             formation = head.form_group(2, max_wait_s=0.1)
@@ -444,7 +446,7 @@ def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_
     try:
         two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2)
-        joined._what = (checkpoint, Options(), "auto", None)
+        joined._what = (checkpoint, EngineOptions(), "auto", None)
         joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
         with agent(head.identity, head.port), agent(two, head.port, tmp_path / "there"):
             formation = head.form_group(2)
@@ -502,7 +504,7 @@ def test_a_slow_link_is_refused_before_anything_is_loaded(tmp_path, monkeypatch)
         joined = Joined(head, 2)
         test = SelfTest(tmp_path / "h", False)
         with agent(head.identity, head.port), agent(two, head.port):
-            plan, _ = joined.form(DEMO.name, checkpoint, Options(), "native")
+            plan, _ = joined.form(DEMO.name, checkpoint, EngineOptions(), "native")
             with pytest.raises(ClusterError, match="between one and two carries 10 MB/s"):
                 test.before(checkpoint, plan, {}, dict, joined.formed, joined.measure_again)
             assert len(measured) == 3

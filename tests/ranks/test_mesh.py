@@ -233,7 +233,7 @@ def test_signs_of_life_are_no_data(tmp_path, piece):
     where = [f"unix:{tmp_path}/{r}" for r in range(2)]
     x = mx.arange(9, dtype=mx.float32)
     with ThreadPoolExecutor() as pool:
-        door = mesh._Door(1, where, SECRET.encode(), 5)
+        door = mesh._Rendezvous(1, where, SECRET.encode(), 5)
         sock = pool.submit(door.gather, 10)
         real = mesh.Mesh(0, where, SECRET.encode())
         (peer,) = sock.result().values()
@@ -427,14 +427,14 @@ def test_wrong_addresses_are_refused():
 
 def test_mesh_is_the_default_here():
     """A build that failed silently would leave the ring."""
-    assert mesh.why_not() is None
+    assert mesh.unavailable_reason() is None
     assert local_ranks.resolve_backend("auto", 2)[0] == "mesh"
     assert local_ranks.resolve_backend("ring", 2) == ("ring", None)
 
 
 def test_other_mlx_is_said(monkeypatch):
     monkeypatch.setattr(mx, "__version__", "0.99.0")
-    assert "this is MLX 0.99.0; install cenacle again" in mesh.why_not()
+    assert "this is MLX 0.99.0; install cenacle again" in mesh.unavailable_reason()
     backend, reason = local_ranks.resolve_backend("auto", 2)
     assert backend == "ring"
     assert reason.startswith("exchange: MLX's ring, which is slower, because the native exchange")

@@ -64,7 +64,7 @@ def rest(events):
         if isinstance(event, Exception):
             raise event
         tokens.append(event.token)
-        cached, read = cached + event.cached, read + event.read
+        cached, read = cached + event.cached_tokens, read + event.disk_tokens
         if event.finish is not None:
             return tokens, cached, read
 

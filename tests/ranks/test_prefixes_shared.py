@@ -40,7 +40,7 @@ def rest(events):
         if isinstance(event, Exception):
             raise event
         tokens.append(event.token)
-        cached += event.cached
+        cached += event.cached_tokens
         if event.finish is not None:
             return tokens, cached
 

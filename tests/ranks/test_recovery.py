@@ -31,7 +31,7 @@ from test_server import END, SUM, Server, server
 import cenacle
 from cenacle.api import Model
 from cenacle.core.request import Request, Sampling
-from cenacle.engine.options import Options
+from cenacle.engine.options import EngineOptions
 from cenacle.ranks.local_ranks import WORKER_COMMAND, LocalRanks
 from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
@@ -159,7 +159,7 @@ def test_answers_go_on_where_they_were(group, fault, noticed_s):
 def test_a_rank_that_routes_otherwise_is_replaced_and_nobody_notices():
     plan = cenacle.inspect(str(MIXTRAL), 2)
     order = {"type": "load", "folder": str(MIXTRAL), "wire": "f32", "latency_s": 0.0}
-    order |= {"kernels": "mlx", "options": asdict(Options()), "plan": plan.to_json()}
+    order |= {"kernels": "mlx", "options": asdict(EngineOptions()), "plan": plan.to_json()}
 
     def start(epoch: Epoch) -> LocalRanks:
         program = (sys.executable, str(OTHER_ROUTER)) if epoch.number == 0 else WORKER_COMMAND

@@ -22,7 +22,7 @@ from cenacle.cluster.download.file_server import ModelFileServer
 from cenacle.cluster.formation import Joined
 from cenacle.cluster.head import Head
 from cenacle.cluster.placement import Wanted
-from cenacle.engine.options import Options
+from cenacle.engine.options import EngineOptions
 from cenacle.errors import CheckpointError, ClusterError
 from cenacle.model.byte_ranges import JOURNAL
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
@@ -92,7 +92,7 @@ class Cluster:
         self.joined = Joined(self.head, 3, Wanted(placement=placement), self.told.append)
         folder = self.joined.locate(model)
         name = model if model == REPO else folder.name
-        self.joined.form(name, Checkpoint.open(folder), Options(), "mlx")
+        self.joined.form(name, Checkpoint.open(folder), EngineOptions(), "mlx")
         self.formed = self.joined._formed
         return self.formed
 

@@ -8,7 +8,7 @@ import pytest
 from anthropic import types
 from pydantic import TypeAdapter
 
-from cenacle.core.chat import Finish, Part, Usage
+from cenacle.core.chat import FinishReason, OutputPart, Usage
 from cenacle.errors import CenacleError, ClusterError, InputError
 from cenacle.server.api import anthropic
 from cenacle.server.api.protocol import ChoiceState, GenerationRequest, ResponseMeta, ServedModel
@@ -16,7 +16,7 @@ from cenacle.server.api.validation import RequestError
 
 SERVED = ServedModel("house", 100, 50)
 HEAD = ResponseMeta("1", 7, "house", "fp_1")
-STOP, LENGTH = Finish("stop"), Finish("length")
+STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 EVENT: TypeAdapter[Any] = TypeAdapter(types.RawMessageStreamEvent)
 HELLO = [{"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}}
@@ -169,19 +169,19 @@ def test_errors_have_anthropics_types() -> None:
 
 
 PARTS = [
-    Part("reasoning", "Hm"),
-    Part("text", "It "),
-    Part("text", "rains"),
-    Part("call", '{"place": "Oslo"}', "weather"),
+    OutputPart("reasoning", "Hm"),
+    OutputPart("text", "It "),
+    OutputPart("text", "rains"),
+    OutputPart("call", '{"place": "Oslo"}', "weather"),
 ]
 
 
-def put_together(parts: list[Part], finish: Finish, usage: Usage) -> Any:
+def put_together(parts: list[OutputPart], finish: FinishReason, usage: Usage) -> Any:
     """The message that the official client makes of a stream."""
     from anthropic.lib.streaming._messages import accumulate_event
 
     reply = anthropic.MessageBuilder(read(stream=True), HEAD)
-    events = [*reply.first_events(0, Usage(usage.prompt, 0))]
+    events = [*reply.first_events(0, Usage(usage.prompt_tokens, 0))]
     for part in parts:
         events += reply.delta(0, part)
     events += [*reply.finish_choice(0, finish), *reply.finish_stream(usage)]
@@ -201,11 +201,13 @@ def put_together(parts: list[Part], finish: Finish, usage: Usage) -> Any:
         (PARTS, STOP, "tool_use"),
         (PARTS[:3], STOP, "end_turn"),
         (PARTS[:2], LENGTH, "max_tokens"),
-        (PARTS[:2], Finish("string", "ra"), "stop_sequence"),
+        (PARTS[:2], FinishReason("string", "ra"), "stop_sequence"),
         ([], STOP, "end_turn"),
     ],
 )
-def test_a_stream_makes_the_whole_message(parts: list[Part], finish: Finish, why: str) -> None:
+def test_a_stream_makes_the_whole_message(
+    parts: list[OutputPart], finish: FinishReason, why: str
+) -> None:
     usage = Usage(7, 3, 5)
     whole = anthropic.MessageBuilder(read(), HEAD).full_response(
         [ChoiceState(0, parts, finish)], usage

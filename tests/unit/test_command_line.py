@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cenacle.calibration.validate import COLUMNS
 from cenacle.cli import main
-from cenacle.cli.command import command
+from cenacle.cli.command import command, option
 from cenacle.cli.options import ServingArguments
 from cenacle.paths import HOME_VARIABLE
 
@@ -145,8 +145,8 @@ def test_load_options_have_the_names_and_defaults_of_the_python_interface():
 
 @dataclass(frozen=True)
 class Size:
-    width: Annotated[int, typer.Option(min=1, help="Width.")] = 2
-    unit: Annotated[str | None, typer.Option(help="Unit.")] = None
+    width: int = option(2, "Width.", min=1)
+    unit: str | None = option(None, "Unit.")
 
 
 WIDE = Size(width=7)

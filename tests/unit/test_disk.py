@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cenacle.core.step import Load, Page
+from cenacle.core.step import Page, PageLoad
 from cenacle.engine.cache import disk_store as module
-from cenacle.engine.cache.disk_store import Disk, fingerprint
+from cenacle.engine.cache.disk_store import PageStore, fingerprint
 
 GROUP, OTHER = "a" * 32, "b" * 32
 
@@ -33,7 +33,7 @@ class Opened:
 
     def __init__(self, home, group=GROUP, rank=0, budget=10**6):
         self.said = []
-        self.disk = Disk(home, group, rank, budget, self.said.append)
+        self.disk = PageStore(home, group, rank, budget, self.said.append)
 
     def heard(self, count):
         ends = time.monotonic() + 5
@@ -49,7 +49,7 @@ class Opened:
         return self
 
     def seek(self, *pages):
-        self.disk.seek(Load("n", pages))
+        self.disk.seek(PageLoad("n", pages))
         return self.heard(len(self.said) + 1)
 
     def files(self):

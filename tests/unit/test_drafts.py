@@ -7,24 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.engine.speculative.ngram import Drafts, Lookup, Pace, reference_draft
+from cenacle.engine.speculative.ngram import (
+    DraftLengthController,
+    DraftStats,
+    NgramProposer,
+    reference_proposal,
+)
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 
 
 @given(texts, texts, st.integers(1, 20))
 def test_lookup_is_the_last_place_where_the_same_was_said(first, then, most):
-    lookup = Lookup(first)
+    lookup = NgramProposer(first)
     lookup.add(then)
-    want = reference_draft([*first, *then], most)
+    want = reference_proposal([*first, *then], most)
     assert lookup.draft(most) == want
     assert lookup.hopeful == bool(want)
     assert lookup.length == len(first) + len(then)
 
 
 def test_a_loop_is_drafted_as_far_as_is_asked():
-    assert Lookup([1, 2, 3, 1, 2, 3]).draft(8) == [1, 2, 3, 1, 2, 3, 1, 2]
-    assert Lookup([1, 2, 3]).draft(8) == []
+    assert NgramProposer([1, 2, 3, 1, 2, 3]).draft(8) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert NgramProposer([1, 2, 3]).draft(8) == []
 
 
 def run(pace, kept, cost, steps=400, seed=1) -> tuple[float, list[int]]:
@@ -53,12 +58,12 @@ def run(pace, kept, cost, steps=400, seed=1) -> tuple[float, list[int]]:
     [(0.98, 0.05, 6), (0.98, 0.4, 1.8), (0.8, 0.1, 2.2), (0.5, 0.1, 1.4), (0.1, 0.5, 0.93)],
 )
 def test_the_pace_is_near_the_best_and_never_far_below_none(kept, each, least):
-    gain, _ = run(Pace(), kept, lambda k: 1 + each * k)
+    gain, _ = run(DraftLengthController(), kept, lambda k: 1 + each * k)
     assert gain > least
 
 
 def test_it_rests_when_drafts_do_not_pay_and_tries_again():
-    pace = Pace()
+    pace = DraftLengthController()
     gain, limits = run(pace, 0.05, lambda k: 1 + k, steps=2000)
     assert gain > 0.97
     tries = [i for i in range(1, len(limits)) if limits[i] and not limits[i - 1]]
@@ -70,13 +75,13 @@ def test_it_rests_when_drafts_do_not_pay_and_tries_again():
 
 
 def test_a_fixed_pace_drafts_always():
-    pace = Pace(3)
+    pace = DraftLengthController(3)
     _, limits = run(pace, 0.0, lambda k: 1 + 9 * k, steps=20)
     assert set(limits) == {3}
-    assert pace.drafts == Drafts(60, 0)
+    assert pace.drafts == DraftStats(60, 0)
 
 
 def test_without_a_clock_nothing_changes():
     """On ranks whose proposals nobody hears."""
-    pace = Pace()
-    assert pace.propose() == pace.limit == Pace.FIRST
+    pace = DraftLengthController()
+    assert pace.propose() == pace.limit == DraftLengthController.FIRST

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from cenacle.core.request import Request, TokenEvent
 from cenacle.errors import Busy, InputError
 from cenacle.scheduler import scheduler as module
-from cenacle.scheduler.prefix_index import Footprint
-from cenacle.scheduler.scheduler import LEAST_CHUNK, TAIL, Scheduler
+from cenacle.scheduler.prefix_index import CacheFootprint
+from cenacle.scheduler.scheduler import JOIN_TOKENS, LEAST_CHUNK, Scheduler
 
 KEYS = 4
 
@@ -45,10 +45,10 @@ class Ranks:
         for request in step.admitted:
             self.prompts[request.id] = request
         tokens = sum(p.end - p.begin for p in step.prefill)
-        if step.started:
-            longest = max(p.end - p.begin for p in step.started)
-            assert longest <= TAIL
-            tokens += longest * len(step.started)
+        if step.final_chunks:
+            longest = max(p.end - p.begin for p in step.final_chunks)
+            assert longest <= JOIN_TOKENS
+            tokens += longest * len(step.final_chunks)
         assert tokens <= self.chunk
         if answering:
             assert tokens <= max(LEAST_CHUNK, self.scheduler._pace)
@@ -61,16 +61,16 @@ class Ranks:
             self.first.setdefault(name, self.steps)
             if end:
                 del self.left[name], self.prompts[name]
-        for part in (*step.prefill, *step.started):
-            assert part.begin == self.done[part.request] < part.end
-            self.done[part.request] = part.end
-            self.waited.pop(part.request, None)
+        for part in (*step.prefill, *step.final_chunks):
+            assert part.begin == self.done[part.request_id] < part.end
+            self.done[part.request_id] = part.end
+            self.waited.pop(part.request_id, None)
         for part in step.prefill:
-            assert part.end < len(self.prompts[part.request].tokens), "the last token starts it"
-        for part in step.started:
-            request = self.prompts[part.request]
+            assert part.end < len(self.prompts[part.request_id].tokens), "the last token starts it"
+        for part in step.final_chunks:
+            request = self.prompts[part.request_id]
             assert part.end == len(request.tokens)
-            self.left[part.request] = request.max_tokens
+            self.left[part.request_id] = request.max_tokens
         under_way = [n for n in self.prompts if n not in self.left]
         for name in under_way:
             self.waited[name] += 1
@@ -95,7 +95,7 @@ requests = st.lists(
 
 @given(requests, st.integers(1, 6), st.sampled_from([1, 16, 100, 512]), st.booleans(), st.data())
 def test_every_request_ends_and_every_bound_holds(asked, batch, chunk, limited, data):
-    footprint = Footprint(10, 1000, ((128, 5),))
+    footprint = CacheFootprint(10, 1000, ((128, 5),))
     kv_bytes = footprint.bytes([1512, 1512]) if limited else None
     scheduler = Scheduler(batch, 0, chunk=chunk, kv_bytes=kv_bytes, footprint=footprint)
     ranks = Ranks(scheduler, chunk)
@@ -144,7 +144,7 @@ def test_running_answers_go_on_beside_a_long_prompt_in_bounded_time():
     took = []
     while "long" not in ranks.first:
         step = ranks.step()
-        took.append(0.05 + sum(p.end - p.begin for p in (*step.prefill, *step.started)) / 100)
+        took.append(0.05 + sum(p.end - p.begin for p in (*step.prefill, *step.final_chunks)) / 100)
         scheduler.took(step, took[-1])
     assert max(took[20:]) < 0.05 + module.STALL_S * 1.3
     assert ranks.keys[""] >= len(took), "a token in every step"
@@ -179,7 +179,7 @@ def test_the_last_place_is_kept_for_a_key_that_has_none():
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers():
-    scheduler = Scheduler(footprint=Footprint(1000), kv_bytes=1_000_000)
+    scheduler = Scheduler(footprint=CacheFootprint(1000), kv_bytes=1_000_000)
     with pytest.raises(
         InputError, match=r"900 prompt tokens and 200 of answer.*1,280,000.*1,000,0"
     ):
@@ -188,7 +188,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
 
 
 def test_nobody_overtakes_a_request_that_waits_for_memory():
-    scheduler = Scheduler(8, 0, footprint=Footprint(1000), kv_bytes=1_000_000)
+    scheduler = Scheduler(8, 0, footprint=CacheFootprint(1000), kv_bytes=1_000_000)
     ranks = Ranks(scheduler, 512)
     scheduler.submit(Request("small", (1,) * 10, 200))
     ranks.step()
@@ -230,4 +230,4 @@ def test_a_cancelled_request_has_its_place_given_away_in_the_very_next_step():
     scheduler.cancel("long")
     step = ranks.step()
     assert (step.cancelled, [r.id for r in step.admitted]) == (("long",), ["next"])
-    assert [p.request for p in step.started] == ["next"]
+    assert [p.request_id for p in step.final_chunks] == ["next"]

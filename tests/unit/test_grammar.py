@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from cenacle import InputError
 from cenacle.engine.sampling.grammar import Vocabulary, check
-from cenacle.text.tokenizer import Text
+from cenacle.text.tokenizer import ChatTokenizer
 
 DEMO = Path(__file__).parents[2] / "src/cenacle/demo/demo_model"
 SHAPE = "(ab|a[0-9]{1,3})+z"
@@ -20,7 +20,7 @@ OBJECT = LLMatcher.grammar_from_json_schema('{"type": "object"}')
 
 @pytest.fixture(scope="module")
 def text():
-    return Text(DEMO, {"eos_token_id": 362})
+    return ChatTokenizer(DEMO, {"eos_token_id": 362})
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, TokenEvent
 from cenacle.core.step import Step
-from cenacle.engine.speculative.ngram import Drafts
+from cenacle.engine.speculative.ngram import DraftStats
 from cenacle.errors import ClusterError, InputError
 from cenacle.server.auth import KeyStore
 from cenacle.server.metrics import InstrumentedGroup, Metrics, rank_activations
@@ -21,7 +21,7 @@ class FakeGroup:
     """Keeps the sinks; error requests with the error that the test sets."""
 
     state = SimpleNamespace(phase="ok", recoveries=0)
-    draft_stats = Drafts(12, 9, 8, 7)
+    draft_stats = DraftStats(12, 9, 8, 7)
 
     def __init__(self) -> None:
         self.load = {"running": 0, "waiting": 0}
@@ -59,7 +59,7 @@ def test_a_request_has_one_outcome_and_is_charged_once(server):
     server.metrics.sent(Step(0, (request,)))
     assert server.keys.used_today("alice") == 3
     sink = server.group.sinks["a"]
-    sink(TokenEvent("a", 5, cached=2, read=1))
+    sink(TokenEvent("a", 5, cached_tokens=2, disk_tokens=1))
     server.metrics.sent(Step(0, (request,)))  # again, after ranks were lost
     sink(TokenEvent("a", 6, "stop"))
     server.instrumented.cancel("a")

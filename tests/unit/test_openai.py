@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cenacle.core.chat import Finish, Logged, Part, Tool, Usage
+from cenacle.core.chat import FinishReason, OutputPart, TokenLogprob, Tool, Usage
 from cenacle.core.request import Sampling
 from cenacle.errors import CenacleError, ClusterError, InputError, RankLost
 from cenacle.server.api import anthropic, openai, openai_responses, protocol
@@ -440,7 +440,7 @@ def test_choices_have_seeds_of_their_own_and_the_first_has_the_one_given() -> No
 
 
 HEAD = ResponseMeta("1", 7, "house", "fp_1")
-STOP, LENGTH = Finish("stop"), Finish("length")
+STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 
 
 def replies(**fields: Any) -> ChatResponseBuilder:
@@ -459,7 +459,7 @@ def choices_of(events: Any) -> list[Any]:
 
 
 def test_a_whole_chat_answer() -> None:
-    parts = [Part("text", "a"), Part("text", "b")]
+    parts = [OutputPart("text", "a"), OutputPart("text", "b")]
     choices = [ChoiceState(1, parts, LENGTH), ChoiceState(0, parts[:1], STOP)]
     head = {"id": "chatcmpl-1", "created": 7, "model": "house", "system_fingerprint": "fp_1"}
     assert replies().full_response(choices, Usage(3, 2, 1)) == {
@@ -486,7 +486,7 @@ def test_a_whole_chat_answer() -> None:
 
 def test_the_chunks_of_a_chat() -> None:
     plain = replies(stream=True)
-    parts = (plain.first_events(0, Usage(1, 0)), plain.delta(0, Part("text", "a")))
+    parts = (plain.first_events(0, Usage(1, 0)), plain.delta(0, OutputPart("text", "a")))
     chunks = [c for events in (*parts, plain.finish_choice(0, STOP)) for c in data_of(events)]
     deltas = [c["choices"][0]["delta"] for c in chunks]
     assert deltas == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
@@ -495,13 +495,18 @@ def test_the_chunks_of_a_chat() -> None:
     assert all("usage" not in c for c in chunks)
     assert data_of(plain.finish_stream(Usage(1, 1))) == ["[DONE]"]
     counting = replies(stream=True, stream_options={"include_usage": True})
-    assert data_of(counting.delta(0, Part("text", "a")))[0]["usage"] is None
+    assert data_of(counting.delta(0, OutputPart("text", "a")))[0]["usage"] is None
     last, done = data_of(counting.finish_stream(Usage(1, 2)))
     assert (last["choices"], last["usage"]["total_tokens"], done) == ([], 3, "[DONE]")
 
 
-CALL = Part("call", '{"place": "Oslo"}', "weather")
-THOUGHT = [Part("reasoning", "Hm"), Part("reasoning", "."), CALL, Part("call", "{}", "b", "own-1")]
+CALL = OutputPart("call", '{"place": "Oslo"}', "weather")
+THOUGHT = [
+    OutputPart("reasoning", "Hm"),
+    OutputPart("reasoning", "."),
+    CALL,
+    OutputPart("call", "{}", "b", "own-1"),
+]
 
 
 def test_reasoning_and_calls_are_apart_from_the_text() -> None:
@@ -622,14 +627,14 @@ def test_formats_become_grammars() -> None:
 
 EURO = "€".encode()
 LOGGED = [
-    Logged(b"a", -0.5, (Logged(b"a", -0.5), Logged(EURO[:1], -1.5))),
-    Logged(EURO[:1], -2.0, (Logged(b" b", -0.1),)),
+    TokenLogprob(b"a", -0.5, (TokenLogprob(b"a", -0.5), TokenLogprob(EURO[:1], -1.5))),
+    TokenLogprob(EURO[:1], -2.0, (TokenLogprob(b" b", -0.1),)),
 ]
 
 
 def test_log_probabilities_of_a_chat() -> None:
     asked = {"logprobs": True, "top_logprobs": 2}
-    part = Part("text", "a€", logged=tuple(LOGGED))
+    part = OutputPart("text", "a€", logprobs=tuple(LOGGED))
     logs = {
         "content": [
             {
@@ -658,7 +663,7 @@ def test_log_probabilities_of_a_chat() -> None:
 
 
 def test_log_probabilities_of_a_completion() -> None:
-    parts = [Part("text", "a", logged=(one,)) for one in LOGGED]
+    parts = [OutputPart("text", "a", logprobs=(one,)) for one in LOGGED]
     reply = CompletionResponseBuilder(text(logprobs=2), HEAD)
     logs = [choices_of(reply.delta(0, part))[0]["logprobs"] for part in parts]
     assert [log["text_offset"] for log in logs] == [[0], [1]]
@@ -680,7 +685,7 @@ UNSUPPORTED = "unsupported_parameter"
 
 def test_completions_have_their_own_shapes() -> None:
     plain = CompletionResponseBuilder(text(), HEAD)
-    whole = plain.full_response([ChoiceState(0, [Part("text", "a")], STOP)], Usage(1, 1))
+    whole = plain.full_response([ChoiceState(0, [OutputPart("text", "a")], STOP)], Usage(1, 1))
     assert (whole["id"], whole["object"]) == ("cmpl-1", "text_completion")
     assert whole["choices"][0] == {
         "index": 0,
@@ -689,7 +694,7 @@ def test_completions_have_their_own_shapes() -> None:
         "finish_reason": "stop",
     }
     assert data_of(plain.first_events(0, Usage(1, 0))) == []
-    assert choices_of(plain.delta(2, Part("text", "x")))[0]["text"] == "x"
+    assert choices_of(plain.delta(2, OutputPart("text", "x")))[0]["text"] == "x"
     assert data_of(plain.finish_choice(2, LENGTH))[0]["object"] == "text_completion"
 
 

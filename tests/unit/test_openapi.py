@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 import cenacle
-from cenacle.core.chat import Finish, Part, Usage
+from cenacle.core.chat import FinishReason, OutputPart, Usage
 from cenacle.errors import CenacleError, ClusterError
 from cenacle.server.api import anthropic, openai, openai_responses, openapi
 from cenacle.server.api.protocol import ApiAdapter, ChoiceState, ResponseMeta, ServedModel
@@ -94,7 +94,7 @@ FRONTS: dict[str, tuple[ApiAdapter, list[dict[str, Any]]]] = {
         ],
     ),
 }
-PARTS = [Part("reasoning", "Hm"), Part("text", "a"), Part("call", "{}", "f")]
+PARTS = [OutputPart("reasoning", "Hm"), OutputPart("text", "a"), OutputPart("call", "{}", "f")]
 
 
 def check(path: str, status: str, body: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def test_bodies_and_answers_are_as_described(path: str) -> None:
     for body in bodies:
         jsonschema.validate(body, schema)
         asked = front.parse(json.dumps(body).encode(), SERVED)
-        for finish in (Finish("stop"), Finish("length"), Finish("string", "x")):
+        for finish in (FinishReason("stop"), FinishReason("length"), FinishReason("string", "x")):
             reply = front.respond(asked, ResponseMeta("1", 7, "house", "fp"))
             check(path, "200", reply.full_response([ChoiceState(0, PARTS, finish)], Usage(3, 2)))
     with pytest.raises(jsonschema.ValidationError):

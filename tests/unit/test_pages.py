@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.core.request import Request, TokenEvent
-from cenacle.core.step import Load, Page, Step, Store
-from cenacle.scheduler.disk_index import FIRST, PAGE, Pages, keys
-from cenacle.scheduler.prefix_index import Footprint, packed
+from cenacle.core.step import Page, PageLoad, PageWrite, Step
+from cenacle.scheduler.disk_index import FIRST, PAGE, DiskIndex, page_keys
+from cenacle.scheduler.prefix_index import CacheFootprint, packed
 from cenacle.scheduler.scheduler import Scheduler
 
 SIZE = 10  # bytes of a page here
@@ -33,7 +33,7 @@ class Rank:
             case Page() as page:
                 self.files[page.key] = page
                 return pages.heard(self.number, {"written": [page.key, SIZE]})
-            case Load() as load:
+            case PageLoad() as load:
                 wrong = [page.key for page in load.pages if page.key not in self.files]
                 return pages.heard(self.number, {"sought": [load.name, wrong]})
             case key:
@@ -54,12 +54,12 @@ acts = st.tuples(
 
 @given(st.lists(acts, max_size=60), st.integers(0, 6))
 def test_every_rank_has_what_is_offered_and_no_more_than_there_is_room_for(acts, room):
-    pages, ranks, lost = Pages(room * SIZE, [[], []]), [Rank(0), Rank(1)], set()
+    pages, ranks, lost = DiskIndex(room * SIZE, [[], []]), [Rank(0), Rank(1)], set()
 
     def act(rank):
         for load, tokens in rank.act(pages):
             ends = [page.end for page in load.pages]
-            assert [page.key for page in load.pages] == list(keys(tokens, ends).values())
+            assert [page.key for page in load.pages] == list(page_keys(tokens, ends).values())
             assert [page.begin for page in load.pages] == [0, *ends[:-1]]
             assert len(tokens) == 4 * ends[-1]
             for other in ranks:
@@ -97,7 +97,7 @@ def test_every_rank_has_what_is_offered_and_no_more_than_there_is_room_for(acts,
 
 
 def test_the_longest_unused_end_goes_first_and_never_a_beginning_before_what_follows_it():
-    pages, rank = Pages(4 * SIZE, [[]]), Rank(0)
+    pages, rank = DiskIndex(4 * SIZE, [[]]), Rank(0)
 
     def write(*tokens):
         pages.want("a", packed(tokens), range(1, len(tokens) + 1))
@@ -122,16 +122,16 @@ def test_the_longest_unused_end_goes_first_and_never_a_beginning_before_what_fol
 def test_what_only_some_ranks_have_is_not_used_but_removed():
     one, two, other = (Page(c * 24, "", 0, PAGE) for c in "abc")
     listed = [[(*astuple(page), 5) for page in rank] for rank in ((one, two), (two, other))]
-    pages = Pages(100, listed)
+    pages = DiskIndex(100, listed)
     assert known(pages) == {two.key}
     assert pages.take()[2] == (one.key, other.key)
     assert pages.notice.endswith("not used: 2")
-    assert not Pages(100, [listed[0], listed[0]]).notice
-    assert len(known(Pages(5, [listed[0]]))) == 1, "there is less room than before"
+    assert not DiskIndex(100, [listed[0], listed[0]]).notice
+    assert len(known(DiskIndex(5, [listed[0]]))) == 1, "there is less room than before"
 
 
 def test_a_page_counts_when_every_rank_has_it():
-    pages = Pages(100, [[], []])
+    pages = DiskIndex(100, [[], []])
     pages.want("a", packed([1, 2]), [1])
     ((store,), _, _) = pages.take()
     pages.heard(0, {"written": [store.page.key, 5]})
@@ -144,7 +144,7 @@ class Group:
     """A scheduler, and ranks that do at once what a step says; each answer has one token."""
 
     def __init__(self, files=(), ranks=2, cache_bytes=10**6, **footprint):
-        rank = Footprint(1, keeps=True, **footprint)
+        rank = CacheFootprint(1, keeps=True, **footprint)
         self.scheduler = Scheduler(4, 0, footprint=rank, cache_bytes=cache_bytes, disk_bytes=10**6)
         self.files = {page.key: page for page in files}
         self.ranks = ranks
@@ -157,14 +157,14 @@ class Group:
         step = self.scheduler.next_step()
         if step is None:
             return None
-        for load in step.loaded:
+        for load in step.page_loads:
             assert all(page.key in self.files for page in load.pages)
             self.kept.add(load.name)
         self.kept |= {request.id for request in step.admitted}
         assert {reuse.source for reuse in step.reused} <= self.kept
-        for key in step.removed:
+        for key in step.page_removals:
             self.files.pop(key, None)
-        for store in step.stored:
+        for store in step.page_writes:
             assert store.source in self.kept
             for rank in range(self.ranks):
                 if self.full and rank:
@@ -173,11 +173,11 @@ class Group:
                     self.files[store.page.key] = store.page
                     said = {"written": [store.page.key, SIZE]}
                 self.scheduler.heard(rank, said)
-        for load in step.sought:
+        for load in step.page_checks:
             wrong = [page.key for page in load.pages if page.key not in self.files]
             for rank in range(self.ranks):
                 self.scheduler.heard(rank, {"sought": [load.name, wrong if rank else []]})
-        self.kept -= set(step.dropped)
+        self.kept -= set(step.evicted)
         return step
 
     def ask(self, name, prompt):
@@ -188,7 +188,7 @@ class Group:
             step = self.step()
             if step is None:
                 return event
-            if [part.request for part in step.started] == [name]:
+            if [part.request_id for part in step.final_chunks] == [name]:
                 (event,) = self.scheduler.seen([TokenEvent(name, 7, "length")])
         raise AssertionError("it does not end")
 
@@ -199,16 +199,16 @@ class Group:
 def test_a_prompt_outlives_its_ranks():
     prompt = range(1000, 1000 + 2 * PAGE + 50)
     first = Group()
-    assert first.ask("a", prompt).cached == 0
+    assert first.ask("a", prompt).cached_tokens == 0
     assert first.ends() == [PAGE, 2 * PAGE]
     event = first.ask("b", [*prompt, 5])
-    assert (event.cached, event.read) == (2 * PAGE + 50, 0), "memory has more"
+    assert (event.cached_tokens, event.disk_tokens) == (2 * PAGE + 50, 0), "memory has more"
     second = Group(first.files.values())
     event = second.ask("c", [*prompt[: 2 * PAGE], 1, 2])
-    assert (event.cached, event.read) == (2 * PAGE, 2 * PAGE)
+    assert (event.cached_tokens, event.disk_tokens) == (2 * PAGE, 2 * PAGE)
     event = second.ask("d", [*prompt[: 2 * PAGE], 3, 4])
-    assert (event.cached, event.read) == (2 * PAGE, 0)
-    assert second.ask("e", [*prompt[: PAGE + 9], 3, 4]).cached == PAGE + 9
+    assert (event.cached_tokens, event.disk_tokens) == (2 * PAGE, 0)
+    assert second.ask("e", [*prompt[: PAGE + 9], 3, 4]).cached_tokens == PAGE + 9
 
 
 def test_beyond_the_first_tokens_only_what_is_used_again_is_written():
@@ -225,8 +225,8 @@ def test_what_cannot_be_cut_is_written_where_it_was_marked():
     group.ask("a", prompt)
     assert group.ends() == [512, 1024, 1299]
     again = Group(group.files.values(), exact=True, windows=((8, 1),))
-    assert again.ask("b", [*prompt[:1100], 1]).read == 1024
-    assert again.ask("c", [*prompt[:600], 1]).cached == 512
+    assert again.ask("b", [*prompt[:1100], 1]).disk_tokens == 1024
+    assert again.ask("c", [*prompt[:600], 1]).cached_tokens == 512
 
 
 def test_those_who_ask_for_the_same_wait_together_and_it_is_read_once():
@@ -236,7 +236,7 @@ def test_those_who_ask_for_the_same_wait_together_and_it_is_read_once():
     for name in ("b", "c"):
         again.scheduler.submit(Request(name, (*range(540), ord(name)), 1))
     step = again.step()
-    assert len(step.sought) == 1
+    assert len(step.page_checks) == 1
     assert not step.admitted
     step = again.step()
     assert [request.id for request in step.admitted] == ["b", "c"]
@@ -248,7 +248,7 @@ def test_a_file_that_cannot_be_read_is_forgotten_and_computed_again():
     group.ask("a", range(600))
     again = Group(group.files.values())
     del again.files[next(key for key, page in again.files.items() if page.begin)]
-    assert again.ask("b", [*range(600), 1]).read == PAGE, "what comes before it is used"
+    assert again.ask("b", [*range(600), 1]).disk_tokens == PAGE, "what comes before it is used"
     assert again.ends() == list(range(PAGE, 600, PAGE))
 
 
@@ -268,14 +268,14 @@ def test_who_waits_for_a_disk_that_is_silent_goes_on_without():
     again = Group(group.files.values())
     again.scheduler.submit(Request("b", (*range(600), 1), 1))
     step = again.scheduler.next_step()
-    assert step.sought
+    assert step.page_checks
     assert again.scheduler.next_step() is None
     assert again.scheduler.seeking
     again.scheduler.give_up_disk()
     assert [request.id for request in again.scheduler.next_step().admitted] == ["b"]
-    again.scheduler.heard(0, {"sought": [step.sought[0].name, []]})
-    again.scheduler.heard(1, {"sought": [step.sought[0].name, []]})
-    assert again.scheduler.next_step().loaded == ()
+    again.scheduler.heard(0, {"sought": [step.page_checks[0].name, []]})
+    again.scheduler.heard(1, {"sought": [step.page_checks[0].name, []]})
+    assert again.scheduler.next_step().page_loads == ()
 
 
 @pytest.mark.parametrize("listed", [[], [None, []], [None, None]])
@@ -288,6 +288,12 @@ def test_without_a_disk_on_every_rank_there_is_none(listed):
 
 def test_a_step_with_pages_survives_json():
     page = Page("k", "p", 256, 512)
-    load = Load("disk-1", (page,))
-    step = Step(3, removed=("x",), stored=(Store("a", page),), sought=(load,), loaded=(load, load))
+    load = PageLoad("disk-1", (page,))
+    step = Step(
+        3,
+        page_removals=("x",),
+        page_writes=(PageWrite("a", page),),
+        page_checks=(load,),
+        page_loads=(load, load),
+    )
     assert Step.from_json(step.to_json()) == step

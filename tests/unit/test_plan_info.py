@@ -9,11 +9,11 @@ import httpx
 import pytest
 from test_expected_speed import CONFIG, SPEC, calibrated
 
-from cenacle.core.chat import Part
+from cenacle.core.chat import OutputPart
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, TokenEvent
-from cenacle.engine.speculative.ngram import Drafts
+from cenacle.engine.speculative.ngram import DraftStats
 from cenacle.ranks.step_timings import StepTimings
 from cenacle.scheduler.recovery import RecoveryState
 from cenacle.server.app import Application
@@ -33,7 +33,7 @@ class FakeGroup:
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.step_timings, self.draft_stats, self.observers, self.last_message_s = (
             StepTimings(),
-            Drafts(),
+            DraftStats(),
             [],
             [],
         )
@@ -49,7 +49,7 @@ class OneWord:
     thinking, stopped, ended = False, None, False
 
     def add(self, token):
-        return [Part("text", "word")]
+        return [OutputPart("text", "word")]
 
     def end(self):
         return []

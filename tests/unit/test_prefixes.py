@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.core.request import Request, TokenEvent
-from cenacle.scheduler.prefix_index import Entry, Footprint, Prefixes, common, packed
+from cenacle.scheduler.prefix_index import CacheEntry, CacheFootprint, PrefixIndex, common, packed
 from cenacle.scheduler.scheduler import Scheduler
 
 tokens = st.lists(st.integers(0, 2), max_size=40)
@@ -22,10 +22,10 @@ def test_common_is_what_a_loop_finds(a, b):
 
 @given(st.lists(st.tuples(tokens, st.sets(st.integers(0, 40))), max_size=6), tokens, st.booleans())
 def test_what_is_found_is_a_beginning_that_may_be_cut(kept, prompt, exact):
-    index = Prefixes(least=2)
+    index = PrefixIndex(least=2)
     for i, (known, cuts) in enumerate(kept):
         size = len(known)
-        index.entries[f"e{i}"] = Entry(f"e{i}", packed(known), size, cuts if exact else None)
+        index.entries[f"e{i}"] = CacheEntry(f"e{i}", packed(known), size, cuts if exact else None)
     entry, count = index.find(packed(prompt))
     usable = []
     for known, cuts in kept:
@@ -38,11 +38,11 @@ def test_what_is_found_is_a_beginning_that_may_be_cut(kept, prompt, exact):
 
 
 def test_footprint_pads_to_the_longest_and_survives_json():
-    footprint = Footprint(10, 100, ((8, 3),))
+    footprint = CacheFootprint(10, 100, ((8, 3),))
     assert footprint.bytes([]) == 0
     assert footprint.bytes([1, 300]) == 2 * (100 + 8 * 3 + 512 * 10)
-    assert Footprint.of(asdict(footprint)) == footprint
-    assert Footprint.largest([footprint, Footprint(12, keeps=True)]).per_token == 12
+    assert CacheFootprint.of(asdict(footprint)) == footprint
+    assert CacheFootprint.largest([footprint, CacheFootprint(12, keeps=True)]).per_token == 12
 
 
 def run(scheduler, name, prompt, answer):
@@ -52,18 +52,18 @@ def run(scheduler, name, prompt, answer):
     for _ in range(20):
         step = scheduler.next_step()
         reused += step.reused
-        dropped += step.dropped
-        if step.started:
+        dropped += step.evicted
+        if step.final_chunks:
             break
     for i, token in enumerate(answer):
         finish = "length" if i == len(answer) - 1 else None
-        cached += scheduler.seen([TokenEvent(name, token, finish)])[0].cached
+        cached += scheduler.seen([TokenEvent(name, token, finish)])[0].cached_tokens
     return reused, dropped, cached
 
 
 def caching(entries=2, **footprint):
     """With room for so many entries of up to 256 tokens."""
-    rank = Footprint(10, keeps=True, **footprint)
+    rank = CacheFootprint(10, keeps=True, **footprint)
     return Scheduler(4, 0, footprint=rank, cache_bytes=entries * 256 * 10)
 
 

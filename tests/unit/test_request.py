@@ -95,9 +95,9 @@ def test_whole_numbers_and_biases_are_checked(field, value):
 
 def test_what_is_left_of_a_request():
     request = Request("a", (1, 2), 5, sampling=Sampling(seed=3))
-    assert request.after([]) == request
-    left = request.after([7]).after([8, 9])
-    assert left == request.after([7, 8, 9])
-    assert (left.tokens, left.max_tokens, left.answered) == ((1, 2, 7, 8, 9), 2, 3)
-    with pytest.raises(InputError, match="answered"):
-        Request("a", (1, 2), 5, answered=2)
+    assert request.resumed_with([]) == request
+    left = request.resumed_with([7]).resumed_with([8, 9])
+    assert left == request.resumed_with([7, 8, 9])
+    assert (left.tokens, left.max_tokens, left.resumed_tokens) == ((1, 2, 7, 8, 9), 2, 3)
+    with pytest.raises(InputError, match="resumed_tokens"):
+        Request("a", (1, 2), 5, resumed_tokens=2)

@@ -7,14 +7,14 @@ from typing import Any, get_args
 import pytest
 from openai.types import responses as types
 
-from cenacle.core.chat import Finish, Logged, Part, Usage
+from cenacle.core.chat import FinishReason, OutputPart, TokenLogprob, Usage
 from cenacle.errors import ClusterError, InputError
 from cenacle.server.api import openai, openai_responses
 from cenacle.server.api.protocol import ChoiceState, GenerationRequest, ResponseMeta, ServedModel
 
 SERVED = ServedModel("house", 100, 50)
 HEAD = ResponseMeta("1", 7, "house", "fp_1")
-STOP, LENGTH = Finish("stop"), Finish("length")
+STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 # The client's own types of events, by name.
 EVENTS = {
     get_args(event.model_fields["type"].annotation)[0]: event
@@ -168,16 +168,20 @@ def test_formats_and_forced_calls_become_grammars() -> None:
 
 
 PARTS = [
-    Part("reasoning", "Hm"),
-    Part("reasoning", "."),
-    Part("text", "It ", logged=(Logged(b"It ", -0.5, (Logged(b"It ", -0.5),)),)),
-    Part("text", "rains", logged=(Logged(b"rains", -0.1, (Logged(b"snows", -3.0),)),)),
-    Part("call", '{"place": "Oslo"}', "weather"),
-    Part("call", "{}", "umbrella", "own-1"),
+    OutputPart("reasoning", "Hm"),
+    OutputPart("reasoning", "."),
+    OutputPart(
+        "text", "It ", logprobs=(TokenLogprob(b"It ", -0.5, (TokenLogprob(b"It ", -0.5),)),)
+    ),
+    OutputPart(
+        "text", "rains", logprobs=(TokenLogprob(b"rains", -0.1, (TokenLogprob(b"snows", -3.0),)),)
+    ),
+    OutputPart("call", '{"place": "Oslo"}', "weather"),
+    OutputPart("call", "{}", "umbrella", "own-1"),
 ]
 
 
-def stream(parts: list[Part], finish: Finish, usage: Usage, **fields: Any) -> list[Any]:
+def stream(parts: list[OutputPart], finish: FinishReason, usage: Usage, **fields: Any) -> list[Any]:
     reply = openai_responses.ResponsesBuilder(read(stream=True, **fields), HEAD)
     events = [*reply.first_events(0, Usage(3, 0))]
     for part in parts:
@@ -190,7 +194,7 @@ def stream(parts: list[Part], finish: Finish, usage: Usage, **fields: Any) -> li
 
 
 @pytest.mark.parametrize("finish", [STOP, LENGTH])
-def test_a_stream_ends_with_the_whole_response(finish: Finish) -> None:
+def test_a_stream_ends_with_the_whole_response(finish: FinishReason) -> None:
     fields = {"include": [openai_responses.LOGPROBS], "top_logprobs": 1}
     events = stream(PARTS, finish, Usage(3, 9, 2, 4), **fields)
     whole = openai_responses.ResponsesBuilder(read(**fields), HEAD).full_response(

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.core.request import Request, TokenEvent
-from cenacle.core.step import Part, Step
+from cenacle.core.step import PromptChunk, Step
 from cenacle.scheduler.scheduler import Scheduler
 
 
@@ -116,4 +116,4 @@ def test_after_a_loss_steps_begin_anew():
     assert scheduler.next_step() is None
     scheduler.submit(request("b"))
     step = scheduler.next_step()
-    assert step == Step(0, (request("b"),), started=(Part("b", 0, 1),))
+    assert step == Step(0, (request("b"),), final_chunks=(PromptChunk("b", 0, 1),))

@@ -19,14 +19,14 @@ def pair():
 
 def test_messages_leave_at_once(pair):
     for sock in pair:
-        socket_options.set_up(sock)
+        socket_options.configure_socket(sock)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such option")
 def test_linux_asks_again_at_least_once_a_second(pair):
     ours, theirs = pair
-    socket_options.set_up(ours)
+    socket_options.configure_socket(ours)
     option = socket.IPPROTO_TCP, socket_options.THIN_LINEAR_TIMEOUTS
     assert (ours.getsockopt(*option), theirs.getsockopt(*option)) == (1, 0)
     try:
@@ -42,4 +42,4 @@ def test_linux_asks_again_at_least_once_a_second(pair):
 def test_what_is_not_tcp_is_left_alone():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        socket_options.set_up(ours)  # raises nothing
+        socket_options.configure_socket(ours)  # raises nothing

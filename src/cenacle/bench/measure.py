@@ -347,7 +347,7 @@ class _Bench:
                 failed.append(event)
                 done.set()
                 return
-            times[event.request].append(time.perf_counter())
+            times[event.request_id].append(time.perf_counter())
             left -= event.finish is not None
             if not left:
                 done.set()

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
-from ..collective.single import Alone
+from ..collective.single import SingleRank
 from ..core.plan import Plan
 from ..errors import InputError
 from ..model import native_layers
@@ -23,7 +23,7 @@ from ..model.expert_parallel import parallelize
 from ..model.loader import load_rank_model, read_model_spec
 from ..model.step_timer import StepTimer
 from ..planning.routing_stats import RoutingTrace
-from ..text.tokenizer import Text
+from ..text.tokenizer import ChatTokenizer
 
 
 class RoutingRecorder(StepTimer):
@@ -59,8 +59,8 @@ def record_routing(model: str, prompts: Sequence[str], max_tokens: int) -> Routi
     tape = RoutingRecorder()
     loaded = load_rank_model(checkpoint, plan, 0, lambda *_: None)
     kernels = "native" if native_layers.is_supported() else "mlx"
-    parallelize(loaded, spec.family, plan, Alone(), tape, kernels)
-    text = Text(checkpoint.folder, checkpoint.config)
+    parallelize(loaded, spec.family, plan, SingleRank(), tape, kernels)
+    text = ChatTokenizer(checkpoint.folder, checkpoint.config)
     for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
         ids = text.render(chat) if text.has_template else text.encode(prompt)

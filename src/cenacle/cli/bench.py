@@ -13,10 +13,13 @@ from typing import Annotated
 import typer
 
 from .. import paths
-from .command import command, expand_dataclasses, format_example
+from .command import command, expand_dataclasses, format_example, option
 from .console import print_json, report, wide_console
 from .options import (
+    BACKEND_HELP,
+    KERNELS_HELP,
     MODEL_HELP,
+    NODES_HELP,
     Backend,
     JsonOutput,
     Kernels,
@@ -27,28 +30,21 @@ from .options import (
 )
 
 app = typer.Typer(invoke_without_command=True)
+THREADS_HELP = "CPU threads per node. Default: an equal share of the cores."
 
 
 @dataclass(frozen=True)
 class BenchmarkModelArguments:
     """Which model to measure."""
 
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)
-    ] = None
-    synth: Annotated[
-        str | None,
-        typer.Option(help="Random model of this name or family instead (see `synth --list`)."),
-    ] = None
-    quantize: Annotated[
-        int, typer.Option(help="Bits per weight of the --synth model; 0: not quantized.")
-    ] = 4
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for random models and models of peers. Default: the user's cache folder."
-        ),
-    ] = None
+    model: str | None = option(None, MODEL_HELP, "--model", "-m", metavar="MODEL")
+    synth: str | None = option(
+        None, "Random model of this name or family instead (see `synth --list`)."
+    )
+    quantize: int = option(4, "Bits per weight of the --synth model; 0: not quantized.")
+    cache_dir: Path | None = option(
+        None, "Folder for random models and models of peers. Default: the user's cache folder."
+    )
 
     @property
     def cache_folder(self) -> Path:
@@ -64,33 +60,39 @@ class BenchmarkModelArguments:
         )
 
 
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", min=1, help="CPU threads per node. Default: an equal share of the cores."
-    ),
-]
-
-
 @dataclass(frozen=True)
 class WorkloadArguments:
     """What to measure."""
 
-    contexts: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Context lengths at which decoding is measured.")
-    ] = "32,2048,8192"
-    concurrency: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of concurrent requests.")
-    ] = "1,2,4,8"
-    tokens: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Tokens to decode per measurement.")
-    ] = 64
-    prompt_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Length of the measured prompt.")
-    ] = 512
-    repeat: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of rounds, in turn with the peers.")
-    ] = 3
+    contexts: str = option(
+        "32,2048,8192", "Context lengths at which decoding is measured.", metavar="N,N,..."
+    )
+    concurrency: str = option("1,2,4,8", "Numbers of concurrent requests.", metavar="N,N,...")
+    tokens: int = option(64, "Tokens to decode per measurement.", min=2)
+    prompt_tokens: int = option(512, "Length of the measured prompt.", min=1)
+    repeat: int = option(3, "Number of rounds, in turn with the peers.", min=1)
+    threads: int | None = option(None, THREADS_HELP, min=1)
+    peer: list[str] | None = option(
+        None,
+        "Also measure llama.cpp=PATH, dllama=PATH or mlx-lm on the same model; repeatable.",
+        metavar="PEER",
+    )
+    peer_timeout_s: float = option(300.0, "Seconds after which a run of a peer is stopped.", min=1)
+
+
+@dataclass(frozen=True)
+class AblationArguments:
+    """What to compare."""
+
+    nodes: int = option(2, NODES_HELP, "--nodes", "-n", min=1)
+    threads: int | None = option(None, THREADS_HELP, min=1)
+    backend: Backend = option("auto", BACKEND_HELP, metavar="NAME")
+    kernels: Kernels = option("auto", KERNELS_HELP)
+    latencies_ms: str = option(
+        "1,0.3,0.05,0", "Latencies of the emulated links.", metavar="MS,MS,..."
+    )
+    tokens: int = option(16, "Tokens to decode per row and round.", min=2)
+    repeat: int = option(2, "Number of rounds over all rows.", min=1)
 
 
 @app.callback(epilog=format_example("cenacle bench --synth moe-2b --nodes 2 --threads 1 --json"))
@@ -99,21 +101,8 @@ def bench(
     context: typer.Context,
     model: BenchmarkModelArguments,
     workload: WorkloadArguments,
-    threads: Threads = None,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PEER",
-            help="Also measure llama.cpp=PATH, dllama=PATH or mlx-lm on the same model; "
-            "repeatable.",
-        ),
-    ] = None,
-    peer_timeout_s: Annotated[
-        float, typer.Option(min=1, help="Seconds after which a run of a peer is stopped.")
-    ] = 300.0,
-    json_output: JsonOutput = False,
-    *,
     load: LoadArguments,
+    json_output: JsonOutput = False,
 ) -> None:
     """Measure prompt and decoding speed, where the time goes, and the limits of the hardware."""
     if context.invoked_subcommand is not None:
@@ -128,7 +117,7 @@ def bench(
     request = measure.BenchConfig(
         model=model.prepare(),
         nodes=load.nodes,
-        threads=threads,
+        threads=workload.threads,
         contexts=parse_int_list(workload.contexts, "contexts"),
         streams=parse_int_list(workload.concurrency, "concurrency"),
         tokens=workload.tokens,
@@ -137,36 +126,19 @@ def bench(
         placed=placed,
         options=options,
         cache=model.cache_folder,
-        deadline_s=peer_timeout_s,
+        deadline_s=workload.peer_timeout_s,
     )
-    result = measure.run_bench(request, [peers.parse_peer(p) for p in peer or ()], report)
+    result = measure.run_bench(request, [peers.parse_peer(p) for p in workload.peer or ()], report)
     if json_output:
         print_json(result)
     else:
         show_bench(result, wide_console())
 
 
-@command(app, name="ablation", example="cenacle bench ablation --synth dbrx-2l --nodes 2 --out DIR")
+@command(app, example="cenacle bench ablation --synth dbrx-2l --nodes 2 --out DIR")
 def ablation(
     model: BenchmarkModelArguments,
-    nodes: Annotated[
-        int,
-        typer.Option(
-            "--nodes", "-n", metavar="N", min=1, help="Number of local processes (ranks)."
-        ),
-    ] = 2,
-    threads: Threads = None,
-    backend: Backend = "auto",
-    kernels: Kernels = "auto",
-    latencies_ms: Annotated[
-        str, typer.Option(metavar="MS,MS,...", help="Latencies of the emulated links.")
-    ] = "1,0.3,0.05,0",
-    tokens: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Tokens to decode per row and round.")
-    ] = 16,
-    repeat: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of rounds over all rows.")
-    ] = 2,
+    arguments: AblationArguments,
     out: Annotated[Path | None, typer.Option(help="Folder for a plot as PNG and SVG.")] = None,
     json_output: JsonOutput = False,
 ) -> None:
@@ -178,13 +150,13 @@ def ablation(
         model = replace(model, synth="dbrx-2l")
     request = schedule_ablation.AblationConfig(
         model.prepare(),
-        nodes,
-        threads,
-        backend,
-        kernels,
-        tuple(parse_float_list(latencies_ms, "latencies-ms") or ()),
-        tokens,
-        repeat,
+        arguments.nodes,
+        arguments.threads,
+        arguments.backend,
+        arguments.kernels,
+        tuple(parse_float_list(arguments.latencies_ms, "latencies-ms") or ()),
+        arguments.tokens,
+        arguments.repeat,
     )
     result = schedule_ablation.run_ablation(request, report)
     if out is not None:

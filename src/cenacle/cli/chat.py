@@ -30,7 +30,7 @@ from rich.padding import Padding
 from rich.segment import Segment
 from rich.text import Text
 
-from ..core.chat import Part
+from ..core.chat import OutputPart
 from ..errors import CenacleError, ClusterError, InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ChatSource(Protocol):
 
     name: str
 
-    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[Part]:
+    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[OutputPart]:
         """The parts of an answer, about one a token; ending the iteration ends the answer."""
         ...
 
@@ -67,7 +67,7 @@ class LocalChat:
     def __init__(self, model: Model) -> None:
         self.name, self._model = model.name, model
 
-    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[Part]:
+    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[OutputPart]:
         """See `Source`."""
         tokens = self._model.tokens_of(messages)
         stream = self._model.text.chat((), (), tokens)
@@ -129,7 +129,7 @@ class RemoteChat:
         """Close the connection."""
         self._client.close()
 
-    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[Part]:
+    def answer(self, messages: list[dict[str, str]], how: ChatSettings) -> Iterator[OutputPart]:
         """See `Source`."""
         body: dict[str, Any] = {
             "model": self.name,
@@ -186,15 +186,15 @@ def _raise_for_status(answer: httpx.Response, base: str) -> None:
     raise ClusterError(f"{base}: {said}")
 
 
-def _parse_chunk(chunk: dict[str, Any], base: str) -> Iterator[Part]:
+def _parse_chunk(chunk: dict[str, Any], base: str) -> Iterator[OutputPart]:
     if "error" in chunk:
         raise ClusterError(f"{base}: {chunk['error']['message']}")
     for choice in chunk["choices"][:1]:
         delta = choice["delta"]
         if thought := delta.get("reasoning_content") or delta.get("reasoning"):
-            yield Part("reasoning", thought)
+            yield OutputPart("reasoning", thought)
         if text := delta.get("content"):
-            yield Part("text", text)
+            yield OutputPart("text", text)
 
 
 # ---- commands
@@ -381,7 +381,7 @@ class ChatSession:
 
     # ---- showing answers
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[OutputPart]:
         first = [{"role": "system", "content": self.system}] if self.system else []
         return self.source.answer([*first, *self.messages], self.how)
 

@@ -25,10 +25,16 @@ from rich.table import Table
 from .. import net, paths
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, InputError
-from .command import command
+from .command import command, option
 from .console import print_json, report, stderr_console, wide_console
 from .inference import Endpoint, load_model, open_server
-from .options import JsonOutput, ServerArguments, ServingArguments
+from .options import (
+    JsonOutput,
+    ServerArguments,
+    ServingArguments,
+    execution_option,
+    placement_option,
+)
 
 if TYPE_CHECKING:
     from ..cluster.head import Head
@@ -39,55 +45,54 @@ app = typer.Typer()
 PANEL = "Cluster"
 AGENT_STOP_S = 10.0
 
-NodeName = Annotated[
-    str | None, typer.Option(help="Name of this machine in the cluster. Default: its host name.")
-]
-Mdns = Annotated[bool, typer.Option("--mdns/--no-mdns", help="Announce or find the head by mDNS.")]
+NAME_HELP = "Name of this machine in the cluster. Default: its host name."
 
 
 @dataclass(frozen=True)
 class ClusterLoadArguments(ServingArguments):
     """`ServingArguments` for the nodes of a cluster."""
 
-    nodes: Annotated[
-        int,
-        typer.Option(
-            "--nodes",
-            "-n",
-            metavar="N",
-            min=0,
-            help="Number of nodes; 0: every node that has joined before, at least 2.",
-        ),
-    ] = 0
-    verify: Annotated[
-        bool | None,
-        typer.Option(
-            "--verify/--no-verify",
-            help="Verify weights, answers and links before serving. Default: if this placement "
-            "has not been verified on these nodes.",
-        ),
-    ] = None
+    nodes: int = placement_option(
+        0,
+        "Number of nodes; 0: every node that has joined before, at least 2.",
+        "--nodes",
+        "-n",
+        min=0,
+    )
+    verify: bool | None = execution_option(
+        None,
+        "Verify weights, answers and links before serving. Default: if this placement has not been "
+        "verified on these nodes.",
+    )
 
 
 @dataclass(frozen=True)
 class HeadArguments:
     """How nodes find and join the head."""
 
-    listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Address on which nodes join.")
-    ] = "0.0.0.0:4747"
-    name: NodeName = None
-    hosts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Hosts file of mlx.launch: the nodes to expect, and the addresses to use."
-        ),
-    ] = None
-    mdns: Mdns = True
-    token_minutes: Annotated[
-        float,
-        typer.Option(metavar="N", min=0.01, help="Minutes for which the printed token is valid."),
-    ] = 60.0
+    listen: str = option("0.0.0.0:4747", "Address on which nodes join.", metavar="HOST:PORT")
+    name: str | None = option(None, NAME_HELP)
+    hosts: Path | None = option(
+        None, "Hosts file of mlx.launch: the nodes to expect, and the addresses to use."
+    )
+    mdns: bool = option(True, "Announce the head by mDNS.")
+    token_minutes: float = option(60.0, "Minutes for which the printed token is valid.", min=0.01)
+
+
+@dataclass(frozen=True)
+class JoinArguments:
+    """Which cluster to join, and as what."""
+
+    token: str | None = option(None, "Token that `cenacle up` printed.")
+    models: Path | None = option(None, "Folder with models on this machine, if it has one.")
+    name: str | None = option(None, NAME_HELP)
+    cluster: str | None = option(
+        None, "Cluster to join, by the host name of its head, if several are found."
+    )
+    mdns: bool = option(True, "Find the head by mDNS.")
+    service: bool = option(
+        False, "Only write a service that joins when the machine starts.", "--service"
+    )
 
 
 @command(app, example="cenacle up org/model -n 3", panel=PANEL)
@@ -264,20 +269,8 @@ def join(
             help="Address of the head. Default: as before; with --token, found by mDNS.",
         ),
     ] = None,
-    token: Annotated[str | None, typer.Option(help="Token that `cenacle up` printed.")] = None,
-    models: Annotated[
-        Path | None, typer.Option(help="Folder with models on this machine, if it has one.")
-    ] = None,
-    name: NodeName = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(help="Cluster to join, by the host name of its head, if several are found."),
-    ] = None,
-    mdns: Mdns = True,
-    service: Annotated[
-        bool,
-        typer.Option("--service", help="Only write a service that joins when the machine starts."),
-    ] = False,
+    *,
+    arguments: JoinArguments,
 ) -> None:
     """Add this machine to a cluster and run its agent until the cluster ends."""
     _configure_logging()
@@ -288,10 +281,14 @@ def join(
     folder = paths.cluster_dir()
     identity = Identity(folder, "node")
     # A service may be written while an agent is running.
-    lock = nullcontext() if service else take_lock(folder / "agent.lock", "this machine's agent")
+    lock = (
+        nullcontext()
+        if arguments.service
+        else take_lock(folder / "agent.lock", "this machine's agent")
+    )
     with lock:
-        if token is not None:
-            identity = _pair(head, token, name or socket.gethostname(), cluster, mdns)
+        if arguments.token is not None:
+            identity = _pair(head, arguments.token, arguments)
         elif not identity.exists:
             raise InputError(
                 "this machine is not part of a cluster: run the line that `cenacle up` prints on "
@@ -299,11 +296,11 @@ def join(
             )
         elif head is not None:
             _change_head(identity, head)
-        if models is not None:
-            if not models.is_dir():
-                raise InputError(f"--models: expected a folder, got {models}", "models")
-            identity.remember(models=str(models.resolve()))
-        if service:
+        if arguments.models is not None:
+            if not arguments.models.is_dir():
+                raise InputError(f"--models: expected a folder, got {arguments.models}", "models")
+            identity.remember(models=str(arguments.models.resolve()))
+        if arguments.service:
             _write_service()
             return
         settings = identity.remembered()
@@ -312,18 +309,19 @@ def join(
         _report_event(f"ended: {agents.run(agent)}")
 
 
-def _pair(head: str | None, token: str, name: str, cluster: str | None, mdns: bool) -> Identity:
+def _pair(head: str | None, token: str, arguments: JoinArguments) -> Identity:
     from ..cluster import client, discovery
 
     if head is not None:
         host, port = client.read_address(head)
-    elif not mdns:
+    elif not arguments.mdns:
         raise InputError("join: expected HOST:PORT before --token, got none", "head")
     else:
         report("searching for a head by mDNS")
-        found = discovery.choose(discovery.look(), cluster)
+        found = discovery.choose(discovery.look(), arguments.cluster)
         report(f"found {found.name} at {found.host}:{found.port}")
         host, port = found.host, found.port
+    name = arguments.name or socket.gethostname()
     return client.pair(paths.cluster_dir(), host, port, token, name)
 
 

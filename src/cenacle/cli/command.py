@@ -1,10 +1,9 @@
 """Registers functions as commands, with options that are declared once and shared.
 
-Owns: the expansion of dataclass parameters into options.
+Owns: the declaration of options as fields of a dataclass, and their expansion.
 Does not know: which commands and options there are.
-Invariant: a parameter whose type is a dataclass becomes one option per field; a field is annotated
-like a typer parameter. Options have the defaults of the fields, or the values of the parameter's
-own default, if it has one.
+Invariant: a parameter whose type is a dataclass becomes one option per field. Options have the
+defaults of the fields, or the values of the parameter's own default, if it has one.
 Next: `options.py` has the shared dataclasses.
 """
 
@@ -13,11 +12,31 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.markup import escape
+
+PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[str]: "TEXT"}
+
+
+def option(
+    default: Any, help_text: str, *names: str, panel: str | None = None, **settings: Any
+) -> Any:
+    """A field of a dataclass that is an option of a command.
+
+    Args:
+        default: its value if it is not given.
+        help_text: one sentence.
+        names: such as "--model", "-m"; none: the name of the field.
+        panel: heading under which the help lists it.
+        settings: further arguments of `typer.Option`.
+    """
+    settings |= {"help": help_text, "rich_help_panel": panel}
+    return field(default=default, metadata={"names": names, "settings": settings})
 
 
 def command(
@@ -52,21 +71,12 @@ def expand_dataclasses(function: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {}  # parameter name -> dataclass
     for parameter in inspect.signature(function).parameters.values():
         annotation = annotations[parameter.name]
-        if not is_dataclass(annotation):
-            keyword = parameter.replace(annotation=annotation, kind=parameter.KEYWORD_ONLY)
-            parameters.append(keyword)
-            continue
-        groups[parameter.name] = annotation
-        field_annotations = get_type_hints(annotation, include_extras=True)
-        parameters += [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=getattr(parameter.default, field.name, field.default),
-                annotation=field_annotations[field.name],
-            )
-            for field in fields(annotation)
-        ]
+        if is_dataclass(annotation):
+            groups[parameter.name] = annotation
+            parameters += _field_parameters(annotation, parameter.default)
+        else:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(annotation=annotation, kind=kind))
 
     @functools.wraps(function)
     def call(**values: Any) -> None:
@@ -77,3 +87,22 @@ def expand_dataclasses(function: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call
+
+
+def _field_parameters(group: Any, instance: Any) -> list[inspect.Parameter]:
+    """A keyword parameter for each field; defaults are those of `instance`, if it has any."""
+    parameters, types = [], get_type_hints(group)
+    for item in fields(group):
+        value_type, settings = types[item.name], item.metadata["settings"]
+        plain_type = next((t for t in get_args(value_type) if t is not NoneType), value_type)
+        if plain_type in PLACEHOLDERS:
+            settings = {"metavar": PLACEHOLDERS[plain_type], **settings}
+        parameters.append(
+            inspect.Parameter(
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(instance, item.name, item.default),
+                annotation=Annotated[value_type, typer.Option(*item.metadata["names"], **settings)],
+            )
+        )
+    return parameters

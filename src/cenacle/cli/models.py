@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..core.units import format_bytes
 from ..errors import CenacleError, InputError
-from .command import command
+from .command import command, option
 from .console import (
     loading_progress,
     print_json,
@@ -107,31 +107,18 @@ def families(json_output: JsonOutput = False) -> None:
 class SyntheticModelArguments:
     """What random model to write."""
 
-    family: Annotated[
-        str | None, typer.Option(help="Small model of this family (see `cenacle families`).")
-    ] = None
-    name: Annotated[
-        str | None, typer.Option(help="Model with the shape of this one (see --list).")
-    ] = None
-    config: Annotated[Path | None, typer.Option(help="Model of this config.json.")] = None
-    layers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Reduce it to this many layers.")
-    ] = None
-    quantize: Annotated[
-        int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: none.")
-    ] = None
-    group_size: Annotated[
-        int, typer.Option(help="Weights per quantization scale: 32, 64 or 128.")
-    ] = 64
-    mode: Annotated[Literal["affine", "mxfp4"], typer.Option(help="Quantization mode.")] = "affine"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Data type of unquantized weights. Default: that of the model."),
-    ] = None
-    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same bytes.")] = 0
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
-    ] = False
+    family: str | None = option(None, "Small model of this family (see `cenacle families`).")
+    name: str | None = option(None, "Model with the shape of this one (see --list).")
+    config: Path | None = option(None, "Model of this config.json.")
+    layers: int | None = option(None, "Reduce it to this many layers.", min=1)
+    quantize: int | None = option(None, "Bits per weight: 2, 3, 4, 5, 6 or 8. Default: none.")
+    group_size: int = option(64, "Weights per quantization scale: 32, 64 or 128.")
+    mode: Literal["affine", "mxfp4"] = option("affine", "Quantization mode.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Data type of unquantized weights. Default: that of the model."
+    )
+    seed: int = option(0, "Random seed; the same seed gives the same bytes.")
+    overwrite: bool = option(False, "Write into a folder that is not empty.", "--overwrite")
 
 
 @command(

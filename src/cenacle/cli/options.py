@@ -9,7 +9,7 @@ Next: `command.py` turns the dataclasses into options of a command.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,325 +17,199 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import InputError
+from .command import option
 
 MODEL_HELP = "Model folder, or the name of a Hugging Face repository (org/model)."
+NODES_HELP = "Number of local processes (ranks)."
+BACKEND_HELP = "Backend of the all-reduce between nodes: auto, mesh, ring, mpi, jaccl or nccl."
+KERNELS_HELP = "CPU kernels: native (Cenacle's own), mlx, or auto (native where supported)."
+PLAN_HELP = "Placement saved by `inspect --save` or `plan --save`; overrides the other options."
 
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
+PlanFile = Annotated[Path | None, typer.Option(help=PLAN_HELP, rich_help_panel="Placement")]
 JsonOutput = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
 ]
-_placement = partial(typer.Option, rich_help_panel="Placement")
-_execution = partial(typer.Option, rich_help_panel="Execution")
-_memory = partial(typer.Option, rich_help_panel="Batching and caches")
-_server = partial(typer.Option, rich_help_panel="Server")
-_sampling = partial(typer.Option, rich_help_panel="Sampling")
 
-PlanFile = Annotated[
-    Path | None,
-    _placement(
-        "--plan",
-        help="Placement saved by `inspect --save` or `plan --save`; overrides the other options.",
-    ),
-]
+Backend = Literal["auto", "mesh", "ring", "mpi", "jaccl", "nccl"]
+Kernels = Literal["auto", "native", "mlx"]
 
-
-Backend = Annotated[
-    Literal["auto", "mesh", "ring", "mpi", "jaccl", "nccl"],
-    _execution(
-        metavar="NAME",
-        help="Backend of the all-reduce between nodes: auto, mesh, ring, mpi, jaccl or nccl.",
-    ),
-]
-Kernels = Annotated[
-    Literal["auto", "native", "mlx"],
-    _execution(help="CPU kernels: native (Cenacle's own), mlx, or auto (native where supported)."),
-]
+placement_option = partial(option, panel="Placement")
+execution_option = partial(option, panel="Execution")
+memory_option = partial(option, panel="Batching and caches")
+server_option = partial(option, panel="Server")
+sampling_option = partial(option, panel="Sampling")
 
 
 @dataclass(frozen=True)
 class PlacementArguments:
     """Which node holds what."""
 
-    nodes: Annotated[
-        int,
-        _placement("--nodes", "-n", metavar="N", min=1, help="Number of local processes (ranks)."),
-    ] = 1
-    node_weights: Annotated[
-        str | None,
-        _placement(
-            metavar="W,W,...", help="Relative speed of each node, such as 2,1,1. Default: equal."
-        ),
-    ] = None
-    placement: Annotated[
-        Literal["auto", "whole", "sliced", "replicated"],
-        _placement(
-            metavar="MODE",
-            help="Placement of experts: whole (each on one node), sliced (a part of each on every "
-            "node), replicated (copies on several nodes) or auto (whole or sliced, by predicted "
-            "speed).",
-        ),
-    ] = "auto"
-    trunk: Annotated[
-        Literal["auto", "replicated", "sharded"],
-        _placement(
-            metavar="MODE",
-            help="Placement of attention, dense layers and output head: replicated (on every "
-            "node), sharded (for one more all-reduce each) or auto (by predicted speed).",
-        ),
-    ] = "auto"
-    node_memory_gb: Annotated[
-        str | None,
-        _placement(
-            metavar="GB,GB,...",
-            help="Gigabytes of weights per node, such as 24,24,16, for --placement replicated. "
-            "Default: two copies of each expert.",
-        ),
-    ] = None
-    latency_ms: Annotated[
-        float,
-        _placement(
-            metavar="MS",
-            min=0,
-            help="Milliseconds added to every all-reduce, to emulate a slower network.",
-        ),
-    ] = 0.0
+    nodes: int = placement_option(1, NODES_HELP, "--nodes", "-n", min=1)
+    node_weights: str | None = placement_option(
+        None,
+        "Relative speed of each node, such as 2,1,1. Default: equal.",
+        metavar="W,W,...",
+    )
+    placement: Literal["auto", "whole", "sliced", "replicated"] = placement_option(
+        "auto",
+        "Placement of experts: whole (each on one node), sliced (a part of each on every node), "
+        "replicated (copies on several nodes) or auto (whole or sliced, by predicted speed).",
+        metavar="MODE",
+    )
+    trunk: Literal["auto", "replicated", "sharded"] = placement_option(
+        "auto",
+        "Placement of attention, dense layers and output head: replicated (on every node), sharded "
+        "(for one more all-reduce each) or auto (by predicted speed).",
+        metavar="MODE",
+    )
+    node_memory_gb: str | None = placement_option(
+        None,
+        "Gigabytes of weights per node, such as 24,24,16, for --placement replicated. Default: two "
+        "copies of each expert.",
+        metavar="GB,GB,...",
+    )
+    latency_ms: float = placement_option(
+        0.0, "Milliseconds added to every all-reduce, to emulate a slower network.", min=0
+    )
 
     def to_keywords(self) -> dict[str, Any]:
-        """These arguments as keyword arguments of `api.load`, in its units.
+        """Fields of `LoadOptions`, in its units; all but the model, `nodes` and `verify`.
 
         Raises:
             InputError: a list of numbers is malformed.
         """
-        memory_gb = parse_float_list(self.node_memory_gb, "node-memory-gb")
-        return {
+        names = {field.name for field in fields(self)} - {"nodes", "verify"}
+        keywords = {name: getattr(self, name) for name in names}
+        memory_gb = parse_float_list(keywords.pop("node_memory_gb"), "node-memory-gb")
+        keywords |= {
             "node_weights": parse_float_list(self.node_weights, "node-weights"),
-            "placement": self.placement,
-            "trunk": self.trunk,
             "node_memory_bytes": [int(1e9 * gb) for gb in memory_gb] if memory_gb else None,
-            "latency_s": self.latency_ms / 1000,
+            "latency_s": keywords.pop("latency_ms") / 1000,
         }
+        if (folder := keywords.get("prefix_cache_dir")) is not None:
+            # Ranks may have another working directory.
+            keywords["prefix_cache_dir"] = str(folder.expanduser().absolute())
+        return keywords
 
 
 @dataclass(frozen=True)
 class LoadArguments(PlacementArguments):
     """How to load and run a model."""
 
-    backend: Backend = "auto"
-    comm_dtype: Annotated[
-        Literal["f32", "bf16"],
-        _execution(
-            help="Data type in which the mesh backend sends vectors; bf16 halves the traffic and "
-            "rounds the values."
-        ),
-    ] = "f32"
-    kernels: Kernels = "auto"
-    activations: Annotated[
-        Literal["int16", "int8"],
-        _execution(
-            help="Integer type of activations in native quantized layers; int8 processes prompts "
-            "faster and is less accurate."
-        ),
-    ] = "int16"
-    draft_model: Annotated[
-        str | None,
-        _execution(
-            metavar="MODEL", help="Draft model for speculative decoding, with the same tokenizer."
-        ),
-    ] = None
-    speculative: Annotated[
-        Literal["auto", "off", "always"],
-        _execution(help="Speculative decoding; auto uses it while it is faster."),
-    ] = "auto"
-    prefill_chunk_size: Annotated[
-        int, _memory(metavar="N", min=1, help="Maximum number of prompt tokens per step.")
-    ] = 512
-    kv_bits: Annotated[
-        int | None, _memory(metavar="BITS", help="Quantize the KV cache to this many bits, 4 or 8.")
-    ] = None
-    max_kv_size: Annotated[
-        int | None,
-        _memory(
-            metavar="N",
-            min=8,
-            help="Maximum number of tokens in the KV cache of a request. Default: unlimited.",
-        ),
-    ] = None
-
-    def to_keywords(self) -> dict[str, Any]:
-        """See `PlacementArguments`."""
-        return {
-            **super().to_keywords(),
-            "backend": self.backend,
-            "comm_dtype": self.comm_dtype,
-            "kernels": self.kernels,
-            "activations": self.activations,
-            "draft_model": self.draft_model,
-            "speculative": self.speculative,
-            "prefill_chunk_size": self.prefill_chunk_size,
-            "kv_bits": self.kv_bits,
-            "max_kv_size": self.max_kv_size,
-        }
+    backend: Backend = execution_option("auto", BACKEND_HELP, metavar="NAME")
+    comm_dtype: Literal["f32", "bf16"] = execution_option(
+        "f32",
+        "Data type in which the mesh backend sends vectors; bf16 halves the traffic and rounds the "
+        "values.",
+    )
+    kernels: Kernels = execution_option("auto", KERNELS_HELP)
+    activations: Literal["int16", "int8"] = execution_option(
+        "int16",
+        "Integer type of activations in native quantized layers; int8 processes prompts faster and "
+        "is less accurate.",
+    )
+    draft_model: str | None = execution_option(
+        None, "Draft model for speculative decoding, with the same tokenizer.", metavar="MODEL"
+    )
+    speculative: Literal["auto", "off", "always"] = execution_option(
+        "auto", "Speculative decoding; auto uses it while it is faster."
+    )
+    prefill_chunk_size: int = memory_option(512, "Maximum number of prompt tokens per step.", min=1)
+    kv_bits: int | None = memory_option(
+        None, "Quantize the KV cache to this many bits, 4 or 8.", metavar="BITS"
+    )
+    max_kv_size: int | None = memory_option(
+        None, "Maximum number of tokens in the KV cache of a request. Default: unlimited.", min=8
+    )
 
 
 @dataclass(frozen=True)
 class ServingArguments(LoadArguments):
     """How to load and run a model that serves several clients."""
 
-    max_batch_size: Annotated[
-        int, _memory(metavar="N", min=1, help="Maximum number of requests that run at once.")
-    ] = 32
-    max_queue: Annotated[
-        int,
-        _memory(
-            metavar="N",
-            min=0,
-            help="Maximum number of waiting requests; further requests get status 429.",
-        ),
-    ] = 64
-    kv_cache_gb: Annotated[
-        float | None,
-        _memory(
-            metavar="GB",
-            min=0,
-            help="Gigabytes per node for the KV cache of running requests. Default: half of the "
-            "free memory.",
-        ),
-    ] = None
-    prefix_cache_gb: Annotated[
-        float | None,
-        _memory(
-            metavar="GB",
-            min=0,
-            help="Gigabytes of memory per node for the prefix cache; 0 disables it. Default: an "
-            "eighth of the free memory.",
-        ),
-    ] = None
-    prefix_cache_disk_gb: Annotated[
-        float,
-        _memory(
-            metavar="GB",
-            min=0,
-            help="Gigabytes of disk per node for the prefix cache, which survives restarts; 0 "
-            "disables it.",
-        ),
-    ] = 8.0
-    prefix_cache_dir: Annotated[
-        Path | None,
-        _memory(
-            help="Folder of the prefix cache on disk, on every node. Default: in the user's cache "
-            "folder."
-        ),
-    ] = None
-    measure_every: Annotated[
-        int,
-        _execution(metavar="N", min=0, help="Measure timings of every Nth step; 0 disables it."),
-    ] = 8
-    recover: Annotated[
-        bool,
-        _execution(
-            "--recover/--no-recover", help="Restart the ranks and resume requests after a failure."
-        ),
-    ] = True
-    verify: Annotated[
-        bool | None,
-        _execution(
-            "--verify/--no-verify",
-            help="Verify weights and answers of the nodes before serving. Default: no.",
-        ),
-    ] = None
-
-    def to_keywords(self) -> dict[str, Any]:
-        """See `PlacementArguments`."""
-        folder = self.prefix_cache_dir
-        return {
-            **super().to_keywords(),
-            "max_batch_size": self.max_batch_size,
-            "max_queue": self.max_queue,
-            "kv_cache_gb": self.kv_cache_gb,
-            "prefix_cache_gb": self.prefix_cache_gb,
-            "prefix_cache_disk_gb": self.prefix_cache_disk_gb,
-            # Ranks may have another working directory.
-            "prefix_cache_dir": str(folder.expanduser().absolute()) if folder else None,
-            "measure_every": self.measure_every,
-            "recover": self.recover,
-        }
+    max_batch_size: int = memory_option(32, "Maximum number of requests that run at once.", min=1)
+    max_queue: int = memory_option(
+        64, "Maximum number of waiting requests; further requests get status 429.", min=0
+    )
+    kv_cache_gb: float | None = memory_option(
+        None,
+        "Gigabytes per node for the KV cache of running requests. Default: half of the free "
+        "memory.",
+        min=0,
+    )
+    prefix_cache_gb: float | None = memory_option(
+        None,
+        "Gigabytes of memory per node for the prefix cache; 0 disables it. Default: an eighth of "
+        "the free memory.",
+        min=0,
+    )
+    prefix_cache_disk_gb: float = memory_option(
+        8.0,
+        "Gigabytes of disk per node for the prefix cache, which survives restarts; 0 disables it.",
+        min=0,
+    )
+    prefix_cache_dir: Path | None = memory_option(
+        None,
+        "Folder of the prefix cache on disk, on every node. Default: in the user's cache folder.",
+    )
+    measure_every: int = execution_option(
+        8, "Measure timings of every Nth step; 0 disables it.", min=0
+    )
+    recover: bool = execution_option(True, "Restart the ranks and resume requests after a failure.")
+    verify: bool | None = execution_option(
+        None, "Verify weights and answers of the nodes before serving. Default: no."
+    )
 
 
 @dataclass(frozen=True)
 class SamplingArguments:
     """How to choose the tokens of an answer."""
 
-    max_tokens: Annotated[
-        int, _sampling(metavar="N", min=1, help="Maximum number of tokens to generate.")
-    ] = 256
-    temp: Annotated[
-        float, _sampling(metavar="T", min=0, max=2, help="Temperature; 0 is greedy.")
-    ] = 0.0
-    top_p: Annotated[
-        float,
-        _sampling(
-            metavar="P", min=0, max=1, help="Nucleus sampling: probability mass to sample from."
-        ),
-    ] = 1.0
-    top_k: Annotated[
-        int,
-        _sampling(metavar="N", min=0, help="Number of most likely tokens to sample from; 0: all."),
-    ] = 0
-    seed: Annotated[
-        int | None, _sampling(metavar="N", help="Random seed; the same seed gives the same text.")
-    ] = None
+    max_tokens: int = sampling_option(256, "Maximum number of tokens to generate.", min=1)
+    temp: float = sampling_option(0.0, "Temperature; 0 is greedy.", min=0, max=2)
+    top_p: float = sampling_option(
+        1.0, "Nucleus sampling: probability mass to sample from.", min=0, max=1
+    )
+    top_k: int = sampling_option(0, "Number of most likely tokens to sample from; 0: all.", min=0)
+    seed: int | None = sampling_option(None, "Random seed; the same seed gives the same text.")
 
 
 @dataclass(frozen=True)
 class ServerArguments:
     """How to listen for HTTP requests, and which to accept."""
 
-    host: Annotated[str, _server(help="Address on which the API listens.")] = "127.0.0.1"
-    port: Annotated[
-        int, _server(metavar="N", min=0, max=65535, help="Port of the API; 0 chooses a free port.")
-    ] = 8080
-    require_key: Annotated[
-        bool, _server("--require-key", help="Require an API key on the loopback address too.")
-    ] = False
-    tls: Annotated[
-        Literal["self"] | None, _server(help="Use TLS with a self-signed certificate.")
-    ] = None
-    tls_cert: Annotated[Path | None, _server(help="TLS certificate (PEM); requires --tls-key.")] = (
-        None
+    host: str = server_option("127.0.0.1", "Address on which the API listens.")
+    port: int = server_option(8080, "Port of the API; 0 chooses a free port.", min=0, max=65535)
+    require_key: bool = server_option(
+        False, "Require an API key on the loopback address too.", "--require-key"
     )
-    tls_key: Annotated[Path | None, _server(help="Private key of --tls-cert (PEM).")] = None
-    allowed_host: Annotated[
-        list[str] | None,
-        _server(
-            help="Additional Host header to accept on the loopback address, for use behind a "
-            "proxy; repeatable."
-        ),
-    ] = None
-    cors_origin: Annotated[
-        list[str] | None,
-        _server(
-            help="Origin of web pages that may use the API, such as https://chat.example; "
-            "repeatable."
-        ),
-    ] = None
-    max_concurrent: Annotated[
-        int, _server(metavar="N", min=1, help="Maximum number of HTTP requests answered at once.")
-    ] = 256
-    max_concurrent_per_key: Annotated[
-        int,
-        _server(
-            metavar="N", min=1, help="Maximum number of HTTP requests answered at once per API key."
-        ),
-    ] = 64
-    access_log: Annotated[
-        bool, _server("--access-log", help="Log every request to stderr, without its text.")
-    ] = False
-    log_text: Annotated[
-        bool, _server("--log-text", help="Log the text of prompts and answers to stderr.")
-    ] = False
+    tls: Literal["self"] | None = server_option(None, "Use TLS with a self-signed certificate.")
+    tls_cert: Path | None = server_option(None, "TLS certificate (PEM); requires --tls-key.")
+    tls_key: Path | None = server_option(None, "Private key of --tls-cert (PEM).")
+    allowed_host: list[str] | None = server_option(
+        None,
+        "Additional Host header to accept on the loopback address, for use behind a proxy; "
+        "repeatable.",
+    )
+    cors_origin: list[str] | None = server_option(
+        None, "Origin of web pages that may use the API, such as https://chat.example; repeatable."
+    )
+    max_concurrent: int = server_option(
+        256, "Maximum number of HTTP requests answered at once.", min=1
+    )
+    max_concurrent_per_key: int = server_option(
+        64, "Maximum number of HTTP requests answered at once per API key.", min=1
+    )
+    access_log: bool = server_option(
+        False, "Log every request to stderr, without its text.", "--access-log"
+    )
+    log_text: bool = server_option(
+        False, "Log the text of prompts and answers to stderr.", "--log-text"
+    )
 
 
-def parse_float_list(text: str | None, option: str) -> list[float] | None:
+def parse_float_list(text: str | None, name: str) -> list[float] | None:
     """Parse numbers separated by commas; None stays None.
 
     Raises:
@@ -346,15 +220,13 @@ def parse_float_list(text: str | None, option: str) -> list[float] | None:
     try:
         numbers = [float(number) for number in text.split(",")]
     except ValueError as error:
-        raise InputError(
-            f"--{option}: expected numbers such as 2,1,1, got {text!r}", option
-        ) from error
+        raise InputError(f"--{name}: expected numbers such as 2,1,1, got {text!r}", name) from error
     if not all(math.isfinite(number) for number in numbers):
-        raise InputError(f"--{option}: expected finite numbers, got {text!r}", option)
+        raise InputError(f"--{name}: expected finite numbers, got {text!r}", name)
     return numbers
 
 
-def parse_int_list(text: str, option: str) -> tuple[int, ...]:
+def parse_int_list(text: str, name: str) -> tuple[int, ...]:
     """Parse positive integers separated by commas.
 
     Raises:
@@ -365,7 +237,5 @@ def parse_int_list(text: str, option: str) -> tuple[int, ...]:
     except ValueError:
         numbers = (0,)
     if min(numbers) < 1:
-        raise InputError(
-            f"--{option}: expected positive integers such as 1,2,4, got {text!r}", option
-        )
+        raise InputError(f"--{name}: expected positive integers such as 1,2,4, got {text!r}", name)
     return numbers

@@ -16,12 +16,12 @@ from rich.table import Table
 from ..core.units import format_bytes
 from ..errors import CheckpointError, InputError, PlanError
 from ..paths import catalog_dir
-from .command import command
+from .command import command, option
 from .console import print_json, report, wide_console, write_text
 from .options import JsonOutput, ModelName
 
 if TYPE_CHECKING:
-    from ..calibration.validate import Validation
+    from ..calibration.validate import Measurement, Validation
     from ..core.model_spec import ModelSpec
     from ..planning.catalog import Catalog
     from ..planning.perf_model import Workload
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 PANEL = "Planning and measurement"
+SECTION_TITLES = {
+    "leave_one_out": "leave-one-out over the fitted rows",
+    "fitted": "published, fitted",
+    "unfitted": "published, not fitted",
+}
 
 CatalogFiles = Annotated[
     list[Path] | None,
@@ -41,42 +46,52 @@ CatalogFiles = Annotated[
 class WorkloadArguments:
     """How the model is used."""
 
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BITS",
-            help="Bits per weight: 4, 4.5, 8, 16, mxfp4, or 2.5/8.5 for experts and the rest. "
-            "Default: as stored, or 4 for a name.",
-        ),
-    ] = None
-    context: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Context length per user, in tokens.")
-    ] = 4096
-    users: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of concurrent requests.")
-    ] = 1
-    prompt_tokens: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Length of the prompt for the time to first token."),
-    ] = 512
-    routing_trace: Annotated[
-        Path | None, typer.Option(help="Expert routing recorded by `cenacle record-routing`.")
-    ] = None
+    quant: str | None = option(
+        None,
+        "Bits per weight: 4, 4.5, 8, 16, mxfp4, or 2.5/8.5 for experts and the rest. Default: as "
+        "stored, or 4 for a name.",
+        metavar="BITS",
+    )
+    context: int = option(4096, "Context length per user, in tokens.", min=1)
+    users: int = option(1, "Number of concurrent requests.", min=1)
+    prompt_tokens: int = option(512, "Length of the prompt for the time to first token.", min=1)
+    routing_trace: Path | None = option(
+        None, "Expert routing recorded by `cenacle record-routing`."
+    )
 
 
 @dataclass(frozen=True)
-class ReportFiles:
+class HardwareArguments:
+    """What runs the model, and what to compare it with."""
+
+    link: str | None = option(
+        None,
+        "Network between the machines, such as tb5-rdma or 10gbe; `measured` is the calibrated "
+        "one.",
+    )
+    memory_fraction: float | None = option(
+        None, "Fraction of memory for the model. Default: 0.75 on a Mac.", min=0.05, max=1
+    )
+    compare: str | None = option(
+        None, "Compare speed per dollar with these machines.", metavar="MACHINES"
+    )
+    what_if: list[str] | None = option(
+        None,
+        "Plot speed over nodes=1..8, latency=3us..1ms or price=2000..10000; repeatable.",
+        metavar="RANGE",
+    )
+
+
+@dataclass(frozen=True)
+class OutputFiles:
     """Where to write the results of `plan`."""
 
-    html: Annotated[Path | None, typer.Option(help="Write a report as one HTML file.")] = None
-    png: Annotated[
-        Path | None,
-        typer.Option(help="Plot the first --what-if curve, or else the step timings, as PNG."),
-    ] = None
-    svg: Annotated[Path | None, typer.Option(help="Write the same plot as SVG.")] = None
-    save: Annotated[
-        Path | None, typer.Option(help="Write the best placement, for `serve --plan`.")
-    ] = None
+    html: Path | None = option(None, "Write a report as one HTML file.")
+    png: Path | None = option(
+        None, "Plot the first --what-if curve, or else the step timings, as PNG."
+    )
+    svg: Path | None = option(None, "Write the same plot as SVG.")
+    save: Path | None = option(None, "Write the best placement, for `serve --plan`.")
 
 
 @command(
@@ -92,68 +107,48 @@ def plan(
     machines: Annotated[
         str,
         typer.Option(
+            metavar="NAMES",
             help="Machines, such as 4xm3-ultra-512 or 1xm3-ultra-256,2xm4-max-128; `this` is the "
-            "calibrated one."
+            "calibrated one.",
         ),
     ],
-    link: Annotated[
-        str | None,
-        typer.Option(
-            help="Network between the machines, such as tb5-rdma or 10gbe; `measured` is the "
-            "calibrated one."
-        ),
-    ] = None,
-    memory_fraction: Annotated[
-        float | None,
-        typer.Option(
-            min=0.05, max=1, help="Fraction of memory for the model. Default: 0.75 on a Mac."
-        ),
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(metavar="MACHINES", help="Compare speed per dollar with these machines."),
-    ] = None,
-    what_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RANGE",
-            help="Plot speed over nodes=1..8, latency=3us..1ms or price=2000..10000; repeatable.",
-        ),
-    ] = None,
-    catalog: CatalogFiles = None,
+    hardware: HardwareArguments,
+    usage: WorkloadArguments,
+    files: OutputFiles,
+    catalog_files: CatalogFiles = None,
     json_output: JsonOutput = False,
-    *,
-    workload: WorkloadArguments,
-    files: ReportFiles,
 ) -> None:
     """Predict speed, memory and cost of a model on given machines, and recommend a placement."""
-    from ..planning import catalog as catalogs
     from ..planning import planner
+    from ..planning.catalog import load_catalog
     from ..planning.report import describe_workload, render_terminal
     from ..planning.routing_stats import RoutingTrace
 
-    catalogue = catalogs.load_catalog(catalog or ())
-    job, spec = _read_job(catalogue, model, workload)
-    nodes, network, study = planner.resolve_cluster(catalogue, machines, link, memory_fraction)
-    trace = (
-        RoutingTrace.load(workload.routing_trace) if workload.routing_trace is not None else None
+    catalog = load_catalog(catalog_files or ())
+    workload, spec = _read_workload(catalog, model, usage)
+    nodes, network, study = planner.resolve_cluster(
+        catalog, machines, hardware.link, hardware.memory_fraction
     )
+    trace = RoutingTrace.load(usage.routing_trace) if usage.routing_trace is not None else None
     if trace is not None:
-        job = _apply_routing(job, trace, len(nodes))
-    result = planner.evaluate_options(job, nodes, network, study)
+        workload = _apply_routing(workload, trace, len(nodes))
+    result = planner.evaluate_options(workload, nodes, network, study)
     comparison = None
-    if compare is not None and result.best is not None:
+    if hardware.compare is not None and result.best is not None:
         # Several machines of the other kind are connected by the same link.
-        others = catalogue.machines_of(compare)
+        others = catalog.machines_of(hardware.compare)
         comparison = planner.compare_per_dollar(result, others, network, study)
-    curves = [planner.what_if_curve(text, job, nodes, network, study) for text in what_if or ()]
+    curves = [
+        planner.what_if_curve(text, workload, nodes, network, study)
+        for text in hardware.what_if or ()
+    ]
     _write_report(files, result, curves, comparison)
     if files.save is not None:
         _save_plan(files.save, result, spec, trace)
     if json_output:
         print_json(result.to_json())
     else:
-        _print_result(result, describe_workload(job.shape, result))
+        _print_result(result, describe_workload(workload.shape, result))
         if comparison is not None:
             print(comparison.sentence())
         for curve in curves:
@@ -164,25 +159,25 @@ def plan(
         raise PlanError(result.advice)
 
 
-def _read_job(
-    catalogue: Catalog, model: str, workload: WorkloadArguments
+def _read_workload(
+    catalog: Catalog, model: str, usage: WorkloadArguments
 ) -> tuple[Workload, ModelSpec | None]:
     from ..planning.catalog import parse_quantization
     from ..planning.perf_model import Workload
 
-    path, usage = Path(model).expanduser(), (workload.context, workload.users)
+    path, sizes = Path(model).expanduser(), (usage.context, usage.users, usage.prompt_tokens)
     if path.exists():
         from ..model.workload import read_workload
 
-        return read_workload(path, workload.quant, *usage, workload.prompt_tokens, report)
+        return read_workload(path, usage.quant, *sizes, report)
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such file or folder")
-    quantization = parse_quantization(workload.quant or 4)
-    return Workload(catalogue.model(model), quantization, *usage, workload.prompt_tokens), None
+    quantization = parse_quantization(usage.quant or 4)
+    return Workload(catalog.model(model), quantization, *sizes), None
 
 
-def _apply_routing(job: Workload, trace: RoutingTrace, nodes: int) -> Workload:
-    """The job with the expert load of a recording instead of uniform routing."""
+def _apply_routing(workload: Workload, trace: RoutingTrace, nodes: int) -> Workload:
+    """The workload with the expert load of a recording instead of uniform routing."""
     from ..planning.routing_stats import (
         ExpertGroup,
         contiguous_owners,
@@ -190,7 +185,7 @@ def _apply_routing(job: Workload, trace: RoutingTrace, nodes: int) -> Workload:
         expected_max_load,
     )
 
-    shape = job.shape
+    shape = workload.shape
     if (trace.experts, trace.top_k) != (shape.experts, shape.top_k):
         raise InputError(
             f"--routing-trace: expected {shape.top_k} of {shape.experts} experts per token, as "
@@ -198,15 +193,15 @@ def _apply_routing(job: Workload, trace: RoutingTrace, nodes: int) -> Workload:
             "routing-trace",
         )
     if nodes == 1 or nodes > shape.experts:
-        return job
+        return workload
     uniform = expected_max_load(
         [ExpertGroup(count) for count in even_counts(shape.experts, nodes)], shape.top_k
     )
-    return replace(job, skew=trace.busiest(contiguous_owners(trace, nodes)) / uniform)
+    return replace(workload, skew=trace.busiest(contiguous_owners(trace, nodes)) / uniform)
 
 
 def _write_report(
-    files: ReportFiles, result: PlannerResult, curves: list[Curve], comparison: Comparison | None
+    files: OutputFiles, result: PlannerResult, curves: list[Curve], comparison: Comparison | None
 ) -> None:
     from ..planning import report as reports
 
@@ -242,29 +237,31 @@ def _print_result(result: PlannerResult, question: str) -> None:
     numbers = ("nodes", "tok/s", "all users", "first s", "bound by", "GB/node", "USD")
     for column in (*numbers, "USD/(tok/s)", "W"):
         table.add_column(column, justify="right", no_wrap=True)
-    for option in result.options:
-        prediction = option.prediction
-        if prediction is None or not option.fits:
+    for candidate in result.options:
+        prediction = candidate.prediction
+        if prediction is None or not candidate.fits:
             continue
-        recalled = any(m.facts["usd"].confidence == "D" for m in option.machines)
+        recalled = any(m.facts["usd"].confidence == "D" for m in candidate.machines)
         gigabytes = [size / 1e9 for size in dict.fromkeys(prediction.bytes_per_node)]
         table.add_row(
-            *(option.scheme, option.placement, option.trunk, str(len(option.machines))),
+            *(candidate.scheme, candidate.placement, candidate.trunk, str(len(candidate.machines))),
             f"{prediction.tok_per_s:.1f}",
             f"{prediction.tok_per_s_all_users:.1f}",
             f"{prediction.ttft_s:.1f}",
             prediction.binding,
             "/".join(f"{gb:.0f}" for gb in gigabytes),
-            f"{option.usd:,.0f}{'*' if recalled else ''}" if option.usd is not None else "?",
-            f"{option.usd / prediction.tok_per_s:,.0f}" if option.usd is not None else "?",
+            f"{candidate.usd:,.0f}{'*' if recalled else ''}" if candidate.usd is not None else "?",
+            f"{candidate.usd / prediction.tok_per_s:,.0f}" if candidate.usd is not None else "?",
             f"{prediction.watts:.0f}",
         )
     console = wide_console()
     console.print(question, soft_wrap=True)
     console.print(table)
-    for option in result.options:
-        title = f"{option.scheme} {option.placement} {option.trunk} x{len(option.machines)}"
-        console.print(f"  {title:<38} {option.why}", soft_wrap=True, markup=False)
+    for candidate in result.options:
+        title = (
+            f"{candidate.scheme} {candidate.placement} {candidate.trunk} x{len(candidate.machines)}"
+        )
+        console.print(f"  {title:<38} {candidate.why}", soft_wrap=True, markup=False)
     console.print(result.advice, soft_wrap=True, markup=False)
 
 
@@ -303,12 +300,12 @@ def calibrate(
     The machine is then known as `this` and the link as `measured`.
     """
     from ..calibration import calibrate as calibration
-    from ..planning import catalog as catalogs
+    from ..planning.catalog import load_catalog
 
     result = calibration.calibrate(name, nodes, quick, report)
     path = out or catalog_dir() / f"{name}.toml"
     write_text(path, calibration.as_toml(result), "out")
-    catalogs.load_catalog([path])  # what was written must be readable
+    load_catalog([path])  # what was written must be readable
     if json_output:
         print_json({"file": str(path), **result.to_json()})
     else:
@@ -337,21 +334,21 @@ def validate(
     run: Annotated[
         bool, typer.Option("--run", help="First measure local processes, for several minutes.")
     ] = False,
-    catalog: CatalogFiles = None,
+    catalog_files: CatalogFiles = None,
     json_output: JsonOutput = False,
 ) -> None:
     """Compare predicted speeds with local, published or your own measurements."""
     from ..calibration import validate as validation
-    from ..planning import catalog as catalogs
+    from ..planning.catalog import CATALOG_DIR, load_catalog
 
-    catalogue = catalogs.load_catalog(catalog or ())
+    catalog = load_catalog(catalog_files or ())
     if rows is not None:
-        measured, errors = validation.read_csv(rows, catalogue)
-        section = _Section(str(rows), [validation.validate_one(row, catalogue) for row in measured])
+        measured, errors = validation.read_csv(rows, catalog)
+        checks = [validation.validate_one(row, catalog) for row in measured]
         if json_output:
-            print_json({**section.to_json(), "errors": errors})
+            print_json({**_section_json(checks), "errors": errors})
         else:
-            section.print()
+            _print_section(str(rows), checks)
         if errors:
             raise InputError(
                 f"rows: {rows}: {len(errors)} of {len(errors) + len(measured)} rows cannot be "
@@ -364,106 +361,41 @@ def validate(
         from ..calibration.local_runs import measure_local_runs
 
         measure_local_runs(RUNS_FILE, report)
-    validation_report = _Validation(catalogue, refit)
-    if save is not None and refit:
-        old_constants = (catalogs.CATALOG_DIR / "fits.toml").read_text()
-        write_text(save, validation.format_fits(validation_report.catalogue, old_constants), "save")
+    published = validation.load_published()
+    sections: dict[str, list[Validation]] = {}
+    if refit:
+        rows_to_fit = [row for row in published if row.fit and not row.skip]
+        catalog = validation.fit(rows_to_fit, catalog)
+        sections["leave_one_out"] = validation.leave_one_out(rows_to_fit, catalog)
+        if save is not None:
+            old_constants = (CATALOG_DIR / "fits.toml").read_text()
+            write_text(save, validation.format_fits(catalog, old_constants), "save")
+    checks = validation.validate_all(published, catalog)
+    sections["fitted"] = [check for check in checks if check.row.fit]
+    sections["unfitted"] = [check for check in checks if not check.row.fit]
+    _report_validation(catalog, sections, [row for row in published if row.skip], json_output)
+
+
+def _report_validation(
+    catalog: Catalog,
+    sections: dict[str, list[Validation]],
+    skipped: list[Measurement],
+    json_output: bool,
+) -> None:
+    from ..calibration import local_fit
+    from ..calibration.validate import compare_with_paper
+
+    paper = compare_with_paper(catalog)
+    local_text, local = "", None
+    if local_fit.RUNS_FILE.exists():
+        runs = local_fit.load_runs(local_fit.RUNS_FILE)
+        local_text, local = local_fit.format_runs(runs, *local_fit.fit_runs(runs))
     if json_output:
-        print_json(validation_report.to_json())
-    else:
-        validation_report.print()
-
-
-class _Section:
-    """Predictions beside measurements, as a table or as JSON."""
-
-    def __init__(self, title: str, checked: list[Validation]) -> None:
-        from ..calibration.validate import Summary
-
-        self.title, self.checked = title, checked
-        self.summary = Summary.of(checked)
-
-    def to_json(self) -> dict[str, Any]:
-        """The rows, and the median and worst relative error."""
-        return {
-            "rows": [check.to_json() for check in self.checked],
-            "median": self.summary.median if self.summary else None,
-            "worst": self.summary.worst if self.summary else None,
-        }
-
-    def print(self) -> None:
-        """Print the table and the errors."""
-        if self.summary is None:
-            return
-        table = Table(box=None, pad_edge=False, title=self.title, title_justify="left")
-        for column in ("model", "quant", "machines", "link", "scheme"):
-            table.add_column(column, no_wrap=True)
-        for column in ("context", "measured", "predicted", "error"):
-            table.add_column(column, justify="right")
-        for check in self.checked:
-            row, predicted = check.row, check.predicted
-            table.add_row(
-                *(
-                    row.model,
-                    row.quantization,
-                    row.machines,
-                    row.link or "",
-                    row.scheme,
-                    str(row.context),
-                ),
-                f"{row.tok_per_s:.4g}",
-                f"{predicted.tok_per_s:.4g}" + ("" if predicted.fits else " !"),
-                f"{predicted.tok_per_s / row.tok_per_s - 1:+.0%}",
-            )
-        wide_console().print(table)
-        too_large = any(not check.predicted.fits for check in self.checked)
-        print(
-            f"{self.summary.rows} rows, median error {self.summary.median:.1%}, "
-            f"worst {self.summary.worst:.1%}"
-            + (" (!: exceeds the default memory limit)" if too_large else "")
-            + "\n"
-        )
-
-
-class _Validation:
-    """The performance model against all measurements that come with the program."""
-
-    def __init__(self, catalogue: Catalog, refit: bool) -> None:
-        from ..calibration import local_fit
-        from ..calibration import validate as validation
-
-        self.local_text, self.local = "", None
-        if local_fit.RUNS_FILE.exists():
-            stored = local_fit.load_runs(local_fit.RUNS_FILE)
-            self.local_text, self.local = local_fit.format_runs(stored, *local_fit.fit_runs(stored))
-        published = validation.load_published()
-        rows = [row for row in published if not row.skip]
-        self.skipped = [row for row in published if row.skip]
-        self.sections = {}
-        if refit:
-            fitted_rows = [row for row in rows if row.fit]
-            catalogue = validation.fit(fitted_rows, catalogue)
-            self.sections["leave_one_out"] = _Section(
-                "leave-one-out over the fitted rows",
-                validation.leave_one_out(fitted_rows, catalogue),
-            )
-        self.catalogue = catalogue
-        checked = validation.validate_all(rows, catalogue)
-        self.unfitted = [check for check in checked if not check.row.fit]
-        fitted = [check for check in checked if check.row.fit]
-        self.sections["fitted"] = _Section("published, fitted", fitted)
-        self.sections["unfitted"] = _Section("published, not fitted", self.unfitted)
-        self.paper = validation.compare_with_paper(catalogue)
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `validate --json` prints."""
-        sections = {name: section.to_json() for name, section in self.sections.items()}
-        published = {name: sections.pop(name) for name in ("fitted", "unfitted")}
-        return {
-            **({"local_runs": self.local} if self.local is not None else {}),
-            **sections,
-            "published": {
-                **published,
+        names = ("quantity", "stated", "predicted", "remark")
+        print_json(
+            {
+                "local_runs": local,
+                **{name: _section_json(checks) for name, checks in sections.items()},
                 "skipped": [
                     {
                         "model": row.model,
@@ -471,32 +403,73 @@ class _Validation:
                         "tok_per_s": row.tok_per_s,
                         "reason": row.skip,
                     }
-                    for row in self.skipped
+                    for row in skipped
                 ],
-            },
-            "paper": [
-                {"quantity": quantity, "stated": stated, "predicted": predicted, "remark": remark}
-                for quantity, stated, predicted, remark in self.paper
-            ],
-        }
+                "paper": [dict(zip(names, values, strict=True)) for values in paper],
+            }
+        )
+        return
+    if local is not None:
+        print(local_text + "\n")
+    for name, checks in sections.items():
+        _print_section(SECTION_TITLES[name], checks)
+    print("\nrows with an error above 25 %:")
+    for check in sections["unfitted"]:
+        if check.error > 0.25:
+            reason = check.row.reason or "no known reason"
+            print(f"  {check.row.model} on {check.row.machines}: {check.error:.0%}; {reason}")
+    print("not predicted:")
+    for row in skipped:
+        print(f"  {row.model} on {row.machines}, {row.tok_per_s:g} tok/s: {row.skip}")
+    print("\nDBRX paper: stated, predicted")
+    for quantity, stated, predicted, remark in paper:
+        print(f"  {quantity:<44}{stated:>9.4g}{predicted:>9.4g}  {remark}")
 
-    def print(self) -> None:
-        """Print tables for people."""
-        if self.local is not None:
-            print(self.local_text + "\n")
-        for section in self.sections.values():
-            section.print()
-        print("\nrows with an error above 25 %:")
-        for check in self.unfitted:
-            if check.error > 0.25:
-                reason = check.row.reason or "no known reason"
-                print(f"  {check.row.model} on {check.row.machines}: {check.error:.0%}; {reason}")
-        print("not predicted:")
-        for row in self.skipped:
-            print(f"  {row.model} on {row.machines}, {row.tok_per_s:g} tok/s: {row.skip}")
-        print("\nDBRX paper: stated, predicted")
-        for quantity, stated, predicted, remark in self.paper:
-            print(f"  {quantity:<44}{stated:>9.4g}{predicted:>9.4g}  {remark}")
+
+def _section_json(checks: list[Validation]) -> dict[str, Any]:
+    from ..calibration.validate import Summary
+
+    summary = Summary.of(checks)
+    return {
+        "rows": [check.to_json() for check in checks],
+        "median": summary.median if summary else None,
+        "worst": summary.worst if summary else None,
+    }
+
+
+def _print_section(title: str, checks: list[Validation]) -> None:
+    from ..calibration.validate import Summary
+
+    summary = Summary.of(checks)
+    if summary is None:
+        return
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for column in ("model", "quant", "machines", "link", "scheme"):
+        table.add_column(column, no_wrap=True)
+    for column in ("context", "measured", "predicted", "error"):
+        table.add_column(column, justify="right")
+    for check in checks:
+        row, predicted = check.row, check.predicted
+        table.add_row(
+            *(
+                row.model,
+                row.quantization,
+                row.machines,
+                row.link or "",
+                row.scheme,
+                str(row.context),
+            ),
+            f"{row.tok_per_s:.4g}",
+            f"{predicted.tok_per_s:.4g}" + ("" if predicted.fits else " !"),
+            f"{predicted.tok_per_s / row.tok_per_s - 1:+.0%}",
+        )
+    wide_console().print(table)
+    too_large = any(not check.predicted.fits for check in checks)
+    print(
+        f"{summary.rows} rows, median error {summary.median:.1%}, worst {summary.worst:.1%}"
+        + (" (!: exceeds the default memory limit)" if too_large else "")
+        + "\n"
+    )
 
 
 @command(
@@ -529,7 +502,7 @@ def record_routing(
     json_output: JsonOutput = False,
 ) -> None:
     """Record which experts each token is routed to, and simulate the load on several nodes."""
-    from ..calibration.routing_trace import record_routing
+    from ..calibration.routing_trace import record_routing as record
     from ..planning.routing_stats import simulate_placements
 
     try:
@@ -538,7 +511,7 @@ def record_routing(
         raise InputError(f"--prompts: cannot read {prompts}: {error}", "prompts") from error
     if not lines:
         raise InputError(f"--prompts: expected at least one line in {prompts}, got none", "prompts")
-    trace = record_routing(model, lines, max_tokens)
+    trace = record(model, lines, max_tokens)
     trace.save(out)
     # One expert of every layer.
     replica_bytes = float(trace.facts["expert_bytes"]) * len(trace.layers)

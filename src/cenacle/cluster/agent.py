@@ -151,7 +151,7 @@ class Agent:
                 )
         except TimeoutError:
             raise ChannelClosed(f"no connection within {CONNECT_S:g} s") from None
-        socket_options.set_up(writer.get_extra_info("socket"))
+        socket_options.configure_socket(writer.get_extra_info("socket"))
         return reader, writer
 
     async def _session(self, facts: dict[str, Any]) -> None:

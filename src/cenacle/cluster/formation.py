@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.plan import Plan
-from ..engine.options import Options
-from ..engine.speculative.draft_model import DraftModel
+from ..engine.options import EngineOptions
+from ..engine.speculative.draft_model import DraftModelConfig
 from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
 from ..model.checkpoint import Checkpoint
 from ..model.loader import read_model_spec
@@ -119,9 +119,9 @@ class Joined:
         self,
         name: str,
         checkpoint: Checkpoint,
-        options: Options,
+        options: EngineOptions,
         kernels: str,
-        draft: DraftModel | None = None,
+        draft: DraftModelConfig | None = None,
     ) -> tuple[Plan, str]:
         """Wait until all machines that are wanted are there, ask and measure them, and decide.
 

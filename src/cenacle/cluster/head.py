@@ -514,7 +514,7 @@ class Head:
         if len(self._guests) >= GUESTS:  # whoever is here longest is not one of us
             framing.hang_up(next(iter(self._guests)))
         self._guests[writer] = None
-        socket_options.set_up(writer.get_extra_info("socket"))
+        socket_options.configure_socket(writer.get_extra_info("socket"))
         try:
             await self._greet(reader, writer)
         except (CenacleError, OSError) as error:

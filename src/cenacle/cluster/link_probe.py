@@ -95,4 +95,4 @@ def _answer(listener: socket.socket, secret: bytes) -> None:
 
 def _quick(sock: socket.socket) -> None:
     sock.settimeout(DEADLINE_S / 4)
-    socket_options.set_up(sock)
+    socket_options.configure_socket(sock)

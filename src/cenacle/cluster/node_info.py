@@ -57,7 +57,7 @@ def facts() -> dict[str, Any]:
         "calibrated": _calibrated(),
         "kernels": native.describe_kernels() if native.is_available() else "mlx",
         "read_bytes_s": _read_rate(gpu),
-        "no_mesh": mesh.why_not(),
+        "no_mesh": mesh.unavailable_reason(),
     }
 
 

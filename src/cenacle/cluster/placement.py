@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from ..core.model_spec import ModelSpec
 from ..core.plan import Plan
 from ..core.units import format_bytes
-from ..engine.options import Options, need_of
-from ..engine.speculative.draft_model import DraftModel
+from ..engine.memory import estimate_memory
+from ..engine.options import EngineOptions
+from ..engine.speculative.draft_model import DraftModelConfig
 from ..errors import CenacleError, ClusterError, InputError, PlanError
 from ..planning import catalog, choose_plan, memory
 from ..planning.catalog import Fact, Machine
@@ -140,9 +141,9 @@ def place(
     members: Sequence[Node],
     found: Mapping[tuple[int, int], Link],
     wanted: Wanted,
-    options: Options,
+    options: EngineOptions,
     kernels: str,
-    draft: DraftModel | None = None,
+    draft: DraftModelConfig | None = None,
     backend: str = "mesh",
 ) -> tuple[Plan, str]:
     """The plan for these machines, and why.
@@ -186,7 +187,7 @@ def place(
         )
         refused = []
         for rank, node in enumerate(members):
-            need = need_of(dict(config), plan, rank, options, kernels, draft)
+            need = estimate_memory(dict(config), plan, rank, options, kernels, draft)
             need = replace(need, beside=0)
             try:
                 _check(node, need)

@@ -24,7 +24,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class RoutingDecision:
     """The experts that this rank's router chose for each token, alike on every rank or wrong.
 
     Args:
@@ -45,7 +45,7 @@ class Collective(ABC):
     def __init__(self) -> None:
         self.traffic = Traffic()
 
-    def all_sum(self, x: mx.array, chosen: Chosen | None = None) -> mx.array:
+    def all_sum(self, x: mx.array, chosen: RoutingDecision | None = None) -> mx.array:
         """The elementwise sum of every rank's `x`, the same bits on all of them; lazy.
 
         Args:
@@ -61,7 +61,7 @@ class Collective(ABC):
         return self._all_sum(x, chosen)
 
     @abstractmethod
-    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array: ...
+    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array: ...
 
     def share(self, x: mx.array) -> mx.array:
         """Rank 0's integers `x` on every rank, inside the graph: the others add zeros.

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .base import Chosen, Collective
+from .base import Collective, RoutingDecision
 
 
-class Recorded(Collective):
+class RecordingCollective(Collective):
     """Remembers the shape and dtype of every exchange, in order, in `calls`."""
 
     def __init__(self, inner: Collective) -> None:
@@ -21,7 +21,7 @@ class Recorded(Collective):
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
         self.calls: list[tuple[tuple[int, ...], mx.Dtype]] = []
 
-    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
         self.calls.append((tuple(x.shape), x.dtype))
         return self._inner.all_sum(x, chosen)
 
@@ -30,7 +30,7 @@ class Recorded(Collective):
         self._inner.check()
 
 
-class Delayed(Collective):
+class DelayedCollective(Collective):
     """Adds `latency_s` to every exchange.
 
     A lazy graph has no place for a sleep, so each exchange is evaluated first: the delay is that
@@ -49,7 +49,7 @@ class Delayed(Collective):
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
         self.latency_s, self._sleep = latency_s, sleep
 
-    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
         y = self._inner.all_sum(x, chosen)
         if not self.latency_s:
             return y

@@ -43,7 +43,7 @@ import mlx.core as mx
 from .. import net
 from ..errors import ClusterError
 from . import socket_options
-from .base import Chosen, Collective
+from .base import Collective, RoutingDecision
 
 ADDRESSES = "CENACLE_MESH"
 SECRET = "CENACLE_MESH_SECRET"
@@ -55,7 +55,7 @@ MAX_GUESTS = 64  # connections that are being asked who they are, at one time
 NONCE = 16  # bytes
 HELLO = struct.Struct(f">{len(MAGIC)}sHHHH{NONCE}s")
 
-WIRES = ("f32", "bf16")
+COMM_DTYPES = ("f32", "bf16")
 SCATTER_BYTES = 64 * 1024  # from here on two hops were faster: benchmarks/exchange.py --ways
 
 
@@ -63,11 +63,11 @@ class _Refused(Exception):
     """The other side is not one of us, or not yet; says why."""
 
 
-class _Imposter(_Refused):
+class _AuthenticationFailed(_Refused):
     """What answers at a rank's address is not that rank: asking again would not help."""
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the mesh cannot be used in this process, as a sentence; None: it can."""
     try:
         _native()
@@ -131,11 +131,11 @@ class Mesh(Collective):
         spin_us: float = 0.0,
     ) -> None:
         super().__init__()
-        if wire not in WIRES:
-            raise ClusterError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
+        if wire not in COMM_DTYPES:
+            raise ClusterError(f"wire: expected one of {', '.join(COMM_DTYPES)}, got {wire!r}")
         native = _native()
         self.rank, self.size = rank, len(addresses)
-        sockets = _Door(rank, addresses, secret, handshake_s).gather(join_s)
+        sockets = _Rendezvous(rank, addresses, secret, handshake_s).gather(join_s)
         fds = [-1] * self.size
         for peer, sock in sockets.items():
             sock.setblocking(False)
@@ -168,7 +168,7 @@ class Mesh(Collective):
             raise ClusterError(f"{ADDRESSES} has {len(addresses)} addresses, expected {size}")
         return cls(rank, addresses, secret, wire=wire)
 
-    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:
+    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
         if self.size == 1 or x.size == 0:
             return x
         if chosen is None:
@@ -185,7 +185,7 @@ class Mesh(Collective):
         self._finish()
 
 
-class _Door:
+class _Rendezvous:
     """How the sockets to all other ranks come about."""
 
     def __init__(
@@ -282,7 +282,7 @@ class _Door:
                 _receive(sock, ends), self._proof(b"connector", hello, nonce)
             ):
                 raise _Refused("does not have this group's secret")
-            socket_options.set_up(sock)
+            socket_options.configure_socket(sock)
             with self._changed:
                 if peer in self._in:
                     raise _Refused(f"says that it is rank {peer}, which is already here")
@@ -323,7 +323,7 @@ class _Door:
             try:
                 return self._introduce(peer, address, ends)
             except (_Refused, OSError) as error:
-                if isinstance(error, _Imposter) or time.monotonic() > ends:
+                if isinstance(error, _AuthenticationFailed) or time.monotonic() > ends:
                     raise ClusterError(
                         f"the mesh could not be formed: rank {peer} at {address}: {error}"
                     ) from error
@@ -338,11 +338,11 @@ class _Door:
             answer = _receive(sock, ends)
             theirs, proof = answer[:NONCE], answer[NONCE:]
             if not hmac.compare_digest(proof, self._proof(b"listener", hello, theirs)):
-                raise _Imposter("does not have this group's secret")
+                raise _AuthenticationFailed("does not have this group's secret")
             _send(sock, self._proof(b"connector", hello, theirs), ends)
             if _receive(sock, ends) != b"in":
-                raise _Imposter("did not let this rank in")
-            socket_options.set_up(sock)
+                raise _AuthenticationFailed("did not let this rank in")
+            socket_options.configure_socket(sock)
         except BaseException:
             sock.close()
             raise

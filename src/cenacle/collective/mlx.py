@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..errors import ClusterError
-from .base import Chosen, Collective
+from .base import Collective, RoutingDecision
 
 BACKENDS = ("ring", "mpi", "jaccl", "nccl")
 
@@ -43,5 +43,5 @@ class Mlx(Collective):
                 f"check how the processes were started"
             )
 
-    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:  # noqa: ARG002
+    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:  # noqa: ARG002
         return mx.distributed.all_sum(x, group=self._group)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .base import Chosen, Collective
+from .base import Collective, RoutingDecision
 
 
-class Alone(Collective):
+class SingleRank(Collective):
     """One rank: every sum is what it gave."""
 
     rank = 0
     size = 1
 
-    def _all_sum(self, x: mx.array, chosen: Chosen | None) -> mx.array:  # noqa: ARG002
+    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:  # noqa: ARG002
         return x

@@ -18,7 +18,7 @@ THIN_LINEAR_TIMEOUTS, RTO_MAX_MS = 16, 44
 LONGEST_MS = 1000  # the least that Linux takes
 
 
-def set_up(sock: socket.socket) -> None:
+def configure_socket(sock: socket.socket) -> None:
     """Send at once, and soon again; does nothing to a socket of this machine's own."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return

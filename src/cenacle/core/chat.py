@@ -1,10 +1,11 @@
-"""What a conversation is made of, whichever API it came by.
+"""Conversations, independent of the API that they arrive by.
 
-Owns: tools, the parts and the end of an answer, and what was counted.
-Does not know: any API's shapes, tokenizers, HTTP.
-Invariant: the texts of an answer's parts, in order, are what the model said; a part of kind "call"
-is one whole call.
-Next: `engine/text.py` makes parts of tokens, `server/exchange.py` says what is done with them.
+Owns: messages, tools, the parts of an output, why it ended, token counts.
+Does not know: JSON shapes of any API, tokenizers, HTTP.
+Invariant: the texts of an output's parts, in order, are what the model generated; a part of kind
+"call" is one complete tool call.
+Next: `text/output_parser.py` turns tokens into parts; `server/api/protocol.py` turns them into
+responses.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = dict[str, Any]
-"""A chat message as chat templates read it: {"role": ..., "content": ...}, perhaps with
+"""A chat message in the form chat templates expect: {"role": ..., "content": ...}, optionally with
 "reasoning_content", "tool_calls" ([{"id", "type", "function": {"name", "arguments": {...}}}]) or,
-of role "tool", "tool_call_id"."""
+for role "tool", "tool_call_id"."""
 
-Kind = Literal["text", "reasoning", "call"]
+PartKind = Literal["text", "reasoning", "call"]
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may ask to be called.
+    """A function that the model may call.
 
     Args:
         name: of the function.
         description: for the model.
-        parameters: a JSON schema of its arguments.
-        strict: a call whose arguments do not match the schema is none.
+        parameters: JSON schema of the arguments.
+        strict: treat a call whose arguments do not match the schema as text.
     """
 
     name: str
@@ -37,53 +38,58 @@ class Tool:
     strict: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As chat templates read it, which is OpenAI's form."""
+        """OpenAI's form, which chat templates expect."""
         function = {"name": self.name, "description": self.description}
         return {"type": "function", "function": {**function, "parameters": self.parameters}}
 
 
 @dataclass(frozen=True)
-class Logged:
-    """A token, or one that might have come instead, with the logarithm of its probability.
+class TokenLogprob:
+    """A token, or an alternative to it, with its log-probability.
 
     Args:
-        data: its bytes, perhaps not whole characters.
+        data: bytes of the token; may end inside a character.
         logprob: natural logarithm, before temperature and filters.
-        top: the most probable ones in its place, best first; they have none themselves.
+        top: the most probable tokens at this position, best first; their own `top` is empty.
     """
 
     data: bytes
     logprob: float
-    top: tuple[Logged, ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:
-        """The bytes as text; what is no whole character is replaced."""
+        """The bytes as text; incomplete characters are replaced."""
         return self.data.decode(errors="replace")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of an answer.
+class OutputPart:
+    """A piece of an output.
 
     Args:
-        kind: "text", "reasoning" (what a model that thinks says to itself) or "call".
-        text: of a call: its arguments, a JSON object.
-        name: of a call: the function.
-        id: of a call: the name that the model gave to it; often none.
-        logged: the tokens that have come since the last part, where they were asked for.
+        kind: "text", "reasoning" or "call".
+        text: for a call: its arguments, a JSON object.
+        name: for a call: the function.
+        id: for a call: the id that the model gave it, often empty.
+        logprobs: the tokens since the last part, if requested.
     """
 
-    kind: Kind
+    kind: PartKind
     text: str
     name: str = ""
     id: str = ""
-    logged: tuple[Logged, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
-class Finish:
-    """Why an answer ended: "stop" (by itself), "length", or "string", one of those given."""
+class FinishReason:
+    """Why an output ended.
+
+    Args:
+        reason: "stop" (the model ended it), "length", or "string" (a stop string).
+        string: the stop string.
+    """
 
     reason: Literal["stop", "length", "string"]
     string: str | None = None
@@ -91,27 +97,28 @@ class Finish:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that were read and generated.
+    """Token counts of a response.
 
     Args:
-        prompt: all of the prompts'.
-        cached: those of them that were not computed again.
-        completion: generated, a token that ended an answer and reasoning included.
-        reasoning: those of them inside reasoning.
+        prompt_tokens: of all prompts.
+        completion_tokens: generated, including reasoning and a token that ended the output.
+        cached_tokens: prompt tokens that came from the prefix cache.
+        reasoning_tokens: completion tokens inside reasoning.
     """
 
-    prompt: int
-    completion: int
-    cached: int = 0
-    reasoning: int = 0
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
-def joined(parts: list[Part]) -> list[Part]:
-    """Neighbours of one kind made one; calls stay apart."""
-    whole: list[Part] = []
+def join_text(parts: list[OutputPart]) -> list[OutputPart]:
+    """Merge neighbouring parts of one kind; calls stay separate."""
+    merged: list[OutputPart] = []
     for part in parts:
-        if whole and part.kind == whole[-1].kind != "call":
-            before = whole.pop()
-            part = Part(part.kind, before.text + part.text, logged=before.logged + part.logged)
-        whole.append(part)
-    return whole
+        if merged and part.kind == merged[-1].kind != "call":
+            last = merged.pop()
+            logprobs = last.logprobs + part.logprobs
+            part = OutputPart(part.kind, last.text + part.text, logprobs=logprobs)
+        merged.append(part)
+    return merged

@@ -1,4 +1,10 @@
-"""."""
+"""Steps: what every rank does at the same time.
+
+Owns: `Step` and its parts; plain data with a JSON form.
+Does not know: MLX, sockets, time, how steps are chosen.
+Invariant: all ranks take the same steps in the same order.
+Next: `scheduler/scheduler.py` makes steps, `engine/engine.py` carries them out.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +15,44 @@ from .request import Request
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of one prompt that is processed in one step.
+class PromptChunk:
+    """Part of a prompt that is processed in one step.
 
     Args:
-        request: the request's id.
-        begin, end: positions of its first token and behind its last; parts follow one another.
-        mark: whether what cannot be cut later is kept as it is behind this part.
+        request_id: whose prompt.
+        begin, end: positions [begin, end); chunks of a prompt are contiguous.
+        checkpoint: keep a copy, at `end`, of the caches that cannot be truncated later.
     """
 
-    request: str
+    request_id: str
     begin: int
     end: int
-    mark: bool = False
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True)
-class Reuse:
-    """The beginning of an admitted request's prompt need not be computed.
+class PrefixReuse:
+    """An admitted request starts from the beginning of an existing cache.
 
     Args:
-        request: the request's id.
-        source: of whose cache it is the beginning: a request that runs, or has run.
-        tokens: how many tokens of it.
+        request_id: the admitted request.
+        source: name of the cache: a request that is running or has ended, or a `PageLoad`.
+        tokens: how many tokens of it to reuse.
     """
 
-    request: str
+    request_id: str
     source: str
     tokens: int
 
 
 @dataclass(frozen=True)
 class Page:
-    """A part of a prompt's caches, which every rank may have as a file.
+    """Part of a prompt's cache, stored as one file on each rank.
 
     Args:
-        key: made of all tokens up to its end, see `engine.pages.keys`.
-        parent: key of the page that ends where this one begins; empty at the first token.
-        begin, end: positions of its first token and behind its last.
+        key: hash of all tokens up to `end`, see `scheduler.disk_index.page_keys`.
+        parent: key of the page that ends at `begin`; empty for the first page.
+        begin, end: positions [begin, end).
     """
 
     key: str
@@ -56,91 +62,84 @@ class Page:
 
 
 @dataclass(frozen=True)
-class Store:
-    """A page is written.
-
-    Args:
-        source: name of the cache that is kept and has it.
-        page: which part of it.
-    """
+class PageWrite:
+    """Write `page` from the retained cache named `source`."""
 
     source: str
     page: Page
 
 
 @dataclass(frozen=True)
-class Load:
-    """A cache that pages make, as if it had been kept.
+class PageLoad:
+    """A cache read from pages.
 
     Args:
-        name: by which it is spoken of then.
-        pages: in order, from the first token on.
+        name: name of the cache in later steps.
+        pages: contiguous, from the first token on.
     """
 
     name: str
     pages: tuple[Page, ...]
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Load:
-        """Read what `asdict` gave."""
+    def from_json(cls, data: dict[str, Any]) -> PageLoad:
+        """Read the output of `asdict`."""
         return cls(data["name"], tuple(Page(**p) for p in data["pages"]))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the group: every rank takes it or none does.
+    """One step of the group. Every rank takes it or none does.
 
     Args:
-        number: counts from 0; a rank that sees a gap refuses to go on.
-        admitted: requests that the ranks get with this step.
+        number: counts from 0; a rank that sees a gap raises.
+        admitted: requests that start with this step.
         cancelled: ids of requests that end before this step.
-        measured: whether ranks take their clocks (costs a synchronisation per layer).
-        prefill: prompts of which a chunk is processed in this step.
-        reused: what the admitted need not compute.
-        kept: which of the cancelled have their caches kept.
-        dropped: whose caches are let go, behind all else in this step.
-        started: the last parts of prompts, processed together, whose requests join those that are
-            answered.
-        removed: keys of pages whose files go, before others are written.
-        stored: pages that are written.
-        sought: pages of which ranks say, when they know, whether they can read them all.
-        loaded: those of which all ranks have said so: they are read, before
-            anything is removed or reused.
+        measured: whether ranks time this step (one synchronisation per layer).
+        prefill: prompt chunks, each processed in a pass of its own.
+        final_chunks: last chunks of prompts, processed together; their requests join the batch.
+        reused: cached prefixes of admitted requests.
+        retained: ids of cancelled requests whose caches stay available for reuse.
+        evicted: names of caches to free at the end of this step.
+        page_removals: keys of pages to delete, before any page is written.
+        page_writes: pages to write.
+        page_checks: pages that ranks verify; each reports whether it can read them all.
+        page_loads: pages that every rank has verified; read before anything is removed or reused.
     """
 
     number: int
     admitted: tuple[Request, ...] = ()
     cancelled: tuple[str, ...] = ()
     measured: bool = False
-    prefill: tuple[Part, ...] = ()
-    started: tuple[Part, ...] = ()
-    reused: tuple[Reuse, ...] = ()
-    kept: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    stored: tuple[Store, ...] = ()
-    sought: tuple[Load, ...] = ()
-    loaded: tuple[Load, ...] = ()
+    prefill: tuple[PromptChunk, ...] = ()
+    final_chunks: tuple[PromptChunk, ...] = ()
+    reused: tuple[PrefixReuse, ...] = ()
+    retained: tuple[str, ...] = ()
+    evicted: tuple[str, ...] = ()
+    page_removals: tuple[str, ...] = ()
+    page_writes: tuple[PageWrite, ...] = ()
+    page_checks: tuple[PageLoad, ...] = ()
+    page_loads: tuple[PageLoad, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back."""
+        """A JSON object that `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Step:
-        """Read what `to_json` gave."""
+        """Inverse of `to_json`."""
         return cls(
             data["number"],
             tuple(Request.from_json(r) for r in data["admitted"]),
             tuple(data["cancelled"]),
             data["measured"],
-            tuple(Part(**p) for p in data["prefill"]),
-            tuple(Part(**p) for p in data["started"]),
-            tuple(Reuse(**r) for r in data["reused"]),
-            tuple(data["kept"]),
-            tuple(data["dropped"]),
-            tuple(data["removed"]),
-            tuple(Store(s["source"], Page(**s["page"])) for s in data["stored"]),
-            tuple(Load.from_json(x) for x in data["sought"]),
-            tuple(Load.from_json(x) for x in data["loaded"]),
+            tuple(PromptChunk(**c) for c in data["prefill"]),
+            tuple(PromptChunk(**c) for c in data["final_chunks"]),
+            tuple(PrefixReuse(**r) for r in data["reused"]),
+            tuple(data["retained"]),
+            tuple(data["evicted"]),
+            tuple(data["page_removals"]),
+            tuple(PageWrite(w["source"], Page(**w["page"])) for w in data["page_writes"]),
+            tuple(PageLoad.from_json(x) for x in data["page_checks"]),
+            tuple(PageLoad.from_json(x) for x in data["page_loads"]),
         )

@@ -31,25 +31,25 @@ from mlx_lm.sample_utils import LogitsProcessor
 
 from ..collective.base import Collective
 from ..core.request import Request, TokenEvent
-from ..core.step import Page, Part, Reuse
+from ..core.step import Page, PrefixReuse, PromptChunk
 from ..model.step_timer import StepTimer
-from .cache.kv_cache import Sequence, can_go_back, can_merge
-from .sampling.sampler import Drawing
-from .speculative.decoder import Alone, Answer
-from .speculative.ngram import Drafts
+from .cache.kv_cache import SequenceCache, can_go_back, can_merge
+from .sampling.sampler import SamplingState
+from .speculative.decoder import Generation, SpeculativeDecoder
+from .speculative.ngram import DraftStats
 
 if TYPE_CHECKING:
-    from .options import Options
-    from .speculative.draft_model import Drafter
+    from .options import EngineOptions
+    from .speculative.draft_model import DraftModelProposer
 
 
 @dataclass
-class _Prompt:
+class PendingPrompt:
     """A request whose prompt has not been processed to its end, and the cache of what has."""
 
     request: Request
-    drawing: Drawing
-    sequence: Sequence | None = None
+    drawing: SamplingState
+    sequence: SequenceCache | None = None
 
 
 class Batch(ABC):
@@ -63,27 +63,27 @@ class Batch(ABC):
 
     keeps = False
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: EngineOptions) -> None:
         self._model, self._options = model, options
-        self._prompts: dict[str, _Prompt] = {}
-        self._keeping = options.cache_gb != 0
-        self._kept: dict[str, Sequence] = {}  # of requests that have ended
+        self._prompts: dict[str, PendingPrompt] = {}
+        self._keeping = options.prefix_cache_gb != 0
+        self._kept: dict[str, SequenceCache] = {}  # of requests that have ended
         self._marks: dict[str, dict[int, list[Any]]] = {}  # of those that are answered
 
     @property
-    def drafts(self) -> Drafts:
+    def drafts(self) -> DraftStats:
         """What became of all drafts so far."""
-        return Drafts()
+        return DraftStats()
 
-    def insert(self, request: Request, drawing: Drawing) -> None:
+    def insert(self, request: Request, drawing: SamplingState) -> None:
         """Begin a request; its prompt waits for its parts."""
-        self._prompts[request.id] = _Prompt(request, drawing)
+        self._prompts[request.id] = PendingPrompt(request, drawing)
 
-    def prefill(self, part: Part) -> None:
+    def prefill(self, part: PromptChunk) -> None:
         """Process a chunk of a prompt, which is not its end; returns when it has been computed."""
-        prompt, options = self._prompts[part.request], self._options
+        prompt, options = self._prompts[part.request_id], self._options
         if prompt.sequence is None:
-            prompt.sequence = Sequence(make_prompt_cache(self._model, options.max_kv_size))
+            prompt.sequence = SequenceCache(make_prompt_cache(self._model, options.max_kv_size))
         caches = prompt.sequence.caches
         tokens = mx.array([prompt.request.tokens[part.begin : part.end]])
         with mx.stream(generation_stream):
@@ -91,15 +91,15 @@ class Batch(ABC):
             maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
-        if part.mark:
+        if part.checkpoint:
             prompt.sequence.mark(part.end)
 
-    def reuse(self, reuse: Reuse) -> None:
+    def reuse(self, reuse: PrefixReuse) -> None:
         """Let a prompt begin with the beginning of another request's cache."""
         with mx.stream(generation_stream):
-            self._prompts[reuse.request].sequence = self._find(reuse.source).cut(reuse.tokens)
+            self._prompts[reuse.request_id].sequence = self._find(reuse.source).cut(reuse.tokens)
 
-    def _find(self, request_id: str) -> Sequence:
+    def _find(self, request_id: str) -> SequenceCache:
         if (kept := self._kept.get(request_id)) is not None:
             return kept
         sequence = self._prompts[request_id].sequence
@@ -114,14 +114,14 @@ class Batch(ABC):
     def read(self, name: str, pages: Iterable[tuple[int, Path]]) -> None:
         """Keep what files have, see `Sequence.read`."""
         with mx.stream(generation_stream):
-            self._kept[name] = Sequence.read(pages)
+            self._kept[name] = SequenceCache.read(pages)
 
     def drop(self, request_id: str) -> None:
         """Let go of what was kept; unknown ids are ignored."""
         self._kept.pop(request_id, None)
 
     @abstractmethod
-    def start(self, part: Part) -> None:
+    def start(self, part: PromptChunk) -> None:
         """The last part of a prompt: it is processed by the following calls of `next`."""
 
     def keep(self, request_id: str) -> None:
@@ -151,56 +151,57 @@ class Batch(ABC):
 
 def make_batch(
     model: nn.Module,
-    options: Options,
+    options: EngineOptions,
     collective: Collective,
     watch: StepTimer,
-    drafter: Drafter | None = None,
+    drafter: DraftModelProposer | None = None,
 ) -> Batch:
     """Continuous batching where mlx-lm can merge this model's caches, else one by one.
 
     Drafts only with the first, and where its caches can forget what was drafted in vain.
     """
-    plain = options.kv_bits is None and options.max_kv_size is None
-    if not (plain and can_merge(model)):
-        return OneByOne(model, options)
+    if not (options.plain_kv_cache and can_merge(model)):
+        return SequentialBatch(model, options)
     alone = None
-    if options.speculate != "off" and can_go_back(model):
-        alone = Alone(model, collective, watch, options.speculate, drafter=drafter)
-    return Continuous(model, options, alone)
+    if options.speculative != "off" and can_go_back(model):
+        alone = SpeculativeDecoder(model, collective, watch, options.speculative, drafter=drafter)
+    return ContinuousBatch(model, options, alone)
 
 
-class Continuous(Batch):
+class ContinuousBatch(Batch):
     """mlx-lm's `BatchGenerator`; a request that runs by itself is `Alone`'s while drafts pay."""
 
     keeps = True
 
-    def __init__(self, model: nn.Module, options: Options, alone: Alone | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, options: EngineOptions, alone: SpeculativeDecoder | None = None
+    ) -> None:
         super().__init__(model, options)
         self._generator = BatchGenerator(
             model,
-            prefill_step_size=options.prefill_chunk,
-            completion_batch_size=options.batch,
-            prefill_batch_size=options.batch,
+            prefill_step_size=options.prefill_chunk_size,
+            completion_batch_size=options.max_batch_size,
+            prefill_batch_size=options.max_batch_size,
         )
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, Generation] = {}
         self._alone = alone
 
     @property
-    def drafts(self) -> Drafts:
+    def drafts(self) -> DraftStats:
         """See `Batch`."""
         return self._alone.drafts if self._alone is not None else super().drafts
 
-    def start(self, part: Part) -> None:
+    def start(self, part: PromptChunk) -> None:
         """See `Batch`."""
         if self._alone is not None and self._alone.answer is not None:
             answer, caches = self._alone.leave()
             self._generate(answer, answer.length - 1, caches)
-        prompt = self._prompts.pop(part.request)
-        sequence = prompt.sequence or Sequence([])
-        self._marks[part.request] = sequence.marks
-        self._generate(Answer(prompt.request, prompt.drawing), part.begin, sequence.caches)
+        prompt = self._prompts.pop(part.request_id)
+        sequence = prompt.sequence or SequenceCache([])
+        self._marks[part.request_id] = sequence.marks
+        self._generate(Generation(prompt.request, prompt.drawing), part.begin, sequence.caches)
 
-    def _generate(self, answer: Answer, begin: int, caches: list[Any]) -> None:
+    def _generate(self, answer: Generation, begin: int, caches: list[Any]) -> None:
         """Give a request to mlx-lm.
 
         Args:
@@ -218,22 +219,22 @@ class Continuous(Batch):
         )
         self._answers[uid] = answer
 
-    def _find(self, request_id: str) -> Sequence:
+    def _find(self, request_id: str) -> SequenceCache:
         alone = self._alone
         if alone is not None and alone.answer is not None and alone.answer.request.id == request_id:
-            return Sequence(alone.caches)
+            return SequenceCache(alone.caches)
         for uid, answer in self._answers.items():
             if answer.request.id == request_id:
                 caches, _ = self._generator.extract_cache([uid])[uid]
-                return Sequence(caches, self._marks[request_id])
+                return SequenceCache(caches, self._marks[request_id])
         return super()._find(request_id)
 
     def _ended(self, event: TokenEvent, caches: list[Any]) -> None:
         """Keep the cache of an answer that is complete."""
-        marks = self._marks.pop(event.request, {})
+        marks = self._marks.pop(event.request_id, {})
         if self._keeping:
             with mx.stream(generation_stream):
-                self._kept[event.request] = Sequence(caches, marks).settle()
+                self._kept[event.request_id] = SequenceCache(caches, marks).settle()
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
@@ -283,19 +284,19 @@ class Continuous(Batch):
             self._alone.end()
 
 
-class OneByOne(Batch):
+class SequentialBatch(Batch):
     """mlx-lm's `generate_step`, one generator per request, each advanced once per step."""
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: EngineOptions) -> None:
         super().__init__(model, options)
-        self._running: dict[str, tuple[_Prompt, Iterator[tuple[int, Any]]]] = {}
+        self._running: dict[str, tuple[PendingPrompt, Iterator[tuple[int, Any]]]] = {}
         self._given: dict[str, int] = {}
 
-    def start(self, part: Part) -> None:
+    def start(self, part: PromptChunk) -> None:
         """See `Batch`."""
-        prompt = self._prompts.pop(part.request)
-        self._running[part.request] = (prompt, self._generate(prompt, part.begin))
-        self._given[part.request] = 0
+        prompt = self._prompts.pop(part.request_id)
+        self._running[part.request_id] = (prompt, self._generate(prompt, part.begin))
+        self._given[part.request_id] = 0
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
@@ -320,7 +321,7 @@ class OneByOne(Batch):
                 self.remove(request.id)
         return events
 
-    def _generate(self, prompt: _Prompt, begin: int) -> Iterator[tuple[int, Any]]:
+    def _generate(self, prompt: PendingPrompt, begin: int) -> Iterator[tuple[int, Any]]:
         options, request = self._options, prompt.request
         before = mx.array(request.tokens[:begin], dtype=mx.int32)
 
@@ -335,7 +336,7 @@ class OneByOne(Batch):
             logits_processors=[behind(p) for p in prompt.drawing.processors],
             max_kv_size=options.max_kv_size,
             prompt_cache=prompt.sequence.caches if prompt.sequence else None,
-            prefill_step_size=options.prefill_chunk,
+            prefill_step_size=options.prefill_chunk_size,
             kv_bits=options.kv_bits,
             kv_group_size=options.kv_group_size,
             quantized_kv_start=0,

@@ -21,15 +21,15 @@ from ..core.request import Request, TokenEvent
 from ..core.step import Step
 from ..errors import ClusterError
 from ..model.step_timer import StepTimer
-from ..scheduler.prefix_index import Footprint
+from ..scheduler.prefix_index import CacheFootprint
 from .batch import make_batch
 from .cache import kv_cache
-from .cache.disk_store import Disk
-from .options import Options
+from .cache.disk_store import PageStore
+from .options import EngineOptions
 from .sampling.grammar import Vocabulary
-from .sampling.sampler import Drawings
-from .speculative.draft_model import Drafter
-from .speculative.ngram import Drafts
+from .sampling.sampler import SamplingStates
+from .speculative.draft_model import DraftModelProposer
+from .speculative.ngram import DraftStats
 
 
 class Engine:
@@ -46,20 +46,20 @@ class Engine:
         model: nn.Module,
         collective: Collective,
         watch: StepTimer,
-        options: Options,
+        options: EngineOptions,
         vocabulary: Vocabulary | None = None,
-        drafter: Drafter | None = None,
-        disk: Disk | None = None,
+        drafter: DraftModelProposer | None = None,
+        disk: PageStore | None = None,
     ) -> None:
         self._collective, self._watch = collective, watch
-        self._drawings = Drawings(collective, vocabulary)
+        self._drawings = SamplingStates(collective, vocabulary)
         self._model, self._options = model, options
         self._disk = disk
         self._batch = make_batch(model, options, collective, watch, drafter)
         self._drafts = self._batch.drafts
         self._next_step = 0
 
-    def footprint(self) -> Footprint:
+    def footprint(self) -> CacheFootprint:
         """What caches take on this rank.
 
         Raises:
@@ -93,7 +93,7 @@ class Engine:
     def _take(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
         self._expect(step)
         for request_id in step.cancelled:
-            if request_id in step.kept:
+            if request_id in step.retained:
                 self._batch.keep(request_id)
             else:
                 self._batch.drop(request_id)
@@ -109,33 +109,33 @@ class Engine:
             self._watch.start()
         for part in step.prefill:
             self._batch.prefill(part)
-        for part in step.started:
+        for part in step.final_chunks:
             self._batch.start(part)
         events = self._batch.next()
-        for request_id in step.dropped:
+        for request_id in step.evicted:
             self._batch.drop(request_id)
         self._collective.check()  # what was computed after a failed exchange must not be served
         return events, self._measured(step, events) if step.measured else None
 
-    def _turn_pages(self, disk: Disk, step: Step) -> None:
-        for load in step.loaded:
+    def _turn_pages(self, disk: PageStore, step: Step) -> None:
+        for load in step.page_loads:
             self._batch.read(load.name, [(p.end, disk.path(p)) for p in load.pages])
-        disk.remove(step.removed)
-        for store in step.stored:
+        disk.remove(step.page_removals)
+        for store in step.page_writes:
             disk.write(store.page, self._batch.page(store.source, store.page, disk.about))
-        for load in step.sought:
+        for load in step.page_checks:
             disk.seek(load)
 
-    def take_drafts(self) -> Drafts:
+    def take_drafts(self) -> DraftStats:
         """What became of drafts since the last call."""
         before, self._drafts = self._drafts, self._batch.drafts
         return self._drafts - before
 
     def _measured(self, step: Step, events: list[TokenEvent]) -> dict[str, Any]:
         self._batch.wait()  # the head and the sampler come after the last lap
-        decoding = bool(events) and not (step.prefill or step.started)
+        decoding = bool(events) and not (step.prefill or step.final_chunks)
         sent = self._collective.traffic.bytes
-        tokens = max(Counter(e.request for e in events).values(), default=0)
+        tokens = max(Counter(e.request_id for e in events).values(), default=0)
         said = {"decoding": decoding, "tokens": tokens, "sent_bytes": sent}
         return {**self._watch.stop(), **said}
 

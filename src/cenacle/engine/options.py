@@ -1,82 +1,66 @@
-"""."""
+"""How each rank runs the model.
+
+Owns: `EngineOptions`, sent to every rank as JSON.
+Does not know: MLX, plans, draft models.
+Invariant: options that exist are valid; the constructor raises otherwise.
+Next: `engine.py`, which takes them; `memory.py`, the memory that they need.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ..core.plan import Plan
 from ..errors import InputError
-from ..model import architecture
-from ..planning import memory
-from .speculative.draft_model import DraftModel
+
+SPECULATIVE_MODES = ("auto", "off", "always")
 
 
 @dataclass(frozen=True)
-class Options:
+class EngineOptions:
     """How a rank runs the model.
 
     Args:
-        prefill_chunk: most prompt tokens per step.
-        batch: most requests that are generated at once.
-        kv_bits: bits of a quantised KV cache, 4 or 8; None: as computed.
+        prefill_chunk_size: maximum prompt tokens per step.
+        max_batch_size: maximum requests that generate at once.
+        kv_bits: bits of a quantised KV cache, 4 or 8; None: not quantised.
         kv_group_size: group size of the quantised KV cache.
-        max_kv_size: keep only this many positions (the first four and the last), None: all.
-        queue: most requests that wait while others are answered; None: any number.
-        kv_gb: gigabytes for caches of running requests on each rank; None: half of what is left.
-        speculate: draft tokens for a request that runs alone, if its cache can forget them: "auto",
-            while it pays; "always"; "off".
-        cache_gb: gigabytes on each rank for caches of requests that have ended, for others that
-            begin alike; None: an eighth of what is left; 0: none is kept.
-        cache_disk_gb: gigabytes of disk on each rank for the beginnings of prompts, which outlive
-            the program; 0: nothing is written.
-        cache_dir: the folder for those; None: `paths.prefix_cache_dir`.
+        max_kv_size: positions to keep (the first four and the last); None: all.
+        max_queue: maximum waiting requests; None: unlimited.
+        kv_cache_gb: gigabytes on each rank for the KV cache of running requests; None: half of the
+            memory that is left.
+        prefix_cache_gb: gigabytes on each rank for the caches of requests that have ended; None: an
+            eighth of the memory that is left; 0: disabled.
+        speculative: draft tokens for a single running request, if its cache can be trimmed: "auto"
+            (while it pays), "always" or "off".
+        prefix_cache_disk_gb: gigabytes of disk on each rank for prefixes of prompts, which survive
+            a restart; 0: disabled.
+        prefix_cache_dir: folder for those; None: `paths.prefix_cache_dir`.
+
+    Raises:
+        InputError: `speculative` is not one of `SPECULATIVE_MODES`.
     """
 
-    prefill_chunk: int = 512
-    batch: int = 32
+    prefill_chunk_size: int = 512
+    max_batch_size: int = 32
     kv_bits: int | None = None
     kv_group_size: int = 64
     max_kv_size: int | None = None
-    queue: int | None = None
-    kv_gb: float | None = None
-    cache_gb: float | None = None
-    speculate: str = "auto"
-    cache_disk_gb: float = 0.0
-    cache_dir: str | None = None
+    max_queue: int | None = None
+    kv_cache_gb: float | None = None
+    prefix_cache_gb: float | None = None
+    speculative: str = "auto"
+    prefix_cache_disk_gb: float = 0.0
+    prefix_cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if self.speculate not in WAYS:
+        if self.speculative not in SPECULATIVE_MODES:
             raise InputError(
-                f"speculate: expected one of {', '.join(WAYS)}, got {self.speculate!r}", "speculate"
+                f"speculative: expected one of {', '.join(SPECULATIVE_MODES)}, "
+                f"got {self.speculative!r}",
+                "speculative",
             )
 
-
-def need_of(
-    config: dict[str, Any],
-    plan: Plan,
-    rank: int,
-    options: Options,
-    kernels: str,
-    draft: DraftModel | None = None,
-) -> memory.MemoryEstimate:
-    """What a rank of the plan will keep in memory: its weights, one request's cache, a draft model.
-
-    Args:
-        config: config.json.
-        kernels: as `model.experts.parallelize`; the native ones keep float32.
-        draft: what rank 0 has besides.
-    """
-    spec = plan.spec
-    width = 4 if kernels == "native" or spec.dtype == "float32" else 2
-    cache = memory.kv_cache_bytes(
-        architecture.kv_cache_elements_per_token(config, spec.layers),
-        spec.context_length,
-        options.max_kv_size,
-        options.kv_bits,
-        width,
-    )
-    return memory.MemoryEstimate.of(plan, rank, cache, draft.bytes if draft is not None else 0)
-
-
-WAYS = ("auto", "off", "always")
+    @property
+    def plain_kv_cache(self) -> bool:
+        """Whether the KV cache is neither quantised nor limited in size."""
+        return self.kv_bits is None and self.max_kv_size is None

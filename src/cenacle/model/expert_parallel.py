@@ -20,7 +20,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from .. import native
-from ..collective.base import Chosen, Collective
+from ..collective.base import Collective, RoutingDecision
 from ..core.plan import Plan
 from ..errors import InputError
 from ..planning import load_balancer
@@ -56,10 +56,10 @@ class LastRouting:
         """Note what the router chose: ids [..., k]."""
         self._ids = ids
 
-    def take(self) -> Chosen | None:
+    def take(self) -> RoutingDecision | None:
         """What was chosen since the last call, or None."""
         ids, self._ids = self._ids, None
-        return Chosen(self._layer, ids) if ids is not None else None
+        return RoutingDecision(self._layer, ids) if ids is not None else None
 
 
 @dataclass(frozen=True)

@@ -107,15 +107,15 @@ def count_parameters(
     )
 
 
-def estimate_spec(job: Workload) -> ModelSpec:
+def estimate_spec(workload: Workload) -> ModelSpec:
     """The spec of a model of which no checkpoint was read.
 
     Raises:
         PlanError: the shape does not say which layers have experts.
     """
-    family = job.shape.family
+    family = workload.shape.family
     return planner.spec_from_workload(
-        job, architecture.resolve_family({"model_type": family}) if family else ""
+        workload, architecture.resolve_family({"model_type": family}) if family else ""
     )
 
 

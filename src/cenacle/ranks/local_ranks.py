@@ -277,11 +277,11 @@ def resolve_backend(backend: str, nodes: int) -> tuple[str, str | None]:
     if nodes == 1:
         return backend, None
     if backend == "auto":
-        reason = mesh.why_not()
+        reason = mesh.unavailable_reason()
         if reason is None:
             return "mesh", "exchange: mesh, one hop from every rank to every other"
         return "ring", f"exchange: MLX's ring, which is slower, because {reason}"
-    if backend == "mesh" and (reason := mesh.why_not()) is not None:
+    if backend == "mesh" and (reason := mesh.unavailable_reason()) is not None:
         raise ClusterError(f"backend mesh: {reason}; use --backend ring")
     return backend, None
 

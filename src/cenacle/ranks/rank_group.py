@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from ..core.request import Request, TokenEvent
 from ..core.step import Step
-from ..engine.speculative.ngram import Drafts
+from ..engine.speculative.ngram import DraftStats
 from ..errors import CenacleError, ClusterError, RankLost
 from ..scheduler import recovery
 from ..scheduler.recovery import (
@@ -135,7 +135,7 @@ class RankGroup:
         self._disk_read_sent_s = 0.0  # when ranks were last told to look for pages
         self._place_s, self._placed_s = 1.0, time.monotonic()  # every how often a request ends
         self.step_timings = StepTimings()
-        self.draft_stats = Drafts()  # of all requests since the beginning
+        self.draft_stats = DraftStats()  # of all requests since the beginning
         # Since the group began.
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.last_message_s: list[
@@ -184,7 +184,7 @@ class RankGroup:
         """As `measure`, and forget all that was counted: nobody had asked yet."""
         self.measure_steps(every)
         with self._lock:
-            self.draft_stats = Drafts()
+            self.draft_stats = DraftStats()
             self.counts = dict.fromkeys(self.counts, 0)
 
     def submit(self, request: Request, sink: Sink) -> None:
@@ -206,7 +206,7 @@ class RankGroup:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            if not request.answered:  # what goes on had its place
+            if not request.resumed_tokens:  # what goes on had its place
                 self._scheduler.check(request, min(60, math.ceil(self._place_s)))
             self._active[request.id] = _ActiveRequest(request, sink)
             self._scheduler.submit(request)
@@ -343,7 +343,7 @@ class RankGroup:
                     self._admitted.update(request.id for request in step.admitted)
             if step is None:
                 return
-            if step.sought:
+            if step.page_checks:
                 self._disk_read_sent_s = time.monotonic()
             for observer in self.observers:
                 observer.sent(step)
@@ -391,7 +391,7 @@ class RankGroup:
             self._scheduler.took(running.step, now - max(running.sent, self._last_s))
             self._last_s = now
             running.tokens = message["tokens"]
-            self.draft_stats += Drafts(**message.get("drafts", {}))
+            self.draft_stats += DraftStats(**message.get("drafts", {}))
             self._deliver([TokenEvent.from_json(t) for t in message["tokens"]])
         else:
             running.others[rank] = message["tokens"]
@@ -422,16 +422,18 @@ class RankGroup:
         told: list[tuple[Sink, TokenEvent]] = []
         with self._lock:
             for event in self._scheduler.seen(events):
-                asked = self._active.get(event.request)
+                asked = self._active.get(event.request_id)
                 if asked is None:
                     continue
-                if asked.given and event.cached:
-                    event = replace(event, cached=0, read=0)  # its own prompt was counted before
+                if asked.given and event.cached_tokens:
+                    event = replace(
+                        event, cached_tokens=0, disk_tokens=0
+                    )  # its own prompt was counted before
                 asked.given.append(event.token)
                 self.counts["generated_tokens"] += 1
                 asked.losses = 0
                 if event.finish is not None:
-                    del self._active[event.request]
+                    del self._active[event.request_id]
                     now = time.monotonic()
                     self._place_s += 0.2 * (now - self._placed_s - self._place_s)
                     self._placed_s = now
@@ -486,7 +488,7 @@ class RankGroup:
             again = sorted(self._active.values(), key=lambda a: a.request.id not in admitted)
             for asked in again:
                 if asked.losses < SUSPECT_AFTER_LOSSES:
-                    self._scheduler.submit(asked.request.after(asked.given))
+                    self._scheduler.submit(asked.request.resumed_with(asked.given))
             self._suspects = deque(asked for asked in again if asked.losses >= SUSPECT_AFTER_LOSSES)
             self._on_trial = None
             self._retry_suspect()
@@ -504,7 +506,7 @@ class RankGroup:
             asked = self._suspects.popleft()
             if asked.request.id in self._active:
                 self._on_trial = asked
-                self._scheduler.submit(asked.request.after(asked.given))
+                self._scheduler.submit(asked.request.resumed_with(asked.given))
 
     def _start_ranks(self, number: int) -> None:
         assert self._start_epoch is not None, "without it the first failure is the last"

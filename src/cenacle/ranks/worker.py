@@ -34,8 +34,8 @@ from .channel import Channel
 
 if TYPE_CHECKING:
     from ..collective.base import Collective
-    from ..engine.cache.disk_store import Disk
-    from ..engine.options import Options
+    from ..engine.cache.disk_store import PageStore
+    from ..engine.options import EngineOptions
 
 HEARTBEAT_INTERVAL_S = 0.25
 
@@ -142,7 +142,8 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
 
     from .. import native
     from ..engine.engine import Engine
-    from ..engine.options import Options, need_of
+    from ..engine.memory import estimate_memory
+    from ..engine.options import EngineOptions
     from ..engine.sampling.grammar import Vocabulary
     from ..engine.speculative import draft_model
     from ..model.checkpoint import Checkpoint
@@ -151,7 +152,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     from ..model.loader import load_rank_model
     from ..model.step_timer import StepTimer
     from ..planning import memory
-    from ..text.tokenizer import Text
+    from ..text.tokenizer import ChatTokenizer
 
     plan = Plan.from_json(order["plan"])
     native.set_threads(local_ranks=ranks_sharing_cores(plan.nodes))
@@ -165,10 +166,12 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
             last = time.monotonic()
             channel.send({"type": "progress", "done": done, "total": total})
 
-    checkpoint, options = Checkpoint.open(Path(order["folder"])), Options(**order["options"])
-    draft = draft_model.DraftModel(**order["draft"]) if order.get("draft") else None
+    checkpoint, options = Checkpoint.open(Path(order["folder"])), EngineOptions(**order["options"])
+    draft = draft_model.DraftModelConfig(**order["draft"]) if order.get("draft") else None
     if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():  # never run
-        need = need_of(checkpoint.config, plan, collective.rank, options, order["kernels"], draft)
+        need = estimate_memory(
+            checkpoint.config, plan, collective.rank, options, order["kernels"], draft
+        )
         mx.set_wired_limit(memory.wired_limit(mx.device_info(), need))
     native.set_activations(order.get("activations", "int16"))
     model = load_rank_model(checkpoint, plan, collective.rank, progress)
@@ -179,11 +182,11 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         small = None
         if collective.rank == 0:
             small = draft_model.load(Checkpoint.open(Path(draft.folder)), order["kernels"])
-        drafter = draft_model.Drafter(draft, collective, small, plan.spec.vocab_size)
+        drafter = draft_model.DraftModelProposer(draft, collective, small, plan.spec.vocab_size)
     gc.collect()
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
     collective.barrier()
-    vocabulary = Vocabulary(lambda: Text(checkpoint.folder, checkpoint.config))
+    vocabulary = Vocabulary(lambda: ChatTokenizer(checkpoint.folder, checkpoint.config))
     disk = _open_page_store(channel, order, options, collective.rank)
     engine = Engine(model, collective, watch, options, vocabulary, drafter, disk)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -224,15 +227,15 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
 
 
 def _open_page_store(
-    channel: Channel, order: dict[str, Any], options: Options, rank: int
-) -> Disk | None:
+    channel: Channel, order: dict[str, Any], options: EngineOptions, rank: int
+) -> PageStore | None:
     """Where prompts outlive this program, if they shall."""
     import mlx.core as mx
 
     from .. import native, paths
-    from ..engine.cache.disk_store import Disk, fingerprint
+    from ..engine.cache.disk_store import PageStore, fingerprint
 
-    if not options.cache_disk_gb or options.cache_gb == 0:
+    if not options.prefix_cache_disk_gb or options.prefix_cache_gb == 0:
         return None
     # All that decides what is in a cache: also what only changes how it is rounded.
     facts = {name: order.get(name) for name in ("plan", "wire", "kernels", "activations")}
@@ -240,14 +243,14 @@ def _open_page_store(
     facts["device"] = str(mx.default_device())
     if native.is_available():
         facts["native"] = native.extension().used()
-    home = Path(options.cache_dir) if options.cache_dir else paths.prefix_cache_dir()
+    home = Path(options.prefix_cache_dir) if options.prefix_cache_dir else paths.prefix_cache_dir()
 
     def say(said: dict[str, Any]) -> None:
         with suppress(ClusterError):  # the front is gone: so is this process, in a moment
             channel.send({"type": "pages", "epoch": epoch_from_environment(), **said})
 
     group = fingerprint(Path(order["folder"]), facts)
-    return Disk(home.expanduser(), group, rank, int(options.cache_disk_gb * 1e9), say)
+    return PageStore(home.expanduser(), group, rank, int(options.prefix_cache_disk_gb * 1e9), say)
 
 
 def available_memory() -> int:
@@ -262,19 +265,19 @@ def available_memory() -> int:
 
 def join_collective(order: dict[str, Any], nodes: int) -> Collective:
     """Form the group that the front asked for; a `Collective`."""
-    from ..collective.delayed import Delayed
+    from ..collective.delayed import DelayedCollective
     from ..collective.mesh import Mesh
     from ..collective.mlx import Mlx
-    from ..collective.single import Alone
+    from ..collective.single import SingleRank
 
     group: Collective
     if nodes == 1:
-        group = Alone()
+        group = SingleRank()
     elif order["backend"] == "mesh":
         group = Mesh.from_environment(rank_from_environment(), nodes, order["wire"])
     else:
         group = Mlx(order["backend"], nodes)
-    return Delayed(group, order["latency_s"]) if order["latency_s"] else group
+    return DelayedCollective(group, order["latency_s"]) if order["latency_s"] else group
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..bench.expected_work import expected_experts, split_cores
 from ..bench.rank_worker import RankPool
 from ..collective.base import Collective
-from ..collective.delayed import Delayed
+from ..collective.delayed import DelayedCollective
 from ..core.plan import Plan
 from ..errors import ClusterError, InputError, PlanError
 from ..model import synth
@@ -303,7 +303,7 @@ class _Loaded:
     model: Any
     layers: list[ScheduledBlock]
     central: bool
-    link: Delayed
+    link: DelayedCollective
     watch: _EveryLap
     top_k: int
     vocabulary: int
@@ -327,7 +327,7 @@ def ablation_load(
     """Load a row."""
     dealt = Plan.from_json(plan)
     watch = _EveryLap()
-    link = Delayed(collective, 0.0, precise_sleep)
+    link = DelayedCollective(collective, 0.0, precise_sleep)
     model = load_rank_model(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
     family = dealt.spec.family
     layers: list[ScheduledBlock] = []

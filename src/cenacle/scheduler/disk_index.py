@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.step import Load, Page, Store
+from ..core.step import Page, PageLoad, PageWrite
 
 PAGE = 128  # tokens: what is left to compute of a prompt is one part, see `scheduler.TAIL`
 FIRST = 4096  # tokens
@@ -27,7 +27,7 @@ Listing = Sequence[tuple[str, str, int, int, int]]
 """A rank's pages, longest unused first: the fields of `Page`, and bytes."""
 
 
-def keys(tokens: bytes, ends: Iterable[int]) -> dict[int, str]:
+def page_keys(tokens: bytes, ends: Iterable[int]) -> dict[int, str]:
     """What pages are called that end at these positions.
 
     Args:
@@ -69,13 +69,13 @@ class _Writing:
 class _Seeking:
     """Pages that ranks look for; `requests` wait for them, `ranks` have found them."""
 
-    load: Load
+    load: PageLoad
     tokens: bytes
     requests: set[str] = field(default_factory=set)
     ranks: set[int] = field(default_factory=set)
 
 
-class Pages:
+class DiskIndex:
     """The index.
 
     Args:
@@ -86,10 +86,10 @@ class Pages:
     def __init__(self, budget: int = 0, listed: Sequence[Listing] = ()) -> None:
         self._budget, self._ranks = budget, len(listed)
         self._known: dict[str, _Known] = {}
-        self._queue: dict[str, Store] = {}
+        self._queue: dict[str, PageWrite] = {}
         self._writing: dict[str, _Writing] = {}
         self._seeking: dict[str, _Seeking] = {}  # by the last page's key
-        self._to_seek: list[Load] = []
+        self._to_seek: list[PageLoad] = []
         self._removed: list[str] = []
         self._writes = budget > 0
         self._uses = self._loads = 0
@@ -119,11 +119,11 @@ class Pages:
         if not self._writes:
             return
         parent, begin = "", 0
-        for end, key in keys(tokens, ends).items():
+        for end, key in page_keys(tokens, ends).items():
             if key in self._known:
                 self._touch(key)
             elif key not in self._writing and key not in self._queue:
-                self._queue[key] = Store(source, Page(key, parent, begin, end))
+                self._queue[key] = PageWrite(source, Page(key, parent, begin, end))
             parent, begin = key, end
 
     def unwant(self, source: str) -> None:
@@ -140,7 +140,7 @@ class Pages:
         """
         most = len(tokens) // 4 - 1
         ends = sorted({known.page.end for known in self._known.values()})
-        for key in reversed(keys(tokens, [e for e in ends if e <= most]).values()):
+        for key in reversed(page_keys(tokens, [e for e in ends if e <= most]).values()):
             found: list[Page] = []
             while key in self._known:
                 found.append(self._known[key].page)
@@ -158,7 +158,7 @@ class Pages:
         key = pages[-1].key
         if key not in self._seeking:
             self._loads += 1
-            load = Load(f"disk-{self._loads}", pages)
+            load = PageLoad(f"disk-{self._loads}", pages)
             self._seeking[key] = _Seeking(load, tokens)
             self._to_seek.append(load)
         self._seeking[key].requests.add(request_id)
@@ -186,9 +186,9 @@ class Pages:
 
     # What goes to the ranks, and what comes back
 
-    def take(self) -> tuple[tuple[Store, ...], tuple[Load, ...], tuple[str, ...]]:
+    def take(self) -> tuple[tuple[PageWrite, ...], tuple[PageLoad, ...], tuple[str, ...]]:
         """What ranks shall write (one page a step), look for, and remove (before they write)."""
-        stored: tuple[Store, ...] = ()
+        stored: tuple[PageWrite, ...] = ()
         while self._queue and not stored and len(self._writing) < AT_ONCE:
             key = next(iter(self._queue))
             store = self._queue.pop(key)
@@ -200,7 +200,7 @@ class Pages:
         removed, self._removed = tuple(self._removed), []
         return stored, sought, removed
 
-    def heard(self, rank: int, said: Mapping[str, Any]) -> list[tuple[Load, bytes]]:
+    def heard(self, rank: int, said: Mapping[str, Any]) -> list[tuple[PageLoad, bytes]]:
         """Take note of what a rank says of its files.
 
         Args:
@@ -230,7 +230,7 @@ class Pages:
             self._add(writing.page, writing.size)
             self._make_room()
 
-    def _was_sought(self, rank: int, name: str, wrong: list[str]) -> list[tuple[Load, bytes]]:
+    def _was_sought(self, rank: int, name: str, wrong: list[str]) -> list[tuple[PageLoad, bytes]]:
         found = [(k, s) for k, s in self._seeking.items() if s.load.name == name]
         for key, seeking in found:
             seeking.ranks.add(rank)
@@ -278,6 +278,3 @@ class Pages:
                 return
             total -= oldest.size
             self._remove(oldest.page.key)
-
-
-__all__ = ["AT_ONCE", "FIRST", "PAGE", "Listing", "Pages", "keys", "worth"]

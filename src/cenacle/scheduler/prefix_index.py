@@ -17,7 +17,7 @@ ROUND = 256  # positions by which mlx-lm's caches grow
 
 
 @dataclass(frozen=True)
-class Footprint:
+class CacheFootprint:
     """Bytes that one rank keeps for a sequence.
 
     Args:
@@ -48,13 +48,13 @@ class Footprint:
         return len(lengths) * (self.fixed + windows + longest * self.per_token)
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Footprint:
+    def of(cls, data: Mapping[str, Any]) -> CacheFootprint:
         """Read what `asdict` gave, from JSON."""
         windows = tuple((most, size) for most, size in data["windows"])
         return cls(**{**data, "windows": windows})
 
     @classmethod
-    def largest(cls, ranks: Iterable[Footprint]) -> Footprint:
+    def largest(cls, ranks: Iterable[CacheFootprint]) -> CacheFootprint:
         """What is enough on each of the ranks (they differ where the trunk is sharded)."""
         every = list(ranks)
         windows: dict[int, int] = {}
@@ -88,7 +88,7 @@ def common(a: bytes, b: bytes) -> int:
 
 
 @dataclass
-class Entry:
+class CacheEntry:
     """A cache that the ranks have, or will have.
 
     Args:
@@ -121,7 +121,7 @@ class Entry:
 
 
 @dataclass
-class Prefixes:
+class PrefixIndex:
     """The index.
 
     Args:
@@ -129,10 +129,10 @@ class Prefixes:
     """
 
     least: int = 16
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, CacheEntry] = field(default_factory=dict)
     _uses: int = 0
 
-    def find(self, tokens: bytes) -> tuple[Entry | None, int]:
+    def find(self, tokens: bytes) -> tuple[CacheEntry | None, int]:
         """The entry that has most of the tokens, and how many of them."""
         best, most = None, self.least - 1
         for entry in self.entries.values():
@@ -145,14 +145,11 @@ class Prefixes:
         growing = (e for e in self.entries.values() if e.growing)
         return max((e.usable(tokens, len(e.tokens) // 4 - 1) for e in growing), default=0)
 
-    def touch(self, entry: Entry) -> None:
+    def touch(self, entry: CacheEntry) -> None:
         """It was used now."""
         self._uses += 1
         entry.used = self._uses
 
-    def oldest(self) -> list[Entry]:
+    def oldest(self) -> list[CacheEntry]:
         """Entries that are kept (those of running requests are not), longest unused first."""
         return sorted((e for e in self.entries.values() if e.size), key=lambda e: e.used)
-
-
-__all__ = ["ROUND", "Entry", "Footprint", "Prefixes", "common", "packed"]

@@ -23,19 +23,26 @@ from math import inf
 from typing import Any
 
 from ..core.request import Request, TokenEvent
-from ..core.step import Load, Part, Reuse, Step
+from ..core.step import PageLoad, PrefixReuse, PromptChunk, Step
 from ..errors import Busy, InputError
-from .disk_index import PAGE, Listing, Pages, worth
-from .prefix_index import Entry, Footprint, Prefixes, packed
+from .disk_index import PAGE, DiskIndex, Listing, worth
+from .prefix_index import CacheEntry, CacheFootprint, PrefixIndex, packed
 
-TAIL = 128  # prompt tokens with which a request may join the batch: short prompts go together
+JOIN_TOKENS = (
+    128  # prompt tokens with which a request may join the batch: short prompts go together
+)
 LEAST_CHUNK = 16  # prompt tokens; fewer cost as much
-LAST_OF = 4  # places from which on the last one is kept for who has none
+FAIRNESS_RESERVE_AFTER = 4  # places from which on the last one is kept for who has none
 STALL_S = 0.25  # for which a chunk of prompt may delay the tokens of those being answered
-WORTH = 64  # prompt tokens for which it is worth waiting until another has computed them
-MARKS, MARK_EVERY = 8, 512  # most marks between a prompt's ends, least tokens between two
-KEPT_AFTER = ("stop", "length")
-GIVEN, COMPUTED = 2, 1  # what a token of an answer and one of a prompt count for a key
+SHARE_WAIT_TOKENS = (
+    64  # prompt tokens for which it is worth waiting until another has computed them
+)
+MAX_CHECKPOINTS, MIN_CHECKPOINT_TOKENS = (
+    8,
+    512,
+)  # most marks between a prompt's ends, least tokens between two
+CACHEABLE_FINISH = ("stop", "length")
+OUTPUT_WEIGHT, PROMPT_WEIGHT = 2, 1  # what a token of an answer and one of a prompt count for a key
 
 
 @dataclass
@@ -55,7 +62,7 @@ class _Running:
     done: int = 0
     cached: int = 0
     read: int = 0
-    cache: Entry | None = None
+    cache: CacheEntry | None = None
     started: bool = False
     answer: list[int] = field(default_factory=list)
 
@@ -91,7 +98,7 @@ class Scheduler:
         chunk: int = 512,
         queue: int | None = None,
         kv_bytes: int | None = None,
-        footprint: Footprint | None = None,
+        footprint: CacheFootprint | None = None,
         cache_bytes: int = 0,
         disk_bytes: int = 0,
     ) -> None:
@@ -102,19 +109,19 @@ class Scheduler:
         self._turns: OrderedDict[str, list[str]] = OrderedDict()  # key -> prompts under way
         self._served: dict[str, float] = {}  # key -> what it was given
         self._cancelled: list[str] = []
-        self.resize(kv_bytes, footprint or Footprint(0), cache_bytes)
-        self._prefixes = Prefixes()
+        self.resize(kv_bytes, footprint or CacheFootprint(0), cache_bytes)
+        self._prefixes = PrefixIndex()
         self._disk_bytes = disk_bytes
         self.fresh = False  # whether all is computed, and nothing of it kept for others
-        self._pages = Pages()
-        self._loaded: list[Load] = []
+        self._pages = DiskIndex()
+        self._loaded: list[PageLoad] = []
         self._kept: list[str] = []
         self._dropped: list[str] = []
         self._number = 0
         self._pace = 64.0  # prompt tokens that can be processed within STALL_S: a guess at first
         self._answer_s = 0.0  # what a step without prompts takes
 
-    def resize(self, kv_bytes: int | None, footprint: Footprint, cache_bytes: int) -> None:
+    def resize(self, kv_bytes: int | None, footprint: CacheFootprint, cache_bytes: int) -> None:
         """What the ranks that come next have room for, once `lost` was called; see the
         constructor."""
         self.kv_bytes, self.footprint = kv_bytes, footprint
@@ -190,7 +197,7 @@ class Scheduler:
 
     def next_step(self) -> Step | None:
         """The step to take now, or None if there is nothing to do."""
-        reused: list[Reuse] = []
+        reused: list[PrefixReuse] = []
         admitted = list(self._admit(reused))
         stored, sought, removed = self._pages.take()
         about_pages = stored or sought or removed or self._loaded
@@ -205,14 +212,14 @@ class Scheduler:
             # Not the first of each round: step 0 compiles and allocates.
             measured=bool(every) and self._number % every == every - 1,
             prefill=tuple(prefill),
-            started=tuple(started),
+            final_chunks=tuple(started),
             reused=tuple(reused),
-            kept=tuple(self._kept),
-            dropped=tuple(self._dropped),
-            removed=removed,
-            stored=stored,
-            sought=sought,
-            loaded=tuple(self._loaded),
+            retained=tuple(self._kept),
+            evicted=tuple(self._dropped),
+            page_removals=removed,
+            page_writes=stored,
+            page_checks=sought,
+            page_loads=tuple(self._loaded),
         )
         self._cancelled, self._kept, self._dropped = [], [], []
         self._loaded = []
@@ -221,9 +228,9 @@ class Scheduler:
 
     def took(self, step: Step, seconds: float) -> None:
         """Take note of how long a step took, for the pace of prompts beside answers."""
-        if step.stored or step.loaded:
+        if step.page_writes or step.page_loads:
             return  # not only the model took its time
-        tokens = sum(p.end - p.begin for p in (*step.prefill, *step.started))
+        tokens = sum(p.end - p.begin for p in (*step.prefill, *step.final_chunks))
         if not tokens:
             self._answer_s += 0.3 * (seconds - self._answer_s)
         elif tokens >= LEAST_CHUNK:
@@ -238,16 +245,16 @@ class Scheduler:
         """
         kept: list[TokenEvent] = []
         for event in events:
-            running = self._running.get(event.request)
+            running = self._running.get(event.request_id)
             if running is None:
                 continue
             if not running.answer and running.cached:
-                event = replace(event, cached=running.cached, read=running.read)
+                event = replace(event, cached_tokens=running.cached, disk_tokens=running.read)
             kept.append(event)
             running.answer.append(event.token)
-            self._served[running.request.key] += GIVEN
+            self._served[running.request.key] += OUTPUT_WEIGHT
             if event.finish is not None:
-                self._end(event.request)
+                self._end(event.request_id)
                 self._ended(running, event.finish)
         return kept
 
@@ -261,8 +268,8 @@ class Scheduler:
         self._waiting.clear()
         self._running.clear()
         self._turns.clear()
-        self._prefixes = Prefixes()
-        self._pages, self._loaded = Pages(), []
+        self._prefixes = PrefixIndex()
+        self._pages, self._loaded = DiskIndex(), []
         self._cancelled, self._kept, self._dropped = [], [], []
         self._number = 0
         return ids
@@ -280,7 +287,7 @@ class Scheduler:
         """
         there = [rank for rank in listed if rank is not None]
         able = self._cache_bytes and there and len(there) == len(listed)
-        self._pages = Pages(self._disk_bytes, there) if able else Pages()
+        self._pages = DiskIndex(self._disk_bytes, there) if able else DiskIndex()
         return self._pages.notice
 
     def heard(self, rank: int, said: Mapping[str, Any]) -> None:
@@ -310,10 +317,10 @@ class Scheduler:
             self._served.clear()
         return running
 
-    def _admit(self, reused: list[Reuse]) -> Iterator[Request]:
+    def _admit(self, reused: list[PrefixReuse]) -> Iterator[Request]:
         while self._waiting and len(self._running) < self._batch:
             able = [r for r in self._waiting.values() if not self._waits(r)]
-            if self._batch >= LAST_OF and len(self._running) == self._batch - 1:
+            if self._batch >= FAIRNESS_RESERVE_AFTER and len(self._running) == self._batch - 1:
                 held = {r.request.key for r in self._running.values()} - {""}
                 able = [r for r in able if r.key not in held]
             request = min(able, key=lambda r: self._served[r.key], default=None)
@@ -342,9 +349,9 @@ class Scheduler:
         if not self._turns or not self._cache_bytes or self.fresh:
             return False
         tokens = packed(request.tokens)
-        return self._prefixes.coming(tokens) >= self._prefixes.find(tokens)[1] + WORTH
+        return self._prefixes.coming(tokens) >= self._prefixes.find(tokens)[1] + SHARE_WAIT_TOKENS
 
-    def _look_up(self, running: _Running, reused: list[Reuse]) -> None:
+    def _look_up(self, running: _Running, reused: list[PrefixReuse]) -> None:
         if not self._cache_bytes or self.fresh:
             return
         request, tokens = running.request, packed(running.request.tokens)
@@ -352,13 +359,13 @@ class Scheduler:
         source, count = self._prefixes.find(tokens)
         if source is not None:
             self._prefixes.touch(source)
-            reused.append(Reuse(request.id, source.name, count))
+            reused.append(PrefixReuse(request.id, source.name, count))
             running.done = running.cached = count
             running.read = count if source.read else 0
             source.read = False
             if cuts is not None:
                 cuts = {c for c in source.cuts or () if c < count} | {count}
-        running.cache = Entry(request.id, tokens, running.done, cuts, growing=True)
+        running.cache = CacheEntry(request.id, tokens, running.done, cuts, growing=True)
         self._prefixes.entries[request.id] = running.cache
 
     def _ended(self, running: _Running, finish: str) -> None:
@@ -372,12 +379,12 @@ class Scheduler:
             entry.cuts.add(entry.done)
         else:
             entry.done -= 1  # the last token, which was drawn, may not have gone through the model
-        if finish in KEPT_AFTER and self._keep(entry):
+        if finish in CACHEABLE_FINISH and self._keep(entry):
             self._write(running, entry)
         else:
             self._drop(entry)
 
-    def _keep(self, entry: Entry) -> bool:
+    def _keep(self, entry: CacheEntry) -> bool:
         """Count a cache as kept, and let others go for it; False: it is not worth it."""
         entry.growing = False
         entry.size = self._size(entry.done, len(entry.cuts or ()))
@@ -402,14 +409,14 @@ class Scheduler:
         exact = marks * self.footprint.state if self.footprint.exact else 0
         return self.footprint.bytes([tokens]) + exact
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: CacheEntry) -> None:
         del self._prefixes.entries[entry.name]
         self._dropped.append(entry.name)
         self._pages.unwant(entry.name)
 
     # What outlives the ranks
 
-    def _write(self, running: _Running, entry: Entry) -> None:
+    def _write(self, running: _Running, entry: CacheEntry) -> None:
         """Have of a cache that is kept now what is worth it written to disk."""
         most = min(worth(len(running.request.tokens) - 1, running.cached), entry.done)
         ends: list[int] = []
@@ -425,17 +432,17 @@ class Scheduler:
             return False
         tokens = packed(request.tokens)
         pages = () if self.fresh else self._pages.chain(tokens)
-        if not pages or pages[-1].end < self._prefixes.find(tokens)[1] + WORTH:
+        if not pages or pages[-1].end < self._prefixes.find(tokens)[1] + SHARE_WAIT_TOKENS:
             return False
         if self._size(pages[-1].end, len(pages)) > self._cache_bytes:
             return False
         self._pages.seek(pages, tokens[: 4 * pages[-1].end], request.id)
         return True
 
-    def _was_read(self, load: Load, tokens: bytes) -> None:
+    def _was_read(self, load: PageLoad, tokens: bytes) -> None:
         """All ranks can read this: from now on it is a cache like others."""
         cuts = {page.end for page in load.pages} if self.footprint.exact else None
-        entry = Entry(load.name, tokens, load.pages[-1].end, cuts, read=True)
+        entry = CacheEntry(load.name, tokens, load.pages[-1].end, cuts, read=True)
         self._prefixes.entries[load.name] = entry
         self._loaded.append(load)
         if not self._keep(entry):
@@ -443,13 +450,13 @@ class Scheduler:
 
     # Whose prompt goes on
 
-    def _share_out(self) -> tuple[list[Part], list[Part]]:
+    def _share_out(self) -> tuple[list[PromptChunk], list[PromptChunk]]:
         """The prompts' parts of this step: chunks, each alone, and last parts, together."""
         left = self._chunk
         if any(r.started for r in self._running.values()):
             left = min(left, max(LEAST_CHUNK, int(self._pace)))
-        chunks: list[Part] = []
-        tails: list[Part] = []
+        chunks: list[PromptChunk] = []
+        tails: list[PromptChunk] = []
         # The first of each key, then the second of each, and so on.
         by_key = zip_longest(*self._turns.values())
         for name in [name for names in by_key for name in names if name is not None]:
@@ -461,27 +468,29 @@ class Scheduler:
                 running.done += int(min(left, prompt - 1 - began, self._to_mark(running)))
                 mark = bool(self._cache_bytes) and self.footprint.exact
                 mark = mark and running.done in self._marks(running)
-                chunks.append(Part(name, began, running.done, mark))
+                chunks.append(PromptChunk(name, began, running.done, mark))
                 if mark and running.cache is not None and running.cache.cuts is not None:
                     running.cache.cuts.add(running.done)
                 left -= running.done - began
             more = _more(tails, prompt - running.done)
             if more <= left:
                 left -= int(more)
-                tails.append(Part(name, running.done, prompt))
+                tails.append(PromptChunk(name, running.done, prompt))
                 running.done, running.started = prompt, True
             if running.cache is not None:
                 running.cache.done = min(running.done, prompt - 1)
                 running.cache.growing = not running.started
             if running.done > began:
-                self._served[running.request.key] += COMPUTED * (running.done - began)
+                self._served[running.request.key] += PROMPT_WEIGHT * (running.done - began)
                 self._turn_taken(running)
         return chunks, tails
 
     def _marks(self, running: _Running) -> list[int]:
         """Where a prompt's caches that cannot be cut are kept: at its end, and a few between."""
         length = len(running.request.tokens)
-        apart = max(1, -(-length // (MARKS * MARK_EVERY))) * MARK_EVERY
+        apart = (
+            max(1, -(-length // (MAX_CHECKPOINTS * MIN_CHECKPOINT_TOKENS))) * MIN_CHECKPOINT_TOKENS
+        )
         return [*range(apart, length - 1, apart), length - 1]
 
     def _to_mark(self, running: _Running) -> float:
@@ -505,9 +514,9 @@ class Scheduler:
             del self._turns[key]
 
 
-def _more(tails: list[Part], rest: int) -> float:
+def _more(tails: list[PromptChunk], rest: int) -> float:
     """Prompt tokens by which a step grows when this one joins: all are padded to the longest."""
-    if rest > TAIL:
+    if rest > JOIN_TOKENS:
         return inf
     longest = max((p.end - p.begin for p in tails), default=0)
     return (len(tails) + 1) * max(longest, rest) - len(tails) * longest

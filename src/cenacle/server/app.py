@@ -31,7 +31,7 @@ from .. import __version__
 from ..core.chat import Message
 from ..core.request import Request
 from ..errors import ClusterError, InputError
-from ..text.output_parser import AnswerStream
+from ..text.output_parser import OutputParser
 from . import static
 from .api import anthropic, openai, openai_responses, openapi, protocol, structured_output
 from .api.protocol import (
@@ -295,7 +295,7 @@ class Application:
         ids = text.render(messages, tools, asked.template, think=think, continued=asked.continued)
         return ids if asked.grammar is None else text.thought(ids, think)
 
-    def _stream(self, asked: GenerationRequest, prompt: tuple[int, ...]) -> AnswerStream:
+    def _stream(self, asked: GenerationRequest, prompt: tuple[int, ...]) -> OutputParser:
         if asked.calls is not None:
             return self._text.called(structured_output.parse_tool_calls)
         if asked.chat and asked.grammar is None:

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field, replace
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..core.chat import Finish, Logged, Part, Usage
+from ..core.chat import FinishReason, OutputPart, TokenLogprob, Usage
 from ..core.request import Request, TokenEvent
 from ..errors import Busy, CenacleError, ClusterError
 from ..ranks.rank_group import Sink
-from ..text.output_parser import AnswerStream, with_logs
-from ..text.tokenizer import Text
+from ..text.output_parser import OutputParser, attach_logprobs
+from ..text.tokenizer import ChatTokenizer
 from .api.protocol import ApiAdapter, ChoiceState, Event, GenerationRequest, ResponseMeta
 from .metrics import InstrumentedGroup
 
@@ -54,42 +54,42 @@ class InFlightChoice:
     index: int
     request: Request
     prompt_tokens: int
-    answer: AnswerStream
-    text: Text
+    answer: OutputParser
+    text: ChatTokenizer
     echo: str = ""
     think_tokens: int | None = None
-    then: tuple[AnswerStream, Request] | None = None
+    then: tuple[OutputParser, Request] | None = None
     tokens: int = 0
     reasoning: int = 0
     cached: int = 0
-    finish: Finish | None = None
-    parts: list[Part] = field(default_factory=list)
-    _logged: list[Logged] = field(default_factory=list)
+    finish: FinishReason | None = None
+    parts: list[OutputPart] = field(default_factory=list)
+    _logged: list[TokenLogprob] = field(default_factory=list)
     _given: list[int] = field(default_factory=list)  # since the request began
 
-    def take(self, event: TokenEvent) -> list[Part]:
+    def take(self, event: TokenEvent) -> list[OutputPart]:
         """The parts that a token makes certain."""
         self.tokens += 1
         self._given.append(event.token)
         if self.tokens == 1:  # a continuation finds more, none of which was the client's prompt
-            self.cached = event.cached
+            self.cached = event.cached_tokens
         if event.logprob is not None and event.finish != "stop":
             self._logged.append(self.text.logged(event))
         self.reasoning += self.answer.thinking
         parts = self.answer.add(event.token)
         if event.finish is not None:
-            self.finish = Finish("length" if event.finish == "length" else "stop")
+            self.finish = FinishReason("length" if event.finish == "length" else "stop")
             parts += self.answer.end()
         if self.answer.stopped is not None:
-            self.finish = Finish("string", self.answer.stopped)
+            self.finish = FinishReason("string", self.answer.stopped)
         elif self.answer.ended:
-            self.finish = Finish("stop")
+            self.finish = FinishReason("stop")
         if self._logged and (parts or self.finish):
-            parts = with_logs(parts or [Part("text", "")], self._logged)
+            parts = attach_logprobs(parts or [OutputPart("text", "")], self._logged)
             self._logged.clear()
         return parts
 
-    def think_first(self, reasoning: AnswerStream) -> None:
+    def think_first(self, reasoning: OutputParser) -> None:
         """Let reasoning come before what must match the request's grammar; it cannot end the
         answer."""
         self.then = self.answer, self.request
@@ -100,7 +100,7 @@ class InFlightChoice:
             self.request, grammar=None, sampling=replace(sampling, logit_bias=bias)
         )
 
-    def turn(self, parts: list[Part]) -> list[Part] | None:
+    def turn(self, parts: list[OutputPart]) -> list[OutputPart] | None:
         """Where reasoning has had its tokens, close it as the model would; where what follows it
         must match a grammar, let that begin. `request` is then what is left of the answer.
 
@@ -120,7 +120,7 @@ class InFlightChoice:
             return None
         parts = parts + [part for token in close for part in self.answer.add(token)]
         if self.then is None:
-            self.request = self.request.after(rest)
+            self.request = self.request.resumed_with(rest)
         else:
             # To the grammar all of this is a prompt; what came with reasoning's last token is none.
             tokens = (*self.request.tokens, *rest)
@@ -205,7 +205,8 @@ class GenerationRun(Response):
                 async for draft, parts in generated:
                     draft.parts += parts
             choices = [
-                ChoiceState(d.index, d.parts, d.finish or Finish("length")) for d in self._drafts
+                ChoiceState(d.index, d.parts, d.finish or FinishReason("length"))
+                for d in self._drafts
             ]
             response = json_response(200, self._reply.full_response(choices, self._usage()))
         except Exception as error:
@@ -244,17 +245,17 @@ class GenerationRun(Response):
             await say(self._reply.error(to_client_error(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _generate(self) -> AsyncGenerator[tuple[InFlightChoice, list[Part]], None]:
+    async def _generate(self) -> AsyncGenerator[tuple[InFlightChoice, list[OutputPart]], None]:
         """Every token's parts, until all choices are finished."""
         for draft in self._drafts:
             if draft.echo:
-                yield draft, [Part("text", draft.echo)]
+                yield draft, [OutputPart("text", draft.echo)]
         left = len(self._drafts)
         while left:
             draft, event = await self._next()
             if isinstance(event, CenacleError):
                 raise event
-            if draft.finish is not None or event.request != draft.request.id:
+            if draft.finish is not None or event.request_id != draft.request.id:
                 continue  # was under way when the choice ended, or its reasoning
             parts, began = draft.take(event), draft.request.id
             if (turned := draft.turn(parts)) is not None:

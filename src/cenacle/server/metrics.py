@@ -169,14 +169,14 @@ class Metrics:
         """Count a token; called by the group's thread."""
         now = time.perf_counter()
         with self._lock:
-            timer = self._timers.get(event.request)
+            timer = self._timers.get(event.request_id)
         if timer is None:
             return
         if timer.last_token_at is None:
             self._first_token_s.observe(now - timer.submitted_at)
             self._cache_queries.inc(timer.prompt_tokens)
-            self._cache_hits.inc(event.cached)
-            self._disk_hits.inc(event.read)
+            self._cache_hits.inc(event.cached_tokens)
+            self._disk_hits.inc(event.disk_tokens)
         else:
             self._token_s.observe(now - timer.last_token_at)
         timer.last_token_at = now
@@ -184,7 +184,7 @@ class Metrics:
         if timer.key:
             self._keys.charge(timer.key, 1)
         if event.finish is not None:
-            self.on_finish(event.request, event.finish)
+            self.on_finish(event.request_id, event.finish)
 
     def on_finish(self, request_id: str, reason: str) -> None:
         """Count a request's outcome; only its first one counts."""

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..core.chat import Logged, Part
+from ..core.chat import OutputPart, TokenLogprob
 
-Read = Callable[[str], list[Part]]
+Read = Callable[[str], list[OutputPart]]
 """From the text of calls to calls."""
 
 
-class Cutter:
+class StopStringFilter:
     """Text in, the same text out until a stop string: `met` is the one that was met."""
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class TextStream:
 
     def __init__(self, detokenizer: Any, stop: Sequence[str], silent: Sequence[int]) -> None:
         self._detokenizer = detokenizer
-        self._cutter = Cutter(stop)
+        self._cutter = StopStringFilter(stop)
         self._silent = frozenset(silent)
 
     @property
@@ -70,7 +70,7 @@ class TextStream:
         return self._cutter.add(self._detokenizer.last_segment) + self._cutter.end()
 
 
-class AnswerStream:
+class OutputParser:
     """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text,
     `ended` tells that nothing more comes, `thinking` whether it is inside reasoning.
 
@@ -94,7 +94,11 @@ class AnswerStream:
         begin: str = "normal",
         calls: int | None = None,
     ) -> None:
-        self._detokenizer, self._cutter, self._silent = detokenizer, Cutter(stop), frozenset(silent)
+        self._detokenizer, self._cutter, self._silent = (
+            detokenizer,
+            StopStringFilter(stop),
+            frozenset(silent),
+        )
         self._state, self._read, self._now = state, read, begin
         self._call, self._calls_left = "", calls
         self._turned = False  # from one kind to another, and nothing has come since
@@ -114,14 +118,14 @@ class AnswerStream:
         """Whether it is inside reasoning."""
         return self._now == "reasoning"
 
-    def add(self, token: int) -> list[Part]:
+    def add(self, token: int) -> list[OutputPart]:
         """The parts that this token makes certain; perhaps none."""
         if self.ended or token in self._silent:
             return []
         self._detokenizer.add_token(token)
         return self._split(self._detokenizer.last_segment)
 
-    def end(self) -> list[Part]:
+    def end(self) -> list[OutputPart]:
         """What was held back."""
         if self.ended:
             return []
@@ -131,7 +135,7 @@ class AnswerStream:
             parts += self._in_state(self._now, self._state[3])  # perhaps a mark's beginning
         return parts + self._leave()
 
-    def _split(self, text: str) -> list[Part]:
+    def _split(self, text: str) -> list[OutputPart]:
         if self._state is None:
             return self._in_state(self._now, text)
         if self._state[0] is None:
@@ -147,7 +151,7 @@ class AnswerStream:
             parts += self._in_state(state, piece)
         return parts
 
-    def _in_state(self, state: str | None, text: str) -> list[Part]:
+    def _in_state(self, state: str | None, text: str) -> list[OutputPart]:
         if self.ended:
             return []
         if state == "tool":
@@ -157,11 +161,11 @@ class AnswerStream:
             text = text.lstrip("\n")
             self._turned = not text
         if state == "reasoning":
-            return [Part("reasoning", text)] if text else []
+            return [OutputPart("reasoning", text)] if text else []
         text = self._cutter.add(text) if state == "normal" else ""
-        return [Part("text", text)] if text else []
+        return [OutputPart("text", text)] if text else []
 
-    def _leave(self) -> list[Part]:
+    def _leave(self) -> list[OutputPart]:
         """The end of a stretch of one kind."""
         if self._now == "tool":
             call, self._call = self._call, ""
@@ -171,9 +175,9 @@ class AnswerStream:
                 self._calls_left -= sum(part.kind == "call" for part in parts)
             return parts
         held = self._cutter.end()
-        return [Part("text", held)] if held else []
+        return [OutputPart("text", held)] if held else []
 
 
-def with_logs(parts: list[Part], logged: Sequence[Logged]) -> list[Part]:
+def attach_logprobs(parts: list[OutputPart], logged: Sequence[TokenLogprob]) -> list[OutputPart]:
     """The parts, the last of which carries the reports about tokens."""
-    return [*parts[:-1], replace(parts[-1], logged=tuple(logged))]
+    return [*parts[:-1], replace(parts[-1], logprobs=tuple(logged))]

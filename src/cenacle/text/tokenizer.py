@@ -21,10 +21,10 @@ import regex
 from jsonschema import Draft202012Validator, ValidationError, validators
 from referencing import Registry
 
-from ..core.chat import Logged, Message, Part, Tool
+from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
-from .output_parser import AnswerStream, Read, TextStream
+from .output_parser import OutputParser, Read, TextStream
 
 # Variables of templates, and arguments of what renders them, that are not for clients to set.
 _OURS = frozenset(
@@ -37,7 +37,7 @@ _OURS = frozenset(
 PATTERN_S = 0.05  # for one pattern of a strict tool; servers answer others meanwhile
 
 
-class Text:
+class ChatTokenizer:
     """A checkpoint's tokenizer, as mlx-lm loads it.
 
     Args:
@@ -181,13 +181,13 @@ class Text:
         """A new stream of text that ends before any of the `stop` strings."""
         return TextStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
 
-    def plain(self, stop: Sequence[str]) -> AnswerStream:
+    def plain(self, stop: Sequence[str]) -> OutputParser:
         """A new stream of an answer that is nothing but text."""
-        return AnswerStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
+        return OutputParser(self._tokenizer.detokenizer, stop, self.stop_tokens)
 
-    def called(self, read: Read) -> AnswerStream:
+    def called(self, read: Read) -> OutputParser:
         """A new stream of an answer that is nothing but calls; `read` is given all of it."""
-        return AnswerStream(self._tokenizer.detokenizer, (), self.stop_tokens, None, read, "tool")
+        return OutputParser(self._tokenizer.detokenizer, (), self.stop_tokens, None, read, "tool")
 
     def chat(
         self,
@@ -196,7 +196,7 @@ class Text:
         prompt: Sequence[int],
         *,
         parallel: bool = True,
-    ) -> AnswerStream:
+    ) -> OutputParser:
         """A new stream of an answer that may have reasoning, text and calls.
 
         Args:
@@ -215,30 +215,30 @@ class Text:
         detokenizer = self._tokenizer.detokenizer
         read = self._reader(tools)
         calls = None if parallel else 1
-        return AnswerStream(detokenizer, stop, self.stop_tokens, state, read, begin, calls)
+        return OutputParser(detokenizer, stop, self.stop_tokens, state, read, begin, calls)
 
     def _reader(self, tools: Sequence[Tool]) -> Read:
         """Reads calls in this model's own form, with mlx-lm's parser."""
         tokenizer, described = self._tokenizer, [tool.to_json() for tool in tools]
         strict = {tool.name: tool.parameters for tool in tools if tool.strict}
 
-        def read(text: str) -> list[Part]:
+        def read(text: str) -> list[OutputPart]:
             as_text = f"{tokenizer.tool_call_start}{text}{tokenizer.tool_call_end}"
             if not tools:
-                return [Part("text", as_text)]
+                return [OutputPart("text", as_text)]
             try:
                 made = tokenizer.tool_parser(text, described)
                 listed = made if isinstance(made, list) else [made]
                 return [_call(one, strict.get(one["name"])) for one in listed]
             except Exception:  # parsers raise whatever a model's mistakes make them raise
-                return [Part("text", as_text)]
+                return [OutputPart("text", as_text)]
 
         return read
 
-    def logged(self, event: TokenEvent) -> Logged:
+    def logged(self, event: TokenEvent) -> TokenLogprob:
         """What was reported about a token."""
-        top = tuple(Logged(self._bytes(token), logprob) for token, logprob in event.top)
-        return Logged(self._bytes(event.token), event.logprob or 0.0, top)
+        top = tuple(TokenLogprob(self._bytes(token), logprob) for token, logprob in event.top)
+        return TokenLogprob(self._bytes(event.token), event.logprob or 0.0, top)
 
     def _bytes(self, token: int) -> bytes:
         """A token's bytes, as the streaming detokenizer has them: half a character stays that."""
@@ -256,7 +256,7 @@ class Text:
         return self.decode([token]).encode()
 
 
-def _call(made: dict[str, Any], schema: dict[str, Any] | None) -> Part:
+def _call(made: dict[str, Any], schema: dict[str, Any] | None) -> OutputPart:
     """A call as mlx-lm's parsers give it; `schema`: what its arguments must match."""
     arguments = made.get("arguments", {})
     if isinstance(arguments, str):
@@ -267,7 +267,7 @@ def _call(made: dict[str, Any], schema: dict[str, Any] | None) -> Part:
         # The registry: nothing is fetched from where a schema points to.
         _Timed(schema, registry=Registry()).validate(arguments)
     text = json.dumps(arguments, ensure_ascii=False)
-    return Part("call", text, made["name"], str(made.get("id") or ""))
+    return OutputPart("call", text, made["name"], str(made.get("id") or ""))
 
 
 def _pattern(_: Any, pattern: str, given: Any, __: Any) -> Iterator[ValidationError]:

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...core.step import Load, Page
+from ...core.step import Page, PageLoad
 
 FORMAT = 1  # of pages and their names; others are not looked at
 SPARED = 10**9  # bytes of the disk that are left to others
@@ -67,7 +67,7 @@ def fingerprint(model: Path, facts: Mapping[str, Any]) -> str:
     return seen.hexdigest()[:32]
 
 
-class Disk:
+class PageStore:
     """The pages of one rank.
 
     Args:
@@ -111,7 +111,7 @@ class Disk:
         """Write a page; says when it is done."""
         self._jobs.put(partial(self._write, page, content))
 
-    def seek(self, load: Load) -> None:
+    def seek(self, load: PageLoad) -> None:
         """Read pages and check them; says what is wrong."""
         self._jobs.put(partial(self._seek, load))
 
@@ -229,7 +229,7 @@ class Disk:
                 path.parent.rmdir()
                 path.parent.parent.rmdir()
 
-    def _seek(self, load: Load) -> None:
+    def _seek(self, load: PageLoad) -> None:
         wrong: dict[str, str] = {}
         for page in load.pages:
             why = self._check(page)
@@ -285,6 +285,3 @@ def _unfinished(name: str) -> bool:
 
 def _why(error: OSError) -> str:
     return error.strerror or str(error)
-
-
-__all__ = ["Disk", "fingerprint"]

@@ -34,14 +34,14 @@ from mlx_lm.models.cache import (
 )
 
 from ...errors import InputError
-from ...scheduler.prefix_index import Footprint
+from ...scheduler.prefix_index import CacheFootprint
 
 OPEN = 32  # files that are read at once
 EXACT = (RotatingKVCache, ChunkedKVCache, ArraysCache)  # cannot be cut: they forget
 
 
 @dataclass
-class Sequence:
+class SequenceCache:
     """The caches of one sequence.
 
     Args:
@@ -56,7 +56,7 @@ class Sequence:
         """Keep what cannot be cut, as it is now."""
         self.marks[position] = [_copy(c) for c in leaves(self.caches) if isinstance(c, EXACT)]
 
-    def cut(self, tokens: int) -> Sequence:
+    def cut(self, tokens: int) -> SequenceCache:
         """The first tokens' caches, for another sequence to go on with.
 
         Args:
@@ -78,7 +78,7 @@ class Sequence:
                 part.offset = tokens
             return part
 
-        return Sequence([beginning(c) for c in self.caches], marks)
+        return SequenceCache([beginning(c) for c in self.caches], marks)
 
     def page(self, begin: int, end: int, about: Mapping[str, str]) -> io.BytesIO:
         """A file's content: what these positions added to the caches.
@@ -108,7 +108,7 @@ class Sequence:
         return content
 
     @classmethod
-    def read(cls, pages: Iterable[tuple[int, Path]]) -> Sequence:
+    def read(cls, pages: Iterable[tuple[int, Path]]) -> SequenceCache:
         """Caches of pages that follow one another.
 
         Args:
@@ -136,7 +136,7 @@ class Sequence:
                 marks[end] = exact
         return cls([whole(parts) for parts in zip(*each, strict=True)], marks).settle()
 
-    def settle(self) -> Sequence:
+    def settle(self) -> SequenceCache:
         """Compute what it refers to, so that it holds no other sequence's arrays."""
         mx.eval([c.state for c in self.caches])
         return self
@@ -168,7 +168,7 @@ def footprint(
     kv_group_size: int = 64,
     *,
     keeps: bool = False,
-) -> Footprint:
+) -> CacheFootprint:
     """What a sequence's caches take on this rank.
 
     Args:
@@ -207,7 +207,7 @@ def footprint(
             windows[cache.chunk_size] += size
         else:
             per_token += size
-    return Footprint(per_token, fixed, tuple(sorted(windows.items())), exact, keeps)
+    return CacheFootprint(per_token, fixed, tuple(sorted(windows.items())), exact, keeps)
 
 
 def can_go_back(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from ...errors import InputError
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-    from ...text.tokenizer import Text
+    from ...text.tokenizer import ChatTokenizer
 
 
 class Vocabulary:
@@ -33,7 +33,7 @@ class Vocabulary:
         text: gives the model's tokenizer; called once.
     """
 
-    def __init__(self, text: Callable[[], Text]) -> None:
+    def __init__(self, text: Callable[[], ChatTokenizer]) -> None:
         self._text = text
 
     @cached_property

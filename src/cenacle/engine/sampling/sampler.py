@@ -36,7 +36,7 @@ from .grammar import Matcher, Vocabulary
 LEAST = -9999.0  # JSON has no infinity; OpenAI says this of what was as good as impossible
 
 
-class Choice:
+class Sampler:
     """The sampler of one request.
 
     Args:
@@ -85,7 +85,7 @@ class Choice:
         return mx.random.key(int.from_bytes(digest, "little"))
 
 
-class Probe:
+class LogprobRecorder:
     """Keeps a request's logits, before any penalty, bias or mask, until their token is given.
 
     Args:
@@ -130,7 +130,7 @@ def make_processors(sampling: Sampling) -> list[LogitsProcessor]:
     )
 
 
-class Constraint:
+class GrammarProcessor:
     """A logits processor that leaves only what a grammar allows.
 
     Each mask needs the token before it, so with such a request the next token is not begun before
@@ -153,7 +153,7 @@ class Constraint:
 
 
 @dataclass
-class Drawing:
+class SamplingState:
     """All that decides one request's tokens.
 
     Args:
@@ -163,9 +163,9 @@ class Drawing:
         matcher: what the grammar allows, if there is one.
     """
 
-    choice: Choice
+    choice: Sampler
     processors: list[LogitsProcessor] = field(default_factory=list)
-    probe: Probe | None = None
+    probe: LogprobRecorder | None = None
     matcher: Matcher | None = None
 
     def draw(self, tokens: mx.array | None, logits: mx.array, position: int) -> mx.array:
@@ -217,7 +217,7 @@ class Drawing:
         return TokenEvent(request_id, token, finish, logprob, top)
 
 
-class Drawings:
+class SamplingStates:
     """Makes what decides the tokens of a group's requests.
 
     Args:
@@ -228,9 +228,9 @@ class Drawings:
     def __init__(self, collective: Collective, vocabulary: Vocabulary | None = None) -> None:
         self._collective, self._vocabulary = collective, vocabulary
         # mlx-lm samples a batch at once if its rows have the same sampler: one object, kept.
-        self._greedy = Choice(collective, Sampling(), 0)
+        self._greedy = Sampler(collective, Sampling(), 0)
 
-    def make(self, request: Request) -> Drawing:
+    def make(self, request: Request) -> SamplingState:
         """For a request that has a seed.
 
         Raises:
@@ -240,16 +240,16 @@ class Drawings:
         assert sampling.seed is not None, "the scheduler gives every request a seed"
         choice = self._greedy
         if sampling.temperature > 0:
-            choice = Choice(self._collective, sampling, sampling.seed, request.answered)
-        drawing = Drawing(choice, make_processors(sampling))
+            choice = Sampler(self._collective, sampling, sampling.seed, request.resumed_tokens)
+        drawing = SamplingState(choice, make_processors(sampling))
         # Rank 0's are the ones that are told.
         if request.logprobs is not None and self._collective.rank == 0:
-            drawing.probe = Probe(request.logprobs)
+            drawing.probe = LogprobRecorder(request.logprobs)
             drawing.processors.insert(0, drawing.probe)
         if request.grammar is not None:
             if self._vocabulary is None:
                 raise InputError("grammar: this checkpoint has no tokenizer", "grammar")
-            before = len(request.tokens) - request.answered
+            before = len(request.tokens) - request.resumed_tokens
             drawing.matcher = self._vocabulary.matcher(request.grammar, before)
-            drawing.processors.append(Constraint(drawing.matcher))
+            drawing.processors.append(GrammarProcessor(drawing.matcher))
         return drawing

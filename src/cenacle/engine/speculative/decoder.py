@@ -29,21 +29,21 @@ from mlx_lm.models.cache import trim_prompt_cache
 from ...collective.base import Collective
 from ...core.request import Request, TokenEvent
 from ...model.step_timer import StepTimer
-from ..sampling.sampler import Drawing
-from .draft_model import NEAR, PIECE, Drafter
-from .ngram import Drafts, Lookup, Pace
+from ..sampling.sampler import SamplingState
+from .draft_model import NEAR, PIECE, DraftModelProposer
+from .ngram import DraftLengthController, DraftStats, NgramProposer
 
 ALWAYS = 8  # tokens that are drafted where it need not pay
 
 
 @dataclass
-class Answer:
+class Generation:
     """A request and what was given of its answer."""
 
     request: Request
-    drawing: Drawing
+    drawing: SamplingState
     given: list[int] = field(default_factory=list)
-    lookup: Lookup | None = None
+    lookup: NgramProposer | None = None
 
     @property
     def last(self) -> int:
@@ -75,7 +75,7 @@ class Answer:
     @property
     def position(self) -> int:
         """Of the next token in the answer, whoever began it."""
-        return self.request.answered + len(self.given)
+        return self.request.resumed_tokens + len(self.given)
 
     def give(self, token: int) -> TokenEvent:
         """The answer's next token."""
@@ -94,7 +94,7 @@ def _ints(x: mx.array) -> list[int]:
     return [int(i) for i in np.asarray(x)]
 
 
-class Alone:
+class SpeculativeDecoder:
     """Generates for one request, which runs by itself.
 
     Between calls either all tokens but the last are in the cache (then a draft may be checked), or
@@ -120,13 +120,13 @@ class Alone:
         watch: StepTimer,
         way: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
-        drafter: Drafter | None = None,
+        drafter: DraftModelProposer | None = None,
     ) -> None:
         self._model, self._collective, self._watch = model, collective, watch
         self._clock, self._drafter = clock, drafter
         fixed = ALWAYS if way == "always" else None
-        self._by_text, self._by_model = Pace(fixed), Pace(fixed)
-        self.answer: Answer | None = None
+        self._by_text, self._by_model = DraftLengthController(fixed), DraftLengthController(fixed)
+        self.answer: Generation | None = None
         self.caches: list[Any] = []
         self._ahead: mx.array | None = None
         self._last = 0.0  # when the last call ended
@@ -136,18 +136,18 @@ class Alone:
         self._glance = 0 if self._fixed or drafter is None else self.GLANCE
 
     @property
-    def drafts(self) -> Drafts:
+    def drafts(self) -> DraftStats:
         """What became of all drafts so far."""
         text, model = self._by_text.drafts, self._by_model.drafts
-        return text + model + Drafts(by_model=model.drafted, by_model_accepted=model.accepted)
+        return text + model + DraftStats(by_model=model.drafted, by_model_accepted=model.accepted)
 
-    def wants(self, answer: Answer) -> bool:
+    def wants(self, answer: Generation) -> bool:
         """Whether to take a request that runs alone, after a token of it: there is a draft for it.
 
         To be called for each of its tokens; the first call reads the text.
         """
         if answer.lookup is None:
-            answer.lookup = Lookup(answer.tokens)
+            answer.lookup = NgramProposer(answer.tokens)
             self._by_text.begin()
             self._by_model.begin()
             self._steady = False
@@ -159,7 +159,7 @@ class Alone:
         self._tick(None, 0)
         return self._source(answer) is not None
 
-    def take(self, answer: Answer, caches: list[Any]) -> None:
+    def take(self, answer: Generation, caches: list[Any]) -> None:
         """Go on with a request that `wants` was asked about.
 
         Args:
@@ -171,7 +171,7 @@ class Alone:
             self._drafter.begin(answer.tokens)
         self.answer, self.caches, self._ahead, self._steady = answer, caches, None, False
 
-    def leave(self) -> tuple[Answer, list[Any]]:
+    def leave(self) -> tuple[Generation, list[Any]]:
         """Give the request back, with caches of all its tokens but the last."""
         answer, caches = self.answer, self.caches
         assert answer is not None
@@ -218,7 +218,7 @@ class Alone:
         self._steady = False
         return events or [self._give_ahead(answer)]
 
-    def _source(self, answer: Answer) -> Pace | None:
+    def _source(self, answer: Generation) -> DraftLengthController | None:
         """Where the next draft comes from, by its pace; None: there is none."""
         assert answer.lookup is not None
         if self._glance or answer.left < 2:
@@ -230,7 +230,7 @@ class Alone:
             return self._by_model
         return None
 
-    def _ready(self, answer: Answer) -> Pace | None:
+    def _ready(self, answer: Generation) -> DraftLengthController | None:
         """As `_source`, when the draft model has read the text; else it reads on."""
         source, model = self._source(answer), self._drafter
         if source is not self._by_model or model is None:
@@ -242,7 +242,7 @@ class Alone:
             self._steady = False
         return source if answer.length - model.length <= NEAR else None
 
-    def _draft(self, answer: Answer, source: Pace, most: int) -> list[int]:
+    def _draft(self, answer: Generation, source: DraftLengthController, most: int) -> list[int]:
         """What may come next, cut before what cannot be kept."""
         assert answer.lookup is not None
         if source is self._by_text:
@@ -265,12 +265,12 @@ class Alone:
         if self._drafter is not None:
             self._drafter.forget(length)
 
-    def _give(self, answer: Answer, token: int) -> TokenEvent:
+    def _give(self, answer: Generation, token: int) -> TokenEvent:
         assert answer.lookup is not None
         answer.lookup.add([token])
         return answer.give(token)
 
-    def _give_ahead(self, answer: Answer) -> TokenEvent:
+    def _give_ahead(self, answer: Generation) -> TokenEvent:
         """The token that is being drawn; the one behind it is begun first."""
         drawn, self._ahead = self._ahead, None
         assert drawn is not None
@@ -281,7 +281,7 @@ class Alone:
         self._tick(None, 0)
         return event
 
-    def _draw(self, token: mx.array, answer: Answer, position: int) -> mx.array:
+    def _draw(self, token: mx.array, answer: Generation, position: int) -> mx.array:
         """Begin to draw what follows a token, [1] -> [1]; all before it is in the cache."""
         logits = self._model(token[None], cache=self.caches)[:, -1]
         context = None
@@ -294,7 +294,7 @@ class Alone:
         return chosen
 
     def _verify(
-        self, answer: Answer, draft: list[int], source: Pace, asked: int
+        self, answer: Generation, draft: list[int], source: DraftLengthController, asked: int
     ) -> list[TokenEvent]:
         """Let the model see the whole draft at once, and give what it agrees with and one more."""
         length, tokens = answer.length, None
@@ -332,7 +332,7 @@ class Alone:
         self._by_model.passed()
         self._checks, self._glance = 0, max(0, self._glance - 1)
 
-    def _tick(self, source: Pace | None, drafted: int) -> None:
+    def _tick(self, source: DraftLengthController | None, drafted: int) -> None:
         """Time from the end of the last call to the end of this one, if both can be counted.
 
         Args:

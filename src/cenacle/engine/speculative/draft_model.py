@@ -26,7 +26,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from ...collective.base import Collective
-from ...collective.single import Alone
+from ...collective.single import SingleRank
 from ...core.plan import Plan
 from ...errors import CheckpointError, InputError
 from ...model import architecture, loader, native_blocks, native_layers
@@ -38,8 +38,7 @@ from ...scheduler.prefix_index import common, packed
 from ..cache.kv_cache import can_go_back, can_merge
 
 if TYPE_CHECKING:
-    from ...text.tokenizer import Text
-    from ..options import Options
+    from ...text.tokenizer import ChatTokenizer
 
 Draw = Callable[[mx.array, int], mx.array]
 """Draws a token: log-probabilities [1, vocabulary], position in the answer -> id [1]."""
@@ -49,7 +48,7 @@ NEAR = 32  # tokens behind the text that it reads together with drafting
 
 
 @dataclass(frozen=True)
-class DraftModel:
+class DraftModelConfig:
     """A draft model, as far as every rank has to know it.
 
     Args:
@@ -76,17 +75,20 @@ class DraftModel:
         cls,
         name: str,
         checkpoint: Checkpoint,
-        text: Text | None,
-        options: Options,
+        text: ChatTokenizer | None,
         kernels: str,
-    ) -> DraftModel:
+        speculative: str,
+        *,
+        plain_kv_cache: bool,
+    ) -> DraftModelConfig:
         """Look at a draft model before it is loaded; reads no weights.
 
         Args:
             name: a folder or a hub repository's name.
             checkpoint: of the model that is to be served.
             text: its tokenizer, or None: it has none.
-            options, kernels: as `api.load`.
+            kernels: as `api.load`.
+            speculative, plain_kv_cache: see `EngineOptions`.
 
         Raises:
             CheckpointError: it is no model that mlx-lm runs.
@@ -94,12 +96,11 @@ class DraftModel:
         """
         own = Checkpoint.open(locate_checkpoint(name))
         said = f"draft: {own.folder.name} cannot draft for {checkpoint.folder.name}"
-        if options.speculate == "off":
+        if speculative == "off":
             raise InputError(
                 "draft: expected --speculative auto or always with a draft model, got off", "draft"
             )
-        plain = options.kv_bits is None and options.max_kv_size is None
-        if not (plain and can_merge(served := _lazy(checkpoint)) and can_go_back(served)):
+        if not (plain_kv_cache and can_merge(served := _lazy(checkpoint)) and can_go_back(served)):
             raise InputError(
                 f"draft: the cache of {checkpoint.folder.name} must be able to forget tokens, and "
                 f"it cannot: it is quantised, cut, or a state; leave --draft-model, --kv-bits and "
@@ -130,17 +131,17 @@ class DraftModel:
 
 
 def _same_words(
-    said: str, text: Text | None, own: Checkpoint, vocabularies: tuple[int, int]
+    said: str, text: ChatTokenizer | None, own: Checkpoint, vocabularies: tuple[int, int]
 ) -> None:
     """The ids must mean the same in both."""
-    from ...text.tokenizer import Text
+    from ...text.tokenizer import ChatTokenizer
 
     if text is None:  # asked with ids: they have no meaning but their number
         if vocabularies[0] != vocabularies[1]:
             expected, got = vocabularies
             raise InputError(f"{said}: expected {expected} token ids, it has {got}", "draft")
         return
-    ours, theirs = text.vocabulary, Text(own.folder, own.config).vocabulary
+    ours, theirs = text.vocabulary, ChatTokenizer(own.folder, own.config).vocabulary
     words = {token: word for word, token in ours.items()}
     differ = [w for w, t in theirs.items() if ours.get(w, t) != t or words.get(t, w) != w]
     if differ:
@@ -176,7 +177,7 @@ def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
         spec = loader.read_model_spec(checkpoint)
         plan = Plan.whole(spec, 1)
         model = loader.load_rank_model(checkpoint, plan, 0, lambda *_: None)
-        parallelize(model, spec.family, plan, Alone(), StepTimer(), kernels)
+        parallelize(model, spec.family, plan, SingleRank(), StepTimer(), kernels)
         return model
     model = loader.build_dense_model(checkpoint)
     try:
@@ -191,7 +192,7 @@ def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
     return model
 
 
-class Drafter:
+class DraftModelProposer:
     """What a small model thinks comes next.
 
     Args:
@@ -202,7 +203,11 @@ class Drafter:
     """
 
     def __init__(
-        self, what: DraftModel, collective: Collective, model: nn.Module | None, vocabulary: int
+        self,
+        what: DraftModelConfig,
+        collective: Collective,
+        model: nn.Module | None,
+        vocabulary: int,
     ) -> None:
         self._what, self._collective, self._model = what, collective, model
         self._vocabulary = vocabulary

@@ -17,7 +17,7 @@ MATCH = 3  # tokens; where fewer agree, the next one seldom does
 
 
 @dataclass(frozen=True)
-class Drafts:
+class DraftStats:
     """How many tokens were drafted, and how many of them were kept; `by_model`,
     `by_model_accepted`: those of a draft model."""
 
@@ -26,14 +26,14 @@ class Drafts:
     by_model: int = 0
     by_model_accepted: int = 0
 
-    def __add__(self, other: Drafts) -> Drafts:
-        return Drafts(*map(add, astuple(self), astuple(other)))
+    def __add__(self, other: DraftStats) -> DraftStats:
+        return DraftStats(*map(add, astuple(self), astuple(other)))
 
-    def __sub__(self, other: Drafts) -> Drafts:
-        return Drafts(*map(sub, astuple(self), astuple(other)))
+    def __sub__(self, other: DraftStats) -> DraftStats:
+        return DraftStats(*map(sub, astuple(self), astuple(other)))
 
 
-class Lookup:
+class NgramProposer:
     """Prompt lookup: what followed when the last few tokens were seen before.
 
     Source: Saxena, Prompt Lookup Decoding (2023), https://github.com/apoorvumang/prompt-lookup-decoding.
@@ -76,7 +76,7 @@ class Lookup:
         return text[:most]
 
 
-def reference_draft(tokens: Sequence[int], most: int) -> list[int]:
+def reference_proposal(tokens: Sequence[int], most: int) -> list[int]:
     """As `Lookup(tokens).draft(most)`, by looking at every place."""
     text, end = list(tokens), len(tokens)
     for place in range(end - 1, MATCH - 1, -1):
@@ -87,7 +87,7 @@ def reference_draft(tokens: Sequence[int], most: int) -> list[int]:
     return []
 
 
-class Pace:
+class DraftLengthController:
     """How many tokens are drafted: as many as give the most tokens a second, by what was seen.
 
     With p the chance that a drafted token is kept, k of them give (1 - p^(k+1)) / (1 - p) tokens
@@ -109,7 +109,7 @@ class Pace:
         self._seconds: dict[int, float] = {}  # of a step, by tokens drafted
         self._rest = self._tired = 0
         self.limit = 0
-        self.drafts = Drafts()
+        self.drafts = DraftStats()
         self._kept = self._refused = 0.0
         self.begin()
 
@@ -130,7 +130,7 @@ class Pace:
 
     def verified(self, drafted: int, accepted: int, proposal: int) -> None:
         """A draft was checked, and rank 0 proposed how to go on."""
-        self.drafts += Drafts(drafted, accepted)
+        self.drafts += DraftStats(drafted, accepted)
         self._kept = 0.9 * self._kept + accepted
         self._refused = 0.9 * self._refused + (accepted < drafted)
         if self._fixed is not None:

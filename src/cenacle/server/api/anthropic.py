@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...core.chat import Finish, Message, Part, Tool, Usage, joined
+from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
 from . import openai, structured_output
@@ -427,14 +427,14 @@ class MessageBuilder:
         self._head = head
         self._block: str | None = None  # the kind of the open block
         self._at = -1  # its index
-        self._finish = Finish("stop")
+        self._finish = FinishReason("stop")
         self._called = 0
 
     def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The message without its content."""
         yield _event("message_start", message=self._message([], None, None, usage))
 
-    def delta(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
+    def delta(self, index: int, part: OutputPart) -> Iterator[Event]:  # noqa: ARG002
         """A block's beginning where the kind changes, and what is added to it."""
         if not part.text and part.kind != "call":
             return
@@ -442,7 +442,7 @@ class MessageBuilder:
             yield from self._close()
             self._at, self._block = self._at + 1, part.kind
             block = self._content(
-                Part(part.kind, "{}" if part.kind == "call" else "", part.name, part.id)
+                OutputPart(part.kind, "{}" if part.kind == "call" else "", part.name, part.id)
             )
             yield _event("content_block_start", index=self._at, content_block=block)
         delta = {
@@ -452,7 +452,7 @@ class MessageBuilder:
         }[part.kind]
         yield _event("content_block_delta", index=self._at, delta=delta)
 
-    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
+    def finish_choice(self, index: int, finish: FinishReason) -> Iterator[Event]:  # noqa: ARG002
         """The last block's end."""
         self._finish = finish
         yield from self._close()
@@ -473,7 +473,7 @@ class MessageBuilder:
 
     def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
         """The message."""
-        parts = [p for p in joined(choices[0].parts) if p.text]
+        parts = [p for p in join_text(choices[0].parts) if p.text]
         content = [self._content(part) for part in parts]
         stopped = self._stopped(choices[0].finish, bool(self._called))
         return self._message(content, stopped["stop_reason"], stopped["stop_sequence"], usage)
@@ -487,7 +487,7 @@ class MessageBuilder:
             yield _event("content_block_stop", index=self._at)
         self._block = None
 
-    def _content(self, part: Part) -> dict[str, Any]:
+    def _content(self, part: OutputPart) -> dict[str, Any]:
         if part.kind == "text":
             return {"type": "text", "text": part.text, "citations": None}
         if part.kind == "reasoning":
@@ -498,7 +498,7 @@ class MessageBuilder:
         return {"type": "tool_use", "id": call_id, "name": part.name, "input": given}
 
     @staticmethod
-    def _stopped(finish: Finish, called: bool) -> dict[str, Any]:
+    def _stopped(finish: FinishReason, called: bool) -> dict[str, Any]:
         reason = {"length": "max_tokens", "string": "stop_sequence", "stop": "end_turn"}
         why = reason[finish.reason]
         if called and finish.reason == "stop":
@@ -527,11 +527,11 @@ def _event(kind: str, **data: Any) -> Event:
 def usage_object(usage: Usage) -> dict[str, Any]:
     """How many tokens were read and generated; `input_tokens` are those that were computed."""
     return {
-        "input_tokens": usage.prompt - usage.cached,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": usage.cached,
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"thinking_tokens": usage.reasoning},
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
     }
 
 

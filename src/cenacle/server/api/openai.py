@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from ...core.chat import Finish, Logged, Message, Part, Tool, Usage, joined
+from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, Usage, join_text
 from ...core.request import MAX_LOGPROBS, Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
 from . import structured_output
@@ -793,7 +793,7 @@ class ChatResponseBuilder(_Reply):
         """The chunk before a choice's text, which says whose words follow."""
         yield from self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
 
-    def delta(self, index: int, part: Part) -> Iterator[Event]:
+    def delta(self, index: int, part: OutputPart) -> Iterator[Event]:
         """A chunk with some text, or a call."""
         if part.kind == "call":
             at = self._count(index)
@@ -803,15 +803,15 @@ class ChatResponseBuilder(_Reply):
             delta = {"reasoning_content": part.text}
         else:
             delta = {"content": part.text}
-        yield from self._chunk(index, {"delta": delta}, self._logs(part.logged), None)
+        yield from self._chunk(index, {"delta": delta}, self._logs(part.logprobs), None)
 
-    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:
+    def finish_choice(self, index: int, finish: FinishReason) -> Iterator[Event]:
         """A choice's last chunk."""
         reason = self._reason(finish, bool(self._called.get(index)))
         yield from self._chunk(index, {"delta": {}}, None, reason)
 
     def _whole(self, choice: ChoiceState) -> dict[str, Any]:
-        parts = joined(choice.parts)
+        parts = join_text(choice.parts)
         text, thought = ("".join(p.text for p in parts if p.kind == k) for k in _TEXTS)
         calls = [
             self._call(p, choice.index, self._count(choice.index))
@@ -823,7 +823,7 @@ class ChatResponseBuilder(_Reply):
             message["reasoning_content"] = thought
         if calls:
             message = {**message, "content": text or None, "tool_calls": calls}
-        logged = [one for part in parts for one in part.logged]
+        logged = [one for part in parts for one in part.logprobs]
         return {
             "message": message,
             "logprobs": self._logs(logged),
@@ -835,18 +835,18 @@ class ChatResponseBuilder(_Reply):
         self._called[index] = at + 1
         return at
 
-    def _call(self, part: Part, index: int, at: int) -> dict[str, Any]:
+    def _call(self, part: OutputPart, index: int, at: int) -> dict[str, Any]:
         call_id = part.id or f"call_{self._head.id}_{index}_{at}"
         called = {"name": part.name, "arguments": part.text}
         return {"id": call_id, "type": "function", "function": called}
 
-    def _logs(self, logged: Sequence[Logged]) -> dict[str, Any] | None:
+    def _logs(self, logged: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._asked.logprobs is None:
             return None
         return {"content": [log_object(one) for one in logged], "refusal": None}
 
     @staticmethod
-    def _reason(finish: Finish, called: bool) -> str:
+    def _reason(finish: FinishReason, called: bool) -> str:
         if finish.reason == "length":
             return "length"
         return "tool_calls" if called else "stop"
@@ -868,22 +868,22 @@ class CompletionResponseBuilder(_Reply):
         """Nothing."""
         yield from ()
 
-    def delta(self, index: int, part: Part) -> Iterator[Event]:
+    def delta(self, index: int, part: OutputPart) -> Iterator[Event]:
         """A chunk with some text."""
-        yield from self._chunk(index, {"text": part.text}, self._logs(index, part.logged), None)
+        yield from self._chunk(index, {"text": part.text}, self._logs(index, part.logprobs), None)
 
-    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:
+    def finish_choice(self, index: int, finish: FinishReason) -> Iterator[Event]:
         """A choice's last chunk."""
         yield from self._chunk(index, {"text": ""}, None, self._reason(finish))
 
     def _whole(self, choice: ChoiceState) -> dict[str, Any]:
         return {
             "text": "".join(part.text for part in choice.parts),
-            "logprobs": self._logs(choice.index, [o for p in choice.parts for o in p.logged]),
+            "logprobs": self._logs(choice.index, [o for p in choice.parts for o in p.logprobs]),
             "finish_reason": self._reason(choice.finish),
         }
 
-    def _logs(self, index: int, logged: Sequence[Logged]) -> dict[str, Any] | None:
+    def _logs(self, index: int, logged: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._asked.logprobs is None:
             return None
         offsets, at = [], self._written.get(index, 0)
@@ -901,11 +901,11 @@ class CompletionResponseBuilder(_Reply):
         }
 
     @staticmethod
-    def _reason(finish: Finish) -> str:
+    def _reason(finish: FinishReason) -> str:
         return "length" if finish.reason == "length" else "stop"
 
 
-def _named(one: Logged) -> str:
+def _named(one: TokenLogprob) -> str:
     """A token as completions name it: half a character by its bytes."""
     try:
         return one.data.decode()
@@ -913,10 +913,10 @@ def _named(one: Logged) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in one.data)
 
 
-def log_object(one: Logged) -> dict[str, Any]:
+def log_object(one: TokenLogprob) -> dict[str, Any]:
     """A token's log-probability and those of its alternatives."""
 
-    def plain(each: Logged) -> dict[str, Any]:
+    def plain(each: TokenLogprob) -> dict[str, Any]:
         return {"token": each.text, "logprob": each.logprob, "bytes": list(each.data)}
 
     return {**plain(one), "top_logprobs": [plain(each) for each in one.top]}
@@ -925,11 +925,11 @@ def log_object(one: Logged) -> dict[str, Any]:
 def usage_object(usage: Usage) -> dict[str, Any]:
     """How many tokens were read and generated (a token that ended an answer is counted)."""
     return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 

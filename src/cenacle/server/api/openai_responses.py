@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...core.chat import Finish, Message, Part, Tool, Usage, joined
+from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import MAX_LOGPROBS
 from ...errors import CenacleError
 from . import openai, structured_output
@@ -316,23 +316,23 @@ class ResponsesBuilder:
     def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:
         self._asked, self._head = asked, head
         self._number = 0  # of the next event
-        self._parts: list[Part] = []
-        self._open: Part | None = None  # the item that is being written
+        self._parts: list[OutputPart] = []
+        self._open: OutputPart | None = None  # the item that is being written
         self._items: list[dict[str, Any]] = []  # those that are complete
-        self._finish = Finish("stop")
+        self._finish = FinishReason("stop")
 
     def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The response without its output."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress", [], None))
 
-    def delta(self, index: int, part: Part) -> Iterator[Event]:  # noqa: ARG002
+    def delta(self, index: int, part: OutputPart) -> Iterator[Event]:  # noqa: ARG002
         """An item's beginning where the kind changes, and what is added to it."""
         if part.kind == "call" or self._open is None or part.kind != self._open.kind:
-            if part.kind != "call" and not (part.text or part.logged):
+            if part.kind != "call" and not (part.text or part.logprobs):
                 return
             yield from self._close()
-            empty = Part(part.kind, "", part.name, part.id)
+            empty = OutputPart(part.kind, "", part.name, part.id)
             item = self._item(empty, len(self._items), "in_progress")
             if part.kind != "call":
                 item["content"] = []
@@ -341,18 +341,18 @@ class ResponsesBuilder:
                 content = self._content(empty)
                 yield self._in_item("response.content_part.added", content_index=0, part=content)
             self._open = empty
-        self._open = joined([self._open, part])[0] if part.kind != "call" else part
+        self._open = join_text([self._open, part])[0] if part.kind != "call" else part
         if part.kind == "call":
             yield self._in_item("response.function_call_arguments.delta", delta=part.text)
         elif part.kind == "reasoning":
             yield self._in_item("response.reasoning_text.delta", content_index=0, delta=part.text)
         else:
-            logs = [openai.log_object(one) for one in part.logged]
+            logs = [openai.log_object(one) for one in part.logprobs]
             yield self._in_item(
                 "response.output_text.delta", content_index=0, delta=part.text, logprobs=logs
             )
 
-    def finish_choice(self, index: int, finish: Finish) -> Iterator[Event]:  # noqa: ARG002
+    def finish_choice(self, index: int, finish: FinishReason) -> Iterator[Event]:  # noqa: ARG002
         """The last item's end."""
         self._finish = finish
         yield from self._close()
@@ -379,7 +379,7 @@ class ResponsesBuilder:
     def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
         """The response."""
         self._finish = choices[0].finish
-        parts = [p for p in joined(choices[0].parts) if p.text or p.logged]
+        parts = [p for p in join_text(choices[0].parts) if p.text or p.logprobs]
         status = self._status(self._finish)
         items = [
             self._item(part, at, status if at == len(parts) - 1 else "completed")
@@ -421,7 +421,7 @@ class ResponsesBuilder:
     def _item_id(self, at: int) -> str:
         return f"item_{self._head.id}_{at}"
 
-    def _item(self, part: Part, at: int, status: str) -> dict[str, Any]:
+    def _item(self, part: OutputPart, at: int, status: str) -> dict[str, Any]:
         head = {"id": self._item_id(at), "status": status}
         if part.kind == "call":
             call_id = part.id or f"call_{self._head.id}_{at}"
@@ -433,14 +433,14 @@ class ResponsesBuilder:
         return {**head, "type": "message", "role": "assistant", "content": content}
 
     @staticmethod
-    def _content(part: Part) -> dict[str, Any]:
+    def _content(part: OutputPart) -> dict[str, Any]:
         if part.kind == "reasoning":
             return {"type": "reasoning_text", "text": part.text}
-        logs = [openai.log_object(one) for one in part.logged]
+        logs = [openai.log_object(one) for one in part.logprobs]
         return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": logs}
 
     @staticmethod
-    def _status(finish: Finish) -> str:
+    def _status(finish: FinishReason) -> str:
         return "incomplete" if finish.reason == "length" else "completed"
 
     def _response(
@@ -471,11 +471,11 @@ class ResponsesBuilder:
 def usage_object(usage: Usage) -> dict[str, Any]:
     """How many tokens were read and generated."""
     return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": usage.prompt + usage.completion,
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 
 

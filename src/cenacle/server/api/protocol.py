@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ...core.chat import Finish, Message, Part, Tool, Usage
+from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage
 from ...core.request import Sampling
 from ...errors import CenacleError
 from .validation import RequestError, shown
@@ -103,8 +103,8 @@ class ChoiceState:
     """One finished answer: where it stands among the choices, its parts, why it ended."""
 
     index: int
-    parts: list[Part]
-    finish: Finish
+    parts: list[OutputPart]
+    finish: FinishReason
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ class ResponseBuilder(Protocol):
         """What goes before a choice's parts. `usage` knows the prompt only."""
         ...
 
-    def delta(self, index: int, part: Part) -> Iterable[Event]:
+    def delta(self, index: int, part: OutputPart) -> Iterable[Event]:
         """A part of a choice."""
         ...
 
-    def finish_choice(self, index: int, finish: Finish) -> Iterable[Event]:
+    def finish_choice(self, index: int, finish: FinishReason) -> Iterable[Event]:
         """The end of a choice."""
         ...
 

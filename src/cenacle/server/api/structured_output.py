@@ -17,7 +17,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from ...core.chat import Message, Part, Tool
+from ...core.chat import Message, OutputPart, Tool
 from .validation import RequestError
 
 MAX_CALLS = 8  # in one answer that must be calls: it must end some day
@@ -69,14 +69,15 @@ def tool_call_grammar(tools: Sequence[Tool], only: str | None, parallel: bool, n
     return lark_grammar("\n".join(rules), name)
 
 
-def parse_tool_calls(text: str) -> list[Part]:
+def parse_tool_calls(text: str) -> list[OutputPart]:
     """The calls that an answer which matches `calls` has; of one that was cut short its text."""
     try:
         made = json.loads(text)
     except json.JSONDecodeError:
-        return [Part("text", text)]
+        return [OutputPart("text", text)]
     return [
-        Part("call", json.dumps(c["arguments"], ensure_ascii=False), name=c["name"]) for c in made
+        OutputPart("call", json.dumps(c["arguments"], ensure_ascii=False), name=c["name"])
+        for c in made
     ]
 
 
