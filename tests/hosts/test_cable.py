@@ -18,7 +18,7 @@ def knows_longest() -> bool:
     with socket.socket() as sock:
         try:
             sock.setsockopt(
-                socket.IPPROTO_TCP, socket_options.RTO_MAX_MS, socket_options.LONGEST_MS
+                socket.IPPROTO_TCP, socket_options.TCP_RTO_MAX_MS, socket_options.MAX_RETRANSMIT_MS
             )
         except OSError:
             return False

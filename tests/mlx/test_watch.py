@@ -119,30 +119,30 @@ def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatc
     monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
     it = engine.Engine(None, recorder, recorder, options.EngineOptions())
     it.step(Step(0, measured=True))
-    assert recorder.told == ["wait", "start", "next", "check", "wait", "stop"]
+    assert recorder.told == ["wait", "start", "next", "raise_if_failed", "wait", "stop"]
     recorder.told.clear()
     it.step(Step(1))
-    assert recorder.told == ["next", "check"]
+    assert recorder.told == ["next", "raise_if_failed"]
 
 
 class Lost(Recorder):
-    """One whose exchange failed, as MLX tells it; `check` says why, if it was an exchange."""
+    """A collective whose all-reduce failed; `raise_if_failed` gives the reason, if there is one."""
 
     why: ClusterError | None = None
 
     def next(self):
         raise RuntimeError("whatever a task threw")
 
-    def check(self):
+    def raise_if_failed(self):
         if self.why is not None:
             raise self.why
 
 
-def test_a_failed_exchange_is_told_in_its_own_words(monkeypatch):
+def test_a_failed_all_reduce_is_reported_in_its_own_words(monkeypatch):
     lost = Lost()
     monkeypatch.setattr(engine, "make_batch", lambda *_: lost)
     it = engine.Engine(None, lost, lost, options.EngineOptions())
-    with pytest.raises(RuntimeError, match="whatever a task threw"):  # not an exchange
+    with pytest.raises(RuntimeError, match="whatever a task threw"):  # not an all-reduce
         it.step(Step(0))
     lost.why = ClusterError("rank 1 closed its connection")
     with pytest.raises(ClusterError, match="rank 1 closed its connection"):

@@ -1,4 +1,4 @@
-"""One rank of a mesh that does what it is told, a line of JSON at a time; see `test_mesh.py`."""
+"""One rank of a mesh that executes orders, one line of JSON each; see `test_mesh.py`."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from cenacle.collective.base import RoutingDecision
-from cenacle.collective.mesh import Mesh
+from cenacle.collective.mesh import Mesh, MeshConfig
 
 
 def vector(rank: int, dtype: str, size: int) -> mx.array:
-    """What a rank gives: any rank can make any other's."""
+    """A rank's vector; any rank can make any other's."""
     dice = np.random.default_rng([rank, size])
     if "int" in dtype:
         return mx.array(dice.integers(0, 2**31, size, dtype=np.int32)).astype(getattr(mx, dtype))
@@ -21,24 +21,24 @@ def vector(rank: int, dtype: str, size: int) -> mx.array:
     return mx.array(x).astype(getattr(mx, dtype))
 
 
-def reference(ranks: int, dtype: str, size: int, narrow: int = 0) -> np.ndarray:
-    """The sum in rank order, slowly: what every rank must get, as bits.
+def reference(ranks: int, dtype: str, size: int, bf16_roundings: int = 0) -> np.ndarray:
+    """The sum in rank order, slowly: the bits that every rank must get.
 
-    `narrow`: how often a float32 vector is rounded to bfloat16: 1, each part; 2, the sum as well.
+    `bf16_roundings`: of a float32 vector: 0, none; 1, each part; 2, the sum as well.
     """
     exact = np.uint32 if "int" in dtype else np.float32
     wide = mx.uint32 if "int" in dtype else mx.float32
 
     def part(rank: int) -> np.ndarray:
         x = vector(rank, dtype, size)
-        x = x.astype(mx.bfloat16) if narrow else x
+        x = x.astype(mx.bfloat16) if bf16_roundings else x
         return np.array(x.astype(wide)).astype(exact)
 
     total = part(0)
     for rank in range(1, ranks):
         total = total + part(rank)
     whole = mx.array(total)
-    whole = whole.astype(mx.bfloat16) if narrow == 2 else whole
+    whole = whole.astype(mx.bfloat16) if bf16_roundings == 2 else whole
     return bits(whole.astype(getattr(mx, dtype)))
 
 
@@ -48,19 +48,21 @@ def bits(x: mx.array) -> np.ndarray:
 
 class Rank:
     def join(self, rank, addresses, secret, **arguments):
-        self.mesh = Mesh(rank, addresses, secret.encode(), **arguments)
+        self.mesh = Mesh(rank, MeshConfig(addresses, secret.encode(), **arguments))
 
-    def sums(self, cases, narrow=0):
+    def sums(self, cases, bf16_roundings=0):
         """For each (dtype, size): whether the bits are the reference's, and their digest."""
-        found = []
+        results = []
         for dtype, size in cases:
-            mine = bits(self.mesh.all_sum(vector(self.mesh.rank, dtype, size)))
-            right = np.array_equal(mine, reference(self.mesh.size, dtype, size, narrow))
-            found.append([bool(right), hashlib.sha256(mine.tobytes()).hexdigest()])
-        return found
+            own_bits = bits(self.mesh.all_sum(vector(self.mesh.rank, dtype, size)))
+            correct = np.array_equal(
+                own_bits, reference(self.mesh.size, dtype, size, bf16_roundings)
+            )
+            results.append([bool(correct), hashlib.sha256(own_bits.tobytes()).hexdigest()])
+        return results
 
     def chain(self, links, size):
-        """Each exchange needs the one before; half of them are under way while more are made."""
+        """Each all-reduce needs the one before; half of them run while more are made."""
         x = mx.ones(size)
         for i in range(links):
             x = self.mesh.all_sum(x) / self.mesh.size + 1
@@ -73,7 +75,7 @@ class Rank:
         return self.mesh.all_sum(x).tolist()
 
     def independent(self):
-        """Exchanges that do not need one another, wanted in another order on every rank."""
+        """Independent all-reduces, evaluated in another order on every rank."""
         sums = [self.mesh.all_sum(mx.full((5,), float(i))) for i in range(8)]
         for i in range(8) if self.mesh.rank % 2 else reversed(range(8)):
             mx.eval(sums[i])
@@ -90,14 +92,14 @@ class Rank:
         mx.eval(x)
         return x[0].item()
 
-    def route(self, ids, dtype="uint32", turned=False):
-        """An exchange that says which experts were chosen, in layer 3."""
+    def route(self, ids, dtype="uint32", transposed=False):
+        """An all-reduce with the routing of layer 3."""
         ids = mx.array(ids, dtype=getattr(mx, dtype))
-        chosen = RoutingDecision(3, ids.swapaxes(0, 1) if turned else ids)
-        return self.mesh.all_sum(mx.ones(8), chosen)[0].item()
+        routing = RoutingDecision(3, ids.swapaxes(0, 1) if transposed else ids)
+        return self.mesh.all_sum(mx.ones(8), routing)[0].item()
 
-    def check(self):
-        self.mesh.check()
+    def raise_if_failed(self):
+        self.mesh.raise_if_failed()
 
     def count(self):
         return (mx.ones(3) + 1).sum().item()

@@ -1,4 +1,4 @@
-"""The mesh between real processes: right sums, one order, and no wait without an end."""
+"""The mesh between real processes: correct sums, one order, no endless wait."""
 
 import json
 import os
@@ -17,20 +17,20 @@ import mlx.core as mx
 import pytest
 
 from cenacle import ClusterError, net
-from cenacle.collective import mesh
+from cenacle.collective import mesh, rendezvous
 from cenacle.ranks import local_ranks
 
 RANK = Path(__file__).parent / "mesh_rank.py"
 SECRET = "open sesame"
 
 linux_only = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="the native exchange is built on Linux only"
+    not sys.platform.startswith("linux"), reason="the native mesh is built on Linux only"
 )
 pytestmark = linux_only
 
 
 class Process:
-    """One rank; `start` gives it an order, `result` waits for what came of it."""
+    """One rank; `start` sends it an order, `result` waits for the reply."""
 
     def __init__(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -59,7 +59,7 @@ def ports(count: int) -> list[str]:
 
 @pytest.fixture
 def start(tmp_path):
-    """Makes processes, joined into a group unless told otherwise; all end with the test."""
+    """Starts processes, by default joined into a group; all end with the test."""
     running = []
 
     def group(ranks: int, kind: str = "unix", joined: bool = True, **arguments):
@@ -112,12 +112,12 @@ def test_every_size_can_be_scattered(start):
 
 @pytest.mark.parametrize("spin_us", [0.0, 30.0])
 @pytest.mark.parametrize("size", [1, 6144, 200_000])
-def test_many_in_one_graph(start, size, spin_us):
+def test_many_all_reduces_in_one_graph(start, size, spin_us):
     processes, _ = start(3, spin_us=spin_us)
     assert everywhere(processes, "chain", links=200, size=size) == [[201, 201]] * 3
 
 
-def test_order_is_that_of_making_not_of_wanting(start):
+def test_all_reduces_run_in_the_order_of_their_creation(start):
     processes, _ = start(2)
     assert everywhere(processes, "independent") == [[2.0 * i for i in range(8)]] * 2
     assert everywhere(processes, "compiled") == [[[4 * i + 1] * 3 for i in range(3)]] * 2
@@ -125,7 +125,7 @@ def test_order_is_that_of_making_not_of_wanting(start):
     assert everywhere(processes, "sum") == [2] * 2
 
 
-def test_ranks_out_of_step_say_what_they_expected(start):
+def test_ranks_out_of_step_name_what_they_expected(start):
     processes, _ = start(2)
     assert everywhere(processes, "sum") == [2, 2]
     processes[0].start("sum", size=10)
@@ -179,7 +179,7 @@ def test_stopped_rank_is_named_within_the_deadline(start, size):
 
 
 def test_slow_rank_is_not_an_error(start):
-    """One that computes shows that it lives, also for longer than a silence may last."""
+    """A rank that computes sends signs of life, also for longer than `silence_s`."""
     processes, _ = start(3, silence_s=1)
     for process in processes[:2]:
         process.start("sum")
@@ -206,7 +206,7 @@ def test_default_deadline_is_five_seconds(start):
 
 
 def test_idle_ranks_do_not_fill_their_sockets(start):
-    """500 signs of life, more than a Unix socket holds, from and to ranks that ask nothing."""
+    """500 signs of life, more than a Unix socket holds, between idle ranks."""
     processes, _ = start(2, silence_s=0.02, deadline_s=30)
     time.sleep(2)
     for process in processes:  # at such a pace a busy machine may look silent: then it says so
@@ -228,14 +228,14 @@ DIRECT, ALIVE = 1, 254
 
 
 @pytest.mark.parametrize("piece", [1, 17, 32, 40, 63, 64, 100, 10_000])
-def test_signs_of_life_are_no_data(tmp_path, piece):
-    """However the bytes come: signs of life in front of a message are taken out, wherever cut."""
+def test_signs_of_life_are_not_data(tmp_path, piece):
+    """Signs of life before a message are removed, however the bytes are split."""
     where = [f"unix:{tmp_path}/{r}" for r in range(2)]
     x = mx.arange(9, dtype=mx.float32)
     with ThreadPoolExecutor() as pool:
-        door = mesh._Rendezvous(1, where, SECRET.encode(), 5)
-        sock = pool.submit(door.gather, 10)
-        real = mesh.Mesh(0, where, SECRET.encode())
+        connector = rendezvous.Rendezvous(1, where, SECRET.encode(), 5)
+        sock = pool.submit(connector.connect_all, 10)
+        real = mesh.Mesh(0, mesh.MeshConfig(where, SECRET.encode()))
         (peer,) = sock.result().values()
         said = b""
         for number in range(3):
@@ -252,21 +252,21 @@ def test_signs_of_life_are_no_data(tmp_path, piece):
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(2, "unix"), (3, "tcp"), (4, "unix")])
-def test_bf16_wire_is_its_reference_bit_for_bit(start, ranks, kind):
-    processes, _ = start(ranks, kind, wire="bf16", scatter_bytes=2 * 6144)
+def test_bf16_sums_are_the_reference_bit_for_bit(start, ranks, kind):
+    processes, _ = start(ranks, kind, comm_dtype="bf16", scatter_bytes=2 * 6144)
     small, large = (("float32", s) for s in (6144, 100_001))
-    for case, narrow in ((small, 1), (large, 1 if ranks == 2 else 2)):
-        answers = everywhere(processes, "sums", cases=[case], narrow=narrow)
+    for case, bf16_roundings in ((small, 1), (large, 1 if ranks == 2 else 2)):
+        answers = everywhere(processes, "sums", cases=[case], bf16_roundings=bf16_roundings)
         assert [right for ((right, _),) in answers] == [True] * ranks
         assert len({digest for ((_, digest),) in answers}) == 1
     others = [(d, s) for d in ("bfloat16", "int32", "float16") for s in (3, 100_001)]
     assert all(right for some in everywhere(processes, "sums", cases=others) for right, _ in some)
 
 
-def test_unlike_wires_are_out_of_step(start):
+def test_ranks_with_different_comm_dtypes_are_out_of_step(start):
     (one, two), where = start(2, joined=False)
-    for rank, (process, wire) in enumerate(((one, "f32"), (two, "bf16"))):
-        process.start("join", rank=rank, addresses=where, secret=SECRET, wire=wire)
+    for rank, (process, comm_dtype) in enumerate(((one, "f32"), (two, "bf16"))):
+        process.start("join", rank=rank, addresses=where, secret=SECRET, comm_dtype=comm_dtype)
     assert [p.result().get("error") for p in (one, two)] == [None, None]
     for process in (one, two):
         process.start("sum")
@@ -282,7 +282,7 @@ IDS = [[1, 5, 2], [7, 0, 3]]
 def test_same_routing_passes_in_any_order_and_layout(start):
     processes, _ = start(3)
     others = [{"ids": IDS}, {"ids": [[5, 2, 1], [0, 3, 7]], "dtype": "int32"}]
-    others.append({"ids": [list(c) for c in zip(*IDS, strict=True)], "turned": True})
+    others.append({"ids": [list(c) for c in zip(*IDS, strict=True)], "transposed": True})
     for process, arguments in zip(processes, others, strict=True):
         process.start("route", **arguments)
     assert [p.result().get("value") for p in processes] == [3, 3, 3]
@@ -291,11 +291,11 @@ def test_same_routing_passes_in_any_order_and_layout(start):
 
 @pytest.mark.parametrize("scatter_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("ids", [[[1, 5, 4], [7, 0, 3]], [[7, 0, 3], [1, 5, 2]], [[1, 5, 2]]])
-def test_other_routing_is_caught_everywhere_and_named(start, scatter_bytes, ids):
+def test_a_routing_mismatch_is_named_on_every_rank(start, scatter_bytes, ids):
     """Another expert, the same experts for other tokens, other tokens."""
     processes, _ = start(3, scatter_bytes=scatter_bytes)
     assert everywhere(processes, "route", ids=IDS) == [3, 3, 3]
-    assert everywhere(processes, "check") == [None] * 3
+    assert everywhere(processes, "raise_if_failed") == [None] * 3
     for rank, process in enumerate(processes):
         process.start("route", ids=ids if rank == 1 else IDS)
     answers = [p.result() for p in processes]
@@ -304,13 +304,13 @@ def test_other_routing_is_caught_everywhere_and_named(start, scatter_bytes, ids)
             "RuntimeError: rank 1 chose other experts than rank 0 for the same tokens in "
             "exchange 1, layer 3: "
         )
-    processes[2].start("check")
+    processes[2].start("raise_if_failed")
     assert processes[2].result()["error"] == answers[2]["error"].replace("Runtime", "Cluster")
     processes[0].start("sum")  # nothing is served after it
     assert processes[0].result()["error"] == answers[0]["error"]
 
 
-def test_leaving_ends_the_others_wait(start):
+def test_close_ends_the_wait_of_the_others(start):
     processes, _ = start(2)
     processes[0].start("sum")
     time.sleep(0.1)
@@ -341,9 +341,11 @@ def closed(sock: socket.socket) -> bool:
         return True
 
 
-def test_strangers_are_refused_and_harm_nobody(start):
+def test_strangers_are_rejected_without_effect(start):
     (one, two), where = start(2, "tcp", joined=False)
-    hello = mesh.HELLO.pack(mesh.MAGIC, mesh.VERSION, 2, 1, 0, b"n" * mesh.NONCE)
+    hello = rendezvous.HELLO.pack(
+        rendezvous.MAGIC, rendezvous.VERSION, 2, 1, 0, b"n" * rendezvous.NONCE_BYTES
+    )
     framed = struct.pack(">H", len(hello)) + hello
     said = {
         "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -353,7 +355,7 @@ def test_strangers_are_refused_and_harm_nobody(start):
         "nothing": b"",
         "a message of 65535 bytes": b"\xff\xff" + bytes(100),
         "one without the secret": framed + struct.pack(">H", 32) + b"x" * 32,
-        "another version": framed.replace(mesh.MAGIC + b"\0\2", mesh.MAGIC + b"\0\1"),
+        "another version": framed.replace(rendezvous.MAGIC + b"\0\2", rendezvous.MAGIC + b"\0\1"),
     }
     strangers = {}
     arguments = {"addresses": where, "secret": SECRET}
@@ -384,12 +386,12 @@ def test_strangers_are_refused_and_harm_nobody(start):
         sock.close()
 
 
-def test_crowd_at_the_door_does_not_keep_a_rank_out(start):
-    """More silent connections than are asked at a time, each allowed to outlast the join."""
+def test_many_silent_connections_do_not_keep_a_rank_out(start):
+    """More silent connections than are pending at a time, each allowed to outlast the join."""
     (one, two), where = start(2, "tcp", joined=False)
     arguments = {"addresses": where, "secret": SECRET, "handshake_s": 60, "join_s": 5}
     one.start("join", rank=0, **arguments)
-    crowd = [dial(where[0]) for _ in range(3 * mesh.MAX_GUESTS)]
+    crowd = [dial(where[0]) for _ in range(3 * rendezvous.MAX_PENDING)]
     two.start("join", rank=1, **arguments)
     assert [p.result().get("error") for p in (one, two)] == [None, None]
     assert everywhere([one, two], "sum") == [2, 2]
@@ -398,7 +400,7 @@ def test_crowd_at_the_door_does_not_keep_a_rank_out(start):
         sock.close()
 
 
-def test_wrong_secret_is_refused(start):
+def test_wrong_secret_is_rejected(start):
     (one, two, three), where = start(3, "unix", joined=False)
     where = where[:2]
     one.start("join", rank=0, addresses=where, secret=SECRET)
@@ -420,23 +422,23 @@ def test_missing_rank_is_named(start):
     assert "rank 0 did not hear from ranks [1, 2]" in one.result(5)["error"]
 
 
-def test_wrong_addresses_are_refused():
+def test_invalid_addresses_are_refused():
     with pytest.raises(ClusterError, match="expected unix:/path or host:port"):
-        mesh.Mesh(0, ["nowhere", "unix:/x"], b"s")
+        mesh.Mesh(0, mesh.MeshConfig(["nowhere", "unix:/x"], b"s"))
 
 
-def test_mesh_is_the_default_here():
-    """A build that failed silently would leave the ring."""
+def test_mesh_is_the_default():
+    """A build that failed silently would fall back to the ring."""
     assert mesh.unavailable_reason() is None
     assert local_ranks.resolve_backend("auto", 2)[0] == "mesh"
     assert local_ranks.resolve_backend("ring", 2) == ("ring", None)
 
 
-def test_other_mlx_is_said(monkeypatch):
+def test_a_build_for_another_mlx_is_reported(monkeypatch):
     monkeypatch.setattr(mx, "__version__", "0.99.0")
     assert "this is MLX 0.99.0; install cenacle again" in mesh.unavailable_reason()
     backend, reason = local_ranks.resolve_backend("auto", 2)
     assert backend == "ring"
-    assert reason.startswith("exchange: MLX's ring, which is slower, because the native exchange")
+    assert "MLX's ring, which is slower, because the native mesh was built for" in reason
     with pytest.raises(ClusterError, match="use --backend ring"):
         local_ranks.resolve_backend("mesh", 2)

@@ -135,7 +135,7 @@ def all_reduce_times(collective: Collective, sizes: Sequence[int]) -> list[dict[
         mx.eval(x)
         # All ranks must do the same: rank 0 says how often.
         first = statistics.median(once(x, 1) for _ in range(3))
-        each_us = max(1, int(np.asarray(collective.share(mx.array([int(first)])))[0]))
+        each_us = max(1, int(np.asarray(collective.broadcast_from(0, mx.array([int(first)])))[0]))
         times = max(3, min(100, int(ENOUGH_S * 1e6 / each_us)))
         links = max(1, min(CHAIN_LENGTH, times))
         one = statistics.median(once(x, 1) for _ in range(times))

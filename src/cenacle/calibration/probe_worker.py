@@ -217,7 +217,7 @@ def _exchanges(collective: Collective, seconds: float) -> dict[str, list[float]]
         # Every rank must run it equally often: rank 0's pace decides.
         first = statistics.median(_timed(chain, 0, 3))
         times = max(5, min(200, int(seconds / max(first, 1e-6))))
-        rounds = int(collective.share(mx.array([times])).tolist()[0])  # type: ignore[index,arg-type]
+        rounds = int(collective.broadcast_from(0, mx.array([times])).tolist()[0])  # type: ignore[index,arg-type]
         runs = []
         for _ in range(rounds):
             began = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Ways for ranks to talk: one small interface, see `base.Collective`."""
+"""Communication between ranks, behind one small interface: `base.Collective`."""

@@ -1,10 +1,10 @@
 """The interface between ranks.
 
-Owns: `Collective`, what the model and the engine may ask of the group, and its counters.
-Does not know: models, requests, how ranks were started.
+Owns: `Collective`, the communication that the model and the engine use, and its traffic counters.
+Does not know: models, requests, how ranks are started.
 Invariant: every rank makes the same calls in the same order with equal shapes and dtypes, and
 every rank receives the same bits.
-Next: `alone.py` (one rank), `mlx.py` (mlx.distributed), `study.py` (counting and delaying).
+Next: `single.py` (one rank), `mesh.py`, `mlx.py` (mlx.distributed), `delayed.py` (for studies).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mlx.core as mx
 
 @dataclass
 class Traffic:
-    """What a rank has put into exchanges so far: calls, and bytes of its own vectors."""
+    """All-reduces of this rank so far, and the bytes of its own vectors in them."""
 
     calls: int = 0
     bytes: int = 0
@@ -25,11 +25,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """The experts that this rank's router chose for each token, alike on every rank or wrong.
+    """The experts that this rank's router chose for each token; the same on every rank.
 
     Args:
         layer: index of the layer.
-        ids: integers [..., k], lazy; the order within a token's k makes no difference.
+        ids: integers [..., k], lazy; the order within a token's k does not matter.
     """
 
     layer: int
@@ -45,46 +45,46 @@ class Collective(ABC):
     def __init__(self) -> None:
         self.traffic = Traffic()
 
-    def all_sum(self, x: mx.array, chosen: RoutingDecision | None = None) -> mx.array:
-        """The elementwise sum of every rank's `x`, the same bits on all of them; lazy.
+    def all_sum(self, x: mx.array, routing: RoutingDecision | None = None) -> mx.array:
+        """The elementwise sum of every rank's `x`, bit-identical on all of them; lazy.
 
         Args:
             x: this rank's part.
-            chosen: the routing by which the parts were made. The mesh compares it between ranks
-                (a digest rides along); MLX's collectives have no place for it and do not.
+            routing: the routing that produced it. The mesh sends a digest along and compares it
+                between ranks; MLX's own collectives cannot.
 
         Raises (when evaluated):
-            RuntimeError: a peer was lost, or chose other experts; names the rank.
+            RuntimeError: a peer was lost or chose other experts; names the rank.
         """
         self.traffic.calls += 1
         self.traffic.bytes += x.nbytes
-        return self._all_sum(x, chosen)
+        return self._all_sum(x, routing)
 
     @abstractmethod
-    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array: ...
+    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array: ...
 
-    def share(self, x: mx.array) -> mx.array:
-        """Rank 0's integers `x` on every rank, inside the graph: the others add zeros.
+    def broadcast_from(self, source: int, x: mx.array) -> mx.array:
+        """Rank `source`'s integers `x` on every rank, as an all-reduce in the graph.
 
-        The zeros are made of the others' own `x`, so that they wait for it as rank 0's does: a sum
-        that depends on nothing could be taken before one that rank 0 takes first.
+        The others add zeros made of their own `x`, so that they wait for it as the source does. A
+        sum of constants could run before an all-reduce that the source does first.
         """
-        return self.all_sum(x if self.rank == 0 else x * 0)
+        return self.all_sum(x if self.rank == source else x * 0)
 
-    def check(self) -> None:  # noqa: B027  (for MLX's own there is nothing to ask)
-        """Raise if an exchange of this rank has failed: nothing that was computed since is right.
+    def raise_if_failed(self) -> None:  # noqa: B027  (MLX's own collectives cannot tell)
+        """Raise if an all-reduce of this rank has failed: all results since are wrong.
 
-        To be called between reading a result and giving it away. MLX stores what a task of a CPU
-        stream threw until the next wait on that stream, and one result that is ready before that
-        looks like any other: with a lost peer, tokens of zeros have been seen.
+        Call it between reading a result and using it. MLX keeps an exception of a CPU stream until
+        the next wait on that stream. A result that is ready before then looks valid: with a lost
+        peer, tokens of zeros were observed.
 
         Raises:
-            ClusterError: what the exchange said; names the rank.
+            ClusterError: the reason; names the rank.
         """
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this."""
         mx.eval(self.all_sum(mx.zeros(1)))
 
-    def close(self) -> None:  # noqa: B027  (most ways to talk have nothing to close)
-        """Give back sockets and threads."""
+    def close(self) -> None:  # noqa: B027  (most implementations have nothing to close)
+        """Release sockets and threads."""

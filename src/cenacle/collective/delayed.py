@@ -1,7 +1,4 @@
-"""Collectives for tests and for study; both wrap another one.
-
-`Recorded` remembers what was exchanged; `Delayed` adds a link's latency to each exchange.
-"""
+"""Collectives for tests and studies; both wrap another one."""
 
 from __future__ import annotations
 
@@ -13,50 +10,47 @@ import mlx.core as mx
 from .base import Collective, RoutingDecision
 
 
-class RecordingCollective(Collective):
-    """Remembers the shape and dtype of every exchange, in order, in `calls`."""
-
+class _Wrapper(Collective):
     def __init__(self, inner: Collective) -> None:
         super().__init__()
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
+
+    def raise_if_failed(self) -> None:
+        self._inner.raise_if_failed()
+
+
+class RecordingCollective(_Wrapper):
+    """Records the shape and dtype of every all-reduce, in order, in `calls`."""
+
+    def __init__(self, inner: Collective) -> None:
+        super().__init__(inner)
         self.calls: list[tuple[tuple[int, ...], mx.Dtype]] = []
 
-    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
+    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array:
         self.calls.append((tuple(x.shape), x.dtype))
-        return self._inner.all_sum(x, chosen)
-
-    def check(self) -> None:
-        """See `Collective`."""
-        self._inner.check()
+        return self._inner.all_sum(x, routing)
 
 
-class DelayedCollective(Collective):
-    """Adds `latency_s` to every exchange.
+class DelayedCollective(_Wrapper):
+    """Adds a link's latency to every all-reduce.
 
-    A lazy graph has no place for a sleep, so each exchange is evaluated first: the delay is that
-    of a link under a program that does not overlap exchange and computation.
+    A lazy graph has no place for a sleep, so each all-reduce is evaluated first. This is the delay
+    of a program that does not overlap communication and computation.
 
     Args:
-        latency_s: seconds added to each exchange; may be changed at any time. 0: nothing is added
-            and nothing evaluated.
-        sleep: the clock's sleep, replaced in tests.
+        latency_s: may be changed at any time. 0: neither delay nor evaluation.
+        sleep: replaced in tests.
     """
 
     def __init__(
         self, inner: Collective, latency_s: float, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        super().__init__()
-        self.rank, self.size, self._inner = inner.rank, inner.size, inner
+        super().__init__(inner)
         self.latency_s, self._sleep = latency_s, sleep
 
-    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:
-        y = self._inner.all_sum(x, chosen)
-        if not self.latency_s:
-            return y
-        mx.eval(y)
-        self._sleep(self.latency_s)
+    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array:
+        y = self._inner.all_sum(x, routing)
+        if self.latency_s:
+            mx.eval(y)
+            self._sleep(self.latency_s)
         return y
-
-    def check(self) -> None:
-        """See `Collective`."""
-        self._inner.check()

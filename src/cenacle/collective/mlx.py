@@ -1,7 +1,7 @@
 """Groups of mlx.distributed: ring (TCP), mpi, jaccl (RDMA over Thunderbolt), nccl (CUDA).
 
-Only ring and mpi have been run; jaccl and nccl are selected by name and left to MLX. None of them
-carries anything beside the vector, so routing decisions are not compared between ranks here.
+Only ring and mpi have been run; jaccl and nccl are passed to MLX by name. None of them carries
+anything beside the vector, so routing decisions are not compared between ranks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Mlx(Collective):
     """A group made by `mx.distributed.init`.
 
     Args:
-        backend: one of `BACKENDS`; its environment variables (MLX_RANK, MLX_HOSTFILE, ...) must
-            have been set by whoever started this process.
-        size: how many ranks are expected.
+        backend: one of `BACKENDS`. Its environment variables (MLX_RANK, MLX_HOSTFILE, ...) must be
+            set.
+        size: expected number of ranks.
 
     Raises:
-        ClusterError: the backend is not available here, a peer did not come, or the group has
-            another size.
+        ClusterError: the backend is not available, a peer is missing, or the group has another
+            size.
     """
 
     def __init__(self, backend: str, size: int) -> None:
@@ -43,5 +43,5 @@ class Mlx(Collective):
                 f"check how the processes were started"
             )
 
-    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:  # noqa: ARG002
+    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array:  # noqa: ARG002
         return mx.distributed.all_sum(x, group=self._group)

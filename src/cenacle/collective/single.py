@@ -1,4 +1,4 @@
-"""The group of one."""
+"""A group of one rank."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .base import Collective, RoutingDecision
 
 
 class SingleRank(Collective):
-    """One rank: every sum is what it gave."""
+    """One rank: every sum is its own input."""
 
     rank = 0
     size = 1
 
-    def _all_sum(self, x: mx.array, chosen: RoutingDecision | None) -> mx.array:  # noqa: ARG002
+    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array:  # noqa: ARG002
         return x

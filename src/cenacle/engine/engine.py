@@ -87,7 +87,7 @@ class Engine:
         try:
             return self._take(step)
         except RuntimeError:
-            self._collective.check()  # if it was an exchange: in its words, and with its rank
+            self._collective.raise_if_failed()  # names the rank
             raise
 
     def _take(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
@@ -114,7 +114,7 @@ class Engine:
         events = self._batch.next()
         for request_id in step.evicted:
             self._batch.drop(request_id)
-        self._collective.check()  # what was computed after a failed exchange must not be served
+        self._collective.raise_if_failed()  # else wrong tokens would be served
         return events, self._measured(step, events) if step.measured else None
 
     def _turn_pages(self, disk: PageStore, step: Step) -> None:

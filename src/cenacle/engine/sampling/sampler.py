@@ -54,7 +54,7 @@ class Sampler:
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Log-probabilities [rows, vocabulary] -> token ids [rows], the same on every rank."""
-        chosen = self._collective.share(self.draw(logprobs, self.position))
+        chosen = self._collective.broadcast_from(0, self.draw(logprobs, self.position))
         self.position += logprobs.shape[0]
         return chosen
 

@@ -289,7 +289,7 @@ class SpeculativeDecoder:
             context = mx.array(answer.tokens, dtype=mx.int32)
             if position > answer.position:
                 context = mx.concatenate([context, token.astype(mx.int32)])
-        chosen = self._collective.share(answer.drawing.draw(context, logits, position))
+        chosen = self._collective.broadcast_from(0, answer.drawing.draw(context, logits, position))
         mx.async_eval(chosen)
         return chosen
 
@@ -305,7 +305,9 @@ class SpeculativeDecoder:
         # Copying must be better than what the draft model gives where there is nothing to copy.
         least = self._by_model.speed if source is self._by_text else 0.0
         proposal = mx.array([source.propose(least)], dtype=drawn.dtype)
-        *chosen, limit = _ints(self._collective.share(mx.concatenate([drawn, proposal])))
+        *chosen, limit = _ints(
+            self._collective.broadcast_from(0, mx.concatenate([drawn, proposal]))
+        )
         accepted = 0
         while accepted < len(draft) and draft[accepted] == chosen[accepted]:
             accepted += 1

@@ -266,7 +266,7 @@ class DraftModelProposer:
                 made.append(draw(logprobs, position + at))
                 token = made[-1][None]
             drafted = mx.concatenate(made).astype(mx.uint32)
-        told = [int(t) for t in np.asarray(self._collective.share(drafted))]
+        told = [int(t) for t in np.asarray(self._collective.broadcast_from(0, drafted))]
         self._tokens += [*fresh, *told[:-1]]
         return told
 

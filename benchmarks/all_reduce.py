@@ -1,12 +1,12 @@
-"""What an exchange costs: the mesh against MLX's ring, in turn in one run, between local ranks.
+"""What an all-reduce costs: the mesh against MLX's ring, alternating in one run of local ranks.
 
-    python benchmarks/exchange.py [--nodes 2 4] [--sizes 4 4096 24576 1572864] [--rounds 5] [--tcp]
+    python benchmarks/all_reduce.py [--nodes 2 4] [--sizes 4 4096] [--rounds 5] [--tcp] [--variants]
 
-For each number of ranks one group of processes holds every way to talk at once, so that all are
-measured under the same load, a block of each in turn. "one" is an exchange that is evaluated before
-the next is made; "chain" is one of many in a lazy graph, as in a model's layers. Microseconds on
-rank 0, the median over the rounds. "wire" is the bare minimum: one byte there and back over a Unix
-socket between two processes of this machine, halved. The last line is one JSON object.
+For each number of ranks, one group of processes holds all collectives at once, so that all are
+measured under the same load, one block of each in turn. "one" is an all-reduce that is evaluated
+before the next is made; "chain" is one of many in a lazy graph, as in a model's layers.
+Microseconds on rank 0, median over the rounds. "socket_us" is the lower bound: half of a one-byte
+round trip over a Unix socket between two processes. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,81 +26,81 @@ from pathlib import Path
 from typing import Any
 
 CHAIN = 100
-ENOUGH_S = 0.4  # a block of one measurement is cut short after this
+BLOCK_S = 0.4  # limit of one block
 
 
 def rank_main(rank: int, job: dict[str, Any], results: Connection) -> None:
-    """One rank: every way to talk, every size, in turn."""
+    """One rank: every collective and size in turn."""
     os.environ["MLX_RANK"] = str(rank)
     os.environ["MLX_HOSTFILE"] = job["hostfile"]
     import mlx.core as mx
 
     from cenacle.collective.base import Collective, RoutingDecision
-    from cenacle.collective.mesh import Mesh
+    from cenacle.collective.mesh import Mesh, MeshConfig
     from cenacle.collective.mlx import Mlx
 
     secret = job["secret"].encode()
     groups: dict[str, Collective] = {}
     for name, (addresses, options) in job["meshes"].items():
-        groups[name] = Mesh(rank, addresses, secret, **options)
+        groups[name] = Mesh(rank, MeshConfig(addresses, secret, **options))
     if job["ring"]:
         groups["ring"] = Mlx("ring", len(job["addresses"]))
-    pace = next(iter(groups.values()))  # the ranks agree on how often through the first mesh
+    clock = next(iter(groups.values()))  # ranks agree on the repeats through this one
 
-    eight = RoutingDecision(0, mx.arange(8, dtype=mx.uint32)[None])
-    mx.eval(eight.ids)
+    routing = RoutingDecision(0, mx.arange(8, dtype=mx.uint32)[None])
+    mx.eval(routing.ids)
 
     def once(group: Collective, x: mx.array, links: int) -> float:
-        chosen = eight if group is groups.get("digest") else None
+        decision = routing if group is groups.get("digest") else None
         began = time.perf_counter()
         for _ in range(links):
-            x = group.all_sum(x, chosen)
+            x = group.all_sum(x, decision)
         mx.eval(x)
         return (time.perf_counter() - began) / links * 1e6
 
     def block(group: Collective, x: mx.array, chained: bool) -> list[float]:
         first = statistics.median(once(group, x, 1) for _ in range(3))
-        guess = int(pace.share(mx.array([first])).item())
-        enough = ENOUGH_S * 1e6 / max(1, guess)
-        links = max(1, min(CHAIN, int(enough))) if chained else 1
-        return [once(group, x, links) for _ in range(max(3, min(200, int(enough / links))))]
+        first_us = int(clock.broadcast_from(0, mx.array([first])).item())
+        repeats = BLOCK_S * 1e6 / max(1, first_us)
+        links = max(1, min(CHAIN, int(repeats))) if chained else 1
+        return [once(group, x, links) for _ in range(max(3, min(200, int(repeats / links))))]
 
     for size in job["sizes"]:
         x = mx.zeros(size // 4)
         mx.eval(x)
-        found: dict[tuple[str, str], list[float]] = {}
+        medians: dict[tuple[str, str], list[float]] = {}
         for _ in range(job["rounds"]):
             for name, group in groups.items():
                 for chained in (False, True):
                     mx.eval(group.all_sum(x))
-                    pace.barrier()
+                    clock.barrier()
                     key = (name, "chain" if chained else "one")
-                    found.setdefault(key, []).append(statistics.median(block(group, x, chained)))
+                    medians.setdefault(key, []).append(statistics.median(block(group, x, chained)))
         if rank == 0:
-            for (name, way), medians in found.items():
+            for (name, mode), values in medians.items():
                 results.send(
-                    {"bytes": size, "backend": name, "way": way, "us": statistics.median(medians)}
+                    {"bytes": size, "backend": name, "mode": mode, "us": statistics.median(values)}
                 )
     for group in groups.values():
         group.close()
     results.close()
 
 
-def wire_us(times: int = 2000) -> float:
+def socket_us(times: int = 2000) -> float:
     """Half of a one-byte round trip over a Unix socket between two processes, in microseconds."""
-    here, there = socket.socketpair()
-    child = multiprocessing.get_context("fork").Process(target=_echo, args=(there, times))
+    near, far = socket.socketpair()
+    child = multiprocessing.get_context("fork").Process(target=_echo, args=(far, times))
     child.start()
-    seen = []
+    durations = []
     for _ in range(times):
         began = time.perf_counter()
-        here.send(b"x")
-        here.recv(1)
-        seen.append(time.perf_counter() - began)
+        near.send(b"x")
+        near.recv(1)
+        durations.append(time.perf_counter() - began)
     child.join()
-    here.close()
-    there.close()
-    return statistics.median(seen) / 2 * 1e6
+    near.close()
+    far.close()
+    return statistics.median(durations) / 2 * 1e6
 
 
 def _echo(sock: socket.socket, times: int) -> None:
@@ -109,14 +109,14 @@ def _echo(sock: socket.socket, times: int) -> None:
 
 
 def ports(count: int) -> list[str]:
-    """Addresses of the loopback that are free now."""
+    """Free loopback addresses."""
     from cenacle import net
 
     return [f"127.0.0.1:{port}" for port in net.free_ports(count)]
 
 
-def measure(nodes: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one number of ranks."""
+def measure(nodes: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one number of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         hosts = ports(nodes)
         hostfile = Path(folder) / "hosts.json"
@@ -126,11 +126,11 @@ def measure(nodes: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
             return [f"unix:{folder}/{name}-{r}" for r in range(nodes)]
 
         meshes: dict[str, tuple[list[str], dict[str, Any]]] = {"mesh": (unix("mesh"), {})}
-        if asked.tcp:
+        if args.tcp:
             meshes["mesh tcp"] = (ports(nodes), {})
-        if asked.ways:
-            meshes["digest"] = (unix("digest"), {})  # as "mesh", with 8 chosen experts each time
-            meshes["bf16"] = (unix("bf16"), {"wire": "bf16"})
+        if args.variants:
+            meshes["digest"] = (unix("digest"), {})  # with the routing of 8 experts
+            meshes["bf16"] = (unix("bf16"), {"comm_dtype": "bf16"})
             meshes["direct"] = (unix("direct"), {"scatter_bytes": 1 << 40})
             meshes["scatter"] = (unix("scatter"), {"scatter_bytes": 0})
             meshes["spin 30"] = (unix("spin"), {"spin_us": 30.0})
@@ -138,10 +138,10 @@ def measure(nodes: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
             "hostfile": str(hostfile),
             "addresses": hosts,
             "meshes": meshes,
-            "ring": not asked.no_ring,
+            "ring": not args.no_ring,
             "secret": secrets.token_hex(16),
-            "sizes": asked.sizes,
-            "rounds": asked.rounds,
+            "sizes": args.sizes,
+            "rounds": args.rounds,
         }
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe(duplex=False)
@@ -161,7 +161,7 @@ def measure(nodes: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append(row)
                 print(
                     f"{nodes} ranks  {row['bytes']:>9,} bytes  {row['backend']:<9} "
-                    f"{row['way']:<5} {row['us']:>10,.1f} us",
+                    f"{row['mode']:<5} {row['us']:>10,.1f} us",
                     flush=True,
                 )
         finally:
@@ -179,20 +179,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 4096, 24_576, 1_572_864])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tcp", action="store_true", help="also the mesh over loopback TCP")
-    parser.add_argument("--ways", action="store_true", help="also the mesh's parts on their own")
+    parser.add_argument("--variants", action="store_true", help="also variants of the mesh")
     parser.add_argument("--no-ring", action="store_true")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     conditions = {
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
-        "wire_us": round(wire_us(), 1),
+        "socket_us": round(socket_us(), 1),
     }
     print(f"conditions: {conditions}")
-    rows = [row for nodes in asked.nodes for row in measure(nodes, asked)]
+    rows = [row for nodes in args.nodes for row in measure(nodes, args)]
     for row in rows:
         row["us"] = round(row["us"], 1)
-    print(json.dumps({"benchmark": "exchange", **conditions, "rows": rows}))
+    print(json.dumps({"benchmark": "all_reduce", **conditions, "rows": rows}))
 
 
 if __name__ == "__main__":

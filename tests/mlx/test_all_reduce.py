@@ -1,4 +1,4 @@
-"""What ranks exchange: once per MoE layer, the bytes expected, the same bits everywhere."""
+"""All-reduces: one per MoE layer, the expected bytes, the same bits on every rank."""
 
 import mlx.core as mx
 import numpy as np
@@ -15,82 +15,86 @@ PROMPT = [[3, 141, 59, 26, 53, 58, 97]]
 
 
 def prefill_and_decode(model, collective):
-    """Logits of a prompt and of two more tokens, with the exchanges of each."""
+    """Logits of a prompt and of two more tokens, with the all-reduces of each."""
     cache = make_prompt_cache(model)
-    seen = []
+    results = []
     for tokens in (PROMPT, [[93]], [[23]]):
         before = len(getattr(collective, "calls", [])), collective.traffic.bytes
         logits = model(mx.array(tokens), cache=cache)
         mx.eval(logits)
         calls = getattr(collective, "calls", [])[before[0] :]
-        seen.append((np.array(logits), calls, collective.traffic.bytes - before[1]))
-    return seen
+        results.append((np.array(logits), calls, collective.traffic.bytes - before[1]))
+    return results
 
 
 @pytest.mark.parametrize("nodes", [2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_exchange_per_layer_and_the_same_bits_everywhere(family, nodes):
+def test_one_all_reduce_per_layer_and_the_same_bits_everywhere(family, nodes):
     ranks = run_ranks(VECTORS / family, nodes, prefill_and_decode, RecordingCollective)
-    (whole,) = run_ranks(VECTORS / family, 1, prefill_and_decode)
+    (single,) = run_ranks(VECTORS / family, 1, prefill_and_decode)
     for rank in ranks:
-        for (logits, calls, nbytes), length, first, (alone, _, _) in zip(
-            rank, (7, 1, 1), ranks[0], whole, strict=True
+        for (logits, calls, nbytes), length, first, (expected, _, _) in zip(
+            rank, (7, 1, 1), ranks[0], single, strict=True
         ):
             assert calls == [((1, length, WIDTH), mx.float32)] * LAYERS
             assert nbytes == LAYERS * length * WIDTH * 4
             assert np.array_equal(logits, first[0]), "ranks differ in their bits"
-            np.testing.assert_allclose(logits, alone, rtol=0, atol=5e-6 * np.abs(alone).max())
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
 
 
-def test_uneven_shares_and_ranks_of_one_expert():
+def test_uneven_weights_and_ranks_of_one_expert():
     uneven = run_ranks(VECTORS / "mixtral", 2, prefill_and_decode, shares=(7, 1))
     each = run_ranks(VECTORS / "mixtral", 8, prefill_and_decode)
-    (whole,) = run_ranks(VECTORS / "mixtral", 1, prefill_and_decode)
+    (single,) = run_ranks(VECTORS / "mixtral", 1, prefill_and_decode)
     for ranks in (uneven, each):
         for rank in ranks:
-            for (logits, _, _), (alone, _, _) in zip(rank, whole, strict=True):
-                np.testing.assert_allclose(logits, alone, rtol=0, atol=5e-6 * np.abs(alone).max())
+            for (logits, _, _), (expected, _, _) in zip(rank, single, strict=True):
+                np.testing.assert_allclose(
+                    logits, expected, rtol=0, atol=5e-6 * np.abs(expected).max()
+                )
 
 
-def test_delayed_sleeps_once_per_exchange():
-    naps = [[], []]
+def test_delay_once_per_all_reduce():
+    delays = [[], []]
 
     def delayed(collective):
-        return DelayedCollective(collective, 0.25, naps[collective.rank].append)
+        return DelayedCollective(collective, 0.25, delays[collective.rank].append)
 
     ranks = run_ranks(VECTORS / "mixtral", 2, prefill_and_decode, delayed)
     plain = run_ranks(VECTORS / "mixtral", 2, prefill_and_decode)
-    assert naps == [[0.25] * 3 * LAYERS] * 2
+    assert delays == [[0.25] * 3 * LAYERS] * 2
     for rank, other in zip(ranks, plain, strict=True):
         for (logits, _, nbytes), (same, _, _) in zip(rank, other, strict=True):
             assert np.array_equal(logits, same)
             assert nbytes > 0
 
 
-def test_delayed_comes_after_the_exchange():
+def test_delay_comes_after_the_all_reduce():
     order = []
 
-    class Noted(SingleRank):
-        def _all_sum(self, x, chosen):
-            order.append("exchange")
+    class Logged(SingleRank):
+        def _all_sum(self, x, routing):
+            order.append("all-reduce")
             return x
 
-    DelayedCollective(Noted(), 1.0, lambda s: order.append(f"sleep {s:g}")).all_sum(mx.ones(3))
-    assert order == ["exchange", "sleep 1"]
+    DelayedCollective(Logged(), 1.0, lambda s: order.append(f"sleep {s:g}")).all_sum(mx.ones(3))
+    assert order == ["all-reduce", "sleep 1"]
 
 
-def test_share_gives_everyone_rank_0s_token():
-    def share(collective):
-        return collective.share(mx.array([10 + collective.rank, 20 - collective.rank])).tolist()
+def test_broadcast_gives_every_rank_the_source_s_token():
+    def broadcast(collective):
+        return collective.broadcast_from(
+            0, mx.array([10 + collective.rank, 20 - collective.rank])
+        ).tolist()
 
-    assert in_threads(3, share) == [[10, 20]] * 3
+    assert in_threads(3, broadcast) == [[10, 20]] * 3
 
 
-def test_share_keeps_the_type_of_token_ids():
-    def share(collective):
-        return collective.share(mx.argmax(mx.random.normal((2, 9)), axis=-1)).dtype
+def test_broadcast_keeps_the_type_of_token_ids():
+    def broadcast(collective):
+        return collective.broadcast_from(0, mx.argmax(mx.random.normal((2, 9)), axis=-1)).dtype
 
-    assert in_threads(2, share) == [mx.uint32] * 2
+    assert in_threads(2, broadcast) == [mx.uint32] * 2
 
 
 def test_all_sum_adds_and_counts():
@@ -102,11 +106,11 @@ def test_all_sum_adds_and_counts():
     assert in_threads(3, add) == [([6.0, 6.0, 6.0], 2, 16)] * 3
 
 
-def test_alone_returns_what_it_is_given():
+def test_a_single_rank_returns_its_input():
     collective = SingleRank()
     x = mx.array([1.5, -2.0])
     assert collective.all_sum(x) is x
-    assert collective.share(x) is x
+    assert collective.broadcast_from(0, x) is x
     collective.barrier()
     collective.close()
     assert (collective.rank, collective.size) == (0, 1)
