@@ -14,7 +14,7 @@ namespace cenacle {
 namespace {
 
 // How far ahead lines are asked for where several tokens keep the processor from running ahead itself, in
-// bytes. With one token that only hurts (docs/LOG.md).
+// bytes. With one token that only hurts (docs/devlog.md).
 constexpr int64_t PREFETCH_BYTES = 4608;
 
 // Sixteen numbers of a group: scales or biases.

@@ -25,9 +25,9 @@ from .plan_cost import MeasuredMachines, predict_plan
 
 # What `choose` assumes of machines that nobody has measured.
 ASSUMED_LATENCY_S = (
-    100e-6  # an exchange, and waiting in it for the slowest (docs/LOG.md: two local ranks)
+    100e-6  # an exchange, and waiting in it for the slowest (docs/devlog.md: two local ranks)
 )
-ASSUMED_CPU_BYTES_S = 20e9  # native kernels on one core, 4 bits (docs/LOG.md)
+ASSUMED_CPU_BYTES_S = 20e9  # native kernels on one core, 4 bits (docs/devlog.md)
 ASSUMED_GPU_BYTES_S = 400e9  # a Mac Studio's memory is about as fast
 
 

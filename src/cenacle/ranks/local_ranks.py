@@ -41,7 +41,7 @@ STOP_TIMEOUT_S = 2.0
 KILL_TIMEOUT_S = 20.0  # longest time that the system may take to give a killed rank's memory back
 
 # Told to glibc before a rank starts, as it must be. Memory in pages of 2 MB, with which a core
-# reads weights a third faster (docs/LOG.md); and up to 256 MB of what is freed are kept for the
+# reads weights a third faster (docs/devlog.md); and up to 256 MB of what is freed are kept for the
 # next layer: else the kernel clears the same pages again. Other C libraries do not look at this.
 MALLOC_TUNABLES = ":".join(
     (

@@ -102,7 +102,7 @@ def run_ablation(
         plan = plan_for_row(name, checkpoint, asked.nodes)
         expected[name] = expected_experts(plan)[1]
         # Processes of its own for each row and round: which memory a process happens to get changed
-        # its speed by a quarter (docs/LOG.md), and one draw for all rows would not be a comparison.
+        # its speed by a quarter (docs/devlog.md), and one draw for all rows would not be a comparison.
         with RankPool(asked.nodes, asked.backend, cores, threads) as ranks:
             backend = ranks.backend
             ranks.run(
