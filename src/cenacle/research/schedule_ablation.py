@@ -101,8 +101,8 @@ def run_ablation(
         say(f"loading {name}")
         plan = plan_for_row(name, checkpoint, asked.nodes)
         expected[name] = expected_experts(plan)[1]
-        # Processes of its own for each row and round: which memory a process happens to get changed
-        # its speed by a quarter (docs/devlog.md), and one draw for all rows would not be a comparison.
+        # New processes for each row and round: which memory a process happens to get changes its
+        # speed by a quarter (docs/devlog.md), so one set for all rows would not be a comparison.
         with RankPool(asked.nodes, asked.backend, cores, threads) as ranks:
             backend = ranks.backend
             ranks.run(
