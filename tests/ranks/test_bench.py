@@ -99,7 +99,9 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
 
 def test_bench_on_two_ranks_says_what_each_did(folder, tmp_path):
     given = ["-n", 2, "--contexts", "8", "--concurrency", "2", "--tokens", 4, "--repeat", 1]
+    given += ["--speculative", "off", "--comm-dtype", "f32"]
     found = last_json(run("-m", folder, *given, "--prompt-tokens", 8, "--json"))
+    assert found["conditions"]["options"]["speculative"] == "off"
     assert [r["rank"] for r in found["ranks"]] == [0, 1]
     for rank in found["ranks"]:
         adds_up(rank["terms_ms"])

@@ -24,13 +24,13 @@ from .options import (
     JsonOutput,
     Kernels,
     LoadArguments,
-    PlacementArguments,
     parse_float_list,
     parse_int_list,
 )
 
 app = typer.Typer(invoke_without_command=True)
 THREADS_HELP = "CPU threads per node. Default: an equal share of the cores."
+PLACEMENT_OPTIONS = ("node_weights", "placement", "trunk", "node_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,8 @@ def bench(
     from ..bench.peers import peers
     from ..bench.report import show_bench
 
-    placed = PlacementArguments.to_keywords(load)
-    options = {k: v for k, v in load.to_keywords().items() if k not in placed}
-    options["latency_s"] = placed.pop("latency_s")
+    options = load.to_keywords()
+    placed = {name: options.pop(name) for name in PLACEMENT_OPTIONS}
     request = measure.BenchConfig(
         model=model.prepare(),
         nodes=load.nodes,
