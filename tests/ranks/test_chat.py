@@ -13,7 +13,9 @@ import pexpect
 import pytest
 
 import cenacle
-from cenacle.cli.chat import ChatSession, ChatSettings, OutputPart, RemoteChat, stable_prefix_length
+from cenacle.cli.chat import ChatSession, stable_prefix_length
+from cenacle.cli.chat_sources import ChatSettings, RemoteChat
+from cenacle.core.chat import OutputPart
 from cenacle.errors import ClusterError, InputError
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -22,21 +24,21 @@ CHAT = [sys.executable, "-m", "cenacle", "chat"]
 PROGRAM = f"""
 import cenacle
 from cenacle.server.http_server import bind, serve
-from cenacle.server.auth import Keys
-from cenacle.server.middleware import Policy
+from cenacle.server.auth import KeyStore
+from cenacle.server.middleware import AccessPolicy
 
 sock = bind(port=0)
-keys = Keys()
+keys = KeyStore()
 print(keys.add("tester"), flush=True)
 with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.03) as model:
-    policy = Policy.of(sock, keys, require_key=True)
+    policy = AccessPolicy.for_socket(sock, keys, require_key=True)
     serve(model, sock, lambda url: print(url, flush=True), policy=policy)
 """
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Nothing of this user's is read or written, and the terminal is a plain one."""
+    """Folders of its own, and a plain terminal."""
     home = tmp_path_factory.mktemp("home")
     own = {"CENACLE_HOME": str(home)}
     plain = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
@@ -56,7 +58,7 @@ def server(environment):
 
 
 class Terminal:
-    """A program in a terminal; what it shows is read without colours and movements."""
+    """A program in a pseudo-terminal."""
 
     def __init__(self, arguments, environment):
         self.child = pexpect.spawn(
@@ -73,9 +75,9 @@ class Terminal:
         self.child.send(keys)
 
     def ask(self, question):
-        """Ask; the lines that are shown until those below the answer."""
+        """Ask a question; the lines that are shown before the statistics."""
         self.type(question + "\r")
-        self.see(r"first after")
+        self.see(r"first token after")
         shown = self.child.before
         self.ready()
         plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
@@ -104,12 +106,12 @@ def test_a_model_here(environment, tmp_path):
     assert [m["content"] for m in saved["messages"]] == ["What is 12 + 30?", "42"]
     assert (tmp_path / "talk.json").stat().st_mode & 0o077 == 0
     terminal.type("/nonsense\r")
-    terminal.see("no such command")
+    terminal.see("unknown command")
     terminal.type("\x1b[A" * 4 + "\r")  # the fourth line before: the question
-    terminal.see("first after")
+    terminal.see("first token after")
     # Two lines, by Ctrl-J and by a backslash, and a line that is thrown away.
     terminal.type("/system one\x0atwo\\\rthree\r")
-    terminal.see("system: one")
+    terminal.see("system prompt: one")
     terminal.see("two")
     terminal.see("three")
     terminal.type("not this\x03")
@@ -123,8 +125,8 @@ def test_a_model_here(environment, tmp_path):
 
 def test_a_server_elsewhere_and_an_answer_that_is_stopped(environment, server):
     url, key = server
-    how = {**environment, "CENACLE_API_KEY": key}
-    terminal = Terminal([*CHAT, "--url", f"{url}/v1", "--temp", "0"], how)
+    with_key = {**environment, "CENACLE_API_KEY": key}
+    terminal = Terminal([*CHAT, "--url", f"{url}/v1", "--temp", "0"], with_key)
     terminal.see("demo_model")
     terminal.ready()
     assert "42" in terminal.ask("What is 12 + 30?")
@@ -144,9 +146,9 @@ def test_a_server_elsewhere_and_an_answer_that_is_stopped(environment, server):
     assert terminal.leave() == 0
 
 
-def test_wrong_keys_and_addresses_are_one_sentence(environment, server):
+def test_wrong_keys_and_addresses_are_refused(environment, server):
     url, key = server
-    for arguments, kind, said in (
+    for arguments, kind, message in (
         ((url,), InputError, "CENACLE_API_KEY"),
         ((url, "wrong"), InputError, "not valid"),
         (("http://127.0.0.1:9",), ClusterError, "does not answer"),
@@ -154,7 +156,7 @@ def test_wrong_keys_and_addresses_are_one_sentence(environment, server):
         (("http://127.0.0.1:x",), InputError, "cannot be used"),
         ((url, key, None, Path("/nowhere")), InputError, "cannot be used"),
     ):
-        with pytest.raises(kind, match=re.escape(said)):
+        with pytest.raises(kind, match=re.escape(message)):
             RemoteChat(*arguments)
     with closing(RemoteChat(url, key, "other")) as remote:
         with pytest.raises(InputError, match="other"):
@@ -178,41 +180,41 @@ def test_pipes_have_the_answers_alone(environment, server):
 
 
 class Echo:
-    """Answers with what it was asked."""
+    """Answers with the messages that it gets."""
 
     name = "echo"
 
-    def answer(self, messages, how):
+    def answer(self, messages, settings):
         yield OutputPart("text", json.dumps(messages))
 
 
 def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):
-    talk = ChatSession(Echo(), ChatSettings(), "be short")
-    talk._take("hello [red]", talk._plainly)
+    session = ChatSession(Echo(), ChatSettings(), "be short")
+    session._handle_line("hello [red]", session._show_plain)
     assert json.loads(capsys.readouterr().out) == [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": "hello [red]"},
     ]
     for name in ("talk.json", "talk.md"):
-        talk._take(f"/save {tmp_path / name}", talk._plainly)
+        session._handle_line(f"/save {tmp_path / name}", session._show_plain)
     assert "**You**\n\nhello [red]" in (tmp_path / "talk.md").read_text()
     other = ChatSession(Echo(), ChatSettings())
-    other._take(f"/load {tmp_path / 'talk.json'}", other._plainly)
-    assert (other.messages, other.system) == (talk.messages, "be short")
+    other._handle_line(f"/load {tmp_path / 'talk.json'}", other._show_plain)
+    assert (other.messages, other.system) == (session.messages, "be short")
     for wrong in ("[]", "{}", '{"messages": [{"role": "tool", "content": "x"}]}', "\x00", '"a"'):
         (tmp_path / "wrong.json").write_text(wrong)
-        other._take(f"/load {tmp_path / 'wrong.json'}", other._plainly)
-        assert "not what /save writes" in capsys.readouterr().err.replace("\n", " ")
-    assert other.messages == talk.messages
-    other._take("//slash", other._plainly)
+        other._handle_line(f"/load {tmp_path / 'wrong.json'}", other._show_plain)
+        assert "was not written by /save" in capsys.readouterr().err.replace("\n", " ")
+    assert other.messages == session.messages
+    other._handle_line("//slash", other._show_plain)
     assert other.messages[-2]["content"] == "/slash"
 
 
-def test_what_is_complete_never_changes():
+def test_a_stable_prefix_never_changes():
     text = "# A\n\ntext\n\n- a\n\n- b\n\n  c\n\n```\nx\n\ny\n```\n\n"
     text += "1. p\n\n2. q\n\nlast\n\n> r\n\n> s\n"
-    cuts = [stable_prefix_length(text[:n]) for n in range(len(text) + 1)]
-    assert cuts == sorted(cuts), "what was printed stays printed"
-    assert {text[: c] for c in cuts} == {
+    lengths = [stable_prefix_length(text[:n]) for n in range(len(text) + 1)]
+    assert lengths == sorted(lengths), "what was printed stays printed"
+    assert {text[: c] for c in lengths} == {
         "", text[: text.index("text")], text[: text.index("```")], text[: text.index("last")],
     }  # fmt: skip

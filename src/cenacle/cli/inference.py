@@ -114,13 +114,14 @@ def chat(
 ) -> None:
     """Chat in the terminal with a local model or a server; /help lists the commands."""
     from ..paths import chat_history_file
-    from .chat import ChatSession, ChatSettings, LocalChat, RemoteChat
+    from .chat import ChatSession
+    from .chat_sources import ChatSettings, LocalChat, RemoteChat
 
     settings = ChatSettings(sampling.max_tokens, sampling.temp, sampling.top_p, sampling.seed)
     history_path = chat_history_file() if history else None
     if url is not None:
         with closing(RemoteChat(url, key, model, certificate)) as remote:
-            ChatSession(remote, settings, system or "").loop(history_path)
+            ChatSession(remote, settings, system or "").run(history_path)
         return
     if model is None:
         raise InputError(
@@ -128,7 +129,7 @@ def chat(
             "model",
         )
     with load_model(model, load, plan) as loaded:
-        ChatSession(LocalChat(loaded), settings, system or "").loop(history_path)
+        ChatSession(LocalChat(loaded), settings, system or "").run(history_path)
 
 
 @command(app, example="cenacle serve -m DIR -n 2 --port 8080", panel=PANEL)
