@@ -6,7 +6,7 @@ Does not know: cenacle's engine, MLX or any cluster; only ``--check-mlx`` import
 Invariants: fixed seeds and one thread, so the same versions on the same CPU train the same model;
 held-out questions (``demo/tasks.py``) never reach the optimiser.
 Shapes: batches [rows, row tokens], each row several conversations that cannot see one another.
-Read next: ``src/cenacle/demo/demo_model/README.md``, the model's card.
+Next: ``src/cenacle/demo/demo_model/README.md``, the model's card.
 
     python tools/train_demo.py --out src/cenacle/demo/demo_model        # train: about 50 minutes
     python tools/train_demo.py --check src/cenacle/demo/demo_model      # accuracy, in PyTorch

@@ -147,7 +147,7 @@ def test_the_choice_is_explained(folder):
 def test_demo_answers(folder):
     ran = run("demo", "--nodes", 2, "--questions", 7, "--json")
     got = last_json(ran)
-    assert got["right"] >= 6
+    assert got["correct"] >= 6
     assert "Where the time of a token went" in ran.stdout
     assert "node 1" in ran.stdout
 

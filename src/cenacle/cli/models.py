@@ -169,12 +169,13 @@ def demo(
     """Answer questions with a small bundled DBRX model and show where the time goes."""
     from ..demo.run import run_demo
 
-    dealt = placement.to_keywords()
-    result = run_demo(placement.nodes, questions, seed, Console(), loading_progress, dealt)
+    options = placement.to_keywords()
+    result = run_demo(placement.nodes, questions, seed, Console(), loading_progress, options)
     if json_output:
         print_json(result)
-    if result["right"] < 0.5 * result["asked"]:
+    if result["correct"] < 0.5 * result["questions"]:
         raise CenacleError(
-            f"the demo model answered {result['right']} of {result['asked']} questions correctly; "
+            f"the demo model answered {result['correct']} of {result['questions']} questions "
+            f"correctly; "
             f"expected at least half: this installation computes wrong results"
         )

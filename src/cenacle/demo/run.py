@@ -1,7 +1,7 @@
-"""The demonstration: a small trained DBRX on a few nodes answers, and shows how it did it.
+"""The demonstration: a small trained DBRX answers on a few nodes, and shows how.
 
-Owns: what the demo asks and how the result is drawn.
-Does not know: how anything is computed.
+Owns: which questions are asked, and the output.
+Does not know: how answers are computed.
 """
 
 from __future__ import annotations
@@ -15,23 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..api import Completion, load
+from ..api import Completion, Model, load
 from ..core.plan import Plan
 from ..errors import CenacleError
 from ..ranks.step_timings import StepTimings
 from .tasks import KINDS, Task, held_out, is_correct
 
 DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
-STEP_PHASES = ("trunk", "experts", "all_reduce", "waiting", "rest")
+COMPONENTS = ("trunk", "experts", "all_reduce", "waiting", "rest")  # of a step's time
 RANK_COLOURS = (
-    "cyan",
-    "magenta",
-    "yellow",
-    "green",
-    "blue",
-    "red",
-    "bright_cyan",
-    "bright_magenta",
+    *("cyan", "magenta", "yellow", "green", "blue", "red"),
+    *("bright_cyan", "bright_magenta"),
 )
 SHADES = " ▁▂▃▄▅▆▇█"
 
@@ -42,64 +36,56 @@ def run_demo(
     seed: int,
     console: Console,
     progress: Callable[[], AbstractContextManager[Any]],
-    dealt: dict[str, Any] | None = None,
+    placement: dict[str, Any],
 ) -> dict[str, Any]:
-    """Ask held-out questions and draw what happened.
+    """Answer held-out questions, and print answers, routing and timings.
 
     Args:
-        nodes: local processes.
-        questions: how many, over all kinds in turn.
-        seed: which.
-        console: where to draw.
-        progress: gives the progress callback of `api.load`.
-        dealt: arguments of `api.load` that say how to place the model; None: whole experts.
+        nodes: number of local processes.
+        questions: number of questions, of all kinds in turn.
+        seed: selects the questions.
+        console: where to print.
+        progress: a context manager that gives the progress callback of `api.load`.
+        placement: options of `api.load` that place the model.
 
     Returns:
-        A JSON object: "asked", "right", "answers", "tok_per_s", "terms_ms", "routed", "nodes".
+        A JSON object: "questions", "correct", "answers", "nodes", "tok_per_s", "step_timings_ms",
+        "routed".
     """
     if not (DEMO_MODEL_DIR / "config.json").exists():
-        raise CenacleError(
-            f"the demo model is missing from {DEMO_MODEL_DIR}; install the package again"
-        )
+        raise CenacleError(f"{DEMO_MODEL_DIR}: the demo model is missing; reinstall the package")
     tasks = _choose_tasks(questions, seed)
     with progress() as show:
-        dealt = dealt or {"placement": "whole", "trunk": "replicated"}
-        model = load(str(DEMO_MODEL_DIR), nodes, measure_every=2, progress=show, **dealt)
+        model = load(str(DEMO_MODEL_DIR), nodes, measure_every=2, progress=show, **placement)
     with model:
         console.print(
             f"A DBRX of {model.spec.layers} layers, {model.spec.moe[0].experts} experts each, "
             f"{model.spec.top_k} per token, on {nodes} nodes:"
         )
         console.print(model.plan.table(), highlight=False, end="\n\n")
-        model.generate(tasks[0].question, max_tokens=2)  # the first answer would pay for start-up
-        answers: list[tuple[Task, Completion]] = []
-        model.group.step_timings = StepTimings()
-        for task in tasks:
-            answer = model.generate(task.question, max_tokens=64, keep_timings=True)
-            answers.append((task, answer))
-            ok = is_correct(task, answer.text)
-            mark = Text("right", "green") if ok else Text(f"wrong: {task.answer}", "red")
-            console.print(Text(f"{task.question:<44}"), Text(f"{answer.text:<16}", "bold"), mark)
-        terms = model.group.step_timings
-        total = sum(len(a.tokens) - 1 for _, a in answers)
-        seconds = sum((len(a.tokens) - 1) / a.tok_per_s for _, a in answers if a.tok_per_s)
-        rate = total / seconds if seconds else 0.0
-        right = sum(is_correct(t, a.text) for t, a in answers)
+        answers = _answer(model, tasks, console)
+        timings = model.group.step_timings
+        tokens = sum(len(a.tokens) - 1 for a in answers)
+        seconds = sum((len(a.tokens) - 1) / a.tok_per_s for a in answers if a.tok_per_s)
+        tok_per_s = tokens / seconds if seconds else 0.0
+        correct = sum(is_correct(t, a.text) for t, a in zip(tasks, answers, strict=True))
         console.print(
-            f"\n{right} of {len(answers)} right, {rate:.0f} tokens a second\n", highlight=False
+            f"\n{correct} of {len(answers)} correct, {tok_per_s:.0f} tokens per second\n",
+            highlight=False,
         )
-        _print_routing(console, model.plan, terms.routed)
-        _print_step_timings(console, terms.per_token_ms(), nodes)
+        _print_routing(console, model.plan, timings.routed)
+        _print_step_timings(console, timings.per_token_ms(), nodes)
         return {
-            "asked": len(answers),
-            "right": right,
+            "questions": len(answers),
+            "correct": correct,
             "answers": [
-                {"question": t.question, "expected": t.answer, "answer": a.text} for t, a in answers
+                {"question": t.question, "expected": t.answer, "answer": a.text}
+                for t, a in zip(tasks, answers, strict=True)
             ],
             "nodes": nodes,
-            "tok_per_s": rate,
-            "terms_ms": terms.per_token_ms(),
-            "routed": terms.routed,
+            "tok_per_s": tok_per_s,
+            "step_timings_ms": timings.per_token_ms(),
+            "routed": timings.routed,
         }
 
 
@@ -109,37 +95,54 @@ def _choose_tasks(questions: int, seed: int) -> list[Task]:
     return [task for row in zip(*columns, strict=True) for task in row][:questions]
 
 
+def _answer(model: Model, tasks: list[Task], console: Console) -> list[Completion]:
+    model.generate(tasks[0].question, max_tokens=2)  # the first answer includes start-up
+    model.group.step_timings = StepTimings()
+    answers = []
+    for task in tasks:
+        answer = model.generate(task.question, max_tokens=64, keep_timings=True)
+        answers.append(answer)
+        if is_correct(task, answer.text):
+            mark = Text("correct", "green")
+        else:
+            mark = Text(f"wrong: {task.answer}", "red")
+        console.print(Text(f"{task.question:<44}"), Text(f"{answer.text:<16}", "bold"), mark)
+    return answers
+
+
 def _print_routing(console: Console, plan: Plan, routed: dict[int, dict[int, int]]) -> None:
-    console.print("Experts that worked (a column is an expert, its colour the node that has it):")
+    console.print("Use of experts (one column per expert, in the colour of its node):")
     table = Table(box=None, show_header=False, padding=(0, 1))
-    most = max((times for seen in routed.values() for times in seen.values()), default=1)
+    highest = max((times for layer in routed.values() for times in layer.values()), default=1)
     for layer in plan.layers:
-        seen = routed.get(layer.layer, {})
-        line = Text()
-        counts = [0.0] * plan.nodes
-        for expert, parts in enumerate(layer.experts):
-            times = seen.get(expert, 0)
-            rank = parts[0].rank
-            for part in parts:  # of an expert in slices each has its width, of replicas each a part
-                counts[part.rank] += times / len(parts)
-            shade = SHADES[min(len(SHADES) - 1, -(-times * (len(SHADES) - 1) // most))]
-            line.append(shade * 2, RANK_COLOURS[rank % len(RANK_COLOURS)])
+        line, load_per_rank = Text(), [0.0] * plan.nodes
+        for expert, slices in enumerate(layer.experts):
+            times = routed.get(layer.layer, {}).get(expert, 0)
+            for part in slices:  # slices and replicas share an expert's tokens
+                load_per_rank[part.rank] += times / len(slices)
+            shade = SHADES[min(len(SHADES) - 1, -(-times * (len(SHADES) - 1) // highest))]
+            line.append(shade * 2, _rank_colour(slices[0].rank))
+        total = max(1, sum(load_per_rank))
         shares = Text("  ").join(
-            Text(
-                f"node {r} {100 * c / max(1, sum(counts)):.0f} %",
-                RANK_COLOURS[r % len(RANK_COLOURS)],
-            )
-            for r, c in enumerate(counts)
+            Text(f"node {rank} {100 * load / total:.0f} %", _rank_colour(rank))
+            for rank, load in enumerate(load_per_rank)
         )
         table.add_row(f"layer {layer.layer}", line, shares)
     console.print(table)
 
 
-def _print_step_timings(console: Console, terms: dict[str, float], nodes: int) -> None:
-    console.print(f"\nWhere the time of a token went (mean of {nodes} nodes, milliseconds):")
+def _rank_colour(rank: int) -> str:
+    return RANK_COLOURS[rank % len(RANK_COLOURS)]
+
+
+def _print_step_timings(console: Console, timings_ms: dict[str, float], nodes: int) -> None:
+    console.print(f"\nTime per token (milliseconds, mean of {nodes} nodes):")
     table = Table(box=None, show_header=False, padding=(0, 1))
-    for name in STEP_PHASES:
-        share = terms[name] / terms["total"] if terms["total"] else 0.0
-        table.add_row(name, f"{terms[name]:7.2f}", "█" * round(40 * share), f"{100 * share:.0f} %")
-    table.add_row("total", f"{terms['total']:7.2f}")
+    total = timings_ms["total"]
+    for name in COMPONENTS:
+        ms = timings_ms[name]
+        share = ms / total if total else 0.0
+        label = name.replace("_", "-")
+        table.add_row(label, f"{ms:7.2f}", "█" * round(40 * share), f"{100 * share:.0f} %")
+    table.add_row("total", f"{total:7.2f}")
     console.print(table)

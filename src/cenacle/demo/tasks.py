@@ -1,10 +1,10 @@
-"""The questions that the bundled demo model is trained on and measured with.
+"""The questions on which the bundled demo model is trained and tested.
 
-Owns: the kinds of question, their phrasings, the facts, and the split into training and held-out.
-Does not know: tokens, tensors, or how an answer is produced.
+Owns: kinds of questions, phrasings, facts, and the split into training and held-out questions.
+Does not know: tokens, tensors, how an answer is computed.
 Invariant: a question's split depends only on its content (a hash of the pair of numbers, the word,
-or the fact with its phrasing), never on a seed, so nothing held out is ever trained on.
-Read next: ``tools/train_demo.py``, which trains on ``tasks("train", seed)``.
+or the fact with its phrasing), never on a seed, so no held-out question is ever trained on.
+Next: `tools/train_demo.py` trains on `tasks("train", seed)`.
 
 >>> held_out("reverse", 1)[0].kind
 'reverse'
@@ -31,14 +31,14 @@ SHORTEST_WORD, LONGEST_WORD = 3, 8
 
 @dataclass(frozen=True)
 class Task:
-    """One question in plain English and its only right answer."""
+    """A question in plain English and its only correct answer."""
 
     kind: str
     question: str
     answer: str
 
 
-# How each kind is asked. {w} is a word, {a} and {b} are numbers.
+# Phrasings of each kind. {w} is a word, {a} and {b} are numbers.
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "add": (
         "What is {a} + {b}?",
@@ -79,7 +79,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Groups of facts: the phrasings, then subject -> answer. Every phrasing fits every subject.
+# Groups of facts: phrasings, then subject -> answer. Every phrasing fits every subject.
 FACTS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     (
         (
@@ -285,13 +285,13 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def split_of(content: str) -> Split:
-    """The split that owns this content: one in ten is held out, by SHA-256, the same everywhere."""
+    """The split that this content belongs to: one in ten is held out, by its SHA-256."""
     digest = hashlib.sha256(content.encode()).digest()
     return "held_out" if int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0 else "train"
 
 
 def _word(rng: random.Random, split: Split) -> str:
-    """A word of this split: common English, pronounceable nonsense, or any letters at all."""
+    """A word of this split: common English, pronounceable nonsense, or random letters."""
     while True:
         length = rng.randint(SHORTEST_WORD, LONGEST_WORD)
         style = rng.random()
@@ -341,13 +341,13 @@ def _count(rng: random.Random, split: Split) -> Task:
 
 
 def _all_facts(split: Split) -> list[Task]:
-    asked = (
+    facts = (
         Task("fact", phrasing.format(x=subject), answer)
         for phrasings, answers in FACTS
         for subject, answer in answers.items()
         for phrasing in phrasings
     )
-    return [task for task in asked if split_of(task.question) == split]
+    return [task for task in facts if split_of(task.question) == split]
 
 
 _FACT_TASKS: dict[Split, list[Task]] = {
@@ -365,12 +365,12 @@ _MAKERS: dict[str, Callable[[random.Random, Split], Task]] = {
     "fact": lambda rng, split: rng.choice(_FACT_TASKS[split]),
 }
 
-# How often each kind is trained on: the harder, the more often.
+# Relative frequency of each kind in training; harder kinds are more frequent.
 _WEIGHTS = {"add": 6, "reverse": 4, "sort": 4, "upper": 1, "length": 2, "count": 1.5, "fact": 4}
 
 
 def _vary_style(rng: random.Random, task: Task) -> Task:
-    """One question in six as people type it: without capitals or without the final mark."""
+    """The task; for one in six, without capital letters or without the final mark."""
     style = rng.randrange(12)
     if style == 0:
         return Task(task.kind, task.question.lower(), task.answer)
@@ -380,7 +380,7 @@ def _vary_style(rng: random.Random, task: Task) -> Task:
 
 
 def tasks(split: Split, seed: int) -> Iterator[Task]:
-    """An endless mix of this split's questions, the same for the same seed."""
+    """An endless mix of this split's questions; the same seed gives the same questions."""
     rng = random.Random(seed)
     weights = [_WEIGHTS[kind] for kind in KINDS]
     while True:
@@ -389,24 +389,25 @@ def tasks(split: Split, seed: int) -> Iterator[Task]:
 
 
 def held_out(kind: str, count: int, seed: int = 0) -> list[Task]:
-    """``count`` different held-out questions of one kind; fewer where the kind has no more (facts).
+    """Different held-out questions of one kind: `count`, or fewer if it has no more (facts).
 
-    Raises ``KeyError`` for a kind that is not in ``KINDS``.
+    Raises:
+        KeyError: the kind is not in `KINDS`.
     """
     rng = random.Random(f"{seed} {kind}")
     if kind == "fact":
         pool = list(_FACT_TASKS["held_out"])
         rng.shuffle(pool)
         return pool[:count]
-    found: dict[str, Task] = {}
+    unique: dict[str, Task] = {}
     for _ in range(100 * count):
         task = _MAKERS[kind](rng, "held_out")
-        found.setdefault(task.question, task)
-        if len(found) == count:
+        unique.setdefault(task.question, task)
+        if len(unique) == count:
             break
-    return list(found.values())
+    return list(unique.values())
 
 
 def is_correct(task: Task, text: str) -> bool:
-    """Exact match, apart from white space around the answer."""
+    """Whether a text is the answer, apart from white space around it."""
     return text.strip() == task.answer
