@@ -35,10 +35,12 @@ class ChatSettings:
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int | None = None
+    top_k: int | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """The settings of sampling, by OpenAI's names; no seed if it is random."""
-        values = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        """The settings of sampling that are set, by the names of the HTTP API."""
+        names = ("temperature", "top_p", "top_k", "seed")
+        values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
 

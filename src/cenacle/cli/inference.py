@@ -78,10 +78,11 @@ def generate(
             print_json({**completion.to_json(), "ranks": loaded.ranks_json()})
             return
         print(completion.text)
+        nodes = f"{completion.nodes} node{'s' * (completion.nodes > 1)}"
         report(
             f"{completion.prompt_tokens} prompt tokens, time to first token "
             f"{completion.first_token_s:.2f} s; {len(completion.tokens)} tokens generated, "
-            f"{completion.tok_per_s:.1f} tok/s on {completion.nodes} nodes"
+            f"{completion.tok_per_s:.1f} tok/s on {nodes}"
         )
 
 
@@ -117,7 +118,13 @@ def chat(
     from .chat import ChatSession
     from .chat_sources import ChatSettings, LocalChat, RemoteChat
 
-    settings = ChatSettings(sampling.max_tokens, sampling.temp, sampling.top_p, sampling.seed)
+    settings = ChatSettings(
+        sampling.max_tokens,
+        sampling.temp,
+        sampling.top_p,
+        sampling.seed,
+        sampling.top_k or None,
+    )
     history_path = chat_history_file() if history else None
     if url is not None:
         with closing(RemoteChat(url, key, model, certificate)) as remote:
