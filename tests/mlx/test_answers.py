@@ -137,51 +137,54 @@ def test_one_call_ends_an_answer_that_may_have_one(thinker):
     assert (stream.ended, stream.stopped) == (True, None)
 
 
-def drafted(text: ChatTokenizer, prompt: tuple[int, ...], **given) -> InFlightChoice:
+def start_choice(text: ChatTokenizer, prompt: tuple[int, ...], **given) -> InFlightChoice:
     request = Request("1", prompt, 20, text.stop_tokens)
     return InFlightChoice(0, request, 1, text.chat((), (), prompt), text, **given)
 
 
 def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
     prompt = thinker.render([{"role": "user", "content": "Why?"}], think=True)
-    draft = drafted(thinker, prompt, think_tokens=4)
+    choice = start_choice(thinker, prompt, thinking_budget=4)
     thoughts = thinker.encode("abcdefgh")[:4]
     for token in thoughts:
-        assert draft.turn([]) is None
-        parts = draft.take(TokenEvent("1", token, cached_tokens=2))
-    assert draft.turn(parts) == parts  # a mark has no text
-    rest = draft.request
+        assert choice.end_reasoning([]) is None
+        parts = choice.add_token(TokenEvent("1", token, cached_tokens=2))
+    assert choice.end_reasoning(parts) == parts  # a mark has no text
+    rest = choice.request
     assert rest.id != "1"
     assert rest.tokens == (*prompt, *thoughts, *thinker.think_end)
     assert (rest.max_tokens, rest.resumed_tokens) == (15, 5)
-    assert draft.turn([]) is None
-    (said,) = draft.take(TokenEvent(rest.id, thinker.encode("x")[0], cached_tokens=9))
-    assert (said.kind, said.text, draft.cached) == ("text", "x", 2)
-    assert (draft.tokens, draft.reasoning) == (5, 4)
+    assert choice.end_reasoning([]) is None
+    (said,) = choice.add_token(TokenEvent(rest.id, thinker.encode("x")[0], cached_tokens=9))
+    assert (said.kind, said.text, choice.cached_tokens) == ("text", "x", 2)
+    assert (choice.generated_tokens, choice.reasoning_tokens) == (5, 4)
 
 
 def test_a_grammar_begins_where_reasoning_ends(thinker):
     prompt = thinker.render([{"role": "user", "content": "Why?"}], think=True)
-    draft = drafted(thinker, prompt)
-    draft.request = replace(draft.request, grammar="g", sampling=Sampling(logit_bias={5: 1.0}))
-    draft.answer = thinker.plain(())
-    draft.think_first(thinker.chat((), (), prompt))
+    choice = start_choice(thinker, prompt)
+    choice.request = replace(choice.request, grammar="g", sampling=Sampling(logit_bias={5: 1.0}))
+    choice.parser = thinker.plain(())
+    choice.reason_first(thinker.chat((), (), prompt))
     (end,) = thinker.stop_tokens
-    assert (draft.request.grammar, draft.request.sampling.logit_bias) == (None, {5: 1.0, end: -100})
+    assert (choice.request.grammar, choice.request.sampling.logit_bias) == (
+        None,
+        {5: 1.0, end: -100},
+    )
     said = []
     thoughts = thinker.encode("Hm.</think>")
     for token in thoughts:
-        parts = draft.take(TokenEvent("1", token))
-        turned = draft.turn(parts)
+        parts = choice.add_token(TokenEvent("1", token))
+        turned = choice.end_reasoning(parts)
         said += parts if turned is None else turned
     assert join_text(said) == [OutputPart("reasoning", "Hm.")]
-    rest = draft.request
+    rest = choice.request
     assert (rest.tokens, rest.grammar, rest.resumed_tokens) == ((*prompt, *thoughts), "g", 0)
     assert (rest.max_tokens, rest.sampling.logit_bias) == (20 - len(thoughts), {5: 1.0})
     for token in thinker.encode("<think>1"):  # from here on everything is text
-        said += draft.take(TokenEvent(rest.id, token))
+        said += choice.add_token(TokenEvent(rest.id, token))
     assert join_text(said)[1:] == [OutputPart("text", "<think>1")]
-    assert draft.reasoning == len(thoughts)
+    assert choice.reasoning_tokens == len(thoughts)
 
 
 def test_where_a_model_would_think_before_an_answer_of_a_form(tmp_path, thinker, plain):

@@ -15,6 +15,7 @@ from cenacle.server.api.protocol import ChoiceState, GenerationRequest, Response
 from cenacle.server.api.validation import RequestError
 
 SERVED = ServedModel("house", 100, 50)
+API = anthropic.MessagesAdapter()
 HEAD = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 EVENT: TypeAdapter[Any] = TypeAdapter(types.RawMessageStreamEvent)
@@ -55,7 +56,7 @@ LOOP: dict[str, Any] = {
 
 def read(**fields: Any) -> GenerationRequest:
     body = {"model": "house", "max_tokens": 9, "messages": HELLO, **fields}
-    return anthropic.read(json.dumps(body).encode(), SERVED)
+    return API.parse(json.dumps(body).encode(), SERVED)
 
 
 def test_a_plain_question() -> None:
@@ -88,8 +89,8 @@ def test_messages_of_one_role_make_one_turn_and_a_last_one_of_the_assistant_is_c
     begun = {"role": "assistant", "content": "It is"}
     asked = read(messages=[one, two, begun])
     assert asked.prompts[0] == ({"role": "user", "content": "a\nb"}, begun)
-    assert asked.continued
-    assert not read().continued
+    assert asked.continue_final_message
+    assert not read().continue_final_message
     rule = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     assert read(messages=[one, rule]).prompts[0][1]["content"] == "Be brief."  # type: ignore
 
@@ -106,19 +107,23 @@ TEXT = {"type": "text", "text": "no"}
 
 def test_the_choice_of_tools() -> None:
     free = read(tools=[TOOL])
-    assert (len(free.tools), free.calls, free.grammar) == (1, None, None)
+    assert (len(free.tools), free.forced_call, free.grammar) == (1, None, None)
     every = read(tools=[TOOL], tool_choice={"type": "any", "disable_parallel_tool_use": True})
-    assert (every.calls, every.parallel, every.grammar is not None) == ("required", False, True)
+    assert (every.forced_call, every.parallel_tool_calls, every.grammar is not None) == (
+        "required",
+        False,
+        True,
+    )
     named = read(tools=[{**TOOL, "strict": True}], tool_choice={"type": "tool", "name": "weather"})
-    assert (named.calls, named.grammar is not None) == ("weather", True)
+    assert (named.forced_call, named.grammar is not None) == ("weather", True)
     assert read(tools=[TOOL], tool_choice={"type": "none"}).tools == ()
 
 
 def test_thinking() -> None:
     enabled = read(max_tokens=5000, thinking={"type": "enabled", "budget_tokens": 1024})
-    assert (enabled.think, enabled.think_tokens) == (True, 1024)
-    assert read(thinking={"type": "disabled"}).think is False
-    assert read(thinking={"type": "adaptive"}).think is None
+    assert (enabled.enable_thinking, enabled.thinking_budget) == (True, 1024)
+    assert read(thinking={"type": "disabled"}).enable_thinking is False
+    assert read(thinking={"type": "adaptive"}).enable_thinking is None
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_thinking() -> None:
         ({"model": None}, "model: required"),
         ({"max_tokens": None}, "max_tokens: required"),
         ({"max_tokens": 0}, "max_tokens: expected at least 1"),
-        ({"temperature": 1.5}, "temperature: expected from 0 to 1"),
+        ({"temperature": 1.5}, "temperature: expected at most 1, got 1.5"),
         ({"stop_sequences": "a"}, "stop_sequences: expected a list"),
         ({"seed": 1}, "seed: unknown"),
         ({"container": "c"}, "container: not supported"),
@@ -138,12 +143,16 @@ def test_thinking() -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "less than max_tokens=9"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type: not supported"),
         ({"tool_choice": {"type": "any"}}, "tool_choice: expected tools"),
-        ({"messages": []}, "messages: expected at least one"),
+        ({"messages": []}, "messages: expected at least 1 item, got 0"),
         ({"messages": LOOP["messages"][:2]}, "messages: expected a tool_result"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading: not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content[0].type"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: required"),
+        (
+            {"system": [{"type": "text", "text": "", "cache_control": {"type": "x"}}]},
+            "system[0].cache_control.type: expected 'ephemeral', got 'x'",
+        ),
     ],
 )
 def test_what_is_refused_is_named(fields: dict[str, Any], word: str) -> None:
@@ -165,7 +174,7 @@ def test_errors_have_anthropics_types() -> None:
     assert kind(other_model.value) == (404, "not_found_error")
     assert kind(ClusterError("gone")) == (503, "overloaded_error")
     assert kind(CenacleError("oh")) == (500, "api_error")
-    assert kind(RequestError("big", status=413)) == (413, "request_too_large")
+    assert kind(RequestError(None, "big", status=413)) == (413, "request_too_large")
 
 
 PARTS = [
@@ -180,7 +189,7 @@ def put_together(parts: list[OutputPart], finish: FinishReason, usage: Usage) ->
     """The message that the official client makes of a stream."""
     from anthropic.lib.streaming._messages import accumulate_event
 
-    reply = anthropic.MessageBuilder(read(stream=True), HEAD)
+    reply = API.respond(read(stream=True), HEAD)
     events = [*reply.first_events(0, Usage(usage.prompt_tokens, 0))]
     for part in parts:
         events += reply.delta(0, part)
@@ -209,9 +218,7 @@ def test_a_stream_makes_the_whole_message(
     parts: list[OutputPart], finish: FinishReason, why: str
 ) -> None:
     usage = Usage(7, 3, 5)
-    whole = anthropic.MessageBuilder(read(), HEAD).full_response(
-        [ChoiceState(0, parts, finish)], usage
-    )
+    whole = API.respond(read(), HEAD).full_response([ChoiceState(0, parts, finish)], usage)
     message = types.Message.model_validate(whole)
     assert (message.stop_reason, message.stop_sequence) == (why, finish.string)
     assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (2, 5)
@@ -221,9 +228,7 @@ def test_a_stream_makes_the_whole_message(
 
 
 def test_the_blocks_of_a_message() -> None:
-    whole = anthropic.MessageBuilder(read(), HEAD).full_response(
-        [ChoiceState(0, PARTS, STOP)], Usage(7, 3)
-    )
+    whole = API.respond(read(), HEAD).full_response([ChoiceState(0, PARTS, STOP)], Usage(7, 3))
     assert whole["content"] == [
         {"type": "thinking", "thinking": "Hm", "signature": ""},
         {"type": "text", "text": "It rains", "citations": None},
@@ -232,14 +237,14 @@ def test_the_blocks_of_a_message() -> None:
 
 
 def test_a_failure_in_the_middle() -> None:
-    ((name, data),) = anthropic.MessageBuilder(read(), HEAD).error(ClusterError("gone"))
+    ((name, data),) = API.respond(read(), HEAD).error(ClusterError("gone"))
     assert isinstance(data, dict)
     assert (name, data["error"]["message"]) == ("error", "gone")
 
 
 def test_counting_needs_no_limit() -> None:
     body = {"model": "house", "messages": HELLO, "system": "x", "tools": [TOOL]}
-    asked = anthropic.read_count(json.dumps(body).encode(), SERVED)
+    asked = anthropic.CountTokensAdapter().parse(json.dumps(body).encode(), SERVED)
     assert asked.prompts[0][0] == {"role": "system", "content": "x"}
     with pytest.raises(InputError, match="max_tokens: unknown"):
-        anthropic.read_count(json.dumps({**body, "max_tokens": 1}).encode(), SERVED)
+        anthropic.CountTokensAdapter().parse(json.dumps({**body, "max_tokens": 1}).encode(), SERVED)

@@ -11,17 +11,27 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cenacle.core.chat import FinishReason, OutputPart, TokenLogprob, Tool, Usage
 from cenacle.core.request import Sampling
 from cenacle.errors import CenacleError, ClusterError, InputError, RankLost
-from cenacle.server.api import anthropic, openai, openai_responses, protocol
-from cenacle.server.api.openai import ChatResponseBuilder, CompletionResponseBuilder
-from cenacle.server.api.protocol import ChoiceState, GenerationRequest, ResponseMeta, ServedModel
+from cenacle.server.api import anthropic, openai, openai_responses
+from cenacle.server.api.openai import ChatCompletionsAdapter, CompletionsAdapter
+from cenacle.server.api.protocol import (
+    ApiAdapter,
+    ChoiceState,
+    GenerationRequest,
+    ResponseBuilder,
+    ResponseMeta,
+    ServedModel,
+)
 from cenacle.server.api.validation import RequestError
 
 SERVED = ServedModel("house", 100, 50)
+CHAT, COMPLETIONS = ChatCompletionsAdapter(), CompletionsAdapter()
 HELLO = [{"role": "user", "content": "hello"}]
+TEXT_PART = {"type": "text", "text": ""}
 PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PLACE}}
 NO_SCHEMA = {"function": {"name": "f", "parameters": {"type": "texture"}, "strict": True}}
@@ -29,11 +39,11 @@ STRICT = {"function": {"name": "weather", "parameters": PLACE, "strict": True}}
 
 
 def chat(**fields: Any) -> GenerationRequest:
-    return openai.read_chat(json.dumps({"messages": HELLO, **fields}).encode(), SERVED)
+    return CHAT.parse(json.dumps({"messages": HELLO, **fields}).encode(), SERVED)
 
 
 def text(**fields: Any) -> GenerationRequest:
-    return openai.read_text(json.dumps({"prompt": "hello", **fields}).encode(), SERVED)
+    return COMPLETIONS.parse(json.dumps({"prompt": "hello", **fields}).encode(), SERVED)
 
 
 def refused(read: Any, body: dict[str, Any]) -> tuple[int, str | None, str | None, str]:
@@ -265,6 +275,70 @@ def test_wrong_values_name_the_field(read: Any, extra: dict[str, Any], param: st
     assert refused(read, extra)[:3] == (400, param, "invalid_value")
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"messages": [*HELLO, *HELLO, {"role": "user", "content": [TEXT_PART | {"text": 3}]}]},
+            "messages[2].content[0].text: expected a string, got 3",
+        ),
+        ({"temperature": 3}, "temperature: expected at most 2, got 3"),
+        ({"temperature": "3"}, "temperature: expected a number, got '3'"),
+        ({"top_p": 0}, "top_p: expected more than 0, got 0"),
+        ({"n": True}, "n: expected an integer, got true"),
+        ({"n": 1.0}, "n: expected an integer, got 1.0"),
+        ({"messages": [None]}, "messages[0]: expected an object, got null"),
+        ({"messages": {}}, "messages: expected a list, got an object"),
+        (
+            {"messages": [{"role": "user", "content": False}]},
+            "messages[0].content: expected a string or a list, got false",
+        ),
+        (
+            {"messages": [{"role": "cook", "content": ""}]},
+            "messages[0].role: expected 'system' or 'developer' or 'user' or 'assistant' or "
+            "'tool', got 'cook'",
+        ),
+        (
+            {"reasoning_effort": "some"},
+            "reasoning_effort: expected 'none', 'minimal', 'low', 'medium', 'high' or 'xhigh', "
+            "got 'some'",
+        ),
+        ({"stop": list("abcde")}, "stop: expected at most 4 items, got 5"),
+        (
+            {"user": "a\ud800"},
+            "user: expected Unicode, got half of a surrogate pair at character 1",
+        ),
+        ({"\ud800": 1}, "\\ud800: unknown parameter; remove it"),
+        (
+            {"logit_bias": {"\ud800": "x"}},
+            "logit_bias.\ufffd\ufffd\ufffd: expected a number, got 'x'",
+        ),
+    ],
+)
+def test_messages_say_the_full_path_what_was_expected_and_what_came(
+    extra: dict[str, Any], message: str
+) -> None:
+    assert refused(chat, extra)[3] == message
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"messages": [3] * 1000},
+        {"messages": [{"role": "user", "content": [3] * 1000}]},
+        {"stop": [3] * 1000},
+        {"tools": [3] * 1000},
+        {"logit_bias": dict.fromkeys(map(str, range(1000)), "x")},
+        dict.fromkeys(map(str, range(1000)), "x"),
+    ],
+)
+def test_one_of_many_errors_is_looked_for(extra: dict[str, Any]) -> None:
+    """A body of megabytes that is wrong everywhere costs no more than one that is right."""
+    with pytest.raises(ValidationError) as caught:
+        openai.ChatCompletionRequest.model_validate({"messages": HELLO, **extra})
+    assert caught.value.error_count() == 1
+
+
 @pytest.mark.parametrize("prompt", [3, {"a": 1}, [True], [1, "a"], ["a", 1], [[1], [True]], [None]])
 def test_prompts_of_other_types_are_refused(prompt: Any) -> None:
     status, field, code, _ = refused(text, {"prompt": prompt})
@@ -314,7 +388,7 @@ def test_another_model_is_not_found_and_the_message_says_the_right_one() -> None
 )
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
-        openai.read_chat(body, SERVED)
+        CHAT.parse(body, SERVED)
     assert (caught.value.status, caught.value.code) == (400, "invalid_body")
 
 
@@ -328,16 +402,13 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-_READERS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
-    (openai.read_chat, openai.CHAT_PARAMETERS, {"messages": HELLO}),
-    (openai.read_text, openai.TEXT_PARAMETERS, {"prompt": "x"}),
-    (openai_responses.read, openai_responses.PARAMETERS, {"input": "x"}),
-    (
-        anthropic.read,
-        anthropic.PARAMETERS,
-        {"model": "house", "max_tokens": 1, "messages": HELLO},
-    ),
-    (anthropic.read_count, anthropic.COUNT_PARAMETERS, {"model": "house", "messages": HELLO}),
+# Each API with a body that has only what is required.
+_ADAPTERS: list[tuple[ApiAdapter, dict[str, Any]]] = [
+    (CHAT, {"messages": HELLO}),
+    (COMPLETIONS, {"prompt": "x"}),
+    (openai_responses.ResponsesAdapter(), {"input": "x"}),
+    (anthropic.MessagesAdapter(), {"model": "house", "max_tokens": 1, "messages": HELLO}),
+    (anthropic.CountTokensAdapter(), {"model": "house", "messages": HELLO}),
 ]
 # Words that lead deeper than chance would.
 _WORDS = st.sampled_from(
@@ -388,11 +459,11 @@ _DEEP = st.recursive(
 @settings(max_examples=250)
 @given(st.sampled_from(range(5)), st.data())
 def test_whatever_comes_is_read_or_refused(which: int, data: Any) -> None:
-    read, table, needed = _READERS[which]
-    names = st.sampled_from([*table, "unknown", "store", "metadata"])
+    adapter, required = _ADAPTERS[which]
+    names = st.sampled_from([*adapter.request_model.model_fields, "unknown", "store", "metadata"])
     fields = data.draw(st.dictionaries(names, _DEEP, max_size=4))
     try:
-        asked = read(json.dumps({**needed, **fields}).encode(), SERVED)
+        asked = adapter.parse(json.dumps({**required, **fields}).encode(), SERVED)
     except InputError as error:
         json.dumps(openai.render_error(error))
         json.dumps(anthropic.render_error(error))
@@ -426,10 +497,10 @@ def test_no_schema_breaks_the_reader(schema: dict[str, Any]) -> None:
 
 
 def test_a_prompt_must_leave_room_for_an_answer() -> None:
-    assert protocol.room(99, SERVED, "prompt") == 1
-    assert protocol.room(99, replace(SERVED, context=None), "prompt") is None
+    assert SERVED.free_context(99, "prompt") == 1
+    assert replace(SERVED, context_length=None).free_context(99, "prompt") is None
     with pytest.raises(RequestError, match="100 tokens") as caught:
-        protocol.room(100, SERVED, "messages")
+        SERVED.free_context(100, "messages")
     assert (caught.value.field, caught.value.code) == ("messages", "context_length_exceeded")
 
 
@@ -443,8 +514,8 @@ HEAD = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 
 
-def replies(**fields: Any) -> ChatResponseBuilder:
-    return ChatResponseBuilder(chat(**fields), HEAD)
+def replies(**fields: Any) -> ResponseBuilder:
+    return CHAT.respond(chat(**fields), HEAD)
 
 
 def data_of(events: Any) -> list[Any]:
@@ -569,17 +640,21 @@ def test_a_conversation_with_calls_is_read_as_templates_have_it() -> None:
 def test_the_choice_of_tools() -> None:
     tool = Tool("weather", parameters=PLACE)
     free = chat(tools=[WEATHER])
-    assert (free.tools, free.calls, free.grammar) == ((tool,), None, None)
+    assert (free.tools, free.forced_call, free.grammar) == ((tool,), None, None)
     single = chat(tools=[WEATHER | STRICT], parallel_tool_calls=False)
-    assert (single.parallel, single.tools[0].strict, single.grammar) == (False, True, None)
+    assert (single.parallel_tool_calls, single.tools[0].strict, single.grammar) == (
+        False,
+        True,
+        None,
+    )
     none = chat(tools=[WEATHER], tool_choice="none")
-    assert (none.tools, none.calls, none.grammar) == ((), None, None)
+    assert (none.tools, none.forced_call, none.grammar) == ((), None, None)
     forced = chat(tools=[WEATHER], tool_choice="required")
-    assert (forced.tools, forced.calls) == ((tool,), "required")
+    assert (forced.tools, forced.forced_call) == ((tool,), "required")
     assert forced.grammar is not None
     named = {"type": "function", "function": {"name": "weather"}}
     one = chat(tools=[WEATHER | STRICT], tool_choice=named)
-    assert (one.calls, one.tools[0].strict) == ("weather", True)
+    assert (one.forced_call, one.tools[0].strict) == ("weather", True)
     other = {"type": "function", "function": {"name": "whether"}}
     assert refused(chat, {"tools": [WEATHER], "tool_choice": other})[1] == "tool_choice"
     rain = {"type": "function", "function": {"name": "rain"}}
@@ -589,7 +664,7 @@ def test_the_choice_of_tools() -> None:
             tools=[rain, WEATHER],
             tool_choice={"type": "allowed_tools", "allowed_tools": among},
         )
-        assert (some.tools, some.calls) == ((tool,), calls)
+        assert (some.tools, some.forced_call) == ((tool,), calls)
     for wrong, field in (
         ({"mode": "auto", "tools": [other]}, "tool_choice"),
         ({"mode": "auto", "tools": []}, "tool_choice.allowed_tools.tools"),
@@ -664,10 +739,10 @@ def test_log_probabilities_of_a_chat() -> None:
 
 def test_log_probabilities_of_a_completion() -> None:
     parts = [OutputPart("text", "a", logprobs=(one,)) for one in LOGGED]
-    reply = CompletionResponseBuilder(text(logprobs=2), HEAD)
+    reply = COMPLETIONS.respond(text(logprobs=2), HEAD)
     logs = [choices_of(reply.delta(0, part))[0]["logprobs"] for part in parts]
     assert [log["text_offset"] for log in logs] == [[0], [1]]
-    whole = CompletionResponseBuilder(text(logprobs=2), HEAD).full_response(
+    whole = COMPLETIONS.respond(text(logprobs=2), HEAD).full_response(
         [ChoiceState(0, parts, STOP)], Usage(1, 1)
     )
     assert whole["choices"][0]["logprobs"] == {
@@ -684,7 +759,7 @@ UNSUPPORTED = "unsupported_parameter"
 
 
 def test_completions_have_their_own_shapes() -> None:
-    plain = CompletionResponseBuilder(text(), HEAD)
+    plain = COMPLETIONS.respond(text(), HEAD)
     whole = plain.full_response([ChoiceState(0, [OutputPart("text", "a")], STOP)], Usage(1, 1))
     assert (whole["id"], whole["object"]) == ("cmpl-1", "text_completion")
     assert whole["choices"][0] == {
@@ -699,12 +774,11 @@ def test_completions_have_their_own_shapes() -> None:
 
 
 def test_what_is_described_is_read() -> None:
-    """That what is read is described is certain: `Fields` fails otherwise."""
-    for read, table, needed in _READERS:
-        read(json.dumps(needed).encode(), SERVED)
-        for name in table:
+    for adapter, required in _ADAPTERS:
+        adapter.parse(json.dumps(required).encode(), SERVED)
+        for name in adapter.request_model.model_fields:
             with pytest.raises(InputError) as caught:  # no member may be a list of lists
-                read(json.dumps({**needed, name: [[{}]]}).encode(), SERVED)
+                adapter.parse(json.dumps({**required, name: [[{}]]}).encode(), SERVED)
             assert (caught.value.field or "").split("[")[0] == name
             assert not isinstance(caught.value, RequestError) or caught.value.code not in UNKNOWN
 

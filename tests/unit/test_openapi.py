@@ -16,12 +16,13 @@ from cenacle.server.api.protocol import ApiAdapter, ChoiceState, ResponseMeta, S
 from cenacle.server.api.validation import RequestError
 
 SERVED = ServedModel("house", 100, 50)
-PATHS = openapi.openapi("1")["paths"]
+OPENAPI = openapi.openapi("1")
+PATHS = OPENAPI["paths"]
 HELLO = [{"role": "user", "content": "hello"}]
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 FRONTS: dict[str, tuple[ApiAdapter, list[dict[str, Any]]]] = {
     "/v1/chat/completions": (
-        openai.CHAT,
+        openai.ChatCompletionsAdapter(),
         [
             {"messages": HELLO},
             {
@@ -48,11 +49,11 @@ FRONTS: dict[str, tuple[ApiAdapter, list[dict[str, Any]]]] = {
         ],
     ),
     "/v1/completions": (
-        openai.TEXT,
+        openai.CompletionsAdapter(),
         [{"prompt": p, "echo": True} for p in ("a", [1, 2], ["a", "b"], [[1], [2]])],
     ),
     "/v1/responses": (
-        openai_responses.FRONT,
+        openai_responses.ResponsesAdapter(),
         [
             {"input": "hello", "include": [openai_responses.LOGPROBS], "top_logprobs": 3},
             {
@@ -68,7 +69,7 @@ FRONTS: dict[str, tuple[ApiAdapter, list[dict[str, Any]]]] = {
         ],
     ),
     "/v1/messages": (
-        anthropic.FRONT,
+        anthropic.MessagesAdapter(),
         [
             {
                 "model": "house",
@@ -106,6 +107,7 @@ def check(path: str, status: str, body: dict[str, Any]) -> None:
 def test_bodies_and_answers_are_as_described(path: str) -> None:
     front, bodies = FRONTS[path]
     schema = PATHS[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema = {**schema, "components": OPENAPI["components"]}  # it refers to these
     jsonschema.Draft202012Validator.check_schema(schema)
     for body in bodies:
         jsonschema.validate(body, schema)
@@ -120,7 +122,12 @@ def test_bodies_and_answers_are_as_described(path: str) -> None:
 @pytest.mark.parametrize("path", FRONTS)
 @pytest.mark.parametrize(
     "error",
-    [RequestError("x"), RequestError("x", status=404), ClusterError("x"), CenacleError("x")],
+    [
+        RequestError(None, "x"),
+        RequestError(None, "x", status=404),
+        ClusterError("x"),
+        CenacleError("x"),
+    ],
 )
 def test_errors_are_as_described(path: str, error: CenacleError) -> None:
     status, body = FRONTS[path][0].render_error(error)
@@ -135,5 +142,5 @@ def test_operations_have_names_of_their_own() -> None:
 
 def test_every_endpoint_is_described() -> None:
     app = (Path(cenacle.__file__).parent / "server" / "app.py").read_text()
-    routes = set(re.findall(r'Route\("([^"]+)"', app))
+    routes = set(re.findall(r'(?:Route|_post)\("([^"]+)"', app))
     assert {route.replace(":path", "") for route in routes} == set(PATHS)

@@ -13,6 +13,7 @@ from cenacle.server.api import openai, openai_responses
 from cenacle.server.api.protocol import ChoiceState, GenerationRequest, ResponseMeta, ServedModel
 
 SERVED = ServedModel("house", 100, 50)
+API = openai_responses.ResponsesAdapter()
 HEAD = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 # The client's own types of events, by name.
@@ -59,9 +60,11 @@ LOOP: dict[str, Any] = {
     "stream": True,
 }
 
+CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+
 
 def read(**fields: Any) -> GenerationRequest:
-    return openai_responses.read(json.dumps({"input": "hello", **fields}).encode(), SERVED)
+    return API.parse(json.dumps({"input": "hello", **fields}).encode(), SERVED)
 
 
 def refused(**fields: Any) -> tuple[str | None, str | None]:
@@ -75,8 +78,8 @@ def test_a_plain_question() -> None:
     asked = read(max_output_tokens=5, temperature=0, seed=3, metadata={"a": "b"}, user="me")
     assert asked.prompts == (({"role": "user", "content": "hello"},),)
     assert (asked.max_tokens, asked.sampling.temperature, asked.sampling.seed) == (5, 0, 3)
-    assert asked.given["metadata"] == {"a": "b"}
-    assert asked.chat
+    assert asked.echoed_parameters["metadata"] == {"a": "b"}
+    assert asked.is_chat
 
 
 def test_a_round_of_tools_becomes_messages() -> None:
@@ -95,6 +98,22 @@ def test_a_round_of_tools_becomes_messages() -> None:
     )
     assert [tool.name for tool in asked.tools] == ["weather"]
     assert asked.stream
+
+
+def test_items_of_one_turn_of_the_assistant_make_one_message() -> None:
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    said = {"role": "assistant", "content": "a"}
+    first, second = read(input=[thought, said, thought, CALL, CALL, said]).prompts[0]
+    assert first == {
+        "role": "assistant",
+        "content": "a",
+        "reasoning_content": "Hm.Hm.",
+        "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}},
+            {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}},
+        ],
+    }
+    assert second == said
 
 
 def test_messages_of_parts_and_a_conversation() -> None:
@@ -140,6 +159,9 @@ def test_messages_of_parts_and_a_conversation() -> None:
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.name", "missing"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"metadata": {"a": 1}}, "metadata.a", "invalid_type"),
+        ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments", "invalid_type"),
+        ({"input": [{**CALL, "arguments": "["}]}, "input[0].arguments", "invalid_value"),
     ],
 )
 def test_what_is_refused_is_named(fields: dict[str, Any], param: str, code: str) -> None:
@@ -154,17 +176,17 @@ def test_formats_and_forced_calls_become_grammars() -> None:
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
     asked = read(text={"format": form})
     assert asked.grammar is not None
-    assert asked.given["text"] == {"format": form}
+    assert asked.echoed_parameters["text"] == {"format": form}
     forced = read(tools=LOOP["tools"], tool_choice={"type": "function", "name": "weather"})
-    assert (forced.calls, forced.grammar is not None) == ("weather", True)
+    assert (forced.forced_call, forced.grammar is not None) == ("weather", True)
     among = {
         "type": "allowed_tools",
         "mode": "required",
         "tools": [{"type": "function", "name": "weather"}],
     }
     some = read(tools=LOOP["tools"], tool_choice=among)
-    assert ([tool.name for tool in some.tools], some.calls) == (["weather"], "required")
-    assert some.given["tool_choice"] == among
+    assert ([tool.name for tool in some.tools], some.forced_call) == (["weather"], "required")
+    assert some.echoed_parameters["tool_choice"] == among
 
 
 PARTS = [
@@ -182,7 +204,7 @@ PARTS = [
 
 
 def stream(parts: list[OutputPart], finish: FinishReason, usage: Usage, **fields: Any) -> list[Any]:
-    reply = openai_responses.ResponsesBuilder(read(stream=True, **fields), HEAD)
+    reply = API.respond(read(stream=True, **fields), HEAD)
     events = [*reply.first_events(0, Usage(3, 0))]
     for part in parts:
         events += reply.delta(0, part)
@@ -197,7 +219,7 @@ def stream(parts: list[OutputPart], finish: FinishReason, usage: Usage, **fields
 def test_a_stream_ends_with_the_whole_response(finish: FinishReason) -> None:
     fields = {"include": [openai_responses.LOGPROBS], "top_logprobs": 1}
     events = stream(PARTS, finish, Usage(3, 9, 2, 4), **fields)
-    whole = openai_responses.ResponsesBuilder(read(**fields), HEAD).full_response(
+    whole = API.respond(read(**fields), HEAD).full_response(
         [ChoiceState(0, PARTS, finish)], Usage(3, 9, 2, 4)
     )
     assert events[-1]["response"] == whole
@@ -228,16 +250,14 @@ def test_the_events_of_each_item() -> None:
 
 def test_an_answer_without_a_word() -> None:
     assert (
-        openai_responses.ResponsesBuilder(read(), HEAD).full_response(
-            [ChoiceState(0, [], STOP)], Usage(1, 1)
-        )["output"]
+        API.respond(read(), HEAD).full_response([ChoiceState(0, [], STOP)], Usage(1, 1))["output"]
         == []
     )
     assert len(stream([], STOP, Usage(1, 1))) == 3
 
 
 def test_a_failure_in_the_middle() -> None:
-    reply = openai_responses.ResponsesBuilder(read(stream=True), HEAD)
+    reply = API.respond(read(stream=True), HEAD)
     events = [data for _, data in reply.error(ClusterError("gone"))]
     assert [e["type"] for e in events if isinstance(e, dict)] == ["error", "response.failed"]
     for event in events:

@@ -33,16 +33,15 @@ from ..core.request import Request
 from ..errors import ClusterError, InputError
 from ..text.output_parser import OutputParser
 from . import static
-from .api import anthropic, openai, openai_responses, openapi, protocol, structured_output
+from .api import anthropic, openai, openai_responses, openapi, structured_output
 from .api.protocol import (
     ApiAdapter,
     GenerationRequest,
     Prompt,
     ResponseMeta,
     ServedModel,
-    check_model,
 )
-from .api.validation import RequestError, not_supported
+from .api.validation import UNSUPPORTED, RequestError
 from .cluster_view import ClusterView, group_state
 from .generation import GenerationRun, InFlightChoice, error_response, json_response
 from .limits import Limits
@@ -92,10 +91,10 @@ class Application:
                 Route("/metrics", self._numbers),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._one_model),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/responses", self._responses, methods=["POST"]),
-                Route("/v1/messages", self._messages, methods=["POST"]),
+                self._post("/v1/chat/completions", openai.ChatCompletionsAdapter()),
+                self._post("/v1/completions", openai.CompletionsAdapter()),
+                self._post("/v1/responses", openai_responses.ResponsesAdapter()),
+                self._post("/v1/messages", anthropic.MessagesAdapter()),
                 Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
                 Route("/openapi.json", self._openapi),
             ],
@@ -119,7 +118,7 @@ class Application:
             phase = self._model.group.state.phase
             return json_response(200 if phase == "ok" else 503, {"status": phase})
         model = self._model
-        body = {**group_state(model), "model": self._served.model, **model.group.load}
+        body = {**group_state(model), "model": self._served.name, **model.group.load}
         if body["status"] != "ok":
             return json_response(503, body)
         body["nodes"] = model.plan.nodes
@@ -145,7 +144,7 @@ class Application:
 
     async def _one_model(self, http: HttpRequest) -> Response:
         try:
-            check_model(http.path_params["name"], self._served)
+            self._served.check_name(http.path_params["name"])
         except RequestError as error:
             return _error_response(error)
         return json_response(200, openai.model_object(self._served, self._created))
@@ -153,21 +152,15 @@ class Application:
     async def _openapi(self, _: HttpRequest) -> Response:
         return json_response(200, openapi.openapi(__version__))
 
-    async def _chat(self, http: HttpRequest) -> Response:
-        return await self._answer(openai.CHAT, http)
+    def _post(self, path: str, adapter: ApiAdapter) -> Route:
+        async def respond(http: HttpRequest) -> Response:
+            return await self._answer(adapter, http)
 
-    async def _completions(self, http: HttpRequest) -> Response:
-        return await self._answer(openai.TEXT, http)
-
-    async def _responses(self, http: HttpRequest) -> Response:
-        return await self._answer(openai_responses.FRONT, http)
-
-    async def _messages(self, http: HttpRequest) -> Response:
-        return await self._answer(anthropic.FRONT, http)
+        return Route(path, respond, methods=["POST"])
 
     async def _count_tokens(self, http: HttpRequest) -> Response:
         def count(body: bytes) -> int:
-            asked = anthropic.read_count(body, self._served)
+            asked = anthropic.CountTokensAdapter().parse(body, self._served)
             return len(self._prompt(asked, asked.prompts[0]))
 
         try:
@@ -175,7 +168,7 @@ class Application:
         except ClientDisconnect:
             return Response()
         except Exception as error:
-            return _error_response(error, anthropic.FRONT)
+            return _error_response(error, anthropic.CountTokensAdapter())
         return json_response(200, {"input_tokens": tokens})
 
     async def _answer(self, front: ApiAdapter, http: HttpRequest) -> Response:
@@ -193,7 +186,7 @@ class Application:
         head = ResponseMeta(
             uuid.uuid4().hex,
             int(time.time()),
-            self._served.model,
+            self._served.name,
             self._plan_tracker.current.fingerprint,
         )
         group, waits = self._group, (self._limits.token_timeout_s, self._limits.stream_keep_alive_s)
@@ -235,7 +228,7 @@ class Application:
         drafts: list[InFlightChoice] = []
         for prompt in asked.prompts:
             tokens = self._prompt(asked, prompt)
-            room = protocol.room(len(tokens), self._served, asked.prompt_field)
+            room = self._served.free_context(len(tokens), asked.prompt_field)
             limits = [n for n in (asked.max_tokens, room) if n is not None]
             echo = self._text.decode(tokens) if asked.echo else ""
             for choice in range(asked.n):
@@ -247,10 +240,10 @@ class Application:
                     self._stream(asked, tokens),
                     self._text,
                     echo,
-                    asked.think_tokens,
+                    asked.thinking_budget,
                 )
-                if asked.grammar is not None and asked.chat and self._text.in_reasoning(tokens):
-                    draft.think_first(self._text.chat((), (), tokens))
+                if asked.grammar is not None and asked.is_chat and self._text.in_reasoning(tokens):
+                    draft.reason_first(self._text.chat((), (), tokens))
                 drafts.append(draft)
         return asked, drafts
 
@@ -264,61 +257,73 @@ class Application:
             if error.field != "grammar":
                 raise
             field = asked.grammar_field  # what the client calls it
-            raise RequestError(f"{field}: cannot be enforced: {error}", field) from error
+            raise RequestError(field, f"cannot be enforced: {error}") from error
 
     def _prompt(self, asked: GenerationRequest, prompt: Prompt) -> tuple[int, ...]:
         """A prompt's ids."""
         if isinstance(prompt, str):
             # Not rendered as a chat, as `Model.request` would.
             return self._text.encode(prompt)
-        if not asked.chat:
+        if not asked.is_chat:
             return self._model.tokens_of(prompt)
         if len(prompt) > (most := self._limits.max_messages):
             field = asked.prompt_field
-            raise RequestError(
-                f"{field}: expected at most {most} messages, got {len(prompt)}", field
-            )
+            raise RequestError(field, f"expected at most {most} messages, got {len(prompt)}")
         text = self._text
-        if asked.think and not text.thinks:
-            raise not_supported("thinking", f"the model {self._served.model} has no reasoning")
-        if asked.tools and asked.calls is None and not (text.calls_tools and text.renders_tools):
-            raise not_supported(
-                "tools",
-                "where the model decides, since it is not known how this model calls; force a call "
-                "with tool_choice",
+        if asked.enable_thinking and not text.thinks:
+            reason = f"not supported by the model {self._served.name}, which does not reason"
+            raise RequestError("thinking", reason, UNSUPPORTED)
+        if (
+            asked.tools
+            and asked.forced_call is None
+            and not (text.calls_tools and text.renders_tools)
+        ):
+            reason = (
+                "not supported where the model decides, since it is not known how this model "
+                "calls; force a call with tool_choice"
             )
+            raise RequestError("tools", reason, UNSUPPORTED)
         messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
         tools = asked.tools
         if not text.renders_tools:
             messages, tools = structured_output.describe_tools_in_chat(messages, tools), ()
-        think = False if asked.continued else asked.think
-        ids = text.render(messages, tools, asked.template, think=think, continued=asked.continued)
+        think = False if asked.continue_final_message else asked.enable_thinking
+        ids = text.render(
+            messages,
+            tools,
+            asked.template_kwargs,
+            think=think,
+            continued=asked.continue_final_message,
+        )
         return ids if asked.grammar is None else text.thought(ids, think)
 
     def _stream(self, asked: GenerationRequest, prompt: tuple[int, ...]) -> OutputParser:
-        if asked.calls is not None:
+        if asked.forced_call is not None:
             return self._text.called(structured_output.parse_tool_calls)
-        if asked.chat and asked.grammar is None:
-            return self._text.chat(asked.stop, asked.tools, prompt, parallel=asked.parallel)
+        if asked.is_chat and asked.grammar is None:
+            return self._text.chat(
+                asked.stop, asked.tools, prompt, parallel=asked.parallel_tool_calls
+            )
         return self._text.plain(asked.stop)
 
 
 class _BodyTooLarge(RequestError):
     def __init__(self, limit: int) -> None:
         message = f"The body: expected at most {limit} bytes, got more"
-        super().__init__(message, None, "body_too_large", 413)
+        super().__init__(None, message, "body_too_large", 413)
 
 
 class _BodyTooSlow(RequestError):
     def __init__(self, seconds: float) -> None:
         message = f"The body: expected all of it within {seconds:g} s, got a part"
-        super().__init__(message, None, "body_too_slow", 408)
+        super().__init__(None, message, "body_too_slow", 408)
 
 
-def _error_response(error: Exception, front: ApiAdapter = openai.CHAT) -> Response:
+def _error_response(error: Exception, front: ApiAdapter | None = None) -> Response:
     # What is left of a body that was not read would be taken for the next request.
     unread = isinstance(error, _BodyTooLarge | _BodyTooSlow)
-    return error_response(error, front, {"connection": "close"} if unread else {})
+    adapter = front or openai.ChatCompletionsAdapter()
+    return error_response(error, adapter, {"connection": "close"} if unread else {})
 
 
 async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
@@ -333,10 +338,11 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
         message = f"{what}: not allowed here; use {headers.get('allow')}"
         code = "method_not_allowed"
     return error_response(
-        RequestError(message, None, code, error.status_code), front, dict(headers)
+        RequestError(None, message, code, error.status_code), front, dict(headers)
     )
 
 
 def _adapter_for_path(path: str) -> ApiAdapter:
     """The API whose form of errors a path has."""
-    return anthropic.FRONT if path.startswith("/v1/messages") else openai.CHAT
+    is_anthropic = path.startswith("/v1/messages")
+    return anthropic.MessagesAdapter() if is_anthropic else openai.ChatCompletionsAdapter()

@@ -1,10 +1,10 @@
-"""One HTTP request's life, from the requests that it became to its last byte.
+"""One HTTP request while it is generated for, from its submission to the last byte.
 
 Owns: `GenerationRun`, an ASGI response; errors as responses.
-Does not know: any API's shapes (a `ResponseBuilder` makes them), sockets, ranks.
-Invariant: whatever ends an HTTP request, its places in the group are freed; every wait has a
-deadline; no text of prompts or answers is logged.
-Next: `exchange.py` says what a `ResponseBuilder` is; `engine/lockstep.py` calls the sinks.
+Does not know: any API's shapes (a `ResponseBuilder` has them), sockets, ranks.
+Invariant: whatever ends an HTTP request, its requests to the group are cancelled; every wait has a
+deadline; no text of prompts or responses is logged.
+Next: `api/protocol.py` has `ResponseBuilder`; `ranks/rank_group.py` calls the sinks.
 """
 
 from __future__ import annotations
@@ -33,305 +33,308 @@ from .metrics import InstrumentedGroup
 
 log = logging.getLogger(__name__)
 
-COMMENT = b": waiting\n\n"  # an event stream's comment: no event
+_KEEP_ALIVE = b": waiting\n\n"  # a comment of an event stream
 
 
 @dataclass
 class InFlightChoice:
-    """One choice while it is being written.
+    """One choice while it is generated.
 
     Args:
-        index: among the choices of one HTTP request.
-        request: what the group is asked.
+        index: among the choices of the HTTP request.
+        request: what the group is to generate now.
         prompt_tokens: to be counted: 0 if another choice has the same prompt.
-        answer: from tokens to parts.
-        text: says what was reported about tokens.
-        echo: what the answer begins with.
-        think_tokens: reasoning ends after so many; None: when the model ends it.
-        then: what follows reasoning, and the request that has its grammar; None: this goes on.
+        parser: from tokens to parts.
+        tokenizer: of the model.
+        echo: what the choice begins with.
+        thinking_budget: most tokens of reasoning; None: no limit.
+        after_reasoning: parser and request, with its grammar, of what follows reasoning; None:
+            the present ones go on.
     """
 
     index: int
     request: Request
     prompt_tokens: int
-    answer: OutputParser
-    text: ChatTokenizer
+    parser: OutputParser
+    tokenizer: ChatTokenizer
     echo: str = ""
-    think_tokens: int | None = None
-    then: tuple[OutputParser, Request] | None = None
-    tokens: int = 0
-    reasoning: int = 0
-    cached: int = 0
+    thinking_budget: int | None = None
+    after_reasoning: tuple[OutputParser, Request] | None = None
+    generated_tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
     finish: FinishReason | None = None
     parts: list[OutputPart] = field(default_factory=list)
-    _logged: list[TokenLogprob] = field(default_factory=list)
-    _given: list[int] = field(default_factory=list)  # since the request began
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    _request_tokens: list[int] = field(default_factory=list)  # generated for `request`
 
-    def take(self, event: TokenEvent) -> list[OutputPart]:
-        """The parts that a token makes certain."""
-        self.tokens += 1
-        self._given.append(event.token)
-        if self.tokens == 1:  # a continuation finds more, none of which was the client's prompt
-            self.cached = event.cached_tokens
+    def add_token(self, event: TokenEvent) -> list[OutputPart]:
+        """The parts that are certain with this token."""
+        self.generated_tokens += 1
+        self._request_tokens.append(event.token)
+        if self.generated_tokens == 1:  # later requests find tokens that were not in the prompt
+            self.cached_tokens = event.cached_tokens
         if event.logprob is not None and event.finish != "stop":
-            self._logged.append(self.text.logged(event))
-        self.reasoning += self.answer.thinking
-        parts = self.answer.add(event.token)
+            self._logprobs.append(self.tokenizer.logged(event))
+        self.reasoning_tokens += self.parser.thinking
+        parts = self.parser.add(event.token)
         if event.finish is not None:
             self.finish = FinishReason("length" if event.finish == "length" else "stop")
-            parts += self.answer.end()
-        if self.answer.stopped is not None:
-            self.finish = FinishReason("string", self.answer.stopped)
-        elif self.answer.ended:
+            parts += self.parser.end()
+        if self.parser.stopped is not None:
+            self.finish = FinishReason("string", self.parser.stopped)
+        elif self.parser.ended:
             self.finish = FinishReason("stop")
-        if self._logged and (parts or self.finish):
-            parts = attach_logprobs(parts or [OutputPart("text", "")], self._logged)
-            self._logged.clear()
+        if self._logprobs and (parts or self.finish):
+            parts = attach_logprobs(parts or [OutputPart("text", "")], self._logprobs)
+            self._logprobs.clear()
         return parts
 
-    def think_first(self, reasoning: OutputParser) -> None:
-        """Let reasoning come before what must match the request's grammar; it cannot end the
-        answer."""
-        self.then = self.answer, self.request
+    def reason_first(self, parser: OutputParser) -> None:
+        """Generate reasoning before what must match the grammar. It cannot end the choice."""
+        self.after_reasoning = self.parser, self.request
         sampling = self.request.sampling
         bias = {**sampling.logit_bias, **dict.fromkeys(self.request.stop_tokens, -100.0)}
-        self.answer = reasoning
+        self.parser = parser
         self.request = replace(
             self.request, grammar=None, sampling=replace(sampling, logit_bias=bias)
         )
 
-    def turn(self, parts: list[OutputPart]) -> list[OutputPart] | None:
-        """Where reasoning has had its tokens, close it as the model would; where what follows it
-        must match a grammar, let that begin. `request` is then what is left of the answer.
+    def end_reasoning(self, parts: list[OutputPart]) -> list[OutputPart] | None:
+        """End reasoning that has used its budget, as the model would; begin what must match a
+        grammar once reasoning has ended. `request` is then for the rest of the choice.
 
         Args:
-            parts: what the last token made certain.
+            parts: that are certain with the last token.
 
         Returns:
-            What of it, and of the closing, is to be told; None: neither is due.
+            Those of them that are sent, and those of the end; None: neither is due.
         """
         if self.finish is not None:
             return None
-        spent = self.think_tokens is not None and self.reasoning >= self.think_tokens
-        close = self.text.think_end if spent and self.answer.thinking else ()
-        rest = (*self._given, *close)
-        left = self.request.max_tokens - len(rest)
-        if left < 1 or not (close or (self.then is not None and not self.answer.thinking)):
+        used_up = self.thinking_budget is not None and self.reasoning_tokens >= self.thinking_budget
+        end = self.tokenizer.think_end if used_up and self.parser.thinking else ()
+        generated = (*self._request_tokens, *end)
+        remaining = self.request.max_tokens - len(generated)
+        has_ended = self.after_reasoning is not None and not self.parser.thinking
+        if remaining < 1 or not (end or has_ended):
             return None
-        parts = parts + [part for token in close for part in self.answer.add(token)]
-        if self.then is None:
-            self.request = self.request.resumed_with(rest)
+        parts = parts + [part for token in end for part in self.parser.add(token)]
+        if self.after_reasoning is None:
+            self.request = self.request.resumed_with(generated)
         else:
-            # To the grammar all of this is a prompt; what came with reasoning's last token is none.
-            tokens = (*self.request.tokens, *rest)
+            # To the grammar this is a prompt. Text beside the end of reasoning is not part of it.
+            tokens = (*self.request.tokens, *generated)
             parts = [part for part in parts if part.kind == "reasoning"]
-            (self.answer, request), self.then = self.then, None
-            self.request = replace(request, tokens=tokens, max_tokens=left)
-        self.request, self._given = replace(self.request, id=uuid.uuid4().hex), []
+            (self.parser, request), self.after_reasoning = self.after_reasoning, None
+            self.request = replace(request, tokens=tokens, max_tokens=remaining)
+        self.request, self._request_tokens = replace(self.request, id=uuid.uuid4().hex), []
         return parts
 
 
 class GenerationRun(Response):
-    """One HTTP request's choices while the group generates them; an ASGI response.
+    """The choices of one HTTP request while the group generates them; an ASGI response.
 
-    From `__call__` on it holds places in the group, and gives them back whatever happens: the
-    answer is complete, the client has left, the group has failed, the server ends.
+    Its requests to the group are cancelled whatever happens: the response is complete, the client
+    has disconnected, the group has failed, the server shuts down.
 
     Args:
-        front: the API.
-        asked, head: make its `ResponseBuilder`.
-        drafts: the choices, not yet submitted.
+        adapter: the API.
+        request, meta: what its `ResponseBuilder` is made of.
+        choices: not yet submitted.
         group: generates.
-        register: where it is found while it runs, for `abort`.
-        deadline_s: longest wait for a token.
-        quiet_s: in a stream, how long nothing may be said: then comes a sign of life.
+        active_runs: has this run while it runs, for `abort`.
+        token_timeout_s: longest wait for a token.
+        keep_alive_s: longest silence in a stream.
     """
 
     def __init__(
         self,
-        front: ApiAdapter,
-        asked: GenerationRequest,
-        head: ResponseMeta,
-        drafts: list[InFlightChoice],
+        adapter: ApiAdapter,
+        request: GenerationRequest,
+        meta: ResponseMeta,
+        choices: list[InFlightChoice],
         group: InstrumentedGroup,
-        register: set[GenerationRun],
-        deadline_s: float,
-        quiet_s: float,
+        active_runs: set[GenerationRun],
+        token_timeout_s: float,
+        keep_alive_s: float,
     ) -> None:
-        self._front, self._asked, self._reply = front, asked, front.respond(asked, head)
-        self._drafts, self._group = drafts, group
-        self._register, self._deadline_s, self._quiet_s = register, deadline_s, quiet_s
-        self._live: Callable[[], Awaitable[None]] | None = None  # gives a sign of life
-        self._said_s = 0.0  # when something was said last, in the loop's time
+        self._adapter, self._stream = adapter, request.stream
+        self._builder = adapter.respond(request, meta)
+        self._choices, self._group, self._active_runs = choices, group, active_runs
+        self._token_timeout_s, self._keep_alive_s = token_timeout_s, keep_alive_s
+        self._keep_alive: Callable[[], Awaitable[None]] | None = None  # of a stream
+        self._last_write_s = 0.0  # in the loop's time
         self._events: asyncio.Queue[tuple[InFlightChoice, TokenEvent | CenacleError]] = (
             asyncio.Queue()
         )
 
     def abort(self, error: CenacleError) -> None:
-        """End the answer with an error. Call it from the event loop's thread."""
-        self._events.put_nowait((self._drafts[0], error))
+        """End the response with an error. Call it in the event loop's thread."""
+        self._events.put_nowait((self._choices[0], error))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, until done or until the client has left."""
-        self._register.add(self)
+        """Respond, until all is sent or the client has disconnected."""
+        self._active_runs.add(self)
         try:
-            for draft in self._drafts:
-                self._group.submit(draft.request, self._sink(draft))
+            for choice in self._choices:
+                self._group.submit(choice.request, self._sink(choice))
         except CenacleError as error:  # while there is still a status to send
-            self._give_back()
-            await error_response(error, self._front)(scope, receive, send)
+            self._release()
+            await error_response(error, self._adapter)(scope, receive, send)
             return
-        stream = self._asked.stream
-        work = asyncio.create_task(
-            self._stream(send) if stream else self._whole(scope, receive, send)
+        respond = (
+            self._send_stream(send) if self._stream else self._send_whole(scope, receive, send)
         )
-        gone = asyncio.create_task(_disconnected(receive))
+        work = asyncio.create_task(respond)
+        disconnect = asyncio.create_task(_wait_for_disconnect(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._give_back()
+            self._release()
             work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            disconnect.cancel()
+            await asyncio.gather(work, disconnect, return_exceptions=True)
 
-    def _give_back(self) -> None:
-        self._register.discard(self)
-        for draft in self._drafts:
-            self._group.cancel(draft.request.id)
+    def _release(self) -> None:
+        self._active_runs.discard(self)
+        for choice in self._choices:
+            self._group.cancel(choice.request.id)
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with aclosing(self._generate()) as generated:
-                async for draft, parts in generated:
-                    draft.parts += parts
+                async for choice, parts in generated:
+                    choice.parts += parts
             choices = [
-                ChoiceState(d.index, d.parts, d.finish or FinishReason("length"))
-                for d in self._drafts
+                ChoiceState(c.index, c.parts, c.finish or FinishReason("length"))
+                for c in self._choices
             ]
-            response = json_response(200, self._reply.full_response(choices, self._usage()))
+            response = json_response(200, self._builder.full_response(choices, self._usage()))
         except Exception as error:
-            response = error_response(error, self._front)
+            response = error_response(error, self._adapter)
         await response(scope, receive, send)
 
-    async def _stream(self, send: Send) -> None:
+    async def _send_stream(self, send: Send) -> None:
         async def write(body: bytes) -> None:
-            self._said_s = asyncio.get_running_loop().time()
+            self._last_write_s = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
-        async def say(events: Iterable[Event]) -> None:
+        async def write_events(events: Iterable[Event]) -> None:
             for event in events:
-                await write(_server_sent(event))
+                await write(_server_sent_event(event))
 
-        async def live() -> None:
-            await write(b"".join(map(_server_sent, self._reply.keep_alive())) or COMMENT)
+        async def keep_alive() -> None:
+            events = self._builder.keep_alive()
+            await write(b"".join(map(_server_sent_event, events)) or _KEEP_ALIVE)
 
-        self._live, self._said_s = live, asyncio.get_running_loop().time()
+        self._keep_alive, self._last_write_s = keep_alive, asyncio.get_running_loop().time()
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        builder = self._builder
         try:
-            for draft in self._drafts:
-                await say(self._reply.first_events(draft.index, self._usage()))
+            for choice in self._choices:
+                await write_events(builder.first_events(choice.index, self._usage()))
             async with aclosing(self._generate()) as generated:
-                async for draft, parts in generated:
+                async for choice, parts in generated:
                     for part in parts:
-                        await say(self._reply.delta(draft.index, part))
-                    if draft.finish is not None:
-                        await say(self._reply.finish_choice(draft.index, draft.finish))
-            await say(self._reply.finish_stream(self._usage()))
-        except Exception as error:  # too late for a status: the client is told in the stream
-            await say(self._reply.error(to_client_error(error)))
+                        await write_events(builder.delta(choice.index, part))
+                    if choice.finish is not None:
+                        await write_events(builder.finish_choice(choice.index, choice.finish))
+            await write_events(builder.finish_stream(self._usage()))
+        except Exception as error:  # too late for a status
+            await write_events(builder.error(to_client_error(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _generate(self) -> AsyncGenerator[tuple[InFlightChoice, list[OutputPart]], None]:
-        """Every token's parts, until all choices are finished."""
-        for draft in self._drafts:
-            if draft.echo:
-                yield draft, [OutputPart("text", draft.echo)]
-        left = len(self._drafts)
-        while left:
-            draft, event = await self._next()
+        """The parts of every token, until all choices are finished."""
+        for choice in self._choices:
+            if choice.echo:
+                yield choice, [OutputPart("text", choice.echo)]
+        unfinished = len(self._choices)
+        while unfinished:
+            choice, event = await self._next_event()
             if isinstance(event, CenacleError):
                 raise event
-            if draft.finish is not None or event.request_id != draft.request.id:
-                continue  # was under way when the choice ended, or its reasoning
-            parts, began = draft.take(event), draft.request.id
-            if (turned := draft.turn(parts)) is not None:
-                parts = turned
-                self._group.cancel(began, "continued")
-                self._group.submit(draft.request, self._sink(draft))
-            if draft.finish is not None:
-                # A stop string: the ranks know nothing of it.
-                self._group.cancel(draft.request.id, "stop")
-                left -= 1
-            yield draft, parts
+            if choice.finish is not None or event.request_id != choice.request.id:
+                continue  # was on its way when the choice, or its reasoning, ended
+            parts = choice.add_token(event)
+            if (reasoning := choice.end_reasoning(parts)) is not None:
+                parts = reasoning
+                self._group.cancel(event.request_id, "continued")
+                self._group.submit(choice.request, self._sink(choice))
+            if choice.finish is not None:
+                self._group.cancel(choice.request.id, "stop")  # ranks do not know stop strings
+                unfinished -= 1
+            yield choice, parts
 
-    async def _next(self) -> tuple[InFlightChoice, TokenEvent | CenacleError]:
+    async def _next_event(self) -> tuple[InFlightChoice, TokenEvent | CenacleError]:
         loop = asyncio.get_running_loop()
-        ends = loop.time() + self._deadline_s
+        deadline = loop.time() + self._token_timeout_s
         while True:
-            due = ends
-            if self._live is not None:
-                # Clients and proxies hang up on who says nothing, and recovery may take long.
-                if loop.time() >= self._said_s + self._quiet_s:
-                    await self._live()
-                due = min(ends, self._said_s + self._quiet_s)
+            wake_up = deadline
+            if self._keep_alive is not None:
+                # Clients and proxies close silent connections, and recovery may take long.
+                if loop.time() >= self._last_write_s + self._keep_alive_s:
+                    await self._keep_alive()
+                wake_up = min(deadline, self._last_write_s + self._keep_alive_s)
             try:
-                async with asyncio.timeout_at(due):
+                async with asyncio.timeout_at(wake_up):
                     return await self._events.get()
             except TimeoutError:
-                if loop.time() >= ends:
-                    raise ClusterError(f"no token came for {self._deadline_s:g} s") from None
+                if loop.time() >= deadline:
+                    message = f"no token came for {self._token_timeout_s:g} s"
+                    raise ClusterError(message) from None
 
-    def _sink(self, draft: InFlightChoice) -> Sink:
-        """Called by the group's thread."""
+    def _sink(self, choice: InFlightChoice) -> Sink:
+        """Called in the group's thread."""
         loop, put = asyncio.get_running_loop(), self._events.put_nowait
 
         def sink(event: TokenEvent | CenacleError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(put, (draft, event))
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(put, (choice, event))
 
         return sink
 
     def _usage(self) -> Usage:
-        drafts = self._drafts
         return Usage(
-            sum(d.prompt_tokens for d in drafts),
-            sum(d.tokens for d in drafts),
-            sum(d.cached for d in drafts if d.prompt_tokens),
-            sum(d.reasoning for d in drafts),
+            sum(choice.prompt_tokens for choice in self._choices),
+            sum(choice.generated_tokens for choice in self._choices),
+            sum(choice.cached_tokens for choice in self._choices if choice.prompt_tokens),
+            sum(choice.reasoning_tokens for choice in self._choices),
         )
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def _server_sent(event: Event) -> bytes:
+def _server_sent_event(event: Event) -> bytes:
     name, data = event
     text = data if isinstance(data, str) else json.dumps(data)
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
 def to_client_error(error: Exception) -> CenacleError:
-    """An error that a client may see."""
+    """What a client may know of an error. Others than ours are logged, and their text may be a
+    client's: neither it nor lines of code are shown."""
     if isinstance(error, CenacleError):
         return error
-    # Neither its message nor the lines of code: they may hold a client's text.
     where = traceback.extract_tb(error.__traceback__)[-1:]
     at = "".join(f" at {frame.filename}:{frame.lineno}" for frame in where)
     log.error("internal error: %s%s", type(error).__name__, at)
-    return CenacleError("The server made a mistake; its log says where")
+    return CenacleError("internal error; see the server's log")
 
 
 def error_response(
-    error: Exception, front: ApiAdapter, headers: dict[str, str] | None = None
+    error: Exception, adapter: ApiAdapter, headers: dict[str, str] | None = None
 ) -> Response:
-    """An error as a response of an API."""
-    status, body = front.render_error(to_client_error(error))
+    """An error in an API's form."""
+    status, body = adapter.render_error(to_client_error(error))
     if isinstance(error, Busy):
         headers = {**(headers or {}), "retry-after": str(error.retry_after_s)}
     return json_response(status, body, headers)
@@ -340,6 +343,5 @@ def error_response(
 def json_response(
     status: int, body: dict[str, object], headers: dict[str, str] | None = None
 ) -> Response:
-    """A JSON object as a response. ASCII: a name that a client sent may hold half of a surrogate
-    pair."""
+    """A JSON object as a response. It is ASCII: names that a client sent may not be Unicode."""
     return Response(json.dumps(body), status, headers, "application/json")

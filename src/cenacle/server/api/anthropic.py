@@ -1,530 +1,428 @@
-"""Anthropic's Messages API as plain data: a body's bytes to what is asked, parts of an answer to
-messages and stream events.
+"""Anthropic's Messages API.
 
-Owns: names, types and ranges of the parameters; content blocks; the shapes of answers and errors.
+Owns: the request models, where each parameter is declared; the shapes of messages, events, errors.
 Does not know: HTTP, tokenizers, MLX, time.
-Invariant: a parameter is obeyed or refused by name, never ignored in silence (`metadata.user_id`
-tells an operator who asks, and `cache_control` asks for what happens anyway); null counts as
-absent.
+Invariant: a parameter is obeyed or refused by name, never ignored. `metadata.user_id` tells the
+operator who asks, and `cache_control` asks for what happens anyway; neither has an effect.
 Source: https://docs.anthropic.com/en/api/messages
-Next: `exchange.py` has the nouns, `app.py` puts it on sockets.
+Next: `protocol.py` has what all APIs share, `app.py` has the endpoints.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from itertools import chain, groupby
+from operator import itemgetter
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import Sampling
-from ...errors import Busy, CenacleError, ClusterError, InputError
-from . import openai, structured_output
+from ...errors import CenacleError
+from .openai import StopString
 from .protocol import (
+    MAX_TOOLS,
     ApiAdapter,
+    ApiRequest,
     ChoiceState,
     Event,
     GenerationRequest,
+    ResponseBuilder,
     ResponseMeta,
     ServedModel,
-    check_model,
+    SharedParameters,
+    ToolName,
+    http_status,
+    merge_messages,
+    tool_call,
 )
+from .structured_output import ToolChoice, json_schema_grammar, restrict_output
 from .validation import (
-    UNSUPPORTED,
-    Fields,
+    Items,
+    JsonObject,
+    OneOf,
     RequestError,
-    boolean,
-    dict_of,
-    integer,
-    integer_from,
-    list_of,
-    missing,
-    not_supported,
-    number,
-    object_of,
-    one_of,
-    shown,
-    string,
-    strings,
-    wrong_type,
+    RequestModel,
+    Text,
+    Unsupported,
+    never,
 )
 
 MAX_STOPS = 16
-MIN_THINK_TOKENS = 1024  # Anthropic's least budget
-
-_STRING = {"type": "string"}
-_OBJECT = {"type": "object"}
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "model": _STRING,
-    "messages": {"type": "array", "items": _OBJECT, "minItems": 1},
-    "max_tokens": {"type": "integer", "minimum": 1},
-    "system": {"oneOf": [_STRING, {"type": "array", "items": _OBJECT}]},
-    "temperature": {"type": "number", "minimum": 0, "maximum": 1, "default": 1},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "top_k": {"type": "integer", "minimum": 0},
-    "stop_sequences": {
-        "type": "array",
-        "items": {"type": "string", "minLength": 1},
-        "maxItems": MAX_STOPS,
-    },
-    "stream": {"type": "boolean"},
-    "tools": {"type": "array", "items": _OBJECT, "maxItems": openai.MAX_TOOLS},
-    "tool_choice": {
-        "type": "object",
-        "properties": {
-            "type": {"enum": ["auto", "any", "tool", "none"]},
-            "name": _STRING,
-            "disable_parallel_tool_use": {"type": "boolean"},
-        },
-        "required": ["type"],
-        "additionalProperties": False,
-    },
-    "thinking": {
-        "type": "object",
-        "properties": {
-            "type": {"enum": ["enabled", "disabled", "adaptive"]},
-            "budget_tokens": {"type": "integer", "minimum": MIN_THINK_TOKENS},
-        },
-        "required": ["type"],
-        "additionalProperties": False,
-    },
-    "output_config": {
-        "type": "object",
-        "properties": {
-            "format": {
-                "type": "object",
-                "properties": {"type": {"const": "json_schema"}, "schema": _OBJECT},
-                "required": ["type", "schema"],
-                "additionalProperties": False,
-            }
-        },
-        "additionalProperties": False,
-    },
-    "metadata": {
-        "type": "object",
-        "properties": {"user_id": _STRING},
-        "additionalProperties": False,
-    },
-}
-COUNT_PARAMETERS = {
-    name: PARAMETERS[name]
-    for name in (
-        *("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config"),
-    )
-}
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "cache_control": ({"type": "ephemeral"},),
-    "container": (),
-    "context_management": (),
-    "diagnostics": (),
-    "inference_geo": (),
-    "mcp_servers": ([],),
-    "service_tier": ("auto", "standard_only"),
-    "speed": ("standard",),
-    "user_profile_id": (),
-    "workspace_id": (),
-}
-_TOOL: dict[str, tuple[Any, ...]] = {
-    "allowed_callers": (["direct"],),
-    "defer_loading": (False,),
-    "eager_input_streaming": (False,),
-    "input_examples": ([],),
-}
-_BLOCK: dict[str, tuple[Any, ...]] = {"citations": ([],)}
-_BLOCKS = {
-    "system": "'text'",
-    "user": "'text' or 'tool_result'",
-    "assistant": "'text', 'thinking' or 'tool_use'",
-}
+MIN_THINKING_TOKENS = 1024  # Anthropic's smallest budget
 
 
-def read(body: bytes, served: ServedModel) -> GenerationRequest:
-    """What a body of messages asks.
-
-    Raises:
-        InputError: names the field (a `Refused` where a code or a status goes with it).
-    """
-    fields = Fields(object_of(body), known=PARAMETERS)
-    max_tokens = fields.need("max_tokens", integer_from(1, None))
-    none: int | None = None
-    sampling = Sampling(
-        temperature=fields.take("temperature", _temperature, 1.0),
-        top_p=fields.take("top_p", number, 1.0),
-        top_k=fields.take("top_k", integer, none) or 0,
-    )
-    stop = fields.take("stop_sequences", _stops, ())
-    stream = fields.take("stream", boolean, False)
-    fields.take("metadata", _metadata, "")
-    return _read(fields, served, max_tokens, sampling, stop, stream)
+class _CacheControl(RequestModel):
+    type: Literal["ephemeral"] | None = None
+    ttl: Literal["5m", "1h"] | None = None
 
 
-def read_count(body: bytes, served: ServedModel) -> GenerationRequest:
-    """What a body of count_tokens asks; only its prompt is of interest."""
-    fields = Fields(object_of(body), known=COUNT_PARAMETERS)
-    return _read(fields, served, None, Sampling(), (), False)
+class _Cacheable(RequestModel):
+    cache_control: _CacheControl | None = Field(None, description="Has no effect.")
 
 
-def _read(
-    fields: Fields,
-    served: ServedModel,
-    max_tokens: int | None,
-    sampling: Sampling,
-    stop: tuple[str, ...],
-    stream: bool,
-) -> GenerationRequest:
-    check_model(fields.need("model", string), served)
-    system = fields.take("system", _system, "")
-    messages = fields.need("messages", _messages)
-    last = messages[-1]
-    if last["role"] == "assistant" and ("tool_calls" in last or not last["content"]):
-        raise RequestError(
-            "messages: expected a tool_result or text to end them, got neither", "messages"
-        )
-    if system:
-        messages = [{"role": "system", "content": system}, *messages]
-    tools = fields.take("tools", _tools, ())
-    choice, parallel = fields.take("tool_choice", _tool_choice, ("auto", True))
-    tools, calls, grammar = openai.choose_tools(tools, choice, parallel)
-    if (wanted := fields.take("output_config", _output_config, None)) is not None:
-        if tools:
-            raise not_supported(
-                "output_config.format", "together with tools; tool_choice none frees it"
-            )
-        grammar = wanted
-    think, budget = fields.take("thinking", _thinking, (None, None))
-    if budget is not None and max_tokens is not None and budget >= max_tokens:
-        raise RequestError(
-            f"thinking.budget_tokens: expected less than max_tokens={max_tokens}, got {budget}",
-            "thinking.budget_tokens",
-        )
-    fields.refuse_rest(_UNSUPPORTED)
-    return GenerationRequest(
-        (tuple(messages),),
-        True,
-        "messages",
-        max_tokens,
-        sampling,
-        stop,
-        stream=stream,
-        tools=tools,
-        calls=calls,
-        parallel=parallel,
-        grammar=grammar,
-        grammar_field="tools" if calls is not None else "output_config.format",
-        think=think,
-        think_tokens=budget,
-        continued=last["role"] == "assistant",
-    )
+class _TextBlock(_Cacheable):
+    unsupported: ClassVar[Unsupported] = {"citations": ([],)}
+    type: Literal["text"]
+    text: Text
 
 
-def _temperature(value: Any, name: str) -> float:
-    if not 0 <= number(value, name) <= 1:
-        raise RequestError(f"{name}: expected from 0 to 1, got {shown(value)}", name)
-    return float(value)
+_TextBlocks = Items[Annotated[_TextBlock, OneOf(unsupported=True)]]
 
 
-def _stops(value: Any, name: str) -> tuple[str, ...]:
-    return strings(MAX_STOPS)(list_of(value, name), name)
-
-
-def _metadata(value: Any, name: str) -> str:
-    fields = Fields(dict_of(value, name), f"{name}.")
-    user = fields.take("user_id", string, "")
-    fields.refuse_rest({})
-    return user
-
-
-def _thinking(value: Any, name: str) -> tuple[bool | None, int | None]:
-    fields = Fields(dict_of(value, name), f"{name}.")
-    kind = fields.need("type", one_of("enabled", "disabled", "adaptive"))
-    budget: int | None = None
-    if kind == "enabled":
-        budget = fields.need("budget_tokens", integer_from(MIN_THINK_TOKENS, None))
-    fields.refuse_rest({"display": ("summarized",)})
-    return {"enabled": True, "disabled": False}.get(kind), budget  # adaptive: as the model likes
-
-
-def _output_config(value: Any, name: str) -> str | None:
-    fields = Fields(dict_of(value, name), f"{name}.")
-    none: str | None = None
-    grammar = fields.take("format", _format, none)
-    fields.refuse_rest({"effort": ()})
-    return grammar
-
-
-def _format(value: Any, name: str) -> str:
-    fields = Fields(dict_of(value, name), f"{name}.")
-    fields.need("type", one_of("json_schema"))
-    schema = fields.need("schema", dict_of)
-    fields.refuse_rest({})
-    return structured_output.json_schema_grammar(schema, f"{name}.schema")
-
-
-def _tools(value: Any, name: str) -> tuple[Tool, ...]:
-    items = [_tool(t, f"{name}[{at}]") for at, t in enumerate(list_of(value, name))]
-    return openai.unique(items, name)
-
-
-def _tool(value: Any, name: str) -> Tool:
-    fields = Fields(dict_of(value, name), f"{name}.")
-    if (kind := fields.take("type", string, "custom")) != "custom":
-        raise not_supported(f"{name}.type", f"only your own tools, not {shown(kind)}")
-    tool = Tool(
-        fields.need("name", openai.tool_name),
-        fields.take("description", string, ""),
-        fields.need("input_schema", dict_of),
-        fields.take("strict", boolean, False),
-    )
-    _take_cache_control(fields)
-    fields.refuse_rest(_TOOL)
-    return tool
-
-
-def _tool_choice(value: Any, name: str) -> tuple[str | Tool, bool]:
-    fields = Fields(dict_of(value, name), f"{name}.")
-    kind = fields.need("type", one_of("auto", "any", "tool", "none"))
-    choice: str | Tool = {"any": "required"}.get(kind, kind)
-    if kind == "tool":
-        choice = Tool(fields.need("name", string))
-    parallel = not fields.take("disable_parallel_tool_use", boolean, False)
-    fields.refuse_rest({})
-    return choice, parallel
-
-
-def _take_cache_control(fields: Fields) -> None:
-    """What was computed is kept anyway."""
-    control = Fields(fields.take("cache_control", dict_of, {}), "cache_control.")
-    control.take("type", one_of("ephemeral"), "")
-    control.take("ttl", one_of("5m", "1h"), "")
-    control.refuse_rest({})
-
-
-def _system(value: Any, name: str) -> str:
-    if isinstance(value, str):
-        return string(value, name)
-    return "\n\n".join(_text_block(b, f"{name}[{at}]") for at, b in enumerate(list_of(value, name)))
-
-
-def _text_block(value: Any, name: str) -> str:
-    fields = Fields(dict_of(value, name), f"{name}.")
-    kind = fields.need("type", string)
-    if kind != "text":
-        raise _block_refused(name, kind, "'text'")
-    return _text(fields)
-
-
-def _text(fields: Fields) -> str:
-    text = fields.need("text", string)
-    _take_cache_control(fields)
-    fields.refuse_rest(_BLOCK)
-    return text
-
-
-def _block_refused(name: str, kind: str, known: str) -> RequestError:
-    return RequestError(
-        f"{name}.type: this server reads only blocks of type {known} here, got {shown(kind)}",
-        f"{name}.type",
-        UNSUPPORTED,
-    )
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    items = list_of(value, name)
-    if not items:
-        raise RequestError("messages: expected at least one message, got none", name)
-    messages = [m for at, item in enumerate(items) for m in _message(item, f"{name}[{at}]")]
-    whole: list[Message] = []
-    for message in messages:
-        # Templates want turns; this API lets several messages make one.
-        if whole and message["role"] == whole[-1]["role"] in ("user", "assistant"):
-            whole[-1] = _merged(whole[-1], message)
-        else:
-            whole.append(message)
-    return whole
-
-
-def _merged(first: Message, second: Message) -> Message:
-    texts = [m["content"] for m in (first, second) if m["content"]]
-    merged = {**first, **second, "content": "\n".join(texts)}
-    calls = [*first.get("tool_calls", []), *second.get("tool_calls", [])]
-    return {**merged, "tool_calls": calls} if calls else merged
-
-
-def _message(value: Any, name: str) -> Iterator[Message]:
-    """One message's content as chat templates read it: results of tools are messages of their own,
-    before the rest."""
-    fields = Fields(dict_of(value, name), f"{name}.")
-    role = fields.need("role", one_of("user", "assistant", "system"))
-    if not fields.has("content"):
-        raise missing(f"{name}.content")
-    content = fields.take("content", lambda given, _: given, None)
-    fields.refuse_rest({})
-    full = f"{name}.content"
+def _content_text(content: str | Sequence[Any], separator: str = "") -> str:
+    """The text of a content; blocks of other types have none."""
     if isinstance(content, str):
-        yield {"role": role, "content": string(content, full)}
-        return
-    if not isinstance(content, list):
-        raise wrong_type(full, "a string or a list of blocks", content)
-    texts: list[str] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results = 0
-    for at, item in enumerate(content):
-        where = f"{full}[{at}]"
-        block = Fields(dict_of(item, where), f"{where}.")
-        kind = block.need("type", string)
-        if kind == "text":
-            texts.append(_text(block))
-        elif kind == "tool_result" and role == "user":
-            results += 1
-            yield _result(block)
-        elif kind == "tool_use" and role == "assistant":
-            calls.append(_use(block))
-        elif kind == "thinking" and role == "assistant":
-            thoughts.append(block.need("thinking", string))
-            block.take("signature", string, "")
-            block.refuse_rest({})
-        else:
-            raise _block_refused(where, kind, _BLOCKS[role])
-    message: Message = {"role": role, "content": "".join(texts)}
-    if thoughts:
-        message["reasoning_content"] = "".join(thoughts)
-    if calls:
-        message["tool_calls"] = calls
-    if texts or calls or not results:
-        yield message
+        return content
+    return separator.join(block.text for block in content if isinstance(block, _TextBlock))
 
 
-def _use(block: Fields) -> dict[str, Any]:
-    made = openai.past_call(
-        block.need("id", string), block.need("name", string), block.need("input", dict_of)
+_Texts = Annotated[str, OneOf(Text, _TextBlocks, into=_content_text)]
+
+
+class _ToolResultBlock(_Cacheable):
+    type: Literal["tool_result"]
+    tool_use_id: Text
+    content: _Texts = ""
+    is_error: bool = False
+
+    def to_template(self) -> Message:
+        content = f"Error: {self.content}" if self.is_error else self.content
+        return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
+
+
+class _ToolUseBlock(_Cacheable):
+    unsupported: ClassVar[Unsupported] = {"caller": ({"type": "direct"},)}
+    type: Literal["tool_use"]
+    id: Text
+    name: Text
+    input: JsonObject
+
+    def to_template(self) -> JsonObject:
+        return tool_call(self.id, self.name, self.input)
+
+
+class _ThinkingBlock(RequestModel):
+    type: Literal["thinking"]
+    thinking: Text
+    signature: Text = ""
+
+
+class _SystemMessage(RequestModel):
+    role: Literal["system"]
+    content: _Texts
+
+    def to_template(self) -> list[Message]:
+        return [{"role": "system", "content": self.content}]
+
+
+class _UserMessage(RequestModel):
+    role: Literal["user"]
+    content: Annotated[
+        str | list[Any],
+        OneOf(Text, Items[Annotated[_TextBlock | _ToolResultBlock, OneOf(unsupported=True)]]),
+    ]
+
+    def to_template(self) -> list[Message]:
+        """Results of tools are messages of their own, before the text."""
+        results = [b.to_template() for b in self.content if isinstance(b, _ToolResultBlock)]
+        if len(results) == len(self.content) > 0:
+            return results
+        return [*results, {"role": "user", "content": _content_text(self.content)}]
+
+
+class _AssistantMessage(RequestModel):
+    role: Literal["assistant"]
+    content: Annotated[
+        str | list[Any],
+        OneOf(
+            Text,
+            Items[Annotated[_TextBlock | _ThinkingBlock | _ToolUseBlock, OneOf(unsupported=True)]],
+        ),
+    ]
+
+    def to_template(self) -> list[Message]:
+        message: Message = {"role": "assistant", "content": _content_text(self.content)}
+        thinking = [b.thinking for b in self.content if isinstance(b, _ThinkingBlock)]
+        if thinking:
+            message["reasoning_content"] = "".join(thinking)
+        calls = [b.to_template() for b in self.content if isinstance(b, _ToolUseBlock)]
+        if calls:
+            message["tool_calls"] = calls
+        return [message]
+
+
+class _Tool(_Cacheable):
+    unsupported: ClassVar[Unsupported] = {
+        "allowed_callers": (["direct"],),
+        "defer_loading": (False,),
+        "eager_input_streaming": (False,),
+        "input_examples": ([],),
+    }
+    type: Literal["custom"] = "custom"
+    name: ToolName
+    description: Text = ""
+    input_schema: JsonObject = Field(description="A JSON schema of the arguments.")
+    strict: bool = Field(False, description="Calls that break the schema are text.")
+
+    def to_tool(self) -> Tool:
+        return Tool(self.name, self.description, self.input_schema, self.strict)
+
+
+class _ToolMode(RequestModel):
+    type: Literal["auto", "any", "none"]
+    disable_parallel_tool_use: bool = False
+
+    def to_choice(self) -> ToolChoice:
+        return ToolChoice("required" if self.type == "any" else self.type)
+
+
+class _NamedTool(RequestModel):
+    type: Literal["tool"]
+    name: Text
+    disable_parallel_tool_use: bool = False
+
+    def to_choice(self) -> ToolChoice:
+        return ToolChoice("required", self.name)
+
+
+class _ThinkingEnabled(RequestModel):
+    unsupported: ClassVar[Unsupported] = {"display": ("summarized",)}
+    type: Literal["enabled"]
+    budget_tokens: int = Field(ge=MIN_THINKING_TOKENS, description="Most tokens of reasoning.")
+
+    def to_thinking(self) -> tuple[bool | None, int | None]:
+        return True, self.budget_tokens
+
+
+class _ThinkingMode(RequestModel):
+    unsupported: ClassVar[Unsupported] = {"display": ("summarized",)}
+    type: Literal["disabled", "adaptive"]
+
+    def to_thinking(self) -> tuple[bool | None, int | None]:
+        return False if self.type == "disabled" else None, None
+
+
+class _OutputFormat(RequestModel):
+    type: Literal["json_schema"]
+    schema_: JsonObject = Field(alias="schema")
+
+
+class _OutputConfig(RequestModel):
+    unsupported: ClassVar[Unsupported] = never("effort")
+    format: _OutputFormat | None = None
+
+
+class _Metadata(RequestModel):
+    user_id: Text = ""
+
+
+class CountTokensRequest(ApiRequest):
+    """The body of POST /v1/messages/count_tokens: what the prompt is made of."""
+
+    unsupported: ClassVar[Unsupported] = {
+        **never("container", "context_management", "diagnostics", "inference_geo"),
+        **never("user_profile_id", "workspace_id"),
+        "cache_control": ({"type": "ephemeral"},),
+        "mcp_servers": ([],),
+        "service_tier": ("auto", "standard_only"),
+        "speed": ("standard",),
+    }
+    model: Text = Field(description="The served model.")
+    messages: Items[
+        Annotated[
+            list[Message],
+            OneOf(
+                _UserMessage,
+                _AssistantMessage,
+                _SystemMessage,
+                tag="role",
+                into=lambda message: message.to_template(),
+            ),
+        ]
+    ] = Field(min_length=1, description="The conversation so far.")
+    system: Annotated[
+        str, OneOf(Text, _TextBlocks, into=lambda blocks: _content_text(blocks, "\n\n"))
+    ] = Field("", description="A system message before the conversation.")
+    tools: Items[Annotated[_Tool, OneOf(unsupported=True)]] = Field(
+        [], max_length=MAX_TOOLS, description="Tools that the model may call."
     )
-    _take_cache_control(block)
-    block.refuse_rest({"caller": ({"type": "direct"},)})
-    return made
+    tool_choice: Annotated[_ToolMode | _NamedTool, OneOf()] = Field(
+        _ToolMode(type="auto"), description="Whether and which tools are called."
+    )
+    thinking: Annotated[_ThinkingEnabled | _ThinkingMode, OneOf()] | None = Field(
+        None, description="Whether the model reasons first. None: as its template has it."
+    )
+    output_config: _OutputConfig = Field(
+        _OutputConfig(), description="What the response must match."
+    )
+
+    def to_generation_request(self, served: ServedModel) -> GenerationRequest:
+        """See `ApiRequest`."""
+        served.check_name(self.model)
+        messages = _merge_turns(self.messages)
+        last = messages[-1]
+        if last["role"] == "assistant" and ("tool_calls" in last or not last["content"]):
+            raise RequestError("messages", "expected a tool_result or text at the end, got neither")
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        enable_thinking, budget = self.thinking.to_thinking() if self.thinking else (None, None)
+        request = GenerationRequest(
+            ((*system, *messages),),
+            is_chat=True,
+            prompt_field="messages",
+            max_tokens=None,
+            sampling=Sampling(),
+            parallel_tool_calls=not self.tool_choice.disable_parallel_tool_use,
+            grammar=self._format_grammar(),
+            grammar_field="output_config.format",
+            enable_thinking=enable_thinking,
+            thinking_budget=budget,
+            continue_final_message=last["role"] == "assistant",
+        )
+        tools = [tool.to_tool() for tool in self.tools]
+        return restrict_output(request, tools, self.tool_choice.to_choice())
+
+    def _format_grammar(self) -> str | None:
+        if (wanted := self.output_config.format) is None:
+            return None
+        return json_schema_grammar(wanted.schema_, "output_config.format.schema")
 
 
-def _result(block: Fields) -> Message:
-    call_id = block.need("tool_use_id", string)
-    text = block.take("content", _result_text, "")
-    if block.take("is_error", boolean, False):
-        text = f"Error: {text}"
-    _take_cache_control(block)
-    block.refuse_rest({})
-    return {"role": "tool", "tool_call_id": call_id, "content": text}
+class MessagesRequest(CountTokensRequest, SharedParameters):
+    """The body of POST /v1/messages."""
+
+    max_tokens: int = Field(ge=1, description="Most tokens of the response.")
+    temperature: float = Field(1.0, ge=0, le=1, description="0 is greedy decoding.")
+    stop_sequences: Items[StopString] = Field(
+        [],
+        max_length=MAX_STOPS,
+        description="Strings that end the response, which does not include them.",
+    )
+    metadata: _Metadata | None = Field(None, description="Has no effect.")
+
+    def to_generation_request(self, served: ServedModel) -> GenerationRequest:
+        """See `ApiRequest`."""
+        request = super().to_generation_request(served)
+        budget = request.thinking_budget
+        if budget is not None and budget >= self.max_tokens:
+            reason = f"expected less than max_tokens={self.max_tokens}, got {budget}"
+            raise RequestError("thinking.budget_tokens", reason)
+        return replace(
+            request,
+            max_tokens=self.max_tokens,
+            sampling=self.to_sampling(),
+            stop=tuple(self.stop_sequences),
+            stream=self.stream,
+        )
 
 
-def _result_text(value: Any, name: str) -> str:
-    if isinstance(value, str):
-        return string(value, name)
-    return "".join(_text_block(b, f"{name}[{at}]") for at, b in enumerate(list_of(value, name)))
+def _merge_turns(groups: Sequence[Sequence[Message]]) -> list[Message]:
+    """All messages, neighbours of one role in one turn."""
+    messages = chain.from_iterable(groups)
+    turns: list[Message] = []
+    for role, neighbours in groupby(messages, itemgetter("role")):
+        group = list(neighbours)
+        turns += [merge_messages(group, "\n")] if role in ("user", "assistant") else group
+    return turns
 
 
-class MessageBuilder:
-    """The message that answers one request."""
-
-    def __init__(self, asked: GenerationRequest, head: ResponseMeta) -> None:  # noqa: ARG002
-        self._head = head
-        self._block: str | None = None  # the kind of the open block
-        self._at = -1  # its index
+class _MessageBuilder(ResponseBuilder):
+    def __init__(self, request: GenerationRequest, meta: ResponseMeta) -> None:
+        super().__init__(request, meta)
+        self._kind: str | None = None  # of the open block
+        self._index = -1  # of the last block
         self._finish = FinishReason("stop")
-        self._called = 0
+        self._calls = 0
 
     def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
-        """The message without its content."""
-        yield _event("message_start", message=self._message([], None, None, usage))
+        yield _event("message_start", message=self._message([], usage))
 
     def delta(self, index: int, part: OutputPart) -> Iterator[Event]:  # noqa: ARG002
-        """A block's beginning where the kind changes, and what is added to it."""
         if not part.text and part.kind != "call":
             return
-        if part.kind == "call" or part.kind != self._block:
-            yield from self._close()
-            self._at, self._block = self._at + 1, part.kind
-            block = self._content(
-                OutputPart(part.kind, "{}" if part.kind == "call" else "", part.name, part.id)
-            )
-            yield _event("content_block_start", index=self._at, content_block=block)
+        if part.kind == "call" or part.kind != self._kind:
+            yield from self._close_block()
+            self._index, self._kind = self._index + 1, part.kind
+            empty = replace(part, text="{}" if part.kind == "call" else "")
+            block = self._block(empty)
+            yield _event("content_block_start", index=self._index, content_block=block)
         delta = {
             "text": {"type": "text_delta", "text": part.text},
             "reasoning": {"type": "thinking_delta", "thinking": part.text},
             "call": {"type": "input_json_delta", "partial_json": part.text},
         }[part.kind]
-        yield _event("content_block_delta", index=self._at, delta=delta)
+        yield _event("content_block_delta", index=self._index, delta=delta)
 
     def finish_choice(self, index: int, finish: FinishReason) -> Iterator[Event]:  # noqa: ARG002
-        """The last block's end."""
         self._finish = finish
-        yield from self._close()
+        yield from self._close_block()
 
     def finish_stream(self, usage: Usage) -> Iterator[Event]:
-        """Why it ended, what was counted, and the end."""
-        delta = self._stopped(self._finish, bool(self._called))
-        yield _event("message_delta", delta=delta, usage=usage_object(usage))
+        yield _event("message_delta", delta=self._stop_reason(), usage=usage_object(usage))
         yield _event("message_stop")
 
     def keep_alive(self) -> tuple[Event, ...]:
-        """A sign of life, as Anthropic has it."""
         return (_event("ping"),)
 
     def error(self, error: CenacleError) -> Iterator[Event]:
-        """Too late for a status: the client is told in the stream."""
         yield "error", render_error(error)[1]
 
-    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
-        """The message."""
-        parts = [p for p in join_text(choices[0].parts) if p.text]
-        content = [self._content(part) for part in parts]
-        stopped = self._stopped(choices[0].finish, bool(self._called))
-        return self._message(content, stopped["stop_reason"], stopped["stop_sequence"], usage)
+    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> JsonObject:
+        (choice,) = choices
+        self._finish = choice.finish
+        content = [self._block(part) for part in join_text(choice.parts) if part.text]
+        return {**self._message(content, usage), **self._stop_reason()}
 
-    def _close(self) -> Iterator[Event]:
-        if self._block == "reasoning":
-            # Signatures prove to Anthropic's own servers that a thought is theirs.
+    def _close_block(self) -> Iterator[Event]:
+        if self._kind == "reasoning":
+            # Signatures prove to Anthropic's own servers that reasoning is theirs.
             signature = {"type": "signature_delta", "signature": ""}
-            yield _event("content_block_delta", index=self._at, delta=signature)
-        if self._block is not None:
-            yield _event("content_block_stop", index=self._at)
-        self._block = None
+            yield _event("content_block_delta", index=self._index, delta=signature)
+        if self._kind is not None:
+            yield _event("content_block_stop", index=self._index)
+        self._kind = None
 
-    def _content(self, part: OutputPart) -> dict[str, Any]:
+    def _block(self, part: OutputPart) -> JsonObject:
         if part.kind == "text":
             return {"type": "text", "text": part.text, "citations": None}
         if part.kind == "reasoning":
             return {"type": "thinking", "thinking": part.text, "signature": ""}
-        self._called += 1
-        call_id = part.id or f"toolu_{self._head.id}_{self._called - 1}"
-        given = json.loads(part.text)
-        return {"type": "tool_use", "id": call_id, "name": part.name, "input": given}
-
-    @staticmethod
-    def _stopped(finish: FinishReason, called: bool) -> dict[str, Any]:
-        reason = {"length": "max_tokens", "string": "stop_sequence", "stop": "end_turn"}
-        why = reason[finish.reason]
-        if called and finish.reason == "stop":
-            why = "tool_use"
-        return {"stop_reason": why, "stop_sequence": finish.string}
-
-    def _message(
-        self, content: list[dict[str, Any]], why: str | None, stop: str | None, usage: Usage
-    ) -> dict[str, Any]:
+        call_id = part.id or f"toolu_{self._meta.id}_{self._calls}"
+        self._calls += 1
         return {
-            "id": f"msg_{self._head.id}",
+            "type": "tool_use",
+            "id": call_id,
+            "name": part.name,
+            "input": json.loads(part.text),
+        }
+
+    def _stop_reason(self) -> JsonObject:
+        reasons = {"length": "max_tokens", "string": "stop_sequence", "stop": "end_turn"}
+        called = self._calls and self._finish.reason == "stop"
+        reason = "tool_use" if called else reasons[self._finish.reason]
+        return {"stop_reason": reason, "stop_sequence": self._finish.string}
+
+    def _message(self, content: list[JsonObject], usage: Usage) -> JsonObject:
+        return {
+            "id": f"msg_{self._meta.id}",
             "type": "message",
             "role": "assistant",
-            "model": self._head.model,
+            "model": self._meta.model,
             "content": content,
-            "stop_reason": why,
-            "stop_sequence": stop,
+            "stop_reason": None,
+            "stop_sequence": None,
             "usage": usage_object(usage),
         }
 
 
-def _event(kind: str, **data: Any) -> Event:
-    return kind, {"type": kind, **data}
+def _event(kind: str, **details: Any) -> Event:
+    return kind, {"type": kind, **details}
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
+def usage_object(usage: Usage) -> JsonObject:
     """How many tokens were read and generated; `input_tokens` are those that were computed."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
@@ -535,7 +433,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-_TYPES = {
+_ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -547,22 +445,30 @@ _TYPES = {
 }
 
 
-def render_error(error: CenacleError) -> tuple[int, dict[str, Any]]:
+def render_error(error: CenacleError) -> tuple[int, JsonObject]:
     """The HTTP status and the body for an error."""
-    status = 500
-    if isinstance(error, InputError):
-        status = error.status if isinstance(error, RequestError) else 400
-    elif isinstance(error, Busy):
-        status = 429
-    elif isinstance(error, ClusterError):
-        status = 503
+    status = http_status(error)
     return status, error_object(status, str(error))
 
 
-def error_object(status: int, message: str) -> dict[str, Any]:
+def error_object(status: int, message: str) -> JsonObject:
     """Anthropic's form of an error."""
-    kind = _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-FRONT = ApiAdapter(read, MessageBuilder, render_error)
+class MessagesAdapter(ApiAdapter):
+    """POST /v1/messages."""
+
+    request_model: ClassVar[type[ApiRequest]] = MessagesRequest
+    response_builder = _MessageBuilder
+
+    def render_error(self, error: CenacleError) -> tuple[int, JsonObject]:
+        """See `ApiAdapter`."""
+        return render_error(error)
+
+
+class CountTokensAdapter(MessagesAdapter):
+    """POST /v1/messages/count_tokens."""
+
+    request_model = CountTokensRequest

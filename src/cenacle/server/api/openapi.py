@@ -1,212 +1,196 @@
 """The server's own OpenAPI 3.1 description, given as /openapi.json.
 
-Owns: paths, and the shapes of answers as far as clients may rely on them.
-Does not know: parameters (each API's module has its table), HTTP.
-Invariant: what a body may have is exactly what its API's module takes: that cannot read a member
-that is not in its table.
+Owns: paths, and the shapes of responses as far as clients may rely on them.
+Does not know: parameters (the request models are where they are declared), HTTP.
+Invariant: the schema of a body is made from the model that validates it.
 Source: https://spec.openapis.org/oas/v3.1.0
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+
 from . import anthropic, openai, openai_responses
+from .protocol import ApiAdapter
+from .validation import JsonObject
 
 _STRING = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
-_OPENAI_ERROR = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": _STRING,
-                "type": _STRING,
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
-}
-_ANTHROPIC_ERROR = {
-    "type": "object",
-    "properties": {
-        "type": {"const": "error"},
-        "error": {
-            "type": "object",
-            "properties": {"type": _STRING, "message": _STRING},
-            "required": ["type", "message"],
-        },
-    },
-    "required": ["type", "error"],
-}
-_MODEL = {
-    "type": "object",
-    "properties": {"id": _STRING, "object": {"const": "model"}, "created": {"type": "integer"}},
-    "required": ["id", "object", "created", "owned_by"],
+_ERRORS = {
+    "400": "the body is refused; the message names the parameter",
+    "401": "a key is needed",
+    "403": "this host, page or key is not allowed",
+    "404": "another model is served",
+    "408": "the body did not arrive in time",
+    "413": "the body is too large",
+    "429": "too many requests at once",
+    "500": "internal error",
+    "503": "the group of nodes has failed, or the server is shutting down",
 }
 
 
-def _answer(required: list[str], **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required}
+def _object(required: Sequence[str] = (), **properties: Any) -> JsonObject:
+    """A schema of an object that has at least the given properties."""
+    return {"type": "object", "properties": properties, "required": [*required, *properties]}
 
 
-_CHAT = _answer(
-    ["id", "object", "created", "model", "choices", "usage"],
+def _list(items: JsonObject) -> JsonObject:
+    return {"type": "array", "items": items}
+
+
+_OPENAI_ERROR = _object(
+    error=_object(
+        message=_STRING,
+        type=_STRING,
+        param={"type": ["string", "null"]},
+        code={"type": ["string", "null"]},
+    )
+)
+_ANTHROPIC_ERROR = _object(type={"const": "error"}, error=_object(type=_STRING, message=_STRING))
+_MODEL = _object(["owned_by"], id=_STRING, object={"const": "model"}, created={"type": "integer"})
+_CHAT_COMPLETION = _object(
+    ["id", "created", "model", "usage"],
     object={"const": "chat.completion"},
-    choices={
-        "type": "array",
-        "items": _answer(
-            ["index", "message", "logprobs", "finish_reason"],
+    choices=_list(
+        _object(
+            ["logprobs"],
             index=_COUNT,
-            message=_answer(["role", "content"], role={"const": "assistant"}),
+            message=_object(["content"], role={"const": "assistant"}),
             finish_reason={"enum": ["stop", "length", "tool_calls"]},
-        ),
-    },
+        )
+    ),
 )
-_TEXT = _answer(
-    ["id", "object", "created", "model", "choices", "usage"],
+_COMPLETION = _object(
+    ["id", "created", "model", "usage"],
     object={"const": "text_completion"},
-    choices={
-        "type": "array",
-        "items": _answer(
-            ["index", "text", "logprobs", "finish_reason"],
-            index=_COUNT,
-            text=_STRING,
-            finish_reason={"enum": ["stop", "length"]},
-        ),
-    },
+    choices=_list(
+        _object(
+            ["logprobs"], index=_COUNT, text=_STRING, finish_reason={"enum": ["stop", "length"]}
+        )
+    ),
 )
-_RESPONSE = _answer(
-    ["id", "object", "created_at", "status", "model", "output", "usage", "error"],
+_RESPONSE = _object(
+    ["id", "created_at", "model", "usage", "error"],
     object={"const": "response"},
     status={"enum": ["completed", "incomplete"]},
-    output={"type": "array", "items": _answer(["id", "type", "status"])},
+    output=_list(_object(["id", "type", "status"])),
 )
-_MESSAGE = _answer(
-    ["id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"],
+_MESSAGE = _object(
+    ["id", "model", "stop_sequence", "usage"],
     type={"const": "message"},
     role={"const": "assistant"},
-    content={"type": "array", "items": _answer(["type"])},
+    content=_list(_object(["type"])),
     stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
 )
-_REFUSALS = {
-    "400": "the body is refused; the message names the member",
-    "401": "a key is needed",
-    "403": "this host, page or key may not ask",
-    "404": "another model is served",
-    "408": "the body did not come in time",
-    "413": "the body is too large",
-    "429": "too much at once",
-    "500": "the server made a mistake",
-    "503": "the group of nodes has failed, or the server ends",
+# Path: adapter, what it does, the response, errors.
+_POSTS: dict[str, tuple[type[ApiAdapter], str, JsonObject, JsonObject]] = {
+    "/v1/chat/completions": (
+        openai.ChatCompletionsAdapter,
+        "chat completion",
+        _CHAT_COMPLETION,
+        _OPENAI_ERROR,
+    ),
+    "/v1/completions": (openai.CompletionsAdapter, "completion", _COMPLETION, _OPENAI_ERROR),
+    "/v1/responses": (openai_responses.ResponsesAdapter, "response", _RESPONSE, _OPENAI_ERROR),
+    "/v1/messages": (anthropic.MessagesAdapter, "message", _MESSAGE, _ANTHROPIC_ERROR),
+    "/v1/messages/count_tokens": (
+        anthropic.CountTokensAdapter,
+        "token count",
+        _object(input_tokens=_COUNT),
+        _ANTHROPIC_ERROR,
+    ),
 }
 
 
-def _content(schema: dict[str, Any], kind: str = "application/json") -> dict[str, Any]:
-    return {kind: {"schema": schema}}
+class _SchemaGenerator(GenerateJsonSchema):
+    """Without titles that repeat the names of parameters."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False
+
+    def normalize_name(self, name: str) -> str:
+        return super().normalize_name(name).lstrip("_")
 
 
-def _refusals(error: dict[str, Any], *statuses: str) -> dict[str, Any]:
-    chosen = statuses or tuple(_REFUSALS)
-    return {s: {"description": _REFUSALS[s], "content": _content(error)} for s in chosen}
+def _content(schema: JsonObject, media_type: str = "application/json") -> JsonObject:
+    return {media_type: {"schema": schema}}
 
 
-def _post(
-    summary: str,
-    parameters: dict[str, Any],
-    required: list[str],
-    answer: dict[str, Any],
-    error: dict[str, Any] = _OPENAI_ERROR,
-) -> dict[str, Any]:
-    body = {
-        "type": "object",
-        "properties": parameters,
-        "required": required,
-        "additionalProperties": False,
-    }
-    content = _content(answer)
-    if "stream" in parameters:
-        content |= _content(_STRING, "text/event-stream")
+def _operation(
+    summary: str, response: JsonObject, error: JsonObject, statuses: Sequence[str]
+) -> JsonObject:
+    errors = {s: {"description": _ERRORS[s], "content": _content(error)} for s in statuses}
     return {
-        "post": {
-            "operationId": "_".join(summary.split()),
-            "summary": summary,
-            "requestBody": {"required": True, "content": _content(body)},
-            "responses": {
-                "200": {"description": "the answer", "content": content},
-                **_refusals(error),
-            },
-        }
+        "operationId": "_".join(summary.split()),
+        "summary": summary,
+        "responses": {"200": {"description": "the response", "content": response}, **errors},
     }
 
 
-def _get(summary: str, answer: dict[str, Any], *statuses: str) -> dict[str, Any]:
-    return {
-        "get": {
-            "operationId": "_".join(summary.split()),
-            "summary": summary,
-            "responses": {
-                "200": {"description": "the answer", "content": _content(answer)},
-                **_refusals(_OPENAI_ERROR, "401", "403", *statuses),
-            },
-        }
-    }
+def _get(summary: str, response: JsonObject, *statuses: str) -> JsonObject:
+    content = _content(response)
+    return {"get": _operation(summary, content, _OPENAI_ERROR, ["401", "403", *statuses])}
 
 
-def openapi(version: str) -> dict[str, Any]:
+def _posts() -> tuple[JsonObject, JsonObject]:
+    """The operations that have a body, by path, and the schemas that they refer to."""
+    models = [adapter.request_model for adapter, *_ in _POSTS.values()]
+    references, definitions = models_json_schema(
+        [(model, "validation") for model in models],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=_SchemaGenerator,
+    )
+    operations = {}
+    for path, (adapter, summary, response, error) in _POSTS.items():
+        content = _content(response)
+        if "stream" in adapter.request_model.model_fields:
+            content |= _content(_STRING, "text/event-stream")
+        body = references[(adapter.request_model, "validation")]
+        operation = _operation(summary, content, error, list(_ERRORS))
+        operation["requestBody"] = {"required": True, "content": _content(body)}
+        operations[path] = {"post": operation}
+    return operations, definitions["$defs"]
+
+
+def openapi(version: str) -> JsonObject:
     """The description of a server of some version."""
+    posts, schemas = _posts()
     one_model = _get("one model", _MODEL, "404")
     one_model["get"]["parameters"] = [
         {"name": "name", "in": "path", "required": True, "schema": _STRING}
     ]
-    health = _get("health", _answer(["status"], status={"enum": ["ok"]}))
+    health = _get("health", _object(status={"enum": ["ok"]}))
     health["get"]["responses"]["503"] = {
-        "description": _REFUSALS["503"],
-        "content": _content(_answer(["status"], status={"enum": ["failed"]})),
+        "description": _ERRORS["503"],
+        "content": _content(_object(status={"enum": ["failed"]})),
     }
-    numbers = _get("metrics", _STRING)
-    numbers["get"]["responses"]["200"]["content"] = _content(_STRING, "text/plain")
-    view = _get("cluster view", {"type": "object"})
-    view["get"]["parameters"] = [
+    metrics = _get("metrics", _STRING)
+    metrics["get"]["responses"]["200"]["content"] = _content(_STRING, "text/plain")
+    cluster = _get("cluster view", {"type": "object"})
+    cluster["get"]["parameters"] = [
         {"name": name, "in": "query", "schema": _STRING} for name in ("placement", "steps")
     ]
-    counted = _answer(["input_tokens"], input_tokens=_COUNT)
-    count_of = ["model", "messages"]
     return {
         "openapi": "3.1.0",
         "info": {"title": "Cenacle", "version": version, "license": {"name": "Apache-2.0"}},
         "paths": {
-            "/cluster": view,
+            "/cluster": cluster,
             "/health": health,
-            "/metrics": numbers,
+            "/metrics": metrics,
             "/openapi.json": _get("description", {"type": "object"}),
-            "/v1/models": _get("models", _answer(["object", "data"])),
+            "/v1/models": _get("models", _object(["object", "data"])),
             "/v1/models/{name}": one_model,
-            "/v1/chat/completions": _post(
-                "chat completion", openai.CHAT_PARAMETERS, ["messages"], _CHAT
-            ),
-            "/v1/completions": _post("completion", openai.TEXT_PARAMETERS, ["prompt"], _TEXT),
-            "/v1/responses": _post("response", openai_responses.PARAMETERS, ["input"], _RESPONSE),
-            "/v1/messages": _post(
-                "message",
-                anthropic.PARAMETERS,
-                ["model", "messages", "max_tokens"],
-                _MESSAGE,
-                _ANTHROPIC_ERROR,
-            ),
-            "/v1/messages/count_tokens": _post(
-                "token count", anthropic.COUNT_PARAMETERS, count_of, counted, _ANTHROPIC_ERROR
-            ),
+            **posts,
         },
         "components": {
+            "schemas": schemas,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-            }
+            },
         },
         "security": [{}, {"bearer": []}, {"key": []}],
     }

@@ -1,28 +1,36 @@
-"""One exchange with a client, whichever API it uses: what is asked, and who shapes the answer.
+"""What every API is reduced to: the request that is generated for, and who shapes its response.
 
-Owns: `Asked`, to which every API's body is reduced; `Reply`, which every API's answers implement;
-`Front`, an API as `app.py` sees it.
-Does not know: any API's names, HTTP, tokenizers, MLX, time.
-Invariant: an `Asked` that exists can be carried out, as far as can be told without the model.
-Next: `openai.py`, `responses.py` and `anthropic.py` are the APIs, `app.py` carries out.
+Owns: `GenerationRequest`; the parameters that mean the same in every API; `ResponseBuilder` and
+`ApiAdapter`, which each API implements.
+Does not know: parameters of one API alone, HTTP, tokenizers, MLX, time.
+Invariant: a `GenerationRequest` that exists can be carried out, as far as can be told without the
+model.
+Next: `openai.py`, `openai_responses.py` and `anthropic.py` are the APIs; `app.py` carries out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage
 from ...core.request import Sampling
-from ...errors import CenacleError
-from .validation import RequestError, shown
+from ...errors import Busy, CenacleError, ClusterError, InputError
+from .validation import JsonObject, RequestError, RequestModel, describe, parse_request
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
-"""Plain text, ids, or the messages of a chat."""
+"""Plain text, token ids, or the messages of a chat."""
 
-Event = tuple[str | None, dict[str, Any] | str]
+Event = tuple[str | None, JsonObject | str]
 """An event of a stream: its name, where the API names events, and its data."""
+
+
+MAX_TOOLS = 128
+ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
 @dataclass(frozen=True)
@@ -30,77 +38,126 @@ class ServedModel:
     """What requests are checked against.
 
     Args:
-        model: the id that clients name.
-        context: most tokens of prompt and answer together; None: not known.
-        vocabulary: number of token ids.
+        name: the id that clients use.
+        context_length: most tokens of prompt and response together; None: not known.
+        vocab_size: number of token ids.
     """
 
-    model: str
-    context: int | None
-    vocabulary: int
+    name: str
+    context_length: int | None
+    vocab_size: int
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse a model that is not served; None is this one."""
+        if name not in (None, self.name):
+            reason = f"{describe(name)} does not exist; this server has {self.name!r}"
+            raise RequestError("model", reason, "model_not_found", 404)
+
+    def free_context(self, prompt_tokens: int, prompt_field: str) -> int | None:
+        """How many tokens may follow a prompt; None: not known.
+
+        Raises:
+            RequestError: none may.
+        """
+        if self.context_length is None:
+            return None
+        if prompt_tokens >= self.context_length:
+            reason = (
+                f"this model's maximum context length is {self.context_length} tokens, of which "
+                f"the response needs at least one; got {prompt_tokens} tokens, shorten it by at "
+                f"least {prompt_tokens - self.context_length + 1}"
+            )
+            raise RequestError(prompt_field, reason, "context_length_exceeded")
+        return self.context_length - prompt_tokens
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What one HTTP request asks.
+    """What one HTTP request asks the model for.
 
     Args:
         prompts: at least one; a chat has exactly one.
-        chat: the prompt is messages, and the answer may have reasoning and calls.
+        is_chat: the prompt is messages, and the response may have reasoning and tool calls.
         prompt_field: the parameter that the prompts came in.
         max_tokens: None: as many as fit.
-        stop: strings before which an answer ends.
-        n: answers per prompt.
-        stream: answer in pieces.
-        usage_chunk: OpenAI's stream ends with a chunk that counts tokens.
+        stop: strings that end the response, which does not include them.
+        n: choices per prompt.
+        stream: respond in events.
+        include_usage: OpenAI's stream ends with a chunk that counts tokens.
         logprobs: how many alternatives to report with each token; None: nothing about tokens.
-        echo: answers begin with their prompts.
+        echo: choices begin with their prompts.
         tools: the model may call these.
-        calls: None: as the model likes; "required", or a function's name: calls and nothing else.
-        parallel: several calls in one answer are allowed.
-        grammar: what the answer must match, see `grammars.py`; None: anything.
+        forced_call: None: as the model decides; "required" or a function's name: the response is
+            tool calls and nothing else.
+        parallel_tool_calls: several calls in one response are allowed.
+        grammar: what the response must match, see `structured_output.py`; None: anything.
         grammar_field: the parameter that it came in.
-        template: options of the chat template.
-        think: whether a model that can think shall; None: as its template has it.
-        think_tokens: reasoning ends after so many; None: when the model ends it.
-        continued: the last message is the answer's beginning.
-        given: what the answer repeats of the request, in the API's own form.
+        template_kwargs: variables of the chat template.
+        enable_thinking: whether a model that can reason does; None: as its template has it.
+        thinking_budget: most tokens of reasoning; None: no limit.
+        continue_final_message: the last message is the beginning of the response.
+        echoed_parameters: what the response repeats of the request, in the API's own form.
     """
 
     prompts: tuple[Prompt, ...]
-    chat: bool
+    is_chat: bool
     prompt_field: str
     max_tokens: int | None
     sampling: Sampling
     stop: tuple[str, ...] = ()
     n: int = 1
     stream: bool = False
-    usage_chunk: bool = False
+    include_usage: bool = False
     logprobs: int | None = None
     echo: bool = False
     tools: tuple[Tool, ...] = ()
-    calls: str | None = None
-    parallel: bool = True
+    forced_call: str | None = None
+    parallel_tool_calls: bool = True
     grammar: str | None = None
     grammar_field: str = "response_format"
-    template: dict[str, Any] = field(default_factory=dict)
-    think: bool | None = None
-    think_tokens: int | None = None
-    continued: bool = False
-    given: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: JsonObject = field(default_factory=dict)
+    enable_thinking: bool | None = None
+    thinking_budget: int | None = None
+    continue_final_message: bool = False
+    echoed_parameters: JsonObject = field(default_factory=dict)
 
     def sampling_of(self, choice: int) -> Sampling:
-        """The sampling of one of the `n` answers: a given seed is counted up, so that they differ;
-        the first is what n=1 would give."""
+        """The sampling of one of the `n` choices. A seed is counted up so that they differ; the
+        first is what n=1 would give."""
         seed = self.sampling.seed
         if seed is None or choice == 0:
             return self.sampling
         return replace(self.sampling, seed=(seed + choice + 2**63) % 2**64 - 2**63)
 
 
+class ApiRequest(RequestModel):
+    """The body of a request to an API."""
+
+    @abstractmethod
+    def to_generation_request(self, served: ServedModel) -> GenerationRequest:
+        """What it asks for.
+
+        Raises:
+            InputError: parameters do not go together, or not with the model.
+        """
+
+
+class SharedParameters(ApiRequest):
+    """Parameters that mean the same in every API."""
+
+    stream: bool = Field(False, description="Respond with server-sent events.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    top_k: int = Field(0, ge=0, description="Sample from so many tokens; 0: from all.")
+
+    def to_sampling(self, **converted: Any) -> Sampling:
+        """The parameters that `Sampling` has under the same names, and those given."""
+        names = {field.name for field in fields(Sampling)} & type(self).model_fields.keys()
+        return Sampling(**{name: getattr(self, name) for name in names} | converted)
+
+
 @dataclass(frozen=True)
 class ChoiceState:
-    """One finished answer: where it stands among the choices, its parts, why it ended."""
+    """One finished choice: its place among the choices, its parts, why it ended."""
 
     index: int
     parts: list[OutputPart]
@@ -109,7 +166,7 @@ class ChoiceState:
 
 @dataclass(frozen=True)
 class ResponseMeta:
-    """What every object of one answer carries.
+    """What every object of one response has.
 
     Args:
         id: unique, without a prefix.
@@ -124,74 +181,87 @@ class ResponseMeta:
     fingerprint: str
 
 
-class ResponseBuilder(Protocol):
-    """Shapes the answer to one request, in a stream or whole; used once."""
+class ResponseBuilder(ABC):
+    """Shapes the response to one request, as events or whole; used once."""
 
+    def __init__(self, request: GenerationRequest, meta: ResponseMeta) -> None:
+        self._request, self._meta = request, meta
+
+    @abstractmethod
     def first_events(self, index: int, usage: Usage) -> Iterable[Event]:
-        """What goes before a choice's parts. `usage` knows the prompt only."""
-        ...
+        """What comes before a choice's parts. `usage` has the prompt only."""
 
+    @abstractmethod
     def delta(self, index: int, part: OutputPart) -> Iterable[Event]:
         """A part of a choice."""
-        ...
 
+    @abstractmethod
     def finish_choice(self, index: int, finish: FinishReason) -> Iterable[Event]:
         """The end of a choice."""
-        ...
 
+    @abstractmethod
     def finish_stream(self, usage: Usage) -> Iterable[Event]:
         """The end of the stream, when all choices have ended."""
-        ...
 
     def keep_alive(self) -> Iterable[Event]:
-        """A sign of life in a stream that waits; nothing: a comment will do, which clients skip."""
-        ...
+        """A sign of life in a stream that waits. None: a comment is sent, which clients skip."""
+        return ()
 
+    @abstractmethod
     def error(self, error: CenacleError) -> Iterable[Event]:
         """The end of a stream that cannot go on."""
-        ...
 
-    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> dict[str, Any]:
-        """The answer to a request without `stream`."""
-        ...
-
-
-@dataclass(frozen=True)
-class ApiAdapter:
-    """An API.
-
-    Args:
-        parse: what a body asks; raises InputError.
-        respond: what shapes the answer.
-        render_error: the HTTP status and the body for an error.
-    """
-
-    parse: Callable[[bytes, ServedModel], GenerationRequest]
-    respond: Callable[[GenerationRequest, ResponseMeta], ResponseBuilder]
-    render_error: Callable[[CenacleError], tuple[int, dict[str, Any]]]
+    @abstractmethod
+    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> JsonObject:
+        """The response to a request without `stream`."""
 
 
-def check_model(name: str, served: ServedModel) -> None:
-    """Refuse a model that is not served."""
-    if name != served.model:
-        message = f"The model {shown(name)} does not exist: this server has {served.model!r}"
-        raise RequestError(message, "model", "model_not_found", 404)
+class ApiAdapter(ABC):
+    """An API: from a body to a request, and from what is generated to a response."""
+
+    request_model: ClassVar[type[ApiRequest]]
+    response_builder: ClassVar[type[ResponseBuilder]]
+
+    def parse(self, body: bytes, served: ServedModel) -> GenerationRequest:
+        """What a body asks for.
+
+        Raises:
+            InputError: it is refused; the message names the parameter.
+        """
+        return parse_request(self.request_model, body).to_generation_request(served)
+
+    def respond(self, request: GenerationRequest, meta: ResponseMeta) -> ResponseBuilder:
+        """The builder of the response to a request."""
+        return self.response_builder(request, meta)
+
+    @abstractmethod
+    def render_error(self, error: CenacleError) -> tuple[int, JsonObject]:
+        """The HTTP status and the body for an error."""
 
 
-def room(tokens: int, served: ServedModel, field: str) -> int | None:
-    """How many tokens an answer to a prompt of so many may have; None: not known.
+def tool_call(call_id: str, name: str, arguments: JsonObject) -> JsonObject:
+    """A call in an earlier message, as chat templates read it."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
 
-    Raises:
-        Refused: the prompt leaves no room.
-    """
-    if served.context is None:
-        return None
-    if tokens >= served.context:
-        raise RequestError(
-            f"This model's maximum context length is {served.context} tokens, and the answer needs "
-            f"at least one of them. Your {field} has {tokens} tokens: shorten it by at least "
-            f"{tokens - served.context + 1}",
-            field,
-            "context_length_exceeded",
-        )
-    return served.context - tokens
+
+def merge_messages(messages: Sequence[Message], separator: str) -> Message:
+    """One turn of several messages of a role: chat templates expect turns."""
+    merged: Message = {"role": messages[0]["role"]}
+    for name in ("content", "reasoning_content"):
+        text = separator.join(message[name] for message in messages if message.get(name))
+        if text or name == "content":
+            merged[name] = text
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    return {**merged, "tool_calls": calls} if calls else merged
+
+
+def http_status(error: CenacleError) -> int:
+    """The HTTP status for an error."""
+    if isinstance(error, RequestError):
+        return error.status
+    if isinstance(error, InputError):
+        return 400
+    if isinstance(error, Busy):
+        return 429
+    return 503 if isinstance(error, ClusterError) else 500

@@ -1,94 +1,179 @@
-"""What an answer is made to match: grammars for llguidance, from schemas, patterns and tools.
+"""What a response must match: grammars for llguidance, from schemas, patterns and tools.
 
-Owns: the grammars' text; the form in which a model that must call tools calls them, and how that
-is read back.
+Owns: the text of grammars; which tools are offered; the form of tool calls that are forced, and how
+they are parsed.
 Does not know: tokens, any API.
-Invariant: a grammar that was made here is one that llguidance reads; what matches `calls` is read
-by `read_calls`.
-Sources: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
-Next: `engine/grammar.py` holds answers to it, token by token.
+Invariant: llguidance accepts a grammar that was made here; `parse_tool_calls` reads what matches
+`tool_call_grammar`.
+Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+Next: `engine/sampling/grammar.py` applies it, token by token.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from llguidance import LLMatcher
 
 from ...core.chat import Message, OutputPart, Tool
-from .validation import RequestError
+from .protocol import GenerationRequest
+from .validation import UNSUPPORTED, RequestError, describe
 
-MAX_CALLS = 8  # in one answer that must be calls: it must end some day
-# JSON as it is mostly written, on one line: white space without end would match too.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MAX_CALLS = 8  # in one response that must be calls, so that it ends
+# JSON as it is mostly written, on one line: unbounded white space would match too.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-
-def json_schema_grammar(schema: dict[str, Any], name: str) -> str:
-    """Any JSON value that a schema describes.
-
-    Raises:
-        Refused: it is no schema, or has what cannot be enforced; `name` is the parameter's.
-    """
-    return _checked({"json_schema": _compact(schema)}, name)
+Mode = Literal["none", "auto", "required"]
 
 
-def regex_grammar(pattern: str, name: str) -> str:
-    """Text that a regular expression (Rust's syntax, without look-around) matches as a whole."""
-    return _checked(json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0], name)
-
-
-def lark_grammar(grammar: str, name: str) -> str:
-    """Text that a context-free grammar in llguidance's variant of Lark derives."""
-    return _checked({"lark_grammar": grammar}, name)
-
-
-def tool_call_grammar(tools: Sequence[Tool], only: str | None, parallel: bool, name: str) -> str:
-    """A JSON list of calls, `[{"name": ..., "arguments": {...}}]`, of at least one.
+@dataclass(frozen=True)
+class ToolChoice:
+    """How the model may use tools.
 
     Args:
-        tools: what may be called.
-        only: the one that must be called; None: any.
-        parallel: several calls are allowed.
-        name: the parameter that the tools came in.
+        mode: whether it decides, must not call, or must call.
+        function: the one that must be called.
+        allowed: the others are not offered; None: all are.
+    """
+
+    mode: Mode = "auto"
+    function: str | None = None
+    allowed: tuple[str, ...] | None = None
+
+
+def restrict_output(
+    request: GenerationRequest, tools: Sequence[Tool], choice: ToolChoice
+) -> GenerationRequest:
+    """The request with tools: those that are offered, and the calls that are forced.
+
+    Args:
+        request: with the grammar of the format that it asks for.
+        tools: all that it has.
+        choice: among them.
 
     Raises:
-        Refused: a tool's schema cannot be enforced.
+        RequestError: a chosen tool is missing, a strict one cannot be enforced, or there is a
+            format beside tools.
     """
-    usable = [(at, tool) for at, tool in enumerate(tools) if only in (None, tool.name)]
-    more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel and only is None else ""
-    rules = [f'start: "[" call {more} "]"', f"call: {' | '.join(f'call_{at}' for at, _ in usable)}"]
-    for at, tool in usable:
-        # Each in a grammar of its own: references within a schema begin at its root.
-        schema = _compact({"type": "object", **tool.parameters})
-        json_schema_grammar(schema, f"{name}[{at}]")
+    offered = _offered_tools(tools, choice)
+    if offered and request.grammar is not None:
+        reason = "not supported together with tools; set tool_choice to none to use it"
+        raise RequestError(request.grammar_field, reason, UNSUPPORTED)
+    request = replace(request, tools=tuple(offered.values()))
+    if choice.mode != "required":
+        return request
+    several = request.parallel_tool_calls and choice.function is None
+    callable_tools = {
+        path: tool for path, tool in offered.items() if choice.function in (None, tool.name)
+    }
+    return replace(
+        request,
+        forced_call=choice.function or "required",
+        grammar=tool_call_grammar(callable_tools, several),
+        grammar_field="tools",
+    )
+
+
+def _offered_tools(tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Tool]:
+    """The tools that the model is told of, by their paths in the request."""
+    paths: dict[str, str] = {}
+    for at, tool in enumerate(tools):
+        path = f"tools[{at}]"
+        if paths.setdefault(tool.name, path) != path:
+            raise RequestError(path, f"expected another name, {tool.name!r} is taken")
+    chosen = choice.allowed if choice.function is None else (choice.function,)
+    if choice.mode == "required" and not tools:
+        raise RequestError("tool_choice", "expected tools with it, got none")
+    for name in chosen or ():
+        if name not in paths:
+            reason = f"expected the name of one of tools, got {describe(name)}"
+            raise RequestError("tool_choice", reason)
+    if choice.mode == "none":
+        return {}
+    offered = {
+        paths[tool.name]: tool
+        for tool in tools
+        if choice.allowed is None or tool.name in choice.allowed
+    }
+    for path, tool in offered.items():
+        if tool.strict:
+            json_schema_grammar(tool.parameters, path)
+            if '"patternProperties":' in json.dumps(tool.parameters):
+                reason = "patternProperties in a strict tool is not supported"
+                raise RequestError(path, reason, UNSUPPORTED)
+    return offered
+
+
+def json_schema_grammar(schema: dict[str, Any], field: str) -> str:
+    """A grammar of the JSON values that a schema describes.
+
+    Args:
+        schema: a JSON schema.
+        field: the parameter that it came in.
+
+    Raises:
+        RequestError: it is not a schema, or has parts that cannot be enforced.
+    """
+    return _checked({"json_schema": _with_style(schema)}, field)
+
+
+def regex_grammar(pattern: str, field: str) -> str:
+    """A grammar of the text that a regular expression (Rust's syntax, no look-around) matches as a
+    whole."""
+    return _checked(json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0], field)
+
+
+def lark_grammar(grammar: str, field: str) -> str:
+    """A grammar in llguidance's variant of Lark."""
+    return _checked({"lark_grammar": grammar}, field)
+
+
+def tool_call_grammar(tools: Mapping[str, Tool], several: bool) -> str:
+    """A grammar of a JSON list of calls, `[{"name": ..., "arguments": {...}}]`, at least one.
+
+    Args:
+        tools: those that may be called, by their paths in the request; at least one.
+        several: more than one call is allowed.
+
+    Raises:
+        RequestError: a tool's schema cannot be enforced.
+    """
+    more = f'(", " call){{0,{MAX_CALLS - 1}}}' if several else ""
+    alternatives = " | ".join(f"call_{at}" for at in range(len(tools)))
+    rules = [f'start: "[" call {more} "]"', f"call: {alternatives}"]
+    for at, (path, tool) in enumerate(tools.items()):
+        # Each schema in a grammar of its own: references in it begin at its root.
+        schema = _with_style({"type": "object", **tool.parameters})
+        json_schema_grammar(schema, path)
         head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
         rules += [f'call_{at}: {head} arguments_{at} "}}"']
         rules += [f"arguments_{at}: %json {json.dumps(schema)}"]
-    return lark_grammar("\n".join(rules), name)
+    return lark_grammar("\n".join(rules), "tools")
 
 
 def parse_tool_calls(text: str) -> list[OutputPart]:
-    """The calls that an answer which matches `calls` has; of one that was cut short its text."""
+    """The calls in text that matches `tool_call_grammar`; text that was cut short stays text."""
     try:
-        made = json.loads(text)
+        calls = json.loads(text)
     except json.JSONDecodeError:
         return [OutputPart("text", text)]
     return [
-        OutputPart("call", json.dumps(c["arguments"], ensure_ascii=False), name=c["name"])
-        for c in made
+        OutputPart("call", json.dumps(call["arguments"], ensure_ascii=False), name=call["name"])
+        for call in calls
     ]
 
 
 def describe_tools_in_chat(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """A chat with tools in plain messages, for a model whose template has no words for them."""
-    plain = [_plain(message) for message in messages]
+    """A chat with tools as plain messages, for a model whose template does not render tools."""
+    plain = [_without_calls(message) for message in messages]
     if not tools:
         return plain
-    listed = json.dumps([tool.to_json()["function"] for tool in tools], ensure_ascii=False)
+    functions = json.dumps([tool.to_json()["function"] for tool in tools], ensure_ascii=False)
     text = (
-        f"You can call these functions: {listed}\n"
+        f"You can call these functions: {functions}\n"
         'Calls are written [{"name": ..., "arguments": {...}}].'
     )
     if plain[0]["role"] == "system":
@@ -96,23 +181,23 @@ def describe_tools_in_chat(messages: Sequence[Message], tools: Sequence[Tool]) -
     return [{"role": "system", "content": text}, *plain]
 
 
-def _plain(message: Message) -> Message:
+def _without_calls(message: Message) -> Message:
     content = message["content"] or ""
     if message["role"] == "tool":
         return {"role": "user", "content": f"Result of the call: {content}"}
-    if made := message.get("tool_calls"):
-        listed = json.dumps([call["function"] for call in made], ensure_ascii=False)
-        content = f"{content}\n{listed}" if content else listed
+    if calls := message.get("tool_calls"):
+        functions = json.dumps([call["function"] for call in calls], ensure_ascii=False)
+        content = f"{content}\n{functions}" if content else functions
     return {"role": message["role"], "content": content}
 
 
-def _compact(schema: dict[str, Any]) -> dict[str, Any]:
-    return {**schema, "x-guidance": _JSON}
+def _with_style(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "x-guidance": _JSON_STYLE}
 
 
-def _checked(grammar: dict[str, Any], name: str) -> str:
+def _checked(grammar: dict[str, Any], field: str) -> str:
     text = json.dumps({"grammars": [grammar]})
-    if wrong := LLMatcher.validate_grammar(text):
-        reason = " ".join(wrong.split())[:300]
-        raise RequestError(f"{name}: cannot be enforced: {reason}", name)
+    if error := LLMatcher.validate_grammar(text):
+        reason = " ".join(error.split())[:300]
+        raise RequestError(field, f"cannot be enforced: {reason}")
     return text

@@ -1,252 +1,299 @@
-"""Reading JSON that a client sent, whatever it holds.
+"""From the bytes of a request's body to a validated pydantic model.
 
-Owns: the body's bytes to an object; members taken one by one, each with its type and range; the
-refusal of what is left.
+Owns: parsing JSON; the base of all request models; errors that name a parameter by its full path.
 Does not know: which parameters there are, HTTP.
-Invariant: a member is taken or refused by its full name; null counts as absent.
-Next: `openai.py`, `responses.py` and `anthropic.py` say which members their bodies have.
+Invariant: a JSON value is never converted to another type; null counts as absent; what a model does
+not declare is refused by name; validation stops at the first wrong item of a list or an object.
+Next: `protocol.py` has what all APIs share; each API's module has its request models.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    GetCoreSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ...errors import InputError
 
 T = TypeVar("T")
-D = TypeVar("D")
+M = TypeVar("M", bound="RequestModel")
 
-
-class RequestError(InputError):
-    """A request that is refused: HTTP `status`, and OpenAI's `param` and `code`."""
-
-    def __init__(
-        self,
-        message: str,
-        field: str | None = None,
-        code: str | None = "invalid_value",
-        status: int = 400,
-    ) -> None:
-        super().__init__(message, field)
-        self.code, self.status = code, status
-
-
-class Fields:
-    """The members of a JSON object, taken one by one; what is left at the end is refused.
-
-    Args:
-        data: the object.
-        where: put before each name in refusals.
-        known: the names that may be taken at all; None: any.
-    """
-
-    def __init__(
-        self, data: dict[str, Any], where: str = "", known: Iterable[str] | None = None
-    ) -> None:
-        self._left = {k: v for k, v in data.items() if v is not None}
-        self._where = where
-        self._known = None if known is None else frozenset(known)
-
-    def has(self, name: str) -> bool:
-        """Whether a member is there and has not been taken."""
-        assert self._known is None or name in self._known, f"{name} is not described"
-        return name in self._left
-
-    def take(self, name: str, convert: Callable[[Any, str], T], default: D) -> T | D:
-        """A member's value, or the default where it is absent."""
-        return self.need(name, convert) if self.has(name) else default
-
-    def need(self, name: str, convert: Callable[[Any, str], T]) -> T:
-        """The value of a member that must be there."""
-        if not self.has(name):
-            raise missing(self._where + name)
-        return convert(self._left.pop(name), self._where + name)
-
-    def refuse_rest(self, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuse what was not taken.
-
-        Args:
-            unsupported: members of the API that this server does not have, with those values that
-                ask for nothing.
-        """
-        for name, value in self._left.items():
-            full = self._where + name[:80]
-            if name not in unsupported:
-                raise RequestError(
-                    f"{full}: unknown parameter; remove it", full, "unknown_parameter"
-                )
-            # Compared as JSON: to Python False is 0.
-            if json.dumps(value) not in [json.dumps(v) for v in unsupported[name]]:
-                raise not_supported(full)
-
-
-def missing(name: str) -> RequestError:
-    """The refusal of a body that lacks a member."""
-    return RequestError(f"{name}: required, but missing", name, "missing_required_parameter")
-
-
-def not_supported(name: str, instead: str = "remove it") -> RequestError:
-    """The refusal of what this server does not have."""
-    return RequestError(f"{name}: not supported by this server; {instead}", name, UNSUPPORTED)
-
-
+# OpenAI's codes of errors.
+INVALID_TYPE = "invalid_type"
+INVALID_VALUE = "invalid_value"
+MISSING = "missing_required_parameter"
+UNKNOWN = "unknown_parameter"
 UNSUPPORTED = "unsupported_parameter"
 
 
-def object_of(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body is.
+class RequestError(InputError):
+    """A request that is refused.
 
-    Raises:
-        Refused: it is none.
+    Args:
+        field: the full path of the parameter; None: the error is not about one.
+        reason: what was expected, what was got, what to do.
+        code: OpenAI's error code.
+        status: of the HTTP response.
     """
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"The body is not UTF-8: byte {error.start} of {len(body)}", None, "invalid_body"
-        ) from None
-    try:
-        data = json.loads(text, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise RequestError(
-            f"The body is not JSON: {error.msg} at line {error.lineno} column {error.colno}",
-            None,
-            "invalid_body",
-        ) from None
-    except (ValueError, RecursionError):
-        raise RequestError(
-            "The body is not JSON that can be read: NaN, Infinity, a number of thousands of digits "
-            "or nesting too deep",
-            None,
-            "invalid_body",
-        ) from None
-    if not isinstance(data, dict):
-        raise RequestError(
-            f"The body: expected a JSON object, got {kind_of(data)}", None, "invalid_body"
-        )
-    return data
+
+    def __init__(
+        self,
+        field: str | None,
+        reason: str,
+        code: str | None = INVALID_VALUE,
+        status: int = 400,
+    ) -> None:
+        super().__init__(f"{field}: {reason}" if field else reason, field)
+        self.code, self.status = code, status
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
+def fail(reason: str, member: str = "", code: str = INVALID_VALUE) -> NoReturn:
+    """Refuse the value, or a member of the object, that a pydantic validator has."""
+    member = member.encode(errors="backslashreplace").decode()  # it may be half a character
+    raise PydanticCustomError(code, "{reason}", {"reason": reason, "member": member})
 
 
-def string(value: Any, name: str) -> str:
-    """A string of whole characters."""
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
+Unsupported = Mapping[str, tuple[Any, ...]]
+"""Members that an API has and this server has not, with those values that request nothing."""
+
+
+def never(*names: str) -> Unsupported:
+    """Members that are refused whatever their value."""
+    return dict.fromkeys(names, ())
+
+
+class RequestModel(BaseModel):
+    """A JSON object in a request.
+
+    A member is accepted if it is declared, or if it is in `unsupported` and requests nothing.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    unsupported: ClassVar[Unsupported] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_members(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        present = {name: value for name, value in data.items() if value is not None}
+        for name in [name for name in present if name not in _declared(cls)]:
+            if name not in cls.unsupported:
+                fail("unknown parameter; remove it", name, UNKNOWN)
+            value = present.pop(name)
+            # To Python False is 0.
+            if not any(type(v) is type(value) and v == value for v in cls.unsupported[name]):
+                fail("not supported by this server; remove it", name, UNSUPPORTED)
+        return present
+
+
+@cache
+def _declared(model: type[RequestModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
+class OneOf:
+    """Annotates a value that a request gives in one of several forms, told apart by their JSON type
+    and, if they are objects, by one member, the tag. Paths of errors do not name the form.
+
+    Args:
+        forms: strings, lists and models; none: the annotated type, which may be a union.
+        tag: the name of the tag; a model may have a default for it.
+        unsupported: other values of the tag are refused as not supported, since the API has them.
+        into: converts what was validated to the annotated type.
+    """
+
+    def __init__(
+        self,
+        *forms: Any,
+        tag: str = "type",
+        unsupported: bool = False,
+        into: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._forms, self._tag, self._unsupported, self._into = forms, tag, unsupported, into
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """A tagged union, behind a check that raises errors of our own."""
+        is_union = get_origin(source) in (Union, UnionType)
+        choices: dict[str, CoreSchema] = {}
+        types: list[str] = []
+        tags: list[str] = []
+        default: str | None = None
+        for form in self._forms or (get_args(source) if is_union else (source,)):
+            types.append(_json_type(form))
+            names = [f"<{types[-1]}>"]
+            if types[-1] == "an object":
+                field = form.model_fields[self._tag]
+                default = default if field.is_required() else field.default
+                tags += get_args(field.annotation)
+                names = [f"<{tag}>" for tag in get_args(field.annotation)]
+            choices |= dict.fromkeys(names, handler.generate_schema(form))
+
+        def name_of(value: Any) -> str:
+            if isinstance(value, str | list):
+                return f"<{_json_type(type(value))}>"
+            is_model = isinstance(value, BaseModel)  # a default that is described
+            tag = getattr(value, self._tag) if is_model else value.get(self._tag)
+            return f"<{default if tag is None else tag}>"
+
+        def check(value: Any) -> Any:
+            if isinstance(value, str | list | dict) and name_of(value) in choices:
+                return value
+            if not isinstance(value, dict) or not tags:
+                fail(
+                    f"expected {' or '.join(dict.fromkeys(types))}, got {describe(value)}",
+                    code=INVALID_TYPE,
+                )
+            tag = value.get(self._tag)
+            if tag is None:
+                fail("required, but missing", self._tag, MISSING)
+            if not isinstance(tag, str):
+                fail(f"expected a string, got {describe(tag)}", self._tag, INVALID_TYPE)
+            reason = f"expected {' or '.join(map(repr, tags))}, got {describe(tag)}"
+            if self._unsupported:
+                fail(f"not supported by this server; {reason}", self._tag, UNSUPPORTED)
+            fail(reason, self._tag)
+
+        union = core_schema.tagged_union_schema(choices, name_of)
+        schema = core_schema.no_info_before_validator_function(check, union)
+        if self._into is None:
+            return schema
+        return core_schema.no_info_after_validator_function(self._into, schema)
+
+
+def _json_type(annotation: Any) -> str:
+    origin = get_origin(annotation) or annotation
+    if origin is Annotated:
+        return _json_type(get_args(annotation)[0])
+    if origin in (str, Literal):
+        return "a string"
+    return "a list" if origin is list else "an object"
+
+
+def check_unicode(value: str) -> str:
+    """Refuse half a character, on which a template or a tokenizer would fail."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{name}: not valid Unicode: half of a surrogate pair at character {error.start}", name
-        ) from None
+        fail(f"expected Unicode, got half of a surrogate pair at character {error.start}")
     return value
 
 
-def one_of(*values: str) -> Callable[[Any, str], str]:
-    """One of a few strings."""
-
-    def convert(value: Any, name: str) -> str:
-        if string(value, name) not in values:
-            raise not_among(name, values, value)
-        return str(value)
-
-    return convert
+def _parse_arguments(value: Any) -> Any:
+    if not isinstance(value, str):
+        fail(f"expected a string, got {describe(value)}", code=INVALID_TYPE)
+    try:
+        return json.loads(check_unicode(value) or "{}")
+    except (ValueError, RecursionError):
+        fail(f"expected a JSON object as text, got {describe(value)}")
 
 
-def not_among(name: str, values: Iterable[str], got: Any) -> RequestError:
-    """The refusal of a string that is none of those expected."""
-    return RequestError(f"{name}: expected one of {', '.join(values)}; got {shown(got)}", name)
+Text = Annotated[str, AfterValidator(check_unicode)]
+Items = Annotated[list[T], FailFast()]
+Mapped = Annotated[dict[str, T], FailFast()]
+JsonObject = dict[str, Any]
+Arguments = Annotated[
+    JsonObject, BeforeValidator(_parse_arguments), WithJsonSchema({"type": "string"})
+]
+"""The arguments of a call, an object as JSON text."""
 
 
-def number(value: Any, name: str) -> float:
-    """A number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise wrong_type(name, "a number", value)
-    return value
+def parse_request(model: type[M], body: bytes) -> M:
+    """The request that a body is.
+
+    Raises:
+        RequestError: it is not JSON, or not what `model` declares.
+    """
+    try:
+        data = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        reason = f"body: not UTF-8: byte {error.start} of {len(body)}"
+        raise RequestError(None, reason, "invalid_body") from None
+    except json.JSONDecodeError as error:
+        reason = f"body: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        raise RequestError(None, reason, "invalid_body") from None
+    except (ValueError, RecursionError):
+        reason = "body: expected no NaN, Infinity, number of thousands of digits or deep nesting"
+        raise RequestError(None, reason, "invalid_body") from None
+    if not isinstance(data, dict):
+        reason = f"body: expected a JSON object, got {describe(data)}"
+        raise RequestError(None, reason, "invalid_body")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _to_request_error(error) from None
 
 
-def integer(value: Any, name: str) -> int:
-    """A number that was written without a fraction."""
-    if type(value) is not int:
-        raise wrong_type(name, "an integer", value)
-    return value
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
 
 
-def integer_from(low: int, high: int | None) -> Callable[[Any, str], int]:
-    """An integer in a range; `high` None: without an end."""
-
-    def convert(value: Any, name: str) -> int:
-        number = integer(value, name)
-        if number < low or (high is not None and number > high):
-            wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise RequestError(f"{name}: expected {wanted}, got {shown(value)}", name)
-        return number
-
-    return convert
-
-
-def boolean(value: Any, name: str) -> bool:
-    """True or false."""
-    if not isinstance(value, bool):
-        raise wrong_type(name, "true or false", value)
-    return value
-
-
-def list_of(value: Any, name: str) -> list[Any]:
-    """A list."""
-    if not isinstance(value, list):
-        raise wrong_type(name, "a list", value)
-    return value
+# By pydantic's types of errors: https://docs.pydantic.dev/latest/errors/validation_errors/
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "an integer",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "an object",
+    "string_pattern_mismatch": "a string that matches {pattern}",
+    "string_too_short": "a string that is not empty",
+    "string_type": "a string",
+    "string_unicode": "Unicode",
+    "too_long": "at most {max_length} items",
+    "too_short": "at least {min_length} item",
+}
 
 
-def dict_of(value: Any, name: str) -> dict[str, Any]:
-    """An object."""
-    if not isinstance(value, dict):
-        raise wrong_type(name, "an object", value)
-    return value
+def _to_request_error(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False)[0]
+    kind, context, value = first["type"], first.get("ctx", {}), first["input"]
+    names = [name for name in first["loc"] if not str(name).startswith("<")]
+    if "reason" in context:  # from `fail`
+        return RequestError(_format_path([*names, context["member"]]), context["reason"], kind)
+    field = _format_path(names)
+    if kind == "missing":
+        return RequestError(field, "required, but missing", MISSING)
+    numbers = {name: f"{n:.15g}" for name, n in context.items() if isinstance(n, float)}
+    expected = _EXPECTED[kind].format(**{**context, **numbers})
+    got = describe(context.get("actual_length", value))
+    wrong_type = kind.endswith("_type") or (kind == "literal_error" and not isinstance(value, str))
+    code = INVALID_TYPE if wrong_type else INVALID_VALUE
+    return RequestError(field, f"expected {expected}, got {got}", code)
 
 
-def strings(most: int) -> Callable[[Any, str], tuple[str, ...]]:
-    """A string that is not empty, or up to so many of them."""
-
-    def convert(value: Any, name: str) -> tuple[str, ...]:
-        if isinstance(value, str):
-            items = [(name, value)]
-        elif isinstance(value, list):
-            items = [(f"{name}[{at}]", item) for at, item in enumerate(value)]
-        else:
-            raise wrong_type(name, f"a string or up to {most} of them", value)
-        if len(items) > most:
-            raise RequestError(f"{name}: expected at most {most} strings, got {len(items)}", name)
-        for full, item in items:
-            if not string(item, full):
-                raise RequestError(f"{full}: expected a string that is not empty", full)
-        return tuple(item for _, item in items)
-
-    return convert
+def _format_path(names: Sequence[str | int]) -> str:
+    """Such as messages[2].content."""
+    parts = (f"[{n}]" if isinstance(n, int) else f".{n[:80]}" for n in names if n != "")
+    return "".join(parts).removeprefix(".")
 
 
-def wrong_type(name: str, wanted: str, value: Any) -> RequestError:
-    """The refusal of a value of another type."""
-    return RequestError(f"{name}: expected {wanted}, got {kind_of(value)}", name, "invalid_type")
-
-
-def kind_of(value: Any) -> str:
-    """A JSON value's type in words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return "a number"
-    return {"str": "a string", "list": "a list", "dict": "an object"}[type(value).__name__]
-
-
-def shown(value: object) -> str:
-    """A value for a message, shortened."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def describe(value: Any) -> str:
+    """A JSON value for an error, shortened."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    text = repr(value[:81] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
