@@ -14,7 +14,7 @@ from .core.plan import Plan
 from .engine.options import EngineOptions
 from .errors import InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
-from .model.loader import read_model_spec
+from .model.spec_reader import read_model_spec
 from .planning import choose_plan, plan_cost
 from .planning.memory import MemoryEstimate, check_available, kv_cache_budget
 from .ranks.local_ranks import resolve_backend as choose_backend

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .cluster.formation import Formed
     from .model.checkpoint import Checkpoint
 
-FORMAT = 1  # of records; another is as none
+FORMAT = 2  # of records; another is as none
 SHORT, SHORT_TOKENS, ANSWER_TOKENS = 16, 8, 8
 LONG_TOKENS, LONG_ANSWER_TOKENS = 2304, 4
 EXCHANGE_TOKENS = 12  # decoded alone, each step measured
@@ -413,9 +413,9 @@ class SelfTest:
                 for name in _unlike(plan, seen.sums)
             ]
         if record["plan"] is None:
-            for name, expert, ranks in compare_checksums(record["sums"][0], plan, seen.sums).wrong:
-                what = name if expert is None else f"{name} of expert {expert}"
+            for piece, ranks in compare_checksums(record["sums"][0], seen.sums).mismatches:
                 who = " or ".join(self._names[r] for r in ranks)
+                what = piece.replace("[", " of expert ").removesuffix("]")
                 found.append(f"{who} does not hold the checkpoint's {what}")
         elif record["plan"] == self._key:
             for rank, (before, now) in enumerate(zip(record["sums"], seen.sums, strict=True)):
@@ -491,15 +491,15 @@ def _unlike(plan: Plan, sums: Sequence[Checksums]) -> list[str]:
     outside of blocks with experts, whose shared ones may be."""
     if plan.trunk != "replicated":
         return []
-    stacked = {n for s in sums for n, pieces in s.items() if len(pieces) > 2}
-    blocks = tuple({f"{n.rsplit('.', 3)[0]}." for n in stacked})
+    experts = {n for s in sums for n in s if n.endswith("]")}
+    blocks = tuple({f"{n.rsplit('.', 3)[0]}." for n in experts})
     shared = set.intersection(*(set(s) for s in sums))
     alike = (n for n in sorted(shared) if not n.startswith(blocks))
     return [n for n in alike if len({tuple(s[n]) for s in sums}) > 1]
 
 
 def _count(seen: Seen) -> int:
-    return sum(len(s) - 1 for sums in seen.sums for s in sums.values())
+    return sum(len(sums) for sums in seen.sums)
 
 
 __all__ = ["Seen", "SelfTest", "see"]

@@ -16,7 +16,8 @@ from cenacle.collective.base import Collective, RoutingDecision
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import parallelize
-from cenacle.model.loader import load_rank_model, read_model_spec
+from cenacle.model.loader import load_rank_model
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 
 VECTORS = Path(__file__).parent.parent / "vectors"

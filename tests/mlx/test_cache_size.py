@@ -7,9 +7,10 @@ from one_process import VECTORS
 
 import cenacle
 from cenacle import PlanError, api
-from cenacle.model import architecture
+from cenacle.core.model_config import kv_cache_elements_per_token
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import build_model, read_model_spec
+from cenacle.model.loader import build_model
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
 from cenacle.planning import memory
 
@@ -27,9 +28,7 @@ def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, LENGTH), mx.int32), cache=cache))
     held = sum(c.nbytes for c in cache)
-    kept = architecture.kv_cache_elements_per_token(
-        checkpoint.config, read_model_spec(checkpoint).layers
-    )
+    kept = kv_cache_elements_per_token(checkpoint.config, read_model_spec(checkpoint).layers)
     assert held == memory.kv_cache_bytes(kept, LENGTH, None, None, 4)
 
 

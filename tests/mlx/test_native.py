@@ -15,7 +15,7 @@ from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import CompactedExperts, NativeExperts, reference_experts
 from cenacle.model.families import list_families
-from cenacle.model.loader import read_model_spec
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
 from cenacle.planning import load_balancer
@@ -270,7 +270,7 @@ def _copy(layer: nn.Module, arrays) -> nn.Module:
 @pytest.mark.parametrize(("kind", "act"), KINDS)
 def test_every_activation(kernels, kind, act, bias):
     experts = stack(kind, act, bias)
-    assert NativeExperts.can(experts)
+    assert NativeExperts.supports(experts)
     for tokens in (1, 5, 70):
         check(experts, (0, 2, 3), tokens, 2, 2e-6)
 
@@ -303,7 +303,7 @@ def test_expert_id_out_of_range_is_an_error_and_the_stream_stays_usable(kernels)
 
 
 def test_unknown_activation_stays_on_plain_mlx():
-    assert not NativeExperts.can(stack(SwitchMLP, nn.Tanh()))
+    assert not NativeExperts.supports(stack(SwitchMLP, nn.Tanh()))
 
 
 # ---- models -------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from one_process import in_threads
 from cenacle.core.plan import Plan
 from cenacle.errors import PlanError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import load_rank_model, read_model_spec
+from cenacle.model.loader import load_rank_model
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
 from cenacle.research.paper_schedules import CENTRALIZED_SCHEDULES, SCHEDULES, install_schedule

@@ -18,7 +18,7 @@ from cenacle.engine.memory import estimate_memory
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import ClusterError, InputError, PlanError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import read_model_spec
+from cenacle.model.spec_reader import read_model_spec
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 GB = 10**9

@@ -15,6 +15,7 @@ from mlx_lm.utils import get_total_parameters, load, load_model
 
 from cenacle.errors import InputError
 from cenacle.model import architecture
+from cenacle.model.families import family_of
 from cenacle.model.synth import (
     LINEAR,
     _encode,
@@ -48,7 +49,7 @@ def digest(folder):
 
 def metal_only(family):
     """mlx-lm's code for the family is Metal kernels."""
-    return architecture.FAMILIES.get(family, architecture.GENERIC).metal_only
+    return family_of(family).metal_only
 
 
 @pytest.mark.parametrize("family", family_names())

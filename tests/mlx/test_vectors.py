@@ -11,7 +11,7 @@ from one_process import VECTORS, load_rank, run_ranks
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import read_model_spec
+from cenacle.model.spec_reader import read_model_spec
 
 MAX_RELATIVE_ERROR = 5e-6
 PROMPT_LENGTHS = (1, 7, 40)

@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import list_families
-from cenacle.model.loader import read_model_spec
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
 from cenacle.ranks.local_ranks import LocalRanks
 

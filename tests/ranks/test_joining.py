@@ -35,7 +35,7 @@ from cenacle.engine.memory import estimate_memory
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import CheckpointError, ClusterError, InputError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import read_model_spec
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.ranks.channel import Channel
 from cenacle.ranks.ranks import Epoch
 from cenacle.verification import SelfTest

@@ -27,7 +27,7 @@ from ..core.request import TokenEvent
 from ..errors import CenacleError, ClusterError, InputError
 from ..model import native_layers, synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
-from ..model.loader import read_model_spec
+from ..model.spec_reader import read_model_spec
 from ..paths import cache_dir
 from . import hardware_limits
 from .expected_work import expected_bytes, split_cores, usable_cores

@@ -159,7 +159,7 @@ def _expert(collective: Collective, seconds: float) -> list[float]:
         count = active * max(1, 200_000_000 // (3 * HIDDEN * width * active * 9 // 16))
         few.update(tree_map(lambda p, n=count // active: mx.tile(p, (n, 1, 1)), few.parameters()))
         mx.eval(few.parameters())
-        native = is_supported() and NativeExperts.can(few)
+        native = is_supported() and NativeExperts.supports(few)
         experts = NativeExperts(few, range(count), count, 0, StepTimer()) if native else few
         made.append((experts, active, count))
     x = mx.random.normal((1, HIDDEN))

@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..model import native_layers
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
-from ..model.loader import load_rank_model, read_model_spec
+from ..model.loader import load_rank_model
+from ..model.spec_reader import read_model_spec
 from ..model.step_timer import StepTimer
 from ..planning.routing_stats import RoutingTrace
 from ..text.tokenizer import ChatTokenizer
@@ -33,8 +34,8 @@ class RoutingRecorder(StepTimer):
         super().__init__()
         self.ids: dict[int, list[np.ndarray]] = {}
 
-    def routed(self, layer: int, ids: mx.array) -> None:
-        """See `Watch`; here every token is noted."""
+    def record_routing(self, layer: int, ids: mx.array) -> None:
+        """See `StepTimer`; here every token is recorded."""
         rows = np.asarray(ids).reshape(-1, ids.shape[-1]).astype(np.int16)
         self.ids.setdefault(layer, []).append(rows)
 

@@ -252,18 +252,21 @@ class Agent:
                 if time.monotonic() - began > SAY_EVERY_S:
                     began += SAY_EVERY_S
                     self._say(
-                        f"{model}: {format_bytes(fetching.done)} of "
-                        f"{format_bytes(fetching.total)} here"
+                        f"{model}: {format_bytes(fetching.done_bytes)} of "
+                        f"{format_bytes(fetching.total_bytes)} here"
                     )
         except CenacleError as error:
             self._say(f"{model}: {error}")
             return
-        if fetching.damaged:
+        if fetching.damaged_bytes:
             self._say(
-                f"{model}: {format_bytes(fetching.damaged)} here were damaged, and fetched again"
+                f"{model}: {format_bytes(fetching.damaged_bytes)} here were damaged, and "
+                f"fetched again"
             )
-        if fetching.fetched:
-            self._say(f"{model}: {format_bytes(fetching.fetched)} fetched into {fetching.folder}")
+        if fetching.fetched_bytes:
+            self._say(
+                f"{model}: {format_bytes(fetching.fetched_bytes)} fetched into {fetching.folder}"
+            )
 
     async def _fetched(self) -> dict[str, Any]:
         """How far that is, after a second or when it has come to its end."""
@@ -271,10 +274,15 @@ class Agent:
         if now is None:
             raise ClusterError("fetches nothing")
         ended = await asyncio.to_thread(now.wait, FETCHED_S)
-        said = {"ended": ended, "done": now.done, "total": now.total, "folder": str(now.folder)}
+        said = {
+            "ended": ended,
+            "done": now.done_bytes,
+            "total": now.total_bytes,
+            "folder": str(now.folder),
+        }
         if ended:
             said["digest"] = await asyncio.to_thread(node_info.digest, now.folder)
-            said["fetched"] = now.fetched
+            said["fetched"] = now.fetched_bytes
         return said
 
     async def _ports(self, address: str, count: int) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from ..engine.options import EngineOptions
 from ..engine.speculative.draft_model import DraftModelConfig
 from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
 from ..model.checkpoint import Checkpoint
-from ..model.loader import read_model_spec
+from ..model.spec_reader import read_model_spec
 from ..ranks.local_ranks import LoadProgress
 from ..ranks.ranks import Epoch
 from . import hostsfile, link_probe, placement
 from .download import node_cache
-from .download.distribution import ModelDistribution, Say
+from .download.distribution import ModelDistribution, OnMessage
 from .download.hub import Hub
 from .head import GroupMembership, Head, ReturningNodes
 from .hostsfile import Host
@@ -263,7 +263,7 @@ class Joined:
             formation = self._head.form_group(have + 1, say, epoch.closing, temporary=True)
 
     def _decide(
-        self, formation: GroupMembership, say: Say, ending: threading.Event | None = None
+        self, formation: GroupMembership, say: OnMessage, ending: threading.Event | None = None
     ) -> Formed:
         try:
             return self._propose(formation, say, ending)
@@ -272,7 +272,7 @@ class Joined:
             raise
 
     def _propose(
-        self, formation: GroupMembership, say: Say, ending: threading.Event | None = None
+        self, formation: GroupMembership, say: OnMessage, ending: threading.Event | None = None
     ) -> Formed:
         checkpoint, options, kernels, draft = self._what
         devices: Devices = []
@@ -280,7 +280,7 @@ class Joined:
             members, devices = hostsfile.arranged(self._hosts, formation.members)
             formation = replace(formation, members=members)
         members = formation.members
-        found = self._sharing.find(members)
+        found = self._sharing.locate(members)
         backend, exchange, devices = placement.exchange(
             self._wanted.backend, self._wanted.wire, members, devices
         )
@@ -296,7 +296,7 @@ class Joined:
             draft,
             backend,
         )
-        self._sharing.fetch(members, found, plan, say, ending)
+        self._sharing.distribute(members, found, plan, say, ending)
         if measured:
             exchange = f"{exchange}; {placement.describe_links(members, measured)}"
         folders = [each.folder for each in found]

@@ -548,7 +548,7 @@ class Head:
                 await self._hear(who, hello, reader, writer)
             case "relay":
                 await self._relay(who, hello, reader, writer)
-            case "part":
+            case "read_file":
                 await self._give(who, hello, reader, writer)
             case "ask":
                 try:
@@ -709,15 +709,15 @@ class Head:
             try:
                 if self._given is None:
                     raise ClusterError("the head has no model to give yet")
-                answer = await asyncio.to_thread(self._given.answer, asked)
+                answer = await asyncio.to_thread(self._given.serve, asked)
             except CenacleError as error:
                 await self._refuse(writer, error)
             else:
                 if answer is None:
                     await asyncio.sleep(LATER_S)
-                    await framing.send(writer, {"type": "later"}, SEND_S)
+                    await framing.send(writer, {"type": "retry_later"}, SEND_S)
                 else:
-                    await framing.send(writer, {"type": "part", **answer[0]}, SEND_S)
+                    await framing.send(writer, {"type": "file_data", **answer[0]}, SEND_S)
                     for at in range(0, len(answer[1]), framing.PIECE):
                         await framing.send_bytes(
                             writer, answer[1][at : at + framing.PIECE], GREETING_S

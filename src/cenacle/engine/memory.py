@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.model_config import kv_cache_elements_per_token
 from ..core.plan import Plan
-from ..model import architecture
 from ..planning import memory
 from .options import EngineOptions
 from .speculative.draft_model import DraftModelConfig
@@ -34,7 +34,7 @@ def estimate_memory(
     spec = plan.spec
     bytes_per_value = 4 if kernels == "native" or spec.dtype == "float32" else 2
     cache_bytes = memory.kv_cache_bytes(
-        architecture.kv_cache_elements_per_token(config, spec.layers),
+        kv_cache_elements_per_token(config, spec.layers),
         spec.context_length,
         options.max_kv_size,
         options.kv_bits,

@@ -1,8 +1,8 @@
-"""Which bytes of a file: ranges, and columns of rows that are shorter than a read is worth.
+"""Byte ranges of a file: spans, and columns of rows too short for a read each.
 
-Owns: adding and subtracting ranges, taking columns out of rows and putting them back.
+Owns: adding and subtracting spans, taking columns out of rows.
 Does not know: what files hold, where they are.
-Next: `weights.wanted_of` makes them, `cluster/fetch.py` fetches them.
+Next: `slicing.required_ranges` makes them, `cluster/download` fetches them.
 """
 
 from __future__ import annotations
@@ -17,57 +17,56 @@ import numpy as np
 Span = tuple[int, int]
 """Bytes [start, stop) of a file."""
 
-
 JOURNAL = "ranges.jsonl"
-"""The file, in a folder that has only parts of a model's files, that says which."""
+"""The file, in a folder with parts of a model's files, that lists which parts are there."""
 
 
 def is_partial(folder: Path) -> bool:
-    """Whether a model's folder is one of holes."""
+    """Whether a model's folder has only parts of its files."""
     return (folder / JOURNAL).exists()
 
 
 class ColumnRange(NamedTuple):
-    """Some columns of rows: of every `period` bytes from `start` to `stop` those in `kept`.
+    """Some columns of rows: of every `row_bytes` bytes from `start` to `stop` those in `columns`.
 
     Args:
         start, stop: bytes of the file; a whole number of rows.
-        period: bytes of a row.
-        kept: [start, stop) within a row, ascending and apart.
+        row_bytes: length of a row.
+        columns: [start, stop) within a row, ascending and apart.
     """
 
     start: int
     stop: int
-    period: int
-    kept: tuple[Span, ...]
+    row_bytes: int
+    columns: tuple[Span, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
-        return (self.stop - self.start) // self.period * sum(b - a for a, b in self.kept)
+        """Bytes of all columns."""
+        return (self.stop - self.start) // self.row_bytes * sum(b - a for a, b in self.columns)
 
-    def has(self, other: ColumnRange) -> bool:
-        """Whether another strip's columns are among these, in whatever rows."""
+    def covers_columns_of(self, other: ColumnRange) -> bool:
+        """Whether another range's columns are among these, in whatever rows."""
         return (
-            self.period == other.period
-            and (self.start - other.start) % self.period == 0
-            and not subtract_spans(other.kept, self.kept)
+            self.row_bytes == other.row_bytes
+            and (self.start - other.start) % self.row_bytes == 0
+            and not subtract_spans(other.columns, self.columns)
         )
 
-    def take(self, rows: bytes) -> bytes:
+    def extract(self, rows: bytes) -> bytes:
         """The columns, row after row, of the bytes from start to stop."""
-        lines = np.frombuffer(rows, np.uint8).reshape(-1, self.period)
-        return np.concatenate([lines[:, a:b] for a, b in self.kept], axis=1).tobytes()
+        lines = np.frombuffer(rows, np.uint8).reshape(-1, self.row_bytes)
+        return np.concatenate([lines[:, a:b] for a, b in self.columns], axis=1).tobytes()
 
-    def pieces(self) -> Iterator[Span]:
-        """Where what `take` gives belongs in the file, in its order."""
-        for row in range(self.start, self.stop, self.period):
-            for a, b in self.kept:
+    def spans(self) -> Iterator[Span]:
+        """Where the bytes of `extract` belong in the file, in its order."""
+        for row in range(self.start, self.stop, self.row_bytes):
+            for a, b in self.columns:
                 yield row + a, row + b
 
-    def steps(self, most: int) -> Iterator[ColumnRange]:
-        """The same in parts of `most` bytes of the file at most, one row at least."""
-        step = max(1, most // self.period) * self.period
+    def split(self, max_bytes: int) -> Iterator[ColumnRange]:
+        """The same in ranges over at most `max_bytes` bytes of the file, at least one row each."""
+        step = max(1, max_bytes // self.row_bytes) * self.row_bytes
         for start in range(self.start, self.stop, step):
             yield self._replace(start=start, stop=min(start + step, self.stop))
 
@@ -75,80 +74,81 @@ class ColumnRange(NamedTuple):
 ByteRange = Span | ColumnRange
 
 
-def append_range(wanted: list[ByteRange], more: ByteRange) -> None:
-    """Put what lies behind all others into a list; neighbours of one kind become one."""
-    last = wanted[-1] if wanted else None
+def append_range(ranges: list[ByteRange], more: ByteRange) -> None:
+    """Append a range that lies behind all others; neighbours of one kind are merged."""
+    last = ranges[-1] if ranges else None
     if more[0] == more[1]:
         return
     if isinstance(more, ColumnRange):
         if isinstance(last, ColumnRange) and last.stop == more.start and last[2:] == more[2:]:
-            wanted[-1] = last._replace(stop=more.stop)
+            ranges[-1] = last._replace(stop=more.stop)
             return
     elif last is not None and not isinstance(last, ColumnRange) and last[1] == more[0]:
-        wanted[-1] = (last[0], more[1])
+        ranges[-1] = (last[0], more[1])
         return
-    wanted.append(more)
+    ranges.append(more)
 
 
-def byte_range_from_json(given: Any) -> ByteRange:
-    """What was written as JSON.
+def byte_range_from_json(data: Any) -> ByteRange:
+    """Read what was written as JSON.
 
     Raises:
         TypeError, ValueError: it is something else.
     """
-    start, stop, *columns = given
-    if not columns:
+    start, stop, *rest = data
+    if not rest:
         return int(start), int(stop)
-    period, kept = columns
-    return ColumnRange(int(start), int(stop), int(period), tuple((int(a), int(b)) for a, b in kept))
+    row_bytes, columns = rest
+    pairs = tuple((int(a), int(b)) for a, b in columns)
+    return ColumnRange(int(start), int(stop), int(row_bytes), pairs)
 
 
-def is_valid(wanted: ByteRange) -> bool:
-    """Whether what was read from elsewhere makes sense, in a file that is long enough."""
-    start, stop, *_ = wanted
+def is_valid(byte_range: ByteRange) -> bool:
+    """Whether a range that came from elsewhere makes sense, in a file that is long enough."""
+    start, stop, *_ = byte_range
     if not 0 <= start < stop:
         return False
-    if not isinstance(wanted, ColumnRange):
+    if not isinstance(byte_range, ColumnRange):
         return True
-    ends = [n for pair in wanted.kept for n in pair]
+    borders = [n for pair in byte_range.columns for n in pair]
     return bool(
-        wanted.period > 0
-        and not (stop - start) % wanted.period
-        and ends
-        and ends == sorted(set(ends))
-        and ends[0] >= 0
-        and ends[-1] <= wanted.period
+        byte_range.row_bytes > 0
+        and not (stop - start) % byte_range.row_bytes
+        and borders
+        and borders == sorted(set(borders))
+        and borders[0] >= 0
+        and borders[-1] <= byte_range.row_bytes
     )
 
 
-def total_bytes(wanted: Iterable[ByteRange]) -> int:
-    """Bytes in all; those that are wanted twice count twice."""
-    return sum(w.nbytes if isinstance(w, ColumnRange) else w[1] - w[0] for w in wanted)
+def total_bytes(ranges: Iterable[ByteRange]) -> int:
+    """Bytes in all; those that are in two ranges count twice."""
+    return sum(r.nbytes if isinstance(r, ColumnRange) else r[1] - r[0] for r in ranges)
 
 
-def covering_spans(wanted: Iterable[ByteRange]) -> list[Span]:
-    """The ranges in which all of it lies, ascending and apart."""
-    return merge_spans((w[0], w[1]) for w in wanted)
+def covering_spans(ranges: Iterable[ByteRange]) -> list[Span]:
+    """The spans in which all ranges lie, ascending and apart."""
+    return merge_spans((r[0], r[1]) for r in ranges)
 
 
 def merge_spans(spans: Iterable[Span]) -> list[Span]:
-    """The same bytes, ascending, each once, neighbours as one."""
-    out: list[Span] = []
+    """The same bytes, ascending, each once, neighbours merged."""
+    merged: list[Span] = []
     for start, stop in sorted(spans):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(stop, out[-1][1]))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
-            out.append((start, stop))
-    return out
+            merged.append((start, stop))
+    return merged
 
 
-def subtract_spans(wanted: Iterable[Span], have: Sequence[Span]) -> list[Span]:
-    """What of `wanted` is in none of `have`, which are ascending and apart."""
+def subtract_spans(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
+    """What of `spans` is in none of `others`, which are ascending and apart."""
     left = []
-    for start, stop in merge_spans(wanted):
+    for start, stop in merge_spans(spans):
         at = start
-        for index in range(bisect_right(have, start, key=lambda span: span[1]), len(have)):
-            a, b = have[index]
+        for index in range(bisect_right(others, start, key=lambda span: span[1]), len(others)):
+            a, b = others[index]
             if a >= stop:
                 break
             if a > at:

@@ -1,4 +1,11 @@
-"""."""
+"""A checkpoint's folder: config.json and the headers of its safetensors files.
+
+Owns: checking the headers against the files, and finding a model's folder.
+Does not know: what tensors are for, plans.
+Invariant: a tensor of an opened checkpoint lies inside its file, with as many bytes as its type and
+shape need. No weights are read.
+Next: `tensor_reader.py` reads tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +26,7 @@ from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_partial
 
-MAX_HEADER_BYTES = 100_000_000  # bytes; the limit of the safetensors format
-
+MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
 
 # safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
 DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
@@ -44,7 +50,7 @@ DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor's bytes are: `file`, [start, stop) in bytes from the file's beginning."""
+    """Where a tensor's bytes are: [start, stop) of `file`."""
 
     name: str
     file: Path
@@ -56,10 +62,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json and safetensors files, whose headers have been checked.
+    """A folder with config.json and safetensors files whose headers have been checked.
 
     Args:
-        folder: where it is.
+        folder: its path.
         config: config.json, with the names that mlx-lm looks for.
         tensors: every tensor by name.
     """
@@ -81,7 +87,7 @@ class Checkpoint:
             config = mlx_lm_utils.load_config(folder)
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{folder} has no config.json; expected a model folder as on the Hugging Face hub"
+                f"{folder} has no config.json; expected a model folder as on the Hugging Face Hub"
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}") from error
@@ -89,8 +95,8 @@ class Checkpoint:
             raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
         if "model_file" in config:
             raise CheckpointError(
-                f"{folder}: config.json names a Python file of its own ({config['model_file']}); "
-                f"cenacle runs mlx-lm's own families only and executes no code from a checkpoint"
+                f"{folder}: config.json names a Python file ({config['model_file']}); Cenacle runs "
+                f"mlx-lm's own families only and executes no code from a checkpoint"
             )
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
@@ -116,79 +122,79 @@ def _read_header(file: Path) -> Iterable[TensorInfo]:
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
                 f"{file} is truncated or not a safetensors file: its header should be {length} "
-                f"bytes long, the file has {format_bytes(size)}; fetch it again"
+                f"bytes long, the file has {format_bytes(size)}; download it again"
             )
         try:
             header = json.loads(f.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(
-                f"{file}: the header is corrupted ({error}); fetch it again"
+                f"{file}: the header is corrupted ({error}); download it again"
             ) from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: the header is corrupted (no JSON object); fetch it again")
+        raise CheckpointError(
+            f"{file}: the header is corrupted (not a JSON object); download it again"
+        )
     header.pop("__metadata__", None)
     for name, entry in header.items():
         try:
-            dtype, shape, (start, stop) = (
-                entry["dtype"],
-                tuple(entry["shape"]),
-                entry["data_offsets"],
-            )
-            want = math.prod(shape) * DTYPES[dtype][0] // 8
-            given = stop - start
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            start, stop = entry["data_offsets"]
+            expected = math.prod(shape) * DTYPES[dtype][0] // 8
+            got = stop - start
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{file}: tensor {name} is described by {entry!r}, which is not understood"
+                f"{file}: expected dtype, shape and data_offsets for tensor {name}, got {entry!r}; "
+                f"download it again"
             ) from error
-        if given != want or start < 0:
+        if got != expected or start < 0:
             raise CheckpointError(
-                f"{file}: tensor {name} of {dtype} {list(shape)} needs {want} bytes, "
-                f"its header gives it {given}"
+                f"{file}: tensor {name} of {dtype} {list(shape)} needs {expected} bytes, "
+                f"its header gives it {got}; download it again"
             )
         begin = 8 + length
         if begin + stop > size:
             raise CheckpointError(
                 f"{file} is truncated: tensor {name} ends at byte {begin + stop}, "
-                f"the file has {size}; fetch it again"
+                f"the file has {size}; download it again"
             )
         yield TensorInfo(name, file, dtype, shape, begin + start, begin + stop)
 
 
 def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
-    """Every tensor that the index names must be there: a missing shard is found by this."""
+    """Every tensor that the index lists must be there: this finds a missing shard."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return
     try:
-        named = dict(json.loads(index.read_text())["weight_map"])
+        listed = dict(json.loads(index.read_text())["weight_map"])
     except (KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, not UTF-8
-        raise CheckpointError(f"{index} is not understood: {error!r}") from error
-    missing = {name: file for name, file in named.items() if name not in tensors}
+        raise CheckpointError(f"{index}: expected JSON with a weight_map: {error!r}") from error
+    missing = {name: file for name, file in listed.items() if name not in tensors}
     if missing:
         name, file = next(iter(missing.items()))
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(named)} tensors that the index names are missing, "
-            f"the first is {name} in {file}; fetch that file"
+            f"{folder}: {len(missing)} of {len(listed)} tensors of the index are missing, "
+            f"the first is {name} in {file}; download that file"
         )
 
 
 def locate_checkpoint(model: str, revision: str | None = None) -> Path:
-    """A local folder for a path or a hub repository's name ("org/name"), fetched if need be.
+    """A local folder for a path or a Hub repository ("org/name"), downloaded if need be.
 
     Raises:
-        CheckpointError: neither a folder of all of a model nor a repository that can be had.
+        CheckpointError: neither a folder with a whole model nor a repository that can be had.
     """
     folder = Path(model).expanduser()
     if folder.exists():
         if is_partial(folder):
             raise CheckpointError(
-                f"{folder} has only one machine's part of a model: give the folder that has all "
-                f"of it, or the hub's name of the model"
+                f"{folder} has only one node's part of a model: give a folder that has all of it, "
+                f"or the model's name on the Hub"
             )
         return folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{model}: no such folder, and not a hub repository's name such as org/model"
+            f"{model}: no such folder, and not a Hub repository such as org/model"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -202,5 +208,5 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(
-            f"{model}: no such folder here, and the hub did not give it: {reason}"
+            f"{model}: no such folder, and the Hub does not provide it: {reason}"
         ) from error

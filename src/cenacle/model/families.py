@@ -1,26 +1,256 @@
-"""The families that `cenacle families` lists.
+"""What differs between mlx-lm's Mixture-of-Experts families.
 
-Owns: joining three facts: which small configs there are, what mlx-lm calls what, and the table in
-`architecture.py`.
-Does not know: how any family works.
+Owns: the table of families, and how checkpoints name the tensors that hold experts.
+Does not know: ranks, bytes on disk, collectives.
+Invariant: the generic case needs no row. A block returns a sum over its experts (plus, perhaps,
+shared experts) that is linear in each expert's output, so that the sum over ranks of what the ranks
+compute is what one rank computes. A family that breaks this has a row that says where.
+Next: `architecture.py`, which finds the blocks; `loader.py`, which applies the conversions.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.utils import MODEL_REMAPPING
 
-from .architecture import FAMILIES, GENERIC
+from ..core.model_config import Config
 
-TINY_CONFIGS = Path(__file__).parent / "configs" / "tiny"
+AllReduce = Callable[[mx.array], mx.array]
+"""Adds up what every rank has of an array."""
+
+CONFIGS = Path(__file__).parent / "configs"
+TINY_CONFIGS = CONFIGS / "tiny"
+
+# Names that families give to experts that every token goes through, inside the block.
+SHARED_EXPERTS = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
+
+# Tensors of a checkpoint that hold routed experts. One tensor per expert:
+EXPERT_TENSOR = re.compile(r"(?P<head>.*\.(?:experts|moe\.mlp))\.(?P<expert>\d+)\.(?P<tail>.*)")
+# or all experts of a layer stacked along the first axis:
+STACKED_TENSOR = re.compile(
+    r"(?!.*(?:norm|correction_bias))"  # beside the experts in some families
+    r".*\.(?:"
+    r"(?:experts|switch_mlp|switch_glu)\.(?!\d)"  # mlx's own, and the hub's fused ones
+    r"|moe\.(?:gate|up|down)_proj\."  # step3p5
+    r"|block_sparse_moe\.(?:input|output)_linear\."  # granitemoe, granitemoehybrid
+    r").*"
+)
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_GPT_OSS_EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
+
+
+def layer_index(name: str) -> int | None:
+    """The index of the layer in a tensor's or module's name."""
+    match = _LAYER_INDEX.search(name)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family does differently.
+
+    Args:
+        forward: replaces the block's own forward where the all-reduce must happen inside it: called
+            with the block, its input and `all_reduce`.
+        all_reduce_before: a module inside the block that is not linear and takes the sum of the
+            experts. The all-reduce comes before it; what follows (shared experts too) runs on every
+            rank.
+        config_defaults: gives the config keys that mlx-lm needs and transformers 5 no longer
+            writes.
+        convert_weights: applied to the checkpoint's tensors before mlx-lm's own conversion.
+        biases_after_sum: biases inside the block that follow the sum of the experts: one rank adds
+            them.
+        plain_attention: attention is q, k and v projections (or one of all three), norms of single
+            heads, attention over heads, an output projection. Then its heads can be sharded.
+        interleaved_gate_up: fused gate and up projections on the hub alternate rows; others have
+            halves.
+        unsliceable_reason: why an expert's hidden width cannot be sliced: its output is not a
+            sum over it.
+        metal_only: mlx-lm implements it with Metal kernels only.
+        note: what is special, for `cenacle families`.
+    """
+
+    forward: Callable[..., mx.array] | None = None
+    all_reduce_before: str | None = None
+    config_defaults: Callable[[Config], Config] | None = None
+    convert_weights: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = None
+    biases_after_sum: tuple[str, ...] = ()
+    plain_attention: bool = False
+    interleaved_gate_up: bool = False
+    unsliceable_reason: str | None = None
+    metal_only: bool = False
+    note: str = ""
+
+    @property
+    def unsupported_reason(self) -> str | None:
+        """Why this family cannot run on this machine, or None."""
+        if self.metal_only and not mx.metal.is_available():
+            return "mlx-lm implements it with Metal kernels only, and this machine has no Metal"
+        return None
+
+
+def _longcat_forward(block: Any, x: mx.array, *, all_reduce: AllReduce) -> mx.array:
+    """LongCat's zero-computation experts return the token itself: added once, after the sum."""
+    ids, weights = block.router(x)
+    identity = ids >= block.n_routed_experts
+    # No rank holds expert E = n_routed_experts, so no rank computes it.
+    y = block.switch_mlp(x, mx.where(identity, block.n_routed_experts, ids))
+    y = (y * mx.where(identity, 0.0, weights)[..., None]).sum(axis=-2)
+    return all_reduce(y) + x * mx.where(identity, weights, 0.0).sum(axis=-1, keepdims=True)
+
+
+def _rename_gpt_oss_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """transformers saves unquantised gpt-oss experts as [experts, in, out] without ".weight"."""
+    return {
+        (f"{name}.weight" if _GPT_OSS_EXPERTS.search(name) else name): (
+            array.swapaxes(1, 2) if _GPT_OSS_EXPERTS.search(name) else array
+        )
+        for name, array in weights.items()
+    }
+
+
+def _stack_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Stack single experts for a family whose conversion in mlx-lm knows only fused ones."""
+
+    def stacked_name(name: str) -> tuple[str, int] | None:
+        match = EXPERT_TENSOR.fullmatch(name)
+        if match is None or not match["head"].endswith(".experts"):
+            return None
+        head = match["head"].removesuffix("experts")
+        return f"{head}switch_mlp.{match['tail']}", int(match["expert"])
+
+    return stack_tensors(weights, stacked_name)
+
+
+def stack_tensors(
+    weights: dict[str, mx.array], stacked_name: Callable[[str], tuple[str, int] | None]
+) -> dict[str, mx.array]:
+    """Stack tensors lazily.
+
+    Args:
+        stacked_name: gives for a tensor the name of its stack and its index there, or None: the
+            tensor stays as it is.
+    """
+    stacks: dict[str, dict[int, mx.array]] = {}
+    rest = {}
+    for name, array in weights.items():
+        place = stacked_name(name)
+        if place is None:
+            rest[name] = array
+        else:
+            stacks.setdefault(place[0], {})[place[1]] = array
+    return rest | {k: mx.stack([v[e] for e in sorted(v)]) for k, v in stacks.items()}
+
+
+def _head_dim(config: Config) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+_GENERIC = Family()
+_PLAIN = Family(plain_attention=True)
+FAMILIES: dict[str, Family] = {
+    "dbrx": Family(plain_attention=True, note="experts come as a list and are stacked on loading"),
+    "exaone_moe": Family(
+        plain_attention=True,
+        config_defaults=lambda c: {
+            "head_dim": _head_dim(c),
+            "is_moe_layer": [kind == "sparse" for kind in c.get("mlp_layer_types", ())],
+        },
+    ),
+    "glm_moe_dsa": Family(
+        config_defaults=lambda _: {
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "moe_layer_freq": 1,
+        }
+    ),
+    "gpt_oss": Family(
+        convert_weights=_rename_gpt_oss_experts,
+        plain_attention=True,
+        interleaved_gate_up=True,
+        note="clipped SwiGLU, expert biases",
+    ),
+    "kimi_k3": Family(
+        all_reduce_before="routed_expert_norm", note="the sum of latent experts is normalised"
+    ),
+    "longcat_flash": Family(
+        forward=_longcat_forward, note="zero-computation experts return the token"
+    ),
+    "longcat_flash_ngram": Family(forward=_longcat_forward, note="as longcat_flash"),
+    "muse_spark": Family(
+        metal_only=True,
+        note="never run: needs Metal",
+        # The norm of zero is zero, so whole experts on several ranks are correct.
+        unsliceable_reason="each expert's output is normalised before the weighted sum",
+    ),
+    "nemotron_h": Family(
+        biases_after_sum=("fc2_latent_proj.bias",),
+        plain_attention=True,
+        note="latent experts are projected back",
+    ),
+    "minimax_m2": Family(
+        config_defaults=lambda c: {
+            "shared_intermediate_size": 0,
+            "rotary_dim": int(_head_dim(c) * c.get("partial_rotary_factor", 1)),
+        }
+    ),
+    "qwen3_5_moe": Family(convert_weights=_stack_experts),
+    "qwen3_next": Family(config_defaults=lambda _: {"norm_topk_prob": True}),
+    "solar_open": Family(
+        plain_attention=True,
+        config_defaults=lambda c: {
+            "intermediate_size": c["moe_intermediate_size"],
+            "first_k_dense_replace": 0,
+            "partial_rotary_factor": 1.0,
+        },
+    ),
+    # Special only in that their attention heads can be sharded.
+    **dict.fromkeys(
+        (
+            "Klear",
+            "deepseek",
+            "dots1",
+            "ernie4_5_moe",
+            "glm4_moe",
+            "granitemoe",
+            "granitemoehybrid",
+            "jamba",
+            "lfm2_moe",
+            "llama4",
+            "mellum",
+            "mimo_v2_flash",
+            "mixtral",
+            "phimoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_vl_moe",
+        ),
+        _PLAIN,
+    ),
+}
+
+
+def family_of(name: str) -> Family:
+    """The row of an mlx-lm module's name."""
+    return FAMILIES.get(name, _GENERIC)
 
 
 @dataclass(frozen=True)
 class FamilyInfo:
-    """One family: mlx-lm's module, other model_types that it runs, why it is refused or None."""
+    """One family as `cenacle families` lists it.
+
+    Args:
+        name: mlx-lm's module.
+        aliases: other model_types that it runs.
+        note: what is special.
+        refused: why it cannot run on this machine, or None.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -38,6 +268,6 @@ def list_families() -> list[FamilyInfo]:
     rows = []
     for name in sorted(names, key=str.lower):
         aliases = tuple(sorted(a for a, module in MODEL_REMAPPING.items() if module == name))
-        family = FAMILIES.get(name, GENERIC)
-        rows.append(FamilyInfo(name, aliases, family.note, family.refused))
+        family = family_of(name)
+        rows.append(FamilyInfo(name, aliases, family.note, family.unsupported_reason))
     return rows

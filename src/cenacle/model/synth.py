@@ -40,6 +40,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import quantize_model, save_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from ..core.model_config import CONTEXT_LENGTH_KEYS, find_int
 from ..errors import CheckpointError, InputError
 from . import architecture
 
@@ -402,7 +403,7 @@ def _vocab_size(config: Config) -> int:
 
 
 def _context(config: Config) -> int:
-    return architecture.find_int(config, architecture.CONTEXT_LENGTH_KEYS) or 4096
+    return find_int(config, CONTEXT_LENGTH_KEYS) or 4096
 
 
 def _with_tokens(config: Config) -> Config:

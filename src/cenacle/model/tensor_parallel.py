@@ -1,18 +1,16 @@
-"""A trunk that is divided among ranks: attention by heads, dense layers by width, the head by rows.
+"""A sharded trunk: attention by heads, dense layers by width, the output head by vocabulary rows.
 
-Owns: adding up what ranks computed of a divided part, one exchange each.
-Does not know: which rank has what (`plan.py`), how parameters were cut (`cuts.py`).
-Invariant: after each part every rank has the same values; an output bias is added once.
-Shapes: everything maps [batch, length, width] to the same but the head, which of a prompt gives the
-logits of the last position only, [batch, 1, vocabulary]: nothing else is sampled from, and an
-exchange of all of them would be hundreds of megabytes. Of a few positions, as a draft has, it gives
-those of all.
-Next: `experts.py`, the exchange of a block's experts; `engine/engine.py`, which runs the model.
+Owns: adding up what ranks computed of a sharded module, one all-reduce each.
+Does not know: which rank has what (`core/plan.py`), how parameters were sliced (`slicing.py`).
+Invariant: after each module every rank has the same values; an output bias is added once.
+Shapes: everything maps [batch, length, width] to the same except the head. Of a prompt the head
+gives the logits of the last position only, [batch, 1, vocabulary]: nothing else is sampled from,
+and an all-reduce of all of them would be hundreds of megabytes. Of a few positions, as a draft has,
+it gives those of all.
+Next: `expert_parallel.py`, the all-reduce of a block's experts.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,25 +18,24 @@ import mlx.nn as nn
 from ..collective.base import Collective
 from ..core.plan import Plan
 from . import architecture
+from .families import AllReduce
 from .slicing import O_PROJ
 from .step_timer import StepTimer
 
-MAX_VERIFIED_POSITIONS = 32  # positions; more than are ever drafted
-
-AllReduce = Callable[[mx.array], mx.array]
+MAX_VERIFIED_POSITIONS = 32  # more than are ever drafted
 
 
 class RowParallelLinear(nn.Module):
-    """A layer of which each rank has some columns: the ranks' outputs are added."""
+    """A linear layer of which each rank has some input columns: the ranks' outputs are added."""
 
-    def __init__(self, layer: nn.Module, exchange: AllReduce) -> None:
+    def __init__(self, layer: nn.Module, all_reduce: AllReduce) -> None:
         super().__init__()
         self.layer = layer
-        self._exchange = exchange
+        self._all_reduce = all_reduce
 
     def __call__(self, x: mx.array) -> mx.array:
         """This rank's features [..., in] -> the whole layer's output [..., out]."""
-        return self._exchange(self.layer(x))
+        return self._all_reduce(self.layer(x))
 
 
 class VocabParallelHead(nn.Module):
@@ -50,38 +47,38 @@ class VocabParallelHead(nn.Module):
         rows: number of rows on all ranks.
     """
 
-    def __init__(self, layer: nn.Module, first: int, rows: int, exchange: AllReduce) -> None:
+    def __init__(self, layer: nn.Module, first: int, rows: int, all_reduce: AllReduce) -> None:
         super().__init__()
         self.layer = layer
-        self._first, self._rows, self._exchange = first, rows, exchange
+        self._first, self._rows, self._all_reduce = first, rows, all_reduce
 
     def __call__(self, x: mx.array) -> mx.array:
-        """[batch, length, width] -> [batch, length or 1, vocabulary], of the last position if there
-        are more than `FEW`."""
+        """[batch, length, width] -> [batch, length, vocabulary], or [batch, 1, vocabulary] of the
+        last position if there are more than `MAX_VERIFIED_POSITIONS`."""
         y = self.layer(x if x.shape[1] <= MAX_VERIFIED_POSITIONS else x[:, -1:])
         after = self._rows - self._first - y.shape[-1]
-        return self._exchange(mx.pad(y, [(0, 0)] * (y.ndim - 1) + [(self._first, after)]))
+        return self._all_reduce(mx.pad(y, [(0, 0)] * (y.ndim - 1) + [(self._first, after)]))
 
 
 class VocabParallelEmbedding(nn.Module):
     """An embedding that is the output head too: each rank has all of it and computes some rows."""
 
-    def __init__(self, embedding: nn.Module, first: int, last: int, exchange: AllReduce) -> None:
+    def __init__(self, embedding: nn.Module, first: int, last: int, all_reduce: AllReduce) -> None:
         super().__init__()
         self.embedding = embedding
         rows = embedding.weight.shape[0]
-        self.head = VocabParallelHead(_some_rows(embedding, first, last), first, rows, exchange)
+        self.head = VocabParallelHead(_head_of(embedding, first, last), first, rows, all_reduce)
 
     def __call__(self, ids: mx.array) -> mx.array:
         """As the embedding."""
         return self.embedding(ids)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """As `DividedHead`."""
+        """As `VocabParallelHead`."""
         return self.head(x)
 
 
-def _some_rows(embedding: nn.Module, first: int, last: int) -> nn.Module:
+def _head_of(embedding: nn.Module, first: int, last: int) -> nn.Module:
     """A linear layer of some rows of an embedding; it shares their memory."""
     if "scales" not in embedding:
         linear = nn.Linear(1, 1, bias=False)
@@ -95,14 +92,14 @@ def _some_rows(embedding: nn.Module, first: int, last: int) -> nn.Module:
     return quantised
 
 
-def shard_dense(model: nn.Module, plan: Plan, collective: Collective, watch: StepTimer) -> None:
-    """Make the parts of a loaded model that `plan` divides exchange what ranks have, in place."""
+def shard_dense(model: nn.Module, plan: Plan, collective: Collective, timer: StepTimer) -> None:
+    """Add the all-reduces of the modules that `plan` shards to a loaded model, in place."""
 
-    def exchange(part: mx.array) -> mx.array:
-        watch.lap("trunk", part)
-        whole = collective.all_sum(part)
-        watch.lap("all_reduce", whole)
-        return whole
+    def all_reduce(part: mx.array) -> mx.array:
+        timer.lap("trunk", part)
+        total = collective.all_sum(part)
+        timer.lap("all_reduce", total)
+        return total
 
     for part in plan.spec.dense_modules:
         if not plan.is_sharded(part):
@@ -112,20 +109,20 @@ def shard_dense(model: nn.Module, plan: Plan, collective: Collective, watch: Ste
             name = next(n for n in (*O_PROJ, "down_proj") if n in module)
             if collective.rank:
                 zero_bias(module[name])
-            module[name] = RowParallelLinear(module[name], exchange)
+            module[name] = RowParallelLinear(module[name], all_reduce)
             continue
         start, stop = plan.rows_of(part, collective.rank)
-        made: nn.Module
+        sharded: nn.Module
         if part.kind == "head":
-            each = module.weight.shape[0] // (stop - start)
-            made = VocabParallelHead(module, start * each, part.units * each, exchange)
+            unit = module.weight.shape[0] // (stop - start)
+            sharded = VocabParallelHead(module, start * unit, part.units * unit, all_reduce)
         else:
-            each = module.weight.shape[0] // part.units
-            made = VocabParallelEmbedding(module, start * each, stop * each, exchange)
-        architecture.replace_module(model, part.path, made)
+            unit = module.weight.shape[0] // part.units
+            sharded = VocabParallelEmbedding(module, start * unit, stop * unit, all_reduce)
+        architecture.replace_module(model, part.path, sharded)
 
 
 def zero_bias(layer: nn.Module) -> None:
-    """Make an output bias that another rank adds zero."""
+    """Zero an output bias that another rank adds."""
     if "bias" in layer:
         layer.bias = mx.zeros_like(layer.bias)

@@ -24,7 +24,7 @@ from ..planning.model_shapes import ModelShape, shape_from_config
 from ..planning.perf_model import Workload
 from . import architecture, synth
 from .checkpoint import Checkpoint
-from .loader import read_model_spec
+from .spec_reader import read_model_spec
 
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
@@ -95,13 +95,13 @@ def count_parameters(
     if not blocks:
         return shape
     routed = sum(_size(linear) for block in blocks for linear in block.linears.values())
-    shared = sum(_size(block.module[name]) for block in blocks for name in block.shared)
+    shared = sum(_size(block.module[name]) for block in blocks for name in block.shared_names)
     return replace(
         shape,
         moe_layers=len(blocks),
         moe_ids=tuple(block.layer for block in blocks),
-        experts=blocks[0].count,
-        expert=routed // (len(blocks) * blocks[0].count),
+        experts=blocks[0].expert_count,
+        expert=routed // (len(blocks) * blocks[0].expert_count),
         shared=shared // len(blocks),
         trunk=_size(model) - routed - shared,
     )

@@ -81,7 +81,7 @@ def kv_cache_bytes(
     """Bytes of keys and values of one long request.
 
     Args:
-        kept: numbers kept per position, see `architecture.kept_per_token`.
+        kept: numbers kept per position, see `model_config.kv_cache_elements_per_token`.
         context: the model's, None if unknown.
         max_kv_size: most positions that are kept, None: all.
         kv_bits: of a quantised cache (with 32 bits of scale and bias for 64 numbers), or None.

@@ -15,9 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.model_config import (
+    EXPERT_COUNT_KEYS,
+    HEAD_COUNT_KEYS,
+    HIDDEN_SIZE_KEYS,
+    KV_HEAD_COUNT_KEYS,
+    LAYER_COUNT_KEYS,
+    TOP_K_KEYS,
+    VOCAB_SIZE_KEYS,
+    Config,
+    get_int,
+)
 from ..errors import CheckpointError
-
-Config = dict[str, Any]
 
 # How much a layer's own overhead (kernels, synchronisations) exceeds that of a plain layer with
 # grouped-query attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the
@@ -254,20 +263,15 @@ def shape_from_config(
     for nested in ("attn_config", "ffn_config"):  # DBRX
         c |= {k: v for k, v in (c.get(nested) or {}).items() if not k.startswith("model_")}
     read = _Reader(name, c)
-    layers = read.number("num_hidden_layers", "n_layers", "num_layers", "n_layer")
-    hidden = read.number("hidden_size", "d_model", "n_embd", "model_dim")
-    experts = read.number(
-        *("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"), default=0
-    )
+    layers = read.number(*LAYER_COUNT_KEYS)
+    hidden = read.number(*HIDDEN_SIZE_KEYS)
+    experts = read.number(*EXPERT_COUNT_KEYS, default=0)
     if not experts:
         raise CheckpointError(
             f"{name}: its config names no experts: a dense model. Cenacle deals experts; use "
             f"mlx-lm or llama.cpp for it"
         )
-    top_k = read.number(
-        *("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k"),
-        *("top_k_experts", "num_selected_experts"),
-    )
+    top_k = read.number(*TOP_K_KEYS)
     if not 1 <= top_k <= experts:
         raise CheckpointError(f"{name}: expected 1 to {experts} experts a token, got {top_k}")
     usual = 4 * hidden if c.get("model_type") == "phixtral" else 0  # its config does not say
@@ -278,7 +282,7 @@ def shape_from_config(
     dense_width = read.number("intermediate_size_mlp", default=plain or width)
     moe_ids = _moe_layers(read, layers)
     moe = len(moe_ids)
-    vocabulary = read.number("vocab_size", "num_vocab")
+    vocabulary = read.number(*VOCAB_SIZE_KEYS)
     attention, attention_params = _attention(read, layers, hidden)
     matrices = 2 if c.get("model_type") in ("nemotron_h", "phixtral") else 3
     dense = (layers - moe) * matrices * hidden * dense_width
@@ -315,12 +319,9 @@ class _Reader:
         self.name, self.config = name, config
 
     def number(self, *keys: str, default: int | None = None) -> int:
-        for key in keys:
-            value = self.config.get(key)
-            if isinstance(value, list) and value:
-                value = max((v for v in value if isinstance(v, int)), default=None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
+        value = get_int(self.config, keys, largest=True)
+        if value is not None:
+            return value
         if default is None:
             raise CheckpointError(f"{self.name}: its config has none of {', '.join(keys)}")
         return default
@@ -375,14 +376,14 @@ def _attention(read: _Reader, layers: int, hidden: int) -> tuple[tuple[Attention
     full = layers - sum(k == "linear" for k in kinds) - sum(k == "window" for k in kinds)
     found: list[Attention] = []
     params = 0
-    heads = read.number("num_attention_heads", "n_heads", "num_heads", "n_head", default=0) or 1
+    heads = read.number(*HEAD_COUNT_KEYS, default=0) or 1
     if full or "window" in kinds:
         if c.get("kv_lora_rank"):
             one, each = _latent(read, full, heads, hidden)
             found.append(one)
             params += full * each
         else:
-            kv = read.number("num_key_value_heads", "kv_n_heads", default=heads)
+            kv = read.number(*KV_HEAD_COUNT_KEYS, default=heads)
             dim = read.number("head_dim", default=hidden // heads)
             gated = str(c.get("model_type", "")).startswith(("qwen3_next", "qwen3_5"))
             each = hidden * dim * (heads * (3 if gated else 2) + 2 * kv)

@@ -34,6 +34,7 @@ from ..core.plan import LayerPlan, Plan
 from ..errors import PlanError
 from ..model import architecture, native_layers
 from ..model.expert_parallel import ExpertParallel, LocalExperts, parallelize
+from ..model.families import family_of
 from ..model.native_layers import width
 from ..model.step_timer import StepTimer
 
@@ -142,7 +143,7 @@ class ScheduledBlock(nn.Module):
         the central one of the others."""
         scores, dtype = self.block(x), x.dtype
         ids = self._probe.ids
-        self._watch.routed(self._layer, ids)
+        self._watch.record_routing(self._layer, ids)
         if self._schedule in CENTRALIZED_SCHEDULES:
             self._watch.lap("trunk", x, ids, scores)
             x, ids, scores = self._sent(x.shape, ids.shape[-1], x, ids, scores)
@@ -236,10 +237,10 @@ def install_schedule(
     """
     if name not in SCHEDULES:
         raise PlanError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
-    row = architecture.FAMILIES.get(family, architecture.GENERIC)
+    row = family_of(family)
     found = architecture.find_blocks(model)
-    plain = row.forward is None and not row.once
-    if not plain or any(b.shared or b.sums_inside(row) for b in found):
+    plain = row.forward is None and not row.biases_after_sum
+    if not plain or any(b.shared_names or b.all_reduces_inside(row) for b in found):
         raise PlanError(
             f"schedule: {family}'s blocks are more than a weighted sum of experts; "
             f"the paper's schedules run families such as dbrx, mixtral and qwen3_moe"
@@ -261,9 +262,9 @@ def install_schedule(
     for block, layer, alone in zip(found, plan.layers, separate, strict=True):
         wrapped: Any = architecture.get_module(model, block.path)
         assert isinstance(wrapped, ExpertParallel)
-        local = wrapped.block[block.switch]
+        local = wrapped.block[block.experts_name]
         new = ScheduledBlock(
-            wrapped.block, block.switch, local, layer, name, collective, watch, alone
+            wrapped.block, block.experts_name, local, layer, name, collective, watch, alone
         )
         architecture.replace_module(model, block.path, new)
         made.append(new)

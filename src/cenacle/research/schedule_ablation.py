@@ -33,7 +33,8 @@ from ..errors import ClusterError, InputError, PlanError
 from ..model import synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
-from ..model.loader import load_rank_model, read_model_spec
+from ..model.loader import load_rank_model
+from ..model.spec_reader import read_model_spec
 from ..model.step_timer import StepTimer
 from .paper_schedules import CENTRALIZED_SCHEDULES, SCHEDULES, ScheduledBlock, install_schedule
 

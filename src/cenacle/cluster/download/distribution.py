@@ -1,12 +1,13 @@
-"""Who fetches which bytes of the model from where, so that the hub gives each as seldom as can be.
+"""Distributing a model's files over the nodes of a cluster.
 
-Owns: what machines have, dealing what they lack, waiting for it.
-Does not know: sockets (`control.py`), how bytes are fetched (`parts.py`, `fetch.py`).
-The rule: what one machine alone reads it gets from the hub itself. What the head reads too, and
-rows of which machines read some columns each, the head gets, and gives on; so its disk has all such
-rows. Without a hub the head has the model, and gives all.
-Invariant: when `fetch` has returned every machine has all that its rank will read.
-Next: `forming.py` asks for both.
+Owns: which node downloads which bytes from where, so that the Hub sends each byte as rarely as
+possible; starting the downloads and waiting for them.
+Does not know: sockets (`cluster/head.py`), how bytes are fetched (`task.py`, `download.py`).
+The rule: what only one node reads it downloads from the Hub itself. What the head reads too, and
+rows of which nodes read some columns each, the head downloads and passes on; so its disk has all
+such rows. Without a Hub the head has the model and passes on everything.
+Invariant: when `distribute` has returned every node has all that its rank will read.
+Next: `formation.py` calls both methods.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ...model.byte_ranges import (
     subtract_spans,
 )
 from ...model.checkpoint import Checkpoint
-from ...model.loader import required_ranges
+from ...model.slicing import ModelLayout, required_ranges, slices_for
 from .. import node_info
 from ..head import Head
 from ..membership import Node
@@ -39,50 +40,55 @@ from .hub import Hub
 from .node_cache import LocalModel
 from .task import DownloadOrder
 
-FIND_S = 30.0
-ASK_S = 60.0  # for a word on how far it is
-SAY_EVERY_S = 10.0
+ORDER_TIMEOUT_S = 30.0
+PROGRESS_TIMEOUT_S = 60.0
+REPORT_INTERVAL_S = 10.0
 
-Files = Mapping[str, Sequence[ByteRange]]
-Say = Callable[[str], None]
+FileRanges = Mapping[str, Sequence[ByteRange]]
+"""Byte ranges by file."""
+OnMessage = Callable[[str], None]
 
 
-def plan_downloads(wanted: Sequence[Files], hub: bool) -> list[tuple[Files, Files]]:
-    """What each machine fetches from the hub, and what from the head.
+def plan_downloads(
+    required: Sequence[FileRanges], has_hub: bool
+) -> list[tuple[FileRanges, FileRanges]]:
+    """What each node downloads from the Hub, and what from the head.
 
     Args:
-        wanted: what each machine's rank reads, of what is not whole there; the head's the first.
-        hub: whether there is one; else the head has all.
+        required: what each node's rank reads of what is not complete there; the head's first.
+        has_hub: whether there is a Hub; else the head has everything.
     """
-    if not hub:
-        return [({}, {}), *(({}, files) for files in wanted[1:])]
-    heads: dict[str, list[Span]] = {}
-    for rank, files in enumerate(wanted):
-        for file, each in files.items():
-            rows = covering_spans(w for w in each if rank == 0 or isinstance(w, ColumnRange))
-            heads[file] = merge_spans([*heads.get(file, []), *rows])
-    dealt: list[tuple[Files, Files]] = [({f: s for f, s in heads.items() if s}, {})]
-    for files in wanted[1:]:
-        of_hub: dict[str, Sequence[ByteRange]] = {}
-        of_head: dict[str, Sequence[ByteRange]] = {}
-        for file, each in files.items():
-            spans = [(w[0], w[1]) for w in each if not isinstance(w, ColumnRange)]
-            strips = [w for w in each if isinstance(w, ColumnRange)]
-            if alone := subtract_spans(spans, heads.get(file, [])):
-                of_hub[file] = alone
-            given: list[ByteRange] = [*intersect_spans(spans, heads.get(file, [])), *strips]
-            if given:
-                of_head[file] = given
-        dealt.append((of_hub, of_head))
-    return dealt
+    if not has_hub:
+        return [({}, {}), *(({}, ranges) for ranges in required[1:])]
+    head_spans: dict[str, list[Span]] = {}
+    for rank, by_file in enumerate(required):
+        for file, ranges in by_file.items():
+            rows = covering_spans(r for r in ranges if rank == 0 or isinstance(r, ColumnRange))
+            head_spans[file] = merge_spans([*head_spans.get(file, []), *rows])
+    downloads: list[tuple[FileRanges, FileRanges]] = [
+        ({file: spans for file, spans in head_spans.items() if spans}, {})
+    ]
+    for by_file in required[1:]:
+        from_hub: dict[str, Sequence[ByteRange]] = {}
+        from_head: dict[str, Sequence[ByteRange]] = {}
+        for file, ranges in by_file.items():
+            spans = [(r[0], r[1]) for r in ranges if not isinstance(r, ColumnRange)]
+            columns = [r for r in ranges if isinstance(r, ColumnRange)]
+            if alone := subtract_spans(spans, head_spans.get(file, [])):
+                from_hub[file] = alone
+            both: list[ByteRange] = [*intersect_spans(spans, head_spans.get(file, [])), *columns]
+            if both:
+                from_head[file] = both
+        downloads.append((from_hub, from_head))
+    return downloads
 
 
 class ModelDistribution:
-    """A model, for the machines of a cluster.
+    """A model, and getting it to the nodes of a cluster.
 
     Args:
-        head: through which they are asked and told.
-        name: of the model, by which each machine looks for it.
+        head: sends orders to the nodes.
+        name: of the model, by which each node looks for it.
         checkpoint: the head's, whole or its headers only.
         hub: what has the rest.
     """
@@ -92,107 +98,116 @@ class ModelDistribution:
         self._folder = checkpoint.folder.resolve()
         self._digest = node_info.digest(self._folder)
         config = (self._folder / "config.json").read_bytes()
-        self._config = hashlib.sha256(config).hexdigest()
-        self._given = ModelFileServer(self._folder, hub)
-        self._latest = object()  # of what is fetched; what was begun before it is given up
-        head.serve_files(self._given)
+        self._config_sha256 = hashlib.sha256(config).hexdigest()
+        self._file_server = ModelFileServer(self._folder, hub)
+        self._latest = object()  # the latest `distribute`; earlier ones give up
+        head.serve_files(self._file_server)
 
-    def find(self, members: Sequence[Node]) -> list[LocalModel]:
-        """What of the model each machine has; the first is the head's own.
+    def locate(self, members: Sequence[Node]) -> list[LocalModel]:
+        """What of the model each node has; the first is the head's own.
 
         Raises:
-            CheckpointError: one has another model of that name.
+            CheckpointError: a node has another model of that name.
         """
-        asked = {"model": self._name, "digest": self._digest, "config": self._config}
-        answers = self._head.send_orders([(n, asked) for n in members[1:]], "find", FIND_S)
-        found = [LocalModel(str(a["folder"]), bool(a["whole"])) for a in answers]
+        query = {"model": self._name, "digest": self._digest, "config": self._config_sha256}
+        answers = self._head.send_orders([(n, query) for n in members[1:]], "find", ORDER_TIMEOUT_S)
+        found = [LocalModel(str(a["folder"]), bool(a["is_complete"])) for a in answers]
         return [LocalModel(str(self._folder), self._hub is None), *found]
 
-    def fetch(
+    def distribute(
         self,
         members: Sequence[Node],
-        found: Sequence[LocalModel],
+        local_models: Sequence[LocalModel],
         plan: Plan,
-        say: Say,
+        on_message: OnMessage,
         ending: threading.Event | None = None,
     ) -> None:
-        """Have every machine fetch what its rank reads, and wait for it.
+        """Have every node download what its rank reads, and wait for it.
 
         Args:
-            plan: who holds what; ranks are in the order of `members`.
-            say: told what is fetched, and how far it is.
+            local_models: see `locate`.
+            plan: what each rank holds; ranks are in the order of `members`.
+            on_message: told what is downloaded, and the progress.
             ending: gives up when it is set.
 
         Raises:
-            CheckpointError: one cannot; names the machine, and says what to do.
-            ClusterError: one was lost, `ending` was set, or this was called again meanwhile. What
-                has come is kept everywhere.
+            CheckpointError: a node cannot; names the node, and says what to do.
+            ClusterError: a node was lost, `ending` was set, or this was called again meanwhile.
+                What was downloaded is kept everywhere.
         """
-        lacking = [rank for rank, each in enumerate(found) if not each.whole]
+        lacking = [rank for rank, local in enumerate(local_models) if not local.is_complete]
         if not lacking:
             return
-        wanted: list[Files] = [
-            required_ranges(self._checkpoint, plan, rank) if rank in lacking else {}
+        layout = ModelLayout.read(self._checkpoint)
+        required: list[FileRanges] = [
+            required_ranges(slices_for(plan, rank, layout)) if rank in lacking else {}
             for rank in range(len(members))
         ]
-        dealt = plan_downloads(wanted, self._hub is not None)
-        hub, revision = (None, None) if self._hub is None else (self._hub.name, self._hub.commit)
-        mine = self._latest = object()
-        self._given.expect({file: covering_spans(each) for file, each in dealt[0][0].items()})
+        downloads = plan_downloads(required, self._hub is not None)
+        hub, commit = (None, None) if self._hub is None else (self._hub.name, self._hub.commit)
+        this = self._latest = object()
+        self._file_server.expect(
+            {file: covering_spans(ranges) for file, ranges in downloads[0][0].items()}
+        )
         orders = [
             (
                 members[rank],
                 {
                     "model": self._name,
-                    "folder": found[rank].folder,
-                    "order": vars(DownloadOrder(*dealt[rank], hub, revision, rank > 0)),
+                    "folder": local_models[rank].folder,
+                    "order": vars(DownloadOrder(*downloads[rank], hub, commit, rank > 0)),
                 },
             )
             for rank in lacking
         ]
-        began = time.monotonic()
+        started_s = time.monotonic()
 
-        def over() -> bool:
-            return self._latest is not mine or (ending is not None and ending.is_set())
+        def is_over() -> bool:
+            return self._latest is not this or (ending is not None and ending.is_set())
 
         try:
-            self._head.send_orders(orders, "fetch", FIND_S)
-            fetched = self._wait([members[rank] for rank in lacking], say, over)
+            self._head.send_orders(orders, "fetch", ORDER_TIMEOUT_S)
+            fetched = self._wait([members[rank] for rank in lacking], on_message, is_over)
         except BaseException:
-            if self._latest is mine:
-                self._given.expect({})
+            if self._latest is this:
+                self._file_server.expect({})
             raise
         if any(fetched.values()):
             names = ", ".join(f"{name} {format_bytes(n)}" for name, n in fetched.items() if n)
-            say(f"fetched in {time.monotonic() - began:.0f} s: {names}")
+            on_message(f"downloaded in {time.monotonic() - started_s:.0f} s: {names}")
 
-    def _wait(self, members: list[Node], say: Say, over: Callable[[], bool]) -> dict[str, int]:
-        """Bytes that each has fetched, when all have."""
+    def _wait(
+        self, members: list[Node], on_message: OnMessage, is_over: Callable[[], bool]
+    ) -> dict[str, int]:
+        """Bytes that each node has fetched, when all are done."""
         fetched: dict[str, int] = {}
         progress: dict[str, tuple[int, int]] = {}
-        next_s = time.monotonic() + 1
+        next_report_s = time.monotonic() + 1
         while members:
-            if over():
-                raise ClusterError("machines fetch for another group now, or the cluster was ended")
-            answers = self._head.send_orders([(n, {}) for n in members], "fetched", ASK_S)
+            if is_over():
+                raise ClusterError("the nodes download for another group now, or the cluster ended")
+            answers = self._head.send_orders(
+                [(n, {}) for n in members], "fetched", PROGRESS_TIMEOUT_S
+            )
             for node, answer in zip(members, answers, strict=True):
                 progress[node.name] = (int(answer["done"]), int(answer["total"]))
                 self._head.set_download_progress(node, *progress[node.name])
                 if answer["ended"]:
-                    fetched[node.name] = self._came(node, answer)
+                    fetched[node.name] = self._check_download(node, answer)
             members = [n for n in members if n.name not in fetched]
-            if members and time.monotonic() > next_s:
+            if members and time.monotonic() > next_report_s:
                 parts = [
-                    f"{n} {format_bytes(a)} of {format_bytes(b)}" for n, (a, b) in progress.items()
+                    f"{name} {format_bytes(done)} of {format_bytes(total)}"
+                    for name, (done, total) in progress.items()
                 ]
-                say(f"fetching: {', '.join(parts)}")
-                next_s = time.monotonic() + SAY_EVERY_S
+                on_message(f"downloading: {', '.join(parts)}")
+                next_report_s = time.monotonic() + REPORT_INTERVAL_S
         return fetched
 
-    def _came(self, node: Node, answer: dict[str, Any]) -> int:
+    def _check_download(self, node: Node, answer: dict[str, Any]) -> int:
         if answer["digest"] != self._digest:
             raise CheckpointError(
-                f"{node.name}: what it fetched into {answer['folder']} is not the head's model: "
-                f"remove that folder, it is fetched anew"
+                f"{node.name}: what it downloaded into {answer['folder']} is not the head's model: "
+                f"remove that folder, it is downloaded anew"
             )
         return int(answer["fetched"])

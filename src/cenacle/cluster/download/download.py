@@ -1,4 +1,10 @@
-"""."""
+"""Downloading byte ranges into a sparse store.
+
+Owns: what is fetched first, in which chunks, from which source, and when to give up.
+Does not know: plans (it is given byte ranges), how sources work.
+Invariant: a source that changes its files, or gives other bytes than it states, is rejected.
+Next: `task.py` runs it in a thread; `slicing.required_ranges` says what a rank needs.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +18,34 @@ from pathlib import Path
 from ...core.units import format_bytes
 from ...errors import CheckpointError
 from ...model.byte_ranges import ByteRange, ColumnRange, total_bytes
-from .hub import HEADER_BYTES, MAX_SMALL_FILE_BYTES, Hub
+from .hub import Hub
 from .source import CHUNK_BYTES, CONNECTIONS, Progress, Source, SourceInterrupted, retry
 from .sparse_store import PAGE_BYTES, SparseStore
 
+MAX_SMALL_FILE_BYTES = 64 << 20  # files without weights are fetched whole, up to this
+HEADER_BYTES = 1 << 16  # first guess at the length of a safetensors header
+
 
 def fetch_metadata(source: Source, folder: Path) -> SparseStore:
-    """A checkpoint's small files and the headers of its weights: enough to describe and plan it.
+    """Fetch a checkpoint's small files and the headers of its weights: enough to plan it.
 
     Raises:
-        CheckpointError: it is no checkpoint, the disk is full, or the source cannot be reached.
+        CheckpointError: it is not a checkpoint, the disk is full, or the source is unreachable.
     """
-    store, listed = SparseStore(folder), retry(source.files)
-    weights = [f for f in listed if f.endswith(".safetensors")]
+    store, files = SparseStore(folder), retry(source.files)
+    weights = [name for name in files if name.endswith(".safetensors")]
     if not weights:
         raise CheckpointError(f"{source.name} has no weights: expected files named *.safetensors")
     wanted: dict[str, list[ByteRange]] = {}
-    for file, what in listed.items():
-        store.make(file, what.size)
-        if file in weights:
-            wanted[file] = [(0, min(what.size, HEADER_BYTES))]
-        elif 0 < what.size <= MAX_SMALL_FILE_BYTES:
-            wanted[file] = [(0, what.size)]
+    for name, file in files.items():
+        store.create_file(name, file.size)
+        if name in weights:
+            wanted[name] = [(0, min(file.size, HEADER_BYTES))]
+        elif 0 < file.size <= MAX_SMALL_FILE_BYTES:
+            wanted[name] = [(0, file.size)]
     fetch_ranges([source], store, wanted)
     longer: dict[str, list[ByteRange]] = {
-        f: [(0, header)] for f in weights if (header := _header_end(store, f)) > HEADER_BYTES
+        name: [(0, stop)] for name in weights if (stop := _header_end(store, name)) > HEADER_BYTES
     }
     fetch_ranges([source], store, longer)
     return store
@@ -55,54 +64,54 @@ def fetch_ranges(
     wanted: Mapping[str, Sequence[ByteRange]],
     progress: Progress = lambda *_: None,
 ) -> int:
-    """Make it be here, from the first source that has it.
+    """Fetch what is missing of `wanted`, each chunk from the first source that has it.
 
     Args:
-        sources: in the order in which they are asked; for each chunk of a range the first that can.
-            One that has been given up is not asked again, unless it is the last.
-        wanted: of files that `skeleton` has made.
+        sources: in order of preference. One that was given up is not tried again, unless it is the
+            last.
+        wanted: by file; `fetch_metadata` has created the files.
 
     Returns:
         Bytes that were fetched.
 
     Raises:
-        CheckpointError: no source has them, the disk is full, or what came is damaged. What has
-            come is kept; the same call goes on from there.
+        CheckpointError: no source has them, the disk is full, or what came is damaged. What was
+            fetched is kept; the same call goes on from there.
     """
     missing = store.missing(wanted)
-    todo = [(file, some) for file, gaps in missing.items() for some in _batches(gaps)]
-    need = total_bytes(w for gaps in missing.values() for w in gaps)
-    total = total_bytes(w for each in wanted.values() for w in each)
+    batches = [(file, batch) for file, gaps in missing.items() for batch in _batches(gaps)]
+    missing_bytes = total_bytes(r for gaps in missing.values() for r in gaps)
+    all_bytes = total_bytes(r for ranges in wanted.values() for r in ranges)
     check_disk_space(store, missing)
-    done = total - need
-    progress(done, total)
+    done = all_bytes - missing_bytes
+    progress(done, all_bytes)
     lock, stop = threading.Lock(), threading.Event()
-    asked = list(sources)
+    left_sources = list(sources)
 
-    def one(file: str, some: Sequence[ByteRange]) -> None:
+    def fetch(file: str, batch: Sequence[ByteRange]) -> None:
         nonlocal done
         if stop.is_set():
             return
         try:
-            _batch(asked, store, file, some)
+            _fetch_batch(left_sources, store, file, batch)
             with lock:
-                done += total_bytes(some)
-                progress(done, total)
+                done += total_bytes(batch)
+                progress(done, all_bytes)
         except BaseException:
             stop.set()
             raise
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        for future in [pool.submit(one, *each) for each in todo]:
+        for future in [pool.submit(fetch, *pair) for pair in batches]:
             future.result()
-    for source in asked:
-        if isinstance(source, Hub) and need:
-            _check(source, store, wanted)
-    return need
+    for source in left_sources:
+        if isinstance(source, Hub) and missing_bytes:
+            _check_complete_files(source, store, wanted)
+    return missing_bytes
 
 
 def _batches(gaps: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
-    """In chunks; so many together as are put onto the disk at once."""
+    """Chunks, grouped so that each group is synchronised to the disk at once."""
     batch: list[ByteRange] = []
     for chunk in _chunks(gaps):
         if batch and total_bytes(batch) + total_bytes([chunk]) > CHUNK_BYTES:
@@ -116,54 +125,56 @@ def _batches(gaps: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
 def _chunks(gaps: Iterable[ByteRange]) -> Iterator[ByteRange]:
     for gap in gaps:
         if isinstance(gap, ColumnRange):
-            yield from gap.steps(CHUNK_BYTES)
+            yield from gap.split(CHUNK_BYTES)
             continue
-        for at in range(gap[0], gap[1], CHUNK_BYTES):
-            yield at, min(at + CHUNK_BYTES, gap[1])
+        for start in range(gap[0], gap[1], CHUNK_BYTES):
+            yield start, min(start + CHUNK_BYTES, gap[1])
 
 
 def check_disk_space(store: SparseStore, missing: Mapping[str, Sequence[ByteRange]]) -> None:
-    """Whether the disk has room for what is missing.
+    """Raise unless the disk has room for all that is missing.
 
     Raises:
-        CheckpointError: not all of it.
+        CheckpointError: it has not.
     """
-    need = sum(_disk_bytes(w) for gaps in missing.values() for w in gaps)
+    needed = sum(_disk_bytes(r) for gaps in missing.values() for r in gaps)
     free = shutil.disk_usage(store.folder).free
-    if need > free:
+    if needed > free:
         raise CheckpointError(
-            f"{store.folder}: {format_bytes(need)} are to be fetched, {format_bytes(free)} are "
-            f"free on this disk; free {format_bytes(need - free)}, or use more nodes. What is here "
-            f"is kept"
+            f"{store.folder}: the download needs {format_bytes(needed)}, this disk has "
+            f"{format_bytes(free)} free; free {format_bytes(needed - free)}, or use more nodes. "
+            f"What is here is kept"
         )
 
 
-def _disk_bytes(wanted: ByteRange) -> int:
-    """A disk has no holes shorter than a page."""
-    start, stop, *_ = wanted
-    if not isinstance(wanted, ColumnRange):
+def _disk_bytes(byte_range: ByteRange) -> int:
+    """Disk space of a range: holes shorter than a page take space too."""
+    start, stop, *_ = byte_range
+    if not isinstance(byte_range, ColumnRange):
         return stop - start
-    row = sum(b - a + PAGE_BYTES for a, b in wanted.kept)
-    return (stop - start) // wanted.period * min(wanted.period, row)
+    row = sum(b - a + PAGE_BYTES for a, b in byte_range.columns)
+    return (stop - start) // byte_range.row_bytes * min(byte_range.row_bytes, row)
 
 
-def _batch(sources: list[Source], store: SparseStore, file: str, some: Sequence[ByteRange]) -> None:
+def _fetch_batch(
+    sources: list[Source], store: SparseStore, file: str, batch: Sequence[ByteRange]
+) -> None:
     written: list[tuple[ByteRange, str]] = []
     try:
-        for chunk in some:
-            written.append((chunk, _chunk(sources, store, file, chunk)))
+        for chunk in batch:
+            written.append((chunk, _fetch_chunk(sources, store, file, chunk)))
     finally:
-        store.keep(file, written)
+        store.mark_present(file, written)
 
 
-def _chunk(sources: list[Source], store: SparseStore, file: str, chunk: ByteRange) -> str:
-    """Write a chunk from the first source that has it; its SHA-256."""
-    refused: CheckpointError | None = None
+def _fetch_chunk(sources: list[Source], store: SparseStore, file: str, chunk: ByteRange) -> str:
+    """Write a chunk from the first source that has it; returns its SHA-256."""
+    last_error: CheckpointError | None = None
     for source in list(sources):
 
         def write(source: Source = source) -> str:
             if isinstance(chunk, ColumnRange):
-                return store.write_columns(file, chunk, source.columns(file, chunk))
+                return store.write_columns(file, chunk, source.read_columns(file, chunk))
             return store.write(file, chunk[0], source.read(file, *chunk), chunk[1])
 
         try:
@@ -171,20 +182,22 @@ def _chunk(sources: list[Source], store: SparseStore, file: str, chunk: ByteRang
         except CheckpointError as error:
             if isinstance(error.__cause__, OSError):  # the disk, not the source
                 raise
-            refused = error
+            last_error = error
             if isinstance(error.__cause__, SourceInterrupted) and source in sources[:-1]:
                 sources.remove(source)
-    raise refused or CheckpointError(f"{file}: there is no source to fetch it from")
+    raise last_error or CheckpointError(f"{file}: there is no source to download it from")
 
 
-def _check(source: Hub, store: SparseStore, wanted: Mapping[str, Sequence[ByteRange]]) -> None:
-    """Files that are here whole must have the hashes that the hub gives."""
-    if not any(store.spans(file) == [(0, store.sizes[file])] for file in wanted):
+def _check_complete_files(
+    hub: Hub, store: SparseStore, wanted: Mapping[str, Sequence[ByteRange]]
+) -> None:
+    """Files that are complete must have the SHA-256 that the Hub states."""
+    if not any(store.present_spans(file) == [(0, store.sizes[file])] for file in wanted):
         return
-    for file, what in retry(source.files).items():
-        if file in wanted and what.sha256 and store.complete(file, what.sha256) is False:
-            store.forget({file: [span for span, _ in store._done[file]]})
+    for name, file in retry(hub.files).items():
+        if name in wanted and file.sha256 and store.matches_checksum(name, file.sha256) is False:
+            store.mark_file_missing(name)
             raise CheckpointError(
-                f"{store.folder / file}: its SHA-256 is not the one that {source.name} gives: it "
-                f"was damaged on the way; ask again, the file is fetched anew"
+                f"{store.folder / name}: expected the SHA-256 that {hub.name} states, got another: "
+                f"the file was damaged on the way; try again, it is downloaded anew"
             )

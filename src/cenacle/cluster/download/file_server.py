@@ -1,10 +1,10 @@
-"""The model's files as the head gives them to the machines of its cluster.
+"""The head's model files, served to the nodes of its cluster.
 
-Owns: what is asked for against what the head has, is fetching, or can get from the hub.
-Does not know: connections (`control.py`), who needs what (`sharing.py`).
-Invariant: nothing but files of the model is given, from one open file at a time; what goes out has
-its hash; what the head fetches for itself is read from the hub once.
-Next: `parts.FromHead` asks.
+Owns: answering a request from what the head has, is downloading, or can get from the Hub.
+Does not know: connections (`cluster/head.py`), which node needs what (`distribution.py`).
+Invariant: only files of the model are served, from one open file at a time; each answer carries its
+SHA-256; what the head downloads for itself is read from the Hub once.
+Next: `task.HeadSource` sends the requests.
 """
 
 from __future__ import annotations
@@ -31,59 +31,71 @@ from .source import CHUNK_BYTES, SourceInterrupted
 
 
 class ModelFileServer:
-    """A model that machines of the cluster may fetch.
+    """Serves a model to the nodes of a cluster.
 
     Args:
-        folder: the head's, whole or a part.
+        folder: the head's, whole or partial.
         hub: what has the rest.
     """
 
     def __init__(self, folder: Path, hub: Hub | None) -> None:
         self.folder, self.hub = folder, hub
-        self._here = LocalFolder(folder)
-        self._sizes = {name: file.size for name, file in self._here.files().items()}
-        self._coming: Mapping[str, list[Span]] = {}
+        self._local = LocalFolder(folder)
+        self._sizes = {name: file.size for name, file in self._local.files().items()}
+        self._expected: Mapping[str, list[Span]] = {}
         self._lock = threading.Lock()
 
-    def expect(self, coming: Mapping[str, Iterable[Span]]) -> None:
-        """What the head is fetching from now on."""
+    def expect(self, spans: Mapping[str, Iterable[Span]]) -> None:
+        """Set what the head is downloading from now on, by file."""
         with self._lock:
-            self._coming = {file: merge_spans(spans) for file, spans in coming.items()}
+            self._expected = {file: merge_spans(of_file) for file, of_file in spans.items()}
 
-    def answer(self, asked: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
-        """The answer to one question of `parts.FromHead`, and the bytes that follow it; None: it
-        is on its way here.
+    def serve(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
+        """The answer to one request of `HeadSource`, and the bytes that follow it.
+
+        Args:
+            request: {"file": name, "range": a byte range as JSON}; without "file" the answer lists
+                the files.
+
+        Returns:
+            None: the head is downloading it; ask again.
 
         Raises:
             CheckpointError: the head does not have it.
-            Interrupted: the hub, which has it, does not answer.
+            SourceInterrupted: the Hub, which has it, does not respond.
         """
-        file = asked.get("file")
+        file = request.get("file")
         if file is None:
             return {"files": self._sizes}, b""
         try:
-            wanted = byte_range_from_json(asked["wanted"])
+            byte_range = byte_range_from_json(request["range"])
         except (KeyError, TypeError, ValueError):
-            raise CheckpointError("the head was asked for what is no range") from None
-        start, stop, *_ = wanted
-        if not is_valid(wanted) or stop > self._sizes.get(file, 0) or stop - start > CHUNK_BYTES:
+            raise CheckpointError(
+                f"expected a byte range of {file}, got {request.get('range')!r:.80}"
+            ) from None
+        start, stop, *_ = byte_range
+        if (
+            not is_valid(byte_range)
+            or stop > self._sizes.get(file, 0)
+            or (stop - start > CHUNK_BYTES)
+        ):
             raise CheckpointError(f"the head has no bytes {start} to {stop} of {file}")
-        if self._here.has(file, start, stop):
-            data = _read(self._here, file, wanted)
+        if self._local.has(file, start, stop):
+            data = _read(self._local, file, byte_range)
         else:
             with self._lock:
-                coming = self._coming.get(file, [])
-            if not subtract_spans([(start, stop)], coming):
+                expected = self._expected.get(file, [])
+            if not subtract_spans([(start, stop)], expected):
                 return None
             if self.hub is None:
                 raise CheckpointError(f"the head does not have bytes {start} to {stop} of {file}")
-            data = _read(self.hub, file, wanted)
-            if len(data) < stop - start and not isinstance(wanted, ColumnRange):
+            data = _read(self.hub, file, byte_range)
+            if len(data) < stop - start and not isinstance(byte_range, ColumnRange):
                 raise SourceInterrupted(f"{self.hub.name} broke off")
         return {"sha256": hashlib.sha256(data).hexdigest()}, data
 
 
-def _read(source: LocalFolder | Hub, file: str, wanted: ByteRange) -> bytes:
-    if isinstance(wanted, ColumnRange):
-        return source.columns(file, wanted)
-    return b"".join(source.read(file, *wanted))
+def _read(source: LocalFolder | Hub, file: str, byte_range: ByteRange) -> bytes:
+    if isinstance(byte_range, ColumnRange):
+        return source.read_columns(file, byte_range)
+    return b"".join(source.read(file, *byte_range))

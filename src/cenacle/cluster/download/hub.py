@@ -1,13 +1,8 @@
-"""A node's part of a checkpoint, from the hub or from another node: only the bytes that it reads.
+"""The Hugging Face Hub as a source.
 
-Owns: which ranges are here, fetching those that are not, resuming, and noticing damage.
-Does not know: plans (it is given ranges of bytes), how nodes talk.
-How: files keep their names and sizes, but only what was asked for is written: the rest are holes
-that take no disk. So the loader, which reads by byte range, needs to know nothing of it. Beside
-them `ranges.jsonl` has a line for every range that is complete, with its hash.
-Invariant: a range is noted after it is on the disk, so whatever ends the program, what is noted is
-there; a source that changes its files, or gives other bytes than it says, is refused.
-Next: `model/weights.py` (`wanted_of`) says what a rank needs; `parts.py`, where it is kept.
+Owns: listing a repository's files and reading byte ranges of them over HTTP, all of one commit.
+Does not know: plans, where bytes go.
+Next: `download.py`.
 """
 
 from __future__ import annotations
@@ -20,16 +15,13 @@ from ...errors import CheckpointError
 from ...model.byte_ranges import JOURNAL, ColumnRange
 from .source import READ_BYTES, SourceFile, SourceInterrupted, first_line, retry
 
-MAX_SMALL_FILE_BYTES = 64 << 20  # files that are no weights are fetched whole, up to this
-HEADER_BYTES = 1 << 16  # first guess at the length of a safetensors header
-
 
 class Hub:
-    """A repository of the Hugging Face hub (or of what answers like it, by HF_ENDPOINT).
+    """A repository of the Hugging Face Hub (or of what HF_ENDPOINT names).
 
     Args:
         repo: "org/name".
-        revision: branch, tag or commit; None: the main one.
+        revision: branch, tag or commit; None: the main branch.
         deadline_s: longest silence of the server.
     """
 
@@ -41,11 +33,11 @@ class Hub:
         self._commit = revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
 
     def close(self) -> None:
-        """End its connections."""
+        """Close its connections."""
         self._client.close()
 
     def files(self) -> Mapping[str, SourceFile]:
-        """See `Source`; those that mlx-lm would fetch."""
+        """See `Source`; the files that mlx-lm would download."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -57,10 +49,10 @@ class Hub:
                 timeout=self._deadline_s,
             )
         except RepositoryNotFoundError as error:
-            raise CheckpointError(f"{self.name}: the hub has no such repository") from error
-        except Exception as error:  # whichever library it speaks through has errors of its own
+            raise CheckpointError(f"{self.name}: the Hub has no such repository") from error
+        except Exception as error:  # huggingface_hub lets its transport's own errors through
             raise SourceInterrupted(
-                f"{self.name}: the hub does not answer: {first_line(error)}"
+                f"{self.name}: the Hub does not respond: {first_line(error)}"
             ) from error
         self._commit = info.sha
         return {
@@ -71,10 +63,10 @@ class Hub:
 
     @property
     def commit(self) -> str:
-        """What all is read of.
+        """The commit of which everything is read.
 
         Raises:
-            CheckpointError: see `files`; or the hub does not answer for long.
+            CheckpointError: see `files`; or the Hub does not respond for long.
         """
         if self._commit is None:
             retry(self.files)
@@ -87,35 +79,36 @@ class Hub:
         from huggingface_hub.utils import build_hf_headers
 
         if self._commit is None:
-            self.files()  # all of a part is of one commit
+            self.files()
         url = hf_hub_url(self.name, file, revision=self._commit)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
         try:
-            with self._client.stream("GET", url, headers=headers) as answer:
-                if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
-                    raise SourceInterrupted(f"{self.name}: the hub answers {answer.status_code}")
-                whole = answer.status_code == 200 and start == 0
-                if answer.status_code != 206 and not whole:
+            with self._client.stream("GET", url, headers=headers) as response:
+                status = response.status_code
+                if status in (408, 425, 429) or status >= 500:
+                    raise SourceInterrupted(f"{self.name}: the Hub responds {status}")
+                ignores_range = status == 200 and start == 0
+                if status != 206 and not ignores_range:
                     raise CheckpointError(
-                        f"{self.name}: asked for a part of {file} the hub answers "
-                        f"{answer.status_code}, expected 206"
+                        f"{self.name}: expected status 206 for a byte range of {file}, "
+                        f"got {status} from the Hub"
                     )
                 left = stop - start
-                for piece in answer.iter_bytes(READ_BYTES):
+                for piece in response.iter_bytes(READ_BYTES):
                     yield piece[:left]
                     left -= len(piece)
-                    if left <= 0 and whole:
+                    if left <= 0 and ignores_range:
                         return
         except httpx.HTTPError as error:
             raise SourceInterrupted(f"{self.name}: {first_line(error)}") from error
 
-    def columns(self, file: str, strip: ColumnRange) -> bytes:
-        """See `Source`; all of the rows are read."""
-        return strip.take(b"".join(self.read(file, strip.start, strip.stop)))
+    def read_columns(self, file: str, columns: ColumnRange) -> bytes:
+        """See `Source`; reads the whole rows."""
+        return columns.extract(b"".join(self.read(file, columns.start, columns.stop)))
 
 
 def is_model_file(file: str) -> bool:
-    """Whether mlx-lm would fetch it: nothing else of a folder is given away."""
+    """Whether mlx-lm would download a file; nothing else of a folder is served."""
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     return file != JOURNAL and any(fnmatch(file, pattern) for pattern in DEFAULT_ALLOW_PATTERNS)

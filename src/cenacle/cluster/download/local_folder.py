@@ -1,4 +1,9 @@
-"""."""
+"""A checkpoint's folder on this machine as a source.
+
+Owns: reading what is in a folder, whole or partial.
+Does not know: who reads it.
+Next: `file_server.py` serves it to other nodes.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ...model.byte_ranges import JOURNAL, ColumnRange
+from ...model.byte_ranges import ColumnRange, is_partial
 from .hub import is_model_file
 from .source import READ_BYTES, SourceFile
 from .sparse_store import SparseStore
 
 
 class LocalFolder:
-    """A checkpoint's folder on this machine, whole or a part: what another node is given.
-
-    Args:
-        path: where it is.
-    """
+    """A checkpoint's folder on this machine, whole or partial."""
 
     def __init__(self, path: Path) -> None:
         self.name, self._path = str(path), path
-        self._store = SparseStore(path) if (path / JOURNAL).exists() else None
+        self._store = SparseStore(path) if is_partial(path) else None
 
     def files(self) -> Mapping[str, SourceFile]:
         """See `Source`."""
@@ -29,11 +30,11 @@ class LocalFolder:
             return {name: SourceFile(size) for name, size in self._store.sizes.items()}
         if not self._path.is_dir():
             raise CheckpointError(f"{self._path}: no such folder")
-        found = [p for p in sorted(self._path.iterdir()) if p.is_file() and is_model_file(p.name)]
-        return {p.name: SourceFile(p.stat().st_size) for p in found}
+        files = [p for p in sorted(self._path.iterdir()) if p.is_file() and is_model_file(p.name)]
+        return {p.name: SourceFile(p.stat().st_size) for p in files}
 
     def has(self, file: str, start: int, stop: int) -> bool:
-        """Whether all of a range is here by now."""
+        """Whether all of a range is present now."""
         if self._store is not None:
             self._store.refresh()
             return not self._store.missing({file: [(start, stop)]})
@@ -53,6 +54,6 @@ class LocalFolder:
                 yield piece
                 start += len(piece)
 
-    def columns(self, file: str, strip: ColumnRange) -> bytes:
+    def read_columns(self, file: str, columns: ColumnRange) -> bytes:
         """See `Source`."""
-        return strip.take(b"".join(self.read(file, strip.start, strip.stop)))
+        return columns.extract(b"".join(self.read(file, columns.start, columns.stop)))

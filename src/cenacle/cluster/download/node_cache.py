@@ -1,4 +1,9 @@
-"""."""
+"""Where a model is kept on a node: a whole folder, or the folder of this node's part.
+
+Owns: finding a model on this machine, and naming the folder of a part.
+Does not know: which ranges a node needs, how they are fetched.
+Next: `distribution.py` asks every node; `task.py` fills the folders.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +22,26 @@ from .hub import Hub
 from .source import SourceInterrupted
 
 
-def partial_folder(place: Path, model: str, key: str) -> Path:
-    """Where a part of a model is, or would be.
+def partial_folder(parts_dir: Path, model: str, key: str) -> Path:
+    """The folder of a node's part of a model.
 
     Args:
-        place: the folder of parts.
-        key: what tells models of one name apart.
+        parts_dir: the folder of all parts.
+        key: tells models of one name apart.
     """
-    return place / f"{model.replace('/', '--').lstrip('.')}-{key}"
+    return parts_dir / f"{model.replace('/', '--').lstrip('.')}-{key}"
 
 
 def open_model(model: str) -> tuple[Path, Hub | None]:
-    """What the head knows a model by: a whole folder, or its part, and the hub that has the rest.
+    """The head's folder of a model, whole or partial, and the Hub repository that has the rest.
 
-    Of a hub's model that is not on this machine only config, tokenizer and headers are fetched.
+    Of a Hub model that is not on this machine only config, tokenizer and headers are downloaded.
 
     Raises:
-        CheckpointError: see `weights.locate`.
+        CheckpointError: see `locate_checkpoint`.
     """
-    given = Path(model).expanduser()
-    if given.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+    path = Path(model).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         return locate_checkpoint(model), None
     if (cached := _find_in_hub_cache(model)) is not None:
         return cached, None
@@ -47,79 +52,80 @@ def open_model(model: str) -> tuple[Path, Hub | None]:
     except CheckpointError as error:
         if not isinstance(error.__cause__, SourceInterrupted):
             raise
-        # The hub does not answer: what was fetched of this model before may do.
-        known = sorted(
-            models_dir().glob(f"{partial_folder(models_dir(), model, '*').name}/{JOURNAL}"),
-            key=_modified_s,
-        )
-        commits = [p.parent.name.rpartition("-")[2] for p in known]
-        commits = [c for c in commits if re.fullmatch("[0-9a-f]{40}", c)]
-        if not commits:
+        # The Hub does not respond: use the latest commit of which something was downloaded.
+        commit = _latest_commit(model)
+        if commit is None:
             raise
-        hub = Hub(model, commits[-1])
-        folder = partial_folder(models_dir(), model, commits[-1])
-        Checkpoint.open(folder)  # its headers are here
+        hub = Hub(model, commit)
+        folder = partial_folder(models_dir(), model, commit)
+        Checkpoint.open(folder)  # its headers are there
     return folder, hub
 
 
-def _modified_s(path: Path) -> float:
-    return path.stat().st_mtime
+def _latest_commit(model: str) -> str | None:
+    folders = partial_folder(models_dir(), model, "*").name
+    journals = models_dir().glob(f"{folders}/{JOURNAL}")
+    commits = [
+        journal.parent.name.rpartition("-")[2]
+        for journal in sorted(journals, key=lambda path: path.stat().st_mtime)
+    ]
+    return next((c for c in reversed(commits) if re.fullmatch("[0-9a-f]{40}", c)), None)
 
 
 def _find_in_hub_cache(model: str) -> Path | None:
-    """The folder of a model that was fetched whole some time."""
+    """The folder of a model that huggingface_hub has downloaded whole."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     try:
-        found = snapshot_download(
-            model, local_files_only=True, allow_patterns=DEFAULT_ALLOW_PATTERNS
+        folder = Path(
+            snapshot_download(model, local_files_only=True, allow_patterns=DEFAULT_ALLOW_PATTERNS)
         )
-        Checkpoint.open(Path(found))
+        Checkpoint.open(folder)
     except (LocalEntryNotFoundError, CheckpointError, ValueError):
         return None
-    return Path(found)
+    return folder
 
 
 @dataclass(frozen=True)
 class LocalModel:
-    """What a machine has of a model.
+    """What a node has of a model.
 
     Args:
-        folder: where it is, or where a part of it goes.
-        whole: nothing needs to be fetched.
+        folder: where the model is, or where the node's part goes.
+        is_complete: nothing needs to be downloaded.
     """
 
     folder: str
-    whole: bool
+    is_complete: bool
 
 
 def find_local_model(
-    model: str, digest: str, config: str, folders: list[Path], place: Path
+    model: str, digest: str, config_sha256: str, model_dirs: list[Path], parts_dir: Path
 ) -> LocalModel:
-    """What of a model is on this machine.
+    """What this machine has of a model.
 
     Args:
-        model: as the head calls it.
-        digest: `machine.digest` of the head's.
-        config: the SHA-256 of its config.json.
-        folders: where models are kept here.
-        place: where parts are.
+        model: its name on the head.
+        digest: `node_info.digest` of the head's folder.
+        config_sha256: of the head's config.json.
+        model_dirs: where models are kept here.
+        parts_dir: where parts are.
 
     Raises:
         CheckpointError: there is another model of that name.
     """
-    part = LocalModel(str(partial_folder(place, model, digest[:12])), False)
-    folder = node_info.find(model, folders)
+    part = LocalModel(str(partial_folder(parts_dir, model, digest[:12])), False)
+    folder = node_info.find(model, model_dirs)
     if folder is None or is_partial(folder):
         return part
     folder = folder.resolve()
     if node_info.digest(folder) == digest:
         return LocalModel(str(folder), True)
-    if hashlib.sha256((folder / "config.json").read_bytes()).hexdigest() == config:
-        return part  # weights are missing, or were fetched to their half
+    if hashlib.sha256((folder / "config.json").read_bytes()).hexdigest() == config_sha256:
+        return part  # weights are missing or half downloaded
     raise CheckpointError(
         f"{folder} has another model of the name {model} than the head (config.json differs): copy "
-        f"it again, or take it away"
+        f"the head's model there, or remove the folder"
     )

@@ -1,4 +1,14 @@
-"""."""
+"""A folder of sparse files: a node's part of a checkpoint.
+
+Owns: which byte ranges are present, writing more, and finding damage.
+Does not know: where bytes come from, which are wanted.
+How: files keep their names and sizes, but only what was asked for is written: the rest are holes
+that take no disk. So the loader, which reads by byte range, need not know. Beside the files
+`ranges.jsonl` has a line for every complete range, with its SHA-256.
+Invariant: a range is recorded after it is on the disk, so whatever ends the program, what is
+recorded is there.
+Next: `download.py` fills it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +25,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError
-from ...model.byte_ranges import JOURNAL, ByteRange, ColumnRange, Span, merge_spans, subtract_spans
+from ...model.byte_ranges import (
+    JOURNAL,
+    ByteRange,
+    ColumnRange,
+    Span,
+    byte_range_from_json,
+    merge_spans,
+    subtract_spans,
+)
 from .source import CONNECTIONS, SourceInterrupted
 
 PAGE_BYTES = 4096  # of a disk
@@ -23,62 +41,59 @@ PAGE_BYTES = 4096  # of a disk
 
 @dataclass
 class SparseStore:
-    """A folder of files with holes, and what is known to be in them.
+    """A folder of files with holes, and the ranges that are present.
 
     Args:
-        folder: made if need be.
+        folder: created if need be.
     """
 
     folder: Path
     sizes: dict[str, int] = field(default_factory=dict)
-    _done: dict[str, list[tuple[ByteRange, str]]] = field(default_factory=dict)
-    _seen: tuple[int, int] = (0, 0)  # the journal's inode, and how far it was read
+    _present: dict[str, list[tuple[ByteRange, str]]] = field(default_factory=dict)
+    _journal_read: tuple[int, int] = (0, 0)  # the journal's inode, and how far it was read
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"{self.folder}: cannot be made ({error.strerror})") from error
+            raise CheckpointError(f"{self.folder}: cannot create it ({error.strerror})") from error
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what another has noted meanwhile."""
+        """Read what another process has recorded meanwhile."""
         journal = self.folder / JOURNAL
         with self._lock, suppress(FileNotFoundError), journal.open("rb") as f:
-            about = os.fstat(f.fileno())
-            if about.st_ino != self._seen[0]:
+            inode = os.fstat(f.fileno()).st_ino
+            if inode != self._journal_read[0]:
                 self.sizes.clear()
-                self._done.clear()
-                self._seen = (about.st_ino, 0)
-            f.seek(self._seen[1])
+                self._present.clear()
+                self._journal_read = (inode, 0)
+            f.seek(self._journal_read[1])
             lines, _, _ = f.read().rpartition(b"\n")  # the last may be half a line
-            self._seen = (about.st_ino, self._seen[1] + len(lines))
+            self._journal_read = (inode, self._journal_read[1] + len(lines))
             for line in lines.splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # one that was cut off
-                    self._take_in(json.loads(line))
+                    self._read_entry(json.loads(line))
 
-    def _take_in(self, noted: dict[str, Any]) -> None:
-        if "size" in noted:
-            self.sizes[noted["file"]] = noted["size"]
+    def _read_entry(self, entry: dict[str, Any]) -> None:
+        if "size" in entry:
+            self.sizes[entry["file"]] = entry["size"]
             return
-        start, stop, span = noted["start"], noted["stop"], None
-        if "period" in noted:
-            kept = tuple((a, b) for a, b in noted["kept"])
-            span = ColumnRange(start, stop, noted["period"], kept)
-        self._done.setdefault(noted["file"], []).append((span or (start, stop), noted["sha256"]))
+        byte_range = byte_range_from_json(entry["range"])
+        self._present.setdefault(entry["file"], []).append((byte_range, entry["sha256"]))
 
-    def spans(self, file: str) -> list[Span]:
-        """The ranges of which all is here, ascending, neighbours joined."""
-        done = self._done.get(file, ())
-        return merge_spans((s[0], s[1]) for s, _ in done if not isinstance(s, ColumnRange))
+    def present_spans(self, file: str) -> list[Span]:
+        """The spans of which every byte is present, ascending, neighbours merged."""
+        present = self._present.get(file, ())
+        return merge_spans((r[0], r[1]) for r, _ in present if not isinstance(r, ColumnRange))
 
-    def make(self, file: str, size: int) -> None:
-        """A file of holes.
+    def create_file(self, file: str, size: int) -> None:
+        """Create a file of holes, unless it exists.
 
         Raises:
-            CheckpointError: it is here in another size: the source has changed; or its name leads
-                elsewhere.
+            CheckpointError: it exists in another size (the source has changed), or its name leads
+                out of the folder.
         """
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(f"{self.folder}: a file cannot be called {file}")
@@ -86,27 +101,27 @@ class SparseStore:
         if known is not None and known != size:
             raise CheckpointError(
                 f"{self.folder / file}: the source now has {size} bytes where it had {known}; "
-                f"remove the folder to fetch the new model"
+                f"remove the folder to download the new model"
             )
-        if known is None or not (self.folder / file).exists():
-            path = self.folder / file
-            with self._room():
+        path = self.folder / file
+        if known is None or not path.exists():
+            with self._explain_disk_errors():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab") as f:
                     f.truncate(size)
             if known is None:
                 self.sizes[file] = size
-                self._note([{"file": file, "size": size}])
+                self._append_journal([{"file": file, "size": size}])
 
     def write(self, file: str, start: int, pieces: Iterator[bytes], stop: int) -> str:
-        """Write a range, which `keep` has to note; its SHA-256.
+        """Write a span, which `mark_present` has to record; returns its SHA-256.
 
         Raises:
-            CheckpointError: the disk is full, or cannot be written.
-            Interrupted: the pieces end too early.
+            CheckpointError: the disk is full or cannot be written.
+            SourceInterrupted: the pieces end too early.
         """
         digest, at = hashlib.sha256(), start
-        with self._room(), (self.folder / file).open("r+b") as f:
+        with self._explain_disk_errors(), (self.folder / file).open("r+b") as f:
             f.seek(start)
             for piece in pieces:
                 f.write(piece)
@@ -116,127 +131,135 @@ class SparseStore:
                 raise SourceInterrupted(f"{file} ended at byte {at}, expected {stop}")
         return digest.hexdigest()
 
-    def write_columns(self, file: str, strip: ColumnRange, data: bytes) -> str:
-        """The same for what `strip.take` gave."""
-        if len(data) != strip.nbytes:
+    def write_columns(self, file: str, columns: ColumnRange, data: bytes) -> str:
+        """The same for the bytes of `columns.extract`."""
+        if len(data) != columns.nbytes:
             raise SourceInterrupted(
-                f"{file}: got {len(data)} bytes of columns, expected {strip.nbytes}"
+                f"{file}: expected {columns.nbytes} bytes of columns, got {len(data)}"
             )
         at, view = 0, memoryview(data)
-        with self._room(), (self.folder / file).open("r+b", buffering=0) as f:
-            for start, stop in strip.pieces():
+        with self._explain_disk_errors(), (self.folder / file).open("r+b", buffering=0) as f:
+            for start, stop in columns.spans():
                 os.pwrite(f.fileno(), view[at : at + stop - start], start)
                 at += stop - start
         return hashlib.sha256(data).hexdigest()
 
-    def keep(self, file: str, written: Sequence[tuple[ByteRange, str]]) -> None:
-        """Note ranges of a file, when they are on the disk."""
+    def mark_present(self, file: str, written: Sequence[tuple[ByteRange, str]]) -> None:
+        """Record written ranges of a file with their SHA-256, after they are on the disk."""
         if not written:
             return
-        with self._room():
+        with self._explain_disk_errors():
             with (self.folder / file).open("r+b") as f:
                 os.fsync(f.fileno())
-            self._note([_line(file, *each) for each in written])
-        self._done.setdefault(file, []).extend(written)
+            self._append_journal([_journal_entry(file, *pair) for pair in written])
+        self._present.setdefault(file, []).extend(written)
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def _explain_disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CheckpointError(
-                    f"{self.folder}: the disk is full; free some space and ask again, what is "
+                    f"{self.folder}: the disk is full; free some space and try again, what is "
                     f"here is kept"
                 ) from error
             raise CheckpointError(
-                f"{self.folder}: cannot be written ({error.strerror}); ask again when it can, "
+                f"{self.folder}: cannot write ({error.strerror}); try again when it is possible, "
                 f"what is here is kept"
             ) from error
 
-    def _note(self, lines: Sequence[dict[str, Any]]) -> None:
-        # A line that was cut off before is ended first.
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    def _append_journal(self, entries: Sequence[dict[str, Any]]) -> None:
+        # The newline ends a line that was cut off before.
+        text = "".join(f"{json.dumps(entry)}\n" for entry in entries)
         with self._lock, (self.folder / JOURNAL).open("a") as f:
             f.write(f"\n{text}")
 
-    def damaged(self) -> dict[str, list[ByteRange]]:
-        """Ranges whose bytes are no longer those that were fetched. Reads everything."""
-
-        def wrong(file: str, span: ByteRange, digest: str) -> bool:
-            try:
-                with (self.folder / file).open("rb") as f:
-                    f.seek(span[0])
-                    data = f.read(span[1] - span[0])
-            except FileNotFoundError:
-                return True
-            if len(data) < span[1] - span[0]:
-                return True
-            data = span.take(data) if isinstance(span, ColumnRange) else data
-            return hashlib.sha256(data).hexdigest() != digest
-
-        done = [(file, *each) for file, spans in self._done.items() for each in spans]
-        found: dict[str, list[ByteRange]] = {}
+    def find_damaged(self) -> dict[str, list[ByteRange]]:
+        """Ranges whose bytes no longer match their SHA-256. Reads everything."""
+        present = [(file, *pair) for file, pairs in self._present.items() for pair in pairs]
+        damaged: dict[str, list[ByteRange]] = {}
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for (file, span, _), bad in zip(done, pool.map(lambda d: wrong(*d), done), strict=True):
-                if bad:
-                    found.setdefault(file, []).append(span)
-        return found
+            intact = pool.map(lambda entry: self._is_intact(*entry), present)
+            for (file, byte_range, _), good in zip(present, intact, strict=True):
+                if not good:
+                    damaged.setdefault(file, []).append(byte_range)
+        return damaged
 
-    def forget(self, spans: Mapping[str, Sequence[ByteRange]]) -> None:
-        """Take ranges for missing from now on."""
-        for file, wrong in spans.items():
-            self._done[file] = [d for d in self._done[file] if d[0] not in wrong]
-        lines: list[dict[str, Any]] = [{"file": f, "size": n} for f, n in self.sizes.items()]
-        lines += [_line(f, *each) for f, done in self._done.items() for each in done]
-        beside = self.folder / f"{JOURNAL}.new"
-        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        beside.replace(self.folder / JOURNAL)
+    def _is_intact(self, file: str, byte_range: ByteRange, sha256: str) -> bool:
+        start, stop, *_ = byte_range
+        try:
+            with (self.folder / file).open("rb") as f:
+                f.seek(start)
+                data = f.read(stop - start)
+        except FileNotFoundError:
+            return False
+        if len(data) < stop - start:
+            return False
+        data = byte_range.extract(data) if isinstance(byte_range, ColumnRange) else data
+        return hashlib.sha256(data).hexdigest() == sha256
+
+    def mark_missing(self, ranges: Mapping[str, Sequence[ByteRange]]) -> None:
+        """Record that ranges are missing: exactly those that were marked present."""
+        for file, missing in ranges.items():
+            self._present[file] = [p for p in self._present[file] if p[0] not in missing]
+        self._rewrite_journal()
+
+    def mark_file_missing(self, file: str) -> None:
+        """Record that nothing of a file is present."""
+        self._present[file] = []
+        self._rewrite_journal()
+
+    def _rewrite_journal(self) -> None:
+        entries: list[dict[str, Any]] = [{"file": f, "size": n} for f, n in self.sizes.items()]
+        entries += [
+            _journal_entry(f, *pair) for f, pairs in self._present.items() for pair in pairs
+        ]
+        replacement = self.folder / f"{JOURNAL}.new"
+        replacement.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        replacement.replace(self.folder / JOURNAL)
 
     def missing(self, wanted: Mapping[str, Sequence[ByteRange]]) -> dict[str, list[ByteRange]]:
-        """What of it is not here."""
-        found: dict[str, list[ByteRange]] = {}
-        for file, each in wanted.items():
-            whole = self.spans(file)
-            gaps: list[ByteRange] = []
-            gaps += subtract_spans(
-                [(w[0], w[1]) for w in each if not isinstance(w, ColumnRange)], whole
-            )
-            strips = [w for w in each if isinstance(w, ColumnRange)]
-            if strips:
-                gaps += self._missing_columns(file, strips, whole)
+        """What of `wanted` is not present, by file."""
+        missing: dict[str, list[ByteRange]] = {}
+        for file, ranges in wanted.items():
+            present = self.present_spans(file)
+            spans = [(r[0], r[1]) for r in ranges if not isinstance(r, ColumnRange)]
+            gaps: list[ByteRange] = [*subtract_spans(spans, present)]
+            columns = [r for r in ranges if isinstance(r, ColumnRange)]
+            if columns:
+                gaps += self._missing_columns(file, columns, present)
             if gaps:
-                found[file] = gaps
-        return found
+                missing[file] = gaps
+        return missing
 
     def _missing_columns(
-        self, file: str, strips: Sequence[ColumnRange], whole: list[Span]
+        self, file: str, wanted: Sequence[ColumnRange], present: list[Span]
     ) -> Iterator[ColumnRange]:
-        here: dict[
-            tuple[int, int], list[ColumnRange]
-        ] = {}  # by length of rows, and where they begin
-        for done, _ in self._done.get(file, ()):
+        by_grid: dict[tuple[int, int], list[ColumnRange]] = {}
+        for done, _ in self._present.get(file, ()):
             if isinstance(done, ColumnRange):
-                here.setdefault((done.period, done.start % done.period), []).append(done)
-        for strip in strips:
-            same = here.get((strip.period, strip.start % strip.period), ())
-            have = merge_spans([*whole, *((s.start, s.stop) for s in same if s.has(strip))])
-            for start, stop in subtract_spans([(strip.start, strip.stop)], have):
-                before, after = (start - strip.start) % strip.period, (strip.stop - stop)
-                yield strip._replace(start=start - before, stop=stop + after % strip.period)
+                by_grid.setdefault(_grid(done), []).append(done)
+        for columns in wanted:
+            same = [c for c in by_grid.get(_grid(columns), ()) if c.covers_columns_of(columns)]
+            have = merge_spans([*present, *((c.start, c.stop) for c in same)])
+            for start, stop in subtract_spans([(columns.start, columns.stop)], have):
+                before = (start - columns.start) % columns.row_bytes
+                after = (columns.stop - stop) % columns.row_bytes
+                yield columns._replace(start=start - before, stop=stop + after)
 
-    def complete(self, file: str, sha256: str) -> bool | None:
-        """Whether a file that is here whole has the hash that its source gives; None: it is not."""
-        if self.spans(file) != [(0, self.sizes[file])]:
+    def matches_checksum(self, file: str, sha256: str) -> bool | None:
+        """Whether a complete file has the SHA-256 of its source; None: it is not complete."""
+        if self.present_spans(file) != [(0, self.sizes[file])]:
             return None
         with (self.folder / file).open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest() == sha256
 
 
-def _line(file: str, span: ByteRange, digest: str) -> dict[str, Any]:
-    line = {"file": file, "start": span[0], "stop": span[1], "sha256": digest}
-    return (
-        {**line, "period": span.period, "kept": span.kept}
-        if isinstance(span, ColumnRange)
-        else line
-    )
+def _grid(columns: ColumnRange) -> tuple[int, int]:
+    """The length of rows, and where they begin."""
+    return columns.row_bytes, columns.start % columns.row_bytes
+
+
+def _journal_entry(file: str, byte_range: ByteRange, sha256: str) -> dict[str, Any]:
+    return {"file": file, "range": byte_range, "sha256": sha256}

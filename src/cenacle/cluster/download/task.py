@@ -1,10 +1,10 @@
-"""A machine's part of the model: where it is kept here, and fetching it beside everything else.
+"""Downloading a node's part of the model beside everything else.
 
-Owns: the folder of parts, one fetch at a time in a thread of its own, and the head as a source.
-Does not know: plans (it is given ranges), orders (`agent.py`), how files are written (`fetch.py`).
-Invariant: what the head gives is compared with its hash before it is noted as here; what an earlier
-process left is, before it is relied on; one connection for each thread that fetches.
-Next: `giving.py` answers, `sharing.py` says who fetches what.
+Owns: one download at a time in a thread of its own, and the head as a source.
+Does not know: plans (it is given byte ranges), how files are written (`sparse_store.py`).
+Invariant: what the head sends is compared with its SHA-256 before it is recorded as present; what
+an earlier process left is verified before it is relied on; each thread has its own connection.
+Next: `file_server.py` answers, `distribution.py` says which node downloads what.
 """
 
 from __future__ import annotations
@@ -26,150 +26,148 @@ from .hub import Hub
 from .source import READ_BYTES, Source, SourceFile, SourceInterrupted
 from .sparse_store import SparseStore
 
-DEADLINE_S = 120.0  # the head may have to fetch it first; whether it lives the agent watches
-
-
-# The head's own
-
-
-# A machine's own
+DEADLINE_S = 120.0  # the head may have to download first; the agent watches whether it is alive
+_STOPPED = "the download was stopped before it was complete"
 
 
 class HeadSource:
-    """The model's files as the head has them, whole or in part.
+    """The model's files as the head has them, whole or partial.
 
     Args:
-        identity: what this machine proves itself with.
+        identity: of this node.
         host, port: of the head.
     """
 
     def __init__(self, identity: identities.Identity, host: str, port: int) -> None:
         self.name = f"the head at {host}:{port}"
-        self._identity, self._where = identity, (host, port)
-        self._mine = threading.local()
-        self._all: set[Channel] = set()
+        self._identity, self._address = identity, (host, port)
+        self._per_thread = threading.local()
+        self._channels: set[Channel] = set()
         self._stopped = False
 
     def stop(self) -> None:
-        """Nothing more is read."""
+        """Read nothing more."""
         self._stopped = True
         self.close()
 
     def close(self) -> None:
-        """End all connections."""
-        for channel in list(self._all):
+        """Close all connections."""
+        for channel in list(self._channels):
             channel.close()
 
     def files(self) -> Mapping[str, SourceFile]:
-        """See `fetch.Source`."""
-        answer, _ = self._ask({})
-        return {str(name): SourceFile(int(count)) for name, count in answer["files"].items()}
+        """See `Source`."""
+        answer, _ = self._request({})
+        return {str(name): SourceFile(int(size)) for name, size in answer["files"].items()}
 
     def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
-        """See `fetch.Source`."""
-        return self._read({"file": file, "wanted": [start, stop]}, stop - start)
+        """See `Source`."""
+        return self._read(file, (start, stop), stop - start)
 
-    def columns(self, file: str, strip: ColumnRange) -> bytes:
-        """See `fetch.Source`."""
-        return b"".join(self._read({"file": file, "wanted": strip}, strip.nbytes))
+    def read_columns(self, file: str, columns: ColumnRange) -> bytes:
+        """See `Source`."""
+        return b"".join(self._read(file, columns, columns.nbytes))
 
-    def _read(self, what: dict[str, Any], count: int) -> Iterator[bytes]:
-        answer, channel = self._ask(what)
-        seen, whole = hashlib.sha256(), False
+    def _read(self, file: str, byte_range: ByteRange, count: int) -> Iterator[bytes]:
+        answer, channel = self._request({"file": file, "range": byte_range})
+        digest, is_complete = hashlib.sha256(), False
         try:
-            for at in range(0, count, READ_BYTES):
-                piece = channel.receive_bytes(min(READ_BYTES, count - at))
-                seen.update(piece)
+            for start in range(0, count, READ_BYTES):
+                piece = channel.receive_bytes(min(READ_BYTES, count - start))
+                digest.update(piece)
                 yield piece
-            if seen.hexdigest() != answer["sha256"]:
+            if digest.hexdigest() != answer["sha256"]:
                 raise SourceInterrupted(
-                    f"{self.name}: bytes {what['wanted'][0]} to {what['wanted'][1]} of "
-                    f"{what['file']} were damaged on the way"
+                    f"{self.name}: bytes {byte_range[0]} to {byte_range[1]} of {file} were damaged "
+                    f"on the way"
                 )
-            whole = True
+            is_complete = True
         except ClusterError as error:
             raise SourceInterrupted(f"{self.name} {error}") from error
         finally:
-            if not whole:
-                self._drop()
+            if not is_complete:
+                self._drop_channel()
 
-    def _ask(self, what: dict[str, Any]) -> tuple[dict[str, Any], Channel]:
+    def _request(self, request: dict[str, Any]) -> tuple[dict[str, Any], Channel]:
         while not self._stopped:
             try:
-                channel: Channel | None = getattr(self._mine, "channel", None)
+                channel: Channel | None = getattr(self._per_thread, "channel", None)
                 if channel is None:
                     sock = client.call(
-                        *self._where, self._identity.client(), identities.SERVER_NAME
+                        *self._address, self._identity.client(), identities.SERVER_NAME
                     )
-                    channel = self._mine.channel = Channel(sock, DEADLINE_S)
-                    self._all.add(channel)
-                channel.send({"type": "part", **what})
+                    channel = self._per_thread.channel = Channel(sock, DEADLINE_S)
+                    self._channels.add(channel)
+                channel.send({"type": "read_file", **request})
                 answer = channel.receive()
             except ClusterError as error:
-                self._drop()
+                self._drop_channel()
                 raise SourceInterrupted(f"{self.name}: {error}") from error
             match answer.get("type"):
-                case "part":
+                case "file_data":
                     return answer, channel
-                case "later":  # it is fetching this itself
+                case "retry_later":  # the head is downloading it
                     continue
             failure = error_from_json(answer.get("error"), f"{self.name}: ")
             if isinstance(failure, CheckpointError):
                 raise failure
-            self._drop()
+            self._drop_channel()
             raise SourceInterrupted(str(failure))
-        raise CheckpointError(_ENDED)
+        raise CheckpointError(_STOPPED)
 
-    def _drop(self) -> None:
-        if (channel := getattr(self._mine, "channel", None)) is not None:
-            self._mine.channel = None
+    def _drop_channel(self) -> None:
+        if (channel := getattr(self._per_thread, "channel", None)) is not None:
+            self._per_thread.channel = None
             channel.close()
-            self._all.discard(channel)
+            self._channels.discard(channel)
 
 
 @dataclass(frozen=True)
 class DownloadOrder:
-    """What a machine shall fetch.
+    """What a node shall download.
 
     Args:
-        of_hub: ranges by file that it gets from the hub, or else from the head.
-        of_head: ranges that it gets from the head.
-        hub, revision: the repository and its commit; None: there is no hub.
-        head: whether the head can be asked: not by its own machine.
+        from_hub: ranges by file that it gets from the Hub, or else from the head.
+        from_head: ranges that it gets from the head.
+        hub, revision: the repository and its commit; None: there is no Hub.
+        use_head: whether the head can be asked: not by its own node.
     """
 
-    of_hub: Mapping[str, Sequence[ByteRange]]
-    of_head: Mapping[str, Sequence[ByteRange]]
+    from_hub: Mapping[str, Sequence[ByteRange]]
+    from_head: Mapping[str, Sequence[ByteRange]]
     hub: str | None
     revision: str | None
-    head: bool
+    use_head: bool
 
     @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> DownloadOrder:
-        """What `vars` of one became on its way.
+    def from_json(cls, data: Mapping[str, Any]) -> DownloadOrder:
+        """Read what `vars` of an order became in transit.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        of_hub, of_head = (
+        from_hub, from_head = (
             {
-                str(file): [byte_range_from_json(w) for w in each]
-                for file, each in given[key].items()
+                str(file): [byte_range_from_json(r) for r in ranges]
+                for file, ranges in data[key].items()
             }
-            for key in ("of_hub", "of_head")
+            for key in ("from_hub", "from_head")
         )
-        return cls(of_hub, of_head, given["hub"], given["revision"], bool(given["head"]))
+        return cls(from_hub, from_head, data["hub"], data["revision"], bool(data["use_head"]))
 
 
 class DownloadTask:
-    """One fetch, in a thread.
+    """One download, in a thread.
+
+    Attributes `done_bytes` and `total_bytes` are its progress; `fetched_bytes` came over the
+    network, `damaged_bytes` were present but damaged.
 
     Args:
-        folder: of the part.
+        folder: of the node's part.
         order: what of it.
         head: the head as a source, if the order says so.
-        verified: folders that this process has compared with their hashes; others are, first.
-        after: an earlier one; it is told to end, and its end waited for.
+        verified: folders that this process has verified; others are verified first.
+        previous: an earlier task; it is stopped, and waited for.
     """
 
     def __init__(
@@ -178,24 +176,24 @@ class DownloadTask:
         order: DownloadOrder,
         head: HeadSource,
         verified: set[Path],
-        after: DownloadTask | None = None,
+        previous: DownloadTask | None = None,
     ) -> None:
         self.folder, self._order, self._head, self._verified = folder, order, head, verified
-        self.done, self.total, self.fetched, self.damaged = 0, 0, 0, 0
+        self.done_bytes = self.total_bytes = self.fetched_bytes = self.damaged_bytes = 0
         self._hub = Hub(order.hub, order.revision) if order.hub else None
         self._error: Exception | None = None
-        self._stopped, self._after = False, after
-        if after is not None:
-            after.stop()
-        self._thread = threading.Thread(target=self._run, name="fetching", daemon=True)
+        self._stopped, self._previous = False, previous
+        if previous is not None:
+            previous.stop()
+        self._thread = threading.Thread(target=self._run, name="download", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            if self._after is not None:
-                self._after._thread.join()
-                self._after = None
-            self._fetch()
+            if self._previous is not None:
+                self._previous._thread.join()
+                self._previous = None
+            self._download()
         except Exception as error:
             self._error = error
         finally:
@@ -203,54 +201,60 @@ class DownloadTask:
             if self._hub is not None:
                 self._hub.close()
 
-    def _fetch(self) -> None:
+    def _download(self) -> None:
         order = self._order
         store = SparseStore(self.folder)
         if self.folder not in self._verified:
-            if wrong := store.damaged():
-                self.damaged = total_bytes(w for each in wrong.values() for w in each)
-                store.forget(wrong)
+            if damaged := store.find_damaged():
+                self.damaged_bytes = _count_bytes(damaged)
+                store.mark_missing(damaged)
             self._verified.add(self.folder)
-        from_hub: list[Source] = [self._hub] if self._hub is not None else []
-        from_head: list[Source] = [self._head] if order.head else []
-        if order.head or self.damaged:
-            store = fetch_metadata((from_head or from_hub)[0], self.folder)
-        first = total_bytes(w for each in order.of_hub.values() for w in each)
-        self.total = first + total_bytes(w for each in order.of_head.values() for w in each)
+        hub: list[Source] = [self._hub] if self._hub is not None else []
+        head: list[Source] = [self._head] if order.use_head else []
+        if order.use_head or self.damaged_bytes:
+            store = fetch_metadata((head or hub)[0], self.folder)
+        hub_bytes = _count_bytes(order.from_hub)
+        self.total_bytes = hub_bytes + _count_bytes(order.from_head)
         # Before anything is fetched: a disk that is too small is not filled first.
-        missing = [store.missing(order.of_hub), store.missing(order.of_head)]
-        files = {f for each in missing for f in each}
-        check_disk_space(store, {f: [w for m in missing for w in m.get(f, ())] for f in files})
-        self.fetched = fetch_ranges([*from_hub, *from_head], store, order.of_hub, self._progress(0))
-        self.fetched += fetch_ranges(from_head, store, order.of_head, self._progress(first))
+        missing = [store.missing(order.from_hub), store.missing(order.from_head)]
+        files = {file for gaps in missing for file in gaps}
+        by_file = {f: [r for gaps in missing for r in gaps.get(f, ())] for f in files}
+        check_disk_space(store, by_file)
+        self.fetched_bytes = fetch_ranges(
+            [*hub, *head], store, order.from_hub, self._report_progress(0)
+        )
+        self.fetched_bytes += fetch_ranges(
+            head, store, order.from_head, self._report_progress(hub_bytes)
+        )
 
-    def _progress(self, before: int) -> Callable[[int, int], None]:
+    def _report_progress(self, before: int) -> Callable[[int, int], None]:
         def progress(done: int, _: int) -> None:
-            self.done = before + done
+            self.done_bytes = before + done
             if self._stopped:
-                raise CheckpointError(_ENDED)
+                raise CheckpointError(_STOPPED)
 
         return progress
 
-    def wait(self, seconds: float) -> bool:
-        """Whether it has come to its end, after so many seconds at most.
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end; whether it has come.
 
         Raises:
-            CenacleError: why it did not succeed.
+            CenacleError: why the download failed.
         """
-        self._thread.join(seconds)
+        self._thread.join(timeout_s)
         if self._thread.is_alive():
             return False
         if isinstance(self._error, CenacleError):
             raise self._error
         if self._error is not None:
-            raise ClusterError(f"fetching failed: {self._error!r}") from self._error
+            raise ClusterError(f"the download failed: {self._error!r}") from self._error
         return True
 
     def stop(self) -> None:
-        """Ask it to end after the ranges that it is at."""
+        """Stop after the ranges that are being fetched."""
         self._stopped = True
         self._head.stop()
 
 
-_ENDED = "fetching was ended before all had come"
+def _count_bytes(ranges: Mapping[str, Sequence[ByteRange]]) -> int:
+    return sum(map(total_bytes, ranges.values()))

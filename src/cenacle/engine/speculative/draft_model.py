@@ -27,11 +27,13 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from ...collective.base import Collective
 from ...collective.single import SingleRank
+from ...core import model_config
 from ...core.plan import Plan
 from ...errors import CheckpointError, InputError
-from ...model import architecture, loader, native_blocks, native_layers
+from ...model import loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
 from ...model.expert_parallel import parallelize
+from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
 from ...planning import memory
 from ...scheduler.prefix_index import common, packed
@@ -114,14 +116,15 @@ class DraftModelConfig:
                 "draft",
             )
         expected, known = (
-            architecture.find_int(c.config, ("vocab_size",)) or 0 for c in (checkpoint, own)
+            model_config.find_int(c.config, model_config.VOCAB_SIZE_KEYS) or 0
+            for c in (checkpoint, own)
         )
         _same_words(said, text, own, (expected, known))
         sizes = sum(array.nbytes for _, array in loader.named_parameters(model))
         native = kernels != "mlx" and native_layers.is_supported()
-        context = architecture.find_int(own.config, architecture.CONTEXT_LENGTH_KEYS)
+        context = model_config.find_int(own.config, model_config.CONTEXT_LENGTH_KEYS)
         cache = memory.kv_cache_bytes(
-            architecture.kv_cache_elements_per_token(own.config, len(model.layers)),
+            model_config.kv_cache_elements_per_token(own.config, len(model.layers)),
             context,
             max_kv_size=None,
             kv_bits=None,
@@ -155,7 +158,7 @@ def _same_words(
 
 
 def _dense(checkpoint: Checkpoint) -> bool:
-    return (architecture.find_int(checkpoint.config, architecture.EXPERT_COUNT_KEYS) or 0) < 2
+    return (model_config.find_int(checkpoint.config, model_config.EXPERT_COUNT_KEYS) or 0) < 2
 
 
 def _lazy(checkpoint: Checkpoint) -> nn.Module:
@@ -174,7 +177,7 @@ def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
         CheckpointError, InputError: see `weights.load` and `parallelize`.
     """
     if not _dense(checkpoint):
-        spec = loader.read_model_spec(checkpoint)
+        spec = read_model_spec(checkpoint)
         plan = Plan.whole(spec, 1)
         model = loader.load_rank_model(checkpoint, plan, 0, lambda *_: None)
         parallelize(model, spec.family, plan, SingleRank(), StepTimer(), kernels)

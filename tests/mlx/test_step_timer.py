@@ -14,7 +14,7 @@ from cenacle.core.step import Step
 from cenacle.engine import engine, options
 from cenacle.errors import ClusterError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import read_model_spec
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 
 
@@ -48,16 +48,16 @@ def test_outside_a_measured_step_nothing_is_evaluated_or_kept():
 
     watch = StepTimer(must_not_be_called)
     watch.lap("trunk", "not even an array")
-    watch.routed(0, "not even an array")
+    watch.record_routing(0, "not even an array")
     assert not watch.running
 
 
 def test_routed_counts():
     watch = StepTimer()
     watch.start()
-    watch.routed(3, mx.array([[[0, 2], [2, 5]]]))
-    watch.routed(3, mx.array([[[2, 1]]], mx.uint32))
-    watch.routed(4, mx.array([[[7, 7]]]))
+    watch.record_routing(3, mx.array([[[0, 2], [2, 5]]]))
+    watch.record_routing(3, mx.array([[[2, 1]]], mx.uint32))
+    watch.record_routing(4, mx.array([[[7, 7]]]))
     report = watch.stop()
     assert report["routed"] == {3: {0: 1, 1: 1, 2: 3, 5: 1}, 4: {7: 2}}
     json.dumps(report)
@@ -68,7 +68,7 @@ def test_every_step_begins_anew():
     watch = StepTimer(clock)
     for _ in range(2):
         watch.start()
-        watch.routed(0, mx.array([[1]]))
+        watch.record_routing(0, mx.array([[1]]))
         clock.now += 1
         watch.lap("trunk", mx.zeros(1))
         report = watch.stop()

@@ -16,17 +16,20 @@ import cenacle
 from cenacle.cluster import formation, node_info
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import pair
-from cenacle.cluster.download import distribution
-from cenacle.cluster.download import hub as fetching
+from cenacle.cluster.download import distribution, download, source
 from cenacle.cluster.download.file_server import ModelFileServer
 from cenacle.cluster.formation import Joined
 from cenacle.cluster.head import Head
 from cenacle.cluster.placement import Wanted
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import CheckpointError, ClusterError
-from cenacle.model.byte_ranges import JOURNAL
+from cenacle.model.byte_ranges import JOURNAL, byte_range_from_json, total_bytes
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
-from cenacle.model.loader import load_rank_model, named_parameters, required_ranges
+from cenacle.model.loader import (
+    load_rank_model,
+    named_parameters,
+)
+from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.ranks.ranks import Epoch
 from like_hub import REPO, Server, pretend, times_sent
 
@@ -112,7 +115,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(source, "FIRST_RETRY_DELAY_S", 0.01)
     monkeypatch.setattr(formation, "LEFT_S", 0.3)
     monkeypatch.setattr(node_info, "_read_rate", lambda _: 1e10)
     # The machine of the test is a small one; how much is free on it does not matter here.
@@ -152,22 +155,18 @@ def is_enough(formed):
 
 
 def fetched(folder):
-    """Bytes that were ever noted in a part."""
-    total = 0
-    for line in filter(None, (Path(folder) / JOURNAL).read_text().splitlines()):
-        noted = json.loads(line)
-        if "start" in noted:
-            rows = (noted["stop"] - noted["start"]) // noted.get("period", 1)
-            total += rows * sum(b - a for a, b in noted.get("kept", [(0, 1)]))
-    return total
+    """Bytes that were ever recorded in a part."""
+    lines = filter(None, (Path(folder) / JOURNAL).read_text().splitlines())
+    entries = [json.loads(line) for line in lines]
+    return total_bytes(byte_range_from_json(e["range"]) for e in entries if "range" in e)
 
 
 @contextmanager
 def answering(monkeypatch, how):
-    """What the head gives goes through `how(answer, asked)`."""
-    real = ModelFileServer.answer
+    """What the head serves goes through `how(answer, request)`."""
+    real = ModelFileServer.serve
     with monkeypatch.context() as m:
-        m.setattr(ModelFileServer, "answer", lambda self, asked: how(real(self, asked), asked))
+        m.setattr(ModelFileServer, "serve", lambda self, asked: how(real(self, asked), asked))
         yield
 
 
@@ -183,7 +182,7 @@ def test_each_machine_fetches_its_own_part(cluster, hub, placement):
     assert hub.sent <= sum(formed.plan.bytes_of(r)["total"] for r in range(3)) * 1.05
     told = cluster.nodes()["b"]["download_progress"]
     assert told["done"] == told["total"] > 0
-    assert any("fetched in" in text and "b " in text for text in cluster.told)
+    assert any("downloaded in" in text and "b " in text for text in cluster.told)
     # What is here already is not fetched again.
     before = hub.sent
     cluster.head.end_group(formed.formation.group_id)
@@ -194,7 +193,8 @@ def test_each_machine_fetches_its_own_part(cluster, hub, placement):
 @pytest.mark.parametrize("apart", [0, 1 << 16])
 def test_of_slices_the_hub_gives_each_byte_once(cluster, hub, apart, monkeypatch):
     """Also where a slice is rows that a machine gets by itself (`apart` 0)."""
-    monkeypatch.setattr(distribution, "wanted_of", partial(required_ranges, apart=apart))
+    with_gap = partial(required_ranges, column_gap_bytes=apart)
+    monkeypatch.setattr(distribution, "required_ranges", with_gap)
     formed = cluster.form(REPO, "sliced")
     is_enough(formed)
     assert (times_sent(hub, WEIGHTS) == 1).all()
@@ -214,7 +214,7 @@ def test_from_the_head_alone_and_damage_on_the_way(cluster, model, monkeypatch):
 
     def damage(answer, asked):
         if asked.get("file") == WEIGHTS and answer is not None:
-            asked_for.append(asked["wanted"])
+            asked_for.append(asked["range"])
             if len(wrong) < 2:
                 wrong.append(asked)
                 return answer[0], bytes([answer[1][0] ^ 1]) + answer[1][1:]
@@ -230,17 +230,17 @@ def test_from_the_head_alone_and_damage_on_the_way(cluster, model, monkeypatch):
         assert fetched(formed.folders[rank]) <= 1.05 * part
         taken = sum(p.stat().st_blocks * 512 for p in Path(formed.folders[rank]).iterdir())
         assert taken <= 1.05 * part + 4096 * len(asked_for)
-    with pytest.raises(CheckpointError, match="only one machine's part"):
+    with pytest.raises(CheckpointError, match="only one node's part"):
         locate_checkpoint(formed.folders[1])
 
 
 def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
-    monkeypatch.setattr(fetching, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(download, "CHUNK_BYTES", 1 << 18)
     given, hold = [], threading.Event()
 
     def slow(answer, asked):
         if asked.get("file") == WEIGHTS:
-            given.append(tuple(asked["wanted"]))
+            given.append(tuple(asked["range"]))
             if len(given) > 12 and not hold.is_set():
                 return None  # "later"
         return answer
@@ -271,7 +271,8 @@ def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
 def test_damage_on_the_disk_is_found_by_the_next_process(cluster, model):
     formed = cluster.form(str(model), "whole")
     file = Path(formed.folders[1]) / WEIGHTS
-    ranges = required_ranges(Checkpoint.open(DEMO), formed.plan, 1)[WEIGHTS]
+    layout = ModelLayout.read(Checkpoint.open(DEMO))
+    ranges = required_ranges(slices_for(formed.plan, 1, layout))[WEIGHTS]
     with file.open("r+b") as f:
         f.seek(ranges[-1][0])
         byte = f.read(1)
@@ -307,7 +308,7 @@ def test_after_a_loss_what_is_missing_is_fetched_or_waited_for(cluster, hub):
     again.start()
     try:
         until(lambda: any("cannot be had by what is left" in t for t in cluster.told), "why")
-        assert any("the hub does not answer" in t or "refused" in t for t in cluster.told)
+        assert any("the Hub does not respond" in t or "refused" in t for t in cluster.told)
     finally:
         ending.set()
         again.join(30)

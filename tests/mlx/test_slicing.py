@@ -1,5 +1,4 @@
-"""What a rank reads of tensors that a plan cuts: the file's values, each byte once, for every way
-in which a checkpoint holds experts."""
+"""Slicing: what ranks read makes the whole, each byte once, in every format of checkpoints."""
 
 import json
 import math
@@ -16,13 +15,14 @@ from cenacle import native
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError, PlanError
-from cenacle.model import architecture, slicing, tensor_layout
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import build_model, read_model_spec
-from cenacle.model.slicing import TensorSlice
+from cenacle.model.loader import build_model
+from cenacle.model.slicing import ModelLayout, slices_for
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth, tiny_config
 from cenacle.model.tensor_parallel import MAX_VERIFIED_POSITIONS
-from cenacle.model.tensor_reader import read_ranges
+from cenacle.model.tensor_reader import TensorPiece, TensorView, read_piece
+from cenacle.model.tensor_slice import TensorSlice
 
 IO = Path("/proc/self/io")
 WEIGHTS = "model.safetensors"
@@ -36,6 +36,10 @@ def saved(folder: Path, array: mx.array):
     mx.save_safetensors(str(folder / WEIGHTS), {"x": array})
     (folder / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     return Checkpoint.open(folder).tensors["x"]
+
+
+def piece(tensor, shape, items, axis, ranges) -> TensorPiece:
+    return TensorPiece(tensor, TensorView(shape, axis, tuple(ranges)), tuple(items))
 
 
 # Reading
@@ -55,10 +59,10 @@ def saved(folder: Path, array: mx.array):
         ((1, 4, 3, 5), [0], 2, [(1, 2)]),
     ],
 )
-def test_parts_are_the_files(tmp_path, dtype, shape, wanted, axis, ranges):
+def test_a_piece_is_what_the_file_holds(tmp_path, dtype, shape, wanted, axis, ranges):
     values = np.random.default_rng(1).integers(0, 250, shape)
     tensor = saved(tmp_path, mx.array(values).astype(dtype))
-    got = read_ranges(tensor, shape, wanted, axis, ranges)
+    got = read_piece(piece(tensor, shape, wanted, axis, ranges))
     want = values[wanted]
     if axis:
         want = np.concatenate([want.take(range(a, b), axis) for a, b in ranges], axis)
@@ -80,30 +84,30 @@ def test_no_byte_is_read_twice(tmp_path, shape, axis, ranges, expected):
     before = bytes_read()
     overhead = bytes_read() - before  # of asking
     before = bytes_read()
-    read_ranges(tensor, shape, list(range(shape[0])), axis, ranges)
+    read_piece(piece(tensor, shape, range(shape[0]), axis, ranges))
     got = bytes_read() - before - overhead
     assert expected - 2**13 <= got <= expected
 
 
 def test_a_file_that_ends(tmp_path):
     tensor = saved(tmp_path, mx.zeros((4, 100)))
-    with pytest.raises(CheckpointError, match="the file ended inside x; fetch it again"):
-        read_ranges(replace(tensor, stop=tensor.stop + 1600), (8, 100), [7], 1, [(0, 50)])
+    with pytest.raises(CheckpointError, match="the file ended inside x; download it again"):
+        read_piece(piece(replace(tensor, stop=tensor.stop + 1600), (8, 100), [7], 1, [(0, 50)]))
 
 
-# Cuts
+# Slices
 
 
 def test_borders_inside_a_group_are_refused():
-    cut = TensorSlice(-1, ((0, 48),), 128)
-    assert cut.apply(mx.zeros((3, 16)), "weight").shape == (3, 6)  # 4 bits: 16 words of 8
+    part = TensorSlice(-1, ((0, 48),), 128)
+    assert part.apply(mx.zeros((3, 16)), "weight").shape == (3, 6)  # 4 bits: 16 words of 8
     with pytest.raises(CheckpointError, match="not at borders of an axis of 4; use --placement"):
-        cut.apply(mx.zeros((3, 4)), "scales")
-    with pytest.raises(CheckpointError, match="named qweight cannot be cut; use --placement"):
-        cut.apply(mx.zeros((3, 4)), "qweight")
+        part.apply(mx.zeros((3, 4)), "scales")
+    with pytest.raises(CheckpointError, match="named qweight cannot be sliced; use --placement"):
+        part.apply(mx.zeros((3, 4)), "qweight")
 
 
-def test_output_biases_are_not_cut():
+def test_output_biases_are_not_sliced():
     assert TensorSlice(-1, ((0, 2),), 4).apply(mx.zeros(5), "bias").shape == (5,)
     assert TensorSlice(-2, ((0, 2), (3, 4)), 4).apply(mx.zeros((6, 4)), "bias").shape == (6, 3)
 
@@ -243,15 +247,9 @@ def assert_slices_make_the_whole(folder: Path, plan: Plan) -> None:
 
 
 def understood(folder: Path, plan: Plan) -> bool:
-    """Whether the experts' tensors are cut as they are in the file, and not after conversion."""
-    checkpoint = Checkpoint.open(folder)
-    family = architecture.FAMILIES.get(plan.spec.family, architecture.GENERIC)
-    model = build_model(checkpoint, None, 0)
-    blocks = architecture.find_blocks(model)
-    part = (0, 1, plan.width)
-    slices = {b.layer: slicing.slice_experts(b, part) for b in blocks}
-    shapes = {n: t.shape for n, t in checkpoint.tensors.items()}
-    return bool(tensor_layout.expert_tensor_views(shapes, slices, blocks[0].count, family))
+    """Whether experts are sliced as they are in the file, not after mlx-lm's conversion."""
+    slices = slices_for(plan, 0, ModelLayout.read(Checkpoint.open(folder)))
+    return slices.unread.keys() < slices.modules.keys()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -288,7 +286,7 @@ def test_shapes_that_do_not_tell(tmp_path):
 
 @pytest.mark.parametrize("nodes", [2, 3, 4])
 @pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3_moe"])
-def test_a_trunk_in_shards(name, nodes):
+def test_sharded_trunk(name, nodes):
     """Against one rank; of many positions only the last one's logits are made."""
     folder = VECTORS / name
     spec = read_model_spec(Checkpoint.open(folder))
@@ -312,7 +310,7 @@ def test_a_trunk_in_shards(name, nodes):
         assert calls == plan.all_reduces == spec.layers * 2 + 1
 
 
-def test_quantised_heads_inside_a_group_are_dealt_by_key_head(tmp_path):
+def test_quantised_heads_inside_a_group_are_assigned_by_key_head(tmp_path):
     """Heads of 32 in groups of 64: only two query heads together end at a border."""
     folder = synth(tmp_path, family="qwen3_moe", quantize=4, group_size=64).path
     part = next(
@@ -329,7 +327,7 @@ def test_plan_with_another_trunk():
         build_model(Checkpoint.open(VECTORS / "mixtral"), plan, 0)
 
 
-def test_bytes_of_the_parts_are_the_models():
+def test_bytes_of_the_dense_modules_are_the_models():
     spec = read_model_spec(Checkpoint.open(VECTORS / "mixtral"))
     kinds = [p.kind for p in spec.dense_modules]
     assert sorted(kinds) == ["attention", "attention", "head"]

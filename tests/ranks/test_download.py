@@ -5,7 +5,7 @@ import shutil
 import mlx.core as mx
 import pytest
 
-from cenacle.cluster.download import hub as module
+from cenacle.cluster.download import download, source, sparse_store
 from cenacle.cluster.download.download import fetch_metadata, fetch_ranges
 from cenacle.cluster.download.hub import Hub
 from cenacle.cluster.download.local_folder import LocalFolder
@@ -14,7 +14,12 @@ from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError
 from cenacle.model.byte_ranges import JOURNAL, ColumnRange, total_bytes
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import load_rank_model, named_parameters, read_model_spec, required_ranges
+from cenacle.model.loader import (
+    load_rank_model,
+    named_parameters,
+)
+from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
 from like_hub import REPO, Server, pretend
 
@@ -30,8 +35,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The models are tiny: the first guess at a header must not hold all of them."""
-    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(module, "HEADER_BYTES", 2048)
+    monkeypatch.setattr(source, "FIRST_RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr(download, "HEADER_BYTES", 2048)
 
 
 @pytest.fixture
@@ -40,6 +45,10 @@ def hub(folders, monkeypatch):
     pretend(monkeypatch, server.url)
     yield server
     server.close()
+
+
+def ranges_of(checkpoint, plan, rank, **options):
+    return required_ranges(slices_for(plan, rank, ModelLayout.read(checkpoint)), **options)
 
 
 def parts(folder, plan, rank):
@@ -58,7 +67,7 @@ def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, apart, t
         store = fetch_metadata(LocalFolder(whole), tmp_path / str(rank))
         described = Checkpoint.open(store.folder)
         assert read_model_spec(described) == plan.spec
-        wanted = required_ranges(described, plan, rank, apart)
+        wanted = ranges_of(described, plan, rank, column_gap_bytes=apart)
         # Zeros where they are not known to be wanted would not be noticed in a missing part.
         fetched = fetch_ranges([LocalFolder(whole)], store, wanted)
         assert fetched <= total_bytes(w for each in wanted.values() for w in each)
@@ -74,7 +83,7 @@ def test_no_node_fetches_more_than_its_part(folders, family):
     for placement in ("whole", "replicated"):
         plan = getattr(Plan, placement)(read_model_spec(checkpoint), 3)
         for rank in range(3):
-            wanted = required_ranges(checkpoint, plan, rank)
+            wanted = ranges_of(checkpoint, plan, rank)
             fetched = total_bytes(w for each in wanted.values() for w in each)
             assert fetched <= 1.05 * plan.bytes_of(rank)["total"]
 
@@ -83,7 +92,7 @@ def test_from_the_hub_only_what_is_wanted(hub, folders, tmp_path):
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     described = Checkpoint.open(store.folder)
     plan = Plan.whole(read_model_spec(described), 2)
-    wanted = required_ranges(described, plan, 1)
+    wanted = ranges_of(described, plan, 1)
     before, seen = hub.sent, []
     fetched = fetch_ranges([Hub(REPO)], store, wanted, lambda *p: seen.append(p))
     assert hub.sent - before == fetched
@@ -95,7 +104,7 @@ def test_from_the_hub_only_what_is_wanted(hub, folders, tmp_path):
 
 
 def test_what_breaks_off_is_resumed(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(download, "CHUNK_BYTES", 4096)
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     wanted = {"model.safetensors": [(0, 50_000)]}
     hub.break_after, hub.refuse = 1000, 2
@@ -114,7 +123,7 @@ def test_a_source_that_stays_away_is_given_up_and_another_asked(hub, folders, tm
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     wanted = {"model.safetensors": [(0, 50_000)]}
     hub.refuse = 1000
-    with pytest.raises(CheckpointError, match="answers 503; given up after 6 attempts"):
+    with pytest.raises(CheckpointError, match="responds 503; gave up after 6 attempts"):
         fetch_ranges([Hub(REPO)], store, wanted)
     fetch_ranges([Hub(REPO), LocalFolder(folders["qwen3_moe"])], store, wanted)
     assert store.missing(wanted) == {}
@@ -135,7 +144,7 @@ def test_from_a_node_that_has_only_a_part(hub, tmp_path):
 def test_a_server_without_ranges_is_refused(hub, tmp_path):
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     hub.ranges = False
-    with pytest.raises(CheckpointError, match="the hub answers 200, expected 206"):
+    with pytest.raises(CheckpointError, match=r"expected status 206 .*, got 200"):
         fetch_ranges([Hub(REPO)], store, {"model.safetensors": [(30_000, 50_000)]})
 
 
@@ -156,19 +165,19 @@ def test_a_byte_that_was_changed_on_the_disk_is_found_and_fetched_again(folders,
     store = fetch_metadata(LocalFolder(folders["qwen3_moe"]), tmp_path / "part")
     wanted = {"model.safetensors": [(30_000, 50_000)]}
     fetch_ranges([LocalFolder(folders["qwen3_moe"])], store, wanted)
-    assert store.damaged() == {}
+    assert store.find_damaged() == {}
     with (store.folder / "model.safetensors").open("r+b") as f:
         f.seek(40_000)
         byte = f.read(1)
         f.seek(40_000)
         f.write(bytes([byte[0] ^ 255]))
     again = SparseStore(store.folder)
-    wrong = again.damaged()
+    wrong = again.find_damaged()
     assert [a <= 40_000 < b for a, b in wrong["model.safetensors"]] == [True]
-    again.forget(wrong)
+    again.mark_missing(wrong)
     assert SparseStore(store.folder).missing(wanted) == again.missing(wanted) != {}
     fetch_ranges([LocalFolder(folders["qwen3_moe"])], again, wanted)
-    assert again.damaged() == {}
+    assert again.find_damaged() == {}
 
 
 def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkeypatch):
@@ -178,14 +187,14 @@ def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkey
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as m:
         m.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(CheckpointError, match=r"20\.0 KB are to be fetched, 1\.00 KB are free"):
+        with pytest.raises(CheckpointError, match=r"needs 20\.0 KB, this disk has 1\.00 KB free"):
             fetch_ranges([source], store, wanted)
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(module.os, "fsync", full)
+        m.setattr(sparse_store.os, "fsync", full)
         with pytest.raises(CheckpointError, match="the disk is full; free some space"):
             fetch_ranges([source], store, wanted)
     assert fetch_ranges([source], store, wanted) == 20_000
@@ -193,8 +202,8 @@ def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkey
 
 def test_a_source_that_has_changed_is_refused(folders, tmp_path):
     store = fetch_metadata(LocalFolder(folders["qwen3_moe"]), tmp_path / "part")
-    with pytest.raises(CheckpointError, match="remove the folder to fetch the new model"):
-        store.make("model.safetensors", 17)
+    with pytest.raises(CheckpointError, match="remove the folder to download the new model"):
+        store.create_file("model.safetensors", 17)
 
 
 def test_what_is_not_there_is_said(hub, tmp_path):
@@ -212,8 +221,10 @@ def test_columns_are_fetched_and_kept_apart(folders, tmp_path):
     whole = LocalFolder(folders["qwen3_moe"])
     store = fetch_metadata(whole, tmp_path / "part")
     rows = [30_000 + 100 * i for i in range(200)]
-    strip = ColumnRange(30_000, 50_000, 100, ((10, 30), (60, 80)))
-    assert fetch_ranges([whole], store, {"model.safetensors": [strip]}) == strip.nbytes == 200 * 40
+    columns = ColumnRange(30_000, 50_000, 100, ((10, 30), (60, 80)))
+    assert (
+        fetch_ranges([whole], store, {"model.safetensors": [columns]}) == columns.nbytes == 200 * 40
+    )
     got = (store.folder / "model.safetensors").read_bytes()
     want = (folders["qwen3_moe"] / "model.safetensors").read_bytes()
     for row in rows:
@@ -221,24 +232,24 @@ def test_columns_are_fetched_and_kept_apart(folders, tmp_path):
         assert got[row + 60 : row + 80] == want[row + 60 : row + 80]
         assert not any(got[row + 30 : row + 60])
     again = SparseStore(store.folder)
-    narrower, other = strip._replace(kept=((12, 20),)), strip._replace(kept=((25, 35),))
-    assert again.missing({"model.safetensors": [strip, narrower]}) == {}
+    narrower, other = columns._replace(columns=((12, 20),)), columns._replace(columns=((25, 35),))
+    assert again.missing({"model.safetensors": [columns, narrower]}) == {}
     assert again.missing({"model.safetensors": [other]}) == {"model.safetensors": [other]}
     assert again.missing({"model.safetensors": [(30_000, 31_000)]})
     fetch_ranges([whole], again, {"model.safetensors": [(35_050, 45_020)]})
     left = [other._replace(stop=35_100), other._replace(start=45_000)]
     assert again.missing({"model.safetensors": [other]}) == {"model.safetensors": left}
-    assert again.damaged() == {}
+    assert again.find_damaged() == {}
     with (store.folder / "model.safetensors").open("r+b") as f:
         f.seek(30_000 + 65)
         f.write(bytes([want[30_065] ^ 1]))
-    wrong = again.damaged()
-    assert wrong == {"model.safetensors": [strip]}
-    again.forget(wrong)
-    assert SparseStore(store.folder).missing({"model.safetensors": [strip]})
+    wrong = again.find_damaged()
+    assert wrong == {"model.safetensors": [columns]}
+    again.mark_missing(wrong)
+    assert SparseStore(store.folder).missing({"model.safetensors": [columns]})
 
 
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
     for name in ("../model.safetensors", "/tmp/model.safetensors"):
         with pytest.raises(CheckpointError, match="a file cannot be called"):
-            SparseStore(tmp_path).make(name, 10)
+            SparseStore(tmp_path).create_file(name, 10)

@@ -18,7 +18,11 @@ from cenacle.core.plan import Plan
 from cenacle.demo.run import DEMO_MODEL_DIR as DEMO
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
-from cenacle.model.loader import build_model, load_rank_model, read_model_spec
+from cenacle.model.loader import (
+    build_model,
+    load_rank_model,
+)
+from cenacle.model.spec_reader import read_model_spec
 
 MIXTRAL = VECTORS / "mixtral"
 WEIGHTS = "model.safetensors"
@@ -111,7 +115,7 @@ def test_no_weights(folder):
 def test_file_cut_in_its_header(folder, size):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:size])
-    refused(folder, WEIGHTS, "truncated or not a safetensors file", "fetch it again")
+    refused(folder, WEIGHTS, "truncated or not a safetensors file", "download it again")
 
 
 @pytest.mark.parametrize("missing", [1, 1000, 300_000])
@@ -144,13 +148,13 @@ NORM = "model.norm.weight"
         ),
         ({"data_offsets": [-256, 0]}, f"tensor {NORM} of F32 [64] needs 256 bytes"),
         ({"data_offsets": [10**9, 10**9 + 256]}, f"is truncated: tensor {NORM} ends at byte"),
-        ({"data_offsets": [0]}, f"tensor {NORM} is described by"),
-        ({"data_offsets": ["a", "b"]}, f"tensor {NORM} is described by"),
-        ({"data_offsets": None}, f"tensor {NORM} is described by"),
+        ({"data_offsets": [0]}, f"expected dtype, shape and data_offsets for tensor {NORM}"),
+        ({"data_offsets": ["a", "b"]}, f"expected dtype, shape and data_offsets for tensor {NORM}"),
+        ({"data_offsets": None}, f"expected dtype, shape and data_offsets for tensor {NORM}"),
         ({"shape": [65]}, f"tensor {NORM} of F32 [65] needs 260 bytes, its header gives it 256"),
-        ({"shape": None}, f"tensor {NORM} is described by"),
-        ({"shape": ["x"]}, f"tensor {NORM} is described by"),
-        ({"dtype": "F5"}, f"tensor {NORM} is described by"),
+        ({"shape": None}, f"expected dtype, shape and data_offsets for tensor {NORM}"),
+        ({"shape": ["x"]}, f"expected dtype, shape and data_offsets for tensor {NORM}"),
+        ({"dtype": "F5"}, f"expected dtype, shape and data_offsets for tensor {NORM}"),
         ({"dtype": "F64"}, f"tensor {NORM} of F64 [64] needs 512 bytes"),
     ],
 )
@@ -161,7 +165,7 @@ def test_header_with_wrong_entries(folder, entry, message):
 
 def test_entry_that_is_no_object(folder):
     change_header(folder, lambda header: header.update({NORM: 3}))
-    refused(folder, f"tensor {NORM} is described by 3")
+    refused(folder, f"data_offsets for tensor {NORM}, got 3")
 
 
 def test_missing_shard(folder):
@@ -179,7 +183,7 @@ def test_missing_shard(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
     refused(
         folder,
-        f"{len(halves[1])} of {len(tensors)} tensors that the index names are missing",
+        f"{len(halves[1])} of {len(tensors)} tensors of the index are missing",
         "in model-00002-of-00002.safetensors",
     )
 
@@ -187,7 +191,7 @@ def test_missing_shard(folder):
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": null}'])
 def test_index_that_is_not_understood(folder, content):
     (folder / "model.safetensors.index.json").write_text(content)
-    refused(folder, "model.safetensors.index.json is not understood")
+    refused(folder, "model.safetensors.index.json: expected JSON with a weight_map")
 
 
 # Tensors
@@ -224,7 +228,7 @@ def test_misshapen_tensor(folder):
 
 def test_unknown_family(folder):
     change_config(folder, model_type="fancy_moe")
-    refused(folder, "mlx-lm knows no model_type 'fancy_moe'", "cenacle families")
+    refused(folder, "mlx-lm does not support model_type 'fancy_moe'", "cenacle families")
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["mixtral"]])
@@ -297,7 +301,9 @@ import json, re, sys
 from pathlib import Path
 import mlx.core as mx
 import psutil
-from cenacle.model.loader import Checkpoint, describe, load
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import load_rank_model
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.core.plan import Plan
 
 def number(file, key):
@@ -305,10 +311,10 @@ def number(file, key):
 
 folder, nodes, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 checkpoint = Checkpoint.open(folder)
-plan = getattr(Plan, sys.argv[4])(describe(checkpoint), nodes, trunk=sys.argv[5])
+plan = getattr(Plan, sys.argv[4])(read_model_spec(checkpoint), nodes, trunk=sys.argv[5])
 Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
 read, held = number("/proc/self/io", "rchar"), number("/proc/self/status", "VmRSS") * 1024
-model = load(checkpoint, plan, rank, lambda done, total: None)
+model = load_rank_model(checkpoint, plan, rank, lambda done, total: None)
 print(json.dumps({
     "plan": plan.bytes_of(rank)["total"],
     "whole": plan.spec.total_bytes,

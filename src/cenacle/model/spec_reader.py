@@ -1,0 +1,202 @@
+"""What a checkpoint is and how finely it can be divided, before any weights are read.
+
+Owns: `read_model_spec`: bytes of each part of a model, and the units in which a plan may divide it.
+Does not know: plans, ranks.
+Next: `core/plan.py`, which places what is described here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..core.model_config import (
+    CONTEXT_LENGTH_KEYS,
+    TOP_K_KEYS,
+    VOCAB_SIZE_KEYS,
+    Config,
+    find_int,
+)
+from ..core.model_spec import DenseModule, ModelSpec, MoELayer
+from . import architecture
+from .architecture import MoEBlock
+from .checkpoint import Checkpoint
+from .families import Family, family_of, layer_index
+from .loader import build_model, named_parameters
+from .slicing import O_PROJ, PER_HEAD_VECTORS, head_counts
+from .tensor_slice import feature_counts, input_units, is_mlp, unsliced_bytes
+
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embd")
+
+
+def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """What the checkpoint is and how much memory each part of it takes; reads no weights.
+
+    The sizes are those of the model that mlx-lm would build, after its own conversions.
+
+    Raises:
+        CheckpointError: see `build_model`.
+    """
+    model = build_model(checkpoint, None, 0)
+    name = architecture.resolve_family(checkpoint.config)
+    family, config = family_of(name), checkpoint.config
+    layers = tuple(_describe_layer(b, family) for b in architecture.find_blocks(model))
+    placed_bytes = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
+    modules = _find_dense_modules(model, family)
+    dtypes: Counter[str] = Counter()
+    for _, value in named_parameters(model):
+        if mx.issubdtype(value.dtype, mx.floating):
+            dtypes[str(value.dtype).removeprefix("mlx.core.")] += value.size
+    return ModelSpec(
+        family=name,
+        layers=len(model.layers),
+        moe=layers,
+        top_k=find_int(config, TOP_K_KEYS) or 1,
+        trunk_bytes=_nbytes(model) - placed_bytes,
+        context_length=find_int(config, CONTEXT_LENGTH_KEYS),
+        vocab_size=find_int(config, VOCAB_SIZE_KEYS) or 0,
+        dtype=dtypes.most_common(1)[0][0],
+        quantization=_describe_quantization(config),
+        dense_modules=modules,
+        embedding_bytes=_embedding_bytes(model, modules),
+        unsliceable_reason=family.unsliceable_reason,
+    )
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(value.nbytes for _, value in named_parameters(module))
+
+
+def _describe_quantization(config: Config) -> str | None:
+    q = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(q, dict):
+        return None
+    if "bits" in q:
+        return f"{q.get('mode', 'affine')} {q['bits']}-bit, groups of {q.get('group_size')}"
+    return str(q.get("quant_method", "unknown"))
+
+
+def _describe_layer(block: MoEBlock, family: Family) -> MoELayer:
+    experts_bytes = sum(_nbytes(linear) for linear in block.linears.values())
+    shared = (
+        [] if block.all_reduces_inside(family) else [block.module[n] for n in block.shared_names]
+    )
+    shared_bytes = sum(_nbytes(m) for m in shared)
+    units, unsliced = (1, 0) if family.unsliceable_reason is not None else _expert_units(block)
+    shared_units, shared_unsliced = _shared_units(shared)
+    return MoELayer(
+        layer=block.layer,
+        experts=block.expert_count,
+        expert_bytes=experts_bytes // block.expert_count,
+        shared_bytes=shared_bytes,
+        units=units,
+        shared_units=shared_units if shared_bytes else 1,
+        unsliced_bytes=unsliced,
+        shared_unsliced_bytes=shared_unsliced,
+    )
+
+
+def _expert_units(block: MoEBlock) -> tuple[int, int]:
+    """Units of an expert's hidden width, and bytes of one expert that are not sliced."""
+    kept = unsliced_bytes(block.output)
+    kept += sum(v.global_scale.nbytes for v in block.linears.values() if "global_scale" in v)
+    return input_units(block.output), kept // block.expert_count
+
+
+def _shared_units(modules: Sequence[nn.Module]) -> tuple[int, int]:
+    """The same of a block's shared experts; 1 unit if they are not plain MLPs."""
+    if not modules or not all(is_mlp(m) for m in modules):
+        return 1, 0
+    units = math.gcd(*(input_units(m.down_proj) for m in modules))
+    return units, sum(unsliced_bytes(m.down_proj) for m in modules)
+
+
+def _find_dense_modules(model: nn.Module, family: Family) -> tuple[DenseModule, ...]:
+    """What a sharded trunk divides: dense layers, the head, and attention where it is plain."""
+    blocks = architecture.find_blocks(model)
+    inside_blocks = tuple(f"{b.path}." for b in blocks if b.path) + tuple(
+        b.experts_path for b in blocks
+    )
+    modules: list[DenseModule] = []
+    has_head = False
+    for path, module in model.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        in_layer = layer_index(f"{path}.") is not None
+        if in_layer and family.plain_attention and _is_attention(module):
+            described = _describe_attention(path, module)
+            modules += [described] if described is not None else []
+        elif in_layer and not path.startswith(inside_blocks) and is_mlp(module):
+            units = input_units(module.down_proj)
+            size = _nbytes(module) - unsliced_bytes(module.down_proj)
+            modules.append(DenseModule(path, "mlp", units, size // units))
+        elif name == "lm_head" and isinstance(module, nn.Linear | nn.QuantizedLinear):
+            has_head = True
+            modules.append(_describe_rows(path, "head", module))
+    tied = _find_embedding(model)
+    if not has_head and tied is not None and not _has_other_head(model):
+        modules.append(_describe_rows(tied[0], "tied", tied[1]))
+    return tuple(sorted(modules, key=lambda m: (layer_index(f"{m.path}.") or 0, m.path)))
+
+
+def _embedding_bytes(model: nn.Module, modules: Sequence[DenseModule]) -> int:
+    """Bytes of the embedding table, of which a token needs one row; 0 if it is the head too."""
+    embedding = _find_embedding(model)
+    if embedding is None or any(m.kind == "tied" for m in modules):
+        return 0
+    return _nbytes(embedding[1])
+
+
+def _find_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
+    for path, module in model.named_modules():
+        if path.rsplit(".", 1)[-1] in _EMBEDDINGS and "weight" in module:
+            return path, module
+    return None
+
+
+def _has_other_head(model: nn.Module) -> bool:
+    return any(
+        path.rsplit(".", 1)[-1] in ("lm_head", "output") for path, _ in model.named_modules()
+    )
+
+
+def _describe_rows(path: str, kind: str, linear: nn.Module) -> DenseModule:
+    rows = linear.weight.shape[0]
+    units = rows // math.gcd(rows, 16)
+    return DenseModule(path, kind, units, _nbytes(linear) // units)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    children = module.children()
+    return any(o in children for o in O_PROJ) and (
+        "Wqkv" in children or {"q_proj", "k_proj", "v_proj"} <= set(children)
+    )
+
+
+def _describe_attention(path: str, module: nn.Module) -> DenseModule | None:
+    """None: heads do not end at borders of quantisation groups."""
+    heads, kv_heads = head_counts(module)
+    output = next(module[n] for n in O_PROJ if n in module)
+    head_dim = feature_counts(output)[1] // heads
+    group = output.group_size if "scales" in output else 1
+    units = heads
+    if head_dim % group:
+        units = kv_heads if head_dim * (heads // kv_heads) % group == 0 else 0
+    if not units:
+        return None
+    query_bytes = sum(v.nbytes for n, v in named_parameters(output) if n != "bias")
+    query_bytes += sum(
+        module[n].nbytes for n in PER_HEAD_VECTORS if isinstance(module.get(n), mx.array)
+    )
+    if "Wqkv" in module:
+        head_bytes = _nbytes(module.Wqkv) // (heads + 2 * kv_heads)
+        unit_bytes = (query_bytes + heads * head_bytes) // units
+        return DenseModule(path, "attention", units, unit_bytes, kv_heads, 2 * head_bytes)
+    query_bytes += _nbytes(module.q_proj)
+    kv_bytes = _nbytes(module.k_proj) + _nbytes(module.v_proj)
+    return DenseModule(
+        path, "attention", units, query_bytes // units, kv_heads, kv_bytes // kv_heads
+    )
