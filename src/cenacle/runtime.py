@@ -202,11 +202,11 @@ def _scheduler(
     return Scheduler(
         options.max_batch_size,
         measure_every,
-        chunk=options.prefill_chunk_size,
-        queue=options.max_queue,
-        kv_bytes=kv_bytes,
+        prefill_chunk_size=options.prefill_chunk_size,
+        max_queue=options.max_queue,
+        kv_cache_bytes=kv_bytes,
         footprint=footprint,
-        cache_bytes=cache_bytes,
+        prefix_cache_bytes=cache_bytes,
         disk_bytes=int(options.prefix_cache_disk_gb * 1e9),
     )
 
@@ -215,7 +215,7 @@ def _room(
     ready: Sequence[dict[str, Any]], options: EngineOptions, planned: int, sharing: int
 ) -> tuple[int | None, CacheFootprint, int]:
     """Bytes for caches of running requests, what these take, and bytes for caches that are kept."""
-    footprint = CacheFootprint.largest(CacheFootprint.of(r["footprint"]) for r in ready)
+    footprint = CacheFootprint.maximum(CacheFootprint.from_json(r["footprint"]) for r in ready)
     left = min(r["memory_left"] for r in ready)
     budget = kv_cache_budget(left, sharing, planned)
     if options.kv_cache_gb is not None:

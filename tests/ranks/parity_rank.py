@@ -68,10 +68,10 @@ def serve(channel: Channel) -> None:
         engine = Engine(model, collective, watch, EngineOptions(prefill_chunk_size=16))
         request = Request("r", tuple(message["prompt"]), message["max_tokens"])
         request = Request.from_json({**request.to_json(), "sampling": {**GREEDY, "seed": 1}})
-        tokens, scheduler = [], Scheduler(chunk=16)
+        tokens, scheduler = [], Scheduler(prefill_chunk_size=16)
         scheduler.submit(request)
         while (step := scheduler.next_step()) is not None:
-            tokens += scheduler.seen(engine.step(step)[0])
+            tokens += scheduler.on_tokens(engine.step(step)[0])
         engine.close()
         channel.send(
             {

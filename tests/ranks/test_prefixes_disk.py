@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 import cenacle
-from cenacle.scheduler.disk_index import PAGE
+from cenacle.scheduler.disk_index import PAGE_TOKENS
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
@@ -142,14 +142,14 @@ def test_a_server_remembers_and_so_does_the_next_one(nodes, tmp_path, plain):
     with serving(tmp_path, nodes) as url:
         assert ask(url, FIRST) == (first, 0)
         text, cached = ask(url, SECOND)
-        assert (text, cached > PAGE) == (second, True)
+        assert (text, cached > PAGE_TOKENS) == (second, True)
         text, shared = ask(url, OTHER)
-        assert (text, PAGE < shared < cached) == (other, True), "the system prompt"
+        assert (text, PAGE_TOKENS < shared < cached) == (other, True), "the system prompt"
         assert hits(url) == (cached + shared, 0)
-        until(lambda: all(len(pages(rank)) == cached // PAGE for rank in range(nodes)))
+        until(lambda: all(len(pages(rank)) == cached // PAGE_TOKENS for rank in range(nodes)))
     with serving(tmp_path, nodes) as url:
         text, cached = ask(url, OTHER)
-        kept = shared // PAGE * PAGE
+        kept = shared // PAGE_TOKENS * PAGE_TOKENS
         assert (text, cached) == (other, kept)
         text, cached = ask(url, SECOND)
         assert (text, cached >= shared) == (second, True)
@@ -181,7 +181,7 @@ def test_a_full_queue_says_when_to_come_again(tmp_path):
                 assert refused.status_code == 429, refused.text
                 assert 1 <= int(refused.headers["retry-after"]) <= 60
                 assert refused.json()["error"]["type"] == "rate_limit_error"
-                assert "1 requests are waiting already, expected at most 1" in refused.text
+                assert "1 requests are waiting, expected at most 1" in refused.text
         waits.join(30)
         assert not waits.is_alive()
         assert client.post(path, json=body(FIRST[1:])).status_code == 200
@@ -231,7 +231,7 @@ def test_harm_is_noticed_and_every_answer_is_right(nodes, kept, plain, caplog):
     _, right, endless = plain
     before, first = set(kept.iterdir()), {}
     with loaded(kept, nodes) as model:
-        pages = {n: (len(model.request(ASKED[n]).tokens) - 1) // PAGE for n in NAMES}
+        pages = {n: (len(model.request(ASKED[n]).tokens) - 1) // PAGE_TOKENS for n in NAMES}
         group = kept / "none yet"
         for count, name in enumerate(NAMES, 1):
             assert rest(begin(model, ASKED[name])) == (right[name], 0, 0)
@@ -247,7 +247,7 @@ def test_harm_is_noticed_and_every_answer_is_right(nodes, kept, plain, caplog):
     with loaded(kept, nodes) as model:
         for name in NAMES[:4]:
             assert rest(begin(model, ASKED[name])) == (right[name], 0, 0), name
-        read = pages["Flo"] * PAGE
+        read = pages["Flo"] * PAGE_TOKENS
         assert rest(begin(model, ASKED["Flo"])) == (right["Flo"], read, read)
         said = caplog.text
         assert f"{first['Bob']} is damaged: it was removed" in said
@@ -265,6 +265,6 @@ def test_harm_is_noticed_and_every_answer_is_right(nodes, kept, plain, caplog):
         token = events.get(timeout=60).token
         os.kill(model.ranks.pids[-1], signal.SIGKILL)
         assert [token, *rest(events)[0]] == endless
-        read = pages["Bob"] * PAGE
+        read = pages["Bob"] * PAGE_TOKENS
         assert rest(begin(model, ASKED["Bob"])) == (right["Bob"], read, read)
         assert model.group.state.recoveries == 1

@@ -20,7 +20,7 @@ from cenacle.ranks.channel import ChannelClosed
 from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
 from cenacle.scheduler.disk_index import page_keys
-from cenacle.scheduler.prefix_index import CacheFootprint, packed
+from cenacle.scheduler.prefix_index import CacheFootprint, pack_tokens
 from cenacle.scheduler.scheduler import Scheduler
 
 Fault = Callable[["PlayedRank", Step], None]
@@ -360,11 +360,15 @@ def test_without_a_way_to_start_others_the_first_failure_is_the_last():
 def test_a_disk_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
     monkeypatch.setattr(rank_group, "DISK_TIMEOUT_S", 0.1)
     prompt = tuple(range(600))
-    key = page_keys(packed(prompt), [256])[256]
+    key = page_keys(pack_tokens(prompt), [256])[256]
     ranks = PlayedRanks(0, lambda rank, step: None)
     ranks.ready = [{"pages": [[key, "", 0, 256, 9]], "notices": ["one is odd"]}] * 2
-    how = {"footprint": CacheFootprint(1, keeps=True), "cache_bytes": 10**6, "disk_bytes": 10**6}
-    group = RankGroup(ranks, Scheduler(8, 0, chunk=1000, **how))
+    how = {
+        "footprint": CacheFootprint(1, reusable=True),
+        "prefix_cache_bytes": 10**6,
+        "disk_bytes": 10**6,
+    }
+    group = RankGroup(ranks, Scheduler(8, 0, prefill_chunk_size=1000, **how))
     try:
         client = Client(group, "a", prompt=prompt)  # these ranks do not look for pages
         assert client.wait() == client.expected

@@ -1,4 +1,4 @@
-"""Requests are in one place each, come in order, and steps have no gaps."""
+"""A request is in one place at a time, requests are served in order, steps have no gaps."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +12,8 @@ def request(name: str) -> Request:
     return Request(name, (1,), 5)
 
 
-# What may happen, in any order: (what, which request).
-acts = st.lists(
+# Events in any order: (kind, index of the request).
+events = st.lists(
     st.tuples(
         st.sampled_from(["submit", "submit", "cancel", "step", "token", "end"]), st.integers(0, 9)
     ),
@@ -21,45 +21,47 @@ acts = st.lists(
 )
 
 
-@given(acts, st.integers(1, 4), st.integers(0, 3))
-def test_invariants(acts, batch, measure_every):
-    scheduler = Scheduler(batch, measure_every)
+@given(events, st.integers(1, 4), st.integers(0, 3))
+def test_invariants(events, batch_size, measure_every):
+    scheduler = Scheduler(batch_size, measure_every)
     submitted, admitted, cancelled, ended = [], [], set(), set()
-    told, steps = [], []
+    cancel_orders, steps = [], []
 
     def step():
-        taken = scheduler.next_step()
-        if taken is None:
+        step_taken = scheduler.next_step()
+        if step_taken is None:
             return
-        steps.append(taken.number)
-        admitted.extend(r.id for r in taken.admitted)
-        told.extend(taken.cancelled)
-        for name in taken.cancelled:
-            assert name in admitted, "ranks are told to cancel what they never had"
-            assert name not in [r.id for r in taken.admitted]
-        assert taken.measured == (measure_every > 0 and (taken.number + 1) % measure_every == 0)
+        steps.append(step_taken.number)
+        admitted.extend(r.id for r in step_taken.admitted)
+        cancel_orders.extend(step_taken.cancelled)
+        for name in step_taken.cancelled:
+            assert name in admitted, "ranks must cancel a request that they never had"
+            assert name not in [r.id for r in step_taken.admitted]
+        assert step_taken.measured == (
+            measure_every > 0 and (step_taken.number + 1) % measure_every == 0
+        )
 
-    for what, which in acts:
-        known = submitted[which % len(submitted)] if submitted else "nobody"
-        if what == "submit":
+    for kind, index in events:
+        known = submitted[index % len(submitted)] if submitted else "nobody"
+        if kind == "submit":
             submitted.append(f"r{len(submitted)}")
             scheduler.submit(request(submitted[-1]))
-        elif what == "cancel":
+        elif kind == "cancel":
             scheduler.cancel(known)
             if known not in ended:
                 cancelled.add(known)
-        elif what == "step":
+        elif kind == "step":
             step()
         else:
-            event = TokenEvent(known, 3, "stop" if what == "end" else None)
+            event = TokenEvent(known, 3, "stop" if kind == "end" else None)
             runs = known in admitted and known not in cancelled | ended
-            assert scheduler.seen([event]) == ([event] if runs else [])
-            if runs and what == "end":
+            assert scheduler.on_tokens([event]) == ([event] if runs else [])
+            if runs and kind == "end":
                 ended.add(known)
         running = set(admitted) - cancelled - ended
         waiting = set(submitted) - set(admitted) - cancelled
         assert (scheduler.running, scheduler.waiting) == (len(running), len(waiting))
-        assert scheduler.running <= batch
+        assert scheduler.running <= batch_size
 
     step()
     assert steps == list(range(len(steps)))
@@ -67,10 +69,10 @@ def test_invariants(acts, batch, measure_every):
     assert admitted == [name for name in submitted if name in admitted], (
         "not first come, first served"
     )
-    assert len(told) == len(set(told)), "cancelled twice"
-    assert set(told) == {n for n in cancelled if n in admitted}
-    left = [n for n in submitted if n not in cancelled | ended]
-    assert sorted(scheduler.lost()) == sorted(left)
+    assert len(cancel_orders) == len(set(cancel_orders)), "cancelled twice"
+    assert set(cancel_orders) == {n for n in cancelled if n in admitted}
+    unfinished = [n for n in submitted if n not in cancelled | ended]
+    assert sorted(scheduler.on_ranks_lost()) == sorted(unfinished)
     assert (scheduler.running, scheduler.waiting) == (0, 0)
 
 
@@ -90,29 +92,29 @@ def test_cancelling_the_last_request_takes_one_more_step():
     assert scheduler.next_step() is None
 
 
-def test_cancelled_while_waiting_never_reaches_the_ranks():
+def test_a_request_cancelled_while_waiting_never_reaches_the_ranks():
     scheduler = Scheduler()
     scheduler.submit(request("a"))
     scheduler.cancel("a")
     assert scheduler.next_step() is None
 
 
-def test_a_place_that_is_freed_is_given_to_the_next():
-    scheduler = Scheduler(batch=1)
+def test_a_free_place_is_given_to_the_next_request():
+    scheduler = Scheduler(max_batch_size=1)
     scheduler.submit(request("a"))
     scheduler.submit(request("b"))
     assert [r.id for r in scheduler.next_step().admitted] == ["a"]
     assert scheduler.next_step().admitted == ()
-    scheduler.seen([TokenEvent("a", 1, "length")])
+    scheduler.on_tokens([TokenEvent("a", 1, "length")])
     assert [r.id for r in scheduler.next_step().admitted] == ["b"]
 
 
-def test_after_a_loss_steps_begin_anew():
+def test_steps_restart_at_zero_after_ranks_are_lost():
     scheduler = Scheduler()
     scheduler.submit(request("a"))
     scheduler.next_step()
     scheduler.cancel("a")
-    assert scheduler.lost() == []
+    assert scheduler.on_ranks_lost() == []
     assert scheduler.next_step() is None
     scheduler.submit(request("b"))
     step = scheduler.next_step()

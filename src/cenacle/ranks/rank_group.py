@@ -178,7 +178,7 @@ class RankGroup:
     def bypass_caches(self, on: bool) -> None:
         """Whether requests that are submitted from now on use nothing that was computed before."""
         with self._lock:
-            self._scheduler.fresh = on
+            self._scheduler.bypass_cache = on
 
     def reset_statistics(self, every: int) -> None:
         """As `measure`, and forget all that was counted: nobody had asked yet."""
@@ -309,7 +309,7 @@ class RankGroup:
 
     def _next_message(self) -> _InboxItem | None:
         """What comes next; a disk is waited for only so long."""
-        if not self._scheduler.seeking:
+        if not self._scheduler.checking_pages:
             return self._inbox.get(timeout=self._wait_limit_s())
         left = self._disk_read_sent_s + DISK_TIMEOUT_S - time.monotonic()
         try:
@@ -321,7 +321,7 @@ class RankGroup:
             "a disk did not answer for %g s: prompts on disk are not used now", DISK_TIMEOUT_S
         )
         with self._lock:
-            self._scheduler.give_up_disk()
+            self._scheduler.disable_disk()
         return None
 
     def _register_pages(self, ranks: Ranks) -> None:
@@ -329,7 +329,7 @@ class RankGroup:
         for rank, ready in enumerate(ranks.ready):
             for notice in ready.get("notices", ()):
                 log.warning("rank %d: %s", rank, notice)
-        if notice := self._scheduler.list_pages([ready.get("pages") for ready in ranks.ready]):
+        if notice := self._scheduler.register_pages([ready.get("pages") for ready in ranks.ready]):
             log.warning("%s", notice)
 
     def _wait_limit_s(self) -> float | None:
@@ -380,7 +380,7 @@ class RankGroup:
             for notice in message.get("notices", ()):
                 log.warning("rank %d: %s", rank, notice)
             with self._lock:
-                self._scheduler.heard(rank, message)
+                self._scheduler.on_pages(rank, message)
             return
         running = next(r for r in self._in_flight if r.step.number == message["number"])
         running.answered.add(rank)
@@ -388,7 +388,7 @@ class RankGroup:
             running.reports[rank] = message["report"]
         if rank == 0:
             now = time.monotonic()
-            self._scheduler.took(running.step, now - max(running.sent, self._last_s))
+            self._scheduler.on_step_time(running.step, now - max(running.sent, self._last_s))
             self._last_s = now
             running.tokens = message["tokens"]
             self.draft_stats += DraftStats(**message.get("drafts", {}))
@@ -421,7 +421,7 @@ class RankGroup:
     def _deliver(self, events: list[TokenEvent]) -> None:
         told: list[tuple[Sink, TokenEvent]] = []
         with self._lock:
-            for event in self._scheduler.seen(events):
+            for event in self._scheduler.on_tokens(events):
                 asked = self._active.get(event.request_id)
                 if asked is None:
                     continue
@@ -478,7 +478,7 @@ class RankGroup:
             self._reform_reason = ""
             if self._failure is not None:
                 return
-            self._scheduler.lost()
+            self._scheduler.on_ranks_lost()
             admitted, self._admitted = self._admitted, set()
             for asked in [self._active[name] for name in admitted if name in self._active]:
                 asked.losses += error is not None
@@ -545,7 +545,7 @@ class RankGroup:
             self._state = replace(
                 self._state, phase="failed", since_s=time.monotonic(), reason=str(error), rank=rank
             )
-            self._scheduler.lost()
+            self._scheduler.on_ranks_lost()
             self._suspects.clear()
             told, self._active = list(self._active.values()), {}
         # First the clients are told, then the ranks are ended: that may take a moment.

@@ -1,1 +1,1 @@
-"""What the ranks do next: pure state machines, no MLX, no clock."""
+"""Decides what every step does, and what to do when ranks fail; pure, without MLX or clocks."""

@@ -1,12 +1,12 @@
-"""Which beginnings of prompts every rank has on disk, and what is to be written, read and removed.
+"""Which prefixes every rank has on disk, and what to write, read and remove.
 
-Owns: `Pages`, the front's one index of files that all ranks have alike; the rule of what is worth
-writing: of a prompt that was answered the first `FIRST` tokens, and what lies behind them once it
-is used again, in pages of `PAGE` tokens, so that what many prompts begin with is there once.
-Does not know: files, MLX, which request runs.
-Invariant: a page is offered when every rank has said that it has it whole, and with all before it;
-one that others lead to is not removed before them.
-Next: `scheduler.py` asks; `disk.py` has the files.
+Owns: `DiskIndex`, the only index of the pages that all ranks have; the rule of what is written: the
+first `ALWAYS_WRITTEN_TOKENS` of every completed prompt, and later tokens once they are reused, in
+pages of `PAGE_TOKENS` tokens, so that a prefix of many prompts is stored once.
+Does not know: files, MLX, which requests run.
+Invariant: a page is offered only if every rank has reported it, and all pages before it; a page is
+evicted only after all pages that extend it.
+Next: `scheduler.py` asks; `engine/cache/disk_store.py` holds the files.
 """
 
 from __future__ import annotations
@@ -18,56 +18,60 @@ from typing import Any
 
 from ..core.step import Page, PageLoad, PageWrite
 
-PAGE = 128  # tokens: what is left to compute of a prompt is one part, see `scheduler.TAIL`
-FIRST = 4096  # tokens
-AT_ONCE = 4  # pages that are being written: each is in memory meanwhile
-KEY = 24  # letters of a page's key
+PAGE_TOKENS = 128  # what is left of a prompt is then one chunk, see `scheduler.JOIN_TOKENS`
+ALWAYS_WRITTEN_TOKENS = 4096
+MAX_CONCURRENT_WRITES = 4  # pages; each is in memory until it is written
+KEY_DIGITS = 24  # hexadecimal digits of a page's key
 
 Listing = Sequence[tuple[str, str, int, int, int]]
 """A rank's pages, longest unused first: the fields of `Page`, and bytes."""
 
 
 def page_keys(tokens: bytes, ends: Iterable[int]) -> dict[int, str]:
-    """What pages are called that end at these positions.
+    """The keys of the pages that end at these positions.
 
     Args:
-        tokens: packed, see `prefixes.packed`.
+        tokens: packed, see `prefix_index.pack_tokens`.
         ends: ascending, none beyond the tokens.
     """
-    seen, at, found = hashlib.sha256(), 0, {}
+    digest, position, result = hashlib.sha256(), 0, {}
     for end in ends:
-        seen.update(tokens[4 * at : 4 * end])
-        at, found[end] = end, seen.hexdigest()[:KEY]
-    return found
+        digest.update(tokens[4 * position : 4 * end])
+        position, result[end] = end, digest.hexdigest()[:KEY_DIGITS]
+    return result
 
 
-def worth(tokens: int, used_again: int) -> int:
-    """How many of a prompt's tokens are written, given how many were found in a cache."""
-    return max(min(FIRST, tokens), used_again)
-
-
-@dataclass
-class _Known:
-    """A page that every rank has; `size`: bytes where it is largest; `used`: number of the last
-    use."""
-
-    page: Page
-    size: int
-    used: int = 0
+def tokens_to_write(prompt_tokens: int, cached_tokens: int) -> int:
+    """How many of a prompt's tokens to write, given how many of them were found in a cache."""
+    return max(min(ALWAYS_WRITTEN_TOKENS, prompt_tokens), cached_tokens)
 
 
 @dataclass
-class _Writing:
-    """A page that ranks were told to write; `ranks`: those that have."""
+class _StoredPage:
+    """A page that every rank has.
+
+    Args:
+        size_bytes: on the rank where it is largest.
+        last_use: number of the last use.
+    """
 
     page: Page
-    size: int = 0
+    size_bytes: int
+    last_use: int = 0
+
+
+@dataclass
+class _PendingWrite:
+    """A page that the ranks are writing; `ranks` have reported it."""
+
+    page: Page
+    size_bytes: int = 0
     ranks: set[int] = field(default_factory=set)
 
 
 @dataclass
-class _Seeking:
-    """Pages that ranks look for; `requests` wait for them, `ranks` have found them."""
+class _PendingCheck:
+    """Pages that the ranks verify for `requests`; `ranks` can read them all."""
 
     load: PageLoad
     tokens: bytes
@@ -79,202 +83,201 @@ class DiskIndex:
     """The index.
 
     Args:
-        budget: bytes on each rank; 0: nothing is written or read.
-        listed: of each rank, what it has.
+        budget_bytes: on each rank; 0: nothing is written or read.
+        listings: the pages of each rank.
     """
 
-    def __init__(self, budget: int = 0, listed: Sequence[Listing] = ()) -> None:
-        self._budget, self._ranks = budget, len(listed)
-        self._known: dict[str, _Known] = {}
-        self._queue: dict[str, PageWrite] = {}
-        self._writing: dict[str, _Writing] = {}
-        self._seeking: dict[str, _Seeking] = {}  # by the last page's key
-        self._to_seek: list[PageLoad] = []
-        self._removed: list[str] = []
-        self._writes = budget > 0
-        self._uses = self._loads = 0
-        each = [{Page(*row[:4]): row[4] for row in rank} for rank in listed]
-        common = set(each[0]).intersection(*each[1:]) if each else set()
-        for page in each[0] if each else ():
-            if page in common:
-                self._add(page, max(sizes[page] for sizes in each))
-        found = {page.key for sizes in each for page in sizes}
-        self._removed += sorted(found - self._known.keys())
-        self.notice = ""  # in one line, what was found and is of no use
-        if self._removed:
-            count = len(self._removed)
-            self.notice = f"cached pages that are not on every rank, and not used: {count}"
-        self._make_room()
+    def __init__(self, budget_bytes: int = 0, listings: Sequence[Listing] = ()) -> None:
+        self._budget_bytes, self._rank_count = budget_bytes, len(listings)
+        self._pages: dict[str, _StoredPage] = {}
+        self._write_queue: dict[str, PageWrite] = {}
+        self._writing: dict[str, _PendingWrite] = {}
+        self._checking: dict[str, _PendingCheck] = {}  # by the last page's key
+        self._new_checks: list[PageLoad] = []
+        self._removals: list[str] = []
+        self._writes_enabled = budget_bytes > 0
+        self._uses = self._load_count = 0
+        self.notice = self._add_listings(listings)  # one line about unusable pages, or empty
+        self._evict()
+
+    def _add_listings(self, listings: Sequence[Listing]) -> str:
+        ranks = [{Page(*row[:4]): row[4] for row in rows} for rows in listings]
+        on_all = set(ranks[0]).intersection(*ranks[1:]) if ranks else set()
+        for page in ranks[0] if ranks else ():
+            if page in on_all:
+                self._add(page, max(sizes[page] for sizes in ranks))
+        keys = {page.key for sizes in ranks for page in sizes}
+        self._removals += sorted(keys - self._pages.keys())
+        if not self._removals:
+            return ""
+        return f"prefix cache: {len(self._removals)} pages are not on every rank and are not used"
 
     # Writing
 
-    def want(self, source: str, tokens: bytes, ends: Iterable[int]) -> None:
-        """Have what a kept cache has written, as far as nobody has done so.
+    def request(self, source: str, tokens: bytes, ends: Iterable[int]) -> None:
+        """Have pages of a cache written, unless they exist.
 
         Args:
-            source: the cache's name.
-            tokens: packed; its own.
+            source: name of the cache.
+            tokens: its own, packed.
             ends: of the pages, ascending.
         """
-        if not self._writes:
+        if not self._writes_enabled:
             return
         parent, begin = "", 0
         for end, key in page_keys(tokens, ends).items():
-            if key in self._known:
+            if key in self._pages:
                 self._touch(key)
-            elif key not in self._writing and key not in self._queue:
-                self._queue[key] = PageWrite(source, Page(key, parent, begin, end))
+            elif key not in self._writing and key not in self._write_queue:
+                self._write_queue[key] = PageWrite(source, Page(key, parent, begin, end))
             parent, begin = key, end
 
-    def unwant(self, source: str) -> None:
-        """A cache is not kept any more: what was not written of it is not."""
-        self._queue = {k: s for k, s in self._queue.items() if s.source != source}
+    def release(self, source: str) -> None:
+        """A cache is gone: drop its queued writes."""
+        self._write_queue = {k: w for k, w in self._write_queue.items() if w.source != source}
 
     # Reading
 
-    def chain(self, tokens: bytes) -> tuple[Page, ...]:
-        """The pages, from the first token on, that a prompt begins with; never its last token.
-
-        Args:
-            tokens: packed.
-        """
-        most = len(tokens) // 4 - 1
-        ends = sorted({known.page.end for known in self._known.values()})
-        for key in reversed(page_keys(tokens, [e for e in ends if e <= most]).values()):
-            found: list[Page] = []
-            while key in self._known:
-                found.append(self._known[key].page)
-                key = found[-1].parent
-            if found and not found[-1].begin:
-                return tuple(reversed(found))
+    def find(self, tokens: bytes) -> tuple[Page, ...]:
+        """The pages of the longest stored prefix of packed tokens; never of all of them."""
+        limit = len(tokens) // 4 - 1
+        ends = sorted({stored.page.end for stored in self._pages.values()})
+        for key in reversed(page_keys(tokens, [e for e in ends if e <= limit]).values()):
+            chain: list[Page] = []
+            while key in self._pages:
+                chain.append(self._pages[key].page)
+                key = chain[-1].parent
+            if chain and not chain[-1].begin:
+                return tuple(reversed(chain))
         return ()
 
-    def seek(self, pages: tuple[Page, ...], tokens: bytes, request_id: str) -> None:
-        """Have ranks look whether they can read these; a request waits for it.
+    def request_read(self, pages: tuple[Page, ...], tokens: bytes, request_id: str) -> None:
+        """Have the ranks verify pages for a request, which waits for the result.
 
         Args:
-            tokens: packed; what the pages are of.
+            tokens: of the pages, packed.
         """
         key = pages[-1].key
-        if key not in self._seeking:
-            self._loads += 1
-            load = PageLoad(f"disk-{self._loads}", pages)
-            self._seeking[key] = _Seeking(load, tokens)
-            self._to_seek.append(load)
-        self._seeking[key].requests.add(request_id)
+        if key not in self._checking:
+            self._load_count += 1
+            load = PageLoad(f"disk-{self._load_count}", pages)
+            self._checking[key] = _PendingCheck(load, tokens)
+            self._new_checks.append(load)
+        self._checking[key].requests.add(request_id)
 
-    def waits(self, request_id: str) -> bool:
+    def is_waiting(self, request_id: str) -> bool:
         """Whether a request waits for pages."""
-        return any(request_id in seeking.requests for seeking in self._seeking.values())
+        return any(request_id in check.requests for check in self._checking.values())
 
     @property
-    def any(self) -> bool:
+    def has_pages(self) -> bool:
         """Whether there are pages at all."""
-        return bool(self._known)
+        return bool(self._pages)
 
     @property
-    def seeking(self) -> bool:
-        """Whether any rank is still looking."""
-        return bool(self._seeking)
+    def checking(self) -> bool:
+        """Whether ranks are verifying pages."""
+        return bool(self._checking)
 
-    def give_up(self) -> None:
-        """The disks take too long: nothing is read or written any more."""
-        self._known.clear()
-        self._seeking.clear()
-        self._to_seek.clear()
-        self._stop_writing()
+    def disable(self) -> None:
+        """Read and write nothing from now on."""
+        self._pages.clear()
+        self._checking.clear()
+        self._new_checks.clear()
+        self._disable_writes()
 
-    # What goes to the ranks, and what comes back
+    # Orders to the ranks, and their reports
 
-    def take(self) -> tuple[tuple[PageWrite, ...], tuple[PageLoad, ...], tuple[str, ...]]:
-        """What ranks shall write (one page a step), look for, and remove (before they write)."""
-        stored: tuple[PageWrite, ...] = ()
-        while self._queue and not stored and len(self._writing) < AT_ONCE:
-            key = next(iter(self._queue))
-            store = self._queue.pop(key)
-            parent = store.page.parent
-            if not parent or parent in self._known or parent in self._writing:
-                self._writing[key] = _Writing(store.page)
-                stored = (store,)
-        sought, self._to_seek = tuple(self._to_seek), []
-        removed, self._removed = tuple(self._removed), []
-        return stored, sought, removed
+    def take_orders(self) -> tuple[tuple[PageWrite, ...], tuple[PageLoad, ...], tuple[str, ...]]:
+        """Writes (one page a step), checks and removals (which precede the writes)."""
+        writes: tuple[PageWrite, ...] = ()
+        while self._write_queue and not writes and len(self._writing) < MAX_CONCURRENT_WRITES:
+            key = next(iter(self._write_queue))
+            write = self._write_queue.pop(key)
+            parent = write.page.parent
+            if not parent or parent in self._pages or parent in self._writing:
+                self._writing[key] = _PendingWrite(write.page)
+                writes = (write,)
+        checks, self._new_checks = tuple(self._new_checks), []
+        removals, self._removals = tuple(self._removals), []
+        return writes, checks, removals
 
-    def heard(self, rank: int, said: Mapping[str, Any]) -> list[tuple[PageLoad, bytes]]:
-        """Take note of what a rank says of its files.
+    def on_report(self, rank: int, report: Mapping[str, Any]) -> list[tuple[PageLoad, bytes]]:
+        """Handle a rank's report on its files.
 
         Args:
-            said: any of "written": [key, bytes], "failed": a key, "sought": [name, keys that it
+            report: any of "written": [key, bytes], "failed": a key, "checked": [name, keys that it
                 cannot read].
 
         Returns:
-            What every rank can read now, and the packed tokens that it is of.
+            What every rank can read now, with its packed tokens.
         """
-        if "written" in said:
-            self._was_written(rank, *said["written"])
-        if (key := said.get("failed")) is not None:
-            # What a disk has no room for now it will hardly have for the next page.
+        if "written" in report:
+            self._on_written(rank, *report["written"])
+        if (key := report.get("failed")) is not None:
+            # The next page would hardly fit on the disk either.
             self._writing.pop(key, None)
-            self._removed.append(key)
-            self._stop_writing()
-        return self._was_sought(rank, *said["sought"]) if "sought" in said else []
+            self._removals.append(key)
+            self._disable_writes()
+        return self._on_checked(rank, *report["checked"]) if "checked" in report else []
 
-    def _was_written(self, rank: int, key: str, size: int) -> None:
-        writing = self._writing.get(key)
-        if writing is None:
+    def _on_written(self, rank: int, key: str, size_bytes: int) -> None:
+        write = self._writing.get(key)
+        if write is None:
             return
-        writing.ranks.add(rank)
-        writing.size = max(writing.size, size)
-        if len(writing.ranks) == self._ranks:
+        write.ranks.add(rank)
+        write.size_bytes = max(write.size_bytes, size_bytes)
+        if len(write.ranks) == self._rank_count:
             del self._writing[key]
-            self._add(writing.page, writing.size)
-            self._make_room()
+            self._add(write.page, write.size_bytes)
+            self._evict()
 
-    def _was_sought(self, rank: int, name: str, wrong: list[str]) -> list[tuple[PageLoad, bytes]]:
-        found = [(k, s) for k, s in self._seeking.items() if s.load.name == name]
-        for key, seeking in found:
-            seeking.ranks.add(rank)
-            if wrong:
-                for bad in wrong:
-                    self._remove(bad)
-            elif len(seeking.ranks) < self._ranks:
+    def _on_checked(
+        self, rank: int, name: str, unreadable: list[str]
+    ) -> list[tuple[PageLoad, bytes]]:
+        checks = [(k, c) for k, c in self._checking.items() if c.load.name == name]
+        for last_key, check in checks:
+            check.ranks.add(rank)
+            if not unreadable and len(check.ranks) < self._rank_count:
                 continue
-            del self._seeking[key]
-            if not wrong:
-                for page in seeking.load.pages:
+            for key in unreadable:
+                self._remove(key)
+            del self._checking[last_key]
+            if not unreadable:
+                for page in check.load.pages:
                     self._touch(page.key)
-                return [(seeking.load, seeking.tokens)]
+                return [(check.load, check.tokens)]
         return []
 
-    # Who stays
+    # Eviction
 
-    def _add(self, page: Page, size: int) -> None:
-        self._known[page.key] = _Known(page, size)
+    def _add(self, page: Page, size_bytes: int) -> None:
+        self._pages[page.key] = _StoredPage(page, size_bytes)
         self._touch(page.key)
 
     def _touch(self, key: str) -> None:
-        if key in self._known:
+        if key in self._pages:
             self._uses += 1
-            self._known[key].used = self._uses
+            self._pages[key].last_use = self._uses
 
     def _remove(self, key: str) -> None:
-        if self._known.pop(key, None) is not None:
-            self._removed.append(key)
+        if self._pages.pop(key, None) is not None:
+            self._removals.append(key)
 
-    def _stop_writing(self) -> None:
-        self._writes = False
-        self._queue.clear()
+    def _disable_writes(self) -> None:
+        self._writes_enabled = False
+        self._write_queue.clear()
 
-    def _make_room(self) -> None:
-        """Let the longest unused go, of those that lead to no others."""
-        total = sum(known.size for known in self._known.values())
-        while total > self._budget:
-            held = {page.key for s in self._seeking.values() for page in s.load.pages}
-            held |= {known.page.parent for known in self._known.values()}
-            held |= {writing.page.parent for writing in self._writing.values()}
-            able = [known for key, known in self._known.items() if key not in held]
-            oldest = min(able, key=lambda known: known.used, default=None)
+    def _evict(self) -> None:
+        """Remove the longest unused pages that no other page extends, until the rest fit."""
+        total = sum(stored.size_bytes for stored in self._pages.values())
+        while total > self._budget_bytes:
+            in_use = {page.key for c in self._checking.values() for page in c.load.pages}
+            in_use |= {stored.page.parent for stored in self._pages.values()}
+            in_use |= {write.page.parent for write in self._writing.values()}
+            candidates = [stored for key, stored in self._pages.items() if key not in in_use]
+            oldest = min(candidates, key=lambda stored: stored.last_use, default=None)
             if oldest is None:
                 return
-            total -= oldest.size
+            total -= oldest.size_bytes
             self._remove(oldest.page.key)

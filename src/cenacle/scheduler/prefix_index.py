@@ -1,10 +1,10 @@
-"""What prompts' caches cost, and which of them the ranks still have.
+"""The sizes of KV caches, and the index of those that can be reused.
 
-Owns: `Footprint`, bytes of caches by length; `Prefixes`, the index of those to be used again.
-Does not know: MLX, files, steps. The ranks keep the caches (`cache.py`); this is the one index, at
-the front, so that no two ranks can disagree about how much of a prompt is cached.
-Invariant: what `find` names is on every rank, for as many tokens as it says.
-Next: `scheduler.py`, which asks it when it admits a request.
+Owns: `CacheFootprint`, bytes of caches by length; `PrefixIndex`, the caches available for reuse.
+Does not know: MLX, files, steps. The ranks hold the caches (`engine/cache/kv_cache.py`). This is
+the only index, so no two ranks can disagree about how much of a prompt is cached.
+Invariant: what `find` returns is on every rank, with at least as many tokens as it says.
+Next: `scheduler.py`, which looks up each request that it admits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-ROUND = 256  # positions by which mlx-lm's caches grow
+CACHE_STEP = 256  # positions by which mlx-lm's caches grow
 
 
 @dataclass(frozen=True)
@@ -21,62 +21,63 @@ class CacheFootprint:
     """Bytes that one rank keeps for a sequence.
 
     Args:
-        per_token: for each position, in layers that keep all of them.
-        fixed: whatever the length (state-space layers).
-        windows: positions that are kept at most, and bytes for each, of layers with a window.
-        exact: there are layers of the last two kinds, whose caches cannot be cut where one likes.
-        keeps: whether caches can be taken out of the running batch and used again.
+        bytes_per_token: in layers that keep all positions.
+        fixed_bytes: independent of the length (state-space layers).
+        windows: (maximum positions, bytes of each) of layers with a window.
+        needs_checkpoints: some layers are of the last two kinds; their caches cannot be truncated
+            anywhere, only reset to a checkpoint.
+        reusable: caches can be taken out of the running batch and used again.
     """
 
-    per_token: int
-    fixed: int = 0
+    bytes_per_token: int
+    fixed_bytes: int = 0
     windows: tuple[tuple[int, int], ...] = ()
-    exact: bool = False
-    keeps: bool = False
+    needs_checkpoints: bool = False
+    reusable: bool = False
 
     @property
-    def state(self) -> int:
-        """Bytes of one mark: all that cannot be cut."""
-        return self.fixed + sum(most * size for most, size in self.windows)
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint: all that cannot be truncated."""
+        return self.fixed_bytes + sum(positions * size for positions, size in self.windows)
 
-    def bytes(self, lengths: Sequence[int]) -> int:
-        """Of sequences that run together: mlx-lm pads all of a batch to the longest."""
+    def total_bytes(self, lengths: Sequence[int]) -> int:
+        """Of sequences that run together: mlx-lm pads a batch to the longest."""
         if not lengths:
             return 0
-        longest = -(-max(lengths) // ROUND) * ROUND
-        windows = sum(min(longest, most) * size for most, size in self.windows)
-        return len(lengths) * (self.fixed + windows + longest * self.per_token)
+        longest = -(-max(lengths) // CACHE_STEP) * CACHE_STEP
+        windows = sum(min(longest, positions) * size for positions, size in self.windows)
+        return len(lengths) * (self.fixed_bytes + windows + longest * self.bytes_per_token)
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> CacheFootprint:
-        """Read what `asdict` gave, from JSON."""
-        windows = tuple((most, size) for most, size in data["windows"])
+    def from_json(cls, data: Mapping[str, Any]) -> CacheFootprint:
+        """Read the output of `asdict`, from JSON."""
+        windows = tuple((positions, size) for positions, size in data["windows"])
         return cls(**{**data, "windows": windows})
 
     @classmethod
-    def largest(cls, ranks: Iterable[CacheFootprint]) -> CacheFootprint:
-        """What is enough on each of the ranks (they differ where the trunk is sharded)."""
-        every = list(ranks)
+    def maximum(cls, footprints: Iterable[CacheFootprint]) -> CacheFootprint:
+        """Enough for each of the ranks, which differ if the trunk is sharded."""
+        ranks = list(footprints)
         windows: dict[int, int] = {}
-        for one in every:
-            for most, size in one.windows:
-                windows[most] = max(windows.get(most, 0), size)
+        for rank in ranks:
+            for positions, size in rank.windows:
+                windows[positions] = max(windows.get(positions, 0), size)
         return cls(
-            max(f.per_token for f in every),
-            max(f.fixed for f in every),
+            max(f.bytes_per_token for f in ranks),
+            max(f.fixed_bytes for f in ranks),
             tuple(sorted(windows.items())),
-            any(f.exact for f in every),
-            all(f.keeps for f in every),
+            any(f.needs_checkpoints for f in ranks),
+            all(f.reusable for f in ranks),
         )
 
 
-def packed(tokens: Iterable[int]) -> bytes:
-    """Tokens in a form that is compared quickly: four bytes each."""
+def pack_tokens(tokens: Iterable[int]) -> bytes:
+    """Tokens as four bytes each, for fast comparison."""
     return b"".join(t.to_bytes(4, "little") for t in tokens)
 
 
-def common(a: bytes, b: bytes) -> int:
-    """How many tokens two packed sequences have in common at their beginnings."""
+def common_prefix_length(a: bytes, b: bytes) -> int:
+    """Number of tokens that two packed sequences have in common at their beginnings."""
     low, high = 0, min(len(a), len(b)) // 4
     while low < high:
         middle = (low + high + 1) // 2
@@ -92,32 +93,37 @@ class CacheEntry:
     """A cache that the ranks have, or will have.
 
     Args:
-        name: by which steps speak of it.
-        tokens: packed; of a prompt that is being processed all of them.
-        done: how many of the tokens are in the cache.
-        cuts: where it can be cut, None: anywhere.
-        size: bytes on the rank where it is largest; 0 while its request runs (counted elsewhere).
-        used: number of the last use.
-        growing: its prompt is being processed: there will be more.
-        read: from disk, and not used since.
+        name: by which steps refer to it.
+        tokens: packed; while the prompt is being processed, all of it.
+        length: how many of the tokens are in the cache.
+        checkpoints: positions to which it can be reset; None: it can be truncated anywhere.
+        size_bytes: on the rank where it is largest; 0 while its request runs (counted there).
+        last_use: number of the last use.
+        growing: its prompt is still being processed.
+        from_disk: read from disk and not used since.
     """
 
     name: str
     tokens: bytes
-    done: int = 0
-    cuts: set[int] | None = None
-    size: int = 0
-    used: int = 0
+    length: int = 0
+    checkpoints: set[int] | None = None
+    size_bytes: int = 0
+    last_use: int = 0
     growing: bool = False
-    read: bool = False
+    from_disk: bool = False
 
-    def usable(self, tokens: bytes, done: int | None = None) -> int:
-        """How many of the tokens need not be computed with this: never all of them."""
-        done = self.done if done is None else done
-        most = min(common(self.tokens, tokens), done, len(tokens) // 4 - 1)
-        if self.cuts is None:
-            return most
-        return max((cut for cut in self.cuts if cut <= most), default=0)
+    def usable_tokens(self, tokens: bytes, length: int | None = None) -> int:
+        """How many of the tokens this saves computing; never all of them.
+
+        Args:
+            tokens: packed.
+            length: of this cache, if not the present one.
+        """
+        length = self.length if length is None else length
+        limit = min(common_prefix_length(self.tokens, tokens), length, len(tokens) // 4 - 1)
+        if self.checkpoints is None:
+            return limit
+        return max((c for c in self.checkpoints if c <= limit), default=0)
 
 
 @dataclass
@@ -125,31 +131,32 @@ class PrefixIndex:
     """The index.
 
     Args:
-        least: caches of fewer tokens are not worth the while.
+        min_tokens: shorter caches are not worth reusing.
     """
 
-    least: int = 16
+    min_tokens: int = 16
     entries: dict[str, CacheEntry] = field(default_factory=dict)
     _uses: int = 0
 
     def find(self, tokens: bytes) -> tuple[CacheEntry | None, int]:
-        """The entry that has most of the tokens, and how many of them."""
-        best, most = None, self.least - 1
+        """The entry with the longest usable prefix of the tokens, and its length."""
+        best, best_length = None, self.min_tokens - 1
         for entry in self.entries.values():
-            if (count := entry.usable(tokens)) > most:
-                best, most = entry, count
-        return (best, most) if best is not None else (None, 0)
+            if (length := entry.usable_tokens(tokens)) > best_length:
+                best, best_length = entry, length
+        return (best, best_length) if best is not None else (None, 0)
 
-    def coming(self, tokens: bytes) -> int:
-        """How many of the tokens will be there when the prompts under way have been processed."""
+    def being_computed(self, tokens: bytes) -> int:
+        """How many of the tokens will be cached once the prompts in progress are processed."""
         growing = (e for e in self.entries.values() if e.growing)
-        return max((e.usable(tokens, len(e.tokens) // 4 - 1) for e in growing), default=0)
+        return max((e.usable_tokens(tokens, len(e.tokens) // 4 - 1) for e in growing), default=0)
 
     def touch(self, entry: CacheEntry) -> None:
-        """It was used now."""
+        """Mark an entry as just used."""
         self._uses += 1
-        entry.used = self._uses
+        entry.last_use = self._uses
 
-    def oldest(self) -> list[CacheEntry]:
-        """Entries that are kept (those of running requests are not), longest unused first."""
-        return sorted((e for e in self.entries.values() if e.size), key=lambda e: e.used)
+    def least_recently_used(self) -> list[CacheEntry]:
+        """Entries of ended requests, longest unused first."""
+        ended = (e for e in self.entries.values() if e.size_bytes)
+        return sorted(ended, key=lambda e: e.last_use)

@@ -1,16 +1,16 @@
-"""Which requests run, and what the next step is.
+"""Chooses the requests that run, and what the next step does.
 
-Owns: waiting and running requests, who is next, how much of which prompt a step processes, the
-bytes that caches may take, and the numbering of steps.
-Does not know: MLX, sockets, clocks: it is told how long steps took.
-Invariant: a request is in exactly one place: waiting, running, or gone; `0 <= running <= batch`;
-the caches of those that run fit the budget when each has all its tokens; a step processes at most
-`chunk` prompt tokens, and fewer while somebody is being answered; every prompt gets its turn;
-steps are numbered without gaps.
-Fairness: of waiting requests that of the key comes first whose requests were given least (virtual
-token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024); prompts that
-are being processed take turns, keys first, then the requests of a key.
-Next: `lockstep.py` sends the steps to every rank and brings the events back.
+Owns: waiting and running requests, their order, how much of which prompt a step processes, the
+bytes that caches may take, the numbering of steps.
+Does not know: MLX, sockets, clocks. It is told how long steps took.
+Invariant: a request is in exactly one place: waiting, running, or gone; `0 <= running <=
+max_batch_size`; the caches of running requests fit the budget even at full length; a step processes
+at most `prefill_chunk_size` prompt tokens, and fewer while requests are decoding; every prompt gets
+its turn; steps are numbered without gaps.
+Fairness: the waiting request whose key was served least comes first (virtual token counters: Sheng
+et al., Fairness in Serving Large Language Models, OSDI 2024). Prompts in progress take turns: first
+the keys, then the requests of a key.
+Next: `ranks/rank_group.py` sends the steps to every rank and reports their tokens.
 """
 
 from __future__ import annotations
@@ -25,54 +25,52 @@ from typing import Any
 from ..core.request import Request, TokenEvent
 from ..core.step import PageLoad, PrefixReuse, PromptChunk, Step
 from ..errors import Busy, InputError
-from .disk_index import PAGE, DiskIndex, Listing, worth
-from .prefix_index import CacheEntry, CacheFootprint, PrefixIndex, packed
+from .disk_index import PAGE_TOKENS, DiskIndex, Listing, tokens_to_write
+from .prefix_index import CacheEntry, CacheFootprint, PrefixIndex, pack_tokens
 
-JOIN_TOKENS = (
-    128  # prompt tokens with which a request may join the batch: short prompts go together
-)
-LEAST_CHUNK = 16  # prompt tokens; fewer cost as much
-FAIRNESS_RESERVE_AFTER = 4  # places from which on the last one is kept for who has none
-STALL_S = 0.25  # for which a chunk of prompt may delay the tokens of those being answered
-SHARE_WAIT_TOKENS = (
-    64  # prompt tokens for which it is worth waiting until another has computed them
-)
-MAX_CHECKPOINTS, MIN_CHECKPOINT_TOKENS = (
-    8,
-    512,
-)  # most marks between a prompt's ends, least tokens between two
+JOIN_TOKENS = 128  # largest final chunk of a prompt: short prompts join the batch together
+MIN_CHUNK_TOKENS = 16  # fewer prompt tokens cost as much
+FAIRNESS_RESERVE_AFTER = 4  # batch size from which one place is reserved for keys that have none
+STALL_S = 0.25  # by how much a prompt chunk may delay the tokens of decoding requests
+SHARE_WAIT_TOKENS = 64  # prompt tokens for which waiting until another computed them pays
+MAX_CHECKPOINTS, MIN_CHECKPOINT_TOKENS = 8, 512  # of a prompt, and the distance between two
 CACHEABLE_FINISH = ("stop", "length")
-OUTPUT_WEIGHT, PROMPT_WEIGHT = 2, 1  # what a token of an answer and one of a prompt count for a key
+OUTPUT_WEIGHT, PROMPT_WEIGHT = 2, 1  # what a token of each kind counts for a key
+INITIAL_STALL_TOKENS = 64.0  # prompt tokens processed within STALL_S, until it is measured
+SMOOTHING = 0.3  # weight of a new measurement
 
 
 @dataclass
-class _Running:
+class _RunningRequest:
     """A request that the ranks have.
 
     Args:
-        done: prompt tokens that have been processed, by the steps given out so far.
-        cached: how many of them were not computed.
-        read: how many of those were read from disk for it.
-        cache: what others may use of it.
+        prefilled: prompt tokens processed by the steps so far.
+        cached_tokens: how many of them came from a cache.
+        disk_tokens: how many of those were read from disk for this request.
+        cache: what others may reuse.
         started: whether it has joined the batch.
-        answer: the tokens that came back.
+        output: tokens so far.
     """
 
     request: Request
-    done: int = 0
-    cached: int = 0
-    read: int = 0
+    prefilled: int = 0
+    cached_tokens: int = 0
+    disk_tokens: int = 0
     cache: CacheEntry | None = None
     started: bool = False
-    answer: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
 
     @property
-    def length(self) -> int:
-        """Most tokens that its cache will hold."""
-        return _length(self.request)
+    def prompt_length(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def max_length(self) -> int:
+        return _max_length(self.request)
 
 
-def _length(request: Request) -> int:
+def _max_length(request: Request) -> int:
     return len(request.tokens) + request.max_tokens
 
 
@@ -80,101 +78,104 @@ class Scheduler:
     """Turns waiting requests and cancellations into steps.
 
     Args:
-        batch: most requests that run at once.
+        max_batch_size: maximum running requests.
         measure_every: one step in this many is measured; 0: none. May be changed at any time.
-        chunk: most prompt tokens in a step.
-        queue: most requests that wait; None: any number.
-        kv_bytes: of memory for caches of running requests, on each rank; None: no limit.
+        prefill_chunk_size: maximum prompt tokens per step.
+        max_queue: maximum waiting requests; None: unlimited.
+        kv_cache_bytes: on each rank for the caches of running requests; None: unlimited.
         footprint: what caches take.
-        cache_bytes: of memory for caches of requests that have ended, on each rank; 0: none.
-        disk_bytes: of disk for the beginnings of prompts, on each rank; 0: none.
+        prefix_cache_bytes: on each rank for the caches of ended requests; 0: none.
+        disk_bytes: on each rank's disk for prefixes of prompts; 0: none.
+
+    `bypass_cache` may be set at any time: requests then reuse nothing and leave nothing for others.
     """
 
     def __init__(
         self,
-        batch: int = 32,
+        max_batch_size: int = 32,
         measure_every: int = 8,
         *,
-        chunk: int = 512,
-        queue: int | None = None,
-        kv_bytes: int | None = None,
+        prefill_chunk_size: int = 512,
+        max_queue: int | None = None,
+        kv_cache_bytes: int | None = None,
         footprint: CacheFootprint | None = None,
-        cache_bytes: int = 0,
+        prefix_cache_bytes: int = 0,
         disk_bytes: int = 0,
     ) -> None:
-        self._batch, self.measure_every = batch, measure_every
-        self._chunk, self._queue = chunk, queue
+        self._max_batch_size, self.measure_every = max_batch_size, measure_every
+        self._prefill_chunk_size, self._max_queue = prefill_chunk_size, max_queue
         self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._running: dict[str, _Running] = {}
-        self._turns: OrderedDict[str, list[str]] = OrderedDict()  # key -> prompts under way
-        self._served: dict[str, float] = {}  # key -> what it was given
+        self._running: dict[str, _RunningRequest] = {}
+        self._turns: OrderedDict[str, list[str]] = OrderedDict()  # key -> prompts in progress
+        self._served: dict[str, float] = {}  # key -> weighted tokens
         self._cancelled: list[str] = []
-        self.resize(kv_bytes, footprint or CacheFootprint(0), cache_bytes)
-        self._prefixes = PrefixIndex()
+        self.resize(kv_cache_bytes, footprint or CacheFootprint(0), prefix_cache_bytes)
+        self._prefix_index = PrefixIndex()
         self._disk_bytes = disk_bytes
-        self.fresh = False  # whether all is computed, and nothing of it kept for others
-        self._pages = DiskIndex()
-        self._loaded: list[PageLoad] = []
-        self._kept: list[str] = []
-        self._dropped: list[str] = []
-        self._number = 0
-        self._pace = 64.0  # prompt tokens that can be processed within STALL_S: a guess at first
-        self._answer_s = 0.0  # what a step without prompts takes
+        self.bypass_cache = False
+        self._disk_index = DiskIndex()
+        self._page_loads: list[PageLoad] = []
+        self._retained: list[str] = []
+        self._evicted: list[str] = []
+        self._step_number = 0
+        self._stall_tokens = INITIAL_STALL_TOKENS
+        self._decode_step_s = 0.0
 
-    def resize(self, kv_bytes: int | None, footprint: CacheFootprint, cache_bytes: int) -> None:
-        """What the ranks that come next have room for, once `lost` was called; see the
-        constructor."""
-        self.kv_bytes, self.footprint = kv_bytes, footprint
-        self._cache_bytes = cache_bytes if footprint.keeps else 0
+    def resize(
+        self, kv_cache_bytes: int | None, footprint: CacheFootprint, prefix_cache_bytes: int
+    ) -> None:
+        """Set the budgets of new ranks, after `on_ranks_lost`; see the constructor."""
+        self.kv_cache_bytes, self.footprint = kv_cache_bytes, footprint
+        self._prefix_cache_bytes = prefix_cache_bytes if footprint.reusable else 0
 
     @property
     def waiting(self) -> int:
-        """Number of requests that have not been admitted."""
+        """Number of requests that are not admitted yet."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Number of requests that ranks are working on."""
+        """Number of requests that the ranks have."""
         return len(self._running)
 
     @property
-    def reserved(self) -> int:
-        """Bytes that the caches of running requests may come to, on each rank."""
-        return self.footprint.bytes([r.length for r in self._running.values()])
+    def reserved_bytes(self) -> int:
+        """Bytes on each rank for the caches of running requests at full length."""
+        return self.footprint.total_bytes([r.max_length for r in self._running.values()])
 
     def check(self, request: Request, retry_after_s: int = 1) -> None:
-        """Whether a request may be submitted now.
+        """Check whether a request may be submitted now.
 
         Args:
-            retry_after_s: what to tell if the queue is full.
+            retry_after_s: passed on if the queue is full.
 
         Raises:
             InputError: its cache would never fit.
             Busy: the queue is full.
         """
-        need, limit = self.footprint.bytes([_length(request)]), self.kv_bytes
-        if limit is not None and need > limit:
+        needed, limit = self.footprint.total_bytes([_max_length(request)]), self.kv_cache_bytes
+        if limit is not None and needed > limit:
             raise InputError(
-                f"max_tokens: the cache of {len(request.tokens)} prompt tokens and "
-                f"{request.max_tokens} of answer takes up to {need:,} bytes, more than the "
-                f"{limit:,} that there are for all requests; ask for less, or see --kv-cache-gb",
+                f"max_tokens: the KV cache of {len(request.tokens)} prompt tokens and "
+                f"{request.max_tokens} output tokens takes {needed:,} bytes, and all requests "
+                f"together have {limit:,}; ask for fewer tokens, or raise --kv-cache-gb",
                 "max_tokens",
             )
-        place = len(self._running) < self._batch and self._fits(request)
-        waits = bool(self._waiting) or not place
-        if self._queue is not None and waits and len(self._waiting) >= self._queue:
+        admissible = len(self._running) < self._max_batch_size and self._fits(request)
+        must_wait = bool(self._waiting) or not admissible
+        if self._max_queue is not None and must_wait and len(self._waiting) >= self._max_queue:
             raise Busy(
-                f"{len(self._waiting)} requests are waiting already, expected at most "
-                f"{self._queue}: try again in {retry_after_s} s",
+                f"{len(self._waiting)} requests are waiting, expected at most {self._max_queue}: "
+                f"try again in {retry_after_s} s",
                 retry_after_s,
             )
 
     def submit(self, request: Request) -> None:
-        """Queue a request, however long the queue is."""
+        """Queue a request, even if the queue is full."""
         key = request.key
-        active = self._active()
+        active = self._active_keys()
         if key not in active:
-            # Who was away gets no credit for it.
+            # No credit for the time that a key was idle.
             floor = min((self._served[k] for k in active), default=0.0)
             self._served[key] = max(self._served.get(key, 0.0), floor)
         self._waiting[request.id] = request
@@ -182,84 +183,87 @@ class Scheduler:
     def cancel(self, request_id: str) -> None:
         """End a request wherever it is; unknown ids are ignored (it may just have ended)."""
         self._waiting.pop(request_id, None)
-        if request_id in self._running:
-            self._cancelled.append(request_id)
-            running = self._end(request_id)
-            entry = running.cache
-            if entry is not None:
-                # Of the answer the ranks may be further than is known here.
-                entry.tokens = entry.tokens[: 4 * entry.done]
-                if entry.cuts is None and self._keep(entry):
-                    self._kept.append(request_id)
-                    self._write(running, entry)
-                else:
-                    self._prefixes.entries.pop(request_id)
+        if request_id not in self._running:
+            return
+        self._cancelled.append(request_id)
+        running = self._remove_running(request_id)
+        entry = running.cache
+        if entry is None:
+            return
+        # The ranks may have more output than is known here.
+        entry.tokens = entry.tokens[: 4 * entry.length]
+        if entry.checkpoints is None and self._retain(entry):
+            self._retained.append(request_id)
+            self._write_to_disk(running, entry)
+        else:
+            self._prefix_index.entries.pop(request_id)
 
     def next_step(self) -> Step | None:
-        """The step to take now, or None if there is nothing to do."""
+        """The next step, or None if there is nothing to do."""
         reused: list[PrefixReuse] = []
         admitted = list(self._admit(reused))
-        stored, sought, removed = self._pages.take()
-        about_pages = stored or sought or removed or self._loaded
-        if not (self._running or self._cancelled or about_pages):
+        writes, checks, removals = self._disk_index.take_orders()
+        disk_orders = writes or checks or removals or self._page_loads
+        if not (self._running or self._cancelled or disk_orders):
             return None
-        prefill, started = self._share_out()
+        prefill, final_chunks = self._split_prefill_budget()
         every = self.measure_every
         step = Step(
-            self._number,
+            self._step_number,
             tuple(admitted),
             tuple(self._cancelled),
-            # Not the first of each round: step 0 compiles and allocates.
-            measured=bool(every) and self._number % every == every - 1,
+            # The last of each round, as step 0 compiles and allocates.
+            measured=bool(every) and self._step_number % every == every - 1,
             prefill=tuple(prefill),
-            final_chunks=tuple(started),
+            final_chunks=tuple(final_chunks),
             reused=tuple(reused),
-            retained=tuple(self._kept),
-            evicted=tuple(self._dropped),
-            page_removals=removed,
-            page_writes=stored,
-            page_checks=sought,
-            page_loads=tuple(self._loaded),
+            retained=tuple(self._retained),
+            evicted=tuple(self._evicted),
+            page_removals=removals,
+            page_writes=writes,
+            page_checks=checks,
+            page_loads=tuple(self._page_loads),
         )
-        self._cancelled, self._kept, self._dropped = [], [], []
-        self._loaded = []
-        self._number += 1
+        self._clear_orders()
+        self._step_number += 1
         return step
 
-    def took(self, step: Step, seconds: float) -> None:
-        """Take note of how long a step took, for the pace of prompts beside answers."""
+    def on_step_time(self, step: Step, seconds: float) -> None:
+        """Learn how many prompt tokens fit beside decoding requests."""
         if step.page_writes or step.page_loads:
-            return  # not only the model took its time
-        tokens = sum(p.end - p.begin for p in (*step.prefill, *step.final_chunks))
+            return  # the time is not only the model's
+        tokens = sum(c.end - c.begin for c in (*step.prefill, *step.final_chunks))
         if not tokens:
-            self._answer_s += 0.3 * (seconds - self._answer_s)
-        elif tokens >= LEAST_CHUNK:
-            seconds = max(seconds - self._answer_s, seconds / 4, 1e-6)
-            self._pace += 0.3 * (STALL_S * tokens / seconds - self._pace)
+            self._decode_step_s += SMOOTHING * (seconds - self._decode_step_s)
+        elif tokens >= MIN_CHUNK_TOKENS:
+            seconds = max(seconds - self._decode_step_s, seconds / 4, 1e-6)
+            self._stall_tokens += SMOOTHING * (STALL_S * tokens / seconds - self._stall_tokens)
 
-    def seen(self, events: Iterable[TokenEvent]) -> list[TokenEvent]:
-        """Take note of a step's tokens.
+    def on_tokens(self, events: Iterable[TokenEvent]) -> list[TokenEvent]:
+        """Handle a step's tokens.
 
         Returns:
             Those of requests that still run (a cancelled one may have been in flight).
         """
-        kept: list[TokenEvent] = []
+        delivered: list[TokenEvent] = []
         for event in events:
             running = self._running.get(event.request_id)
             if running is None:
                 continue
-            if not running.answer and running.cached:
-                event = replace(event, cached_tokens=running.cached, disk_tokens=running.read)
-            kept.append(event)
-            running.answer.append(event.token)
+            if not running.output and running.cached_tokens:
+                event = replace(
+                    event, cached_tokens=running.cached_tokens, disk_tokens=running.disk_tokens
+                )
+            delivered.append(event)
+            running.output.append(event.token)
             self._served[running.request.key] += OUTPUT_WEIGHT
             if event.finish is not None:
-                self._end(event.request_id)
-                self._ended(running, event.finish)
-        return kept
+                self._remove_running(event.request_id)
+                self._on_finished(running, event.finish)
+        return delivered
 
-    def lost(self) -> list[str]:
-        """Forget everything, as the ranks have: those that come next begin at step 0.
+    def on_ranks_lost(self) -> list[str]:
+        """Forget everything, as the ranks have; new ranks begin at step 0.
 
         Returns:
             The ids of all requests that were waiting or running.
@@ -268,240 +272,252 @@ class Scheduler:
         self._waiting.clear()
         self._running.clear()
         self._turns.clear()
-        self._prefixes = PrefixIndex()
-        self._pages, self._loaded = DiskIndex(), []
-        self._cancelled, self._kept, self._dropped = [], [], []
-        self._number = 0
+        self._prefix_index, self._disk_index = PrefixIndex(), DiskIndex()
+        self._clear_orders()
+        self._step_number = 0
         return ids
 
-    # What ranks have on disk
+    def _clear_orders(self) -> None:
+        self._cancelled, self._retained, self._evicted = [], [], []
+        self._page_loads = []
 
-    def list_pages(self, listed: Sequence[Listing | None]) -> str:
-        """Take note of what those ranks have that come next.
+    # Prefixes on disk
+
+    def register_pages(self, listings: Sequence[Listing | None]) -> str:
+        """Take the pages of new ranks.
 
         Args:
-            listed: of each rank; None: it can write nothing.
+            listings: of each rank; None: it cannot write.
 
         Returns:
-            In one line what is of no use; empty if all is.
+            One line about pages that cannot be used; empty if all can.
         """
-        there = [rank for rank in listed if rank is not None]
-        able = self._cache_bytes and there and len(there) == len(listed)
-        self._pages = DiskIndex(self._disk_bytes, there) if able else DiskIndex()
-        return self._pages.notice
+        available = [rank for rank in listings if rank is not None]
+        usable = self._prefix_cache_bytes and available and len(available) == len(listings)
+        self._disk_index = DiskIndex(self._disk_bytes, available) if usable else DiskIndex()
+        return self._disk_index.notice
 
-    def heard(self, rank: int, said: Mapping[str, Any]) -> None:
-        """Take note of what a rank says of its files, see `Pages.heard`."""
-        for load, tokens in self._pages.heard(rank, said):
-            self._was_read(load, tokens)
+    def on_pages(self, rank: int, report: Mapping[str, Any]) -> None:
+        """Handle a rank's report on its files, see `DiskIndex.on_report`."""
+        for load, tokens in self._disk_index.on_report(rank, report):
+            self._on_readable(load, tokens)
 
     @property
-    def seeking(self) -> bool:
-        """Whether requests wait for ranks that look for their beginnings on disk."""
-        return self._pages.seeking
+    def checking_pages(self) -> bool:
+        """Whether requests wait for ranks that verify pages."""
+        return self._disk_index.checking
 
-    def give_up_disk(self) -> None:
-        """Those requests wait no longer; nothing is read from disk or written any more."""
-        self._pages.give_up()
+    def disable_disk(self) -> None:
+        """End the wait for pages; read and write nothing on disk from now on."""
+        self._disk_index.disable()
 
-    # Who runs
+    def _write_to_disk(self, running: _RunningRequest, entry: CacheEntry) -> None:
+        limit = min(tokens_to_write(running.prompt_length - 1, running.cached_tokens), entry.length)
+        ends: list[int] = []
+        if entry.checkpoints is None:
+            positions: Iterable[int] = range(PAGE_TOKENS, limit + 1, PAGE_TOKENS)
+        else:
+            positions = sorted(entry.checkpoints)
+        for position in positions:
+            if (ends[-1] if ends else 0) + PAGE_TOKENS <= position <= limit:
+                ends.append(position)
+        self._disk_index.request(entry.name, entry.tokens, ends)
 
-    def _active(self) -> set[str]:
+    def _read_from_disk(self, request: Request) -> bool:
+        """Have a prefix read, if disk has much more of it than memory; the request then waits."""
+        if not self._disk_index.has_pages:
+            return False
+        tokens = pack_tokens(request.tokens)
+        pages = () if self.bypass_cache else self._disk_index.find(tokens)
+        if not pages:
+            return False
+        if pages[-1].end < self._prefix_index.find(tokens)[1] + SHARE_WAIT_TOKENS:
+            return False
+        if self._entry_bytes(pages[-1].end, len(pages)) > self._prefix_cache_bytes:
+            return False
+        self._disk_index.request_read(pages, tokens[: 4 * pages[-1].end], request.id)
+        return True
+
+    def _on_readable(self, load: PageLoad, tokens: bytes) -> None:
+        checkpoints = {p.end for p in load.pages} if self.footprint.needs_checkpoints else None
+        entry = CacheEntry(load.name, tokens, load.pages[-1].end, checkpoints, from_disk=True)
+        self._prefix_index.entries[load.name] = entry
+        self._page_loads.append(load)
+        if not self._retain(entry):
+            self._evict(entry)
+
+    # Admission
+
+    def _active_keys(self) -> set[str]:
         running = {r.request.key for r in self._running.values()}
         return running | {r.key for r in self._waiting.values()}
 
-    def _end(self, request_id: str) -> _Running:
+    def _remove_running(self, request_id: str) -> _RunningRequest:
         running = self._running.pop(request_id)
-        self._turn_taken(running)
+        self._end_turn(running)
         if not (self._running or self._waiting):
             self._served.clear()
         return running
 
     def _admit(self, reused: list[PrefixReuse]) -> Iterator[Request]:
-        while self._waiting and len(self._running) < self._batch:
-            able = [r for r in self._waiting.values() if not self._waits(r)]
-            if self._batch >= FAIRNESS_RESERVE_AFTER and len(self._running) == self._batch - 1:
-                held = {r.request.key for r in self._running.values()} - {""}
-                able = [r for r in able if r.key not in held]
-            request = min(able, key=lambda r: self._served[r.key], default=None)
+        while self._waiting and len(self._running) < self._max_batch_size:
+            candidates = [r for r in self._waiting.values() if not self._waits_for_prefix(r)]
+            last_place = len(self._running) == self._max_batch_size - 1
+            if self._max_batch_size >= FAIRNESS_RESERVE_AFTER and last_place:
+                served = {r.request.key for r in self._running.values()} - {""}
+                candidates = [r for r in candidates if r.key not in served]
+            request = min(candidates, key=lambda r: self._served[r.key], default=None)
             if request is None or not self._fits(request):
-                return  # nor may a smaller one go first: this one would wait for ever
-            if self._seek(request):
-                continue  # it waits for the disk: others may go first
+                return  # smaller requests must not overtake it: it could wait for ever
+            if self._read_from_disk(request):
+                continue  # others may go first
             del self._waiting[request.id]
-            self._running[request.id] = running = _Running(request)
-            self._look_up(running, reused)
+            self._running[request.id] = running = _RunningRequest(request)
+            self._find_prefix(running, reused)
             self._turns.setdefault(request.key, []).append(request.id)
             yield request
 
     def _fits(self, request: Request) -> bool:
-        if self.kv_bytes is None or not self._running:
+        if self.kv_cache_bytes is None or not self._running:
             return True
-        lengths = [r.length for r in self._running.values()]
-        return self.footprint.bytes([*lengths, _length(request)]) <= self.kv_bytes
+        lengths = [r.max_length for r in self._running.values()]
+        return self.footprint.total_bytes([*lengths, _max_length(request)]) <= self.kv_cache_bytes
 
-    # What need not be computed
+    # Prefix cache
 
-    def _waits(self, request: Request) -> bool:
-        """Whether much of its prompt is being read from disk, or processed for somebody else."""
-        if self._pages.waits(request.id):
+    @property
+    def _uses_checkpoints(self) -> bool:
+        return bool(self._prefix_cache_bytes) and self.footprint.needs_checkpoints
+
+    def _waits_for_prefix(self, request: Request) -> bool:
+        """Whether much of its prompt is being read from disk or computed for another request."""
+        if self._disk_index.is_waiting(request.id):
             return True
-        if not self._turns or not self._cache_bytes or self.fresh:
+        if not self._turns or not self._prefix_cache_bytes or self.bypass_cache:
             return False
-        tokens = packed(request.tokens)
-        return self._prefixes.coming(tokens) >= self._prefixes.find(tokens)[1] + SHARE_WAIT_TOKENS
+        tokens, index = pack_tokens(request.tokens), self._prefix_index
+        return index.being_computed(tokens) >= index.find(tokens)[1] + SHARE_WAIT_TOKENS
 
-    def _look_up(self, running: _Running, reused: list[PrefixReuse]) -> None:
-        if not self._cache_bytes or self.fresh:
+    def _find_prefix(self, running: _RunningRequest, reused: list[PrefixReuse]) -> None:
+        if not self._prefix_cache_bytes or self.bypass_cache:
             return
-        request, tokens = running.request, packed(running.request.tokens)
-        cuts: set[int] | None = set() if self.footprint.exact else None
-        source, count = self._prefixes.find(tokens)
+        request, tokens = running.request, pack_tokens(running.request.tokens)
+        checkpoints: set[int] | None = set() if self.footprint.needs_checkpoints else None
+        source, length = self._prefix_index.find(tokens)
         if source is not None:
-            self._prefixes.touch(source)
-            reused.append(PrefixReuse(request.id, source.name, count))
-            running.done = running.cached = count
-            running.read = count if source.read else 0
-            source.read = False
-            if cuts is not None:
-                cuts = {c for c in source.cuts or () if c < count} | {count}
-        running.cache = CacheEntry(request.id, tokens, running.done, cuts, growing=True)
-        self._prefixes.entries[request.id] = running.cache
+            self._prefix_index.touch(source)
+            reused.append(PrefixReuse(request.id, source.name, length))
+            running.prefilled = running.cached_tokens = length
+            running.disk_tokens = length if source.from_disk else 0
+            source.from_disk = False
+            if checkpoints is not None:
+                checkpoints = {c for c in source.checkpoints or () if c < length} | {length}
+        running.cache = CacheEntry(request.id, tokens, running.prefilled, checkpoints, growing=True)
+        self._prefix_index.entries[request.id] = running.cache
 
-    def _ended(self, running: _Running, finish: str) -> None:
-        """Its cache, answer and all, can be used again."""
+    def _on_finished(self, running: _RunningRequest, finish: str) -> None:
         entry = running.cache
         if entry is None:
             return
-        entry.tokens = packed((*running.request.tokens, *running.answer))
-        entry.done = len(entry.tokens) // 4
-        if entry.cuts is not None:
-            entry.cuts.add(entry.done)
+        entry.tokens = pack_tokens((*running.request.tokens, *running.output))
+        entry.length = len(entry.tokens) // 4
+        if entry.checkpoints is not None:
+            entry.checkpoints.add(entry.length)
         else:
-            entry.done -= 1  # the last token, which was drawn, may not have gone through the model
-        if finish in CACHEABLE_FINISH and self._keep(entry):
-            self._write(running, entry)
+            entry.length -= 1  # the last token may not have gone through the model
+        if finish in CACHEABLE_FINISH and self._retain(entry):
+            self._write_to_disk(running, entry)
         else:
-            self._drop(entry)
+            self._evict(entry)
 
-    def _keep(self, entry: CacheEntry) -> bool:
-        """Count a cache as kept, and let others go for it; False: it is not worth it."""
+    def _retain(self, entry: CacheEntry) -> bool:
+        """Keep the cache of an ended request and evict others for it; False: not worth it."""
         entry.growing = False
-        entry.size = self._size(entry.done, len(entry.cuts or ()))
-        if entry.done < self._prefixes.least or entry.size > self._cache_bytes:
+        entry.size_bytes = self._entry_bytes(entry.length, len(entry.checkpoints or ()))
+        if entry.length < self._prefix_index.min_tokens:
             return False
-        self._prefixes.touch(entry)
-        there = self._prefixes.oldest()
-        for other in there:
+        if entry.size_bytes > self._prefix_cache_bytes:
+            return False
+        self._prefix_index.touch(entry)
+        for other in self._prefix_index.least_recently_used():
             covered = entry.tokens.startswith(other.tokens) and other is not entry
-            if covered and (entry.cuts is None or entry.cuts.issuperset(other.cuts or ())):
-                self._drop(other)
-        there = self._prefixes.oldest()
-        total = sum(e.size for e in there)
-        for other in there:
-            if total > self._cache_bytes:
-                total -= other.size
-                self._drop(other)
+            if covered and (
+                entry.checkpoints is None or entry.checkpoints.issuperset(other.checkpoints or ())
+            ):
+                self._evict(other)
+        remaining = self._prefix_index.least_recently_used()
+        total = sum(e.size_bytes for e in remaining)
+        for other in remaining:
+            if total > self._prefix_cache_bytes:
+                total -= other.size_bytes
+                self._evict(other)
         return True
 
-    def _size(self, tokens: int, marks: int) -> int:
-        """Bytes of a kept cache."""
-        exact = marks * self.footprint.state if self.footprint.exact else 0
-        return self.footprint.bytes([tokens]) + exact
+    def _entry_bytes(self, tokens: int, checkpoints: int) -> int:
+        per_checkpoint = self.footprint.checkpoint_bytes if self.footprint.needs_checkpoints else 0
+        return self.footprint.total_bytes([tokens]) + checkpoints * per_checkpoint
 
-    def _drop(self, entry: CacheEntry) -> None:
-        del self._prefixes.entries[entry.name]
-        self._dropped.append(entry.name)
-        self._pages.unwant(entry.name)
+    def _evict(self, entry: CacheEntry) -> None:
+        del self._prefix_index.entries[entry.name]
+        self._evicted.append(entry.name)
+        self._disk_index.release(entry.name)
 
-    # What outlives the ranks
+    # Prefill
 
-    def _write(self, running: _Running, entry: CacheEntry) -> None:
-        """Have of a cache that is kept now what is worth it written to disk."""
-        most = min(worth(len(running.request.tokens) - 1, running.cached), entry.done)
-        ends: list[int] = []
-        cuts = range(PAGE, most + 1, PAGE) if entry.cuts is None else sorted(entry.cuts)
-        for cut in cuts:
-            if (ends[-1] if ends else 0) + PAGE <= cut <= most:
-                ends.append(cut)
-        self._pages.want(entry.name, entry.tokens, ends)
-
-    def _seek(self, request: Request) -> bool:
-        """Have its beginning read from disk, if there is much more of it than in memory."""
-        if not self._pages.any:
-            return False
-        tokens = packed(request.tokens)
-        pages = () if self.fresh else self._pages.chain(tokens)
-        if not pages or pages[-1].end < self._prefixes.find(tokens)[1] + SHARE_WAIT_TOKENS:
-            return False
-        if self._size(pages[-1].end, len(pages)) > self._cache_bytes:
-            return False
-        self._pages.seek(pages, tokens[: 4 * pages[-1].end], request.id)
-        return True
-
-    def _was_read(self, load: PageLoad, tokens: bytes) -> None:
-        """All ranks can read this: from now on it is a cache like others."""
-        cuts = {page.end for page in load.pages} if self.footprint.exact else None
-        entry = CacheEntry(load.name, tokens, load.pages[-1].end, cuts, read=True)
-        self._prefixes.entries[load.name] = entry
-        self._loaded.append(load)
-        if not self._keep(entry):
-            self._drop(entry)
-
-    # Whose prompt goes on
-
-    def _share_out(self) -> tuple[list[PromptChunk], list[PromptChunk]]:
-        """The prompts' parts of this step: chunks, each alone, and last parts, together."""
-        left = self._chunk
+    def _split_prefill_budget(self) -> tuple[list[PromptChunk], list[PromptChunk]]:
+        """This step's prompt chunks: those processed alone, and final ones, processed together."""
+        budget = self._prefill_chunk_size
         if any(r.started for r in self._running.values()):
-            left = min(left, max(LEAST_CHUNK, int(self._pace)))
+            budget = min(budget, max(MIN_CHUNK_TOKENS, int(self._stall_tokens)))
         chunks: list[PromptChunk] = []
-        tails: list[PromptChunk] = []
-        # The first of each key, then the second of each, and so on.
-        by_key = zip_longest(*self._turns.values())
-        for name in [name for names in by_key for name in names if name is not None]:
+        final_chunks: list[PromptChunk] = []
+        # The first prompt of each key, then the second of each, and so on.
+        rounds = zip_longest(*self._turns.values())
+        for name in [name for names in rounds for name in names if name is not None]:
             running = self._running[name]
-            began, prompt = running.done, len(running.request.tokens)
-            if _more(tails, prompt - began) > left and began < prompt - 1:
-                if left < LEAST_CHUNK and (chunks or tails):
+            begin, length = running.prefilled, running.prompt_length
+            if _join_cost(final_chunks, length - begin) > budget and begin < length - 1:
+                if budget < MIN_CHUNK_TOKENS and (chunks or final_chunks):
                     continue
-                running.done += int(min(left, prompt - 1 - began, self._to_mark(running)))
-                mark = bool(self._cache_bytes) and self.footprint.exact
-                mark = mark and running.done in self._marks(running)
-                chunks.append(PromptChunk(name, began, running.done, mark))
-                if mark and running.cache is not None and running.cache.cuts is not None:
-                    running.cache.cuts.add(running.done)
-                left -= running.done - began
-            more = _more(tails, prompt - running.done)
-            if more <= left:
-                left -= int(more)
-                tails.append(PromptChunk(name, running.done, prompt))
-                running.done, running.started = prompt, True
+                chunk = self._next_chunk(running, budget)
+                chunks.append(chunk)
+                budget -= chunk.end - chunk.begin
+            cost = _join_cost(final_chunks, length - running.prefilled)
+            if cost <= budget:
+                budget -= int(cost)
+                final_chunks.append(PromptChunk(name, running.prefilled, length))
+                running.prefilled, running.started = length, True
             if running.cache is not None:
-                running.cache.done = min(running.done, prompt - 1)
+                running.cache.length = min(running.prefilled, length - 1)
                 running.cache.growing = not running.started
-            if running.done > began:
-                self._served[running.request.key] += PROMPT_WEIGHT * (running.done - began)
-                self._turn_taken(running)
-        return chunks, tails
+            if running.prefilled > begin:
+                served = PROMPT_WEIGHT * (running.prefilled - begin)
+                self._served[running.request.key] += served
+                self._end_turn(running)
+        return chunks, final_chunks
 
-    def _marks(self, running: _Running) -> list[int]:
-        """Where a prompt's caches that cannot be cut are kept: at its end, and a few between."""
-        length = len(running.request.tokens)
-        apart = (
-            max(1, -(-length // (MAX_CHECKPOINTS * MIN_CHECKPOINT_TOKENS))) * MIN_CHECKPOINT_TOKENS
-        )
-        return [*range(apart, length - 1, apart), length - 1]
+    def _next_chunk(self, running: _RunningRequest, budget: int) -> PromptChunk:
+        begin = running.prefilled
+        end = min(begin + budget, running.prompt_length - 1)
+        checkpoint = False
+        if self._uses_checkpoints:
+            positions = self._checkpoint_positions(running)
+            end = min([end, *(p for p in positions if p > begin)])
+            checkpoint = end in positions
+        running.prefilled = end
+        if checkpoint and running.cache is not None and running.cache.checkpoints is not None:
+            running.cache.checkpoints.add(end)
+        return PromptChunk(running.request.id, begin, end, checkpoint)
 
-    def _to_mark(self, running: _Running) -> float:
-        if not (self.footprint.exact and self._cache_bytes):
-            return inf
-        return (
-            min((m for m in self._marks(running) if m > running.done), default=inf) - running.done
-        )
+    def _checkpoint_positions(self, running: _RunningRequest) -> list[int]:
+        """At the end of the prompt, and a few between."""
+        length = running.prompt_length
+        rounds = max(1, -(-length // (MAX_CHECKPOINTS * MIN_CHECKPOINT_TOKENS)))
+        distance = rounds * MIN_CHECKPOINT_TOKENS
+        return [*range(distance, length - 1, distance), length - 1]
 
-    def _turn_taken(self, running: _Running) -> None:
-        """Others come first in the next step; a prompt that is done has no turns any more."""
+    def _end_turn(self, running: _RunningRequest) -> None:
+        """Others come first in the next step; a processed prompt has no further turn."""
         key, name = running.request.key, running.request.id
         if name not in self._turns.get(key, ()):
             return
@@ -514,9 +530,9 @@ class Scheduler:
             del self._turns[key]
 
 
-def _more(tails: list[PromptChunk], rest: int) -> float:
-    """Prompt tokens by which a step grows when this one joins: all are padded to the longest."""
-    if rest > JOIN_TOKENS:
+def _join_cost(final_chunks: list[PromptChunk], tokens: int) -> float:
+    """Prompt tokens that one more final chunk adds to a step: all are padded to the longest."""
+    if tokens > JOIN_TOKENS:
         return inf
-    longest = max((p.end - p.begin for p in tails), default=0)
-    return (len(tails) + 1) * max(longest, rest) - len(tails) * longest
+    longest = max((c.end - c.begin for c in final_chunks), default=0)
+    return (len(final_chunks) + 1) * max(longest, tokens) - len(final_chunks) * longest

@@ -235,7 +235,7 @@ class PageStore:
             why = self._check(page)
             if why is not None:
                 wrong[page.key] = why
-        self._say({"sought": [load.name, list(wrong)], "notices": list(wrong.values())})
+        self._say({"checked": [load.name, list(wrong)], "notices": list(wrong.values())})
 
     def _check(self, page: Page) -> str | None:
         """What is wrong with a page, as a notice."""

@@ -36,7 +36,7 @@ from ...model.expert_parallel import parallelize
 from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
 from ...planning import memory
-from ...scheduler.prefix_index import common, packed
+from ...scheduler.prefix_index import common_prefix_length, pack_tokens
 from ..cache.kv_cache import can_go_back, can_merge
 
 if TYPE_CHECKING:
@@ -228,7 +228,9 @@ class DraftModelProposer:
 
     def begin(self, text: Sequence[int]) -> None:
         """Another text, or the same again: what it has read of it stays, without the last."""
-        self.forget(min(common(packed(self._tokens), packed(text)), len(text) - 1))
+        self.forget(
+            min(common_prefix_length(pack_tokens(self._tokens), pack_tokens(text)), len(text) - 1)
+        )
 
     def forget(self, length: int) -> None:
         """Only the first tokens of what it has read are right, so many at most."""

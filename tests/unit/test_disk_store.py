@@ -78,7 +78,7 @@ def test_what_was_written_is_found_again_oldest_first_and_is_private(opened):
     assert [row[0][0] for row in second.disk.listed] == ["2", "3", "1"]
     assert second.disk.listed[0][1:4] == ("0" * 24, 256, 512)
     assert second.disk.listed[0][4] == first.said[1]["written"][1] == SIZE
-    assert second.seek(page("1"), page("2")) == {"sought": ["n", []], "notices": []}
+    assert second.seek(page("1"), page("2")) == {"checked": ["n", []], "notices": []}
     assert second.disk.path(page("1")) == first.files()[0]
     assert [row[0][0] for row in opened().disk.listed] == ["3", "1", "2"], "that was a use"
     for path in first.files():
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_not_used_but_removed(opened, harm):
     harm(opened().write(page("1"), page("2")).files()[0])
     again = opened()
     said = again.seek(page("1"), page("2"))
-    assert said["sought"] == ["n", [page("1").key]]
+    assert said["checked"] == ["n", [page("1").key]]
     (notice,) = said["notices"]
     assert "is damaged: it was removed" in notice
     assert [path.name[0] for path in again.files()] == ["2"]
@@ -133,7 +133,7 @@ def test_what_another_group_wrote_is_not_used_and_stays(opened):
     theirs.rename(moved)
     again = opened()
     said = again.seek(page("1"), page("2"))
-    assert said["sought"] == ["n", [page("1").key]]
+    assert said["checked"] == ["n", [page("1").key]]
     assert "is of another model or group: ignored" in said["notices"][0]
     again.disk.remove([page("1").key])
     again.write(page("3"))
