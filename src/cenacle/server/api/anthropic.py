@@ -46,9 +46,10 @@ from .validation import (
     OneOf,
     RequestError,
     RequestModel,
+    Supported,
+    Tagged,
     Text,
-    Unsupported,
-    never,
+    refuse,
 )
 
 MAX_STOPS = 16
@@ -65,12 +66,12 @@ class _Cacheable(RequestModel):
 
 
 class _TextBlock(_Cacheable):
-    unsupported: ClassVar[Unsupported] = {"citations": ([],)}
+    unsupported = refuse(citations=([],))
     type: Literal["text"]
     text: Text
 
 
-_TextBlocks = Items[Annotated[_TextBlock, OneOf(unsupported=True)]]
+_TextBlocks = Items[Supported[_TextBlock]]
 
 
 def _content_text(content: str | Sequence[Any], separator: str = "") -> str:
@@ -95,7 +96,7 @@ class _ToolResultBlock(_Cacheable):
 
 
 class _ToolUseBlock(_Cacheable):
-    unsupported: ClassVar[Unsupported] = {"caller": ({"type": "direct"},)}
+    unsupported = refuse(caller=({"type": "direct"},))
     type: Literal["tool_use"]
     id: Text
     name: Text
@@ -123,7 +124,7 @@ class _UserMessage(RequestModel):
     role: Literal["user"]
     content: Annotated[
         str | list[Any],
-        OneOf(Text, Items[Annotated[_TextBlock | _ToolResultBlock, OneOf(unsupported=True)]]),
+        OneOf(Text, Items[Supported[_TextBlock | _ToolResultBlock]]),
     ]
 
     def to_template(self) -> list[Message]:
@@ -140,7 +141,7 @@ class _AssistantMessage(RequestModel):
         str | list[Any],
         OneOf(
             Text,
-            Items[Annotated[_TextBlock | _ThinkingBlock | _ToolUseBlock, OneOf(unsupported=True)]],
+            Items[Supported[_TextBlock | _ThinkingBlock | _ToolUseBlock]],
         ),
     ]
 
@@ -156,12 +157,12 @@ class _AssistantMessage(RequestModel):
 
 
 class _Tool(_Cacheable):
-    unsupported: ClassVar[Unsupported] = {
-        "allowed_callers": (["direct"],),
-        "defer_loading": (False,),
-        "eager_input_streaming": (False,),
-        "input_examples": ([],),
-    }
+    unsupported = refuse(
+        allowed_callers=(["direct"],),
+        defer_loading=(False,),
+        eager_input_streaming=(False,),
+        input_examples=([],),
+    )
     type: Literal["custom"] = "custom"
     name: ToolName
     description: Text = ""
@@ -190,7 +191,7 @@ class _NamedTool(RequestModel):
 
 
 class _ThinkingEnabled(RequestModel):
-    unsupported: ClassVar[Unsupported] = {"display": ("summarized",)}
+    unsupported = refuse(display=("summarized",))
     type: Literal["enabled"]
     budget_tokens: int = Field(ge=MIN_THINKING_TOKENS, description="Most tokens of reasoning.")
 
@@ -199,7 +200,7 @@ class _ThinkingEnabled(RequestModel):
 
 
 class _ThinkingMode(RequestModel):
-    unsupported: ClassVar[Unsupported] = {"display": ("summarized",)}
+    unsupported = refuse(display=("summarized",))
     type: Literal["disabled", "adaptive"]
 
     def to_thinking(self) -> tuple[bool | None, int | None]:
@@ -212,7 +213,7 @@ class _OutputFormat(RequestModel):
 
 
 class _OutputConfig(RequestModel):
-    unsupported: ClassVar[Unsupported] = never("effort")
+    unsupported = refuse("effort")
     format: _OutputFormat | None = None
 
 
@@ -223,14 +224,18 @@ class _Metadata(RequestModel):
 class CountTokensRequest(ApiRequest):
     """The body of POST /v1/messages/count_tokens: what the prompt is made of."""
 
-    unsupported: ClassVar[Unsupported] = {
-        **never("container", "context_management", "diagnostics", "inference_geo"),
-        **never("user_profile_id", "workspace_id"),
-        "cache_control": ({"type": "ephemeral"},),
-        "mcp_servers": ([],),
-        "service_tier": ("auto", "standard_only"),
-        "speed": ("standard",),
-    }
+    unsupported = refuse(
+        "container",
+        "context_management",
+        "diagnostics",
+        "inference_geo",
+        "user_profile_id",
+        "workspace_id",
+        cache_control=({"type": "ephemeral"},),
+        mcp_servers=([],),
+        service_tier=("auto", "standard_only"),
+        speed=("standard",),
+    )
     model: Text = Field(description="The served model.")
     messages: Items[
         Annotated[
@@ -247,13 +252,13 @@ class CountTokensRequest(ApiRequest):
     system: Annotated[
         str, OneOf(Text, _TextBlocks, into=lambda blocks: _content_text(blocks, "\n\n"))
     ] = Field("", description="A system message before the conversation.")
-    tools: Items[Annotated[_Tool, OneOf(unsupported=True)]] = Field(
+    tools: Items[Supported[_Tool]] = Field(
         [], max_length=MAX_TOOLS, description="Tools that the model may call."
     )
-    tool_choice: Annotated[_ToolMode | _NamedTool, OneOf()] = Field(
+    tool_choice: Tagged[_ToolMode | _NamedTool] = Field(
         _ToolMode(type="auto"), description="Whether and which tools are called."
     )
-    thinking: Annotated[_ThinkingEnabled | _ThinkingMode, OneOf()] | None = Field(
+    thinking: Tagged[_ThinkingEnabled | _ThinkingMode] | None = Field(
         None, description="Whether the model reasons first. None: as its template has it."
     )
     output_config: _OutputConfig = Field(

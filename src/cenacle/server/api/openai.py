@@ -56,11 +56,12 @@ from .validation import (
     OneOf,
     RequestError,
     RequestModel,
+    Supported,
+    Tagged,
     Text,
-    Unsupported,
     check_unicode,
     fail,
-    never,
+    refuse,
 )
 
 MAX_N = 8
@@ -155,14 +156,11 @@ class _GrammarFormat(RequestModel):
         return lark_grammar(self.grammar, f"{field}.grammar")
 
 
-_ResponseFormat = Annotated[
-    PlainFormat | _SchemaFormat | _RegexFormat | _GrammarFormat,
-    OneOf(),
-]
+_ResponseFormat = Tagged[PlainFormat | _SchemaFormat | _RegexFormat | _GrammarFormat]
 
 
 class _StreamOptions(RequestModel):
-    unsupported: ClassVar[Unsupported] = {"include_obfuscation": (False,)}
+    unsupported = refuse(include_obfuscation=(False,))
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
 
 
@@ -209,7 +207,7 @@ class _CompletionParameters(OpenAIParameters):
 class TextPart(RequestModel):
     """A part of a message's content."""
 
-    unsupported: ClassVar[Unsupported] = {"annotations": ([],), "logprobs": ([],)}
+    unsupported = refuse(annotations=([],), logprobs=([],))
     text: Text
 
 
@@ -226,7 +224,7 @@ _Content = Annotated[
     str,
     OneOf(
         Text,
-        Items[Annotated[_ChatTextPart, OneOf(unsupported=True)]],
+        Items[Supported[_ChatTextPart]],
         into=content_text,
     ),
 ]
@@ -248,12 +246,17 @@ class _ToolCall(RequestModel):
 
 
 class _ChatMessage(RequestModel):
-    unsupported: ClassVar[Unsupported] = {
-        **never("audio", "function_call", "name", "reasoning", "refusal", "tool_call_id"),
-        "annotations": ([],),
-        "reasoning_content": ("",),
-        "tool_calls": ([],),
-    }
+    unsupported = refuse(
+        "audio",
+        "function_call",
+        "name",
+        "reasoning",
+        "refusal",
+        "tool_call_id",
+        annotations=([],),
+        reasoning_content=("",),
+        tool_calls=([],),
+    )
 
 
 class _PromptMessage(_ChatMessage):
@@ -336,7 +339,7 @@ class _FunctionChoice(ToolChoiceObject):
 
 class _AllowedTools(RequestModel):
     mode: Literal["auto", "required"]
-    tools: Items[Annotated[_FunctionChoice, OneOf()]] = Field(min_length=1)
+    tools: Items[Tagged[_FunctionChoice]] = Field(min_length=1)
 
 
 class _AllowedToolsChoice(ToolChoiceObject):
@@ -356,16 +359,21 @@ def to_choice(choice: Mode | ToolChoiceObject) -> ToolChoice:
 class ChatCompletionRequest(_CompletionParameters):
     """The body of POST /v1/chat/completions."""
 
-    unsupported: ClassVar[Unsupported] = {
-        **never("audio", "moderation", "prediction", "prompt_cache_options"),
-        **never("prompt_cache_retention", "verbosity", "web_search_options"),
-        "function_call": ("none", "auto"),
-        "functions": ([],),
-        "metadata": ({},),
-        "modalities": (["text"],),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-    }
+    unsupported = refuse(
+        "audio",
+        "moderation",
+        "prediction",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "verbosity",
+        "web_search_options",
+        function_call=("none", "auto"),
+        functions=([],),
+        metadata=({},),
+        modalities=(["text"],),
+        service_tier=("auto", "default"),
+        store=(False,),
+    )
     messages: Items[
         Annotated[
             Message,
@@ -383,7 +391,7 @@ class ChatCompletionRequest(_CompletionParameters):
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="So many alternatives to each token."
     )
-    tools: Items[Annotated[_FunctionTool, OneOf(unsupported=True)]] = Field(
+    tools: Items[Supported[_FunctionTool]] = Field(
         [], max_length=MAX_TOOLS, description="Functions that the model may call."
     )
     tool_choice: Annotated[
@@ -447,7 +455,7 @@ def _to_prompts(prompt: Any) -> tuple[Prompt, ...]:
 class CompletionRequest(_CompletionParameters):
     """The body of POST /v1/completions."""
 
-    unsupported: ClassVar[Unsupported] = {"best_of": (1,), "suffix": ()}
+    unsupported = refuse("suffix", best_of=(1,))
     prompt: Annotated[
         tuple[Any, ...], OneOf(Text, Annotated[list[Any], _PromptList()], into=_to_prompts)
     ] = Field(description="A string, a list of token ids, or a list of these.")

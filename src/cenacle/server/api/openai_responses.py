@@ -11,7 +11,7 @@ Next: `openai.py` has the older API, and what both share.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -40,11 +40,12 @@ from .validation import (
     OneOf,
     RequestError,
     RequestModel,
+    Supported,
+    Tagged,
     Text,
-    Unsupported,
     describe,
     fail,
-    never,
+    refuse,
 )
 
 LOGPROBS = "message.output_text.logprobs"  # in `include`
@@ -62,17 +63,14 @@ _ItemText = Annotated[
     str,
     OneOf(
         Text,
-        Items[Annotated[_ItemTextPart, OneOf(unsupported=True)]],
+        Items[Supported[_ItemTextPart]],
         into=openai.content_text,
     ),
 ]
 
 
 class _Item(RequestModel):
-    unsupported: ClassVar[Unsupported] = {
-        **never("phase"),
-        "status": ("completed", "incomplete"),
-    }
+    unsupported = refuse("phase", status=("completed", "incomplete"))
     id: Text = ""
 
 
@@ -106,13 +104,9 @@ class _FunctionOutputItem(_Item):
 
 
 class _ReasoningItem(_Item):
-    unsupported: ClassVar[Unsupported] = {
-        **_Item.unsupported,
-        **never("encrypted_content"),
-        "summary": ([],),
-    }
+    unsupported = refuse("encrypted_content", summary=([],), **_Item.unsupported)
     type: Literal["reasoning"]
-    content: Items[Annotated[_ReasoningTextPart, OneOf(unsupported=True)]] = Field([])
+    content: Items[Supported[_ReasoningTextPart]] = Field([])
 
     def to_template(self) -> Message:
         text = openai.content_text(self.content)
@@ -151,7 +145,7 @@ class _FunctionChoice(openai.ToolChoiceObject):
 class _AllowedToolsChoice(openai.ToolChoiceObject):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Items[Annotated[_FunctionChoice, OneOf()]] = Field(min_length=1)
+    tools: Items[Tagged[_FunctionChoice]] = Field(min_length=1)
 
     def to_choice(self) -> ToolChoice:
         return ToolChoice(self.mode, allowed=tuple(choice.name for choice in self.tools))
@@ -162,14 +156,14 @@ class _SchemaFormat(openai.NamedSchema):
 
 
 class _TextOptions(RequestModel):
-    unsupported: ClassVar[Unsupported] = never("verbosity")
-    format: Annotated[openai.PlainFormat | _SchemaFormat, OneOf()] = Field(
+    unsupported = refuse("verbosity")
+    format: Tagged[openai.PlainFormat | _SchemaFormat] = Field(
         default=openai.PlainFormat(type="text"), description="What the response must match."
     )
 
 
 class _Reasoning(RequestModel):
-    unsupported: ClassVar[Unsupported] = never("summary", "generate_summary")
+    unsupported = refuse("summary", "generate_summary")
     effort: openai.Effort | None = Field(default=None, description="Variable of the chat template.")
 
 
@@ -183,16 +177,21 @@ def _check_include(value: Any) -> Any:
 class ResponsesRequest(openai.OpenAIParameters):
     """The body of POST /v1/responses."""
 
-    unsupported: ClassVar[Unsupported] = {
-        **never("conversation", "context_management", "max_tool_calls", "moderation"),
-        **never("previous_response_id", "prompt", "prompt_cache_options"),
-        **never("prompt_cache_retention"),
-        "background": (False,),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "stream_options": ({}, {"include_obfuscation": False}),
-        "truncation": ("disabled",),
-    }
+    unsupported = refuse(
+        "conversation",
+        "context_management",
+        "max_tool_calls",
+        "moderation",
+        "previous_response_id",
+        "prompt",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        background=(False,),
+        service_tier=("auto", "default"),
+        store=(False,),
+        stream_options=({}, {"include_obfuscation": False}),
+        truncation=("disabled",),
+    )
     input: Annotated[
         list[Message],
         OneOf(
@@ -218,10 +217,10 @@ class ResponsesRequest(openai.OpenAIParameters):
     ] = Field(description="A question, or the conversation so far.")
     instructions: Text = Field("", description="A system message before the conversation.")
     max_output_tokens: int | None = Field(None, ge=1, description="Most tokens of the response.")
-    tools: Items[Annotated[_FunctionTool, OneOf(unsupported=True)]] = Field(
+    tools: Items[Supported[_FunctionTool]] = Field(
         [], max_length=MAX_TOOLS, description="Functions that the model may call."
     )
-    tool_choice: Annotated[Mode | _FunctionChoice | _AllowedToolsChoice, OneOf()] = Field(
+    tool_choice: Tagged[Mode | _FunctionChoice | _AllowedToolsChoice] = Field(
         "auto", description="Whether and which tools are called."
     )
     parallel_tool_calls: bool = Field(True, description="Allow several calls in one response.")

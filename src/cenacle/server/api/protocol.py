@@ -79,19 +79,16 @@ class GenerationRequest:
         prompts: at least one; a chat has exactly one.
         is_chat: the prompt is messages, and the response may have reasoning and tool calls.
         prompt_field: the parameter that the prompts came in.
-        max_tokens: None: as many as fit.
-        stop: strings that end the response, which does not include them.
+        max_tokens: of each choice; None: as many as fit.
+        stop: strings that end a choice, which does not include them.
         n: choices per prompt.
-        stream: respond in events.
         include_usage: OpenAI's stream ends with a chunk that counts tokens.
         logprobs: how many alternatives to report with each token; None: nothing about tokens.
         echo: choices begin with their prompts.
-        tools: the model may call these.
-        forced_call: None: as the model decides; "required" or a function's name: the response is
-            tool calls and nothing else.
-        parallel_tool_calls: several calls in one response are allowed.
+        forced_call: "required" or a function's name: the response is tool calls and nothing else;
+            None: the model decides.
         grammar: what the response must match, see `structured_output.py`; None: anything.
-        grammar_field: the parameter that it came in.
+        grammar_field: the parameter that the grammar came in.
         template_kwargs: variables of the chat template.
         enable_thinking: whether a model that can reason does; None: as its template has it.
         thinking_budget: most tokens of reasoning; None: no limit.

@@ -68,13 +68,14 @@ def fail(reason: str, member: str = "", code: str = INVALID_VALUE) -> NoReturn:
     raise PydanticCustomError(code, "{reason}", {"reason": reason, "member": member})
 
 
-Unsupported = Mapping[str, tuple[Any, ...]]
-"""Members that an API has and this server has not, with those values that request nothing."""
+def refuse(*names: str, **accepted: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+    """Members that an API has and this server has not, for `RequestModel.unsupported`.
 
-
-def never(*names: str) -> Unsupported:
-    """Members that are refused whatever their value."""
-    return dict.fromkeys(names, ())
+    Args:
+        names: refused whatever their value.
+        accepted: refused but for these values, which request nothing.
+    """
+    return {**dict.fromkeys(names, ()), **accepted}
 
 
 class RequestModel(BaseModel):
@@ -84,7 +85,7 @@ class RequestModel(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    unsupported: ClassVar[Unsupported] = {}
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +209,8 @@ def _parse_arguments(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(check_unicode)]
 Items = Annotated[list[T], FailFast()]
 Mapped = Annotated[dict[str, T], FailFast()]
+Tagged = Annotated[T, OneOf()]
+Supported = Annotated[T, OneOf(unsupported=True)]
 JsonObject = dict[str, Any]
 Arguments = Annotated[
     JsonObject, BeforeValidator(_parse_arguments), WithJsonSchema({"type": "string"})
