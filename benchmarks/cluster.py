@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import cenacle
-from cenacle.cluster import client as joining
+from cenacle.cluster import client
+from cenacle.cluster.messages import Query
 from cenacle.cluster.security import identity as identities
 from cenacle.errors import CenacleError
 from net import Host, Network, enter, inside, until
@@ -98,7 +99,8 @@ class Cluster:
         identity = identities.Identity(self.a.folder / ".config/cenacle/cluster", identities.HEAD)
         try:
             status = inside(
-                self.a.name, lambda: joining.ask(identity, "127.0.0.1", CONTROL, "status")
+                self.a.name,
+                lambda: client.query_head(identity, "127.0.0.1", CONTROL, Query("status")),
             )
         except CenacleError:
             return {}

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cenacle.cluster import client as joining
+from cenacle.cluster import client, messages
 from cenacle.cluster.membership import PROVEN_AFTER_S
 from cenacle.cluster.security import identity as identities
 from cenacle.cluster.security import pairing
 from cenacle.errors import CenacleError, ClusterError
+from cenacle.message import Message
 from cenacle.model.byte_ranges import JOURNAL
 from cenacle.ranks.channel import Channel
 from cluster import API, CONTROL, JOIN, UP, WORKER, Cluster, Health, Streaming, head
@@ -233,7 +234,7 @@ def old_token(trial: Trial, _host: Host) -> Iterator[None]:
     """Somebody comes too late: to the rival, whose tokens live for less than a second."""
     line = rival(trial)
     done = trial.stranger.run(*line.split())
-    refused(done, "the token is too old")
+    refused(done, "the token has expired")
     yield
     nothing_kept(trial.stranger)
 
@@ -247,17 +248,17 @@ def foreign_certificate(trial: Trial, _host: Host) -> Iterator[None]:
     expect(len(known) == 3, "the head does not say who belongs to it")
     for who in (FOREIGN, *known):
         key = identities.new_key()
-        certificate = authority.sign(identities.request_for(key), who)
-        identity = identities.keep_node(folder, key, certificate)
+        certificate = authority.sign(identities.certificate_request(key), who)
+        identity = identities.store_node_identity(folder, key, certificate)
         for message in (
-            {"type": "agent", "facts": {}},
-            {"type": "ask", "what": "status"},
-            {"type": "ask", "what": "down"},
-            {"type": "relay", "name": ""},
+            messages.AgentHello({}, 0, {}),
+            messages.Query("status"),
+            messages.Query("down"),
+            messages.RelayHello(""),
         ):
             answer = careless(trial, identity, message)
             expect(
-                answer is None or answer.get("type") == "refused",
+                answer is None or answer.get("type") == messages.Rejection.type,
                 f"a foreign certificate of {who} was given {answer}",
             )
     yield
@@ -309,7 +310,9 @@ def two_heads(trial: Trial, host: Host) -> Iterator[None]:
         try:
             answer = inside(
                 caller.name,
-                lambda i=identity, h=called: joining.ask(i, h.address, CONTROL, "down"),
+                lambda i=identity, h=called: client.query_head(
+                    i, h.address, CONTROL, messages.Query("down")
+                ),
             )
         except ClusterError as error:
             expect("not the head of this machine's cluster" in str(error), f"said {error}")
@@ -318,7 +321,7 @@ def two_heads(trial: Trial, host: Host) -> Iterator[None]:
     again = trial.cluster.a.run(
         *("up", "here/answers", "-n", "3", "--port", "0", "--listen", "0.0.0.0:4748")
     )
-    refused(again, "runs already", 2)
+    refused(again, "already running", 2)
     yield
     expect(set(trial.cluster.nodes()) == {"a", "b", "c"}, "the machines changed")
 
@@ -347,17 +350,17 @@ def nothing_kept(host: Host) -> None:
 
 
 def careless(
-    trial: Trial, identity: identities.Identity, message: dict[str, Any]
+    trial: Trial, identity: identities.Identity, message: Message
 ) -> dict[str, Any] | None:
     """What the head answers to one who does not look whom he talks to; None: it hangs up."""
-    context = pairing.stranger()
+    context = pairing.unverified_tls_context()
     context.load_cert_chain(identity.certificate, identity.key)
 
     def ask() -> dict[str, Any]:
         plain = socket.create_connection((trial.cluster.a.address, CONTROL), timeout=10)
         with context.wrap_socket(plain) as sock:
             channel = Channel(sock, 5)
-            channel.send(message)
+            channel.send(message.to_json())
             return channel.receive()
 
     try:

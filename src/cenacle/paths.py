@@ -13,10 +13,12 @@ Invariant: a private file is written whole or not at all, with mode 0600.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import IO
 
 from .errors import InputError
 
@@ -125,3 +127,33 @@ def _user_dir(variable: str, default: str) -> Path:
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home)
     return Path(os.environ.get(variable) or Path.home() / default) / "cenacle"
+
+
+def lock_file(path: Path, owner: str) -> IO[str]:
+    """An open file that only one process at a time can have; it holds the process id.
+
+    Args:
+        owner: what the process is, for the error.
+
+    Raises:
+        InputError: another process has it, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = path.open("a+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        process_id = file.read().strip()
+        file.close()
+        raise InputError(
+            f"{owner} is already running (process {process_id}) with {path.parent}"
+        ) from None
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

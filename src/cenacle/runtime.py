@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import psutil
 
 from .collective.mesh import COMM_DTYPES
 from .core.plan import Plan
@@ -23,7 +25,6 @@ from .scheduler.scheduler import Scheduler
 from .text.tokenizer import ChatTokenizer
 
 ACTIVATIONS = ("int16", "int8")
-MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -238,9 +239,9 @@ def _check_comm_dtype(options: LoadOptions) -> None:
 
 
 def _check_memory(need: MemoryEstimate) -> None:
-    """On Linux CPUs all ranks' weights come out of what /proc/meminfo calls available."""
-    if MEMINFO.exists() and mx.default_device().type == mx.DeviceType.cpu:
-        check_available(MEMINFO.read_text(), need)
+    """On Linux CPUs all ranks' weights come out of the available memory."""
+    if sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu:
+        check_available(psutil.virtual_memory().available, need)
 
 
 def _text(checkpoint: Checkpoint) -> ChatTokenizer | None:

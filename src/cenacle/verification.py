@@ -252,31 +252,32 @@ def bad_links(
         known: what was measured when it passed, where that is known.
     """
     bad: dict[tuple[int, int], str] = {}
-    rates = [link.bytes_s for link in found.values()]
+    rates = [link.bytes_per_s for link in found.values()]
     for pair, link in found.items():
         between = f"the link between {names[pair[0]]} and {names[pair[1]]}"
         before = known.get(pair)
-        if link.bytes_s < LEAST_BYTES_S:
+        if link.bytes_per_s < LEAST_BYTES_S:
             bad[pair] = (
-                f"{between} carries {link.bytes_s / 1e6:.0f} MB/s, and a sound gigabit cable 110"
+                f"{between} carries {link.bytes_per_s / 1e6:.0f} MB/s, and a sound gigabit "
+                f"cable 110"
             )
         elif link.latency_s > MOST_LATENCY_S:
             bad[pair] = (
                 f"{between} takes {1e3 * link.latency_s:.1f} ms one way: Wi-Fi, or packets are lost"
             )
-        elif before is not None and link.bytes_s * WORSE < before.bytes_s:
+        elif before is not None and link.bytes_per_s * WORSE < before.bytes_per_s:
             bad[pair] = (
-                f"{between} carries {link.bytes_s / 1e6:.0f} MB/s, and carried "
-                f"{before.bytes_s / 1e6:.0f} when it was tested"
+                f"{between} carries {link.bytes_per_s / 1e6:.0f} MB/s, and carried "
+                f"{before.bytes_per_s / 1e6:.0f} when it was tested"
             )
         elif before is not None and link.latency_s > WORSE * before.latency_s + WORSE_LATENCY_S:
             bad[pair] = (
                 f"{between} takes {1e6 * link.latency_s:.0f} us one way, and took "
                 f"{1e6 * before.latency_s:.0f} when it was tested"
             )
-        elif len(rates) > 2 and link.bytes_s * BEHIND_THE_OTHERS < statistics.median(rates):
+        elif len(rates) > 2 and link.bytes_per_s * BEHIND_THE_OTHERS < statistics.median(rates):
             bad[pair] = (
-                f"{between} carries {link.bytes_s / 1e6:.0f} MB/s, the others "
+                f"{between} carries {link.bytes_per_s / 1e6:.0f} MB/s, the others "
                 f"{statistics.median(rates) / 1e6:.0f}"
             )
     return bad
@@ -327,10 +328,10 @@ class SelfTest:
         """
         members = formed.formation.members if formed is not None else ()
         self._names = [n.name for n in members] or [f"rank {r}" for r in range(plan.nodes)]
-        self._digest = node_info.digest(checkpoint.folder.resolve())
+        self._digest = node_info.checkpoint_digest(checkpoint.folder.resolve())
         said = {
             "plan": plan.to_json(),
-            "machines": [[n.id, n.facts.get("processor")] for n in members],
+            "machines": [[n.id, n.info.processor] for n in members],
             "exchange": formed.backend if formed is not None else None,
             "versions": node_info.versions(),
             "how": dict(how),
@@ -399,7 +400,7 @@ class SelfTest:
         if self._links:
             known = self._read("links.json")
             for pair, link in self._links.items():
-                known.setdefault("links", {})[pair] = [link.latency_s, link.bytes_s]
+                known.setdefault("links", {})[pair] = [link.latency_s, link.bytes_per_s]
             self._write("links.json", known)
         each = f", an exchange takes {1e3 * seen.exchange_s:.2f} ms" if seen.exchange_s else ""
         self._say(f"self-test: passed in {time.monotonic() - began:.1f} s: {what}{each}")
@@ -450,7 +451,7 @@ class SelfTest:
             for pair, link in measure().items():  # the best counts: others use the network too
                 old = found[pair]
                 found[pair] = Link(
-                    min(old.latency_s, link.latency_s), max(old.bytes_s, link.bytes_s)
+                    min(old.latency_s, link.latency_s), max(old.bytes_per_s, link.bytes_per_s)
                 )
             bad = bad_links(self._names, found, before)
         self._links = {ids[pair]: link for pair, link in found.items()}

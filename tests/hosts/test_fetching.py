@@ -99,8 +99,8 @@ def test_with_room_it_goes_on_and_each_machine_has_its_part(cluster):
         part = cluster.nodes()[host.letter]["download_progress"]
         assert part["done"] == part["total"] < 0.7 * whole
         assert on_disk(cluster.part(host)) <= 1.05 * part["total"] + (256 << 10)
-        assert f"fetched into {cluster.part(host)}" in host.log.read_text()
-        assert "has fetched" not in host.run("status").stdout
+        assert f"into {cluster.part(host)}" in host.log.read_text()
+        assert "downloaded" not in host.run("status").stdout
     assert cluster.hub.sent == 0
 
 

@@ -88,7 +88,7 @@ def test_from_nothing_to_answering_with_one_command_each(cluster, capture):
         "b": (1, cluster.b.address),
         "c": (2, cluster.c.address),
     }
-    assert "links: " in status["exchange"]
+    assert "links: " in status["backend_reason"]
     for host in cluster.network.hosts:
         assert len(host.pids(WORKER)) == 1
         for file in (host.folder / ".config" / "cenacle" / "cluster").iterdir():
@@ -183,7 +183,7 @@ def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbe
     why = "b is here and wanted: the group is formed anew with b"
     assert why in cluster.a.log.read_text()
     status = cluster.status(cluster.c)
-    assert status["formed"] == f"formed anew: {why}"
+    assert status["reformed"] == f"re-formed: {why}"
     assert [n["reason"] for n in status["nodes"]] == ["", "", ""]
 
 
@@ -206,7 +206,7 @@ def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
 def test_two_heads_do_not_take_each_others_machines(cluster):
     again = cluster.a.run("up", "here/answers", "--port", "0")
     assert again.returncode == 2
-    assert "a head of this cluster runs already (process " in again.stderr
+    assert "the head of this cluster is already running (process " in again.stderr
     before = len(cluster.b.log.read_text())
     its = {"CENACLE_HOME": str(cluster.b.folder / "other")}
     words = ("up", "models/answers", "--port", "0", "--name", "a")  # its name, too
@@ -219,7 +219,7 @@ def test_two_heads_do_not_take_each_others_machines(cluster):
     assert where == f"{cluster.b.address}:{CONTROL}"
     called = cluster.c.run("join", where, "--token", token)
     assert called.returncode == 2
-    assert "this machine's agent runs already" in called.stderr
+    assert "this machine's agent is already running" in called.stderr
     other.terminate()
     other.wait(20)
     assert cluster.status(cluster.c)["model"] == "answers"
@@ -276,7 +276,7 @@ def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
     (cluster.a.folder / "hosts.json").write_text(json.dumps(hosts))
     wrong = cluster.b.run("up", "models/answers", "--hosts", "../a/hosts.json")
     assert wrong.returncode == 2
-    assert "is not this machine: `cenacle up` begins on the first" in wrong.stderr
+    assert "expected this machine first" in wrong.stderr
     cluster.up("--hosts", "hosts.json")
     assert cluster.healthy()["nodes"] == 3
     assert cluster.answer() == "42"
@@ -284,10 +284,10 @@ def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
 
 def test_all_machines_are_examined_from_any(cluster):
     done = cluster.b.run("doctor", "--cluster", "--json")
-    said = json.loads(done.stdout)["machines"]
+    said = json.loads(done.stdout)["nodes"]
     assert set(said) == {"a", "b", "c"}
     for name in "bc":
-        assert any("The way to the other nodes is eth0" in f["what"] for f in said[name]), said
+        assert any("The way to the other nodes is eth0" in f["message"] for f in said[name]), said
 
 
 def test_a_host_that_dies_is_done_without(cluster, undisturbed):

@@ -1,12 +1,15 @@
 """The cache that is planned for is the cache that mlx-lm makes."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
+import psutil
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from one_process import VECTORS
 
 import cenacle
-from cenacle import PlanError, api
+from cenacle import PlanError
 from cenacle.core.model_config import kv_cache_elements_per_token
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import build_model
@@ -32,9 +35,8 @@ def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
     assert held == memory.kv_cache_bytes(kept, LENGTH, None, None, 4)
 
 
-def test_too_little_memory_is_said_before_anything_starts(tmp_path, monkeypatch):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemAvailable:  300000 kB\n")
-    monkeypatch.setattr(api, "MEMINFO", meminfo)
+def test_too_little_memory_is_said_before_anything_starts(monkeypatch):
+    memory_info = SimpleNamespace(available=300_000 * 1024)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory_info)
     with pytest.raises(PlanError, match=r"needs 53.* of its neighbours\), but 307.2 MB are availa"):
         cenacle.load(str(VECTORS / "mixtral"), 2)

@@ -17,6 +17,7 @@ from cenacle import verification
 from cenacle.cluster.head import GroupMembership
 from cenacle.cluster.link_probe import Link
 from cenacle.cluster.membership import Node
+from cenacle.cluster.messages import UNKNOWN_NODE
 from cenacle.core.plan import Plan
 from cenacle.errors import ClusterError, PlanError
 from cenacle.model import checksums
@@ -209,7 +210,7 @@ def test_a_link_is_compared_with_the_others_where_nothing_is_known():
 
 
 def formed(link):
-    members = tuple(Node(n, n, True, "", facts={"processor": "p"}) for n in "ab")
+    members = tuple(Node(n, n, True, "", info=replace(UNKNOWN_NODE, processor="p")) for n in "ab")
     return SimpleNamespace(
         formation=GroupMembership(1, members), links={(0, 1): link}, backend="mesh", exchange=""
     )

@@ -15,12 +15,12 @@ import pytest
 import cenacle
 from cenacle.cluster import formation, node_info
 from cenacle.cluster.agent import Agent
-from cenacle.cluster.client import pair
+from cenacle.cluster.client import pair_with_head
 from cenacle.cluster.download import distribution, download, source
 from cenacle.cluster.download.file_server import ModelFileServer
 from cenacle.cluster.formation import Joined
 from cenacle.cluster.head import Head
-from cenacle.cluster.placement import Wanted
+from cenacle.cluster.placement import PlacementOptions
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import CheckpointError, ClusterError
 from cenacle.model.byte_ranges import JOURNAL, byte_range_from_json, total_bytes
@@ -55,7 +55,9 @@ class Cluster:
         self.identities = {"a": self.head.identity}
         for name in "bc":
             token = self.head.invite()
-            self.identities[name] = pair(folder / name / "id", HOST, self.head.port, token, name)
+            self.identities[name] = pair_with_head(
+                folder / name / "id", HOST, self.head.port, token, name
+            )
         self._ends = {}
         for name in "abc":
             self.come(name)
@@ -92,7 +94,7 @@ class Cluster:
     def form(self, model, placement):
         """What was decided; `self.joined` decides again after a loss."""
         self.told = []
-        self.joined = Joined(self.head, 3, Wanted(placement=placement), self.told.append)
+        self.joined = Joined(self.head, 3, PlacementOptions(placement=placement), self.told.append)
         folder = self.joined.locate(model)
         name = model if model == REPO else folder.name
         self.joined.form(name, Checkpoint.open(folder), EngineOptions(), "mlx")
@@ -117,9 +119,9 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(source, "FIRST_RETRY_DELAY_S", 0.01)
     monkeypatch.setattr(formation, "LEFT_S", 0.3)
-    monkeypatch.setattr(node_info, "_read_rate", lambda _: 1e10)
+    monkeypatch.setattr(node_info, "_measure_read_rate", lambda _: 1e10)
     # The machine of the test is a small one; how much is free on it does not matter here.
-    monkeypatch.setattr(node_info, "changing", lambda: {"available_bytes": 64 << 30})
+    monkeypatch.setattr(node_info, "available_bytes", lambda: 64 << 30)
     cluster = Cluster(tmp_path)
     yield cluster
     cluster.close()
@@ -166,7 +168,7 @@ def answering(monkeypatch, how):
     """What the head serves goes through `how(answer, request)`."""
     real = ModelFileServer.serve
     with monkeypatch.context() as m:
-        m.setattr(ModelFileServer, "serve", lambda self, asked: how(real(self, asked), asked))
+        m.setattr(ModelFileServer, "serve", lambda self, request: how(real(self, request), request))
         yield
 
 
@@ -212,11 +214,11 @@ def test_of_slices_the_hub_gives_each_byte_once(cluster, hub, apart, monkeypatch
 def test_from_the_head_alone_and_damage_on_the_way(cluster, model, monkeypatch):
     wrong, asked_for = [], []
 
-    def damage(answer, asked):
-        if asked.get("file") == WEIGHTS and answer is not None:
-            asked_for.append(asked["range"])
+    def damage(answer, request):
+        if request.file == WEIGHTS and answer is not None:
+            asked_for.append(request.byte_range)
             if len(wrong) < 2:
-                wrong.append(asked)
+                wrong.append(request)
                 return answer[0], bytes([answer[1][0] ^ 1]) + answer[1][1:]
         return answer
 
@@ -238,9 +240,9 @@ def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
     monkeypatch.setattr(download, "CHUNK_BYTES", 1 << 18)
     given, hold = [], threading.Event()
 
-    def slow(answer, asked):
-        if asked.get("file") == WEIGHTS:
-            given.append(tuple(asked["range"]))
+    def slow(answer, request):
+        if request.file == WEIGHTS:
+            given.append(request.byte_range)
             if len(given) > 12 and not hold.is_set():
                 return None  # "later"
         return answer
@@ -281,7 +283,7 @@ def test_damage_on_the_disk_is_found_by_the_next_process(cluster, model):
     cluster.go("b")
     cluster.come("b")
     is_enough(cluster.again())
-    until(lambda: any("were damaged, and fetched again" in t for t in cluster.said["b"]), "a word")
+    until(lambda: any("were damaged and" in t for t in cluster.said["b"]), "a word")
 
 
 def test_after_a_loss_what_is_missing_is_fetched_or_waited_for(cluster, hub):

@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 
 import cenacle
 from cenacle.cli.main import app
-from cenacle.cluster import client, service_unit
+from cenacle.cluster import client, messages, node_info, service_unit
 from cenacle.cluster.agent import Agent
-from cenacle.cluster.client import ask, pair
+from cenacle.cluster.client import pair_with_head, query_head
 from cenacle.cluster.download.distribution import ModelDistribution
 from cenacle.cluster.formation import Joined
 from cenacle.cluster.head import Head
 from cenacle.cluster.link_probe import Link
-from cenacle.cluster.placement import Wanted
+from cenacle.cluster.placement import PlacementOptions
 from cenacle.cluster.security import identity as identities
 from cenacle.cluster.security import pairing
 from cenacle.core.plan import Plan
@@ -84,23 +84,27 @@ def agent(identity, port, *folders):
         thread.join(10)
 
 
+def query(identity, port, name, node="", timeout_s=10.0):
+    return query_head(identity, HOST, port, messages.Query(name, node), timeout_s)
+
+
 def names(head):
     return {n["name"]: n for n in head.status()["nodes"]}
 
 
 def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path):
-    identity = pair(tmp_path, HOST, head.port, head.invite(), "two")
-    assert identity.remembered()["name"] == "two"
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), "two")
+    assert identity.load_settings()["name"] == "two"
     assert not names(head)["two"]["connected"]
     with agent(identity, head.port) as (said, _):
         node = until(lambda: names(head)["two"]["connected"] and names(head)["two"], "two")
         assert until(lambda: said, "a word") == [f"two is in the cluster of {HOST}:{head.port}"]
         assert node["address"] == HOST
         assert node["memory_bytes"] > node["available_bytes"] > 0
-        assert ask(identity, HOST, head.port, "status")["nodes"] == head.status()["nodes"]
+        assert query(identity, head.port, "status")["nodes"] == head.status()["nodes"]
         with agent(identity, head.port) as (other, _):  # a copied folder
             until(lambda: other, "a word")
-            assert "is here already" in other[0]
+            assert "is already connected" in other[0]
     until(lambda: not names(head)["two"]["connected"], "the end of two")
     assert names(head)["two"]["reason"] == "has lost its agent"
 
@@ -109,7 +113,7 @@ def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path)
 def test_a_wrong_token_lets_nobody_in(head, tmp_path, token):
     before = head.status()["nodes"]
     with pytest.raises((ClusterError, InputError), match="token"):
-        pair(tmp_path, HOST, head.port, token, "bad")
+        pair_with_head(tmp_path, HOST, head.port, token, "bad")
     assert head.status()["nodes"] == before
     assert not list(tmp_path.iterdir())
 
@@ -117,8 +121,10 @@ def test_a_wrong_token_lets_nobody_in(head, tmp_path, token):
 def test_an_old_token_lets_nobody_in(tmp_path):
     head = Head(tmp_path / "head", HOST, 0, "one", token_life_s=0.0)
     try:
-        with pytest.raises(ClusterError, match=r"too old; `cenacle nodes --invite`"):
-            pair(tmp_path / "node", HOST, head.port, head.invite(), "late")
+        with pytest.raises(
+            ClusterError, match=r"expired; create a new one with `cenacle nodes --invite`"
+        ):
+            pair_with_head(tmp_path / "node", HOST, head.port, head.invite(), "late")
         assert not (tmp_path / "node").exists()
     finally:
         head.close()
@@ -126,7 +132,7 @@ def test_an_old_token_lets_nobody_in(tmp_path):
 
 def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
     """A man in the middle with a certificate of his own passes every message on."""
-    other = identities.Authority(tmp_path / "other").identity.server()
+    other = identities.Authority(tmp_path / "other").identity.server_tls_context()
     other.verify_mode = ssl.CERT_NONE
     listener = socket.create_server((HOST, 0))
     passed = []
@@ -135,7 +141,7 @@ def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
         plain, _ = listener.accept()
         near = Channel(other.wrap_socket(plain, server_side=True), 5)
         sock = socket.create_connection((HOST, head.port))
-        far = Channel(pairing.stranger().wrap_socket(sock), 5)
+        far = Channel(pairing.unverified_tls_context().wrap_socket(sock), 5)
         with suppress(ClusterError):
             for a, b in ((near, far), (far, near), (near, far), (far, near)):
                 passed.append(a.receive())
@@ -147,36 +153,41 @@ def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
     thread.start()
     before, token = head.status()["nodes"], head.invite()
     with pytest.raises(ClusterError, match="the token is wrong"):
-        pair(tmp_path / "node", HOST, listener.getsockname()[1], token, "victim")
+        pair_with_head(tmp_path / "node", HOST, listener.getsockname()[1], token, "victim")
     thread.join()
     listener.close()
     assert len(passed) == 4
     assert token.replace("-", "") not in json.dumps(passed).replace("-", "")
     assert head.status()["nodes"] == before
-    pair(tmp_path / "node", HOST, head.port, token, f"victim{len(before)}")  # it is still good
+    pair_with_head(
+        tmp_path / "node", HOST, head.port, token, f"victim{len(before)}"
+    )  # it is still good
 
 
 def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
     """It says yes to everyone."""
     authority = identities.Authority(tmp_path / "other")
-    server = authority.identity.server()
+    server = authority.identity.server_tls_context()
     listener = socket.create_server((HOST, 0))
 
     def yes():
         plain, _ = listener.accept()
         channel = Channel(server.wrap_socket(plain, server_side=True), 5)
         channel.receive()
-        channel.send({"type": "nonce", "nonce": pairing.encode(bytes(16))})
-        said = json.loads(pairing.decode(channel.receive()["said"]))
-        given = {"certificate": authority.sign(said["request"].encode(), "x").decode()}
-        sent = pairing.encode(json.dumps({**given, "id": "x", "name": "x"}).encode())
-        channel.send({"type": "paired", "said": sent, "proof": pairing.encode(bytes(32))})
+        channel.send(messages.PairChallenge(pairing.encode(bytes(16))).to_json())
+        request = json.loads(pairing.decode(channel.receive()["payload"]))
+        certificate = authority.sign(request["certificate_request"].encode(), "x").decode()
+        payload = json.dumps(messages.JoinGrant(certificate, "x", "x").to_json()).encode()
+        result = messages.PairResult(pairing.encode(payload), pairing.encode(bytes(32)))
+        channel.send(result.to_json())
         channel.close()
 
     thread = threading.Thread(target=yes)
     thread.start()
-    with pytest.raises(ClusterError, match="does not know the token"):
-        pair(tmp_path / "n", HOST, listener.getsockname()[1], pairing.new_token(), "victim")
+    with pytest.raises(ClusterError, match="does not recognise this token"):
+        pair_with_head(
+            tmp_path / "n", HOST, listener.getsockname()[1], pairing.new_token(), "victim"
+        )
     thread.join()
     listener.close()
     assert not (tmp_path / "n").exists()
@@ -185,19 +196,19 @@ def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
 def test_another_clusters_machine_is_refused_and_told_why(head, tmp_path):
     other = Head(tmp_path / "other", HOST, 0, "one")
     try:
-        theirs = pair(tmp_path / "n", HOST, other.port, other.invite(), "n")
+        theirs = pair_with_head(tmp_path / "n", HOST, other.port, other.invite(), "n")
         with pytest.raises(ClusterError, match="not the head of this machine's cluster"):
-            ask(theirs, HOST, head.port, "status")
+            query(theirs, head.port, "status")
         with agent(theirs, head.port) as (said, _):
             until(lambda: said, "a word")
-            assert "not the head of this machine's cluster" in said[0]
+            assert "not the head of this node's cluster" in said[0]
         # One that does not check whom it calls gets no further.
-        careless = pairing.stranger()
+        careless = pairing.unverified_tls_context()
         careless.load_cert_chain(theirs.certificate, theirs.key)
         raw = socket.create_connection((HOST, head.port), timeout=5)
         channel = Channel(careless.wrap_socket(raw), 5)
         with suppress(ClusterError):
-            channel.send({"type": "ask", "what": "status"})
+            channel.send({"type": "query", "name": "status"})
         with pytest.raises(ClusterError, match=r"alert|lost|closed"):
             channel.receive()
         channel.close()
@@ -222,10 +233,10 @@ FRAMES = [
     *(
         struct.pack(">I", len(m)) + m
         for m in (
-            b'{"type":"agent","facts":{}}',
+            b'{"type":"agent","versions":{},"group_id":0,"info":{}}',
             b'{"type":"relay","name":"x"}',
-            b'{"type":"ask","what":"down"}',
-            b'{"type":"ask","what":"status"}',
+            b'{"type":"query","name":"down"}',
+            b'{"type":"query","name":"status"}',
             b'{"type":"pair"}',
             b'{"type":"pair","nonce":5}',
             b'{"type":"nonsense"}',
@@ -244,56 +255,134 @@ def test_strangers_do_no_harm(head, tmp_path):
     answers = []
     for data in FRAMES:
         raw = socket.create_connection((HOST, head.port), timeout=5)
-        sock = pairing.stranger().wrap_socket(raw)
+        sock = pairing.unverified_tls_context().wrap_socket(raw)
         socks.append(sock)
         with suppress(OSError):
             sock.sendall(data)
         answers.append(sock)
     # While all of them hang about, a machine joins.
-    identity = pair(tmp_path, HOST, head.port, head.invite(), f"good{len(before)}")
-    assert ask(identity, HOST, head.port, "status")["phase"] == "idle"
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), f"good{len(before)}")
+    assert query(identity, head.port, "status")["phase"] == "idle"
     said = []
     for sock in answers:
         with suppress(OSError):
             said.append(sock.recv(4096))
     assert not any(b'"nodes"' in s for s in said)
     # Who speaks the language without a certificate is told what to do.
-    assert sum(b"not of this cluster: join it with a token" in s for s in said) == 5
+    assert sum(b"not part of this cluster: join it with a token" in s for s in said) == 5
     for sock in socks:
         sock.close()
     assert len(head.status()["nodes"]) == len(before) + 1
 
 
+@contextmanager
+def as_agent(head, identity):
+    """A connection of a node that sends what it likes."""
+    raw = socket.create_connection((HOST, head.port), timeout=5)
+    context = identity.client_tls_context()
+    sock = context.wrap_socket(raw, server_hostname=identities.SERVER_NAME)
+    channel = Channel(sock, 5)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def greet(channel, **changes):
+    info = messages.UNKNOWN_NODE.to_json() | changes
+    channel.send(messages.AgentHello(node_info.versions(), 0, info).to_json())
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"type": "heartbeat", "available_bytes": -3}, "heartbeat.available_bytes: expected at"),
+        ({"type": "heartbeat", "more": 1}, "heartbeat.more: unknown field"),
+        ({"type": "rank_exited", "group_id": 1}, "rank_exited.rank: missing"),
+        ({"type": "order_result", "id": "x"}, "order_result.id: expected an integer, got 'x'"),
+        ({"type": "agent"}, "type: expected heartbeat, order_result, rank_exited, leaving, got"),
+    ],
+)
+def test_a_malformed_message_costs_its_own_node_only(head, tmp_path, message, problem):
+    name = f"wrong{len(head.status()['nodes'])}"
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), name)
+    with as_agent(head, identity) as channel:
+        greet(channel)
+        assert channel.receive() == {"type": "welcome", "name": name}
+        until(lambda: names(head)[name]["connected"], name)
+        channel.send(message)
+        until(lambda: not names(head)[name]["connected"], "its loss")
+    assert names(head)[name]["reason"].startswith(f"sent an invalid message ({problem}")
+    assert query(identity, head.port, "status")["phase"] == "idle"
+
+
+def test_a_node_that_describes_itself_wrongly_is_told_so(head, tmp_path):
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), "vague")
+    for changes, problem in (
+        ({"memory_bytes": "much"}, "agent.info.memory_bytes: expected an integer, got 'much'"),
+        ({"metal": 3}, "agent.info.metal: expected an object, got 3"),
+    ):
+        with as_agent(head, identity) as channel:
+            greet(channel, **changes)
+            answer = channel.receive()
+            assert (answer["type"], answer["error"]["message"]) == ("rejected", problem)
+            assert not names(head)["vague"]["connected"]
+
+
+def test_a_wrong_result_of_an_order_is_an_error_that_names_the_node(head, tmp_path):
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), "liar")
+    with as_agent(head, identity) as channel:
+        greet(channel)
+        until(lambda: names(head)["liar"]["connected"], "liar")
+        node = next(n for n in head._state.nodes.values() if n.name == "liar")
+
+        def answer():
+            while (order := channel.receive())["type"] != "order":
+                pass
+            channel.send(messages.OrderResult(order["id"], {"ports": [0]}).to_json())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(
+            ClusterError, match=r"liar sent an invalid .*find_ports\.result"
+        ) as error:
+            head.send_order(node, messages.FindPorts(HOST, 1))
+        thread.join()
+        assert error.value.node_id == node.id
+
+
 def test_only_the_head_may_end_it_or_invite(head, tmp_path):
-    identity = pair(tmp_path, HOST, head.port, head.invite(), "curious")
-    for what in ("down", "invite", "strike", "nonsense"):
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), "curious")
+    for name in ("down", "invite", "remove"):
         with pytest.raises(ClusterError, match="only the head's own machine"):
-            ask(identity, HOST, head.port, what, name="one")
+            query(identity, head.port, name, "one")
+    with pytest.raises(ClusterError, match=r"query\.name: expected status, .*, got 'nonsense'"):
+        query(identity, head.port, "nonsense")
     assert not head.shutdown_requested.is_set()
-    token = ask(head.identity, HOST, head.port, "invite")["token"]
+    token = query(head.identity, head.port, "invite")["token"]
     assert pairing.read_token(token) == token
-    with pytest.raises(InputError, match="no machine of this cluster is called nobody"):
-        ask(head.identity, HOST, head.port, "strike", name="nobody")
+    with pytest.raises(InputError, match=r"expected one of .*curious.*, got nobody"):
+        query(head.identity, head.port, "remove", "nobody")
 
 
 def test_who_left_or_was_struck_needs_a_new_token(head, tmp_path):
-    for way in ("leave", "strike"):
-        identity = pair(tmp_path / way, HOST, head.port, head.invite(), way)
+    for way in ("leave", "remove"):
+        identity = pair_with_head(tmp_path / way, HOST, head.port, head.invite(), way)
         with agent(identity, head.port) as (_, ended):
             until(lambda: names(head)[way]["connected"], way)  # noqa: B023
             who = identity if way == "leave" else head.identity
-            assert ask(who, HOST, head.port, way, name=way)["left"] == way
+            assert query(who, head.port, way, way)["removed"] == way
             until(lambda: ended, "the agent's end")
-            assert ended == ["it left the cluster"]
+            assert ended == ["the node was removed from the cluster"]
         until(lambda: way not in names(head), "the end of its name")  # noqa: B023
         with pytest.raises(ClusterError, match="was removed from this cluster"):
-            ask(identity, HOST, head.port, "status")
+            query(identity, head.port, "status")
 
 
 def test_other_versions_are_explained(head, tmp_path, monkeypatch):
-    identity = pair(tmp_path, HOST, head.port, head.invite(), "older")
-    facts = {"cenacle": "0.0.1", "mlx": "0.1", "mlx_lm": "0.32.2"}
-    monkeypatch.setattr("cenacle.cluster.node_info.facts", lambda: facts)
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), "older")
+    versions = {"cenacle": "0.0.1", "mlx": "0.1", "mlx_lm": "0.32.2"}
+    monkeypatch.setattr("cenacle.cluster.agent.node_info.versions", lambda: versions)
     with agent(identity, head.port) as (_, ended):
         until(lambda: ended, "a refusal")
     assert "cenacle 0.0.1, expected" in str(ended[0])
@@ -305,7 +394,7 @@ def test_orders_to_who_is_not_there_fail_at_once(head):
     from cenacle.cluster.membership import Node
 
     with pytest.raises(ClusterError, match="was removed") as caught:
-        head.send_order(Node("x", "gone"), "find", model="m")
+        head.send_order(Node("x", "gone"), messages.FindPorts(HOST, 1))
     assert caught.value.node_id == "x"
     assert time.monotonic() - before < 1
 
@@ -313,10 +402,10 @@ def test_orders_to_who_is_not_there_fail_at_once(head):
 def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
     head = Head(tmp_path / "h", HOST, 0, "one")
     port = head.port
-    identity = pair(tmp_path / "n", HOST, port, head.invite(), "two")
+    identity = pair_with_head(tmp_path / "n", HOST, port, head.invite(), "two")
     with agent(identity, port) as (said, _):
         until(lambda: names(head)["two"]["connected"], "two")
-        with pytest.raises(InputError, match=f"runs already .process {os.getpid()}"):
+        with pytest.raises(InputError, match=f"already running .process {os.getpid()}"):
             Head(tmp_path / "h", HOST, 0, "one")
         head.close()
         until(lambda: any("waiting for it" in s for s in said), "that it is missed")
@@ -334,13 +423,13 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
         estimate_memory(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").own
         for n in (2, 1)
     )
-    room = {"available_bytes": (half + whole) // 2}
-    monkeypatch.setattr("cenacle.cluster.node_info.changing", lambda: room)
+    room = (half + whole) // 2
+    monkeypatch.setattr("cenacle.cluster.node_info.available_bytes", lambda: room)
     said, told = [], []
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
-        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
-        joined = Joined(head, 2, Wanted(placement="sliced"), said.append)
+        two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        joined = Joined(head, 2, PlacementOptions(placement="sliced"), said.append)
         with agent(head.identity, head.port):
             with agent(two, head.port):
                 plan, _ = joined.form(DEMO.name, checkpoint, options, "native")
@@ -368,30 +457,30 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
 
 
 def test_a_machine_of_one_cluster_is_not_another_heads(head, tmp_path):
-    mine = pair(tmp_path / "n", HOST, head.port, head.invite(), "mine")
+    mine = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "mine")
     other = Head(tmp_path / "other", HOST, 0, "one")  # of the same name
     try:
-        with pytest.raises(InputError, match="another's head: to change over, `cenacle leave` fir"):
-            pair(tmp_path / "n", HOST, other.port, other.invite(), "mine")
-        with pytest.raises(client.OtherHead, match="not the head of this machine's cluster"):
-            client.check(mine, HOST, other.port)
+        with pytest.raises(InputError, match="the head of another: run `cenacle leave` first"):
+            pair_with_head(tmp_path / "n", HOST, other.port, other.invite(), "mine")
+        with pytest.raises(client.WrongHead, match="not the head of this machine's cluster"):
+            client.verify_head(mine, HOST, other.port)
         assert list(names(other)) == ["one"]
     finally:
         other.close()
-    client.check(mine, HOST, other.port)  # nobody is there: it may come
-    client.check(mine, HOST, head.port)
+    client.verify_head(mine, HOST, other.port)  # nobody is there: it may come
+    client.verify_head(mine, HOST, head.port)
     # With a token of its own head's it may join again, as who was removed has to.
-    again = pair(tmp_path / "n", HOST, head.port, head.invite(), "mine")
-    assert again.remembered()["name"] == "mine-2"
-    assert identities.Identity(tmp_path / "n", "node").remembered()["port"] == head.port
+    again = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "mine")
+    assert again.load_settings()["name"] == "mine-2"
+    assert identities.Identity(tmp_path / "n", "node").load_settings()["port"] == head.port
 
 
 def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
     old = Agent(identities.Identity(tmp_path, "node"), HOST, 1, [])
-    old._group_id = 7
-    order = {"epoch": 0, "rank": 0, "backend": "mesh", "addresses": [], "devices": [], "secret": ""}
-    with pytest.raises(ClusterError, match="expected a group id of at least 7, got 6"):
-        asyncio.run(old._start_rank(group_id=6, relay="", token="", **order))
+    old._ranks.group_id = 7
+    order = messages.StartRank(6, 0, 0, "mesh", (), (), "", "", "")
+    with pytest.raises(ClusterError, match=r"start_rank\.group_id: expected at least 7, got 6"):
+        asyncio.run(old._start_rank(order))
 
 
 def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
@@ -404,7 +493,7 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
     checkpoint, moves, said = Checkpoint.open(tmp_path / "here" / "answers"), [], []
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
-        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2, say=said.append)
         joined._what = (checkpoint, EngineOptions(), "auto", None)
         joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
@@ -444,7 +533,7 @@ def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_
     head = Head(tmp_path / "h", HOST, 0, "one")
     monkeypatch.setattr(head, "end_group", lambda *ended: over.append(ended))
     try:
-        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2)
         joined._what = (checkpoint, EngineOptions(), "auto", None)
         joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
@@ -460,20 +549,20 @@ def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_
 def test_every_machine_is_examined_by_its_own_agent(tmp_path, monkeypatch):
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
-        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
-        pair(tmp_path / "m", HOST, head.port, head.invite(), "absent")
+        two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        pair_with_head(tmp_path / "m", HOST, head.port, head.invite(), "absent")
         with agent(head.identity, head.port), agent(two, head.port):
             until(
                 lambda: names(head)["two"]["connected"] and names(head)["one"]["connected"], "both"
             )
-            said = ask(two, HOST, head.port, "doctor", 60)["machines"]
+            said = query(two, head.port, "doctor", timeout_s=60)["nodes"]
             assert list(said) == ["one", "two", "absent"]
             for name in ("one", "two"):
-                whats = [f["what"] for f in said[name]]
+                whats = [f["message"] for f in said[name]]
                 assert any("clock agrees" in w for w in whats), whats
                 assert any("Versions" in w for w in whats), whats
             (only,) = said["absent"]
-            assert "absent has not connected yet" in only["what"]
+            assert "absent has not connected yet" in only["message"]
             # What the verb makes of it.
             folder = tmp_path / "home" / "cluster"
             folder.parent.mkdir()
@@ -481,7 +570,7 @@ def test_every_machine_is_examined_by_its_own_agent(tmp_path, monkeypatch):
             monkeypatch.setenv("CENACLE_HOME", str(folder.parent))
             shown = CliRunner().invoke(app, ["doctor", "--cluster", "--json"])
             assert shown.exit_code == 1, "one machine is not there"
-            assert set(json.loads(shown.stdout)["machines"]) == set(said)
+            assert set(json.loads(shown.stdout)["nodes"]) == set(said)
             shown = CliRunner().invoke(app, ["doctor", "--cluster"])
             assert "absent\n" in shown.stdout
             assert "has not connected yet" in shown.stdout
@@ -496,11 +585,11 @@ def test_a_slow_link_is_refused_before_anything_is_loaded(tmp_path, monkeypatch)
         measured.append(address)
         return Link(50e-6, 10e6)
 
-    monkeypatch.setattr("cenacle.cluster.link_probe.measure", slow)
+    monkeypatch.setattr("cenacle.cluster.link_probe.probe_link", slow)
     checkpoint = Checkpoint.open(DEMO)
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
-        two = pair(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
         joined = Joined(head, 2)
         test = SelfTest(tmp_path / "h", False)
         with agent(head.identity, head.port), agent(two, head.port):
@@ -521,9 +610,9 @@ def test_errors_of_addresses(tmp_path):
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         with pytest.raises(ClusterError, match="no head answers"):
-            pair(tmp_path, HOST, taken.getsockname()[1], pairing.new_token(), "x")
+            pair_with_head(tmp_path, HOST, taken.getsockname()[1], pairing.new_token(), "x")
         taken.listen()
-        with pytest.raises(InputError, match="choose another with --listen"):
+        with pytest.raises(InputError, match="--listen: cannot listen on"):
             Head(tmp_path / "h", HOST, taken.getsockname()[1])
 
 
@@ -534,7 +623,7 @@ def test_services_are_what_their_readers_read(tmp_path, monkeypatch, platform):
     import shlex
 
     monkeypatch.setenv("HOME", str(tmp_path / "a b%c"))
-    path, text, enable = service_unit.service(tmp_path / 'x "y"', platform)
+    path, text, enable = service_unit.service_file(tmp_path / 'x "y"', platform)
     assert path.is_relative_to(tmp_path / "a b%c")
     if platform == "darwin":
         read = plistlib.loads(text.encode())

@@ -99,9 +99,9 @@ def test_what_is_well_is_said_to_be():
     for facts in (MAC, LINUX):
         found = examine(facts)
         assert [f.level for f in found] == ["good"] * len(found)
-        assert all(f.what.endswith(".") and not f.fix for f in found)
-    assert "Ethernet (en0), 10000 Mbit/s, MTU 1500" in " ".join(f.what for f in examine(MAC))
-    assert "rdma_en2, rdma_en3" in " ".join(f.what for f in examine(MAC))
+        assert all(f.message.endswith(".") and not f.fix for f in found)
+    assert "Ethernet (en0), 10000 Mbit/s, MTU 1500" in " ".join(f.message for f in examine(MAC))
+    assert "rdma_en2, rdma_en3" in " ".join(f.message for f in examine(MAC))
 
 
 def test_a_machine_that_says_nothing_is_not_found_ill():
@@ -257,7 +257,7 @@ CASES = [
 @pytest.mark.parametrize(("well", "said", "level", "what", "fix"), CASES)
 def test_each_illness_is_found(well, said, level, what, fix):
     found = [f for f in examine(replace(well, said={**well.said, **said})) if f.level != "good"]
-    assert any(f.level == level and what in f.what and fix in f.fix for f in found), found
+    assert any(f.level == level and what in f.message and fix in f.fix for f in found), found
     assert len(found) <= 2  # and nothing else: en1 is both Wi-Fi and small
 
 
@@ -279,12 +279,12 @@ def test_each_illness_is_found(well, said, level, what, fix):
 )
 def test_each_illness_of_any_machine_is_found(change, level, what):
     found = [f for f in examine(replace(LINUX, **change)) if f.level != "good"]
-    assert [(f.level, what in f.what, bool(f.fix)) for f in found] == [(level, True, True)]
+    assert [(f.level, what in f.message, bool(f.fix)) for f in found] == [(level, True, True)]
 
 
 def test_kernels_that_are_missing_are_said_to_be():
     found = examine(replace(LINUX, native="no compiler"))
-    assert any("no compiler" in f.what for f in found if f.level == "warning")
+    assert any("no compiler" in f.message for f in found if f.level == "warning")
 
 
 def test_the_worst_comes_first():
@@ -315,7 +315,7 @@ def test_this_machine_is_asked_and_the_verb_says_how_it_is(monkeypatch):
     result = CliRunner().invoke(app, ["doctor", "--json"])
     said = json.loads(result.stdout.splitlines()[-1])
     assert result.exit_code == (0 if said["healthy"] else 1)
-    assert any("belong together" in f["what"] for f in said["findings"])
+    assert any("belong together" in f["message"] for f in said["findings"])
     monkeypatch.setattr(doctor, "gather", lambda _: replace(LINUX, skew_s=500.0))
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1

@@ -30,6 +30,7 @@ from cenacle.cluster.membership import (
     exclusion_reason,
     ineligible_nodes,
 )
+from cenacle.cluster.messages import UNKNOWN_NODE
 
 VERSIONS = {"cenacle": "1", "mlx": "2", "mlx_lm": "3"}
 
@@ -43,8 +44,9 @@ def replay(*events, state=None):
     return state, done
 
 
-def connected(who, at=0.0, **facts):
-    return NodeConnected(who, at, {**VERSIONS, **facts}, f"10.0.0.{ord(who[0])}")
+def connected(who, at=0.0, group_id=0, **versions):
+    address = f"10.0.0.{ord(who[0])}"
+    return NodeConnected(who, at, {**VERSIONS, **versions}, UNKNOWN_NODE, address, group_id)
 
 
 TWO = (NodeRegistered("head", "a"), NodeRegistered("n", "b"))

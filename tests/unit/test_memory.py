@@ -90,19 +90,12 @@ def test_cache_is_what_one_request_keeps():
     assert kv_cache_bytes(kept, 32768, None, 4, 2) == 8192 * kept * 4.5 / 8
 
 
-MEMINFO = """MemTotal:       24527012 kB
-MemFree:        18119256 kB
-MemAvailable:   23068672 kB
-Buffers:          290460 kB
-"""
-
-
 def test_linux_needs_room_for_all_its_ranks():
+    available = 23068672 * 1024
     need = MemoryEstimate(0, 11 * GIB - WORKSPACE_BYTES, 0, beside=11 * GIB)
-    check_available(MEMINFO, need)
+    check_available(available, need)
     with pytest.raises(PlanError, match=r"23\.6 GB are available on this machine: end other"):
-        check_available(MEMINFO, MemoryEstimate(0, 11 * GIB, 0, beside=11 * GIB))
-    check_available("no such line: 1 kB", need)
+        check_available(available, MemoryEstimate(0, 11 * GIB, 0, beside=11 * GIB))
 
 
 def test_ranks_of_one_machine_count_their_neighbours():

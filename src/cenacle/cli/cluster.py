@@ -39,6 +39,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..cluster.head import Head
     from ..cluster.hostsfile import Host
+    from ..cluster.messages import QueryName
     from ..cluster.security.identity import Identity
 
 app = typer.Typer()
@@ -107,9 +108,9 @@ def up(
     """Start a cluster on this machine and serve a model from all nodes that join."""
     _configure_logging()
     if model == "demo":
-        from ..cluster.node_info import PACKAGE
+        from ..cluster.node_info import BUNDLED_MODELS
 
-        model = str(PACKAGE / "demo" / "demo_model")
+        model = str(BUNDLED_MODELS / "demo_model")
     from ..cluster.client import read_address
 
     address, port = read_address(head.listen)
@@ -140,7 +141,7 @@ def _serve_cluster(
     endpoint: Endpoint,
 ) -> None:
     from ..cluster.formation import Joined
-    from ..cluster.placement import Wanted
+    from ..cluster.placement import PlacementOptions
     from ..verification import SelfTest
 
     def on_waiting(message: str) -> None:
@@ -152,7 +153,7 @@ def _serve_cluster(
         _report_event(f"serving {loaded.name} on {loaded.plan.nodes} nodes at {url}")
 
     keywords = load.to_keywords()
-    wanted = Wanted(
+    placement = PlacementOptions(
         load.placement,
         load.trunk,
         load.backend,
@@ -160,7 +161,7 @@ def _serve_cluster(
         keywords["node_weights"],
         keywords["node_memory_bytes"],
     )
-    joined = Joined(head, load.nodes or len(expected), wanted, on_waiting, expected)
+    joined = Joined(head, load.nodes or len(expected), placement, on_waiting, expected)
     selftest = None
     if load.verify is not False:
         selftest = SelfTest(paths.cluster_dir(), bool(load.verify), report)
@@ -178,7 +179,7 @@ def _read_hosts(file: Path | None) -> tuple[Host, ...]:
     if file is None:
         return ()
     hosts = hostsfile.read(file)
-    hostsfile.check_first(hosts, net.local_addresses())
+    hostsfile.check_local_host(hosts, net.local_addresses())
     return hosts
 
 
@@ -188,11 +189,11 @@ def _announced(head: Head, address: str | None) -> Iterator[None]:
     if address is None:
         yield
         return
-    from ..cluster.discovery import Announced
+    from ..cluster.discovery import HeadAnnouncement
 
     any_address = address in ("0.0.0.0", "::")
-    announcement = Announced(
-        head.identity.remembered()["name"],
+    announcement = HeadAnnouncement(
+        head.identity.load_settings()["name"],
         net.local_addresses() if any_address else [address],
         head.port,
         lambda reason: report(f"this head cannot be found by mDNS: {reason}"),
@@ -275,7 +276,6 @@ def join(
     """Add this machine to a cluster and run its agent until the cluster ends."""
     _configure_logging()
     from ..cluster import agent as agents
-    from ..cluster.head import take_lock
     from ..cluster.security.identity import Identity
 
     folder = paths.cluster_dir()
@@ -284,7 +284,7 @@ def join(
     lock = (
         nullcontext()
         if arguments.service
-        else take_lock(folder / "agent.lock", "this machine's agent")
+        else paths.lock_file(folder / "agent.lock", "this machine's agent")
     )
     with lock:
         if arguments.token is not None:
@@ -299,11 +299,11 @@ def join(
         if arguments.models is not None:
             if not arguments.models.is_dir():
                 raise InputError(f"--models: expected a folder, got {arguments.models}", "models")
-            identity.remember(models=str(arguments.models.resolve()))
+            identity.save_settings(models=str(arguments.models.resolve()))
         if arguments.service:
             _write_service()
             return
-        settings = identity.remembered()
+        settings = identity.load_settings()
         folders = [Path(settings["models"])] if settings.get("models") else []
         agent = agents.Agent(identity, settings["host"], settings["port"], folders, _report_event)
         _report_event(f"ended: {agents.run(agent)}")
@@ -318,25 +318,25 @@ def _pair(head: str | None, token: str, arguments: JoinArguments) -> Identity:
         raise InputError("join: expected HOST:PORT before --token, got none", "head")
     else:
         report("searching for a head by mDNS")
-        found = discovery.choose(discovery.look(), arguments.cluster)
+        found = discovery.choose_head(discovery.discover_heads(), arguments.cluster)
         report(f"found {found.name} at {found.host}:{found.port}")
         host, port = found.host, found.port
     name = arguments.name or socket.gethostname()
-    return client.pair(paths.cluster_dir(), host, port, token, name)
+    return client.pair_with_head(paths.cluster_dir(), host, port, token, name)
 
 
 def _change_head(identity: Identity, head: str) -> None:
     from ..cluster import client
 
     host, port = client.read_address(head)
-    client.check(identity, host, port)
-    identity.remember(host=host, port=port)
+    client.verify_head(identity, host, port)
+    identity.save_settings(host=host, port=port)
 
 
 def _write_service() -> None:
     from ..cluster import service_unit
 
-    path, text, enable_command = service_unit.service(paths.config_dir())
+    path, text, enable_command = service_unit.service_file(paths.config_dir())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     report(f"{path} is written; enable it with")
@@ -361,11 +361,11 @@ def nodes(
     if invite:
         identity = _find_identity()
         token = _query(identity, "invite")["token"]
-        for command_line in _join_commands("0.0.0.0", identity.remembered()["port"], token):
+        for command_line in _join_commands("0.0.0.0", identity.load_settings()["port"], token):
             print(command_line)
         return
     if remove is not None:
-        report(f"removed {query_head('strike', name=remove)['left']} from the cluster")
+        report(f"removed {query_head('remove', remove)['removed']} from the cluster")
         return
     rows = query_head("status")["nodes"]
     if json_output:
@@ -373,7 +373,7 @@ def nodes(
         return
     table = Table("node", "rank", "address", "memory", "free", "reads", "hardware", "", box=None)
     for node in rows:
-        read_rate = node.get("read_bytes_s")
+        read_rate = node.get("read_bytes_per_s")
         table.add_row(
             node["name"],
             "" if node["rank"] is None else str(node["rank"]),
@@ -391,12 +391,11 @@ def nodes(
 def status(json_output: JsonOutput = False) -> None:
     """Show what the cluster is doing."""
     answer = query_head("status")
-    answer.pop("type", None)
     if json_output:
         print_json(answer)
         return
     print(f"{answer['phase']}: {answer.get('model')} {answer.get('url', '')}".rstrip())
-    for key in ("waiting", "formed", "exchange", "plan"):
+    for key in ("waiting", "reformed", "backend_reason", "plan_reason"):
         if answer.get(key):
             print(answer[key])
     for node in answer["nodes"]:
@@ -422,7 +421,7 @@ def leave() -> None:
     identity = Identity(paths.cluster_dir(), "node")
     if not identity.exists:
         raise InputError("this machine is not part of a cluster")
-    settings = identity.remembered()
+    settings = identity.load_settings()
     try:
         _query(identity, "leave")
     except ClusterError as error:
@@ -430,7 +429,7 @@ def leave() -> None:
             f"{error}; this machine leaves all the same. To remove it from the list of nodes, run "
             f"`cenacle nodes --remove {settings['name']}` on the head"
         )
-    identity.forget()
+    identity.delete()
     report("this machine is not part of a cluster any more")
 
 
@@ -448,14 +447,14 @@ def down() -> None:
     report("the cluster is stopping")
 
 
-def query_head(query: str, **details: Any) -> dict[str, Any]:
+def query_head(name: QueryName, node: str = "", timeout_s: float = 10.0) -> dict[str, Any]:
     """Send a query to the head of this machine's cluster, and return its answer.
 
     Raises:
         InputError: this machine is not part of a cluster.
         ClusterError: the head does not answer, or refuses.
     """
-    return _query(_find_identity(), query, **details)
+    return _query(_find_identity(), name, node, timeout_s)
 
 
 def _find_identity() -> Identity:
@@ -463,18 +462,23 @@ def _find_identity() -> Identity:
 
     for role in (HEAD, "node"):
         identity = Identity(paths.cluster_dir(), role)
-        if identity.exists and "port" in identity.remembered():
+        if identity.exists and "port" in identity.load_settings():
             return identity
     raise InputError(
         "this machine is not part of a cluster: see `cenacle up --help` and `cenacle join --help`"
     )
 
 
-def _query(identity: Identity, query: str, **details: Any) -> dict[str, Any]:
+def _query(
+    identity: Identity, name: QueryName, node: str = "", timeout_s: float = 10.0
+) -> dict[str, Any]:
     from ..cluster import client
+    from ..cluster.messages import Query
 
-    settings = identity.remembered()
-    return client.ask(identity, settings["host"], settings["port"], query, **details)
+    settings = identity.load_settings()
+    return client.query_head(
+        identity, settings["host"], settings["port"], Query(name, node), timeout_s
+    )
 
 
 def _report_event(message: str) -> None:

@@ -41,10 +41,10 @@ def doctor(
     from ..cluster.doctor import Finding, examine, gather
 
     if cluster:
-        answer = query_head("doctor", deadline_s=CLUSTER_TIMEOUT_S)
+        answer = query_head("doctor", timeout_s=CLUSTER_TIMEOUT_S)
         findings_by_node = {
             node: [Finding(**finding) for finding in findings]
-            for node, findings in answer["machines"].items()
+            for node, findings in answer["nodes"].items()
         }
     else:
         findings_by_node = {"": examine(gather(head))}
@@ -62,7 +62,7 @@ def doctor(
                 console.print(node, style="bold", markup=False)
             for finding in findings:
                 console.print(f"{SYMBOLS[finding.level]} ", end="")
-                console.print(finding.what, markup=False)
+                console.print(finding.message, markup=False)
                 if finding.fix:
                     console.print(f"  {finding.fix}", style="dim", markup=False)
         if levels <= {"good"}:

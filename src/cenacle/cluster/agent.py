@@ -1,82 +1,74 @@
-"""The program on each machine of a cluster: it reports to the head and starts ranks as it is told.
+"""The program on each node of a cluster: it reports to the head and carries out its orders.
 
-Owns: this machine's connection to its head, the ranks that run here, passing their messages on, and
-fetching this machine's part of the model.
-Does not know: models, plans, which group a rank is of beyond its number.
-Invariant: it listens to nobody but its head, which has to prove that it is; when the connection to
-the head is lost, or this process ends, so do all ranks here; a lost head is called again for ever.
-Next: `control.py` is the other side; `engine/worker.py` is what is started.
+Owns: the node's connection to the head, the node's ranks, relaying their messages, and the
+download of the node's part of the model.
+Does not know: models, plans, or what a group is for.
+Invariant: it obeys only the head of its own cluster, which has to prove that it is. When the
+connection to the head is lost, or this process ends, all ranks here end too. An agent never gives
+up on a head that does not answer.
+Next: `head.py` is the other side; `rank_processes.py` starts the ranks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import json
 import logging
-import os
 import signal
 import socket
 import ssl
-import tempfile
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import net, paths
-from ..collective import mesh, socket_options
+from ..collective import socket_options
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, error_from_json, error_to_json
-from ..ranks import exit_reason
+from ..message import Message, parse
 from ..ranks.channel import ChannelClosed
-from ..ranks.local_ranks import MALLOC_TUNABLES, WORKER_COMMAND
-from . import doctor, framing, link_probe, node_info
-from .download import node_cache, task
-from .membership import HEARTBEAT_TIMEOUT_S
+from . import doctor, framing, link_probe, membership, messages, node_info
+from .download import node_cache
+from .download.task import DownloadOrder, DownloadTask, HeadSource
+from .rank_processes import RankProcess, RankProcesses
+from .relay import Stream, relay
 from .security import identity as identities
 from .security import pairing
 
 log = logging.getLogger(__name__)
 
-ALIVE_EVERY_S = 0.25
-# Longer than the head waits for agents: the head's TCP may ask again only a second after a cable is
-# back, and the head may have noticed nothing.
-HEAD_SILENCE_S = 6.0
-FACTS_EVERY = 4  # of these with what changes on the machine
-CONNECT_S = 5.0
-AGAIN_S = (0.2, 0.5, 1.0, 2.0)  # between calls to a head that does not answer
-STOP_S = 5.0
-FETCHED_S = 1.0  # after which it is said how far a fetch is
-SAY_EVERY_S = 10.0
+HEARTBEAT_INTERVAL_S = 0.25
+METRICS_EVERY = 4  # heartbeats; the others have no metrics
+SEND_TIMEOUT_S = membership.HEARTBEAT_TIMEOUT_S
+# Longer than the head waits for agents: after a network outage the head's TCP may retransmit a
+# second later, and the head may not have noticed the outage.
+HEAD_TIMEOUT_S = 6.0
+CONNECT_TIMEOUT_S = 5.0
+RECONNECT_DELAYS_S = (0.2, 0.5, 1.0, 2.0)
+DOWNLOAD_WAIT_S = 1.0
+DOWNLOAD_REPORT_INTERVAL_S = 10.0
 
 
-class Ended(Exception):
-    """The head says that this agent shall end; says why."""
+class _ShutdownReceived(Exception):
+    """The head told this agent to end, with the reason."""
 
 
-@dataclass
-class _Rank:
-    """A rank that runs here."""
-
-    group_id: int
-    rank: int
-    process: asyncio.subprocess.Process
-    kills_before: int | None = field(default_factory=exit_reason.oom_kill_count)
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
+class _Rejected(ClusterError):
+    """The head refuses this node, and would refuse it again."""
 
 
 class Agent:
-    """One machine's agent.
+    """The agent of a node.
 
     Args:
-        identity: what this machine proves itself with.
+        identity: of the node.
         host, port: of the head.
-        folders: where models are looked for, the first one first.
-        say: told, in sentences, what happens.
-        place: the folder of parts of models that are fetched; None: `paths.models_dir`.
+        model_folders: where models are looked for, in this order.
+        report: told, in sentences, what happens.
+        download_folder: for parts of models; None: `paths.models_dir`.
     """
 
     def __init__(
@@ -84,377 +76,304 @@ class Agent:
         identity: identities.Identity,
         host: str,
         port: int,
-        folders: list[Path],
-        say: Callable[[str], None] = lambda _: None,
-        place: Path | None = None,
+        model_folders: list[Path],
+        report: Callable[[str], None] = lambda _: None,
+        download_folder: Path | None = None,
     ) -> None:
         self._identity, self._host, self._port = identity, host, port
-        self._folders, self._say = folders, say
-        self._ranks: list[_Rank] = []
-        self._group_id = 0
+        self._head_address = net.format_address(host, port)
+        self._model_folders, self._report = model_folders, report
+        self._download_folder = download_folder or paths.models_dir()
+        self._ranks = RankProcesses()
         self._writer: asyncio.StreamWriter | None = None
-        self._address = ""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._said = ""
-        self._parts = place or paths.models_dir()
-        self._verified: set[Path] = set()  # parts that were compared with their hashes
-        self._fetching: task.DownloadTask | None = None
+        self._last_report = ""
+        self._verified: set[Path] = set()  # downloads that were compared with their checksums
+        self._download: DownloadTask | None = None
+        self._handlers: dict[type[Message], Callable[[Any], Awaitable[Message]]] = {
+            messages.FindModel: self._find_model,
+            messages.StartDownload: self._start_download,
+            messages.WaitForDownload: self._wait_for_download,
+            messages.FindPorts: self._find_ports,
+            messages.ServeProbe: self._serve_probe,
+            messages.ProbeLink: self._probe_link,
+            messages.StartRank: self._start_rank,
+            messages.StopRanks: self._stop_ranks,
+            messages.Diagnose: self._diagnose,
+        }
 
     async def run(self) -> str:
-        """Serve the head until it says that this shall end; says why.
+        """Serve the head until it tells this agent to end; returns the reason.
 
         Raises:
-            CenacleError: the head refuses this machine, and will again.
+            CenacleError: the head refuses this node.
         """
-        facts = await asyncio.to_thread(node_info.facts)
-        tries = 0
+        info = await asyncio.to_thread(node_info.describe_node)
+        attempt = 0
         try:
             while True:
-                came = time.monotonic()
+                started_s = time.monotonic()
                 try:
-                    await self._session(facts)
-                except Ended as end:
-                    return str(end)
+                    await self._serve_head(info)
+                except _ShutdownReceived as shutdown:
+                    return str(shutdown)
+                except _Rejected:
+                    raise
                 except (OSError, ClusterError) as error:
-                    if isinstance(error, _Refused):
-                        raise
-                    self._tell(self._why(error))
-                tries = 0 if time.monotonic() - came > 2 * AGAIN_S[-1] else tries + 1
-                await asyncio.sleep(AGAIN_S[min(tries, len(AGAIN_S) - 1)])
+                    self._report_once(self._describe_failure(error))
+                lasted_s = time.monotonic() - started_s
+                attempt = 0 if lasted_s > 2 * RECONNECT_DELAYS_S[-1] else attempt + 1
+                await asyncio.sleep(RECONNECT_DELAYS_S[min(attempt, len(RECONNECT_DELAYS_S) - 1)])
         finally:
-            await self._end_ranks()
+            await self._ranks.kill()
             if self._writer is not None:
-                framing.hang_up(self._writer)
+                framing.abort(self._writer)
             for task in self._tasks:
                 task.cancel()
 
-    def _tell(self, text: str) -> None:
-        if text != self._said:
-            self._said = text
-            self._say(text)
+    # ---- The connection -----------------------------------------------------------------------
 
-    def _why(self, error: Exception) -> str:
-        where = f"{self._host}:{self._port}"
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return f"what answers at {where} is not the head of this machine's cluster; waiting"
-        return f"the head at {where} does not answer ({error}); waiting for it"
-
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self) -> Stream:
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 reader, writer = await asyncio.open_connection(
                     self._host,
                     self._port,
-                    ssl=self._identity.client(),
+                    ssl=self._identity.client_tls_context(),
                     server_hostname=identities.SERVER_NAME,
-                    limit=framing.PIECE,
+                    limit=framing.CHUNK_BYTES,
                 )
         except TimeoutError:
-            raise ChannelClosed(f"no connection within {CONNECT_S:g} s") from None
+            raise ChannelClosed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
         socket_options.configure_socket(writer.get_extra_info("socket"))
         return reader, writer
 
-    async def _session(self, facts: dict[str, Any]) -> None:
-        """One connection to the head, until it ends."""
-        reader, writer = await self._open()
+    async def _serve_head(self, info: messages.NodeInfo) -> None:
+        """Hold one connection to the head until it ends."""
+        reader, writer = await self._connect()
         self._writer = writer
-        self._address = writer.get_extra_info("sockname")[0]
-        alive: asyncio.Task[None] | None = None
+        heartbeats: asyncio.Task[None] | None = None
         try:
-            hello = {**facts, **node_info.changing(), "group_id": self._group_id}
-            await framing.send(writer, {"type": "agent", "facts": hello}, HEARTBEAT_TIMEOUT_S)
+            info = replace(info, available_bytes=node_info.available_bytes())
+            hello = messages.AgentHello(node_info.versions(), self._ranks.group_id, info.to_json())
+            await framing.send(writer, hello, SEND_TIMEOUT_S)
             while True:
-                message = await framing.receive(reader, HEAD_SILENCE_S)
-                match message["type"]:
-                    case "welcome":
-                        self._tell(
-                            f"{message['name']} is in the cluster of {self._host}:{self._port}"
-                        )
-                        alive = self._start(self._say_alive(writer))
-                    case "order":
-                        self._start(self._obey(message, writer))
-                    case "end":
-                        with contextlib.suppress(ClusterError):
-                            await framing.send(writer, {"type": "leaving"}, 1)
-                        raise Ended(str(message.get("reason")))
-                    case "refused":
-                        error = error_from_json(message.get("error"))
-                        raise error if message.get("again") else _Refused(str(error))
+                message: Message = await framing.receive(
+                    reader,
+                    HEAD_TIMEOUT_S,
+                    messages.Welcome,
+                    messages.Heartbeat,
+                    messages.OrderRequest,
+                    messages.Shutdown,
+                    messages.Rejection,
+                )
+                match message:
+                    case messages.Welcome(name=name):
+                        self._report_once(f"{name} is in the cluster of {self._head_address}")
+                        heartbeats = self._spawn(self._send_heartbeats(writer))
+                    case messages.OrderRequest():
+                        self._spawn(self._carry_out(message, writer))
+                    case messages.Shutdown(reason=reason):
+                        with suppress(ClusterError):
+                            await framing.send(writer, messages.Leaving(), 1)
+                        raise _ShutdownReceived(reason)
+                    case messages.Rejection(error=data, retry=retry):
+                        error = error_from_json(data)
+                        raise error if retry else _Rejected(str(error))
         finally:
-            if alive is not None:
-                alive.cancel()
-            if self._fetching is not None:
-                self._fetching.stop()  # the head orders it again
-            framing.hang_up(writer)
-            await self._end_ranks()
+            if heartbeats is not None:
+                heartbeats.cancel()
+            if self._download is not None:
+                self._download.stop()  # the head orders it again
+            framing.abort(writer)
+            await self._ranks.kill()
 
-    def _start(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(work)
+    async def _send_heartbeats(self, writer: asyncio.StreamWriter) -> None:
+        with suppress(ClusterError):
+            for count in itertools.count(1):
+                await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+                with_metrics = count % METRICS_EVERY == 0
+                await framing.send(writer, _heartbeat(with_metrics), SEND_TIMEOUT_S)
+
+    async def _carry_out(
+        self, request: messages.OrderRequest, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            order = parse(request.order, *messages.ORDERS)
+            result = await self._handlers[type(order)](order)
+            answer = messages.OrderResult(request.id, result=result.to_json())
+        except CenacleError as error:
+            answer = messages.OrderResult(request.id, error=error_to_json(error))
+        except OSError as error:
+            answer = messages.OrderResult(request.id, error=error_to_json(ClusterError(str(error))))
+        with suppress(ClusterError):
+            await framing.send(writer, answer, SEND_TIMEOUT_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _say_alive(self, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ClusterError):
-            for beat in itertools.count(1):
-                await asyncio.sleep(ALIVE_EVERY_S)
-                word = {"type": "alive"} if beat % FACTS_EVERY else _alive()
-                await framing.send(writer, word, HEARTBEAT_TIMEOUT_S)
+    def _report_once(self, text: str) -> None:
+        if text != self._last_report:
+            self._last_report = text
+            self._report(text)
 
-    async def _obey(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        orders: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
-            "find": self._find,
-            "fetch": self._fetch,
-            "fetched": self._fetched,
-            "ports": self._ports,
-            "answer_link": self._answer_link,
-            "measure_link": self._measure_link,
-            "start": self._start_rank,
-            "stop": self._stop_ranks,
-            "examine": self._examine,
-        }
-        answer: dict[str, Any] = {"type": "answer", "id": message["id"]}
-        try:
-            result = await orders[message["what"]](**message["arguments"])
-            answer["result"] = result
-        except (CenacleError, OSError) as error:
-            if not isinstance(error, CenacleError):
-                error = ClusterError(str(error))
-            answer["error"] = error_to_json(error)
-        except (KeyError, TypeError) as error:
-            reason = f"this agent cannot do that ({error!r}): are its versions the head's?"
-            answer["error"] = error_to_json(ClusterError(reason))
-        with contextlib.suppress(ClusterError):
-            await framing.send(writer, answer, HEARTBEAT_TIMEOUT_S)
-
-    # Orders
-
-    async def _find(self, model: str, digest: str, config: str) -> dict[str, Any]:
-        """What of the model is here, or where a part of it goes."""
-        asked = (model, digest, config, self._folders, self._parts)
-        return vars(await asyncio.to_thread(node_cache.find_local_model, *asked))
-
-    async def _fetch(self, model: str, folder: str, order: dict[str, Any]) -> dict[str, Any]:
-        """Begin to fetch a part; one that goes on is ended."""
-        into, before = Path(folder), self._fetching
-        if into.parent.resolve() != self._parts.resolve():
-            raise ClusterError(f"{into} is no place for a part of a model")
-        head = task.HeadSource(self._identity, self._host, self._port)
-        what = task.DownloadOrder.from_json(order)
-        self._fetching = task.DownloadTask(into, what, head, self._verified, before)
-        self._start(self._tell_of(self._fetching, model))
-        return {}
-
-    async def _tell_of(self, fetching: task.DownloadTask, model: str) -> None:
-        began = time.monotonic()
-        try:
-            while not await asyncio.to_thread(fetching.wait, FETCHED_S):
-                if time.monotonic() - began > SAY_EVERY_S:
-                    began += SAY_EVERY_S
-                    self._say(
-                        f"{model}: {format_bytes(fetching.done_bytes)} of "
-                        f"{format_bytes(fetching.total_bytes)} here"
-                    )
-        except CenacleError as error:
-            self._say(f"{model}: {error}")
-            return
-        if fetching.damaged_bytes:
-            self._say(
-                f"{model}: {format_bytes(fetching.damaged_bytes)} here were damaged, and "
-                f"fetched again"
+    def _describe_failure(self, error: Exception) -> str:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return (
+                f"{self._head_address} is not the head of this node's cluster; waiting for the head"
             )
-        if fetching.fetched_bytes:
-            self._say(
-                f"{model}: {format_bytes(fetching.fetched_bytes)} fetched into {fetching.folder}"
-            )
+        return f"the head at {self._head_address} does not answer ({error}); waiting for it"
 
-    async def _fetched(self) -> dict[str, Any]:
-        """How far that is, after a second or when it has come to its end."""
-        now = self._fetching
-        if now is None:
-            raise ClusterError("fetches nothing")
-        ended = await asyncio.to_thread(now.wait, FETCHED_S)
-        said = {
-            "ended": ended,
-            "done": now.done_bytes,
-            "total": now.total_bytes,
-            "folder": str(now.folder),
-        }
-        if ended:
-            said["digest"] = await asyncio.to_thread(node_info.digest, now.folder)
-            said["fetched"] = now.fetched_bytes
-        return said
+    # ---- Orders: the model --------------------------------------------------------------------
 
-    async def _ports(self, address: str, count: int) -> dict[str, Any]:
-        return {"ports": net.free_ports(count, address)}
+    async def _find_model(self, order: messages.FindModel) -> messages.ModelLocation:
+        model = await asyncio.to_thread(
+            node_cache.find_local_model,
+            order.model,
+            order.digest,
+            order.config_sha256,
+            self._model_folders,
+            self._download_folder,
+        )
+        return messages.ModelLocation(model.folder, model.is_complete)
 
-    async def _answer_link(self, address: str, secret: str) -> dict[str, Any]:
-        return {"port": link_probe.answer(address, pairing.decode(secret))}
-
-    async def _measure_link(self, address: str, port: int, secret: str) -> dict[str, Any]:
-        found = await asyncio.to_thread(link_probe.measure, address, port, pairing.decode(secret))
-        return asdict(found)
-
-    async def _examine(self, now_s: float) -> dict[str, Any]:
-        """What `cenacle doctor` would say here; `now_s`: the head's clock."""
-        skew_s = now_s - time.time()
-        facts = await asyncio.to_thread(doctor.gather, self._host)
-        found = doctor.examine(replace(facts, skew_s=skew_s))
-        return {"findings": [f.to_json() for f in found]}
-
-    async def _start_rank(
-        self,
-        group_id: int,
-        epoch: int,
-        rank: int,
-        backend: str,
-        addresses: list[str],
-        devices: list[list[str | None]],
-        secret: str,
-        relay: str,
-        token: str,
-    ) -> dict[str, Any]:
-        if group_id < self._group_id:
+    async def _start_download(self, order: messages.StartDownload) -> messages.Done:
+        folder, previous = Path(order.folder), self._download
+        if folder.parent.resolve() != self._download_folder.resolve():
             raise ClusterError(
-                f"start_rank: expected a group id of at least {self._group_id}, got {group_id}"
+                f"start_download.folder: expected a folder in {self._download_folder}, got {folder}"
             )
-        if group_id > self._group_id:
-            await self._end_ranks()
-        self._group_id = group_id
-        # No file has a name: however this process ends, nothing of a rank is left on the disk.
-        near, far = socket.socketpair()
-        with contextlib.ExitStack() as files:
-            files.enter_context(far)
-            env = {
-                **os.environ,
-                "CENACLE_CONTROL": f"fd:{far.fileno()}",
-                "CENACLE_TOKEN": token,
-                "CENACLE_RANK": str(rank),
-                "CENACLE_EPOCH": str(epoch),
-                "CENACLE_LOCAL_RANKS": "1",
-                "MLX_RANK": str(rank),
-            }
-            env["GLIBC_TUNABLES"] = ":".join(
-                filter(None, [env.get("GLIBC_TUNABLES"), MALLOC_TUNABLES])
-            )
-            inherited = [far.fileno()]
-
-            def given(content: object) -> str:
-                """Where the rank finds this as JSON."""
-                file = files.enter_context(tempfile.TemporaryFile())
-                file.write(json.dumps(content).encode())
-                file.seek(0)
-                inherited.append(file.fileno())
-                return f"/dev/fd/{file.fileno()}"
-
-            if backend == "mesh":
-                env[mesh.ADDRESSES] = json.dumps(addresses)
-                env[mesh.SECRET] = secret
-            elif backend == "ring":
-                env["MLX_HOSTFILE"] = given([[a] for a in addresses])
-            elif backend == "jaccl":  # never run
-                env["MLX_IBV_DEVICES"] = given(devices)
-                env["MLX_JACCL_COORDINATOR"] = addresses[0]
-            elif backend == "nccl":  # never run
-                host, port = net.parse_address(addresses[0])
-                env |= {"NCCL_HOST_IP": host, "NCCL_PORT": str(port)}
-                env["MLX_WORLD_SIZE"] = str(len(addresses))
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *WORKER_COMMAND,
-                    env=env,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    start_new_session=True,
-                    pass_fds=inherited,
-                )
-            except BaseException:
-                near.close()
-                raise
-        self._start(self._relay(relay, near))
-        started = _Rank(group_id, rank, process)
-        self._ranks.append(started)
-        self._start(self._watch(started))
-        return {"pid": process.pid}
-
-    async def _relay(self, name: str, near: socket.socket) -> None:
-        """A rank's messages, to and from the front."""
-        reader, writer = await asyncio.open_unix_connection(sock=near, limit=framing.PIECE)
         try:
-            theirs = await self._open()
-            await framing.send(theirs[1], {"type": "relay", "name": name}, HEARTBEAT_TIMEOUT_S)
-            await framing.receive(theirs[0], HEARTBEAT_TIMEOUT_S)
-            await framing.pass_on((reader, writer), theirs)
+            ranges = DownloadOrder.from_json(order.order)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ClusterError(f"start_download.order: {error!r}") from None
+        head = HeadSource(self._identity, self._host, self._port)
+        self._download = DownloadTask(folder, ranges, head, self._verified, previous)
+        self._spawn(self._report_download(self._download, order.model))
+        return messages.Done()
+
+    async def _report_download(self, download: DownloadTask, model: str) -> None:
+        reported_s = time.monotonic()
+        try:
+            while not await asyncio.to_thread(download.wait, DOWNLOAD_WAIT_S):
+                if time.monotonic() - reported_s > DOWNLOAD_REPORT_INTERVAL_S:
+                    reported_s += DOWNLOAD_REPORT_INTERVAL_S
+                    done, total = (
+                        format_bytes(download.done_bytes),
+                        format_bytes(download.total_bytes),
+                    )
+                    self._report(f"{model}: downloaded {done} of {total}")
+        except CenacleError as error:
+            self._report(f"{model}: {error}")
+            return
+        if download.damaged_bytes:
+            damaged = format_bytes(download.damaged_bytes)
+            self._report(f"{model}: {damaged} on disk were damaged and were downloaded again")
+        if download.fetched_bytes:
+            self._report(
+                f"{model}: downloaded {format_bytes(download.fetched_bytes)} into {download.folder}"
+            )
+
+    async def _wait_for_download(
+        self, order: messages.WaitForDownload
+    ) -> messages.DownloadProgress:
+        del order
+        download = self._download
+        if download is None:
+            raise ClusterError("no download was started")
+        finished = await asyncio.to_thread(download.wait, DOWNLOAD_WAIT_S)
+        progress = messages.DownloadProgress(
+            finished, download.done_bytes, download.total_bytes, str(download.folder)
+        )
+        if not finished:
+            return progress
+        digest = await asyncio.to_thread(node_info.checkpoint_digest, download.folder)
+        return replace(progress, digest=digest, downloaded_bytes=download.fetched_bytes)
+
+    # ---- Orders: the node ---------------------------------------------------------------------
+
+    async def _find_ports(self, order: messages.FindPorts) -> messages.Ports:
+        return messages.Ports(tuple(net.free_ports(order.count, order.address)))
+
+    async def _serve_probe(self, order: messages.ServeProbe) -> messages.ProbePort:
+        port = link_probe.serve_probe(order.address, pairing.decode(order.secret))
+        return messages.ProbePort(port)
+
+    async def _probe_link(self, order: messages.ProbeLink) -> link_probe.Link:
+        secret = pairing.decode(order.secret)
+        return await asyncio.to_thread(link_probe.probe_link, order.address, order.port, secret)
+
+    async def _diagnose(self, order: messages.Diagnose) -> messages.Findings:
+        skew_s = order.now_s - time.time()
+        facts = await asyncio.to_thread(doctor.gather, self._host)
+        findings = doctor.examine(replace(facts, skew_s=skew_s))
+        return messages.Findings(tuple(finding.to_json() for finding in findings))
+
+    # ---- Orders: ranks ------------------------------------------------------------------------
+
+    async def _start_rank(self, order: messages.StartRank) -> messages.RankStarted:
+        rank, control = await self._ranks.start(order)
+        self._spawn(self._relay(order.relay, control))
+        self._spawn(self._watch(rank))
+        return messages.RankStarted(rank.process.pid)
+
+    async def _relay(self, name: str, control: socket.socket) -> None:
+        local = await asyncio.open_unix_connection(sock=control, limit=framing.CHUNK_BYTES)
+        try:
+            stream = await self._connect()
+            await framing.send(stream[1], messages.RelayHello(name), SEND_TIMEOUT_S)
+            await framing.receive(stream[0], SEND_TIMEOUT_S, messages.Welcome)
+            await relay(local, stream)
         except (OSError, ClusterError) as error:
-            log.info("a rank's connection ended: %s", error)
+            log.info("the connection of a rank ended: %s", error)
         finally:
-            writer.close()
+            local[1].close()
 
-    async def _watch(self, rank: _Rank) -> None:
-        """Until a rank has ended: clean up and report how."""
+    async def _watch(self, rank: RankProcess) -> None:
+        """Wait until a rank has ended, and report a failure."""
         try:
-            status = await rank.process.wait()
-            if status and self._writer is not None:
-                message = {
-                    "type": "rank_exited",
-                    "group_id": rank.group_id,
-                    "rank": rank.rank,
-                    "pid": rank.process.pid,
-                    "reason": exit_reason.describe_exit(status, rank.kills_before),
-                }
-                with contextlib.suppress(ClusterError):
-                    await framing.send(self._writer, message, HEARTBEAT_TIMEOUT_S)
+            reason = await rank.wait()
+            if reason is not None and self._writer is not None:
+                message = messages.RankExited(rank.group_id, rank.rank, rank.process.pid, reason)
+                with suppress(ClusterError):
+                    await framing.send(self._writer, message, SEND_TIMEOUT_S)
         finally:
-            if rank in self._ranks:
-                self._ranks.remove(rank)
-            rank.gone.set()
+            self._ranks.remove(rank)
 
-    async def _stop_ranks(self, group_id: int, patience_s: float) -> dict[str, Any]:
-        ending = [r for r in self._ranks if r.group_id == group_id]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
-                for rank in ending:
-                    await rank.gone.wait()
-        await self._end_ranks(group_id)
+    async def _stop_ranks(self, order: messages.StopRanks) -> messages.Done:
+        await self._ranks.stop(order.group_id, order.timeout_s)
         if self._writer is not None:
-            # The next plan is made of what is free now, and not of what was a second ago.
-            with contextlib.suppress(ClusterError):
-                await framing.send(self._writer, _alive(), HEARTBEAT_TIMEOUT_S)
-        return {}
-
-    async def _end_ranks(self, group_id: int | None = None) -> None:
-        """Kill the ranks here, of all formations or of one, and wait until they are gone."""
-        ending = [r for r in self._ranks if group_id in (None, r.group_id)]
-        for rank in ending:
-            with contextlib.suppress(ProcessLookupError):
-                rank.process.kill()
-        for rank in ending:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(rank.gone.wait(), STOP_S)
+            # The next plan depends on the memory that is free now.
+            with suppress(ClusterError):
+                await framing.send(self._writer, _heartbeat(with_metrics=True), SEND_TIMEOUT_S)
+        return messages.Done()
 
 
-def _alive() -> dict[str, Any]:
-    return {"type": "alive", "facts": node_info.changing()}
-
-
-class _Refused(ClusterError):
-    """The head will not have this machine; asking again would not help."""
+def _heartbeat(with_metrics: bool) -> messages.Heartbeat:
+    return messages.Heartbeat(node_info.available_bytes() if with_metrics else None)
 
 
 def run(agent: Agent) -> str:
-    """Run an agent until its head ends it or this process is told to end; says why.
+    """Run an agent until the head ends it or this process gets SIGTERM or SIGINT.
+
+    Returns:
+        Why it ended.
 
     Raises:
-        CenacleError: the head refuses this machine.
+        CenacleError: the head refuses this node.
     """
 
-    async def until_told() -> str:
-        loop, own = asyncio.get_running_loop(), asyncio.current_task()
-        assert own is not None
+    async def run_until_signal() -> str:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, own.cancel)
+            loop.add_signal_handler(number, task.cancel)
         return await agent.run()
 
     try:
-        return asyncio.run(until_told())
+        return asyncio.run(run_until_signal())
     except asyncio.CancelledError:
-        return "it was told to end"
+        return "this process was told to end"

@@ -1,8 +1,8 @@
-"""What verbs do on a machine of a cluster: pair with a head, ask it something, become a service.
+"""What commands do on a node: pair with a head, or send it a query.
 
-Owns: one short connection to the head at a time, and the text of a service.
-Does not know: what the head does with it (`control.py`), the agent.
-Invariant: every wait has a deadline; a token is sent to nobody, only a proof of it.
+Owns: one short connection to the head at a time.
+Does not know: what the head does with a query (`head.py`), the agent.
+Invariant: every wait has a deadline; a token is never sent, only a proof of it.
 """
 
 from __future__ import annotations
@@ -12,169 +12,191 @@ import secrets
 import socket
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import net
 from ..errors import ClusterError, InputError, error_from_json
+from ..message import Message, MessageError, parse
 from ..ranks.channel import Channel
+from . import messages
 from .head import PORT
 from .security import identity as identities
 from .security import pairing
 
-DEADLINE_S = 10.0
+TIMEOUT_S = 10.0
+M = TypeVar("M", bound=Message)
 
 
-class OtherHead(ClusterError):
-    """What answers is the head of another cluster, or none."""
+class WrongHead(ClusterError):
+    """The head at an address belongs to another cluster, or is no head."""
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """Host and port of "HOST:PORT", "[v6]:PORT" or "HOST".
+    """Host and port of "HOST:PORT", "[IPv6]:PORT" or "HOST".
 
     Raises:
-        InputError: it is none of these.
+        InputError: none of these.
     """
     try:
         return net.parse_address(text, PORT)
     except ValueError:
         raise InputError(
-            f"head: expected HOST:PORT as `cenacle up` prints it, got {text!r}"
+            f"head: expected HOST:PORT as printed by `cenacle up`, got {text!r}", "head"
         ) from None
 
 
-def pair(folder: Path, host: str, port: int, token: str, name: str) -> identities.Identity:
-    """Join a cluster: prove the token, have the head prove it too, and keep what it gives.
+def pair_with_head(
+    folder: Path, host: str, port: int, token: str, name: str
+) -> identities.Identity:
+    """Join a cluster: both sides prove that they know the token, and the head signs a certificate.
 
     Args:
-        folder: where this machine's identity is to be.
-        token: as a person typed it.
-        name: this machine's, for people.
+        folder: for this node's identity.
+        token: as typed by a person.
+        name: wanted name of this node.
 
     Raises:
-        InputError: a token that cannot be one; this machine is part of another cluster.
-        ClusterError: the head cannot be reached, does not take the token, or does not know it.
+        InputError: the token is malformed, or this machine belongs to another cluster.
+        ClusterError: the head cannot be reached, refuses the token, or does not know it.
     """
     token = pairing.read_token(token)
     key = identities.new_key()
-    where = f"{host}:{port}"
-    sock = call(host, port, pairing.stranger(), None)
-    seen = sock.getpeercert(binary_form=True)
-    assert seen is not None, "a TLS server without a certificate"
-    before = identities.Identity(folder, "node")
-    if before.exists and not before.is_of(seen):
-        sock.close()
-        known = before.remembered()
-        raise InputError(
-            f"this machine is part of the cluster of {known['host']}:{known['port']}, and {where} "
-            f"is another's head: to change over, `cenacle leave` first"
-        )
-    channel = Channel(sock, DEADLINE_S)
+    address = net.format_address(host, port)
+    sock = connect_to_head(host, port, pairing.unverified_tls_context(), None)
+    certificate = sock.getpeercert(binary_form=True)
+    assert certificate is not None, "a TLS server without a certificate"
     try:
-        mine = secrets.token_bytes(pairing.NONCE)
-        channel.send({"type": "pair", "nonce": pairing.encode(mine)})
-        theirs = pairing.decode(_said(channel, "nonce", where).get("nonce"))
-        request = identities.request_for(key).decode()
-        said = json.dumps({"request": request, "name": name}).encode()
-        proof = pairing.proof_of(token, "joiner", mine, theirs, seen, said)
-        channel.send(
-            {"type": "proof", "said": pairing.encode(said), "proof": pairing.encode(proof)}
-        )
-        answer = _said(channel, "paired", where)
-        given = pairing.decode(answer.get("said"))
-        expected = pairing.proof_of(token, "head", mine, theirs, seen, given)
-        if not secrets.compare_digest(pairing.decode(answer.get("proof")), expected):
-            raise ClusterError(
-                f"what answers at {where} does not know the token: it is not the head that gave "
-                f"it out; nothing was changed"
-            )
-        got = json.loads(given)
+        _check_same_cluster(folder, certificate, address)
+    except BaseException:
+        sock.close()
+        raise
+    channel = Channel(sock, TIMEOUT_S)
+    try:
+        nonce = secrets.token_bytes(pairing.NONCE_BYTES)
+        channel.send(messages.PairRequest(pairing.encode(nonce)).to_json())
+        challenge = _receive(channel, address, messages.PairChallenge)
+        transcript = (nonce, pairing.decode(challenge.nonce), certificate)
+        request = messages.JoinRequest(identities.certificate_request(key).decode(), name)
+        payload = json.dumps(request.to_json()).encode()
+        proof = pairing.channel_bound_proof(token, "joiner", *transcript, payload)
+        channel.send(messages.PairProof(pairing.encode(payload), pairing.encode(proof)).to_json())
+        result = _receive(channel, address, messages.PairResult)
     except OSError as error:
-        raise ClusterError(f"the head at {where} broke off ({error})") from error
+        raise ClusterError(f"the head at {address} closed the connection ({error})") from error
     finally:
         channel.close()
-    return identities.keep_node(
+    payload = pairing.decode(result.payload)
+    expected = pairing.channel_bound_proof(token, "head", *transcript, payload)
+    if not secrets.compare_digest(pairing.decode(result.proof), expected):
+        raise ClusterError(
+            f"the head at {address} does not recognise this token; check the address, or create a "
+            f"new token with `cenacle nodes --invite` on the head. Nothing was changed."
+        )
+    grant = messages.JoinGrant.from_json(json.loads(payload))
+    return identities.store_node_identity(
         folder,
         key,
-        got["certificate"].encode(),
-        id=got["id"],
-        name=got["name"],
+        grant.certificate.encode(),
+        id=grant.id,
+        name=grant.name,
         host=host,
         port=port,
     )
 
 
-def ask(
+def _check_same_cluster(folder: Path, certificate: bytes, address: str) -> None:
+    known = identities.Identity(folder, "node")
+    if known.exists and not known.has_issuer_of(certificate):
+        settings = known.load_settings()
+        own_head = net.format_address(settings["host"], settings["port"])
+        raise InputError(
+            f"this machine belongs to the cluster of {own_head}, and {address} is the head of "
+            f"another: run `cenacle leave` first to change clusters"
+        )
+
+
+def query_head(
     identity: identities.Identity,
     host: str,
     port: int,
-    what: str,
-    deadline_s: float = DEADLINE_S,
-    **more: Any,
+    query: messages.Query,
+    timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any]:
-    """Ask the head something.
+    """Send a query to the head.
 
-    Args:
-        deadline_s: of the answer.
+    Returns:
+        Its answer, a JSON object.
 
     Raises:
-        CenacleError: it cannot be reached, or what it said, in its own class.
+        ClusterError: it cannot be reached or does not answer.
+        CenacleError: its own error, in its own class.
     """
-    where = f"{host}:{port}"
-    channel = Channel(call(host, port, identity.client(), identities.SERVER_NAME), deadline_s)
+    context = identity.client_tls_context()
+    sock = connect_to_head(host, port, context, identities.SERVER_NAME)
+    channel = Channel(sock, timeout_s)
     try:
-        channel.send({"type": "ask", "what": what, **more})
-        return _said(channel, "answer", where)
+        channel.send(query.to_json())
+        answer = _receive(channel, net.format_address(host, port), messages.QueryResult)
+        return dict(answer.result)
     finally:
         channel.close()
 
 
-def check(identity: identities.Identity, host: str, port: int) -> None:
-    """Whether the head of this machine's cluster may be there: nobody answers, or it does.
+def verify_head(identity: identities.Identity, host: str, port: int) -> None:
+    """Check that the head at an address, if one answers, is that of this node's cluster.
 
     Raises:
-        OtherHead: somebody else does.
+        WrongHead: it is another one.
     """
     try:
-        ask(identity, host, port, "status")
-    except OtherHead:
+        query_head(identity, host, port, messages.Query("status"))
+    except WrongHead:
         raise
     except ClusterError:
-        return  # the agent waits for it
+        return  # nobody answers yet: the agent waits
 
 
-def call(host: str, port: int, context: ssl.SSLContext, name: str | None) -> ssl.SSLSocket:
-    """A connection to the head; see `ask` for what it raises."""
-    where = f"{host}:{port}"
+def connect_to_head(
+    host: str, port: int, context: ssl.SSLContext, server_name: str | None
+) -> ssl.SSLSocket:
+    """A TLS connection to the head.
+
+    Raises:
+        WrongHead: the certificate is not of this cluster.
+        ClusterError: there is no head at this address.
+    """
+    address = net.format_address(host, port)
     try:
-        plain = socket.create_connection((host, port), timeout=DEADLINE_S)
+        sock = socket.create_connection((host, port), timeout=TIMEOUT_S)
     except OSError as error:
         raise ClusterError(
-            f"no head answers at {where} ({error}); does `cenacle up` run there, and does the "
-            f"firewall let port {port} through?"
+            f"no head answers at {address} ({error}); is `cenacle up` running there, and does the "
+            f"firewall allow port {port}?"
         ) from error
     try:
-        return context.wrap_socket(plain, server_hostname=name)
+        return context.wrap_socket(sock, server_hostname=server_name)
     except ssl.SSLCertVerificationError as error:
-        plain.close()
-        raise OtherHead(
-            f"what answers at {where} is not the head of this machine's cluster "
-            f"({error.verify_message}); join again with a token of the head that you mean"
+        sock.close()
+        raise WrongHead(
+            f"{address} is not the head of this machine's cluster ({error.verify_message}); to "
+            f"join another cluster, use a token of its head"
         ) from error
     except OSError as error:
-        plain.close()
-        raise ClusterError(f"what answers at {where} is not a head ({error})") from error
+        sock.close()
+        raise ClusterError(f"{address} is not a head ({error})") from error
 
 
-def _said(channel: Channel, kind: str, where: str) -> dict[str, Any]:
+def _receive(channel: Channel, address: str, kind: type[M]) -> M:
     try:
-        message = channel.receive()
+        message: Message = parse(channel.receive(), kind, messages.Rejection)
+    except MessageError as error:
+        raise ClusterError(f"{address} is not a head ({error})") from error
     except ClusterError as error:
-        why = str(error)
-        if "alert" in why:
-            why = "it does not accept this machine's certificate; join again with a token"
-        raise ClusterError(f"the head at {where}: {why}") from error
-    if message.get("type") == "refused":
-        raise error_from_json(message.get("error"), f"the head at {where}: ")
-    if message.get("type") != kind:
-        raise ClusterError(f"what answers at {where} is not a head")
+        reason = str(error)
+        if "alert" in reason:
+            reason = "it refuses this machine's certificate; join again with a token"
+        raise ClusterError(f"the head at {address}: {reason}") from error
+    if isinstance(message, messages.Rejection):
+        raise error_from_json(message.error, f"the head at {address}: ")
+    assert isinstance(message, kind)
     return message

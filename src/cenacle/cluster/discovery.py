@@ -1,9 +1,9 @@
-"""Finding a head in the local network by name (mDNS), instead of typing its address.
+"""Finding a head in the local network by name (mDNS) instead of typing its address.
 
-Owns: saying that a head is here, and looking for heads.
+Owns: announcing a head, and looking for heads.
 Does not know: tokens, certificates.
-Invariant: what is found is an address and nothing more: whoever answers has to prove that it knows
-the token, as any head (`pairing.py`); without multicast nothing else fails.
+Invariant: a discovered head is only an address; it still has to prove that it knows the token
+(`security/pairing.py`). Without multicast nothing else fails.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from zeroconf import Error, ServiceBrowser, ServiceInfo, ServiceStateChange, Zer
 
 from ..errors import ClusterError, InputError
 
-SERVICE = "_cenacle._tcp.local."
-LOOK_S = 3.0
-ASK_S = 2.0
+SERVICE_TYPE = "_cenacle._tcp.local."
+BROWSE_S = 3.0
+RESOLVE_TIMEOUT_S = 2.0
+JOIN_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Found:
+class DiscoveredHead:
     """A head: its name, and where it says that it listens."""
 
     name: str
@@ -32,15 +33,14 @@ class Found:
     port: int
 
 
-class Announced:
-    """A head that can be found, until it is closed.
+class HeadAnnouncement:
+    """Announces a head until it is closed.
 
     Args:
         name: of the head's machine.
-        addresses: where it can be reached; loopback ones are left out.
-        port: where machines join.
-        say: told why it cannot be found, if so; from another thread, as asking around whether the
-            name is taken lasts a second.
+        addresses: where the head can be reached; loopback addresses are left out.
+        port: where nodes join.
+        on_failure: told, from another thread, why the head cannot be announced.
     """
 
     def __init__(
@@ -48,50 +48,50 @@ class Announced:
         name: str,
         addresses: Sequence[str],
         port: int,
-        say: Callable[[str], None] = lambda _: None,
+        on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._say = say
+        self._on_failure = on_failure
         self._closing = threading.Event()
         reachable = [a for a in addresses if not ipaddress.ip_address(a).is_loopback]
         label = name.replace(".", "-")[:40] or "head"
         info = ServiceInfo(
-            SERVICE,
-            f"{label}.{SERVICE}",
+            SERVICE_TYPE,
+            f"{label}.{SERVICE_TYPE}",
             port=port,
             parsed_addresses=reachable,
             server=f"{label}.cenacle.local.",
         )
-        self._thread = threading.Thread(target=self._run, args=(info,), daemon=True)
-        if reachable:  # else it listens on this machine only
+        # In a thread, because checking that the name is unique takes a second.
+        self._thread = threading.Thread(target=self._announce, args=(info,), daemon=True)
+        if reachable:  # else the head listens on this machine only
             self._thread.start()
 
-    def _run(self, info: ServiceInfo) -> None:
+    def _announce(self, info: ServiceInfo) -> None:
         try:
-            with Zeroconf() as here:
-                # Another head of this name: then this one is announced as NAME-2.
-                here.register_service(info, allow_name_change=True)
+            with Zeroconf() as zeroconf:
+                # If another head has this name, this one becomes NAME-2.
+                zeroconf.register_service(info, allow_name_change=True)
                 self._closing.wait()
         except (OSError, Error) as error:
-            self._say(f"{type(error).__name__} {error}".strip())
+            self._on_failure(f"{type(error).__name__} {error}".strip())
 
     def close(self) -> None:
-        """Say goodbye. Safe to call again."""
+        """Withdraw the announcement. May be called again."""
         self._closing.set()
         if self._thread.is_alive():
-            self._thread.join(5)
+            self._thread.join(JOIN_TIMEOUT_S)
 
 
-def look(seconds: float = LOOK_S) -> list[Found]:
-    """All heads that answer within some seconds, by name.
+def discover_heads(browse_s: float = BROWSE_S) -> list[DiscoveredHead]:
+    """The heads that answer within some seconds, by name.
 
     Raises:
-        ClusterError: this machine has no network where one could be asked for.
+        ClusterError: this machine has no network to browse.
     """
-    found: dict[str, Found] = {}
     names: set[str] = set()
     lock = threading.Lock()
 
-    def seen(
+    def on_change(
         zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
         del zeroconf, service_type
@@ -102,64 +102,62 @@ def look(seconds: float = LOOK_S) -> list[Found]:
                 names.add(name)
 
     try:
-        asking = Zeroconf()
+        zeroconf = Zeroconf()
     except (OSError, Error) as error:
         raise ClusterError(
-            f"heads cannot be looked for here ({error}): give the address that `cenacle up` prints"
+            f"mDNS is not available ({error}); give the address that `cenacle up` prints"
         ) from error
     try:
-        browser = ServiceBrowser(asking, SERVICE, handlers=[seen])
-        threading.Event().wait(seconds)
+        browser = ServiceBrowser(zeroconf, SERVICE_TYPE, handlers=[on_change])
+        threading.Event().wait(browse_s)
         with lock:
-            every = sorted(names)
-        for name in every:
-            info = asking.get_service_info(SERVICE, name, timeout=int(1000 * ASK_S))
-            if info is None or not info.port:
-                continue
-            address = _reachable(info.parsed_scoped_addresses(), info.port)
-            if address is not None:
-                label = name.removesuffix(f".{SERVICE}")
-                found[label] = Found(label, address, info.port)
+            found = sorted(names)
+        heads = [_resolve(zeroconf, name) for name in found]
         browser.cancel()
     finally:
-        asking.close()
-    return list(found.values())
+        zeroconf.close()
+    return [head for head in heads if head is not None]
 
 
-def _reachable(addresses: Sequence[str], port: int) -> str | None:
-    """The first address that takes a connection, else the first."""
+def _resolve(zeroconf: Zeroconf, name: str) -> DiscoveredHead | None:
+    info = zeroconf.get_service_info(SERVICE_TYPE, name, timeout=int(1000 * RESOLVE_TIMEOUT_S))
+    if info is None or not info.port:
+        return None
+    address = _first_reachable(info.parsed_scoped_addresses(), info.port)
+    if address is None:
+        return None
+    return DiscoveredHead(name.removesuffix(f".{SERVICE_TYPE}"), address, info.port)
+
+
+def _first_reachable(addresses: Sequence[str], port: int) -> str | None:
+    """The first address that accepts a connection, else the first."""
     for address in addresses:
         try:
-            socket.create_connection((address, port), timeout=ASK_S).close()
+            socket.create_connection((address, port), timeout=RESOLVE_TIMEOUT_S).close()
         except OSError:
             continue
         return address
     return addresses[0] if addresses else None
 
 
-def choose(found: Sequence[Found], name: str | None = None) -> Found:
-    """The head that is meant.
-
-    Args:
-        found: see `look`.
-        name: of the head's machine; None: the only one.
+def choose_head(heads: Sequence[DiscoveredHead], name: str | None = None) -> DiscoveredHead:
+    """The head of that name, or the only one.
 
     Raises:
         ClusterError: there is none.
         InputError: there are several, or none of that name.
     """
-    if not found:
+    if not heads:
         raise ClusterError(
-            "no head was found in this network (mDNS): give the address that `cenacle up` "
-            "prints, cenacle join HOST:PORT --token ..."
+            "no head was found by mDNS; give the address that `cenacle up` prints: "
+            "cenacle join HOST:PORT --token ..."
         )
-    wanted = [f for f in found if name in (None, f.name)]
-    if len(wanted) == 1:
-        return wanted[0]
-    every = ", ".join(f"{f.name} ({f.host}:{f.port})" for f in found)
+    matches = [head for head in heads if name in (None, head.name)]
+    if len(matches) == 1:
+        return matches[0]
+    choices = ", ".join(f"{head.name} ({head.host}:{head.port})" for head in heads)
     if name is None:
         raise InputError(
-            f"there are several heads in this network: {every}; say which with --cluster NAME",
-            "cluster",
+            f"several heads were found: {choices}; choose one with --cluster NAME", "cluster"
         )
-    raise InputError(f"--cluster: no head is called {name}; there are: {every}", "cluster")
+    raise InputError(f"--cluster: expected one of {choices}, got {name}", "cluster")

@@ -44,12 +44,12 @@ class Finding:
 
     Args:
         level: "bad": it will not work or not last; "warning": slower or less sure than need be.
-        what: a sentence.
+        message: a sentence.
         fix: what to do; empty if good.
     """
 
     level: Level
-    what: str
+    message: str
     fix: str = ""
 
     def to_json(self) -> dict[str, str]:

@@ -26,7 +26,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.spec_reader import read_model_spec
 from ..ranks.local_ranks import LoadProgress
 from ..ranks.ranks import Epoch
-from . import hostsfile, link_probe, placement
+from . import hostsfile, link_probe, messages, placement
 from .download import node_cache
 from .download.distribution import ModelDistribution, OnMessage
 from .download.hub import Hub
@@ -83,14 +83,14 @@ class Joined:
         self,
         head: Head,
         nodes: int = 0,
-        wanted: placement.Wanted | None = None,
+        wanted: placement.PlacementOptions | None = None,
         say: Callable[[str], None] = lambda _: None,
         hosts: Sequence[Host] = (),
     ) -> None:
         self._head, self._nodes = head, nodes
         self._hosts = hosts
         self._say = self._naming(say)
-        self._wanted = wanted or placement.Wanted()
+        self._wanted = wanted or placement.PlacementOptions()
         self._formed: Formed | None = None  # not started yet
         self._present: Formed | None = None  # what was started last
         self._hub: Hub | None = None  # that has what the head has not
@@ -110,8 +110,8 @@ class Joined:
         """With a hosts file whoever is awaited has a name."""
 
         def with_names(text: str) -> None:
-            here = [n["address"] for n in self._head.status()["nodes"] if n["here"]]
-            say("; ".join(filter(None, [text, hostsfile.awaited(self._hosts, here)])))
+            here = [n["address"] for n in self._head.status()["nodes"] if n["connected"]]
+            say("; ".join(filter(None, [text, hostsfile.expected_hosts(self._hosts, here)])))
 
         return with_names if self._hosts else say
 
@@ -177,7 +177,7 @@ class Joined:
         """
         formed, self._formed = self._formed, None
         formed = formed or self._again(epoch)
-        order = {**order, "plan": formed.plan.to_json(), "wire": self._wanted.wire}
+        order = {**order, "plan": formed.plan.to_json(), "wire": self._wanted.comm_dtype}
         ranks = RemoteRanks(
             self._head,
             formed.formation,
@@ -195,7 +195,7 @@ class Joined:
             raise
         self._present = formed
         self._head.mark_ready(formed.formation.group_id)
-        self._head.set_status(waiting="", exchange=formed.exchange, plan=formed.reason)
+        self._head.set_status(waiting="", backend_reason=formed.exchange, plan_reason=formed.reason)
         return ranks
 
     def serves(self, move: Callable[[str], None]) -> None:
@@ -236,10 +236,8 @@ class Joined:
                 held[node.id] = plan.bytes_of(rank)["total"]
         members = []
         for node in asked.members:
-            facts = dict(node.facts)
-            if node.id in held:
-                facts["available_bytes"] += held[node.id]
-            members.append(replace(node, facts=facts))
+            available = node.info.available_bytes + held.get(node.id, 0)
+            members.append(replace(node, info=replace(node.info, available_bytes=available)))
         self._propose(GroupMembership(asked.group_id, tuple(members)), log.info)
 
     def _again(self, epoch: Epoch) -> Formed:
@@ -249,7 +247,7 @@ class Joined:
             self._say(text)
             epoch.report(text)
 
-        self._head.set_status(formed=f"formed anew: {epoch.reason}")
+        self._head.set_status(reformed=f"re-formed: {epoch.reason}")
         formation = self._head.form_group(self._nodes, say, epoch.closing, LEFT_S)
         while True:
             try:
@@ -275,14 +273,14 @@ class Joined:
         self, formation: GroupMembership, say: OnMessage, ending: threading.Event | None = None
     ) -> Formed:
         checkpoint, options, kernels, draft = self._what
-        devices: Devices = []
+        devices: Devices = ()
         if self._hosts:
-            members, devices = hostsfile.arranged(self._hosts, formation.members)
+            members, devices = hostsfile.order_by_hosts(self._hosts, formation.members)
             formation = replace(formation, members=members)
         members = formation.members
         found = self._sharing.locate(members)
-        backend, exchange, devices = placement.exchange(
-            self._wanted.backend, self._wanted.wire, members, devices
+        backend, exchange, devices = placement.choose_backend(
+            self._wanted.backend, self._wanted.comm_dtype, members, devices
         )
         measured = self._measure(members)
         plan, reason = placement.place(
@@ -314,10 +312,8 @@ class Joined:
                     found[a, b] = self._links[pair]
                     continue
                 secret = pairing.encode(secrets.token_bytes(16))
-                asked: dict[str, Any] = {"address": two.address, "secret": secret}
-                asked |= self._head.send_order(two, "answer_link", **asked)
-                wait = link_probe.DEADLINE_S + 5
-                got = self._head.send_order(one, "measure_link", wait, **asked)
-                link = Link(float(got["latency_s"]), float(got["bytes_s"]))
+                served = self._head.send_order(two, messages.ServeProbe(two.address, secret))
+                order = messages.ProbeLink(two.address, served.port, secret)
+                link = self._head.send_order(one, order, link_probe.PROBE_TIMEOUT_S + 5)
                 found[a, b] = self._links[pair] = link
         return found

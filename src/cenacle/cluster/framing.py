@@ -1,106 +1,102 @@
-"""Messages over TLS between agents and the head, for asyncio: framed as `engine/channel.py` does.
+"""Typed messages over asyncio streams, framed as in `net.py`.
 
-Owns: framing, limits and deadlines, and passing bytes on between two connections.
+Owns: limits and deadlines of messages between agents and the head.
 Does not know: what messages mean, certificates.
-Invariant: every wait has a deadline; nobody who has not proved who he is can make this side keep
-more than `GREETING` bytes.
+Invariant: every wait has a deadline. A peer that has not proved who it is can make this side keep
+at most `FIRST_MESSAGE_BYTES`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import net
+from ..message import Message, parse
 from ..ranks.channel import ChannelClosed, ChannelTimeout
 
-GREETING = 16 * 1024  # bytes of a message by someone who is not known yet
-MESSAGE = 16 * 1024 * 1024  # bytes of a message by someone who is
-PIECE = 256 * 1024  # bytes that are passed on at once
+FIRST_MESSAGE_BYTES = 16 * 1024  # limit for a peer that is not known yet
+MESSAGE_BYTES = 16 * 1024 * 1024
+CHUNK_BYTES = 256 * 1024  # buffered per stream
+M = TypeVar("M", bound=Message)
 
 
 async def receive(
-    reader: asyncio.StreamReader, deadline_s: float, most: int = MESSAGE
-) -> dict[str, Any]:
-    """The next message.
+    reader: asyncio.StreamReader,
+    timeout_s: float,
+    *kinds: type[M],
+    limit: int = MESSAGE_BYTES,
+) -> M:
+    """The next message, which must be of one of these kinds.
 
     Raises:
-        ChannelTimeout: it did not come, whole, within the deadline.
-        ChannelClosed: the other side is gone, or what it sends is not a message.
+        ChannelTimeout, ChannelClosed: see `receive_object`.
+        MessageError: it is another message, or a field is wrong.
+    """
+    return parse(await receive_object(reader, timeout_s, limit), *kinds)
+
+
+async def receive_object(
+    reader: asyncio.StreamReader, timeout_s: float, limit: int = MESSAGE_BYTES
+) -> dict[str, Any]:
+    """The next message, as a JSON object.
+
+    Raises:
+        ChannelTimeout: it did not arrive in time.
+        ChannelClosed: the connection ended, or what was sent is no JSON object with a type.
     """
     try:
-        async with asyncio.timeout(deadline_s):
-            (length,) = net.FRAME_HEADER.unpack(await reader.readexactly(net.FRAME_HEADER.size))
-            if length > most:
-                raise ChannelClosed(f"sent a message of {length} bytes, expected at most {most}")
+        async with asyncio.timeout(timeout_s):
+            header = await reader.readexactly(net.FRAME_HEADER.size)
+            (length,) = net.FRAME_HEADER.unpack(header)
+            if length > limit:
+                raise ChannelClosed(f"sent a message of {length} bytes, expected at most {limit}")
             message = net.decode_frame(await reader.readexactly(length))
     except TimeoutError:
-        raise ChannelTimeout(f"was silent for {deadline_s:g} s") from None
-    except (OSError, asyncio.IncompleteReadError) as error:
-        raise ChannelClosed(_why(error)) from None
+        raise ChannelTimeout(f"was silent for {timeout_s:g} s") from None
+    except asyncio.IncompleteReadError:
+        raise ChannelClosed("closed the connection") from None
+    except OSError as error:
+        raise ChannelClosed(net.describe_loss(error)) from None
     except ValueError as error:
-        raise ChannelClosed(f"sent what is not a message ({type(error).__name__})") from None
+        raise ChannelClosed(f"sent what is not a message ({error})") from None
     if not isinstance(message.get("type"), str):
-        raise ChannelClosed("sent what is not a message: expected a JSON object with a type")
+        raise ChannelClosed("sent what is not a message (expected a type)")
     return message
 
 
-async def send(writer: asyncio.StreamWriter, message: dict[str, Any], deadline_s: float) -> None:
+async def send(writer: asyncio.StreamWriter, message: Message, timeout_s: float) -> None:
     """Send a message.
 
     Raises:
-        ChannelTimeout: the other side did not take it within the deadline.
-        ChannelClosed: it is gone.
+        ChannelTimeout: the other side did not take it in time.
+        ChannelClosed: the connection ended.
     """
-    # One write: several tasks may send.
-    await send_bytes(writer, net.encode_frame(message), deadline_s)
+    # One write, because several tasks may send.
+    await send_bytes(writer, net.encode_frame(message.to_json()), timeout_s)
 
 
-async def send_bytes(writer: asyncio.StreamWriter, data: bytes, deadline_s: float) -> None:
+async def send_bytes(writer: asyncio.StreamWriter, data: bytes, timeout_s: float) -> None:
     """Send bytes that a message has announced; raises as `send`."""
     try:
         writer.write(data)
-        async with asyncio.timeout(deadline_s):
+        async with asyncio.timeout(timeout_s):
             await writer.drain()
     except TimeoutError:
-        raise ChannelTimeout(f"did not take {len(data)} bytes within {deadline_s:g} s") from None
+        raise ChannelTimeout(f"did not take {len(data)} bytes within {timeout_s:g} s") from None
     except OSError as error:
-        raise ChannelClosed(_why(error)) from None
+        raise ChannelClosed(net.describe_loss(error)) from None
 
 
-def hang_up(writer: asyncio.StreamWriter) -> None:
-    """Close at once, whatever has not been sent."""
+async def close_gracefully(writer: asyncio.StreamWriter, timeout_s: float) -> None:
+    """Close once everything written has been sent, or the time is up."""
+    writer.close()
+    with suppress(OSError):  # TimeoutError is one
+        await asyncio.wait_for(writer.wait_closed(), timeout_s)
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    """Close at once and discard what has not been sent."""
     with suppress(OSError, RuntimeError):
         writer.transport.abort()
-
-
-async def pass_on(
-    a: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-    b: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-) -> None:
-    """Pass bytes on in both directions until one side ends; then both are closed."""
-    ways = [asyncio.create_task(_one_way(a[0], b[1])), asyncio.create_task(_one_way(b[0], a[1]))]
-    try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
-        for _, writer in (a, b):
-            # What has been written still goes out: a rank's last words among it.
-            with suppress(OSError, RuntimeError):
-                writer.close()
-
-
-async def _one_way(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await reader.read(PIECE):
-            writer.write(data)
-            await writer.drain()
-
-
-def _why(error: OSError | asyncio.IncompleteReadError) -> str:
-    if isinstance(error, asyncio.IncompleteReadError):
-        return "closed the connection"
-    return net.describe_loss(error)

@@ -1,8 +1,8 @@
-"""A hosts file, in the form of `mlx.launch`: which machines are expected, and where they exchange.
+"""A hosts file as `mlx.launch` reads it: which nodes to expect, and which addresses they use.
 
-Owns: reading it, and what it says of the machines that have come.
-Does not know: SSH (nothing is started by it: machines join as ever), sockets.
-Invariant: it adds nobody to a cluster; the first entry is the head's machine.
+Owns: reading the file, and matching nodes to its entries.
+Does not know: SSH (nodes join by themselves, nothing is started by it), sockets.
+Invariant: it adds no node to a cluster; its first entry is the head's machine.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from ..errors import ClusterError, InputError
 from .membership import Node
-from .thunderbolt import Devices, complete
+from .thunderbolt import Devices, is_full_mesh
 
 
 @dataclass(frozen=True)
 class Host:
-    """One line of the file.
+    """An entry of the file.
 
     Args:
-        name: "ssh": for people.
-        ips: its addresses, the one for exchanging first.
-        rdma: its RDMA device towards each host, None towards itself; empty: not said.
+        name: key "ssh"; for people.
+        ips: addresses; ranks communicate over the first.
+        rdma: RDMA device towards each host, None towards itself; empty: not given.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Host:
 
 
 def read(path: Path) -> tuple[Host, ...]:
-    """The hosts of a file, a list or an object with "hosts".
+    """The hosts of a file: a list, or an object with "hosts".
 
     Raises:
-        InputError: it cannot be read, or an entry is not understood.
+        InputError: it cannot be read, or an entry is malformed.
     """
     try:
         data = json.loads(path.read_text())
@@ -56,60 +56,66 @@ def read(path: Path) -> tuple[Host, ...]:
             f"in {path}: {error!r}",
             "hosts",
         ) from error
-    without = [host.name for host in hosts if not host.ips]
-    every = [ip for host in hosts for ip in host.ips]
-    if not hosts or without or len(set(every)) < len(every):
-        why = f"{without[0]} has none" if without else "an address is there twice, or nobody"
-        raise InputError(f'--hosts: {path}: every host needs "ips" of its own: {why}', "hosts")
+    if not hosts:
+        raise InputError(f"--hosts: {path}: expected at least one host, got none", "hosts")
+    seen: set[str] = set()
+    for host in hosts:
+        if not host.ips:
+            raise InputError(f'--hosts: {path}: {host.name} has no "ips"', "hosts")
+        if repeated := seen & set(host.ips):
+            raise InputError(f"--hosts: {path}: {min(repeated)} is listed twice", "hosts")
+        seen |= set(host.ips)
     return hosts
 
 
-def check_first(hosts: Sequence[Host], addresses: Iterable[str]) -> None:
-    """The first host has to be this machine.
+def check_local_host(hosts: Sequence[Host], addresses: Iterable[str]) -> None:
+    """Check that the first host is this machine.
 
     Raises:
-        InputError: it is another, or none.
+        InputError: it is not.
     """
     if not set(addresses) & set(hosts[0].ips):
         raise InputError(
-            f"--hosts: the first, {hosts[0].name} ({', '.join(hosts[0].ips)}), is not this "
-            f"machine: `cenacle up` begins on the first",
+            f"--hosts: expected this machine first, got {hosts[0].name} "
+            f"({', '.join(hosts[0].ips)}); run `cenacle up` on the first host",
             "hosts",
         )
 
 
-def awaited(hosts: Sequence[Host], here: Iterable[str]) -> str:
-    """Who is not here yet, for people.
+def expected_hosts(hosts: Sequence[Host], addresses: Iterable[str]) -> str:
+    """The hosts that are missing, for people; empty if none is.
 
     Args:
-        here: addresses of the machines that are.
+        addresses: of the connected nodes.
     """
-    known = set(here)
-    names = [f"{h.name} ({h.ips[0]})" for h in hosts[1:] if not known & set(h.ips)]
-    return f"awaited: {', '.join(names)}" if names else ""
+    connected = set(addresses)
+    missing = [f"{h.name} ({h.ips[0]})" for h in hosts[1:] if not connected & set(h.ips)]
+    return f"expected: {', '.join(missing)}" if missing else ""
 
 
-def arranged(hosts: Sequence[Host], members: Sequence[Node]) -> tuple[tuple[Node, ...], Devices]:
-    """The members with the file's addresses, and the RDMA devices between them.
+def order_by_hosts(
+    hosts: Sequence[Host], members: Sequence[Node]
+) -> tuple[tuple[Node, ...], Devices]:
+    """The members with the addresses of the file, and the RDMA devices between them.
 
     Args:
-        members: the head's machine first, whose own address may be the loopback's.
+        members: the head's own node first; its address may be that of the loopback device.
 
     Returns:
-        The members, and their devices; empty where the file does not say all.
+        The members, and their devices; empty if the file does not give all.
 
     Raises:
-        ClusterError: a machine is not in the file.
+        ClusterError: a node is not in the file.
     """
-    order: list[tuple[int, Node]] = [(0, replace(members[0], address=hosts[0].ips[0]))]
+    matches: list[tuple[int, Node]] = [(0, replace(members[0], address=hosts[0].ips[0]))]
     for node in members[1:]:
-        at = next((i for i, host in enumerate(hosts) if node.address in host.ips), None)
-        if at is None:
+        index = next((i for i, host in enumerate(hosts) if node.address in host.ips), None)
+        if index is None:
             raise ClusterError(
-                f"{node.name} ({node.address}) is in this cluster, but not in the hosts file: add "
-                f"it, or `cenacle nodes --remove {node.name}`"
+                f"{node.name} ({node.address}) is in this cluster but not in the hosts file: add "
+                f"it, or run `cenacle nodes --remove {node.name}`"
             )
-        order.append((at, replace(node, address=hosts[at].ips[0])))
-    known = all(len(host.rdma) == len(hosts) for host in hosts)
-    devices = [[hosts[a].rdma[b] for b, _ in order] for a, _ in order] if known else []
-    return tuple(node for _, node in order), devices if complete(devices) else []
+        matches.append((index, replace(node, address=hosts[index].ips[0])))
+    complete = all(len(host.rdma) == len(hosts) for host in hosts)
+    devices = [[hosts[a].rdma[b] for b, _ in matches] for a, _ in matches] if complete else []
+    return tuple(node for _, node in matches), devices if is_full_mesh(devices) else []

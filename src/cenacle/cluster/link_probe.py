@@ -1,9 +1,9 @@
-"""What the link between two machines gives: latency and bandwidth, measured when a group forms.
+"""Latency and bandwidth of the link between two nodes, measured when a group is formed.
 
-Owns: one short measurement over a TCP connection of its own, both sides.
-Does not know: who asks, what is decided by it.
-Invariant: the listening side takes one connection, that knows the secret, and is gone within
-`DEADLINE_S`.
+Owns: both sides of one short measurement over a TCP connection of its own.
+Does not know: who asks for it, or what is decided by it.
+Invariant: the serving side accepts one connection that knows the secret, and is gone within
+`PROBE_TIMEOUT_S`.
 """
 
 from __future__ import annotations
@@ -19,71 +19,73 @@ from dataclasses import dataclass
 from .. import net
 from ..collective import socket_options
 from ..errors import ClusterError
+from ..message import Message, Seconds
 
 PING_BYTES = 64
 PINGS = 50
 BULK_BYTES = 4 * 2**20
-DEADLINE_S = 8.0
+PROBE_TIMEOUT_S = 8.0
+MIN_TRANSFER_S = 1e-6
 
 
 @dataclass(frozen=True)
-class Link:
-    """A link from one machine to another.
+class Link(Message):
+    """A link from one node to another.
 
     Args:
-        latency_s: half a round trip of a small message, the median.
-        bytes_s: of a few megabytes at once.
+        latency_s: half the median round trip of a small message.
+        bytes_per_s: of a transfer of a few megabytes.
     """
 
-    latency_s: float
-    bytes_s: float
+    latency_s: Seconds
+    bytes_per_s: Seconds
 
 
-def answer(address: str, secret: bytes) -> int:
-    """Answer one measurement at this address, from a thread; the port where."""
+def serve_probe(address: str, secret: bytes) -> int:
+    """Answer one probe at this address, in a thread; returns the port."""
     listener = net.listen(address, 0)
     port: int = listener.getsockname()[1]
-    threading.Thread(target=_answer, args=(listener, secret), daemon=True).start()
+    threading.Thread(target=_serve, args=(listener, secret), daemon=True).start()
     return port
 
 
-def measure(address: str, port: int, secret: bytes) -> Link:
-    """Measure the link to where `answer` waits.
+def probe_link(address: str, port: int, secret: bytes) -> Link:
+    """Measure the link to the node where `serve_probe` waits.
 
     Raises:
         ClusterError: it cannot be reached, or does not answer.
     """
     try:
-        with socket.create_connection((address, port), timeout=DEADLINE_S) as sock:
-            _quick(sock)
+        with socket.create_connection((address, port), timeout=PROBE_TIMEOUT_S) as sock:
+            _configure(sock)
             sock.sendall(secret)
-            trips = []
+            round_trips = []
             for _ in range(PINGS):
-                began = time.perf_counter()
+                started_s = time.perf_counter()
                 sock.sendall(bytes(PING_BYTES))
                 net.receive_exactly(sock, PING_BYTES)
-                trips.append(time.perf_counter() - began)
-            trip = statistics.median(trips)
-            began = time.perf_counter()
+                round_trips.append(time.perf_counter() - started_s)
+            round_trip_s = statistics.median(round_trips)
+            started_s = time.perf_counter()
             sock.sendall(bytes(BULK_BYTES))
             net.receive_exactly(sock, 1)
-            took = max(1e-6, time.perf_counter() - began - trip)
+            transfer_s = max(MIN_TRANSFER_S, time.perf_counter() - started_s - round_trip_s)
     except OSError as error:
         raise ClusterError(
-            f"{address} cannot be reached ({error}); machines of a cluster have to reach one "
-            f"another, on any port from 1024: look at the firewall"
+            f"{address} cannot be reached ({error}); every node has to reach every other on any "
+            f"port from 1024: check the firewalls"
         ) from error
-    return Link(trip / 2, BULK_BYTES / took)
+    return Link(round_trip_s / 2, BULK_BYTES / transfer_s)
 
 
-def _answer(listener: socket.socket, secret: bytes) -> None:
-    ends = time.monotonic() + DEADLINE_S
+def _serve(listener: socket.socket, secret: bytes) -> None:
+    ends_s = time.monotonic() + PROBE_TIMEOUT_S
     with listener, suppress(OSError):
-        while (left := ends - time.monotonic()) > 0:
-            listener.settimeout(left)
+        while (left_s := ends_s - time.monotonic()) > 0:
+            listener.settimeout(left_s)
             sock, _ = listener.accept()
             with sock, suppress(OSError):
-                _quick(sock)
+                _configure(sock)
                 if not hmac.compare_digest(net.receive_exactly(sock, len(secret)), secret):
                     continue
                 for _ in range(PINGS):
@@ -93,6 +95,6 @@ def _answer(listener: socket.socket, secret: bytes) -> None:
                 return
 
 
-def _quick(sock: socket.socket) -> None:
-    sock.settimeout(DEADLINE_S / 4)
+def _configure(sock: socket.socket) -> None:
+    sock.settimeout(PROBE_TIMEOUT_S / 4)
     socket_options.configure_socket(sock)

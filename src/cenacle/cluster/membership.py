@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+
+from .messages import UNKNOWN_NODE, NodeInfo
 
 HEARTBEAT_TIMEOUT_S = 4.0  # agents send four heartbeats a second
 MIN_PRESENCE_S = 5.0  # a node must have been connected this long before a group is re-formed for it
@@ -38,7 +39,8 @@ class Node:
         reason: why it cannot take part; empty if it can.
         connected_at_s: when its agent connected.
         last_heartbeat_s: when its agent was last heard.
-        facts: what its agent reported about it.
+        versions: of its packages, see `VERSIONS`.
+        info: what its agent reported about it.
         address: where other nodes reach it.
         cooldown_s: length of its last cooldown; 0: it has not failed.
         cooldown_until_s: when its present cooldown ends; 0: it has none.
@@ -51,7 +53,8 @@ class Node:
     reason: str = "has not connected yet"
     connected_at_s: float = 0.0
     last_heartbeat_s: float = 0.0
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    info: NodeInfo = UNKNOWN_NODE
     address: str = ""
     cooldown_s: float = 0.0
     cooldown_until_s: float = 0.0
@@ -131,21 +134,26 @@ class NodeRegistered:
 
 @dataclass(frozen=True)
 class NodeConnected:
-    """An agent has connected and described its node."""
+    """An agent has connected and described its node.
+
+    `group_id`: of the last group that it knows.
+    """
 
     id: str
     at_s: float
-    facts: Mapping[str, Any]
+    versions: Mapping[str, str]
+    info: NodeInfo
     address: str
+    group_id: int = 0
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """An agent is alive; `facts`: those that have changed."""
+    """An agent is alive; `available_bytes`: of its node's memory, if it was measured."""
 
     id: str
     at_s: float
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    available_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -268,11 +276,12 @@ def apply_event(state: Membership, event: Event) -> tuple[Membership, tuple[Acti
                 state = _with(state, Node(node_id, _unique_name(state, name)))
         case NodeConnected():
             state = _connect(state, event, actions)
-        case Heartbeat(id=node_id, at_s=at_s, facts=facts):
+        case Heartbeat(id=node_id, at_s=at_s, available_bytes=available_bytes):
             node = state.nodes.get(node_id)
             if node is not None and node.connected:
-                merged = {**node.facts, **facts}
-                state = _with(state, replace(node, last_heartbeat_s=at_s, facts=merged))
+                if available_bytes is not None:
+                    node = replace(node, info=replace(node.info, available_bytes=available_bytes))
+                state = _with(state, replace(node, last_heartbeat_s=at_s))
         case NodeDisconnected(id=node_id, reason=reason):
             state = _disconnect(state, node_id, reason)
         case NodeRemoved(id=node_id):
@@ -314,12 +323,28 @@ def exclusion_reason(state: Membership, node: Node) -> str:
     return f"will be added after it has been connected for {MIN_PRESENCE_S:g} s"
 
 
+def describe_mismatch(expected: Mapping[str, str], versions: Mapping[str, str]) -> str:
+    """How a node's versions differ from the head's, and what to do; empty if they do not."""
+    differences = [
+        f"{name} {versions.get(name)}, expected {expected[name]}"
+        for name in VERSIONS
+        if versions.get(name) != expected[name]
+    ]
+    if not differences:
+        return ""
+    install = f"pip install cenacle=={expected['cenacle']}"
+    return (
+        f"runs {' and '.join(differences)} as on the head: run `{install}` on it, then start its "
+        f"agent again"
+    )
+
+
 def _connect(state: Membership, event: NodeConnected, actions: list[Action]) -> Membership:
     node = state.nodes.get(event.id)
     if node is None:
         actions.append(Disconnect(event.id, "was removed from this cluster: join it again"))
         return state
-    mismatch = _version_mismatch(state.versions, event.facts)
+    mismatch = describe_mismatch(state.versions, event.versions)
     if node.failure != FAILED_AFTER_JOIN:  # the cause may have been fixed
         node = replace(node, cooldown_s=0.0, cooldown_until_s=0.0)
     if mismatch:
@@ -330,13 +355,14 @@ def _connect(state: Membership, event: NodeConnected, actions: list[Action]) -> 
         reason=mismatch or node.cooldown_reason,
         connected_at_s=event.at_s,
         last_heartbeat_s=event.at_s,
-        facts=event.facts,
+        versions=event.versions,
+        info=event.info,
         address=event.address,
     )
     state = _with(state, node)
     if not state.members:
         # The head's roster may be older than what its nodes have seen.
-        state = replace(state, group_id=max(state.group_id, event.facts.get("group_id", 0)))
+        state = replace(state, group_id=max(state.group_id, event.group_id))
     return state
 
 
@@ -437,21 +463,6 @@ def _cool_down(
             node = replace(node, reason=node.cooldown_reason)
         state = _with(state, node)
     return state
-
-
-def _version_mismatch(versions: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    differences = [
-        f"{name} {facts.get(name)}, expected {versions[name]}"
-        for name in VERSIONS
-        if facts.get(name) != versions[name]
-    ]
-    if not differences:
-        return ""
-    install = f"pip install cenacle=={versions['cenacle']}"
-    return (
-        f"runs {' and '.join(differences)} as on the head: run `{install}` on it, then start its "
-        f"agent again"
-    )
 
 
 def _disconnect(state: Membership, node_id: str, reason: str) -> Membership:

@@ -1,10 +1,10 @@
-"""What a group of given machines shall do: how ranks exchange, and who holds what, with the reason.
+"""What a group of nodes does: which backend its ranks use, and who holds what, with the reasons.
 
 Owns: the decisions; pure functions of what agents reported and of the model's shape.
 Does not know: sockets, agents.
-Invariant: what is returned fits every machine's memory, or there is an error that says what does
-not fit where, and what would help.
-Next: `forming.py` asks the machines and then these.
+Invariant: a returned plan fits every node's memory; otherwise the error says what does not fit
+where, and what would help.
+Next: `formation.py` asks the nodes and then calls these.
 """
 
 from __future__ import annotations
@@ -30,108 +30,124 @@ from .link_probe import Link
 from .membership import Node
 from .thunderbolt import Devices
 
-# Machines whose memory differs by less than that are dealt the same: a measurement's own spread.
-ALIKE = 1.25
-REMOTE_BACKENDS = ("jaccl", "nccl", "mesh", "ring")  # the first that can be is taken
+# Nodes whose read rates differ by less than this get equal weights: measurements vary as much.
+EQUAL_SPEED_RATIO = 1.25
+REMOTE_BACKENDS = ("jaccl", "nccl", "mesh", "ring")  # in order of preference
+UNMEASURED_TFLOPS = 1000.0  # memory limits a single token anyway
+
+LinksByRanks = Mapping[tuple[int, int], Link]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What was asked for; see `api.load`."""
+class PlacementOptions:
+    """How to place a model on nodes; the fields are those of `runtime.LoadOptions`."""
 
     placement: str = "auto"
     trunk: str = "auto"
     backend: str = "auto"
-    wire: str = "f32"
-    shares: Sequence[float] | None = None
-    budgets: Sequence[int] | None = None
+    comm_dtype: str = "f32"
+    node_weights: Sequence[float] | None = None
+    node_memory_bytes: Sequence[int] | None = None
 
 
-class Exchange(NamedTuple):
-    """How ranks exchange, why, and for JACCL the RDMA devices (see `rdma.Devices`)."""
+class BackendChoice(NamedTuple):
+    """How ranks communicate, why, and the RDMA devices for JACCL (see `thunderbolt.Devices`)."""
 
     backend: str
-    why: str
-    devices: Devices = []  # noqa: RUF012  (never changed)
+    reason: str
+    devices: Devices = ()
 
 
-def exchange(
-    backend: str, wire: str, members: Sequence[Node], devices: Devices | None = None
-) -> Exchange:
-    """How ranks exchange, from what the machines have.
+def choose_backend(
+    backend: str, comm_dtype: str, members: Sequence[Node], devices: Devices = ()
+) -> BackendChoice:
+    """How ranks communicate, by what the nodes have.
 
-    JACCL where a Thunderbolt cable with RDMA leads from each to each; NCCL where all are CUDA; the
-    mesh where all have it (Linux), else the ring.
+    JACCL if a Thunderbolt cable with RDMA connects every pair, NCCL if all are CUDA, the mesh if
+    all have it (Linux), else the ring.
 
     Args:
-        backend: what was asked for, or "auto".
-        wire: see `api.load`.
+        backend: the requested one, or "auto".
+        comm_dtype: see `runtime.LoadOptions`.
         members: in rank order.
-        devices: of a hosts file; None or empty: as the machines found them.
+        devices: of a hosts file; empty: as the nodes reported them.
 
     Raises:
-        ClusterError, InputError: what was asked for cannot be used between these machines.
+        ClusterError, InputError: what was requested is not possible between these nodes.
     """
     if len(members) == 1:
-        return Exchange("mesh", "one machine: nothing is exchanged")
+        return BackendChoice("mesh", "backend: none, as there is one node")
     if backend not in ("auto", *REMOTE_BACKENDS):
         raise ClusterError(
-            f"backend: expected auto or {', '.join(REMOTE_BACKENDS)} between machines, got "
-            f"{backend}; the others are for `cenacle serve`"
+            f"backend: expected auto or {', '.join(REMOTE_BACKENDS)} between nodes, got {backend}; "
+            f"the others are for `cenacle serve`"
         )
-    without = {
-        "mesh": [f"{n.name}: {n.facts['no_mesh']}" for n in members if n.facts.get("no_mesh")],
-        "nccl": [f"{n.name} has no CUDA" for n in members if not n.facts.get("cuda")],
-        "jaccl": [],
+    matrix = devices or thunderbolt.device_matrix([n.info.thunderbolt for n in members]) or ()
+    obstacles = _backend_obstacles(members, matrix)
+    requested = backend != "auto"
+    if not requested:
+        backend = next(b for b in REMOTE_BACKENDS if not obstacles[b])
+    if obstacles[backend]:
+        raise ClusterError(
+            f"backend {backend}: {'; '.join(obstacles[backend])}; use --backend ring"
+        )
+    if comm_dtype != "f32" and backend != "mesh":
+        raise InputError(
+            f"comm_dtype: expected f32 with the {backend} backend, got {comm_dtype}", "comm_dtype"
+        )
+    reason = {
+        "jaccl": "backend: jaccl, RDMA over Thunderbolt between all nodes",
+        "nccl": "backend: nccl, as all nodes have CUDA",
+        "mesh": "backend: mesh, one hop between any two nodes",
+        "ring": f"backend: ring, which takes {2 * len(members) - 2} hops",
+    }[backend]
+    if requested:
+        reason += " (as requested)"
+    elif backend == "ring":
+        reason += f" ({'; '.join(obstacles['mesh'])})"
+    return BackendChoice(backend, reason, matrix if backend == "jaccl" else ())
+
+
+def _backend_obstacles(members: Sequence[Node], devices: Devices) -> dict[str, list[str]]:
+    """Why each backend cannot be used; empty lists where it can."""
+    jaccl = []
+    if not devices:
+        without = [n.name for n in members if not n.info.thunderbolt]
+        jaccl = [
+            f"{', '.join(without)}: no cable with RDMA over Thunderbolt"
+            if without
+            else "not every pair of nodes has a Thunderbolt cable of its own"
+        ]
+    return {
+        "jaccl": jaccl,
+        "nccl": [f"{n.name} has no CUDA" for n in members if not n.info.cuda],
+        "mesh": [
+            f"{n.name}: {n.info.mesh_unavailable_reason}"
+            for n in members
+            if n.info.mesh_unavailable_reason
+        ],
         "ring": [],
     }
-    table = devices or thunderbolt.table([n.facts.get("thunderbolt") or [] for n in members])
-    if not table:
-        none = [n.name for n in members if not n.facts.get("thunderbolt")]
-        without["jaccl"] = [
-            f"{', '.join(none)}: no cable with RDMA over Thunderbolt"
-            if none
-            else "not every pair of machines has a Thunderbolt cable of its own"
-        ]
-    if backend == "auto":
-        backend = next(b for b in REMOTE_BACKENDS if not without[b])
-        asked = ""
-    else:
-        asked = " (it was asked for)"
-    if without[backend]:
-        raise ClusterError(f"backend {backend}: {'; '.join(without[backend])}; use --backend ring")
-    if wire != "f32" and backend != "mesh":
-        raise InputError(
-            f"wire: expected f32, as {backend} exchanges vectors as they are, got {wire}"
-        )
-    because = f" ({'; '.join(without['mesh'])})" if backend == "ring" and not asked else asked
-    why = {
-        "jaccl": "exchange: JACCL, RDMA over Thunderbolt between all machines",
-        "nccl": "exchange: NCCL, as all machines are CUDA",
-        "mesh": "exchange: mesh, one hop from every machine to every other",
-        "ring": f"exchange: MLX's ring, which takes {2 * len(members) - 2} hops",
-    }[backend]
-    return Exchange(backend, why + because, table or [] if backend == "jaccl" else [])
 
 
-def describe_links(members: Sequence[Node], found: Mapping[tuple[int, int], Link]) -> str:
-    """The links in one line, the slowest by name."""
-    if not found:
+def describe_links(members: Sequence[Node], links: LinksByRanks) -> str:
+    """The links in one line, with the slowest by name."""
+    if not links:
         return ""
-    (a, b), slowest = max(found.items(), key=lambda item: item[1].latency_s)
-    narrow = min(found.values(), key=lambda link: link.bytes_s)
+    (a, b), slowest = max(links.items(), key=lambda item: item[1].latency_s)
+    bytes_per_s = min(link.bytes_per_s for link in links.values())
     return (
-        f"links: {1e6 * slowest.latency_s:.0f} us at most (half a round trip, "
-        f"{members[a].name} to {members[b].name}), {narrow.bytes_s / 1e9:.2f} GB/s at least"
+        f"links: latency at most {1e6 * slowest.latency_s:.0f} us ({members[a].name} to "
+        f"{members[b].name}), bandwidth at least {bytes_per_s / 1e9:.2f} GB/s"
     )
 
 
-def shares_of(members: Sequence[Node]) -> list[float]:
-    """Relative speeds: how fast each machine reads memory, which is what decoding waits for."""
-    rates = [float(n.facts["read_bytes_s"]) for n in members]
-    if max(rates) <= ALIKE * min(rates):
+def speed_weights(members: Sequence[Node]) -> list[float]:
+    """Relative speeds: how fast each node reads memory, which limits decoding."""
+    rates = [n.info.read_bytes_per_s for n in members]
+    if max(rates) <= EQUAL_SPEED_RATIO * min(rates):
         return [1.0] * len(members)
-    # To a tenth of the slowest: a plan should not change with every measurement.
+    # Rounded to a tenth of the slowest, so that a plan does not change with every measurement.
     return [round(10 * r / min(rates)) / 10 for r in rates]
 
 
@@ -139,132 +155,135 @@ def place(
     spec: ModelSpec,
     config: Mapping[str, Any],
     members: Sequence[Node],
-    found: Mapping[tuple[int, int], Link],
-    wanted: Wanted,
+    links: LinksByRanks,
+    placement: PlacementOptions,
     options: EngineOptions,
     kernels: str,
     draft: DraftModelConfig | None = None,
     backend: str = "mesh",
 ) -> tuple[Plan, str]:
-    """The plan for these machines, and why.
-
-    Dealt by speed; if that does not fit some machine, by memory.
+    """The plan for these nodes, and why: weighted by speed or, if that does not fit, by memory.
 
     Args:
-        found: links by pairs of ranks.
-        draft: what the first rank has besides.
-        backend: how ranks exchange.
+        links: by pairs of ranks.
+        draft: the draft model, which rank 0 keeps.
+        backend: how ranks communicate.
 
     Raises:
-        PlanError: it fits in neither way; says what does not fit where.
+        PlanError: it does not fit either way; says what does not fit where.
     """
-    gpu = all(bool(n.facts.get("gpu")) for n in members)
-    latency = choose_plan.ASSUMED_LATENCY_S + max(
-        (link.latency_s for link in found.values()), default=0.0
-    )
-    known = measured(config, members, found, backend)
-    ways: list[tuple[str, Sequence[float]]] = []
-    if wanted.shares is not None:
-        ways.append(("shares as asked for", wanted.shares))
-    else:
-        speeds = shares_of(members)
-        even = len(set(speeds)) == 1
-        ways.append(("alike" if even else f"by speed {_ratio(speeds)}", speeds))
-        memory = [float(_allowed(n)) for n in members]
-        ways.append((f"by memory {_ratio(memory)}, as it does not fit by speed", memory))
-    refused: list[str] = []
-    for said, shares in ways:
-        plan, why = choose_plan.choose_plan(
+    gpu = all(n.info.gpu for n in members)
+    latency_s = _latency_s(links)
+    machines = measured_machines(config, members, links, backend)
+    problems: list[str] = []
+    for description, weights in _weightings(members, placement.node_weights):
+        plan, reason = choose_plan.choose_plan(
             spec,
             len(members),
-            shares,
-            wanted.placement,
-            wanted.trunk,
-            wanted.budgets,
+            weights,
+            placement.placement,
+            placement.trunk,
+            placement.node_memory_bytes,
             gpu,
-            latency,
-            known,
+            latency_s,
+            machines,
         )
-        refused = []
+        problems = []
         for rank, node in enumerate(members):
-            need = estimate_memory(dict(config), plan, rank, options, kernels, draft)
-            need = replace(need, beside=0)
+            estimate = estimate_memory(dict(config), plan, rank, options, kernels, draft)
             try:
-                _check(node, need)
+                _check_memory(node, replace(estimate, beside=0))
             except PlanError as error:
-                refused.append(f"{node.name}: {error}")
-        if not refused:
-            dealt = f"dealt {said}" if len(members) > 1 else ""
-            return plan, "; ".join(filter(None, [dealt, why]))
-    raise PlanError(" | ".join(refused))
+                problems.append(f"{node.name}: {error}")
+        if not problems:
+            return plan, "; ".join(filter(None, [description if len(members) > 1 else "", reason]))
+    raise PlanError(" | ".join(problems))
 
 
-def measured(
-    config: Mapping[str, Any],
-    members: Sequence[Node],
-    found: Mapping[tuple[int, int], Link],
-    backend: str,
+def _weightings(
+    members: Sequence[Node], node_weights: Sequence[float] | None
+) -> list[tuple[str, Sequence[float]]]:
+    """The node weights to try, in this order, each with its description."""
+    if node_weights is not None:
+        return [("node weights as requested", node_weights)]
+    speeds = speed_weights(members)
+    free = [float(_usable_bytes(n)) for n in members]
+    by_speed = f"node weights by speed {_format_ratio(speeds)}"
+    return [
+        ("equal node weights" if len(set(speeds)) == 1 else by_speed, speeds),
+        (f"node weights by memory {_format_ratio(free)}, as it does not fit by speed", free),
+    ]
+
+
+def measured_machines(
+    config: Mapping[str, Any], members: Sequence[Node], links: LinksByRanks, backend: str
 ) -> MeasuredMachines | None:
-    """The machines and links for the performance model; None: it cannot be asked.
+    """The nodes and links for the performance model; None if it cannot be used.
 
-    How fast weights are read is the machine's own measurement. What share of that kernels reach,
-    and a layer's own time, are those of its calibration where it has one, else of its family.
+    The read rate is each node's own measurement. The constants of its kernels are those of its
+    calibration if it has one, else of its family of machines.
     """
-    if len(members) == 1 or not found:
+    if len(members) == 1 or not links:
         return None
-    latency = choose_plan.ASSUMED_LATENCY_S + max(link.latency_s for link in found.values())
+    bytes_per_s = min(link.bytes_per_s for link in links.values())
     facts = {
-        "latency_us": Fact(1e6 * latency, "M", "measured when the group was formed"),
-        "gb_s": Fact(min(link.bytes_s for link in found.values()) / 1e9, "M", "likewise"),
+        "latency_us": Fact(1e6 * _latency_s(links), "M", "measured when the group was formed"),
+        "gb_s": Fact(bytes_per_s / 1e9, "M", "likewise"),
     }
     topology = "ring" if backend == "ring" else "mesh"
     try:
         known = catalog.load_catalog()
         machines = tuple(_machine(known, node) for node in members)
-    except CenacleError:  # a file of this user's own that cannot be read
+    except CenacleError:  # the user's own catalog cannot be read
         return None
     link = catalog.Link("measured", "between the machines", topology, facts)
-    study = PaperConstants.of(known.fits["study"])
-    return MeasuredMachines(config, machines, link, study, "as measured")
+    constants = PaperConstants.of(known.fits["study"])
+    return MeasuredMachines(config, machines, link, constants, "as measured")
+
+
+def _latency_s(links: LinksByRanks) -> float:
+    slowest_s = max((link.latency_s for link in links.values()), default=0.0)
+    return choose_plan.ASSUMED_LATENCY_S + slowest_s
 
 
 def _machine(known: catalog.Catalog, node: Node) -> Machine:
-    facts, family = node.facts, _family(node.facts)
+    info, family = node.info, _machine_family(node)
     numbers = {k: float(v["v"]) for k, v in known.fits["families"][family].items()}
-    numbers |= {str(k): float(v) for k, v in (facts.get("calibrated") or {}).items()}
-    memory = float(facts.get("memory_bytes") or _allowed(node))
-    numbers |= {"memory_gib": memory / 2**30, "usd": 0.0, "watts": 0.0}
-    numbers["bandwidth_gb_s"] = float(facts["read_bytes_s"]) / 1e9
-    # Where nobody measured how fast it computes, memory binds: so it does for one token.
-    numbers.setdefault("tflops", 1000.0)
-    said = {k: Fact(v, "M", f"the agent of {node.name}") for k, v in numbers.items()}
-    return Machine(node.name, node.name, family, said, _allowed(node) / memory)
+    numbers |= info.calibration
+    memory_bytes = float(info.memory_bytes or _usable_bytes(node))
+    numbers |= {"memory_gib": memory_bytes / 2**30, "usd": 0.0, "watts": 0.0}
+    numbers["bandwidth_gb_s"] = info.read_bytes_per_s / 1e9
+    numbers.setdefault("tflops", UNMEASURED_TFLOPS)
+    facts = {k: Fact(v, "M", f"the agent of {node.name}") for k, v in numbers.items()}
+    return Machine(node.name, node.name, family, facts, _usable_bytes(node) / memory_bytes)
 
 
-def _family(facts: Mapping[str, Any]) -> str:
-    """Whose share of the bandwidth kernels reach, see `catalog/fits.toml`."""
-    if facts.get("metal") is not None:
-        chip = re.search(r"\bM(\d+)\b", str(facts.get("processor")))
-        number = int(chip[1]) if chip else 4
-        return "apple-m1-m2" if number < 3 else "apple-m3-m4" if number < 5 else "apple-m5"
-    return "nvidia-rtx" if facts.get("gpu") else "cpu"
+def _machine_family(node: Node) -> str:
+    """The family of machines in `catalog/fits.toml` whose constants apply."""
+    if node.info.metal is not None:
+        chip = re.search(r"\bM(\d+)\b", node.info.processor)
+        generation = int(chip[1]) if chip else 4
+        if generation < 3:
+            return "apple-m1-m2"
+        return "apple-m3-m4" if generation < 5 else "apple-m5"
+    return "nvidia-rtx" if node.info.gpu else "cpu"
 
 
-def _check(node: Node, need: memory.MemoryEstimate) -> None:
-    if (metal := node.facts.get("metal")) is not None:
-        memory.wired_limit(metal, need)
-        return
-    memory.check_available(f"MemAvailable: {_allowed(node) // 1024} kB", need)
+def _check_memory(node: Node, estimate: memory.MemoryEstimate) -> None:
+    if node.info.metal is not None:
+        memory.wired_limit(node.info.metal, estimate)
+    else:
+        memory.check_available(node.info.available_bytes, estimate)
 
 
-def _allowed(node: Node) -> int:
-    """Bytes that a machine can give to a rank."""
-    if (metal := node.facts.get("metal")) is not None:
-        return int(metal["max_recommended_working_set_size"])
-    return int(node.facts["available_bytes"])
+def _usable_bytes(node: Node) -> int:
+    """Bytes that a node can give to a rank."""
+    if node.info.metal is not None:
+        return int(node.info.metal["max_recommended_working_set_size"])
+    return node.info.available_bytes
 
 
-def _ratio(numbers: Sequence[float]) -> str:
+def _format_ratio(numbers: Sequence[float]) -> str:
     if max(numbers) > 1e6:
         return ":".join(format_bytes(n) for n in numbers)
     return ":".join(f"{n:g}" for n in numbers)

@@ -21,6 +21,7 @@ from ..errors import CenacleError, ClusterError, RankLost
 from ..ranks.channel import Channel, ChannelClosed, ChannelTimeout
 from ..ranks.local_ranks import STOP_TIMEOUT_S, LocalRanks
 from ..ranks.ranks import Epoch
+from . import messages
 from .head import GroupMembership, Head
 from .membership import HEARTBEAT_TIMEOUT_S
 from .thunderbolt import Devices
@@ -57,7 +58,7 @@ class RemoteRanks(LocalRanks):
         devices: Devices | None = None,
     ) -> None:
         self.plan = plan
-        self._devices = devices or []
+        self._devices = devices or ()
         self.nodes = len(formation.members)
         self.backend, self.backend_reason = backend, reason
         self.formation, self._head, self._folders = formation, head, folders
@@ -76,31 +77,29 @@ class RemoteRanks(LocalRanks):
 
     def _start_all(self) -> None:
         members = self.formation.members
-        found = self._head.send_orders(
-            [(n, {"address": n.address, "count": 1}) for n in members], "ports"
+        ports = self._head.send_orders([(n, messages.FindPorts(n.address, 1)) for n in members])
+        addresses = tuple(
+            net.format_address(n.address, answer.ports[0])
+            for n, answer in zip(members, ports, strict=True)
         )
-        addresses = [
-            net.format_address(n.address, answer["ports"][0])
-            for n, answer in zip(members, found, strict=True)
-        ]
         secret, token = secrets.token_hex(32), secrets.token_hex(16)
         ends = self._head.expect_relays(self._relays)
         self.channels = [Channel(end, HEARTBEAT_TIMEOUT_S) for end in ends]
         orders = [
-            {
-                "group_id": self.formation.group_id,
-                "epoch": self._epoch.number,
-                "rank": rank,
-                "backend": self.backend if self.nodes > 1 else "alone",
-                "addresses": addresses,
-                "devices": self._devices,
-                "secret": secret,
-                "relay": self._relays[rank],
-                "token": token,
-            }
+            messages.StartRank(
+                group_id=self.formation.group_id,
+                epoch=self._epoch.number,
+                rank=rank,
+                backend=self.backend if self.nodes > 1 else "alone",
+                addresses=addresses,
+                devices=tuple(tuple(row) for row in self._devices),
+                secret=secret,
+                relay=self._relays[rank],
+                token=token,
+            )
             for rank in range(self.nodes)
         ]
-        self._head.send_orders(list(zip(members, orders, strict=True)), "start", 30.0)
+        self._head.send_orders(list(zip(members, orders, strict=True)), 30.0)
         ends_at = time.monotonic() + HELLO_S
         for rank, channel in enumerate(self.channels):
             hello = self._hello(rank, channel, ends_at)
@@ -160,14 +159,11 @@ class RemoteRanks(LocalRanks):
             for channel in self.channels:
                 with suppress(ChannelClosed, ChannelTimeout):
                     channel.send({"type": "stop"})
-        self._head.drop_relays(self._relays)
+        self._head.cancel_relays(self._relays)
         here = [n for n in self.formation.members if self._head.is_connected(n)]
         with suppress(CenacleError):
-            order = {
-                "group_id": self.formation.group_id,
-                "patience_s": 0.0 if now else STOP_TIMEOUT_S,
-            }
-            self._head.send_orders([(n, order) for n in here], "stop")
+            order = messages.StopRanks(self.formation.group_id, 0.0 if now else STOP_TIMEOUT_S)
+            self._head.send_orders([(n, order) for n in here])
         for channel in self.channels:
             channel.close()
         # Ranks that never answered failed, whatever it was.

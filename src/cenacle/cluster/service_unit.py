@@ -1,4 +1,8 @@
-"""."""
+"""The service that lets a node rejoin its cluster after a restart: launchd or systemd.
+
+Owns: the text of the service file.
+Does not know: whether it is enabled; `cenacle join --service` writes the file.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,20 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 
-def service(folder: Path, platform: str = sys.platform) -> tuple[Path, str, str]:
-    """What lets this machine rejoin by itself after a restart.
+def service_file(home: Path, platform: str = sys.platform) -> tuple[Path, str, str]:
+    """The service that runs `cenacle join` when the machine starts.
 
     Args:
-        folder: CENACLE_HOME of the service.
+        home: CENACLE_HOME of the service.
         platform: as `sys.platform`.
 
     Returns:
-        The file, its contents, and the command that switches it on.
+        Path and contents of the file, and the command that enables the service.
     """
-    program = [sys.executable, "-m", "cenacle", "join"]
+    command = [sys.executable, "-m", "cenacle", "join"]
     if platform == "darwin":  # never run; the tests read the text
         path = Path.home() / "Library" / "LaunchAgents" / "org.cenacle.join.plist"
-        arguments = "".join(f"    <string>{escape(p)}</string>\n" for p in program)
+        arguments = "".join(f"    <string>{escape(p)}</string>\n" for p in command)
         text = (
             '<?xml version="1.0" encoding="UTF-8"?>\n'
             '<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" '
@@ -30,20 +34,20 @@ def service(folder: Path, platform: str = sys.platform) -> tuple[Path, str, str]
             "  <key>Label</key><string>org.cenacle.join</string>\n"
             f"  <key>ProgramArguments</key>\n  <array>\n{arguments}  </array>\n"
             "  <key>EnvironmentVariables</key>\n"
-            f"  <dict><key>CENACLE_HOME</key><string>{escape(str(folder))}</string></dict>\n"
+            f"  <dict><key>CENACLE_HOME</key><string>{escape(str(home))}</string></dict>\n"
             "  <key>RunAtLoad</key><true/>\n"
             "  <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>\n"
             "  <key>StandardErrorPath</key>"
-            f"<string>{escape(str(folder / 'agent.log'))}</string>\n"
+            f"<string>{escape(str(home / 'agent.log'))}</string>\n"
             "</dict>\n</plist>\n"
         )
         return path, text, f"launchctl load -w {shlex.quote(str(path))}"
     path = Path.home() / ".config" / "systemd" / "user" / "cenacle-join.service"
-    quoted = " ".join(f'"{_systemd(p)}"' for p in program)
+    quoted = " ".join(f'"{_escape_systemd(p)}"' for p in command)
     text = (
-        "[Unit]\nDescription=This machine's agent in a cenacle cluster\n"
+        "[Unit]\nDescription=Agent of this node in a Cenacle cluster\n"
         "After=network-online.target\n\n"
-        f'[Service]\nExecStart={quoted}\nEnvironment="CENACLE_HOME={_systemd(str(folder))}"\n'
+        f'[Service]\nExecStart={quoted}\nEnvironment="CENACLE_HOME={_escape_systemd(str(home))}"\n'
         "Restart=on-failure\nRestartSec=5\n\n"
         "[Install]\nWantedBy=default.target\n"
     )
@@ -51,6 +55,6 @@ def service(folder: Path, platform: str = sys.platform) -> tuple[Path, str, str]
     return path, text, enable
 
 
-def _systemd(text: str) -> str:
-    """For between quotes in a unit file."""
+def _escape_systemd(text: str) -> str:
+    """For use between quotes in a unit file."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")

@@ -130,22 +130,18 @@ def wired_limit(facts: Mapping[str, Any], need: MemoryEstimate) -> int:
     raise PlanError(f"{said}; `{setting}` raises that until the next restart, or use more nodes")
 
 
-def check_available(meminfo: str, need: MemoryEstimate) -> None:
-    """Refuse what a Linux machine has no room for.
+def check_available(available_bytes: int, need: MemoryEstimate) -> None:
+    """Refuse what a machine has no room for.
 
     Args:
-        meminfo: the text of /proc/meminfo.
+        available_bytes: memory that is available now.
         need: what is to be loaded.
 
     Raises:
         PlanError: it is more than is available now.
     """
-    for line in meminfo.splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            available = int(value.split()[0]) * 1024
-            if need.total > available:
-                raise PlanError(
-                    f"{need}, but {format_bytes(available)} are available on this machine: "
-                    f"end other programs, use more machines or a smaller quantisation"
-                )
+    if need.total > available_bytes:
+        raise PlanError(
+            f"{need}, but {format_bytes(available_bytes)} are available on this machine: "
+            f"end other programs, use more machines or a smaller quantisation"
+        )

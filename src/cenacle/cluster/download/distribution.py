@@ -16,7 +16,6 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from ...core.plan import Plan
 from ...core.units import format_bytes
@@ -32,7 +31,7 @@ from ...model.byte_ranges import (
 )
 from ...model.checkpoint import Checkpoint
 from ...model.slicing import ModelLayout, required_ranges, slices_for
-from .. import node_info
+from .. import messages, node_info
 from ..head import Head
 from ..membership import Node
 from .file_server import ModelFileServer
@@ -96,7 +95,7 @@ class ModelDistribution:
     def __init__(self, head: Head, name: str, checkpoint: Checkpoint, hub: Hub | None) -> None:
         self._head, self._name, self._checkpoint, self._hub = head, name, checkpoint, hub
         self._folder = checkpoint.folder.resolve()
-        self._digest = node_info.digest(self._folder)
+        self._digest = node_info.checkpoint_digest(self._folder)
         config = (self._folder / "config.json").read_bytes()
         self._config_sha256 = hashlib.sha256(config).hexdigest()
         self._file_server = ModelFileServer(self._folder, hub)
@@ -109,9 +108,9 @@ class ModelDistribution:
         Raises:
             CheckpointError: a node has another model of that name.
         """
-        query = {"model": self._name, "digest": self._digest, "config": self._config_sha256}
-        answers = self._head.send_orders([(n, query) for n in members[1:]], "find", ORDER_TIMEOUT_S)
-        found = [LocalModel(str(a["folder"]), bool(a["is_complete"])) for a in answers]
+        order = messages.FindModel(self._name, self._digest, self._config_sha256)
+        answers = self._head.send_orders([(n, order) for n in members[1:]], ORDER_TIMEOUT_S)
+        found = [LocalModel(a.folder, a.complete) for a in answers]
         return [LocalModel(str(self._folder), self._hub is None), *found]
 
     def distribute(
@@ -152,11 +151,11 @@ class ModelDistribution:
         orders = [
             (
                 members[rank],
-                {
-                    "model": self._name,
-                    "folder": local_models[rank].folder,
-                    "order": vars(DownloadOrder(*downloads[rank], hub, commit, rank > 0)),
-                },
+                messages.StartDownload(
+                    self._name,
+                    local_models[rank].folder,
+                    vars(DownloadOrder(*downloads[rank], hub, commit, rank > 0)),
+                ),
             )
             for rank in lacking
         ]
@@ -166,7 +165,7 @@ class ModelDistribution:
             return self._latest is not this or (ending is not None and ending.is_set())
 
         try:
-            self._head.send_orders(orders, "fetch", ORDER_TIMEOUT_S)
+            self._head.send_orders(orders, ORDER_TIMEOUT_S)
             fetched = self._wait([members[rank] for rank in lacking], on_message, is_over)
         except BaseException:
             if self._latest is this:
@@ -186,13 +185,12 @@ class ModelDistribution:
         while members:
             if is_over():
                 raise ClusterError("the nodes download for another group now, or the cluster ended")
-            answers = self._head.send_orders(
-                [(n, {}) for n in members], "fetched", PROGRESS_TIMEOUT_S
-            )
+            order = messages.WaitForDownload()
+            answers = self._head.send_orders([(n, order) for n in members], PROGRESS_TIMEOUT_S)
             for node, answer in zip(members, answers, strict=True):
-                progress[node.name] = (int(answer["done"]), int(answer["total"]))
+                progress[node.name] = (answer.done, answer.total)
                 self._head.set_download_progress(node, *progress[node.name])
-                if answer["ended"]:
+                if answer.finished:
                     fetched[node.name] = self._check_download(node, answer)
             members = [n for n in members if n.name not in fetched]
             if members and time.monotonic() > next_report_s:
@@ -204,10 +202,10 @@ class ModelDistribution:
                 next_report_s = time.monotonic() + REPORT_INTERVAL_S
         return fetched
 
-    def _check_download(self, node: Node, answer: dict[str, Any]) -> int:
-        if answer["digest"] != self._digest:
+    def _check_download(self, node: Node, answer: messages.DownloadProgress) -> int:
+        if answer.digest != self._digest:
             raise CheckpointError(
-                f"{node.name}: what it downloaded into {answer['folder']} is not the head's model: "
+                f"{node.name}: what it downloaded into {answer.folder} is not the head's model: "
                 f"remove that folder, it is downloaded anew"
             )
-        return int(answer["fetched"])
+        return answer.downloaded_bytes

@@ -13,7 +13,6 @@ import hashlib
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ...errors import CheckpointError
 from ...model.byte_ranges import (
@@ -25,6 +24,7 @@ from ...model.byte_ranges import (
     merge_spans,
     subtract_spans,
 )
+from .. import messages
 from .hub import Hub
 from .local_folder import LocalFolder
 from .source import CHUNK_BYTES, SourceInterrupted
@@ -50,12 +50,10 @@ class ModelFileServer:
         with self._lock:
             self._expected = {file: merge_spans(of_file) for file, of_file in spans.items()}
 
-    def serve(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
+    def serve(
+        self, request: messages.FileRequest
+    ) -> tuple[messages.FileList | messages.FileData, bytes] | None:
         """The answer to one request of `HeadSource`, and the bytes that follow it.
-
-        Args:
-            request: {"file": name, "range": a byte range as JSON}; without "file" the answer lists
-                the files.
 
         Returns:
             None: the head is downloading it; ask again.
@@ -64,14 +62,14 @@ class ModelFileServer:
             CheckpointError: the head does not have it.
             SourceInterrupted: the Hub, which has it, does not respond.
         """
-        file = request.get("file")
+        file = request.file
         if file is None:
-            return {"files": self._sizes}, b""
+            return messages.FileList(self._sizes), b""
         try:
-            byte_range = byte_range_from_json(request["range"])
+            byte_range = byte_range_from_json(request.byte_range)
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(
-                f"expected a byte range of {file}, got {request.get('range')!r:.80}"
+                f"expected a byte range of {file}, got {request.byte_range!r:.80}"
             ) from None
         start, stop, *_ = byte_range
         if (
@@ -92,7 +90,7 @@ class ModelFileServer:
             data = _read(self.hub, file, byte_range)
             if len(data) < stop - start and not isinstance(byte_range, ColumnRange):
                 raise SourceInterrupted(f"{self.hub.name} broke off")
-        return {"sha256": hashlib.sha256(data).hexdigest()}, data
+        return messages.FileData(hashlib.sha256(data).hexdigest()), data
 
 
 def _read(source: LocalFolder | Hub, file: str, byte_range: ByteRange) -> bytes:

@@ -117,11 +117,11 @@ def find_local_model(
         CheckpointError: there is another model of that name.
     """
     part = LocalModel(str(partial_folder(parts_dir, model, digest[:12])), False)
-    folder = node_info.find(model, model_dirs)
+    folder = node_info.find_model(model, model_dirs)
     if folder is None or is_partial(folder):
         return part
     folder = folder.resolve()
-    if node_info.digest(folder) == digest:
+    if node_info.checkpoint_digest(folder) == digest:
         return LocalModel(str(folder), True)
     if hashlib.sha256((folder / "config.json").read_bytes()).hexdigest() == config_sha256:
         return part  # weights are missing or half downloaded

@@ -14,18 +14,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...errors import CenacleError, CheckpointError, ClusterError, error_from_json
+from ...message import Message, parse
 from ...model.byte_ranges import ByteRange, ColumnRange, byte_range_from_json, total_bytes
 from ...ranks.channel import Channel
-from .. import client
+from .. import client, messages
 from ..security import identity as identities
 from .download import check_disk_space, fetch_metadata, fetch_ranges
 from .hub import Hub
 from .source import READ_BYTES, Source, SourceFile, SourceInterrupted
 from .sparse_store import SparseStore
 
+A = TypeVar("A", bound=Message)
 DEADLINE_S = 120.0  # the head may have to download first; the agent watches whether it is alive
 _STOPPED = "the download was stopped before it was complete"
 
@@ -57,8 +59,8 @@ class HeadSource:
 
     def files(self) -> Mapping[str, SourceFile]:
         """See `Source`."""
-        answer, _ = self._request({})
-        return {str(name): SourceFile(int(size)) for name, size in answer["files"].items()}
+        answer, _ = self._request(messages.FileRequest(), messages.FileList)
+        return {name: SourceFile(size) for name, size in answer.files.items()}
 
     def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """See `Source`."""
@@ -69,14 +71,15 @@ class HeadSource:
         return b"".join(self._read(file, columns, columns.nbytes))
 
     def _read(self, file: str, byte_range: ByteRange, count: int) -> Iterator[bytes]:
-        answer, channel = self._request({"file": file, "range": byte_range})
+        request = messages.FileRequest(file, tuple(byte_range))
+        answer, channel = self._request(request, messages.FileData)
         digest, is_complete = hashlib.sha256(), False
         try:
             for start in range(0, count, READ_BYTES):
                 piece = channel.receive_bytes(min(READ_BYTES, count - start))
                 digest.update(piece)
                 yield piece
-            if digest.hexdigest() != answer["sha256"]:
+            if digest.hexdigest() != answer.sha256:
                 raise SourceInterrupted(
                     f"{self.name}: bytes {byte_range[0]} to {byte_range[1]} of {file} were damaged "
                     f"on the way"
@@ -88,32 +91,38 @@ class HeadSource:
             if not is_complete:
                 self._drop_channel()
 
-    def _request(self, request: dict[str, Any]) -> tuple[dict[str, Any], Channel]:
+    def _request(self, request: messages.FileRequest, kind: type[A]) -> tuple[A, Channel]:
         while not self._stopped:
             try:
-                channel: Channel | None = getattr(self._per_thread, "channel", None)
-                if channel is None:
-                    sock = client.call(
-                        *self._address, self._identity.client(), identities.SERVER_NAME
-                    )
-                    channel = self._per_thread.channel = Channel(sock, DEADLINE_S)
-                    self._channels.add(channel)
-                channel.send({"type": "read_file", **request})
-                answer = channel.receive()
+                channel = self._connect()
+                channel.send(request.to_json())
+                answer: Message = parse(
+                    channel.receive(), kind, messages.RetryLater, messages.Rejection
+                )
             except ClusterError as error:
                 self._drop_channel()
                 raise SourceInterrupted(f"{self.name}: {error}") from error
-            match answer.get("type"):
-                case "file_data":
-                    return answer, channel
-                case "retry_later":  # the head is downloading it
-                    continue
-            failure = error_from_json(answer.get("error"), f"{self.name}: ")
-            if isinstance(failure, CheckpointError):
-                raise failure
-            self._drop_channel()
-            raise SourceInterrupted(str(failure))
+            if isinstance(answer, messages.RetryLater):  # the head is downloading it
+                continue
+            if isinstance(answer, messages.Rejection):
+                failure = error_from_json(answer.error, f"{self.name}: ")
+                if isinstance(failure, CheckpointError):
+                    raise failure
+                self._drop_channel()
+                raise SourceInterrupted(str(failure))
+            assert isinstance(answer, kind)
+            return answer, channel
         raise CheckpointError(_STOPPED)
+
+    def _connect(self) -> Channel:
+        """This thread's connection."""
+        channel: Channel | None = getattr(self._per_thread, "channel", None)
+        if channel is None:
+            context = self._identity.client_tls_context()
+            sock = client.connect_to_head(*self._address, context, identities.SERVER_NAME)
+            channel = self._per_thread.channel = Channel(sock, DEADLINE_S)
+            self._channels.add(channel)
+        return channel
 
     def _drop_channel(self) -> None:
         if (channel := getattr(self._per_thread, "channel", None)) is not None:

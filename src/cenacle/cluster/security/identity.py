@@ -1,24 +1,9 @@
-"""Who belongs to a cluster: its certificate authority, join tokens, and mutual TLS.
+"""Identities in a cluster: its certificate authority, and keys and certificates of its nodes.
 
-Owns: keys and certificates in this user's folder, the proof by which a token admits a machine, and
-the TLS contexts of both sides.
-Does not know: what is said over a connection once both sides are known.
-Invariant: private keys are readable by their owner only and never leave their machine; a node
-proves itself by a certificate of this cluster's authority, the head by one that only a head has; a
-token admits while it is young, and is worth nothing to whoever stands between the two.
-Next: `control.py`, the head's side; `agent.py`, the other.
-
-Pairing. The joining machine cannot know the head's certificate yet, so TLS alone proves nothing.
-Both sides know the token (80 random bits, which no one can try out, so that plain HMAC will do):
-
-    joiner -> head     "pair", 16 random bytes
-    head   -> joiner   16 random bytes
-    joiner -> head     request for a certificate, name, proof
-    head   -> joiner   certificate, the authority's certificate, proof
-
-A proof is HMAC-SHA256 with the token over the sender's role, both random strings, the digest of the
-certificate that the head shows in this very TLS connection, and the digest of what is sent with it.
-Someone between the two has to show a certificate of his own, and neither proof fits it.
+Owns: keys and certificates in this user's folder, and the TLS contexts of both sides.
+Does not know: how a node gets its certificate (`pairing.py`), or what is sent over a connection.
+Invariant: private keys can be read by their owner only, and never leave their machine. A node
+proves itself by a certificate of its cluster's authority, the head by one that only a head gets.
 """
 
 from __future__ import annotations
@@ -40,19 +25,19 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ...errors import ClusterError, InputError
 from ...paths import read_private, write_private
 
-HEAD = "head"  # the head's identity; nodes have random ones
-SERVER_NAME = "head.cenacle.invalid"  # in the head's certificate: its address may change
-SKEW = timedelta(days=30)  # a clock may be wrong by that much
-LIFE = timedelta(days=3650)
+HEAD = "head"  # id of the head's own node; others have random ids
+SERVER_NAME = "head.cenacle.invalid"  # in the head's certificate, because its address may change
+CLOCK_TOLERANCE = timedelta(days=30)
+VALIDITY = timedelta(days=3650)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One side's key and certificate, and the authority's certificate, as files.
+    """Key, certificate and settings of a node or head, as files.
 
     Args:
-        folder: where they are.
-        kind: "head" or "node": how the files begin.
+        folder: with the files.
+        kind: "head" or "node", the stem of the file names.
     """
 
     folder: Path
@@ -60,45 +45,45 @@ class Identity:
 
     @property
     def key(self) -> Path:
-        """The private key's file."""
+        """File of the private key."""
         return self.folder / f"{self.kind}.key"
 
     @property
     def certificate(self) -> Path:
-        """The certificate's file, the authority's behind its own."""
+        """File of the certificate, followed by that of the authority."""
         return self.folder / f"{self.kind}.crt"
 
     @property
-    def facts(self) -> Path:
-        """What is remembered beside them: where the head is, names."""
+    def settings(self) -> Path:
+        """File of the settings: address of the head, names, folder of models."""
         return self.folder / f"{self.kind}.json"
 
     @property
     def exists(self) -> bool:
-        """Whether this machine has such an identity."""
-        return all(p.exists() for p in (self.key, self.certificate, self.facts))
+        """Whether all files are there."""
+        return all(p.exists() for p in (self.key, self.certificate, self.settings))
 
-    def remembered(self) -> dict[str, Any]:
-        """The contents of `facts`.
+    def load_settings(self) -> dict[str, Any]:
+        """The settings.
 
         Raises:
             InputError: they cannot be read.
         """
         try:
-            found = json.loads(read_private(self.facts))
+            settings = json.loads(read_private(self.settings))
         except ValueError as error:
-            raise InputError(f"{self.facts} is damaged ({error}); join again") from error
-        if not isinstance(found, dict):
-            raise InputError(f"{self.facts} is damaged; join again")
-        return found
+            raise InputError(f"{self.settings} is damaged ({error}); join again") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"{self.settings} is damaged; join again")
+        return settings
 
-    def remember(self, **facts: Any) -> None:
-        """Replace some of `facts`."""
-        before = self.remembered() if self.facts.exists() else {}
-        write_private(self.facts, json.dumps({**before, **facts}, indent=1).encode())
+    def save_settings(self, **changes: Any) -> None:
+        """Replace some of the settings."""
+        settings = self.load_settings() if self.settings.exists() else {}
+        write_private(self.settings, json.dumps({**settings, **changes}, indent=1).encode())
 
-    def client(self) -> ssl.SSLContext:
-        """For calling the head: only a head of this authority will do.
+    def client_tls_context(self) -> ssl.SSLContext:
+        """For connections to the head, which must be a head of this authority.
 
         Raises:
             InputError: the files are damaged or readable by others.
@@ -106,9 +91,9 @@ class Identity:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         return self._load(context)
 
-    def server(self) -> ssl.SSLContext:
-        """For the head's listening socket: those who show a certificate must have one of this
-        authority's; those without get as far as pairing.
+    def server_tls_context(self) -> ssl.SSLContext:
+        """For the head's port. A certificate is optional, because new nodes have none, but if one
+        is shown it must be of this authority.
 
         Raises:
             InputError: the files are damaged or readable by others.
@@ -131,10 +116,10 @@ class Identity:
             ) from error
         return context
 
-    def is_of(self, certificate: bytes) -> bool:
-        """Whether a certificate (DER) is of this identity's authority: of the same cluster.
+    def has_issuer_of(self, certificate: bytes) -> bool:
+        """Whether a certificate (DER) is of the same authority, that is, of the same cluster.
 
-        An identity that is damaged is of none, and has to be replaced: True.
+        True if this identity is damaged, so that it can be replaced.
         """
         try:
             *_, authority = x509.load_pem_x509_certificates(self.certificate.read_bytes())
@@ -146,82 +131,80 @@ class Identity:
             return False
         return True
 
-    def forget(self) -> None:
-        """Remove the files."""
-        for path in (self.key, self.certificate, self.facts):
+    def delete(self) -> None:
+        """Delete the files."""
+        for path in (self.key, self.certificate, self.settings):
             path.unlink(missing_ok=True)
 
 
 class Authority:
-    """A cluster's certificate authority, and its head's own identity; made when first opened.
+    """A cluster's certificate authority and the identity of its head, created on first use.
 
     Args:
-        folder: the head's, where `ca.key` and `ca.crt` are.
+        folder: of the head, for `ca.key` and `ca.crt`.
 
     Raises:
-        InputError: the folder cannot be written or read, or what is there is damaged.
+        InputError: the folder cannot be written or read, or a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self._key_file, self._file = folder / "ca.key", folder / "ca.crt"
         self.identity = Identity(folder, HEAD)
         if not self._key_file.exists():
-            self._make()
+            self._create()
         try:
             self._key = serialization.load_pem_private_key(read_private(self._key_file), None)
             self._certificate = x509.load_pem_x509_certificate(self._file.read_bytes())
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{folder}: the cluster's authority is damaged ({error}); remove the folder to "
-                f"begin a new cluster, which every machine has to join"
+                f"start a new cluster, which every node has to join"
             ) from error
         if not self.identity.exists:
             key = new_key()
             write_private(self.identity.key, _key_pem(key))
-            write_private(self.identity.certificate, self.sign(request_for(key), HEAD))
-            self.identity.remember(name="")
+            write_private(self.identity.certificate, self.sign(certificate_request(key), HEAD))
+            self.identity.save_settings(name="")
 
     @property
     def pem(self) -> bytes:
         """The authority's certificate."""
         return _pem(self._certificate)
 
-    def sign(self, request: bytes, who: str) -> bytes:
-        """A certificate for the key of a request, with the authority's behind it.
+    def sign(self, request: bytes, node_id: str) -> bytes:
+        """A certificate for the key of a request, followed by that of the authority; PEM.
 
         Args:
-            request: a certificate signing request, PEM. Only its key is taken.
-            who: the identity that it will prove; `HEAD` may be a server.
+            request: a certificate signing request, PEM. Only its key is used.
+            node_id: that the certificate proves; `HEAD` may be a server.
 
         Raises:
-            ClusterError: the request is not one, or not signed with its own key.
+            ClusterError: the request is malformed, or not signed with its own key.
         """
         try:
-            asked = x509.load_pem_x509_csr(request)
-            good = asked.is_signature_valid
-            key = asked.public_key()
-        except Exception as error:  # whatever a stranger sends
-            raise ClusterError(
-                f"not a request for a certificate ({type(error).__name__})"
-            ) from None
-        if not good or not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ClusterError("a request for a certificate that its own key did not sign")
+            parsed = x509.load_pem_x509_csr(request)
+            valid = parsed.is_signature_valid
+            key = parsed.public_key()
+        except Exception as error:  # unknown peers may send anything
+            raise ClusterError(f"certificate_request: malformed ({type(error).__name__})") from None
+        if not valid or not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ClusterError("certificate_request: not signed with its own key")
         uses = [ExtendedKeyUsageOID.CLIENT_AUTH]
-        if who == HEAD:
+        if node_id == HEAD:
             uses.append(ExtendedKeyUsageOID.SERVER_AUTH)
         builder = (
-            _builder(who, self._certificate.subject, key)
+            _builder(node_id, self._certificate.subject, key)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
             .add_extension(_authority_id(self._key), critical=False)
         )
-        if who == HEAD:
+        if node_id == HEAD:
             names = x509.SubjectAlternativeName([x509.DNSName(SERVER_NAME)])
             builder = builder.add_extension(names, critical=False)
         assert isinstance(self._key, ec.EllipticCurvePrivateKey)
         return _pem(builder.sign(self._key, hashes.SHA256())) + self.pem
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         key = new_key()
         name = _name(f"cenacle {secrets.token_hex(4)}")
         usage = x509.KeyUsage(
@@ -235,58 +218,65 @@ class Authority:
             encipher_only=False,
             decipher_only=False,
         )
-        made = (
+        certificate = (
             _builder(None, name, key.public_key())
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(usage, critical=True)
             .sign(key, hashes.SHA256())
         )
-        # The key last: it says that everything is there.
-        write_private(self._file, _pem(made))
+        # The key last, because its presence means that everything is there.
+        write_private(self._file, _pem(certificate))
         write_private(self._key_file, _key_pem(key))
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """A private key."""
+    """A new private key."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def request_for(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A certificate signing request, PEM; the head gives the name."""
-    asked = x509.CertificateSigningRequestBuilder().subject_name(_name("node"))
-    return asked.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+def certificate_request(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A certificate signing request, PEM; the head chooses the id."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_name("node"))
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def keep_node(
-    folder: Path, key: ec.EllipticCurvePrivateKey, certificate: bytes, **facts: Any
+def store_node_identity(
+    folder: Path, key: ec.EllipticCurvePrivateKey, certificate: bytes, **settings: Any
 ) -> Identity:
-    """Store what pairing gave to this machine."""
+    """Store the identity that this node got by pairing."""
     identity = Identity(folder, "node")
-    identity.forget()
+    identity.delete()
     write_private(identity.key, _key_pem(key))
     write_private(identity.certificate, certificate)
-    identity.remember(**facts)
+    identity.save_settings(**settings)
     return identity
 
 
-def whose(certificate: bytes) -> str:
-    """The identity that a certificate (DER, checked by TLS) proves."""
+def node_id_of_certificate(certificate: bytes) -> str:
+    """The node that a certificate (DER, verified by TLS) proves."""
     name = x509.load_der_x509_certificate(certificate).subject
     return str(name.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
 
 
+def leaf_certificate_der(path: Path) -> bytes:
+    """The first certificate of a PEM file, as DER."""
+    pem = path.read_text()
+    end = "-----END CERTIFICATE-----"
+    return ssl.PEM_cert_to_DER_cert(pem[: pem.index(end) + len(end)] + "\n")
+
+
 def _builder(
-    who: str | None, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+    node_id: str | None, issuer: x509.Name, key: ec.EllipticCurvePublicKey
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
-        .subject_name(issuer if who is None else _name(who))
+        .subject_name(issuer if node_id is None else _name(node_id))
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - SKEW)
-        .not_valid_after(now + LIFE)
+        .not_valid_before(now - CLOCK_TOLERANCE)
+        .not_valid_after(now + VALIDITY)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

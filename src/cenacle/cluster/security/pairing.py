@@ -1,4 +1,21 @@
-"""."""
+"""Pairing: how a node with a token joins a cluster, without sending the token.
+
+Owns: tokens, and the proofs that both sides know one.
+Does not know: connections (`head_server.py`, `client.py`), certificates.
+Invariant: a token is valid for a limited time, and is worth nothing to a man in the middle.
+
+The joining node cannot know the head's certificate yet, so TLS alone proves nothing. Both sides
+know the token; its 80 random bits cannot be guessed, so plain HMAC is enough:
+
+    node -> head   PairRequest    16 random bytes
+    head -> node   PairChallenge  16 random bytes
+    node -> head   PairProof      certificate signing request, wanted name; proof
+    head -> node   PairResult     certificates of the node and the authority; proof
+
+A proof is HMAC-SHA256 with the token over the sender's role, both random values, the digest of the
+certificate that the head shows in this TLS connection, and the digest of the payload. A man in the
+middle has to show a certificate of his own, to which neither proof is bound.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +30,17 @@ from collections.abc import Callable
 from ...errors import ClusterError, InputError
 
 TOKEN_LIFE_S = 3600.0
-
-
-TOKEN_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32: nothing looks alike
-
-
+TOKEN_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32: none look alike
 TOKEN_LENGTH = 16  # letters of five bits
-
-
-NONCE = 16  # bytes
+NONCE_BYTES = 16
 
 
 class Tokens:
-    """The tokens that the head has given out; each admits machines until it is too old.
+    """The tokens that the head has issued.
 
     Args:
-        clock: seconds, monotonic.
-        life_s: how long a token admits.
+        clock: monotonic seconds.
+        life_s: how long a token is valid.
     """
 
     def __init__(self, clock: Callable[[], float], life_s: float = TOKEN_LIFE_S) -> None:
@@ -43,20 +54,24 @@ class Tokens:
         return token
 
     def find(self, proof: bytes, *transcript: bytes) -> str:
-        """The token by which a joiner's proof was made.
+        """The token that a joining node has proved to know.
+
+        Args:
+            transcript: further arguments of `channel_bound_proof`.
 
         Raises:
-            ClusterError: none, or one that is too old.
+            ClusterError: no token matches, or it has expired.
         """
-        for token, ends in self._issued.items():
-            if hmac.compare_digest(proof_of(token, "joiner", *transcript), proof):
-                if self._clock() < ends:
+        for token, expires_s in self._issued.items():
+            if hmac.compare_digest(channel_bound_proof(token, "joiner", *transcript), proof):
+                if self._clock() < expires_s:
                     return token
                 raise ClusterError(
-                    "the token is too old; `cenacle nodes --invite` on the head gives a new one"
+                    "the token has expired; create a new one with `cenacle nodes --invite` on the "
+                    "head"
                 )
         raise ClusterError(
-            "the token is wrong; `cenacle nodes --invite` on the head gives a new one"
+            "the token is wrong; create a new one with `cenacle nodes --invite` on the head"
         )
 
 
@@ -67,39 +82,39 @@ def new_token() -> str:
 
 
 def read_token(text: str) -> str:
-    """A token as `new_token` writes it, of what a person typed.
+    """A token as typed by a person, in the form of `new_token`.
 
     Raises:
-        InputError: it cannot be one.
+        InputError: it cannot be a token.
     """
     letters = text.upper().translate(str.maketrans("OIL", "011", "- "))
     if len(letters) != TOKEN_LENGTH or not set(letters) <= set(TOKEN_LETTERS):
         raise InputError(
-            f"token: expected {TOKEN_LENGTH} letters and digits such as 7K2M-9QXD-41TB-W3HF, as "
-            f"`cenacle up` prints it, got {len(letters)}",
+            f"--token: expected {TOKEN_LENGTH} letters and digits such as 7K2M-9QXD-41TB-W3HF, as "
+            f"printed by `cenacle up`, got {len(letters)}",
             "token",
         )
     return "-".join(letters[i : i + 4] for i in range(0, TOKEN_LENGTH, 4))
 
 
-def proof_of(
-    token: str, role: str, joiner: bytes, head: bytes, certificate: bytes, said: bytes
+def channel_bound_proof(
+    token: str, role: str, joiner: bytes, head: bytes, certificate: bytes, payload: bytes
 ) -> bytes:
-    """The proof that `role` knows the token.
+    """The proof that one side knows the token, bound to this TLS connection.
 
     Args:
         role: "joiner" or "head".
-        joiner, head: the random bytes of both.
-        certificate: the head's in this TLS connection, DER.
-        said: what is sent along.
+        joiner, head: the random values of both.
+        certificate: of the head in this TLS connection, DER.
+        payload: sent with the proof.
     """
-    parts = (joiner, head, hashlib.sha256(certificate).digest(), hashlib.sha256(said).digest())
-    # The lengths are fixed, so parts cannot run into one another.
+    # All parts have a fixed length, so they cannot run into one another.
+    parts = (joiner, head, hashlib.sha256(certificate).digest(), hashlib.sha256(payload).digest())
     return hmac.digest(token.encode(), role.encode() + b"\0" + b"".join(parts), "sha256")
 
 
-def stranger() -> ssl.SSLContext:
-    """For a machine that is about to pair: it cannot check the head's certificate yet."""
+def unverified_tls_context() -> ssl.SSLContext:
+    """For a node that is about to pair and cannot verify the head's certificate yet."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -108,12 +123,12 @@ def stranger() -> ssl.SSLContext:
 
 
 def encode(data: bytes) -> str:
-    """Bytes for JSON."""
+    """Bytes as base64."""
     return base64.b64encode(data).decode()
 
 
 def decode(text: object) -> bytes:
-    """Bytes of JSON; empty if they are none."""
+    """The bytes of base64; empty if it is malformed."""
     with contextlib.suppress(ValueError):
         return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     return b""

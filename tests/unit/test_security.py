@@ -1,4 +1,4 @@
-"""Tokens, certificates and files of a cluster's machines, without any connection."""
+"""Tokens, certificates and identity files of a cluster, without any connection."""
 
 import json
 import ssl
@@ -12,7 +12,7 @@ from cenacle import paths
 from cenacle.cluster.security import identity as identities
 from cenacle.cluster.security import pairing
 from cenacle.cluster.security.identity import Authority, Identity
-from cenacle.cluster.security.pairing import Tokens, proof_of
+from cenacle.cluster.security.pairing import Tokens, channel_bound_proof
 from cenacle.errors import ClusterError, InputError
 
 SAID = (b"j" * 16, b"h" * 16, b"certificate", b"what is sent")
@@ -27,7 +27,7 @@ def test_tokens_are_long_enough_and_read_as_people_type_them():
     assert len(token.replace("-", "")) * 5 == 80, "bits"
     assert pairing.read_token(token.lower().replace("-", " ").replace("0", "o")) == token
     for wrong in ("", "ABCD", token + "A", token[:-1] + "U", token[:-1] + "!"):
-        with pytest.raises(InputError, match="as `cenacle up` prints it"):
+        with pytest.raises(InputError, match="printed by `cenacle up`"):
             pairing.read_token(wrong)
 
 
@@ -35,19 +35,19 @@ def test_a_token_admits_until_it_is_too_old():
     now = [100.0]
     tokens = Tokens(lambda: now[0], life_s=60)
     token, other = tokens.issue(), tokens.issue()
-    proof = proof_of(token, "joiner", *SAID)
+    proof = channel_bound_proof(token, "joiner", *SAID)
     assert tokens.find(proof, *SAID) == token != other
     now[0] += 59
     assert tokens.find(proof, *SAID) == token, "several machines may use one"
     now[0] += 2
-    with pytest.raises(ClusterError, match="too old"):
+    with pytest.raises(ClusterError, match="has expired"):
         tokens.find(proof, *SAID)
 
 
 @pytest.mark.parametrize("changed", range(4))
 def test_a_proof_is_for_one_conversation_only(changed):
     tokens = Tokens(lambda: 0.0)
-    proof = proof_of(tokens.issue(), "joiner", *SAID)
+    proof = channel_bound_proof(tokens.issue(), "joiner", *SAID)
     other = [*SAID]
     other[changed] = other[changed][:-1] + b"x"
     with pytest.raises(ClusterError, match="wrong"):
@@ -57,14 +57,16 @@ def test_a_proof_is_for_one_conversation_only(changed):
 def test_a_proof_is_for_one_side_only():
     tokens = Tokens(lambda: 0.0)
     with pytest.raises(ClusterError, match="wrong"):
-        tokens.find(proof_of(tokens.issue(), "head", *SAID), *SAID)
+        tokens.find(channel_bound_proof(tokens.issue(), "head", *SAID), *SAID)
 
 
 def test_files_are_their_owners_only(tmp_path):
     folder = tmp_path / "home" / "cluster"
     authority = Authority(folder)
     key = identities.new_key()
-    identities.keep_node(folder, key, authority.sign(identities.request_for(key), "ab"), host="x")
+    identities.store_node_identity(
+        folder, key, authority.sign(identities.certificate_request(key), "ab"), host="x"
+    )
     found = modes(folder)
     assert set(found) == {
         *("ca.key", "ca.crt", "head.key", "head.crt", "head.json"),
@@ -74,7 +76,7 @@ def test_files_are_their_owners_only(tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (folder / "head.key").chmod(0o644)
     with pytest.raises(InputError, match="chmod 600"):
-        authority.identity.server()
+        authority.identity.server_tls_context()
 
 
 def test_an_authority_is_made_once(tmp_path):
@@ -86,7 +88,7 @@ def test_an_authority_is_made_once(tmp_path):
 
 def test_what_is_not_a_request_is_not_signed(tmp_path):
     authority = Authority(tmp_path)
-    request = identities.request_for(identities.new_key())
+    request = identities.certificate_request(identities.new_key())
     torn = bytearray(request)
     torn[70] ^= 1
     for wrong in (b"", b"nonsense", bytes(torn), authority.pem):
@@ -110,25 +112,32 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, name: str | None
                     pass
     assert len(done) == 2
     der = b.getpeercert(binary_form=True)
-    return None if der is None else identities.whose(der)
+    return None if der is None else identities.node_id_of_certificate(der)
 
 
 def node(folder, authority, who="ab12"):
     key = identities.new_key()
-    return identities.keep_node(folder, key, authority.sign(identities.request_for(key), who))
+    return identities.store_node_identity(
+        folder, key, authority.sign(identities.certificate_request(key), who)
+    )
 
 
 def test_both_sides_are_known_by_their_certificates(tmp_path):
     authority, other = Authority(tmp_path / "a"), Authority(tmp_path / "b")
     ours, theirs = node(tmp_path / "n", authority), node(tmp_path / "m", other)
-    server = authority.identity.server()
-    assert shake_hands(ours.client(), server, identities.SERVER_NAME) == "ab12"
+    server = authority.identity.server_tls_context()
+    assert shake_hands(ours.client_tls_context(), server, identities.SERVER_NAME) == "ab12"
     assert (
-        shake_hands(authority.identity.client(), server, identities.SERVER_NAME) == identities.HEAD
+        shake_hands(authority.identity.client_tls_context(), server, identities.SERVER_NAME)
+        == identities.HEAD
     )
-    assert shake_hands(pairing.stranger(), server, None) is None, "it may only ask to pair"
+    assert shake_hands(pairing.unverified_tls_context(), server, None) is None, (
+        "it may only ask to pair"
+    )
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(theirs.client(), server, identities.SERVER_NAME)  # another cluster's node
+        shake_hands(
+            theirs.client_tls_context(), server, identities.SERVER_NAME
+        )  # another cluster's node
     foreign = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     foreign.check_hostname, foreign.verify_mode = False, ssl.CERT_NONE
     foreign.load_cert_chain(theirs.certificate, theirs.key)
@@ -143,14 +152,18 @@ def test_a_node_cannot_pass_for_the_head(tmp_path):
     uses = own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(uses) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(ours.client(), Identity(bad.folder, "node").server(), identities.SERVER_NAME)
+        shake_hands(
+            ours.client_tls_context(),
+            Identity(bad.folder, "node").server_tls_context(),
+            identities.SERVER_NAME,
+        )
 
 
 def test_what_is_remembered(tmp_path):
     identity = Identity(tmp_path, "node")
-    identity.remember(host="a", port=1)
-    identity.remember(port=2)
-    assert identity.remembered() == {"host": "a", "port": 2}
-    paths.write_private(identity.facts, json.dumps([]).encode())
+    identity.save_settings(host="a", port=1)
+    identity.save_settings(port=2)
+    assert identity.load_settings() == {"host": "a", "port": 2}
+    paths.write_private(identity.settings, json.dumps([]).encode())
     with pytest.raises(InputError, match="damaged"):
-        identity.remembered()
+        identity.load_settings()

@@ -1,4 +1,4 @@
-"""What a group of given machines does: exchange, shares, memory; what links and machines say."""
+"""Backend, node weights and memory of a group of nodes; what links and nodes report."""
 
 import json
 import shutil
@@ -13,7 +13,15 @@ import cenacle
 from cenacle.cluster import hostsfile, link_probe, node_info, thunderbolt
 from cenacle.cluster.link_probe import Link
 from cenacle.cluster.membership import Node
-from cenacle.cluster.placement import Wanted, describe_links, exchange, measured, place, shares_of
+from cenacle.cluster.messages import UNKNOWN_NODE, NodeInfo
+from cenacle.cluster.placement import (
+    PlacementOptions,
+    choose_backend,
+    describe_links,
+    measured_machines,
+    place,
+    speed_weights,
+)
 from cenacle.engine.memory import estimate_memory
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import ClusterError, InputError, PlanError
@@ -26,28 +34,28 @@ CHECKPOINT = Checkpoint.open(DEMO)
 SPEC = read_model_spec(CHECKPOINT)
 
 
-def node(name, read=10 * GB, free=8 * GB, **facts):
-    given = {"read_bytes_s": read, "available_bytes": free, "gpu": False, "metal": None}
-    return Node(name, name, True, "", facts={**given, "no_mesh": None, **facts}, address="10.0.0.1")
+def node(name, read=10 * GB, free=8 * GB, **info):
+    known = replace(UNKNOWN_NODE, read_bytes_per_s=read, available_bytes=free, **info)
+    return Node(name, name, True, "", info=known, address="10.0.0.1")
 
 
-def placed(members, wanted=Wanted(), found=None):  # noqa: B008  (it is frozen)
-    return place(SPEC, CHECKPOINT.config, members, found or {}, wanted, EngineOptions(), "native")
+def place_demo(members, options=PlacementOptions(), links=None):  # noqa: B008  (it is frozen)
+    return place(SPEC, CHECKPOINT.config, members, links or {}, options, EngineOptions(), "native")
 
 
 def test_the_mesh_where_all_have_it_else_the_ring_and_why():
     both = [node("a"), node("b")]
-    assert exchange("auto", "f32", both)[0] == "mesh"
-    without = [node("a"), node("b", no_mesh="it was not built")]
-    backend, why, _ = exchange("auto", "f32", without)
+    assert choose_backend("auto", "f32", both)[0] == "mesh"
+    without = [node("a"), node("b", mesh_unavailable_reason="it was not built")]
+    backend, why, _ = choose_backend("auto", "f32", without)
     assert backend == "ring"
     assert "b: it was not built" in why
     with pytest.raises(ClusterError, match=r"b: it was not built; use --backend ring"):
-        exchange("mesh", "f32", without)
+        choose_backend("mesh", "f32", without)
     with pytest.raises(InputError, match="expected f32"):
-        exchange("auto", "bf16", without)
+        choose_backend("auto", "bf16", without)
     with pytest.raises(ClusterError, match="expected auto or jaccl, nccl, mesh, ring"):
-        exchange("mpi", "f32", both)
+        choose_backend("mpi", "f32", both)
 
 
 def port(device, uuid, to):
@@ -56,33 +64,33 @@ def port(device, uuid, to):
 
 def test_rdma_goes_first_then_cuda_then_the_mesh():
     """As reports say; only mesh and ring were ever run between machines."""
-    macs = {"no_mesh": "not on macOS"}
+    macs = {"mesh_unavailable_reason": "not on macOS"}
     a = node("a", **macs, thunderbolt=[port("rdma_en2", "A2", "B5"), port("rdma_en3", "A3", "C2")])
     b = node("b", **macs, thunderbolt=[port("rdma_en5", "B5", "A2"), port("rdma_en4", "B4", "C3")])
     c = node("c", **macs, thunderbolt=[port("rdma_en2", "C2", "A3"), port("rdma_en3", "C3", "B4")])
-    backend, why, devices = exchange("auto", "f32", [a, b, c])
+    backend, why, devices = choose_backend("auto", "f32", [a, b, c])
     assert (backend, "RDMA" in why) == ("jaccl", True)
     assert devices == [
         [None, "rdma_en2", "rdma_en3"],
         ["rdma_en5", None, "rdma_en4"],
         ["rdma_en2", "rdma_en3", None],
     ]
-    assert exchange("ring", "f32", [a, b, c]).devices == []
-    cut = replace(c, facts={**c.facts, "thunderbolt": [port("rdma_en2", "C2", "A3")]})
-    assert exchange("auto", "f32", [a, b, cut])[0] == "ring"
-    with pytest.raises(ClusterError, match="not every pair of machines has a Thunderbolt cable"):
-        exchange("jaccl", "f32", [a, b, cut])
+    assert choose_backend("ring", "f32", [a, b, c]).devices == ()
+    cut = replace(c, info=replace(c.info, thunderbolt=[port("rdma_en2", "C2", "A3")]))
+    assert choose_backend("auto", "f32", [a, b, cut])[0] == "ring"
+    with pytest.raises(ClusterError, match="not every pair of nodes has a Thunderbolt cable"):
+        choose_backend("jaccl", "f32", [a, b, cut])
     with pytest.raises(ClusterError, match="x: no cable with RDMA"):
-        exchange("jaccl", "f32", [a, node("x")])
+        choose_backend("jaccl", "f32", [a, node("x")])
     said = [[None, "rdma_en7"], ["rdma_en8", None]]  # a hosts file's
-    assert exchange("auto", "f32", [node("x"), node("y")], said).devices == said
-    with pytest.raises(InputError, match="as jaccl exchanges"):
-        exchange("auto", "bf16", [a, b, c])
+    assert choose_backend("auto", "f32", [node("x"), node("y")], said).devices == said
+    with pytest.raises(InputError, match="expected f32 with the jaccl backend"):
+        choose_backend("auto", "bf16", [a, b, c])
     cuda = [node("a", cuda=True), node("b", cuda=True)]
-    assert exchange("auto", "f32", cuda)[0] == "nccl"
-    assert exchange("auto", "f32", [*cuda, node("c")])[0] == "mesh"
+    assert choose_backend("auto", "f32", cuda)[0] == "nccl"
+    assert choose_backend("auto", "f32", [*cuda, node("c")])[0] == "mesh"
     with pytest.raises(ClusterError, match="c has no CUDA"):
-        exchange("nccl", "f32", [*cuda, node("c")])
+        choose_backend("nccl", "f32", [*cuda, node("c")])
 
 
 # In the form of `system_profiler SPThunderboltDataType -json` on a Mac with three ports, two used.
@@ -120,34 +128,34 @@ DEVICES = "    device     node GUID\n    ------     ------\n    rdma_en2   8005c
 
 
 def test_ports_are_read_from_what_macos_says():
-    assert thunderbolt.ports(json.dumps(PROFILE), HARDWARE, DEVICES) == [
+    assert thunderbolt.rdma_ports(json.dumps(PROFILE), HARDWARE, DEVICES) == [
         port("rdma_en2", "AAAA", "BBBB")
     ]
     both = DEVICES + "    rdma_en4   8005c2d1a5a50001\n"
-    assert len(thunderbolt.ports(json.dumps(PROFILE), HARDWARE, both)) == 2
+    assert len(thunderbolt.rdma_ports(json.dumps(PROFILE), HARDWARE, both)) == 2
     for other in ("", "{}", "[]", '{"SPThunderboltDataType": 3}', '{"SPThunderboltDataType": [3]}'):
-        assert thunderbolt.ports(other, HARDWARE, DEVICES) == []
+        assert thunderbolt.rdma_ports(other, HARDWARE, DEVICES) == []
 
 
 def test_placements_are_judged_on_the_machines_as_measured():
     """A slow link makes whole experts and one exchange a layer better than cutting the trunk."""
     members = [node("a", memory_bytes=32 * GB), node("b", memory_bytes=32 * GB)]
     quick, slow = ({(0, 1): Link(latency, GB)} for latency in (10e-6, 20e-3))
-    plan, why = placed(members, found=slow)
+    plan, why = place_demo(members, links=slow)
     assert plan.trunk == "replicated"
     assert "20 ms an exchange, as measured" in why
     assert "10 GB/s" in why or "7 GB/s" in why
-    known = measured(CHECKPOINT.config, members, quick, "mesh")
+    known = measured_machines(CHECKPOINT.config, members, quick, "mesh")
     assert known.machines[0].family == "cpu"
     assert known.machines[0]["efficiency"] == 0.7, "of its family, as it was never calibrated"
-    better = [node(m.name, calibrated={"efficiency": 0.9, "tflops": 0.05}) for m in members]
-    known = measured(CHECKPOINT.config, better, quick, "ring")
+    better = [node(m.name, calibration={"efficiency": 0.9, "tflops": 0.05}) for m in members]
+    known = measured_machines(CHECKPOINT.config, better, quick, "ring")
     assert known.machines[0].bytes_per_s == pytest.approx(9 * GB)
     assert known.link.topology == "ring"
-    assert measured(CHECKPOINT.config, members, {}, "mesh") is None
+    assert measured_machines(CHECKPOINT.config, members, {}, "mesh") is None
     metal = {"memory_size": 64 * GB, "max_recommended_working_set_size": 48 * GB}
     mac = node("m", metal=metal, processor="Apple M2 Ultra", gpu=True, memory_bytes=64 * GB)
-    known = measured(CHECKPOINT.config, [mac, mac], quick, "mesh")
+    known = measured_machines(CHECKPOINT.config, [mac, mac], quick, "mesh")
     assert known.machines[0].family == "apple-m1-m2"
     assert known.machines[0].wired == 0.75
 
@@ -159,29 +167,29 @@ HOSTS = [
 ]
 
 
-def test_a_hosts_file_says_who_is_awaited_and_where_they_exchange(tmp_path):
+def test_a_hosts_file_says_who_is_awaited_and_where_they_choose_backend(tmp_path):
     file = tmp_path / "hosts.json"
     file.write_text(json.dumps(HOSTS))
     hosts = hostsfile.read(file)
     file.write_text(json.dumps({"backend": "jaccl", "hosts": HOSTS}))
     assert hostsfile.read(file) == hosts
-    hostsfile.check_first(hosts, ["127.0.0.1", "10.0.0.1"])
-    with pytest.raises(InputError, match=r"the first, one .10.0.0.1., is not this machine"):
-        hostsfile.check_first(hosts, ["10.0.0.2"])
-    assert hostsfile.awaited(hosts, ["192.168.1.2"]) == "awaited: three (10.0.0.3)"
-    assert hostsfile.awaited(hosts, ["10.0.0.3", "10.0.0.2"]) == ""
+    hostsfile.check_local_host(hosts, ["127.0.0.1", "10.0.0.1"])
+    with pytest.raises(InputError, match=r"expected this machine first, got one .10.0.0.1."):
+        hostsfile.check_local_host(hosts, ["10.0.0.2"])
+    assert hostsfile.expected_hosts(hosts, ["192.168.1.2"]) == "expected: three (10.0.0.3)"
+    assert hostsfile.expected_hosts(hosts, ["10.0.0.3", "10.0.0.2"]) == ""
     a, b, c = (
         replace(node(n), address=address)
         for n, address in (("a", "127.0.0.1"), ("b", "10.0.0.3"), ("c", "192.168.1.2"))
     )
-    members, devices = hostsfile.arranged(hosts, [a, b, c])
+    members, devices = hostsfile.order_by_hosts(hosts, [a, b, c])
     assert [m.address for m in members] == ["10.0.0.1", "10.0.0.3", "10.0.0.2"]
     assert devices[1] == ["rdma_en2", None, "rdma_en3"]
     assert devices[0] == [None, "rdma_en3", "rdma_en2"]
-    members, devices = hostsfile.arranged(hosts, [a, c])
+    members, devices = hostsfile.order_by_hosts(hosts, [a, c])
     assert devices == [[None, "rdma_en2"], ["rdma_en2", None]]
-    with pytest.raises(ClusterError, match=r"x .10.0.0.9. is in this cluster, but not in the"):
-        hostsfile.arranged(hosts, [a, replace(node("x"), address="10.0.0.9")])
+    with pytest.raises(ClusterError, match=r"x .10.0.0.9. is in this cluster but not in the"):
+        hostsfile.order_by_hosts(hosts, [a, replace(node("x"), address="10.0.0.9")])
 
 
 @pytest.mark.parametrize(
@@ -196,51 +204,51 @@ def test_hosts_files_that_are_none(tmp_path, text):
 
 
 def test_machines_are_dealt_by_speed_but_not_by_noise():
-    assert shares_of([node("a", 10 * GB), node("b", 12 * GB)]) == [1, 1]
-    assert shares_of([node("a", 20 * GB), node("b", 10.1 * GB)]) == [2, 1]
-    plan, why = placed([node("a", 20 * GB), node("b", 10 * GB)])
-    assert "dealt by speed 2:1" in why
+    assert speed_weights([node("a", 10 * GB), node("b", 12 * GB)]) == [1, 1]
+    assert speed_weights([node("a", 20 * GB), node("b", 10.1 * GB)]) == [2, 1]
+    plan, why = place_demo([node("a", 20 * GB), node("b", 10 * GB)])
+    assert "node weights by speed 2:1" in why
     assert plan.bytes_of(0)["experts"] > 1.6 * plan.bytes_of(1)["experts"]
 
 
 def test_what_does_not_fit_by_speed_is_dealt_by_memory():
-    plan, _ = placed([node("a"), node("b")])
+    plan, _ = place_demo([node("a"), node("b")])
     own = plan.bytes_of(0)["total"]
     enough = estimate_memory(CHECKPOINT.config, plan, 0, EngineOptions(), "native").own + 4096
     fast = node("a", 60 * GB, free=enough)
-    plan, why = placed([fast, node("b", 10 * GB, free=4 * enough)])
+    plan, why = place_demo([fast, node("b", 10 * GB, free=4 * enough)])
     assert "by memory" in why
     assert plan.bytes_of(0)["total"] < own < plan.bytes_of(1)["total"]
 
 
 def test_what_fits_nowhere_is_refused_by_name():
     with pytest.raises(PlanError, match=r"^b: rank 1 needs .* MB are available"):
-        placed([node("a"), node("b", free=50 * 10**6)], Wanted(shares=(1, 1)))
+        place_demo([node("a"), node("b", free=50 * 10**6)], PlacementOptions(node_weights=(1, 1)))
     metal = {"memory_size": 64 * GB, "max_recommended_working_set_size": 100 * 10**6}
     with pytest.raises(PlanError, match=r"b: .*sudo sysctl iogpu.wired_limit_mb=\d+"):
-        placed([node("a"), node("b", metal=metal)])
+        place_demo([node("a"), node("b", metal=metal)])
 
 
 def test_slow_links_are_seen_and_named():
     members = [node("a"), node("b"), node("c")]
     found = {(0, 1): Link(50e-6, GB), (0, 2): Link(300e-6, 2 * GB), (1, 2): Link(40e-6, GB / 10)}
     said = describe_links(members, found)
-    assert said == "links: 300 us at most (half a round trip, a to c), 0.10 GB/s at least"
-    assert "0.4 ms an exchange" in placed(members, found=found)[1]
+    assert said == "links: latency at most 300 us (a to c), bandwidth at least 0.10 GB/s"
+    assert "0.4 ms an exchange" in place_demo(members, links=found)[1]
 
 
 def test_links_are_measured_and_strangers_are_not_answered():
     secret = b"s" * 16
-    port = link_probe.answer("127.0.0.1", secret)
+    port = link_probe.serve_probe("127.0.0.1", secret)
     with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
         stranger.sendall(b"x" * 16 + bytes(link_probe.PING_BYTES))
         with suppress(ConnectionResetError):  # or the end
             assert stranger.recv(100) == b""
-    link = link_probe.measure("127.0.0.1", port, secret)
+    link = link_probe.probe_link("127.0.0.1", port, secret)
     assert 1e-6 < link.latency_s < 0.1
-    assert 1e6 < link.bytes_s < 1e12
+    assert 1e6 < link.bytes_per_s < 1e12
     with pytest.raises(ClusterError, match="cannot be reached"):
-        link_probe.measure("127.0.0.1", port, secret)  # it answers once
+        link_probe.probe_link("127.0.0.1", port, secret)  # it answers once
 
 
 def test_models_are_found_by_name_wherever_they_are(tmp_path):
@@ -249,28 +257,28 @@ def test_models_are_found_by_name_wherever_they_are(tmp_path):
     (kept / "org--name").mkdir()
     for folder in ("some", "org--name"):
         (kept / folder / "config.json").write_text("{}")
-    assert node_info.find("some", [kept]) == kept / "some"
-    assert node_info.find("/elsewhere/some", [kept]) == kept / "some"
-    assert node_info.find("org/name", [kept]) == kept / "org--name"
-    assert node_info.find("demo_model", []) == DEMO
-    assert node_info.find("other", [kept]) is None
+    assert node_info.find_model("some", [kept]) == kept / "some"
+    assert node_info.find_model("/elsewhere/some", [kept]) == kept / "some"
+    assert node_info.find_model("org/name", [kept]) == kept / "org--name"
+    assert node_info.find_model("demo_model", []) == DEMO
+    assert node_info.find_model("other", [kept]) is None
 
 
 def test_checkpoints_are_told_apart(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy)
-    assert node_info.digest(copy) == node_info.digest(DEMO)
+    assert node_info.checkpoint_digest(copy) == node_info.checkpoint_digest(DEMO)
     (copy / "README.md").write_text("no weights")
-    assert node_info.digest(copy) == node_info.digest(DEMO)
+    assert node_info.checkpoint_digest(copy) == node_info.checkpoint_digest(DEMO)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-    assert node_info.digest(copy) != node_info.digest(DEMO)
+    assert node_info.checkpoint_digest(copy) != node_info.checkpoint_digest(DEMO)
 
 
-def test_facts_are_what_decisions_need():
-    facts = json.loads(json.dumps({**node_info.facts(), **node_info.changing()}))
-    assert facts.items() >= node_info.versions().items()
-    assert facts["memory_bytes"] > facts["available_bytes"] > 0
-    assert 1e8 < facts["read_bytes_s"] < 1e13
-    me = replace(node("a"), facts=facts)
-    assert placed([me, me])[0].nodes == 2
+def test_what_a_node_reports_is_what_decisions_need():
+    info = NodeInfo.from_json(json.loads(json.dumps(node_info.describe_node().to_json())))
+    assert info.memory_bytes > info.available_bytes > 0
+    assert info.memory_bytes > node_info.available_bytes() > 0
+    assert 1e8 < info.read_bytes_per_s < 1e13
+    me = replace(node("a"), info=info)
+    assert place_demo([me, me])[0].nodes == 2
