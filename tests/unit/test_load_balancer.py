@@ -256,7 +256,7 @@ def test_one_node_needs_no_choice():
         ({"placement": "half"}, "expected whole, sliced, replicated or auto, got 'half'"),
         ({"trunk": "half"}, "expected replicated or sharded, got 'half'"),
         ({"budgets": [1, 1]}, "budgets are for --placement replicated"),
-        ({"placement": "sliced", "nodes": 9}, "8 pieces at most"),
+        ({"placement": "sliced", "nodes": 9}, "8 slices at most"),
         ({"nodes": 17}, "at most 16"),
     ],
 )
