@@ -1,9 +1,9 @@
-"""The optional C++ extension: whether it is there, fits, and is wanted.
+"""The optional C++ extension: whether it is available.
 
-Owns: importing `cenacle._native` and saying in one sentence why not.
+Owns: importing `cenacle._native`, the reason if that fails, and its threads.
 Does not know: models, layers.
 Invariant: nothing here fails; without the extension everything runs on plain MLX.
-Next: `model/native_layers.py`, which puts its layers into a model; `native/`, its source.
+Next: `model/native_layers.py` installs its layers in a model; `native/` is its source.
 """
 
 from __future__ import annotations
@@ -26,63 +26,63 @@ def _import() -> tuple[ModuleType | None, str]:
     mlx_version = version("mlx")
     if extension.mlx_version != mlx_version:
         return None, (
-            f"the native kernels were built with MLX {extension.mlx_version}, this is "
+            f"the native kernels were built with MLX {extension.mlx_version}, this is MLX "
             f"{mlx_version}: install cenacle again"
         )
     return extension, ""
 
 
-_module, _why = _import()
+_extension, _unavailable_reason = _import()
 
 
 def is_available() -> bool:
     """Whether the extension can be used."""
-    return _module is not None
+    return _extension is not None
 
 
 def unavailable_reason() -> str:
-    """One sentence that says why it cannot be used; empty if it can."""
-    return _why
+    """Why the extension cannot be used, in one sentence; empty if it can."""
+    return _unavailable_reason
 
 
 def extension() -> ModuleType:
     """The extension.
 
     Raises:
-        ImportError: it is not `available`.
+        ImportError: it is not available.
     """
-    if _module is None:
-        raise ImportError(_why)
-    return _module
+    if _extension is None:
+        raise ImportError(_unavailable_reason)
+    return _extension
 
 
 def describe_kernels() -> str:
     """What computes on this machine's CPU, in a few words."""
-    if _module is None:
-        return f"plain MLX, because {_why}"
-    threads = _module.threads()
-    said = f"{_module.used()} kernels, {threads} thread{'s' if threads > 1 else ''}"
-    return said + (", int8 activations" if _module.activations() == 8 else "")
+    if _extension is None:
+        return f"plain MLX, because {_unavailable_reason}"
+    threads = _extension.threads()
+    text = f"{_extension.used()} kernels, {threads} thread{'s' if threads > 1 else ''}"
+    return text + (", int8 activations" if _extension.activations() == 8 else "")
 
 
 def set_activations(name: str) -> None:
-    """Which integers the kernels make of activations, in layers that are made from now on.
+    """Choose the integers to which layers that are installed from now on quantise activations.
 
-    "int8", a scale for every 32 values, is there for 4- and 8-bit weights and mxfp4 on processors
-    with AVX-512 and VNNI; everything else goes on with 16 bits.
+    "int8", with a scale for every 32 values, works for 4- and 8-bit weights and mxfp4 on processors
+    with AVX-512 and VNNI; everything else uses 16 bits.
 
     Args:
         name: "int16" or "int8".
     """
-    if _module is not None:
-        _module.use_activations(int(name.removeprefix("int")))
+    if _extension is not None:
+        _extension.use_activations(int(name.removeprefix("int")))
 
 
 def set_threads(local_ranks: int = 1) -> int:
-    """Give the kernels this process's share of the machine's cores, or CENACLE_THREADS.
+    """Set the number of kernel threads: this process's share of the cores, or CENACLE_THREADS.
 
     Args:
-        local_ranks: number of ranks that share the machine.
+        local_ranks: number of ranks on this machine.
 
     Returns:
         The number of threads.
@@ -91,8 +91,8 @@ def set_threads(local_ranks: int = 1) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
         cores = os.cpu_count() or 1
-    asked = os.environ.get("CENACLE_THREADS", "")
-    threads = int(asked) if asked.isdecimal() and int(asked) else max(1, cores // local_ranks)
-    if _module is not None:
-        _module.set_threads(threads)
+    limit = os.environ.get("CENACLE_THREADS", "")
+    threads = int(limit) if limit.isdecimal() and int(limit) else max(1, cores // local_ranks)
+    if _extension is not None:
+        _extension.set_threads(threads)
     return threads

@@ -14,10 +14,11 @@ from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.model import native_blocks
 from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.config_catalogue import tiny_config
 from cenacle.model.expert_parallel import ExpertParallel
 from cenacle.model.native_layers import native_weights
 from cenacle.model.spec_reader import read_model_spec
-from cenacle.model.synth import synth, tiny_config
+from cenacle.model.synth import synth
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
 

@@ -9,7 +9,7 @@ from one_process import VECTORS
 
 from cenacle.cluster.download import distribution
 from cenacle.core.plan import Plan
-from cenacle.model import architecture, loader
+from cenacle.model import architecture
 from cenacle.model.byte_ranges import ColumnRange, merge_spans, subtract_spans
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.checksums import compare_checksums, weight_checksums
@@ -49,7 +49,7 @@ def load(folder, plan, rank):
 
 
 def parameters(model) -> dict[str, mx.array]:
-    return dict(loader.named_parameters(model))
+    return dict(architecture.named_parameters(model))
 
 
 def scrambled(folder, copy, spans):

@@ -16,10 +16,11 @@ from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.config_catalogue import tiny_config
 from cenacle.model.loader import build_model
 from cenacle.model.slicing import ModelLayout, slices_for
 from cenacle.model.spec_reader import read_model_spec
-from cenacle.model.synth import synth, tiny_config
+from cenacle.model.synth import synth
 from cenacle.model.tensor_parallel import MAX_VERIFIED_POSITIONS
 from cenacle.model.tensor_reader import TensorPiece, TensorView, read_piece
 from cenacle.model.tensor_slice import TensorSlice

@@ -13,22 +13,20 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import get_total_parameters, load, load_model
 
+from cenacle.core.model_config import text_config
 from cenacle.errors import InputError
 from cenacle.model import architecture
-from cenacle.model.families import family_of
-from cenacle.model.synth import (
-    LINEAR,
-    _encode,
-    build_lazy_model,
+from cenacle.model.config_catalogue import (
     family_names,
     first_layers,
     full_config,
     layer_count,
     model_catalogue,
-    synth,
-    text_config,
     tiny_config,
 )
+from cenacle.model.families import family_of
+from cenacle.model.random_tensors import LINEAR_STD, _encode
+from cenacle.model.synth import build_lazy_model, synth
 
 PROMPT = mx.array([[(37 * i + 11) % 512 for i in range(24)]])
 
@@ -109,7 +107,7 @@ def test_quantised(family, options, tmp_path):
             mode=module.mode,
         ).astype(mx.float32)
         assert mx.std(weight).item() == pytest.approx(
-            LINEAR / math.sqrt(module.input_dims), rel=0.25
+            LINEAR_STD / math.sqrt(module.input_dims), rel=0.25
         )
         assert abs(mx.mean(weight).item()) < 0.01
 

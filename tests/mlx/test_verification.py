@@ -21,12 +21,10 @@ from cenacle.cluster.messages import UNKNOWN_NODE
 from cenacle.core.plan import Plan
 from cenacle.errors import ClusterError, PlanError
 from cenacle.model import checksums
+from cenacle.model.architecture import named_parameters
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.checksums import compare_checksums, weight_checksums
-from cenacle.model.loader import (
-    load_rank_model,
-    named_parameters,
-)
+from cenacle.model.loader import load_rank_model
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
 from cenacle.verification import Answer, SelfTest, bad_links, differs, prompts, tolerance_of

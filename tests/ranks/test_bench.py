@@ -151,7 +151,7 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
     ("arguments", "status", "said"),
     [
         ([], 2, "expected either --model or --synth"),
-        (["--synth", "nonsense"], 2, "nothing is called 'nonsense'"),
+        (["--synth", "nonsense"], 2, "unknown 'nonsense'"),
         (["-m", "FOLDER", "--peer", "vllm=/x"], 2, "expected llama.cpp=PATH"),
         (["-m", "FOLDER", "--peer", "dllama=/nowhere"], 2, "expected the program dllama at"),
         (["-m", "FOLDER", "--contexts", "0"], 2, "expected positive integers"),

@@ -23,12 +23,10 @@ from cenacle.cluster.head import Head
 from cenacle.cluster.placement import PlacementOptions
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import CheckpointError, ClusterError
+from cenacle.model.architecture import named_parameters
 from cenacle.model.byte_ranges import JOURNAL, byte_range_from_json, total_bytes
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
-from cenacle.model.loader import (
-    load_rank_model,
-    named_parameters,
-)
+from cenacle.model.loader import load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.ranks.ranks import Epoch
 from like_hub import REPO, Server, pretend, times_sent

@@ -12,12 +12,10 @@ from cenacle.cluster.download.local_folder import LocalFolder
 from cenacle.cluster.download.sparse_store import SparseStore
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError
+from cenacle.model.architecture import named_parameters
 from cenacle.model.byte_ranges import JOURNAL, ColumnRange, total_bytes
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.loader import (
-    load_rank_model,
-    named_parameters,
-)
+from cenacle.model.loader import load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth

@@ -9,7 +9,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 import cenacle
-from cenacle.model.synth import synth, tiny_config
+from cenacle.model.config_catalogue import tiny_config
+from cenacle.model.synth import synth
 
 PROMPT = [(131 * i * i + 17 * i + 5) % 257 for i in range(2100)]
 CHUNK = 512

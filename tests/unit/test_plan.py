@@ -331,7 +331,10 @@ def test_replicas_fill_the_memory():
     assert [len(plan.layers[0].experts_of(r)) for r in (0, 1)] == [6, 5]
     assert sorted(len(parts) for parts in plan.layers[0].experts) == [1] * 5 + [2] * 3
     for limits, message in (
-        ([1600, 1600], r"holds \[3, 3\] experts .* expected at least one on each node and 8 together"),
+        (
+            [1600, 1600],
+            r"holds \[3, 3\] experts .* at least one on each node and 8 together",
+        ),
         ([1000, 9000], r"holds \[0, 8\] experts"),
         ([9000], "node_memory_bytes: expected 2 numbers, got 1"),
     ):

@@ -23,10 +23,10 @@ from .. import native
 from ..collective.base import Collective
 from ..core.plan import Plan
 from ..model import native_layers
+from ..model.architecture import input_width
 from ..model.checkpoint import Checkpoint
 from ..model.expert_parallel import NativeExperts, parallelize
 from ..model.loader import load_rank_model
-from ..model.native_layers import width as input_width
 from ..model.step_timer import StepTimer
 from .rank_worker import RankPool
 

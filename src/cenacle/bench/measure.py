@@ -25,7 +25,7 @@ from typing import Any
 from .. import api, runtime
 from ..core.request import TokenEvent
 from ..errors import CenacleError, ClusterError, InputError
-from ..model import native_layers, synth
+from ..model import config_catalogue, native_layers, synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.spec_reader import read_model_spec
 from ..paths import cache_dir
@@ -383,9 +383,9 @@ def prepare_model(model: str | None, name: str | None, quantize: int, cache: Pat
     assert name is not None
     folder = cache / "synth" / f"{name}-{quantize or 'full'}"
     if not (folder / "config.json").exists():
-        tiny = name in synth.family_names()
+        tiny = name in config_catalogue.family_names()
         if not tiny:
-            synth.full_config(name)  # an unknown name ends here
+            config_catalogue.full_config(name)  # an unknown name ends here
         say(f"writing a random {name} to {folder}")
         synth.synth(
             folder,

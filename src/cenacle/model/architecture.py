@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models import dbrx
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.utils import _get_classes
@@ -159,6 +160,17 @@ def stack_dbrx_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         return f"{match[1]}.switch_mlp.{names[match[3]]}.{match[4]}", int(match[2])
 
     return stack_tensors(weights, stacked_name)
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """A module's parameters with their dotted names."""
+    return cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+
+
+def input_width(experts: nn.Module) -> int:
+    """Input features of stacked experts."""
+    first = experts["gate_proj"] if "gate_proj" in experts else experts["fc1"]
+    return first.input_dims
 
 
 def find_blocks(model: nn.Module) -> list[MoEBlock]:

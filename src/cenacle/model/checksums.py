@@ -20,7 +20,6 @@ import mlx.nn as nn
 
 from . import architecture
 from .families import layer_index
-from .loader import named_parameters
 from .slicing import RankSlices
 
 Checksums = dict[str, list[int]]
@@ -44,7 +43,7 @@ def weight_checksums(model: nn.Module) -> Checksums:
         for name in block.linears
     )
     checksums = {}
-    for name, array in named_parameters(model):
+    for name, array in architecture.named_parameters(model):
         layer = layer_index(name)
         if layer is None or not name.startswith(stacked):
             checksums[name] = [array.size, _sum(array)]

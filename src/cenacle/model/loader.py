@@ -15,11 +15,10 @@ Next: `expert_parallel.py` wraps the loaded blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from ..core.plan import Plan
@@ -113,7 +112,7 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
     limit = mx.set_cache_limit(0)
     try:
         model = build_model(checkpoint, plan, rank)
-        arrays = [value for _, value in named_parameters(model)]
+        arrays = [value for _, value in architecture.named_parameters(model)]
         total, done = sum(a.nbytes for a in arrays), 0
         for array in arrays:
             mx.eval(array)
@@ -126,11 +125,6 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
     finally:
         mx.set_cache_limit(limit)
     return model
-
-
-def named_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
-    """A model's parameters with their dotted names."""
-    return cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
 
 
 def _partial_classes(

@@ -1,14 +1,14 @@
-"""Whole parts of a layer as one node of the graph each, for the plainest kinds of layer.
+"""Native blocks: whole attention modules and MoE blocks as one graph node each.
 
 Owns: which of mlx-lm's classes compute exactly attention with plain rotary positions, or a block
-whose router is a softmax, and computing these with the native extension.
+with a softmax router, and computing these with the native extension.
 Does not know: ranks, plans, how kernels work.
-Why: a token of a small model is hundreds of operations of a few microseconds, and MLX spends as
-long on each as it takes: some forty a layer become fourteen.
+Why: a token of a small model is hundreds of operations of a few microseconds, and MLX's overhead
+per operation is as long: some forty per layer become fourteen.
 Invariant: as with `native_layers`, an object keeps its attributes and parameters and changes its
-class. A class stands in a table here when its code is that of its neighbours, line by line; an
-object of it is left alone if a part of it is not what it usually is.
-Next: `native/primitives.cpp` (`qkv`, `experts`), `native/fast.cpp` (`route`, `attend`).
+class. A class is listed here if its code is that of its neighbours, line by line; an object with an
+unusual part is left alone.
+Next: `native/primitives/qkv.cpp`, `experts.cpp` and `fast_ops.cpp`.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _ATTENTION: tuple[type[nn.Module], ...] = (
     phimoe.Attention,
     qwen2_moe.Attention,
     qwen3_moe.Attention,
-    llama.Attention,  # these three of draft models
+    llama.Attention,  # these three in draft models
     qwen2.Attention,
     qwen3.Attention,
 )
 
-# Blocks that are nothing but the weighted sum of the k experts of which the router's softmax is
-# largest: names of the router and of k, and whether the weights are divided by their sum (or the
-# attribute that says so).
+# Blocks that are nothing but the weighted sum of the k experts with the largest router softmax:
+# names of the router and of k, and whether the weights are divided by their sum (or the attribute
+# that says so).
 _BLOCKS: dict[type[nn.Module], tuple[str, str, str | bool]] = {
     StackedDbrx: ("router", "top_k", True),
     jamba.JambaSparseMoeBlock: ("router", "num_experts_per_tok", True),
@@ -93,11 +93,11 @@ class NativeBlock(nn.Module):
 
 
 def install_native_blocks(model: nn.Module) -> None:
-    """Make what can be computed in whole parts be so, in place, after `native_layers.swap`."""
+    """Install native blocks in a model, in place, after `install_native_layers`."""
     extension = native.extension()
     for _, layer in model.named_modules():
         if type(layer) in _ATTENTION and (settings := _qkv_settings(layer)) is not None:
-            # Partials: what is a list or a dictionary would be taken for parameters.
+            # Partials, because mlx would take a list or a dictionary for parameters.
             layer._qkv, layer._attend = partial(extension.qkv, **settings), extension.attend
             layer.__class__ = NativeAttention
         elif type(layer) in _BLOCKS and hasattr(layer.switch_mlp, "weighted"):
@@ -110,7 +110,7 @@ def install_native_blocks(model: nn.Module) -> None:
 
 
 def _qkv_settings(layer: nn.Module) -> dict[str, Any] | None:
-    """What `qkv` is to be told of an attention layer; None: it is not as they usually are."""
+    """The arguments of `qkv` for an attention module; None: it has an unusual part."""
     projections = [layer[n] for n in ("q_proj", "k_proj", "v_proj")]
     rope = layer.rope
     if type(rope) is not nn.RoPE or not all(isinstance(p, LINEARS) for p in projections):

@@ -1,12 +1,13 @@
-"""The native kernels' way into a model: its layers are swapped once, at load.
+"""Native layers: installed in a loaded model once.
 
-Owns: which layers of a loaded mlx-lm model the kernels can compute, and making them do it.
+Owns: which layers of an mlx-lm model the kernels can compute, and making them do it.
 Does not know: families, ranks, files.
 How: a layer keeps its object, attributes and parameters and changes its class for a subclass that
-computes natively, so that whatever mlx-lm does with it (tied heads, attribute access) goes on.
-Invariant: a swapped model computes in float32 throughout; what the kernels do not know stays as it
-is and gets float32 inputs. Weights are checked once, here: they must not be replaced afterwards.
-Next: `experts.NativeExperts`, the experts; `native/primitives/`, what is called.
+computes natively, so whatever mlx-lm does with it (tied heads, attribute access) still works.
+Invariant: a model with native layers computes in float32 throughout; what the kernels do not
+support stays as it is and gets float32 inputs. Weights are checked once, here: they must not be
+replaced afterwards.
+Next: `expert_parallel.NativeExperts`, the experts; `native/primitives/`, what is called.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from mlx_lm.models import (
 from .. import native
 
 Activation = tuple[int, float, float]
-"""The kernels' number of an activation (native/kernels.h, `Act`) and its two constants."""
+"""The code of an activation (`Activation` in native/kernels/kernels.h) and its two constants."""
 
 
 def activation_code(experts: nn.Module) -> Activation | None:
-    """What is between an expert's matrices, if the kernels know it."""
+    """The activation between an expert's matrices; None: the kernels do not support it."""
     act = experts.activation
     gated: dict[type, Activation] = {
         switch_layers.SwiGLU: (0, 0.0, 0.0),
@@ -56,15 +57,14 @@ def activation_code(experts: nn.Module) -> Activation | None:
 
 
 def native_weights(layer: nn.Module) -> Any | None:
-    """A linear layer's matrices, or a stack of them, as the kernels take them; None: they do not.
+    """A linear layer's matrices, or a stack of them, for the kernels; None: unsupported.
 
     Strided weights and biases that are not float32 are replaced in the layer, not kept twice. Where
-    the kernels keep a packed copy the layer's arrays become what unpacks it: computed if anybody
-    looks at their values, else never.
+    the kernels keep a packed copy, the layer's arrays become lazy arrays that unpack it.
     """
-    made = getattr(layer, "_weights", None)
-    if made is not None:
-        return made
+    weights = getattr(layer, "_weights", None)
+    if weights is not None:
+        return weights
     for name in ("weight", "scales", "biases"):
         if layer.get(name) is not None:
             layer[name] = mx.contiguous(layer[name])
@@ -73,7 +73,7 @@ def native_weights(layer: nn.Module) -> Any | None:
     if layer.get("global_scale") is not None:
         return None
     try:
-        made = native.extension().Weights(
+        weights = native.extension().Weights(
             layer.weight,
             layer.get("scales"),
             layer.get("biases"),
@@ -84,11 +84,10 @@ def native_weights(layer: nn.Module) -> Any | None:
         )
     except ValueError:  # a format without kernels
         return None
-    for name, array in zip(("weight", "scales", "biases"), made.arrays(), strict=False):
+    for name, array in zip(("weight", "scales", "biases"), weights.arrays(), strict=False):
         layer[name] = array
-    # What is no array is kept as a plain attribute, unseen by `parameters`.
-    layer._weights = made
-    return made
+    layer._weights = weights  # not an array, so `parameters` does not list it
+    return weights
 
 
 class NativeLinear(nn.Linear):
@@ -142,7 +141,7 @@ _STACKED = (switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear)
 
 
 def is_supported() -> bool:
-    """Whether models can be swapped: the extension is there and MLX runs on the CPU."""
+    """Whether native layers can be used: the extension is available and MLX runs on the CPU."""
     return native.is_available() and mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -153,53 +152,47 @@ _OPERATIONS = {
     "scaled_dot_product_attention": mx.fast,
     "logsumexp": mx,
 }
-_MLX = {name: getattr(place, name) for name, place in _OPERATIONS.items()}
+_MLX = {name: getattr(module, name) for name, module in _OPERATIONS.items()}
 
 
-def install_operations(ours: bool) -> None:
-    """Norms, rotary positions, attention and logsumexp of this whole process: ours, or MLX's own.
+def install_operations(use_native: bool) -> None:
+    """Set norms, rotary positions, attention and logsumexp of this process: native, or MLX's own.
 
-    mlx-lm's families all reach them as functions of `mx.fast`; ours have the same arguments and
-    hand on to MLX's what they do not know, so that is where they are put. MLX's CPU backend has no
-    kernels for these: it composes them of small operations, three quarters of a token's graph. Its
-    logsumexp, which mlx-lm's generation takes of all logits, has no vectors.
+    mlx-lm's families all call them as functions of `mx.fast`, so that is where they are replaced;
+    the native ones have the same arguments and pass on to MLX what they do not support. MLX's CPU
+    backend has no kernels for these: it composes them of small operations, three quarters of a
+    token's graph. Its logsumexp, which mlx-lm applies to all logits, is not vectorised.
     """
-    for name, place in _OPERATIONS.items():
-        setattr(place, name, getattr(native.extension(), name) if ours else _MLX[name])
+    for name, module in _OPERATIONS.items():
+        setattr(module, name, getattr(native.extension(), name) if use_native else _MLX[name])
 
 
 def install_native_layers(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
-    """Make a loaded model compute natively where it can, in place; experts are not looked at.
+    """Make a loaded model compute natively where it can, in place; experts are left alone.
 
     Args:
         keep: layers that stay as they are, whatever their types.
     """
     extension = native.extension()
-    swapped: set[int] = set()
+    installed: set[int] = set()
     for _, layer in model.named_modules():
         kind = _NATIVE.get(type(layer))
-        if kind is None or id(layer) in swapped:
+        if kind is None or id(layer) in installed:
             continue
         if native_weights(layer) is None:
             continue
         layer._linear, layer._embed = extension.linear, extension.embed
         layer.__class__ = kind
-        swapped.add(id(layer))
+        installed.add(id(layer))
     extension.trim()
     for _, layer in model.named_modules():
-        if id(layer) not in swapped and not isinstance(layer, (*_STACKED, *keep)):
+        if id(layer) not in installed and not isinstance(layer, (*_STACKED, *keep)):
             _to_float32(layer)
 
 
 def _to_float32(layer: nn.Module) -> None:
-    """What stays on plain MLX gets float32 parameters: MLX is ten times slower on mixed types."""
+    """Convert what stays on plain MLX: MLX is ten times slower on mixed types."""
     for name, value in list(layer.items()):
         if isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16):
             layer[name] = value.astype(mx.float32)
             mx.eval(layer[name])
-
-
-def width(experts: nn.Module) -> int:
-    """The width of what stacked experts take."""
-    first = experts["gate_proj"] if "gate_proj" in experts else experts["fc1"]
-    return first.input_dims

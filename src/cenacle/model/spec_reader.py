@@ -26,7 +26,7 @@ from . import architecture
 from .architecture import MoEBlock
 from .checkpoint import Checkpoint
 from .families import Family, family_of, layer_index
-from .loader import build_model, named_parameters
+from .loader import build_model
 from .slicing import O_PROJ, PER_HEAD_VECTORS, head_counts
 from .tensor_slice import feature_counts, input_units, is_mlp, unsliced_bytes
 
@@ -48,7 +48,7 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
     placed_bytes = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
     modules = _find_dense_modules(model, family)
     dtypes: Counter[str] = Counter()
-    for _, value in named_parameters(model):
+    for _, value in architecture.named_parameters(model):
         if mx.issubdtype(value.dtype, mx.floating):
             dtypes[str(value.dtype).removeprefix("mlx.core.")] += value.size
     return ModelSpec(
@@ -68,7 +68,7 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(value.nbytes for _, value in named_parameters(module))
+    return sum(value.nbytes for _, value in architecture.named_parameters(module))
 
 
 def _describe_quantization(config: Config) -> str | None:
@@ -187,7 +187,7 @@ def _describe_attention(path: str, module: nn.Module) -> DenseModule | None:
         units = kv_heads if head_dim * (heads // kv_heads) % group == 0 else 0
     if not units:
         return None
-    query_bytes = sum(v.nbytes for n, v in named_parameters(output) if n != "bias")
+    query_bytes = sum(v.nbytes for n, v in architecture.named_parameters(output) if n != "bias")
     query_bytes += sum(
         module[n].nbytes for n in PER_HEAD_VECTORS if isinstance(module.get(n), mx.array)
     )

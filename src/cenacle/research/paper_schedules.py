@@ -33,9 +33,9 @@ from ..collective.base import Collective
 from ..core.plan import LayerPlan, Plan
 from ..errors import PlanError
 from ..model import architecture, native_layers
+from ..model.architecture import input_width
 from ..model.expert_parallel import ExpertParallel, LocalExperts, parallelize
 from ..model.families import family_of
-from ..model.native_layers import width
 from ..model.step_timer import StepTimer
 
 SCHEDULES = ("naive", "P-LB", "P-LR", "P-LR-D")
@@ -125,7 +125,7 @@ class ScheduledBlock(nn.Module):
         separate: _SeparateExperts | None,
     ) -> None:
         super().__init__()
-        self.block, self.width = block, width(local.experts)
+        self.block, self.width = block, input_width(local.experts)
         # Without its stack, where there are arrays of their own: it is freed.
         self.local = local if separate is None else None
         self._rows, self._probe = local._rows, _RouterProbe()

@@ -30,7 +30,7 @@ from ..collective.base import Collective
 from ..collective.delayed import DelayedCollective
 from ..core.plan import Plan
 from ..errors import ClusterError, InputError, PlanError
-from ..model import synth
+from ..model import config_catalogue
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
 from ..model.loader import load_rank_model
@@ -197,14 +197,14 @@ def catalogued_depth(config: dict[str, Any]) -> int | None:
     def plain(one: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in one.items() if k not in keys | tokens}
 
-    layers = synth.layer_count(config)
+    layers = config_catalogue.layer_count(config)
     depths = []
-    for entry in synth.model_catalogue().values():
-        total = synth.layer_count(entry.config)
+    for entry in config_catalogue.model_catalogue().values():
+        total = config_catalogue.layer_count(entry.config)
         same = entry.config.get("model_type") == config.get("model_type")
         if not same or total <= layers:
             continue
-        if plain(synth.first_layers(entry.config, layers)) == plain(config):
+        if plain(config_catalogue.first_layers(entry.config, layers)) == plain(config):
             depths.append(total)
     return max(depths, default=None)
 

@@ -30,7 +30,7 @@ from ...collective.single import SingleRank
 from ...core import model_config
 from ...core.plan import Plan
 from ...errors import CheckpointError, InputError
-from ...model import loader, native_blocks, native_layers
+from ...model import architecture, loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
 from ...model.expert_parallel import parallelize
 from ...model.spec_reader import read_model_spec
@@ -120,7 +120,7 @@ class DraftModelConfig:
             for c in (checkpoint, own)
         )
         _same_words(said, text, own, (expected, known))
-        sizes = sum(array.nbytes for _, array in loader.named_parameters(model))
+        sizes = sum(array.nbytes for _, array in architecture.named_parameters(model))
         native = kernels != "mlx" and native_layers.is_supported()
         context = model_config.find_int(own.config, model_config.CONTEXT_LENGTH_KEYS)
         cache = memory.kv_cache_bytes(
