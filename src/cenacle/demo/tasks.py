@@ -8,7 +8,7 @@ Next: `tools/train_demo.py` trains on `tasks("train", seed)`.
 
 >>> held_out("reverse", 1)[0].kind
 'reverse'
->>> correct(Task("add", "What is 2 + 3?", "5"), " 5\\n")
+>>> is_correct(Task("add", "What is 2 + 3?", "5"), " 5\\n")
 True
 """
 

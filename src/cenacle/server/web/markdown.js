@@ -1,8 +1,8 @@
-// Markdown to elements, small and safe: text becomes text nodes, elements come from a fixed set,
-// links from three schemes, and nothing is ever parsed as HTML or loaded from elsewhere.
+// Markdown to elements. Text becomes text nodes, elements come from a fixed set, links have one of
+// three schemes; nothing is parsed as HTML or loaded from elsewhere.
 //
-// `blocks(text)` cuts at the top level; `render(into, text)` keeps the elements of blocks that did
-// not change, so that a growing answer is cheap and a selection in it stays.
+// `blocks(text)` splits the top level. `render(parent, text)` keeps the elements of unchanged blocks,
+// so that a streaming answer is cheap to draw and a selection in it stays.
 
 import { copyText, h, iconButton, setIcon } from "./dom.js";
 
@@ -12,14 +12,14 @@ const RULE = /^ {0,3}([-*_])\s*(?:\1\s*){2,}$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(\s+|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const CELLS = /^\s*\|?(?:\s*:?-+:?\s*\|)+\s*:?-*:?\s*$/;
-const DEEPEST = 12; // lists and quotes in one another; beyond it is shown as it is written
+const MAX_DEPTH = 12; // of nested lists and quotes; deeper ones stay text
 
 export function blocks(text) {
   const lines = text.replace(/\r\n?/g, "\n").split("\n");
-  const found = [];
+  const result = [];
   let i = 0;
   const take = (kind, count, extra = {}) => {
-    found.push({ kind, lines: lines.slice(i, i + count), ...extra });
+    result.push({ kind, lines: lines.slice(i, i + count), ...extra });
     i += count;
   };
   while (i < lines.length) {
@@ -39,7 +39,7 @@ export function blocks(text) {
       take("rule", 1);
     } else if (QUOTE.test(line)) {
       let end = i;
-      while (end < lines.length && lines[end].trim() && (QUOTE.test(lines[end]) || !starts(lines[end]))) end++;
+      while (end < lines.length && lines[end].trim() && (QUOTE.test(lines[end]) || !startsBlock(lines[end]))) end++;
       take("quote", end - i);
     } else if (ITEM.test(line)) {
       take("list", listEnd(lines, i) - i);
@@ -50,14 +50,14 @@ export function blocks(text) {
       take("table", end - i);
     } else {
       let end = i + 1;
-      while (end < lines.length && lines[end].trim() && !starts(lines[end])) end++;
+      while (end < lines.length && lines[end].trim() && !startsBlock(lines[end])) end++;
       take("text", end - i);
     }
   }
-  return found;
+  return result;
 }
 
-const starts = (line) =>
+const startsBlock = (line) =>
   FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
 
 function listEnd(lines, from) {
@@ -69,10 +69,10 @@ function listEnd(lines, from) {
     if (!line.trim()) {
       let next = end + 1;
       while (next < lines.length && !lines[next].trim()) next++;
-      const goes = next < lines.length && (/^ {2,}/.test(lines[next]) || sameList(lines[next], ordered));
-      if (!goes) break;
+      const continues = next < lines.length && (/^ {2,}/.test(lines[next]) || sameList(lines[next], ordered));
+      if (!continues) break;
       end = next;
-    } else if (item ? sameList(line, ordered) : /^ {2,}/.test(line) || !starts(line)) {
+    } else if (item ? sameList(line, ordered) : /^ {2,}/.test(line) || !startsBlock(line)) {
       end++;
     } else {
       break;
@@ -86,21 +86,22 @@ function sameList(line, ordered) {
   return item !== null && !RULE.test(line) && (item[1].length > 1 || /\d/.test(item[2]) === ordered);
 }
 
-export function render(into, text) {
-  const fresh = blocks(text);
-  const old = into.rendered ?? [];
+export function render(parent, text) {
+  const current = blocks(text);
+  const sources = current.map(source);
+  const previous = parent.rendered ?? [];
   let same = 0;
-  while (same < fresh.length && same < old.length && old[same] === raw(fresh[same])) same++;
-  while (into.childNodes.length > same) into.lastChild.remove();
-  for (const block of fresh.slice(same)) into.append(element(block, 0));
-  into.rendered = fresh.map(raw);
+  while (same < sources.length && previous[same] === sources[same]) same++;
+  while (parent.childNodes.length > same) parent.lastChild.remove();
+  for (const block of current.slice(same)) parent.append(element(block, 0));
+  parent.rendered = sources;
 }
 
-const raw = (block) => block.kind + (block.closed ?? "") + block.lines.join("\n");
+const source = (block) => block.kind + (block.closed ?? "") + block.lines.join("\n");
 
 function nested(lines, depth) {
   const text = lines.join("\n");
-  if (depth >= DEEPEST) return [h("p", {}, text)];
+  if (depth >= MAX_DEPTH) return [h("p", {}, text)];
   return blocks(text).map((b) => element(b, depth + 1));
 }
 
@@ -158,9 +159,9 @@ function list(lines, depth) {
   const start = ordered ? parseInt(first[2], 10) : 1;
   return h(ordered ? "ol" : "ul", ordered && start !== 1 ? { start } : {},
     items.map((item) => {
-      const inside = nested(item.lines, depth);
+      const children = nested(item.lines, depth);
       // A tight list has no paragraphs.
-      const flat = loose ? inside : inside.flatMap((e) => (e.tagName === "P" ? [...e.childNodes] : [e]));
+      const flat = loose ? children : children.flatMap((e) => (e.tagName === "P" ? [...e.childNodes] : [e]));
       return h("li", {}, ...flat);
     }));
 }
@@ -173,19 +174,19 @@ function cells(line) {
 function table(lines) {
   const sides = cells(lines[1]).map((c) => (c.endsWith(":") ? (c.startsWith(":") ? "center" : "right") : null));
   const row = (line, tag) => {
-    const found = cells(line);
-    return h("tr", {}, sides.map((side, at) => h(tag, { class: side }, ...inline(found[at] ?? ""))));
+    const texts = cells(line);
+    return h("tr", {}, sides.map((side, column) => h(tag, { class: side }, ...inline(texts[column] ?? ""))));
   };
   return h("div", { class: "wide", tabindex: "0" }, h("table", {},
     h("thead", {}, row(lines[0], "th")),
     h("tbody", {}, lines.slice(2).map((l) => row(l, "td")))));
 }
 
-// ---- inside a line
+// ---- inline
 
 const SAFE = /^(?:https?:\/\/|mailto:)[^\s<>"]+$/i;
 const INLINE = [
-  // Each: a sticky expression that must match here, and what it makes.
+  // A sticky expression that must match at this position, and what it becomes; `true`: not within a word.
   [/\\([\\`*_{}[\]()#+\-.!~|>])/y, (m) => m[1]],
   [/(`+)(?!`)([^]*?[^`])\1(?!`)/y, (m) => h("code", {}, m[2].replace(/^ (.*) $/s, "$1").replace(/\n/g, " "))],
   [/!\[([^\]]*)\]\(\s*([^\s)]*)[^)]*\)/y, (m, d) => link(m[2], [m[1] || m[2]], m[0], d)],
@@ -210,32 +211,32 @@ export function inline(text, depth = 0) {
     if (plain) out.push(plain);
     plain = "";
   };
-  // An opening mark without its end is looked for once only: a long text of them stays quick.
-  const failed = new Set();
+  // An opening mark without an end is tried once only; otherwise many of them would take long.
+  const unclosed = new Set();
   next: while (at < text.length) {
     SPECIAL.lastIndex = at;
     const special = SPECIAL.exec(text);
-    if (special === null || depth > DEEPEST) {
+    if (special === null || depth > MAX_DEPTH) {
       plain += text.slice(at);
       break;
     }
     plain += text.slice(at, special.index);
     at = special.index;
-    for (const [number, [pattern, make, atWord]] of INLINE.entries()) {
-      if (failed.has(number)) continue;
-      if (atWord && at > 0 && /\w/.test(text[at - 1])) continue;
+    for (const [number, [pattern, make, outsideWords]] of INLINE.entries()) {
+      if (unclosed.has(number)) continue;
+      if (outsideWords && at > 0 && /\w/.test(text[at - 1])) continue;
       pattern.lastIndex = at;
       const match = pattern.exec(text);
       if (match === null) {
-        if (hopeless(number, text, at)) failed.add(number);
+        if (isUnclosed(number, text, at)) unclosed.add(number);
         continue;
       }
       const end = pattern.lastIndex;
-      const made = make(match, depth);
-      if (typeof made === "string") plain += made;
+      const node = make(match, depth);
+      if (typeof node === "string") plain += node;
       else {
         flush();
-        out.push(made);
+        out.push(node);
       }
       at = end;
       continue next;
@@ -246,13 +247,13 @@ export function inline(text, depth = 0) {
   return out;
 }
 
-// Whether nothing that ends this pattern is left in the text.
+// Whether the rest of the text has no end for this pattern.
 const ENDS = { 1: "`", 2: "](", 3: "](", 6: "**", 7: "*", 8: "__", 9: "_", 10: "~~" };
-function hopeless(number, text, at) {
+function isUnclosed(number, text, at) {
   return number in ENDS && text.indexOf(ENDS[number], at + 1) < 0;
 }
 
-// Anything but http, https and mailto stays the text that it was.
+// Links with other schemes stay text.
 function link(address, content, source) {
   if (!SAFE.test(address)) return h("span", {}, source);
   return h("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, ...content);

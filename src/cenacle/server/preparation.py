@@ -1,0 +1,153 @@
+"""From a request's body to the requests of the group.
+
+Owns: parsing by an API's adapter, tokenizing prompts, checks against the model.
+Does not know: HTTP, how answers are generated and shaped.
+Invariant: a prepared choice fits the model's context and has a grammar that can be enforced.
+Next: `generation.py` submits the choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..core.chat import Message
+from ..core.request import Request
+from ..errors import InputError
+from ..text.output_parser import OutputParser
+from .api import structured_output
+from .api.protocol import ApiAdapter, GenerationRequest, Prompt, ServedModel
+from .api.validation import UNSUPPORTED, RequestError
+from .generation import InFlightChoice
+
+if TYPE_CHECKING:
+    from ..api import Model
+
+
+class RequestPreparer:
+    """Prepares the choices of requests. Slow, because it tokenizes; not safe for several threads.
+
+    Args:
+        model: loaded.
+        served: what clients are told of it.
+        max_messages: of a chat.
+
+    Raises:
+        CheckpointError: the model has no tokenizer.
+    """
+
+    def __init__(self, model: Model, served: ServedModel, max_messages: int) -> None:
+        self._model, self._served, self._max_messages = model, served, max_messages
+        self._text = model.text
+
+    def prepare(
+        self, adapter: ApiAdapter, body: bytes, key: str
+    ) -> tuple[GenerationRequest, list[InFlightChoice]]:
+        """The request of a body, and its choices.
+
+        Args:
+            adapter: the API.
+            body: as the client sent it.
+            key: name of the API key; "": none.
+
+        Raises:
+            InputError: the request is refused.
+        """
+        request = adapter.parse(body, self._served)
+        choices: list[InFlightChoice] = []
+        for prompt in request.prompts:
+            tokens = self._tokenize(request, prompt)
+            free = self._served.free_context(len(tokens), request.prompt_field)
+            limits = [n for n in (request.max_tokens, free) if n is not None]
+            max_tokens = min(limits, default=None)
+            echo = self._text.decode(tokens) if request.echo else ""
+            for index in range(request.n):
+                choice = InFlightChoice(
+                    len(choices),
+                    replace(self._group_request(request, tokens, max_tokens, index), key=key),
+                    len(tokens) if index == 0 else 0,
+                    self._output_parser(request, tokens),
+                    self._text,
+                    echo,
+                    request.thinking_budget,
+                )
+                has_grammar = request.is_chat and request.grammar is not None
+                if has_grammar and self._text.in_reasoning(tokens):
+                    choice.reason_first(self._text.chat((), (), tokens))
+                choices.append(choice)
+        return request, choices
+
+    def count_tokens(self, adapter: ApiAdapter, body: bytes) -> int:
+        """The number of tokens of a body's prompt.
+
+        Raises:
+            InputError: the request is refused.
+        """
+        request = adapter.parse(body, self._served)
+        return len(self._tokenize(request, request.prompts[0]))
+
+    def _group_request(
+        self,
+        request: GenerationRequest,
+        tokens: tuple[int, ...],
+        max_tokens: int | None,
+        index: int,
+    ) -> Request:
+        try:
+            return self._model.request(
+                tokens,
+                max_tokens,
+                request.sampling_of(index),
+                logprobs=request.logprobs,
+                grammar=request.grammar,
+            )
+        except InputError as error:
+            if error.field != "grammar":
+                raise
+            # Named as the client named it.
+            raise RequestError(request.grammar_field, f"cannot be enforced: {error}") from error
+
+    def _tokenize(self, request: GenerationRequest, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            # Not rendered as a chat, as `Model.request` would.
+            return self._text.encode(prompt)
+        if not request.is_chat:
+            return self._model.tokens_of(prompt)
+        self._check_chat(request, prompt)
+        messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
+        tools = request.tools
+        if not self._text.renders_tools:
+            messages, tools = structured_output.describe_tools_in_chat(messages, tools), ()
+        continued = request.continue_final_message
+        think = False if continued else request.enable_thinking
+        tokens = self._text.render(
+            messages, tools, request.template_kwargs, think=think, continued=continued
+        )
+        return tokens if request.grammar is None else self._text.thought(tokens, think)
+
+    def _check_chat(self, request: GenerationRequest, prompt: Prompt) -> None:
+        text = self._text
+        if len(prompt) > self._max_messages:
+            reason = f"expected at most {self._max_messages} messages, got {len(prompt)}"
+            raise RequestError(request.prompt_field, reason)
+        if request.enable_thinking and not text.thinks:
+            reason = f"not supported by the model {self._served.name}, which does not reason"
+            raise RequestError("thinking", reason, UNSUPPORTED)
+        may_call = request.tools and request.forced_call is None
+        if may_call and not (text.calls_tools and text.renders_tools):
+            reason = (
+                "not supported where the model decides, since the format of this model's calls is "
+                "not known; force a call with tool_choice"
+            )
+            raise RequestError("tools", reason, UNSUPPORTED)
+
+    def _output_parser(
+        self, request: GenerationRequest, prompt_tokens: tuple[int, ...]
+    ) -> OutputParser:
+        if request.forced_call is not None:
+            return self._text.called(structured_output.parse_tool_calls)
+        if request.is_chat and request.grammar is None:
+            return self._text.chat(
+                request.stop, request.tools, prompt_tokens, parallel=request.parallel_tool_calls
+            )
+        return self._text.plain(request.stop)
