@@ -287,7 +287,9 @@ def test_all_machines_are_examined_from_any(cluster):
     said = json.loads(done.stdout)["nodes"]
     assert set(said) == {"a", "b", "c"}
     for name in "bc":
-        assert any("The way to the other nodes is eth0" in f["message"] for f in said[name]), said
+        assert any("The other nodes are reached over eth0" in f["message"] for f in said[name]), (
+            said
+        )
 
 
 def test_a_host_that_dies_is_done_without(cluster, undisturbed):

@@ -307,9 +307,9 @@ class Agent:
         return await asyncio.to_thread(link_probe.probe_link, order.address, order.port, secret)
 
     async def _diagnose(self, order: messages.Diagnose) -> messages.Findings:
-        skew_s = order.now_s - time.time()
+        clock_skew_s = order.now_s - time.time()
         facts = await asyncio.to_thread(doctor.gather, self._host)
-        findings = doctor.examine(replace(facts, skew_s=skew_s))
+        findings = doctor.examine(replace(facts, clock_skew_s=clock_skew_s))
         return messages.Findings(tuple(finding.to_json() for finding in findings))
 
     # ---- Orders: ranks ------------------------------------------------------------------------

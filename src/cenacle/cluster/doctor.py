@@ -1,11 +1,11 @@
-"""What is wrong with this machine, in plain sentences, each with what to do.
+"""Checks of this machine: what is wrong, in sentences, and what to do about it.
 
-Owns: what is asked of the system, and what the answers mean.
+Owns: what the system is asked, and what the answers mean.
 Does not know: models, plans, running groups.
-Invariant: `examine` is a pure function of `Facts`, the words of the system's own tools and files;
-nothing here changes the machine; a tool that is missing or fails is no finding but a check
-that was not made. Checks of macOS were tried on recorded outputs only.
-Next: `cli_doctor.py` shows it.
+Invariant: `examine` is a pure function of `HostFacts`, which holds the output of the system's own
+tools and files. Nothing here changes the machine. A tool that is missing or fails is not a
+finding; its check is skipped. The checks of macOS were tried on recorded output only.
+Next: `cli/doctor.py` shows the findings.
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import psutil
+
 from ..core.units import format_bytes
 from ..planning.perf_model import wired_limit_command
 
-TOOL_DEADLINE_S = 5.0
-FEW_FILES = 1024  # a server with hundreds of clients, and 8 nodes, stays below this
-LOW_DISK_BYTES = 20 * 10**9
-SKEW_S = 30.0  # certificates and time-limited tokens bear this much
-MEMORY_PRESSURE_PERCENT = 5.0  # of the last minute in which somebody waited for memory
+TOOL_TIMEOUT_S = 5.0
+MIN_OPEN_FILES = 1024  # enough for a server with hundreds of clients and 8 nodes
+MIN_FREE_DISK_BYTES = 20 * 10**9
+MAX_CLOCK_SKEW_S = 30.0  # certificates and tokens tolerate this much
+MAX_MEMORY_PRESSURE_PERCENT = 5.0  # of the last minute in which a process waited for memory
+MIN_AVAILABLE_MEMORY = 0.1  # of all memory
 
 Level = Literal["bad", "warning", "good"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        level: "bad": it will not work or not last; "warning": slower or less sure than need be.
+        level: "bad": it will not work or not last; "warning": slower or less reliable than
+            necessary.
         message: a sentence.
         fix: what to do; empty if good.
     """
@@ -58,150 +62,153 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the system says.
+class HostFacts:
+    """What the system reports.
 
     Args:
         system: "Darwin" or "Linux".
-        said: command line, or path of a file -> its text. What is missing was not to be had.
+        outputs: text by command line or file path; what could not be had is missing.
         env: environment variables.
-        files: most file handles that a process may have.
-        disk_free: bytes free where weights are kept.
-        versions: distribution -> (installed or None, what this program was made for).
-        native: why the kernels for CPUs are not there, or None.
-        skew_s: seconds by which the head's clock is before ours; None: not asked, or no answer.
+        max_open_files: that a process may have.
+        free_disk_bytes: where weights are stored.
+        memory_bytes, available_bytes: None: unknown.
+        versions: by distribution: (installed or None, required).
+        kernels_unavailable_reason: why the kernels for CPUs are missing, or None.
+        clock_skew_s: seconds by which the head's clock is ahead of this one; None: unknown.
     """
 
     system: str
-    said: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
-    files: int = 65536
-    disk_free: int = 10**12
+    max_open_files: int = 65536
+    free_disk_bytes: int = 10**12
+    memory_bytes: int | None = None
+    available_bytes: int | None = None
     versions: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
-    native: str | None = None
-    skew_s: float | None = None
+    kernels_unavailable_reason: str | None = None
+    clock_skew_s: float | None = None
 
     def number(self, name: str) -> float | None:
-        """The text of a file or command as a number."""
+        """The output of a file or command as a number."""
         try:
-            return float(self.said[name].strip())
+            return float(self.outputs[name].strip())
         except (KeyError, ValueError):
             return None
 
     def find(self, name: str, pattern: str) -> str | None:
-        """The first group of a pattern in a file's or command's text."""
-        found = re.search(pattern, self.said.get(name, ""), re.MULTILINE)
-        return found[1] if found else None
+        """The first group of a pattern in the output of a file or command."""
+        match = re.search(pattern, self.outputs.get(name, ""), re.MULTILINE)
+        return match[1] if match else None
 
 
-def examine(facts: Facts) -> list[Finding]:
-    """Everything that was found, the worst first."""
+def examine(facts: HostFacts) -> list[Finding]:
+    """All findings, the worst first."""
     checks = (*EVERYWHERE, *(MAC if facts.system == "Darwin" else LINUX))
     order = ("bad", "warning", "good")
     return sorted((f for check in checks for f in check(facts)), key=lambda f: order.index(f.level))
 
 
-Check = Callable[[Facts], Iterator[Finding]]
+Check = Callable[[HostFacts], Iterator[Finding]]
 
 
-def _versions(facts: Facts) -> Iterator[Finding]:
-    wrong = False
-    for name, (installed, wanted) in facts.versions.items():
-        if installed != wanted:
-            wrong = True
-            got = f"{name} {installed}" if installed else f"no {name}"
+def _versions(facts: HostFacts) -> Iterator[Finding]:
+    matches = True
+    for name, (installed, required) in facts.versions.items():
+        if installed != required:
+            matches = False
             yield Finding(
                 "bad",
-                f"This program was made for {name} {wanted}, and here is {got}.",
+                f"Cenacle needs {name} {required}, but {installed or 'none'} is installed.",
                 "Install it again: `pip install --upgrade --force-reinstall cenacle`.",
             )
-    if facts.versions and not wrong:
-        said = ", ".join(f"{name} {got}" for name, (got, _) in facts.versions.items())
-        yield Finding("good", f"Versions are those that belong together: {said}.")
+    if facts.versions and matches:
+        versions = ", ".join(f"{name} {version}" for name, (version, _) in facts.versions.items())
+        yield Finding("good", f"Versions match: {versions}.")
 
 
-def _fast_synch(facts: Facts) -> Iterator[Finding]:
+def _fast_synch(facts: HostFacts) -> Iterator[Finding]:
     if facts.env.get("MLX_METAL_FAST_SYNCH", "0") not in ("", "0"):
         yield Finding(
             "bad",
             "MLX_METAL_FAST_SYNCH is set: GPUs can lock up until a restart (mlx#3830, mlx#4005).",
-            "Unset it, in your shell's settings too.",
+            "Unset it, also in the settings of your shell.",
         )
 
 
-def _file_handles(facts: Facts) -> Iterator[Finding]:
-    if facts.files < FEW_FILES:
+def _file_handles(facts: HostFacts) -> Iterator[Finding]:
+    if facts.max_open_files < MIN_OPEN_FILES:
         yield Finding(
             "warning",
-            f"A process may open {facts.files} files; a busy server needs {FEW_FILES}.",
-            "`ulimit -n 8192` before it is started, or LimitNOFILE in its service.",
+            f"A process may open {facts.max_open_files} files; a busy server needs "
+            f"{MIN_OPEN_FILES}.",
+            "Run `ulimit -n 8192` before starting it, or set LimitNOFILE in its service.",
         )
 
 
-def _disk(facts: Facts) -> Iterator[Finding]:
-    if facts.disk_free < LOW_DISK_BYTES:
+def _disk(facts: HostFacts) -> Iterator[Finding]:
+    if facts.free_disk_bytes < MIN_FREE_DISK_BYTES:
         yield Finding(
             "warning",
-            f"{format_bytes(facts.disk_free)} are free where weights are kept.",
-            "Remove models that are not used, or set HF_HOME to a larger disk.",
+            f"{format_bytes(facts.free_disk_bytes)} are free on the disk that stores weights.",
+            "Remove unused models, or set HF_HOME to a folder on a larger disk.",
         )
 
 
-def _clock(facts: Facts) -> Iterator[Finding]:
-    if facts.skew_s is None:
+def _clock(facts: HostFacts) -> Iterator[Finding]:
+    if facts.clock_skew_s is None:
         return
-    if abs(facts.skew_s) > SKEW_S:
-        way = "ahead of" if facts.skew_s > 0 else "behind"
+    if abs(facts.clock_skew_s) > MAX_CLOCK_SKEW_S:
+        direction = "ahead of" if facts.clock_skew_s > 0 else "behind"
         yield Finding(
             "bad",
-            f"The head's clock is {abs(facts.skew_s):.0f} s {way} this machine's: certificates and "
-            f"tokens will be refused.",
-            "Let both set their clocks by the network (NTP).",
+            f"The head's clock is {abs(facts.clock_skew_s):.0f} s {direction} this machine's: "
+            f"certificates and tokens will be refused.",
+            "Synchronise both clocks by NTP.",
         )
     else:
-        yield Finding("good", "The head answers, and its clock agrees with this one.")
+        yield Finding("good", "The head answers, and its clock agrees with this machine's.")
 
 
-def _link(name: str, wifi: bool, mtu: float | None, mbit: float | None) -> list[Finding]:
-    """What is to be said of the interface on the way to the other nodes."""
-    found = []
+def _describe_link(name: str, wifi: bool, mtu: float | None, mbit: float | None) -> list[Finding]:
+    """Findings about the network interface towards the other nodes."""
+    findings = []
     if wifi:
-        found.append(
+        findings.append(
             Finding(
                 "bad",
-                f"The way to the other nodes is Wi-Fi ({name}): its delays are milliseconds, and "
-                f"a token needs an exchange for every layer.",
-                "Connect a cable, and put its service above Wi-Fi in the network settings.",
+                f"The other nodes are reached over Wi-Fi ({name}): it has a latency of "
+                f"milliseconds, and every token needs an all-reduce per layer.",
+                "Connect a cable, and move its service above Wi-Fi in the network settings.",
             )
         )
     if mtu is not None and mtu < 1500:
-        found.append(
+        findings.append(
             Finding(
                 "warning",
-                f"{name} sends packets of {mtu:.0f} bytes at most, less than Ethernet's 1500: a "
-                f"VPN or a wrong setting.",
+                f"The MTU of {name} is {mtu:.0f} bytes, less than the 1500 of Ethernet: a VPN or a "
+                f"wrong setting.",
                 "Set the MTU to 1500, or to 9000 on all nodes and the switch.",
             )
         )
     if mbit is not None and 0 < mbit < 1000:
-        found.append(
+        findings.append(
             Finding(
                 "bad",
                 f"{name} runs at {mbit:.0f} Mbit/s: a bad cable or an old switch.",
-                "Change the cable; a gigabit is the least that is of use.",
+                "Replace the cable; at least 1 Gbit/s is needed.",
             )
         )
-    if not found:
+    if not findings:
         rate = f", {mbit:.0f} Mbit/s" if mbit and mbit > 0 else ""
         size = f", MTU {mtu:.0f}" if mtu is not None else ""
-        found.append(Finding("good", f"The way to the other nodes is {name}{rate}{size}."))
-    return found
+        findings.append(Finding("good", f"The other nodes are reached over {name}{rate}{size}."))
+    return findings
 
 
 # ---- macOS ------------------------------------------------------------------------------------
 
 
-def _wired(facts: Facts) -> Iterator[Finding]:
+def _wired(facts: HostFacts) -> Iterator[Finding]:
     memory, limit = (
         facts.number("sysctl -n hw.memsize"),
         facts.number("sysctl -n iogpu.wired_limit_mb"),
@@ -212,225 +219,227 @@ def _wired(facts: Facts) -> Iterator[Finding]:
         setting = wired_limit_command(memory, memory * 0.85)
         yield Finding(
             "warning",
-            f"The GPU may keep about 75 % of this Mac's {format_bytes(memory)}.",
-            f"If a model needs more: `{setting}` lasts until the next restart.",
+            f"The GPU may use about 75 % of this Mac's {format_bytes(memory)}.",
+            f"If a model needs more, run `{setting}`; it lasts until the next restart.",
         )
     elif wired_limit_command(memory, limit * 2**20) is None:
         yield Finding(
             "bad",
             f"iogpu.wired_limit_mb leaves the system {format_bytes(memory - limit * 2**20)}: "
-            f"too little, the Mac may freeze.",
+            f"too little; the Mac may freeze.",
             f"`sudo sysctl iogpu.wired_limit_mb={int(memory * 0.85 / 2**20)}`.",
         )
     else:
         yield Finding(
-            "good", f"The GPU may keep {format_bytes(limit * 2**20)} of {format_bytes(memory)}."
+            "good", f"The GPU may use {format_bytes(limit * 2**20)} of {format_bytes(memory)}."
         )
 
 
-def _mac_memory(facts: Facts) -> Iterator[Finding]:
+def _mac_memory(facts: HostFacts) -> Iterator[Finding]:
     free = facts.find("memory_pressure -Q", r"free percentage: (\d+)%")
     if free is not None and int(free) < 15:
         yield Finding(
             "bad" if int(free) < 5 else "warning",
             f"{free} % of memory is free.",
-            "End other programs; the largest are in Activity Monitor under Memory.",
+            "Quit other programs; Activity Monitor lists the largest under Memory.",
         )
     used = facts.find("sysctl -n vm.swapusage", r"used = ([\d.]+)M")
     if used is not None and float(used) > 1024:
         yield Finding(
             "warning",
-            f"{format_bytes(float(used) * 2**20)} of memory were moved to disk.",
-            "End other programs, or give this node less of the model (--node-weights).",
+            f"{format_bytes(float(used) * 2**20)} of memory are swapped to disk.",
+            "Quit other programs, or give this node less of the model (--node-weights).",
         )
 
 
-def _mac_power(facts: Facts) -> Iterator[Finding]:
+def _mac_power(facts: HostFacts) -> Iterator[Finding]:
     limit = facts.find("pmset -g therm", r"CPU_Speed_Limit\s*=\s*(\d+)")
     level = facts.find("pmset -g therm", r"Thermal Warning Level\s*=\s*(\d+)")
     if (limit is not None and int(limit) < 100) or (level is not None and int(level) > 0):
         yield Finding(
             "warning",
             "This Mac is throttled because it is hot.",
-            "Give it air; a cluster is as fast as its hottest node.",
+            "Improve its cooling; a cluster is as fast as its slowest node.",
         )
     if facts.find("pmset -g", r"^\s*lowpowermode\s+(1)"):
         yield Finding(
             "warning", "Low Power Mode is on.", "Turn it off: `sudo pmset -a lowpowermode 0`."
         )
-    if "'Battery Power'" in facts.said.get("pmset -g batt", ""):
-        yield Finding("warning", "This Mac runs on its battery.", "Plug it in.")
-    asleep = facts.find("pmset -g", r"^\s*sleep\s+(\d+)")
-    if asleep is not None and int(asleep) > 0:
+    if "'Battery Power'" in facts.outputs.get("pmset -g batt", ""):
+        yield Finding("warning", "This Mac runs on battery.", "Plug it in.")
+    minutes = facts.find("pmset -g", r"^\s*sleep\s+(\d+)")
+    if minutes is not None and int(minutes) > 0:
         yield Finding(
             "warning",
-            f"This Mac sleeps after {asleep} minutes without a person at it, and the group then "
+            f"This Mac sleeps after {minutes} minutes without user activity, and the group then "
             f"loses it.",
-            "`sudo pmset -c sleep 0`.",
+            "Run `sudo pmset -c sleep 0`.",
         )
 
 
-def _rdma(facts: Facts) -> Iterator[Finding]:
+def _rdma(facts: HostFacts) -> Iterator[Finding]:
     """Apple TN3205: RDMA over Thunderbolt needs macOS 26.2, Thunderbolt 5 and `rdma_ctl enable`."""
-    thunderbolt_5 = "Thunderbolt 5" in facts.said.get("system_profiler SPThunderboltDataType", "")
-    if not thunderbolt_5:
+    profile = facts.outputs.get("system_profiler SPThunderboltDataType", "")
+    if "Thunderbolt 5" not in profile:
         return
-    version = facts.said.get("sw_vers -productVersion", "").strip()
+    version = facts.outputs.get("sw_vers -productVersion", "").strip()
     numbers = tuple(int(n) for n in version.split(".")[:2] if n.isdigit())
     if numbers and numbers < (26, 2):
         yield Finding(
             "warning",
-            f"macOS {version} has no RDMA over Thunderbolt, which this Mac's ports could do.",
+            f"macOS {version} has no RDMA over Thunderbolt, which this Mac's ports support.",
             "Update to macOS 26.2 or later.",
         )
         return
-    devices = re.findall(r"^\s+(rdma_\w+)", facts.said.get("ibv_devices", ""), re.MULTILINE)
+    devices = re.findall(r"^\s+(rdma_\w+)", facts.outputs.get("ibv_devices", ""), re.MULTILINE)
     if not devices:
         yield Finding(
             "warning",
-            "RDMA over Thunderbolt is off: exchanges take ten times as long over TCP.",
-            "Restart into Recovery, open Terminal, run `rdma_ctl enable`, restart.",
+            "RDMA over Thunderbolt is off: all-reduces take ten times as long over TCP.",
+            "Restart into Recovery, run `rdma_ctl enable` in Terminal, and restart.",
         )
         return
-    bridge = facts.said.get("ifconfig bridge0", "")
+    bridge = facts.outputs.get("ifconfig bridge0", "")
     if re.search(r"member: en", bridge) and "status: active" in bridge:
         yield Finding(
             "warning",
-            "The Thunderbolt bridge is active: it takes the ports that RDMA is to use.",
-            "System Settings, Network, Thunderbolt Bridge: make it inactive on every node.",
+            "The Thunderbolt bridge is active: it occupies the ports that RDMA needs.",
+            "In System Settings, Network, make the Thunderbolt Bridge inactive on every node.",
         )
     else:
         yield Finding("good", f"RDMA over Thunderbolt is on ({', '.join(devices)}).")
 
 
-def _mac_link(facts: Facts) -> Iterator[Finding]:
+def _mac_link(facts: HostFacts) -> Iterator[Finding]:
     name = facts.find("route", r"interface: (\S+)")
     if name is None:
         return
-    ports = facts.said.get("networksetup -listallhardwareports", "")
+    ports = facts.outputs.get("networksetup -listallhardwareports", "")
     port = re.search(rf"Hardware Port: ([^\n]+)\nDevice: {re.escape(name)}\n", ports)
-    described = facts.said.get("ifconfig", "")
+    described = facts.outputs.get("ifconfig", "")
     mine = re.search(rf"^{re.escape(name)}: .*?(?=^\S|\Z)", described, re.MULTILINE | re.DOTALL)
     text = mine[0] if mine else ""
     mtu, media = re.search(r"mtu (\d+)", text), re.search(r"\((\d+)(G?)base", text, re.IGNORECASE)
     mbit = float(media[1]) * (1000 if media[2] else 1) if media else None
     title = f"{port[1]} ({name})" if port else name
     wifi = port is not None and port[1] in ("Wi-Fi", "AirPort")
-    yield from _link(title, wifi, float(mtu[1]) if mtu else None, mbit)
+    yield from _describe_link(title, wifi, float(mtu[1]) if mtu else None, mbit)
 
 
-def _mac_firewall(facts: Facts) -> Iterator[Finding]:
+def _mac_firewall(facts: HostFacts) -> Iterator[Finding]:
     tool = "/usr/libexec/ApplicationFirewall/socketfilterfw"
-    if "block all" in facts.said.get(f"{tool} --getblockall", "").lower() and (
-        "enabled" in facts.said[f"{tool} --getblockall"].lower()
+    if "block all" in facts.outputs.get(f"{tool} --getblockall", "").lower() and (
+        "enabled" in facts.outputs[f"{tool} --getblockall"].lower()
     ):
         yield Finding(
             "bad",
             "The firewall blocks all incoming connections: other nodes cannot reach this one.",
-            "System Settings, Network, Firewall, Options: allow incoming connections.",
+            "In System Settings, Network, Firewall, Options, allow incoming connections.",
         )
-    elif re.search(r"State = [12]", facts.said.get(f"{tool} --getglobalstate", "")):
+    elif re.search(r"State = [12]", facts.outputs.get(f"{tool} --getglobalstate", "")):
         yield Finding(
             "warning",
             "The firewall is on: macOS asks once whether Python may accept connections.",
-            "Say yes, or add it in System Settings, Network, Firewall, Options.",
+            "Allow it, or add it in System Settings, Network, Firewall, Options.",
         )
 
 
 # ---- Linux ------------------------------------------------------------------------------------
 
 
-def _native(facts: Facts) -> Iterator[Finding]:
-    if facts.native is not None:
+def _native(facts: HostFacts) -> Iterator[Finding]:
+    if facts.kernels_unavailable_reason is not None:
         yield Finding(
             "warning",
-            f"The kernels for CPUs are not there ({facts.native}): plain MLX is many times slower.",
+            f"The kernels for CPUs are missing ({facts.kernels_unavailable_reason}): MLX alone is "
+            f"many times slower.",
             "Install a C++20 compiler and cmake, then install cenacle again.",
         )
 
 
-def _linux_memory(facts: Facts) -> Iterator[Finding]:
-    total = facts.find("/proc/meminfo", r"^MemTotal:\s+(\d+)")
-    available = facts.find("/proc/meminfo", r"^MemAvailable:\s+(\d+)")
-    if total and available and int(available) < 0.1 * int(total):
-        of = f"{format_bytes(int(available) * 1024)} of {format_bytes(int(total) * 1024)}"
+def _linux_memory(facts: HostFacts) -> Iterator[Finding]:
+    total, available = facts.memory_bytes, facts.available_bytes
+    if total and available is not None and available < MIN_AVAILABLE_MEMORY * total:
         yield Finding(
             "warning",
-            f"{of} of memory are available.",
-            "End other programs.",
+            f"{format_bytes(available)} of {format_bytes(total)} of memory are available.",
+            "Quit other programs.",
         )
-    waited = facts.find("/proc/pressure/memory", r"^some avg10=\S+ avg60=([\d.]+)")
-    if waited is not None and float(waited) > MEMORY_PRESSURE_PERCENT:
+    pressure = facts.find("/proc/pressure/memory", r"^some avg10=\S+ avg60=([\d.]+)")
+    if pressure is not None and float(pressure) > MAX_MEMORY_PRESSURE_PERCENT:
         yield Finding(
             "bad",
-            f"In {float(waited):.0f} % of the last minute a program waited for memory.",
-            "End other programs, or give this node less of the model (--node-weights).",
+            f"In {float(pressure):.0f} % of the last minute a program waited for memory.",
+            "Quit other programs, or give this node less of the model (--node-weights).",
         )
 
 
-def _pages(facts: Facts) -> Iterator[Finding]:
-    if "[never]" in facts.said.get("/sys/kernel/mm/transparent_hugepage/enabled", ""):
+def _large_pages(facts: HostFacts) -> Iterator[Finding]:
+    if "[never]" in facts.outputs.get("/sys/kernel/mm/transparent_hugepage/enabled", ""):
         yield Finding(
             "warning",
             "Large pages are off: reading weights takes a third longer.",
-            "`echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled`.",
+            "Run `echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled`.",
         )
 
 
-def _linux_power(facts: Facts) -> Iterator[Finding]:
-    governor = facts.said.get("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "").strip()
-    if governor == "powersave" and "/sys/devices/system/cpu/intel_pstate/status" not in facts.said:
+def _linux_power(facts: HostFacts) -> Iterator[Finding]:
+    cpu = "/sys/devices/system/cpu"
+    governor = facts.outputs.get(f"{cpu}/cpu0/cpufreq/scaling_governor", "").strip()
+    if governor == "powersave" and f"{cpu}/intel_pstate/status" not in facts.outputs:
         yield Finding(
             "warning",
-            "The processor is kept slow (governor powersave).",
-            "`sudo cpupower frequency-set -g performance`.",
+            "The processor runs at low frequency (governor powersave).",
+            "Run `sudo cpupower frequency-set -g performance`.",
         )
-    throttled = facts.number("/sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count")
+    throttled = facts.number(f"{cpu}/cpu0/thermal_throttle/core_throttle_count")
     if throttled:
         yield Finding(
             "warning",
-            f"The processor was throttled for heat {throttled:.0f} times since it was started.",
-            "Look after its cooling; a cluster is as fast as its hottest node.",
+            f"The processor was throttled because of heat {throttled:.0f} times since the start.",
+            "Improve its cooling; a cluster is as fast as its slowest node.",
         )
 
 
-def _linux_clock(facts: Facts) -> Iterator[Finding]:
-    if facts.said.get("timedatectl show -p NTPSynchronized --value", "").strip() == "no":
+def _linux_clock(facts: HostFacts) -> Iterator[Finding]:
+    if facts.outputs.get("timedatectl show -p NTPSynchronized --value", "").strip() == "no":
         yield Finding(
             "warning",
-            "This machine's clock is not set by the network.",
-            "`sudo timedatectl set-ntp true`.",
+            "This machine's clock is not synchronised by NTP.",
+            "Run `sudo timedatectl set-ntp true`.",
         )
 
 
-def _linux_link(facts: Facts) -> Iterator[Finding]:
+def _linux_link(facts: HostFacts) -> Iterator[Finding]:
     name = facts.find("route", r"\bdev (\S+)")
     if name is None or name == "lo":
         return
-    at = f"/sys/class/net/{name}"
-    wifi = f"{at}/wireless" in facts.said
-    yield from _link(name, wifi, facts.number(f"{at}/mtu"), facts.number(f"{at}/speed"))
+    folder = f"/sys/class/net/{name}"
+    wifi = f"{folder}/wireless" in facts.outputs
+    mtu, mbit = facts.number(f"{folder}/mtu"), facts.number(f"{folder}/speed")
+    yield from _describe_link(name, wifi, mtu, mbit)
 
 
-def _linux_firewall(facts: Facts) -> Iterator[Finding]:
-    if facts.said.get("ufw status", "").startswith("Status: active"):
+def _linux_firewall(facts: HostFacts) -> Iterator[Finding]:
+    if facts.outputs.get("ufw status", "").startswith("Status: active"):
         yield Finding(
             "warning",
             "The firewall (ufw) is on: other nodes may not reach this one.",
-            "`sudo ufw allow from THEIR_NETWORK` for the nodes' own network.",
+            "Run `sudo ufw allow from NETWORK` with the network of the nodes.",
         )
-    if facts.said.get("firewall-cmd --state", "").strip() == "running":
+    if facts.outputs.get("firewall-cmd --state", "").strip() == "running":
         yield Finding(
             "warning",
             "The firewall (firewalld) is on: other nodes may not reach this one.",
-            "`sudo firewall-cmd --zone=trusted --add-source=THEIR_NETWORK`.",
+            "Run `sudo firewall-cmd --zone=trusted --add-source=NETWORK` with the network of the "
+            "nodes.",
         )
 
 
 EVERYWHERE: tuple[Check, ...] = (_versions, _fast_synch, _file_handles, _disk, _clock)
 MAC: tuple[Check, ...] = (_wired, _mac_memory, _mac_power, _rdma, _mac_link, _mac_firewall)
 LINUX: tuple[Check, ...] = (
-    *(_native, _linux_memory, _pages, _linux_power),
+    *(_native, _linux_memory, _large_pages, _linux_power),
     *(_linux_clock, _linux_link, _linux_firewall),
 )
 
@@ -453,7 +462,6 @@ _MAC_TOOLS = (
 )
 _LINUX_TOOLS = ("timedatectl show -p NTPSynchronized --value", "ufw status", "firewall-cmd --state")
 _LINUX_FILES = (
-    "/proc/meminfo",
     "/proc/pressure/memory",
     "/sys/kernel/mm/transparent_hugepage/enabled",
     "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
@@ -463,58 +471,69 @@ _LINUX_FILES = (
 _PINNED = ("mlx", "mlx-lm")
 
 
-def gather(head: str | None = None) -> Facts:
-    """Ask the system; some seconds at most for each tool.
+def gather(head: str | None = None) -> HostFacts:
+    """Ask the system; each tool takes at most a few seconds.
 
     Args:
-        head: the address of another node, "host" or "host:port" of its HTTP server; None: what is
-            asked of the network is about the default route.
+        head: address of another node, "host", or "host:port" of its HTTP server; None: the network
+            checks concern the default route.
     """
     mac = platform.system() == "Darwin"
-    said = {}
+    outputs = {}
     for command in _MAC_TOOLS if mac else _LINUX_TOOLS:
         if (text := _run(command.split())) is not None:
-            said[command] = text
+            outputs[command] = text
     for path in () if mac else _LINUX_FILES:
         if (text := _read(path)) is not None:
-            said[path] = text
-    host = head.rpartition(":")[0] or head if head else None
-    if mac:
-        route = _run(["route", "-n", "get", host or "default"])
-    else:
-        route = (
-            _run(["ip", "route", "get", host]) if host else _run(["ip", "route", "show", "default"])
-        )
-    if route is not None:
-        said["route"] = route
-        if (name := re.search(r"\bdev (\S+)", route)) and not mac:
-            at = f"/sys/class/net/{name[1]}"
-            said |= {p: t for p in (f"{at}/mtu", f"{at}/speed") if (t := _read(p)) is not None}
-            if Path(f"{at}/wireless").exists():
-                said[f"{at}/wireless"] = ""
+            outputs[path] = text
+    outputs |= _network_outputs(head.rpartition(":")[0] or head if head else None, mac)
     from .. import native  # loads MLX, which may be what is wrong
 
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    return Facts(
-        platform.system(),
-        said,
-        dict(os.environ),
-        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        shutil.disk_usage(next(p for p in (home, *home.parents) if p.exists())).free,
-        _installed(),
-        native.unavailable_reason() or None,
-        _skew_s(head) if head and ":" in head else None,
+    weights_folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    existing = next(p for p in (weights_folder, *weights_folder.parents) if p.exists())
+    memory = psutil.virtual_memory()
+    return HostFacts(
+        system=platform.system(),
+        outputs=outputs,
+        env=dict(os.environ),
+        max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        free_disk_bytes=shutil.disk_usage(existing).free,
+        memory_bytes=memory.total,
+        available_bytes=memory.available,
+        versions=_pinned_versions(),
+        kernels_unavailable_reason=native.unavailable_reason() or None,
+        clock_skew_s=_measure_clock_skew(head) if head and ":" in head else None,
     )
 
 
+def _network_outputs(host: str | None, mac: bool) -> dict[str, str]:
+    """The route to a host, or the default route, and on Linux its interface."""
+    if mac:
+        route = _run(["route", "-n", "get", host or "default"])
+    else:
+        words = ["get", host] if host else ["show", "default"]
+        route = _run(["ip", "route", *words])
+    if route is None:
+        return {}
+    outputs = {"route": route}
+    if (name := re.search(r"\bdev (\S+)", route)) and not mac:
+        folder = f"/sys/class/net/{name[1]}"
+        for path in (f"{folder}/mtu", f"{folder}/speed"):
+            if (text := _read(path)) is not None:
+                outputs[path] = text
+        if Path(f"{folder}/wireless").exists():
+            outputs[f"{folder}/wireless"] = ""
+    return outputs
+
+
 def _run(command: list[str]) -> str | None:
-    """What a tool prints; None where there is no such tool, or it fails."""
+    """The output of a tool; None if it is missing or fails."""
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            timeout=TOOL_DEADLINE_S,
+            timeout=TOOL_TIMEOUT_S,
             check=True,
             stdin=subprocess.DEVNULL,
         )
@@ -530,26 +549,26 @@ def _read(path: str) -> str | None:
         return None
 
 
-def _installed() -> dict[str, tuple[str | None, str]]:
-    """What this program's own metadata pins, and what is there."""
-    found: dict[str, tuple[str | None, str]] = {}
+def _pinned_versions() -> dict[str, tuple[str | None, str]]:
+    """Installed and required version of each distribution that this program pins."""
+    versions: dict[str, tuple[str | None, str]] = {}
     for line in metadata.requires("cenacle") or ():
         pinned = re.match(r"([\w-]+)(?:\[\w+\])?==([\w.]+)", line)
         if pinned and pinned[1] in _PINNED and "extra ==" not in line:
             try:
-                found[pinned[1]] = metadata.version(pinned[1]), pinned[2]
+                versions[pinned[1]] = metadata.version(pinned[1]), pinned[2]
             except metadata.PackageNotFoundError:
-                found[pinned[1]] = None, pinned[2]
-    return found
+                versions[pinned[1]] = None, pinned[2]
+    return versions
 
 
-def _skew_s(head: str) -> float | None:
-    """Seconds by which the clock of an HTTP server is ahead of ours."""
+def _measure_clock_skew(head: str) -> float | None:
+    """Seconds by which the clock of an HTTP server is ahead of this one."""
     try:
-        with urlopen(f"http://{head}/health", timeout=TOOL_DEADLINE_S) as answer:
+        with urlopen(f"http://{head}/health", timeout=TOOL_TIMEOUT_S) as answer:
             date = answer.headers["Date"]
     except HTTPError as error:
-        date = error.headers["Date"]  # a server that is not well has a clock too
+        date = error.headers["Date"]  # also an unhealthy server has a clock
     except OSError:
         return None
     try:
@@ -558,4 +577,4 @@ def _skew_s(head: str) -> float | None:
         return None
 
 
-__all__ = ["Facts", "Finding", "examine", "gather"]
+__all__ = ["Finding", "HostFacts", "examine", "gather"]
