@@ -200,7 +200,7 @@ def _load(
             found = joined.start(now, report, epoch)
             if epoch.number:  # on other machines, or with another plan
                 need = estimate_memory(checkpoint.config, found.plan, 0, options, kernels, drafting)
-                scheduler.resize(*_room(found.ready, options, need.cache, 1))
+                scheduler.resize(*_room(found.ready, options, need.kv_cache, 1))
             return found
         ranks = LocalRanks(
             plan.nodes, how.backend, cores=how.cores, threads=how.threads, epoch=epoch
@@ -214,7 +214,7 @@ def _load(
 
     ranks = start(Epoch(0, threading.Event()), progress)
     sharing = plan.nodes if joined is None else 1
-    scheduler = _scheduler(ranks.ready, options, how.measure_every, need.cache, sharing)
+    scheduler = _scheduler(ranks.ready, options, how.measure_every, need.kv_cache, sharing)
     group = RankGroup(ranks, scheduler, start=start if how.recover else None)
     loaded = Model(name, plan, text, group, reason, checkpoint.config)
     if selftest is not None:

@@ -83,18 +83,18 @@ def test_links_by_any_name(given, name):
 
 
 def test_several_machines():
-    names = [m.name for m in KNOWN.machines_of("1xm3-ultra-256, 2xm4-max-128,8xh100")]
+    names = [m.name for m in KNOWN.parse_machines("1xm3-ultra-256, 2xm4-max-128,8xh100")]
     assert names == ["m3-ultra-256", "m4-max-128", "m4-max-128", "8xh100"]
-    assert len(KNOWN.machines_of("2x8xh100")) == 2
+    assert len(KNOWN.parse_machines("2x8xh100")) == 2
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
         (lambda: KNOWN.machine("m3-ulta-512"), r"nearest: .*m3-ultra-512"),
-        (lambda: KNOWN.machines_of("0xm3-ultra-512"), "expected 1 to 64"),
-        (lambda: KNOWN.machines_of("-1xm3-ultra-512"), "expected 1 to 64"),
-        (lambda: KNOWN.machines_of(""), "nothing is called"),
+        (lambda: KNOWN.parse_machines("0xm3-ultra-512"), "expected 1 to 64"),
+        (lambda: KNOWN.parse_machines("-1xm3-ultra-512"), "expected 1 to 64"),
+        (lambda: KNOWN.parse_machines(""), "unknown name"),
         (lambda: KNOWN.link("tb5-rmda"), r"nearest: .*tb5-rdma"),
         (lambda: KNOWN.model("qwen3-30b-a4b"), r"nearest: qwen3-30b-a3b"),
         (lambda: KNOWN.model("llama-3.1-8b"), "nearest"),

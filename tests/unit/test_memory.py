@@ -11,6 +11,7 @@ from cenacle.planning.memory import (
     check_available,
     kv_cache_bytes,
     wired_limit,
+    wired_limit_command,
 )
 
 GIB = 2**30
@@ -56,7 +57,7 @@ def test_what_fits_is_wired_and_no_more(facts):
     exact = MemoryEstimate(0, allowed - WORKSPACE_BYTES - 5, 5)
     assert wired_limit(facts, exact) == allowed
     assert (
-        wired_limit(facts, MemoryEstimate(0, 10 * GIB, 0, beside=10 * GIB))
+        wired_limit(facts, MemoryEstimate(0, 10 * GIB, 0, neighbours=10 * GIB))
         == 10 * GIB + WORKSPACE_BYTES
     )
     with pytest.raises(PlanError, match=r"rank 1 needs .* but this machine wires at most"):
@@ -67,9 +68,9 @@ def test_the_setting_that_helps_is_named():
     with pytest.raises(PlanError) as error:
         wired_limit(MACS["M4 Pro 48 GB"], MemoryEstimate(1, 38 * GIB, GIB))
     assert str(error.value) == (
-        "rank 1 needs 42.1 GB of memory (weights 40.8 GB, cache 1.07 GB, workspace 268.4 MB), but "
-        "this machine wires at most 40.2 GB of its 51.5 GB; `sudo sysctl "
-        "iogpu.wired_limit_mb=40192` raises that until the next restart, or use more nodes"
+        "rank 1 needs 42.1 GB of memory (weights 40.8 GB, KV cache 1.07 GB, workspace 268.4 MB), "
+        "but this machine wires at most 40.2 GB of its 51.5 GB; `sudo sysctl "
+        "iogpu.wired_limit_mb=40192` raises the limit until the next restart, or use more nodes"
     )
 
 
@@ -77,7 +78,7 @@ def test_the_setting_that_helps_is_named():
 def test_no_setting_takes_the_systems_own_memory(facts, most):
     with pytest.raises(PlanError, match="iogpu"):
         wired_limit(MACS[facts], MemoryEstimate(0, most * GIB - WORKSPACE_BYTES, 0))
-    with pytest.raises(PlanError, match="use more nodes, other shares or a smaller") as error:
+    with pytest.raises(PlanError, match="use more nodes, other node weights or a lower") as error:
         wired_limit(MACS[facts], MemoryEstimate(0, most * GIB, 0))
     assert "iogpu" not in str(error.value)
 
@@ -91,16 +92,24 @@ def test_cache_is_what_one_request_keeps():
 
 
 def test_linux_needs_room_for_all_its_ranks():
-    available = 23068672 * 1024
-    need = MemoryEstimate(0, 11 * GIB - WORKSPACE_BYTES, 0, beside=11 * GIB)
-    check_available(available, need)
-    with pytest.raises(PlanError, match=r"23\.6 GB are available on this machine: end other"):
-        check_available(available, MemoryEstimate(0, 11 * GIB, 0, beside=11 * GIB))
+    estimate = MemoryEstimate(0, 11 * GIB - WORKSPACE_BYTES, 0, neighbours=11 * GIB)
+    check_available(22 * GIB, estimate)
+    with pytest.raises(PlanError, match=r"23\.6 GB are available on this machine: stop other"):
+        check_available(22 * GIB, MemoryEstimate(0, 11 * GIB, 0, neighbours=11 * GIB))
 
 
 def test_ranks_of_one_machine_count_their_neighbours():
     layer = MoELayer(0, experts=4, expert_bytes=100)
     spec = ModelSpec("mixtral", 1, (layer,), 2, 1000, 64, 10, "float32")
-    need = MemoryEstimate.of(Plan.whole(spec, 2, (3, 1)), 1, cache=7)
-    assert (need.weights, need.own) == (1100, 1107 + WORKSPACE_BYTES)
+    need = MemoryEstimate.of_rank(Plan.whole(spec, 2, (3, 1)), 1, kv_cache=7)
+    assert (need.weights, need.unshared) == (1100, 1107 + WORKSPACE_BYTES)
     assert need.total == 1107 + 1307 + 2 * WORKSPACE_BYTES
+
+
+def test_a_mac_is_told_how_to_wire_more():
+    memory = 512 * GIB
+    assert wired_limit_command(memory, 450e9) == "sudo sysctl iogpu.wired_limit_mb=429154"
+    assert wired_limit_command(memory, memory * 15 / 16) is not None
+    assert wired_limit_command(memory, memory * 15 / 16 + 1) is None
+    assert wired_limit_command(16 * 2**30, 12 * 2**30) is not None
+    assert wired_limit_command(16 * 2**30, 12 * 2**30 + 1) is None

@@ -14,7 +14,7 @@ from cenacle.planning import catalog, planner, report
 from cenacle.planning.perf_model import PHASES, PaperConstants, Workload
 
 KNOWN = catalog.load_catalog()
-STUDY = PaperConstants.of(KNOWN.fits["study"])
+CONSTANTS = PaperConstants.from_fits(KNOWN.fits["paper"])
 
 
 def plan(model, machines, link=None, quant="4", **job):
@@ -33,12 +33,12 @@ def test_json_has_the_promised_keys():
     for option in data["options"]:
         assert list(option) == [
             *("scheme", "placement", "trunk", "nodes", "fits", "tok_per_s"),
-            *("tok_per_s_all_users", "ttft_s", "terms_ms", "binding", "bytes_per_node"),
-            *("usd", "usd_per_tok_per_s", "watts", "why"),
+            *("tok_per_s_all_users", "ttft_s", "step_timings_ms", "bound_by", "bytes_per_node"),
+            *("usd", "usd_per_tok_per_s", "watts", "reason"),
         ]
-        assert tuple(option["terms_ms"]) == PHASES
+        assert tuple(option["step_timings_ms"]) == PHASES
         if option["fits"]:
-            total = sum(option["terms_ms"].values())
+            total = sum(option["step_timings_ms"].values())
             assert 1000 / option["tok_per_s"] == pytest.approx(total)
     assert data["best"] == 0
 
@@ -47,7 +47,7 @@ def test_the_best_comes_first_and_every_other_says_why():
     result = plan("qwen3-235b-a22b", "4xm3-ultra-512", "tb5-rdma", "8")
     speeds = [o.prediction.tok_per_s for o in result.options if o.fits]
     assert speeds == sorted(speeds, reverse=True)
-    assert all(o.why for o in result.options)
+    assert all(o.reason for o in result.options)
     assert {o.scheme for o in result.options} >= {"single", "pipeline", "tensor", "expert"}
     assert {o.scheme for o in result.options} >= {"naive", "P-LB", "P-LR", "P-LR-D"}
     fits = [o.fits for o in result.options]
@@ -74,10 +74,10 @@ def test_what_does_not_fit_says_by_how_much():
     result = plan("kimi-k2", "2xm4-max-128", "tb5-rdma", "4")
     assert result.best is None
     assert "Do not buy this" in result.advice
-    assert all("too much" in o.why or "cannot be had" in o.why for o in result.options)
+    assert all("too much" in o.reason or "not possible" in o.reason for o in result.options)
     # 164 GB in 75 % of 192 GiB does not fit; wiring more does, and the command is named.
     result = plan("qwen3-235b-a22b", "1xm2-ultra-192", None, "5")
-    assert "sudo sysctl iogpu.wired_limit_mb=" in result.options[0].why
+    assert "sudo sysctl iogpu.wired_limit_mb=" in result.options[0].reason
 
 
 def test_unlike_machines_are_weighted():
@@ -88,7 +88,7 @@ def test_unlike_machines_are_weighted():
 
 def test_comparison_per_dollar():
     result = plan("dbrx", "2xm2-ultra-192", "10gbe-grpc", "16")
-    other = planner.compare_per_dollar(result, KNOWN.machines_of("8xh100"), None, STUDY)
+    other = planner.compare_per_dollar(result, KNOWN.parse_machines("8xh100"), None, CONSTANTS)
     assert 1 < other.ratio < 3
     assert "unverified" in other.sentence()
     assert re.search(r"\d\.\d\dx the tokens", other.sentence())
@@ -103,7 +103,7 @@ def test_what_if(text, points):
     curve = planner.what_if_curve(text, job, found, link, study)
     assert len(curve.x) == points
     ys = curve.series["experts sliced"]
-    if curve.what != "nodes":  # a slower link, a dearer machine
+    if curve.quantity != "nodes":  # a slower link, a dearer machine
         assert list(ys) == sorted(ys, reverse=True)
     assert "tokens/s" in report.render_terminal(curve)
 
@@ -125,7 +125,7 @@ def test_a_wrong_what_if(text):
 
 def test_a_plan_file_is_a_plan(tmp_path):
     result = plan("dbrx", "1xm3-ultra-256,1xm4-max-128", "tb5-rdma", "4")
-    dealt, note = planner.best_plan(result, planner.spec_from_workload(result.job, "dbrx"))
+    dealt, note = planner.best_plan(result, planner.spec_from_workload(result.workload, "dbrx"))
     dealt.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again.nodes == len(result.options[0].machines)
@@ -133,18 +133,20 @@ def test_a_plan_file_is_a_plan(tmp_path):
     assert result.options[0].placement == "weighted"  # slices by the machines' bandwidth
     assert dealt.placement == "whole"
     assert "give the checkpoint's folder" in note
-    spec = planner.spec_from_workload(result.job, "dbrx")
+    spec = planner.spec_from_workload(result.workload, "dbrx")
     spec = replace(spec, moe=tuple(replace(m, units=168) for m in spec.moe))
     dealt, note = planner.best_plan(result, spec)
     assert dealt.placement == "sliced"
     with pytest.raises(PlanError, match="only sizes are known"):
-        planner.spec_from_workload(plan("deepseek-v4-flash", "m3-ultra-512").job, "deepseek_v4")
+        planner.spec_from_workload(
+            plan("deepseek-v4-flash", "m3-ultra-512").workload, "deepseek_v4"
+        )
 
 
 def test_the_report_asks_nobody_for_anything():
     result = plan("dbrx", "2xm2-ultra-192", "10gbe-grpc", "16")
     found, link, study = planner.resolve_cluster(KNOWN, "2xm2-ultra-192", "10gbe-grpc", None)
-    curve = planner.what_if_curve("nodes=1..4", result.job, found, link, study)
+    curve = planner.what_if_curve("nodes=1..4", result.workload, found, link, study)
     page = report.render_html(result, [curve])
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", page)
     assert "<script" not in page
@@ -168,7 +170,7 @@ def test_the_report_asks_nobody_for_anything():
         (["plan", "dbrx", "--machines", "m3-ultra-512", "--png", "x.gif"], "png or .svg"),
         (
             ["plan", "dbrx", "--machines", "m3-ultra-512", "--routing-trace", "none.npz"],
-            "not a trace",
+            "expected a file of `cenacle record-routing`",
         ),
         (["plan", "dbrx", "--machines", "this"], "cenacle calibrate"),
         (["validate", "--rows", "none.csv"], "cannot read"),

@@ -159,7 +159,7 @@ def predict_run(run: LocalRun, runs: LocalRuns, at: dict[str, float]) -> Predict
         shape_from_config(run.shape, SHAPES[run.shape]),
         Quantization("4", 4.5, 4.5),
         CONTEXT,
-        prompt=16,
+        prompt_tokens=16,
     )
     scheme = "single" if run.nodes == 1 else "expert"
     machines, between = (machine,) * run.nodes, link if run.nodes > 1 else None
@@ -170,7 +170,7 @@ def predict_run(run: LocalRun, runs: LocalRuns, at: dict[str, float]) -> Predict
         between,
         PaperConstants(0.2, 0, 1, 0),
         placement=run.placement,
-        rest_sliced=runs.rest_sliced,
+        slice_dense=runs.rest_sliced,
     )
 
 

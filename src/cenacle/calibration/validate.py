@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from ..errors import CenacleError, InputError
-from ..planning.catalog import CATALOG_DIR, Catalog, parse_quantization
+from ..planning.catalog import CATALOG_DIR, Catalog, parse_quantization, total_usd
 from ..planning.perf_model import PAPER_SCHEMES, PaperConstants, Prediction, Workload, predict
 from .local_fit import coordinate_descent
 
@@ -75,8 +75,8 @@ class Validation:
             "error": self.error,
             "fitted": self.row.fit,
             "fits": self.predicted.fits,
-            "binding": self.predicted.binding,
-            "terms_ms": {k: 1000 * v for k, v in self.predicted.terms.items()},
+            "binding": self.predicted.bound_by,
+            "terms_ms": {k: 1000 * v for k, v in self.predicted.step_timings.items()},
             "source": self.row.source,
             "reason": self.row.reason,
         }
@@ -130,7 +130,7 @@ def validate_one(row: Measurement, catalogue: Catalog) -> Validation:
     Raises:
         InputError, PlanError: a name that is unknown, a scheme that cannot be had.
     """
-    machines = catalogue.machines_of(row.machines)
+    machines = catalogue.parse_machines(row.machines)
     job = Workload(catalogue.model(row.model), parse_quantization(row.quantization), row.context)
     link = catalogue.link(row.link) if row.link and len(machines) > 1 else None
     alike = len({m.name for m in machines}) == 1
@@ -141,7 +141,7 @@ def validate_one(row: Measurement, catalogue: Catalog) -> Validation:
             row.scheme if len(machines) > 1 else "single",
             machines,
             link,
-            PaperConstants.of(catalogue.fits["study"]),
+            PaperConstants.from_fits(catalogue.fits["paper"]),
             placement="sliced" if alike else "weighted",
         ),
     )
@@ -266,11 +266,11 @@ class Parameter:
 
     def touches(self, row: Measurement, catalogue: Catalog) -> bool:
         """Whether a row's prediction depends on it."""
-        if self.path[0] == "study":
+        if self.path[0] == "paper":
             return row.scheme in PAPER_SCHEMES
         if self.path[0] == "links":
             return row.link is not None and catalogue.link(row.link).name == self.path[1]
-        return any(m.family == self.path[1] for m in catalogue.machines_of(row.machines))
+        return any(m.family == self.path[1] for m in catalogue.parse_machines(row.machines))
 
 
 def _family(name: str, overhead: float, efficiency: float | None = 0.75) -> tuple[Parameter, ...]:
@@ -292,8 +292,8 @@ PARAMETERS = (
     Parameter(("links", "tb5-rdma", "latency_us"), 43.5, 5, 200),
     Parameter(("links", "roce-200", "latency_us"), 60, 5, 400),
     Parameter(("links", "tb5-tcp", "hop_us"), 1000, 50, 30000),
-    Parameter(("study", "handoff_us"), 600, 10, 3000),
-    Parameter(("study", "naive_exchange_us"), 4000, 10, 30000),
+    Parameter(("paper", "handoff_us"), 600, 10, 3000),
+    Parameter(("paper", "naive_exchange_us"), 4000, 10, 30000),
 )
 
 
@@ -379,7 +379,7 @@ def format_fits(catalogue: Catalog, old: str) -> str:
 def _rows_of(catalogue: Catalog, table: str) -> dict[str, Any]:
     group, _, name = table.partition(".")
     rows = catalogue.fits.get(group, {})
-    return rows.get(name, {}) if name else (rows if group == "study" else {})
+    return rows.get(name, {}) if name else (rows if group == "paper" else {})
 
 
 def _added(catalogue: Catalog, table: str, seen: set[tuple[str, str]]) -> list[str]:
@@ -432,8 +432,8 @@ def compare_with_paper(catalogue: Catalog) -> list[tuple[str, float, float, str]
         )
     shares = {"2xm2-ultra-192": 0.23, "3xm2-ultra-192": 0.29, "4xm2-ultra-192": 0.33}
     for machines, stated in shares.items():
-        terms = rows[machines, "P-LR-D"].predicted.terms
-        share = terms["all_reduce"] / sum(terms.values())
+        terms = rows[machines, "P-LR-D"].predicted.step_timings
+        share = terms["communication"] / sum(terms.values())
         out.append((f"communication share on {machines}", stated, share, "per_peer is a prior"))
     recalled = (5.9 / 13198) / (112.5 / 289000)
     out.append(
@@ -446,9 +446,10 @@ def compare_with_paper(catalogue: Catalog) -> list[tuple[str, float, float, str]
     )
     mac, box = rows["2xm2-ultra-192", "P-LR-D"].predicted, catalogue.machine("8xh100")
     job = Workload(catalogue.model("dbrx"), parse_quantization(16), 192)
-    big = predict(job, "single", (box,), None, PaperConstants.of(catalogue.fits["study"]))
-    assert mac.usd is not None
-    assert big.usd is not None
-    ours = (mac.tok_per_s / mac.usd) / (big.tok_per_s / big.usd)
+    big = predict(job, "single", (box,), None, PaperConstants.from_fits(catalogue.fits["paper"]))
+    mac_usd, box_usd = total_usd(mac.machines), total_usd(big.machines)
+    assert mac_usd is not None
+    assert box_usd is not None
+    ours = (mac.tok_per_s / mac_usd) / (big.tok_per_s / box_usd)
     out.append(("the same with both speeds predicted", 1.15, ours, "prices recalled"))
     return out

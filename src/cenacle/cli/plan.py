@@ -126,20 +126,20 @@ def plan(
 
     catalog = load_catalog(catalog_files or ())
     workload, spec = _read_workload(catalog, model, usage)
-    nodes, network, study = planner.resolve_cluster(
+    nodes, network, constants = planner.resolve_cluster(
         catalog, machines, hardware.link, hardware.memory_fraction
     )
     trace = RoutingTrace.load(usage.routing_trace) if usage.routing_trace is not None else None
     if trace is not None:
         workload = _apply_routing(workload, trace, len(nodes))
-    result = planner.evaluate_options(workload, nodes, network, study)
+    result = planner.evaluate_options(workload, nodes, network, constants)
     comparison = None
     if hardware.compare is not None and result.best is not None:
         # Several machines of the other kind are connected by the same link.
-        others = catalog.machines_of(hardware.compare)
-        comparison = planner.compare_per_dollar(result, others, network, study)
+        others = catalog.parse_machines(hardware.compare)
+        comparison = planner.compare_per_dollar(result, others, network, constants)
     curves = [
-        planner.what_if_curve(text, workload, nodes, network, study)
+        planner.what_if_curve(text, workload, nodes, network, constants)
         for text in hardware.what_if or ()
     ]
     _write_report(files, result, curves, comparison)
@@ -148,7 +148,7 @@ def plan(
     if json_output:
         print_json(result.to_json())
     else:
-        _print_result(result, describe_workload(workload.shape, result))
+        _print_result(result, describe_workload(result.workload))
         if comparison is not None:
             print(comparison.sentence())
         for curve in curves:
@@ -178,13 +178,6 @@ def _read_workload(
 
 def _apply_routing(workload: Workload, trace: RoutingTrace, nodes: int) -> Workload:
     """The workload with the expert load of a recording instead of uniform routing."""
-    from ..planning.routing_stats import (
-        ExpertGroup,
-        contiguous_owners,
-        even_counts,
-        expected_max_load,
-    )
-
     shape = workload.shape
     if (trace.experts, trace.top_k) != (shape.experts, shape.top_k):
         raise InputError(
@@ -194,10 +187,7 @@ def _apply_routing(workload: Workload, trace: RoutingTrace, nodes: int) -> Workl
         )
     if nodes == 1 or nodes > shape.experts:
         return workload
-    uniform = expected_max_load(
-        [ExpertGroup(count) for count in even_counts(shape.experts, nodes)], shape.top_k
-    )
-    return replace(workload, skew=trace.busiest(contiguous_owners(trace, nodes)) / uniform)
+    return replace(workload, skew=trace.relative_max_load(nodes))
 
 
 def _write_report(
@@ -221,7 +211,7 @@ def _save_plan(
     if spec is None:
         from ..model.workload import estimate_spec
 
-        spec = estimate_spec(result.job)
+        spec = estimate_spec(result.workload)
     saved_plan, note = planner.best_plan(result, spec, trace)
     try:
         saved_plan.save(path)
@@ -248,7 +238,7 @@ def _print_result(result: PlannerResult, question: str) -> None:
             f"{prediction.tok_per_s:.1f}",
             f"{prediction.tok_per_s_all_users:.1f}",
             f"{prediction.ttft_s:.1f}",
-            prediction.binding,
+            prediction.bound_by,
             "/".join(f"{gb:.0f}" for gb in gigabytes),
             f"{candidate.usd:,.0f}{'*' if recalled else ''}" if candidate.usd is not None else "?",
             f"{candidate.usd / prediction.tok_per_s:,.0f}" if candidate.usd is not None else "?",
@@ -261,7 +251,7 @@ def _print_result(result: PlannerResult, question: str) -> None:
         title = (
             f"{candidate.scheme} {candidate.placement} {candidate.trunk} x{len(candidate.machines)}"
         )
-        console.print(f"  {title:<38} {candidate.why}", soft_wrap=True, markup=False)
+        console.print(f"  {title:<38} {candidate.reason}", soft_wrap=True, markup=False)
     console.print(result.advice, soft_wrap=True, markup=False)
 
 
@@ -272,7 +262,9 @@ def _print_unverified_inputs(result: PlannerResult) -> None:
     if prediction is None:
         return
     recalled = [
-        name for name, fact in prediction_inputs(prediction, result.job) if fact.confidence == "D"
+        name
+        for name, fact in prediction_inputs(prediction, result.workload)
+        if fact.confidence == "D"
     ]
     if recalled:
         print(f"unverified inputs (*, from memory): {', '.join(recalled)}")
@@ -537,5 +529,5 @@ def record_routing(
         f"not used to place them ({replicas} additional experts take "
         f"{format_bytes(replicas * replica_bytes)} per node):"
     )
-    for placement, busiest in result["busiest"].items():
+    for placement, busiest in result["max_load"].items():
         print(f"  {placement:<34}{busiest:.4f}")

@@ -29,7 +29,7 @@ from urllib.request import urlopen
 import psutil
 
 from ..core.units import format_bytes
-from ..planning.perf_model import wired_limit_command
+from ..planning.memory import wired_limit_command
 
 TOOL_TIMEOUT_S = 5.0
 MIN_OPEN_FILES = 1024  # enough for a server with hundreds of clients and 8 nodes

@@ -192,7 +192,7 @@ def place(
         for rank, node in enumerate(members):
             estimate = estimate_memory(dict(config), plan, rank, options, kernels, draft)
             try:
-                _check_memory(node, replace(estimate, beside=0))
+                _check_memory(node, replace(estimate, neighbours=0))
             except PlanError as error:
                 problems.append(f"{node.name}: {error}")
         if not problems:
@@ -237,7 +237,7 @@ def measured_machines(
     except CenacleError:  # the user's own catalog cannot be read
         return None
     link = catalog.Link("measured", "between the machines", topology, facts)
-    constants = PaperConstants.of(known.fits["study"])
+    constants = PaperConstants.from_fits(known.fits["paper"])
     return MeasuredMachines(config, machines, link, constants, "as measured")
 
 

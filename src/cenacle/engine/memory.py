@@ -40,6 +40,6 @@ def estimate_memory(
         options.kv_bits,
         bytes_per_value,
     )
-    return memory.MemoryEstimate.of(
+    return memory.MemoryEstimate.of_rank(
         plan, rank, cache_bytes, draft.bytes if draft is not None else 0
     )

@@ -1,10 +1,10 @@
 """Machines, links, models and quantisations by name, from `catalog/*.toml`.
 
 Owns: reading the tables strictly (an unknown key or unit is an error), finding an entry by any of
-its names, an owner's own entries, and where each number comes from.
+its names, the user's own entries, and the source of each number.
 Does not know: time, schemes.
-Invariant: whatever is not known gives an `InputError` with the nearest known names.
-Next: `cost.py` computes with what this gives; the tables say what their columns are.
+Invariant: an unknown name is an `InputError` with the nearest known ones.
+Next: `perf_model.py` computes with these numbers; the tables say what their columns are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -34,8 +34,8 @@ CONFIDENCE_LEVELS = {
     "M": "measured here",
     "F": "fitted",
 }
-# A Mac wires about this share of its memory by default (ds4#909, vmlx-swift#417); a GPU's driver
-# and a Linux system leave more.
+# A Mac wires about this much of its memory by default (ds4#909, vmlx-swift#417); a GPU's driver and
+# a Linux system leave more.
 DEFAULT_MEMORY_FRACTION = {"apple": 0.75, "cpu": 0.9, "amd": 0.95, "nvidia": 0.95}
 
 
@@ -57,21 +57,22 @@ class Machine:
     """A machine.
 
     Args:
-        name: of this memory size: m3-ultra-512.
+        name: with its memory size: m3-ultra-512.
         title: for people.
         family: whose efficiency and overhead apply.
         facts: "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts", and the family's
-            "efficiency" (share of the bandwidth that weights are read at), "kv_efficiency",
-            "compute" (share of the operations), "attention_compute", "overhead_us" (a plain layer);
-            perhaps "alone_gb_s" and "alone_overhead_us" (see `alone`), "expert_us" (`expert_s`).
-        wired: share of memory that may hold weights and cache.
+            "efficiency" (fraction of the bandwidth at which weights are read), "kv_efficiency",
+            "compute" (fraction of the operations), "attention_compute", "overhead_us" (of a plain
+            layer); if measured, "alone_gb_s" and "alone_overhead_us" (see `alone`) and "expert_us"
+            (see `expert_s`).
+        memory_fraction: of memory that may hold weights and cache.
     """
 
     name: str
     title: str
     family: str
     facts: dict[str, Fact]
-    wired: float
+    memory_fraction: float
 
     def __getitem__(self, key: str) -> float:
         return self.facts[key].value
@@ -88,16 +89,18 @@ class Machine:
 
     @property
     def expert_s(self) -> float:
-        """Seconds that an expert, or a slice of one, costs besides reading its bytes: its matrices
-        begin somewhere else in memory. 0 where it was not measured."""
+        """Seconds that an expert, or a slice of one, takes besides reading its bytes.
+
+        Its matrices begin elsewhere in memory. 0 if not measured.
+        """
         return self.facts["expert_us"].value / 1e6 if "expert_us" in self.facts else 0.0
 
     @property
     def alone(self) -> Machine:
-        """This machine while no other of the cluster is at work: itself, unless they share one.
+        """This machine while the other nodes are idle: differs if nodes share a computer.
 
-        Several nodes that are processes on one computer read less each than one of them does, and
-        what prepares the next layer shares the cores with what computes this one.
+        Several processes on one computer read less each than one alone, and the preparation of the
+        next layer shares the cores with the computation of this one.
         """
         alone = self
         if "alone_gb_s" in self.facts:
@@ -116,21 +119,21 @@ class Machine:
     @property
     def usable_bytes(self) -> float:
         """Memory for weights and cache."""
-        return self.memory_bytes * self.wired
+        return self.memory_bytes * self.memory_fraction
 
     @property
     def usd(self) -> float | None:
         """Price; None: unknown."""
         return self["usd"] or None
 
-    def with_fact(self, key: str, value: float, why: str) -> Machine:
+    def with_fact(self, key: str, value: float, source: str) -> Machine:
         """The same machine with another number."""
-        return replace(self, facts={**self.facts, key: Fact(value, "E", why)})
+        return replace(self, facts={**self.facts, key: Fact(value, "E", source)})
 
 
 @dataclass(frozen=True)
 class Link:
-    """How nodes talk. `facts`: "latency_us", "gb_s", perhaps "hop_us" (pipelines)."""
+    """The network between nodes. `facts`: "latency_us", "gb_s", perhaps "hop_us" (pipelines)."""
 
     name: str
     title: str
@@ -140,9 +143,15 @@ class Link:
     def __getitem__(self, key: str) -> float:
         return self.facts[key].value
 
-    def with_fact(self, key: str, value: float, why: str) -> Link:
+    def with_fact(self, key: str, value: float, source: str) -> Link:
         """The same link with another number."""
-        return replace(self, facts={**self.facts, key: Fact(value, "E", why)})
+        return replace(self, facts={**self.facts, key: Fact(value, "E", source)})
+
+
+def total_usd(machines: Iterable[Machine]) -> float | None:
+    """The price of several machines; None: one is unknown."""
+    prices = [m.usd for m in machines]
+    return None if None in prices else sum(price for price in prices if price is not None)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Catalog:
-    """All tables. `models` maps a name to its row; shapes are made when asked for."""
+    """All tables, by name; shapes of models are read on demand."""
 
     machines: dict[str, dict[str, Any]]
     links: dict[str, dict[str, Any]]
@@ -166,25 +175,25 @@ class Catalog:
 
     # ---- machines
 
-    def machine(self, name: str, wired: float | None = None) -> Machine:
+    def machine(self, name: str, memory_fraction: float | None = None) -> Machine:
         """A machine by name: m3-ultra-512; without a memory size, the largest.
 
         Raises:
-            InputError: unknown; names the nearest.
+            InputError: an unknown name; the message has the nearest.
         """
-        wanted = _plain_machine(name)
-        every = self.machine_names()
-        key = every.get(wanted) or every.get(wanted.removesuffix("gb").removesuffix("-"))
+        normalized = _normalize_machine(name)
+        names = self.machine_names()
+        key = names.get(normalized) or names.get(normalized.removesuffix("gb").removesuffix("-"))
         if key is None:
-            raise unknown_name("machine", name, every)
+            raise unknown_name("machine", name, names)
         chip, memory = key
         row = self.machines[chip]
         family = row["family"]
         fit = self.fits["families"].get(family)
         if fit is None:
             raise InputError(
-                f"machine {name}: family {family!r} has no efficiency; known: "
-                f"{', '.join(self.fits['families'])}",
+                f"machine {name}: expected a family of {', '.join(self.fits['families'])}, got "
+                f"{family!r}",
                 "machine",
             )
         facts = {
@@ -200,50 +209,52 @@ class Catalog:
         for number in ("bandwidth_gb_s", "tflops", "watts"):
             facts[number] = _fact(row[number])
         facts |= {k: _fact(v) for k, v in fit.items()}
-        # What was measured on this very machine goes before its family's.
+        # Measurements of this machine override those of its family.
         facts |= {k: _fact(row[k]) for k in _MEASURED if k in row}
-        share = wired if wired is not None else DEFAULT_MEMORY_FRACTION[family.split("-")[0]]
-        full = f"{chip}-{memory:g}" if len(row["memory_gib"]["v"]) > 1 else chip
-        return Machine(full, row["title"], family, facts, share)
+        if memory_fraction is None:
+            memory_fraction = DEFAULT_MEMORY_FRACTION[family.split("-")[0]]
+        full_name = f"{chip}-{memory:g}" if len(row["memory_gib"]["v"]) > 1 else chip
+        return Machine(full_name, row["title"], family, facts, memory_fraction)
 
     def machine_names(self) -> dict[str, tuple[str, float]]:
-        """Every name, plainly written, and its chip and memory size."""
+        """Every normalised name, with its chip and memory size."""
         names: dict[str, tuple[str, float]] = {}
         for chip, row in self.machines.items():
             sizes = row["memory_gib"]["v"]
             for alias in (chip, *row.get("aliases", ())):
-                plain = _plain_machine(alias)
-                names[plain] = (chip, max(sizes))
+                normalized = _normalize_machine(alias)
+                names[normalized] = (chip, max(sizes))
                 for size in sizes:
-                    names[f"{plain}-{size:g}"] = (chip, size)
-                # Sizes as sold, where the system sees less.
-                for sold in _SOLD.get(chip, ()):
-                    names[f"{plain}-{sold}"] = (chip, max(sizes))
+                    names[f"{normalized}-{size:g}"] = (chip, size)
+                for size in _NOMINAL_SIZES.get(chip, ()):
+                    names[f"{normalized}-{size}"] = (chip, max(sizes))
         return names
 
-    def machines_of(self, text: str, wired: float | None = None) -> tuple[Machine, ...]:
-        """Several: "4xm3-ultra-512", "1xm3-ultra-256,2xm4-max-128", "this,this".
+    def parse_machines(
+        self, text: str, memory_fraction: float | None = None
+    ) -> tuple[Machine, ...]:
+        """Several machines: "4xm3-ultra-512", "1xm3-ultra-256,2xm4-max-128", "this,this".
 
         Raises:
             InputError: an unknown machine, or no positive number of them.
         """
-        found: list[Machine] = []
+        machines: list[Machine] = []
         names = self.machine_names()
         for part in text.split(","):
             count = re.fullmatch(r"\s*(-?\d+)\s*[x*]\s*(.+?)\s*", part)
             # "8xh100" is a machine of its own.
-            if count is None or _plain_machine(part) in names:
+            if count is None or _normalize_machine(part) in names:
                 n, name = 1, part.strip()
             else:
                 n, name = int(count[1]), count[2]
             if not 1 <= n <= 64:
                 raise InputError(
-                    f"machines: expected 1 to 64 of a kind, got {n} in {part.strip()!r}; write "
-                    f"for instance 2x{name}",
+                    f"machines: expected 1 to 64 of a kind, such as 2x{name}, got {n} in "
+                    f"{part.strip()!r}",
                     "machines",
                 )
-            found += [self.machine(name, wired)] * n
-        return tuple(found)
+            machines += [self.machine(name, memory_fraction)] * n
+        return tuple(machines)
 
     # ---- links
 
@@ -251,19 +262,16 @@ class Catalog:
         """A link by name.
 
         Raises:
-            InputError: unknown; names the nearest.
+            InputError: an unknown name; the message has the nearest.
         """
-        names = {
-            _plain(a): k for k, row in self.links.items() for a in (k, *row.get("aliases", ()))
-        }
+        names = _aliases(self.links, _normalize)
         # "10 GbE", "10gbe" and "TB5 RDMA", "tb5-rdma" are the same.
-        squeezed = {plain.replace("-", ""): k for plain, k in names.items()}
-        key = squeezed.get(_plain(name).replace("-", ""))
+        without_dashes = {alias.replace("-", ""): key for alias, key in names.items()}
+        key = without_dashes.get(_normalize(name).replace("-", ""))
         if key is None:
             raise unknown_name("link", name, names)
         row = self.links[key]
-        numbers: tuple[str, ...] = ("latency_us", "gb_s", "hop_us")
-        facts = {k: _fact(row[k]) for k in numbers if k in row}
+        facts = {k: _fact(row[k]) for k in _LINK_NUMBERS if k in row}
         facts |= {k: _fact(v) for k, v in self.fits["links"].get(key, {}).items()}
         return Link(key, row["title"], row["topology"], facts)
 
@@ -273,16 +281,12 @@ class Catalog:
         """A model's shape by any name: qwen3-30b-a3b, Qwen/Qwen3-30B-A3B-Instruct-2507-4bit.
 
         Raises:
-            InputError: unknown; names the nearest.
+            InputError: an unknown name; the message has the nearest.
         """
-        names = {
-            _plain_model(a): k
-            for k, row in self.models.items()
-            for a in (k, *row.get("aliases", ()))
-        }
-        key = names.get(_plain_model(name))
+        names = _aliases(self.models, _normalize_model)
+        key = names.get(_normalize_model(name))
         if key is None:
-            raise unknown_name("model", name, names, _plain_model(name))
+            raise unknown_name("model", name, names, _normalize_model(name))
         row = self.models[key]
         if "config" in row:
             entry = self.configs[row["config"]]
@@ -290,49 +294,65 @@ class Catalog:
         return shape_from_table(key, row["shape"], row["s"], row["c"])
 
 
-# Measured on one machine, so given beside the vendor's numbers.
+def _aliases(rows: dict[str, dict[str, Any]], normalize: Callable[[str], str]) -> dict[str, str]:
+    """Every normalised name of a table, with its key."""
+    return {
+        normalize(alias): key
+        for key, row in rows.items()
+        for alias in (key, *row.get("aliases", ()))
+    }
+
+
+# Measured on one machine; beside the vendor's numbers.
 _MEASURED = (
     "efficiency", "kv_efficiency", "compute", "attention_compute", "overhead_us", "alone_gb_s",
     "alone_overhead_us", "expert_us",
 )  # fmt: skip
 _MACHINE = {"title", "family", "memory_gib", "bandwidth_gb_s", "tflops", "usd", "watts"}
 _LINK = {"title", "topology", "latency_us", "gb_s"}
-_SOLD = {"dgx-spark": (128,), "h100": (80,), "h200": (141,), "b200": (180, 192), "8xh100": (640,)}
+_LINK_NUMBERS = ("latency_us", "gb_s", "hop_us")
+# Memory sizes as sold, where the system sees less.
+_NOMINAL_SIZES = {
+    "dgx-spark": (128,),
+    "h100": (80,),
+    "h200": (141,),
+    "b200": (180, 192),
+    "8xh100": (640,),
+}
 
 
 def load_catalog(files: Sequence[Path] = ()) -> Catalog:
-    """The tables of the package, then those of `paths.catalog_dir`, then `files`.
+    """Read the tables of the package, then those of `paths.catalog_dir`, then `files`.
 
-    An owner's file has tables [machines.NAME] and [links.NAME] with the keys of machines.toml and
+    A user's file has tables [machines.NAME] and [links.NAME] with the keys of machines.toml and
     links.toml; a later entry replaces an earlier one of the same name.
 
     Raises:
         InputError: a file cannot be read, or has an unknown key or unit.
     """
-    base = _package()
-    machines, links = dict(base.machines), dict(base.links)
-    own = catalog_dir()
-    for path in (*(sorted(own.glob("*.toml")) if own.is_dir() else ()), *files):
-        table = _toml(path)
-        surplus = sorted(set(table) - {"machines", "links"})
-        if surplus:
+    package = _package_catalog()
+    machines, links = dict(package.machines), dict(package.links)
+    for path in (*sorted(catalog_dir().glob("*.toml")), *files):
+        table = _read_toml(path)
+        unknown = sorted(set(table) - {"machines", "links"})
+        if unknown:
             raise InputError(
-                f"{path}: expected tables machines and links, got {', '.join(surplus)}", "catalog"
+                f"{path}: expected tables machines and links, got {', '.join(unknown)}", "catalog"
             )
         for name, row in table.get("machines", {}).items():
-            machines[name] = _checked_machine(f"{path}: machines.{name}", row)
+            machines[name] = _check_machine(f"{path}: machines.{name}", row)
         for name, row in table.get("links", {}).items():
-            links[name] = _checked_link(f"{path}: links.{name}", row)
-    return replace(base, machines=machines, links=links)
+            links[name] = _check_link(f"{path}: links.{name}", row)
+    return replace(package, machines=machines, links=links)
 
 
 @cache
-def _package() -> Catalog:
-    machines = _toml(CATALOG_DIR / "machines.toml")
-    links = _toml(CATALOG_DIR / "links.toml")
-    models = _toml(CATALOG_DIR / "models.toml")
+def _package_catalog() -> Catalog:
+    machines = _read_toml(CATALOG_DIR / "machines.toml")
+    links = _read_toml(CATALOG_DIR / "links.toml")
+    models = _read_toml(CATALOG_DIR / "models.toml")
     for name, row in models.items():
-        _keys(
+        _check_keys(
             f"models.{name}",
             row,
             set(),
@@ -341,75 +361,75 @@ def _package() -> Catalog:
         if ("config" in row) == ("shape" in row):
             raise InputError(f"models.{name}: expected either config or shape", "catalog")
     return Catalog(
-        {n: _checked_machine(f"machines.{n}", row) for n, row in machines.items()},
-        {n: _checked_link(f"links.{n}", row) for n, row in links.items()},
+        {n: _check_machine(f"machines.{n}", row) for n, row in machines.items()},
+        {n: _check_link(f"links.{n}", row) for n, row in links.items()},
         models,
-        _toml(CATALOG_DIR / "fits.toml"),
+        _read_toml(CATALOG_DIR / "fits.toml"),
         json.loads(MODEL_CONFIGS_FILE.read_text()),
     )
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot read the catalogue {path}: {error}", "catalog") from error
+        raise InputError(f"cannot read the catalog file {path}: {error}", "catalog") from error
 
 
-def _keys(where: str, row: Any, needed: set[str], allowed: Iterable[str]) -> None:
+def _check_keys(where: str, row: Any, required: set[str], optional: Iterable[str]) -> None:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a table, got {row!r:.40}", "catalog")
     for key in row:
-        if key not in needed and key not in allowed:
-            near = difflib.get_close_matches(key, [*needed, *allowed], 1, 0.3)
+        if key not in required and key not in optional:
+            near = difflib.get_close_matches(key, [*required, *optional], 1, 0.3)
             raise InputError(
                 f"{where}: unknown key {key!r} (units are part of the key); nearest: "
-                f"{near[0] if near else sorted(needed)}",
+                f"{near[0] if near else sorted(required)}",
                 "catalog",
             )
-    missing = needed - set(row)
+    missing = required - set(row)
     if missing:
         raise InputError(f"{where}: missing {', '.join(sorted(missing))}", "catalog")
 
 
-def _checked_machine(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    _keys(where, row, _MACHINE, {"aliases", *_MEASURED, "measured"})
+def _check_machine(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    _check_keys(where, row, _MACHINE, {"aliases", *_MEASURED, "measured"})
     if row["family"].split("-")[0] not in DEFAULT_MEMORY_FRACTION:
         raise InputError(
             f"{where}: family must begin with one of {', '.join(DEFAULT_MEMORY_FRACTION)}",
             "catalog",
         )
     for key in ("memory_gib", "usd"):
-        _number(f"{where}.{key}", row[key], several=True)
+        _check_number(f"{where}.{key}", row[key], several=True)
     if len(row["memory_gib"]["v"]) != len(row["usd"]["v"]):
         raise InputError(f"{where}: expected one price (0: unknown) per memory size", "catalog")
     for key in ("bandwidth_gb_s", "tflops", "watts", *_MEASURED):
         if key in row:
-            _number(f"{where}.{key}", row[key])
+            _check_number(f"{where}.{key}", row[key])
     return row
 
 
-def _checked_link(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    _keys(where, row, _LINK, {"aliases", "hop_us", "measured"})
+def _check_link(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    _check_keys(where, row, _LINK, {"aliases", "hop_us", "measured"})
     if row["topology"] not in ("mesh", "ring"):
         raise InputError(
             f"{where}: topology: expected mesh or ring, got {row['topology']!r}", "catalog"
         )
-    for key in ("latency_us", "gb_s", "hop_us"):
+    for key in _LINK_NUMBERS:
         if key in row:
-            _number(f"{where}.{key}", row[key])
+            _check_number(f"{where}.{key}", row[key])
     return row
 
 
-def _number(where: str, row: Any, several: bool = False) -> None:
-    _keys(where, row, {"v", "c", "s"}, {"spread"})
+def _check_number(where: str, row: Any, several: bool = False) -> None:
+    _check_keys(where, row, {"v", "c", "s"}, {"spread"})
     values = row["v"] if several else [row["v"]]
-    right = isinstance(values, list) and all(
+    is_valid = isinstance(values, list) and all(
         isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 for v in values
     )
     # Watts may be unknown (0), as prices.
-    zero = several or where.endswith(".watts")
-    if not right or not values or (not zero and values[0] <= 0):
+    may_be_zero = several or where.endswith(".watts")
+    if not is_valid or not values or (not may_be_zero and values[0] <= 0):
         raise InputError(
             f"{where}: expected {'a list of numbers' if several else 'a positive number'}, "
             f"got {row['v']!r}",
@@ -417,7 +437,7 @@ def _number(where: str, row: Any, several: bool = False) -> None:
         )
     if row["c"] not in CONFIDENCE_LEVELS:
         raise InputError(
-            f"{where}: confidence must be one of {', '.join(CONFIDENCE_LEVELS)}, got {row['c']!r}",
+            f"{where}: expected a confidence of {', '.join(CONFIDENCE_LEVELS)}, got {row['c']!r}",
             "catalog",
         )
 
@@ -429,17 +449,17 @@ def _fact(row: dict[str, Any]) -> Fact:
 # ---- names
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     """Lower case, words joined by single dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def _plain_machine(name: str) -> str:
+def _normalize_machine(name: str) -> str:
     """`Apple M3 Ultra (512 GB)` -> m3-ultra-512."""
-    plain = re.sub(r"macbook-pro|\d+-cores?", "", _plain(name))
-    words = [w for w in plain.split("-") if w and w not in _MACHINE_NOISE]
+    normalized = re.sub(r"macbook-pro|\d+-cores?", "", _normalize(name))
+    words = [w for w in normalized.split("-") if w and w not in _MACHINE_NOISE]
     joined = "-".join(re.sub(r"^(\d+)g(i?b)?$", r"\1", w) for w in words)
-    return joined or _plain(name)
+    return joined or _normalize(name)
 
 
 _MACHINE_NOISE = {"apple", "amd", "nvidia", "geforce", "gb", "gib", "ram", "unified", "studio"} | {
@@ -447,14 +467,12 @@ _MACHINE_NOISE = {"apple", "amd", "nvidia", "geforce", "gb", "gib", "ram", "unif
 }
 
 
-def _plain_model(name: str) -> str:
+def _normalize_model(name: str) -> str:
     """The hub's `mlx-community/Qwen3-30B-A3B-Instruct-2507-4bit` -> qwen3-30b-a3b."""
-    plain = _plain(name.rsplit("/", 1)[-1]).replace("_", "-")
-    while True:
-        shorter = _MODEL_NOISE.sub("", plain)
-        if shorter == plain:
-            return plain
-        plain = shorter
+    normalized = _normalize(name.rsplit("/", 1)[-1]).replace("_", "-")
+    while (shorter := _MODEL_NOISE.sub("", normalized)) != normalized:
+        normalized = shorter
+    return normalized
 
 
 _MODEL_NOISE = re.compile(
@@ -466,83 +484,71 @@ _MODEL_NOISE = re.compile(
 
 
 def unknown_name(
-    kind: str, given: str, known: Iterable[str], plain: str | None = None
+    kind: str, name: str, known: Iterable[str], normalized: str | None = None
 ) -> InputError:
-    """An error for a name that is nobody's, with the nearest ones."""
-    if (kind, given) in (("machine", "this"), ("link", "measured")):
-        return InputError(f"{kind}: {given!r} is not measured yet: run `cenacle calibrate`", kind)
+    """The error for an unknown name, with the nearest known ones."""
+    if (kind, name) in (("machine", "this"), ("link", "measured")):
+        return InputError(f"{kind}: {name!r} is not measured yet; run `cenacle calibrate`", kind)
     names = sorted(set(known))
-    near = difflib.get_close_matches(plain or _plain(given), names, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(normalized or _normalize(name), names, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names)}"
-    return InputError(f"{kind}: nothing is called {given!r}; {hint}", kind)
+    return InputError(f"{kind}: unknown name {name!r}; {hint}", kind)
 
 
 # ---- quantisation
+
+_NAMED_BITS = {  # name -> its own name, bits of experts, bits of the trunk
+    **dict.fromkeys(("mxfp4", "mxfp4-q8", "mxfp4-8", "fp4"), ("", 4.25, 8.5)),
+    "nvfp4": ("", 4.5, 8.5),
+    **dict.fromkeys(("bf16", "fp16", "f16", "float16", "bfloat16"), ("16", 16.0, 16.0)),
+    **dict.fromkeys(("none", "unquantised", "unquantized"), ("16", 16.0, 16.0)),
+    **dict.fromkeys(("f32", "fp32", "float32"), ("32", 32.0, 32.0)),
+    **dict.fromkeys(("fp8", "f8", "e4m3"), ("fp8", 8.0, 8.0)),
+}
+_NUMBERED_BITS = re.compile(
+    r"(?:i?q|int|gptq-int|awq-int|gptq|awq|oq|u?d-?q)?-?(\d+(?:\.\d+)?)"
+    r"(?:-?bits?|e|-k|-0|-1|-xxs|-xs|-nl|-s|-m|-l|-xl)*"
+)
 
 
 def parse_quantization(text: str | float) -> Quantization:
     """Bits per weight as people write them.
 
     Whole numbers from 2 to 8 are MLX's groups of 64: half a bit more for scale and bias. At 2 and
-    3 bits everything but the experts is taken at 6.5, as such files keep it. Fractions count as
-    they are (4.5 is all). mxfp4: 4.25 for experts, 8.5 for the rest. "2.5/8.5" gives both.
+    3 bits everything but the experts has 6.5, as in the files that people publish. Fractions count
+    as they are (4.5 is all). mxfp4: 4.25 for experts, 8.5 for the rest. "2.5/8.5" gives both.
 
     Raises:
         InputError: not a quantisation.
     """
-    raw = str(text).strip().lower()
-    plain = _plain(raw.replace("_", "-").replace("/", "\0")).strip("-")
-    if "/" in raw:
-        parts = raw.split("/")
-        try:
-            expert, trunk = (float(p) for p in parts)
-        except ValueError:
-            raise _no_quant(text) from None
-        return _bits(text, raw, expert, trunk)
-    if plain in ("mxfp4", "mxfp4-q8", "fp4", "nvfp4", "mxfp4-8"):
-        bits = 4.5 if plain == "nvfp4" else 4.25
-        return Quantization(plain, bits, 8.5)
-    if plain in (
-        "bf16",
-        "fp16",
-        "f16",
-        "float16",
-        "bfloat16",
-        "none",
-        "unquantised",
-        "unquantized",
-    ):
-        return Quantization("16", 16.0, 16.0)
-    if plain in ("f32", "fp32", "float32"):
-        return Quantization("32", 32.0, 32.0)
-    if plain in ("fp8", "f8", "e4m3"):
-        return Quantization("fp8", 8.0, 8.0)
-    number = re.fullmatch(
-        r"(?:i?q|int|gptq-int|awq-int|gptq|awq|oq|u?d-?q)?-?(\d+(?:\.\d+)?)(?:-?bits?|e|-k|-0|-1|-xxs|"
-        r"-xs|-nl|-s|-m|-l|-xl)*",
-        plain,
-    )
-    if number is None or raw.startswith("-"):
-        raise _no_quant(text)
-    bits = float(number[1])
-    if bits != int(bits):
-        return _bits(text, plain, bits, bits)
-    if bits in (16, 32):
-        return Quantization(f"{bits:g}", bits, bits)
-    if bits not in (2, 3, 4, 5, 6, 8):
-        raise _no_quant(text)
-    return Quantization(f"{bits:g}", bits + 0.5, bits + 0.5 if bits > 3 else 6.5)
-
-
-def _bits(text: object, name: str, expert: float, trunk: float) -> Quantization:
-    if not (1 <= expert <= 32 and 1 <= trunk <= 32):
-        raise _no_quant(text)
-    return Quantization(name, expert, trunk)
-
-
-def _no_quant(text: object) -> InputError:
-    return InputError(
+    error = InputError(
         f"quant: expected bits such as 4, 4.5, 8, 16, mxfp4 or 2.5/8.5 (experts/rest), "
         f"got {text!r}",
         "quant",
     )
+    raw = str(text).strip().lower()
+    name = _normalize(raw.replace("/", "\0"))
+    if "/" in raw:
+        try:
+            expert_bits, trunk_bits = (float(part) for part in raw.split("/"))
+        except ValueError:
+            raise error from None
+        name = raw
+    elif name in _NAMED_BITS:
+        own_name, expert_bits, trunk_bits = _NAMED_BITS[name]
+        return Quantization(own_name or name, expert_bits, trunk_bits)
+    else:
+        number = _NUMBERED_BITS.fullmatch(name)
+        if number is None or raw.startswith("-"):
+            raise error
+        expert_bits = trunk_bits = float(number[1])
+        if expert_bits == int(expert_bits):
+            name = f"{expert_bits:g}"
+            if expert_bits in (2, 3, 4, 5, 6, 8):
+                trunk_bits = expert_bits + 0.5 if expert_bits > 3 else 6.5
+                expert_bits += 0.5
+            elif expert_bits not in (16, 32):
+                raise error
+    if not (1 <= expert_bits <= 32 and 1 <= trunk_bits <= 32):
+        raise error
+    return Quantization(name, expert_bits, trunk_bits)

@@ -1,17 +1,16 @@
-"""What a model is to the performance model: parameters by part, and what its attention reads.
+"""What the performance model needs to know of a model: parameters by part, and its attention.
 
-Owns: `Shape`, and how a config.json of any family is read as one.
+Owns: `ModelShape`, and how a config.json of any family is read as one.
 Does not know: machines, time, ranks, MLX.
-Invariants: parameters are counted, not bytes; `total == trunk + routed + shared`. Embedding rows
-are looked up, not read, so a token reads the trunk less the embedding (unless the head is tied to
+Invariants: parameters are counted, not bytes; `total == trunk + routed + shared`. A token looks up
+one row of the embedding, so it reads the trunk without the embedding (unless the head is tied to
 it). Each kind of attention has its own rule of what it keeps and reads (`Attention`).
-Next: `perf_model.py` computes time from it; `tests/mlx/test_model_shapes.py` compares counts with
-mlx-lm's.
+Next: `perf_model.py` computes time from it; `tests/mlx/test_model_shapes.py` compares the counts
+with mlx-lm's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +27,10 @@ from ..core.model_config import (
 )
 from ..errors import CheckpointError
 
-# How much a layer's own overhead (kernels, synchronisations) exceeds that of a plain layer with
-# grouped-query attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the
-# small configs: gqa 68 to 88, mla 91, linear 62 to 84, dsa 141 to 147. csa with hyper-connections
-# has 455 there, but its 20 Sinkhorn rounds are one kernel where somebody wrote it: 2.5 (E).
+# A layer's overhead (kernels, synchronisations) relative to a plain layer with grouped-query
+# attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the small configs:
+# gqa 68 to 88, mla 91, linear 62 to 84, dsa 141 to 147. csa with hyper-connections has 455 there,
+# but its 20 Sinkhorn rounds can be one kernel: 2.5 (E).
 OVERHEAD_WEIGHTS = {"gqa": 1.0, "mla": 1.15, "linear": 1.0, "dsa": 1.8, "csa": 2.5}
 
 
@@ -41,16 +40,17 @@ class Attention:
 
     Args:
         kind: "gqa" (plain or grouped query), "mla" (one latent for all heads), "dsa" (an indexer
-            picks positions), "csa" (compressed positions, an indexer, a window), "linear" (a state
-            of fixed size: DeltaNet, KDA, Mamba).
-        layers: how many.
-        heads, kv_heads, head_dim: of the kept keys and values (mla: kv_heads 1, the latent's size).
-        window: keeps only this many positions (None: all).
-        index_dim, index_heads: the indexer's key per position, and its heads.
-        top: positions that the indexer picks (None: all are read).
-        stride: positions per kept entry.
+            selects positions), "csa" (compressed positions, an indexer, a window), "linear" (a
+            state of fixed size: DeltaNet, KDA, Mamba).
+        layers: number of layers.
+        heads, kv_heads, head_dim: of the cached keys and values (mla: kv_heads 1, head_dim of the
+            latent).
+        window: caches only this many positions; None: all.
+        index_dim, index_heads: size of the indexer's key per position, and its heads.
+        top: positions that the indexer selects; None: all are read.
+        stride: positions per cache entry.
         state: elements of a linear layer's state.
-        weight: see `WEIGHT`; 0 takes the kind's.
+        weight: see `OVERHEAD_WEIGHTS`; 0: the kind's.
     """
 
     kind: str
@@ -68,53 +68,55 @@ class Attention:
 
     @property
     def overhead_weight(self) -> float:
-        """This kind's overhead per layer, a plain layer being 1."""
+        """Overhead per layer, relative to a plain layer."""
         return self.weight or OVERHEAD_WEIGHTS[self.kind]
 
     @property
     def elements_per_entry(self) -> int:
-        """Elements kept for one entry: keys and values, or one latent."""
-        one = self.kv_heads * self.head_dim
-        return one if self.kind in ("mla", "csa") else 2 * one
+        """Elements of one cache entry: keys and values, or one latent."""
+        size = self.kv_heads * self.head_dim
+        return size if self.kind in ("mla", "csa") else 2 * size
 
     def _entries(self, context: int) -> int:
-        """Entries kept beyond the window of a csa layer, or all entries of another."""
+        """Cache entries: of a csa layer those beyond its window."""
         if self.kind == "linear":
             return 0
         if self.kind == "csa":
             return -(-context // self.stride)
         return context if self.window is None else min(context, self.window)
 
+    def _window_entries(self, context: int) -> int:
+        return min(context, self.window or 0) if self.kind == "csa" else 0
+
+    def _read_entries(self, context: int) -> int:
+        entries = self._entries(context)
+        return min(entries, self.top or entries) + self._window_entries(context)
+
     def kept_bytes(self, context: int) -> float:
-        """Bytes of cache of one layer for one user (16 bits an element, states 32)."""
+        """Bytes of cache of one layer for one user (16 bits per element, states 32)."""
         if self.kind == "linear":
             return 4.0 * self.state
         entries = self._entries(context)
-        extra = min(context, self.window or 0) if self.kind == "csa" else 0
-        return 2.0 * (self.elements_per_entry * (entries + extra) + self.index_dim * entries)
+        kept = entries + self._window_entries(context)
+        return 2.0 * (self.elements_per_entry * kept + self.index_dim * entries)
 
     def read_bytes(self, context: int) -> float:
         """Bytes of cache that one token of one user moves in one layer.
 
-        gqa, mla: all kept. dsa, csa: every entry's index key, then the picked ones. linear: the
-        state is read and written.
+        gqa, mla: all of it. dsa, csa: every entry's index key, then the selected entries. linear:
+        the state is read and written.
         """
         if self.kind == "linear":
             return 8.0 * self.state
-        entries = self._entries(context)
-        picked = min(entries, self.top or entries)
-        extra = min(context, self.window or 0) if self.kind == "csa" else 0
-        return 2.0 * (self.elements_per_entry * (picked + extra) + self.index_dim * entries)
+        read = self.elements_per_entry * self._read_entries(context)
+        return 2.0 * (read + self.index_dim * self._entries(context))
 
     def operations(self, context: int) -> float:
-        """Multiplications and additions for one token in one layer: scores, sums, index."""
+        """Multiplications and additions of one token in one layer: scores, sums, index."""
         if self.kind == "linear":
             return 6.0 * self.state
-        entries = self._entries(context)
-        picked = min(entries, self.top or entries)
-        extra = min(context, self.window or 0) if self.kind == "csa" else 0
-        index = 2.0 * self.index_heads * self.index_dim * entries
-        return 4.0 * self.heads * self.head_dim * (picked + extra) + index
+        index = 2.0 * self.index_heads * self.index_dim * self._entries(context)
+        return 4.0 * self.heads * self.head_dim * self._read_entries(context) + index
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class ModelShape:
         name: as in the catalogue, or the folder.
         layers: decoder layers.
         moe_layers: those with experts.
-        hidden: width of the residual stream, the vector that is exchanged.
+        hidden: width of the residual stream, the vector that is all-reduced.
         experts: routed experts of a layer.
         top_k: chosen per token.
         expert: parameters of one routed expert.
@@ -136,9 +138,9 @@ class ModelShape:
         head: the output head (0: tied to the embedding).
         vocabulary: token ids.
         attention: by kind.
-        source, confidence: where the shape comes from.
-        family: mlx-lm's model_type ("": not known).
-        moe_ids: indices of the layers with experts (empty: not known).
+        source, confidence: of the shape.
+        family: mlx-lm's model_type ("": unknown).
+        moe_ids: indices of the layers with experts (empty: unknown).
     """
 
     name: str
@@ -198,7 +200,7 @@ class ModelShape:
 
     @property
     def kv_heads(self) -> int | None:
-        """Heads over which attention can be cut, or None (latents and states are not)."""
+        """Heads by which attention can be divided, or None (latents and states cannot)."""
         heads = {a.kv_heads for a in self.attention if a.kind == "gqa"}
         plain = all(a.kind == "gqa" for a in self.attention)
         return min(heads) if plain and heads else None
@@ -217,13 +219,17 @@ class ModelShape:
 
 
 def shape_from_table(name: str, table: dict[str, Any], source: str, confidence: str) -> ModelShape:
-    """A shape as `models.toml` writes one; raises KeyError or TypeError on a wrong table."""
+    """Read a shape of `models.toml`.
+
+    Raises:
+        KeyError, TypeError: a wrong table.
+    """
     t = dict(table)
     attention = tuple(Attention(**a) for a in t.pop("attention"))
     layers, hidden, vocabulary = t.pop("layers"), t.pop("hidden"), t.pop("vocabulary")
     dense_layers, dense_width = t.pop("dense_layers", 0), t.pop("dense_width", 0)
     width, shared = t.pop("expert_width"), t.pop("shared_width", 0)
-    inside = t.pop("expert_input", hidden)
+    expert_input = t.pop("expert_input", hidden)
     shape = ModelShape(
         name=name,
         layers=layers,
@@ -231,7 +237,7 @@ def shape_from_table(name: str, table: dict[str, Any], source: str, confidence: 
         hidden=hidden,
         experts=t.pop("experts"),
         top_k=t.pop("top_k"),
-        expert=3 * inside * width,
+        expert=3 * expert_input * width,
         shared=3 * hidden * shared,
         trunk=round(t.pop("trunk_b") * 1e9),
         dense=dense_layers * 3 * hidden * dense_width,
@@ -250,46 +256,47 @@ def shape_from_table(name: str, table: dict[str, Any], source: str, confidence: 
 def shape_from_config(
     name: str, config: Config, source: str = "config.json", confidence: str = "A"
 ) -> ModelShape:
-    """The shape that a config.json gives.
+    """The shape of a config.json.
 
-    Norms and biases are left out: some 0.1 % of a model.
+    Norms and biases are left out: about 0.1 % of a model.
 
     Raises:
-        CheckpointError: a key without which the shape cannot be told is missing, or the model has
-            no experts.
+        CheckpointError: a key that determines the shape is missing, or the model has no experts.
     """
     inner = config.get("text_config")
     c: Config = {**config, **(inner if isinstance(inner, dict) else {})}
     for nested in ("attn_config", "ffn_config"):  # DBRX
         c |= {k: v for k, v in (c.get(nested) or {}).items() if not k.startswith("model_")}
-    read = _Reader(name, c)
-    layers = read.number(*LAYER_COUNT_KEYS)
-    hidden = read.number(*HIDDEN_SIZE_KEYS)
-    experts = read.number(*EXPERT_COUNT_KEYS, default=0)
+    reader = _ConfigReader(name, c)
+    layers = reader.number(*LAYER_COUNT_KEYS)
+    hidden = reader.number(*HIDDEN_SIZE_KEYS)
+    experts = reader.number(*EXPERT_COUNT_KEYS, default=0)
     if not experts:
         raise CheckpointError(
-            f"{name}: its config names no experts: a dense model. Cenacle deals experts; use "
-            f"mlx-lm or llama.cpp for it"
+            f"{name}: the config has no experts, so the model is dense; use mlx-lm or llama.cpp "
+            f"for it"
         )
-    top_k = read.number(*TOP_K_KEYS)
+    top_k = reader.number(*TOP_K_KEYS)
     if not 1 <= top_k <= experts:
-        raise CheckpointError(f"{name}: expected 1 to {experts} experts a token, got {top_k}")
-    usual = 4 * hidden if c.get("model_type") == "phixtral" else 0  # its config does not say
-    plain = read.number("intermediate_size", "ffn_hidden_size", "d_ff", "n_inner", default=usual)
-    width = read.number("moe_intermediate_size", "expert_hidden_dim", default=plain)
+        raise CheckpointError(f"{name}: expected 1 to {experts} experts per token, got {top_k}")
+    default = 4 * hidden if c.get("model_type") == "phixtral" else 0  # not in its config
+    mlp_width = reader.number(
+        *("intermediate_size", "ffn_hidden_size", "d_ff", "n_inner"), default=default
+    )
+    width = reader.number("moe_intermediate_size", "expert_hidden_dim", default=mlp_width)
     if not width:
-        raise CheckpointError(f"{name}: its config does not give the width of an expert")
-    dense_width = read.number("intermediate_size_mlp", default=plain or width)
-    moe_ids = _moe_layers(read, layers)
+        raise CheckpointError(f"{name}: the config does not state the width of an expert")
+    dense_width = reader.number("intermediate_size_mlp", default=mlp_width or width)
+    moe_ids = _moe_layers(reader, layers)
     moe = len(moe_ids)
-    vocabulary = read.number(*VOCAB_SIZE_KEYS)
-    attention, attention_params = _attention(read, layers, hidden)
+    vocabulary = reader.number(*VOCAB_SIZE_KEYS)
+    attention, attention_params = _attention(reader, layers, hidden)
     matrices = 2 if c.get("model_type") in ("nemotron_h", "phixtral") else 3
     dense = (layers - moe) * matrices * hidden * dense_width
     table = vocabulary * hidden
-    tied = read.flag("tie_word_embeddings")
+    tied = reader.flag("tie_word_embeddings")
     router = moe * experts * hidden
-    inside = read.number("routed_expert_hidden_size", "moe_latent_size", default=hidden)
+    expert_input = reader.number("routed_expert_hidden_size", "moe_latent_size", default=hidden)
     return ModelShape(
         name=name,
         layers=layers,
@@ -297,8 +304,8 @@ def shape_from_config(
         hidden=hidden,
         experts=experts,
         top_k=top_k,
-        expert=matrices * inside * width,
-        shared=matrices * hidden * _shared_width(read, width),
+        expert=matrices * expert_input * width,
+        shared=matrices * hidden * _shared_width(reader, width),
         trunk=table * (1 if tied else 2) + attention_params + router + dense,
         dense=dense,
         embedding=table,
@@ -312,8 +319,8 @@ def shape_from_config(
     )
 
 
-class _Reader:
-    """Numbers of a config by any of their names."""
+class _ConfigReader:
+    """Values of a config by any of their names."""
 
     def __init__(self, name: str, config: Config) -> None:
         self.name, self.config = name, config
@@ -323,7 +330,7 @@ class _Reader:
         if value is not None:
             return value
         if default is None:
-            raise CheckpointError(f"{self.name}: its config has none of {', '.join(keys)}")
+            raise CheckpointError(f"{self.name}: the config has none of {', '.join(keys)}")
         return default
 
     def flag(self, key: str) -> bool:
@@ -334,83 +341,85 @@ class _Reader:
         return [str(v) for v in value] if isinstance(value, list) else []
 
 
-def _moe_layers(read: _Reader, layers: int) -> list[int]:
+def _moe_layers(reader: _ConfigReader, layers: int) -> list[int]:
     """Indices of the layers that have experts."""
-    kinds = read.names("mlp_layer_types")
+    kinds = reader.names("mlp_layer_types")
     if kinds:
         return [i for i, k in enumerate(kinds[:layers]) if k == "sparse"]
-    freq = read.config.get("moe_layer_freq")
+    freq = reader.config.get("moe_layer_freq")
     if isinstance(freq, list):
         return [i for i, v in enumerate(freq[:layers]) if v]
-    pattern = read.config.get("hybrid_override_pattern")
+    pattern = reader.config.get("hybrid_override_pattern")
     if isinstance(pattern, str):
         return [i for i, v in enumerate(pattern[:layers]) if v == "E"]
-    dense = set(read.config.get("mlp_only_layers") or ())
-    first = read.number("first_k_dense_replace", "num_dense_layers", default=0)
-    step = read.number(
+    dense = set(reader.config.get("mlp_only_layers") or ())
+    first = reader.number("first_k_dense_replace", "num_dense_layers", default=0)
+    step = reader.number(
         *("interleave_moe_layer_step", "decoder_sparse_step", "expert_layer_period"), default=1
     )
     step = max(step, freq if isinstance(freq, int) else 1)
-    offset = read.number("expert_layer_offset", default=step - 1)
+    offset = reader.number("expert_layer_offset", default=step - 1)
     return [i for i in range(first, layers) if i not in dense and i % step == offset % step]
 
 
-def _shared_width(read: _Reader, width: int) -> int:
+def _shared_width(reader: _ConfigReader, width: int) -> int:
     """Hidden width of a layer's shared experts together, 0 without."""
     for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
-        if key in read.config:
-            return read.number(key, default=0)
-    if str(read.config.get("model_type", "")).startswith("llama4"):
+        if key in reader.config:
+            return reader.number(key, default=0)
+    if str(reader.config.get("model_type", "")).startswith("llama4"):
         return width
-    count = read.number(
+    count = reader.number(
         *("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
         default=0,
     )
     return count * width
 
 
-def _attention(read: _Reader, layers: int, hidden: int) -> tuple[tuple[Attention, ...], int]:
-    """The kinds of attention of a model, and their parameters together."""
-    c = read.config
-    kinds = _kinds(read, layers)
-    full = layers - sum(k == "linear" for k in kinds) - sum(k == "window" for k in kinds)
-    found: list[Attention] = []
+def _attention(
+    reader: _ConfigReader, layers: int, hidden: int
+) -> tuple[tuple[Attention, ...], int]:
+    """The kinds of attention of a model, and the parameters of all of them."""
+    c = reader.config
+    kinds = _layer_kinds(reader, layers)
+    linear, windowed = kinds.count("linear"), kinds.count("window")
+    full = layers - linear - windowed
+    attention: list[Attention] = []
     params = 0
-    heads = read.number(*HEAD_COUNT_KEYS, default=0) or 1
-    if full or "window" in kinds:
+    heads = reader.number(*HEAD_COUNT_KEYS, default=0) or 1
+    if full or windowed:
         if c.get("kv_lora_rank"):
-            one, each = _latent(read, full, heads, hidden)
-            found.append(one)
-            params += full * each
+            latent, layer_params = _latent(reader, full, heads, hidden)
+            attention.append(latent)
+            params += full * layer_params
         else:
-            kv = read.number(*KV_HEAD_COUNT_KEYS, default=heads)
-            dim = read.number("head_dim", default=hidden // heads)
+            kv = reader.number(*KV_HEAD_COUNT_KEYS, default=heads)
+            dim = reader.number("head_dim", default=hidden // heads)
             gated = str(c.get("model_type", "")).startswith(("qwen3_next", "qwen3_5"))
-            each = hidden * dim * (heads * (3 if gated else 2) + 2 * kv)
-            window = read.number("sliding_window", "attention_chunk_size", default=0) or None
-            for count, limit in ((full, None), (sum(k == "window" for k in kinds), window)):
+            layer_params = hidden * dim * (heads * (3 if gated else 2) + 2 * kv)
+            size = reader.number("sliding_window", "attention_chunk_size", default=0) or None
+            for count, window in ((full, None), (windowed, size)):
                 if count:
-                    found.append(Attention("gqa", count, heads, kv, dim, window=limit))
-                    params += count * each
-    linear = sum(k == "linear" for k in kinds)
+                    attention.append(Attention("gqa", count, heads, kv, dim, window=window))
+                    params += count * layer_params
     if linear:
-        one, each = _linear(read, linear, hidden)
-        found.append(one)
-        params += linear * each
-    return tuple(found), params
+        state, layer_params = _linear(reader, linear, hidden)
+        attention.append(state)
+        params += linear * layer_params
+    return tuple(attention), params
 
 
-def _kinds(read: _Reader, layers: int) -> list[str]:
-    """Of each layer: "full", "window" or "linear"."""
-    c = read.config
-    named = read.names("layer_types") or read.names("layers_block_type")
+def _layer_kinds(reader: _ConfigReader, layers: int) -> list[str]:
+    """ "full", "window" or "linear" for each layer."""
+    c = reader.config
+    named = reader.names("layer_types") or reader.names("layers_block_type")
     linear = c.get("linear_attn_config")
     if isinstance(linear, dict) and linear.get("kda_layers"):
         count = sum(i <= layers for i in linear["kda_layers"])
         return ["linear"] * count + ["full"] * (layers - count)
     if named:
-        return [_kind(n) for n in named[:layers]] + ["full"] * max(0, layers - len(named))
-    period = read.number("full_attention_interval", default=0)
+        return [_layer_kind(n) for n in named[:layers]] + ["full"] * max(0, layers - len(named))
+    period = reader.number("full_attention_interval", default=0)
     if period and "linear_num_value_heads" in c:
         return ["full" if (i + 1) % period == 0 else "linear" for i in range(layers)]
     if c.get("model_type") == "gpt_oss":
@@ -420,67 +429,59 @@ def _kinds(read: _Reader, layers: int) -> list[str]:
     return ["full"] * layers
 
 
-def _kind(name: str) -> str:
+def _layer_kind(name: str) -> str:
     if "sliding" in name or "chunked" in name:
         return "window"
     return "linear" if any(n in name for n in ("linear", "mamba", "conv", "recurrent")) else "full"
 
 
-def _latent(read: _Reader, layers: int, heads: int, hidden: int) -> tuple[Attention, int]:
-    """Multi-head latent attention, with an indexer or without, and its parameters per layer."""
-    c = read.config
-    rank, rope = read.number("kv_lora_rank"), read.number("qk_rope_head_dim")
-    nope, value = read.number("qk_nope_head_dim"), read.number("v_head_dim")
-    q_rank = read.number("q_lora_rank", default=0)
+def _latent(reader: _ConfigReader, layers: int, heads: int, hidden: int) -> tuple[Attention, int]:
+    """Multi-head latent attention, with or without an indexer, and its parameters per layer."""
+    c = reader.config
+    rank, rope = reader.number("kv_lora_rank"), reader.number("qk_rope_head_dim")
+    nope, value = reader.number("qk_nope_head_dim"), reader.number("v_head_dim")
+    q_rank = reader.number("q_lora_rank", default=0)
     q = heads * (nope + rope)
     params = hidden * q_rank + q_rank * q if q_rank else hidden * q
     params += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
     top = c.get("index_topk")
     if not isinstance(top, int):
         return Attention("mla", layers, heads, 1, rank + rope), params
-    dim, index_heads = read.number("index_head_dim"), read.number("index_n_heads")
+    dim, index_heads = reader.number("index_head_dim"), reader.number("index_n_heads")
     params += q_rank * index_heads * dim + hidden * (dim + index_heads)
-    # The latent is kept once, like mla's: half of what "dsa" counts for keys and values.
+    # The latent is cached once, as in mla: half of what "dsa" counts for keys and values.
     half = (rank + rope) // 2
     return Attention("dsa", layers, heads, 1, half, None, dim, index_heads, top), params
 
 
-def _linear(read: _Reader, layers: int, hidden: int) -> tuple[Attention, int]:
+def _linear(reader: _ConfigReader, layers: int, hidden: int) -> tuple[Attention, int]:
     """A layer with a state of fixed size, and its parameters."""
-    c = read.config
+    c = reader.config
     if "linear_num_value_heads" in c:  # gated DeltaNet
-        k_dim = read.number("linear_num_key_heads") * read.number("linear_key_head_dim")
-        values, dim = read.number("linear_num_value_heads"), read.number("linear_value_head_dim")
-        state = values * dim * read.number("linear_key_head_dim")
+        k_dim = reader.number("linear_num_key_heads") * reader.number("linear_key_head_dim")
+        values, dim = (
+            reader.number("linear_num_value_heads"),
+            reader.number("linear_value_head_dim"),
+        )
+        state = values * dim * reader.number("linear_key_head_dim")
         params = hidden * (2 * k_dim + 3 * values * dim + 2 * values)
         return Attention("linear", layers, values, values, dim, state=state), params
     if "mamba_n_heads" in c or "mamba_num_heads" in c:  # Mamba 2
-        heads = read.number("mamba_n_heads", "mamba_num_heads")
-        dim = read.number("mamba_d_head", "mamba_head_dim")
-        size = read.number("mamba_d_state", "ssm_state_size")
-        groups = read.number("mamba_n_groups", "n_groups", default=1)
-        inside = heads * dim
-        params = hidden * (3 * inside + 2 * groups * size + heads)
-        return Attention("linear", layers, heads, heads, dim, state=inside * size), params
+        heads = reader.number("mamba_n_heads", "mamba_num_heads")
+        dim = reader.number("mamba_d_head", "mamba_head_dim")
+        size = reader.number("mamba_d_state", "ssm_state_size")
+        groups = reader.number("mamba_n_groups", "n_groups", default=1)
+        width = heads * dim
+        params = hidden * (3 * width + 2 * groups * size + heads)
+        return Attention("linear", layers, heads, heads, dim, state=width * size), params
     inner = c.get("linear_attn_config")
     if isinstance(inner, dict):  # KDA
         heads, dim = int(inner["num_heads"]), int(inner["head_dim"])
-        wide = heads * dim
-        params = 4 * hidden * wide + 2 * (hidden * dim + dim * wide) + hidden * heads
-        return Attention("linear", layers, heads, heads, dim, state=wide * dim), params
+        width = heads * dim
+        params = 4 * hidden * width + 2 * (hidden * dim + dim * width) + hidden * heads
+        return Attention("linear", layers, heads, heads, dim, state=width * dim), params
     # Lightning attention, short convolutions: about the size of plain attention.
-    heads = read.number("num_attention_heads", default=1)
-    dim = read.number("head_dim", default=hidden // heads)
+    heads = reader.number("num_attention_heads", default=1)
+    dim = reader.number("head_dim", default=hidden // heads)
     params = 4 * hidden * heads * dim
     return Attention("linear", layers, heads, heads, dim, state=heads * dim * dim), params
-
-
-def describe(shapes: Sequence[ModelShape]) -> str:
-    """A small table, for a reader."""
-    lines = [f"{'model':<24}{'total':>9}{'active':>9}{'experts':>9}{'top-k':>7}{'layers':>8}"]
-    lines += [
-        f"{s.name:<24}{s.total / 1e9:>8.1f}B{s.active / 1e9:>8.2f}B{s.experts:>9}{s.top_k:>7}"
-        f"{s.layers:>8}"
-        for s in shapes
-    ]
-    return "\n".join(lines)

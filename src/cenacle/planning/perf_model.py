@@ -1,32 +1,33 @@
-"""The model of a token's time.
+"""The performance model: the time of a token, and the memory that it takes.
 
-Owns: for a model, a quantisation, machines, a link and a scheme: the terms of one step, the
-prompt's time, and what each node must hold.
-Does not know: names (`catalog.py`), which scheme is best (`planner.py`), MLX.
-Invariants: terms are seconds and add up to the step; more bandwidth, less latency or less overhead
-never slows a step; one machine costs the same under every scheme.
+Owns: for a workload, machines, a link and a scheme: the timings of one step, the time of a prompt,
+and the bytes that each node holds.
+Does not know: names of machines (`catalog.py`), which scheme is best (`planner.py`), MLX.
+Invariants: timings are in seconds and add up to the step; more bandwidth, less latency or less
+overhead never slows a step; one machine takes the same time under every scheme.
 
-    time per token = trunk + experts + exchange + overhead + head
-      trunk     attention, routers, dense layers, and the reading of the KV cache
-      experts   the busiest node's experts: E[max] x expert bytes, or top-k/N of them when sliced
-      exchange  exchanges x (latency + bytes / bandwidth); pipelines: hops
-      overhead  layers x the chip's own time per layer; the paper's program: hand-offs too
-      head      the output head, and the gathering of logits where it is sliced
+    time per token = trunk + experts + communication + overhead + head
+      trunk          attention, routers, dense layers, and reading the KV cache
+      experts        the busiest node's: E[max] x expert bytes, or top-k / N of them if sliced
+      communication  all-reduces x (latency + bytes / bandwidth); a pipeline: hops
+      overhead       layers x the chip's own time per layer; the paper's program: hand-offs as well
+      head           the output head, and gathering the logits where it is sliced
 
-Everything is read at `efficiency` x nominal bandwidth or computed at `compute` x nominal
-operations, whichever takes longer. Next: `planner.py`.
+Whatever takes longer counts: reading at `efficiency` x nominal bandwidth, or computing at
+`compute` x nominal operations.
+Next: `planner.py` compares schemes; `plan_cost.py` predicts a given plan.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from ..core.plan import largest_remainder
 from ..errors import InputError, PlanError
 from .catalog import Fact, Link, Machine, Quantization
+from .load_balancer import ReplicaRanks
 from .model_shapes import ModelShape
 from .routing_stats import (
     ExpertGroup,
@@ -37,97 +38,121 @@ from .routing_stats import (
     overlapping_windows,
 )
 
-PHASES = ("trunk", "experts", "all_reduce", "overhead", "head")
-PREFILL_CHUNK_SIZE = 512  # prompt tokens per step, `engine.Options.prefill_chunk`
+PHASES = ("trunk", "experts", "communication", "overhead", "head")
+PREFILL_CHUNK_SIZE = 512  # prompt tokens per step, as the engine's default
 PAPER_SCHEMES = ("naive", "P-LB", "P-LR", "P-LR-D")
 SCHEMES = ("single", "pipeline", "tensor", "expert", *PAPER_SCHEMES)
 PLACEMENTS = ("whole", "replicated", "sliced", "weighted")
-SYSTEM_SHARE = 1 / 16  # of a Mac's memory that no setting should take from the system,
-SYSTEM_BYTES = 4 * 2**30  # nor less than this
-WORKSPACE_BYTES = 1.5e9  # activations, the program itself and its libraries
+PROGRAM_BYTES = 1.5e9  # the program, its libraries and activations
+ENUMERATED_CHOICES = 2000  # routings over which replicas are averaged
+MAX_ENUMERATED_EXPERTS = 64  # distinct experts of a batch; of more, replicas are taken as balanced
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the machines.
+    """A model and how it is used.
 
     Args:
-        shape, quant: the model.
-        context: positions in the cache when a token is made, per user.
-        users: requests at once.
-        prompt: prompt tokens until the first token.
-        bytes_: trunk, experts and shared experts of a checkpoint, where they were read.
+        shape, quantization: the model.
+        context: positions in the cache when a token is generated, per user.
+        users: concurrent requests.
+        prompt_tokens: prompt tokens until the first token.
+        stored_bytes: of trunk, experts and shared experts, as read from a checkpoint.
         skew: E[max] of recorded routing over that of uniform routing (1: uniform).
     """
 
     shape: ModelShape
-    quant: Quantization
+    quantization: Quantization
     context: int = 4096
     users: int = 1
-    prompt: int = 512
-    bytes_: tuple[float, float, float] | None = None
+    prompt_tokens: int = 512
+    stored_bytes: tuple[float, float, float] | None = None
     skew: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("context", "users", "prompt"):
+        for name in ("context", "users", "prompt_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}", name)
 
     @property
     def trunk_bytes(self) -> float:
         """Everything but routed and shared experts, as held in memory."""
-        return self.bytes_[0] if self.bytes_ else self.shape.trunk * self.quant.trunk_bits / 8
+        if self.stored_bytes:
+            return self.stored_bytes[0]
+        return self.shape.trunk * self.quantization.trunk_bits / 8
 
     @property
-    def trunk_byte(self) -> float:
+    def trunk_weight_bytes(self) -> float:
         """Bytes per parameter of the trunk."""
         return self.trunk_bytes / self.shape.trunk
 
     @property
     def expert_bytes(self) -> float:
         """One routed expert."""
-        s = self.shape
-        if self.bytes_:
-            return self.bytes_[1] / (s.moe_layers * s.experts)
-        return s.expert * self.quant.expert_bits / 8
+        if self.stored_bytes:
+            return self.stored_bytes[1] / (self.shape.moe_layers * self.shape.experts)
+        return self.shape.expert * self.quantization.expert_bits / 8
 
     @property
     def shared_bytes(self) -> float:
-        """One layer's shared experts; they are kept at the trunk's bits."""
-        if self.bytes_:
-            return self.bytes_[2] / self.shape.moe_layers
-        return self.shape.shared * self.quant.trunk_bits / 8
+        """One layer's shared experts, which are quantised like the trunk."""
+        if self.stored_bytes:
+            return self.stored_bytes[2] / self.shape.moe_layers
+        return self.shape.shared * self.quantization.trunk_bits / 8
+
+    @property
+    def expert_bytes_of_layers(self) -> float:
+        """One routed expert of every layer."""
+        return self.shape.moe_layers * self.expert_bytes
 
     @property
     def routed_bytes(self) -> float:
         """All routed experts."""
-        return self.shape.moe_layers * self.shape.experts * self.expert_bytes
+        return self.shape.experts * self.expert_bytes_of_layers
 
     @property
     def total_bytes(self) -> float:
         """The whole model."""
-        return self.trunk_bytes + self.routed_bytes + self.shape.moe_layers * self.shared_bytes
+        shared = self.shape.moe_layers * self.shared_bytes
+        return self.trunk_bytes + self.routed_bytes + shared
+
+    @property
+    def attention_bytes(self) -> float:
+        """Attention, routers and norms."""
+        s = self.shape
+        return self.trunk_bytes - (s.embedding + s.head + s.dense) * self.trunk_weight_bytes
+
+    @property
+    def dense_bytes(self) -> float:
+        """Head, dense layers and shared experts: what can be sliced besides experts."""
+        s = self.shape
+        return (s.head + s.dense) * self.trunk_weight_bytes + s.moe_layers * self.shared_bytes
+
+    @property
+    def fixed_bytes(self) -> float:
+        """What every node keeps: the embedding (a tied head is read from it) and the program."""
+        return self.shape.embedding * self.trunk_weight_bytes + PROGRAM_BYTES
 
     @property
     def kv_bytes(self) -> float:
-        """Cache of all users."""
+        """KV cache of all users."""
         return self.users * self.shape.kv_bytes(self.context)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a scheme would do.
+    """What a scheme would achieve.
 
     Args:
-        terms: seconds of one token for one user, by `TERMS`.
-        terms_users: seconds of one step in which every user gets a token.
+        step_timings: seconds of one token for one user, by `PHASES`.
+        batch_timings: seconds of one step in which every user gets a token.
         users: how many.
-        ttft_s: until the first token of a prompt, for one user.
-        bytes_per_node: weights, cache and workspace.
+        ttft_s: time to first token of a prompt, for one user.
+        bytes_per_node: weights, cache and the program.
         usable_per_node: what each node may hold.
-        executed: experts run per layer by the busiest node, one user.
-        fair_share: experts a layer that each node would run if they were spread evenly.
-        note: what is special about it.
+        max_experts: experts per layer on the busiest node, one user.
+        fair_share: experts per layer on each node if they were spread evenly.
+        note: a remark for people.
     """
 
     scheme: str
@@ -135,41 +160,41 @@ class Prediction:
     trunk: str
     machines: tuple[Machine, ...]
     link: Link | None
-    terms: dict[str, float]
-    terms_users: dict[str, float]
+    step_timings: dict[str, float]
+    batch_timings: dict[str, float]
     users: int
     ttft_s: float
     bytes_per_node: tuple[float, ...]
     usable_per_node: tuple[float, ...]
-    executed: float
+    max_experts: float
     fair_share: float
     note: str = ""
 
     @property
-    def seconds(self) -> float:
+    def token_s(self) -> float:
         """One token for one user."""
-        return sum(self.terms.values())
+        return sum(self.step_timings.values())
 
     @property
     def tok_per_s(self) -> float:
         """One user alone."""
-        return 1 / self.seconds
+        return 1 / self.token_s
 
     @property
     def tok_per_s_all_users(self) -> float:
         """All users together."""
-        return self.users / sum(self.terms_users.values())
+        return self.users / sum(self.batch_timings.values())
 
     @property
-    def binding(self) -> str:
-        """The largest term."""
-        return max(PHASES, key=lambda t: self.terms[t])
+    def bound_by(self) -> str:
+        """The longest phase."""
+        return max(PHASES, key=lambda phase: self.step_timings[phase])
 
     @property
     def missing_bytes(self) -> float:
-        """By how much the fullest node lacks memory; 0: it fits."""
+        """Memory that the fullest node lacks; 0: it fits."""
         pairs = zip(self.bytes_per_node, self.usable_per_node, strict=True)
-        return max(0.0, *(need - room for need, room in pairs))
+        return max(0.0, *(needed - usable for needed, usable in pairs))
 
     @property
     def fits(self) -> bool:
@@ -177,20 +202,21 @@ class Prediction:
         return self.missing_bytes == 0
 
     @property
-    def usd(self) -> float | None:
-        """Price of the machines; None if one is unknown."""
-        prices = [m.usd for m in self.machines]
-        return None if None in prices else sum(p for p in prices if p is not None)
-
-    @property
     def watts(self) -> float:
-        """At full load."""
+        """Power at full load."""
         return sum(m["watts"] for m in self.machines)
 
 
 @dataclass(frozen=True)
 class PaperConstants:
-    """Constants of the paper's program and of exchanges, from fits.toml [study]."""
+    """Constants of the paper's program and of all-reduces, from fits.toml [paper].
+
+    Args:
+        per_peer: what each peer beyond the first adds to the latency of an all-reduce, relative.
+        handoff_s: between GPU and host, in every layer of the paper's program.
+        naive_read: speed at which the naive program reads experts, relative.
+        naive_exchange_s: what an exchange of the naive program takes besides.
+    """
 
     per_peer: float
     handoff_s: float
@@ -198,26 +224,29 @@ class PaperConstants:
     naive_exchange_s: float
 
     @classmethod
-    def of(cls, table: dict[str, dict[str, float]]) -> PaperConstants:
+    def from_fits(cls, table: dict[str, dict[str, float]]) -> PaperConstants:
         """From the rows of fits.toml."""
-        v = {k: float(row["v"]) for k, row in table.items()}
+        values = {key: float(row["v"]) for key, row in table.items()}
         return cls(
-            v["per_peer"], v["handoff_us"] / 1e6, v["naive_read"], v["naive_exchange_us"] / 1e6
+            values["per_peer"],
+            values["handoff_us"] / 1e6,
+            values["naive_read"],
+            values["naive_exchange_us"] / 1e6,
         )
 
 
 def predict(
-    job: Workload,
+    workload: Workload,
     scheme: str,
     machines: Sequence[Machine],
     link: Link | None,
-    study: PaperConstants,
+    constants: PaperConstants,
     placement: str = "sliced",
     trunk: str = "replicated",
-    shares: Sequence[float] | None = None,
-    rest_sliced: bool = True,
+    node_weights: Sequence[float] | None = None,
+    slice_dense: bool = True,
 ) -> Prediction:
-    """Time, memory and price of a scheme.
+    """Time and memory of a scheme.
 
     Args:
         scheme: one of `SCHEMES`.
@@ -225,13 +254,13 @@ def predict(
         link: between them; None for one node.
         placement: of experts (scheme "expert"): one of `PLACEMENTS`.
         trunk: "replicated" or "sharded" (scheme "expert").
-        shares: each node's part where the placement is weighted, adding up to 1; None: by
-            bandwidth within memory.
-        rest_sliced: whether dense layers, shared experts and head are cut over the nodes (scheme
-            "expert"), or are on all.
+        node_weights: each node's part if the placement is weighted, adding up to 1; None: by
+            bandwidth, within memory.
+        slice_dense: whether dense layers, shared experts and head are sliced over the nodes or
+            are on all of them (scheme "expert").
 
     Raises:
-        PlanError: the scheme cannot be had: heads that do not divide, no memory for replicas.
+        PlanError: the scheme is not possible: heads that do not divide, no memory for replicas.
         InputError: an unknown scheme, no machine, no link.
     """
     machines = tuple(machines)
@@ -243,416 +272,483 @@ def predict(
         raise InputError(
             f"placement: expected one of {', '.join(PLACEMENTS)}, got {placement!r}", "placement"
         )
-    if len(machines) == 1 or scheme == "single":
-        if len(machines) > 1:
+    if len(machines) > 1:
+        if scheme == "single":
             raise InputError(f"scheme: single is one machine, got {len(machines)}", "scheme")
-        machines = (machines[0].alone,)
-        layout, name = _single_machine_layout(job, machines[0]), ("single", "whole", "replicated")
-    else:
         if link is None:
             raise InputError("link: several machines need one, such as tb5-rdma", "link")
-        if scheme == "pipeline":  # its stages take turns
-            machines = tuple(m.alone for m in machines)
-        layout, name = _layout(job, scheme, machines, placement, trunk, shares, rest_sliced)
-    terms = _step(job, layout, machines, link, study, tokens=1, users=1)
-    users = _step_of_all(job, layout, machines, link, study)
+    if len(machines) == 1 or scheme == "pipeline":  # the stages of a pipeline take turns
+        machines = tuple(m.alone for m in machines)
+    if len(machines) == 1:
+        layout = _single_machine_layout(workload, machines[0])
+    elif scheme == "pipeline":
+        layout = _pipeline_layout(workload, machines, node_weights)
+    elif scheme == "tensor":
+        layout = _tensor_parallel_layout(workload, machines)
+    elif scheme == "expert":
+        layout = _expert_parallel_layout(
+            workload, machines, placement, trunk, node_weights, slice_dense
+        )
+    else:
+        layout = _paper_layout(workload, scheme, machines)
+    cluster = _Cluster(workload, layout, machines, link, constants)
+    timings = cluster.step(tokens=1, users=1)
     return Prediction(
-        *name,
+        layout.scheme,
+        layout.placement,
+        layout.trunk,
         machines,
         link,
-        terms,
-        users,
-        job.users,
-        _first_token(job, layout, machines, link, study) + sum(terms.values()),
-        tuple(layout.held),
+        timings,
+        cluster.batch_step(),
+        workload.users,
+        cluster.prompt_s() + sum(timings.values()),
+        layout.bytes_per_node,
         tuple(m.usable_bytes for m in machines),
-        layout.executed(1) * job.skew,
-        job.shape.top_k / len(machines),
+        layout.max_experts(1) * workload.skew,
+        workload.shape.top_k / len(machines),
         layout.note,
     )
 
 
+# ---- who holds and computes what
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """Who holds and computes what.
+    """Which node holds and computes what.
 
     Args:
-        held: bytes per node.
-        trunk: each node's part of attention and routers (and of reading its cache).
-        rest: each node's part of dense layers, shared experts and head.
-        part: each node's part of every expert (sliced), else 1.
-        groups: of whole experts, sharing members (cost filled in per node); None: sliced.
-        holders: of replicated experts, else None.
-        local: experts held per node, where all of them run (P-LB).
-        exchanges: per layer.
-        pipeline: whether layers, not widths, are cut.
-        study: a scheme of the paper's program.
+        bytes_per_node: weights, cache and the program.
+        attention: each node's part of attention and routers (and of reading its cache).
+        dense: each node's part of dense layers, shared experts and head.
+        experts: each node's part of every expert (sliced), else 1.
+        groups: of whole experts with the same members (cost per node); None: sliced.
+        replica_ranks: of replicated experts, else None.
+        local_experts: experts held per node where all of them are computed (P-LB).
+        all_reduces: per layer.
     """
 
-    held: tuple[float, ...]
-    trunk: tuple[float, ...]
-    rest: tuple[float, ...]
-    part: tuple[float, ...]
-    groups: tuple[ExpertGroup, ...] | None
-    experts: int
-    top_k: int
-    holders: tuple[frozenset[int], ...] | None = None
-    local: int = 0
-    exchanges: float = 1.0
-    pipeline: bool = False
-    study: str = ""
+    scheme: str
+    placement: str
+    trunk: str
+    shape: ModelShape
+    bytes_per_node: tuple[float, ...]
+    attention: tuple[float, ...]
+    dense: tuple[float, ...]
+    experts: tuple[float, ...]
+    groups: tuple[ExpertGroup, ...] | None = None
+    replica_ranks: ReplicaRanks | None = None
+    local_experts: int = 0
+    all_reduces: int = 1
     note: str = ""
 
-    def executed(self, tokens: int) -> float:
-        """Distinct experts (in whole ones) that the busiest node runs in one layer."""
-        if self.local:
-            return float(self.local)
+    @property
+    def is_pipeline(self) -> bool:
+        return self.scheme == "pipeline"
+
+    @property
+    def is_paper(self) -> bool:
+        return self.scheme in PAPER_SCHEMES
+
+    def max_experts(self, tokens: int) -> float:
+        """Distinct experts (in whole ones) that the busiest node computes in one layer."""
+        experts, top_k = self.shape.experts, self.shape.top_k
+        if self.local_experts:
+            return float(self.local_experts)
         if self.groups is None:
-            return max(self.part) * expected_distinct_experts(self.experts, self.top_k, tokens)
-        if self.holders is not None:
-            return _replicated_load(self.holders, len(self.held), self.experts, self.top_k, tokens)
-        return expected_max_load_of_batch(self.groups, self.top_k, tokens)
+            return max(self.experts) * expected_distinct_experts(experts, top_k, tokens)
+        if self.replica_ranks is not None:
+            nodes = len(self.bytes_per_node)
+            return _replicated_load(self.replica_ranks, nodes, experts, top_k, tokens)
+        return expected_max_load_of_batch(self.groups, top_k, tokens)
 
 
 @cache
 def _replicated_load(
-    holders: tuple[frozenset[int], ...], nodes: int, experts: int, top_k: int, tokens: int
+    replica_ranks: ReplicaRanks, nodes: int, experts: int, top_k: int, tokens: int
 ) -> float:
-    if all(len(h) == nodes for h in holders) and tokens == 1:
+    on_every_node = all(len(ranks) == nodes for ranks in replica_ranks)
+    if on_every_node and tokens == 1:
         return float(-(-top_k // nodes))
-    drawn = top_k if tokens == 1 else round(expected_distinct_experts(experts, top_k, tokens))
-    if all(len(h) == nodes for h in holders) or drawn > 64:
-        return max(-(-drawn // nodes), drawn / nodes)
-    return mean_max_load(holders, nodes, drawn, most=2000)
+    active = top_k if tokens == 1 else round(expected_distinct_experts(experts, top_k, tokens))
+    if on_every_node or active > MAX_ENUMERATED_EXPERTS:
+        return max(-(-active // nodes), active / nodes)
+    return mean_max_load(replica_ranks, nodes, active, limit=ENUMERATED_CHOICES)
 
 
-def _single_machine_layout(job: Workload, machine: Machine) -> _Layout:
-    held = job.total_bytes + job.kv_bytes + WORKSPACE_BYTES
-    s = job.shape
+def _single_machine_layout(workload: Workload, machine: Machine) -> _Layout:
+    held = workload.total_bytes + workload.kv_bytes + PROGRAM_BYTES
+    one = (1.0,)
+    names = ("single", "whole", "replicated")
     return _Layout(
-        (held,), (1.0,), (1.0,), (1.0,), None, s.experts, s.top_k, exchanges=0, note=machine.title
+        *names, workload.shape, (held,), one, one, one, all_reduces=0, note=machine.title
     )
 
 
-def _layout(
-    job: Workload,
-    scheme: str,
+def _pipeline_layout(
+    workload: Workload, machines: tuple[Machine, ...], node_weights: Sequence[float] | None
+) -> _Layout:
+    """Layers by memory."""
+    weights = node_weights or [m.usable_bytes for m in machines]
+    parts = tuple(w / sum(weights) for w in weights)
+    total = workload.total_bytes + workload.kv_bytes
+    held = tuple(part * total + PROGRAM_BYTES for part in parts)
+    return _Layout("pipeline", "whole", "layers", workload.shape, held, parts, parts, parts)
+
+
+def _tensor_parallel_layout(workload: Workload, machines: tuple[Machine, ...]) -> _Layout:
+    """Every matrix sliced evenly, attention by heads."""
+    s, n = workload.shape, len(machines)
+    for attention in s.attention:
+        heads = attention.kv_heads if attention.kind == "gqa" else attention.heads
+        if heads % n:
+            raise PlanError(f"{heads} heads of {attention.kind} do not divide over {n} nodes")
+    if not _are_alike(machines):
+        raise PlanError("tensor parallelism slices evenly; these machines are not alike")
+    # The one latent of mla is on every node.
+    kv_part = 1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1
+    sliced = workload.attention_bytes + workload.dense_bytes + workload.routed_bytes
+    held = sliced / n + workload.fixed_bytes + workload.kv_bytes * kv_part
+    even = (1 / n,) * n
+    names = ("tensor", "sliced", "sharded")
+    return _Layout(*names, s, (held,) * n, even, even, even, all_reduces=2)
+
+
+def _expert_parallel_layout(
+    workload: Workload,
     machines: tuple[Machine, ...],
     placement: str,
     trunk: str,
-    shares: Sequence[float] | None,
-    rest_sliced: bool,
-) -> tuple[_Layout, tuple[str, str, str]]:
-    """The layout of a scheme on several machines, and its three names."""
-    s, n = job.shape, len(machines)
-    equal = (1 / n,) * n
+    node_weights: Sequence[float] | None,
+    slice_dense: bool,
+) -> _Layout:
+    """Cenacle's own placements."""
+    s, n, alike = workload.shape, len(machines), _are_alike(machines)
     ones = (1.0,) * n
-    alike = len({(m.name, m.usable_bytes, m.bytes_per_s) for m in machines}) == 1
-    attention = job.trunk_bytes - (s.embedding + s.head + s.dense) * job.trunk_byte
-    # Every node keeps the embedding; a head tied to it is read from there.
-    fixed = s.embedding * job.trunk_byte + WORKSPACE_BYTES
-    rest = (s.head + s.dense) * job.trunk_byte + s.moe_layers * job.shared_bytes
-
-    if scheme == "pipeline":
-        by_memory = shares or [m.usable_bytes for m in machines]
-        part = tuple(x / sum(by_memory) for x in by_memory)
-        held = tuple(p * (job.total_bytes + job.kv_bytes) + WORKSPACE_BYTES for p in part)
-        layout = _Layout(held, part, part, part, None, s.experts, s.top_k, pipeline=True)
-        return layout, ("pipeline", "whole", "layers")
-
-    if scheme == "tensor":
-        wrong = [
-            f"{a.kv_heads if a.kind == 'gqa' else a.heads} heads of {a.kind}"
-            for a in s.attention
-            if (a.kv_heads if a.kind == "gqa" else a.heads) % n
-        ]
-        if wrong:
-            raise PlanError(f"{wrong[0]} do not divide over {n} nodes")
-        if not alike:
-            raise PlanError("tensor parallelism cuts evenly; these machines are not alike")
-        # Latents, states' heads: mla's one latent is on every node.
-        latents = job.kv_bytes * (
-            1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1
-        )
-        held = ((attention + rest + job.routed_bytes) / n + fixed + latents,) * n
-        layout = _Layout(held, equal, equal, equal, None, s.experts, s.top_k, exchanges=2)
-        return layout, ("tensor", "sliced", "sharded")
-
-    if scheme in PAPER_SCHEMES:
-        return _paper(job, scheme, machines)
-
-    trunk_part, kv, exchanges = ones, [job.kv_bytes] * n, 1
-    base_shares = tuple(shares) if shares else _weights(job, machines, attention, fixed)
-    if trunk == "sharded":
-        if s.kv_heads is None:
-            raise PlanError(
-                "attention of this family cannot be cut by heads (latents or states, not plain "
-                "grouped queries)"
-            )
-        if n > s.kv_heads:
-            raise PlanError(f"{s.kv_heads} heads of keys and values are fewer than {n} nodes")
-        even_heads = even_counts(s.kv_heads, n)
-        trunk_part = tuple(h / s.kv_heads for h in even_heads)
-        kv, exchanges = [job.kv_bytes * p for p in trunk_part], 2
-    attention_held = [attention * p for p in trunk_part]
-
+    weights = tuple(node_weights) if node_weights else _balanced_weights(workload, machines)
+    attention = _head_parts(s, n) if trunk == "sharded" else ones
+    names = ("expert", placement, trunk)
+    all_reduces = 2 if trunk == "sharded" else 1
+    if placement == "sliced" and not alike:
+        raise PlanError("the machines are unlike: weighted slices are better than even ones")
+    if placement == "weighted" and alike and not node_weights:
+        raise PlanError("the machines are alike: weighted slices are even ones")
+    if placement == "sliced" or (placement in ("whole", "replicated") and alike):
+        dense = (1 / n,) * n
+    else:
+        dense = weights
+    parts = dense
+    if not slice_dense:
+        dense = ones
+    held = [
+        workload.fixed_bytes
+        + attention[i] * (workload.attention_bytes + workload.kv_bytes)
+        + dense[i] * workload.dense_bytes
+        for i in range(n)
+    ]
     if placement in ("sliced", "weighted"):
-        if placement == "sliced" and not alike:
-            raise PlanError("the machines are unlike: weighted slices are better than even ones")
-        if placement == "weighted" and alike and not shares:
-            raise PlanError("the machines are alike: weighted slices are even ones")
-        part = equal if placement == "sliced" else base_shares
-        rest_part = part if rest_sliced else ones
-        held = tuple(
-            fixed + attention_held[i] + kv[i] + rest_part[i] * rest + part[i] * job.routed_bytes
-            for i in range(n)
-        )
-        layout = _Layout(
-            held, trunk_part, rest_part, part, None, s.experts, s.top_k, exchanges=exchanges
-        )
-        return layout, ("expert", placement, trunk)
-
+        held_by_node = tuple(held[i] + parts[i] * workload.routed_bytes for i in range(n))
+        return _Layout(*names, s, held_by_node, attention, dense, parts, all_reduces=all_reduces)
     if n > s.experts:
         raise PlanError(f"{n} nodes cannot each hold one of {s.experts} experts")
-    rest_part = (equal if alike else base_shares) if rest_sliced else ones
-    room = [
-        m.usable_bytes - fixed - attention_held[i] - kv[i] - rest_part[i] * rest
-        for i, m in enumerate(machines)
-    ]
-    each = s.moe_layers * job.expert_bytes
+    per_expert = workload.expert_bytes_of_layers
     if placement == "replicated":
         if not alike:
-            raise PlanError("replicas are dealt evenly; these machines are not alike")
-        most = min(s.experts, int(min(room) / each))
-        if most <= -(-s.experts // n):
+            raise PlanError("replicas are assigned evenly; these machines are not alike")
+        room = min(m.usable_bytes - b for m, b in zip(machines, held, strict=True))
+        window = min(s.experts, int(room / per_expert))
+        if window <= -(-s.experts // n):
             raise PlanError(
-                f"no memory for copies: a node has room for {max(0, most)} experts a layer, an "
-                f"even deal gives it {-(-s.experts // n)}"
+                f"no memory for replicas: a node has room for {max(0, window)} experts per layer, "
+                f"an even placement gives it {-(-s.experts // n)}"
             )
-        holders = overlapping_windows(s.experts, n, most)
-        held = tuple(
-            fixed + attention_held[i] + kv[i] + rest_part[i] * rest + most * each for i in range(n)
+        return _Layout(
+            *names,
+            s,
+            tuple(b + window * per_expert for b in held),
+            attention,
+            dense,
+            ones,
+            (ExpertGroup(s.experts, n),),
+            overlapping_windows(s.experts, n, window),
+            all_reduces=all_reduces,
+            note=f"{window} of {s.experts} experts per layer on each node",
         )
-        layout = _Layout(
-            *(held, trunk_part, rest_part, ones, (ExpertGroup(s.experts, n),), s.experts, s.top_k),
-            holders=holders,
-            exchanges=exchanges,
-            note=f"{most} of {s.experts} experts a layer on each node",
-        )
-        return layout, ("expert", "replicated", trunk)
-    counts = (
-        even_counts(s.experts, n)
-        if alike and not shares
-        else tuple(largest_remainder(s.experts, base_shares))
-    )
-    held = tuple(
-        fixed + attention_held[i] + kv[i] + rest_part[i] * rest + counts[i] * each for i in range(n)
-    )
+    even = alike and not node_weights
+    counts = even_counts(s.experts, n) if even else largest_remainder(s.experts, weights)
     slowest = max(1 / m.bytes_per_s for m in machines)
     groups = tuple(
-        ExpertGroup(c, 1, (1 / m.bytes_per_s) / slowest)
-        for c, m in zip(counts, machines, strict=True)
+        ExpertGroup(count, 1, (1 / m.bytes_per_s) / slowest)
+        for count, m in zip(counts, machines, strict=True)
     )
-    layout = _Layout(
-        held, trunk_part, rest_part, ones, groups, s.experts, s.top_k, exchanges=exchanges
-    )
-    return layout, ("expert", "whole", trunk)
+    held_by_node = tuple(b + count * per_expert for b, count in zip(held, counts, strict=True))
+    return _Layout(*names, s, held_by_node, attention, dense, ones, groups, all_reduces=all_reduces)
 
 
-def _paper(
-    job: Workload, scheme: str, machines: tuple[Machine, ...]
-) -> tuple[_Layout, tuple[str, str, str]]:
+def _head_parts(shape: ModelShape, nodes: int) -> tuple[float, ...]:
+    """Each node's part of attention that is divided by heads."""
+    if shape.kv_heads is None:
+        raise PlanError(
+            "attention of this family cannot be divided by heads (it has latents or states, not "
+            "plain grouped queries)"
+        )
+    if nodes > shape.kv_heads:
+        raise PlanError(f"{shape.kv_heads} key/value heads are fewer than {nodes} nodes")
+    return tuple(heads / shape.kv_heads for heads in even_counts(shape.kv_heads, nodes))
+
+
+def _paper_layout(workload: Workload, scheme: str, machines: tuple[Machine, ...]) -> _Layout:
     """The paper's schemes.
 
     "2 nodes: 8 experts each; 3 nodes: 0-7 on one, 8-15 on two; 4 nodes: each group on two. Scaling
     2 -> 4 nodes is replication + load split." "attention, router, norms, head replicated on every
-    node." Where memory does not hold half the experts, they are dealt whole over all nodes.
+    node." Where memory does not hold half the experts, they are on all nodes, whole.
     """
-    s, n = job.shape, len(machines)
+    s, n = workload.shape, len(machines)
     if n > s.experts:
         raise PlanError(f"{n} nodes cannot each hold one of {s.experts} experts")
-    base = job.trunk_bytes + s.moe_layers * job.shared_bytes + job.kv_bytes + WORKSPACE_BYTES
-    each = s.moe_layers * job.expert_bytes
+    replicated = (
+        workload.trunk_bytes
+        + s.moe_layers * workload.shared_bytes
+        + workload.kv_bytes
+        + PROGRAM_BYTES
+    )
+    per_expert = workload.expert_bytes_of_layers
     half = -(-s.experts // 2)
-    usable = min(m.usable_bytes for m in machines)
-    if n == 2 or base + half * each <= usable:
-        groups: tuple[ExpertGroup, ...] = (
-            ExpertGroup(s.experts - half, n // 2),
-            ExpertGroup(half, n - n // 2),
-        )
+    if n == 2 or replicated + half * per_expert <= min(m.usable_bytes for m in machines):
+        groups = [ExpertGroup(s.experts - half, n // 2), ExpertGroup(half, n - n // 2)]
         local, placement = half, "whole" if n == 2 else "replicated"
     else:
-        groups = tuple(ExpertGroup(c) for c in even_counts(s.experts, n))
-        local, placement = max(even_counts(s.experts, n)), "whole"
+        counts = even_counts(s.experts, n)
+        groups = [ExpertGroup(count) for count in counts]
+        local, placement = max(counts), "whole"
     ones = (1.0,) * n
-    layout = _Layout(
-        *((base + local * each,) * n, ones, ones, ones, groups, s.experts, s.top_k),
-        local=local if scheme == "P-LB" else 0,
-        exchanges=1 if scheme == "P-LR-D" else 2,
-        study=scheme,
-        note="the paper's program: gRPC and a hand-off to the host every layer",
+    held = (replicated + local * per_expert,) * n
+    return _Layout(
+        *(scheme, placement, "replicated", s, held, ones, ones, ones, tuple(groups)),
+        local_experts=local if scheme == "P-LB" else 0,
+        all_reduces=1 if scheme == "P-LR-D" else 2,
+        note="the paper's program: gRPC and a hand-off to the host in every layer",
     )
-    return layout, (scheme, placement, "replicated")
 
 
-def _weights(
-    job: Workload, machines: tuple[Machine, ...], attention: float, fixed: float
-) -> tuple[float, ...]:
+def _are_alike(machines: Sequence[Machine]) -> bool:
+    return len({(m.name, m.usable_bytes, m.bytes_per_s) for m in machines}) == 1
+
+
+def _balanced_weights(workload: Workload, machines: tuple[Machine, ...]) -> tuple[float, ...]:
     """Shares by bandwidth, none above what its memory holds; the excess goes to the others."""
     n = len(machines)
-    total = job.total_bytes - attention - job.shape.embedding * job.trunk_byte
-    caps = [max(0.0, m.usable_bytes - fixed - attention - job.kv_bytes) / total for m in machines]
-    shares = [m.bytes_per_s for m in machines]
+    attention = workload.attention_bytes
+    embedding = workload.shape.embedding * workload.trunk_weight_bytes
+    total = workload.total_bytes - attention - embedding
+    caps = [
+        max(0.0, m.usable_bytes - workload.fixed_bytes - attention - workload.kv_bytes) / total
+        for m in machines
+    ]
+    rates = [m.bytes_per_s for m in machines]
     full: set[int] = set()
+
+    def shares() -> list[float]:
+        left = max(0.0, 1 - sum(caps[i] for i in full))
+        free = sum(rates[i] for i in range(n) if i not in full)
+        return [caps[i] if i in full else left * rates[i] / free for i in range(n)]
+
     for _ in range(n):
-        left = 1 - sum(caps[i] for i in full)
-        free = sum(shares[i] for i in range(n) if i not in full)
-        over = {i for i in range(n) if i not in full and left * shares[i] / free > caps[i]}
+        current = shares()
+        over = {i for i in range(n) if i not in full and current[i] > caps[i]}
         if not over or len(full | over) == n:
             break
         full |= over
-    left = max(0.0, 1 - sum(caps[i] for i in full))
-    free = sum(shares[i] for i in range(n) if i not in full)
-    out = [caps[i] if i in full else left * shares[i] / free for i in range(n)]
-    return tuple(max(x, 1e-3) / sum(max(y, 1e-3) for y in out) for x in out)
+    positive = [max(share, 1e-3) for share in shares()]
+    return tuple(share / sum(positive) for share in positive)
 
 
-def _step(
-    job: Workload,
-    layout: _Layout,
-    machines: tuple[Machine, ...],
-    link: Link | None,
-    study: PaperConstants,
-    tokens: int,
-    users: int,
-    context: float | None = None,
-) -> dict[str, float]:
-    """Seconds by term of a step that takes `tokens` tokens of `users` users through the model."""
-    s, n = job.shape, len(machines)
-    at = int(job.context if context is None else context)
-    byte = job.trunk_byte
-    weights = (s.trunk_read - s.dense) * byte
-    pipelined = layout.pipeline
+# ---- time
 
-    def spend(per_node: list[float]) -> float:
-        # Stages of a pipeline follow one another; ranks that share a layer work at once.
-        return sum(per_node) if pipelined else max(per_node)
 
-    def work(m: Machine, bytes_: float, operations: float) -> float:
-        return max(bytes_ / m.bytes_per_s, operations / (m["tflops"] * 1e12 * m["compute"]))
+@dataclass(frozen=True)
+class _Cluster:
+    """A workload on machines, under a layout."""
 
-    def attend(m: Machine, part: float) -> float:
-        cached = part * users * s.kv_read(at)
-        operations = part * tokens * s.attention_operations(at)
-        return max(
-            cached / (m["bandwidth_gb_s"] * 1e9 * m["kv_efficiency"]),
-            operations / (m["tflops"] * 1e12 * m["attention_compute"]),
-        )
+    workload: Workload
+    layout: _Layout
+    machines: tuple[Machine, ...]
+    link: Link | None
+    constants: PaperConstants
 
-    unwired = study.naive_read if layout.study == "naive" else 1.0
-    trunk = [
-        work(m, p * weights, 2 * tokens * p * (s.trunk_read - s.dense)) + attend(m, p)
-        for m, p in zip(machines, layout.trunk, strict=True)
-    ]
-    dense = [
-        work(m, p * s.dense * byte, 2 * tokens * p * s.dense)
-        for m, p in zip(machines, layout.rest, strict=True)
-    ]
-    trunk_s = spend([a + b for a, b in zip(trunk, dense, strict=True)])
+    def step(self, tokens: int, users: int, context: float | None = None) -> dict[str, float]:
+        """Seconds by phase of a step that takes `tokens` tokens of `users` users through."""
+        at = int(self.workload.context if context is None else context)
+        head_s = self._head_s(users)
+        return {
+            "trunk": self._trunk_s(tokens, users, at),
+            "experts": self._experts_s(tokens),
+            "communication": self._communication_s(tokens),
+            "overhead": self._overhead_s(tokens),
+            "head": head_s,
+        }
 
-    distinct = expected_distinct_experts(s.experts, s.top_k, tokens)
-    executed = layout.executed(tokens) * (job.skew if layout.groups is not None else 1.0)
-    if layout.groups is None:
-        loads = [p * distinct for p in layout.part]
-    elif len({m.bytes_per_s for m in machines}) == 1:
-        loads = [executed] * n
-    else:  # `executed` counts in experts of the slowest node
-        slowest = min(m.bytes_per_s for m in machines)
-        loads = [executed * m.bytes_per_s / slowest for m in machines]
-    routed, shared = [], []
-    for m, load, p in zip(machines, loads, layout.rest, strict=True):
-        # Work on one expert is shared by the tokens that chose it.
-        operations = 2 * tokens * s.top_k * s.expert * min(1.0, load / distinct)
-        if layout.local:
-            operations = 2 * tokens * layout.local * s.expert
-        # Of a sliced expert every node begins its own slice.
-        begun = distinct if layout.groups is None and not pipelined else load
-        begin = begun * m.expert_s
-        routed.append(begin + work(m, load * job.expert_bytes / unwired, operations))
-        shared.append(work(m, p * job.shared_bytes, 2 * tokens * p * s.shared))
-    experts_s = s.moe_layers * spend([a + b for a, b in zip(routed, shared, strict=True)])
+    def batch_step(self) -> dict[str, float]:
+        """Seconds by phase in which each of the workload's users gets a token.
 
-    # The head is read for tokens that are sampled: one per user.
-    head = [
-        work(m, p * s.head_read * byte, 2 * users * p * s.head_read)
-        for m, p in zip(machines, layout.rest, strict=True)
-    ]
-    whole_head = work(machines[-1], s.head_read * byte, 2 * users * s.head_read)
-    head_s = whole_head
-    exchange_s = 0.0
-    if link is not None and n > 1:
-        element = 4 if machines[0].kind == "cpu" else 2
-        vector = tokens * s.hidden * element
-        if pipelined:
-            hop = link.facts["hop_us"].value / 1e6 if "hop_us" in link.facts else None
-            per_hop = hop if hop is not None else link["latency_us"] / 2e6
-            # The last stage's token goes back to the first, or to whoever samples.
-            exchange_s = (n - 1) * (per_hop + vector / (link["gb_s"] * 1e9))
-        elif layout.study:
-            # "(E[max], hidden) bf16 to every peer": outputs of all executed experts, warm-ups too.
-            size = layout.executed(1) * s.hidden * 2
-            one = all_reduce_s(link, n, size, study)
-            exchange_s = tokens * s.moe_layers * layout.exchanges * one
-            if layout.study == "naive":
-                exchange_s += tokens * s.moe_layers * study.naive_exchange_s
-        else:
-            # A dense layer that is cut needs its sum as well; the last exchange shares the token.
-            count = s.layers * layout.exchanges + 1
-            exchange_s = count * all_reduce_s(link, n, vector, study)
-            # The planner decides: a sliced head and gathered logits, or the whole head everywhere.
-            gather = all_reduce_s(link, n, users * s.vocabulary * element, study)
-            slowest_head = max(
-                work(m, s.head_read * byte, 2 * users * s.head_read) for m in machines
+        A pipeline takes the users in as many parts as it has stages: with fewer parts stages idle,
+        and with all of them busy a round lasts parts / stages of one part's way through.
+        """
+        users, n = self.workload.users, len(self.machines)
+        if not self.layout.is_pipeline:
+            return self.step(users, users)
+        part = -(-users // n)
+        parts = -(-users // part)
+        return {k: v * max(1.0, parts / n) for k, v in self.step(part, part).items()}
+
+    def prompt_s(self) -> float:
+        """Seconds to process the prompt.
+
+        In chunks, at half the prompt's context on average. The paper: "tokens are processed one by
+        one inside every layer, so prompt speed is about generation speed".
+        """
+        length = self.workload.prompt_tokens
+        if self.layout.is_paper:
+            return length * sum(self.step(1, 1, length / 2).values())
+        chunks, left = divmod(length, PREFILL_CHUNK_SIZE)
+        seconds = 0.0
+        for count, tokens in ((chunks, PREFILL_CHUNK_SIZE), (1 if left else 0, left)):
+            if count:
+                seconds += count * sum(self.step(tokens, 1, max(1, length / 2)).values())
+        return seconds
+
+    def _elapsed(self, seconds_of_nodes: Sequence[float]) -> float:
+        """Stages of a pipeline follow one another; ranks that share a layer work at once."""
+        return sum(seconds_of_nodes) if self.layout.is_pipeline else max(seconds_of_nodes)
+
+    def _over_nodes(
+        self, parts: Sequence[float], seconds: Callable[[Machine, float], float]
+    ) -> list[float]:
+        return [seconds(m, part) for m, part in zip(self.machines, parts, strict=True)]
+
+    def _trunk_s(self, tokens: int, users: int, context: int) -> float:
+        s, weight_bytes = self.workload.shape, self.workload.trunk_weight_bytes
+        weights = s.trunk_read - s.dense
+
+        def attention(m: Machine, part: float) -> float:
+            cached = part * users * s.kv_read(context)
+            operations = part * tokens * s.attention_operations(context)
+            return _work_s(m, part * weights * weight_bytes, 2 * tokens * part * weights) + max(
+                cached / (m["bandwidth_gb_s"] * 1e9 * m["kv_efficiency"]),
+                operations / (m["tflops"] * 1e12 * m["attention_compute"]),
             )
-            head_s = min(max(head) + gather, slowest_head)
-        if layout.study:
-            head_s = max(work(m, s.head_read * byte, 2 * users * s.head_read) for m in machines)
-    overhead_s = s.overhead_layers * max(m["overhead_us"] for m in machines) / 1e6
-    if pipelined:
-        weighted = sum(m["overhead_us"] * p for m, p in zip(machines, layout.part, strict=True))
-        overhead_s = s.overhead_layers * weighted / 1e6
-    if layout.study:
-        overhead_s = tokens * (overhead_s + s.layers * study.handoff_s)
-    return {
-        "trunk": trunk_s,
-        "experts": experts_s,
-        "all_reduce": exchange_s,
-        "overhead": overhead_s,
-        "head": head_s,
-    }
+
+        def dense(m: Machine, part: float) -> float:
+            return _work_s(m, part * s.dense * weight_bytes, 2 * tokens * part * s.dense)
+
+        pairs = zip(
+            self._over_nodes(self.layout.attention, attention),
+            self._over_nodes(self.layout.dense, dense),
+            strict=True,
+        )
+        return self._elapsed([a + b for a, b in pairs])
+
+    def _experts_s(self, tokens: int) -> float:
+        s, layout = self.workload.shape, self.layout
+        distinct = expected_distinct_experts(s.experts, s.top_k, tokens)
+        read_speed = self.constants.naive_read if layout.scheme == "naive" else 1.0
+
+        def routed(m: Machine, load: float) -> float:
+            # Work on one expert is shared by the tokens that chose it.
+            operations = 2 * tokens * s.top_k * s.expert * min(1.0, load / distinct)
+            if layout.local_experts:
+                operations = 2 * tokens * layout.local_experts * s.expert
+            # Of a sliced expert every node begins its own slice.
+            begun = distinct if layout.groups is None and not layout.is_pipeline else load
+            read = load * self.workload.expert_bytes / read_speed
+            return begun * m.expert_s + _work_s(m, read, operations)
+
+        def shared(m: Machine, part: float) -> float:
+            return _work_s(m, part * self.workload.shared_bytes, 2 * tokens * part * s.shared)
+
+        pairs = zip(
+            self._over_nodes(self._expert_loads(tokens, distinct), routed),
+            self._over_nodes(layout.dense, shared),
+            strict=True,
+        )
+        return s.moe_layers * self._elapsed([a + b for a, b in pairs])
+
+    def _expert_loads(self, tokens: int, distinct: float) -> list[float]:
+        """Experts (in whole ones) that each node computes in one layer."""
+        if self.layout.groups is None:
+            return [part * distinct for part in self.layout.experts]
+        max_experts = self.layout.max_experts(tokens) * self.workload.skew
+        rates = [m.bytes_per_s for m in self.machines]
+        # `max_experts` counts in experts of the slowest node.
+        return [max_experts * rate / min(rates) for rate in rates]
+
+    def _communication_s(self, tokens: int) -> float:
+        link, layout, s, n = self.link, self.layout, self.workload.shape, len(self.machines)
+        if link is None or n == 1:
+            return 0.0
+        vector = tokens * s.hidden * self._element_bytes
+        if layout.is_pipeline:
+            hop_us = link["hop_us"] if "hop_us" in link.facts else link["latency_us"] / 2
+            # The last stage's token goes back to the first, or to the rank that samples.
+            return (n - 1) * (hop_us / 1e6 + vector / (link["gb_s"] * 1e9))
+        if not layout.is_paper:
+            # A dense layer that is sliced needs a sum as well; the last one shares the token.
+            count = s.layers * layout.all_reduces + 1
+            return count * all_reduce_s(link, n, vector, self.constants)
+        # "(E[max], hidden) bf16 to every peer": outputs of all computed experts, warm-ups too.
+        size = layout.max_experts(1) * s.hidden * 2
+        one = all_reduce_s(link, n, size, self.constants)
+        seconds = tokens * s.moe_layers * layout.all_reduces * one
+        if layout.scheme == "naive":
+            seconds += tokens * s.moe_layers * self.constants.naive_exchange_s
+        return seconds
+
+    def _head_s(self, users: int) -> float:
+        """The head is read for tokens that are sampled: one per user."""
+        s, link, n = self.workload.shape, self.link, len(self.machines)
+
+        def head(m: Machine, part: float) -> float:
+            read = part * s.head_read * self.workload.trunk_weight_bytes
+            return _work_s(m, read, 2 * users * part * s.head_read)
+
+        if link is None or n == 1 or self.layout.is_pipeline:
+            return head(self.machines[-1], 1.0)
+        whole = max(head(m, 1.0) for m in self.machines)
+        if self.layout.is_paper:
+            return whole
+        # Whatever is quicker: a sliced head and gathered logits, or the whole head everywhere.
+        logits = users * s.vocabulary * self._element_bytes
+        gather = all_reduce_s(link, n, logits, self.constants)
+        return min(max(self._over_nodes(self.layout.dense, head)) + gather, whole)
+
+    def _overhead_s(self, tokens: int) -> float:
+        s, layout = self.workload.shape, self.layout
+        overheads_us = [m["overhead_us"] for m in self.machines]
+        overhead_us = max(overheads_us)
+        if layout.is_pipeline:
+            overhead_us = sum(
+                o * part for o, part in zip(overheads_us, layout.experts, strict=True)
+            )
+        seconds = s.overhead_layers * overhead_us / 1e6
+        if layout.is_paper:
+            seconds = tokens * (seconds + s.layers * self.constants.handoff_s)
+        return seconds
+
+    @property
+    def _element_bytes(self) -> int:
+        """Of the vectors that nodes send: float32 on CPUs."""
+        return 4 if self.machines[0].kind == "cpu" else 2
 
 
-def _step_of_all(
-    job: Workload,
-    layout: _Layout,
-    machines: tuple[Machine, ...],
-    link: Link | None,
-    study: PaperConstants,
-) -> dict[str, float]:
-    """Seconds in which each of the job's users gets a token.
-
-    A pipeline takes the users in as many parts as it has stages: with fewer parts stages idle, and
-    with all of them busy a round lasts parts / stages of one part's way through.
-    """
-    if not layout.pipeline:
-        return _step(job, layout, machines, link, study, tokens=job.users, users=job.users)
-    part = -(-job.users // len(machines))
-    parts = -(-job.users // part)
-    one = _step(job, layout, machines, link, study, tokens=part, users=part)
-    return {k: v * max(1.0, parts / len(machines)) for k, v in one.items()}
+def _work_s(machine: Machine, bytes_: float, operations: float) -> float:
+    """Seconds to read weights and compute with them: whichever takes longer."""
+    compute = machine["tflops"] * 1e12 * machine["compute"]
+    return max(bytes_ / machine.bytes_per_s, operations / compute)
 
 
-def all_reduce_s(link: Link, nodes: int, size: float, study: PaperConstants) -> float:
+def all_reduce_s(link: Link, nodes: int, size: float, constants: PaperConstants) -> float:
     """Seconds of one all-reduce of `size` bytes.
 
     mesh: every node sends its vector to every peer at once, one hop; large ones are scattered and
@@ -664,53 +760,17 @@ def all_reduce_s(link: Link, nodes: int, size: float, study: PaperConstants) -> 
     latency, rate = link["latency_us"] / 1e6, link["gb_s"] * 1e9
     if link.topology == "ring":
         return latency * (nodes - 1) + 2 * (nodes - 1) / nodes * size / rate
-    latency *= 1 + study.per_peer * (nodes - 2)
+    latency *= 1 + constants.per_peer * (nodes - 2)
     direct = latency + (nodes - 1) * size / rate
     return min(direct, 2 * latency + 2 * (nodes - 1) / nodes * size / rate)
 
 
-def _first_token(
-    job: Workload,
-    layout: _Layout,
-    machines: tuple[Machine, ...],
-    link: Link | None,
-    study: PaperConstants,
-) -> float:
-    """Seconds to process the prompt.
-
-    In chunks of `CHUNK`, at half the prompt's context on average. The paper: "tokens are processed
-    one by one inside every layer, so prompt speed is about generation speed".
-    """
-    if layout.study:
-        one = _step(job, layout, machines, link, study, 1, 1, job.prompt / 2)
-        return job.prompt * sum(one.values())
-    chunks, left = divmod(job.prompt, PREFILL_CHUNK_SIZE)
-    seconds = 0.0
-    for count, tokens in ((chunks, PREFILL_CHUNK_SIZE), (1 if left else 0, left)):
-        if count:
-            step = _step(job, layout, machines, link, study, tokens, 1, max(1, job.prompt / 2))
-            seconds += count * sum(step.values())
-    return seconds
-
-
-def wired_limit_command(memory_bytes: float, need_bytes: float) -> str | None:
-    """The command that lets a Mac wire `need_bytes`, or None if its memory is too small.
-
-    By default Metal keeps about 75 % of memory at most. A sixteenth, at least 4 GiB, is left to the
-    system whatever is set.
-    """
-    if need_bytes > memory_bytes - max(SYSTEM_BYTES, memory_bytes * SYSTEM_SHARE):
-        return None
-    return f"sudo sysctl iogpu.wired_limit_mb={math.ceil(need_bytes / 2**20)}"
-
-
-def prediction_inputs(prediction: Prediction, job: Workload) -> list[tuple[str, Fact]]:
-    """Where every number that went in came from."""
-    found: dict[str, Fact] = {
-        "model shape": Fact(job.shape.total / 1e9, job.shape.confidence, job.shape.source)
-    }
-    for m in {m.name: m for m in prediction.machines}.values():
-        found |= {f"{m.name} {key}": fact for key, fact in m.facts.items()}
-    if prediction.link is not None:
-        found |= {f"{prediction.link.name} {k}": f for k, f in prediction.link.facts.items()}
-    return list(found.items())
+def prediction_inputs(prediction: Prediction, workload: Workload) -> list[tuple[str, Fact]]:
+    """Every number that went in, with its source."""
+    shape = workload.shape
+    inputs = {"model shape": Fact(shape.total / 1e9, shape.confidence, shape.source)}
+    for machine in prediction.machines:
+        inputs |= {f"{machine.name} {key}": fact for key, fact in machine.facts.items()}
+    if (link := prediction.link) is not None:
+        inputs |= {f"{link.name} {key}": fact for key, fact in link.facts.items()}
+    return list(inputs.items())

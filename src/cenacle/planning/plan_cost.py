@@ -1,55 +1,61 @@
-"""What the performance model says of a plan that was dealt, on machines that were measured.
+"""What a given plan costs: what its ranks read for a token, and how long the token takes.
 
-Owns: from a plan, a config and measured machines to a prediction; the machines and the link that
-`cenacle calibrate` has saved here.
-Does not know: which plan to take (`model/balance.py` asks), how other machines are measured.
-Invariant: nothing is guessed: without measured machines there is no prediction but a reason.
-Next: `cost.py` is the model itself.
+Owns: the bytes and experts that the ranks of a plan read; the prediction of a plan on measured
+machines, and its lower bound where the performance model does not know the model; the machines and
+the link that `cenacle calibrate` measured here.
+Does not know: which plan is best (`choose_plan.py`), how other machines are measured.
+Invariant: nothing is guessed: without measured machines there is a reason instead of a prediction.
+Next: `perf_model.py`, the model itself.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ..core.plan import Plan
 from ..errors import CenacleError
 from . import catalog
 from .catalog import Link, Machine
+from .load_balancer import assign_experts, integer_speeds
 from .model_shapes import shape_from_config
 from .perf_model import PaperConstants, Prediction, Workload, predict
+from .routing_stats import ExpertGroup, expected_max_load
 
 LOCAL_MACHINE, LOCAL_LINK = "this", "measured"  # the names under which `cenacle calibrate` saves
-PREDICTED_CONTEXT = 512  # positions in the cache of the token that is predicted
+CONTEXT = 512  # positions in the cache of the token that is predicted
+SAMPLED_TOKENS = 1000  # random routings over which the load of replicas is averaged
 
 
 @dataclass(frozen=True)
 class MeasuredMachines:
-    """What a group's machines were measured to be.
+    """What the machines of a group were measured to be.
 
     Args:
         config: the checkpoint's config.json.
         machines: one for each rank.
         link: between them; None for one.
-        study: constants of exchanges.
-        said: where the numbers come from, in a few words.
+        constants: of all-reduces.
+        source: where the numbers come from, in a few words.
     """
 
     config: Mapping[str, Any] = field(repr=False)
     machines: tuple[Machine, ...]
     link: Link | None
-    study: PaperConstants
-    said: str
+    constants: PaperConstants
+    source: str
 
     @property
-    def bytes_s(self) -> float:
-        """At which the quickest machine reads weights."""
+    def bytes_per_s(self) -> float:
+        """At which the fastest machine reads weights."""
         return max(m.bytes_per_s for m in self.machines)
 
     @property
     def latency_s(self) -> float:
-        """Of an exchange."""
+        """Of an all-reduce."""
         return self.link["latency_us"] / 1e6 if self.link is not None else 0.0
 
 
@@ -60,27 +66,27 @@ def local_measurements(
 
     Args:
         config: the checkpoint's config.json.
-        nodes: how many.
-        latency_s: added to every exchange.
+        nodes: number of ranks.
+        latency_s: added to every all-reduce.
     """
     try:
         known = catalog.load_catalog()
         if LOCAL_MACHINE not in known.machines:
-            return "this machine was never calibrated: run `cenacle calibrate`"
+            return "this machine is not calibrated: run `cenacle calibrate`"
         if nodes > 1 and LOCAL_LINK not in known.links:
-            return "the link between nodes was never calibrated: run `cenacle calibrate --nodes 2`"
+            return "the link between nodes is not calibrated: run `cenacle calibrate --nodes 2`"
         link = known.link(LOCAL_LINK) if nodes > 1 else None
         if link is not None and latency_s:
             link = link.with_fact("latency_us", link["latency_us"] + 1e6 * latency_s, "emulated")
         machines = (known.machine(LOCAL_MACHINE),) * nodes
-        study = PaperConstants.of(known.fits["study"])
+        constants = PaperConstants.from_fits(known.fits["paper"])
     except CenacleError as error:
-        return f"the performance model cannot say: {error}"
-    return MeasuredMachines(config, machines, link, study, "calibrated")
+        return f"the performance model cannot predict this machine: {error}"
+    return MeasuredMachines(config, machines, link, constants, "calibrated")
 
 
 def predict_plan(plan: Plan, measured: MeasuredMachines, name: str = "") -> Prediction:
-    """One token of one request.
+    """Predict one token of one request.
 
     Args:
         plan: what each rank holds.
@@ -88,27 +94,124 @@ def predict_plan(plan: Plan, measured: MeasuredMachines, name: str = "") -> Pred
         name: of the model, for messages.
 
     Raises:
-        CenacleError: the model has no word on this plan: an unknown shape, heads that do not
+        CenacleError: the model cannot predict this plan: an unknown shape, heads that do not
             divide.
     """
-    spec, machines = plan.spec, measured.machines
-    if plan.node_weights is None:  # dealt evenly: all wait for the slowest
+    spec, machines, weights = plan.spec, measured.machines, plan.node_weights
+    if weights is None:  # even parts: all wait for the slowest
         machines = (min(machines, key=lambda m: m.bytes_per_s),) * plan.nodes
-    weights = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
-    # Bits are those of the checkpoint, through its bytes.
+    stored_bytes = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
     shape = shape_from_config(name, dict(measured.config))
+    # The quantisation does not matter: the bytes are given.
+    quantization = catalog.parse_quantization(16)
     return predict(
-        Workload(shape, catalog.parse_quantization(16), PREDICTED_CONTEXT, bytes_=weights),
+        Workload(shape, quantization, CONTEXT, stored_bytes=stored_bytes),
         "expert" if plan.nodes > 1 else "single",
         machines,
         measured.link,
-        measured.study,
-        placement="weighted"
-        if plan.placement == "sliced" and plan.node_weights
-        else plan.placement,
+        measured.constants,
+        placement="weighted" if plan.placement == "sliced" and weights else plan.placement,
         trunk=plan.trunk,
-        shares=[s / sum(plan.node_weights) for s in plan.node_weights]
-        if plan.node_weights
-        else None,
-        rest_sliced=plan.trunk == "sharded",
+        node_weights=[weight / sum(weights) for weight in weights] if weights else None,
+        slice_dense=plan.trunk == "sharded",
     )
+
+
+def token_s(plan: Plan, measured: MeasuredMachines, skips: bool = True) -> float:
+    """Predicted seconds of a token.
+
+    Args:
+        skips: whether kernels skip the experts of other ranks, see `unskipped_ratio`.
+
+    Raises:
+        CenacleError: see `predict_plan`.
+    """
+    timings = predict_plan(plan, measured).step_timings
+    unskipped = 0.0 if skips else (unskipped_ratio(plan) - 1) * timings["experts"]
+    return sum(timings.values()) + unskipped
+
+
+# ---- what the ranks read
+
+
+def dense_bytes(plan: Plan, rank: int) -> int:
+    """Bytes that a rank reads for every token: trunk without the embedding, and shared experts."""
+    spec = plan.spec
+    undivided = spec.trunk_bytes - spec.embedding_bytes - sum(m.bytes for m in spec.dense_modules)
+    divided = sum(plan.module_bytes(module, rank) for module in spec.dense_modules)
+    return undivided + divided + plan.bytes_of(rank)["shared"]
+
+
+def max_experts(plan: Plan, weighted: bool = False) -> float:
+    """Expected experts (in whole ones) that the busiest rank reads of a layer for one token.
+
+    Of the first MoE layer, under uniform routing: E[max] counted exactly, or for replicas the mean
+    of `SAMPLED_TOKENS` tokens.
+
+    Args:
+        weighted: the busiest is the last to have read its experts, by `Plan.node_weights`; the
+            result is what the fastest rank reads in that time.
+    """
+    layer, top_k = plan.layers[0], min(plan.spec.top_k, plan.spec.moe[0].experts)
+    speeds = integer_speeds(plan.nodes, plan.node_weights if weighted else None)
+    costs = [max(speeds) / speed for speed in speeds]
+    if plan.width > 1:
+        return max(n * cost for n, cost in zip(mean_experts(plan), costs, strict=True))
+    if all(len(ranks) == 1 for ranks in layer.replica_ranks(0)):
+        counts = [len(layer.experts_of(rank)) for rank in range(plan.nodes)]
+        groups = [ExpertGroup(n, cost=cost) for n, cost in zip(counts, costs, strict=True)]
+        return expected_max_load(groups, top_k)
+    loads = _sample_replica_loads(plan)
+    return sum(max(n * c for n, c in zip(load, costs, strict=True)) for load in loads) / len(loads)
+
+
+def mean_experts(plan: Plan) -> list[float]:
+    """Expected experts (in whole ones) that each rank reads of a layer for one token."""
+    layer = plan.layers[0]
+    if plan.placement == "replicated":
+        loads = _sample_replica_loads(plan)
+        return [sum(column) / len(loads) for column in zip(*loads, strict=True)]
+    held = [0] * plan.nodes
+    for part in chain.from_iterable(layer.experts):
+        held[part.rank] += part.stop - part.start
+    return [plan.spec.top_k * units / (plan.width * len(layer.experts)) for units in held]
+
+
+def _sample_replica_loads(plan: Plan) -> list[list[int]]:
+    """Each rank's number of experts for random tokens."""
+    replica_ranks, top_k = plan.layers[0].replica_ranks(0), plan.spec.top_k
+    speeds = integer_speeds(plan.nodes, plan.node_weights)
+    rng, loads = random.Random(0), []
+    for _ in range(SAMPLED_TOKENS):
+        active = sorted(rng.sample(range(len(replica_ranks)), top_k))
+        ranks = assign_experts([1] * top_k, [replica_ranks[expert] for expert in active], speeds)
+        loads.append([ranks.count(rank) for rank in range(plan.nodes)])
+    return loads
+
+
+def lower_bound_s(plan: Plan, latency_s: float, bytes_per_s: float, skips: bool = True) -> float:
+    """Seconds of a decoded token by its reads and all-reduces alone.
+
+    For models and machines that `predict_plan` does not know.
+
+    Args:
+        latency_s: of an all-reduce.
+        bytes_per_s: at which the fastest rank reads weights; others by `Plan.node_weights`.
+        skips: see `token_s`.
+    """
+    speeds = integer_speeds(plan.nodes, plan.node_weights)
+    dense = max(dense_bytes(plan, r) * max(speeds) / speed for r, speed in enumerate(speeds))
+    experts = max_experts(plan, weighted=True) * (1.0 if skips else unskipped_ratio(plan))
+    read = dense + experts * sum(m.expert_bytes for m in plan.spec.moe)
+    return read / bytes_per_s + (plan.all_reduces * latency_s if plan.nodes > 1 else 0.0)
+
+
+def unskipped_ratio(plan: Plan) -> float:
+    """How much longer a token's experts take with kernels that skip no expert of another rank.
+
+    Such kernels compute one of their own rank's experts in its place.
+    """
+    if plan.width > 1:
+        return 1.0
+    speeds = integer_speeds(plan.nodes, plan.node_weights)
+    return plan.spec.top_k * max(speeds) / min(speeds) / max_experts(plan, weighted=True)

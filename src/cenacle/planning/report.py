@@ -1,9 +1,9 @@
-"""A plan as people see it: terminal plots, PNG and SVG, one self-contained HTML page.
+"""A planner's result for people: plots in the terminal, PNG and SVG, and one HTML page.
 
-Owns: how things look. matplotlib and plotext are imported when something is drawn.
+Owns: how things look. Drawing needs the extra `cenacle[plots]`, which is imported when used.
 Does not know: how a number came about.
-Invariant: the page makes no request of any kind (no script, no font, no image from elsewhere), and
-every unverified number on it says so.
+Invariant: the page makes no request of any kind (no script, font or image from elsewhere), and it
+marks every unverified number.
 """
 
 from __future__ import annotations
@@ -11,46 +11,46 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.units import format_bytes
 from ..errors import InputError
+from ..extras import import_extra
 from .catalog import CONFIDENCE_LEVELS
-from .model_shapes import ModelShape
-from .perf_model import PAPER_SCHEMES, PHASES, prediction_inputs
+from .perf_model import PAPER_SCHEMES, PHASES, Workload, prediction_inputs
 from .planner import Comparison, Curve, Option, PlannerResult, format_usd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart by people who see colours differently.
+# The colours of Okabe and Ito, which people with colour blindness can tell apart.
 PHASE_COLOURS = {
     "trunk": "#0072B2",
     "experts": "#E69F00",
-    "all_reduce": "#D55E00",
+    "communication": "#D55E00",
     "overhead": "#999999",
     "head": "#56B4E9",
 }
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+TERMINAL_COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan", "white")
+MAX_BARS = 10
 
 
 def timings_figure(options: Sequence[Option]) -> Figure:
-    """Bars: milliseconds of a token by term, one bar per option that fits."""
-    figure_of = _figure()
-    shown = [
-        o for o in options if o.fits and o.prediction is not None and o.scheme not in PAPER_SCHEMES
-    ]
-    shown = (shown or [o for o in options if o.fits])[:10]
-    figure, axes = figure_of(4.6, 0.7 + 0.34 * max(1, len(shown)))
+    """Bars: milliseconds of a token by phase, one bar per option that fits."""
+    predictions = [(o, o.prediction) for o in options if o.fits and o.prediction is not None]
+    shown = [pair for pair in predictions if pair[0].scheme not in PAPER_SCHEMES] or predictions
+    shown = shown[:MAX_BARS]
+    figure, axes = _make_figure(4.6, 0.7 + 0.34 * max(1, len(shown)))
     left = [0.0] * len(shown)
-    for term in PHASES:
-        widths = [1000 * o.prediction.terms[term] if o.prediction else 0.0 for o in shown]
-        axes.barh(range(len(shown)), widths, left=left, color=PHASE_COLOURS[term], label=term)
+    for phase in PHASES:
+        widths = [1000 * prediction.step_timings[phase] for _, prediction in shown]
+        axes.barh(range(len(shown)), widths, left=left, color=PHASE_COLOURS[phase], label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(shown)), [_short(o) for o in shown])
+    axes.set_yticks(range(len(shown)), [_short_name(option) for option, _ in shown])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per token, one user")
     figure.legend(loc="outside upper center", ncols=5, fontsize=8, handlelength=1, columnspacing=1)
@@ -58,44 +58,50 @@ def timings_figure(options: Sequence[Option]) -> Figure:
 
 
 def curve_figure(curve: Curve) -> Figure:
-    """Lines: tokens/s over what is varied."""
-    figure, axes = _figure()(4.6, 3.6)
+    """Lines: tokens/s over the quantity."""
+    figure, axes = _make_figure(4.6, 3.6)
     for (name, ys), colour in zip(curve.series.items(), LINE_COLOURS, strict=False):
         points = [(x, y) for x, y in zip(curve.x, ys, strict=True) if y is not None]
-        marker = "o" if curve.what == "nodes" else None
+        marker = "o" if curve.quantity == "nodes" else None
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, ms=4)
     if curve.log_x:
         axes.set_xscale("log")
     elif len(curve.x) < 20:
         axes.set_xticks(list(curve.x))
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"{curve.what} ({curve.unit})" if curve.unit else curve.what)
+    axes.set_xlabel(_x_label(curve))
     axes.set_ylabel(curve.y_label)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
-def _figure() -> Callable[[float, float], tuple[Figure, Any]]:
-    from matplotlib.figure import Figure  # no pyplot: no window, no global state
+def _make_figure(width: float, height: float) -> tuple[Figure, Any]:
+    # No pyplot: no window, no global state.
+    module = import_extra("matplotlib.figure", "plots")
+    figure = module.Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    return figure, axes
 
-    def make(width: float, height: float) -> tuple[Figure, Any]:
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        return figure, axes
 
-    return make
+def _x_label(curve: Curve) -> str:
+    return f"{curve.quantity} ({curve.unit})" if curve.unit else curve.quantity
+
+
+def _short_name(option: Option) -> str:
+    name = option.scheme if option.scheme != "expert" else option.placement
+    trunk = "+heads" if option.scheme == "expert" and option.trunk == "sharded" else ""
+    return f"{name}{trunk} x{len(option.machines)}"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG or an SVG, by the file's ending.
+    """Write a PNG or an SVG, by the file's suffix.
 
     Raises:
-        InputError: another ending, or the file cannot be written.
+        InputError: another suffix, or the file cannot be written.
     """
-    kind = path.suffix.lower()
-    if kind not in (".png", ".svg"):
+    if path.suffix.lower() not in (".png", ".svg"):
         raise InputError(f"expected a file named .png or .svg, got {path}", "file")
     try:
         figure.savefig(path, dpi=160)
@@ -105,28 +111,25 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def figure_to_svg(figure: Figure) -> str:
     """The figure as an <svg> element that scales with the page; text stays text."""
-    import matplotlib as mpl
-
+    mpl = import_extra("matplotlib", "plots")
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
-    # Without a size of its own it takes the width of its box.
+    # Without a size of its own it has the width of its box.
     head, _, rest = text.partition(">")
     head = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", head)
     return f'{head} role="img">{rest}'
 
 
 def render_terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
-    """The curve as text, in braille dots; a letter per line tells them apart without colours."""
-    import plotille
-
-    figure = plotille.Figure()
+    """The curve as text, in braille dots; letters tell the lines apart without colours."""
+    figure = import_extra("plotille", "plots").Figure()
     figure.width, figure.height = width, height
     figure.origin = False
     figure.color_mode = "names"
-    figure.x_label, figure.y_label = curve.what + (f" ({curve.unit})" if curve.unit else ""), "y"
+    figure.x_label, figure.y_label = _x_label(curve), "y"
     scale = math.log10 if curve.log_x else float
     figure.register_label_formatter(float, lambda v, **_: f"{v:.3g}")
     figure.x_ticks_fkt = lambda low, _: f"{10**low if curve.log_x else low:.3g}"
@@ -142,74 +145,46 @@ def render_terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
     return f"{curve.y_label}\n{figure.show(legend=True)}"
 
 
-TERMINAL_COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan", "white")
-
-
-def _short(option: Option) -> str:
-    name = option.scheme if option.scheme != "expert" else option.placement
-    trunk = "+heads" if option.scheme == "expert" and option.trunk == "sharded" else ""
-    return f"{name}{trunk} x{len(option.machines)}"
-
-
 def render_html(
-    result: PlannerResult,
-    curves: Sequence[Curve] = (),
-    comparison: Comparison | None = None,
-    made: str = "",
+    result: PlannerResult, curves: Sequence[Curve] = (), comparison: Comparison | None = None
 ) -> str:
-    """One page that explains a plan to whoever pays."""
-    job, best = result.job, result.options[0]
-    s = job.shape
+    """One page that explains a result to the person who pays."""
+    workload, best = result.workload, result.options[0]
+    name = workload.shape.name
     parts = [
-        f"<h1>{escape(s.name)}: what to run it on</h1>",
+        f"<h1>{escape(name)}: recommended hardware</h1>",
         f'<p class="advice">{escape(result.advice)}</p>',
     ]
     if comparison is not None:
         parts.append(f"<p>{escape(comparison.sentence())}</p>")
-    if best.prediction is not None and best.fits:
-        p = best.prediction
-        price = format_usd(best.usd) + (" (unverified)" if _unverified_price(best) else "")
-        facts = [
-            ("tokens per second, one user", f"{p.tok_per_s:.1f}"),
-            (f"tokens per second, {job.users} users", f"{p.tok_per_s_all_users:.1f}"),
-            (f"first token after {job.prompt} of prompt", f"{p.ttft_s:.1f} s"),
-            ("binding", p.binding),
-            ("price", price),
-            ("at full load", f"{p.watts:.0f} W"),
-        ]
-        parts.append('<dl class="facts">')
-        parts += [f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts]
-        parts.append("</dl>")
-        parts.append(f"<figure>{figure_to_svg(timings_figure(result.options))}</figure>")
-    parts.append("<h2>What was asked</h2>")
-    parts.append(f"<p>{escape(describe_workload(s, result))}</p>")
+    if best.fits:
+        parts += [_facts(best, workload), _svg_figure(timings_figure(result.options))]
+    parts.append(f"<h2>Workload</h2><p>{escape(describe_workload(workload))}</p>")
     parts.append("<h2>All schemes</h2>")
     cards = [(o, _card(o, i == result.best)) for i, o in enumerate(result.options)]
     aside = [card for o, card in cards if o.scheme in PAPER_SCHEMES or not o.fits]
     parts += [card for o, card in cards if o.scheme not in PAPER_SCHEMES and o.fits]
     if aside:
         parts.append(
-            "<details><summary>The paper's own schemes, and what does not fit or cannot be had "
-            f"(crossed out)</summary>{''.join(aside)}</details>"
+            "<details><summary>The paper's schemes, and schemes that do not fit or are not "
+            f"possible (crossed out)</summary>{''.join(aside)}</details>"
         )
+    titles = {"nodes": "More machines", "latency": "Another link", "price": "Another price"}
     for curve in curves:
-        title = {"nodes": "More machines", "latency": "Another link", "price": "Another price"}
-        parts.append(
-            f"<h2>{title[curve.what]}</h2><figure>{figure_to_svg(curve_figure(curve))}</figure>"
-        )
+        parts.append(f"<h2>{titles[curve.quantity]}</h2>{_svg_figure(curve_figure(curve))}")
     if best.prediction is not None:
-        parts.append("<h2>Where the numbers come from</h2><ul class='sources'>")
-        for name, fact in prediction_inputs(best.prediction, job):
+        parts.append("<h2>Sources of the numbers</h2><ul class='sources'>")
+        for key, fact in prediction_inputs(best.prediction, workload):
             mark = '<b class="warn">unverified</b> ' if fact.confidence == "D" else ""
             parts.append(
-                f"<li><b>{escape(name)}</b> {fact.value:g}: {mark}"
+                f"<li><b>{escape(key)}</b> {fact.value:g}: {mark}"
                 f"{escape(CONFIDENCE_LEVELS[fact.confidence])}; {escape(fact.source)}</li>"
             )
         parts.append("</ul>")
     parts.append(
-        "<p class='note'>Predicted, not measured: over published decode speeds that were not "
-        "fitted, this model's median error is about 11 %, its worst much more; `cenacle validate` "
-        f"shows every row. Made by Cenacle{escape(' ' + made if made else '')}.</p>"
+        "<p class='note'>Predicted, not measured. Over published decoding speeds that were not "
+        "used for fitting, the median error of this model is about 11 %, and the worst is much "
+        "larger; <code>cenacle validate</code> shows every row. Made by Cenacle.</p>"
     )
     body = "\n".join(parts)
     return (
@@ -217,43 +192,67 @@ def render_html(
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         "<meta http-equiv='Content-Security-Policy' "
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(s.name)} on {escape(best.names)}</title><style>{_STYLE}</style></head>"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{escape(name)} on {escape(best.machine_names)}</title><style>{_STYLE}</style>"
+        f"</head><body><main>\n{body}\n</main></body></html>\n"
     )
 
 
-def _unverified_price(option: Option) -> bool:
-    return any(m.facts["usd"].confidence == "D" for m in option.machines)
+def _facts(option: Option, workload: Workload) -> str:
+    p = option.prediction
+    assert p is not None
+    facts = {
+        "tokens per second, one user": f"{p.tok_per_s:.1f}",
+        f"tokens per second, {workload.users} users": f"{p.tok_per_s_all_users:.1f}",
+        f"first token of a prompt of {workload.prompt_tokens}": f"{p.ttft_s:.1f} s",
+        "bound by": p.bound_by,
+        "price": _price(option),
+        "at full load": f"{p.watts:.0f} W",
+    }
+    rows = (f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    return f'<dl class="facts">{"".join(rows)}</dl>'
 
 
-def describe_workload(s: ModelShape, result: PlannerResult) -> str:
-    """The question in a sentence."""
-    job = result.job
+def _svg_figure(figure: Figure) -> str:
+    return f"<figure>{figure_to_svg(figure)}</figure>"
+
+
+def _price(option: Option) -> str:
+    return format_usd(option.usd) + (" (unverified)" if option.has_unverified_price else "")
+
+
+def describe_workload(workload: Workload) -> str:
+    """The workload in a sentence."""
+    s = workload.shape
     return (
         f"{s.name}: {s.total / 1e9:.1f} billion parameters, {s.active / 1e9:.1f} read per token, "
-        f"{s.experts} experts a layer of which {s.top_k} are chosen, {s.layers} layers; "
-        f"{format_bytes(job.total_bytes)} at {job.quant.name} bits. Context {job.context}, "
-        f"{job.users} user{'s' if job.users > 1 else ''}, prompt {job.prompt}."
+        f"{s.layers} layers, {s.top_k} of {s.experts} experts per layer; "
+        f"{format_bytes(workload.total_bytes)} at {workload.quantization.name} bits. Context "
+        f"{workload.context}, {workload.users} user{'s' if workload.users > 1 else ''}, prompt "
+        f"{workload.prompt_tokens}."
     )
 
 
-def _card(o: Option, best: bool) -> str:
-    p = o.prediction
-    kind = "best" if best else "" if o.fits else "no"
-    name = f"{o.scheme} / {o.placement} / trunk {o.trunk}" if o.scheme == "expert" else o.scheme
-    price = format_usd(o.usd) + (" (unverified)" if _unverified_price(o) else "")
+def _card(option: Option, best: bool) -> str:
+    p = option.prediction
+    kind = "best" if best else "" if option.fits else "no"
+    name = option.scheme
+    if name == "expert":
+        name = f"{name} / {option.placement} / trunk {option.trunk}"
     numbers = ""
     if p is not None:
-        per = f", {format_usd(o.usd / p.tok_per_s)} per token/s" if o.usd is not None else ""
+        price = _price(option)
+        if option.usd is not None:
+            price += f", {format_usd(option.usd / p.tok_per_s)} per token/s"
         memory = ", ".join(format_bytes(b) for b in dict.fromkeys(map(round, p.bytes_per_node)))
         numbers = (
             f"<p><b>{p.tok_per_s:.1f} tok/s</b>, all users {p.tok_per_s_all_users:.1f}, "
-            f"first token {p.ttft_s:.1f} s, {escape(p.binding)} binds; {escape(memory)} per node; "
-            f"{escape(price + per)}; {p.watts:.0f} W</p>"
+            f"first token {p.ttft_s:.1f} s, bound by {escape(p.bound_by)}; {escape(memory)} per "
+            f"node; {escape(price)}; {p.watts:.0f} W</p>"
         )
     return (
-        f"<section class='card {kind}'><h3>{escape(name)} <small>{escape(o.names)}</small></h3>"
-        f"{numbers}<p class='note'>{escape(o.why)}</p></section>"
+        f"<section class='card {kind}'><h3>{escape(name)} "
+        f"<small>{escape(option.machine_names)}</small></h3>"
+        f"{numbers}<p class='note'>{escape(option.reason)}</p></section>"
     )
 
 

@@ -1,20 +1,19 @@
-"""How many experts the busiest node runs.
+"""How many experts the busiest node computes.
 
-Owns: E[max] by exact counting for uniform routing, distinct experts of several tokens, the exact
-dealing of active experts to replicas, and the same from a recorded `Trace`; choosing replicas and
-keeping apart experts that fire together.
+Owns: E[max], counted exactly for uniform routing or from a recorded `RoutingTrace`; the number of
+distinct experts of several tokens; choosing replicas, and separating experts that fire together.
 Does not know: bytes, time, MLX.
-Invariant: counts are exact up to 32 chosen experts (integers until the last division), floats
+Invariant: counts are exact up to 32 chosen experts (integers until the last division) and floats
 beyond; `tests/unit/test_routing_stats.py` enumerates small cases.
-Source: arXiv:2506.23635 for E[max] and for dealing active expert i of a group to member i mod r.
-Next: `cost.py`.
+Source: arXiv:2506.23635 for E[max] and for giving active expert i of a group to member i mod r.
+Next: `perf_model.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, pairwise
@@ -25,14 +24,19 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ..errors import InputError
+from .load_balancer import ReplicaRanks, assign_experts
+
+EXACT_TOKENS = 64  # batches up to which the number of distinct experts is counted exactly
+EXACT_CHOICES = 24  # choices of a batch up to which E[max] is averaged over that number
+INTEGER_DEGREE = 32  # chosen experts up to which integers are used
 
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """`size` experts, each held by the same `members` nodes, which share their active ones evenly.
+    """`size` experts on the same `members` nodes, which share the active ones evenly.
 
     Args:
-        cost: what one expert costs there, relative (seconds, or 1).
+        cost: relative cost of one expert there (seconds, or 1).
     """
 
     size: int
@@ -45,140 +49,124 @@ def expected_max_load(groups: Sequence[ExpertGroup], top_k: int) -> float:
 
     "router-aided: max over nodes of active experts; i-th active expert of the group goes to member
     i mod members" (the authors' code). P(max <= t) is the number of ways to draw `top_k` experts
-    with at most t in every group, by multiplying polynomials, over C(experts, top_k).
+    with at most t in every group, a product of polynomials, over C(experts, top_k).
 
-    >>> round(busiest([Group(8), Group(8)], 4), 4)  # DBRX on two nodes
+    >>> round(expected_max_load([ExpertGroup(8), ExpertGroup(8)], 4), 4)  # DBRX on two nodes
     2.6462
     """
-    return _busiest(tuple(groups), top_k)
+    return _expected_max_load(tuple(groups), top_k)
 
 
 @cache
-def _busiest(groups: tuple[ExpertGroup, ...], top_k: int) -> float:
-    experts = sum(g.size for g in groups)
+def _expected_max_load(groups: tuple[ExpertGroup, ...], top_k: int) -> float:
+    experts = sum(group.size for group in groups)
     if not 0 <= top_k <= experts:
         raise InputError(f"top_k: expected 0 to {experts}, got {top_k}")
     all_ways = math.comb(experts, top_k)
-    # sorted({...}): costs of which the maximum can be; between two of them P does not change.
+    # The maximum is one of these; between two of them P does not change.
     levels = sorted({n * g.cost for g in groups for n in range(-(-top_k // g.members) + 1)})
-    expected, below = 0.0, 0.0
+    expected, ways_below = 0.0, 0.0
     for level in levels:
         ways: list[Any] = [1]
-        for g in groups:
-            most = min(g.size, top_k, int(level / g.cost + 1e-9) * g.members)
-            choose = [math.comb(g.size, j) for j in range(most + 1)]
-            ways = _times(ways, choose, top_k)
-        here = ways[top_k] if len(ways) > top_k else 0
-        expected += level * ((here - below) / all_ways)
-        below = here
+        for group in groups:
+            limit = min(group.size, top_k, int(level / group.cost + 1e-9) * group.members)
+            ways = _multiply(ways, [math.comb(group.size, j) for j in range(limit + 1)], top_k)
+        ways_here = ways[top_k] if len(ways) > top_k else 0
+        expected += level * ((ways_here - ways_below) / all_ways)
+        ways_below = ways_here
     return expected
 
 
-def _times(a: list[Any], b: list[Any], degree: int) -> list[Any]:
+def _multiply(a: list[Any], b: list[Any], degree: int) -> list[Any]:
     """The product of two polynomials up to a degree; in floats where integers would be slow."""
-    if degree > 32:
+    if degree > INTEGER_DEGREE:
         return list(np.convolve(np.asarray(a, float), np.asarray(b, float))[: degree + 1])
-    out = [0] * min(len(a) + len(b) - 1, degree + 1)
+    product = [0] * min(len(a) + len(b) - 1, degree + 1)
     for i, x in enumerate(a):
-        for j, y in enumerate(b[: len(out) - i]):
-            out[i + j] += x * y
-    return out
+        for j, y in enumerate(b[: len(product) - i]):
+            product[i + j] += x * y
+    return product
 
 
 def even_counts(experts: int, nodes: int) -> tuple[int, ...]:
-    """Experts per node, as even as can be: prefix sums of equal shares."""
-    cuts = [experts * r // nodes for r in range(nodes + 1)]
-    return tuple(b - a for a, b in pairwise(cuts))
+    """Experts per node, as even as possible: prefix sums of equal shares."""
+    borders = [experts * r // nodes for r in range(nodes + 1)]
+    return tuple(b - a for a, b in pairwise(borders))
 
 
 @cache
 def distinct_experts(experts: int, top_k: int, tokens: int) -> tuple[tuple[int, float], ...]:
     """Distribution of the number of distinct experts that `tokens` tokens choose, uniformly.
 
-    Exact up to 64 tokens, beyond that its (rounded) expectation alone, E (1 - (1 - k/E)^tokens).
+    Exact up to `EXACT_TOKENS`; beyond, only its rounded expectation, E (1 - (1 - k/E)^tokens).
     """
-    if tokens > 64:
+    if tokens > EXACT_TOKENS:
         return ((max(top_k, round(experts * (1 - (1 - top_k / experts) ** tokens))), 1.0),)
     ways = math.comb(experts, top_k)
-    found = {top_k: 1.0}
+    distribution = {top_k: 1.0}
     for _ in range(tokens - 1):
         after: dict[int, float] = {}
-        for seen, p in found.items():
-            for new in range(max(0, top_k - seen), min(top_k, experts - seen) + 1):
-                q = p * (math.comb(seen, top_k - new) * math.comb(experts - seen, new) / ways)
+        for count, p in distribution.items():
+            for new in range(max(0, top_k - count), min(top_k, experts - count) + 1):
+                q = p * (math.comb(count, top_k - new) * math.comb(experts - count, new) / ways)
                 if q > 1e-12:
-                    after[seen + new] = after.get(seen + new, 0.0) + q
-        found = after
-    total = sum(found.values())
-    return tuple((d, p / total) for d, p in sorted(found.items()))
+                    after[count + new] = after.get(count + new, 0.0) + q
+        distribution = after
+    total = sum(distribution.values())
+    return tuple((count, p / total) for count, p in sorted(distribution.items()))
 
 
 def expected_distinct_experts(experts: int, top_k: int, tokens: int) -> float:
     """Expected number of distinct experts of `tokens` tokens."""
-    return sum(d * p for d, p in distinct_experts(experts, top_k, tokens))
+    return sum(count * p for count, p in distinct_experts(experts, top_k, tokens))
 
 
 def expected_max_load_of_batch(groups: Sequence[ExpertGroup], top_k: int, tokens: int) -> float:
     """E[max] of a batch: given how many distinct experts there are, they are a uniform draw.
 
-    Exact up to 24 choices; beyond that at the expected number of distinct experts alone.
+    Exact up to `EXACT_CHOICES`; beyond, at the expected number of distinct experts alone.
     """
-    experts = sum(g.size for g in groups)
-    if tokens > 1 and tokens * top_k > 24:
-        return expected_max_load(groups, round(expected_distinct_experts(experts, top_k, tokens)))
+    experts = sum(group.size for group in groups)
+    if tokens > 1 and tokens * top_k > EXACT_CHOICES:
+        distinct = round(expected_distinct_experts(experts, top_k, tokens))
+        return expected_max_load(groups, distinct)
     return sum(
-        p * expected_max_load(groups, d) for d, p in distinct_experts(experts, top_k, tokens)
+        p * expected_max_load(groups, n) for n, p in distinct_experts(experts, top_k, tokens)
     )
 
 
-def least_max_load(active: Sequence[int], holders: Sequence[frozenset[int]], nodes: int) -> int:
-    """The least possible load of the busiest node when each active expert runs on one holder.
-
-    Exact: for growing limits, augmenting paths of a bipartite matching.
-    """
-    limit = -(-len(active) // nodes)
-    while True:
-        load: dict[int, list[int]] = {r: [] for r in range(nodes)}
-        if all(_place(e, holders, load, limit, set()) for e in active):
-            return limit
-        limit += 1
-
-
-def _place(
-    expert: int,
-    holders: Sequence[frozenset[int]],
-    load: dict[int, list[int]],
-    limit: int,
-    seen: set[int],
-) -> bool:
-    for rank in sorted(holders[expert]):
-        if rank in seen:
-            continue
-        seen.add(rank)
-        if len(load[rank]) < limit:
-            load[rank].append(expert)
-            return True
-        for i, other in enumerate(load[rank]):
-            if _place(other, holders, load, limit, seen):
-                load[rank][i] = expert
-                return True
-    return False
+def balanced_max_load(active: Iterable[int], replica_ranks: ReplicaRanks, nodes: int) -> int:
+    """The load of the busiest node when each active expert runs on the best of its replicas."""
+    ranks_of_active = [replica_ranks[expert] for expert in active]
+    ranks = assign_experts([1] * len(ranks_of_active), ranks_of_active, [1] * nodes)
+    return max(map(ranks.count, range(nodes)))
 
 
 def mean_max_load(
-    holders: Sequence[frozenset[int]], nodes: int, top_k: int, most: int = 20_000, seed: int = 0
+    replica_ranks: ReplicaRanks, nodes: int, top_k: int, limit: int = 20_000, seed: int = 0
 ) -> float:
-    """E[max] of any placement under uniform routing: every choice, or `most` drawn ones."""
-    experts = len(holders)
-    if math.comb(experts, top_k) <= most:
-        loads = [least_max_load(c, holders, nodes) for c in combinations(range(experts), top_k)]
+    """E[max] of any placement, uniform routing: over all choices, or over some if that is many.
+
+    Args:
+        limit: most choices to enumerate; of more than that a tenth of it is drawn.
+    """
+    experts = len(replica_ranks)
+    choices: Iterable[Iterable[int]]
+    if math.comb(experts, top_k) <= limit:
+        choices = combinations(range(experts), top_k)
     else:
-        draw = np.random.default_rng(seed)
-        loads = [
-            least_max_load(list(draw.choice(experts, top_k, replace=False)), holders, nodes)
-            for _ in range(most // 10)
-        ]
+        rng = np.random.default_rng(seed)
+        choices = [rng.choice(experts, top_k, replace=False) for _ in range(limit // 10)]
+    loads = [balanced_max_load(choice, replica_ranks, nodes) for choice in choices]
     return sum(loads) / len(loads)
+
+
+def overlapping_windows(experts: int, nodes: int, window: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks of each expert when each holds `window` neighbours from its even share on."""
+    starts = [experts * r // nodes for r in range(nodes)]
+    return tuple(
+        tuple(r for r in range(nodes) if (e - starts[r]) % experts < window) for e in range(experts)
+    )
 
 
 # ---- recorded routing
@@ -192,7 +180,7 @@ class RoutingTrace:
         layers: the model's layer index of each MoE layer.
         experts: number of routed experts.
         ids: [layers, tokens, top_k], int16; -1 where a token has fewer.
-        facts: model, prompts, date: what a reader needs to know.
+        facts: model, prompts and date of the recording.
     """
 
     layers: tuple[int, ...]
@@ -217,19 +205,19 @@ class RoutingTrace:
             InputError: the file cannot be written.
         """
         about = {"layers": self.layers, "experts": self.experts, "facts": self.facts}
-        kind = np.uint8 if self.experts <= 255 and self.ids.min() >= 0 else np.int16
+        dtype = np.uint8 if self.experts <= 255 and self.ids.min() >= 0 else np.int16
         try:
             with path.open("wb") as file:
-                np.savez_compressed(file, about=json.dumps(about), ids=self.ids.astype(kind))
+                np.savez_compressed(file, about=json.dumps(about), ids=self.ids.astype(dtype))
         except OSError as error:
-            raise InputError(f"trace: cannot write {path}: {error}", "out") from error
+            raise InputError(f"routing trace: cannot write {path}: {error}", "out") from error
 
     @classmethod
     def load(cls, path: Path) -> RoutingTrace:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            InputError: not a trace.
+            InputError: not a routing trace.
         """
         try:
             with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
@@ -237,52 +225,72 @@ class RoutingTrace:
                 ids = file["ids"].astype(np.int16)
             trace = cls(tuple(about["layers"]), int(about["experts"]), ids, about["facts"])
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-            raise InputError(f"trace: {path} is not a trace of `cenacle trace`: {error}") from error
+            raise InputError(
+                f"routing trace: expected a file of `cenacle record-routing`, got {path}: {error}"
+            ) from error
         if ids.ndim != 3 or len(trace.layers) != ids.shape[0] or not ids.size:
-            raise InputError(f"trace: {path} holds {ids.shape}, expected [layers, tokens, top_k]")
+            raise InputError(
+                f"routing trace: expected {len(trace.layers)} layers x tokens x experts in {path}, "
+                f"got {ids.shape}"
+            )
         if ids.max() >= trace.experts:
-            raise InputError(f"trace: {path} names expert {ids.max()} of {trace.experts}")
+            raise InputError(
+                f"routing trace: expected expert ids below {trace.experts} in {path}, got "
+                f"{ids.max()}"
+            )
         return trace
 
     def half(self, second: bool) -> RoutingTrace:
         """Every other token: one half to choose a placement on, the other to judge it."""
         return RoutingTrace(self.layers, self.experts, self.ids[:, int(second) :: 2], self.facts)
 
-    def counts(self) -> np.ndarray:
+    def expert_counts(self) -> np.ndarray:
         """[layers, experts]: how often each expert was chosen."""
         return np.stack([np.bincount(t[t >= 0].ravel(), minlength=self.experts) for t in self.ids])
 
-    def together(self, layer: int) -> np.ndarray:
+    def coactivations(self, layer: int) -> np.ndarray:
         """[experts, experts]: how often two experts fired for the same token of a layer."""
-        hot = self._hot(layer).astype(np.float32)
-        pairs = hot.T @ hot
+        active = self._active(layer).astype(np.float32)
+        pairs = active.T @ active
         np.fill_diagonal(pairs, 0)
         return pairs
 
-    def _hot(self, layer: int) -> np.ndarray:
+    def _active(self, layer: int) -> np.ndarray:
+        """[tokens, experts]: whether a token chose an expert."""
         ids = self.ids[layer].astype(np.int64)
-        hot = np.zeros((self.tokens, self.experts + 1), dtype=bool)
-        np.put_along_axis(hot, np.where(ids < 0, self.experts, ids), True, axis=1)
-        return hot[:, :-1]
+        active = np.zeros((self.tokens, self.experts + 1), dtype=bool)
+        np.put_along_axis(active, np.where(ids < 0, self.experts, ids), True, axis=1)
+        return active[:, :-1]
 
-    def busiest(self, owner: np.ndarray) -> float:
-        """E[max] of a whole placement: owner [layers, experts] of ranks."""
+    def chosen(self, layer: int, step: int = 1) -> list[list[int]]:
+        """The distinct experts of every `step`-th token of a layer."""
+        tokens = self.ids[layer][::step].tolist()
+        return [[expert for expert in set(ids) if expert >= 0] for ids in tokens]
+
+    def max_load(self, owners: np.ndarray) -> float:
+        """E[max] of whole experts; owners [layers, experts] are ranks."""
         total = 0.0
+        ranks = range(int(owners.max()) + 1)
         for layer in range(len(self.layers)):
-            hot = self._hot(layer)
-            ranks = range(int(owner.max()) + 1)
-            loads = np.stack([hot[:, owner[layer] == r].sum(axis=1) for r in ranks])
+            active = self._active(layer)
+            loads = np.stack([active[:, owners[layer] == r].sum(axis=1) for r in ranks])
             total += float(loads.max(axis=0).mean())
         return total / len(self.layers)
 
-    def busiest_replicated(self, holders: Sequence[Sequence[frozenset[int]]], nodes: int) -> float:
-        """E[max] when each layer's active experts are dealt to replicas exactly."""
+    def balanced_max_load(self, replica_ranks: Sequence[ReplicaRanks], nodes: int) -> float:
+        """E[max] when each token's experts are assigned to their replicas of a layer optimally."""
         loads = [
-            least_max_load([int(e) for e in set(token.tolist()) if e >= 0], held, nodes)
-            for layer, held in zip(self.ids, holders, strict=True)
-            for token in layer
+            balanced_max_load(active, ranks, nodes)
+            for layer, ranks in enumerate(replica_ranks)
+            for active in self.chosen(layer)
         ]
         return sum(loads) / len(loads)
+
+    def relative_max_load(self, nodes: int) -> float:
+        """E[max] of neighbouring experts on each of `nodes` nodes, over that of uniform routing."""
+        groups = [ExpertGroup(count) for count in even_counts(self.experts, nodes)]
+        uniform = expected_max_load(groups, self.top_k)
+        return self.max_load(contiguous_owners(self, nodes)) / uniform
 
     def skew(self) -> dict[str, float]:
         """How far routing is from uniform: the mean over layers of four numbers.
@@ -292,62 +300,62 @@ class RoutingTrace:
         experts never chosen. `pairs`: the most frequent pair's rate over what independence gives.
         """
         rows = []
-        for layer, count in enumerate(self.counts()):
+        for layer, count in enumerate(self.expert_counts()):
             p = count / count.sum()
             entropy = -float((p[p > 0] * np.log(p[p > 0])).sum()) / math.log(self.experts)
-            pairs = self.together(layer)
+            pairs = self.coactivations(layer)
             expected = np.outer(count, count) / self.tokens
-            seen = expected > 5  # pairs of rare experts say nothing
-            lift = float((pairs[seen] / expected[seen]).max()) if seen.any() else 1.0
+            frequent = expected > 5  # the rates of rare pairs are noise
+            lift = float((pairs[frequent] / expected[frequent]).max()) if frequent.any() else 1.0
             rows.append((entropy, float(p.max()) * self.experts, float((count == 0).mean()), lift))
         means = np.mean(rows, axis=0)
         return dict(zip(("entropy", "hottest", "unused", "pairs"), map(float, means), strict=True))
 
 
 def contiguous_owners(trace: RoutingTrace, nodes: int) -> np.ndarray:
-    """Owner [layers, experts] as `Plan.whole` deals: neighbours together."""
+    """Owners [layers, experts] as `Plan.whole` places experts: neighbours together."""
     row = np.repeat(np.arange(nodes), even_counts(trace.experts, nodes))
     return np.tile(row, (len(trace.layers), 1))
 
 
 def separate_coactivated(trace: RoutingTrace, nodes: int) -> np.ndarray:
-    """Owner [layers, experts]: experts that fire together go to different ranks.
+    """Owners [layers, experts]: experts that fire together go to different ranks.
 
-    From the contiguous deal, swap two experts of different ranks as long as that lessens the number
+    From `contiguous_owners`, swap two experts of different ranks as long as that lowers the number
     of pairs that fire together on one rank. Counts per rank, and so memory, stay.
     """
-    owner = contiguous_owners(trace, nodes)
+    owners = contiguous_owners(trace, nodes)
     for layer in range(len(trace.layers)):
-        pairs, row = trace.together(layer), owner[layer]
+        pairs, row = trace.coactivations(layer), owners[layer]
         while True:
-            # together_with[e, r]: how often e fires with the experts of rank r
+            # with_rank[e, r]: how often e fires with the experts of rank r
             with_rank = np.stack([pairs[:, row == r].sum(axis=1) for r in range(nodes)], axis=1)
-            here = with_rank[np.arange(len(row)), row]
+            with_own = with_rank[np.arange(len(row)), row]
             # Swapping a and b: a loses its own rank's pairs, gains b's rank's, without b itself.
-            gain = here[:, None] - with_rank[:, row] + here[None, :] - with_rank[:, row].T
+            gain = with_own[:, None] - with_rank[:, row] + with_own[None, :] - with_rank[:, row].T
             gain += 2 * pairs
             gain[row[:, None] == row[None, :]] = 0
             a, b = np.unravel_index(int(gain.argmax()), gain.shape)
             if gain[a, b] <= 1e-6:
                 break
             row[a], row[b] = row[b], row[a]
-    return owner
+    return owners
 
 
 def choose_replicas(
-    trace: RoutingTrace, owner: np.ndarray, nodes: int, extra: int, sample: int = 128
-) -> list[list[frozenset[int]]]:
-    """Holders [layers][experts]: `extra` more experts per rank and layer, where they help most.
+    trace: RoutingTrace, owners: np.ndarray, nodes: int, extra: int, sample: int = 128
+) -> list[ReplicaRanks]:
+    """Replica ranks of each layer: `extra` more experts per rank, where they help most.
 
-    Greedy: of all copies for which a rank has room, the one that lessens the expected load of the
+    Greedy: of all replicas for which a rank has room, the one that lowers the expected load of the
     busiest rank most, on `sample` of the trace's tokens; ties go to the hottest expert.
     """
-    heat, step = trace.counts(), max(1, trace.tokens // sample)
+    counts, step = trace.expert_counts(), max(1, trace.tokens // sample)
     return [
-        _copies(
-            [[int(e) for e in set(t.tolist()) if e >= 0] for t in trace.ids[layer][::step]],
-            heat[layer],
-            [frozenset({int(r)}) for r in owner[layer]],
+        _add_replicas(
+            trace.chosen(layer, step),
+            counts[layer],
+            [(int(rank),) for rank in owners[layer]],
             nodes,
             extra,
         )
@@ -355,44 +363,46 @@ def choose_replicas(
     ]
 
 
-def _copies(
+def _add_replicas(
     tokens: list[list[int]],
-    heat: np.ndarray,
-    holders: list[frozenset[int]],
+    counts: np.ndarray,
+    replica_ranks: list[tuple[int, ...]],
     nodes: int,
     extra: int,
-) -> list[frozenset[int]]:
-    """One layer's holders with copies added one by one."""
+) -> list[tuple[int, ...]]:
+    def with_replica(expert: int, rank: int) -> list[tuple[int, ...]]:
+        added = list(replica_ranks)
+        added[expert] = tuple(sorted((*added[expert], rank)))
+        return added
 
-    def with_copy(expert: int, rank: int) -> list[frozenset[int]]:
-        return [h | {rank} if e == expert else h for e, h in enumerate(holders)]
-
-    def cost(held: list[frozenset[int]]) -> int:
-        return sum(least_max_load(t, held, nodes) for t in tokens)
+    def total_load(ranks: ReplicaRanks) -> int:
+        return sum(balanced_max_load(active, ranks, nodes) for active in tokens)
 
     room = [extra] * nodes
     while any(room):
-        # The hottest experts are enough to look at: a copy of a cold one is seldom used.
-        hot = [int(e) for e in np.argsort(-heat) if len(holders[e]) < nodes][: 4 * nodes]
-        choices = [(e, r) for e in hot for r in range(nodes) if room[r] and r not in holders[e]]
+        # The hottest experts suffice: a replica of a cold one is seldom used.
+        hot = [int(e) for e in np.argsort(-counts) if len(replica_ranks[e]) < nodes][: 4 * nodes]
+        choices = [
+            (e, r) for e in hot for r in range(nodes) if room[r] and r not in replica_ranks[e]
+        ]
         if not choices:
             break
-        expert, rank = min(choices, key=lambda c: (cost(with_copy(*c)), -heat[c[0]], c))
-        holders = with_copy(expert, rank)
+        expert, rank = min(choices, key=lambda c: (total_load(with_replica(*c)), -counts[c[0]], c))
+        replica_ranks = with_replica(expert, rank)
         room[rank] -= 1
-    return holders
+    return replica_ranks
 
 
-def simulate_placements(trace: RoutingTrace, nodes: int, copies: int) -> dict[str, Any]:
-    """What a recording says about `nodes` nodes, each choice judged on tokens it was not made on.
+def simulate_placements(trace: RoutingTrace, nodes: int, replicas: int) -> dict[str, Any]:
+    """E[max] of several placements; each is judged on tokens that it was not chosen on.
 
     Args:
         trace: at least two tokens.
         nodes: how many, at most the experts of a layer.
-        copies: extra experts per node and layer, for replicas.
+        replicas: additional experts per node and layer.
 
     Returns:
-        {"skew": see `Trace.skew`, "busiest": name -> E[max], "fair": top-k / nodes, "nodes"}.
+        {"skew": see `RoutingTrace.skew`, "max_load": placement -> E[max], "nodes", "tokens"}.
 
     Raises:
         InputError: more nodes than experts, or too few tokens.
@@ -400,34 +410,22 @@ def simulate_placements(trace: RoutingTrace, nodes: int, copies: int) -> dict[st
     if not 2 <= nodes <= trace.experts:
         raise InputError(f"nodes: expected 2 to {trace.experts}, got {nodes}", "nodes")
     if trace.tokens < 2:
-        raise InputError(f"trace: expected at least 2 tokens, got {trace.tokens}", "trace")
-    seen, unseen = trace.half(False), trace.half(True)
-    whole = contiguous_owners(trace, nodes)
-    apart = separate_coactivated(seen, nodes)
-    uniform = expected_max_load(
-        [ExpertGroup(n) for n in even_counts(trace.experts, nodes)], trace.top_k
-    )
-    out: dict[str, float] = {
-        "uniform routing, whole": uniform,
-        "this routing, neighbours together": unseen.busiest(whole),
-        "fired together, set apart": unseen.busiest(apart),
+        raise InputError(f"routing trace: expected at least 2 tokens, got {trace.tokens}", "trace")
+    training, held_out = trace.half(False), trace.half(True)
+    separated = separate_coactivated(training, nodes)
+    groups = [ExpertGroup(count) for count in even_counts(trace.experts, nodes)]
+    max_load = {
+        "uniform routing, whole experts": expected_max_load(groups, trace.top_k),
+        "recorded routing, neighbours": held_out.max_load(contiguous_owners(trace, nodes)),
+        "co-activated experts separated": held_out.max_load(separated),
     }
-    if copies:
-        chosen = choose_replicas(seen, apart, nodes, copies)
-        out[f"and {copies} copies a node, chosen"] = unseen.busiest_replicated(chosen, nodes)
-        per_node = min(trace.experts, -(-trace.experts // nodes) + copies)
+    if replicas:
+        chosen = choose_replicas(training, separated, nodes, replicas)
+        name = f"the same with {replicas} chosen replicas"
+        max_load[name] = held_out.balanced_max_load(chosen, nodes)
+        per_node = min(trace.experts, -(-trace.experts // nodes) + replicas)
         windows = overlapping_windows(trace.experts, nodes, per_node)
-        out[f"neighbours and {copies} copies, unchosen"] = unseen.busiest_replicated(
-            [windows] * len(trace.layers), nodes
-        )
-    out["sliced: a fair share"] = trace.top_k / nodes
-    return {"skew": trace.skew(), "busiest": out, "nodes": nodes, "tokens": trace.tokens}
-
-
-def overlapping_windows(experts: int, nodes: int, most: int) -> tuple[frozenset[int], ...]:
-    """Holders of each expert when every node holds `most` neighbours from its even share on."""
-    starts = [experts * r // nodes for r in range(nodes)]
-    return tuple(
-        frozenset(r for r in range(nodes) if (e - starts[r]) % experts < most)
-        for e in range(experts)
-    )
+        name = f"neighbours and {replicas} replicas"
+        max_load[name] = held_out.balanced_max_load([windows] * len(trace.layers), nodes)
+    max_load["sliced: a fair share"] = trace.top_k / nodes
+    return {"skew": trace.skew(), "max_load": max_load, "nodes": nodes, "tokens": trace.tokens}

@@ -60,11 +60,11 @@ def predict_speed(plan: Plan, config: dict[str, Any], name: str) -> SpeedPredict
         prediction = plan_cost.predict_plan(plan, measured, name)
     except CenacleError as error:
         return f"the performance model cannot predict this plan: {error}"
-    seconds = prediction.terms
+    seconds = prediction.step_timings
     timings = {
         "trunk": seconds["trunk"] + seconds["overhead"],
         "experts": seconds["experts"],
-        "all_reduce": seconds["all_reduce"],
+        "all_reduce": seconds["communication"],
         "waiting": 0.0,
         "rest": seconds["head"],
     }

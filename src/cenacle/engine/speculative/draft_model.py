@@ -128,7 +128,7 @@ class DraftModelConfig:
             context,
             max_kv_size=None,
             kv_bits=None,
-            width=4 if native else 2,
+            element_bytes=4 if native else 2,
         )
         return cls(str(own.folder.resolve()), known, context, sizes, cache)
 
