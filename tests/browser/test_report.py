@@ -13,10 +13,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.fixture
 def page_file(tmp_path):
     known = catalog.load_catalog()
-    found, link, study = planner.resolve_cluster(known, "2xm2-ultra-192", "10gbe-grpc", None)
-    job = Workload(known.model("dbrx"), catalog.parse_quantization(16))
-    result = planner.evaluate_options(job, found, link, study)
-    curve = planner.what_if_curve("nodes=1..4", job, found, link, study)
+    machines, link, constants = planner.resolve_cluster(known, "2xm2-ultra-192", "10gbe-grpc", None)
+    workload = Workload(known.model("dbrx"), catalog.parse_quantization(16))
+    result = planner.evaluate_options(workload, machines, link, constants)
+    curve = planner.what_if_curve("nodes=1..4", workload, machines, link, constants)
     file = tmp_path / "report.html"
     file.write_text(report.render_html(result, [curve]))
     return file

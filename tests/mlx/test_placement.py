@@ -214,7 +214,7 @@ def test_machines_are_dealt_by_speed_but_not_by_noise():
 def test_what_does_not_fit_by_speed_is_dealt_by_memory():
     plan, _ = place_demo([node("a"), node("b")])
     own = plan.bytes_of(0)["total"]
-    enough = estimate_memory(CHECKPOINT.config, plan, 0, EngineOptions(), "native").own + 4096
+    enough = estimate_memory(CHECKPOINT.config, plan, 0, EngineOptions(), "native").unshared + 4096
     fast = node("a", 60 * GB, free=enough)
     plan, why = place_demo([fast, node("b", 10 * GB, free=4 * enough)])
     assert "by memory" in why

@@ -420,7 +420,7 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
     checkpoint = Checkpoint.open(DEMO)
     spec, options = read_model_spec(checkpoint), EngineOptions()
     half, whole = (
-        estimate_memory(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").own
+        estimate_memory(checkpoint.config, Plan.sliced(spec, n), 0, options, "native").unshared
         for n in (2, 1)
     )
     room = (half + whole) // 2

@@ -17,14 +17,9 @@ KNOWN = catalog.load_catalog()
 CONSTANTS = PaperConstants.from_fits(KNOWN.fits["paper"])
 
 
-def plan(model, machines, link=None, quant="4", **job):
-    found, between, study = planner.resolve_cluster(KNOWN, machines, link, None)
-    return planner.evaluate_options(
-        Workload(KNOWN.model(model), catalog.parse_quantization(quant), **job),
-        found,
-        between,
-        study,
-    )
+def plan(model, machines, link=None, quant="4", **usage):
+    workload = Workload(KNOWN.model(model), catalog.parse_quantization(quant), **usage)
+    return planner.evaluate_options(workload, *planner.resolve_cluster(KNOWN, machines, link, None))
 
 
 def test_json_has_the_promised_keys():
@@ -98,9 +93,9 @@ def test_comparison_per_dollar():
     ("text", "points"), [("nodes=1..5", 5), ("latency=3us..1ms", 25), ("price=2000..9000", 25)]
 )
 def test_what_if(text, points):
-    found, link, study = planner.resolve_cluster(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
-    job = Workload(KNOWN.model("qwen3-235b-a22b"), catalog.parse_quantization(4))
-    curve = planner.what_if_curve(text, job, found, link, study)
+    nodes, link, constants = planner.resolve_cluster(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
+    workload = Workload(KNOWN.model("qwen3-235b-a22b"), catalog.parse_quantization(4))
+    curve = planner.what_if_curve(text, workload, nodes, link, constants)
     assert len(curve.x) == points
     ys = curve.series["experts sliced"]
     if curve.quantity != "nodes":  # a slower link, a dearer machine
@@ -116,10 +111,14 @@ def test_what_if(text, points):
     ],
 )
 def test_a_wrong_what_if(text):
-    found, link, study = planner.resolve_cluster(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
+    nodes, link, constants = planner.resolve_cluster(KNOWN, "2xm3-ultra-512", "tb5-rdma", None)
     with pytest.raises(InputError, match="what-if"):
         planner.what_if_curve(
-            text, Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4)), found, link, study
+            text,
+            Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4)),
+            nodes,
+            link,
+            constants,
         )
 
 
@@ -145,8 +144,8 @@ def test_a_plan_file_is_a_plan(tmp_path):
 
 def test_the_report_asks_nobody_for_anything():
     result = plan("dbrx", "2xm2-ultra-192", "10gbe-grpc", "16")
-    found, link, study = planner.resolve_cluster(KNOWN, "2xm2-ultra-192", "10gbe-grpc", None)
-    curve = planner.what_if_curve("nodes=1..4", result.workload, found, link, study)
+    nodes, link, constants = planner.resolve_cluster(KNOWN, "2xm2-ultra-192", "10gbe-grpc", None)
+    curve = planner.what_if_curve("nodes=1..4", result.workload, nodes, link, constants)
     page = report.render_html(result, [curve])
     assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!#)", page)
     assert "<script" not in page
@@ -204,7 +203,7 @@ def rows(tmp_path, *lines):
 
 
 def test_an_owners_rows(tmp_path):
-    found, problems = rows(
+    measurements, problems = rows(
         tmp_path,
         "Qwen/Qwen3-30B-A3B,4,M4 Max 128GB,1,,single,512,100,me",
         "mlx-community/DeepSeek-V3-0324-4bit,4.5,m3-ultra-512,2,TB5 RDMA,tensor,0,27,me",
@@ -212,7 +211,7 @@ def test_an_owners_rows(tmp_path):
         "deepseek-v3,4,m3-ultra-512;m2-ultra-192,2,10gbe,pipeline,512,12,me",
     )
     assert problems == []
-    checked = [validate.validate_one(r, KNOWN) for r in found]
+    checked = [validate.validate_one(r, KNOWN) for r in measurements]
     assert all(0 < c.predicted.tok_per_s < 1000 for c in checked)
     assert validate.Summary.of(checked).rows == 4
 
@@ -235,8 +234,8 @@ def test_an_owners_rows(tmp_path):
 )
 def test_wrong_rows(tmp_path, line, message):
     right = "dbrx,4,m4-max-128,1,,single,0,9,x"
-    found, problems = rows(tmp_path, line, right)
-    assert len(found) == len(problems) == 1
+    measurements, problems = rows(tmp_path, line, right)
+    assert len(measurements) == len(problems) == 1
     assert re.search(message, problems[0])
 
 
@@ -280,10 +279,10 @@ def test_the_stored_fit_is_the_fit():
     marked = [r for r in validate.load_published() if r.fit and not r.skip]
     again = validate.fit(marked, KNOWN)
     for p in validate.PARAMETERS:
-        stored, found = KNOWN.fits, again.fits
+        stored, fitted = KNOWN.fits, again.fits
         for key in p.path:
-            stored, found = stored[key], found[key]
-        assert stored["v"] == pytest.approx(found["v"], rel=2e-3), p.path
+            stored, fitted = stored[key], fitted[key]
+        assert stored["v"] == pytest.approx(fitted["v"], rel=2e-3), p.path
 
 
 def test_the_papers_numbers():
