@@ -21,7 +21,7 @@ from cenacle.api import Model
 from cenacle.core.request import TokenEvent
 from cenacle.errors import CenacleError
 from cenacle.model.synth import synth
-from cenacle.scheduler.disk_index import PAGE
+from cenacle.scheduler.disk_index import PAGE_TOKENS
 
 WRITTEN_S = 60.0  # longest time until all is on disk
 
@@ -61,7 +61,7 @@ def main() -> None:
             first_token(model, [7] * 250)  # what is compiled and allocated once
             first_s, _ = first_token(model, [*system, 1, 2, 3])
             second_s, second = first_token(model, [*system, 4, 5, 6, 7, 8])
-            _wait(kept, how.nodes * (how.tokens // PAGE))
+            _wait(kept, how.nodes * (how.tokens // PAGE_TOKENS))
         with cenacle.load(path, how.nodes, **options) as model:
             first_token(model, [7] * 250)
             restart_s, third = first_token(model, [*system, 9, 10, 11, 12])

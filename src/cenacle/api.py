@@ -21,7 +21,7 @@ from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import Request, Sampling, TokenEvent
 from .engine.memory import estimate_memory
-from .engine.sampling.grammar import Vocabulary, check
+from .engine.sampling.grammar import Vocabulary, check_grammar
 from .engine.speculative.draft_model import DraftModelConfig
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
@@ -137,7 +137,7 @@ def _load(
     text = _text(checkpoint)
     drafting = None
     if how.draft_model is not None:
-        drafting = DraftModelConfig.check(
+        drafting = DraftModelConfig.inspect(
             how.draft_model,
             checkpoint,
             text,
@@ -328,7 +328,7 @@ class Model:
         stop = self._text.stop_tokens if self._text is not None else ()
         limit = min(max_tokens or DEFAULT_MAX_TOKENS, room)
         if grammar is not None:
-            check(grammar, self._vocabulary)
+            check_grammar(grammar, self._vocabulary)
         name = uuid.uuid4().hex
         return Request(name, tokens, limit, stop, sampling or Sampling(), logprobs, grammar)
 

@@ -102,8 +102,8 @@ class Recorder:
 
     traffic = Traffic()
 
-    def next(self):
-        self.told.append("next")
+    def decode(self):
+        self.told.append("decode")
         return [TokenEvent("a", 1)]
 
     def stop(self):
@@ -119,10 +119,17 @@ def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatc
     monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
     it = engine.Engine(None, recorder, recorder, options.EngineOptions())
     it.step(Step(0, measured=True))
-    assert recorder.told == ["wait", "start", "next", "raise_if_failed", "wait", "stop"]
+    assert recorder.told == [
+        "synchronize",
+        "start",
+        "decode",
+        "raise_if_failed",
+        "synchronize",
+        "stop",
+    ]
     recorder.told.clear()
     it.step(Step(1))
-    assert recorder.told == ["next", "raise_if_failed"]
+    assert recorder.told == ["decode", "raise_if_failed"]
 
 
 class Lost(Recorder):
@@ -130,7 +137,7 @@ class Lost(Recorder):
 
     why: ClusterError | None = None
 
-    def next(self):
+    def decode(self):
         raise RuntimeError("whatever a task threw")
 
     def raise_if_failed(self):

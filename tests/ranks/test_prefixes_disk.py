@@ -252,8 +252,8 @@ def test_harm_is_noticed_and_every_answer_is_right(nodes, kept, plain, caplog):
         said = caplog.text
         assert f"{first['Bob']} is damaged: it was removed" in said
         assert f"{first['Cleo']} is damaged: it was removed" in said
-        assert len(re.findall("is of another model or group: ignored", said)) == 1
-        missed = "cached pages that are not on every rank, and not used: 1"
+        assert len(re.findall("belongs to another model or group: ignored", said)) == 1
+        missed = "prefix cache: 1 pages are not on every rank and are not used"
         assert (missed in said) == (nodes > 1)
         assert len(caplog.records) == 3 + (nodes > 1), "one line each"
         # All is there again, and what is not of this group is still there.

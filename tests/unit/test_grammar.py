@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from cenacle import InputError
-from cenacle.engine.sampling.grammar import Vocabulary, check
+from cenacle.engine.sampling.grammar import Vocabulary, check_grammar
 from cenacle.text.tokenizer import ChatTokenizer
 
 DEMO = Path(__file__).parents[2] / "src/cenacle/demo/demo_model"
@@ -28,21 +28,21 @@ def vocabulary(text):
     return Vocabulary(lambda: text)
 
 
-def walk(matcher, draw, most=200) -> list[int]:
-    """Any allowed token after another until an end is drawn."""
+def walk(matcher, dice, limit=200) -> list[int]:
+    """Random allowed tokens until one ends the output."""
     tokens: list[int] = []
-    fresh: list[int] = []
-    while len(tokens) < most:
-        allowed = [int(i) for i in matcher.allowed(fresh).nonzero()[0]]
+    new_tokens: list[int] = []
+    while len(tokens) < limit:
+        allowed = [int(i) for i in matcher.allowed(new_tokens).nonzero()[0]]
         assert allowed, "something is always allowed"
-        fresh = [draw.choice(allowed)]
-        tokens += fresh
-        if fresh == [362]:
+        new_tokens = [dice.choice(allowed)]
+        tokens += new_tokens
+        if new_tokens == [362]:
             break
     return tokens
 
 
-def test_whatever_is_drawn_matches(text, vocabulary):
+def test_every_allowed_output_matches(text, vocabulary):
     ended = 0
     for seed in range(30):
         tokens = walk(vocabulary.matcher(PATTERN, 0), random.Random(seed))
@@ -52,33 +52,33 @@ def test_whatever_is_drawn_matches(text, vocabulary):
     assert ended > 20
 
 
-def test_behind_the_end_there_is_only_the_end(vocabulary):
+def test_after_the_end_only_the_end_is_allowed(vocabulary):
     matcher = vocabulary.matcher(LLMatcher.grammar_from_regex("a"), 3)
     (first,) = matcher.allowed([]).nonzero()[0]
-    for fresh in ([first], [362], [362]):
-        assert list(matcher.allowed([int(t) for t in fresh]).nonzero()[0]) == [362]
+    for new_tokens in ([first], [362], [362]):
+        assert list(matcher.allowed([int(t) for t in new_tokens]).nonzero()[0]) == [362]
     assert matcher.length == 6
-    assert not matcher.failed
+    assert not matcher.error
 
 
-def test_a_matcher_that_went_back_allows_what_one_that_did_not_go_does(text, vocabulary):
+def test_rewinding_restores_the_state(text, vocabulary):
     tokens = text.encode('{"a": [1, {"b": null}], "c": true}')
     for keep in range(len(tokens)):
-        gone, stayed = vocabulary.matcher(OBJECT, 5), vocabulary.matcher(OBJECT, 5)
+        rewound, fresh = vocabulary.matcher(OBJECT, 5), vocabulary.matcher(OBJECT, 5)
         for token in (*tokens, 362):
-            gone.allowed([token])
-        gone.rewind(5 + keep)
-        assert (gone.allowed([]) == stayed.allowed(tokens[:keep])).all()
-        assert gone.length == stayed.length == 5 + keep
-        assert gone.possible([*tokens[keep:], 362, 362]) == len(tokens) - keep + 1
-        assert gone.possible([*tokens[keep:-1], 1, 1, 1]) >= len(tokens) - keep - 1
+            rewound.allowed([token])
+        rewound.rewind(5 + keep)
+        assert (rewound.allowed([]) == fresh.allowed(tokens[:keep])).all()
+        assert rewound.length == fresh.length == 5 + keep
+        assert rewound.allowed_prefix([*tokens[keep:], 362, 362]) == len(tokens) - keep + 1
+        assert rewound.allowed_prefix([*tokens[keep:-1], 1, 1, 1]) >= len(tokens) - keep - 1
         json.loads(text.decode(tokens))
 
 
-def test_limits_are_told(vocabulary):
+def test_limits_are_reported(vocabulary):
     matcher = vocabulary.matcher(OBJECT, 0, LLParserLimits(max_items_in_row=1))
     matcher.allowed([90])
-    assert matcher.failed.startswith("Parser Error: Current row has")
+    assert matcher.error.startswith("Parser Error: Current row has")
     assert list(matcher.allowed([]).nonzero()[0]) == [362]
 
 
@@ -92,22 +92,24 @@ def test_limits_are_told(vocabulary):
         (LLMatcher.grammar_from_regex("(?=a)b"), "look-around"),
     ],
 )
-def test_wrong_grammars_are_refused_without_a_model(grammar, reason):
+def test_invalid_grammars_are_refused_without_a_model(grammar, reason):
     with pytest.raises(InputError, match=re.escape(reason)) as refused:
-        check(grammar)
+        check_grammar(grammar)
     assert refused.value.field == "grammar"
     assert "\n" not in str(refused.value)
 
 
-def test_what_only_a_model_can_tell(vocabulary):
-    nothing = LLMatcher.grammar_from_regex("[^\\x00-\\U0010ffff]")
-    check(nothing)
+def test_grammars_are_checked_against_the_vocabulary(vocabulary):
+    unmatchable = LLMatcher.grammar_from_regex("[^\\x00-\\U0010ffff]")
+    check_grammar(unmatchable)
     with pytest.raises(InputError, match="no text matches it"):
-        check(nothing, vocabulary)
-    check(PATTERN, vocabulary)
+        check_grammar(unmatchable, vocabulary)
+    check_grammar(PATTERN, vocabulary)
 
     class Slow:
         inner, stop_tokens = object(), (1,)
 
-    with pytest.raises(InputError, match=r"Only fast tokenizers .*ask without a grammar"):
-        check(PATTERN, Vocabulary(Slow))
+    with pytest.raises(
+        InputError, match=r"Only fast tokenizers .*send the request without a grammar"
+    ):
+        check_grammar(PATTERN, Vocabulary(Slow))

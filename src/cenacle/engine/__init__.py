@@ -1,1 +1,1 @@
-"""The loop of a rank, and the steps that keep ranks together."""
+"""One rank's inference: batches, KV caches, sampling, speculative decoding."""

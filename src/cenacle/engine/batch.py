@@ -1,11 +1,12 @@
-"""Running the model on several requests at once, with mlx-lm's caches.
+"""Runs the model on several requests at once, with mlx-lm's caches.
 
-Owns: the choice between mlx-lm's continuous batching and one-by-one generation, and both behind
-one small interface.
+Owns: `ContinuousBatch` (mlx-lm's continuous batching) and `SequentialBatch` (one request after the
+other), behind one interface, and the choice between them.
 Does not know: steps, ranks.
-mlx-lm batches plain, rotating and state-space caches. Quantised and chunked ones (llama4) it cannot
-merge, and of a cache that keeps the first tokens (`max_kv_size`) it forgets them on merging; there
-each request keeps its own cache and takes its turn in every step.
+mlx-lm batches plain, rotating and state-space caches. It cannot merge quantised and chunked ones
+(llama4), and a merged cache of limited size (`max_kv_size`) forgets its first tokens. In these
+cases each request keeps its own cache and takes its turn in every step.
+Next: `speculative/decoder.py`, which takes over a single running request.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ..collective.base import Collective
 from ..core.request import Request, TokenEvent
 from ..core.step import Page, PrefixReuse, PromptChunk
 from ..model.step_timer import StepTimer
-from .cache.kv_cache import SequenceCache, can_go_back, can_merge
+from .cache.kv_cache import SequenceCache, can_merge, can_trim
 from .sampling.sampler import SamplingState
 from .speculative.decoder import Generation, SpeculativeDecoder
 from .speculative.ngram import DraftStats
@@ -45,136 +46,140 @@ if TYPE_CHECKING:
 
 @dataclass
 class PendingPrompt:
-    """A request whose prompt has not been processed to its end, and the cache of what has."""
+    """A request whose prompt is not processed to its end, and the cache so far."""
 
     request: Request
-    drawing: SamplingState
+    sampling: SamplingState
     sequence: SequenceCache | None = None
 
 
 class Batch(ABC):
-    """The requests that are being generated.
+    """The requests of one rank.
 
-    A prompt is processed in parts, which the scheduler orders: chunks alone (`prefill`), the last
-    part, of at least one token, with those of others (`start`).
+    A prompt is processed in chunks, which the scheduler orders: all but the last alone (`prefill`),
+    the last one, of at least one token, together with those of others (`start`).
 
-    `keeps`: whether caches of requests can be used again.
+    `reusable_caches`: whether caches can be taken out and used for other requests.
     """
 
-    keeps = False
+    reusable_caches = False
 
     def __init__(self, model: nn.Module, options: EngineOptions) -> None:
         self._model, self._options = model, options
         self._prompts: dict[str, PendingPrompt] = {}
-        self._keeping = options.prefix_cache_gb != 0
-        self._kept: dict[str, SequenceCache] = {}  # of requests that have ended
-        self._marks: dict[str, dict[int, list[Any]]] = {}  # of those that are answered
+        self._prefix_cache_enabled = options.prefix_cache_gb != 0
+        self._retained: dict[str, SequenceCache] = {}  # of ended requests
+        self._checkpoints: dict[str, dict[int, list[Any]]] = {}  # of generating requests
 
     @property
-    def drafts(self) -> DraftStats:
-        """What became of all drafts so far."""
+    def draft_stats(self) -> DraftStats:
+        """Of all drafts so far."""
         return DraftStats()
 
-    def insert(self, request: Request, drawing: SamplingState) -> None:
-        """Begin a request; its prompt waits for its parts."""
-        self._prompts[request.id] = PendingPrompt(request, drawing)
+    def insert(self, request: Request, sampling: SamplingState) -> None:
+        """Add a request, without processing its prompt."""
+        self._prompts[request.id] = PendingPrompt(request, sampling)
 
-    def prefill(self, part: PromptChunk) -> None:
-        """Process a chunk of a prompt, which is not its end; returns when it has been computed."""
-        prompt, options = self._prompts[part.request_id], self._options
+    def prefill(self, chunk: PromptChunk) -> None:
+        """Process a chunk that is not the last of its prompt; returns when it is computed."""
+        prompt, options = self._prompts[chunk.request_id], self._options
         if prompt.sequence is None:
             prompt.sequence = SequenceCache(make_prompt_cache(self._model, options.max_kv_size))
         caches = prompt.sequence.caches
-        tokens = mx.array([prompt.request.tokens[part.begin : part.end]])
+        tokens = mx.array([prompt.request.tokens[chunk.begin : chunk.end]])
         with mx.stream(generation_stream):
             self._model(tokens, cache=caches)
             maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
-        if part.checkpoint:
-            prompt.sequence.mark(part.end)
-
-    def reuse(self, reuse: PrefixReuse) -> None:
-        """Let a prompt begin with the beginning of another request's cache."""
-        with mx.stream(generation_stream):
-            self._prompts[reuse.request_id].sequence = self._find(reuse.source).cut(reuse.tokens)
-
-    def _find(self, request_id: str) -> SequenceCache:
-        if (kept := self._kept.get(request_id)) is not None:
-            return kept
-        sequence = self._prompts[request_id].sequence
-        assert sequence is not None, "the front names only what has been begun"
-        return sequence
-
-    def page(self, source: str, page: Page, about: Mapping[str, str]) -> io.BytesIO:
-        """A part of what is kept, see `Sequence.page`."""
-        with mx.stream(generation_stream):
-            return self._kept[source].page(page.begin, page.end, about)
-
-    def read(self, name: str, pages: Iterable[tuple[int, Path]]) -> None:
-        """Keep what files have, see `Sequence.read`."""
-        with mx.stream(generation_stream):
-            self._kept[name] = SequenceCache.read(pages)
-
-    def drop(self, request_id: str) -> None:
-        """Let go of what was kept; unknown ids are ignored."""
-        self._kept.pop(request_id, None)
+        if chunk.checkpoint:
+            prompt.sequence.checkpoint(chunk.end)
 
     @abstractmethod
-    def start(self, part: PromptChunk) -> None:
-        """The last part of a prompt: it is processed by the following calls of `next`."""
+    def start(self, chunk: PromptChunk) -> None:
+        """Add the last chunk of a prompt; the next calls of `decode` process it."""
 
-    def keep(self, request_id: str) -> None:
-        """Keep the cache of a request that is to be removed; it may have ended by itself, and have
-        been kept then."""
-        if request_id not in self._kept:
-            with mx.stream(generation_stream):
-                self._kept[request_id] = self._find(request_id).settle()
+    @abstractmethod
+    def decode(self) -> list[TokenEvent]:
+        """Generate a token for each request whose prompt is processed; process last chunks."""
 
     def remove(self, request_id: str) -> None:
         """End a request and free its cache; unknown ids are ignored (it may just have ended)."""
         self._prompts.pop(request_id, None)
-        self._marks.pop(request_id, None)
+        self._checkpoints.pop(request_id, None)
 
-    @abstractmethod
-    def next(self) -> list[TokenEvent]:
-        """One token for each request whose prompt is done; the last parts of others' prompts."""
-
-    def wait(self) -> None:
-        """Return when all that was begun has been computed: `next` leaves a token under way."""
+    def synchronize(self) -> None:
+        """Wait for all computation, such as the token that `decode` leaves in progress."""
         mx.synchronize(generation_stream)
 
     @abstractmethod
     def close(self) -> None:
         """Free every cache."""
 
+    # Prefix cache
+
+    def reuse(self, reuse: PrefixReuse) -> None:
+        """Let a prompt start from the beginning of another cache."""
+        with mx.stream(generation_stream):
+            sequence = self._find_sequence(reuse.source).truncate(reuse.tokens)
+            self._prompts[reuse.request_id].sequence = sequence
+
+    def retain(self, request_id: str) -> None:
+        """Retain the cache of a request that is about to be removed, unless it has ended."""
+        if request_id not in self._retained:
+            with mx.stream(generation_stream):
+                self._retained[request_id] = self._find_sequence(request_id).synchronize()
+
+    def evict(self, name: str) -> None:
+        """Free a retained cache; unknown names are ignored."""
+        self._retained.pop(name, None)
+
+    def make_page(self, source: str, page: Page, metadata: Mapping[str, str]) -> io.BytesIO:
+        """Part of a retained cache, see `SequenceCache.to_page`."""
+        with mx.stream(generation_stream):
+            return self._retained[source].to_page(page.begin, page.end, metadata)
+
+    def load_pages(self, name: str, pages: Iterable[tuple[int, Path]]) -> None:
+        """Retain a cache from files, see `SequenceCache.from_pages`."""
+        with mx.stream(generation_stream):
+            self._retained[name] = SequenceCache.from_pages(pages)
+
+    def _find_sequence(self, name: str) -> SequenceCache:
+        if (retained := self._retained.get(name)) is not None:
+            return retained
+        sequence = self._prompts[name].sequence
+        assert sequence is not None, "the scheduler names only caches that exist"
+        return sequence
+
 
 def make_batch(
     model: nn.Module,
     options: EngineOptions,
     collective: Collective,
-    watch: StepTimer,
-    drafter: DraftModelProposer | None = None,
+    timer: StepTimer,
+    draft_model: DraftModelProposer | None = None,
 ) -> Batch:
     """Continuous batching where mlx-lm can merge this model's caches, else one by one.
 
-    Drafts only with the first, and where its caches can forget what was drafted in vain.
+    Drafts are possible only with the former, and if the caches can be trimmed.
     """
     if not (options.plain_kv_cache and can_merge(model)):
         return SequentialBatch(model, options)
-    alone = None
-    if options.speculative != "off" and can_go_back(model):
-        alone = SpeculativeDecoder(model, collective, watch, options.speculative, drafter=drafter)
-    return ContinuousBatch(model, options, alone)
+    decoder = None
+    if options.speculative != "off" and can_trim(model):
+        decoder = SpeculativeDecoder(
+            model, collective, timer, options.speculative, draft_model=draft_model
+        )
+    return ContinuousBatch(model, options, decoder)
 
 
 class ContinuousBatch(Batch):
-    """mlx-lm's `BatchGenerator`; a request that runs by itself is `Alone`'s while drafts pay."""
+    """mlx-lm's `BatchGenerator`; a `SpeculativeDecoder` takes single requests while drafts pay."""
 
-    keeps = True
+    reusable_caches = True
 
     def __init__(
-        self, model: nn.Module, options: EngineOptions, alone: SpeculativeDecoder | None = None
+        self, model: nn.Module, options: EngineOptions, decoder: SpeculativeDecoder | None = None
     ) -> None:
         super().__init__(model, options)
         self._generator = BatchGenerator(
@@ -183,157 +188,153 @@ class ContinuousBatch(Batch):
             completion_batch_size=options.max_batch_size,
             prefill_batch_size=options.max_batch_size,
         )
-        self._answers: dict[int, Generation] = {}
-        self._alone = alone
+        self._generations: dict[int, Generation] = {}  # by mlx-lm's uid
+        self._decoder = decoder
 
     @property
-    def drafts(self) -> DraftStats:
+    def draft_stats(self) -> DraftStats:
         """See `Batch`."""
-        return self._alone.drafts if self._alone is not None else super().drafts
+        return self._decoder.draft_stats if self._decoder is not None else super().draft_stats
 
-    def start(self, part: PromptChunk) -> None:
+    def start(self, chunk: PromptChunk) -> None:
         """See `Batch`."""
-        if self._alone is not None and self._alone.answer is not None:
-            answer, caches = self._alone.leave()
-            self._generate(answer, answer.length - 1, caches)
-        prompt = self._prompts.pop(part.request_id)
+        if self._decoder is not None and self._decoder.generation is not None:
+            generation, caches = self._decoder.release()
+            self._insert_into_generator(generation, generation.length - 1, caches)
+        prompt = self._prompts.pop(chunk.request_id)
         sequence = prompt.sequence or SequenceCache([])
-        self._marks[part.request_id] = sequence.marks
-        self._generate(Generation(prompt.request, prompt.drawing), part.begin, sequence.caches)
+        self._checkpoints[chunk.request_id] = sequence.checkpoints
+        generation = Generation(prompt.request, prompt.sampling)
+        self._insert_into_generator(generation, chunk.begin, sequence.caches)
 
-    def _generate(self, answer: Generation, begin: int, caches: list[Any]) -> None:
-        """Give a request to mlx-lm.
-
-        Args:
-            begin: how many of its tokens are in `caches`.
-        """
-        tokens, drawing = answer.tokens, answer.drawing
+    def _insert_into_generator(
+        self, generation: Generation, cached_tokens: int, caches: list[Any]
+    ) -> None:
+        tokens, sampling = generation.tokens, generation.sampling
         (uid,) = self._generator.insert(
-            [tokens[begin:]],
-            max_tokens=[answer.left],
+            [tokens[cached_tokens:]],
+            max_tokens=[generation.remaining],
             caches=[caches or make_prompt_cache(self._model)],
-            all_tokens=[tokens[:begin]],
-            samplers=[drawing.choice],
-            logits_processors=[drawing.processors],
-            stop_sequences=[StopSequences([(t,) for t in answer.request.stop_tokens])],
+            all_tokens=[tokens[:cached_tokens]],
+            samplers=[sampling.sampler],
+            logits_processors=[sampling.processors],
+            stop_sequences=[StopSequences([(t,) for t in generation.request.stop_tokens])],
         )
-        self._answers[uid] = answer
+        self._generations[uid] = generation
 
-    def _find(self, request_id: str) -> SequenceCache:
-        alone = self._alone
-        if alone is not None and alone.answer is not None and alone.answer.request.id == request_id:
-            return SequenceCache(alone.caches)
-        for uid, answer in self._answers.items():
-            if answer.request.id == request_id:
+    def _find_sequence(self, name: str) -> SequenceCache:
+        if self._decoder is not None and self._decoder.runs(name):
+            return SequenceCache(self._decoder.caches)
+        for uid, generation in self._generations.items():
+            if generation.request.id == name:
                 caches, _ = self._generator.extract_cache([uid])[uid]
-                return SequenceCache(caches, self._marks[request_id])
-        return super()._find(request_id)
+                return SequenceCache(caches, self._checkpoints[name])
+        return super()._find_sequence(name)
 
-    def _ended(self, event: TokenEvent, caches: list[Any]) -> None:
-        """Keep the cache of an answer that is complete."""
-        marks = self._marks.pop(event.request_id, {})
-        if self._keeping:
+    def decode(self) -> list[TokenEvent]:
+        """See `Batch`."""
+        if self._decoder is not None and self._decoder.generation is not None:
+            caches = self._decoder.caches
+            events = self._decoder.decode()
+            if events[-1].finish is not None:
+                self._on_finished(events[-1].request_id, caches)
+            return events
+        if not self._generations:
+            return []
+        _, responses = self._generator.next()
+        events = []
+        for response in responses:
+            generation = self._generations[response.uid]
+            generation.output.append(response.token)
+            events.append(generation.make_event(response.token, response.finish_reason))
+            if response.finish_reason is not None:
+                del self._generations[response.uid]
+                request_id = generation.request.id
+                self._on_finished(request_id, response.prompt_cache)
+                if self._prefix_cache_enabled:
+                    self._retained[request_id].checkpoint(generation.length)
+            else:
+                self._offer_to_decoder(response.uid, generation)
+        return events
+
+    def _offer_to_decoder(self, uid: int, generation: Generation) -> None:
+        decoder = self._decoder
+        if decoder is None or len(self._generations) != 1:
+            return
+        if decoder.should_take(generation):
+            caches, _ = self._generator.remove([uid], return_prompt_caches=True)[uid]
+            decoder.take(self._generations.pop(uid), caches)
+
+    def _on_finished(self, request_id: str, caches: list[Any]) -> None:
+        checkpoints = self._checkpoints.pop(request_id, {})
+        if self._prefix_cache_enabled:
             with mx.stream(generation_stream):
-                self._kept[event.request_id] = SequenceCache(caches, marks).settle()
+                sequence = SequenceCache(caches, checkpoints).synchronize()
+            self._retained[request_id] = sequence
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
         super().remove(request_id)
-        uids = [uid for uid, known in self._answers.items() if known.request.id == request_id]
+        uids = [uid for uid, g in self._generations.items() if g.request.id == request_id]
         for uid in uids:
             self._generator.remove([uid])
-            del self._answers[uid]
-        alone = self._alone
-        if alone is not None and alone.answer is not None and alone.answer.request.id == request_id:
-            alone.end()
-
-    def next(self) -> list[TokenEvent]:
-        """See `Batch`."""
-        if self._alone is not None and self._alone.answer is not None:
-            caches = self._alone.caches
-            events = self._alone.next()
-            if events[-1].finish is not None:
-                self._ended(events[-1], caches)
-            return events
-        if not self._answers:
-            return []
-        _, responses = self._generator.next()
-        events = []
-        for r in responses:
-            answer = self._answers[r.uid]
-            answer.given.append(r.token)
-            events.append(answer.event(r.token, r.finish_reason))
-            if r.finish_reason is not None:
-                del self._answers[r.uid]
-                self._ended(events[-1], r.prompt_cache)
-                if self._keeping:
-                    self._kept[answer.request.id].mark(answer.length)
-            elif self._alone is not None and len(self._answers) == 1 and self._alone.wants(answer):
-                caches, _ = self._generator.remove([r.uid], return_prompt_caches=True)[r.uid]
-                self._alone.take(self._answers.pop(r.uid), caches)
-        return events
+            del self._generations[uid]
+        if self._decoder is not None and self._decoder.runs(request_id):
+            self._decoder.clear()
 
     def close(self) -> None:
         """See `Batch`."""
         self._prompts.clear()
-        self._kept.clear()
-        self._generator.remove(list(self._answers))
+        self._retained.clear()
+        self._generator.remove(list(self._generations))
         self._generator.close()
-        self._answers.clear()
-        if self._alone is not None:
-            self._alone.end()
+        self._generations.clear()
+        if self._decoder is not None:
+            self._decoder.clear()
 
 
 class SequentialBatch(Batch):
-    """mlx-lm's `generate_step`, one generator per request, each advanced once per step."""
+    """mlx-lm's `generate_step`: one generator per request, each advanced once per step."""
 
     def __init__(self, model: nn.Module, options: EngineOptions) -> None:
         super().__init__(model, options)
-        self._running: dict[str, tuple[PendingPrompt, Iterator[tuple[int, Any]]]] = {}
-        self._given: dict[str, int] = {}
+        self._running: dict[str, tuple[Generation, Iterator[tuple[int, Any]]]] = {}
 
-    def start(self, part: PromptChunk) -> None:
+    def start(self, chunk: PromptChunk) -> None:
         """See `Batch`."""
-        prompt = self._prompts.pop(part.request_id)
-        self._running[part.request_id] = (prompt, self._generate(prompt, part.begin))
-        self._given[part.request_id] = 0
+        prompt = self._prompts.pop(chunk.request_id)
+        generation = Generation(prompt.request, prompt.sampling)
+        tokens = self._generate(prompt, chunk.begin)
+        self._running[chunk.request_id] = (generation, tokens)
 
     def remove(self, request_id: str) -> None:
         """See `Batch`."""
         super().remove(request_id)
         self._running.pop(request_id, None)
-        self._given.pop(request_id, None)
 
-    def next(self) -> list[TokenEvent]:
+    def decode(self) -> list[TokenEvent]:
         """See `Batch`."""
         events: list[TokenEvent] = []
-        for prompt, generator in list(self._running.values()):
-            request = prompt.request
-            token, _ = next(generator)
-            self._given[request.id] += 1
-            finish = None
-            if self._given[request.id] >= request.max_tokens:
-                finish = "length"
-            if token in request.stop_tokens:
-                finish = "stop"
-            events.append(prompt.drawing.event(request.id, token, finish))
-            if finish:
-                self.remove(request.id)
+        for generation, tokens in list(self._running.values()):
+            token, _ = next(tokens)
+            events.append(generation.append(token))
+            if events[-1].finish:
+                self.remove(generation.request.id)
         return events
 
     def _generate(self, prompt: PendingPrompt, begin: int) -> Iterator[tuple[int, Any]]:
         options, request = self._options, prompt.request
-        before = mx.array(request.tokens[:begin], dtype=mx.int32)
+        cached = mx.array(request.tokens[:begin], dtype=mx.int32)
 
-        def behind(processor: LogitsProcessor) -> LogitsProcessor:
-            return lambda tokens, logits: processor(mx.concatenate([before, tokens]), logits)
+        def with_cached_tokens(processor: LogitsProcessor) -> LogitsProcessor:
+            return lambda tokens, logits: processor(mx.concatenate([cached, tokens]), logits)
 
         return generate_step(
             mx.array(request.tokens[begin:]),
             self._model,
             max_tokens=request.max_tokens,
-            sampler=prompt.drawing.choice,
-            logits_processors=[behind(p) for p in prompt.drawing.processors],
+            sampler=prompt.sampling.sampler,
+            logits_processors=[with_cached_tokens(p) for p in prompt.sampling.processors],
             max_kv_size=options.max_kv_size,
             prompt_cache=prompt.sequence.caches if prompt.sequence else None,
             prefill_step_size=options.prefill_chunk_size,

@@ -41,5 +41,5 @@ def estimate_memory(
         bytes_per_value,
     )
     return memory.MemoryEstimate.of_rank(
-        plan, rank, cache_bytes, draft.bytes if draft is not None else 0
+        plan, rank, cache_bytes, draft.total_bytes if draft is not None else 0
     )

@@ -181,7 +181,9 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
     if draft is not None:
         small = None
         if collective.rank == 0:
-            small = draft_model.load(Checkpoint.open(Path(draft.folder)), order["kernels"])
+            small = draft_model.load_draft_model(
+                Checkpoint.open(Path(draft.folder)), order["kernels"]
+            )
         drafter = draft_model.DraftModelProposer(draft, collective, small, plan.spec.vocab_size)
     gc.collect()
     gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
@@ -196,10 +198,10 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
         device += f", {native.describe_kernels()}"
     ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
     # What the draft will keep of the text comes out of what is left for requests.
-    kept = draft.cache if draft is not None and collective.rank == 0 else 0
+    kept = draft.cache_bytes if draft is not None and collective.rank == 0 else 0
     ready["memory_left"] = available_memory() - kept
     if disk is not None:
-        ready |= {"pages": disk.listed, "notices": disk.notices}
+        ready |= {"pages": disk.listing, "notices": disk.notices}
     ready["sums"] = summed
     channel.send({**ready, "footprint": asdict(engine.footprint())})
     while True:
@@ -221,7 +223,7 @@ def _serve(channel: Channel, order: dict[str, Any]) -> None:
                 "number": step.number,
                 "tokens": [list(asdict(e).values()) for e in events],
                 "report": report,
-                "drafts": asdict(engine.take_drafts()),
+                "drafts": asdict(engine.take_draft_stats()),
             }
         )
 

@@ -1,13 +1,13 @@
-"""A rank's pages on disk: parts of prompts' caches, which outlive the program.
+"""The prefix cache on disk: one rank's pages, which survive a restart.
 
 Owns: the files of one rank, their names, checksums and permissions, and the thread that writes,
-reads and removes them, so that no step waits for a disk.
-Does not know: MLX, what is in a page, which pages are wanted (the front says so).
-Invariant: a file that has its name is whole (it is written beside it first); nothing is used that
-has another checksum than its name says, or was written by another group; only files whose names are
-of our form, in folders whose names are, are ever removed; what fails is a notice, not an error.
-They hold what people wrote: files are 0600, folders 0700.
-Next: `cache.py` makes and reads what is in them; `pages.py` is the front's index.
+verifies and removes them, so that no step waits for a disk.
+Does not know: MLX, the content of a page, which pages are wanted (`scheduler/disk_index.py`).
+Invariant: a file with a page's name is complete (it is written under another name first); a page is
+used only if it matches the checksum in its name and was written by the same group; only files and
+folders with names of this form are ever removed; failures are notices, not errors. Pages contain
+prompts: files have mode 0600, folders 0700.
+Next: `kv_cache.py` makes and reads the content.
 """
 
 from __future__ import annotations
@@ -33,149 +33,152 @@ from typing import Any, BinaryIO
 
 from ...core.step import Page, PageLoad
 
-FORMAT = 1  # of pages and their names; others are not looked at
-SPARED = 10**9  # bytes of the disk that are left to others
-SAMPLE = 1 << 16  # bytes at three places of a file of weights, which tell it from others
-HALF_WRITTEN_S = 3600.0  # after which a file that has no name yet was left by who ended
-ENDING_S = 1.0  # for what is still to be written when the rank ends
-MAX_HEADER = 1 << 26
+FORMAT = 1  # of pages and their names
+MIN_FREE_BYTES = 10**9  # left on the disk for others
+SAMPLE_BYTES = 1 << 16  # read at three places of each file of weights, for the fingerprint
+STALE_AFTER_S = 3600.0  # then an unfinished file is removed: its writer has ended
+CLOSE_S = 1.0  # for pending writes at the end
+MAX_HEADER_BYTES = 1 << 26
+CHECKSUM_DIGITS = 32
 
-_NAME = re.compile(  # key, parent, begin, end, checksum
+_PAGE_NAME = re.compile(  # key, parent, begin, end, checksum
     r"([0-9a-f]{24})-([0-9a-f]{24}|)-(\d{1,9})-(\d{1,9})-([0-9a-f]{32})\.safetensors"
 )
-_GROUP, _RANK = re.compile(r"[0-9a-f]{32}"), re.compile(r"rank-\d+")
+_UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{24}\.[0-9a-f]{8}")
+_GROUP_NAME, _RANK_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"rank-\d+")
 
-Say = Callable[[dict[str, Any]], None]
-"""Called by the thread with what has become of pages, as `Pages.heard` takes it, and "notices"."""
+OnReport = Callable[[dict[str, Any]], None]
+"""Called by the thread with a report for `DiskIndex.on_report`, and "notices"."""
 
 
-def fingerprint(model: Path, facts: Mapping[str, Any]) -> str:
-    """What has to be the same for a cache to be the same.
+def fingerprint(model: Path, settings: Mapping[str, Any]) -> str:
+    """A digest of all that decides what is in a cache.
 
     Args:
-        model: the checkpoint's folder; of weights the sizes and times, and some bytes.
-        facts: whatever else; JSON.
+        model: the checkpoint's folder. Of its weights: sizes, times, and some bytes.
+        settings: all else, as JSON.
     """
-    seen = hashlib.sha256(json.dumps([FORMAT, facts], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
     for path in (model / "config.json", *sorted(model.glob("model*.safetensors"))):
-        found = path.stat()
-        seen.update(f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+        info = path.stat()
+        digest.update(f"{path.name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
         with path.open("rb") as file:
-            for at in (0, found.st_size // 2, max(0, found.st_size - SAMPLE)):
-                file.seek(at)
-                seen.update(file.read(SAMPLE))
-    return seen.hexdigest()[:32]
+            for offset in (0, info.st_size // 2, max(0, info.st_size - SAMPLE_BYTES)):
+                file.seek(offset)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 class PageStore:
     """The pages of one rank.
 
     Args:
-        home: the folder of all groups' pages.
+        home: folder of all groups.
         group: its `fingerprint`.
         rank: whose pages these are.
-        budget: bytes that they and those of other groups may take; what this group has the
-            front keeps within it, others go for it.
-        say: see `Say`.
+        budget_bytes: for these pages and those of other groups. The scheduler keeps this group
+            within it; other groups' pages are removed to make room.
+        on_report: see `OnReport`.
     """
 
-    def __init__(self, home: Path, group: str, rank: int, budget: int, say: Say) -> None:
-        self._home, self._group, self._budget, self._say = home, home / group, budget, say
-        self._folder = self._group / f"rank-{rank}"
-        self._mark = f"{group}/rank-{rank}"
+    def __init__(
+        self, home: Path, group: str, rank: int, budget_bytes: int, on_report: OnReport
+    ) -> None:
+        self._home, self._group_folder = home, home / group
+        self._folder = self._group_folder / f"rank-{rank}"
+        self._owner = f"{group}/rank-{rank}"
+        self._budget_bytes, self._on_report = budget_bytes, on_report
         self._paths: dict[str, Path] = {}
         self._sizes: dict[str, int] = {}
-        self._others: list[tuple[float, int, Path]] = []  # when used, bytes: newest first
+        self._others: list[tuple[float, int, Path]] = []  # last use, bytes; newest first
         self._full = False
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.notices: list[str] = []
-        self.listed: list[tuple[str, str, int, int, int]] | None = None
+        self.listing: list[tuple[str, str, int, int, int]] | None = None
         try:
-            listed, self._others = self._list(), self._list_others()
-            self.listed = listed
+            listing, self._others = self._list_pages(), self._list_other_groups()
+            self.listing = listing
         except OSError as error:
-            self.notices.append(f"{self._home}: {_why(error)}: no prompts are kept there")
-        self._thread = threading.Thread(target=self._run, name="disk", daemon=True)
+            self.notices.append(
+                f"prefix cache on disk is disabled: {self._home}: {_describe(error)}"
+            )
+        self._thread = threading.Thread(target=self._run, name="page-store", daemon=True)
         self._thread.start()
 
     @property
-    def about(self) -> dict[str, str]:
-        """What goes with every page's content."""
-        return {"mark": self._mark}
+    def metadata(self) -> dict[str, str]:
+        """To be saved with every page."""
+        return {"mark": self._owner}
 
     def path(self, page: Page) -> Path:
-        """The file of a page that was sought and found."""
+        """The file of a page that was verified."""
         return self._paths[page.key]
 
     def write(self, page: Page, content: io.BytesIO) -> None:
-        """Write a page; says when it is done."""
+        """Write a page in the background; the result is reported."""
         self._jobs.put(partial(self._write, page, content))
 
-    def seek(self, load: PageLoad) -> None:
-        """Read pages and check them; says what is wrong."""
-        self._jobs.put(partial(self._seek, load))
+    def check(self, load: PageLoad) -> None:
+        """Verify pages in the background; the result is reported."""
+        self._jobs.put(partial(self._check, load))
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Remove pages; those that are not there are ignored."""
+        """Remove pages in the background; unknown keys are ignored."""
         for key in keys:
             self._jobs.put(partial(self._remove, key))
 
     def close(self) -> None:
-        """Write what there is to write, if that takes but a moment."""
+        """Wait `CLOSE_S` for pending writes."""
         self._jobs.put(None)
-        self._thread.join(ENDING_S)
+        self._thread.join(CLOSE_S)
 
-    # At the beginning
+    # At start
 
-    def _list(self) -> list[tuple[str, str, int, int, int]]:
-        """What is there, longest unused first."""
+    def _list_pages(self) -> list[tuple[str, str, int, int, int]]:
+        """The pages of this rank, longest unused first."""
         if not self._folder.exists():
             return []
-        self._check_private()
-        there: list[tuple[float, Path, os.stat_result]] = []
+        self._require_private()
+        files: list[tuple[float, Path, os.stat_result]] = []
         for path in self._folder.iterdir():
-            with suppress(FileNotFoundError):  # another program of this group has just removed it
-                about = path.lstat()
-                there.append((about.st_mtime, path, about))
-        found: dict[str, tuple[str, str, int, int, int]] = {}
-        for used, path, about in sorted(there):
-            name = _NAME.fullmatch(path.name)
-            if name is not None and stat.S_ISREG(about.st_mode):
+            with suppress(FileNotFoundError):  # just removed by another program of this group
+                info = path.lstat()
+                files.append((info.st_mtime, path, info))
+        rows: dict[str, tuple[str, str, int, int, int]] = {}
+        for last_use, path, info in sorted(files):
+            name = _PAGE_NAME.fullmatch(path.name)
+            if name is not None and stat.S_ISREG(info.st_mode):
                 key, parent, begin, end = name[1], name[2], int(name[3]), int(name[4])
-                if key in found:
+                if key in rows:
                     self._remove(key)
-                    del found[key]  # it moves to the end
-                self._paths[key], self._sizes[key] = path, about.st_size
-                found[key] = (key, parent, begin, end, self._sizes[key])
-            elif _unfinished(path.name):
-                if time.time() - used > HALF_WRITTEN_S:
+                    del rows[key]  # it moves to the end
+                self._paths[key], self._sizes[key] = path, info.st_size
+                rows[key] = (key, parent, begin, end, self._sizes[key])
+            elif _UNFINISHED_NAME.fullmatch(path.name):
+                if time.time() - last_use > STALE_AFTER_S:
                     path.unlink(missing_ok=True)
             else:
-                self.notices.append(f"{path} is not of this program: ignored")
-        return list(found.values())
+                self.notices.append(f"{path} is not a file of the prefix cache: ignored")
+        return list(rows.values())
 
-    def _check_private(self) -> None:
-        """What others can write is not believed, and what others can read is not used.
+    def _require_private(self) -> None:
+        """Raises PermissionError if other users can read or write the folders."""
+        for folder in (self._group_folder, self._folder):
+            info = folder.stat()
+            if info.st_uid != os.getuid() or info.st_mode & 0o077:
+                raise PermissionError(errno.EPERM, f"other users can access {folder}")
 
-        Raises:
-            PermissionError: says which folder.
-        """
-        for folder in (self._group, self._folder):
-            about = folder.stat()
-            if about.st_uid != os.getuid() or about.st_mode & 0o077:
-                raise PermissionError(errno.EPERM, f"{folder} is not this user's alone")
-
-    def _list_others(self) -> list[tuple[float, int, Path]]:
-        """Other groups' pages: of other models, or dealt in other ways."""
-        found = []
+    def _list_other_groups(self) -> list[tuple[float, int, Path]]:
+        """Pages of other models or plans."""
+        pages = []
         for path in self._home.glob("*/*/*.safetensors"):
-            folder = path.parent
-            ours = _GROUP.fullmatch(folder.parent.name) and _RANK.fullmatch(folder.name)
-            if ours and _NAME.fullmatch(path.name) and folder.parent != self._group:
-                with suppress(FileNotFoundError):  # its own group has just removed it
-                    about = path.lstat()
-                    found.append((about.st_mtime, about.st_size, path))
-        return sorted(found, reverse=True)
+            rank, group = path.parent, path.parent.parent
+            valid = _GROUP_NAME.fullmatch(group.name) and _RANK_NAME.fullmatch(rank.name)
+            if valid and _PAGE_NAME.fullmatch(path.name) and group != self._group_folder:
+                with suppress(FileNotFoundError):  # just removed by its own group
+                    info = path.lstat()
+                    pages.append((info.st_mtime, info.st_size, path))
+        return sorted(pages, reverse=True)
 
     # In the thread
 
@@ -186,102 +189,109 @@ class PageStore:
     def _write(self, page: Page, content: io.BytesIO) -> None:
         data = content.getbuffer()
         try:
-            if self._full:
-                raise OSError(errno.ENOSPC, "there was no room before")
-            for folder in (self._home, self._group, self._folder):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._check_private()
-            self._make_room(len(data))
-            if shutil.disk_usage(self._folder).free < SPARED + len(data):
-                raise OSError(errno.ENOSPC, f"less than {SPARED / 1e9:g} GB would be left")
-            name = f"{page.key}-{page.parent}-{page.begin}-{page.end}-"
-            seen = hashlib.sha256(name.encode())
-            seen.update(data)
-            name += f"{seen.hexdigest()[:32]}.safetensors"
-            beside = self._folder / f".{page.key}.{secrets.token_hex(4)}"
-            try:
-                opened = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(opened, "wb") as file:
-                    file.write(data)
-                beside.replace(self._folder / name)
-            except BaseException:
-                beside.unlink(missing_ok=True)
-                raise
+            path = self._write_file(page, data)
         except OSError as error:
-            said: dict[str, Any] = {"failed": page.key}
+            report: dict[str, Any] = {"failed": page.key}
             if not self._full:
-                why = f"{self._folder}: {_why(error)}: no more prompts are kept there"
-                said["notices"] = [why]
+                report["notices"] = [
+                    f"prefix cache: no more pages are written to disk: {self._folder}: "
+                    f"{_describe(error)}"
+                ]
             self._full = True
-            self._say(said)
+            self._on_report(report)
             return
-        self._paths[page.key], self._sizes[page.key] = self._folder / name, len(data)
-        self._say({"written": [page.key, len(data)]})
+        self._paths[page.key], self._sizes[page.key] = path, len(data)
+        self._on_report({"written": [page.key, len(data)]})
 
-    def _make_room(self, size: int) -> None:
-        """Let other groups' pages go for one that is written, longest unused first."""
-        total = sum(self._sizes.values()) + sum(other[1] for other in self._others) + size
-        while total > self._budget and self._others:
-            _, freed, path = self._others.pop()
+    def _write_file(self, page: Page, data: memoryview) -> Path:
+        if self._full:
+            raise OSError(errno.ENOSPC, "an earlier write failed")
+        for folder in (self._home, self._group_folder, self._folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._require_private()
+        self._evict_other_groups(len(data))
+        if shutil.disk_usage(self._folder).free < MIN_FREE_BYTES + len(data):
+            raise OSError(errno.ENOSPC, f"less than {MIN_FREE_BYTES / 1e9:g} GB would be left")
+        name = f"{page.key}-{page.parent}-{page.begin}-{page.end}-"
+        digest = hashlib.sha256(name.encode())
+        digest.update(data)
+        path = self._folder / f"{name}{digest.hexdigest()[:CHECKSUM_DIGITS]}.safetensors"
+        unfinished = self._folder / f".{page.key}.{secrets.token_hex(4)}"
+        try:
+            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        return path
+
+    def _evict_other_groups(self, new_bytes: int) -> None:
+        """Remove the longest unused pages of other groups until `new_bytes` more fit."""
+        total = sum(self._sizes.values()) + sum(size for _, size, _ in self._others) + new_bytes
+        while total > self._budget_bytes and self._others:
+            _, size, path = self._others.pop()
             path.unlink(missing_ok=True)
-            total -= freed
-            with suppress(OSError):  # it has others
+            total -= size
+            with suppress(OSError):  # not empty
                 path.parent.rmdir()
                 path.parent.parent.rmdir()
 
-    def _seek(self, load: PageLoad) -> None:
-        wrong: dict[str, str] = {}
+    def _check(self, load: PageLoad) -> None:
+        unreadable: dict[str, str] = {}
         for page in load.pages:
-            why = self._check(page)
-            if why is not None:
-                wrong[page.key] = why
-        self._say({"checked": [load.name, list(wrong)], "notices": list(wrong.values())})
+            reason = self._find_damage(page)
+            if reason is not None:
+                unreadable[page.key] = reason
+        self._on_report(
+            {"checked": [load.name, list(unreadable)], "notices": list(unreadable.values())}
+        )
 
-    def _check(self, page: Page) -> str | None:
-        """What is wrong with a page, as a notice."""
+    def _find_damage(self, page: Page) -> str | None:
+        """Why a page cannot be used, as a notice."""
         path = self._paths.get(page.key)
         if path is None:
-            return f"a page of {self._folder} is not there any more: it is computed again"
-        name = _NAME.fullmatch(path.name)
+            return f"a page of {self._folder} no longer exists: it is computed again"
+        name = _PAGE_NAME.fullmatch(path.name)
         assert name is not None, "only such files are listed"
-        said = path.name[: name.start(5)]  # the checksum is of that too
+        prefix = path.name[: name.start(5)]  # part of the checksum
         try:
             with path.open("rb") as file:
-                seen = hashlib.file_digest(file, partial(hashlib.sha256, said.encode()))
-                if seen.hexdigest()[:32] != name[5]:
+                digest = hashlib.file_digest(file, partial(hashlib.sha256, prefix.encode()))
+                if digest.hexdigest()[:CHECKSUM_DIGITS] != name[5]:
                     self._remove(page.key)
-                    return f"{path} is damaged: it was removed, and is computed again"
-                if _mark(file) != self._mark:
-                    del self._paths[page.key], self._sizes[page.key]
-                    return f"{path} is of another model or group: ignored"
+                    return f"{path} is damaged: it was removed and is computed again"
+                if _read_owner(file) != self._owner:
+                    self._forget(page.key)
+                    return f"{path} belongs to another model or group: ignored"
             os.utime(path)
         except OSError as error:
-            del self._paths[page.key], self._sizes[page.key]
-            return f"{path}: {_why(error)}: it is computed again"
+            self._forget(page.key)
+            return f"{path}: {_describe(error)}: it is computed again"
         return None
 
-    def _remove(self, key: str) -> None:
-        path = self._paths.pop(key, None)
+    def _forget(self, key: str) -> Path | None:
         self._sizes.pop(key, None)
+        return self._paths.pop(key, None)
+
+    def _remove(self, key: str) -> None:
+        path = self._forget(key)
         if path is not None:
             with suppress(OSError):
                 path.unlink()
 
 
-def _mark(file: BinaryIO) -> str | None:
-    """Whose a page is, by its header (mlx-lm numbers what goes with a cache: ours is 0)."""
+def _read_owner(file: BinaryIO) -> str | None:
+    """The owner in a page's header; mlx-lm stores the metadata of a cache as item 0."""
     file.seek(0)
     try:
         (length,) = struct.unpack("<Q", file.read(8))
-        mark = json.loads(file.read(min(length, MAX_HEADER)))["__metadata__"]["0.mark"]
+        header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        return str(header["__metadata__"]["0.mark"])
     except (struct.error, ValueError, KeyError, TypeError):
         return None
-    return str(mark)
 
 
-def _unfinished(name: str) -> bool:
-    return re.fullmatch(r"\.[0-9a-f]{24}\.[0-9a-f]{8}", name) is not None
-
-
-def _why(error: OSError) -> str:
+def _describe(error: OSError) -> str:
     return error.strerror or str(error)

@@ -1,12 +1,12 @@
-"""Caches of keys, values and states: what they take, and their beginnings, used again.
+"""The KV caches of one sequence: their size, their prefixes, their form on disk.
 
-Owns: `footprint`, the bytes of a model's caches by length; `Sequence`, the caches of one sequence,
-which can be cut where it was marked, or anywhere, and written in pages and read again, in the form
-of mlx-lm's own files of caches.
-Does not know: requests, steps, ranks. Which caches are kept, and how much of which is used, is the
-front's to say (`prefixes.py`).
-Invariant: nothing is computed by the model here; a cut shares no array that is written in place.
-Next: `batches.py`, which fills them.
+Owns: `measure_footprint`, the bytes of a model's caches by length; `SequenceCache`, the caches of
+one sequence, which can be truncated at checkpoints, or anywhere, and written in pages in the format
+of mlx-lm's prompt cache files.
+Does not know: requests, steps, ranks, which caches are kept (`scheduler/prefix_index.py`).
+Invariant: the model computes nothing here; a truncated cache shares no array that is written in
+place.
+Next: `engine/batch.py`, which fills the caches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from mlx_lm.models.cache import (
 from ...errors import InputError
 from ...scheduler.prefix_index import CacheFootprint
 
-OPEN = 32  # files that are read at once
-EXACT = (RotatingKVCache, ChunkedKVCache, ArraysCache)  # cannot be cut: they forget
+MAX_OPEN_FILES = 32
+NOT_TRUNCATABLE = (RotatingKVCache, ChunkedKVCache, ArraysCache)  # they overwrite old positions
 
 
 @dataclass
@@ -45,105 +45,120 @@ class SequenceCache:
     """The caches of one sequence.
 
     Args:
-        caches: one for each layer.
-        marks: those of `EXACT` kinds as they were at some positions, in the order of `leaves`.
+        caches: one per layer.
+        checkpoints: position -> copies of the `NOT_TRUNCATABLE` caches at that position, in the
+            order of `flatten_caches`.
     """
 
     caches: list[Any]
-    marks: dict[int, list[Any]] = field(default_factory=dict)
+    checkpoints: dict[int, list[Any]] = field(default_factory=dict)
 
-    def mark(self, position: int) -> None:
-        """Keep what cannot be cut, as it is now."""
-        self.marks[position] = [_copy(c) for c in leaves(self.caches) if isinstance(c, EXACT)]
+    def checkpoint(self, position: int) -> None:
+        """Copy what cannot be truncated, as it is now."""
+        self.checkpoints[position] = _copy_not_truncatable(self.caches)
 
-    def cut(self, tokens: int) -> SequenceCache:
-        """The first tokens' caches, for another sequence to go on with.
-
-        Args:
-            tokens: at most as many as there are; with `EXACT` kinds a position with a mark.
-        """
-        marks = {p: m for p, m in self.marks.items() if p <= tokens}
-        kept = iter(marks.get(tokens, ()))
-
-        def beginning(cache: Any) -> Any:
-            if isinstance(cache, CacheList):
-                return CacheList(*(beginning(c) for c in cache.caches))
-            if isinstance(cache, EXACT):
-                return _copy(next(kept))
-            part = copy.copy(cache)
-            if cache.keys is not None:
-                part.keys, part.values = tree_map(
-                    lambda a: a[..., :tokens, :], (cache.keys, cache.values)
-                )
-                part.offset = tokens
-            return part
-
-        return SequenceCache([beginning(c) for c in self.caches], marks)
-
-    def page(self, begin: int, end: int, about: Mapping[str, str]) -> io.BytesIO:
-        """A file's content: what these positions added to the caches.
+    def truncate(self, tokens: int) -> SequenceCache:
+        """A copy with only the first tokens; this one is left unchanged.
 
         Args:
-            begin, end: positions; with `EXACT` kinds there is a mark at `end`.
-            about: goes with it.
+            tokens: at most as many as there are; a checkpoint, if there are `NOT_TRUNCATABLE`
+                caches.
         """
-        kept = iter(self.marks.get(end, ()))
+        checkpoints = {p: copies for p, copies in self.checkpoints.items() if p <= tokens}
+        copies = (_copy(c) for c in checkpoints.get(tokens, ()))
+        caches = _slice_caches(self.caches, copies, 0, tokens, lambda a: a)
+        return SequenceCache(caches, checkpoints)
 
-        def part(cache: Any) -> Any:
-            if isinstance(cache, CacheList):
-                return CacheList(*(part(c) for c in cache.caches))
-            if isinstance(cache, EXACT):
-                return next(kept)
-            piece = copy.copy(cache)
-            if cache.keys is not None:
-                piece.keys, piece.values = tree_map(
-                    lambda a: mx.contiguous(a[..., begin:end, :]), (cache.keys, cache.values)
-                )
-                piece.offset = end - begin
-            return piece
+    def to_page(self, begin: int, end: int, metadata: Mapping[str, str]) -> io.BytesIO:
+        """A file's content with what the positions [begin, end) added to the caches.
 
+        Args:
+            begin, end: `end` is a checkpoint, if there are `NOT_TRUNCATABLE` caches.
+            metadata: saved in the file's header.
+        """
+        copies = iter(self.checkpoints.get(end, ()))
+        caches = _slice_caches(self.caches, copies, begin, end, mx.contiguous)
         content = io.BytesIO()
-        parts = [part(c) for c in self.caches]
-        save_prompt_cache(content, parts, dict(about))  # type: ignore[arg-type]  # or any file
+        save_prompt_cache(content, caches, dict(metadata))  # type: ignore[arg-type]  # or any file
         return content
 
     @classmethod
-    def read(cls, pages: Iterable[tuple[int, Path]]) -> SequenceCache:
-        """Caches of pages that follow one another.
+    def from_pages(cls, pages: Iterable[tuple[int, Path]]) -> SequenceCache:
+        """Read contiguous pages.
 
         Args:
-            pages: where each ends, and its file.
+            pages: the end and the file of each.
         """
-
-        def whole(parts: tuple[Any, ...]) -> Any:
-            last = parts[-1]
-            if isinstance(last, CacheList):
-                lists = (p.caches for p in parts)
-                return CacheList(*(whole(inner) for inner in zip(*lists, strict=True)))
-            if not isinstance(last, EXACT) and last.keys is not None:
-                last.keys = mx.concatenate([p.keys for p in parts], axis=-2)
-                last.values = mx.concatenate([p.values for p in parts], axis=-2)
-                last.offset = sum(p.offset for p in parts)
-            return last
-
-        each: list[list[Any]] = []
-        marks = {}
+        loaded: list[list[Any]] = []
+        checkpoints = {}
         for end, path in pages:
-            each.append(load_prompt_cache(str(path)))
-            if len(each) % OPEN == 0 or any(isinstance(c, EXACT) for c in leaves(each[-1])):
-                mx.eval([c.state for caches in each[-OPEN:] for c in caches])
-            if exact := [_copy(c) for c in leaves(each[-1]) if isinstance(c, EXACT)]:
-                marks[end] = exact
-        return cls([whole(parts) for parts in zip(*each, strict=True)], marks).settle()
+            loaded.append(load_prompt_cache(str(path)))
+            exact = any(isinstance(c, NOT_TRUNCATABLE) for c in flatten_caches(loaded[-1]))
+            if exact or len(loaded) % MAX_OPEN_FILES == 0:
+                mx.eval([c.state for caches in loaded[-MAX_OPEN_FILES:] for c in caches])
+            if exact:
+                checkpoints[end] = _copy_not_truncatable(loaded[-1])
+        caches = [_concatenate(parts) for parts in zip(*loaded, strict=True)]
+        return cls(caches, checkpoints).synchronize()
 
-    def settle(self) -> SequenceCache:
-        """Compute what it refers to, so that it holds no other sequence's arrays."""
+    def synchronize(self) -> SequenceCache:
+        """Compute all arrays, so that they no longer refer to another sequence's."""
         mx.eval([c.state for c in self.caches])
         return self
 
 
+def flatten_caches(caches: list[Any]) -> Iterator[Any]:
+    """The caches, those inside lists in their places."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from flatten_caches(list(cache.caches))
+        else:
+            yield cache
+
+
+def _slice_caches(
+    caches: list[Any],
+    copies: Iterator[Any],
+    begin: int,
+    end: int,
+    convert: Callable[[mx.array], mx.array],
+) -> list[Any]:
+    """Positions [begin, end) of each cache; `copies` replace those that cannot be truncated."""
+
+    def slice_cache(cache: Any) -> Any:
+        if isinstance(cache, CacheList):
+            return CacheList(*(slice_cache(c) for c in cache.caches))
+        if isinstance(cache, NOT_TRUNCATABLE):
+            return next(copies)
+        piece = copy.copy(cache)
+        if cache.keys is not None:
+            piece.keys, piece.values = tree_map(
+                lambda a: convert(a[..., begin:end, :]), (cache.keys, cache.values)
+            )
+            piece.offset = end - begin
+        return piece
+
+    return [slice_cache(c) for c in caches]
+
+
+def _concatenate(parts: tuple[Any, ...]) -> Any:
+    last = parts[-1]
+    if isinstance(last, CacheList):
+        inner = zip(*(p.caches for p in parts), strict=True)
+        return CacheList(*(_concatenate(pieces) for pieces in inner))
+    if not isinstance(last, NOT_TRUNCATABLE) and last.keys is not None:
+        last.keys = mx.concatenate([p.keys for p in parts], axis=-2)
+        last.values = mx.concatenate([p.values for p in parts], axis=-2)
+        last.offset = sum(p.offset for p in parts)
+    return last
+
+
+def _copy_not_truncatable(caches: list[Any]) -> list[Any]:
+    return [_copy(c) for c in flatten_caches(caches) if isinstance(c, NOT_TRUNCATABLE)]
+
+
 def _copy(cache: Any) -> Any:
-    """A cache whose arrays are other objects: writing into one leaves the other as it is."""
+    """A cache with array objects of its own: writing into one leaves the other unchanged."""
     other = copy.copy(cache)
     if isinstance(cache, ArraysCache):
         other.cache = [None if a is None else a[...] for a in cache.cache]
@@ -152,32 +167,23 @@ def _copy(cache: Any) -> Any:
     return other
 
 
-def leaves(caches: list[Any]) -> Iterator[Any]:
-    """The caches, those of lists in their places."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from leaves(list(cache.caches))
-        else:
-            yield cache
-
-
-def footprint(
+def measure_footprint(
     model: nn.Module,
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     *,
-    keeps: bool = False,
+    reusable: bool = False,
 ) -> CacheFootprint:
     """What a sequence's caches take on this rank.
 
     Args:
-        model: loaded; it is shown one token, of which nothing is computed.
-        max_kv_size, kv_bits, kv_group_size: as `engine.Options`.
-        keeps: see `Footprint`.
+        model: loaded; it is called with one token, lazily.
+        max_kv_size, kv_bits, kv_group_size: see `EngineOptions`.
+        reusable: see `CacheFootprint`.
 
     Raises:
-        InputError: its cache cannot be quantised as asked.
+        InputError: the cache cannot be quantised in this way.
     """
     caches = make_prompt_cache(model, max_kv_size)
     model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
@@ -185,20 +191,20 @@ def footprint(
         maybe_quantize_kv_cache(caches, 0, kv_group_size, kv_bits)
     except (ValueError, NotImplementedError) as error:
         raise InputError(
-            f"kv_bits: this model's cache cannot be quantised to {kv_bits} bits in "
-            f"groups of {kv_group_size}: {error}",
+            f"kv_bits: this model's KV cache cannot be quantised to {kv_bits} bits in groups of "
+            f"{kv_group_size}: {error}",
             "kv_bits",
         ) from error
-    per_token = fixed = 0
+    bytes_per_token = fixed_bytes = 0
     windows: Counter[int] = Counter()
-    exact = False
-    for cache in leaves(caches):
-        exact |= isinstance(cache, EXACT)
+    needs_checkpoints = False
+    for cache in flatten_caches(caches):
+        needs_checkpoints |= isinstance(cache, NOT_TRUNCATABLE)
         if isinstance(cache, ArraysCache):
-            fixed += cache.nbytes
+            fixed_bytes += cache.nbytes
             continue
         if cache.keys is None:
-            continue  # of a layer that uses none
+            continue  # a layer without a cache
         arrays = (cache.keys, cache.values)
         size = tree_reduce(lambda total, a: total + a.nbytes // a.shape[2], arrays, 0)
         if isinstance(cache, RotatingKVCache):
@@ -206,30 +212,24 @@ def footprint(
         elif isinstance(cache, ChunkedKVCache):
             windows[cache.chunk_size] += size
         else:
-            per_token += size
-    return CacheFootprint(per_token, fixed, tuple(sorted(windows.items())), exact, keeps)
+            bytes_per_token += size
+    return CacheFootprint(
+        bytes_per_token, fixed_bytes, tuple(sorted(windows.items())), needs_checkpoints, reusable
+    )
 
 
-def can_go_back(model: nn.Module) -> bool:
-    """Whether this model's caches can forget their last tokens at any time.
+def can_trim(model: nn.Module) -> bool:
+    """Whether this model's caches can drop their last tokens at any time.
 
-    A state has no last token, and a cache that rotates has overwritten what it would return to.
+    A state-space layer keeps no single tokens, and a rotating cache has overwritten older ones.
     """
-
-    def plain(cache: Any) -> bool:
-        inner = getattr(cache, "caches", None)
-        if inner is not None:
-            return all(map(plain, inner))
-        return bool(cache.is_trimmable()) and not hasattr(cache, "max_size")
-
-    return all(map(plain, make_prompt_cache(model)))
+    return _all_caches(model, lambda c: bool(c.is_trimmable()) and not hasattr(c, "max_size"))
 
 
 def can_merge(model: nn.Module) -> bool:
     """Whether mlx-lm can merge this model's caches into a batch."""
+    return _all_caches(model, lambda c: hasattr(c, "merge"))
 
-    def merges(cache: Any) -> bool:
-        inner = getattr(cache, "caches", None)
-        return all(map(merges, inner)) if inner is not None else hasattr(cache, "merge")
 
-    return all(map(merges, make_prompt_cache(model)))
+def _all_caches(model: nn.Module, condition: Callable[[Any], bool]) -> bool:
+    return all(map(condition, flatten_caches(make_prompt_cache(model))))

@@ -1,1 +1,1 @@
-"""Choosing the next token."""
+"""From logits to tokens: samplers, logits processors and grammars."""

@@ -1,13 +1,13 @@
-"""From logits to a token: what mlx-lm's batched generation calls for each request.
+"""From logits to a token: the samplers and logits processors of each request.
 
-Owns: `Choice`, the sampler; `Probe`, which keeps what log-probabilities are made of; the logits
-processors; `Drawing`, all of them for one request.
+Owns: `Sampler`; `LogprobRecorder`, which keeps logits for log-probabilities; `GrammarProcessor`;
+`SamplingState`, all of these for one request.
 Does not know: other requests, the model.
-Invariant: what a sampler returns is rank 0's choice on every rank, shared inside the graph, so
-chips that round differently cannot drift apart. With a seed the choices depend on the seed and on
-the position in the answer only: not on the number of ranks, on other requests, on how many
-positions are computed at once, or on whether the answer was begun by another group.
-Next: `grammar.py`, which tokens may follow; `batches.py`, which calls all this.
+Invariant: a sampler returns rank 0's token on every rank, sent inside the graph, so ranks that
+round differently cannot diverge. With a seed, tokens depend only on the seed and the position in
+the output: not on the number of ranks, other requests, how many positions are computed at once, or
+a restart of the group.
+Next: `grammar.py`; `engine/batch.py`, which hands samplers and processors to mlx-lm.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ...core.request import Request, Sampling, TokenEvent
 from ...errors import InputError
 from .grammar import Matcher, Vocabulary
 
-LEAST = -9999.0  # JSON has no infinity; OpenAI says this of what was as good as impossible
+MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI reports this for impossible tokens
 
 
 class Sampler:
@@ -42,8 +42,8 @@ class Sampler:
     Args:
         collective: the ranks that must agree.
         sampling: the request's parameters.
-        seed: what to draw with; the same on every rank.
-        position: of the next token in the answer. Calling the sampler moves it on.
+        seed: the same on every rank.
+        position: of the next token in the output; calling the sampler advances it.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Sampler:
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Log-probabilities [rows, vocabulary] -> token ids [rows], the same on every rank."""
-        chosen = self._collective.broadcast_from(0, self.draw(logprobs, self.position))
+        tokens = self._collective.broadcast_from(0, self.sample(logprobs, self.position))
         self.position += logprobs.shape[0]
-        return chosen
+        return tokens
 
-    def draw(self, logprobs: mx.array, position: int) -> mx.array:
-        """This rank's own choice: [rows, vocabulary] -> [rows].
+    def sample(self, logprobs: mx.array, position: int) -> mx.array:
+        """This rank's own tokens: [rows, vocabulary] -> [rows].
 
         Args:
             position: of the first row; the others follow it.
@@ -75,51 +75,52 @@ class Sampler:
             logprobs = apply_top_k(logprobs, sampling.top_k)
         scaled = logprobs / sampling.temperature
         rows = [
-            mx.random.categorical(scaled[i : i + 1], key=self._key(position + i))
+            mx.random.categorical(scaled[i : i + 1], key=self._random_key(position + i))
             for i in range(logprobs.shape[0])
         ]
         return rows[0] if len(rows) == 1 else mx.concatenate(rows)
 
-    def _key(self, position: int) -> mx.array:
+    def _random_key(self, position: int) -> mx.array:
         digest = blake2b(f"{self._seed} {position}".encode(), digest_size=8).digest()
         return mx.random.key(int.from_bytes(digest, "little"))
 
 
 class LogprobRecorder:
-    """Keeps a request's logits, before any penalty, bias or mask, until their token is given.
+    """A logits processor that keeps the logits, before penalties, biases and masks, of each token.
 
     Args:
-        top: how many alternatives to report.
+        top: number of alternatives to report.
     """
 
     def __init__(self, top: int) -> None:
         self._top = top
-        self._kept: deque[mx.array] = deque()
+        self._rows: deque[mx.array] = deque()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:  # noqa: ARG002
-        """As a logits processor: changes nothing."""
+        """Records the logits and returns them unchanged."""
         row = logits.astype(mx.float32)
-        mx.async_eval(row)  # else it would be computed behind the next token, and wait for it
-        self._kept.append(row)
+        mx.async_eval(row)  # else it would be computed after the next token, and wait for it
+        self._rows.append(row)
         return logits
 
     def take(self, token: int) -> tuple[float, tuple[tuple[int, float], ...]]:
         """The log-probability of the next token, and the most probable ids with theirs."""
-        logits = np.asarray(self._kept.popleft())[0].astype(np.float64)
+        logits = np.asarray(self._rows.popleft())[0].astype(np.float64)
         best = logits.max()
-        logprobs = np.maximum(logits - (best + np.log(np.exp(logits - best).sum())), LEAST)
+        normalizer = best + np.log(np.exp(logits - best).sum())
+        logprobs = np.maximum(logits - normalizer, MIN_LOGPROB)
         count = min(self._top, len(logprobs))
-        first = np.argpartition(-logprobs, count - 1)[:count] if count else np.empty(0, int)
-        order = first[np.lexsort((first, -logprobs[first]))]
+        top = np.argpartition(-logprobs, count - 1)[:count] if count else np.empty(0, int)
+        order = top[np.lexsort((top, -logprobs[top]))]
         return float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in order)
 
-    def drop(self) -> None:
-        """Forget what was kept for tokens that will not be given."""
-        self._kept.clear()
+    def clear(self) -> None:
+        """Forget the logits of tokens that are discarded."""
+        self._rows.clear()
 
 
 def make_processors(sampling: Sampling) -> list[LogitsProcessor]:
-    """mlx-lm's logits processors for the penalties and biases that are asked for."""
+    """mlx-lm's logits processors for penalties and biases."""
     return make_logits_processors(
         logit_bias=sampling.logit_bias or None,
         repetition_penalty=sampling.repetition_penalty
@@ -131,10 +132,10 @@ def make_processors(sampling: Sampling) -> list[LogitsProcessor]:
 
 
 class GrammarProcessor:
-    """A logits processor that leaves only what a grammar allows.
+    """A logits processor that masks what a grammar does not allow.
 
-    Each mask needs the token before it, so with such a request the next token is not begun before
-    the last is known.
+    Each mask needs the previous token, so the next token is not started before the last one is
+    known.
     """
 
     def __init__(self, matcher: Matcher) -> None:
@@ -142,14 +143,13 @@ class GrammarProcessor:
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Tokens so far [length], logits [1, vocabulary] -> logits, -inf where not allowed."""
-        # Waits for the token that was drawn last.
-        fresh = [int(t) for t in np.asarray(tokens[self._matcher.length :])]
+        new_tokens = [int(t) for t in np.asarray(tokens[self._matcher.length :])]  # waits
         mx.async_eval(logits)  # the model runs while the mask is made
-        known = self._matcher.allowed(fresh)
-        allowed = np.zeros(logits.shape[-1], bool)
-        width = min(len(known), len(allowed))  # embeddings are often wider than the tokenizer
-        allowed[:width] = known[:width]
-        return mx.where(mx.array(allowed), logits, -mx.inf)
+        known = self._matcher.allowed(new_tokens)
+        mask = np.zeros(logits.shape[-1], bool)
+        width = min(len(known), len(mask))  # embeddings are often larger than the tokenizer
+        mask[:width] = known[:width]
+        return mx.where(mx.array(mask), logits, -mx.inf)
 
 
 @dataclass
@@ -157,25 +157,25 @@ class SamplingState:
     """All that decides one request's tokens.
 
     Args:
-        choice: the sampler.
-        processors: what logits go through before it, in this order.
-        probe: one of them, if log-probabilities are asked for on this rank.
-        matcher: what the grammar allows, if there is one.
+        sampler: see `Sampler`.
+        processors: applied to the logits before it, in this order.
+        recorder: one of them, if this rank reports log-probabilities.
+        matcher: of the grammar, if there is one.
     """
 
-    choice: Sampler
+    sampler: Sampler
     processors: list[LogitsProcessor] = field(default_factory=list)
-    probe: LogprobRecorder | None = None
+    recorder: LogprobRecorder | None = None
     matcher: Matcher | None = None
 
-    def draw(self, tokens: mx.array | None, logits: mx.array, position: int) -> mx.array:
-        """This rank's own choice at several positions at once: [rows, vocabulary] -> [rows].
+    def sample(self, tokens: mx.array | None, logits: mx.array, position: int) -> mx.array:
+        """This rank's own tokens at several positions: [rows, vocabulary] -> [rows].
 
         Args:
-            tokens: all before the first row, then those that lead to the other rows; None will do
-                if there are no processors.
-            logits: as the model gives them.
-            position: in the answer, of the first row.
+            tokens: all before the first row, then those that lead to the other rows; may be None
+                without processors.
+            logits: of the model.
+            position: in the output, of the first row.
         """
         if self.processors:
             assert tokens is not None
@@ -187,38 +187,39 @@ class SamplingState:
                     row = processor(tokens[: first + i], row)
                 rows.append(row)
             logits = mx.concatenate(rows)
-        return self.choice.draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True), position)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return self.sampler.sample(logprobs, position)
 
-    def possible(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
-        """How many tokens of a draft, from the first, the grammar allows behind `tokens`."""
+    def allowed_prefix(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
+        """How many tokens of a draft, from the first, the grammar allows after `tokens`."""
         if self.matcher is None or not draft:
             return len(draft)
-        unseen = tokens[self.matcher.length :]
-        return max(self.matcher.possible([*unseen, *draft]) - len(unseen), 0)
+        unread = tokens[self.matcher.length :]
+        return max(self.matcher.allowed_prefix([*unread, *draft]) - len(unread), 0)
 
-    def forget(self, length: int | None = None) -> None:
-        """What was drawn and has not been given will not be.
+    def discard(self, length: int | None = None) -> None:
+        """Discard what was sampled and is not part of the output.
 
         Args:
-            length: how many tokens of the text, of those that the grammar has seen, stay.
+            length: how many tokens, including the prompt's, the grammar keeps; None: all.
         """
-        if self.probe is not None:
-            self.probe.drop()
+        if self.recorder is not None:
+            self.recorder.clear()
         if self.matcher is not None and length is not None:
             self.matcher.rewind(length)
 
-    def event(self, request_id: str, token: int, finish: str | None) -> TokenEvent:
-        """What is said of a token; to be called once for each, in order."""
-        if self.matcher is not None and self.matcher.failed:
+    def make_event(self, request_id: str, token: int, finish: str | None) -> TokenEvent:
+        """The event of a token; call it once for each, in order."""
+        if self.matcher is not None and self.matcher.error:
             finish = "error"
-        if self.probe is None:
+        if self.recorder is None:
             return TokenEvent(request_id, token, finish)
-        logprob, top = self.probe.take(token)
+        logprob, top = self.recorder.take(token)
         return TokenEvent(request_id, token, finish, logprob, top)
 
 
 class SamplingStates:
-    """Makes what decides the tokens of a group's requests.
+    """Creates the sampling states of a group's requests.
 
     Args:
         collective: the ranks that must agree.
@@ -227,29 +228,28 @@ class SamplingStates:
 
     def __init__(self, collective: Collective, vocabulary: Vocabulary | None = None) -> None:
         self._collective, self._vocabulary = collective, vocabulary
-        # mlx-lm samples a batch at once if its rows have the same sampler: one object, kept.
+        # mlx-lm samples a batch at once if its rows share one sampler object.
         self._greedy = Sampler(collective, Sampling(), 0)
 
-    def make(self, request: Request) -> SamplingState:
-        """For a request that has a seed.
+    def create(self, request: Request) -> SamplingState:
+        """The state of a request, which must have a seed.
 
         Raises:
-            InputError: it has a grammar that cannot be followed.
+            InputError: its grammar cannot be followed.
         """
         sampling = request.sampling
-        assert sampling.seed is not None, "the scheduler gives every request a seed"
-        choice = self._greedy
+        assert sampling.seed is not None, "the group gives every request a seed"
+        sampler = self._greedy
         if sampling.temperature > 0:
-            choice = Sampler(self._collective, sampling, sampling.seed, request.resumed_tokens)
-        drawing = SamplingState(choice, make_processors(sampling))
-        # Rank 0's are the ones that are told.
-        if request.logprobs is not None and self._collective.rank == 0:
-            drawing.probe = LogprobRecorder(request.logprobs)
-            drawing.processors.insert(0, drawing.probe)
+            sampler = Sampler(self._collective, sampling, sampling.seed, request.resumed_tokens)
+        state = SamplingState(sampler, make_processors(sampling))
+        if request.logprobs is not None and self._collective.rank == 0:  # only rank 0 reports
+            state.recorder = LogprobRecorder(request.logprobs)
+            state.processors.insert(0, state.recorder)
         if request.grammar is not None:
             if self._vocabulary is None:
                 raise InputError("grammar: this checkpoint has no tokenizer", "grammar")
-            before = len(request.tokens) - request.resumed_tokens
-            drawing.matcher = self._vocabulary.matcher(request.grammar, before)
-            drawing.processors.append(GrammarProcessor(drawing.matcher))
-        return drawing
+            prompt_tokens = len(request.tokens) - request.resumed_tokens
+            state.matcher = self._vocabulary.matcher(request.grammar, prompt_tokens)
+            state.processors.append(GrammarProcessor(state.matcher))
+        return state

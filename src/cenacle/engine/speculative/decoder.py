@@ -1,16 +1,17 @@
-"""Several tokens in one pass: a draft is guessed, the model checks it.
+"""Speculative decoding: several tokens are drafted, and the model verifies them in one pass.
 
-Owns: `Alone`, the generation of one request that runs by itself, with drafts where they pay.
+Owns: `SpeculativeDecoder`, which generates for a single running request, with drafts while they
+pay; `Generation`, a request and its output so far.
 Does not know: batches, steps.
-Invariant: the answer is the one that is made without drafts, token for token, sampled or not. Each
-position is drawn from the model's own distribution with that position's random numbers
-(`sampler.Choice`), and a drafted token is kept if it is what was drawn. For a draft that is certain
-of its tokens this is rejection sampling: kept with probability p(draft), else drawn from
-the rest. All ranks check the same draft, and keep what rank 0 has drawn.
-A pass of several tokens has as many exchanges as one of a single token: over slow links
-this is worth most.
-Next: `drafts.py` and `drafting.py`, where drafts come from; `batches.py`, which moves a request
-here and back.
+Invariant: the output is the same as without drafts, token for token, also when sampling. Each
+position is sampled from the model's own distribution with that position's random numbers
+(`sampling.sampler.Sampler`), and a drafted token is accepted if it equals the sample. For a
+deterministic draft this is rejection sampling: accepted with probability p(draft), else sampled
+from the rest. All ranks verify the same draft, and keep what rank 0 sampled.
+A pass of several tokens has as many all-reduces as a pass of one token, so drafts pay most over
+slow links.
+Next: `ngram.py` and `draft_model.py`, which propose drafts; `engine/batch.py`, which moves a
+request here and back.
 """
 
 from __future__ import annotations
@@ -30,319 +31,341 @@ from ...collective.base import Collective
 from ...core.request import Request, TokenEvent
 from ...model.step_timer import StepTimer
 from ..sampling.sampler import SamplingState
-from .draft_model import NEAR, PIECE, DraftModelProposer
+from .draft_model import MAX_UNREAD_TOKENS, READ_TOKENS, DraftModelProposer
 from .ngram import DraftLengthController, DraftStats, NgramProposer
 
-ALWAYS = 8  # tokens that are drafted where it need not pay
+ALWAYS_TOKENS = 8  # drafted per pass in mode "always"
 
 
 @dataclass
 class Generation:
-    """A request and what was given of its answer."""
+    """A request and its output so far.
+
+    Args:
+        sampling: of the request.
+        output: generated tokens.
+        ngrams: of the whole text; None: not built yet.
+    """
 
     request: Request
-    drawing: SamplingState
-    given: list[int] = field(default_factory=list)
-    lookup: NgramProposer | None = None
+    sampling: SamplingState
+    output: list[int] = field(default_factory=list)
+    ngrams: NgramProposer | None = None
 
     @property
-    def last(self) -> int:
-        """The last token of the text so far."""
-        return self.given[-1] if self.given else self.request.tokens[-1]
+    def last_token(self) -> int:
+        """Of prompt and output."""
+        return self.output[-1] if self.output else self.request.tokens[-1]
 
     @property
     def tokens(self) -> list[int]:
-        """The text so far, the prompt included."""
-        return [*self.request.tokens, *self.given]
+        """Prompt and output."""
+        return [*self.request.tokens, *self.output]
 
-    def since(self, position: int) -> list[int]:
-        """The tokens from a position on."""
+    def tokens_from(self, position: int) -> list[int]:
+        """`tokens[position:]`, without a copy of the prompt."""
         prompt = self.request.tokens
         if position < len(prompt):
-            return [*prompt[position:], *self.given]
-        return self.given[position - len(prompt) :]
+            return [*prompt[position:], *self.output]
+        return self.output[position - len(prompt) :]
 
     @property
     def length(self) -> int:
         """Number of `tokens`."""
-        return len(self.request.tokens) + len(self.given)
+        return len(self.request.tokens) + len(self.output)
 
     @property
-    def left(self) -> int:
-        """Most tokens that may still be given."""
-        return self.request.max_tokens - len(self.given)
+    def remaining(self) -> int:
+        """How many tokens may still be generated."""
+        return self.request.max_tokens - len(self.output)
 
     @property
     def position(self) -> int:
-        """Of the next token in the answer, whoever began it."""
-        return self.request.resumed_tokens + len(self.given)
+        """Of the next token in the output, including output before a restart of the group."""
+        return self.request.resumed_tokens + len(self.output)
 
-    def give(self, token: int) -> TokenEvent:
-        """The answer's next token."""
-        self.given.append(token)
-        finish = "length" if not self.left else None
+    def append(self, token: int) -> TokenEvent:
+        """Append a generated token; returns its event."""
+        self.output.append(token)
+        finish = "length" if not self.remaining else None
         if token in self.request.stop_tokens:
             finish = "stop"
-        return self.event(token, finish)
+        return self.make_event(token, finish)
 
-    def event(self, token: int, finish: str | None) -> TokenEvent:
-        """What is said of a token that is in `given`."""
-        return self.drawing.event(self.request.id, token, finish)
-
-
-def _ints(x: mx.array) -> list[int]:
-    return [int(i) for i in np.asarray(x)]
+    def make_event(self, token: int, finish: str | None) -> TokenEvent:
+        """The event of a token that is in `output`."""
+        return self.sampling.make_event(self.request.id, token, finish)
 
 
 class SpeculativeDecoder:
-    """Generates for one request, which runs by itself.
+    """Generates for a single running request.
 
-    Between calls either all tokens but the last are in the cache (then a draft may be checked), or
-    all are and the next one is being drawn (`_ahead`). A draft comes from the text itself where it
-    has one, which costs nothing, else from the draft model, if there is one; each at its own pace.
+    Between calls the cache holds either all tokens but the last (a draft can be verified) or all of
+    them, and the next one is being sampled (`_pending`). A draft comes from the text itself if
+    possible, which costs nothing, else from the draft model; each has its own length controller.
 
     Args:
-        model: all its caches can forget tokens.
+        model: all its caches can be trimmed.
         collective: the ranks that must agree.
-        watch: measured steps are slower than others, and are not counted.
-        way: "auto" or "always".
-        clock: seconds, replaced in tests.
-        drafter: the draft model.
+        timer: measured steps are slower, and do not count as measurements here.
+        mode: "auto" or "always".
+        clock: seconds; replaced in tests.
+        draft_model: None: drafts come only from the text.
     """
 
-    CHECKS = 64  # drafts after which some tokens are made without, to see what those take now
-    GLANCE = 4  # tokens; also at first, where nothing is known
+    PLAIN_AFTER_DRAFTS = 64  # then plain decoding is timed again
+    PLAIN_TOKENS = 4  # to time it
 
     def __init__(
         self,
         model: nn.Module,
         collective: Collective,
-        watch: StepTimer,
-        way: str = "auto",
+        timer: StepTimer,
+        mode: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
-        drafter: DraftModelProposer | None = None,
+        draft_model: DraftModelProposer | None = None,
     ) -> None:
-        self._model, self._collective, self._watch = model, collective, watch
-        self._clock, self._drafter = clock, drafter
-        fixed = ALWAYS if way == "always" else None
-        self._by_text, self._by_model = DraftLengthController(fixed), DraftLengthController(fixed)
-        self.answer: Generation | None = None
+        self._model, self._collective, self._timer = model, collective, timer
+        self._clock, self._draft_model = clock, draft_model
+        self._always = mode == "always"
+        fixed = ALWAYS_TOKENS if self._always else None
+        self._ngram_control = DraftLengthController(fixed)
+        self._model_control = DraftLengthController(fixed)
+        self.generation: Generation | None = None
         self.caches: list[Any] = []
-        self._ahead: mx.array | None = None
-        self._last = 0.0  # when the last call ended
-        self._steady = False  # whether it was one of a kind that is timed
-        self._fixed = fixed is not None
-        self._checks = 0  # since a token was made without a draft
-        self._glance = 0 if self._fixed or drafter is None else self.GLANCE
+        self._pending: mx.array | None = None
+        self._last_call_at = 0.0  # when the last call ended
+        self._timed = False  # whether the time since then counts as a measurement
+        self._drafts_in_row = 0  # since a token was generated without a draft
+        self._plain_left = 0 if self._always or draft_model is None else self.PLAIN_TOKENS
 
     @property
-    def drafts(self) -> DraftStats:
-        """What became of all drafts so far."""
-        text, model = self._by_text.drafts, self._by_model.drafts
-        return text + model + DraftStats(by_model=model.drafted, by_model_accepted=model.accepted)
+    def draft_stats(self) -> DraftStats:
+        """Of all drafts so far."""
+        ngram, model = self._ngram_control.stats, self._model_control.stats
+        return ngram + model + DraftStats(by_model=model.drafted, by_model_accepted=model.accepted)
 
-    def wants(self, answer: Generation) -> bool:
-        """Whether to take a request that runs alone, after a token of it: there is a draft for it.
+    def runs(self, request_id: str) -> bool:
+        """Whether it generates for this request."""
+        return self.generation is not None and self.generation.request.id == request_id
 
-        To be called for each of its tokens; the first call reads the text.
+    def should_take(self, generation: Generation) -> bool:
+        """Whether to take a single running request, after one of its tokens: there is a draft.
+
+        Call it for each of its tokens; the first call reads the text.
         """
-        if answer.lookup is None:
-            answer.lookup = NgramProposer(answer.tokens)
-            self._by_text.begin()
-            self._by_model.begin()
-            self._steady = False
+        if generation.ngrams is None:
+            generation.ngrams = NgramProposer(generation.tokens)
+            self._ngram_control.reset()
+            self._model_control.reset()
+            self._timed = False
         else:
-            fresh = answer.since(answer.lookup.length)
-            answer.lookup.add(fresh)
-            self._steady = self._steady and len(fresh) == 1  # else others ran beside it
-            self._without()
-        self._tick(None, 0)
-        return self._source(answer) is not None
+            new_tokens = generation.tokens_from(generation.ngrams.length)
+            generation.ngrams.extend(new_tokens)
+            self._timed = self._timed and len(new_tokens) == 1  # else other requests ran beside it
+            self._count_plain_token()
+        self._record_time(None, 0)
+        return self._select_source(generation) is not None
 
-    def take(self, answer: Generation, caches: list[Any]) -> None:
-        """Go on with a request that `wants` was asked about.
+    def take(self, generation: Generation, caches: list[Any]) -> None:
+        """Continue a request, after `should_take`.
 
         Args:
             caches: of this request alone, with all its tokens.
         """
         trim_prompt_cache(caches, 1)
-        answer.drawing.forget()
-        if self._drafter is not None:
-            self._drafter.begin(answer.tokens)
-        self.answer, self.caches, self._ahead, self._steady = answer, caches, None, False
+        generation.sampling.discard()
+        if self._draft_model is not None:
+            self._draft_model.reset(generation.tokens)
+        self.generation, self.caches = generation, caches
+        self._pending, self._timed = None, False
 
-    def leave(self) -> tuple[Generation, list[Any]]:
+    def release(self) -> tuple[Generation, list[Any]]:
         """Give the request back, with caches of all its tokens but the last."""
-        answer, caches = self.answer, self.caches
-        assert answer is not None
-        if self._ahead is not None:
-            trim_prompt_cache(caches, 1)  # it will be drawn again, the same
-        answer.drawing.forget()
-        answer.drawing.choice.position = answer.position
-        answer.lookup = None
-        self.end()
-        return answer, caches
+        generation, caches = self.generation, self.caches
+        assert generation is not None
+        if self._pending is not None:
+            trim_prompt_cache(caches, 1)  # it will be sampled again, with the same result
+        generation.sampling.discard()
+        generation.sampling.sampler.position = generation.position
+        generation.ngrams = None
+        self.clear()
+        return generation, caches
 
-    def end(self) -> None:
+    def clear(self) -> None:
         """Forget the request."""
-        self.answer, self.caches, self._ahead = None, [], None
+        self.generation, self.caches, self._pending = None, [], None
 
-    def next(self) -> list[TokenEvent]:
-        """The request's next tokens, one at least."""
+    def decode(self) -> list[TokenEvent]:
+        """The request's next tokens, at least one."""
+        assert self.generation is not None
         with mx.stream(generation_stream):
-            events = self._next()
+            events = self._decode(self.generation)
         if events[-1].finish is not None:
-            self.end()
+            self.clear()
         return events
 
-    def _next(self) -> list[TokenEvent]:
-        answer = self.answer
-        assert answer is not None
+    def _decode(self, generation: Generation) -> list[TokenEvent]:
         events: list[TokenEvent] = []
-        source = self._ready(answer)
-        if self._ahead is not None:
+        source = self._ready_source(generation)
+        if self._pending is not None:
             if source is None:
-                return [self._give_ahead(answer)]
-            # The draft must begin behind the token that is being drawn.
-            events = [self._give(answer, _ints(self._ahead)[0])]
-            self._ahead, self._steady = None, False
+                return [self._finish_pending(generation)]
+            # The draft must begin after the token that is being sampled.
+            events = [self._append(generation, _to_ints(self._pending)[0])]
+            self._pending, self._timed = None, False
             if events[-1].finish is not None:
                 return events
-            source = self._ready(answer)
+            source = self._ready_source(generation)
         if source is not None:
-            asked = min(source.limit, answer.left - 1)
-            draft = self._draft(answer, source, asked)
+            count = min(source.limit, generation.remaining - 1)
+            draft = self._propose(generation, source, count)
             if draft:
-                return [*events, *self._verify(answer, draft, source, asked)]
-        self._ahead = self._draw(mx.array([answer.last]), answer, answer.position)
-        self._steady = False
-        return events or [self._give_ahead(answer)]
+                return [*events, *self._verify(generation, draft, source, count)]
+        self._pending = self._start_sampling(
+            mx.array([generation.last_token]), generation, generation.position
+        )
+        self._timed = False
+        return events or [self._finish_pending(generation)]
 
-    def _source(self, answer: Generation) -> DraftLengthController | None:
-        """Where the next draft comes from, by its pace; None: there is none."""
-        assert answer.lookup is not None
-        if self._glance or answer.left < 2:
+    def _select_source(self, generation: Generation) -> DraftLengthController | None:
+        """Where the next draft comes from, by its controller; None: there is no draft."""
+        assert generation.ngrams is not None
+        if self._plain_left or generation.remaining < 2:
             return None
-        if self._by_text.limit and answer.lookup.hopeful:
-            return self._by_text
-        model, limit = self._drafter, self._by_model.limit
-        if model is not None and limit and model.reaches(answer.length + limit):
-            return self._by_model
+        if self._ngram_control.limit and generation.ngrams.has_proposal:
+            return self._ngram_control
+        model, limit = self._draft_model, self._model_control.limit
+        if model is not None and limit and model.fits_context(generation.length + limit):
+            return self._model_control
         return None
 
-    def _ready(self, answer: Generation) -> DraftLengthController | None:
-        """As `_source`, when the draft model has read the text; else it reads on."""
-        source, model = self._source(answer), self._drafter
-        if source is not self._by_model or model is None:
+    def _ready_source(self, generation: Generation) -> DraftLengthController | None:
+        """`_select_source`, but None while the draft model still reads the text."""
+        source, model = self._select_source(generation), self._draft_model
+        if source is not self._model_control or model is None:
             return source
-        fresh = answer.since(model.length)
-        if len(fresh) > NEAR:
-            model.read(fresh[:PIECE][: len(fresh) - 1])
-            self._watch.lap("drafting")
-            self._steady = False
-        return source if answer.length - model.length <= NEAR else None
+        unread = generation.tokens_from(model.length)
+        if len(unread) > MAX_UNREAD_TOKENS:
+            model.read(unread[:READ_TOKENS][: len(unread) - 1])
+            self._timer.lap("drafting")
+            self._timed = False
+        return source if generation.length - model.length <= MAX_UNREAD_TOKENS else None
 
-    def _draft(self, answer: Generation, source: DraftLengthController, most: int) -> list[int]:
-        """What may come next, cut before what cannot be kept."""
-        assert answer.lookup is not None
-        if source is self._by_text:
-            draft = answer.lookup.draft(most)
+    def _propose(
+        self, generation: Generation, source: DraftLengthController, count: int
+    ) -> list[int]:
+        """A draft, cut before what cannot be accepted."""
+        assert generation.ngrams is not None
+        if source is self._ngram_control:
+            draft = generation.ngrams.propose(count)
         else:
-            assert self._drafter is not None
-            fresh = answer.since(self._drafter.length)
-            draw = answer.drawing.choice.draw
-            draft = self._drafter.draft(fresh, most, draw, answer.position)
-            self._watch.lap("drafting")
-        ends = [at for at, token in enumerate(draft) if token in answer.request.stop_tokens]
-        draft = draft[: ends[0] + 1] if ends else draft
-        draft = draft[: answer.drawing.possible(answer.tokens, draft)]
+            assert self._draft_model is not None
+            unread = generation.tokens_from(self._draft_model.length)
+            sample = generation.sampling.sampler.sample
+            draft = self._draft_model.propose(unread, count, sample, generation.position)
+            self._timer.lap("drafting")
+        stop_tokens = generation.request.stop_tokens
+        stops = [i for i, token in enumerate(draft) if token in stop_tokens]
+        draft = draft[: stops[0] + 1] if stops else draft
+        draft = draft[: generation.sampling.allowed_prefix(generation.tokens, draft)]
         if not draft:
-            self._kept(answer.length)
+            self._truncate_draft_model(generation.length)
         return draft
 
-    def _kept(self, length: int) -> None:
-        """So many tokens of the text are certain: what was drafted behind them is wrong."""
-        if self._drafter is not None:
-            self._drafter.forget(length)
+    def _truncate_draft_model(self, length: int) -> None:
+        if self._draft_model is not None:
+            self._draft_model.truncate(length)
 
-    def _give(self, answer: Generation, token: int) -> TokenEvent:
-        assert answer.lookup is not None
-        answer.lookup.add([token])
-        return answer.give(token)
+    def _append(self, generation: Generation, token: int) -> TokenEvent:
+        assert generation.ngrams is not None
+        generation.ngrams.extend([token])
+        return generation.append(token)
 
-    def _give_ahead(self, answer: Generation) -> TokenEvent:
-        """The token that is being drawn; the one behind it is begun first."""
-        drawn, self._ahead = self._ahead, None
-        assert drawn is not None
-        if answer.left > 1:
-            self._ahead = self._draw(drawn, answer, answer.position + 1)
-        event = self._give(answer, _ints(drawn)[0])
-        self._without()
-        self._tick(None, 0)
+    def _finish_pending(self, generation: Generation) -> TokenEvent:
+        """Wait for the token that is being sampled; the next one is started first."""
+        token, self._pending = self._pending, None
+        assert token is not None
+        if generation.remaining > 1:
+            self._pending = self._start_sampling(token, generation, generation.position + 1)
+        event = self._append(generation, _to_ints(token)[0])
+        self._count_plain_token()
+        self._record_time(None, 0)
         return event
 
-    def _draw(self, token: mx.array, answer: Generation, position: int) -> mx.array:
-        """Begin to draw what follows a token, [1] -> [1]; all before it is in the cache."""
+    def _start_sampling(self, token: mx.array, generation: Generation, position: int) -> mx.array:
+        """Start to sample what follows a token, [1] -> [1]; the cache holds all before it."""
         logits = self._model(token[None], cache=self.caches)[:, -1]
-        context = None
-        if answer.drawing.processors:
-            context = mx.array(answer.tokens, dtype=mx.int32)
-            if position > answer.position:
-                context = mx.concatenate([context, token.astype(mx.int32)])
-        chosen = self._collective.broadcast_from(0, answer.drawing.draw(context, logits, position))
-        mx.async_eval(chosen)
-        return chosen
+        tokens = None
+        if generation.sampling.processors:
+            tokens = mx.array(generation.tokens, dtype=mx.int32)
+            if position > generation.position:
+                tokens = mx.concatenate([tokens, token.astype(mx.int32)])
+        sampled = generation.sampling.sample(tokens, logits, position)
+        sampled = self._collective.broadcast_from(0, sampled)
+        mx.async_eval(sampled)
+        return sampled
 
     def _verify(
-        self, answer: Generation, draft: list[int], source: DraftLengthController, asked: int
+        self,
+        generation: Generation,
+        draft: list[int],
+        source: DraftLengthController,
+        proposed: int,
     ) -> list[TokenEvent]:
-        """Let the model see the whole draft at once, and give what it agrees with and one more."""
-        length, tokens = answer.length, None
-        rows = self._model(mx.array([[answer.last, *draft]]), cache=self.caches)[0]
-        if answer.drawing.processors:
-            tokens = mx.array([*answer.tokens, *draft], dtype=mx.int32)
-        drawn = answer.drawing.draw(tokens, rows, answer.position)
-        # Copying must be better than what the draft model gives where there is nothing to copy.
-        least = self._by_model.speed if source is self._by_text else 0.0
-        proposal = mx.array([source.propose(least)], dtype=drawn.dtype)
-        *chosen, limit = _ints(
-            self._collective.broadcast_from(0, mx.concatenate([drawn, proposal]))
+        """Run the model on the whole draft; returns the accepted tokens and one more."""
+        length, tokens = generation.length, None
+        logits = self._model(mx.array([[generation.last_token, *draft]]), cache=self.caches)[0]
+        if generation.sampling.processors:
+            tokens = mx.array([*generation.tokens, *draft], dtype=mx.int32)
+        samples = generation.sampling.sample(tokens, logits, generation.position)
+        # Drafts from the text must beat the draft model.
+        other_speed = self._model_control.tokens_per_s if source is self._ngram_control else 0.0
+        next_limit = mx.array([source.propose(other_speed)], dtype=samples.dtype)
+        *sampled, limit = _to_ints(
+            self._collective.broadcast_from(0, mx.concatenate([samples, next_limit]))
         )
         accepted = 0
-        while accepted < len(draft) and draft[accepted] == chosen[accepted]:
+        while accepted < len(draft) and draft[accepted] == sampled[accepted]:
             accepted += 1
         events: list[TokenEvent] = []
-        for token in chosen[: accepted + 1]:
-            events.append(self._give(answer, token))
+        for token in sampled[: accepted + 1]:
+            events.append(self._append(generation, token))
             if events[-1].finish is not None:
                 break
         trim_prompt_cache(self.caches, len(draft) + 1 - len(events))
-        self._kept(length + accepted)
-        answer.drawing.forget(length + accepted)
-        source.verified(len(draft), min(accepted, len(events)), limit)
-        other = self._by_model if source is self._by_text else self._by_text
-        other.passed(len(events))
-        self._checks += 1
-        if self._checks >= self.CHECKS and not self._fixed:
-            self._glance = self.GLANCE
-        self._tick(source, asked)
+        self._truncate_draft_model(length + accepted)
+        generation.sampling.discard(length + accepted)
+        source.on_verified(len(draft), min(accepted, len(events)), limit)
+        self._other(source).on_undrafted(len(events))
+        self._drafts_in_row += 1
+        if self._drafts_in_row >= self.PLAIN_AFTER_DRAFTS and not self._always:
+            self._plain_left = self.PLAIN_TOKENS
+        self._record_time(source, proposed)
         return events
 
-    def _without(self) -> None:
-        """A token was made without a draft."""
-        self._by_text.passed()
-        self._by_model.passed()
-        self._checks, self._glance = 0, max(0, self._glance - 1)
+    def _other(self, source: DraftLengthController) -> DraftLengthController:
+        return self._model_control if source is self._ngram_control else self._ngram_control
 
-    def _tick(self, source: DraftLengthController | None, drafted: int) -> None:
-        """Time from the end of the last call to the end of this one, if both can be counted.
+    def _count_plain_token(self) -> None:
+        self._ngram_control.on_undrafted()
+        self._model_control.on_undrafted()
+        self._drafts_in_row, self._plain_left = 0, max(0, self._plain_left - 1)
+
+    def _record_time(self, source: DraftLengthController | None, drafted: int) -> None:
+        """Record the time since the end of the last call, if both calls count.
 
         Args:
-            source: of the draft; None: there was none, which both are compared with.
+            source: of the draft; None: plain decoding, which both are compared with.
         """
         now = self._clock()
-        measured = self._watch.running
-        if self._steady and not measured:
-            for pace in (self._by_text, self._by_model) if source is None else (source,):
-                pace.took(drafted, now - self._last)
-        self._last, self._steady = now, not measured
+        measured = self._timer.running
+        if self._timed and not measured:
+            controls = (self._ngram_control, self._model_control) if source is None else (source,)
+            for control in controls:
+                control.on_step_time(drafted, now - self._last_call_at)
+        self._last_call_at, self._timed = now, not measured
+
+
+def _to_ints(x: mx.array) -> list[int]:
+    return [int(i) for i in np.asarray(x)]

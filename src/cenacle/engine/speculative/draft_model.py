@@ -1,17 +1,15 @@
-"""Drafts by a small model.
+"""Proposals by a draft model.
 
-Owns: `DraftModel`, what a draft model is, checked before anything is loaded; `Drafter`, the tokens
-that it thinks come next, on every rank.
-Does not know: what becomes of drafts (`speculation.py`), requests.
-How: rank 0 has the whole small model and drafts; the others are told, in one sum of a few integers
-(`Collective.share`) for each draft, against one for each layer of the pass that checks it. A copy
-on every rank would save that sum and lose more: chips that round differently would draft
-differently, and ranks that check different drafts, or drafts of different lengths, cannot go on;
-and ranks that share a machine would read the same weights at the same time.
-Invariant: all that decides whether and how much is drafted is counted from tokens, alike on every
-rank; what rank 0 has in the draft's cache is `Drafter.length` tokens of the text, on all ranks the
-same number.
-Next: `speculation.py`, which lets the model check what is drafted.
+Owns: `DraftModelConfig`, a draft model as every rank knows it, checked before anything is loaded;
+`DraftModelProposer`, its proposals, on every rank.
+Does not know: requests, what becomes of proposals (`decoder.py`).
+Rank 0 has the whole draft model. It sends each draft to the others in one all-reduce of a few
+integers; the pass that verifies it takes one per layer. A copy on every rank would save this
+all-reduce and lose more: ranks that round differently would draft differently, and ranks with
+different drafts cannot continue; ranks that share a machine would read the same weights at once.
+Invariant: whether and how much is drafted depends only on counts of tokens, which are the same on
+every rank; the draft model's cache on rank 0 holds the first `DraftModelProposer.length` tokens.
+Next: `decoder.py`, which lets the model verify the drafts.
 """
 
 from __future__ import annotations
@@ -37,146 +35,162 @@ from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
 from ...planning import memory
 from ...scheduler.prefix_index import common_prefix_length, pack_tokens
-from ..cache.kv_cache import can_go_back, can_merge
+from ..cache.kv_cache import can_merge, can_trim
 
 if TYPE_CHECKING:
     from ...text.tokenizer import ChatTokenizer
 
-Draw = Callable[[mx.array, int], mx.array]
-"""Draws a token: log-probabilities [1, vocabulary], position in the answer -> id [1]."""
+SampleToken = Callable[[mx.array, int], mx.array]
+"""Log-probabilities [1, vocabulary] and a position in the output -> token id [1]."""
 
-PIECE = 128  # tokens of a text that it reads beside one token of the answer
-NEAR = 32  # tokens behind the text that it reads together with drafting
+READ_TOKENS = 128  # of a text that the draft model reads beside one token of the output
+MAX_UNREAD_TOKENS = 32  # tokens that it reads in the pass that drafts
 
 
 @dataclass(frozen=True)
 class DraftModelConfig:
-    """A draft model, as far as every rank has to know it.
+    """A draft model, as far as every rank knows it.
 
     Args:
-        folder: where it is, on rank 0's machine.
-        vocabulary: how many ids it knows.
-        context: most tokens that it can read; None: its config does not say.
-        weights: bytes of its weights in memory.
-        cache: bytes of its keys and values that are planned for.
+        folder: on rank 0's machine.
+        vocab_size: number of token ids.
+        context_length: maximum tokens; None: its config does not say.
+        weight_bytes: of its weights in memory.
+        cache_bytes: planned for its KV cache.
     """
 
     folder: str
-    vocabulary: int
-    context: int | None
-    weights: int
-    cache: int
+    vocab_size: int
+    context_length: int | None
+    weight_bytes: int
+    cache_bytes: int
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """What rank 0 keeps besides its part of the model."""
-        return self.weights + self.cache
+        return self.weight_bytes + self.cache_bytes
 
     @classmethod
-    def check(
+    def inspect(
         cls,
         name: str,
         checkpoint: Checkpoint,
-        text: ChatTokenizer | None,
+        tokenizer: ChatTokenizer | None,
         kernels: str,
         speculative: str,
         *,
         plain_kv_cache: bool,
     ) -> DraftModelConfig:
-        """Look at a draft model before it is loaded; reads no weights.
+        """Check a draft model without reading its weights.
 
         Args:
-            name: a folder or a hub repository's name.
-            checkpoint: of the model that is to be served.
-            text: its tokenizer, or None: it has none.
-            kernels: as `api.load`.
+            name: a folder or Hub repository.
+            checkpoint: of the served model.
+            tokenizer: of the served model; None: it has none.
+            kernels: see `runtime.LoadOptions`.
             speculative, plain_kv_cache: see `EngineOptions`.
 
         Raises:
-            CheckpointError: it is no model that mlx-lm runs.
-            InputError: it cannot draft for this model; says why.
+            CheckpointError: mlx-lm cannot run it.
+            InputError: it cannot draft for this model; gives the reason.
         """
-        own = Checkpoint.open(locate_checkpoint(name))
-        said = f"draft: {own.folder.name} cannot draft for {checkpoint.folder.name}"
+        draft = Checkpoint.open(locate_checkpoint(name))
         if speculative == "off":
-            raise InputError(
-                "draft: expected --speculative auto or always with a draft model, got off", "draft"
+            raise _draft_error("expected --speculative auto or always with a draft model, got off")
+        if not (plain_kv_cache and _can_speculate(checkpoint)):
+            raise _draft_error(
+                f"expected a KV cache of {checkpoint.folder.name} that can drop its last tokens, "
+                f"and it cannot (it is quantised, limited in size, or a state); leave out "
+                f"--draft-model, or --kv-bits and --max-kv-size"
             )
-        if not (plain_kv_cache and can_merge(served := _lazy(checkpoint)) and can_go_back(served)):
-            raise InputError(
-                f"draft: the cache of {checkpoint.folder.name} must be able to forget tokens, and "
-                f"it cannot: it is quantised, cut, or a state; leave --draft-model, --kv-bits and "
-                f"--max-kv-size away",
-                "draft",
+        model = _build_lazily(draft)
+        refusal = f"{draft.folder.name} cannot draft for {checkpoint.folder.name}"
+        if not can_trim(model):
+            raise _draft_error(
+                f"{refusal}: expected a KV cache that can drop its last tokens, got one that "
+                f"rotates or is a state"
             )
-        if not can_go_back(model := _lazy(own)):
-            raise InputError(
-                f"{said}: its cache cannot forget tokens (it rotates, or is a state); expected "
-                f"plain keys and values",
-                "draft",
-            )
-        expected, known = (
-            model_config.find_int(c.config, model_config.VOCAB_SIZE_KEYS) or 0
-            for c in (checkpoint, own)
-        )
-        _same_words(said, text, own, (expected, known))
-        sizes = sum(array.nbytes for _, array in architecture.named_parameters(model))
+        _require_same_tokens(refusal, draft, checkpoint, tokenizer)
+        context_length = model_config.find_int(draft.config, model_config.CONTEXT_LENGTH_KEYS)
         native = kernels != "mlx" and native_layers.is_supported()
-        context = model_config.find_int(own.config, model_config.CONTEXT_LENGTH_KEYS)
-        cache = memory.kv_cache_bytes(
-            model_config.kv_cache_elements_per_token(own.config, len(model.layers)),
-            context,
+        cache_bytes = memory.kv_cache_bytes(
+            model_config.kv_cache_elements_per_token(draft.config, len(model.layers)),
+            context_length,
             max_kv_size=None,
             kv_bits=None,
             element_bytes=4 if native else 2,
         )
-        return cls(str(own.folder.resolve()), known, context, sizes, cache)
-
-
-def _same_words(
-    said: str, text: ChatTokenizer | None, own: Checkpoint, vocabularies: tuple[int, int]
-) -> None:
-    """The ids must mean the same in both."""
-    from ...text.tokenizer import ChatTokenizer
-
-    if text is None:  # asked with ids: they have no meaning but their number
-        if vocabularies[0] != vocabularies[1]:
-            expected, got = vocabularies
-            raise InputError(f"{said}: expected {expected} token ids, it has {got}", "draft")
-        return
-    ours, theirs = text.vocabulary, ChatTokenizer(own.folder, own.config).vocabulary
-    words = {token: word for word, token in ours.items()}
-    differ = [w for w, t in theirs.items() if ours.get(w, t) != t or words.get(t, w) != w]
-    if differ:
-        first = theirs[differ[0]]
-        raise InputError(
-            f"{said}: expected the same tokenizer, but {len(differ)} of its {len(theirs)} tokens "
-            f"are others, such as {first}, which is {differ[0]!r} there and {words.get(first)!r} "
-            f"here; take a small model of the same family",
-            "draft",
+        return cls(
+            str(draft.folder.resolve()),
+            _vocab_size(draft),
+            context_length,
+            sum(array.nbytes for _, array in architecture.named_parameters(model)),
+            cache_bytes,
         )
 
 
-def _dense(checkpoint: Checkpoint) -> bool:
+def _draft_error(message: str) -> InputError:
+    return InputError(f"draft_model: {message}", "draft_model")
+
+
+def _can_speculate(checkpoint: Checkpoint) -> bool:
+    model = _build_lazily(checkpoint)
+    return can_merge(model) and can_trim(model)
+
+
+def _require_same_tokens(
+    refusal: str, draft: Checkpoint, checkpoint: Checkpoint, tokenizer: ChatTokenizer | None
+) -> None:
+    """Token ids must mean the same in both models."""
+    from ...text.tokenizer import ChatTokenizer
+
+    if tokenizer is None:  # without a tokenizer only their number is known
+        expected, got = _vocab_size(checkpoint), _vocab_size(draft)
+        if expected != got:
+            raise _draft_error(f"{refusal}: expected {expected} token ids, it has {got}")
+        return
+    ids = tokenizer.vocabulary
+    draft_ids = ChatTokenizer(draft.folder, draft.config).vocabulary
+    texts = {token: text for text, token in ids.items()}
+    different = [
+        text
+        for text, token in draft_ids.items()
+        if ids.get(text, token) != token or texts.get(token, text) != text
+    ]
+    if different:
+        first = draft_ids[different[0]]
+        raise _draft_error(
+            f"{refusal}: expected the same tokenizer, but {len(different)} of its "
+            f"{len(draft_ids)} tokens differ, such as {first}: {different[0]!r} in the draft "
+            f"model, {texts.get(first)!r} in the served model; use a small model of the same "
+            f"family"
+        )
+
+
+def _vocab_size(checkpoint: Checkpoint) -> int:
+    return model_config.find_int(checkpoint.config, model_config.VOCAB_SIZE_KEYS) or 0
+
+
+def _is_dense(checkpoint: Checkpoint) -> bool:
     return (model_config.find_int(checkpoint.config, model_config.EXPERT_COUNT_KEYS) or 0) < 2
 
 
-def _lazy(checkpoint: Checkpoint) -> nn.Module:
-    if _dense(checkpoint):
+def _build_lazily(checkpoint: Checkpoint) -> nn.Module:
+    if _is_dense(checkpoint):
         return loader.build_dense_model(checkpoint)
     return loader.build_model(checkpoint, None, 0)
 
 
-def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
-    """A whole model in this process's memory, with experts or without, computing as fast as it can.
+def load_draft_model(checkpoint: Checkpoint, kernels: str) -> nn.Module:
+    """Load a whole model, dense or with experts, into this process.
 
     Args:
-        kernels: as `model.experts.parallelize`.
+        kernels: see `model.expert_parallel.parallelize`.
 
     Raises:
-        CheckpointError, InputError: see `weights.load` and `parallelize`.
+        CheckpointError, InputError: see `model.loader.load_rank_model` and `parallelize`.
     """
-    if not _dense(checkpoint):
+    if not _is_dense(checkpoint):
         spec = read_model_spec(checkpoint)
         plan = Plan.whole(spec, 1)
         model = loader.load_rank_model(checkpoint, plan, 0, lambda *_: None)
@@ -196,25 +210,25 @@ def load(checkpoint: Checkpoint, kernels: str) -> nn.Module:
 
 
 class DraftModelProposer:
-    """What a small model thinks comes next.
+    """Proposes the tokens that a draft model would generate.
 
     Args:
-        what: the draft model.
-        collective: the ranks; the first has it.
+        config: of the draft model.
+        collective: the ranks; rank 0 has the draft model.
         model: on rank 0; None on the others.
-        vocabulary: how many ids the served model knows.
+        vocab_size: number of the served model's token ids.
     """
 
     def __init__(
         self,
-        what: DraftModelConfig,
+        config: DraftModelConfig,
         collective: Collective,
         model: nn.Module | None,
-        vocabulary: int,
+        vocab_size: int,
     ) -> None:
-        self._what, self._collective, self._model = what, collective, model
-        self._vocabulary = vocabulary
-        self._tokens: list[int] = []  # that are in the cache
+        self._config, self._collective, self._model = config, collective, model
+        self._vocab_size = vocab_size
+        self._tokens: list[int] = []  # in the cache
         self._caches: list[Any] = make_prompt_cache(model) if model is not None else []
 
     @property
@@ -222,60 +236,61 @@ class DraftModelProposer:
         """How many tokens of the text it has read."""
         return len(self._tokens)
 
-    def reaches(self, length: int) -> bool:
-        """Whether a text of so many tokens is not too long for it."""
-        return self._what.context is None or length <= self._what.context
+    def fits_context(self, length: int) -> bool:
+        """Whether it can read a text of so many tokens."""
+        return self._config.context_length is None or length <= self._config.context_length
 
-    def begin(self, text: Sequence[int]) -> None:
-        """Another text, or the same again: what it has read of it stays, without the last."""
-        self.forget(
-            min(common_prefix_length(pack_tokens(self._tokens), pack_tokens(text)), len(text) - 1)
-        )
+    def reset(self, text: Sequence[int]) -> None:
+        """Start a text; keep the common prefix with the last one, without the final token."""
+        common = common_prefix_length(pack_tokens(self._tokens), pack_tokens(text))
+        self.truncate(min(common, len(text) - 1))
 
-    def forget(self, length: int) -> None:
-        """Only the first tokens of what it has read are right, so many at most."""
+    def truncate(self, length: int) -> None:
+        """Forget the tokens beyond `length`."""
         surplus = self.length - length
         if surplus > 0:
             trim_prompt_cache(self._caches, surplus)
             del self._tokens[length:]
 
-    def read(self, fresh: Sequence[int]) -> None:
-        """The text goes on with these tokens; nothing is drafted."""
+    def read(self, new_tokens: Sequence[int]) -> None:
+        """Read more of the text without drafting."""
         if self._model is not None:
-            self._model(self._input(fresh), cache=self._caches)
+            self._model(self._input(new_tokens), cache=self._caches)
             mx.eval([cache.state for cache in self._caches])
-        self._tokens += fresh
+        self._tokens += new_tokens
 
-    def draft(self, fresh: Sequence[int], count: int, draw: Draw, position: int) -> list[int]:
-        """The next token as this model sees it, the one behind it, and so on.
+    def propose(
+        self, new_tokens: Sequence[int], count: int, sample: SampleToken, position: int
+    ) -> list[int]:
+        """Draft the next `count` tokens.
 
-        Drawn with the same random numbers as the model's own tokens: where both models think alike
-        they draw alike, much more often than the likeliest token would be drawn.
+        They are sampled with the same random numbers as the model's own tokens. Where both models
+        have similar distributions they sample the same token, which is accepted much more often
+        than the most probable token would be.
 
         Args:
-            fresh: how the text goes on from what it has read; one token at least.
-            count: how many to draft.
-            draw: see `Draw`.
-            position: in the answer, of the first token that is drafted.
+            new_tokens: of the text, since it last read; at least one.
+            sample: see `SampleToken`.
+            position: of the first drafted token in the output.
         """
         if self._model is None:
             drafted = mx.zeros((count,), dtype=mx.uint32)
         else:
-            token, made = self._input(fresh), []
-            for at in range(count):
-                logits = self._model(token, cache=self._caches)[:, -1, : self._vocabulary]
-                missing = self._vocabulary - logits.shape[-1]
-                if missing:  # random numbers are dealt by the width
+            token, samples = self._input(new_tokens), []
+            for i in range(count):
+                logits = self._model(token, cache=self._caches)[:, -1, : self._vocab_size]
+                missing = self._vocab_size - logits.shape[-1]
+                if missing:  # random numbers depend on the width
                     logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-                made.append(draw(logprobs, position + at))
-                token = made[-1][None]
-            drafted = mx.concatenate(made).astype(mx.uint32)
-        told = [int(t) for t in np.asarray(self._collective.broadcast_from(0, drafted))]
-        self._tokens += [*fresh, *told[:-1]]
-        return told
+                samples.append(sample(logprobs, position + i))
+                token = samples[-1][None]
+            drafted = mx.concatenate(samples).astype(mx.uint32)
+        draft = [int(t) for t in np.asarray(self._collective.broadcast_from(0, drafted))]
+        self._tokens += [*new_tokens, *draft[:-1]]
+        return draft
 
     def _input(self, tokens: Sequence[int]) -> mx.array:
-        """[1, tokens]; ids beyond its table, which no text has, are its last."""
-        last = self._what.vocabulary - 1
+        """[1, tokens]; ids beyond its vocabulary, which no text contains, become the last id."""
+        last = self._config.vocab_size - 1
         return mx.array([[min(t, last) for t in tokens]])

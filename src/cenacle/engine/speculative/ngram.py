@@ -1,10 +1,11 @@
-"""What may come next, guessed cheaply, and how far guessing pays.
+"""Cheap proposals of the next tokens, and how many of them pay.
 
-Owns: `Lookup`, drafts from the text itself; `Pace`, how many tokens to draft.
+Owns: `NgramProposer`, drafts from the text itself; `DraftLengthController`, the number of tokens to
+draft; `DraftStats`.
 Does not know: MLX, models, ranks.
-Invariant: what all ranks do depends on tokens, on counts, and on numbers that rank 0 has sent them;
-clocks matter on rank 0 alone, and only in what it proposes.
-Next: `speculation.py` lets the model check the drafts.
+Invariant: what all ranks do depends only on tokens, counts, and numbers that rank 0 has sent;
+clocks matter on rank 0 alone, and only for what it proposes.
+Next: `decoder.py` lets the model verify the drafts.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from operator import add, sub
 
-MATCH = 3  # tokens; where fewer agree, the next one seldom does
+NGRAM = 3  # tokens; with fewer in common the next one seldom agrees
 
 
 @dataclass(frozen=True)
 class DraftStats:
-    """How many tokens were drafted, and how many of them were kept; `by_model`,
-    `by_model_accepted`: those of a draft model."""
+    """Drafted and accepted tokens; `by_model`, `by_model_accepted`: those of a draft model."""
 
     drafted: int = 0
     accepted: int = 0
@@ -34,7 +34,7 @@ class DraftStats:
 
 
 class NgramProposer:
-    """Prompt lookup: what followed when the last few tokens were seen before.
+    """Prompt lookup: proposes what followed the last few tokens before.
 
     Source: Saxena, Prompt Lookup Decoding (2023), https://github.com/apoorvumang/prompt-lookup-decoding.
 
@@ -44,142 +44,150 @@ class NgramProposer:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # the last place behind these tokens
-        self.add(tokens)
+        self._next_position: dict[tuple[int, ...], int] = {}  # latest position after an n-gram
+        self.extend(tokens)
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """The text goes on."""
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the text."""
         for token in tokens:
-            if len(self._tokens) >= MATCH:
-                self._after[tuple(self._tokens[-MATCH:])] = len(self._tokens)
+            if len(self._tokens) >= NGRAM:
+                self._next_position[tuple(self._tokens[-NGRAM:])] = len(self._tokens)
             self._tokens.append(token)
 
     @property
     def length(self) -> int:
-        """Number of tokens that it knows."""
+        """Number of tokens of the text."""
         return len(self._tokens)
 
     @property
-    def hopeful(self) -> bool:
-        """Whether there is a draft at all."""
-        return tuple(self._tokens[-MATCH:]) in self._after
+    def has_proposal(self) -> bool:
+        """Whether the last tokens occurred before."""
+        return tuple(self._tokens[-NGRAM:]) in self._next_position
 
-    def draft(self, most: int) -> list[int]:
-        """At most `most` tokens that may come next; where the place that is copied reaches the end,
-        the draft copies itself."""
-        place = self._after.get(tuple(self._tokens[-MATCH:]))
-        if place is None:
+    def propose(self, limit: int) -> list[int]:
+        """At most `limit` tokens; a copy that reaches the end of the text continues with itself."""
+        position = self._next_position.get(tuple(self._tokens[-NGRAM:]))
+        if position is None:
             return []
-        text = self._tokens[place:]
-        for at in range(most - len(text)):
-            text.append(text[at])
-        return text[:most]
+        draft = self._tokens[position:]
+        for i in range(limit - len(draft)):
+            draft.append(draft[i])
+        return draft[:limit]
 
 
-def reference_proposal(tokens: Sequence[int], most: int) -> list[int]:
-    """As `Lookup(tokens).draft(most)`, by looking at every place."""
+def reference_proposal(tokens: Sequence[int], limit: int) -> list[int]:
+    """`NgramProposer(tokens).propose(limit)`, by looking at every position."""
     text, end = list(tokens), len(tokens)
-    for place in range(end - 1, MATCH - 1, -1):
-        if text[place - MATCH : place] == text[end - MATCH :]:
-            for at in range(most):
-                text.append(text[place + at])
+    for position in range(end - 1, NGRAM - 1, -1):
+        if text[position - NGRAM : position] == text[end - NGRAM :]:
+            for i in range(limit):
+                text.append(text[position + i])
             return text[end:]
     return []
 
 
 class DraftLengthController:
-    """How many tokens are drafted: as many as give the most tokens a second, by what was seen.
+    """Chooses the number of drafted tokens that gives the most tokens a second.
 
-    With p the chance that a drafted token is kept, k of them give (1 - p^(k+1)) / (1 - p) tokens
-    (Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023), in the time
-    that a step of k + 1 tokens took. If no k is faster than one token after another nothing is
-    drafted for a while, each time longer, and then it is tried again.
+    With p the probability that a drafted token is accepted, k of them give (1 - p^(k+1)) / (1 - p)
+    tokens (Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023), in
+    the measured time of a step of k + 1 tokens. If no k is faster than plain decoding, drafting
+    pauses, longer each time, and is then tried again.
 
     Args:
-        fixed: draft so many always; None: what pays.
+        fixed: always draft this many tokens; None: as many as pay.
     """
 
-    MOST = 16
-    FIRST = 4
-    GAIN = 1.05  # least: below it measuring errs
-    RESTS = (32, 1024)  # tokens
+    MAX_TOKENS = 16
+    INITIAL_TOKENS = 4
+    MIN_GAIN = 1.05  # smaller gains are within the error of measurement
+    PAUSE_TOKENS = (32, 1024)  # the first and the longest pause
+    INITIAL_COUNTS = (2.0, 0.5)  # accepted and rejected, before anything is known
+    DECAY = 0.9  # of the counts, per draft
 
     def __init__(self, fixed: int | None = None) -> None:
         self._fixed = fixed
-        self._seconds: dict[int, float] = {}  # of a step, by tokens drafted
-        self._rest = self._tired = 0
+        self._step_s: dict[int, float] = {}  # by drafted tokens
+        self._pause_left = self._pauses = 0
         self.limit = 0
-        self.drafts = DraftStats()
-        self._kept = self._refused = 0.0
-        self.begin()
+        self.stats = DraftStats()
+        self._accepted = self._rejected = 0.0
+        self.reset()
 
-    def begin(self) -> None:
-        """Another text: what was seen of the last one's drafts says nothing of it."""
-        self._kept, self._refused = 2.0, 0.5
-        self._rest = self._tired = 0
-        self.limit = self.FIRST if self._fixed is None else self._fixed
+    def reset(self) -> None:
+        """Start another text: the acceptance of the last one does not apply."""
+        self._accepted, self._rejected = self.INITIAL_COUNTS
+        self._pause_left = self._pauses = 0
+        self.limit = self.INITIAL_TOKENS if self._fixed is None else self._fixed
 
-    def passed(self, tokens: int = 1) -> None:
-        """So many tokens were made without a draft of this kind."""
-        if self._rest:
-            self._rest = max(0, self._rest - tokens)
-            if not self._rest:
-                self._kept, self._refused = 2.0, 0.5
-                self._seconds = {k: s for k, s in self._seconds.items() if k == 0}
-                self.limit = self.FIRST
+    def on_undrafted(self, tokens: int = 1) -> None:
+        """Count tokens that were generated without a draft of this kind."""
+        if self._pause_left:
+            self._pause_left = max(0, self._pause_left - tokens)
+            if not self._pause_left:
+                self._accepted, self._rejected = self.INITIAL_COUNTS
+                self._step_s = {k: s for k, s in self._step_s.items() if k == 0}
+                self.limit = self.INITIAL_TOKENS
 
-    def verified(self, drafted: int, accepted: int, proposal: int) -> None:
-        """A draft was checked, and rank 0 proposed how to go on."""
-        self.drafts += DraftStats(drafted, accepted)
-        self._kept = 0.9 * self._kept + accepted
-        self._refused = 0.9 * self._refused + (accepted < drafted)
+    def on_verified(self, drafted: int, accepted: int, proposal: int) -> None:
+        """Count a verified draft.
+
+        Args:
+            proposal: rank 0's `propose`.
+        """
+        self.stats += DraftStats(drafted, accepted)
+        self._accepted = self.DECAY * self._accepted + accepted
+        self._rejected = self.DECAY * self._rejected + (accepted < drafted)
         if self._fixed is not None:
             return
         self.limit = proposal
         if not proposal:
-            low, high = self.RESTS
-            self._rest = min(low << self._tired, high)
-            self._tired += 1
+            shortest, longest = self.PAUSE_TOKENS
+            self._pause_left = min(shortest << self._pauses, longest)
+            self._pauses += 1
 
-    def took(self, drafted: int, seconds: float) -> None:
-        """How long a step with so many drafted tokens was."""
-        known = self._seconds.get(drafted)
+    def on_step_time(self, drafted: int, seconds: float) -> None:
+        """Learn how long a step with so many drafted tokens takes."""
+        known = self._step_s.get(drafted)
         if known is None:
-            self._seconds[drafted] = seconds
+            self._step_s[drafted] = seconds
         else:
-            self._seconds[drafted] = 0.7 * known + 0.3 * min(seconds, 2 * known)
+            self._step_s[drafted] = 0.7 * known + 0.3 * min(seconds, 2 * known)
 
-    def propose(self, least: float = 0.0) -> int:
+    def propose(self, min_tokens_per_s: float = 0.0) -> int:
         """Rank 0's proposal: the best number of tokens to draft; 0: none.
 
         Args:
-            least: tokens a second that there are without these drafts, if it is known to be more
-                than one token after another.
+            min_tokens_per_s: speed without these drafts, if it is known to exceed that of plain
+                decoding.
         """
-        best, speed = self._best()
-        if not speed:
+        best, tokens_per_s = self._best()
+        if not tokens_per_s:
             return self.limit
-        return best if speed > max(self.GAIN / self._seconds[0], least) else 0
+        worthwhile = max(self.MIN_GAIN / self._step_s[0], min_tokens_per_s)
+        return best if tokens_per_s > worthwhile else 0
 
     @property
-    def speed(self) -> float:
-        """Tokens a second that its drafts are expected to give; 0.0: it does not draft, or nothing
-        is known yet."""
-        return self._best()[1] if self.limit and len(self._seconds) > 1 else 0.0
+    def tokens_per_s(self) -> float:
+        """Expected speed with its drafts; 0.0 while it does not draft, or nothing is known."""
+        return self._best()[1] if self.limit and len(self._step_s) > 1 else 0.0
 
     def _best(self) -> tuple[int, float]:
         """The best number of tokens to draft, and tokens a second with it (0.0: unknown)."""
-        if 0 not in self._seconds:
+        if 0 not in self._step_s:
             return self.limit, 0.0
-        p = min(self._kept / (self._kept + self._refused), 0.999)
-        most = min(self.MOST, 2 * max(self._seconds) or self.FIRST)
-        speeds = {k: (1 - p ** (k + 1)) / (1 - p) / self._expected(k) for k in range(1, most + 1)}
+        p = min(self._accepted / (self._accepted + self._rejected), 0.999)
+        longest = min(self.MAX_TOKENS, 2 * max(self._step_s) or self.INITIAL_TOKENS)
+        speeds = {
+            k: (1 - p ** (k + 1)) / (1 - p) / self._expected_step_s(k)
+            for k in range(1, longest + 1)
+        }
         best = max(speeds, key=lambda k: speeds[k])
         return best, speeds[best]
 
-    def _expected(self, drafted: int) -> float:
-        """Seconds of a step: between what was measured a straight line, beyond it another."""
-        known = sorted(self._seconds.items())
+    def _expected_step_s(self, drafted: int) -> float:
+        """Linear between measurements, and beyond the last one."""
+        known = sorted(self._step_s.items())
         if len(known) == 1:
             return known[0][1] * (1 + 0.25 * drafted)
         above = next((i for i, (k, _) in enumerate(known) if k >= drafted), len(known) - 1)

@@ -1,0 +1,89 @@
+"""N-gram proposals against the slow reference; draft lengths with a fake clock."""
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cenacle.engine.speculative.ngram import (
+    DraftLengthController,
+    DraftStats,
+    NgramProposer,
+    reference_proposal,
+)
+
+texts = st.lists(st.integers(0, 3), max_size=60)
+
+
+@given(texts, texts, st.integers(1, 20))
+def test_a_proposal_continues_the_last_occurrence(first, second, limit):
+    proposer = NgramProposer(first)
+    proposer.extend(second)
+    expected = reference_proposal([*first, *second], limit)
+    assert proposer.propose(limit) == expected
+    assert proposer.has_proposal == bool(expected)
+    assert proposer.length == len(first) + len(second)
+
+
+def test_a_repetition_is_proposed_up_to_the_limit():
+    assert NgramProposer([1, 2, 3, 1, 2, 3]).propose(8) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert NgramProposer([1, 2, 3]).propose(8) == []
+
+
+def run(control, acceptance, cost, steps=400, seed=1) -> tuple[float, list[int]]:
+    """Speed relative to no drafts, with a given acceptance rate; and the limits over time."""
+    dice = random.Random(seed)
+    tokens, seconds, limits = 0, 0.0, []
+    for _ in range(3):
+        control.on_step_time(0, 1.0)
+    for _ in range(steps):
+        k = control.limit
+        limits.append(k)
+        if not k:
+            control.on_undrafted()
+            control.on_step_time(0, 1.0)
+            tokens, seconds = tokens + 1, seconds + 1
+            continue
+        accepted = next((i for i in range(k) if dice.random() >= acceptance), k)
+        control.on_verified(k, accepted, control.propose())
+        control.on_step_time(k, cost(k))
+        tokens, seconds = tokens + accepted + 1, seconds + cost(k)
+    return tokens / seconds, limits
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "cost_per_token", "min_gain"),
+    [(0.98, 0.05, 6), (0.98, 0.4, 1.8), (0.8, 0.1, 2.2), (0.5, 0.1, 1.4), (0.1, 0.5, 0.93)],
+)
+def test_the_speed_is_near_the_best_and_never_far_below_plain_decoding(
+    acceptance, cost_per_token, min_gain
+):
+    gain, _ = run(DraftLengthController(), acceptance, lambda k: 1 + cost_per_token * k)
+    assert gain > min_gain
+
+
+def test_drafting_pauses_when_it_does_not_pay_and_is_tried_again():
+    control = DraftLengthController()
+    gain, limits = run(control, 0.05, lambda k: 1 + k, steps=2000)
+    assert gain > 0.97
+    tries = [i for i in range(1, len(limits)) if limits[i] and not limits[i - 1]]
+    pauses = [b - a for a, b in pairwise(tries)]
+    assert len(tries) >= 3
+    assert pauses == sorted(pauses), "each pause is longer"
+    control.reset()
+    assert run(control, 1.0, lambda k: 1 + 0.05 * k)[0] > 5, "another text starts afresh"
+
+
+def test_a_fixed_length_is_always_drafted():
+    control = DraftLengthController(3)
+    _, limits = run(control, 0.0, lambda k: 1 + 9 * k, steps=20)
+    assert set(limits) == {3}
+    assert control.stats == DraftStats(60, 0)
+
+
+def test_without_a_clock_nothing_changes():
+    """As on ranks whose proposals are not used."""
+    control = DraftLengthController()
+    assert control.propose() == control.limit == DraftLengthController.INITIAL_TOKENS
