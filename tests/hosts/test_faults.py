@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from net import why_not
+from namespaces import unavailable_reason
 
 FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 ROWS = ("stop-rank", "stop-agent", "link-3s")
-NO_HOSTS = why_not()
+UNAVAILABLE = unavailable_reason()
 
 
-@pytest.mark.skipif(NO_HOSTS is not None, reason=f"FAULTS OF HOSTS ARE NOT TESTED: {NO_HOSTS}")
+@pytest.mark.skipif(
+    UNAVAILABLE is not None, reason=f"FAULTS OF HOSTS ARE NOT TESTED: {UNAVAILABLE}"
+)
 def test_what_the_clients_of_a_cluster_see():
     command = [sys.executable, str(FAULTS), "--times", "1", "--longest", "8"]
     done = subprocess.run(
