@@ -14,6 +14,7 @@ import pytest
 
 import cenacle
 
+DEADLINE_S = 120  # for anything to happen on a busy machine
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
@@ -39,7 +40,7 @@ def url(tmp_path_factory):
         try:
             with selectors.DefaultSelector() as waiting:
                 waiting.register(process.stdout, selectors.EVENT_READ)
-                assert waiting.select(timeout=60), "the server did not start"
+                assert waiting.select(timeout=DEADLINE_S), "the server did not start"
             found = process.stdout.readline().strip()
             assert found.startswith("http://"), log.read_text()
             yield found
@@ -50,7 +51,7 @@ def url(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("NO BROWSER: the page was not looked at; install Debian's chromium")
+        pytest.skip("NO BROWSER: the page was not tested; install Debian's chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="NO PLAYWRIGHT: pip install it")
     with playwright.sync_playwright() as p:
         running = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -60,21 +61,21 @@ def browser():
 
 @pytest.fixture
 def opened(browser, url):
-    """Opens the page; at the end it must have been silent, and asked nobody else.
+    """Opens the page; in the end it must have logged nothing and sent requests to no other host.
 
-    With `refused=True` the browser's own lines about refused requests are expected.
+    With `refused=True` the browser's own messages about refused requests are expected.
     """
-    contexts, asked, said = [], [], []
+    contexts, urls, messages = [], [], []
 
-    def open_page(width=1280, height=860, refused=False, **how):
-        context = browser.new_context(viewport={"width": width, "height": height}, **how)
+    def open_page(width=1280, height=860, refused=False, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
-        page.on("request", lambda r: asked.append(r.url))
+        page.set_default_timeout(1000 * DEADLINE_S)
+        page.on("request", lambda r: urls.append(r.url))
         own = "Failed to load resource"
-        page.on("console", lambda m: None if refused and own in m.text else said.append(m.text))
-        page.on("pageerror", lambda e: said.append(str(e)))
+        page.on("console", lambda m: None if refused and own in m.text else messages.append(m.text))
+        page.on("pageerror", lambda e: messages.append(str(e)))
         page.goto(url)
         page.wait_for_selector("#messages > *")
         return page
@@ -82,12 +83,12 @@ def opened(browser, url):
     yield open_page
     for context in contexts:
         context.close()
-    assert [a for a in asked if not a.startswith((f"{url}/", "blob:"))] == []
-    assert said == []
+    assert [u for u in urls if not u.startswith((f"{url}/", "blob:"))] == []
+    assert messages == []
 
 
-def until(page, condition, arg=None, seconds=10):
-    """Wait until an expression holds; the page's policy forbids Playwright's own way (eval)."""
+def until(page, condition, arg=None, seconds=DEADLINE_S):
+    """Wait for a condition; the page's policy forbids the `eval` of Playwright's own wait."""
     ends = time.monotonic() + seconds
     while not page.evaluate(condition, arg):
         assert time.monotonic() < ends, f"not within {seconds} s: {condition}"
@@ -106,7 +107,7 @@ def answers(page):
 
 
 def endless(page):
-    """From now on answers go on until they are stopped: the end's token is forbidden."""
+    """Forbid the stop token, so that answers continue until they are stopped."""
 
     def change(route):
         body = route.request.post_data_json
@@ -115,7 +116,7 @@ def endless(page):
     page.route("**/v1/chat/completions", change)
 
 
-def test_ask_regenerate_edit_and_find_it_all_again(opened):
+def test_conversations_are_asked_edited_and_stored(opened):
     page = opened()
     page.click("#open-settings")
     page.fill("[name=temperature]", "0")
@@ -164,7 +165,7 @@ def test_ask_regenerate_edit_and_find_it_all_again(opened):
     assert len(page.query_selector_all(".pick")) == 2
 
 
-def test_an_answer_streams_and_is_stopped(opened, url):
+def test_an_answer_streams_and_can_be_stopped(opened, url):
     page = opened()
     endless(page)
     ask(page, "Spell otter backwards.")
@@ -180,13 +181,14 @@ def test_an_answer_streams_and_is_stopped(opened, url):
     assert text.startswith(before)
     assert page.inner_text(".stats").endswith("stopped")
     assert re.search(r"about \d+ tokens", page.inner_text(".stats"))
-    page.wait_for_timeout(200)
-    assert httpx.get(f"{url}/health").json()["running"] == 0, "the server stopped as well"
+    ends = time.monotonic() + DEADLINE_S
+    while httpx.get(f"{url}/health").json()["running"]:
+        assert time.monotonic() < ends, "the server did not cancel the request"
     page.reload()
     assert answers(page) == [text]
 
 
-def test_errors_are_words(opened):
+def test_errors_are_explained(opened):
     page = opened(refused=True)
     page.route(
         "**/v1/chat/completions",
@@ -200,18 +202,18 @@ def test_errors_are_words(opened):
     assert answers(page) == ["42"]
 
 
-def test_a_key_is_asked_for_once_sent_and_kept(opened):
+def test_an_api_key_is_requested_once_and_stored(opened):
     page = opened(refused=True)
     sent = []
 
-    def door(route):
+    def check_key(route):
         sent.append(route.request.headers.get("authorization"))
         if sent[-1] == "Bearer open sesame":
             route.continue_()
         else:
             route.fulfill(status=401, body="{}")
 
-    page.route(re.compile(r"/v1/|/cluster\?"), door)
+    page.route(re.compile(r"/v1/|/cluster\?"), check_key)
     ask(page, "What is 12 + 30?")
     page.wait_for_selector("#key[open]")
     page.fill("#key input", "wrong")
@@ -229,7 +231,7 @@ def test_a_key_is_asked_for_once_sent_and_kept(opened):
     assert set(sent) == {"Bearer open sesame"}
 
 
-def test_markdown_makes_elements_and_nothing_else(opened):
+def test_markdown_makes_only_safe_elements(opened):
     page = opened()
     hostile = [
         "<img src=x onerror=alert(1)>",
@@ -275,7 +277,7 @@ def test_markdown_makes_elements_and_nothing_else(opened):
         assert all(link.startswith("http://") for link in made["links"]), text
 
 
-def test_markdown_says_what_was_written(opened):
+def test_markdown_is_rendered(opened):
     page = opened()
     cases = {
         "# T\ntext": "<h2>T</h2><p>text</p>",
@@ -296,7 +298,7 @@ def test_markdown_says_what_was_written(opened):
     }"""
     for (text, want), got in zip(cases.items(), page.evaluate(script, list(cases)), strict=True):
         assert got == want, text
-    # What grows piece by piece ends as what came at once, and is quick where nothing closes.
+    # A streamed text ends like a complete one, and many unclosed marks are parsed quickly.
     text = "# A\n\ntext **b\nc** d\n\n- e\n- f\n\n```py\nx = 1\n\ny\n```\n\n|a|b|\n|-|-|\n|1|2|\n"
     marks = ["[", "**a ", "`", "_a ", "~~", "<", "> ", "- ", "![", "\\"]
     grown, whole, slow_ms, code = page.evaluate(
@@ -314,7 +316,7 @@ def test_markdown_says_what_was_written(opened):
     )
     assert grown == whole
     assert code == "x = 1\n\ny"
-    assert slow_ms < 2000
+    assert slow_ms < 1000 * DEADLINE_S  # not exponential
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -332,14 +334,14 @@ def test_the_cluster_view_on_a_phone_and_a_screen(opened, url, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_the_heat_map_has_the_routers_counts(opened, url):
+def test_the_heat_map_shows_the_routing_counts(opened, url):
     for question in ("What is 12 + 30?", "Spell otter backwards.") * 4:
         body = {
             "model": "demo_model",
             "messages": [{"role": "user", "content": question}],
             "max_tokens": 12,
         }
-        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).is_success
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE_S).is_success
     page = opened()
     page.click("#tab-cluster")
     page.wait_for_selector("canvas")
@@ -385,7 +387,7 @@ def test_the_heat_map_has_the_routers_counts(opened, url):
 
 
 def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
-    """What no demo has: the page is given the answer of a large cluster."""
+    """The page gets the JSON of a large cluster."""
     page = opened(390, refused=True)
     big = large_cluster(steps=40)
     page.route("**/cluster?*", lambda r: r.fulfill(json=big))
@@ -393,7 +395,7 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
     until(page, "document.querySelectorAll('.node').length === 8")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.querySelector('#view-cluster').scrollWidth") <= 390
-    took = page.evaluate(
+    took_ms = page.evaluate(
         """async () => {
           const began = performance.now();
           dispatchEvent(new Event("hashchange"));
@@ -401,13 +403,13 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
           return performance.now() - began;
         }"""
     )
-    assert took < 3000
-    # A node is lost: it is said, and the page goes on.
+    assert took_ms < 1000 * DEADLINE_S
+    # A node is lost.
     big |= {"status": "failed", "reason": "rank 3 was killed by SIGKILL", "rank": 3}
     page.wait_for_selector(".node.lost")
     assert "rank 3 was killed" in page.inner_text("#banner")
     assert page.inner_text(".node.lost .state") == "lost"
-    # The server goes away: what was known stays, dimmed, with a word.
+    # The server goes away: the last state stays, dimmed.
     page.unroute("**/cluster?*")
     page.route("**/cluster?*", lambda r: r.abort())
     until(page, "document.querySelector('#banner').innerText.includes('Cannot reach')")
@@ -458,7 +460,7 @@ def large_cluster(steps):
     }  # fmt: skip
 
 
-def test_files_are_given_with_their_types_and_nothing_else_is(url):
+def test_only_files_of_the_page_are_served(url):
     with httpx.Client(base_url=url) as client:
         for path, kind in {
             "/": "text/html", "/static/app.js": "text/javascript", "/static/style.css": "text/css",

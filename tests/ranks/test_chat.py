@@ -62,7 +62,7 @@ class Terminal:
 
     def __init__(self, arguments, environment):
         self.child = pexpect.spawn(
-            arguments[0], arguments[1:], env=environment, encoding="utf-8", timeout=30,
+            arguments[0], arguments[1:], env=environment, encoding="utf-8", timeout=120,
             dimensions=(30, 100),
             # A program that is started in the background may have been told to ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -94,7 +94,7 @@ class Terminal:
         return self.child.exitstatus
 
 
-def test_a_model_here(environment, tmp_path):
+def test_a_local_model(environment, tmp_path):
     terminal = Terminal([*CHAT, "-m", str(DEMO), "-n", "2", "--temp", "0"], environment)
     terminal.see("/help")
     terminal.ready()
@@ -123,7 +123,7 @@ def test_a_model_here(environment, tmp_path):
     assert kept.stat().st_mode & 0o077 == 0
 
 
-def test_a_server_elsewhere_and_an_answer_that_is_stopped(environment, server):
+def test_a_remote_server_and_a_stopped_answer(environment, server):
     url, key = server
     with_key = {**environment, "CENACLE_API_KEY": key}
     terminal = Terminal([*CHAT, "--url", f"{url}/v1", "--temp", "0"], with_key)
@@ -162,18 +162,18 @@ def test_wrong_keys_and_addresses_are_refused(environment, server):
         with pytest.raises(InputError, match="other"):
             list(remote.answer([{"role": "user", "content": "Hello"}], ChatSettings()))
     ran = subprocess.run(
-        [*CHAT, "--url", url], capture_output=True, text=True, timeout=60, env=environment
+        [*CHAT, "--url", url], capture_output=True, text=True, timeout=120, env=environment
     )
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("error: ")
 
 
-def test_pipes_have_the_answers_alone(environment, server):
+def test_pipes_get_only_the_answers(environment, server):
     url, key = server
     ran = subprocess.run(
         [*CHAT, "--url", url, "--key", key, "--temp", "0"],
         input="What is 12 + 30?\n/temp 9\n\n/new\nWhat is 7 + 5?\n/exit\nWhat is 1 + 1?\n",
-        capture_output=True, text=True, timeout=60, env=environment,
+        capture_output=True, text=True, timeout=120, env=environment,
     )  # fmt: skip
     assert (ran.returncode, ran.stdout.splitlines()) == (0, ["42", "12"])
     assert "/temp: expected a number from 0 to 2" in ran.stderr

@@ -22,7 +22,7 @@ def keys(tmp_path):
     made.close()
 
 
-def test_a_secret_finds_its_key_and_nothing_else_does(keys):
+def test_a_secret_finds_only_its_own_key(keys):
     alice, bob = keys.add("alice", 1000, 2), keys.add("bob")
     assert keys.find(alice) == ApiKey("alice", Clock.now, 1000, 2)
     assert keys.find(bob).name == "bob"
@@ -35,7 +35,7 @@ def test_a_secret_finds_its_key_and_nothing_else_does(keys):
     assert [k.name for k in keys.list_keys()] == ["bob"]
 
 
-def test_the_file_is_its_owners_and_holds_no_secret(keys):
+def test_only_the_owner_can_read_the_file_and_it_holds_no_secret(keys):
     secret = keys.add("alice")
     files = list(keys.path.parent.iterdir())
     assert {stat.S_IMODE(f.stat().st_mode) for f in files} == {0o600}
@@ -45,7 +45,7 @@ def test_the_file_is_its_owners_and_holds_no_secret(keys):
     assert secret.removeprefix("cen-").encode() not in held
 
 
-def test_a_file_that_others_could_read_is_closed_to_them(tmp_path):
+def test_a_readable_file_is_made_private(tmp_path):
     path = tmp_path / "keys.db"
     path.touch()
     path.chmod(0o644)
@@ -53,7 +53,7 @@ def test_a_file_that_others_could_read_is_closed_to_them(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_changes_of_another_program_are_seen_at_once(keys):
+def test_changes_of_another_process_are_visible_at_once(keys):
     other = KeyStore(keys.path, Clock())
     secret = other.add("late")
     assert keys.find(secret).name == "late"
@@ -62,7 +62,7 @@ def test_changes_of_another_program_are_seen_at_once(keys):
     other.close()
 
 
-def test_use_is_counted_by_day_over_restarts_and_programs(keys):
+def test_tokens_are_counted_by_day_over_restarts_and_processes(keys):
     clock = keys._clock
     keys.add("alice", 100)
     keys.charge("alice", 30)
@@ -87,7 +87,7 @@ def test_use_is_counted_by_day_over_restarts_and_programs(keys):
     again.close()
 
 
-def test_threads_charge_at_once_and_nothing_is_lost(keys):
+def test_concurrent_charges_are_all_counted(keys):
     def charge() -> None:
         for _ in range(200):
             keys.charge("alice", 1)
@@ -114,7 +114,7 @@ def test_wrong_names_and_limits_are_refused(keys):
         keys.remove("nobody")
 
 
-def test_a_file_that_is_something_else_is_named(tmp_path):
+def test_a_file_that_is_not_a_key_store_is_refused(tmp_path):
     path = tmp_path / "keys.db"
     path.write_text("not a database" * 100)
     with pytest.raises(InputError, match="keys add NAME"):

@@ -48,7 +48,7 @@ def calibrated(folder, gb_s, all_reduce_us=100.0, nodes=2, alone_gb_s=None):
     (folder / "this.toml").write_text(as_toml(measured))
 
 
-def test_without_a_calibration_there_is_a_reason_and_no_number(catalog):
+def test_without_a_calibration_there_is_only_a_reason(catalog):
     assert "cenacle calibrate" in predict_speed(Plan.whole(SPEC, 1), CONFIG, "demo")
     calibrated(catalog, 10.0, nodes=1)
     assert isinstance(predict_speed(Plan.whole(SPEC, 1), CONFIG, "demo"), SpeedPrediction)
@@ -100,7 +100,7 @@ def test_timings_add_up_and_follow_the_calibration(catalog, plan):
         assert fast.step_timings_ms["all_reduce"] == 0
 
 
-def test_a_placement_is_chosen_on_the_machine_as_it_was_calibrated(catalog):
+def test_the_placement_is_chosen_by_the_calibration(catalog):
     """Not by assumed numbers: with a slow all-reduce, sharding the trunk does not pay."""
     assert "never calibrated" in local_measurements(CONFIG, 2)
     calibrated(catalog, 10.0)

@@ -1,4 +1,4 @@
-"""The door, around an application of its own: what passes and what comes back."""
+"""Access control around a small application."""
 
 import asyncio
 import json
@@ -17,26 +17,26 @@ from cenacle.server.middleware import SECURITY_HEADERS, AccessMiddleware, Access
 ALL = ("/v1/models", "/v1/chat/completions", "/metrics", "/cluster", "/openapi.json", "/nowhere")
 
 
-class Inside:
-    """What is guarded: says whose request it was; a POST waits until it is let go."""
+class InnerApplication:
+    """Responds with the name of the key; a POST waits for `go`."""
 
     def __init__(self) -> None:
         self.waiting = 0
         self.go = asyncio.Event()
 
     def app(self) -> Starlette:
-        async def who(http):
+        async def key_name(http):
             return JSONResponse({"key": http.scope["state"].get("key", "nobody")})
 
         async def wait(http):
             self.waiting += 1
             await http.body()
             await self.go.wait()
-            return await who(http)
+            return await key_name(http)
 
         return Starlette(
             routes=[
-                *(Route(p, who) for p in (*ALL[:-1], "/", "/health", "/static/{path:path}")),
+                *(Route(p, key_name) for p in (*ALL[:-1], "/", "/health", "/static/{path:path}")),
                 *(Route(p, wait, methods=["POST"]) for p in ("/v1/completions", "/v1/messages")),
             ]
         )
@@ -50,10 +50,10 @@ def keys(tmp_path):
 
 
 def ask(keys, policy, *requests, base="http://localhost:8080"):
-    """Answers to requests (method, path, headers), one after the other; waits are let go."""
+    """Responses to requests (method, path, headers), one after the other."""
 
     async def run():
-        inside = Inside()
+        inside = InnerApplication()
         inside.go.set()
         transport = httpx.ASGITransport(AccessMiddleware(inside.app(), policy, keys).with_cors())
         async with httpx.AsyncClient(transport=transport, base_url=base) as client:
@@ -66,7 +66,7 @@ def bearer(secret):
     return {"Authorization": f"Bearer {secret}"}
 
 
-def test_where_keys_are_demanded_nothing_is_given_without_one(keys):
+def test_required_keys_protect_every_path_but_the_public_ones(keys):
     secret = keys.add("alice")
     gone = keys.add("gone")
     keys.remove("gone")
@@ -91,13 +91,13 @@ def test_where_keys_are_demanded_nothing_is_given_without_one(keys):
         assert (answer.status_code, answer.json()) == (200, {"key": "nobody"})
 
 
-def test_anthropics_clients_are_refused_in_their_own_form(keys):
+def test_anthropic_paths_get_anthropic_errors(keys):
     (answer,) = ask(keys, AccessPolicy(require_key=True), ("POST", "/v1/messages", {}))
     assert answer.json()["type"] == "error"
     assert answer.json()["error"]["type"] == "authentication_error"
 
 
-def test_where_none_is_demanded_a_key_that_is_known_counts(keys):
+def test_an_optional_key_is_recognised(keys):
     secret = keys.add("alice")
     requests = [("GET", "/v1/models", h) for h in ({}, bearer("-"), bearer(secret))]
     answers = ask(keys, AccessPolicy(), *requests)
@@ -120,13 +120,13 @@ def test_other_hosts_are_refused_on_loopback(keys):
     assert open_to_all.status_code == 200
 
 
-def test_pages_of_other_origins_may_not_ask(keys):
+def test_other_origins_are_refused(keys):
     origins = {
         "http://localhost:8080": 200,
         "https://localhost:8080": 200,
         **dict.fromkeys(("http://localhost:3000", "http://evil.example", "null", "http://["), 403),
     }
-    # What a form or a script sends without asking the browser's leave.
+    # What a form or a script sends without a preflight.
     plain = {"Content-Type": "text/plain"}
     asked = [("POST", "/v1/completions", {"Origin": o, **plain}) for o in origins]
     assert [a.status_code for a in ask(keys, AccessPolicy(), *asked)] == list(origins.values())
@@ -135,7 +135,7 @@ def test_pages_of_other_origins_may_not_ask(keys):
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_an_origin_that_was_allowed_may(keys):
+def test_an_allowed_origin_passes(keys):
     page = "https://chat.example"
     policy = AccessPolicy(require_key=True, cors_origins=(page,))
     secret = keys.add("alice")
@@ -157,7 +157,7 @@ def test_an_origin_that_was_allowed_may(keys):
     assert "access-control-allow-credentials" not in done.headers
 
 
-def test_every_answer_carries_the_headers(keys):
+def test_every_response_has_the_security_headers(keys):
     paths = ("/", "/v1/models", "/nowhere")
     for answer in ask(keys, AccessPolicy(), *(("GET", p, {}) for p in paths)):
         assert {n: answer.headers[n] for n in SECURITY_HEADERS} == SECURITY_HEADERS
@@ -165,7 +165,7 @@ def test_every_answer_carries_the_headers(keys):
     assert {n: refused.headers[n] for n in SECURITY_HEADERS} == SECURITY_HEADERS
 
 
-def test_a_budget_that_is_used_up(keys):
+def test_an_exhausted_budget_is_refused_until_tomorrow(keys):
     secret = keys.add("alice", tokens_per_day=100)
     asked = ("POST", "/v1/completions", bearer(secret))
     keys.charge("alice", 99)
@@ -180,7 +180,7 @@ def test_a_budget_that_is_used_up(keys):
     other.close()
 
 
-def test_a_file_of_keys_that_became_unusable_lets_nobody_in(keys, caplog):
+def test_an_unusable_key_store_refuses_everybody(keys, caplog):
     secret = keys.add("alice")
     keys._db.execute("DROP TABLE keys")
     (answer,) = ask(keys, AccessPolicy(require_key=True), ("GET", "/v1/models", bearer(secret)))
@@ -189,11 +189,11 @@ def test_a_file_of_keys_that_became_unusable_lets_nobody_in(keys, caplog):
     assert "no such table" not in answer.text
 
 
-def test_requests_at_once(keys):
+def test_concurrent_requests_are_limited_per_key_and_in_total(keys):
     alice, bob = keys.add("alice", max_concurrent=2), keys.add("bob")
 
     async def run():
-        inside = Inside()
+        inside = InnerApplication()
         app = AccessMiddleware(
             inside.app(), AccessPolicy(max_concurrent=4, max_concurrent_per_key=3), keys
         ).with_cors()
@@ -248,9 +248,9 @@ def test_the_access_log_has_no_text(keys, capsys):
     assert secret not in "".join(lines)
 
 
-def test_text_is_logged_only_when_asked_for(keys, capsys):
+def test_text_is_logged_only_on_request(keys, capsys):
     async def run(policy):
-        inside = Inside()
+        inside = InnerApplication()
         inside.go.set()
         transport = httpx.ASGITransport(AccessMiddleware(inside.app(), policy, keys))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -267,7 +267,7 @@ def test_text_is_logged_only_when_asked_for(keys, capsys):
     assert "\x1b" not in "".join(lines)
 
 
-def test_beyond_loopback_a_key_is_needed_to_start(keys):
+def test_listening_beyond_loopback_requires_a_key(keys):
     with (
         socket.create_server(("0.0.0.0", 0)) as outside,
         socket.create_server(("127.0.0.1", 0)) as own,

@@ -18,7 +18,7 @@ def names_of(cert) -> set[str]:
 
 
 def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str:
-    """The version that both agree on."""
+    """The TLS version of a handshake."""
     ours, theirs = socket.socketpair()
     ours.settimeout(5)
     theirs.settimeout(5)
@@ -62,7 +62,7 @@ def test_old_versions_of_tls_are_refused_and_1_2_has_modern_ciphers(tmp_path):
     assert server.minimum_version == ssl.TLSVersion.TLSv1_2
 
 
-def test_it_is_kept_until_it_does_not_serve_any_more(tmp_path, monkeypatch):
+def test_a_certificate_is_kept_while_it_is_usable(tmp_path, monkeypatch):
     cert, key = tls.self_signed(tmp_path, "127.0.0.1")
     first = tls.fingerprint(cert)
     assert len(first.split(":")) == 32
@@ -81,7 +81,7 @@ def test_it_is_kept_until_it_does_not_serve_any_more(tmp_path, monkeypatch):
     tls.server_context(cert, key)
 
 
-def test_files_that_cannot_be_used_are_named(tmp_path):
+def test_unusable_files_are_named(tmp_path):
     cert, key = tls.self_signed(tmp_path, "localhost")
     (tmp_path / "other").mkdir()
     _, other = tls.self_signed(tmp_path / "other", "localhost")

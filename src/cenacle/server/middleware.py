@@ -11,7 +11,6 @@ Next: `app.py` is the application inside; `auth.py` knows the keys.
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import socket
 import sys
@@ -27,8 +26,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import CenacleError, InputError
-from .api.openai import error_object
+from .api import anthropic, openai
 from .auth import ApiKey, KeyStore
+from .generation import json_response
 
 access_log = logging.getLogger("cenacle.access")
 text_log = logging.getLogger("cenacle.text")
@@ -319,26 +319,16 @@ def _host_name(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
-_ANTHROPIC_ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-    503: "api_error",
-}
-
-
 def _denial_response(path: str, denied: _AccessDenied) -> Response:
     """The error in the form of the API that the path belongs to."""
-    body: dict[str, Any]
+    status, message = denied.status, str(denied)
     if path.startswith("/v1/messages"):
-        error = {"type": _ANTHROPIC_ERROR_TYPES[denied.status], "message": str(denied)}
-        body = {"type": "error", "error": error}
+        body = anthropic.error_object(status, message)
     else:
-        error_type = {429: "rate_limit_error", 503: "server_error"}.get(
-            denied.status, "invalid_request_error"
-        )
-        body = error_object(str(denied), None, denied.code, error_type)
-    return Response(json.dumps(body), denied.status, denied.headers, "application/json")
+        error_types = {429: "rate_limit_error", 503: "server_error"}
+        error_type = error_types.get(status, "invalid_request_error")
+        body = openai.error_object(message, None, denied.code, error_type)
+    return json_response(status, body, denied.headers)
 
 
 def _log_access(scope: Scope, record: _RequestLog, key: str | None) -> None:
