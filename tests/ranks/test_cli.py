@@ -1,4 +1,4 @@
-"""The verbs as a user runs them: processes, exit codes, what is on stdout and stderr."""
+"""The commands as a user runs them: processes, exit codes, what is on stdout and stderr."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from cenacle import native
 from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.model.synth import synth
 
-VERB = [sys.executable, "-m", "cenacle"]
+COMMAND = [sys.executable, "-m", "cenacle"]
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +27,19 @@ def folder(tmp_path_factory):
 
 def run(*arguments, timeout=60, **options):
     return subprocess.run(
-        [*VERB, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
     )
 
 
-def last_json(ran):
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
+def last_json(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def processes_of(pid):
     """Processes whose parent is or was `pid`: ranks started by it, alive."""
-    ran = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True)
-    rows = [line.split(None, 3) for line in ran.stdout.splitlines()[1:]]
+    done = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True)
+    rows = [line.split(None, 3) for line in done.stdout.splitlines()[1:]]
     return [int(r[0]) for r in rows if int(r[1]) == pid and "Z" not in r[2]]
 
 
@@ -62,12 +62,12 @@ def alive(pid):
 
 def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
     model, tokenizer = mlx_lm_load(str(folder))
-    answer = list(stream_generate(model, tokenizer, "Hello there", max_tokens=24))
+    answer = list(stream_generate(model, tokenizer, "Hello available", max_tokens=24))
     want = [r.token for r in answer]
     for nodes in (1, 2):
         got = last_json(
             run(
-                "generate", "--model", folder, "--nodes", nodes, "--prompt", "Hello there",
+                "generate", "--model", folder, "--nodes", nodes, "--prompt", "Hello available",
                 "--max-tokens", 24, "--temp", 0, "--json",
             )
         )  # fmt: skip
@@ -80,13 +80,13 @@ def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
         assert parts == pytest.approx(terms["total"]) != 0
 
 
-def test_inspect_tells_before_loading_what_ranks_take(tmp_path_factory):
+def test_inspect_predicts_the_memory_of_ranks(tmp_path_factory):
     big = synth(tmp_path_factory.mktemp("big") / "m", family="mixtral", config=None).path
     plan = last_json(
         run("inspect", "--model", big, "--nodes", 3, "--node-weights", "2,1,1", "--json")
     )
     assert sum(r["experts"] for r in plan["ranks"]) == plan["spec"]["expert_bytes"]
-    ran = run(
+    done = run(
         "generate",
         "-m",
         big,
@@ -100,22 +100,22 @@ def test_inspect_tells_before_loading_what_ranks_take(tmp_path_factory):
         1,
         "--json",
     )
-    for rank, planned in zip(last_json(ran)["ranks"], plan["bytes_per_rank"], strict=True):
+    for rank, planned in zip(last_json(done)["ranks"], plan["bytes_per_rank"], strict=True):
         assert rank["weights_bytes"] == planned
         assert planned < rank["peak_rss_bytes"] < 1.1 * planned + 300e6
 
 
-def test_a_saved_plan_is_what_runs(folder, tmp_path):
+def test_a_saved_plan_is_used(folder, tmp_path):
     saved = tmp_path / "plan.json"
     assert (
         run("inspect", "-m", folder, "-n", 2, "--node-weights", "3,1", "--save", saved).returncode
         == 0
     )
-    ran = run(
+    done = run(
         *("generate", "-m", folder, "--plan", saved, "--draft-model", folder),
         *("-p", "x", "--max-tokens", 1, "--json"),
     )
-    weights = [r["weights_bytes"] for r in last_json(ran)["ranks"]]
+    weights = [r["weights_bytes"] for r in last_json(done)["ranks"]]
     assert len(weights) == 2
     assert weights[0] > weights[1]
 
@@ -124,36 +124,40 @@ def test_a_saved_plan_is_what_runs(folder, tmp_path):
 def test_every_placement_gives_the_same_text(folder, kernels):
     if kernels == "native" and not native.is_available():
         pytest.skip(native.unavailable_reason())
-    said = set()
-    for how in ("-n 1", "-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated"):
-        ran = run(
+    texts = set()
+    for options in (
+        "-n 1",
+        "-n 2 --placement sliced --trunk sharded",
+        "-n 3 --placement replicated",
+    ):
+        done = run(
             *f"generate -m {folder} -p Hello --max-tokens 24 --json --kernels {kernels}".split(),
-            *how.split(),
+            *options.split(),
         )
-        said.add(last_json(ran)["text"])
-    assert len(said) == 1
+        texts.add(last_json(done)["text"])
+    assert len(texts) == 1
 
 
-def test_the_choice_is_explained(folder):
-    ran = run("inspect", "-m", folder, "-n", 2, "--json")
-    got = last_json(ran)
+def test_the_placement_is_explained(folder):
+    done = run("inspect", "-m", folder, "-n", 2, "--json")
+    got = last_json(done)
     assert got["reason"].startswith(f"experts {got['placement']}, trunk {got['trunk']}: ")
     assert got["all_reduces"] >= 2
-    asked = run("inspect", "-m", folder, "-n", 2, "--placement", "whole", "--trunk", "replicated")
-    assert "experts whole, trunk replicated, 2 all-reduces per token" in asked.stdout
-    assert asked.stderr == ""
+    chosen = run("inspect", "-m", folder, "-n", 2, "--placement", "whole", "--trunk", "replicated")
+    assert "experts whole, trunk replicated, 2 all-reduces per token" in chosen.stdout
+    assert chosen.stderr == ""
 
 
 def test_demo_answers(folder):
-    ran = run("demo", "--nodes", 2, "--questions", 7, "--json")
-    got = last_json(ran)
+    done = run("demo", "--nodes", 2, "--questions", 7, "--json")
+    got = last_json(done)
     assert got["correct"] >= 6
-    assert "Where the time of a token went" in ran.stdout
-    assert "node 1" in ran.stdout
+    assert "Where the time of a token went" in done.stdout
+    assert "node 1" in done.stdout
 
 
-def test_chat_remembers_and_ends(folder):
-    ran = run(
+def test_chat_keeps_its_messages_until_new(folder):
+    done = run(
         "chat",
         "-m",
         DEMO_MODEL_DIR,
@@ -161,11 +165,11 @@ def test_chat_remembers_and_ends(folder):
         "0",
         input="What is 2 + 3?\n/new\nMake dog uppercase.\n",
     )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines() == ["5", "DOG"]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["5", "DOG"]
 
 
-def test_families_and_help_tell_what_there_is():
+def test_families_and_help_list_everything():
     listed = last_json(run("families", "--json"))
     assert {"dbrx", "mixtral", "gpt_oss"} <= {row["name"] for row in listed}
     assert all(row["refused"] for row in listed if row["name"] == "muse_spark")
@@ -175,7 +179,7 @@ def test_families_and_help_tell_what_there_is():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (["inspect", "-m", "no/such/folder"], 3, "no such folder"),
         (["inspect", "-m", "FOLDER", "-n", "9", "--placement", "whole"], 4, "at most 6|at most 8"),
@@ -211,59 +215,59 @@ def test_families_and_help_tell_what_there_is():
         (["generate", "-m", "FOLDER", "--unknown"], 2, "no such option"),
     ],
 )
-def test_bad_input_is_one_sentence_and_a_status(folder, tmp_path, arguments, status, said):
+def test_bad_input_is_one_line_and_a_status(folder, tmp_path, arguments, status, message):
     words = {"FOLDER": folder, "LONG": "x" * 100_000, "OUT": tmp_path / "out"}
-    ran = run(*[words.get(a, a) for a in arguments])
-    assert ran.returncode == status, ran.stderr
-    assert re.search(said, ran.stderr), ran.stderr
-    assert "Traceback" not in ran.stderr
+    done = run(*[words.get(a, a) for a in arguments])
+    assert done.returncode == status, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_port_in_use_is_found_before_loading(folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        ran = run("serve", "-m", folder, "--port", taken.getsockname()[1])
-    assert ran.returncode == 2
-    assert "in use" in ran.stderr
+        done = run("serve", "-m", folder, "--port", taken.getsockname()[1])
+    assert done.returncode == 2
+    assert "in use" in done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_ending_the_front_leaves_no_rank(folder, how):
-    front = subprocess.Popen(
-        [*VERB, "serve", "-m", str(folder), "-n", "2", "--port", "0"],
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_server_leaves_no_rank(folder, number):
+    server = subprocess.Popen(
+        [*COMMAND, "serve", "-m", str(folder), "-n", "2", "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        for line in front.stderr:
+        for line in server.stderr:
             if "serving" in line:
                 break
-        ranks = processes_of(front.pid)
+        ranks = processes_of(server.pid)
         assert len(ranks) == 2
-        front.send_signal(how)
-        front.wait(timeout=10)
+        server.send_signal(number)
+        server.wait(timeout=10)
         assert wait_until(lambda: not any(map(alive, ranks)), 5)
     finally:
-        front.kill()
-        front.wait()
-        front.stderr.close()
+        server.kill()
+        server.wait()
+        server.stderr.close()
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_what_computes_is_said(there):
-    if there and not native.is_available():
+@pytest.mark.parametrize("available", [True, False])
+def test_the_device_is_reported(available):
+    if available and not native.is_available():
         pytest.skip(native.unavailable_reason())
-    env = {**os.environ, **({} if there else {"CENACLE_NATIVE": "0"})}
-    ran = run("generate", "-m", DEMO_MODEL_DIR, "-p", "What is 2 + 2?", env=env)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == "4\n"
-    assert ("plain MLX, because" in ran.stderr) == (not there)
+    env = {**os.environ, **({} if available else {"CENACLE_NATIVE": "0"})}
+    done = run("generate", "-m", DEMO_MODEL_DIR, "-p", "What is 2 + 2?", env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "4\n"
+    assert ("plain MLX, because" in done.stderr) == (not available)
 
 
-def test_native_kernels_that_are_not_there_are_refused():
+def test_missing_native_kernels_are_refused():
     env = {**os.environ, "CENACLE_NATIVE": "0"}
-    ran = run("generate", "-m", DEMO_MODEL_DIR, "-p", "Hello", "--kernels", "native", env=env)
-    assert ran.returncode == 2
-    assert "CENACLE_NATIVE" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    done = run("generate", "-m", DEMO_MODEL_DIR, "-p", "Hello", "--kernels", "native", env=env)
+    assert done.returncode == 2
+    assert "CENACLE_NATIVE" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -109,6 +109,10 @@ def test_shells_complete_commands_and_values(shell, environment, expected):
         (["serve", "-m", "x", "--port", "70000"], "--port: expected at most 65535, got '70000'"),
         (["serve", "-m", "x", "-n", "two"], "--nodes: expected an integer, got 'two'"),
         (["up", "x", "--trunk", "y"], "--trunk: expected one of auto, replicated, sharded, got"),
+        (
+            ["up", "x", "--backend", "mpi"],
+            "--backend: expected one of auto, mesh, ring, jaccl, nccl",
+        ),
         (["plan", "--machines", "x"], "MODEL: expected a value, got none"),
         (["serve", "-m", "x", "--nodse", "2"], "no such option: --nodse; did you mean --nodes?"),
         (["generat"], "no such command 'generat'; did you mean 'generate'?"),

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -59,6 +59,11 @@ class ClusterLoadArguments(ServingArguments):
         "--nodes",
         "-n",
         min=0,
+    )
+    backend: Literal["auto", "mesh", "ring", "jaccl", "nccl"] = execution_option(
+        "auto",
+        "Backend of the all-reduce between nodes: auto, mesh, ring, jaccl or nccl.",
+        metavar="NAME",
     )
     verify: bool | None = execution_option(
         None,
