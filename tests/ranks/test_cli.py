@@ -152,7 +152,7 @@ def test_demo_answers(folder):
     done = run("demo", "--nodes", 2, "--questions", 7, "--json")
     got = last_json(done)
     assert got["correct"] >= 6
-    assert "Where the time of a token went" in done.stdout
+    assert "Time per token (milliseconds" in done.stdout
     assert "node 1" in done.stdout
 
 

@@ -177,6 +177,5 @@ def demo(
     if result["correct"] < 0.5 * result["questions"]:
         raise CenacleError(
             f"the demo model answered {result['correct']} of {result['questions']} questions "
-            f"correctly; "
-            f"expected at least half: this installation computes wrong results"
+            f"correctly, expected at least half: this installation computes wrong results"
         )
