@@ -376,7 +376,7 @@ class Model:
 
     def _stream(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
         events: queue.Queue[TokenEvent | CenacleError] = queue.Queue()
-        text = self._text.stream(stop) if self._text is not None else None
+        text = self._text.text_stream(stop) if self._text is not None else None
         self.group.submit(request, events.put)
         try:
             while True:
@@ -388,7 +388,7 @@ class Model:
                     raise event
                 piece = text.add(event.token) if text else ""
                 if text and event.finish:
-                    piece += text.end()
+                    piece += text.finish()
                 stopped = text is not None and text.stopped
                 finish = "stop" if stopped else event.finish
                 yield Chunk(event.token, piece, finish, event.logprob, event.top)

@@ -67,10 +67,10 @@ class LocalChat:
     ) -> Iterator[OutputPart]:
         """See `ChatSource`."""
         tokens = self._model.tokens_of(messages)
-        parser = self._model.text.chat((), (), tokens)
+        parser = self._model.text.chat_parser((), (), tokens)
         for chunk in self._model.stream(tokens, settings.max_tokens, **settings.sampling()):
             yield from parser.add(chunk.token)
-        yield from parser.end()
+        yield from parser.finish()
 
 
 class RemoteChat:

@@ -75,15 +75,15 @@ class InFlightChoice:
         if self.generated_tokens == 1:  # later requests find tokens that were not in the prompt
             self.cached_tokens = event.cached_tokens
         if event.logprob is not None and event.finish != "stop":
-            self._logprobs.append(self.tokenizer.logged(event))
-        self.reasoning_tokens += self.parser.thinking
+            self._logprobs.append(self.tokenizer.token_logprob(event))
+        self.reasoning_tokens += self.parser.in_reasoning
         parts = self.parser.add(event.token)
         if event.finish is not None:
             self.finish = FinishReason("length" if event.finish == "length" else "stop")
-            parts += self.parser.end()
-        if self.parser.stopped is not None:
-            self.finish = FinishReason("string", self.parser.stopped)
-        elif self.parser.ended:
+            parts += self.parser.finish()
+        if self.parser.stop_string is not None:
+            self.finish = FinishReason("string", self.parser.stop_string)
+        elif self.parser.finished:
             self.finish = FinishReason("stop")
         if self._logprobs and (parts or self.finish):
             parts = attach_logprobs(parts or [OutputPart("text", "")], self._logprobs)
@@ -113,10 +113,10 @@ class InFlightChoice:
         if self.finish is not None:
             return None
         used_up = self.thinking_budget is not None and self.reasoning_tokens >= self.thinking_budget
-        end = self.tokenizer.think_end if used_up and self.parser.thinking else ()
+        end = self.tokenizer.reasoning_end if used_up and self.parser.in_reasoning else ()
         generated = (*self._request_tokens, *end)
         remaining = self.request.max_tokens - len(generated)
-        has_ended = self.after_reasoning is not None and not self.parser.thinking
+        has_ended = self.after_reasoning is not None and not self.parser.in_reasoning
         if remaining < 1 or not (end or has_ended):
             return None
         parts = parts + [part for token in end for part in self.parser.add(token)]

@@ -72,8 +72,8 @@ class RequestPreparer:
                     request.thinking_budget,
                 )
                 has_grammar = request.is_chat and request.grammar is not None
-                if has_grammar and self._text.in_reasoning(tokens):
-                    choice.reason_first(self._text.chat((), (), tokens))
+                if has_grammar and self._text.ends_in_reasoning(tokens):
+                    choice.reason_first(self._text.chat_parser((), (), tokens))
                 choices.append(choice)
         return request, choices
 
@@ -121,20 +121,24 @@ class RequestPreparer:
         continued = request.continue_final_message
         think = False if continued else request.enable_thinking
         tokens = self._text.render(
-            messages, tools, request.template_kwargs, think=think, continued=continued
+            messages,
+            tools,
+            request.template_kwargs,
+            reasoning=think,
+            continue_final_message=continued,
         )
-        return tokens if request.grammar is None else self._text.thought(tokens, think)
+        return tokens if request.grammar is None else self._text.start_reasoning(tokens, think)
 
     def _check_chat(self, request: GenerationRequest, prompt: Prompt) -> None:
         text = self._text
         if len(prompt) > self._max_messages:
             reason = f"expected at most {self._max_messages} messages, got {len(prompt)}"
             raise RequestError(request.prompt_field, reason)
-        if request.enable_thinking and not text.thinks:
+        if request.enable_thinking and not text.has_reasoning:
             reason = f"not supported by the model {self._served.name}, which does not reason"
             raise RequestError("thinking", reason, UNSUPPORTED)
         may_call = request.tools and request.forced_call is None
-        if may_call and not (text.calls_tools and text.renders_tools):
+        if may_call and not (text.parses_tool_calls and text.renders_tools):
             reason = (
                 "not supported where the model decides, since the format of this model's calls is "
                 "not known; force a call with tool_choice"
@@ -145,9 +149,9 @@ class RequestPreparer:
         self, request: GenerationRequest, prompt_tokens: tuple[int, ...]
     ) -> OutputParser:
         if request.forced_call is not None:
-            return self._text.called(structured_output.parse_tool_calls)
+            return self._text.tool_call_parser(structured_output.parse_tool_calls)
         if request.is_chat and request.grammar is None:
-            return self._text.chat(
+            return self._text.chat_parser(
                 request.stop, request.tools, prompt_tokens, parallel=request.parallel_tool_calls
             )
-        return self._text.plain(request.stop)
+        return self._text.text_parser(request.stop)

@@ -1,1 +1,1 @@
-"""Between text and tokens."""
+"""Between text and tokens: tokenizer, chat templates, parsing of outputs."""

@@ -1,4 +1,13 @@
-"""."""
+"""Parses a model's output, token by token.
+
+Owns: `TextStream`, tokens to text; `OutputParser`, tokens to the parts of an output (reasoning,
+text and tool calls); stop strings.
+Does not know: models, chat templates, APIs.
+Invariant: the pieces of a `TextStream`, joined, are the text of all its tokens before the first
+stop string; no piece ends inside a character. The parts of an `OutputParser` are the same, without
+the markers between them; a tool call that cannot be parsed is text, with its markers.
+Next: `tokenizer.py` makes parsers for a model.
+"""
 
 from __future__ import annotations
 
@@ -8,176 +17,178 @@ from typing import Any
 
 from ..core.chat import OutputPart, TokenLogprob
 
-Read = Callable[[str], list[OutputPart]]
-"""From the text of calls to calls."""
+ParseCalls = Callable[[str], list[OutputPart]]
+"""From the text between the markers of tool calls to parts."""
 
 
 class StopStringFilter:
-    """Text in, the same text out until a stop string: `met` is the one that was met."""
+    """Passes text on until a stop string; `stop_string` is the one that was found."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [s for s in stop if s]
         self._held = ""
-        self.met: str | None = None
+        self.stop_string: str | None = None
 
     def add(self, piece: str) -> str:
-        """The text that is certain now."""
-        if self.met is not None:
+        """The text that cannot be part of a stop string."""
+        if self.stop_string is not None:
             return ""
         text = self._held + piece
-        found = min(((at, s) for s in self._stop if (at := text.find(s)) >= 0), default=None)
-        if found is not None:
-            (at, self.met), self._held = found, ""
-            return text[:at]
-        # The longest end of the text that could be the beginning of a stop string is kept back.
-        keep = max(
+        matches = ((position, s) for s in self._stop if (position := text.find(s)) >= 0)
+        first = min(matches, default=None)
+        if first is not None:
+            (position, self.stop_string), self._held = first, ""
+            return text[:position]
+        # Hold back the longest suffix that could begin a stop string.
+        held = max(
             (n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
         )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
-    def end(self) -> str:
-        """What was held back."""
+    def finish(self) -> str:
+        """The text that was held back."""
         held, self._held = self._held, ""
         return held
 
 
 class TextStream:
-    """Tokens in, pieces of text out. `stopped` tells that a stop string was met."""
+    """Tokens to pieces of text.
 
-    def __init__(self, detokenizer: Any, stop: Sequence[str], silent: Sequence[int]) -> None:
+    Args:
+        detokenizer: mlx-lm's, new.
+        stop: stop strings.
+        silent_tokens: ids without text.
+    """
+
+    def __init__(self, detokenizer: Any, stop: Sequence[str], silent_tokens: Sequence[int]) -> None:
         self._detokenizer = detokenizer
-        self._cutter = StopStringFilter(stop)
-        self._silent = frozenset(silent)
+        self._filter = StopStringFilter(stop)
+        self._silent_tokens = frozenset(silent_tokens)
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met."""
-        return self._cutter.met is not None
+        """Whether a stop string was found."""
+        return self._filter.stop_string is not None
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain; perhaps empty."""
-        if self.stopped or token in self._silent:
+        """The text that is certain after this token; may be empty."""
+        if self.stopped or token in self._silent_tokens:
             return ""
         self._detokenizer.add_token(token)
-        return self._cutter.add(self._detokenizer.last_segment)
+        return self._filter.add(self._detokenizer.last_segment)
 
-    def end(self) -> str:
-        """What was held back."""
+    def finish(self) -> str:
+        """The text that was held back."""
         if self.stopped:
             return ""
         self._detokenizer.finalize()
-        return self._cutter.add(self._detokenizer.last_segment) + self._cutter.end()
+        return self._filter.add(self._detokenizer.last_segment) + self._filter.finish()
 
 
 class OutputParser:
-    """Tokens in, parts of an answer out. `stopped` is the stop string that was met in its text,
-    `ended` tells that nothing more comes, `thinking` whether it is inside reasoning.
+    """Tokens to parts of an output.
 
     Args:
-        detokenizer: mlx-lm's, fresh.
-        stop: text ends before any of these; reasoning and calls may have them.
-        silent: ids that have no text.
-        state: of mlx-lm's `TextStateMachine`; None: the answer stays in the state it begins in.
-        read: reads calls.
-        begin: "normal", "reasoning" or "tool".
-        calls: the answer ends with so many calls; None: whenever it ends.
+        detokenizer: mlx-lm's, new.
+        stop: stop strings for text; reasoning and calls may contain them.
+        silent_tokens: ids without text.
+        markers: state of mlx-lm's `TextStateMachine`; None: the output stays in its first state.
+        parse_calls: parses tool calls.
+        state: the first one: "normal", "reasoning" or "tool".
+        max_calls: the output ends with this many calls; None: unlimited.
     """
 
     def __init__(
         self,
         detokenizer: Any,
         stop: Sequence[str],
-        silent: Sequence[int],
-        state: Any = None,
-        read: Read | None = None,
-        begin: str = "normal",
-        calls: int | None = None,
+        silent_tokens: Sequence[int],
+        markers: Any = None,
+        parse_calls: ParseCalls | None = None,
+        state: str = "normal",
+        max_calls: int | None = None,
     ) -> None:
-        self._detokenizer, self._cutter, self._silent = (
-            detokenizer,
-            StopStringFilter(stop),
-            frozenset(silent),
-        )
-        self._state, self._read, self._now = state, read, begin
-        self._call, self._calls_left = "", calls
-        self._turned = False  # from one kind to another, and nothing has come since
+        self._detokenizer, self._filter = detokenizer, StopStringFilter(stop)
+        self._silent_tokens = frozenset(silent_tokens)
+        self._markers, self._parse_calls, self._state = markers, parse_calls, state
+        self._call_text, self._calls_left = "", max_calls
+        self._after_marker = False  # the state has changed, and no text has come since
 
     @property
-    def stopped(self) -> str | None:
-        """The stop string that was met, or None."""
-        return self._cutter.met
+    def stop_string(self) -> str | None:
+        """The stop string that was found, or None."""
+        return self._filter.stop_string
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing more comes, whatever tokens do."""
-        return self.stopped is not None or self._calls_left == 0
+    def finished(self) -> bool:
+        """Whether further tokens add nothing."""
+        return self.stop_string is not None or self._calls_left == 0
 
     @property
-    def thinking(self) -> bool:
+    def in_reasoning(self) -> bool:
         """Whether it is inside reasoning."""
-        return self._now == "reasoning"
+        return self._state == "reasoning"
 
     def add(self, token: int) -> list[OutputPart]:
-        """The parts that this token makes certain; perhaps none."""
-        if self.ended or token in self._silent:
+        """The parts that are certain after this token; may be empty."""
+        if self.finished or token in self._silent_tokens:
             return []
         self._detokenizer.add_token(token)
-        return self._split(self._detokenizer.last_segment)
+        return self._parse(self._detokenizer.last_segment)
 
-    def end(self) -> list[OutputPart]:
-        """What was held back."""
-        if self.ended:
+    def finish(self) -> list[OutputPart]:
+        """The parts that were held back."""
+        if self.finished:
             return []
         self._detokenizer.finalize()
-        parts = self._split(self._detokenizer.last_segment)
-        if self._state is not None and self._state[0] is not None:
-            parts += self._in_state(self._now, self._state[3])  # perhaps a mark's beginning
-        return parts + self._leave()
+        parts = self._parse(self._detokenizer.last_segment)
+        if self._markers is not None and self._markers[0] is not None:
+            parts += self._parse_segment(self._state, self._markers[3])  # may begin a marker
+        return parts + self._finish_state()
 
-    def _split(self, text: str) -> list[OutputPart]:
-        if self._state is None:
-            return self._in_state(self._now, text)
-        if self._state[0] is None:
-            return []  # the format says that nothing follows
+    def _parse(self, text: str) -> list[OutputPart]:
+        if self._markers is None:
+            return self._parse_segment(self._state, text)
+        if self._markers[0] is None:
+            return []  # nothing follows in this format
         from mlx_lm.generate import TextStateMachine
 
-        self._state, segments = TextStateMachine.split(self._state, text)
+        self._markers, segments = TextStateMachine.split(self._markers, text)
         parts = []
         for state, piece in segments:
-            if state != self._now:
-                parts += self._leave()
-                self._now, self._turned = state, True
-            parts += self._in_state(state, piece)
+            if state != self._state:
+                parts += self._finish_state()
+                self._state, self._after_marker = state, True
+            parts += self._parse_segment(state, piece)
         return parts
 
-    def _in_state(self, state: str | None, text: str) -> list[OutputPart]:
-        if self.ended:
+    def _parse_segment(self, state: str | None, text: str) -> list[OutputPart]:
+        if self.finished:
             return []
         if state == "tool":
-            self._call += text
+            self._call_text += text
             return []
-        if self._turned:  # lines between reasoning, calls and text belong to none of them
+        if self._after_marker:  # newlines after a marker belong to no part
             text = text.lstrip("\n")
-            self._turned = not text
+            self._after_marker = not text
         if state == "reasoning":
             return [OutputPart("reasoning", text)] if text else []
-        text = self._cutter.add(text) if state == "normal" else ""
+        text = self._filter.add(text) if state == "normal" else ""
         return [OutputPart("text", text)] if text else []
 
-    def _leave(self) -> list[OutputPart]:
-        """The end of a stretch of one kind."""
-        if self._now == "tool":
-            call, self._call = self._call, ""
-            parts = self._read(call) if self._read is not None and call else []
+    def _finish_state(self) -> list[OutputPart]:
+        if self._state == "tool":
+            text, self._call_text = self._call_text, ""
+            parts = self._parse_calls(text) if self._parse_calls is not None and text else []
             if self._calls_left is not None:
                 parts = parts[: self._calls_left]
                 self._calls_left -= sum(part.kind == "call" for part in parts)
             return parts
-        held = self._cutter.end()
+        held = self._filter.finish()
         return [OutputPart("text", held)] if held else []
 
 
-def attach_logprobs(parts: list[OutputPart], logged: Sequence[TokenLogprob]) -> list[OutputPart]:
-    """The parts, the last of which carries the reports about tokens."""
-    return [*parts[:-1], replace(parts[-1], logprobs=tuple(logged))]
+def attach_logprobs(parts: list[OutputPart], logprobs: Sequence[TokenLogprob]) -> list[OutputPart]:
+    """The parts, with log-probabilities attached to the last one."""
+    return [*parts[:-1], replace(parts[-1], logprobs=tuple(logprobs))]

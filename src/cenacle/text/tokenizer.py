@@ -1,12 +1,11 @@
-"""Between text and tokens, for one model.
+"""The tokenizer and chat template of one model.
 
-Owns: the tokenizer, rendering of chats, turning a stream of tokens into a stream of text, or of an
-answer's parts: what a model that thinks says to itself, calls of tools, and text.
-Does not know: ranks, HTTP, any API.
-Invariant: the pieces of a `TextStream` joined are the text of all its tokens, cut before the first
-stop string; no piece ends inside a character. The parts of an `AnswerStream` are the same without
-the marks between them; a call that cannot be read is given as text, with its marks.
-Next: mlx-lm's `tokenizer_utils.py` and `tool_parsers` know the marks of each family.
+Owns: encoding and decoding, rendering of chats, the parsers for this model's outputs.
+Does not know: ranks, HTTP, APIs.
+Invariant: `render` gives the prompt that the chat template defines; a client can set only variables
+that the template uses and Cenacle does not.
+Next: `output_parser.py`; mlx-lm's `tokenizer_utils.py` and `tool_parsers` know the markers of each
+family.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from referencing import Registry
 from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
-from .output_parser import OutputParser, Read, TextStream
+from .output_parser import OutputParser, ParseCalls, TextStream
 
-# Variables of templates, and arguments of what renders them, that are not for clients to set.
-_OURS = frozenset(
+# Template variables, and arguments of the rendering function, that clients cannot set.
+_RESERVED_VARIABLES = frozenset(
     (
         *("messages", "conversation", "tools", "documents", "chat_template", "tokenize"),
         *("add_generation_prompt", "continue_final_message", "return_dict", "tokenizer_kwargs"),
     )
 )
 
-PATTERN_S = 0.05  # for one pattern of a strict tool; servers answer others meanwhile
+PATTERN_TIMEOUT_S = 0.05  # per pattern of a strict tool; other requests wait meanwhile
 
 
 class ChatTokenizer:
@@ -45,7 +44,7 @@ class ChatTokenizer:
         config: its config.json.
 
     Raises:
-        CheckpointError: there is no tokenizer or it cannot be loaded.
+        CheckpointError: there is no tokenizer, or it cannot be loaded.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
@@ -53,56 +52,65 @@ class ChatTokenizer:
 
         try:
             self._tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-        except Exception as error:  # transformers raises what its many tokenizers raise
+        except Exception as error:  # transformers raises many classes
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The ids that end an answer."""
+        """The ids that end an output."""
         return tuple(sorted(self._tokenizer.eos_token_ids))
 
     @property
     def inner(self) -> Any:
-        """The tokenizer as transformers has it."""
+        """The tokenizer of transformers."""
         return self._tokenizer._tokenizer
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Every token and its id, those that were added included."""
+        """Every token and its id, including added ones."""
         return dict(self._tokenizer.get_vocab())
 
     @property
     def has_template(self) -> bool:
-        """Whether the checkpoint says how a chat is rendered."""
+        """Whether the checkpoint has a chat template."""
         return bool(self._tokenizer.has_chat_template)
 
+    @property
+    def renders_tools(self) -> bool:
+        """Whether the chat template can render tools."""
+        return self._template_uses("tools")
+
+    @property
+    def parses_tool_calls(self) -> bool:
+        """Whether the format of this model's tool calls is known."""
+        return bool(self._tokenizer.has_tool_calling)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether this model has markers for reasoning."""
+        return bool(self._tokenizer.has_thinking)
+
+    @property
+    def reasoning_end(self) -> tuple[int, ...]:
+        """The ids that end reasoning."""
+        return tuple(self._tokenizer.think_end_tokens or ())
+
+    def _template_uses(self, variable: str) -> bool:
+        """Whether the chat template uses a variable; one that is a Python function may use any."""
+        template = self._tokenizer.chat_template
+        match = re.search(rf"\b{re.escape(variable)}\b", str(template))
+        return self.has_template and (template is None or match is not None)
+
     def encode(self, text: str) -> tuple[int, ...]:
-        """Plain text to ids, with the tokenizer's own beginning unless the text has it."""
+        """Text to ids, with the tokenizer's first token unless the text has it."""
         bos = self._tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
         return tuple(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
-    @property
-    def renders_tools(self) -> bool:
-        """Whether the chat template has words for tools."""
-        return self._template_has("tools")
-
-    @property
-    def calls_tools(self) -> bool:
-        """Whether it is known how this model calls tools."""
-        return bool(self._tokenizer.has_tool_calling)
-
-    @property
-    def thinks(self) -> bool:
-        """Whether this model has marks for reasoning."""
-        return bool(self._tokenizer.has_thinking)
-
-    def _template_has(self, word: str) -> bool:
-        """Whether the chat template uses a variable; one that is a program may use any."""
-        template = self._tokenizer.chat_template
-        found = re.search(rf"\b{re.escape(word)}\b", str(template))
-        return self.has_template and (template is None or found is not None)
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Ids to text."""
+        return self._tokenizer.decode(list(tokens))
 
     def render(
         self,
@@ -110,86 +118,92 @@ class ChatTokenizer:
         tools: Sequence[Tool] = (),
         options: dict[str, Any] | None = None,
         *,
-        think: bool | None = None,
-        continued: bool = False,
+        reasoning: bool | None = None,
+        continue_final_message: bool = False,
     ) -> tuple[int, ...]:
-        """A chat to ids, ready for the assistant's answer.
+        """A chat to ids, ready for the assistant's output.
 
         Without a chat template the messages are rendered one per line, "role: content".
 
         Args:
             messages: at least one.
-            tools: what the model is told it may call; only where `renders_tools`.
+            tools: that the model may call; only if `renders_tools`.
             options: variables of the template.
-            think: whether a model that can think shall; None: as the template has it.
-            continued: the last message, the assistant's, is the answer's beginning.
+            reasoning: whether to reason, if the model can; None: the template's default.
+            continue_final_message: the output continues the last message, the assistant's.
 
         Raises:
-            InputError: the template refuses the messages, or has no use for an option.
+            InputError: the template refuses the messages, or does not use an option.
         """
         for name in options or {}:
-            if name in _OURS or not self._template_has(name):
-                raise InputError(f"{name}: this model's chat template has no use for it", name)
+            if name in _RESERVED_VARIABLES or not self._template_uses(name):
+                raise InputError(f"{name}: this model's chat template does not use it", name)
         if not self.has_template:
             lines = [f"{m['role']}: {m['content']}" for m in messages]
-            return self.encode("\n".join(lines if continued else [*lines, "assistant:"]))
+            return self.encode(
+                "\n".join(lines if continue_final_message else [*lines, "assistant:"])
+            )
         variables: dict[str, Any] = dict(options or {})
         if tools:
             variables["tools"] = [tool.to_json() for tool in tools]
-        if think is not None:
-            variables["enable_thinking"] = think
-        if continued:
+        if reasoning is not None:
+            variables["enable_thinking"] = reasoning
+        if continue_final_message:
             variables["continue_final_message"] = True
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=not continued, **variables
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=not continue_final_message,
+                **variables,
             )
-        except Exception as error:  # templates are programs of the checkpoint's author
+        except Exception as error:  # templates are programs and raise anything
             raise InputError(
                 f"messages: the model's chat template refuses them: {error}", "messages"
             ) from error
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
-        # A template may open the reasoning whatever it is told.
-        return ids + self.think_end if think is False and self.in_reasoning(ids) else ids
+        # Some templates start reasoning whatever `enable_thinking` says.
+        if reasoning is False and self.ends_in_reasoning(ids):
+            return ids + self.reasoning_end
+        return ids
 
-    def thought(self, prompt: Sequence[int], think: bool | None) -> tuple[int, ...]:
-        """A prompt whose answer must match something, with the mark that begins reasoning where the
-        model would reason first: else that would have to match as well."""
+    def start_reasoning(self, prompt: Sequence[int], reasoning: bool | None) -> tuple[int, ...]:
+        """A prompt for an output with a grammar: with the marker that starts reasoning, if the
+        model would reason first, since reasoning must not match the grammar."""
         ids = tuple(prompt)
-        hybrid = self.thinks and self._template_has("enable_thinking")
-        if think is False or self.in_reasoning(ids) or not (think or hybrid):
+        hybrid = self.has_reasoning and self._template_uses("enable_thinking")
+        if reasoning is False or self.ends_in_reasoning(ids) or not (reasoning or hybrid):
             return ids
         return ids + tuple(self._tokenizer.think_start_tokens)
 
-    @property
-    def think_end(self) -> tuple[int, ...]:
-        """The ids that end reasoning."""
-        return tuple(self._tokenizer.think_end_tokens or ())
-
-    def in_reasoning(self, prompt: Sequence[int]) -> bool:
-        """Whether an answer to a prompt begins inside reasoning."""
-        if not self.thinks:
+    def ends_in_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether the output of a prompt begins inside reasoning."""
+        if not self.has_reasoning:
             return False
-        find = self._tokenizer
-        return bool(find.rfind_think_start(prompt) > find.rfind_think_end(prompt))
+        tokenizer = self._tokenizer
+        return bool(tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt))
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Ids to text."""
-        return self._tokenizer.decode(list(tokens))
+    # Parsers; each is for one output
 
-    def stream(self, stop: Sequence[str] = ()) -> TextStream:
-        """A new stream of text that ends before any of the `stop` strings."""
+    def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """A stream of text that ends before any of the stop strings."""
         return TextStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
 
-    def plain(self, stop: Sequence[str]) -> OutputParser:
-        """A new stream of an answer that is nothing but text."""
+    def text_parser(self, stop: Sequence[str]) -> OutputParser:
+        """A parser of outputs that are text only."""
         return OutputParser(self._tokenizer.detokenizer, stop, self.stop_tokens)
 
-    def called(self, read: Read) -> OutputParser:
-        """A new stream of an answer that is nothing but calls; `read` is given all of it."""
-        return OutputParser(self._tokenizer.detokenizer, (), self.stop_tokens, None, read, "tool")
+    def tool_call_parser(self, parse_calls: ParseCalls) -> OutputParser:
+        """A parser of outputs that are tool calls only; `parse_calls` gets the whole output."""
+        return OutputParser(
+            self._tokenizer.detokenizer,
+            (),
+            self.stop_tokens,
+            parse_calls=parse_calls,
+            state="tool",
+        )
 
-    def chat(
+    def chat_parser(
         self,
         stop: Sequence[str],
         tools: Sequence[Tool],
@@ -197,83 +211,88 @@ class ChatTokenizer:
         *,
         parallel: bool = True,
     ) -> OutputParser:
-        """A new stream of an answer that may have reasoning, text and calls.
+        """A parser of outputs with reasoning, text and tool calls.
 
         Args:
             stop: text ends before any of these.
-            tools: what may be called; without any, calls are text, and so is a call of a strict
-                tool with other arguments than its schema has.
-            prompt: the ids that the answer follows.
-            parallel: False: the answer ends with its first call.
+            tools: that may be called. Without tools, calls are text; so are calls of a strict tool
+                whose arguments do not match its schema.
+            prompt: token ids.
+            parallel: False: the output ends with its first call.
         """
         from mlx_lm.generate import make_text_state_machine
 
-        begin = self._tokenizer.response_initial_state
-        if begin is None:
-            begin = "reasoning" if self.in_reasoning(prompt) else "normal"
-        state = make_text_state_machine(self._tokenizer).make_state(begin)
-        detokenizer = self._tokenizer.detokenizer
-        read = self._reader(tools)
-        calls = None if parallel else 1
-        return OutputParser(detokenizer, stop, self.stop_tokens, state, read, begin, calls)
+        state = self._tokenizer.response_initial_state
+        if state is None:
+            state = "reasoning" if self.ends_in_reasoning(prompt) else "normal"
+        return OutputParser(
+            self._tokenizer.detokenizer,
+            stop,
+            self.stop_tokens,
+            make_text_state_machine(self._tokenizer).make_state(state),
+            self._make_call_parser(tools),
+            state,
+            None if parallel else 1,
+        )
 
-    def _reader(self, tools: Sequence[Tool]) -> Read:
-        """Reads calls in this model's own form, with mlx-lm's parser."""
-        tokenizer, described = self._tokenizer, [tool.to_json() for tool in tools]
-        strict = {tool.name: tool.parameters for tool in tools if tool.strict}
+    def _make_call_parser(self, tools: Sequence[Tool]) -> ParseCalls:
+        tokenizer, tools_json = self._tokenizer, [tool.to_json() for tool in tools]
+        schemas = {tool.name: tool.parameters for tool in tools if tool.strict}
 
-        def read(text: str) -> list[OutputPart]:
+        def parse_calls(text: str) -> list[OutputPart]:
             as_text = f"{tokenizer.tool_call_start}{text}{tokenizer.tool_call_end}"
             if not tools:
                 return [OutputPart("text", as_text)]
             try:
-                made = tokenizer.tool_parser(text, described)
-                listed = made if isinstance(made, list) else [made]
-                return [_call(one, strict.get(one["name"])) for one in listed]
-            except Exception:  # parsers raise whatever a model's mistakes make them raise
+                parsed = tokenizer.tool_parser(text, tools_json)
+                calls = parsed if isinstance(parsed, list) else [parsed]
+                return [_call_part(call, schemas.get(call["name"])) for call in calls]
+            except Exception:  # parsers raise anything on malformed calls
                 return [OutputPart("text", as_text)]
 
-        return read
+        return parse_calls
 
-    def logged(self, event: TokenEvent) -> TokenLogprob:
-        """What was reported about a token."""
-        top = tuple(TokenLogprob(self._bytes(token), logprob) for token, logprob in event.top)
-        return TokenLogprob(self._bytes(event.token), event.logprob or 0.0, top)
+    # Log-probabilities
 
-    def _bytes(self, token: int) -> bytes:
-        """A token's bytes, as the streaming detokenizer has them: half a character stays that."""
-        from mlx_lm import tokenizer_utils as mlx_lm
+    def token_logprob(self, event: TokenEvent) -> TokenLogprob:
+        """The log-probabilities of an event, with the bytes of its tokens."""
+        top = tuple(TokenLogprob(self._token_bytes(t), logprob) for t, logprob in event.top)
+        return TokenLogprob(self._token_bytes(event.token), event.logprob or 0.0, top)
+
+    def _token_bytes(self, token: int) -> bytes:
+        """As the streaming detokenizer has them, which may end inside a character."""
+        from mlx_lm import tokenizer_utils
 
         detokenizer = self._tokenizer.detokenizer
-        if isinstance(detokenizer, mlx_lm.BPEStreamingDetokenizer):
+        if isinstance(detokenizer, tokenizer_utils.BPEStreamingDetokenizer):
             if token >= len(detokenizer.tokenmap):
                 return b""
-            known = mlx_lm._byte_decoder()
-            word = detokenizer.tokenmap[token]
-            return b"".join(bytes([known[c]]) if c in known else c.encode() for c in word)
-        if isinstance(detokenizer, mlx_lm.SPMStreamingDetokenizer):
+            byte_of = tokenizer_utils._byte_decoder()
+            text = detokenizer.tokenmap[token]
+            return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in text)
+        if isinstance(detokenizer, tokenizer_utils.SPMStreamingDetokenizer):
             return detokenizer.tokenmap[token].replace(detokenizer._sep, b" ")
         return self.decode([token]).encode()
 
 
-def _call(made: dict[str, Any], schema: dict[str, Any] | None) -> OutputPart:
-    """A call as mlx-lm's parsers give it; `schema`: what its arguments must match."""
-    arguments = made.get("arguments", {})
+def _call_part(call: dict[str, Any], schema: dict[str, Any] | None) -> OutputPart:
+    """A call in the form of mlx-lm's parsers; raises if its arguments do not match the schema."""
+    arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
-    if not isinstance(made["name"], str) or not isinstance(arguments, dict):
-        raise ValueError("no call")
+    if not isinstance(call["name"], str) or not isinstance(arguments, dict):
+        raise ValueError("not a tool call")
     if schema is not None:
-        # The registry: nothing is fetched from where a schema points to.
-        _Timed(schema, registry=Registry()).validate(arguments)
+        # With an empty registry nothing is fetched from where a schema points to.
+        _BoundedValidator(schema, registry=Registry()).validate(arguments)
     text = json.dumps(arguments, ensure_ascii=False)
-    return OutputPart("call", text, made["name"], str(made.get("id") or ""))
+    return OutputPart("call", text, call["name"], str(call.get("id") or ""))
 
 
-def _pattern(_: Any, pattern: str, given: Any, __: Any) -> Iterator[ValidationError]:
-    """JSON schema's "pattern", with an end: a client chooses both the pattern and the text."""
-    if isinstance(given, str) and not regex.search(pattern, given, timeout=PATTERN_S):
-        yield ValidationError("another pattern")
+def _check_pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationError]:
+    """JSON Schema's "pattern" with a timeout, since clients choose both pattern and text."""
+    if isinstance(value, str) and not regex.search(pattern, value, timeout=PATTERN_TIMEOUT_S):
+        yield ValidationError("pattern does not match")
 
 
-_Timed = validators.extend(Draft202012Validator, {"pattern": _pattern})
+_BoundedValidator = validators.extend(Draft202012Validator, {"pattern": _check_pattern})

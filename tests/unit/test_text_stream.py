@@ -31,11 +31,11 @@ class Detokenizer:
 def pieces(words, stop=(), end=True):
     stream = TextStream(Detokenizer(words), stop, (SILENT,))
     given = [stream.add(i + 1) for i in range(len(words))]
-    return [*given, stream.end()] if end else given, stream
+    return [*given, stream.finish()] if end else given, stream
 
 
-def cut(text: str, stop) -> str:
-    """The slow and obvious way."""
+def text_before(text: str, stop) -> str:
+    """The slow reference."""
     return text[: min((at for s in stop if s and (at := text.find(s)) >= 0), default=len(text))]
 
 
@@ -46,17 +46,17 @@ few = st.text("abc", max_size=4)
 def test_joined_pieces_are_the_text_before_the_first_stop_string(words, stop):
     got, stream = pieces(words, stop)
     text = "".join(words)
-    # A stop string is looked for as text comes: the first that is complete ends the answer.
+    # The first complete stop string ends the output.
     ends = [i for i in range(len(words) + 1) if any(s and s in "".join(words[:i]) for s in stop)]
     seen = "".join(words[: ends[0]]) if ends else text
-    assert "".join(got) == cut(seen, stop)
+    assert "".join(got) == text_before(seen, stop)
     assert stream.stopped == bool(ends)
     for i in range(len(got)):
-        assert text.startswith("".join(got[: i + 1])), "what was given cannot be taken back"
+        assert text.startswith("".join(got[: i + 1])), "a piece cannot be taken back"
 
 
 @pytest.mark.parametrize(
-    ("words", "stop", "want"),
+    ("words", "stop", "expected"),
     [
         (["Hello", " ", "world"], (), ["Hello", " ", "world", ""]),
         (["a<|", "en", "d|>b"], ["<|end|>"], ["a", "", "", ""]),
@@ -71,19 +71,19 @@ def test_joined_pieces_are_the_text_before_the_first_stop_string(words, stop):
         (["stop here"], ["stop"], ["", ""]),
     ],
 )
-def test_hold_back(words, stop, want):
-    assert pieces(words, stop)[0] == want
+def test_hold_back(words, stop, expected):
+    assert pieces(words, stop)[0] == expected
 
 
 def test_nothing_comes_after_a_stop_string():
     stream = TextStream(Detokenizer(["ab", "cd"]), ["b"], ())
-    assert [stream.add(1), stream.add(2), stream.end()] == ["a", "", ""]
+    assert [stream.add(1), stream.add(2), stream.finish()] == ["a", "", ""]
     assert stream.stopped
 
 
 def test_stop_tokens_have_no_text():
     stream = TextStream(Detokenizer(["a"]), (), (SILENT,))
-    assert [stream.add(1), stream.add(SILENT), stream.end()] == ["a", "", ""]
+    assert [stream.add(1), stream.add(SILENT), stream.finish()] == ["a", "", ""]
     assert not stream.stopped
 
 

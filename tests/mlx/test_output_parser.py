@@ -70,9 +70,9 @@ def plain() -> ChatTokenizer:
 def parts_of(
     text: ChatTokenizer, said: str, tools=(WEATHER,), stop=(), prompt=()
 ) -> list[OutputPart]:
-    stream = text.chat(stop, tools, prompt)
+    stream = text.chat_parser(stop, tools, prompt)
     parts = [part for token in text.encode(said) for part in stream.add(token)]
-    return join_text(parts + ([] if stream.stopped else stream.end()))
+    return join_text(parts + ([] if stream.stop_string else stream.finish()))
 
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
@@ -103,11 +103,11 @@ CALLED = OutputPart("call", '{"place": "Oslo"}', "weather")
         ),
     ],
 )
-def test_an_answer_in_parts(thinker, said, parts):
+def test_an_output_is_split_into_parts(thinker, said, parts):
     assert parts_of(thinker, said) == parts
 
 
-def test_calls_are_text_where_no_tools_are_offered(thinker):
+def test_calls_are_text_without_tools(thinker):
     assert parts_of(thinker, CALL, tools=()) == [OutputPart("text", CALL)]
 
 
@@ -119,7 +119,7 @@ def test_a_call_that_breaks_a_strict_schema_is_text(thinker):
     assert parts_of(thinker, CALL, [replace(strict, strict=False)]) == [CALLED]
 
 
-def test_a_strict_pattern_has_its_time(thinker):
+def test_a_strict_pattern_has_a_timeout(thinker):
     place = {"type": "string", "pattern": "^(s+)+$"}
     slow = Tool("weather", "", {"properties": {"place": place}}, strict=True)
     call = CALL.replace("Oslo", "s" * 40 + "!")
@@ -129,21 +129,21 @@ def test_a_strict_pattern_has_its_time(thinker):
     assert parts_of(thinker, CALL.replace("Oslo", "ss"), [slow])[0].kind == "call"
 
 
-def test_one_call_ends_an_answer_that_may_have_one(thinker):
-    stream = thinker.chat((), [WEATHER], (), parallel=False)
+def test_one_call_ends_the_output_without_parallel_calls(thinker):
+    stream = thinker.chat_parser((), [WEATHER], (), parallel=False)
     tokens = thinker.encode(f"Hm.{CALL}{CALL}And more.")
-    parts = join_text([part for token in tokens for part in stream.add(token)] + stream.end())
+    parts = join_text([part for token in tokens for part in stream.add(token)] + stream.finish())
     assert parts == [OutputPart("text", "Hm."), CALLED]
-    assert (stream.ended, stream.stopped) == (True, None)
+    assert (stream.finished, stream.stop_string) == (True, None)
 
 
 def start_choice(text: ChatTokenizer, prompt: tuple[int, ...], **given) -> InFlightChoice:
     request = Request("1", prompt, 20, text.stop_tokens)
-    return InFlightChoice(0, request, 1, text.chat((), (), prompt), text, **given)
+    return InFlightChoice(0, request, 1, text.chat_parser((), (), prompt), text, **given)
 
 
-def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
-    prompt = thinker.render([{"role": "user", "content": "Why?"}], think=True)
+def test_reasoning_is_closed_after_its_budget(thinker):
+    prompt = thinker.render([{"role": "user", "content": "Why?"}], reasoning=True)
     choice = start_choice(thinker, prompt, thinking_budget=4)
     thoughts = thinker.encode("abcdefgh")[:4]
     for token in thoughts:
@@ -152,7 +152,7 @@ def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
     assert choice.end_reasoning(parts) == parts  # a mark has no text
     rest = choice.request
     assert rest.id != "1"
-    assert rest.tokens == (*prompt, *thoughts, *thinker.think_end)
+    assert rest.tokens == (*prompt, *thoughts, *thinker.reasoning_end)
     assert (rest.max_tokens, rest.resumed_tokens) == (15, 5)
     assert choice.end_reasoning([]) is None
     (said,) = choice.add_token(TokenEvent(rest.id, thinker.encode("x")[0], cached_tokens=9))
@@ -160,12 +160,12 @@ def test_reasoning_that_has_had_its_tokens_is_closed(thinker):
     assert (choice.generated_tokens, choice.reasoning_tokens) == (5, 4)
 
 
-def test_a_grammar_begins_where_reasoning_ends(thinker):
-    prompt = thinker.render([{"role": "user", "content": "Why?"}], think=True)
+def test_a_grammar_starts_after_reasoning(thinker):
+    prompt = thinker.render([{"role": "user", "content": "Why?"}], reasoning=True)
     choice = start_choice(thinker, prompt)
     choice.request = replace(choice.request, grammar="g", sampling=Sampling(logit_bias={5: 1.0}))
-    choice.parser = thinker.plain(())
-    choice.reason_first(thinker.chat((), (), prompt))
+    choice.parser = thinker.text_parser(())
+    choice.reason_first(thinker.chat_parser((), (), prompt))
     (end,) = thinker.stop_tokens
     assert (choice.request.grammar, choice.request.sampling.logit_bias) == (
         None,
@@ -187,32 +187,32 @@ def test_a_grammar_begins_where_reasoning_ends(thinker):
     assert choice.reasoning_tokens == len(thoughts)
 
 
-def test_where_a_model_would_think_before_an_answer_of_a_form(tmp_path, thinker, plain):
+def test_reasoning_is_started_before_an_output_with_a_grammar(tmp_path, thinker, plain):
     ask = [{"role": "user", "content": "Why?"}]
-    opened = thinker.render(ask, think=True)
-    assert thinker.thought(opened, None) == opened
-    closed = thinker.render(ask, think=False)
-    assert thinker.thought(closed, False) == closed
-    assert thinker.decode(thinker.thought(closed, True)).endswith("<think>")
-    assert plain.thought(plain.render(ask), None) == plain.render(ask)
+    opened = thinker.render(ask, reasoning=True)
+    assert thinker.start_reasoning(opened, None) == opened
+    closed = thinker.render(ask, reasoning=False)
+    assert thinker.start_reasoning(closed, False) == closed
+    assert thinker.decode(thinker.start_reasoning(closed, True)).endswith("<think>")
+    assert plain.start_reasoning(plain.render(ask), None) == plain.render(ask)
     able = text_of(tmp_path, "{{ messages[0].content }}", ("<think>", "</think>"))
     # It has the marks, and nothing says that it thinks.
-    assert able.thought(able.render(ask), None) == able.render(ask)
+    assert able.start_reasoning(able.render(ask), None) == able.render(ask)
 
 
-def test_reasoning_that_the_prompt_has_begun(thinker):
+def test_reasoning_started_by_the_prompt(thinker):
     ask = [{"role": "user", "content": "Why?"}]
-    prompt = thinker.render(ask, think=True)
+    prompt = thinker.render(ask, reasoning=True)
     assert parts_of(thinker, "Hm.</think>So.", prompt=prompt) == [
         OutputPart("reasoning", "Hm."),
         OutputPart("text", "So."),
     ]
-    assert parts_of(thinker, "So.", prompt=thinker.render(ask, think=False)) == [
+    assert parts_of(thinker, "So.", prompt=thinker.render(ask, reasoning=False)) == [
         OutputPart("text", "So.")
     ]
 
 
-def test_stop_strings_are_for_the_text_alone(thinker):
+def test_stop_strings_apply_to_text_only(thinker):
     said = "<think>stop?</think>Go, stop, go"
     assert parts_of(thinker, said, stop=["stop"]) == [
         OutputPart("reasoning", "stop?"),
@@ -224,7 +224,7 @@ def test_stop_strings_are_for_the_text_alone(thinker):
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "x", "\n", "é"]), max_size=8)
 )
-def test_nothing_that_is_said_is_lost(thinker, words):
+def test_no_text_is_lost(thinker, words):
     """Joined, with marks and the lines beside them aside, the parts are what was said."""
 
     def bare(said: str) -> str:
@@ -266,7 +266,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("parser", SCRIPTS)
-def test_every_form_of_calls(tmp_path, parser):
+def test_every_format_of_tool_calls(tmp_path, parser):
     mark, said = SCRIPTS[parser]
     text = text_of(tmp_path, f"{{# {mark} #}}{{{{ tools }}}}")
     (call,) = parts_of(text, said)
@@ -274,19 +274,19 @@ def test_every_form_of_calls(tmp_path, parser):
     assert call.id == ("functions.weather:0" if parser == "kimi_k2" else "")
 
 
-def test_forced_calls_are_read_at_the_end(plain):
+def test_forced_calls_are_parsed_at_the_end(plain):
     said = '[{"name": "weather", "arguments": {"place": "Oslo"}}, {"name": "b", "arguments": {}}]'
-    stream = plain.called(structured_output.parse_tool_calls)
+    stream = plain.tool_call_parser(structured_output.parse_tool_calls)
     tokens = plain.encode(said)
     assert [part for token in tokens for part in stream.add(token)] == []
-    assert stream.end() == [CALLED, OutputPart("call", "{}", "b")]
-    cut = plain.called(structured_output.parse_tool_calls)
+    assert stream.finish() == [CALLED, OutputPart("call", "{}", "b")]
+    cut = plain.tool_call_parser(structured_output.parse_tool_calls)
     for token in tokens[:-5]:
         cut.add(token)
-    assert cut.end() == [OutputPart("text", plain.decode(tokens[:-5]))]
+    assert cut.finish() == [OutputPart("text", plain.decode(tokens[:-5]))]
 
 
-def test_a_template_is_told_of_tools_and_calls(thinker):
+def test_a_template_renders_tools_and_calls(thinker):
     call = {"function": {"name": "weather", "arguments": {"place": "Oslo"}}}
     messages = [
         {"role": "user", "content": "Weather?"},
@@ -299,11 +299,19 @@ def test_a_template_is_told_of_tools_and_calls(thinker):
         '<think>Hm.</think><tool_call>{"name": "weather", "arguments": {"place": "Oslo"}}' in said
     )
     assert "tool\nrain" in said
-    assert (thinker.renders_tools, thinker.calls_tools, thinker.thinks) == (True, True, True)
+    assert (thinker.renders_tools, thinker.parses_tool_calls, thinker.has_reasoning) == (
+        True,
+        True,
+        True,
+    )
 
 
-def test_a_model_without_words_for_tools(plain):
-    assert (plain.renders_tools, plain.calls_tools, plain.thinks) == (False, False, False)
+def test_a_template_without_tools(plain):
+    assert (plain.renders_tools, plain.parses_tool_calls, plain.has_reasoning) == (
+        False,
+        False,
+        False,
+    )
     call = {"function": {"name": "weather", "arguments": {}}}
     messages = [
         {"role": "user", "content": "Weather?"},
@@ -318,7 +326,7 @@ def test_a_model_without_words_for_tools(plain):
     assert "rain" in said
 
 
-def test_options_go_to_the_template_or_are_refused(thinker):
+def test_options_reach_the_template_or_are_refused(thinker):
     ask = [{"role": "user", "content": "Why?"}]
     assert thinker.decode(thinker.render(ask, options={"shout": True})).endswith("!")
     for name in ("whisper", "tools", "messages", "add_generation_prompt", "chat_template"):
@@ -327,24 +335,29 @@ def test_options_go_to_the_template_or_are_refused(thinker):
         assert caught.value.field == name
 
 
-def test_a_last_message_may_be_continued(plain):
+def test_the_last_message_can_be_continued(plain):
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is"}]
-    assert plain.decode(plain.render(messages, continued=True)).endswith("assistant\nIt is")
+    assert plain.decode(plain.render(messages, continue_final_message=True)).endswith(
+        "assistant\nIt is"
+    )
 
 
-def test_reasoning_is_closed_where_it_is_not_wanted(tmp_path):
+def test_reasoning_is_closed_if_disabled(tmp_path):
     always = "{{ messages[0].content }}<think>"
     text = text_of(tmp_path, always, ("<think>", "</think>"))
     ask = [{"role": "user", "content": "Why?"}]
     assert text.decode(text.render(ask)).endswith("<think>")
-    assert text.decode(text.render(ask, think=False)).endswith("<think></think>")
+    assert text.decode(text.render(ask, reasoning=False)).endswith("<think></think>")
 
 
-def test_tokens_in_reports_have_their_bytes(plain):
+def test_token_logprobs_have_bytes(plain):
     (first, *_) = tokens = plain.encode("é 4")
     assert (
-        b"".join(plain.logged(TokenEvent("", t, None, -1.0)).data for t in tokens) == "é 4".encode()
+        b"".join(plain.token_logprob(TokenEvent("", t, None, -1.0)).data for t in tokens)
+        == "é 4".encode()
     )
-    logged = plain.logged(TokenEvent("", first, None, -1.0, ((first, -1.0), (tokens[-1], -2.0))))
+    logged = plain.token_logprob(
+        TokenEvent("", first, None, -1.0, ((first, -1.0), (tokens[-1], -2.0)))
+    )
     assert [one.logprob for one in logged.top] == [-1.0, -2.0]
     assert logged.top[1].data == b"4"
