@@ -1,6 +1,6 @@
-"""A cluster that serves the demo model on the hosts of `namespaces.py`, and its clients.
+"""A cluster of the demo model on hosts of `net.py`, its clients, and looking at what is left of it.
 
-Tests use it, and the benchmarks that inject faults (`host_faults.py`).
+Tests and benchmarks do their worst to it; `benchmarks/host_faults.py` has what that is.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from cenacle.cluster import client
 from cenacle.cluster.messages import Query
 from cenacle.cluster.security import identity as identities
 from cenacle.errors import CenacleError
-from namespaces import Host, Network, enter_namespace, run_in_namespace, wait_until
+from net import Host, Network, enter, inside, until
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
@@ -31,15 +31,15 @@ NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 60}
 JSON = {"Content-Type": "application/json"}
 
 
-def chat_body(question: str = SUM, tokens: int | None = None, **more: Any) -> dict[str, Any]:
-    """A greedy request; with `tokens` the answer has exactly that many."""
+def asked(question: str = SUM, tokens: int | None = None, **more: Any) -> dict[str, Any]:
+    """A request for the most likely answer; with `tokens` it goes on for that many."""
     body = {"messages": [{"role": "user", "content": question}], "temperature": 0, **more}
     return body if tokens is None else body | {"max_tokens": tokens, "logit_bias": {str(END): -100}}
 
 
 class Cluster:
-    """Host `a` is the head, `b` and `c` join it, others are strangers. Each of the three has the
-    model in a different folder."""
+    """Hosts of which `a` is the head, `b` and `c` join it, and others are strangers; each of the
+    three has the model somewhere else."""
 
     def __init__(self, folder: Path, letters: str = "abc") -> None:
         self.network = Network(letters, folder)
@@ -51,58 +51,54 @@ class Cluster:
 
     def up(self, *more: str) -> str:
         """Start the head; the line that it prints for the others."""
-        return start_head(
-            self.a, "here/answers", "-n", "3", "--port", str(API), "--name", "a", *more
-        )
+        return head(self.a, "here/answers", "-n", "3", "--port", str(API), "--name", "a", *more)
 
     def join(self, host: Host, *more: str) -> None:
         """Start the agent of a host."""
         host.start("join", *more, "--name", host.letter)
 
-    def start(self) -> None:
-        """Start the head and both agents, and wait until the group answers."""
+    def begin(self) -> None:
+        """From nothing to answering."""
         line = self.up().split()
         self.token = line[3]
         for host, place in ((self.b, "models"), (self.c, "other/place")):
             self.join(host, *line[1:], "--models", place)
-            wait_until(
-                lambda h=host: f"{h.letter} is in the cluster" in h.log.read_text(), host.letter
-            )
-        self.wait_until_healthy()
+            until(lambda h=host: f"{h.letter} is in the cluster" in h.log.read_text(), host.letter)
+        self.healthy()
 
     def close(self) -> None:
-        """End all programs, and remove the hosts."""
+        """End all that runs on the hosts, and remove them."""
         self.network.close()
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """One request to the API, from the head's host; status 0: nobody listens."""
-        return run_in_namespace(self.a.name, lambda: call(path, body))
+        return inside(self.a.name, lambda: call(path, body))
 
     def answer(self, question: str = SUM, **more: Any) -> str:
-        status, answer = self.ask("/v1/chat/completions", chat_body(question, **more))
+        status, answer = self.ask("/v1/chat/completions", asked(question, **more))
         assert status == 200, answer
         return answer["choices"][0]["message"]["content"]
 
-    def wait_until_healthy(self) -> dict[str, Any]:
-        """Wait until /health is ok; returns it."""
+    def healthy(self) -> dict[str, Any]:
+        """Health once all works."""
 
         def ok() -> dict[str, Any] | None:
             status, health = self.ask("/health")
             return health if status == 200 and health.get("status") == "ok" else None
 
-        return wait_until(ok, f"a group that works; {self.logs()}", 120)
+        return until(ok, f"a group that works; {self.logs()}", 120)
 
     def status(self, host: Host) -> dict[str, Any]:
-        """Output of `cenacle status --json` on a host."""
+        """What `cenacle status` says on a host."""
         done = host.run("status", "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """The nodes by name, according to the head; empty if there is no head."""
+        """The machines by name, as the head sees them; none if there is no head."""
         identity = identities.Identity(self.a.folder / ".config/cenacle/cluster", identities.HEAD)
         try:
-            status = run_in_namespace(
+            status = inside(
                 self.a.name,
                 lambda: client.query_head(identity, "127.0.0.1", CONTROL, Query("status")),
             )
@@ -111,14 +107,14 @@ class Cluster:
         return {n["name"]: n for n in status["nodes"]}
 
     def standing(self) -> Counter[tuple[str, ...]]:
-        """Programs, listening ports and temporary files of the members, counted."""
+        """What there is on the members: programs, ports that are listened at, temporary files."""
         found: Counter[tuple[str, ...]] = Counter()
         for host in self.members:
             for kind in (UP, JOIN, WORKER):
                 found[host.letter, "process", kind] += len(host.pids(kind))
             for address, port in host.listening():
                 found[host.letter, "port", f"{address}:{port}"] += 1
-            for path in host.temporary_dir.iterdir():
+            for path in host.temporary.iterdir():
                 found[host.letter, "file", path.name] += 1
         return +found
 
@@ -128,11 +124,11 @@ class Cluster:
         )
 
 
-def start_head(host: Host, *words: str) -> str:
-    """Start a head on a host; returns the line that it prints for the others."""
+def head(host: Host, *words: str) -> str:
+    """Start a head on a host; the line that it prints for the others."""
     before = len(host.log.read_text()) if host.log.exists() else 0
     host.start("up", *words)
-    found = wait_until(
+    found = until(
         lambda: re.search(r"cenacle (join .*)\n", host.log.read_text()[before:]),
         "the line for other machines",
     )
@@ -157,7 +153,7 @@ def call(
 
 
 class Streaming:
-    """A long streamed answer with the times of its pieces; `last` is the last event.
+    """A long answer that is being streamed, and when its pieces came; `last` is the last event.
 
     Args:
         cluster: of which it is asked.
@@ -167,10 +163,10 @@ class Streaming:
 
     def __init__(self, cluster: Cluster, tokens: int = 200, path: str = CHAT) -> None:
         self.text, self.times = "", []
-        self.error, self.truncated = "", False  # what the server said; whether it broke off
+        self.error, self.cut = "", False  # what the server said; whether it broke off
         self._host = cluster.a.name
         self.last: dict[str, Any] = {}
-        self._path, self._body = path, chat_body(tokens=tokens, stream=True)
+        self._path, self._body = path, asked(tokens=tokens, stream=True)
         if path == MESSAGES:
             del self._body["logit_bias"]
             form = {"format": {"type": "json_schema", "schema": NUMBERS}}
@@ -179,7 +175,7 @@ class Streaming:
         self._thread.start()
 
     def _read(self) -> None:
-        enter_namespace(self._host)
+        enter(self._host)
         connection = http.client.HTTPConnection("127.0.0.1", API, timeout=90)
         done = False
         try:
@@ -195,7 +191,7 @@ class Streaming:
             done = False
         finally:
             connection.close()
-        self.truncated = not done and not self.error
+        self.cut = not done and not self.error
 
     def _take(self, event: dict[str, Any]) -> None:
         self.last = event
@@ -205,8 +201,8 @@ class Streaming:
             self.text += choice["delta"].get("content") or choice["delta"].get("text") or ""
             self.times.append(time.monotonic())
 
-    def wait_for_start(self) -> "Streaming":
-        wait_until(lambda: len(self.times) > 20 or self.over, "the first pieces")
+    def begun(self) -> "Streaming":
+        until(lambda: len(self.times) > 20 or self.over, "the first pieces")
         return self
 
     @property
@@ -214,14 +210,14 @@ class Streaming:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float = 90) -> bool:
-        """Whether it has ended, with or without success, within this time."""
+        """Whether it has ended, well or not, after so long."""
         self._thread.join(seconds)
         return self.over
 
     def end(self, seconds: float = 90) -> str:
         assert self.wait(seconds), "the stream did not end"
         assert not self.error, self.error
-        assert not self.truncated, "the stream broke off"
+        assert not self.cut, "the stream broke off"
         return self.text
 
     @property
@@ -231,7 +227,7 @@ class Streaming:
 
 
 class Health:
-    """Polls /health, and records what changes and when."""
+    """Asks /health all the time, and keeps what changed and when."""
 
     def __init__(self, cluster: Cluster, every_s: float = 0.05) -> None:
         self.changes: list[tuple[float, int, dict[str, Any]]] = []
@@ -241,28 +237,28 @@ class Health:
         self._thread.start()
 
     def _watch(self) -> None:
-        enter_namespace(self._host)
+        enter(self._host)
         last: tuple[Any, ...] | None = None
         while not self._ended.wait(self._every_s):
             status, body = call("/health", timeout=5)
-            latest = (status, *(body.get(k) for k in ("status", "nodes", "recoveries")))
-            if latest != last:
-                last = latest
+            now = (status, *(body.get(k) for k in ("status", "nodes", "recoveries")))
+            if now != last:
+                last = now
                 self.changes.append((time.monotonic(), status, body))
 
     @property
-    def latest(self) -> tuple[int, dict[str, Any]]:
+    def now(self) -> tuple[int, dict[str, Any]]:
         """The last status and body."""
         return self.changes[-1][1:] if self.changes else (0, {})
 
     @property
-    def complete(self) -> bool:
-        """Whether all three nodes take part."""
-        status, body = self.latest
+    def whole(self) -> bool:
+        """Whether all three machines answer."""
+        status, body = self.now
         return status == 200 and body.get("nodes") == 3
 
     def since(self, began: float) -> list[tuple[float, int, dict[str, Any]]]:
-        """Changes after a time of `time.monotonic`."""
+        """What changed after a time, that of `time.monotonic()`."""
         return [change for change in list(self.changes) if change[0] > began]
 
     def close(self) -> None:

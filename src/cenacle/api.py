@@ -1,18 +1,17 @@
 """The program from Python: `with cenacle.load(model, nodes=2) as m: m.generate(...)`.
 
-Owns: putting the parts together, and prompts in text against tokens in the group.
-Does not know: HTTP, terminals. The verbs and the server are thin over this.
+Owns: prompts in text, chats or ids against tokens in the group.
+Does not know: HTTP, terminals, how ranks are started (`runtime.py`).
+Next: the command line and the server use `Model`.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,42 +19,33 @@ from .core.chat import Message
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import Request, Sampling, TokenEvent
-from .engine.memory import estimate_memory
 from .engine.sampling.grammar import Vocabulary, check_grammar
-from .engine.speculative.draft_model import DraftModelConfig
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
-from .model.checkpoint import Checkpoint, locate_checkpoint
-from .ranks.local_ranks import LocalRanks
 from .ranks.rank_group import RankGroup
-from .ranks.ranks import Epoch, Ranks
+from .ranks.ranks import Ranks, ReportProgress
 from .ranks.step_timings import StepTimings
-from .runtime import (
-    LoadOptions,
-    _check_comm_dtype,
-    _check_memory,
-    _choose,
-    _room,
-    _scheduler,
-    _text,
-)
+from .runtime import Deployment, LoadOptions, resolve
 from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from .cluster.formation import Joined  # needs libraries that one machine alone does not
-    from .verification import Seen, SelfTest
+    from .cluster.formation import Cluster  # needs libraries that a single machine does not
 
 Prompt = str | Sequence[int] | Sequence[Message]
-"""Text (rendered as a user's message where the model has a chat template), ids, or a chat."""
+"""Text (rendered as a user message if the model has a chat template), token ids, or a chat."""
 
 DEFAULT_MAX_TOKENS = 512
-ANSWER_DEADLINE_S = 900.0  # longer than any step may take: the group fails before
+TOKEN_TIMEOUT_S = 900.0  # longer than any step may take: the group fails before
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer: its token, the text that became certain, and why it ended or None.
+    """A piece of an answer.
 
-    `logprob` and `top` are those of `TokenEvent`.
+    Args:
+        token: its token id.
+        text: the text that became certain with it.
+        finish: why the answer ended, or None.
+        logprob, top: see `TokenEvent`.
     """
 
     token: int
@@ -67,17 +57,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer.
+    """A complete answer.
 
     Args:
         text: without the stop token or stop string.
-        tokens: the generated ids, the stop token included.
+        tokens: the generated ids, including the stop token.
         finish: "stop" or "length".
-        prompt_tokens: how many there were.
-        first_token_s: seconds from asking to the first token.
-        tok_per_s: tokens after the first, over the time since the first (0.0 for a single one).
+        prompt_tokens: number of tokens of the prompt.
+        first_token_s: seconds from the request to the first token.
+        tok_per_s: tokens after the first, over the time since the first; 0.0 for a single one.
         step_timings_ms: where the time of a token went, see `docs/metrics.md`.
-        routed: layer -> expert -> times chosen, in measured steps.
+        nodes: number of ranks.
+        routed: layer -> expert -> how often the router chose it, in measured steps.
     """
 
     text: str
@@ -99,10 +90,10 @@ def load(
     model: str,
     nodes: int = 1,
     *,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: ReportProgress | None = None,
     **options: Any,
 ) -> Model:
-    """Start `nodes` local processes that hold a model together.
+    """Load a model on `nodes` local processes.
 
     Args:
         model, nodes, options: see `LoadOptions`.
@@ -113,156 +104,44 @@ def load(
         CheckpointError, PlanError, ClusterError: see those. No process is left.
     """
     try:
-        how = LoadOptions(model, nodes, **options)
+        load_options = LoadOptions(model, nodes, **options)
     except TypeError as error:
         raise InputError(f"unknown option: {error}") from error
-    return Model.load(how, progress=progress)
-
-
-def _load(
-    how: LoadOptions,
-    progress: Callable[[int, int, int], None] | None = None,
-    joined: Joined | None = None,
-    selftest: SelfTest | None = None,
-    sums: bool = False,
-) -> Model:
-    if joined is None:
-        _check_comm_dtype(how)
-    model, kernels, options, reason = how.model, how.kernels, how.engine, ""
-    checkpoint = Checkpoint.open(
-        locate_checkpoint(model) if joined is None else joined.locate(model)
-    )
-    # A hub repository's folder is named after a commit.
-    name = checkpoint.folder.resolve().name if Path(model).expanduser().exists() else model
-    text = _text(checkpoint)
-    drafting = None
-    if how.draft_model is not None:
-        drafting = DraftModelConfig.inspect(
-            how.draft_model,
-            checkpoint,
-            text,
-            kernels,
-            options.speculative,
-            plain_kv_cache=options.plain_kv_cache,
-        )
-    if joined is not None:
-        plan, reason = joined.form(name, checkpoint, options, kernels, drafting)
-    else:
-        plan, reason = _choose(checkpoint, how)
-    need = estimate_memory(checkpoint.config, plan, 0, options, kernels, drafting)
-    if joined is None:
-        _check_memory(need)
-    order = {
-        "type": "load",
-        "folder": str(checkpoint.folder.resolve()),
-        "plan": plan.to_json(),
-        "wire": how.comm_dtype,
-        "latency_s": how.latency_s,
-        "kernels": kernels,
-        "activations": how.activations,
-        "options": asdict(options),
-        "draft": asdict(drafting) if drafting is not None else None,
-        "sums": sums,
-    }
-    if selftest is not None:
-        decisive = {k: v for k, v in order.items() if k not in ("folder", "plan", "type", "sums")}
-
-        def alone() -> Seen:
-            from .verification import see
-
-            one = _load(
-                LoadOptions(
-                    str(checkpoint.folder.resolve()),
-                    kernels=kernels,
-                    activations=how.activations,
-                    speculative=how.speculative,
-                    max_batch_size=how.max_batch_size,
-                    kv_cache_gb=how.kv_cache_gb,
-                    prefix_cache_gb=how.prefix_cache_gb,
-                    prefill_chunk_size=how.prefill_chunk_size,
-                    kv_bits=how.kv_bits,
-                    kv_group_size=how.kv_group_size,
-                    max_kv_size=how.max_kv_size,
-                    recover=False,
-                ),
-                sums=True,
-            )
-            with one:
-                return see(one, 0)
-
-        formed = joined.formed if joined is not None else None
-        measure = joined.measure_again if joined is not None else dict
-        order["sums"] = selftest.before(checkpoint, plan, decisive, alone, formed, measure)
-
-    def start(epoch: Epoch, report: Callable[[int, int, int], None] | None = None) -> LocalRanks:
-        now = {**order, "sums": order["sums"] and epoch.number == 0}
-        if joined is not None:
-            found = joined.start(now, report, epoch)
-            if epoch.number:  # on other machines, or with another plan
-                need = estimate_memory(checkpoint.config, found.plan, 0, options, kernels, drafting)
-                scheduler.resize(*_room(found.ready, options, need.kv_cache, 1))
-            return found
-        ranks = LocalRanks(
-            plan.nodes, how.backend, cores=how.cores, threads=how.threads, epoch=epoch
-        )
-        try:
-            ranks.load(now, report)
-        except BaseException:
-            ranks.close(now=True)
-            raise
-        return ranks
-
-    ranks = start(Epoch(0, threading.Event()), progress)
-    sharing = plan.nodes if joined is None else 1
-    scheduler = _scheduler(ranks.ready, options, how.measure_every, need.kv_cache, sharing)
-    group = RankGroup(ranks, scheduler, start=start if how.recover else None)
-    loaded = Model(name, plan, text, group, reason, checkpoint.config)
-    if selftest is not None:
-        try:
-            selftest.after(loaded, how.measure_every, how.latency_s)
-        except BaseException:
-            loaded.close()
-            raise
-    if joined is not None and how.recover:
-        joined.serves(group.reform)
-    return loaded
+    return Model.load(load_options, progress=progress)
 
 
 class Model:
-    """A model that is loaded and answers; close it, or use it in a `with` statement."""
+    """A loaded model that answers; close it, or use it in a `with` statement.
 
-    def __init__(
-        self,
-        name: str,
-        plan: Plan,
-        text: ChatTokenizer | None,
-        group: RankGroup,
-        plan_reason: str = "",
-        config: dict[str, Any] | None = None,
-    ) -> None:
-        self.name, self._plan, self.group = name, plan, group
-        self.plan_reason = plan_reason  # why this plan, in one line
-        self.config = config or {}  # the checkpoint's config.json
-        self._text = text
-        self._vocabulary = Vocabulary(lambda: self.text)
+    Args:
+        deployment: what runs.
+        group: of its ranks.
+    """
+
+    def __init__(self, deployment: Deployment, group: RankGroup) -> None:
+        self.group, self._deployment = group, deployment
+        self.name = deployment.name
+        self.plan_reason = deployment.plan_reason  # why the first plan, in one line
+        self.config = deployment.checkpoint.config  # config.json
+        self._grammar_vocabulary = Vocabulary(lambda: self.text)
 
     @classmethod
     def load(
         cls,
         options: LoadOptions,
         *,
-        progress: Callable[[int, int, int], None] | None = None,
-        joined: Joined | None = None,
-        selftest: SelfTest | None = None,
+        cluster: Cluster | None = None,
+        progress: ReportProgress | None = None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> Model:
-        """As `cenacle.load`, with the options in one object.
+        """Like `cenacle.load`, with the options in one object.
 
         Args:
-            joined: start the ranks on the machines of a cluster; it decides how many and how to
-                place the model.
-            selftest: the verification before the model serves.
+            cluster: run on its nodes; it decides how many.
+            report: told what the verification does and finds, in sentences.
         """
-        return _load(options, progress, joined, selftest)
+        deployment = resolve(options, cluster)
+        return cls(deployment, deployment.launch(progress, report))
 
     @property
     def ranks(self) -> Ranks:
@@ -271,14 +150,13 @@ class Model:
 
     @property
     def plan(self) -> Plan:
-        """Who holds what now: ranks on other machines than before may have another plan."""
-        plan: Plan = getattr(self.ranks, "plan", self._plan)
-        return plan
+        """What each rank holds now; ranks that were started again may have another plan."""
+        return self.ranks.plan
 
     @property
     def spec(self) -> ModelSpec:
-        """What the checkpoint is."""
-        return self._plan.spec
+        """Structure and sizes of the model."""
+        return self._deployment.plan.spec
 
     @property
     def text(self) -> ChatTokenizer:
@@ -287,9 +165,9 @@ class Model:
         Raises:
             CheckpointError: the checkpoint has none.
         """
-        if self._text is None:
+        if self._deployment.tokenizer is None:
             raise CheckpointError(f"{self.name} has no tokenizer: give the prompt as token ids")
-        return self._text
+        return self._deployment.tokenizer
 
     def request(
         self,
@@ -310,30 +188,37 @@ class Model:
             InputError: names what is wrong.
         """
         tokens = self.tokens_of(prompt)
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocab_size:
+        vocab_size, context_length = self.spec.vocab_size, self.spec.context_length
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise InputError(
-                f"prompt: expected token ids from 0 to {self.spec.vocab_size - 1}, "
-                f"got {min(tokens)} to {max(tokens)}",
+                f"prompt: expected token ids from 0 to {vocab_size - 1}, got {min(tokens)} to "
+                f"{max(tokens)}",
                 "prompt",
             )
-        room = (self.spec.context_length or 2**31) - len(tokens)
+        room = (context_length or 2**31) - len(tokens)
         if room < 1:
             raise InputError(
-                f"prompt: {len(tokens)} tokens do not fit the model's context of "
-                f"{self.spec.context_length}; shorten it by at least {1 - room}",
+                f"prompt: {len(tokens)} tokens do not fit the model's context of {context_length}; "
+                f"shorten it by at least {1 - room}",
                 "prompt",
             )
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens: expected at least 1, got {max_tokens}", "max_tokens")
-        stop = self._text.stop_tokens if self._text is not None else ()
-        limit = min(max_tokens or DEFAULT_MAX_TOKENS, room)
         if grammar is not None:
-            check_grammar(grammar, self._vocabulary)
-        name = uuid.uuid4().hex
-        return Request(name, tokens, limit, stop, sampling or Sampling(), logprobs, grammar)
+            check_grammar(grammar, self._grammar_vocabulary)
+        tokenizer = self._deployment.tokenizer
+        return Request(
+            uuid.uuid4().hex,
+            tokens,
+            min(max_tokens or DEFAULT_MAX_TOKENS, room),
+            tokenizer.stop_tokens if tokenizer is not None else (),
+            sampling or Sampling(),
+            logprobs,
+            grammar,
+        )
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids of a prompt in any of its forms."""
+        """The token ids of a prompt in any of its forms."""
         if isinstance(prompt, str):
             if self.text.has_template:
                 return self.text.render([{"role": "user", "content": prompt}])
@@ -356,10 +241,11 @@ class Model:
         """Answer a prompt piece by piece; ending the iteration early cancels the request.
 
         Args:
-            prompt: text, ids or a chat.
-            max_tokens: most tokens to generate.
+            prompt: text, token ids or a chat.
+            max_tokens: maximum number of tokens to generate.
             stop: strings before which the answer ends.
-            logprobs: how many alternatives to give with each token's log-probability; None: none.
+            logprobs: how many alternatives to report with each token's log-probability; None: no
+                log-probabilities.
             grammar: what the answer must match, as llguidance reads it.
             sampling: fields of `Sampling`.
 
@@ -368,22 +254,23 @@ class Model:
             ClusterError: the group failed.
         """
         try:
-            how = Sampling(**sampling)
+            checked = Sampling(**sampling)
         except TypeError as error:
             raise InputError(f"unknown argument: {error}") from error
-        request = self.request(prompt, max_tokens, how, logprobs=logprobs, grammar=grammar)
+        request = self.request(prompt, max_tokens, checked, logprobs=logprobs, grammar=grammar)
         return self._stream(request, stop)
 
     def _stream(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
         events: queue.Queue[TokenEvent | CenacleError] = queue.Queue()
-        text = self._text.text_stream(stop) if self._text is not None else None
+        tokenizer = self._deployment.tokenizer
+        text = tokenizer.text_stream(stop) if tokenizer is not None else None
         self.group.submit(request, events.put)
         try:
             while True:
                 try:
-                    event = events.get(timeout=ANSWER_DEADLINE_S)
+                    event = events.get(timeout=TOKEN_TIMEOUT_S)
                 except queue.Empty:
-                    raise ClusterError(f"no token came for {ANSWER_DEADLINE_S:g} s") from None
+                    raise ClusterError(f"no token within {TOKEN_TIMEOUT_S:g} s") from None
                 if isinstance(event, CenacleError):
                     raise event
                 piece = text.add(event.token) if text else ""
@@ -392,7 +279,7 @@ class Model:
                 stopped = text is not None and text.stopped
                 finish = "stop" if stopped else event.finish
                 yield Chunk(event.token, piece, finish, event.logprob, event.top)
-                if stopped or event.finish:
+                if finish:
                     return
         finally:
             self.group.cancel(request.id)
@@ -408,43 +295,44 @@ class Model:
     ) -> Completion:
         """Answer a prompt; arguments and errors as `stream`.
 
-        The terms are those of all requests of the group since this call began, or, with
+        The step timings are those of all requests of the group since this call began, or, with
         `keep_timings`, since the last call without.
         """
         tokens = self.tokens_of(prompt)
         if not keep_timings:
             self.group.step_timings = StepTimings()
-        began = time.perf_counter()
+        started_s = time.perf_counter()
         chunks: list[Chunk] = []
-        times: list[float] = []
+        times_s: list[float] = []
         for chunk in self.stream(tokens, max_tokens, stop=stop, **sampling):
             chunks.append(chunk)
-            times.append(time.perf_counter())
-        after = times[-1] - times[0]
+            times_s.append(time.perf_counter())
+        decode_s = times_s[-1] - times_s[0]
         return Completion(
-            text="".join(c.text for c in chunks),
-            tokens=[c.token for c in chunks],
+            text="".join(chunk.text for chunk in chunks),
+            tokens=[chunk.token for chunk in chunks],
             finish=chunks[-1].finish or "stop",
             prompt_tokens=len(tokens),
-            first_token_s=times[0] - began,
-            tok_per_s=(len(times) - 1) / after if after > 0 else 0.0,
+            first_token_s=times_s[0] - started_s,
+            tok_per_s=(len(times_s) - 1) / decode_s if decode_s > 0 else 0.0,
             step_timings_ms=self.group.step_timings.per_token_ms(),
             nodes=self.plan.nodes,
             routed=self.group.step_timings.routed,
         )
 
     def ranks_json(self) -> list[dict[str, Any]]:
-        """For each rank: its process, device, planned bytes of weights and peak resident bytes
-        when it had loaded them."""
+        """Each rank's process, device, planned bytes of weights, and peak resident bytes when it
+        had loaded them."""
+        ranks = self.ranks
         return [
             {
                 "rank": rank,
-                "pid": self.ranks.pids[rank],
-                "device": ready["device"],
-                "weights_bytes": self.plan.bytes_of(rank)["total"],
-                "peak_rss_bytes": ready["peak_rss_bytes"],
+                "pid": ranks.pids[rank],
+                "device": ready.device,
+                "weights_bytes": ranks.plan.bytes_of(rank)["total"],
+                "peak_rss_bytes": ready.peak_rss_bytes,
             }
-            for rank, ready in enumerate(self.ranks.ready)
+            for rank, ready in enumerate(ranks.ready)
         ]
 
     def close(self) -> None:

@@ -6,8 +6,10 @@ Invariant: what `from_json` returns has the declared types and ranges; everythin
 `MessageError` that names the field. `from_json(to_json(m)) == m`.
 Next: `cluster/messages.py` declares those of a cluster.
 
-Field types: bool, int, float, str, None, Any, Literal, unions of these, `tuple[T, ...]`,
-`Mapping[str, T]`, other messages, and `Annotated[T, Range(...)]` for numbers.
+Field types: bool, int, float, str, None, Any, Literal, unions of these, `list[T]`, `tuple[T, ...]`,
+`tuple[T, U]`, `Mapping[K, T]` with keys of type str or int, dataclasses, and
+`Annotated[T, Range(...)]` for numbers. A dataclass with `to_json` and `from_json` of its own uses
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -28,11 +30,16 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    overload,
 )
 
-from .errors import ClusterError
+from .errors import CenacleError, ClusterError
 
-M = TypeVar("M", bound="Message")
+A = TypeVar("A", bound="Message")
+B = TypeVar("B", bound="Message")
+C = TypeVar("C", bound="Message")
+D = TypeVar("D", bound="Message")
+T = TypeVar("T")
 
 
 class MessageError(ClusterError):
@@ -71,7 +78,7 @@ class Message:
     def to_json(self) -> dict[str, Any]:
         """The message as a JSON object."""
         tag = {"type": self.type} if self.type else {}
-        return tag | {name: _encode(getattr(self, name)) for name in _field_types(type(self))}
+        return tag | _encode_fields(self)
 
     @classmethod
     def from_json(cls, data: object, path: str = "") -> Self:
@@ -83,24 +90,21 @@ class Message:
         Raises:
             MessageError: a field is missing, unknown, or of the wrong type or range.
         """
-        name = path or cls.type or cls.__name__
-        if not isinstance(data, Mapping):
-            raise MessageError(f"{name}: expected a JSON object, got {_describe(data)}")
-        types = _field_types(cls)
-        given = {key: value for key, value in data.items() if key != "type" or not cls.type}
-        for key in given:
-            if key not in types:
-                raise MessageError(f"{name}.{key}: unknown field")
-        values = {}
-        for field, annotation in types.items():
-            if field in given:
-                values[field] = _decode(annotation, given[field], f"{name}.{field}")
-            elif not _is_optional(cls, field):
-                raise MessageError(f"{name}.{field}: missing")
-        return cls(**values)
+        tag = ("type",) if cls.type else ()
+        return _decode_fields(cls, data, path or cls.type or cls.__name__, tag)
 
 
-def parse(data: object, *kinds: type[M]) -> M:
+@overload
+def parse(data: object, a: type[A], /) -> A: ...
+@overload
+def parse(data: object, a: type[A], b: type[B], /) -> A | B: ...
+@overload
+def parse(data: object, a: type[A], b: type[B], c: type[C], /) -> A | B | C: ...
+@overload
+def parse(data: object, a: type[A], b: type[B], c: type[C], d: type[D], /) -> A | B | C | D: ...
+@overload
+def parse(data: object, *kinds: type[A]) -> A: ...
+def parse(data: object, *kinds: type[Any]) -> Any:
     """The message of a JSON object that is one of these kinds, told apart by `type`.
 
     Raises:
@@ -114,15 +118,36 @@ def parse(data: object, *kinds: type[M]) -> M:
     raise MessageError(f"type: expected {expected}, got {_describe(received)}")
 
 
-def _field_types(cls: type[Message]) -> dict[str, Any]:
+def _encode_fields(value: Any) -> dict[str, Any]:
+    return {name: _encode(getattr(value, name)) for name in _field_types(type(value))}
+
+
+def _decode_fields(cls: type[T], data: object, path: str, ignored: tuple[str, ...] = ()) -> T:
+    if not isinstance(data, Mapping):
+        raise MessageError(f"{path}: expected a JSON object, got {_describe(data)}")
+    types = _field_types(cls)
+    for key in data:
+        if key not in types and key not in ignored:
+            raise MessageError(f"{path}.{key}: unknown field")
+    values = {}
+    for field, annotation in types.items():
+        if field in data:
+            values[field] = _decode(annotation, data[field], f"{path}.{field}")
+        elif not _is_optional(cls, field):
+            raise MessageError(f"{path}.{field}: missing")
+    return cls(**values)
+
+
+def _field_types(cls: type) -> dict[str, Any]:
     if cls not in _FIELD_TYPES:
         hints = get_type_hints(cls, include_extras=True)
         _FIELD_TYPES[cls] = {f.name: hints[f.name] for f in _dataclass_fields(cls)}
     return _FIELD_TYPES[cls]
 
 
-def _is_optional(cls: type[Message], name: str) -> bool:
-    return any(f.name == name and f.default is not MISSING for f in _dataclass_fields(cls))
+def _is_optional(cls: type, name: str) -> bool:
+    field = next(f for f in _dataclass_fields(cls) if f.name == name)
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 def _dataclass_fields(cls: Any) -> tuple[Field[Any], ...]:
@@ -130,10 +155,12 @@ def _dataclass_fields(cls: Any) -> tuple[Field[Any], ...]:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, Message):
+    if hasattr(value, "to_json"):
         return value.to_json()
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
+    if is_dataclass(value):
+        return _encode_fields(value)
     if isinstance(value, list | tuple):
         return [_encode(item) for item in value]
     return value
@@ -156,17 +183,43 @@ def _decode(annotation: Any, value: Any, path: str) -> Any:
             choices = ", ".join(map(str, arguments))
             raise MessageError(f"{path}: expected {choices}, got {_describe(value)}")
         return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise MessageError(f"{path}: expected a list, got {_describe(value)}")
-        return tuple(_decode(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if origin in (list, tuple):
+        return _decode_sequence(origin, arguments, value, path)
     if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise MessageError(f"{path}: expected an object, got {_describe(value)}")
-        return {str(k): _decode(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+        return _decode_mapping(arguments, value, path)
     if issubclass(annotation, Message):
         return annotation.from_json(value, path)
+    if hasattr(annotation, "from_json"):
+        try:
+            return annotation.from_json(value)
+        except (CenacleError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MessageError(f"{path}: {error!r}") from error
+    if hasattr(annotation, "__dataclass_fields__"):
+        return _decode_fields(annotation, value, path)
     return _decode_scalar(annotation, value, path)
+
+
+def _decode_sequence(
+    kind: type[list[Any]] | type[tuple[Any, ...]], types: tuple[Any, ...], value: Any, path: str
+) -> Any:
+    if not isinstance(value, list | tuple):
+        raise MessageError(f"{path}: expected a list, got {_describe(value)}")
+    if kind is list or types[-1] is Ellipsis:
+        types = (types[0],) * len(value)
+    if len(types) != len(value):
+        raise MessageError(f"{path}: expected {len(types)} items, got {len(value)}")
+    items = enumerate(zip(types, value, strict=True))
+    return kind(_decode(item_type, item, f"{path}[{i}]") for i, (item_type, item) in items)
+
+
+def _decode_mapping(types: tuple[Any, ...], value: Any, path: str) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise MessageError(f"{path}: expected an object, got {_describe(value)}")
+    key_type, item_type = types
+    try:
+        return {key_type(k): _decode(item_type, v, f"{path}.{k}") for k, v in value.items()}
+    except ValueError as error:  # JSON has integers as keys in quotes
+        raise MessageError(f"{path}: expected integers as keys ({error})") from None
 
 
 def _decode_scalar(kind: type, value: Any, path: str) -> Any:
@@ -206,5 +259,5 @@ def _describe(value: object) -> str:
     return "a list" if isinstance(value, list | tuple) else "an object"
 
 
-_FIELD_TYPES: dict[type[Message], dict[str, Any]] = {}  # get_type_hints is slow
+_FIELD_TYPES: dict[type, dict[str, Any]] = {}  # get_type_hints is slow
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

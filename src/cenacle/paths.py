@@ -41,13 +41,18 @@ def state_dir() -> Path:
 
 
 def cluster_dir() -> Path:
-    """Folder for the identity, roster and verification records of a node or head."""
+    """Folder for the identity of a node or head, and the head's roster."""
     return config_dir() / "cluster"
 
 
 def catalog_dir() -> Path:
     """Folder for the user's own machines and links, those of `calibrate` among them."""
     return config_dir() / "catalog"
+
+
+def verification_dir() -> Path:
+    """Folder for the records of what passed verification."""
+    return config_dir() / "verification"
 
 
 def models_dir() -> Path:

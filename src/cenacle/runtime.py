@@ -1,30 +1,52 @@
-"""."""
+"""From options to a running group: the assembly of the program.
+
+Owns: `LoadOptions`; `resolve`, which decides everything before a process is started; `Deployment`,
+which starts the ranks and has them verified.
+Does not know: HTTP, terminals, prompts in text (`api.py`).
+Invariant: when a function here raises, no process is left.
+Next: `ranks/rank_group.py`, which answers requests; `cluster/formation.py`, where ranks on several
+machines come from; `verification.py`.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import psutil
 
+from . import native, paths
 from .collective.mesh import COMM_DTYPES
 from .core.plan import Plan
+from .engine.memory import estimate_memory
 from .engine.options import EngineOptions
+from .engine.speculative.draft_model import DraftModelConfig
 from .errors import InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
 from .model.spec_reader import read_model_spec
 from .planning import choose_plan, plan_cost
 from .planning.memory import MemoryEstimate, check_available, kv_cache_budget
-from .ranks.local_ranks import resolve_backend as choose_backend
+from .ranks.local_ranks import LocalRankSource, resolve_backend
+from .ranks.messages import LoadOrder
+from .ranks.rank_group import RankGroup
+from .ranks.ranks import Epoch, Ranks, RankSource, ReportProgress
 from .scheduler.prefix_index import CacheFootprint
 from .scheduler.scheduler import Scheduler
 from .text.tokenizer import ChatTokenizer
+from .verification import ReferenceAnswers, Verification, collect_answers
+
+if TYPE_CHECKING:
+    from .cluster.formation import Cluster  # needs libraries that a single machine does not
 
 ACTIVATIONS = ("int16", "int8")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -134,20 +156,8 @@ class LoadOptions:
 
     @property
     def engine(self) -> EngineOptions:
-        """What the ranks are told of these."""
-        return EngineOptions(
-            prefill_chunk_size=self.prefill_chunk_size,
-            max_batch_size=self.max_batch_size,
-            kv_bits=self.kv_bits,
-            kv_group_size=self.kv_group_size,
-            max_kv_size=self.max_kv_size,
-            max_queue=self.max_queue,
-            kv_cache_gb=self.kv_cache_gb,
-            prefix_cache_gb=self.prefix_cache_gb,
-            speculative=self.speculative,
-            prefix_cache_disk_gb=self.prefix_cache_disk_gb,
-            prefix_cache_dir=self.prefix_cache_dir,
-        )
+        """Those that the ranks' engine needs."""
+        return EngineOptions(**{f.name: getattr(self, f.name) for f in fields(EngineOptions)})
 
 
 def inspect(model: str, nodes: int = 1, **options: Any) -> Plan:
@@ -159,77 +169,266 @@ def inspect(model: str, nodes: int = 1, **options: Any) -> Plan:
     Raises:
         CheckpointError, PlanError: see those.
     """
-    return choose(LoadOptions(model, nodes, **options))[0]
+    return select_plan(LoadOptions(model, nodes, **options))[0]
 
 
-def choose(options: LoadOptions) -> tuple[Plan, str]:
-    """As `inspect`, with one line that says why this plan was chosen (may be empty)."""
-    return _choose(Checkpoint.open(locate_checkpoint(options.model)), options)
+def select_plan(options: LoadOptions, checkpoint: Checkpoint | None = None) -> tuple[Plan, str]:
+    """The plan for local ranks, and in one line why it was chosen (may be empty).
 
-
-def _choose(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Plan, str]:
+    Args:
+        checkpoint: of the model, if it is open already.
+    """
+    checkpoint = checkpoint or Checkpoint.open(locate_checkpoint(options.model))
     if options.plan is not None:
         return options.plan, ""
-    gpu = mx.default_device().type != mx.DeviceType.cpu
-    latency = choose_plan.ASSUMED_LATENCY_S + options.latency_s
-    nodes = options.nodes
-    found = (
-        plan_cost.local_measurements(checkpoint.config, nodes, options.latency_s)
-        if nodes > 1
-        else ""
-    )
+    measurements = None
+    if options.nodes > 1:
+        found = plan_cost.local_measurements(checkpoint.config, options.nodes, options.latency_s)
+        measurements = None if isinstance(found, str) else found
     return choose_plan.choose_plan(
         read_model_spec(checkpoint),
-        nodes,
+        options.nodes,
         options.node_weights,
         options.placement,
         options.trunk,
         options.node_memory_bytes,
-        gpu,
-        latency,
-        None if isinstance(found, str) else found,
+        mx.default_device().type != mx.DeviceType.cpu,
+        choose_plan.ASSUMED_LATENCY_S + options.latency_s,
+        measurements,
     )
 
 
-def _scheduler(
-    ready: Sequence[dict[str, Any]],
-    options: EngineOptions,
-    measure_every: int,
-    planned: int,
-    sharing: int,
-) -> Scheduler:
-    """From what the ranks said when they were ready; `sharing` of them are on one machine."""
-    kv_bytes, footprint, cache_bytes = _room(ready, options, planned, sharing)
-    return Scheduler(
-        options.max_batch_size,
-        measure_every,
-        prefill_chunk_size=options.prefill_chunk_size,
-        max_queue=options.max_queue,
-        kv_cache_bytes=kv_bytes,
-        footprint=footprint,
-        prefix_cache_bytes=cache_bytes,
-        disk_bytes=int(options.prefix_cache_disk_gb * 1e9),
+def resolve(options: LoadOptions, cluster: Cluster | None = None) -> Deployment:
+    """Decide what will run where; reads no weights and starts no process.
+
+    Args:
+        cluster: run on its nodes; it decides how many, and waits until they are connected.
+
+    Raises:
+        InputError: options that do not go together, or a draft model that does not fit the model.
+        CheckpointError, PlanError, ClusterError: see those.
+    """
+    if cluster is None:
+        _check_comm_dtype(options)
+        folder = locate_checkpoint(options.model)
+    else:
+        folder = cluster.locate(options.model)
+    checkpoint = Checkpoint.open(folder)
+    # The folder of a Hub repository is named after a commit.
+    is_folder = Path(options.model).expanduser().exists()
+    name = checkpoint.folder.resolve().name if is_folder else options.model
+    tokenizer, draft_model = _load_tokenizer(checkpoint), None
+    if options.draft_model is not None:
+        draft_model = DraftModelConfig.inspect(
+            options.draft_model,
+            checkpoint,
+            tokenizer,
+            options.kernels,
+            options.speculative,
+            plain_kv_cache=options.engine.plain_kv_cache,
+        )
+    if cluster is None:
+        plan, reason = select_plan(options, checkpoint)
+    else:
+        plan, reason = _form_group(cluster, name, checkpoint, options, draft_model)
+    deployment = Deployment(
+        options, name, checkpoint, tokenizer, draft_model, plan, reason, cluster
     )
+    if cluster is None:
+        _check_memory(deployment.estimate_memory(plan))
+    return deployment
 
 
-def _room(
-    ready: Sequence[dict[str, Any]], options: EngineOptions, planned: int, sharing: int
-) -> tuple[int | None, CacheFootprint, int]:
-    """Bytes for caches of running requests, what these take, and bytes for caches that are kept."""
-    footprint = CacheFootprint.maximum(CacheFootprint.from_json(r["footprint"]) for r in ready)
-    left = min(r["memory_left"] for r in ready)
-    budget = kv_cache_budget(left, sharing, planned)
-    if options.kv_cache_gb is not None:
-        budget = int(options.kv_cache_gb * 1e9)
-    kept = kv_cache_budget(left, sharing, 0) // 4
-    if options.prefix_cache_gb is not None:
-        kept = int(options.prefix_cache_gb * 1e9)
-    return budget, footprint, kept
+@dataclass(frozen=True)
+class Deployment:
+    """A model, and everything that was decided about running it.
+
+    Args:
+        options: as given.
+        name: of the model, for people and for the API.
+        checkpoint: its files.
+        tokenizer: None: it has none, and takes token ids only.
+        draft_model: None: there is none.
+        plan, plan_reason: what each of the first ranks holds, and why, in one line.
+        cluster: where the ranks run; None: on this machine.
+    """
+
+    options: LoadOptions
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: ChatTokenizer | None
+    draft_model: DraftModelConfig | None
+    plan: Plan
+    plan_reason: str
+    cluster: Cluster | None = None
+
+    def estimate_memory(self, plan: Plan) -> MemoryEstimate:
+        """What the largest rank of a plan needs."""
+        options = self.options
+        return estimate_memory(
+            self.checkpoint.config, plan, 0, options.engine, options.kernels, self.draft_model
+        )
+
+    def load_order(self, *, checksums: bool = False) -> LoadOrder:
+        """What every rank is told to load.
+
+        Args:
+            checksums: have the first ranks report checksums of their weights.
+        """
+        options = self.options
+        return LoadOrder(
+            folder=str(self.checkpoint.folder.resolve()),
+            plan=self.plan,
+            kernels=options.kernels,
+            comm_dtype=options.comm_dtype,
+            latency_s=options.latency_s,
+            activations=options.activations,
+            engine=asdict(options.engine),
+            draft_model=asdict(self.draft_model) if self.draft_model is not None else None,
+            checksums=checksums,
+        )
+
+    def rank_source(self, order: LoadOrder) -> RankSource:
+        """Where ranks that load this come from."""
+        if self.cluster is not None:
+            from .cluster.formation import ClusterRankSource
+
+            return ClusterRankSource(self.cluster, order)
+        options = self.options
+        return LocalRankSource(order, options.backend, options.cores, options.threads)
+
+    def start(self, source: RankSource, progress: ReportProgress | None = None) -> RankGroup:
+        """Start the ranks of a source; the group that they form answers requests.
+
+        Args:
+            progress: told how far each rank has loaded.
+
+        Raises:
+            CenacleError: see `RankSource.start`.
+        """
+        ranks, options = source.start(Epoch(), progress), self.options
+        kv_bytes, footprint, cache_bytes = self.measure_capacity(ranks)
+        scheduler = Scheduler(
+            options.max_batch_size,
+            options.measure_every,
+            prefill_chunk_size=options.prefill_chunk_size,
+            max_queue=options.max_queue,
+            kv_cache_bytes=kv_bytes,
+            footprint=footprint,
+            prefix_cache_bytes=cache_bytes,
+            disk_bytes=int(options.prefix_cache_disk_gb * 1e9),
+        )
+        return RankGroup(
+            ranks, scheduler, source if options.recover else None, self.measure_capacity
+        )
+
+    def measure_capacity(self, ranks: Ranks) -> tuple[int | None, CacheFootprint, int]:
+        """Bytes on each rank for KV caches of running requests, what a cache takes, and bytes for
+        the prefix cache."""
+        footprint = CacheFootprint.maximum(ready.footprint for ready in ranks.ready)
+        available_bytes = min(ready.available_bytes for ready in ranks.ready)
+        ranks_per_machine = ranks.plan.nodes if self.cluster is None else 1
+        planned_bytes = self.estimate_memory(ranks.plan).kv_cache
+        kv_bytes = kv_cache_budget(available_bytes, ranks_per_machine, planned_bytes)
+        if self.options.kv_cache_gb is not None:
+            kv_bytes = int(self.options.kv_cache_gb * 1e9)
+        cache_bytes = kv_cache_budget(available_bytes, ranks_per_machine, 0) // 4
+        if self.options.prefix_cache_gb is not None:
+            cache_bytes = int(self.options.prefix_cache_gb * 1e9)
+        return kv_bytes, footprint, cache_bytes
+
+    def launch(
+        self, progress: ReportProgress | None = None, report: Report = lambda _: None
+    ) -> RankGroup:
+        """Start the ranks where the options say, and have them verified if the options ask for it.
+
+        Args:
+            progress: told how far each rank has loaded.
+            report: told what the verification does and finds, in sentences.
+
+        Raises:
+            CenacleError: see `start`.
+            ClusterError: the verification failed.
+        """
+        options, verification, checksums = self.options, None, False
+        if options.verify is not False:
+            verification = Verification(paths.verification_dir(), bool(options.verify), report)
+            checksums = self.prepare_verification(verification)
+        group = self.start(self.rank_source(self.load_order(checksums=checksums)), progress)
+        if verification is not None:
+            try:
+                verification.verify(group, options.measure_every, options.latency_s)
+            except BaseException:
+                group.close()
+                raise
+        if self.cluster is not None and options.recover:
+            self.cluster.watch_for_returns(group.reform)
+        return group
+
+    def prepare_verification(self, verification: Verification) -> bool:
+        """See `Verification.prepare`."""
+        cluster = self.cluster
+        return verification.prepare(
+            self.checkpoint,
+            self.plan,
+            self.verification_settings(),
+            self._collect_single_node,
+            cluster.formed if cluster is not None else None,
+            cluster.measure_links_again if cluster is not None else dict,
+        )
+
+    def verification_settings(self) -> dict[str, Any]:
+        """Everything that changes what ranks compute, besides checkpoint, plan and nodes."""
+        order = self.load_order().to_json()
+        settings = {k: v for k, v in order.items() if k not in ("type", "folder", "plan")}
+        if self.cluster is None:
+            settings["backend"], _ = resolve_backend(self.options.backend, self.plan.nodes)
+        settings["device"] = str(mx.default_device())
+        settings["native_kernels"] = native.describe_kernels() if native.is_available() else None
+        return settings
+
+    def _collect_single_node(self) -> ReferenceAnswers:
+        """The answers of one local rank with the whole model and the same engine."""
+        options = LoadOptions(
+            str(self.checkpoint.folder.resolve()),
+            kernels=self.options.kernels,
+            activations=self.options.activations,
+            recover=False,
+            **{**asdict(self.options.engine), "prefix_cache_disk_gb": 0.0},
+        )
+        single = resolve(options)
+        source = single.rank_source(single.load_order(checksums=True))
+        with closing(single.start(source)) as group:
+            return collect_answers(group, 0)
+
+
+def _form_group(
+    cluster: Cluster,
+    name: str,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    draft_model: DraftModelConfig | None,
+) -> tuple[Plan, str]:
+    from .cluster.formation import ClusterModel
+    from .cluster.placement import PlacementOptions
+
+    placement = PlacementOptions(
+        options.placement,
+        options.trunk,
+        options.backend,
+        options.comm_dtype,
+        options.node_weights,
+        options.node_memory_bytes,
+    )
+    formed = cluster.form(
+        ClusterModel(name, checkpoint, placement, options.engine, options.kernels, draft_model)
+    )
+    return formed.plan, formed.plan_reason
 
 
 def _check_comm_dtype(options: LoadOptions) -> None:
     nodes = options.plan.nodes if options.plan is not None else options.nodes
-    backend, _ = choose_backend(options.backend, nodes)
+    backend, _ = resolve_backend(options.backend, nodes)
     if options.comm_dtype != "f32" and nodes > 1 and backend != "mesh":
         raise InputError(
             f"comm_dtype: expected f32, since the backend {backend} sends vectors unchanged, got "
@@ -238,16 +437,14 @@ def _check_comm_dtype(options: LoadOptions) -> None:
         )
 
 
-def _check_memory(need: MemoryEstimate) -> None:
-    """On Linux CPUs all ranks' weights come out of the available memory."""
+def _check_memory(estimate: MemoryEstimate) -> None:
+    """On Linux CPUs the weights of all ranks come out of the memory that is available."""
     if sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu:
-        check_available(psutil.virtual_memory().available, need)
+        check_available(psutil.virtual_memory().available, estimate)
 
 
-def _text(checkpoint: Checkpoint) -> ChatTokenizer | None:
-    """None for a folder without any tokenizer: it can be asked with ids."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    found = any((checkpoint.folder / n).exists() for n in names)
+def _load_tokenizer(checkpoint: Checkpoint) -> ChatTokenizer | None:
+    found = any((checkpoint.folder / name).exists() for name in TOKENIZER_FILES)
     if not found and not any(checkpoint.folder.glob("*.tiktoken")):
         return None
     return ChatTokenizer(checkpoint.folder, checkpoint.config)

@@ -1,18 +1,17 @@
-"""Does a group compute what it should? Asked once, before it serves people.
+"""Verifies a group of ranks before it serves requests.
 
-Owns: what is asked, what it is compared with, what is remembered of it, and the sentence that says
-what differs.
-Does not know: HTTP, how ranks are started (`api.load` does, and calls `before` and `after`).
+Owns: what the group is asked, what the answers are compared with, the records of what passed, and
+the sentence that says what differs.
+Does not know: HTTP, how ranks are started (`runtime.py`).
 How: fixed prompts of random ids (short ones, whose tokens together use nearly every expert, and one
-of more than 2,000) are answered greedily; log-probabilities and tokens are compared with those that
-one node alone gave, or that were kept when this checkpoint last passed. Sums of the weights in each
-rank's memory are compared too (`model/sums.py`): they find the one wrong byte that hardly changes
-an answer, and say on which machine it is. Links are compared with what they gave before and with
-what the slowest useful cable gives, an exchange of the working group with its link's latency.
-Invariant: nothing is served that failed; what passed once (this plan on these machines with these
-versions) is not asked again unless it is wanted; a record is written only after a pass, or when
-there was nothing to compare with, and then this is said.
-Next: `api.load`.
+of more than 2,000 tokens) are answered greedily. Tokens and log-probabilities are compared with
+those of a single node, or of the last group that passed. Checksums of the weights in each rank's
+memory (`model/checksums.py`) find a wrong byte that hardly changes an answer, and name the node.
+Links are compared with their earlier measurements and with the slowest useful cable, an all-reduce
+of the running group with the latency of its links.
+Invariant: a group that fails does not serve. A plan that passed on these machines with these
+versions is verified again only on request. A record is written only after a pass, or when there was
+nothing to compare with, and then this is reported.
 """
 
 from __future__ import annotations
@@ -31,476 +30,509 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cluster import node_info
 from .cluster.link_probe import Link
+from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import Request, TokenEvent
 from .core.step import Step
 from .errors import CenacleError, ClusterError, PlanError
 from .model.byte_ranges import is_partial
 from .model.checksums import Checksums, compare_checksums
+from .paths import write_private
+from .ranks.step_timings import StepReport
 
 if TYPE_CHECKING:
-    from .api import Model
-    from .cluster.formation import Formed
+    from .cluster.formation import FormedGroup
     from .model.checkpoint import Checkpoint
+    from .ranks.rank_group import RankGroup
 
-FORMAT = 2  # of records; another is as none
-SHORT, SHORT_TOKENS, ANSWER_TOKENS = 16, 8, 8
-LONG_TOKENS, LONG_ANSWER_TOKENS = 2304, 4
-EXCHANGE_TOKENS = 12  # decoded alone, each step measured
-TOP = 5  # log-probabilities that are compared at each token
-DEADLINE_S = 900.0  # of one token
+RECORD_FORMAT = 2  # records of another format are ignored
+SHORT_PROMPTS, SHORT_PROMPT_TOKENS, SHORT_ANSWER_TOKENS = 16, 8, 8
+LONG_PROMPT_TOKENS, LONG_ANSWER_TOKENS = 2304, 4
+MEASURED_TOKENS = 12  # generated alone, every step measured
+TOP_LOGPROBS = 5  # compared at each token
+TOKEN_TIMEOUT_S = 900.0
 
 
 class Tolerance(NamedTuple):
-    """How far log-probabilities (nats) may be apart: nineteen of twenty, and every one."""
+    """How far log-probabilities (nats) may differ: 95 % of them, and each."""
 
-    usual: float
-    most: float
+    typical: float
+    maximum: float
 
 
-# Where all that is added is float32 or int32 only the order of additions differs between placements
-# (9e-4 seen); in bfloat16 every addition rounds, and a router may then choose another expert (0.07
-# and 0.5 seen, random weights).
-FINE, COARSE = Tolerance(0.02, 0.02), Tolerance(0.2, 2.0)
+# Where all sums are float32 or int32, only the order of additions differs between placements (9e-4
+# measured). In bfloat16 every addition rounds, and a router may choose another expert (0.07 and 0.5
+# measured, random weights).
+FULL_PRECISION, REDUCED_PRECISION = Tolerance(0.02, 0.02), Tolerance(0.2, 2.0)
 
-# A link that gives less than a third of what it gave, or takes more than three times as long and
-# some more, is not the link that it was; the rest is what other traffic does to a measurement.
-WORSE = 3.0
-WORSE_LATENCY_S = 300e-6
-LEAST_BYTES_S = 50e6  # half of what a gigabit cable gives: below it is a broken one
-MOST_LATENCY_S = 5e-3  # Wi-Fi, or packets that are lost
-BEHIND_THE_OTHERS = 8.0  # with three links and more: how far one may be from the median
-EXCHANGE_WORSE, EXCHANGE_S = 10.0, 5e-3  # of the link's latency, and what waiting may add
-TRIES = 3  # a link that looks bad is measured again
+# A link with less than a third of its earlier bandwidth, or more than three times its latency and
+# some more, is broken; smaller differences come from other traffic.
+LINK_FACTOR = 3.0
+LINK_LATENCY_MARGIN_S = 300e-6
+MIN_LINK_BYTES_S = 50e6  # half of what a gigabit cable gives
+MAX_LINK_LATENCY_S = 5e-3  # Wi-Fi, or lost packets
+MEDIAN_FACTOR = 8.0  # among three links or more, between one and the median
+ALL_REDUCE_FACTOR, ALL_REDUCE_MARGIN_S = 10.0, 5e-3  # of the link's latency, and waiting besides
+LINK_MEASUREMENTS = 3  # a link that looks bad is measured again
+MAX_REPORTED_DIFFERENCES = 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a prompt gave: tokens, and at each the most probable ids with log-probabilities."""
+    """The tokens of an answer, and at each the log-probabilities of the most probable ids."""
 
     tokens: tuple[int, ...]
     top: tuple[dict[int, float], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back."""
+        """A JSON object that `from_json` reads."""
         return {"tokens": list(self.tokens), "top": [list(map(list, t.items())) for t in self.top]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Answer:
-        """Read what `to_json` gave."""
+        """Inverse of `to_json`."""
         return cls(tuple(data["tokens"]), tuple({int(i): p for i, p in t} for t in data["top"]))
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a group gave.
+class ReferenceAnswers:
+    """What a group computed.
 
     Args:
-        answers: to `prompts`, in order.
-        sums: of every rank's weights.
+        answers: to `verification_prompts`, in order.
+        checksums: of every rank's weights.
         devices: what each rank computes with.
-        exchange_s: seconds of an exchange while one request is answered, the median; 0: one node.
+        all_reduce_s: median seconds of an all-reduce while one request runs; 0: one node.
     """
 
     answers: tuple[Answer, ...]
-    sums: tuple[Checksums, ...]
+    checksums: tuple[Checksums, ...]
     devices: tuple[str, ...]
-    exchange_s: float
+    all_reduce_s: float
 
 
-class _Exchanges:
-    """Observes a group: how long its exchanges take, without waiting for the slowest rank."""
+class _AllReduceTimes:
+    """Observer of a group: seconds of its all-reduces, without waiting for the slowest rank."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def sent(self, step: Step) -> None:
-        """Nothing to see yet."""
+        """See `Observer`."""
 
-    def measured(self, reports: list[dict[str, Any]]) -> None:
-        """See `Terms.add`."""
-        if all(r["decoding"] for r in reports):
-            times = zip(*(r["all_reduces_s"] for r in reports), strict=True)
+    def measured(self, reports: Sequence[StepReport]) -> None:
+        """See `StepTimings.add`."""
+        if all(report.decoding for report in reports):
+            times = zip(*(report.all_reduces_s for report in reports), strict=True)
             self.seconds += [min(of_ranks) for of_ranks in times]
 
 
-def prompts(vocabulary: int, context: int | None) -> list[tuple[int, ...]]:
+def verification_prompts(vocab_size: int, context_length: int | None) -> list[tuple[int, ...]]:
     """The fixed prompts: the short ones, then the long one, as long as the context allows."""
-    draw = random.Random(1)
-    room = (context or LONG_TOKENS * 2) - LONG_ANSWER_TOKENS - ANSWER_TOKENS
-    sizes = [SHORT_TOKENS] * SHORT + [max(1, min(LONG_TOKENS, room))]
-    return [tuple(draw.randrange(vocabulary) for _ in range(size)) for size in sizes]
+    generator = random.Random(1)
+    room = (context_length or LONG_PROMPT_TOKENS * 2) - LONG_ANSWER_TOKENS - SHORT_ANSWER_TOKENS
+    lengths = [SHORT_PROMPT_TOKENS] * SHORT_PROMPTS + [max(1, min(LONG_PROMPT_TOKENS, room))]
+    return [tuple(generator.randrange(vocab_size) for _ in range(length)) for length in lengths]
 
 
-def see(model: Model, measure_every: int) -> Seen:
-    """Ask a loaded model the prompts, and what an exchange takes.
+def collect_answers(group: RankGroup, measure_every: int) -> ReferenceAnswers:
+    """Ask a group the verification prompts, and time its all-reduces.
 
     Args:
-        measure_every: what the group is to measure again afterwards, see `api.load`.
+        group: just started, with an order for checksums.
+        measure_every: which steps the group is to measure afterwards, see `LoadOptions`.
 
     Raises:
         CenacleError: the group failed.
     """
-    ready = model.ranks.ready  # of these, whatever happens meanwhile
-    *short, long = prompts(model.spec.vocab_size, model.spec.context_length)
-    exchanges = _Exchanges()
-    model.group.bypass_caches(True)  # nothing that an earlier one kept on disk
+    ranks = group.ranks  # these, whatever happens meanwhile
+    spec = ranks.plan.spec
+    *short, long = verification_prompts(spec.vocab_size, spec.context_length)
+    times = _AllReduceTimes()
+    group.bypass_caches(True)  # an earlier group may have left wrong ones on disk
     try:
-        answers = _ask(model, short, ANSWER_TOKENS) + _ask(model, [long], LONG_ANSWER_TOKENS)
-        if model.plan.nodes > 1:
-            model.group.observers.append(exchanges)
-            model.group.measure_steps(1)
-            _ask(model, short[:1], EXCHANGE_TOKENS)
-            model.group.observers.remove(exchanges)
+        answers = _ask(group, short, SHORT_ANSWER_TOKENS) + _ask(group, [long], LONG_ANSWER_TOKENS)
+        if ranks.plan.nodes > 1:
+            group.observers.append(times)
+            group.measure_steps(1)
+            _ask(group, short[:1], MEASURED_TOKENS)
+            group.observers.remove(times)
     finally:
-        model.group.bypass_caches(False)
-    model.group.reset_statistics(measure_every)
-    return Seen(
+        group.bypass_caches(False)
+    group.reset_statistics(measure_every)
+    return ReferenceAnswers(
         tuple(answers),
-        tuple(r.pop("sums") for r in ready),
-        tuple(str(r["device"]) for r in ready),
-        statistics.median(exchanges.seconds or [0.0]),
+        tuple(dict(ready.checksums or {}) for ready in ranks.ready),
+        tuple(ready.device for ready in ranks.ready),
+        statistics.median(times.seconds or [0.0]),
     )
 
 
-def _ask(model: Model, asked: Sequence[tuple[int, ...]], tokens: int) -> list[Answer]:
+def _ask(group: RankGroup, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[Answer]:
     """The answers to prompts that are submitted together."""
     events: queue.Queue[TokenEvent | CenacleError] = queue.Queue()
-    names = [f"self-test {tokens} {i}" for i in range(len(asked))]
-    given: dict[str, list[TokenEvent]] = {name: [] for name in names}
-    for name, prompt in zip(names, asked, strict=True):
-        request = Request(name, prompt, tokens, logprobs=TOP)
-        model.group.submit(request, events.put)
-    open_ = set(names)
-    while open_:
+    received: dict[str, list[TokenEvent]] = {}
+    for index, prompt in enumerate(prompts):
+        request = Request(
+            f"verification {max_tokens} {index}", prompt, max_tokens, logprobs=TOP_LOGPROBS
+        )
+        received[request.id] = []
+        group.submit(request, events.put)
+    unfinished = set(received)
+    while unfinished:
         try:
-            event = events.get(timeout=DEADLINE_S)
+            event = events.get(timeout=TOKEN_TIMEOUT_S)
         except queue.Empty:
-            raise ClusterError(f"self-test: no token came for {DEADLINE_S:g} s") from None
+            raise ClusterError(f"verification: no token within {TOKEN_TIMEOUT_S:g} s") from None
         if isinstance(event, CenacleError):
             raise event
-        given[event.request_id].append(event)
+        received[event.request_id].append(event)
         if event.finish is not None:
-            open_.discard(event.request_id)
+            unfinished.discard(event.request_id)
     return [
-        Answer(tuple(e.token for e in given[n]), tuple(dict(e.top) for e in given[n]))
-        for n in names
+        Answer(tuple(e.token for e in of_request), tuple(dict(e.top) for e in of_request))
+        for of_request in received.values()
     ]
 
 
-def apart(expected: Answer, got: Answer) -> Iterator[tuple[int, int, float, float]]:
-    """Position, id and both log-probabilities, of what both answers tell.
+def shared_logprobs(expected: Answer, actual: Answer) -> Iterator[tuple[int, int, float, float]]:
+    """Position, token id and both log-probabilities, wherever both answers have them.
 
-    Where two tokens are as probable as each other one group may choose the one and another the
-    other: behind that the answers are not compared.
+    Where two tokens are equally probable, one group may choose one and another the other; behind
+    such a position the answers are not compared.
     """
-    for at, (a, b) in enumerate(zip(expected.top, got.top, strict=False)):
+    for position, (a, b) in enumerate(zip(expected.top, actual.top, strict=False)):
         for token in a.keys() & b.keys():
-            yield at, token, a[token], b[token]
-        if expected.tokens[at] != got.tokens[at]:
+            yield position, token, a[token], b[token]
+        if expected.tokens[position] != actual.tokens[position]:
             return
 
 
-def differs(expected: Answer, got: Answer, tolerance: Tolerance) -> str:
-    """What differs in an answer by more than rounding does; empty: nothing."""
-    for at, token, before, now in apart(expected, got):
-        if not abs(before - now) <= tolerance.most:  # also what is no number
+def describe_difference(expected: Answer, actual: Answer, tolerance: Tolerance) -> str:
+    """How an answer differs by more than rounding; empty: it does not."""
+    for position, token, before, now in shared_logprobs(expected, actual):
+        if not abs(before - now) <= tolerance.maximum:  # NaN differs too
             return (
-                f"at token {at} the log-probability of id {token} was {before:.3f}, is {now:.3f} "
-                f"(may differ by {tolerance.most:g})"
+                f"at token {position} the log-probability of id {token} was {before:.3f}, is "
+                f"{now:.3f} (may differ by {tolerance.maximum:g})"
             )
-    for at, (mine, theirs) in enumerate(zip(expected.tokens, got.tokens, strict=False)):
-        if mine != theirs:
-            top = expected.top[at]
-            tie = top[mine] - top.get(theirs, -math.inf) <= 2 * tolerance.usual
-            return "" if tie else f"token {at} was {mine}, is {theirs}"
-    same = len(expected.tokens) == len(got.tokens)
-    return "" if same else f"{len(expected.tokens)} tokens were answered, now {len(got.tokens)}"
+    for position, (a, b) in enumerate(zip(expected.tokens, actual.tokens, strict=False)):
+        if a != b:
+            top = expected.top[position]
+            is_tie = top[a] - top.get(b, -math.inf) <= 2 * tolerance.typical
+            return "" if is_tie else f"token {position} was {a}, is {b}"
+    if len(expected.tokens) == len(actual.tokens):
+        return ""
+    return f"the answer had {len(expected.tokens)} tokens, now {len(actual.tokens)}"
 
 
-def spread(expected: Sequence[Answer], got: Sequence[Answer]) -> float:
-    """By how much nineteen of twenty log-probabilities differ at most."""
-    every = [
+def logprob_distance(expected: Sequence[Answer], actual: Sequence[Answer]) -> float:
+    """95th percentile of the differences of log-probabilities; infinite if there are none."""
+    differences = [
         abs(before - now)
-        for a, b in zip(expected, got, strict=True)
-        for _, _, before, now in apart(a, b)
+        for a, b in zip(expected, actual, strict=True)
+        for _, _, before, now in shared_logprobs(a, b)
     ]
-    return sorted(every)[int(0.95 * len(every))] if every else math.inf
+    return sorted(differences)[int(0.95 * len(differences))] if differences else math.inf
 
 
-def tolerance_of(dtype: str, devices: Sequence[str]) -> Tolerance:
-    """How far log-probabilities may be apart.
+def tolerance_for(dtype: str, devices: Sequence[str]) -> Tolerance:
+    """How far log-probabilities may differ.
 
     Args:
-        dtype: the model's, see `ModelSpec`.
-        devices: what each rank computes with, as it says when it is ready.
+        dtype: of the model, see `ModelSpec`.
+        devices: what the ranks of both sides compute with, as they report it.
     """
     native = all(" kernels" in d and "int8 activations" not in d for d in devices)
-    return FINE if dtype == "float32" or native else COARSE
+    return FULL_PRECISION if dtype == "float32" or native else REDUCED_PRECISION
 
 
-def bad_links(
+def find_bad_links(
     names: Sequence[str],
-    found: Mapping[tuple[int, int], Link],
+    measured: Mapping[tuple[int, int], Link],
     known: Mapping[tuple[int, int], Link],
 ) -> dict[tuple[int, int], str]:
     """Links that are not what they should be, each with a sentence.
 
     Args:
-        names: of the machines, by rank.
-        found: what was measured now, by pairs of ranks.
+        names: of the nodes, by rank.
+        measured: by pairs of ranks.
         known: what was measured when it passed, where that is known.
     """
-    bad: dict[tuple[int, int], str] = {}
-    rates = [link.bytes_per_s for link in found.values()]
-    for pair, link in found.items():
-        between = f"the link between {names[pair[0]]} and {names[pair[1]]}"
-        before = known.get(pair)
-        if link.bytes_per_s < LEAST_BYTES_S:
-            bad[pair] = (
-                f"{between} carries {link.bytes_per_s / 1e6:.0f} MB/s, and a sound gigabit "
-                f"cable 110"
-            )
-        elif link.latency_s > MOST_LATENCY_S:
-            bad[pair] = (
-                f"{between} takes {1e3 * link.latency_s:.1f} ms one way: Wi-Fi, or packets are lost"
-            )
-        elif before is not None and link.bytes_per_s * WORSE < before.bytes_per_s:
-            bad[pair] = (
-                f"{between} carries {link.bytes_per_s / 1e6:.0f} MB/s, and carried "
-                f"{before.bytes_per_s / 1e6:.0f} when it was tested"
-            )
-        elif before is not None and link.latency_s > WORSE * before.latency_s + WORSE_LATENCY_S:
-            bad[pair] = (
-                f"{between} takes {1e6 * link.latency_s:.0f} us one way, and took "
-                f"{1e6 * before.latency_s:.0f} when it was tested"
-            )
-        elif len(rates) > 2 and link.bytes_per_s * BEHIND_THE_OTHERS < statistics.median(rates):
-            bad[pair] = (
-                f"{between} carries {link.bytes_per_s / 1e6:.0f} MB/s, the others "
-                f"{statistics.median(rates) / 1e6:.0f}"
-            )
-    return bad
+    median = statistics.median(link.bytes_per_s for link in measured.values()) if measured else 0.0
+    reasons = {}
+    for pair, link in measured.items():
+        compared = median if len(measured) > 2 else None
+        if (reason := _link_problem(link, known.get(pair), compared)) is not None:
+            reasons[pair] = f"the link between {names[pair[0]]} and {names[pair[1]]} {reason}"
+    return reasons
 
 
-class SelfTest:
-    """One self-test, of one loading.
+def _link_problem(link: Link, before: Link | None, median_bytes_s: float | None) -> str | None:
+    rate = f"carries {link.bytes_per_s / 1e6:.0f} MB/s"
+    if link.bytes_per_s < MIN_LINK_BYTES_S:
+        return f"{rate}, a sound gigabit cable 110"
+    if link.latency_s > MAX_LINK_LATENCY_S:
+        return f"takes {1e3 * link.latency_s:.1f} ms one way: Wi-Fi, or packets are lost"
+    if before is not None and link.bytes_per_s * LINK_FACTOR < before.bytes_per_s:
+        return f"{rate}, and carried {before.bytes_per_s / 1e6:.0f} when it was verified"
+    if before is not None and (
+        link.latency_s > LINK_FACTOR * before.latency_s + LINK_LATENCY_MARGIN_S
+    ):
+        return (
+            f"takes {1e6 * link.latency_s:.0f} us one way, and took "
+            f"{1e6 * before.latency_s:.0f} when it was verified"
+        )
+    if median_bytes_s is not None and link.bytes_per_s * MEDIAN_FACTOR < median_bytes_s:
+        return f"{rate}, the others {median_bytes_s / 1e6:.0f}"
+    return None
+
+
+class Verification:
+    """One verification, of one loading.
 
     Args:
-        folder: where it is remembered what passed.
-        always: ask also what has passed before.
-        say: told what is done and found, in sentences.
+        folder: where the records of what passed are.
+        always: verify also what has passed before.
+        report: told in sentences what is done and found.
     """
 
     def __init__(
-        self, folder: Path, always: bool = True, say: Callable[[str], None] = lambda _: None
+        self, folder: Path, always: bool = True, report: Callable[[str], None] = lambda _: None
     ) -> None:
-        self._folder, self._always, self._say = folder / "selftest", always, say
-        self._wanted = False
+        self._folder, self._always, self._report = folder, always, report
+        self._required = False
         self._names: list[str] = []
-        self._links: dict[str, Link] = {}  # by both machines' ids
-        self._latency_s = 0.0
-        self._key = self._digest = ""
+        self._links: dict[str, Link] = {}  # by both nodes' ids
+        self._link_latency_s = 0.0
+        self._key = self._record_name = ""
         self._record: dict[str, Any] = {}
 
-    def before(
+    def prepare(
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        how: Mapping[str, Any],
-        alone: Callable[[], Seen],
-        formed: Formed | None = None,
-        measure: Callable[[], Mapping[tuple[int, int], Link]] = dict,
+        settings: Mapping[str, Any],
+        collect_single_node: Callable[[], ReferenceAnswers],
+        formed: FormedGroup | None = None,
+        measure_links: Callable[[], Mapping[tuple[int, int], Link]] = dict,
     ) -> bool:
-        """Before a group is loaded: whether it is to be tested, and then its ranks sum.
+        """Before a group is loaded: whether it must be verified; its ranks then report checksums.
 
-        If there is nothing to compare it with, one node is loaded first.
+        If there is nothing to compare it with, a single node is loaded first.
 
         Args:
             checkpoint, plan: what will be loaded.
-            how: whatever else changes what is computed, and how fast.
-            alone: loads one node with the whole model here, asks it, ends it.
-            formed: the machines, where they are several, and what their links give.
-            measure: measures the links again.
+            settings: all else that changes what is computed, or how fast.
+            collect_single_node: loads a single node with the whole model, asks it and ends it.
+            formed: the nodes of a cluster, and their links.
+            measure_links: measures the links again.
 
         Raises:
             ClusterError: a link is not what it should be.
         """
-        members = formed.formation.members if formed is not None else ()
-        self._names = [n.name for n in members] or [f"rank {r}" for r in range(plan.nodes)]
-        self._digest = node_info.checkpoint_digest(checkpoint.folder.resolve())
-        said = {
+        nodes = formed.group.members if formed is not None else ()
+        self._names = [node.name for node in nodes] or [f"rank {r}" for r in range(plan.nodes)]
+        self._record_name = f"{node_info.checkpoint_digest(checkpoint.folder.resolve())[:32]}.json"
+        decisive = {
             "plan": plan.to_json(),
-            "machines": [[n.id, n.info.processor] for n in members],
-            "exchange": formed.backend if formed is not None else None,
+            "nodes": [[n.id, n.info.processor, n.info.kernels] for n in nodes],
+            "backend": formed.backend if formed is not None else None,
             "versions": node_info.versions(),
-            "how": dict(how),
+            "settings": dict(settings),
         }
-        self._key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-        self._record = self._read(f"{self._digest[:32]}.json")
-        self._wanted = self._always or self._key not in self._record.get("passed", [])
+        self._key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        self._record = self._read(self._record_name)
+        self._required = self._always or self._key not in self._record.get("passed", [])
         if formed is not None:
-            self._check_links(formed, measure)
-        if not self._wanted:
+            self._check_links(formed, measure_links)
+        if not self._required:
             return False
-        self._say("self-test: what this group computes is checked before it serves")
+        self._report("verification: checking what this group computes before it serves")
         if "answers" not in self._record and plan.nodes > 1:
-            self._see_one_node(checkpoint, alone)
+            self._collect_single_node(checkpoint, collect_single_node)
         return True
 
-    def _see_one_node(self, checkpoint: Checkpoint, alone: Callable[[], Seen]) -> None:
+    def _collect_single_node(
+        self, checkpoint: Checkpoint, collect: Callable[[], ReferenceAnswers]
+    ) -> None:
         if is_partial(checkpoint.folder):
-            why = "this machine has a part of the checkpoint only"
+            reason = "this machine has only a part of the checkpoint"
         else:
-            self._say("self-test: first one node alone, to compare with")
+            self._report("verification: first a single node, to compare with")
             try:
-                self._record = self._recorded(alone(), None)
+                self._record = _make_record(collect(), None)
                 return
             except PlanError as error:
-                why = f"the model does not fit on this machine alone ({error})"
-        self._say(f"self-test: nothing to compare with yet: {why}")
+                reason = f"the model does not fit on this machine alone ({error})"
+        self._report(f"verification: nothing to compare with yet: {reason}")
 
-    def after(self, model: Model, measure_every: int, latency_s: float = 0.0) -> None:
-        """When the group has loaded: ask it, compare, remember.
+    def verify(self, group: RankGroup, measure_every: int, latency_s: float = 0.0) -> None:
+        """When the group has loaded: ask it, compare, and record that it passed.
 
         Args:
-            model: just loaded, its ranks told to sum if `before` said so.
-            measure_every: see `see`.
-            latency_s: what is added to every exchange, see `api.load`.
+            group: just started; its ranks report checksums if `prepare` returned True.
+            measure_every: see `collect_answers`.
+            latency_s: added to every all-reduce, see `LoadOptions`.
 
         Raises:
-            ClusterError: what differs; nothing of it is remembered.
+            ClusterError: what differs; nothing is recorded.
         """
-        if not self._wanted:
+        if not self._required:
             return
-        began = time.monotonic()
-        seen = see(model, measure_every)
-        found = self._compare(model, seen)
-        limit = EXCHANGE_WORSE * (self._latency_s + latency_s) + EXCHANGE_S
-        if seen.exchange_s > limit:
-            found.append(
-                f"an exchange of the working group takes {1e3 * seen.exchange_s:.1f} ms where the "
-                f"links' latency is {1e3 * (self._latency_s + latency_s):.2f} ms (look at cables "
-                f"and switches, and at what else runs on the machines)"
+        started_s = time.monotonic()
+        plan = group.ranks.plan
+        actual = collect_answers(group, measure_every)
+        differences = self._compare(plan, actual)
+        latency_s += self._link_latency_s
+        if actual.all_reduce_s > ALL_REDUCE_FACTOR * latency_s + ALL_REDUCE_MARGIN_S:
+            differences.append(
+                f"an all-reduce of the running group takes {1e3 * actual.all_reduce_s:.1f} ms; the "
+                f"latency of the links is {1e3 * latency_s:.2f} ms (check cables and switches, and "
+                f"what else runs on the machines)"
             )
-        if found:
-            more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        if differences:
+            rest = len(differences) - MAX_REPORTED_DIFFERENCES
+            more = f"; and {rest} more" if rest > 0 else ""
             raise ClusterError(
-                f"self-test: {'; '.join(found[:3])}{more}. Nothing is served. If nothing else is "
-                f"said, copy the model to that machine again and test its memory; "
-                f"--no-verify serves all the same"
+                f"verification: {'; '.join(differences[:MAX_REPORTED_DIFFERENCES])}{more}. The "
+                f"model is not served. If the message names no other cause, copy the model to that "
+                f"machine again and test its memory; use --no-verify to serve anyway"
             )
-        if "answers" not in self._record:
-            self._record = self._recorded(seen, self._key if model.plan.nodes > 1 else None)
-            what = "what it gave is kept to compare with"
+        if "answers" in self._record:
+            count = sum(len(of_rank) for of_rank in actual.checksums)
+            result = f"{len(actual.answers)} prompts and {count} checksums agree"
         else:
-            what = f"{len(seen.answers)} prompts and the sums of {_count(seen)} pieces agree"
-        self._record.setdefault("passed", []).append(self._key)
-        self._write(f"{self._digest[:32]}.json", self._record)
-        if self._links:
-            known = self._read("links.json")
-            for pair, link in self._links.items():
-                known.setdefault("links", {})[pair] = [link.latency_s, link.bytes_per_s]
-            self._write("links.json", known)
-        each = f", an exchange takes {1e3 * seen.exchange_s:.2f} ms" if seen.exchange_s else ""
-        self._say(f"self-test: passed in {time.monotonic() - began:.1f} s: {what}{each}")
+            self._record = _make_record(actual, self._key if plan.nodes > 1 else None)
+            result = "the answers are kept to compare with"
+        self._save()
+        timing = ""
+        if actual.all_reduce_s:
+            timing = f", an all-reduce takes {1e3 * actual.all_reduce_s:.2f} ms"
+        seconds = time.monotonic() - started_s
+        self._report(f"verification: passed in {seconds:.1f} s: {result}{timing}")
 
-    def _compare(self, model: Model, seen: Seen) -> list[str]:
+    def _compare(self, plan: Plan, actual: ReferenceAnswers) -> list[str]:
         """What differs, the most telling first."""
-        record, plan, found = self._record, model.plan, []
-        if "answers" not in record:
+        if "answers" not in self._record:
             return [
                 f"{' and '.join(self._names)} do not hold the same {name}"
-                for name in _unlike(plan, seen.sums)
+                for name in _differing_parameters(plan, actual.checksums)
             ]
+        differences = self._compare_weights(actual.checksums)
+        return differences + self._compare_answers(plan.spec, actual, not differences)
+
+    def _compare_weights(self, checksums: Sequence[Checksums]) -> list[str]:
+        record, differences = self._record, []
         if record["plan"] is None:
-            for piece, ranks in compare_checksums(record["sums"][0], seen.sums).mismatches:
-                who = " or ".join(self._names[r] for r in ranks)
-                what = piece.replace("[", " of expert ").removesuffix("]")
-                found.append(f"{who} does not hold the checkpoint's {what}")
+            for piece, ranks in compare_checksums(record["checksums"][0], checksums).mismatches:
+                tensor = piece.replace("[", " of expert ").removesuffix("]")
+                holders = " or ".join(self._names[rank] for rank in ranks)
+                differences.append(f"{holders} does not hold the checkpoint's {tensor}")
         elif record["plan"] == self._key:
-            for rank, (before, now) in enumerate(zip(record["sums"], seen.sums, strict=True)):
-                for name in (n for n in before if before[n] != now.get(n)):
-                    found.append(f"{self._names[rank]} does not hold the {name} that it did")
-        tolerance = tolerance_of(model.spec.dtype, [*seen.devices, *record["devices"]])
-        source = "one node" if record["plan"] is None else "an earlier pass"
-        asked = prompts(model.spec.vocab_size, model.spec.context_length)
-        answers = [Answer.from_json(a) for a in record["answers"]]
-        for prompt, expected, got in zip(asked, answers, seen.answers, strict=True):
-            if why := differs(expected, got, tolerance):
-                what = f"a prompt of {len(prompt)} tokens is answered otherwise than by {source}"
-                found.append(f"{what}: {why}")
-        if not found and (far := spread(answers, seen.answers)) > tolerance.usual:
-            found.append(
-                f"log-probabilities of answers differ by {far:.2g} from those of {source}; "
-                f"rounding gives {tolerance.usual:g}"
-            )
-        return found
+            for rank, (before, now) in enumerate(zip(record["checksums"], checksums, strict=True)):
+                differences += [
+                    f"{self._names[rank]} does not hold the {name} that it held before"
+                    for name in before
+                    if before[name] != now.get(name)
+                ]
+        return differences
+
+    def _compare_answers(
+        self, spec: ModelSpec, actual: ReferenceAnswers, weights_agree: bool
+    ) -> list[str]:
+        record, differences = self._record, []
+        tolerance = tolerance_for(spec.dtype, [*actual.devices, *record["devices"]])
+        source = "a single node" if record["plan"] is None else "an earlier pass"
+        prompts = verification_prompts(spec.vocab_size, spec.context_length)
+        expected = [Answer.from_json(answer) for answer in record["answers"]]
+        for prompt, before, now in zip(prompts, expected, actual.answers, strict=True):
+            if difference := describe_difference(before, now, tolerance):
+                differences.append(
+                    f"a prompt of {len(prompt)} tokens is answered differently than by {source}: "
+                    f"{difference}"
+                )
+        if weights_agree and not differences:
+            distance = logprob_distance(expected, actual.answers)
+            if distance > tolerance.typical:
+                differences.append(
+                    f"log-probabilities differ by {distance:.2g} from those of {source}; rounding "
+                    f"explains {tolerance.typical:g}"
+                )
+        return differences
 
     def _check_links(
-        self, formed: Formed, measure: Callable[[], Mapping[tuple[int, int], Link]]
+        self,
+        formed: FormedGroup,
+        measure_links: Callable[[], Mapping[tuple[int, int], Link]],
     ) -> None:
-        members, found = formed.formation.members, dict(formed.links)
-        known = self._read("links.json").get("links", {})
-        ids = {(a, b): " ".join(sorted((members[a].id, members[b].id))) for a, b in formed.links}
-        before = {pair: Link(*known[name]) for pair, name in ids.items() if name in known}
-        bad = bad_links(self._names, found, before)
-        for _ in range(TRIES - 1):
+        nodes, measured = formed.group.members, dict(formed.links)
+        records = self._read("links.json").get("links", {})
+        ids = {(a, b): " ".join(sorted((nodes[a].id, nodes[b].id))) for a, b in measured}
+        known = {pair: Link(*records[name]) for pair, name in ids.items() if name in records}
+        bad = find_bad_links(self._names, measured, known)
+        for _ in range(LINK_MEASUREMENTS - 1):
             if not bad:
                 break
-            for pair, link in measure().items():  # the best counts: others use the network too
-                old = found[pair]
-                found[pair] = Link(
-                    min(old.latency_s, link.latency_s), max(old.bytes_per_s, link.bytes_per_s)
+            for pair, link in measure_links().items():  # the best counts: there is other traffic
+                before = measured[pair]
+                measured[pair] = Link(
+                    min(before.latency_s, link.latency_s), max(before.bytes_per_s, link.bytes_per_s)
                 )
-            bad = bad_links(self._names, found, before)
-        self._links = {ids[pair]: link for pair, link in found.items()}
-        self._latency_s = max((link.latency_s for link in found.values()), default=0.0)
-        if bad and self._wanted:
+            bad = find_bad_links(self._names, measured, known)
+        self._links = {ids[pair]: link for pair, link in measured.items()}
+        self._link_latency_s = max((link.latency_s for link in measured.values()), default=0.0)
+        if bad and self._required:
             raise ClusterError(
-                f"self-test: {'; '.join(bad.values())}. Nothing is served: change the cable or the "
-                f"port, look at what else uses the network; --no-verify serves all the same"
+                f"verification: {'; '.join(bad.values())}. The model is not served: change the "
+                f"cable or the port, and check what else uses the network; use --no-verify to "
+                f"serve anyway"
             )
-        for why in bad.values():
-            self._say(f"{why}: look at the cable (`cenacle doctor` on both)")
-
-    def _recorded(self, seen: Seen, plan: str | None) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "plan": plan,
-            "answers": [a.to_json() for a in seen.answers],
-            "sums": list(seen.sums),
-            "devices": list(seen.devices),
-            "passed": [],
-        }
+        for reason in bad.values():
+            self._report(f"{reason}: check the cable (`cenacle doctor` on both machines)")
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads((self._folder / name).read_text())
-            return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+            record = json.loads((self._folder / name).read_text())
         except (OSError, ValueError):
-            return {}  # never passed
+            return {}
+        is_known = isinstance(record, dict) and record.get("format") == RECORD_FORMAT
+        return record if is_known else {}
 
-    def _write(self, name: str, data: Mapping[str, Any]) -> None:
-        from .paths import write_private
+    def _save(self) -> None:
+        self._record.setdefault("passed", []).append(self._key)
+        self._write(self._record_name, self._record)
+        if self._links:
+            records = self._read("links.json")
+            for pair, link in self._links.items():
+                records.setdefault("links", {})[pair] = [link.latency_s, link.bytes_per_s]
+            self._write("links.json", records)
 
-        write_private(self._folder / name, json.dumps({**data, "format": FORMAT}).encode())
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        data = json.dumps({**record, "format": RECORD_FORMAT}).encode()
+        write_private(self._folder / name, data)
 
 
-def _unlike(plan: Plan, sums: Sequence[Checksums]) -> list[str]:
-    """Parameters that all ranks hold wholly, and not the same: of the trunk, if it is not cut, and
-    outside of blocks with experts, whose shared ones may be."""
+def _make_record(answers: ReferenceAnswers, plan_key: str | None) -> dict[str, Any]:
+    return {
+        "plan": plan_key,  # None: a single node
+        "answers": [answer.to_json() for answer in answers.answers],
+        "checksums": list(answers.checksums),
+        "devices": list(answers.devices),
+        "passed": [],
+    }
+
+
+def _differing_parameters(plan: Plan, checksums: Sequence[Checksums]) -> list[str]:
+    """Parameters that every rank holds entirely and not identically: those of a replicated trunk,
+    outside of blocks with experts, whose shared experts may be sliced."""
     if plan.trunk != "replicated":
         return []
-    experts = {n for s in sums for n in s if n.endswith("]")}
-    blocks = tuple({f"{n.rsplit('.', 3)[0]}." for n in experts})
-    shared = set.intersection(*(set(s) for s in sums))
-    alike = (n for n in sorted(shared) if not n.startswith(blocks))
-    return [n for n in alike if len({tuple(s[n]) for s in sums}) > 1]
+    experts = {piece for c in checksums for piece in c if piece.endswith("]")}
+    blocks = tuple({f"{piece.rsplit('.', 3)[0]}." for piece in experts})
+    shared = set.intersection(*(set(c) for c in checksums))
+    identical = (name for name in sorted(shared) if not name.startswith(blocks))
+    return [name for name in identical if len({tuple(c[name]) for c in checksums}) > 1]
 
 
-def _count(seen: Seen) -> int:
-    return sum(len(sums) for sums in seen.sums)
-
-
-__all__ = ["Seen", "SelfTest", "see"]
+__all__ = ["ReferenceAnswers", "Verification", "collect_answers"]

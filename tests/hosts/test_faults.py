@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from namespaces import unavailable_reason
+from net import why_not
 
 FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 ROWS = ("stop-rank", "stop-agent", "link-3s")
-UNAVAILABLE = unavailable_reason()
+NO_HOSTS = why_not()
 
 
-@pytest.mark.skipif(
-    UNAVAILABLE is not None, reason=f"FAULTS OF HOSTS ARE NOT TESTED: {UNAVAILABLE}"
-)
+@pytest.mark.skipif(NO_HOSTS is not None, reason=f"FAULTS OF HOSTS ARE NOT TESTED: {NO_HOSTS}")
 def test_what_the_clients_of_a_cluster_see():
     command = [sys.executable, str(FAULTS), "--times", "1", "--longest", "8"]
     done = subprocess.run(

@@ -18,19 +18,19 @@ import pytest
 
 from cenacle.model.checkpoint import Checkpoint
 from cluster import API, CHAT, CONTROL, JOIN, MESSAGES, SUM, UP, WORKER, Cluster, Streaming
-from namespaces import Capture, unavailable_reason, wait_until
+from net import Capture, until, why_not
 
-UNAVAILABLE = unavailable_reason()
+NO_HOSTS = why_not()
 pytestmark = pytest.mark.skipif(
-    UNAVAILABLE is not None, reason=f"CLUSTERS OF SEVERAL HOSTS ARE NOT TESTED: {UNAVAILABLE}"
+    NO_HOSTS is not None, reason=f"CLUSTERS OF SEVERAL HOSTS ARE NOT TESTED: {NO_HOSTS}"
 )
 
 
 def is_waited_for(cluster: Cluster) -> None:
     """The head has ended: nothing of it is left, and no rank anywhere; agents wait."""
-    wait_until(lambda: not cluster.a.pids(), "the end of all on the head's host", 15)
+    until(lambda: not cluster.a.pids(), "the end of all on the head's host", 15)
     for host in (cluster.b, cluster.c):
-        wait_until(lambda: not host.pids(WORKER), "the end of all ranks", 6)  # noqa: B023
+        until(lambda: not host.pids(WORKER), "the end of all ranks", 6)  # noqa: B023
         assert host.pids(JOIN)
         assert not host.listening()
     with pytest.raises(OSError, match="refused"):
@@ -71,13 +71,13 @@ def test_from_nothing_to_answering_with_one_command_each(cluster, capture):
     assert "the token is wrong" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     cluster.join(cluster.b, *line[1:], "--models", "models")
-    wait_until(lambda: "b is in the cluster" in cluster.b.log.read_text(), "b")
+    until(lambda: "b is in the cluster" in cluster.b.log.read_text(), "b")
     # No address: the head is found by its name.
     cluster.join(cluster.c, *line[2:], "--models", "other/place")
-    health = cluster.wait_until_healthy()
+    health = cluster.healthy()
     log = cluster.a.log.read_text()
-    assert "self-test: passed" in log, log
-    assert log.index("self-test: first one node alone") < log.index("self-test: passed")
+    assert "verification: passed" in log, log
+    assert log.index("verification: first a single node") < log.index("verification: passed")
     assert f"found a at {cluster.a.address}:{CONTROL}" in cluster.c.log.read_text()
     assert health["nodes"] == 3
     assert cluster.answer() == "42"
@@ -117,7 +117,7 @@ def test_nothing_secret_is_in_clear_on_the_control_channel(cluster, capture, und
 
 
 def test_garbage_on_every_port_does_no_harm(cluster, undisturbed):
-    stream = Streaming(cluster).wait_for_start()
+    stream = Streaming(cluster).begun()
     socks = []
     for host in cluster.network.hosts:
         for address, port in host.listening():
@@ -136,24 +136,24 @@ def test_garbage_on_every_port_does_no_harm(cluster, undisturbed):
 
 
 def test_a_rank_that_is_killed_costs_a_moment_and_no_answer(cluster, undisturbed):
-    stream = Streaming(cluster).wait_for_start()
+    stream = Streaming(cluster).begun()
     (killed,) = cluster.c.kill(WORKER)
     assert stream.end() == undisturbed
     assert f"rank 2 on c (process {killed}) was killed by SIGKILL" in cluster.a.log.read_text()
-    assert cluster.wait_until_healthy()["nodes"] == 3
+    assert cluster.healthy()["nodes"] == 3
     print(f"a rank killed: longest pause {stream.longest_pause_s:.1f} s")
 
 
 def test_an_agent_that_is_killed_takes_its_rank_along(cluster, undisturbed):
-    stream = Streaming(cluster).wait_for_start()
+    stream = Streaming(cluster).begun()
     began = time.monotonic()
     cluster.b.kill(JOIN)
-    wait_until(lambda: not cluster.b.pids(), "the end of its rank", 5)
-    assert not any(cluster.b.temporary_dir.iterdir())
-    wait_until(lambda: not cluster.nodes()["b"]["connected"], "that it is missed", 5)
+    until(lambda: not cluster.b.pids(), "the end of its rank", 5)
+    assert not any(cluster.b.temporary.iterdir())
+    until(lambda: not cluster.nodes()["b"]["connected"], "that it is missed", 5)
     assert time.monotonic() - began < 5
     assert stream.end() == undisturbed  # on two machines
-    assert cluster.wait_until_healthy()["nodes"] == 2
+    assert cluster.healthy()["nodes"] == 2
     print(f"an agent killed: longest pause {stream.longest_pause_s:.1f} s")
 
 
@@ -171,7 +171,7 @@ def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbe
         thread.start()
     try:
         cluster.join(cluster.b)  # no token, no address
-        wait_until(lambda: cluster.ask("/health")[1].get("nodes") == 3, "a group of three", 40)
+        until(lambda: cluster.ask("/health")[1].get("nodes") == 3, "a group of three", 40)
     finally:
         back.set()
         for thread in asking:
@@ -180,7 +180,7 @@ def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbe
     paused = max(s.longest_pause_s for s in streams)
     print(f"a machine taken in: longest pause {paused:.1f} s")
     assert paused > 1, "a stream went on in another group than it began in"
-    why = "b is here and wanted: the group is formed anew with b"
+    why = "b has returned: the group is formed again with b"
     assert why in cluster.a.log.read_text()
     status = cluster.status(cluster.c)
     assert status["reformed"] == f"re-formed: {why}"
@@ -188,21 +188,19 @@ def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbe
 
 
 def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
-    stream = Streaming(cluster).wait_for_start()
+    stream = Streaming(cluster).begun()
     (rank,) = cluster.c.pids(WORKER)
     began = time.monotonic()
     cluster.network.link(cluster.c, "down")
-    wait_until(
-        lambda: "c has sent no heartbeat" in cluster.a.log.read_text(), "that it is missed", 6
-    )
+    until(lambda: "c has sent no heartbeat" in cluster.a.log.read_text(), "that it is missed", 6)
     missed = time.monotonic() - began
-    wait_until(lambda: rank not in cluster.c.pids(), "the end of its rank", 6)
+    until(lambda: rank not in cluster.c.pids(), "the end of its rank", 6)
     assert stream.end() == undisturbed
     print(f"cable pulled: missed after {missed:.1f} s, pause {stream.longest_pause_s:.1f} s")
     assert missed < 5
     assert "node c (10.99.0.3) has sent no heartbeat for 4 s" in cluster.a.log.read_text()
     cluster.network.link(cluster.c, "up")
-    wait_until(lambda: cluster.nodes()["c"]["connected"], "c again")  # by itself
+    until(lambda: cluster.nodes()["c"]["connected"], "c again")  # by itself
 
 
 def test_two_heads_do_not_take_each_others_machines(cluster):
@@ -213,7 +211,7 @@ def test_two_heads_do_not_take_each_others_machines(cluster):
     its = {"CENACLE_HOME": str(cluster.b.folder / "other")}
     words = ("up", "models/answers", "--port", "0", "--name", "a")  # its name, too
     other = cluster.b.start(*words, **its)
-    line = wait_until(
+    line = until(
         lambda: re.search(r"cenacle join (\S+) --token (\S+)", cluster.b.log.read_text()[before:]),
         "the line of the other head",
     )
@@ -240,10 +238,10 @@ def flip(folder: Path) -> None:
 
 
 def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster):
-    streams = [Streaming(cluster, 600, path).wait_for_start() for path in (CHAT, MESSAGES)]
+    streams = [Streaming(cluster, 600, path).begun() for path in (CHAT, MESSAGES)]
     before = cluster.status(cluster.b)["group_id"]
-    (start_head,) = cluster.a.pids(UP)
-    os.kill(start_head, signal.SIGTERM)
+    (head,) = cluster.a.pids(UP)
+    os.kill(head, signal.SIGTERM)
     for stream in streams:
         assert stream.wait()
         assert stream.error == "the server is shutting down"
@@ -257,21 +255,21 @@ def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster)
     refused = cluster.a.run(*up, "--verify", "--trunk", "replicated")
     flip(damaged)
     assert refused.returncode == 5, refused.stderr
-    assert "self-test: c does not hold the checkpoint's " in refused.stderr
-    assert "Nothing is served" in refused.stderr
+    assert "verification: c does not hold the checkpoint's " in refused.stderr
+    assert "The model is not served" in refused.stderr
     assert "Traceback" not in refused.stderr
     is_waited_for(cluster)
     cluster.up()
-    assert cluster.wait_until_healthy()["nodes"] == 3
+    assert cluster.healthy()["nodes"] == 3
     assert cluster.status(cluster.b)["group_id"] > before
     assert cluster.answer() == "42"
 
 
 def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
-    stream = Streaming(cluster, 600).wait_for_start()
+    stream = Streaming(cluster, 600).begun()
     cluster.a.kill(UP)  # not its rank, which notices
     assert stream.wait()
-    assert stream.truncated
+    assert stream.cut
     assert not stream.error
     is_waited_for(cluster)
     hosts = [{"ssh": h.letter, "ips": [h.address], "rdma": []} for h in cluster.members]
@@ -280,7 +278,7 @@ def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
     assert wrong.returncode == 2
     assert "expected this machine first" in wrong.stderr
     cluster.up("--hosts", "hosts.json")
-    assert cluster.wait_until_healthy()["nodes"] == 3
+    assert cluster.healthy()["nodes"] == 3
     assert cluster.answer() == "42"
 
 
@@ -295,26 +293,26 @@ def test_all_machines_are_examined_from_any(cluster):
 
 
 def test_a_host_that_dies_is_done_without(cluster, undisturbed):
-    stream = Streaming(cluster).wait_for_start()
+    stream = Streaming(cluster).begun()
     cluster.c.kill()
     assert stream.end() == undisturbed
-    assert cluster.wait_until_healthy()["nodes"] == 2
+    assert cluster.healthy()["nodes"] == 2
     print(f"a host killed: longest pause {stream.longest_pause_s:.1f} s")
     cluster.join(cluster.c)
-    wait_until(lambda: cluster.nodes()["c"]["connected"], "c again")
+    until(lambda: cluster.nodes()["c"]["connected"], "c again")
 
 
 def test_in_the_end_nothing_is_left(cluster):
     done = cluster.c.run("leave")
     assert done.returncode == 0, done.stderr
-    wait_until(lambda: not cluster.c.pids(), "the end of c's agent", 5)
+    until(lambda: not cluster.c.pids(), "the end of c's agent", 5)
     assert not list((cluster.c.folder / ".config/cenacle/cluster").glob("node.*"))
     assert "not part of a cluster" in cluster.c.run("status").stderr
     assert cluster.b.run("down").returncode == 2
     assert cluster.a.run("down").returncode == 0
     for host in cluster.network.hosts:
-        wait_until(lambda: not host.pids(), f"the end of all that ran on {host.letter}", 10)  # noqa: B023
-        assert not any(host.temporary_dir.iterdir())
+        until(lambda: not host.pids(), f"the end of all that ran on {host.letter}", 10)  # noqa: B023
+        assert not any(host.temporary.iterdir())
     assert cluster.ask("/health")[0] == 0
     logs = cluster.logs()
     assert "Exception in callback" not in logs

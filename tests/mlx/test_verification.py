@@ -1,4 +1,4 @@
-"""What a self-test compares: sums of weights whatever the placement, answers, links."""
+"""What a verification compares: sums of weights whatever the placement, answers, links."""
 
 import json
 import math
@@ -27,7 +27,17 @@ from cenacle.model.checksums import compare_checksums, weight_checksums
 from cenacle.model.loader import load_rank_model
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
-from cenacle.verification import Answer, SelfTest, bad_links, differs, prompts, tolerance_of
+from cenacle.runtime import Deployment, LoadOptions, resolve
+from cenacle.verification import (
+    Answer,
+    ReferenceAnswers,
+    Verification,
+    describe_difference,
+    find_bad_links,
+    logprob_distance,
+    tolerance_for,
+    verification_prompts,
+)
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 
@@ -126,18 +136,18 @@ def test_ranks_that_hold_the_same_are_compared_without_the_whole():
     plan = Plan.sliced(read_model_spec(checkpoint), 2)
     model = loaded(checkpoint, plan)
     ranks = [weight_checksums(model), weight_checksums(loaded(checkpoint, plan, 1))]
-    assert verification._unlike(plan, ranks) == []
+    assert verification._differing_parameters(plan, ranks) == []
     name = next(n for n, _ in named_parameters(model) if "norm" in n)
     ranks[1][name] = [ranks[1][name][0], 7]
-    assert verification._unlike(plan, ranks) == [name]
-    assert verification._unlike(replace(plan, trunk="sharded"), ranks) == []
+    assert verification._differing_parameters(plan, ranks) == [name]
+    assert verification._differing_parameters(replace(plan, trunk="sharded"), ranks) == []
 
 
 def test_prompts_are_the_same_always_and_fit():
-    assert prompts(1000, None) == prompts(1000, 10**6)
-    assert [len(p) for p in prompts(1000, None)] == [8] * 16 + [2304]
-    assert len(prompts(384, 1024)[-1]) + 8 < 1024
-    assert {t for p in prompts(384, None) for t in p} == set(range(384))
+    assert verification_prompts(1000, None) == verification_prompts(1000, 10**6)
+    assert [len(p) for p in verification_prompts(1000, None)] == [8] * 16 + [2304]
+    assert len(verification_prompts(384, 1024)[-1]) + 8 < 1024
+    assert {t for p in verification_prompts(384, None) for t in p} == set(range(384))
 
 
 TOP = ({7: -0.1, 8: -2.5}, {3: -0.5, 4: -0.505}, {5: -1.0})
@@ -154,31 +164,33 @@ GIVEN = Answer((7, 3, 5), TOP)
         # As probable as each other: from there on anything may follow.
         (Answer((7, 4, 9), (TOP[0], {3: -0.505, 4: -0.5}, {9: -4.0})), ""),
         (Answer((8, 3, 5), TOP), "token 0 was 7, is 8"),
-        (Answer((7, 3), TOP[:2]), "3 tokens were answered, now 2"),
+        (Answer((7, 3), TOP[:2]), "the answer had 3 tokens, now 2"),
     ],
 )
 def test_answers_may_differ_by_rounding_and_no_more(got, said):
     assert Answer.from_json(json.loads(json.dumps(got.to_json()))).tokens == got.tokens
-    found = differs(GIVEN, got, verification.FINE)
+    found = describe_difference(GIVEN, got, verification.FULL_PRECISION)
     assert said in found
     assert bool(said) == bool(found)
 
 
 def test_in_few_bits_one_may_differ_by_much_but_not_most():
     far = Answer((7, 3, 5), ({7: -0.1, 8: -1.5}, *TOP[1:]))
-    assert differs(GIVEN, far, verification.FINE)
-    assert not differs(GIVEN, far, verification.COARSE)
-    assert verification.spread([GIVEN] * 20, [GIVEN] * 19 + [far]) == 0
-    assert verification.spread([GIVEN] * 20, [far] * 20) == 1 > verification.COARSE.usual
-    assert verification.spread([], []) == math.inf, "nothing to compare is no agreement"
+    assert describe_difference(GIVEN, far, verification.FULL_PRECISION)
+    assert not describe_difference(GIVEN, far, verification.REDUCED_PRECISION)
+    assert logprob_distance([GIVEN] * 20, [GIVEN] * 19 + [far]) == 0
+    assert logprob_distance([GIVEN] * 20, [far] * 20) == 1 > verification.REDUCED_PRECISION.typical
+    assert logprob_distance([], []) == math.inf, "nothing to compare is no agreement"
 
 
 def test_what_computes_in_few_bits_may_differ_more():
     native, mlx = "Device(cpu, 0), AVX-512 kernels, 1 thread", "Device(gpu, 0)"
-    assert tolerance_of("bfloat16", [native, native]) == verification.FINE
-    assert tolerance_of("float32", [mlx, native]) == verification.FINE
-    assert tolerance_of("bfloat16", [mlx, native]) == verification.COARSE
-    assert tolerance_of("bfloat16", [native + ", int8 activations"]) == verification.COARSE
+    assert tolerance_for("bfloat16", [native, native]) == verification.FULL_PRECISION
+    assert tolerance_for("float32", [mlx, native]) == verification.FULL_PRECISION
+    assert tolerance_for("bfloat16", [mlx, native]) == verification.REDUCED_PRECISION
+    assert (
+        tolerance_for("bfloat16", [native + ", int8 activations"]) == verification.REDUCED_PRECISION
+    )
 
 
 GOOD = {(0, 1): Link(50e-6, 1.1e9), (0, 2): Link(60e-6, 1e9), (1, 2): Link(55e-6, 1.2e9)}
@@ -189,29 +201,29 @@ GOOD = {(0, 1): Link(50e-6, 1.1e9), (0, 2): Link(60e-6, 1e9), (1, 2): Link(55e-6
     [
         ({}, None),
         ({(0, 1): Link(120e-6, 0.5e9)}, None),
-        ({(0, 1): Link(50e-6, 11e6)}, "a and b carries 11 MB/s, and a sound gigabit cable 110"),
+        ({(0, 1): Link(50e-6, 11e6)}, "a and b carries 11 MB/s, a sound gigabit cable 110"),
         ({(0, 2): Link(9e-3, 1e9)}, "a and c takes 9.0 ms one way: Wi-Fi"),
         ({(1, 2): Link(50e-6, 0.3e9)}, "b and c carries 300 MB/s, and carried 1200"),
         ({(1, 2): Link(600e-6, 1e9)}, "b and c takes 600 us one way, and took 55"),
     ],
 )
 def test_links_that_are_not_what_they_were(changed, said):
-    bad = bad_links("abc", {**GOOD, **changed}, GOOD)
+    bad = find_bad_links("abc", {**GOOD, **changed}, GOOD)
     assert ([] if said is None else list(changed)) == list(bad)
     assert said is None or said in bad[next(iter(changed))]
 
 
 def test_a_link_is_compared_with_the_others_where_nothing_is_known():
     slow = {**GOOD, (0, 1): Link(50e-6, 110e6)}
-    assert list(bad_links("abc", slow, {})) == [(0, 1)]
-    assert not bad_links("ab", {(0, 1): Link(50e-6, 110e6)}, {}), "a gigabit between two is sound"
+    assert list(find_bad_links("abc", slow, {})) == [(0, 1)]
+    assert not find_bad_links("ab", {(0, 1): Link(50e-6, 110e6)}, {}), (
+        "a gigabit between two is sound"
+    )
 
 
 def formed(link):
     members = tuple(Node(n, n, True, "", info=replace(UNKNOWN_NODE, processor="p")) for n in "ab")
-    return SimpleNamespace(
-        formation=GroupMembership(1, members), links={(0, 1): link}, backend="mesh", exchange=""
-    )
+    return SimpleNamespace(group=GroupMembership(1, members), links={(0, 1): link}, backend="mesh")
 
 
 def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
@@ -219,7 +231,7 @@ def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
     plan = Plan.whole(read_model_spec(checkpoint), 2)
     slow, said = Link(50e-6, 10e6), []
 
-    def no() -> verification.Seen:
+    def no() -> ReferenceAnswers:
         raise AssertionError("nothing is to be loaded")
 
     tried = []
@@ -228,32 +240,81 @@ def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
         tried.append(1)
         return {(0, 1): slow}
 
-    test = SelfTest(tmp_path, False, said.append)
+    test = Verification(tmp_path, False, said.append)
     with pytest.raises(ClusterError, match=r"between a and b carries 10 MB/s.*--no-verify"):
-        test.before(checkpoint, plan, {}, no, formed(slow), measure)
+        test.prepare(checkpoint, plan, {}, no, formed(slow), measure)
     assert len(tried) == 2, "it is measured again before it is believed"
     # Another time somebody else had used it.
-    seen = verification.Seen((), (), (), 0.0)
+    seen = ReferenceAnswers((), (), (), 0.0)
     quick = {(0, 1): Link(50e-6, 1e9)}
-    assert test.before(checkpoint, plan, {}, lambda: seen, formed(slow), lambda: quick)
+    assert test.prepare(checkpoint, plan, {}, lambda: seen, formed(slow), lambda: quick)
     # What has passed before is not kept from serving, but said.
-    (tmp_path / "selftest" / f"{test._digest[:32]}.json").parent.mkdir()
-    record = {"format": verification.FORMAT, "passed": [test._key]}
-    (tmp_path / "selftest" / f"{test._digest[:32]}.json").write_text(json.dumps(record))
+    record = {"format": verification.RECORD_FORMAT, "passed": [test._key]}
+    (tmp_path / test._record_name).write_text(json.dumps(record))
     said.clear()
-    assert not test.before(checkpoint, plan, {}, no, formed(slow), measure)
+    assert not test.prepare(checkpoint, plan, {}, no, formed(slow), measure)
     assert "carries 10 MB/s" in said[0]
     # Another plan has not passed.
-    assert test.before(checkpoint, Plan.sliced(plan.spec, 2), {}, lambda: seen, formed(quick[0, 1]))
+    assert test.prepare(
+        checkpoint, Plan.sliced(plan.spec, 2), {}, lambda: seen, formed(quick[0, 1])
+    )
 
 
 def test_where_the_whole_does_not_fit_there_is_nothing_to_compare_with(tmp_path):
     checkpoint = Checkpoint.open(DEMO)
     said = []
 
-    def no() -> verification.Seen:
+    def no() -> ReferenceAnswers:
         raise PlanError("rank 0 needs too much")
 
-    test = SelfTest(tmp_path, True, said.append)
-    assert test.before(checkpoint, Plan.whole(read_model_spec(checkpoint), 2), {}, no)
+    test = Verification(tmp_path, True, said.append)
+    assert test.prepare(checkpoint, Plan.whole(read_model_spec(checkpoint), 2), {}, no)
     assert "nothing to compare with yet: the model does not fit" in said[-1]
+
+
+def test_every_option_that_changes_answers_is_part_of_what_passed(tmp_path):
+    """A group with another all-reduce data type, kernel or cache has not passed yet."""
+    checkpoint = Checkpoint.open(DEMO)
+    plan = Plan.whole(read_model_spec(checkpoint), 2)
+
+    def key(**options):
+        load_options = LoadOptions(str(DEMO), 2, **options)
+        deployment = Deployment(load_options, "demo", checkpoint, None, None, plan, "")
+        test = Verification(tmp_path, False)
+        test.prepare(
+            checkpoint,
+            plan,
+            deployment.verification_settings(),
+            lambda: ReferenceAnswers((), (), (), 0.0),
+        )
+        return test._key
+
+    plain = key()
+    assert key() == plain == key(recover=False, measure_every=1)
+    changed = {
+        **{"comm_dtype": "bf16", "backend": "ring", "kernels": "mlx", "activations": "int8"},
+        **{"kv_bits": 8, "max_kv_size": 64, "prefill_chunk_size": 64, "max_batch_size": 2},
+        **{"speculative": "off", "latency_s": 0.01},
+    }
+    keys = [key(**{name: value}) for name, value in changed.items()]
+    assert len({plain, *keys}) == len(changed) + 1
+
+
+def test_the_ranks_of_a_cluster_are_ordered_what_was_verified(tmp_path):
+    """One value decides how a cluster sends vectors, what is verified and what ranks are told."""
+    formed = []
+
+    class Nodes:
+        def locate(self, model):
+            return DEMO
+
+        def form(self, model):
+            formed.append(model)
+            plan = Plan.whole(read_model_spec(model.checkpoint), 2)
+            return SimpleNamespace(plan=plan, plan_reason="why")
+
+    deployment = resolve(LoadOptions(str(DEMO), comm_dtype="bf16", kernels="mlx"), Nodes())
+    order = deployment.load_order()
+    assert formed[0].placement.comm_dtype == order.comm_dtype == "bf16"
+    assert deployment.verification_settings()["comm_dtype"] == "bf16"
+    assert deployment.rank_source(order).order == order

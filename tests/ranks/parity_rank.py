@@ -9,7 +9,9 @@ import os
 import threading
 from pathlib import Path
 
+from cenacle.message import parse
 from cenacle.ranks.channel import Channel
+from cenacle.ranks.messages import MeasureOrder, Ready
 from cenacle.ranks.worker import (
     connect_to_front,
     join_collective,
@@ -43,10 +45,9 @@ def serve(channel: Channel) -> None:
     from cenacle.model.step_timer import StepTimer
     from cenacle.scheduler.scheduler import Scheduler
 
-    order = receive_message(channel)
-    nodes = order["nodes"]
-    collective = join_collective({**order, "latency_s": 0, "wire": "f32"}, nodes)
-    channel.send({"type": "ready"})
+    order = parse(receive_message(channel), MeasureOrder)
+    collective = join_collective(order.backend, order.nodes)
+    channel.send(Ready().to_json())
     while True:
         message = receive_message(channel)
         if message["type"] == "stop":

@@ -1,4 +1,4 @@
-"""A self-test of real groups: what passes, what is remembered, and one byte that is wrong."""
+"""Verification of real groups: what passes, what is recorded, and one byte that is wrong."""
 
 import shutil
 import sys
@@ -11,22 +11,24 @@ import cenacle
 from cenacle.api import Model
 from cenacle.errors import ClusterError
 from cenacle.model.checkpoint import Checkpoint
+from cenacle.ranks import local_ranks
 from cenacle.ranks.local_ranks import LocalRanks
 from cenacle.runtime import LoadOptions
-from cenacle.verification import SelfTest
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 
 
-def serve(folder, nodes, always=True, **how):
-    """What a start with a self-test says."""
-    said = []
-    test = SelfTest(folder, always, said.append)
-    options = LoadOptions(str(folder / "model"), nodes, **how)
-    with Model.load(options, selftest=test) as model:
+def serve(folder, nodes, verify=True, **options):
+    """What a start with verification reports; its records are in `folder`."""
+    reported = []
+    load_options = LoadOptions(str(folder / "model"), nodes, verify=verify, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CENACLE_HOME", str(folder))
+        loaded = Model.load(load_options, report=reported.append)
+    with loaded as model:
         assert model.group.counts == {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         assert model.generate("What is 12 + 30?", max_tokens=8).text == "42"
-    return said
+    return reported
 
 
 def flip(tensor, at, bit=1):
@@ -41,20 +43,20 @@ def flip(tensor, at, bit=1):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """A copy of the demo model that was served once, and what that start said."""
-    folder = tmp_path_factory.mktemp("selftest")
+    folder = tmp_path_factory.mktemp("verification")
     shutil.copytree(DEMO, folder / "model")
-    return folder, serve(folder, 2, always=False, placement="whole")
+    return folder, serve(folder, 2, verify=None, placement="whole")
 
 
 def test_a_group_is_compared_with_one_node_and_what_passed_is_remembered(first):
     folder, said = first
-    assert "first one node alone" in said[1]
+    assert "first a single node" in said[1]
     assert "passed" in said[2]
     assert "17 prompts" in said[2]
-    assert "an exchange takes" in said[2]
-    assert serve(folder, 2, always=False, placement="whole") == []
+    assert "an all-reduce takes" in said[2]
+    assert serve(folder, 2, verify=None, placement="whole") == []
     # Another plan is compared with what that one node gave.
-    said = serve(folder, 2, always=False, placement="sliced", trunk="sharded")
+    said = serve(folder, 2, verify=None, placement="sliced", trunk="sharded")
     assert len(said) == 2
     assert "passed" in said[1]
 
@@ -66,7 +68,7 @@ def test_a_byte_that_is_wrong_is_named_and_not_served(first):
     name = next(n for n, t in tensors.items() if "experts" in n and t.start > 3 << 20)
     flip(tensors[name], 400)
     try:
-        with pytest.raises(ClusterError, match=r"rank [01] does not hold .* of expert \d+\. Noth"):
+        with pytest.raises(ClusterError, match=r"rank [01] does not hold .* of expert \d+\. The"):
             serve(folder, 2, placement="whole")
     finally:
         flip(tensors[name], 400)
@@ -75,6 +77,6 @@ def test_a_byte_that_is_wrong_is_named_and_not_served(first):
 def test_a_group_that_computes_something_else_is_not_served(first, monkeypatch):
     """As if a chip multiplied wrongly: the weights are right, and the ranks agree."""
     program = (sys.executable, str(Path(__file__).parent / "wrong_rank.py"))
-    monkeypatch.setattr("cenacle.api.LocalRanks", partial(LocalRanks, program=program))
-    with pytest.raises(ClusterError, match="tokens is answered otherwise than by one node"):
+    monkeypatch.setattr(local_ranks, "LocalRanks", partial(LocalRanks, program=program))
+    with pytest.raises(ClusterError, match="tokens is answered differently than by a single node"):
         serve(first[0], 2, placement="whole")

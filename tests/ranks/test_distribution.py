@@ -18,7 +18,7 @@ from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import pair_with_head
 from cenacle.cluster.download import distribution, download, source
 from cenacle.cluster.download.file_server import ModelFileServer
-from cenacle.cluster.formation import Joined
+from cenacle.cluster.formation import ClusterModel
 from cenacle.cluster.head import Head
 from cenacle.cluster.placement import PlacementOptions
 from cenacle.engine.options import EngineOptions
@@ -90,18 +90,20 @@ class Cluster:
         return {n["name"]: n for n in self.head.status()["nodes"]}
 
     def form(self, model, placement):
-        """What was decided; `self.joined` decides again after a loss."""
+        """What was decided; `self.machines` decides again after a loss."""
         self.told = []
-        self.joined = Joined(self.head, 3, PlacementOptions(placement=placement), self.told.append)
-        folder = self.joined.locate(model)
+        self.machines = formation.Cluster(self.head, 3, self.told.append)
+        folder = self.machines.locate(model)
         name = model if model == REPO else folder.name
-        self.joined.form(name, Checkpoint.open(folder), EngineOptions(), "mlx")
-        self.formed = self.joined._formed
+        checkpoint = Checkpoint.open(folder)
+        self.formed = self.machines.form(
+            ClusterModel(name, checkpoint, PlacementOptions(placement), EngineOptions(), "mlx")
+        )
         return self.formed
 
     def again(self, ending=None):
-        self.head.end_group(self.formed.formation.group_id)
-        self.formed = self.joined._again(Epoch(1, ending or threading.Event()))
+        self.head.end_group(self.formed.group.group_id)
+        self.formed = self.machines._reform(Epoch(1, ending or threading.Event()))
         return self.formed
 
     def close(self):
@@ -116,7 +118,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(source, "FIRST_RETRY_DELAY_S", 0.01)
-    monkeypatch.setattr(formation, "LEFT_S", 0.3)
+    monkeypatch.setattr(formation, "LOST_NODE_WAIT_S", 0.3)
     monkeypatch.setattr(node_info, "_measure_read_rate", lambda _: 1e10)
     # The machine of the test is a small one; how much is free on it does not matter here.
     monkeypatch.setattr(node_info, "available_bytes", lambda: 64 << 30)
@@ -185,7 +187,7 @@ def test_each_machine_fetches_its_own_part(cluster, hub, placement):
     assert any("downloaded in" in text and "b " in text for text in cluster.told)
     # What is here already is not fetched again.
     before = hub.sent
-    cluster.head.end_group(formed.formation.group_id)
+    cluster.head.end_group(formed.group.group_id)
     is_enough(cluster.form(REPO, placement))
     assert hub.sent == before
 
@@ -307,7 +309,9 @@ def test_after_a_loss_what_is_missing_is_fetched_or_waited_for(cluster, hub):
     again = threading.Thread(target=go_on)
     again.start()
     try:
-        until(lambda: any("cannot be had by what is left" in t for t in cluster.told), "why")
+        until(
+            lambda: any("is not complete on the remaining nodes" in t for t in cluster.told), "why"
+        )
         assert any("the Hub does not respond" in t or "refused" in t for t in cluster.told)
     finally:
         ending.set()
@@ -332,6 +336,6 @@ def test_who_has_the_model_fetches_nothing_and_another_is_refused(cluster, model
     is_enough(formed)
     cluster.go("c")
     cluster.come("c", [tmp_path / "other"])
-    cluster.head.end_group(formed.formation.group_id)
+    cluster.head.end_group(formed.group.group_id)
     with pytest.raises(CheckpointError, match=r"c: .*other.* has another model of the name"):
         cluster.form(str(model), "whole")

@@ -18,6 +18,7 @@ from cenacle.model.families import list_families
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
 from cenacle.ranks.local_ranks import LocalRanks
+from cenacle.ranks.messages import MeasureOrder
 
 RANK = Path(__file__).parent / "parity_rank.py"
 PROMPT = [(37 * i + 11) % 251 for i in range(24)]
@@ -70,7 +71,7 @@ def test_every_family_gives_what_mlx_lm_gives(cases, nodes, kernels, placement, 
     ranks = LocalRanks(nodes, program=[sys.executable, str(RANK)])
     wrong = {}
     try:
-        ranks.load({"nodes": nodes})
+        ranks.load(MeasureOrder(nodes))
         for name, case in cases.items():
             plan = getattr(Plan, placement)(case.spec, nodes, trunk=trunk)
             problem = compare(ranks, case, plan, kernels, tmp_path)
@@ -97,8 +98,8 @@ def compare(ranks: LocalRanks, case: Case, plan: Plan, kernels: str, tmp_path: P
         channel.send(order)
     results = []
     for rank in range(plan.nodes):
-        message = {"type": "alive"}
-        while message["type"] == "alive":
+        message = {"type": "heartbeat"}
+        while message["type"] == "heartbeat":
             message = ranks.channels[rank].receive()
         assert message["type"] == "result", message
         results.append(message)

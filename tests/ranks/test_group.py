@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,10 +24,12 @@ from cenacle.api import Model
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
-from cenacle.engine.options import EngineOptions
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.channel import ChannelClosed
 from cenacle.ranks.local_ranks import LocalRanks
+from cenacle.ranks.messages import LoadOrder, Ready
 from cenacle.ranks.rank_group import RankGroup
+from cenacle.runtime import Deployment, LoadOptions
 from cenacle.scheduler.scheduler import Scheduler
 
 OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
@@ -272,11 +274,10 @@ def test_close_tells_those_who_wait():
         assert_gone(model.ranks.pids)
 
 
-def order(plan: Plan, folder: Path) -> dict:
-    return {
-        **{"type": "load", "folder": str(folder), "plan": plan.to_json()},
-        **{"wire": "f32", "latency_s": 0.0, "kernels": "mlx", "options": {}},
-    }
+def deployed(plan: Plan) -> Deployment:
+    """A deployment of the reference model, without a tokenizer."""
+    checkpoint = Checkpoint.open(MIXTRAL)
+    return Deployment(LoadOptions(str(MIXTRAL)), "mixtral", checkpoint, None, None, plan, "")
 
 
 def test_bf16_on_the_wire(two):
@@ -295,10 +296,9 @@ def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(kernels):
     plan = cenacle.inspect(str(MIXTRAL), 2)
     ranks = LocalRanks(2, program=(sys.executable, str(OTHER_ROUTER)))
     try:
-        asked = order(plan, MIXTRAL)
-        ranks.load({**asked, "kernels": kernels, "options": asdict(EngineOptions())})
+        ranks.load(LoadOrder(str(MIXTRAL), plan, kernels))
         group = RankGroup(ranks, Scheduler(4, 0))
-        model = Model("mixtral", plan, None, group)
+        model = Model(deployed(plan), group)
         said = "rank 1 chose other experts than rank 0 for the same tokens in exchange [0-9]+, "
         tokens = []
         with pytest.raises(RankLost, match=said + "layer 1"):
@@ -314,7 +314,7 @@ class Ending:
     """A rank that says why it ends while the next step is on its way to it."""
 
     def __init__(self):
-        self.channels, self.pids, self.ready = [self], [], [{}]
+        self.channels, self.pids, self.ready = [self], [], [Ready()]
         self._sent, self._said = threading.Event(), False
 
     def send(self, message):
@@ -355,7 +355,7 @@ def test_ranks_that_cannot_load_say_why(tmp_path):
     try:
         os.truncate(folder / "model.safetensors", 300_000)
         with pytest.raises(CheckpointError, match=r"rank [01]: .*is truncated"):
-            ranks.load(order(plan, folder))
+            ranks.load(LoadOrder(str(folder), plan, "mlx"))
     finally:
         ranks.close(now=True)
     assert_gone(ranks.pids)

@@ -23,8 +23,7 @@ from cenacle.cli.main import app
 from cenacle.cluster import client, messages, node_info, service_unit
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import pair_with_head, query_head
-from cenacle.cluster.download.distribution import ModelDistribution
-from cenacle.cluster.formation import Joined
+from cenacle.cluster.formation import Cluster, ClusterModel
 from cenacle.cluster.head import Head
 from cenacle.cluster.link_probe import Link
 from cenacle.cluster.placement import PlacementOptions
@@ -38,7 +37,7 @@ from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.ranks.channel import Channel
 from cenacle.ranks.ranks import Epoch
-from cenacle.verification import SelfTest
+from cenacle.verification import Verification
 
 HOST = "127.0.0.1"
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -429,17 +428,17 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
         two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
-        joined = Joined(head, 2, PlacementOptions(placement="sliced"), said.append)
+        cluster = Cluster(head, 2, said.append)
+        model = ClusterModel(DEMO.name, checkpoint, PlacementOptions("sliced"), options, "native")
         with agent(head.identity, head.port):
             with agent(two, head.port):
-                plan, _ = joined.form(DEMO.name, checkpoint, options, "native")
-                assert plan.nodes == 2
+                assert cluster.form(model).plan.nodes == 2
                 assert head.status()["phase"] == "forming"
             until(lambda: not names(head)["two"]["connected"], "the loss of two")
             head.end_group(1)
             ending, found = threading.Event(), []
             epoch = Epoch(1, ending, told.append)
-            again = threading.Thread(target=lambda: found.append(joined._again(epoch)))
+            again = threading.Thread(target=lambda: found.append(cluster._reform(epoch)))
             again.start()
             try:
                 until(lambda: any("does not fit" in t for t in told), "that it does not fit")
@@ -449,8 +448,8 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
             finally:
                 ending.set()
                 again.join()
-            assert [n.name for n in found[0].formation.members] == ["one", "two"]
-            assert found[0].formation.group_id == 3, "numbers are not used twice"
+            assert [n.name for n in found[0].group.members] == ["one", "two"]
+            assert found[0].group.group_id == 3, "numbers are not used twice"
             assert told == said[-len(told) :]
     finally:
         head.close()
@@ -494,14 +493,15 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
         two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
-        joined = Joined(head, 2, say=said.append)
-        joined._what = (checkpoint, EngineOptions(), "auto", None)
-        joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
+        cluster = Cluster(head, 2, said.append)
+        cluster.set_model(
+            ClusterModel("answers", checkpoint, PlacementOptions(), EngineOptions(), "auto")
+        )
         with agent(head.identity, head.port):
             formation = head.form_group(2, max_wait_s=0.1)
             assert [n.name for n in formation.members] == ["one"]
             head.mark_ready(formation.group_id)
-            joined.serves(moves.append)
+            cluster.watch_for_returns(moves.append)
             with agent(two, head.port, tmp_path / "there"):
                 seen: list[str] = []
                 until(
@@ -518,7 +518,7 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
             )
             with agent(two, head.port, tmp_path / "there"):
                 until(lambda: moves, "that it is taken in")
-                assert moves == ["two is here and wanted: the group is formed anew with two"]
+                assert moves == ["two has returned: the group is formed again with two"]
                 assert names(head)["two"]["reason"] == "is being added to the group"
     finally:
         head.close()
@@ -534,13 +534,14 @@ def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_
     monkeypatch.setattr(head, "end_group", lambda *ended: over.append(ended))
     try:
         two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
-        joined = Joined(head, 2)
-        joined._what = (checkpoint, EngineOptions(), "auto", None)
-        joined._sharing = ModelDistribution(head, "answers", checkpoint, None)
+        cluster = Cluster(head, 2)
+        cluster.set_model(
+            ClusterModel("answers", checkpoint, PlacementOptions(), EngineOptions(), "auto")
+        )
         with agent(head.identity, head.port), agent(two, head.port, tmp_path / "there"):
             formation = head.form_group(2)
             with pytest.raises(CheckpointError, match="another model of the name answers"):
-                joined._decide(formation, lambda _: None)
+                cluster._plan_group(formation, lambda _: None)
         assert over == [(formation.group_id, formation.members[1].id)]
     finally:
         head.close()
@@ -590,12 +591,15 @@ def test_a_slow_link_is_refused_before_anything_is_loaded(tmp_path, monkeypatch)
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
         two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
-        joined = Joined(head, 2)
-        test = SelfTest(tmp_path / "h", False)
+        cluster = Cluster(head, 2)
+        test = Verification(tmp_path / "h", False)
         with agent(head.identity, head.port), agent(two, head.port):
-            plan, _ = joined.form(DEMO.name, checkpoint, EngineOptions(), "native")
+            model = ClusterModel(
+                DEMO.name, checkpoint, PlacementOptions(), EngineOptions(), "native"
+            )
+            formed = cluster.form(model)
             with pytest.raises(ClusterError, match="between one and two carries 10 MB/s"):
-                test.before(checkpoint, plan, {}, dict, joined.formed, joined.measure_again)
+                test.prepare(checkpoint, formed.plan, {}, dict, formed, cluster.measure_links_again)
             assert len(measured) == 3
     finally:
         head.close()

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,10 @@ from test_server import END, SUM, Server, server
 import cenacle
 from cenacle.api import Model
 from cenacle.core.request import Request, Sampling
-from cenacle.engine.options import EngineOptions
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.local_ranks import WORKER_COMMAND, LocalRanks
-from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
-from cenacle.scheduler.scheduler import Scheduler
+from cenacle.runtime import Deployment, LoadOptions
 
 HERE = Path(__file__).parent
 OTHER_ROUTER = HERE / "other_router_rank.py"
@@ -158,20 +157,23 @@ def test_answers_go_on_where_they_were(group, fault, noticed_s):
 
 def test_a_rank_that_routes_otherwise_is_replaced_and_nobody_notices():
     plan = cenacle.inspect(str(MIXTRAL), 2)
-    order = {"type": "load", "folder": str(MIXTRAL), "wire": "f32", "latency_s": 0.0}
-    order |= {"kernels": "mlx", "options": asdict(EngineOptions()), "plan": plan.to_json()}
+    options = LoadOptions(str(MIXTRAL), 2, kernels="mlx")
+    deployment = Deployment(
+        options, "mixtral", Checkpoint.open(MIXTRAL), None, None, plan, "no reason"
+    )
 
-    def start(epoch: Epoch) -> LocalRanks:
-        program = (sys.executable, str(OTHER_ROUTER)) if epoch.number == 0 else WORKER_COMMAND
-        ranks = LocalRanks(2, program=program, epoch=epoch)
-        ranks.load(order)
-        return ranks
+    class Source:
+        def start(self, epoch: Epoch, report: object = None) -> LocalRanks:
+            program = WORKER_COMMAND if epoch.number else (sys.executable, str(OTHER_ROUTER))
+            ranks = LocalRanks(2, program=program, epoch=epoch)
+            ranks.load(deployment.load_order(), report)
+            return ranks
 
-    ranks = start(Epoch(0, threading.Event()))
-    group = RankGroup(ranks, Scheduler(4, 0), start=start)
+    group = deployment.start(Source())
+    ranks = group.ranks
     try:
         recorded = mx.load(str(MIXTRAL / "vectors.safetensors"))
-        model = Model("mixtral", plan, None, group)
+        model = Model(deployment, group)
         prompt, expected = (recorded[f"prompt_7.{what}"].tolist() for what in ("tokens", "greedy"))
         assert model.generate(prompt, len(expected)).tokens == expected
         assert "chose other experts" in group.state.reason

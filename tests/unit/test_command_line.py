@@ -140,7 +140,7 @@ def test_load_options_have_the_names_and_defaults_of_the_python_interface():
     assert set(keywords) <= set(python)
     # Each command names the model in its own way; the rest is for programs.
     assert set(python) - set(keywords) == {
-        *("model", "nodes", "plan", "verify"),
+        *("model", "nodes", "plan"),
         *("kv_group_size", "cores", "threads"),
     }
     differing = {name for name, value in keywords.items() if value != python[name]}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.core.request import Request, TokenEvent
-from cenacle.core.step import Page, PageLoad, PageWrite, Step
+from cenacle.core.step import Page, PageLoad, PageReport, PageWrite, Step
 from cenacle.scheduler.disk_index import ALWAYS_WRITTEN_TOKENS, PAGE_TOKENS, DiskIndex, page_keys
 from cenacle.scheduler.prefix_index import CacheFootprint, pack_tokens
 from cenacle.scheduler.scheduler import Scheduler
@@ -32,10 +32,10 @@ class FakeRank:
         match self.jobs.popleft():
             case Page() as page:
                 self.files[page.key] = page
-                return index.on_report(self.number, {"written": [page.key, SIZE]})
+                return index.on_report(self.number, PageReport(written=(page.key, SIZE)))
             case PageLoad() as load:
                 unreadable = [page.key for page in load.pages if page.key not in self.files]
-                return index.on_report(self.number, {"checked": [load.name, unreadable]})
+                return index.on_report(self.number, PageReport(checked=(load.name, unreadable)))
             case key:
                 self.files.pop(key, None)
                 return []
@@ -139,9 +139,9 @@ def test_a_page_is_offered_once_every_rank_has_it():
     index = DiskIndex(100, [[], []])
     index.request("a", pack_tokens([1, 2]), [1])
     ((write,), _, _) = index.take_orders()
-    index.on_report(0, {"written": [write.page.key, 5]})
+    index.on_report(0, PageReport(written=(write.page.key, 5)))
     assert not index.has_pages
-    index.on_report(1, {"written": [write.page.key, 5]})
+    index.on_report(1, PageReport(written=(write.page.key, 5)))
     assert index.find(pack_tokens([1, 2])) == (write.page,)
 
 
@@ -175,15 +175,17 @@ class Group:
             assert write.source in self.caches
             for rank in range(self.ranks):
                 if self.full and rank:
-                    report = {"failed": write.page.key}
+                    report = PageReport(failed=write.page.key)
                 else:
                     self.files[write.page.key] = write.page
-                    report = {"written": [write.page.key, SIZE]}
+                    report = PageReport(written=(write.page.key, SIZE))
                 self.scheduler.on_pages(rank, report)
         for load in step.page_checks:
             unreadable = [page.key for page in load.pages if page.key not in self.files]
             for rank in range(self.ranks):
-                self.scheduler.on_pages(rank, {"checked": [load.name, unreadable if rank else []]})
+                self.scheduler.on_pages(
+                    rank, PageReport(checked=(load.name, unreadable if rank else []))
+                )
         self.caches -= set(step.evicted)
         return step
 
@@ -284,8 +286,8 @@ def test_requests_continue_without_a_disk_that_does_not_respond():
     assert again.scheduler.checking_pages
     again.scheduler.disable_disk()
     assert [request.id for request in again.scheduler.next_step().admitted] == ["b"]
-    again.scheduler.on_pages(0, {"checked": [step.page_checks[0].name, []]})
-    again.scheduler.on_pages(1, {"checked": [step.page_checks[0].name, []]})
+    again.scheduler.on_pages(0, PageReport(checked=(step.page_checks[0].name, [])))
+    again.scheduler.on_pages(1, PageReport(checked=(step.page_checks[0].name, [])))
     assert again.scheduler.next_step().page_loads == ()
 
 

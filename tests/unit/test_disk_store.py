@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cenacle.core.step import Page, PageLoad
+from cenacle.core.step import Page, PageLoad, PageReport
 from cenacle.engine.cache import disk_store
 from cenacle.engine.cache.disk_store import PageStore, fingerprint
 
@@ -45,7 +45,7 @@ class OpenStore:
     def write(self, *pages):
         for one in pages:
             self.store.write(one, content(self.store.metadata["mark"]))
-            assert self.report(len(self.reports) + 1)["written"][0] == one.key
+            assert self.report(len(self.reports) + 1).written[0] == one.key
         return self
 
     def check(self, *pages):
@@ -77,8 +77,8 @@ def test_pages_are_listed_least_recently_used_first_and_are_private(open_store):
     second = open_store()
     assert [row[0][0] for row in second.store.listing] == ["2", "3", "1"]
     assert second.store.listing[0][1:4] == ("0" * 24, 256, 512)
-    assert second.store.listing[0][4] == first.reports[1]["written"][1] == SIZE
-    assert second.check(page("1"), page("2")) == {"checked": ["n", []], "notices": []}
+    assert second.store.listing[0][4] == first.reports[1].written[1] == SIZE
+    assert second.check(page("1"), page("2")) == PageReport(checked=("n", []))
     assert second.store.path(page("1")) == first.files()[0]
     assert [row[0][0] for row in open_store().store.listing] == ["3", "1", "2"], "a check is a use"
     for path in first.files():
@@ -112,8 +112,8 @@ def test_a_damaged_file_is_removed(open_store, damage):
     damage(open_store().write(page("1"), page("2")).files()[0])
     again = open_store()
     report = again.check(page("1"), page("2"))
-    assert report["checked"] == ["n", [page("1").key]]
-    (notice,) = report["notices"]
+    assert report.checked == ("n", [page("1").key])
+    (notice,) = report.notices
     assert "is damaged: it was removed" in notice
     assert [path.name[0] for path in again.files()] == ["2"]
 
@@ -122,8 +122,8 @@ def test_a_missing_file_is_reported(open_store):
     first = open_store().write(page("1"))
     again = open_store()
     first.files()[0].unlink()
-    assert "No such file" in again.check(page("1"))["notices"][0]
-    assert "no longer exists" in again.check(page("1"))["notices"][0]
+    assert "No such file" in again.check(page("1")).notices[0]
+    assert "no longer exists" in again.check(page("1")).notices[0]
 
 
 def test_pages_of_another_group_are_ignored_and_left_alone(open_store):
@@ -133,8 +133,8 @@ def test_pages_of_another_group_are_ignored_and_left_alone(open_store):
     theirs.rename(moved)
     again = open_store()
     report = again.check(page("1"), page("2"))
-    assert report["checked"] == ["n", [page("1").key]]
-    assert "belongs to another model or group: ignored" in report["notices"][0]
+    assert report.checked == ("n", [page("1").key])
+    assert "belongs to another model or group: ignored" in report.notices[0]
     again.store.remove([page("1").key])
     again.write(page("3"))
     assert moved.exists()
@@ -192,10 +192,10 @@ def test_a_full_disk_is_reported_once(open_store, monkeypatch):
     full = open_store()
     for letter in "12":
         full.store.write(page(letter), content("x"))
-    (notice,) = full.report(1)["notices"]
+    (notice,) = full.report(1).notices
     assert "no more pages are written to disk" in notice
     assert "less than 1 GB would be left" in notice
-    assert full.report(2) == {"failed": page("2").key}
+    assert full.report(2) == PageReport(failed=page("2").key)
     assert full.files() == []
 
 
@@ -206,7 +206,7 @@ def test_a_write_that_fails_leaves_nothing(open_store, monkeypatch):
     monkeypatch.setattr(disk_store.Path, "replace", fails)
     full = open_store()
     full.store.write(page("1"), content("x"))
-    assert "No space left on device" in full.report(1)["notices"][0]
+    assert "No space left on device" in full.report(1).notices[0]
     assert full.files() == []
 
 
@@ -215,8 +215,8 @@ def test_an_unusable_folder_is_a_notice(open_store, tmp_path):
     (tmp_path / "home" / GROUP).write_text("x")
     unusable = open_store()
     unusable.store.write(page("1"), content("x"))
-    assert unusable.report(1)["failed"] == page("1").key
-    assert unusable.report(1)["notices"]
+    assert unusable.report(1).failed == page("1").key
+    assert unusable.report(1).notices
 
 
 def test_a_folder_that_other_users_can_read_is_not_used(open_store):
@@ -228,7 +228,7 @@ def test_a_folder_that_other_users_can_read_is_not_used(open_store):
     assert notice.startswith("prefix cache on disk is disabled")
     assert "other users can access" in notice
     again.store.write(page("2"), content("x"))
-    assert again.report(1)["failed"] == page("2").key
+    assert again.report(1).failed == page("2").key
     assert len(first.files()) == 1
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
@@ -115,3 +115,58 @@ def test_numbers_have_their_range():
 
     with pytest.raises(MessageError, match=r"Numbers\.count: expected at least 0, got -1"):
         Numbers.from_json({"count": -1})
+
+
+@dataclass
+class Plain:
+    sizes: tuple[tuple[int, int], ...] = ()
+    counts: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Own:
+    """Has its own JSON form."""
+
+    text: str
+
+    def to_json(self):
+        return [self.text]
+
+    @classmethod
+    def from_json(cls, data):
+        (text,) = data
+        return cls(text.upper())
+
+
+@dataclass(frozen=True)
+class Nested(Message, type="nested"):
+    plain: Plain
+    own: tuple[Own, ...] = ()
+
+
+def test_dataclasses_and_those_with_their_own_json_are_fields():
+    message = Nested(Plain(((1, 2), (3, 4)), {1: {2: 3}}, ["x"]), (Own("A"), Own("B")))
+    data = json.loads(json.dumps(message.to_json()))
+    assert data["own"] == [["A"], ["B"]]
+    assert parse(data, Nested) == message
+    assert parse({"type": "nested", "plain": {}}, Nested) == Nested(Plain())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plain": []}, "nested.plain: expected a JSON object, got a list"),
+        ({"plain": {"x": 1}}, "nested.plain.x: unknown field"),
+        ({"plain": {"sizes": [[1]]}}, r"nested.plain.sizes\[0\]: expected 2 items, got 1"),
+        ({"plain": {"sizes": [[1, "x"]]}}, r"sizes\[0\]\[1\]: expected an integer, got 'x'"),
+        ({"plain": {"counts": {"a": {}}}}, "nested.plain.counts: expected integers as keys"),
+        ({"plain": {"counts": {"1": {"2": []}}}}, r"counts.1.2: expected an integer, got a list"),
+        ({"plain": {"names": "x"}}, "nested.plain.names: expected a list, got 'x'"),
+        ({"own": [[]]}, r"nested.own\[0\]: ValueError"),
+        ({"own": [[1]]}, r"nested.own\[0\]: AttributeError"),
+    ],
+)
+def test_a_nested_field_that_is_wrong_is_named(change, message):
+    with pytest.raises(MessageError, match=message):
+        parse({"type": "nested", "plain": {}, **change}, Nested)

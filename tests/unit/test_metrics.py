@@ -1,5 +1,6 @@
 """Counting, against a group that is server by the test."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from cenacle.core.request import Request, TokenEvent
 from cenacle.core.step import Step
 from cenacle.engine.speculative.ngram import DraftStats
 from cenacle.errors import ClusterError, InputError
+from cenacle.ranks.step_timings import StepReport
 from cenacle.server.auth import KeyStore
 from cenacle.server.metrics import InstrumentedGroup, Metrics, rank_activations
 from cenacle.server.plan_info import PlanTracker
@@ -89,14 +91,14 @@ def test_errors_stops_and_refusals_are_outcomes(server):
 
 
 def report(sent_bytes, experts, all_reduce):
-    return {
-        "decoding": True,
-        "sent_bytes": sent_bytes,
-        "total_s": 1.0,
-        "laps_s": {"trunk": 0.1, "experts": experts},
-        "all_reduces_s": [all_reduce],
-        "routed": {"0": {"0": 3, "2": 1}},
-    }
+    return StepReport(
+        total_s=1.0,
+        laps_s={"trunk": 0.1, "experts": experts},
+        all_reduces_s=(all_reduce,),
+        routed={0: {0: 3, 2: 1}},
+        decoding=True,
+        sent_bytes=sent_bytes,
+    )
 
 
 def test_measured_steps(server):
@@ -117,7 +119,7 @@ def test_measured_steps(server):
     assert server.value("expert_load_imbalance_ratio_sum") == pytest.approx(
         2 * max(zero, 4 - zero) / 2
     )
-    server.metrics.measured([{**report(150, 0, 0), "decoding": False}] * 2)
+    server.metrics.measured([replace(report(150, 0, 0), decoding=False)] * 2)
     assert server.value("measured_steps_total") == 2
     assert server.value("predicted_step_seconds", component="trunk") is None
 

@@ -5,20 +5,22 @@ place is another answer. Real ranks that fail: `tests/ranks/test_recovery.py`.
 """
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
 
 import pytest
 
 from cenacle.core.request import Request, TokenEvent
 from cenacle.core.step import Step
 from cenacle.errors import CenacleError, ClusterError, RankLost
-from cenacle.ranks import rank_group
+from cenacle.ranks import active_requests, rank_group
 from cenacle.ranks.channel import ChannelClosed
+from cenacle.ranks.messages import RankFailure, Ready, StepResult
 from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
+from cenacle.ranks.step_timings import StepReport
 from cenacle.scheduler.disk_index import page_keys
 from cenacle.scheduler.prefix_index import CacheFootprint, pack_tokens
 from cenacle.scheduler.scheduler import Scheduler
@@ -35,11 +37,12 @@ class PlayedRank:
         self._left: dict[str, int] = {}
         self._said: queue.Queue[dict | None] = queue.Queue()
         self.lie = 0
+        self.report: StepReport | None = None
         self.steps = 0
 
     def send(self, message: dict) -> None:
         assert message["epoch"] == self.epoch
-        step = Step.from_json(message["step"])
+        step = Step.from_json(message["step"])  # the channel sends JSON
         assert step.number == self.steps, "a step is missing"
         self.steps += 1
         for request_id in step.cancelled:
@@ -56,12 +59,11 @@ class PlayedRank:
             finish = None if self._left[request_id] else "length"
             if finish:
                 del self._running[request_id]
-            tokens.append(list(astuple(TokenEvent(request_id, known[-1], finish))))
-        said = {"type": "stepped", "number": step.number, "tokens": tokens, "report": None}
-        self.say(said)
+            tokens.append(TokenEvent(request_id, known[-1], finish))
+        self.say(StepResult(self.epoch, step.number, tuple(tokens), self.report).to_json())
 
-    def say(self, message: dict, epoch: int | None = None) -> None:
-        self._said.put({"epoch": self.epoch if epoch is None else epoch, **message})
+    def say(self, message: dict) -> None:
+        self._said.put(message)
 
     def hang_up(self) -> None:
         self._said.put(None)
@@ -79,6 +81,7 @@ class PlayedRanks:
     def __init__(self, epoch: int, fault: Fault) -> None:
         self.channels = [PlayedRank(rank, epoch, fault) for rank in (0, 1)]
         self.pids, self.ready, self.backend, self.backend_reason = [], [], "played", None
+        self.plan = None
         self.closed = False
 
     def blame(self, rank: int, reason: str) -> RankLost:
@@ -98,7 +101,7 @@ class Stage:
         self.epochs: list[PlayedRanks] = []
         self.starts: list[int] = []
 
-    def __call__(self, epoch: Epoch) -> PlayedRanks:
+    def start(self, epoch: Epoch, report: object = None) -> PlayedRanks:
         assert all(ranks.closed for ranks in self.epochs), "two groups at once"
         self.starts.append(epoch.number)
         if epoch.number in self.refuse:
@@ -152,8 +155,7 @@ def play() -> Iterator[Callable[..., tuple[RankGroup, Stage]]]:
         fault: Fault, refuse: tuple[int, ...] = (), batch: int = 8
     ) -> tuple[RankGroup, Stage]:
         stage = Stage(fault, refuse)
-        ranks = stage(Epoch(0, threading.Event()))
-        group = RankGroup(ranks, Scheduler(batch, 0), start=stage)
+        group = RankGroup(stage.start(Epoch()), Scheduler(batch, 0), stage)
         made.append((group, stage))
         return made[-1]
 
@@ -170,8 +172,12 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+def failure(epoch: int, message: str) -> dict:
+    return RankFailure.of(epoch, ClusterError(message)).to_json()
+
+
 def die(rank: PlayedRank, step: Step) -> None:
-    rank.say({"type": "error", "error": {"message": "its disk is gone"}})
+    rank.say(failure(rank.epoch, "its disk is gone"))
 
 
 def disagree(rank: PlayedRank, step: Step) -> None:
@@ -234,9 +240,8 @@ def test_what_an_older_epoch_says_is_not_heard(play):
         if rank.epoch == 0 and rank.rank == 0 and step.number == 3:
             die(rank, step)
         if rank.epoch == 1:  # late messages of ranks that were ended, over whatever way
-            late = {"type": "stepped", "number": step.number, "report": None}
-            rank.say({**late, "tokens": [list(astuple(TokenEvent("a", 7)))]}, epoch=0)
-            rank.say({"type": "error", "error": {"message": "old"}}, epoch=0)
+            rank.say(StepResult(0, step.number, (TokenEvent("a", 7),)).to_json())
+            rank.say(failure(0, "old"))
 
     group, stage = play(fault)
     client = Client(group, "a")
@@ -285,13 +290,13 @@ def test_who_left_while_ranks_are_started_is_not_asked_for_again(play):
         asked.extend((rank.epoch, request.id) for request in step.admitted)
 
     group, stage = play(fault)
-    plain = stage.__call__
+    plain = stage.start
 
     def slow(epoch: Epoch) -> PlayedRanks:
         started.wait(5)
         return plain(epoch)
 
-    group._start_epoch = slow
+    stage.start = slow
     gone, stays = Client(group, "gone"), Client(group, "stays")
     until(lambda: group.state.phase == "recovering")
     group.cancel("gone")
@@ -314,8 +319,8 @@ def test_a_group_can_be_closed_while_its_ranks_are_started(play):
     def fault(rank: PlayedRank, step: Step) -> None:
         leave(rank, step)
 
-    group, _ = play(fault)
-    group._start_epoch = never
+    group, stage = play(fault)
+    stage.start = never
     client = Client(group, "a")
     assert begun.wait(5)
     group.close()
@@ -332,13 +337,14 @@ def test_a_start_says_what_it_waits_for(play):
             leave(rank, step)
 
     group, stage = play(fault)
+    plain = stage.start
 
     def wait(epoch: Epoch) -> PlayedRanks:
         epoch.report("waiting for carol")
         assert back.wait(5)
-        return stage(epoch)
+        return plain(epoch)
 
-    group._start_epoch = wait
+    stage.start = wait
     client = Client(group, "a")
     until(lambda: group.state.detail == "waiting for carol")
     assert group.state.phase == "recovering"
@@ -353,7 +359,7 @@ def test_without_a_way_to_start_others_the_first_failure_is_the_last():
     with pytest.raises(RankLost, match="its disk is gone"):
         client.wait()
     assert group.state.phase == "failed"
-    assert rank_group.MAX_LOSSES > 1
+    assert active_requests.MAX_LOSSES > 1
     group.close()
 
 
@@ -362,7 +368,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
     prompt = tuple(range(600))
     key = page_keys(pack_tokens(prompt), [256])[256]
     ranks = PlayedRanks(0, lambda rank, step: None)
-    ranks.ready = [{"pages": [[key, "", 0, 256, 9]], "notices": ["one is odd"]}] * 2
+    ranks.ready = [Ready(pages=((key, "", 0, 256, 9),), notices=("one is odd",))] * 2
     how = {
         "footprint": CacheFootprint(1, reusable=True),
         "prefix_cache_bytes": 10**6,
@@ -375,4 +381,90 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
     finally:
         group.close()
     assert "rank 1: one is odd" in caplog.text
-    assert "a disk did not answer for 0.1 s" in caplog.text
+    assert "prefix cache on disk did not respond within 0.1 s" in caplog.text
+
+
+def odd_step(rank: PlayedRank, step: Step) -> None:
+    rank.say(StepResult(rank.epoch, step.number + 7, ()).to_json())
+
+
+def odd_type(rank: PlayedRank, step: Step) -> None:
+    rank.say({"type": "greeting", "epoch": rank.epoch})
+
+
+def no_number(rank: PlayedRank, step: Step) -> None:
+    message = StepResult(rank.epoch, step.number, ()).to_json()
+    del message["number"]
+    rank.say(message)
+
+
+def odd_token(rank: PlayedRank, step: Step) -> None:
+    message = StepResult(rank.epoch, step.number, (TokenEvent("a", 7),)).to_json()
+    message["tokens"][0][1] = "seven"
+    rank.say(message)
+
+
+def odd_report(rank: PlayedRank, step: Step) -> None:
+    message = StepResult(rank.epoch, step.number, ()).to_json()
+    rank.say(message | {"report": {"total_s": 1.0}})
+
+
+def odd_pages(rank: PlayedRank, step: Step) -> None:
+    rank.say({"type": "pages", "epoch": rank.epoch, "report": {"written": ["key"]}})
+
+
+def odd_failure(rank: PlayedRank, step: Step) -> None:
+    rank.say({"type": "error", "epoch": rank.epoch, "error": "gone"})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (odd_step, "sent a result of step 12, not in flight"),
+        (odd_type, r"sent a malformed message \(type: expected heartbeat, .*, got 'greeting'\)"),
+        (no_number, r"sent a malformed message \(step_result.number: missing\)"),
+        (odd_token, r"step_result.tokens\[0\]: ValueError"),
+        (odd_report, r"step_result.report.laps_s: missing"),
+        (odd_pages, r"pages.report.written: expected 2 items, got 1"),
+        (odd_failure, r"error.error: expected an object, got 'gone'"),
+    ],
+)
+def test_a_malformed_message_is_the_failure_of_its_rank(play, wrong, reason):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch == 0 and rank.rank == 1 and step.number == 5:
+            wrong(rank, step)
+
+    group, stage = play(fault)
+    client = Client(group, "a")
+    assert client.wait() == client.expected
+    assert stage.starts == [0, 1]
+    assert group.state.rank == 1
+    assert re.search(f"^rank 1 {reason}" if wrong is odd_step else reason, group.state.reason)
+
+
+def test_ranks_that_measure_different_all_reduces_disagree(play):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch == 0 and step.number == 2:
+            times = (0.1,) * (2 + rank.rank)
+            rank.report = StepReport(1.0, {}, times, {}, decoding=True)
+
+    group, _ = play(fault)
+    client = Client(group, "a")
+    assert client.wait() == client.expected
+    assert "expected 2 measured all-reduces, got 3" in group.state.reason
+
+
+def test_ranks_that_were_started_again_may_have_room_for_less():
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch == 0 and step.number == 3:
+            leave(rank, step)
+
+    stage, scheduler = Stage(fault), Scheduler(8, 0)
+    sizes = (10**6, CacheFootprint(8), 0)
+    group = RankGroup(stage.start(Epoch()), scheduler, stage, lambda ranks: sizes)
+    try:
+        client = Client(group, "a")
+        assert client.wait() == client.expected
+        assert (scheduler.kv_cache_bytes, scheduler.footprint) == sizes[:2]
+    finally:
+        group.close()

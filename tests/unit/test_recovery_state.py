@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from cenacle.scheduler import recovery
 from cenacle.scheduler.recovery import (
     FailGroup,
+    GroupFailed,
     Progress,
     RanksLost,
     Rebalance,
@@ -50,7 +51,8 @@ def test_failures_recent_failures_are_waited_for_longer_and_then_given_up():
     events += [Started(19), RanksLost(20, "d", 2)]
     state = replay(*events)
     assert (state.phase, state.since_s, state.rank) == ("failed", 20, 2)
-    assert next_action(state) == FailGroup("d (given up after 4 failures without a token)")
+    assert state.reason == "d (given up after 4 failures without a token)"
+    assert next_action(state) == FailGroup(state.reason, 2)
     assert replay(*events, Started(30), TokensDelivered(31), Progress(32, "x")) == state, (
         "it stays so"
     )
@@ -87,6 +89,14 @@ def test_moving_is_no_failure():
     assert replay(*[Rebalance(1, "x"), StartFailed(2, "no")]).recent_failures == (2,)
 
 
+@pytest.mark.parametrize("before", [(), (RanksLost(1, "a", 1),)])
+def test_a_group_that_is_closed_stays_failed(before):
+    state = replay(*before, GroupFailed(5, "the group was closed"))
+    assert (state.phase, state.since_s, state.rank) == ("failed", 5, None)
+    assert next_action(state) == FailGroup("the group was closed")
+    assert replay(*before, GroupFailed(5, "closed"), GroupFailed(6, "x", 0)).reason == "closed"
+
+
 times = st.floats(0, 1e4)
 events = st.one_of(
     st.builds(RanksLost, times, st.just("x"), st.none() | st.integers(0, 3)),
@@ -95,6 +105,7 @@ events = st.one_of(
     st.builds(Started, times),
     st.builds(TokensDelivered, times),
     st.builds(Progress, times, st.just("waits")),
+    st.builds(GroupFailed, times, st.just("closed")),
 )
 
 

@@ -116,7 +116,7 @@ def run_bench(
     load, stolen = os.getloadavg()[0], _cpu_steal()
     backend = asked.options.get("backend", "auto")
     latency_s = asked.options.get("latency_s", 0.0)
-    plan, reason = runtime.choose(
+    plan, reason = runtime.select_plan(
         runtime.LoadOptions(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
     )
     say(reason or f"placement {plan.placement}, trunk {plan.trunk}")

@@ -15,14 +15,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import ClusterError, InputError, error_from_json
+from ..errors import ClusterError, InputError
+from ..message import Message, parse
 from ..ranks.channel import Channel, ChannelTimeout
 from ..ranks.local_ranks import LocalRanks
+from ..ranks.messages import Heartbeat, MeasureOrder, RankFailure, Ready, Stop
 from ..ranks.worker import (
     connect_to_front,
     join_collective,
@@ -32,11 +35,23 @@ from ..ranks.worker import (
     send_heartbeats,
 )
 
-if TYPE_CHECKING:
-    from ..collective.base import Collective
-
 PACKAGE = "cenacle"
 PROGRAM = (sys.executable, "-m", "cenacle.bench.rank_worker")
+
+
+@dataclass(frozen=True)
+class RunJob(Message, type="job"):
+    """Call a function of this package with a rank's collective and these arguments."""
+
+    job: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class JobResult(Message, type="result"):
+    """What a job returned."""
+
+    result: Any
 
 
 class RankPool:
@@ -58,8 +73,7 @@ class RankPool:
     ) -> None:
         self._ranks = LocalRanks(nodes, backend, PROGRAM, cores, threads)
         try:
-            order = {"type": "load", "nodes": nodes, "latency_s": 0.0, "wire": "f32"}
-            self._ranks.load(order)
+            self._ranks.load(MeasureOrder(nodes))
         except BaseException:
             self._ranks.close(now=True)
             raise
@@ -84,22 +98,24 @@ class RankPool:
         """
         name = f"{job.__module__}.{job.__name__}"
         for channel in self._ranks.channels:
-            channel.send({"type": "job", "job": name, "arguments": arguments})
+            channel.send(RunJob(name, arguments).to_json())
         ends = time.monotonic() + timeout_s
         return [self._result(rank, name, ends) for rank in range(self._ranks.nodes)]
 
     def _result(self, rank: int, name: str, ends: float) -> Any:
         while time.monotonic() < ends:
             try:
-                message = self._ranks.channels[rank].receive()
+                message = parse(
+                    self._ranks.channels[rank].receive(), Heartbeat, JobResult, RankFailure
+                )
             except ChannelTimeout:
                 break
             except ClusterError as error:
                 raise self._ranks.blame(rank, str(error)) from error
-            if message["type"] == "error":
-                raise error_from_json(message["error"], f"rank {rank}: ")
-            if message["type"] == "result":
-                return message["result"]
+            if isinstance(message, RankFailure):
+                raise message.to_error(f"rank {rank}: ")
+            if isinstance(message, JobResult):
+                return message.result
         raise self._ranks.blame(rank, f"did not finish {name} in time")
 
     def __enter__(self) -> RankPool:
@@ -151,13 +167,16 @@ def _serve(channel: Channel) -> None:
     from .. import native
     from ..ranks.worker import ranks_sharing_cores
 
-    order = receive_message(channel)
-    native.set_threads(local_ranks=ranks_sharing_cores(order["nodes"]))
-    collective: Collective = join_collective(order, order["nodes"])
-    channel.send({"type": "ready"})
-    while (message := receive_message(channel))["type"] != "stop":
-        result = find_job(message["job"])(collective, **message["arguments"])
-        channel.send({"type": "result", "result": result})
+    order = parse(receive_message(channel), MeasureOrder)
+    native.set_threads(local_ranks=ranks_sharing_cores(order.nodes))
+    collective = join_collective(order.backend, order.nodes)
+    channel.send(Ready().to_json())
+    while True:
+        message = parse(receive_message(channel), RunJob, Stop)
+        if isinstance(message, Stop):
+            return
+        result = find_job(message.job)(collective, **message.arguments)
+        channel.send(JobResult(result).to_json())
 
 
 if __name__ == "__main__":

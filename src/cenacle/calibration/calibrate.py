@@ -30,6 +30,7 @@ from ..api import load
 from ..errors import InputError
 from ..model.synth import synth
 from ..ranks.local_ranks import LocalRanks
+from ..ranks.messages import MeasureOrder
 
 PROBE = (sys.executable, "-m", "cenacle.calibration.probe_worker")
 # A model of almost no weights: what a token costs is the layers' own time.
@@ -232,17 +233,9 @@ def _probe(processes: int, share: int, quick: bool) -> tuple[list[dict[str, Any]
     """What as many processes find, each with the threads of one of `share`; how they exchanged."""
     ranks = LocalRanks(processes, "auto", PROBE)
     try:
-        ranks.load(
-            {
-                "type": "load",
-                "nodes": processes,
-                "share": share,
-                "seconds": 0.1 if quick else 1.0,
-                "latency_s": 0,
-                "wire": "f32",
-            }
-        )
-        return list(ranks.ready), ranks.backend if processes > 1 else "alone"
+        arguments = {"share": share, "seconds": 0.1 if quick else 1.0}
+        ranks.load(MeasureOrder(processes, arguments=arguments))
+        return [ready.result for ready in ranks.ready], ranks.backend if processes > 1 else "alone"
     finally:
         ranks.close(now=False)
 

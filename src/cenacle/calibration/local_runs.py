@@ -22,6 +22,7 @@ from typing import Any
 from ..api import load
 from ..model.synth import synth
 from ..ranks.local_ranks import LocalRanks
+from ..ranks.messages import MeasureOrder
 from .calibrate import PROBE, processor_name, usable_core_count
 from .local_fit import SHAPES, LocalRun, LocalRuns
 
@@ -107,16 +108,8 @@ def _machine(most: int) -> tuple[dict[int, float], float]:
         with _threads(1):
             ranks = LocalRanks(nodes, "auto", PROBE)
             try:
-                order = {
-                    "type": "load",
-                    "nodes": nodes,
-                    "share": nodes,
-                    "seconds": 0.3,
-                    "latency_s": 0,
-                    "wire": "f32",
-                }
-                ranks.load(order)
-                found = ranks.ready
+                ranks.load(MeasureOrder(nodes, arguments={"share": nodes, "seconds": 0.3}))
+                found = [ready.result for ready in ranks.ready]
             finally:
                 ranks.close(now=False)
         largest = max(found[0]["reads"], key=int)

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CenacleError
+from ..message import parse
 from ..ranks import worker
 from ..ranks.channel import Channel
+from ..ranks.messages import MeasureOrder, Ready, Stop
 
 if TYPE_CHECKING:
     from ..collective.base import Collective
@@ -34,11 +36,11 @@ NARROW, WIDE, HIDDEN = 128, 1024, 2048  # experts' widths, of equal bytes togeth
 
 
 def main() -> None:
-    """Measure what the order asks for and send it in "ready"."""
+    """Measure what the order asks for and send it in `Ready`."""
     channel = worker.connect_to_front()
     threading.Thread(target=worker.send_heartbeats, args=(channel,), daemon=True).start()
     try:
-        _serve(channel, worker.receive_message(channel))
+        _serve(channel, parse(worker.receive_message(channel), MeasureOrder))
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
@@ -46,27 +48,25 @@ def main() -> None:
         os._exit(0)
 
 
-def _serve(channel: Channel, order: dict[str, Any]) -> None:
+def _serve(channel: Channel, order: MeasureOrder) -> None:
     import mlx.core as mx
 
     from .. import native
 
-    nodes = int(order["nodes"])
     mx.set_default_device(mx.cpu) if native.is_available() else None
-    threads = native.set_threads(local_ranks=int(order["share"]))
-    collective = worker.join_collective(order, nodes)
-    seconds = float(order["seconds"])
+    threads = native.set_threads(local_ranks=int(order.arguments["share"]))
+    collective = worker.join_collective(order.backend, order.nodes)
+    seconds = float(order.arguments["seconds"])
     result = {
         "threads": threads,
         "device": f"{mx.default_device()}, {native.describe_kernels()}",
         "reads": _reads(collective, seconds),
         "kernels": _kernels(collective, seconds),
         "expert": _expert(collective, seconds),
-        "exchanges": _exchanges(collective, seconds) if nodes > 1 else {},
+        "exchanges": _exchanges(collective, seconds) if order.nodes > 1 else {},
     }
-    channel.send({"type": "ready", **result})
-    while worker.receive_message(channel)["type"] != "stop":
-        pass
+    channel.send(Ready(result=result).to_json())
+    parse(worker.receive_message(channel), Stop)
     collective.close()
 
 

@@ -71,6 +71,10 @@ class ClusterLoadArguments(ServingArguments):
         "verified on these nodes.",
     )
 
+    def to_keywords(self) -> dict[str, Any]:
+        """See `PlacementArguments`."""
+        return {**super().to_keywords(), "verify": self.verify}
+
 
 @dataclass(frozen=True)
 class HeadArguments:
@@ -145,9 +149,7 @@ def _serve_cluster(
     expected: tuple[Host, ...],
     endpoint: Endpoint,
 ) -> None:
-    from ..cluster.formation import Joined
-    from ..cluster.placement import PlacementOptions
-    from ..verification import SelfTest
+    from ..cluster.formation import Cluster
 
     def on_waiting(message: str) -> None:
         head.set_status(waiting=message)
@@ -157,23 +159,9 @@ def _serve_cluster(
         head.set_status(url=url)
         _report_event(f"serving {loaded.name} on {loaded.plan.nodes} nodes at {url}")
 
-    keywords = load.to_keywords()
-    placement = PlacementOptions(
-        load.placement,
-        load.trunk,
-        load.backend,
-        load.comm_dtype,
-        keywords["node_weights"],
-        keywords["node_memory_bytes"],
-    )
-    joined = Joined(head, load.nodes or len(expected), placement, on_waiting, expected)
-    selftest = None
-    if load.verify is not False:
-        selftest = SelfTest(paths.cluster_dir(), bool(load.verify), report)
+    cluster = Cluster(head, load.nodes or len(expected), on_waiting, expected)
     head.set_status(model=Path(model).name)
-    with load_model(
-        model, load, joined=joined, selftest=selftest, on_message=_report_event
-    ) as loaded:
+    with load_model(model, load, cluster=cluster, on_message=_report_event) as loaded:
         endpoint.serve(loaded, on_started)
 
 

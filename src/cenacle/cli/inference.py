@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     import ssl
 
     from ..api import Model
-    from ..cluster.formation import Joined
+    from ..cluster.formation import Cluster
     from ..server.middleware import AccessPolicy
-    from ..verification import SelfTest
 
 app = typer.Typer()
 PANEL = "Run a model"
@@ -150,13 +149,7 @@ def serve(
     """Serve a model through the OpenAI and Anthropic APIs."""
     # A port in use is found before the model is loaded.
     with open_server(server) as endpoint:
-        selftest = None
-        if load.verify:
-            from ..paths import config_dir
-            from ..verification import SelfTest
-
-            selftest = SelfTest(config_dir(), say=report)
-        with load_model(model, load, plan, selftest=selftest) as loaded:
+        with load_model(model, load, plan) as loaded:
             endpoint.serve(loaded, lambda url: report(f"serving {loaded.name} at {url}"))
 
 
@@ -207,8 +200,7 @@ def load_model(
     arguments: LoadArguments,
     plan: Path | None = None,
     *,
-    joined: Joined | None = None,
-    selftest: SelfTest | None = None,
+    cluster: Cluster | None = None,
     on_message: Callable[[str], None] = report,
 ) -> Iterator[Model]:
     """Load a model with progress bars, and report how it runs.
@@ -217,7 +209,7 @@ def load_model(
         model: folder or repository.
         arguments: of the command line.
         plan: file with a saved placement.
-        joined, selftest: see `Model.load`.
+        cluster: see `Model.load`.
         on_message: where to report.
     """
     from ..api import Model
@@ -227,11 +219,11 @@ def load_model(
     saved_plan = Plan.load(plan) if plan is not None else None
     options = LoadOptions(model, arguments.nodes, plan=saved_plan, **arguments.to_keywords())
     with loading_progress() as progress:
-        loaded = Model.load(options, progress=progress, joined=joined, selftest=selftest)
+        loaded = Model.load(options, progress=progress, cluster=cluster, report=report)
     with loaded:
         for reason in (loaded.ranks.backend_reason, loaded.plan_reason):
             if reason:
                 on_message(reason)
         if arguments.kernels != "mlx":
-            on_message(f"computing on {loaded.ranks.ready[0]['device']}")
+            on_message(f"computing on {loaded.ranks.ready[0].device}")
         yield loaded

@@ -42,9 +42,9 @@ def inspect(
     json_output: JsonOutput = False,
 ) -> None:
     """Show the architecture of a model and its placement on N nodes, without reading weights."""
-    from ..runtime import LoadOptions, choose
+    from ..runtime import LoadOptions, select_plan
 
-    plan, reason = choose(LoadOptions(model, placement.nodes, **placement.to_keywords()))
+    plan, reason = select_plan(LoadOptions(model, placement.nodes, **placement.to_keywords()))
     if save is not None:
         plan.save(save)
     if json_output:

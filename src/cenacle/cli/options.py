@@ -74,7 +74,7 @@ class PlacementArguments:
     )
 
     def to_keywords(self) -> dict[str, Any]:
-        """Fields of `LoadOptions`, in its units; all but the model, `nodes` and `verify`.
+        """Fields of `LoadOptions`, in its units; all but the model and `nodes`.
 
         Raises:
             InputError: a list of numbers is malformed.
@@ -160,6 +160,10 @@ class ServingArguments(LoadArguments):
     verify: bool | None = execution_option(
         None, "Verify weights and answers of the nodes before serving. Default: no."
     )
+
+    def to_keywords(self) -> dict[str, Any]:
+        """See `PlacementArguments`."""
+        return {**super().to_keywords(), "verify": bool(self.verify)}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""From machines that are there to ranks that answer.
+"""From connected nodes to ranks that serve.
 
-Owns: the order of things: who takes part, what of the model is where, what do the links give, who
-holds what, fetch, start, load; the same tried out beside a group that works, for machines that came
-back.
-Does not know: sockets (`control.py`), how the decisions are made (`placing.py`), requests.
-Invariant: what fails on the way leaves no rank and no formation behind; the error names a machine.
-Next: `hosts.RemoteRanks`, which is what comes out.
+Owns: the order of steps: which nodes take part, what they have of the model, the links between
+them, the plan, downloads, starting and loading; and a dry run of all this for nodes that return
+while a group runs.
+Does not know: sockets (`head.py`), how decisions are made (`placement.py`), requests.
+Invariant: a failure on the way leaves no rank and no group behind; the error names a node.
+Next: `remote_ranks.py`, which this creates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..core.plan import Plan
 from ..engine.options import EngineOptions
@@ -24,11 +23,11 @@ from ..engine.speculative.draft_model import DraftModelConfig
 from ..errors import CenacleError, CheckpointError, ClusterError, PlanError
 from ..model.checkpoint import Checkpoint
 from ..model.spec_reader import read_model_spec
-from ..ranks.local_ranks import LoadProgress
-from ..ranks.ranks import Epoch
+from ..ranks.messages import LoadOrder
+from ..ranks.ranks import Epoch, ReportProgress
 from . import hostsfile, link_probe, messages, placement
 from .download import node_cache
-from .download.distribution import ModelDistribution, OnMessage
+from .download.distribution import ModelDistribution
 from .download.hub import Hub
 from .head import GroupMembership, Head, ReturningNodes
 from .hostsfile import Host
@@ -40,280 +39,297 @@ from .thunderbolt import Devices
 
 log = logging.getLogger(__name__)
 
-LEFT_S = 3.0  # how long a lost machine is waited for where the others may do without
-FIRST = Epoch(0, threading.Event())
+LOST_NODE_WAIT_S = 3.0  # for a lost node, if the others can do without it
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Formed:
-    """What was decided for one formation.
+class ClusterModel:
+    """What is to run on a cluster.
 
     Args:
-        formation: the machines.
-        folders: of the model, on each.
-        backend, exchange: how ranks exchange, and why.
-        devices: of RDMA, see `rdma.Devices`.
-        links: what was measured between pairs of ranks.
-        plan: who holds what.
-        reason: why, in one line.
+        name: by which each node looks for its folder.
+        checkpoint: in the folder that `Cluster.locate` returned.
+        placement: how to place it, and how ranks communicate.
+        engine, kernels: see `runtime.LoadOptions`.
+        draft_model: of the head's machine, which has rank 0.
     """
 
-    formation: GroupMembership
+    name: str
+    checkpoint: Checkpoint
+    placement: placement.PlacementOptions
+    engine: EngineOptions
+    kernels: str
+    draft_model: DraftModelConfig | None = None
+
+
+@dataclass(frozen=True)
+class FormedGroup:
+    """What was decided for one group.
+
+    Args:
+        group: the nodes, in rank order.
+        folders: of the model, on each node.
+        backend, backend_reason: how ranks communicate, and why.
+        links: measured between pairs of ranks.
+        plan, plan_reason: what each rank holds, and why, in one line.
+        devices: RDMA devices, see `thunderbolt.Devices`.
+    """
+
+    group: GroupMembership
     folders: list[str]
     backend: str
-    exchange: str
+    backend_reason: str
     links: Mapping[tuple[int, int], Link]
     plan: Plan
-    reason: str
+    plan_reason: str
     devices: Devices
 
 
-class Joined:
-    """The machines of a cluster, as a place where ranks can be started.
+class Cluster:
+    """The nodes of a cluster, as a place where ranks can be started.
 
     Args:
-        head: started.
-        nodes: how many machines; 0: all that belong to the cluster.
-        wanted: placement and exchange, as far as they were asked for.
-        say: told what is waited for and what was decided, in sentences.
-        hosts: of a hosts file: who is awaited, and at which addresses machines exchange.
+        head: running.
+        nodes: how many nodes take part; 0: all that belong to the cluster.
+        report: told in sentences what is waited for and what was decided.
+        hosts: of a hosts file: the expected nodes, and the addresses for all-reduces.
     """
 
     def __init__(
         self,
         head: Head,
         nodes: int = 0,
-        wanted: placement.PlacementOptions | None = None,
-        say: Callable[[str], None] = lambda _: None,
+        report: Report = lambda _: None,
         hosts: Sequence[Host] = (),
     ) -> None:
-        self._head, self._nodes = head, nodes
-        self._hosts = hosts
-        self._say = self._naming(say)
-        self._wanted = wanted or placement.PlacementOptions()
-        self._formed: Formed | None = None  # not started yet
-        self._present: Formed | None = None  # what was started last
-        self._hub: Hub | None = None  # that has what the head has not
+        self._head, self._nodes, self._hosts = head, nodes, hosts
+        self._report_plain = report
+        self.formed: FormedGroup | None = None  # decided and not started yet
+        self._running: FormedGroup | None = None  # started last
+        self._hub: Hub | None = None  # has what the head's machine has not
         self._links: dict[tuple[str, float, str, float], Link] = {}
 
     def locate(self, model: str) -> Path:
-        """The head's folder of a model; of one that only the hub has, a part, which `form` and
-        `start` complete.
+        """The head's folder of a model. Of a model that only the Hub has, the folder is incomplete:
+        `form` and `ClusterRankSource.start` complete it.
 
         Raises:
-            CheckpointError: see `parts.open_model`.
+            CheckpointError: see `node_cache.open_model`.
         """
         folder, self._hub = node_cache.open_model(model)
         return folder
 
-    def _naming(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """With a hosts file whoever is awaited has a name."""
-
-        def with_names(text: str) -> None:
-            here = [n["address"] for n in self._head.status()["nodes"] if n["connected"]]
-            say("; ".join(filter(None, [text, hostsfile.expected_hosts(self._hosts, here)])))
-
-        return with_names if self._hosts else say
-
-    def form(
-        self,
-        name: str,
-        checkpoint: Checkpoint,
-        options: EngineOptions,
-        kernels: str,
-        draft: DraftModelConfig | None = None,
-    ) -> tuple[Plan, str]:
-        """Wait until all machines that are wanted are there, ask and measure them, and decide.
-
-        Args:
-            name: of the model, by which each machine looks for its folder.
-            checkpoint: in the folder that `locate` gave.
-            options, kernels: see `api.load`.
-            draft: of the head's machine, whose rank is the first.
-
-        Returns:
-            The plan of the first group, and why it was chosen.
+    def form(self, model: ClusterModel) -> FormedGroup:
+        """Wait for the nodes, query them, measure their links and decide on the first group.
 
         Raises:
-            CheckpointError: a machine cannot fetch its part, or has another model of that name.
-            PlanError: it does not fit; names the machine.
-            ClusterError: the cluster was ended, or machines cannot reach each other.
+            CheckpointError: a node cannot download its part, or has another model of that name.
+            PlanError: the model does not fit; names the node.
+            ClusterError: the cluster was shut down, or nodes cannot reach each other.
         """
-        self._what = (checkpoint, options, kernels, draft)
-        self._sharing = ModelDistribution(self._head, name, checkpoint, self._hub)
-        while self._formed is None:
-            formation = self._head.form_group(self._nodes, self._say)
+        self.set_model(model)
+        while self.formed is None:
+            group = self._head.form_group(self._nodes, self._report)
             try:
-                self._formed = self._decide(formation, self._say)
+                self.formed = self._plan_group(group, self._report)
             except ClusterError as error:
-                if all(self._head.is_connected(n) for n in formation.members):
+                if all(self._head.is_connected(node) for node in group.members):
                     raise
-                self._say(f"{error}; what it has fetched is kept")
-        return self._formed.plan, self._formed.reason
+                self._report(f"{error}; what it has downloaded is kept")
+        return self.formed
 
-    @property
-    def formed(self) -> Formed | None:
-        """What was decided for the group that is not started yet."""
-        return self._formed
+    def set_model(self, model: ClusterModel) -> None:
+        """What groups are formed for."""
+        self._model = model
+        self._distribution = ModelDistribution(self._head, model.name, model.checkpoint, self._hub)
 
-    def measure_again(self) -> dict[tuple[int, int], Link]:
-        """The links of the group that is not started yet, once more.
+    def measure_links_again(self) -> dict[tuple[int, int], Link]:
+        """Measure the links of the group that is not started yet once more.
 
         Raises:
-            ClusterError: a machine was lost meanwhile.
+            ClusterError: a node was lost meanwhile.
         """
-        assert self._formed is not None
+        assert self.formed is not None
         self._links.clear()
-        return self._measure(self._formed.formation.members)
+        return self._measure_links(self.formed.group.members)
 
-    def start(
-        self, order: dict[str, Any], progress: LoadProgress | None = None, epoch: Epoch = FIRST
-    ) -> RemoteRanks:
-        """Start and load the ranks of an epoch: the first on what `form` decided, others on the
-        machines that are left, if the model fits there; else when enough have come back.
-
-        Raises:
-            CenacleError: what the first failing rank said; no rank is left.
-        """
-        formed, self._formed = self._formed, None
-        formed = formed or self._again(epoch)
-        order = {**order, "plan": formed.plan.to_json(), "wire": self._wanted.comm_dtype}
+    def start(self, order: LoadOrder, epoch: Epoch, report: ReportProgress | None) -> RemoteRanks:
+        """See `ClusterRankSource.start`."""
+        formed, self.formed = self.formed, None
+        formed = formed or self._reform(epoch)
         ranks = RemoteRanks(
             self._head,
-            formed.formation,
-            formed.plan,
+            formed.group,
             formed.backend,
-            formed.exchange,
+            formed.backend_reason,
             formed.folders,
             epoch,
             formed.devices,
         )
         try:
-            ranks.load(order, progress)
+            ranks.load(replace(order, plan=formed.plan), report)
         except BaseException:
             ranks.close(now=True)
             raise
-        self._present = formed
-        self._head.mark_ready(formed.formation.group_id)
-        self._head.set_status(waiting="", backend_reason=formed.exchange, plan_reason=formed.reason)
+        self._running = formed
+        self._head.mark_ready(formed.group.group_id)
+        self._head.set_status(
+            waiting="", backend_reason=formed.backend_reason, plan_reason=formed.plan_reason
+        )
         return ranks
 
-    def serves(self, move: Callable[[str], None]) -> None:
-        """From now on have the group formed anew whenever machines come back.
+    def watch_for_returns(self, reform: Report) -> None:
+        """From now on have the group reformed whenever nodes return.
 
         Args:
-            move: ends the ranks that work, between two steps, for the reason given; others are then
-                begun by `start`.
+            reform: ends the running ranks between two steps, for the reason given; others are then
+                started by `start`.
         """
-        work = threading.Thread(target=self._take_in, args=(move,), name="returns", daemon=True)
-        work.start()
+        arguments = (reform,)
+        threading.Thread(
+            target=self._admit_returning, args=arguments, name="returns", daemon=True
+        ).start()
 
-    def _take_in(self, move: Callable[[str], None]) -> None:
+    def _report(self, message: str) -> None:
+        """Report, with the nodes of the hosts file that are still expected."""
+        if self._hosts:
+            nodes = self._head.status()["nodes"]
+            connected = [node["address"] for node in nodes if node["connected"]]
+            expected = hostsfile.expected_hosts(self._hosts, connected)
+            message = "; ".join(filter(None, [message, expected]))
+        self._report_plain(message)
+
+    def _admit_returning(self, reform: Report) -> None:
         while not self._head.closed:
-            asked = self._head.wait_for_returning(0.5)
-            if asked is None:
+            request = self._head.wait_for_returning(0.5)
+            if request is None:
                 continue
-            names = " and ".join(n.name for n in asked.returning)
+            names = " and ".join(node.name for node in request.returning)
             try:
-                self._try_out(asked)
+                self._dry_run(request)
             except (CenacleError, OSError) as error:
-                log.warning("%s cannot be taken in: %s", names, error)
-                self._head.reject_nodes(asked.returning, str(error))
+                log.warning("%s cannot be added: %s", names, error)
+                self._head.reject_nodes(request.returning, str(error))
                 continue
-            if self._head.is_joining(asked):
-                are = "is" if len(asked.returning) == 1 else "are"
-                move(f"{names} {are} here and wanted: the group is formed anew with {names}")
+            if self._head.is_joining(request):
+                verb = "has" if len(request.returning) == 1 else "have"
+                reform(f"{names} {verb} returned: the group is formed again with {names}")
 
-    def _try_out(self, asked: ReturningNodes) -> None:
-        """All that can be known to fail before the group that works is ended.
+    def _dry_run(self, request: ReturningNodes) -> None:
+        """Find out what would fail, while the running group goes on.
 
-        What its ranks hold now will be free then.
+        The memory of its ranks counts as available.
         """
-        held = {}
-        if self._present is not None:
-            plan = self._present.plan
-            for rank, node in enumerate(self._present.formation.members):
-                held[node.id] = plan.bytes_of(rank)["total"]
+        held_bytes: dict[str, int] = {}
+        if (running := self._running) is not None:
+            for rank, node in enumerate(running.group.members):
+                held_bytes[node.id] = running.plan.bytes_of(rank)["total"]
         members = []
-        for node in asked.members:
-            available = node.info.available_bytes + held.get(node.id, 0)
-            members.append(replace(node, info=replace(node.info, available_bytes=available)))
-        self._propose(GroupMembership(asked.group_id, tuple(members)), log.info)
+        for node in request.members:
+            available_bytes = node.info.available_bytes + held_bytes.get(node.id, 0)
+            info = replace(node.info, available_bytes=available_bytes)
+            members.append(replace(node, info=info))
+        self._plan_ranks(GroupMembership(request.group_id, tuple(members)), log.info)
 
-    def _again(self, epoch: Epoch) -> Formed:
-        """After a loss."""
+    def _reform(self, epoch: Epoch) -> FormedGroup:
+        """Form a group after a loss: of the nodes that are left if the model fits, else of more."""
 
-        def say(text: str) -> None:
-            self._say(text)
-            epoch.report(text)
+        def report(message: str) -> None:
+            self._report(message)
+            epoch.report(message)
 
         self._head.set_status(reformed=f"re-formed: {epoch.reason}")
-        formation = self._head.form_group(self._nodes, say, epoch.closing, LEFT_S)
+        group = self._head.form_group(self._nodes, report, epoch.closing, LOST_NODE_WAIT_S)
         while True:
             try:
-                return self._decide(formation, say, epoch.closing)
+                return self._plan_group(group, report, epoch.closing)
             except (PlanError, CheckpointError) as error:
-                have = len(formation.members)
-                if have >= (self._nodes or self._head.node_count):
+                count = len(group.members)
+                if count >= (self._nodes or self._head.node_count):
                     raise
-                fits = "does not fit on" if isinstance(error, PlanError) else "cannot be had by"
-                say(f"the model {fits} what is left ({error})")
-            formation = self._head.form_group(have + 1, say, epoch.closing, temporary=True)
+                verb = "does not fit on" if isinstance(error, PlanError) else "is not complete on"
+                report(f"the model {verb} the remaining nodes ({error})")
+            group = self._head.form_group(count + 1, report, epoch.closing, temporary=True)
 
-    def _decide(
-        self, formation: GroupMembership, say: OnMessage, ending: threading.Event | None = None
-    ) -> Formed:
+    def _plan_group(
+        self, group: GroupMembership, report: Report, closing: threading.Event | None = None
+    ) -> FormedGroup:
         try:
-            return self._propose(formation, say, ending)
+            return self._plan_ranks(group, report, closing)
         except BaseException as error:
-            self._head.end_group(formation.group_id, getattr(error, "node_id", None) or "")
+            self._head.end_group(group.group_id, getattr(error, "node_id", None) or "")
             raise
 
-    def _propose(
-        self, formation: GroupMembership, say: OnMessage, ending: threading.Event | None = None
-    ) -> Formed:
-        checkpoint, options, kernels, draft = self._what
+    def _plan_ranks(
+        self, group: GroupMembership, report: Report, closing: threading.Event | None = None
+    ) -> FormedGroup:
+        model = self._model
         devices: Devices = ()
         if self._hosts:
-            members, devices = hostsfile.order_by_hosts(self._hosts, formation.members)
-            formation = replace(formation, members=members)
-        members = formation.members
-        found = self._sharing.locate(members)
-        backend, exchange, devices = placement.choose_backend(
-            self._wanted.backend, self._wanted.comm_dtype, members, devices
+            members, devices = hostsfile.order_by_hosts(self._hosts, group.members)
+            group = replace(group, members=members)
+        members = group.members
+        local_models = self._distribution.locate(members)
+        backend, backend_reason, devices = placement.choose_backend(
+            model.placement.backend, model.placement.comm_dtype, members, devices
         )
-        measured = self._measure(members)
-        plan, reason = placement.place(
-            read_model_spec(checkpoint),
-            checkpoint.config,
+        links = self._measure_links(members)
+        plan, plan_reason = placement.place(
+            read_model_spec(model.checkpoint),
+            model.checkpoint.config,
             members,
-            measured,
-            self._wanted,
-            options,
-            kernels,
-            draft,
+            links,
+            model.placement,
+            model.engine,
+            model.kernels,
+            model.draft_model,
             backend,
         )
-        self._sharing.distribute(members, found, plan, say, ending)
-        if measured:
-            exchange = f"{exchange}; {placement.describe_links(members, measured)}"
-        folders = [each.folder for each in found]
-        return Formed(formation, folders, backend, exchange, measured, plan, reason, devices)
+        self._distribution.distribute(members, local_models, plan, report, closing)
+        if links:
+            backend_reason += f"; {placement.describe_links(members, links)}"
+        folders = [local_model.folder for local_model in local_models]
+        return FormedGroup(
+            group, folders, backend, backend_reason, links, plan, plan_reason, devices
+        )
 
-    def _measure(self, members: tuple[Node, ...]) -> dict[tuple[int, int], Link]:
-        """Every pair, one after the other: links that are busy say little. Each is measured once
-        while both its machines stay: after a loss every second counts."""
-        found = {}
+    def _measure_links(self, members: tuple[Node, ...]) -> dict[tuple[int, int], Link]:
+        """Measure every pair, one after the other, since a busy link measures badly. Each pair is
+        measured once while both nodes stay connected: after a loss every second counts."""
+        links = {}
         for a, one in enumerate(members):
-            for b in range(a + 1, len(members)):
-                two = members[b]
-                pair = (one.id, one.connected_at_s, two.id, two.connected_at_s)
-                if pair in self._links:
-                    found[a, b] = self._links[pair]
-                    continue
-                secret = pairing.encode(secrets.token_bytes(16))
-                served = self._head.send_order(two, messages.ServeProbe(two.address, secret))
-                order = messages.ProbeLink(two.address, served.port, secret)
-                link = self._head.send_order(one, order, link_probe.PROBE_TIMEOUT_S + 5)
-                found[a, b] = self._links[pair] = link
-        return found
+            for b, other in enumerate(members[a + 1 :], a + 1):
+                pair = (one.id, one.connected_at_s, other.id, other.connected_at_s)
+                if pair not in self._links:
+                    self._links[pair] = self._measure_link(one, other)
+                links[a, b] = self._links[pair]
+        return links
+
+    def _measure_link(self, one: Node, other: Node) -> Link:
+        secret = pairing.encode(secrets.token_bytes(16))
+        served = self._head.send_order(other, messages.ServeProbe(other.address, secret))
+        order = messages.ProbeLink(other.address, served.port, secret)
+        return self._head.send_order(one, order, link_probe.PROBE_TIMEOUT_S + 5)
+
+
+@dataclass(frozen=True)
+class ClusterRankSource:
+    """Starts the ranks of a group on the nodes of a cluster; see `RankSource`.
+
+    Args:
+        order: what they load; the plan is that of the group.
+    """
+
+    cluster: Cluster
+    order: LoadOrder
+
+    def start(self, epoch: Epoch, report: ReportProgress | None = None) -> RemoteRanks:
+        """Start and load the ranks of an epoch: the first as `Cluster.form` decided, others on the
+        remaining nodes if the model fits there; else when enough have returned.
+
+        Raises:
+            CenacleError: what the first failing rank reported; no rank is left.
+        """
+        return self.cluster.start(self.order, epoch, report)

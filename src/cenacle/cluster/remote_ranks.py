@@ -1,10 +1,10 @@
-"""Ranks on several machines: what `launcher.LocalRanks` is on one.
+"""Ranks on several machines: what `LocalRanks` is on one.
 
-Owns: having agents start the ranks of one formation, and their channels.
-Does not know: models, placing, how agents are reached (`control.Head`).
-Invariant: as `launcher.LocalRanks`: when `close` has returned no rank can be heard, and every rank
-whose machine can be reached is gone; the others end when their agent misses the head.
-Next: `agent.py` starts them, `forming.py` decides what they load.
+Owns: having agents start one rank on each node of a group, and their channels.
+Does not know: models, placement, how agents are reached (`head.py`).
+Invariant: when `close` has returned, no rank can be heard, and every rank whose node can be reached
+has ended; the others end when their agent misses the head.
+Next: `agent.py` starts them, `formation.py` decides what they load.
 """
 
 from __future__ import annotations
@@ -13,81 +13,78 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
 
 from .. import net
-from ..core.plan import Plan
 from ..errors import CenacleError, ClusterError, RankLost
+from ..message import parse
 from ..ranks.channel import Channel, ChannelClosed, ChannelTimeout
-from ..ranks.local_ranks import STOP_TIMEOUT_S, LocalRanks
+from ..ranks.local_ranks import STOP_TIMEOUT_S
+from ..ranks.messages import Hello, LoadOrder, MeasureOrder, Stop
+from ..ranks.rank_set import RankSet
 from ..ranks.ranks import Epoch
 from . import messages
 from .head import GroupMembership, Head
 from .membership import HEARTBEAT_TIMEOUT_S
 from .thunderbolt import Devices
 
-FATE_S = 1.0  # longest wait for an agent's word on how a rank ended
-HEARD_S = 1.5  # an agent that was heard so lately lives
-HELLO_S = 60.0  # a rank's interpreter on a busy machine
+FAILURE_REASON_TIMEOUT_S = 1.0  # longest wait for an agent to report how a rank ended
+RECENT_HEARTBEAT_S = 1.5  # an agent whose last heartbeat is younger is alive
+START_RANK_TIMEOUT_S = 30.0
+HELLO_TIMEOUT_S = 60.0  # an interpreter may start slowly on a busy machine
 
 
-class RemoteRanks(LocalRanks):
-    """One rank on each machine of a formation.
+class RemoteRanks(RankSet):
+    """One rank on each node of a group.
 
     Args:
         head: through which agents are reached.
-        formation: the machines, in rank order.
-        plan: who holds what.
-        backend, reason: how ranks exchange, and why.
-        folders: of the model, on each machine.
-        epoch: which of a group's successive ranks these are.
+        group: the nodes, in rank order.
+        backend, backend_reason: how ranks communicate, and why.
+        folders: of the model, on each node.
+        epoch: which of a group's successive sets of ranks these are.
+        devices: RDMA devices, for JACCL.
 
     Raises:
-        ClusterError: a rank could not be started; names the machine.
+        ClusterError: a rank could not be started; names the node.
     """
 
     def __init__(
         self,
         head: Head,
-        formation: GroupMembership,
-        plan: Plan,
+        group: GroupMembership,
         backend: str,
-        reason: str,
+        backend_reason: str,
         folders: Sequence[str],
         epoch: Epoch,
         devices: Devices | None = None,
     ) -> None:
-        self.plan = plan
+        super().__init__(len(group.members), backend, backend_reason, epoch)
+        self.group, self._head, self._folders = group, head, folders
         self._devices = devices or ()
-        self.nodes = len(formation.members)
-        self.backend, self.backend_reason = backend, reason
-        self.formation, self._head, self._folders = formation, head, folders
-        self.channels: list[Channel] = []
-        self.pids: list[int] = []
-        self.ready: list[dict[str, Any]] = []
-        self._epoch = epoch
-        self._closed = False
-        self._blamed: str | None = None  # who failed; "": not known; None: nothing did
-        self._relays = [secrets.token_hex(16) for _ in formation.members]
+        self._blamed_node: str | None = None  # id; "": a node failed, unknown which; None: none did
+        self._relays = [secrets.token_hex(16) for _ in group.members]
         try:
-            self._start_all()
+            self._start()
         except BaseException:
             self.close(now=True)
             raise
 
-    def _start_all(self) -> None:
-        members = self.formation.members
-        ports = self._head.send_orders([(n, messages.FindPorts(n.address, 1)) for n in members])
+    def _start(self) -> None:
+        nodes = self.group.members
+        answers = self._head.send_orders(
+            [(node, messages.FindPorts(node.address, 1)) for node in nodes]
+        )
         addresses = tuple(
-            net.format_address(n.address, answer.ports[0])
-            for n, answer in zip(members, ports, strict=True)
+            net.format_address(node.address, answer.ports[0])
+            for node, answer in zip(nodes, answers, strict=True)
         )
         secret, token = secrets.token_hex(32), secrets.token_hex(16)
-        ends = self._head.expect_relays(self._relays)
-        self.channels = [Channel(end, HEARTBEAT_TIMEOUT_S) for end in ends]
+        sockets = self._head.expect_relays(self._relays)
+        self.channels = [Channel(sock, HEARTBEAT_TIMEOUT_S) for sock in sockets]
         orders = [
             messages.StartRank(
-                group_id=self.formation.group_id,
+                group_id=self.group.group_id,
                 epoch=self._epoch.number,
                 rank=rank,
                 backend=self.backend if self.nodes > 1 else "alone",
@@ -99,73 +96,66 @@ class RemoteRanks(LocalRanks):
             )
             for rank in range(self.nodes)
         ]
-        self._head.send_orders(list(zip(members, orders, strict=True)), 30.0)
-        ends_at = time.monotonic() + HELLO_S
+        self._head.send_orders(list(zip(nodes, orders, strict=True)), START_RANK_TIMEOUT_S)
+        ends_s = time.monotonic() + HELLO_TIMEOUT_S
         for rank, channel in enumerate(self.channels):
-            hello = self._hello(rank, channel, ends_at)
-            right = secrets.compare_digest(str(hello.get("token")), token)
-            if not right or (hello.get("rank"), hello.get("epoch")) != (rank, self._epoch.number):
-                raise ClusterError(f"what calls as rank {rank} on {members[rank].name} is not it")
-            self.pids.append(int(hello["pid"]))
+            hello = self._receive_hello(rank, channel, ends_s)
+            is_expected = (hello.rank, hello.epoch) == (rank, self._epoch.number)
+            if not (is_expected and secrets.compare_digest(hello.token, token)):
+                raise ClusterError(
+                    f"rank {rank} on {nodes[rank].name}: another process answered in its place"
+                )
+            self.pids.append(hello.pid)
 
-    def _hello(self, rank: int, channel: Channel, ends_at: float) -> dict[str, Any]:
+    def _receive_hello(self, rank: int, channel: Channel, ends_s: float) -> Hello:
         while True:
-            self._go_on()
+            self._check_closing()
             try:
-                return channel.receive()
+                return parse(channel.receive(), Hello)
             except ChannelTimeout:
-                if time.monotonic() > ends_at:
-                    raise self.blame(rank, f"did not call within {HELLO_S:g} s") from None
-                if (why := self._failure_reason(rank)) is not None:
-                    raise RankLost(rank, why) from None
+                if time.monotonic() > ends_s:
+                    reason = f"did not connect within {HELLO_TIMEOUT_S:g} s"
+                    raise self.blame(rank, reason) from None
+                if (failure := self._head.failure_reason(self.group, rank)) is not None:
+                    raise RankLost(rank, failure) from None
             except ClusterError as error:
                 raise self.blame(rank, str(error)) from error
 
-    def _order_for(self, rank: int, order: dict[str, Any]) -> dict[str, Any]:
-        return {**order, "folder": self._folders[rank], "backend": self.backend}
-
-    def _loaded(self) -> None:
-        pass  # nothing of remote ranks is on this disk
-
-    def _failure_reason(self, rank: int) -> str | None:
-        return self._head.failure_reason(self.formation, rank)
+    def _order_for(self, rank: int, order: LoadOrder | MeasureOrder) -> LoadOrder | MeasureOrder:
+        order = super()._order_for(rank, order)
+        return replace(order, folder=self._folders[rank]) if isinstance(order, LoadOrder) else order
 
     def blame(self, rank: int, reason: str) -> RankLost:
-        """The rank that really failed: a machine that is lost or a process that died goes before
-        those that noticed."""
-        hangs = (
-            self.channels[rank].silent
-            and self._head.heartbeat_age_s(self.formation.members[rank]) < HEARD_S
-        )
-        # A rank that says nothing on a machine that does has not ended: no word of that will come.
-        ends = time.monotonic() + (0.1 if hangs else FATE_S)
-        while time.monotonic() < ends:
-            for index in range(self.nodes):
-                if (why := self._failure_reason(index)) is not None:
-                    self._blamed = self.formation.members[index].id
-                    return RankLost(index, f"{why}; all ranks were ended")
+        """See `Ranks.blame`: the head knows which node is lost and which process ended."""
+        node = self.group.members[rank]
+        hangs = self.channels[rank].silent and self._head.heartbeat_age_s(node) < RECENT_HEARTBEAT_S
+        # A silent rank on a node that is alive has not ended: the head will not learn any more.
+        ends_s = time.monotonic() + (0.1 if hangs else FAILURE_REASON_TIMEOUT_S)
+        while time.monotonic() < ends_s:
+            for index, member in enumerate(self.group.members):
+                if (failure := self._head.failure_reason(self.group, index)) is not None:
+                    self._blamed_node = member.id
+                    return RankLost(index, f"{failure}; all ranks were ended")
             time.sleep(0.02)
-        member = self.formation.members[rank]
-        self._blamed = member.id if hangs else ""
-        name = member.name
-        return RankLost(rank, f"rank {rank} on {name} {reason}; all ranks were ended")
+        self._blamed_node = node.id if hangs else ""
+        return RankLost(rank, f"rank {rank} on {node.name} {reason}; all ranks were ended")
 
     def close(self, *, now: bool) -> None:
-        """End every rank; `now`: without asking first. Safe to call again."""
+        """See `Ranks.close`."""
         if self._closed:
             return
         self._closed = True
         if not now:
             for channel in self.channels:
                 with suppress(ChannelClosed, ChannelTimeout):
-                    channel.send({"type": "stop"})
+                    channel.send(Stop().to_json())
         self._head.cancel_relays(self._relays)
-        here = [n for n in self.formation.members if self._head.is_connected(n)]
+        reachable = [node for node in self.group.members if self._head.is_connected(node)]
+        order = messages.StopRanks(self.group.group_id, 0.0 if now else STOP_TIMEOUT_S)
         with suppress(CenacleError):
-            order = messages.StopRanks(self.formation.group_id, 0.0 if now else STOP_TIMEOUT_S)
-            self._head.send_orders([(n, order) for n in here])
+            self._head.send_orders([(node, order) for node in reachable])
         for channel in self.channels:
             channel.close()
-        # Ranks that never answered failed, whatever it was.
-        blamed = self._blamed if self.ready else self._blamed or ""
-        self._head.end_group(self.formation.group_id, blamed)
+        # Ranks that never became ready have failed, for whatever reason.
+        blamed = self._blamed_node if self.ready else self._blamed_node or ""
+        self._head.end_group(self.group.group_id, blamed)

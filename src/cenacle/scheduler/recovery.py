@@ -1,10 +1,11 @@
-"""What to do when a group of ranks fails: a pure function of what has happened.
+"""What a group does next when its ranks fail: a pure function of what has happened.
 
-Owns: the rules: when ranks are started again, after how long, when the group is given up.
-Does not know: processes, sockets, clocks, requests. Times are handed in, in seconds.
+Owns: when ranks are started again, after how long, and when the group is given up.
+Does not know: processes, sockets, clocks, requests. Times are passed in, in seconds.
 Invariant: the same events give the same state and the same next action, so what a group did can be
-replayed; a new epoch's number is larger than all before it; what has failed stays so.
-Next: `engine/lockstep.Group` reports what happens and does what `next_action` says.
+replayed; a new epoch's number is larger than all before it; a failed group stays failed.
+Next: `ranks/rank_group.py` reports the events and does what `next_action` says. Which nodes may be
+used is another question: `cluster/membership.py`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-MAX_RESTARTS_IN_A_ROW = (
-    3  # failures after each of which ranks are started again; one more ends the group
-)
-STABLE_AFTER_S = (
-    60.0  # a group that has worked for so long begins a new row, also if nobody asked it
-)
-BACKOFF_S = (0.0, 1.0, 4.0)  # how long after the first, second, third failure in a row
+MAX_RESTARTS_IN_A_ROW = 3  # one more failure ends the group
+STABLE_AFTER_S = 60.0  # ranks that have worked for this long end the row, also without requests
+BACKOFF_S = (0.0, 1.0, 4.0)  # after the first, second and third failure in a row
 
 Phase = Literal["ok", "recovering", "failed"]
 
 
 @dataclass(frozen=True)
 class RanksLost:
-    """The ranks that worked are ended: one died, fell silent, or disagreed (`rank`, if known)."""
+    """The working ranks were ended: one (`rank`, if known) died, fell silent or disagreed."""
 
     at_s: float
     reason: str
@@ -34,7 +31,7 @@ class RanksLost:
 
 @dataclass(frozen=True)
 class Rebalance:
-    """The ranks that work are ended, though nothing failed: there are better machines for them."""
+    """The working ranks were ended, though nothing failed: there are better nodes for them."""
 
     at_s: float
     reason: str
@@ -51,27 +48,36 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class Started:
-    """The ranks of the new epoch are loaded."""
+    """The ranks of the new epoch have loaded."""
 
     at_s: float
 
 
 @dataclass(frozen=True)
 class TokensDelivered:
-    """A token was given: the group really works."""
+    """A client got a token: the group really works."""
 
     at_s: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the ranks that are being started wait for, such as a machine that is not there."""
+    """What the start of new ranks waits for, such as a node that is absent."""
 
     at_s: float
     detail: str
 
 
-Event = RanksLost | Rebalance | StartFailed | Started | TokensDelivered | Progress
+@dataclass(frozen=True)
+class GroupFailed:
+    """The group ended for good: it was closed, or must not start other ranks."""
+
+    at_s: float
+    reason: str
+    rank: int | None = None
+
+
+Event = RanksLost | Rebalance | StartFailed | Started | TokensDelivered | Progress | GroupFailed
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,15 @@ class RecoveryState:
     """What is known of a group.
 
     Args:
-        phase: "ok" while its ranks work, "recovering" until new ones do, "failed" for ever.
+        phase: "ok" while its ranks work, "recovering" until new ones do, "failed" for good.
         epoch: number of the ranks that work, or that worked last.
         since_s: when the phase began.
         reason: why it is not "ok", or was not the last time.
-        rank: which one failed, if it was one.
-        recent_failures: times of the failures without a token, or `STEADY_S` of work, between them.
-        recoveries: how often the group was formed again.
-        detail: what new ranks wait for, see `Doing`.
+        rank: which rank failed, if it was one.
+        recent_failures: times of the failures without a token, or `STABLE_AFTER_S` of work, between
+            them.
+        recoveries: how often ranks were started again.
+        detail: see `Progress`.
     """
 
     phase: Phase = "ok"
@@ -101,7 +108,7 @@ class RecoveryState:
 
 @dataclass(frozen=True)
 class ServeRequests:
-    """Go on: the ranks work."""
+    """The ranks work: go on."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +121,17 @@ class StartRanks:
 
 @dataclass(frozen=True)
 class FailGroup:
-    """Tell everyone the reason; the group stays failed."""
+    """End every request with this reason; the group stays failed."""
 
     reason: str
+    rank: int | None = None
 
 
 Action = ServeRequests | StartRanks | FailGroup
 
 
 def apply(state: RecoveryState, event: Event) -> RecoveryState:
-    """The state when this has happened. What comes too late, or to a group that has failed, changes
+    """The state after an event. An event that comes too late, or to a failed group, changes
     nothing."""
     match state.phase, event:
         case "ok", TokensDelivered():
@@ -139,26 +147,32 @@ def apply(state: RecoveryState, event: Event) -> RecoveryState:
                 recoveries=state.recoveries + 1,
                 detail="",
             )
-        case "ok", RanksLost():
+        case "ok", Rebalance():
+            return replace(
+                state, phase="recovering", since_s=event.at_s, reason=event.reason, rank=None
+            )
+        case ("ok", RanksLost()) | ("recovering", StartFailed()):
+            assert isinstance(event, RanksLost | StartFailed)
             return _count_failure(state, event)
-        case "ok", Rebalance(at_s=at_s, reason=reason):
-            return replace(state, phase="recovering", since_s=at_s, reason=reason, rank=None)
-        case "recovering", StartFailed():
-            return _count_failure(state, event)
+        case (("ok" | "recovering"), GroupFailed()):
+            return replace(
+                state, phase="failed", since_s=event.at_s, reason=event.reason, rank=event.rank
+            )
     return state
 
 
 def _count_failure(state: RecoveryState, event: RanksLost | StartFailed) -> RecoveryState:
-    steady = state.phase == "ok" and event.at_s - state.since_s >= STABLE_AFTER_S
-    failures = (*(() if steady else state.recent_failures), event.at_s)
-    failed = len(failures) > MAX_RESTARTS_IN_A_ROW
+    is_stable = state.phase == "ok" and event.at_s - state.since_s >= STABLE_AFTER_S
+    failures = (*(() if is_stable else state.recent_failures), event.at_s)
+    is_failed = len(failures) > MAX_RESTARTS_IN_A_ROW
+    given_up = f" (given up after {len(failures)} failures without a token)" if is_failed else ""
     return replace(
         state,
-        phase="failed" if failed else "recovering",
+        phase="failed" if is_failed else "recovering",
         # The epoch of ranks that could not be started is used up too.
         epoch=state.epoch + isinstance(event, StartFailed),
-        since_s=state.since_s if state.phase == "recovering" and not failed else event.at_s,
-        reason=event.reason,
+        since_s=state.since_s if state.phase == "recovering" and not is_failed else event.at_s,
+        reason=event.reason + given_up,
         rank=event.rank,
         recent_failures=failures,
         detail="",
@@ -166,14 +180,12 @@ def _count_failure(state: RecoveryState, event: RanksLost | StartFailed) -> Reco
 
 
 def next_action(state: RecoveryState) -> Action:
-    """What is to be done in a state."""
+    """What to do in a state."""
     if state.phase == "ok":
         return ServeRequests()
     if state.phase == "failed":
-        many = len(state.recent_failures)
-        return FailGroup(f"{state.reason} (given up after {many} failures without a token)")
-    if not state.recent_failures:  # nothing has failed
+        return FailGroup(state.reason, state.rank)
+    if not state.recent_failures:
         return StartRanks(state.epoch + 1, state.since_s)
-    return StartRanks(
-        state.epoch + 1, state.recent_failures[-1] + BACKOFF_S[len(state.recent_failures) - 1]
-    )
+    backoff_s = BACKOFF_S[len(state.recent_failures) - 1]
+    return StartRanks(state.epoch + 1, state.recent_failures[-1] + backoff_s)

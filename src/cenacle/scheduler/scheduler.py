@@ -16,14 +16,13 @@ Next: `ranks/rank_group.py` sends the steps to every rank and reports their toke
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from math import inf
-from typing import Any
 
 from ..core.request import Request, TokenEvent
-from ..core.step import PageLoad, PrefixReuse, PromptChunk, Step
+from ..core.step import PageLoad, PageReport, PrefixReuse, PromptChunk, Step
 from ..errors import Busy, InputError
 from .disk_index import PAGE_TOKENS, DiskIndex, Listing, tokens_to_write
 from .prefix_index import CacheEntry, CacheFootprint, PrefixIndex, pack_tokens
@@ -297,7 +296,7 @@ class Scheduler:
         self._disk_index = DiskIndex(self._disk_bytes, available) if usable else DiskIndex()
         return self._disk_index.notice
 
-    def on_pages(self, rank: int, report: Mapping[str, Any]) -> None:
+    def on_pages(self, rank: int, report: PageReport) -> None:
         """Handle a rank's report on its files, see `DiskIndex.on_report`."""
         for load, tokens in self._disk_index.on_report(rank, report):
             self._on_readable(load, tokens)

@@ -120,7 +120,7 @@ class Application:
             ranks = zip(model.ranks.pids, model.ranks.ready, strict=True)
             body["nodes"] = model.plan.nodes
             body["ranks"] = [
-                {"rank": rank, "pid": pid, "device": ready.get("device")}
+                {"rank": rank, "pid": pid, "device": ready.device}
                 for rank, (pid, ready) in enumerate(ranks)
             ]
         return json_response(status, body)

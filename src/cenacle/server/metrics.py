@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -33,7 +33,7 @@ from ..core.request import Request, TokenEvent
 from ..core.step import Step
 from ..errors import CenacleError
 from ..ranks.rank_group import RankGroup, Sink
-from ..ranks.step_timings import StepTimings
+from ..ranks.step_timings import StepReport, StepTimings
 from .auth import KeyStore
 from .expected_speed import SpeedPrediction
 from .plan_info import PlanTracker
@@ -211,10 +211,10 @@ class Metrics:
             if timer.key:
                 self._keys.charge(timer.key, timer.prompt_tokens)
 
-    def measured(self, reports: Sequence[dict[str, Any]]) -> None:
+    def measured(self, reports: Sequence[StepReport]) -> None:
         """Count a measured step, given the ranks' reports in rank order."""
         for rank, report in enumerate(reports):
-            sent, last = report["sent_bytes"], self._last_sent_bytes.get(rank, 0)
+            sent, last = report.sent_bytes, self._last_sent_bytes.get(rank, 0)
             # Ranks that were restarted count from zero again.
             self._sent_bytes.labels(rank).inc(sent - last if sent >= last else sent)
             self._last_sent_bytes[rank] = sent

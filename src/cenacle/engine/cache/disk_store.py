@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...core.step import Page, PageLoad
+from ...core.step import Page, PageLoad, PageReport
 
 FORMAT = 1  # of pages and their names
 MIN_FREE_BYTES = 10**9  # left on the disk for others
@@ -47,8 +47,8 @@ _PAGE_NAME = re.compile(  # key, parent, begin, end, checksum
 _UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{24}\.[0-9a-f]{8}")
 _GROUP_NAME, _RANK_NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"rank-\d+")
 
-OnReport = Callable[[dict[str, Any]], None]
-"""Called by the thread with a report for `DiskIndex.on_report`, and "notices"."""
+OnReport = Callable[[PageReport], None]
+"""Called by the thread with what has become of pages, for `DiskIndex.on_report`."""
 
 
 def fingerprint(model: Path, settings: Mapping[str, Any]) -> str:
@@ -191,17 +191,16 @@ class PageStore:
         try:
             path = self._write_file(page, data)
         except OSError as error:
-            report: dict[str, Any] = {"failed": page.key}
-            if not self._full:
-                report["notices"] = [
-                    f"prefix cache: no more pages are written to disk: {self._folder}: "
-                    f"{_describe(error)}"
-                ]
+            notice = (
+                f"prefix cache: no more pages are written to disk: {self._folder}: "
+                f"{_describe(error)}"
+            )
+            notices = () if self._full else (notice,)
             self._full = True
-            self._on_report(report)
+            self._on_report(PageReport(failed=page.key, notices=notices))
             return
         self._paths[page.key], self._sizes[page.key] = path, len(data)
-        self._on_report({"written": [page.key, len(data)]})
+        self._on_report(PageReport(written=(page.key, len(data))))
 
     def _write_file(self, page: Page, data: memoryview) -> Path:
         if self._full:
@@ -244,9 +243,8 @@ class PageStore:
             reason = self._find_damage(page)
             if reason is not None:
                 unreadable[page.key] = reason
-        self._on_report(
-            {"checked": [load.name, list(unreadable)], "notices": list(unreadable.values())}
-        )
+        checked, notices = (load.name, list(unreadable)), tuple(unreadable.values())
+        self._on_report(PageReport(checked=checked, notices=notices))
 
     def _find_damage(self, page: Page) -> str | None:
         """Why a page cannot be used, as a notice."""

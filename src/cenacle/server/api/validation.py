@@ -200,21 +200,18 @@ def check_unicode(value: str) -> str:
 def _parse_arguments(value: Any) -> Any:
     if not isinstance(value, str):
         fail(f"expected a string, got {describe(value)}", code=INVALID_TYPE)
-    text = check_unicode(value) or "{}"
     try:
-        return json.loads(text)
+        return json.loads(check_unicode(value) or "{}")
     except (ValueError, RecursionError):
         fail(f"expected a JSON object as text, got {describe(value)}")
 
 
 Text = Annotated[str, AfterValidator(check_unicode)]
-JsonObject = dict[str, Any]
-# A body of megabytes must not give as many errors: they stop at the first one.
 Items = Annotated[list[T], FailFast()]
 Mapped = Annotated[dict[str, T], FailFast()]
-# A model, or a union of models, told apart by `type`; the API has other types if `Supported`.
 Tagged = Annotated[T, OneOf()]
 Supported = Annotated[T, OneOf(unsupported=True)]
+JsonObject = dict[str, Any]
 Arguments = Annotated[
     JsonObject, BeforeValidator(_parse_arguments), WithJsonSchema({"type": "string"})
 ]

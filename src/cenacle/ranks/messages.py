@@ -1,0 +1,169 @@
+"""The messages between the front and a rank.
+
+Owns: their fields.
+Does not know: sockets (`channel.py`), who sends what when (`rank_group.py`, `worker.py`).
+Invariant: each side reads them with `message.parse`, which checks every field.
+
+    front -> rank    LoadOrder, then StepOrder for each step, at the end Stop
+    rank -> front    Hello, LoadProgress, Ready, StepResult for each step, PageUpdate when the disk
+                     has something to report, Heartbeat all the time; RankFailure instead of any
+
+Programs that measure instead of serving get a MeasureOrder and answer with Ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.plan import Plan
+from ..core.request import TokenEvent
+from ..core.step import PageReport, Step
+from ..engine.speculative.ngram import DraftStats
+from ..errors import CenacleError, error_from_json, error_to_json
+from ..message import Count, Message, Seconds
+from ..scheduler.prefix_index import CacheFootprint
+from .step_timings import StepReport
+
+
+@dataclass(frozen=True)
+class Hello(Message, type="hello"):
+    """The first message of a rank.
+
+    Args:
+        token: proves that the front started this process.
+    """
+
+    epoch: Count
+    rank: Count
+    pid: Count
+    token: str
+
+
+@dataclass(frozen=True)
+class Heartbeat(Message, type="heartbeat"):
+    """The rank is alive."""
+
+
+@dataclass(frozen=True)
+class LoadOrder(Message, type="load"):
+    """Which part of which model to load, and how to run it; see `runtime.LoadOptions`.
+
+    Args:
+        folder: the checkpoint on the rank's machine.
+        engine: fields of `EngineOptions`.
+        draft_model: fields of `DraftModelConfig`; None: no draft model.
+        checksums: report checksums of the loaded weights.
+    """
+
+    folder: str
+    plan: Plan
+    kernels: str
+    backend: str = ""
+    comm_dtype: str = "f32"
+    latency_s: Seconds = 0.0
+    activations: str = "int16"
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    draft_model: Mapping[str, Any] | None = None
+    checksums: bool = False
+
+
+@dataclass(frozen=True)
+class MeasureOrder(Message, type="measure"):
+    """What a program that measures is to do.
+
+    Args:
+        arguments: for the program.
+    """
+
+    nodes: Count
+    backend: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadProgress(Message, type="load_progress"):
+    """Bytes of weights that are loaded."""
+
+    done_bytes: Count
+    total_bytes: Count
+
+
+@dataclass(frozen=True)
+class Ready(Message, type="ready"):
+    """The rank can take steps.
+
+    Args:
+        device: what it computes with.
+        peak_rss_bytes: largest resident memory so far.
+        available_bytes: memory of the machine that is left.
+        footprint: memory of a KV cache by length.
+        pages: pages in its prefix cache on disk, longest unused first; None: it can write none.
+        notices: what the user should know, as sentences.
+        checksums: of the loaded weights, if the order asked for them.
+        result: of a program that measures.
+    """
+
+    device: str = ""
+    peak_rss_bytes: Count = 0
+    available_bytes: int = 0
+    footprint: CacheFootprint = field(default_factory=lambda: CacheFootprint(0))
+    pages: tuple[tuple[str, str, int, int, int], ...] | None = None
+    notices: tuple[str, ...] = ()
+    checksums: Mapping[str, list[int]] | None = None
+    result: Any = None
+
+
+@dataclass(frozen=True)
+class StepOrder(Message, type="step"):
+    """Take the next step."""
+
+    epoch: Count
+    step: Step
+
+
+@dataclass(frozen=True)
+class StepResult(Message, type="step_result"):
+    """A step is finished.
+
+    Args:
+        report: clocks, if the step was a measured one.
+        drafts: what was drafted since the last step.
+    """
+
+    epoch: Count
+    number: Count
+    tokens: tuple[TokenEvent, ...]
+    report: StepReport | None = None
+    drafts: DraftStats = field(default_factory=DraftStats)
+
+
+@dataclass(frozen=True)
+class PageUpdate(Message, type="pages"):
+    """What has become of pages on the rank's disk."""
+
+    epoch: Count
+    report: PageReport
+
+
+@dataclass(frozen=True)
+class RankFailure(Message, type="error"):
+    """The rank ends. `error` is what `errors.error_to_json` gives."""
+
+    epoch: Count
+    error: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, epoch: int, error: CenacleError) -> RankFailure:
+        """The message for an error."""
+        return cls(epoch, error_to_json(error))
+
+    def to_error(self, prefix: str = "") -> CenacleError:
+        """The error, with `prefix` in front of its text."""
+        return error_from_json(self.error, prefix)
+
+
+@dataclass(frozen=True)
+class Stop(Message, type="stop"):
+    """The rank is to end."""
