@@ -42,7 +42,7 @@ class FakeGroup:
 def server(tmp_path):
     group, keys = FakeGroup(), KeyStore(tmp_path / "keys.db")
     plan = Plan.whole(SPEC, 2)
-    model = SimpleNamespace(group=group, plan=plan, config={}, name="m", spec=SPEC)
+    model = SimpleNamespace(group=group, plan=plan, config={}, name="m", spec=SPEC, plan_reason="")
     metrics = Metrics(model, keys, PlanTracker(model))
     yield SimpleNamespace(
         group=group,

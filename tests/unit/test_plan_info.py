@@ -28,15 +28,11 @@ class FakeGroup:
     """Answers every request with one token; its ranks can be replaced by those of another plan."""
 
     def __init__(self):
-        self.failure, self.state = None, RecoveryState()
+        self.failure, self.state = None, RecoveryState(reason="rank 1 was lost")
         self.load = {"running": 0, "waiting": 0}
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
-        self.step_timings, self.draft_stats, self.observers, self.last_message_s = (
-            StepTimings(),
-            DraftStats(),
-            [],
-            [],
-        )
+        self.step_timings, self.draft_stats = StepTimings(), DraftStats()
+        self.observers, self.last_message_s = [], []
 
     def submit(self, request, sink):
         sink(TokenEvent(request.id, 7, "stop"))
@@ -62,7 +58,7 @@ def model():
         config=CONFIG,
         spec=SPEC,
         plan=Plan.whole(SPEC, 1),
-        plan_reason="",
+        plan_reason="fastest",
         group=FakeGroup(),
         ranks=SimpleNamespace(backend="mesh", pids=[], ready=[]),
         ranks_json=list,
@@ -115,6 +111,8 @@ def test_the_cluster_view_follows_the_plan(client, model):
     assert after["nodes"] == 2
     assert after["placement"]["id"] != before["placement"]["id"]
     assert after["prediction"]["step_timings_ms"]["all_reduce"] > 0
+    reasons = (before["plan"]["reason"], after["plan"]["reason"])
+    assert reasons == ("fastest", "re-formed: rank 1 was lost")
 
 
 def test_the_predicted_metrics_follow_the_plan(client, model):

@@ -70,7 +70,7 @@ class ClusterView:
             "plan": {
                 "placement": plan.placement,
                 "trunk": plan.trunk,
-                "reason": model.plan_reason,
+                "reason": info.reason,
                 "all_reduces": plan.all_reduces if plan.nodes > 1 else 0,
                 "backend": model.ranks.backend if plan.nodes > 1 else None,
                 "top_k": model.spec.top_k,

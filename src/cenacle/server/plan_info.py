@@ -27,12 +27,14 @@ class PlanInfo:
 
     Args:
         plan: what each rank holds.
+        reason: why this plan, in one line.
         placement: see `placement_map`.
         prediction: expected speed, or one sentence that says why there is none.
         fingerprint: changes when the same seed may give other text.
     """
 
     plan: Plan
+    reason: str
     placement: dict[str, Any]
     prediction: SpeedPrediction | str
     fingerprint: str
@@ -42,7 +44,7 @@ class PlanTracker:
     """Derives `PlanInfo` again whenever the model's plan was replaced."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        self._model, self._first_plan = model, model.plan
         self._info = self._describe(model.plan)
 
     @property
@@ -55,9 +57,13 @@ class PlanTracker:
 
     def _describe(self, plan: Plan) -> PlanInfo:
         model = self._model
+        reason = model.plan_reason
+        if plan != self._first_plan:
+            reason = f"re-formed: {model.group.state.reason}"
         identity = repr((__version__, model.name, model.spec.to_json(), plan.to_json()))
         return PlanInfo(
             plan,
+            reason,
             placement_map(plan),
             predict_speed(plan, model.config, model.name),
             "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10],
