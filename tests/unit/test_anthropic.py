@@ -16,7 +16,7 @@ from cenacle.server.api.validation import RequestError
 
 SERVED = ServedModel("house", 100, 50)
 API = anthropic.MessagesAdapter()
-HEAD = ResponseMeta("1", 7, "house", "fp_1")
+META = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 EVENT: TypeAdapter[Any] = TypeAdapter(types.RawMessageStreamEvent)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -54,23 +54,23 @@ LOOP: dict[str, Any] = {
 }
 
 
-def read(**fields: Any) -> GenerationRequest:
+def parse(**fields: Any) -> GenerationRequest:
     body = {"model": "house", "max_tokens": 9, "messages": HELLO, **fields}
     return API.parse(json.dumps(body).encode(), SERVED)
 
 
 def test_a_plain_question() -> None:
-    asked = read(temperature=0.5, top_k=3, top_p=0.5, stop_sequences=["a"], stream=True)
-    assert asked.prompts == (tuple(HELLO),)
-    assert (asked.max_tokens, asked.stop, asked.stream) == (9, ("a",), True)
-    sampling = asked.sampling
+    request = parse(temperature=0.5, top_k=3, top_p=0.5, stop_sequences=["a"], stream=True)
+    assert request.prompts == (tuple(HELLO),)
+    assert (request.max_tokens, request.stop, request.stream) == (9, ("a",), True)
+    sampling = request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 3, 0.5)
-    assert read(metadata={"user_id": "me"}, service_tier="auto") == read()
+    assert parse(metadata={"user_id": "me"}, service_tier="auto") == parse()
 
 
 def test_a_round_of_tools_becomes_messages() -> None:
     function = {"name": "weather", "arguments": {"place": "Oslo"}}
-    assert read(**LOOP).prompts[0] == (
+    assert parse(**LOOP).prompts[0] == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Weather in Oslo?"},
         {
@@ -87,18 +87,18 @@ def test_a_round_of_tools_becomes_messages() -> None:
 def test_messages_of_one_role_make_one_turn_and_a_last_one_of_the_assistant_is_continued() -> None:
     one, two = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
     begun = {"role": "assistant", "content": "It is"}
-    asked = read(messages=[one, two, begun])
-    assert asked.prompts[0] == ({"role": "user", "content": "a\nb"}, begun)
-    assert asked.continue_final_message
-    assert not read().continue_final_message
+    request = parse(messages=[one, two, begun])
+    assert request.prompts[0] == ({"role": "user", "content": "a\nb"}, begun)
+    assert request.continue_final_message
+    assert not parse().continue_final_message
     rule = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
-    assert read(messages=[one, rule]).prompts[0][1]["content"] == "Be brief."  # type: ignore
+    assert parse(messages=[one, rule]).prompts[0][1]["content"] == "Be brief."  # type: ignore
 
 
-def test_errors_of_tools_are_said() -> None:
+def test_tool_errors_are_marked() -> None:
     result = {"type": "tool_result", "tool_use_id": "t", "is_error": True, "content": [TEXT]}
     messages = [{"role": "user", "content": [result]}]
-    (message,) = read(messages=messages).prompts[0]
+    (message,) = parse(messages=messages).prompts[0]
     assert message == {"role": "tool", "tool_call_id": "t", "content": "Error: no"}
 
 
@@ -106,24 +106,24 @@ TEXT = {"type": "text", "text": "no"}
 
 
 def test_the_choice_of_tools() -> None:
-    free = read(tools=[TOOL])
+    free = parse(tools=[TOOL])
     assert (len(free.tools), free.forced_call, free.grammar) == (1, None, None)
-    every = read(tools=[TOOL], tool_choice={"type": "any", "disable_parallel_tool_use": True})
+    every = parse(tools=[TOOL], tool_choice={"type": "any", "disable_parallel_tool_use": True})
     assert (every.forced_call, every.parallel_tool_calls, every.grammar is not None) == (
         "required",
         False,
         True,
     )
-    named = read(tools=[{**TOOL, "strict": True}], tool_choice={"type": "tool", "name": "weather"})
+    named = parse(tools=[{**TOOL, "strict": True}], tool_choice={"type": "tool", "name": "weather"})
     assert (named.forced_call, named.grammar is not None) == ("weather", True)
-    assert read(tools=[TOOL], tool_choice={"type": "none"}).tools == ()
+    assert parse(tools=[TOOL], tool_choice={"type": "none"}).tools == ()
 
 
 def test_thinking() -> None:
-    enabled = read(max_tokens=5000, thinking={"type": "enabled", "budget_tokens": 1024})
+    enabled = parse(max_tokens=5000, thinking={"type": "enabled", "budget_tokens": 1024})
     assert (enabled.enable_thinking, enabled.thinking_budget) == (True, 1024)
-    assert read(thinking={"type": "disabled"}).enable_thinking is False
-    assert read(thinking={"type": "adaptive"}).enable_thinking is None
+    assert parse(thinking={"type": "disabled"}).enable_thinking is False
+    assert parse(thinking={"type": "adaptive"}).enable_thinking is None
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_thinking() -> None:
         ),
     ],
 )
-def test_what_is_refused_is_named(fields: dict[str, Any], word: str) -> None:
+def test_refused_parameters_are_named(fields: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError) as caught:
-        read(**fields)
+        parse(**fields)
     status, body = anthropic.render_error(caught.value)
     assert (status, body["type"]) == (400, "error")
     assert body["error"]["type"] == "invalid_request_error"
@@ -170,7 +170,7 @@ def test_errors_have_anthropics_types() -> None:
         return status, body["error"]["type"]
 
     with pytest.raises(InputError) as other_model:
-        read(model="claude")
+        parse(model="claude")
     assert kind(other_model.value) == (404, "not_found_error")
     assert kind(ClusterError("gone")) == (503, "overloaded_error")
     assert kind(CenacleError("oh")) == (500, "api_error")
@@ -185,15 +185,15 @@ PARTS = [
 ]
 
 
-def put_together(parts: list[OutputPart], finish: FinishReason, usage: Usage) -> Any:
+def assemble(parts: list[OutputPart], finish: FinishReason, usage: Usage) -> Any:
     """The message that the official client makes of a stream."""
     from anthropic.lib.streaming._messages import accumulate_event
 
-    reply = API.respond(read(stream=True), HEAD)
-    events = [*reply.first_events(0, Usage(usage.prompt_tokens, 0))]
+    builder = API.respond(parse(stream=True), META)
+    events = [*builder.first_events(0, Usage(usage.prompt_tokens, 0))]
     for part in parts:
-        events += reply.delta(0, part)
-    events += [*reply.finish_choice(0, finish), *reply.finish_stream(usage)]
+        events += builder.delta(0, part)
+    events += [*builder.finish_choice(0, finish), *builder.finish_stream(usage)]
     message: Any = None
     pieces: dict[int, bytes] = {}  # of the JSON of calls
     for name, data in events:
@@ -218,17 +218,17 @@ def test_a_stream_makes_the_whole_message(
     parts: list[OutputPart], finish: FinishReason, why: str
 ) -> None:
     usage = Usage(7, 3, 5)
-    whole = API.respond(read(), HEAD).full_response([ChoiceState(0, parts, finish)], usage)
+    whole = API.respond(parse(), META).full_response([ChoiceState(0, parts, finish)], usage)
     message = types.Message.model_validate(whole)
     assert (message.stop_reason, message.stop_sequence) == (why, finish.string)
     assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (2, 5)
-    streamed = put_together(parts, finish, usage)
+    streamed = assemble(parts, finish, usage)
     assert streamed.model_dump(exclude={"usage"}) == message.model_dump(exclude={"usage"})
     assert streamed.usage.output_tokens == 3
 
 
 def test_the_blocks_of_a_message() -> None:
-    whole = API.respond(read(), HEAD).full_response([ChoiceState(0, PARTS, STOP)], Usage(7, 3))
+    whole = API.respond(parse(), META).full_response([ChoiceState(0, PARTS, STOP)], Usage(7, 3))
     assert whole["content"] == [
         {"type": "thinking", "thinking": "Hm", "signature": ""},
         {"type": "text", "text": "It rains", "citations": None},
@@ -237,14 +237,14 @@ def test_the_blocks_of_a_message() -> None:
 
 
 def test_a_failure_in_the_middle() -> None:
-    ((name, data),) = API.respond(read(), HEAD).error(ClusterError("gone"))
+    ((name, data),) = API.respond(parse(), META).error(ClusterError("gone"))
     assert isinstance(data, dict)
     assert (name, data["error"]["message"]) == ("error", "gone")
 
 
 def test_counting_needs_no_limit() -> None:
     body = {"model": "house", "messages": HELLO, "system": "x", "tools": [TOOL]}
-    asked = anthropic.CountTokensAdapter().parse(json.dumps(body).encode(), SERVED)
-    assert asked.prompts[0][0] == {"role": "system", "content": "x"}
+    request = anthropic.CountTokensAdapter().parse(json.dumps(body).encode(), SERVED)
+    assert request.prompts[0][0] == {"role": "system", "content": "x"}
     with pytest.raises(InputError, match="max_tokens: unknown"):
         anthropic.CountTokensAdapter().parse(json.dumps({**body, "max_tokens": 1}).encode(), SERVED)

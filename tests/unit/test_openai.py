@@ -46,10 +46,10 @@ def text(**fields: Any) -> GenerationRequest:
     return COMPLETIONS.parse(json.dumps({"prompt": "hello", **fields}).encode(), SERVED)
 
 
-def refused(read: Any, body: dict[str, Any]) -> tuple[int, str | None, str | None, str]:
+def refused(parse: Any, body: dict[str, Any]) -> tuple[int, str | None, str | None, str]:
     """Status, param, code and message of the error that a body meets."""
     with pytest.raises(InputError) as caught:
-        read(**body)
+        parse(**body)
     status, data = openai.render_error(caught.value)
     error = data["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -64,7 +64,7 @@ def test_the_defaults_are_those_of_openai() -> None:
 
 
 def test_every_supported_parameter_is_read() -> None:
-    asked = chat(
+    request = chat(
         model="house",
         max_tokens=7,
         temperature=0,
@@ -84,7 +84,7 @@ def test_every_supported_parameter_is_read() -> None:
     )
     sampling = Sampling(0, 0.5, 3, 0.1, -5, 1.1, 1, -1.5, {3: -100.0, 4: 0.5})
     prompts = (tuple(HELLO),)
-    assert asked == GenerationRequest(
+    assert request == GenerationRequest(
         prompts, True, "messages", 7, sampling, ("a", "bc"), 2, True, True
     )
     assert chat(max_completion_tokens=9).max_tokens == 9
@@ -140,7 +140,7 @@ def test_null_counts_as_absent() -> None:
         {"service_tier": "auto"},
     ],
 )
-def test_what_asks_for_nothing_is_accepted(extra: dict[str, Any]) -> None:
+def test_unsupported_parameters_that_request_nothing_are_accepted(extra: dict[str, Any]) -> None:
     assert chat(**extra) == chat()
 
 
@@ -166,14 +166,14 @@ def test_what_asks_for_nothing_is_accepted(extra: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(extra: dict[str, Any], param: str) -> None:
+def test_unsupported_parameters_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
     status, field, code, message = refused(chat, extra)
     assert (status, field, code) == (400, param, "unsupported_parameter")
     assert param in message
 
 
 @pytest.mark.parametrize(
-    ("read", "extra", "param"),
+    ("parse", "extra", "param"),
     [
         (chat, {"temprature": 1}, "temprature"),
         (chat, {"prompt": "x"}, "prompt"),
@@ -188,8 +188,10 @@ def test_what_is_not_supported_is_refused_by_name(extra: dict[str, Any], param: 
         ),
     ],
 )
-def test_what_is_unknown_is_refused_by_name(read: Any, extra: dict[str, Any], param: str) -> None:
-    assert refused(read, extra)[:3] == (400, param, "unknown_parameter")
+def test_unknown_parameters_are_refused_by_name(
+    parse: Any, extra: dict[str, Any], param: str
+) -> None:
+    assert refused(parse, extra)[:3] == (400, param, "unknown_parameter")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_wrong_types_name_the_field(extra: dict[str, Any], param: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "extra", "param"),
+    ("parse", "extra", "param"),
     [
         (chat, {"max_tokens": 0}, "max_tokens"),
         (chat, {"max_completion_tokens": -1}, "max_completion_tokens"),
@@ -271,8 +273,8 @@ def test_wrong_types_name_the_field(extra: dict[str, Any], param: str) -> None:
         (text, {"prompt": ["a"] * 5, "n": 8}, "prompt"),
     ],
 )
-def test_wrong_values_name_the_field(read: Any, extra: dict[str, Any], param: str) -> None:
-    assert refused(read, extra)[:3] == (400, param, "invalid_value")
+def test_wrong_values_name_the_field(parse: Any, extra: dict[str, Any], param: str) -> None:
+    assert refused(parse, extra)[:3] == (400, param, "invalid_value")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_wrong_values_name_the_field(read: Any, extra: dict[str, Any], param: st
         ),
     ],
 )
-def test_messages_say_the_full_path_what_was_expected_and_what_came(
+def test_errors_have_the_full_path_what_was_expected_and_what_was_got(
     extra: dict[str, Any], message: str
 ) -> None:
     assert refused(chat, extra)[3] == message
@@ -332,7 +334,7 @@ def test_messages_say_the_full_path_what_was_expected_and_what_came(
         dict.fromkeys(map(str, range(1000)), "x"),
     ],
 )
-def test_one_of_many_errors_is_looked_for(extra: dict[str, Any]) -> None:
+def test_validation_stops_at_the_first_error(extra: dict[str, Any]) -> None:
     """A body of megabytes that is wrong everywhere costs no more than one that is right."""
     with pytest.raises(ValidationError) as caught:
         openai.ChatCompletionRequest.model_validate({"messages": HELLO, **extra})
@@ -353,7 +355,7 @@ def test_both_limits_at_once_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "extra", "param"),
+    ("parse", "extra", "param"),
     [
         (chat, {"messages": None}, "messages"),
         (text, {"prompt": None}, "prompt"),
@@ -362,8 +364,8 @@ def test_both_limits_at_once_are_refused() -> None:
         (chat, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ],
 )
-def test_what_is_missing_is_named(read: Any, extra: dict[str, Any], param: str) -> None:
-    assert refused(read, extra)[:3] == (400, param, "missing_required_parameter")
+def test_missing_parameters_are_named(parse: Any, extra: dict[str, Any], param: str) -> None:
+    assert refused(parse, extra)[:3] == (400, param, "missing_required_parameter")
 
 
 def test_another_model_is_not_found_and_the_message_says_the_right_one() -> None:
@@ -458,17 +460,17 @@ _DEEP = st.recursive(
 
 @settings(max_examples=250)
 @given(st.sampled_from(range(5)), st.data())
-def test_whatever_comes_is_read_or_refused(which: int, data: Any) -> None:
+def test_any_body_is_parsed_or_refused(which: int, data: Any) -> None:
     adapter, required = _ADAPTERS[which]
     names = st.sampled_from([*adapter.request_model.model_fields, "unknown", "store", "metadata"])
     fields = data.draw(st.dictionaries(names, _DEEP, max_size=4))
     try:
-        asked = adapter.parse(json.dumps({**required, **fields}).encode(), SERVED)
+        request = adapter.parse(json.dumps({**required, **fields}).encode(), SERVED)
     except InputError as error:
         json.dumps(openai.render_error(error))
         json.dumps(anthropic.render_error(error))
     else:
-        assert len(asked.prompts) * asked.n >= 1
+        assert len(request.prompts) * request.n >= 1
 
 
 @pytest.mark.parametrize(
@@ -487,7 +489,7 @@ def test_whatever_comes_is_read_or_refused(which: int, data: Any) -> None:
         {"properties": {str(n): {"type": "string"} for n in range(3000)}},
     ],
 )
-def test_no_schema_breaks_the_reader(schema: dict[str, Any]) -> None:
+def test_no_schema_breaks_parsing(schema: dict[str, Any]) -> None:
     """Refused or read, in the time that a person would wait."""
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     began = time.monotonic()
@@ -505,17 +507,17 @@ def test_a_prompt_must_leave_room_for_an_answer() -> None:
 
 
 def test_choices_have_seeds_of_their_own_and_the_first_has_the_one_given() -> None:
-    asked = chat(seed=2**63 - 1, n=3)
-    assert [asked.sampling_of(i).seed for i in range(3)] == [2**63 - 1, -(2**63), -(2**63) + 1]
+    request = chat(seed=2**63 - 1, n=3)
+    assert [request.sampling_of(i).seed for i in range(3)] == [2**63 - 1, -(2**63), -(2**63) + 1]
     assert chat(n=2).sampling_of(1).seed is None
 
 
-HEAD = ResponseMeta("1", 7, "house", "fp_1")
+META = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 
 
-def replies(**fields: Any) -> ResponseBuilder:
-    return CHAT.respond(chat(**fields), HEAD)
+def respond(**fields: Any) -> ResponseBuilder:
+    return CHAT.respond(chat(**fields), META)
 
 
 def data_of(events: Any) -> list[Any]:
@@ -533,7 +535,7 @@ def test_a_whole_chat_answer() -> None:
     parts = [OutputPart("text", "a"), OutputPart("text", "b")]
     choices = [ChoiceState(1, parts, LENGTH), ChoiceState(0, parts[:1], STOP)]
     head = {"id": "chatcmpl-1", "created": 7, "model": "house", "system_fingerprint": "fp_1"}
-    assert replies().full_response(choices, Usage(3, 2, 1)) == {
+    assert respond().full_response(choices, Usage(3, 2, 1)) == {
         **head,
         "object": "chat.completion",
         "choices": [
@@ -556,7 +558,7 @@ def test_a_whole_chat_answer() -> None:
 
 
 def test_the_chunks_of_a_chat() -> None:
-    plain = replies(stream=True)
+    plain = respond(stream=True)
     parts = (plain.first_events(0, Usage(1, 0)), plain.delta(0, OutputPart("text", "a")))
     chunks = [c for events in (*parts, plain.finish_choice(0, STOP)) for c in data_of(events)]
     deltas = [c["choices"][0]["delta"] for c in chunks]
@@ -565,7 +567,7 @@ def test_the_chunks_of_a_chat() -> None:
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
     assert all("usage" not in c for c in chunks)
     assert data_of(plain.finish_stream(Usage(1, 1))) == ["[DONE]"]
-    counting = replies(stream=True, stream_options={"include_usage": True})
+    counting = respond(stream=True, stream_options={"include_usage": True})
     assert data_of(counting.delta(0, OutputPart("text", "a")))[0]["usage"] is None
     last, done = data_of(counting.finish_stream(Usage(1, 2)))
     assert (last["choices"], last["usage"]["total_tokens"], done) == ([], 3, "[DONE]")
@@ -581,7 +583,7 @@ THOUGHT = [
 
 
 def test_reasoning_and_calls_are_apart_from_the_text() -> None:
-    whole = replies(tools=[WEATHER]).full_response(
+    whole = respond(tools=[WEATHER]).full_response(
         [ChoiceState(0, THOUGHT, STOP)], Usage(1, 2, 0, 1)
     )
     called = {"type": "function", "id": "call_1_0_0", "function": CALL_JSON}
@@ -595,7 +597,7 @@ def test_reasoning_and_calls_are_apart_from_the_text() -> None:
     }
     assert whole["choices"][0]["finish_reason"] == "tool_calls"
     assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
-    stream = replies(tools=[WEATHER], stream=True)
+    stream = respond(tools=[WEATHER], stream=True)
     deltas = [c["delta"] for part in THOUGHT for c in choices_of(stream.delta(0, part))]
     assert deltas == [
         {"reasoning_content": "Hm"},
@@ -674,8 +676,8 @@ def test_the_choice_of_tools() -> None:
             "tool_choice.allowed_tools.tools[0].type",
         ),
     ):
-        asked = {"type": "allowed_tools", "allowed_tools": wrong}
-        assert refused(chat, {"tools": [WEATHER], "tool_choice": asked})[1] == field
+        request = {"type": "allowed_tools", "allowed_tools": wrong}
+        assert refused(chat, {"tools": [WEATHER], "tool_choice": request})[1] == field
 
 
 def test_formats_become_grammars() -> None:
@@ -708,7 +710,7 @@ LOGGED = [
 
 
 def test_log_probabilities_of_a_chat() -> None:
-    asked = {"logprobs": True, "top_logprobs": 2}
+    request = {"logprobs": True, "top_logprobs": 2}
     part = OutputPart("text", "a€", logprobs=tuple(LOGGED))
     logs = {
         "content": [
@@ -730,19 +732,19 @@ def test_log_probabilities_of_a_chat() -> None:
         ],
         "refusal": None,
     }
-    whole = replies(**asked).full_response([ChoiceState(0, [part], STOP)], Usage(1, 1))
+    whole = respond(**request).full_response([ChoiceState(0, [part], STOP)], Usage(1, 1))
     assert whole["choices"][0]["logprobs"] == logs
-    assert choices_of(replies(**asked).delta(0, part))[0]["logprobs"] == logs
+    assert choices_of(respond(**request).delta(0, part))[0]["logprobs"] == logs
     assert chat(logprobs=True).logprobs == 0
     assert chat().logprobs is None
 
 
 def test_log_probabilities_of_a_completion() -> None:
     parts = [OutputPart("text", "a", logprobs=(one,)) for one in LOGGED]
-    reply = COMPLETIONS.respond(text(logprobs=2), HEAD)
-    logs = [choices_of(reply.delta(0, part))[0]["logprobs"] for part in parts]
+    builder = COMPLETIONS.respond(text(logprobs=2), META)
+    logs = [choices_of(builder.delta(0, part))[0]["logprobs"] for part in parts]
     assert [log["text_offset"] for log in logs] == [[0], [1]]
-    whole = COMPLETIONS.respond(text(logprobs=2), HEAD).full_response(
+    whole = COMPLETIONS.respond(text(logprobs=2), META).full_response(
         [ChoiceState(0, parts, STOP)], Usage(1, 1)
     )
     assert whole["choices"][0]["logprobs"] == {
@@ -759,7 +761,7 @@ UNSUPPORTED = "unsupported_parameter"
 
 
 def test_completions_have_their_own_shapes() -> None:
-    plain = COMPLETIONS.respond(text(), HEAD)
+    plain = COMPLETIONS.respond(text(), META)
     whole = plain.full_response([ChoiceState(0, [OutputPart("text", "a")], STOP)], Usage(1, 1))
     assert (whole["id"], whole["object"]) == ("cmpl-1", "text_completion")
     assert whole["choices"][0] == {
@@ -773,7 +775,7 @@ def test_completions_have_their_own_shapes() -> None:
     assert data_of(plain.finish_choice(2, LENGTH))[0]["object"] == "text_completion"
 
 
-def test_what_is_described_is_read() -> None:
+def test_declared_parameters_are_never_unknown() -> None:
     for adapter, required in _ADAPTERS:
         adapter.parse(json.dumps(required).encode(), SERVED)
         for name in adapter.request_model.model_fields:

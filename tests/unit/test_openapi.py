@@ -21,7 +21,7 @@ OPENAPI = openapi.openapi("1")
 PATHS = OPENAPI["paths"]
 HELLO = [{"role": "user", "content": "hello"}]
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
-FRONTS: dict[str, tuple[ApiAdapter, list[dict[str, Any]]]] = {
+BODIES: dict[str, tuple[ApiAdapter, list[dict[str, Any]]]] = {
     "/v1/chat/completions": (
         openai.ChatCompletionsAdapter(),
         [
@@ -104,23 +104,23 @@ def check(path: str, status: str, body: dict[str, Any]) -> None:
     jsonschema.validate(body, content["application/json"]["schema"])
 
 
-@pytest.mark.parametrize("path", FRONTS)
+@pytest.mark.parametrize("path", BODIES)
 def test_bodies_and_answers_are_as_described(path: str) -> None:
-    front, bodies = FRONTS[path]
+    adapter, bodies = BODIES[path]
     schema = PATHS[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     schema = {**schema, "components": OPENAPI["components"]}  # it refers to these
     jsonschema.Draft202012Validator.check_schema(schema)
     for body in bodies:
         jsonschema.validate(body, schema)
-        asked = front.parse(json.dumps(body).encode(), SERVED)
+        request = adapter.parse(json.dumps(body).encode(), SERVED)
         for finish in (FinishReason("stop"), FinishReason("length"), FinishReason("string", "x")):
-            reply = front.respond(asked, ResponseMeta("1", 7, "house", "fp"))
-            check(path, "200", reply.full_response([ChoiceState(0, PARTS, finish)], Usage(3, 2)))
+            builder = adapter.respond(request, ResponseMeta("1", 7, "house", "fp"))
+            check(path, "200", builder.full_response([ChoiceState(0, PARTS, finish)], Usage(3, 2)))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**bodies[0], "unknown": 1}, schema)
 
 
-@pytest.mark.parametrize("path", FRONTS)
+@pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize(
     "error",
     [
@@ -131,7 +131,7 @@ def test_bodies_and_answers_are_as_described(path: str) -> None:
     ],
 )
 def test_errors_are_as_described(path: str, error: CenacleError) -> None:
-    status, body = FRONTS[path][0].render_error(error)
+    status, body = BODIES[path][0].render_error(error)
     check(path, str(status), body)
 
 

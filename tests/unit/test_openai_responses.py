@@ -14,7 +14,7 @@ from cenacle.server.api.protocol import ChoiceState, GenerationRequest, Response
 
 SERVED = ServedModel("house", 100, 50)
 API = openai_responses.ResponsesAdapter()
-HEAD = ResponseMeta("1", 7, "house", "fp_1")
+META = ResponseMeta("1", 7, "house", "fp_1")
 STOP, LENGTH = FinishReason("stop"), FinishReason("length")
 # The client's own types of events, by name.
 EVENTS = {
@@ -63,29 +63,29 @@ LOOP: dict[str, Any] = {
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 
 
-def read(**fields: Any) -> GenerationRequest:
+def parse(**fields: Any) -> GenerationRequest:
     return API.parse(json.dumps({"input": "hello", **fields}).encode(), SERVED)
 
 
 def refused(**fields: Any) -> tuple[str | None, str | None]:
     with pytest.raises(InputError) as caught:
-        read(**fields)
+        parse(**fields)
     error = openai.render_error(caught.value)[1]["error"]
     return error["param"], error["code"]
 
 
 def test_a_plain_question() -> None:
-    asked = read(max_output_tokens=5, temperature=0, seed=3, metadata={"a": "b"}, user="me")
-    assert asked.prompts == (({"role": "user", "content": "hello"},),)
-    assert (asked.max_tokens, asked.sampling.temperature, asked.sampling.seed) == (5, 0, 3)
-    assert asked.echoed_parameters["metadata"] == {"a": "b"}
-    assert asked.is_chat
+    request = parse(max_output_tokens=5, temperature=0, seed=3, metadata={"a": "b"}, user="me")
+    assert request.prompts == (({"role": "user", "content": "hello"},),)
+    assert (request.max_tokens, request.sampling.temperature, request.sampling.seed) == (5, 0, 3)
+    assert request.echoed_parameters["metadata"] == {"a": "b"}
+    assert request.is_chat
 
 
 def test_a_round_of_tools_becomes_messages() -> None:
-    asked = read(**LOOP)
+    request = parse(**LOOP)
     function = {"name": "weather", "arguments": {"place": "Oslo"}}
-    assert asked.prompts[0] == (
+    assert request.prompts[0] == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Weather in Oslo?"},
         {
@@ -96,14 +96,14 @@ def test_a_round_of_tools_becomes_messages() -> None:
         },
         {"role": "tool", "tool_call_id": "call_0_1", "content": "rain"},
     )
-    assert [tool.name for tool in asked.tools] == ["weather"]
-    assert asked.stream
+    assert [tool.name for tool in request.tools] == ["weather"]
+    assert request.stream
 
 
 def test_items_of_one_turn_of_the_assistant_make_one_message() -> None:
     thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]}
     said = {"role": "assistant", "content": "a"}
-    first, second = read(input=[thought, said, thought, CALL, CALL, said]).prompts[0]
+    first, second = parse(input=[thought, said, thought, CALL, CALL, said]).prompts[0]
     assert first == {
         "role": "assistant",
         "content": "a",
@@ -130,7 +130,7 @@ def test_messages_of_parts_and_a_conversation() -> None:
             ],
         },
     ]
-    assert read(input=items).prompts[0] == (
+    assert parse(input=items).prompts[0] == (
         {"role": "system", "content": "a"},
         {"role": "user", "content": "b"},
         {"role": "assistant", "content": "c"},
@@ -164,7 +164,7 @@ def test_messages_of_parts_and_a_conversation() -> None:
         ({"input": [{**CALL, "arguments": "["}]}, "input[0].arguments", "invalid_value"),
     ],
 )
-def test_what_is_refused_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+def test_refused_parameters_are_named(fields: dict[str, Any], param: str, code: str) -> None:
     field, given = refused(**fields)
     assert field == param
     assert given is not None
@@ -174,17 +174,17 @@ def test_what_is_refused_is_named(fields: dict[str, Any], param: str, code: str)
 def test_formats_and_forced_calls_become_grammars() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
-    asked = read(text={"format": form})
-    assert asked.grammar is not None
-    assert asked.echoed_parameters["text"] == {"format": form}
-    forced = read(tools=LOOP["tools"], tool_choice={"type": "function", "name": "weather"})
+    request = parse(text={"format": form})
+    assert request.grammar is not None
+    assert request.echoed_parameters["text"] == {"format": form}
+    forced = parse(tools=LOOP["tools"], tool_choice={"type": "function", "name": "weather"})
     assert (forced.forced_call, forced.grammar is not None) == ("weather", True)
     among = {
         "type": "allowed_tools",
         "mode": "required",
         "tools": [{"type": "function", "name": "weather"}],
     }
-    some = read(tools=LOOP["tools"], tool_choice=among)
+    some = parse(tools=LOOP["tools"], tool_choice=among)
     assert ([tool.name for tool in some.tools], some.forced_call) == (["weather"], "required")
     assert some.echoed_parameters["tool_choice"] == among
 
@@ -204,11 +204,11 @@ PARTS = [
 
 
 def stream(parts: list[OutputPart], finish: FinishReason, usage: Usage, **fields: Any) -> list[Any]:
-    reply = API.respond(read(stream=True, **fields), HEAD)
-    events = [*reply.first_events(0, Usage(3, 0))]
+    builder = API.respond(parse(stream=True, **fields), META)
+    events = [*builder.first_events(0, Usage(3, 0))]
     for part in parts:
-        events += reply.delta(0, part)
-    events += [*reply.finish_choice(0, finish), *reply.finish_stream(usage)]
+        events += builder.delta(0, part)
+    events += [*builder.finish_choice(0, finish), *builder.finish_stream(usage)]
     for name, data in events:
         assert isinstance(data, dict)
         assert name == data["type"]
@@ -219,7 +219,7 @@ def stream(parts: list[OutputPart], finish: FinishReason, usage: Usage, **fields
 def test_a_stream_ends_with_the_whole_response(finish: FinishReason) -> None:
     fields = {"include": [openai_responses.LOGPROBS], "top_logprobs": 1}
     events = stream(PARTS, finish, Usage(3, 9, 2, 4), **fields)
-    whole = API.respond(read(**fields), HEAD).full_response(
+    whole = API.respond(parse(**fields), META).full_response(
         [ChoiceState(0, PARTS, finish)], Usage(3, 9, 2, 4)
     )
     assert events[-1]["response"] == whole
@@ -250,15 +250,15 @@ def test_the_events_of_each_item() -> None:
 
 def test_an_answer_without_a_word() -> None:
     assert (
-        API.respond(read(), HEAD).full_response([ChoiceState(0, [], STOP)], Usage(1, 1))["output"]
+        API.respond(parse(), META).full_response([ChoiceState(0, [], STOP)], Usage(1, 1))["output"]
         == []
     )
     assert len(stream([], STOP, Usage(1, 1))) == 3
 
 
 def test_a_failure_in_the_middle() -> None:
-    reply = API.respond(read(stream=True), HEAD)
-    events = [data for _, data in reply.error(ClusterError("gone"))]
+    builder = API.respond(parse(stream=True), META)
+    events = [data for _, data in builder.error(ClusterError("gone"))]
     assert [e["type"] for e in events if isinstance(e, dict)] == ["error", "response.failed"]
     for event in events:
         EVENTS[event["type"]].model_validate(event)
