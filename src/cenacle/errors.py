@@ -1,10 +1,10 @@
 """What can go wrong, as one tree.
 
-    CenacleError                 caught by the verbs: printed as one sentence, exit code below
-    ├── InputError       (2)     a wrong argument or request: the caller's to correct (HTTP 400)
-    ├── CheckpointError  (3)     the model's files are missing, damaged or not understood
-    ├── PlanError        (4)     the experts cannot be dealt as asked; ask for other nodes or shares
-    ├── Busy             (6)     the queue is full: ask again in a while (HTTP 429)
+    CenacleError                 caught by the commands: printed as one line, exit code below
+    ├── InputError       (2)     a wrong argument or request, for the caller to correct (HTTP 400)
+    ├── CheckpointError  (3)     the model's files are missing, damaged or not supported
+    ├── PlanError        (4)     the model cannot be placed as requested; use other nodes
+    ├── Busy             (6)     the queue is full: try again later (HTTP 429)
     └── ClusterError     (5)     a rank failed, fell silent or could not be started (HTTP 503)
         └── RankLost     (5)     names the rank; the whole group has been ended
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 
 class CenacleError(Exception):
-    """Base of every error a user can meet.
+    """Base of every error that a user may see.
 
-    `exit_code` is the command's exit status; `node_id` the node of a cluster that failed, where it
-    was one.
+    `exit_code` is the exit status of the command; `node_id` the node of a cluster that failed, if
+    one did.
     """
 
     exit_code = 1
@@ -29,8 +29,8 @@ class InputError(CenacleError):
     """A wrong argument or request.
 
     Args:
-        message: what was expected, what was given, what to do.
-        field: the name of the offending field or option, where there is one.
+        message: what was expected, what was received, what to do.
+        field: name of the wrong field or option, if there is one.
     """
 
     exit_code = 2
@@ -47,7 +47,7 @@ class CheckpointError(CenacleError):
 
 
 class PlanError(CenacleError):
-    """The experts cannot be placed as asked."""
+    """The model cannot be placed as requested."""
 
     exit_code = 4
 

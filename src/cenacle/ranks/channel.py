@@ -1,9 +1,9 @@
 """Messages between the front and a rank, over one socket.
 
-Owns: framing (a 4-byte big-endian length, then JSON in UTF-8) and deadlines.
-Does not know: what messages mean.
-Invariant: a call returns or raises within the deadline; a message is sent whole or the channel is
-closed.
+Owns: deadlines, and sending from several threads.
+Does not know: what messages mean (`messages.py`), their framing (`net.py`).
+Invariant: a call returns or raises within the deadline; a message is sent completely, or the
+channel is closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # bytes; a prompt of a million tokens take
 
 
 class ChannelTimeout(ClusterError):
-    """Nothing came within the deadline, or the other side did not take what was sent."""
+    """Nothing was received within the deadline, or the other side did not take a message."""
 
 
 class ChannelClosed(ClusterError):
@@ -38,7 +38,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, deadline_s: float) -> None:
         self._socket, self._deadline_s = sock, deadline_s
-        self.silent = False  # whether it was given up because nothing came
+        self.silent = False  # whether the last receive timed out
         self._sending = threading.Lock()
         sock.settimeout(deadline_s)
 
@@ -67,8 +67,8 @@ class Channel:
         """Wait for one message.
 
         Raises:
-            ChannelTimeout: none came, or not to its end, within the deadline.
-            ChannelClosed: the other side is gone, or what it sends is not a message.
+            ChannelTimeout: no complete message was received within the deadline.
+            ChannelClosed: the other side is gone, or does not send messages.
         """
         (length,) = net.FRAME_HEADER.unpack(self.receive_bytes(net.FRAME_HEADER.size))
         if length > MAX_MESSAGE_BYTES:
@@ -81,7 +81,7 @@ class Channel:
             raise ChannelClosed(f"sent what is not a message ({error})") from error
 
     def receive_bytes(self, count: int) -> bytes:
-        """So many bytes, which a message has announced; raises as `receive`."""
+        """Exactly `count` bytes; raises as `receive`."""
         ends_s = time.monotonic() + self._deadline_s
         self.silent = False
         try:
@@ -93,7 +93,7 @@ class Channel:
             raise ChannelClosed(net.describe_loss(error)) from error
 
     def close(self) -> None:
-        """Close; a receive that waits in another thread ends."""
+        """Close; a `receive` that waits in another thread ends."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
