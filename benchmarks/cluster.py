@@ -1,6 +1,6 @@
-"""A cluster of the demo model on hosts of `net.py`, its clients, and looking at what is left of it.
+"""A cluster that serves the demo model on the hosts of `namespaces.py`, and its clients.
 
-Tests and benchmarks do their worst to it; `benchmarks/host_faults.py` has what that is.
+Tests use it, and the benchmarks that inject faults (`host_faults.py`).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from cenacle.cluster import client
 from cenacle.cluster.messages import Query
 from cenacle.cluster.security import identity as identities
 from cenacle.errors import CenacleError
-from net import Host, Network, enter, inside, until
+from namespaces import Host, Network, enter_namespace, run_in_namespace, wait_until
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
@@ -31,15 +31,15 @@ NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 60}
 JSON = {"Content-Type": "application/json"}
 
 
-def asked(question: str = SUM, tokens: int | None = None, **more: Any) -> dict[str, Any]:
-    """A request for the most likely answer; with `tokens` it goes on for that many."""
+def chat_body(question: str = SUM, tokens: int | None = None, **more: Any) -> dict[str, Any]:
+    """A greedy request; with `tokens` the answer has exactly that many."""
     body = {"messages": [{"role": "user", "content": question}], "temperature": 0, **more}
     return body if tokens is None else body | {"max_tokens": tokens, "logit_bias": {str(END): -100}}
 
 
 class Cluster:
-    """Hosts of which `a` is the head, `b` and `c` join it, and others are strangers; each of the
-    three has the model somewhere else."""
+    """Host `a` is the head, `b` and `c` join it, others are strangers. Each of the three has the
+    model in a different folder."""
 
     def __init__(self, folder: Path, letters: str = "abc") -> None:
         self.network = Network(letters, folder)
@@ -51,54 +51,58 @@ class Cluster:
 
     def up(self, *more: str) -> str:
         """Start the head; the line that it prints for the others."""
-        return head(self.a, "here/answers", "-n", "3", "--port", str(API), "--name", "a", *more)
+        return start_head(
+            self.a, "here/answers", "-n", "3", "--port", str(API), "--name", "a", *more
+        )
 
     def join(self, host: Host, *more: str) -> None:
         """Start the agent of a host."""
         host.start("join", *more, "--name", host.letter)
 
-    def begin(self) -> None:
-        """From nothing to answering."""
+    def start(self) -> None:
+        """Start the head and both agents, and wait until the group answers."""
         line = self.up().split()
         self.token = line[3]
         for host, place in ((self.b, "models"), (self.c, "other/place")):
             self.join(host, *line[1:], "--models", place)
-            until(lambda h=host: f"{h.letter} is in the cluster" in h.log.read_text(), host.letter)
-        self.healthy()
+            wait_until(
+                lambda h=host: f"{h.letter} is in the cluster" in h.log.read_text(), host.letter
+            )
+        self.wait_until_healthy()
 
     def close(self) -> None:
-        """End all that runs on the hosts, and remove them."""
+        """End all programs, and remove the hosts."""
         self.network.close()
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """One request to the API, from the head's host; status 0: nobody listens."""
-        return inside(self.a.name, lambda: call(path, body))
+        return run_in_namespace(self.a.name, lambda: call(path, body))
 
     def answer(self, question: str = SUM, **more: Any) -> str:
-        status, answer = self.ask("/v1/chat/completions", asked(question, **more))
+        status, answer = self.ask("/v1/chat/completions", chat_body(question, **more))
         assert status == 200, answer
         return answer["choices"][0]["message"]["content"]
 
-    def healthy(self) -> dict[str, Any]:
-        """Health once all works."""
+    def wait_until_healthy(self) -> dict[str, Any]:
+        """Wait until /health is ok; returns it."""
 
         def ok() -> dict[str, Any] | None:
             status, health = self.ask("/health")
             return health if status == 200 and health.get("status") == "ok" else None
 
-        return until(ok, f"a group that works; {self.logs()}", 120)
+        return wait_until(ok, f"a group that works; {self.logs()}", 120)
 
     def status(self, host: Host) -> dict[str, Any]:
-        """What `cenacle status` says on a host."""
+        """Output of `cenacle status --json` on a host."""
         done = host.run("status", "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """The machines by name, as the head sees them; none if there is no head."""
+        """The nodes by name, according to the head; empty if there is no head."""
         identity = identities.Identity(self.a.folder / ".config/cenacle/cluster", identities.HEAD)
         try:
-            status = inside(
+            status = run_in_namespace(
                 self.a.name,
                 lambda: client.query_head(identity, "127.0.0.1", CONTROL, Query("status")),
             )
@@ -107,14 +111,14 @@ class Cluster:
         return {n["name"]: n for n in status["nodes"]}
 
     def standing(self) -> Counter[tuple[str, ...]]:
-        """What there is on the members: programs, ports that are listened at, temporary files."""
+        """Programs, listening ports and temporary files of the members, counted."""
         found: Counter[tuple[str, ...]] = Counter()
         for host in self.members:
             for kind in (UP, JOIN, WORKER):
                 found[host.letter, "process", kind] += len(host.pids(kind))
             for address, port in host.listening():
                 found[host.letter, "port", f"{address}:{port}"] += 1
-            for path in host.temporary.iterdir():
+            for path in host.temporary_dir.iterdir():
                 found[host.letter, "file", path.name] += 1
         return +found
 
@@ -124,11 +128,11 @@ class Cluster:
         )
 
 
-def head(host: Host, *words: str) -> str:
-    """Start a head on a host; the line that it prints for the others."""
+def start_head(host: Host, *words: str) -> str:
+    """Start a head on a host; returns the line that it prints for the others."""
     before = len(host.log.read_text()) if host.log.exists() else 0
     host.start("up", *words)
-    found = until(
+    found = wait_until(
         lambda: re.search(r"cenacle (join .*)\n", host.log.read_text()[before:]),
         "the line for other machines",
     )
@@ -153,7 +157,7 @@ def call(
 
 
 class Streaming:
-    """A long answer that is being streamed, and when its pieces came; `last` is the last event.
+    """A long streamed answer with the times of its pieces; `last` is the last event.
 
     Args:
         cluster: of which it is asked.
@@ -163,10 +167,10 @@ class Streaming:
 
     def __init__(self, cluster: Cluster, tokens: int = 200, path: str = CHAT) -> None:
         self.text, self.times = "", []
-        self.error, self.cut = "", False  # what the server said; whether it broke off
+        self.error, self.truncated = "", False  # what the server said; whether it broke off
         self._host = cluster.a.name
         self.last: dict[str, Any] = {}
-        self._path, self._body = path, asked(tokens=tokens, stream=True)
+        self._path, self._body = path, chat_body(tokens=tokens, stream=True)
         if path == MESSAGES:
             del self._body["logit_bias"]
             form = {"format": {"type": "json_schema", "schema": NUMBERS}}
@@ -175,7 +179,7 @@ class Streaming:
         self._thread.start()
 
     def _read(self) -> None:
-        enter(self._host)
+        enter_namespace(self._host)
         connection = http.client.HTTPConnection("127.0.0.1", API, timeout=90)
         done = False
         try:
@@ -191,7 +195,7 @@ class Streaming:
             done = False
         finally:
             connection.close()
-        self.cut = not done and not self.error
+        self.truncated = not done and not self.error
 
     def _take(self, event: dict[str, Any]) -> None:
         self.last = event
@@ -201,8 +205,8 @@ class Streaming:
             self.text += choice["delta"].get("content") or choice["delta"].get("text") or ""
             self.times.append(time.monotonic())
 
-    def begun(self) -> "Streaming":
-        until(lambda: len(self.times) > 20 or self.over, "the first pieces")
+    def wait_for_start(self) -> "Streaming":
+        wait_until(lambda: len(self.times) > 20 or self.over, "the first pieces")
         return self
 
     @property
@@ -210,14 +214,14 @@ class Streaming:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float = 90) -> bool:
-        """Whether it has ended, well or not, after so long."""
+        """Whether it has ended, with or without success, within this time."""
         self._thread.join(seconds)
         return self.over
 
     def end(self, seconds: float = 90) -> str:
         assert self.wait(seconds), "the stream did not end"
         assert not self.error, self.error
-        assert not self.cut, "the stream broke off"
+        assert not self.truncated, "the stream broke off"
         return self.text
 
     @property
@@ -227,7 +231,7 @@ class Streaming:
 
 
 class Health:
-    """Asks /health all the time, and keeps what changed and when."""
+    """Polls /health, and records what changes and when."""
 
     def __init__(self, cluster: Cluster, every_s: float = 0.05) -> None:
         self.changes: list[tuple[float, int, dict[str, Any]]] = []
@@ -237,28 +241,28 @@ class Health:
         self._thread.start()
 
     def _watch(self) -> None:
-        enter(self._host)
+        enter_namespace(self._host)
         last: tuple[Any, ...] | None = None
         while not self._ended.wait(self._every_s):
             status, body = call("/health", timeout=5)
-            now = (status, *(body.get(k) for k in ("status", "nodes", "recoveries")))
-            if now != last:
-                last = now
+            latest = (status, *(body.get(k) for k in ("status", "nodes", "recoveries")))
+            if latest != last:
+                last = latest
                 self.changes.append((time.monotonic(), status, body))
 
     @property
-    def now(self) -> tuple[int, dict[str, Any]]:
+    def latest(self) -> tuple[int, dict[str, Any]]:
         """The last status and body."""
         return self.changes[-1][1:] if self.changes else (0, {})
 
     @property
-    def whole(self) -> bool:
-        """Whether all three machines answer."""
-        status, body = self.now
+    def complete(self) -> bool:
+        """Whether all three nodes take part."""
+        status, body = self.latest
         return status == 200 and body.get("nodes") == 3
 
     def since(self, began: float) -> list[tuple[float, int, dict[str, Any]]]:
-        """What changed after a time, that of `time.monotonic()`."""
+        """Changes after a time of `time.monotonic`."""
         return [change for change in list(self.changes) if change[0] > began]
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""What is done to a cluster of three hosts, and what follows.
+"""Faults of a cluster of three hosts, and how the cluster reacts.
 
-Owns: the faults, each of them a context that does something to a host and undoes it, and looking at
-one of them from the fault until all three machines answer again.
-Hosts are network namespaces (`tests/hosts`), so this needs Linux and the right to make them.
+Owns: the faults, each a context manager that does something to a host and undoes it, and observing
+the cluster from the fault until all three nodes take part again.
+Hosts are network namespaces (`namespaces.py`), so this needs Linux and the right to create them.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from cenacle.errors import CenacleError, ClusterError
 from cenacle.message import Message
 from cenacle.model.byte_ranges import JOURNAL
 from cenacle.ranks.channel import Channel
-from cluster import API, CONTROL, JOIN, UP, WORKER, Cluster, Health, Streaming, head
+from cluster import API, CONTROL, JOIN, UP, WORKER, Cluster, Health, Streaming, start_head
 from fault_record import MAX_DETECTION_S, FaultRecord
-from net import Host, inside
+from namespaces import Host, run_in_namespace
 
-RECOVERED_S = 60.0  # in which the group has to answer again, on a machine that others use too
-LEFT_S = 10.0  # in which whatever was ended has to be gone
+RECOVERY_TIMEOUT_S = 60.0  # until the group answers again, also on a busy machine
+CLEANUP_TIMEOUT_S = 10.0  # until nothing of what was ended is left
 GARBAGE = (b"\0" * 5000, b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff{", b"\x16\x03\x01\x02\x00")
 FOREIGN = "0123456789abcdef"
 
 
-class Broken(Exception):
-    """A promise was broken; says which."""
+class BrokenPromise(Exception):
+    """A promise was broken; the message says which."""
 
 
 def expect(good: object, what: str) -> None:
-    """Raise unless it is so."""
+    """Raise `BrokenPromise` unless the condition holds."""
     if not good:
-        raise Broken(what)
+        raise BrokenPromise(what)
 
 
 class Trial:
-    """A cluster that faults are done to, with two heads of other people beside it.
+    """A cluster to inject faults into, with a rival head and a stranger beside it.
 
     Args:
-        folder: for the hosts' files; a short path, as sockets need.
+        folder: for the files of the hosts; sockets need a short path.
     """
 
     def __init__(self, folder: Path) -> None:
         self.cluster = Cluster(folder, "abcde")
-        self._turns = [host.letter for host in self.cluster.members]  # whose turn it is
+        self._turns = [host.letter for host in self.cluster.members]  # the next one first
         self.rival, self.stranger = self.cluster.others
         try:
-            self.cluster.begin()
+            self.cluster.start()
             self.health = Health(self.cluster)
             self.undisturbed = Streaming(self.cluster).end()
             self.standing = self.cluster.standing()
@@ -71,19 +71,19 @@ class Trial:
             raise
 
     def close(self) -> None:
-        """End it all."""
+        """End all hosts."""
         self.health.close()
         self.cluster.close()
 
-    def whose_turn(self, letters: str) -> Host:
-        """The one of these hosts to which nothing has happened for the longest time: who fails
-        again just when it is back is left out for a while."""
+    def next_host(self, letters: str) -> Host:
+        """The host of these that has had no fault for the longest time, because a node that fails
+        again as soon as it is back is excluded for a while."""
         letter = next(x for x in self._turns if x in letters)
         self._turns = [*(x for x in self._turns if x != letter), letter]
         return next(host for host in self.cluster.members if host.letter == letter)
 
     def wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
-        """Whether it was so in time."""
+        """Whether the condition became true in time."""
         ends = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > ends:
@@ -91,15 +91,15 @@ class Trial:
             time.sleep(0.02)
         return True
 
-    def left(self) -> list[str]:
-        """What is there and was not in the beginning, once all has had time to go."""
-        self.wait_for(lambda: self.cluster.standing() == self.standing, LEFT_S)
+    def leftovers(self) -> list[str]:
+        """What differs from the beginning, once everything has had time to end."""
+        self.wait_for(lambda: self.cluster.standing() == self.standing, CLEANUP_TIMEOUT_S)
         now = self.cluster.standing()
         more = [f"left on {' '.join(what)}" for what in (now - self.standing)]
         return more + [f"missing on {' '.join(what)}" for what in (self.standing - now)]
 
 
-# What can happen to a host. Each is undone at its end.
+# Faults of a host; each is undone at its end.
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def stop_agent(_trial: Trial, host: Host) -> Iterator[None]:
 
 @contextmanager
 def kill_host(trial: Trial, host: Host) -> Iterator[None]:
-    """Nothing comes from it any more and all its programs end at once, as when the power fails."""
+    """Its network goes down and all its programs end at once, as in a power failure."""
     trial.cluster.network.link(host, "down")
     host.kill()
     yield
@@ -156,12 +156,12 @@ def unplug(trial: Trial, host: Host) -> Iterator[None]:
     trial.cluster.network.link(host, "up")
 
 
-# What happens to a host's part of the model. It has the model no more, and fetches its part.
+# Faults of a host's part of the model: it has lost the model, and downloads its part.
 
 
 @contextmanager
 def disk_full(trial: Trial, host: Host) -> Iterator[None]:
-    """It comes back without the model, to a disk that has no room for its part."""
+    """It comes back without the model, and its disk has no room for its part."""
     cache = host.folder / ".cache"
     without_model(host)
     cache.mkdir(exist_ok=True)
@@ -169,8 +169,10 @@ def disk_full(trial: Trial, host: Host) -> Iterator[None]:
     try:
         yield
         trial.cluster.join(host)
-        said = trial.wait_for(lambda: "free on this disk" in why_out(trial, host), RECOVERED_S)
-        expect(said, f"a full disk was not explained: {why_out(trial, host)}")
+        said = trial.wait_for(
+            lambda: "this disk has" in exclusion_reason(trial, host), RECOVERY_TIMEOUT_S
+        )
+        expect(said, f"a full disk was not explained: {exclusion_reason(trial, host)}")
         # Programs of a host have mounts of their own: of this one they see the size only.
         subprocess.run(["mount", "-o", "remount,size=64m", "none", cache], check=True)
     finally:
@@ -179,12 +181,15 @@ def disk_full(trial: Trial, host: Host) -> Iterator[None]:
 
 @contextmanager
 def corrupted(trial: Trial, host: Host) -> Iterator[None]:
-    """It fetches its part; one byte of that is another when its agent is started again."""
+    """It downloads its part, of which one byte is changed before its agent is started again."""
     without_model(host)
     yield
     trial.cluster.join(host)
-    expect(trial.wait_for(lambda: trial.health.whole, RECOVERED_S), "it did not fetch its part")
-    time.sleep(PROVEN_AFTER_S + 1)  # else it is left out for a while, as one that flaps
+    expect(
+        trial.wait_for(lambda: trial.health.complete, RECOVERY_TIMEOUT_S),
+        "it did not fetch its part",
+    )
+    time.sleep(PROVEN_AFTER_S + 1)  # else it is excluded for a while, like a node that flaps
     host.kill(JOIN)
     (part,) = (host.folder / ".cache/cenacle/models").iterdir()
     noted = [json.loads(line) for line in (part / JOURNAL).read_text().split("\n") if line]
@@ -198,54 +203,55 @@ def corrupted(trial: Trial, host: Host) -> Iterator[None]:
     before = len(host.log.read_text())
     trial.cluster.join(host)
     said = trial.wait_for(
-        lambda: "were damaged, and fetched again" in host.log.read_text()[before:], RECOVERED_S
+        lambda: "were damaged and were downloaded again" in host.log.read_text()[before:],
+        RECOVERY_TIMEOUT_S,
     )
     expect(said, "a byte that changed was not noticed")
 
 
 def without_model(host: Host) -> None:
-    """Its agent ends, and its copy of the model and what it has fetched are removed."""
+    """End its agent, and remove its copy of the model and its downloads."""
     host.kill(JOIN)
     for folder in (*host.folder.glob("**/answers"), host.folder / ".cache"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def why_out(trial: Trial, host: Host) -> str:
-    """Why a host does not take part."""
+def exclusion_reason(trial: Trial, host: Host) -> str:
+    """Why a host does not take part, according to the head."""
     return str(trial.cluster.nodes().get(host.letter, {}).get("reason"))
 
 
-# What strangers and mistaken people do.
+# Attempts of strangers, and mistakes.
 
 
 @contextmanager
 def wrong_token(trial: Trial, _host: Host) -> Iterator[None]:
-    """Somebody guesses."""
+    """A stranger guesses a token."""
     where = f"{trial.cluster.a.address}:{CONTROL}"
     guess = pairing.new_token()
     done = trial.stranger.run("join", where, "--token", guess)
-    refused(done, "the token is wrong")
+    expect_refusal(done, "the token is wrong")
     yield
-    nothing_kept(trial.stranger)
+    expect_no_keys(trial.stranger)
 
 
 @contextmanager
 def old_token(trial: Trial, _host: Host) -> Iterator[None]:
-    """Somebody comes too late: to the rival, whose tokens live for less than a second."""
-    line = rival(trial)
+    """A node uses an expired token: of the rival, whose tokens live for less than a second."""
+    line = start_rival(trial)
     done = trial.stranger.run(*line.split())
-    refused(done, "the token has expired")
+    expect_refusal(done, "the token has expired")
     yield
-    nothing_kept(trial.stranger)
+    expect_no_keys(trial.stranger)
 
 
 @contextmanager
 def foreign_certificate(trial: Trial, _host: Host) -> Iterator[None]:
-    """Machines that another authority vouches for, under names that the head knows."""
+    """Nodes with certificates of another authority, under ids that the head knows."""
     folder = trial.stranger.folder / "foreign"
     authority = identities.Authority(folder)
     known = [node["id"] for node in trial.cluster.nodes().values()]
-    expect(len(known) == 3, "the head does not say who belongs to it")
+    expect(len(known) == 3, "the head does not list its nodes")
     for who in (FOREIGN, *known):
         key = identities.new_key()
         certificate = authority.sign(identities.certificate_request(key), who)
@@ -256,7 +262,7 @@ def foreign_certificate(trial: Trial, _host: Host) -> Iterator[None]:
             messages.Query("down"),
             messages.RelayHello(""),
         ):
-            answer = careless(trial, identity, message)
+            answer = request_unverified(trial, identity, message)
             expect(
                 answer is None or answer.get("type") == messages.Rejection.type,
                 f"a foreign certificate of {who} was given {answer}",
@@ -266,8 +272,8 @@ def foreign_certificate(trial: Trial, _host: Host) -> Iterator[None]:
 
 @contextmanager
 def garbage(trial: Trial, _host: Host) -> Iterator[None]:
-    """To every port of every host, from its neighbour; connections stay open until the end."""
-    socks = throw(trial)
+    """Garbage on every port of every host, from its neighbour; connections stay open."""
+    socks = send_garbage(trial)
     expect(len(socks) > 2 * len(GARBAGE), "there were no ports to send anything to")
     yield
     for _, sock in socks:
@@ -276,20 +282,20 @@ def garbage(trial: Trial, _host: Host) -> Iterator[None]:
 
 @contextmanager
 def garbage_forming(trial: Trial, host: Host) -> Iterator[None]:
-    """The same while ranks are being started, when they listen to one another: for a moment, which
-    may be missed, so it is tried three times."""
+    """The same while ranks start and listen for each other. That moment may be missed, so it is
+    tried three times."""
     socks: list[tuple[int, socket.socket]] = []
     for _ in range(3):
         host.kill(WORKER)
-        trial.wait_for(lambda: trial.health.now[0] != 200, MAX_DETECTION_S)
-        ends = time.monotonic() + RECOVERED_S
-        while trial.health.now[0] != 200 and time.monotonic() < ends:
-            socks += throw(trial)
+        trial.wait_for(lambda: trial.health.latest[0] != 200, MAX_DETECTION_S)
+        ends = time.monotonic() + RECOVERY_TIMEOUT_S
+        while trial.health.latest[0] != 200 and time.monotonic() < ends:
+            socks += send_garbage(trial)
             time.sleep(0.02)
         if {port for port, _ in socks} - {CONTROL, API}:
             break
     else:
-        raise Broken("no rank was met while it listened")
+        raise BrokenPromise("no rank was reached while it listened")
     yield
     for _, sock in socks:
         sock.close()
@@ -297,9 +303,9 @@ def garbage_forming(trial: Trial, host: Host) -> Iterator[None]:
 
 @contextmanager
 def two_heads(trial: Trial, host: Host) -> Iterator[None]:
-    """Another head of the same name: neither side takes the other's machines for its own; and one
-    more on the head's own machine, which may not be."""
-    rival(trial)
+    """Another head of the same name, whose nodes are not accepted and which does not accept ours;
+    and a second head on the same machine, which is refused."""
+    start_rival(trial)
     folder = Path(".config/cenacle/cluster")
     ours = identities.Identity(host.folder / folder, "node")
     theirs = identities.Identity(trial.rival.folder / folder, identities.HEAD)
@@ -308,7 +314,7 @@ def two_heads(trial: Trial, host: Host) -> Iterator[None]:
         (theirs, trial.rival, trial.cluster.a),
     ):
         try:
-            answer = inside(
+            answer = run_in_namespace(
                 caller.name,
                 lambda i=identity, h=called: client.query_head(
                     i, h.address, CONTROL, messages.Query("down")
@@ -317,42 +323,42 @@ def two_heads(trial: Trial, host: Host) -> Iterator[None]:
         except ClusterError as error:
             expect("not the head of this machine's cluster" in str(error), f"said {error}")
         else:
-            raise Broken(f"{caller.letter} was obeyed by {called.letter}: {answer}")
+            raise BrokenPromise(f"{called.letter} obeyed {caller.letter}: {answer}")
     again = trial.cluster.a.run(
         *("up", "here/answers", "-n", "3", "--port", "0", "--listen", "0.0.0.0:4748")
     )
-    refused(again, "already running", 2)
+    expect_refusal(again, "already running", 2)
     yield
-    expect(set(trial.cluster.nodes()) == {"a", "b", "c"}, "the machines changed")
+    expect(set(trial.cluster.nodes()) == {"a", "b", "c"}, "the nodes changed")
 
 
-def rival(trial: Trial) -> str:
-    """Another head called `a`, which has no machines; the line that it printed."""
+def start_rival(trial: Trial) -> str:
+    """Start another head called `a`, without nodes; returns the line that it printed."""
     if not trial.rival.pids(UP):
         life = ("--token-minutes", "0.01")
-        line = head(trial.rival, "demo", "-n", "3", "--port", "0", "--name", "a", *life)
+        line = start_head(trial.rival, "demo", "-n", "3", "--port", "0", "--name", "a", *life)
         (trial.rival.folder / "line").write_text(line)
         time.sleep(1.0)
     return (trial.rival.folder / "line").read_text()
 
 
-def refused(done: Any, why: str, status: int = 5) -> None:
-    """A verb ended as it should."""
+def expect_refusal(done: Any, why: str, status: int = 5) -> None:
+    """Check that a command failed with this message."""
     said = done.stderr.strip()
     expect(done.returncode == status, f"expected exit status {status}, got {done.returncode}")
     expect(why in said, f"expected {why!r}, got {said!r}")
     expect("Traceback" not in said, said)
 
 
-def nothing_kept(host: Host) -> None:
-    """Who was refused has no keys."""
+def expect_no_keys(host: Host) -> None:
+    """Check that a refused host has no keys."""
     expect(not list(host.folder.glob(".config/cenacle/cluster/node.*")), "keys were kept")
 
 
-def careless(
+def request_unverified(
     trial: Trial, identity: identities.Identity, message: Message
 ) -> dict[str, Any] | None:
-    """What the head answers to one who does not look whom he talks to; None: it hangs up."""
+    """What the head answers to a client that does not verify it; None: it closes the connection."""
     context = pairing.unverified_tls_context()
     context.load_cert_chain(identity.certificate, identity.key)
 
@@ -364,20 +370,20 @@ def careless(
             return channel.receive()
 
     try:
-        return inside(trial.stranger.name, ask)
+        return run_in_namespace(trial.stranger.name, ask)
     except (CenacleError, ssl.SSLError, OSError):
         return None
 
 
-def throw(trial: Trial) -> list[tuple[int, socket.socket]]:
-    """Send garbage to all ports that are listened at; each with its connection."""
+def send_garbage(trial: Trial) -> list[tuple[int, socket.socket]]:
+    """Send garbage to all listening ports; returns each port with its connection."""
     socks = []
     hosts = trial.cluster.members
     for host, neighbour in zip(hosts, (*hosts[1:], hosts[0]), strict=True):
         for address, port in host.listening():
             caller = host if address.startswith("127.") else neighbour
             for data in (*GARBAGE, os.urandom(3000)):
-                with suppress(OSError):  # a rank has heard all that it was waiting for
+                with suppress(OSError):  # a rank no longer listens
                     sock = caller.connect("127.0.0.1" if caller is host else host.address, port)
                     socks.append((port, sock))
                     sock.sendall(data)
@@ -389,9 +395,9 @@ class Row:
     """A fault, and what is promised.
 
     Args:
-        fault: what is done.
-        hosts: to which of them, in turn.
-        recovers: whether the group ends and is formed again; None: it may.
+        fault: the context manager.
+        hosts: that it is applied to, in turn.
+        recovers: whether the group is ended and re-formed; None: it may be.
         seconds: how long the fault lasts; 0: until the group answers again.
     """
 
@@ -400,33 +406,34 @@ class Row:
     recovers: bool | None = True
     seconds: float = 0.0
 
-    def once(self, trial: Trial, host: Host, found: FaultRecord, longest_s: float = 1e9) -> None:
-        """Do it to a cluster that is whole, which it is again afterwards, and note what follows.
+    def run(self, trial: Trial, host: Host, record: FaultRecord, longest_s: float = 1e9) -> None:
+        """Apply the fault to a complete cluster, and record what follows until it is complete
+        again.
 
         Args:
-            longest_s: no fault lasts longer.
+            longest_s: limit of the duration of the fault.
         """
-        stream = Streaming(trial.cluster).begun()
+        stream = Streaming(trial.cluster).wait_for_start()
         began = time.monotonic()
         try:
             with self.fault(trial, host):
                 if self.seconds:
                     time.sleep(max(0.0, began + min(self.seconds, longest_s) - time.monotonic()))
                 if self.recovers:
-                    trial.wait_for(lambda: recovered(trial, began), RECOVERED_S)
+                    trial.wait_for(lambda: recovery_s(trial, began), RECOVERY_TIMEOUT_S)
             ended = time.monotonic()
-        except Broken as error:
-            found.wrong.append(str(error))
+        except BrokenPromise as error:
+            record.wrong.append(str(error))
             ended = time.monotonic()
-        judge_stream(trial, stream, found)
-        judge(self, trial, host, began, ended, found)
-        left = trial.left()
-        found.left += len(left)
-        found.wrong += left
+        record_stream(trial, stream, record)
+        record_health(self, trial, host, began, ended, record)
+        leftovers = trial.leftovers()
+        record.left += len(leftovers)
+        record.wrong += leftovers
 
 
-def recovered(trial: Trial, began: float) -> float | None:
-    """Seconds after which the group answered again, if it did not and does."""
+def recovery_s(trial: Trial, began: float) -> float | None:
+    """Seconds until the group answered again; None: it did not stop, or does not answer yet."""
     bad = False
     for at, status, _ in trial.health.since(began):
         if status == 200 and bad:
@@ -435,99 +442,105 @@ def recovered(trial: Trial, began: float) -> float | None:
     return None
 
 
-def judge(
-    row: Row, trial: Trial, host: Host, began: float, ended: float, found: FaultRecord
+def record_health(
+    row: Row, trial: Trial, host: Host, began: float, ended: float, record: FaultRecord
 ) -> None:
-    """Note what /health said of a fault, and wait until the cluster is whole."""
-    if not trial.wait_for(lambda: trial.health.whole, RECOVERED_S):
-        found.wrong.append(f"not all machines came back: {trial.health.now}")
+    """Record what /health reported about a fault, and wait until the cluster is complete."""
+    if not trial.wait_for(lambda: trial.health.complete, RECOVERY_TIMEOUT_S):
+        record.wrong.append(f"not all nodes came back: {trial.health.latest}")
     elif trial.health.since(ended):
-        found.back_s.append(trial.health.changes[-1][0] - ended)
+        record.back_s.append(trial.health.changes[-1][0] - ended)
     failures = [(at, body) for at, status, body in trial.health.since(began) if status != 200]
     if row.recovers is False and failures:
-        found.wrong.append(f"the group was ended without need: {failures[0][1]}")
+        record.wrong.append(f"the group was ended unnecessarily: {failures[0][1]}")
     if not failures or row.recovers is False:
         if row.recovers:
-            found.wrong.append("the fault was not noticed")
+            record.wrong.append("the fault was not noticed")
         return
     at, body = failures[0]
-    found.detected_s.append(at - began)
-    if (took := recovered(trial, began)) is not None:
-        found.recovered_s.append(took)
+    record.detected_s.append(at - began)
+    if (took := recovery_s(trial, began)) is not None:
+        record.recovered_s.append(took)
     if row.recovers and at - began > MAX_DETECTION_S:
-        found.wrong.append(f"noticed after {at - began:.1f} s")
-    if not names(str(body.get("reason")), host):
-        found.wrong.append(f"{host.letter} was not named: {body}")
+        record.wrong.append(f"noticed after {at - began:.1f} s")
+    if not names_host(str(body.get("reason")), host):
+        record.wrong.append(f"{host.letter} was not named: {body}")
 
 
-def names(reason: str, host: Host) -> bool:
-    """Whether a reason says which machine it was."""
-    return re.search(rf"\b(on|machine) {host.letter}\b", reason) is not None
+def names_host(reason: str, host: Host) -> bool:
+    """Whether a reason names the host."""
+    return re.search(rf"\b(on|node) {host.letter}\b", reason) is not None
 
 
-def judge_stream(trial: Trial, stream: Streaming, found: FaultRecord) -> None:
-    """Note how an answer went that was under way."""
-    found.answers += 1
-    if not stream.wait(90) or stream.error or stream.cut:
-        found.lost += 1
-        found.wrong.append(f"an answer was lost: {stream.error or 'it broke off'}")
+def record_stream(trial: Trial, stream: Streaming, record: FaultRecord) -> None:
+    """Record how an answer that was being streamed ended."""
+    record.answers += 1
+    if not stream.wait(90) or stream.error or stream.truncated:
+        record.lost += 1
+        record.wrong.append(f"an answer was lost: {stream.error or 'it broke off'}")
     elif stream.text != trial.undisturbed:
-        found.other += 1
-    found.pause_s.append(stream.longest_pause_s)
+        record.other += 1
+    record.pause_s.append(stream.longest_pause_s)
 
 
 @dataclass(frozen=True)
 class HeadRow:
-    """The head ends, by a signal, and is started again. Agents wait for it, and need no token."""
+    """The head is ended by a signal and started again; agents wait for it and need no token."""
 
-    by: signal.Signals
+    number: signal.Signals
     hosts: str = "a"
 
-    def once(self, trial: Trial, _: Host, found: FaultRecord, __: float = 1e9) -> None:
+    def run(self, trial: Trial, _: Host, record: FaultRecord, __: float = 1e9) -> None:
         """See `Row`; detected: until all ranks are gone; recovered: from the head's start."""
-        stream = Streaming(trial.cluster).begun()
+        stream = Streaming(trial.cluster).wait_for_start()
         began = time.monotonic()
         for pid in trial.cluster.a.pids(UP):
-            os.kill(pid, self.by)
+            os.kill(pid, self.number)
         agents = [pid for h in (trial.cluster.b, trial.cluster.c) for pid in h.pids(JOIN)]
         gone = trial.wait_for(
             lambda: not any(h.pids(WORKER) for h in trial.cluster.members), 2 * MAX_DETECTION_S
         )
-        found.detected_s.append(time.monotonic() - began)
+        record.detected_s.append(time.monotonic() - began)
         if not gone:
-            found.wrong.append("ranks outlived the head")
-        if not trial.wait_for(lambda: not trial.cluster.a.pids(), LEFT_S):
-            found.wrong.append("the head did not end")
-        found.answers += 1
+            record.wrong.append("ranks outlived the head")
+        if not trial.wait_for(lambda: not trial.cluster.a.pids(), CLEANUP_TIMEOUT_S):
+            record.wrong.append("the head did not end")
+        record.answers += 1
         ended = stream.wait(10)
-        whole = ended and not stream.error and not stream.cut  # before the head heard of its end
+        whole = (
+            ended and not stream.error and not stream.truncated
+        )  # before the head got the signal
         if not ended:
-            found.lost += 1
-            found.wrong.append("an answer did not end")
+            record.lost += 1
+            record.wrong.append("an answer did not end")
         elif whole:
             pass
-        elif self.by == signal.SIGTERM and "shutting down" not in stream.error:
-            found.lost += 1
-            found.wrong.append(f"an answer had no clean end: {stream.error or 'it broke off'}")
+        elif self.number == signal.SIGTERM and "shutting down" not in stream.error:
+            record.lost += 1
+            record.wrong.append(
+                f"an answer was not ended cleanly: {stream.error or 'it broke off'}"
+            )
         else:
-            found.ended += 1
+            record.ended += 1
         as_far = trial.undisturbed if whole else trial.undisturbed[: len(stream.text)]
         if stream.text != as_far:
-            found.other += 1
+            record.other += 1
         began = time.monotonic()
         trial.cluster.up()
-        if trial.wait_for(lambda: trial.health.since(began) and trial.health.whole, RECOVERED_S):
-            found.recovered_s.append(time.monotonic() - began)
+        if trial.wait_for(
+            lambda: trial.health.since(began) and trial.health.complete, RECOVERY_TIMEOUT_S
+        ):
+            record.recovered_s.append(time.monotonic() - began)
         else:
-            found.wrong.append(f"the cluster did not come back: {trial.health.now}")
+            record.wrong.append(f"the cluster did not come back: {trial.health.latest}")
             return
         if agents != [pid for h in (trial.cluster.b, trial.cluster.c) for pid in h.pids(JOIN)]:
-            found.wrong.append("agents did not wait")
-        judge_stream(trial, Streaming(trial.cluster), found)
-        found.pause_s.clear()
-        left = trial.left()
-        found.left += len(left)
-        found.wrong += left
+            record.wrong.append("agents did not wait")
+        record_stream(trial, Streaming(trial.cluster), record)
+        record.pause_s.clear()
+        leftovers = trial.leftovers()
+        record.left += len(leftovers)
+        record.wrong += leftovers
 
 
 ROWS: dict[str, Row | HeadRow] = {

@@ -1,8 +1,8 @@
-"""What is done to the ranks of a `cenacle serve` on one machine, and what its clients see.
+"""Faults of the ranks of a `cenacle serve` on one machine, and what its clients see.
 
-Owns: the faults, the server and the clients, and looking at one fault from its beginning until the
-group answers again. Three clients stream meanwhile (greedy, drawn with a seed, drawn with
-penalties), and a fourth asks when the ranks are gone already.
+Owns: the faults, the server and its clients, and observing a fault until the group answers again.
+Three clients stream meanwhile (greedy, sampled with a seed, sampled with penalties), and a fourth
+starts after the ranks are gone.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 ENDS = json.loads((DEMO / "generation_config.json").read_text())["eos_token_id"]
 GROUPS = Path("/sys/fs/cgroup/memory")
 TOKENS = 200
-HIT_AFTER = 15  # tokens that the first client has when the fault comes
+FAULT_AFTER_TOKENS = 15  # of the first client
 
 
 def body(question: str, **how: Any) -> dict[str, Any]:
-    """A request whose answer goes on for `TOKENS` tokens."""
+    """A streamed request whose answer has exactly `TOKENS` tokens."""
     endless = {str(end): -100 for end in ENDS}
     messages = [{"role": "user", "content": question}]
-    asked = {"messages": messages, "max_tokens": TOKENS, "logit_bias": endless, "temperature": 0}
-    return {**asked, **how, "stream": True}
+    request = {"messages": messages, "max_tokens": TOKENS, "logit_bias": endless, "temperature": 0}
+    return {**request, **how, "stream": True}
 
 
-ASKED = (
+REQUESTS = (
     body("What is 12 + 30?"),
     body("Who are you?", temperature=0.8, seed=5),
     body("What is 7 + 8?", temperature=0.8, seed=6, presence_penalty=0.5),
@@ -50,19 +50,19 @@ ASKED = (
 
 
 class Client(threading.Thread):
-    """Streams one answer; `text`, `times` of its pieces, and `error` if it did not end well."""
+    """Streams one answer: `text`, `times` of its pieces, and `error` if it failed."""
 
-    def __init__(self, url: str, asked: dict[str, Any]) -> None:
+    def __init__(self, url: str, request: dict[str, Any]) -> None:
         super().__init__(daemon=True)
         self.text, self.error = "", ""
         self.times: list[float] = []
-        self._url, self._asked = url, asked
+        self._url, self._request = url, request
         self.start()
 
     def run(self) -> None:
-        """Read until the end, whatever it is."""
+        """Read until the answer ends or fails."""
         try:
-            with httpx.stream("POST", self._url, json=self._asked, timeout=60) as answer:
+            with httpx.stream("POST", self._url, json=self._request, timeout=60) as answer:
                 if answer.status_code != 200:
                     self.error = f"status {answer.status_code}: {answer.read().decode()}"
                     return
@@ -85,28 +85,28 @@ class Client(threading.Thread):
 
 
 class Server:
-    """A `cenacle serve` of the demo model, and every process that it has had."""
+    """A `cenacle serve` of the demo model, and the ids of all its ranks so far."""
 
     def __init__(self, nodes: int, folder: Path) -> None:
-        self.temporary, log = folder / "tmp", folder / "log"
-        self.temporary.mkdir(exist_ok=True)
+        self.temporary_dir, log = folder / "tmp", folder / "log"
+        self.temporary_dir.mkdir(exist_ok=True)
         command = ["serve", "-m", str(DEMO), "-n", str(nodes), "--port", "0"]
         self._log = log.open("w")
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("cenacle"), *command],
             stdout=self._log,
             stderr=self._log,
-            env={**os.environ, "TMPDIR": str(self.temporary)},
+            env={**os.environ, "TMPDIR": str(self.temporary_dir)},
         )
-        self.seen: set[int] = set()
+        self.all_pids: set[int] = set()
         self.url = self._where(log)
         self.pids()
 
     def _where(self, log: Path) -> str:
         ends = time.monotonic() + 60
         while time.monotonic() < ends and self.process.poll() is None:
-            if found := re.search(r"http://\S+", log.read_text()):
-                return found.group()
+            if record := re.search(r"http://\S+", log.read_text()):
+                return record.group()
             time.sleep(0.05)
         raise SystemExit(f"the server did not start: {log.read_text()}")
 
@@ -119,35 +119,35 @@ class Server:
             return 0, {}
 
     def pids(self) -> list[int]:
-        """Of the present ranks."""
+        """Process ids of the current ranks."""
         pids = [rank["pid"] for rank in self.health()[1].get("ranks", ())]
-        self.seen.update(pids)
+        self.all_pids.update(pids)
         return pids
 
     def left(self, pids: Iterable[int]) -> int:
-        """How many of these processes live, and temporary files with them; of a server that has
-        just ended all will go in a moment."""
+        """Number of these processes that are still alive, and of temporary files, after a short
+        wait."""
 
         def gone() -> bool:
-            return not any(map(alive, pids)) and not any(self.temporary.iterdir())
+            return not any(map(alive, pids)) and not any(self.temporary_dir.iterdir())
 
         if wait_for(gone, 10) is not None:
             return 0
-        return sum(map(alive, pids)) + len(list(self.temporary.iterdir()))
+        return sum(map(alive, pids)) + len(list(self.temporary_dir.iterdir()))
 
-    def ask(self, asked: dict[str, Any]) -> Client:
-        """Begin to stream an answer."""
-        return Client(f"{self.url}/v1/chat/completions", asked)
+    def ask(self, request: dict[str, Any]) -> Client:
+        """Start to stream an answer."""
+        return Client(f"{self.url}/v1/chat/completions", request)
 
     def undisturbed(self) -> list[str]:
-        """What `ASKED` is answered when nothing happens."""
-        clients = [self.ask(asked) for asked in ASKED]
+        """The answers to `REQUESTS` without a fault."""
+        clients = [self.ask(request) for request in REQUESTS]
         for client in clients:
             client.join()
         return [client.text for client in clients]
 
     def close(self) -> None:
-        """End it, gently if it can still hear."""
+        """End the server, by SIGTERM if it still reacts."""
         self.process.terminate()
         try:
             self.process.wait(15)
@@ -158,7 +158,7 @@ class Server:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs, or is stopped."""
+    """Whether a process runs or is stopped."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -167,7 +167,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:
-    """Seconds until it was so; None: it was not."""
+    """Seconds until the condition was true; None: it was not in time."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() - began > seconds:
@@ -178,7 +178,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:
 
 @contextlib.contextmanager
 def starved(pid: int) -> Iterator[None]:
-    """A control group in which the process gets no more memory: the kernel ends it (as root)."""
+    """A control group in which the kernel gives a process no more memory and ends it (as root)."""
     group = GROUPS / f"cenacle-faults-{os.getpid()}"
     group.mkdir()
     try:
@@ -192,11 +192,11 @@ def starved(pid: int) -> Iterator[None]:
         group.rmdir()
 
 
-# The faults: each is given the server, does its worst, and may wait and do more.
+# The faults.
 
 
 def kill(*ranks: int) -> Callable[[Server], None]:
-    """SIGKILL these ranks; negative ones count from the last."""
+    """SIGKILL to these ranks; negative numbers count from the last."""
 
     def do(server: Server) -> None:
         pids = server.pids()
@@ -207,12 +207,12 @@ def kill(*ranks: int) -> Callable[[Server], None]:
 
 
 def stop(server: Server) -> None:
-    """SIGSTOP: the process is there and says nothing."""
+    """SIGSTOP: the process exists and is silent."""
     os.kill(server.pids()[-1], signal.SIGSTOP)
 
 
 def pause(server: Server) -> None:
-    """SIGSTOP for two seconds: shorter than the deadline."""
+    """SIGSTOP for two seconds, less than the timeout."""
     pid = server.pids()[-1]
     os.kill(pid, signal.SIGSTOP)
     time.sleep(2)
@@ -220,44 +220,44 @@ def pause(server: Server) -> None:
 
 
 def kill_twice(server: Server) -> None:
-    """SIGKILL a rank, and one of those that are being started in its place."""
+    """SIGKILL to a rank, and to one of those that are started in its place."""
     old = set(server.pids())
     os.kill(min(old), signal.SIGKILL)
 
     def young() -> list[int]:
         text = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
-        found = {int(pid) for pid in text.split()} - old
+        record = {int(pid) for pid in text.split()} - old
         for task in Path(f"/proc/{server.process.pid}/task").iterdir():
-            found |= {int(pid) for pid in (task / "children").read_text().split()} - old
-        return sorted(pid for pid in found if alive(pid))
+            record |= {int(pid) for pid in (task / "children").read_text().split()} - old
+        return sorted(pid for pid in record if alive(pid))
 
     wait_for(lambda: bool(young()), 10)
     time.sleep(0.5)
     for pid in young()[:1]:
-        server.seen.add(pid)
+        server.all_pids.add(pid)
         os.kill(pid, signal.SIGKILL)
 
 
 def starve(server: Server) -> None:
-    """No more memory for a rank that is given long prompts."""
+    """Give no more memory to a rank while it processes long prompts."""
     pid = server.pids()[-1]
     with starved(pid):
-        for repeats in (60, 80, 100, 120):  # what is free in the process is used up at some time
+        for repeats in (60, 80, 100, 120):  # until the memory that the process has is used up
             client = server.ask(body("12 + 30? " * repeats, max_tokens=2, n=8))
             client.join(60)
             if client.error or not alive(pid):
                 break
 
 
-def kill_front(server: Server) -> None:
-    """SIGKILL the server itself: nobody is left to tell anybody."""
+def kill_server(server: Server) -> None:
+    """SIGKILL to the server itself."""
     server.pids()
     server.process.kill()
     server.process.wait()
 
 
 def end_while_recovering(server: Server) -> None:
-    """SIGTERM while ranks are being started."""
+    """SIGTERM to the server while ranks are started."""
     os.kill(server.pids()[0], signal.SIGKILL)
     wait_for(lambda: server.health()[0] == 503, 10)
     server.process.terminate()
@@ -266,14 +266,21 @@ def end_while_recovering(server: Server) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One fault. `recovers`: the group ends and is formed again; `idle`: nobody is being answered;
-    `ends`: the server is ended, only what it leaves behind counts; `says`: a part of the reason."""
+    """A fault.
 
-    do: Callable[[Server], None]
+    Args:
+        inject: injects it.
+        recovers: the group is ended and re-formed.
+        idle: no request runs.
+        ends: the server is ended; only what it leaves behind counts.
+        reason: part of the reason in /health.
+    """
+
+    inject: Callable[[Server], None]
     recovers: bool = True
     idle: bool = False
     ends: bool = False
-    says: str = ""
+    reason: str = ""
 
 
 ROWS = {
@@ -285,58 +292,58 @@ ROWS = {
     "local-stop": Row(stop),
     "local-stop-idle": Row(stop, idle=True),
     "local-stop-2s": Row(pause, recovers=False),
-    "local-no-memory": Row(starve, says="ran out of memory"),
+    "local-no-memory": Row(starve, reason="ran out of memory"),
     "local-end-recovering": Row(end_while_recovering, ends=True),
-    "local-kill-server": Row(kill_front, ends=True),
+    "local-kill-server": Row(kill_server, ends=True),
 }
 
 
-def why_not(name: str) -> str | None:
-    """Why a row cannot be run here; None: it can."""
-    if ROWS[name].do is starve and not os.access(GROUPS, os.W_OK):
+def unavailable_reason(name: str) -> str | None:
+    """Why a row cannot run here; None: it can."""
+    if ROWS[name].inject is starve and not os.access(GROUPS, os.W_OK):
         return "this process cannot make control groups of memory"
     return None
 
 
-def once(server: Server, row: Row, undisturbed: list[str], found: FaultRecord) -> None:
-    """Do a row's fault to a working server, and note what follows."""
+def run(server: Server, row: Row, undisturbed: list[str], record: FaultRecord) -> None:
+    """Inject a fault into a working server, and record what follows."""
     old, recoveries = server.pids(), server.health()[1]["recoveries"]
-    clients = [] if row.idle else [server.ask(asked) for asked in ASKED]
-    if clients and wait_for(lambda: len(clients[0].times) >= HIT_AFTER, 30) is None:
-        found.wrong.append(f"no answer to disturb: {clients[0].error}")
+    clients = [] if row.idle else [server.ask(request) for request in REQUESTS]
+    if clients and wait_for(lambda: len(clients[0].times) >= FAULT_AFTER_TOKENS, 30) is None:
+        record.wrong.append(f"no answer to disturb: {clients[0].error}")
     began = time.monotonic()
-    doing = threading.Thread(target=row.do, args=(server,))
+    doing = threading.Thread(target=row.inject, args=(server,))
     doing.start()
     if row.ends:
         doing.join()
-        found.left += server.left(server.seen)
-        found.recovered_s.append(time.monotonic() - began)
+        record.left += server.left(server.all_pids)
+        record.recovered_s.append(time.monotonic() - began)
         return
     if row.recovers:
         if wait_for(lambda: server.health()[0] != 200, 12) is None:
-            found.wrong.append("the fault was not noticed")
+            record.wrong.append("the fault was not noticed")
         else:
-            found.detected_s.append(time.monotonic() - began)
-            if row.says not in (reason := server.health()[1].get("reason", "")):
-                found.wrong.append(f"expected {row.says!r} as the reason, got {reason!r}")
-    clients.append(server.ask(ASKED[0]))
+            record.detected_s.append(time.monotonic() - began)
+            if row.reason not in (reason := server.health()[1].get("reason", "")):
+                record.wrong.append(f"expected {row.reason!r} as the reason, got {reason!r}")
+    clients.append(server.ask(REQUESTS[0]))
     doing.join()
     if wait_for(lambda: server.health()[0] == 200, 40) is None:
-        found.wrong.append(f"no recovery: {server.health()[1]}")
+        record.wrong.append(f"no recovery: {server.health()[1]}")
     elif row.recovers:
-        found.recovered_s.append(time.monotonic() - began)
+        record.recovered_s.append(time.monotonic() - began)
     due = [*([] if row.idle else undisturbed), undisturbed[0]]
     for client, expected in zip(clients, due, strict=True):
         client.join(60)
-        found.answers += 1
-        found.lost += bool(client.error) or client.is_alive()
-        found.other += not client.error and client.text != expected
+        record.answers += 1
+        record.lost += bool(client.error) or client.is_alive()
+        record.other += not client.error and client.text != expected
         if client.error:
-            found.wrong.append(client.error)
+            record.wrong.append(client.error)
         gaps = [b - a for a, b in itertools.pairwise(client.times)]
-        found.pause_s.append(max(gaps, default=0.0))
+        record.pause_s.append(max(gaps, default=0.0))
     if row.recovers:
-        found.left += server.left(old)
+        record.left += server.left(old)
     elif server.health()[1]["recoveries"] != recoveries:
-        found.wrong.append("the group was ended without need")
+        record.wrong.append("the group was ended unnecessarily")
     server.pids()

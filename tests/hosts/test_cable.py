@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cenacle.collective import socket_options
-from net import Network, inside, why_not
+from namespaces import Network, run_in_namespace, unavailable_reason
 
-NO_HOSTS = why_not()
+UNAVAILABLE = unavailable_reason()
 OUT_S = 3.6  # a little after Linux would have asked again anyway
 
 
@@ -25,14 +25,14 @@ def knows_longest() -> bool:
     return True
 
 
-@pytest.mark.skipif(NO_HOSTS is not None, reason=f"CABLES ARE NOT TESTED: {NO_HOSTS}")
+@pytest.mark.skipif(UNAVAILABLE is not None, reason=f"CABLES ARE NOT TESTED: {UNAVAILABLE}")
 @pytest.mark.skipif(not knows_longest(), reason="this kernel is older than 6.15")
-def test_what_was_sent_meanwhile_comes_soon_after_a_cable_is_back():
+def test_data_arrives_soon_after_a_cable_is_plugged_in_again():
     with tempfile.TemporaryDirectory(prefix="cable-") as folder:
         network = Network("ab", Path(folder))
         try:
             a, b = network.hosts
-            listener = inside(a.name, lambda: socket.create_server((a.address, 0)))
+            listener = run_in_namespace(a.name, lambda: socket.create_server((a.address, 0)))
             ours = b.connect(a.address, listener.getsockname()[1])
             theirs, _ = listener.accept()
             with listener, ours, theirs:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from net import why_not
+from namespaces import unavailable_reason
 
 FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 ROWS = ("stop-rank", "stop-agent", "link-3s")
-NO_HOSTS = why_not()
+UNAVAILABLE = unavailable_reason()
 
 
-@pytest.mark.skipif(NO_HOSTS is not None, reason=f"FAULTS OF HOSTS ARE NOT TESTED: {NO_HOSTS}")
-def test_what_the_clients_of_a_cluster_see():
+@pytest.mark.skipif(
+    UNAVAILABLE is not None, reason=f"FAULTS OF HOSTS ARE NOT TESTED: {UNAVAILABLE}"
+)
+def test_faults_cost_no_answer():
     command = [sys.executable, str(FAULTS), "--times", "1", "--longest", "8"]
     done = subprocess.run(
         [*command, "--rows", ",".join(ROWS)], capture_output=True, text=True, timeout=300

@@ -18,19 +18,19 @@ import pytest
 
 from cenacle.model.checkpoint import Checkpoint
 from cluster import API, CHAT, CONTROL, JOIN, MESSAGES, SUM, UP, WORKER, Cluster, Streaming
-from net import Capture, until, why_not
+from namespaces import Capture, unavailable_reason, wait_until
 
-NO_HOSTS = why_not()
+UNAVAILABLE = unavailable_reason()
 pytestmark = pytest.mark.skipif(
-    NO_HOSTS is not None, reason=f"CLUSTERS OF SEVERAL HOSTS ARE NOT TESTED: {NO_HOSTS}"
+    UNAVAILABLE is not None, reason=f"CLUSTERS OF SEVERAL HOSTS ARE NOT TESTED: {UNAVAILABLE}"
 )
 
 
 def is_waited_for(cluster: Cluster) -> None:
     """The head has ended: nothing of it is left, and no rank anywhere; agents wait."""
-    until(lambda: not cluster.a.pids(), "the end of all on the head's host", 15)
+    wait_until(lambda: not cluster.a.pids(), "the end of all on the head's host", 15)
     for host in (cluster.b, cluster.c):
-        until(lambda: not host.pids(WORKER), "the end of all ranks", 6)  # noqa: B023
+        wait_until(lambda: not host.pids(WORKER), "the end of all ranks", 6)  # noqa: B023
         assert host.pids(JOIN)
         assert not host.listening()
     with pytest.raises(OSError, match="refused"):
@@ -62,7 +62,7 @@ def undisturbed(cluster) -> str:
     return Streaming(cluster).end()
 
 
-def test_from_nothing_to_answering_with_one_command_each(cluster, capture):
+def test_one_command_per_host_starts_a_cluster(cluster, capture):
     line = cluster.up().split()
     assert line[:2] == ["join", f"{cluster.a.address}:{CONTROL}"]
     cluster.token = line[3]
@@ -71,10 +71,10 @@ def test_from_nothing_to_answering_with_one_command_each(cluster, capture):
     assert "the token is wrong" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     cluster.join(cluster.b, *line[1:], "--models", "models")
-    until(lambda: "b is in the cluster" in cluster.b.log.read_text(), "b")
+    wait_until(lambda: "b is in the cluster" in cluster.b.log.read_text(), "b")
     # No address: the head is found by its name.
     cluster.join(cluster.c, *line[2:], "--models", "other/place")
-    health = cluster.healthy()
+    health = cluster.wait_until_healthy()
     log = cluster.a.log.read_text()
     assert "verification: passed" in log, log
     assert log.index("verification: first a single node") < log.index("verification: passed")
@@ -96,7 +96,7 @@ def test_from_nothing_to_answering_with_one_command_each(cluster, capture):
                 assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
 
-def test_machines_listen_at_their_own_address_only(cluster):
+def test_hosts_listen_on_their_own_address_only(cluster):
     for host in (cluster.b, cluster.c):
         assert {address for address, _ in host.listening()} <= {host.address}
     assert set(cluster.a.listening()) == {("0.0.0.0", CONTROL), ("127.0.0.1", API)}
@@ -117,7 +117,7 @@ def test_nothing_secret_is_in_clear_on_the_control_channel(cluster, capture, und
 
 
 def test_garbage_on_every_port_does_no_harm(cluster, undisturbed):
-    stream = Streaming(cluster).begun()
+    stream = Streaming(cluster).wait_for_start()
     socks = []
     for host in cluster.network.hosts:
         for address, port in host.listening():
@@ -135,29 +135,29 @@ def test_garbage_on_every_port_does_no_harm(cluster, undisturbed):
         sock.close()
 
 
-def test_a_rank_that_is_killed_costs_a_moment_and_no_answer(cluster, undisturbed):
-    stream = Streaming(cluster).begun()
+def test_a_killed_rank_costs_no_answer(cluster, undisturbed):
+    stream = Streaming(cluster).wait_for_start()
     (killed,) = cluster.c.kill(WORKER)
     assert stream.end() == undisturbed
     assert f"rank 2 on c (process {killed}) was killed by SIGKILL" in cluster.a.log.read_text()
-    assert cluster.healthy()["nodes"] == 3
+    assert cluster.wait_until_healthy()["nodes"] == 3
     print(f"a rank killed: longest pause {stream.longest_pause_s:.1f} s")
 
 
-def test_an_agent_that_is_killed_takes_its_rank_along(cluster, undisturbed):
-    stream = Streaming(cluster).begun()
+def test_the_rank_of_a_killed_agent_ends(cluster, undisturbed):
+    stream = Streaming(cluster).wait_for_start()
     began = time.monotonic()
     cluster.b.kill(JOIN)
-    until(lambda: not cluster.b.pids(), "the end of its rank", 5)
-    assert not any(cluster.b.temporary.iterdir())
-    until(lambda: not cluster.nodes()["b"]["connected"], "that it is missed", 5)
+    wait_until(lambda: not cluster.b.pids(), "the end of its rank", 5)
+    assert not any(cluster.b.temporary_dir.iterdir())
+    wait_until(lambda: not cluster.nodes()["b"]["connected"], "that it is missed", 5)
     assert time.monotonic() - began < 5
     assert stream.end() == undisturbed  # on two machines
-    assert cluster.healthy()["nodes"] == 2
+    assert cluster.wait_until_healthy()["nodes"] == 2
     print(f"an agent killed: longest pause {stream.longest_pause_s:.1f} s")
 
 
-def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbed):
+def test_a_returning_node_is_added_between_steps(cluster, undisturbed):
     streams: list[Streaming] = []
     back = threading.Event()
 
@@ -171,7 +171,7 @@ def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbe
         thread.start()
     try:
         cluster.join(cluster.b)  # no token, no address
-        until(lambda: cluster.ask("/health")[1].get("nodes") == 3, "a group of three", 40)
+        wait_until(lambda: cluster.ask("/health")[1].get("nodes") == 3, "a group of three", 40)
     finally:
         back.set()
         for thread in asking:
@@ -187,23 +187,25 @@ def test_a_machine_that_comes_back_is_taken_in_between_steps(cluster, undisturbe
     assert [n["reason"] for n in status["nodes"]] == ["", "", ""]
 
 
-def test_a_cable_that_is_pulled_is_noticed_on_both_sides(cluster, undisturbed):
-    stream = Streaming(cluster).begun()
+def test_an_unplugged_cable_is_noticed_on_both_sides(cluster, undisturbed):
+    stream = Streaming(cluster).wait_for_start()
     (rank,) = cluster.c.pids(WORKER)
     began = time.monotonic()
     cluster.network.link(cluster.c, "down")
-    until(lambda: "c has sent no heartbeat" in cluster.a.log.read_text(), "that it is missed", 6)
+    wait_until(
+        lambda: "c has sent no heartbeat" in cluster.a.log.read_text(), "that it is missed", 6
+    )
     missed = time.monotonic() - began
-    until(lambda: rank not in cluster.c.pids(), "the end of its rank", 6)
+    wait_until(lambda: rank not in cluster.c.pids(), "the end of its rank", 6)
     assert stream.end() == undisturbed
     print(f"cable pulled: missed after {missed:.1f} s, pause {stream.longest_pause_s:.1f} s")
     assert missed < 5
     assert "node c (10.99.0.3) has sent no heartbeat for 4 s" in cluster.a.log.read_text()
     cluster.network.link(cluster.c, "up")
-    until(lambda: cluster.nodes()["c"]["connected"], "c again")  # by itself
+    wait_until(lambda: cluster.nodes()["c"]["connected"], "c again")  # by itself
 
 
-def test_two_heads_do_not_take_each_others_machines(cluster):
+def test_two_heads_do_not_accept_each_others_nodes(cluster):
     again = cluster.a.run("up", "here/answers", "--port", "0")
     assert again.returncode == 2
     assert "the head of this cluster is already running (process " in again.stderr
@@ -211,7 +213,7 @@ def test_two_heads_do_not_take_each_others_machines(cluster):
     its = {"CENACLE_HOME": str(cluster.b.folder / "other")}
     words = ("up", "models/answers", "--port", "0", "--name", "a")  # its name, too
     other = cluster.b.start(*words, **its)
-    line = until(
+    line = wait_until(
         lambda: re.search(r"cenacle join (\S+) --token (\S+)", cluster.b.log.read_text()[before:]),
         "the line of the other head",
     )
@@ -237,11 +239,11 @@ def flip(folder: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster):
-    streams = [Streaming(cluster, 600, path).begun() for path in (CHAT, MESSAGES)]
+def test_a_head_that_is_ended_tells_its_clients_and_agents_wait_for_it(cluster):
+    streams = [Streaming(cluster, 600, path).wait_for_start() for path in (CHAT, MESSAGES)]
     before = cluster.status(cluster.b)["group_id"]
-    (head,) = cluster.a.pids(UP)
-    os.kill(head, signal.SIGTERM)
+    (start_head,) = cluster.a.pids(UP)
+    os.kill(start_head, signal.SIGTERM)
     for stream in streams:
         assert stream.wait()
         assert stream.error == "the server is shutting down"
@@ -260,16 +262,16 @@ def test_a_head_that_is_told_to_end_tells_its_clients_and_is_waited_for(cluster)
     assert "Traceback" not in refused.stderr
     is_waited_for(cluster)
     cluster.up()
-    assert cluster.healthy()["nodes"] == 3
+    assert cluster.wait_until_healthy()["nodes"] == 3
     assert cluster.status(cluster.b)["group_id"] > before
     assert cluster.answer() == "42"
 
 
-def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
-    stream = Streaming(cluster, 600).begun()
+def test_agents_wait_for_a_killed_head_and_need_no_token(cluster):
+    stream = Streaming(cluster, 600).wait_for_start()
     cluster.a.kill(UP)  # not its rank, which notices
     assert stream.wait()
-    assert stream.cut
+    assert stream.truncated
     assert not stream.error
     is_waited_for(cluster)
     hosts = [{"ssh": h.letter, "ips": [h.address], "rdma": []} for h in cluster.members]
@@ -278,11 +280,11 @@ def test_a_head_that_is_killed_is_waited_for_and_needs_no_token(cluster):
     assert wrong.returncode == 2
     assert "expected this machine first" in wrong.stderr
     cluster.up("--hosts", "hosts.json")
-    assert cluster.healthy()["nodes"] == 3
+    assert cluster.wait_until_healthy()["nodes"] == 3
     assert cluster.answer() == "42"
 
 
-def test_all_machines_are_examined_from_any(cluster):
+def test_all_nodes_are_diagnosed_from_any(cluster):
     done = cluster.b.run("doctor", "--cluster", "--json")
     said = json.loads(done.stdout)["nodes"]
     assert set(said) == {"a", "b", "c"}
@@ -292,27 +294,27 @@ def test_all_machines_are_examined_from_any(cluster):
         )
 
 
-def test_a_host_that_dies_is_done_without(cluster, undisturbed):
-    stream = Streaming(cluster).begun()
+def test_the_others_continue_without_a_dead_host(cluster, undisturbed):
+    stream = Streaming(cluster).wait_for_start()
     cluster.c.kill()
     assert stream.end() == undisturbed
-    assert cluster.healthy()["nodes"] == 2
+    assert cluster.wait_until_healthy()["nodes"] == 2
     print(f"a host killed: longest pause {stream.longest_pause_s:.1f} s")
     cluster.join(cluster.c)
-    until(lambda: cluster.nodes()["c"]["connected"], "c again")
+    wait_until(lambda: cluster.nodes()["c"]["connected"], "c again")
 
 
-def test_in_the_end_nothing_is_left(cluster):
+def test_nothing_is_left_at_the_end(cluster):
     done = cluster.c.run("leave")
     assert done.returncode == 0, done.stderr
-    until(lambda: not cluster.c.pids(), "the end of c's agent", 5)
+    wait_until(lambda: not cluster.c.pids(), "the end of c's agent", 5)
     assert not list((cluster.c.folder / ".config/cenacle/cluster").glob("node.*"))
     assert "not part of a cluster" in cluster.c.run("status").stderr
     assert cluster.b.run("down").returncode == 2
     assert cluster.a.run("down").returncode == 0
     for host in cluster.network.hosts:
-        until(lambda: not host.pids(), f"the end of all that ran on {host.letter}", 10)  # noqa: B023
-        assert not any(host.temporary.iterdir())
+        wait_until(lambda: not host.pids(), f"the end of all that ran on {host.letter}", 10)  # noqa: B023
+        assert not any(host.temporary_dir.iterdir())
     assert cluster.ask("/health")[0] == 0
     logs = cluster.logs()
     assert "Exception in callback" not in logs

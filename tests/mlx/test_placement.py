@@ -43,7 +43,7 @@ def place_demo(members, options=PlacementOptions(), links=None):  # noqa: B008  
     return place(SPEC, CHECKPOINT.config, members, links or {}, options, EngineOptions(), "native")
 
 
-def test_the_mesh_where_all_have_it_else_the_ring_and_why():
+def test_the_mesh_if_all_have_it_else_the_ring_with_the_reason():
     both = [node("a"), node("b")]
     assert choose_backend("auto", "f32", both)[0] == "mesh"
     without = [node("a"), node("b", mesh_unavailable_reason="it was not built")]
@@ -62,7 +62,7 @@ def port(device, uuid, to):
     return {"device": device, "uuid": uuid, "to": to}
 
 
-def test_rdma_goes_first_then_cuda_then_the_mesh():
+def test_rdma_is_preferred_to_cuda_and_cuda_to_the_mesh():
     """As reports say; only mesh and ring were ever run between machines."""
     macs = {"mesh_unavailable_reason": "not on macOS"}
     a = node("a", **macs, thunderbolt=[port("rdma_en2", "A2", "B5"), port("rdma_en3", "A3", "C2")])
@@ -127,7 +127,7 @@ Ethernet Address: aa:bb:cc:dd:ee:02
 DEVICES = "    device     node GUID\n    ------     ------\n    rdma_en2   8005c2d1a5a50000\n"
 
 
-def test_ports_are_read_from_what_macos_says():
+def test_ports_are_read_from_the_output_of_macos():
     assert thunderbolt.rdma_ports(json.dumps(PROFILE), HARDWARE, DEVICES) == [
         port("rdma_en2", "AAAA", "BBBB")
     ]
@@ -137,13 +137,13 @@ def test_ports_are_read_from_what_macos_says():
         assert thunderbolt.rdma_ports(other, HARDWARE, DEVICES) == []
 
 
-def test_placements_are_judged_on_the_machines_as_measured():
+def test_placements_are_compared_on_the_measured_machines():
     """A slow link makes whole experts and one exchange a layer better than cutting the trunk."""
     members = [node("a", memory_bytes=32 * GB), node("b", memory_bytes=32 * GB)]
     quick, slow = ({(0, 1): Link(latency, GB)} for latency in (10e-6, 20e-3))
     plan, why = place_demo(members, links=slow)
     assert plan.trunk == "replicated"
-    assert "20 ms an exchange, as measured" in why
+    assert "20 ms per all-reduce, as measured" in why
     assert "10 GB/s" in why or "7 GB/s" in why
     known = measured_machines(CHECKPOINT.config, members, quick, "mesh")
     assert known.machines[0].family == "cpu"
@@ -167,7 +167,7 @@ HOSTS = [
 ]
 
 
-def test_a_hosts_file_says_who_is_awaited_and_where_they_choose_backend(tmp_path):
+def test_a_hosts_file_gives_the_expected_nodes_and_their_addresses(tmp_path):
     file = tmp_path / "hosts.json"
     file.write_text(json.dumps(HOSTS))
     hosts = hostsfile.read(file)
@@ -197,13 +197,13 @@ def test_a_hosts_file_says_who_is_awaited_and_where_they_choose_backend(tmp_path
     ["", "{}", "[]", "[1]", '[{"ssh": "a"}]', '[{"ssh": "a", "ips": ["nonsense"]}]', '{"hosts": 5}',
      '[{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.1"]}]'],
 )  # fmt: skip
-def test_hosts_files_that_are_none(tmp_path, text):
+def test_malformed_hosts_files_are_refused(tmp_path, text):
     (tmp_path / "hosts.json").write_text(text)
     with pytest.raises(InputError, match="--hosts: "):
         hostsfile.read(tmp_path / "hosts.json")
 
 
-def test_machines_are_dealt_by_speed_but_not_by_noise():
+def test_nodes_are_weighted_by_speed_but_not_by_noise():
     assert speed_weights([node("a", 10 * GB), node("b", 12 * GB)]) == [1, 1]
     assert speed_weights([node("a", 20 * GB), node("b", 10.1 * GB)]) == [2, 1]
     plan, why = place_demo([node("a", 20 * GB), node("b", 10 * GB)])
@@ -211,7 +211,7 @@ def test_machines_are_dealt_by_speed_but_not_by_noise():
     assert plan.bytes_of(0)["experts"] > 1.6 * plan.bytes_of(1)["experts"]
 
 
-def test_what_does_not_fit_by_speed_is_dealt_by_memory():
+def test_nodes_are_weighted_by_memory_if_the_model_does_not_fit_by_speed():
     plan, _ = place_demo([node("a"), node("b")])
     own = plan.bytes_of(0)["total"]
     enough = estimate_memory(CHECKPOINT.config, plan, 0, EngineOptions(), "native").unshared + 4096
@@ -221,7 +221,7 @@ def test_what_does_not_fit_by_speed_is_dealt_by_memory():
     assert plan.bytes_of(0)["total"] < own < plan.bytes_of(1)["total"]
 
 
-def test_what_fits_nowhere_is_refused_by_name():
+def test_a_model_that_does_not_fit_is_refused_with_the_node():
     with pytest.raises(PlanError, match=r"^b: rank 1 needs .* MB are available"):
         place_demo([node("a"), node("b", free=50 * 10**6)], PlacementOptions(node_weights=(1, 1)))
     metal = {"memory_size": 64 * GB, "max_recommended_working_set_size": 100 * 10**6}
@@ -229,15 +229,15 @@ def test_what_fits_nowhere_is_refused_by_name():
         place_demo([node("a"), node("b", metal=metal)])
 
 
-def test_slow_links_are_seen_and_named():
+def test_slow_links_are_named():
     members = [node("a"), node("b"), node("c")]
     found = {(0, 1): Link(50e-6, GB), (0, 2): Link(300e-6, 2 * GB), (1, 2): Link(40e-6, GB / 10)}
     said = describe_links(members, found)
     assert said == "links: latency at most 300 us (a to c), bandwidth at least 0.10 GB/s"
-    assert "0.4 ms an exchange" in place_demo(members, links=found)[1]
+    assert "0.4 ms per all-reduce" in place_demo(members, links=found)[1]
 
 
-def test_links_are_measured_and_strangers_are_not_answered():
+def test_links_are_probed_and_strangers_are_not_answered():
     secret = b"s" * 16
     port = link_probe.serve_probe("127.0.0.1", secret)
     with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
@@ -251,7 +251,7 @@ def test_links_are_measured_and_strangers_are_not_answered():
         link_probe.probe_link("127.0.0.1", port, secret)  # it answers once
 
 
-def test_models_are_found_by_name_wherever_they_are(tmp_path):
+def test_models_are_found_by_name(tmp_path):
     kept = tmp_path / "kept"
     (kept / "some").mkdir(parents=True)
     (kept / "org--name").mkdir()
@@ -264,7 +264,7 @@ def test_models_are_found_by_name_wherever_they_are(tmp_path):
     assert node_info.find_model("other", [kept]) is None
 
 
-def test_checkpoints_are_told_apart(tmp_path):
+def test_checkpoints_have_different_digests(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy)
     assert node_info.checkpoint_digest(copy) == node_info.checkpoint_digest(DEMO)
@@ -275,7 +275,7 @@ def test_checkpoints_are_told_apart(tmp_path):
     assert node_info.checkpoint_digest(copy) != node_info.checkpoint_digest(DEMO)
 
 
-def test_what_a_node_reports_is_what_decisions_need():
+def test_a_node_reports_what_decisions_need():
     info = NodeInfo.from_json(json.loads(json.dumps(node_info.describe_node().to_json())))
     assert info.memory_bytes > info.available_bytes > 0
     assert info.memory_bytes > node_info.available_bytes() > 0

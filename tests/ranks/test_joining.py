@@ -91,7 +91,7 @@ def names(head):
     return {n["name"]: n for n in head.status()["nodes"]}
 
 
-def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path):
+def test_a_node_pairs_once_and_is_a_member_from_then_on(head, tmp_path):
     identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), "two")
     assert identity.load_settings()["name"] == "two"
     assert not names(head)["two"]["connected"]
@@ -109,7 +109,7 @@ def test_a_machine_joins_by_token_once_and_is_known_from_then_on(head, tmp_path)
 
 
 @pytest.mark.parametrize("token", ["0000-0000-0000-0000", "nonsense"])
-def test_a_wrong_token_lets_nobody_in(head, tmp_path, token):
+def test_a_wrong_token_is_refused(head, tmp_path, token):
     before = head.status()["nodes"]
     with pytest.raises((ClusterError, InputError), match="token"):
         pair_with_head(tmp_path, HOST, head.port, token, "bad")
@@ -117,7 +117,7 @@ def test_a_wrong_token_lets_nobody_in(head, tmp_path, token):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_old_token_lets_nobody_in(tmp_path):
+def test_an_expired_token_is_refused(tmp_path):
     head = Head(tmp_path / "head", HOST, 0, "one", token_life_s=0.0)
     try:
         with pytest.raises(
@@ -129,7 +129,7 @@ def test_an_old_token_lets_nobody_in(tmp_path):
         head.close()
 
 
-def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
+def test_a_man_in_the_middle_learns_nothing_and_is_noticed(head, tmp_path):
     """A man in the middle with a certificate of his own passes every message on."""
     other = identities.Authority(tmp_path / "other").identity.server_tls_context()
     other.verify_mode = ssl.CERT_NONE
@@ -163,7 +163,7 @@ def test_whoever_stands_between_learns_nothing_and_is_noticed(head, tmp_path):
     )  # it is still good
 
 
-def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
+def test_a_head_that_does_not_know_the_token_is_refused(tmp_path):
     """It says yes to everyone."""
     authority = identities.Authority(tmp_path / "other")
     server = authority.identity.server_tls_context()
@@ -192,7 +192,7 @@ def test_a_head_that_does_not_know_the_token_is_not_believed(tmp_path):
     assert not (tmp_path / "n").exists()
 
 
-def test_another_clusters_machine_is_refused_and_told_why(head, tmp_path):
+def test_a_node_of_another_cluster_is_refused_with_the_reason(head, tmp_path):
     other = Head(tmp_path / "other", HOST, 0, "one")
     try:
         theirs = pair_with_head(tmp_path / "n", HOST, other.port, other.invite(), "n")
@@ -350,7 +350,7 @@ def test_a_wrong_result_of_an_order_is_an_error_that_names_the_node(head, tmp_pa
         assert error.value.node_id == node.id
 
 
-def test_only_the_head_may_end_it_or_invite(head, tmp_path):
+def test_only_the_head_may_end_the_cluster_or_invite(head, tmp_path):
     identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), "curious")
     for name in ("down", "invite", "remove"):
         with pytest.raises(ClusterError, match="only the head's own machine"):
@@ -364,7 +364,7 @@ def test_only_the_head_may_end_it_or_invite(head, tmp_path):
         query(head.identity, head.port, "remove", "nobody")
 
 
-def test_who_left_or_was_struck_needs_a_new_token(head, tmp_path):
+def test_a_node_that_left_or_was_removed_needs_a_new_token(head, tmp_path):
     for way in ("leave", "remove"):
         identity = pair_with_head(tmp_path / way, HOST, head.port, head.invite(), way)
         with agent(identity, head.port) as (_, ended):
@@ -388,7 +388,7 @@ def test_other_versions_are_explained(head, tmp_path, monkeypatch):
     assert "pip install cenacle==" in str(ended[0])
 
 
-def test_orders_to_who_is_not_there_fail_at_once(head):
+def test_orders_to_a_missing_node_fail_at_once(head):
     before = time.monotonic()
     from cenacle.cluster.membership import Node
 
@@ -398,7 +398,7 @@ def test_orders_to_who_is_not_there_fail_at_once(head):
     assert time.monotonic() - before < 1
 
 
-def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
+def test_a_head_keeps_its_roster_and_runs_once(tmp_path):
     head = Head(tmp_path / "h", HOST, 0, "one")
     port = head.port
     identity = pair_with_head(tmp_path / "n", HOST, port, head.invite(), "two")
@@ -414,7 +414,7 @@ def test_a_head_remembers_and_there_is_one_of_it(tmp_path):
     assert "does not answer" in said[1]
 
 
-def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypatch):
+def test_a_model_that_does_not_fit_on_the_remaining_nodes_waits(tmp_path, monkeypatch):
     """Each of two machines has room for half of the demo model, not for all of it."""
     checkpoint = Checkpoint.open(DEMO)
     spec, options = read_model_spec(checkpoint), EngineOptions()
@@ -455,7 +455,7 @@ def test_what_does_not_fit_on_what_is_left_waits_and_says_so(tmp_path, monkeypat
         head.close()
 
 
-def test_a_machine_of_one_cluster_is_not_another_heads(head, tmp_path):
+def test_a_node_of_one_cluster_does_not_join_another(head, tmp_path):
     mine = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "mine")
     other = Head(tmp_path / "other", HOST, 0, "one")  # of the same name
     try:
@@ -474,7 +474,7 @@ def test_a_machine_of_one_cluster_is_not_another_heads(head, tmp_path):
     assert identities.Identity(tmp_path / "n", "node").load_settings()["port"] == head.port
 
 
-def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
+def test_an_agent_refuses_orders_of_an_older_group(tmp_path):
     old = Agent(identities.Identity(tmp_path, "node"), HOST, 1, [])
     old._ranks.group_id = 7
     order = messages.StartRank(6, 0, 0, "mesh", (), (), "", "", "")
@@ -482,7 +482,7 @@ def test_an_agent_does_not_do_what_an_older_formation_wants(tmp_path):
         asyncio.run(old._start_rank(order))
 
 
-def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
+def test_a_node_that_cannot_be_added_does_not_disturb_the_group(tmp_path, monkeypatch):
     monkeypatch.setattr("cenacle.cluster.membership.MIN_PRESENCE_S", 0.3)
     monkeypatch.setattr("cenacle.cluster.membership.COOLDOWN_S", 1.0)
     for at, change in (("here", ""), ("there", " ")):
@@ -524,7 +524,7 @@ def test_who_cannot_be_taken_in_leaves_the_group_alone(tmp_path, monkeypatch):
         head.close()
 
 
-def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_path, monkeypatch):
+def test_a_failed_formation_is_blamed_on_the_node_that_failed(tmp_path, monkeypatch):
     for at, change in (("here", ""), ("there", " ")):
         shutil.copytree(DEMO, tmp_path / at / "answers")
         config = tmp_path / at / "answers" / "config.json"
@@ -547,7 +547,7 @@ def test_a_group_that_cannot_be_made_is_blamed_on_the_machine_that_said_why(tmp_
         head.close()
 
 
-def test_every_machine_is_examined_by_its_own_agent(tmp_path, monkeypatch):
+def test_every_node_is_diagnosed_by_its_own_agent(tmp_path, monkeypatch):
     head = Head(tmp_path / "h", HOST, 0, "one")
     try:
         two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
@@ -605,7 +605,7 @@ def test_a_slow_link_is_refused_before_anything_is_loaded(tmp_path, monkeypatch)
         head.close()
 
 
-def test_errors_of_addresses(tmp_path):
+def test_addresses_that_cannot_be_used(tmp_path):
     assert client.read_address("10.0.0.1") == ("10.0.0.1", 4747)
     assert client.read_address("[fd00::1]:99") == ("fd00::1", 99)
     for wrong in ("", "x:y", "x:0", "x:99999", ":5"):
@@ -621,7 +621,7 @@ def test_errors_of_addresses(tmp_path):
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_services_are_what_their_readers_read(tmp_path, monkeypatch, platform):
+def test_service_files_can_be_parsed(tmp_path, monkeypatch, platform):
     import configparser
     import plistlib
     import shlex

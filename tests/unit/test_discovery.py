@@ -8,7 +8,7 @@ from cenacle.errors import ClusterError, InputError
 ONE, TWO = DiscoveredHead("one", "10.0.0.1", 4747), DiscoveredHead("two", "10.0.0.2", 4747)
 
 
-def test_the_only_head_is_meant_and_several_are_asked_about():
+def test_the_only_head_is_chosen_and_several_need_a_name():
     assert choose_head([ONE]) == ONE
     assert choose_head([ONE, TWO], "two") == TWO
     with pytest.raises(InputError, match=r"one .10.0.0.1:4747., two .10.0.0.2:4747.; choose one"):
@@ -19,7 +19,7 @@ def test_the_only_head_is_meant_and_several_are_asked_about():
         choose_head([])
 
 
-def test_what_listens_on_this_machine_only_is_not_announced():
+def test_a_head_on_the_loopback_device_is_not_announced():
     failures = []
     announcement = HeadAnnouncement("one", ["127.0.0.1", "::1"], 4747, failures.append)
     assert not announcement._thread.is_alive()

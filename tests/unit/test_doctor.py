@@ -94,7 +94,7 @@ LINUX = HostFacts(
 )
 
 
-def test_what_is_well_is_said_to_be():
+def test_good_findings():
     for facts in (MAC, LINUX):
         found = examine(facts)
         assert [f.level for f in found] == ["good"] * len(found)
@@ -103,7 +103,7 @@ def test_what_is_well_is_said_to_be():
     assert "rdma_en2, rdma_en3" in " ".join(f.message for f in examine(MAC))
 
 
-def test_a_machine_that_says_nothing_is_not_found_ill():
+def test_missing_facts_are_no_findings():
     assert examine(HostFacts("Darwin")) == examine(HostFacts("Linux")) == []
 
 
@@ -254,7 +254,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("well", "outputs", "level", "message", "fix"), CASES)
-def test_each_illness_is_found(well, outputs, level, message, fix):
+def test_each_problem_is_found(well, outputs, level, message, fix):
     facts = replace(well, outputs={**well.outputs, **outputs})
     findings = [f for f in examine(facts) if f.level != "good"]
     assert any(f.level == level and message in f.message and fix in f.fix for f in findings), (
@@ -283,12 +283,12 @@ def test_each_illness_is_found(well, outputs, level, message, fix):
         ({"clock_skew_s": -95.0}, "bad", "95 s behind"),
     ],
 )
-def test_each_illness_of_any_machine_is_found(change, level, what):
+def test_each_problem_of_any_system_is_found(change, level, what):
     found = [f for f in examine(replace(LINUX, **change)) if f.level != "good"]
     assert [(f.level, what in f.message, bool(f.fix)) for f in found] == [(level, True, True)]
 
 
-def test_kernels_that_are_missing_are_said_to_be():
+def test_missing_kernels_are_reported():
     found = examine(replace(LINUX, kernels_unavailable_reason="no compiler"))
     assert any("no compiler" in f.message for f in found if f.level == "warning")
 
@@ -299,7 +299,7 @@ def test_the_worst_comes_first():
 
 
 @pytest.mark.parametrize("ahead_s", [0, 3600])
-def test_the_head_s_clock_is_asked_for(ahead_s):
+def test_the_clock_of_the_head_is_compared(ahead_s):
     class Head(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response_only(503)
@@ -317,7 +317,7 @@ def test_the_head_s_clock_is_asked_for(ahead_s):
     assert facts.clock_skew_s == pytest.approx(ahead_s, abs=3)
 
 
-def test_this_machine_is_asked_and_the_verb_says_how_it_is(monkeypatch):
+def test_the_command_checks_this_machine(monkeypatch):
     result = CliRunner().invoke(app, ["doctor", "--json"])
     said = json.loads(result.stdout.splitlines()[-1])
     assert result.exit_code == (0 if said["healthy"] else 1)

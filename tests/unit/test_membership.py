@@ -52,7 +52,7 @@ def connected(who, at=0.0, group_id=0, **versions):
 TWO = (NodeRegistered("head", "a"), NodeRegistered("n", "b"))
 
 
-def test_a_group_forms_when_enough_have_come():
+def test_a_group_starts_when_enough_nodes_are_connected():
     state, done = replay(*TWO, GroupRequested(2), connected("n"))
     assert (state.phase, done) == ("waiting", [])
     assert [n.reason for n in ineligible_nodes(state)] == ["has not connected yet"]
@@ -63,7 +63,7 @@ def test_a_group_forms_when_enough_have_come():
     assert state.phase == "running"
 
 
-def test_all_that_are_known_are_waited_for_unless_a_number_is_given():
+def test_all_nodes_of_the_cluster_are_waited_for_unless_a_number_is_given():
     known = (*TWO, NodeRegistered("m", "c"), connected("head"), connected("n"))
     assert replay(*known, GroupRequested(0))[1] == []
     assert replay(*known, GroupRequested(0), connected("m"))[1] == [
@@ -78,14 +78,14 @@ def test_all_that_are_known_are_waited_for_unless_a_number_is_given():
     ]
 
 
-def test_without_the_heads_own_machine_there_is_no_group():
+def test_no_group_without_the_heads_own_node():
     assert (
         replay(*TWO, NodeRegistered("m", "c"), connected("n"), connected("m"), GroupRequested(2))[1]
         == []
     )
 
 
-def test_who_is_silent_is_lost_and_named():
+def test_a_silent_node_is_lost_and_named():
     state, done = replay(
         *TWO, connected("head"), connected("n"), Heartbeat("head", HEARTBEAT_TIMEOUT_S)
     )
@@ -99,7 +99,7 @@ def test_who_is_silent_is_lost_and_named():
     assert not ineligible_nodes(replay(connected("n", 9.0), Heartbeat("head", 9.0), state=state)[0])
 
 
-def test_other_versions_are_refused_and_told_what_to_do():
+def test_other_versions_are_rejected_with_advice():
     state, done = replay(*TWO, GroupRequested(2), connected("head"), connected("n", mlx="2.1"))
     (refuse,) = done
     assert isinstance(refuse, Reject)
@@ -110,7 +110,7 @@ def test_other_versions_are_refused_and_told_what_to_do():
     ]
 
 
-def test_who_was_removed_does_not_come_back():
+def test_a_removed_node_cannot_reconnect():
     state, done = replay(
         *TWO,
         connected("head"),
@@ -125,7 +125,7 @@ def test_who_was_removed_does_not_come_back():
     assert list(state.nodes) == ["head"]
 
 
-def test_one_group_at_a_time_and_each_has_a_higher_number():
+def test_one_group_at_a_time_with_increasing_ids():
     state, done = replay(
         *TWO, connected("head"), connected("n"), GroupRequested(2), GroupReady(1), GroupRequested(2)
     )
@@ -169,7 +169,7 @@ def two_of_three():
     return state
 
 
-def test_who_comes_back_is_taken_in_when_it_has_stayed():
+def test_a_returning_node_is_added_after_the_minimum_presence():
     state, done = replay(*heartbeats(20.0 + MIN_PRESENCE_S - 0.1), state=two_of_three())
     assert done == []
     assert "after it has been connected for 5 s" in exclusion_reason(state, state.nodes["m"])
@@ -185,7 +185,7 @@ def test_who_comes_back_is_taken_in_when_it_has_stayed():
     assert not ineligible_nodes(state)
 
 
-def test_who_comes_and_goes_is_not_taken_in():
+def test_a_node_that_keeps_reconnecting_is_not_added():
     state, done = two_of_three(), []
     for n in range(20):
         at = 20.0 + 4 * n
@@ -199,7 +199,7 @@ def test_who_comes_and_goes_is_not_taken_in():
     assert done == []
 
 
-def test_no_more_are_taken_in_than_were_asked_for():
+def test_no_more_nodes_are_added_than_requested():
     state, _ = replay(
         *THREE, connected("head"), connected("n"), GroupRequested(2), GroupReady(1, 1.0)
     )
@@ -211,7 +211,7 @@ def test_no_more_are_taken_in_than_were_asked_for():
     assert done == [AddNodes(2, ("m", "x"))]
 
 
-def test_those_who_come_one_after_the_other_are_taken_in_together():
+def test_nodes_that_connect_one_after_the_other_are_added_together():
     state, _ = replay(NodeRegistered("x", "d"), connected("x", 22.0), state=two_of_three())
     all_four = ("head", "n", "m", "x")
     state, done = replay(*heartbeats(25.5, *all_four), state=state)
@@ -222,7 +222,7 @@ def test_those_who_come_one_after_the_other_are_taken_in_together():
     assert replay(*events, state=state)[1] == [AddNodes(2, ("m",))]
 
 
-def test_who_fails_when_it_was_taken_in_rests_longer_each_time():
+def test_the_cooldown_doubles_with_every_failed_join():
     state, now, rests = two_of_three(), 25.0, []
     for number in range(3, 21, 2):
         state, done = replay(*heartbeats(now), state=state)
@@ -260,7 +260,7 @@ def test_who_fails_when_it_was_taken_in_rests_longer_each_time():
     assert not ineligible_nodes(state)
 
 
-def test_who_is_to_blame_for_a_group_that_failed_with_a_machine_taken_in():
+def test_which_node_is_blamed_for_a_group_that_failed_after_a_join():
     state, _ = replay(
         *heartbeats(25.0), GroupEnded(2, 26.0), GroupRequested(0), state=two_of_three()
     )
@@ -278,7 +278,7 @@ def test_who_is_to_blame_for_a_group_that_failed_with_a_machine_taken_in():
     assert not ineligible_nodes(replay(*heartbeats(37.0), state=after)[0])
 
 
-def test_who_turns_out_to_be_unfit_leaves_the_group_alone():
+def test_a_rejected_node_does_not_disturb_the_group():
     state, _ = replay(*heartbeats(25.0), state=two_of_three())
     state, done = replay(
         NodesRejected(("m",), 26.0, "it has another model"), *heartbeats(35.0), state=state
@@ -289,7 +289,7 @@ def test_who_turns_out_to_be_unfit_leaves_the_group_alone():
     assert replay(*heartbeats(36.0), state=state)[1] == [AddNodes(2, ("m",))]
 
 
-def test_who_is_tried_in_vain_is_tried_again_within_a_minute():
+def test_the_cooldown_after_failed_trials_is_at_most_a_minute():
     """Trying costs nobody: unlike one that broke a group it does not rest for ever longer."""
     state, now, rests = two_of_three(), 25.0, []
     for _ in range(5):
@@ -315,7 +315,7 @@ def test_who_is_tried_in_vain_is_tried_again_within_a_minute():
     assert done == [AddNodes(2, ("m",))], "whoever started it again may have seen to it"
 
 
-def test_who_comes_while_another_is_taken_in_waits_for_its_own_turn():
+def test_a_node_that_connects_while_another_is_added_waits():
     state, _ = replay(
         *heartbeats(25.0), NodeRegistered("x", "d"), connected("x", 25.5), state=two_of_three()
     )
@@ -335,7 +335,7 @@ def test_who_comes_while_another_is_taken_in_waits_for_its_own_turn():
     assert done == [AddNodes(2, ("m",)), StartGroup(3, ("head", "n", "x"))]
 
 
-def test_a_head_that_knows_less_than_its_machines_does_not_use_a_number_twice():
+def test_a_head_with_an_old_roster_does_not_use_an_id_twice():
     events = (*TWO, connected("head"), connected("n", group_id=41), GroupRequested(2))
     assert replay(*events)[1] == [StartGroup(42, ("head", "n"))]
 
@@ -348,7 +348,7 @@ def test_names_are_unique():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_happens_the_rules_hold(seed):
+def test_invariants_hold_for_random_events(seed):
     dice = random.Random(seed)
     state, now, epochs, formed = Membership(VERSIONS), 0.0, [], None
     log = []

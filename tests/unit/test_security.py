@@ -31,7 +31,7 @@ def test_tokens_are_long_enough_and_read_as_people_type_them():
             pairing.read_token(wrong)
 
 
-def test_a_token_admits_until_it_is_too_old():
+def test_a_token_is_valid_until_it_expires():
     now = [100.0]
     tokens = Tokens(lambda: now[0], life_s=60)
     token, other = tokens.issue(), tokens.issue()
@@ -45,7 +45,7 @@ def test_a_token_admits_until_it_is_too_old():
 
 
 @pytest.mark.parametrize("changed", range(4))
-def test_a_proof_is_for_one_conversation_only(changed):
+def test_a_proof_is_bound_to_its_connection(changed):
     tokens = Tokens(lambda: 0.0)
     proof = channel_bound_proof(tokens.issue(), "joiner", *SAID)
     other = [*SAID]
@@ -54,13 +54,13 @@ def test_a_proof_is_for_one_conversation_only(changed):
         tokens.find(proof, *other)
 
 
-def test_a_proof_is_for_one_side_only():
+def test_a_proof_is_bound_to_one_side():
     tokens = Tokens(lambda: 0.0)
     with pytest.raises(ClusterError, match="wrong"):
         tokens.find(channel_bound_proof(tokens.issue(), "head", *SAID), *SAID)
 
 
-def test_files_are_their_owners_only(tmp_path):
+def test_only_the_owner_can_read_the_files(tmp_path):
     folder = tmp_path / "home" / "cluster"
     authority = Authority(folder)
     key = identities.new_key()
@@ -79,14 +79,14 @@ def test_files_are_their_owners_only(tmp_path):
         authority.identity.server_tls_context()
 
 
-def test_an_authority_is_made_once(tmp_path):
+def test_an_authority_is_created_once(tmp_path):
     assert Authority(tmp_path).pem == Authority(tmp_path).pem
     (tmp_path / "ca.crt").write_text("nonsense")
     with pytest.raises(InputError, match="damaged"):
         Authority(tmp_path)
 
 
-def test_what_is_not_a_request_is_not_signed(tmp_path):
+def test_malformed_requests_are_not_signed(tmp_path):
     authority = Authority(tmp_path)
     request = identities.certificate_request(identities.new_key())
     torn = bytearray(request)
@@ -96,7 +96,7 @@ def test_what_is_not_a_request_is_not_signed(tmp_path):
             authority.sign(wrong, "x")
 
 
-def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, name: str | None) -> str | None:
+def handshake(client: ssl.SSLContext, server: ssl.SSLContext, name: str | None) -> str | None:
     """TLS between two memory buffers; whom the server then knows."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     a = client.wrap_bio(down, up, server_hostname=name)
@@ -126,23 +126,23 @@ def test_both_sides_are_known_by_their_certificates(tmp_path):
     authority, other = Authority(tmp_path / "a"), Authority(tmp_path / "b")
     ours, theirs = node(tmp_path / "n", authority), node(tmp_path / "m", other)
     server = authority.identity.server_tls_context()
-    assert shake_hands(ours.client_tls_context(), server, identities.SERVER_NAME) == "ab12"
+    assert handshake(ours.client_tls_context(), server, identities.SERVER_NAME) == "ab12"
     assert (
-        shake_hands(authority.identity.client_tls_context(), server, identities.SERVER_NAME)
+        handshake(authority.identity.client_tls_context(), server, identities.SERVER_NAME)
         == identities.HEAD
     )
-    assert shake_hands(pairing.unverified_tls_context(), server, None) is None, (
+    assert handshake(pairing.unverified_tls_context(), server, None) is None, (
         "it may only ask to pair"
     )
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(
+        handshake(
             theirs.client_tls_context(), server, identities.SERVER_NAME
         )  # another cluster's node
     foreign = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     foreign.check_hostname, foreign.verify_mode = False, ssl.CERT_NONE
     foreign.load_cert_chain(theirs.certificate, theirs.key)
     with pytest.raises(ssl.SSLError):
-        shake_hands(foreign, server, None)  # who does not check whom he calls
+        handshake(foreign, server, None)  # who does not check whom he calls
 
 
 def test_a_node_cannot_pass_for_the_head(tmp_path):
@@ -152,14 +152,14 @@ def test_a_node_cannot_pass_for_the_head(tmp_path):
     uses = own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(uses) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(
+        handshake(
             ours.client_tls_context(),
             Identity(bad.folder, "node").server_tls_context(),
             identities.SERVER_NAME,
         )
 
 
-def test_what_is_remembered(tmp_path):
+def test_settings_are_saved_and_loaded(tmp_path):
     identity = Identity(tmp_path, "node")
     identity.save_settings(host="a", port=1)
     identity.save_settings(port=2)

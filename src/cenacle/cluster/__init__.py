@@ -1,1 +1,1 @@
-"""Starting ranks and keeping an eye on them."""
+"""Several nodes as one cluster: the head, agents, groups, placement and downloads."""

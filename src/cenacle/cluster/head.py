@@ -44,7 +44,7 @@ DIAGNOSIS_TIMEOUT_S = 60.0  # tools of macOS take their time
 STOP_TIMEOUT_S = 10.0
 AGENTS_STOP_TIMEOUT_S = 3.0
 DISMISSAL_DELAY_S = 0.2  # in which an agent ends by itself
-HEAD_CLOSED = "was told that the head ends"
+HEAD_CLOSED = "was disconnected because the head ends"
 HEAD_ENDED = "the cluster was ended"
 LOCAL_ADDRESSES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 R = TypeVar("R", bound=Message)

@@ -71,6 +71,7 @@ class HeadServer:
         self._handlers, self._loop = handlers, loop
         self._certificate = identity.leaf_certificate_der(authority.identity.certificate)
         self._unknown_peers: dict[asyncio.StreamWriter, None] = {}  # as a set in order of arrival
+        self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Accept connections from now on.
@@ -88,7 +89,8 @@ class HeadServer:
 
     def close(self) -> None:
         """Accept no more connections, and close those of unknown peers."""
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         for writer in list(self._unknown_peers):
             framing.abort(writer)
 

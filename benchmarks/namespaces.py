@@ -1,6 +1,6 @@
-"""Hosts for tests and benchmarks: network namespaces on a bridge, each with its address and home.
+"""Hosts for tests and benchmarks: network namespaces on a bridge, each with an address and a home.
 
-The bridge is in a namespace of its own, so nothing of it is seen outside but names in /run/netns.
+The bridge is in a namespace of its own, so that outside only the names in /run/netns are visible.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ ETH_P_ALL = 3
 T = TypeVar("T")
 
 
-def why_not() -> str | None:
-    """Why there can be no such hosts here; None: there can."""
+def unavailable_reason() -> str | None:
+    """Why hosts cannot be created here; None: they can."""
     if not sys.platform.startswith("linux") or shutil.which("ip") is None:
         return "needs Linux and the program ip (iproute2)"
     name = f"cn{secrets.token_hex(3)}"
@@ -43,16 +43,16 @@ def ip(*words: str) -> str:
 
 
 class Host:
-    """One namespace: programs run in it, sockets are made in it."""
+    """A host: programs run and sockets are created in its namespace."""
 
     def __init__(self, network: "Network", letter: str, number: int, folder: Path) -> None:
         self.name, self.address = f"{network.name}-{letter}", f"10.99.0.{number}"
         self.letter, self.port = letter, f"p{letter}"
         self.folder = folder / letter
         self.folder.mkdir()
-        self.temporary.mkdir()
+        self.temporary_dir.mkdir()
         self.programs: list[subprocess.Popen[bytes]] = []
-        self.more: dict[str, str] = {}  # environment
+        self.extra_env: dict[str, str] = {}  # environment
         ip("netns", "add", self.name)
         near = ("-n", network.switch)
         ip(*near, "link", "add", self.port, "type", "veth", "peer", "eth0", "netns", self.name)
@@ -66,20 +66,20 @@ class Host:
         return self.folder / "log"
 
     @property
-    def temporary(self) -> Path:
-        """Where its programs put what they do not keep."""
+    def temporary_dir(self) -> Path:
+        """TMPDIR of its programs."""
         return self.folder / "tmp"
 
     @property
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CENACLE_", "XDG_"))}
-        own = {"HOME": str(self.folder), "TMPDIR": str(self.temporary), "CENACLE_THREADS": "1"}
-        return kept | own | self.more
+        own = {"HOME": str(self.folder), "TMPDIR": str(self.temporary_dir), "CENACLE_THREADS": "1"}
+        return kept | own | self.extra_env
 
     def start(self, *words: str, **more: str) -> "subprocess.Popen[bytes]":
-        """A program of this host; what it says goes to the log.
+        """Start `cenacle` on this host, with its output in the log.
 
-        `more`: of its environment.
+        `more`: environment variables.
         """
         with self.log.open("ab") as log:
             program = subprocess.Popen(
@@ -95,29 +95,29 @@ class Host:
         return program
 
     def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
-        """A program of this host, until it ends."""
+        """Run `cenacle` on this host until it ends."""
         return subprocess.run(
             ["ip", "netns", "exec", self.name, CENACLE, *words],
             env=self.environment,
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,  # also on a busy machine
         )
 
-    def pids(self, having: str = "") -> list[int]:
-        """Processes of this host whose command has these words."""
+    def pids(self, pattern: str = "") -> list[int]:
+        """Processes of this host whose command line contains this text."""
         found = []
         for pid in map(int, ip("netns", "pids", self.name).split()):
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if command and having in command:
+                if command and pattern in command:
                     found.append(pid)
         return found
 
-    def kill(self, having: str = "") -> list[int]:
-        """SIGKILL to processes of this host; their numbers."""
-        killed = self.pids(having)
+    def kill(self, pattern: str = "") -> list[int]:
+        """Send SIGKILL to these processes; returns their ids."""
+        killed = self.pids(pattern)
         for pid in killed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -127,13 +127,15 @@ class Host:
         return killed
 
     def connect(self, address: str, port: int) -> socket.socket:
-        """A connection that begins in this host."""
-        return inside(self.name, lambda: socket.create_connection((address, port), timeout=60))
+        """A connection from this host."""
+        return run_in_namespace(
+            self.name, lambda: socket.create_connection((address, port), timeout=60)
+        )
 
     def listening(self) -> list[tuple[str, int]]:
-        """Where programs of this host listen (TCP over IPv4)."""
+        """Addresses on which programs of this host listen (TCP over IPv4)."""
         found = []
-        table = inside(self.name, Path("/proc/thread-self/net/tcp").read_text)
+        table = run_in_namespace(self.name, Path("/proc/thread-self/net/tcp").read_text)
         for line in table.splitlines()[1:]:
             _, local, _, state, *_ = line.split()
             if state == "0A":
@@ -144,7 +146,7 @@ class Host:
 
 
 class Network:
-    """Hosts on one bridge, removed at the end with all that runs in them."""
+    """Hosts on one bridge; `close` removes them with all their programs."""
 
     def __init__(self, letters: str, folder: Path) -> None:
         self.name = f"cn{secrets.token_hex(3)}"
@@ -161,7 +163,7 @@ class Network:
             raise
 
     def link(self, host: Host, state: str) -> None:
-        """Pull a host's cable ("down") or put it back ("up")."""
+        """Unplug a host's cable ("down") or plug it in ("up")."""
         ip("-n", self.switch, "link", "set", host.port, state)
 
     def close(self) -> None:
@@ -175,21 +177,21 @@ class Network:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def enter(name: str) -> None:
-    """Put the calling thread into a namespace, for good: sockets that it makes are there."""
+def enter_namespace(name: str) -> None:
+    """Move the calling thread into a namespace for good; its new sockets are created there."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path(f"/run/netns/{name}").open() as file:
         if libc.setns(file.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
 
 
-def inside(name: str, work: Callable[[], T]) -> T:
-    """What `work` gives, done by a thread in this namespace: its sockets stay there."""
+def run_in_namespace(name: str, work: Callable[[], T]) -> T:
+    """Run `work` in a thread in this namespace; its sockets stay there."""
     result: list = []
 
     def go() -> None:
         try:
-            enter(name)
+            enter_namespace(name)
             result.append(work())
         except BaseException as error:
             result.append(error)
@@ -211,7 +213,7 @@ class Capture:
             sock.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
             return sock
 
-        self._sock = inside(network.switch, listen)
+        self._sock = run_in_namespace(network.switch, listen)
         self._sock.settimeout(0.2)
         self.frames: list[bytes] = []
         self._ended = False
@@ -224,7 +226,7 @@ class Capture:
                 self.frames.append(self._sock.recv(1 << 17))
 
     def payloads(self, port: int | None = None) -> bytes:
-        """What TCP segments carried, of one port's connections or of all; one after the other."""
+        """Concatenated payloads of TCP segments, from or to one port or all."""
         found = []
         for frame in list(self.frames):
             if frame[12:14] != b"\x08\x00" or frame[23] != 6:
@@ -241,8 +243,8 @@ class Capture:
         self._sock.close()
 
 
-def until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
-    """What the condition gives, once that is true; fails with `what` after some seconds."""
+def wait_until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
+    """Wait for a condition and return its value; fail with `what` after some seconds."""
     ends = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < ends, f"not within {seconds:g} s: {what}"
@@ -250,11 +252,11 @@ def until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
     return found
 
 
-def end_tidily() -> None:
-    """Let a program that is told to end leave no host behind."""
+def exit_on_sigterm() -> None:
+    """Make SIGTERM raise SystemExit, so that hosts are removed."""
 
     def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: hosts are being removed
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # hosts are being removed already
         sys.exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)

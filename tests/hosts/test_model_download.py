@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster import API, CONTROL, DEMO, WORKER, Cluster, Streaming, head
+from cluster import API, CONTROL, DEMO, WORKER, Cluster, Streaming, start_head
 from like_hub import REPO, Server, times_sent
-from net import Network, inside, ip, until, why_not
+from namespaces import Network, ip, run_in_namespace, unavailable_reason, wait_until
 
 WEIGHTS = "model.safetensors"
 HUB = "10.99.0.254"
 
-NO_HOSTS = why_not()
+UNAVAILABLE = unavailable_reason()
 pytestmark = pytest.mark.skipif(
-    NO_HOSTS is not None, reason=f"FETCHING BETWEEN HOSTS IS NOT TESTED: {NO_HOSTS}"
+    UNAVAILABLE is not None, reason=f"FETCHING BETWEEN HOSTS IS NOT TESTED: {UNAVAILABLE}"
 )
 
 
@@ -36,17 +36,17 @@ class Fetching(Cluster):
             mount("-t", "tmpfs", "-o", "size=2m", "none", str(self.small))
             shutil.copytree(DEMO, self.a.folder / "answers")
             ip("-n", self.network.switch, "addr", "add", f"{HUB}/24", "dev", "br0")
-            self.hub = inside(self.network.switch, lambda: Server(DEMO, HUB))
+            self.hub = run_in_namespace(self.network.switch, lambda: Server(DEMO, HUB))
         except BaseException:
             self.network.close()
             raise
         for host in self.network.hosts:
-            host.more = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(host.folder / "hf")}
+            host.extra_env = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(host.folder / "hf")}
 
     def serve(self, model: str, placement: str) -> list[str]:
         """`cenacle up`; the words of the line that it prints."""
         more = ("--placement", placement, "-n", "3", "--port", str(API), "--name", "a")
-        return head(self.a, model, *more).split()
+        return start_head(self.a, model, *more).split()
 
     def part(self, host) -> Path:
         (found,) = (host.folder / ".cache" / "cenacle" / "models").iterdir()
@@ -77,7 +77,7 @@ def cluster(tmp_path_factory) -> Iterator[Fetching]:
         cluster.close()
 
 
-def test_a_disk_that_is_too_small_is_explained(cluster):
+def test_a_full_disk_is_explained(cluster):
     line = cluster.serve("answers", "whole")
     assert line[1] == f"{cluster.a.address}:{CONTROL}"
     for host in (cluster.b, cluster.c):
@@ -85,14 +85,14 @@ def test_a_disk_that_is_too_small_is_explained(cluster):
     (program,) = cluster.a.programs
     assert program.wait(60) == 3, cluster.logs()
     said = cluster.a.log.read_text()
-    assert re.search(r"c: .*are to be fetched, .* are free on this disk; free ", said), said
+    assert re.search(r"c: .*: the download needs .*, this disk has .* free; free ", said), said
     assert "Traceback" not in said
 
 
-def test_with_room_it_goes_on_and_each_machine_has_its_part(cluster):
+def test_with_room_every_node_gets_its_part(cluster):
     mount("-o", "remount,size=64m", str(cluster.small))
     cluster.serve("answers", "whole")
-    assert cluster.healthy()["nodes"] == 3
+    assert cluster.wait_until_healthy()["nodes"] == 3
     assert cluster.answer() == "42"
     whole = on_disk(DEMO)
     for host in (cluster.b, cluster.c):
@@ -104,24 +104,26 @@ def test_with_room_it_goes_on_and_each_machine_has_its_part(cluster):
     assert cluster.hub.sent == 0
 
 
-def test_of_slices_the_hub_gives_every_byte_once_over_the_cluster(cluster):
+def test_every_byte_of_slices_is_downloaded_once_per_cluster(cluster):
     cluster.a.kill()
-    until(lambda: not cluster.b.pids(WORKER) + cluster.c.pids(WORKER), "the end of all ranks", 8)
+    wait_until(
+        lambda: not cluster.b.pids(WORKER) + cluster.c.pids(WORKER), "the end of all ranks", 8
+    )
     cluster.serve(REPO, "sliced")
-    assert cluster.healthy()["nodes"] == 3
+    assert cluster.wait_until_healthy()["nodes"] == 3
     assert cluster.answer() == "42"
     assert (times_sent(cluster.hub, WEIGHTS) == 1).all()
-    asked = {client for client, *_ in cluster.hub.served}
-    assert asked <= {host.address for host in cluster.network.hosts}
+    chat_body = {client for client, *_ in cluster.hub.served}
+    assert chat_body <= {host.address for host in cluster.network.hosts}
 
 
-def test_after_a_loss_the_others_fetch_what_they_lack(cluster):
+def test_after_a_loss_the_others_download_missing_parts(cluster):
     text = Streaming(cluster, 400).end()
-    stream = Streaming(cluster, 400).begun()
+    stream = Streaming(cluster, 400).wait_for_start()
     cluster.c.kill()
     assert stream.end() == text
-    until(lambda: not cluster.nodes()["c"]["connected"], "that c is missed")
-    assert until(lambda: cluster.healthy()["nodes"] == 2, "the group of two")
+    wait_until(lambda: not cluster.nodes()["c"]["connected"], "that c is missed")
+    assert wait_until(lambda: cluster.wait_until_healthy()["nodes"] == 2, "the group of two")
     assert cluster.answer() == "42"
     assert (times_sent(cluster.hub, WEIGHTS) == 1).all()
     print(f"a host killed: longest pause {stream.longest_pause_s:.1f} s, its part fetched again")
