@@ -39,9 +39,10 @@ def serve(channel: Channel) -> None:
     from cenacle.core.request import Request
     from cenacle.engine.engine import Engine
     from cenacle.engine.options import EngineOptions
+    from cenacle.model.architecture import named_parameters
     from cenacle.model.checkpoint import Checkpoint
     from cenacle.model.expert_parallel import parallelize
-    from cenacle.model.loader import load_rank_model, named_parameters
+    from cenacle.model.loader import load_rank_model
     from cenacle.model.step_timer import StepTimer
     from cenacle.scheduler.scheduler import Scheduler
 
