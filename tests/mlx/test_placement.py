@@ -157,7 +157,7 @@ def test_placements_are_compared_on_the_measured_machines():
     mac = node("m", metal=metal, processor="Apple M2 Ultra", gpu=True, memory_bytes=64 * GB)
     known = measured_machines(CHECKPOINT.config, [mac, mac], quick, "mesh")
     assert known.machines[0].family == "apple-m1-m2"
-    assert known.machines[0].wired == 0.75
+    assert known.machines[0].memory_fraction == 0.75
 
 
 HOSTS = [
