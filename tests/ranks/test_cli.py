@@ -184,7 +184,11 @@ def test_families_and_help_list_everything():
         (["inspect", "-m", "no/such/folder"], 3, "no such folder"),
         (["inspect", "-m", "FOLDER", "-n", "9", "--placement", "whole"], 4, "at most 6|at most 8"),
         (["inspect", "-m", "FOLDER", "-n", "99", "--placement", "sliced"], 4, "--placement whole"),
-        (["inspect", "-m", "FOLDER", "-n", "2", "--node-memory-gb", "1,1"], 4, "budgets are for"),
+        (
+            ["inspect", "-m", "FOLDER", "-n", "2", "--node-memory-gb", "1,1"],
+            4,
+            "expected placement replicated, got auto",
+        ),
         (
             ["inspect", "-m", "FOLDER", "--placement", "replicated", "--node-memory-gb", "0"],
             *(4, "allow more memory"),
