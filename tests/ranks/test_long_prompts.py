@@ -1,6 +1,6 @@
-"""Prompts of more than 2,000 tokens in several chunks, and the caches that long contexts need.
+"""Prompts of more than 2,000 tokens in several chunks, and the caches for long contexts.
 
-Peers are known to corrupt exactly these in silence.
+Other programs are known to corrupt exactly these silently.
 """
 
 import mlx.core as mx
@@ -34,12 +34,12 @@ def on_nodes(folder, nodes, max_tokens, **options):
         return model.generate(PROMPT, max_tokens=max_tokens).tokens
 
 
-# Plain attention, a sliding window with sinks, linear attention, chunked attention (one by one).
+# Plain attention, a sliding window with sinks, linear attention, chunked attention (sequential).
 @pytest.mark.parametrize("folder", ["qwen3_moe", "gpt_oss", "qwen3_next", "llama4"], indirect=True)
 def test_long_prompt_gives_the_same_tokens_on_three_nodes(folder):
-    want = expected(folder, 8)
-    assert on_nodes(folder, 1, 8) == want
-    assert on_nodes(folder, 3, 8) == want
+    reference_tokens = expected(folder, 8)
+    assert on_nodes(folder, 1, 8) == reference_tokens
+    assert on_nodes(folder, 3, 8) == reference_tokens
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,6 @@ def test_quantised_and_rotating_caches(wide_heads, options):
     assert on_nodes(wide_heads, 2, 8, **options) == expected(wide_heads, 8, **reference)
 
 
-def test_a_cache_that_cannot_be_quantised_is_refused_before_any_answer(wide_heads):
+def test_a_cache_that_cannot_be_quantised_is_refused_at_load(wide_heads):
     with pytest.raises(cenacle.InputError, match=r"kv_bits.*groups of 64"):
         cenacle.load(str(wide_heads), kv_bits=8)

@@ -1,6 +1,6 @@
 """What is read from disk is complete, the same on every rank, and a prefix of the prompt.
 
-The ranks are fakes; their files: `test_disk_store.py`, `tests/ranks/test_prefixes_disk.py`.
+The ranks are fakes; their files: `test_disk_store.py`, `tests/ranks/test_prefix_cache_disk.py`.
 """
 
 from collections import deque

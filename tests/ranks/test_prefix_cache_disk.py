@@ -1,6 +1,6 @@
-"""What was computed once is not computed again, also by the next program: real files, real servers.
+"""Cached prefixes survive a restart: real files, real servers.
 
-The same expectations on one node and on two; every answer is what a group without any cache gave.
+The same on one node and on two; every output equals that of a group without a cache.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from cenacle.scheduler.disk_index import PAGE_TOKENS
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 LENGTH = 24
-ENDLESS = 200  # tokens of an answer that does not end by itself
+ENDLESS = 200  # tokens of an output without a stop token
 
 
 def user(text):
@@ -42,12 +42,12 @@ def about(name, question):
 FIRST = about("Ada", "What is 12 + 30?")
 SECOND = [*FIRST, {"role": "assistant", "content": "42"}, user("Who are you?")]
 OTHER = about("Ada", "What is 7 + 8?")
-NAMES = ("Bob", "Cleo", "Dan", "Eve", "Flo")  # the tests do harm to what is kept of them
-ASKED = {name: about(name, "Who are you?") for name in NAMES}
+NAMES = ("Bob", "Cleo", "Dan", "Eve", "Flo")  # whose pages the tests damage
+PROMPTS = {name: about(name, "Who are you?") for name in NAMES}
 
 
-def begin(model, messages, length=LENGTH):
-    """The events of an answer, as they come."""
+def submit(model, messages, length=LENGTH):
+    """Submit a request; a queue of its events."""
     events = queue.Queue()
     request = model.request(messages, length)
     if length == ENDLESS:
@@ -56,8 +56,8 @@ def begin(model, messages, length=LENGTH):
     return events
 
 
-def rest(events):
-    """An answer's tokens, how many of its prompt's were not computed, and of those from disk."""
+def collect(events):
+    """The output, the number of cached prompt tokens, and how many of those came from disk."""
     tokens, cached, read = [], 0, 0
     while True:
         event = events.get(timeout=60)
@@ -71,17 +71,17 @@ def rest(events):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Without any cache: texts by conversation, tokens by name, and those of an endless answer."""
+    """Without a cache: texts by conversation, tokens by name, and those of an endless output."""
     with cenacle.load(str(DEMO), prefix_cache_gb=0) as model:
         texts = {json.dumps(c): model.generate(c, LENGTH).text for c in (FIRST, SECOND, OTHER)}
-        tokens = {name: rest(begin(model, asked))[0] for name, asked in ASKED.items()}
-        return texts, tokens, rest(begin(model, ASKED["Flo"], ENDLESS))[0]
+        tokens = {name: collect(submit(model, prompt))[0] for name, prompt in PROMPTS.items()}
+        return texts, tokens, collect(submit(model, PROMPTS["Flo"], ENDLESS))[0]
 
 
-def until(condition, seconds=30):
-    ends = time.monotonic() + seconds
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < ends, "it does not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
@@ -95,14 +95,14 @@ def serving(folder, nodes, *options):
         port = sock.getsockname()[1]
     log = folder / "log"
     command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO), "-n", str(nodes)]
-    command += ["--port", str(port), "--prefix-cache-dir", str(folder / "kept"), *options]
+    command += ["--port", str(port), "--prefix-cache-dir", str(folder / "pages"), *options]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stderr=errors)
         try:
-            ends = time.monotonic() + 90
+            deadline = time.monotonic() + 90
             while "serving demo_model at" not in log.read_text():
                 assert process.poll() is None, log.read_text()
-                assert time.monotonic() < ends, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.05)
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -113,51 +113,51 @@ def serving(folder, nodes, *options):
                 process.kill()
 
 
-def body(messages, **more):
-    known = {"model": "demo_model", "messages": messages, "temperature": 0}
-    return {**known, "max_tokens": LENGTH, **more}
+def body(messages, **fields):
+    defaults = {"model": "demo_model", "messages": messages, "temperature": 0}
+    return {**defaults, "max_tokens": LENGTH, **fields}
 
 
-def ask(url, messages):
-    """The text, and how many of the prompt's tokens were not computed."""
+def complete(url, messages):
+    """The text, and the number of cached prompt tokens."""
     answer = httpx.post(f"{url}/v1/chat/completions", json=body(messages), timeout=60).json()
     details = answer["usage"]["prompt_tokens_details"]
     return answer["choices"][0]["message"]["content"], details["cached_tokens"]
 
 
 def hits(url):
-    """Tokens that were not computed, and those of them that came from disk."""
+    """Cached tokens, and those that came from disk."""
     lines = [line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()]
     names = ("cenacle_prefix_cache_hits_total", "cenacle_prefix_cache_disk_hits_total")
     return tuple(float(value) for name in names for key, value, *_ in lines if key == name)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_server_remembers_and_so_does_the_next_one(nodes, tmp_path, plain):
+def test_a_server_reuses_prefixes_and_so_does_the_next_one(nodes, tmp_path, plain):
     first, second, other = plain[0].values()
 
     def pages(rank):
-        return list((tmp_path / "kept").glob(f"*/rank-{rank}/*.safetensors"))
+        return list((tmp_path / "pages").glob(f"*/rank-{rank}/*.safetensors"))
 
     with serving(tmp_path, nodes) as url:
-        assert ask(url, FIRST) == (first, 0)
-        text, cached = ask(url, SECOND)
+        assert complete(url, FIRST) == (first, 0)
+        text, cached = complete(url, SECOND)
         assert (text, cached > PAGE_TOKENS) == (second, True)
-        text, shared = ask(url, OTHER)
+        text, shared = complete(url, OTHER)
         assert (text, PAGE_TOKENS < shared < cached) == (other, True), "the system prompt"
         assert hits(url) == (cached + shared, 0)
-        until(lambda: all(len(pages(rank)) == cached // PAGE_TOKENS for rank in range(nodes)))
+        wait_until(lambda: all(len(pages(rank)) == cached // PAGE_TOKENS for rank in range(nodes)))
     with serving(tmp_path, nodes) as url:
-        text, cached = ask(url, OTHER)
+        text, cached = complete(url, OTHER)
         kept = shared // PAGE_TOKENS * PAGE_TOKENS
         assert (text, cached) == (other, kept)
-        text, cached = ask(url, SECOND)
+        text, cached = complete(url, SECOND)
         assert (text, cached >= shared) == (second, True)
         assert hits(url) == (kept + cached, kept)
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_a_full_queue_says_when_to_come_again(tmp_path):
+def test_a_full_queue_answers_429_with_retry_after(tmp_path):
     options = ("--max-batch-size", "1", "--max-queue", "1", "--speculative", "off")
     options += ("--prefix-cache-disk-gb", "0")
     with serving(tmp_path, 1, *options) as url, httpx.Client(timeout=60) as client:
@@ -165,40 +165,40 @@ def test_a_full_queue_says_when_to_come_again(tmp_path):
         endless = body(FIRST[1:], stream=True, logit_bias={str(END): -100}, max_tokens=980)
         with client.stream("POST", path, json=endless) as first:
             assert first.status_code == 200
-            events = first.iter_raw()  # to be held: the answer ends with it
+            events = first.iter_raw()  # keep a reference: the request ends with it
             next(events)
-            how = {"json": body(FIRST[1:])}
-            waits = threading.Thread(target=client.post, args=(path,), kwargs=how)
-            waits.start()
-            until(lambda: client.get(f"{url}/health").json()["waiting"] == 1)
-            for where in ("chat/completions", "completions", "responses", "messages"):
-                given = body(OTHER[1:])
-                if where == "completions":
-                    given = {"prompt": "What"}
-                if where == "responses":
-                    given = {"input": "What"}
-                refused = client.post(f"{url}/v1/{where}", json=given)
+            arguments = {"json": body(FIRST[1:])}
+            waiting_client = threading.Thread(target=client.post, args=(path,), kwargs=arguments)
+            waiting_client.start()
+            wait_until(lambda: client.get(f"{url}/health").json()["waiting"] == 1)
+            for endpoint in ("chat/completions", "completions", "responses", "messages"):
+                payload = body(OTHER[1:])
+                if endpoint == "completions":
+                    payload = {"prompt": "What"}
+                if endpoint == "responses":
+                    payload = {"input": "What"}
+                refused = client.post(f"{url}/v1/{endpoint}", json=payload)
                 assert refused.status_code == 429, refused.text
                 assert 1 <= int(refused.headers["retry-after"]) <= 60
                 assert refused.json()["error"]["type"] == "rate_limit_error"
                 assert "1 requests are waiting, expected at most 1" in refused.text
-        waits.join(30)
-        assert not waits.is_alive()
+        waiting_client.join(30)
+        assert not waiting_client.is_alive()
         assert client.post(path, json=body(FIRST[1:])).status_code == 200
-    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "pages").exists()
 
 
-# Harm
+# Damage
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """One folder for all groups: what one wrote is nothing to another."""
-    return tmp_path_factory.mktemp("kept")
+def store(tmp_path_factory):
+    """One folder for all groups: the pages of one are of no use to another."""
+    return tmp_path_factory.mktemp("pages")
 
 
-def until_there(group, count):
-    until(lambda: len(list(group.glob("*/*.safetensors"))) == count)
+def wait_for_pages(group, count):
+    wait_until(lambda: len(list(group.glob("*/*.safetensors"))) == count)
 
 
 def loaded(folder, nodes):
@@ -215,11 +215,11 @@ def shorten(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def mark_otherwise(path):
-    """As if another group had written it, and somebody had moved it here."""
+def change_owner(path):
+    """As if another group had written it, and someone had moved it here."""
     data = path.read_bytes()
-    found = re.search(rb"[0-9a-f]{32}(?=/rank-)", data)
-    data = data.replace(found[0], b"f" * 32)
+    owner = re.search(rb"[0-9a-f]{32}(?=/rank-)", data)
+    data = data.replace(owner[0], b"f" * 32)
     start = path.name.rpartition("-")[0] + "-"
     checksum = hashlib.sha256(start.encode() + data).hexdigest()[:32]
     path.unlink()
@@ -227,44 +227,44 @@ def mark_otherwise(path):
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_harm_is_noticed_and_every_answer_is_right(nodes, kept, plain, caplog):
-    _, right, endless = plain
-    before, first = set(kept.iterdir()), {}
-    with loaded(kept, nodes) as model:
-        pages = {n: (len(model.request(ASKED[n]).tokens) - 1) // PAGE_TOKENS for n in NAMES}
-        group = kept / "none yet"
+def test_damage_is_detected_and_every_output_is_correct(nodes, store, plain, caplog):
+    _, expected, endless = plain
+    before, first = set(store.iterdir()), {}
+    with loaded(store, nodes) as model:
+        pages = {n: (len(model.request(PROMPTS[n]).tokens) - 1) // PAGE_TOKENS for n in NAMES}
+        group = store / "none yet"
         for count, name in enumerate(NAMES, 1):
-            assert rest(begin(model, ASKED[name])) == (right[name], 0, 0)
-            until(lambda: set(kept.iterdir()) - before)
-            (group,) = set(kept.iterdir()) - before
-            until_there(group, nodes * sum(list(pages.values())[:count]))
+            assert collect(submit(model, PROMPTS[name])) == (expected[name], 0, 0)
+            wait_until(lambda: set(store.iterdir()) - before)
+            (group,) = set(store.iterdir()) - before
+            wait_for_pages(group, nodes * sum(list(pages.values())[:count]))
             begins = set((group / f"rank-{nodes - 1}").glob("*--0-*"))
             (first[name],) = begins - set(first.values())
     flip(first["Bob"])
     shorten(first["Cleo"])
     first["Dan"].unlink()
-    mark_otherwise(first["Eve"])
-    with loaded(kept, nodes) as model:
+    change_owner(first["Eve"])
+    with loaded(store, nodes) as model:
         for name in NAMES[:4]:
-            assert rest(begin(model, ASKED[name])) == (right[name], 0, 0), name
+            assert collect(submit(model, PROMPTS[name])) == (expected[name], 0, 0), name
         read = pages["Flo"] * PAGE_TOKENS
-        assert rest(begin(model, ASKED["Flo"])) == (right["Flo"], read, read)
-        said = caplog.text
-        assert f"{first['Bob']} is damaged: it was removed" in said
-        assert f"{first['Cleo']} is damaged: it was removed" in said
-        assert len(re.findall("belongs to another model or group: ignored", said)) == 1
-        missed = "prefix cache: 1 pages are not on every rank and are not used"
-        assert (missed in said) == (nodes > 1)
+        assert collect(submit(model, PROMPTS["Flo"])) == (expected["Flo"], read, read)
+        log = caplog.text
+        assert f"{first['Bob']} is damaged: it was removed" in log
+        assert f"{first['Cleo']} is damaged: it was removed" in log
+        assert len(re.findall("belongs to another model or group: ignored", log)) == 1
+        incomplete = "prefix cache: 1 pages are not on every rank and are not used"
+        assert (incomplete in log) == (nodes > 1)
         assert len(caplog.records) == 3 + (nodes > 1), "one line each"
-        # All is there again, and what is not of this group is still there.
-        ours = nodes * sum(pages.values())
-        until_there(group, ours + 1)
+        # All pages exist again, and so does the one of another group.
+        own = nodes * sum(pages.values())
+        wait_for_pages(group, own + 1)
 
-        # A rank dies in the middle of an answer: the others' memory is gone too, the files are not.
-        events = begin(model, ASKED["Flo"], ENDLESS)
+        # When a rank dies, all caches in memory are lost, but not the files.
+        events = submit(model, PROMPTS["Flo"], ENDLESS)
         token = events.get(timeout=60).token
         os.kill(model.ranks.pids[-1], signal.SIGKILL)
-        assert [token, *rest(events)[0]] == endless
+        assert [token, *collect(events)[0]] == endless
         read = pages["Bob"] * PAGE_TOKENS
-        assert rest(begin(model, ASKED["Bob"])) == (right["Bob"], read, read)
+        assert collect(submit(model, PROMPTS["Bob"])) == (expected["Bob"], read, read)
         assert model.group.state.recoveries == 1
