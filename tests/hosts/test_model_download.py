@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster import API, CONTROL, DEMO, WORKER, Cluster, Streaming, start_head
-from like_hub import REPO, Server, times_sent
+from fake_hub import REPO, FakeHub, times_sent
 from namespaces import Network, ip, run_in_namespace, unavailable_reason, wait_until
 
 WEIGHTS = "model.safetensors"
@@ -36,7 +36,7 @@ class Fetching(Cluster):
             mount("-t", "tmpfs", "-o", "size=2m", "none", str(self.small))
             shutil.copytree(DEMO, self.a.folder / "answers")
             ip("-n", self.network.switch, "addr", "add", f"{HUB}/24", "dev", "br0")
-            self.hub = run_in_namespace(self.network.switch, lambda: Server(DEMO, HUB))
+            self.hub = run_in_namespace(self.network.switch, lambda: FakeHub(DEMO, HUB))
         except BaseException:
             self.network.close()
             raise

@@ -1,4 +1,4 @@
-"""Several ranks as threads of one process, which really add up: for tests of what ranks exchange.
+"""Several ranks as threads of one process, with real all-reduces, for tests of models and plans.
 
 `Threads` is a `Collective` among threads; `run_ranks` loads a checkpoint's part on each and calls a
 function there. No sockets, no processes: what fails here is the model or the plan.
@@ -24,7 +24,7 @@ VECTORS = Path(__file__).parent.parent / "vectors"
 DEADLINE_S = 20
 
 
-class Meeting:
+class Rendezvous:
     """Where the threads of a group meet."""
 
     def __init__(self, size: int) -> None:
@@ -34,9 +34,9 @@ class Meeting:
 
 
 class Threads(Collective):
-    """One thread's end of a `Meeting`; every exchange is evaluated when it is made."""
+    """One thread's end of a `Rendezvous`; every all-reduce is evaluated at once."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
+    def __init__(self, meeting: Rendezvous, rank: int) -> None:
         super().__init__()
         self.rank, self.size, self._meeting = rank, meeting.size, meeting
 
@@ -63,7 +63,7 @@ def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
     Raises:
         Whatever the first rank that failed raised.
     """
-    meeting = Meeting(size)
+    meeting = Rendezvous(size)
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
 
@@ -84,7 +84,7 @@ def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
     if errors:
         raise errors[0]
     if meeting.barrier.broken:
-        raise AssertionError("a rank made fewer exchanges than the others")
+        raise AssertionError("a rank made fewer all-reduces than the others")
     return results
 
 
@@ -92,14 +92,14 @@ def load_rank(
     folder: Path,
     plan: Plan,
     collective: Collective,
-    watch: StepTimer | None = None,
+    timer: StepTimer | None = None,
     kernels: str = "mlx",
 ) -> nn.Module:
     """One rank's expert-parallel model, in memory."""
     model = load_rank_model(
         Checkpoint.open(folder), plan, collective.rank, lambda done, total: None
     )
-    parallelize(model, plan.spec.family, plan, collective, watch or StepTimer(), kernels)
+    parallelize(model, plan.spec.family, plan, collective, timer or StepTimer(), kernels)
     return model
 
 
@@ -118,8 +118,8 @@ def run_ranks(
         shares: as in `Plan.whole`.
         placement: "whole", "sliced" or "replicated".
     """
-    deal = getattr(Plan, placement)
-    plan = deal(read_model_spec(Checkpoint.open(folder)), nodes, node_weights=shares)
+    place = getattr(Plan, placement)
+    plan = place(read_model_spec(Checkpoint.open(folder)), nodes, node_weights=shares)
 
     def run(threads: Collective) -> Any:
         collective = wrap(threads)

@@ -43,14 +43,14 @@ def test_routing(kernels, experts, k, normalised):
         assert close(got, weight, 1e-6)
 
 
-def test_routing_refuses_what_cannot_be(kernels):
+def test_invalid_routing_is_rejected(kernels):
     for scores, k in ((normal(2, 4), 5), (normal(2, 4), 0), (normal(2, 4).astype(mx.float16), 2)):
         with pytest.raises(ValueError, match="route"):
             kernels.route(scores, k, True)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 70])
-def test_the_weighted_sum_is_the_sum_of_what_experts_give(kernels, tokens):
+def test_weighted_sum_of_experts(kernels, tokens):
     """Experts that another rank holds add nothing, whatever their weights."""
     stacked = [
         kernels.Weights(
@@ -153,7 +153,7 @@ def swapped(folder):
 
 
 @pytest.mark.parametrize("family", BLOCKS)
-def test_blocks_are_swapped_and_give_the_same(models, family):
+def test_native_blocks_match_mlx_lm(models, family):
     folder, theirs = models[family]
     ours = swapped(folder)
     found = [m for _, m in ours.named_modules() if isinstance(m, ExpertParallel)]
@@ -163,7 +163,7 @@ def test_blocks_are_swapped_and_give_the_same(models, family):
     assert close(ours(ids), theirs(ids).astype(mx.float32), 1e-4)
 
 
-def test_weights_that_are_not_divided_by_their_sum_stay_so(tmp_path):
+def test_unnormalised_routing_weights(tmp_path):
     config = tiny_config("qwen3_moe") | {"norm_topk_prob": False}
     synth(tmp_path / "as-they-are", config=config, dtype="float32")
     theirs, ours = load_model(tmp_path / "as-they-are")[0], swapped(tmp_path / "as-they-are")
@@ -172,7 +172,7 @@ def test_weights_that_are_not_divided_by_their_sum_stay_so(tmp_path):
 
 
 @pytest.mark.parametrize("family", ATTENTION)
-def test_attention_is_swapped_and_gives_the_same_with_every_cache(models, family):
+def test_native_attention_matches_mlx_lm_with_every_cache(models, family):
     folder, theirs = models[family]
     ours = swapped(folder)
     layers = len(theirs.layers)

@@ -21,7 +21,7 @@ LENGTH = 256  # mlx-lm's caches grow in steps of this
 
 
 @pytest.mark.parametrize("family", ["dbrx", "mixtral", "qwen3_moe", "deepseek_v3"])
-def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
+def test_cache_elements_per_token_match_mlx_lm(family, tmp_path):
     folder = VECTORS / family
     if not folder.exists():
         folder = tmp_path / family
@@ -31,11 +31,11 @@ def test_kept_per_token_is_what_mlx_lm_keeps(family, tmp_path):
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, LENGTH), mx.int32), cache=cache))
     held = sum(c.nbytes for c in cache)
-    kept = kv_cache_elements_per_token(checkpoint.config, read_model_spec(checkpoint).layers)
-    assert held == memory.kv_cache_bytes(kept, LENGTH, None, None, 4)
+    elements = kv_cache_elements_per_token(checkpoint.config, read_model_spec(checkpoint).layers)
+    assert held == memory.kv_cache_bytes(elements, LENGTH, None, None, 4)
 
 
-def test_too_little_memory_is_said_before_anything_starts(monkeypatch):
+def test_too_little_memory_is_reported_before_any_rank_starts(monkeypatch):
     memory_info = SimpleNamespace(available=300_000 * 1024)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory_info)
     with pytest.raises(PlanError, match=r"needs 53.* of its neighbours\), but 307.2 MB are availa"):

@@ -1,4 +1,4 @@
-"""What ranks compute, against the slow reference that stands above them in `model/experts.py`."""
+"""What ranks compute of a layer's experts, against `reference_experts`."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,11 +55,11 @@ def rows_of(experts: nn.Module, held) -> nn.Module:
     return part
 
 
-def local(cls, experts: nn.Module, held, count: int = COUNT) -> nn.Module:
+def local_experts(cls, experts: nn.Module, held, count: int = COUNT) -> nn.Module:
     return cls(rows_of(experts, held), held, count, 0, StepTimer())
 
 
-def questions(shape, k: int, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
+def random_inputs(shape, k: int, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
     """Random x [*shape, WIDTH] and k different experts for each."""
     random = np.random.default_rng(k)
     chosen = [random.permutation(COUNT)[:k] for _ in range(shape[0] * shape[1])]
@@ -78,12 +78,12 @@ def assert_close(got: mx.array, want: mx.array, tolerance: float = 2e-6) -> None
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize(("kind", "bias", "quantised"), KINDS)
 @pytest.mark.parametrize("cls", LOCAL)
-def test_each_rank_gives_its_part_and_the_sum_is_the_whole(cls, kind, bias, quantised, k, shape):
+def test_ranks_add_up_to_the_whole(cls, kind, bias, quantised, k, shape):
     experts = stack(kind, bias, quantised)
-    x, ids = questions(shape, k)
+    x, ids = random_inputs(shape, k)
     total = mx.zeros((*shape, k, WIDTH))
     for held in HELD:
-        part = local(cls, experts, held)(x, ids)
+        part = local_experts(cls, experts, held)(x, ids)
         assert_close(part, reference_experts(experts, x, ids, held))
         elsewhere = ~np.isin(np.array(ids), held)
         assert not np.array(part)[elsewhere].any(), "not exactly zero where another rank computes"
@@ -98,7 +98,7 @@ def test_replicas_are_computed_once(cls, shape):
     if cls is NativeExperts and not native.is_available():
         pytest.skip(native.unavailable_reason())
     experts = stack(SwitchGLU, True, False)
-    x, ids = questions(shape, 3)
+    x, ids = random_inputs(shape, 3)
     holders = ((0, 1), (1, 2), (0, 2), (0, 1, 2), (2,), (0,))
     speeds = (3, 2, 1)
     counts = np.bincount(np.array(ids).reshape(-1), minlength=COUNT)
@@ -121,20 +121,20 @@ def test_replicas_are_computed_once(cls, shape):
 
 
 @pytest.mark.parametrize("cls", LOCAL)
-def test_one_rank_is_the_whole(cls):
+def test_one_rank_computes_the_whole(cls):
     experts = stack(SwitchGLU, False, False)
-    x, ids = questions((2, 5), 2)
-    assert_close(local(cls, experts, range(COUNT))(x, ids), experts(x, ids))
+    x, ids = random_inputs((2, 5), 2)
+    assert_close(local_experts(cls, experts, range(COUNT))(x, ids), experts(x, ids))
 
 
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cls", LOCAL)
-def test_rank_of_which_nothing_was_chosen(cls, shape, quantised):
+def test_rank_without_work(cls, shape, quantised):
     experts = stack(SwitchGLU, True, quantised)
     x = mx.random.normal((*shape, WIDTH))
     ids = mx.zeros((*shape, 2), mx.uint32) + mx.array([0, 1], mx.uint32)
-    part = local(cls, experts, (3, 4))(x, ids)
+    part = local_experts(cls, experts, (3, 4))(x, ids)
     assert part.shape == (*shape, 2, WIDTH)
     assert not np.array(part).any()
 
@@ -142,33 +142,34 @@ def test_rank_of_which_nothing_was_chosen(cls, shape, quantised):
 @pytest.mark.parametrize("cls", LOCAL)
 def test_rows_need_not_be_neighbours(cls):
     experts = stack(SwitchGLU, False, False)
-    x, ids = questions((2, 5), 3)
+    x, ids = random_inputs((2, 5), 3)
     assert_close(
-        local(cls, experts, (0, 2, 5))(x, ids), reference_experts(experts, x, ids, (0, 2, 5))
+        local_experts(cls, experts, (0, 2, 5))(x, ids),
+        reference_experts(experts, x, ids, (0, 2, 5)),
     )
 
 
 @pytest.mark.parametrize("cls", LOCAL)
-def test_id_that_is_nobodys(cls):
+def test_id_that_no_rank_holds(cls):
     """LongCat gives tokens to id `count`: no rank computes them."""
     experts = stack(SwitchGLU, True, False)
-    x, ids = questions((1, 4), 2)
+    x, ids = random_inputs((1, 4), 2)
     some = mx.array(np.array([[[1, 0], [0, 0], [1, 1], [0, 1]]], dtype=bool))
     given = mx.where(some, COUNT, ids)
     for held in [*HELD, tuple(range(COUNT))]:
         want = mx.where(some[..., None], 0, reference_experts(experts, x, ids, held))
-        assert_close(local(cls, experts, held)(x, given), want)
+        assert_close(local_experts(cls, experts, held)(x, given), want)
 
 
 @pytest.mark.parametrize("cls", LOCAL)
-def test_broken_expert_spoils_its_own_tokens_only(cls):
+def test_nan_of_an_expert_stays_with_its_tokens(cls):
     """Absent experts are computed as row 0 by `MaskedExperts`: its NaN must not get out."""
     experts = stack(SwitchGLU, False, False)
     weight = np.array(experts.down_proj.weight)
     weight[0] = np.nan
     experts.down_proj.weight = mx.array(weight)
-    x, ids = questions((1, 20), 2)
-    part = np.array(local(cls, experts, (0, 1))(x, ids))
+    x, ids = random_inputs((1, 20), 2)
+    part = np.array(local_experts(cls, experts, (0, 1))(x, ids))
     assert np.array_equal(np.isnan(part).all(axis=-1), np.array(ids) == 0)
 
 
@@ -177,10 +178,10 @@ def test_broken_expert_spoils_its_own_tokens_only(cls):
 def test_type_is_the_same_with_and_without_work(dtype, quantised):
     """Ranks that put different types into an exchange would hang."""
     experts = stack(SwitchGLU, False, quantised, dtype)
-    x, ids = questions((1, 1), 1, dtype)
+    x, ids = random_inputs((1, 1), 1, dtype)
     types = set()
     for held in [(0, 1), (2, 3), (4, 5)]:
-        part = local(CompactedExperts, experts, held)
+        part = local_experts(CompactedExperts, experts, held)
         for name in names(part.experts):
             if not quantised and dtype != mx.float32:
                 part.experts[name] = LoopedGatherLinear(part.experts[name])
@@ -195,7 +196,7 @@ def test_type_is_the_same_with_and_without_work(dtype, quantised):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.bfloat16, 8e-3), (mx.float16, 1e-3)])
 def test_looped_linear_is_a_float32_gather(dtype, tolerance, shape, bias):
     linear = stack(SwitchGLU, bias, False, dtype).gate_proj
-    x, ids = questions(shape, 2, dtype)
+    x, ids = random_inputs(shape, 2, dtype)
     x = mx.expand_dims(x, (-2, -3))
     got = LoopedGatherLinear(linear)(x, ids)
     weight = linear.weight.astype(mx.float32).swapaxes(-1, -2)
@@ -215,14 +216,14 @@ def test_looped_stack_is_the_float32_stack(kind, k):
     for name in names(experts):
         experts[name] = LoopedGatherLinear(experts[name])
     for shape in SHAPES:
-        x, ids = questions(shape, k, mx.bfloat16)
+        x, ids = random_inputs(shape, k, mx.bfloat16)
         assert_close(experts(x, ids), exact(x.astype(mx.float32), ids), 2e-2)
 
 
 def test_router_ids_of_any_integer_type():
     experts = stack(SwitchGLU, False, False)
-    x, ids = questions((1, 3), 2)
+    x, ids = random_inputs((1, 3), 2)
     want = reference_experts(experts, x, ids, (0, 1))
     for dtype in (mx.int32, mx.uint32, mx.int64):
         for cls in LOCAL:
-            assert_close(local(cls, experts, (0, 1))(x, ids.astype(dtype)), want)
+            assert_close(local_experts(cls, experts, (0, 1))(x, ids.astype(dtype)), want)

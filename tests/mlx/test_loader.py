@@ -1,4 +1,4 @@
-"""Damaged checkpoints are refused by name; a rank reads and holds only its own bytes."""
+"""Damaged checkpoints are rejected with a reason; a rank reads and holds only its own bytes."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def open_and_load(folder: Path, nodes: int = 2) -> None:
         load_rank_model(checkpoint, plan, rank, lambda done, total: None)
 
 
-def refused(folder: Path, *patterns: str) -> None:
+def assert_rejected(folder: Path, *patterns: str) -> None:
     """Loading must fail with a message that has all of these in it."""
     with pytest.raises(CheckpointError) as caught:
         open_and_load(folder)
@@ -74,7 +74,7 @@ def change_header(folder: Path, change) -> None:
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length :])
 
 
-def test_good_one(folder):
+def test_intact_checkpoint(folder):
     open_and_load(folder)
 
 
@@ -91,49 +91,49 @@ def test_no_such_folder(tmp_path):
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    refused(folder, "has no config.json", str(folder))
+    assert_rejected(folder, "has no config.json", str(folder))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe"])
 def test_config_that_is_not_json(folder, content):
     (folder / "config.json").write_bytes(content)
-    refused(folder, "config.json is not JSON")
+    assert_rejected(folder, "config.json is not JSON")
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"x"'])
-def test_config_that_is_no_object(folder, content):
+def test_config_that_is_not_an_object(folder, content):
     (folder / "config.json").write_text(content)
-    refused(folder, "config.json: expected a JSON object")
+    assert_rejected(folder, "config.json: expected a JSON object")
 
 
 def test_no_weights(folder):
     (folder / WEIGHTS).unlink()
-    refused(folder, "has no weights: expected files named model*.safetensors")
+    assert_rejected(folder, "has no weights: expected files named model*.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100])
 def test_file_cut_in_its_header(folder, size):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:size])
-    refused(folder, WEIGHTS, "truncated or not a safetensors file", "download it again")
+    assert_rejected(folder, WEIGHTS, "truncated or not a safetensors file", "download it again")
 
 
 @pytest.mark.parametrize("missing", [1, 1000, 300_000])
 def test_file_cut_in_its_data(folder, missing):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:-missing])
-    refused(folder, WEIGHTS, "is truncated: tensor ", f"the file has {len(data) - missing}")
+    assert_rejected(folder, WEIGHTS, "is truncated: tensor ", f"the file has {len(data) - missing}")
 
 
 @pytest.mark.parametrize("head", [b"{" * 50, b"\xff" * 50, b"[1, 2]" + b" " * 44, b"3".ljust(50)])
 def test_garbage_header(folder, head):
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(head)) + head + b"\0" * 100)
-    refused(folder, WEIGHTS, "the header is corrupted")
+    assert_rejected(folder, WEIGHTS, "the header is corrupted")
 
 
 def test_header_of_nonsense_length(folder):
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", 2**60) + b"\0" * 100)
-    refused(folder, WEIGHTS, "truncated or not a safetensors file")
+    assert_rejected(folder, WEIGHTS, "truncated or not a safetensors file")
 
 
 NORM = "model.norm.weight"
@@ -160,12 +160,12 @@ NORM = "model.norm.weight"
 )
 def test_header_with_wrong_entries(folder, entry, message):
     change_header(folder, lambda header: header[NORM].update(entry))
-    refused(folder, WEIGHTS, message)
+    assert_rejected(folder, WEIGHTS, message)
 
 
-def test_entry_that_is_no_object(folder):
+def test_entry_that_is_not_an_object(folder):
     change_header(folder, lambda header: header.update({NORM: 3}))
-    refused(folder, f"data_offsets for tensor {NORM}, got 3")
+    assert_rejected(folder, f"data_offsets for tensor {NORM}, got 3")
 
 
 def test_missing_shard(folder):
@@ -181,7 +181,7 @@ def test_missing_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
     open_and_load(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(
+    assert_rejected(
         folder,
         f"{len(halves[1])} of {len(tensors)} tensors of the index are missing",
         "in model-00002-of-00002.safetensors",
@@ -189,9 +189,9 @@ def test_missing_shard(folder):
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": null}'])
-def test_index_that_is_not_understood(folder, content):
+def test_invalid_index(folder, content):
     (folder / "model.safetensors.index.json").write_text(content)
-    refused(folder, "model.safetensors.index.json: expected JSON with a weight_map")
+    assert_rejected(folder, "model.safetensors.index.json: expected JSON with a weight_map")
 
 
 # Tensors
@@ -199,7 +199,7 @@ def test_index_that_is_not_understood(folder, content):
 
 def test_missing_tensor(folder):
     change_tensors(folder, model__layers__1__self_attn__q_proj__weight=None)
-    refused(folder, "model.layers.1.self_attn.q_proj.weight")
+    assert_rejected(folder, "model.layers.1.self_attn.q_proj.weight")
 
 
 def test_missing_expert(folder):
@@ -210,17 +210,17 @@ def test_missing_expert(folder):
             header.pop(k) for k in list(header) if ".0.block_sparse_moe.experts.7.w1" in k
         ],
     )
-    refused(folder, "experts.7.w1")
+    assert_rejected(folder, "experts.7.w1")
 
 
 def test_surplus_tensor(folder):
     change_tensors(folder, model__layers__0__surprise__weight=mx.zeros((2, 2)))
-    refused(folder, "model.layers.0.surprise.weight")
+    assert_rejected(folder, "model.layers.0.surprise.weight")
 
 
 def test_misshapen_tensor(folder):
     change_tensors(folder, lm_head__weight=mx.zeros((256, 63)))
-    refused(folder, "lm_head.weight", "(256, 64)", "(256, 63)")
+    assert_rejected(folder, "lm_head.weight", "(256, 64)", "(256, 63)")
 
 
 # What the config says
@@ -228,24 +228,24 @@ def test_misshapen_tensor(folder):
 
 def test_unknown_family(folder):
     change_config(folder, model_type="fancy_moe")
-    refused(folder, "mlx-lm does not support model_type 'fancy_moe'", "cenacle families")
+    assert_rejected(folder, "mlx-lm does not support model_type 'fancy_moe'", "cenacle families")
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["mixtral"]])
 def test_no_family(folder, kind):
     change_config(folder, model_type=kind)
-    refused(folder, "config.json: expected a model_type")
+    assert_rejected(folder, "config.json: expected a model_type")
 
 
 def test_missing_key(folder):
     change_config(folder, hidden_size="wide")
-    refused(folder, str(folder), "mixtral")
+    assert_rejected(folder, str(folder), "mixtral")
 
 
-def test_code_of_the_checkpoint_is_refused(folder):
+def test_code_of_a_checkpoint_is_never_run(folder):
     (folder / "evil.py").write_text("raise SystemExit('it was run')")
     change_config(folder, model_file="evil.py")
-    refused(folder, "evil.py", "executes no code from a checkpoint")
+    assert_rejected(folder, "evil.py", "executes no code from a checkpoint")
 
 
 def test_dense_model(tmp_path):
@@ -259,7 +259,7 @@ def test_dense_model(tmp_path):
     model = llama.Model(llama.ModelArgs.from_dict(config))
     mx.save_safetensors(str(tmp_path / WEIGHTS), dict(tree_flatten(model.parameters())))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(tmp_path, "llama is a dense model", "no experts")
+    assert_rejected(tmp_path, "llama is a dense model", "no experts")
 
 
 # Plans
@@ -409,7 +409,7 @@ def test_a_rank_reads_and_holds_its_own_bytes(tmp_path, write, how):
 
 
 @pytest.mark.parametrize("write", [save_stacked, save_single])
-def test_ranks_have_the_files_rows(tmp_path, write):
+def test_ranks_together_have_the_files_rows(tmp_path, write):
     """Every expert's tensors, put together from the ranks, are the file's."""
     write(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
@@ -426,7 +426,7 @@ def test_ranks_have_the_files_rows(tmp_path, write):
             assert all(mx.array_equal(part, value) for part in parts), name
 
 
-def test_models_that_are_only_described_leave_nothing_behind():
+def test_reading_a_spec_leaves_no_memory_behind():
     """A head builds one for each machine whenever it forms a group, for months."""
     checkpoint = Checkpoint.open(DEMO)
     read_model_spec(checkpoint)

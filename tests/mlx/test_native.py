@@ -98,7 +98,7 @@ def int8(kernels):
 @pytest.mark.parametrize(
     ("bits", "group", "mode"), [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")]
 )
-def test_activations_of_8_bits(int8, bits, group, mode):
+def test_int8_activations(int8, bits, group, mode):
     for rows, width in [(33, 3 * group), (64, 1024)]:
         made, w = quantised(normal(rows, width), bits, group, mode)
         for tokens in TOKENS:
@@ -111,7 +111,7 @@ def test_activations_of_8_bits(int8, bits, group, mode):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_arrays_can_be_had_back(kernels, bits):
+def test_packed_arrays_can_be_unpacked(kernels, bits):
     q, s, b = mx.quantize(normal(3, 20, 128), 64, bits)
     back = kernels.Weights(q, s, b, None, bits, 64, "affine").arrays()
     assert len(back) == (3 if kernels.used() == "vnni" else 0)
@@ -180,7 +180,7 @@ def test_a_token_gives_the_same_bits_alone_and_among_others(kernels):
             assert np.array_equal(np.array(kernels.linear(x[t : t + 1], layer))[0], whole[t])
 
 
-def test_refuses_what_it_cannot_compute():
+def test_unsupported_input_is_rejected():
     weights = native.extension().Weights
     w = normal(8, 64)
     q, s, b = mx.quantize(w, 64, 4)
@@ -348,7 +348,7 @@ def test_quantised_families(family, bits, tmp_path):
 
 
 @pytest.mark.parametrize(("activations", "most"), [(16, 5e-4), (8, 0.15)])
-def test_what_integers_cost_in_logits(activations, most, tmp_path):
+def test_error_of_integer_activations_in_logits(activations, most, tmp_path):
     synth(tmp_path / "m", family="qwen3_moe", quantize=4, group_size=64)
     native.extension().use_activations(activations)
     try:
@@ -362,7 +362,7 @@ def test_what_integers_cost_in_logits(activations, most, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_replicas_are_dealt_as_in_python(seed):
+def test_replicas_are_assigned_as_in_python(seed):
     random = np.random.default_rng(seed)
     ranks, experts = int(random.integers(1, 7)), int(random.integers(1, 40))
     holders = [
@@ -376,7 +376,7 @@ def test_replicas_are_dealt_as_in_python(seed):
         assert dealer.deal(counts) == load_balancer.assign_replicas(counts, holders, speeds)
 
 
-def test_wrong_holders_are_refused():
+def test_invalid_ranks_are_rejected():
     extension = native.extension()
     with pytest.raises(ValueError, match="holders: expected ranks that have a speed"):
         extension.Dealer([[0, 2]], [1, 1], 0)

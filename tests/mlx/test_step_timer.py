@@ -28,15 +28,15 @@ class Clock:
 
 def test_laps_add_up_by_name():
     clock = Clock()
-    watch = StepTimer(clock)
-    watch.start()
+    timer = StepTimer(clock)
+    timer.start()
     for name, seconds in [("trunk", 1), ("experts", 2), ("all_reduce", 4), ("trunk", 8)]:
         clock.now += seconds
-        watch.lap(name, mx.zeros(1))
+        timer.lap(name, mx.zeros(1))
     clock.now += 16
-    watch.lap("all_reduce", mx.zeros(1))
+    timer.lap("all_reduce", mx.zeros(1))
     clock.now += 32
-    assert watch.stop() == {
+    assert timer.stop() == {
         **{"total_s": 63.0, "laps_s": {"trunk": 9.0, "experts": 2.0, "all_reduce": 20.0}},
         **{"all_reduces_s": [4.0, 16.0], "routed": {}},
     }
@@ -46,32 +46,32 @@ def test_outside_a_measured_step_nothing_is_evaluated_or_kept():
     def must_not_be_called():
         raise AssertionError("the clock was read")
 
-    watch = StepTimer(must_not_be_called)
-    watch.lap("trunk", "not even an array")
-    watch.record_routing(0, "not even an array")
-    assert not watch.running
+    timer = StepTimer(must_not_be_called)
+    timer.lap("trunk", "not even an array")
+    timer.record_routing(0, "not even an array")
+    assert not timer.running
 
 
 def test_routed_counts():
-    watch = StepTimer()
-    watch.start()
-    watch.record_routing(3, mx.array([[[0, 2], [2, 5]]]))
-    watch.record_routing(3, mx.array([[[2, 1]]], mx.uint32))
-    watch.record_routing(4, mx.array([[[7, 7]]]))
-    report = watch.stop()
+    timer = StepTimer()
+    timer.start()
+    timer.record_routing(3, mx.array([[[0, 2], [2, 5]]]))
+    timer.record_routing(3, mx.array([[[2, 1]]], mx.uint32))
+    timer.record_routing(4, mx.array([[[7, 7]]]))
+    report = timer.stop()
     assert report["routed"] == {3: {0: 1, 1: 1, 2: 3, 5: 1}, 4: {7: 2}}
     json.dumps(report)
 
 
-def test_every_step_begins_anew():
+def test_every_step_starts_at_zero():
     clock = Clock()
-    watch = StepTimer(clock)
+    timer = StepTimer(clock)
     for _ in range(2):
-        watch.start()
-        watch.record_routing(0, mx.array([[1]]))
+        timer.start()
+        timer.record_routing(0, mx.array([[1]]))
         clock.now += 1
-        watch.lap("trunk", mx.zeros(1))
-        report = watch.stop()
+        timer.lap("trunk", mx.zeros(1))
+        report = timer.stop()
     assert (report["total_s"], report["laps_s"], report["routed"]) == (
         1.0,
         {"trunk": 1.0},
@@ -82,12 +82,12 @@ def test_every_step_begins_anew():
 @pytest.mark.parametrize("family", ["dbrx", "mixtral", "qwen3_moe"])
 def test_a_models_laps(family):
     """Per layer: what came before the block, its experts, its exchange."""
-    folder, watch = VECTORS / family, StepTimer()
+    folder, timer = VECTORS / family, StepTimer()
     plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
-    model = load_rank(folder, plan, SingleRank(), watch)
-    watch.start()
+    model = load_rank(folder, plan, SingleRank(), timer)
+    timer.start()
     mx.eval(model(mx.array([[1, 2, 3]])))
-    report = watch.stop()
+    report = timer.stop()
     assert sorted(report["laps_s"]) == ["all_reduce", "experts", "trunk"]
     assert len(report["all_reduces_s"]) == 2
     assert sum(report["laps_s"].values()) <= report["total_s"]
@@ -95,7 +95,7 @@ def test_a_models_laps(family):
 
 
 class Recorder:
-    """A batch, a watch and a collective in one, that notes what it is told."""
+    """A batch, a timer and a collective in one, that notes what it is told."""
 
     def __init__(self) -> None:
         self.told: list[str] = []

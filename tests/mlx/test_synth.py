@@ -209,7 +209,7 @@ def test_every_token_is_text(tmp_path):
     assert tokenizer.encode("ab") == [97, 98]
 
 
-def test_wrong_input_names_what_is_wrong(tmp_path):
+def test_invalid_input_is_explained(tmp_path):
     for options, words in (
         ({"family": "qwen3_mo"}, "nearest: qwen3_moe"),
         ({"name": "dbrx-132"}, "nearest: dbrx-132b"),
@@ -235,7 +235,7 @@ def test_wrong_input_names_what_is_wrong(tmp_path):
     assert (tmp_path / "out" / "notes.txt").exists()
 
 
-def test_a_model_that_does_not_fit_on_the_disk_is_not_begun(tmp_path, monkeypatch):
+def test_model_that_does_not_fit_on_the_disk_is_not_started(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     with pytest.raises(InputError, match="GiB left"):
         synth(tmp_path, family="dbrx")

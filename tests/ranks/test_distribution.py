@@ -1,4 +1,4 @@
-"""A model that only the head, or only the hub, has: real agents fetch their parts; no ranks run."""
+"""Distribution of a model that only the head or only the Hub has: real agents, no ranks."""
 
 import asyncio
 import json
@@ -29,14 +29,14 @@ from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
 from cenacle.model.loader import load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.ranks.ranks import Epoch
-from like_hub import REPO, Server, pretend, times_sent
+from fake_hub import REPO, FakeHub, times_sent, use_fake_hub
 
 HOST = "127.0.0.1"
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 WEIGHTS = "model.safetensors"
 
 
-def until(condition, what, seconds=20.0):
+def wait_for(condition, what, seconds=20.0):
     ends = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < ends, f"not within {seconds:g} s: {what}"
@@ -48,7 +48,7 @@ class Cluster:
     """A head, its own agent, and two more, each with a folder of its own."""
 
     def __init__(self, folder):
-        self.folder, self.said = folder, {}
+        self.folder, self.agent_messages = folder, {}
         self.head = Head(folder / "head", HOST, 0, "a")
         self.identities = {"a": self.head.identity}
         for name in "bc":
@@ -58,10 +58,10 @@ class Cluster:
             )
         self._ends = {}
         for name in "abc":
-            self.come(name)
+            self.start_agent(name)
 
-    def come(self, name, folders=()):
-        said = self.said[name] = []
+    def start_agent(self, name, folders=()):
+        said = self.agent_messages[name] = []
         where = (self.identities[name], HOST, self.head.port)
         place = None if name == "a" else self.folder / name / "models"
         loop = asyncio.new_event_loop()
@@ -76,23 +76,23 @@ class Cluster:
         thread = threading.Thread(target=run)
         thread.start()
         self._ends[name] = (lambda: loop.call_soon_threadsafe(task.cancel), thread)
-        until(lambda: self.nodes()[name]["connected"], name)
+        wait_for(lambda: self.nodes()[name]["connected"], name)
 
-    def go(self, name):
+    def stop_agent(self, name):
         end, thread = self._ends.pop(name)
         with suppress(RuntimeError):
             end()
         thread.join(20)
         assert not thread.is_alive()
-        until(lambda: not self.nodes()[name]["connected"], f"the loss of {name}")
+        wait_for(lambda: not self.nodes()[name]["connected"], f"the loss of {name}")
 
     def nodes(self):
         return {n["name"]: n for n in self.head.status()["nodes"]}
 
     def form(self, model, placement):
         """What was decided; `self.machines` decides again after a loss."""
-        self.told = []
-        self.machines = formation.Cluster(self.head, 3, self.told.append)
+        self.messages = []
+        self.machines = formation.Cluster(self.head, 3, self.messages.append)
         folder = self.machines.locate(model)
         name = model if model == REPO else folder.name
         checkpoint = Checkpoint.open(folder)
@@ -101,14 +101,14 @@ class Cluster:
         )
         return self.formed
 
-    def again(self, ending=None):
+    def reform(self, ending=None):
         self.head.end_group(self.formed.group.group_id)
         self.formed = self.machines._reform(Epoch(1, ending or threading.Event()))
         return self.formed
 
     def close(self):
         for name in list(self._ends):
-            self.go(name)
+            self.stop_agent(name)
         self.head.close()
 
 
@@ -129,8 +129,8 @@ def cluster(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    server = Server(DEMO)
-    pretend(monkeypatch, server.url)
+    server = FakeHub(DEMO)
+    use_fake_hub(monkeypatch, server.url)
     yield server
     server.close()
 
@@ -141,7 +141,7 @@ def model(tmp_path):
     return shutil.copytree(DEMO, tmp_path / "answers")
 
 
-def is_enough(formed):
+def assert_loads(formed):
     """Every machine's rank loads from its folder what it would from the whole."""
     for rank, folder in enumerate(formed.folders):
         want, got = (
@@ -156,7 +156,7 @@ def is_enough(formed):
         assert all(mx.array_equal(want[k], got[k]) for k in want)
 
 
-def fetched(folder):
+def downloaded_bytes(folder):
     """Bytes that were ever recorded in a part."""
     lines = filter(None, (Path(folder) / JOURNAL).read_text().splitlines())
     entries = [json.loads(line) for line in lines]
@@ -164,7 +164,7 @@ def fetched(folder):
 
 
 @contextmanager
-def answering(monkeypatch, how):
+def serving(monkeypatch, how):
     """What the head serves goes through `how(answer, request)`."""
     real = ModelFileServer.serve
     with monkeypatch.context() as m:
@@ -173,45 +173,45 @@ def answering(monkeypatch, how):
 
 
 @pytest.mark.parametrize("placement", ["whole", "replicated"])
-def test_each_machine_fetches_its_own_part(cluster, hub, placement):
+def test_each_node_downloads_its_own_part(cluster, hub, placement):
     formed = cluster.form(REPO, placement)
-    is_enough(formed)
+    assert_loads(formed)
     # The head reads attention and its like as all do, and gives them on.
     assert times_sent(hub, WEIGHTS).max() == (1 if placement == "whole" else 2)
     for rank, folder in enumerate(formed.folders):
         part = formed.plan.bytes_of(rank)["total"]
-        assert 0.9 * part < fetched(folder) <= 1.05 * part
+        assert 0.9 * part < downloaded_bytes(folder) <= 1.05 * part
     assert hub.sent <= sum(formed.plan.bytes_of(r)["total"] for r in range(3)) * 1.05
     told = cluster.nodes()["b"]["download_progress"]
     assert told["done"] == told["total"] > 0
-    assert any("downloaded in" in text and "b " in text for text in cluster.told)
+    assert any("downloaded in" in text and "b " in text for text in cluster.messages)
     # What is here already is not fetched again.
     before = hub.sent
     cluster.head.end_group(formed.group.group_id)
-    is_enough(cluster.form(REPO, placement))
+    assert_loads(cluster.form(REPO, placement))
     assert hub.sent == before
 
 
-@pytest.mark.parametrize("apart", [0, 1 << 16])
-def test_of_slices_the_hub_gives_each_byte_once(cluster, hub, apart, monkeypatch):
-    """Also where a slice is rows that a machine gets by itself (`apart` 0)."""
-    with_gap = partial(required_ranges, column_gap_bytes=apart)
+@pytest.mark.parametrize("gap", [0, 1 << 16])
+def test_the_hub_sends_each_byte_of_slices_once(cluster, hub, gap, monkeypatch):
+    """Also where a slice is rows that a machine gets by itself (`gap` 0)."""
+    with_gap = partial(required_ranges, column_gap_bytes=gap)
     monkeypatch.setattr(distribution, "required_ranges", with_gap)
     formed = cluster.form(REPO, "sliced")
-    is_enough(formed)
+    assert_loads(formed)
     assert (times_sent(hub, WEIGHTS) == 1).all()
     for rank in (1, 2):
-        assert fetched(formed.folders[rank]) <= 1.05 * formed.plan.bytes_of(rank)["total"]
+        assert downloaded_bytes(formed.folders[rank]) <= 1.05 * formed.plan.bytes_of(rank)["total"]
     # After a loss: only what nobody of those who are left has.
-    cluster.go("c")
-    formed = cluster.again()
+    cluster.stop_agent("c")
+    formed = cluster.reform()
     assert formed.plan.nodes == 2
-    is_enough(formed)
+    assert_loads(formed)
     times = times_sent(hub, WEIGHTS)
-    assert times.mean() < (1.5 if apart == 0 else 1.001)
+    assert times.mean() < (1.5 if gap == 0 else 1.001)
 
 
-def test_from_the_head_alone_and_damage_on_the_way(cluster, model, monkeypatch):
+def test_head_as_the_only_source_and_damage_on_the_way(cluster, model, monkeypatch):
     wrong, asked_for = [], []
 
     def damage(answer, request):
@@ -222,21 +222,21 @@ def test_from_the_head_alone_and_damage_on_the_way(cluster, model, monkeypatch):
                 return answer[0], bytes([answer[1][0] ^ 1]) + answer[1][1:]
         return answer
 
-    with answering(monkeypatch, damage):
+    with serving(monkeypatch, damage):
         formed = cluster.form(str(model), "whole")
     assert len(wrong) == 2
     assert formed.folders[0] == str(model.resolve())
-    is_enough(formed)
+    assert_loads(formed)
     for rank in (1, 2):
         part = formed.plan.bytes_of(rank)["total"]
-        assert fetched(formed.folders[rank]) <= 1.05 * part
+        assert downloaded_bytes(formed.folders[rank]) <= 1.05 * part
         taken = sum(p.stat().st_blocks * 512 for p in Path(formed.folders[rank]).iterdir())
         assert taken <= 1.05 * part + 4096 * len(asked_for)
     with pytest.raises(CheckpointError, match="only one node's part"):
         locate_checkpoint(formed.folders[1])
 
 
-def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
+def test_interrupted_download_is_resumed(cluster, model, monkeypatch):
     monkeypatch.setattr(download, "CHUNK_BYTES", 1 << 18)
     given, hold = [], threading.Event()
 
@@ -247,30 +247,33 @@ def test_what_is_interrupted_goes_on_where_it_was(cluster, model, monkeypatch):
                 return None  # "later"
         return answer
 
-    with answering(monkeypatch, slow):
+    with serving(monkeypatch, slow):
         found = []
         forming = threading.Thread(target=lambda: found.append(cluster.form(str(model), "whole")))
         forming.start()
         try:
-            until(lambda: len(given) > 20, "the first pieces")
-            part = until(lambda: cluster.nodes()["b"]["download_progress"], "how far b is")
+            wait_for(lambda: len(given) > 20, "the first pieces")
+            part = wait_for(lambda: cluster.nodes()["b"]["download_progress"], "how far b is")
             assert 0 < part["done"] < part["total"]
-            cluster.go("b")
-            until(lambda: any("b has lost its agent" in t for t in cluster.told), "that it is said")
+            cluster.stop_agent("b")
+            wait_for(
+                lambda: any("b has lost its agent" in t for t in cluster.messages),
+                "that it is said",
+            )
             (place,) = (cluster.folder / "b" / "models").iterdir()
-            before = fetched(place)
+            before = downloaded_bytes(place)
             given.clear()
             hold.set()
-            cluster.come("b")
+            cluster.start_agent("b")
         finally:
             hold.set()
             forming.join(60)
     assert not forming.is_alive()
-    assert 0 < before < fetched(place) <= 1.05 * found[0].plan.bytes_of(1)["total"]
-    is_enough(found[0])
+    assert 0 < before < downloaded_bytes(place) <= 1.05 * found[0].plan.bytes_of(1)["total"]
+    assert_loads(found[0])
 
 
-def test_damage_on_the_disk_is_found_by_the_next_process(cluster, model):
+def test_damage_on_the_disk_is_repaired_by_the_next_process(cluster, model):
     formed = cluster.form(str(model), "whole")
     file = Path(formed.folders[1]) / WEIGHTS
     layout = ModelLayout.read(Checkpoint.open(DEMO))
@@ -280,39 +283,40 @@ def test_damage_on_the_disk_is_found_by_the_next_process(cluster, model):
         byte = f.read(1)
         f.seek(ranges[-1][0])
         f.write(bytes([byte[0] ^ 1]))
-    cluster.go("b")
-    cluster.come("b")
-    is_enough(cluster.again())
-    until(lambda: any("were damaged and" in t for t in cluster.said["b"]), "a word")
+    cluster.stop_agent("b")
+    cluster.start_agent("b")
+    assert_loads(cluster.reform())
+    wait_for(lambda: any("were damaged and" in t for t in cluster.agent_messages["b"]), "a word")
 
 
-def test_after_a_loss_what_is_missing_is_fetched_or_waited_for(cluster, hub):
+def test_after_a_loss_missing_bytes_are_downloaded_or_waited_for(cluster, hub):
     formed = cluster.form(REPO, "whole")
     before = times_sent(hub, WEIGHTS)
-    cluster.go("c")
-    formed = cluster.again()
+    cluster.stop_agent("c")
+    formed = cluster.reform()
     assert formed.plan.nodes == 2
-    is_enough(formed)
+    assert_loads(formed)
     more = times_sent(hub, WEIGHTS) - before
     lost = formed.plan.bytes_of(0)["experts"] + formed.plan.bytes_of(1)["experts"]
     assert 0 < more.sum() <= 0.5 * lost, "what c had, and what b gives to a"
     # Without a hub nobody has b's and c's experts.
     hub.close()
-    cluster.come("c")
-    cluster.go("b")
+    cluster.start_agent("c")
+    cluster.stop_agent("b")
     ending, found = threading.Event(), []
 
     def go_on():
         with suppress(ClusterError):
-            found.append(cluster.again(ending))
+            found.append(cluster.reform(ending))
 
     again = threading.Thread(target=go_on)
     again.start()
     try:
-        until(
-            lambda: any("is not complete on the remaining nodes" in t for t in cluster.told), "why"
+        wait_for(
+            lambda: any("is not complete on the remaining nodes" in t for t in cluster.messages),
+            "why",
         )
-        assert any("the Hub does not respond" in t or "refused" in t for t in cluster.told)
+        assert any("the Hub does not respond" in t or "refused" in t for t in cluster.messages)
     finally:
         ending.set()
         again.join(30)
@@ -320,22 +324,22 @@ def test_after_a_loss_what_is_missing_is_fetched_or_waited_for(cluster, hub):
     assert not found
 
 
-def test_who_has_the_model_fetches_nothing_and_another_is_refused(cluster, model, tmp_path):
+def test_complete_model_is_used_and_another_model_is_rejected(cluster, model, tmp_path):
     for name in ("same", "half", "other"):
         shutil.copytree(DEMO, tmp_path / name / model.name)
     (tmp_path / "half" / model.name / WEIGHTS).unlink()
     config = tmp_path / "other" / model.name / "config.json"
     config.write_text(config.read_text().replace('"n_heads": 4', '"n_heads": 2'))
     for name, folder in (("b", "same"), ("c", "half")):
-        cluster.go(name)
-        cluster.come(name, [tmp_path / folder])
+        cluster.stop_agent(name)
+        cluster.start_agent(name, [tmp_path / folder])
     formed = cluster.form(str(model), "whole")
     assert formed.folders[1] == str((tmp_path / "same" / model.name).resolve())
     assert not (tmp_path / "b" / "models").exists()
     assert Path(formed.folders[2]).parent == tmp_path / "c" / "models"
-    is_enough(formed)
-    cluster.go("c")
-    cluster.come("c", [tmp_path / "other"])
+    assert_loads(formed)
+    cluster.stop_agent("c")
+    cluster.start_agent("c", [tmp_path / "other"])
     cluster.head.end_group(formed.group.group_id)
     with pytest.raises(CheckpointError, match=r"c: .*other.* has another model of the name"):
         cluster.form(str(model), "whole")

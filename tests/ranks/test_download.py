@@ -1,4 +1,4 @@
-"""Fetching a node's part of a checkpoint, from what answers like the hub, and from a node."""
+"""Downloading a node's part of a checkpoint from a fake Hub and from another node."""
 
 import shutil
 
@@ -19,7 +19,7 @@ from cenacle.model.loader import load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
-from like_hub import REPO, Server, pretend
+from fake_hub import REPO, FakeHub, use_fake_hub
 
 FAMILIES = ("qwen3_moe", "mixtral", "dbrx", "gpt_oss")
 
@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small_headers(monkeypatch):
     """The models are tiny: the first guess at a header must not hold all of them."""
     monkeypatch.setattr(source, "FIRST_RETRY_DELAY_S", 0.01)
     monkeypatch.setattr(download, "HEADER_BYTES", 2048)
@@ -39,8 +39,8 @@ def small(monkeypatch):
 
 @pytest.fixture
 def hub(folders, monkeypatch):
-    server = Server(folders["qwen3_moe"])
-    pretend(monkeypatch, server.url)
+    server = FakeHub(folders["qwen3_moe"])
+    use_fake_hub(monkeypatch, server.url)
     yield server
     server.close()
 
@@ -49,15 +49,15 @@ def ranges_of(checkpoint, plan, rank, **options):
     return required_ranges(slices_for(plan, rank, ModelLayout.read(checkpoint)), **options)
 
 
-def parts(folder, plan, rank):
+def parameters(folder, plan, rank):
     model = load_rank_model(Checkpoint.open(folder), plan, rank, lambda *_: None)
     return dict(named_parameters(model))
 
 
-@pytest.mark.parametrize("apart", [0, 1 << 16])
+@pytest.mark.parametrize("gap", [0, 1 << 16])
 @pytest.mark.parametrize("placement", ["whole", "replicated", "sliced"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, apart, tmp_path):
+def test_a_part_is_enough_to_load_a_rank(folders, family, placement, gap, tmp_path):
     """From a folder elsewhere, span by span; what was not fetched is holes, and is not missed."""
     whole = folders[family]
     plan = getattr(Plan, placement)(read_model_spec(Checkpoint.open(whole)), 3)
@@ -65,18 +65,18 @@ def test_a_node_s_part_is_enough_to_load_it(folders, family, placement, apart, t
         store = fetch_metadata(LocalFolder(whole), tmp_path / str(rank))
         described = Checkpoint.open(store.folder)
         assert read_model_spec(described) == plan.spec
-        wanted = ranges_of(described, plan, rank, column_gap_bytes=apart)
+        wanted = ranges_of(described, plan, rank, column_gap_bytes=gap)
         # Zeros where they are not known to be wanted would not be noticed in a missing part.
         fetched = fetch_ranges([LocalFolder(whole)], store, wanted)
         assert fetched <= total_bytes(w for each in wanted.values() for w in each)
         assert fetch_ranges([LocalFolder(whole)], store, wanted) == 0
-        want, got = parts(whole, plan, rank), parts(store.folder, plan, rank)
+        want, got = parameters(whole, plan, rank), parameters(store.folder, plan, rank)
         assert want.keys() == got.keys()
         assert all(mx.array_equal(want[k], got[k]) for k in want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_node_fetches_more_than_its_part(folders, family):
+def test_no_node_downloads_more_than_its_part(folders, family):
     checkpoint = Checkpoint.open(folders[family])
     for placement in ("whole", "replicated"):
         plan = getattr(Plan, placement)(read_model_spec(checkpoint), 3)
@@ -86,22 +86,22 @@ def test_no_node_fetches_more_than_its_part(folders, family):
             assert fetched <= 1.05 * plan.bytes_of(rank)["total"]
 
 
-def test_from_the_hub_only_what_is_wanted(hub, folders, tmp_path):
+def test_only_required_ranges_come_from_the_hub(hub, folders, tmp_path):
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     described = Checkpoint.open(store.folder)
     plan = Plan.whole(read_model_spec(described), 2)
     wanted = ranges_of(described, plan, 1)
-    before, seen = hub.sent, []
-    fetched = fetch_ranges([Hub(REPO)], store, wanted, lambda *p: seen.append(p))
+    before, progress = hub.sent, []
+    fetched = fetch_ranges([Hub(REPO)], store, wanted, lambda *p: progress.append(p))
     assert hub.sent - before == fetched
-    assert seen[0][0] < seen[-1][0] == seen[-1][1]
-    want, got = parts(folders["qwen3_moe"], plan, 1), parts(store.folder, plan, 1)
+    assert progress[0][0] < progress[-1][0] == progress[-1][1]
+    want, got = parameters(folders["qwen3_moe"], plan, 1), parameters(store.folder, plan, 1)
     assert all(mx.array_equal(want[k], got[k]) for k in want)
     taken = sum(p.stat().st_blocks * 512 for p in store.folder.glob("*.safetensors"))
     assert taken < sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
 
 
-def test_what_breaks_off_is_resumed(hub, tmp_path, monkeypatch):
+def test_interrupted_download_is_resumed(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "CHUNK_BYTES", 4096)
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     wanted = {"model.safetensors": [(0, 50_000)]}
@@ -112,12 +112,12 @@ def test_what_breaks_off_is_resumed(hub, tmp_path, monkeypatch):
         f.write('{"file": "model.safetens')
     again = SparseStore(store.folder)
     assert again.missing(wanted) == {}
-    hub.asked.clear()
+    hub.requests.clear()
     fetch_ranges([Hub(REPO)], again, {"model.safetensors": [(0, 60_000)]})
-    assert min(start for _, start, _ in hub.asked) == 50_000
+    assert min(start for _, start, _ in hub.requests) == 50_000
 
 
-def test_a_source_that_stays_away_is_given_up_and_another_asked(hub, folders, tmp_path):
+def test_unreachable_source_is_given_up_for_another(hub, folders, tmp_path):
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     wanted = {"model.safetensors": [(0, 50_000)]}
     hub.refuse = 1000
@@ -127,7 +127,7 @@ def test_a_source_that_stays_away_is_given_up_and_another_asked(hub, folders, tm
     assert store.missing(wanted) == {}
 
 
-def test_from_a_node_that_has_only_a_part(hub, tmp_path):
+def test_from_a_node_with_a_part(hub, tmp_path):
     one, other = (fetch_metadata(Hub(REPO), tmp_path / n) for n in ("one", "other"))
     fetch_ranges([Hub(REPO)], one, {"model.safetensors": [(20_000, 40_000)]})
     before = hub.sent
@@ -139,14 +139,14 @@ def test_from_a_node_that_has_only_a_part(hub, tmp_path):
         fetch_ranges([LocalFolder(one.folder)], other, {"model.safetensors": [(30_000, 50_000)]})
 
 
-def test_a_server_without_ranges_is_refused(hub, tmp_path):
+def test_server_without_ranges_is_rejected(hub, tmp_path):
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     hub.ranges = False
     with pytest.raises(CheckpointError, match=r"expected status 206 .*, got 200"):
         fetch_ranges([Hub(REPO)], store, {"model.safetensors": [(30_000, 50_000)]})
 
 
-def test_a_byte_that_was_changed_on_the_way_is_noticed(hub, folders, tmp_path):
+def test_damage_on_the_way_is_detected(hub, folders, tmp_path):
     size = (folders["qwen3_moe"] / "model.safetensors").stat().st_size
     store = fetch_metadata(Hub(REPO), tmp_path / "part")
     hub.damage = 100_000
@@ -159,7 +159,7 @@ def test_a_byte_that_was_changed_on_the_way_is_noticed(hub, folders, tmp_path):
     ).read_bytes()
 
 
-def test_a_byte_that_was_changed_on_the_disk_is_found_and_fetched_again(folders, tmp_path):
+def test_damage_on_the_disk_is_found_and_repaired(folders, tmp_path):
     store = fetch_metadata(LocalFolder(folders["qwen3_moe"]), tmp_path / "part")
     wanted = {"model.safetensors": [(30_000, 50_000)]}
     fetch_ranges([LocalFolder(folders["qwen3_moe"])], store, wanted)
@@ -178,7 +178,7 @@ def test_a_byte_that_was_changed_on_the_disk_is_found_and_fetched_again(folders,
     assert again.find_damaged() == {}
 
 
-def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkeypatch):
+def test_full_disk_is_explained_before_and_during_a_download(folders, tmp_path, monkeypatch):
     source = LocalFolder(folders["qwen3_moe"])
     store = fetch_metadata(source, tmp_path / "part")
     wanted = {"model.safetensors": [(30_000, 50_000)]}
@@ -198,13 +198,13 @@ def test_a_full_disk_is_explained_before_and_meanwhile(folders, tmp_path, monkey
     assert fetch_ranges([source], store, wanted) == 20_000
 
 
-def test_a_source_that_has_changed_is_refused(folders, tmp_path):
+def test_changed_source_is_rejected(folders, tmp_path):
     store = fetch_metadata(LocalFolder(folders["qwen3_moe"]), tmp_path / "part")
     with pytest.raises(CheckpointError, match="remove the folder to download the new model"):
         store.create_file("model.safetensors", 17)
 
 
-def test_what_is_not_there_is_said(hub, tmp_path):
+def test_missing_checkpoint_is_explained(hub, tmp_path):
     with pytest.raises(CheckpointError, match="no such repository"):
         fetch_metadata(Hub("circle/none"), tmp_path / "none")
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -214,7 +214,7 @@ def test_what_is_not_there_is_said(hub, tmp_path):
         fetch_metadata(LocalFolder(tmp_path / "empty"), tmp_path / "none")
 
 
-def test_columns_are_fetched_and_kept_apart(folders, tmp_path):
+def test_columns_are_tracked_separately(folders, tmp_path):
     """What is known of one set of columns says nothing of another's; rows that are here do."""
     whole = LocalFolder(folders["qwen3_moe"])
     store = fetch_metadata(whole, tmp_path / "part")
@@ -247,7 +247,7 @@ def test_columns_are_fetched_and_kept_apart(folders, tmp_path):
     assert SparseStore(store.folder).missing({"model.safetensors": [columns]})
 
 
-def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
+def test_file_name_outside_of_the_folder_is_rejected(tmp_path):
     for name in ("../model.safetensors", "/tmp/model.safetensors"):
         with pytest.raises(CheckpointError, match="a file cannot be called"):
             SparseStore(tmp_path).create_file(name, 10)

@@ -1,4 +1,4 @@
-"""Loading a repository by name: a local server answers like the hub."""
+"""Loading a repository by name from a fake Hub."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ REPO = "circle/tiny"
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = synth(tmp_path_factory.mktemp("hub") / "tiny", family="qwen3_moe").path
-    (folder / "pytorch_model.bin").write_bytes(b"never to be fetched")
-    fetched = []
+    (folder / "pytorch_model.bin").write_bytes(b"never to be downloads")
+    downloads = []
 
     class Hub(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -48,7 +48,7 @@ def hub(tmp_path_factory):
             name = path.rsplit("/", 1)[-1]
             if path == f"/{REPO}/resolve/{COMMIT}/{name}" and name in files:
                 if body:
-                    fetched.append(name)
+                    downloads.append(name)
                 return self.send((folder / name).read_bytes(), body, "application/octet-stream")
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -67,7 +67,7 @@ def hub(tmp_path_factory):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", fetched
+    yield f"http://127.0.0.1:{server.server_address[1]}", downloads
     server.shutdown()
     server.server_close()
 
@@ -83,8 +83,8 @@ def cenacle(hub_url, home, *arguments):
     )
 
 
-def test_a_repository_by_name(hub, tmp_path):
-    url, fetched = hub
+def test_repository_by_name(hub, tmp_path):
+    url, downloads = hub
     ran = cenacle(
         url, tmp_path, "generate", "-m", REPO, "-p", "hi", "--max-tokens", "4", "--json", "-n", "2"
     )
@@ -92,21 +92,21 @@ def test_a_repository_by_name(hub, tmp_path):
     answer = json.loads(ran.stdout.splitlines()[-1])
     assert len(answer["tokens"]) == 4
     assert answer["nodes"] == 2
-    assert any(f.endswith(".safetensors") for f in fetched)
-    assert "pytorch_model.bin" not in fetched
-    before = len(fetched)
+    assert any(f.endswith(".safetensors") for f in downloads)
+    assert "pytorch_model.bin" not in downloads
+    before = len(downloads)
     assert cenacle(url, tmp_path, "inspect", "-m", REPO, "--json").returncode == 0
-    assert len(fetched) == before, "the second time everything is in the cache"
+    assert len(downloads) == before, "the second time everything is in the cache"
 
 
-def test_a_repository_that_is_not_there(hub, tmp_path):
+def test_missing_repository(hub, tmp_path):
     ran = cenacle(hub[0], tmp_path, "inspect", "-m", "circle/none")
     assert ran.returncode == 3
     assert "circle/none" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_a_hub_that_does_not_answer(tmp_path):
+def test_unreachable_hub(tmp_path):
     ran = cenacle("http://127.0.0.1:9", tmp_path, "inspect", "-m", "circle/none")
     assert ran.returncode == 3
     assert "Traceback" not in ran.stderr

@@ -1,9 +1,9 @@
-"""Facts about a model, before a byte of its weights is read.
+"""What a model is, before any of its weights are read.
 
-Owns: `ModelSpec`, what a checkpoint is and how many bytes each part of it takes in memory.
+Owns: `ModelSpec`: family, layers, and how much memory each part takes.
 Does not know: ranks, placements, MLX.
 Invariant: `total_bytes == trunk_bytes + sum of all layers' expert and shared bytes`.
-Next: `plan.py` deals these bytes to ranks; `model/weights.py` makes the spec of a checkpoint.
+Next: `plan.py` places these bytes on ranks; `model/spec_reader.py` reads the spec of a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class MoELayer:
         layer: index among all the model's layers (dense ones counted).
         experts: number of routed experts.
         expert_bytes: bytes in memory of one routed expert.
-        shared_bytes: bytes of the shared experts that are computed inside the block (0: none).
-        units: into how many equal pieces an expert's hidden width can be cut, at the borders of
-            quantisation groups (1: not at all).
+        shared_bytes: bytes of the shared experts inside the block (0: none).
+        units: into how many equal slices an expert's hidden width can be divided, at borders of
+            quantisation groups (1: it cannot).
         shared_units: the same for the shared experts.
-        unsliced_bytes: of `expert_bytes`, what each rank with a slice holds whole (output biases).
+        unsliced_bytes: part of `expert_bytes` that every rank with a slice holds (output biases).
         shared_unsliced_bytes: the same of `shared_bytes`.
     """
 
@@ -40,17 +40,17 @@ class MoELayer:
 
 @dataclass(frozen=True)
 class DenseModule:
-    """A module that every rank needs and that can be divided among ranks: see `Plan.trunk`.
+    """A module of the trunk that can be divided among ranks: see `Plan.trunk`.
 
     Args:
-        path: where it is in the model, such as "model.layers.3.self_attn".
+        path: in the model, such as "model.layers.3.self_attn".
         kind: "attention" (by heads), "mlp" (a dense layer, by hidden width), "head" (the output
             head, by rows of the vocabulary) or "tied" (a head that is the embedding: divided when
-            it is read, whole in memory).
-        units: query heads, pieces of the width, or rows.
+            it is computed, whole in memory).
+        units: query heads, slices of the width, or groups of rows.
         unit_bytes: bytes of one unit.
         groups: key and value heads (attention only).
-        group_bytes: bytes of one key head and one value head.
+        group_bytes: bytes of one key and one value head.
     """
 
     path: str
@@ -71,18 +71,18 @@ class ModelSpec:
     """What a checkpoint is.
 
     Args:
-        family: mlx-lm's model_type.
+        family: mlx-lm's module.
         layers: number of decoder layers, dense ones included.
         moe: the MoE layers, in order.
         top_k: experts chosen per token.
         trunk_bytes: bytes in memory of everything that every rank holds.
-        context_length: most tokens of prompt and answer together (None: the config does not say).
+        context_length: most tokens of prompt and output together (None: the config does not say).
         vocab_size: number of token ids.
         dtype: element type of the unquantised tensors, such as "bfloat16".
         quantization: for instance "affine 4-bit, groups of 64", or None.
-        dense_modules: what of the trunk can be divided among ranks.
-        embedding_bytes: of `trunk_bytes`, the embedding table, of which a token reads one row.
-        unsliceable_reason: why no expert can be cut, or None.
+        dense_modules: the modules of the trunk that can be divided among ranks.
+        embedding_bytes: part of `trunk_bytes`: the embedding table, of which a token reads one row.
+        unsliceable_reason: why no expert can be sliced, or None.
     """
 
     family: str
@@ -114,6 +114,6 @@ class ModelSpec:
         return self.trunk_bytes + self.expert_bytes + self.shared_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the fields above and the sums."""
-        sums = {"expert_bytes": self.expert_bytes, "total_bytes": self.total_bytes}
-        return {**asdict(self), **sums}
+        """A JSON object with the fields and the totals."""
+        totals = {"expert_bytes": self.expert_bytes, "total_bytes": self.total_bytes}
+        return {**asdict(self), **totals}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from one_process import VECTORS
 
+from cenacle.cluster import messages, node_info
 from cenacle.cluster.download import distribution
 from cenacle.core.plan import Plan
 from cenacle.model import architecture
@@ -146,13 +147,13 @@ def test_the_model_is_built_once_for_all_nodes_that_lack_it(monkeypatch, tmp_pat
         def set_download_progress(self, node, done, total):
             pass
 
-        def send_orders(self, pairs, what, _):
-            if what == "fetch":
-                orders.extend(arguments["order"] for _, arguments in pairs)
-                return [{} for _ in pairs]
-            digest = distribution.node_info.digest(checkpoint.folder)
-            answer = {"done": 1, "total": 1, "ended": True, "fetched": 0, "digest": digest}
-            return [answer for _ in pairs]
+        def send_orders(self, pairs, _):
+            if isinstance(pairs[0][1], messages.StartDownload):
+                orders.extend(message.order for _, message in pairs)
+                return [messages.Done() for _ in pairs]
+            digest = node_info.checkpoint_digest(checkpoint.folder)
+            progress = messages.DownloadProgress(True, 1, 1, "folder", digest, 0)
+            return [progress for _ in pairs]
 
     class Node:
         def __init__(self, name):

@@ -1,4 +1,4 @@
-"""A server that answers like the hub, counts, and does what a test wants to go wrong."""
+"""A server that behaves like the Hugging Face Hub, counts requests, and fails as a test wants."""
 
 import hashlib
 import json
@@ -13,16 +13,17 @@ import numpy as np
 REPO, COMMIT = "circle/tiny", "0123456789abcdef0123456789abcdef01234567"
 
 
-class Server:
+class FakeHub:
     """Serves until it is closed.
 
     Attributes:
         sent: bytes of files.
-        asked: (file, start, stop) of every request that was answered, served: with who asked first.
+        requests: (file, start, stop) of every request that was answered; served: with the client's
+            address first.
     """
 
     def __init__(self, folder, address="127.0.0.1"):
-        self.folder, self.sent, self.asked, self.served = folder, 0, [], []
+        self.folder, self.sent, self.requests, self.served = folder, 0, [], []
         self.break_after, self.ranges, self.refuse, self.damage = None, True, 0, None
         self._lock = threading.Lock()
         server = self
@@ -69,7 +70,7 @@ class Server:
             data[self.damage] ^= 1
         part = bytes(data[start:stop])
         with self._lock:
-            self.asked.append((name, start, stop))
+            self.requests.append((name, start, stop))
             self.served.append((http.client_address[0], name, start, stop))
             self.sent += len(part)
         if self.break_after is not None:
@@ -92,8 +93,8 @@ def _sha(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def pretend(monkeypatch, url):
-    """Have this process take a server for the hub."""
+def use_fake_hub(monkeypatch, url):
+    """Make this process use a server as the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", url)
     monkeypatch.setenv("HF_ENDPOINT", url)
@@ -104,7 +105,7 @@ def pretend(monkeypatch, url):
 
 
 def times_sent(server, file):
-    """How often each byte of a file was asked for."""
+    """How often each byte of a file was requested."""
     times = np.zeros((server.folder / file).stat().st_size, int)
     for _, name, start, stop in server.served:
         if name == file:
