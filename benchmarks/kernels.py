@@ -65,7 +65,7 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     module.set_threads(args.threads)
     if args.kernels:
-        module.use(args.kernels)
+        module.select_kernels(args.kernels)
     print(f"{platform.processor() or platform.machine()}, {native.describe_kernels()}")
     print("format        read GB/s   1 token GB/s   % of read   GMAC/s with 1   8   64 tokens")
     formats = ("float32", "bfloat16", "float16", "8-bit g64")
@@ -98,7 +98,7 @@ def main() -> None:
         )
         macs = "  ".join(f"{v:6.1f}" for v in speed.values())
         print(f"{name:12} {ceiling:9.1f} {got:13.1f} {100 * got / ceiling:12.0f}      {macs}")
-    conditions = {"threads": args.threads, "kernels": module.used(), "width": WIDTH}
+    conditions = {"threads": args.threads, "kernels": module.selected_kernels(), "width": WIDTH}
     print(json.dumps({**conditions, "rows": args.rows, "results": results}))
 
 

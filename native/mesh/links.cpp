@@ -458,7 +458,7 @@ void Links::check(const Flow& f) {
   }
   const auto describe = [](const Header& h) {
     std::ostringstream out;
-    out << "exchange " << h.tag.number;
+    out << "all-reduce " << h.tag.number;
     if (h.tag.layer >= 0) out << " (layer " << h.tag.layer << ")";
     out << " of " << h.bytes << " bytes of " << name_of(static_cast<Type>(h.type));
     return out.str();
@@ -482,16 +482,16 @@ void Links::compare(const std::vector<Flow>& flows) {
 }
 
 std::string Links::where() const {
-  std::string text = "exchange " + std::to_string(tag_.number);
+  std::string text = "all-reduce " + std::to_string(tag_.number);
   if (tag_.layer >= 0) text += ", layer " + std::to_string(tag_.layer);
   return text;
 }
 
-// Ends all exchanges of this rank, and lets the others know who was the reason.
+// Ends all all-reduces of this rank, and lets the others know who was the reason.
 void Links::fail(int rank, Fault fault, const std::string& what) {
   std::ostringstream out;
   if (closing_) {
-    out << "the exchange was closed while it waited in " << where();
+    out << "the all-reduce was cancelled while it waited in " << where();
   } else {
     out << "rank " << rank << " " << what;
     if (fault != Fault::out_of_step) out << " in " << where();

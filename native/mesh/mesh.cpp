@@ -94,7 +94,7 @@ class AllSum : public mx::Primitive {
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error("the mesh exchange runs on a CPU stream");
+    throw std::runtime_error("the mesh runs on a CPU stream");
   }
 
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
@@ -109,7 +109,7 @@ class AllSum : public mx::Primitive {
   bool routed_;
 };
 
-// Gives exchanges their numbers and their order. Two sums that do not need one another could be
+// Gives all-reduces their numbers and their order. Two sums that do not need one another could be
 // evaluated in another order on a rank whose graph differs (rank 0 shares its token, the others
 // zeros), so each takes the one before as an input: they run in the order in which they were made.
 class Mesh {

@@ -37,28 +37,28 @@ NB_MODULE(_native, m) {
     WorkerPool::get().resize(n);
   });
   m.def("threads", [] { return WorkerPool::get().threads(); });
-  m.def("kernels", [] {
+  m.def("available_kernels", [] {
     std::vector<std::string> names;
     for (const Kernels* k : available_kernels()) names.push_back(k->name);
     return names;
   });
-  m.def("used", [] { return std::string(chosen.load()->name); });
-  m.def("use", &use);
+  m.def("selected_kernels", [] { return std::string(chosen.load()->name); });
+  m.def("select_kernels", &select_kernels);
   // Gives freed memory back to the machine: what was packed leaves holes that the next array does not fit.
   m.def("trim", [] {
 #if defined(__GLIBC__)
     malloc_trim(0);
 #endif
   });
-  m.def("use_activations", &set_activation_bits, nb::arg("bits"));
-  m.def("activations", [] { return activations.load(); });
+  m.def("set_activation_bits", &set_activation_bits, nb::arg("bits"));
+  m.def("activation_bits", [] { return activation_bits.load(); });
   nb::class_<Weights>(m, "Weights")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>,
                     std::optional<mx::array>, int, int, const std::string&>(),
            nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(),
            nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"))
       .def("arrays", &arrays);
-  nb::class_<ReplicaAssigner>(m, "Dealer")
+  nb::class_<ReplicaAssigner>(m, "ReplicaAssigner")
       .def("__init__",
            [](ReplicaAssigner* self, std::vector<std::vector<int>> holders, std::vector<int64_t> speeds,
               int rank) {
@@ -69,7 +69,7 @@ NB_MODULE(_native, m) {
              new (self) ReplicaAssigner{std::move(holders), std::move(speeds), rank};
            },
            nb::arg("holders"), nb::arg("speeds"), nb::arg("rank"))
-      .def("deal", [](const ReplicaAssigner& self, const std::vector<int64_t>& counts) {
+      .def("assign", [](const ReplicaAssigner& self, const std::vector<int64_t>& counts) {
         if (counts.size() != self.holders.size())
           throw std::invalid_argument("counts: expected one for every expert");
         return self.assign(counts);
@@ -78,7 +78,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<std::vector<Weights>, Weights, mx::array, int, float, float,
                     const std::optional<ReplicaAssigner>&>(),
            nb::arg("inputs"), nb::arg("down"), nb::arg("rows"), nb::arg("activation"), nb::arg("a"),
-           nb::arg("b"), nb::arg("dealer").none() = nb::none());
+           nb::arg("b"), nb::arg("assigner").none() = nb::none());
   m.def("busy_s", [] { return double(kernel_time_ns) * 1e-9; });
   define_fast(m);
   m.def("embed", &call_embed, nb::arg("ids"), nb::arg("weights"));

@@ -34,7 +34,7 @@ class KernelTimer {
   std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
 };
 
-inline void use(const std::string& name) {
+inline void select_kernels(const std::string& name) {
   for (const Kernels* k : available_kernels())
     if (name == k->name) {
       chosen = k;
@@ -44,12 +44,12 @@ inline void use(const std::string& name) {
 }
 
 // Bits of the activations' integers, for weights that are made from now on.
-inline std::atomic<int> activations{16};
+inline std::atomic<int> activation_bits{16};
 
 inline void set_activation_bits(int bits) {
   if (bits != 16 && bits != 8)
     throw std::invalid_argument("activations: expected 16 or 8 bits, got " + std::to_string(bits));
-  activations = bits;
+  activation_bits = bits;
 }
 
 // A strided array of 32-bit values as a contiguous copy.

@@ -30,7 +30,7 @@ struct Weights {
   int64_t count, rows, width;
   const Kernels* kernels = chosen;
   bool stacked, packed = false;
-  int bits_of_activations = activations;
+  int activation_bits_ = activation_bits;
 
   Weights(mx::array w, std::optional<mx::array> s, std::optional<mx::array> z,
           std::optional<mx::array> b, int bits, int group, const std::string& mode)
@@ -136,7 +136,7 @@ struct Weights {
     };
     Matrix m{format, type, bits, group, bytes(weight), bytes(scales), bytes(biases),
              count * rows, width, 0, 0};
-    m.activations = bits_of_activations;
+    m.activations = activation_bits_;
     if (packed) {
       m = cenacle::packed(m, aligned(weight));
     } else {

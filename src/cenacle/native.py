@@ -61,8 +61,8 @@ def describe_kernels() -> str:
     if _extension is None:
         return f"plain MLX, because {_unavailable_reason}"
     threads = _extension.threads()
-    text = f"{_extension.used()} kernels, {threads} thread{'s' if threads > 1 else ''}"
-    return text + (", int8 activations" if _extension.activations() == 8 else "")
+    text = f"{_extension.selected_kernels()} kernels, {threads} thread{'s' if threads > 1 else ''}"
+    return text + (", int8 activations" if _extension.activation_bits() == 8 else "")
 
 
 def set_activations(name: str) -> None:
@@ -75,7 +75,7 @@ def set_activations(name: str) -> None:
         name: "int16" or "int8".
     """
     if _extension is not None:
-        _extension.use_activations(int(name.removeprefix("int")))
+        _extension.set_activation_bits(int(name.removeprefix("int")))
 
 
 def set_threads(local_ranks: int = 1) -> int:

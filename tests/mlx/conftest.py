@@ -4,7 +4,7 @@ import pytest
 
 from cenacle import native
 
-KERNELS = native.extension().kernels() if native.is_available() else ["none"]
+KERNELS = native.extension().available_kernels() if native.is_available() else ["none"]
 
 
 @pytest.fixture(params=KERNELS)
@@ -13,7 +13,7 @@ def kernels(request):
     if not native.is_available():
         pytest.skip(native.unavailable_reason())
     module = native.extension()
-    before = module.used()
-    module.use(request.param)
+    before = module.selected_kernels()
+    module.select_kernels(request.param)
     yield module
-    module.use(before)
+    module.select_kernels(before)

@@ -21,7 +21,7 @@ from cenacle.model.synth import synth
 from cenacle.planning import load_balancer
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
-KERNELS = native.extension().kernels() if native.is_available() else []
+KERNELS = native.extension().available_kernels() if native.is_available() else []
 FLOATS = [mx.float32, mx.bfloat16, mx.float16]
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 65, 70)
@@ -90,9 +90,9 @@ def test_mxfp4_layer(kernels):
 
 @pytest.fixture
 def int8(kernels):
-    kernels.use_activations(8)
+    kernels.set_activation_bits(8)
     yield kernels
-    kernels.use_activations(16)
+    kernels.set_activation_bits(16)
 
 
 @pytest.mark.parametrize(
@@ -104,17 +104,17 @@ def test_int8_activations(int8, bits, group, mode):
         for tokens in TOKENS:
             x = normal(tokens, width, seed=tokens)
             got = int8.linear(x, made)
-            assert_close(got, x, w, COARSE if int8.used() == "vnni" else ROUNDED)
+            assert_close(got, x, w, COARSE if int8.selected_kernels() == "vnni" else ROUNDED)
     exact = np.array(x) @ np.array(w).T
     coarse = np.linalg.norm(np.array(got) - exact) > ROUNDED * np.linalg.norm(exact)
-    assert coarse == (int8.used() == "vnni")  # nowhere else are there kernels for it
+    assert coarse == (int8.selected_kernels() == "vnni")  # nowhere else are there kernels for it
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_arrays_can_be_unpacked(kernels, bits):
     q, s, b = mx.quantize(normal(3, 20, 128), 64, bits)
     back = kernels.Weights(q, s, b, None, bits, 64, "affine").arrays()
-    assert len(back) == (3 if kernels.used() == "vnni" else 0)
+    assert len(back) == (3 if kernels.selected_kernels() == "vnni" else 0)
     assert all(mx.array_equal(x, y) for x, y in zip(back, (q, s, b), strict=False))
 
 
@@ -198,7 +198,7 @@ def test_unsupported_input_is_rejected():
     with pytest.raises(ValueError, match="width 64"):
         native.extension().linear(normal(1, 32), weights(w, None, None, None, 0, 0, ""))
     with pytest.raises(ValueError, match="no kernels named"):
-        native.extension().use("abacus")
+        native.extension().select_kernels("abacus")
 
 
 # ---- experts ------------------------------------------------------------------------------------
@@ -350,11 +350,11 @@ def test_quantised_families(family, bits, tmp_path):
 @pytest.mark.parametrize(("activations", "most"), [(16, 5e-4), (8, 0.15)])
 def test_error_of_integer_activations_in_logits(activations, most, tmp_path):
     synth(tmp_path / "m", family="qwen3_moe", quantize=4, group_size=64)
-    native.extension().use_activations(activations)
+    native.extension().set_activation_bits(activations)
     try:
         (got, _), (want, _) = both(tmp_path / "m")
     finally:
-        native.extension().use_activations(16)
+        native.extension().set_activation_bits(16)
     assert error(got, want) <= most
 
 
@@ -370,15 +370,15 @@ def test_replicas_are_assigned_as_in_python(seed):
         for _ in range(experts)
     ]
     speeds = random.integers(1, 1000, ranks).tolist()
-    dealer = native.extension().Dealer(holders, speeds, 0)
+    assigner = native.extension().ReplicaAssigner(holders, speeds, 0)
     for most in (2, 8, 200):
         counts = random.integers(0, most, experts).tolist()
-        assert dealer.deal(counts) == load_balancer.assign_replicas(counts, holders, speeds)
+        assert assigner.assign(counts) == load_balancer.assign_replicas(counts, holders, speeds)
 
 
 def test_invalid_ranks_are_rejected():
     extension = native.extension()
     with pytest.raises(ValueError, match="holders: expected ranks that have a speed"):
-        extension.Dealer([[0, 2]], [1, 1], 0)
+        extension.ReplicaAssigner([[0, 2]], [1, 1], 0)
     with pytest.raises(ValueError, match="counts: expected one for every expert"):
-        extension.Dealer([[0]], [1], 0).deal([1, 2])
+        extension.ReplicaAssigner([[0]], [1], 0).assign([1, 2])

@@ -132,8 +132,8 @@ def test_ranks_out_of_step_name_what_they_expected(start):
     processes[1].start("sum", size=6, dtype="int32")
     first, second = (p.result()["error"] for p in processes)
     assert first == (
-        "RuntimeError: rank 1 is out of step: expected exchange 1 of 40 bytes of float32, "
-        "got exchange 1 of 24 bytes of int32"
+        "RuntimeError: rank 1 is out of step: expected all-reduce 1 of 40 bytes of float32, "
+        "got all-reduce 1 of 24 bytes of int32"
     )
     assert second.startswith("RuntimeError: rank 0 is out of step")
     # The same error from then on, and computing goes on.
@@ -154,7 +154,7 @@ def test_killed_rank_is_named(start, kind, asynchronous):
     for process in processes[:2]:
         message = process.result(5)["error"]
         assert message.startswith("RuntimeError: rank 2 closed its connection")
-        assert message.endswith("in exchange 1")
+        assert message.endswith("in all-reduce 1")
     assert everywhere(processes[:2], "count") == [6, 6]
 
 
@@ -168,7 +168,7 @@ def test_stopped_rank_is_named_within_the_deadline(start, size):
     for process in processes[:2]:
         result = process.result(5)
         assert result["error"].startswith("RuntimeError: rank 2 was silent")
-        assert result["error"].endswith("in exchange 1")
+        assert result["error"].endswith("in all-reduce 1")
         assert 0.5 < result["seconds"] < 4
     os.kill(processes[2].pid, signal.SIGCONT)
     # It may find all it needs for that exchange; in the next it learns that it was given up.
@@ -192,7 +192,7 @@ def test_rank_that_lives_but_never_comes_is_named(start):
     processes, _ = start(2, silence_s=1, deadline_s=1.5)
     processes[0].start("sum")
     result = processes[0].result(5)
-    assert result["error"] == "RuntimeError: rank 1 did not come within 1.5 s in exchange 0"
+    assert result["error"] == "RuntimeError: rank 1 did not come within 1.5 s in all-reduce 0"
     assert 1 < result["seconds"] < 4
 
 
@@ -201,7 +201,7 @@ def test_default_deadline_is_five_seconds(start):
     os.kill(processes[1].pid, signal.SIGSTOP)
     processes[0].start("sum")
     result = processes[0].result(8)
-    assert result["error"] == "RuntimeError: rank 1 was silent for 5 s in exchange 0"
+    assert result["error"] == "RuntimeError: rank 1 was silent for 5 s in all-reduce 0"
     assert 4 < result["seconds"] < 6.5
 
 
@@ -271,7 +271,7 @@ def test_ranks_with_different_comm_dtypes_are_out_of_step(start):
     for process in (one, two):
         process.start("sum")
     assert (
-        "expected exchange 0 of 32 bytes of float32, got exchange 0 of 16 bytes of float32 sent"
+        "expected all-reduce 0 of 32 bytes of float32, got all-reduce 0 of 16 bytes of float32 sent"
         in (one.result()["error"])
     )
 
@@ -302,7 +302,7 @@ def test_a_routing_mismatch_is_named_on_every_rank(start, scatter_bytes, ids):
     for answer in answers:
         assert answer["error"].startswith(
             "RuntimeError: rank 1 chose other experts than rank 0 for the same tokens in "
-            "exchange 1, layer 3: "
+            "all-reduce 1, layer 3: "
         )
     processes[2].start("raise_if_failed")
     assert processes[2].result()["error"] == answers[2]["error"].replace("Runtime", "Cluster")
@@ -317,7 +317,7 @@ def test_close_ends_the_wait_of_the_others(start):
     processes[1].start("close")
     assert processes[1].result()["value"] is None
     assert processes[0].result(5)["error"] == (
-        "RuntimeError: rank 1 closed its connection in exchange 0"
+        "RuntimeError: rank 1 closed its connection in all-reduce 0"
     )
 
 

@@ -208,10 +208,10 @@ class NativeExperts(LocalExperts):
         *inputs, down = made
         extension = native.extension()
         self._experts = extension.experts
-        dealer = None
+        assigner = None
         if replicas is not None:
-            dealer = extension.Dealer(replicas.ranks_of, replicas.speeds, replicas.rank)
-        self._stack = extension.Stack(inputs, down, self._row_of, *act, dealer)
+            assigner = extension.ReplicaAssigner(replicas.ranks_of, replicas.speeds, replicas.rank)
+        self._stack = extension.Stack(inputs, down, self._row_of, *act, assigner)
         extension.trim()
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:

@@ -314,7 +314,7 @@ class _Worker:
         facts |= {name: version(name) for name in ("cenacle", "mlx", "mlx-lm")}
         facts["device"] = str(mx.default_device())
         if native.is_available():
-            facts["native"] = native.extension().used()
+            facts["native"] = native.extension().selected_kernels()
         home = Path(options.prefix_cache_dir or paths.prefix_cache_dir()).expanduser()
         return PageStore(
             home,
