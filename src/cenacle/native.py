@@ -15,6 +15,8 @@ from types import ModuleType
 
 import mlx.core  # noqa: F401  first: the extension takes and gives its arrays
 
+from .machine import usable_cores
+
 
 def _import() -> tuple[ModuleType | None, str]:
     if os.environ.get("CENACLE_NATIVE") == "0":
@@ -87,10 +89,7 @@ def set_threads(local_ranks: int = 1) -> int:
     Returns:
         The number of threads.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        cores = os.cpu_count() or 1
+    cores = len(usable_cores())
     limit = os.environ.get("CENACLE_THREADS", "")
     threads = int(limit) if limit.isdecimal() and int(limit) else max(1, cores // local_ranks)
     if _extension is not None:

@@ -89,7 +89,7 @@ def test_what_each_schedule_runs(folders):
     for name in SCHEDULES:
         results = on_ranks(folders / "dbrx", 2, name, "mlx")
         layers = [r[1][0] for r in results]
-        ran[name] = [[layer.executed(np.array(ids)) for layer in layers] for ids in CHOSEN]
+        ran[name] = [[layer.computed_experts(np.array(ids)) for layer in layers] for ids in CHOSEN]
     held = [set(range(4)), set(range(4, 8))]
     for tokens in ran.values():
         for ids, both in zip(CHOSEN, tokens, strict=True):
@@ -111,9 +111,9 @@ CHOSEN = ([0, 1], [2, 4], [5, 6], [0, 3])
 def test_the_least_recently_used_expert_is_run_on_top(folders):
     layer = on_ranks(folders / "dbrx", 2, "P-LR-D", "mlx")[0][1][0]
     layer._recent = [3, 1, 0, 2]
-    assert layer.executed(np.array([5, 6])) == [3, 1]  # none of its own, two on top
-    assert layer.executed(np.array([0, 5])) == [0]
-    assert layer.executed(np.array([4, 7])) == [2, 3]
+    assert layer.computed_experts(np.array([5, 6])) == [3, 1]  # none of its own, two on top
+    assert layer.computed_experts(np.array([0, 5])) == [0]
+    assert layer.computed_experts(np.array([4, 7])) == [2, 3]
     assert layer._recent == [1, 0, 2, 3]
 
 

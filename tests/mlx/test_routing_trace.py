@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.calibration.calibrate import Calibration, as_toml
+from cenacle.calibration.calibrate import Calibration, Kernel, Measured
 from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.planning import catalog
 from cenacle.planning.routing_stats import RoutingTrace
@@ -36,7 +36,7 @@ def test_a_recording_of_the_demo_model(tmp_path):
     assert (np.diff(ordered, axis=2) > 0).all()
     assert ordered.min() >= 0
     assert ordered.max() <= 15
-    assert data["busiest"]["sliced: a fair share"] == 2
+    assert data["max_load"]["sliced: a fair share"] == 2
     plan = [
         "plan",
         str(DEMO_MODEL_DIR),
@@ -53,18 +53,18 @@ def test_a_recording_of_the_demo_model(tmp_path):
     assert saved.exists()
 
 
-def test_a_calibration_is_a_catalogue_entry(tmp_path):
-    made = Calibration(
+def test_a_calibration_is_a_catalog_entry(tmp_path):
+    calibration = Calibration(
         name="this",
         nodes=2,
-        reads={1: (50.0, 0.1), 256: (20.0, 0.05)},
-        kernels={"a": (10.0, 0.1, 70.0), "b": (12.0, 0.1, 90.0)},
+        reads={1: Measured(50.0, 0.1), 256: Measured(20.0, 0.05)},
+        kernels={"a": Kernel(10.0, 0.1, 70.0), "b": Kernel(12.0, 0.1, 90.0)},
         alone={"a": 17.0, "b": 19.0},
-        expert_us=(7.0, 0.3),
-        overhead_us=(500.0, 0.02),
+        expert_us=Measured(7.0, 0.3),
+        overhead_us=Measured(500.0, 0.02),
         alone_overhead_us=400.0,
-        exchanges={64: (40.0, 0.1), 1_000_064: (540.0, 0.1)},
-        working_us=(100.0, 0.2),
+        all_reduces={64: Measured(40.0, 0.1), 1_000_064: Measured(540.0, 0.1)},
+        model_all_reduce_us=Measured(100.0, 0.2),
         memory_gib=16.0,
         facts={
             "date": "2026-11-23",
@@ -76,7 +76,7 @@ def test_a_calibration_is_a_catalogue_entry(tmp_path):
         },
     )
     file = tmp_path / "this.toml"
-    file.write_text(as_toml(made))
+    file.write_text(calibration.to_toml())
     known = catalog.load_catalog([file])
     machine, link = known.machine("this"), known.link("measured")
     assert machine["bandwidth_gb_s"] == 20

@@ -11,15 +11,12 @@ import pytest
 
 from cenacle import native
 from cenacle.bench import hardware_limits
-from cenacle.bench.expected_work import expected_bytes, expected_experts, split_cores
-from cenacle.bench.rank_worker import find_job
-from cenacle.core.model_spec import ModelSpec, MoELayer
-from cenacle.core.plan import Plan
+from cenacle.calibration.rank_worker import find_job, split_cores
 from cenacle.errors import InputError
 from cenacle.model.synth import synth
 
-VERB = [sys.executable, "-m", "cenacle", "bench"]
-TERMS = ["trunk", "experts", "all_reduce", "waiting", "rest"]
+COMMAND = [sys.executable, "-m", "cenacle", "bench"]
+PHASES = ["trunk", "experts", "all_reduce", "waiting", "rest"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,7 @@ def folder(tmp_path_factory):
 
 def run(*arguments):
     return subprocess.run(
-        [*VERB, *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120
     )
 
 
@@ -75,24 +72,24 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
     ]
     for name in ("good", "bad", "slow"):
         given += ["--peer", f"llama.cpp={tmp_path / name}"]
-    found = last_json(run("-m", folder, *given))
-    assert [d["context"] for d in found["decode"]] == [8, 20]
-    assert [p["tokens"] for p in found["prefill"]] == [16, 20]
-    assert [s["streams"] for s in found["streams"]] == [1, 3]
-    assert found["streams"][0]["ratio"] == 1
-    for row in (*found["decode"], *found["prefill"], *found["streams"]):
-        assert min(row["all"]) <= row["tok_s"] <= max(row["all"])
-    assert [len(d["all"]) for d in found["decode"]] == [2, 2]
-    adds_up(found["terms_ms"])
-    good, bad, slow = found["peers"]
+    result = last_json(run("-m", folder, *given))
+    assert [d["context"] for d in result["decode"]] == [8, 20]
+    assert [p["tokens"] for p in result["prefill"]] == [16, 20]
+    assert [s["requests"] for s in result["concurrency"]] == [1, 3]
+    assert result["concurrency"][0]["ratio"] == 1
+    for row in (*result["decode"], *result["prefill"], *result["concurrency"]):
+        assert min(row["all"]) <= row["tok_per_s"] <= max(row["all"])
+    assert [len(d["all"]) for d in result["decode"]] == [2, 2]
+    assert_adds_up(result["step_timings_ms"])
+    good, bad, slow = result["peers"]
     assert good["decode_all"] == [50.0, 50.0]
-    assert good["decode_ratio"] == pytest.approx(found["decode"][0]["tok_s"] / 50)
-    assert good["prefill_ratio"] == pytest.approx(found["prefill"][0]["tok_s"] / 50)
+    assert good["decode_ratio"] == pytest.approx(result["decode"][0]["tok_per_s"] / 50)
+    assert good["prefill_ratio"] == pytest.approx(result["prefill"][0]["tok_per_s"] / 50)
     assert "status 1: out of luck" in bad["failed"]
     assert "not done within 2 s" in slow["failed"]
-    assert found["ceilings"]["read_gb_s"]["1"] > 0
-    assert found["ceilings"]["exchange_us"] == []
-    token = found["ceilings"]["token"]
+    assert result["hardware_limits"]["read_gb_s"]["1"] > 0
+    assert result["hardware_limits"]["all_reduce_us"] == []
+    token = result["hardware_limits"]["token"]
     assert token["percent"] == pytest.approx(100 * token["read_ms"] / token["token_ms"])
     assert (token["kernels_ms"] is not None) == native.is_available()
 
@@ -100,45 +97,45 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
 def test_bench_on_two_ranks_says_what_each_did(folder, tmp_path):
     given = ["-n", 2, "--contexts", "8", "--concurrency", "2", "--tokens", 4, "--repeat", 1]
     given += ["--speculative", "off", "--comm-dtype", "f32"]
-    found = last_json(run("-m", folder, *given, "--prompt-tokens", 8, "--json"))
-    assert found["conditions"]["options"]["speculative"] == "off"
-    assert [r["rank"] for r in found["ranks"]] == [0, 1]
-    for rank in found["ranks"]:
-        adds_up(rank["terms_ms"])
+    result = last_json(run("-m", folder, *given, "--prompt-tokens", 8, "--json"))
+    assert result["conditions"]["options"]["speculative"] == "off"
+    assert [r["rank"] for r in result["ranks"]] == [0, 1]
+    for rank in result["ranks"]:
+        assert_adds_up(rank["step_timings_ms"])
         assert rank["token_bytes"] > 0
         assert rank["read_gb_s"] > 0
-    mean = {t: sum(r["terms_ms"][t] for r in found["ranks"]) / 2 for t in TERMS}
-    assert {t: found["terms_ms"][t] for t in TERMS} == pytest.approx(mean)
-    assert [e["bytes"] for e in found["ceilings"]["exchange_us"]][:2] == [4, 4096]
-    assert found["streams"][0]["ratio"] is None  # nothing was measured with one
+    mean = {t: sum(r["step_timings_ms"][t] for r in result["ranks"]) / 2 for t in PHASES}
+    assert {t: result["step_timings_ms"][t] for t in PHASES} == pytest.approx(mean)
+    assert [e["bytes"] for e in result["hardware_limits"]["all_reduce_us"]][:2] == [4, 4096]
+    assert result["concurrency"][0]["ratio"] is None  # nothing was measured with one
 
 
-def adds_up(terms):
-    assert all(terms[t] >= -1e-6 for t in TERMS)
-    assert sum(terms[t] for t in TERMS) == pytest.approx(terms["total"])
+def assert_adds_up(terms):
+    assert all(terms[t] >= -1e-6 for t in PHASES)
+    assert sum(terms[t] for t in PHASES) == pytest.approx(terms["total"])
 
 
 def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
     given = ["-m", folder, "--latencies-ms", "0.3,0", "--tokens", 3, "--repeat", 1]
-    found = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
+    result = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
     names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole", "ours, replicated", "ours, sliced"]
     names.append("ours, sliced, trunk sharded")
-    assert [(r["latency_ms"], r["row"]) for r in found["rows"]] == [
+    assert [(r["latency_ms"], r["row"]) for r in result["rows"]] == [
         (ms, name) for ms in (0.3, 0.0) for name in names
     ]
-    layers = found["layers"]
-    for row in found["rows"]:
-        adds_up(row["terms_ms"])
-        exchanges = 2 * layers if row["row"] in names[:3] else layers
+    layers = result["layers"]
+    for row in result["rows"]:
+        assert_adds_up(row["step_timings_ms"])
+        all_reduces = 2 * layers if row["row"] in names[:3] else layers
         if row["row"] == names[-1]:  # attention of each layer, and the head
-            exchanges = 2 * layers + 1
-        assert row["exchanges"] == exchanges
-        # An exchange is at least its link's latency, on every row.
-        assert row["terms_ms"]["all_reduce"] >= exchanges * row["latency_ms"]
-    assert found["logits_differ"] <= 2e-3
-    pairs = {(c["latency_ms"], c["row"], c["over"]): c for c in found["compared"]}
+            all_reduces = 2 * layers + 1
+        assert row["all_reduces"] == all_reduces
+        # An all-reduce takes at least its link's latency, on every row.
+        assert row["step_timings_ms"]["all_reduce"] >= all_reduces * row["latency_ms"]
+    assert result["logits_differ"] <= 2e-3
+    pairs = {(c["latency_ms"], c["row"], c["over"]): c for c in result["compared"]}
     assert pairs[0.3, "naive", "naive"]["token"] == 1
-    by = {(r["latency_ms"], r["row"]): r["token_ms"] for r in found["rows"]}
+    by = {(r["latency_ms"], r["row"]): r["token_ms"] for r in result["rows"]}
     assert pairs[0.0, "ours, whole", "P-LR-D"]["token"] == pytest.approx(
         by[0.0, "P-LR-D"] / by[0.0, "ours, whole"]
     )
@@ -148,28 +145,32 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         ([], 2, "expected either --model or --synth"),
         (["--synth", "nonsense"], 2, "unknown 'nonsense'"),
         (["-m", "FOLDER", "--peer", "vllm=/x"], 2, "expected llama.cpp=PATH"),
         (["-m", "FOLDER", "--peer", "dllama=/nowhere"], 2, "expected the program dllama at"),
         (["-m", "FOLDER", "--contexts", "0"], 2, "expected positive integers"),
-        (["-m", "FOLDER", "--contexts", "100000"], 2, "this model has room for"),
+        (
+            ["-m", "FOLDER", "--contexts", "100000"],
+            2,
+            "--contexts and --prompt-tokens: expected at most",
+        ),
         (["-m", "/nowhere"], 3, "no such folder"),
         (["ablation", "-m", "FOLDER", "-n", "1"], 2, "expected at least 2 nodes"),
         (["ablation", "-m", "FOLDER", "--latencies-ms", "slow"], 2, "expected numbers"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, status, said):
+def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, status, message):
     ran = run(*[folder if a == "FOLDER" else a for a in arguments], "--cache-dir", tmp_path)
     assert ran.returncode == status, ran.stderr
-    assert said in " ".join(ran.stderr.split())
+    assert message in " ".join(ran.stderr.split())
     assert "Traceback" not in ran.stderr
 
 
 def test_a_job_is_found_by_its_dotted_name():
-    assert find_job(f"{hardware_limits.__name__}.read_rate") is hardware_limits.read_rate
+    assert find_job(f"{hardware_limits.__name__}.measure_read") is hardware_limits.measure_read
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_a_job_is_found_by_its_dotted_name():
     [
         "os.system",
         "cenacle",
-        "cenacle.bench.nothing.read_rate",
+        "cenacle.bench.nothing.measure_read",
         "cenacle.bench.hardware_limits.nothing",
         "cenacle.bench.hardware_limits.READ_BYTES",
         "cenacle.bench.hardware_limits.RankPool",  # of another module
@@ -189,33 +190,10 @@ def test_a_job_is_a_function_of_this_package(name):
         find_job(name)
 
 
-def spec(experts, top_k):
-    layers = (MoELayer(0, experts, 1000, units=8), MoELayer(1, experts, 1000, units=8))
-    return ModelSpec("x", 2, layers, top_k, 500, None, 100, "bfloat16", embedding_bytes=100)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "most"), [(1, 4.0), (2, 2.6462), (4, 1.9692)]
-)  # exact, by counting
-def test_expected_bytes_are_those_of_the_busiest_rank(nodes, most):
-    plan = Plan.whole(spec(16, 4), nodes)
-    mean, busiest = expected_bytes(plan)
-    assert mean == pytest.approx([400 + 2 * 4000 / nodes] * nodes, rel=0.02)
-    assert busiest == pytest.approx([400 + 2 * 1000 * most] * nodes, rel=0.02)
-
-
-def test_slices_and_replicas_leave_less_to_the_busiest_rank():
-    whole, sliced = Plan.whole(spec(16, 4), 4), Plan.sliced(spec(16, 4), 4)
-    assert expected_experts(sliced) == ([1.0] * 4, 1.0)
-    mean, most = expected_experts(Plan.replicated(spec(16, 4), 4))
-    assert mean == pytest.approx([1.0] * 4, rel=0.1)
-    assert 1.0 < most < expected_experts(whole)[1]
-
-
-def test_cores_are_dealt_where_there_are_enough():
-    cores, each = split_cores(1, 1)
+def test_each_node_has_its_cores_where_there_are_enough():
+    cores, threads = split_cores(1, 1)
     assert [len(c) for c in cores] == [1]
-    assert each == 1
+    assert threads == 1
     assert split_cores(64, 64) == (None, 64)
     with pytest.raises(InputError, match="--threads"):
         split_cores(1, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import cenacle
-from cenacle.calibration.calibrate import Calibration, as_toml
+from cenacle.calibration.calibrate import Calibration, Kernel, Measured
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.planning.choose_plan import choose_plan
@@ -37,15 +37,14 @@ def catalog(tmp_path, monkeypatch):
 
 
 def calibrated(folder, gb_s, all_reduce_us=100.0, nodes=2, alone_gb_s=None):
-    all_reduces = (
-        {1000: (all_reduce_us, 0.1), 100_000: (2 * all_reduce_us, 0.1)} if nodes > 1 else {}
-    )
-    measured = Calibration(
-        "this", nodes, {512: (gb_s, 0.01)}, {"a": (gb_s, 0.0, 50.0)},
-        {"a": alone_gb_s} if alone_gb_s else None, (0.0, 0.0), (20.0, 0.1), None, all_reduces,
-        (all_reduce_us, 0.1) if nodes > 1 else None, 16.0, FACTS,
+    times = {1000: Measured(all_reduce_us, 0.1), 100_000: Measured(2 * all_reduce_us, 0.1)}
+    calibration = Calibration(
+        "this", nodes, {512: Measured(gb_s, 0.01)}, {"a": Kernel(gb_s, 0.0, 50.0)},
+        {"a": alone_gb_s} if alone_gb_s else None, Measured(0.0, 0.0), Measured(20.0, 0.1), None,
+        times if nodes > 1 else {}, Measured(all_reduce_us, 0.1) if nodes > 1 else None, 16.0,
+        FACTS,
     )  # fmt: skip
-    (folder / "this.toml").write_text(as_toml(measured))
+    (folder / "this.toml").write_text(calibration.to_toml())
 
 
 def test_without_a_calibration_there_is_only_a_reason(catalog):
@@ -102,11 +101,11 @@ def test_timings_add_up_and_follow_the_calibration(catalog, plan):
 
 def test_the_placement_is_chosen_by_the_calibration(catalog):
     """Not by assumed numbers: with a slow all-reduce, sharding the trunk does not pay."""
-    assert "never calibrated" in local_measurements(CONFIG, 2)
+    assert "not calibrated" in local_measurements(CONFIG, 2)
     calibrated(catalog, 10.0)
     measured = local_measurements(CONFIG, 2, latency_s=0.001)
-    assert measured.bytes_s == 10e9
+    assert measured.bytes_per_s == 10e9
     assert measured.latency_s == pytest.approx(1.1e-3, rel=0.05)
     assert "calibrated" in choose_plan(SPEC, 2, measured=measured)[1]
     (catalog / "this.toml").write_text("nonsense")
-    assert "cannot say" in local_measurements(CONFIG, 2)
+    assert "cannot predict" in local_measurements(CONFIG, 2)

@@ -19,6 +19,7 @@ ORDER = (
     "message",
     "paths",
     "net",
+    "machine",
     "native",
     "core",
     "collective",

@@ -117,10 +117,10 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
-def job(tmp_path, nodes=1, deadline_s=20.0):
+def workload(tmp_path, nodes=1, timeout_s=20.0):
     cores = sorted(os.sched_getaffinity(0))
     return peers.PeerWorkload(
-        *(tmp_path, QWEN, nodes, 1, [[cores[0]]] * nodes, 8, 4, 16, tmp_path / "cache", deadline_s)
+        *(tmp_path, QWEN, nodes, 1, [[cores[0]]] * nodes, 8, 4, 16, tmp_path / "cache", timeout_s)
     )
 
 
@@ -133,28 +133,28 @@ print(json.dumps([{"avg_ts": 5.5 if wanted == "0" else 7.25, "cores": 1}]))
 assert len(os.sched_getaffinity(0)) == 1
 """
     script(tmp_path / "llama-bench", body)
-    (setup,) = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path))
-    assert setup.name == "llama.cpp, 1 thread"
-    assert setup.run() == peers.PeerSpeed(decode=7.25, prefill=5.5)
+    (variant,) = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path))
+    assert variant.name == "llama.cpp, 1 thread"
+    assert variant.run() == peers.PeerSpeed(decode=7.25, prefill=5.5)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("import sys; print('no memory left'); sys.exit(3)", "status 3: no memory left"),
         ("print('nothing to say')", "printed no speed: nothing to say"),
         ("import os; os.kill(os.getpid(), 11)", "status -11: it printed nothing"),
     ],
 )
-def test_a_peer_that_fails_says_so_with_its_last_words(tmp_path, body, said):
+def test_a_peer_that_fails_says_so_with_the_end_of_its_output(tmp_path, body, message):
     script(tmp_path / "llama-bench", body)
-    (setup,) = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path))
-    with pytest.raises(peers.PeerFailed, match=said):
-        setup.run()
+    (variant,) = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path))
+    with pytest.raises(peers.PeerFailed, match=message):
+        variant.run()
 
 
-def test_a_peer_that_hangs_is_ended_within_its_deadline_with_all_it_started(tmp_path):
+def test_a_peer_that_hangs_is_ended_within_its_timeout_with_all_it_started(tmp_path):
     body = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -163,10 +163,12 @@ print("still thinking", flush=True)
 time.sleep(60)
 """
     script(tmp_path / "llama-bench", body)
-    (setup,) = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path, deadline_s=1.0))
+    (variant,) = peers.parse_peer(f"llama.cpp={tmp_path}").variants(
+        workload(tmp_path, timeout_s=1.0)
+    )
     began = time.monotonic()
     with pytest.raises(peers.PeerFailed, match="not done within 1 s: still thinking"):
-        setup.run()
+        variant.run()
     assert time.monotonic() - began < 10
     pid = int((tmp_path / "pids").read_text())
     ends = time.monotonic() + 5
@@ -186,10 +188,10 @@ def running(pid: int) -> bool:
 def test_servers_that_do_not_listen_are_reported(tmp_path):
     script(tmp_path / "llama-bench", "print('never asked')")
     script(tmp_path / "ggml-rpc-server", "print('no such device')")
-    setups = peers.parse_peer(f"llama.cpp={tmp_path}").setups(job(tmp_path, nodes=2))
-    assert [s.name for s in setups] == ["llama.cpp, 2 threads", "llama.cpp, 2 RPC servers"]
+    variants = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path, nodes=2))
+    assert [s.name for s in variants] == ["llama.cpp, 2 threads", "llama.cpp, 2 RPC servers"]
     with pytest.raises(peers.PeerFailed, match="did not listen: no such device"):
-        setups[1].run()
+        variants[1].run()
 
 
 def test_distributed_llama_gets_a_worker_for_each_further_node(tmp_path):
@@ -201,6 +203,6 @@ assert "--workers" in sys.argv
 print("   tokens/s: 12.50 (80.00 ms/tok)\\n   tokens/s: 21.25 (47.06 ms/tok)")
 """
     script(tmp_path / "dllama", body)
-    (setup,) = peers.parse_peer(f"dllama={tmp_path}").setups(job(tmp_path, nodes=2))
-    assert setup.name == "distributed-llama, 2 nodes"
-    assert setup.run() == peers.PeerSpeed(decode=21.25, prefill=12.5)
+    (variant,) = peers.parse_peer(f"dllama={tmp_path}").variants(workload(tmp_path, nodes=2))
+    assert variant.name == "distributed-llama, 2 nodes"
+    assert variant.run() == peers.PeerSpeed(decode=21.25, prefill=12.5)

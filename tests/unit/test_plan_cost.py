@@ -6,12 +6,14 @@ import pytest
 from test_choose_plan import HEAD, machines, model
 from test_plan import spec_of
 
+from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.planning.plan_cost import (
     dense_bytes,
     lower_bound_s,
     max_experts,
     mean_experts,
+    token_read_bytes,
     token_s,
     unskipped_ratio,
 )
@@ -80,3 +82,15 @@ def test_mean_and_busiest_of_slices_and_replicas():
     replicated = Plan.replicated(spec, 4)
     assert mean_experts(replicated) == pytest.approx([1.0] * 4, rel=0.1)
     assert 1.0 < max_experts(replicated) < max_experts(whole)
+
+
+def two_layer_spec():
+    layers = (MoELayer(0, 16, 1000, units=8), MoELayer(1, 16, 1000, units=8))
+    return ModelSpec("x", 2, layers, 4, 500, None, 100, "bfloat16", embedding_bytes=100)
+
+
+@pytest.mark.parametrize(("nodes", "experts"), [(1, 4.0), (2, 2.6462), (4, 1.9692)])
+def test_token_bytes_are_the_mean_and_those_of_the_busiest_rank(nodes, experts):
+    mean, busiest = token_read_bytes(Plan.whole(two_layer_spec(), nodes))
+    assert mean == pytest.approx([400 + 2 * 4000 / nodes] * nodes, rel=0.001)
+    assert busiest == pytest.approx([400 + 2 * 1000 * experts] * nodes, rel=0.001)

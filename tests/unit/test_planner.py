@@ -212,7 +212,7 @@ def test_an_owners_rows(tmp_path):
     )
     assert problems == []
     checked = [validate.validate_one(r, KNOWN) for r in measurements]
-    assert all(0 < c.predicted.tok_per_s < 1000 for c in checked)
+    assert all(0 < c.prediction.tok_per_s < 1000 for c in checked)
     assert validate.Summary.of(checked).rows == 4
 
 
@@ -266,12 +266,12 @@ def test_wrong_files(tmp_path):
 def test_published_speeds():
     """The stated tolerance; `cenacle validate` shows the rows."""
     checked = validate.validate_all(validate.load_published(), KNOWN)
-    fitted = validate.Summary.of([c for c in checked if c.row.fit])
-    others = validate.Summary.of([c for c in checked if not c.row.fit])
+    fitted = validate.Summary.of([c for c in checked if c.measurement.fit])
+    others = validate.Summary.of([c for c in checked if not c.measurement.fit])
     assert fitted.worst <= 0.15
     assert others.median <= 0.25
     assert others.rows > 1.5 * fitted.rows
-    assert all(c.row.reason for c in checked if not c.row.fit and c.error > 0.25)
+    assert all(c.measurement.reason for c in checked if not c.measurement.fit and c.error > 0.25)
 
 
 def test_the_stored_fit_is_the_fit():
@@ -300,6 +300,6 @@ def test_stored_runs_are_predicted():
     stored = local_fit.load_runs(local_fit.RUNS_FILE)
     assert len(stored.rows) >= 12
     _, rows = local_fit.fit_runs(stored)
-    unfitted = [abs(p.tok_per_s / r.tok_per_s - 1) for r, p in rows if not r.fitted]
+    unfitted = [abs(p.tok_per_s / r.tok_per_s - 1) for r, p in rows if not r.is_fitted]
     assert len(unfitted) >= 7
     assert median(unfitted) <= 0.15

@@ -1,16 +1,15 @@
 """What this machine could give at most, measured in the same run as what it gives.
 
-Owns: how fast memory is read by one thread, by several, and by all ranks at once; what an exchange
-costs between such ranks; how long a token's kernels take on their own.
-Does not know: models' families, peers.
-Invariant: every time is a median; arrays are far larger than the caches (`READ_BYTES`).
-Next: `measure.py`, which divides by these.
+Owns: how fast memory is read by one thread, by several, and by all ranks at once; how long an
+all-reduce takes; how long a token's kernels take on their own.
+Does not know: families of models, peers.
+Invariant: every time is a median; what is read is far larger than the caches (`READ_BYTES`).
+Next: `measure.py` relates speeds to these limits.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from .. import native
+from ..calibration.probes import make_reader, time_all_reduces, time_repeatedly
+from ..calibration.rank_worker import RankPool
 from ..collective.base import Collective
 from ..core.plan import Plan
 from ..model import native_layers
@@ -28,12 +29,13 @@ from ..model.checkpoint import Checkpoint
 from ..model.expert_parallel import NativeExperts, parallelize
 from ..model.loader import load_rank_model
 from ..model.step_timer import StepTimer
-from .rank_worker import RankPool
 
 READ_BYTES = 256 << 20
-MESSAGE_BYTES = (4, 4096, 24_576, 262_144, 1_572_864)  # bytes of an exchange
-CHAIN_LENGTH = 50  # exchanges in one lazy graph
-ENOUGH_S = 0.25  # one size of exchange is measured for about this long
+MESSAGE_BYTES = (4, 4096, 24_576, 262_144, 1_572_864)
+CHAIN_LENGTH = 50  # all-reduces in one lazy graph
+ALL_REDUCE_S = 0.25  # one message size is measured for about this long
+KERNELS_TIMEOUT_S = 300.0
+KERNEL_RUNS = 15
 
 
 def measure_limits(
@@ -45,149 +47,113 @@ def measure_limits(
     plan: Plan | None = None,
     activations: str = "int16",
 ) -> dict[str, Any]:
-    """The ceilings of `nodes` ranks, placed as the model's will be.
+    """The limits of `nodes` ranks on the cores that the model's ranks will have.
 
     Returns:
-        A JSON object: "read_gb_s", by number of threads of one process; "ranks_read_gb_s", what
-        each rank reads while all read at once with their own threads; "exchange_us", for each size
-        in bytes one exchange, evaluated alone ("one") and in a chain of many ("chain"); empty for
-        one node. With `folder` and `plan`, "kernels_ms": for each rank what `kernels` found.
+        A JSON object. "read_gb_s": by number of threads of one process. "ranks_read_gb_s": of each
+        rank while all read at once with their own threads. "all_reduce_us": for each size in bytes
+        one all-reduce, evaluated alone ("one") and in a chain of many ("chain"); empty for one
+        node. "kernels_ms": see `time_kernels`, for each rank; None without `folder` and `plan`.
     """
+    kernels_ms = None
     with RankPool(1) as single:
-        read_gb_s = single.run(read_rate_by_threads)[0]
+        read_gb_s = single.run(measure_reads_by_threads)[0]
     with RankPool(nodes, backend, cores, threads) as ranks:
-        together = ranks.run(read_rate)
-        exchange_us = ranks.run(all_reduce_times, sizes=list(MESSAGE_BYTES))[0] if nodes > 1 else []
-        alone_ms = None
+        ranks_read_gb_s = ranks.run(measure_read)
+        all_reduce_us = ranks.run(measure_all_reduces)[0] if nodes > 1 else []
         if folder is not None and plan is not None and native.is_available():
-            alone_ms = ranks.run(
-                kernel_times,
-                300.0,
+            kernels_ms = ranks.run(
+                time_kernels,
+                KERNELS_TIMEOUT_S,
                 folder=str(folder.resolve()),
                 plan=plan.to_json(),
-                times=15,
                 activations=activations,
             )
     return {
         "read_gb_s": read_gb_s,
-        "ranks_read_gb_s": together,
-        "exchange_us": exchange_us,
-        "kernels_ms": alone_ms,
+        "ranks_read_gb_s": ranks_read_gb_s,
+        "all_reduce_us": all_reduce_us,
+        "kernels_ms": kernels_ms,
     }
 
 
-def _reader(bytes_: int) -> Callable[[], object]:
-    """A function that reads that many bytes of memory once, with the kernels' threads."""
-    data = np.ones(bytes_ // 4, np.float32)
-    if native.is_available():
-        array = mx.array(data)
-        mx.eval(array)
-        read = native.extension().read
-        return lambda: read(array)
-    words = data.view(np.uint64)
-    return lambda: np.bitwise_or.reduce(words)  # one thread, near the limit of one core
-
-
-def _gb_s(read: Callable[[], object], times: int = 7) -> float:
-    read()
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        read()
-        seconds.append(time.perf_counter() - began)
-    return READ_BYTES / statistics.median(seconds) / 1e9
-
-
-def read_rate_by_threads(collective: Collective) -> dict[str, float]:  # noqa: ARG001
+def measure_reads_by_threads(collective: Collective) -> dict[str, float]:
     """GB/s by number of threads: one, two, four, ... up to the cores."""
-    read_rate = _reader(READ_BYTES)
     if not native.is_available():
-        return {"1": _gb_s(read_rate)}
-    most = native.set_threads()
-    counts = sorted({1, most, *(2**i for i in range(most.bit_length()))})
-    found = {}
-    for threads in counts:
+        return {"1": measure_read(collective)}
+    limit = native.set_threads()
+    rates = {}
+    for threads in sorted({1, limit, *(2**i for i in range(limit.bit_length()))}):
         native.extension().set_threads(threads)
-        found[str(threads)] = _gb_s(read_rate)
-    return found
+        rates[str(threads)] = measure_read(collective)
+    return rates
 
 
-def read_rate(collective: Collective) -> float:
+def measure_read(collective: Collective) -> float:
     """GB/s of this rank while all ranks read."""
-    reader = _reader(READ_BYTES)
+    read = make_reader(READ_BYTES)
+    read()
     collective.barrier()
-    return _gb_s(reader, times=15)
+    return READ_BYTES / statistics.median(time_repeatedly(read, 15)) / 1e9
 
 
-def all_reduce_times(collective: Collective, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Microseconds of one all_sum of float32 by size in bytes, alone and in a chain."""
-
-    def once(x: mx.array, links: int) -> float:
-        began = time.perf_counter()
-        for _ in range(links):
-            x = collective.all_sum(x)
-        mx.eval(x)
-        return (time.perf_counter() - began) / links * 1e6
-
-    rows = []
-    for size in sizes:
-        x = mx.zeros(max(1, size // 4))
-        mx.eval(x)
-        # All ranks must do the same: rank 0 says how often.
-        first = statistics.median(once(x, 1) for _ in range(3))
-        each_us = max(1, int(np.asarray(collective.broadcast_from(0, mx.array([int(first)])))[0]))
-        times = max(3, min(100, int(ENOUGH_S * 1e6 / each_us)))
-        links = max(1, min(CHAIN_LENGTH, times))
-        one = statistics.median(once(x, 1) for _ in range(times))
-        chain = statistics.median(once(x, links) for _ in range(max(3, times // links)))
-        rows.append({"bytes": size, "one": one, "chain": chain})
-    return rows
+def measure_all_reduces(collective: Collective) -> list[dict[str, Any]]:
+    """Microseconds of one all-reduce by size in bytes, alone and in a chain."""
+    return [
+        {
+            "bytes": size,
+            "one": statistics.median(time_all_reduces(collective, size, 1, ALL_REDUCE_S)),
+            "chain": statistics.median(
+                time_all_reduces(collective, size, CHAIN_LENGTH, ALL_REDUCE_S)
+            ),
+        }
+        for size in MESSAGE_BYTES
+    ]
 
 
-def kernel_times(
-    collective: Collective, folder: str, plan: dict[str, Any], times: int, activations: str
+def time_kernels(
+    collective: Collective, folder: str, plan: dict[str, Any], activations: str
 ) -> dict[str, float] | None:
-    """Milliseconds of one token's matrices alone: every linear layer and every layer's experts.
+    """Milliseconds of one token's matrices alone: all linear layers, and all layers' experts.
 
-    All are one graph of calls that need nothing of one another, so what is left out is norms,
-    attention, routing, sampling, exchanges and Python. None: this model has no native layers.
+    All are one graph of calls that do not depend on one another, so this leaves out norms,
+    attention, routing, sampling, all-reduces and Python. None: this model has no native layers.
     """
-    dealt = Plan.from_json(plan)
+    rank_plan = Plan.from_json(plan)
+    spec = rank_plan.spec
     native.set_activations(activations)
-    model = load_rank_model(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
-    parallelize(model, dealt.spec.family, dealt, collective, StepTimer(), "native")
-    count, rng = dealt.spec.moe[0].experts, np.random.default_rng(0)
-    linears: list[Callable[[], mx.array]] = []
-    stacks: list[Callable[[], mx.array]] = []
+    model = load_rank_model(
+        Checkpoint.open(Path(folder)), rank_plan, collective.rank, lambda *_: None
+    )
+    parallelize(model, spec.family, rank_plan, collective, StepTimer(), "native")
+    rng = np.random.default_rng(0)
+    calls: dict[str, list[Callable[[], mx.array]]] = {"linear": [], "experts": []}
+
+    def run_experts(layer: NativeExperts, x: mx.array) -> mx.array:
+        ids = rng.permutation(spec.moe[0].experts)[: spec.top_k]
+        return layer.compute(x, mx.array(ids.astype(np.int32))[None, None])
+
     for _, layer in model.named_modules():
         if isinstance(layer, NativeExperts):
             x = mx.random.normal((1, 1, input_width(layer.experts)))
-            mx.eval(x)
-
-            def run(layer: NativeExperts = layer, x: mx.array = x) -> mx.array:
-                ids = rng.permutation(count)[: dealt.spec.top_k]
-                return layer.compute(x, mx.array(ids.astype(np.int32))[None, None])
-
-            stacks.append(run)
+            calls["experts"].append(partial(run_experts, layer, x))
         elif isinstance(layer, native_layers.LINEARS):
-            x = mx.random.normal((1, 1, _width(layer)))
-            mx.eval(x)
-            linears.append(partial(layer, x))
-    if not linears and not stacks:
+            width = layer.weight.shape[-1]
+            width = width * 32 // layer.bits if "scales" in layer else width
+            x = mx.random.normal((1, 1, width))
+            calls["linear"].append(partial(layer, x))
+        else:
+            continue
+        mx.eval(x)
+    if not any(calls.values()):
         return None
     collective.barrier()
-    found = {}
-    for name, calls in (("linear", linears), ("experts", stacks)):
-        seconds = []
-        for _ in range(times):
-            began = time.perf_counter()
-            mx.eval([call() for call in calls])
-            seconds.append(time.perf_counter() - began)
-        found[name] = 1000 * statistics.median(seconds)
-    return found
+    times_ms = {}
+    for name, layers in calls.items():
+        runs = time_repeatedly(partial(_evaluate, layers), KERNEL_RUNS)
+        times_ms[name] = 1000 * statistics.median(runs)
+    return times_ms
 
 
-def _width(layer: Any) -> int:
-    """What a linear layer takes."""
-    width: int = layer.weight.shape[-1]
-    return width * 32 // layer.bits if "scales" in layer else width
+def _evaluate(calls: Sequence[Callable[[], mx.array]]) -> None:
+    mx.eval([call() for call in calls])

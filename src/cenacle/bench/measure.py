@@ -1,10 +1,10 @@
-"""`cenacle bench`: how fast a model runs, where its time goes, what the machine could give.
+"""`cenacle bench`: how fast a model runs, where its time goes, what the hardware could give.
 
-Owns: what is measured, in which order, and the JSON object that comes of it.
-Does not know: how it is printed (`cli.py`), peers' formats.
+Owns: what is measured, in which order, and the JSON object of the results.
+Does not know: how results are printed (`report.py`), peers' formats.
 Invariant: with peers, ours and theirs take turns, round by round, and medians are compared; total
-throughput is all tokens over wall time; a token's terms add up to its total.
-Next: `ceilings.py`, `peers.py`.
+throughput is all tokens over wall time; the step timings of a token add up to its total.
+Next: `hardware_limits.py`, `peers/peers.py`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from pathlib import Path
 from typing import Any
 
 from .. import api, runtime
+from ..calibration.rank_worker import split_cores
+from ..core.model_spec import ModelSpec
 from ..core.request import TokenEvent
 from ..errors import CenacleError, ClusterError, InputError
+from ..machine import usable_cores
 from ..model import config_catalogue, native_layers, synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.spec_reader import read_model_spec
 from ..paths import cache_dir
-from . import hardware_limits
-from .expected_work import expected_bytes, split_cores, usable_cores
+from ..planning.plan_cost import token_read_bytes
+from .hardware_limits import measure_limits
 from .peers.peers import Peer, PeerFailed, PeerSpeed, PeerVariant, PeerWorkload
 
-ANSWER_S = 900.0
+ANSWER_TIMEOUT_S = 900.0
+MEASURED_ANSWERS = 4
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,356 +47,370 @@ class BenchConfig:
     """What to measure.
 
     Args:
-        model: a folder or a hub repository's name.
-        threads: per node; None: the cores, shared evenly.
-        contexts: tokens before the first decoded one; the first is measured `repeat` times in turn
-            with the peers and is that of the concurrent streams.
-        streams: numbers of requests at once.
+        model: a folder or the name of a Hub repository.
+        threads: per node; None: an even share of the cores.
+        contexts: context lengths at which decoding is measured; the first one `repeat` times in
+            turn with the peers, and with concurrent requests.
+        concurrency: numbers of concurrent requests.
         tokens: decoded per measurement.
-        repeat: rounds.
-        prompt: tokens of the prompt that is timed in each round.
-        placed: `LoadOptions` that say how to place the model.
-        options: other `LoadOptions` (kernels, backend, latency_s, ...).
-        cache: folder for what is kept between runs.
-        deadline_s: longest that one process of a peer may take.
+        repeat: number of rounds.
+        prompt_tokens: length of the prompt that is timed in each round.
+        placement_options: further placement options of `LoadOptions`.
+        load_options: further options of `api.load` (kernels, backend, latency_s, ...).
+        cache_dir: folder for models that are kept between runs.
+        peer_timeout_s: longest that one process of a peer may take.
     """
 
     model: str
     nodes: int = 1
     threads: int | None = None
     contexts: tuple[int, ...] = (32, 2048, 8192)
-    streams: tuple[int, ...] = (1, 2, 4, 8)
+    concurrency: tuple[int, ...] = (1, 2, 4, 8)
     tokens: int = 64
     repeat: int = 3
-    prompt: int = 512
-    placed: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    cache: Path = field(default_factory=cache_dir)
-    deadline_s: float = 300.0
+    prompt_tokens: int = 512
+    placement_options: dict[str, Any] = field(default_factory=dict)
+    load_options: dict[str, Any] = field(default_factory=dict)
+    cache_dir: Path = field(default_factory=cache_dir)
+    peer_timeout_s: float = 300.0
 
 
 def run_bench(
-    asked: BenchConfig, peers: Sequence[Peer] = (), say: Say = lambda _: None
+    config: BenchConfig, peers: Sequence[Peer] = (), report: Report = lambda _: None
 ) -> dict[str, Any]:
-    """Measure; `say` is told what is being done.
+    """Measure a model.
 
     Returns:
-        A JSON object: "conditions", "decode", "prefill", "streams", "terms_ms", "ranks",
-        "ceilings", "peers"; see docs/performance.md.
+        A JSON object: "conditions", "decode", "prefill", "concurrency", "step_timings_ms", "ranks",
+        "hardware_limits", "peers"; see docs/performance.md.
 
     Raises:
-        InputError: an impossible combination of arguments.
+        InputError: an impossible combination of options.
         CheckpointError, PlanError, ClusterError: as `api.load`.
     """
-    if asked.tokens < 2 or asked.repeat < 1 or not asked.contexts or min(asked.contexts) < 1:
-        raise InputError(
-            "bench: expected at least 2 tokens, 1 repetition and contexts of at least 1 token"
-        )
-    checkpoint = Checkpoint.open(locate_checkpoint(asked.model))
+    checkpoint = Checkpoint.open(locate_checkpoint(config.model))
     spec = read_model_spec(checkpoint)
-    longest = max(*asked.contexts, asked.prompt) + asked.repeat * asked.tokens + 1
-    if spec.context_length is not None and longest > spec.context_length:
-        raise InputError(
-            f"--contexts and --prompt-tokens: with {asked.repeat} times {asked.tokens} tokens "
-            f"after them this model has room for "
-            f"{spec.context_length - asked.repeat * asked.tokens - 1}, "
-            f"got {max(*asked.contexts, asked.prompt)}",
-            "contexts",
-        )
-    cores, threads = split_cores(asked.nodes, asked.threads)
-    job = PeerWorkload(
+    _check(config, spec)
+    cores, threads = split_cores(config.nodes, config.threads)
+    workload = PeerWorkload(
         checkpoint.folder,
         checkpoint.config,
-        asked.nodes,
+        config.nodes,
         threads,
-        cores or [usable_cores()] * asked.nodes,
-        asked.contexts[0],
-        asked.tokens,
-        asked.prompt,
-        asked.cache / "peers",
-        asked.deadline_s,
+        cores or [usable_cores()] * config.nodes,
+        config.contexts[0],
+        config.tokens,
+        config.prompt_tokens,
+        config.cache_dir / "peers",
+        config.peer_timeout_s,
     )
-    setups = [setup for peer in peers for setup in peer.setups(job)]
-    load, stolen = os.getloadavg()[0], _cpu_steal()
-    backend = asked.options.get("backend", "auto")
-    latency_s = asked.options.get("latency_s", 0.0)
+    variants = [variant for peer in peers for variant in peer.variants(workload)]
+    load_before, cpu_times = os.getloadavg()[0], _read_cpu_times()
+    options = config.load_options
     plan, reason = runtime.select_plan(
-        runtime.LoadOptions(asked.model, asked.nodes, latency_s=latency_s, **asked.placed)
+        runtime.LoadOptions(
+            config.model,
+            config.nodes,
+            latency_s=options.get("latency_s", 0.0),
+            **config.placement_options,
+        )
     )
-    say(reason or f"placement {plan.placement}, trunk {plan.trunk}")
-    activations = asked.options.get("activations", "int16")
-    say("measuring what memory, exchange and kernels give on their own")
-    native = asked.options.get("kernels", "auto") != "mlx" and native_layers.is_supported()
-    folder, dealt = (checkpoint.folder, plan) if native else (None, None)
-    limits = hardware_limits.measure_limits(
-        asked.nodes, backend, cores, threads, folder, dealt, activations
+    report(reason or f"placement {plan.placement}, trunk {plan.trunk}")
+    report("measuring the limits of memory, all-reduce and kernels")
+    native = options.get("kernels", "auto") != "mlx" and native_layers.is_supported()
+    limits = measure_limits(
+        config.nodes,
+        options.get("backend", "auto"),
+        cores,
+        threads,
+        checkpoint.folder if native else None,
+        plan if native else None,
+        options.get("activations", "int16"),
     )
-    say(f"loading {asked.model} on {asked.nodes} nodes")
-    batch = max(*asked.streams, 1)
+    report(f"loading {config.model} on {config.nodes} nodes")
     with api.load(
-        asked.model,
-        asked.nodes,
+        config.model,
+        config.nodes,
         plan=plan,
         cores=cores,
         threads=threads,
         measure_every=0,
         recover=False,
-        max_batch_size=batch,
-        **asked.options,
+        max_batch_size=max(*config.concurrency, 1),
+        **options,
     ) as model:
-        bench = _Bench(model, asked, say)
-        theirs = bench.rounds(setups)
-        for context in asked.contexts[1:]:
-            bench.context(context)
-        bench.concurrently()
-        bench.terms()
-        bench.use(limits)
+        bench = _Bench(model, config, report)
+        peer_speeds = bench.measure_rounds(variants)
+        for context in config.contexts[1:]:
+            bench.measure_context(context)
+        bench.measure_concurrency()
+        bench.measure_steps()
+        bench.relate_to_limits(limits)
         ranks = model.ranks_json()
         for rank, row in enumerate(bench.ranks):
             row |= {"cores": list(cores[rank]) if cores else None, **ranks[rank]}
         conditions = {
             "machine": platform.machine(),
             "cores": len(usable_cores()),
-            "load_before": round(load, 2),
-            "stolen_percent": stolen(),
-            "nodes": asked.nodes,
+            "load_before": round(load_before, 2),
+            "cpu_steal_percent": _cpu_steal_percent(cpu_times),
+            "nodes": config.nodes,
             "threads": threads,
             "pinned": cores is not None,
             "backend": model.ranks.backend,
             "kernels": ranks[0]["device"],
             "placement": model.plan.placement,
             "trunk": model.plan.trunk,
-            "options": asked.options,
+            "options": options,
             "versions": {n: importlib.metadata.version(n) for n in ("cenacle", "mlx", "mlx-lm")},
         }
     return {
         "benchmark": "bench",
-        "model": asked.model,
+        "model": config.model,
         "family": spec.family,
         "quantization": spec.quantization,
         "dtype": spec.dtype,
         "conditions": conditions,
         "decode": bench.decode,
         "prefill": bench.prefill,
-        "streams": bench.streams,
-        "terms_ms": bench.terms_ms,
+        "concurrency": bench.concurrency,
+        "step_timings_ms": bench.step_timings_ms,
         "ranks": bench.ranks,
-        "ceilings": {**limits, "token": bench.token},
-        "peers": bench.compare(setups, theirs),
+        "hardware_limits": {**limits, "token": bench.token},
+        "peers": bench.compare(variants, peer_speeds),
     }
 
 
-def _cpu_steal() -> Callable[[], float | None]:
-    """Percent of the cores' time that other guests of this machine's host took since the call."""
+def _check(config: BenchConfig, spec: ModelSpec) -> None:
+    if config.tokens < 2 or config.repeat < 1 or not config.contexts or min(config.contexts) < 1:
+        raise InputError(
+            "bench: expected at least 2 tokens, 1 repetition and contexts of at least 1 token"
+        )
+    longest, decoded = max(*config.contexts, config.prompt_tokens), config.repeat * config.tokens
+    if spec.context_length is not None and longest + decoded + 1 > spec.context_length:
+        raise InputError(
+            f"--contexts and --prompt-tokens: expected at most "
+            f"{spec.context_length - decoded - 1}, since {config.repeat} times {config.tokens} "
+            f"tokens follow and the model's context is {spec.context_length}, got {longest}",
+            "contexts",
+        )
+
+
+def _read_cpu_times() -> list[int]:
+    """The cores' time by its use since the start of the machine (Linux); else empty."""
     stat = Path("/proc/stat")
-
-    def read() -> list[int]:
-        return [int(n) for n in stat.read_text().split("\n", 1)[0].split()[1:9]]
-
     if not stat.exists():
-        return lambda: None
-    before = read()
+        return []
+    return [int(ticks) for ticks in stat.read_text().split("\n", 1)[0].split()[1:9]]
 
-    def since() -> float:
-        spent = [b - a for a, b in zip(before, read(), strict=True)]
-        return round(100 * spent[7] / max(1, sum(spent)), 1)
 
-    return since
+def _cpu_steal_percent(before: list[int]) -> float | None:
+    """Percent of the cores' time since `before` that the host gave to other guests."""
+    spent = [b - a for a, b in zip(before, _read_cpu_times(), strict=True)]
+    return round(100 * spent[7] / max(1, sum(spent)), 1) if spent else None
 
 
 class _Bench:
-    """A loaded model, and what has been found of it so far."""
+    """A loaded model and its results so far."""
 
-    def __init__(self, model: api.Model, asked: BenchConfig, say: Say) -> None:
-        self._model, self._asked, self._say = model, asked, say
-        self._draw = random.Random(0)
+    def __init__(self, model: api.Model, config: BenchConfig, report: Report) -> None:
+        self._model, self._config, self._report = model, config, report
+        self._rng = random.Random(0)
         self.decode: list[dict[str, Any]] = []
         self.prefill: list[dict[str, Any]] = []
-        self.streams: list[dict[str, Any]] = []
+        self.concurrency: list[dict[str, Any]] = []
         self.ranks: list[dict[str, Any]] = []
-        self.terms_ms: dict[str, float] = {}
+        self.step_timings_ms: dict[str, float] = {}
         self.token: dict[str, Any] = {}
 
-    def rounds(self, setups: Sequence[PeerVariant]) -> list[list[PeerSpeed] | str]:
+    def measure_rounds(self, variants: Sequence[PeerVariant]) -> list[list[PeerSpeed] | str]:
         """The first context and the prompt, in turn with the peers.
 
         Returns:
-            For each setup its speeds, or why it has none: it is not tried again.
+            For each variant its speeds, or why it failed; it is not tried again then.
         """
-        asked, context = self._asked, self._asked.contexts[0]
-        self._say("warming up")
-        self._ask(context, 2)
+        config, context = self._config, self._config.contexts[0]
+        self._report("warming up")
+        self._time_request(context, 2)
         decode: list[float] = []
         prefill: list[float] = []
-        theirs: list[list[PeerSpeed] | str] = [[] for _ in setups]
-        for i in range(asked.repeat):
-            self._say(f"round {i + 1} of {asked.repeat}: ours")
-            times = self._ask(context, asked.tokens + 1)
-            decode.append(asked.tokens / (times[-1] - times[1]))
-            times = self._ask(asked.prompt, 1)
-            prefill.append(asked.prompt / (times[1] - times[0]))
-            for peer, setup in enumerate(setups):
-                seen = theirs[peer]
-                if isinstance(seen, str):
+        results: list[list[PeerSpeed] | str] = [[] for _ in variants]
+        for i in range(config.repeat):
+            self._report(f"round {i + 1} of {config.repeat}: ours")
+            times = self._time_request(context, config.tokens + 1)
+            decode.append(config.tokens / (times[-1] - times[1]))
+            times = self._time_request(config.prompt_tokens, 1)
+            prefill.append(config.prompt_tokens / (times[1] - times[0]))
+            for peer, variant in enumerate(variants):
+                speeds = results[peer]
+                if isinstance(speeds, str):
                     continue
-                self._say(f"round {i + 1} of {asked.repeat}: {setup.name}")
+                self._report(f"round {i + 1} of {config.repeat}: {variant.name}")
                 try:
-                    seen.append(setup.run())
+                    speeds.append(variant.run())
                 except PeerFailed as error:
-                    theirs[peer] = str(error)
+                    results[peer] = str(error)
         self.decode.append(_row(decode, context=context))
-        self.prefill.append(_row(prefill, tokens=asked.prompt))
-        return theirs
+        self.prefill.append(_row(prefill, tokens=config.prompt_tokens))
+        return results
 
     def compare(
-        self, setups: Sequence[PeerVariant], theirs: Sequence[list[PeerSpeed] | str]
+        self, variants: Sequence[PeerVariant], results: Sequence[list[PeerSpeed] | str]
     ) -> list[dict[str, Any]]:
         """A row for each peer: medians and ours over theirs, or how it failed."""
         rows: list[dict[str, Any]] = []
-        for setup, seen in zip(setups, theirs, strict=True):
-            if isinstance(seen, str):
-                rows.append({"name": setup.name, "failed": seen})
+        for variant, speeds in zip(variants, results, strict=True):
+            if isinstance(speeds, str):
+                rows.append({"name": variant.name, "failed": speeds})
                 continue
-            row: dict[str, Any] = {"name": setup.name}
-            for what, ours in (("decode", self.decode[0]), ("prefill", self.prefill[0])):
-                all_ = [getattr(s, what) for s in seen]
+            row: dict[str, Any] = {"name": variant.name}
+            for phase, ours in (("decode", self.decode[0]), ("prefill", self.prefill[0])):
+                all_ = [getattr(speed, phase) for speed in speeds]
                 median = statistics.median(all_)
-                row[f"{what}_tok_s"], row[f"{what}_all"] = median, all_
-                row[f"{what}_ratio"] = ours["tok_s"] / median if median else None
+                row[f"{phase}_tok_per_s"], row[f"{phase}_all"] = median, all_
+                row[f"{phase}_ratio"] = ours["tok_per_s"] / median if median else None
             rows.append(row)
         return rows
 
-    def context(self, context: int) -> None:
+    def measure_context(self, context: int) -> None:
         """Decoding after a long prompt; the prompt once, the decoding in `repeat` blocks."""
-        asked = self._asked
-        self._say(f"context {context}")
-        times = self._ask(context, asked.repeat * asked.tokens + 1)
-        ends = times[1 :: asked.tokens]
-        blocks = [asked.tokens / (b - a) for a, b in pairwise(ends)]
+        config = self._config
+        self._report(f"context {context}")
+        times = self._time_request(context, config.repeat * config.tokens + 1)
+        blocks = [config.tokens / (b - a) for a, b in pairwise(times[1 :: config.tokens])]
         self.decode.append(_row(blocks, context=context))
         self.prefill.append(_row([context / (times[1] - times[0])], tokens=context))
 
-    def concurrently(self) -> None:
+    def measure_concurrency(self) -> None:
         """Several requests at once: all tokens over wall time."""
-        asked = self._asked
-        for streams in asked.streams:
-            self._say(f"{streams} streams")
+        config = self._config
+        for requests in config.concurrency:
+            self._report(f"{requests} concurrent requests")
             speeds = []
-            for _ in range(asked.repeat):
-                began = time.perf_counter()
-                times = self._many(asked.contexts[0], asked.tokens, streams)
-                wall = max(t[-1] for t in times) - began
-                speeds.append(sum(len(t) for t in times) / wall)
-            self.streams.append(_row(speeds, streams=streams))
-        one = next((s["tok_s"] for s in self.streams if s["streams"] == 1), None)
-        for row in self.streams:
-            row["ratio"] = row["tok_s"] / one if one else None
+            for _ in range(config.repeat):
+                started = time.perf_counter()
+                times = self._time_requests(config.contexts[0], config.tokens, requests)
+                elapsed = max(t[-1] for t in times) - started
+                speeds.append(sum(map(len, times)) / elapsed)
+            self.concurrency.append(_row(speeds, requests=requests))
+        one = next((r["tok_per_s"] for r in self.concurrency if r["requests"] == 1), None)
+        for row in self.concurrency:
+            row["ratio"] = row["tok_per_s"] / one if one else None
 
-    def terms(self) -> None:
-        """Where a token's time goes, by term and by rank, from measured steps."""
-        self._say("where the time goes")
-        self._model.group.measure_steps(2)
+    def measure_steps(self) -> None:
+        """The time of a token by phase and by rank, from measured steps."""
+        self._report("measuring steps")
+        group = self._model.group
+        group.measure_steps(2)
         # Several short answers: a random model repeats itself, and one token has one routing.
-        for _ in range(4):
-            self._ask(self._asked.contexts[0], max(8, self._asked.tokens // 2))
-        found = self._model.group.step_timings
-        self._model.group.measure_steps(0)
-        self.terms_ms = {**found.per_token_ms(), "steps": found.steps}
-        self.ranks = [{"rank": r, "terms_ms": ms} for r, ms in enumerate(found.per_rank_ms())]
-        self.ranks = self.ranks or [{"rank": r} for r in range(self._asked.nodes)]
+        for _ in range(MEASURED_ANSWERS):
+            self._time_request(self._config.contexts[0], max(8, self._config.tokens // 2))
+        timings = group.step_timings
+        group.measure_steps(0)
+        self.step_timings_ms = {**timings.per_token_ms(), "steps": timings.steps}
+        per_rank = timings.per_rank_ms()
+        self.ranks = [{"rank": rank} for rank in range(self._config.nodes)]
+        for row, timings_ms in zip(self.ranks, per_rank, strict=False):
+            row["step_timings_ms"] = timings_ms
 
-    def use(self, limits: dict[str, Any]) -> None:
-        """Put the decoding speed beside what the ranks' memory allows."""
-        plan = self._model.plan
-        expected, busiest = expected_bytes(plan)
-        speeds = limits["ranks_read_gb_s"]
+    def relate_to_limits(self, limits: dict[str, Any]) -> None:
+        """Relate the decoding speed to what the memory of the ranks allows."""
+        mean_bytes, max_bytes = token_read_bytes(self._model.plan)
+        rates = limits["ranks_read_gb_s"]
         for rank, row in enumerate(self.ranks):
-            row |= {"token_bytes": expected[rank], "read_gb_s": speeds[rank]}
-        tok_s = self.decode[0]["tok_s"]
-        slowest = max(b / (s * 1e9) for b, s in zip(busiest, speeds, strict=True))
+            row |= {"token_bytes": mean_bytes[rank], "read_gb_s": rates[rank]}
+        tok_per_s = self.decode[0]["tok_per_s"]
+        read_s = max(b / (gb_s * 1e9) for b, gb_s in zip(max_bytes, rates, strict=True))
         self.token = {
-            "bytes": max(busiest),
-            "read_ms": slowest * 1000,
-            "token_ms": 1000 / tok_s,
-            "percent": 100 * slowest * tok_s,
+            "bytes": max(max_bytes),
+            "read_ms": 1000 * read_s,
+            "token_ms": 1000 / tok_per_s,
+            "percent": 100 * read_s * tok_per_s,
             "kernels_ms": None,
             "outside_percent": None,
         }
-        alone = [k for k in limits["kernels_ms"] or () if k is not None]
-        if alone:
-            # What is neither a matrix nor an exchange: on one node all the rest of a token.
-            kernels = max(k["linear"] + k["experts"] for k in alone)
-            busy = kernels + self.terms_ms["all_reduce"] + self.terms_ms["waiting"]
-            self.token |= {"kernels_ms": kernels, "outside_percent": 100 - busy * tok_s / 10}
+        kernels = [k for k in limits["kernels_ms"] or () if k is not None]
+        if kernels:
+            # What is neither a matrix nor an all-reduce: on one node all the rest of a token.
+            kernels_ms = max(k["linear"] + k["experts"] for k in kernels)
+            timings_ms = self.step_timings_ms
+            busy_ms = kernels_ms + timings_ms["all_reduce"] + timings_ms["waiting"]
+            outside_percent = 100 - busy_ms * tok_per_s / 10
+            self.token |= {"kernels_ms": kernels_ms, "outside_percent": outside_percent}
 
-    def _ask(self, length: int, tokens: int) -> list[float]:
-        """One request of random tokens; the moment it was made, then that of each token."""
-        began = time.perf_counter()
-        return [began, *self._many(length, tokens, 1)[0]]
+    def _time_request(self, prompt_tokens: int, tokens: int) -> list[float]:
+        """A request of random tokens: when it was submitted, and when each token came."""
+        started = time.perf_counter()
+        return [started, *self._time_requests(prompt_tokens, tokens, 1)[0]]
 
-    def _many(self, length: int, tokens: int, streams: int) -> list[list[float]]:
-        """Random requests at once; the moments of each one's tokens."""
-        vocabulary = self._model.spec.vocab_size
+    def _time_requests(self, prompt_tokens: int, tokens: int, count: int) -> list[list[float]]:
+        """Random requests at once: when the tokens of each came."""
+        vocab_size = self._model.spec.vocab_size
         requests = [
-            self._model.request([self._draw.randrange(vocabulary) for _ in range(length)], tokens)
-            for _ in range(streams)
+            self._model.request(
+                [self._rng.randrange(vocab_size) for _ in range(prompt_tokens)], tokens
+            )
+            for _ in range(count)
         ]
         times: dict[str, list[float]] = {r.id: [] for r in requests}
-        left, failed = len(requests), list[CenacleError]()
+        running, errors = len(requests), list[CenacleError]()
         done = threading.Event()
 
-        def sink(event: TokenEvent | CenacleError) -> None:
-            nonlocal left
+        def on_event(event: TokenEvent | CenacleError) -> None:
+            nonlocal running
             if isinstance(event, CenacleError):
-                failed.append(event)
+                errors.append(event)
                 done.set()
                 return
             times[event.request_id].append(time.perf_counter())
-            left -= event.finish is not None
-            if not left:
+            running -= event.finish is not None
+            if not running:
                 done.set()
 
         for request in requests:
             # To the end, even where the model would stop: every answer has as many tokens.
-            self._model.group.submit(replace(request, stop_tokens=()), sink)
-        if not done.wait(ANSWER_S):
-            raise ClusterError(f"no answer came within {ANSWER_S:g} s")
-        if failed:
-            raise failed[0]
+            self._model.group.submit(replace(request, stop_tokens=()), on_event)
+        if not done.wait(ANSWER_TIMEOUT_S):
+            raise ClusterError(f"bench: expected an answer within {ANSWER_TIMEOUT_S:g} s, got none")
+        if errors:
+            raise errors[0]
         return list(times.values())
 
 
-def _row(speeds: Sequence[float], **what: int) -> dict[str, Any]:
-    return {**what, "tok_s": statistics.median(speeds), "all": list(speeds)}
+def _row(speeds: Sequence[float], **condition: int) -> dict[str, Any]:
+    return {**condition, "tok_per_s": statistics.median(speeds), "all": list(speeds)}
 
 
-def prepare_model(model: str | None, name: str | None, quantize: int, cache: Path, say: Say) -> str:
+def prepare_model(
+    model: str | None, name: str | None, quantize: int, cache_dir: Path, report: Report
+) -> str:
     """The checkpoint to measure: a given one, or a random one of a known shape, written once.
 
     Args:
-        name: of the catalogue, or a family (its small config).
+        model: a folder or the name of a Hub repository.
+        name: of a random model in the catalog, or a family (its small config).
         quantize: bits; 0: not quantised.
 
     Raises:
-        InputError: neither or both are given, or no shape has that name.
+        InputError: neither or both are given, or an unknown name.
     """
     if (model is None) == (name is None):
         raise InputError("bench: expected either --model or --synth", "model")
     if model is not None:
         return model
     assert name is not None
-    folder = cache / "synth" / f"{name}-{quantize or 'full'}"
+    folder = cache_dir / "synth" / f"{name}-{quantize or 'full'}"
     if not (folder / "config.json").exists():
-        tiny = name in config_catalogue.family_names()
-        if not tiny:
-            config_catalogue.full_config(name)  # an unknown name ends here
-        say(f"writing a random {name} to {folder}")
+        small = name in config_catalogue.family_names()
+        if not small:
+            config_catalogue.full_config(name)  # raises for an unknown name
+        report(f"writing a random {name} to {folder}")
         synth.synth(
             folder,
-            family=name if tiny else None,
-            name=None if tiny else name,
+            family=name if small else None,
+            name=None if small else name,
             quantize=quantize or None,
-            group_size=32 if tiny else 64,
+            group_size=32 if small else 64,
             overwrite=True,
         )
     return str(folder)

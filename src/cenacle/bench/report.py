@@ -1,8 +1,7 @@
-"""Results of benchmarks as tables for people; the JSON object is for programs.
+"""Results of benchmarks as tables for people.
 
-Owns: what is shown and how it is rounded.
+Owns: what is shown, and how it is rounded.
 Does not know: how anything is measured.
-Next: nothing.
 """
 
 from __future__ import annotations
@@ -12,100 +11,113 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-TERMS = ("trunk", "experts", "all_reduce", "waiting", "rest", "total")
+PHASES = ("trunk", "experts", "all_reduce", "waiting", "rest", "total")
 
 
 def show_bench(result: dict[str, Any], console: Console) -> None:
-    """Print what `measure.run` found."""
-    on, token = result["conditions"], result["ceilings"]["token"]
+    """Print the result of `measure.run_bench`."""
+    conditions = result["conditions"]
     console.print(
         f"{result['model']}: {result['family']}, {result['quantization'] or result['dtype']}; "
-        f"{on['nodes']} nodes of {on['threads']} threads on {on['cores']} cores"
-        f"{'' if on['pinned'] else ' (not pinned)'}, {on['kernels']}, {on['backend']}, "
-        f"experts {on['placement']}, trunk {on['trunk']}; load before {on['load_before']}"
+        f"{conditions['nodes']} nodes of {conditions['threads']} threads on {conditions['cores']} "
+        f"cores{'' if conditions['pinned'] else ' (not pinned)'}, {conditions['kernels']}, "
+        f"{conditions['backend']}, experts {conditions['placement']}, trunk {conditions['trunk']}; "
+        f"load before {conditions['load_before']}"
     )
-    table = Table("what", "tok/s", "", box=None)
+    table = Table("", "tok/s", "", box=None)
     for row in result["prefill"]:
-        table.add_row(f"prompt of {row['tokens']}", f"{row['tok_s']:.1f}", _spread(row))
+        table.add_row(f"prompt of {row['tokens']}", f"{row['tok_per_s']:.1f}", _range(row))
     for row in result["decode"]:
-        table.add_row(f"decode at {row['context']}", f"{row['tok_s']:.2f}", _spread(row))
-    for row in result["streams"]:
+        table.add_row(f"decoding at {row['context']}", f"{row['tok_per_s']:.2f}", _range(row))
+    for row in result["concurrency"]:
         ratio = f"{row['ratio']:.2f} times one" if row["ratio"] else ""
-        table.add_row(f"{row['streams']} streams", f"{row['tok_s']:.2f}", ratio)
+        table.add_row(f"{row['requests']} requests", f"{row['tok_per_s']:.2f}", ratio)
     console.print(table)
+    _show_ranks(result["ranks"], console)
+    _show_limits(result["hardware_limits"], console)
+    if result["peers"]:
+        _show_peers(result["peers"], console)
 
-    table = Table("ms per token", *TERMS, "reads", "memory", box=None)
-    for row in result["ranks"]:
-        terms = row.get("terms_ms", {})
+
+def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
+    table = Table("ms per token", *PHASES, "reads", "memory", box=None)
+    for row in ranks:
+        timings_ms = row.get("step_timings_ms", {})
         table.add_row(
             f"rank {row['rank']}",
-            *(f"{terms[t]:.2f}" if terms else "" for t in TERMS),
+            *(f"{timings_ms[phase]:.2f}" if timings_ms else "" for phase in PHASES),
             f"{row['token_bytes'] / 1e6:.0f} MB",
             f"{row['read_gb_s']:.1f} GB/s",
         )
     console.print(table)
-    reads = ", ".join(f"{t} threads {v:.1f}" for t, v in result["ceilings"]["read_gb_s"].items())
-    console.print(f"reading memory, GB/s: {reads}")
-    for row in result["ceilings"]["exchange_us"]:
-        one, chain = f"{row['one']:.0f} us", f"{row['chain']:.0f}"
-        console.print(f"exchange of {row['bytes']:,} bytes: {one}, in a chain {chain}")
+
+
+def _show_limits(limits: dict[str, Any], console: Console) -> None:
+    token = limits["token"]
+    reads = ", ".join(f"{v:.1f} with {t} threads" for t, v in limits["read_gb_s"].items())
+    console.print(f"memory reads, GB/s: {reads}")
+    for row in limits["all_reduce_us"]:
+        one, chain = f"{row['one']:.0f} us", f"{row['chain']:.0f} us"
+        console.print(f"all-reduce of {row['bytes']:,} bytes: {one}, in a chain {chain}")
     console.print(
         f"a token reads {token['bytes'] / 1e6:.0f} MB on the busiest rank: {token['read_ms']:.2f} "
-        f"ms at that rank's bandwidth; it takes {token['token_ms']:.2f} ms, "
-        f"{token['percent']:.0f} % of the ceiling"
+        f"ms at the bandwidth of that rank; it takes {token['token_ms']:.2f} ms, "
+        f"{token['percent']:.0f} % of the limit"
     )
     if token["kernels_ms"] is not None:
         console.print(
             f"its matrices alone take {token['kernels_ms']:.2f} ms; "
-            f"{token['outside_percent']:.0f} % of a token is neither they nor an exchange"
+            f"{token['outside_percent']:.0f} % of a token is neither matrices nor all-reduce"
         )
-    if result["peers"]:
-        table = Table("peer", "decode", "ours / theirs", "prompt", "ours / theirs", box=None)
-        for row in result["peers"]:
-            if "failed" in row:
-                table.add_row(row["name"], "failed")
-                console.print(f"{row['name']} failed: {row['failed']}", markup=False)
-                continue
-            cells = []
-            for what in ("decode", "prefill"):
-                cells += [f"{row[f'{what}_tok_s']:.2f}", f"{row[f'{what}_ratio']:.2f}"]
-            table.add_row(row["name"], *cells)
-        console.print(table)
 
 
-def _spread(row: dict[str, Any]) -> str:
+def _show_peers(peers: list[dict[str, Any]], console: Console) -> None:
+    table = Table("peer", "decode", "ours / theirs", "prompt", "ours / theirs", box=None)
+    for row in peers:
+        if "failed" in row:
+            table.add_row(row["name"], "failed")
+            console.print(f"{row['name']} failed: {row['failed']}", markup=False)
+            continue
+        cells = []
+        for phase in ("decode", "prefill"):
+            cells += [f"{row[f'{phase}_tok_per_s']:.2f}", f"{row[f'{phase}_ratio']:.2f}"]
+        table.add_row(row["name"], *cells)
+    console.print(table)
+
+
+def _range(row: dict[str, Any]) -> str:
     low, high = min(row["all"]), max(row["all"])
     return f"{low:.1f} to {high:.1f}" if len(row["all"]) > 1 else ""
 
 
 def show_ablation(result: dict[str, Any], console: Console) -> None:
-    """Print what `ablation.run` found."""
+    """Print the result of `schedule_ablation.run_ablation`."""
     console.print(
         f"{result['model']}: {result['family']}, {result['layers']} layers, "
-        f"{result['conditions']['nodes']} nodes; milliseconds per token as rank 0 sees them"
+        f"{result['conditions']['nodes']} nodes; milliseconds per token of rank 0"
     )
-    base = {(c["latency_ms"], c["row"], c["over"]): c for c in result["compared"]}
-    columns = ("experts", "all_reduce", "waiting", "trunk", "rest")
+    speedups = {(c["latency_ms"], c["row"], c["over"]): c for c in result["compared"]}
+    phases = ("experts", "all_reduce", "waiting", "trunk", "rest")
     over = ("/ naive", "layers", "/ P-LR-D", "layers")
-    table = Table("link", "row", "tok/s", *columns, *over, box=None)
+    table = Table("link", "row", "tok/s", *phases, *over, box=None)
     for row in result["rows"]:
         cells = []
-        for of in ("naive", "P-LR-D"):
-            one = base[row["latency_ms"], row["row"], of]
-            cells += [f"{one['token']:.2f}", f"{one['layers']:.2f}"]
+        for base in ("naive", "P-LR-D"):
+            speedup = speedups[row["latency_ms"], row["row"], base]
+            cells += [f"{speedup['token']:.2f}", f"{speedup['layers']:.2f}"]
         table.add_row(
             f"{row['latency_ms']:g} ms",
             row["row"],
-            f"{row['tok_s']:.2f}",
-            *(f"{row['terms_ms'][t]:.2f}" for t in columns),
+            f"{row['tok_per_s']:.2f}",
+            *(f"{row['step_timings_ms'][phase]:.2f}" for phase in phases),
             *cells,
         )
     console.print(table)
     if result["depth"] is not None:
         console.print(f"calculated for all {result['depth']} layers, tok/s:")
         table = Table("link", *dict.fromkeys(r["row"] for r in result["rows"]), box=None)
-        for latency in dict.fromkeys(r["latency_ms"] for r in result["rows"]):
-            deep = [c for c in result["compared"] if c["latency_ms"] == latency]
-            cells = [f"{c['depth_tok_s']:.2f}" for c in deep if c["over"] == "naive"]
-            table.add_row(f"{latency:g} ms", *cells)
+        for latency_ms in dict.fromkeys(r["latency_ms"] for r in result["rows"]):
+            deep = [c for c in result["compared"] if c["latency_ms"] == latency_ms]
+            cells = [f"{c['depth_tok_per_s']:.2f}" for c in deep if c["over"] == "naive"]
+            table.add_row(f"{latency_ms:g} ms", *cells)
         console.print(table)

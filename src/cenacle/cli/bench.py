@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .. import paths
+from ..extras import import_extra
 from .command import command, expand_dataclasses, format_example, option
 from .console import print_json, report, wide_console
 from .options import (
@@ -112,22 +113,22 @@ def bench(
     from ..bench.report import show_bench
 
     options = load.to_keywords()
-    placed = {name: options.pop(name) for name in PLACEMENT_OPTIONS}
-    request = measure.BenchConfig(
+    placement_options = {name: options.pop(name) for name in PLACEMENT_OPTIONS}
+    config = measure.BenchConfig(
         model=model.prepare(),
         nodes=load.nodes,
         threads=workload.threads,
         contexts=parse_int_list(workload.contexts, "contexts"),
-        streams=parse_int_list(workload.concurrency, "concurrency"),
+        concurrency=parse_int_list(workload.concurrency, "concurrency"),
         tokens=workload.tokens,
         repeat=workload.repeat,
-        prompt=workload.prompt_tokens,
-        placed=placed,
-        options=options,
-        cache=model.cache_folder,
-        deadline_s=workload.peer_timeout_s,
+        prompt_tokens=workload.prompt_tokens,
+        placement_options=placement_options,
+        load_options=options,
+        cache_dir=model.cache_folder,
+        peer_timeout_s=workload.peer_timeout_s,
     )
-    result = measure.run_bench(request, [peers.parse_peer(p) for p in workload.peer or ()], report)
+    result = measure.run_bench(config, [peers.parse_peer(p) for p in workload.peer or ()], report)
     if json_output:
         print_json(result)
     else:
@@ -157,6 +158,8 @@ def ablation(
         arguments.tokens,
         arguments.repeat,
     )
+    if out is not None:
+        import_extra("matplotlib", "plots")  # before minutes of measuring
     result = schedule_ablation.run_ablation(request, report)
     if out is not None:
         result["plots"] = [str(path) for path in plot.save_figure(result, out)]

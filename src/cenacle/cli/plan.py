@@ -296,7 +296,7 @@ def calibrate(
 
     result = calibration.calibrate(name, nodes, quick, report)
     path = out or catalog_dir() / f"{name}.toml"
-    write_text(path, calibration.as_toml(result), "out")
+    write_text(path, result.to_toml(), "out")
     load_catalog([path])  # what was written must be readable
     if json_output:
         print_json({"file": str(path), **result.to_json()})
@@ -363,8 +363,8 @@ def validate(
             old_constants = (CATALOG_DIR / "fits.toml").read_text()
             write_text(save, validation.format_fits(catalog, old_constants), "save")
     checks = validation.validate_all(published, catalog)
-    sections["fitted"] = [check for check in checks if check.row.fit]
-    sections["unfitted"] = [check for check in checks if not check.row.fit]
+    sections["fitted"] = [check for check in checks if check.measurement.fit]
+    sections["unfitted"] = [check for check in checks if not check.measurement.fit]
     _report_validation(catalog, sections, [row for row in published if row.skip], json_output)
 
 
@@ -408,8 +408,9 @@ def _report_validation(
     print("\nrows with an error above 25 %:")
     for check in sections["unfitted"]:
         if check.error > 0.25:
-            reason = check.row.reason or "no known reason"
-            print(f"  {check.row.model} on {check.row.machines}: {check.error:.0%}; {reason}")
+            row = check.measurement
+            reason = row.reason or "no known reason"
+            print(f"  {row.model} on {row.machines}: {check.error:.0%}; {reason}")
     print("not predicted:")
     for row in skipped:
         print(f"  {row.model} on {row.machines}, {row.tok_per_s:g} tok/s: {row.skip}")
@@ -441,11 +442,11 @@ def _print_section(title: str, checks: list[Validation]) -> None:
     for column in ("context", "measured", "predicted", "error"):
         table.add_column(column, justify="right")
     for check in checks:
-        row, predicted = check.row, check.predicted
+        row, predicted = check.measurement, check.prediction
         table.add_row(
             *(
                 row.model,
-                row.quantization,
+                row.quant,
                 row.machines,
                 row.link or "",
                 row.scheme,
@@ -456,7 +457,7 @@ def _print_section(title: str, checks: list[Validation]) -> None:
             f"{predicted.tok_per_s / row.tok_per_s - 1:+.0%}",
         )
     wide_console().print(table)
-    too_large = any(not check.predicted.fits for check in checks)
+    too_large = any(not check.prediction.fits for check in checks)
     print(
         f"{summary.rows} rows, median error {summary.median:.1%}, worst {summary.worst:.1%}"
         + (" (!: exceeds the default memory limit)" if too_large else "")

@@ -21,6 +21,7 @@ import psutil
 from .. import native
 from ..collective import mesh
 from ..errors import CenacleError
+from ..machine import processor_name, usable_cores
 from ..planning import catalog
 from ..planning.plan_cost import LOCAL_MACHINE
 from . import thunderbolt
@@ -52,8 +53,8 @@ def describe_node() -> NodeInfo:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         macos=platform.mac_ver()[0],
         python=platform.python_version(),
-        processor=_processor(),
-        cores=len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else None,
+        processor=processor_name(),
+        cores=len(usable_cores()) if sys.platform == "linux" else None,
         memory_bytes=memory.total,
         available_bytes=memory.available,
         gpu=gpu,
@@ -159,14 +160,3 @@ def _thunderbolt_ports() -> list[dict[str, str]]:
             return []
         outputs.append(done.stdout)
     return thunderbolt.rdma_ports(*outputs)
-
-
-def _processor() -> str:
-    if sys.platform == "darwin":  # never run
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

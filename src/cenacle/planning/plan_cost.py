@@ -142,6 +142,19 @@ def dense_bytes(plan: Plan, rank: int) -> int:
     return undivided + divided + plan.bytes_of(rank)["shared"]
 
 
+def token_read_bytes(plan: Plan) -> tuple[list[int], list[int]]:
+    """Bytes of weights that each rank reads for a token under uniform routing.
+
+    Returns:
+        For each rank the mean, and what it reads if it is the busiest rank of every layer.
+    """
+    dense = [dense_bytes(plan, rank) for rank in range(plan.nodes)]
+    per_expert = sum(moe.expert_bytes for moe in plan.spec.moe)
+    busiest = max_experts(plan) * per_expert
+    mean = [int(d + n * per_expert) for d, n in zip(dense, mean_experts(plan), strict=True)]
+    return mean, [int(d + busiest) for d in dense]
+
+
 def max_experts(plan: Plan, weighted: bool = False) -> float:
     """Expected experts (in whole ones) that the busiest rank reads of a layer for one token.
 
@@ -202,7 +215,7 @@ def lower_bound_s(plan: Plan, latency_s: float, bytes_per_s: float, skips: bool 
     speeds = integer_speeds(plan.nodes, plan.node_weights)
     dense = max(dense_bytes(plan, r) * max(speeds) / speed for r, speed in enumerate(speeds))
     experts = max_experts(plan, weighted=True) * (1.0 if skips else unskipped_ratio(plan))
-    read = dense + experts * sum(m.expert_bytes for m in plan.spec.moe)
+    read = dense + experts * sum(moe.expert_bytes for moe in plan.spec.moe)
     return read / bytes_per_s + (plan.all_reduces * latency_s if plan.nodes > 1 else 0.0)
 
 

@@ -71,15 +71,10 @@ class LoadOrder(Message, type="load"):
 
 @dataclass(frozen=True)
 class MeasureOrder(Message, type="measure"):
-    """What a program that measures is to do.
-
-    Args:
-        arguments: for the program.
-    """
+    """Form a group that measures instead of serving."""
 
     nodes: Count
     backend: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,6 @@ class Ready(Message, type="ready"):
         pages: pages in its prefix cache on disk, longest unused first; None: it can write none.
         notices: what the user should know, as sentences.
         checksums: of the loaded weights, if the order asked for them.
-        result: of a program that measures.
     """
 
     device: str = ""
@@ -112,7 +106,6 @@ class Ready(Message, type="ready"):
     pages: tuple[tuple[str, str, int, int, int], ...] | None = None
     notices: tuple[str, ...] = ()
     checksums: Mapping[str, list[int]] | None = None
-    result: Any = None
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,24 @@
-"""The paper's schedules of a Mixture-of-Experts layer, for study (arXiv:2506.23635).
+"""The paper's schedules of a Mixture-of-Experts layer, for comparison (arXiv:2506.23635).
 
-Owns: which experts a rank executes beyond those it must, and who routes.
+Owns: which experts a rank computes besides those it must, and which rank routes.
 Does not know: how experts are computed: all rows use the `LocalExperts` of this machine, so their
-kernels are ours; links (see `collective/study.py`).
-Shapes: x [batch, length, width], ids and scores [batch, length, k]. A schedule computes a prompt's
-tokens one after the other, as the paper does, but exchanges them at once.
-Invariant: whatever is executed besides the chosen experts is thrown away, so every schedule gives
+kernels are Cenacle's; links (`collective/delayed.py`).
+Shapes: x [batch, length, width], ids and scores [batch, length, k]. A schedule computes the tokens
+of a prompt one after the other, as the paper does, but all-reduces them at once.
+Invariant: whatever is computed besides the chosen experts is thrown away, so every schedule gives
 mlx-lm's output. Only for blocks that are a weighted sum of their experts and nothing else.
 
     naive    experts as separate arrays; the central rank alone runs the trunk and routes: it sends
-             x, ids and scores to all (first exchange), and their sums come back (second)
-    P-LB     as naive, with prestacked experts; every rank executes all that it holds
+             x, ids and scores to all (first all-reduce), and their sums come back (second)
+    P-LB     as naive, with stacked experts; every rank computes all that it holds
     P-LR     as P-LB, but each rank tops up to the busiest rank's number of chosen experts with its
              least recently used ones
-    P-LR-D   as P-LR, decentralised: every rank runs trunk and router; one exchange
+    P-LR-D   as P-LR, decentralised: every rank runs trunk and router; one all-reduce
 
-Two things are quicker here than in the paper, for all rows: a rank weighs and adds its experts'
-outputs before sending them, one vector instead of one for each executed expert; and ranks exchange
-by our collective instead of gRPC, pipes and pickled maps.
-Next: `experts.py`, ours; `bench/ablation.py`, which measures them.
+Two things are faster here than in the paper, for all rows: a rank weighs and adds its experts'
+outputs before sending them, one vector instead of one for each computed expert; and ranks use
+Cenacle's collectives instead of gRPC, pipes and pickled maps.
+Next: `model/expert_parallel.py`, Cenacle's own; `schedule_ablation.py`, which measures them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ CENTRALIZED_SCHEDULES = ("naive", "P-LB", "P-LR")
 
 
 class _RouterProbe(nn.Module):
-    """Stands in for the experts: asks the block whom it chooses and how it weighs them.
+    """Stands in for the experts, to learn which ones the block chooses and how it weighs them.
 
-    The block's output is the sum over j of score j times row j of what this gives; rows of the
+    The block's output is the sum over j of score j times row j of this module's output; rows of the
     identity make that the scores themselves.
     """
 
@@ -66,24 +66,24 @@ class _RouterProbe(nn.Module):
 
 
 class _SeparateExperts(nn.Module):
-    """This rank's experts as arrays of their own: gate, up and down of each."""
+    """This rank's experts as separate arrays: gate, up and down of each."""
 
     def __init__(self, stack: nn.Module, rows: int, kernels: str) -> None:
         super().__init__()
-        self.experts = [self._one(stack, row) for row in range(rows)]
+        self.experts = [self._extract(stack, row) for row in range(rows)]
         self.activation = stack.activation
         mx.eval(self.parameters())
         if kernels != "mlx" and native_layers.is_supported():
             native_layers.install_native_layers(self)
 
     @staticmethod
-    def _one(stack: nn.Module, row: int) -> dict[str, nn.Module]:
-        made: dict[str, nn.Module] = {}
+    def _extract(stack: nn.Module, row: int) -> dict[str, nn.Module]:
+        layers: dict[str, nn.Module] = {}
         for name in ("gate_proj", "up_proj", "down_proj"):
             linear = stack[name]
             quantised = "scales" in linear
             kind = nn.QuantizedLinear if quantised else nn.Linear
-            layer = kind.__new__(kind)  # not its __init__, which draws weights
+            layer = kind.__new__(kind)  # not its __init__, which draws random weights
             nn.Module.__init__(layer)
             for key in ("weight", "scales", "biases", "bias"):
                 if linear.get(key) is not None:
@@ -91,8 +91,8 @@ class _SeparateExperts(nn.Module):
             if quantised:
                 layer.group_size, layer.bits = linear.group_size, linear.bits
                 layer.mode = linear.mode
-            made[name] = layer
-        return made
+            layers[name] = layer
+        return layers
 
     def __call__(self, x: mx.array, row: int) -> mx.array:
         """x [width] -> [width], by one expert."""
@@ -102,7 +102,7 @@ class _SeparateExperts(nn.Module):
 
 
 class ScheduledBlock(nn.Module):
-    """A block under one of the `SCHEDULES`; on ranks other than the central one see `serve`.
+    """A block under one of the `SCHEDULES`; ranks other than the central one call `serve`.
 
     Args:
         block: mlx-lm's own block, whose experts are `local`.
@@ -121,64 +121,64 @@ class ScheduledBlock(nn.Module):
         plan: LayerPlan,
         schedule: str,
         collective: Collective,
-        watch: StepTimer,
+        timer: StepTimer,
         separate: _SeparateExperts | None,
     ) -> None:
         super().__init__()
         self.block, self.width = block, input_width(local.experts)
-        # Without its stack, where there are arrays of their own: it is freed.
+        # None where the experts are separate arrays, so that their stack is freed.
         self.local = local if separate is None else None
         self._rows, self._probe = local._rows, _RouterProbe()
         block[switch] = self._probe
         self._layer, self._schedule, self._separate = plan.layer, schedule, separate
-        self._collective, self._watch = collective, watch
-        self._holders = [
+        self._collective, self._timer = collective, timer
+        self._experts_of = [
             np.array(plan.experts_of(rank), dtype=np.int64) for rank in range(collective.size)
         ]
-        # The order of last use, oldest first.
-        self._recent = [int(e) for e in self._holders[collective.rank]]
+        # Least recently used first.
+        self._recent = [int(e) for e in self._experts_of[collective.rank]]
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [batch, length, width] -> the same, on every rank of the decentralised schedule and on
         the central one of the others."""
         scores, dtype = self.block(x), x.dtype
         ids = self._probe.ids
-        self._watch.record_routing(self._layer, ids)
+        self._timer.record_routing(self._layer, ids)
         if self._schedule in CENTRALIZED_SCHEDULES:
-            self._watch.lap("trunk", x, ids, scores)
-            x, ids, scores = self._sent(x.shape, ids.shape[-1], x, ids, scores)
+            self._timer.lap("trunk", x, ids, scores)
+            x, ids, scores = self._broadcast(x.shape, ids.shape[-1], x, ids, scores)
         else:
-            self._watch.lap("trunk", x)
+            self._timer.lap("trunk", x)
         return self._sum(self._part(x, ids, scores)).astype(dtype)
 
     def serve(self, batch: int, length: int, k: int) -> None:
-        """What a rank that is not the central one does in this layer."""
-        self._watch.lap("trunk")
-        self._sum(self._part(*self._sent((batch, length, self.width), k)))
+        """The part of a rank that is not the central one."""
+        self._timer.lap("trunk")
+        self._sum(self._part(*self._broadcast((batch, length, self.width), k)))
 
-    def _sent(
+    def _broadcast(
         self, shape: tuple[int, ...], k: int, *own: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """First exchange: the central rank's x, ids and scores on every rank."""
+        """First all-reduce: the central rank's x, ids and scores on every rank."""
         batch, length, width = shape
         if own:
             whole = mx.concatenate([a.astype(mx.float32) for a in own], axis=-1)
         else:
             whole = mx.zeros((batch, length, width + 2 * k))
         whole = self._collective.all_sum(whole)
-        self._watch.lap("all_reduce", whole)
+        self._timer.lap("all_reduce", whole)
         x, ids, scores = mx.split(whole, [width, width + k], axis=-1)
         return x, ids.astype(mx.int32), scores
 
     def _sum(self, part: mx.array) -> mx.array:
-        self._watch.lap("experts", part)
+        self._timer.lap("experts", part)
         whole = self._collective.all_sum(part)
-        self._watch.lap("all_reduce", whole)
-        mx.eval(whole)  # also where nobody measures: the paper's ranks wait for every exchange
+        self._timer.lap("all_reduce", whole)
+        mx.eval(whole)  # also where nobody measures: the paper's ranks wait for every all-reduce
         return whole
 
     def _part(self, x: mx.array, ids: mx.array, scores: mx.array) -> mx.array:
-        """This rank's share of the weighted sum: [batch, length, width]."""
+        """This rank's part of the weighted sum: [batch, length, width]."""
         chosen = np.asarray(ids).reshape(-1, ids.shape[-1])
         weights = np.asarray(scores.astype(mx.float32)).reshape(chosen.shape)
         tokens = x.reshape(-1, x.shape[-1])
@@ -189,32 +189,31 @@ class ScheduledBlock(nn.Module):
         return mx.stack(parts).reshape(x.shape)
 
     def _token(self, x: mx.array, ids: np.ndarray, scores: np.ndarray) -> mx.array:
-        weight = dict(zip(ids.tolist(), scores.tolist(), strict=True))
-        run = self.executed(ids)
-        if not run:
+        score_of = dict(zip(ids.tolist(), scores.tolist(), strict=True))
+        experts = self.computed_experts(ids)
+        if not experts:
             return mx.zeros(x.shape, mx.float32)
         if self._separate is not None:
-            each = mx.stack([self._separate(x, int(self._rows[e])) for e in run])
+            outputs = mx.stack([self._separate(x, int(self._rows[e])) for e in experts])
         else:
             assert self.local is not None
-            each = self.local.compute(x[None], mx.array([run], dtype=mx.int32))[0]
-        used = mx.array([weight.get(e, 0.0) for e in run])
-        return (each.astype(mx.float32) * used[:, None]).sum(axis=0)
+            outputs = self.local.compute(x[None], mx.array([experts], dtype=mx.int32))[0]
+        weights = mx.array([score_of.get(e, 0.0) for e in experts])
+        return (outputs.astype(mx.float32) * weights[:, None]).sum(axis=0)
 
-    def executed(self, ids: np.ndarray) -> list[int]:
-        """The experts that this rank runs for a token: the chosen ones, then those on top."""
-        chosen = [np.intersect1d(held, ids) for held in self._holders]
+    def computed_experts(self, ids: np.ndarray) -> list[int]:
+        """The experts that this rank computes for a token: the chosen ones, then others."""
+        chosen = [np.intersect1d(held, ids) for held in self._experts_of]
         own = [int(e) for e in chosen[self._collective.rank]]
         if self._schedule == "naive":
             return own
-        held = self._holders[self._collective.rank]
+        held = self._experts_of[self._collective.rank]
         if self._schedule == "P-LB":
             return own + [int(e) for e in held if e not in own]
-        top = max(len(c) for c in chosen)
         idle = [e for e in self._recent if e not in own]
-        run = own + idle[: top - len(own)]
-        self._recent = [e for e in self._recent if e not in run] + run
-        return run
+        computed = own + idle[: max(map(len, chosen)) - len(own)]
+        self._recent = [e for e in self._recent if e not in computed] + computed
+        return computed
 
 
 def install_schedule(
@@ -222,7 +221,7 @@ def install_schedule(
     family: str,
     plan: Plan,
     collective: Collective,
-    watch: StepTimer,
+    timer: StepTimer,
     kernels: str,
     name: str,
 ) -> list[ScheduledBlock]:
@@ -237,35 +236,34 @@ def install_schedule(
     """
     if name not in SCHEDULES:
         raise PlanError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
-    row = family_of(family)
-    found = architecture.find_blocks(model)
-    plain = row.forward is None and not row.biases_after_sum
-    if not plain or any(b.shared_names or b.all_reduces_inside(row) for b in found):
+    facts = family_of(family)
+    blocks = architecture.find_blocks(model)
+    is_plain = facts.forward is None and not facts.biases_after_sum
+    if not is_plain or any(b.shared_names or b.all_reduces_inside(facts) for b in blocks):
         raise PlanError(
-            f"schedule: {family}'s blocks are more than a weighted sum of experts; "
-            f"the paper's schedules run families such as dbrx, mixtral and qwen3_moe"
+            f"schedule: expected a family whose blocks are a weighted sum of experts, such as "
+            f"dbrx, mixtral or qwen3_moe, got {family}"
         )
-    if any(len(parts) != 1 for layer in plan.layers for parts in layer.experts):
+    if any(len(slices) != 1 for layer in plan.layers for slices in layer.experts):
         raise PlanError(f"schedule {name}: expected whole experts, got placement {plan.placement}")
-    separate: list[_SeparateExperts | None] = [None] * len(found)
+    separate: list[_SeparateExperts | None] = [None] * len(blocks)
     if name == "naive":
-        mine = [len(layer.experts_of(collective.rank)) for layer in plan.layers]
-        if any("gate_proj" not in b.experts for b in found):
+        if any("gate_proj" not in b.experts for b in blocks):
             raise PlanError(
                 f"schedule naive: {family}'s experts have no gate; try another schedule"
             )
+        counts = [len(layer.experts_of(collective.rank)) for layer in plan.layers]
         separate = [
-            _SeparateExperts(b.experts, n, kernels) for b, n in zip(found, mine, strict=True)
+            _SeparateExperts(b.experts, n, kernels) for b, n in zip(blocks, counts, strict=True)
         ]
-    parallelize(model, family, plan, collective, watch, kernels)
-    made = []
-    for block, layer, alone in zip(found, plan.layers, separate, strict=True):
-        wrapped: Any = architecture.get_module(model, block.path)
-        assert isinstance(wrapped, ExpertParallel)
-        local = wrapped.block[block.experts_name]
-        new = ScheduledBlock(
-            wrapped.block, block.experts_name, local, layer, name, collective, watch, alone
-        )
+    parallelize(model, family, plan, collective, timer, kernels)
+    scheduled = []
+    for block, layer, arrays in zip(blocks, plan.layers, separate, strict=True):
+        parallel: Any = architecture.get_module(model, block.path)
+        assert isinstance(parallel, ExpertParallel)
+        switch = block.experts_name
+        local = parallel.block[switch]
+        new = ScheduledBlock(parallel.block, switch, local, layer, name, collective, timer, arrays)
         architecture.replace_module(model, block.path, new)
-        made.append(new)
-    return made
+        scheduled.append(new)
+    return scheduled

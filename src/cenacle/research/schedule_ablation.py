@@ -1,14 +1,14 @@
-"""`cenacle bench ablation`: the paper's schedules, step by step, and ours, over emulated links.
+"""`cenacle bench ablation`: the paper's schedules step by step, and Cenacle's, over emulated links.
 
 Owns: the rows, how they are timed, and the comparison.
-Does not know: how a schedule works (`model/schedules.py`), how it is drawn (`picture.py`).
-How: every row is the same model, kernels, ranks and tokens. Each step's token is drawn at random,
-the same for all rows: a random model would repeat its own, and one token has one routing. So no
-token is exchanged; logits are compared instead. A link is emulated by adding its latency to each
-exchange (`collective.study.Delayed`).
-Invariant: a row's terms are those that rank 0 sees, and add up to its measured total:
-trunk + experts + exchange + waiting + rest.
-Next: `model/schedules.py`, `picture.py`.
+Does not know: how a schedule works (`paper_schedules.py`), how it is drawn (`plot.py`).
+How: every row has the same model, kernels, ranks and tokens. The token of each step is drawn at
+random, the same for all rows: a random model would repeat its own, and one token has one routing.
+So ranks send each other no tokens, and logits are compared instead. A link is emulated by adding
+its latency to each all-reduce (`DelayedCollective`).
+Invariant: a row's step timings are those of rank 0 and add up to its measured total: trunk +
+experts + all-reduce + waiting + rest.
+Next: `paper_schedules.py`, `plot.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,33 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..bench.expected_work import expected_experts, split_cores
-from ..bench.rank_worker import RankPool
+from ..calibration.rank_worker import RankPool, split_cores
 from ..collective.base import Collective
 from ..collective.delayed import DelayedCollective
+from ..core.model_spec import ModelSpec
 from ..core.plan import Plan
-from ..errors import ClusterError, InputError, PlanError
+from ..errors import ClusterError, InputError
 from ..model import config_catalogue
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
 from ..model.loader import load_rank_model
 from ..model.spec_reader import read_model_spec
 from ..model.step_timer import StepTimer
+from ..planning.plan_cost import max_experts
 from .paper_schedules import CENTRALIZED_SCHEDULES, SCHEDULES, ScheduledBlock, install_schedule
 
+# The paper's gRPC, TCP over Thunderbolt, RDMA, and this machine's own all-reduce.
 LATENCIES_MS = (1.0, 0.3, 0.05, 0.0)
-"""The paper's gRPC, TCP over Thunderbolt, RDMA, and this machine's own exchange."""
-
+OWN_ROWS = ("ours, whole", "ours, replicated", "ours, sliced", "ours, sliced, trunk sharded")
+BASELINES = ("naive", "P-LR-D")
 CONTEXT = 16  # tokens of the prompt
-TERMS = ("experts", "all_reduce", "waiting", "trunk", "rest")
-AGREE = 2e-3  # relative: rows add in different orders, and kernels round activations to 16 bits
+RANK_TIMEOUT_S = 300.0
+# Relative: rows add in different orders, and kernels round activations to 16 bits.
+LOGIT_TOLERANCE = 2e-3
+COMPARED_LOGITS = 256
+SPIN_S = 0.0003  # how late the system's sleep may end
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,11 @@ class AblationConfig:
     """What to compare.
 
     Args:
-        model: a folder or a hub repository's name.
+        model: a folder or the name of a Hub repository.
         latencies_ms: one block of rows for each.
         tokens: decoded for each number in a round.
-        repeat: rounds over all rows, so that a drift of the machine meets all of them.
+        repeat: rounds over all rows, so that a drift of the machine affects all of them.
         kernels: as `api.load`.
-        ours: placements of ours to compare with.
     """
 
     model: str
@@ -67,325 +73,314 @@ class AblationConfig:
     latencies_ms: tuple[float, ...] = LATENCIES_MS
     tokens: int = 16
     repeat: int = 2
-    ours: tuple[str, ...] = ("whole", "replicated", "sliced", "sliced, trunk sharded")
-    deadline_s: float = 300.0
-    conditions: dict[str, Any] = field(default_factory=dict)
 
 
-def run_ablation(
-    asked: AblationConfig, say: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
+def run_ablation(config: AblationConfig, report: Report = lambda _: None) -> dict[str, Any]:
     """Measure every row.
 
     Returns:
         A JSON object: "rows", each with "row", "latency_ms", "token_ms" (median, not measured
-        inside), "tok_s", "terms_ms", "experts_slowest_ms" (per token, of the slowest rank of each
-        layer), "expected_experts" (E[max] of a layer by the plan; schedules may run more),
-        "exchanges" and "exchange_bytes" per token; "compared", see `compare`.
+        inside), "tok_per_s", "step_timings_ms", "experts_slowest_ms" (per token, of the slowest
+        rank of each layer), "expected_experts" (E[max] of a layer by the plan; schedules may
+        compute more), "all_reduces" and "all_reduce_bytes" per token; "compared", see
+        `compare_rows`.
 
     Raises:
         InputError, PlanError: what cannot be compared.
         ClusterError: a rank failed, or two rows compute different logits.
     """
-    if asked.nodes < 2 or asked.tokens < 2:
+    if config.nodes < 2 or config.tokens < 2:
         raise InputError("bench ablation: expected at least 2 nodes and 2 tokens", "nodes")
-    checkpoint = Checkpoint.open(locate_checkpoint(asked.model))
+    checkpoint = Checkpoint.open(locate_checkpoint(config.model))
     spec = read_model_spec(checkpoint)
-    cores, threads = split_cores(asked.nodes, asked.threads)
-    ours = [p for p in asked.ours if spec.dense_modules or not p.endswith("trunk sharded")]
-    names = [*SCHEDULES, *(f"ours, {placement}" for placement in ours)]
-    seen: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
-    expected: dict[str, float] = {}
+    cores, threads = split_cores(config.nodes, config.threads)
+    own_rows = [r for r in OWN_ROWS if spec.dense_modules or not r.endswith("trunk sharded")]
+    plans = {name: plan_for_row(name, spec, config.nodes) for name in (*SCHEDULES, *own_rows)}
+    rounds: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
     logits: dict[str, np.ndarray] = {}
     backend = ""
-    for name in names * asked.repeat:
-        say(f"loading {name}")
-        plan = plan_for_row(name, checkpoint, asked.nodes)
-        expected[name] = expected_experts(plan)[1]
+    for name in [*plans] * config.repeat:
+        report(f"loading {name}")
         # New processes for each row and round: which memory a process happens to get changes its
         # speed by a quarter (docs/devlog.md), so one set for all rows would not be a comparison.
-        with RankPool(asked.nodes, asked.backend, cores, threads) as ranks:
+        with RankPool(config.nodes, config.backend, cores, threads) as ranks:
             backend = ranks.backend
             ranks.run(
-                ablation_load,
-                asked.deadline_s,
+                load_row,
+                RANK_TIMEOUT_S,
                 folder=str(checkpoint.folder.resolve()),
-                plan=plan.to_json(),
+                plan=plans[name].to_json(),
                 row=name,
-                kernels=asked.kernels,
+                kernels=config.kernels,
             )
-            for latency_ms in asked.latencies_ms:
-                say(f"{name}, {latency_ms:g} ms")
-                reports = ranks.run(
-                    ablation_decode,
-                    asked.deadline_s,
-                    latency_s=latency_ms / 1000,
-                    tokens=asked.tokens,
+            for latency_ms in config.latencies_ms:
+                report(f"{name}, {latency_ms:g} ms")
+                latency_s = latency_ms / 1000
+                results = ranks.run(
+                    decode_row, RANK_TIMEOUT_S, latency_s=latency_s, tokens=config.tokens
                 )
-                logits[name] = np.array(reports[0]["logits"])
-                seen.setdefault((latency_ms, name), []).append(reports)
+                logits[name] = np.array(results[0]["logits"])
+                rounds.setdefault((latency_ms, name), []).append(results)
     rows = [
         {
             "row": name,
             "latency_ms": latency_ms,
-            **_numbers(seen[latency_ms, name]),
-            "expected_experts": expected[name],
+            **_summarize(rounds[latency_ms, name]),
+            "expected_experts": max_experts(plan),
         }
-        for latency_ms in asked.latencies_ms
-        for name in names
+        for latency_ms in config.latencies_ms
+        for name, plan in plans.items()
     ]
-    differ = max(
-        float(np.abs(other - logits[names[0]]).max() / np.abs(logits[names[0]]).max())
-        for other in logits.values()
-    )
-    if not differ <= AGREE:
-        raise ClusterError(
-            f"bench ablation: rows must compute the same logits, but they differ by {differ:.1e} "
-            f"(relative, expected at most {AGREE:g}); this installation computes something wrong"
-        )
     layers = len(spec.moe)
     depth = catalogued_depth(checkpoint.config)
     return {
         "benchmark": "ablation",
-        "model": asked.model,
+        "model": config.model,
         "family": spec.family,
         "quantization": spec.quantization,
         "layers": layers,
         "depth": depth,
         "conditions": {
-            **asked.conditions,
-            "nodes": asked.nodes,
+            "nodes": config.nodes,
             "threads": threads,
             "pinned": cores is not None,
             "backend": backend,
-            "kernels": asked.kernels,
-            "tokens": asked.tokens,
-            "repeat": asked.repeat,
+            "kernels": config.kernels,
+            "tokens": config.tokens,
+            "repeat": config.repeat,
         },
         "rows": rows,
-        "logits_differ": differ,
+        "logits_differ": _check_logits([*logits.values()]),
         "compared": compare_rows(rows, layers, depth),
     }
 
 
-def plan_for_row(row: str, checkpoint: Checkpoint, nodes: int) -> Plan:
+def _check_logits(logits: Sequence[np.ndarray]) -> float:
+    """The largest relative difference to the first row's."""
+    first = logits[0]
+    difference = max(float(np.abs(row - first).max() / np.abs(first).max()) for row in logits)
+    if not difference <= LOGIT_TOLERANCE:
+        raise ClusterError(
+            f"bench ablation: expected logits of all rows within {LOGIT_TOLERANCE:g} (relative), "
+            f"got a difference of {difference:.1e}; this installation computes something wrong"
+        )
+    return difference
+
+
+def plan_for_row(row: str, spec: ModelSpec, nodes: int) -> Plan:
     """The placement of a row: whole experts for the paper's schedules."""
     placement = row.removeprefix("ours, ")
-    spec = read_model_spec(checkpoint)
-    if row in SCHEDULES or placement == "whole":
-        return Plan.whole(spec, nodes)
     if placement == "sliced":
         return Plan.sliced(spec, nodes)
     if placement == "sliced, trunk sharded":
         return Plan.sliced(spec, nodes, trunk="sharded")
-    if placement == "replicated":
-        # Half as many experts again on every rank, at most all: the spare memory this is for.
-        experts = min(m.experts for m in spec.moe)
-        held = min(experts, -(-3 * experts // (2 * nodes)))
-        lean = Plan.whole(spec, nodes)
-        each = sum(m.expert_bytes for m in spec.moe)
-        rest = [lean.bytes_of(r)["trunk"] + lean.bytes_of(r)["shared"] for r in range(nodes)]
-        return Plan.replicated(spec, nodes, [b + held * each for b in rest])
-    raise PlanError(f"placement: expected whole, sliced or replicated, got {placement!r}")
+    whole = Plan.whole(spec, nodes)
+    if placement != "replicated":
+        return whole
+    # Half as many experts again on every rank, at most all: what spare memory is for.
+    experts = min(moe.experts for moe in spec.moe)
+    held = min(experts, -(-3 * experts // (2 * nodes)))
+    expert_bytes = held * sum(moe.expert_bytes for moe in spec.moe)
+    sizes = [whole.bytes_of(rank) for rank in range(nodes)]
+    budgets = [size["trunk"] + size["shared"] + expert_bytes for size in sizes]
+    return Plan.replicated(spec, nodes, budgets)
 
 
 def catalogued_depth(config: dict[str, Any]) -> int | None:
     """Layers of the catalogued model whose first layers this config is; None: of none."""
-    keys = {"quantization", "quantization_config"}
-    tokens = {"eos_token_id", "pad_token_id", "bos_token_id", "torch_dtype"}
+    ignored = {"quantization", "quantization_config", "torch_dtype"}
+    ignored |= {"eos_token_id", "pad_token_id", "bos_token_id"}
 
-    def plain(one: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in one.items() if k not in keys | tokens}
+    def relevant(config: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key not in ignored}
 
     layers = config_catalogue.layer_count(config)
     depths = []
     for entry in config_catalogue.model_catalogue().values():
         total = config_catalogue.layer_count(entry.config)
-        same = entry.config.get("model_type") == config.get("model_type")
-        if not same or total <= layers:
-            continue
-        if plain(config_catalogue.first_layers(entry.config, layers)) == plain(config):
-            depths.append(total)
+        same_family = entry.config.get("model_type") == config.get("model_type")
+        if same_family and total > layers:
+            first_layers = config_catalogue.first_layers(entry.config, layers)
+            if relevant(first_layers) == relevant(config):
+                depths.append(total)
     return max(depths, default=None)
 
 
 def compare_rows(
     rows: Sequence[dict[str, Any]], layers: int, depth: int | None
 ) -> list[dict[str, Any]]:
-    """For each latency, how many times quicker than naive, and than P-LR-D, each row is.
+    """For each latency, how many times faster than naive, and than P-LR-D, each row is.
 
     "layers" leaves out what is not in a layer (head, Python): it compares layers alone, in measured
     steps. "depth" is calculated for a model of `depth` such layers: a layer's time that many
     times, and the rest once.
     """
-    found = []
-    for latency in dict.fromkeys(r["latency_ms"] for r in rows):
-        block = {r["row"]: r for r in rows if r["latency_ms"] == latency}
 
-        def inside(row: dict[str, Any]) -> float:
-            return row["terms_ms"]["total"] - row["terms_ms"]["rest"]
+    def layers_ms(row: dict[str, Any]) -> float:
+        return row["step_timings_ms"]["total"] - row["step_timings_ms"]["rest"]
 
-        def deep(row: dict[str, Any]) -> float:
-            # Measured steps wait more often: their layers are scaled to the token's real time.
-            scale = row["token_ms"] / row["terms_ms"]["total"]
-            return scale * (inside(row) * (depth or layers) / layers + row["terms_ms"]["rest"])
+    def deep_ms(row: dict[str, Any], depth: int) -> float:
+        # Measured steps wait more often: their layers are scaled to the token's real time.
+        timings_ms = row["step_timings_ms"]
+        scale = row["token_ms"] / timings_ms["total"]
+        return scale * (layers_ms(row) * depth / layers + timings_ms["rest"])
 
-        for base in ("naive", "P-LR-D"):
+    compared = []
+    for latency_ms in dict.fromkeys(r["latency_ms"] for r in rows):
+        block = {r["row"]: r for r in rows if r["latency_ms"] == latency_ms}
+        for base in BASELINES:
             for name, row in block.items():
-                of = block[base]
                 ratios: dict[str, Any] = {
-                    "token": of["token_ms"] / row["token_ms"],
-                    "layers": inside(of) / inside(row),
+                    "token": block[base]["token_ms"] / row["token_ms"],
+                    "layers": layers_ms(block[base]) / layers_ms(row),
                 }
                 if depth is not None:
-                    ratios["depth"] = deep(of) / deep(row)
-                    ratios["depth_tok_s"] = 1000 / deep(row)
-                found.append({"latency_ms": latency, "row": name, "over": base, **ratios})
-    return found
+                    ratios["depth"] = deep_ms(block[base], depth) / deep_ms(row, depth)
+                    ratios["depth_tok_per_s"] = 1000 / deep_ms(row, depth)
+                compared.append({"latency_ms": latency_ms, "row": name, "over": base, **ratios})
+    return compared
 
 
-def _numbers(rounds: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-    """One row's numbers from every rank's reports of each round.
+def _summarize(rounds: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """One row's numbers from every rank's results of each round.
 
-    Of the measured steps the middle half by time is taken: a mean that adds up, without outliers.
+    Of the measured steps, the middle half by time: a mean that adds up, without outliers.
     """
-    together = [
-        [r["steps"][step] for r in reports]
-        for reports in rounds
-        for step in range(len(reports[0]["steps"]))
+    steps = [
+        ranks for results in rounds for ranks in zip(*(r["steps"] for r in results), strict=True)
     ]
-    together.sort(key=lambda seen: seen[0]["total_s"])
-    kept = together[len(together) // 4 : len(together) - len(together) // 4]
-    steps = len(kept)
-    terms = dict.fromkeys((*TERMS, "total"), 0.0)
-    slowest = 0.0
-    for seen in kept:
-        pure = sum(min(times) for times in zip(*(s["all_reduces_s"] for s in seen), strict=True))
-        own = seen[0]
-        step_terms = {
-            "experts": own["laps_s"].get("experts", 0.0),
-            "trunk": own["laps_s"].get("trunk", 0.0),
-            "all_reduce": pure,
-            "waiting": sum(own["all_reduces_s"]) - pure,
-        }
-        step_terms["rest"] = own["total_s"] - sum(step_terms.values())
-        step_terms["total"] = own["total_s"]
-        for name, value in step_terms.items():
-            terms[name] += 1000 * value / steps
-        each = zip(*(s["experts_s"] for s in seen), strict=True)
-        slowest += 1000 * sum(max(times) for times in each) / steps
-    token_ms = 1000 * statistics.median(t for reports in rounds for t in reports[0]["tokens_s"])
+    steps.sort(key=lambda ranks: ranks[0]["total_s"])
+    steps = steps[len(steps) // 4 : len(steps) - len(steps) // 4]
+    timings = [_step_timings(ranks) for ranks in steps]
+    slowest = [sum(map(max, zip(*(r["experts_s"] for r in ranks), strict=True))) for ranks in steps]
+    token_ms = 1000 * statistics.median(t for results in rounds for t in results[0]["tokens_s"])
     return {
         "token_ms": token_ms,
-        "tok_s": 1000 / token_ms,
-        "terms_ms": terms,
-        "experts_slowest_ms": slowest,
-        "exchanges": rounds[0][0]["exchanges"],
-        "exchange_bytes": rounds[0][0]["exchange_bytes"],
+        "tok_per_s": 1000 / token_ms,
+        "step_timings_ms": {
+            phase: 1000 * statistics.fmean(step[phase] for step in timings) for phase in timings[0]
+        },
+        "experts_slowest_ms": 1000 * statistics.fmean(slowest),
+        "all_reduces": rounds[0][0]["all_reduces"],
+        "all_reduce_bytes": rounds[0][0]["all_reduce_bytes"],
     }
+
+
+def _step_timings(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of a step of rank 0 by phase.
+
+    An all-reduce itself takes as long as for the rank that comes last; the rest is waiting.
+    """
+    all_reduce = sum(map(min, zip(*(r["all_reduces_s"] for r in ranks), strict=True)))
+    first = ranks[0]
+    timings = {
+        "experts": first["laps_s"].get("experts", 0.0),
+        "all_reduce": all_reduce,
+        "waiting": sum(first["all_reduces_s"]) - all_reduce,
+        "trunk": first["laps_s"].get("trunk", 0.0),
+    }
+    rest = first["total_s"] - sum(timings.values())
+    return {**timings, "rest": rest, "total": first["total_s"]}
 
 
 # ---- on the ranks
 
 
-class _EveryLap(StepTimer):
-    """Keeps each layer's experts apart, besides the sums."""
+class _LayerTimer(StepTimer):
+    """Keeps the experts of each layer apart, besides the sums."""
 
     def stop(self) -> dict[str, Any]:
-        """As `Watch.stop`, with "experts_s", the seconds of each layer's experts in order."""
+        """As `StepTimer.stop`, with "experts_s", the seconds of each layer's experts in order."""
         experts = [s for name, s in self._laps if name == "experts"]
         return {**super().stop(), "experts_s": experts}
 
 
 @dataclass
-class _Loaded:
-    """The row that a rank holds: its model, or for a rank that is not central its layers."""
+class _LoadedRow:
+    """What a rank holds: its model, or on a rank that is not central its layers."""
 
     model: Any
     layers: list[ScheduledBlock]
     central: bool
     link: DelayedCollective
-    watch: _EveryLap
+    timer: _LayerTimer
     top_k: int
-    vocabulary: int
+    vocab_size: int
 
 
-_held: list[_Loaded] = []
+_loaded: list[_LoadedRow] = []
 
 
 def precise_sleep(seconds: float) -> None:
-    """Sleep, and spin at the end: a system's sleep is late by as much as a quick link takes."""
+    """Sleep, and spin at the end: a system's sleep is late by as much as a fast link takes."""
     ends = time.perf_counter() + seconds
-    if seconds > 0.0004:
-        time.sleep(seconds - 0.0003)
+    if seconds > SPIN_S + 0.0001:
+        time.sleep(seconds - SPIN_S)
     while time.perf_counter() < ends:
         pass
 
 
-def ablation_load(
+def load_row(
     collective: Collective, folder: str, plan: dict[str, Any], row: str, kernels: str
 ) -> None:
-    """Load a row."""
-    dealt = Plan.from_json(plan)
-    watch = _EveryLap()
+    """Load the model of a row."""
+    rank_plan, timer = Plan.from_json(plan), _LayerTimer()
     link = DelayedCollective(collective, 0.0, precise_sleep)
-    model = load_rank_model(Checkpoint.open(Path(folder)), dealt, collective.rank, lambda *_: None)
-    family = dealt.spec.family
+    checkpoint, spec = Checkpoint.open(Path(folder)), rank_plan.spec
+    model = load_rank_model(checkpoint, rank_plan, collective.rank, lambda *_: None)
     layers: list[ScheduledBlock] = []
     if row in SCHEDULES:
-        layers = install_schedule(model, family, dealt, link, watch, kernels, row)
+        layers = install_schedule(model, spec.family, rank_plan, link, timer, kernels, row)
     else:
-        parallelize(model, family, dealt, link, watch, kernels)
+        parallelize(model, spec.family, rank_plan, link, timer, kernels)
     central = row in CENTRALIZED_SCHEDULES
-    _held.append(
-        _Loaded(model, layers, central, link, watch, dealt.spec.top_k, dealt.spec.vocab_size)
-    )
+    sizes = (spec.top_k, spec.vocab_size)
+    _loaded.append(_LoadedRow(model, layers, central, link, timer, *sizes))
     collective.barrier()
 
 
-def ablation_decode(collective: Collective, latency_s: float, tokens: int) -> dict[str, Any]:
+def decode_row(collective: Collective, latency_s: float, tokens: int) -> dict[str, Any]:
     """Decode random tokens, first for their time, then measured inside."""
-    held = _held[0]
-    held.link.latency_s = 0.0
+    row = _loaded[0]
+    row.link.latency_s = 0.0
     rng = np.random.default_rng(0)
-    prompt = rng.integers(0, held.vocabulary, CONTEXT)
-    given = rng.integers(0, held.vocabulary, (2, tokens))
-    serves = held.central and collective.rank > 0
-    cache = None if serves else make_prompt_cache(held.model)
+    prompt = rng.integers(0, row.vocab_size, CONTEXT)
+    timed_tokens, measured_tokens = rng.integers(0, row.vocab_size, (2, tokens))
+    serves = row.central and collective.rank > 0
+    cache = None if serves else make_prompt_cache(row.model)
 
     def step(ids: np.ndarray) -> mx.array | None:
         if serves:
-            for layer in held.layers:
-                layer.serve(1, len(ids), held.top_k)
+            for layer in row.layers:
+                layer.serve(1, len(ids), row.top_k)
             return None
-        logits = held.model(mx.array(ids)[None], cache=cache)[0, -1]
+        logits = row.model(mx.array(ids)[None], cache=cache)[0, -1]
         mx.eval(logits)
         return logits
 
     step(prompt)
     step(prompt[:1])
     collective.barrier()
-    held.link.latency_s = latency_s
-    before = (held.link.traffic.calls, held.link.traffic.bytes)
-    times, logits = [], None
-    for token in given[0]:
-        began = time.perf_counter()
+    row.link.latency_s = latency_s
+    calls, bytes_ = row.link.traffic.calls, row.link.traffic.bytes
+    tokens_s, logits = [], None
+    for token in timed_tokens:
+        started = time.perf_counter()
         logits = step(np.array([token]))
-        times.append(time.perf_counter() - began)
-    calls = (held.link.traffic.calls - before[0]) / tokens
-    moved = (held.link.traffic.bytes - before[1]) / tokens
+        tokens_s.append(time.perf_counter() - started)
+    calls, bytes_ = row.link.traffic.calls - calls, row.link.traffic.bytes - bytes_
     steps = []
-    for token in given[1]:
-        held.watch.start()
+    for token in measured_tokens:
+        row.timer.start()
         step(np.array([token]))
-        steps.append(held.watch.stop())
-    held.link.latency_s = 0.0
+        steps.append({k: v for k, v in row.timer.stop().items() if k != "routed"})
+    row.link.latency_s = 0.0
     collective.barrier()
-    shown = [] if logits is None else logits.astype(mx.float32)[:256].tolist()
+    compared = [] if logits is None else logits.astype(mx.float32)[:COMPARED_LOGITS].tolist()
     return {
-        "tokens_s": times,
-        "steps": [{k: v for k, v in s.items() if k != "routed"} for s in steps],
-        "exchanges": calls,
-        "exchange_bytes": moved,
-        "logits": shown,
+        "tokens_s": tokens_s,
+        "steps": steps,
+        "all_reduces": calls / tokens,
+        "all_reduce_bytes": bytes_ / tokens,
+        "logits": compared,
     }

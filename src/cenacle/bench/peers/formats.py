@@ -1,9 +1,9 @@
 """The same shape in other programs' formats, with random weights: GGUF and distributed-llama's.
 
 Owns: which tensors those programs expect for a config, and writing them, a few MiB at a time.
-Does not know: how the programs are run (`peers.py`); our own checkpoints (only their config).
+Does not know: how the programs are run (`peers.py`); checkpoints, apart from their config.
 Invariant: every matrix is in blocks of 32 four-bit weights with one float16 scale (llama.cpp's
-Q4_0, distributed-llama's Q40): 4.5 bits a weight, as MLX's 4 bits in groups of 64. Nothing is
+Q4_0, distributed-llama's Q40): 4.5 bits per weight, as MLX's 4 bits in groups of 64. Nothing is
 quantised: blocks are drawn as they are stored.
 Next: `peers.py`.
 """
@@ -19,9 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from ...core.model_config import (
+    CONTEXT_LENGTH_KEYS,
+    EXPERT_COUNT_KEYS,
+    HEAD_COUNT_KEYS,
+    HIDDEN_SIZE_KEYS,
+    KV_HEAD_COUNT_KEYS,
+    LAYER_COUNT_KEYS,
+    TOP_K_KEYS,
+    VOCAB_SIZE_KEYS,
+    Config,
+    find_int,
+)
 from ...errors import InputError
-
-Config = dict[str, Any]
+from ...extras import import_extra
 
 BLOCK, BLOCK_BYTES = 32, 18  # weights, and bytes with the scale
 _STD = 4.61  # of the numbers -8 to 7, all equally likely
@@ -37,7 +48,7 @@ class PeerShape:
         width: of the residual stream.
         head_width: of one attention head.
         inner: hidden width of one expert.
-        dense_inner: hidden width of the dense layers that the config names (unused, but stated).
+        dense_inner: hidden width of dense layers, which the files state although there are none.
     """
 
     kind: str
@@ -64,60 +75,47 @@ def read_shape(config: Config) -> PeerShape:
         InputError: a family that is not written here, or widths that are no multiple of 32.
     """
     kind = config.get("model_type")
-    if kind == "qwen3_moe":
-        heads = config["num_attention_heads"]
-        found = PeerShape(
-            kind,
-            config["num_hidden_layers"],
-            config["hidden_size"],
-            heads,
-            config["num_key_value_heads"],
-            config.get("head_dim") or config["hidden_size"] // heads,
-            config["num_experts"],
-            config["num_experts_per_tok"],
-            config["moe_intermediate_size"],
-            config["intermediate_size"],
-            config["vocab_size"],
-            config["max_position_embeddings"],
-            float(config.get("rope_theta", 10000)),
-            config["rms_norm_eps"],
-        )
-        sparse = config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
-        if not sparse:
-            raise InputError("peer: expected a model whose layers all have experts")
-    elif kind == "dbrx":
-        attention, ffn = config["attn_config"], config["ffn_config"]
-        found = PeerShape(
-            kind,
-            config["n_layers"],
-            config["d_model"],
-            config["n_heads"],
-            attention["kv_n_heads"],
-            config["d_model"] // config["n_heads"],
-            ffn["moe_num_experts"],
-            ffn["moe_top_k"],
-            ffn["ffn_hidden_size"],
-            ffn["ffn_hidden_size"],
-            config["vocab_size"],
-            config["max_seq_len"],
-            float(attention["rope_theta"]),
-            1e-5,
-            float(attention["clip_qkv"]),
-        )
-    else:
+    if kind not in ("qwen3_moe", "dbrx"):
         raise InputError(
             f"peer: a random model in the peer's format can be written for qwen3_moe and dbrx, "
             f"got {kind}; measure without --peer, or on `--synth moe-2b`"
         )
-    inputs = (found.width, found.inner, found.heads * found.head_width)  # of its matrices
-    wrong = [n for n in inputs if n % BLOCK]
-    if wrong:
-        raise InputError(f"peer: widths must be multiples of {BLOCK}, got {wrong[0]}")
-    return found
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise InputError("peer: expected a model whose layers all have experts")
+
+    def number(*keys: str) -> int:
+        value = find_int(config, keys)
+        if value is None:
+            raise InputError(f"peer: expected a config with {' or '.join(keys)}, got none")
+        return value
+
+    heads, width = number(*HEAD_COUNT_KEYS), number(*HIDDEN_SIZE_KEYS)
+    attention = config.get("attn_config", config)
+    shape = PeerShape(
+        kind,
+        number(*LAYER_COUNT_KEYS),
+        width,
+        heads,
+        number(*KV_HEAD_COUNT_KEYS),
+        config.get("head_dim") or width // heads,
+        number(*EXPERT_COUNT_KEYS),
+        number(*TOP_K_KEYS),
+        number("moe_intermediate_size", "ffn_hidden_size"),
+        number("intermediate_size", "ffn_hidden_size"),
+        number(*VOCAB_SIZE_KEYS),
+        number(*CONTEXT_LENGTH_KEYS),
+        float(attention.get("rope_theta", 10000)),
+        config.get("rms_norm_eps", 1e-5),
+        float(attention["clip_qkv"]) if kind == "dbrx" else None,
+    )
+    for size in (shape.width, shape.inner, shape.heads * shape.head_width):  # matrices' inputs
+        if size % BLOCK:
+            raise InputError(f"peer: widths must be multiples of {BLOCK}, got {size}")
+    return shape
 
 
 def random_blocks(rng: np.random.Generator, weights: int, std: float) -> Iterator[np.ndarray]:
-    """`weights` random four-bit weights of standard deviation `std`, as bytes, piece by piece."""
+    """`weights` random four-bit weights of standard deviation `std`: bytes, piece by piece."""
     left = weights // BLOCK
     while left:
         n = min(left, _CHUNK_BLOCKS)
@@ -135,16 +133,10 @@ def write_gguf(config: Config, out: Path, seed: int = 0) -> None:
     """A GGUF file for llama.cpp: all matrices Q4_0, router and norms float32, no vocabulary.
 
     Raises:
-        InputError: an unsupported family, or the package `gguf` is not installed.
+        InputError: an unsupported family, or the extra `peers` is not installed.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError(
-            "peer llama.cpp: writing its model needs the package gguf; "
-            "install it with `pip install 'cenacle[peers]'`"
-        ) from error
     s = read_shape(config)
+    gguf = import_extra("gguf", "peers")
     arch = {"qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE, "dbrx": gguf.MODEL_ARCH.DBRX}[s.kind]
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_block_count(s.layers)
@@ -242,7 +234,7 @@ def write_dllama(config: Config, out: Path, seed: int = 0) -> None:
     """
     s = read_shape(config)
     if s.kind != "qwen3_moe":
-        raise InputError(f"peer dllama: of ours it runs qwen3_moe only, got {s.kind}")
+        raise InputError(f"peer dllama: expected a model of family qwen3_moe, got {s.kind}")
     header = {
         0: 0,  # version
         1: _QWEN3_MOE,

@@ -1,9 +1,9 @@
-"""mlx-lm itself as a peer: `python -m cenacle.bench.peers.mlx_lm_worker ORDER`.
+"""mlx-lm as a peer: `python -m cenacle.bench.peers.mlx_lm_worker ORDER`.
 
 Owns: loading a checkpoint with mlx-lm's own code, on one rank or tensor-parallel, and timing it.
-Does not know: anything of ours: no plan, kernels or collective.
-Invariant: the last line of stdout is one JSON object, {"decode", "prefill"} in tokens a second.
-Activations are float32: on a CPU MLX is many times slower with bfloat16 ones.
+Does not know: plans, kernels and collectives of Cenacle.
+Invariant: the last line of stdout is one JSON object, {"decode", "prefill"} in tokens per second.
+Activations are float32: on a CPU MLX is many times slower with bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-LEAST = 4  # tokens that are timed however slow it is
+MIN_TOKENS = 4  # timed however slow it is
 
 
 def main() -> None:
@@ -41,28 +41,27 @@ def main() -> None:
     mx.eval(model.parameters())
 
     def times(length: int, tokens: int) -> list[float]:
-        """Moments: the beginning, then each token."""
-        # Ranks must stop at the same token: the budget is a number of tokens, from a first guess.
+        """When it started, and when each token came."""
         prompt = mx.array(np.random.default_rng(0).integers(0, 256, length))
-        seen = [time.perf_counter()]
+        moments = [time.perf_counter()]
         for _ in generate_step(prompt, model, max_tokens=tokens, prefill_step_size=512):
-            seen.append(time.perf_counter())
-        return seen
+            moments.append(time.perf_counter())
+        return moments
 
-    def affordable(seconds_each: float, most: int) -> int:
-        n = max(LEAST, min(most, int(order["budget_s"] / seconds_each)))
+    def affordable(token_s: float, limit: int) -> int:
+        """Tokens within the time budget; ranks must stop at the same token."""
+        n = max(MIN_TOKENS, min(limit, int(order["budget_s"] / token_s)))
         if group is not None:
             n = int(np.asarray(mx.distributed.all_min(mx.array(n), group=group)))
         return n
 
-    guess = times(order["context"], LEAST)
-    tokens = affordable((guess[-1] - guess[1]) / (LEAST - 1), order["tokens"])
-    seen = times(order["context"], tokens + 1)
-    decode = tokens / (seen[-1] - seen[1])
-    per_token = (guess[1] - guess[0]) / order["context"]
-    prompt = affordable(per_token, order["prompt"])
-    seen = times(prompt, 1)
-    print(json.dumps({"decode": decode, "prefill": prompt / (seen[1] - seen[0])}))
+    trial = times(order["context"], MIN_TOKENS)
+    tokens = affordable((trial[-1] - trial[1]) / (MIN_TOKENS - 1), order["tokens"])
+    moments = times(order["context"], tokens + 1)
+    decode = tokens / (moments[-1] - moments[1])
+    prompt_tokens = affordable((trial[1] - trial[0]) / order["context"], order["prompt_tokens"])
+    moments = times(prompt_tokens, 1)
+    print(json.dumps({"decode": decode, "prefill": prompt_tokens / (moments[1] - moments[0])}))
 
 
 if __name__ == "__main__":

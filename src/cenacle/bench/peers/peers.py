@@ -1,10 +1,9 @@
-"""Other programs on the same shape, cores and threads.
+"""Other programs on the same model shape, cores and threads.
 
-Owns: starting a peer's own benchmark or program, reading its numbers, and what went wrong if there
-are none.
-Does not know: our ranks. Peers are given by the user; nothing is fetched or built here.
-Invariant: every process has a deadline and none is left behind; all listen on the loopback only; a
-peer that fails is a `PeerFailed` with the end of what it printed, never a missing row.
+Owns: running a peer's own benchmark or program, and reading its speeds or why it failed.
+Does not know: our ranks. The user installs peers; nothing is downloaded or built here.
+Invariant: every process has a timeout and none is left behind; all listen on the loopback only; a
+peer that fails raises `PeerFailed` with the end of its output, so that no row is missing.
 Next: `formats.py`, their model files; `measure.py`, which runs them in turn with ours.
 """
 
@@ -31,13 +30,12 @@ from ... import net
 from ...errors import InputError
 from . import formats
 
-NAMES = ("llama.cpp", "dllama", "mlx-lm")
-START_S = 30.0  # a server must listen by then
-TAIL = 600  # characters of a failed peer's output that are reported
+START_TIMEOUT_S = 30.0  # a server must listen by then
+REPORTED_CHARACTERS = 600  # of the output of a peer that failed
 
 
 class PeerFailed(Exception):
-    """A peer gave no number: why, and the end of what it printed."""
+    """A peer gave no speed: why, and the end of its output."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,13 @@ class PeerWorkload:
     Args:
         folder: our checkpoint.
         config: its config.json.
-        nodes, threads: ours; a peer is given as many processes and threads.
+        nodes, threads: ours; a peer gets as many processes and threads.
         cores: the cores of each node.
         context: tokens before the first decoded one.
         tokens: to decode.
-        prompt: tokens of the prompt whose processing is timed.
-        cache: folder for models in peers' formats, reused when it has one of this shape.
-        deadline_s: longest that one process of a peer may take.
+        prompt_tokens: length of the prompt whose processing is timed.
+        cache_dir: folder for models in peers' formats, which are reused for the same shape.
+        timeout_s: longest that one process of a peer may take.
     """
 
     folder: Path
@@ -63,9 +61,9 @@ class PeerWorkload:
     cores: Sequence[Sequence[int]]
     context: int
     tokens: int
-    prompt: int
-    cache: Path
-    deadline_s: float
+    prompt_tokens: int
+    cache_dir: Path
+    timeout_s: float
 
     @property
     def all_cores(self) -> list[int]:
@@ -83,7 +81,7 @@ class PeerSpeed:
 
 @dataclass(frozen=True)
 class PeerVariant:
-    """One way to run a peer: its name for the table, and how."""
+    """One way to run a peer, with its name for the table."""
 
     name: str
     run: Callable[[], PeerSpeed]
@@ -93,8 +91,8 @@ class Peer(ABC):
     """A program to compare with."""
 
     @abstractmethod
-    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
-        """The ways to run it that use as many cores as ours.
+    def variants(self, workload: PeerWorkload) -> list[PeerVariant]:
+        """The ways to run it on as many cores as ours.
 
         Raises:
             InputError: it cannot run this shape.
@@ -102,10 +100,10 @@ class Peer(ABC):
 
 
 def parse_peer(text: str) -> Peer:
-    """A peer from the command line: "llama.cpp=PATH", "dllama=PATH" or "mlx-lm".
+    """The peer of a command-line option: "llama.cpp=PATH", "dllama=PATH" or "mlx-lm".
 
     Raises:
-        InputError: an unknown name, or a program that is not there.
+        InputError: an unknown name, or a missing program.
     """
     name, _, path = text.partition("=")
     if name == "mlx-lm" and not path:
@@ -119,16 +117,15 @@ def parse_peer(text: str) -> Peer:
     )
 
 
-def _binary(where: Path, name: str) -> Path:
-    """`where` itself, or the program of that name in the folder or its usual places."""
-    tried = [where] if where.name == name else []
-    tried += [where / name, where / "bin" / name, where / "build" / "bin" / name]
-    tried += [where.parent / name]
-    for path in tried:
+def _find_program(location: Path, name: str) -> Path:
+    """`location` itself, or the program of that name in the folder or its usual places."""
+    candidates = [location] if location.name == name else []
+    candidates += [location / name, location / "bin" / name, location / "build" / "bin" / name]
+    for path in (*candidates, location.parent / name):
         if path.is_file() and os.access(path, os.X_OK):
             return path.resolve()
     raise InputError(
-        f"--peer: expected the program {name} at {where} or in that folder, found none", "peer"
+        f"--peer: expected the program {name} at {location} or in that folder, found none", "peer"
     )
 
 
@@ -139,57 +136,57 @@ class LlamaCpp(Peer):
     """llama.cpp by its own llama-bench: one process, and over ggml-rpc-server for several nodes.
 
     Args:
-        where: the folder of its programs, or llama-bench.
+        location: the folder of its programs, or llama-bench.
     """
 
-    def __init__(self, where: Path) -> None:
-        self._bench = _binary(where, "llama-bench")
-        self._where = where
+    def __init__(self, location: Path) -> None:
+        self._bench = _find_program(location, "llama-bench")
+        self._location = location
 
-    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
+    def variants(self, workload: PeerWorkload) -> list[PeerVariant]:
         """One process with all threads; with several nodes also one server for each."""
-        threads = job.nodes * job.threads
-        model = cached_model(job, "gguf", formats.write_gguf)
+        threads = workload.nodes * workload.threads
+        model = cached_model(workload, "gguf", formats.write_gguf)
         local = ["-t", str(threads), "-ngl", "0"]
-        found = [
+        variants = [
             PeerVariant(
                 f"llama.cpp, {_count(threads, 'thread')}",
-                lambda: self._measure(job, model, local),
+                lambda: self._measure(workload, model, local),
             )
         ]
-        if job.nodes > 1:
-            server = _binary(self._where, "ggml-rpc-server")
-            found.append(
+        if workload.nodes > 1:
+            server = _find_program(self._location, "ggml-rpc-server")
+            variants.append(
                 PeerVariant(
-                    f"llama.cpp, {_count(job.nodes, 'RPC server')}",
-                    lambda: self._over_rpc(job, model, server),
+                    f"llama.cpp, {_count(workload.nodes, 'RPC server')}",
+                    lambda: self._over_rpc(workload, model, server),
                 )
             )
-        return found
+        return variants
 
-    def _over_rpc(self, job: PeerWorkload, model: Path, server: Path) -> PeerSpeed:
-        ports = net.free_ports(job.nodes)
+    def _over_rpc(self, workload: PeerWorkload, model: Path, server: Path) -> PeerSpeed:
+        ports = net.free_ports(workload.nodes)
         commands = [
-            [str(server), "-H", "127.0.0.1", "-p", str(port), "-t", str(job.threads)]
+            [str(server), "-H", "127.0.0.1", "-p", str(port), "-t", str(workload.threads)]
             for port in ports
         ]
-        with _servers(commands, job.cores, ports):
+        with _servers(commands, workload.cores, ports):
             hosts = ",".join(f"127.0.0.1:{p}" for p in ports)
-            return self._measure(job, model, ["--rpc", hosts, "-ngl", "99", "-t", "1"])
+            return self._measure(workload, model, ["--rpc", hosts, "-ngl", "99", "-t", "1"])
 
-    def _measure(self, job: PeerWorkload, model: Path, how: list[str]) -> PeerSpeed:
-        base = [str(self._bench), "-m", str(model), *how, "-r", "1", "-o", "json"]
-        ask = ["-p", "0", "-n", str(job.tokens), "-d", str(job.context)]
-        decode = self._one([*base, *ask], job)
-        prefill = self._one([*base, "-p", str(job.prompt), "-n", "0"], job)
+    def _measure(self, workload: PeerWorkload, model: Path, options: list[str]) -> PeerSpeed:
+        base = [str(self._bench), "-m", str(model), *options, "-r", "1", "-o", "json"]
+        decoding = ["-p", "0", "-n", str(workload.tokens), "-d", str(workload.context)]
+        decode = self._run([*base, *decoding], workload)
+        prefill = self._run([*base, "-p", str(workload.prompt_tokens), "-n", "0"], workload)
         return PeerSpeed(decode, prefill)
 
-    def _one(self, command: list[str], job: PeerWorkload) -> float:
-        text = run(command, job.all_cores, job.deadline_s)
-        found = re.search(r'"avg_ts":\s*([0-9.]+)', text)
-        if found is None:
+    def _run(self, command: list[str], workload: PeerWorkload) -> float:
+        text = run_program(command, workload.all_cores, workload.timeout_s)
+        match = re.search(r'"avg_ts":\s*([0-9.]+)', text)
+        if match is None:
             raise PeerFailed(f"llama-bench printed no speed: {_tail(text)}")
-        return float(found[1])
+        return float(match[1])
 
 
 # ---- distributed-llama
@@ -198,48 +195,58 @@ class LlamaCpp(Peer):
 class Dllama(Peer):
     """distributed-llama: a root and its workers, each with its own cores.
 
-    Its own clock is taken, which leaves out sampling. It has one number per run: the prompt's
-    processing is that of `context` + 1 tokens, 32 at a time as by default.
+    Its own times are used, which leave out sampling. The prompt that it times has `context` + 1
+    tokens, processed 32 at a time as by default.
 
     Args:
-        where: its program, or the folder of that.
+        location: its program, or the folder of it.
     """
 
-    def __init__(self, where: Path) -> None:
-        self._program = _binary(where, "dllama")
+    def __init__(self, location: Path) -> None:
+        self._program = _find_program(location, "dllama")
 
-    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
+    def variants(self, workload: PeerWorkload) -> list[PeerVariant]:
         """As many nodes as ours."""
-        model = cached_model(job, "m", formats.write_dllama)
-        vocabulary = formats.read_shape(job.config).vocabulary
+        model = cached_model(workload, "m", formats.write_dllama)
+        vocabulary = formats.read_shape(workload.config).vocabulary
         tokenizer = model.with_suffix(".t")
         if not tokenizer.exists():
             formats.write_dllama_tokenizer(tokenizer, vocabulary)
         return [
             PeerVariant(
-                f"distributed-llama, {_count(job.nodes, 'node')}",
-                lambda: self._measure(job, model, tokenizer),
+                f"distributed-llama, {_count(workload.nodes, 'node')}",
+                lambda: self._measure(workload, model, tokenizer),
             )
         ]
 
-    def _measure(self, job: PeerWorkload, model: Path, tokenizer: Path) -> PeerSpeed:
-        ports = net.free_ports(job.nodes - 1)
-        threads = ["--nthreads", str(job.threads)]
+    def _measure(self, workload: PeerWorkload, model: Path, tokenizer: Path) -> PeerSpeed:
+        ports = net.free_ports(workload.nodes - 1)
+        threads = ["--nthreads", str(workload.threads)]
         workers = [
             [str(self._program), "worker", "--host", "127.0.0.1", "--port", str(p), *threads]
             for p in ports
         ]
         # No probing: a worker takes the first connection for its root.
-        with _servers(workers, job.cores[1:], []):
+        with _servers(workers, workload.cores[1:], []):
             time.sleep(0.5)
             files = ["--model", str(model), "--tokenizer", str(tokenizer)]
-            length = job.context + 1  # of bytes: a token each in the tokenizer that we wrote
+            length = workload.context + 1  # bytes, each one token of the tokenizer written here
             root = [str(self._program), "inference", *files, "--prompt", "a" * length, *threads]
-            root += ["--steps", str(job.context + job.tokens), "--buffer-float-type", "q80"]
-            root += ["--max-seq-len", str(job.context + job.tokens + 64), "--temperature", "0"]
+            root += [
+                "--steps",
+                str(workload.context + workload.tokens),
+                "--buffer-float-type",
+                "q80",
+            ]
+            root += [
+                "--max-seq-len",
+                str(workload.context + workload.tokens + 64),
+                "--temperature",
+                "0",
+            ]
             if ports:
                 root += ["--workers", *(f"127.0.0.1:{p}" for p in ports)]
-            text = run(root, job.cores[0], job.deadline_s)
+            text = run_program(root, workload.cores[0], workload.timeout_s)
         speeds = re.findall(r"tokens/s:\s*([0-9.]+)", text)
         if len(speeds) != 2:
             raise PeerFailed(f"dllama printed no speeds: {_tail(text)}")
@@ -252,34 +259,34 @@ class Dllama(Peer):
 class MlxLm(Peer):
     """mlx-lm itself, alone or tensor-parallel over MLX's ring, in processes of their own."""
 
-    def setups(self, job: PeerWorkload) -> list[PeerVariant]:
+    def variants(self, workload: PeerWorkload) -> list[PeerVariant]:
         """As many ranks as ours."""
-        how = f", {job.nodes} ranks" if job.nodes > 1 else ""
-        return [PeerVariant(f"mlx-lm{how}", lambda: self._measure(job))]
+        ranks = f", {workload.nodes} ranks" if workload.nodes > 1 else ""
+        return [PeerVariant(f"mlx-lm{ranks}", lambda: self._measure(workload))]
 
-    def _measure(self, job: PeerWorkload) -> PeerSpeed:
+    def _measure(self, workload: PeerWorkload) -> PeerSpeed:
         order = {
-            "folder": str(job.folder),
-            "nodes": job.nodes,
-            "context": job.context,
-            "tokens": job.tokens,
-            "prompt": job.prompt,
-            "budget_s": job.deadline_s / 4,
+            "folder": str(workload.folder),
+            "nodes": workload.nodes,
+            "context": workload.context,
+            "tokens": workload.tokens,
+            "prompt_tokens": workload.prompt_tokens,
+            "budget_s": workload.timeout_s / 4,
         }
-        command = [
-            sys.executable,
-            "-m",
-            "cenacle.bench.peers.mlx_lm_worker",
-            json.dumps(order),
-        ]
+        worker = "cenacle.bench.peers.mlx_lm_worker"
+        command = [sys.executable, "-m", worker, json.dumps(order)]
         with tempfile.TemporaryDirectory(prefix="cenacle-") as folder:
             hosts = Path(folder) / "hosts.json"
-            hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in net.free_ports(job.nodes)]))
+            hosts.write_text(
+                json.dumps([[f"127.0.0.1:{p}"] for p in net.free_ports(workload.nodes)])
+            )
             env = {"MLX_HOSTFILE": str(hosts)}
-            others = [[*command] for _ in range(job.nodes - 1)]
-            envs = [{**env, "MLX_RANK": str(r + 1)} for r in range(job.nodes - 1)]
-            with _servers(others, job.cores[1:], [], envs):
-                text = run(command, job.cores[0], job.deadline_s, {**env, "MLX_RANK": "0"})
+            others = [command] * (workload.nodes - 1)
+            envs = [{**env, "MLX_RANK": str(r + 1)} for r in range(workload.nodes - 1)]
+            with _servers(others, workload.cores[1:], [], envs):
+                text = run_program(
+                    command, workload.cores[0], workload.timeout_s, {**env, "MLX_RANK": "0"}
+                )
         try:
             answer = json.loads(text.strip().splitlines()[-1])
             return PeerSpeed(answer["decode"], answer["prefill"])
@@ -291,43 +298,46 @@ class MlxLm(Peer):
 
 
 def cached_model(
-    job: PeerWorkload, suffix: str, write: Callable[[dict[str, Any], Path], None]
+    workload: PeerWorkload, suffix: str, write: Callable[[dict[str, Any], Path], None]
 ) -> Path:
-    """The model in a peer's format, written on first use; moved into place when it is whole."""
-    shape = formats.read_shape(job.config)
+    """The model in a peer's format, written on first use; moved into place when complete."""
+    shape = formats.read_shape(workload.config)
     digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
-    path = job.cache / f"{shape.kind}-{digest}.{suffix}"
+    path = workload.cache_dir / f"{shape.kind}-{digest}.{suffix}"
     if not path.exists():
-        job.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=job.cache) as folder:
-            part = Path(folder) / path.name
-            write(job.config, part)
-            part.rename(path)
+        workload.cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=workload.cache_dir) as folder:
+            incomplete = Path(folder) / path.name
+            write(workload.config, incomplete)
+            incomplete.rename(path)
     return path
 
 
-def run(
+def run_program(
     command: Sequence[str],
     cores: Sequence[int],
-    deadline_s: float,
+    timeout_s: float,
     env: dict[str, str] | None = None,
 ) -> str:
-    """A program's standard output; it runs on `cores` only.
+    """Run a program on `cores` only.
+
+    Returns:
+        Its output.
 
     Raises:
-        PeerFailed: it could not be started, failed, or was not done in time.
+        PeerFailed: it could not be started, failed, or took too long.
     """
     out: IO[str]
     with tempfile.TemporaryFile("w+") as out:
         process = _start(command, cores, out, env)
         try:
-            status = process.wait(deadline_s)
+            status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise PeerFailed(
-                f"{Path(command[0]).name} was not done within {deadline_s:g} s: {_tail(_read(out))}"
+                f"{Path(command[0]).name} was not done within {timeout_s:g} s: {_tail(_read(out))}"
             ) from None
         finally:
-            _end(process)
+            _kill(process)
         text = _read(out)
     if status:
         name = Path(command[0]).name
@@ -342,13 +352,13 @@ def _servers(
     ports: Sequence[int],
     envs: Sequence[dict[str, str]] | None = None,
 ) -> Iterator[None]:
-    """Programs that run beside the measured one; waits until `ports` are listened on."""
+    """Run programs beside the measured one; waits until they listen on `ports`."""
     running: list[tuple[subprocess.Popen[str], IO[str]]] = []
     try:
         for i, command in enumerate(commands):
             out: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
             running.append((_start(command, cores[i], out, envs[i] if envs else None), out))
-        ends = time.monotonic() + START_S
+        ends = time.monotonic() + START_TIMEOUT_S
         for i, port in enumerate(ports):
             process, out = running[i]
             while not _listens(port):
@@ -359,11 +369,11 @@ def _servers(
         try:
             yield
         except PeerFailed as error:
-            said = " | ".join(_tail(_read(out)) for _, out in running)
-            raise PeerFailed(f"{error}; its others said: {said or 'nothing'}") from error
+            outputs = " | ".join(_tail(_read(out)) for _, out in running)
+            raise PeerFailed(f"{error}; output of its others: {outputs or 'none'}") from error
     finally:
         for process, out in running:
-            _end(process)
+            _kill(process)
             out.close()
 
 
@@ -371,10 +381,10 @@ def _start(
     command: Sequence[str], cores: Sequence[int], out: IO[str], env: dict[str, str] | None
 ) -> subprocess.Popen[str]:
     pin = shutil.which("taskset")  # Linux; elsewhere the system decides
-    whole = [pin, "-c", ",".join(map(str, cores)), *command] if pin and cores else list(command)
+    pinned = [pin, "-c", ",".join(map(str, cores)), *command] if pin and cores else list(command)
     try:
         return subprocess.Popen(
-            whole,
+            pinned,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -386,8 +396,8 @@ def _start(
         raise PeerFailed(f"{command[0]} could not be started: {error}") from error
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a program and what it started."""
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a program and what it started."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, 9)
     process.wait(10)
@@ -400,7 +410,7 @@ def _read(out: IO[str]) -> str:
 
 def _tail(text: str) -> str:
     lines = " / ".join(line.strip() for line in text.strip().splitlines() if line.strip())
-    return lines[-TAIL:] or "it printed nothing"
+    return lines[-REPORTED_CHARACTERS:] or "it printed nothing"
 
 
 def _listens(port: int) -> bool:
@@ -409,5 +419,5 @@ def _listens(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' if n != 1 else ''}"
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' if n != 1 else ''}"

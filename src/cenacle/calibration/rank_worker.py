@@ -1,11 +1,11 @@
 """Ranks that run measuring jobs instead of serving: both sides of that.
 
 Owns: `RankPool`, which starts ranks, runs a job on all of them and collects the results, and the
-program of such a rank, `python -m cenacle.bench.rank_worker`.
+program of such a rank, `python -m cenacle.calibration.rank_worker`.
 Does not know: what a job measures. An order carries the job's dotted name; the rank imports it.
 Invariant: a job is a function of this package; it runs on every rank at once, and every rank
 answers within the timeout or is named in the error; no process is left behind.
-Next: `hardware_limits.py`, whose jobs these are.
+Next: `probes.py` and `bench/hardware_limits.py` have such jobs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import ClusterError, InputError
+from ..machine import usable_cores
 from ..message import Message, parse
 from ..ranks.channel import Channel, ChannelTimeout
 from ..ranks.local_ranks import LocalRanks
@@ -36,7 +37,7 @@ from ..ranks.worker import (
 )
 
 PACKAGE = "cenacle"
-PROGRAM = (sys.executable, "-m", "cenacle.bench.rank_worker")
+PROGRAM = (sys.executable, "-m", "cenacle.calibration.rank_worker")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,24 @@ class JobResult(Message, type="result"):
     """What a job returned."""
 
     result: Any
+
+
+def split_cores(nodes: int, threads: int | None) -> tuple[list[list[int]] | None, int]:
+    """The cores of each node, and its threads; None for the cores if there are too few.
+
+    Args:
+        threads: per node; None: an even share of the cores.
+
+    Raises:
+        InputError: fewer than one thread.
+    """
+    cores = usable_cores()
+    threads = threads if threads is not None else max(1, len(cores) // nodes)
+    if threads < 1:
+        raise InputError(f"--threads: expected at least 1, got {threads}", "threads")
+    if nodes * threads > len(cores) or not hasattr(os, "sched_setaffinity"):
+        return None, threads
+    return [cores[i * threads : (i + 1) * threads] for i in range(nodes)], threads
 
 
 class RankPool:
