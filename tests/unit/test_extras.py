@@ -61,7 +61,7 @@ def run_without_extras(folder, *arguments):
 def test_a_command_names_the_extra_that_it_needs(tmp_path, arguments, package, extra):
     from cenacle.model.synth import synth
 
-    model = synth(tmp_path / "model", family="qwen3_moe").path
+    model = synth(tmp_path / "model", family="dbrx").path
     program = tmp_path / "llama-bench"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)

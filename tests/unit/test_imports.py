@@ -59,6 +59,8 @@ WITHOUT_MLX = (
     "engine.sampling.grammar",
     "engine.speculative.ngram",
     "errors",
+    "extras",
+    "machine",
     "message",
     "model.byte_ranges",
     "net",
