@@ -92,27 +92,14 @@ def run_bench(
     spec = read_model_spec(checkpoint)
     _check(config, spec)
     cores, threads = split_cores(config.nodes, config.threads)
-    workload = PeerWorkload(
-        checkpoint.folder,
-        checkpoint.config,
-        config.nodes,
-        threads,
-        cores or [usable_cores()] * config.nodes,
-        config.contexts[0],
-        config.tokens,
-        config.prompt_tokens,
-        config.cache_dir / "peers",
-        config.peer_timeout_s,
-    )
+    workload = _peer_workload(config, checkpoint, cores, threads)
     variants = [variant for peer in peers for variant in peer.variants(workload)]
     load_before, cpu_times = os.getloadavg()[0], _read_cpu_times()
     options = config.load_options
+    latency_s = options.get("latency_s", 0.0)
     plan, reason = runtime.select_plan(
         runtime.LoadOptions(
-            config.model,
-            config.nodes,
-            latency_s=options.get("latency_s", 0.0),
-            **config.placement_options,
+            config.model, config.nodes, latency_s=latency_s, **config.placement_options
         )
     )
     report(reason or f"placement {plan.placement}, trunk {plan.trunk}")
@@ -139,17 +126,18 @@ def run_bench(
         max_batch_size=max(*config.concurrency, 1),
         **options,
     ) as model:
-        bench = _Bench(model, config, report)
-        peer_speeds = bench.measure_rounds(variants)
-        for context in config.contexts[1:]:
-            bench.measure_context(context)
-        bench.measure_concurrency()
-        bench.measure_steps()
-        bench.relate_to_limits(limits)
+        results = _Bench(model, config, report).run(variants, limits)
         ranks = model.ranks_json()
-        for rank, row in enumerate(bench.ranks):
-            row |= {"cores": list(cores[rank]) if cores else None, **ranks[rank]}
-        conditions = {
+        backend = model.ranks.backend
+    for rank, row in enumerate(results["ranks"]):
+        row |= {"cores": list(cores[rank]) if cores else None, **ranks[rank]}
+    return {
+        "benchmark": "bench",
+        "model": config.model,
+        "family": spec.family,
+        "quantization": spec.quantization,
+        "dtype": spec.dtype,
+        "conditions": {
             "machine": platform.machine(),
             "cores": len(usable_cores()),
             "load_before": round(load_before, 2),
@@ -157,27 +145,14 @@ def run_bench(
             "nodes": config.nodes,
             "threads": threads,
             "pinned": cores is not None,
-            "backend": model.ranks.backend,
+            "backend": backend,
             "kernels": ranks[0]["device"],
-            "placement": model.plan.placement,
-            "trunk": model.plan.trunk,
+            "placement": plan.placement,
+            "trunk": plan.trunk,
             "options": options,
             "versions": {n: importlib.metadata.version(n) for n in ("cenacle", "mlx", "mlx-lm")},
-        }
-    return {
-        "benchmark": "bench",
-        "model": config.model,
-        "family": spec.family,
-        "quantization": spec.quantization,
-        "dtype": spec.dtype,
-        "conditions": conditions,
-        "decode": bench.decode,
-        "prefill": bench.prefill,
-        "concurrency": bench.concurrency,
-        "step_timings_ms": bench.step_timings_ms,
-        "ranks": bench.ranks,
-        "hardware_limits": {**limits, "token": bench.token},
-        "peers": bench.compare(variants, peer_speeds),
+        },
+        **results,
     }
 
 
@@ -194,6 +169,23 @@ def _check(config: BenchConfig, spec: ModelSpec) -> None:
             f"tokens follow and the model's context is {spec.context_length}, got {longest}",
             "contexts",
         )
+
+
+def _peer_workload(
+    config: BenchConfig, checkpoint: Checkpoint, cores: list[list[int]] | None, threads: int
+) -> PeerWorkload:
+    return PeerWorkload(
+        checkpoint.folder,
+        checkpoint.config,
+        config.nodes,
+        threads,
+        cores or [usable_cores()] * config.nodes,
+        config.contexts[0],
+        config.tokens,
+        config.prompt_tokens,
+        config.cache_dir / "peers",
+        config.peer_timeout_s,
+    )
 
 
 def _read_cpu_times() -> list[int]:
@@ -216,14 +208,32 @@ class _Bench:
     def __init__(self, model: api.Model, config: BenchConfig, report: Report) -> None:
         self._model, self._config, self._report = model, config, report
         self._rng = random.Random(0)
-        self.decode: list[dict[str, Any]] = []
-        self.prefill: list[dict[str, Any]] = []
-        self.concurrency: list[dict[str, Any]] = []
-        self.ranks: list[dict[str, Any]] = []
-        self.step_timings_ms: dict[str, float] = {}
-        self.token: dict[str, Any] = {}
+        self._decode: list[dict[str, Any]] = []
+        self._prefill: list[dict[str, Any]] = []
 
-    def measure_rounds(self, variants: Sequence[PeerVariant]) -> list[list[PeerSpeed] | str]:
+    def run(self, variants: Sequence[PeerVariant], limits: dict[str, Any]) -> dict[str, Any]:
+        """The results of everything but the conditions."""
+        peer_speeds = self._measure_rounds(variants)
+        for context in self._config.contexts[1:]:
+            self._measure_context(context)
+        concurrency = self._measure_concurrency()
+        timings_ms, ranks = self._measure_steps()
+        mean_bytes, max_bytes = token_read_bytes(self._model.plan)
+        for rank, row in enumerate(ranks):
+            rate = limits["ranks_read_gb_s"][rank]
+            row |= {"token_bytes": mean_bytes[rank], "read_gb_s": rate}
+        token = _relate_to_limits(self._decode[0]["tok_per_s"], max_bytes, timings_ms, limits)
+        return {
+            "decode": self._decode,
+            "prefill": self._prefill,
+            "concurrency": concurrency,
+            "step_timings_ms": timings_ms,
+            "ranks": ranks,
+            "hardware_limits": {**limits, "token": token},
+            "peers": self._compare(variants, peer_speeds),
+        }
+
+    def _measure_rounds(self, variants: Sequence[PeerVariant]) -> list[list[PeerSpeed] | str]:
         """The first context and the prompt, in turn with the peers.
 
         Returns:
@@ -250,11 +260,11 @@ class _Bench:
                     speeds.append(variant.run())
                 except PeerFailed as error:
                     results[peer] = str(error)
-        self.decode.append(_row(decode, context=context))
-        self.prefill.append(_row(prefill, tokens=config.prompt_tokens))
+        self._decode.append(_row(decode, context=context))
+        self._prefill.append(_row(prefill, tokens=config.prompt_tokens))
         return results
 
-    def compare(
+    def _compare(
         self, variants: Sequence[PeerVariant], results: Sequence[list[PeerSpeed] | str]
     ) -> list[dict[str, Any]]:
         """A row for each peer: medians and ours over theirs, or how it failed."""
@@ -264,7 +274,7 @@ class _Bench:
                 rows.append({"name": variant.name, "failed": speeds})
                 continue
             row: dict[str, Any] = {"name": variant.name}
-            for phase, ours in (("decode", self.decode[0]), ("prefill", self.prefill[0])):
+            for phase, ours in (("decode", self._decode[0]), ("prefill", self._prefill[0])):
                 all_ = [getattr(speed, phase) for speed in speeds]
                 median = statistics.median(all_)
                 row[f"{phase}_tok_per_s"], row[f"{phase}_all"] = median, all_
@@ -272,18 +282,18 @@ class _Bench:
             rows.append(row)
         return rows
 
-    def measure_context(self, context: int) -> None:
+    def _measure_context(self, context: int) -> None:
         """Decoding after a long prompt; the prompt once, the decoding in `repeat` blocks."""
         config = self._config
         self._report(f"context {context}")
         times = self._time_request(context, config.repeat * config.tokens + 1)
         blocks = [config.tokens / (b - a) for a, b in pairwise(times[1 :: config.tokens])]
-        self.decode.append(_row(blocks, context=context))
-        self.prefill.append(_row([context / (times[1] - times[0])], tokens=context))
+        self._decode.append(_row(blocks, context=context))
+        self._prefill.append(_row([context / (times[1] - times[0])], tokens=context))
 
-    def measure_concurrency(self) -> None:
+    def _measure_concurrency(self) -> list[dict[str, Any]]:
         """Several requests at once: all tokens over wall time."""
-        config = self._config
+        config, rows = self._config, []
         for requests in config.concurrency:
             self._report(f"{requests} concurrent requests")
             speeds = []
@@ -292,13 +302,14 @@ class _Bench:
                 times = self._time_requests(config.contexts[0], config.tokens, requests)
                 elapsed = max(t[-1] for t in times) - started
                 speeds.append(sum(map(len, times)) / elapsed)
-            self.concurrency.append(_row(speeds, requests=requests))
-        one = next((r["tok_per_s"] for r in self.concurrency if r["requests"] == 1), None)
-        for row in self.concurrency:
-            row["ratio"] = row["tok_per_s"] / one if one else None
+            rows.append(_row(speeds, requests=requests))
+        single = next((row["tok_per_s"] for row in rows if row["requests"] == 1), None)
+        for row in rows:
+            row["ratio"] = row["tok_per_s"] / single if single else None
+        return rows
 
-    def measure_steps(self) -> None:
-        """The time of a token by phase and by rank, from measured steps."""
+    def _measure_steps(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The time of a token by phase, and a row for each rank, from measured steps."""
         self._report("measuring steps")
         group = self._model.group
         group.measure_steps(2)
@@ -307,36 +318,10 @@ class _Bench:
             self._time_request(self._config.contexts[0], max(8, self._config.tokens // 2))
         timings = group.step_timings
         group.measure_steps(0)
-        self.step_timings_ms = {**timings.per_token_ms(), "steps": timings.steps}
-        per_rank = timings.per_rank_ms()
-        self.ranks = [{"rank": rank} for rank in range(self._config.nodes)]
-        for row, timings_ms in zip(self.ranks, per_rank, strict=False):
+        ranks: list[dict[str, Any]] = [{"rank": rank} for rank in range(self._config.nodes)]
+        for row, timings_ms in zip(ranks, timings.per_rank_ms(), strict=False):
             row["step_timings_ms"] = timings_ms
-
-    def relate_to_limits(self, limits: dict[str, Any]) -> None:
-        """Relate the decoding speed to what the memory of the ranks allows."""
-        mean_bytes, max_bytes = token_read_bytes(self._model.plan)
-        rates = limits["ranks_read_gb_s"]
-        for rank, row in enumerate(self.ranks):
-            row |= {"token_bytes": mean_bytes[rank], "read_gb_s": rates[rank]}
-        tok_per_s = self.decode[0]["tok_per_s"]
-        read_s = max(b / (gb_s * 1e9) for b, gb_s in zip(max_bytes, rates, strict=True))
-        self.token = {
-            "bytes": max(max_bytes),
-            "read_ms": 1000 * read_s,
-            "token_ms": 1000 / tok_per_s,
-            "percent": 100 * read_s * tok_per_s,
-            "kernels_ms": None,
-            "outside_percent": None,
-        }
-        kernels = [k for k in limits["kernels_ms"] or () if k is not None]
-        if kernels:
-            # What is neither a matrix nor an all-reduce: on one node all the rest of a token.
-            kernels_ms = max(k["linear"] + k["experts"] for k in kernels)
-            timings_ms = self.step_timings_ms
-            busy_ms = kernels_ms + timings_ms["all_reduce"] + timings_ms["waiting"]
-            outside_percent = 100 - busy_ms * tok_per_s / 10
-            self.token |= {"kernels_ms": kernels_ms, "outside_percent": outside_percent}
+        return {**timings.per_token_ms(), "steps": timings.steps}, ranks
 
     def _time_request(self, prompt_tokens: int, tokens: int) -> list[float]:
         """A request of random tokens: when it was submitted, and when each token came."""
@@ -375,6 +360,30 @@ class _Bench:
         if errors:
             raise errors[0]
         return list(times.values())
+
+
+def _relate_to_limits(
+    tok_per_s: float, max_bytes: list[int], timings_ms: dict[str, float], limits: dict[str, Any]
+) -> dict[str, Any]:
+    """The decoding speed beside what the memory of the ranks allows."""
+    rates = limits["ranks_read_gb_s"]
+    read_s = max(size / (gb_s * 1e9) for size, gb_s in zip(max_bytes, rates, strict=True))
+    token = {
+        "bytes": max(max_bytes),
+        "read_ms": 1000 * read_s,
+        "token_ms": 1000 / tok_per_s,
+        "percent": 100 * read_s * tok_per_s,
+        "kernels_ms": None,
+        "outside_percent": None,
+    }
+    kernels = [k for k in limits["kernels_ms"] or () if k is not None]
+    if kernels:
+        # What is neither a matrix nor an all-reduce: on one node all the rest of a token.
+        kernels_ms = max(k["linear"] + k["experts"] for k in kernels)
+        busy_ms = kernels_ms + timings_ms["all_reduce"] + timings_ms["waiting"]
+        outside_percent = 100 - busy_ms * tok_per_s / 10
+        token |= {"kernels_ms": kernels_ms, "outside_percent": outside_percent}
+    return token
 
 
 def _row(speeds: Sequence[float], **condition: int) -> dict[str, Any]:

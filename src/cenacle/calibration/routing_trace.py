@@ -1,7 +1,7 @@
 """Recording a model's routing: which experts each token chose in each layer.
 
-Owns: running a model in this process, on one rank, with a tape instead of a clock.
-Does not know: what is made of a recording (`cost/routing.py`), files.
+Owns: running a model in this process, on one rank, with a recorder instead of a timer.
+Does not know: what a recording is used for (`planning/routing_stats.py`), files.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class RoutingRecorder(StepTimer):
 
 
 def record_routing(model: str, prompts: Sequence[str], max_tokens: int) -> RoutingTrace:
-    """Answer each prompt greedily and note every routing decision, of prompts and answers.
+    """Answer each prompt greedily and record every routing decision, of prompts and answers.
 
     Args:
-        model: a folder or a hub repository's name.
-        prompts: texts; rendered as a user's message where the model has a chat template.
+        model: a folder or the name of a Hub repository.
+        prompts: texts, which become a user's message if the model has a chat template.
         max_tokens: most tokens of an answer.
 
     Raises:
@@ -57,21 +57,20 @@ def record_routing(model: str, prompts: Sequence[str], max_tokens: int) -> Routi
     checkpoint = Checkpoint.open(locate_checkpoint(model))
     spec = read_model_spec(checkpoint)
     plan = Plan.whole(spec, 1)
-    tape = RoutingRecorder()
-    loaded = load_rank_model(checkpoint, plan, 0, lambda *_: None)
+    recorder = RoutingRecorder()
+    rank_model = load_rank_model(checkpoint, plan, 0, lambda *_: None)
     kernels = "native" if native_layers.is_supported() else "mlx"
-    parallelize(loaded, spec.family, plan, SingleRank(), tape, kernels)
-    text = ChatTokenizer(checkpoint.folder, checkpoint.config)
+    parallelize(rank_model, spec.family, plan, SingleRank(), recorder, kernels)
+    tokenizer = ChatTokenizer(checkpoint.folder, checkpoint.config)
     for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
-        ids = text.render(chat) if text.has_template else text.encode(prompt)
-        for token, _ in generate_step(mx.array(ids), loaded, max_tokens=max_tokens):
-            if int(token) in text.stop_tokens:
+        ids = tokenizer.render(chat) if tokenizer.has_template else tokenizer.encode(prompt)
+        for token, _ in generate_step(mx.array(ids), rank_model, max_tokens=max_tokens):
+            if int(token) in tokenizer.stop_tokens:
                 break
-    layers = sorted(tape.ids)
-    arrays = [np.concatenate(tape.ids[layer]) for layer in layers]
-    count = spec.moe[0].experts
-    stacked = np.stack([np.where(a >= count, -1, a) for a in arrays])
+    layers, experts = sorted(recorder.ids), spec.moe[0].experts
+    ids_of_layers = np.stack([np.concatenate(recorder.ids[layer]) for layer in layers])
+    ids_of_layers[ids_of_layers >= experts] = -1
     facts = {
         "model": Path(checkpoint.folder).resolve().name,
         "prompts": len(prompts),
@@ -79,4 +78,4 @@ def record_routing(model: str, prompts: Sequence[str], max_tokens: int) -> Routi
         "expert_bytes": spec.moe[0].expert_bytes,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    return RoutingTrace(tuple(layers), count, stacked, facts)
+    return RoutingTrace(tuple(layers), experts, ids_of_layers, facts)

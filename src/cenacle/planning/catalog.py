@@ -376,68 +376,69 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the catalog file {path}: {error}", "catalog") from error
 
 
-def _check_keys(where: str, row: Any, required: set[str], optional: Iterable[str]) -> None:
+def _check_keys(location: str, row: Any, required: set[str], optional: Iterable[str]) -> None:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a table, got {row!r:.40}", "catalog")
+        raise InputError(f"{location}: expected a table, got {row!r:.40}", "catalog")
     for key in row:
         if key not in required and key not in optional:
             near = difflib.get_close_matches(key, [*required, *optional], 1, 0.3)
             raise InputError(
-                f"{where}: unknown key {key!r} (units are part of the key); nearest: "
+                f"{location}: unknown key {key!r} (units are part of the key); nearest: "
                 f"{near[0] if near else sorted(required)}",
                 "catalog",
             )
     missing = required - set(row)
     if missing:
-        raise InputError(f"{where}: missing {', '.join(sorted(missing))}", "catalog")
+        raise InputError(f"{location}: missing {', '.join(sorted(missing))}", "catalog")
 
 
-def _check_machine(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    _check_keys(where, row, _MACHINE, {"aliases", *_MEASURED, "measured"})
+def _check_machine(location: str, row: dict[str, Any]) -> dict[str, Any]:
+    _check_keys(location, row, _MACHINE, {"aliases", *_MEASURED, "measured"})
     if row["family"].split("-")[0] not in DEFAULT_MEMORY_FRACTION:
         raise InputError(
-            f"{where}: family must begin with one of {', '.join(DEFAULT_MEMORY_FRACTION)}",
+            f"{location}: family must begin with one of {', '.join(DEFAULT_MEMORY_FRACTION)}",
             "catalog",
         )
     for key in ("memory_gib", "usd"):
-        _check_number(f"{where}.{key}", row[key], several=True)
+        _check_number(f"{location}.{key}", row[key], several=True)
     if len(row["memory_gib"]["v"]) != len(row["usd"]["v"]):
-        raise InputError(f"{where}: expected one price (0: unknown) per memory size", "catalog")
+        raise InputError(f"{location}: expected one price (0: unknown) per memory size", "catalog")
     for key in ("bandwidth_gb_s", "tflops", "watts", *_MEASURED):
         if key in row:
-            _check_number(f"{where}.{key}", row[key])
+            _check_number(f"{location}.{key}", row[key])
     return row
 
 
-def _check_link(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    _check_keys(where, row, _LINK, {"aliases", "hop_us", "measured"})
+def _check_link(location: str, row: dict[str, Any]) -> dict[str, Any]:
+    _check_keys(location, row, _LINK, {"aliases", "hop_us", "measured"})
     if row["topology"] not in ("mesh", "ring"):
         raise InputError(
-            f"{where}: topology: expected mesh or ring, got {row['topology']!r}", "catalog"
+            f"{location}: topology: expected mesh or ring, got {row['topology']!r}", "catalog"
         )
     for key in _LINK_NUMBERS:
         if key in row:
-            _check_number(f"{where}.{key}", row[key])
+            _check_number(f"{location}.{key}", row[key])
     return row
 
 
-def _check_number(where: str, row: Any, several: bool = False) -> None:
-    _check_keys(where, row, {"v", "c", "s"}, {"spread"})
+def _check_number(location: str, row: Any, several: bool = False) -> None:
+    _check_keys(location, row, {"v", "c", "s"}, {"spread"})
     values = row["v"] if several else [row["v"]]
     is_valid = isinstance(values, list) and all(
         isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 for v in values
     )
     # Watts may be unknown (0), as prices.
-    may_be_zero = several or where.endswith(".watts")
+    may_be_zero = several or location.endswith(".watts")
     if not is_valid or not values or (not may_be_zero and values[0] <= 0):
         raise InputError(
-            f"{where}: expected {'a list of numbers' if several else 'a positive number'}, "
+            f"{location}: expected {'a list of numbers' if several else 'a positive number'}, "
             f"got {row['v']!r}",
             "catalog",
         )
     if row["c"] not in CONFIDENCE_LEVELS:
         raise InputError(
-            f"{where}: expected a confidence of {', '.join(CONFIDENCE_LEVELS)}, got {row['c']!r}",
+            f"{location}: expected a confidence of {', '.join(CONFIDENCE_LEVELS)}, got "
+            f"{row['c']!r}",
             "catalog",
         )
 

@@ -97,8 +97,8 @@ class Attention:
         if self.kind == "linear":
             return 4.0 * self.state
         entries = self._entries(context)
-        kept = entries + self._window_entries(context)
-        return 2.0 * (self.elements_per_entry * kept + self.index_dim * entries)
+        cached = entries + self._window_entries(context)
+        return 2.0 * (self.elements_per_entry * cached + self.index_dim * entries)
 
     def read_bytes(self, context: int) -> float:
         """Bytes of cache that one token of one user moves in one layer.
@@ -124,7 +124,7 @@ class ModelShape:
     """A model by its parts. Numbers are parameters unless the name says otherwise.
 
     Args:
-        name: as in the catalogue, or the folder.
+        name: in the catalog, or of the folder.
         layers: decoder layers.
         moe_layers: those with experts.
         hidden: width of the residual stream, the vector that is all-reduced.

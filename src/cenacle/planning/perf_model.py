@@ -378,11 +378,13 @@ def _replicated_load(
 
 
 def _single_machine_layout(workload: Workload, machine: Machine) -> _Layout:
-    held = workload.total_bytes + workload.kv_bytes + PROGRAM_BYTES
-    one = (1.0,)
-    names = ("single", "whole", "replicated")
+    total = workload.total_bytes + workload.kv_bytes + PROGRAM_BYTES
+    everything = (1.0,)
     return _Layout(
-        *names, workload.shape, (held,), one, one, one, all_reduces=0, note=machine.title
+        *("single", "whole", "replicated", workload.shape, (total,)),
+        *(everything, everything, everything),
+        all_reduces=0,
+        note=machine.title,
     )
 
 
@@ -393,8 +395,8 @@ def _pipeline_layout(
     weights = node_weights or [m.usable_bytes for m in machines]
     parts = tuple(w / sum(weights) for w in weights)
     total = workload.total_bytes + workload.kv_bytes
-    held = tuple(part * total + PROGRAM_BYTES for part in parts)
-    return _Layout("pipeline", "whole", "layers", workload.shape, held, parts, parts, parts)
+    sizes = tuple(part * total + PROGRAM_BYTES for part in parts)
+    return _Layout("pipeline", "whole", "layers", workload.shape, sizes, parts, parts, parts)
 
 
 def _tensor_parallel_layout(workload: Workload, machines: tuple[Machine, ...]) -> _Layout:
@@ -409,10 +411,10 @@ def _tensor_parallel_layout(workload: Workload, machines: tuple[Machine, ...]) -
     # The one latent of mla is on every node.
     kv_part = 1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1
     sliced = workload.attention_bytes + workload.dense_bytes + workload.routed_bytes
-    held = sliced / n + workload.fixed_bytes + workload.kv_bytes * kv_part
+    sizes = sliced / n + workload.fixed_bytes + workload.kv_bytes * kv_part
     even = (1 / n,) * n
     names = ("tensor", "sliced", "sharded")
-    return _Layout(*names, s, (held,) * n, even, even, even, all_reduces=2)
+    return _Layout(*names, s, (sizes,) * n, even, even, even, all_reduces=2)
 
 
 def _expert_parallel_layout(
@@ -441,22 +443,22 @@ def _expert_parallel_layout(
     parts = dense
     if not slice_dense:
         dense = ones
-    held = [
+    sizes = [
         workload.fixed_bytes
         + attention[i] * (workload.attention_bytes + workload.kv_bytes)
         + dense[i] * workload.dense_bytes
         for i in range(n)
     ]
     if placement in ("sliced", "weighted"):
-        held_by_node = tuple(held[i] + parts[i] * workload.routed_bytes for i in range(n))
-        return _Layout(*names, s, held_by_node, attention, dense, parts, all_reduces=all_reduces)
+        bytes_per_node = tuple(sizes[i] + parts[i] * workload.routed_bytes for i in range(n))
+        return _Layout(*names, s, bytes_per_node, attention, dense, parts, all_reduces=all_reduces)
     if n > s.experts:
         raise PlanError(f"{n} nodes cannot each hold one of {s.experts} experts")
     per_expert = workload.expert_bytes_of_layers
     if placement == "replicated":
         if not alike:
             raise PlanError("replicas are assigned evenly; these machines are not alike")
-        room = min(m.usable_bytes - b for m, b in zip(machines, held, strict=True))
+        room = min(m.usable_bytes - b for m, b in zip(machines, sizes, strict=True))
         window = min(s.experts, int(room / per_expert))
         if window <= -(-s.experts // n):
             raise PlanError(
@@ -466,7 +468,7 @@ def _expert_parallel_layout(
         return _Layout(
             *names,
             s,
-            tuple(b + window * per_expert for b in held),
+            tuple(b + window * per_expert for b in sizes),
             attention,
             dense,
             ones,
@@ -482,8 +484,10 @@ def _expert_parallel_layout(
         ExpertGroup(count, 1, (1 / m.bytes_per_s) / slowest)
         for count, m in zip(counts, machines, strict=True)
     )
-    held_by_node = tuple(b + count * per_expert for b, count in zip(held, counts, strict=True))
-    return _Layout(*names, s, held_by_node, attention, dense, ones, groups, all_reduces=all_reduces)
+    bytes_per_node = tuple(b + count * per_expert for b, count in zip(sizes, counts, strict=True))
+    return _Layout(
+        *names, s, bytes_per_node, attention, dense, ones, groups, all_reduces=all_reduces
+    )
 
 
 def _head_parts(shape: ModelShape, nodes: int) -> tuple[float, ...]:
@@ -524,9 +528,9 @@ def _paper_layout(workload: Workload, scheme: str, machines: tuple[Machine, ...]
         groups = [ExpertGroup(count) for count in counts]
         local, placement = max(counts), "whole"
     ones = (1.0,) * n
-    held = (replicated + local * per_expert,) * n
+    sizes = (replicated + local * per_expert,) * n
     return _Layout(
-        *(scheme, placement, "replicated", s, held, ones, ones, ones, tuple(groups)),
+        *(scheme, placement, "replicated", s, sizes, ones, ones, ones, tuple(groups)),
         local_experts=local if scheme == "P-LB" else 0,
         all_reduces=1 if scheme == "P-LR-D" else 2,
         note="the paper's program: gRPC and a hand-off to the host in every layer",
@@ -699,8 +703,8 @@ class _Cluster:
             return count * all_reduce_s(link, n, vector, self.constants)
         # "(E[max], hidden) bf16 to every peer": outputs of all computed experts, warm-ups too.
         size = layout.max_experts(1) * s.hidden * 2
-        one = all_reduce_s(link, n, size, self.constants)
-        seconds = tokens * s.moe_layers * layout.all_reduces * one
+        exchange_s = all_reduce_s(link, n, size, self.constants)
+        seconds = tokens * s.moe_layers * layout.all_reduces * exchange_s
         if layout.scheme == "naive":
             seconds += tokens * s.moe_layers * self.constants.naive_exchange_s
         return seconds

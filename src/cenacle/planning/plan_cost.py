@@ -184,10 +184,10 @@ def mean_experts(plan: Plan) -> list[float]:
     if plan.placement == "replicated":
         loads = _sample_replica_loads(plan)
         return [sum(column) / len(loads) for column in zip(*loads, strict=True)]
-    held = [0] * plan.nodes
+    units_of = [0] * plan.nodes
     for part in chain.from_iterable(layer.experts):
-        held[part.rank] += part.stop - part.start
-    return [plan.spec.top_k * units / (plan.width * len(layer.experts)) for units in held]
+        units_of[part.rank] += part.stop - part.start
+    return [plan.spec.top_k * units / (plan.width * len(layer.experts)) for units in units_of]
 
 
 def _sample_replica_loads(plan: Plan) -> list[list[int]]:

@@ -118,9 +118,9 @@ def figure_to_svg(figure: Figure) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     # Without a size of its own it has the width of its box.
-    head, _, rest = text.partition(">")
-    head = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", head)
-    return f'{head} role="img">{rest}'
+    tag, _, content = text.partition(">")
+    tag = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", tag)
+    return f'{tag} role="img">{content}'
 
 
 def render_terminal(curve: Curve, width: int = 60, height: int = 16) -> str:

@@ -203,13 +203,13 @@ class ScheduledBlock(nn.Module):
 
     def computed_experts(self, ids: np.ndarray) -> list[int]:
         """The experts that this rank computes for a token: the chosen ones, then others."""
-        chosen = [np.intersect1d(held, ids) for held in self._experts_of]
+        chosen = [np.intersect1d(experts, ids) for experts in self._experts_of]
         own = [int(e) for e in chosen[self._collective.rank]]
         if self._schedule == "naive":
             return own
-        held = self._experts_of[self._collective.rank]
+        local = self._experts_of[self._collective.rank]
         if self._schedule == "P-LB":
-            return own + [int(e) for e in held if e not in own]
+            return own + [int(e) for e in local if e not in own]
         idle = [e for e in self._recent if e not in own]
         computed = own + idle[: max(map(len, chosen)) - len(own)]
         self._recent = [e for e in self._recent if e not in computed] + computed

@@ -179,8 +179,8 @@ def plan_for_row(row: str, spec: ModelSpec, nodes: int) -> Plan:
         return whole
     # Half as many experts again on every rank, at most all: what spare memory is for.
     experts = min(moe.experts for moe in spec.moe)
-    held = min(experts, -(-3 * experts // (2 * nodes)))
-    expert_bytes = held * sum(moe.expert_bytes for moe in spec.moe)
+    per_rank = min(experts, -(-3 * experts // (2 * nodes)))
+    expert_bytes = per_rank * sum(moe.expert_bytes for moe in spec.moe)
     sizes = [whole.bytes_of(rank) for rank in range(nodes)]
     budgets = [size["trunk"] + size["shared"] + expert_bytes for size in sizes]
     return Plan.replicated(spec, nodes, budgets)
