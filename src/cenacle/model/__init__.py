@@ -1,1 +1,1 @@
-"""From a checkpoint and a plan to a model of which each rank holds a part."""
+"""From a checkpoint and a plan to the model of which each rank holds a part."""

@@ -137,11 +137,11 @@ def first_layers(config: Config, layers: int) -> Config:
     if not 1 <= layers <= total:
         raise InputError(f"layers: expected 1 to {total}, got {layers}", "layers")
     text = text_config(config)
-    least = _least_layers(text)
-    if layers < min(least, total):
+    minimum = _min_layers(text)
+    if layers < min(minimum, total):
         raise InputError(
-            f"layers: expected at least {least}, got {layers}: mlx-lm needs the first "
-            f"full-attention layer of this family, number {least}",
+            f"layers: expected at least {minimum}, got {layers}: mlx-lm needs the first "
+            f"full-attention layer of this family, number {minimum}",
             "layers",
         )
 
@@ -167,15 +167,15 @@ def first_layers(config: Config, layers: int) -> Config:
     return cut(config)
 
 
-def _least_layers(text: Config) -> int:
+def _min_layers(text: Config) -> int:
     """Layers up to the first one with full attention, where mlx-lm sizes its masks by that one."""
     if text.get("model_type") == "llama4_text":
         return 4
-    least = [text[key] for key in _PERIODS if isinstance(text.get(key), int)]
-    least += text.get("linear_attn_config", {}).get("full_attn_layers", [])[:1]
-    least += (
+    candidates = [text[key] for key in _PERIODS if isinstance(text.get(key), int)]
+    candidates += text.get("linear_attn_config", {}).get("full_attn_layers", [])[:1]
+    candidates += (
         [text["hybrid_override_pattern"].index("*") + 1]
         if "*" in (text.get("hybrid_override_pattern") or "")
         else []
     )
-    return max(least, default=1)
+    return max(candidates, default=1)

@@ -204,8 +204,10 @@ class NativeExperts(LocalExperts):
         super().__init__(experts, held, count, layer, timer, replicas)
         act = native_layers.activation_code(experts)
         assert act is not None
-        made = [native_layers.native_weights(experts[n]) for n in STACKED_LAYERS if n in experts]
-        *inputs, down = made
+        matrices = [
+            native_layers.native_weights(experts[n]) for n in STACKED_LAYERS if n in experts
+        ]
+        *inputs, down = matrices
         extension = native.extension()
         self._experts = extension.experts
         assigner = None

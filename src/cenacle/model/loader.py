@@ -147,22 +147,22 @@ def _partial_classes(
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             slices = self.rank_slices
-            own = _read_rank_tensors(weights, slices)
+            tensors = _read_rank_tensors(weights, slices)
             if family.convert_weights is not None:
-                own = family.convert_weights(own)
+                tensors = family.convert_weights(tensors)
             local_count = len(next(iter(slices.experts.values())))
             local = architecture.with_expert_count(config, self._expert_count, local_count)
             converter = base(arguments.from_dict(local))  # type: ignore[call-arg]
             if hasattr(converter, "sanitize"):
-                own = converter.sanitize(own)
-            own = architecture.stack_dbrx_weights(own)
+                tensors = converter.sanitize(tensors)
+            tensors = architecture.stack_dbrx_weights(tensors)
             unconverted = {id(array): name for name, array in weights.items()}
             return {
                 name: _slice_tensor(
                     *(name, array, slices.unread),
                     checkpoint.tensors.get(unconverted.get(id(array), "")),
                 )
-                for name, array in own.items()
+                for name, array in tensors.items()
                 if not slices.is_absent(name)
             }
 
@@ -205,20 +205,20 @@ def _shrink(layout: ModelLayout, slices: RankSlices) -> None:
 def _read_rank_tensors(weights: dict[str, mx.array], slices: RankSlices) -> dict[str, mx.array]:
     """The checkpoint as if only the rank's pieces existed, experts numbered from 0."""
     pieces = {piece.tensor.name: piece for piece in slices.tensors}
-    own: dict[str, mx.array] = {}
+    tensors: dict[str, mx.array] = {}
     together: dict[tuple[str, str, TensorView], dict[str, TensorPiece]] = {}
     for name, array in weights.items():
         piece = pieces.get(name)
         if piece is None:
             if slices.is_absent(name):  # the conversion may look for it; never evaluated
-                own[name] = array
+                tensors[name] = array
             continue
         single = EXPERT_TENSOR.fullmatch(name)
         layer = layer_index(name)
         held = slices.experts.get(layer, ()) if layer is not None else ()
         if single is not None and int(single["expert"]) in held:
             local = f"{single['head']}.{held.index(int(single['expert']))}.{single['tail']}"
-            own[local] = array
+            tensors[local] = array
             if piece.view is not None:
                 key = (single["head"], single["tail"], piece.view)
                 together.setdefault(key, {})[local] = piece
@@ -226,14 +226,14 @@ def _read_rank_tensors(weights: dict[str, mx.array], slices: RankSlices) -> dict
             read = read_piece(piece)
             # Where experts and an expert's rows share the first axis, they do so again.
             merged = len(piece.view.shape) > len(array.shape)
-            own[name] = read.reshape(-1, *read.shape[2:]) if merged else read
+            tensors[name] = read.reshape(-1, *read.shape[2:]) if merged else read
         else:
-            own[name] = array
+            tensors[name] = array
     for same in together.values():
         arrays = read_together(list(same.values()))
         for i, name in enumerate(same):
-            own[name] = arrays[i]
-    return own
+            tensors[name] = arrays[i]
+    return tensors
 
 
 def _slice_tensor(

@@ -102,9 +102,9 @@ def _describe_layer(block: MoEBlock, family: Family) -> MoELayer:
 
 def _expert_units(block: MoEBlock) -> tuple[int, int]:
     """Units of an expert's hidden width, and bytes of one expert that are not sliced."""
-    kept = unsliced_bytes(block.output)
-    kept += sum(v.global_scale.nbytes for v in block.linears.values() if "global_scale" in v)
-    return input_units(block.output), kept // block.expert_count
+    unsliced = unsliced_bytes(block.output)
+    unsliced += sum(v.global_scale.nbytes for v in block.linears.values() if "global_scale" in v)
+    return input_units(block.output), unsliced // block.expert_count
 
 
 def _shared_units(modules: Sequence[nn.Module]) -> tuple[int, int]:

@@ -75,9 +75,9 @@ def plan_downloads(
             columns = [r for r in ranges if isinstance(r, ColumnRange)]
             if alone := subtract_spans(spans, head_spans.get(file, [])):
                 from_hub[file] = alone
-            both: list[ByteRange] = [*intersect_spans(spans, head_spans.get(file, [])), *columns]
-            if both:
-                from_head[file] = both
+            shared: list[ByteRange] = [*intersect_spans(spans, head_spans.get(file, [])), *columns]
+            if shared:
+                from_head[file] = shared
         downloads.append((from_hub, from_head))
     return downloads
 
@@ -110,8 +110,8 @@ class ModelDistribution:
         """
         order = messages.FindModel(self._name, self._digest, self._config_sha256)
         answers = self._head.send_orders([(n, order) for n in members[1:]], ORDER_TIMEOUT_S)
-        found = [LocalModel(a.folder, a.complete) for a in answers]
-        return [LocalModel(str(self._folder), self._hub is None), *found]
+        others = [LocalModel(a.folder, a.complete) for a in answers]
+        return [LocalModel(str(self._folder), self._hub is None), *others]
 
     def distribute(
         self,

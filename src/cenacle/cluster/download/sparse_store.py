@@ -181,8 +181,8 @@ class SparseStore:
         damaged: dict[str, list[ByteRange]] = {}
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             intact = pool.map(lambda entry: self._is_intact(*entry), present)
-            for (file, byte_range, _), good in zip(present, intact, strict=True):
-                if not good:
+            for (file, byte_range, _), is_intact in zip(present, intact, strict=True):
+                if not is_intact:
                     damaged.setdefault(file, []).append(byte_range)
         return damaged
 
@@ -242,8 +242,8 @@ class SparseStore:
                 by_grid.setdefault(_grid(done), []).append(done)
         for columns in wanted:
             same = [c for c in by_grid.get(_grid(columns), ()) if c.covers_columns_of(columns)]
-            have = merge_spans([*present, *((c.start, c.stop) for c in same)])
-            for start, stop in subtract_spans([(columns.start, columns.stop)], have):
+            present_spans = merge_spans([*present, *((c.start, c.stop) for c in same)])
+            for start, stop in subtract_spans([(columns.start, columns.stop)], present_spans):
                 before = (start - columns.start) % columns.row_bytes
                 after = (columns.stop - stop) % columns.row_bytes
                 yield columns._replace(start=start - before, stop=stop + after)
