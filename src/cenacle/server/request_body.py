@@ -14,7 +14,7 @@ class BodyTooLarge(RequestError):
     """The body has more bytes than allowed."""
 
     def __init__(self, limit: int) -> None:
-        message = f"The body: expected at most {limit} bytes, got more"
+        message = f"body: expected at most {limit} bytes, got more"
         super().__init__(None, message, "body_too_large", 413)
 
 
@@ -22,7 +22,7 @@ class BodyTooSlow(RequestError):
     """The body did not arrive in time."""
 
     def __init__(self, seconds: float) -> None:
-        message = f"The body: expected all of it within {seconds:g} s, got a part"
+        message = f"body: expected all of it within {seconds:g} s, got a part"
         super().__init__(None, message, "body_too_slow", 408)
 
 

@@ -155,7 +155,7 @@ function drawFigures() {
     ["Running requests", state.running, state.waiting ? `${state.waiting} waiting` : "none waiting"],
     ["Time per token", steps ? `${formatNumber(mean.total)} ms` : "–", steps ? `mean of ${steps} measured steps` : "not measured yet"],
     ["Busiest node", state.nodes > 1 && mean.experts ? `${(busiest / mean.experts).toFixed(2)}×` : "–", "expert time over the mean"],
-    ["Generated tokens", formatNumber(totals.generated_tokens), `${formatNumber(totals.prompt_tokens)} prompt tokens, ${formatNumber(totals.requests)} request${totals.requests === 1 ? "" : "s"}`],
+    ["Generated tokens", formatNumber(totals.generated_tokens), `${formatNumber(totals.prompt_tokens)} prompt, ${formatNumber(totals.requests)} request${totals.requests === 1 ? "" : "s"}`],
     ...(drafts?.drafted ? [["Accepted drafts", `${Math.round((100 * drafts.accepted) / drafts.drafted)} %`, `of ${formatNumber(drafts.drafted)} drafted tokens`]] : []),
   ];
   view.figures.replaceChildren(...figures.map(([title, value, note]) =>
