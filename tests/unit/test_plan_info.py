@@ -41,13 +41,13 @@ class FakeGroup:
         pass
 
 
-class OneWord:
-    thinking, stopped, ended = False, None, False
+class OneWordParser:
+    in_reasoning, stop_string, finished = False, None, False
 
     def add(self, token):
         return [OutputPart("text", "word")]
 
-    def end(self):
+    def finish(self):
         return []
 
 
@@ -62,7 +62,7 @@ def model():
         group=FakeGroup(),
         ranks=SimpleNamespace(backend="mesh", pids=[], ready=[]),
         ranks_json=list,
-        text=SimpleNamespace(plain=lambda stop: OneWord()),
+        text=SimpleNamespace(text_parser=lambda stop: OneWordParser()),
         tokens_of=tuple,
         request=lambda tokens, limit, sampling, **_: Request("a", tokens, 9, (), sampling),
     )

@@ -38,7 +38,7 @@ class RequestPreparer:
 
     def __init__(self, model: Model, served: ServedModel, max_messages: int) -> None:
         self._model, self._served, self._max_messages = model, served, max_messages
-        self._text = model.text
+        self._tokenizer = model.text
 
     def prepare(
         self, adapter: ApiAdapter, body: bytes, key: str
@@ -60,20 +60,20 @@ class RequestPreparer:
             free = self._served.free_context(len(tokens), request.prompt_field)
             limits = [n for n in (request.max_tokens, free) if n is not None]
             max_tokens = min(limits, default=None)
-            echo = self._text.decode(tokens) if request.echo else ""
+            echo = self._tokenizer.decode(tokens) if request.echo else ""
             for index in range(request.n):
                 choice = InFlightChoice(
                     len(choices),
                     replace(self._group_request(request, tokens, max_tokens, index), key=key),
                     len(tokens) if index == 0 else 0,
                     self._output_parser(request, tokens),
-                    self._text,
+                    self._tokenizer,
                     echo,
                     request.thinking_budget,
                 )
                 has_grammar = request.is_chat and request.grammar is not None
-                if has_grammar and self._text.ends_in_reasoning(tokens):
-                    choice.reason_first(self._text.chat_parser((), (), tokens))
+                if has_grammar and self._tokenizer.ends_in_reasoning(tokens):
+                    choice.reason_first(self._tokenizer.chat_parser((), (), tokens))
                 choices.append(choice)
         return request, choices
 
@@ -110,35 +110,35 @@ class RequestPreparer:
     def _tokenize(self, request: GenerationRequest, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             # Not rendered as a chat, as `Model.request` would.
-            return self._text.encode(prompt)
+            return self._tokenizer.encode(prompt)
         if not request.is_chat:
             return self._model.tokens_of(prompt)
         self._check_chat(request, prompt)
         messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
         tools = request.tools
-        if not self._text.renders_tools:
+        if not self._tokenizer.renders_tools:
             messages, tools = structured_output.describe_tools_in_chat(messages, tools), ()
         continued = request.continue_final_message
         think = False if continued else request.enable_thinking
-        tokens = self._text.render(
+        tokens = self._tokenizer.render(
             messages,
             tools,
             request.template_kwargs,
             reasoning=think,
             continue_final_message=continued,
         )
-        return tokens if request.grammar is None else self._text.start_reasoning(tokens, think)
+        return tokens if request.grammar is None else self._tokenizer.start_reasoning(tokens, think)
 
     def _check_chat(self, request: GenerationRequest, prompt: Prompt) -> None:
-        text = self._text
+        tokenizer = self._tokenizer
         if len(prompt) > self._max_messages:
             reason = f"expected at most {self._max_messages} messages, got {len(prompt)}"
             raise RequestError(request.prompt_field, reason)
-        if request.enable_thinking and not text.has_reasoning:
+        if request.enable_thinking and not tokenizer.has_reasoning:
             reason = f"not supported by the model {self._served.name}, which does not reason"
             raise RequestError("thinking", reason, UNSUPPORTED)
         may_call = request.tools and request.forced_call is None
-        if may_call and not (text.parses_tool_calls and text.renders_tools):
+        if may_call and not (tokenizer.parses_tool_calls and tokenizer.renders_tools):
             reason = (
                 "not supported where the model decides, since the format of this model's calls is "
                 "not known; force a call with tool_choice"
@@ -149,9 +149,9 @@ class RequestPreparer:
         self, request: GenerationRequest, prompt_tokens: tuple[int, ...]
     ) -> OutputParser:
         if request.forced_call is not None:
-            return self._text.tool_call_parser(structured_output.parse_tool_calls)
+            return self._tokenizer.tool_call_parser(structured_output.parse_tool_calls)
         if request.is_chat and request.grammar is None:
-            return self._text.chat_parser(
+            return self._tokenizer.chat_parser(
                 request.stop, request.tools, prompt_tokens, parallel=request.parallel_tool_calls
             )
-        return self._text.text_parser(request.stop)
+        return self._tokenizer.text_parser(request.stop)
