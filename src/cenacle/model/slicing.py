@@ -221,7 +221,7 @@ def _list_pieces(
         piece = _piece_of(tensor, held, layout.expert_count, views.get(name))
         if piece is not None and not name.startswith(prefixes):
             pieces.append(piece)
-    return tuple(sorted(pieces, key=lambda p: (p.tensor.file, p.tensor.start)))
+    return tuple(sorted(pieces, key=lambda p: (p.tensor.file.name, p.tensor.start)))
 
 
 def _piece_of(

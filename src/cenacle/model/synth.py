@@ -144,19 +144,9 @@ def synth(
 
     _prepare_folder(out, size, overwrite)
     shards = _split_shards(tensors, shard_bytes)
-    written = 0
-    for i, shard in enumerate(shards):
-        with (out / _shard_name(i, len(shards))).open("wb") as file:
-            for n in _write_shard(file, shard):
-                written += n
-                if progress is not None:
-                    progress(written, size)
-    write_tokenizer(out, vocab_size, find_int(source, CONTEXT_LENGTH_KEYS) or 4096)
-    _write_index(out, shards, size, parameters)
-    _write_json(
-        out / "generation_config.json",
-        {"eos_token_id": [IM_END, END_OF_TEXT], "pad_token_id": END_OF_TEXT, "do_sample": False},
-    )
+    _write_weights(out, shards, progress)
+    _write_index(out, shards, parameters)
+    _write_tokenizer(out, vocab_size, find_int(source, CONTEXT_LENGTH_KEYS) or 4096)
     save_config(source, out / "config.json", keep_vision_config=True)
     return SynthResult(
         path=out,
@@ -170,7 +160,19 @@ def synth(
     )
 
 
-def _write_index(out: Path, shards: list[list[OutputTensor]], size: int, parameters: int) -> None:
+def _write_weights(out: Path, shards: list[list[OutputTensor]], progress: Progress | None) -> None:
+    size = sum(tensor.nbytes for shard in shards for tensor in shard)
+    written = 0
+    for i, shard in enumerate(shards):
+        with (out / _shard_name(i, len(shards))).open("wb") as file:
+            for n in _write_shard(file, shard):
+                written += n
+                if progress is not None:
+                    progress(written, size)
+
+
+def _write_index(out: Path, shards: list[list[OutputTensor]], parameters: int) -> None:
+    size = sum(tensor.nbytes for shard in shards for tensor in shard)
     weight_map = {
         tensor.name: _shard_name(i, len(shards))
         for i, shard in enumerate(shards)
@@ -365,8 +367,8 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
-    """A byte-level tokenizer: ids 0..255 are the bytes, then the special tokens, then fillers.
+def _write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
+    """Write a byte-level tokenizer: ids 0..255 are the bytes, then special tokens, then fillers.
 
     A filler decodes to " t" and its id, so that every id a random model gives is text. There is no
     chat template: to a random model a prompt is just its tokens, for mlx-lm's tools too.
@@ -383,6 +385,10 @@ def write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
         [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
     )
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    _write_json(
+        out / "generation_config.json",
+        {"eos_token_id": [IM_END, END_OF_TEXT], "pad_token_id": END_OF_TEXT, "do_sample": False},
+    )
     _write_json(
         out / "tokenizer_config.json",
         {
