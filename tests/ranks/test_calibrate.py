@@ -3,25 +3,43 @@
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.calibration.calibrate import calibrate
+from cenacle.calibration import calibrate
+from cenacle.calibration.calibrate import Calibration, Kernel, Measured
 from cenacle.cli.main import app
 from cenacle.errors import InputError
 from cenacle.planning import catalog
 
 
-def test_two_nodes_of_this_machine_become_a_machine_and_a_link(tmp_path):
-    file = tmp_path / "this.toml"
-    command = ["calibrate", "--quick", "--nodes", "2", "--out", str(file)]
+def test_two_nodes_of_this_machine_become_a_machine_and_a_link(tmp_path, monkeypatch):
+    monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
+    command = ["calibrate", "--quick", "--nodes", "2"]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    known = catalog.load_catalog([file])
-    here, link = known.machine("this"), known.link("measured")
-    assert here["overhead_us"] >= here.alone["overhead_us"] > 0
-    assert 0 <= here.expert_s < 0.01
+    assert (tmp_path / "catalog" / "this.toml").exists()
+    known = catalog.load_catalog()
+    machine, link = known.machine("this"), known.link("measured")
+    assert machine["overhead_us"] >= machine.alone["overhead_us"] > 0
+    assert 0 <= machine.expert_s < 0.01
     assert 0 < link["latency_us"] < 1e6
-    assert here.bytes_per_s > 0
+    assert machine.bytes_per_s > 0
+
+
+def test_the_result_is_written_where_the_user_says(tmp_path, monkeypatch):
+    facts = {"date": "2026-11-23", "cenacle": "0", "mlx": "0", "processor": "some"}
+    facts |= {"device": "cpu", "backend": "alone"}
+    numbers = (Measured(0.0, 0.0), Measured(20.0, 0.1), None, {}, None, 16.0, facts)
+    result = Calibration(
+        *("shed", 1, {512: Measured(10.0, 0.1)}, {"a": Kernel(9.0, 0.1, 50.0)}, None, *numbers)
+    )
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_: result)
+    file = tmp_path / "new" / "shed.toml"
+    command = ["calibrate", "--name", "shed", "--out", str(file)]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert str(file) in done.output
+    assert catalog.load_catalog([file]).machine("shed")["bandwidth_gb_s"] == 10
 
 
 def test_more_nodes_than_can_be_measured_are_refused():
     with pytest.raises(InputError, match="nodes: expected 1 to 8, got 9"):
-        calibrate("this", 9, quick=True)
+        calibrate.calibrate("this", 9, quick=True)

@@ -107,16 +107,17 @@ KNOWN = catalog.load_catalog()
 GRID_MODELS = (
     *("dbrx", "qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3", "qwen3-next-80b-a3b", "mixtral-8x7b"),
 )
-GRID_LAYERS = 2
 
 
 def grid_config(name: str) -> dict:
-    """The first layers of a model of the catalog."""
+    """The first layers of a model of the catalog, with few experts."""
     row = KNOWN.models[KNOWN.model(name).name]
     config = json.loads(json.dumps(KNOWN.configs[row["config"]]["config"]))
+    limits = dict.fromkeys(("num_hidden_layers", "n_layers"), 2)
+    limits |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 32)
+    limits["first_k_dense_replace"] = 1
     for table in (config, config.get("text_config") or {}):
-        table |= {k: GRID_LAYERS for k in ("num_hidden_layers", "n_layers") if k in table}
-        table |= {k: 1 for k in ("first_k_dense_replace",) if k in table}
+        table |= {key: min(table[key], limit) for key, limit in limits.items() if key in table}
     return config
 
 

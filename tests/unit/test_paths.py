@@ -47,8 +47,11 @@ def test_the_config_folder_is_created_for_its_owner_only(monkeypatch, tmp_path):
         paths.make_config_dir()
 
 
-def test_calibrate_and_bench_follow_cenacle_home(monkeypatch, tmp_path):
+def test_bench_follows_cenacle_home_and_xdg_cache_home(monkeypatch, tmp_path):
     from cenacle.bench import measure
 
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
-    assert measure.BenchConfig("model").cache == tmp_path
+    assert measure.BenchConfig("model").cache_dir == tmp_path
+    monkeypatch.delenv("CENACLE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert measure.BenchConfig("model").cache_dir == tmp_path / "xdg" / "cenacle"

@@ -293,16 +293,12 @@ PARAMETERS = (
 )
 
 
-def fit(
-    measurements: Sequence[Measurement],
-    catalog: Catalog,
-    parameters: Sequence[Parameter] = PARAMETERS,
-) -> Catalog:
-    """The catalog with `parameters` fitted to `measurements`.
+def fit(measurements: Sequence[Measurement], catalog: Catalog) -> Catalog:
+    """The catalog with `PARAMETERS` fitted to `measurements`.
 
     Least `fit_loss` of log(predicted / measured) plus each parameter's prior.
     """
-    affecting = [tuple(p for p in parameters if p.affects(m, catalog)) for m in measurements]
+    affecting = [tuple(p for p in PARAMETERS if p.affects(m, catalog)) for m in measurements]
     known: dict[tuple[int, tuple[float, ...]], float] = {}
 
     def log_error(i: int, values: dict[Parameter, float]) -> float:
@@ -314,10 +310,10 @@ def fit(
         return known[key]
 
     def loss(values: dict[Parameter, float]) -> float:
-        priors = [p.prior * abs(math.log(values[p] / p.start)) for p in parameters]
+        priors = [p.prior * abs(math.log(values[p] / p.start)) for p in PARAMETERS]
         return fit_loss(log_error(i, values) for i in range(len(measurements))) + sum(priors)
 
-    values = coordinate_descent({p: (p.start, p.low, p.high) for p in parameters}, loss)
+    values = coordinate_descent({p: (p.start, p.low, p.high) for p in PARAMETERS}, loss)
     return _with_values(catalog, values)
 
 
@@ -331,16 +327,12 @@ def _with_values(catalog: Catalog, values: dict[Parameter, float]) -> Catalog:
     return replace(catalog, fits=fits)
 
 
-def leave_one_out(
-    measurements: Sequence[Measurement],
-    catalog: Catalog,
-    parameters: Sequence[Parameter] = PARAMETERS,
-) -> list[Validation]:
+def leave_one_out(measurements: Sequence[Measurement], catalog: Catalog) -> list[Validation]:
     """Each measurement predicted by parameters fitted on all the others."""
     validations = []
     for i, measurement in enumerate(measurements):
         others = [*measurements[:i], *measurements[i + 1 :]]
-        validations.append(validate_one(measurement, fit(others, catalog, parameters)))
+        validations.append(validate_one(measurement, fit(others, catalog)))
     return validations
 
 

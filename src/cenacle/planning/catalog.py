@@ -47,10 +47,6 @@ class Fact:
     confidence: str
     source: str
 
-    def __str__(self) -> str:
-        mark = " (unverified)" if self.confidence == "D" else ""
-        return f"{self.value:g}{mark} [{self.confidence}: {self.source}]"
-
 
 @dataclass(frozen=True)
 class Machine:

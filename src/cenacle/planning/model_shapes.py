@@ -189,11 +189,6 @@ class ModelShape:
         return self.trunk_read + self.head_read + experts
 
     @property
-    def dense_layers(self) -> int:
-        """Feed-forward layers without experts."""
-        return self.layers - self.moe_layers
-
-    @property
     def overhead_layers(self) -> float:
         """Layers, each weighted by what its kind of attention costs in overhead."""
         return sum(a.layers * a.overhead_weight for a in self.attention)

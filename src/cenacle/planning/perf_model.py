@@ -20,9 +20,12 @@ Next: `planner.py` compares schemes; `plan_cost.py` predicts a given plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
+
+import numpy as np
 
 from ..core.plan import largest_remainder
 from ..errors import InputError, PlanError
@@ -152,7 +155,6 @@ class Prediction:
         usable_per_node: what each node may hold.
         max_experts: experts per layer on the busiest node, one user.
         fair_share: experts per layer on each node if they were spread evenly.
-        note: a remark for people.
     """
 
     scheme: str
@@ -168,7 +170,6 @@ class Prediction:
     usable_per_node: tuple[float, ...]
     max_experts: float
     fair_share: float
-    note: str = ""
 
     @property
     def token_s(self) -> float:
@@ -280,7 +281,7 @@ def predict(
     if len(machines) == 1 or scheme == "pipeline":  # the stages of a pipeline take turns
         machines = tuple(m.alone for m in machines)
     if len(machines) == 1:
-        layout = _single_machine_layout(workload, machines[0])
+        layout = _single_machine_layout(workload)
     elif scheme == "pipeline":
         layout = _pipeline_layout(workload, machines, node_weights)
     elif scheme == "tensor":
@@ -303,26 +304,25 @@ def predict(
         cluster.batch_step(),
         workload.users,
         cluster.prompt_s() + sum(timings.values()),
-        layout.bytes_per_node,
+        tuple(layout.sizes.tolist()),
         tuple(m.usable_bytes for m in machines),
         layout.max_experts(1) * workload.skew,
         workload.shape.top_k / len(machines),
-        layout.note,
     )
 
 
 # ---- who holds and computes what
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layout:
-    """Which node holds and computes what.
+    """Which node holds and computes what. Arrays have an entry for each node.
 
     Args:
-        bytes_per_node: weights, cache and the program.
-        attention: each node's part of attention and routers (and of reading its cache).
-        dense: each node's part of dense layers, shared experts and head.
-        experts: each node's part of every expert (sliced), else 1.
+        sizes: bytes of weights, cache and the program.
+        attention: part of attention and routers (and of reading their cache).
+        dense: part of dense layers, shared experts and head.
+        experts: part of every expert, where they are sliced.
         groups: of whole experts with the same members (cost per node); None: sliced.
         replica_ranks: of replicated experts, else None.
         local_experts: experts held per node where all of them are computed (P-LB).
@@ -333,15 +333,14 @@ class _Layout:
     placement: str
     trunk: str
     shape: ModelShape
-    bytes_per_node: tuple[float, ...]
-    attention: tuple[float, ...]
-    dense: tuple[float, ...]
-    experts: tuple[float, ...]
+    sizes: np.ndarray
+    attention: np.ndarray
+    dense: np.ndarray
+    experts: np.ndarray
     groups: tuple[ExpertGroup, ...] | None = None
     replica_ranks: ReplicaRanks | None = None
     local_experts: int = 0
     all_reduces: int = 1
-    note: str = ""
 
     @property
     def is_pipeline(self) -> bool:
@@ -357,10 +356,10 @@ class _Layout:
         if self.local_experts:
             return float(self.local_experts)
         if self.groups is None:
-            return max(self.experts) * expected_distinct_experts(experts, top_k, tokens)
+            distinct = expected_distinct_experts(experts, top_k, tokens)
+            return float(self.experts.max()) * distinct
         if self.replica_ranks is not None:
-            nodes = len(self.bytes_per_node)
-            return _replicated_load(self.replica_ranks, nodes, experts, top_k, tokens)
+            return _replicated_load(self.replica_ranks, len(self.sizes), experts, top_k, tokens)
         return expected_max_load_of_batch(self.groups, top_k, tokens)
 
 
@@ -377,25 +376,20 @@ def _replicated_load(
     return mean_max_load(replica_ranks, nodes, active, limit=ENUMERATED_CHOICES)
 
 
-def _single_machine_layout(workload: Workload, machine: Machine) -> _Layout:
-    total = workload.total_bytes + workload.kv_bytes + PROGRAM_BYTES
-    everything = (1.0,)
-    return _Layout(
-        *("single", "whole", "replicated", workload.shape, (total,)),
-        *(everything, everything, everything),
-        all_reduces=0,
-        note=machine.title,
-    )
+def _single_machine_layout(workload: Workload) -> _Layout:
+    whole = np.ones(1)
+    sizes = whole * (workload.total_bytes + workload.kv_bytes + PROGRAM_BYTES)
+    names = ("single", "whole", "replicated")
+    return _Layout(*names, workload.shape, sizes, whole, whole, whole, all_reduces=0)
 
 
 def _pipeline_layout(
     workload: Workload, machines: tuple[Machine, ...], node_weights: Sequence[float] | None
 ) -> _Layout:
     """Layers by memory."""
-    weights = node_weights or [m.usable_bytes for m in machines]
-    parts = tuple(w / sum(weights) for w in weights)
-    total = workload.total_bytes + workload.kv_bytes
-    sizes = tuple(part * total + PROGRAM_BYTES for part in parts)
+    weights = np.array(node_weights or [m.usable_bytes for m in machines])
+    parts = weights / weights.sum()
+    sizes = parts * (workload.total_bytes + workload.kv_bytes) + PROGRAM_BYTES
     return _Layout("pipeline", "whole", "layers", workload.shape, sizes, parts, parts, parts)
 
 
@@ -411,10 +405,9 @@ def _tensor_parallel_layout(workload: Workload, machines: tuple[Machine, ...]) -
     # The one latent of mla is on every node.
     kv_part = 1 / n if all(a.kind in ("gqa", "linear") for a in s.attention) else 1
     sliced = workload.attention_bytes + workload.dense_bytes + workload.routed_bytes
-    sizes = sliced / n + workload.fixed_bytes + workload.kv_bytes * kv_part
-    even = (1 / n,) * n
-    names = ("tensor", "sliced", "sharded")
-    return _Layout(*names, s, (sizes,) * n, even, even, even, all_reduces=2)
+    even = np.full(n, 1 / n)
+    sizes = sliced * even + workload.fixed_bytes + workload.kv_bytes * kv_part
+    return _Layout("tensor", "sliced", "sharded", s, sizes, even, even, even, all_reduces=2)
 
 
 def _expert_parallel_layout(
@@ -427,70 +420,51 @@ def _expert_parallel_layout(
 ) -> _Layout:
     """Cenacle's own placements."""
     s, n, alike = workload.shape, len(machines), _are_alike(machines)
-    ones = (1.0,) * n
-    weights = tuple(node_weights) if node_weights else _balanced_weights(workload, machines)
-    attention = _head_parts(s, n) if trunk == "sharded" else ones
-    names = ("expert", placement, trunk)
-    all_reduces = 2 if trunk == "sharded" else 1
+    weights = np.array(node_weights or _balanced_weights(workload, machines))
+    attention = _head_parts(s, n) if trunk == "sharded" else np.ones(n)
     if placement == "sliced" and not alike:
         raise PlanError("the machines are unlike: weighted slices are better than even ones")
     if placement == "weighted" and alike and not node_weights:
         raise PlanError("the machines are alike: weighted slices are even ones")
-    if placement == "sliced" or (placement in ("whole", "replicated") and alike):
-        dense = (1 / n,) * n
-    else:
-        dense = weights
-    parts = dense
-    if not slice_dense:
-        dense = ones
-    sizes = [
+    parts = np.full(n, 1 / n) if alike and placement != "weighted" else weights
+    dense = parts if slice_dense else np.ones(n)
+    sizes = (
         workload.fixed_bytes
-        + attention[i] * (workload.attention_bytes + workload.kv_bytes)
-        + dense[i] * workload.dense_bytes
-        for i in range(n)
-    ]
+        + attention * (workload.attention_bytes + workload.kv_bytes)
+        + dense * workload.dense_bytes
+    )
+    layout = _Layout("expert", placement, trunk, s, sizes, attention, dense, parts)
+    layout = replace(layout, all_reduces=2 if trunk == "sharded" else 1)
     if placement in ("sliced", "weighted"):
-        bytes_per_node = tuple(sizes[i] + parts[i] * workload.routed_bytes for i in range(n))
-        return _Layout(*names, s, bytes_per_node, attention, dense, parts, all_reduces=all_reduces)
+        return replace(layout, sizes=sizes + parts * workload.routed_bytes)
     if n > s.experts:
         raise PlanError(f"{n} nodes cannot each hold one of {s.experts} experts")
-    per_expert = workload.expert_bytes_of_layers
-    if placement == "replicated":
-        if not alike:
-            raise PlanError("replicas are assigned evenly; these machines are not alike")
-        room = min(m.usable_bytes - b for m, b in zip(machines, sizes, strict=True))
-        window = min(s.experts, int(room / per_expert))
-        if window <= -(-s.experts // n):
-            raise PlanError(
-                f"no memory for replicas: a node has room for {max(0, window)} experts per layer, "
-                f"an even placement gives it {-(-s.experts // n)}"
-            )
-        return _Layout(
-            *names,
-            s,
-            tuple(b + window * per_expert for b in sizes),
-            attention,
-            dense,
-            ones,
-            (ExpertGroup(s.experts, n),),
-            overlapping_windows(s.experts, n, window),
-            all_reduces=all_reduces,
-            note=f"{window} of {s.experts} experts per layer on each node",
+    expert_bytes = workload.expert_bytes_of_layers
+    rates = [m.bytes_per_s for m in machines]
+    if placement == "whole":
+        even = alike and not node_weights
+        counts = (
+            even_counts(s.experts, n) if even else largest_remainder(s.experts, weights.tolist())
         )
-    even = alike and not node_weights
-    counts = even_counts(s.experts, n) if even else largest_remainder(s.experts, weights)
-    slowest = max(1 / m.bytes_per_s for m in machines)
-    groups = tuple(
-        ExpertGroup(count, 1, (1 / m.bytes_per_s) / slowest)
-        for count, m in zip(counts, machines, strict=True)
-    )
-    bytes_per_node = tuple(b + count * per_expert for b, count in zip(sizes, counts, strict=True))
-    return _Layout(
-        *names, s, bytes_per_node, attention, dense, ones, groups, all_reduces=all_reduces
+        groups = [ExpertGroup(c, 1, min(rates) / r) for c, r in zip(counts, rates, strict=True)]
+        return replace(layout, sizes=sizes + np.array(counts) * expert_bytes, groups=tuple(groups))
+    if not alike:
+        raise PlanError("replicas are assigned evenly; these machines are not alike")
+    window = min(s.experts, int((machines[0].usable_bytes - sizes.max()) / expert_bytes))
+    if window <= -(-s.experts // n):
+        raise PlanError(
+            f"no memory for replicas: a node has room for {max(0, window)} experts per layer, "
+            f"an even placement gives it {-(-s.experts // n)}"
+        )
+    return replace(
+        layout,
+        sizes=sizes + window * expert_bytes,
+        groups=(ExpertGroup(s.experts, n),),
+        replica_ranks=overlapping_windows(s.experts, n, window),
     )
 
 
-def _head_parts(shape: ModelShape, nodes: int) -> tuple[float, ...]:
+def _head_parts(shape: ModelShape, nodes: int) -> np.ndarray:
     """Each node's part of attention that is divided by heads."""
     if shape.kv_heads is None:
         raise PlanError(
@@ -499,7 +473,7 @@ def _head_parts(shape: ModelShape, nodes: int) -> tuple[float, ...]:
         )
     if nodes > shape.kv_heads:
         raise PlanError(f"{shape.kv_heads} key/value heads are fewer than {nodes} nodes")
-    return tuple(heads / shape.kv_heads for heads in even_counts(shape.kv_heads, nodes))
+    return np.array(even_counts(shape.kv_heads, nodes)) / shape.kv_heads
 
 
 def _paper_layout(workload: Workload, scheme: str, machines: tuple[Machine, ...]) -> _Layout:
@@ -512,28 +486,21 @@ def _paper_layout(workload: Workload, scheme: str, machines: tuple[Machine, ...]
     s, n = workload.shape, len(machines)
     if n > s.experts:
         raise PlanError(f"{n} nodes cannot each hold one of {s.experts} experts")
-    replicated = (
-        workload.trunk_bytes
-        + s.moe_layers * workload.shared_bytes
-        + workload.kv_bytes
-        + PROGRAM_BYTES
-    )
-    per_expert = workload.expert_bytes_of_layers
-    half = -(-s.experts // 2)
-    if n == 2 or replicated + half * per_expert <= min(m.usable_bytes for m in machines):
+    shared_bytes = s.moe_layers * workload.shared_bytes
+    replicated = workload.trunk_bytes + shared_bytes + workload.kv_bytes + PROGRAM_BYTES
+    expert_bytes, half = workload.expert_bytes_of_layers, -(-s.experts // 2)
+    if n == 2 or replicated + half * expert_bytes <= min(m.usable_bytes for m in machines):
         groups = [ExpertGroup(s.experts - half, n // 2), ExpertGroup(half, n - n // 2)]
         local, placement = half, "whole" if n == 2 else "replicated"
     else:
-        counts = even_counts(s.experts, n)
-        groups = [ExpertGroup(count) for count in counts]
-        local, placement = max(counts), "whole"
-    ones = (1.0,) * n
-    sizes = (replicated + local * per_expert,) * n
+        groups = [ExpertGroup(count) for count in even_counts(s.experts, n)]
+        local, placement = max(group.size for group in groups), "whole"
+    ones = np.ones(n)
+    sizes = ones * (replicated + local * expert_bytes)
     return _Layout(
         *(scheme, placement, "replicated", s, sizes, ones, ones, ones, tuple(groups)),
         local_experts=local if scheme == "P-LB" else 0,
         all_reduces=1 if scheme == "P-LR-D" else 2,
-        note="the paper's program: gRPC and a hand-off to the host in every layer",
     )
 
 
@@ -541,57 +508,59 @@ def _are_alike(machines: Sequence[Machine]) -> bool:
     return len({(m.name, m.usable_bytes, m.bytes_per_s) for m in machines}) == 1
 
 
-def _balanced_weights(workload: Workload, machines: tuple[Machine, ...]) -> tuple[float, ...]:
+def _balanced_weights(workload: Workload, machines: tuple[Machine, ...]) -> list[float]:
     """Shares by bandwidth, none above what its memory holds; the excess goes to the others."""
-    n = len(machines)
     attention = workload.attention_bytes
     embedding = workload.shape.embedding * workload.trunk_weight_bytes
-    total = workload.total_bytes - attention - embedding
-    caps = [
-        max(0.0, m.usable_bytes - workload.fixed_bytes - attention - workload.kv_bytes) / total
-        for m in machines
-    ]
-    rates = [m.bytes_per_s for m in machines]
-    full: set[int] = set()
-
-    def shares() -> list[float]:
-        left = max(0.0, 1 - sum(caps[i] for i in full))
-        free = sum(rates[i] for i in range(n) if i not in full)
-        return [caps[i] if i in full else left * rates[i] / free for i in range(n)]
-
-    for _ in range(n):
-        current = shares()
-        over = {i for i in range(n) if i not in full and current[i] > caps[i]}
-        if not over or len(full | over) == n:
+    usable = np.array([m.usable_bytes for m in machines])
+    room = usable - workload.fixed_bytes - attention - workload.kv_bytes
+    caps = np.maximum(0.0, room) / (workload.total_bytes - attention - embedding)
+    rates = np.array([m.bytes_per_s for m in machines])
+    full = np.zeros(len(machines), dtype=bool)
+    while True:
+        left = max(0.0, 1 - caps[full].sum())
+        shares = np.where(full, caps, left * rates / rates[~full].sum())
+        over = ~full & (shares > caps)
+        if not over.any() or (full | over).all():
             break
         full |= over
-    positive = [max(share, 1e-3) for share in shares()]
-    return tuple(share / sum(positive) for share in positive)
+    shares = np.maximum(shares, 1e-3)
+    return list(shares / shares.sum())
 
 
 # ---- time
 
 
-@dataclass(frozen=True)
 class _Cluster:
     """A workload on machines, under a layout."""
 
-    workload: Workload
-    layout: _Layout
-    machines: tuple[Machine, ...]
-    link: Link | None
-    constants: PaperConstants
+    def __init__(
+        self,
+        workload: Workload,
+        layout: _Layout,
+        machines: tuple[Machine, ...],
+        link: Link | None,
+        constants: PaperConstants,
+    ) -> None:
+        self.workload, self.layout, self.machines = workload, layout, machines
+        self.link, self.constants = link, constants
+        # Vectors that nodes send are float32 on CPUs.
+        self._element_bytes = 4 if machines[0].kind == "cpu" else 2
+        self._operations_per_s = self._facts("tflops") * 1e12 * self._facts("compute")
+        self._bytes_per_s = np.array([m.bytes_per_s for m in machines])
+
+    def _facts(self, key: str) -> np.ndarray:
+        return np.array([m[key] for m in self.machines])
 
     def step(self, tokens: int, users: int, context: float | None = None) -> dict[str, float]:
         """Seconds by phase of a step that takes `tokens` tokens of `users` users through."""
         at = int(self.workload.context if context is None else context)
-        head_s = self._head_s(users)
         return {
             "trunk": self._trunk_s(tokens, users, at),
             "experts": self._experts_s(tokens),
             "communication": self._communication_s(tokens),
             "overhead": self._overhead_s(tokens),
-            "head": head_s,
+            "head": self._head_s(users),
         }
 
     def batch_step(self) -> dict[str, float]:
@@ -623,70 +592,49 @@ class _Cluster:
                 seconds += count * sum(self.step(tokens, 1, max(1, length / 2)).values())
         return seconds
 
-    def _elapsed(self, seconds_of_nodes: Sequence[float]) -> float:
+    def _elapsed(self, seconds_of_nodes: np.ndarray) -> float:
         """Stages of a pipeline follow one another; ranks that share a layer work at once."""
-        return sum(seconds_of_nodes) if self.layout.is_pipeline else max(seconds_of_nodes)
+        pipeline = self.layout.is_pipeline
+        return float(seconds_of_nodes.sum() if pipeline else seconds_of_nodes.max())
 
-    def _over_nodes(
-        self, parts: Sequence[float], seconds: Callable[[Machine, float], float]
-    ) -> list[float]:
-        return [seconds(m, part) for m, part in zip(self.machines, parts, strict=True)]
+    def _work_s(self, bytes_: np.ndarray, operations: np.ndarray | float) -> Any:
+        """Seconds to read weights and compute with them: whichever takes longer."""
+        return np.maximum(bytes_ / self._bytes_per_s, operations / self._operations_per_s)
 
     def _trunk_s(self, tokens: int, users: int, context: int) -> float:
-        s, weight_bytes = self.workload.shape, self.workload.trunk_weight_bytes
-        weights = s.trunk_read - s.dense
-
-        def attention(m: Machine, part: float) -> float:
-            cached = part * users * s.kv_read(context)
-            operations = part * tokens * s.attention_operations(context)
-            return _work_s(m, part * weights * weight_bytes, 2 * tokens * part * weights) + max(
-                cached / (m["bandwidth_gb_s"] * 1e9 * m["kv_efficiency"]),
-                operations / (m["tflops"] * 1e12 * m["attention_compute"]),
-            )
-
-        def dense(m: Machine, part: float) -> float:
-            return _work_s(m, part * s.dense * weight_bytes, 2 * tokens * part * s.dense)
-
-        pairs = zip(
-            self._over_nodes(self.layout.attention, attention),
-            self._over_nodes(self.layout.dense, dense),
-            strict=True,
+        s, layout, size = self.workload.shape, self.layout, self.workload.trunk_weight_bytes
+        attention = layout.attention * (s.trunk_read - s.dense)
+        dense = layout.dense * s.dense
+        cache_bytes_per_s = self._facts("bandwidth_gb_s") * 1e9 * self._facts("kv_efficiency")
+        operations_per_s = self._facts("tflops") * 1e12 * self._facts("attention_compute")
+        cache_s = layout.attention * np.maximum(
+            users * s.kv_read(context) / cache_bytes_per_s,
+            tokens * s.attention_operations(context) / operations_per_s,
         )
-        return self._elapsed([a + b for a, b in pairs])
+        attention_s = self._work_s(attention * size, 2 * tokens * attention)
+        return self._elapsed(attention_s + cache_s + self._work_s(dense * size, 2 * tokens * dense))
 
     def _experts_s(self, tokens: int) -> float:
-        s, layout = self.workload.shape, self.layout
+        s, layout, workload = self.workload.shape, self.layout, self.workload
         distinct = expected_distinct_experts(s.experts, s.top_k, tokens)
+        if layout.groups is None:
+            loads = layout.experts * distinct
+        else:  # `max_experts` counts in experts of the slowest node
+            max_experts = layout.max_experts(tokens) * workload.skew
+            loads = max_experts * self._bytes_per_s / self._bytes_per_s.min()
+        # Work on one expert is shared by the tokens that chose it.
+        computed = s.top_k * np.minimum(1.0, loads / distinct)
+        if layout.local_experts:
+            computed = np.full(len(self.machines), layout.local_experts)
+        operations = 2 * tokens * s.expert * computed
+        # Of a sliced expert every node begins its own slice.
+        begun = distinct if layout.groups is None and not layout.is_pipeline else loads
+        begin_s = begun * np.array([m.expert_s for m in self.machines])
         read_speed = self.constants.naive_read if layout.scheme == "naive" else 1.0
-
-        def routed(m: Machine, load: float) -> float:
-            # Work on one expert is shared by the tokens that chose it.
-            operations = 2 * tokens * s.top_k * s.expert * min(1.0, load / distinct)
-            if layout.local_experts:
-                operations = 2 * tokens * layout.local_experts * s.expert
-            # Of a sliced expert every node begins its own slice.
-            begun = distinct if layout.groups is None and not layout.is_pipeline else load
-            read = load * self.workload.expert_bytes / read_speed
-            return begun * m.expert_s + _work_s(m, read, operations)
-
-        def shared(m: Machine, part: float) -> float:
-            return _work_s(m, part * self.workload.shared_bytes, 2 * tokens * part * s.shared)
-
-        pairs = zip(
-            self._over_nodes(self._expert_loads(tokens, distinct), routed),
-            self._over_nodes(layout.dense, shared),
-            strict=True,
-        )
-        return s.moe_layers * self._elapsed([a + b for a, b in pairs])
-
-    def _expert_loads(self, tokens: int, distinct: float) -> list[float]:
-        """Experts (in whole ones) that each node computes in one layer."""
-        if self.layout.groups is None:
-            return [part * distinct for part in self.layout.experts]
-        max_experts = self.layout.max_experts(tokens) * self.workload.skew
-        rates = [m.bytes_per_s for m in self.machines]
-        # `max_experts` counts in experts of the slowest node.
-        return [max_experts * rate / min(rates) for rate in rates]
+        routed_s = begin_s + self._work_s(loads * workload.expert_bytes / read_speed, operations)
+        shared_bytes = layout.dense * workload.shared_bytes
+        shared_s = self._work_s(shared_bytes, 2 * tokens * layout.dense * s.shared)
+        return s.moe_layers * self._elapsed(routed_s + shared_s)
 
     def _communication_s(self, tokens: int) -> float:
         link, layout, s, n = self.link, self.layout, self.workload.shape, len(self.machines)
@@ -703,53 +651,34 @@ class _Cluster:
             return count * all_reduce_s(link, n, vector, self.constants)
         # "(E[max], hidden) bf16 to every peer": outputs of all computed experts, warm-ups too.
         size = layout.max_experts(1) * s.hidden * 2
-        exchange_s = all_reduce_s(link, n, size, self.constants)
-        seconds = tokens * s.moe_layers * layout.all_reduces * exchange_s
+        layer_s = layout.all_reduces * all_reduce_s(link, n, size, self.constants)
         if layout.scheme == "naive":
-            seconds += tokens * s.moe_layers * self.constants.naive_exchange_s
-        return seconds
+            layer_s += self.constants.naive_exchange_s
+        return tokens * s.moe_layers * layer_s
 
     def _head_s(self, users: int) -> float:
         """The head is read for tokens that are sampled: one per user."""
         s, link, n = self.workload.shape, self.link, len(self.machines)
-
-        def head(m: Machine, part: float) -> float:
-            read = part * s.head_read * self.workload.trunk_weight_bytes
-            return _work_s(m, read, 2 * users * part * s.head_read)
-
+        head_bytes = s.head_read * self.workload.trunk_weight_bytes
+        whole_s = self._work_s(np.full(n, head_bytes), 2 * users * s.head_read)
         if link is None or n == 1 or self.layout.is_pipeline:
-            return head(self.machines[-1], 1.0)
-        whole = max(head(m, 1.0) for m in self.machines)
+            return float(whole_s[-1])
         if self.layout.is_paper:
-            return whole
+            return float(whole_s.max())
         # Whatever is quicker: a sliced head and gathered logits, or the whole head everywhere.
+        part = self.layout.dense
+        sliced_s = self._work_s(part * head_bytes, 2 * users * part * s.head_read)
         logits = users * s.vocabulary * self._element_bytes
-        gather = all_reduce_s(link, n, logits, self.constants)
-        return min(max(self._over_nodes(self.layout.dense, head)) + gather, whole)
+        gather_s = all_reduce_s(link, n, logits, self.constants)
+        return float(min(sliced_s.max() + gather_s, whole_s.max()))
 
     def _overhead_s(self, tokens: int) -> float:
-        s, layout = self.workload.shape, self.layout
-        overheads_us = [m["overhead_us"] for m in self.machines]
-        overhead_us = max(overheads_us)
-        if layout.is_pipeline:
-            overhead_us = sum(
-                o * part for o, part in zip(overheads_us, layout.experts, strict=True)
-            )
-        seconds = s.overhead_layers * overhead_us / 1e6
+        s, layout, overhead_us = self.workload.shape, self.layout, self._facts("overhead_us")
+        layer_us = overhead_us @ layout.experts if layout.is_pipeline else overhead_us.max()
+        seconds = float(s.overhead_layers * layer_us / 1e6)
         if layout.is_paper:
             seconds = tokens * (seconds + s.layers * self.constants.handoff_s)
         return seconds
-
-    @property
-    def _element_bytes(self) -> int:
-        """Of the vectors that nodes send: float32 on CPUs."""
-        return 4 if self.machines[0].kind == "cpu" else 2
-
-
-def _work_s(machine: Machine, bytes_: float, operations: float) -> float:
-    """Seconds to read weights and compute with them: whichever takes longer."""
-    compute = machine["tflops"] * 1e12 * machine["compute"]
-    return max(bytes_ / machine.bytes_per_s, operations / compute)
 
 
 def all_reduce_s(link: Link, nodes: int, size: float, constants: PaperConstants) -> float:

@@ -143,7 +143,7 @@ def balanced_max_load(active: Iterable[int], replica_ranks: ReplicaRanks, nodes:
 
 
 def mean_max_load(
-    replica_ranks: ReplicaRanks, nodes: int, top_k: int, limit: int = 20_000, seed: int = 0
+    replica_ranks: ReplicaRanks, nodes: int, top_k: int, limit: int = 20_000
 ) -> float:
     """E[max] of any placement, uniform routing: over all choices, or over some if that is many.
 
@@ -155,7 +155,7 @@ def mean_max_load(
     if math.comb(experts, top_k) <= limit:
         choices = combinations(range(experts), top_k)
     else:
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         choices = [rng.choice(experts, top_k, replace=False) for _ in range(limit // 10)]
     loads = [balanced_max_load(choice, replica_ranks, nodes) for choice in choices]
     return sum(loads) / len(loads)
