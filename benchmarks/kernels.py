@@ -1,8 +1,8 @@
-"""How near the native kernels come to what the memory gives: `python benchmarks/kernels.py`.
+"""How close the native kernels come to the memory bandwidth: `python benchmarks/kernels.py`.
 
-For each format: one layer far larger than the caches, and its ceiling, a pure read of its bytes by
-as many threads, in turn in one run; medians. Then several tokens at once, in multiplications. The
-last line of stdout is JSON. Speeds are only worth something on an idle machine.
+For each format: one layer far larger than the caches, in turn with its limit, a pure read of its
+bytes by as many threads; medians. Then several tokens at once, in multiplications. The last line of
+stdout is JSON. Run it on an idle machine.
 """
 
 import argparse
@@ -33,9 +33,9 @@ def layer(name: str, rows: int) -> tuple[Any, mx.array, int]:
     """The kernels' weights, the array that holds most of their bytes, and their bytes."""
     weights = native.extension().Weights
     # A block of random rows, repeated: drawing them all takes longer than measuring.
-    some = mx.random.normal((1024, WIDTH)).astype(mx.bfloat16)
+    block = mx.random.normal((1024, WIDTH)).astype(mx.bfloat16)
     if name in ("float32", "bfloat16", "float16"):
-        w = mx.contiguous(mx.tile(some.astype(getattr(mx, name)), (rows // 1024, 1)))
+        w = mx.contiguous(mx.tile(block.astype(getattr(mx, name)), (rows // 1024, 1)))
         return weights(w, None, None, None, 0, 0, ""), w, w.nbytes
     bits, group, mode = {
         "4-bit g32": (4, 32, "affine"),
@@ -47,11 +47,11 @@ def layer(name: str, rows: int) -> tuple[Any, mx.array, int]:
     }[name]
     parts = [
         mx.contiguous(mx.tile(a, (rows // 1024, 1)))
-        for a in mx.quantize(some, group, bits, mode=mode)
+        for a in mx.quantize(block, group, bits, mode=mode)
     ]
     q, s, *b = parts
-    made = weights(q, s, b[0] if b else None, None, bits, group, mode)
-    return made, q, sum(p.nbytes for p in parts)
+    layer_weights = weights(q, s, b[0] if b else None, None, bits, group, mode)
+    return layer_weights, q, sum(p.nbytes for p in parts)
 
 
 def main() -> None:
@@ -71,33 +71,33 @@ def main() -> None:
     formats = ("float32", "bfloat16", "float16", "8-bit g64")
     results = []
     for name in (*formats, "4-bit g32", "4-bit g64", "4-bit g128", "mxfp4", "3-bit g64"):
-        made, array, size = layer(name, args.rows)
+        weights, array, size = layer(name, args.rows)
         xs = {t: mx.random.normal((t, WIDTH)) for t in (1, 8, 64)}
         mx.eval(*xs.values())
 
-        def run(tokens: int, made: Any = made, xs: dict[int, mx.array] = xs) -> float:
-            return seconds(lambda: mx.eval(module.linear(xs[tokens], made)))
+        def run(tokens: int, weights: Any = weights, xs: dict[int, mx.array] = xs) -> float:
+            return seconds(lambda: mx.eval(module.linear(xs[tokens], weights)))
 
         run(1)
         pairs = [
             (seconds(lambda array=array: module.read(array)), run(1)) for _ in range(args.repeat)
         ]
-        ceiling = array.nbytes / statistics.median(p[0] for p in pairs) / 1e9
+        limit = array.nbytes / statistics.median(p[0] for p in pairs) / 1e9
         one = statistics.median(p[1] for p in pairs)
         many = {t: min(run(t) for _ in range(2)) for t in (8, 64)}
         speed = {t: args.rows * WIDTH * t / s / 1e9 for t, s in {1: one, **many}.items()}
-        got = size / one / 1e9
+        gb_s = size / one / 1e9
         results.append(
             {
                 "format": name,
-                "read_gb_s": ceiling,
-                "one_token_gb_s": got,
-                "percent": 100 * got / ceiling,
+                "read_gb_s": limit,
+                "one_token_gb_s": gb_s,
+                "percent": 100 * gb_s / limit,
                 "gmac_s": speed,
             }
         )
         macs = "  ".join(f"{v:6.1f}" for v in speed.values())
-        print(f"{name:12} {ceiling:9.1f} {got:13.1f} {100 * got / ceiling:12.0f}      {macs}")
+        print(f"{name:12} {limit:9.1f} {gb_s:13.1f} {100 * gb_s / limit:12.0f}      {macs}")
     conditions = {"threads": args.threads, "kernels": module.selected_kernels(), "width": WIDTH}
     print(json.dumps({**conditions, "rows": args.rows, "results": results}))
 

@@ -1,1 +1,1 @@
-"""Measuring: our ranks, their ceilings, peers, and the schedules of the paper."""
+"""Measuring a model's speed, the limits of the hardware, and peers."""

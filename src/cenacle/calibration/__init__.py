@@ -1,1 +1,1 @@
-"""Commands that measure, and what they measured."""
+"""Measuring this machine, and comparing predictions with measurements."""

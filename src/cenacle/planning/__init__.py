@@ -1,5 +1,5 @@
-"""The performance model: what a model will do on given machines, and what to buy.
+"""Predicting a model's speed and memory, and choosing a placement. Pure: no MLX, no sockets.
 
-Read `cost.py` first: it is the model. `catalog.py` and `shapes.py` give it facts, `routing.py`
-counts experts, `planner.py` ranks schemes; `validate.py` holds it against measurements.
+Read `perf_model.py` first. `catalog.py` and `model_shapes.py` give it facts, `routing_stats.py`
+counts experts, `planner.py` compares schemes, `choose_plan.py` chooses a plan for given ranks.
 """

@@ -1,1 +1,1 @@
-"""The paper's schedules and their study. Nothing that serves imports it."""
+"""The schedules of the DBRX paper and their comparison; no other package but `cli` uses it."""

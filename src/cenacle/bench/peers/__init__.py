@@ -1,1 +1,1 @@
-"""Other programs that a benchmark compares with."""
+"""Other programs that the benchmark compares with."""
