@@ -233,7 +233,7 @@ def _explain(option: Option, options: Sequence[Option]) -> str:
     if slowdown < 1.005:
         more_memory = sum(p.bytes_per_node) > 1.01 * sum(best.bytes_per_node)
         return "as fast as the best" + (", with more memory" if more_memory else "")
-    reason = f"{slowdown:.2f}x slower than the best: {worst} takes {excess_ms:.1f} ms more"
+    reason = f"{slowdown:.2f}x slower than the best: {excess_ms:.1f} ms more in {worst}"
     is_paper = option.scheme in PAPER_SCHEMES
     whole_experts = (option.scheme == "expert" or is_paper) and p.max_experts > p.fair_share
     if whole_experts and worst == "experts":
