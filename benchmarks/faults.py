@@ -81,7 +81,7 @@ def run_local_rows(options: argparse.Namespace, names: list[str], folder: Path, 
         server: local_faults.Server | None = None
         undisturbed: list[str] = []
         for name in names:
-            if (why := local_faults.why_not(name)) is not None:
+            if (why := local_faults.unavailable_reason(name)) is not None:
                 print(f"{name:30}not run: {why}")
                 continue
             row, record = local_faults.ROWS[name], rows.setdefault(name, FaultRecord())

@@ -299,7 +299,7 @@ def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(kernels):
         ranks.load(LoadOrder(str(MIXTRAL), plan, kernels))
         group = RankGroup(ranks, Scheduler(4, 0))
         model = Model(deployed(plan), group)
-        said = "rank 1 chose other experts than rank 0 for the same tokens in exchange [0-9]+, "
+        said = "rank 1 chose other experts than rank 0 for the same tokens in all-reduce [0-9]+, "
         tokens = []
         with pytest.raises(RankLost, match=said + "layer 1"):
             tokens.extend(model.stream(PROMPT, 16))
