@@ -32,6 +32,7 @@ LONGEST_FILES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file runs in one process, since its tests share servers; all of hosts/ in one, since its
     files make network namespaces of the same names."""
