@@ -14,9 +14,12 @@ install: .venv/installed
 demo: install
 	$(BIN)/cenacle demo --nodes 2
 
-# In three processes: tests that start several ranks often wait for them.
+# In three processes, a file in one of them: tests that start several ranks often wait for them.
+# Then hosts alone: their network namespaces have deadlines of seconds.
 test: install lint
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+	  tests/ranks tests/browser tests/mlx tests/unit
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/hosts
 
 # What failures cost: each ten times, an hour in all; and an hour with a fault every minute.
 faults: install

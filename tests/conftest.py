@@ -32,18 +32,10 @@ LONGEST_FILES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file runs in one process, since its tests share servers; all of hosts/ in one, since its
-    files make network namespaces of the same names."""
-
     def rank(item: pytest.Item) -> tuple[int, int]:
         folder, name = item.path.parent.name, item.path.name
         files = LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
         return FOLDERS.index(folder), files
 
     items.sort(key=rank)
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder == "hosts" else f"{folder}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
