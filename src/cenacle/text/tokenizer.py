@@ -24,6 +24,7 @@ from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
 from .output_parser import OutputParser, ParseCalls, TextStream
+from .reasoning import SWITCHES, ReasoningSettings, map_effort
 
 # Template variables, and arguments of the rendering function, that clients cannot set.
 _RESERVED_VARIABLES = frozenset(
@@ -102,6 +103,23 @@ class ChatTokenizer:
         match = re.search(rf"\b{re.escape(variable)}\b", str(template))
         return self.has_template and (template is None or match is not None)
 
+    def map_reasoning_effort(self, effort: str | None) -> ReasoningSettings:
+        """What an effort of OpenAI's means to this model, whatever its template knows.
+
+        The template's own word for it, if it has `reasoning_effort`; else its switch for reasoning
+        and a limit of tokens; else nothing. Explicit parameters of the client come first:
+        `render(options={**settings.variables, **template_kwargs}, reasoning=settings.enabled)`,
+        and `settings.budget` limits the reasoning.
+
+        Args:
+            effort: one of `reasoning.EFFORTS`: none, minimal, low, medium, high, xhigh, max; None:
+                no effect.
+        """
+        if effort is None:
+            return ReasoningSettings()
+        template = str(self._tokenizer.chat_template or "") if self.has_template else ""
+        return map_effort(effort, template, has_reasoning=self.has_reasoning)
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Text to ids, with the tokenizer's first token unless the text has it."""
         bos = self._tokenizer.bos_token
@@ -147,7 +165,8 @@ class ChatTokenizer:
         if tools:
             variables["tools"] = [tool.to_json() for tool in tools]
         if reasoning is not None:
-            variables["enable_thinking"] = reasoning
+            switches = [name for name in SWITCHES if self._template_uses(name)]
+            variables |= dict.fromkeys(switches or SWITCHES[:1], reasoning)
         if continue_final_message:
             variables["continue_final_message"] = True
         try:
