@@ -22,3 +22,13 @@ function(add_kernels target)
       PROPERTIES COMPILE_OPTIONS "-march=armv8.2-a+dotprod")
   endif()
 endfunction()
+
+# Make `target` stop at the first bad access to memory or undefined operation (`make sanitize`).
+option(CENACLE_SANITIZE "Compile with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
+function(add_sanitizers target)
+  if(CENACLE_SANITIZE)
+    set(flags -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+    target_compile_options(${target} PRIVATE ${flags})
+    target_link_options(${target} PRIVATE ${flags})
+  endif()
+endfunction()
