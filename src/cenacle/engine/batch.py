@@ -33,6 +33,7 @@ from mlx_lm.sample_utils import LogitsProcessor
 from ..collective.base import Collective
 from ..core.request import Request, TokenEvent
 from ..core.step import Page, PrefixReuse, PromptChunk
+from ..model.families import Batching
 from ..model.step_timer import StepTimer
 from .cache.kv_cache import SequenceCache, can_merge, can_trim
 from .sampling.sampler import SamplingState
@@ -158,19 +159,21 @@ def make_batch(
     collective: Collective,
     timer: StepTimer,
     draft_model: DraftModelProposer | None = None,
+    batching: Batching = Batching.PADDED,
 ) -> Batch:
-    """Continuous batching where mlx-lm can merge this model's caches, else one by one.
+    """Continuous batching where the model can be batched, else one by one.
 
     Drafts are possible only with the former, and if the caches can be trimmed.
     """
-    if not (options.plain_kv_cache and can_merge(model)):
+    one_by_one = batching is Batching.ONE_BY_ONE
+    if one_by_one or not (options.plain_kv_cache and can_merge(model)):
         return SequentialBatch(model, options)
     decoder = None
     if options.speculative != "off" and can_trim(model):
         decoder = SpeculativeDecoder(
             model, collective, timer, options.speculative, draft_model=draft_model
         )
-    return ContinuousBatch(model, options, decoder)
+    return ContinuousBatch(model, options, decoder, batching)
 
 
 class ContinuousBatch(Batch):
@@ -179,14 +182,18 @@ class ContinuousBatch(Batch):
     reusable_caches = True
 
     def __init__(
-        self, model: nn.Module, options: EngineOptions, decoder: SpeculativeDecoder | None = None
+        self,
+        model: nn.Module,
+        options: EngineOptions,
+        decoder: SpeculativeDecoder | None = None,
+        batching: Batching = Batching.PADDED,
     ) -> None:
         super().__init__(model, options)
         self._generator = BatchGenerator(
             model,
             prefill_step_size=options.prefill_chunk_size,
             completion_batch_size=options.max_batch_size,
-            prefill_batch_size=options.max_batch_size,
+            prefill_batch_size=options.max_batch_size if batching is Batching.PADDED else 1,
         )
         self._generations: dict[int, Generation] = {}  # by mlx-lm's uid
         self._decoder = decoder

@@ -20,9 +20,10 @@ from ..collective.base import Collective
 from ..core.request import TokenEvent
 from ..core.step import Step
 from ..errors import ClusterError
+from ..model.families import Batching
 from ..model.step_timer import StepTimer
 from ..scheduler.prefix_index import CacheFootprint
-from .batch import make_batch
+from .batch import ContinuousBatch, make_batch
 from .cache import kv_cache
 from .cache.disk_store import PageStore
 from .options import EngineOptions
@@ -39,6 +40,7 @@ class Engine:
         vocabulary: for grammars; None: requests have none.
         draft_model: for speculative decoding; None: drafts come from the text alone.
         page_store: the prefix cache on disk; None: there is none.
+        batching: which requests may share a pass of this model.
     """
 
     def __init__(
@@ -50,12 +52,13 @@ class Engine:
         vocabulary: Vocabulary | None = None,
         draft_model: DraftModelProposer | None = None,
         page_store: PageStore | None = None,
+        batching: Batching = Batching.PADDED,
     ) -> None:
         self._model, self._options = model, options
         self._collective, self._timer = collective, timer
         self._sampling_states = SamplingStates(collective, vocabulary)
         self._page_store = page_store
-        self._batch = make_batch(model, options, collective, timer, draft_model)
+        self._batch = make_batch(model, options, collective, timer, draft_model, batching)
         self._draft_stats = self._batch.draft_stats
         self._next_step = 0
 
@@ -153,6 +156,11 @@ class Engine:
             options.kv_group_size,
             reusable=self._batch.reusable_caches,
         )
+
+    @property
+    def batches_requests(self) -> bool:
+        """Whether requests share passes of the model."""
+        return isinstance(self._batch, ContinuousBatch)
 
     def take_draft_stats(self) -> DraftStats:
         """Of the drafts since the last call."""

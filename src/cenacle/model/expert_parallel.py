@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -346,6 +347,8 @@ def parallelize(
         InputError: "native" cannot be used here.
     """
     family, rank = family_of(family_name), collective.rank
+    if family.make_caches is not None:
+        model.make_cache = partial(family.make_caches, model)
     use_native = kernels != "mlx" and native_layers.is_supported()
     if kernels == "native" and not use_native:
         reason = native.unavailable_reason() or "they are for CPUs, this is a GPU"

@@ -13,10 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
 from mlx_lm.utils import MODEL_REMAPPING
 
 from ..core.model_config import Config
@@ -51,6 +53,17 @@ def layer_index(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+class Batching(Enum):
+    """Which requests may share a pass, so that no answer depends on the requests beside it.
+
+    mlx-lm pads prompts of one pass on the right, and shorter caches of one batch on the left.
+    """
+
+    PADDED = "prompts share passes, and generating requests too"
+    UNPADDED_PROMPTS = "each prompt has its own passes; generating requests share theirs"
+    ONE_BY_ONE = "each request has its own passes"
+
+
 @dataclass(frozen=True)
 class Family:
     """What a family does differently.
@@ -73,6 +86,8 @@ class Family:
         unsliceable_reason: why an expert's hidden width cannot be sliced: its output is not a
             sum over it.
         metal_only: mlx-lm implements it with Metal kernels only.
+        batching: what the model's layers can take; `tests/mlx/test_batching.py` shows it.
+        make_caches: replaces the model's own `make_cache`; called with the model.
         note: what is special, for `cenacle families`.
     """
 
@@ -85,6 +100,8 @@ class Family:
     interleaved_gate_up: bool = False
     unsliceable_reason: str | None = None
     metal_only: bool = False
+    batching: Batching = Batching.PADDED
+    make_caches: Callable[[Any], list[Any]] | None = None
     note: str = ""
 
     @property
@@ -103,6 +120,17 @@ def _longcat_forward(block: Any, x: mx.array, *, all_reduce: AllReduce) -> mx.ar
     y = block.switch_mlp(x, mx.where(identity, block.n_routed_experts, ids))
     y = (y * mx.where(identity, 0.0, weights)[..., None]).sum(axis=-2)
     return all_reduce(y) + x * mx.where(identity, weights, 0.0).sum(axis=-1, keepdims=True)
+
+
+def _make_ngram_caches(model: Any) -> list[Any]:
+    """mlx-lm's, with the tokens before the first one: caches of one width can share a batch.
+
+    Token 0 adds nothing to the id of an n-gram, as a missing token does.
+    """
+    caches: list[Any] = type(model).make_cache(model)
+    context = ArraysCache(size=1)
+    context[0] = mx.zeros((1, model.args.emb_neighbor_num - 1), mx.int64)
+    return [context, *caches[1:]]
 
 
 def _rename_gpt_oss_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -156,6 +184,7 @@ _GENERIC = Family()
 _PLAIN = Family(plain_attention=True)
 FAMILIES: dict[str, Family] = {
     "dbrx": Family(plain_attention=True, note="experts come as a list and are stacked on loading"),
+    "deepseek_v41": Family(note="without Engram layers, which mlx-lm lacks; requests take turns"),
     "exaone_moe": Family(
         plain_attention=True,
         config_defaults=lambda c: {
@@ -182,7 +211,21 @@ FAMILIES: dict[str, Family] = {
     "longcat_flash": Family(
         forward=_longcat_forward, note="zero-computation experts return the token"
     ),
-    "longcat_flash_ngram": Family(forward=_longcat_forward, note="as longcat_flash"),
+    "longcat_flash_ngram": Family(
+        forward=_longcat_forward,
+        # Padding would take the place of the last tokens in the context of n-grams.
+        batching=Batching.UNPADDED_PROMPTS,
+        make_caches=_make_ngram_caches,
+        note="as longcat_flash",
+    ),
+    # The last state of recurrent layers would include the padding after the prompt.
+    "bailing_moe_linear": Family(batching=Batching.UNPADDED_PROMPTS),
+    "jamba": Family(batching=Batching.UNPADDED_PROMPTS, plain_attention=True),
+    "minimax_m3_vl": Family(
+        # Padding would move the borders of the blocks that sparse attention chooses from.
+        batching=Batching.ONE_BY_ONE,
+        note="requests take turns",
+    ),
     "muse_spark": Family(
         metal_only=True,
         note="never run: needs Metal",
@@ -192,6 +235,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": Family(
         biases_after_sum=("fc2_latent_proj.bias",),
         plain_attention=True,
+        batching=Batching.UNPADDED_PROMPTS,
         note="latent experts are projected back",
     ),
     "minimax_m2": Family(
@@ -220,7 +264,6 @@ FAMILIES: dict[str, Family] = {
             "glm4_moe",
             "granitemoe",
             "granitemoehybrid",
-            "jamba",
             "lfm2_moe",
             "llama4",
             "mellum",

@@ -220,6 +220,7 @@ class _Worker:
         from ..engine.sampling.grammar import Vocabulary
         from ..model.checksums import weight_checksums
         from ..model.expert_parallel import parallelize
+        from ..model.families import family_of
         from ..model.loader import load_rank_model
         from ..model.step_timer import StepTimer
         from ..text.tokenizer import ChatTokenizer
@@ -239,10 +240,19 @@ class _Worker:
         folder, config = self._checkpoint.folder, self._checkpoint.config
         vocabulary = Vocabulary(lambda: ChatTokenizer(folder, config))
         store = self._open_page_store()
-        engine = Engine(model, self._collective, timer, self._options, vocabulary, drafter, store)
+        batching = family_of(family).batching
+        engine = Engine(
+            model, self._collective, timer, self._options, vocabulary, drafter, store, batching
+        )
         device = str(mx.default_device())
         if order.kernels != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
             device += f", {native.describe_kernels()}"
+        notices = list(store.notices) if store is not None else []
+        if rank == 0 and not engine.batches_requests:
+            notices.append(
+                "requests take turns in every step: with this model and these options of the KV "
+                "cache they cannot share a pass"
+            )
         # What the draft model will keep of the text comes out of what is left for requests.
         draft_bytes = self._draft.cache_bytes if self._draft is not None and rank == 0 else 0
         ready = Ready(
@@ -251,7 +261,7 @@ class _Worker:
             available_memory() - draft_bytes,
             engine.footprint(),
             tuple(store.listing) if store is not None and store.listing is not None else None,
-            tuple(store.notices) if store is not None else (),
+            tuple(notices),
             checksums,
         )
         self._channel.send(ready.to_json())

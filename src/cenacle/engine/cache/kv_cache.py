@@ -37,6 +37,7 @@ from ...errors import InputError
 from ...scheduler.prefix_index import CacheFootprint
 
 MAX_OPEN_FILES = 32
+GROWTH_LENGTHS = (256, 512)  # beyond the windows of the families with caches of their own kind
 NOT_TRUNCATABLE = (RotatingKVCache, ChunkedKVCache, ArraysCache)  # they overwrite old positions
 
 
@@ -203,6 +204,8 @@ def measure_footprint(
         if isinstance(cache, ArraysCache):
             fixed_bytes += cache.nbytes
             continue
+        if _is_own_kind(cache):
+            continue
         if cache.keys is None:
             continue  # a layer without a cache
         arrays = (cache.keys, cache.values)
@@ -213,9 +216,33 @@ def measure_footprint(
             windows[cache.chunk_size] += size
         else:
             bytes_per_token += size
+    own_kinds = [i for i, cache in enumerate(flatten_caches(caches)) if _is_own_kind(cache)]
+    if own_kinds:
+        needs_checkpoints = True
+        growth_bytes, constant_bytes = _measure_growth(model, own_kinds)
+        bytes_per_token, fixed_bytes = bytes_per_token + growth_bytes, fixed_bytes + constant_bytes
     return CacheFootprint(
         bytes_per_token, fixed_bytes, tuple(sorted(windows.items())), needs_checkpoints, reusable
     )
+
+
+def _is_own_kind(cache: Any) -> bool:
+    return not isinstance(cache, ArraysCache) and not hasattr(cache, "keys")
+
+
+def _measure_growth(model: nn.Module, indices: list[int]) -> tuple[int, int]:
+    """Bytes per token, rounded up, and constant bytes of caches that tell only their size."""
+
+    def total_bytes(tokens: int) -> int:
+        caches = make_prompt_cache(model)
+        model(mx.zeros((1, tokens), dtype=mx.int32), cache=caches)
+        flat = list(flatten_caches(caches))
+        return sum(flat[i].nbytes for i in indices)
+
+    short, long = GROWTH_LENGTHS
+    short_bytes, long_bytes = total_bytes(short), total_bytes(long)
+    per_token = -(-(long_bytes - short_bytes) // (long - short))
+    return per_token, max(0, short_bytes - short * per_token)
 
 
 def can_trim(model: nn.Module) -> bool:

@@ -1,0 +1,160 @@
+"""Requests do not change the answers of others beside them: every family, through the engine."""
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from one_process import in_threads, load_rank
+
+from cenacle.collective.base import Collective
+from cenacle.collective.single import SingleRank
+from cenacle.core.plan import Plan
+from cenacle.core.request import Request, Sampling
+from cenacle.engine.engine import Engine
+from cenacle.engine.options import EngineOptions
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.families import family_of, list_families
+from cenacle.model.spec_reader import read_model_spec
+from cenacle.model.step_timer import StepTimer
+from cenacle.model.synth import synth
+from cenacle.scheduler.scheduler import Scheduler
+
+RUNNABLE = [row.name for row in list_families() if row.refused is None]
+LENGTHS = (1, 3, 17, 40, 64, 128)
+VOCABULARY = 250
+TOLERANCE = 5e-3  # of log-probabilities
+
+
+def make_prompt(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).randrange(1, VOCABULARY) for _ in range(length))
+
+
+def make_request(
+    name: str, tokens: tuple[int, ...], max_tokens: int, temperature: float = 0.0, seed: int = 1
+) -> Request:
+    sampling = Sampling(temperature=temperature, seed=seed)
+    return Request(name, tokens, max_tokens, sampling=sampling, logprobs=0)
+
+
+# One answer runs from the beginning; the others join it. The last three are as `n=3` makes them.
+RUNNING = make_request("running", make_prompt(9, 0), 30)
+JOINING = [make_request(f"{n} tokens", make_prompt(n, n), 4) for n in LENGTHS]
+SAMPLED = [make_request(f"choice {k}", make_prompt(23, 5), 4, 1.0, k + 1) for k in range(3)]
+REQUESTS = [RUNNING, *JOINING, *SAMPLED]
+
+
+class RunningModel:
+    """One rank's part of a family's tiny model, and answers of its engine."""
+
+    def __init__(self, folder: Path, collective: Collective) -> None:
+        checkpoint = Checkpoint.open(folder)
+        plan = Plan.whole(read_model_spec(checkpoint), collective.size)
+        self.batching = family_of(plan.spec.family).batching
+        self.collective, self.timer = collective, StepTimer()
+        self.model = load_rank(folder, plan, collective, self.timer, "auto")
+
+    def answers(
+        self,
+        bursts: Iterable[list[Request]],
+        cancelled: Iterable[str] = (),
+        prefill_chunk_size: int = 512,
+        prefix_cache_gb: float = 0.0,
+    ) -> dict[str, list[tuple[int, float]]]:
+        """Submit a burst every three steps; cancel in the middle; run to the end."""
+        options = EngineOptions(
+            prefill_chunk_size=prefill_chunk_size,
+            prefix_cache_gb=prefix_cache_gb,
+            speculative="off",
+        )
+        engine = Engine(self.model, self.collective, self.timer, options, batching=self.batching)
+        footprint = engine.footprint()
+        assert footprint.total_bytes([100]) > 0
+        scheduler = Scheduler(
+            prefill_chunk_size=prefill_chunk_size,
+            footprint=footprint,
+            prefix_cache_bytes=int(prefix_cache_gb * 1e9),
+        )
+        waiting, to_cancel = list(bursts), list(cancelled)
+        tokens: dict[str, list[tuple[int, float]]] = {}
+        for number in range(1000):
+            if number % 3 == 0 and waiting:
+                for request in waiting.pop(0):
+                    scheduler.submit(request)
+            elif number > 6 and to_cancel:
+                scheduler.cancel(to_cancel.pop())
+            if (step := scheduler.next_step()) is not None:
+                for event in scheduler.on_tokens(engine.step(step)[0]):
+                    tokens.setdefault(event.request_id, []).append((event.token, event.logprob))
+            elif not waiting:
+                break
+        engine.close()
+        return tokens
+
+
+Answers = dict[str, list[tuple[int, float]]]
+
+
+def find_differences(alone: Answers, together: Answers, requests: list[Request]) -> dict[str, str]:
+    differences = {}
+    for request in requests:
+        name = request.id
+        if [t for t, _ in alone[name]] != [t for t, _ in together[name]]:
+            differences[name] = "tokens"
+            continue
+        error = max(abs(a - b) for (_, a), (_, b) in zip(alone[name], together[name], strict=True))
+        if error > TOLERANCE:
+            differences[name] = f"log-probabilities, by {error:.1e}"
+    return differences
+
+
+def on_every_rank(family: str, nodes: int, folder: Path, function: Callable[[RunningModel], Any]):
+    """What `function` gives on rank 0."""
+    synth(folder, family=family)
+
+    def run(collective: Collective) -> Any:
+        return function(RunningModel(folder, collective))
+
+    if nodes == 1:
+        return run(SingleRank())
+    return in_threads(nodes, run)[0]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("family", RUNNABLE)
+def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes, tmp_path):
+    cancelled = ["3 tokens", "40 tokens"]
+
+    def run(running: RunningModel) -> tuple[Answers, Answers, Answers]:
+        alone: Answers = {}
+        for request in REQUESTS:
+            alone |= running.answers([[request]])
+        together = running.answers([[RUNNING], JOINING, SAMPLED])
+        # In chunks, one joins after the other, and some end early.
+        bursts = [[RUNNING], *([r] for r in JOINING), SAMPLED]
+        in_turn = running.answers(bursts, cancelled, prefill_chunk_size=16)
+        return alone, together, in_turn
+
+    alone, together, in_turn = on_every_rank(family, nodes, tmp_path / "model", run)
+    assert all(len(alone[r.id]) == r.max_tokens for r in REQUESTS)
+    assert find_differences(alone, together, REQUESTS) == {}
+    rest = [r for r in REQUESTS if r.id not in cancelled]
+    assert find_differences(alone, in_turn, rest) == {}
+
+
+@pytest.mark.parametrize("family", RUNNABLE)
+def test_kept_prefixes_give_the_same_answers(family, tmp_path):
+    shared = make_prompt(60, 60)
+    first = make_request("first", shared, 3)
+    requests = [make_request(f"tail {n}", shared + make_prompt(n, n), 6) for n in (1, 5, 20, 40)]
+
+    def run(running: RunningModel) -> tuple[Answers, Answers]:
+        alone: Answers = {}
+        for request in requests:
+            alone |= running.answers([[request]])
+        bursts = [[first, RUNNING], [], requests]
+        return alone, running.answers(bursts, prefill_chunk_size=16, prefix_cache_gb=1.0)
+
+    alone, together = on_every_rank(family, 1, tmp_path / "model", run)
+    assert find_differences(alone, together, requests) == {}
