@@ -4,32 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cenacle.text.detokenizer import Detokenizer
 from cenacle.text.output_parser import TextStream
 
 SILENT = 0
 
 
-class Detokenizer:
-    """Token n is `words[n - 1]`; like mlx-lm's, it may hold an unfinished character back."""
-
-    def __init__(self, words):
-        self.words, self.last_segment, self._held = words, "", b""
-
-    def add_token(self, token):
-        assert token != SILENT, "a stop token reached the detokenizer"
-        word = self.words[token - 1]
-        data = self._held + (word if isinstance(word, bytes) else word.encode())
-        text = data.decode(errors="ignore")
-        self._held = data[len(text.encode()) :]
-        self.last_segment = text
-
-    def finalize(self):
-        self.last_segment = self._held.decode(errors="replace")
-        self._held = b""
+def detokenizer_of(words):
+    """Token n is `words[n - 1]`; a stop token has no entry and must not reach it."""
+    data = [word if isinstance(word, bytes) else word.encode() for word in words]
+    return Detokenizer(dict(enumerate(data, 1)))
 
 
 def pieces(words, stop=(), end=True):
-    stream = TextStream(Detokenizer(words), stop, (SILENT,))
+    stream = TextStream(detokenizer_of(words), stop, (SILENT,))
     given = [stream.add(i + 1) for i in range(len(words))]
     return [*given, stream.finish()] if end else given, stream
 
@@ -76,13 +64,13 @@ def test_hold_back(words, stop, expected):
 
 
 def test_nothing_comes_after_a_stop_string():
-    stream = TextStream(Detokenizer(["ab", "cd"]), ["b"], ())
+    stream = TextStream(detokenizer_of(["ab", "cd"]), ["b"], ())
     assert [stream.add(1), stream.add(2), stream.finish()] == ["a", "", ""]
     assert stream.stopped
 
 
 def test_stop_tokens_have_no_text():
-    stream = TextStream(Detokenizer(["a"]), (), (SILENT,))
+    stream = TextStream(detokenizer_of(["a"]), (), (SILENT,))
     assert [stream.add(1), stream.add(SILENT), stream.finish()] == ["a", "", ""]
     assert not stream.stopped
 

@@ -83,12 +83,18 @@ class InFlightChoice:
             parts += self.parser.finish()
         if self.parser.stop_string is not None:
             self.finish = FinishReason("string", self.parser.stop_string)
+            self._drop_logprobs(len(self.parser.cut_text.encode()))
         elif self.parser.finished:
             self.finish = FinishReason("stop")
         if self._logprobs and (parts or self.finish):
             parts = attach_logprobs(parts or [OutputPart("text", "")], self._logprobs)
             self._logprobs.clear()
         return parts
+
+    def _drop_logprobs(self, size_bytes: int) -> None:
+        """Drop those of tokens that lie wholly in the last bytes."""
+        while self._logprobs and len(self._logprobs[-1].data) <= size_bytes:
+            size_bytes -= len(self._logprobs.pop().data)
 
     def reason_first(self, parser: OutputParser) -> None:
         """Generate reasoning before what must match the grammar. It cannot end the choice."""

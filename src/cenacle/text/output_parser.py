@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.chat import OutputPart, TokenLogprob
+from .detokenizer import Detokenizer
 
 ParseCalls = Callable[[str], list[OutputPart]]
 """From the text between the markers of tool calls to parts."""
@@ -28,6 +29,7 @@ class StopStringFilter:
         self._stop = [s for s in stop if s]
         self._held = ""
         self.stop_string: str | None = None
+        self.cut_text = ""  # from the stop string on
 
     def add(self, piece: str) -> str:
         """The text that cannot be part of a stop string."""
@@ -38,6 +40,7 @@ class StopStringFilter:
         first = min(matches, default=None)
         if first is not None:
             (position, self.stop_string), self._held = first, ""
+            self.cut_text = text[position:]
             return text[:position]
         # Hold back the longest suffix that could begin a stop string.
         held = max(
@@ -56,12 +59,14 @@ class TextStream:
     """Tokens to pieces of text.
 
     Args:
-        detokenizer: mlx-lm's, new.
+        detokenizer: new.
         stop: stop strings.
         silent_tokens: ids without text.
     """
 
-    def __init__(self, detokenizer: Any, stop: Sequence[str], silent_tokens: Sequence[int]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stop: Sequence[str], silent_tokens: Sequence[int]
+    ) -> None:
         self._detokenizer = detokenizer
         self._filter = StopStringFilter(stop)
         self._silent_tokens = frozenset(silent_tokens)
@@ -75,22 +80,20 @@ class TextStream:
         """The text that is certain after this token; may be empty."""
         if self.stopped or token in self._silent_tokens:
             return ""
-        self._detokenizer.add_token(token)
-        return self._filter.add(self._detokenizer.last_segment)
+        return self._filter.add(self._detokenizer.add(token))
 
     def finish(self) -> str:
         """The text that was held back."""
         if self.stopped:
             return ""
-        self._detokenizer.finalize()
-        return self._filter.add(self._detokenizer.last_segment) + self._filter.finish()
+        return self._filter.add(self._detokenizer.finish()) + self._filter.finish()
 
 
 class OutputParser:
     """Tokens to parts of an output.
 
     Args:
-        detokenizer: mlx-lm's, new.
+        detokenizer: new.
         stop: stop strings for text; reasoning and calls may contain them.
         silent_tokens: ids without text.
         markers: state of mlx-lm's `TextStateMachine`; None: the output stays in its first state.
@@ -101,7 +104,7 @@ class OutputParser:
 
     def __init__(
         self,
-        detokenizer: Any,
+        detokenizer: Detokenizer,
         stop: Sequence[str],
         silent_tokens: Sequence[int],
         markers: Any = None,
@@ -121,6 +124,11 @@ class OutputParser:
         return self._filter.stop_string
 
     @property
+    def cut_text(self) -> str:
+        """What was generated and is not part of the output: from the stop string on."""
+        return self._filter.cut_text
+
+    @property
     def finished(self) -> bool:
         """Whether further tokens add nothing."""
         return self.stop_string is not None or self._calls_left == 0
@@ -134,15 +142,13 @@ class OutputParser:
         """The parts that are certain after this token; may be empty."""
         if self.finished or token in self._silent_tokens:
             return []
-        self._detokenizer.add_token(token)
-        return self._parse(self._detokenizer.last_segment)
+        return self._parse(self._detokenizer.add(token))
 
     def finish(self) -> list[OutputPart]:
         """The parts that were held back."""
         if self.finished:
             return []
-        self._detokenizer.finalize()
-        parts = self._parse(self._detokenizer.last_segment)
+        parts = self._parse(self._detokenizer.finish())
         if self._markers is not None and self._markers[0] is not None:
             parts += self._parse_segment(self._state, self._markers[3])  # may begin a marker
         return parts + self._finish_state()

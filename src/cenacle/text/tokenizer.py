@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from referencing import Registry
 from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
+from .detokenizer import Detokenizer, TokenBytes
 from .output_parser import OutputParser, ParseCalls, TextStream
 from .reasoning import SWITCHES, ReasoningSettings, map_effort
 
@@ -56,6 +58,10 @@ class ChatTokenizer:
         except Exception as error:  # transformers raises many classes
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.inner)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -206,16 +212,16 @@ class ChatTokenizer:
 
     def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
         """A stream of text that ends before any of the stop strings."""
-        return TextStream(self._tokenizer.detokenizer, stop, self.stop_tokens)
+        return TextStream(Detokenizer(self._token_bytes), stop, self.stop_tokens)
 
     def text_parser(self, stop: Sequence[str]) -> OutputParser:
         """A parser of outputs that are text only."""
-        return OutputParser(self._tokenizer.detokenizer, stop, self.stop_tokens)
+        return OutputParser(Detokenizer(self._token_bytes), stop, self.stop_tokens)
 
     def tool_call_parser(self, parse_calls: ParseCalls) -> OutputParser:
         """A parser of outputs that are tool calls only; `parse_calls` gets the whole output."""
         return OutputParser(
-            self._tokenizer.detokenizer,
+            Detokenizer(self._token_bytes),
             (),
             self.stop_tokens,
             parse_calls=parse_calls,
@@ -245,7 +251,7 @@ class ChatTokenizer:
         if state is None:
             state = "reasoning" if self.ends_in_reasoning(prompt) else "normal"
         return OutputParser(
-            self._tokenizer.detokenizer,
+            Detokenizer(self._token_bytes),
             stop,
             self.stop_tokens,
             make_text_state_machine(self._tokenizer).make_state(state),
@@ -275,23 +281,11 @@ class ChatTokenizer:
 
     def token_logprob(self, event: TokenEvent) -> TokenLogprob:
         """The log-probabilities of an event, with the bytes of its tokens."""
-        top = tuple(TokenLogprob(self._token_bytes(t), logprob) for t, logprob in event.top)
-        return TokenLogprob(self._token_bytes(event.token), event.logprob or 0.0, top)
-
-    def _token_bytes(self, token: int) -> bytes:
-        """As the streaming detokenizer has them, which may end inside a character."""
-        from mlx_lm import tokenizer_utils
-
-        detokenizer = self._tokenizer.detokenizer
-        if isinstance(detokenizer, tokenizer_utils.BPEStreamingDetokenizer):
-            if token >= len(detokenizer.tokenmap):
-                return b""
-            byte_of = tokenizer_utils._byte_decoder()
-            text = detokenizer.tokenmap[token]
-            return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in text)
-        if isinstance(detokenizer, tokenizer_utils.SPMStreamingDetokenizer):
-            return detokenizer.tokenmap[token].replace(detokenizer._sep, b" ")
-        return self.decode([token]).encode()
+        top = tuple(TokenLogprob(self._token_bytes[t], logprob) for t, logprob in event.top)
+        data = (
+            b"" if event.token in self._tokenizer.eos_token_ids else self._token_bytes[event.token]
+        )
+        return TokenLogprob(data, event.logprob or 0.0, top)
 
 
 def _call_part(call: dict[str, Any], schema: dict[str, Any] | None) -> OutputPart:

@@ -10,8 +10,9 @@ Next: `openai_responses.py` is OpenAI's newer API, `protocol.py` has what all AP
 
 from __future__ import annotations
 
+import codecs
 from abc import abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -597,7 +598,8 @@ class _TextBuilder(_CompletionBuilder):
 
     def __init__(self, request: GenerationRequest, meta: ResponseMeta) -> None:
         super().__init__(request, meta)
-        self._characters: Counter[int] = Counter()  # of the tokens so far, by choice
+        self._text_bytes: defaultdict[int, bytes] = defaultdict(bytes)  # a last, partial character
+        self._characters: Counter[int] = Counter()  # complete, of the tokens so far, by choice
 
     def first_events(self, index: int, usage: Usage) -> tuple[Event, ...]:  # noqa: ARG002
         return ()
@@ -623,7 +625,7 @@ class _TextBuilder(_CompletionBuilder):
         offsets = []
         for token in tokens:
             offsets.append(self._characters[index])
-            self._characters[index] += len(token.text)
+            self._count_characters(index, token.data)
         top = [{_token_name(one): one.logprob for one in token.top} for token in tokens]
         return {
             "tokens": [_token_name(token) for token in tokens],
@@ -631,6 +633,13 @@ class _TextBuilder(_CompletionBuilder):
             "top_logprobs": top if self._request.logprobs else None,
             "text_offset": offsets,
         }
+
+    def _count_characters(self, index: int, data: bytes) -> None:
+        """A character that is spread over tokens counts with the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(self._text_bytes[index] + data)
+        self._text_bytes[index] = decoder.getstate()[0]
+        self._characters[index] += len(text)
 
     @staticmethod
     def _finish_reason(finish: FinishReason) -> str:
