@@ -702,6 +702,19 @@ def test_formats_become_grammars() -> None:
     assert "not" in refused(chat, {"response_format": both})[3]
 
 
+def test_a_json_object_may_have_a_schema() -> None:
+    """The form of llama.cpp and of hosted services; to ignore it would change the answer."""
+    named = {"type": "json_schema", "json_schema": {"name": "p", "schema": PLACE}}
+    plain = {"type": "json_object", "schema": PLACE}
+    assert chat(response_format=plain).grammar == chat(response_format=named).grammar
+    for schema in ({"type": "texture"}, 123, {"type": 123}):
+        bad = {"type": "json_object", "schema": schema}
+        status, field, *_ = refused(chat, {"response_format": bad})
+        assert (status, field) == (400, "response_format.schema")
+    misplaced = {"type": "text", "schema": PLACE}
+    assert refused(chat, {"response_format": misplaced})[:2] == (400, "response_format.schema")
+
+
 EURO = "€".encode()
 LOGGED = [
     TokenLogprob(b"a", -0.5, (TokenLogprob(b"a", -0.5), TokenLogprob(EURO[:1], -1.5))),

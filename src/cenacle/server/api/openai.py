@@ -109,15 +109,26 @@ class OpenAIParameters(SharedParameters):
 
 
 class PlainFormat(RequestModel):
-    """Any text, or any JSON object."""
+    """Any text, or a JSON object, any one or what a schema describes."""
 
     type: Literal["text", "json_object"]
+    schema_: JsonObject | None = Field(
+        default=None, alias="schema", description="Of a json_object."
+    )
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if self.type == "text" and self.schema_ is not None:
+            fail("only allowed with type json_object", "schema")
+        return self
 
     def to_grammar(self, field: str) -> str | None:
         """Its grammar; `field` is its path in the request."""
         if self.type == "text":
             return None
-        return json_schema_grammar({"type": "object"}, field)
+        if self.schema_ is None:
+            return json_schema_grammar({"type": "object"}, field)
+        return json_schema_grammar(self.schema_, f"{field}.schema")
 
 
 class NamedSchema(RequestModel):
