@@ -99,7 +99,7 @@ CALLED = OutputPart("call", '{"place": "Oslo"}', "weather")
         ("<tool_call>[1]</tool_call>", [OutputPart("text", "<tool_call>[1]</tool_call>")]),
         (
             '<tool_call>{"name": "weather"',
-            [OutputPart("text", '<tool_call>{"name": "weather"</tool_call>')],
+            [OutputPart("text", '<tool_call>{"name": "weather"')],
         ),
     ],
 )
@@ -274,6 +274,21 @@ def test_every_format_of_tool_calls(tmp_path, parser):
     assert call.id == ("functions.weather:0" if parser == "kimi_k2" else "")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>",
+        "<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=weather>\n<parameter=place>\nOslo\n</function>\n</tool_call>",
+        "<tool_call>\n<function=weather>\n<parameter=place>\nOslo",
+    ],
+)
+def test_a_call_in_qwens_format_needs_no_wrapper_and_no_ends(tmp_path, said):
+    text = text_of(tmp_path, "{# <tool_call>\n<function= #}{{ tools }}")
+    assert [part for part in parts_of(text, said) if part.text.strip()] == [CALLED]
+    assert parts_of(text, said, tools=()) == [OutputPart("text", said)]
+
+
 def test_forced_calls_are_parsed_at_the_end(plain):
     said = '[{"name": "weather", "arguments": {"place": "Oslo"}}, {"name": "b", "arguments": {}}]'
     stream = plain.tool_call_parser(structured_output.parse_tool_calls)
@@ -283,7 +298,8 @@ def test_forced_calls_are_parsed_at_the_end(plain):
     cut = plain.tool_call_parser(structured_output.parse_tool_calls)
     for token in tokens[:-5]:
         cut.add(token)
-    assert cut.finish() == [OutputPart("text", plain.decode(tokens[:-5]))]
+    rest = OutputPart("text", '{"name": "b", "arguments":')
+    assert cut.finish(cut=True) == [CALLED, rest]  # complete calls stay calls
 
 
 def test_a_template_renders_tools_and_calls(thinker):

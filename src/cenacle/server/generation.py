@@ -80,7 +80,7 @@ class InFlightChoice:
         parts = self.parser.add(event.token)
         if event.finish is not None:
             self.finish = FinishReason("length" if event.finish == "length" else "stop")
-            parts += self.parser.finish()
+            parts += self.parser.finish(cut=event.finish == "length")
         if self.parser.stop_string is not None:
             self.finish = FinishReason("string", self.parser.stop_string)
             self._drop_logprobs(len(self.parser.cut_text.encode()))

@@ -18,8 +18,12 @@ from typing import Any
 from ..core.chat import OutputPart, TokenLogprob
 from .detokenizer import Detokenizer
 
-ParseCalls = Callable[[str], list[OutputPart]]
-"""From the text between the markers of tool calls to parts."""
+ParseCalls = Callable[[str, str, str, bool], list[OutputPart]]
+"""From the text between the markers of tool calls, the markers, and whether the output was cut
+there, to parts."""
+
+BARE_CALL, BARE_CALL_END = "<function=", "</function>"
+"""Markers of a call in Qwen's format that lacks its wrapper."""
 
 
 class StopStringFilter:
@@ -100,6 +104,7 @@ class OutputParser:
         parse_calls: parses tool calls.
         state: the first one: "normal", "reasoning" or "tool".
         max_calls: the output ends with this many calls; None: unlimited.
+        call_start, call_end: markers of calls.
     """
 
     def __init__(
@@ -111,11 +116,14 @@ class OutputParser:
         parse_calls: ParseCalls | None = None,
         state: str = "normal",
         max_calls: int | None = None,
+        call_start: str = "",
+        call_end: str = "",
     ) -> None:
         self._detokenizer, self._filter = detokenizer, StopStringFilter(stop)
         self._silent_tokens = frozenset(silent_tokens)
         self._markers, self._parse_calls, self._state = markers, parse_calls, state
         self._call_text, self._calls_left = "", max_calls
+        self._call_start, self._call_end = call_start, call_end
         self._after_marker = False  # the state has changed, and no text has come since
 
     @property
@@ -144,14 +152,14 @@ class OutputParser:
             return []
         return self._parse(self._detokenizer.add(token))
 
-    def finish(self) -> list[OutputPart]:
-        """The parts that were held back."""
+    def finish(self, *, cut: bool = False) -> list[OutputPart]:
+        """The parts that were held back; `cut`: the model had not ended the output."""
         if self.finished:
             return []
         parts = self._parse(self._detokenizer.finish())
         if self._markers is not None and self._markers[0] is not None:
             parts += self._parse_segment(self._state, self._markers[3])  # may begin a marker
-        return parts + self._finish_state()
+        return parts + self._finish_state(closed=False, cut=cut)
 
     def _parse(self, text: str) -> list[OutputPart]:
         if self._markers is None:
@@ -172,7 +180,7 @@ class OutputParser:
     def _parse_segment(self, state: str | None, text: str) -> list[OutputPart]:
         if self.finished:
             return []
-        if state == "tool":
+        if state in ("tool", "bare_tool"):
             self._call_text += text
             return []
         if self._after_marker:  # newlines after a marker belong to no part
@@ -180,19 +188,29 @@ class OutputParser:
             self._after_marker = not text
         if state == "reasoning":
             return [OutputPart("reasoning", text)] if text else []
-        text = self._filter.add(text) if state == "normal" else ""
+        text = self._filter.add(text) if state in ("normal", "after_call") else ""
         return [OutputPart("text", text)] if text else []
 
-    def _finish_state(self) -> list[OutputPart]:
-        if self._state == "tool":
+    def _finish_state(self, *, closed: bool = True, cut: bool = False) -> list[OutputPart]:
+        if self._state in ("tool", "bare_tool"):
             text, self._call_text = self._call_text, ""
-            parts = self._parse_calls(text) if self._parse_calls is not None and text else []
+            bare = self._state == "bare_tool"
+            start = BARE_CALL if bare else self._call_start
+            end = (BARE_CALL_END if bare else self._call_end) if closed else ""
+            parts: list[OutputPart] = []
+            if self._parse_calls is not None and text:
+                parts = self._parse_calls(text, start, end, cut)
             if self._calls_left is not None:
-                parts = parts[: self._calls_left]
+                parts = self._limit_calls(parts, self._calls_left)
                 self._calls_left -= sum(part.kind == "call" for part in parts)
             return parts
         held = self._filter.finish()
         return [OutputPart("text", held)] if held else []
+
+    @staticmethod
+    def _limit_calls(parts: list[OutputPart], limit: int) -> list[OutputPart]:
+        calls = [at for at, part in enumerate(parts) if part.kind == "call"]
+        return parts[: calls[limit - 1] + 1] if len(calls) >= limit > 0 else parts
 
 
 def attach_logprobs(parts: list[OutputPart], logprobs: Sequence[TokenLogprob]) -> list[OutputPart]:

@@ -10,23 +10,19 @@ family.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import regex
-from jsonschema import Draft202012Validator, ValidationError, validators
-from referencing import Registry
 
 from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
 from .detokenizer import Detokenizer, TokenBytes
-from .output_parser import OutputParser, ParseCalls, TextStream
+from .output_parser import BARE_CALL, BARE_CALL_END, OutputParser, ParseCalls, TextStream
 from .reasoning import SWITCHES, ReasoningSettings, map_effort
+from .tool_calls import CallReader
 
 # Template variables, and arguments of the rendering function, that clients cannot set.
 _RESERVED_VARIABLES = frozenset(
@@ -35,8 +31,6 @@ _RESERVED_VARIABLES = frozenset(
         *("add_generation_prompt", "continue_final_message", "return_dict", "tokenizer_kwargs"),
     )
 )
-
-PATTERN_TIMEOUT_S = 0.05  # per pattern of a strict tool; other requests wait meanwhile
 
 
 class ChatTokenizer:
@@ -245,8 +239,6 @@ class ChatTokenizer:
             prompt: token ids.
             parallel: False: the output ends with its first call.
         """
-        from mlx_lm.generate import make_text_state_machine
-
         state = self._tokenizer.response_initial_state
         if state is None:
             state = "reasoning" if self.ends_in_reasoning(prompt) else "normal"
@@ -254,26 +246,49 @@ class ChatTokenizer:
             Detokenizer(self._token_bytes),
             stop,
             self.stop_tokens,
-            make_text_state_machine(self._tokenizer).make_state(state),
+            self._state_machine(bool(tools)).make_state(state),
             self._make_call_parser(tools),
             state,
             None if parallel else 1,
+            self._tokenizer.tool_call_start or "",
+            self._tokenizer.tool_call_end or "",
+        )
+
+    def _state_machine(self, has_tools: bool) -> Any:
+        """mlx-lm's, and with Qwen's format also calls that lack their wrapper."""
+        from mlx_lm.generate import TextStateMachine, make_text_state_machine
+
+        machine = make_text_state_machine(self._tokenizer)
+        if not has_tools or self.inner.init_kwargs.get("tool_parser_type") != "qwen3_coder":
+            return machine
+        start, end = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
+        starts = [(start, "tool"), (BARE_CALL, "bare_tool")]
+        thinks = self.has_reasoning
+        normal = [*starts, *([(self._tokenizer.think_start, "reasoning")] if thinks else [])]
+        return TextStateMachine(
+            {
+                "normal": normal,
+                "tool": [(end, "normal")],
+                "bare_tool": [(BARE_CALL_END, "after_call")],
+                "after_call": [(end, "normal"), *normal],
+                **(
+                    {"reasoning": [(self._tokenizer.think_end, "normal"), *starts[:1]]}
+                    if thinks
+                    else {}
+                ),
+            }
         )
 
     def _make_call_parser(self, tools: Sequence[Tool]) -> ParseCalls:
-        tokenizer, tools_json = self._tokenizer, [tool.to_json() for tool in tools]
-        schemas = {tool.name: tool.parameters for tool in tools if tool.strict}
+        tokenizer = self._tokenizer
+        kind = self.inner.init_kwargs.get("tool_parser_type")
+        reader = CallReader(kind, tokenizer.tool_parser, tools)
 
-        def parse_calls(text: str) -> list[OutputPart]:
-            as_text = f"{tokenizer.tool_call_start}{text}{tokenizer.tool_call_end}"
-            if not tools:
-                return [OutputPart("text", as_text)]
-            try:
-                parsed = tokenizer.tool_parser(text, tools_json)
-                calls = parsed if isinstance(parsed, list) else [parsed]
-                return [_call_part(call, schemas.get(call["name"])) for call in calls]
-            except Exception:  # parsers raise anything on malformed calls
-                return [OutputPart("text", as_text)]
+        def parse_calls(text: str, start: str, end: str, cut: bool) -> list[OutputPart]:
+            parts = reader.read(BARE_CALL + text + end if start == BARE_CALL else text, cut=cut)
+            if any(part.kind == "call" for part in parts):
+                return parts
+            return [OutputPart("text", f"{start}{text}{end}")]
 
         return parse_calls
 
@@ -286,26 +301,3 @@ class ChatTokenizer:
             b"" if event.token in self._tokenizer.eos_token_ids else self._token_bytes[event.token]
         )
         return TokenLogprob(data, event.logprob or 0.0, top)
-
-
-def _call_part(call: dict[str, Any], schema: dict[str, Any] | None) -> OutputPart:
-    """A call in the form of mlx-lm's parsers; raises if its arguments do not match the schema."""
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    if not isinstance(call["name"], str) or not isinstance(arguments, dict):
-        raise ValueError("not a tool call")
-    if schema is not None:
-        # With an empty registry nothing is fetched from where a schema points to.
-        _BoundedValidator(schema, registry=Registry()).validate(arguments)
-    text = json.dumps(arguments, ensure_ascii=False)
-    return OutputPart("call", text, call["name"], str(call.get("id") or ""))
-
-
-def _check_pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationError]:
-    """JSON Schema's "pattern" with a timeout, since clients choose both pattern and text."""
-    if isinstance(value, str) and not regex.search(pattern, value, timeout=PATTERN_TIMEOUT_S):
-        yield ValidationError("pattern does not match")
-
-
-_BoundedValidator = validators.extend(Draft202012Validator, {"pattern": _check_pattern})

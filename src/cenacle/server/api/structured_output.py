@@ -154,16 +154,19 @@ def tool_call_grammar(tools: Mapping[str, Tool], several: bool) -> str:
     return lark_grammar("\n".join(rules), "tools")
 
 
-def parse_tool_calls(text: str) -> list[OutputPart]:
-    """The calls in text that matches `tool_call_grammar`; text that was cut short stays text."""
-    try:
-        calls = json.loads(text)
-    except json.JSONDecodeError:
-        return [OutputPart("text", text)]
-    return [
-        OutputPart("call", json.dumps(call["arguments"], ensure_ascii=False), name=call["name"])
-        for call in calls
-    ]
+def parse_tool_calls(text: str, *_: object) -> list[OutputPart]:
+    """The calls in text that matches `tool_call_grammar`; what was cut short stays text."""
+    decoder, parts, at = json.JSONDecoder(), [], 1
+    while at < len(text) and text[at] == "{":
+        try:
+            call, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            break
+        arguments = json.dumps(call["arguments"], ensure_ascii=False)
+        parts.append(OutputPart("call", arguments, name=call["name"]))
+        at = end + len(", ") if text.startswith(", ", end) else end
+    rest = text if not parts else text[at:]
+    return parts if rest in ("", "]") else [*parts, OutputPart("text", rest)]
 
 
 def describe_tools_in_chat(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
