@@ -30,7 +30,7 @@ LOOP: dict[str, Any] = {
     "input": [
         {"role": "user", "content": "Weather in Oslo?"},
         {
-            "id": "item_0_0",
+            "id": "rs_0_0",
             "type": "reasoning",
             "summary": [],
             "content": [{"type": "reasoning_text", "text": "Ask."}],
@@ -42,7 +42,7 @@ LOOP: dict[str, Any] = {
             "call_id": "call_0_1",
             "name": "weather",
             "type": "function_call",
-            "id": "item_0_1",
+            "id": "fc_0_1",
             "status": "completed",
         },
         {"type": "function_call_output", "call_id": "call_0_1", "output": "rain"},
@@ -122,7 +122,7 @@ def test_messages_of_parts_and_a_conversation() -> None:
         {"type": "message", "role": "user", "content": "b"},
         {
             "type": "message",
-            "id": "item_1",
+            "id": "msg_1",
             "status": "completed",
             "role": "assistant",
             "content": [
@@ -231,6 +231,8 @@ def test_a_stream_ends_with_the_whole_response(finish: FinishReason) -> None:
     assert [item.type for item in read_back.output] == [
         *("reasoning", "message", "function_call", "function_call")
     ]
+    assert [str(item.id).split("_")[0] for item in read_back.output] == ["rs", "msg", "fc", "fc"]
+    assert {e["item_id"] for e in events if "item_id" in e} == {o.id for o in read_back.output}
     assert read_back.status == ("completed" if finish is STOP else "incomplete")
     assert read_back.usage is not None
     assert read_back.usage.input_tokens_details.cached_tokens == 2

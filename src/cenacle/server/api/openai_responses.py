@@ -355,16 +355,16 @@ class _ResponsesBuilder(ResponseBuilder):
 
     def _item_event(self, kind: str, **details: Any) -> Event:
         """An event of the item that is being written."""
-        at = len(self._items)
-        item = {} if "item" in details else {"item_id": self._item_id()}
-        return self._event(kind, **item, output_index=at, **details)
+        assert self._open is not None
+        item = {} if "item" in details else {"item_id": self._item_id(self._open)}
+        return self._event(kind, **item, output_index=len(self._items), **details)
 
-    def _item_id(self) -> str:
-        return f"item_{self._meta.id}_{len(self._items)}"
+    def _item_id(self, part: OutputPart) -> str:
+        return f"{_ID_PREFIXES[part.kind]}_{self._meta.id}_{len(self._items)}"
 
     def _item(self, part: OutputPart, status: str) -> JsonObject:
         """The item that is being written."""
-        item = {"id": self._item_id(), "status": status}
+        item = {"id": self._item_id(part), "status": status}
         if part.kind == "call":
             call_id = part.id or f"call_{self._meta.id}_{len(self._items)}"
             call = {"call_id": call_id, "name": part.name, "arguments": part.text}
@@ -400,6 +400,7 @@ class _ResponsesBuilder(ResponseBuilder):
 
 
 _CONTENT_TYPES = {"text": "output_text", "reasoning": "reasoning_text"}
+_ID_PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}  # OpenAI's; clients look at them
 
 
 def usage_object(usage: Usage) -> JsonObject:
