@@ -130,7 +130,11 @@ class InFlightChoice:
             self.request = self.request.resumed_with(generated)
         else:
             # To the grammar this is a prompt. Text beside the end of reasoning is not part of it.
-            tokens = (*self.request.tokens, *generated)
+            tokens = (
+                *self.request.tokens,
+                *generated,
+                *(() if end else self.tokenizer.answer_start),
+            )
             parts = [part for part in parts if part.kind == "reasoning"]
             (self.parser, request), self.after_reasoning = self.after_reasoning, None
             self.request = replace(request, tokens=tokens, max_tokens=remaining)

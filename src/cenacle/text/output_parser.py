@@ -124,6 +124,7 @@ class OutputParser:
         self._markers, self._parse_calls, self._state = markers, parse_calls, state
         self._call_text, self._calls_left = "", max_calls
         self._call_start, self._call_end = call_start, call_end
+        self._header = ""
         self._after_marker = False  # the state has changed, and no text has come since
 
     @property
@@ -183,6 +184,10 @@ class OutputParser:
         if state in ("tool", "bare_tool"):
             self._call_text += text
             return []
+        if state == "header":  # of a message of gpt-oss's
+            self._header += text
+            return []
+        self._header = ""
         if self._after_marker:  # newlines after a marker belong to no part
             text = text.lstrip("\n")
             self._after_marker = not text
@@ -205,6 +210,12 @@ class OutputParser:
                 self._calls_left -= sum(part.kind == "call" for part in parts)
             return parts
         held = self._filter.finish()
+        if (
+            self._state == "header"
+            and not closed
+            and not self._header.startswith(("<|start|>", "assistant"))
+        ):
+            held += self._filter.add(self._header) + self._filter.finish()  # it began no message
         return [OutputPart("text", held)] if held else []
 
     @staticmethod

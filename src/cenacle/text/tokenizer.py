@@ -19,7 +19,9 @@ from typing import Any
 from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
+from . import harmony
 from .detokenizer import Detokenizer, TokenBytes
+from .messages import TemplateTraits, adapt_messages, probe_template
 from .output_parser import BARE_CALL, BARE_CALL_END, OutputParser, ParseCalls, TextStream
 from .reasoning import SWITCHES, ReasoningSettings, map_effort
 from .tool_calls import CallReader
@@ -60,7 +62,25 @@ class ChatTokenizer:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The ids that end an output."""
-        return tuple(sorted(self._tokenizer.eos_token_ids))
+        ends = harmony.STOP_TOKENS if self._is_harmony else ()
+        ids = {self._tokenizer.convert_tokens_to_ids(token) for token in ends}
+        return tuple(sorted(self._tokenizer.eos_token_ids | ids))
+
+    @cached_property
+    def _is_harmony(self) -> bool:
+        """Whether this model writes gpt-oss's format."""
+        return self._tokenizer.get_vocab().keys() >= harmony.TOKENS
+
+    @cached_property
+    def _traits(self) -> TemplateTraits:
+        return probe_template(
+            str(self._tokenizer.chat_template or ""),
+            lambda messages: str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True
+                )
+            ),
+        )
 
     @property
     def inner(self) -> Any:
@@ -85,17 +105,27 @@ class ChatTokenizer:
     @property
     def parses_tool_calls(self) -> bool:
         """Whether the format of this model's tool calls is known."""
-        return bool(self._tokenizer.has_tool_calling)
+        return self._is_harmony or bool(self._tokenizer.has_tool_calling)
 
     @property
     def has_reasoning(self) -> bool:
         """Whether this model has markers for reasoning."""
-        return bool(self._tokenizer.has_thinking)
+        return self._is_harmony or bool(self._tokenizer.has_thinking)
 
     @property
     def reasoning_end(self) -> tuple[int, ...]:
         """The ids that end reasoning."""
+        if self._is_harmony:
+            return self._encode_markers(harmony.REASONING_END)
         return tuple(self._tokenizer.think_end_tokens or ())
+
+    @property
+    def answer_start(self) -> tuple[int, ...]:
+        """The ids between the end of reasoning and an output that must match a grammar."""
+        return self._encode_markers(harmony.CONTINUED_ANSWER) if self._is_harmony else ()
+
+    def _encode_markers(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def _template_uses(self, variable: str) -> bool:
         """Whether the chat template uses a variable; one that is a Python function may use any."""
@@ -171,7 +201,7 @@ class ChatTokenizer:
             variables["continue_final_message"] = True
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages),
+                adapt_messages(messages, self._traits),
                 tokenize=False,
                 add_generation_prompt=not continue_final_message,
                 **variables,
@@ -190,6 +220,11 @@ class ChatTokenizer:
         """A prompt for an output with a grammar: with the marker that starts reasoning, if the
         model would reason first, since reasoning must not match the grammar."""
         ids = tuple(prompt)
+        if self._is_harmony:
+            if self._harmony_state(ids) != "header":
+                return ids
+            start = harmony.ANSWER_START if reasoning is False else harmony.REASONING_START
+            return ids + self._encode_markers(start)
         hybrid = self.has_reasoning and self._template_uses("enable_thinking")
         if reasoning is False or self.ends_in_reasoning(ids) or not (reasoning or hybrid):
             return ids
@@ -199,8 +234,16 @@ class ChatTokenizer:
         """Whether the output of a prompt begins inside reasoning."""
         if not self.has_reasoning:
             return False
+        if self._is_harmony:
+            return self._harmony_state(prompt) == "reasoning"
         tokenizer = self._tokenizer
         return bool(tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt))
+
+    def _harmony_state(self, prompt: Sequence[int]) -> str:
+        start = self._tokenizer.convert_tokens_to_ids("<|start|>")
+        ids = list(prompt)
+        at = len(ids) - 1 - ids[::-1].index(start) if start in ids else len(ids)
+        return harmony.initial_state(self.decode(ids[at:]))
 
     # Parsers; each is for one output
 
@@ -240,7 +283,9 @@ class ChatTokenizer:
             parallel: False: the output ends with its first call.
         """
         state = self._tokenizer.response_initial_state
-        if state is None:
+        if self._is_harmony:
+            state = self._harmony_state(prompt)
+        elif state is None:
             state = "reasoning" if self.ends_in_reasoning(prompt) else "normal"
         return OutputParser(
             Detokenizer(self._token_bytes),
@@ -250,7 +295,7 @@ class ChatTokenizer:
             self._make_call_parser(tools),
             state,
             None if parallel else 1,
-            self._tokenizer.tool_call_start or "",
+            harmony.CALL_START if self._is_harmony else self._tokenizer.tool_call_start or "",
             self._tokenizer.tool_call_end or "",
         )
 
@@ -258,6 +303,8 @@ class ChatTokenizer:
         """mlx-lm's, and with Qwen's format also calls that lack their wrapper."""
         from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
+        if self._is_harmony:
+            return TextStateMachine(harmony.TRANSITIONS)
         machine = make_text_state_machine(self._tokenizer)
         if not has_tools or self.inner.init_kwargs.get("tool_parser_type") != "qwen3_coder":
             return machine
@@ -282,6 +329,7 @@ class ChatTokenizer:
     def _make_call_parser(self, tools: Sequence[Tool]) -> ParseCalls:
         tokenizer = self._tokenizer
         kind = self.inner.init_kwargs.get("tool_parser_type")
+        kind = "harmony" if self._is_harmony else kind
         reader = CallReader(kind, tokenizer.tool_parser, tools)
 
         def parse_calls(text: str, start: str, end: str, cut: bool) -> list[OutputPart]:

@@ -23,6 +23,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from referencing import Registry
 
 from ..core.chat import OutputPart, Tool
+from .harmony import split_call
 
 PATTERN_TIMEOUT_S = 0.05  # per pattern of a strict tool; other requests wait meanwhile
 _ARGUMENT_NAMES = ("arguments", "parameters", "args", "params", "input")
@@ -94,6 +95,8 @@ class CallReader:
         if not self._tools:
             return [OutputPart("text", text)]
         try:
+            if self._kind == "harmony":
+                return [self._to_part(*split_call(text))]
             if (xml := _XML_FORMATS.get(self._kind or "")) is not None:
                 found = list(self._read_xml(text, xml, cut))
                 if any(isinstance(piece, OutputPart) for piece in found):
