@@ -201,7 +201,9 @@ def _parse_arguments(value: Any) -> Any:
     if not isinstance(value, str):
         fail(f"expected a string, got {describe(value)}", code=INVALID_TYPE)
     try:
-        return json.loads(check_unicode(value) or "{}")
+        arguments = json.loads(check_unicode(value) or "{}", parse_constant=_refuse_constant)
+        json.dumps(arguments, ensure_ascii=False).encode()  # escapes may be half a character
+        return arguments
     except (ValueError, RecursionError):
         fail(f"expected a JSON object as text, got {describe(value)}")
 
@@ -238,10 +240,36 @@ def parse_request(model: type[M], body: bytes) -> M:
     if not isinstance(data, dict):
         reason = f"body: expected a JSON object, got {describe(data)}"
         raise RequestError(None, reason, "invalid_body")
+    if b"\\ud" in body or b"\\uD" in body:
+        _check_escapes(data)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise _to_request_error(error) from None
+
+
+def _check_escapes(data: JsonObject) -> None:
+    """Refuse half a character in any string, also where no model declares it."""
+    rest: list[tuple[list[str | int], Any]] = [([], data)]
+    while rest:
+        path, value = rest.pop()
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                reason = (
+                    f"expected Unicode, got half of a surrogate pair at character {error.start}"
+                )
+                raise RequestError(_format_path(path), reason) from None
+        elif isinstance(value, list):
+            rest += [([*path, at], item) for at, item in enumerate(value)]
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                shown = name.encode(errors="backslashreplace").decode()
+                if shown != name:
+                    reason = "expected Unicode, got half of a surrogate pair in the name"
+                    raise RequestError(_format_path([*path, shown]), reason)
+                rest.append(([*path, name], item))
 
 
 def _refuse_constant(name: str) -> NoReturn:
