@@ -15,6 +15,7 @@ from ..core.chat import Message
 from ..core.request import Request
 from ..errors import InputError
 from ..text.output_parser import OutputParser
+from ..text.reasoning import SWITCHES
 from .api import structured_output
 from .api.protocol import ApiAdapter, GenerationRequest, Prompt, ServedModel
 from .api.validation import UNSUPPORTED, RequestError
@@ -53,7 +54,7 @@ class RequestPreparer:
         Raises:
             InputError: the request is refused.
         """
-        request = adapter.parse(body, self._served)
+        request = self._apply_effort(adapter.parse(body, self._served))
         choices: list[InFlightChoice] = []
         for prompt in request.prompts:
             tokens = self._tokenize(request, prompt)
@@ -83,8 +84,21 @@ class RequestPreparer:
         Raises:
             InputError: the request is refused.
         """
-        request = adapter.parse(body, self._served)
+        request = self._apply_effort(adapter.parse(body, self._served))
         return len(self._tokenize(request, request.prompts[0]))
+
+    def _apply_effort(self, request: GenerationRequest) -> GenerationRequest:
+        settings = self._tokenizer.map_reasoning_effort(request.reasoning_effort)
+        explicit = request.template_kwargs
+        enabled, budget = request.enable_thinking, request.thinking_budget
+        if enabled is None and not any(name in explicit for name in SWITCHES):
+            enabled = settings.enabled
+        return replace(
+            request,
+            template_kwargs={**settings.variables, **explicit},
+            enable_thinking=enabled,
+            thinking_budget=settings.budget if budget is None else budget,
+        )
 
     def _group_request(
         self,

@@ -416,7 +416,7 @@ class ChatCompletionRequest(_CompletionParameters):
         ),
     ] = Field(default_factory=ToolChoice, description="Default: auto.")
     parallel_tool_calls: bool = Field(True, description="Allow several calls in one response.")
-    reasoning_effort: Effort | None = Field(None, description="Variable of the chat template.")
+    reasoning_effort: Effort | None = Field(None, description="How much the model may reason.")
     chat_template_kwargs: JsonObject = Field({}, description="Variables of the chat template.")
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
@@ -427,7 +427,6 @@ class ChatCompletionRequest(_CompletionParameters):
             raise RequestError("max_tokens", reason, "invalid_parameter_combination")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs", "only allowed with logprobs=true")
-        enable_thinking, variables = apply_effort(self.reasoning_effort, self.chat_template_kwargs)
         request = GenerationRequest(
             (tuple(self.messages),),
             is_chat=True,
@@ -435,8 +434,8 @@ class ChatCompletionRequest(_CompletionParameters):
             max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             parallel_tool_calls=self.parallel_tool_calls,
-            template_kwargs=variables,
-            enable_thinking=enable_thinking,
+            template_kwargs=self.chat_template_kwargs,
+            reasoning_effort=self.reasoning_effort,
             **self.shared_fields(served),
         )
         tools = [tool.function.to_tool() for tool in self.tools]
@@ -493,13 +492,6 @@ class CompletionRequest(_CompletionParameters):
             echo=self.echo,
             **self.shared_fields(served),
         )
-
-
-def apply_effort(effort: str | None, variables: JsonObject) -> tuple[bool | None, JsonObject]:
-    """Whether a model reasons (None: as its template has it), and the template's variables."""
-    if effort in (None, "none"):
-        return False if effort else None, variables
-    return None, {**variables, "reasoning_effort": effort}
 
 
 def template_role(role: str) -> str:

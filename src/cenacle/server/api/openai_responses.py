@@ -164,7 +164,7 @@ class _TextOptions(RequestModel):
 
 class _Reasoning(RequestModel):
     unsupported = refuse("summary", "generate_summary")
-    effort: openai.Effort | None = Field(default=None, description="Variable of the chat template.")
+    effort: openai.Effort | None = Field(default=None, description="How much the model may reason.")
 
 
 def _check_include(value: Any) -> Any:
@@ -240,7 +240,6 @@ class ResponsesRequest(openai.OpenAIParameters):
         if self.top_logprobs is not None and not self.include:
             raise RequestError("top_logprobs", f"only allowed with {LOGPROBS} in include")
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        enable_thinking, variables = openai.apply_effort(self.reasoning.effort, {})
         request = GenerationRequest(
             ((*system, *self.input),),
             is_chat=True,
@@ -252,8 +251,7 @@ class ResponsesRequest(openai.OpenAIParameters):
             parallel_tool_calls=self.parallel_tool_calls,
             grammar=self.text.format.to_grammar("text.format"),
             grammar_field="text.format",
-            template_kwargs=variables,
-            enable_thinking=enable_thinking,
+            reasoning_effort=self.reasoning.effort,
             echoed_parameters=self._echo(),
         )
         tools = [tool.to_tool() for tool in self.tools]

@@ -90,6 +90,8 @@ class GenerationRequest:
         grammar: what the response must match, see `structured_output.py`; None: anything.
         grammar_field: the parameter that the grammar came in.
         template_kwargs: variables of the chat template.
+        reasoning_effort: one of `text.reasoning.EFFORTS`; it gives way to the next two and to
+            `template_kwargs`; None: no effect.
         enable_thinking: whether a model that can reason does; None: as its template has it.
         thinking_budget: most tokens of reasoning; None: no limit.
         continue_final_message: the last message is the beginning of the response.
@@ -113,6 +115,7 @@ class GenerationRequest:
     grammar: str | None = None
     grammar_field: str = "response_format"
     template_kwargs: JsonObject = field(default_factory=dict)
+    reasoning_effort: str | None = None
     enable_thinking: bool | None = None
     thinking_budget: int | None = None
     continue_final_message: bool = False
