@@ -377,3 +377,40 @@ def test_token_logprobs_have_bytes(plain):
     )
     assert [one.logprob for one in logged.top] == [-1.0, -2.0]
     assert logged.top[1].data == b"4"
+
+
+DEEPSEEK = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% endif %}"
+    "{% if m.tool_calls %}<｜Assistant｜>{{ m.content }}<｜tool▁calls▁begin｜>"
+    "{% for c in m.tool_calls %}CALL<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>"
+    "{% endif %}{% if m.role == 'tool' %}<｜tool▁output▁begin｜>{{ m.content }}"
+    "<｜tool▁output▁end｜>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+)
+V31_CALL = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}"
+V3_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```"
+
+
+@pytest.mark.parametrize("form", [V31_CALL, V3_CALL])
+def test_a_template_states_the_form_of_calls(tmp_path, form):
+    written = form.format("{{ c.function.name }}", "{{ '' + c.function.arguments }}")
+    text = text_of(tmp_path, DEEPSEEK.replace("CALL", written))
+    assert (text.parses_tool_calls, text.renders_tools) == (True, False)
+    call = form.format("weather", '{"place": "Oslo"}') + "<｜tool▁call▁end｜>"
+    said = f"I look.<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>"
+    assert parts_of(text, said) == [OutputPart("text", "I look."), CALLED, CALLED]
+    broken = said.replace('"Oslo"', "Oslo")
+    assert "".join(part.text for part in parts_of(text, broken)) == broken
+    function = {"name": "weather", "arguments": {"place": "Oslo"}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": function}]},
+        {"role": "tool", "content": "rain", "tool_call_id": "1"},
+    ]
+    example = text.call_form.example
+    told = structured_output.describe_tools_in_chat(messages, [WEATHER], example)
+    rendered = text.decode(text.render(told))
+    assert "Look outside" in rendered
+    assert form.format("weather", '{"place": "Oslo"}') in rendered
+    assert form.format("NAME", '{"ARGUMENT": "VALUE"}') in rendered

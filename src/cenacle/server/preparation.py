@@ -131,7 +131,10 @@ class RequestPreparer:
         messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
         tools = request.tools
         if not self._tokenizer.renders_tools:
-            messages, tools = structured_output.describe_tools_in_chat(messages, tools), ()
+            form = self._tokenizer.call_form if request.forced_call is None else None
+            example = form.example if form is not None else None
+            described = structured_output.describe_tools_in_chat(messages, tools, example)
+            messages, tools = described, ()
         continued = request.continue_final_message
         think = False if continued else request.enable_thinking
         tokens = self._tokenizer.render(
@@ -152,7 +155,8 @@ class RequestPreparer:
             reason = f"not supported by the model {self._served.name}, which does not reason"
             raise RequestError("thinking", reason, UNSUPPORTED)
         may_call = request.tools and request.forced_call is None
-        if may_call and not (tokenizer.parses_tool_calls and tokenizer.renders_tools):
+        readable = tokenizer.renders_tools or tokenizer.call_form is not None
+        if may_call and not (tokenizer.parses_tool_calls and readable):
             reason = (
                 "not supported where the model decides, since the format of this model's calls is "
                 "not known; force a call with tool_choice"

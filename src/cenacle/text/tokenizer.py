@@ -20,6 +20,7 @@ from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
 from . import harmony
+from .call_form import CallForm, find_call_form
 from .detokenizer import Detokenizer, TokenBytes
 from .messages import TemplateTraits, adapt_messages, probe_template
 from .output_parser import BARE_CALL, BARE_CALL_END, OutputParser, ParseCalls, TextStream
@@ -105,7 +106,23 @@ class ChatTokenizer:
     @property
     def parses_tool_calls(self) -> bool:
         """Whether the format of this model's tool calls is known."""
-        return self._is_harmony or bool(self._tokenizer.has_tool_calling)
+        known = self._is_harmony or bool(self._tokenizer.has_tool_calling)
+        return known or self.call_form is not None
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """The form of calls, for models whose format mlx-lm does not know; None: not known."""
+        if self._is_harmony or self._tokenizer.has_tool_calling or not self.has_template:
+            return None
+        return find_call_form(
+            lambda messages: str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=False
+                )
+            ),
+            arguments_as_text=self._traits.arguments_as_text,
+            stop=tuple(self._tokenizer.convert_ids_to_tokens(list(self.stop_tokens))),
+        )
 
     @property
     def has_reasoning(self) -> bool:
@@ -295,9 +312,15 @@ class ChatTokenizer:
             self._make_call_parser(tools),
             state,
             None if parallel else 1,
-            harmony.CALL_START if self._is_harmony else self._tokenizer.tool_call_start or "",
+            self._call_start,
             self._tokenizer.tool_call_end or "",
         )
+
+    @property
+    def _call_start(self) -> str:
+        if self.call_form is not None:
+            return self.call_form.marker
+        return harmony.CALL_START if self._is_harmony else self._tokenizer.tool_call_start or ""
 
     def _state_machine(self, has_tools: bool) -> Any:
         """mlx-lm's, and with Qwen's format also calls that lack their wrapper."""
@@ -305,6 +328,13 @@ class ChatTokenizer:
 
         if self._is_harmony:
             return TextStateMachine(harmony.TRANSITIONS)
+        if self.call_form is not None:
+            calls = [(self.call_form.marker, "tool")]
+            think = [(self._tokenizer.think_start, "reasoning")] if self.has_reasoning else []
+            transitions = {"normal": [*calls, *think], "tool": []}
+            if think:
+                transitions["reasoning"] = [(self._tokenizer.think_end, "normal")]
+            return TextStateMachine(transitions)
         machine = make_text_state_machine(self._tokenizer)
         if not has_tools or self.inner.init_kwargs.get("tool_parser_type") != "qwen3_coder":
             return machine
@@ -330,7 +360,9 @@ class ChatTokenizer:
         tokenizer = self._tokenizer
         kind = self.inner.init_kwargs.get("tool_parser_type")
         kind = "harmony" if self._is_harmony else kind
-        reader = CallReader(kind, tokenizer.tool_parser, tools)
+        if self.call_form is not None and self.call_form.is_json:
+            kind = "json_tools"
+        reader = CallReader(kind, tokenizer.tool_parser, tools, self.call_form)
 
         def parse_calls(text: str, start: str, end: str, cut: bool) -> list[OutputPart]:
             parts = reader.read(BARE_CALL + text + end if start == BARE_CALL else text, cut=cut)

@@ -23,6 +23,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from referencing import Registry
 
 from ..core.chat import OutputPart, Tool
+from .call_form import CallForm
 from .harmony import split_call
 
 PATTERN_TIMEOUT_S = 0.05  # per pattern of a strict tool; other requests wait meanwhile
@@ -78,10 +79,17 @@ class CallReader:
         kind: mlx-lm's name of the format.
         mlx_parser: mlx-lm's parser of it.
         tools: that may be called.
+        form: of a format that only the template states.
     """
 
-    def __init__(self, kind: str | None, mlx_parser: MlxParser, tools: Sequence[Tool]) -> None:
-        self._kind, self._mlx_parser = kind, mlx_parser
+    def __init__(
+        self,
+        kind: str | None,
+        mlx_parser: MlxParser,
+        tools: Sequence[Tool],
+        form: CallForm | None = None,
+    ) -> None:
+        self._kind, self._mlx_parser, self._form = kind, mlx_parser, form
         self._tools = {tool.name: tool for tool in tools}
         self._tools_json = [tool.to_json() for tool in tools]
 
@@ -97,6 +105,11 @@ class CallReader:
         try:
             if self._kind == "harmony":
                 return [self._to_part(*split_call(text))]
+            if self._form is not None and self._kind != "json_tools":
+                found = [
+                    p if isinstance(p, str) else self._to_part(*p) for p in self._form.split(text)
+                ]
+                return _to_parts(found)
             if (xml := _XML_FORMATS.get(self._kind or "")) is not None:
                 found = list(self._read_xml(text, xml, cut))
                 if any(isinstance(piece, OutputPart) for piece in found):

@@ -169,15 +169,21 @@ def parse_tool_calls(text: str, *_: object) -> list[OutputPart]:
     return parts if rest in ("", "]") else [*parts, OutputPart("text", rest)]
 
 
-def describe_tools_in_chat(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """A chat with tools as plain messages, for a model whose template does not render tools."""
-    plain = [_without_calls(message) for message in messages]
+_LISTED_CALL = '[{"name": ..., "arguments": {...}}]'
+
+
+def describe_tools_in_chat(
+    messages: Sequence[Message], tools: Sequence[Tool], call_example: str | None = None
+) -> list[Message]:
+    """A chat with tools as plain messages, for a model whose template does not render tools; it
+    renders calls, if there is an example of one."""
+    plain = list(messages) if call_example else [_without_calls(message) for message in messages]
     if not tools:
         return plain
     functions = json.dumps([tool.to_json()["function"] for tool in tools], ensure_ascii=False)
     text = (
         f"You can call these functions: {functions}\n"
-        'Calls are written [{"name": ..., "arguments": {...}}].'
+        f"Calls are written {call_example or _LISTED_CALL}."
     )
     if plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{text}"}, *plain[1:]]
