@@ -414,3 +414,12 @@ def test_a_template_states_the_form_of_calls(tmp_path, form):
     assert "Look outside" in rendered
     assert form.format("weather", '{"place": "Oslo"}') in rendered
     assert form.format("NAME", '{"ARGUMENT": "VALUE"}') in rendered
+
+
+def test_an_endless_template_costs_one_request(tmp_path, monkeypatch):
+    monkeypatch.setattr("cenacle.text.tokenizer.RENDER_LIMIT_S", 0.3)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    text = text_of(tmp_path, loops)
+    assert not text.parses_tool_calls
+    with pytest.raises(InputError, match="to end within"):
+        text.render([{"role": "user", "content": "Why?"}])

@@ -25,6 +25,7 @@ from .detokenizer import Detokenizer, TokenBytes
 from .messages import TemplateTraits, adapt_messages, probe_template
 from .output_parser import BARE_CALL, BARE_CALL_END, OutputParser, ParseCalls, TextStream
 from .reasoning import SWITCHES, ReasoningSettings, map_effort
+from .time_limit import TimeLimitReached, time_limit
 from .tool_calls import CallReader
 
 # Template variables, and arguments of the rendering function, that clients cannot set.
@@ -34,6 +35,8 @@ _RESERVED_VARIABLES = frozenset(
         *("add_generation_prompt", "continue_final_message", "return_dict", "tokenizer_kwargs"),
     )
 )
+
+RENDER_LIMIT_S = 30  # of a chat; the template is a program from whoever made the checkpoint
 
 
 class ChatTokenizer:
@@ -74,14 +77,18 @@ class ChatTokenizer:
 
     @cached_property
     def _traits(self) -> TemplateTraits:
-        return probe_template(
-            str(self._tokenizer.chat_template or ""),
-            lambda messages: str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True
-                )
-            ),
+        template = str(self._tokenizer.chat_template or "")
+        try:
+            with time_limit(RENDER_LIMIT_S):
+                return probe_template(template, self._render_probe)
+        except TimeLimitReached:
+            return TemplateTraits()
+
+    def _render_probe(self, messages: Sequence[Message], with_answer: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=not with_answer
         )
+        return str(text)
 
     @property
     def inner(self) -> Any:
@@ -114,15 +121,15 @@ class ChatTokenizer:
         """The form of calls, for models whose format mlx-lm does not know; None: not known."""
         if self._is_harmony or self._tokenizer.has_tool_calling or not self.has_template:
             return None
-        return find_call_form(
-            lambda messages: str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=False
+        try:
+            with time_limit(RENDER_LIMIT_S):
+                return find_call_form(
+                    lambda messages: self._render_probe(messages, with_answer=True),
+                    arguments_as_text=self._traits.arguments_as_text,
+                    stop=tuple(self._tokenizer.convert_ids_to_tokens(list(self.stop_tokens))),
                 )
-            ),
-            arguments_as_text=self._traits.arguments_as_text,
-            stop=tuple(self._tokenizer.convert_ids_to_tokens(list(self.stop_tokens))),
-        )
+        except TimeLimitReached:
+            return None
 
     @property
     def has_reasoning(self) -> bool:
@@ -217,12 +224,16 @@ class ChatTokenizer:
         if continue_final_message:
             variables["continue_final_message"] = True
         try:
-            text = self._tokenizer.apply_chat_template(
-                adapt_messages(messages, self._traits),
-                tokenize=False,
-                add_generation_prompt=not continue_final_message,
-                **variables,
-            )
+            with time_limit(RENDER_LIMIT_S):
+                text = self._tokenizer.apply_chat_template(
+                    adapt_messages(messages, self._traits),
+                    tokenize=False,
+                    add_generation_prompt=not continue_final_message,
+                    **variables,
+                )
+        except TimeLimitReached:
+            reason = f"expected the model's chat template to end within {RENDER_LIMIT_S} s"
+            raise InputError(f"messages: {reason}; it did not", "messages") from None
         except Exception as error:  # templates are programs and raise anything
             raise InputError(
                 f"messages: the model's chat template refuses them: {error}", "messages"

@@ -1,0 +1,34 @@
+"""Code that runs for ever is ended; code that ends in time is not."""
+
+import threading
+
+import jinja2
+import pytest
+
+from cenacle.text.time_limit import TimeLimitReached, time_limit
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_an_endless_template_is_ended(in_thread):
+    caught = []
+
+    def render():
+        with pytest.raises(TimeLimitReached), time_limit(0.2):
+            jinja2.Environment().from_string(ENDLESS).render()
+        caught.append(True)
+
+    if in_thread:
+        thread = threading.Thread(target=render)
+        thread.start()
+        thread.join()
+    else:
+        render()
+    assert caught == [True]
+
+
+def test_nothing_is_raised_in_time():
+    with time_limit(600):
+        text = jinja2.Environment().from_string("{{ 1 + 1 }}").render()
+    assert text == "2"
