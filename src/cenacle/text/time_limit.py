@@ -22,7 +22,7 @@ class TimeLimitReached(BaseException):
 @contextmanager
 def time_limit(limit_s: float) -> Iterator[None]:
     """Raise `TimeLimitReached` in this thread if the block takes longer; for Python code, also in
-    threads other than the main one, where signals cannot be used."""
+    threads other than the main one, where signals cannot be used. Limits do not nest."""
     thread = ctypes.c_ulong(threading.get_ident())
     lock, is_over = threading.Lock(), False
 

@@ -121,11 +121,12 @@ class ChatTokenizer:
         """The form of calls, for models whose format mlx-lm does not know; None: not known."""
         if self._is_harmony or self._tokenizer.has_tool_calling or not self.has_template:
             return None
+        arguments_as_text = self._traits.arguments_as_text  # limits do not nest
         try:
             with time_limit(RENDER_LIMIT_S):
                 return find_call_form(
                     lambda messages: self._render_probe(messages, with_answer=True),
-                    arguments_as_text=self._traits.arguments_as_text,
+                    arguments_as_text=arguments_as_text,
                     stop=tuple(self._tokenizer.convert_ids_to_tokens(list(self.stop_tokens))),
                 )
         except TimeLimitReached:
@@ -223,10 +224,11 @@ class ChatTokenizer:
             variables |= dict.fromkeys(switches or SWITCHES[:1], reasoning)
         if continue_final_message:
             variables["continue_final_message"] = True
+        adapted = adapt_messages(messages, self._traits)
         try:
             with time_limit(RENDER_LIMIT_S):
                 text = self._tokenizer.apply_chat_template(
-                    adapt_messages(messages, self._traits),
+                    adapted,
                     tokenize=False,
                     add_generation_prompt=not continue_final_message,
                     **variables,
