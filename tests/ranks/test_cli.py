@@ -73,7 +73,8 @@ def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
         )  # fmt: skip
         assert got["tokens"] == want
         assert got["nodes"] == nodes
-        assert got["text"] == "".join(r.text for r in answer)
+        # The space that begins the answer is kept; mlx-lm's own detokenizer drops it.
+        assert got["text"] == " " + "".join(r.text for r in answer)
         assert got["tok_per_s"] > 0
         terms = got["step_timings_ms"]
         parts = sum(terms[k] for k in ("trunk", "experts", "all_reduce", "waiting", "rest"))

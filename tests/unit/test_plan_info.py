@@ -47,7 +47,7 @@ class OneWordParser:
     def add(self, token):
         return [OutputPart("text", "word")]
 
-    def finish(self):
+    def finish(self, *, cut=False):
         return []
 
 

@@ -88,6 +88,8 @@ class RequestPreparer:
         return len(self._tokenize(request, request.prompts[0]))
 
     def _apply_effort(self, request: GenerationRequest) -> GenerationRequest:
+        if not request.is_chat:
+            return request
         settings = self._tokenizer.map_reasoning_effort(request.reasoning_effort)
         explicit = request.template_kwargs
         enabled, budget = request.enable_thinking, request.thinking_budget
