@@ -152,12 +152,13 @@ class AnswerClock {
   }
 
   stats() {
+    const seconds = (this.last - this.first) / 1000; // too short for a rate when drafts arrive together
     const tokens = this.usage?.completion_tokens ?? this.pieces;
     return {
       tokens,
       exact: this.usage !== null,
       first_s: (this.first - this.start) / 1000,
-      per_s: this.last > this.first && tokens > 1 ? (1000 * (tokens - 1)) / (this.last - this.first) : null,
+      per_s: seconds > 0.1 && tokens > 1 ? (tokens - 1) / seconds : null,
       prompt: this.usage?.prompt_tokens ?? null,
       cached: this.usage?.prompt_tokens_details?.cached_tokens ?? 0,
     };

@@ -221,7 +221,7 @@ function drawExperts() {
   const columns = Math.max(...counts.map((row) => row.length), 0);
   const chosen = counts.some((row) => row.some((n) => n > 0));
   view.heatNote.textContent = chosen
-    ? `${rows} layers (rows), ${columns} experts (columns). Colour: how often the router chose an expert in measured steps (one in eight).`
+    ? `${rows} layers (rows), ${columns} experts (columns). Colour: how often the router chose an expert in measured steps.`
     : `${rows} layers (rows), ${columns} experts (columns). Nothing was measured yet: ask a question and watch.`;
 }
 
