@@ -153,7 +153,7 @@ def measure(nodes: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             theirs.close()
             while True:
                 if not ours.poll(120):
-                    raise SystemExit("a rank was silent for 120 s")
+                    raise SystemExit("a rank sent nothing for 120 s")
                 try:
                     row = {"nodes": nodes, **ours.recv()}
                 except EOFError:

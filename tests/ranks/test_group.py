@@ -256,7 +256,7 @@ def test_stopped_rank_is_named_in_mid_answer():
         next(stream)
         began = time.monotonic()
         os.kill(model.ranks.pids[1], signal.SIGSTOP)
-        with pytest.raises(RankLost, match="rank 1 was silent for 4 s") as lost:
+        with pytest.raises(RankLost, match="rank 1 sent nothing for 4 s") as lost:
             list(stream)
         assert lost.value.rank == 1
         assert time.monotonic() - began < 6.5

@@ -54,7 +54,7 @@ async def receive_object(
                 raise ChannelClosed(f"sent a message of {length} bytes, expected at most {limit}")
             message = net.decode_frame(await reader.readexactly(length))
     except TimeoutError:
-        raise ChannelTimeout(f"was silent for {timeout_s:g} s") from None
+        raise ChannelTimeout(f"sent nothing for {timeout_s:g} s") from None
     except asyncio.IncompleteReadError:
         raise ChannelClosed("closed the connection") from None
     except OSError as error:

@@ -282,7 +282,7 @@ def _receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
     try:
         return net.receive_exactly(sock, count, deadline)
     except TimeoutError:
-        raise _HandshakeError("was silent in the handshake") from None
+        raise _HandshakeError("sent nothing in the handshake") from None
     except OSError as error:
         raise _HandshakeError(f"{net.describe_loss(error)} in the handshake") from None
 

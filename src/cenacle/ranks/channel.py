@@ -88,7 +88,7 @@ class Channel:
             return net.receive_exactly(self._socket, count, ends_s, shared=True)
         except TimeoutError as error:
             self.silent = True
-            raise ChannelTimeout(f"was silent for {self._deadline_s:g} s") from error
+            raise ChannelTimeout(f"sent nothing for {self._deadline_s:g} s") from error
         except OSError as error:
             raise ChannelClosed(net.describe_loss(error)) from error
 

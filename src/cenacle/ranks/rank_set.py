@@ -67,7 +67,7 @@ class RankSet(ABC):
                         report(rank, message.done_bytes, message.total_bytes)
                 rank = min(last_message_s, key=lambda r: last_message_s[r])
                 if time.monotonic() - last_message_s[rank] > SILENCE_TIMEOUT_S:
-                    reason = f"was silent for {SILENCE_TIMEOUT_S:g} s while loading"
+                    reason = f"sent nothing for {SILENCE_TIMEOUT_S:g} s while loading"
                     raise self.blame(rank, reason)
         self.ready = [ready[rank] for rank in range(self.nodes)]
 
