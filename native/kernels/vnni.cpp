@@ -142,9 +142,9 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Rows [0, 4) with T tokens.
+// Rows [0, 4) with T tokens. Not inlined: three of them in one loop spill registers.
 template <int GROUP, int T>
-inline void four_rows(const uint8_t* w, int64_t width, int64_t groups, const float* scales,
+[[gnu::noinline]] void four_rows(const uint8_t* w, int64_t width, int64_t groups, const float* scales,
                       const float* biases, const Activations& a, const int32_t* tokens,
                       float* const* out, int64_t at, int rows, float* memory) {
   const uint8_t* x[T];
