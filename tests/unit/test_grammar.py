@@ -101,7 +101,6 @@ def test_invalid_grammars_are_refused_without_a_model(grammar, reason):
 
 def test_grammars_are_checked_against_the_vocabulary(vocabulary):
     unmatchable = LLMatcher.grammar_from_regex("[^\\x00-\\U0010ffff]")
-    check_grammar(unmatchable)
     with pytest.raises(InputError, match="no text matches it"):
         check_grammar(unmatchable, vocabulary)
     check_grammar(PATTERN, vocabulary)
@@ -110,6 +109,7 @@ def test_grammars_are_checked_against_the_vocabulary(vocabulary):
         inner, stop_tokens = object(), (1,)
 
     with pytest.raises(
-        InputError, match=r"Only fast tokenizers .*send the request without a grammar"
+        InputError,
+        match=r"only those of the tokenizers library .*send the request without a grammar",
     ):
         check_grammar(PATTERN, Vocabulary(Slow))

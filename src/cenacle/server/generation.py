@@ -15,7 +15,7 @@ import json
 import logging
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +33,7 @@ from .metrics import InstrumentedGroup
 
 log = logging.getLogger(__name__)
 
+MAX_WARNING_CHARACTERS = 1000  # of the header
 _KEEP_ALIVE = b": waiting\n\n"  # a comment of an event stream
 
 
@@ -170,6 +171,7 @@ class GenerationRun(Response):
         keep_alive_s: float,
     ) -> None:
         self._adapter, self._stream = adapter, request.stream
+        self._warning_headers = _warning_headers(request.warnings)
         self._builder = adapter.respond(request, meta)
         self._choices, self._group, self._active_runs = choices, group, active_runs
         self._token_timeout_s, self._keep_alive_s = token_timeout_s, keep_alive_s
@@ -220,7 +222,8 @@ class GenerationRun(Response):
                 ChoiceState(c.index, c.parts, c.finish or FinishReason("length"))
                 for c in self._choices
             ]
-            response = json_response(200, self._builder.full_response(choices, self._usage()))
+            body = self._builder.full_response(choices, self._usage())
+            response = json_response(200, body, self._warning_headers)
         except Exception as error:
             response = error_response(error, self._adapter)
         await response(scope, receive, send)
@@ -242,6 +245,7 @@ class GenerationRun(Response):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
+            *((name.encode(), value.encode()) for name, value in self._warning_headers.items()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         builder = self._builder
@@ -321,6 +325,13 @@ class GenerationRun(Response):
 async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _warning_headers(warnings: Sequence[str]) -> dict[str, str]:
+    """What was accepted and has no effect, as a header: it may hold a client's text."""
+    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else " " for c in text)[:MAX_WARNING_CHARACTERS]
+    return {"x-cenacle-warning": text} if text else {}
 
 
 def _server_sent_event(event: Event) -> bytes:

@@ -76,7 +76,9 @@ class RequestPreparer:
                 if has_grammar and self._tokenizer.ends_in_reasoning(tokens):
                     choice.reason_first(self._tokenizer.chat_parser((), (), tokens))
                 choices.append(choice)
-        return request, choices
+        unenforced = structured_output.find_unenforced(request.grammar)
+        warnings = tuple(f"{request.grammar_field}: not enforced: {part}" for part in unenforced)
+        return replace(request, warnings=request.warnings + warnings), choices
 
     def count_tokens(self, adapter: ApiAdapter, body: bytes) -> int:
         """The number of tokens of a body's prompt.

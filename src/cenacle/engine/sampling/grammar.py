@@ -6,12 +6,13 @@ Does not know: MLX, logits, ranks.
 Invariant: a matcher depends only on the grammar and the output, so every rank has the same mask; a
 token that ends the output is allowed exactly where the grammar may end, and is the only one where
 it must.
-Next: `sampler.py` applies the masks.
+Next: `grammar_process.py`, which compiles first; `sampler.py` applies the masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InputError
+from .grammar_process import GRAMMAR_PROCESS, SerializedTokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     from ...text.tokenizer import ChatTokenizer
+
+MAX_GRAMMAR_CHARACTERS = 1_000_000
+MAX_REASON_CHARACTERS = 300
 
 
 class Vocabulary:
@@ -37,6 +42,23 @@ class Vocabulary:
         self._load_tokenizer = load_tokenizer
 
     @cached_property
+    def serialized(self) -> SerializedTokenizer:
+        """The vocabulary for another process.
+
+        Raises:
+            CheckpointError: there is no tokenizer.
+            InputError: llguidance cannot read this kind of tokenizer.
+        """
+        tokenizer = self._load_tokenizer()
+        backend = getattr(tokenizer.inner, "backend_tokenizer", None)
+        if backend is None:
+            raise _describe_unreadable("only those of the tokenizers library are")
+        backend = copy(backend)
+        backend.no_padding()
+        backend.no_truncation()
+        return SerializedTokenizer(backend.to_str(), tokenizer.stop_tokens)
+
+    @cached_property
     def tokenizer(self) -> LLTokenizer:
         """llguidance's tokenizer.
 
@@ -44,17 +66,13 @@ class Vocabulary:
             CheckpointError: there is no tokenizer.
             InputError: llguidance cannot read this kind of tokenizer.
         """
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
 
-        tokenizer = self._load_tokenizer()
+        serialized = self.serialized
         try:
-            return from_tokenizer(tokenizer.inner, eos_token=list(tokenizer.stop_tokens))
+            return LLTokenizer(serialized.text, eos_token=list(serialized.stop_tokens))
         except Exception as error:  # Rust's errors have several classes
-            raise InputError(
-                f"grammar: expected a tokenizer that llguidance can read, and this model's is not "
-                f"({error}); send the request without a grammar",
-                "grammar",
-            ) from error
+            raise _describe_unreadable(str(error)) from error
 
     def matcher(
         self, grammar: str, prompt_tokens: int, limits: LLParserLimits | None = None
@@ -137,25 +155,37 @@ class Matcher:
             self._consumed -= extra
 
 
-def check_grammar(grammar: str, vocabulary: Vocabulary | None = None) -> None:
-    """Check that a rank can follow a grammar.
+def check_grammar(grammar: str, vocabulary: Vocabulary | None = None) -> list[str]:
+    """Check that a rank can follow a grammar, in a process of its own: a grammar can end it.
 
     Args:
         grammar: as llguidance reads it: a JSON object with `grammars`, or its Lark format.
         vocabulary: of the model; None: check only the grammar itself.
 
+    Returns:
+        What it does not enforce, in llguidance's words.
+
     Raises:
         InputError: what is wrong, in llguidance's words.
     """
-    from llguidance import LLMatcher
-
-    failed, reasons = LLMatcher.validate_grammar_with_warnings(grammar)
-    if failed:
-        raise _describe_error(reasons[0])
-    if vocabulary is not None:
-        vocabulary.matcher(grammar, 0)
+    if len(grammar) > MAX_GRAMMAR_CHARACTERS:
+        raise _describe_error(
+            f"expected at most {MAX_GRAMMAR_CHARACTERS:,} characters, got {len(grammar):,}"
+        )
+    try:
+        return GRAMMAR_PROCESS.compile(grammar, vocabulary.serialized if vocabulary else None)
+    except ValueError as error:
+        raise _describe_error(str(error)) from error
 
 
 def _describe_error(reason: str) -> InputError:
-    line = " ".join(reason.split())
+    line = " ".join(reason.split())[:MAX_REASON_CHARACTERS]
     return InputError(f"grammar: expected one that llguidance can follow, but: {line}", "grammar")
+
+
+def _describe_unreadable(reason: str) -> InputError:
+    return InputError(
+        f"grammar: expected a tokenizer that llguidance can read, and this model's is not "
+        f"({reason}); send the request without a grammar",
+        "grammar",
+    )

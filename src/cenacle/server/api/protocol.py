@@ -96,6 +96,7 @@ class GenerationRequest:
         thinking_budget: most tokens of reasoning; None: no limit.
         continue_final_message: the last message is the beginning of the response.
         echoed_parameters: what the response repeats of the request, in the API's own form.
+        warnings: what was accepted and has no effect; sent as a header.
     """
 
     prompts: tuple[Prompt, ...]
@@ -120,6 +121,7 @@ class GenerationRequest:
     thinking_budget: int | None = None
     continue_final_message: bool = False
     echoed_parameters: JsonObject = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def sampling_of(self, choice: int) -> Sampling:
         """The sampling of one of the `n` choices. A seed is counted up so that they differ; the

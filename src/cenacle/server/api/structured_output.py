@@ -12,6 +12,7 @@ Next: `engine/sampling/grammar.py` applies it, token by token.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,12 +20,23 @@ from typing import Any, Literal
 from llguidance import LLMatcher
 
 from ...core.chat import Message, OutputPart, Tool
+from ...engine.sampling.grammar import check_grammar
+from ...errors import InputError
 from .protocol import GenerationRequest
 from .validation import UNSUPPORTED, RequestError, describe
 
 MAX_CALLS = 8  # in one response that must be calls, so that it ends
-# JSON as it is mostly written, on one line: unbounded white space would match too.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+REGEX_ERROR = "regex parse error"  # llguidance's
+MAX_PATTERNS = 100  # of a schema that are compiled one by one
+BLAME_S = 5.0  # to find the tool whose schema does not compile
+# JSON as it is mostly written, on one line: unbounded white space would match too. Lenient: what
+# llguidance cannot enforce becomes a warning.
+_JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": True,
+}
 
 Mode = Literal["none", "auto", "required"]
 
@@ -55,8 +67,8 @@ def restrict_output(
         choice: among them.
 
     Raises:
-        RequestError: a chosen tool is missing, a strict one cannot be enforced, or there is a
-            format beside tools.
+        RequestError: a chosen tool is missing, the schema of a strict one does not compile, or
+            there is a format beside tools.
     """
     offered = _offered_tools(tools, choice)
     if offered and request.grammar is not None:
@@ -98,37 +110,43 @@ def _offered_tools(tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Tool]
         for tool in tools
         if choice.allowed is None or tool.name in choice.allowed
     }
-    for path, tool in offered.items():
-        if tool.strict:
-            json_schema_grammar(tool.parameters, path)
-            if '"patternProperties":' in json.dumps(tool.parameters):
-                reason = "patternProperties in a strict tool is not supported"
-                raise RequestError(path, reason, UNSUPPORTED)
+    if strict := {path: tool for path, tool in offered.items() if tool.strict}:
+        tool_call_grammar(strict, several=False)
     return offered
 
 
 def json_schema_grammar(schema: dict[str, Any], field: str) -> str:
-    """A grammar of the JSON values that a schema describes.
+    """A grammar of the JSON values that a schema describes, as far as it can be enforced.
 
     Args:
         schema: a JSON schema.
         field: the parameter that it came in.
 
     Raises:
-        RequestError: it is not a schema, or has parts that cannot be enforced.
+        RequestError: it is not a schema, or nothing matches it.
     """
-    return _checked({"json_schema": _with_style(schema)}, field)
+    try:
+        return _checked({"json_schema": _with_style(schema)}, field)
+    except RequestError as error:
+        if REGEX_ERROR not in str(error):
+            raise
+        return _checked({"json_schema": _with_style(_drop_unreadable_patterns(schema))}, field)
 
 
 def regex_grammar(pattern: str, field: str) -> str:
     """A grammar of the text that a regular expression (Rust's syntax, no look-around) matches as a
     whole."""
-    return _checked(json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0], field)
+    return _checked(_regex(pattern), field)
 
 
 def lark_grammar(grammar: str, field: str) -> str:
     """A grammar in llguidance's variant of Lark."""
     return _checked({"lark_grammar": grammar}, field)
+
+
+def find_unenforced(grammar: str | None) -> list[str]:
+    """The parts of a grammar made here that are not enforced, in llguidance's words."""
+    return check_grammar(grammar) if grammar is not None else []
 
 
 def tool_call_grammar(tools: Mapping[str, Tool], several: bool) -> str:
@@ -139,18 +157,33 @@ def tool_call_grammar(tools: Mapping[str, Tool], several: bool) -> str:
         several: more than one call is allowed.
 
     Raises:
-        RequestError: a tool's schema cannot be enforced.
+        RequestError: a tool's schema does not compile.
     """
+    schemas = {path: {"type": "object", **tool.parameters} for path, tool in tools.items()}
+    try:
+        return _call_grammar(tools, schemas, several)
+    except RequestError as error:
+        if REGEX_ERROR in str(error):
+            readable = {path: _drop_unreadable_patterns(s) for path, s in schemas.items()}
+            return _call_grammar(tools, readable, several)
+        ends = time.monotonic() + BLAME_S
+        for path, schema in schemas.items():
+            if time.monotonic() < ends:
+                json_schema_grammar(schema, path)  # raises the error of the one that is at fault
+        raise
+
+
+def _call_grammar(
+    tools: Mapping[str, Tool], schemas: Mapping[str, dict[str, Any]], several: bool
+) -> str:
     more = f'(", " call){{0,{MAX_CALLS - 1}}}' if several else ""
     alternatives = " | ".join(f"call_{at}" for at in range(len(tools)))
     rules = [f'start: "[" call {more} "]"', f"call: {alternatives}"]
     for at, (path, tool) in enumerate(tools.items()):
         # Each schema in a grammar of its own: references in it begin at its root.
-        schema = _with_style({"type": "object", **tool.parameters})
-        json_schema_grammar(schema, path)
         head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
         rules += [f'call_{at}: {head} arguments_{at} "}}"']
-        rules += [f"arguments_{at}: %json {json.dumps(schema)}"]
+        rules += [f"arguments_{at}: %json {json.dumps(_with_style(schemas[path]))}"]
     return lark_grammar("\n".join(rules), "tools")
 
 
@@ -204,9 +237,53 @@ def _with_style(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "x-guidance": _JSON_STYLE}
 
 
+def _drop_unreadable_patterns(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without regular expressions that llguidance cannot read, such as look-around. Each
+    becomes an unknown `format` or a `not`, of which llguidance warns."""
+    budget = MAX_PATTERNS
+
+    def is_readable(pattern: str) -> bool:
+        nonlocal budget
+        budget -= 1
+        try:
+            if budget >= 0:
+                _checked(_regex(pattern), "pattern")
+        except RequestError as error:
+            return REGEX_ERROR not in str(error)
+        return budget >= 0
+
+    def copy_of(part: Any) -> Any:
+        if isinstance(part, list):
+            return [copy_of(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        result = {key: copy_of(value) for key, value in part.items()}
+        pattern = result.get("pattern")
+        if isinstance(pattern, str) and not is_readable(pattern):
+            del result["pattern"]
+            result["format"] = f"{result.get('format', '')} pattern {pattern}".strip()
+        named = result.get("patternProperties")
+        if isinstance(named, dict) and not all(map(is_readable, named)):
+            for key in ("patternProperties", "additionalProperties"):
+                result.pop(key, None)
+            result["not"] = {}
+        return result
+
+    changed: dict[str, Any] = copy_of(schema)
+    return changed
+
+
+def _regex(pattern: str) -> dict[str, Any]:
+    grammar: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0]
+    return grammar
+
+
 def _checked(grammar: dict[str, Any], field: str) -> str:
     text = json.dumps({"grammars": [grammar]})
-    if error := LLMatcher.validate_grammar(text):
-        reason = " ".join(error.split())[:300]
-        raise RequestError(field, f"cannot be enforced: {reason}")
+    try:
+        check_grammar(text)
+    except InputError as error:
+        raise RequestError(
+            field, f"cannot be enforced: {str(error).partition('but: ')[2]}"
+        ) from error
     return text
