@@ -177,12 +177,15 @@ class Model:
         *,
         logprobs: int | None = None,
         grammar: str | None = None,
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
     ) -> Request:
         """A request for a prompt, checked against the model's context and vocabulary.
 
         Args:
             prompt, max_tokens: see `stream`.
-            sampling, logprobs, grammar: see `Request`.
+            sampling, logprobs, grammar, min_tokens: see `Request`.
+            ignore_eos: no token ends the output.
 
         Raises:
             InputError: names what is wrong.
@@ -211,10 +214,11 @@ class Model:
             uuid.uuid4().hex,
             tokens,
             min(max_tokens or DEFAULT_MAX_TOKENS, room),
-            tokenizer.stop_tokens if tokenizer is not None else (),
+            tokenizer.stop_tokens if tokenizer is not None and not ignore_eos else (),
             sampling or Sampling(),
             logprobs,
             grammar,
+            min_tokens=min_tokens,
         )
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:

@@ -188,6 +188,67 @@ def test_a_truncated_output_matches_its_grammar_so_far(models):
     assert text.startswith('{"name"')
 
 
+def answer_of(model, prompt=QUESTION, max_tokens=40, sampling=None, stop=(), **limits):
+    """Tokens and the reason for the end."""
+    request = model.request(prompt, max_tokens, sampling, **limits)
+    chunks = list(model._stream(request, stop))
+    return [chunk.token for chunk in chunks], chunks[-1].finish
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(**DICE)])
+def test_min_tokens_come_before_the_end(models, drafting, sampling):
+    end = models[1].text.stop_tokens
+    plain, _ = answer_of(models[1], sampling=sampling)
+    assert len(plain) < 12, "ends by itself, and before min_tokens"
+    every = [*models.values(), *drafting.values()]
+    answers = [answer_of(m, sampling=sampling, min_tokens=12) for m in every]
+    tokens, finish = answers[0]
+    assert all(answer == answers[0] for answer in answers)
+    assert len(tokens) > 12 or finish == "length"
+    assert not set(tokens[:12]) & set(end)
+    assert tokens[: len(plain) - 1] == plain[:-1]
+    for model in every:  # a restart of the group does not begin to count again
+        request = model.request(QUESTION, 40, sampling, min_tokens=12)
+        rest = list(model._stream(request.resumed_with(tokens[:5]), ()))
+        assert [chunk.token for chunk in rest] == tokens[5:]
+
+
+def test_an_ignored_end_does_not_end(models, drafting):
+    for model in [*models.values(), *drafting.values()]:
+        tokens, finish = answer_of(model, max_tokens=30, ignore_eos=True)
+        assert (len(tokens), finish) == (30, "length")
+        assert set(tokens) & set(model.text.stop_tokens), "as the model would have ended"
+
+
+def test_requests_beside_each_other_end_by_their_own_min_tokens(models, drafting):
+    limits = [{}, {"min_tokens": 7}, {"min_tokens": 20}, {"ignore_eos": True}]
+    for model in [*models.values(), *drafting.values()]:
+        alone = [answer_of(model, **limit) for limit in limits]
+        together = [None] * len(limits)
+
+        def run(at, model=model, together=together):
+            together[at] = answer_of(model, **limits[at])
+
+        threads = [threading.Thread(target=run, args=(at,)) for at in range(len(limits))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert together == alone
+
+
+def test_a_grammar_that_has_ended_ends_before_min_tokens(models, drafting):
+    digits = LLMatcher.grammar_from_regex("[0-9]{3}")
+    list_ = LLMatcher.grammar_from_regex("[a-c]+")  # may end, and may go on
+    for model in [*models.values(), *drafting.values()]:
+        tokens, finish = answer_of(model, grammar=digits, min_tokens=12)
+        assert (len(model.text.decode(tokens[:-1])), finish) == (3, "stop")
+        tokens, _ = answer_of(model, grammar=list_, min_tokens=12)
+        assert len(tokens) > 12
+        tokens, finish = answer_of(model, grammar=digits, max_tokens=12, ignore_eos=True)
+        assert (len(tokens), finish) == (12, "length")
+
+
 def test_invalid_grammars_are_refused(models):
     for grammar, reason in [
         ("", "Empty grammar"),

@@ -244,6 +244,38 @@ def test_a_stop_string_ends_the_answer_before_it(pair: Server, client: openai.Op
     wait_until(lambda: pair.busy() == 0)
 
 
+def test_min_tokens_and_an_ignored_end(pair: Server) -> None:
+    for path, prompt in (("chat/completions", {"messages": SUM}), ("completions", {"prompt": "a"})):
+        counts = []
+        for limits in ({"ignore_eos": True}, {"min_tokens": 16}, {"min_tokens": 16, "stop": [" "]}):
+            answer = pair.post(path, json={**prompt, "temperature": 0, "max_tokens": 16, **limits})
+            assert answer.status_code == 200, answer.text
+            counts.append(answer.json()["usage"]["completion_tokens"])
+            assert answer.json()["choices"][0]["finish_reason"] == "length"
+        assert counts == [16, 16, 16]
+        refused = pair.post(path, json={**prompt, "max_tokens": 4, "min_tokens": 5})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "min_tokens"
+
+
+def test_every_chunk_counts_tokens_if_asked(pair: Server) -> None:
+    def usages(**options: bool) -> list[Any]:
+        answer = pair.post(
+            json={"messages": SUM, "temperature": 0, "stream": True, "stream_options": options}
+        )
+        events = [e.removeprefix("data: ") for e in answer.text.split("\n\n")[:-2]]
+        return [json.loads(event).get("usage", "none") for event in events]
+
+    *during, last = usages(include_usage=True, continuous_usage_stats=True)
+    assert all(usage["prompt_tokens"] == last["prompt_tokens"] > 0 for usage in during)
+    counts = [usage["completion_tokens"] for usage in [*during, last]]
+    assert (counts[0], counts[-2:]) == (0, [3, 3])
+    assert counts == sorted(counts)
+    assert all(u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in during)
+    assert set(usages(include_usage=True)[:-1]) == {None}
+    assert set(usages(include_usage=False, continuous_usage_stats=True)) == {"none"}
+
+
 def test_concurrent_streams_give_the_same_texts_as_single_ones(client: openai.OpenAI) -> None:
     questions = ["What is 12 + 30?", "Who are you? Tell me more."]
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.text.detokenizer import Detokenizer
-from cenacle.text.output_parser import TextStream
+from cenacle.text.output_parser import OutputParser, TextStream
 
 SILENT = 0
 
@@ -89,3 +89,35 @@ def test_stop_string_that_ends_only_with_the_last_character():
 def test_end_gives_what_was_held_back_in_order():
     got, stream = pieces(["a", "€".encode()[:2]], ["ab", "\ufffdz"])
     assert (got, stream.stopped) == (["", "", "a\ufffd"], False)
+
+
+@given(st.lists(few, max_size=8), st.lists(few, max_size=3), st.integers(0, 8))
+def test_no_stop_string_ends_within_min_tokens(words, stop, min_tokens):
+    parser = OutputParser(detokenizer_of(words), stop, (SILENT,))
+    parser.min_tokens = min_tokens
+    parts = [part for i in range(len(words)) for part in parser.add(i + 1)]
+    got = "".join(part.text for part in parts + parser.finish())
+    # The slow reference: the first match in the text so far that ends behind the free part.
+    free, text = len("".join(words[:min_tokens])), ""
+    for word in words:
+        text += word
+        starts = [
+            at
+            for s in stop
+            for at in range(len(text))
+            if s and text.startswith(s, at) and at + len(s) > free
+        ]
+        if starts:
+            text = text[: min(starts)]
+            break
+    assert got == text
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "expected"), [(0, "a"), (1, "a"), (2, "ab-c"), (3, "ab-c"), (4, "ab-cb-")]
+)
+def test_a_stop_string_counts_after_min_tokens(min_tokens, expected):
+    parser = OutputParser(detokenizer_of(["ab", "-", "c", "b-"]), ["b-"], (SILENT,))
+    parser.min_tokens = min_tokens
+    parts = [part for token in (1, 2, 3, 4) for part in parser.add(token)]
+    assert "".join(part.text for part in parts + parser.finish()) == expected

@@ -76,6 +76,8 @@ class Request:
             `MAX_LOGPROBS`. None reports no log-probabilities.
         grammar: llguidance grammar (JSON) that the output must match; None: unconstrained.
         key: the client's key. Requests of different keys share the group fairly.
+        min_tokens: how many tokens are generated before one of `stop_tokens` may be, unless the
+            grammar leaves no other.
         resumed_tokens: how many of the last `tokens` are output that a group produced before it
             was restarted. Sampling, penalties and the grammar continue behind them.
 
@@ -92,6 +94,7 @@ class Request:
     grammar: str | None = None
     key: str = ""
     resumed_tokens: int = 0
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -103,6 +106,7 @@ class Request:
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, integer=True)
         _check_range("resumed_tokens", self.resumed_tokens, 0, len(self.tokens) - 1, integer=True)
+        _check_range("min_tokens", self.min_tokens, 0, inf, integer=True)
 
     def resumed_with(self, generated_tokens: Sequence[int]) -> Request:
         """The rest of this request after the output so far."""
@@ -132,6 +136,7 @@ class Request:
             data["grammar"],
             data["key"],
             data["resumed_tokens"],
+            data["min_tokens"],
         )
 
 

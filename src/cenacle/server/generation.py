@@ -138,7 +138,11 @@ class InFlightChoice:
             )
             parts = [part for part in parts if part.kind == "reasoning"]
             (self.parser, request), self.after_reasoning = self.after_reasoning, None
-            self.request = replace(request, tokens=tokens, max_tokens=remaining)
+            min_tokens = max(0, request.min_tokens - self.generated_tokens)
+            self.parser.min_tokens = min_tokens
+            self.request = replace(
+                request, tokens=tokens, max_tokens=remaining, min_tokens=min_tokens
+            )
         self.request, self._request_tokens = replace(self.request, id=uuid.uuid4().hex), []
         return parts
 
@@ -250,10 +254,12 @@ class GenerationRun(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         builder = self._builder
         try:
+            builder.usage = self._usage()
             for choice in self._choices:
                 await write_events(builder.first_events(choice.index, self._usage()))
             async with aclosing(self._generate()) as generated:
                 async for choice, parts in generated:
+                    builder.usage = self._usage()
                     for part in parts:
                         await write_events(builder.delta(choice.index, part))
                     if choice.finish is not None:

@@ -63,11 +63,13 @@ class RequestPreparer:
             max_tokens = min(limits, default=None)
             echo = self._tokenizer.decode(tokens) if request.echo else ""
             for index in range(request.n):
+                parser = self._output_parser(request, tokens)
+                parser.min_tokens = request.min_tokens
                 choice = InFlightChoice(
                     len(choices),
                     replace(self._group_request(request, tokens, max_tokens, index), key=key),
                     len(tokens) if index == 0 else 0,
-                    self._output_parser(request, tokens),
+                    parser,
                     self._tokenizer,
                     echo,
                     request.thinking_budget,
@@ -118,6 +120,8 @@ class RequestPreparer:
                 request.sampling_of(index),
                 logprobs=request.logprobs,
                 grammar=request.grammar,
+                min_tokens=request.min_tokens,
+                ignore_eos=request.ignore_eos,
             )
         except InputError as error:
             if error.field != "grammar":

@@ -32,15 +32,18 @@ class StopStringFilter:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [s for s in stop if s]
         self._held = ""
+        self._free_length = 0  # of what is held: no stop string ends in it
         self.stop_string: str | None = None
         self.cut_text = ""  # from the stop string on
 
-    def add(self, piece: str) -> str:
-        """The text that cannot be part of a stop string."""
+    def add(self, piece: str, *, may_end: bool = True) -> str:
+        """The text that cannot be part of a stop string; with `may_end`, none ends in `piece`."""
         if self.stop_string is not None:
             return ""
         text = self._held + piece
-        matches = ((position, s) for s in self._stop if (position := text.find(s)) >= 0)
+        free = self._free_length if may_end else len(text)
+        starts = ((text.find(s, max(0, free - len(s) + 1)), s) for s in self._stop)
+        matches = ((position, s) for position, s in starts if position >= 0)
         first = min(matches, default=None)
         if first is not None:
             (position, self.stop_string), self._held = first, ""
@@ -51,6 +54,7 @@ class StopStringFilter:
             (n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
         )
         self._held = text[len(text) - held :]
+        self._free_length = max(0, free - (len(text) - held))
         return text[: len(text) - held]
 
     def finish(self) -> str:
@@ -105,6 +109,8 @@ class OutputParser:
         state: the first one: "normal", "reasoning" or "tool".
         max_calls: the output ends with this many calls; None: unlimited.
         call_start, call_end: markers of calls.
+
+    `min_tokens` may be set at any time: in so many tokens from then on no stop string ends.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class OutputParser:
         self._call_start, self._call_end = call_start, call_end
         self._header = ""
         self._after_marker = False  # the state has changed, and no text has come since
+        self.min_tokens = 0
 
     @property
     def stop_string(self) -> str | None:
@@ -149,9 +156,12 @@ class OutputParser:
 
     def add(self, token: int) -> list[OutputPart]:
         """The parts that are certain after this token; may be empty."""
-        if self.finished or token in self._silent_tokens:
+        if self.finished:
             return []
-        return self._parse(self._detokenizer.add(token))
+        text = "" if token in self._silent_tokens else self._detokenizer.add(token)
+        parts = self._parse(text) if text else []
+        self.min_tokens = max(0, self.min_tokens - 1)
+        return parts
 
     def finish(self, *, cut: bool = False) -> list[OutputPart]:
         """The parts that were held back; `cut`: the model had not ended the output."""
@@ -193,7 +203,10 @@ class OutputParser:
             self._after_marker = not text
         if state == "reasoning":
             return [OutputPart("reasoning", text)] if text else []
-        text = self._filter.add(text) if state in ("normal", "after_call") else ""
+        if state in ("normal", "after_call"):
+            text = self._filter.add(text, may_end=not self.min_tokens)
+        else:
+            text = ""
         return [OutputPart("text", text)] if text else []
 
     def _finish_state(self, *, closed: bool = True, cut: bool = False) -> list[OutputPart]:

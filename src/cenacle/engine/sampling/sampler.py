@@ -1,7 +1,7 @@
 """From logits to a token: the samplers and logits processors of each request.
 
 Owns: `Sampler`; `LogprobRecorder`, which keeps logits for log-probabilities; `GrammarProcessor`;
-`SamplingState`, all of these for one request.
+`StopTokenBlocker`; `SamplingState`, all of these for one request.
 Does not know: other requests, the model.
 Invariant: a sampler returns rank 0's token on every rank, sent inside the graph, so ranks that
 round differently cannot diverge. With a seed, tokens depend only on the seed and the position in
@@ -152,6 +152,23 @@ class GrammarProcessor:
         return mx.where(mx.array(mask), logits, -mx.inf)
 
 
+class StopTokenBlocker:
+    """A logits processor that lets no stop token come before `length` tokens, prompt included,
+    unless a grammar leaves no other."""
+
+    def __init__(self, stop_tokens: Sequence[int], length: int) -> None:
+        self._stop_tokens, self._length = mx.array(list(stop_tokens)), length
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Tokens so far [length], logits [1, vocabulary] -> logits, -inf for stop tokens."""
+        if tokens.shape[0] >= self._length:
+            return logits
+        blocked = mx.put_along_axis(
+            logits, self._stop_tokens[None], mx.array(-mx.inf, logits.dtype), axis=-1
+        )
+        return mx.where(mx.max(blocked) == -mx.inf, logits, blocked)
+
+
 @dataclass
 class SamplingState:
     """All that decides one request's tokens.
@@ -252,4 +269,7 @@ class SamplingStates:
             prompt_tokens = len(request.tokens) - request.resumed_tokens
             state.matcher = self._vocabulary.matcher(request.grammar, prompt_tokens)
             state.processors.append(GrammarProcessor(state.matcher))
+        if request.min_tokens and request.stop_tokens:
+            length = len(request.tokens) - request.resumed_tokens + request.min_tokens
+            state.processors.append(StopTokenBlocker(request.stop_tokens, length))
         return state

@@ -174,6 +174,9 @@ _ResponseFormat = Tagged[PlainFormat | _SchemaFormat | _RegexFormat | _GrammarFo
 class _StreamOptions(RequestModel):
     unsupported = refuse(include_obfuscation=(False,))
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
+    continuous_usage_stats: bool = Field(
+        False, description="With include_usage: every chunk counts tokens."
+    )
 
 
 class _CompletionParameters(OpenAIParameters):
@@ -192,6 +195,10 @@ class _CompletionParameters(OpenAIParameters):
         default_factory=tuple,
         description="Strings that end the response, which does not include them.",
     )
+    min_tokens: int = Field(
+        0, ge=0, description="So many tokens come before the model or a stop string may end."
+    )
+    ignore_eos: bool = Field(False, description="The model cannot end the response.")
     stream_options: _StreamOptions | None = None
     response_format: _ResponseFormat | None = Field(
         None, description="What the response must match."
@@ -203,15 +210,23 @@ class _CompletionParameters(OpenAIParameters):
             fail("only allowed with stream=true", "stream_options")
         return self
 
-    def shared_fields(self, served: ServedModel) -> JsonObject:
+    def shared_fields(self, served: ServedModel, max_tokens: int | None) -> JsonObject:
         """Fields of the `GenerationRequest` that come from these parameters."""
-        form = self.response_format
+        if max_tokens is not None and self.min_tokens > max_tokens:
+            reason = f"expected at most max_tokens={max_tokens}, got {self.min_tokens}"
+            raise RequestError("min_tokens", reason)
+        form, options = self.response_format, self.stream_options
+        include_usage = options is not None and options.include_usage
         return {
             "sampling": self.sampling_for(served),
+            "max_tokens": max_tokens,
             "stop": self.stop,
             "n": self.n,
             "stream": self.stream,
-            "include_usage": bool(self.stream_options and self.stream_options.include_usage),
+            "include_usage": include_usage,
+            "continuous_usage": bool(include_usage and options and options.continuous_usage_stats),
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
             "grammar": form and form.to_grammar("response_format"),
         }
 
@@ -431,12 +446,11 @@ class ChatCompletionRequest(_CompletionParameters):
             (tuple(self.messages),),
             is_chat=True,
             prompt_field="messages",
-            max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             parallel_tool_calls=self.parallel_tool_calls,
             template_kwargs=self.chat_template_kwargs,
             reasoning_effort=self.reasoning_effort,
-            **self.shared_fields(served),
+            **self.shared_fields(served, self.max_completion_tokens or self.max_tokens),
         )
         tools = [tool.function.to_tool() for tool in self.tools]
         return restrict_output(request, tools, self.tool_choice)
@@ -487,10 +501,9 @@ class CompletionRequest(_CompletionParameters):
             self.prompt,
             is_chat=False,
             prompt_field="prompt",
-            max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS,
             logprobs=self.logprobs,
             echo=self.echo,
-            **self.shared_fields(served),
+            **self.shared_fields(served, self.max_tokens or DEFAULT_COMPLETION_TOKENS),
         )
 
 
@@ -528,7 +541,9 @@ class _CompletionBuilder(ResponseBuilder):
     ) -> Iterator[Event]:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = {**self._header(self.chunk_name), "choices": [choice]}
-        yield None, {**chunk, "usage": None} if self._request.include_usage else chunk
+        if self._request.include_usage:
+            chunk["usage"] = usage_object(self.usage) if self._request.continuous_usage else None
+        yield None, chunk
 
     def _header(self, object_name: str) -> JsonObject:
         return {

@@ -83,6 +83,9 @@ class GenerationRequest:
         stop: strings that end a choice, which does not include them.
         n: choices per prompt.
         include_usage: OpenAI's stream ends with a chunk that counts tokens.
+        continuous_usage: every chunk of OpenAI's stream counts tokens.
+        min_tokens: how many tokens of a choice come before a stop string or the model may end it.
+        ignore_eos: the model cannot end a choice.
         logprobs: how many alternatives to report with each token; None: nothing about tokens.
         echo: choices begin with their prompts.
         forced_call: "required" or a function's name: the response is tool calls and nothing else;
@@ -108,6 +111,9 @@ class GenerationRequest:
     n: int = 1
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
+    min_tokens: int = 0
+    ignore_eos: bool = False
     logprobs: int | None = None
     echo: bool = False
     tools: tuple[Tool, ...] = ()
@@ -184,10 +190,14 @@ class ResponseMeta:
 
 
 class ResponseBuilder(ABC):
-    """Shapes the response to one request, as events or whole; used once."""
+    """Shapes the response to one request, as events or whole; used once.
+
+    `usage` is what a stream has used so far, for APIs that tell it in between.
+    """
 
     def __init__(self, request: GenerationRequest, meta: ResponseMeta) -> None:
         self._request, self._meta = request, meta
+        self.usage = Usage(0, 0)
 
     @abstractmethod
     def first_events(self, index: int, usage: Usage) -> Iterable[Event]:
