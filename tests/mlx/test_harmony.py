@@ -121,10 +121,10 @@ def test_a_grammar_applies_to_the_final_channel(text):
     prompt = text.start_reasoning(text.render([{"role": "user", "content": "Why?"}]), None)
     request = Request("1", prompt, 50, text.stop_tokens, grammar="g")
     choice = InFlightChoice(0, request, 1, text.text_parser(()), text)
-    choice.reason_first(text.chat_parser((), (), prompt))
+    choice.precede_grammar(text.chat_parser((), (), prompt), may_call=False)
     for token in text.encode("Hm.<|end|>"):
         parts = choice.add_token(TokenEvent("1", token))
-        choice.end_reasoning(parts)
+        choice.change_phase(parts)
     ending = "Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
     assert text.decode(choice.request.tokens).endswith(ending)
     assert choice.request.grammar == "g"

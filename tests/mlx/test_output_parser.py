@@ -147,14 +147,15 @@ def test_reasoning_is_closed_after_its_budget(thinker):
     choice = start_choice(thinker, prompt, thinking_budget=4)
     thoughts = thinker.encode("abcdefgh")[:4]
     for token in thoughts:
-        assert choice.end_reasoning([]) is None
         parts = choice.add_token(TokenEvent("1", token, cached_tokens=2))
-    assert choice.end_reasoning(parts) == parts  # a mark has no text
+        assert choice.request.id == "1"
+    assert choice.change_phase(parts) == parts  # a mark has no text
     rest = choice.request
     assert rest.id != "1"
     assert rest.tokens == (*prompt, *thoughts, *thinker.reasoning_end)
     assert (rest.max_tokens, rest.resumed_tokens) == (15, 5)
-    assert choice.end_reasoning([]) is None
+    choice.change_phase([])
+    assert choice.request is rest
     (said,) = choice.add_token(TokenEvent(rest.id, thinker.encode("x")[0], cached_tokens=9))
     assert (said.kind, said.text, choice.cached_tokens) == ("text", "x", 2)
     assert (choice.generated_tokens, choice.reasoning_tokens) == (5, 4)
@@ -165,7 +166,7 @@ def test_a_grammar_starts_after_reasoning(thinker):
     choice = start_choice(thinker, prompt)
     choice.request = replace(choice.request, grammar="g", sampling=Sampling(logit_bias={5: 1.0}))
     choice.parser = thinker.text_parser(())
-    choice.reason_first(thinker.chat_parser((), (), prompt))
+    choice.precede_grammar(thinker.chat_parser((), (), prompt), may_call=False)
     (end,) = thinker.stop_tokens
     assert (choice.request.grammar, choice.request.sampling.logit_bias) == (
         None,
@@ -174,9 +175,7 @@ def test_a_grammar_starts_after_reasoning(thinker):
     said = []
     thoughts = thinker.encode("Hm.</think>")
     for token in thoughts:
-        parts = choice.add_token(TokenEvent("1", token))
-        turned = choice.end_reasoning(parts)
-        said += parts if turned is None else turned
+        said += choice.change_phase(choice.add_token(TokenEvent("1", token)))
     assert join_text(said) == [OutputPart("reasoning", "Hm.")]
     rest = choice.request
     assert (rest.tokens, rest.grammar, rest.resumed_tokens) == ((*prompt, *thoughts), "g", 0)

@@ -129,6 +129,11 @@ def test_null_counts_as_absent() -> None:
     assert chat(**dict.fromkeys(names)) == chat()
 
 
+def test_tools_and_a_format_are_accepted_together() -> None:
+    request = chat(tools=[WEATHER], response_format={"type": "json_object"})
+    assert (request.may_call, request.grammar is not None) == (True, True)
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -151,10 +156,6 @@ def test_unsupported_parameters_that_request_nothing_are_accepted(extra: dict[st
         ({"tools": [{"type": "code_interpreter"}]}, "tools[0].type"),
         ({"metadata": {"a": "b"}}, "metadata"),
         ({"verbosity": "low"}, "verbosity"),
-        (
-            {"tools": [WEATHER], "response_format": {"type": "json_object"}},
-            "response_format",
-        ),
         (
             {"stream": True, "stream_options": {"include_obfuscation": True}},
             "stream_options.include_obfuscation",

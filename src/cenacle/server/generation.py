@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MAX_WARNING_CHARACTERS = 1000  # of the header
 _KEEP_ALIVE = b": waiting\n\n"  # a comment of an event stream
+_JSON_STARTS = '{["`-0123456789tfn'  # of a value, or of a block that quotes one
+MAX_PREFACE_TOKENS = 128  # of text before a call, where an output must be calls or match a form
 
 
 @dataclass
@@ -49,8 +51,9 @@ class InFlightChoice:
         tokenizer: of the model.
         echo: what the choice begins with.
         thinking_budget: most tokens of reasoning; None: no limit.
-        after_reasoning: parser and request, with its grammar, of what follows reasoning; None:
-            the present ones go on.
+        grammar_phase: parser and request of the output that must match a grammar, while something
+            comes before it; None: the present ones go on.
+        may_call: calls may come in place of that output.
     """
 
     index: int
@@ -60,7 +63,8 @@ class InFlightChoice:
     tokenizer: ChatTokenizer
     echo: str = ""
     thinking_budget: int | None = None
-    after_reasoning: tuple[OutputParser, Request] | None = None
+    grammar_phase: tuple[OutputParser, Request] | None = None
+    may_call: bool = False
     generated_tokens: int = 0
     reasoning_tokens: int = 0
     cached_tokens: int = 0
@@ -68,6 +72,10 @@ class InFlightChoice:
     parts: list[OutputPart] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _request_tokens: list[int] = field(default_factory=list)  # generated for `request`
+    _certain_tokens: int = 0  # of them: reasoning and its end
+    _was_in_reasoning: bool = False
+    _has_called: bool = False
+    _preface: str = ""  # text that is not sent: a call may follow
 
     def add_token(self, event: TokenEvent) -> list[OutputPart]:
         """The parts that are certain with this token."""
@@ -97,54 +105,109 @@ class InFlightChoice:
         while self._logprobs and len(self._logprobs[-1].data) <= size_bytes:
             size_bytes -= len(self._logprobs.pop().data)
 
-    def reason_first(self, parser: OutputParser) -> None:
-        """Generate reasoning before what must match the grammar. It cannot end the choice."""
-        self.after_reasoning = self.parser, self.request
-        sampling = self.request.sampling
-        bias = {**sampling.logit_bias, **dict.fromkeys(self.request.stop_tokens, -100.0)}
-        self.parser = parser
-        self.request = replace(
-            self.request, grammar=None, sampling=replace(sampling, logit_bias=bias)
-        )
+    def precede_grammar(self, parser: OutputParser, *, may_call: bool) -> None:
+        """Generate what comes before an output that must match the grammar.
 
-    def end_reasoning(self, parts: list[OutputPart]) -> list[OutputPart] | None:
+        Args:
+            parser: of that.
+            may_call: it is reasoning and calls, and text shows that there are none; otherwise it is
+                reasoning alone, which cannot end the choice.
+        """
+        self.grammar_phase, self.may_call = (self.parser, self.request), may_call
+        self.parser = parser
+        self.request = replace(self.request, grammar=None)
+        if not may_call:
+            sampling = self.request.sampling
+            bias = {**sampling.logit_bias, **dict.fromkeys(self.request.stop_tokens, -100.0)}
+            sampling = replace(sampling, logit_bias=bias)
+            self.request = replace(self.request, sampling=sampling)
+
+    def change_phase(self, parts: list[OutputPart]) -> list[OutputPart]:
         """End reasoning that has used its budget, as the model would; begin what must match a
-        grammar once reasoning has ended. `request` is then for the rest of the choice.
+        grammar when it is due. `request`, with another id, is then for the rest of the choice.
 
         Args:
             parts: that are certain with the last token.
 
         Returns:
-            Those of them that are sent, and those of the end; None: neither is due.
+            The parts that are sent.
         """
-        if self.finish is not None:
-            return None
         used_up = self.thinking_budget is not None and self.reasoning_tokens >= self.thinking_budget
-        end = self.tokenizer.reasoning_end if used_up and self.parser.in_reasoning else ()
-        generated = (*self._request_tokens, *end)
-        remaining = self.request.max_tokens - len(generated)
-        has_ended = self.after_reasoning is not None and not self.parser.in_reasoning
-        if remaining < 1 or not (end or has_ended):
-            return None
-        parts = parts + [part for token in end for part in self.parser.add(token)]
-        if self.after_reasoning is None:
-            self.request = self.request.resumed_with(generated)
-        else:
-            # To the grammar this is a prompt. Text beside the end of reasoning is not part of it.
-            tokens = (
-                *self.request.tokens,
-                *generated,
-                *(() if end else self.tokenizer.answer_start),
-            )
-            parts = [part for part in parts if part.kind == "reasoning"]
-            (self.parser, request), self.after_reasoning = self.after_reasoning, None
-            min_tokens = max(0, request.min_tokens - self.generated_tokens)
-            self.parser.min_tokens = min_tokens
-            self.request = replace(
-                request, tokens=tokens, max_tokens=remaining, min_tokens=min_tokens
-            )
-        self.request, self._request_tokens = replace(self.request, id=uuid.uuid4().hex), []
+        used_up = used_up and self.parser.in_reasoning and bool(self.tokenizer.reasoning_end)
+        if self.grammar_phase is not None:
+            if self.may_call:
+                is_due = self._has_become_text(parts)
+            else:
+                is_due = self.finish is None and (used_up or not self.parser.in_reasoning)
+                self._certain_tokens = len(self._request_tokens)
+            if is_due and (reasoning := self._start_grammar(parts)) is not None:
+                return reasoning
+            if self.may_call and not is_due:
+                parts = [part for part in parts if part.kind != "text"]
+        if self.finish is None and used_up and (self.grammar_phase is None or self.may_call):
+            end = self.tokenizer.reasoning_end
+            generated = (*self._request_tokens, *end)
+            if self.request.max_tokens > len(generated):
+                parts = parts + [part for token in end for part in self.parser.add(token)]
+                self._replace_request(self.request.resumed_with(generated))
         return parts
+
+    def _has_become_text(self, parts: list[OutputPart]) -> bool:
+        """Whether an output that might have been calls is text, which must match the grammar."""
+        if self.parser.in_reasoning or any(part.kind == "reasoning" for part in parts):
+            self._certain_tokens = len(self._request_tokens)
+        elif self._was_in_reasoning and not self.parser.in_call:
+            self._certain_tokens = len(self._request_tokens)  # the token ended reasoning
+        self._was_in_reasoning = self.parser.in_reasoning
+        for part in parts:
+            self._has_called |= part.kind == "call"
+            self._preface = self._preface + part.text if part.kind == "text" else ""
+        text = self._preface.strip()
+        if self._has_called:
+            if text and self.finish is None:
+                self.finish = FinishReason("stop")  # nothing but calls can follow a call
+            return False
+        if self.finish is not None:
+            return self.finish.reason == "stop" or not self.parser.in_call
+        length = len(self._request_tokens) - self._certain_tokens
+        return bool(text) and (text[0] in _JSON_STARTS or length > MAX_PREFACE_TOKENS)
+
+    def _start_grammar(self, parts: list[OutputPart]) -> list[OutputPart] | None:
+        """Begin what must match the grammar, after the certain tokens. What came after them is
+        dropped: text that could have ended in a call, or that stood beside the end of reasoning.
+
+        Args:
+            parts: that are certain with the last token.
+
+        Returns:
+            The reasoning among them; None: the grammar cannot begin, no tokens are left.
+        """
+        assert self.grammar_phase is not None
+        before = self._request_tokens[: self._certain_tokens]
+        while before and before[-1] in self.request.stop_tokens:
+            before.pop()
+        tokens = (*self.request.tokens, *before)
+        start = self.tokenizer.answer_start(tokens)
+        remaining = self.request.max_tokens - len(before) - len(start)
+        if remaining < 1:
+            return None
+        reasoning = [p for p in parts + self.parser.finish(cut=True) if p.kind == "reasoning"]
+        self.generated_tokens -= len(self._request_tokens) - len(before)
+        self.finish = None
+        self._logprobs.clear()
+        (self.parser, request), self.grammar_phase = self.grammar_phase, None
+        min_tokens = max(0, request.min_tokens - self.generated_tokens)
+        self.parser.min_tokens = min_tokens
+        # To the grammar all that came before is a prompt.
+        tokens = (*tokens, *start)
+        self._replace_request(
+            replace(request, tokens=tokens, max_tokens=remaining, min_tokens=min_tokens)
+        )
+        return reasoning
+
+    def _replace_request(self, request: Request) -> None:
+        self.request, self._request_tokens = replace(request, id=uuid.uuid4().hex), []
+        self._certain_tokens = 0
 
 
 class GenerationRun(Response):
@@ -281,9 +344,8 @@ class GenerationRun(Response):
                 raise event
             if choice.finish is not None or event.request_id != choice.request.id:
                 continue  # was on its way when the choice, or its reasoning, ended
-            parts = choice.add_token(event)
-            if (reasoning := choice.end_reasoning(parts)) is not None:
-                parts = reasoning
+            parts = choice.change_phase(choice.add_token(event))
+            if choice.request.id != event.request_id:
                 self._group.cancel(event.request_id, "continued")
                 self._group.submit(choice.request, self._sink(choice))
             if choice.finish is not None:

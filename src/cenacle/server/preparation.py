@@ -74,13 +74,20 @@ class RequestPreparer:
                     echo,
                     request.thinking_budget,
                 )
-                has_grammar = request.is_chat and request.grammar is not None
-                if has_grammar and self._tokenizer.ends_in_reasoning(tokens):
-                    choice.reason_first(self._tokenizer.chat_parser((), (), tokens))
+                if request.is_chat and request.grammar is not None:
+                    self._precede_grammar(request, choice)
                 choices.append(choice)
         unenforced = structured_output.find_unenforced(request.grammar)
         warnings = tuple(f"{request.grammar_field}: not enforced: {part}" for part in unenforced)
         return replace(request, warnings=request.warnings + warnings), choices
+
+    def _precede_grammar(self, request: GenerationRequest, choice: InFlightChoice) -> None:
+        tokens, may_call = choice.request.tokens, request.may_call
+        if may_call or self._tokenizer.ends_in_reasoning(tokens):
+            tools = request.tools if may_call else ()
+            parallel = request.parallel_tool_calls
+            parser = self._tokenizer.chat_parser((), tools, tokens, parallel=parallel)
+            choice.precede_grammar(parser, may_call=may_call)
 
     def count_tokens(self, adapter: ApiAdapter, body: bytes) -> int:
         """The number of tokens of a body's prompt.
@@ -152,7 +159,9 @@ class RequestPreparer:
             reasoning=think,
             continue_final_message=continued,
         )
-        return tokens if request.grammar is None else self._tokenizer.start_reasoning(tokens, think)
+        if request.grammar is None or request.may_call:
+            return tokens
+        return self._tokenizer.start_reasoning(tokens, think)
 
     def _check_chat(self, request: GenerationRequest, prompt: Prompt) -> None:
         tokenizer = self._tokenizer
@@ -162,9 +171,8 @@ class RequestPreparer:
         if request.enable_thinking and not tokenizer.has_reasoning:
             reason = f"not supported by the model {self._served.name}, which does not reason"
             raise RequestError("thinking", reason, UNSUPPORTED)
-        may_call = request.tools and request.forced_call is None
         readable = tokenizer.renders_tools or tokenizer.call_form is not None
-        if may_call and not (tokenizer.parses_tool_calls and readable):
+        if request.may_call and not (tokenizer.parses_tool_calls and readable):
             reason = (
                 "not supported where the model decides, since the format of this model's calls is "
                 "not known; force a call with tool_choice"

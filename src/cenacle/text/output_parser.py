@@ -154,6 +154,11 @@ class OutputParser:
         """Whether it is inside reasoning."""
         return self._state == "reasoning"
 
+    @property
+    def in_call(self) -> bool:
+        """Whether it is inside a call."""
+        return self._state in ("tool", "bare_tool")
+
     def add(self, token: int) -> list[OutputPart]:
         """The parts that are certain after this token; may be empty."""
         if self.finished:
@@ -210,7 +215,7 @@ class OutputParser:
         return [OutputPart("text", text)] if text else []
 
     def _finish_state(self, *, closed: bool = True, cut: bool = False) -> list[OutputPart]:
-        if self._state in ("tool", "bare_tool"):
+        if self.in_call:
             text, self._call_text = self._call_text, ""
             bare = self._state == "bare_tool"
             start = BARE_CALL if bare else self._call_start

@@ -144,10 +144,21 @@ class ChatTokenizer:
             return self._encode_markers(harmony.REASONING_END)
         return tuple(self._tokenizer.think_end_tokens or ())
 
-    @property
-    def answer_start(self) -> tuple[int, ...]:
-        """The ids between the end of reasoning and an output that must match a grammar."""
-        return self._encode_markers(harmony.CONTINUED_ANSWER) if self._is_harmony else ()
+    def answer_start(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The ids between a prompt, or the end of reasoning, and an output that must match a
+        grammar.
+
+        Args:
+            tokens: of the prompt and what was generated.
+        """
+        if self.ends_in_reasoning(tokens):
+            return self.reasoning_end
+        if not self._is_harmony or self._harmony_state(tokens) != "header":
+            return ()
+        has_message = "<|message|>" in self._last_message(tokens)
+        return self._encode_markers(
+            harmony.CONTINUED_ANSWER if has_message else harmony.ANSWER_START
+        )
 
     def _encode_markers(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -270,10 +281,12 @@ class ChatTokenizer:
         return bool(tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt))
 
     def _harmony_state(self, prompt: Sequence[int]) -> str:
+        return harmony.initial_state(self._last_message(prompt))
+
+    def _last_message(self, tokens: Sequence[int]) -> str:
         start = self._tokenizer.convert_tokens_to_ids("<|start|>")
-        ids = list(prompt)
-        at = len(ids) - 1 - ids[::-1].index(start) if start in ids else len(ids)
-        return harmony.initial_state(self.decode(ids[at:]))
+        ids = list(tokens)
+        return self.decode(ids[len(ids) - 1 - ids[::-1].index(start) :]) if start in ids else ""
 
     # Parsers; each is for one output
 

@@ -90,7 +90,8 @@ class GenerationRequest:
         echo: choices begin with their prompts.
         forced_call: "required" or a function's name: the response is tool calls and nothing else;
             None: the model decides.
-        grammar: what the response must match, see `structured_output.py`; None: anything.
+        grammar: what the response must match, see `structured_output.py`, unless it is calls of
+            `tools`; None: anything.
         grammar_field: the parameter that the grammar came in.
         template_kwargs: variables of the chat template.
         reasoning_effort: one of `text.reasoning.EFFORTS`; it gives way to the next two and to
@@ -128,6 +129,11 @@ class GenerationRequest:
     continue_final_message: bool = False
     echoed_parameters: JsonObject = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the model decides between calls and an answer."""
+        return bool(self.tools) and self.forced_call is None
 
     def sampling_of(self, choice: int) -> Sampling:
         """The sampling of one of the `n` choices. A seed is counted up so that they differ; the

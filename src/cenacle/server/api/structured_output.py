@@ -67,13 +67,9 @@ def restrict_output(
         choice: among them.
 
     Raises:
-        RequestError: a chosen tool is missing, the schema of a strict one does not compile, or
-            there is a format beside tools.
+        RequestError: a chosen tool is missing, or the schema of a strict one does not compile.
     """
     offered = _offered_tools(tools, choice)
-    if offered and request.grammar is not None:
-        reason = "not supported together with tools; set tool_choice to none to use it"
-        raise RequestError(request.grammar_field, reason, UNSUPPORTED)
     request = replace(request, tools=tuple(offered.values()))
     if choice.mode != "required":
         return request
