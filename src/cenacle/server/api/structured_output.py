@@ -23,7 +23,7 @@ from ...core.chat import Message, OutputPart, Tool
 from ...engine.sampling.grammar import check_grammar
 from ...errors import InputError
 from .protocol import GenerationRequest
-from .validation import UNSUPPORTED, RequestError, describe
+from .validation import RequestError, describe
 
 MAX_CALLS = 8  # in one response that must be calls, so that it ends
 REGEX_ERROR = "regex parse error"  # llguidance's
