@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 from mlx_lm import load as mlx_lm_load
 from mlx_lm import stream_generate
@@ -237,10 +238,30 @@ def test_a_port_in_use_is_found_before_loading(folder):
     assert "in use" in done.stderr
 
 
+def check_names(url):
+    """The names of --served-model-name are listed, and every name is answered as it was asked."""
+    models = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
+    assert [model["id"] for model in models] == ["gpt-4o", "house/moe"]
+    for sent, name in (
+        ("gpt-4o", "gpt-4o"),
+        ("house/moe",) * 2,
+        ("claude-x",) * 2,
+        (None, "gpt-4o"),
+    ):
+        body = {"model": sent, "prompt": "a", "max_tokens": 1}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.json()["model"] == name, answer.text
+        body = {"model": name, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        answer = httpx.post(f"{url}/v1/messages", json=body, timeout=60)
+        assert answer.json()["model"] == name, answer.text
+        assert httpx.get(f"{url}/v1/models/{name}", timeout=60).json()["id"] == name
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ending_the_server_leaves_no_rank(folder, number):
+    names = [f"--served-model-name={name}" for name in ("gpt-4o", "*", "house/moe")]
     server = subprocess.Popen(
-        [*COMMAND, "serve", "-m", str(folder), "-n", "2", "--port", "0"],
+        [*COMMAND, "serve", "-m", str(folder), "-n", "2", "--port", "0", *names],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -250,6 +271,7 @@ def test_ending_the_server_leaves_no_rank(folder, number):
                 break
         ranks = processes_of(server.pid)
         assert len(ranks) == 2
+        check_names(re.search(r"http://\S+", line)[0])
         server.send_signal(number)
         server.wait(timeout=10)
         assert wait_until(lambda: not any(map(alive, ranks)), 5)

@@ -388,6 +388,26 @@ def test_events_come_in_order(client: openai.OpenAI, claude: anthropic.Anthropic
     assert blocks[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
 
+def test_a_stream_begins_with_the_cached_tokens_that_it_ends_with(
+    claude: anthropic.Anthropic,
+) -> None:
+    system = "Answer in one number. " * 20
+    for attempt in range(2):
+        with claude.messages.create(
+            model=MODEL,
+            max_tokens=4,
+            system=system,
+            messages=SUM,
+            extra_body=GREEDY,
+            stream=True,
+        ) as told:
+            events = list(told)
+        start, end = (e for e in events if e.type in ("message_start", "message_delta"))
+        counts = start.message.usage.input_tokens, start.message.usage.cache_read_input_tokens
+        assert counts == (end.usage.input_tokens, end.usage.cache_read_input_tokens)
+        assert counts[1] or not attempt, "the second one finds the first one's prompt"
+
+
 # Anthropic's client, whose newest version has no word for temperature
 
 GREEDY = {"temperature": 0}

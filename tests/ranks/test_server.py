@@ -426,6 +426,56 @@ def test_disconnecting_before_the_response_cancels_its_requests(pair: Server) ->
     wait_until(lambda: pair.busy() == 0)
 
 
+def half_closed(server: Server, version: str = "1.1", **body: Any) -> socket.socket:
+    """A client that has sent a request and will send no more."""
+    data = json.dumps({"messages": SUM, "temperature": 0, **body}).encode()
+    head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: localhost\r\n"
+    sock = socket.create_connection(server.address, timeout=DEADLINE_S)
+    sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    sock.shutdown(socket.SHUT_WR)
+    return sock
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("max_tokens", [5, 200])
+def test_a_half_closed_client_gets_its_answer(pair: Server, version: str, max_tokens: int) -> None:
+    for stream in (False, True):
+        body = {"stream": stream, "ignore_eos": True, "max_tokens": max_tokens}
+        with half_closed(pair, version, **body) as sock:
+            head, _, answer = read_all(sock).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        if stream:
+            assert b"data: [DONE]" in answer
+        else:
+            assert json.loads(answer)["usage"]["completion_tokens"] == max_tokens
+    with half_closed(pair, version, max_tokens=-1) as sock:
+        assert read_all(sock).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_half_closed_client_that_goes_away_is_noticed(pair: Server, stream: bool) -> None:
+    def aborted() -> float:
+        lines = httpx.get(f"{pair.url}/metrics", timeout=60).text.splitlines()
+        name = 'cenacle_request_outcome_total{finished_reason="abort"} '
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    before = aborted()
+    sock = half_closed(pair, stream=stream, **ENDLESS)
+    wait_until(lambda: pair.busy() == 1)
+    sock.close()
+    wait_until(lambda: pair.busy() == 0)
+    assert aborted() == before + 1, "it was not answered to its end"
+
+
+def test_half_a_request_is_no_request(single: Server) -> None:
+    with socket.create_connection(single.address, timeout=DEADLINE_S) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+        )
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b""
+
+
 def test_a_client_that_does_not_read_is_disconnected(single: Server) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

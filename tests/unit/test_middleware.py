@@ -143,6 +143,7 @@ def test_an_allowed_origin_passes(keys):
         "Origin": page,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, content-type",
+        "Access-Control-Request-Private-Network": "true",
     }
     asked, done, other = ask(
         keys,
@@ -152,6 +153,7 @@ def test_an_allowed_origin_passes(keys):
         ("POST", "/v1/completions", {"Origin": "https://evil.example", **bearer(secret)}),
     )
     assert (asked.status_code, done.status_code, other.status_code) == (200, 200, 403)
+    assert asked.headers["access-control-allow-private-network"] == "true"
     assert done.headers["access-control-allow-origin"] == page
     assert "access-control-allow-origin" not in other.headers
     assert "access-control-allow-credentials" not in done.headers

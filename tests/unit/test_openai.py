@@ -58,10 +58,36 @@ def refused(parse: Any, body: dict[str, Any]) -> tuple[int, str | None, str | No
     return status, error["param"], error["code"], error["message"]
 
 
+def test_a_model_may_have_several_names() -> None:
+    served = replace(SERVED, aliases=("gpt-4o", "b/c"))
+
+    def name_for(model: str | None, served: ServedModel = served) -> str:
+        return CHAT.parse(json.dumps({"messages": HELLO, "model": model}).encode(), served).model
+
+    assert [name_for(n) for n in (None, "house", "b/c")] == ["house", "house", "b/c"]
+    with pytest.raises(RequestError, match=r"'x' does not exist; .* 'house' or 'gpt-4o' or 'b/c'"):
+        name_for("x")
+    open_to_all = replace(served, any_name=True)
+    assert [name_for(n, open_to_all) for n in (None, "x", "")] == ["house", "x", "house"]
+    listed = openai.model_list(open_to_all, 0)
+    assert [model["id"] for model in listed["data"]] == ["house", "gpt-4o", "b/c"]
+    assert (listed["first_id"], listed["last_id"]) == ("house", "b/c")
+
+
+def test_models_tell_the_length_of_their_context() -> None:
+    model = openai.model_object(SERVED, "house", 0)
+    names = ("max_model_len", "context_length", "max_context_length", "max_input_tokens")
+    assert [model[name] for name in names] == [100] * 4
+    unknown = openai.model_object(replace(SERVED, context_length=None), "house", 0)
+    assert not unknown.keys() & set(names)
+
+
 def test_the_defaults_are_those_of_openai() -> None:
     greedy_not = Sampling(temperature=1.0)
-    assert chat() == GenerationRequest((tuple(HELLO),), True, "messages", None, greedy_not)
-    assert text() == GenerationRequest(("hello",), False, "prompt", 16, greedy_not)
+    house = GenerationRequest((), True, "", None, greedy_not, model="house")
+    assert chat() == replace(house, prompts=(tuple(HELLO),), prompt_field="messages")
+    prompt = {"prompts": ("hello",), "prompt_field": "prompt"}
+    assert text() == replace(house, is_chat=False, max_tokens=16, **prompt)
 
 
 def test_every_supported_parameter_is_read() -> None:
@@ -86,7 +112,7 @@ def test_every_supported_parameter_is_read() -> None:
     sampling = Sampling(0, 0.5, 3, 0.1, -5, 1.1, 1, -1.5, {3: -100.0, 4: 0.5})
     prompts = (tuple(HELLO),)
     assert request == GenerationRequest(
-        prompts, True, "messages", 7, sampling, ("a", "bc"), 2, True, True
+        prompts, True, "messages", 7, sampling, ("a", "bc"), 2, True, True, model="house"
     )
     assert chat(max_completion_tokens=9).max_tokens == 9
     assert chat(stop="x").stop == ("x",)

@@ -155,17 +155,25 @@ def serve(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A bound socket, and who may connect how."""
+    """A bound socket, who may connect how, and the names of the model."""
 
     sock: socket.socket
     policy: AccessPolicy
     tls: ssl.SSLContext | None
+    model_names: tuple[str, ...] = ()
 
     def serve(self, model: Model, on_started: Callable[[str], None]) -> None:
         """Answer requests until the program is ended; `on_started` gets the URL."""
         from ..server.http_server import serve
 
-        serve(model, self.sock, on_started=on_started, policy=self.policy, tls=self.tls)
+        serve(
+            model,
+            self.sock,
+            on_started=on_started,
+            policy=self.policy,
+            tls=self.tls,
+            names=self.model_names,
+        )
 
 
 @contextmanager
@@ -177,6 +185,9 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
     """
     from ..server.http_server import bind
 
+    names = tuple(arguments.served_model_name or ())
+    if not all(names):
+        raise InputError("--served-model-name: expected a name, got an empty one", "served-name")
     with bind(arguments.host, arguments.port) as sock:
         policy = keys.access_policy(
             sock,
@@ -191,7 +202,7 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
         tls = keys.tls_context(arguments.host, arguments.tls, arguments.tls_cert, arguments.tls_key)
         if policy.require_key and tls is None:
             report("warning: without TLS, API keys and answers are sent unencrypted; see --tls")
-        yield Endpoint(sock, policy, tls)
+        yield Endpoint(sock, policy, tls, names)
 
 
 @contextmanager

@@ -197,7 +197,15 @@ class ServerArguments:
         "repeatable.",
     )
     cors_origin: list[str] | None = server_option(
-        None, "Origin of web pages that may use the API, such as https://chat.example; repeatable."
+        None,
+        "Origin of web pages that may use the API, such as https://chat.example; repeatable.",
+        "--cors-origin",
+        "--allow-origin",
+    )
+    served_model_name: list[str] | None = server_option(
+        None,
+        "Name of the model for clients, instead of its own; repeatable. '*' accepts any name.",
+        metavar="NAME",
     )
     max_concurrent: int = server_option(
         256, "Maximum number of HTTP requests answered at once.", min=1

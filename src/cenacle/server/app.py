@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,18 +60,27 @@ class Application:
         limits: what a client may use.
         metrics: counts requests and tokens.
         plan_tracker: describes the plan in use.
+        names: of the model, for clients; "*": any. None: its own.
 
     Raises:
         CheckpointError: the model has no tokenizer.
     """
 
     def __init__(
-        self, model: Model, limits: Limits, metrics: Metrics, plan_tracker: PlanTracker
+        self,
+        model: Model,
+        limits: Limits,
+        metrics: Metrics,
+        plan_tracker: PlanTracker,
+        names: Sequence[str] = (),
     ) -> None:
         self._model, self._limits, self._metrics = model, limits, metrics
         self._plan_tracker = plan_tracker
         self._group = InstrumentedGroup(model.group, metrics)
-        self._served = ServedModel(model.name, model.spec.context_length, model.spec.vocab_size)
+        own = [name for name in dict.fromkeys(names) if name != "*"] or [model.name]
+        self._served = ServedModel(
+            own[0], model.spec.context_length, model.spec.vocab_size, tuple(own[1:]), "*" in names
+        )
         self._preparer = RequestPreparer(model, self._served, limits.max_messages)
         self._created = int(time.time())
         self._active_runs: set[GenerationRun] = set()
@@ -142,10 +151,10 @@ class Application:
 
     async def _get_model(self, http: Request) -> Response:
         try:
-            self._served.check_name(http.path_params["name"])
+            name = self._served.check_name(http.path_params["name"])
         except RequestError as error:
             return _error_response(error, http)
-        return json_response(200, openai.model_object(self._served, self._created))
+        return json_response(200, openai.model_object(self._served, name, self._created))
 
     async def _count_tokens(self, http: Request) -> Response:
         try:
@@ -176,7 +185,7 @@ class Application:
         return GenerationRun(
             adapter,
             request,
-            ResponseMeta(uuid.uuid4().hex, int(time.time()), self._served.name, fingerprint),
+            ResponseMeta(uuid.uuid4().hex, int(time.time()), request.model, fingerprint),
             choices,
             self._group,
             self._active_runs,

@@ -296,6 +296,8 @@ class GenerationRun(Response):
         await response(scope, receive, send)
 
     async def _send_stream(self, send: Send) -> None:
+        builder = self._builder
+
         async def write(body: bytes) -> None:
             self._last_write_s = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -303,6 +305,11 @@ class GenerationRun(Response):
         async def write_events(events: Iterable[Event]) -> None:
             for event in events:
                 await write(_server_sent_event(event))
+
+        async def begin() -> None:
+            builder.usage = self._usage()
+            for choice in self._choices:
+                await write_events(builder.first_events(choice.index, builder.usage))
 
         async def keep_alive() -> None:
             events = self._builder.keep_alive()
@@ -315,13 +322,16 @@ class GenerationRun(Response):
             *((name.encode(), value.encode()) for name, value in self._warning_headers.items()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        builder = self._builder
         try:
-            builder.usage = self._usage()
-            for choice in self._choices:
-                await write_events(builder.first_events(choice.index, self._usage()))
+            started = False
+            if not builder.counts_prompt_first:
+                await begin()
+                started = True
             async with aclosing(self._generate()) as generated:
                 async for choice, parts in generated:
+                    if not started:
+                        await begin()
+                        started = True
                     builder.usage = self._usage()
                     for part in parts:
                         await write_events(builder.delta(choice.index, part))

@@ -16,7 +16,7 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,7 @@ def serve(
     limits: Limits | None = None,
     policy: AccessPolicy | None = None,
     tls: ssl.SSLContext | None = None,
+    names: Sequence[str] = (),
 ) -> None:
     """Answer requests until SIGTERM or SIGINT. Closes the socket, not the model.
 
@@ -89,6 +90,7 @@ def serve(
         limits: what a client may use.
         policy: who may use the server; None: with keys only, unless the socket is on loopback.
         tls: see `tls.server_context`; None: plain HTTP.
+        names: of the model, for clients; "*": any. None: its own.
 
     Raises:
         CheckpointError: the model has no tokenizer.
@@ -97,7 +99,8 @@ def serve(
     limits, plan_tracker = limits or Limits(), PlanTracker(model)
     with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
         metrics = Metrics(model, keys, plan_tracker)
-        with contextlib.closing(Application(model, limits, metrics, plan_tracker)) as application:
+        application = Application(model, limits, metrics, plan_tracker, names)
+        with contextlib.closing(application):
             middleware = AccessMiddleware(
                 application.app, policy or AccessPolicy.for_socket(sock, keys), keys
             )
@@ -105,14 +108,57 @@ def serve(
             asyncio.run(server.serve(sockets=[sock]))
 
 
+PEER_CHECK_S = 0.1
+
+
+class _HalfClosedTransport:
+    """The transport to a client that sends no more.
+
+    Such a client may be waiting for its response or be gone: the network only tells once it is sent
+    something. So the first bytes of the response, which are always the same, are sent one by one
+    until the others are there.
+    """
+
+    PREFIX = b"HTTP/1.1 "
+    FACTOR = 3  # each byte comes so many times later than the one before
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._sent = 0  # of the prefix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def probe(self, waited_s: float) -> None:
+        """Send the next byte of the prefix, if it is time."""
+        due_s = PEER_CHECK_S * self.FACTOR**self._sent
+        if self._sent < len(self.PREFIX) and waited_s >= due_s:
+            self._transport.write(self.PREFIX[self._sent : self._sent + 1])
+            self._sent += 1
+
+    def is_gone(self) -> bool:
+        """Whether the client has rejected what it was sent."""
+        try:
+            self._transport.get_extra_info("socket").getpeername()
+        except OSError:
+            return True
+        return False
+
+    def write(self, data: bytes) -> None:
+        """Send the rest of the response's head, or what follows it."""
+        self._transport.write(data[self._sent :])
+        self._sent = 0
+
+
 class _TimedConnection(H11Protocol):
     """uvicorn's connection with two deadlines that it lacks: for a request's head, and for a client
-    that does not read its response."""
+    that does not read its response. A client that has closed its own side gets its response."""
 
     def __init__(self, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
         self._limits = limits
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._half_closed: _HalfClosedTransport | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -124,6 +170,34 @@ class _TimedConnection(H11Protocol):
             self._stop_timer("head")
         else:
             self._start_timer("head", self._limits.head_timeout_s)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more; True: it still gets its response."""
+        cycle = self.cycle
+        is_waiting = cycle is not None and not cycle.response_complete and not cycle.more_body
+        if not is_waiting or self.scheme == "https":  # asyncio cannot close TLS by halves
+            return False
+        if self._half_closed is None:
+            self._half_closed = _HalfClosedTransport(self.transport)
+            cycle.transport = self._half_closed  # type: ignore[assignment]
+            self._watch_half_closed(0.0)
+        return True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._half_closed is not None and self.cycle.response_complete:
+            self.transport.close()
+
+    def _watch_half_closed(self, waited_s: float) -> None:
+        assert self._half_closed is not None
+        if self._half_closed.is_gone():
+            self.transport.abort()
+            return
+        if not self.cycle.response_started:
+            self._half_closed.probe(waited_s)
+        self._timers["half closed"] = self.loop.call_later(
+            PEER_CHECK_S, self._watch_half_closed, waited_s + PEER_CHECK_S
+        )
 
     def pause_writing(self) -> None:
         super().pause_writing()

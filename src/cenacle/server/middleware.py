@@ -143,8 +143,9 @@ class AccessMiddleware:
         return CORSMiddleware(
             self,
             allow_origins=self._policy.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
+            allow_private_network=True,  # browsers ask this of pages that are not on this network
             expose_headers=["retry-after"],
         )
 

@@ -265,9 +265,8 @@ class CountTokensRequest(ApiRequest):
         _OutputConfig(), description="What the response must match."
     )
 
-    def to_generation_request(self, served: ServedModel) -> GenerationRequest:
+    def to_generation_request(self, served: ServedModel) -> GenerationRequest:  # noqa: ARG002
         """See `ApiRequest`."""
-        served.check_name(self.model)
         messages = _merge_turns(self.messages)
         last = messages[-1]
         if last["role"] == "assistant" and ("tool_calls" in last or not last["content"]):
@@ -335,6 +334,8 @@ def _merge_turns(groups: Sequence[Sequence[Message]]) -> list[Message]:
 
 
 class _MessageBuilder(ResponseBuilder):
+    counts_prompt_first = True
+
     def __init__(self, request: GenerationRequest, meta: ResponseMeta) -> None:
         super().__init__(request, meta)
         self._kind: str | None = None  # of the open block

@@ -78,7 +78,6 @@ StopString = Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
 class OpenAIParameters(SharedParameters):
     """What chat completions, completions and responses have in common."""
 
-    model: Text | None = Field(None, description="The served model, which is also the default.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy decoding.")
     min_p: float = Field(0.0, ge=0, le=1, description="Least probability, of the best token's.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
@@ -436,7 +435,6 @@ class ChatCompletionRequest(_CompletionParameters):
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""
-        served.check_name(self.model)
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             reason = "expected it or max_completion_tokens, got both"
             raise RequestError("max_tokens", reason, "invalid_parameter_combination")
@@ -491,7 +489,6 @@ class CompletionRequest(_CompletionParameters):
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""
-        served.check_name(self.model)
         if len(self.prompt) * self.n > MAX_CHOICES:
             choices = f"{len(self.prompt)} prompts times n={self.n}"
             raise RequestError("prompt", f"expected at most {MAX_CHOICES} choices, got {choices}")
@@ -694,21 +691,33 @@ def usage_object(usage: Usage) -> JsonObject:
 
 def model_list(served: ServedModel, created: int) -> JsonObject:
     """The body of GET /v1/models: OpenAI's members and Anthropic's, whose path is the same."""
-    model = model_object(served, created)
-    page = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
-    return {"object": "list", "data": [model], **page}
+    models = [model_object(served, name, created) for name in served.names]
+    page = {"first_id": served.names[0], "last_id": served.names[-1], "has_more": False}
+    return {"object": "list", "data": models, **page}
 
 
-def model_object(served: ServedModel, created: int) -> JsonObject:
-    """The served model, as GET /v1/models lists it."""
+_CONTEXT_NAMES = (
+    "max_model_len",  # vLLM
+    "context_length",  # OpenRouter
+    "context_window",  # Groq
+    "max_context_length",  # LM Studio, Mistral
+    "max_input_tokens",  # Anthropic
+)
+
+
+def model_object(served: ServedModel, name: str, created: int) -> JsonObject:
+    """The served model under one of its names, as GET /v1/models lists it; with the length of its
+    context, for which OpenAI has no member, as other servers' clients read it."""
+    length = served.context_length
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": created,
         "owned_by": "cenacle",
         "type": "model",
-        "display_name": served.name,
+        "display_name": name,
         "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        **({} if length is None else dict.fromkeys(_CONTEXT_NAMES, length)),
     }
 
 

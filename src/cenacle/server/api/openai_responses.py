@@ -236,7 +236,6 @@ class ResponsesRequest(openai.OpenAIParameters):
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""
-        served.check_name(self.model)
         if self.top_logprobs is not None and not self.include:
             raise RequestError("top_logprobs", f"only allowed with {LOGPROBS} in include")
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []

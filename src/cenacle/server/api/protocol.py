@@ -20,7 +20,7 @@ from pydantic import Field
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage
 from ...core.request import Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
-from .validation import JsonObject, RequestError, RequestModel, describe, parse_request
+from .validation import JsonObject, RequestError, RequestModel, Text, describe, parse_request
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 """Plain text, token ids, or the messages of a chat."""
@@ -41,17 +41,32 @@ class ServedModel:
         name: the id that clients use.
         context_length: most tokens of prompt and response together; None: not known.
         vocab_size: number of token ids.
+        aliases: further ids.
+        any_name: whether every other id is this model, too.
     """
 
     name: str
     context_length: int | None
     vocab_size: int
+    aliases: tuple[str, ...] = ()
+    any_name: bool = False
 
-    def check_name(self, name: str | None) -> None:
-        """Refuse a model that is not served; None is this one."""
-        if name not in (None, self.name):
-            reason = f"{describe(name)} does not exist; this server has {self.name!r}"
-            raise RequestError("model", reason, "model_not_found", 404)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The ids that clients are told."""
+        return (self.name, *self.aliases)
+
+    def check_name(self, name: str | None) -> str:
+        """The id that a response to a request for `name` has; None: the request names no model.
+
+        Raises:
+            RequestError: no such model is served.
+        """
+        if name is None or name in self.names or self.any_name:
+            return name or self.name
+        served = " or ".join(map(repr, self.names))
+        reason = f"{describe(name)} does not exist; this server has {served}"
+        raise RequestError("model", reason, "model_not_found", 404)
 
     def free_context(self, prompt_tokens: int, prompt_field: str) -> int | None:
         """How many tokens may follow a prompt; None: not known.
@@ -101,6 +116,7 @@ class GenerationRequest:
         continue_final_message: the last message is the beginning of the response.
         echoed_parameters: what the response repeats of the request, in the API's own form.
         warnings: what was accepted and has no effect; sent as a header.
+        model: the id that the response has.
     """
 
     prompts: tuple[Prompt, ...]
@@ -129,6 +145,7 @@ class GenerationRequest:
     continue_final_message: bool = False
     echoed_parameters: JsonObject = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    model: str = ""
 
     @property
     def may_call(self) -> bool:
@@ -146,6 +163,8 @@ class GenerationRequest:
 
 class ApiRequest(RequestModel):
     """The body of a request to an API."""
+
+    model: Text | None = Field(None, description="The served model, which is also the default.")
 
     @abstractmethod
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
@@ -205,6 +224,9 @@ class ResponseBuilder(ABC):
         self._request, self._meta = request, meta
         self.usage = Usage(0, 0)
 
+    counts_prompt_first: ClassVar[bool] = False
+    """Whether the first events tell how much of the prompt was cached: they come late, then."""
+
     @abstractmethod
     def first_events(self, index: int, usage: Usage) -> Iterable[Event]:
         """What comes before a choice's parts. `usage` has the prompt only."""
@@ -246,7 +268,9 @@ class ApiAdapter(ABC):
         Raises:
             InputError: it is refused; the message names the parameter.
         """
-        return parse_request(self.request_model, body).to_generation_request(served)
+        parsed = parse_request(self.request_model, body)
+        name = served.check_name(parsed.model)
+        return replace(parsed.to_generation_request(served), model=name)
 
     def respond(self, request: GenerationRequest, meta: ResponseMeta) -> ResponseBuilder:
         """The builder of the response to a request."""
