@@ -183,7 +183,7 @@ def _call_grammar(
     return lark_grammar("\n".join(rules), "tools")
 
 
-def parse_tool_calls(text: str, *_: object) -> list[OutputPart]:
+def parse_tool_calls(text: str, _: bool = False) -> list[OutputPart]:
     """The calls in text that matches `tool_call_grammar`; what was cut short stays text."""
     decoder, parts, at = json.JSONDecoder(), [], 1
     while at < len(text) and text[at] == "{":
