@@ -328,7 +328,7 @@ def test_invalid_bodies_are_refused(single: Server) -> None:
     assert refused(ids) == (400, "prompt", "invalid_value")
     empty = single.post(json={"messages": []})
     assert refused(empty) == (400, "messages", "invalid_value")
-    negative = single.post(json={"messages": SUM, "max_tokens": -1})
+    negative = single.post(json={"messages": SUM, "max_tokens": -2})
     assert refused(negative) == (400, "max_tokens", "invalid_value")
     surrogate = single.post(content=b'{"messages": [], "\\ud800": 1}')
     assert surrogate.status_code == 400
@@ -339,8 +339,8 @@ def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4o", messages=SUM)
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refusal:
-        client.chat.completions.create(model="demo_model", messages=SUM, verbosity="low")
-    assert (refusal.value.param, refusal.value.code) == ("verbosity", "unsupported_parameter")
+        client.chat.completions.create(model="demo_model", messages=SUM, modalities=["audio"])
+    assert (refusal.value.param, refusal.value.code) == ("modalities", "unsupported_parameter")
 
 
 def test_unknown_paths_and_methods_are_refused(single: Server) -> None:
@@ -448,7 +448,7 @@ def test_a_half_closed_client_gets_its_answer(pair: Server, version: str, max_to
             assert b"data: [DONE]" in answer
         else:
             assert json.loads(answer)["usage"]["completion_tokens"] == max_tokens
-    with half_closed(pair, version, max_tokens=-1) as sock:
+    with half_closed(pair, version, max_tokens=-2) as sock:
         assert read_all(sock).startswith(b"HTTP/1.1 400 Bad Request\r\n")
 
 

@@ -63,6 +63,9 @@ LOOP: dict[str, Any] = {
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 
 
+IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}
+
+
 def parse(**fields: Any) -> GenerationRequest:
     return API.parse(json.dumps({"input": "hello", **fields}).encode(), SERVED)
 
@@ -140,27 +143,20 @@ def test_messages_of_parts_and_a_conversation() -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter"),
-        ({"store": True}, "store", "unsupported_parameter"),
+        ({"previous_response_id": "r"}, "previous_response_id", "previous_response_not_found"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id", "item_not_found"),
         ({"background": True}, "background", "unsupported_parameter"),
         ({"conversation": "c"}, "conversation", "unsupported_parameter"),
-        ({"truncation": "auto"}, "truncation", "unsupported_parameter"),
-        ({"max_tool_calls": 1}, "max_tool_calls", "unsupported_parameter"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported_parameter"),
-        ({"include": ["file_search_call.results"]}, "include[0]", "unsupported_parameter"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
-        ({"reasoning": {"summary": "auto"}}, "reasoning.summary", "unsupported_parameter"),
-        ({"input": [{"type": "item_reference"}]}, "input[0].type", "unsupported_parameter"),
-        ({"stop": "x"}, "stop", "unknown_parameter"),
-        ({"messages": []}, "messages", "unknown_parameter"),
-        ({"input": []}, "input", "invalid_value"),
+        ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
+        ({"stop": "x"}, "stop", "unsupported_parameter"),
+        ({"input": [IMAGE]}, "input[0].content[0].type", "unsupported_parameter"),
+        ({"input": []}, "input", "missing"),
         ({"input": 3}, "input", "invalid_type"),
         ({"input": [{"role": "tool", "content": ""}]}, "input[0].role", "invalid_value"),
-        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.name", "missing"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "missing"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"metadata": {"a": 1}}, "metadata.a", "invalid_type"),
-        ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments", "invalid_type"),
+        ({"input": [{**CALL, "arguments": 3}]}, "input[0].arguments", "invalid_type"),
         ({"input": [{**CALL, "arguments": "["}]}, "input[0].arguments", "invalid_value"),
     ],
 )
@@ -264,3 +260,153 @@ def test_a_failure_in_the_middle() -> None:
     assert [e["type"] for e in events if isinstance(e, dict)] == ["error", "response.failed"]
     for event in events:
         EVENTS[event["type"]].model_validate(event)
+
+
+def test_what_clients_send_beside_the_question_is_accepted() -> None:
+    request = parse(
+        store=False,
+        truncation="auto",
+        max_tool_calls=3,
+        include=["reasoning.encrypted_content", "file_search_call.results"],
+        text={"verbosity": "low"},
+        reasoning={"summary": "auto", "generate_summary": "concise", "effort": "max"},
+        client_metadata={"a": "b"},
+        service_tier="flex",
+        stream_options={"include_obfuscation": True},
+        prompt_cache_key="x",
+        top_logprobs=2,
+        chat_template_kwargs={"a": 1},
+    )
+    ignored = ("truncation", "max_tool_calls", "client_metadata", "service_tier", "stream_options")
+    assert request.warnings == tuple(f"{name}: ignored" for name in ignored)
+    assert request.reasoning_effort == "max"
+    assert request.logprobs is None
+
+
+def test_tools_that_only_openais_servers_run_are_left_out() -> None:
+    hosted = [
+        {"type": "web_search", "external_web_access": False},
+        {"type": "local_shell"},
+        {"type": "namespace", "name": "mcp", "tools": [{"type": "function", "name": "x"}]},
+        {"type": "image_generation"},
+    ]
+    request = parse(tools=[*hosted, *LOOP["tools"]])
+    assert [tool.name for tool in request.tools] == ["weather"]
+    assert parse(tools=hosted, tool_choice={"type": "web_search"}).forced_call is None
+    history = [
+        {"role": "user", "content": "a"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {}},
+        {"type": "compaction", "encrypted_content": "x"},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "phase": "final"},
+    ]
+    assert parse(input=history).prompts[0] == (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "no", "reasoning_content": "Hm."},
+    )
+
+
+PATCH = {
+    "type": "custom",
+    "name": "apply_patch",
+    "description": "Edit files.",
+    "format": {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'},
+}
+
+
+def test_custom_tools_come_back_as_plain_text() -> None:
+    request = parse(tools=[PATCH], store=False)
+    assert 'start: "x"' in request.tools[0].description
+    call = OutputPart("call", '{"input": "*** Begin\\n"}', "apply_patch", "call_9")
+    builder = API.respond(request, META)
+    body = builder.full_response([ChoiceState(0, [call], STOP)], Usage(3, 2))
+    (item,) = types.Response.model_validate(body).output
+    assert (item.type, item.name, item.input) == ("custom_tool_call", "apply_patch", "*** Begin\n")
+    builder = API.respond(request, META)
+    events = [*builder.first_events(0, Usage(3, 0)), *builder.delta(0, call)]
+    events += [*builder.finish_choice(0, STOP), *builder.finish_stream(Usage(3, 2))]
+    for name, event in events:
+        EVENTS[str(name)].model_validate(event)
+    assert "response.custom_tool_call_input.done" in [name for name, _ in events]
+    output = {"type": "custom_tool_call_output", "call_id": "call_9", "output": "done"}
+    _, asked, result = parse(
+        input=[{"role": "user", "content": "a"}, body["output"][0], output]
+    ).prompts[0]
+    assert asked["tool_calls"][0]["function"] == {  # type: ignore[index]
+        "name": "apply_patch",
+        "arguments": {"input": "*** Begin\n"},
+    }
+    assert result["content"] == "done"  # type: ignore[index]
+
+
+def answer(adapter: Any, key: str, parts: list[OutputPart], **fields: Any) -> dict[str, Any]:
+    """The body of a response that is complete, and kept."""
+    body = json.dumps({"input": "hello", **fields}).encode()
+    request = adapter.parse(body, SERVED, key)
+    meta = ResponseMeta(str(len(adapter.store._responses)), 7, "house", "fp")
+    return adapter.respond(request, meta).full_response([ChoiceState(0, parts, STOP)], Usage(3, 2))
+
+
+def test_stored_responses_are_continued_by_their_key_alone() -> None:
+    adapter = openai_responses.ResponsesAdapter()
+    parts = [OutputPart("reasoning", "Hm."), OutputPart("call", '{"a": 1}', "f", "call_1")]
+    first = answer(adapter, "alice", parts, instructions="Be brief.")
+    result = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
+
+    def ask(key: str, **fields: Any) -> Any:
+        return adapter.parse(json.dumps(fields).encode(), SERVED, key).prompts[0]
+
+    continued = ask("alice", previous_response_id=first["id"], input=[result], instructions="New.")
+    assert [message["role"] for message in continued] == ["system", "user", "assistant", "tool"]
+    assert continued[0]["content"] == "New."
+    assert continued[2]["reasoning_content"] == "Hm."
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    same = ask("alice", input=[{"role": "user", "content": "hello"}, *references, result])
+    assert same == continued[1:]
+    for fields in ({"previous_response_id": first["id"]}, {"input": references}):
+        with pytest.raises(InputError, match="is kept"):
+            ask("bob", **fields)
+    second = answer(
+        adapter,
+        "alice",
+        [OutputPart("text", "It rains.")],
+        previous_response_id=first["id"],
+        input=[result],
+    )
+    third = ask("alice", previous_response_id=second["id"], input="And now?")
+    assert [message["role"] for message in third] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+    ]
+    answer(adapter, "alice", parts, store=False)
+    assert len(adapter.store._responses) == 2
+    assert adapter.store.delete("alice", first["id"])
+    assert adapter.store.get("alice", first["id"]) is None
+
+
+def test_memory_for_stored_responses_is_bounded_per_key() -> None:
+    store = openai_responses.ResponseStore()
+    kept = openai_responses.StoredResponse
+
+    def response(at: int, size: int = 0) -> Any:
+        return kept({"id": f"resp_{at}", "output": [], "text": "x" * size}, ())
+
+    store.put("bob", response(0))
+    for at in range(300):
+        store.put("alice", response(at))
+    assert store.get("alice", "resp_43") is None
+    assert store.get("alice", "resp_44") is not None
+    assert store.get("bob", "resp_0") is not None
+    store.put("alice", response(1000, 40 << 20))
+    assert store.get("alice", "resp_1000") is None
+    for at in range(2000, 2010):
+        store.put("alice", response(at, 10 << 20))
+    assert [at for at in range(2000, 2010) if store.get("alice", f"resp_{at}")] == [
+        2007,
+        2008,
+        2009,
+    ]

@@ -30,12 +30,14 @@ class Tool:
         description: for the model.
         parameters: JSON schema of the arguments.
         strict: treat a call whose arguments do not match the schema as text.
+        freeform: the client sees its one argument, the string `input`, as plain text.
     """
 
     name: str
     description: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
+    freeform: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """OpenAI's form, which chat templates expect."""

@@ -89,6 +89,9 @@ class Application:
         # tokenizers are not thread-safe.
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._view = ClusterView(model, plan_tracker)
+        responses = openai_responses.ResponsesAdapter()
+        self._stored_responses = responses.store
+        self._adapters = {**ADAPTERS, "/v1/responses": responses}
         self.app = Starlette(
             routes=[
                 *static.routes(),
@@ -99,9 +102,12 @@ class Application:
                 Route("/v1/models", self._list_models),
                 Route("/v1/models/{name:path}", self._get_model),
                 Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
+                Route("/v1/responses/{id}", self._get_response),
+                Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
+                Route("/v1/responses/{id}/input_items", self._list_input_items),
                 *(
                     Route(path, partial(self._generate, adapter), methods=["POST"])
-                    for path, adapter in ADAPTERS.items()
+                    for path, adapter in self._adapters.items()
                 ),
             ],
             exception_handlers={HTTPException: _on_http_error},
@@ -156,6 +162,22 @@ class Application:
             return _error_response(error, http)
         return json_response(200, openai.model_object(self._served, name, self._created))
 
+    async def _get_response(self, http: Request) -> Response:
+        stored = self._stored_responses.get(http.scope["state"]["key"], http.path_params["id"])
+        return json_response(200, stored.body) if stored else _no_response(http)
+
+    async def _list_input_items(self, http: Request) -> Response:
+        stored = self._stored_responses.get(http.scope["state"]["key"], http.path_params["id"])
+        if stored is None:
+            return _no_response(http)
+        return json_response(200, openai_responses.item_list(stored))
+
+    async def _delete_response(self, http: Request) -> Response:
+        name = http.path_params["id"]
+        if not self._stored_responses.delete(http.scope["state"]["key"], name):
+            return _no_response(http)
+        return json_response(200, {"id": name, "object": "response", "deleted": True})
+
     async def _count_tokens(self, http: Request) -> Response:
         try:
             body = await read_body(http, self._limits)
@@ -208,6 +230,11 @@ def _error_response(
         # The rest of the body would be taken for the next request.
         headers = {"connection": "close"}
     return error_response(error, adapter, headers)
+
+
+def _no_response(http: Request) -> Response:
+    reason = f"no response {http.path_params['id'][:80]!r} is kept"
+    return _error_response(RequestError(None, reason, "not_found", 404), http)
 
 
 async def _on_http_error(http: Request, error: Exception) -> Response:

@@ -54,7 +54,7 @@ class RequestPreparer:
         Raises:
             InputError: the request is refused.
         """
-        request = self._apply_effort(adapter.parse(body, self._served))
+        request = self._apply_effort(adapter.parse(body, self._served, key))
         choices: list[InFlightChoice] = []
         for prompt in request.prompts:
             tokens = self._tokenize(request, prompt)
@@ -106,8 +106,12 @@ class RequestPreparer:
         enabled, budget = request.enable_thinking, request.thinking_budget
         if enabled is None and not any(name in explicit for name in SWITCHES):
             enabled = settings.enabled
+        warnings = request.warnings
+        if request.enable_thinking and not self._tokenizer.has_reasoning:
+            warnings = (*warnings, "thinking: no effect, the model does not reason")
         return replace(
             request,
+            warnings=warnings,
             template_kwargs={**settings.variables, **explicit},
             enable_thinking=enabled,
             thinking_budget=settings.budget if budget is None else budget,
@@ -168,9 +172,6 @@ class RequestPreparer:
         if len(prompt) > self._max_messages:
             reason = f"expected at most {self._max_messages} messages, got {len(prompt)}"
             raise RequestError(request.prompt_field, reason)
-        if request.enable_thinking and not tokenizer.has_reasoning:
-            reason = f"not supported by the model {self._served.name}, which does not reason"
-            raise RequestError("thinking", reason, UNSUPPORTED)
         readable = tokenizer.renders_tools or tokenizer.call_form is not None
         if request.may_call and not (tokenizer.parses_tool_calls and readable):
             reason = (

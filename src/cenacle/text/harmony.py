@@ -51,6 +51,12 @@ def initial_state(prompt_end: str) -> str:
 
 
 def split_call(text: str) -> tuple[str, str]:
-    """The function and the arguments of a call; "": it is not one."""
+    """The function and the arguments of a call.
+
+    Raises:
+        ValueError: it is not one.
+    """
     match = _CALL.fullmatch(text)
-    return (match["name"], match["body"]) if match is not None else ("", "")
+    if match is None:
+        raise ValueError("not a call of a function")
+    return match["name"], match["body"]

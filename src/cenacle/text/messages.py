@@ -64,17 +64,18 @@ def probe_template(template: str, render: RenderText) -> TemplateTraits:
         return TemplateTraits()  # it needs what a probe does not have
     names, both = ["SYSTEM_A", "SYSTEM_B"], {"a": 1}
 
-    def called(arguments: Any, *names: str) -> list[Message]:
-        calls = [
+    def calls(arguments: Any) -> list[dict[str, Any]]:
+        return [
             {"id": f"call{at}", "type": "function", "function": {"name": n, "arguments": arguments}}
-            for at, n in enumerate(names)
+            for at, n in enumerate(("call_a", "call_b"))
         ]
-        results = [say("tool", "RESULT", tool_call_id=f"call{at}") for at in range(len(names))]
-        return [ask, say("assistant", "", tool_calls=calls), *results]
 
-    one, two = ("call_a",), ("call_a", "call_b")
-    as_objects = shows(one, *called(both, *one)) and not shows(["{'a"], *called(both, *one))
-    as_text = not as_objects and shows(one, *called(json.dumps(both), *one))
+    def called(arguments: Any) -> list[Message]:
+        results = [say("tool", "RESULT", tool_call_id=f"call{at}") for at in range(2)]
+        return [ask, say("assistant", "", tool_calls=calls(arguments)), *results]
+
+    as_objects = shows(["call_a"], *called(both)) and not shows(["{'a'"], *called(both))
+    as_text = not as_objects and shows(["call_a"], *called(json.dumps(both)))
     arguments = json.dumps(both) if as_text else both
     return TemplateTraits(
         system=shows(["SYSTEM_A", "ASK_A"], first, ask),
@@ -82,7 +83,8 @@ def probe_template(template: str, render: RenderText) -> TemplateTraits:
         late_system=shows([*names, "ASK_B"], first, ask, answer, late, more),
         same_roles=shows(["ASK_A", "ASK_B"], ask, more),
         arguments_as_text=as_text,
-        one_call=shows(one, *called(arguments, *one)) and not shows(two, *called(arguments, *two)),
+        one_call=shows(["call_a"], *called(arguments))
+        and not shows(["call_b"], *called(arguments)),
         thinking="thinking" in re.findall(r"message\.(\w+)", template)
         and "reasoning_content" not in template,
     )

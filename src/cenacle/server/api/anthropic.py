@@ -2,8 +2,8 @@
 
 Owns: the request models, where each parameter is declared; the shapes of messages, events, errors.
 Does not know: HTTP, tokenizers, MLX, time.
-Invariant: a parameter is obeyed or refused by name, never ignored. `metadata.user_id` tells the
-operator who asks, and `cache_control` asks for what happens anyway; neither has an effect.
+Invariant: a parameter that would change the answer and is not supported is refused by name; others
+that are not declared are ignored, and a header of the response names them.
 Source: https://docs.anthropic.com/en/api/messages
 Next: `protocol.py` has what all APIs share, `app.py` has the endpoints.
 """
@@ -17,12 +17,12 @@ from itertools import chain, groupby
 from operator import itemgetter
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import Sampling
 from ...errors import CenacleError
-from .openai import StopString
+from .openai import Effort, HostedTool, StopString
 from .protocol import (
     MAX_TOOLS,
     ApiAdapter,
@@ -49,42 +49,82 @@ from .validation import (
     Supported,
     Tagged,
     Text,
-    refuse,
 )
 
 MAX_STOPS = 16
 MIN_THINKING_TOKENS = 1024  # Anthropic's smallest budget
 
 
-class _CacheControl(RequestModel):
-    type: Literal["ephemeral"] | None = None
-    ttl: Literal["5m", "1h"] | None = None
-
-
-class _Cacheable(RequestModel):
-    cache_control: _CacheControl | None = Field(None, description="Has no effect.")
-
-
-class _TextBlock(_Cacheable):
-    unsupported = refuse(citations=([],))
+class _TextBlock(RequestModel):
     type: Literal["text"]
     text: Text
 
 
-_TextBlocks = Items[Supported[_TextBlock]]
+class _TextSource(RequestModel):
+    type: Literal["text"]
+    data: Text
+
+    @property
+    def text(self) -> str:
+        return self.data
+
+
+class _BlockSource(RequestModel):
+    type: Literal["content"]
+    content: Annotated[str | list[_TextBlock], OneOf(Text, Items[Supported[_TextBlock]])]
+
+    @property
+    def text(self) -> str:
+        return _content_text(self.content)
+
+
+class _DocumentBlock(RequestModel):
+    """A document whose text is in the request; its title and context come before it."""
+
+    type: Literal["document"]
+    source: Supported[_TextSource | _BlockSource]
+    title: Text = ""
+    context: Text = ""
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(part for part in (self.title, self.context, self.source.text) if part)
+
+
+class _SearchResultBlock(RequestModel):
+    type: Literal["search_result"]
+    source: Text
+    title: Text
+    content: Items[Supported[_TextBlock]]
+
+    @property
+    def text(self) -> str:
+        return f"{self.title} ({self.source})\n\n{_content_text(self.content)}"
+
+
+_TextBlocks = Items[Supported[_TextBlock | _DocumentBlock | _SearchResultBlock]]
+
+
+class _OtherBlock(RequestModel):
+    """What a tool of Anthropic's own servers left in a conversation: the model does not see it."""
+
+    type: Annotated[
+        str,
+        WithJsonSchema({"type": "string", "not": {"enum": ["text", "thinking", "tool_use"]}}),
+    ]
 
 
 def _content_text(content: str | Sequence[Any], separator: str = "") -> str:
     """The text of a content; blocks of other types have none."""
     if isinstance(content, str):
         return content
-    return separator.join(block.text for block in content if isinstance(block, _TextBlock))
+    return separator.join(block.text for block in content if hasattr(block, "text"))
 
 
 _Texts = Annotated[str, OneOf(Text, _TextBlocks, into=_content_text)]
 
 
-class _ToolResultBlock(_Cacheable):
+class _ToolResultBlock(RequestModel):
     type: Literal["tool_result"]
     tool_use_id: Text
     content: _Texts = ""
@@ -95,8 +135,7 @@ class _ToolResultBlock(_Cacheable):
         return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
 
 
-class _ToolUseBlock(_Cacheable):
-    unsupported = refuse(caller=({"type": "direct"},))
+class _ToolUseBlock(RequestModel):
     type: Literal["tool_use"]
     id: Text
     name: Text
@@ -124,7 +163,10 @@ class _UserMessage(RequestModel):
     role: Literal["user"]
     content: Annotated[
         str | list[Any],
-        OneOf(Text, Items[Supported[_TextBlock | _ToolResultBlock]]),
+        OneOf(
+            Text,
+            Items[Supported[_TextBlock | _DocumentBlock | _SearchResultBlock | _ToolResultBlock]],
+        ),
     ]
 
     def to_template(self) -> list[Message]:
@@ -141,7 +183,12 @@ class _AssistantMessage(RequestModel):
         str | list[Any],
         OneOf(
             Text,
-            Items[Supported[_TextBlock | _ThinkingBlock | _ToolUseBlock]],
+            Items[
+                Annotated[
+                    _TextBlock | _ThinkingBlock | _ToolUseBlock | _OtherBlock,
+                    OneOf(_TextBlock, _ThinkingBlock, _ToolUseBlock, other=_OtherBlock),
+                ]
+            ],
         ),
     ]
 
@@ -156,13 +203,7 @@ class _AssistantMessage(RequestModel):
         return [message]
 
 
-class _Tool(_Cacheable):
-    unsupported = refuse(
-        allowed_callers=(["direct"],),
-        defer_loading=(False,),
-        eager_input_streaming=(False,),
-        input_examples=([],),
-    )
+class _Tool(RequestModel):
     type: Literal["custom"] = "custom"
     name: ToolName
     description: Text = ""
@@ -191,7 +232,6 @@ class _NamedTool(RequestModel):
 
 
 class _ThinkingEnabled(RequestModel):
-    unsupported = refuse(display=("summarized",))
     type: Literal["enabled"]
     budget_tokens: int = Field(ge=MIN_THINKING_TOKENS, description="Most tokens of reasoning.")
 
@@ -200,7 +240,6 @@ class _ThinkingEnabled(RequestModel):
 
 
 class _ThinkingMode(RequestModel):
-    unsupported = refuse(display=("summarized",))
     type: Literal["disabled", "adaptive"]
 
     def to_thinking(self) -> tuple[bool | None, int | None]:
@@ -213,29 +252,13 @@ class _OutputFormat(RequestModel):
 
 
 class _OutputConfig(RequestModel):
-    unsupported = refuse("effort")
     format: _OutputFormat | None = None
-
-
-class _Metadata(RequestModel):
-    user_id: Text = ""
+    effort: Effort | None = Field(default=None, description="How much the model may reason.")
 
 
 class CountTokensRequest(ApiRequest):
     """The body of POST /v1/messages/count_tokens: what the prompt is made of."""
 
-    unsupported = refuse(
-        "container",
-        "context_management",
-        "diagnostics",
-        "inference_geo",
-        "user_profile_id",
-        "workspace_id",
-        cache_control=({"type": "ephemeral"},),
-        mcp_servers=([],),
-        service_tier=("auto", "standard_only"),
-        speed=("standard",),
-    )
     model: Text = Field(description="The served model.")
     messages: Items[
         Annotated[
@@ -252,7 +275,7 @@ class CountTokensRequest(ApiRequest):
     system: Annotated[
         str, OneOf(Text, _TextBlocks, into=lambda blocks: _content_text(blocks, "\n\n"))
     ] = Field("", description="A system message before the conversation.")
-    tools: Items[Supported[_Tool]] = Field(
+    tools: Items[Annotated[_Tool | HostedTool, OneOf(_Tool, other=HostedTool)]] = Field(
         [], max_length=MAX_TOOLS, description="Tools that the model may call."
     )
     tool_choice: Tagged[_ToolMode | _NamedTool] = Field(
@@ -262,7 +285,10 @@ class CountTokensRequest(ApiRequest):
         None, description="Whether the model reasons first. None: as its template has it."
     )
     output_config: _OutputConfig = Field(
-        _OutputConfig(), description="What the response must match."
+        _OutputConfig(), description="What the response must match, and how much the model reasons."
+    )
+    output_format: _OutputFormat | None = Field(
+        None, description="Same as the format of output_config."
     )
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:  # noqa: ARG002
@@ -284,15 +310,17 @@ class CountTokensRequest(ApiRequest):
             grammar_field="output_config.format",
             enable_thinking=enable_thinking,
             thinking_budget=budget,
+            reasoning_effort=self.output_config.effort,
             continue_final_message=last["role"] == "assistant",
         )
         tools = [tool.to_tool() for tool in self.tools]
         return restrict_output(request, tools, self.tool_choice.to_choice())
 
     def _format_grammar(self) -> str | None:
-        if (wanted := self.output_config.format) is None:
+        if (wanted := self.output_config.format or self.output_format) is None:
             return None
-        return json_schema_grammar(wanted.schema_, "output_config.format.schema")
+        field = "output_config.format" if self.output_config.format else "output_format"
+        return json_schema_grammar(wanted.schema_, f"{field}.schema")
 
 
 class MessagesRequest(CountTokensRequest, SharedParameters):
@@ -305,7 +333,7 @@ class MessagesRequest(CountTokensRequest, SharedParameters):
         max_length=MAX_STOPS,
         description="Strings that end the response, which does not include them.",
     )
-    metadata: _Metadata | None = Field(None, description="Has no effect.")
+    metadata: JsonObject = Field({}, description="Has no effect.")
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""

@@ -2,8 +2,8 @@
 
 Owns: the request models, where each parameter is declared; the shapes of responses and errors.
 Does not know: HTTP, tokenizers, MLX, time.
-Invariant: a parameter is obeyed or refused by name, never ignored. `user`, `safety_identifier` and
-`prompt_cache_key` tell the operator who asks and have no effect.
+Invariant: a parameter that would change the answer and is not supported is refused by name; others
+that are not declared are ignored, and a header of the response names them.
 Source: https://platform.openai.com/docs/api-reference/chat
 Next: `openai_responses.py` is OpenAI's newer API, `protocol.py` has what all APIs share.
 """
@@ -11,13 +11,23 @@ Next: `openai_responses.py` is OpenAI's newer API, `protocol.py` has what all AP
 from __future__ import annotations
 
 import codecs
+import json
+import re
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, Usage, join_text
@@ -41,6 +51,7 @@ from .protocol import (
 from .structured_output import (
     Mode,
     ToolChoice,
+    choice_grammar,
     json_schema_grammar,
     lark_grammar,
     regex_grammar,
@@ -61,27 +72,83 @@ from .validation import (
     Tagged,
     Text,
     check_unicode,
+    describe,
     fail,
     refuse,
 )
 
 MAX_N = 8
 MAX_CHOICES = 32  # prompts times n of one HTTP request
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_COMPLETION_LOGPROBS = 5  # OpenAI's limit for completions
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 StopString = Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
+
+
+# Parameters of vLLM, SGLang, llama.cpp and others that change the answer; values that do not.
+_EXTENSIONS = refuse(
+    "allowed_token_ids",
+    "chat_template",
+    "custom_logit_processor",
+    "ebnf",
+    "grammar",
+    "guided_decoding_backend_options",
+    "guided_whitespace_pattern",
+    "lora_path",
+    "prompt_logprobs",
+    "samplers",
+    "stop_regex",
+    "truncate_prompt_tokens",
+    add_generation_prompt=(True,),
+    add_special_tokens=(True, False),
+    bad_words=([],),
+    documents=([],),
+    dry_multiplier=(0,),
+    dynatemp_range=(0,),
+    early_stopping=(False,),
+    epsilon_cutoff=(0,),
+    eta_cutoff=(0,),
+    include_reasoning=(True,),
+    include_stop_str_in_output=(False,),
+    length_penalty=(1,),
+    logits_processors=([],),
+    lora_adapter=("",),
+    mirostat=(0,),
+    mirostat_mode=(0,),
+    no_stop_trim=(False,),
+    return_hidden_states=(False,),
+    return_token_ids=(False,),
+    return_tokens_as_token_ids=(False,),
+    separate_reasoning=(True,),
+    skip_special_tokens=(True,),
+    spaces_between_special_tokens=(True,),
+    stop_token_ids=([],),
+    stream_reasoning=(True,),
+    tfs=(1,),
+    tfs_z=(1,),
+    top_a=(0,),
+    top_n_sigma=(-1, 0),
+    typical_p=(1,),
+    use_beam_search=(False,),
+    xtc_probability=(0,),
+)
 
 
 class OpenAIParameters(SharedParameters):
     """What chat completions, completions and responses have in common."""
 
+    unsupported = _EXTENSIONS
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy decoding.")
     min_p: float = Field(0.0, ge=0, le=1, description="Least probability, of the best token's.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="1 is none.")
+    repeat_penalty: float = Field(1.0, gt=0, le=10, description="Same as repetition_penalty.")
+    repeat_last_n: int | None = Field(None, description="Only without repetition_penalty.")
+    repetition_context_size: int | None = Field(
+        None, description="Only without repetition_penalty: all tokens of the request count."
+    )
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Mapped[Annotated[float, Field(ge=-100, le=100)]] = Field(
@@ -90,6 +157,23 @@ class OpenAIParameters(SharedParameters):
     user: Text = Field("", description="Has no effect.")
     safety_identifier: Text = Field("", description="Has no effect.")
     prompt_cache_key: Text = Field("", description="Has no effect.")
+
+    @model_validator(mode="after")
+    def _check_repetition(self) -> Self:
+        for name in ("repeat_last_n", "repetition_context_size"):
+            window = getattr(self, name)
+            if window is not None and self._repetition_penalty != 1:
+                fail(
+                    "not supported by this server with repetition_penalty; remove it",
+                    name,
+                    UNSUPPORTED,
+                )
+        return self
+
+    @property
+    def _repetition_penalty(self) -> float:
+        same = self.repetition_penalty == 1
+        return self.repeat_penalty if same else self.repetition_penalty
 
     def sampling_for(self, served: ServedModel) -> Sampling:
         """The sampling parameters.
@@ -104,7 +188,7 @@ class OpenAIParameters(SharedParameters):
                 reason = f"expected a token id from 0 to {served.vocab_size - 1} as the name"
                 raise RequestError(f"logit_bias.{key[:80]}", reason)
             biases[token] = bias
-        return self.to_sampling(logit_bias=biases)
+        return self.to_sampling(logit_bias=biases, repetition_penalty=self._repetition_penalty)
 
 
 class PlainFormat(RequestModel):
@@ -133,7 +217,7 @@ class PlainFormat(RequestModel):
 class NamedSchema(RequestModel):
     """A JSON schema, enforced whether it is strict or not."""
 
-    name: Text
+    name: Text = ""
     description: Text = ""
     schema_: JsonObject = Field(alias="schema")
     strict: bool = False
@@ -171,17 +255,73 @@ _ResponseFormat = Tagged[PlainFormat | _SchemaFormat | _RegexFormat | _GrammarFo
 
 
 class _StreamOptions(RequestModel):
-    unsupported = refuse(include_obfuscation=(False,))
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
     continuous_usage_stats: bool = Field(
         False, description="With include_usage: every chunk counts tokens."
     )
 
 
+def _check_limit(value: Any) -> Any:
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+TokenLimit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_check_limit)]
+
+
+def _parse_schema(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        fail(f"expected a JSON schema, got {describe(value)}")
+
+
+class _StructuredOutputs(RequestModel):
+    """vLLM's form of a response format."""
+
+    unsupported = refuse("structural_tag", "whitespace_pattern")
+    json_: Annotated[JsonObject | None, BeforeValidator(_parse_schema)] = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Items[Text] = Field([])
+    grammar: Text | None = None
+    json_object: bool = False
+
+    def constraints(self) -> dict[str, Callable[[str], str]]:
+        schema = {"type": "object"} if self.json_object and self.json_ is None else self.json_
+        return _constraints(
+            {
+                "structured_outputs.json": schema,
+                "structured_outputs.regex": self.regex,
+                "structured_outputs.choice": self.choice or None,
+                "structured_outputs.grammar": self.grammar,
+            }
+        )
+
+
+def _constraints(fields: Mapping[str, Any]) -> dict[str, Callable[[str], str]]:
+    """How to make the grammar of each field that is set, by what its name ends with."""
+    makers: dict[str, Callable[[Any, str], str]] = {
+        "json": json_schema_grammar,
+        "json_schema": json_schema_grammar,
+        "regex": regex_grammar,
+        "choice": choice_grammar,
+        "grammar": lark_grammar,
+    }
+    return {
+        field: partial(makers[re.sub(r"^(guided_|.*\.)", "", field)], value)
+        for field, value in fields.items()
+        if value is not None
+    }
+
+
 class _CompletionParameters(OpenAIParameters):
     """What chat completions and completions have in common."""
 
-    max_tokens: int | None = Field(None, ge=1, description="Most tokens of the response.")
+    max_tokens: TokenLimit = Field(
+        None, description="Most tokens of the response; -1: as many as fit."
+    )
+    n_predict: TokenLimit = Field(None, description="Same as max_tokens.")
     n: int = Field(1, ge=1, le=MAX_N, description="Choices per prompt.")
     stop: Annotated[
         tuple[str, ...],
@@ -203,19 +343,24 @@ class _CompletionParameters(OpenAIParameters):
         None, description="What the response must match."
     )
 
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
-        if self.stream_options and not self.stream:
-            fail("only allowed with stream=true", "stream_options")
-        return self
+    guided_json: JsonObject | None = Field(None, description="Same as a json_schema format.")
+    guided_regex: Text | None = Field(None, description="Same as a regex format.")
+    guided_choice: Items[Text] = Field([], description="One of these texts.")
+    guided_grammar: Text | None = Field(None, description="Same as a grammar format.")
+    regex: Text | None = Field(None, description="Same as a regex format.")
+    json_schema: Annotated[JsonObject | None, BeforeValidator(_parse_schema)] = Field(
+        None, description="Same as a json_schema format; an object, or its text."
+    )
+    structured_outputs: _StructuredOutputs | None = Field(None, description="vLLM's form of these.")
 
     def shared_fields(self, served: ServedModel, max_tokens: int | None) -> JsonObject:
         """Fields of the `GenerationRequest` that come from these parameters."""
         if max_tokens is not None and self.min_tokens > max_tokens:
             reason = f"expected at most max_tokens={max_tokens}, got {self.min_tokens}"
             raise RequestError("min_tokens", reason)
-        form, options = self.response_format, self.stream_options
+        options = self.stream_options
         include_usage = options is not None and options.include_usage
+        grammar_field, grammar = self._grammar()
         return {
             "sampling": self.sampling_for(served),
             "max_tokens": max_tokens,
@@ -226,14 +371,45 @@ class _CompletionParameters(OpenAIParameters):
             "continuous_usage": bool(include_usage and options and options.continuous_usage_stats),
             "min_tokens": self.min_tokens,
             "ignore_eos": self.ignore_eos,
-            "grammar": form and form.to_grammar("response_format"),
+            "grammar": grammar,
+            "grammar_field": grammar_field,
         }
+
+    def _grammar(self) -> tuple[str, str | None]:
+        """The field of the one format that is asked for, and its grammar.
+
+        Raises:
+            RequestError: there are several.
+        """
+        form = self.response_format
+        forms: dict[str, Callable[[str], str | None]] = {}
+        if form is not None and not (isinstance(form, PlainFormat) and form.type == "text"):
+            forms["response_format"] = form.to_grammar
+        forms |= _constraints(
+            {
+                "guided_json": self.guided_json,
+                "json_schema": self.json_schema,
+                "guided_regex": self.guided_regex,
+                "regex": self.regex,
+                "guided_choice": self.guided_choice or None,
+                "guided_grammar": self.guided_grammar,
+            }
+        )
+        if self.structured_outputs is not None:
+            forms |= self.structured_outputs.constraints()
+        if len(forms) > 1:
+            first, second, *_ = forms
+            raise RequestError(
+                second, f"not supported together with {first}; remove one", UNSUPPORTED
+            )
+        for field, to_grammar in forms.items():
+            return field, to_grammar(field)
+        return "response_format", None
 
 
 class TextPart(RequestModel):
     """A part of a message's content."""
 
-    unsupported = refuse(annotations=([],), logprobs=([],))
     text: Text
 
 
@@ -241,7 +417,19 @@ class _ChatTextPart(TextPart):
     type: Literal["text"]
 
 
-def content_text(content: str | Sequence[TextPart]) -> str:
+class RefusalPart(RequestModel):
+    """What a model said in place of an answer."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        """Its text, as of any part."""
+        return self.refusal
+
+
+def content_text(content: str | Sequence[TextPart | RefusalPart]) -> str:
     """The text of a message's content."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
@@ -250,7 +438,7 @@ _Content = Annotated[
     str,
     OneOf(
         Text,
-        Items[Supported[_ChatTextPart]],
+        Items[Supported[_ChatTextPart | RefusalPart]],
         into=content_text,
     ),
 ]
@@ -261,28 +449,31 @@ class _CalledFunction(RequestModel):
     arguments: Arguments
 
 
+class _CustomCall(RequestModel):
+    name: Text
+    input: Text
+
+
 class _ToolCall(RequestModel):
     id: Text
     type: Literal["function"] = "function"
     function: _CalledFunction
-    index: int = Field(0, description="Left in by clients that assemble streams.")
 
     def to_template(self) -> JsonObject:
         return tool_call(self.id, self.function.name, self.function.arguments)
 
 
+class _CustomToolCall(RequestModel):
+    id: Text
+    type: Literal["custom"]
+    custom: _CustomCall
+
+    def to_template(self) -> JsonObject:
+        return tool_call(self.id, self.custom.name, {"input": self.custom.input})
+
+
 class _ChatMessage(RequestModel):
-    unsupported = refuse(
-        "audio",
-        "function_call",
-        "name",
-        "reasoning",
-        "refusal",
-        "tool_call_id",
-        annotations=([],),
-        reasoning_content=("",),
-        tool_calls=([],),
-    )
+    unsupported = refuse("audio", "function_call")
 
 
 class _PromptMessage(_ChatMessage):
@@ -296,26 +487,40 @@ class _PromptMessage(_ChatMessage):
 class _AssistantMessage(_ChatMessage):
     role: Literal["assistant"]
     content: _Content | None = Field(None, description="Required unless there are tool calls.")
+    refusal: Text = Field("", description="The content, where there is none.")
     reasoning_content: Text = ""
+    reasoning: Text = Field("", description="Same as reasoning_content.")
     tool_calls: Items[
-        Annotated[JsonObject, OneOf(_ToolCall, unsupported=True, into=_ToolCall.to_template)]
+        Annotated[
+            JsonObject,
+            OneOf(
+                _ToolCall,
+                _CustomToolCall,
+                unsupported=True,
+                into=lambda call: call.to_template(),
+            ),
+        ]
     ] = Field([])
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not (self.tool_calls or self.refusal or self._reasoning):
             fail("required, but missing", "content", MISSING)
         return self
 
+    @property
+    def _reasoning(self) -> str:
+        return self.reasoning_content or self.reasoning
+
     def to_template(self) -> Message:
-        optional = {"reasoning_content": self.reasoning_content, "tool_calls": self.tool_calls}
+        optional = {"reasoning_content": self._reasoning, "tool_calls": self.tool_calls}
         present = {name: value for name, value in optional.items() if value}
-        return {"role": "assistant", "content": self.content or "", **present}
+        return {"role": "assistant", "content": self.content or self.refusal, **present}
 
 
 class _ToolMessage(_ChatMessage):
     role: Literal["tool"]
-    content: _Content
+    content: _Content = ""
     tool_call_id: Text
     name: Text = Field("", description="The function; some templates need it.")
 
@@ -342,17 +547,74 @@ class _FunctionTool(RequestModel):
     type: Literal["function"]
     function: FunctionDefinition
 
+    def to_tool(self) -> Tool:
+        return self.function.to_tool()
+
+
+class CustomDefinition(RequestModel):
+    """A tool whose one argument is plain text."""
+
+    name: ToolName
+    description: Text = ""
+    format: JsonObject = Field({}, description="Text, or a grammar, which the model only reads.")
+
+    def to_tool(self) -> Tool:
+        """As it is offered to the model: a function with one string."""
+        details = self.format.get("grammar", self.format)
+        definition = details.get("definition") if isinstance(details, dict) else None
+        written = f"The input must match this grammar:\n{definition}" if definition else ""
+        text = "\n\n".join(part for part in (self.description, written) if part)
+        schema = {
+            "type": "object",
+            "properties": {"input": {"type": "string"}},
+            "required": ["input"],
+        }
+        return Tool(self.name, text, schema, freeform=True)
+
+
+class _CustomTool(RequestModel):
+    type: Literal["custom"]
+    custom: CustomDefinition
+
+    def to_tool(self) -> Tool:
+        return self.custom.to_tool()
+
+
+_OtherType = Annotated[
+    str,
+    WithJsonSchema({"type": "string", "not": {"enum": ["function", "custom", "allowed_tools"]}}),
+]
+
+
+class HostedTool(RequestModel):
+    """A tool that the API's own servers would run: the model is not told of it."""
+
+    type: _OtherType
+
+    def to_tool(self) -> None:
+        """None: it is not offered."""
+
 
 class _FunctionName(RequestModel):
     name: Text
 
 
 class ToolChoiceObject(RequestModel):
-    """A `tool_choice` that names functions."""
+    """A `tool_choice` that names tools."""
 
     @abstractmethod
     def to_choice(self) -> ToolChoice:
         """What it says."""
+
+
+class HostedToolChoice(ToolChoiceObject):
+    """A tool that is not offered cannot be called: the model decides."""
+
+    type: _OtherType
+
+    def to_choice(self) -> ToolChoice:
+        """See `ToolChoiceObject`."""
+        return ToolChoice()
 
 
 class _FunctionChoice(ToolChoiceObject):
@@ -363,9 +625,30 @@ class _FunctionChoice(ToolChoiceObject):
         return ToolChoice("required", self.function.name)
 
 
+class _CustomChoice(ToolChoiceObject):
+    type: Literal["custom"]
+    custom: _FunctionName
+
+    def to_choice(self) -> ToolChoice:
+        return ToolChoice("required", self.custom.name)
+
+
 class _AllowedTools(RequestModel):
     mode: Literal["auto", "required"]
-    tools: Items[Tagged[_FunctionChoice]] = Field(min_length=1)
+    tools: Items[
+        Annotated[
+            _FunctionChoice | _CustomChoice | HostedToolChoice,
+            OneOf(_FunctionChoice, _CustomChoice, other=HostedToolChoice),
+        ]
+    ] = Field(min_length=1)
+
+
+def allowed_choice(
+    mode: Literal["auto", "required"], choices: Sequence[ToolChoiceObject]
+) -> ToolChoice:
+    """A choice among named tools; those that are not offered do not count."""
+    names = [choice.to_choice().function for choice in choices]
+    return ToolChoice(mode, allowed=tuple(name for name in names if name is not None))
 
 
 class _AllowedToolsChoice(ToolChoiceObject):
@@ -373,32 +656,40 @@ class _AllowedToolsChoice(ToolChoiceObject):
     allowed_tools: _AllowedTools
 
     def to_choice(self) -> ToolChoice:
-        names = tuple(choice.function.name for choice in self.allowed_tools.tools)
-        return ToolChoice(self.allowed_tools.mode, allowed=names)
+        return allowed_choice(self.allowed_tools.mode, self.allowed_tools.tools)
 
 
-def to_choice(choice: Mode | ToolChoiceObject) -> ToolChoice:
-    """What a `tool_choice` says."""
-    return ToolChoice(choice) if isinstance(choice, str) else choice.to_choice()
+def to_choice(choice: Mode | Literal["any"] | ToolChoiceObject) -> ToolChoice:
+    """What a `tool_choice` says; "any" is another word for "required"."""
+    if isinstance(choice, str):
+        return ToolChoice("required" if choice == "any" else choice)
+    return choice.to_choice()
+
+
+class _ThinkingSwitch(RequestModel):
+    """The form of several hosted services."""
+
+    type: Literal["enabled", "disabled", "auto", "adaptive"] = "enabled"
+    budget_tokens: int | None = Field(default=None, ge=1)
+
+
+class _ReasoningOptions(RequestModel):
+    """OpenRouter's form."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+
+
+def _to_tool(tool: _FunctionTool | _CustomTool | HostedTool) -> Tool | None:
+    return tool.to_tool()
 
 
 class ChatCompletionRequest(_CompletionParameters):
     """The body of POST /v1/chat/completions."""
 
     unsupported = refuse(
-        "audio",
-        "moderation",
-        "prediction",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "verbosity",
-        "web_search_options",
-        function_call=("none", "auto"),
-        functions=([],),
-        metadata=({},),
-        modalities=(["text"],),
-        service_tier=("auto", "default"),
-        store=(False,),
+        "audio", function_call=("none", "auto"), functions=([],), modalities=(["text"],)
     )
     messages: Items[
         Annotated[
@@ -412,33 +703,45 @@ class ChatCompletionRequest(_CompletionParameters):
             ),
         ]
     ] = Field(min_length=1, description="The conversation so far.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="Same as max_tokens.")
+    max_completion_tokens: TokenLimit = Field(None, description="Comes before max_tokens.")
     logprobs: bool = Field(False, description="Report the log-probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="So many alternatives to each token."
     )
-    tools: Items[Supported[_FunctionTool]] = Field(
-        [], max_length=MAX_TOOLS, description="Functions that the model may call."
-    )
+    tools: Items[
+        Annotated[Tool | None, OneOf(_FunctionTool, _CustomTool, other=HostedTool, into=_to_tool)]
+    ] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
     tool_choice: Annotated[
         ToolChoice,
         OneOf(
-            Mode,
+            Literal["none", "auto", "required", "any"],
             _FunctionChoice,
+            _CustomChoice,
             _AllowedToolsChoice,
+            other=HostedToolChoice,
             into=to_choice,
         ),
     ] = Field(default_factory=ToolChoice, description="Default: auto.")
     parallel_tool_calls: bool = Field(True, description="Allow several calls in one response.")
     reasoning_effort: Effort | None = Field(None, description="How much the model may reason.")
     chat_template_kwargs: JsonObject = Field({}, description="Variables of the chat template.")
+    enable_thinking: bool | None = Field(None, description="Whether the model reasons first.")
+    thinking_budget: int | None = Field(None, ge=1, description="Most tokens of reasoning.")
+    thinking: _ThinkingSwitch | None = Field(None, description="Another form of these two.")
+    reasoning: _ReasoningOptions = Field(
+        _ReasoningOptions(), description="Another form of these and of reasoning_effort."
+    )
+    continue_final_message: bool = Field(
+        False, description="The last message is the beginning of the response."
+    )
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            reason = "expected it or max_completion_tokens, got both"
-            raise RequestError("max_tokens", reason, "invalid_parameter_combination")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.continue_final_message and self.messages[-1]["role"] != "assistant":
+            role = self.messages[-1]["role"]
+            reason = f"expected a last message of the assistant, got one of {role!r}"
+            raise RequestError("continue_final_message", reason)
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs", "only allowed with logprobs=true")
         request = GenerationRequest(
             (tuple(self.messages),),
@@ -447,11 +750,24 @@ class ChatCompletionRequest(_CompletionParameters):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             parallel_tool_calls=self.parallel_tool_calls,
             template_kwargs=self.chat_template_kwargs,
-            reasoning_effort=self.reasoning_effort,
-            **self.shared_fields(served, self.max_completion_tokens or self.max_tokens),
+            reasoning_effort=self.reasoning_effort or self.reasoning.effort,
+            continue_final_message=self.continue_final_message,
+            **self._thinking(),
+            **self.shared_fields(
+                served, self.max_completion_tokens or self.max_tokens or self.n_predict
+            ),
         )
-        tools = [tool.function.to_tool() for tool in self.tools]
-        return restrict_output(request, tools, self.tool_choice)
+        return restrict_output(request, self.tools, self.tool_choice)
+
+    def _thinking(self) -> JsonObject:
+        switch = self.thinking or _ThinkingSwitch(type="auto")
+        words = {"enabled": True, "disabled": False}
+        enabled = (self.enable_thinking, words.get(switch.type), self.reasoning.enabled)
+        budgets = (self.thinking_budget, switch.budget_tokens, self.reasoning.max_tokens)
+        return {
+            "enable_thinking": next((value for value in enabled if value is not None), None),
+            "thinking_budget": next((value for value in budgets if value is not None), None),
+        }
 
 
 _TokenIds = Annotated[Items[int], Field(min_length=1)]
@@ -478,7 +794,8 @@ def _to_prompts(prompt: Any) -> tuple[Prompt, ...]:
 class CompletionRequest(_CompletionParameters):
     """The body of POST /v1/completions."""
 
-    unsupported = refuse("suffix", best_of=(1,))
+    unsupported = refuse(suffix=("",))
+    best_of: int | None = Field(None, description="Only the same as n.")
     prompt: Annotated[
         tuple[Any, ...], OneOf(Text, Annotated[list[Any], _PromptList()], into=_to_prompts)
     ] = Field(description="A string, a list of token ids, or a list of these.")
@@ -489,6 +806,9 @@ class CompletionRequest(_CompletionParameters):
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""
+        if self.best_of not in (None, self.n):
+            reason = f"expected the same as n={self.n}, got {self.best_of}"
+            raise RequestError("best_of", f"not supported by this server; {reason}", UNSUPPORTED)
         if len(self.prompt) * self.n > MAX_CHOICES:
             choices = f"{len(self.prompt)} prompts times n={self.n}"
             raise RequestError("prompt", f"expected at most {MAX_CHOICES} choices, got {choices}")
@@ -500,8 +820,13 @@ class CompletionRequest(_CompletionParameters):
             prompt_field="prompt",
             logprobs=self.logprobs,
             echo=self.echo,
-            **self.shared_fields(served, self.max_tokens or DEFAULT_COMPLETION_TOKENS),
+            **self.shared_fields(served, self._max_tokens()),
         )
+
+    def _max_tokens(self) -> int | None:
+        limit = self.max_tokens or self.n_predict
+        unlimited = {"max_tokens", "n_predict"} & self.model_fields_set  # with -1
+        return limit if limit or unlimited else DEFAULT_COMPLETION_TOKENS
 
 
 def template_role(role: str) -> str:
@@ -594,6 +919,8 @@ class _ChatBuilder(_CompletionBuilder):
     def _call(self, part: OutputPart, index: int) -> JsonObject:
         call_id = part.id or f"call_{self._meta.id}_{index}_{self._calls[index]}"
         self._calls[index] += 1
+        if (text := self._request.freeform_input(part)) is not None:
+            return {"id": call_id, "type": "custom", "custom": {"name": part.name, "input": text}}
         function = {"name": part.name, "arguments": part.text}
         return {"id": call_id, "type": "function", "function": function}
 

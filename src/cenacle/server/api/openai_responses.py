@@ -2,18 +2,21 @@
 
 Owns: the request models, where each parameter is declared; the shapes of responses and events.
 Does not know: HTTP, tokenizers, MLX, time.
-Invariant: a parameter is obeyed or refused by name, never ignored. Nothing is stored, so what needs
-a stored response is refused. A stream ends with the response that would have come without `stream`.
+Invariant: a parameter that would change the answer and is not supported is refused by name; others
+that are not declared are ignored, and a header names them. A stream ends with the response that
+would have come without `stream`.
 Source: https://platform.openai.com/docs/api-reference/responses
-Next: `openai.py` has the older API, and what both share.
+Next: `response_store.py` keeps responses; `openai.py` has the older API, and what both share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, TypeAdapter, WithJsonSchema
 
 from ...core.chat import FinishReason, Message, OutputPart, Usage, join_text
 from ...core.request import MAX_LOGPROBS
@@ -21,6 +24,7 @@ from ...errors import CenacleError
 from . import openai
 from .protocol import (
     MAX_TOOLS,
+    ApiRequest,
     ChoiceState,
     Event,
     GenerationRequest,
@@ -30,9 +34,10 @@ from .protocol import (
     merge_messages,
     tool_call,
 )
+from .response_store import ResponseStore, StoredResponse
 from .structured_output import Mode, ToolChoice, restrict_output
 from .validation import (
-    UNSUPPORTED,
+    MISSING,
     Arguments,
     Items,
     JsonObject,
@@ -44,7 +49,6 @@ from .validation import (
     Tagged,
     Text,
     describe,
-    fail,
     refuse,
 )
 
@@ -52,26 +56,33 @@ LOGPROBS = "message.output_text.logprobs"  # in `include`
 
 
 class _ItemTextPart(openai.TextPart):
-    type: Literal["input_text", "output_text"]
+    type: Literal["input_text", "output_text", "text"]
 
 
 class _ReasoningTextPart(openai.TextPart):
-    type: Literal["reasoning_text"]
+    type: Literal["reasoning_text", "text"]
+
+
+class _SummaryTextPart(openai.TextPart):
+    type: Literal["summary_text"]
 
 
 _ItemText = Annotated[
     str,
     OneOf(
         Text,
-        Items[Supported[_ItemTextPart]],
+        Items[Supported[_ItemTextPart | openai.RefusalPart]],
         into=openai.content_text,
     ),
 ]
 
 
 class _Item(RequestModel):
-    unsupported = refuse("phase", status=("completed", "incomplete"))
     id: Text = ""
+
+    @abstractmethod
+    def to_template(self) -> Message | None:
+        """As chat templates read it; None: the model does not see it."""
 
 
 class _MessageItem(_Item):
@@ -94,29 +105,76 @@ class _FunctionCallItem(_Item):
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-class _FunctionOutputItem(_Item):
-    type: Literal["function_call_output"]
+class _CustomCallItem(_Item):
+    type: Literal["custom_tool_call"]
     call_id: Text
-    output: _ItemText
+    name: Text
+    input: Text
+
+    def to_template(self) -> Message:
+        call = tool_call(self.call_id, self.name, {"input": self.input})
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+class _CallOutputItem(_Item):
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: Text
+    output: _ItemText = ""
 
     def to_template(self) -> Message:
         return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
 
 
 class _ReasoningItem(_Item):
-    unsupported = refuse("encrypted_content", summary=([],), **_Item.unsupported)
     type: Literal["reasoning"]
+    summary: Items[Supported[_SummaryTextPart]] = Field([])
     content: Items[Supported[_ReasoningTextPart]] = Field([])
 
-    def to_template(self) -> Message:
-        text = openai.content_text(self.content)
+    def to_template(self) -> Message | None:
+        text = openai.content_text(self.content or self.summary)
+        if not text:  # it is encrypted, by another server
+            return None
         return {"role": "assistant", "content": "", "reasoning_content": text}
 
 
-def _join_items(content: str | Sequence[Message]) -> list[Message]:
+class _ItemReference(_Item):
+    type: Literal["item_reference"]
+    id: Text
+
+    def to_template(self) -> None:
+        """None: `ResponsesAdapter` puts the item in its place."""
+
+
+class _OtherItem(_Item):
+    """What a tool that is not offered left in a conversation."""
+
+    type: Annotated[
+        str,
+        WithJsonSchema(
+            {
+                "type": "string",
+                "not": {
+                    "enum": [
+                        "message",
+                        "function_call",
+                        "custom_tool_call",
+                        "function_call_output",
+                        "custom_tool_call_output",
+                        "reasoning",
+                        "item_reference",
+                    ]
+                },
+            }
+        ),
+    ]
+
+    def to_template(self) -> None:
+        """None: the model does not see it."""
+
+
+def _join_items(items: Iterable[_Item]) -> list[Message]:
     """Messages of items. A turn of the assistant may be several: reasoning, calls, a message."""
-    if isinstance(content, str):
-        return [{"role": "user", "content": content}]
+    content = [message for item in items if (message := item.to_template()) is not None]
     turns: list[list[Message]] = []
     has_text = False  # the last turn
     for item in content:
@@ -134,8 +192,12 @@ class _FunctionTool(openai.FunctionDefinition):
     type: Literal["function"]
 
 
-class _FunctionChoice(openai.ToolChoiceObject):
-    type: Literal["function"]
+class _CustomTool(openai.CustomDefinition):
+    type: Literal["custom"]
+
+
+class _NamedChoice(openai.ToolChoiceObject):
+    type: Literal["function", "custom"]
     name: Text
 
     def to_choice(self) -> ToolChoice:
@@ -145,10 +207,15 @@ class _FunctionChoice(openai.ToolChoiceObject):
 class _AllowedToolsChoice(openai.ToolChoiceObject):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Items[Tagged[_FunctionChoice]] = Field(min_length=1)
+    tools: Items[
+        Annotated[
+            _NamedChoice | openai.HostedToolChoice,
+            OneOf(_NamedChoice, other=openai.HostedToolChoice),
+        ]
+    ] = Field(min_length=1)
 
     def to_choice(self) -> ToolChoice:
-        return ToolChoice(self.mode, allowed=tuple(choice.name for choice in self.tools))
+        return openai.allowed_choice(self.mode, self.tools)
 
 
 class _SchemaFormat(openai.NamedSchema):
@@ -156,100 +223,108 @@ class _SchemaFormat(openai.NamedSchema):
 
 
 class _TextOptions(RequestModel):
-    unsupported = refuse("verbosity")
     format: Tagged[openai.PlainFormat | _SchemaFormat] = Field(
         default=openai.PlainFormat(type="text"), description="What the response must match."
     )
 
 
 class _Reasoning(RequestModel):
-    unsupported = refuse("summary", "generate_summary")
     effort: openai.Effort | None = Field(default=None, description="How much the model may reason.")
 
 
-def _check_include(value: Any) -> Any:
-    if isinstance(value, str) and value != LOGPROBS:
-        reason = f"expected {LOGPROBS!r}, got {describe(value)}"
-        fail(f"not supported by this server; {reason}", code=UNSUPPORTED)
-    return value
+_InputItem = Annotated[
+    _Item,
+    OneOf(
+        _MessageItem,
+        _FunctionCallItem,
+        _CustomCallItem,
+        _CallOutputItem,
+        _ReasoningItem,
+        _ItemReference,
+        other=_OtherItem,
+    ),
+]
+ITEM: TypeAdapter[_Item] = TypeAdapter(_InputItem)
+
+
+def _to_items(content: str | list[_Item]) -> list[_Item]:
+    return [_MessageItem(role="user", content=content)] if isinstance(content, str) else content
 
 
 class ResponsesRequest(openai.OpenAIParameters):
     """The body of POST /v1/responses."""
 
     unsupported = refuse(
-        "conversation",
-        "context_management",
-        "max_tool_calls",
-        "moderation",
-        "previous_response_id",
-        "prompt",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        background=(False,),
-        service_tier=("auto", "default"),
-        store=(False,),
-        stream_options=({}, {"include_obfuscation": False}),
-        truncation=("disabled",),
+        "conversation", "prompt", "stop", background=(False,), ignore_eos=(False,), min_tokens=(0,)
     )
     input: Annotated[
-        list[Message],
+        list[_Item],
         OneOf(
             Text,
-            Annotated[
-                Items[
-                    Annotated[
-                        Message,
-                        OneOf(
-                            _MessageItem,
-                            _FunctionCallItem,
-                            _FunctionOutputItem,
-                            _ReasoningItem,
-                            unsupported=True,
-                            into=lambda item: item.to_template(),
-                        ),
-                    ]
-                ],
-                Field(min_length=1),
-            ],
-            into=_join_items,
+            Items[_InputItem],
+            into=_to_items,
         ),
-    ] = Field(description="A question, or the conversation so far.")
+    ] = Field(default_factory=list, description="A question, or the conversation so far.")
+    previous_response_id: Text | None = Field(
+        None, description="A stored response: its conversation comes before the input."
+    )
+    store: bool = Field(True, description="Keep the response in memory for a while.")
     instructions: Text = Field("", description="A system message before the conversation.")
     max_output_tokens: int | None = Field(None, ge=1, description="Most tokens of the response.")
-    tools: Items[Supported[_FunctionTool]] = Field(
-        [], max_length=MAX_TOOLS, description="Functions that the model may call."
-    )
-    tool_choice: Tagged[Mode | _FunctionChoice | _AllowedToolsChoice] = Field(
-        "auto", description="Whether and which tools are called."
-    )
+    tools: Items[
+        Annotated[
+            _FunctionTool | _CustomTool | openai.HostedTool,
+            OneOf(_FunctionTool, _CustomTool, other=openai.HostedTool),
+        ]
+    ] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
+    tool_choice: Annotated[
+        Mode | _NamedChoice | _AllowedToolsChoice | openai.HostedToolChoice,
+        OneOf(Mode, _NamedChoice, _AllowedToolsChoice, other=openai.HostedToolChoice),
+    ] = Field("auto", description="Whether and which tools are called.")
     parallel_tool_calls: bool = Field(True, description="Allow several calls in one response.")
     text: _TextOptions = Field(_TextOptions(), description="Options of the response's text.")
     reasoning: _Reasoning = Field(_Reasoning(), description="Options of reasoning.")
-    include: Items[
-        Annotated[Literal["message.output_text.logprobs"], BeforeValidator(_check_include)]
-    ] = Field([], description="Report the log-probability of each token.")
+    include: Items[Text] = Field(
+        [], description=f"With {LOGPROBS}: the log-probability of each token."
+    )
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="So many alternatives to each token."
     )
     metadata: Mapped[Text] = Field({}, description="Repeated in the response.")
+    chat_template_kwargs: JsonObject = Field({}, description="Variables of the chat template.")
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
-        """See `ApiRequest`."""
-        if self.top_logprobs is not None and not self.include:
-            raise RequestError("top_logprobs", f"only allowed with {LOGPROBS} in include")
+        """See `ApiRequest`; references to stored responses are not followed."""
+        return self.continue_conversation(served, (), self.input)
+
+    def continue_conversation(
+        self, served: ServedModel, earlier: Sequence[Message], items: Sequence[_Item]
+    ) -> GenerationRequest:
+        """What it asks for.
+
+        Args:
+            served: the model.
+            earlier: messages before the input.
+            items: the input, without references.
+
+        Raises:
+            RequestError: parameters do not go together, or there is no conversation.
+        """
+        if not (messages := [*earlier, *_join_items(items)]):
+            raise RequestError("input", "required, but missing", MISSING)
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         request = GenerationRequest(
-            ((*system, *self.input),),
+            ((*system, *messages),),
             is_chat=True,
             prompt_field="input",
             max_tokens=self.max_output_tokens,
             sampling=self.sampling_for(served),
             stream=self.stream,
-            logprobs=(self.top_logprobs or 0) if self.include else None,
+            logprobs=(self.top_logprobs or 0) if LOGPROBS in self.include else None,
             parallel_tool_calls=self.parallel_tool_calls,
             grammar=self.text.format.to_grammar("text.format"),
             grammar_field="text.format",
+            template_kwargs=self.chat_template_kwargs,
             reasoning_effort=self.reasoning.effort,
             echoed_parameters=self._echo(),
         )
@@ -264,6 +339,8 @@ class ResponsesRequest(openai.OpenAIParameters):
             "reasoning": {"effort": self.reasoning.effort, "summary": None},
             "text": {"format": self.text.format.model_dump(by_alias=True, exclude_unset=True)},
             "top_logprobs": self.top_logprobs or 0,
+            "previous_response_id": self.previous_response_id,
+            "store": self.store,
         }
 
 
@@ -288,7 +365,11 @@ class _ResponsesBuilder(ResponseBuilder):
         assert self._open is not None
         if part.kind == "call":
             self._open = part
-            yield self._item_event("response.function_call_arguments.delta", delta=part.text)
+            text = self._request.freeform_input(part)
+            kind = "function_call_arguments" if text is None else "custom_tool_call_input"
+            yield self._item_event(
+                f"response.{kind}.delta", delta=part.text if text is None else text
+            )
             return
         (self._open,) = join_text([self._open, part])
         details: JsonObject = {"content_index": 0, "delta": part.text}
@@ -301,7 +382,7 @@ class _ResponsesBuilder(ResponseBuilder):
         yield from self._close_item()
 
     def finish_stream(self, usage: Usage) -> Iterator[Event]:
-        response = self._response(self._status, usage)
+        response = self._complete(usage)
         yield self._event(f"response.{self._status}", response=response)
 
     def error(self, error: CenacleError) -> Iterator[Event]:
@@ -317,7 +398,13 @@ class _ResponsesBuilder(ResponseBuilder):
         for part in choice.parts:
             list(self.delta(0, part))
         list(self.finish_choice(0, choice.finish))
-        return self._response(self._status, usage)
+        return self._complete(usage)
+
+    def _complete(self, usage: Usage) -> JsonObject:
+        response = self._response(self._status, usage)
+        if self._request.on_response is not None:
+            self._request.on_response(response)
+        return response
 
     def _open_item(self, part: OutputPart) -> Iterator[Event]:
         self._open = OutputPart(part.kind, "", part.name, part.id)
@@ -334,8 +421,11 @@ class _ResponsesBuilder(ResponseBuilder):
             return
         item = self._item(part, self._status)
         if part.kind == "call":
-            done = {"arguments": part.text, "name": part.name}
-            yield self._item_event("response.function_call_arguments.done", **done)
+            if (text := self._request.freeform_input(part)) is not None:
+                yield self._item_event("response.custom_tool_call_input.done", input=text)
+            else:
+                done = {"arguments": part.text, "name": part.name}
+                yield self._item_event("response.function_call_arguments.done", **done)
         else:
             (content,) = item["content"]
             done = {name: content[name] for name in ("text", "logprobs") if name in content}
@@ -364,8 +454,10 @@ class _ResponsesBuilder(ResponseBuilder):
         item = {"id": self._item_id(part), "status": status}
         if part.kind == "call":
             call_id = part.id or f"call_{self._meta.id}_{len(self._items)}"
-            call = {"call_id": call_id, "name": part.name, "arguments": part.text}
-            return {**item, "type": "function_call", **call}
+            call = {"call_id": call_id, "name": part.name}
+            if (text := self._request.freeform_input(part)) is not None:
+                return {**item, "type": "custom_tool_call", **call, "input": text}
+            return {**item, "type": "function_call", **call, "arguments": part.text}
         content: JsonObject = {"type": _CONTENT_TYPES[part.kind], "text": part.text}
         if part.kind == "reasoning":
             return {**item, "type": "reasoning", "summary": [], "content": [content]}
@@ -385,9 +477,7 @@ class _ResponsesBuilder(ResponseBuilder):
             "incomplete_details": reason,
             "model": self._meta.model,
             "output": [*self._items],
-            "previous_response_id": None,
             "service_tier": "default",
-            "store": False,
             "temperature": self._request.sampling.temperature,
             "top_p": self._request.sampling.top_p,
             "truncation": "disabled",
@@ -398,6 +488,13 @@ class _ResponsesBuilder(ResponseBuilder):
 
 _CONTENT_TYPES = {"text": "output_text", "reasoning": "reasoning_text"}
 _ID_PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}  # OpenAI's; clients look at them
+
+
+def item_list(stored: StoredResponse) -> JsonObject:
+    """The body of GET /v1/responses/ID/input_items."""
+    ids = [item.get("id") or None for item in stored.input_items]
+    page = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+    return {"object": "list", "data": [*stored.input_items], **page, "has_more": False}
 
 
 def usage_object(usage: Usage) -> JsonObject:
@@ -412,6 +509,50 @@ def usage_object(usage: Usage) -> JsonObject:
 
 
 class ResponsesAdapter(openai.OpenAIAdapter):
-    """POST /v1/responses."""
+    """POST /v1/responses, and the responses that it keeps."""
 
     request_model, response_builder = ResponsesRequest, _ResponsesBuilder
+
+    def __init__(self) -> None:
+        self.store = ResponseStore()
+
+    def _to_generation_request(
+        self, parsed: ApiRequest, served: ServedModel, key: str
+    ) -> GenerationRequest:
+        assert isinstance(parsed, ResponsesRequest)
+        earlier: tuple[Message, ...] = ()
+        if parsed.previous_response_id is not None:
+            if (previous := self.store.get(key, parsed.previous_response_id)) is None:
+                raise _not_stored("previous_response_id", "response", parsed.previous_response_id)
+            earlier = previous.conversation
+        items = [self._resolve(at, item, key) for at, item in enumerate(parsed.input)]
+        request = parsed.continue_conversation(served, earlier, items)
+        if not parsed.store:
+            return request
+        prompt = request.prompts[0][bool(parsed.instructions) :]
+
+        def keep(response: JsonObject) -> None:
+            output = [ITEM.validate_python(item) for item in response["output"]]
+            answer = _join_items(output)
+            conversation: Any = (*prompt, *answer)
+            sent = tuple(item.model_dump(exclude_none=True) for item in parsed.input)
+            self.store.put(key, StoredResponse(response, conversation, sent))
+
+        return replace(request, on_response=keep)
+
+    def _resolve(self, at: int, item: _Item, key: str) -> _Item:
+        if not isinstance(item, _ItemReference):
+            return item
+        if (found := self.store.find_item(key, item.id)) is None:
+            raise _not_stored(f"input[{at}].id", "item", item.id)
+        return ITEM.validate_python(found)
+
+
+def _not_stored(field: str, kind: str, name: str) -> RequestError:
+    reason = (
+        f"no {kind} {describe(name)} is kept: it was not stored, is too old, belongs to another "
+        "API key, or the server was restarted; send the conversation itself as input"
+    )
+    return RequestError(
+        field, reason, f"{kind if kind == 'item' else 'previous_response'}_not_found", 400
+    )

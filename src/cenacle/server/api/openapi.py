@@ -173,6 +173,14 @@ def openapi(version: str) -> JsonObject:
     cluster["get"]["parameters"] = [
         {"name": name, "in": "query", "schema": _STRING} for name in ("placement", "steps")
     ]
+    by_id = [{"name": "id", "in": "path", "required": True, "schema": _STRING}]
+    stored = _get("stored response", _RESPONSE, "404")
+    items = _get("input items of a stored response", _object(["object", "data"]), "404")
+    deletion = _content(_object(["id"], deleted={"const": True}))
+    statuses = ["401", "403", "404"]
+    deleted = {"delete": _operation("forget a response", deletion, _OPENAI_ERROR, statuses)}
+    for operation in (stored["get"], items["get"], deleted["delete"]):
+        operation["parameters"] = by_id
     return {
         "openapi": "3.1.0",
         "info": {"title": "Cenacle", "version": version, "license": {"name": "Apache-2.0"}},
@@ -183,6 +191,8 @@ def openapi(version: str) -> JsonObject:
             "/openapi.json": _get("description", {"type": "object"}),
             "/v1/models": _get("models", _object(["object", "data"])),
             "/v1/models/{name}": one_model,
+            "/v1/responses/{id}": {**stored, **deleted},
+            "/v1/responses/{id}/input_items": items,
             **posts,
         },
         "components": {

@@ -10,12 +10,13 @@ Next: `openai.py`, `openai_responses.py` and `anthropic.py` are the APIs; `app.p
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage
 from ...core.request import Sampling
@@ -29,8 +30,8 @@ Event = tuple[str | None, JsonObject | str]
 """An event of a stream: its name, where the API names events, and its data."""
 
 
-MAX_TOOLS = 128
-ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+MAX_TOOLS = 512
+ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.:/-]{1,128}$")]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class GenerationRequest:
         echoed_parameters: what the response repeats of the request, in the API's own form.
         warnings: what was accepted and has no effect; sent as a header.
         model: the id that the response has.
+        on_response: called with the complete response.
     """
 
     prompts: tuple[Prompt, ...]
@@ -146,11 +148,19 @@ class GenerationRequest:
     echoed_parameters: JsonObject = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     model: str = ""
+    on_response: Callable[[JsonObject], None] | None = field(default=None, compare=False)
 
     @property
     def may_call(self) -> bool:
         """Whether the model decides between calls and an answer."""
         return bool(self.tools) and self.forced_call is None
+
+    def freeform_input(self, call: OutputPart) -> str | None:
+        """The plain text of a call of a freeform tool; None: it is a function's."""
+        if not any(tool.freeform and tool.name == call.name for tool in self.tools):
+            return None
+        text = json.loads(call.text or "{}").get("input", "")
+        return text if isinstance(text, str) else json.dumps(text)
 
     def sampling_of(self, choice: int) -> Sampling:
         """The sampling of one of the `n` choices. A seed is counted up so that they differ; the
@@ -162,7 +172,13 @@ class GenerationRequest:
 
 
 class ApiRequest(RequestModel):
-    """The body of a request to an API."""
+    """The body of a request to an API. Members that are not declared are ignored and reported."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def ignored_members(self) -> Iterator[str]:
+        """What has no effect, for the header that says so."""
+        yield from (f"{name[:80]}: ignored" for name in self.model_extra or ())
 
     model: Text | None = Field(None, description="The served model, which is also the default.")
 
@@ -179,13 +195,17 @@ class SharedParameters(ApiRequest):
     """Parameters that mean the same in every API."""
 
     stream: bool = Field(False, description="Respond with server-sent events.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
-    top_k: int = Field(0, ge=0, description="Sample from so many tokens; 0: from all.")
+    top_p: float = Field(1.0, ge=0, le=1, description="Nucleus sampling; 0: only the best token.")
+    top_k: int = Field(0, ge=-1, description="Sample from so many tokens; 0 or -1: from all.")
 
     def to_sampling(self, **converted: Any) -> Sampling:
         """The parameters that `Sampling` has under the same names, and those given."""
         names = {field.name for field in fields(Sampling)} & type(self).model_fields.keys()
-        return Sampling(**{name: getattr(self, name) for name in names} | converted)
+        values = {name: getattr(self, name) for name in names} | converted
+        values["top_k"] = max(self.top_k, 0)
+        if self.top_p == 0:
+            values |= {"top_p": 1.0, "top_k": 1}
+        return Sampling(**values)
 
 
 @dataclass(frozen=True)
@@ -262,15 +282,29 @@ class ApiAdapter(ABC):
     request_model: ClassVar[type[ApiRequest]]
     response_builder: ClassVar[type[ResponseBuilder]]
 
-    def parse(self, body: bytes, served: ServedModel) -> GenerationRequest:
+    def parse(self, body: bytes, served: ServedModel, key: str = "") -> GenerationRequest:
         """What a body asks for.
+
+        Args:
+            body: as the client sent it.
+            served: the model.
+            key: name of the API key, which owns what is stored; "": none.
 
         Raises:
             InputError: it is refused; the message names the parameter.
         """
         parsed = parse_request(self.request_model, body)
         name = served.check_name(parsed.model)
-        return replace(parsed.to_generation_request(served), model=name)
+        request = self._to_generation_request(parsed, served, key)
+        return replace(request, model=name, warnings=(*request.warnings, *parsed.ignored_members()))
+
+    def _to_generation_request(
+        self,
+        parsed: ApiRequest,
+        served: ServedModel,
+        key: str,  # noqa: ARG002
+    ) -> GenerationRequest:
+        return parsed.to_generation_request(served)
 
     def respond(self, request: GenerationRequest, meta: ResponseMeta) -> ResponseBuilder:
         """The builder of the response to a request."""

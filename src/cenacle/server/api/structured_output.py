@@ -57,13 +57,13 @@ class ToolChoice:
 
 
 def restrict_output(
-    request: GenerationRequest, tools: Sequence[Tool], choice: ToolChoice
+    request: GenerationRequest, tools: Sequence[Tool | None], choice: ToolChoice
 ) -> GenerationRequest:
     """The request with tools: those that are offered, and the calls that are forced.
 
     Args:
         request: with the grammar of the format that it asks for.
-        tools: all that it has.
+        tools: all that it has; None: one that this server cannot run, so it is not offered.
         choice: among them.
 
     Raises:
@@ -71,12 +71,12 @@ def restrict_output(
     """
     offered = _offered_tools(tools, choice)
     request = replace(request, tools=tuple(offered.values()))
-    if choice.mode != "required":
-        return request
-    several = request.parallel_tool_calls and choice.function is None
     callable_tools = {
         path: tool for path, tool in offered.items() if choice.function in (None, tool.name)
     }
+    if choice.mode != "required" or not callable_tools:
+        return request
+    several = request.parallel_tool_calls and choice.function is None
     return replace(
         request,
         forced_call=choice.function or "required",
@@ -85,25 +85,25 @@ def restrict_output(
     )
 
 
-def _offered_tools(tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Tool]:
+def _offered_tools(tools: Sequence[Tool | None], choice: ToolChoice) -> dict[str, Tool]:
     """The tools that the model is told of, by their paths in the request."""
+    known = {f"tools[{at}]": tool for at, tool in enumerate(tools) if tool is not None}
     paths: dict[str, str] = {}
-    for at, tool in enumerate(tools):
-        path = f"tools[{at}]"
+    for path, tool in known.items():
         if paths.setdefault(tool.name, path) != path:
             raise RequestError(path, f"expected another name, {tool.name!r} is taken")
     chosen = choice.allowed if choice.function is None else (choice.function,)
     if choice.mode == "required" and not tools:
         raise RequestError("tool_choice", "expected tools with it, got none")
     for name in chosen or ():
-        if name not in paths:
+        if name not in paths and len(known) == len(tools):
             reason = f"expected the name of one of tools, got {describe(name)}"
             raise RequestError("tool_choice", reason)
     if choice.mode == "none":
         return {}
     offered = {
-        paths[tool.name]: tool
-        for tool in tools
+        path: tool
+        for path, tool in known.items()
         if choice.allowed is None or tool.name in choice.allowed
     }
     if strict := {path: tool for path, tool in offered.items() if tool.strict}:
@@ -133,6 +133,11 @@ def regex_grammar(pattern: str, field: str) -> str:
     """A grammar of the text that a regular expression (Rust's syntax, no look-around) matches as a
     whole."""
     return _checked(_regex(pattern), field)
+
+
+def choice_grammar(choices: Sequence[str], field: str) -> str:
+    """A grammar of some texts, at least one."""
+    return _checked({"lark_grammar": f"start: {' | '.join(map(json.dumps, choices))}"}, field)
 
 
 def lark_grammar(grammar: str, field: str) -> str:
@@ -183,7 +188,7 @@ def _call_grammar(
     return lark_grammar("\n".join(rules), "tools")
 
 
-def parse_tool_calls(text: str, _: bool = False) -> list[OutputPart]:
+def parse_tool_calls(text: str, *_: object) -> list[OutputPart]:
     """The calls in text that matches `tool_call_grammar`; what was cut short stays text."""
     decoder, parts, at = json.JSONDecoder(), [], 1
     while at < len(text) and text[at] == "{":

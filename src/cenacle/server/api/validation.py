@@ -2,8 +2,9 @@
 
 Owns: parsing JSON; the base of all request models; errors that name a parameter by its full path.
 Does not know: which parameters there are, HTTP.
-Invariant: a JSON value is never converted to another type; null counts as absent; what a model does
-not declare is refused by name; validation stops at the first wrong item of a list or an object.
+Invariant: a JSON value is never converted to another type; null counts as absent; what would
+change the answer and is not supported is refused by name, what a model does not know is ignored;
+validation stops at the first wrong item of a list or an object.
 Next: `protocol.py` has what all APIs share; each API's module has its request models.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from itertools import chain
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -37,7 +38,6 @@ M = TypeVar("M", bound="RequestModel")
 INVALID_TYPE = "invalid_type"
 INVALID_VALUE = "invalid_value"
 MISSING = "missing_required_parameter"
-UNKNOWN = "unknown_parameter"
 UNSUPPORTED = "unsupported_parameter"
 
 
@@ -69,7 +69,9 @@ def fail(reason: str, member: str = "", code: str = INVALID_VALUE) -> NoReturn:
 
 
 def refuse(*names: str, **accepted: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
-    """Members that an API has and this server has not, for `RequestModel.unsupported`.
+    """Members that would change the answer and that this server has not.
+
+    For `RequestModel.unsupported`.
 
     Args:
         names: refused whatever their value.
@@ -81,11 +83,17 @@ def refuse(*names: str, **accepted: Sequence[Any]) -> Mapping[str, Sequence[Any]
 class RequestModel(BaseModel):
     """A JSON object in a request.
 
-    A member is accepted if it is declared, or if it is in `unsupported` and requests nothing.
+    Members in `unsupported` are refused unless they request nothing. Other members that are not
+    declared are ignored: clients send more than they need.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {}  # with those of its bases
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        inherited = (base.__dict__.get("unsupported", {}) for base in reversed(cls.__mro__))
+        cls.unsupported = dict(chain.from_iterable(members.items() for members in inherited))
 
     @model_validator(mode="before")
     @classmethod
@@ -93,19 +101,15 @@ class RequestModel(BaseModel):
         if not isinstance(data, dict):
             return data
         present = {name: value for name, value in data.items() if value is not None}
-        for name in [name for name in present if name not in _declared(cls)]:
-            if name not in cls.unsupported:
-                fail("unknown parameter; remove it", name, UNKNOWN)
+        for name in [name for name in cls.unsupported if name in present]:
             value = present.pop(name)
             # To Python False is 0.
-            if not any(type(v) is type(value) and v == value for v in cls.unsupported[name]):
+            is_bool = isinstance(value, bool)
+            if not any(
+                isinstance(v, bool) is is_bool and v == value for v in cls.unsupported[name]
+            ):
                 fail("not supported by this server; remove it", name, UNSUPPORTED)
         return present
-
-
-@cache
-def _declared(model: type[RequestModel]) -> frozenset[str]:
-    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 class OneOf:
@@ -116,6 +120,7 @@ class OneOf:
         forms: strings, lists and models; none: the annotated type, which may be a union.
         tag: the name of the tag; a model may have a default for it.
         unsupported: other values of the tag are refused as not supported, since the API has them.
+        other: the form of objects with any other tag; None: they are refused.
         into: converts what was validated to the annotated type.
     """
 
@@ -124,9 +129,11 @@ class OneOf:
         *forms: Any,
         tag: str = "type",
         unsupported: bool = False,
+        other: type[RequestModel] | None = None,
         into: Callable[[Any], Any] | None = None,
     ) -> None:
         self._forms, self._tag, self._unsupported, self._into = forms, tag, unsupported, into
+        self._other = other
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -146,13 +153,17 @@ class OneOf:
                 tags += get_args(field.annotation)
                 names = [f"<{tag}>" for tag in get_args(field.annotation)]
             choices |= dict.fromkeys(names, handler.generate_schema(form))
+        if self._other is not None:
+            choices["<>"] = handler.generate_schema(self._other)
 
         def name_of(value: Any) -> str:
             if isinstance(value, str | list):
                 return f"<{_json_type(type(value))}>"
             is_model = isinstance(value, BaseModel)  # a default that is described
             tag = getattr(value, self._tag) if is_model else value.get(self._tag)
-            return f"<{default if tag is None else tag}>"
+            name = f"<{default if tag is None else tag}>"
+            is_other = name not in choices and isinstance(tag, str) and "<>" in choices
+            return "<>" if is_other else name
 
         def check(value: Any) -> Any:
             if isinstance(value, str | list | dict) and name_of(value) in choices:
@@ -198,6 +209,8 @@ def check_unicode(value: str) -> str:
 
 
 def _parse_arguments(value: Any) -> Any:
+    if isinstance(value, dict):  # as some clients keep them
+        return value
     if not isinstance(value, str):
         fail(f"expected a string, got {describe(value)}", code=INVALID_TYPE)
     try:
