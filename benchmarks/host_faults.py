@@ -494,7 +494,8 @@ class HeadRow:
         """See `Row`; detected: until all ranks are gone; recovered: from the head's start."""
         stream = Streaming(trial.cluster).wait_for_start()
         began = time.monotonic()
-        for pid in trial.cluster.a.pids(UP):
+        pids = trial.cluster.a.pids(UP)  # the supervisor, and the process that serves
+        for pid in pids if self.number == signal.SIGKILL else pids[:1]:
             os.kill(pid, self.number)
         agents = [pid for h in (trial.cluster.b, trial.cluster.c) for pid in h.pids(JOIN)]
         gone = trial.wait_for(

@@ -221,13 +221,12 @@ def pause(server: Server) -> None:
 
 def kill_twice(server: Server) -> None:
     """SIGKILL to a rank, and to one of those that are started in its place."""
-    old = set(server.pids())
+    old, serving = set(server.pids()), server.health()[1]["pid"]
     os.kill(min(old), signal.SIGKILL)
 
     def young() -> list[int]:
-        text = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
-        record = {int(pid) for pid in text.split()} - old
-        for task in Path(f"/proc/{server.process.pid}/task").iterdir():
+        record: set[int] = set()
+        for task in Path(f"/proc/{serving}/task").iterdir():
             record |= {int(pid) for pid in (task / "children").read_text().split()} - old
         return sorted(pid for pid in record if alive(pid))
 

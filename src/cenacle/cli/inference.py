@@ -32,12 +32,12 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    import socket
     import ssl
 
     from ..api import Model
     from ..cluster.formation import Cluster
     from ..server.middleware import AccessPolicy
+    from ..server.supervisor import SupervisedProcess
 
 app = typer.Typer()
 PANEL = "Run a model"
@@ -155,23 +155,28 @@ def serve(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A bound socket, who may connect how, and the names of the model."""
+    """Who may connect how, and the names of the model, in the process that serves."""
 
-    sock: socket.socket
     policy: AccessPolicy
     tls: ssl.SSLContext | None
+    process: SupervisedProcess
     model_names: tuple[str, ...] = ()
 
     def serve(self, model: Model, on_started: Callable[[str], None]) -> None:
         """Answer requests until the program is ended; `on_started` gets the URL."""
         from ..server.http_server import serve
 
+        def report_started(url: str) -> None:
+            self.process.report_ready()
+            on_started(url)
+
         serve(
             model,
-            self.sock,
-            on_started=on_started,
+            self.process.sock,
+            on_started=report_started,
             policy=self.policy,
             tls=self.tls,
+            restarts=self.process.restarts,
             names=self.model_names,
         )
 
@@ -180,15 +185,20 @@ class Endpoint:
 def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
     """Bind the port of the API, and prepare API keys and TLS.
 
+    Everything that follows happens in a process of its own, which is started again when it dies.
+
     Raises:
         InputError: the port is in use, there is no API key, or the TLS files cannot be used.
+        typer.Exit: that process has ended.
     """
     from ..server.http_server import bind
+    from ..server.supervisor import SupervisedProcess, supervise
 
     names = tuple(arguments.served_model_name or ())
     if not all(names):
         raise InputError("--served-model-name: expected a name, got an empty one", "served-name")
-    with bind(arguments.host, arguments.port) as sock:
+    process = SupervisedProcess.from_environment()
+    with process.sock if process else bind(arguments.host, arguments.port) as sock:
         policy = keys.access_policy(
             sock,
             require_key=arguments.require_key,
@@ -200,9 +210,12 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
             log_text=arguments.log_text,
         )
         tls = keys.tls_context(arguments.host, arguments.tls, arguments.tls_cert, arguments.tls_key)
+        if process is not None:
+            yield Endpoint(policy, tls, process, names)
+            return
         if policy.require_key and tls is None:
             report("warning: without TLS, API keys and answers are sent unencrypted; see --tls")
-        yield Endpoint(sock, policy, tls, names)
+        raise typer.Exit(supervise(sock, report))
 
 
 @contextmanager

@@ -33,12 +33,15 @@ def oom_kill_count() -> int | None:
     return int(match.group(1)) if match else None
 
 
-def describe_exit(status: int, oom_kills_before: int | None = None) -> str:
+def describe_exit(
+    status: int, oom_kills_before: int | None = None, *, uses_mlx: bool = True
+) -> str:
     """How a process ended, to follow its name.
 
     Args:
         status: its exit status; negative: the signal that ended it.
         oom_kills_before: `oom_kill_count` when it started.
+        uses_mlx: whether MLX may have ended it.
     """
     if status >= 0:
         return f"exited {status}"
@@ -54,7 +57,7 @@ def describe_exit(status: int, oom_kills_before: int | None = None) -> str:
             f", most likely by the kernel because this machine {OUT_OF_MEMORY} (/proc/vmstat "
             "counts such a kill since the process started)"
         )
-    if -status == signal.SIGSEGV:
+    if -status == signal.SIGSEGV and uses_mlx:
         reason += ", as MLX is on a CPU when the system refuses it memory"
     return reason
 

@@ -10,6 +10,7 @@ Next: `preparation.py` and `generation.py` are the life of a request.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from .metrics import InstrumentedGroup, Metrics
 from .plan_info import PlanTracker
 from .preparation import RequestPreparer
 from .request_body import BodyTooLarge, BodyTooSlow, read_body
+from .supervisor import Restarts
 
 if TYPE_CHECKING:
     from ..api import Model  # loads MLX, and `bind` has to work at once
@@ -61,6 +63,7 @@ class Application:
         metrics: counts requests and tokens.
         plan_tracker: describes the plan in use.
         names: of the model, for clients; "*": any. None: its own.
+        restarts: of the server's process before; None: nobody counts them.
 
     Raises:
         CheckpointError: the model has no tokenizer.
@@ -73,9 +76,10 @@ class Application:
         metrics: Metrics,
         plan_tracker: PlanTracker,
         names: Sequence[str] = (),
+        restarts: Restarts | None = None,
     ) -> None:
         self._model, self._limits, self._metrics = model, limits, metrics
-        self._plan_tracker = plan_tracker
+        self._plan_tracker, self._restarts = plan_tracker, restarts or Restarts()
         self._group = InstrumentedGroup(model.group, metrics)
         own = [name for name in dict.fromkeys(names) if name != "*"] or [model.name]
         self._served = ServedModel(
@@ -131,6 +135,9 @@ class Application:
         if "key" not in http.scope["state"]:  # for load balancers
             return json_response(status, {"status": body["status"]})
         body |= {"model": self._served.name, **model.group.load}
+        body |= {"pid": os.getpid(), "restarts": self._restarts.count}
+        if self._restarts.reason:
+            body["restart_reason"] = self._restarts.reason
         if status == 200:
             ranks = zip(model.ranks.pids, model.ranks.ready, strict=True)
             body["nodes"] = model.plan.nodes

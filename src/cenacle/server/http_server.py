@@ -31,6 +31,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .middleware import AccessMiddleware, AccessPolicy
 from .plan_info import PlanTracker
+from .supervisor import Restarts
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -77,6 +78,7 @@ def serve(
     policy: AccessPolicy | None = None,
     tls: ssl.SSLContext | None = None,
     names: Sequence[str] = (),
+    restarts: Restarts | None = None,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT. Closes the socket, not the model.
 
@@ -91,6 +93,7 @@ def serve(
         policy: who may use the server; None: with keys only, unless the socket is on loopback.
         tls: see `tls.server_context`; None: plain HTTP.
         names: of the model, for clients; "*": any. None: its own.
+        restarts: of this server before, for /health.
 
     Raises:
         CheckpointError: the model has no tokenizer.
@@ -99,7 +102,7 @@ def serve(
     limits, plan_tracker = limits or Limits(), PlanTracker(model)
     with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
         metrics = Metrics(model, keys, plan_tracker)
-        application = Application(model, limits, metrics, plan_tracker, names)
+        application = Application(model, limits, metrics, plan_tracker, names, restarts)
         with contextlib.closing(application):
             middleware = AccessMiddleware(
                 application.app, policy or AccessPolicy.for_socket(sock, keys), keys

@@ -1,0 +1,107 @@
+"""A server that dies is started again on the same port, and ends when it is told to."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import psutil
+import pytest
+
+from cenacle.server.supervisor import MAX_FAILURES, supervise
+from support.serving import DEADLINE_S, QUESTION, RunningServer, running_server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with running_server(tmp_path_factory.mktemp("supervised"), nodes=2) as running:
+        yield running
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def processes(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_server_that_dies_is_started_again(server, number):
+    before, old = server.health(), processes(server.process.pid)
+    assert len(old) >= 3  # the server and two ranks
+    body = {"messages": QUESTION, "stream": True, "max_tokens": 2000, "logit_bias": {"1": -100}}
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=DEADLINE_S) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(before["pid"], number)
+        with pytest.raises(httpx.TransportError):  # the stream ends, and not as if complete
+            for _ in lines:
+                pass
+    # A client that connects meanwhile waits.
+    assert server.ask().json()["choices"][0]["message"]["content"] == "42"
+    after = server.health()
+    assert (after["status"], after["restarts"]) == ("ok", before["restarts"] + 1)
+    assert number.name in after["restart_reason"]
+    assert not any(is_alive(process) for process in old)
+    assert len(processes(server.process.pid)) == len(old)
+    assert "starting it again" in server.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_the_supervisor_is_the_end_of_the_server(tmp_path, number):
+    with running_server(tmp_path) as server:
+        started = processes(server.process.pid)
+        server.process.send_signal(number)
+        status = server.process.wait(DEADLINE_S)
+        assert status == (-number if number == signal.SIGKILL else 0)
+        wait_until(lambda: not any(is_alive(process) for process in started))
+        assert "starting it again" not in server.log.read_text()
+
+
+SERVER = """
+import os, signal, sys
+from cenacle.server.supervisor import SupervisedProcess
+process = SupervisedProcess.from_environment()
+if "refuses" in sys.argv:
+    sys.exit(3)
+if "ready" in sys.argv:
+    process.report_ready()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "starts", "message"),
+    [
+        ("ready", 137, MAX_FAILURES, "not started again"),
+        ("dies", 137, 1, "was killed by SIGKILL before it answered"),
+        ("refuses", 3, 1, ""),
+    ],
+)
+def test_a_server_that_keeps_dying_is_given_up(how, status, starts, message):
+    reports: list[str] = []
+    previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sock = socket.create_server(("127.0.0.1", 0))
+        assert supervise(sock, reports.append, [sys.executable, "-c", SERVER, how], 0.001) == status
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert sum("starting it again" in report for report in reports) == starts - 1
+    assert message in (reports or [""])[-1]
+    assert sock.fileno() == -1
