@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted_app import ScriptedServer, ask_chat, ask_messages, ask_responses, write_model
+
+from support.scripted_app import ScriptedServer, ask_chat, ask_messages, ask_responses, write_model
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"

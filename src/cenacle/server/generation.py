@@ -54,6 +54,7 @@ class InFlightChoice:
         grammar_phase: parser and request of the output that must match a grammar, while something
             comes before it; None: the present ones go on.
         may_call: calls may come in place of that output.
+        is_forced_call: that output is calls.
     """
 
     index: int
@@ -65,6 +66,7 @@ class InFlightChoice:
     thinking_budget: int | None = None
     grammar_phase: tuple[OutputParser, Request] | None = None
     may_call: bool = False
+    is_forced_call: bool = False
     generated_tokens: int = 0
     reasoning_tokens: int = 0
     cached_tokens: int = 0
@@ -187,7 +189,7 @@ class InFlightChoice:
         while before and before[-1] in self.request.stop_tokens:
             before.pop()
         tokens = (*self.request.tokens, *before)
-        start = self.tokenizer.answer_start(tokens)
+        start = self.tokenizer.answer_start(tokens, is_call=self.is_forced_call)
         remaining = self.request.max_tokens - len(before) - len(start)
         if remaining < 1:
             return None

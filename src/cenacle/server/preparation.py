@@ -55,6 +55,8 @@ class RequestPreparer:
             InputError: the request is refused.
         """
         request = self._apply_effort(adapter.parse(body, self._served, key))
+        unenforced = structured_output.find_unenforced(request.grammar)
+        request = self._use_native_calls(request)
         choices: list[InFlightChoice] = []
         for prompt in request.prompts:
             tokens = self._tokenize(request, prompt)
@@ -73,13 +75,21 @@ class RequestPreparer:
                     self._tokenizer,
                     echo,
                     request.thinking_budget,
+                    is_forced_call=request.forced_call is not None,
                 )
                 if request.is_chat and request.grammar is not None:
                     self._precede_grammar(request, choice)
                 choices.append(choice)
-        unenforced = structured_output.find_unenforced(request.grammar)
         warnings = tuple(f"{request.grammar_field}: not enforced: {part}" for part in unenforced)
         return replace(request, warnings=request.warnings + warnings), choices
+
+    def _use_native_calls(self, request: GenerationRequest) -> GenerationRequest:
+        """A forced call in gpt-oss's own format, in which it continues and remembers it."""
+        if request.forced_call is None or not self._tokenizer.forces_harmony_calls:
+            return request
+        tools = {t.name: t for t in request.tools if request.forced_call in (t.name, "required")}
+        grammar = structured_output.tool_call_grammar(tools, several=False, is_harmony=True)
+        return replace(request, grammar=grammar)
 
     def _precede_grammar(self, request: GenerationRequest, choice: InFlightChoice) -> None:
         tokens, may_call = choice.request.tokens, request.may_call
@@ -165,7 +175,8 @@ class RequestPreparer:
         )
         if request.grammar is None or request.may_call:
             return tokens
-        return self._tokenizer.start_reasoning(tokens, think)
+        is_call = request.forced_call is not None
+        return self._tokenizer.start_reasoning(tokens, think, is_call=is_call)
 
     def _check_chat(self, request: GenerationRequest, prompt: Prompt) -> None:
         tokenizer = self._tokenizer
@@ -183,6 +194,8 @@ class RequestPreparer:
     def _output_parser(
         self, request: GenerationRequest, prompt_tokens: tuple[int, ...]
     ) -> OutputParser:
+        if request.forced_call is not None and self._tokenizer.forces_harmony_calls:
+            return self._tokenizer.forced_call_parser(request.tools)
         if request.forced_call is not None:
             return self._tokenizer.tool_call_parser(structured_output.parse_tool_calls)
         if request.is_chat and request.grammar is None:

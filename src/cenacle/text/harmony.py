@@ -16,9 +16,10 @@ TOKENS = frozenset(("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|cal
 STOP_TOKENS = ("<|call|>", "<|return|>")
 CALL_START = "to="
 REASONING_START = "<|channel|>analysis<|message|>"
-ANSWER_START = "<|channel|>final<|message|>"
-REASONING_END = f"<|end|><|start|>assistant{ANSWER_START}"
-CONTINUED_ANSWER = f"<|start|>assistant{ANSWER_START}"
+ANSWER_HEADER = "<|channel|>final<|message|>"
+CALL_HEADER = "<|channel|>commentary to=functions."  # then the name
+NEXT_MESSAGE = "<|start|>assistant"
+MESSAGE_END = "<|end|>"
 
 _ENDS = [(mark, "header") for mark in ("<|end|>", "<|return|>", "<|call|>")]
 TRANSITIONS = {

@@ -70,6 +70,11 @@ class ChatTokenizer:
         ids = {self._tokenizer.convert_tokens_to_ids(token) for token in ends}
         return tuple(sorted(self._tokenizer.eos_token_ids | ids))
 
+    @property
+    def forces_harmony_calls(self) -> bool:
+        """Whether a forced call is in gpt-oss's format, and not a JSON list."""
+        return self._is_harmony
+
     @cached_property
     def _is_harmony(self) -> bool:
         """Whether this model writes gpt-oss's format."""
@@ -141,24 +146,30 @@ class ChatTokenizer:
     def reasoning_end(self) -> tuple[int, ...]:
         """The ids that end reasoning."""
         if self._is_harmony:
-            return self._encode_markers(harmony.REASONING_END)
+            end = harmony.MESSAGE_END + harmony.NEXT_MESSAGE + harmony.ANSWER_HEADER
+            return self._encode_markers(end)
         return tuple(self._tokenizer.think_end_tokens or ())
 
-    def answer_start(self, tokens: Sequence[int]) -> tuple[int, ...]:
+    def answer_start(self, tokens: Sequence[int], *, is_call: bool = False) -> tuple[int, ...]:
         """The ids between a prompt, or the end of reasoning, and an output that must match a
         grammar.
 
         Args:
-            tokens: of the prompt and what was generated.
+            tokens: of the prompt and what was generated; reasoning is ended.
+            is_call: the output is a forced call.
         """
-        if self.ends_in_reasoning(tokens):
-            return self.reasoning_end
-        if not self._is_harmony or self._harmony_state(tokens) != "header":
+        if not self._is_harmony:
+            return self.reasoning_end if self.ends_in_reasoning(tokens) else ()
+        state, header = self._harmony_state(tokens), harmony.ANSWER_HEADER
+        if is_call:
+            header = harmony.CALL_HEADER
+        if state == "reasoning":
+            header = harmony.MESSAGE_END + harmony.NEXT_MESSAGE + header
+        elif state != "header":
             return ()
-        has_message = "<|message|>" in self._last_message(tokens)
-        return self._encode_markers(
-            harmony.CONTINUED_ANSWER if has_message else harmony.ANSWER_START
-        )
+        elif "<|message|>" in self._last_message(tokens):
+            header = harmony.NEXT_MESSAGE + header
+        return self._encode_markers(header)
 
     def _encode_markers(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -257,15 +268,17 @@ class ChatTokenizer:
             return ids + self.reasoning_end
         return ids
 
-    def start_reasoning(self, prompt: Sequence[int], reasoning: bool | None) -> tuple[int, ...]:
+    def start_reasoning(
+        self, prompt: Sequence[int], reasoning: bool | None, *, is_call: bool = False
+    ) -> tuple[int, ...]:
         """A prompt for an output with a grammar: with the marker that starts reasoning, if the
-        model would reason first, since reasoning must not match the grammar."""
+        model would reason first, since reasoning must not match the grammar; else with what begins
+        such an output, a forced call if `is_call`."""
         ids = tuple(prompt)
         if self._is_harmony:
-            if self._harmony_state(ids) != "header":
-                return ids
-            start = harmony.ANSWER_START if reasoning is False else harmony.REASONING_START
-            return ids + self._encode_markers(start)
+            if reasoning is False or self._harmony_state(ids) != "header":
+                return ids + self.answer_start(ids, is_call=is_call)
+            return ids + self._encode_markers(harmony.REASONING_START)
         hybrid = self.has_reasoning and self._template_uses("enable_thinking")
         if reasoning is False or self.ends_in_reasoning(ids) or not (reasoning or hybrid):
             return ids
@@ -307,6 +320,17 @@ class ChatTokenizer:
             parse_calls=parse_calls,
             state="tool",
         )
+
+    def forced_call_parser(self, tools: Sequence[Tool]) -> OutputParser:
+        """A parser of one forced call in gpt-oss's format."""
+        reader = CallReader("harmony", tools)
+
+        def parse_call(text: str, cut: bool) -> list[OutputPart]:
+            parts = reader.read(f"functions.{text}", cut=cut)
+            is_call = any(part.kind == "call" for part in parts)
+            return parts if is_call else [OutputPart("text", text)]
+
+        return self.tool_call_parser(parse_call)
 
     def chat_parser(
         self,

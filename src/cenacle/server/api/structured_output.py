@@ -150,45 +150,68 @@ def find_unenforced(grammar: str | None) -> list[str]:
     return check_grammar(grammar) if grammar is not None else []
 
 
-def tool_call_grammar(tools: Mapping[str, Tool], several: bool) -> str:
+def tool_call_grammar(tools: Mapping[str, Tool], several: bool, *, is_harmony: bool = False) -> str:
     """A grammar of a JSON list of calls, `[{"name": ..., "arguments": {...}}]`, at least one.
 
     Args:
         tools: those that may be called, by their paths in the request; at least one.
         several: more than one call is allowed.
+        is_harmony: of one call in gpt-oss's format, after `harmony.CALL_HEADER`.
 
     Raises:
         RequestError: a tool's schema does not compile.
     """
     schemas = {path: {"type": "object", **tool.parameters} for path, tool in tools.items()}
     try:
-        return _call_grammar(tools, schemas, several)
+        grammar = _list_grammar(tools, schemas, several)
     except RequestError as error:
-        if REGEX_ERROR in str(error):
-            readable = {path: _drop_unreadable_patterns(s) for path, s in schemas.items()}
-            return _call_grammar(tools, readable, several)
-        ends = time.monotonic() + BLAME_S
-        for path, schema in schemas.items():
-            if time.monotonic() < ends:
-                json_schema_grammar(schema, path)  # raises the error of the one that is at fault
-        raise
+        if REGEX_ERROR not in str(error):
+            _raise_for_schema(schemas)
+            raise
+        schemas = {path: _drop_unreadable_patterns(s) for path, s in schemas.items()}
+        grammar = _list_grammar(tools, schemas, several)
+    return _harmony_grammar(tools, schemas) if is_harmony else grammar
 
 
-def _call_grammar(
+def _raise_for_schema(schemas: Mapping[str, dict[str, Any]]) -> None:
+    """Raise the error of the schema that is at fault."""
+    ends = time.monotonic() + BLAME_S
+    for path, schema in schemas.items():
+        if time.monotonic() < ends:
+            json_schema_grammar(schema, path)
+
+
+def _list_grammar(
     tools: Mapping[str, Tool], schemas: Mapping[str, dict[str, Any]], several: bool
 ) -> str:
     more = f'(", " call){{0,{MAX_CALLS - 1}}}' if several else ""
-    alternatives = " | ".join(f"call_{at}" for at in range(len(tools)))
-    rules = [f'start: "[" call {more} "]"', f"call: {alternatives}"]
-    for at, (path, tool) in enumerate(tools.items()):
-        # Each schema in a grammar of its own: references in it begin at its root.
-        head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
-        rules += [f'call_{at}: {head} arguments_{at} "}}"']
-        rules += [f"arguments_{at}: %json {json.dumps(_with_style(schemas[path]))}"]
+    heads = [f'{{"name": {json.dumps(tool.name)}, "arguments": ' for tool in tools.values()]
+    rules = [
+        f'start: "[" call {more} "]"',
+        *_call_rules([json.dumps(head) for head in heads], '"}"', schemas),
+    ]
     return lark_grammar("\n".join(rules), "tools")
 
 
-def parse_tool_calls(text: str, *_: object) -> list[OutputPart]:
+def _harmony_grammar(tools: Mapping[str, Tool], schemas: Mapping[str, dict[str, Any]]) -> str:
+    """Not checked here: only the model's vocabulary has these marks."""
+    heads = [f'"{tool.name} " <|constrain|> "json" <|message|>' for tool in tools.values()]
+    rules = ["start: call", *_call_rules(heads, "", schemas)]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}]})
+
+
+def _call_rules(
+    heads: Sequence[str], tail: str, schemas: Mapping[str, dict[str, Any]]
+) -> list[str]:
+    rules = ["call: " + " | ".join(f"call_{at}" for at in range(len(heads)))]
+    for at, (head, schema) in enumerate(zip(heads, schemas.values(), strict=True)):
+        # Each schema in a grammar of its own: references in it begin at its root.
+        rules += [f"call_{at}: {head} arguments_{at} {tail}"]
+        rules += [f"arguments_{at}: %json {json.dumps(_with_style(schema))}"]
+    return rules
+
+
+def parse_tool_calls(text: str, _: bool = False) -> list[OutputPart]:
     """The calls in text that matches `tool_call_grammar`; what was cut short stays text."""
     decoder, parts, at = json.JSONDecoder(), [], 1
     while at < len(text) and text[at] == "{":
