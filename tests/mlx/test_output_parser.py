@@ -261,16 +261,110 @@ SCRIPTS = {
         "<|tool_call_start|>",
         '<|tool_call_start|>[weather(place="Oslo")]<|tool_call_end|>',
     ),
+    "gemma4": (
+        "<|tool_call><tool_call|>",
+        '<|tool_call>call:weather{place:<|"|>Oslo<|"|>}<tool_call|>',
+    ),
+    "function_gemma": (
+        "<start_function_call>",
+        "<start_function_call>call:weather{place:<escape>Oslo<escape>}<end_function_call>",
+    ),
+    "longcat": (
+        "<longcat_tool_call>",
+        "<longcat_tool_call>weather<longcat_arg_key>place</longcat_arg_key>"
+        "<longcat_arg_value>Oslo</longcat_arg_value></longcat_tool_call>",
+    ),
+    "minicpm5": (
+        '<function name="x"><param name="y">',
+        '<function name="weather"><param name="place">Oslo</param></function>',
+    ),
+    "muse_spark": (
+        "<atem:function_calls>",
+        '<atem:function_calls><atem:invoke name="weather"><atem:parameter name="place">Oslo'
+        "</atem:parameter></atem:invoke></atem:function_calls>",
+    ),
+    "kimi_k3": (
+        "",  # its marks are in the vocabulary
+        '<|open|>tools<|sep|><|open|>call tool="weather" index="1"<|sep|>'
+        '<|open|>argument key="place" type="string"<|sep|>Oslo<|close|>argument<|sep|>'
+        "<|close|>call<|sep|><|close|>tools<|sep|>",
+    ),
+}
+XTML = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
+WRAPPERS = {
+    "qwen3_coder": ("<tool_call>\n", "\n</tool_call>"),
+    "kimi_k2": ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    "minimax_m2": ("<minimax:tool_call>", "</minimax:tool_call>"),
+    "muse_spark": ("<atem:function_calls>", "</atem:function_calls>"),
+    "kimi_k3": ("<|open|>tools<|sep|>", "<|close|>tools<|sep|>"),
 }
 
 
 @pytest.mark.parametrize("parser", SCRIPTS)
 def test_every_format_of_tool_calls(tmp_path, parser):
     mark, said = SCRIPTS[parser]
-    text = text_of(tmp_path, f"{{# {mark} #}}{{{{ tools }}}}")
-    (call,) = parts_of(text, said)
-    assert (call.kind, call.name, json.loads(call.text)) == ("call", "weather", {"place": "Oslo"})
-    assert call.id == ("functions.weather:0" if parser == "kimi_k2" else "")
+    text = text_of(tmp_path, f"{{# {mark} #}}{{{{ tools }}}}", XTML if parser == "kimi_k3" else ())
+    start, end = WRAPPERS.get(parser, ("", ""))
+    bare = said.removeprefix(start).removesuffix(end)
+    for written in (said, bare):
+        before, call = parts_of(text, f"I look.{written}")
+        assert before == OutputPart("text", "I look.")
+        assert (call.kind, call.name) == ("call", "weather")
+        assert json.loads(call.text) == {"place": "Oslo"}
+        assert call.id == ("functions.weather:0" if parser == "kimi_k2" else "")
+        assert parts_of(text, written, tools=()) == [OutputPart("text", written)]
+    for fault in (said[:-25], said.replace("weather", ""), said.replace("Oslo", "\0")):
+        joined = "".join(part.text for part in parts_of(text, fault))
+        assert joined == fault or '"place"' in joined
+
+
+LLAMA = (
+    "{{ tools }}{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call only') }}{% endif %}"
+    "<|im_start|>assistant\n{{ m.content }}"
+    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": '
+    "{{ m.tool_calls[0].function.arguments | tojson }}}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_a_model_whose_calls_have_no_marks(tmp_path):
+    text = text_of(tmp_path, LLAMA)
+    assert (text.renders_tools, text.parses_tool_calls) == (True, True)
+    called = '{"name": "weather", "parameters": {"place": "Oslo"}}'
+    assert parts_of(text, called) == [CALLED]
+    assert parts_of(text, f"{called}; {called}") == [CALLED, CALLED]
+    assert parts_of(text, called, tools=()) == [OutputPart("text", called)]
+    assert parts_of(text, called, stop=["Oslo"]) == [CALLED]
+    for other in (f"{called} It rains.", "{}", '{"name": "wea', "[1]", "Well."):
+        assert parts_of(text, other) == [OutputPart("text", other)]
+    stream = text.chat_parser((), [WEATHER], (), parallel=False)
+    tokens = text.encode(f"{called}\n{called}")
+    parts = [part for token in tokens for part in stream.add(token)]
+    assert parts + stream.finish() == [CALLED]
+    function = {"name": "weather", "arguments": {"place": "Oslo"}}
+    calls = [{"id": name, "type": "function", "function": function} for name in "ab"]
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *({"role": "tool", "content": "rain", "tool_call_id": name} for name in "ab"),
+    ]
+    assert text.decode(text.render(messages, [WEATHER])).count('"parameters": {"place"') == 2
+
+
+def test_an_answer_can_be_a_call_after_reasoning_and_without_its_marks(thinker):
+    bare = CALL.removeprefix("<tool_call>").removesuffix("</tool_call>")
+    assert parts_of(thinker, f"<think>Hm.</think>\n{bare}") == [
+        OutputPart("reasoning", "Hm."),
+        CALLED,
+    ]
+    assert parts_of(thinker, bare.strip() + CALL) == [OutputPart("text", bare.strip()), CALLED]
+
+
+def test_text_that_begins_no_call_is_not_held_back(thinker):
+    stream = thinker.chat_parser((), [WEATHER], ())
+    sent = [stream.add(token) for token in thinker.encode('{"weather": "fine"}')]
+    assert "".join(part.text for parts in sent[:6] for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The form of a model's calls, as its chat template writes earlier ones.
 
-Owns: the form, found by rendering a probe; reading calls in it.
+Owns: the form, found by rendering a probe.
 Does not know: tokenizers, APIs.
-Invariant: a form is given only if calls in it begin with a marker.
+Invariant: a form is given only if calls in it begin with a marker, or are JSON with a name.
 Next: `tokenizer.py` uses it for models whose format mlx-lm does not know.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..core.chat import Message
+from .call_formats import BARE_MARKS, BareMarks, HeadedFormat
 from .messages import RenderText
 
 _NAME, _TEXT, _ARGUMENTS = "probe_function", "PROBE_TEXT", {"probe_key": "probe_value"}
@@ -30,17 +31,24 @@ class CallForm:
         start: from its first marker to the name.
         separator: between name and arguments.
         end: after the arguments.
+        kind: "dsml" for DeepSeek's elements; None: the arguments are JSON.
     """
 
     start: str
     separator: str
     end: str
+    kind: str | None = None
 
     @property
     def marker(self) -> str:
         """What the first call begins with."""
         match = _TAG.match(self.start)
         return match[0] if match else ""
+
+    @property
+    def end_marker(self) -> str:
+        """What ends the calls; "": only the end of the output."""
+        return self.marker.replace("<", "</") if self.kind == "dsml" else ""
 
     @property
     def is_json(self) -> bool:
@@ -52,43 +60,28 @@ class CallForm:
         """A call, for the model."""
         return f'{self.start}NAME{self.separator}{{"ARGUMENT": "VALUE"}}{self.end}'
 
-    def split(self, text: str) -> Iterator[tuple[str, str] | str]:
-        """The calls in an output after its first marker: names and arguments; and other text."""
-        if not self.separator.strip():
-            yield text
-            return
-        pattern = re.compile(r"([\w.-]+)\s*" + re.escape(self.separator.strip()) + r"\s*(?=\{)")
-        decoder = json.JSONDecoder()
-        end_of_last = 0
-        for match in pattern.finditer(text):
-            if match.start() < end_of_last:
-                continue
-            try:
-                _, end = decoder.raw_decode(text, match.end())
-            except (ValueError, RecursionError):
-                continue
-            yield self._without_marks(text[end_of_last : match.start()])
-            yield match[1], text[match.end() : end]
-            end_of_last = end
-        rest = text[end_of_last:]
-        yield self._without_marks(rest) if end_of_last else text
+    @property
+    def bare(self) -> BareMarks | None:
+        """How a call without the wrapper begins; None: there is no wrapper."""
+        if self.kind is not None:
+            return BARE_MARKS[self.kind]
+        tags = _TAG.findall(self.start)
+        return BareMarks(tags[1], "") if len(tags) > 1 and "call" in tags[1] else None
 
-    def _without_marks(self, text: str) -> str:
-        marks = {*_TAG.findall(self.start + self.separator + self.end)}
-        words = {*_TAG.split(self.start), *_TAG.split(self.end)}
-        rest = text
-        for mark in sorted(marks, key=len, reverse=True):
-            rest = rest.replace(mark, "\0")
-        pieces = [
-            piece for piece in rest.split("\0") if piece.strip() not in {w.strip() for w in words}
-        ]
-        return text if "".join(pieces).strip() else ""
+    @cached_property
+    def format(self) -> HeadedFormat:
+        """How calls are found in an output after its first marker."""
+        marks = [*_TAG.findall(self.start + self.separator + self.end)]
+        words = [*_TAG.split(self.start), *_TAG.split(self.end)]
+        marks += [word.strip() for word in words if word.strip()]
+        head = r"(?P<name>[\w.-]+)\s*" + re.escape(self.separator.strip())
+        return HeadedFormat(head, tuple(sorted(marks, key=len, reverse=True)))
 
 
 def find_call_form(
     render: RenderText, *, arguments_as_text: bool, stop: tuple[str, ...]
 ) -> CallForm | None:
-    """The form that a template writes calls in; None: it does not, or without a marker.
+    """The form that a template writes calls in; None: it does not, or no reader could tell.
 
     Args:
         render: a conversation, without the beginning of an answer.
@@ -104,6 +97,8 @@ def find_call_form(
     except Exception:  # templates are programs and raise anything
         return None
     after = text.rpartition(_TEXT)[2] if _TEXT in text else ""
+    if (dsml := after.find("<｜DSML｜")) >= 0:
+        return CallForm(after[dsml : after.find(_NAME)], "", "", "dsml")
     match = _JSON_PROBE.search(after)
     name = after.rfind(_NAME, 0, match.start() if match else 0)
     if match is None or name < 0:
@@ -112,4 +107,4 @@ def find_call_form(
     for token in stop:
         end = end.partition(token)[0]
     form = CallForm(after[:name].lstrip(), after[name + len(_NAME) : match.start()], end.rstrip())
-    return form if form.marker and form.separator.strip() else None
+    return form if (form.marker or form.is_json) and form.separator.strip() else None

@@ -52,12 +52,6 @@ def initial_state(prompt_end: str) -> str:
 
 
 def split_call(text: str) -> tuple[str, str]:
-    """The function and the arguments of a call.
-
-    Raises:
-        ValueError: it is not one.
-    """
+    """The function and the arguments of a call; "": it is not one."""
     match = _CALL.fullmatch(text)
-    if match is None:
-        raise ValueError("not a call of a function")
-    return match["name"], match["body"]
+    return (match["name"], match["body"]) if match is not None else ("", "")

@@ -64,18 +64,17 @@ def probe_template(template: str, render: RenderText) -> TemplateTraits:
         return TemplateTraits()  # it needs what a probe does not have
     names, both = ["SYSTEM_A", "SYSTEM_B"], {"a": 1}
 
-    def calls(arguments: Any) -> list[dict[str, Any]]:
-        return [
+    def called(arguments: Any, *names: str) -> list[Message]:
+        calls = [
             {"id": f"call{at}", "type": "function", "function": {"name": n, "arguments": arguments}}
-            for at, n in enumerate(("call_a", "call_b"))
+            for at, n in enumerate(names)
         ]
+        results = [say("tool", "RESULT", tool_call_id=f"call{at}") for at in range(len(names))]
+        return [ask, say("assistant", "", tool_calls=calls), *results]
 
-    def called(arguments: Any) -> list[Message]:
-        results = [say("tool", "RESULT", tool_call_id=f"call{at}") for at in range(2)]
-        return [ask, say("assistant", "", tool_calls=calls(arguments)), *results]
-
-    as_objects = shows(["call_a"], *called(both)) and not shows(["{'a'"], *called(both))
-    as_text = not as_objects and shows(["call_a"], *called(json.dumps(both)))
+    one, two = ("call_a",), ("call_a", "call_b")
+    as_objects = shows(one, *called(both, *one)) and not shows(["{'a"], *called(both, *one))
+    as_text = not as_objects and shows(one, *called(json.dumps(both), *one))
     arguments = json.dumps(both) if as_text else both
     return TemplateTraits(
         system=shows(["SYSTEM_A", "ASK_A"], first, ask),
@@ -83,8 +82,7 @@ def probe_template(template: str, render: RenderText) -> TemplateTraits:
         late_system=shows([*names, "ASK_B"], first, ask, answer, late, more),
         same_roles=shows(["ASK_A", "ASK_B"], ask, more),
         arguments_as_text=as_text,
-        one_call=shows(["call_a"], *called(arguments))
-        and not shows(["call_b"], *called(arguments)),
+        one_call=shows(one, *called(arguments, *one)) and not shows(two, *called(arguments, *two)),
         thinking="thinking" in re.findall(r"message\.(\w+)", template)
         and "reasoning_content" not in template,
     )

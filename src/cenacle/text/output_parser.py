@@ -12,18 +12,43 @@ Next: `tokenizer.py` makes parsers for a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 from ..core.chat import OutputPart, TokenLogprob
+from .call_formats import BareMarks
 from .detokenizer import Detokenizer
 
-ParseCalls = Callable[[str, str, str, bool], list[OutputPart]]
-"""From the text between the markers of tool calls, the markers, and whether the output was cut
-there, to parts."""
+ParseCalls = Callable[[str, bool], list[OutputPart]]
+"""From the text of one block of calls, and whether the output was cut in it, to parts."""
 
-BARE_CALL, BARE_CALL_END = "<function=", "</function>"
-"""Markers of a call in Qwen's format that lacks its wrapper."""
+
+class BareAnswers(Protocol):
+    """Knows answers that are calls without marks."""
+
+    def bare_call_state(self, text: str) -> Literal["no", "perhaps", "begun"]:
+        """Whether an answer, so far, is the beginning of one."""
+
+    def read_bare(self, text: str) -> list[OutputPart]:
+        """The calls of a whole answer; none: it is text."""
+
+
+@dataclass(frozen=True)
+class CallSyntax:
+    """How calls are found and read.
+
+    Args:
+        parse: reads a block.
+        start, end: marks around a block, which are not part of its text.
+        bare: marks of a call that lacks them.
+        answers: knows answers without any marks.
+    """
+
+    parse: ParseCalls
+    start: str = ""
+    end: str = ""
+    bare: BareMarks | None = None
+    answers: BareAnswers | None = None
 
 
 class StopStringFilter:
@@ -105,10 +130,9 @@ class OutputParser:
         stop: stop strings for text; reasoning and calls may contain them.
         silent_tokens: ids without text.
         markers: state of mlx-lm's `TextStateMachine`; None: the output stays in its first state.
-        parse_calls: parses tool calls.
+        calls: None: there are none.
         state: the first one: "normal", "reasoning" or "tool".
         max_calls: the output ends with this many calls; None: unlimited.
-        call_start, call_end: markers of calls.
 
     `min_tokens` may be set at any time: in so many tokens from then on no stop string ends.
     """
@@ -119,17 +143,16 @@ class OutputParser:
         stop: Sequence[str],
         silent_tokens: Sequence[int],
         markers: Any = None,
-        parse_calls: ParseCalls | None = None,
+        calls: CallSyntax | None = None,
         state: str = "normal",
         max_calls: int | None = None,
-        call_start: str = "",
-        call_end: str = "",
     ) -> None:
         self._detokenizer, self._filter = detokenizer, StopStringFilter(stop)
         self._silent_tokens = frozenset(silent_tokens)
-        self._markers, self._parse_calls, self._state = markers, parse_calls, state
+        self._markers, self._calls, self._state = markers, calls, state
         self._call_text, self._calls_left = "", max_calls
-        self._call_start, self._call_end = call_start, call_end
+        self._answers = calls.answers if calls is not None else None  # while nothing else has come
+        self._answer, self._is_bare_call = "", False
         self._header = ""
         self._after_marker = False  # the state has changed, and no text has come since
         self.min_tokens = 0
@@ -196,7 +219,7 @@ class OutputParser:
     def _parse_segment(self, state: str | None, text: str) -> list[OutputPart]:
         if self.finished:
             return []
-        if state in ("tool", "bare_tool"):
+        if state in ("tool", "bare_tool"):  # see `in_call`
             self._call_text += text
             return []
         if state == "header":  # of a message of gpt-oss's
@@ -208,25 +231,59 @@ class OutputParser:
             self._after_marker = not text
         if state == "reasoning":
             return [OutputPart("reasoning", text)] if text else []
-        if state in ("normal", "after_call"):
-            text = self._filter.add(text, may_end=not self.min_tokens)
-        else:
-            text = ""
+        text = self._hold_answer(text) if state in ("normal", "after_call") else ""
+        return self._add_text(text) if text else []
+
+    def _add_text(self, text: str) -> list[OutputPart]:
+        text = self._filter.add(text, may_end=not self.min_tokens)
         return [OutputPart("text", text)] if text else []
+
+    def _hold_answer(self, text: str) -> str:
+        """Hold an answer back while it may be calls without marks; the text that is none."""
+        if self._answers is None:
+            return text
+        self._answer += text
+        if not self._is_bare_call:
+            state = self._answers.bare_call_state(self._answer)
+            self._is_bare_call = state == "begun"
+            if state == "no":
+                return self._release_answer()
+        return ""
+
+    def _release_answer(self) -> str:
+        text, self._answer = self._answer, ""
+        if text.strip():
+            self._answers = None
+        return text
 
     def _finish_state(self, *, closed: bool = True, cut: bool = False) -> list[OutputPart]:
         if self.in_call:
-            text, self._call_text = self._call_text, ""
-            bare = self._state == "bare_tool"
-            start = BARE_CALL if bare else self._call_start
-            end = (BARE_CALL_END if bare else self._call_end) if closed else ""
-            parts: list[OutputPart] = []
-            if self._parse_calls is not None and text:
-                parts = self._parse_calls(text, start, end, cut)
-            if self._calls_left is not None:
-                parts = self._limit_calls(parts, self._calls_left)
-                self._calls_left -= sum(part.kind == "call" for part in parts)
+            self._answers = None
+            return self._limit_calls(self._parse_block(closed, cut))
+        if not closed and self._answers is not None and self._is_bare_call:
+            parts = self._limit_calls(self._answers.read_bare(self._answer))
+            if parts:
+                return parts
+        parts = self._add_text(self._release_answer())
+        if self.finished:
             return parts
+        return parts + self._finish_text(closed)
+
+    def _parse_block(self, closed: bool, cut: bool) -> list[OutputPart]:
+        assert self._calls is not None
+        text, self._call_text = self._call_text, ""
+        start, end = self._calls.start, self._calls.end if closed else ""
+        if self._state == "bare_tool" and self._calls.bare is not None:
+            start, end = self._calls.bare.start, self._calls.bare.end if closed else ""
+            text = start + text + end
+            start = end = ""
+        parts = self._calls.parse(text, cut)
+        if any(part.kind == "call" for part in parts):
+            return parts
+        text = start + text + end
+        return [OutputPart("text", text)] if text else []
+
+    def _finish_text(self, closed: bool) -> list[OutputPart]:
         held = self._filter.finish()
         if (
             self._state == "header"
@@ -236,10 +293,14 @@ class OutputParser:
             held += self._filter.add(self._header) + self._filter.finish()  # it began no message
         return [OutputPart("text", held)] if held else []
 
-    @staticmethod
-    def _limit_calls(parts: list[OutputPart], limit: int) -> list[OutputPart]:
+    def _limit_calls(self, parts: list[OutputPart]) -> list[OutputPart]:
+        if self._calls_left is None:
+            return parts
         calls = [at for at, part in enumerate(parts) if part.kind == "call"]
-        return parts[: calls[limit - 1] + 1] if len(calls) >= limit > 0 else parts
+        if len(calls) >= self._calls_left > 0:
+            parts = parts[: calls[self._calls_left - 1] + 1]
+        self._calls_left -= min(len(calls), self._calls_left)
+        return parts
 
 
 def attach_logprobs(parts: list[OutputPart], logprobs: Sequence[TokenLogprob]) -> list[OutputPart]:

@@ -21,9 +21,10 @@ from ..core.request import TokenEvent
 from ..errors import CheckpointError, InputError
 from . import harmony
 from .call_form import CallForm, find_call_form
+from .call_formats import BARE_MARKS, BareMarks
 from .detokenizer import Detokenizer, TokenBytes
 from .messages import TemplateTraits, adapt_messages, probe_template
-from .output_parser import BARE_CALL, BARE_CALL_END, OutputParser, ParseCalls, TextStream
+from .output_parser import CallSyntax, OutputParser, ParseCalls, TextStream
 from .reasoning import SWITCHES, ReasoningSettings, map_effort
 from .time_limit import TimeLimitReached, time_limit
 from .tool_calls import CallReader
@@ -317,7 +318,7 @@ class ChatTokenizer:
             Detokenizer(self._token_bytes),
             (),
             self.stop_tokens,
-            parse_calls=parse_calls,
+            calls=CallSyntax(parse_calls),
             state="tool",
         )
 
@@ -359,68 +360,65 @@ class ChatTokenizer:
             stop,
             self.stop_tokens,
             self._state_machine(bool(tools)).make_state(state),
-            self._make_call_parser(tools),
+            self._call_syntax(tools),
             state,
             None if parallel else 1,
-            self._call_start,
-            self._tokenizer.tool_call_end or "",
         )
 
     @property
-    def _call_start(self) -> str:
+    def _call_kind(self) -> str | None:
+        """mlx-lm's name of the format of calls, or one of ours; None: only `call_form` knows."""
+        if self._is_harmony:
+            return "harmony"
         if self.call_form is not None:
-            return self.call_form.marker
-        return harmony.CALL_START if self._is_harmony else self._tokenizer.tool_call_start or ""
+            return self.call_form.kind
+        return self.inner.init_kwargs.get("tool_parser_type")
+
+    def _call_syntax(self, tools: Sequence[Tool]) -> CallSyntax:
+        reader = CallReader(self._call_kind, tools, self.call_form)
+
+        def parse_calls(text: str, cut: bool) -> list[OutputPart]:
+            return reader.read(text, cut=cut)
+
+        return CallSyntax(
+            parse_calls, *self._call_marks, self._bare_marks, reader if tools else None
+        )
+
+    @property
+    def _call_marks(self) -> tuple[str, str]:
+        if self._is_harmony:
+            return harmony.CALL_START, ""
+        if self.call_form is not None:
+            return self.call_form.marker, self.call_form.end_marker
+        return self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""
+
+    @property
+    def _bare_marks(self) -> BareMarks | None:
+        if self.call_form is not None:
+            return self.call_form.bare
+        return BARE_MARKS.get(self._call_kind or "")
 
     def _state_machine(self, has_tools: bool) -> Any:
-        """mlx-lm's, and with Qwen's format also calls that lack their wrapper."""
+        """mlx-lm's, with its formats and others, and with calls that lack their wrapper."""
         from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
         if self._is_harmony:
             return TextStateMachine(harmony.TRANSITIONS)
-        if self.call_form is not None:
-            calls = [(self.call_form.marker, "tool")]
-            think = [(self._tokenizer.think_start, "reasoning")] if self.has_reasoning else []
-            transitions = {"normal": [*calls, *think], "tool": []}
-            if think:
-                transitions["reasoning"] = [(self._tokenizer.think_end, "normal")]
-            return TextStateMachine(transitions)
-        machine = make_text_state_machine(self._tokenizer)
-        if not has_tools or self.inner.init_kwargs.get("tool_parser_type") != "qwen3_coder":
-            return machine
-        start, end = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
-        starts = [(start, "tool"), (BARE_CALL, "bare_tool")]
-        thinks = self.has_reasoning
-        normal = [*starts, *([(self._tokenizer.think_start, "reasoning")] if thinks else [])]
-        return TextStateMachine(
-            {
-                "normal": normal,
-                "tool": [(end, "normal")],
-                "bare_tool": [(BARE_CALL_END, "after_call")],
-                "after_call": [(end, "normal"), *normal],
-                **(
-                    {"reasoning": [(self._tokenizer.think_end, "normal"), *starts[:1]]}
-                    if thinks
-                    else {}
-                ),
-            }
-        )
-
-    def _make_call_parser(self, tools: Sequence[Tool]) -> ParseCalls:
-        tokenizer = self._tokenizer
-        kind = self.inner.init_kwargs.get("tool_parser_type")
-        kind = "harmony" if self._is_harmony else kind
-        if self.call_form is not None and self.call_form.is_json:
-            kind = "json_tools"
-        reader = CallReader(kind, tokenizer.tool_parser, tools, self.call_form)
-
-        def parse_calls(text: str, start: str, end: str, cut: bool) -> list[OutputPart]:
-            parts = reader.read(BARE_CALL + text + end if start == BARE_CALL else text, cut=cut)
-            if any(part.kind == "call" for part in parts):
-                return parts
-            return [OutputPart("text", f"{start}{text}{end}")]
-
-        return parse_calls
+        if self._tokenizer.response_transitions:
+            return make_text_state_machine(self._tokenizer)
+        (start, end), bare = self._call_marks, self._bare_marks if has_tools else None
+        starts = [(start, "tool")] if start and (bare is None or bare.start != start) else []
+        normal = [*starts, *((mark, "normal") for mark in self._tokenizer.structural_markers)]
+        ends = [(end, "normal")] if end else []
+        transitions = {"normal": normal, "tool": ends}
+        if bare is not None:
+            normal.append((bare.start, "bare_tool"))
+            transitions["bare_tool"] = [(bare.end, "after_call")] if bare.end else []
+            transitions["after_call"] = [*ends, *normal]
+        if self._tokenizer.has_thinking:
+            normal.append((self._tokenizer.think_start, "reasoning"))
+            transitions["reasoning"] = [(self._tokenizer.think_end, "normal"), *starts]
+        return TextStateMachine(transitions)
 
     # Log-probabilities
 
