@@ -429,6 +429,30 @@ def test_messages(claude: anthropic.Anthropic) -> None:
     assert counted.input_tokens == (whole.usage.input_tokens + whole.usage.cache_read_input_tokens)
 
 
+def test_a_changing_billing_line_does_not_defeat_the_prefix_cache(
+    claude: anthropic.Anthropic, client: openai.OpenAI
+) -> None:
+    rest = "You are an agent. " + "Read, write and run. " * 10
+
+    def line(number: int) -> str:
+        return f"x-anthropic-billing-header: cc_version=2.1.{number}; cch={number:05x};"
+
+    def cached(number: int) -> tuple[int, int]:
+        system: Any = [{"type": "text", "text": text} for text in (line(number), rest)]
+        answer = claude.messages.create(model=MODEL, max_tokens=2, system=system, messages=SUM)
+        hit = answer.usage.cache_read_input_tokens or 0
+        return hit, hit + answer.usage.input_tokens
+
+    first, second = cached(1), cached(23456)
+    assert first[0] < second[0] == second[1] - 1
+    assert second[1] == first[1]
+    system: Any = {"role": "system", "content": f"{line(789)}\n\n{rest}"}
+    chat = client.chat.completions.create(model=MODEL, max_tokens=2, messages=[system, *SUM])
+    assert chat.usage
+    assert chat.usage.prompt_tokens_details
+    assert chat.usage.prompt_tokens_details.cached_tokens == chat.usage.prompt_tokens - 1
+
+
 def test_stop_reasons(claude: anthropic.Anthropic) -> None:
     cut = claude.messages.create(model=MODEL, max_tokens=1, messages=SUM, extra_body=GREEDY)
     assert cut.stop_reason == "max_tokens"
