@@ -88,6 +88,7 @@ class LoadOptions:
             eighth of the memory that is left; 0: off.
         prefix_cache_disk_gb: gigabytes on each rank's disk for the same; 0: off.
         prefix_cache_dir: folder for those; None: `paths.prefix_cache_dir`.
+        share_prefixes: API keys use each other's caches, and can learn each other's prompts.
         prefill_chunk_size: most prompt tokens per step.
         kv_bits: bits of a quantised KV cache, 4 or 8; None: not quantised.
         kv_group_size: group size of a quantised KV cache.
@@ -124,6 +125,7 @@ class LoadOptions:
     prefix_cache_gb: float | None = None
     prefix_cache_disk_gb: float = 0.0
     prefix_cache_dir: str | None = None
+    share_prefixes: bool = False
     prefill_chunk_size: int = 512
     kv_bits: int | None = None
     kv_group_size: int = 64
@@ -317,6 +319,7 @@ class Deployment:
             footprint=footprint,
             prefix_cache_bytes=cache_bytes,
             disk_bytes=int(options.prefix_cache_disk_gb * 1e9),
+            share_prefixes=options.share_prefixes,
         )
         return RankGroup(
             ranks, scheduler, source if options.recover else None, self.measure_capacity

@@ -253,6 +253,27 @@ def test_a_token_budget_is_enforced(safe: Safe) -> None:
     cenacle_program(safe.home, "keys", "remove", "dave")
 
 
+def test_a_key_cannot_guess_anothers_prompt(safe: Safe) -> None:
+    """The attack: a prompt that begins like another's is cached for longer the more is guessed."""
+    start = "The four digits are "
+    made = cenacle_program(safe.home, "keys", "add", "mallory").stdout.strip()
+
+    def cached(key: str, text: str) -> int:
+        with safe.http(authorization=f"Bearer {key}") as client:
+            body = {"prompt": start * 8 + text, "max_tokens": 1, "temperature": 0}
+            answer = client.post("/v1/completions", json=body).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    cached(safe.key, "7351 and that is all")
+    assert cached(safe.key, "7351 and that is all") > 50
+    first = cached(made, "0000 and that is all")
+    later = [cached(made, f"{guess} and that is all") for guess in ("7000", "7300", "7351")]
+    assert first == 0
+    mine = [cached(made, f"{guess} and that is all") for guess in ("1000", "1300", "1351")]
+    assert later == mine  # what is his own is cached, no token of alice's
+    cenacle_program(safe.home, "keys", "remove", "mallory")
+
+
 def test_keys_are_added_and_removed_while_it_runs(safe: Safe) -> None:
     made = cenacle_program(safe.home, "keys", "add", "bob", "--json")
     secret = json.loads(made.stdout)["key"]

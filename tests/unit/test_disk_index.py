@@ -57,7 +57,7 @@ def test_every_rank_has_what_is_offered_within_the_budget(operations, room):
     index, ranks, lost = DiskIndex(room * SIZE, [[], []]), [FakeRank(0), FakeRank(1)], set()
 
     def execute(rank):
-        for load, tokens in rank.execute(index):
+        for load, tokens, _ in rank.execute(index):
             ends = [page.end for page in load.pages]
             assert [page.key for page in load.pages] == list(page_keys(tokens, ends).values())
             assert [page.begin for page in load.pages] == [0, *ends[:-1]]
@@ -310,3 +310,18 @@ def test_a_step_with_pages_survives_json():
         page_loads=(load, load),
     )
     assert Step.from_json(step.to_json()) == step
+
+
+def test_pages_are_found_by_their_owner_alone():
+    tokens = pack_tokens(range(3 * PAGE_TOKENS))
+    ends = [PAGE_TOKENS, 2 * PAGE_TOKENS]
+    index, rank = DiskIndex(9 * SIZE, [[]]), FakeRank(0)
+    index.request("a", tokens, ends, "alice")
+    while True:
+        rank.order(*index.take_orders())
+        if not rank.jobs:
+            break
+        rank.execute(index)
+    assert [page.end for page in index.find(tokens, "alice")] == ends
+    assert index.find(tokens, "bob") == index.find(tokens) == ()
+    assert set(page_keys(tokens, ends).values()).isdisjoint(page_keys(tokens, ends, "bob").values())

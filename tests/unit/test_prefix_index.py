@@ -55,9 +55,9 @@ def test_footprint_pads_to_the_longest_and_survives_json():
     )
 
 
-def run(scheduler, name, prompt, answer):
+def run(scheduler, name, prompt, answer, key=""):
     """Run one request to its end; what was reused, evicted, and reported as cached."""
-    scheduler.submit(Request(name, tuple(prompt), len(answer)))
+    scheduler.submit(Request(name, tuple(prompt), len(answer), key=key))
     reused, evicted, cached = [], [], 0
     for _ in range(20):
         step = scheduler.next_step()
@@ -85,6 +85,32 @@ def test_a_second_turn_reuses_prompt_and_answer():
     assert cached == 51
     # The second entry covers the first.
     assert run(scheduler, "c", [5] * 20, [1])[1] == ["a"]
+
+
+def test_caches_are_used_by_requests_of_their_key_alone():
+    for share, expected in ((False, 0), (True, 49)):
+        scheduler = Scheduler(
+            4,
+            0,
+            footprint=CacheFootprint(10, reusable=True),
+            prefix_cache_bytes=9 * 256 * 10,
+            share_prefixes=share,
+        )
+        run(scheduler, "a", range(50), [7], key="alice")
+        assert run(scheduler, "b", range(50), [7], key="bob")[2] == expected
+        assert run(scheduler, "a2", range(50), [7], key="alice")[2] == 49
+        names = {entry.name for entry in scheduler._prefix_index.entries.values()}
+        assert share or names == {"b", "a2"}  # bob's covers none of alice's
+
+
+def test_a_prompt_in_progress_is_not_waited_for_by_another_key():
+    scheduler = caching(99)
+    scheduler.submit(Request("a", tuple(range(5000)), 1, key="alice"))
+    scheduler.next_step()
+    scheduler.submit(Request("b", tuple(range(5000)), 1, key="bob"))
+    scheduler.submit(Request("a2", tuple(range(5000)), 1, key="alice"))
+    scheduler.next_step()
+    assert set(scheduler._waiting) == {"a2"}
 
 
 def test_the_least_recently_used_is_evicted_first():

@@ -153,6 +153,11 @@ class ServingArguments(LoadArguments):
         None,
         "Folder of the prefix cache on disk, on every node. Default: in the user's cache folder.",
     )
+    share_prefixes: bool = memory_option(
+        False,
+        "Let API keys use each other's prefix caches. Whoever has a key can then find out whether "
+        "another's prompt began in a certain way.",
+    )
     measure_every: int = execution_option(
         8, "Measure timings of every Nth step; 0 disables it.", min=0
     )

@@ -26,14 +26,15 @@ Listing = Sequence[tuple[str, str, int, int, int]]
 """A rank's pages, longest unused first: the fields of `Page`, and bytes."""
 
 
-def page_keys(tokens: bytes, ends: Iterable[int]) -> dict[int, str]:
+def page_keys(tokens: bytes, ends: Iterable[int], owner: str = "") -> dict[int, str]:
     """The keys of the pages that end at these positions.
 
     Args:
         tokens: packed, see `prefix_index.pack_tokens`.
         ends: ascending, none beyond the tokens.
+        owner: whose pages; others have other keys.
     """
-    digest, position, result = hashlib.sha256(), 0, {}
+    digest, position, result = hashlib.sha256(owner.encode()), 0, {}
     for end in ends:
         digest.update(tokens[4 * position : 4 * end])
         position, result[end] = end, digest.hexdigest()[:KEY_DIGITS]
@@ -74,6 +75,7 @@ class _PendingCheck:
 
     load: PageLoad
     tokens: bytes
+    owner: str
     requests: set[str] = field(default_factory=set)
     ranks: set[int] = field(default_factory=set)
 
@@ -113,18 +115,19 @@ class DiskIndex:
 
     # Writing
 
-    def request(self, source: str, tokens: bytes, ends: Iterable[int]) -> None:
+    def request(self, source: str, tokens: bytes, ends: Iterable[int], owner: str = "") -> None:
         """Have pages of a cache written, unless they exist.
 
         Args:
             source: name of the cache.
             tokens: its own, packed.
             ends: of the pages, ascending.
+            owner: whose requests may use them.
         """
         if not self._writes_enabled:
             return
         parent, begin = "", 0
-        for end, key in page_keys(tokens, ends).items():
+        for end, key in page_keys(tokens, ends, owner).items():
             if key in self._pages:
                 self._touch(key)
             elif key not in self._writing and key not in self._write_queue:
@@ -137,11 +140,11 @@ class DiskIndex:
 
     # Reading
 
-    def find(self, tokens: bytes) -> tuple[Page, ...]:
-        """The pages of the longest stored prefix of packed tokens; never of all of them."""
+    def find(self, tokens: bytes, owner: str = "") -> tuple[Page, ...]:
+        """The owner's pages of the longest stored prefix of packed tokens; never of all of them."""
         limit = len(tokens) // 4 - 1
         ends = sorted({stored.page.end for stored in self._pages.values()})
-        for key in reversed(page_keys(tokens, [e for e in ends if e <= limit]).values()):
+        for key in reversed(page_keys(tokens, [e for e in ends if e <= limit], owner).values()):
             chain: list[Page] = []
             while key in self._pages:
                 chain.append(self._pages[key].page)
@@ -150,7 +153,9 @@ class DiskIndex:
                 return tuple(reversed(chain))
         return ()
 
-    def request_read(self, pages: tuple[Page, ...], tokens: bytes, request_id: str) -> None:
+    def request_read(
+        self, pages: tuple[Page, ...], tokens: bytes, request_id: str, owner: str = ""
+    ) -> None:
         """Have the ranks verify pages for a request, which waits for the result.
 
         Args:
@@ -160,7 +165,7 @@ class DiskIndex:
         if key not in self._checking:
             self._load_count += 1
             load = PageLoad(f"disk-{self._load_count}", pages)
-            self._checking[key] = _PendingCheck(load, tokens)
+            self._checking[key] = _PendingCheck(load, tokens, owner)
             self._new_checks.append(load)
         self._checking[key].requests.add(request_id)
 
@@ -201,11 +206,11 @@ class DiskIndex:
         removals, self._removals = tuple(self._removals), []
         return writes, checks, removals
 
-    def on_report(self, rank: int, report: PageReport) -> list[tuple[PageLoad, bytes]]:
+    def on_report(self, rank: int, report: PageReport) -> list[tuple[PageLoad, bytes, str]]:
         """Handle a rank's report on its files.
 
         Returns:
-            What every rank can read now, with its packed tokens.
+            What every rank can read now, with its packed tokens and its owner.
         """
         if report.written is not None:
             self._on_written(rank, *report.written)
@@ -229,7 +234,7 @@ class DiskIndex:
 
     def _on_checked(
         self, rank: int, name: str, unreadable: list[str]
-    ) -> list[tuple[PageLoad, bytes]]:
+    ) -> list[tuple[PageLoad, bytes, str]]:
         checks = [(k, c) for k, c in self._checking.items() if c.load.name == name]
         for last_key, check in checks:
             check.ranks.add(rank)
@@ -241,7 +246,7 @@ class DiskIndex:
             if not unreadable:
                 for page in check.load.pages:
                     self._touch(page.key)
-                return [(check.load, check.tokens)]
+                return [(check.load, check.tokens, check.owner)]
         return []
 
     # Eviction

@@ -3,7 +3,8 @@
 Owns: `CacheFootprint`, bytes of caches by length; `PrefixIndex`, the caches available for reuse.
 Does not know: MLX, files, steps. The ranks hold the caches (`engine/cache/kv_cache.py`). This is
 the only index, so no two ranks can disagree about how much of a prompt is cached.
-Invariant: what `find` returns is on every rank, with at least as many tokens as it says.
+Invariant: what `find` returns is on every rank, with at least as many tokens as it says, and was
+computed for the same owner: what is cached tells others what a prompt was.
 Next: `scheduler.py`, which looks up each request that it admits.
 """
 
@@ -101,6 +102,7 @@ class CacheEntry:
         last_use: number of the last use.
         growing: its prompt is still being processed.
         from_disk: read from disk and not used since.
+        owner: whose requests may use it.
     """
 
     name: str
@@ -111,6 +113,7 @@ class CacheEntry:
     last_use: int = 0
     growing: bool = False
     from_disk: bool = False
+    owner: str = ""
 
     def usable_tokens(self, tokens: bytes, length: int | None = None) -> int:
         """How many of the tokens this saves computing; never all of them.
@@ -138,17 +141,18 @@ class PrefixIndex:
     entries: dict[str, CacheEntry] = field(default_factory=dict)
     _uses: int = 0
 
-    def find(self, tokens: bytes) -> tuple[CacheEntry | None, int]:
-        """The entry with the longest usable prefix of the tokens, and its length."""
+    def find(self, tokens: bytes, owner: str = "") -> tuple[CacheEntry | None, int]:
+        """The owner's entry with the longest usable prefix of the tokens, and its length."""
         best, best_length = None, self.min_tokens - 1
         for entry in self.entries.values():
-            if (length := entry.usable_tokens(tokens)) > best_length:
+            if entry.owner == owner and (length := entry.usable_tokens(tokens)) > best_length:
                 best, best_length = entry, length
         return (best, best_length) if best is not None else (None, 0)
 
-    def being_computed(self, tokens: bytes) -> int:
-        """How many of the tokens will be cached once the prompts in progress are processed."""
-        growing = (e for e in self.entries.values() if e.growing)
+    def being_computed(self, tokens: bytes, owner: str = "") -> int:
+        """How many of the tokens will be cached once the owner's prompts in progress are
+        processed."""
+        growing = (e for e in self.entries.values() if e.growing and e.owner == owner)
         return max((e.usable_tokens(tokens, len(e.tokens) // 4 - 1) for e in growing), default=0)
 
     def touch(self, entry: CacheEntry) -> None:

@@ -85,6 +85,7 @@ class Scheduler:
         footprint: what caches take.
         prefix_cache_bytes: on each rank for the caches of ended requests; 0: none.
         disk_bytes: on each rank's disk for prefixes of prompts; 0: none.
+        share_prefixes: requests of one API key may use caches of another's.
 
     `bypass_cache` may be set at any time: requests then reuse nothing and leave nothing for others.
     """
@@ -100,7 +101,9 @@ class Scheduler:
         footprint: CacheFootprint | None = None,
         prefix_cache_bytes: int = 0,
         disk_bytes: int = 0,
+        share_prefixes: bool = False,
     ) -> None:
+        self._share_prefixes = share_prefixes
         self._max_batch_size, self.measure_every = max_batch_size, measure_every
         self._prefill_chunk_size, self._max_queue = prefill_chunk_size, max_queue
         self._waiting: OrderedDict[str, Request] = OrderedDict()
@@ -298,8 +301,8 @@ class Scheduler:
 
     def on_pages(self, rank: int, report: PageReport) -> None:
         """Handle a rank's report on its files, see `DiskIndex.on_report`."""
-        for load, tokens in self._disk_index.on_report(rank, report):
-            self._on_readable(load, tokens)
+        for load, tokens, owner in self._disk_index.on_report(rank, report):
+            self._on_readable(load, tokens, owner)
 
     @property
     def checking_pages(self) -> bool:
@@ -320,26 +323,31 @@ class Scheduler:
         for position in positions:
             if (ends[-1] if ends else 0) + PAGE_TOKENS <= position <= limit:
                 ends.append(position)
-        self._disk_index.request(entry.name, entry.tokens, ends)
+        self._disk_index.request(entry.name, entry.tokens, ends, entry.owner)
 
     def _read_from_disk(self, request: Request) -> bool:
         """Have a prefix read, if disk has much more of it than memory; the request then waits."""
         if not self._disk_index.has_pages:
             return False
-        tokens = pack_tokens(request.tokens)
-        pages = () if self.bypass_cache else self._disk_index.find(tokens)
+        tokens, owner = pack_tokens(request.tokens), self._owner(request)
+        pages = () if self.bypass_cache else self._disk_index.find(tokens, owner)
         if not pages:
             return False
-        if pages[-1].end < self._prefix_index.find(tokens)[1] + SHARE_WAIT_TOKENS:
+        if pages[-1].end < self._prefix_index.find(tokens, owner)[1] + SHARE_WAIT_TOKENS:
             return False
         if self._entry_bytes(pages[-1].end, len(pages)) > self._prefix_cache_bytes:
             return False
-        self._disk_index.request_read(pages, tokens[: 4 * pages[-1].end], request.id)
+        self._disk_index.request_read(pages, tokens[: 4 * pages[-1].end], request.id, owner)
         return True
 
-    def _on_readable(self, load: PageLoad, tokens: bytes) -> None:
+    def _owner(self, request: Request) -> str:
+        """Whose caches a request may use: what is cached tells what a prompt was."""
+        return "" if self._share_prefixes else request.key
+
+    def _on_readable(self, load: PageLoad, tokens: bytes, owner: str) -> None:
         checkpoints = {p.end for p in load.pages} if self.footprint.needs_checkpoints else None
         entry = CacheEntry(load.name, tokens, load.pages[-1].end, checkpoints, from_disk=True)
+        entry.owner = owner
         self._prefix_index.entries[load.name] = entry
         self._page_loads.append(load)
         if not self._retain(entry):
@@ -394,15 +402,17 @@ class Scheduler:
             return True
         if not self._turns or not self._prefix_cache_bytes or self.bypass_cache:
             return False
-        tokens, index = pack_tokens(request.tokens), self._prefix_index
-        return index.being_computed(tokens) >= index.find(tokens)[1] + SHARE_WAIT_TOKENS
+        tokens, owner, index = pack_tokens(request.tokens), self._owner(request), self._prefix_index
+        found = index.find(tokens, owner)[1]
+        return index.being_computed(tokens, owner) >= found + SHARE_WAIT_TOKENS
 
     def _find_prefix(self, running: _RunningRequest, reused: list[PrefixReuse]) -> None:
         if not self._prefix_cache_bytes or self.bypass_cache:
             return
         request, tokens = running.request, pack_tokens(running.request.tokens)
         checkpoints: set[int] | None = set() if self.footprint.needs_checkpoints else None
-        source, length = self._prefix_index.find(tokens)
+        owner = self._owner(request)
+        source, length = self._prefix_index.find(tokens, owner)
         if source is not None:
             self._prefix_index.touch(source)
             reused.append(PrefixReuse(request.id, source.name, length))
@@ -412,6 +422,7 @@ class Scheduler:
             if checkpoints is not None:
                 checkpoints = {c for c in source.checkpoints or () if c < length} | {length}
         running.cache = CacheEntry(request.id, tokens, running.prefilled, checkpoints, growing=True)
+        running.cache.owner = owner
         self._prefix_index.entries[request.id] = running.cache
 
     def _on_finished(self, running: _RunningRequest, finish: str) -> None:
@@ -440,6 +451,7 @@ class Scheduler:
         self._prefix_index.touch(entry)
         for other in self._prefix_index.least_recently_used():
             covered = entry.tokens.startswith(other.tokens) and other is not entry
+            covered = covered and entry.owner == other.owner
             if covered and (
                 entry.checkpoints is None or entry.checkpoints.issuperset(other.checkpoints or ())
             ):
