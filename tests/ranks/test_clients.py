@@ -559,6 +559,89 @@ def llm(served: Server, home: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+# Tokens of texts and chats
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_texts_to_tokens_and_back(served: Server, prefix: str) -> None:
+    def post(path: str, **body: Any) -> Any:
+        answer = httpx.post(f"{served.url}{prefix}/{path}", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    text = "What is 12 + 30?\n \x00 € \N{GRINNING FACE}"
+    counted = post("tokenize", model=MODEL, prompt=text, return_token_strs=True)
+    tokens = counted["tokens"]
+    assert (counted["count"], counted["max_model_len"]) == (len(tokens), 1024)
+    assert len(counted["token_strs"]) == len(tokens) > 10
+    assert post("detokenize", model=MODEL, tokens=tokens)["prompt"] == text
+    # llama.cpp's form
+    assert post("tokenize", content=text, add_special=True)["tokens"] == tokens
+    pieces = post("tokenize", content=text, with_pieces=True)["tokens"]
+    assert [piece["id"] for piece in pieces] == tokens
+    data = [p["piece"] for p in pieces]
+    joined = b"".join(d.encode() if isinstance(d, str) else bytes(d) for d in data)
+    assert joined.decode() == text
+    assert post("detokenize", tokens=tokens)["content"] == text
+    assert post("tokenize", content="")["tokens"] == []
+    assert post("detokenize", tokens=[])["content"] == ""
+
+
+def test_the_tokens_of_a_chat_are_those_of_its_completion(
+    served: Server, client: openai.OpenAI
+) -> None:
+    def tokens(**body: Any) -> list[int]:
+        answer = httpx.post(f"{served.url}/tokenize", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        ids: list[int] = answer.json()["tokens"]
+        return ids
+
+    chats: list[dict[str, Any]] = [
+        {"messages": SUM},
+        {"messages": SUM, "tools": [CHAT_TOOL], "reasoning_effort": "high"},
+    ]
+    for chat in chats:
+        answer = client.chat.completions.create(model=MODEL, max_tokens=1, **chat)
+        assert answer.usage is not None
+        assert len(tokens(**chat)) == answer.usage.prompt_tokens
+    plain = tokens(messages=SUM, add_generation_prompt=False)
+    assert plain == tokens(messages=SUM)[: len(plain)]
+    assert len(plain) < len(tokens(messages=SUM))
+    begun = [*SUM, {"role": "assistant", "content": "The"}]
+    continued = tokens(messages=begun, add_generation_prompt=False, continue_final_message=True)
+    assert continued[: len(tokens(messages=SUM))] == tokens(messages=SUM)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("tokenize", {}, "prompt"),
+        ("tokenize", {"prompt": 3}, "prompt"),
+        ("tokenize", {"prompt": "a", "content": "a"}, "content"),
+        ("tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("tokenize", {"messages": []}, "messages"),
+        ("tokenize", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ("tokenize", {"content": "a", "parse_special": False}, "parse_special"),
+        (
+            "tokenize",
+            {"messages": SUM, "continue_final_message": True},
+            "add_generation_prompt",
+        ),
+        ("detokenize", {}, "tokens"),
+        ("detokenize", {"tokens": "a"}, "tokens"),
+        ("detokenize", {"tokens": [1, -1]}, "tokens[1]"),
+        ("detokenize", {"tokens": [2**70]}, "tokens[0]"),
+        ("detokenize", {"tokens": [1, "a"]}, "tokens[1]"),
+    ],
+)
+def test_wrong_bodies_for_the_tokenizer(
+    served: Server, path: str, body: dict[str, Any], field: str
+) -> None:
+    answer = httpx.post(f"{served.url}/{path}", json=body, timeout=60)
+    assert answer.status_code == (404 if field == "model" else 400), answer.text
+    assert answer.json()["error"]["param"] == field
+
+
 # The description
 
 

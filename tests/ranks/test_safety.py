@@ -253,6 +253,25 @@ def test_a_token_budget_is_enforced(safe: Safe) -> None:
     cenacle_program(safe.home, "keys", "remove", "dave")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "What is 12 + 30? " * 9}),
+        ("/detokenize", {"tokens": [81] * 20}),
+        ("/v1/messages/count_tokens", {"model": "demo_model", "messages": SUM * 9}),
+    ],
+)
+def test_tokens_that_are_only_counted_are_charged(
+    safe: Safe, path: str, body: dict[str, Any]
+) -> None:
+    name = path.replace("/", "-")[1:]  # a key's name keeps its count for the day
+    made = cenacle_program(safe.home, "keys", "add", name, "--tokens-per-day", "20")
+    with safe.http(authorization=f"Bearer {made.stdout.strip()}") as client:
+        assert client.post(path, json=body).status_code == 200
+        assert client.post(path, json=body).status_code == 429
+    cenacle_program(safe.home, "keys", "remove", name)
+
+
 def test_a_key_cannot_guess_anothers_prompt(safe: Safe) -> None:
     """The attack: a prompt that begins like another's is cached for longer the more is guessed."""
     start = "The four digits are "

@@ -30,7 +30,7 @@ from ..errors import ClusterError
 from . import static
 from .api import anthropic, openai, openai_responses, openapi
 from .api.protocol import ApiAdapter, ResponseMeta, ServedModel
-from .api.validation import RequestError
+from .api.validation import JsonObject, RequestError
 from .cluster_view import ClusterView, group_state
 from .generation import GenerationRun, error_response, json_response
 from .limits import Limits
@@ -96,6 +96,10 @@ class Application:
         responses = openai_responses.ResponsesAdapter()
         self._stored_responses = responses.store
         self._adapters = {**ADAPTERS, "/v1/responses": responses}
+        count = partial(self._preparer.count_tokens, COUNT_TOKENS)
+        count_tokens = partial(self._answer_with_tokens, count)
+        tokenize = partial(self._answer_with_tokens, self._preparer.tokenize)
+        detokenize = partial(self._answer_with_tokens, self._preparer.detokenize)
         self.app = Starlette(
             routes=[
                 *static.routes(),
@@ -105,7 +109,11 @@ class Application:
                 Route("/openapi.json", self._get_openapi),
                 Route("/v1/models", self._list_models),
                 Route("/v1/models/{name:path}", self._get_model),
-                Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
+                Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+                Route("/tokenize", tokenize, methods=["POST"]),
+                Route("/v1/tokenize", tokenize, methods=["POST"]),
+                Route("/detokenize", detokenize, methods=["POST"]),
+                Route("/v1/detokenize", detokenize, methods=["POST"]),
                 Route("/v1/responses/{id}", self._get_response),
                 Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
                 Route("/v1/responses/{id}/input_items", self._list_input_items),
@@ -185,17 +193,19 @@ class Application:
             return _no_response(http)
         return json_response(200, {"id": name, "object": "response", "deleted": True})
 
-    async def _count_tokens(self, http: Request) -> Response:
+    async def _answer_with_tokens(
+        self, function: Callable[[bytes], tuple[JsonObject, int]], http: Request
+    ) -> Response:
+        """What a function of the tokenizer gives for the body; its tokens are charged."""
         try:
             body = await read_body(http, self._limits)
-            tokens = await self._in_tokenizer_thread(
-                self._preparer.count_tokens, COUNT_TOKENS, body
-            )
+            answer, tokens = await self._in_tokenizer_thread(function, body)
         except ClientDisconnect:
             return Response()  # nobody reads it
         except Exception as error:
             return _error_response(error, http)
-        return json_response(200, {"input_tokens": tokens})
+        self._metrics.charge(http.scope["state"]["key"], tokens)
+        return json_response(200, answer)
 
     async def _generate(self, adapter: ApiAdapter, http: Request) -> Response:
         try:

@@ -157,6 +157,11 @@ class Metrics:
         encode, media_type = choose_encoder(accept)
         return encode(self.registry), media_type
 
+    def charge(self, key: str, tokens: int) -> None:
+        """Charge tokens that no request to the group has; `key` is "" without a key."""
+        if key:
+            self._keys.charge(key, tokens)
+
     # Called by `InstrumentedGroup`
 
     def on_submit(self, request: Request) -> None:

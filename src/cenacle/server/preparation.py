@@ -18,7 +18,8 @@ from ..text.output_parser import OutputParser
 from ..text.reasoning import SWITCHES
 from .api import structured_output
 from .api.protocol import ApiAdapter, GenerationRequest, Prompt, ServedModel
-from .api.validation import UNSUPPORTED, RequestError
+from .api.tokenization import DetokenizeRequest, TokenizeRequest
+from .api.validation import UNSUPPORTED, JsonObject, RequestError, describe, parse_request
 from .generation import InFlightChoice
 
 if TYPE_CHECKING:
@@ -99,14 +100,48 @@ class RequestPreparer:
             parser = self._tokenizer.chat_parser((), tools, tokens, parallel=parallel)
             choice.precede_grammar(parser, may_call=may_call)
 
-    def count_tokens(self, adapter: ApiAdapter, body: bytes) -> int:
-        """The number of tokens of a body's prompt.
+    def count_tokens(self, adapter: ApiAdapter, body: bytes) -> tuple[JsonObject, int]:
+        """The number of tokens of a body's prompt, as Anthropic's API tells it, and as it is.
 
         Raises:
             InputError: the request is refused.
         """
         request = self._apply_effort(adapter.parse(body, self._served))
-        return len(self._tokenize(request, request.prompts[0]))
+        count = len(self._tokenize(request, request.prompts[0]))
+        return {"input_tokens": count}, count
+
+    def tokenize(self, body: bytes) -> tuple[JsonObject, int]:
+        """The response to POST /tokenize, and its number of tokens.
+
+        Raises:
+            InputError: the request is refused.
+        """
+        tokenizer, request = self._tokenizer, parse_request(TokenizeRequest, body)
+        self._served.check_name(request.model)
+        if request.text is not None:
+            tokens = tokenizer.encode(request.text, add_special=request.adds_special_tokens)
+        else:
+            chat = self._apply_effort(request.to_generation_request(self._served))
+            tokens = self._tokenize(chat, chat.prompts[0], request.add_generation_prompt)
+        pieces = [tokenizer.token_bytes(token) for token in tokens] if request.with_pieces else []
+        names = tokenizer.token_names(tokens) if request.return_token_strs else []
+        return request.response(tokens, pieces, names, self._served.context_length), len(tokens)
+
+    def detokenize(self, body: bytes) -> tuple[JsonObject, int]:
+        """The response to POST /detokenize, and its number of tokens.
+
+        Raises:
+            InputError: the request is refused.
+        """
+        request = parse_request(DetokenizeRequest, body)
+        self._served.check_name(request.model)
+        last = self._served.vocab_size - 1
+        for at, token in enumerate(request.tokens):
+            if not 0 <= token <= last:
+                reason = f"expected a token id from 0 to {last}, got {describe(token)}"
+                raise RequestError(f"tokens[{at}]", reason)
+        text = self._tokenizer.decode(request.tokens)
+        return {"prompt": text, "content": text}, len(request.tokens)
 
     def _apply_effort(self, request: GenerationRequest) -> GenerationRequest:
         if not request.is_chat:
@@ -150,7 +185,9 @@ class RequestPreparer:
             # Named as the client named it.
             raise RequestError(request.grammar_field, f"cannot be enforced: {error}") from error
 
-    def _tokenize(self, request: GenerationRequest, prompt: Prompt) -> tuple[int, ...]:
+    def _tokenize(
+        self, request: GenerationRequest, prompt: Prompt, add_generation_prompt: bool = True
+    ) -> tuple[int, ...]:
         if isinstance(prompt, str):
             # Not rendered as a chat, as `Model.request` would.
             return self._tokenizer.encode(prompt)
@@ -172,6 +209,7 @@ class RequestPreparer:
             request.template_kwargs,
             reasoning=think,
             continue_final_message=continued,
+            add_generation_prompt=add_generation_prompt,
         )
         if request.grammar is None or request.may_call:
             return tokens

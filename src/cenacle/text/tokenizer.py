@@ -198,11 +198,19 @@ class ChatTokenizer:
         template = str(self._tokenizer.chat_template or "") if self.has_template else ""
         return map_effort(effort, template, has_reasoning=self.has_reasoning)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Text to ids, with the tokenizer's first token unless the text has it."""
+    def encode(self, text: str, *, add_special: bool = True) -> tuple[int, ...]:
+        """Text to ids; `add_special`: with the tokenizer's first token unless the text has it."""
         bos = self._tokenizer.bos_token
-        special = bos is None or not text.startswith(bos)
+        special = add_special and (bos is None or not text.startswith(bos))
         return tuple(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token inside a text."""
+        return self._token_bytes[token]
+
+    def token_names(self, tokens: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary has them; "" for ids that it has not."""
+        return [name or "" for name in self.inner.convert_ids_to_tokens(list(tokens))]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Ids to text."""
@@ -216,6 +224,7 @@ class ChatTokenizer:
         *,
         reasoning: bool | None = None,
         continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
     ) -> tuple[int, ...]:
         """A chat to ids, ready for the assistant's output.
 
@@ -227,6 +236,7 @@ class ChatTokenizer:
             options: variables of the template.
             reasoning: whether to reason, if the model can; None: the template's default.
             continue_final_message: the output continues the last message, the assistant's.
+            add_generation_prompt: False: end with the last message, not ready for an output.
 
         Raises:
             InputError: the template refuses the messages, or does not use an option.
@@ -234,11 +244,10 @@ class ChatTokenizer:
         for name in options or {}:
             if name in _RESERVED_VARIABLES or not self._template_uses(name):
                 raise InputError(f"{name}: this model's chat template does not use it", name)
+        begins_output = add_generation_prompt and not continue_final_message
         if not self.has_template:
             lines = [f"{m['role']}: {m['content']}" for m in messages]
-            return self.encode(
-                "\n".join(lines if continue_final_message else [*lines, "assistant:"])
-            )
+            return self.encode("\n".join([*lines, "assistant:"] if begins_output else lines))
         variables: dict[str, Any] = dict(options or {})
         if tools:
             variables["tools"] = [tool.to_json() for tool in tools]
@@ -253,7 +262,7 @@ class ChatTokenizer:
                 text = self._tokenizer.apply_chat_template(
                     adapted,
                     tokenize=False,
-                    add_generation_prompt=not continue_final_message,
+                    add_generation_prompt=begins_output,
                     **variables,
                 )
         except TimeLimitReached:

@@ -13,9 +13,8 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
-from . import anthropic, openai, openai_responses
-from .protocol import ApiAdapter
-from .validation import JsonObject
+from . import anthropic, openai, openai_responses, tokenization
+from .validation import JsonObject, RequestModel
 
 _STRING = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
@@ -85,23 +84,34 @@ _MESSAGE = _object(
     content=_list(_object(["type"])),
     stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
 )
-# Path: adapter, what it does, the response, errors.
-_POSTS: dict[str, tuple[type[ApiAdapter], str, JsonObject, JsonObject]] = {
+_TOKENS = _object(["max_model_len"], count=_COUNT, tokens={"type": "array"})
+_TEXT = _object(prompt=_STRING, content=_STRING)
+# Path: model of the body, what it does, the response, errors.
+_POSTS: dict[str, tuple[type[RequestModel], str, JsonObject, JsonObject]] = {
     "/v1/chat/completions": (
-        openai.ChatCompletionsAdapter,
+        openai.ChatCompletionRequest,
         "chat completion",
         _CHAT_COMPLETION,
         _OPENAI_ERROR,
     ),
-    "/v1/completions": (openai.CompletionsAdapter, "completion", _COMPLETION, _OPENAI_ERROR),
-    "/v1/responses": (openai_responses.ResponsesAdapter, "response", _RESPONSE, _OPENAI_ERROR),
-    "/v1/messages": (anthropic.MessagesAdapter, "message", _MESSAGE, _ANTHROPIC_ERROR),
+    "/v1/completions": (openai.CompletionRequest, "completion", _COMPLETION, _OPENAI_ERROR),
+    "/v1/responses": (
+        openai_responses.ResponsesAdapter.request_model,
+        "response",
+        _RESPONSE,
+        _OPENAI_ERROR,
+    ),
+    "/v1/messages": (anthropic.MessagesRequest, "message", _MESSAGE, _ANTHROPIC_ERROR),
     "/v1/messages/count_tokens": (
-        anthropic.CountTokensAdapter,
+        anthropic.CountTokensRequest,
         "token count",
         _object(input_tokens=_COUNT),
         _ANTHROPIC_ERROR,
     ),
+    "/tokenize": (tokenization.TokenizeRequest, "tokens of a text", _TOKENS, _OPENAI_ERROR),
+    "/v1/tokenize": (tokenization.TokenizeRequest, "tokens of a text v1", _TOKENS, _OPENAI_ERROR),
+    "/detokenize": (tokenization.DetokenizeRequest, "text of tokens", _TEXT, _OPENAI_ERROR),
+    "/v1/detokenize": (tokenization.DetokenizeRequest, "text of tokens v1", _TEXT, _OPENAI_ERROR),
 }
 
 
@@ -137,18 +147,18 @@ def _get(summary: str, response: JsonObject, *statuses: str) -> JsonObject:
 
 def _posts() -> tuple[JsonObject, JsonObject]:
     """The operations that have a body, by path, and the schemas that they refer to."""
-    models = [adapter.request_model for adapter, *_ in _POSTS.values()]
+    models = [model for model, *_ in _POSTS.values()]
     references, definitions = models_json_schema(
         [(model, "validation") for model in models],
         ref_template="#/components/schemas/{model}",
         schema_generator=_SchemaGenerator,
     )
     operations = {}
-    for path, (adapter, summary, response, error) in _POSTS.items():
+    for path, (model, summary, response, error) in _POSTS.items():
         content = _content(response)
-        if "stream" in adapter.request_model.model_fields:
+        if "stream" in model.model_fields:
             content |= _content(_STRING, "text/event-stream")
-        body = references[(adapter.request_model, "validation")]
+        body = references[(model, "validation")]
         operation = _operation(summary, content, error, list(_ERRORS))
         operation["requestBody"] = {"required": True, "content": _content(body)}
         operations[path] = {"post": operation}

@@ -255,6 +255,15 @@ def parse_request(model: type[M], body: bytes) -> M:
         raise RequestError(None, reason, "invalid_body")
     if b"\\ud" in body or b"\\uD" in body:
         _check_escapes(data)
+    return validate(model, data)
+
+
+def validate(model: type[M], data: JsonObject) -> M:
+    """The request that a JSON object is.
+
+    Raises:
+        RequestError: it is not what `model` declares.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
