@@ -37,13 +37,14 @@ lint: install
 docs: install
 	$(BIN)/python tools/write_cli_docs.py
 
-# Several people at once, and bodies that are wrong; NODES=2 for two nodes.
+# Several people at once; bodies that are wrong and checkpoints that are damaged. NODES=2 for two nodes.
 NODES ?= 1
 load: install
 	$(BIN)/python benchmarks/load.py --nodes $(NODES)
 
 fuzz: install
 	$(BIN)/python benchmarks/fuzz.py --nodes $(NODES) --schema 100
+	$(BIN)/python benchmarks/damaged_checkpoints.py
 
 # The kernels and the mesh with AddressSanitizer and UndefinedBehaviorSanitizer, with their tests, in
 # an environment of their own. GCC on Linux. MLX and Python are not instrumented: only the first error

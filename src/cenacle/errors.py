@@ -13,16 +13,31 @@ Every message says what, expected, got, and what to do next. Nothing here knows 
 
 from __future__ import annotations
 
+MAX_MESSAGE_CHARACTERS = 2000
+
+
+def printable(text: str) -> str:
+    """Text from outside on one line for terminals and logs: control characters are escaped."""
+    line = " ".join(text[: 2 * MAX_MESSAGE_CHARACTERS].split())
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(escaped) <= MAX_MESSAGE_CHARACTERS:
+        return escaped
+    return f"{escaped[: MAX_MESSAGE_CHARACTERS - 3]}..."
+
 
 class CenacleError(Exception):
     """Base of every error that a user may see.
 
+    Messages are one printable line: names of tensors, files and nodes in them come from outside.
     `exit_code` is the exit status of the command; `node_id` the node of a cluster that failed, if
     one did.
     """
 
     exit_code = 1
     node_id: str | None = None
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class InputError(CenacleError):

@@ -22,6 +22,7 @@ from .. import native
 from ..collective import mesh
 from ..errors import CenacleError
 from ..machine import processor_name, usable_cores
+from ..model.weight_files import INDEX_FILE, weight_files
 from ..planning import catalog
 from ..planning.plan_cost import LOCAL_MACHINE
 from . import thunderbolt
@@ -33,7 +34,6 @@ READ_PIECES = 16
 READ_ROUNDS = 4
 COMMAND_TIMEOUT_S = 10.0
 CALIBRATED_CONSTANTS = ("efficiency", "compute", "overhead_us", "tflops")
-INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
 
 
@@ -93,9 +93,8 @@ def checkpoint_digest(folder: Path) -> str:
     """What tells two checkpoints apart without reading their weights: config.json, the index, and
     the names, sizes and headers of the weight files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("model*.safetensors")):
-        if path.suffix == ".json" and path.name not in ("config.json", INDEX_FILE):
-            continue
+    described = [path for path in (folder / "config.json", folder / INDEX_FILE) if path.exists()]
+    for path in described + [file for file in weight_files(folder) if file.exists()]:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             if path.suffix == ".json":

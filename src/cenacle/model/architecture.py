@@ -116,7 +116,8 @@ def resolve_family(config: Config) -> str:
         raise CheckpointError("config.json: expected a model_type, got none")
     try:
         model, _ = _get_classes(config)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, AttributeError, TypeError) as error:
+        # AttributeError: a module of mlx-lm that is no family; TypeError: odd `architectures`.
         raise CheckpointError(
             f"config.json: mlx-lm does not support model_type {kind!r}; "
             f"`cenacle families` lists the supported ones"

@@ -10,6 +10,7 @@ Next: `tensor_reader.py` reads tensors.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import struct
 from collections.abc import Iterable
@@ -21,10 +22,15 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 
+from ..core.model_config import EXPERT_COUNT_KEYS, LAYER_COUNT_KEYS, TOP_K_KEYS, find_int
 from ..core.units import format_bytes
 from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_partial
+from .config_file import read_config
+from .weight_files import read_index, stray_files, weight_files
+
+log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
 
@@ -83,31 +89,42 @@ class Checkpoint:
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        try:
-            config = mlx_lm_utils.load_config(folder)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{folder} has no config.json; expected a model folder as on the Hugging Face Hub"
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
-        if "model_file" in config:
-            raise CheckpointError(
-                f"{folder}: config.json names a Python file ({config['model_file']}); Cenacle runs "
-                f"mlx-lm's own families only and executes no code from a checkpoint"
-            )
-        files = sorted(folder.glob("model*.safetensors"))
+        config = read_config(folder)
+        listed, files = read_index(folder), weight_files(folder)
         if not files:
             raise CheckpointError(
                 f"{folder} has no weights: expected files named model*.safetensors"
             )
+        if listed is not None and (stray := stray_files(folder)):
+            names = ", ".join(file.name for file in stray[:3])
+            log.warning(
+                "%s: %d files are not named by the index and not used: %s",
+                folder,
+                len(stray),
+                names,
+            )
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            tensors |= {t.name: t for t in _read_header(file)}
-        _check_index(folder, tensors)
+            if listed is not None and not file.exists():
+                missing = sum(1 for name in listed.values() if name == file.name)
+                raise CheckpointError(
+                    f"{folder}: {missing} of {len(listed)} tensors of the index are missing, they "
+                    f"are in {file.name}; download that file"
+                )
+            for tensor in _read_header(file):
+                if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
+                    raise CheckpointError(
+                        f"{folder}: expected each tensor in one file, got {tensor.name} in "
+                        f"{other.file.name} and {file.name}; remove the file that does not belong"
+                    )
+        _check_index(folder, tensors, listed or {})
+        _check_counts(folder, config, tensors)
         return cls(folder, architecture.complete_config(config), tensors)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those with tensors, in order."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
 
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
@@ -115,8 +132,12 @@ class Checkpoint:
 
 
 def _read_header(file: Path) -> Iterable[TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as f:
+    try:
+        size = file.stat().st_size
+        opened = file.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    with opened as f:
         head = f.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -126,7 +147,7 @@ def _read_header(file: Path) -> Iterable[TensorInfo]:
             )
         try:
             header = json.loads(f.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested deeply
             raise CheckpointError(
                 f"{file}: the header is corrupted ({error}); download it again"
             ) from error
@@ -141,10 +162,10 @@ def _read_header(file: Path) -> Iterable[TensorInfo]:
             start, stop = entry["data_offsets"]
             expected = math.prod(shape) * DTYPES[dtype][0] // 8
             got = stop - start
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
-                f"{file}: expected dtype, shape and data_offsets for tensor {name}, got {entry!r}; "
-                f"download it again"
+                f"{file}: expected dtype, shape and data_offsets for tensor {name:.100}, got "
+                f"{entry!r:.200}; download it again"
             ) from error
         if got != expected or start < 0:
             raise CheckpointError(
@@ -160,21 +181,37 @@ def _read_header(file: Path) -> Iterable[TensorInfo]:
         yield TensorInfo(name, file, dtype, shape, begin + start, begin + stop)
 
 
-def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
-    """Every tensor that the index lists must be there: this finds a missing shard."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    try:
-        listed = dict(json.loads(index.read_text())["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, not UTF-8
-        raise CheckpointError(f"{index}: expected JSON with a weight_map: {error!r}") from error
+def _check_index(folder: Path, tensors: dict[str, TensorInfo], listed: dict[str, str]) -> None:
+    """Every tensor that the index lists must be there: this finds a file of another checkpoint."""
     missing = {name: file for name, file in listed.items() if name not in tensors}
     if missing:
         name, file = next(iter(missing.items()))
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(listed)} tensors of the index are missing, "
             f"the first is {name} in {file}; download that file"
+        )
+
+
+def _check_counts(folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    """There are no more layers than tensors, nor more experts than tensors or rows of one.
+
+    mlx-lm builds all that config.json asks for before it looks at the weights.
+    """
+    widest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    for keys, limit, what in (
+        (LAYER_COUNT_KEYS, len(tensors), "layers"),
+        (EXPERT_COUNT_KEYS, max(len(tensors), widest), "experts"),
+    ):
+        if (count := find_int(config, keys) or 0) > limit:
+            raise CheckpointError(
+                f"{folder}: config.json describes {count} {what}, and the {len(tensors)} tensors "
+                "cannot hold so many; the files do not belong together"
+            )
+    experts, chosen = find_int(config, EXPERT_COUNT_KEYS), find_int(config, TOP_K_KEYS)
+    if experts and chosen is not None and not 1 <= chosen <= experts:
+        raise CheckpointError(
+            f"{folder}: config.json: expected a token to choose 1 to {experts} of {experts} "
+            f"experts, got {chosen}"
         )
 
 

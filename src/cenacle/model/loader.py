@@ -14,7 +14,9 @@ Next: `expert_parallel.py` wraps the loaded blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -60,7 +62,7 @@ def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modu
     if reason is not None:
         raise CheckpointError(f"{checkpoint.folder}: {family} cannot run: {reason}")
     try:
-        with architecture.discard_random_init():
+        with architecture.discard_random_init(), _only_files_of(checkpoint):
             model, _ = mlx_lm_utils.load_model(
                 checkpoint.folder,
                 lazy=True,
@@ -81,6 +83,18 @@ def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modu
     return model
 
 
+@contextmanager
+def _only_files_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """mlx-lm loads every file named model*.safetensors; let it find only the checkpoint's."""
+    original: Any = mlx_lm_utils.glob
+    found: Any = SimpleNamespace(glob=lambda _: [str(file) for file in checkpoint.files])
+    mlx_lm_utils.glob = found
+    try:
+        yield
+    finally:
+        mlx_lm_utils.glob = original
+
+
 def build_dense_model(checkpoint: Checkpoint) -> nn.Module:
     """mlx-lm's model of a checkpoint without experts, lazy and whole.
 
@@ -89,7 +103,7 @@ def build_dense_model(checkpoint: Checkpoint) -> nn.Module:
     """
     family = architecture.resolve_family(checkpoint.config)
     try:
-        with architecture.discard_random_init():
+        with architecture.discard_random_init(), _only_files_of(checkpoint):
             model, _ = mlx_lm_utils.load_model(
                 checkpoint.folder, lazy=True, model_config=checkpoint.config
             )

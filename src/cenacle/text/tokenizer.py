@@ -55,10 +55,23 @@ class ChatTokenizer:
         from mlx_lm.utils import load_tokenizer
 
         try:
-            self._tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+            # Else transformers asks on the terminal whether to run a checkpoint's Python code.
+            self._tokenizer = load_tokenizer(
+                folder,
+                {"trust_remote_code": False},
+                eos_token_ids=config.get("eos_token_id"),
+            )
         except Exception as error:  # transformers raises many classes
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"{folder}: its tokenizer needs Python code from the checkpoint; Cenacle runs "
+                    "no such code, because it could do all that you can do; use a checkpoint with "
+                    "a tokenizer.json"
+                ) from error
+            reason = str(error).strip() or repr(error)
+            raise CheckpointError(
+                f"{folder}: the tokenizer cannot be loaded: {reason:.300}"
+            ) from error
 
     @cached_property
     def _token_bytes(self) -> TokenBytes:

@@ -1,0 +1,114 @@
+"""config.json of a checkpoint, checked before anything believes it.
+
+Owns: reading it; the bounds of what a config can ask for.
+Does not know: families, weights.
+Invariant: a config that was read is an object of finite size whose counts are plausible, and names
+no code that is to be run.
+Next: `checkpoint.py` compares its counts with the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import utils as mlx_lm_utils
+
+from ..core.model_config import (
+    EXPERT_COUNT_KEYS,
+    HEAD_COUNT_KEYS,
+    HIDDEN_SIZE_KEYS,
+    KV_HEAD_COUNT_KEYS,
+    LAYER_COUNT_KEYS,
+    VOCAB_SIZE_KEYS,
+    Config,
+)
+from ..errors import CheckpointError
+
+MAX_CONFIG_BYTES = 16 << 20
+MAX_DEPTH = 64
+MAX_INTEGER = 2**63 - 1
+# More than any model has; a config could otherwise ask for gigabytes before weights are looked at.
+MAX_COUNTS = {
+    LAYER_COUNT_KEYS: 10_000,
+    EXPERT_COUNT_KEYS: 100_000,
+    HIDDEN_SIZE_KEYS: 1 << 20,
+    VOCAB_SIZE_KEYS: 1 << 24,
+    HEAD_COUNT_KEYS: 1 << 16,
+    KV_HEAD_COUNT_KEYS: 1 << 16,
+}
+
+
+def read_config(folder: Path) -> Config:
+    """config.json, with the names that mlx-lm looks for.
+
+    Raises:
+        CheckpointError: it is missing, is not a plausible config, or names code to run.
+    """
+    file = folder / "config.json"
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(
+                f"{file}: expected at most {MAX_CONFIG_BYTES:,} bytes, got {file.stat().st_size:,}"
+            )
+        config = mlx_lm_utils.load_config(folder)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} has no config.json; expected a model folder as on the Hugging Face Hub"
+        ) from error
+    except (ValueError, OSError) as error:  # not JSON, not UTF-8, a folder
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    except (RecursionError, TypeError, AttributeError, KeyError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else repr(error)
+        raise CheckpointError(
+            f"{file}, or generation_config.json beside it: expected a JSON object: {reason:.200}"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got a {type(config).__name__}")
+    _check_values(file, config)
+    if "model_file" in config:
+        raise CheckpointError(
+            f"{folder}: config.json names a Python file ({config['model_file']!r:.100}); Cenacle "
+            f"runs mlx-lm's own families only and executes no code from a checkpoint"
+        )
+    return config
+
+
+def _walk(config: Config) -> Iterator[tuple[str, Any, int]]:
+    """Every member of every object, with its name and depth; lists count as depth too."""
+    rest: list[tuple[str, Any, int]] = [("", config, 0)]
+    while rest:
+        name, value, depth = rest.pop()
+        yield name, value, depth
+        if isinstance(value, dict):
+            rest += [(str(key), member, depth + 1) for key, member in value.items()]
+        elif isinstance(value, list):
+            rest += [(name, item, depth + 1) for item in value]
+
+
+def _check_values(file: Path, config: Config) -> None:
+    limits = {key: limit for keys, limit in MAX_COUNTS.items() for key in keys}
+    for name, value, depth in _walk(config):
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"{file}: expected at most {MAX_DEPTH} nested levels, got more")
+        if isinstance(value, float) and math.isnan(value):
+            raise CheckpointError(f"{file}: {name:.80}: expected a number, got NaN")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if abs(value) > MAX_INTEGER and math.isfinite(value):
+            raise CheckpointError(
+                f"{file}: {name:.80}: expected a number of 64 bits, got a larger one"
+            )
+        if name in limits and not 0 <= value <= limits[name]:
+            raise CheckpointError(
+                f"{file}: {name}: expected a number from 0 to {limits[name]:,}, got {value}"
+            )
+    kind = config.get("model_type")
+    if kind is not None and not (isinstance(kind, str) and _is_name(kind)):
+        raise CheckpointError(f"{file}: expected a model_type that is a name, got {kind!r:.100}")
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= 64 and all(c.isalnum() or c in "_-" for c in text)

@@ -1,0 +1,147 @@
+"""Files that do not belong to a checkpoint, and files that were made to harm."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from cenacle import CheckpointError
+from cenacle.cluster.node_info import checkpoint_digest
+from cenacle.core.plan import Plan
+from cenacle.engine.cache.disk_store import fingerprint
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.loader import load_rank_model
+from cenacle.model.spec_reader import read_model_spec
+from cenacle.model.synth import synth
+from cenacle.text.tokenizer import ChatTokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "model"
+    synth(folder, family="qwen3_moe", shard_bytes=200_000)
+    return folder
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path) -> Path:
+    shutil.copytree(source, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def logits(folder: Path) -> mx.array:
+    checkpoint = Checkpoint.open(folder)
+    plan = Plan.whole(read_model_spec(checkpoint), 1)
+    return load_rank_model(checkpoint, plan, 0, lambda *_: None)(mx.array([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-99999.safetensors", "other.safetensors"]
+)
+def test_files_that_the_index_does_not_name_are_left_alone(
+    source: Path, folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, before = logits(folder), (checkpoint_digest(folder), fingerprint(folder, {}))
+    synth(tmp_path / "other", family="qwen3_moe", seed=9)
+    (whole,) = (tmp_path / "other").glob("*.safetensors")
+    shutil.copy(whole, folder / name)
+    with caplog.at_level(logging.WARNING):
+        assert mx.array_equal(logits(folder), expected)
+    assert f"not used: {name}" in caplog.text
+    assert (checkpoint_digest(folder), fingerprint(folder, {})) == before
+
+
+def test_a_stray_file_may_be_anything(folder: Path) -> None:
+    expected = logits(folder)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert mx.array_equal(logits(folder), expected)
+
+
+def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+    first = min(folder.glob("model-*.safetensors"))
+    shutil.copy(first, folder / "model-00000.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"in model-00000.safetensors and .*; remove the file"
+    ):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd.safetensors", "a.bin", 3])
+def test_an_index_names_files_beside_it_only(folder: Path, file: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file}}))
+    with pytest.raises(CheckpointError, match="expected"):
+        Checkpoint.open(folder)
+
+
+def test_no_code_of_a_checkpoint_is_run(folder: Path) -> None:
+    """Not even when asked on the terminal: standard input says y to everything."""
+    ran = folder / "RAN"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto}))
+    settings = {"auto_map": auto, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for remove in ((), ("tokenizer.json",)):
+        for name in remove:
+            (folder / name).unlink()
+        done = subprocess.run(
+            [sys.executable, "-m", "cenacle", "generate", "-m", str(folder), "-p", "x"],
+            input="y\n" * 9,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert not ran.exists()
+        assert "Traceback" not in done.stderr
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    with pytest.raises(CheckpointError, match="runs no such code"):
+        ChatTokenizer(folder, config)
+    (folder / "config.json").write_text(json.dumps({**config, "model_file": "evil.py"}))
+    with pytest.raises(CheckpointError, match="executes no code"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "expected a JSON object"),
+        ("[" * 100_000, "nested too deeply|not JSON"),
+        ('{"a":' * 100 + "1" + "}" * 100, "nested levels"),
+        ('{"model_type": "qwen3_moe", "x": NaN}', "got NaN"),
+        ('{"model_type": "cache"}', "does not support model_type"),
+        ('{"model_type": "../os"}', "a model_type that is a name"),
+        ('{"model_type": ["x"]}', "a model_type that is a name"),
+        ('{"model_type": "qwen3_moe", "num_hidden_layers": 1000000000}', "from 0 to 10,000"),
+        ('{"model_type": "qwen3_moe", "num_hidden_layers": 9000}', "describes 9000 layers"),
+        ('{"model_type": "qwen3_moe", "num_experts": 90000}', "describes 90000 experts"),
+        ('{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9}', "got 9"),
+        ('{"model_type": "qwen3_moe", "hidden_size": 1e300}', "larger one"),
+    ],
+)  # fmt: skip
+def test_odd_configs_are_refused_before_anything_is_built(
+    folder: Path, text: str, reason: str
+) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=reason):
+        logits(folder)
+
+
+def test_a_hundred_and_fifty_damaged_checkpoints() -> None:
+    """The short form of `make fuzz`."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "damaged_checkpoints.py"), "--count", "150"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["refused"] > 100
