@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "extras",
     "message",
+    "worker_process",
     "paths",
     "net",
     "machine",

@@ -5,7 +5,7 @@ import threading
 import jinja2
 import pytest
 
-from cenacle.text.time_limit import TimeLimitReached, time_limit
+from cenacle.text.time_limit import LimitReached, time_limit
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -15,7 +15,7 @@ def test_an_endless_template_is_ended(in_thread):
     caught = []
 
     def render():
-        with pytest.raises(TimeLimitReached), time_limit(0.2):
+        with pytest.raises(LimitReached), time_limit(0.2):
             jinja2.Environment().from_string(ENDLESS).render()
         caught.append(True)
 

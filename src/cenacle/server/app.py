@@ -85,6 +85,7 @@ class Application:
         self._served = ServedModel(
             own[0], model.spec.context_length, model.spec.vocab_size, tuple(own[1:]), "*" in names
         )
+        model.text.isolate()
         self._preparer = RequestPreparer(model, self._served, limits.max_messages)
         self._created = int(time.time())
         self._active_runs: set[GenerationRun] = set()
@@ -135,6 +136,7 @@ class Application:
     def close(self) -> None:
         """End the threads."""
         self._view.close()
+        self._model.text.close()
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _get_health(self, http: Request) -> Response:

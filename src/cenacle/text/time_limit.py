@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class TimeLimitReached(BaseException):
-    """The code was ended. Not an `Exception`, which that code may catch."""
+class LimitReached(BaseException):
+    """The code was ended, or needed too much memory. Not an `Exception`, which it may catch."""
 
 
 @contextmanager
 def time_limit(limit_s: float) -> Iterator[None]:
-    """Raise `TimeLimitReached` in this thread if the block takes longer; for Python code, also in
+    """Raise `LimitReached` in this thread if the block takes longer; for Python code, also in
     threads other than the main one, where signals cannot be used. Limits do not nest."""
     thread = ctypes.c_ulong(threading.get_ident())
     lock, is_over = threading.Lock(), False
@@ -29,7 +29,7 @@ def time_limit(limit_s: float) -> Iterator[None]:
     def end() -> None:
         with lock:
             if not is_over:
-                error = ctypes.py_object(TimeLimitReached)
+                error = ctypes.py_object(LimitReached)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
 
     timer = threading.Timer(limit_s, end)

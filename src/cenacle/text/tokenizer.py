@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.chat import Message, OutputPart, TokenLogprob, Tool
 from ..core.request import TokenEvent
-from ..errors import CheckpointError, InputError
+from ..errors import InputError
 from . import harmony
 from .call_form import CallForm, find_call_form
 from .call_formats import BARE_MARKS, BareMarks
@@ -26,7 +26,8 @@ from .detokenizer import Detokenizer, TokenBytes
 from .messages import TemplateTraits, adapt_messages, probe_template
 from .output_parser import CallSyntax, OutputParser, ParseCalls, TextStream
 from .reasoning import SWITCHES, ReasoningSettings, map_effort
-from .time_limit import TimeLimitReached, time_limit
+from .text_backend import LIMITS, TextBackend, load_limited
+from .time_limit import LimitReached
 from .tool_calls import CallReader
 
 # Template variables, and arguments of the rendering function, that clients cannot set.
@@ -36,8 +37,6 @@ _RESERVED_VARIABLES = frozenset(
         *("add_generation_prompt", "continue_final_message", "return_dict", "tokenizer_kwargs"),
     )
 )
-
-RENDER_LIMIT_S = 30  # of a chat; the template is a program from whoever made the checkpoint
 
 
 class ChatTokenizer:
@@ -52,26 +51,20 @@ class ChatTokenizer:
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        from mlx_lm.utils import load_tokenizer
+        self._tokenizer = load_limited(folder, config.get("eos_token_id"))
+        self._backend = TextBackend(self._tokenizer)
 
-        try:
-            # Else transformers asks on the terminal whether to run a checkpoint's Python code.
-            self._tokenizer = load_tokenizer(
-                folder,
-                {"trust_remote_code": False},
-                eos_token_ids=config.get("eos_token_id"),
-            )
-        except Exception as error:  # transformers raises many classes
-            if "trust_remote_code" in str(error):
-                raise CheckpointError(
-                    f"{folder}: its tokenizer needs Python code from the checkpoint; Cenacle runs "
-                    "no such code, because it could do all that you can do; use a checkpoint with "
-                    "a tokenizer.json"
-                ) from error
-            reason = str(error).strip() or repr(error)
-            raise CheckpointError(
-                f"{folder}: the tokenizer cannot be loaded: {reason:.300}"
-            ) from error
+    def isolate(self) -> None:
+        """From now on render and tokenize in a process of its own, see `TextBackend.isolate`.
+
+        Raises:
+            CheckpointError: a short text needs too much time or memory.
+        """
+        self._backend.isolate()
+
+    def close(self) -> None:
+        """End the process of `isolate`."""
+        self._backend.close()
 
     @cached_property
     def _token_bytes(self) -> TokenBytes:
@@ -98,16 +91,12 @@ class ChatTokenizer:
     def _traits(self) -> TemplateTraits:
         template = str(self._tokenizer.chat_template or "")
         try:
-            with time_limit(RENDER_LIMIT_S):
-                return probe_template(template, self._render_probe)
-        except TimeLimitReached:
+            return probe_template(template, self._render_probe)
+        except LimitReached:
             return TemplateTraits()
 
     def _render_probe(self, messages: Sequence[Message], with_answer: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=not with_answer
-        )
-        return str(text)
+        return self._backend.render(messages, add_generation_prompt=not with_answer)
 
     @property
     def inner(self) -> Any:
@@ -140,15 +129,13 @@ class ChatTokenizer:
         """The form of calls, for models whose format mlx-lm does not know; None: not known."""
         if self._is_harmony or self._tokenizer.has_tool_calling or not self.has_template:
             return None
-        arguments_as_text = self._traits.arguments_as_text  # limits do not nest
         try:
-            with time_limit(RENDER_LIMIT_S):
-                return find_call_form(
-                    lambda messages: self._render_probe(messages, with_answer=True),
-                    arguments_as_text=arguments_as_text,
-                    stop=tuple(self._tokenizer.convert_ids_to_tokens(list(self.stop_tokens))),
-                )
-        except TimeLimitReached:
+            return find_call_form(
+                lambda messages: self._render_probe(messages, with_answer=True),
+                arguments_as_text=self._traits.arguments_as_text,
+                stop=tuple(self._tokenizer.convert_ids_to_tokens(list(self.stop_tokens))),
+            )
+        except LimitReached:
             return None
 
     @property
@@ -186,7 +173,7 @@ class ChatTokenizer:
         return self._encode_markers(header)
 
     def _encode_markers(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return self._backend.encode(text, special=False)
 
     def _template_uses(self, variable: str) -> bool:
         """Whether the chat template uses a variable; one that is a Python function may use any."""
@@ -215,7 +202,7 @@ class ChatTokenizer:
         """Text to ids; `add_special`: with the tokenizer's first token unless the text has it."""
         bos = self._tokenizer.bos_token
         special = add_special and (bos is None or not text.startswith(bos))
-        return tuple(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
+        return self._backend.encode(text, special=special)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token inside a text."""
@@ -271,21 +258,17 @@ class ChatTokenizer:
             variables["continue_final_message"] = True
         adapted = adapt_messages(messages, self._traits)
         try:
-            with time_limit(RENDER_LIMIT_S):
-                text = self._tokenizer.apply_chat_template(
-                    adapted,
-                    tokenize=False,
-                    add_generation_prompt=begins_output,
-                    **variables,
-                )
-        except TimeLimitReached:
-            reason = f"expected the model's chat template to end within {RENDER_LIMIT_S} s"
-            raise InputError(f"messages: {reason}; it did not", "messages") from None
+            text = self._backend.render(
+                adapted, add_generation_prompt=not continue_final_message, **variables
+            )
+        except LimitReached:
+            reason = f"the model's chat template needs more than {LIMITS} for them"
+            raise InputError(f"messages: {reason}; send less", "messages") from None
         except Exception as error:  # templates are programs and raise anything
             raise InputError(
                 f"messages: the model's chat template refuses them: {error}", "messages"
             ) from error
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        ids = self._backend.encode(text, special=False)
         # Some templates start reasoning whatever `enable_thinking` says.
         if reasoning is False and self.ends_in_reasoning(ids):
             return ids + self.reasoning_end

@@ -1,0 +1,147 @@
+"""A process for work that may never end or end its process, since it comes from strangers.
+
+Owns: the process, its start and restart; messages to it and back; limits of its work.
+Does not know: what it does.
+Invariant: work that fails, ends the process or goes beyond a limit costs one `WorkerFailed`; the
+next work has a new process.
+Next: `engine/sampling/grammar_process.py`, `text/text_process.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import select
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+DEADLINE_S = 600  # of an answer, on a busy machine; the worker limits its processor time
+
+
+class WorkerFailed(Exception):
+    """The process ended, or did not answer."""
+
+
+class WorkerProcess:
+    """Runs a module, which calls `serve`; it is started on the first use. Not for several threads.
+
+    Args:
+        module: its full name.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process has been started, and has not ended since."""
+        return self._process is not None and self._process.poll() is None
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a message.
+
+        Raises:
+            WorkerFailed: there is none.
+        """
+        try:
+            process = self._start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            write_frame(process.stdin, message)
+            ends = time.monotonic() + DEADLINE_S
+            (size,) = struct.unpack("<I", _read(process.stdout, 4, ends))
+            answer: dict[str, Any] = json.loads(_read(process.stdout, size, ends))
+        except (OSError, EOFError, ValueError) as error:
+            self.close()
+            raise WorkerFailed(f"{self._module}: {error!r}") from error
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+        self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            # Not for Ctrl-C: it ends when its input does.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", self._module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                start_new_session=True,
+            )
+        return self._process
+
+
+def _read(stream: IO[bytes], size: int, ends: float) -> bytes:
+    """Exactly `size` bytes.
+
+    Raises:
+        EOFError: the process has ended.
+        TimeoutError: they did not come in time.
+    """
+    pieces = []
+    poll = select.poll()  # unlike select(), for any number of open files
+    poll.register(stream, select.POLLIN)
+    while size > 0:
+        if not poll.poll(max(0.0, 1000 * (ends - time.monotonic()))):
+            raise TimeoutError("no answer")
+        piece = stream.read(size)
+        if not piece:
+            raise EOFError("it has ended")
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+# In the process
+
+
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer messages until the input ends."""
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    while len(head := source.read(4)) == 4:
+        (size,) = struct.unpack("<I", head)
+        write_frame(sink, answer(json.loads(source.read(size))))
+
+
+def write_frame(stream: IO[bytes], message: Any) -> None:
+    """Send a message: four bytes of length, then JSON."""
+    data = memoryview(json.dumps(message).encode())
+    stream.write(struct.pack("<I", len(data)))
+    while data:
+        data = data[stream.write(data) :]
+    stream.flush()
+
+
+def limit_work(cpu_s: float, memory_bytes: int) -> None:
+    """This process ends when it uses more from now on. Linux keeps both limits, macOS the first."""
+    used = time.process_time()
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used + cpu_s) + 1, resource.RLIM_INFINITY))
+    try:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes, resource.RLIM_INFINITY))
+
+
+def lift_limits() -> None:
+    """Undo `limit_work`."""
+    for limit in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
+        resource.setrlimit(limit, (resource.RLIM_INFINITY,) * 2)
