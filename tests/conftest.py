@@ -16,6 +16,11 @@ settings.load_profile("untimed")
 def config_home() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cenacle-home-") as folder:
         os.environ["CENACLE_HOME"] = folder  # the programs that tests start inherit it
+        # What MLX compiles is kept from run to run.
+        compiled = Path(tempfile.gettempdir()) / f"cenacle-tests-{os.geteuid()}"
+        compiled.mkdir(mode=0o700, exist_ok=True)
+        Path(folder, "tmp").mkdir(mode=0o700)
+        Path(folder, "tmp", "mlx").symlink_to(compiled)
         yield Path(folder)
         del os.environ["CENACLE_HOME"]
 

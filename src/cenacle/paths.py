@@ -8,21 +8,30 @@ Owns: where configuration, caches and state are, by the environment:
     XDG_STATE_HOME      history of the chat                                    (~/.local/state)
 
 Does not know: what is in the files.
-Invariant: a private file is written whole or not at all, with mode 0600.
+Invariant: nobody else can write where code is loaded from; a private file is written whole or not
+at all, with mode 0600.
 """
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
+import platform
 import secrets
+import shutil
 import stat
+import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from .errors import InputError
 
 HOME_VARIABLE = "CENACLE_HOME"
+MAX_SOCKET_FOLDER = 80  # characters; the path of a socket may have 103
 
 
 def config_dir() -> Path:
@@ -68,6 +77,57 @@ def prefix_cache_dir() -> Path:
 def chat_history_file() -> Path:
     """File for the prompts that the arrow keys bring back."""
     return state_dir() / "chat_history"
+
+
+def use_private_temp_dir() -> None:
+    """Set TMPDIR, for this process and those it starts, to a folder of this user alone.
+
+    MLX compiles functions into `$TMPDIR/mlx` and loads what is there, whoever has put it there.
+    """
+    folder = cache_dir() / "tmp"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if stat.S_ISDIR(folder.lstat().st_mode):
+            folder.chmod(0o700)
+        usable = private_dir_problem(folder) is None
+    except OSError:  # such as a home that cannot be written
+        usable = False
+    if not usable:
+        folder = Path(tempfile.mkdtemp(prefix="cenacle-tmp-"))  # mode 0700
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = None
+
+
+def private_dir_problem(folder: Path) -> str | None:
+    """Why others could write to a folder or replace it; None: they cannot."""
+    for path in (folder, folder.parent):
+        info = path.lstat()
+        if not stat.S_ISDIR(info.st_mode):
+            return f"{path} is not a folder"
+        if info.st_uid not in (os.geteuid(), 0):
+            return f"{path} belongs to another user"
+        others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if others and (path == folder or not info.st_mode & stat.S_ISVTX):
+            return f"other users can write to {path}"
+    return None
+
+
+def make_session_dir() -> Path:
+    """A new folder for sockets, mode 0700; removes those that killed programs left."""
+    prefix = f"cenacle-{platform.node()[:20]}-"
+    places = {Path(tempfile.gettempdir()), Path("/tmp")}
+    for old in chain.from_iterable(place.glob(f"{prefix}*-*") for place in places):
+        process_id = old.name.removeprefix(prefix).split("-")[0]
+        ended = process_id.isdigit() and not psutil.pid_exists(int(process_id))
+        if ended and old.lstat().st_uid == os.geteuid():
+            shutil.rmtree(old, ignore_errors=True)
+    name = f"{prefix}{os.getpid()}-"
+    folder = tempfile.mkdtemp(prefix=name)
+    if len(folder) > MAX_SOCKET_FOLDER:
+        Path(folder).rmdir()
+        folder = tempfile.mkdtemp(prefix=name, dir="/tmp")
+    return Path(folder)
 
 
 def make_config_dir() -> Path:

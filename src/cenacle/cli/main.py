@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CenacleError
+from ..paths import use_private_temp_dir
 from . import bench, cluster, doctor, inference, keys, models, plan
 from .console import print_error
 
@@ -66,6 +67,7 @@ def main() -> None:
     """Run the command line; errors become one line and an exit status."""
     # Ending by SIGTERM must run the same `finally` blocks as Ctrl-C: they end the ranks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    use_private_temp_dir()
     try:
         status = app(prog_name="cenacle", standalone_mode=False)
     except typer.TyperException as error:

@@ -16,6 +16,7 @@ import re
 import resource
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from urllib.request import urlopen
 import psutil
 
 from ..core.units import format_bytes
+from ..paths import private_dir_problem
 from ..planning.memory import wired_limit_command
 
 TOOL_TIMEOUT_S = 5.0
@@ -75,6 +77,8 @@ class HostFacts:
         versions: by distribution: (installed or None, required).
         kernels_unavailable_reason: why the kernels for CPUs are missing, or None.
         clock_skew_s: seconds by which the head's clock is ahead of this one; None: unknown.
+        temp_dir: where MLX puts code that it compiled, and loads it from.
+        temp_dir_problem: why others could put code there; None: they cannot.
     """
 
     system: str
@@ -87,6 +91,8 @@ class HostFacts:
     versions: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
     kernels_unavailable_reason: str | None = None
     clock_skew_s: float | None = None
+    temp_dir: str = ""
+    temp_dir_problem: str | None = None
 
     def number(self, name: str) -> float | None:
         """The output of a file or command as a number."""
@@ -167,6 +173,17 @@ def _clock(facts: HostFacts) -> Iterator[Finding]:
         )
     else:
         yield Finding("good", "The head answers, and its clock agrees with this machine's.")
+
+
+def _temp_dir(facts: HostFacts) -> Iterator[Finding]:
+    if facts.temp_dir_problem is not None:
+        yield Finding(
+            "bad",
+            f"MLX loads compiled code from {facts.temp_dir}, and {facts.temp_dir_problem}.",
+            "Set CENACLE_HOME to a folder that only you can write to.",
+        )
+    elif facts.temp_dir:
+        yield Finding("good", f"Compiled code is in {facts.temp_dir}, which is yours alone.")
 
 
 def _describe_link(name: str, wifi: bool, mtu: float | None, mbit: float | None) -> list[Finding]:
@@ -436,7 +453,10 @@ def _linux_firewall(facts: HostFacts) -> Iterator[Finding]:
         )
 
 
-EVERYWHERE: tuple[Check, ...] = (_versions, _fast_synch, _file_handles, _disk, _clock)
+EVERYWHERE: tuple[Check, ...] = (
+    *(_versions, _fast_synch, _file_handles, _disk, _clock),
+    _temp_dir,
+)
 MAC: tuple[Check, ...] = (_wired, _mac_memory, _mac_power, _rdma, _mac_link, _mac_firewall)
 LINUX: tuple[Check, ...] = (
     *(_native, _linux_memory, _large_pages, _linux_power),
@@ -503,6 +523,8 @@ def gather(head: str | None = None) -> HostFacts:
         versions=_pinned_versions(),
         kernels_unavailable_reason=native.unavailable_reason() or None,
         clock_skew_s=_measure_clock_skew(head) if head and ":" in head else None,
+        temp_dir=tempfile.gettempdir(),
+        temp_dir_problem=private_dir_problem(Path(tempfile.gettempdir())),
     )
 
 

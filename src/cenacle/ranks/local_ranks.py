@@ -17,14 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from .. import net
+from .. import net, paths
 from ..collective import mesh
 from ..errors import ClusterError, RankLost
 from ..message import parse
@@ -82,7 +80,7 @@ class LocalRanks(RankSet):
         super().__init__(nodes, *resolve_backend(backend, nodes), epoch or Epoch())
         self._processes: list[subprocess.Popen[bytes]] = []
         self._oom_kills = exit_reason.oom_kill_count()
-        self.folder = Path(tempfile.mkdtemp(prefix="cenacle-"))  # mode 0700
+        self.folder = paths.make_session_dir()
         limits = {"CENACLE_EPOCH": str(self._epoch.number)}
         if cores is not None:
             limits["CENACLE_CORES"] = json.dumps([list(c) for c in cores])

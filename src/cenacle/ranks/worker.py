@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.step import PageReport
 from ..errors import CenacleError, ClusterError
 from ..message import parse
+from ..paths import use_private_temp_dir
 from . import exit_reason
 from .channel import Channel, ChannelTimeout
 from .messages import (
@@ -59,6 +60,7 @@ PROGRESS_INTERVAL_S = 0.1
 def main() -> None:
     """Run one rank until the front says stop or goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front to handle
+    use_private_temp_dir()
     pin_to_cores()
     channel = connect_to_front()
     threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()

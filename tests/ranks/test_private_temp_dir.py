@@ -1,0 +1,92 @@
+"""MLX loads code that it compiled from $TMPDIR/mlx, whoever has put it there: nobody else can."""
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import cenacle
+from cenacle import paths
+
+DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
+
+
+def test_ranks_compile_and_load_in_a_private_folder(tmp_path: Path) -> None:
+    home, shared = tmp_path / "home", tmp_path / "shared"
+    shared.mkdir(mode=0o777)
+    command = [sys.executable, "-m", "cenacle", "generate", "-m", str(DEMO), "-n", "2"]
+    command += ["-p", "What is 12 + 30?", "--kernels", "mlx"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TMPDIR": str(shared), "CENACLE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "42" in done.stdout
+    assert list(shared.rglob("*")) == []
+    assert list((home / "tmp" / "mlx").rglob("*.so"))
+    assert stat.S_IMODE((home / "tmp").stat().st_mode) == 0o700
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+@pytest.mark.parametrize("kind", ["open", "link", "file", "missing", "mine"])
+@pytest.mark.usefixtures("restored")
+def test_a_folder_that_others_could_have_made_is_not_used(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("CENACLE_HOME", str(home))
+    home.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "open":
+        home.chmod(0o777)
+    elif kind == "link":
+        (home / "tmp").symlink_to(elsewhere)
+    elif kind == "file":
+        (home / "tmp").write_text("")
+    elif kind == "mine":
+        (home / "tmp").mkdir(mode=0o755)
+    paths.use_private_temp_dir()
+    used = Path(tempfile.gettempdir())
+    assert str(used) == os.environ["TMPDIR"]
+    assert (used == home / "tmp") == (kind in ("mine", "missing"))
+    assert stat.S_IMODE(used.lstat().st_mode) == 0o700
+    if used != home / "tmp":
+        used.rmdir()
+
+
+def test_folders_of_killed_programs_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    first = paths.make_session_dir()
+    left = first.with_name(first.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    left.mkdir()
+    (left / "control").write_text("")
+    second = paths.make_session_dir()
+    assert not left.exists()
+    assert first.exists()
+    assert stat.S_IMODE(second.stat().st_mode) == 0o700
+
+
+def test_paths_of_sockets_stay_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    folder = paths.make_session_dir()
+    assert len(str(folder)) <= paths.MAX_SOCKET_FOLDER
+    folder.rmdir()
