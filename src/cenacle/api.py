@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .core.chat import Message
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
-from .core.request import Request, Sampling, TokenEvent
+from .core.request import GroupEvent, PromptLogprobs, Request, Sampling
 from .engine.sampling.grammar import Vocabulary, check_grammar
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .ranks.rank_group import RankGroup
@@ -179,12 +179,13 @@ class Model:
         grammar: str | None = None,
         min_tokens: int = 0,
         ignore_eos: bool = False,
+        prompt_logprobs: int | None = None,
     ) -> Request:
         """A request for a prompt, checked against the model's context and vocabulary.
 
         Args:
             prompt, max_tokens: see `stream`.
-            sampling, logprobs, grammar, min_tokens: see `Request`.
+            sampling, logprobs, grammar, min_tokens, prompt_logprobs: see `Request`.
             ignore_eos: no token ends the output.
 
         Raises:
@@ -219,6 +220,7 @@ class Model:
             logprobs,
             grammar,
             min_tokens=min_tokens,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
@@ -265,7 +267,7 @@ class Model:
         return self._stream(request, stop)
 
     def _stream(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
-        events: queue.Queue[TokenEvent | CenacleError] = queue.Queue()
+        events: queue.Queue[GroupEvent] = queue.Queue()
         tokenizer = self._deployment.tokenizer
         text = tokenizer.text_stream(stop) if tokenizer is not None else None
         self.group.submit(request, events.put)
@@ -277,6 +279,7 @@ class Model:
                     raise ClusterError(f"no token within {TOKEN_TIMEOUT_S:g} s") from None
                 if isinstance(event, CenacleError):
                     raise event
+                assert not isinstance(event, PromptLogprobs), "they are not wanted"
                 piece = text.add(event.token) if text else ""
                 if text and event.finish:
                     piece += text.finish()

@@ -32,7 +32,7 @@ from .cluster import node_info
 from .cluster.link_probe import Link
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
-from .core.request import Request, TokenEvent
+from .core.request import GroupEvent, PromptLogprobs, Request, TokenEvent
 from .core.step import Step
 from .errors import CenacleError, ClusterError, PlanError
 from .model.byte_ranges import is_partial
@@ -170,7 +170,7 @@ def collect_answers(group: RankGroup, measure_every: int) -> ReferenceAnswers:
 
 def _ask(group: RankGroup, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[Answer]:
     """The answers to prompts that are submitted together."""
-    events: queue.Queue[TokenEvent | CenacleError] = queue.Queue()
+    events: queue.Queue[GroupEvent] = queue.Queue()
     received: dict[str, list[TokenEvent]] = {}
     for index, prompt in enumerate(prompts):
         request = Request(
@@ -186,6 +186,7 @@ def _ask(group: RankGroup, prompts: Sequence[tuple[int, ...]], max_tokens: int) 
             raise ClusterError(f"verification: no token within {TOKEN_TIMEOUT_S:g} s") from None
         if isinstance(event, CenacleError):
             raise event
+        assert not isinstance(event, PromptLogprobs), "they are not wanted"
         received[event.request_id].append(event)
         if event.finish is not None:
             unfinished.discard(event.request_id)

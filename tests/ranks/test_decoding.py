@@ -5,9 +5,11 @@ Python's `re` and `json`.
 """
 
 import json
+import queue
 import re
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from mlx_lm.utils import load_model
 
 import cenacle
 from cenacle import InputError
-from cenacle.core.request import Sampling
+from cenacle.core.request import Sampling, TokenEvent
 from cenacle.engine.options import EngineOptions
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -186,6 +188,65 @@ def test_a_truncated_output_matches_its_grammar_so_far(models):
     )
     assert finish == "length"
     assert text.startswith('{"name"')
+
+
+def scores_of(model, tokens, top):
+    """Position -> log-probability, rank and alternatives of a prompt's tokens, and the output."""
+    events = queue.Queue()
+    request = model.request(tokens, 3, logprobs=top, prompt_logprobs=top)
+    model.group.submit(request, events.put)
+    scores, output = {}, []
+    while not output or output[-1].finish is None:
+        event = events.get(timeout=60)
+        if isinstance(event, TokenEvent):
+            output.append(event)
+            continue
+        assert not output, "they come before the output"
+        rows = zip(event.logprobs, event.ranks, event.top, strict=True)
+        for position, row in enumerate(rows, event.begin):
+            assert position == len(scores) + 1
+            scores[position] = row
+    return scores, output
+
+
+LONG = [60 + (i * i) % 31 for i in range(300)]  # several parts
+
+
+def check_scores(scores, tokens, expected, top):
+    assert list(scores) == list(range(1, len(tokens)))
+    for position, (logprob, rank, best) in scores.items():
+        row, token = expected[position - 1], tokens[position]
+        assert logprob == pytest.approx(row[token], abs=2e-3)
+        assert abs(rank - 1 - (row > row[token]).sum()) <= 1
+        assert [p for _, p in best] == pytest.approx(sorted(row)[: -top - 1 : -1], abs=2e-3)
+        if rank == 1 and top:
+            assert logprob == best[0][1], "exactly: clients compare them"
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_logprobs_of_prompts_are_those_of_the_model(models, drafting, reference, top):
+    for model in [*models.values(), *drafting.values()]:
+        for tokens in (LONG, [*model.tokens_of(QUESTION)], LONG[:2], LONG[:65], LONG):
+            scores, output = scores_of(model, tokens, top)
+            check_scores(scores, tokens, reference(tokens), top)
+            expected = [chunk.token for chunk in model.stream(tokens, 3)]
+            assert [event.token for event in output] == expected
+        assert scores_of(model, [5], top)[0] == {}
+
+
+def test_logprobs_of_prompts_beside_each_other(models, reference):
+    for model in models.values():
+        prompts = [LONG[i : i + 40 + 30 * i] for i in range(5)]
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(lambda tokens, m=model: scores_of(m, tokens, 1)[0], prompts))
+        for tokens, scores in zip(prompts, answers, strict=True):
+            check_scores(scores, tokens, reference(tokens), 1)
+
+
+def test_logprobs_of_prompts_where_requests_take_turns(reference):
+    with cenacle.load(str(DEMO), 1, max_kv_size=512, prefill_chunk_size=50) as model:
+        scores, _ = scores_of(model, LONG, 2)
+        check_scores(scores, LONG, reference(LONG), 2)
 
 
 def answer_of(model, prompt=QUESTION, max_tokens=40, sampling=None, stop=(), **limits):

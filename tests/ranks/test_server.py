@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import mlx.core as mx
+import numpy as np
 import openai
 import pytest
+from mlx_lm.utils import load_model
 
 import cenacle
 from cenacle.errors import InputError
 from cenacle.server.http_server import bind
+from cenacle.text.tokenizer import ChatTokenizer
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
@@ -424,6 +428,97 @@ def test_disconnecting_before_the_response_cancels_its_requests(pair: Server) ->
     wait_until(lambda: pair.busy() == 2)
     connection.close()
     wait_until(lambda: pair.busy() == 0)
+
+
+# Log-probabilities of prompts
+
+
+@pytest.fixture(scope="module")
+def score() -> Callable[[list[int]], Any]:
+    """Log-probabilities of what follows each token of a text, by mlx-lm's own model."""
+    model, _ = load_model(DEMO)
+
+    def score(tokens: list[int]) -> Any:
+        logits = model(mx.array([tokens]))[0].astype(mx.float32)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    return score
+
+
+def lm_eval_loglikelihood(choice: dict[str, Any], context_tokens: int) -> tuple[float, bool]:
+    """As lm-eval's local-completions reads it from an echo with one generated token."""
+    logprobs = choice["logprobs"]
+    values = logprobs["token_logprobs"][context_tokens:-1]
+    best = logprobs["top_logprobs"][context_tokens:-1]
+    greedy = all(value == max(top.values()) for value, top in zip(values, best, strict=True))
+    return sum(values), greedy
+
+
+def test_loglikelihoods_are_those_of_the_model(pair: Server, score: Any) -> None:
+    tokenizer = ChatTokenizer(DEMO, {})
+    question = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
+    context = tokenizer.encode(question)
+    endings = ["42<|im_end|>", "42", "7 and more than that, of course", "The answer is 43."]
+    prompts = [[*context, *tokenizer.encode(ending)] for ending in endings]
+    body = {"echo": True, "logprobs": 1, "temperature": 0, "seed": 1234, "max_tokens": 1}
+    together = pair.post("completions", json={"prompt": prompts, **body}).json()
+    alone = [pair.post("completions", json={"prompt": [p], **body}) for p in prompts]
+    for at, prompt in enumerate(prompts):
+        choice = together["choices"][at]
+        assert choice["index"] == at
+        ending = prompt[len(context) :]
+        rows = score(prompt)[len(context) - 1 : -1]
+        expected = sum(row[token] for row, token in zip(rows, ending, strict=True))
+        is_greedy = all(row.argmax() == token for row, token in zip(rows, ending, strict=True))
+        assert len(choice["logprobs"]["tokens"]) == len(prompt) + 1
+        for one in (choice, alone[at].json()["choices"][0]):
+            value, greedy = lm_eval_loglikelihood(one, len(context))
+            assert (value, greedy) == (pytest.approx(expected, abs=5e-3), is_greedy)
+    assert lm_eval_loglikelihood(together["choices"][0], len(context))[1], "the right answer"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+def test_an_echo_has_the_tokens_of_its_text(pair: Server, max_tokens: int) -> None:
+    prompt = "Who are you? \N{GRINNING FACE} Tell me"
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": max_tokens}
+    body |= {"ignore_eos": True}
+    (choice,) = pair.post("completions", json={**body, "temperature": 0}).json()["choices"]
+    logprobs = choice["logprobs"]
+    assert choice["text"].startswith(prompt)
+    assert choice["finish_reason"] == "length"
+    assert (choice["text"] == prompt) == (not max_tokens)
+    assert logprobs["token_logprobs"][0] is None is logprobs["top_logprobs"][0]
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
+    offsets = logprobs["text_offset"]
+    for token, begin, end in zip(
+        logprobs["tokens"], offsets, [*offsets[1:], len(choice["text"])], strict=True
+    ):
+        assert token.startswith("bytes:") or choice["text"][begin:end] == token
+    streamed = pair.post("completions", json={**body, "temperature": 0, "stream": True}).text
+    chunks = [json.loads(e.removeprefix("data: ")) for e in streamed.split("\n\n")[:-2]]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(c["text"] for c in choices) == choice["text"]
+    for name, values in logprobs.items():
+        got = [value for c in choices if c["logprobs"] for value in c["logprobs"][name]]
+        if name == "token_logprobs":
+            assert got[1:] == pytest.approx(values[1:], abs=5e-3)
+        elif name != "top_logprobs":
+            assert got == values
+
+
+def test_prompt_logprobs_and_nothing_generated(pair: Server) -> None:
+    body = {"prompt": [[5, 6, 7], [8]], "max_tokens": 0, "prompt_logprobs": 2}
+    answer = pair.post("completions", json=body).json()
+    first, second = (choice["prompt_logprobs"] for choice in answer["choices"])
+    assert first[0] is None
+    assert "6" in first[1]
+    assert "7" in first[2]
+    assert second == [None]
+    assert [choice["text"] for choice in answer["choices"]] == ["", ""]
+    assert answer["usage"]["completion_tokens"] == 0
+    chat = pair.post(json={"messages": SUM, "max_tokens": 1, "prompt_logprobs": 0}).json()
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+    assert {len(scores) for scores in chat["prompt_logprobs"][1:]} == {1}
 
 
 def half_closed(server: Server, version: str = "1.1", **body: Any) -> socket.socket:

@@ -918,8 +918,33 @@ def test_log_probabilities_of_a_completion() -> None:
         "top_logprobs": [{"a": -0.5, "bytes:\\xe2": -1.5}, {" b": -0.1}],
         "text_offset": [0, 1],
     }
-    assert refused(text, {"logprobs": 0, "echo": True})[:3] == (400, "echo", UNSUPPORTED)
-    assert text(echo=True).echo
+
+
+def test_prompt_logprobs_are_in_vllms_form() -> None:
+    alternatives = (TokenLogprob(b"b", -0.5, (), 7, 1), TokenLogprob(b"a", -1.0, (), 5, 2))
+    scores = [TokenLogprob(b"x", None, (), 3), TokenLogprob(b"c", -4.0, alternatives, 9, 12)]
+    expected = {
+        "7": {"logprob": -0.5, "rank": 1, "decoded_token": "b"},
+        "9": {"logprob": -4.0, "rank": 12, "decoded_token": "c"},
+    }
+    state = ChoiceState(0, [OutputPart("text", "a")], STOP, scores)
+    completion = COMPLETIONS.respond(text(prompt_logprobs=1), META).full_response(
+        [state], Usage(1, 1)
+    )
+    assert completion["choices"][0]["prompt_logprobs"] == [None, expected]
+    whole = CHAT.respond(chat(prompt_logprobs=1), META).full_response([state], Usage(1, 1))
+    assert whole["prompt_logprobs"] == [None, expected]
+    plain = CHAT.respond(chat(), META).full_response([state], Usage(1, 1))
+    assert "prompt_logprobs" not in plain
+    for parse in (text, chat):
+        body = {"prompt_logprobs": 1, "stream": True}
+        assert refused(parse, body)[:3] == (400, "prompt_logprobs", UNSUPPORTED)
+
+
+def test_a_completion_may_be_only_its_prompt() -> None:
+    assert text(echo=True, logprobs=0, max_tokens=0).max_tokens == 0
+    assert text(max_tokens=None).max_tokens == 16
+    assert refused(chat, {"max_tokens": 0})[1] == "max_tokens"
 
 
 UNSUPPORTED = "unsupported_parameter"

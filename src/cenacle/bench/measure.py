@@ -25,7 +25,7 @@ from typing import Any
 from .. import api, runtime
 from ..calibration.rank_worker import split_cores
 from ..core.model_spec import ModelSpec
-from ..core.request import TokenEvent
+from ..core.request import GroupEvent, PromptLogprobs
 from ..errors import CenacleError, ClusterError, InputError
 from ..machine import usable_cores
 from ..model import config_catalogue, native_layers, synth
@@ -341,12 +341,13 @@ class _Bench:
         running, errors = len(requests), list[CenacleError]()
         done = threading.Event()
 
-        def on_event(event: TokenEvent | CenacleError) -> None:
+        def on_event(event: GroupEvent) -> None:
             nonlocal running
             if isinstance(event, CenacleError):
                 errors.append(event)
                 done.set()
                 return
+            assert not isinstance(event, PromptLogprobs), "they are not wanted"
             times[event.request_id].append(time.perf_counter())
             running -= event.finish is not None
             if not running:

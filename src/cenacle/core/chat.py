@@ -51,13 +51,17 @@ class TokenLogprob:
 
     Args:
         data: bytes of the token; may end inside a character.
-        logprob: natural logarithm, before temperature and filters.
+        logprob: natural logarithm, before temperature and filters; None: of a prompt's first token.
         top: the most probable tokens at this position, best first; their own `top` is empty.
+        token: its id.
+        rank: of a prompt's token, among all by probability.
     """
 
     data: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
+    token: int = -1
+    rank: int = 0
 
     @property
     def text(self) -> str:

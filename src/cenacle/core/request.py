@@ -1,7 +1,7 @@
 """Requests and the tokens they produce.
 
-Owns: `Request`, `Sampling`, `TokenEvent`: plain data with a JSON form, and the checks of their
-fields.
+Owns: `Request`, `Sampling`, `TokenEvent`, `PromptLogprobs`: plain data with a JSON form, and the
+checks of their fields.
 Does not know: tokenizers, MLX, sockets, time.
 Invariant: a `Request` that exists is valid; its constructor raises otherwise.
 Next: `step.py`; `scheduler/scheduler.py` turns requests into steps.
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
 
-from ..errors import InputError
+from ..errors import CenacleError, InputError
 
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
 
@@ -78,6 +78,7 @@ class Request:
         key: the client's key. Requests of different keys share the group fairly.
         min_tokens: how many tokens are generated before one of `stop_tokens` may be, unless the
             grammar leaves no other.
+        prompt_logprobs: like `logprobs`, for the tokens of the prompt but the first.
         resumed_tokens: how many of the last `tokens` are output that a group produced before it
             was restarted. Sampling, penalties and the grammar continue behind them.
 
@@ -95,6 +96,7 @@ class Request:
     key: str = ""
     resumed_tokens: int = 0
     min_tokens: int = 0
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -103,8 +105,9 @@ class Request:
             raise InputError(
                 f"max_tokens: expected at least 1, got {self.max_tokens}", "max_tokens"
             )
-        if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, integer=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _check_range(name, count, 0, MAX_LOGPROBS, integer=True)
         _check_range("resumed_tokens", self.resumed_tokens, 0, len(self.tokens) - 1, integer=True)
         _check_range("min_tokens", self.min_tokens, 0, inf, integer=True)
 
@@ -115,6 +118,8 @@ class Request:
             tokens=(*self.tokens, *generated_tokens),
             max_tokens=self.max_tokens - len(generated_tokens),
             resumed_tokens=self.resumed_tokens + len(generated_tokens),
+            # They came before the first token.
+            prompt_logprobs=None if generated_tokens else self.prompt_logprobs,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -137,6 +142,7 @@ class Request:
             data["key"],
             data["resumed_tokens"],
             data["min_tokens"],
+            data["prompt_logprobs"],
         )
 
 
@@ -199,6 +205,35 @@ class TokenEvent:
             "reached an internal limit; simplify the grammar",
             "grammar",
         )
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """The log-probabilities of some of a prompt's tokens. Those of all tokens but the first come in
+    order, before the first generated token; after a restart of the group they may come again.
+
+    Args:
+        request_id: the request that they belong to.
+        begin: position of the first one in the prompt, at least 1.
+        logprobs: natural log-probability of each token.
+        ranks: of each token among all, by probability; 1: the most probable.
+        top: at each position the most probable token ids with their log-probabilities, best first.
+    """
+
+    request_id: str
+    begin: int
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]
+
+    @property
+    def end(self) -> int:
+        """Position after the last one."""
+        return self.begin + len(self.logprobs)
+
+
+GroupEvent = TokenEvent | PromptLogprobs | CenacleError
+"""What a group tells of a request."""
 
 
 def _check_range(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import LogitsProcessor
 
 from ..collective.base import Collective
-from ..core.request import Request, TokenEvent
+from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Page, PrefixReuse, PromptChunk
 from ..model.families import Batching
 from ..model.step_timer import StepTimer
 from .cache.kv_cache import SequenceCache, can_merge, can_trim
+from .sampling.prompt_logprobs import PART_TOKENS, PromptScores
 from .sampling.sampler import SamplingState
 from .speculative.decoder import Generation, SpeculativeDecoder
 from .speculative.ngram import DraftStats
@@ -61,6 +62,7 @@ class Batch(ABC):
     the last one, of at least one token, together with those of others (`start`).
 
     `reusable_caches`: whether caches can be taken out and used for other requests.
+    `prompt_logprobs`: of the parts of prompts that were processed; the caller takes them out.
     """
 
     reusable_caches = False
@@ -71,6 +73,7 @@ class Batch(ABC):
         self._prefix_cache_enabled = options.prefix_cache_gb != 0
         self._retained: dict[str, SequenceCache] = {}  # of ended requests
         self._checkpoints: dict[str, dict[int, list[Any]]] = {}  # of generating requests
+        self.prompt_logprobs: list[PromptLogprobs] = []
 
     @property
     def draft_stats(self) -> DraftStats:
@@ -86,15 +89,37 @@ class Batch(ABC):
         prompt, options = self._prompts[chunk.request_id], self._options
         if prompt.sequence is None:
             prompt.sequence = SequenceCache(make_prompt_cache(self._model, options.max_kv_size))
-        caches = prompt.sequence.caches
-        tokens = mx.array([prompt.request.tokens[chunk.begin : chunk.end]])
-        with mx.stream(generation_stream):
-            self._model(tokens, cache=caches)
-            maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
-            mx.eval([cache.state for cache in caches])
-            mx.clear_cache()
+        # Logits are large: they are computed for a few tokens at once, if they are computed.
+        has_scores = prompt.request.prompt_logprobs is not None
+        size = PART_TOKENS if has_scores else chunk.end - chunk.begin
+        for begin in range(chunk.begin, chunk.end, size):
+            end = min(begin + size, chunk.end)
+            self._prefill_part(prompt, prompt.sequence.caches, begin, end)
         if chunk.checkpoint:
             prompt.sequence.checkpoint(chunk.end)
+
+    def _prefill_part(self, prompt: PendingPrompt, caches: list[Any], begin: int, end: int) -> None:
+        request, options = prompt.request, self._options
+        with mx.stream(generation_stream):
+            logits = self._model(mx.array([request.tokens[begin:end]]), cache=caches)
+            maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
+            if request.prompt_logprobs is None:
+                mx.eval([cache.state for cache in caches])
+            else:  # on every rank, as the output head may need an all-reduce
+                following = request.tokens[begin + 1 : end + 1]
+                scores = PromptScores(logits[0], following, request.prompt_logprobs)
+                mx.eval([cache.state for cache in caches], scores.arrays)
+                self.prompt_logprobs.append(scores.read(request.id, begin + 1))
+            mx.clear_cache()
+
+    def score(self, chunk: PromptChunk) -> PromptChunk:
+        """What is left of a prompt's last chunk for `start`: if log-probabilities of the prompt are
+        wanted, all but the last token are processed here."""
+        last = chunk.end - 1
+        if self._prompts[chunk.request_id].request.prompt_logprobs is None or chunk.begin == last:
+            return chunk
+        self.prefill(replace(chunk, end=last))
+        return replace(chunk, begin=last)
 
     @abstractmethod
     def start(self, chunk: PromptChunk) -> None:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..collective.base import Collective
-from ..core.request import TokenEvent
+from ..core.request import PromptLogprobs, TokenEvent
 from ..core.step import Step
 from ..errors import ClusterError
 from ..model.families import Batching
@@ -117,7 +117,7 @@ class Engine:
         for chunk in step.prefill:
             self._batch.prefill(chunk)
         for chunk in step.final_chunks:
-            self._batch.start(chunk)
+            self._batch.start(self._batch.score(chunk))
 
     def _decode(self, step: Step) -> list[TokenEvent]:
         events = self._batch.decode()
@@ -166,6 +166,11 @@ class Engine:
         """Of the drafts since the last call."""
         last, self._draft_stats = self._draft_stats, self._batch.draft_stats
         return self._draft_stats - last
+
+    def take_prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        """Of prompts that were processed since the last call; on rank 0 only."""
+        scores, self._batch.prompt_logprobs = self._batch.prompt_logprobs, []
+        return tuple(scores) if self._collective.rank == 0 else ()
 
     def close(self) -> None:
         """Free the caches."""

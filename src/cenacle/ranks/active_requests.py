@@ -15,12 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..core.request import Request, TokenEvent
-from ..errors import CenacleError
+from ..core.request import GroupEvent, Request
 
 SUSPECT_AFTER_LOSSES, MAX_LOSSES = 2, 3
 
-Sink = Callable[[TokenEvent | CenacleError], None]
+Sink = Callable[[GroupEvent], None]
 
 
 @dataclass

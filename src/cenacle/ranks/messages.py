@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.plan import Plan
-from ..core.request import TokenEvent
+from ..core.request import PromptLogprobs, TokenEvent
 from ..core.step import PageReport, Step
 from ..engine.speculative.ngram import DraftStats
 from ..errors import CenacleError, error_from_json, error_to_json
@@ -123,6 +123,7 @@ class StepResult(Message, type="step_result"):
     Args:
         report: clocks, if the step was a measured one.
         drafts: what was drafted since the last step.
+        prompt_logprobs: of prompts in this step; only rank 0 sends them.
     """
 
     epoch: Count
@@ -130,6 +131,7 @@ class StepResult(Message, type="step_result"):
     tokens: tuple[TokenEvent, ...]
     report: StepReport | None = None
     drafts: DraftStats = field(default_factory=DraftStats)
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..core.request import Request, TokenEvent
+from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Step
 from ..engine.speculative.ngram import DraftStats
 from ..errors import CenacleError, ClusterError, RankLost
@@ -375,6 +375,7 @@ class RankGroup:
             self._scheduler.on_step_time(sent.step, now - max(sent.sent_s, self._last_result_s))
             self._last_result_s = now
             self.draft_stats += result.drafts
+            self._deliver_prompt_logprobs(result.prompt_logprobs)
             self._deliver_tokens(result.tokens)
         self._compare_results(sent, rank)
         while self._in_flight and len(self._in_flight[0].results) == len(self._ranks.channels):
@@ -412,6 +413,13 @@ class RankGroup:
             self.step_timings.add(reports)
             for observer in self.observers:
                 observer.measured(reports)
+
+    def _deliver_prompt_logprobs(self, results: Sequence[PromptLogprobs]) -> None:
+        with self._lock:
+            active = [self._active.get(result.request_id) for result in results]
+        for request, result in zip(active, results, strict=True):
+            if request is not None and request.request.prompt_logprobs is not None:
+                request.sink(result)
 
     def _deliver_tokens(self, events: Sequence[TokenEvent]) -> None:
         delivered: list[tuple[Sink, TokenEvent]] = []

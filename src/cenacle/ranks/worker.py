@@ -210,6 +210,7 @@ class _Worker:
                 tuple(tokens),
                 StepReport(**report) if report is not None else None,
                 engine.take_draft_stats(),
+                engine.take_prompt_logprobs(),
             )
             self._channel.send(result.to_json())
 

@@ -327,7 +327,7 @@ class Scheduler:
 
     def _read_from_disk(self, request: Request) -> bool:
         """Have a prefix read, if disk has much more of it than memory; the request then waits."""
-        if not self._disk_index.has_pages:
+        if not self._disk_index.has_pages or request.prompt_logprobs is not None:
             return False
         tokens, owner = pack_tokens(request.tokens), self._owner(request)
         pages = () if self.bypass_cache else self._disk_index.find(tokens, owner)
@@ -402,6 +402,8 @@ class Scheduler:
             return True
         if not self._turns or not self._prefix_cache_bytes or self.bypass_cache:
             return False
+        if request.prompt_logprobs is not None:
+            return False
         tokens, owner, index = pack_tokens(request.tokens), self._owner(request), self._prefix_index
         found = index.find(tokens, owner)[1]
         return index.being_computed(tokens, owner) >= found + SHARE_WAIT_TOKENS
@@ -413,7 +415,8 @@ class Scheduler:
         checkpoints: set[int] | None = set() if self.footprint.needs_checkpoints else None
         owner = self._owner(request)
         source, length = self._prefix_index.find(tokens, owner)
-        if source is not None:
+        # A cache has no log-probabilities of its tokens.
+        if source is not None and request.prompt_logprobs is None:
             self._prefix_index.touch(source)
             reused.append(PrefixReuse(request.id, source.name, length))
             running.prefilled = running.cached_tokens = length

@@ -10,6 +10,7 @@ Next: `api/protocol.py` has `ResponseBuilder`; `ranks/rank_group.py` calls the s
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import json
 import logging
@@ -23,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..core.chat import FinishReason, OutputPart, TokenLogprob, Usage
-from ..core.request import Request, TokenEvent
+from ..core.request import GroupEvent, PromptLogprobs, Request, TokenEvent
 from ..errors import Busy, CenacleError, ClusterError
 from ..ranks.rank_group import Sink
 from ..text.output_parser import OutputParser, attach_logprobs
@@ -50,6 +51,9 @@ class InFlightChoice:
         parser: from tokens to parts.
         tokenizer: of the model.
         echo: what the choice begins with.
+        prompt: tokens whose log-probabilities are wanted; empty: none.
+        echo_prompt: the choice begins with them.
+        is_empty: the choice ends before the token that the group generates.
         thinking_budget: most tokens of reasoning; None: no limit.
         grammar_phase: parser and request of the output that must match a grammar, while something
             comes before it; None: the present ones go on.
@@ -67,6 +71,10 @@ class InFlightChoice:
     grammar_phase: tuple[OutputParser, Request] | None = None
     may_call: bool = False
     is_forced_call: bool = False
+    prompt: tuple[int, ...] = ()
+    echo_prompt: bool = False
+    is_empty: bool = False
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     generated_tokens: int = 0
     reasoning_tokens: int = 0
     cached_tokens: int = 0
@@ -77,15 +85,26 @@ class InFlightChoice:
     _certain_tokens: int = 0  # of them: reasoning and its end
     _was_in_reasoning: bool = False
     _has_called: bool = False
+    _prompt_decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
     _preface: str = ""  # text that is not sent: a call may follow
 
     def add_token(self, event: TokenEvent) -> list[OutputPart]:
         """The parts that are certain with this token."""
+        prompt = self._add_first_prompt_token()
+        if self.is_empty:
+            self.cached_tokens, self.finish = event.cached_tokens, FinishReason("length")
+            return prompt
+        return prompt + self._add_token(event)
+
+    def _add_token(self, event: TokenEvent) -> list[OutputPart]:
         self.generated_tokens += 1
         self._request_tokens.append(event.token)
         if self.generated_tokens == 1:  # later requests find tokens that were not in the prompt
             self.cached_tokens = event.cached_tokens
-        if event.logprob is not None and event.finish != "stop":
+        # Clients count tokens from the end of an echo: also one that ended the output.
+        if event.logprob is not None and (event.finish != "stop" or self.echo_prompt):
             self._logprobs.append(self.tokenizer.token_logprob(event))
         self.reasoning_tokens += self.parser.in_reasoning
         parts = self.parser.add(event.token)
@@ -101,6 +120,30 @@ class InFlightChoice:
             parts = attach_logprobs(parts or [OutputPart("text", "")], self._logprobs)
             self._logprobs.clear()
         return parts
+
+    def add_prompt_logprobs(self, event: PromptLogprobs) -> list[OutputPart]:
+        """The parts that are certain with more of the prompt's log-probabilities."""
+        parts = self._add_first_prompt_token()
+        repeated = len(self.prompt_logprobs) - event.begin  # after a restart of the group
+        if repeated < 0:
+            return parts
+        tokens = self.tokenizer.prompt_logprobs(self.prompt, event)[repeated:]
+        return parts + self._add_prompt_tokens(tokens)
+
+    def _add_first_prompt_token(self) -> list[OutputPart]:
+        if not self.prompt or self.prompt_logprobs:
+            return []
+        data = self.tokenizer.token_bytes(self.prompt[0])
+        if data.startswith(b" ") and not self.tokenizer.decode(self.prompt[:1]).startswith(" "):
+            data = data[1:]  # some tokenizers put a space before every text
+        return self._add_prompt_tokens([TokenLogprob(data, None, (), self.prompt[0])])
+
+    def _add_prompt_tokens(self, tokens: list[TokenLogprob]) -> list[OutputPart]:
+        self.prompt_logprobs += tokens
+        if not self.echo_prompt or not tokens:
+            return []
+        text = self._prompt_decoder.decode(b"".join(token.data for token in tokens))
+        return [OutputPart("text", text, logprobs=tuple(tokens))]
 
     def _drop_logprobs(self, size_bytes: int) -> None:
         """Drop those of tokens that lie wholly in the last bytes."""
@@ -208,7 +251,8 @@ class InFlightChoice:
         return reasoning
 
     def _replace_request(self, request: Request) -> None:
-        self.request, self._request_tokens = replace(request, id=uuid.uuid4().hex), []
+        request = replace(request, id=uuid.uuid4().hex, prompt_logprobs=None)
+        self.request, self._request_tokens = request, []
         self._certain_tokens = 0
 
 
@@ -246,9 +290,7 @@ class GenerationRun(Response):
         self._token_timeout_s, self._keep_alive_s = token_timeout_s, keep_alive_s
         self._keep_alive: Callable[[], Awaitable[None]] | None = None  # of a stream
         self._last_write_s = 0.0  # in the loop's time
-        self._events: asyncio.Queue[tuple[InFlightChoice, TokenEvent | CenacleError]] = (
-            asyncio.Queue()
-        )
+        self._events: asyncio.Queue[tuple[InFlightChoice, GroupEvent]] = asyncio.Queue()
 
     def abort(self, error: CenacleError) -> None:
         """End the response with an error. Call it in the event loop's thread."""
@@ -288,14 +330,20 @@ class GenerationRun(Response):
                 async for choice, parts in generated:
                     choice.parts += parts
             choices = [
-                ChoiceState(c.index, c.parts, c.finish or FinishReason("length"))
+                ChoiceState(c.index, c.parts, c.finish or FinishReason("length"), c.prompt_logprobs)
                 for c in self._choices
             ]
-            body = self._builder.full_response(choices, self._usage())
-            response = json_response(200, body, self._warning_headers)
+            if any(choice.prompt for choice in self._choices):  # many numbers
+                response = await asyncio.to_thread(self._render, choices)
+            else:
+                response = self._render(choices)
         except Exception as error:
             response = error_response(error, self._adapter)
         await response(scope, receive, send)
+
+    def _render(self, choices: list[ChoiceState]) -> Response:
+        body = self._builder.full_response(choices, self._usage())
+        return json_response(200, body, self._warning_headers)
 
     async def _send_stream(self, send: Send) -> None:
         builder = self._builder
@@ -356,6 +404,9 @@ class GenerationRun(Response):
                 raise event
             if choice.finish is not None or event.request_id != choice.request.id:
                 continue  # was on its way when the choice, or its reasoning, ended
+            if isinstance(event, PromptLogprobs):
+                yield choice, choice.add_prompt_logprobs(event)
+                continue
             parts = choice.change_phase(choice.add_token(event))
             if choice.request.id != event.request_id:
                 self._group.cancel(event.request_id, "continued")
@@ -365,7 +416,7 @@ class GenerationRun(Response):
                 unfinished -= 1
             yield choice, parts
 
-    async def _next_event(self) -> tuple[InFlightChoice, TokenEvent | CenacleError]:
+    async def _next_event(self) -> tuple[InFlightChoice, GroupEvent]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._token_timeout_s
         while True:
@@ -387,7 +438,7 @@ class GenerationRun(Response):
         """Called in the group's thread."""
         loop, put = asyncio.get_running_loop(), self._events.put_nowait
 
-        def sink(event: TokenEvent | CenacleError) -> None:
+        def sink(event: GroupEvent) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(put, (choice, event))
 

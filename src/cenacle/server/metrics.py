@@ -29,7 +29,7 @@ from prometheus_client.metrics_core import Metric
 
 from .. import __version__
 from ..core.plan import LayerPlan, Plan
-from ..core.request import Request, TokenEvent
+from ..core.request import GroupEvent, Request, TokenEvent
 from ..core.step import Step
 from ..errors import CenacleError
 from ..ranks.rank_group import RankGroup, Sink
@@ -282,10 +282,10 @@ class InstrumentedGroup:
     def submit(self, request: Request, sink: Sink) -> None:
         """As `RankGroup.submit`."""
 
-        def counting_sink(event: TokenEvent | CenacleError) -> None:
+        def counting_sink(event: GroupEvent) -> None:
             if isinstance(event, TokenEvent):
                 self._metrics.on_token(event)
-            else:
+            elif isinstance(event, CenacleError):
                 self._metrics.on_finish(request.id, "error")
             sink(event)
 

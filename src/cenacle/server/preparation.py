@@ -64,7 +64,10 @@ class RequestPreparer:
             free = self._served.free_context(len(tokens), request.prompt_field)
             limits = [n for n in (request.max_tokens, free) if n is not None]
             max_tokens = min(limits, default=None)
-            echo = self._tokenizer.decode(tokens) if request.echo else ""
+            if max_tokens == 0:
+                max_tokens = 1  # the group generates at least one
+            wanted = prompt_alternatives(request)
+            echo = self._tokenizer.decode(tokens) if request.echo and wanted is None else ""
             for index in range(request.n):
                 parser = self._output_parser(request, tokens)
                 parser.min_tokens = request.min_tokens
@@ -77,6 +80,9 @@ class RequestPreparer:
                     echo,
                     request.thinking_budget,
                     is_forced_call=request.forced_call is not None,
+                    prompt=() if wanted is None else tokens,
+                    echo_prompt=request.echo and wanted is not None,
+                    is_empty=request.max_tokens == 0,
                 )
                 if request.is_chat and request.grammar is not None:
                     self._precede_grammar(request, choice)
@@ -178,6 +184,7 @@ class RequestPreparer:
                 grammar=request.grammar,
                 min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,
+                prompt_logprobs=prompt_alternatives(request),
             )
         except InputError as error:
             if error.field != "grammar":
@@ -241,3 +248,9 @@ class RequestPreparer:
                 request.stop, request.tools, prompt_tokens, parallel=request.parallel_tool_calls
             )
         return self._tokenizer.text_parser(request.stop)
+
+
+def prompt_alternatives(request: GenerationRequest) -> int | None:
+    """How many alternatives to report with each token of the prompts; None: nothing about them."""
+    counts = [request.prompt_logprobs, request.logprobs if request.echo else None]
+    return max((count for count in counts if count is not None), default=None)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.chat import Message, OutputPart, TokenLogprob, Tool
-from ..core.request import TokenEvent
+from ..core.request import PromptLogprobs, TokenEvent
 from ..errors import InputError
 from . import harmony
 from .call_form import CallForm, find_call_form
@@ -426,6 +426,27 @@ class ChatTokenizer:
         return TextStateMachine(transitions)
 
     # Log-probabilities
+
+    def prompt_logprobs(
+        self, tokens: Sequence[int], logprobs: PromptLogprobs
+    ) -> list[TokenLogprob]:
+        """A part of a prompt's log-probabilities, with the bytes of its tokens.
+
+        Args:
+            tokens: of the prompt.
+            logprobs: of some of them.
+        """
+        rows = zip(logprobs.logprobs, logprobs.ranks, logprobs.top, strict=True)
+        result = []
+        for token, (value, rank, top) in zip(
+            tokens[logprobs.begin : logprobs.end], rows, strict=False
+        ):
+            best = tuple(
+                TokenLogprob(self._token_bytes[t], logprob, (), t, place)
+                for place, (t, logprob) in enumerate(top, 1)
+            )
+            result.append(TokenLogprob(self._token_bytes[token], value, best, token, rank))
+        return result
 
     def token_logprob(self, event: TokenEvent) -> TokenLogprob:
         """The log-probabilities of an event, with the bytes of its tokens."""

@@ -97,7 +97,6 @@ _EXTENSIONS = refuse(
     "guided_decoding_backend_options",
     "guided_whitespace_pattern",
     "lora_path",
-    "prompt_logprobs",
     "samplers",
     "stop_regex",
     "truncate_prompt_tokens",
@@ -338,6 +337,9 @@ class _CompletionParameters(OpenAIParameters):
         0, ge=0, description="So many tokens come before the model or a stop string may end."
     )
     ignore_eos: bool = Field(False, description="The model cannot end the response.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Report this about the tokens of the prompt."
+    )
     stream_options: _StreamOptions | None = None
     response_format: _ResponseFormat | None = Field(
         None, description="What the response must match."
@@ -358,6 +360,8 @@ class _CompletionParameters(OpenAIParameters):
         if max_tokens is not None and self.min_tokens > max_tokens:
             reason = f"expected at most max_tokens={max_tokens}, got {self.min_tokens}"
             raise RequestError("min_tokens", reason)
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs", "not supported with stream=true", UNSUPPORTED)
         options = self.stream_options
         include_usage = options is not None and options.include_usage
         grammar_field, grammar = self._grammar()
@@ -371,6 +375,7 @@ class _CompletionParameters(OpenAIParameters):
             "continuous_usage": bool(include_usage and options and options.continuous_usage_stats),
             "min_tokens": self.min_tokens,
             "ignore_eos": self.ignore_eos,
+            "prompt_logprobs": self.prompt_logprobs,
             "grammar": grammar,
             "grammar_field": grammar_field,
         }
@@ -796,6 +801,9 @@ class CompletionRequest(_CompletionParameters):
 
     unsupported = refuse(suffix=("",))
     best_of: int | None = Field(None, description="Only the same as n.")
+    max_tokens: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_check_limit)] = (
+        Field(None, description="Most tokens of the response; -1: as many as fit.")
+    )
     prompt: Annotated[
         tuple[Any, ...], OneOf(Text, Annotated[list[Any], _PromptList()], into=_to_prompts)
     ] = Field(description="A string, a list of token ids, or a list of these.")
@@ -812,8 +820,6 @@ class CompletionRequest(_CompletionParameters):
         if len(self.prompt) * self.n > MAX_CHOICES:
             choices = f"{len(self.prompt)} prompts times n={self.n}"
             raise RequestError("prompt", f"expected at most {MAX_CHOICES} choices, got {choices}")
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo", "not supported together with logprobs", UNSUPPORTED)
         return GenerationRequest(
             self.prompt,
             is_chat=False,
@@ -824,9 +830,9 @@ class CompletionRequest(_CompletionParameters):
         )
 
     def _max_tokens(self) -> int | None:
-        limit = self.max_tokens or self.n_predict
+        limit = self.n_predict if self.max_tokens is None else self.max_tokens
         unlimited = {"max_tokens", "n_predict"} & self.model_fields_set  # with -1
-        return limit if limit or unlimited else DEFAULT_COMPLETION_TOKENS
+        return limit if limit is not None or unlimited else DEFAULT_COMPLETION_TOKENS
 
 
 def template_role(role: str) -> str:
@@ -858,6 +864,21 @@ class _CompletionBuilder(ResponseBuilder):
     @abstractmethod
     def _full_choice(self, choice: ChoiceState) -> JsonObject: ...
 
+    def _prompt_logprobs(self, choice: ChoiceState) -> JsonObject:
+        """In vLLM's form: by token id, the token itself and the most probable ones."""
+        count = self._request.prompt_logprobs
+        if count is None:
+            return {}
+        tokens = choice.prompt_logprobs
+        return {
+            "prompt_logprobs": [
+                None
+                if token.logprob is None
+                else {str(one.token): _ranked(one) for one in (*token.top[:count], token)}
+                for token in tokens
+            ]
+        }
+
     def _chunk(
         self, index: int, content: JsonObject, logprobs: object, finish_reason: str | None
     ) -> Iterator[Event]:
@@ -883,6 +904,9 @@ class _ChatBuilder(_CompletionBuilder):
     def __init__(self, request: GenerationRequest, meta: ResponseMeta) -> None:
         super().__init__(request, meta)
         self._calls: Counter[int] = Counter()  # by choice
+
+    def full_response(self, choices: Sequence[ChoiceState], usage: Usage) -> JsonObject:
+        return {**super().full_response(choices, usage), **self._prompt_logprobs(choices[0])}
 
     def first_events(self, index: int, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         yield from self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
@@ -959,6 +983,7 @@ class _TextBuilder(_CompletionBuilder):
             "text": "".join(part.text for part in choice.parts),
             "logprobs": self._logprobs(choice.index, tokens),
             "finish_reason": self._finish_reason(choice.finish),
+            **self._prompt_logprobs(choice),
         }
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> JsonObject | None:
@@ -968,13 +993,18 @@ class _TextBuilder(_CompletionBuilder):
         for token in tokens:
             offsets.append(self._characters[index])
             self._count_characters(index, token.data)
-        top = [{_token_name(one): one.logprob for one in token.top} for token in tokens]
+        top = [self._top(token) for token in tokens]
         return {
             "tokens": [_token_name(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": top if self._request.logprobs else None,
             "text_offset": offsets,
         }
+
+    def _top(self, token: TokenLogprob) -> JsonObject | None:
+        if token.logprob is None:
+            return None
+        return {_token_name(one): one.logprob for one in token.top[: self._request.logprobs]}
 
     def _count_characters(self, index: int, data: bytes) -> None:
         """A character that is spread over tokens counts with the last of them."""
@@ -994,6 +1024,10 @@ def _token_name(token: TokenLogprob) -> str:
         return token.data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+
+
+def _ranked(token: TokenLogprob) -> JsonObject:
+    return {"logprob": token.logprob, "rank": token.rank, "decoded_token": token.text}
 
 
 def logprob_object(token: TokenLogprob) -> JsonObject:

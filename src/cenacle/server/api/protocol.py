@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage
+from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, Usage
 from ...core.request import Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
 from .validation import JsonObject, RequestError, RequestModel, Text, describe, parse_request
@@ -95,7 +95,7 @@ class GenerationRequest:
         prompts: at least one; a chat has exactly one.
         is_chat: the prompt is messages, and the response may have reasoning and tool calls.
         prompt_field: the parameter that the prompts came in.
-        max_tokens: of each choice; None: as many as fit.
+        max_tokens: of each choice, 0 for none; None: as many as fit.
         stop: strings that end a choice, which does not include them.
         n: choices per prompt.
         include_usage: OpenAI's stream ends with a chunk that counts tokens.
@@ -103,7 +103,8 @@ class GenerationRequest:
         min_tokens: how many tokens of a choice come before a stop string or the model may end it.
         ignore_eos: the model cannot end a choice.
         logprobs: how many alternatives to report with each token; None: nothing about tokens.
-        echo: choices begin with their prompts.
+        echo: choices begin with their prompts, with `logprobs` also of these.
+        prompt_logprobs: like `logprobs`, for the prompts, apart from the choices (vLLM).
         forced_call: "required" or a function's name: the response is tool calls and nothing else;
             None: the model decides.
         grammar: what the response must match, see `structured_output.py`, unless it is calls of
@@ -135,6 +136,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     echo: bool = False
+    prompt_logprobs: int | None = None
     tools: tuple[Tool, ...] = ()
     forced_call: str | None = None
     parallel_tool_calls: bool = True
@@ -210,11 +212,13 @@ class SharedParameters(ApiRequest):
 
 @dataclass(frozen=True)
 class ChoiceState:
-    """One finished choice: its place among the choices, its parts, why it ended."""
+    """One finished choice: its place among the choices, its parts, why it ended, and its prompt's
+    log-probabilities, if they are wanted."""
 
     index: int
     parts: list[OutputPart]
     finish: FinishReason
+    prompt_logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
