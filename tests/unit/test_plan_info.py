@@ -62,7 +62,9 @@ def model():
         group=FakeGroup(),
         ranks=SimpleNamespace(backend="mesh", pids=[], ready=[]),
         ranks_json=list,
-        text=SimpleNamespace(text_parser=lambda stop: OneWordParser(), isolate=lambda: None),
+        text=SimpleNamespace(
+            text_parser=lambda stop: OneWordParser(), isolate=lambda: None, close=lambda: None
+        ),
         tokens_of=tuple,
         request=lambda tokens, limit, sampling, **_: Request("a", tokens, 9, (), sampling),
     )
