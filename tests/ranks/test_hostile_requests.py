@@ -144,3 +144,17 @@ def test_what_a_schema_asks_and_is_not_enforced_is_said(server):
         for part in ("uniqueItems", "isbn", "pattern ^(?!x)[a-z]{1,3}$"):
             assert part in warning
     assert "x-cenacle-warning" not in server.ask().headers
+
+
+def test_a_prompt_that_cannot_fit_is_refused_without_tokenizing_it(server):
+    """9 MB took half a minute, and one key's work made the others wait."""
+    long = "12 + 30 is what? " * 550_000
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("/v1/completions", {"prompt": long}),
+        ("/v1/responses", {"input": long}),
+    ):
+        answer = server.post(path, body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert "characters are" in answer.json()["error"]["message"]

@@ -241,35 +241,32 @@ def test_every_series_of_the_dashboard_exists(safe: Safe) -> None:
 
 
 def test_a_token_budget_is_enforced(safe: Safe) -> None:
-    made = cenacle_program(safe.home, "keys", "add", "dave", "--tokens-per-day", "10")
-    body = {"messages": SUM, "temperature": 0}
+    made = cenacle_program(safe.home, "keys", "add", "dave", "--tokens-per-day", "40")
+    endless = {"messages": SUM, "temperature": 0, "ignore_eos": True}
     with safe.http(authorization=f"Bearer {made.stdout.strip()}") as client:
-        assert client.post("/v1/chat/completions", json=body).status_code == 200
-        answer = client.post("/v1/chat/completions", json=body)
+        first = client.post("/v1/chat/completions", json=endless)
+        assert first.status_code == 200
+        # Not one token more, whatever the request asks for.
+        assert first.json()["usage"]["total_tokens"] == used(safe, "dave") == 40
+        answer = client.post("/v1/chat/completions", json=endless)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
         assert int(answer.headers["retry-after"]) > 0
-        messages = client.post("/v1/messages", json={**body, "max_tokens": 5})
+        messages = client.post("/v1/messages", json={**endless, "max_tokens": 5})
         assert messages.json()["error"]["type"] == "rate_limit_error"
     cenacle_program(safe.home, "keys", "remove", "dave")
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/tokenize", {"prompt": "What is 12 + 30? " * 9}),
-        ("/detokenize", {"tokens": [81] * 20}),
-        ("/v1/messages/count_tokens", {"model": "demo_model", "messages": SUM * 9}),
-    ],
-)
-def test_tokens_that_are_only_counted_are_charged(
-    safe: Safe, path: str, body: dict[str, Any]
-) -> None:
-    name = path.replace("/", "-")[1:]  # a key's name keeps its count for the day
-    made = cenacle_program(safe.home, "keys", "add", name, "--tokens-per-day", "20")
+def test_answers_at_once_are_counted_not_requests(safe: Safe) -> None:
+    made = cenacle_program(safe.home, "keys", "add", "erin", "--max-concurrent", "2")
+    body: dict[str, Any] = {"messages": SUM, "max_tokens": 2}
     with safe.http(authorization=f"Bearer {made.stdout.strip()}") as client:
-        assert client.post(path, json=body).status_code == 200
-        assert client.post(path, json=body).status_code == 429
-    cenacle_program(safe.home, "keys", "remove", name)
+        assert client.post("/v1/chat/completions", json={**body, "n": 2}).status_code == 200
+        refused = client.post("/v1/chat/completions", json={**body, "n": 3})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        batch = {"prompt": ["a", "b", "c"], "max_tokens": 1}
+        assert client.post("/v1/completions", json=batch).status_code == 400
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    cenacle_program(safe.home, "keys", "remove", "erin")
 
 
 def test_a_key_cannot_guess_anothers_prompt(safe: Safe) -> None:

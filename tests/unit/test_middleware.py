@@ -224,8 +224,8 @@ def test_concurrent_requests_are_limited_per_key_and_in_total(keys):
     for answer in refused:
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
         assert answer.json()["error"]["type"] == "rate_limit_error"
-    assert "2 requests with this key" in refused[0].text
-    assert "4 requests already" in refused[1].text
+    assert "2 answers for this key" in refused[0].text
+    assert "4 answers already" in refused[1].text
     assert [a.json()["key"] for a in done] == ["alice", "alice", "bob", "bob"]
     assert after.status_code == 200
 

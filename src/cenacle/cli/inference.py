@@ -209,7 +209,13 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
             access_log=arguments.access_log,
             log_text=arguments.log_text,
         )
-        tls = keys.tls_context(arguments.host, arguments.tls, arguments.tls_cert, arguments.tls_key)
+        tls = keys.tls_context(
+            arguments.host,
+            arguments.tls,
+            arguments.tls_cert,
+            arguments.tls_key,
+            report if process is None else lambda _: None,
+        )
         if process is not None:
             yield Endpoint(policy, tls, process, names)
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,9 +114,17 @@ def access_policy(sock: socket.socket, **options: Any) -> AccessPolicy:
 
 
 def tls_context(
-    host: str, tls: str | None, cert: Path | None, key: Path | None
+    host: str,
+    tls: str | None,
+    cert: Path | None,
+    key: Path | None,
+    report_fingerprint: Callable[[str], None],
 ) -> ssl.SSLContext | None:
-    """The TLS context by a server's options, or None; reports the certificate's fingerprint.
+    """The TLS context by a server's options, or None.
+
+    Args:
+        host, tls, cert, key: the options.
+        report_fingerprint: told which certificate it is.
 
     Raises:
         InputError: options that exclude each other, or files that cannot be used.
@@ -134,5 +143,5 @@ def tls_context(
     if cert is None or key is None:
         raise InputError("--tls-cert and --tls-key: expected both, got one", "tls-cert")
     context = server_context(cert, key)
-    report(f"certificate {cert}, SHA-256 fingerprint {fingerprint(cert)}")
+    report_fingerprint(f"certificate {cert}, SHA-256 fingerprint {fingerprint(cert)}")
     return context

@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,15 +28,23 @@ from starlette.routing import Route
 from .. import __version__
 from ..errors import ClusterError
 from . import static
+from .admission import Admission, QuotaUsed
 from .api import anthropic, openai, openai_responses, openapi
 from .api.protocol import ApiAdapter, ResponseMeta, ServedModel
 from .api.validation import JsonObject, RequestError
 from .cluster_view import ClusterView, group_state
-from .generation import GenerationRun, error_response, json_response
+from .generation import (
+    GenerationRun,
+    InFlightChoice,
+    error_response,
+    json_response,
+    wait_for_disconnect,
+)
 from .limits import Limits
 from .metrics import InstrumentedGroup, Metrics
 from .plan_info import PlanTracker
 from .preparation import RequestPreparer
+from .preparation_queue import PreparationQueue
 from .request_body import BodyTooLarge, BodyTooSlow, read_body
 from .supervisor import Restarts
 
@@ -90,9 +98,7 @@ class Application:
         self._created = int(time.time())
         self._active_runs: set[GenerationRun] = set()
         self._stop_reason: ClusterError | None = None
-        # In a thread, so that a long prompt does not stall the streams of others; in one, because
-        # tokenizers are not thread-safe.
-        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
+        self._preparations = PreparationQueue()
         self._view = ClusterView(model, plan_tracker)
         responses = openai_responses.ResponsesAdapter()
         self._stored_responses = responses.store
@@ -137,7 +143,7 @@ class Application:
         """End the threads."""
         self._view.close()
         self._model.text.close()
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        self._preparations.close()
 
     async def _get_health(self, http: Request) -> Response:
         model, body = self._model, group_state(self._model)
@@ -201,20 +207,22 @@ class Application:
         """What a function of the tokenizer gives for the body; its tokens are charged."""
         try:
             body = await read_body(http, self._limits)
-            answer, tokens = await self._in_tokenizer_thread(function, body)
+            key = http.scope["state"]["key"]
+            answer, tokens = await self._prepare(http, key, function, body)
         except ClientDisconnect:
             return Response()  # nobody reads it
         except Exception as error:
             return _error_response(error, http)
-        self._metrics.charge(http.scope["state"]["key"], tokens)
+        self._metrics.charge(key, tokens)
         return json_response(200, answer)
 
     async def _generate(self, adapter: ApiAdapter, http: Request) -> Response:
         try:
             body, key = await read_body(http, self._limits), http.scope["state"]["key"]
-            request, choices = await self._in_tokenizer_thread(
-                self._preparer.prepare, adapter, body, key
+            request, choices = await self._prepare(
+                http, key, self._preparer.prepare, adapter, body, key
             )
+            _admit(choices, http)
         except ClientDisconnect:
             return Response()  # nobody reads it
         except Exception as error:
@@ -234,9 +242,38 @@ class Application:
             self._limits.stream_keep_alive_s,
         )
 
-    async def _in_tokenizer_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizer_thread, function, *arguments)
+    async def _prepare(
+        self, http: Request, key: str, function: Callable[..., T], *arguments: Any
+    ) -> T:
+        """Run a function that tokenizes, when it is the key's turn.
+
+        Raises:
+            ClientDisconnect: the client has gone; the work is dropped if it has not begun.
+        """
+        work = asyncio.ensure_future(self._preparations.run(key, function, *arguments))
+        gone = asyncio.ensure_future(wait_for_disconnect(http.receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            return work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+
+
+def _admit(choices: Sequence[InFlightChoice], http: Request) -> None:
+    """Count the answers of a request, and reserve their tokens."""
+    admission: Admission | None = http.scope["state"].get("admission")
+    if admission is None or not choices:
+        return
+    admission.add_answers(len(choices) - 1)
+    longest = max(choice.request.max_tokens for choice in choices)
+    prompt_tokens = sum(choice.prompt_tokens for choice in choices)
+    limit = admission.reserve_tokens(prompt_tokens, longest, len(choices))
+    for choice in choices:
+        max_tokens = min(choice.request.max_tokens, limit)
+        choice.request = replace(choice.request, max_tokens=max_tokens)
 
 
 def _error_response(
@@ -248,6 +285,8 @@ def _error_response(
     if isinstance(error, BodyTooLarge | BodyTooSlow):
         # The rest of the body would be taken for the next request.
         headers = {"connection": "close"}
+    if isinstance(error, QuotaUsed):
+        headers = {"retry-after": str(error.retry_after_s)}
     return error_response(error, adapter, headers)
 
 

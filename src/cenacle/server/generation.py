@@ -310,7 +310,7 @@ class GenerationRun(Response):
             self._send_stream(send) if self._stream else self._send_whole(scope, receive, send)
         )
         work = asyncio.create_task(respond)
-        disconnect = asyncio.create_task(_wait_for_disconnect(receive))
+        disconnect = asyncio.create_task(wait_for_disconnect(receive))
         try:
             await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -453,7 +453,8 @@ class GenerationRun(Response):
         )
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Wait until the client has gone; the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -15,7 +15,6 @@ import logging
 import socket
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +24,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import CenacleError, InputError
+from ..errors import Busy, CenacleError, InputError
+from .admission import Admissions
 from .api import anthropic, openai
 from .auth import ApiKey, KeyStore
 from .generation import json_response
@@ -57,7 +57,7 @@ class AccessPolicy:
             elsewhere can make a browser send requests to this machine under the page's own name
             (DNS rebinding). Without keys, only the Host header reveals that.
         cors_origins: pages of these origins may use the server from browsers; "*": all.
-        max_concurrent: requests that are answered at once, in total.
+        max_concurrent: answers at once, in total; a request with several counts as so many.
         max_concurrent_per_key: the same for each key without a limit of its own.
         access_log: log a line for each request: key, path, status, time; no text.
         log_text: log prompts and answers.
@@ -130,7 +130,7 @@ class AccessMiddleware:
     def __init__(self, app: ASGIApp, policy: AccessPolicy, keys: KeyStore) -> None:
         self._app: ASGIApp = app
         self._policy, self._keys = policy, keys
-        self._running: Counter[str] = Counter()  # requests, by the key's name
+        self._admissions = Admissions(keys, policy.max_concurrent, policy.max_concurrent_per_key)
         if policy.access_log:
             _log_to_stderr(access_log)
         if policy.log_text:
@@ -201,15 +201,16 @@ class AccessMiddleware:
             raise _AccessDenied(503, "keys_unavailable", message) from error
         if scope["method"] != "POST":
             return await self._app(scope, receive, send)
-        name = scope["state"]["key"]
-        self._check_concurrency(name, key)
-        self._running[name] += 1
+        try:
+            admission = self._admissions.open(scope["state"]["key"], key)
+        except Busy as error:
+            retry = {"retry-after": str(error.retry_after_s)}
+            raise _AccessDenied(429, "too_many_requests", str(error), retry) from error
+        scope["state"]["admission"] = admission
         try:
             return await self._app(scope, receive, send)
         finally:
-            self._running[name] -= 1
-            if not self._running[name]:
-                del self._running[name]
+            admission.close()
 
     def _check_host(self, headers: Headers) -> None:
         hosts = self._policy.hosts
@@ -276,27 +277,11 @@ class AccessMiddleware:
                 {"retry-after": str(self._keys.seconds_until_reset())},
             )
 
-    def _check_concurrency(self, name: str, key: ApiKey | None) -> None:
-        total = self._policy.max_concurrent
-        if self._running.total() >= total:
-            raise _too_many_requests(f"the server answers {total} requests already")
-        limit = self._policy.max_concurrent_per_key
-        if key is not None and key.max_concurrent:
-            limit = key.max_concurrent
-        # Without keys all requests are one user's, who may take the total.
-        if name and self._running[name] >= limit:
-            raise _too_many_requests(f"{limit} requests with this key are being answered already")
-
     def _save_counts(self) -> None:
         try:
             self._keys.save()
         except CenacleError as error:
             log.error("%s", error)
-
-
-def _too_many_requests(reason: str) -> _AccessDenied:
-    message = f"Too many requests at once: {reason}"
-    return _AccessDenied(429, "too_many_requests", message, {"retry-after": "1"})
 
 
 def _is_public(scope: Scope) -> bool:

@@ -25,6 +25,9 @@ from .generation import InFlightChoice
 if TYPE_CHECKING:
     from ..api import Model
 
+CHARACTERS_PER_TOKEN = 8  # more than usual text has
+LENGTH_SLACK_TOKENS = 64  # by which the beginning of a text may differ when it is cut
+
 
 class RequestPreparer:
     """Prepares the choices of requests. Slow, because it tokenizes; not safe for several threads.
@@ -60,6 +63,7 @@ class RequestPreparer:
         request = self._use_native_calls(request)
         choices: list[InFlightChoice] = []
         for prompt in request.prompts:
+            self._check_length(request, prompt)
             tokens = self._tokenize(request, prompt)
             free = self._served.free_context(len(tokens), request.prompt_field)
             limits = [n for n in (request.max_tokens, free) if n is not None]
@@ -191,6 +195,30 @@ class RequestPreparer:
                 raise
             # Named as the client named it.
             raise RequestError(request.grammar_field, f"cannot be enforced: {error}") from error
+
+    def _check_length(self, request: GenerationRequest, prompt: Prompt) -> None:
+        """Refuse a prompt that cannot fit, without tokenizing all of it.
+
+        The beginning of a text has about as many tokens as it has in the whole.
+        """
+        limit = self._served.context_length
+        if limit is None or (request.is_chat and len(prompt) > self._max_messages):
+            return
+        if isinstance(prompt, str):
+            text = prompt
+        else:
+            contents = [m.get("content") for m in prompt if isinstance(m, dict)]
+            text = "\n".join(c for c in contents if isinstance(c, str))
+        length = CHARACTERS_PER_TOKEN * limit
+        while length < len(text):
+            tokens = len(self._tokenizer.encode(text[:length]))
+            if tokens > limit + LENGTH_SLACK_TOKENS:
+                reason = (
+                    f"this model's maximum context length is {limit} tokens; the first {length:,} "
+                    f"of {len(text):,} characters are {tokens} already"
+                )
+                raise RequestError(request.prompt_field, reason, "context_length_exceeded")
+            length *= 2
 
     def _tokenize(
         self, request: GenerationRequest, prompt: Prompt, add_generation_prompt: bool = True
