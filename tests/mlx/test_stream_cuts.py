@@ -1,0 +1,134 @@
+"""However a stream is cut into tokens, its reasoning, text and calls are the same; also damaged."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_output_parser import DEEPSEEK, LLAMA, SCRIPTS, TEMPLATE, V3_CALL, V31_CALL, XTML, text_of
+
+from cenacle.core.chat import OutputPart, Tool, join_text
+from cenacle.text.tokenizer import ChatTokenizer
+from support.harmony_model import MARKS
+from support.harmony_model import TEMPLATE as HARMONY
+
+TOOLS = [
+    Tool("weather", "", {"type": "object", "properties": {"place": {"type": "string"}}}),
+    Tool("time", "", {"type": "object"}),
+]
+
+
+def deepseek(form: str) -> tuple[str, str]:
+    written = form.format("{{ c.function.name }}", "{{ '' + c.function.arguments }}")
+    call = form.format("weather", '{"place": "Oslo"}') + "<｜tool▁call▁end｜>"
+    said = f"<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>"
+    return DEEPSEEK.replace("CALL", written), said
+
+
+THOUGHT = "<think>\nHm é🙂.\n</think>\n\n"
+JSON_CALL = '{"name": "weather", "arguments": {"place": "Oslo é🙂"}}'
+HARMONY_CALL = (
+    "<|channel|>analysis<|message|>Hm é🙂.<|end|><|start|>assistant<|channel|>commentary<|message|>"
+    "I look.<|end|><|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json"
+    '<|message|>{"place": "Oslo"}<|end|><|start|>assistant<|channel|>final<|message|>Rain.'
+)
+# Template, marks in the vocabulary, outputs.
+FORMATS = {
+    **{
+        name: (
+            f"{{# {mark} #}}{{{{ tools }}}}",
+            XTML if name == "kimi_k3" else (),
+            (said, f"I look é🙂.\n{said}"),
+        )
+        for name, (mark, said) in SCRIPTS.items()
+    },
+    "json_tools": (
+        TEMPLATE,
+        ("<think>", "</think>"),
+        (
+            f"{THOUGHT}Well.<tool_call>{JSON_CALL}</tool_call>\n<tool_call>\n{JSON_CALL}",
+            f"{THOUGHT}{JSON_CALL}",
+            f"{THOUGHT}[{JSON_CALL}, {JSON_CALL}]",
+            '{"name": "nothing"} é',
+        ),
+    ),
+    "harmony": (HARMONY, MARKS, (HARMONY_CALL,)),
+    "llama": (LLAMA, (), (JSON_CALL, f"{JSON_CALL}; {JSON_CALL}", '[weather(place="Oslo")]')),
+    "deepseek-v3": (deepseek(V3_CALL)[0], (), (deepseek(V3_CALL)[1],)),
+    "deepseek-v3.1": (deepseek(V31_CALL)[0], (), (f"I look.{deepseek(V31_CALL)[1]}",)),
+}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def reader(request, tmp_path_factory) -> tuple[ChatTokenizer, tuple[str, ...]]:
+    template, marks, outputs = FORMATS[request.param]
+    return text_of(tmp_path_factory.mktemp("model"), template, marks), outputs
+
+
+@pytest.fixture(scope="module")
+def byte_tokens(reader) -> dict[int, int]:
+    text, _ = reader
+    tokens = {text.token_bytes(token): token for token in range(360)}
+    return {byte: tokens[bytes([byte])] for byte in range(256)}
+
+
+def cut(text: ChatTokenizer, byte_tokens: dict[int, int], output: str, seed: int) -> list[int]:
+    """Tokens of the same text: the tokenizer's own, of pieces, or single bytes, in turn."""
+    generator, tokens = random.Random(seed), []
+    while output:
+        length = generator.choice([1, 2, 3, 5, 8, 13, 40])
+        piece, output = output[:length], output[length:]
+        if generator.random() < 0.3:
+            tokens += [byte_tokens[byte] for byte in piece.encode()]
+        else:
+            tokens += text.encode(piece, add_special=False)
+    return tokens
+
+
+def parse(text: ChatTokenizer, tokens: list[int], **options) -> list[OutputPart]:
+    parser = text.chat_parser((), TOOLS, (), **options)
+    parts = []
+    for token in tokens:
+        parts += parser.add(token)
+        if parser.finished:
+            return join_text(parts)
+    return join_text(parts + parser.finish())
+
+
+def check(text: ChatTokenizer, byte_tokens: dict[int, int], output: str, seed: int) -> None:
+    for options in ({}, {"parallel": False}):
+        whole = parse(text, list(text.encode(output, add_special=False)), **options)
+        assert parse(text, cut(text, byte_tokens, output, seed), **options) == whole
+        for part in whole:
+            assert part.text
+            if part.kind == "call":
+                assert isinstance(json.loads(part.text), dict)
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32))
+def test_a_stream_may_be_cut_anywhere(reader, byte_tokens, seed):
+    text, outputs = reader
+    for output in outputs:
+        assert any(part.kind == "call" for part in parse(text, list(text.encode(output)))) or (
+            "nothing" in output
+        )
+        check(text, byte_tokens, output, seed)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_stream_may_be_cut_anywhere(reader, byte_tokens, seed):
+    text, outputs = reader
+    generator = random.Random(seed)
+    output = generator.choice(outputs)
+    for _ in range(generator.randint(1, 4)):
+        start, end = sorted(generator.choices(range(len(output) + 1), k=2))
+        piece = output[start:end][: generator.choice([1, 5, 60])]
+        at = generator.randrange(len(output) + 1)
+        if generator.random() < 0.5:
+            output = output[:start] + output[start + len(piece) :]  # lost
+        else:
+            output = output[:at] + piece + output[at:]  # said twice
+    check(text, byte_tokens, output, seed)
