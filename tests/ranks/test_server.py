@@ -352,7 +352,10 @@ def test_unknown_paths_and_methods_are_refused(single: Server) -> None:
     assert refused(wrong) == (405, None, "method_not_allowed")
     assert wrong.headers["allow"] == "POST"
     assert refused(single.post("models", json={})) == (405, None, "method_not_allowed")
-    assert refused(single.post("embeddings", json={})) == (404, None, "unknown_url")
+    other = single.post("embeddings", json={})
+    assert refused(other) == (404, None, "unknown_url")
+    assert "generates text and has no embedding model" in other.text
+    assert "has no" not in single.post("nothing", json={}).text
 
 
 def test_a_body_that_is_too_large(single: Server) -> None:

@@ -62,6 +62,16 @@ ADAPTERS: dict[str, ApiAdapter] = {
 }
 
 
+# Of OpenAI's API and others', which clients try: part of the path, and what it is about.
+_NOT_SERVED = {
+    "/embeddings": "embedding model",
+    "/rerank": "reranking model",
+    "/audio/": "audio model",
+    "/images/": "image model",
+    "/moderations": "moderation model",
+}
+
+
 class Application:
     """The endpoints over one model; `app` is the ASGI application.
 
@@ -301,7 +311,9 @@ async def _on_http_error(http: Request, error: Exception) -> Response:
     request, headers = f"{http.method} {http.url.path[:200]}", Headers(error.headers)
     message, code = error.detail, None
     if error.status_code == 404:
-        message, code = f"{request}: no such path", "unknown_url"
+        kind = next((k for p, k in _NOT_SERVED.items() if p in http.url.path), None)
+        reason = f"; this server generates text and has no {kind}" if kind else ""
+        message, code = f"{request}: no such path{reason}", "unknown_url"
     elif error.status_code == 405:
         message = f"{request}: method not allowed; use {headers.get('allow')}"
         code = "method_not_allowed"

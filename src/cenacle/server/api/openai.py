@@ -1079,6 +1079,7 @@ def model_object(served: ServedModel, name: str, created: int) -> JsonObject:
         "display_name": name,
         "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
         **({} if length is None else dict.fromkeys(_CONTEXT_NAMES, length)),
+        "meta": {"n_vocab": served.vocab_size, "n_ctx": length, "n_ctx_train": length},  # llama.cpp
     }
 
 
