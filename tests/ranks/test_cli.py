@@ -269,7 +269,7 @@ def test_ending_the_server_leaves_no_rank(folder, number):
             if "serving" in line:
                 break
         ranks = processes_of(server.pid)
-        assert len(ranks) == 3  # and the process that serves
+        assert len(ranks) == 4  # and the processes that serve and tokenize
         check_names(re.search(r"http://\S+", line)[0])
         server.send_signal(number)
         server.wait(timeout=10)

@@ -43,7 +43,7 @@ def add(
     max_concurrent: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Requests at once. Default: the server's limit per key."
+            metavar="N", min=1, help="Answers at once. Default: the server's limit per key."
         ),
     ] = None,
     json_output: JsonOutput = False,

@@ -213,10 +213,10 @@ class ServerArguments:
         metavar="NAME",
     )
     max_concurrent: int = server_option(
-        256, "Maximum number of HTTP requests answered at once.", min=1
+        256, "Maximum number of answers at once; n=2 counts as two.", min=1
     )
     max_concurrent_per_key: int = server_option(
-        64, "Maximum number of HTTP requests answered at once per API key.", min=1
+        64, "Maximum number of answers at once per API key.", min=1
     )
     access_log: bool = server_option(
         False, "Log every request to stderr, without its text.", "--access-log"
