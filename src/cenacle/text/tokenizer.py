@@ -258,9 +258,7 @@ class ChatTokenizer:
             variables["continue_final_message"] = True
         adapted = adapt_messages(messages, self._traits)
         try:
-            text = self._backend.render(
-                adapted, add_generation_prompt=not continue_final_message, **variables
-            )
+            text = self._backend.render(adapted, add_generation_prompt=begins_output, **variables)
         except LimitReached:
             reason = f"the model's chat template needs more than {LIMITS} for them"
             raise InputError(f"messages: {reason}; send less", "messages") from None
