@@ -231,6 +231,30 @@ class PromptLogprobs:
         """Position after the last one."""
         return self.begin + len(self.logprobs)
 
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PromptLogprobs:
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such an object.
+        """
+        top = tuple(tuple((token, value) for token, value in row) for row in data["top"])
+        logprobs, ranks = tuple(data["logprobs"]), tuple(data["ranks"])
+        counts = [data["begin"], *ranks, *(token + 1 for row in top for token, _ in row)]
+        numbers = [*logprobs, *(value for row in top for _, value in row)]
+        if not (
+            isinstance(data["request_id"], str)
+            and all(type(count) is int and count >= 1 for count in counts)
+            and all(type(number) in (int, float) for number in numbers)
+            and len(logprobs) == len(ranks) == len(top)
+        ):
+            raise ValueError("expected the log-probabilities of prompt tokens")
+        return cls(data["request_id"], data["begin"], logprobs, ranks, top)
+
 
 GroupEvent = TokenEvent | PromptLogprobs | CenacleError
 """What a group tells of a request."""
