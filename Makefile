@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test faults soak lint docs load fuzz sanitize clean
+.PHONY: install demo test faults soak lint docs load fuzz fuzz-cluster sanitize clean
 
 install: .venv/installed
 
@@ -45,6 +45,10 @@ load: install
 fuzz: install
 	$(BIN)/python benchmarks/fuzz.py --nodes $(NODES) --schema 100
 	$(BIN)/python benchmarks/damaged_checkpoints.py
+
+# Damaged messages, 10,000 at each border of a cluster.
+fuzz-cluster: install
+	CENACLE_FUZZ_FRAMES=10000 $(BIN)/pytest -p no:cacheprovider tests/ranks/test_cluster_fuzz.py
 
 # The kernels and the mesh with AddressSanitizer and UndefinedBehaviorSanitizer, with their tests, in
 # an environment of their own. GCC on Linux. MLX and Python are not instrumented: only the first error

@@ -156,7 +156,7 @@ class HeadServer:
             request = messages.JoinRequest.from_json(json.loads(payload))
             node_id = secrets.token_hex(8)
             certificate = self._authority.sign(request.certificate_request.encode(), node_id)
-        except (ClusterError, ValueError) as error:
+        except (ClusterError, ValueError, RecursionError) as error:
             log.warning("a machine was not admitted: %s", error)
             await reject_and_close(writer, ClusterError(str(error)))
             return
