@@ -230,6 +230,8 @@ def test_more_elements():
         "<|close|>call<|sep|>"
     )
     assert read(k3, "kimi_k3") == [call(word="42", count=42)]
+    broken = k3.replace('"string"<|sep|>', '"string"<|s ep|>')
+    assert read(broken, "kimi_k3") == [OutputPart("text", broken)]
     block = '<|open|>json type="object"<|sep|>{"count": 1}<|close|>json<|sep|>'
     as_json = f'<|open|>call tool="f"<|sep|>{block}<|close|>call<|sep|>'
     assert read(as_json, "kimi_k3") == [call(count=1)]

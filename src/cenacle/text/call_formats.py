@@ -126,7 +126,7 @@ class XmlFormat:
 _ARGUMENT = r"<{0}arg_key>\s*(?P<key>.{{1,300}}?)\s*</{0}arg_key>\s*<{0}arg_value>"
 _NAME_ONLY = r"^\s*(?P<name>[^\s<>{{}}]{{1,300}})\s*(?=<{0}arg_key>|$)"
 _ATTRIBUTE = r"[\"']?(?P<{0}>[^\"'>]{{1,300}})[\"']?"
-_K3_REST, _K3_CLOSE = r"(?:(?!<\|sep\|>).){0,300}?", "<|close|>{}<|sep|>"
+_K3_REST, _K3_CLOSE = r"(?:(?!<\|).){0,300}?", "<|close|>{}<|sep|>"
 
 XML_FORMATS = {
     "qwen3_coder": XmlFormat(
@@ -148,9 +148,9 @@ XML_FORMATS = {
         "</param>",
     ),
     "muse_spark": XmlFormat(
-        r"<atem:invoke\b[^>]{0,300}?\bname=\"(?P<name>[^\"]{1,300})\"[^>]{0,300}>",
+        r"<atem:invoke\s[^>]{0,300}?\bname=\"(?P<name>[^\"]{1,300})\"[^>]{0,300}>",
         "</atem:invoke>",
-        r"<atem:parameter\b[^>]{0,300}?\bname=\"(?P<key>[^\"]{1,300})\"[^>]{0,300}>",
+        r"<atem:parameter\s[^>]{0,300}?\bname=\"(?P<key>[^\"]{1,300})\"[^>]{0,300}>",
         "</atem:parameter>",
     ),
     "dsml": XmlFormat(

@@ -11,6 +11,7 @@ Next: `tokenizer.py` makes parsers for a model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -21,6 +22,12 @@ from .detokenizer import Detokenizer
 
 ParseCalls = Callable[[str, bool], list[OutputPart]]
 """From the text of one block of calls, and whether the output was cut in it, to parts."""
+
+
+# Before a message of gpt-oss's or Muse Spark's: a mark, a role, a recipient, a channel, its format.
+_HEADER = re.compile(
+    r"\s*(<\|\w+\|>)?\s*\w*\s*(to=[^\s<]*)?\s*(<\|(channel|constrain|message)\|>[^<]*)?\s*"
+)
 
 
 class BareAnswers(Protocol):
@@ -222,10 +229,9 @@ class OutputParser:
         if state in ("tool", "bare_tool"):  # see `in_call`
             self._call_text += text
             return []
-        if state == "header":  # of a message of gpt-oss's
+        if state is not None and state.startswith("header"):  # of a message of gpt-oss's
             self._header += text
             return []
-        self._header = ""
         if self._after_marker:  # newlines after a marker belong to no part
             text = text.lstrip("\n")
             self._after_marker = not text
@@ -257,6 +263,8 @@ class OutputParser:
         return text
 
     def _finish_state(self, *, closed: bool = True, cut: bool = False) -> list[OutputPart]:
+        if self.finished:
+            return []
         if self.in_call:
             self._answers = None
             return self._limit_calls(self._parse_block(closed, cut))
@@ -267,7 +275,7 @@ class OutputParser:
         parts = self._add_text(self._release_answer())
         if self.finished:
             return parts
-        return parts + self._finish_text(closed)
+        return parts + self._finish_text()
 
     def _parse_block(self, closed: bool, cut: bool) -> list[OutputPart]:
         assert self._calls is not None
@@ -283,14 +291,11 @@ class OutputParser:
         text = start + text + end
         return [OutputPart("text", text)] if text else []
 
-    def _finish_text(self, closed: bool) -> list[OutputPart]:
+    def _finish_text(self) -> list[OutputPart]:
         held = self._filter.finish()
-        if (
-            self._state == "header"
-            and not closed
-            and not self._header.startswith(("<|start|>", "assistant"))
-        ):
-            held += self._filter.add(self._header) + self._filter.finish()  # it began no message
+        header, self._header = self._header, ""
+        if not _HEADER.fullmatch(header):  # it began no message
+            held += self._filter.add(header) + self._filter.finish()
         return [OutputPart("text", held)] if held else []
 
     def _limit_calls(self, parts: list[OutputPart]) -> list[OutputPart]:
