@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test faults soak lint docs load fuzz fuzz-cluster sanitize clean
+.PHONY: install demo test clients faults soak lint docs load fuzz fuzz-cluster sanitize clean
 
 install: .venv/installed
 
@@ -20,6 +20,10 @@ test: install lint
 	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider --numprocesses 3 --dist loadfile --no-loadscope-reorder \
 	  tests/ranks tests/browser tests/mlx tests/unit
 	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/hosts
+
+# Real clients, from npm and PyPI, against two nodes: docs/clients.md. The first time installs them.
+clients: install
+	$(BIN)/pytest -p no:cacheprovider tests/clients
 
 # What failures cost: each ten times, an hour in all; and an hour with a fault every minute.
 faults: install

@@ -26,7 +26,7 @@ def config_home() -> Iterator[Path]:
 
 
 # Where several pytest processes share the files, those that take longest begin first.
-FOLDERS = ("hosts", "ranks", "browser", "mlx", "unit")
+FOLDERS = ("hosts", "ranks", "browser", "mlx", "unit", "clients")
 LONGEST_FILES = (
     "test_recovery.py",
     "test_families.py",
