@@ -604,6 +604,7 @@ def test_the_tokens_of_a_chat_are_those_of_its_completion(
         answer = client.chat.completions.create(model=MODEL, max_tokens=1, **chat)
         assert answer.usage is not None
         assert len(tokens(**chat)) == answer.usage.prompt_tokens
+    assert tokens(messages=SUM, add_special_tokens=True) == tokens(messages=SUM)  # it has none
     plain = tokens(messages=SUM, add_generation_prompt=False)
     assert plain == tokens(messages=SUM)[: len(plain)]
     assert len(plain) < len(tokens(messages=SUM))

@@ -916,7 +916,7 @@ def test_log_probabilities_of_a_completion() -> None:
     assert whole["choices"][0]["logprobs"] == {
         "tokens": ["a", "bytes:\\xe2"],
         "token_logprobs": [-0.5, -2.0],
-        "top_logprobs": [{"a": -0.5, "bytes:\\xe2": -1.5}, {" b": -0.1}],
+        "top_logprobs": [{"a": -0.5, "bytes:\\xe2": -1.5}, {" b": -0.1, "bytes:\\xe2": -2.0}],
         "text_offset": [0, 1],
     }
 

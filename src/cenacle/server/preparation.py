@@ -133,6 +133,8 @@ class RequestPreparer:
         else:
             chat = self._apply_effort(request.to_generation_request(self._served))
             tokens = self._tokenize(chat, chat.prompts[0], request.add_generation_prompt)
+            if request.adds_special_tokens:
+                tokens = (*tokenizer.encode(""), *tokens)
         pieces = [tokenizer.token_bytes(token) for token in tokens] if request.with_pieces else []
         names = tokenizer.token_names(tokens) if request.return_token_strs else []
         return request.response(tokens, pieces, names, self._served.context_length), len(tokens)

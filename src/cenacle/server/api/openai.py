@@ -997,14 +997,18 @@ class _TextBuilder(_CompletionBuilder):
         return {
             "tokens": [_token_name(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": top if self._request.logprobs else None,
+            "top_logprobs": top,
             "text_offset": offsets,
         }
 
     def _top(self, token: TokenLogprob) -> JsonObject | None:
         if token.logprob is None:
             return None
-        return {_token_name(one): one.logprob for one in token.top[: self._request.logprobs]}
+        best: JsonObject = {}
+        # As in OpenAI's API, the token itself is there, too.
+        for one in (*token.top[: self._request.logprobs], token):
+            best.setdefault(_token_name(one), one.logprob)
+        return best
 
     def _count_characters(self, index: int, data: bytes) -> None:
         """A character that is spread over tokens counts with the last of them."""

@@ -44,7 +44,7 @@ class TokenizeRequest(ApiRequest):
     chat_template_kwargs: Any = Field(None, description="Of the chat.")
     reasoning_effort: Any = Field(None, description="Of the chat.")
     add_special_tokens: bool | None = Field(
-        None, description="Whether to add a first token that the tokenizer has; default: to prompt."
+        None, description="Whether to begin with the tokenizer's first token; default: with prompt."
     )
     add_special: bool = Field(False, description="Same as add_special_tokens, for content.")
     add_generation_prompt: bool = Field(True, description="End where the assistant begins.")
@@ -61,8 +61,6 @@ class TokenizeRequest(ApiRequest):
             fail(f"expected it or {present[0]}, got both", present[1])
         if not present:
             fail("required, but missing", "prompt", MISSING)
-        if self.messages is not None and self.add_special_tokens:
-            fail("not supported with messages, whose template adds them", "add_special_tokens")
         if self.continue_final_message and self.add_generation_prompt:
             fail("expected false with continue_final_message", "add_generation_prompt")
         return self
@@ -74,10 +72,10 @@ class TokenizeRequest(ApiRequest):
 
     @property
     def adds_special_tokens(self) -> bool:
-        """Whether a text begins with the tokenizer's first token."""
+        """Whether it begins with the tokenizer's first token, beside what a chat template adds."""
         if self.add_special_tokens is not None:
             return self.add_special_tokens
-        return self.content is None or self.add_special
+        return self.prompt is not None or self.add_special
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """The chat completion whose prompt is tokenized."""
@@ -104,8 +102,9 @@ class TokenizeRequest(ApiRequest):
         if self.with_pieces:
             ids = zip(tokens, pieces, strict=True)
             items = [{"id": token, "piece": _piece(data)} for token, data in ids]
-        strings = {"token_strs": list(names)} if self.return_token_strs else {}
-        return {"count": len(tokens), "max_model_len": length, "tokens": items, **strings}
+        strings = list(names) if self.return_token_strs else None
+        counts = {"count": len(tokens), "max_model_len": length}
+        return {**counts, "tokens": items, "token_strs": strings}
 
 
 def _piece(data: bytes) -> str | list[int]:
