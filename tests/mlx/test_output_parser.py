@@ -509,6 +509,38 @@ def test_a_template_states_the_form_of_calls(tmp_path, form):
     assert form.format("NAME", '{"ARGUMENT": "VALUE"}') in rendered
 
 
+WRAPPED = (
+    "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    '{% for c in m.tool_calls or [] %}START{{ \'{\' }}"name": "{{ c.function.name }}", '
+    "\"arguments\": {{ c.function.arguments | tojson }}{{ '}' }}END{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ("<tool_call>\n", "\n</tool_call>"),
+        ("<calls><call>", "</call></calls>"),
+        ("[CALL]", "[/CALL]"),
+    ],
+)
+def test_the_marks_of_a_form_that_only_the_template_states_are_no_text(tmp_path, start, end):
+    text = text_of(tmp_path, WRAPPED.replace("START", start).replace("END", end))
+    assert text.call_form is not None
+    call = f'{start}{{"name": "weather", "arguments": {{"place": "Oslo"}}}}{end}'
+    assert parts_of(text, call) == [CALLED]
+    assert parts_of(text, f"I look.{call}\n{call}\nDone.") == [
+        OutputPart("text", "I look."),
+        CALLED,
+        CALLED,
+        OutputPart("text", "Done."),
+    ]
+    assert parts_of(text, call, tools=()) == [OutputPart("text", call)]
+    broken = call.replace('"Oslo"', "Oslo")
+    assert parts_of(text, broken) == [OutputPart("text", broken)]
+
+
 def test_an_endless_template_costs_one_request(tmp_path, monkeypatch):
     monkeypatch.setattr("cenacle.text.text_backend.CPU_S", 0.3)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -47,8 +47,11 @@ class CallForm:
 
     @property
     def end_marker(self) -> str:
-        """What ends the calls; "": only the end of the output."""
-        return self.marker.replace("<", "</") if self.kind == "dsml" else ""
+        """What the last call ends with; "": only the end of the output."""
+        if self.kind == "dsml":
+            return self.marker.replace("<", "</")
+        tags = _TAG.findall(self.end)
+        return tags[-1] if tags else ""
 
     @property
     def is_json(self) -> bool:

@@ -210,13 +210,14 @@ class HeadedFormat:
             except (ValueError, RecursionError):
                 failures += 1
                 continue
-            yield self._without_marks(text[end_of_last : match.start()])
+            yield self.without_marks(text[end_of_last : match.start()])
             source, call_id = text[match.start() : end], match.groupdict().get("id") or ""
             yield WrittenCall(match["name"], text[match.end() : end], source, call_id)
             end_of_last = end
-        yield self._without_marks(text[end_of_last:]) if end_of_last else text
+        yield self.without_marks(text[end_of_last:]) if end_of_last else text
 
-    def _without_marks(self, text: str) -> str:
+    def without_marks(self, text: str) -> str:
+        """Text between calls; "" if it is marks and space only."""
         rest = text
         for mark in self.marks:
             rest = rest.replace(mark, "")

@@ -74,6 +74,9 @@ class CallReader:
         for pieces in (self._split(text, cut), self._split_json(text)):
             parts = [self._to_part(p) if isinstance(p, WrittenCall) else p for p in pieces]
             if any(isinstance(part, OutputPart) for part in parts):
+                if self._form is not None:
+                    without_marks = self._form.format.without_marks
+                    parts = [without_marks(p) if isinstance(p, str) else p for p in parts]
                 return [
                     part if isinstance(part, OutputPart) else OutputPart("text", part)
                     for part in parts
