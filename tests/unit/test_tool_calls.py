@@ -9,6 +9,7 @@ import pytest
 
 from cenacle.core.chat import OutputPart, Tool
 from cenacle.text.argument_values import convert_value
+from cenacle.text.call_form import CallForm
 from cenacle.text.call_formats import HEADED_FORMATS, XML_FORMATS
 from cenacle.text.tool_calls import CallReader
 
@@ -301,3 +302,15 @@ def test_schemas_are_checked_in_bounded_time():
     assert read(text, tool=slow) == [OutputPart("text", text)]
     unevaluated = {**schema, "unevaluatedProperties": False}
     assert read(text, tool=replace(slow, parameters=unevaluated))[0].text
+
+
+def test_tags_of_a_form_that_only_the_template_states_are_no_text():
+    form = CallForm('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
+    reader = CallReader(None, [TOOL], form)
+    block = '\n{"name": "f", "arguments": {"count": 1}}\n</tool_call>'
+    assert reader.read(block) == [call(count=1)]
+    assert reader.read(f"{block}\n<tool_call>{block} and words") == [
+        call(count=1),
+        call(count=1),
+        OutputPart("text", "\n and words"),
+    ]

@@ -71,6 +71,12 @@ class CallForm:
         tags = _TAG.findall(self.start)
         return BareMarks(tags[1], "") if len(tags) > 1 and "call" in tags[1] else None
 
+    def without_marks(self, text: str) -> str:
+        """A text between calls without the tags of their form."""
+        for tag in _TAG.findall(self.start + self.end):
+            text = text.replace(tag, "")
+        return text
+
     @cached_property
     def format(self) -> HeadedFormat:
         """How calls are found in an output after its first marker."""

@@ -116,8 +116,11 @@ class CallReader:
         if kind == "harmony":
             name, arguments = split_call(text)
             return iter((WrittenCall(name, arguments, text),)) if name else iter(())
-        if self._form is not None and not self._form.is_json:
-            return self._form.format.split(text)
+        if (form := self._form) is not None and form.is_json:
+            pieces = self._split_json(text)
+            return (form.without_marks(p) if isinstance(p, str) else p for p in pieces)
+        if form is not None:
+            return form.format.split(text)
         if (xml := XML_FORMATS.get(kind or "")) is not None:
             return self._without_words(xml.split(text, self._convert, cut=cut), text)
         if (headed := HEADED_FORMATS.get(kind or "")) is not None:
