@@ -1,11 +1,13 @@
 """Pieces of a stream, joined, are the text before the first stop string."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cenacle.text.detokenizer import Detokenizer
-from cenacle.text.output_parser import OutputParser, TextStream
+from cenacle.text.output_parser import OutputParser, StopStringFilter, TextStream
 
 SILENT = 0
 
@@ -61,6 +63,49 @@ def test_joined_pieces_are_the_text_before_the_first_stop_string(words, stop):
 )
 def test_hold_back(words, stop, expected):
     assert pieces(words, stop)[0] == expected
+
+
+@given(st.lists(few, max_size=8), st.lists(few, max_size=3), st.integers(0, 8))
+def test_the_filter_is_the_slow_one(words, stop, first):
+    """The filter against one that looks at all of the text each time."""
+    stops, filtered, sent, text = [s for s in stop if s], StopStringFilter(stop), "", ""
+    for at, word in enumerate(words):
+        may_end = at >= first
+        ends = range(len(text) + 1, len(text) + len(word) + 1) if may_end else ()
+        text += word
+        found = [(e - len(s), s) for e in ends for s in stops if text[:e].endswith(s)]
+        sent += filtered.add(word, may_end=may_end)
+        if found:
+            assert (len(sent), filtered.stop_string) == min(found)
+            return
+        beginnings = [s[:n] for s in stops for n in range(1, len(s))]
+        held = max((len(b) for b in beginnings if text.endswith(b)), default=0)
+        assert sent == text[: len(text) - held]
+    assert sent + filtered.finish() == text
+    assert filtered.stop_string is None
+
+
+def test_long_stop_strings_take_linear_time():
+    """A stop string of 1 MB, and text that nearly is one; quadratic work would take hours."""
+    length = 1_000_000
+    filtered, control_s = (
+        StopStringFilter(["a" * length + "b"]),
+        time_of(lambda: count("a" * length)),
+    )
+    taken_s = time_of(lambda: [filtered.add("a" * 1000) for _ in range(2 * length // 1000)])
+    assert taken_s < 1000 * control_s
+    assert filtered.add("b") == ""
+    assert filtered.stop_string is not None
+
+
+def time_of(function):
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def count(text):
+    return sum(letter == "a" for letter in text)
 
 
 def test_nothing_comes_after_a_stop_string():

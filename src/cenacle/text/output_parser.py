@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from ..core.chat import OutputPart, TokenLogprob
@@ -58,40 +59,73 @@ class CallSyntax:
     answers: BareAnswers | None = None
 
 
+class _StopString:
+    """How much of a stop string the text ends with, by Knuth, Morris and Pratt: each letter of the
+    text and of the string is looked at a constant number of times."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self._borders = text, _borders(text)
+        self.length = 0  # of the longest beginning that the text ends with
+
+    def find_end(self, piece: str, *, may_end: bool) -> int | None:
+        """Where in the next piece of the text it is complete for the first time."""
+        text, borders, length = self.text, self._borders, self.length
+        for end, letter in enumerate(piece, 1):
+            while length and text[length] != letter:
+                length = borders[length - 1]
+            if text[length] == letter:
+                length += 1
+            if length == len(text):
+                if may_end:
+                    return end
+                length = borders[-1]
+        self.length = length
+        return None
+
+
+@lru_cache(64)  # the choices of a request have the same ones
+def _borders(text: str) -> list[int]:
+    """Of each of its beginnings: the length of the longest shorter one with which it ends."""
+    borders, length = [0], 0
+    for letter in text[1:]:
+        while length and text[length] != letter:
+            length = borders[length - 1]
+        length += text[length] == letter
+        borders.append(length)
+    return borders
+
+
 class StopStringFilter:
     """Passes text on until a stop string; `stop_string` is the one that was found."""
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = [s for s in stop if s]
+        self._stop = [_StopString(text) for text in stop if text]
         self._held = ""
-        self._free_length = 0  # of what is held: no stop string ends in it
         self.stop_string: str | None = None
         self.cut_text = ""  # from the stop string on
 
     def add(self, piece: str, *, may_end: bool = True) -> str:
-        """The text that cannot be part of a stop string; with `may_end`, none ends in `piece`."""
+        """The text that cannot be part of a stop string. Without `may_end` none ends in `piece`."""
         if self.stop_string is not None:
             return ""
-        text = self._held + piece
-        free = self._free_length if may_end else len(text)
-        starts = ((text.find(s, max(0, free - len(s) + 1)), s) for s in self._stop)
-        matches = ((position, s) for position, s in starts if position >= 0)
+        text, starts = self._held + piece, len(self._held)
+        ends = ((stop.find_end(piece, may_end=may_end), stop.text) for stop in self._stop)
+        matches = ((starts + end - len(stop), stop) for end, stop in ends if end is not None)
         first = min(matches, default=None)
         if first is not None:
             (position, self.stop_string), self._held = first, ""
             self.cut_text = text[position:]
             return text[:position]
         # Hold back the longest suffix that could begin a stop string.
-        held = max(
-            (n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
-        )
+        held = max((stop.length for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
-        self._free_length = max(0, free - (len(text) - held))
         return text[: len(text) - held]
 
     def finish(self) -> str:
         """The text that was held back."""
         held, self._held = self._held, ""
+        for stop in self._stop:
+            stop.length = 0
         return held
 
 

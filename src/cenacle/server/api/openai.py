@@ -80,11 +80,14 @@ from .validation import (
 MAX_N = 8
 MAX_CHOICES = 32  # prompts times n of one HTTP request
 MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1000  # an output is held back while it may be the beginning of one
 MAX_COMPLETION_LOGPROBS = 5  # OpenAI's limit for completions
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-StopString = Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
+StopString = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(check_unicode)
+]
 
 
 # Parameters of vLLM, SGLang, llama.cpp and others that change the answer; values that do not.

@@ -311,6 +311,7 @@ _EXPECTED = {
     "literal_error": "{expected}",
     "model_type": "an object",
     "string_pattern_mismatch": "a string that matches {pattern}",
+    "string_too_long": "at most {max_length} characters",
     "string_too_short": "a string that is not empty",
     "string_type": "a string",
     "string_unicode": "Unicode",
@@ -331,6 +332,8 @@ def _to_request_error(error: ValidationError) -> RequestError:
     numbers = {name: f"{n:.15g}" for name, n in context.items() if isinstance(n, float)}
     expected = _EXPECTED[kind].format(**{**context, **numbers})
     got = describe(context.get("actual_length", value))
+    if kind == "string_too_long":
+        got = f"{len(value)}"
     wrong_type = kind.endswith("_type") or (kind == "literal_error" and not isinstance(value, str))
     code = INVALID_TYPE if wrong_type else INVALID_VALUE
     return RequestError(field, f"expected {expected}, got {got}", code)
