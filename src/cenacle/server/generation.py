@@ -462,7 +462,8 @@ async def wait_for_disconnect(receive: Receive) -> None:
 def _warning_headers(warnings: Sequence[str]) -> dict[str, str]:
     """What was accepted and has no effect, as a header: it may hold a client's text."""
     text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
-    text = "".join(c if c.isprintable() else " " for c in text)[:MAX_WARNING_CHARACTERS]
+    text = "".join(c if c.isprintable() else " " for c in text)
+    text = " ".join(text.split())[:MAX_WARNING_CHARACTERS].strip()  # no space at an end of a header
     return {"x-cenacle-warning": text} if text else {}
 
 
