@@ -105,6 +105,17 @@ class _SearchResultBlock(RequestModel):
 _TextBlocks = Items[Supported[_TextBlock | _DocumentBlock | _SearchResultBlock]]
 
 
+class _ToolReferenceBlock(RequestModel):
+    """A tool that a client's search found: `tools` has it, and it is offered from the start."""
+
+    type: Literal["tool_reference"]
+    tool_name: Text
+
+    @property
+    def text(self) -> str:
+        return f"Tool found: {self.tool_name}\n"
+
+
 class _OtherBlock(RequestModel):
     """What a tool of Anthropic's own servers left in a conversation: the model does not see it."""
 
@@ -127,7 +138,16 @@ _Texts = Annotated[str, OneOf(Text, _TextBlocks, into=_content_text)]
 class _ToolResultBlock(RequestModel):
     type: Literal["tool_result"]
     tool_use_id: Text
-    content: _Texts = ""
+    content: Annotated[
+        str,
+        OneOf(
+            Text,
+            Items[
+                Supported[_TextBlock | _DocumentBlock | _SearchResultBlock | _ToolReferenceBlock]
+            ],
+            into=_content_text,
+        ),
+    ] = ""
     is_error: bool = False
 
     def to_template(self) -> Message:

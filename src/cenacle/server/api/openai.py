@@ -90,6 +90,14 @@ StopString = Annotated[
 ]
 
 
+# llama.cpp's default order, in its two forms.
+_DEFAULT_SAMPLERS = (
+    "edskypmxt",
+    "edkypmxt",
+    ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
+    ["penalties", "dry", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
+)
+
 # Parameters of vLLM, SGLang, llama.cpp and others that change the answer; values that do not.
 _EXTENSIONS = refuse(
     "allowed_token_ids",
@@ -100,7 +108,6 @@ _EXTENSIONS = refuse(
     "guided_decoding_backend_options",
     "guided_whitespace_pattern",
     "lora_path",
-    "samplers",
     "stop_regex",
     "truncate_prompt_tokens",
     add_generation_prompt=(True,),
@@ -123,6 +130,7 @@ _EXTENSIONS = refuse(
     return_hidden_states=(False,),
     return_token_ids=(False,),
     return_tokens_as_token_ids=(False,),
+    samplers=([], *_DEFAULT_SAMPLERS),
     separate_reasoning=(True,),
     skip_special_tokens=(True,),
     spaces_between_special_tokens=(True,),
