@@ -633,6 +633,9 @@ def test_the_tokens_of_a_chat_are_those_of_its_completion(
         ("detokenize", {"tokens": [1, -1]}, "tokens[1]"),
         ("detokenize", {"tokens": [2**70]}, "tokens[0]"),
         ("detokenize", {"tokens": [1, "a"]}, "tokens[1]"),
+        ("tokenize", {"prompt": "a" * 1_000_001}, "prompt"),
+        ("tokenize", {"content": "a" * 1_000_001}, "content"),
+        ("detokenize", {"tokens": [1] * 500_001}, "tokens"),
     ],
 )
 def test_wrong_bodies_for_the_tokenizer(

@@ -218,13 +218,13 @@ class Application:
         try:
             body = await read_body(http, self._limits)
             key = http.scope["state"]["key"]
-            answer, tokens = await self._prepare(http, key, function, body)
+            response, tokens = await self._prepare(http, key, _respond, function, body)
         except ClientDisconnect:
             return Response()  # nobody reads it
         except Exception as error:
             return _error_response(error, http)
         self._metrics.charge(key, tokens)
-        return json_response(200, answer)
+        return response
 
     async def _generate(self, adapter: ApiAdapter, http: Request) -> Response:
         try:
@@ -270,6 +270,13 @@ class Application:
         finally:
             work.cancel()
             gone.cancel()
+
+
+def _respond(
+    function: Callable[[bytes], tuple[JsonObject, int]], body: bytes
+) -> tuple[Response, int]:
+    answer, tokens = function(body)
+    return json_response(200, answer), tokens  # not in the event loop, as it may be long
 
 
 def _admit(choices: Sequence[InFlightChoice], http: Request) -> None:

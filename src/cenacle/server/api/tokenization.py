@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,9 @@ from .validation import (
     refuse,
     validate,
 )
+
+# More than any context takes; the response must not occupy the server for long.
+MAX_CHARACTERS, MAX_TOKENS = 1_000_000, 500_000
 
 # Of a chat completion; they decide its tokens.
 _CHAT_PARAMETERS = ("messages", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort")
@@ -59,6 +62,9 @@ class TokenizeRequest(ApiRequest):
         present = [n for n in ("prompt", "content", "messages") if getattr(self, n) is not None]
         if len(present) > 1:
             fail(f"expected it or {present[0]}, got both", present[1])
+        if self.text is not None and len(self.text) > MAX_CHARACTERS:
+            got = f"got {len(self.text)}; send it in parts"
+            fail(f"expected at most {MAX_CHARACTERS} characters, {got}", present[0])
         if not present:
             fail("required, but missing", "prompt", MISSING)
         if self.continue_final_message and self.add_generation_prompt:
@@ -119,4 +125,4 @@ class DetokenizeRequest(RequestModel):
     """The body of POST /detokenize."""
 
     model: Text | None = Field(None, description="The served model, which is also the default.")
-    tokens: Items[int] = Field(description="Token ids.")
+    tokens: Annotated[Items[int], Field(max_length=MAX_TOKENS)] = Field(description="Token ids.")
