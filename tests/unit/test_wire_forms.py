@@ -9,7 +9,7 @@ import pytest
 from cenacle.server.api.anthropic import CountTokensAdapter, MessagesAdapter
 from cenacle.server.api.openai import ChatCompletionsAdapter, CompletionsAdapter
 from cenacle.server.api.openai_responses import ResponsesAdapter
-from cenacle.server.api.protocol import ApiAdapter, GenerationRequest, ServedModel
+from cenacle.server.api.protocol import MAX_TOOLS, ApiAdapter, GenerationRequest, ServedModel
 from cenacle.server.api.validation import RequestError
 
 SERVED = ServedModel("house", 100_000, 1000, any_name=True)
@@ -690,6 +690,49 @@ def test_claude_code_tools_and_history_reach_the_model(client: str) -> None:
         "ToolSearch",
     ]
     assert "Read" in messages[4]["content"]
+
+
+def test_tools_in_the_conversation_are_offered_once() -> None:
+    run = {"type": "function", "name": "run", "parameters": {"type": "object"}}
+    patch = {"type": "custom", "name": "apply_patch", "description": "Edit files"}
+    item = {
+        "type": "additional_tools",
+        "role": "developer",
+        "tools": [run, patch, {"type": "web_search"}],
+    }
+    message = {"type": "message", "role": "user", "content": "Go"}
+    body = {"tools": [run], "input": [item, message, item], "tool_choice": "required"}
+    request = ResponsesAdapter().parse(json.dumps(body).encode(), SERVED)
+    assert [(tool.name, tool.freeform) for tool in request.tools] == [
+        ("run", False),
+        ("apply_patch", True),
+    ]
+    assert request.prompts == (({"role": "user", "content": "Go"},),)
+
+
+def test_too_many_tools_in_the_conversation_are_refused() -> None:
+    items = [
+        {"type": "additional_tools", "tools": [{"type": "function", "name": f"f{n}"}]}
+        for n in range(MAX_TOOLS + 1)
+    ]
+    body = {"input": [*items, {"role": "user", "content": "Go"}]}
+    with pytest.raises(RequestError, match="tools: expected at most"):
+        ResponsesAdapter().parse(json.dumps(body).encode(), SERVED)
+
+
+def test_messages_of_other_agents_are_read() -> None:
+    said = {
+        "type": "agent_message",
+        "author": "/root",
+        "recipient": "/root/a",
+        "content": [
+            {"type": "input_text", "text": "Look at b.py"},
+            {"type": "encrypted_content", "encrypted_content": "x"},
+        ],
+    }
+    request = ResponsesAdapter().parse(json.dumps({"input": [said]}).encode(), SERVED)
+    expected = {"role": "user", "content": "Message from /root:\nLook at b.py"}
+    assert request.prompts == ((expected,),)
 
 
 def test_samplers_in_another_order_are_refused() -> None:

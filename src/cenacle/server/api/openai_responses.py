@@ -14,11 +14,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, WithJsonSchema
 
-from ...core.chat import FinishReason, Message, OutputPart, Usage, join_text
+from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import MAX_LOGPROBS
 from ...errors import CenacleError
 from . import openai
@@ -145,6 +145,34 @@ class _ItemReference(_Item):
         """None: `ResponsesAdapter` puts the item in its place."""
 
 
+class _EncryptedPart(RequestModel):
+    """Of an agent's message: only OpenAI's servers can read it."""
+
+    type: Literal["encrypted_content"]
+    text: ClassVar[str] = ""
+
+
+class _AgentMessageItem(_Item):
+    """What another of the client's agents says to this one."""
+
+    type: Literal["agent_message"]
+    author: Text = ""
+    content: Annotated[
+        str,
+        OneOf(
+            Text,
+            Items[Supported[_ItemTextPart | openai.RefusalPart | _EncryptedPart]],
+            into=openai.content_text,
+        ),
+    ] = ""
+
+    def to_template(self) -> Message | None:
+        if not self.content:
+            return None
+        author = f"Message from {self.author}:\n" if self.author else ""
+        return {"role": "user", "content": author + self.content}
+
+
 class _OtherItem(_Item):
     """What a tool that is not offered left in a conversation."""
 
@@ -162,6 +190,8 @@ class _OtherItem(_Item):
                         "custom_tool_call_output",
                         "reasoning",
                         "item_reference",
+                        "additional_tools",
+                        "agent_message",
                     ]
                 },
             }
@@ -194,6 +224,22 @@ class _FunctionTool(openai.FunctionDefinition):
 
 class _CustomTool(openai.CustomDefinition):
     type: Literal["custom"]
+
+
+_OfferedTool = Annotated[
+    _FunctionTool | _CustomTool | openai.HostedTool,
+    OneOf(_FunctionTool, _CustomTool, other=openai.HostedTool),
+]
+
+
+class _AdditionalToolsItem(_Item):
+    """Tools in the conversation, as Codex sends all of its tools for some models."""
+
+    type: Literal["additional_tools"]
+    tools: Items[_OfferedTool] = Field([], max_length=MAX_TOOLS)
+
+    def to_template(self) -> None:
+        """None: they are offered like those of `tools`."""
 
 
 class _NamedChoice(openai.ToolChoiceObject):
@@ -241,10 +287,24 @@ _InputItem = Annotated[
         _CallOutputItem,
         _ReasoningItem,
         _ItemReference,
+        _AdditionalToolsItem,
+        _AgentMessageItem,
         other=_OtherItem,
     ),
 ]
 ITEM: TypeAdapter[_Item] = TypeAdapter(_InputItem)
+
+
+def _additional_tools(items: Iterable[_Item], taken: set[str]) -> list[Tool | None]:
+    """Those in the conversation; one of a name that is taken already says the same again."""
+    added: list[Tool | None] = []
+    for item in items:
+        for offered in item.tools if isinstance(item, _AdditionalToolsItem) else ():
+            tool = offered.to_tool()
+            if tool is None or tool.name not in taken:
+                added.append(tool)
+            taken |= {tool.name} if tool is not None else set()
+    return added
 
 
 def _to_items(content: str | list[_Item]) -> list[_Item]:
@@ -271,12 +331,9 @@ class ResponsesRequest(openai.OpenAIParameters):
     store: bool = Field(True, description="Keep the response in memory for a while.")
     instructions: Text = Field("", description="A system message before the conversation.")
     max_output_tokens: int | None = Field(None, ge=1, description="Most tokens of the response.")
-    tools: Items[
-        Annotated[
-            _FunctionTool | _CustomTool | openai.HostedTool,
-            OneOf(_FunctionTool, _CustomTool, other=openai.HostedTool),
-        ]
-    ] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
+    tools: Items[_OfferedTool] = Field(
+        [], max_length=MAX_TOOLS, description="Functions that the model may call."
+    )
     tool_choice: Annotated[
         Mode | _NamedChoice | _AllowedToolsChoice | openai.HostedToolChoice,
         OneOf(Mode, _NamedChoice, _AllowedToolsChoice, other=openai.HostedToolChoice),
@@ -329,6 +386,10 @@ class ResponsesRequest(openai.OpenAIParameters):
             echoed_parameters=self._echo(),
         )
         tools = [tool.to_tool() for tool in self.tools]
+        tools += _additional_tools(items, {tool.name for tool in tools if tool is not None})
+        if len(tools) > MAX_TOOLS:
+            reason = f"expected at most {MAX_TOOLS} items, with additional_tools, got {len(tools)}"
+            raise RequestError("tools", reason)
         return restrict_output(request, tools, openai.to_choice(self.tool_choice))
 
     def _echo(self) -> JsonObject:
