@@ -8,6 +8,7 @@ import os
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from . import open_files
 from .errors import (
     Busy,
     CenacleError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # Nothing is reported to anybody: huggingface_hub would tell its makers what is used.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+open_files.keep_limit()
 
 __version__ = metadata.version("cenacle")
 

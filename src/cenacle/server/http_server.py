@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import signal
 import socket
 import ssl
@@ -25,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ClusterError, InputError
 from ..net import format_address
+from ..open_files import raise_limit
 from .app import Application
 from .auth import KeyStore
 from .limits import Limits
@@ -35,6 +37,8 @@ from .supervisor import Restarts
 
 if TYPE_CHECKING:
     from ..api import Model
+
+log = logging.getLogger(__name__)
 
 
 def bind(host: str = "127.0.0.1", port: int = 8080) -> socket.socket:
@@ -112,6 +116,9 @@ def serve(
 
 
 PEER_CHECK_S = 0.1
+RESERVED_FILES = 256  # of the limit of open files: ranks, logs, connections before their handshake
+MIN_CONNECTIONS = 16
+LOG_INTERVAL_S = 60.0  # between two lines that say the same of connections
 
 
 class _HalfClosedTransport:
@@ -153,21 +160,64 @@ class _HalfClosedTransport:
         self._sent = 0
 
 
+class _Connections:
+    """The open connections, within the limits in all and for each address. One that is too many
+    closes the oldest idle one, or is itself closed where none is idle."""
+
+    def __init__(self, limits: Limits) -> None:
+        files = max(MIN_CONNECTIONS, raise_limit() - RESERVED_FILES)
+        self._max_all = min(limits.max_connections, files)
+        self._max_per_address = min(limits.max_connections_per_address, self._max_all)
+        self._open: dict[_TimedConnection, None] = {}  # the longest idle one first
+        self._by_address: dict[str, dict[_TimedConnection, None]] = {}
+
+    def add(self, connection: _TimedConnection) -> None:
+        same = self._by_address.setdefault(connection.address, {})
+        self._open[connection] = same[connection] = None
+        for connections, limit in ((same, self._max_per_address), (self._open, self._max_all)):
+            if len(connections) > limit:
+                idle = (other for other in connections if other.is_idle and other is not connection)
+                excess = next(idle, connection)
+                self.discard(excess)
+                excess.transport.abort()
+
+    def touch(self, connection: _TimedConnection) -> None:
+        """It has just been used."""
+        for connections in (self._open, self._by_address.get(connection.address, {})):
+            if connection in connections:
+                connections[connection] = connections.pop(connection)
+
+    def discard(self, connection: _TimedConnection) -> None:
+        self._open.pop(connection, None)
+        same = self._by_address.get(connection.address, {})
+        same.pop(connection, None)
+        if not same:
+            self._by_address.pop(connection.address, None)
+
+
 class _TimedConnection(H11Protocol):
     """uvicorn's connection with two deadlines that it lacks: for a request's head, and for a client
     that does not read its response. A client that has closed its own side gets its response."""
 
-    def __init__(self, limits: Limits, **options: Any) -> None:
+    def __init__(self, limits: Limits, connections: _Connections, **options: Any) -> None:
         super().__init__(**options)
-        self._limits = limits
+        self._limits, self._connections, self.address = limits, connections, ""
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._half_closed: _HalfClosedTransport | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.address = self.client[0] if self.client else ""
         self._start_timer("head", self._limits.head_timeout_s)
+        self._connections.add(self)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
+        self._connections.touch(self)
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_timer("head")
@@ -212,6 +262,7 @@ class _TimedConnection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._connections.discard(self)
         for name in list(self._timers):
             self._stop_timer(name)
 
@@ -222,6 +273,19 @@ class _TimedConnection(H11Protocol):
     def _stop_timer(self, name: str) -> None:
         if (timer := self._timers.pop(name, None)) is not None:
             timer.cancel()
+
+
+class _RepeatedErrors:
+    """Logs asyncio's errors, each kind once a minute: a client can cause any number of them."""
+
+    def __init__(self) -> None:
+        self._logged_s: dict[str, float] = {}
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        kind, now_s = str(context.get("message")), loop.time()
+        if now_s - self._logged_s.get(kind, -LOG_INTERVAL_S) >= LOG_INTERVAL_S:
+            self._logged_s[kind] = now_s
+            log.error("%s (%s)", kind, type(context.get("exception")).__name__)
 
 
 class _UvicornServer(uvicorn.Server):
@@ -238,7 +302,7 @@ class _UvicornServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 asgi,
-                http=partial(_TimedConnection, limits),  # type: ignore[arg-type]
+                http=partial(_TimedConnection, limits, _Connections(limits)),  # type: ignore[arg-type]
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -256,6 +320,7 @@ class _UvicornServer(uvicorn.Server):
         self._handshake_timeout_s = limits.tls_handshake_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_RepeatedErrors())
         if self._tls is not None:
             # uvicorn has no setting for this, and asyncio's default is a minute.
             loop: Any = asyncio.get_running_loop()

@@ -12,6 +12,8 @@ class Limits:
     Args:
         max_body_bytes: size of a request's body.
         max_messages: messages of a chat; a template takes time for each while others wait.
+        max_connections: open at once; the oldest idle one makes room for a new one.
+        max_connections_per_address: the same for each client address.
         head_timeout_s: to receive a request's head.
         body_timeout_s: to receive a request's body.
         write_timeout_s: for which a client may leave a full send buffer unread.
@@ -27,6 +29,8 @@ class Limits:
 
     max_body_bytes: int = 10_000_000
     max_messages: int = 10_000
+    max_connections: int = 4096
+    max_connections_per_address: int = 1024
     head_timeout_s: float = 30.0
     body_timeout_s: float = 30.0
     write_timeout_s: float = 60.0
