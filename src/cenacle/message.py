@@ -1,21 +1,23 @@
 """Typed messages between processes: frozen dataclasses that travel as JSON objects.
 
-Owns: `Message`, whose subclasses declare fields, and checking received JSON against them.
+Owns: `Message`, whose subclasses declare fields, decoding JSON, and checking it against them.
 Does not know: sockets, or which messages there are.
-Invariant: what `from_json` returns has the declared types and ranges; everything else raises a
-`MessageError` that names the field. `from_json(to_json(m)) == m`.
+Invariant: what `from_json` returns has the declared types and ranges: numbers are finite and fit
+64 bits, strings can be encoded, values of any type are nested `MAX_DEPTH` deep at most. Everything
+else raises a `MessageError` that names the field. `from_json(to_json(m)) == m`.
 Next: `cluster/messages.py` declares those of a cluster.
 
 Field types: bool, int, float, str, None, Any, Literal, unions of these, `list[T]`, `tuple[T, ...]`,
 `tuple[T, U]`, `Mapping[K, T]` with keys of type str or int, dataclasses, and
-`Annotated[T, Range(...)]` for numbers. A dataclass with `to_json` and `from_json` of its own uses
-them.
+`Annotated[T, Range(...)]` for numbers, `Label` for short printable strings. A dataclass with
+`to_json` and `from_json` of its own uses them.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
@@ -33,7 +35,7 @@ from typing import (
     overload,
 )
 
-from .errors import CenacleError, ClusterError
+from .errors import ClusterError
 
 A = TypeVar("A", bound="Message")
 B = TypeVar("B", bound="Message")
@@ -53,8 +55,35 @@ class Range:
     minimum: float = -math.inf
     maximum: float = math.inf
 
+    def check(self, value: Any, path: str) -> None:
+        """Raise a `MessageError` for a number outside."""
+        if value is not None and not self.minimum <= value <= self.maximum:
+            raise MessageError(f"{path}: expected {_describe_range(self)}, got {value}")
 
+
+@dataclass(frozen=True)
+class Printable:
+    """A string that terminals and logs can show as it is.
+
+    Args:
+        max_length: in characters.
+    """
+
+    max_length: int
+
+    def check(self, value: Any, path: str) -> None:
+        """Raise a `MessageError` for another string."""
+        if isinstance(value, str) and not (len(value) <= self.max_length and value.isprintable()):
+            raise MessageError(
+                f"{path}: expected at most {self.max_length} printable characters, got "
+                f"{_describe(value)}"
+            )
+
+
+MAX_DEPTH = 32
+MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 Count = Annotated[int, Range(0)]
+Label = Annotated[str, Printable(500)]
 Port = Annotated[int, Range(1, 65535)]
 Seconds = Annotated[float, Range(0)]
 
@@ -118,6 +147,23 @@ def parse(data: object, *kinds: type[Any]) -> Any:
     raise MessageError(f"type: expected {expected}, got {_describe(received)}")
 
 
+def decode_json(data: bytes) -> dict[str, Any]:
+    """The JSON object in received bytes, whose values are not checked yet.
+
+    Raises:
+        MessageError: it is something else.
+    """
+    try:
+        message = json.loads(data)
+    except RecursionError:
+        raise MessageError("not a message: nested too deeply") from None
+    except ValueError as error:  # also of numbers with thousands of digits
+        raise MessageError(f"not a message: {error}") from None
+    if not isinstance(message, dict):
+        raise MessageError(f"not a message: expected a JSON object, got {_describe(message)}")
+    return message
+
+
 def _encode_fields(value: Any) -> dict[str, Any]:
     return {name: _encode(getattr(value, name)) for name in _field_types(type(value))}
 
@@ -135,7 +181,17 @@ def _decode_fields(cls: type[T], data: object, path: str, ignored: tuple[str, ..
             values[field] = _decode(annotation, data[field], f"{path}.{field}")
         elif not _is_optional(cls, field):
             raise MessageError(f"{path}.{field}: missing")
-    return cls(**values)
+    return _construct(lambda: cls(**values), path)
+
+
+def _construct(make: Callable[[], T], path: str) -> T:
+    """What a class makes of received values; it may raise whatever it likes."""
+    try:
+        return make()
+    except MessageError:
+        raise
+    except Exception as error:
+        raise MessageError(f"{path}: {error!r}") from error
 
 
 def _field_types(cls: type) -> dict[str, Any]:
@@ -168,14 +224,14 @@ def _encode(value: Any) -> Any:
 
 def _decode(annotation: Any, value: Any, path: str) -> Any:
     if annotation is Any:
+        _check_any(value, path, MAX_DEPTH)
         return value
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        number = _decode(arguments[0], value, path)
+        decoded = _decode(arguments[0], value, path)
         for limits in arguments[1:]:
-            if number is not None and not limits.minimum <= number <= limits.maximum:
-                raise MessageError(f"{path}: expected {_describe_range(limits)}, got {number}")
-        return number
+            limits.check(decoded, path)
+        return decoded
     if origin in (Union, UnionType):
         return _decode_union(arguments, value, path)
     if origin is Literal:
@@ -190,10 +246,8 @@ def _decode(annotation: Any, value: Any, path: str) -> Any:
     if issubclass(annotation, Message):
         return annotation.from_json(value, path)
     if hasattr(annotation, "from_json"):
-        try:
-            return annotation.from_json(value)
-        except (CenacleError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise MessageError(f"{path}: {error!r}") from error
+        _check_any(value, path, MAX_DEPTH)
+        return _construct(lambda: annotation.from_json(value), path)
     if hasattr(annotation, "__dataclass_fields__"):
         return _decode_fields(annotation, value, path)
     return _decode_scalar(annotation, value, path)
@@ -216,10 +270,17 @@ def _decode_mapping(types: tuple[Any, ...], value: Any, path: str) -> dict[Any, 
     if not isinstance(value, Mapping):
         raise MessageError(f"{path}: expected an object, got {_describe(value)}")
     key_type, item_type = types
+    if key_type is not int:
+        return {
+            _decode(key_type, k, f"{path} (a key)"): _decode(item_type, v, f"{path}.{k}")
+            for k, v in value.items()
+        }
     try:
-        return {key_type(k): _decode(item_type, v, f"{path}.{k}") for k, v in value.items()}
-    except ValueError as error:  # JSON has integers as keys in quotes
+        keys = [int(key) for key in value]  # JSON has integers as keys in quotes
+    except ValueError as error:
         raise MessageError(f"{path}: expected integers as keys ({error})") from None
+    pairs = zip(keys, value.values(), strict=True)
+    return {_decode(int, k, path): _decode(item_type, v, f"{path}.{k}") for k, v in pairs}
 
 
 def _decode_scalar(kind: type, value: Any, path: str) -> Any:
@@ -227,9 +288,43 @@ def _decode_scalar(kind: type, value: Any, path: str) -> Any:
         with suppress(OverflowError):  # an integer too large for a float
             if math.isfinite(value):
                 return float(value)
+    elif kind is int and type(value) is int:
+        if not MIN_INTEGER <= value <= MAX_INTEGER:
+            bits = value.bit_length()
+            raise MessageError(f"{path}: expected an integer of 64 bits, got one of {bits}")
+        return value
+    elif kind is str and type(value) is str:
+        if not _is_encodable(value):
+            raise MessageError(f"{path}: expected text, got half a character in {_describe(value)}")
+        return value
     elif type(value) is kind:
         return value
     raise MessageError(f"{path}: expected {_NAMES[kind]}, got {_describe(value)}")
+
+
+def _is_encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_any(value: Any, path: str, depth: int) -> None:
+    """Check a value of any type for what would fail later: when it is computed with, or sent on."""
+    if depth == 0:
+        raise MessageError(f"{path:.100}: nested too deeply")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_any(key, path, depth - 1)
+            _check_any(item, f"{path}.{key}", depth - 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_any(item, path, depth - 1)
+    elif isinstance(value, int | float | str) and not isinstance(value, bool):
+        _decode_scalar(type(value), value, path)
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -28,21 +28,6 @@ def encode_frame(message: dict[str, Any]) -> bytes:
     return FRAME_HEADER.pack(len(data)) + data
 
 
-def decode_frame(data: bytes) -> dict[str, Any]:
-    """The message of a frame, without its header.
-
-    Raises:
-        ValueError: not a JSON object.
-    """
-    try:
-        message = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(message, dict):
-        raise ValueError(f"expected a JSON object, got {type(message).__name__}")
-    return message
-
-
 def receive_exactly(
     sock: socket.socket, count: int, ends_s: float | None = None, *, shared: bool = False
 ) -> bytes:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import cenacle
 from cenacle.cli.main import app
-from cenacle.cluster import client, messages, node_info, service_unit
+from cenacle.cluster import client, membership, messages, node_info, service_unit
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import pair_with_head, query_head
 from cenacle.cluster.formation import Cluster, ClusterModel
@@ -268,7 +268,7 @@ def test_strangers_do_no_harm(head, tmp_path):
             said.append(sock.recv(4096))
     assert not any(b'"nodes"' in s for s in said)
     # Who speaks the language without a certificate is told what to do.
-    assert sum(b"not part of this cluster: join it with a token" in s for s in said) == 5
+    assert sum(b"not part of this cluster: join it with a token" in s for s in said) == 6
     for sock in socks:
         sock.close()
     assert len(head.status()["nodes"]) == len(before) + 1
@@ -295,10 +295,15 @@ def greet(channel, **changes):
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
-        ({"type": "heartbeat", "available_bytes": -3}, "heartbeat.available_bytes: expected at"),
+        ({"type": "heartbeat", "available_bytes": -3}, "heartbeat.available_bytes: expected 0 to"),
         ({"type": "heartbeat", "more": 1}, "heartbeat.more: unknown field"),
         ({"type": "rank_exited", "group_id": 1}, "rank_exited.rank: missing"),
         ({"type": "order_result", "id": "x"}, "order_result.id: expected an integer, got 'x'"),
+        (
+            {"type": "rank_exited", "group_id": 1, "rank": 1, "pid": 10**99, "reason": ""},
+            "rank_exited.pid: expected an integer of 64 bits",
+        ),
+        ({"type": "heartbeat", "available_bytes": float("inf")}, "heartbeat.available_bytes:"),
         ({"type": "agent"}, "type: expected heartbeat, order_result, rank_exited, leaving, got"),
     ],
 )
@@ -320,12 +325,128 @@ def test_a_node_that_describes_itself_wrongly_is_told_so(head, tmp_path):
     for changes, problem in (
         ({"memory_bytes": "much"}, "agent.info.memory_bytes: expected an integer, got 'much'"),
         ({"metal": 3}, "agent.info.metal: expected an object, got 3"),
+        ({"metal": {}}, "info.metal.max_recommended_working_set_size: expected bytes, got None"),
+        ({"read_bytes_per_s": 0}, "agent.info.read_bytes_per_s: expected"),
+        ({"available_bytes": 10**30}, "agent.info.available_bytes: expected"),
+        ({"memory_bytes": 2**63}, "agent.info.memory_bytes: expected"),
+        ({"calibration": {"tflops": 0}}, "agent.info.calibration.tflops: expected"),
+        ({"calibration": {"tflops": float("nan")}}, "agent.info.calibration.tflops: expected"),
+        ({"processor": "\x1b[2Jevil"}, "agent.info.processor: expected at most 500 printable"),
+        ({"thunderbolt": [{"\n": ""}]}, "agent.info.thunderbolt[0] (a key): expected"),
     ):
         with as_agent(head, identity) as channel:
             greet(channel, **changes)
             answer = channel.receive()
-            assert (answer["type"], answer["error"]["message"]) == ("rejected", problem)
+            assert answer["type"] == "rejected"
+            assert answer["error"]["message"].startswith(problem)
             assert not names(head)["vague"]["connected"]
+
+
+@pytest.mark.parametrize("group_id", [2**33, 2**63])
+def test_a_node_cannot_use_up_the_ids_of_groups(head, tmp_path, group_id):
+    name = f"ahead{group_id}"
+    identity = pair_with_head(tmp_path, HOST, head.port, head.invite(), name)
+    info = messages.UNKNOWN_NODE.to_json()
+    with as_agent(head, identity) as channel:
+        channel.send(messages.AgentHello(node_info.versions(), group_id, info).to_json())
+        answer = channel.receive()
+    assert answer["error"]["message"].startswith("agent.group_id: expected at most 4294967296")
+    assert head.status()["group_id"] < 2**33
+
+
+def test_an_agent_speaks_for_its_own_ranks_only(tmp_path):
+    head = Head(tmp_path / "head", HOST, 0, "one")
+    try:
+        ended = threading.Event()
+        of_two = pair_with_head(tmp_path / "two", HOST, head.port, head.invite(), "two")
+        of_three = pair_with_head(tmp_path / "three", HOST, head.port, head.invite(), "three")
+        with (
+            as_agent(head, head.identity) as one,
+            as_agent(head, of_two) as two,
+            as_agent(head, of_three) as three,
+        ):
+            for channel in (one, two, three):
+                greet(channel)
+                channel.receive()
+
+            def send_heartbeats():
+                while not ended.wait(0.2):
+                    for channel in (one, two, three):
+                        with suppress(ClusterError):
+                            channel.send({"type": "heartbeat"})
+
+            threading.Thread(target=send_heartbeats, daemon=True).start()
+            until(lambda: all(n["connected"] for n in names(head).values()), "all three")
+            head._call(lambda: head._dispatch(membership.GroupRequested(2)))
+            group = head._groups.get(timeout=10)
+            assert group.members[0].name == "one"
+            mine, other = {"two": (two, three), "three": (three, two)}[group.members[1].name]
+            gone = {"type": "rank_exited", "group_id": group.group_id, "pid": 9, "reason": "x\x1b"}
+            mine.send({**gone, "rank": 1, "group_id": 77})  # of a group that is long gone
+            other.send({**gone, "rank": 1})
+            lost = {"two", "three"} - {group.members[1].name}
+            until(lambda: not all(names(head)[n]["connected"] for n in lost), "its loss")
+            reason = "sent an invalid message (rank_exited.rank: rank 1 runs on another node)"
+            assert [names(head)[n]["reason"] for n in lost] == [reason]
+            assert head.failure_reason(group, 1) is None
+            mine.send({**gone, "rank": 1})
+            until(lambda: head.failure_reason(group, 1), "the failure")
+            assert head.failure_reason(group, 1).endswith(r"(process 9) x\x1b")
+    finally:
+        ended.set()
+        head.close()
+
+
+def test_a_token_can_be_revoked_and_what_joined_with_it_removed(head, tmp_path):
+    first, second = head.invite(), head.invite()
+    identity = pair_with_head(tmp_path / "a", HOST, head.port, first, "guest")
+    pair_with_head(tmp_path / "b", HOST, head.port, second, "friend")
+    assert head.revoke(first.lower()) == {"tokens": 1, "stay": ["guest"]}
+    with pytest.raises(ClusterError):
+        pair_with_head(tmp_path / "c", HOST, head.port, first, "late")
+    with pytest.raises(InputError, match="did not issue it"):
+        head.revoke(first)
+    assert query(identity, head.port, "status")["phase"]
+    answer = head.revoke("", remove_nodes=True)
+    assert answer["tokens"] >= 1
+    assert "friend" in answer["removed"]
+    until(lambda: "friend" not in names(head), "its removal")
+    assert "guest" in names(head)
+    with pytest.raises(ClusterError):
+        pair_with_head(tmp_path / "d", HOST, head.port, second, "late")
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ('{"group_id": Infinity, "nodes": {"%s": "two"}}', ["two"]),
+        (f'{{"group_id": {10**200}, "nodes": {{"a": "two"}}}}', ["two"]),
+        ('{"group_id": 7, "nodes": {"a": "two", "b": 3, "c": "\\u001b[2J"}}', ["two"]),
+        ('{"group_id": 7, "nodes": []}', []),
+        ('{"nodes": {"a": "two"}}', ["two"]),
+        ("[" * 100_000, []),
+        ("\x00\x01", []),
+        ("", []),
+    ],
+)
+def test_a_damaged_roster_is_set_aside_and_heals(tmp_path, caplog, content, kept):
+    folder = tmp_path / "head"
+    Head(folder, HOST, 0, "one").close()
+    (folder / "roster.json").write_text(content)
+    (folder / "roster.json").chmod(0o600)
+    with caplog.at_level("WARNING"):
+        head = Head(folder, HOST, 0, "one")
+    try:
+        assert [n for n in names(head) if n != "one"] == kept
+        assert "was damaged" in caplog.text
+        assert head.status()["group_id"] > 6
+        assert [p.read_text() for p in folder.glob("roster.json.damaged-*")] == [content]
+        pair_with_head(tmp_path / "new", HOST, head.port, head.invite(), "new")
+    finally:
+        head.close()
+    caplog.clear()
+    Head(folder, HOST, 0, "one").close()
+    assert "was damaged" not in caplog.text
 
 
 def test_a_wrong_result_of_an_order_is_an_error_that_names_the_node(head, tmp_path):

@@ -1,6 +1,7 @@
 """A message that was received has the declared types, or its field is named."""
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenacle.message import Count, Message, MessageError, Port, Seconds, parse
+from cenacle.message import (
+    Count,
+    Label,
+    Message,
+    MessageError,
+    Port,
+    Seconds,
+    decode_json,
+    parse,
+)
 
 
 @dataclass(frozen=True)
@@ -43,15 +53,16 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=6,
 )
+integers = st.integers(-(2**63), 2**64 - 1)
 wholes = st.builds(
     Whole,
     st.lists(st.integers(1, 65535), max_size=3).map(tuple),
-    st.dictionaries(st.text(max_size=3), st.builds(Part, st.integers(), st.none() | st.text())),
+    st.dictionaries(st.text(max_size=3), st.builds(Part, integers, st.none() | st.text())),
     st.none() | st.floats(0, 1e9),
     st.sampled_from(["fast", "slow"]),
     st.lists(st.lists(st.none() | st.text(), max_size=2).map(tuple), max_size=2).map(tuple),
-    st.integers() | st.text(),
-    st.none() | st.integers(),
+    integers | st.text(),
+    st.none() | integers,
     st.booleans(),
 )
 
@@ -170,3 +181,60 @@ def test_dataclasses_and_those_with_their_own_json_are_fields():
 def test_a_nested_field_that_is_wrong_is_named(change, message):
     with pytest.raises(MessageError, match=message):
         parse({"type": "nested", "plain": {}, **change}, Nested)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"3", b"[]", b"{", b"\xff", b'{"a":' * 100_000, b"[" * 100_000, b'{"a": ' + b"9" * 5000],
+)
+def test_what_is_no_json_object_is_one_kind_of_error(data):
+    with pytest.raises(MessageError, match="not a message"):
+        decode_json(data)
+
+
+@dataclass(frozen=True)
+class Loose(Message, type="loose"):
+    anything: Any = None
+    count: int = 0
+    label: Label = ""
+    labels: Mapping[Label, int] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"anything": {"a": [math.inf]}}, "loose.anything.a: expected a number, got inf"),
+        ({"anything": [math.nan]}, "loose.anything: expected a number, got nan"),
+        ({"anything": {"a": 2**64}}, "loose.anything.a: expected an integer of 64 bits"),
+        ({"anything": "\ud800"}, "loose.anything: expected text, got half a character"),
+        ({"anything": {"\udfff": 1}}, "loose.anything: expected text, got half a character"),
+        ({"anything": json.loads("[" * 40 + "]" * 40)}, "loose.anything: nested too deeply"),
+        ({"count": 10**400}, "loose.count: expected an integer of 64 bits"),
+        ({"label": "\x1b[2J"}, "loose.label: expected at most 500 printable characters, got"),
+        ({"label": "a" * 501}, "loose.label: expected at most 500 printable characters, got"),
+        ({"labels": {"a\nb": 1}}, "loose.labels (a key): expected at most 500 printable"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused(changes, error):
+    with pytest.raises(MessageError) as caught:
+        parse({"type": "loose", **changes}, Loose)
+    assert str(caught.value).startswith(error)
+
+
+def test_a_class_may_refuse_with_any_exception():
+    class Odd:
+        @classmethod
+        def from_json(cls, data):
+            return data[0][1]
+
+    @dataclass(frozen=True)
+    class Strict(Message, type="strict"):
+        odd: Odd | None = None
+        number: int = 1
+
+        def __post_init__(self):
+            1 / self.number
+
+    for data in ({"number": 0}, {"odd": [[]]}, {"odd": {}}):
+        with pytest.raises(MessageError, match="strict"):
+            parse({"type": "strict", **data}, Strict)

@@ -468,3 +468,46 @@ def test_ranks_that_were_started_again_may_have_room_for_less():
         assert (scheduler.kv_cache_bytes, scheduler.footprint) == sizes[:2]
     finally:
         group.close()
+
+
+@pytest.mark.parametrize("wrong", ["pages", "result", "report", "unreadable"])
+def test_a_message_that_cannot_be_used_is_its_ranks_failure(play, wrong):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch or rank.rank != 1 or step.number != 5:
+            return
+        if wrong == "result":
+            rank.say(StepResult(0, 10**9, ()).to_json())
+        elif wrong == "report":
+            rank.say(StepResult(0, step.number, (), StepReport(0.0, {}, (), {}, True)).to_json())
+        elif wrong == "pages":
+            rank.say({"type": "pages", "epoch": 0, "report": {"checked": ["never asked", []]}})
+        else:
+            rank.say(None.__class__)  # what no decoder has foreseen
+
+    group, stage = play(fault)
+    if wrong == "pages":
+
+        def fail(rank: int, report: object) -> None:
+            raise KeyError("never asked")
+
+        group._scheduler.on_pages = fail
+    client = Client(group, "a")
+    assert client.wait() == client.expected
+    assert stage.starts == [0, 1]
+    assert group.state.reason.startswith("rank 1 ")
+    assert group.failure is None
+
+
+def test_ranks_that_cannot_be_used_are_started_again(play):
+    group, _ = play(lambda rank, step: leave(rank, step) if step.number == 3 else None)
+    measured = []
+
+    def measure(ranks: object) -> tuple:
+        measured.append(ranks)
+        if len(measured) == 1:
+            raise ZeroDivisionError("of a number that a rank has reported")
+        return None, CacheFootprint(0), 0
+
+    group._measure_capacity = measure
+    client = Client(group, "a", 3)
+    assert client.wait() == client.expected

@@ -38,12 +38,13 @@ def doctor(
     json_output: JsonOutput = False,
 ) -> None:
     """Check this machine or its cluster for problems, and suggest how to fix them."""
-    from ..cluster.doctor import Finding, examine, gather
+    from ..cluster.doctor import examine, gather
+    from ..cluster.messages import Finding
 
     if cluster:
         answer = query_head("doctor", timeout_s=CLUSTER_TIMEOUT_S)
         findings_by_node = {
-            node: [Finding(**finding) for finding in findings]
+            node: [Finding.from_json(finding) for finding in findings]
             for node, findings in answer["nodes"].items()
         }
     else:

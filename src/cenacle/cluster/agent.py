@@ -27,7 +27,7 @@ from typing import Any
 from .. import net, paths
 from ..collective import socket_options
 from ..core.units import format_bytes
-from ..errors import CenacleError, ClusterError, error_from_json, error_to_json
+from ..errors import CenacleError, ClusterError, error_from_json, error_to_json, printable
 from ..message import Message, parse
 from ..ranks.channel import ChannelClosed
 from . import doctor, framing, link_probe, membership, messages, node_info
@@ -178,8 +178,8 @@ class Agent:
                             await framing.send(writer, messages.Leaving(), 1)
                         raise _ShutdownReceived(reason)
                     case messages.Rejection(error=data, retry=retry):
-                        error = error_from_json(data)
-                        raise error if retry else _Rejected(str(error))
+                        reason = str(error_from_json(data))
+                        raise ClusterError(reason) if retry else _Rejected(reason)
         finally:
             if heartbeats is not None:
                 heartbeats.cancel()
@@ -204,8 +204,11 @@ class Agent:
             answer = messages.OrderResult(request.id, result=result.to_json())
         except CenacleError as error:
             answer = messages.OrderResult(request.id, error=error_to_json(error))
-        except OSError as error:
-            answer = messages.OrderResult(request.id, error=error_to_json(ClusterError(str(error))))
+        except Exception as error:  # an order that this node cannot carry out, for whatever reason
+            if not isinstance(error, OSError):
+                log.exception("an order of the head failed")
+            failure = ClusterError(str(error) or type(error).__name__)
+            answer = messages.OrderResult(request.id, error=error_to_json(failure))
         with suppress(ClusterError):
             await framing.send(writer, answer, SEND_TIMEOUT_S)
 
@@ -218,7 +221,7 @@ class Agent:
     def _report_once(self, text: str) -> None:
         if text != self._last_report:
             self._last_report = text
-            self._report(text)
+            self._report(printable(text))
 
     def _describe_failure(self, error: Exception) -> str:
         if isinstance(error, ssl.SSLCertVerificationError):
@@ -248,7 +251,7 @@ class Agent:
             )
         try:
             ranges = DownloadOrder.from_json(order.order)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ClusterError(f"start_download.order: {error!r}") from None
         head = HeadSource(self._identity, self._host, self._port)
         self._download = DownloadTask(folder, ranges, head, self._verified, previous)
@@ -310,7 +313,12 @@ class Agent:
         clock_skew_s = order.now_s - time.time()
         facts = await asyncio.to_thread(doctor.gather, self._host)
         findings = doctor.examine(replace(facts, clock_skew_s=clock_skew_s))
-        return messages.Findings(tuple(finding.to_json() for finding in findings))
+        return messages.Findings(
+            tuple(
+                replace(finding, message=printable(finding.message), fix=printable(finding.fix))
+                for finding in findings
+            )
+        )
 
     # ---- Orders: ranks ------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from .. import net
 from ..errors import ClusterError, InputError, error_from_json
-from ..message import Message, MessageError, parse
+from ..message import Message, MessageError, decode_json, parse
 from ..ranks.channel import Channel
 from . import messages
 from .head import PORT
@@ -92,7 +92,7 @@ def pair_with_head(
             f"the head at {address} does not recognise this token; check the address, or create a "
             f"new token with `cenacle nodes --invite` on the head. Nothing was changed."
         )
-    grant = messages.JoinGrant.from_json(json.loads(payload))
+    grant = messages.JoinGrant.from_json(decode_json(payload))
     return identities.store_node_identity(
         folder,
         key,

@@ -19,11 +19,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -32,6 +31,7 @@ import psutil
 from ..core.units import format_bytes
 from ..paths import private_dir_problem
 from ..planning.memory import wired_limit_command
+from .messages import Finding
 
 TOOL_TIMEOUT_S = 5.0
 MIN_OPEN_FILES = 1024  # enough for a server with hundreds of clients and 8 nodes
@@ -39,28 +39,6 @@ MIN_FREE_DISK_BYTES = 20 * 10**9
 MAX_CLOCK_SKEW_S = 30.0  # certificates and tokens tolerate this much
 MAX_MEMORY_PRESSURE_PERCENT = 5.0  # of the last minute in which a process waited for memory
 MIN_AVAILABLE_MEMORY = 0.1  # of all memory
-
-Level = Literal["bad", "warning", "good"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check.
-
-    Args:
-        level: "bad": it will not work or not last; "warning": slower or less reliable than
-            necessary.
-        message: a sentence.
-        fix: what to do; empty if good.
-    """
-
-    level: Level
-    message: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, str]:
-        """A JSON object."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

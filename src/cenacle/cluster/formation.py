@@ -209,7 +209,9 @@ class Cluster:
             names = " and ".join(node.name for node in request.returning)
             try:
                 self._dry_run(request)
-            except (CenacleError, OSError) as error:
+            except Exception as error:  # this thread lives as long as the head
+                if not isinstance(error, CenacleError | OSError):
+                    log.exception("an unexpected error")
                 log.warning("%s cannot be added: %s", names, error)
                 self._head.reject_nodes(request.returning, str(error))
                 continue

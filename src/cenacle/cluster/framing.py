@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from .. import net
-from ..message import Message, parse
+from ..message import Message, MessageError, decode_json, parse
 from ..ranks.channel import ChannelClosed, ChannelTimeout
 
 FIRST_MESSAGE_BYTES = 16 * 1024  # limit for a peer that is not known yet
@@ -44,26 +44,22 @@ async def receive_object(
 
     Raises:
         ChannelTimeout: it did not arrive in time.
-        ChannelClosed: the connection ended, or what was sent is no JSON object with a type.
+        ChannelClosed: the connection ended.
+        MessageError: what was sent is no JSON object, or too long.
     """
     try:
         async with asyncio.timeout(timeout_s):
             header = await reader.readexactly(net.FRAME_HEADER.size)
             (length,) = net.FRAME_HEADER.unpack(header)
             if length > limit:
-                raise ChannelClosed(f"sent a message of {length} bytes, expected at most {limit}")
-            message = net.decode_frame(await reader.readexactly(length))
+                raise MessageError(f"{length} bytes, expected at most {limit}")
+            return decode_json(await reader.readexactly(length))
     except TimeoutError:
         raise ChannelTimeout(f"sent nothing for {timeout_s:g} s") from None
     except asyncio.IncompleteReadError:
         raise ChannelClosed("closed the connection") from None
     except OSError as error:
         raise ChannelClosed(net.describe_loss(error)) from None
-    except ValueError as error:
-        raise ChannelClosed(f"sent what is not a message ({error})") from None
-    if not isinstance(message.get("type"), str):
-        raise ChannelClosed("sent what is not a message (expected a type)")
-    return message
 
 
 async def send(writer: asyncio.StreamWriter, message: Message, timeout_s: float) -> None:

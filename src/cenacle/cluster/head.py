@@ -17,7 +17,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +25,8 @@ from socket import socket
 from typing import Any, TypeVar
 
 from .. import paths
-from ..errors import CenacleError, ClusterError, InputError
-from ..message import Message
+from ..errors import CenacleError, ClusterError, InputError, printable
+from ..message import Message, MessageError
 from . import framing, head_server, membership, messages, node_info
 from .head_server import FileServer, HeadServer
 from .loop_thread import LoopThread
@@ -46,6 +46,7 @@ AGENTS_STOP_TIMEOUT_S = 3.0
 DISMISSAL_DELAY_S = 0.2  # in which an agent ends by itself
 HEAD_CLOSED = "was disconnected because the head ends"
 HEAD_ENDED = "the cluster was ended"
+MAX_GROUP_ID = 2**32  # that an agent may know and this head does not
 LOCAL_ADDRESSES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
@@ -252,6 +253,22 @@ class Head:
         """A new token."""
         return self._call(self._tokens.issue)
 
+    def revoke(self, token: str = "", remove_nodes: bool = False) -> dict[str, Any]:
+        """Make a token worthless, or all of them.
+
+        Args:
+            token: as printed; "": all.
+            remove_nodes: remove the nodes that joined with it since this head started.
+
+        Returns:
+            How many `tokens` were valid, and the names of the nodes that joined with them: those
+            `removed`, or those that `stay`.
+
+        Raises:
+            InputError: it is not known.
+        """
+        return self._call(lambda: self._revoke(token, remove_nodes))
+
     def is_connected(self, node: Node) -> bool:
         """Whether a node's agent is connected."""
         return self._absence_reason(node) is None
@@ -408,6 +425,7 @@ class Head:
                     error = ClusterError(f"this node {reason}")
                     self._loop.spawn(self._connections[node_id].reject(error))
                 case membership.StartGroup(group_id=group_id, members=members):
+                    self._exit_reasons.clear()
                     self._save_roster()
                     nodes = tuple(self._with_address(i, members) for i in members)
                     self._groups.put(GroupMembership(group_id, nodes))
@@ -463,6 +481,7 @@ class Head:
             error = ClusterError(f"{name} is already connected")
             await head_server.reject_and_close(stream[1], error, retry=True)
             return
+        self._check_group_id(hello.group_id)
         info = messages.UNKNOWN_NODE
         if not membership.describe_mismatch(self._state.versions, hello.versions):
             info = messages.NodeInfo.from_json(hello.info, "agent.info")
@@ -492,6 +511,12 @@ class Head:
             self._dispatch(membership.NodeDisconnected(node_id, reason))
             log.warning("%s %s", name, reason)
 
+    def _check_group_id(self, group_id: int) -> None:
+        # The next group's id is higher than any that an agent knows: it must not get out of range.
+        limit = max(MAX_GROUP_ID, self._state.group_id)
+        if group_id > limit:
+            raise MessageError(f"agent.group_id: expected at most {limit}, got {group_id}")
+
     def _on_agent_message(
         self, node_id: str, message: messages.Heartbeat | messages.RankExited
     ) -> None:
@@ -499,7 +524,12 @@ class Head:
             case messages.Heartbeat(available_bytes=available_bytes):
                 self._dispatch(membership.Heartbeat(node_id, time.monotonic(), available_bytes))
             case messages.RankExited(group_id=group_id, rank=rank, pid=pid, reason=reason):
-                self._exit_reasons[group_id, rank] = f"(process {pid}) {reason}"
+                state = self._state
+                if group_id != state.group_id or not state.members:
+                    return  # of a group that has ended
+                if state.members[rank : rank + 1] != (node_id,):
+                    raise MessageError(f"rank_exited.rank: rank {rank} runs on another node")
+                self._exit_reasons[group_id, rank] = f"(process {pid}) {printable(reason)}"
 
     async def _serve_relay(self, node_id: str, hello: messages.RelayHello, stream: Stream) -> None:
         connection = self._connections.get(node_id)
@@ -536,7 +566,7 @@ class Head:
             self.on_shutdown()
 
     async def _answer_query(self, node_id: str, query: messages.Query) -> dict[str, Any]:
-        if query.name in ("invite", "remove", "down") and node_id != identity.HEAD:
+        if query.name in ("invite", "revoke", "remove", "down") and node_id != identity.HEAD:
             raise ClusterError("only the head's own machine may do that")
         match query.name:
             case "status":
@@ -545,6 +575,8 @@ class Head:
                 return {"nodes": await self._diagnose_nodes()}
             case "invite":
                 return {"token": self._tokens.issue()}
+            case "revoke":
+                return self._revoke(query.token, query.remove_nodes)
             case "leave":
                 return {"removed": self._remove_node(node_id)}
             case "remove":
@@ -555,10 +587,11 @@ class Head:
     async def _diagnose_nodes(self) -> dict[str, Any]:
         """What `cenacle doctor` finds on each node, by name."""
 
-        async def diagnose(node: Node) -> Sequence[Mapping[str, str]]:
+        async def diagnose(node: Node) -> Sequence[dict[str, Any]]:
             try:
                 order = messages.Diagnose(time.time())
-                return (await self._execute(node, order, DIAGNOSIS_TIMEOUT_S)).findings
+                answer = await self._execute(node, order, DIAGNOSIS_TIMEOUT_S)
+                return [finding.to_json() for finding in answer.findings]
             except CenacleError as error:
                 message = f"It could not be checked: {error}."
             return [{"level": "bad", "message": message, "fix": "See the output of its agent."}]
@@ -566,6 +599,14 @@ class Head:
         nodes = list(self._state.nodes.values())
         findings = await asyncio.gather(*(diagnose(node) for node in nodes))
         return {node.name: found for node, found in zip(nodes, findings, strict=True)}
+
+    def _revoke(self, token: str, remove_nodes: bool) -> dict[str, Any]:
+        valid, joined = self._tokens.revoke(token)
+        nodes = [self._state.nodes[i] for i in joined if i in self._state.nodes]
+        if remove_nodes:
+            for node in nodes:
+                self._remove_node(node.id)
+        return {"tokens": valid, "removed" if remove_nodes else "stay": [n.name for n in nodes]}
 
     def _find_node(self, name: str) -> str:
         others = [n for n in self._state.nodes.values() if n.id != identity.HEAD]

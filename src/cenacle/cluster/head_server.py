@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from .. import net
 from ..collective import socket_options
 from ..errors import CenacleError, ClusterError, InputError, error_to_json
-from ..message import Message, MessageError, parse
+from ..message import Message, MessageError, decode_json, parse
 from . import framing, messages
 from .loop_thread import LoopThread
 from .node_connection import SEND_TIMEOUT_S
@@ -108,6 +108,8 @@ class HeadServer:
             await self._handshake((reader, writer))
         except (CenacleError, OSError) as error:
             log.info("a connection was closed: %s", error)
+        except Exception:  # whatever a peer has found to send, it costs its own connection
+            log.exception("a connection was closed by a fault of this program")
         except asyncio.CancelledError:
             pass  # closed by this side; asyncio would log it
         finally:
@@ -153,14 +155,15 @@ class HeadServer:
             if len(nonce) != pairing.NONCE_BYTES:
                 raise ClusterError(f"pair.nonce: expected {pairing.NONCE_BYTES} bytes of base64")
             token = self._tokens.find(pairing.decode(message.proof), *transcript, payload)
-            request = messages.JoinRequest.from_json(json.loads(payload))
+            request = messages.JoinRequest.from_json(decode_json(payload))
             node_id = secrets.token_hex(8)
             certificate = self._authority.sign(request.certificate_request.encode(), node_id)
-        except (ClusterError, ValueError, RecursionError) as error:
+        except (ClusterError, ValueError) as error:
             log.warning("a machine was not admitted: %s", error)
             await reject_and_close(writer, ClusterError(str(error)))
             return
         name = self._add_member(node_id, _printable(request.name))
+        self._tokens.note_join(token, node_id)
         log.info("%s has joined", name)
         grant = json.dumps(messages.JoinGrant(certificate.decode(), node_id, name).to_json())
         proof = pairing.channel_bound_proof(token, "head", *transcript, grant.encode())

@@ -15,11 +15,12 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Annotated
 
 from .. import net
 from ..collective import socket_options
 from ..errors import ClusterError
-from ..message import Message, Seconds
+from ..message import Message, Range
 
 PING_BYTES = 64
 PINGS = 50
@@ -37,8 +38,8 @@ class Link(Message):
         bytes_per_s: of a transfer of a few megabytes.
     """
 
-    latency_s: Seconds
-    bytes_per_s: Seconds
+    latency_s: Annotated[float, Range(1e-9, 1e3)]
+    bytes_per_s: Annotated[float, Range(1.0, 1e18)]
 
 
 def serve_probe(address: str, secret: bytes) -> int:

@@ -21,13 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
-from ..message import Count, Message, Port, Seconds
+from ..message import Count, Label, Message, MessageError, Port, Printable, Range, Seconds
 from .link_probe import Link
 
 R = TypeVar("R", bound=Message)
-QueryName = Literal["status", "doctor", "invite", "leave", "remove", "down"]
+QueryName = Literal["status", "doctor", "invite", "revoke", "leave", "remove", "down"]
+MAX_BYTES = 2**60
+Bytes = Annotated[int, Range(0, MAX_BYTES)]
+Positive = Annotated[float, Range(1e-12, 1e12)]
+Rate = Annotated[float, Range(1e3, 1e18)]
+"""Bytes per second. Decisions divide by it."""
 
 # ---- Opening a connection ---------------------------------------------------------------------
 
@@ -46,21 +51,28 @@ class NodeInfo(Message):
         mesh_unavailable_reason: why the node cannot use the mesh backend; None: it can.
     """
 
-    system: str
-    macos: str
-    python: str
-    processor: str
-    cores: int | None
-    memory_bytes: Count
-    available_bytes: Count
+    system: Label
+    macos: Label
+    python: Label
+    processor: Label
+    cores: Count | None
+    memory_bytes: Bytes
+    available_bytes: Bytes
     gpu: bool
-    metal: Mapping[str, Any] | None
+    metal: Mapping[Label, int | float | Label] | None
     cuda: bool
-    thunderbolt: tuple[Mapping[str, str], ...]
-    calibration: Mapping[str, float]
-    kernels: str
-    read_bytes_per_s: Seconds
-    mesh_unavailable_reason: str | None
+    thunderbolt: tuple[Mapping[Label, Label], ...]
+    calibration: Mapping[Label, Positive]
+    kernels: Label
+    read_bytes_per_s: Rate
+    mesh_unavailable_reason: Label | None
+
+    def __post_init__(self) -> None:
+        if self.metal is not None:
+            name = "max_recommended_working_set_size"
+            size = self.metal.get(name)
+            if type(size) is not int or not 0 < size <= MAX_BYTES:
+                raise MessageError(f"info.metal.{name}: expected bytes, got {size!r:.40}")
 
 
 UNKNOWN_NODE = NodeInfo(
@@ -77,7 +89,7 @@ UNKNOWN_NODE = NodeInfo(
     thunderbolt=(),
     calibration={},
     kernels="",
-    read_bytes_per_s=0.0,
+    read_bytes_per_s=1e9,
     mesh_unavailable_reason=None,
 )
 """What is known of a node whose agent has not connected."""
@@ -140,7 +152,7 @@ class AgentHello(Message, type="agent"):
         info: a `NodeInfo`, which another version may have other fields of.
     """
 
-    versions: Mapping[str, str]
+    versions: Mapping[Label, Label]
     group_id: Count
     info: Mapping[str, Any]
 
@@ -171,10 +183,14 @@ class Query(Message, type="query"):
 
     Args:
         node: name or id of the node that `remove` concerns.
+        token: that `revoke` concerns; "": all.
+        remove_nodes: `revoke` also removes the nodes that joined with it.
     """
 
     name: QueryName
     node: str = ""
+    token: str = ""
+    remove_nodes: bool = False
 
 
 # ---- Answers of the head ----------------------------------------------------------------------
@@ -233,7 +249,7 @@ class QueryResult(Message, type="query_result"):
 class Heartbeat(Message, type="heartbeat"):
     """The sender is alive; an agent now and then adds the memory available on its node."""
 
-    available_bytes: Count | None = None
+    available_bytes: Bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -370,7 +386,7 @@ class FindPorts(Order[Ports], type="find_ports"):
     """Find free ports of an address."""
 
     address: str
-    count: Count
+    count: Annotated[int, Range(1, 64)]
 
 
 @dataclass(frozen=True)
@@ -437,10 +453,26 @@ class StopRanks(Order[Done], type="stop_ranks"):
 
 
 @dataclass(frozen=True)
-class Findings(Message):
-    """What `cenacle doctor` found on a node: objects of `doctor.Finding`."""
+class Finding(Message):
+    """The result of one check of `cenacle doctor`.
 
-    findings: tuple[Mapping[str, str], ...]
+    Args:
+        level: "bad": it will not work or not last; "warning": slower or less reliable than
+            necessary.
+        message: a sentence.
+        fix: what to do; empty if good.
+    """
+
+    level: Literal["bad", "warning", "good"]
+    message: Annotated[str, Printable(4000)]
+    fix: Annotated[str, Printable(4000)] = ""
+
+
+@dataclass(frozen=True)
+class Findings(Message):
+    """What `cenacle doctor` found on a node."""
+
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import psutil
 
 from .. import native
 from ..collective import mesh
-from ..errors import CenacleError
+from ..errors import CenacleError, printable
 from ..machine import processor_name, usable_cores
 from ..model.weight_files import INDEX_FILE, weight_files
 from ..planning import catalog
@@ -49,11 +49,12 @@ def describe_node() -> NodeInfo:
     gpu = mx.default_device().type == mx.DeviceType.gpu
     metal = gpu and mx.metal.is_available()
     memory = psutil.virtual_memory()
+    reason = mesh.unavailable_reason()
     return NodeInfo(
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        system=printable(f"{platform.system()} {platform.release()} {platform.machine()}"),
         macos=platform.mac_ver()[0],
         python=platform.python_version(),
-        processor=processor_name(),
+        processor=printable(processor_name())[:500],
         cores=len(usable_cores()) if sys.platform == "linux" else None,
         memory_bytes=memory.total,
         available_bytes=memory.available,
@@ -64,7 +65,7 @@ def describe_node() -> NodeInfo:
         calibration=_calibration(),
         kernels=native.describe_kernels() if native.is_available() else "mlx",
         read_bytes_per_s=_measure_read_rate(gpu),
-        mesh_unavailable_reason=mesh.unavailable_reason(),
+        mesh_unavailable_reason=reason and printable(reason)[:500],
     )
 
 

@@ -75,6 +75,11 @@ class RemoteRanks(RankSet):
         answers = self._head.send_orders(
             [(node, messages.FindPorts(node.address, 1)) for node in nodes]
         )
+        for node, answer in zip(nodes, answers, strict=True):
+            if len(answer.ports) != 1:
+                error = ClusterError(f"{node.name} sent {len(answer.ports)} ports, expected 1")
+                error.node_id = node.id
+                raise error
         addresses = tuple(
             net.format_address(node.address, answer.ports[0])
             for node, answer in zip(nodes, answers, strict=True)

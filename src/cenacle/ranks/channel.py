@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import net
 from ..errors import ClusterError
+from ..message import MessageError, decode_json
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
 
@@ -68,17 +69,13 @@ class Channel:
 
         Raises:
             ChannelTimeout: no complete message was received within the deadline.
-            ChannelClosed: the other side is gone, or does not send messages.
+            ChannelClosed: the other side is gone.
+            MessageError: what it sent is no message, or too long.
         """
         (length,) = net.FRAME_HEADER.unpack(self.receive_bytes(net.FRAME_HEADER.size))
         if length > MAX_MESSAGE_BYTES:
-            raise ChannelClosed(
-                f"sent a message of {length} bytes, expected at most {MAX_MESSAGE_BYTES}"
-            )
-        try:
-            return net.decode_frame(self.receive_bytes(length))
-        except ValueError as error:
-            raise ChannelClosed(f"sent what is not a message ({error})") from error
+            raise MessageError(f"{length} bytes, expected at most {MAX_MESSAGE_BYTES}")
+        return decode_json(self.receive_bytes(length))
 
     def receive_bytes(self, count: int) -> bytes:
         """Exactly `count` bytes; raises as `receive`."""

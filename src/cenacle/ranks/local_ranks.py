@@ -202,7 +202,7 @@ class LocalRanks(RankSet):
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
-        for pid in self.pids:  # under mpirun the ranks are not our children
+        for pid in self.pids if self.backend == "mpi" else ():  # they are not our children
             if pid not in [process.pid for process in self._processes]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

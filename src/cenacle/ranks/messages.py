@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from ..core.plan import Plan
 from ..core.request import PromptLogprobs, TokenEvent
 from ..core.step import PageReport, Step
 from ..engine.speculative.ngram import DraftStats
 from ..errors import CenacleError, error_from_json, error_to_json
-from ..message import Count, Message, Seconds
+from ..message import Count, Message, Range, Seconds
 from ..scheduler.prefix_index import CacheFootprint
 from .step_timings import StepReport
+
+ProcessId = Annotated[int, Range(2, 2**31 - 1)]  # never one that `kill` takes for a group
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Hello(Message, type="hello"):
 
     epoch: Count
     rank: Count
-    pid: Count
+    pid: ProcessId
     token: str
 
 
@@ -101,7 +103,7 @@ class Ready(Message, type="ready"):
 
     device: str = ""
     peak_rss_bytes: Count = 0
-    available_bytes: int = 0
+    available_bytes: Annotated[int, Range(-(2**60), 2**60)] = 0
     footprint: CacheFootprint = field(default_factory=lambda: CacheFootprint(0))
     pages: tuple[tuple[str, str, int, int, int], ...] | None = None
     notices: tuple[str, ...] = ()

@@ -262,6 +262,11 @@ class RankGroup:
             except ClusterError as error:
                 self._inbox.put((epoch, rank, error))
                 return
+            except Exception as error:  # a rank without a reader would never be missed
+                log.exception("a message of rank %d could not be read", rank)
+                reason = ClusterError(f"sent a malformed message ({error!r})")
+                self._inbox.put((epoch, rank, reason))
+                return
             last_message_s[rank] = time.monotonic()
             if not isinstance(message, Heartbeat):
                 self._inbox.put((message.epoch, rank, message))
@@ -357,6 +362,17 @@ class RankGroup:
                 raise self._ranks.blame(rank, str(message))
             case RankFailure():
                 raise self._ranks.blame(rank, str(message.to_error("failed: ")))
+        try:
+            self._apply_message(rank, message)
+        except CenacleError:
+            raise
+        except Exception as error:  # well formed, and still nothing that fits what was sent
+            log.exception("a message of rank %d could not be used", rank)
+            reason = f"sent a message that cannot be used ({exit_reason.describe_error(error)})"
+            raise self._ranks.blame(rank, reason) from error
+
+    def _apply_message(self, rank: int, message: StepResult | PageUpdate) -> None:
+        match message:
             case PageUpdate(report=report):
                 for notice in report.notices:
                     log.warning("rank %d: %s", rank, notice)
@@ -505,14 +521,20 @@ class RankGroup:
         epoch = Epoch(number, self._closing, self._report_progress, self._state.reason)
         try:
             ranks = self._source.start(epoch)
-        except (CenacleError, OSError) as error:
+            try:
+                with self._lock:
+                    if self._failure is None:
+                        self._replace_ranks(ranks)
+            except BaseException:
+                ranks.close(now=True)
+                raise
+        except Exception as error:
+            if not isinstance(error, CenacleError | OSError):
+                log.exception("an unexpected error")
             if not self._closing.is_set():
                 log.warning("epoch %d could not be started: %s", number, error)
             self._apply(recovery.StartFailed(time.monotonic(), str(error), _rank_of(error)))
             return
-        with self._lock:
-            if self._failure is None:
-                self._replace_ranks(ranks)
         if self._failure is not None:
             ranks.close(now=True)
             return

@@ -46,12 +46,36 @@ class Tokens:
     def __init__(self, clock: Callable[[], float], life_s: float = TOKEN_LIFE_S) -> None:
         self._clock, self._life_s = clock, life_s
         self._issued: dict[str, float] = {}
+        self._joined: dict[str, list[str]] = {}  # ids of nodes by token
 
     def issue(self) -> str:
         """A new token, such as 7K2M-9QXD-41TB-W3HF."""
         token = new_token()
         self._issued[token] = self._clock() + self._life_s
         return token
+
+    def note_join(self, token: str, node_id: str) -> None:
+        """Note that a node has joined with a token."""
+        self._joined.setdefault(token, []).append(node_id)
+
+    def revoke(self, token: str = "") -> tuple[int, list[str]]:
+        """Make a token worthless, or all of them.
+
+        Returns:
+            How many were still valid, and the ids of the nodes that joined with them.
+
+        Raises:
+            InputError: the token was not issued by this head, or was revoked before.
+        """
+        token = token and read_token(token)
+        if token and token not in self._issued:
+            raise InputError(
+                "token: this head did not issue it since it started, or has revoked it", "token"
+            )
+        revoked = [token] if token else list(self._issued)
+        now_s = self._clock()
+        valid = sum(now_s < self._issued.pop(t) for t in revoked)
+        return valid, [node_id for t in revoked for node_id in self._joined.pop(t, [])]
 
     def find(self, proof: bytes, *transcript: bytes) -> str:
         """The token that a joining node has proved to know.
