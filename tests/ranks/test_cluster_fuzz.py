@@ -55,6 +55,8 @@ def sample(annotation: Any, dice: random.Random) -> Any:
         return dice.choice(arguments)
     if hasattr(annotation, "__metadata__"):
         limits = annotation.__metadata__[0]
+        if not hasattr(limits, "minimum"):
+            return "word"
         return max(limits.minimum if limits.minimum > -1e9 else 0, min(limits.maximum, 3))
     if origin in (Union, type(int | None)):
         return sample(dice.choice(arguments), dice)

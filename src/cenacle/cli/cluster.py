@@ -348,14 +348,28 @@ def nodes(
             metavar="NAME", help="Remove this node from the cluster; only on the head's machine."
         ),
     ] = None,
+    revoke: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Make this token worthless, or all; nodes that have joined with it stay.",
+        ),
+    ] = None,
+    remove_joined: Annotated[
+        bool,
+        typer.Option("--remove-joined", help="With --revoke: also remove these nodes."),
+    ] = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """List the nodes of the cluster, invite a new one or remove one."""
+    """List the nodes of the cluster, invite a new one, remove one, or revoke a token."""
     if invite:
         identity = _find_identity()
         token = _query(identity, "invite")["token"]
         for command_line in _join_commands("0.0.0.0", identity.load_settings()["port"], token):
             print(command_line)
+        return
+    if revoke is not None:
+        _revoke_token(revoke, remove_joined)
         return
     if remove is not None:
         report(f"removed {query_head('remove', remove)['removed']} from the cluster")
@@ -378,6 +392,20 @@ def nodes(
             _node_state(node),
         )
     wide_console(160).print(table)
+
+
+def _revoke_token(token: str, remove_joined: bool) -> None:
+    from ..cluster import client
+    from ..cluster.messages import Query
+
+    identity = _find_identity()
+    settings = identity.load_settings()
+    query = Query("revoke", token="" if token == "all" else token, remove_nodes=remove_joined)
+    answer = client.query_head(identity, settings["host"], settings["port"], query)
+    report(f"revoked: {answer['tokens']} of the tokens were still valid")
+    for key, text in (("removed", "removed"), ("stay", "joined with them and stay")):
+        if answer.get(key):
+            report(f"{text}: {', '.join(answer[key])}")
 
 
 @command(app, example="cenacle status --json", panel=PANEL)
