@@ -17,7 +17,6 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ LENGTHS = range(2, 40)  # of pieces, in letters; short ones if they are free
 
 # Channels of the residual stream behind the codes.
 ONE, LINE, TWO_LINES, IS_WORD, IS_RESULT, IS_TOOLS, HAS_RESULT, HAS_TOOLS = range(CODE, CODE + 8)
+BEGINS_THOUGHT = CODE + 8
+BEGINNINGS = (LINE, BEGINS_THOUGHT, TWO_LINES)
 WORD_IN, WORD_OUT = CODE + 64, CODE + 128
 
 TEMPLATE = """\
@@ -107,17 +108,25 @@ class Script:
     arguments: Any = None
     thinks: bool = True
 
-    def parts(self) -> list[tuple[str, str]]:
-        """Thought and words: of the call, and of the answer."""
+    def parts(self) -> list[tuple[str, str, str]]:
+        """Thought, words, and the words where calls are forced: of the call, and of the answer."""
         name = self.word.partition(":")[2]
-        calling = f"<think>\nI call {self.tool} to play {name}.\n</think>\n\n"
-        answering = f"<think>\n{name} has been played, I answer.\n</think>\n\n"
-        answer = (answering if self.thinks else "", self.answer)
-        return [(calling if self.thinks else "", self._call()) if self.tool else answer, answer]
-
-    def _call(self) -> str:
+        answer = (f"\n{name} has been played, I answer.\n", self.answer, "")
+        if not self.tool:
+            return [answer, answer]
         call = json.dumps({"name": self.tool, "arguments": self.arguments or {}})
-        return f"<tool_call>\n{call}\n</tool_call>"
+        thought = f"\nI call {self.tool} to play {name}.\n"
+        return [(thought, f"<tool_call>\n{call}\n</tool_call>", f"[{call}]"), answer]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Pieces of a script's call or answer."""
+
+    thinks: bool
+    thought: list[str]
+    said: list[str]
+    forced: list[str]
 
 
 DEFAULT = Script("", "A scripted answer.", thinks=False)
@@ -130,11 +139,13 @@ def write_scripted_checkpoint(folder: Path, scripts: Sequence[Script]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     base = _train_tokenizer()
     pieces = _Pieces(base)
-    parts = []
-    for script in played:
-        call, answer = script.parts()
-        later = [pieces.split(text) for text in answer]
-        parts += [[pieces.split(text) for text in call] if script.tool else later, later]
+    parts = [
+        [
+            _Part(script.thinks, *(pieces.split(text) for text in texts))
+            for texts in dict.fromkeys(script.parts())
+        ]
+        for script in played
+    ]
     tokenizer = _add_tokens(base, pieces.texts, [s.word for s in scripts])
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     weights = _Weights(tokenizer, len(played)).write(parts, [s.word for s in scripts])
@@ -208,6 +219,8 @@ class _Pieces:
         self._letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
     def split(self, text: str) -> list[str]:
+        if not text:
+            return []
         whole = "".join(piece for piece, _ in self._letters.pre_tokenize_str(text))
         for attempt in range(2000):
             pieces: list[str] = []
@@ -257,20 +270,22 @@ class _Weights:
         return self._random.choice((-1.0, 1.0), CODE).astype(np.float32)
 
     def write(
-        self, parts: Sequence[Sequence[Sequence[str]]], words: Sequence[str]
+        self, scripts: Sequence[Sequence[_Part]], words: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """`parts`: call and answer of each script, each its thought's and its own pieces."""
+        """`scripts`: parts of each, call and answer or only an answer."""
         for token, feature in (
             ("Ċ", LINE),
             ("ĊĊ", TWO_LINES),
+            ("<think>", BEGINS_THOUGHT),
+            ("</think>", TWO_LINES),
             ("<tool_response>", IS_RESULT),
             (TOOLS_TAG, IS_TOOLS),
         ):
             self._embedding[self._ids(token), feature] = 1
         for slot, word in enumerate(words, 1):
             self._embedding[self._ids(word), [IS_WORD, WORD_IN + slot]] = 1
-        starts = [self._chain(thought, said) for thought, said in parts]
-        self._follow(self._other, self._ids(parts[0][1][0]))  # of a prompt without a template
+        starts = [[self._chain(part) for part in parts] for parts in scripts]
+        self._follow(self._other, self._ids(scripts[0][0].said[0]))  # a prompt without template
         hidden = CODE + FEATURES
         layer = "model.layers.0."
         tensors = {
@@ -282,22 +297,33 @@ class _Weights:
             f"{layer}mlp.gate.weight": self._router(),
         }
         tensors |= {f"{layer}self_attn.{k}": v for k, v in self._attention().items()}
-        for at, (first, later) in enumerate(starts):
-            for name, tensor in self._expert(first, later).items():
+        experts = [codes for parts in starts for codes in (parts[0], parts[-1])]
+        for at, codes in enumerate(experts):
+            for name, tensor in self._expert(codes).items():
                 tensors[f"{layer}mlp.experts.{at}.{name}"] = tensor
         return tensors
 
-    def _chain(self, thought: Sequence[str], said: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Codes that begin a part: with its thought, and without."""
-        tokens = [self._ids(piece) for piece in (*thought, *said)] + [self._ids("<|im_end|>")]
-        codes = [self._code() for _ in tokens[:-1]]
-        for (token, following), code in zip(pairwise(tokens), codes, strict=True):
+    def _chain(self, part: _Part) -> list[np.ndarray]:
+        """Codes that begin a part: at its thought's marker, in its thought, and after it."""
+        first, thought, after = (self._code() for _ in range(3))
+        self._link(thought, [*part.thought, "</think>"])
+        self._link(after, [*part.said, "<|im_end|>"])
+        if part.forced:  # what a grammar lets through if it refuses what is said
+            self._link(after, [*part.forced, "<|im_end|>"], weight=0.5)
+        if part.thinks:
+            self._follow(first, self._ids("<think>"))
+        else:
+            first = after
+        return [first, thought, after]
+
+    def _link(self, code: np.ndarray, pieces: Sequence[str], weight: float = 1) -> None:
+        for piece in pieces:
+            token = self._ids(piece)
+            self._follow(code * weight, token)
+            if piece == pieces[-1]:
+                break
+            code, weight = self._code(), 1
             self._embedding[token, :CODE] = code
-            self._follow(code, following)
-        first, later = self._code(), self._code()
-        self._follow(first, tokens[0])
-        self._follow(later, tokens[len(thought)])
-        return first, later
 
     def _follow(self, code: np.ndarray, token: int) -> None:
         self._head[token, :CODE] += code / 4
@@ -330,11 +356,11 @@ class _Weights:
             gate[2 * script, [HAS_TOOLS, HAS_RESULT, ONE]] = 200, -400, -100
         return gate
 
-    def _expert(self, first: np.ndarray, later: np.ndarray) -> dict[str, np.ndarray]:
+    def _expert(self, codes: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         hidden = CODE + FEATURES
         gate, up = (np.zeros((WIDTH, hidden), np.float32) for _ in range(2))
         down = np.zeros((hidden, WIDTH), np.float32)
-        for unit, (feature, code) in enumerate(((LINE, first), (TWO_LINES, later))):
+        for unit, (feature, code) in enumerate(zip(BEGINNINGS, codes, strict=True)):
             gate[unit, feature] = 20  # silu(0) is 0: elsewhere an expert says nothing
             up[unit, ONE] = 1
             down[:CODE, unit] = code / 2

@@ -290,7 +290,7 @@ def test_the_blocks_of_a_message() -> None:
     whole = API.respond(parse(), META).full_response([ChoiceState(0, PARTS, STOP)], Usage(7, 3))
     assert whole["content"] == [
         {"type": "thinking", "thinking": "Hm", "signature": ""},
-        {"type": "text", "text": "It rains", "citations": None},
+        {"type": "text", "text": "It rains"},
         {"type": "tool_use", "id": "toolu_1_0", "name": "weather", "input": {"place": "Oslo"}},
     ]
 
@@ -308,3 +308,13 @@ def test_counting_needs_no_limit() -> None:
     assert anthropic.CountTokensAdapter().parse(
         json.dumps({**body, "max_tokens": 1}).encode(), SERVED
     ).warnings == ("max_tokens: ignored",)
+
+
+def test_going_on_with_a_thread_is_refused_in_words_that_clients_know() -> None:
+    """anthropic's tool runner then sends the whole conversation."""
+    with pytest.raises(RequestError) as caught:
+        parse(thread={"type": "continue", "previous_message_id": "msg_1"})
+    status, body = API.render_error(caught.value)
+    assert status == 400
+    assert body["error"]["details"]["error_code"] == "thread_not_found"
+    parse(thread={"type": "create"})

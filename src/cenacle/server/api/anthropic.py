@@ -11,7 +11,7 @@ Next: `protocol.py` has what all APIs share, `app.py` has the endpoints.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 from operator import itemgetter
@@ -279,6 +279,9 @@ class _OutputConfig(RequestModel):
 class CountTokensRequest(ApiRequest):
     """The body of POST /v1/messages/count_tokens: what the prompt is made of."""
 
+    # A client may ask that a conversation be kept, not go on with one of which it sends the end.
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {"thread": ({"type": "create"},)}
+
     model: Text = Field(description="The served model.")
     messages: Items[
         Annotated[
@@ -441,7 +444,7 @@ class _MessageBuilder(ResponseBuilder):
 
     def _block(self, part: OutputPart) -> JsonObject:
         if part.kind == "text":
-            return {"type": "text", "text": part.text, "citations": None}
+            return {"type": "text", "text": part.text}
         if part.kind == "reasoning":
             return {"type": "thinking", "thinking": part.text, "signature": ""}
         call_id = part.id or f"toolu_{self._meta.id}_{self._calls}"
@@ -502,7 +505,11 @@ _ERROR_TYPES = {
 def render_error(error: CenacleError) -> tuple[int, JsonObject]:
     """The HTTP status and the body for an error."""
     status = http_status(error)
-    return status, error_object(status, str(error))
+    body = error_object(status, str(error))
+    if getattr(error, "field", None) == "thread":
+        # Clients that see this send the whole conversation.
+        body["error"]["details"] = {"error_code": "thread_not_found"}
+    return status, body
 
 
 def error_object(status: int, message: str) -> JsonObject:
