@@ -207,8 +207,14 @@ class AccessMiddleware:
             retry = {"retry-after": str(error.retry_after_s)}
             raise _AccessDenied(429, "too_many_requests", str(error), retry) from error
         scope["state"]["admission"] = admission
+
+        async def send_last_closed(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                admission.close()  # before the client can send its next request
+            await send(message)
+
         try:
-            return await self._app(scope, receive, send)
+            return await self._app(scope, receive, send_last_closed)
         finally:
             admission.close()
 
