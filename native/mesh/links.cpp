@@ -357,7 +357,7 @@ void Links::transfer(std::vector<Flow>& flows) {
       if (f.over()) continue;
       if (now >= f.last_heard + silence) {
         fail(f.peer, Fault::silent,
-             (f.in.over() ? "took nothing for " : "was silent for ") + seconds(settings_.silence_s));
+             (f.in.over() ? "took nothing for " : "sent nothing for ") + seconds(settings_.silence_s));
       }
       if (now >= f.moved + patience) {
         fail(f.peer, Fault::late, "did not come within " + seconds(settings_.deadline_s));
@@ -448,7 +448,7 @@ void Links::check(const Flow& f) {
   if (got.kind == kLost) {
     // A peer gave up because of a third rank: say so in its place.
     const int lost = static_cast<int>(got.bytes);
-    const char* how = got.type == uint8_t(Fault::silent)    ? "was silent"
+    const char* how = got.type == uint8_t(Fault::silent)    ? "sent nothing"
                       : got.type == uint8_t(Fault::closed) ? "closed its connection"
                       : got.type == uint8_t(Fault::late)   ? "did not come"
                                                            : "is out of step";

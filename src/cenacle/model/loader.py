@@ -14,10 +14,12 @@ Next: `expert_parallel.py` wraps the loaded blocks.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -83,16 +85,26 @@ def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modu
     return model
 
 
+_LOADED_FILES: ContextVar[list[str] | None] = ContextVar("loaded files", default=None)
+
+
+def _find_files(pattern: str) -> list[str]:
+    files = _LOADED_FILES.get()
+    return glob.glob(pattern) if files is None else files  # noqa: PTH207 (mlx-lm's own call)
+
+
+# mlx-lm loads every file named model*.safetensors; let it find only the checkpoint's. For good, and
+# by context, because several threads may build models at once.
+mlx_lm_utils.glob = cast("Any", SimpleNamespace(glob=_find_files))
+
+
 @contextmanager
 def _only_files_of(checkpoint: Checkpoint) -> Iterator[None]:
-    """mlx-lm loads every file named model*.safetensors; let it find only the checkpoint's."""
-    original: Any = mlx_lm_utils.glob
-    found: Any = SimpleNamespace(glob=lambda _: [str(file) for file in checkpoint.files])
-    mlx_lm_utils.glob = found
+    token = _LOADED_FILES.set([str(file) for file in checkpoint.files])
     try:
         yield
     finally:
-        mlx_lm_utils.glob = original
+        _LOADED_FILES.reset(token)
 
 
 def build_dense_model(checkpoint: Checkpoint) -> nn.Module:

@@ -154,6 +154,7 @@ class AccessMiddleware:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         record, policy = _RequestLog(), self._policy
+        state = scope.setdefault("state", {})
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -163,6 +164,9 @@ class AccessMiddleware:
                     headers.setdefault(name, value)
             elif policy.log_text:
                 _append_limited(record.answer, message)
+            is_last = message["type"] == "http.response.body" and not message.get("more_body")
+            if is_last and (admission := state.get("admission")) is not None:
+                admission.close()  # before the client knows: its next request must find a place
             await send(message)
 
         async def receive_and_log() -> Message:
@@ -171,7 +175,6 @@ class AccessMiddleware:
                 _append_limited(record.body, message)
             return message
 
-        state = scope.setdefault("state", {})
         try:
             await self._handle(
                 scope, receive_and_log if policy.log_text else receive, send_with_headers
