@@ -735,6 +735,21 @@ def test_messages_of_other_agents_are_read() -> None:
     assert request.prompts == ((expected,),)
 
 
+def test_tools_without_a_type_are_functions() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    body = {"messages": messages, "tools": [{"function": {"name": "f"}}]}
+    request = ChatCompletionsAdapter().parse(json.dumps(body).encode(), SERVED)
+    assert [tool.name for tool in request.tools] == ["f"]
+
+
+def test_a_format_without_a_schema_is_any_json() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True}}
+    body = {"messages": messages, "response_format": form}
+    request = ChatCompletionsAdapter().parse(json.dumps(body).encode(), SERVED)
+    assert request.grammar is not None
+
+
 def test_samplers_in_another_order_are_refused() -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}], "samplers": "kpt"}
     with pytest.raises(RequestError, match="samplers"):

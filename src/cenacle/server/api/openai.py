@@ -229,7 +229,7 @@ class NamedSchema(RequestModel):
 
     name: Text = ""
     description: Text = ""
-    schema_: JsonObject = Field(alias="schema")
+    schema_: JsonObject = Field({}, alias="schema", description="Without it, any JSON matches.")
     strict: bool = False
 
     def to_grammar(self, field: str) -> str:
@@ -560,7 +560,7 @@ class FunctionDefinition(RequestModel):
 
 
 class _FunctionTool(RequestModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionDefinition
 
     def to_tool(self) -> Tool:

@@ -266,6 +266,7 @@ class _AllowedToolsChoice(openai.ToolChoiceObject):
 
 class _SchemaFormat(openai.NamedSchema):
     type: Literal["json_schema"]
+    schema_: JsonObject = Field(alias="schema")
 
 
 class _TextOptions(RequestModel):
@@ -315,7 +316,12 @@ class ResponsesRequest(openai.OpenAIParameters):
     """The body of POST /v1/responses."""
 
     unsupported = refuse(
-        "conversation", "prompt", "stop", background=(False,), ignore_eos=(False,), min_tokens=(0,)
+        "conversation",
+        "prompt",
+        stop=([],),
+        background=(False,),
+        ignore_eos=(False,),
+        min_tokens=(0,),
     )
     input: Annotated[
         list[_Item],
