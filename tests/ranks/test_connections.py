@@ -41,5 +41,5 @@ def test_thousands_of_idle_connections_leave_the_others_alone(tmp_path):
         began = time.monotonic()
         assert server.ask().json()["choices"][0]["message"]["content"] == "42"
         assert server.health()["status"] == "ok"
-        assert time.monotonic() - began < 15  # it was half a minute, when idle ones timed out
+        assert time.monotonic() - began < 25  # it was 30 s, when idle ones timed out
         assert server.log.stat().st_size < 20_000, server.log.read_text()[:2000]
