@@ -437,11 +437,14 @@ def large_cluster(steps):
         "ranks": [
             {
                 "rank": r, "pid": 100 + r, "device": "Device(gpu, 0)", "silent_s": 0.4,
-                "weights_bytes": int(5e10), "resident_bytes": int(5.2e10),
+                "weights_bytes": int(5e10), "memory": {
+                    "resident_bytes": int(5.2e10),
+                    "total_bytes": int(5.5e11),
+                    "available_bytes": int(1e11),
+                },
             }
             for r in range(nodes)
         ],
-        "memory": {"total_bytes": int(5.5e11), "available_bytes": int(1e11)},
         "running": 3,
         "waiting": 1,
         "totals": {"requests": 900, "prompt_tokens": 123456, "generated_tokens": 4567890},

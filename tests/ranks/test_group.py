@@ -123,6 +123,13 @@ def test_three_nodes_with_unlike_shares_give_the_same_tokens(one):
         assert model.generate(list(range(200)), 6).tokens == one["long prompt"]
 
 
+def test_each_rank_reports_its_own_memory(two):
+    wait_until(lambda: all(two.group.memory), 60, "the first heartbeats")
+    for memory in two.group.memory:
+        assert 10**7 < memory.resident_bytes < memory.total_bytes
+        assert memory.available_bytes < memory.total_bytes
+
+
 def test_seeds(two):
     again = [two.generate(PROMPT, 12, **DICE).tokens for _ in range(2)]
     other = two.generate(PROMPT, 12, **DICE | {"seed": 12}).tokens

@@ -32,7 +32,7 @@ class FakeGroup:
         self.load = {"running": 0, "waiting": 0}
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.step_timings, self.draft_stats = StepTimings(), DraftStats()
-        self.observers, self.last_message_s = [], []
+        self.observers, self.last_message_s, self.memory = [], [], []
 
     def submit(self, request, sink):
         sink(TokenEvent(request.id, 7, "stop"))

@@ -44,8 +44,19 @@ class Hello(Message, type="hello"):
 
 
 @dataclass(frozen=True)
+class RankMemory(Message):
+    """Memory of a rank and of the machine that it runs on."""
+
+    resident_bytes: Count
+    total_bytes: Count
+    available_bytes: Count
+
+
+@dataclass(frozen=True)
 class Heartbeat(Message, type="heartbeat"):
     """The rank is alive."""
+
+    memory: RankMemory | None = None
 
 
 @dataclass(frozen=True)

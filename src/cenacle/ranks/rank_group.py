@@ -35,7 +35,7 @@ from ..scheduler.scheduler import Scheduler
 from . import exit_reason
 from .active_requests import MAX_LOSSES, ActiveRequests, Sink
 from .channel import Channel
-from .messages import Heartbeat, PageUpdate, RankFailure, StepOrder, StepResult
+from .messages import Heartbeat, PageUpdate, RankFailure, RankMemory, StepOrder, StepResult
 from .ranks import Epoch, Ranks, RankSource
 from .step_timings import StepReport, StepTimings
 
@@ -114,6 +114,7 @@ class RankGroup:
         self.draft_stats = DraftStats()  # of all requests since the group began
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}  # likewise
         self.last_message_s: list[float] = []  # `time.monotonic` of each rank's last message
+        self.memory: list[RankMemory | None] = []  # as each rank reported it last
         self.observers: list[Observer] = []
         self._register_pages(ranks)
         self._start_readers()
@@ -244,12 +245,18 @@ class RankGroup:
 
     def _start_readers(self) -> None:
         self.last_message_s = [time.monotonic()] * len(self._ranks.channels)
+        self.memory = [None] * len(self._ranks.channels)
         for rank, channel in enumerate(self._ranks.channels):
-            arguments = (self._state.epoch, rank, channel, self.last_message_s)
+            arguments = (self._state.epoch, rank, channel, self.last_message_s, self.memory)
             threading.Thread(target=self._read_messages, args=arguments, daemon=True).start()
 
     def _read_messages(
-        self, epoch: int, rank: int, channel: Channel, last_message_s: list[float]
+        self,
+        epoch: int,
+        rank: int,
+        channel: Channel,
+        last_message_s: list[float],
+        memory: list[RankMemory | None],
     ) -> None:
         """Put a rank's messages into the inbox until there are no more."""
         while True:
@@ -268,7 +275,9 @@ class RankGroup:
                 self._inbox.put((epoch, rank, reason))
                 return
             last_message_s[rank] = time.monotonic()
-            if not isinstance(message, Heartbeat):
+            if isinstance(message, Heartbeat):
+                memory[rank] = message.memory
+            else:
                 self._inbox.put((message.epoch, rank, message))
 
     def _serve(self) -> None:

@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from ..core.step import PageReport
 from ..errors import CenacleError, ClusterError
 from ..message import parse
@@ -38,6 +40,7 @@ from .messages import (
     LoadProgress,
     PageUpdate,
     RankFailure,
+    RankMemory,
     Ready,
     StepOrder,
     StepResult,
@@ -118,10 +121,13 @@ def connect_to_front() -> Channel:
 
 def send_heartbeats(channel: Channel) -> None:
     """Tell the front that this rank is alive; end the process when the front is gone."""
+    process = psutil.Process()
     while True:
         time.sleep(HEARTBEAT_INTERVAL_S)
+        machine = psutil.virtual_memory()
+        memory = RankMemory(process.memory_info().rss, machine.total, machine.available)
         try:
-            channel.send(Heartbeat().to_json())
+            channel.send(Heartbeat(memory).to_json())
         except ClusterError:
             os._exit(1)
 

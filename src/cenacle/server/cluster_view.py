@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ..core.plan import Plan
 from .expected_speed import SpeedPrediction
 from .plan_info import PlanTracker
@@ -77,7 +75,6 @@ class ClusterView:
                 "total_bytes": model.spec.total_bytes,
             },
             "ranks": self._ranks(),
-            "memory": machine_memory(),
             **group.load,
             "totals": dict(group.counts),
             "drafts": asdict(group.draft_stats),
@@ -107,10 +104,12 @@ class ClusterView:
     def _ranks(self) -> list[dict[str, Any]]:
         model, now = self._model, time.monotonic()
         running = model.group.state.phase == "ok"
+        reported = model.group.memory if running else []
+        memory = [None if m is None else m.to_json() for m in reported]
         return [
             {
                 **{k: row[k] for k in ("rank", "pid", "device", "weights_bytes")},
-                "resident_bytes": resident_bytes(row["pid"]) if running else None,
+                "memory": memory[row["rank"]] if row["rank"] < len(memory) else None,
                 "silent_s": round(now - last_message_at, 1),
             }
             for row, last_message_at in zip(
@@ -150,20 +149,6 @@ def routing_counts(plan: Plan, routed: Mapping[int, Mapping[int, int]]) -> list[
     # Looked up, never iterated: the group's thread adds to it at the same time.
     rows = [(routed.get(p.layer, {}), len(p.experts)) for p in plan.layers]
     return [[row.get(expert, 0) for expert in range(experts)] for row, experts in rows]
-
-
-def resident_bytes(pid: int) -> int | None:
-    """Resident memory of a process of this machine; None if the system does not say."""
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return None
-
-
-def machine_memory() -> dict[str, int]:
-    """Total and available memory of this machine, in bytes."""
-    memory = psutil.virtual_memory()
-    return {"total_bytes": memory.total, "available_bytes": memory.available}
 
 
 def _rounded(timings_ms: Mapping[str, float]) -> dict[str, float]:

@@ -172,14 +172,15 @@ function nodeStatus(rank, isLost) {
 }
 
 function drawNodes() {
-  const total = state.memory?.total_bytes;
   view.nodes.replaceChildren(...state.ranks.map((rank, index) => {
     const isLost = state.status !== "ok" && state.rank === index;
     const [status, statusClass] = nodeStatus(rank, isLost);
     const meter = h("div", { class: "meter" });
+    const resident = rank.memory?.resident_bytes;
+    const total = rank.memory?.total_bytes;
     if (total) {
       const used = h("span", { class: `used node-${index % 8}` });
-      used.style.width = `${Math.min(100, (100 * (rank.resident_bytes ?? rank.weights_bytes)) / total)}%`;
+      used.style.width = `${Math.min(100, (100 * (resident ?? rank.weights_bytes)) / total)}%`;
       meter.append(used);
     }
     const timings = state.step_timings.rank_ms[index];
@@ -189,7 +190,7 @@ function drawNodes() {
       meter,
       h("dl", {},
         h("dt", {}, "Weights"), h("dd", {}, formatBytes(rank.weights_bytes)),
-        h("dt", {}, "Memory"), h("dd", {}, rank.resident_bytes === null ? "–" : formatBytes(rank.resident_bytes), total && h("small", {}, ` of ${formatBytes(total)}`)),
+        h("dt", {}, "Memory"), h("dd", {}, resident === undefined ? "–" : formatBytes(resident), total && h("small", {}, ` of ${formatBytes(total)}`)),
         timings && h("dt", {}, "Experts"), timings && h("dd", {}, `${formatNumber(timings.experts)} ms`),
         timings && h("dt", {}, "Waiting"), timings && h("dd", {}, `${formatNumber(timings.waiting)} ms`)),
       h("p", { class: "device", title: rank.device }, `${rank.device.replace(/^Device\((\w+), \d+\)/, "$1")} · process ${rank.pid}`));
