@@ -164,9 +164,6 @@ class AccessMiddleware:
                     headers.setdefault(name, value)
             elif policy.log_text:
                 _append_limited(record.answer, message)
-            is_last = message["type"] == "http.response.body" and not message.get("more_body")
-            if is_last and (admission := state.get("admission")) is not None:
-                admission.close()  # before the client knows: its next request must find a place
             await send(message)
 
         async def receive_and_log() -> Message:
