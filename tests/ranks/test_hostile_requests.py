@@ -257,7 +257,7 @@ class HealthWatch(threading.Thread):
         return self.longest_s
 
 
-# On a quiet machine the longest was 0.06 s; work that is quadratic in a megabyte takes minutes.
+# On a quiet machine the longest was 0.094 s; work that is quadratic in a megabyte takes minutes.
 HEALTH_S = 5.0
 
 
