@@ -1,11 +1,15 @@
 """The tree of errors is the one its docstring draws."""
 
 import json
+import logging
 import re
+import sys
 
 import pytest
 
 from cenacle import errors
+from cenacle.errors import ClusterError
+from cenacle.logs import PrintableFormatter
 
 TREE = {
     "CenacleError": ("Exception", 1),
@@ -85,3 +89,14 @@ def test_an_error_is_the_same_in_another_process(error, kind):
 )
 def test_what_is_not_an_error_becomes_a_cluster_error(data):
     assert type(errors.error_from_json(data)) is errors.ClusterError
+
+
+def test_a_line_of_a_log_stays_one_line():
+    record = logging.LogRecord("x", logging.ERROR, "", 1, "%s", ("a\n2026 forged\x1b[2J\r",), None)
+    assert PrintableFormatter("%(message)s").format(record) == "a\\n2026 forged\\x1b[2J\\r"
+    try:
+        raise ValueError("b")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    assert PrintableFormatter("%(message)s").format(record).splitlines()[1].startswith("Traceback")
+    assert str(ClusterError("two\nlines\x00 \u202e" + "x" * 9999)).isprintable()

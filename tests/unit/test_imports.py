@@ -15,6 +15,7 @@ ROOT = Path(cenacle.__file__).parent
 # Packages and top-level modules, bottom first. Each imports only itself and what stands before it.
 ORDER = (
     "errors",
+    "logs",
     "extras",
     "message",
     "worker_process",

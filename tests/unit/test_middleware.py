@@ -111,6 +111,7 @@ def test_other_hosts_are_refused_on_loopback(keys):
         **dict.fromkeys(("chat.example", "chat.example:443"), 200),
         **dict.fromkeys(("evil.example", "localhost.evil.example", "127.0.0.1.evil.example"), 403),
         **dict.fromkeys(("192.0.2.1", "", "[::2]", "0.0.0.0", "[", "x" * 5000), 403),
+        **dict.fromkeys(("[::1]evil", "[::1]evil.example:80", "[::1].evil.example"), 403),
     }
     answers = ask(keys, policy, *(("GET", "/health", {"Host": h}) for h in hosts))
     assert [a.status_code for a in answers] == list(hosts.values())
@@ -240,9 +241,11 @@ def test_the_access_log_has_no_text(keys, capsys):
         ("GET", "/v1/models", bearer(secret)),
         ("GET", "/xyzzy%0a2026 forged", bearer(secret)),
         ("GET", "/xyzzy", bearer("xyzzy")),
+        ("DELETE", "/v1/models/xyzzy%0a2026 forged", bearer(secret)),
     )
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
+    assert "key=alice DELETE - 40" in lines[4]
     assert "key=alice POST /v1/completions 200" in lines[0]
     assert "key=alice GET - 404" in lines[2]
     assert "key=- GET - 401" in lines[3]

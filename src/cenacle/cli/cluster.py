@@ -25,6 +25,7 @@ from rich.table import Table
 from .. import net, paths
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, InputError
+from ..logs import PrintableFormatter
 from .command import command, option
 from .console import print_json, report, stderr_console, wide_console
 from .inference import Endpoint, load_model, open_server
@@ -509,4 +510,6 @@ def _report_event(message: str) -> None:
 
 def _configure_logging() -> None:
     """Log failures of the parts of a head or an agent, with the time."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])

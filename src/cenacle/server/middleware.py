@@ -25,6 +25,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import Busy, CenacleError, InputError
+from ..logs import PrintableFormatter
 from .admission import Admissions
 from .api import anthropic, openai
 from .auth import ApiKey, KeyStore
@@ -307,7 +308,8 @@ def _read_api_key(headers: Headers) -> str | None:
 def _host_name(host: str) -> str:
     """A Host header without its port and brackets."""
     if host.startswith("["):
-        return host[1:].partition("]")[0]
+        name, _, rest = host[1:].partition("]")
+        return name if not rest or rest.startswith(":") else host
     return host.partition(":")[0].lower()
 
 
@@ -324,8 +326,8 @@ def _denial_response(path: str, denied: _AccessDenied) -> Response:
 
 
 def _log_access(scope: Scope, record: _RequestLog, key: str | None) -> None:
-    # A path that does not exist can be anything that a client made up.
-    path = scope["path"] if "endpoint" in scope and record.status != 404 else "-"
+    # A path that does not exist, or not for this method, can be anything that a client made up.
+    path = scope["path"] if "endpoint" in scope and record.status not in (404, 405) else "-"
     client = (scope.get("client") or ("-",))[0]
     access_log.info(
         "%s key=%s %s %s %d %.0f ms",
@@ -349,6 +351,6 @@ def _escape_text(text: bytearray) -> str:
 
 def _log_to_stderr(logger: logging.Logger) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s %(message)s"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
