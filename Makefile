@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test clients faults soak lint docs load fuzz fuzz-cluster sanitize clean
+.PHONY: install demo test clients faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
 
 install: .venv/installed
 
@@ -49,6 +49,11 @@ load: install
 fuzz: install
 	$(BIN)/python benchmarks/fuzz.py --nodes $(NODES) --schema 100
 	$(BIN)/python benchmarks/damaged_checkpoints.py
+
+# requirements.lock: the released set of dependencies, with hashes. Needs uv.
+lock:
+	uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 \
+	  --no-emit-index-url --no-annotate --upgrade -o requirements.lock
 
 # Damaged messages, 10,000 at each border of a cluster.
 fuzz-cluster: install
