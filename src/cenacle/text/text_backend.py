@@ -39,7 +39,11 @@ def load_limited(folder: Path, stop_tokens: Any) -> Any:
 
     for pattern, limit in (("tokenizer*", MAX_TOKENIZER_BYTES), ("*.jinja", MAX_TEMPLATE_BYTES)):
         for file in folder.glob(pattern):
-            if (size := file.stat().st_size) > limit:
+            try:
+                size = file.stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+            if size > limit:
                 raise CheckpointError(f"{file}: expected at most {limit:,} bytes, got {size:,}")
     try:
         # Else transformers asks on the terminal whether to run a checkpoint's Python code.
