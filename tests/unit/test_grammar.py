@@ -10,6 +10,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from cenacle import InputError
 from cenacle.engine.sampling.grammar import Vocabulary, check_grammar
+from cenacle.engine.sampling.grammar_process import SerializedTokenizer
 from cenacle.text.tokenizer import ChatTokenizer
 
 DEMO = Path(__file__).parents[2] / "src/cenacle/demo/demo_model"
@@ -113,3 +114,12 @@ def test_grammars_are_checked_against_the_vocabulary(vocabulary):
         match=r"only those of the tokenizers library .*send the request without a grammar",
     ):
         check_grammar(PATTERN, Vocabulary(Slow))
+
+
+def test_a_vocabulary_that_llguidance_cannot_read_is_named(vocabulary):
+    class Damaged:
+        serialized = SerializedTokenizer('{"model": 3}', (1,))
+
+    with pytest.raises(InputError, match="a tokenizer that llguidance can read"):
+        check_grammar(PATTERN, Damaged())
+    check_grammar(PATTERN, vocabulary)  # the next one is read again

@@ -723,15 +723,15 @@ def test_too_many_tools_in_the_conversation_are_refused() -> None:
 def test_messages_of_other_agents_are_read() -> None:
     said = {
         "type": "agent_message",
-        "author": "/root",
-        "recipient": "/root/a",
+        "author": "/agents",
+        "recipient": "/agents/a",
         "content": [
             {"type": "input_text", "text": "Look at b.py"},
             {"type": "encrypted_content", "encrypted_content": "x"},
         ],
     }
     request = ResponsesAdapter().parse(json.dumps({"input": [said]}).encode(), SERVED)
-    expected = {"role": "user", "content": "Message from /root:\nLook at b.py"}
+    expected = {"role": "user", "content": "Message from /agents:\nLook at b.py"}
     assert request.prompts == ((expected,),)
 
 

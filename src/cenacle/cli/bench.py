@@ -114,6 +114,7 @@ def bench(
 
     options = load.to_keywords()
     placement_options = {name: options.pop(name) for name in PLACEMENT_OPTIONS}
+    compared = [peers.parse_peer(peer) for peer in workload.peer or ()]  # before a model is written
     config = measure.BenchConfig(
         model=model.prepare(),
         nodes=load.nodes,
@@ -128,7 +129,7 @@ def bench(
         cache_dir=model.cache_folder,
         peer_timeout_s=workload.peer_timeout_s,
     )
-    result = measure.run_bench(config, [peers.parse_peer(p) for p in workload.peer or ()], report)
+    result = measure.run_bench(config, compared, report)
     if json_output:
         print_json(result)
     else:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InputError
-from .grammar_process import GRAMMAR_PROCESS, SerializedTokenizer
+from .grammar_process import GRAMMAR_PROCESS, SerializedTokenizer, UnreadableTokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -174,6 +174,8 @@ def check_grammar(grammar: str, vocabulary: Vocabulary | None = None) -> list[st
         )
     try:
         return GRAMMAR_PROCESS.compile(grammar, vocabulary.serialized if vocabulary else None)
+    except UnreadableTokenizer as error:
+        raise _describe_unreadable(str(error)) from error
     except ValueError as error:
         raise _describe_error(str(error)) from error
 

@@ -33,6 +33,10 @@ class SerializedTokenizer:
     stop_tokens: tuple[int, ...]
 
 
+class UnreadableTokenizer(Exception):
+    """llguidance cannot read the vocabulary."""
+
+
 class GrammarProcess:
     """Compiles grammars in a process that is started on the first use. Safe for several threads."""
 
@@ -54,6 +58,7 @@ class GrammarProcess:
 
         Raises:
             ValueError: why it does not compile.
+            UnreadableTokenizer: see that.
         """
         key = (hashlib.sha256(grammar.encode(errors="surrogatepass")).digest(), tokenizer)
         with self._lock:
@@ -65,7 +70,8 @@ class GrammarProcess:
                 if tokenizer is not None and self._tokenizer is not tokenizer:
                     self._tokenizer = None
                     fields = {"tokenizer": tokenizer.text, "stop_tokens": tokenizer.stop_tokens}
-                    self._worker.ask(fields)
+                    if problem := self._worker.ask(fields)["error"]:
+                        raise UnreadableTokenizer(problem)
                     self._tokenizer = tokenizer
                 with_vocabulary = tokenizer is not None
                 result = self._worker.ask({"grammar": grammar, "with_vocabulary": with_vocabulary})

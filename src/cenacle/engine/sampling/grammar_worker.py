@@ -51,8 +51,11 @@ class GrammarWorker:
         if "tokenizer" in message:
             lift_limits()
             stop_tokens = message["stop_tokens"]
-            self._tokenizer = LLTokenizer(message["tokenizer"], eos_token=stop_tokens)
-            return {}
+            try:
+                self._tokenizer = LLTokenizer(message["tokenizer"], eos_token=stop_tokens)
+            except BaseException as error:  # Rust's errors have several classes; a panic is one
+                return {"error": str(error)}
+            return {"error": ""}
         limit_work(CPU_S, MEMORY_BYTES)
         tokenizer = self._tokenizer if message["with_vocabulary"] else self._byte_tokenizer
         return _compile(message["grammar"], tokenizer)
