@@ -307,7 +307,12 @@ def test_fingerprint_and_access_log(safe: Safe) -> None:
     assert hashlib.sha256(der).hexdigest().upper() == fingerprint.replace(":", "")
     with safe.client() as client:
         client.models.list()
-    assert "key=alice GET /v1/models 200" in safe.log.read_text()
+    with safe.http(authorization=f"Bearer {safe.key}") as http:
+        assert http.post("/v1/responses/xyzzy%0a2026 forged").status_code == 405
+    text = safe.log.read_text()
+    assert "key=alice GET /v1/models 200" in text
+    assert "key=alice POST - 405" in text
+    assert "forged" not in text
     assert safe.key not in safe.log.read_text()
     assert "What is" not in safe.log.read_text()
     assert "Traceback" not in safe.log.read_text()

@@ -241,11 +241,9 @@ def test_the_access_log_has_no_text(keys, capsys):
         ("GET", "/v1/models", bearer(secret)),
         ("GET", "/xyzzy%0a2026 forged", bearer(secret)),
         ("GET", "/xyzzy", bearer("xyzzy")),
-        ("DELETE", "/v1/models/xyzzy%0a2026 forged", bearer(secret)),
     )
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5
-    assert "key=alice DELETE - 40" in lines[4]
+    assert len(lines) == 4
     assert "key=alice POST /v1/completions 200" in lines[0]
     assert "key=alice GET - 404" in lines[2]
     assert "key=- GET - 401" in lines[3]
