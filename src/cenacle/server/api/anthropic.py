@@ -22,24 +22,26 @@ from pydantic import Field, WithJsonSchema
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import Sampling
 from ...errors import CenacleError
-from .openai import Effort, HostedTool, StopString
 from .protocol import (
     MAX_TOOLS,
     ApiAdapter,
     ApiRequest,
     ChoiceState,
+    Effort,
     Event,
     GenerationRequest,
     ResponseBuilder,
     ResponseMeta,
     ServedModel,
     SharedParameters,
+    StopString,
     ToolName,
     http_status,
     merge_messages,
     tool_call,
 )
 from .structured_output import ToolChoice, json_schema_grammar, restrict_output
+from .tool_definitions import HostedTool
 from .validation import (
     Items,
     JsonObject,

@@ -11,21 +11,16 @@ Next: `openai_responses.py` is OpenAI's newer API, `protocol.py` has what all AP
 from __future__ import annotations
 
 import codecs
-import json
-import re
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     GetCoreSchemaHandler,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
@@ -34,9 +29,11 @@ from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, 
 from ...core.request import MAX_LOGPROBS, Sampling
 from ...errors import CenacleError, InputError
 from .protocol import (
+    MAX_STOPS,
     MAX_TOOLS,
     ApiAdapter,
     ChoiceState,
+    Effort,
     Event,
     GenerationRequest,
     Prompt,
@@ -44,18 +41,29 @@ from .protocol import (
     ResponseMeta,
     ServedModel,
     SharedParameters,
-    ToolName,
+    StopString,
     http_status,
     tool_call,
 )
+from .response_formats import (
+    PlainFormat,
+    ResponseFormat,
+    StructuredOutputs,
+    constraints_of,
+    parse_schema,
+)
 from .structured_output import (
-    Mode,
     ToolChoice,
-    choice_grammar,
-    json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
     restrict_output,
+)
+from .tool_definitions import (
+    CustomDefinition,
+    FunctionDefinition,
+    HostedTool,
+    HostedToolChoice,
+    ToolChoiceObject,
+    allowed_choice,
+    to_choice,
 )
 from .validation import (
     INVALID_VALUE,
@@ -69,25 +77,15 @@ from .validation import (
     RequestError,
     RequestModel,
     Supported,
-    Tagged,
     Text,
-    check_unicode,
-    describe,
     fail,
     refuse,
 )
 
 MAX_N = 8
 MAX_CHOICES = 32  # prompts times n of one HTTP request
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 1000  # an output is held back while it may be the beginning of one
 MAX_COMPLETION_LOGPROBS = 5  # OpenAI's limit for completions
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-StopString = Annotated[
-    str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(check_unicode)
-]
 
 
 # llama.cpp's default order, in its two forms.
@@ -201,69 +199,6 @@ class OpenAIParameters(SharedParameters):
         return self.to_sampling(logit_bias=biases, repetition_penalty=self._repetition_penalty)
 
 
-class PlainFormat(RequestModel):
-    """Any text, or a JSON object, any one or what a schema describes."""
-
-    type: Literal["text", "json_object"]
-    schema_: JsonObject | None = Field(
-        default=None, alias="schema", description="Of a json_object."
-    )
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> Self:
-        if self.type == "text" and self.schema_ is not None:
-            fail("only allowed with type json_object", "schema")
-        return self
-
-    def to_grammar(self, field: str) -> str | None:
-        """Its grammar; `field` is its path in the request."""
-        if self.type == "text":
-            return None
-        if self.schema_ is None:
-            return json_schema_grammar({"type": "object"}, field)
-        return json_schema_grammar(self.schema_, f"{field}.schema")
-
-
-class NamedSchema(RequestModel):
-    """A JSON schema, enforced whether it is strict or not."""
-
-    name: Text = ""
-    description: Text = ""
-    schema_: JsonObject = Field({}, alias="schema", description="Without it, any JSON matches.")
-    strict: bool = False
-
-    def to_grammar(self, field: str) -> str:
-        """Its grammar; `field` is its path in the request."""
-        return json_schema_grammar(self.schema_, f"{field}.schema")
-
-
-class _SchemaFormat(RequestModel):
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-    def to_grammar(self, field: str) -> str:
-        return self.json_schema.to_grammar(f"{field}.json_schema")
-
-
-class _RegexFormat(RequestModel):
-    type: Literal["regex"]
-    pattern: Text = Field(description="In Rust's syntax, without look-around.")
-
-    def to_grammar(self, field: str) -> str:
-        return regex_grammar(self.pattern, f"{field}.pattern")
-
-
-class _GrammarFormat(RequestModel):
-    type: Literal["grammar"]
-    grammar: Text = Field(description="In llguidance's variant of Lark.")
-
-    def to_grammar(self, field: str) -> str:
-        return lark_grammar(self.grammar, f"{field}.grammar")
-
-
-_ResponseFormat = Tagged[PlainFormat | _SchemaFormat | _RegexFormat | _GrammarFormat]
-
-
 class _StreamOptions(RequestModel):
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
     continuous_usage_stats: bool = Field(
@@ -276,53 +211,6 @@ def _check_limit(value: Any) -> Any:
 
 
 TokenLimit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_check_limit)]
-
-
-def _parse_schema(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        fail(f"expected a JSON schema, got {describe(value)}")
-
-
-class _StructuredOutputs(RequestModel):
-    """vLLM's form of a response format."""
-
-    unsupported = refuse("structural_tag", "whitespace_pattern")
-    json_: Annotated[JsonObject | None, BeforeValidator(_parse_schema)] = Field(None, alias="json")
-    regex: Text | None = None
-    choice: Items[Text] = Field([])
-    grammar: Text | None = None
-    json_object: bool = False
-
-    def constraints(self) -> dict[str, Callable[[str], str]]:
-        schema = {"type": "object"} if self.json_object and self.json_ is None else self.json_
-        return _constraints(
-            {
-                "structured_outputs.json": schema,
-                "structured_outputs.regex": self.regex,
-                "structured_outputs.choice": self.choice or None,
-                "structured_outputs.grammar": self.grammar,
-            }
-        )
-
-
-def _constraints(fields: Mapping[str, Any]) -> dict[str, Callable[[str], str]]:
-    """How to make the grammar of each field that is set, by what its name ends with."""
-    makers: dict[str, Callable[[Any, str], str]] = {
-        "json": json_schema_grammar,
-        "json_schema": json_schema_grammar,
-        "regex": regex_grammar,
-        "choice": choice_grammar,
-        "grammar": lark_grammar,
-    }
-    return {
-        field: partial(makers[re.sub(r"^(guided_|.*\.)", "", field)], value)
-        for field, value in fields.items()
-        if value is not None
-    }
 
 
 class _CompletionParameters(OpenAIParameters):
@@ -352,7 +240,7 @@ class _CompletionParameters(OpenAIParameters):
         None, ge=0, le=MAX_LOGPROBS, description="Report this about the tokens of the prompt."
     )
     stream_options: _StreamOptions | None = None
-    response_format: _ResponseFormat | None = Field(
+    response_format: ResponseFormat | None = Field(
         None, description="What the response must match."
     )
 
@@ -361,10 +249,10 @@ class _CompletionParameters(OpenAIParameters):
     guided_choice: Items[Text] = Field([], description="One of these texts.")
     guided_grammar: Text | None = Field(None, description="Same as a grammar format.")
     regex: Text | None = Field(None, description="Same as a regex format.")
-    json_schema: Annotated[JsonObject | None, BeforeValidator(_parse_schema)] = Field(
+    json_schema: Annotated[JsonObject | None, BeforeValidator(parse_schema)] = Field(
         None, description="Same as a json_schema format; an object, or its text."
     )
-    structured_outputs: _StructuredOutputs | None = Field(None, description="vLLM's form of these.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's form of these.")
 
     def shared_fields(self, served: ServedModel, max_tokens: int | None) -> JsonObject:
         """Fields of the `GenerationRequest` that come from these parameters."""
@@ -401,7 +289,7 @@ class _CompletionParameters(OpenAIParameters):
         forms: dict[str, Callable[[str], str | None]] = {}
         if form is not None and not (isinstance(form, PlainFormat) and form.type == "text"):
             forms["response_format"] = form.to_grammar
-        forms |= _constraints(
+        forms |= constraints_of(
             {
                 "guided_json": self.guided_json,
                 "json_schema": self.json_schema,
@@ -546,46 +434,12 @@ class _ToolMessage(_ChatMessage):
         return {**content, "tool_call_id": self.tool_call_id, **name}
 
 
-class FunctionDefinition(RequestModel):
-    """A function that the model may call."""
-
-    name: ToolName
-    description: Text = ""
-    parameters: JsonObject = Field({}, description="A JSON schema of the arguments.")
-    strict: bool = Field(False, description="Calls that break the schema are text.")
-
-    def to_tool(self) -> Tool:
-        """As it is offered to the model."""
-        return Tool(self.name, self.description, self.parameters, self.strict)
-
-
 class _FunctionTool(RequestModel):
     type: Literal["function"] = "function"
     function: FunctionDefinition
 
     def to_tool(self) -> Tool:
         return self.function.to_tool()
-
-
-class CustomDefinition(RequestModel):
-    """A tool whose one argument is plain text."""
-
-    name: ToolName
-    description: Text = ""
-    format: JsonObject = Field({}, description="Text, or a grammar, which the model only reads.")
-
-    def to_tool(self) -> Tool:
-        """As it is offered to the model: a function with one string."""
-        details = self.format.get("grammar", self.format)
-        definition = details.get("definition") if isinstance(details, dict) else None
-        written = f"The input must match this grammar:\n{definition}" if definition else ""
-        text = "\n\n".join(part for part in (self.description, written) if part)
-        schema = {
-            "type": "object",
-            "properties": {"input": {"type": "string"}},
-            "required": ["input"],
-        }
-        return Tool(self.name, text, schema, freeform=True)
 
 
 class _CustomTool(RequestModel):
@@ -596,41 +450,8 @@ class _CustomTool(RequestModel):
         return self.custom.to_tool()
 
 
-_OtherType = Annotated[
-    str,
-    WithJsonSchema({"type": "string", "not": {"enum": ["function", "custom", "allowed_tools"]}}),
-]
-
-
-class HostedTool(RequestModel):
-    """A tool that the API's own servers would run: the model is not told of it."""
-
-    type: _OtherType
-
-    def to_tool(self) -> None:
-        """None: it is not offered."""
-
-
 class _FunctionName(RequestModel):
     name: Text
-
-
-class ToolChoiceObject(RequestModel):
-    """A `tool_choice` that names tools."""
-
-    @abstractmethod
-    def to_choice(self) -> ToolChoice:
-        """What it says."""
-
-
-class HostedToolChoice(ToolChoiceObject):
-    """A tool that is not offered cannot be called: the model decides."""
-
-    type: _OtherType
-
-    def to_choice(self) -> ToolChoice:
-        """See `ToolChoiceObject`."""
-        return ToolChoice()
 
 
 class _FunctionChoice(ToolChoiceObject):
@@ -659,27 +480,12 @@ class _AllowedTools(RequestModel):
     ] = Field(min_length=1)
 
 
-def allowed_choice(
-    mode: Literal["auto", "required"], choices: Sequence[ToolChoiceObject]
-) -> ToolChoice:
-    """A choice among named tools; those that are not offered do not count."""
-    names = [choice.to_choice().function for choice in choices]
-    return ToolChoice(mode, allowed=tuple(name for name in names if name is not None))
-
-
 class _AllowedToolsChoice(ToolChoiceObject):
     type: Literal["allowed_tools"]
     allowed_tools: _AllowedTools
 
     def to_choice(self) -> ToolChoice:
         return allowed_choice(self.allowed_tools.mode, self.allowed_tools.tools)
-
-
-def to_choice(choice: Mode | Literal["any"] | ToolChoiceObject) -> ToolChoice:
-    """What a `tool_choice` says; "any" is another word for "required"."""
-    if isinstance(choice, str):
-        return ToolChoice("required" if choice == "any" else choice)
-    return choice.to_choice()
 
 
 class _ThinkingSwitch(RequestModel):

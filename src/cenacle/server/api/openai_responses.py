@@ -26,6 +26,7 @@ from .protocol import (
     MAX_TOOLS,
     ApiRequest,
     ChoiceState,
+    Effort,
     Event,
     GenerationRequest,
     ResponseBuilder,
@@ -34,8 +35,18 @@ from .protocol import (
     merge_messages,
     tool_call,
 )
+from .response_formats import NamedSchema, PlainFormat
 from .response_store import ResponseStore, StoredResponse
 from .structured_output import Mode, ToolChoice, restrict_output
+from .tool_definitions import (
+    CustomDefinition,
+    FunctionDefinition,
+    HostedTool,
+    HostedToolChoice,
+    ToolChoiceObject,
+    allowed_choice,
+    to_choice,
+)
 from .validation import (
     MISSING,
     Arguments,
@@ -218,17 +229,17 @@ def _join_items(items: Iterable[_Item]) -> list[Message]:
     return [turn[0] if len(turn) == 1 else merge_messages(turn, "") for turn in turns]
 
 
-class _FunctionTool(openai.FunctionDefinition):
+class _FunctionTool(FunctionDefinition):
     type: Literal["function"]
 
 
-class _CustomTool(openai.CustomDefinition):
+class _CustomTool(CustomDefinition):
     type: Literal["custom"]
 
 
 _OfferedTool = Annotated[
-    _FunctionTool | _CustomTool | openai.HostedTool,
-    OneOf(_FunctionTool, _CustomTool, other=openai.HostedTool),
+    _FunctionTool | _CustomTool | HostedTool,
+    OneOf(_FunctionTool, _CustomTool, other=HostedTool),
 ]
 
 
@@ -242,7 +253,7 @@ class _AdditionalToolsItem(_Item):
         """None: they are offered like those of `tools`."""
 
 
-class _NamedChoice(openai.ToolChoiceObject):
+class _NamedChoice(ToolChoiceObject):
     type: Literal["function", "custom"]
     name: Text
 
@@ -250,33 +261,33 @@ class _NamedChoice(openai.ToolChoiceObject):
         return ToolChoice("required", self.name)
 
 
-class _AllowedToolsChoice(openai.ToolChoiceObject):
+class _AllowedToolsChoice(ToolChoiceObject):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Items[
         Annotated[
-            _NamedChoice | openai.HostedToolChoice,
-            OneOf(_NamedChoice, other=openai.HostedToolChoice),
+            _NamedChoice | HostedToolChoice,
+            OneOf(_NamedChoice, other=HostedToolChoice),
         ]
     ] = Field(min_length=1)
 
     def to_choice(self) -> ToolChoice:
-        return openai.allowed_choice(self.mode, self.tools)
+        return allowed_choice(self.mode, self.tools)
 
 
-class _SchemaFormat(openai.NamedSchema):
+class _SchemaFormat(NamedSchema):
     type: Literal["json_schema"]
     schema_: JsonObject = Field(alias="schema")
 
 
 class _TextOptions(RequestModel):
-    format: Tagged[openai.PlainFormat | _SchemaFormat] = Field(
-        default=openai.PlainFormat(type="text"), description="What the response must match."
+    format: Tagged[PlainFormat | _SchemaFormat] = Field(
+        default=PlainFormat(type="text"), description="What the response must match."
     )
 
 
 class _Reasoning(RequestModel):
-    effort: openai.Effort | None = Field(default=None, description="How much the model may reason.")
+    effort: Effort | None = Field(default=None, description="How much the model may reason.")
 
 
 _InputItem = Annotated[
@@ -341,8 +352,8 @@ class ResponsesRequest(openai.OpenAIParameters):
         [], max_length=MAX_TOOLS, description="Functions that the model may call."
     )
     tool_choice: Annotated[
-        Mode | _NamedChoice | _AllowedToolsChoice | openai.HostedToolChoice,
-        OneOf(Mode, _NamedChoice, _AllowedToolsChoice, other=openai.HostedToolChoice),
+        Mode | _NamedChoice | _AllowedToolsChoice | HostedToolChoice,
+        OneOf(Mode, _NamedChoice, _AllowedToolsChoice, other=HostedToolChoice),
     ] = Field("auto", description="Whether and which tools are called.")
     parallel_tool_calls: bool = Field(True, description="Allow several calls in one response.")
     text: _TextOptions = Field(_TextOptions(), description="Options of the response's text.")
@@ -396,7 +407,7 @@ class ResponsesRequest(openai.OpenAIParameters):
         if len(tools) > MAX_TOOLS:
             reason = f"expected at most {MAX_TOOLS} items, with additional_tools, got {len(tools)}"
             raise RequestError("tools", reason)
-        return restrict_output(request, tools, openai.to_choice(self.tool_choice))
+        return restrict_output(request, tools, to_choice(self.tool_choice))
 
     def _echo(self) -> JsonObject:
         names = {"max_output_tokens", "metadata", "parallel_tool_calls", "tool_choice", "tools"}

@@ -14,14 +14,22 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, Usage
 from ...core.request import Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
-from .validation import JsonObject, RequestError, RequestModel, Text, describe, parse_request
+from .validation import (
+    JsonObject,
+    RequestError,
+    RequestModel,
+    Text,
+    check_unicode,
+    describe,
+    parse_request,
+)
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 """Plain text, token ids, or the messages of a chat."""
@@ -32,6 +40,13 @@ Event = tuple[str | None, JsonObject | str]
 
 MAX_TOOLS = 512
 ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.:/-]{1,128}$")]
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1000  # an output is held back while it may be the beginning of one
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+StopString = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(check_unicode)
+]
 
 
 @dataclass(frozen=True)
