@@ -272,7 +272,7 @@ def foreign_certificate(trial: Trial, _host: Host) -> Iterator[None]:
 
 @contextmanager
 def garbage(trial: Trial, _host: Host) -> Iterator[None]:
-    """Garbage on every port of every host, from its neighbour; connections stay open."""
+    """Garbage on every port of every host, from its neighbor; connections stay open."""
     socks = send_garbage(trial)
     expect(len(socks) > 2 * len(GARBAGE), "there were no ports to send anything to")
     yield
@@ -379,9 +379,9 @@ def send_garbage(trial: Trial) -> list[tuple[int, socket.socket]]:
     """Send garbage to all listening ports; returns each port with its connection."""
     socks = []
     hosts = trial.cluster.members
-    for host, neighbour in zip(hosts, (*hosts[1:], hosts[0]), strict=True):
+    for host, neighbor in zip(hosts, (*hosts[1:], hosts[0]), strict=True):
         for address, port in host.listening():
-            caller = host if address.startswith("127.") else neighbour
+            caller = host if address.startswith("127.") else neighbor
             for data in (*GARBAGE, os.urandom(3000)):
                 with suppress(OSError):  # a rank no longer listens
                     sock = caller.connect("127.0.0.1" if caller is host else host.address, port)

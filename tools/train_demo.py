@@ -4,7 +4,7 @@ Owns: the tokenizer, the model in PyTorch (the layout that mlx-lm's ``dbrx.py`` 
 loop and the export in Hugging Face's DBRX format.
 Does not know: cenacle's engine, MLX or any cluster; only ``--check-mlx`` imports mlx-lm.
 Invariants: fixed seeds and one thread, so the same versions on the same CPU train the same model;
-held-out questions (``demo/tasks.py``) never reach the optimiser.
+held-out questions (``demo/tasks.py``) never reach the optimizer.
 Shapes: batches [rows, row tokens], each row several conversations that cannot see one another.
 Next: ``src/cenacle/demo/demo_model/README.md``, the model's card.
 
@@ -80,7 +80,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training, with an optimiser of its own."""
+    """One stretch of training, with an optimizer of its own."""
 
     steps: int
     row: int  # tokens in a row
@@ -143,7 +143,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, START, END]
-    # Reserved tokens make the size a multiple of 32, as kernels and quantisation like it.
+    # Reserved tokens make the size a multiple of 32, as kernels and quantization like it.
     special += [f"<|reserved_{i}|>" for i in range(-(len(vocab) + len(special)) % 32)]
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
     return tokenizer
@@ -352,7 +352,7 @@ def learning_rate(step: int, phase: Phase) -> float:
     return phase.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimiser(model: Dbrx) -> torch.optim.AdamW:
+def optimizer(model: Dbrx) -> torch.optim.AdamW:
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -363,7 +363,7 @@ def train(model: Dbrx, tokenizer: Tokenizer, number: int, args: argparse.Namespa
     """Run phase ``number`` on the model, in place."""
     phase = PHASES[number]
     print(f"phase {number}: {phase}", flush=True)
-    adam = optimiser(model)
+    adam = optimizer(model)
     batches = Rows(tokenizer, phase, args.seed + number)
     started, tokens, recent = time.time(), 0, []
     for step in range(phase.steps):

@@ -1,4 +1,4 @@
-// Sixteen rows of a quantised matrix side by side.
+// Sixteen rows of a quantized matrix side by side.
 //
 // Owns: the layout, and getting into it and out of it. Does not know: instruction sets, MLX.
 // Of sixteen rows, for each group of weights in turn: the rows' words of 32 bits (of 8 or 4 weights), the

@@ -25,7 +25,7 @@ struct Attention {
   const float* sinks;              // [heads], a score without a value, or null
   float* out;                      // [batch, length, heads, v_width]
 
-  // Queries of one key head are numbered position by position, so that neighbours see the same keys.
+  // Queries of one key head are numbered position by position, so that neighbors see the same keys.
   int64_t group() const { return heads / kv_heads; }
   int64_t rows() const { return group() * length; }
 };

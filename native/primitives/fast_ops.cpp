@@ -121,9 +121,9 @@ bool is_vector(const MaybeArray& a, int size) {
 
 class Norm : public Primitive {
  public:
-  Norm(mx::Stream s, bool centred, float eps, bool weight, bool bias)
-      : Primitive(s), centred_(centred), eps_(eps), weight_(weight), bias_(bias) {}
-  const char* name() const override { return centred_ ? "CenacleLayerNorm" : "CenacleRMSNorm"; }
+  Norm(mx::Stream s, bool centered, float eps, bool weight, bool bias)
+      : Primitive(s), centered_(centered), eps_(eps), weight_(weight), bias_(bias) {}
+  const char* name() const override { return centered_ ? "CenacleLayerNorm" : "CenacleRMSNorm"; }
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
@@ -133,11 +133,11 @@ class Norm : public Primitive {
     begin(inputs, outputs[0])
         .dispatch([x = Rows(inputs[0]), rows = int64_t(inputs[0].size()) / inputs[0].shape(-1),
                    others = std::move(others), out = outputs[0].data<float>(), ops = ops_, eps = eps_,
-                   centred = centred_, weighted = weight_, biased = bias_] {
+                   centered = centered_, weighted = weight_, biased = bias_] {
           std::vector<float> copy, copied[2];
           const float* weight = weighted ? others.front().whole(copied[0]) : nullptr;
           const float* bias = biased ? others.back().whole(copied[1]) : nullptr;
-          if (centred)
+          if (centered)
             layer_norm(*ops, x.whole(copy), weight, bias, eps, rows, x.width(), out);
           else
             rms_norm(*ops, x.whole(copy), weight, eps, rows, x.width(), out);
@@ -145,19 +145,19 @@ class Norm : public Primitive {
   }
 
  private:
-  bool centred_;
+  bool centered_;
   float eps_;
   bool weight_, bias_;
 };
 
 mx::array call_norm(const mx::array& x, const MaybeArray& weight, const MaybeArray& bias, float eps,
-                    bool centred, mx::Stream stream) {
+                    bool centered, mx::Stream stream) {
   Arrays inputs{x};
   if (weight) inputs.push_back(*weight);
   if (bias) inputs.push_back(*bias);
   return mx::array(
       x.shape(), mx::float32,
-      std::make_shared<Norm>(stream, centred, eps, weight.has_value(), bias.has_value()),
+      std::make_shared<Norm>(stream, centered, eps, weight.has_value(), bias.has_value()),
       std::move(inputs));
 }
 
@@ -394,7 +394,7 @@ mx::array call_attend(const mx::array& q, const mx::array& k, const mx::array& v
 
 class Route : public Primitive {
  public:
-  Route(mx::Stream s, int k, bool normalised) : Primitive(s), k_(k), normalised_(normalised) {}
+  Route(mx::Stream s, int k, bool normalized) : Primitive(s), k_(k), normalized_(normalized) {}
   const char* name() const override { return "CenacleRoute"; }
 
   // Outputs: ids and their weights.
@@ -407,7 +407,7 @@ class Route : public Primitive {
     }
     encoder.dispatch([x = Rows(inputs[0]), rows = int64_t(inputs[0].size() / inputs[0].shape(-1)),
                       ids = outputs[0].data<uint32_t>(), weights = outputs[1].data<float>(), k = k_,
-                      normalised = normalised_]() mutable {
+                      normalized = normalized_]() mutable {
       std::vector<float> copy;
       const float* from = x.whole(copy);
       const int64_t n = x.width();
@@ -423,7 +423,7 @@ class Route : public Primitive {
           ids[j] = order[j];
           sum += weights[j] = std::exp(from[order[j]] - top);
         }
-        for (int64_t i = k; !normalised && i < n; i++) sum += std::exp(from[order[i]] - top);
+        for (int64_t i = k; !normalized && i < n; i++) sum += std::exp(from[order[i]] - top);
         for (int j = 0; j < k; j++) weights[j] /= sum;
       }
     });
@@ -431,19 +431,19 @@ class Route : public Primitive {
 
  private:
   int k_;
-  bool normalised_;
+  bool normalized_;
 };
 
 // Scores [..., experts] -> ids and weights [..., k]: the softmax's k largest, the best first, perhaps
 // divided by their sum (which is the softmax of the k largest scores).
-std::vector<mx::array> call_route(const mx::array& scores, int k, bool normalised) {
+std::vector<mx::array> call_route(const mx::array& scores, int k, bool normalized) {
   if (scores.ndim() == 0 || scores.dtype() != mx::float32 || k < 1 || k > scores.shape(-1))
     throw std::invalid_argument("route: expected float32 scores of at least k experts");
   mx::Shape shape = scores.shape();
   shape.back() = k;
   const mx::Stream s = mx::default_stream(mx::Device::cpu);
   return mx::array::make_arrays({shape, shape}, {mx::uint32, mx::float32},
-                                std::make_shared<Route>(s, k, normalised), {scores});
+                                std::make_shared<Route>(s, k, normalized), {scores});
 }
 
 }  // namespace
@@ -468,7 +468,7 @@ void define_fast(nb::module_& m) {
   m.def("layer_norm", &call_layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, nb::kw_only(),
         "stream"_a = nb::none());
   m.def("attend", &call_attend, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a = nb::none());
-  m.def("route", &call_route, "scores"_a, "k"_a, "normalised"_a);
+  m.def("route", &call_route, "scores"_a, "k"_a, "normalized"_a);
   m.def("logsumexp", &call_logsumexp, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
         "stream"_a = nb::none());
   m.def("rope", &call_rope, "a"_a, "dims"_a, nb::kw_only(), "traditional"_a, "base"_a.none(), "scale"_a,

@@ -63,7 +63,7 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e,
                        const std::optional<mx::array>& weights);
 
 // x [batch, length, in] -> queries, keys and values [batch, heads, length, width], the first two
-// normalised by head where a norm is given, and turned as `rope` does with the base's rates.
+// normalized by head where a norm is given, and turned as `rope` does with the base's rates.
 std::vector<mx::array> call_qkv(const mx::array& x, const Weights& q, const Weights& k, const Weights& v,
                                 int width, const std::optional<mx::array>& q_norm,
                                 const std::optional<mx::array>& k_norm, float q_eps, float k_eps, int dims,

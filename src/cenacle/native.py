@@ -68,7 +68,7 @@ def describe_kernels() -> str:
 
 
 def set_activations(name: str) -> None:
-    """Choose the integers to which layers that are installed from now on quantise activations.
+    """Choose the integers to which layers that are installed from now on quantize activations.
 
     "int8", with a scale for every 32 values, works for 4- and 8-bit weights and mxfp4 on processors
     with AVX-512 and VNNI; everything else uses 16 bits.

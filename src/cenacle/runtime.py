@@ -74,7 +74,7 @@ class LoadOptions:
             bytes.
         latency_s: seconds added to every all-reduce, to study a slower link.
         kernels: "native": Cenacle's own for CPUs; "mlx"; "auto": native where possible.
-        activations: "int16" or "int8", inside quantised layers of the native kernels; int8 is less
+        activations: "int16" or "int8", inside quantized layers of the native kernels; int8 is less
             exact (docs/performance.md).
         draft_model: a small model with the same tokenizer (folder or Hub repository) for
             speculative decoding while one request runs; rank 0 keeps it. None: n-gram drafts only.
@@ -90,8 +90,8 @@ class LoadOptions:
         prefix_cache_dir: folder for those; None: `paths.prefix_cache_dir`.
         share_prefixes: API keys use each other's caches, and can learn each other's prompts.
         prefill_chunk_size: most prompt tokens per step.
-        kv_bits: bits of a quantised KV cache, 4 or 8; None: not quantised.
-        kv_group_size: group size of a quantised KV cache.
+        kv_bits: bits of a quantized KV cache, 4 or 8; None: not quantized.
+        kv_group_size: group size of a quantized KV cache.
         max_kv_size: most positions in a KV cache (the first four and the last); None: all.
         measure_every: one step in this many is measured; 0: none.
         recover: restart the ranks when one fails, and resume every request; else the first failure

@@ -363,7 +363,7 @@ def test_the_heat_map_shows_the_routing_counts(opened, url):
             assert f"Layer {layer}, expert {expert}" in text
             assert f"on Node {0 if expert < 8 else 1}\n" in text
             assert re.search(rf"chosen {counts[layer][expert]} times?,", text), (layer, expert)
-    # The pixels: an expert that fired most is of its node's full colour.
+    # The pixels: an expert that fired most is of its node's full color.
     most = max(max(row) for row in counts)
     layer, expert = next((at, row.index(most)) for at, row in enumerate(counts) if most in row)
     page.mouse.move(0, 0)
@@ -379,11 +379,11 @@ def test_the_heat_map_shows_the_routing_counts(opened, url):
         }""",
         [layer, expert, len(counts), len(counts[0])],
     )
-    colour = page.evaluate(
+    color = page.evaluate(
         "n => getComputedStyle(document.querySelector(`.name .node-${n}`)).backgroundColor",
         0 if expert < 8 else 1,
     )
-    assert pixel[:3] == [int(n) for n in re.findall(r"\d+", colour)[:3]]
+    assert pixel[:3] == [int(n) for n in re.findall(r"\d+", color)[:3]]
     assert box["width"] > 800
 
 

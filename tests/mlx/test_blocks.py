@@ -14,7 +14,7 @@ from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.model import native_blocks
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.config_catalogue import tiny_config
+from cenacle.model.config_catalog import tiny_config
 from cenacle.model.expert_parallel import ExpertParallel
 from cenacle.model.native_layers import native_weights
 from cenacle.model.spec_reader import read_model_spec
@@ -28,17 +28,17 @@ def close(got: mx.array, want: mx.array, tolerance: float = 5e-6) -> bool:
     return float(mx.abs(got - want).max()) <= tolerance * max(float(mx.abs(want).max()), 1e-6)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize(("experts", "k"), [(4, 1), (16, 4), (32, 32), (513, 8)])
-def test_routing(kernels, experts, k, normalised):
+def test_routing(kernels, experts, k, normalized):
     scores = normal(3, 5, experts) * 4
     gates = mx.softmax(scores, axis=-1, precise=True)
     want = mx.argsort(-gates, axis=-1)[..., :k]
     weight = mx.take_along_axis(gates, want, axis=-1)
-    if normalised:
+    if normalized:
         weight = weight / weight.sum(axis=-1, keepdims=True)
     for given in (scores, mx.contiguous(scores.swapaxes(0, 2)).swapaxes(0, 2)):
-        ids, got = kernels.route(given, k, normalised)
+        ids, got = kernels.route(given, k, normalized)
         assert mx.array_equal(ids, want.astype(mx.uint32))
         assert close(got, weight, 1e-6)
 
@@ -163,7 +163,7 @@ def test_native_blocks_match_mlx_lm(models, family):
     assert close(ours(ids), theirs(ids).astype(mx.float32), 1e-4)
 
 
-def test_unnormalised_routing_weights(tmp_path):
+def test_unnormalized_routing_weights(tmp_path):
     config = tiny_config("qwen3_moe") | {"norm_topk_prob": False}
     synth(tmp_path / "as-they-are", config=config, dtype="float32")
     theirs, ours = load_model(tmp_path / "as-they-are")[0], swapped(tmp_path / "as-they-are")
@@ -189,7 +189,7 @@ def test_native_attention_matches_mlx_lm_with_every_cache(models, family):
             assert close(got, want, 1e-4), name
 
 
-def test_attention_over_a_quantised_cache(tmp_path):
+def test_attention_over_a_quantized_cache(tmp_path):
     config = tiny_config("qwen3_moe") | {"head_dim": 32}
     synth(tmp_path / "wide", config=config, dtype="float32")
     theirs, ours = load_model(tmp_path / "wide")[0], swapped(tmp_path / "wide")

@@ -38,5 +38,5 @@ def test_cache_elements_per_token_match_mlx_lm(family, tmp_path):
 def test_too_little_memory_is_reported_before_any_rank_starts(monkeypatch):
     memory_info = SimpleNamespace(available=300_000 * 1024)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory_info)
-    with pytest.raises(PlanError, match=r"needs 53.* of its neighbours\), but 307.2 MB are availa"):
+    with pytest.raises(PlanError, match=r"needs 53.* of its neighbors\), but 307.2 MB are availa"):
         cenacle.load(str(VECTORS / "mixtral"), 2)

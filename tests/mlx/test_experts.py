@@ -30,7 +30,7 @@ def names(experts: nn.Module) -> list[str]:
     return [n for n in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2") if n in experts]
 
 
-def stack(kind, bias: bool, quantised: bool, dtype: mx.Dtype = mx.float32) -> nn.Module:
+def stack(kind, bias: bool, quantized: bool, dtype: mx.Dtype = mx.float32) -> nn.Module:
     """A random stack of COUNT experts; biases too are random."""
     mx.random.seed(7)
     experts = kind(WIDTH, HIDDEN, COUNT, bias=bias)
@@ -38,7 +38,7 @@ def stack(kind, bias: bool, quantised: bool, dtype: mx.Dtype = mx.float32) -> nn
         for name in names(experts):
             experts[name].bias = mx.random.normal(experts[name].bias.shape)
     experts.set_dtype(dtype)
-    if quantised:
+    if quantized:
         nn.quantize(experts, group_size=32, bits=4)
     mx.eval(experts.parameters())
     return experts
@@ -76,10 +76,10 @@ def assert_close(got: mx.array, want: mx.array, tolerance: float = 2e-6) -> None
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-@pytest.mark.parametrize(("kind", "bias", "quantised"), KINDS)
+@pytest.mark.parametrize(("kind", "bias", "quantized"), KINDS)
 @pytest.mark.parametrize("cls", LOCAL)
-def test_ranks_add_up_to_the_whole(cls, kind, bias, quantised, k, shape):
-    experts = stack(kind, bias, quantised)
+def test_ranks_add_up_to_the_whole(cls, kind, bias, quantized, k, shape):
+    experts = stack(kind, bias, quantized)
     x, ids = random_inputs(shape, k)
     total = mx.zeros((*shape, k, WIDTH))
     for held in HELD:
@@ -127,11 +127,11 @@ def test_one_rank_computes_the_whole(cls):
     assert_close(local_experts(cls, experts, range(COUNT))(x, ids), experts(x, ids))
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cls", LOCAL)
-def test_rank_without_work(cls, shape, quantised):
-    experts = stack(SwitchGLU, True, quantised)
+def test_rank_without_work(cls, shape, quantized):
+    experts = stack(SwitchGLU, True, quantized)
     x = mx.random.normal((*shape, WIDTH))
     ids = mx.zeros((*shape, 2), mx.uint32) + mx.array([0, 1], mx.uint32)
     part = local_experts(cls, experts, (3, 4))(x, ids)
@@ -140,7 +140,7 @@ def test_rank_without_work(cls, shape, quantised):
 
 
 @pytest.mark.parametrize("cls", LOCAL)
-def test_rows_need_not_be_neighbours(cls):
+def test_rows_need_not_be_neighbors(cls):
     experts = stack(SwitchGLU, False, False)
     x, ids = random_inputs((2, 5), 3)
     assert_close(
@@ -174,16 +174,16 @@ def test_nan_of_an_expert_stays_with_its_tokens(cls):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-@pytest.mark.parametrize("quantised", [False, True])
-def test_type_is_the_same_with_and_without_work(dtype, quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_type_is_the_same_with_and_without_work(dtype, quantized):
     """Ranks that put different types into an exchange would hang."""
-    experts = stack(SwitchGLU, False, quantised, dtype)
+    experts = stack(SwitchGLU, False, quantized, dtype)
     x, ids = random_inputs((1, 1), 1, dtype)
     types = set()
     for held in [(0, 1), (2, 3), (4, 5)]:
         part = local_experts(CompactedExperts, experts, held)
         for name in names(part.experts):
-            if not quantised and dtype != mx.float32:
+            if not quantized and dtype != mx.float32:
                 part.experts[name] = LoopedGatherLinear(part.experts[name])
         y = part(x, ids)
         mx.eval(y)

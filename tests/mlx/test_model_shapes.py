@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from cenacle.model import architecture, config_catalogue, synth
+from cenacle.model import architecture, config_catalog, synth
 from cenacle.planning.model_shapes import shape_from_config
 
 # Small models whose norms, biases and adapters are a large part: their shapes are not asked for.
@@ -22,9 +22,9 @@ def counted(config):
     return total, routed, [b.layer for b in blocks]
 
 
-@pytest.mark.parametrize("name", sorted(config_catalogue.model_catalogue()))
-def test_the_catalogues_shapes(name):
-    config = config_catalogue.full_config(name)
+@pytest.mark.parametrize("name", sorted(config_catalog.model_catalog()))
+def test_the_catalogs_shapes(name):
+    config = config_catalog.full_config(name)
     total, routed, layers = counted(config)
     shape = shape_from_config(name, config)
     assert list(shape.moe_ids) == layers
@@ -33,12 +33,12 @@ def test_the_catalogues_shapes(name):
     assert sum(a.layers for a in shape.attention) == shape.layers
 
 
-@pytest.mark.parametrize("family", config_catalogue.family_names())
+@pytest.mark.parametrize("family", config_catalog.family_names())
 def test_every_familys_config_can_be_planned(family):
     """A config.json of any family: its parameters are those of mlx-lm's model."""
     from cenacle.model.workload import count_parameters
 
-    config = config_catalogue.tiny_config(family)
+    config = config_catalog.tiny_config(family)
     total, routed, layers = counted(config)
     shape = count_parameters(shape_from_config(family, config), config)
     assert list(shape.moe_ids) == layers

@@ -42,7 +42,7 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-def quantised(w: mx.array, bits: int, group: int, mode: str = "affine"):
+def quantized(w: mx.array, bits: int, group: int, mode: str = "affine"):
     """The kernels' weights and the same as a float32 matrix."""
     q, s, *b = mx.quantize(w, group, bits, mode=mode)
     made = native.extension().Weights(q, s, b[0] if b else None, None, bits, group, mode)
@@ -72,9 +72,9 @@ def test_float_layer(kernels, dtype, rows, width):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("bits", "group"), AFFINE)
-def test_quantised_layer(kernels, bits, group, dtype):
+def test_quantized_layer(kernels, bits, group, dtype):
     for rows, width in [(5, group), (33, 3 * group), (100, 10 * group), (64, 1024)]:
-        made, w = quantised(normal(rows, width).astype(dtype), bits, group)
+        made, w = quantized(normal(rows, width).astype(dtype), bits, group)
         for tokens in TOKENS:
             x = normal(tokens, width, seed=tokens)
             assert_close(kernels.linear(x, made), x, w, ROUNDED)
@@ -82,7 +82,7 @@ def test_quantised_layer(kernels, bits, group, dtype):
 
 def test_mxfp4_layer(kernels):
     for rows, width in [(5, 32), (33, 96), (100, 320), (64, 1024)]:
-        made, w = quantised(normal(rows, width), 4, 32, "mxfp4")
+        made, w = quantized(normal(rows, width), 4, 32, "mxfp4")
         for tokens in TOKENS:
             x = normal(tokens, width, seed=tokens)
             assert_close(kernels.linear(x, made), x, w, ROUNDED)
@@ -100,7 +100,7 @@ def int8(kernels):
 )
 def test_int8_activations(int8, bits, group, mode):
     for rows, width in [(33, 3 * group), (64, 1024)]:
-        made, w = quantised(normal(rows, width), bits, group, mode)
+        made, w = quantized(normal(rows, width), bits, group, mode)
         for tokens in TOKENS:
             x = normal(tokens, width, seed=tokens)
             got = int8.linear(x, made)
@@ -138,14 +138,14 @@ def test_outlier_spoils_only_its_own_group(kernels, bits):
 def test_nan_is_passed_on_to_its_own_token(kernels, bad, bits):
     x = np.array(normal(3, 256))
     x[1, 70] = bad
-    made, _ = quantised(normal(40, 256), bits, 64)
+    made, _ = quantized(normal(40, 256), bits, 64)
     finite = np.isfinite(np.array(kernels.linear(mx.array(x), made))).all(axis=1)
     assert finite.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, 1e30])
 def test_values_at_the_ends_of_the_range(kernels, value):
-    made, w = quantised(normal(40, 256), 4, 64)
+    made, w = quantized(normal(40, 256), 4, 64)
     x = mx.full((2, 256), value)
     got, want = np.array(kernels.linear(x, made)), np.array(x @ w.T)
     assert np.abs(got - want).max() <= max(1e-4 * np.abs(want).max(), 1e-30)
@@ -163,7 +163,7 @@ def test_bias_strides_types_and_shapes(kernels):
 
 def test_every_number_of_threads_gives_the_same_bits(kernels, threads):
     x, w = normal(70, 512), normal(333, 512)
-    layers = [quantised(w, 4, 64)[0], quantised(w, 3, 64)[0]]
+    layers = [quantized(w, 4, 64)[0], quantized(w, 3, 64)[0]]
     layers.append(kernels.Weights(w.astype(mx.bfloat16), None, None, None, 0, 0, ""))
     seen = []
     for n in (1, 2, 3, 7):
@@ -174,7 +174,7 @@ def test_every_number_of_threads_gives_the_same_bits(kernels, threads):
 
 def test_a_token_gives_the_same_bits_alone_and_among_others(kernels):
     x, w = normal(9, 512), normal(50, 512)
-    for layer in (quantised(w, 4, 64)[0], quantised(w, 8, 32)[0]):
+    for layer in (quantized(w, 4, 64)[0], quantized(w, 8, 32)[0]):
         whole = np.array(kernels.linear(x, layer))
         for t in range(9):
             assert np.array_equal(np.array(kernels.linear(x[t : t + 1], layer))[0], whole[t])
@@ -277,7 +277,7 @@ def test_every_activation(kernels, kind, act, bias):
 
 @pytest.mark.parametrize("mode", [(2, "affine"), (4, "affine"), (6, "affine"), (4, "mxfp4")])
 @pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
-def test_quantised_experts(kernels, kind, mode):
+def test_quantized_experts(kernels, kind, mode):
     experts = stack(kind, None, True, mode[0], mode=mode[1])
     for held in [(0, 1), (2, 3, 4), (5,), tuple(range(COUNT))]:
         for tokens in (1, 3, 70):
@@ -341,7 +341,7 @@ def test_every_family_in_float32(family, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["qwen3_moe", "dbrx", "deepseek_v3", "gpt_oss", "nemotron_h"])
-def test_quantised_families(family, bits, tmp_path):
+def test_quantized_families(family, bits, tmp_path):
     synth(tmp_path / "m", family=family, quantize=bits, group_size=32)
     (got, _), (want, _) = both(tmp_path / "m")
     assert error(got, want) <= 5e-4

@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("schedules")
     synth(root / "dbrx", family="dbrx")
     synth(root / "qwen3_moe", family="qwen3_moe")
-    synth(root / "quantised", family="dbrx", quantize=8, group_size=32)
+    synth(root / "quantized", family="dbrx", quantize=8, group_size=32)
     synth(root / "deepseek_v3", family="deepseek_v3")
     return root
 
@@ -70,14 +70,14 @@ def on_ranks(folder, nodes, name, kernels):
         ("dbrx", 2, "mlx"),
         ("qwen3_moe", 3, "mlx"),
         ("dbrx", 2, "native"),
-        ("quantised", 2, "native"),
+        ("quantized", 2, "native"),
     ],
 )
 def test_every_schedule_gives_mlx_lms_logits(folders, name, family, nodes, kernels):
     want = expected(folders / family)
     results = on_ranks(folders / family, nodes, name, kernels)
     error = np.abs(results[0][0] - want).max() / np.abs(want).max()
-    assert error <= (5e-4 if family == "quantised" else 1e-4)
+    assert error <= (5e-4 if family == "quantized" else 1e-4)
     layers = len(results[0][1])
     per_layer = 2 if name in CENTRALIZED_SCHEDULES else 1
     assert [r[2] for r in results] == [per_layer * layers * (1 + len(THEN))] * nodes

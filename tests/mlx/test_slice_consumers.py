@@ -26,7 +26,7 @@ PLACEMENTS = ("whole", "sliced", "replicated")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Experts one by one, stacked, fused, and quantised with shared ones."""
+    """Experts one by one, stacked, fused, and quantized with shared ones."""
     root = tmp_path_factory.mktemp("synth")
     options = {"quantize": 4, "group_size": 32, "dtype": "bfloat16"}
     return {

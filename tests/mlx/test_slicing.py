@@ -16,7 +16,7 @@ from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError, PlanError
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.config_catalogue import tiny_config
+from cenacle.model.config_catalog import tiny_config
 from cenacle.model.loader import build_model
 from cenacle.model.slicing import ModelLayout, slices_for
 from cenacle.model.spec_reader import read_model_spec
@@ -210,8 +210,8 @@ FORMS = {
 
 def form(tmp_path: Path, name: str) -> Path:
     family, _, mode = name.partition(" ")
-    quantised = {"quantize": 4, "group_size": 32, "mode": mode} if mode else None
-    return rewritten(tmp_path, family, FORMS[name], quantised)
+    quantized = {"quantize": 4, "group_size": 32, "mode": mode} if mode else None
+    return rewritten(tmp_path, family, FORMS[name], quantized)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_5_moe"])
@@ -311,7 +311,7 @@ def test_sharded_trunk(name, nodes):
         assert calls == plan.all_reduces == spec.layers * 2 + 1
 
 
-def test_quantised_heads_inside_a_group_are_assigned_by_key_head(tmp_path):
+def test_quantized_heads_inside_a_group_are_assigned_by_key_head(tmp_path):
     """Heads of 32 in groups of 64: only two query heads together end at a border."""
     folder = synth(tmp_path, family="qwen3_moe", quantize=4, group_size=64).path
     part = next(

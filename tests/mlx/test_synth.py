@@ -16,12 +16,12 @@ from mlx_lm.utils import get_total_parameters, load, load_model
 from cenacle.core.model_config import text_config
 from cenacle.errors import InputError
 from cenacle.model import architecture
-from cenacle.model.config_catalogue import (
+from cenacle.model.config_catalog import (
     family_names,
     first_layers,
     full_config,
     layer_count,
-    model_catalogue,
+    model_catalog,
     tiny_config,
 )
 from cenacle.model.families import family_of
@@ -69,9 +69,9 @@ def test_every_family_loads_and_its_logits_are_well_spread(family, tmp_path):
     logits = logits_of(model)
     assert np.isfinite(logits).all()
     assert 0.3 < logits.std() < 5
-    centred = logits - logits.mean(axis=-1, keepdims=True)
-    centred /= np.linalg.norm(centred, axis=-1, keepdims=True)
-    alike = (centred @ centred.T)[~np.eye(len(centred), dtype=bool)]
+    centered = logits - logits.mean(axis=-1, keepdims=True)
+    centered /= np.linalg.norm(centered, axis=-1, keepdims=True)
+    alike = (centered @ centered.T)[~np.eye(len(centered), dtype=bool)]
     assert alike.mean() < 0.5, "different tokens must give different logits"
 
 
@@ -87,7 +87,7 @@ def test_every_family_loads_and_its_logits_are_well_spread(family, tmp_path):
         ("gpt_oss", {"mode": "mxfp4"}),
     ],
 )
-def test_quantised(family, options, tmp_path):
+def test_quantized(family, options, tmp_path):
     synth(tmp_path, family=family, **options)
     model, config = load_model(tmp_path)
     told = config["quantization"]
@@ -112,7 +112,7 @@ def test_quantised(family, options, tmp_path):
         assert abs(mx.mean(weight).item()) < 0.01
 
 
-def test_router_gates_are_quantised_as_mlx_lm_does(tmp_path):
+def test_router_gates_are_quantized_as_mlx_lm_does(tmp_path):
     synth(tmp_path, family="qwen3_moe", quantize=4, group_size=32)
     quantization = json.loads((tmp_path / "config.json").read_text())["quantization"]
     assert quantization["model.layers.1.mlp.gate"] == {"group_size": 64, "bits": 8}
@@ -177,7 +177,7 @@ def test_fewer_layers(family, tmp_path):
 
 
 def test_full_size_models_have_the_parameters_their_sources_state():
-    for name, entry in model_catalogue().items():
+    for name, entry in model_catalog().items():
         assert entry.source
         assert entry.confidence in "ABCDE"
         parameters = get_total_parameters(build_lazy_model(full_config(name)))

@@ -63,7 +63,7 @@ def test_a_sum_is_that_of_the_words(dtype, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory):
+def quantized(tmp_path_factory):
     """Shared experts, a dense first layer, latent attention, four bits."""
     folder = tmp_path_factory.mktemp("synth")
     synth(folder, family="qwen2_moe", quantize=4, dtype="bfloat16", overwrite=True)
@@ -85,9 +85,9 @@ def plans_of(spec):
                     continue
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "quantised"])
-def test_parts_are_found_to_be_those_of_the_whole(name, quantised):
-    checkpoint = Checkpoint.open(quantised if name == "quantised" else VECTORS / name)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "quantized"])
+def test_parts_are_found_to_be_those_of_the_whole(name, quantized):
+    checkpoint = Checkpoint.open(quantized if name == "quantized" else VECTORS / name)
     spec = read_model_spec(checkpoint)
     whole = weight_checksums(loaded(checkpoint, Plan.whole(spec, 1)))
     tried = 0

@@ -315,7 +315,7 @@ def test_invalid_grammars_are_refused(models):
         ("", "Empty grammar"),
         ("{}", "missing field `grammars`"),
         ("start: /[/", "unclosed character class"),
-        (LLMatcher.grammar_from_json_schema('{"type": "colour"}'), "Invalid type: colour"),
+        (LLMatcher.grammar_from_json_schema('{"type": "color"}'), "Invalid type: color"),
         (LLMatcher.grammar_from_regex("[^\\x00-\\U0010ffff]"), "no text matches it"),
     ]:
         with pytest.raises(InputError, match=f"grammar: expected one that .*{re.escape(reason)}"):

@@ -24,7 +24,7 @@ RANK = Path(__file__).parent / "parity_rank.py"
 PROMPT = [(37 * i + 11) % 251 for i in range(24)]
 MAX_TOKENS = 5
 TOLERANCE = 1e-4
-TOLERANCE_ROUNDED = 5e-4  # the native kernels round activations of quantised layers to 16 bits
+TOLERANCE_ROUNDED = 5e-4  # the native kernels round activations of quantized layers to 16 bits
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
 
 

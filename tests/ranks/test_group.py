@@ -203,7 +203,7 @@ def test_wrong_requests_are_refused_and_harm_nobody(two):
         ([1] * 512, {}, "do not fit the model's context of 512"),
         ([1], {"max_tokens": 0}, "max_tokens: expected at least 1"),
         ([1], {"temperature": 3}, "temperature: expected a number from 0 to 2"),
-        ([1], {"colour": "red"}, "unknown argument"),
+        ([1], {"color": "red"}, "unknown argument"),
     ]:
         with pytest.raises(InputError, match=message):
             two.generate(prompt, **arguments)

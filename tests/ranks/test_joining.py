@@ -183,7 +183,7 @@ def test_a_head_that_does_not_know_the_token_is_refused(tmp_path):
 
     thread = threading.Thread(target=yes)
     thread.start()
-    with pytest.raises(ClusterError, match="does not recognise this token"):
+    with pytest.raises(ClusterError, match="does not recognize this token"):
         pair_with_head(
             tmp_path / "n", HOST, listener.getsockname()[1], pairing.new_token(), "victim"
         )

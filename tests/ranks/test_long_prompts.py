@@ -9,7 +9,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 import cenacle
-from cenacle.model.config_catalogue import tiny_config
+from cenacle.model.config_catalog import tiny_config
 from cenacle.model.synth import synth
 
 PROMPT = [(131 * i * i + 17 * i + 5) % 257 for i in range(2100)]
@@ -49,11 +49,11 @@ def wide_heads(tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [{"kv_bits": 8, "kv_group_size": 32}, {"max_kv_size": 256}])
-def test_quantised_and_rotating_caches(wide_heads, options):
+def test_quantized_and_rotating_caches(wide_heads, options):
     reference = {**options, "quantized_kv_start": 0} if "kv_bits" in options else options
     assert on_nodes(wide_heads, 2, 8, **options) == expected(wide_heads, 8, **reference)
 
 
-def test_a_cache_that_cannot_be_quantised_is_refused_at_load(wide_heads):
+def test_a_cache_that_cannot_be_quantized_is_refused_at_load(wide_heads):
     with pytest.raises(cenacle.InputError, match=r"kv_bits.*groups of 64"):
         cenacle.load(str(wide_heads), kv_bits=8)

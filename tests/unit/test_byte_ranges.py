@@ -52,7 +52,7 @@ def test_columns_are_extracted_and_located():
     assert covering_spans([columns, (60, 70), (0, 5)]) == [(0, 5), (30, 70)]
 
 
-def test_neighbours_of_one_kind_are_merged():
+def test_neighbors_of_one_kind_are_merged():
     wanted = []
     columns = ColumnRange(20, 40, 10, ((0, 5),))
     for more in (

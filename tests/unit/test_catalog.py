@@ -1,4 +1,4 @@
-"""Names, units and quantisations: generous to people, strict to files."""
+"""Names, units and quantizations: generous to people, strict to files."""
 
 import json
 
@@ -125,13 +125,13 @@ def test_unknown_names_get_the_nearest(what, message):
         ("4.0", 4.5, 4.5),
     ],
 )
-def test_quantisations(text, expert, trunk):
+def test_quantizations(text, expert, trunk):
     q = parse_quantization(text)
     assert (q.expert_bits, q.trunk_bits) == (expert, trunk)
 
 
 @pytest.mark.parametrize("text", ["", "7", "0", "-4", "nan", "four", "64", "1/2/3", "0.1/4", "inf"])
-def test_what_is_no_quantisation(text):
+def test_what_is_no_quantization(text):
     with pytest.raises(InputError, match="expected bits"):
         parse_quantization(text)
 

@@ -58,3 +58,26 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+BRITISH = re.compile(
+    r"colour|behaviour|neighbour|catalogue|centre[ds]?\b|modelled|(?:quant|normal|synchron|recogn|"
+    r"optim|vector|central|author|initial|serial|token|general|special|summar|parallel)is(?:e|ing|at)",
+    re.IGNORECASE,
+)
+# Texts of their own time, data that a trained model knows, and bodies recorded from other programs.
+AS_WRITTEN = ("docs/devlog.md", "CHANGELOG.md", "src/cenacle/demo/")
+
+
+def test_the_spelling_is_american():
+    suffixes = {".py", ".md", ".js", ".html", ".css", ".toml", ".h", ".cpp"}
+    folders = [ROOT / name for name in ("src", "docs", "native", "benchmarks")]
+    files = [p for f in folders for p in f.rglob("*") if p.suffix in suffixes]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match[0]}"
+        for path in [*files, *ROOT.glob("*.md")]
+        if not str(path.relative_to(ROOT)).startswith(AS_WRITTEN)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if (match := BRITISH.search(line))
+    ]
+    assert not found, "British spelling; the rest of the text is American:\n" + "\n".join(found)

@@ -230,7 +230,7 @@ CASES = [
         LINUX,
         {"timedatectl show -p NTPSynchronized --value": "no\n"},
         "warning",
-        "not synchronised by NTP",
+        "not synchronized by NTP",
         "set-ntp",
     ),
     (

@@ -88,7 +88,7 @@ def test_limits_are_reported(vocabulary):
     [
         ("", "Empty grammar"),
         ('{"json": 1}', "missing field `grammars`"),
-        (LLMatcher.grammar_from_json_schema('{"type": "colour"}'), "Invalid type: colour"),
+        (LLMatcher.grammar_from_json_schema('{"type": "color"}'), "Invalid type: color"),
         (LLMatcher.grammar_from_json_schema('{"not": {}}'), 'Unimplemented keys: ["not"]'),
         (LLMatcher.grammar_from_regex("(?=a)b"), "look-around"),
     ],

@@ -57,7 +57,7 @@ def test_what_fits_is_wired_and_no_more(facts):
     exact = MemoryEstimate(0, allowed - WORKSPACE_BYTES - 5, 5)
     assert wired_limit(facts, exact) == allowed
     assert (
-        wired_limit(facts, MemoryEstimate(0, 10 * GIB, 0, neighbours=10 * GIB))
+        wired_limit(facts, MemoryEstimate(0, 10 * GIB, 0, neighbors=10 * GIB))
         == 10 * GIB + WORKSPACE_BYTES
     )
     with pytest.raises(PlanError, match=r"rank 1 needs .* but this machine wires at most"):
@@ -92,13 +92,13 @@ def test_cache_is_what_one_request_keeps():
 
 
 def test_linux_needs_room_for_all_its_ranks():
-    estimate = MemoryEstimate(0, 11 * GIB - WORKSPACE_BYTES, 0, neighbours=11 * GIB)
+    estimate = MemoryEstimate(0, 11 * GIB - WORKSPACE_BYTES, 0, neighbors=11 * GIB)
     check_available(22 * GIB, estimate)
     with pytest.raises(PlanError, match=r"23\.6 GB are available on this machine: stop other"):
-        check_available(22 * GIB, MemoryEstimate(0, 11 * GIB, 0, neighbours=11 * GIB))
+        check_available(22 * GIB, MemoryEstimate(0, 11 * GIB, 0, neighbors=11 * GIB))
 
 
-def test_ranks_of_one_machine_count_their_neighbours():
+def test_ranks_of_one_machine_count_their_neighbors():
     layer = MoELayer(0, experts=4, expert_bytes=100)
     spec = ModelSpec("mixtral", 1, (layer,), 2, 1000, 64, 10, "float32")
     need = MemoryEstimate.of_rank(Plan.whole(spec, 2, (3, 1)), 1, kv_cache=7)

@@ -97,7 +97,7 @@ def test_anthropic_paths_get_anthropic_errors(keys):
     assert answer.json()["error"]["type"] == "authentication_error"
 
 
-def test_an_optional_key_is_recognised(keys):
+def test_an_optional_key_is_recognized(keys):
     secret = keys.add("alice")
     requests = [("GET", "/v1/models", h) for h in ({}, bearer("-"), bearer(secret))]
     answers = ask(keys, AccessPolicy(), *requests)

@@ -63,9 +63,9 @@ def test_dllama_files_have_the_size_that_their_headers_say(tmp_path):
         *(64, 2, 4, 2, 300, 96),
     )
     attention = 128 * 64 + 2 * 64 * 64 + 64 * 128
-    quantised = 2 * (attention + 4 * 3 * 64 * 96) + 300 * 64
+    quantized = 2 * (attention + 4 * 3 * 64 * 96) + 300 * 64
     floats = 300 * 64 + 2 * (4 * 64 + 2 * 32 + 2 * 64) + 64
-    assert len(data) == size + quantised * 18 // 32 + 4 * floats
+    assert len(data) == size + quantized * 18 // 32 + 4 * floats
 
     formats.write_dllama_tokenizer(tmp_path / "m.t", 300)
     data = (tmp_path / "m.t").read_bytes()

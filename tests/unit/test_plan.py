@@ -242,8 +242,8 @@ def test_biases_are_on_every_rank_that_holds_a_slice():
 
 
 def test_experts_that_cannot_be_sliced():
-    spec = replace(spec_of(units=64), unsliceable_reason="each is normalised")
-    with pytest.raises(PlanError, match="each is normalised; use --placement whole"):
+    spec = replace(spec_of(units=64), unsliceable_reason="each is normalized")
+    with pytest.raises(PlanError, match="each is normalized; use --placement whole"):
         Plan.sliced(spec, 2)
     assert Plan.sliced(spec, 1).nodes == 1
 

@@ -107,7 +107,7 @@ def test_what_if(text, points):
     "text",
     [
         *("", "nodes", "nodes=0..4", "nodes=1..2.5", "nodes=4..1", "price=-5..10"),
-        *("latency=3..4..5", "latency=3lightyears..1ms", "colour=1..2", "nodes=1..900"),
+        *("latency=3..4..5", "latency=3lightyears..1ms", "color=1..2", "nodes=1..900"),
     ],
 )
 def test_a_wrong_what_if(text):

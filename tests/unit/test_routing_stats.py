@@ -152,7 +152,7 @@ def trace_of(ids: list[list[int]], experts: int) -> RoutingTrace:
 
 
 def test_experts_that_fire_together_are_set_apart():
-    # 0 with 1 and 2 with 3, always: neighbours together make one rank run both.
+    # 0 with 1 and 2 with 3, always: neighbors together make one rank run both.
     trace = trace_of([[0, 1], [2, 3]] * 20, 4)
     assert trace.max_load(contiguous_owners(trace, 2)) == 2
     owner = separate_coactivated(trace, 2)

@@ -28,7 +28,7 @@ from ..core.model_spec import ModelSpec
 from ..core.request import GroupEvent, PromptLogprobs
 from ..errors import CenacleError, ClusterError, InputError
 from ..machine import usable_cores
-from ..model import config_catalogue, native_layers, synth
+from ..model import config_catalog, native_layers, synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.spec_reader import read_model_spec
 from ..paths import cache_dir
@@ -399,7 +399,7 @@ def prepare_model(
     Args:
         model: a folder or the name of a Hub repository.
         name: of a random model in the catalog, or a family (its small config).
-        quantize: bits; 0: not quantised.
+        quantize: bits; 0: not quantized.
 
     Raises:
         InputError: neither or both are given, or an unknown name.
@@ -411,9 +411,9 @@ def prepare_model(
     assert name is not None
     folder = cache_dir / "synth" / f"{name}-{quantize or 'full'}"
     if not (folder / "config.json").exists():
-        small = name in config_catalogue.family_names()
+        small = name in config_catalog.family_names()
         if not small:
-            config_catalogue.full_config(name)  # raises for an unknown name
+            config_catalog.full_config(name)  # raises for an unknown name
         report(f"writing a random {name} to {folder}")
         synth.synth(
             folder,

@@ -146,7 +146,7 @@ def time_expert(collective: Collective, seconds: float) -> list[float]:
     mx.eval(x)
 
     def run(experts: Any, active: int, stride: int, turn: int) -> float:
-        # Neighbours of one token are far from one another, and so are those of the next.
+        # Neighbors of one token are far from one another, and so are those of the next.
         ids = [
             mx.array(
                 [[(turn * layers + i) % stride + stride * e for e in range(active)]], mx.uint32

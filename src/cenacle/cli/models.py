@@ -133,12 +133,12 @@ def synth(
     """Write a checkpoint with random weights, for tests and benchmarks."""
     from rich.progress import Progress
 
-    from ..model import config_catalogue
+    from ..model import config_catalog
     from ..model import synth as writer
 
     if list_names:
-        print("families:", *config_catalogue.family_names())
-        print("names:", *config_catalogue.model_catalogue())
+        print("families:", *config_catalog.family_names())
+        print("names:", *config_catalog.model_catalog())
         return
     if out is None:
         raise InputError("--out: expected a folder to write, got none", "out")

@@ -89,7 +89,7 @@ def pair_with_head(
     expected = pairing.channel_bound_proof(token, "head", *transcript, payload)
     if not secrets.compare_digest(pairing.decode(result.proof), expected):
         raise ClusterError(
-            f"the head at {address} does not recognise this token; check the address, or create a "
+            f"the head at {address} does not recognize this token; check the address, or create a "
             f"new token with `cenacle nodes --invite` on the head. Nothing was changed."
         )
     grant = messages.JoinGrant.from_json(decode_json(payload))

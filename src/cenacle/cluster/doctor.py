@@ -147,7 +147,7 @@ def _clock(facts: HostFacts) -> Iterator[Finding]:
             "bad",
             f"The head's clock is {abs(facts.clock_skew_s):.0f} s {direction} this machine's: "
             f"certificates and tokens will be refused.",
-            "Synchronise both clocks by NTP.",
+            "Synchronize both clocks by NTP.",
         )
     else:
         yield Finding("good", "The head answers, and its clock agrees with this machine's.")
@@ -400,7 +400,7 @@ def _linux_clock(facts: HostFacts) -> Iterator[Finding]:
     if facts.outputs.get("timedatectl show -p NTPSynchronized --value", "").strip() == "no":
         yield Finding(
             "warning",
-            "This machine's clock is not synchronised by NTP.",
+            "This machine's clock is not synchronized by NTP.",
             "Run `sudo timedatectl set-ntp true`.",
         )
 

@@ -192,7 +192,7 @@ def place(
         for rank, node in enumerate(members):
             estimate = estimate_memory(dict(config), plan, rank, options, kernels, draft)
             try:
-                _check_memory(node, replace(estimate, neighbours=0))
+                _check_memory(node, replace(estimate, neighbors=0))
             except PlanError as error:
                 problems.append(f"{node.name}: {error}")
         if not problems:

@@ -119,7 +119,7 @@ class Usage:
 
 
 def join_text(parts: list[OutputPart]) -> list[OutputPart]:
-    """Merge neighbouring parts of one kind; calls stay separate."""
+    """Merge neighboring parts of one kind; calls stay separate."""
     merged: list[OutputPart] = []
     for part in parts:
         if merged and part.kind == merged[-1].kind != "call":

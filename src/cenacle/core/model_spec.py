@@ -22,7 +22,7 @@ class MoELayer:
         expert_bytes: bytes in memory of one routed expert.
         shared_bytes: bytes of the shared experts inside the block (0: none).
         units: into how many equal slices an expert's hidden width can be divided, at borders of
-            quantisation groups (1: it cannot).
+            quantization groups (1: it cannot).
         shared_units: the same for the shared experts.
         unsliced_bytes: part of `expert_bytes` that every rank with a slice holds (output biases).
         shared_unsliced_bytes: the same of `shared_bytes`.
@@ -78,7 +78,7 @@ class ModelSpec:
         trunk_bytes: bytes in memory of everything that every rank holds.
         context_length: most tokens of prompt and output together (None: the config does not say).
         vocab_size: number of token ids.
-        dtype: element type of the unquantised tensors, such as "bfloat16".
+        dtype: element type of the unquantized tensors, such as "bfloat16".
         quantization: for instance "affine 4-bit, groups of 64", or None.
         dense_modules: the modules of the trunk that can be divided among ranks.
         embedding_bytes: part of `trunk_bytes`: the embedding table, of which a token reads one row.

@@ -208,7 +208,7 @@ class Plan:
     ) -> Plan:
         """Assign whole experts, evenly or in proportion to `node_weights`.
 
-        Each rank gets neighbouring experts, so that its rows of a stacked tensor are one range of
+        Each rank gets neighboring experts, so that its rows of a stacked tensor are one range of
         bytes. With a replicated trunk the shared experts of each layer go to the rank that is
         furthest behind its proportion of the bytes so far; with a sharded trunk they are sliced.
 
@@ -239,7 +239,7 @@ class Plan:
     ) -> Plan:
         """Assign every rank a slice of every expert's hidden width, in proportion to the weights.
 
-        Slices end at borders of quantisation groups.
+        Slices end at borders of quantization groups.
 
         Raises:
             PlanError: the experts of this family cannot be sliced, there are more nodes than
@@ -255,7 +255,7 @@ class Plan:
         if width < nodes:
             raise PlanError(
                 f"sliced: an expert's hidden width can be divided into {width} slices at most "
-                f"(at borders of quantisation groups), got {nodes} nodes; use fewer nodes, or "
+                f"(at borders of quantization groups), got {nodes} nodes; use fewer nodes, or "
                 f"--placement whole or replicated"
             )
         slices = _width_slices(width, weights)

@@ -112,7 +112,7 @@ class Step:
         number: counts from 0; a rank that sees a gap raises.
         admitted: requests that start with this step.
         cancelled: ids of requests that end before this step.
-        measured: whether ranks time this step (one synchronisation per layer).
+        measured: whether ranks time this step (one synchronization per layer).
         prefill: prompt chunks, each processed in a pass of its own.
         final_chunks: last chunks of prompts, processed together; their requests join the batch.
         reused: cached prefixes of admitted requests.

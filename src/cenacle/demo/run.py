@@ -23,7 +23,7 @@ from .tasks import KINDS, Task, held_out, is_correct
 
 DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
 COMPONENTS = ("trunk", "experts", "all_reduce", "waiting", "rest")  # of a step's time
-RANK_COLOURS = (
+RANK_COLORS = (
     *("cyan", "magenta", "yellow", "green", "blue", "red"),
     *("bright_cyan", "bright_magenta"),
 )
@@ -111,7 +111,7 @@ def _answer(model: Model, tasks: list[Task], console: Console) -> list[Completio
 
 
 def _print_routing(console: Console, plan: Plan, routed: dict[int, dict[int, int]]) -> None:
-    console.print("Use of experts (one column per expert, in the colour of its node):")
+    console.print("Use of experts (one column per expert, in the color of its node):")
     table = Table(box=None, show_header=False, padding=(0, 1))
     highest = max((times for layer in routed.values() for times in layer.values()), default=1)
     for layer in plan.layers:
@@ -121,18 +121,18 @@ def _print_routing(console: Console, plan: Plan, routed: dict[int, dict[int, int
             for part in slices:  # slices and replicas share an expert's tokens
                 load_per_rank[part.rank] += times / len(slices)
             shade = SHADES[min(len(SHADES) - 1, -(-times * (len(SHADES) - 1) // highest))]
-            line.append(shade * 2, _rank_colour(slices[0].rank))
+            line.append(shade * 2, _rank_color(slices[0].rank))
         total = max(1, sum(load_per_rank))
         shares = Text("  ").join(
-            Text(f"node {rank} {100 * load / total:.0f} %", _rank_colour(rank))
+            Text(f"node {rank} {100 * load / total:.0f} %", _rank_color(rank))
             for rank, load in enumerate(load_per_rank)
         )
         table.add_row(f"layer {layer.layer}", line, shares)
     console.print(table)
 
 
-def _rank_colour(rank: int) -> str:
-    return RANK_COLOURS[rank % len(RANK_COLOURS)]
+def _rank_color(rank: int) -> str:
+    return RANK_COLORS[rank % len(RANK_COLORS)]
 
 
 def _print_step_timings(console: Console, timings_ms: dict[str, float], nodes: int) -> None:

@@ -3,7 +3,7 @@
 Owns: `ContinuousBatch` (mlx-lm's continuous batching) and `SequentialBatch` (one request after the
 other), behind one interface, and the choice between them.
 Does not know: steps, ranks.
-mlx-lm batches plain, rotating and state-space caches. It cannot merge quantised and chunked ones
+mlx-lm batches plain, rotating and state-space caches. It cannot merge quantized and chunked ones
 (llama4), and a merged cache of limited size (`max_kv_size`) forgets its first tokens. In these
 cases each request keeps its own cache and takes its turn in every step.
 Next: `speculative/decoder.py`, which takes over a single running request.

@@ -146,7 +146,7 @@ class Engine:
         """What caches take on this rank.
 
         Raises:
-            InputError: they cannot be quantised as the options say.
+            InputError: they cannot be quantized as the options say.
         """
         options = self._options
         return kv_cache.measure_footprint(

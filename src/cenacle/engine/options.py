@@ -22,8 +22,8 @@ class EngineOptions:
     Args:
         prefill_chunk_size: maximum prompt tokens per step.
         max_batch_size: maximum requests that generate at once.
-        kv_bits: bits of a quantised KV cache, 4 or 8; None: not quantised.
-        kv_group_size: group size of the quantised KV cache.
+        kv_bits: bits of a quantized KV cache, 4 or 8; None: not quantized.
+        kv_group_size: group size of the quantized KV cache.
         max_kv_size: positions to keep (the first four and the last); None: all.
         max_queue: maximum waiting requests; None: unlimited.
         kv_cache_gb: gigabytes on each rank for the KV cache of running requests; None: half of the
@@ -62,5 +62,5 @@ class EngineOptions:
 
     @property
     def plain_kv_cache(self) -> bool:
-        """Whether the KV cache is neither quantised nor limited in size."""
+        """Whether the KV cache is neither quantized nor limited in size."""
         return self.kv_bits is None and self.max_kv_size is None

@@ -82,9 +82,9 @@ class MoEBlock:
 
 
 class StackedDbrx(nn.Module):
-    """mlx-lm's DBRX block with stacked experts (the paper's first optimisation).
+    """mlx-lm's DBRX block with stacked experts (the paper's first optimization).
 
-    mlx-lm keeps a Python list of experts and synchronises with the host for every token; this is
+    mlx-lm keeps a Python list of experts and synchronizes with the host for every token; this is
     the same routing over one stacked `SwitchGLU`. Input and output: [batch, length, d_model].
     """
 

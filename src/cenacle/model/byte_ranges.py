@@ -75,7 +75,7 @@ ByteRange = Span | ColumnRange
 
 
 def append_range(ranges: list[ByteRange], more: ByteRange) -> None:
-    """Append a range that lies behind all others; neighbours of one kind are merged."""
+    """Append a range that lies behind all others; neighbors of one kind are merged."""
     last = ranges[-1] if ranges else None
     if more[0] == more[1]:
         return
@@ -132,7 +132,7 @@ def covering_spans(ranges: Iterable[ByteRange]) -> list[Span]:
 
 
 def merge_spans(spans: Iterable[Span]) -> list[Span]:
-    """The same bytes, ascending, each once, neighbours merged."""
+    """The same bytes, ascending, each once, neighbors merged."""
     merged: list[Span] = []
     for start, stop in sorted(spans):
         if merged and start <= merged[-1][1]:

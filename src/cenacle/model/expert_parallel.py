@@ -143,8 +143,8 @@ class LocalExperts(nn.Module):
 class MaskedExperts(LocalExperts):
     """Stays in the lazy graph: absent experts are computed as row 0 and masked.
 
-    For devices on which a host synchronisation costs more than the wasted work (Metal, CUDA). Where
-    experts have replicas it synchronises all the same.
+    For devices on which a host synchronization costs more than the wasted work (Metal, CUDA). Where
+    experts have replicas it synchronizes all the same.
     """
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
@@ -157,7 +157,7 @@ class MaskedExperts(LocalExperts):
 class CompactedExperts(LocalExperts):
     """Evaluates the routing and computes only the (token, expert) pairs that are this rank's.
 
-    For CPUs, where a host synchronisation is cheap and the work is not.
+    For CPUs, where a host synchronization is cheap and the work is not.
     """
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
@@ -339,7 +339,7 @@ def parallelize(
     Args:
         family_name: mlx-lm's module.
         kernels: "native": all layers compute with the native kernels, much faster, with float32
-            activations (16 bits inside quantised layers); "mlx": none; "auto": native on a CPU
+            activations (16 bits inside quantized layers); "mlx": none; "auto": native on a CPU
             that has the extension. Norms, rotary positions and attention of this process's models
             are those of the last call (see `native_layers.install_operations`).
 

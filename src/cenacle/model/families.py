@@ -134,7 +134,7 @@ def _make_ngram_caches(model: Any) -> list[Any]:
 
 
 def _rename_gpt_oss_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """transformers saves unquantised gpt-oss experts as [experts, in, out] without ".weight"."""
+    """transformers saves unquantized gpt-oss experts as [experts, in, out] without ".weight"."""
     return {
         (f"{name}.weight" if _GPT_OSS_EXPERTS.search(name) else name): (
             array.swapaxes(1, 2) if _GPT_OSS_EXPERTS.search(name) else array
@@ -206,7 +206,7 @@ FAMILIES: dict[str, Family] = {
         note="clipped SwiGLU, expert biases",
     ),
     "kimi_k3": Family(
-        all_reduce_before="routed_expert_norm", note="the sum of latent experts is normalised"
+        all_reduce_before="routed_expert_norm", note="the sum of latent experts is normalized"
     ),
     "longcat_flash": Family(
         forward=_longcat_forward, note="zero-computation experts return the token"
@@ -230,7 +230,7 @@ FAMILIES: dict[str, Family] = {
         metal_only=True,
         note="never run: needs Metal",
         # The norm of zero is zero, so whole experts on several ranks are correct.
-        unsliceable_reason="each expert's output is normalised before the weighted sum",
+        unsliceable_reason="each expert's output is normalized before the weighted sum",
     ),
     "nemotron_h": Family(
         biases_after_sum=("fc2_latent_proj.bias",),

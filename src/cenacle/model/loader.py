@@ -3,7 +3,7 @@
 Owns: building mlx-lm's model of what a rank holds, and reading its weights.
 Does not know: which bytes those are (`slicing.py`), how experts are computed, how ranks talk.
 How: mlx-lm's own loading code does everything that depends on the family (renaming, stacking,
-splitting, dequantising: its `sanitize`) and on the quantisation. It gets a checkpoint in which only
+splitting, dequantizing: its `sanitize`) and on the quantization. It gets a checkpoint in which only
 this rank's experts exist, numbered from 0, and a config with that many experts; so no family needs
 code of its own here. Tensors that are read whole are MLX's lazy arrays, read when they are
 evaluated; of the others only the rank's pieces are read. What `slicing.py` could not slice in the

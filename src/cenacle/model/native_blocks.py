@@ -6,7 +6,7 @@ Does not know: ranks, plans, how kernels work.
 Why: a token of a small model is hundreds of operations of a few microseconds, and MLX's overhead
 per operation is as long: some forty per layer become fourteen.
 Invariant: as with `native_layers`, an object keeps its attributes and parameters and changes its
-class. A class is listed here if its code is that of its neighbours, line by line; an object with an
+class. A class is listed here if its code is that of its neighbors, line by line; an object with an
 unusual part is left alone.
 Next: `native/primitives/qkv.cpp`, `experts.cpp` and `fast_ops.cpp`.
 """
@@ -102,9 +102,9 @@ def install_native_blocks(model: nn.Module) -> None:
             layer.__class__ = NativeAttention
         elif type(layer) in _BLOCKS and hasattr(layer.switch_mlp, "weighted"):
             layer._router, top_k, by_sum = _BLOCKS[type(layer)]
-            normalised = getattr(layer, by_sum) if isinstance(by_sum, str) else by_sum
+            normalized = getattr(layer, by_sum) if isinstance(by_sum, str) else by_sum
             layer._route = partial(
-                extension.route, k=getattr(layer, top_k), normalised=bool(normalised)
+                extension.route, k=getattr(layer, top_k), normalized=bool(normalized)
             )
             layer.__class__ = NativeBlock
 

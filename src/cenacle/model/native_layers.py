@@ -161,7 +161,7 @@ def install_operations(use_native: bool) -> None:
     mlx-lm's families all call them as functions of `mx.fast`, so that is where they are replaced;
     the native ones have the same arguments and pass on to MLX what they do not support. MLX's CPU
     backend has no kernels for these: it composes them of small operations, three quarters of a
-    token's graph. Its logsumexp, which mlx-lm applies to all logits, is not vectorised.
+    token's graph. Its logsumexp, which mlx-lm applies to all logits, is not vectorized.
     """
     for name, module in _OPERATIONS.items():
         setattr(module, name, getattr(native.extension(), name) if use_native else _MLX[name])

@@ -3,7 +3,7 @@
 Owns: distributions that make a checkpoint worth testing: nothing stays at the zeros and ones that
 mlx-lm starts from, and scales are such that logits are well spread.
 Does not know: files, configs of particular families.
-How: each tensor has a stream of random bits named after it; the words of a quantised tensor are
+How: each tensor has a stream of random bits named after it; the words of a quantized tensor are
 drawn as they are stored.
 Invariant: the same model, config and seed give the same bytes.
 Next: `synth.py` writes them.
@@ -64,7 +64,7 @@ class OutputTensor:
 
 
 def random_parameters(model: nn.Module, config: Config) -> dict[str, RandomTensor]:
-    """The distribution of each parameter of a model that is not quantised, by name."""
+    """The distribution of each parameter of a model that is not quantized, by name."""
     modules = dict(model.named_modules())
     params = dict(named_parameters(model))
     tied = not any(name.startswith(("lm_head.", "language_model.lm_head.")) for name in params)
@@ -102,10 +102,10 @@ def random_parameters(model: nn.Module, config: Config) -> dict[str, RandomTenso
 def list_tensors(
     model: nn.Module, distributions: Mapping[str, RandomTensor], seed: int
 ) -> list[OutputTensor]:
-    """The parameters of a model, quantised or not, in its own order.
+    """The parameters of a model, quantized or not, in its own order.
 
     Args:
-        distributions: of the model before it was quantised, see `random_parameters`.
+        distributions: of the model before it was quantized, see `random_parameters`.
     """
     modules = dict(model.named_modules())
 

@@ -145,7 +145,7 @@ def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
 
     Raises:
         PlanError: the plan is of another model; with it, wrong experts would answer.
-        CheckpointError: a slice does not end at a border of quantisation groups.
+        CheckpointError: a slice does not end at a border of quantization groups.
     """
     expected = [(b.layer, b.expert_count) for b in layout.blocks]
     got = [(p.layer, len(p.experts)) for p in plan.layers]

@@ -177,7 +177,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _describe_attention(path: str, module: nn.Module) -> DenseModule | None:
-    """None: heads do not end at borders of quantisation groups."""
+    """None: heads do not end at borders of quantization groups."""
     heads, kv_heads = head_counts(module)
     output = next(module[n] for n in O_PROJ if n in module)
     head_dim = feature_counts(output)[1] // heads

@@ -3,7 +3,7 @@
 Owns: the laps of one step and the routing decisions recorded in it.
 Does not know: what is measured, other ranks.
 Invariant: outside a measured step nothing is evaluated and nothing is kept, so the lazy graph
-stays whole; inside one each lap waits for its arrays, which costs a synchronisation.
+stays whole; inside one each lap waits for its arrays, which costs a synchronization.
 Next: `engine/engine.py` starts and ends steps; `docs/metrics.md` defines the timings.
 """
 

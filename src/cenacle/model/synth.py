@@ -2,7 +2,7 @@
 
 Owns: writing a checkpoint's files: config, tokenizer, index and weights.
 Does not know: plans, ranks, how experts are computed.
-How: mlx-lm builds the model lazily, and converts and quantises it as `mlx_lm.convert` does; of that
+How: mlx-lm builds the model lazily, and converts and quantizes it as `mlx_lm.convert` does; of that
 only names, shapes and types are used. Random values go straight into the files
 (`random_tensors.py`).
 Invariant: the same config, options and seed give the same bytes; config.json is written last, so an
@@ -41,7 +41,7 @@ from ..core.model_config import (
 from ..errors import CheckpointError, InputError
 from . import architecture
 from .architecture import named_parameters
-from .config_catalogue import first_layers, full_config, layer_count, tiny_config
+from .config_catalog import first_layers, full_config, layer_count, tiny_config
 from .random_tensors import OutputTensor, list_tensors, random_parameters
 
 Progress = Callable[[int, int], None]
@@ -68,7 +68,7 @@ class SynthResult:
         path: the folder.
         family: mlx-lm's module that runs it (for solar_open that is glm4_moe).
         parameters: number of weights, each counted once however it is stored.
-        tensors: number of tensors in the files, with quantisation's scales and biases.
+        tensors: number of tensors in the files, with quantization's scales and biases.
         bytes: of all tensors.
         shards: number of files.
         layers: number of layers.
@@ -106,13 +106,13 @@ def synth(
     Args:
         out: folder to write; it must be empty or not exist.
         family: a tiny config, see `families` (in float32 unless `dtype` says otherwise).
-        name: a model of the catalogue, see `catalogue` (in bfloat16 unless `dtype` says otherwise).
+        name: a model of the catalog, see `catalog` (in bfloat16 unless `dtype` says otherwise).
         config: a config, or the path of a config.json (bfloat16). Exactly one of the three.
         layers: keep only the first layers.
-        quantize: bits: 2, 3, 4, 5, 6 or 8; None: not quantised, unless `mode` is "mxfp4".
+        quantize: bits: 2, 3, 4, 5, 6 or 8; None: not quantized, unless `mode` is "mxfp4".
         group_size: weights that share a scale: 32, 64 or 128; "mxfp4" always has 32.
         mode: "affine" or "mxfp4", as in `mlx.core.quantize`.
-        dtype: of what is not quantised.
+        dtype: of what is not quantized.
         seed: another seed, another model.
         shard_bytes: a file ends before the tensor that would pass this.
         overwrite: replace the checkpoint in a folder that is not empty.
@@ -127,7 +127,7 @@ def synth(
     dtype = dtype or default_dtype
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}", "dtype")
-    bits, group_size = _check_quantisation(quantize, group_size, mode)
+    bits, group_size = _check_quantization(quantize, group_size, mode)
     if layers is not None:
         source = first_layers(source, layers)
     source = _with_special_tokens(source) | {"torch_dtype": dtype}
@@ -138,7 +138,7 @@ def synth(
     distributions = random_parameters(model, source)
     parameters = sum(value.size for _, value in named_parameters(model))
     if bits is not None:
-        source = _quantise(model, source, bits, group_size, mode)
+        source = _quantize(model, source, bits, group_size, mode)
     tensors = list_tensors(model, distributions, seed)
     size = sum(t.nbytes for t in tensors)
 
@@ -273,7 +273,7 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(change, model.parameters()))
 
 
-def _quantise(model: nn.Module, config: Config, bits: int, group_size: int, mode: str) -> Config:
+def _quantize(model: nn.Module, config: Config, bits: int, group_size: int, mode: str) -> Config:
     """As `mlx_lm.convert` does; returns the config with "quantization"."""
     with contextlib.redirect_stdout(io.StringIO()):
         model, config = quantize_model(model, config, group_size, bits, mode=mode)
@@ -285,7 +285,7 @@ def _quantise(model: nn.Module, config: Config, bits: int, group_size: int, mode
     return config
 
 
-def _check_quantisation(bits: int | None, group_size: int, mode: str) -> tuple[int | None, int]:
+def _check_quantization(bits: int | None, group_size: int, mode: str) -> tuple[int | None, int]:
     if mode == "mxfp4":
         if bits not in (None, 4):
             raise InputError(f"quantize: mxfp4 has 4 bits, got {bits}", "quantize")

@@ -85,11 +85,11 @@ def _head_of(embedding: nn.Module, first: int, last: int) -> nn.Module:
         linear.weight = embedding.weight[first:last]
         return linear
     size, bits = embedding.group_size, embedding.bits
-    quantised = nn.QuantizedLinear(size, 1, False, size, bits, embedding.mode)
+    quantized = nn.QuantizedLinear(size, 1, False, size, bits, embedding.mode)
     for name in ("weight", "scales", "biases"):
         if name in embedding and embedding[name] is not None:
-            quantised[name] = embedding[name][first:last]
-    return quantised
+            quantized[name] = embedding[name][first:last]
+    return quantized
 
 
 def shard_dense(model: nn.Module, plan: Plan, collective: Collective, timer: StepTimer) -> None:

@@ -2,7 +2,7 @@
 
 Owns: `TensorPiece`, what a rank reads of one tensor, as byte ranges and as an array.
 Does not know: plans, modules, why a piece is wanted.
-Invariant: memory is the result plus `BLOCK_BYTES` or one row. Neighbouring ranges with less than
+Invariant: memory is the result plus `BLOCK_BYTES` or one row. Neighboring ranges with less than
 `MIN_GAP_BYTES` between them are read with what lies between: a disk reads whole pages anyway.
 Next: `slicing.py` lists the pieces of a rank, `loader.py` reads them.
 """
@@ -111,7 +111,7 @@ class _Rows:
 
     @property
     def max_gap(self) -> int:
-        """Most bytes between two neighbouring pieces, the last of a row and the next row's too."""
+        """Most bytes between two neighboring pieces, the last of a row and the next row's too."""
         first_of_next_row = (self.row_bytes + self.columns[0][0], 0)
         return max(a - b for (_, b), (a, _) in pairwise([*self.columns, first_of_next_row]))
 
@@ -213,7 +213,7 @@ def _read_into(file: FileIO, piece: TensorPiece, start: int, into: np.ndarray) -
 
 
 def _runs(numbers: Sequence[int]) -> Iterable[tuple[int, int]]:
-    """Neighbouring ascending numbers as (first, count)."""
+    """Neighboring ascending numbers as (first, count)."""
     first = 0
     for i in range(1, len(numbers) + 1):
         if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:

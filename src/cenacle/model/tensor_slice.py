@@ -3,7 +3,7 @@
 Owns: `TensorSlice`, which rows or columns of a linear layer's parameters a rank holds.
 Does not know: files, plans, ranks.
 A linear layer's output features are rows, its input features columns.
-Invariant: a slice ends at a border of quantisation groups, or is refused. An output bias is not
+Invariant: a slice ends at a border of quantization groups, or is refused. An output bias is not
 sliced: all ranks but the first have zeros there (`expert_parallel.parallelize`).
 Next: `slicing.py`, which slices a whole model.
 """
@@ -85,14 +85,14 @@ def scale_range(units: UnitRange, size: int) -> tuple[tuple[int, int], ...]:
 
 
 def feature_counts(linear: nn.Module) -> tuple[int, int]:
-    """Output and input features of a linear layer, quantised or not, stacked or not."""
+    """Output and input features of a linear layer, quantized or not, stacked or not."""
     if "scales" in linear:
         return linear.weight.shape[-2], linear.scales.shape[-1] * linear.group_size
     return linear.weight.shape[-2], linear.weight.shape[-1]
 
 
 def input_units(linear: nn.Module) -> int:
-    """Into how many pieces the inputs can be divided: quantisation groups, or a few features."""
+    """Into how many pieces the inputs can be divided: quantization groups, or a few features."""
     _, inputs = feature_counts(linear)
     if "scales" in linear:
         return int(linear.scales.shape[-1])

@@ -1,4 +1,4 @@
-"""Machines, links, models and quantisations by name, from `catalog/*.toml`.
+"""Machines, links, models and quantizations by name, from `catalog/*.toml`.
 
 Owns: reading the tables strictly (an unknown key or unit is an error), finding an entry by any of
 its names, the user's own entries, and the source of each number.
@@ -213,7 +213,7 @@ class Catalog:
         return Machine(full_name, row["title"], family, facts, memory_fraction)
 
     def machine_names(self) -> dict[str, tuple[str, float]]:
-        """Every normalised name, with its chip and memory size."""
+        """Every normalized name, with its chip and memory size."""
         names: dict[str, tuple[str, float]] = {}
         for chip, row in self.machines.items():
             sizes = row["memory_gib"]["v"]
@@ -291,7 +291,7 @@ class Catalog:
 
 
 def _aliases(rows: dict[str, dict[str, Any]], normalize: Callable[[str], str]) -> dict[str, str]:
-    """Every normalised name of a table, with its key."""
+    """Every normalized name of a table, with its key."""
     return {
         normalize(alias): key
         for key, row in rows.items()
@@ -492,13 +492,13 @@ def unknown_name(
     return InputError(f"{kind}: unknown name {name!r}; {hint}", kind)
 
 
-# ---- quantisation
+# ---- quantization
 
 _NAMED_BITS = {  # name -> its own name, bits of experts, bits of the trunk
     **dict.fromkeys(("mxfp4", "mxfp4-q8", "mxfp4-8", "fp4"), ("", 4.25, 8.5)),
     "nvfp4": ("", 4.5, 8.5),
     **dict.fromkeys(("bf16", "fp16", "f16", "float16", "bfloat16"), ("16", 16.0, 16.0)),
-    **dict.fromkeys(("none", "unquantised", "unquantized"), ("16", 16.0, 16.0)),
+    **dict.fromkeys(("none", "unquantized", "unquantized"), ("16", 16.0, 16.0)),
     **dict.fromkeys(("f32", "fp32", "float32"), ("32", 32.0, 32.0)),
     **dict.fromkeys(("fp8", "f8", "e4m3"), ("fp8", 8.0, 8.0)),
 }
@@ -516,7 +516,7 @@ def parse_quantization(text: str | float) -> Quantization:
     as they are (4.5 is all). mxfp4: 4.25 for experts, 8.5 for the rest. "2.5/8.5" gives both.
 
     Raises:
-        InputError: not a quantisation.
+        InputError: not a quantization.
     """
     error = InputError(
         f"quant: expected bits such as 4, 4.5, 8, 16, mxfp4 or 2.5/8.5 (experts/rest), "

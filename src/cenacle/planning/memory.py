@@ -36,14 +36,14 @@ class MemoryEstimate:
         rank: its number.
         weights: of the plan.
         kv_cache: for the context that is planned for.
-        neighbours: what other ranks on the same machine keep.
+        neighbors: what other ranks on the same machine keep.
         draft_model: its weights and cache.
     """
 
     rank: int
     weights: int
     kv_cache: int
-    neighbours: int = 0
+    neighbors: int = 0
     draft_model: int = 0
 
     @classmethod
@@ -52,8 +52,8 @@ class MemoryEstimate:
         weights = [plan.bytes_of(r)["total"] for r in range(plan.nodes)]
         own_draft = draft_model if rank == 0 else 0
         others = (plan.nodes - 1) * (kv_cache + WORKSPACE_BYTES) + draft_model - own_draft
-        neighbours = sum(weights) - weights[rank] + others
-        return cls(rank, weights[rank], kv_cache, neighbours, own_draft)
+        neighbors = sum(weights) - weights[rank] + others
+        return cls(rank, weights[rank], kv_cache, neighbors, own_draft)
 
     @property
     def unshared(self) -> int:
@@ -63,13 +63,11 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Bytes of all ranks of the machine."""
-        return self.unshared + self.neighbours
+        return self.unshared + self.neighbors
 
     def __str__(self) -> str:
         """For messages."""
-        others = (
-            f" and {format_bytes(self.neighbours)} of its neighbours" if self.neighbours else ""
-        )
+        others = f" and {format_bytes(self.neighbors)} of its neighbors" if self.neighbors else ""
         draft = f"draft model {format_bytes(self.draft_model)}, " if self.draft_model else ""
         return (
             f"rank {self.rank} needs {format_bytes(self.total)} of memory (weights "
@@ -91,8 +89,8 @@ def kv_cache_bytes(
         elements_per_token: see `model_config.kv_cache_elements_per_token`.
         context_length: the model's; None: unknown.
         max_kv_size: most positions that are kept; None: all.
-        kv_bits: of a quantised cache (with 32 bits of scale and bias for 64 elements), or None.
-        element_bytes: of an element that is not quantised.
+        kv_bits: of a quantized cache (with 32 bits of scale and bias for 64 elements), or None.
+        element_bytes: of an element that is not quantized.
     """
     positions = min(max_kv_size or PLANNED_CONTEXT, context_length or PLANNED_CONTEXT)
     bits = kv_bits + 0.5 if kv_bits else 8 * element_bytes
@@ -134,7 +132,7 @@ def wired_limit(device_info: Mapping[str, Any], estimate: MemoryEstimate) -> int
     )
     command = wired_limit_command(memory, estimate.total)
     if command is None:
-        raise PlanError(f"{shortage}: use more nodes, other node weights or a lower quantisation")
+        raise PlanError(f"{shortage}: use more nodes, other node weights or a lower quantization")
     raise PlanError(
         f"{shortage}; `{command}` raises the limit until the next restart, or use more nodes"
     )
@@ -160,5 +158,5 @@ def check_available(available_bytes: int, estimate: MemoryEstimate) -> None:
     if estimate.total > available_bytes:
         raise PlanError(
             f"{estimate}, but {format_bytes(available_bytes)} are available on this machine: stop "
-            f"other programs, use more machines or a lower quantisation"
+            f"other programs, use more machines or a lower quantization"
         )

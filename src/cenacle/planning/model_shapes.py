@@ -27,7 +27,7 @@ from ..core.model_config import (
 )
 from ..errors import CheckpointError
 
-# A layer's overhead (kernels, synchronisations) relative to a plain layer with grouped-query
+# A layer's overhead (kernels, synchronizations) relative to a plain layer with grouped-query
 # attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the small configs:
 # gqa 68 to 88, mla 91, linear 62 to 84, dsa 141 to 147. csa with hyper-connections has 455 there,
 # but its 20 Sinkhorn rounds can be one kernel: 2.5 (E).

@@ -98,7 +98,7 @@ class Workload:
 
     @property
     def shared_bytes(self) -> float:
-        """One layer's shared experts, which are quantised like the trunk."""
+        """One layer's shared experts, which are quantized like the trunk."""
         if self.stored_bytes:
             return self.stored_bytes[2] / self.shape.moe_layers
         return self.shape.shared * self.quantization.trunk_bits / 8

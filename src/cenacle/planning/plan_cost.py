@@ -102,7 +102,7 @@ def predict_plan(plan: Plan, measured: MeasuredMachines, name: str = "") -> Pred
         machines = (min(machines, key=lambda m: m.bytes_per_s),) * plan.nodes
     stored_bytes = (float(spec.trunk_bytes), float(spec.expert_bytes), float(spec.shared_bytes))
     shape = shape_from_config(name, dict(measured.config))
-    # The quantisation does not matter: the bytes are given.
+    # The quantization does not matter: the bytes are given.
     quantization = catalog.parse_quantization(16)
     return predict(
         Workload(shape, quantization, CONTEXT, stored_bytes=stored_bytes),

@@ -26,16 +26,16 @@ from .planner import Comparison, Curve, Option, PlannerResult, format_usd
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The colours of Okabe and Ito, which people with colour blindness can tell apart.
-PHASE_COLOURS = {
+# The colors of Okabe and Ito, which people with color blindness can tell apart.
+PHASE_COLORS = {
     "trunk": "#0072B2",
     "experts": "#E69F00",
     "communication": "#D55E00",
     "overhead": "#999999",
     "head": "#56B4E9",
 }
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TERMINAL_COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan", "white")
+LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+TERMINAL_COLORS = ("blue", "red", "green", "magenta", "yellow", "cyan", "white")
 MAX_BARS = 10
 
 
@@ -48,7 +48,7 @@ def timings_figure(options: Sequence[Option]) -> Figure:
     left = [0.0] * len(shown)
     for phase in PHASES:
         widths = [1000 * prediction.step_timings[phase] for _, prediction in shown]
-        axes.barh(range(len(shown)), widths, left=left, color=PHASE_COLOURS[phase], label=phase)
+        axes.barh(range(len(shown)), widths, left=left, color=PHASE_COLORS[phase], label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(shown)), [_short_name(option) for option, _ in shown])
     axes.invert_yaxis()
@@ -60,10 +60,10 @@ def timings_figure(options: Sequence[Option]) -> Figure:
 def curve_figure(curve: Curve) -> Figure:
     """Lines: tokens/s over the quantity."""
     figure, axes = _make_figure(4.6, 3.6)
-    for (name, ys), colour in zip(curve.series.items(), LINE_COLOURS, strict=False):
+    for (name, ys), color in zip(curve.series.items(), LINE_COLORS, strict=False):
         points = [(x, y) for x, y in zip(curve.x, ys, strict=True) if y is not None]
         marker = "o" if curve.quantity == "nodes" else None
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, ms=4)
+        axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker, ms=4)
     if curve.log_x:
         axes.set_xscale("log")
     elif len(curve.x) < 20:
@@ -124,7 +124,7 @@ def figure_to_svg(figure: Figure) -> str:
 
 
 def render_terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
-    """The curve as text, in braille dots; letters tell the lines apart without colours."""
+    """The curve as text, in braille dots; letters tell the lines apart without colors."""
     figure = import_extra("plotille", "plots").Figure()
     figure.width, figure.height = width, height
     figure.origin = False
@@ -134,11 +134,11 @@ def render_terminal(curve: Curve, width: int = 60, height: int = 16) -> str:
     figure.register_label_formatter(float, lambda v, **_: f"{v:.3g}")
     figure.x_ticks_fkt = lambda low, _: f"{10**low if curve.log_x else low:.3g}"
     figure.y_ticks_fkt = lambda low, _: f"{low:.3g}"
-    lines = zip(curve.series.items(), TERMINAL_COLOURS, "abcdefg", strict=False)
-    for (name, ys), colour, letter in lines:
+    lines = zip(curve.series.items(), TERMINAL_COLORS, "abcdefg", strict=False)
+    for (name, ys), color, letter in lines:
         points = [(scale(x), y) for x, y in zip(curve.x, ys, strict=True) if y is not None]
         xs, values = zip(*points, strict=True)
-        figure.plot(list(xs), list(values), lc=colour, label=f"{letter} {name}", marker=letter)
+        figure.plot(list(xs), list(values), lc=color, label=f"{letter} {name}", marker=letter)
     figure.set_x_limits(min_=scale(curve.x[0]), max_=scale(curve.x[-1]) or 1.0)
     top = max(y for ys in curve.series.values() for y in ys if y is not None)
     figure.set_y_limits(min_=0, max_=1.05 * top)

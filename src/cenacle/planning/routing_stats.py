@@ -162,7 +162,7 @@ def mean_max_load(
 
 
 def overlapping_windows(experts: int, nodes: int, window: int) -> tuple[tuple[int, ...], ...]:
-    """Ranks of each expert when each holds `window` neighbours from its even share on."""
+    """Ranks of each expert when each holds `window` neighbors from its even share on."""
     starts = [experts * r // nodes for r in range(nodes)]
     return tuple(
         tuple(r for r in range(nodes) if (e - starts[r]) % experts < window) for e in range(experts)
@@ -287,7 +287,7 @@ class RoutingTrace:
         return sum(loads) / len(loads)
 
     def relative_max_load(self, nodes: int) -> float:
-        """E[max] of neighbouring experts on each of `nodes` nodes, over that of uniform routing."""
+        """E[max] of neighboring experts on each of `nodes` nodes, over that of uniform routing."""
         groups = [ExpertGroup(count) for count in even_counts(self.experts, nodes)]
         uniform = expected_max_load(groups, self.top_k)
         return self.max_load(contiguous_owners(self, nodes)) / uniform
@@ -313,7 +313,7 @@ class RoutingTrace:
 
 
 def contiguous_owners(trace: RoutingTrace, nodes: int) -> np.ndarray:
-    """Owners [layers, experts] as `Plan.whole` places experts: neighbours together."""
+    """Owners [layers, experts] as `Plan.whole` places experts: neighbors together."""
     row = np.repeat(np.arange(nodes), even_counts(trace.experts, nodes))
     return np.tile(row, (len(trace.layers), 1))
 
@@ -416,7 +416,7 @@ def simulate_placements(trace: RoutingTrace, nodes: int, replicas: int) -> dict[
     groups = [ExpertGroup(count) for count in even_counts(trace.experts, nodes)]
     max_load = {
         "uniform routing, whole experts": expected_max_load(groups, trace.top_k),
-        "recorded routing, neighbours": held_out.max_load(contiguous_owners(trace, nodes)),
+        "recorded routing, neighbors": held_out.max_load(contiguous_owners(trace, nodes)),
         "co-activated experts separated": held_out.max_load(separated),
     }
     if replicas:
@@ -425,7 +425,7 @@ def simulate_placements(trace: RoutingTrace, nodes: int, replicas: int) -> dict[
         max_load[name] = held_out.balanced_max_load(chosen, nodes)
         per_node = min(trace.experts, -(-trace.experts // nodes) + replicas)
         windows = overlapping_windows(trace.experts, nodes, per_node)
-        name = f"neighbours and {replicas} replicas"
+        name = f"neighbors and {replicas} replicas"
         max_load[name] = held_out.balanced_max_load([windows] * len(trace.layers), nodes)
     max_load["sliced: a fair share"] = trace.top_k / nodes
     return {"skew": trace.skew(), "max_load": max_load, "nodes": nodes, "tokens": trace.tokens}

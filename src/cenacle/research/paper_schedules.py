@@ -13,7 +13,7 @@ mlx-lm's output. Only for blocks that are a weighted sum of their experts and no
     P-LB     as naive, with stacked experts; every rank computes all that it holds
     P-LR     as P-LB, but each rank tops up to the busiest rank's number of chosen experts with its
              least recently used ones
-    P-LR-D   as P-LR, decentralised: every rank runs trunk and router; one all-reduce
+    P-LR-D   as P-LR, decentralized: every rank runs trunk and router; one all-reduce
 
 Two things are faster here than in the paper, for all rows: a rank weighs and adds its experts'
 outputs before sending them, one vector instead of one for each computed expert; and ranks use
@@ -81,14 +81,14 @@ class _SeparateExperts(nn.Module):
         layers: dict[str, nn.Module] = {}
         for name in ("gate_proj", "up_proj", "down_proj"):
             linear = stack[name]
-            quantised = "scales" in linear
-            kind = nn.QuantizedLinear if quantised else nn.Linear
+            quantized = "scales" in linear
+            kind = nn.QuantizedLinear if quantized else nn.Linear
             layer = kind.__new__(kind)  # not its __init__, which draws random weights
             nn.Module.__init__(layer)
             for key in ("weight", "scales", "biases", "bias"):
                 if linear.get(key) is not None:
                     layer[key] = mx.contiguous(linear[key][row])
-            if quantised:
+            if quantized:
                 layer.group_size, layer.bits = linear.group_size, linear.bits
                 layer.mode = linear.mode
             layers[name] = layer
@@ -139,7 +139,7 @@ class ScheduledBlock(nn.Module):
         self._recent = [int(e) for e in self._experts_of[collective.rank]]
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [batch, length, width] -> the same, on every rank of the decentralised schedule and on
+        """x [batch, length, width] -> the same, on every rank of the decentralized schedule and on
         the central one of the others."""
         scores, dtype = self.block(x), x.dtype
         ids = self._probe.ids

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..extras import import_extra
 
-COLOURS = {
+COLORS = {
     "experts": "#4477aa",
     "all_reduce": "#ee6677",
     "waiting": "#ccbb44",
@@ -53,9 +53,9 @@ def save_figure(result: dict[str, Any], folder: Path) -> list[Path]:
 def _draw_bars(ax: Any, rows: list[dict[str, Any]]) -> None:
     names = [row["row"].replace("ours, ", "ours,\n") for row in rows]
     bottoms = [0.0] * len(rows)
-    for phase, colour in COLOURS.items():
+    for phase, color in COLORS.items():
         heights = [row["step_timings_ms"][phase] for row in rows]
-        ax.bar(names, heights, bottom=bottoms, color=colour, label=phase, width=0.7)
+        ax.bar(names, heights, bottom=bottoms, color=color, label=phase, width=0.7)
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
     for i, row in enumerate(rows):
         label = f"{row['tok_per_s']:.1f}"

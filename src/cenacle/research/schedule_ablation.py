@@ -30,7 +30,7 @@ from ..collective.delayed import DelayedCollective
 from ..core.model_spec import ModelSpec
 from ..core.plan import Plan
 from ..errors import ClusterError, InputError
-from ..model import config_catalogue
+from ..model import config_catalog
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.expert_parallel import parallelize
 from ..model.loader import load_rank_model
@@ -132,7 +132,7 @@ def run_ablation(config: AblationConfig, report: Report = lambda _: None) -> dic
         for name, plan in plans.items()
     ]
     layers = len(spec.moe)
-    depth = catalogued_depth(checkpoint.config)
+    depth = cataloged_depth(checkpoint.config)
     return {
         "benchmark": "ablation",
         "model": config.model,
@@ -186,21 +186,21 @@ def plan_for_row(row: str, spec: ModelSpec, nodes: int) -> Plan:
     return Plan.replicated(spec, nodes, budgets)
 
 
-def catalogued_depth(config: dict[str, Any]) -> int | None:
-    """Layers of the catalogued model whose first layers this config is; None: of none."""
+def cataloged_depth(config: dict[str, Any]) -> int | None:
+    """Layers of the cataloged model whose first layers this config is; None: of none."""
     ignored = {"quantization", "quantization_config", "torch_dtype"}
     ignored |= {"eos_token_id", "pad_token_id", "bos_token_id"}
 
     def relevant(config: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in config.items() if key not in ignored}
 
-    layers = config_catalogue.layer_count(config)
+    layers = config_catalog.layer_count(config)
     depths = []
-    for entry in config_catalogue.model_catalogue().values():
-        total = config_catalogue.layer_count(entry.config)
+    for entry in config_catalog.model_catalog().values():
+        total = config_catalog.layer_count(entry.config)
         same_family = entry.config.get("model_type") == config.get("model_type")
         if same_family and total > layers:
-            first_layers = config_catalogue.first_layers(entry.config, layers)
+            first_layers = config_catalog.first_layers(entry.config, layers)
             if relevant(first_layers) == relevant(config):
                 depths.append(total)
     return max(depths, default=None)

@@ -71,7 +71,7 @@ class PlanTracker:
 
 
 def placement_map(plan: Plan) -> dict[str, Any]:
-    """Which ranks hold which expert, as runs of neighbouring experts.
+    """Which ranks hold which expert, as runs of neighboring experts.
 
     Returns:
         "rank_sets": lists of ranks; "patterns": lists of runs [index of a rank set, number of

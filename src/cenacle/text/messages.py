@@ -30,7 +30,7 @@ class TemplateTraits:
         system: a system message before the others.
         several_systems: two of them.
         late_system: one in the middle.
-        same_roles: two neighbours of the user's.
+        same_roles: two neighbors of the user's.
         arguments_as_text: the arguments of calls must be JSON text.
         one_call: only the first call of a message is rendered.
         thinking: reasoning is the member "thinking".
@@ -96,7 +96,7 @@ def adapt_messages(messages: Sequence[Message], traits: TemplateTraits) -> list[
     if traits.one_call:
         adapted = _split_calls(adapted)
     adapted = [_adapt_message(message, traits) for message in adapted]
-    return adapted if traits.same_roles else _merge_neighbours(adapted)
+    return adapted if traits.same_roles else _merge_neighbors(adapted)
 
 
 def _without_billing(message: Message) -> Message:
@@ -172,8 +172,8 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _merge_neighbours(messages: list[Message]) -> list[Message]:
-    """Neighbours of the user's, or of the assistant's without calls, as one message."""
+def _merge_neighbors(messages: list[Message]) -> list[Message]:
+    """Neighbors of the user's, or of the assistant's without calls, as one message."""
     merged: list[Message] = []
     for message in messages:
         last = merged[-1] if merged else None

@@ -4,7 +4,7 @@ Owns: which tensors those programs expect for a config, and writing them, a few 
 Does not know: how the programs are run (`peers.py`); checkpoints, apart from their config.
 Invariant: every matrix is in blocks of 32 four-bit weights with one float16 scale (llama.cpp's
 Q4_0, distributed-llama's Q40): 4.5 bits per weight, as MLX's 4 bits in groups of 64. Nothing is
-quantised: blocks are drawn as they are stored.
+quantized: blocks are drawn as they are stored.
 Next: `peers.py`.
 """
 

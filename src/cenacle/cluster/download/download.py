@@ -111,7 +111,7 @@ def fetch_ranges(
 
 
 def _batches(gaps: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
-    """Chunks, grouped so that each group is synchronised to the disk at once."""
+    """Chunks, grouped so that each group is synchronized to the disk at once."""
     batch: list[ByteRange] = []
     for chunk in _chunks(gaps):
         if batch and total_bytes(batch) + total_bytes([chunk]) > CHUNK_BYTES:

@@ -84,7 +84,7 @@ class SparseStore:
         self._present.setdefault(entry["file"], []).append((byte_range, entry["sha256"]))
 
     def present_spans(self, file: str) -> list[Span]:
-        """The spans of which every byte is present, ascending, neighbours merged."""
+        """The spans of which every byte is present, ascending, neighbors merged."""
         present = self._present.get(file, ())
         return merge_spans((r[0], r[1]) for r, _ in present if not isinstance(r, ColumnRange))
 

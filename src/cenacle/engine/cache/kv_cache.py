@@ -184,7 +184,7 @@ def measure_footprint(
         reusable: see `CacheFootprint`.
 
     Raises:
-        InputError: the cache cannot be quantised in this way.
+        InputError: the cache cannot be quantized in this way.
     """
     caches = make_prompt_cache(model, max_kv_size)
     model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
@@ -192,7 +192,7 @@ def measure_footprint(
         maybe_quantize_kv_cache(caches, 0, kv_group_size, kv_bits)
     except (ValueError, NotImplementedError) as error:
         raise InputError(
-            f"kv_bits: this model's KV cache cannot be quantised to {kv_bits} bits in groups of "
+            f"kv_bits: this model's KV cache cannot be quantized to {kv_bits} bits in groups of "
             f"{kv_group_size}: {error}",
             "kv_bits",
         ) from error

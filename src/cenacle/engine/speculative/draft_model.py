@@ -100,7 +100,7 @@ class DraftModelConfig:
         if not (plain_kv_cache and _can_speculate(checkpoint)):
             raise _draft_error(
                 f"expected a KV cache of {checkpoint.folder.name} that can drop its last tokens, "
-                f"and it cannot (it is quantised, limited in size, or a state); leave out "
+                f"and it cannot (it is quantized, limited in size, or a state); leave out "
                 f"--draft-model, or --kv-bits and --max-kv-size"
             )
         model = _build_lazily(draft)

@@ -377,11 +377,11 @@ class MessagesRequest(CountTokensRequest, SharedParameters):
 
 
 def _merge_turns(groups: Sequence[Sequence[Message]]) -> list[Message]:
-    """All messages, neighbours of one role in one turn."""
+    """All messages, neighbors of one role in one turn."""
     messages = chain.from_iterable(groups)
     turns: list[Message] = []
-    for role, neighbours in groupby(messages, itemgetter("role")):
-        group = list(neighbours)
+    for role, neighbors in groupby(messages, itemgetter("role")):
+        group = list(neighbors)
         turns += [merge_messages(group, "\n")] if role in ("user", "assistant") else group
     return turns
 

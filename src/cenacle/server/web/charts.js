@@ -18,13 +18,13 @@ export function formatBytes(value) {
 }
 
 // The [red, green, blue] of CSS classes in the present theme, for a canvas.
-export function colours(parent, classes) {
+export function colors(parent, classes) {
   return classes.map((name) => {
     const probe = h("span", { class: `swatch ${name}` });
     parent.append(probe);
-    const colour = getComputedStyle(probe).backgroundColor;
+    const color = getComputedStyle(probe).backgroundColor;
     probe.remove();
-    return colour.match(/[\d.]+/g).slice(0, 3).map(Number);
+    return color.match(/[\d.]+/g).slice(0, 3).map(Number);
   });
 }
 
@@ -135,10 +135,10 @@ export class HeatMap {
   }
 
   paintCells(pen, style, scale) {
-    const { placement, counts, palette, colourOf, isHighlighted } = this.data;
+    const { placement, counts, palette, colorOf, isHighlighted } = this.data;
     const { cellWidth, cellHeight, layers } = this.box;
     const surface = style.backgroundColor.match(/[\d.]+/g).slice(0, 3).map(Number);
-    const colour = placement.rank_sets.map((set) => colourOf(set) ?? palette[0]);
+    const color = placement.rank_sets.map((set) => colorOf(set) ?? palette[0]);
     const bright = placement.rank_sets.map((set) => isHighlighted(set));
     const gap = Math.min(cellWidth, cellHeight) > 5 ? 1 : 0;
     // Whole device pixels: no seams between small cells.
@@ -149,7 +149,7 @@ export class HeatMap {
       for (const [expert, set] of this.rankSets[layer].entries()) {
         const share = this.highest ? Math.sqrt((counts[layer]?.[expert] ?? 0) / this.highest) : 0;
         const mix = (bright[set] ? 0.1 : 0.03) + (bright[set] ? 0.9 : 0.09) * share;
-        pen.fillStyle = `rgb(${surface.map((v, i) => Math.round(v + (colour[set][i] - v) * mix)).join(" ")})`;
+        pen.fillStyle = `rgb(${surface.map((v, i) => Math.round(v + (color[set][i] - v) * mix)).join(" ")})`;
         const left = snap(LEFT + expert * cellWidth);
         const right = snap(LEFT + (expert + 1) * cellWidth);
         pen.fillRect(left, top, right - left - gap, bottom - top - gap);

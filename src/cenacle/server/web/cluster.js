@@ -1,7 +1,7 @@
 // The cluster view: polls GET /cluster and shows nodes, experts, step timings and the last minutes.
 
 import * as api from "./api.js";
-import { colours, formatBytes, formatNumber, HeatMap, sparkline, stackedBar } from "./charts.js";
+import { colors, formatBytes, formatNumber, HeatMap, sparkline, stackedBar } from "./charts.js";
 import { $, h } from "./dom.js";
 
 const VISIBLE_POLL_MS = 1000;
@@ -212,17 +212,17 @@ function drawExperts() {
   drawLegend(buttons);
   for (const button of view.period.children) button.setAttribute("aria-pressed", String(button.dataset.period === period));
   const counts = routingCounts();
-  const palette = colours(view.legend, buttons.map(([, , colour]) => colour));
+  const palette = colors(view.legend, buttons.map(([, , color]) => color));
   view.heatMap.show({
     placement, counts, names, palette,
-    colourOf: (set) => palette[buttons.findIndex(([target]) => (isShared(set) ? target === "shared" : target === set[0]))],
+    colorOf: (set) => palette[buttons.findIndex(([target]) => (isShared(set) ? target === "shared" : target === set[0]))],
     isHighlighted: (set) => highlighted === null || (highlighted === "shared" ? isShared(set) : set.includes(highlighted)),
   });
   const rows = placement.layers.length;
   const columns = Math.max(...counts.map((row) => row.length), 0);
   const chosen = counts.some((row) => row.some((n) => n > 0));
   view.heatNote.textContent = chosen
-    ? `${rows} layers (rows), ${columns} experts (columns). Colour: how often the router chose an expert in measured steps.`
+    ? `${rows} layers (rows), ${columns} experts (columns). Color: how often the router chose an expert in measured steps.`
     : `${rows} layers (rows), ${columns} experts (columns). Nothing was measured yet: ask a question and watch.`;
 }
 
@@ -231,8 +231,8 @@ function drawLegend(buttons) {
   if (view.legend.dataset.signature !== signature) {
     view.legend.dataset.signature = signature;
     view.legend.replaceChildren(
-      ...buttons.map(([target, label, colour]) => h("button", { type: "button", "data-target": target, onclick: () => { highlighted = highlighted === target ? null : target; drawExperts(); } },
-        h("span", { class: `swatch ${colour}` }), label)),
+      ...buttons.map(([target, label, color]) => h("button", { type: "button", "data-target": target, onclick: () => { highlighted = highlighted === target ? null : target; drawExperts(); } },
+        h("span", { class: `swatch ${color}` }), label)),
       h("span", { class: "scale" }, "never", h("span", { class: "ramp" }), "most often"));
   }
   for (const button of view.legend.querySelectorAll("button")) button.setAttribute("aria-pressed", String(String(highlighted) === button.dataset.target));

@@ -1,4 +1,4 @@
-"""Configs of models: a tiny one of every family, and a catalogue of full-size models.
+"""Configs of models: a tiny one of every family, and a catalog of full-size models.
 
 Owns: the files in `configs/`, and cutting a config to its first layers.
 Does not know: weights, plans.
@@ -55,7 +55,7 @@ _PERIODS = ("full_attention_interval", "layer_group_size")
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model of the catalogue.
+    """A model of the catalog.
 
     Args:
         config: config.json as on the hub, without what mlx-lm does not read.
@@ -76,7 +76,7 @@ def family_names() -> list[str]:
 
 
 @cache
-def model_catalogue() -> dict[str, CatalogEntry]:
+def model_catalog() -> dict[str, CatalogEntry]:
     """The full-size models by name."""
     raw = json.loads((CONFIGS / "models.json").read_text())
     return {name: CatalogEntry(**entry) for name, entry in raw.items()}
@@ -95,14 +95,14 @@ def tiny_config(family: str) -> Config:
 
 
 def full_config(name: str) -> Config:
-    """The config of a model of the catalogue.
+    """The config of a model of the catalog.
 
     Raises:
-        InputError: the catalogue has no such model; names the nearest.
+        InputError: the catalog has no such model; names the nearest.
     """
-    if name not in model_catalogue():
-        raise _unknown_name("name", name, sorted(model_catalogue()))
-    return copy.deepcopy(model_catalogue()[name].config)
+    if name not in model_catalog():
+        raise _unknown_name("name", name, sorted(model_catalog()))
+    return copy.deepcopy(model_catalog()[name].config)
 
 
 def _unknown_name(field: str, name: str, known: list[str]) -> InputError:
