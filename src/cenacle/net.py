@@ -62,7 +62,7 @@ def describe_loss(error: OSError) -> str:
     """How a connection ended, to follow the name of the other side."""
     if isinstance(error, ConnectionError) and error.errno is None:
         return str(error)
-    return f"the connection was lost ({error})"
+    return f"lost its connection ({error})"
 
 
 def parse_address(text: str, default_port: int | None = None) -> tuple[str, int]:

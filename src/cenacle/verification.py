@@ -33,17 +33,16 @@ from .cluster.link_probe import Link
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import GroupEvent, PromptLogprobs, Request, TokenEvent
-from .core.step import Step
 from .errors import CenacleError, ClusterError, PlanError
 from .model.byte_ranges import is_partial
 from .model.checksums import Checksums, compare_checksums
 from .paths import write_private
+from .ranks.rank_group import RankGroup, StepObserver
 from .ranks.step_timings import StepReport
 
 if TYPE_CHECKING:
     from .cluster.formation import FormedGroup
     from .model.checkpoint import Checkpoint
-    from .ranks.rank_group import RankGroup
 
 RECORD_FORMAT = 2  # records of another format are ignored
 SHORT_PROMPTS, SHORT_PROMPT_TOKENS, SHORT_ANSWER_TOKENS = 16, 8, 8
@@ -111,16 +110,13 @@ class ReferenceAnswers:
     all_reduce_s: float
 
 
-class _AllReduceTimes:
-    """Observer of a group: seconds of its all-reduces, without waiting for the slowest rank."""
+class _AllReduceTimer(StepObserver):
+    """Seconds of a group's all-reduces, without waiting for the slowest rank."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def sent(self, step: Step) -> None:
-        """See `Observer`."""
-
-    def measured(self, reports: Sequence[StepReport]) -> None:
+    def on_step_measured(self, reports: Sequence[StepReport]) -> None:
         """See `StepTimings.add`."""
         if all(report.decoding for report in reports):
             times = zip(*(report.all_reduces_s for report in reports), strict=True)
@@ -148,7 +144,7 @@ def collect_answers(group: RankGroup, measure_every: int) -> ReferenceAnswers:
     ranks = group.ranks  # these, whatever happens meanwhile
     spec = ranks.plan.spec
     *short, long = verification_prompts(spec.vocab_size, spec.context_length)
-    times = _AllReduceTimes()
+    times = _AllReduceTimer()
     group.bypass_caches(True)  # an earlier group may have left wrong ones on disk
     try:
         answers = _ask(group, short, SHORT_ANSWER_TOKENS) + _ask(group, [long], LONG_ANSWER_TOKENS)

@@ -257,7 +257,7 @@ def test_interrupted_download_is_resumed(cluster, model, monkeypatch):
             assert 0 < part["done"] < part["total"]
             cluster.stop_agent("b")
             # Closed, or reset when something was on its way.
-            ways = ("b has lost its agent", "b the connection was lost")
+            ways = ("b has lost its agent", "b lost its connection")
             wait_for(
                 lambda: any(way in t for t in cluster.messages for way in ways),
                 "that it is said",

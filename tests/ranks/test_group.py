@@ -326,7 +326,7 @@ class Ending:
 
     def send(self, message):
         self._sent.set()
-        raise ChannelClosed("the connection was lost (Broken pipe)")
+        raise ChannelClosed("lost its connection (Broken pipe)")
 
     def receive(self):
         self._sent.wait(10)

@@ -123,7 +123,7 @@ def test_closed(raw, part):
 def test_send_to_nobody(raw):
     channel, far = raw
     far.close()
-    with pytest.raises(ChannelClosed, match="connection was lost"):
+    with pytest.raises(ChannelClosed, match="lost its connection"):
         channel.send({})
 
 

@@ -171,3 +171,25 @@ def test_a_dataclass_parameter_becomes_options():
         assert CliRunner().invoke(app, arguments).exit_code == 0
     assert calls == [("a", Size(2, "m")), (False, WIDE), (False, Size(3))]
     assert CliRunner().invoke(app, ["wide", "--width", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("synth", "--family", "mixtrl", "--out", "x"), "--family: unknown 'mixtrl'; nearest: mix"),
+        (
+            ("synth", "--family", "dbrx", "--quantize", "7", "--out", "x"),
+            "--quantize: expected 2, 3, 4, 5, 6 or 8 bits, got 7",
+        ),
+        (
+            ("synth", "--family", "dbrx", "--quantize", "4", "--group-size", "5", "--out", "x"),
+            "--group-size: expected 32, 64 or 128, got 5",
+        ),
+        (("bench", "--synth", "mo-2b"), "--synth: unknown 'mo-2b'; nearest: moe-2b"),
+        (("keys", "remove", "nobody"), "NAME: no key is named 'nobody'"),
+    ],
+)
+def test_errors_name_the_option_and_not_the_field(arguments, message, tmp_path):
+    result = run_cenacle(*arguments, CENACLE_HOME=str(tmp_path))
+    assert (result.returncode, result.stderr.startswith(f"error: {message}")) == (2, True), result
+    assert result.stderr.count("\n") == 1

@@ -58,11 +58,11 @@ def test_a_request_has_one_outcome_and_is_charged_once(server):
     events = []
     server.instrumented.submit(request := Request("a", (1, 2, 3), 9, key="alice"), events.append)
     assert server.keys.used_today("alice") == 0
-    server.metrics.sent(Step(0, (request,)))
+    server.metrics.on_step_sent(Step(0, (request,)))
     assert server.keys.used_today("alice") == 3
     sink = server.group.sinks["a"]
     sink(TokenEvent("a", 5, cached_tokens=2, disk_tokens=1))
-    server.metrics.sent(Step(0, (request,)))  # again, after ranks were lost
+    server.metrics.on_step_sent(Step(0, (request,)))  # again, after ranks were lost
     sink(TokenEvent("a", 6, "stop"))
     server.instrumented.cancel("a")
     sink(TokenEvent("a", 7))
@@ -102,14 +102,14 @@ def report(sent_bytes, experts, all_reduce):
 
 
 def test_measured_steps(server):
-    server.metrics.measured([report(100, 0.2, 0.4), report(100, 0.5, 0.1)])
+    server.metrics.on_step_measured([report(100, 0.2, 0.4), report(100, 0.5, 0.1)])
     assert server.value("step_seconds_total", component="all_reduce") == pytest.approx(0.1)
     assert server.value("step_seconds_total", component="waiting") == pytest.approx(0.15)
     assert server.value("rank_step_seconds_total", rank="0", component="waiting") == pytest.approx(
         0.3
     )
     assert server.value("all_reduce_sent_bytes_total", rank="1") == 100
-    server.metrics.measured([report(150, 0.2, 0.4), report(30, 0.5, 0.1)])
+    server.metrics.on_step_measured([report(150, 0.2, 0.4), report(30, 0.5, 0.1)])
     assert server.value("all_reduce_sent_bytes_total", rank="0") == 150
     assert server.value("all_reduce_sent_bytes_total", rank="1") == 130  # restarted: from zero
     layer = server.metrics._model.plan.layers[0]
@@ -119,7 +119,7 @@ def test_measured_steps(server):
     assert server.value("expert_load_imbalance_ratio_sum") == pytest.approx(
         2 * max(zero, 4 - zero) / 2
     )
-    server.metrics.measured([replace(report(150, 0, 0), decoding=False)] * 2)
+    server.metrics.on_step_measured([replace(report(150, 0, 0), decoding=False)] * 2)
     assert server.value("measured_steps_total") == 2
     assert server.value("predicted_step_seconds", component="trunk") is None
 

@@ -49,9 +49,10 @@ def test_the_config_folder_is_created_for_its_owner_only(monkeypatch, tmp_path):
 
 def test_bench_follows_cenacle_home_and_xdg_cache_home(monkeypatch, tmp_path):
     from cenacle.bench import measure
+    from cenacle.runtime import LoadOptions
 
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
-    assert measure.BenchConfig("model").cache_dir == tmp_path
+    assert measure.BenchConfig(LoadOptions("model")).cache_dir == tmp_path
     monkeypatch.delenv("CENACLE_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert measure.BenchConfig("model").cache_dir == tmp_path / "xdg" / "cenacle"
+    assert measure.BenchConfig(LoadOptions("model")).cache_dir == tmp_path / "xdg" / "cenacle"

@@ -186,7 +186,7 @@ def disagree(rank: PlayedRank, step: Step) -> None:
 
 def leave(rank: PlayedRank, step: Step) -> None:
     rank.hang_up()
-    raise ChannelClosed("the connection was lost")
+    raise ChannelClosed("lost its connection")
 
 
 @pytest.mark.parametrize(

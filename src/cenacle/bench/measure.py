@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .. import api, runtime
+from .. import api
 from ..calibration.rank_worker import split_cores
 from ..core.model_spec import ModelSpec
 from ..core.request import GroupEvent, PromptLogprobs
@@ -33,11 +33,16 @@ from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.spec_reader import read_model_spec
 from ..paths import cache_dir
 from ..planning.plan_cost import token_read_bytes
+from ..runtime import LoadOptions, select_plan
 from .hardware_limits import measure_limits
 from .peers.peers import Peer, PeerFailed, PeerSpeed, PeerVariant, PeerWorkload
 
 ANSWER_TIMEOUT_S = 900.0
 MEASURED_ANSWERS = 4
+REPORTED_OPTIONS = (
+    *("backend", "comm_dtype", "latency_s", "kernels", "activations", "draft_model", "speculative"),
+    *("prefill_chunk_size", "kv_bits", "max_kv_size"),
+)
 
 Report = Callable[[str], None]
 
@@ -47,30 +52,23 @@ class BenchConfig:
     """What to measure.
 
     Args:
-        model: a folder or the name of a Hub repository.
-        threads: per node; None: an even share of the cores.
+        load: the model and how to run it; threads: None: an even share of the cores.
         contexts: context lengths at which decoding is measured; the first one `repeat` times in
             turn with the peers, and with concurrent requests.
         concurrency: numbers of concurrent requests.
         tokens: decoded per measurement.
         repeat: number of rounds.
         prompt_tokens: length of the prompt that is timed in each round.
-        placement_options: further placement options of `LoadOptions`.
-        load_options: further options of `api.load` (kernels, backend, latency_s, ...).
         cache_dir: folder for models that are kept between runs.
         peer_timeout_s: longest that one process of a peer may take.
     """
 
-    model: str
-    nodes: int = 1
-    threads: int | None = None
+    load: LoadOptions
     contexts: tuple[int, ...] = (32, 2048, 8192)
     concurrency: tuple[int, ...] = (1, 2, 4, 8)
     tokens: int = 64
     repeat: int = 3
     prompt_tokens: int = 512
-    placement_options: dict[str, Any] = field(default_factory=dict)
-    load_options: dict[str, Any] = field(default_factory=dict)
     cache_dir: Path = field(default_factory=cache_dir)
     peer_timeout_s: float = 300.0
 
@@ -88,44 +86,38 @@ def run_bench(
         InputError: an impossible combination of options.
         CheckpointError, PlanError, ClusterError: as `api.load`.
     """
-    checkpoint = Checkpoint.open(locate_checkpoint(config.model))
+    load = config.load
+    checkpoint = Checkpoint.open(locate_checkpoint(load.model))
     spec = read_model_spec(checkpoint)
     _check(config, spec)
-    cores, threads = split_cores(config.nodes, config.threads)
+    cores, threads = split_cores(load.nodes, load.threads)
     workload = _peer_workload(config, checkpoint, cores, threads)
     variants = [variant for peer in peers for variant in peer.variants(workload)]
     load_before, cpu_times = os.getloadavg()[0], _read_cpu_times()
-    options = config.load_options
-    latency_s = options.get("latency_s", 0.0)
-    plan, reason = runtime.select_plan(
-        runtime.LoadOptions(
-            config.model, config.nodes, latency_s=latency_s, **config.placement_options
-        )
-    )
+    plan, reason = select_plan(load, checkpoint)
     report(reason or f"placement {plan.placement}, trunk {plan.trunk}")
     report("measuring the limits of memory, all-reduce and kernels")
-    native = options.get("kernels", "auto") != "mlx" and native_layers.is_supported()
+    native = load.kernels != "mlx" and native_layers.is_supported()
     limits = measure_limits(
-        config.nodes,
-        options.get("backend", "auto"),
+        load.nodes,
+        load.backend,
         cores,
         threads,
         checkpoint.folder if native else None,
         plan if native else None,
-        options.get("activations", "int16"),
+        load.activations,
     )
-    report(f"loading {config.model} on {config.nodes} nodes")
-    with api.load(
-        config.model,
-        config.nodes,
+    report(f"loading {load.model} on {load.nodes} nodes")
+    pinned = replace(
+        load,
         plan=plan,
         cores=cores,
         threads=threads,
         measure_every=0,
         recover=False,
         max_batch_size=max(*config.concurrency, 1),
-        **options,
-    ) as model:
+    )
+    with api.Model.load(pinned) as model:
         results = _Bench(model, config, report).run(variants, limits)
         ranks = model.ranks_json()
         backend = model.ranks.backend
@@ -133,7 +125,7 @@ def run_bench(
         row |= {"cores": list(cores[rank]) if cores else None, **ranks[rank]}
     return {
         "benchmark": "bench",
-        "model": config.model,
+        "model": load.model,
         "family": spec.family,
         "quantization": spec.quantization,
         "dtype": spec.dtype,
@@ -142,14 +134,14 @@ def run_bench(
             "cores": len(usable_cores()),
             "load_before": round(load_before, 2),
             "cpu_steal_percent": _cpu_steal_percent(cpu_times),
-            "nodes": config.nodes,
+            "nodes": load.nodes,
             "threads": threads,
             "pinned": cores is not None,
             "backend": backend,
             "kernels": ranks[0]["device"],
             "placement": plan.placement,
             "trunk": plan.trunk,
-            "options": options,
+            "options": {name: getattr(load, name) for name in REPORTED_OPTIONS},
             "versions": {n: importlib.metadata.version(n) for n in ("cenacle", "mlx", "mlx-lm")},
         },
         **results,
@@ -177,9 +169,9 @@ def _peer_workload(
     return PeerWorkload(
         checkpoint.folder,
         checkpoint.config,
-        config.nodes,
+        config.load.nodes,
         threads,
-        cores or [usable_cores()] * config.nodes,
+        cores or [usable_cores()] * config.load.nodes,
         config.contexts[0],
         config.tokens,
         config.prompt_tokens,
@@ -318,7 +310,7 @@ class _Bench:
             self._time_request(self._config.contexts[0], max(8, self._config.tokens // 2))
         timings = group.step_timings
         group.measure_steps(0)
-        ranks: list[dict[str, Any]] = [{"rank": rank} for rank in range(self._config.nodes)]
+        ranks: list[dict[str, Any]] = [{"rank": rank} for rank in range(self._config.load.nodes)]
         for row, timings_ms in zip(ranks, timings.per_rank_ms(), strict=False):
             row["step_timings_ms"] = timings_ms
         return {**timings.per_token_ms(), "steps": timings.steps}, ranks
@@ -413,7 +405,7 @@ def prepare_model(
     if not (folder / "config.json").exists():
         small = name in config_catalog.family_names()
         if not small:
-            config_catalog.full_config(name)  # raises for an unknown name
+            config_catalog.full_config(name, field="synth")  # raises for an unknown name
         report(f"writing a random {name} to {folder}")
         synth.synth(
             folder,

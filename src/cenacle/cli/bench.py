@@ -31,7 +31,6 @@ from .options import (
 
 app = typer.Typer(invoke_without_command=True)
 THREADS_HELP = "CPU threads per node. Default: an equal share of the cores."
-PLACEMENT_OPTIONS = ("node_weights", "placement", "trunk", "node_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,16 @@ def bench(
     from ..bench import measure
     from ..bench.peers import peers
     from ..bench.report import show_bench
+    from ..runtime import LoadOptions
 
-    options = load.to_keywords()
-    placement_options = {name: options.pop(name) for name in PLACEMENT_OPTIONS}
     compared = [peers.parse_peer(peer) for peer in workload.peer or ()]  # before a model is written
     config = measure.BenchConfig(
-        model=model.prepare(),
-        nodes=load.nodes,
-        threads=workload.threads,
+        LoadOptions(model.prepare(), load.nodes, threads=workload.threads, **load.to_keywords()),
         contexts=parse_int_list(workload.contexts, "contexts"),
         concurrency=parse_int_list(workload.concurrency, "concurrency"),
         tokens=workload.tokens,
         repeat=workload.repeat,
         prompt_tokens=workload.prompt_tokens,
-        placement_options=placement_options,
-        load_options=options,
         cache_dir=model.cache_folder,
         peer_timeout_s=workload.peer_timeout_s,
     )

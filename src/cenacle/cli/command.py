@@ -1,6 +1,7 @@
 """Registers functions as commands, with options that are declared once and shared.
 
-Owns: the declaration of options as fields of a dataclass, and their expansion.
+Owns: the declaration of options as fields of a dataclass, and their expansion; the names of options
+in errors about fields.
 Does not know: which commands and options there are.
 Invariant: a parameter whose type is a dataclass becomes one option per field. Options have the
 defaults of the fields, or the values of the parameter's own default, if it has one.
@@ -19,6 +20,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.markup import escape
+
+from ..errors import InputError
 
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[str]: "TEXT"}
 
@@ -82,7 +85,10 @@ def expand_dataclasses(function: Callable[..., None]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-        function(**values)
+        try:
+            function(**values)
+        except InputError as error:
+            raise _name_option(error, parameters) from error
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -106,3 +112,20 @@ def _field_parameters(group: Any, instance: Any) -> list[inspect.Parameter]:
             )
         )
     return parameters
+
+
+def _name_option(error: InputError, parameters: list[inspect.Parameter]) -> InputError:
+    """The error as a user of the command line sees it: "group_size: ..." is "--group-size: ..."."""
+    field_name = error.field or ""
+    for parameter in parameters:
+        if parameter.name != field_name.replace("-", "_"):
+            continue
+        names = [f"--{parameter.name.replace('_', '-')}"]
+        for info in get_args(parameter.annotation):
+            if isinstance(info, typer.models.ArgumentInfo):
+                names = [parameter.name.upper()]
+            elif isinstance(info, typer.models.OptionInfo):
+                names = [n for n in info.param_decls or () if n.startswith("--")] or names
+        if str(error).startswith(f"{field_name}:"):
+            return InputError(names[0] + str(error).removeprefix(field_name), field_name)
+    return error

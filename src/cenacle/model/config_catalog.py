@@ -90,22 +90,22 @@ def tiny_config(family: str) -> Config:
     """
     path = TINY_CONFIGS / f"{family}.json"
     if family not in family_names():
-        raise _unknown_name("family", family, family_names())
+        raise _unknown_name_error("family", family, family_names())
     return json.loads(path.read_text())
 
 
-def full_config(name: str) -> Config:
-    """The config of a model of the catalog.
+def full_config(name: str, field: str = "name") -> Config:
+    """The config of a model of the catalog; errors name the field.
 
     Raises:
         InputError: the catalog has no such model; names the nearest.
     """
     if name not in model_catalog():
-        raise _unknown_name("name", name, sorted(model_catalog()))
+        raise _unknown_name_error(field, name, sorted(model_catalog()))
     return copy.deepcopy(model_catalog()[name].config)
 
 
-def _unknown_name(field: str, name: str, known: list[str]) -> InputError:
+def _unknown_name_error(field: str, name: str, known: list[str]) -> InputError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
     return InputError(f"{field}: unknown {name!r}; {hint}", field)

@@ -85,28 +85,13 @@ class SynthResult:
     seconds: float
 
 
-def synth(
-    out: Path,
-    *,
-    family: str | None = None,
-    name: str | None = None,
-    config: Config | Path | None = None,
-    layers: int | None = None,
-    quantize: int | None = None,
-    group_size: int = 64,
-    mode: str = "affine",
-    dtype: str | None = None,
-    seed: int = 0,
-    shard_bytes: int = 2 * GIB,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> SynthResult:
-    """Write a random checkpoint that mlx-lm loads.
+@dataclass(frozen=True)
+class SynthOptions:
+    """Which checkpoint to write.
 
     Args:
-        out: folder to write; it must be empty or not exist.
         family: a tiny config, see `families` (in float32 unless `dtype` says otherwise).
-        name: a model of the catalog, see `catalog` (in bfloat16 unless `dtype` says otherwise).
+        name: a model of the catalog (in bfloat16 unless `dtype` says otherwise).
         config: a config, or the path of a config.json (bfloat16). Exactly one of the three.
         layers: keep only the first layers.
         quantize: bits: 2, 3, 4, 5, 6 or 8; None: not quantized, unless `mode` is "mxfp4".
@@ -114,50 +99,81 @@ def synth(
         mode: "affine" or "mxfp4", as in `mlx.core.quantize`.
         dtype: of what is not quantized.
         seed: another seed, another model.
+    """
+
+    family: str | None = None
+    name: str | None = None
+    config: Config | Path | None = None
+    layers: int | None = None
+    quantize: int | None = None
+    group_size: int = 64
+    mode: str = "affine"
+    dtype: str | None = None
+    seed: int = 0
+
+
+def synth(
+    out: Path,
+    *,
+    shard_bytes: int = 2 * GIB,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SynthResult:
+    """Write a random checkpoint that mlx-lm loads.
+
+    Args:
+        out: folder to write; it must be empty or not exist.
         shard_bytes: a file ends before the tensor that would pass this.
         overwrite: replace the checkpoint in a folder that is not empty.
         progress: called with bytes written and bytes in all.
+        options: see `SynthOptions`.
 
     Raises:
         InputError: an unknown name (names the nearest), impossible options, a folder that is not
             empty, or too little space.
     """
     started_s = time.monotonic()
-    source, default_dtype = _choose_config(family, name, config)
-    dtype = dtype or default_dtype
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}", "dtype")
-    bits, group_size = _check_quantization(quantize, group_size, mode)
-    if layers is not None:
-        source = first_layers(source, layers)
-    source = _with_special_tokens(source) | {"torch_dtype": dtype}
-    vocab_size = _vocab_size(source)
-
-    model = build_lazy_model(source, seed)
-    _cast(model, getattr(mx, dtype))
-    distributions = random_parameters(model, source)
-    parameters = sum(value.size for _, value in named_parameters(model))
-    if bits is not None:
-        source = _quantize(model, source, bits, group_size, mode)
-    tensors = list_tensors(model, distributions, seed)
+    config, tensors, parameters = _draw_tensors(SynthOptions(**options))
     size = sum(t.nbytes for t in tensors)
 
     _prepare_folder(out, size, overwrite)
     shards = _split_shards(tensors, shard_bytes)
     _write_weights(out, shards, progress)
     _write_index(out, shards, parameters)
-    _write_tokenizer(out, vocab_size, find_int(source, CONTEXT_LENGTH_KEYS) or 4096)
-    save_config(source, out / "config.json", keep_vision_config=True)
+    _write_tokenizer(out, _vocab_size(config), find_int(config, CONTEXT_LENGTH_KEYS) or 4096)
+    save_config(config, out / "config.json", keep_vision_config=True)
     return SynthResult(
         path=out,
-        family=architecture.resolve_family(source),
+        family=architecture.resolve_family(config),
         parameters=parameters,
         tensors=len(tensors),
         bytes=size,
         shards=len(shards),
-        layers=layer_count(source),
+        layers=layer_count(config),
         seconds=time.monotonic() - started_s,
     )
+
+
+def _draw_tensors(options: SynthOptions) -> tuple[Config, list[OutputTensor], int]:
+    """The config, the tensors of the files, and the number of parameters."""
+    config, default_dtype = _choose_config(options)
+    dtype = options.dtype or default_dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}", "dtype")
+    bits, group_size = _check_quantization(options.quantize, options.group_size, options.mode)
+    if options.layers is not None:
+        config = first_layers(config, options.layers)
+    config = _with_special_tokens(config) | {"torch_dtype": dtype}
+    _vocab_size(config)  # raises before any work
+
+    model = build_lazy_model(config, options.seed)
+    _cast(model, getattr(mx, dtype))
+    distributions = random_parameters(model, config)
+    parameters = sum(value.size for _, value in named_parameters(model))
+    if bits is not None:
+        config = _quantize(model, config, bits, group_size, options.mode)
+    return config, list_tensors(model, distributions, options.seed), parameters
 
 
 def _write_weights(out: Path, shards: list[list[OutputTensor]], progress: Progress | None) -> None:
@@ -187,10 +203,9 @@ def _write_index(out: Path, shards: list[list[OutputTensor]], parameters: int) -
     )
 
 
-def _choose_config(
-    family: str | None, name: str | None, config: Config | Path | None
-) -> tuple[Config, str]:
+def _choose_config(options: SynthOptions) -> tuple[Config, str]:
     """The config, and its default dtype."""
+    family, name, config = options.family, options.name, options.config
     if sum(x is not None for x in (family, name, config)) != 1:
         raise InputError("give exactly one of family, name and config")
     if family is not None:

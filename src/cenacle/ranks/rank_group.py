@@ -21,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Step
@@ -52,16 +51,14 @@ MeasureCapacity = Callable[[Ranks], tuple[int | None, CacheFootprint, int]]
 prefix cache: the arguments of `Scheduler.resize`."""
 
 
-class Observer(Protocol):
+class StepObserver:
     """Is told what the group does, by the group's thread; must return at once and raise nothing."""
 
-    def sent(self, step: Step) -> None:
+    def on_step_sent(self, step: Step) -> None:
         """A step is sent to the ranks."""
-        ...
 
-    def measured(self, reports: Sequence[StepReport]) -> None:
+    def on_step_measured(self, reports: Sequence[StepReport]) -> None:
         """Every rank has finished a measured step; reports in rank order."""
-        ...
 
 
 @dataclass
@@ -115,7 +112,7 @@ class RankGroup:
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}  # likewise
         self.last_message_s: list[float] = []  # `time.monotonic` of each rank's last message
         self.memory: list[RankMemory | None] = []  # as each rank reported it last
-        self.observers: list[Observer] = []
+        self.observers: list[StepObserver] = []
         self._register_pages(ranks)
         self._start_readers()
         self._thread = threading.Thread(target=self._run, name="group", daemon=True)
@@ -336,7 +333,7 @@ class RankGroup:
             if step.page_checks:
                 self._pages_requested_s = time.monotonic()
             for observer in self.observers:
-                observer.sent(step)
+                observer.on_step_sent(step)
             self._in_flight.append(_StepInFlight(step, time.monotonic()))
             message = StepOrder(self._state.epoch, step).to_json()
             for rank, channel in enumerate(self._ranks.channels):
@@ -437,7 +434,7 @@ class RankGroup:
         if reports:
             self.step_timings.add(reports)
             for observer in self.observers:
-                observer.measured(reports)
+                observer.on_step_measured(reports)
 
     def _deliver_prompt_logprobs(self, results: Sequence[PromptLogprobs]) -> None:
         with self._lock:

@@ -90,10 +90,13 @@ class KeyStore:
             self._db.executescript(_SCHEMA)
             for table in _COLUMNS.items():
                 self._db.execute("SELECT {1} FROM {0} LIMIT 0".format(*table))
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be opened ({error.strerror})", "keys") from error
+        except sqlite3.Error as error:
             raise InputError(
-                f"{self.path}: cannot be used for API keys ({error}); move it away and "
-                f"create the keys again with `cenacle keys add NAME`",
+                f"{self.path}: expected the API keys of this version of Cenacle, got another "
+                f"file or one of an older version ({error}); move it away and create the keys "
+                f"again with `cenacle keys add NAME`",
                 "keys",
             ) from error
 

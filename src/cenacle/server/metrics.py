@@ -32,7 +32,7 @@ from ..core.plan import LayerPlan, Plan
 from ..core.request import GroupEvent, Request, TokenEvent
 from ..core.step import Step
 from ..errors import CenacleError
-from ..ranks.rank_group import RankGroup, Sink
+from ..ranks.rank_group import RankGroup, Sink, StepObserver
 from ..ranks.step_timings import StepReport, StepTimings
 from .auth import KeyStore
 from .expected_speed import SpeedPrediction
@@ -75,8 +75,8 @@ class RequestTimer:
         return self.key or NO_KEY_LABEL
 
 
-class Metrics:
-    """All metrics of one server; an `Observer` of the model's group.
+class Metrics(StepObserver):
+    """All metrics of one server.
 
     Args:
         model: loaded.
@@ -201,9 +201,7 @@ class Metrics:
         if reason in ("stop", "length"):
             self._request_s.observe(time.perf_counter() - timer.submitted_at)
 
-    # Called by the group, as its `Observer`
-
-    def sent(self, step: Step) -> None:
+    def on_step_sent(self, step: Step) -> None:
         """Count the requests that a step admits."""
         for request in step.admitted:
             with self._lock:
@@ -216,7 +214,7 @@ class Metrics:
             if timer.key:
                 self._keys.charge(timer.key, timer.prompt_tokens)
 
-    def measured(self, reports: Sequence[StepReport]) -> None:
+    def on_step_measured(self, reports: Sequence[StepReport]) -> None:
         """Count a measured step, given the ranks' reports in rank order."""
         for rank, report in enumerate(reports):
             sent, last = report.sent_bytes, self._last_sent_bytes.get(rank, 0)
