@@ -498,7 +498,7 @@ _NAMED_BITS = {  # name -> its own name, bits of experts, bits of the trunk
     **dict.fromkeys(("mxfp4", "mxfp4-q8", "mxfp4-8", "fp4"), ("", 4.25, 8.5)),
     "nvfp4": ("", 4.5, 8.5),
     **dict.fromkeys(("bf16", "fp16", "f16", "float16", "bfloat16"), ("16", 16.0, 16.0)),
-    **dict.fromkeys(("none", "unquantized", "unquantized"), ("16", 16.0, 16.0)),
+    **dict.fromkeys(("none", "unquantized"), ("16", 16.0, 16.0)),
     **dict.fromkeys(("f32", "fp32", "float32"), ("32", 32.0, 32.0)),
     **dict.fromkeys(("fp8", "f8", "e4m3"), ("fp8", 8.0, 8.0)),
 }
