@@ -103,10 +103,12 @@ def install_native_blocks(model: nn.Module) -> None:
         elif type(layer) in _BLOCKS and hasattr(layer.switch_mlp, "weighted"):
             layer._router, top_k, by_sum = _BLOCKS[type(layer)]
             normalized = getattr(layer, by_sum) if isinstance(by_sum, str) else by_sum
-            layer._route = partial(
-                extension.route, k=getattr(layer, top_k), normalized=bool(normalized)
-            )
+            layer._route = partial(_route, getattr(layer, top_k), bool(normalized))
             layer.__class__ = NativeBlock
+
+
+def _route(k: int, normalized: bool, scores: mx.array) -> Any:
+    return native.extension().route(scores, k, normalized)
 
 
 def _qkv_settings(layer: nn.Module) -> dict[str, Any] | None:
