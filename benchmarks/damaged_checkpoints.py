@@ -199,6 +199,14 @@ CHANGES: tuple[Callable[[Path, random.Random], str], ...] = (
 )  # fmt: skip
 
 
+def damage(folder: Path, dice: random.Random) -> str:
+    """Make one fault."""
+    try:
+        return dice.choice(CHANGES)(folder, dice)
+    except (OSError, ValueError, RecursionError) as error:  # the one before has left nothing here
+        return f"none ({type(error).__name__})"
+
+
 def load(folder: Path) -> str:
     """Load as a rank and a server would; what became of it."""
     from cenacle.errors import CenacleError
@@ -232,7 +240,7 @@ def work(sources: Path, seeds: range) -> None:
             folder = Path(made) / "model"
             source = dice.choice(folders)
             shutil.copytree(source, folder)
-            faults = [dice.choice(CHANGES)(folder, dice) for _ in range(dice.randint(1, 3))]
+            faults = [damage(folder, dice) for _ in range(dice.randint(1, 3))]
             print(json.dumps({"seed": seed, "family": source.name, "faults": faults}), flush=True)
             began = time.process_time()
             signal.setitimer(signal.ITIMER_REAL, 10 * LIMIT_S)

@@ -1,176 +1,274 @@
-"""Bodies that are wrong, to every POST endpoint: `make fuzz`.
+"""HTTP requests with one to three faults, to every path that takes a body: `make fuzz`.
 
-Each is a good body with one thing made wrong, or no JSON at all, and must be refused with 4xx;
-then the server must answer a good one. `--schema` also lets schemathesis make requests from the
-server's own /openapi.json, good ones and bad ones, none of which may give 5xx. The last line of
-stdout is JSON; exit status 1 if something is not so.
+They are made from the server's own description (`fuzz_requests.py`) and sent over several
+connections at once to `cenacle serve`. None may give 5xx, a traceback in the log, an answer that is
+no JSON, or end a process; a second process asks /health all the time. Good requests are
+sent at the end, and must be answered. `--schema` also lets schemathesis make requests. The last
+line of stdout is JSON; exit status 1 if something is not so. How fast /health was is reported and
+sets no exit status: a busy machine makes it slow.
 
-    python benchmarks/fuzz.py --bodies 10000 --schema 200
+    python benchmarks/fuzz.py --bodies 100000 --nodes 2
+    python benchmarks/fuzz.py --first 4711 --bodies 1        # one of them again
 """
 
-# ruff: noqa: ARG001 (all ways to make a body wrong take the same)
 from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
+import http.client
 import json
-import random
+import os
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from serving import run_server
+from fuzz_requests import FuzzRequest, RequestMaker
+from serving import RunningServer, run_server
 
-AT_ONCE = 8
-ASK = [{"role": "user", "content": "What is 12 + 30?"}]
-GOOD: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": ASK, "max_tokens": 2, "temperature": 0, "n": 1},
-    "/v1/completions": {"prompt": "12 + 30", "max_tokens": 2, "temperature": 0, "top_p": 1},
-    "/v1/responses": {"input": "12 + 30?", "max_output_tokens": 16, "temperature": 0},
-    "/v1/messages": {"messages": ASK, "max_tokens": 2, "model": "demo_model"},
-    "/v1/messages/count_tokens": {"messages": ASK, "model": "demo_model"},
-}
-NEEDED = {
-    "/v1/chat/completions": ("messages",),
-    "/v1/completions": ("prompt",),
-    "/v1/responses": ("input",),
-    "/v1/messages": ("messages", "max_tokens"),
-    "/v1/messages/count_tokens": ("messages",),
-}
-# Values that no member of these has; null counts as absent.
-WRONG: dict[str, tuple[Any, ...]] = {
-    "messages": ("text", 7, {}, [], [7], [{}], [None], [[]], [{"role": "user"}], [{"role": 1}]),
-    "prompt": (7, {}, [], [[]], [1.5], [-1], [10**9], [True], [{}], True),
-    "input": (7, {}, [7], [{}], [[]], True, 1.5),
-    "max_tokens": ("2", 0, -2, 1.5, True, [], {}, 1e300),
-    "max_output_tokens": ("2", 0, -2, 1.5, True, [], {}),
-    "temperature": ("0", -1, 3, [], {}, True, 1e400, -1e-9),
-    "top_p": ("1", -1, 2, [], {}, -0.1, True),
-    "n": ("1", 0, -3, 1.5, 10**6, [], {}, True),
-    "model": ("other", 7, [], {}, "../../etc/passwd", "\x00", "\ud800", True),
-    "stream": ("yes", 7, [], {}),
-}
+CONNECTIONS = 8
+ANSWER_S = 120.0  # the machine may be busy
+HEALTH_INTERVAL_S = 0.02
+MAX_EXAMPLES = 20
+MAX_RESPONSE_BYTES = 1 << 26
 
 
-def body_of(rng: random.Random, path: str) -> bytes:
-    """A body that is wrong in one way."""
-    good = copy.deepcopy(GOOD[path])
-    return rng.choice(WAYS)(rng, path, good)
+@dataclass
+class Answer:
+    """What came; `status` 0: the connection was closed."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
-def _value(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    known = [f for f in WRONG if f in good or (f in ("stream", "model") and "count" not in path)]
-    name = rng.choice(known)
-    good[name] = rng.choice(WRONG[name])
-    return json.dumps(good).encode()
+@dataclass
+class Outcome:
+    """What came of all requests."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    wrong_count: int = 0
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+
+    def add_wrong(self, text: str) -> None:
+        """Count what must not be, and keep the first."""
+        self.wrong_count += 1
+        if len(self.wrong) < MAX_EXAMPLES:
+            self.wrong.append(text)
 
 
-def _missing(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    del good[rng.choice(NEEDED[path])]
-    return json.dumps(good).encode()
+class Connection:
+    """A connection that says exactly what it is told, as no HTTP client does."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = host, port
+        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, data: bytes, *, is_head: bool, leave: bool) -> Answer:
+        """Send, and read the answer; `leave`: close our side after sending."""
+        is_new = self._stream is None
+        if self._stream is None:
+            self._stream = await asyncio.open_connection(*self._address, limit=MAX_RESPONSE_BYTES)
+        reader, writer = self._stream
+        answer = Answer(0)
+        try:
+            with suppress(ConnectionError):  # it may answer before it has read all
+                writer.write(data)
+                await writer.drain()
+                if leave:
+                    writer.write_eof()
+            answer = await self._read(reader, is_head)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            if not is_new:  # the server may have closed it before this request
+                self.close()
+                return await self.ask(data, is_head=is_head, leave=leave)
+        if leave or not answer.status or answer.headers.get("connection") == "close":
+            self.close()
+        return answer
+
+    async def _read(self, reader: asyncio.StreamReader, is_head: bool) -> Answer:
+        while True:
+            lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            status = int(lines[0].split()[1])
+            if status != 100:
+                break
+        headers = {}
+        for line in filter(None, lines[1:]):
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip().lower()
+        if is_head or status in (204, 304):
+            return Answer(status, headers)
+        if headers.get("transfer-encoding") != "chunked":
+            size = headers.get("content-length")
+            body = await (reader.readexactly(int(size)) if size is not None else reader.read())
+            return Answer(status, headers, body)
+        pieces = []
+        while size_ := int(await reader.readline(), 16):
+            pieces.append(await reader.readexactly(size_))
+            await reader.readexactly(2)
+        await reader.readexactly(2)
+        return Answer(status, headers, b"".join(pieces))
+
+    def close(self) -> None:
+        """Close it; the next request opens another."""
+        if self._stream is not None:
+            self._stream[1].close()
+            self._stream = None
 
 
-def _unknown(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    name = "".join(rng.choice("abcxyz_.\u00e9\x00 ") for _ in range(rng.randint(1, 30)))
-    good["?" + name] = rng.choice((1, "x", [], {}, True, 1e9))  # ignored
-    return _value(rng, path, good)
+def judge(request: FuzzRequest, answer: Answer) -> str:
+    """What is wrong about an answer; "": nothing."""
+    if answer.status == 0:
+        return "" if request.breaks_http else "the connection was closed"
+    if answer.status >= 500 or answer.status < 200:
+        return f"status {answer.status}"
+    if request.breaks_http and (answer.status == 400 or request.method in ("HEAD", "GET")):
+        return ""  # a page of its own for what is no HTTP; GET has other answers than JSON
+    if answer.status in (204, 304) or (answer.status == 200 and request.method == "OPTIONS"):
+        return ""
+    try:
+        if answer.headers.get("content-type", "").startswith("text/event-stream"):
+            return judge_events(answer.body)
+        body = json.loads(answer.body, parse_constant=_refuse)
+    except ValueError as error:
+        return f"status {answer.status}, and no JSON: {error}"
+    if answer.status >= 400 and "error" not in body:
+        return f"status {answer.status} without an error"
+    return ""
 
 
-def _cut(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    whole = json.dumps(good).encode()
-    return whole[: rng.randrange(len(whole))]
+def judge_events(body: bytes) -> str:
+    """The same for a stream, which may end with an error of the server."""
+    for line in body.decode().split("\n"):
+        data = line.removeprefix("data: ")
+        if data == line or data == "[DONE]":
+            continue
+        event = json.loads(data, parse_constant=_refuse)
+        error = event.get("error") or (event.get("response") or {}).get("error")
+        if error is not None:
+            return f"an error in a stream: {error}"
+    return ""
 
 
-def _noise(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    return b"\xff" + rng.randbytes(rng.randint(0, 300))
+def _refuse(name: str) -> Any:
+    raise ValueError(name)
 
 
-def _flipped(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    """A byte of the text that JSON cannot have, anywhere."""
-    whole = bytearray(json.dumps(good).encode())
-    whole[rng.randrange(len(whole))] = rng.choice((0, 1, 0x1F, 0x80, 0xC0, 0xFE))
-    return bytes(whole)
+async def fuzz(
+    server: RunningServer, maker: RequestMaker, numbers: range, outcome: Outcome
+) -> None:
+    """Send them, over some connections at once."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    rest = iter(numbers)
+    done, began = 0, time.monotonic()
+
+    async def send_some() -> None:
+        nonlocal done
+        connection = Connection(host, int(port))
+        for number in rest:
+            request = maker.make(number)
+            started = time.monotonic()
+            try:
+                data = request.encode()
+                asked = connection.ask(data, is_head=request.method == "HEAD", leave=request.leave)
+                answer = await asyncio.wait_for(asked, ANSWER_S)
+                problem = judge(request, answer)
+            except TimeoutError:
+                answer, problem = Answer(0), f"no answer in {ANSWER_S:g} s"
+                connection.close()
+            except (OSError, ValueError, IndexError) as error:
+                answer, problem = Answer(0), f"{type(error).__name__}: {error}"
+                connection.close()
+            took = time.monotonic() - started, describe(number, request)
+            outcome.slowest = sorted([*outcome.slowest, took], reverse=True)[:MAX_EXAMPLES]
+            outcome.statuses[str(answer.status or "closed")] += 1
+            outcome.faults.update(fault.partition(" at ")[0] for fault in request.faults)
+            if problem:
+                outcome.add_wrong(f"{describe(number, request)}: {problem}: {answer.body[:300]!r}")
+            done += 1
+            if done % 2000 == 0:
+                rate = done / (time.monotonic() - began)
+                print(f"{done} requests, {rate:.0f}/s, {dict(outcome.statuses)}", flush=True)
+        connection.close()
+
+    await asyncio.gather(*(send_some() for _ in range(CONNECTIONS)))
 
 
-def _not_an_object(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    return rng.choice((b"[]", b"7", b'"x"', b"null", b"true", b"NaN", b"{}{}", b"", b"-", b"[{}]"))
+def describe(number: int, request: FuzzRequest) -> str:
+    """A request, for a line of output."""
+    return f"request {number} {request.method[:20]} {request.path} {request.faults}"
 
 
-def _deep(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    depth = rng.choice((200, 5000, 200_000))
-    name = rng.choice(NEEDED[path])
-    return f'{{"{name}": '.encode() + b"[" * depth + b"]" * depth + b"}"
+async def send_good(server: RunningServer, maker: RequestMaker, outcome: Outcome) -> None:
+    """Requests without faults: each path must take one of the first that are made for it."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    connection, missing = Connection(host, int(port)), set(maker.paths)
+    for number in range(-400, 0):
+        request = maker.make(number, faults=0)
+        if request.path in missing:
+            answer = await asyncio.wait_for(
+                connection.ask(request.encode(), is_head=False, leave=False), ANSWER_S
+            )
+            if problem := judge(request, answer):
+                outcome.add_wrong(f"{describe(number, request)}: {problem}: {answer.body[:300]!r}")
+            if answer.status == 200:
+                missing.discard(request.path)
+    for path in sorted(missing):
+        outcome.add_wrong(f"{path}: no good request was answered")
+    connection.close()
 
 
-def _huge(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    digits = rng.choice((400, 5000, 100_000))
-    return f'{{"{rng.choice(NEEDED[path])}": {"9" * digits}}}'.encode()
+# ---- The second process: /health --------------------------------------------------------------
 
 
-def _nested(rng: random.Random, path: str, good: dict[str, Any]) -> bytes:
-    """A message with something wrong inside."""
-    wrong = rng.choice(
-        (
-            {"role": "nobody", "content": "x"},
-            {"role": "user", "content": 7},
-            {"role": "user", "content": [{"type": "nothing"}]},
-            {"role": "user", "content": [{"type": "text"}]},
-            {"role": "user", "content": [{"type": "text", "text": []}]},
-            {"role": ["user"], "content": "x"},
+def watch_health(url: str) -> None:
+    """Ask until stdin ends; print what was seen as JSON.
+
+    Each pause shows the machine, too: how much longer than asked for a sleep takes.
+    """
+    address = url.removeprefix("http://")
+    took_ms, late_ms, failures = [], [], 0
+    connection = http.client.HTTPConnection(address, timeout=60)
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        began = time.perf_counter()
+        time.sleep(HEALTH_INTERVAL_S)
+        late_ms.append(1000 * (time.perf_counter() - began - HEALTH_INTERVAL_S))
+        began = time.perf_counter()
+        try:
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            response.read()
+            failures += response.status != 200
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            failures += 1
+        took_ms.append(1000 * (time.perf_counter() - began))
+    print(
+        json.dumps(
+            {"failures": failures, "ms": summary(took_ms), "sleep_late_ms": summary(late_ms)}
         )
     )
-    name = "messages" if "messages" in good else NEEDED[path][0]
-    good[name] = [*ASK, wrong]
-    return json.dumps(good).encode()
 
 
-Way = Callable[[random.Random, str, dict[str, Any]], bytes]
-WAYS: tuple[Way, ...] = (
-    *(_value, _value, _value, _missing, _unknown, _cut, _noise, _flipped),
-    *(_not_an_object, _nested, _nested, _huge, _deep),
-)
-
-
-async def fuzz(url: str, bodies: int, seed: int) -> tuple[Counter[int], list[str]]:
-    """Send them.
-
-    Returns:
-        How often each status came, and the first bodies that were not refused with 4xx.
-    """
-    rng = random.Random(seed)
-    paths = list(GOOD)
-    jobs = [(path, body_of(rng, path)) for path in (rng.choice(paths) for _ in range(bodies))]
-    statuses: Counter[int] = Counter()
-    wrong: list[str] = []
-
-    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-
-        async def worker() -> None:
-            while jobs:
-                path, body = jobs.pop()
-                try:
-                    answer = await http.post(path, content=body)
-                    status, text = answer.status_code, answer.text[:200]
-                    fine = 400 <= status < 500 and "error" in answer.json()
-                except (httpx.HTTPError, ValueError) as error:
-                    status, text, fine = 0, f"{type(error).__name__}: {error}", False
-                statuses[status] += 1
-                if not fine:
-                    wrong.append(f"{path} {body[:300]!r} gave {status} {text}")
-
-        await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
-        for path, good in GOOD.items():
-            answer = await http.post(path, json=good)
-            if answer.status_code != 200:
-                wrong.append(f"{path}: a good body gave {answer.status_code} {answer.text[:200]}")
-    return statuses, wrong
+def summary(values: list[float]) -> dict[str, float]:
+    """Quantiles."""
+    values = sorted(values)
+    quantiles = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    found = {
+        n: round(values[min(len(values) - 1, int(q * len(values)))], 1)
+        for n, q in quantiles.items()
+    }
+    return {"count": len(values), **found, "over_100": sum(value > 100 for value in values)}
 
 
 def schema(url: str, examples: int, seed: int) -> tuple[bool, str]:
@@ -186,36 +284,77 @@ def schema(url: str, examples: int, seed: int) -> tuple[bool, str]:
     return done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def main() -> int:
-    """The command."""
-    parse = argparse.ArgumentParser(description=__doc__)
-    parse.add_argument("--bodies", type=int, default=10_000)
-    parse.add_argument("--schema", type=int, default=0, help="examples per operation; 0: none")
-    parse.add_argument("--nodes", type=int, default=1)
-    parse.add_argument("--seed", type=int, default=0)
-    given = parse.parse_args()
-    with run_server(given.nodes) as server:
-        statuses, wrong = asyncio.run(fuzz(server.url, given.bodies, given.seed))
-        fine, said = True, ""
-        if given.schema:
-            fine, said = schema(server.url, given.schema, given.seed)
-        alive = httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+def run(args: argparse.Namespace) -> int:
+    """Start a server, send everything, print what came of it."""
+    outcome, numbers = Outcome(), range(args.first, args.first + args.bodies)
+    load = [os.getloadavg()[0]]
+    with run_server(args.nodes) as server:
+        before = httpx.get(f"{server.url}/health", timeout=60).json()
+        description = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+        maker = RequestMaker(description, args.seed, server.url.removeprefix("http://"))
+        command = [sys.executable, __file__, "--watch", server.url]
+        watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        began = time.monotonic()
+        try:
+            asyncio.run(fuzz(server, maker, numbers, outcome))
+            took_s = time.monotonic() - began
+            health = json.loads(watcher.communicate(timeout=120)[0])
+        finally:
+            watcher.kill()
+        asyncio.run(send_good(server, maker, outcome))
+        schema_fine, schema_text = True, ""
+        if args.schema:
+            schema_fine, schema_text = schema(server.url, args.schema, args.seed)
+        after = httpx.get(f"{server.url}/health", timeout=60).json()
         log = server.log.read_text()
+    load.append(os.getloadavg()[0])
     checks = {
-        "all_4xx": not wrong,
-        "schema_no_5xx": fine,
-        "alive": alive,
+        "answers": not outcome.wrong_count,
+        "schema_no_5xx": schema_fine,
+        "health": not health["failures"] and after["status"] == "ok",
+        "processes": all(before[n] == after[n] for n in ("pid", "ranks", "restarts", "recoveries")),
         "nothing_logged": "Traceback" not in log and "error" not in log,
     }
-    for line in wrong[:20]:
-        print(line)
-    if not fine:
-        print(said)
-    if not checks["nothing_logged"]:
-        print(log[-3000:])
-    counted = {str(k): v for k, v in sorted(statuses.items())}
-    print(json.dumps({"bodies": given.bodies, "statuses": counted, "checks": checks}))
+    for seconds, text in outcome.slowest:
+        print(f"{seconds:.1f} s: {text}")
+    print("\n".join(outcome.wrong))
+    print("" if schema_fine else schema_text)
+    print("" if checks["nothing_logged"] else f"{log[:6000]}\n...\n{log[-3000:]}")
+    result = {
+        "bodies": len(numbers),
+        "first": args.first,
+        "seed": args.seed,
+        "nodes": args.nodes,
+        "seconds": round(took_s),
+        "statuses": dict(sorted(outcome.statuses.items())),
+        "faults": dict(outcome.faults.most_common()),
+        "wrong": outcome.wrong_count,
+        "slowest_s": round(outcome.slowest[0][0], 1) if outcome.slowest else None,
+        "health": health,
+        "load_average": [round(x, 1) for x in load],
+        "restarts": after["restarts"] - before["restarts"],
+        "recoveries": after["recoveries"] - before["recoveries"],
+        "tracebacks": log.count("Traceback"),
+        "checks": checks,
+    }
+    print(json.dumps(result))
     return 0 if all(checks.values()) else 1
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bodies", type=int, default=100_000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument("--schema", type=int, default=0, help="examples per operation; 0: none")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--watch", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.watch:
+        watch_health(args.watch)
+        return 0
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -208,6 +208,13 @@ class Model:
             )
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens: expected at least 1, got {max_tokens}", "max_tokens")
+        sampling = sampling or Sampling()
+        if sampling.logit_bias and max(sampling.logit_bias) >= vocab_size:
+            raise InputError(
+                f"logit_bias: expected token ids from 0 to {vocab_size - 1}, got "
+                f"{max(sampling.logit_bias)}",
+                "logit_bias",
+            )
         if grammar is not None:
             check_grammar(grammar, self._grammar_vocabulary)
         tokenizer = self._deployment.tokenizer
@@ -216,7 +223,7 @@ class Model:
             tokens,
             min(max_tokens or DEFAULT_MAX_TOKENS, room),
             tokenizer.stop_tokens if tokenizer is not None and not ignore_eos else (),
-            sampling or Sampling(),
+            sampling,
             logprobs,
             grammar,
             min_tokens=min_tokens,

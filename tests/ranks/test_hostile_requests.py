@@ -2,6 +2,7 @@
 anything."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -286,3 +287,51 @@ def test_a_megabyte_in_a_header_or_a_path_is_refused(server):
                 431,
             )
     assert server.ask().status_code == 200
+
+
+CHAT_BODY = {"messages": [{"role": "user", "content": "What is 12 + 30?"}], "max_tokens": 2}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": CHAT_BODY,
+    "/v1/completions": {"prompt": "12 + 30", "max_tokens": 2},
+    "/v1/responses": {"input": "12 + 30?", "max_output_tokens": 2},
+    "/v1/messages": {**CHAT_BODY, "model": "demo_model"},
+}
+
+
+def test_extreme_numbers_in_any_field_leave_the_ranks_alone(server):
+    before, tried = server.health(), 0
+    with httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client:
+        description = client.get("/openapi.json").json()
+        schemas = description["components"]["schemas"]
+        for path, body in BODIES.items():
+            content = description["paths"][path]["post"]["requestBody"]["content"]
+            name = content["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+            for field, schema in schemas[name]["properties"].items():
+                types = {str(form.get("type")) for form in (schema, *schema.get("anyOf", ()))}
+                if not types & {"integer", "number"}:
+                    continue
+                for number in (2**31, 2**62, 10**1300):
+                    answer = client.post(path, json={**body, field: number})
+                    assert answer.status_code in (200, 400), (path, field, answer.text[:300])
+                    assert answer.status_code == 200 or len(answer.text) < 500, (path, field)
+                    tried += 1
+    assert tried > 100
+    after = server.health()
+    names = ("pid", "ranks", "recoveries", "restarts")
+    assert [after[name] for name in names] == [before[name] for name in names]
+
+
+def test_thinking_with_a_form_on_a_model_that_does_not_reason(server):
+    form = {"type": "regex", "pattern": "(yes|no)"}
+    answer = server.ask(response_format=form, enable_thinking=True)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] in ("yes", "no")
+
+
+def test_what_is_no_http_is_logged_once(server):
+    host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
+    for _ in range(50):
+        with socket.create_connection((host, port), timeout=DEADLINE_S) as sock:
+            sock.sendall(b"G\xc9T / HTTP/1.1\r\n\r\n")
+            assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert server.log.read_text().count("Invalid HTTP request") == 1

@@ -51,7 +51,7 @@ def test_json_round_trip(step):
     [
         ("temperature", [0, 2, 0.7], [-0.1, 2.01, float("nan"), float("inf"), "1", None, True]),
         ("top_p", [1, 1e-9], [0, -1, 1.1, float("nan"), "1", None]),
-        ("top_k", [0, 10**6], [-1, "3", None]),
+        ("top_k", [0, 10**6, 2**31 - 1], [-1, 2**31, 10**1300, "3", None]),
         ("min_p", [0, 1], [-0.1, 1.1, float("nan")]),
         ("repetition_penalty", [0.1, 1, 10], [0, -1, 10.1, float("nan")]),
         ("presence_penalty", [-2, 0, 2], [-2.1, 2.1, float("nan"), False]),
@@ -72,12 +72,14 @@ def test_fields_of_request():
     with pytest.raises(InputError, match="at least one token") as caught:
         Request("a", (), 1)
     assert caught.value.field == "prompt"
-    for number in (0, -5):
-        with pytest.raises(
-            InputError, match=f"max_tokens: expected at least 1, got {number}"
-        ) as caught:
+    for number in (0, -5, 2**31, 10**1300):
+        reason = "max_tokens: expected an integer from 1 to 2147483647, got"
+        with pytest.raises(InputError, match=reason) as caught:
             Request("a", (1,), number)
         assert caught.value.field == "max_tokens"
+        assert len(str(caught.value)) < 120
+    with pytest.raises(InputError, match="min_tokens"):
+        Request("a", (1,), 1, min_tokens=2**31)
 
 
 def test_greedy_is_the_default():
@@ -86,7 +88,8 @@ def test_greedy_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("top_k", 3.5), ("seed", 1.5), ("logit_bias", {7: 101.0})]
+    ("field", "value"),
+    [("top_k", 3.5), ("seed", 1.5), ("logit_bias", {7: 101.0}), ("logit_bias", {2**40: 1})],
 )
 def test_whole_numbers_and_biases_are_checked(field, value):
     with pytest.raises(InputError, match=field):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
 from typing import Any
 
 from ..errors import CenacleError, InputError
 
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
+MAX_COUNT = 2**31 - 1  # what ranks and MLX can take as a number of tokens, or as a token's id
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Sampling:
     Args:
         temperature: 0 (greedy) to 2.
         top_p: nucleus sampling, in (0, 1].
-        top_k: 0 keeps every token.
+        top_k: 0 keeps every token; at most `MAX_COUNT`.
         min_p: minimum probability relative to the best token's, from 0 to 1.
         seed: None picks a random seed. With the same seed, the text does not depend on the number
             of nodes.
@@ -51,14 +51,15 @@ class Sampling:
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0, 2)
         _check_range("top_p", self.top_p, 0, 1, exclude_low=True)
-        _check_range("top_k", self.top_k, 0, inf, integer=True)
+        _check_range("top_k", self.top_k, 0, MAX_COUNT, integer=True)
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("repetition_penalty", self.repetition_penalty, 0, 10, exclude_low=True)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
             _check_range("seed", self.seed, -(2**63), 2**63 - 1, integer=True)
-        for bias in self.logit_bias.values():
+        for token, bias in self.logit_bias.items():
+            _check_range("logit_bias", token, 0, MAX_COUNT, integer=True)
             _check_range("logit_bias", bias, -100, 100)
 
 
@@ -69,7 +70,7 @@ class Request:
     Args:
         id: unique among the requests of a group.
         tokens: token ids of the prompt, at least one.
-        max_tokens: limit of generated tokens, at least one.
+        max_tokens: limit of generated tokens, 1 to `MAX_COUNT`.
         stop_tokens: token ids that end the output.
         sampling: see `Sampling`.
         logprobs: number of alternatives to report with each token's log-probability, 0 to
@@ -101,15 +102,12 @@ class Request:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise InputError("prompt: expected at least one token, got none", "prompt")
-        if self.max_tokens < 1:
-            raise InputError(
-                f"max_tokens: expected at least 1, got {self.max_tokens}", "max_tokens"
-            )
+        _check_range("max_tokens", self.max_tokens, 1, MAX_COUNT, integer=True)
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
                 _check_range(name, count, 0, MAX_LOGPROBS, integer=True)
         _check_range("resumed_tokens", self.resumed_tokens, 0, len(self.tokens) - 1, integer=True)
-        _check_range("min_tokens", self.min_tokens, 0, inf, integer=True)
+        _check_range("min_tokens", self.min_tokens, 0, MAX_COUNT, integer=True)
 
     def resumed_with(self, generated_tokens: Sequence[int]) -> Request:
         """The rest of this request after the output so far."""
@@ -271,11 +269,9 @@ def _check_range(
 ) -> None:
     noun = "an integer" if integer else "a number"
     if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
-        raise InputError(f"{name}: expected {noun}, got {value!r}", name)
+        raise InputError(f"{name}: expected {noun}, got {value!r:.80}", name)
     if (low < value if exclude_low else low <= value) and value <= high:
         return
-    if high == inf:
-        limits = f"of at least {low}"
-    else:
-        limits = f"above {low}, at most {high}" if exclude_low else f"from {low} to {high}"
-    raise InputError(f"{name}: expected {noun} {limits}, got {value}", name)
+    limits = f"above {low}, at most {high}" if exclude_low else f"from {low} to {high}"
+    shown = f"{value}" if abs(value) < 1e30 else "a larger one"  # it may have thousands of digits
+    raise InputError(f"{name}: expected {noun} {limits}, got {shown}", name)

@@ -25,6 +25,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ClusterError, InputError
+from ..logs import RepeatedLineFilter
 from ..net import format_address
 from ..open_files import raise_limit
 from .app import Application
@@ -38,7 +39,8 @@ from .supervisor import Restarts
 if TYPE_CHECKING:
     from ..api import Model
 
-log = logging.getLogger(__name__)
+connection_log = logging.getLogger(f"{__name__}.connections")
+_REPEATED_LINES = RepeatedLineFilter()
 
 
 def bind(host: str = "127.0.0.1", port: int = 8080) -> socket.socket:
@@ -118,7 +120,6 @@ def serve(
 PEER_CHECK_S = 0.1
 RESERVED_FILES = 256  # of the limit of open files: ranks, logs, connections before their handshake
 MIN_CONNECTIONS = 16
-LOG_INTERVAL_S = 60.0  # between two lines that say the same of connections
 
 
 class _HalfClosedTransport:
@@ -275,17 +276,8 @@ class _TimedConnection(H11Protocol):
             timer.cancel()
 
 
-class _RepeatedErrors:
-    """Logs asyncio's errors, each kind once a minute: a client can cause any number of them."""
-
-    def __init__(self) -> None:
-        self._logged_s: dict[str, float] = {}
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        kind, now_s = str(context.get("message")), loop.time()
-        if now_s - self._logged_s.get(kind, -LOG_INTERVAL_S) >= LOG_INTERVAL_S:
-            self._logged_s[kind] = now_s
-            log.error("%s (%s)", kind, type(context.get("exception")).__name__)
+def _log_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    connection_log.error("%s (%s)", context.get("message"), type(context.get("exception")).__name__)
 
 
 class _UvicornServer(uvicorn.Server):
@@ -320,7 +312,9 @@ class _UvicornServer(uvicorn.Server):
         self._handshake_timeout_s = limits.tls_handshake_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(_RepeatedErrors())
+        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
+        for logger in (connection_log, logging.getLogger("uvicorn.error")):
+            logger.addFilter(_REPEATED_LINES)
         if self._tls is not None:
             # uvicorn has no setting for this, and asyncio's default is a minute.
             loop: Any = asyncio.get_running_loop()

@@ -283,8 +283,9 @@ class ChatTokenizer:
             if reasoning is False or self._harmony_state(ids) != "header":
                 return ids + self.answer_start(ids, is_call=is_call)
             return ids + self._encode_markers(harmony.REASONING_START)
-        hybrid = self.has_reasoning and self._template_uses("enable_thinking")
-        if reasoning is False or self.ends_in_reasoning(ids) or not (reasoning or hybrid):
+        if reasoning is False or not self.has_reasoning or self.ends_in_reasoning(ids):
+            return ids
+        if not (reasoning or self._template_uses("enable_thinking")):
             return ids
         return ids + tuple(self._tokenizer.think_start_tokens)
 

@@ -67,6 +67,7 @@ from .tool_definitions import (
 )
 from .validation import (
     INVALID_VALUE,
+    MAX_INTEGER,
     MISSING,
     UNSUPPORTED,
     Arguments,
@@ -592,7 +593,7 @@ class ChatCompletionRequest(_CompletionParameters):
         }
 
 
-_TokenIds = Annotated[Items[int], Field(min_length=1)]
+_TokenIds = Annotated[Items[Annotated[int, Field(le=MAX_INTEGER)]], Field(min_length=1)]
 
 
 class _PromptList:

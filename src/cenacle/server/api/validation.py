@@ -40,6 +40,8 @@ INVALID_VALUE = "invalid_value"
 MISSING = "missing_required_parameter"
 UNSUPPORTED = "unsupported_parameter"
 
+MAX_INTEGER = 2**63 - 1  # JSON has no limit, and what follows has
+
 
 class RequestError(InputError):
     """A request that is refused.
@@ -101,6 +103,10 @@ class RequestModel(BaseModel):
         if not isinstance(data, dict):
             return data
         present = {name: value for name, value in data.items() if value is not None}
+        for name in present.keys() & cls.model_fields.keys():
+            value = present[name]
+            if type(value) is int and abs(value) > MAX_INTEGER + 1:
+                fail(f"expected a number of at most 64 bits, got {describe(value)}", name)
         for name in [name for name in cls.unsupported if name in present]:
             value = present.pop(name)
             # To Python False is 0.
