@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -168,6 +169,21 @@ def test_chat_keeps_its_messages_until_new(folder):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["5", "DOG"]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_template_that_needs_too_much_memory_is_ended(tmp_path, command):
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL_DIR, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if 'grow' in messages[-1].content %}{{ 'a' * 3000000000 }}{% endif %}"
+        "{{ messages[-1].content }}"
+    )
+    prompt = {"generate": ("-p", "grow"), "chat": ()}[command]
+    done = run(command, "-m", folder, *prompt, input="grow\n")
+    assert "messages: the model's chat template" in done.stderr, done.stderr
+    # In this process the text of three gigabytes would fit.
+    assert "MemoryError" in done.stderr
 
 
 def test_families_and_help_list_everything():

@@ -6,10 +6,13 @@ Who may come in and who may not; what strangers can do to the head, which is not
 import asyncio
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -414,6 +417,61 @@ def test_a_token_can_be_revoked_and_what_joined_with_it_removed(head, tmp_path):
     assert "guest" in names(head)
     with pytest.raises(ClusterError):
         pair_with_head(tmp_path / "d", HOST, head.port, second, "late")
+
+
+def test_the_command_revokes_a_token_of_a_machine_that_has_joined(tmp_path):
+    def cenacle(home, *arguments, timeout=120):
+        return subprocess.run(
+            [sys.executable, "-m", "cenacle", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "CENACLE_HOME": str(tmp_path / home)},
+        )
+
+    head = Head(tmp_path / "one" / "cluster", HOST, 0, "one")
+    joined = None
+    try:
+        invited = cenacle("one", "nodes", "--invite")
+        token = re.search(r"--token (\S+)", invited.stdout)[1]
+        join = ("join", f"{HOST}:{head.port}", "--token", token, "--name")
+        joined = subprocess.Popen(
+            [sys.executable, "-m", "cenacle", *join, "two"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CENACLE_HOME": str(tmp_path / "two")},
+        )
+        until(lambda: "two" in names(head) and names(head)["two"]["connected"], "two", 120)
+
+        refused = cenacle("two", "nodes", "--revoke", token)
+        assert refused.returncode != 0
+        assert "head" in refused.stderr
+        kept = cenacle("one", "nodes", "--revoke", token.lower())
+        assert kept.stderr == (
+            "revoked 1 valid token\nstill in the cluster: two; to remove one, run "
+            "`cenacle nodes --remove NAME`\n"
+        )
+        assert names(head)["two"]["connected"]
+        again = cenacle("one", "nodes", "--revoke", token)
+        assert again.returncode == 2
+        assert "did not issue it" in again.stderr
+        late = cenacle("three", *join, "three")
+        assert late.returncode != 0
+        assert "token" in late.stderr
+        assert "three" not in names(head)
+
+        second = re.search(r"--token (\S+)", cenacle("one", "nodes", "--invite").stdout)[1]
+        pair_with_head(tmp_path / "four", HOST, head.port, second, "four")
+        gone = cenacle("one", "nodes", "--revoke", "all", "--remove-joined")
+        assert gone.stderr == "revoked 1 valid token\nremoved from the cluster: four\n"
+        until(lambda: "four" not in names(head), "the removal of four")
+        assert cenacle("one", "nodes", "--remove", "two").returncode == 0
+        assert joined.wait(60) is not None
+    finally:
+        if joined is not None:
+            joined.kill()
+            joined.communicate()
+        head.close()
 
 
 @pytest.mark.parametrize(

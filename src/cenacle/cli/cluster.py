@@ -353,7 +353,7 @@ def nodes(
         str | None,
         typer.Option(
             metavar="TOKEN",
-            help="Make this token worthless, or all; nodes that have joined with it stay.",
+            help="Revoke this token, or all; nodes that have joined with it stay.",
         ),
     ] = None,
     remove_joined: Annotated[
@@ -403,10 +403,14 @@ def _revoke_token(token: str, remove_joined: bool) -> None:
     settings = identity.load_settings()
     query = Query("revoke", token="" if token == "all" else token, remove_nodes=remove_joined)
     answer = client.query_head(identity, settings["host"], settings["port"], query)
-    report(f"revoked: {answer['tokens']} of the tokens were still valid")
-    for key, text in (("removed", "removed"), ("stay", "joined with them and stay")):
-        if answer.get(key):
-            report(f"{text}: {', '.join(answer[key])}")
+    report(f"revoked {answer['tokens']} valid token{'s' * (answer['tokens'] != 1)}")
+    if answer.get("removed"):
+        report(f"removed from the cluster: {', '.join(answer['removed'])}")
+    if answer.get("stay"):
+        report(
+            f"still in the cluster: {', '.join(answer['stay'])}; to remove one, run "
+            f"`cenacle nodes --remove NAME`"
+        )
 
 
 @command(app, example="cenacle status --json", panel=PANEL)

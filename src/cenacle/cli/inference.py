@@ -63,7 +63,7 @@ def generate(
 ) -> None:
     """Generate the answer to one prompt."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with load_model(model, load, plan) as loaded:
+    with load_model(model, load, plan) as loaded, isolate_text(loaded):
         tokens = loaded.text.encode(text) if raw else loaded.tokens_of(text)
         completion = loaded.generate(
             tokens,
@@ -134,7 +134,7 @@ def chat(
             "--model: expected a folder or a repository, got none; or give a server with --url",
             "model",
         )
-    with load_model(model, load, plan) as loaded:
+    with load_model(model, load, plan) as loaded, isolate_text(loaded):
         ChatSession(LocalChat(loaded), settings, system or "").run(history_path)
 
 
@@ -151,6 +151,14 @@ def serve(
     with open_server(server) as endpoint:
         with load_model(model, load, plan) as loaded:
             endpoint.serve(loaded, lambda url: report(f"serving {loaded.name} at {url}"))
+
+
+@contextmanager
+def isolate_text(model: Model) -> Iterator[None]:
+    """Run the chat template and the tokenizer of a checkpoint in a process with limits."""
+    model.text.isolate()
+    with closing(model.text):
+        yield
 
 
 @dataclass(frozen=True)
