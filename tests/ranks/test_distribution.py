@@ -236,6 +236,29 @@ def test_head_as_the_only_source_and_damage_on_the_way(cluster, model, monkeypat
         locate_checkpoint(formed.folders[1])
 
 
+def test_weights_that_the_index_does_not_name_stay_on_the_head(cluster, model, caplog):
+    requested = []
+    names = dict.fromkeys(Checkpoint.open(model).tensors, WEIGHTS)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    stray = ("model-99999.safetensors", "consolidated.safetensors")
+    for name in stray:
+        shutil.copy(model / WEIGHTS, model / name)
+
+    def record(answer, request):
+        requested.append(request.file)
+        return answer
+
+    with pytest.MonkeyPatch.context() as monkeypatch, serving(monkeypatch, record):
+        formed = cluster.form(str(model), "whole")
+    assert_loads(formed)
+    assert WEIGHTS in requested
+    assert not set(stray) & set(requested)
+    for folder in formed.folders[1:]:
+        assert [path.name for path in Path(folder).glob("*.safetensors")] == [WEIGHTS]
+    said = [r for r in caplog.records if "not named by the index" in r.getMessage()]
+    assert len(said) == 1
+
+
 def test_interrupted_download_is_resumed(cluster, model, monkeypatch):
     monkeypatch.setattr(download, "CHUNK_BYTES", 1 << 18)
     given, hold = [], threading.Event()

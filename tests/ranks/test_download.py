@@ -1,5 +1,7 @@
 """Downloading a node's part of a checkpoint from a fake Hub and from another node."""
 
+import json
+import logging
 import shutil
 
 import mlx.core as mx
@@ -99,6 +101,70 @@ def test_only_required_ranges_come_from_the_hub(hub, folders, tmp_path):
     assert all(mx.array_equal(want[k], got[k]) for k in want)
     taken = sum(p.stat().st_blocks * 512 for p in store.folder.glob("*.safetensors"))
     assert taken < sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def with_stray_files(tmp_path):
+    """A checkpoint whose index names an odd file, beside weights that it does not name."""
+    folder = synth(tmp_path / "stray", family="qwen3_moe", shard_bytes=200_000).path
+    index = folder / "model.safetensors.index.json"
+    shard = min(folder.glob("*.safetensors"))
+    index.write_text(index.read_text().replace(shard.name, "first[1].safetensors"))
+    shard.rename(folder / "first[1].safetensors")
+    for name in ("model.safetensors", "model-99999.safetensors", "consolidated.safetensors"):
+        (folder / name).write_bytes(bytes(1000))
+    return folder
+
+
+def named_by_index(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return set(index["weight_map"].values())
+
+
+@pytest.mark.parametrize("kind", ["hub", "folder", "part"])
+def test_the_index_decides_which_weights_are_transferred(
+    with_stray_files, kind, tmp_path, monkeypatch, caplog
+):
+    server = FakeHub(with_stray_files)
+    use_fake_hub(monkeypatch, server.url)
+    source = Hub(REPO) if kind == "hub" else LocalFolder(with_stray_files)
+    if kind == "part":  # as a program without this rule has left it
+        part = SparseStore(tmp_path / "part")
+        for file in with_stray_files.iterdir():
+            part.create_file(file.name, file.stat().st_size)
+            data = file.read_bytes()
+            digest = part.write(file.name, 0, iter([data]), len(data))
+            part.mark_present(file.name, [((0, len(data)), digest)])
+        source = LocalFolder(part.folder)
+    with caplog.at_level(logging.WARNING):
+        store = fetch_metadata(source, tmp_path / "copy")
+        source.files()
+        Checkpoint.open(store.folder)
+    server.close()
+    weights = {file.name for file in store.folder.glob("*.safetensors")}
+    assert weights == named_by_index(with_stray_files)
+    assert "first[1].safetensors" in weights
+    said = [r for r in caplog.records if "not named by the index" in r.getMessage()]
+    assert len(said) == 1
+    assert "consolidated.safetensors, model-99999.safetensors" in said[0].getMessage()
+    if kind == "hub":
+        assert {name for name, *_ in server.requests if name.endswith(".safetensors")} == weights
+
+
+def test_an_index_of_the_hub_that_is_none_is_refused(with_stray_files, tmp_path, monkeypatch):
+    server = FakeHub(with_stray_files)
+    use_fake_hub(monkeypatch, server.url)
+    index = with_stray_files / "model.safetensors.index.json"
+    for text in (
+        "[" * 100_000,
+        "{}",
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        " " * 70_000_000,
+    ):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match="index"):
+            fetch_metadata(Hub(REPO), tmp_path / "copy")
+    server.close()
 
 
 def test_interrupted_download_is_resumed(hub, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ REPO = "circle/tiny"
 def hub(tmp_path_factory):
     folder = synth(tmp_path_factory.mktemp("hub") / "tiny", family="qwen3_moe").path
     (folder / "pytorch_model.bin").write_bytes(b"never to be downloads")
+    (folder / "model-99999.safetensors").write_bytes(b"not named by the index")
     downloads = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -92,7 +93,9 @@ def test_repository_by_name(hub, tmp_path):
     answer = json.loads(ran.stdout.splitlines()[-1])
     assert len(answer["tokens"]) == 4
     assert answer["nodes"] == 2
-    assert any(f.endswith(".safetensors") for f in downloads)
+    weights = [file for file in downloads if file.endswith(".safetensors")]
+    assert weights == ["model.safetensors"]
+    assert "not named by the index" not in ran.stderr
     assert "pytorch_model.bin" not in downloads
     before = len(downloads)
     assert cenacle(url, tmp_path, "inspect", "-m", REPO, "--json").returncode == 0

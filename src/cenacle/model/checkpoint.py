@@ -9,6 +9,7 @@ Next: `tensor_reader.py` reads tensors.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import math
@@ -20,7 +21,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm import utils as mlx_lm_utils
 
 from ..core.model_config import EXPERT_COUNT_KEYS, LAYER_COUNT_KEYS, TOP_K_KEYS, find_int
 from ..core.units import format_bytes
@@ -28,7 +28,13 @@ from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_partial
 from .config_file import read_config
-from .weight_files import read_index, stray_files, weight_files
+from .weight_files import (
+    WEIGHTS_PATTERN,
+    metadata_patterns,
+    read_index,
+    select_files,
+    weight_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +101,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} has no weights: expected files named model*.safetensors"
             )
-        if listed is not None and (stray := stray_files(folder)):
-            names = ", ".join(file.name for file in stray[:3])
-            log.warning(
-                "%s: %d files are not named by the index and not used: %s",
-                folder,
-                len(stray),
-                names,
-            )
+        select_files(str(folder), (file.name for file in folder.iterdir()), listed)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             if listed is not None and not file.exists():
@@ -237,11 +236,13 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=mlx_lm_utils.DEFAULT_ALLOW_PATTERNS
-            )
+        folder = Path(
+            snapshot_download(model, revision=revision, allow_patterns=metadata_patterns())
         )
+        listed = read_index(folder)
+        files = {WEIGHTS_PATTERN} if listed is None else set(map(glob.escape, listed.values()))
+        snapshot_download(model, revision=folder.name, allow_patterns=sorted(files))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(

@@ -1,19 +1,29 @@
-"""Which files of a folder have a checkpoint's weights.
+"""Which files belong to a checkpoint.
 
-Owns: the rule: the index decides, else all files named model*.safetensors.
+Owns: the rule: the index decides about weights, else the name model*.safetensors; other files are
+those that mlx-lm downloads.
 Does not know: what is in the files.
-Invariant: whoever loads, downloads, checks or sums up a checkpoint takes the same files.
+Invariant: whoever loads, downloads, serves, checks or sums up a checkpoint takes the same files.
 Next: `checkpoint.py` reads their headers.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .byte_ranges import JOURNAL
+
+log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+WEIGHTS_PATTERN = "model*.safetensors"  # where there is no index
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -24,19 +34,36 @@ def read_index(folder: Path) -> dict[str, str] | None:
     """
     index = folder / INDEX_FILE
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        with index.open("rb") as file:
+            return parse_index(file.read(MAX_INDEX_BYTES + 1), str(index))
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(
-            f"{index}: expected JSON with a weight_map: {error!r:.200}"
-        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
+
+
+def parse_index(data: bytes, name: str) -> dict[str, str]:
+    """The file of each tensor.
+
+    Args:
+        data: what the index has, or at least `MAX_INDEX_BYTES` + 1 bytes of it.
+        name: of the index, for errors.
+
+    Raises:
+        CheckpointError: it is not an index, or names a file elsewhere.
+    """
+    if len(data) > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{name}: expected an index of at most {MAX_INDEX_BYTES} bytes")
+    try:
+        listed = json.loads(data)["weight_map"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: expected JSON with a weight_map: {error!r:.200}") from error
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise CheckpointError(f"{index}: expected JSON with a weight_map to names of files")
+        raise CheckpointError(f"{name}: expected JSON with a weight_map to names of files")
     for file in set(listed.values()):
         if not file.endswith(".safetensors") or "/" in file or "\\" in file or "\0" in file:
             raise CheckpointError(
-                f"{index}: expected names of .safetensors files beside it, got {file!r:.200}"
+                f"{name}: expected names of .safetensors files beside it, got {file!r:.200}"
             )
     return listed
 
@@ -49,10 +76,38 @@ def weight_files(folder: Path) -> list[Path]:
     """
     listed = read_index(folder)
     if listed is None:
-        return sorted(folder.glob("model*.safetensors"))
+        return sorted(folder.glob(WEIGHTS_PATTERN))
     return [folder / name for name in sorted(set(listed.values()))]
 
 
-def stray_files(folder: Path) -> list[Path]:
-    """Files that look like weights and that the index does not name."""
-    return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
+def metadata_patterns() -> list[str]:
+    """Names of all files but weights, as mlx-lm downloads them."""
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != WEIGHTS_PATTERN]
+
+
+def select_files(source: str, names: Iterable[str], listed: dict[str, str] | None) -> list[str]:
+    """The files among `names` that belong to the checkpoint.
+
+    Weights that the index does not name are reported in the log, once.
+
+    Args:
+        source: where they are.
+        listed: what `read_index` gives.
+    """
+    names = sorted(names)
+    weights = {name for name in names if name.endswith(".safetensors")}
+    patterns = metadata_patterns()
+    others = {n for n in names if any(fnmatch(n, p) for p in patterns)} - {JOURNAL}
+    if listed is None:
+        weights = {name for name in weights if fnmatch(name, WEIGHTS_PATTERN)}
+    elif stray := sorted(weights - set(listed.values())):
+        weights -= set(stray)
+        _report_stray_files(source, len(stray), ", ".join(stray[:3]))
+    return sorted(weights | others)
+
+
+@cache
+def _report_stray_files(source: str, count: int, examples: str) -> None:
+    log.warning("%s: %d files are not named by the index and not used: %s", source, count, examples)

@@ -194,7 +194,7 @@ def _check_complete_files(
     """Files that are complete must have the SHA-256 that the Hub states."""
     if not any(store.present_spans(file) == [(0, store.sizes[file])] for file in wanted):
         return
-    for name, file in retry(hub.files).items():
+    for name, file in retry(hub.list_repository).items():
         if name in wanted and file.sha256 and store.matches_checksum(name, file.sha256) is False:
             store.mark_file_missing(name)
             raise CheckpointError(

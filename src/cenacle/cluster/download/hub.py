@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
 
 from ...errors import CheckpointError
-from ...model.byte_ranges import JOURNAL, ColumnRange
+from ...model.byte_ranges import ColumnRange
+from ...model.weight_files import INDEX_FILE, MAX_INDEX_BYTES, parse_index, select_files
 from .source import READ_BYTES, SourceFile, SourceInterrupted, first_line, retry
 
 
@@ -37,7 +37,13 @@ class Hub:
         self._client.close()
 
     def files(self) -> Mapping[str, SourceFile]:
-        """See `Source`; the files that mlx-lm would download."""
+        """See `Source`."""
+        files = self.list_repository()
+        listed = self._read_index(files[INDEX_FILE].size) if INDEX_FILE in files else None
+        return {name: files[name] for name in select_files(self.name, files, listed)}
+
+    def list_repository(self) -> dict[str, SourceFile]:
+        """All files, also those that do not belong to the checkpoint; raises as `files`."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -58,8 +64,11 @@ class Hub:
         return {
             s.rfilename: SourceFile(s.size or 0, s.lfs.sha256 if s.lfs is not None else None)
             for s in info.siblings or ()
-            if is_model_file(s.rfilename)
         }
+
+    def _read_index(self, size: int) -> dict[str, str]:
+        data = b"".join(self.read(INDEX_FILE, 0, min(size, MAX_INDEX_BYTES + 1)))
+        return parse_index(data, f"{self.name}: {INDEX_FILE}")
 
     @property
     def commit(self) -> str:
@@ -69,7 +78,7 @@ class Hub:
             CheckpointError: see `files`; or the Hub does not respond for long.
         """
         if self._commit is None:
-            retry(self.files)
+            retry(self.list_repository)
         return str(self._commit)
 
     def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
@@ -79,7 +88,7 @@ class Hub:
         from huggingface_hub.utils import build_hf_headers
 
         if self._commit is None:
-            self.files()
+            self.list_repository()
         url = hf_hub_url(self.name, file, revision=self._commit)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
         try:
@@ -105,10 +114,3 @@ class Hub:
     def read_columns(self, file: str, columns: ColumnRange) -> bytes:
         """See `Source`; reads the whole rows."""
         return columns.extract(b"".join(self.read(file, columns.start, columns.stop)))
-
-
-def is_model_file(file: str) -> bool:
-    """Whether mlx-lm would download a file; nothing else of a folder is served."""
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-
-    return file != JOURNAL and any(fnmatch(file, pattern) for pattern in DEFAULT_ALLOW_PATTERNS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ...model.byte_ranges import ColumnRange, is_partial
-from .hub import is_model_file
+from ...model.weight_files import read_index, select_files
 from .source import READ_BYTES, SourceFile
 from .sparse_store import SparseStore
 
@@ -26,12 +26,14 @@ class LocalFolder:
 
     def files(self) -> Mapping[str, SourceFile]:
         """See `Source`."""
-        if self._store is not None:
-            return {name: SourceFile(size) for name, size in self._store.sizes.items()}
         if not self._path.is_dir():
             raise CheckpointError(f"{self._path}: no such folder")
-        files = [p for p in sorted(self._path.iterdir()) if p.is_file() and is_model_file(p.name)]
-        return {p.name: SourceFile(p.stat().st_size) for p in files}
+        if self._store is not None:
+            sizes: Mapping[str, int] = self._store.sizes
+        else:
+            sizes = {p.name: p.stat().st_size for p in self._path.iterdir() if p.is_file()}
+        files = select_files(self.name, sizes, read_index(self._path))
+        return {name: SourceFile(sizes[name]) for name in files}
 
     def has(self, file: str, start: int, stop: int) -> bool:
         """Whether all of a range is present now."""
