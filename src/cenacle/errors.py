@@ -13,6 +13,8 @@ Every message says what, expected, got, and what to do next. Nothing here knows 
 
 from __future__ import annotations
 
+import re
+
 MAX_MESSAGE_CHARACTERS = 2000
 
 
@@ -25,10 +27,15 @@ def printable(text: str) -> str:
     return f"{escaped[: MAX_MESSAGE_CHARACTERS - 3]}..."
 
 
+# How Python writes an error of the system, with its number and, again, the path.
+_SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^:']*)(?:: '[^']*')?")
+
+
 class CenacleError(Exception):
     """Base of every error that a user may see.
 
     Messages are one printable line: names of tensors, files and nodes in them come from outside.
+    Errors of the system in them lose their numbers.
     `exit_code` is the exit status of the command; `node_id` the node of a cluster that failed, if
     one did.
     """
@@ -37,7 +44,7 @@ class CenacleError(Exception):
     node_id: str | None = None
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(printable(str(message)))
+        super().__init__(printable(_SYSTEM_ERROR.sub(r"\1", str(message))))
 
 
 class InputError(CenacleError):

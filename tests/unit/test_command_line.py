@@ -19,6 +19,7 @@ from cenacle.cli.options import ServingArguments
 from cenacle.paths import HOME_VARIABLE
 
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "src" / "cenacle" / "demo" / "demo_model"
 PAGE = runpy.run_path(str(ROOT / "tools" / "write_cli_docs.py"))
 
 
@@ -187,9 +188,34 @@ def test_a_dataclass_parameter_becomes_options():
         ),
         (("bench", "--synth", "mo-2b"), "--synth: unknown 'mo-2b'; nearest: moe-2b"),
         (("keys", "remove", "nobody"), "NAME: no key is named 'nobody'"),
+        (
+            ("inspect", "-m", str(DEMO), "-n", "2", "--node-weights", "1,2,3"),
+            "--node-weights: expected 2 numbers",
+        ),
+        (
+            (
+                *("inspect", "-m", str(DEMO), "-n", "2", "--placement", "replicated"),
+                *("--node-memory-gb", "1,2,3"),
+            ),
+            "--node-memory-gb: expected 2 numbers, got 3",
+        ),
+        (
+            ("inspect", "-m", str(DEMO), "--save", "/nowhere/plan.json"),
+            "--save: cannot write /nowhere/plan.json: No such file or directory",
+        ),
+        (("plan", "nomodel", "--machines", "m3-ultra"), "MODEL: unknown name 'nomodel'; nearest: "),
     ],
 )
 def test_errors_name_the_option_and_not_the_field(arguments, message, tmp_path):
     result = run_cenacle(*arguments, CENACLE_HOME=str(tmp_path))
-    assert (result.returncode, result.stderr.startswith(f"error: {message}")) == (2, True), result
+    assert result.returncode in (2, 4), result
+    assert result.stderr.startswith(f"error: {message}"), result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "model"
+    result = run_cenacle("synth", "--family", "dbrx", "--out", str(out))
+    assert result.returncode == 1
+    assert result.stderr == f"error: {out}: Not a directory\n"

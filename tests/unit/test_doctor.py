@@ -281,6 +281,7 @@ def test_each_problem_is_found(well, outputs, level, message, fix):
         ),
         ({"clock_skew_s": 95.0}, "bad", "95 s ahead of"),
         ({"clock_skew_s": -95.0}, "bad", "95 s behind"),
+        ({"unreachable_head": "two:80"}, "bad", "two:80 does not answer"),
     ],
 )
 def test_each_problem_of_any_system_is_found(change, level, what):
@@ -315,6 +316,11 @@ def test_the_clock_of_the_head_is_compared(ahead_s):
         facts = doctor.gather(f"127.0.0.1:{server.server_port}")
         thread.join(10)
     assert facts.clock_skew_s == pytest.approx(ahead_s, abs=3)
+
+
+@pytest.mark.parametrize("head", ["127.0.0.1:1", "127.0.0.1:x", "no-such-host.invalid"])
+def test_a_head_that_does_not_answer_is_a_problem(head):
+    assert doctor.gather(head).unreachable_head == head
 
 
 def test_the_command_checks_this_machine(monkeypatch):

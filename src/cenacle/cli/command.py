@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.markup import escape
 
-from ..errors import InputError
+from ..errors import CenacleError
 
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[str]: "TEXT"}
 
@@ -87,8 +88,9 @@ def expand_dataclasses(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
         try:
             function(**values)
-        except InputError as error:
-            raise _name_option(error, parameters) from error
+        except CenacleError as error:
+            error.args = (_name_option(str(error), parameters),)
+            raise
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -114,18 +116,29 @@ def _field_parameters(group: Any, instance: Any) -> list[inspect.Parameter]:
     return parameters
 
 
-def _name_option(error: InputError, parameters: list[inspect.Parameter]) -> InputError:
-    """The error as a user of the command line sees it: "group_size: ..." is "--group-size: ..."."""
-    field_name = error.field or ""
+def _name_option(message: str, parameters: list[inspect.Parameter]) -> str:
+    """An error as users of the command line see it: "group_size: ..." is "--group-size: ..."."""
+    match = re.match(r"(rank \d+: )?([a-z][a-z_-]*):", message)
+    if match is None:
+        return message
     for parameter in parameters:
-        if parameter.name != field_name.replace("-", "_"):
-            continue
-        names = [f"--{parameter.name.replace('_', '-')}"]
-        for info in get_args(parameter.annotation):
-            if isinstance(info, typer.models.ArgumentInfo):
-                names = [parameter.name.upper()]
-            elif isinstance(info, typer.models.OptionInfo):
-                names = [n for n in info.param_decls or () if n.startswith("--")] or names
-        if str(error).startswith(f"{field_name}:"):
-            return InputError(names[0] + str(error).removeprefix(field_name), field_name)
-    return error
+        if _plain_name(parameter.name) == _plain_name(match[2]):
+            option = _option_name(parameter)
+            return (match[1] or "") + option + message[match.end(2) :]
+    return message
+
+
+def _plain_name(name: str) -> str:
+    """The name without its unit: `node_memory_gb` is `node_memory_bytes` of `LoadOptions`."""
+    return re.sub("_(gb|bytes|ms|s)$", "", name.replace("-", "_"))
+
+
+def _option_name(parameter: inspect.Parameter) -> str:
+    for info in get_args(parameter.annotation):
+        if isinstance(info, typer.models.ArgumentInfo):
+            return parameter.name.upper()
+        if isinstance(info, typer.models.OptionInfo):
+            names = [name for name in info.param_decls or () if name.startswith("--")]
+            if names:
+                return names[0]
+    return f"--{parameter.name.replace('_', '-')}"

@@ -77,6 +77,11 @@ def main() -> None:
     except CenacleError as error:
         print_error(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print_error(f"{error.filename}: {error.strerror}")
+        sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + signal.SIGINT)
     sys.exit(status)

@@ -213,10 +213,7 @@ def _save_plan(
 
         spec = estimate_spec(result.workload)
     saved_plan, note = planner.best_plan(result, spec, trace)
-    try:
-        saved_plan.save(path)
-    except OSError as error:
-        raise InputError(f"--save: cannot write {path}: {error}", "save") from error
+    saved_plan.save(path)
     report(f"{path}: {saved_plan.placement} experts on {saved_plan.nodes} nodes. {note}")
 
 

@@ -15,12 +15,14 @@ import platform
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from urllib.error import HTTPError
@@ -55,6 +57,7 @@ class HostFacts:
         versions: by distribution: (installed or None, required).
         kernels_unavailable_reason: why the kernels for CPUs are missing, or None.
         clock_skew_s: seconds by which the head's clock is ahead of this one; None: unknown.
+        unreachable_head: address of the head, if it does not answer.
         temp_dir: where MLX puts code that it compiled, and loads it from.
         temp_dir_problem: why others could put code there; None: they cannot.
     """
@@ -69,6 +72,7 @@ class HostFacts:
     versions: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
     kernels_unavailable_reason: str | None = None
     clock_skew_s: float | None = None
+    unreachable_head: str | None = None
     temp_dir: str = ""
     temp_dir_problem: str | None = None
 
@@ -139,6 +143,12 @@ def _disk(facts: HostFacts) -> Iterator[Finding]:
 
 
 def _clock(facts: HostFacts) -> Iterator[Finding]:
+    if facts.unreachable_head is not None:
+        yield Finding(
+            "bad",
+            f"{facts.unreachable_head} does not answer.",
+            "Check the address, and that `cenacle up` or `cenacle serve` runs there.",
+        )
     if facts.clock_skew_s is None:
         return
     if abs(facts.clock_skew_s) > MAX_CLOCK_SKEW_S:
@@ -487,6 +497,7 @@ def gather(head: str | None = None) -> HostFacts:
     outputs |= _network_outputs(head.rpartition(":")[0] or head if head else None, mac)
     from .. import native  # loads MLX, which may be what is wrong
 
+    skew_s, answers = _measure_clock_skew(head) if head else (None, True)
     weights_folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     existing = next(p for p in (weights_folder, *weights_folder.parents) if p.exists())
     memory = psutil.virtual_memory()
@@ -500,7 +511,8 @@ def gather(head: str | None = None) -> HostFacts:
         available_bytes=memory.available,
         versions=_pinned_versions(),
         kernels_unavailable_reason=native.unavailable_reason() or None,
-        clock_skew_s=_measure_clock_skew(head) if head and ":" in head else None,
+        clock_skew_s=skew_s,
+        unreachable_head=None if answers else head,
         temp_dir=tempfile.gettempdir(),
         temp_dir_problem=private_dir_problem(Path(tempfile.gettempdir())),
     )
@@ -562,19 +574,23 @@ def _pinned_versions() -> dict[str, tuple[str | None, str]]:
     return versions
 
 
-def _measure_clock_skew(head: str) -> float | None:
-    """Seconds by which the clock of an HTTP server is ahead of this one."""
+def _measure_clock_skew(head: str) -> tuple[float | None, bool]:
+    """Seconds by which the clock of an HTTP server is ahead of this one, and whether it answers; of
+    a host without a port, whether its name has an address."""
     try:
+        if ":" not in head:
+            socket.getaddrinfo(head, None)
+            return None, True
         with urlopen(f"http://{head}/health", timeout=TOOL_TIMEOUT_S) as answer:
             date = answer.headers["Date"]
     except HTTPError as error:
         date = error.headers["Date"]  # also an unhealthy server has a clock
-    except OSError:
-        return None
+    except (OSError, ValueError, HTTPException):
+        return None, False
     try:
-        return parsedate_to_datetime(date).timestamp() - time.time() if date else None
+        return parsedate_to_datetime(date).timestamp() - time.time() if date else None, True
     except ValueError:
-        return None
+        return None, True
 
 
 __all__ = ["Finding", "HostFacts", "examine", "gather"]

@@ -245,8 +245,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return net.listen(host, port, MAX_UNKNOWN_PEERS)
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
         raise InputError(
-            f"--listen: cannot listen on {host}:{port} ({error.strerror}); choose another address",
+            f"--listen: cannot listen on {host}:{port} ({reason}); choose another address",
             "listen",
         ) from error
 

@@ -34,7 +34,9 @@ class Mlx(Collective):
         try:
             self._group = mx.distributed.init(strict=True, backend=backend)
         except (RuntimeError, ValueError) as error:
-            raise ClusterError(f"the {backend} group could not be formed: {error}") from error
+            raise ClusterError(
+                f"backend: this machine does not support {backend} ({error}); use another or auto"
+            ) from error
         self.rank = self._group.rank()
         self.size = self._group.size()
         if self.size != size:

@@ -25,7 +25,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError
+from ..errors import InputError, PlanError
 from .model_spec import DenseModule, ModelSpec, MoELayer
 from .units import format_bytes
 
@@ -486,8 +486,15 @@ class Plan:
             raise PlanError(f"plan file: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON."""
-        path.write_text(json.dumps(self.to_json()))
+        """Write the plan as JSON.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        try:
+            path.write_text(json.dumps(self.to_json()))
+        except OSError as error:
+            raise InputError(f"save: cannot write {path}: {error}", "save") from error
 
     @classmethod
     def load(cls, path: Path) -> Plan:

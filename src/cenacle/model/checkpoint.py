@@ -244,7 +244,8 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
         snapshot_download(model, revision=folder.name, allow_patterns=sorted(files))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        lines = str(error).removeprefix("Got: ").strip().splitlines()
+        reason = lines[0] if lines else repr(error)
         raise CheckpointError(
-            f"{model}: no such folder, and the Hub does not provide it: {reason}"
+            f"{model}: no such folder, and the Hub does not provide it ({reason})"
         ) from error

@@ -481,14 +481,14 @@ _MODEL_NOISE = re.compile(
 
 
 def unknown_name(
-    kind: str, name: str, known: Iterable[str], normalized: str | None = None
+    kind: str, name: str, known: dict[str, Any], normalized: str | None = None
 ) -> InputError:
-    """The error for an unknown name, with the nearest known ones."""
+    """The error for an unknown name, with the nearest of the names and aliases in `known`."""
     if (kind, name) in (("machine", "this"), ("link", "measured")):
         return InputError(f"{kind}: {name!r} is not measured yet; run `cenacle calibrate`", kind)
-    names = sorted(set(known))
-    near = difflib.get_close_matches(normalized or _normalize(name), names, n=3, cutoff=0.4)
-    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names)}"
+    near = difflib.get_close_matches(normalized or _normalize(name), known, n=3, cutoff=0.4)
+    full_names = sorted({v if isinstance(v, str) else v[0] for v in known.values()})
+    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(full_names)}"
     return InputError(f"{kind}: unknown name {name!r}; {hint}", kind)
 
 
