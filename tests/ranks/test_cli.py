@@ -229,7 +229,7 @@ def test_families_and_help_list_everything():
         (
             ["generate", "-m", "FOLDER", "-p", "x", "-n", "2", "--node-weights", "1"],
             4,
-            "node_weights",
+            "--node-weights",
         ),
         (["generate", "-m", "FOLDER", "-p", "LONG"], 2, "context"),
         (["synth", "--family", "dbxr", "--out", "OUT"], 2, "dbrx"),
