@@ -15,19 +15,19 @@ import logging
 import math
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
-import numpy as np
 
 from ..core.model_config import EXPERT_COUNT_KEYS, LAYER_COUNT_KEYS, TOP_K_KEYS, find_int
 from ..core.units import format_bytes
 from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_partial
-from .config_file import read_config
+from .config_file import read_config, read_quantization_settings
+from .format_recognition import find_quantized_layers
+from .quantized_layers import QuantizedLayers
+from .tensor_info import DTYPES, TensorInfo
 from .weight_files import (
     WEIGHTS_PATTERN,
     metadata_patterns,
@@ -40,37 +40,6 @@ log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
 
-# safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
-DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
-    "F64": (64, np.float64, mx.float32),
-    "F32": (32, np.float32, mx.float32),
-    "F16": (16, np.float16, mx.float16),
-    "BF16": (16, np.uint16, mx.bfloat16),
-    "I64": (64, np.int64, mx.int64),
-    "I32": (32, np.int32, mx.int32),
-    "I16": (16, np.int16, mx.int16),
-    "I8": (8, np.int8, mx.int8),
-    "U64": (64, np.uint64, mx.uint64),
-    "U32": (32, np.uint32, mx.uint32),
-    "U16": (16, np.uint16, mx.uint16),
-    "U8": (8, np.uint8, mx.uint8),
-    "BOOL": (8, np.bool_, mx.bool_),
-    "F8_E4M3": (8, np.uint8, mx.uint8),
-    "F8_E8M0": (8, np.uint8, mx.uint8),
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor's bytes are: [start, stop) of `file`."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -80,11 +49,13 @@ class Checkpoint:
         folder: its path.
         config: config.json, with the names that mlx-lm looks for.
         tensors: every tensor by name.
+        quantized: the layers that are quantized in other formats than MLX's own.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    quantized: QuantizedLayers = field(default_factory=QuantizedLayers)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -118,7 +89,13 @@ class Checkpoint:
                     )
         _check_index(folder, tensors, listed or {})
         _check_counts(folder, config, tensors)
-        return cls(folder, architecture.complete_config(config), tensors)
+        settings = read_quantization_settings(folder, config)
+        config = architecture.complete_config(config)
+        quantized = find_quantized_layers(str(folder), tensors, config, settings)
+        if quantized.layers:
+            # The loader makes MLX's layouts; each layer's bits and groups follow from its shapes.
+            config.setdefault("quantization", {"group_size": 32, "bits": 4, "mode": "affine"})
+        return cls(folder, config, tensors, quantized)
 
     @property
     def files(self) -> list[Path]:

@@ -9,6 +9,7 @@ Next: `checkpoint.py` compares its counts with the tensors.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,13 @@ MAX_COUNTS = {
     HEAD_COUNT_KEYS: 1 << 16,
     KV_HEAD_COUNT_KEYS: 1 << 16,
 }
+
+
+# Values of quant_method whose tensors mean nothing without the tool that wrote them.
+UNSUPPORTED_METHODS = (
+    *("aqlm", "auto-gptq-marlin", "bitsandbytes", "eetq", "exl2", "exl3", "fp_quant", "higgs"),
+    *("hqq", "marlin", "quanto", "quark", "quip", "spqr", "sinq", "torchao", "vptq"),
+)
 
 
 def read_config(folder: Path) -> Config:
@@ -74,6 +82,42 @@ def read_config(folder: Path) -> Config:
             f"runs mlx-lm's own families only and executes no code from a checkpoint"
         )
     return config
+
+
+def read_quantization_settings(folder: Path, config: Config) -> Config:
+    """How config.json, or ModelOpt's file beside it, says that weights are quantized.
+
+    Raises:
+        CheckpointError: the file is not what ModelOpt writes, or another tool's format that cannot
+            be read.
+    """
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        settings = part.get("quantization_config")
+        if isinstance(settings, dict):
+            break
+    else:
+        file = folder / "hf_quant_config.json"
+        if not file.is_file():
+            return {}
+        try:
+            if file.stat().st_size > MAX_CONFIG_BYTES:
+                raise ValueError(f"{file.stat().st_size:,} bytes")
+            settings = json.loads(file.read_bytes())["quantization"]
+            if not isinstance(settings, dict):
+                raise TypeError(f"quantization is a {type(settings).__name__}")
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: expected a JSON object with an object named quantization, got "
+                f"{error!r:.200}"
+            ) from error
+    method = settings.get("quant_method")
+    if method in UNSUPPORTED_METHODS:
+        raise CheckpointError(
+            f"{folder}: weights quantized by {method} are not supported; docs/serving.md lists the "
+            f"formats"
+        )
+    return settings
 
 
 def _walk(config: Config) -> Iterator[tuple[str, Any, int]]:

@@ -28,9 +28,12 @@ from mlx_lm import utils as mlx_lm_utils
 from ..core.plan import Plan
 from ..errors import CenacleError, CheckpointError
 from . import architecture
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .expert_parallel import Zeros
 from .families import EXPERT_TENSOR, family_of, layer_index
+from .quantized_conversion import LoadedLayer, convert_quantized
+from .quantized_layers import Check, QuantizedLayers, StoredLayer
+from .scaled_layers import install_output_scales
 from .slicing import (
     GROUP_SIZE_NAMES,
     HEAD_NAMES,
@@ -39,8 +42,10 @@ from .slicing import (
     RankSlices,
     slices_for,
 )
+from .tensor_info import TensorInfo
+from .tensor_layout import quantized_slice
 from .tensor_reader import TensorPiece, TensorView, read_piece, read_together
-from .tensor_slice import TensorSlice
+from .tensor_slice import ROWS, TensorSlice
 
 Progress = Callable[[int, int], None]
 """Called with bytes of weights in memory so far and bytes in all."""
@@ -117,8 +122,13 @@ def build_dense_model(checkpoint: Checkpoint) -> nn.Module:
     try:
         with architecture.discard_random_init(), _only_files_of(checkpoint):
             model, _ = mlx_lm_utils.load_model(
-                checkpoint.folder, lazy=True, model_config=checkpoint.config
+                checkpoint.folder,
+                lazy=True,
+                model_config=checkpoint.config,
+                get_model_classes=lambda config: _dense_classes(config, checkpoint),
             )
+    except CenacleError:
+        raise
     except Exception as error:  # as above
         raise CheckpointError(
             f"{checkpoint.folder}: the files do not fit {family}: {error}"
@@ -138,6 +148,7 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
     limit = mx.set_cache_limit(0)
     try:
         model = build_model(checkpoint, plan, rank)
+        require_checks(checkpoint, model)
         arrays = [value for _, value in architecture.named_parameters(model)]
         total, done = sum(a.nbytes for a in arrays), 0
         for array in arrays:
@@ -151,6 +162,41 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
     finally:
         mx.set_cache_limit(limit)
     return model
+
+
+def require_checks(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Read the scales of a model that was built lazily.
+
+    Raises:
+        CheckpointError: values that no tool writes, damaged or of another config.json.
+    """
+    mx.eval([is_right for _, is_right in model.checks])
+    for message, is_right in model.checks:
+        if not is_right.item():
+            raise CheckpointError(f"{checkpoint.folder}: {message}; download it again")
+
+
+def _dense_classes(config: dict[str, Any], checkpoint: Checkpoint) -> tuple[type[nn.Module], Any]:
+    """mlx-lm's classes for `config`, of a model without experts."""
+    base, arguments = architecture.model_classes(config)
+    needed = (t for n, t in checkpoint.tensors.items() if n not in checkpoint.quantized.ignored)
+    slices = RankSlices(tuple(TensorPiece(tensor) for tensor in needed), {})
+
+    class DenseModel(base):  # type: ignore[valid-type, misc]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            tensors, layers = _read_rank_tensors(weights, slices, checkpoint)
+            convert = getattr(super(), "sanitize", lambda tensors: tensors)
+            converted = convert_quantized(
+                self, tensors, layers, convert, lambda _, array, __: array
+            )
+            self.checks = [check for layer in layers.values() for check in layer.checks]
+            return converted.tensors
+
+        def load_weights(self, weights: Any, strict: bool = True) -> nn.Module:
+            install_output_scales(self, weights)
+            return cast("nn.Module", super().load_weights(weights, strict))
+
+    return DenseModel, arguments
 
 
 def _partial_classes(
@@ -173,24 +219,41 @@ def _partial_classes(
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             slices = self.rank_slices
-            tensors = _read_rank_tensors(weights, slices)
-            if family.convert_weights is not None:
-                tensors = family.convert_weights(tensors)
+            tensors, layers = _read_rank_tensors(weights, slices, checkpoint)
             local_count = len(next(iter(slices.experts.values())))
             local = architecture.with_expert_count(config, self._expert_count, local_count)
-            converter = base(arguments.from_dict(local))  # type: ignore[call-arg]
-            if hasattr(converter, "sanitize"):
-                tensors = converter.sanitize(tensors)
-            tensors = architecture.stack_dbrx_weights(tensors)
+
+            def convert(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+                if family.convert_weights is not None:
+                    tensors = family.convert_weights(tensors)
+                converter = base(arguments.from_dict(local))  # type: ignore[call-arg]
+                if hasattr(converter, "sanitize"):
+                    tensors = converter.sanitize(tensors)
+                return architecture.stack_dbrx_weights(tensors)
+
             unconverted = {id(array): name for name, array in weights.items()}
+
+            def cut(name: str, array: mx.array, layer: LoadedLayer | None) -> mx.array:
+                tensor = checkpoint.tensors.get(unconverted.get(id(array), ""))
+                return _slice_tensor(name, array, slices.unread, tensor, layer)
+
+            converted = convert_quantized(self, tensors, layers, convert, cut)
+            self.checks = [
+                check
+                for path, layer in layers.items()
+                if not slices.is_absent(f"{path}.weight")
+                for check in layer.checks
+            ]
+            self.unpacked = converted.unpacked
             return {
-                name: _slice_tensor(
-                    *(name, array, slices.unread),
-                    checkpoint.tensors.get(unconverted.get(id(array), "")),
-                )
-                for name, array in tensors.items()
+                name: _require_floats(name, array, converted.tensors)
+                for name, array in converted.tensors.items()
                 if not slices.is_absent(name)
             }
+
+        def load_weights(self, weights: Any, strict: bool = True) -> nn.Module:
+            install_output_scales(self, weights)
+            return cast("nn.Module", super().load_weights(weights, strict))
 
     return PartialModel, arguments
 
@@ -228,51 +291,138 @@ def _shrink(layout: ModelLayout, slices: RankSlices) -> None:
             module.d_model = local.query_width  # where mlx-lm splits off the queries
 
 
-def _read_rank_tensors(weights: dict[str, mx.array], slices: RankSlices) -> dict[str, mx.array]:
-    """The checkpoint as if only the rank's pieces existed, experts numbered from 0."""
+def _read_rank_tensors(
+    weights: dict[str, mx.array], slices: RankSlices, checkpoint: Checkpoint
+) -> tuple[dict[str, mx.array], dict[str, LoadedLayer]]:
+    """The checkpoint as if only the rank's pieces existed, experts numbered from 0.
+
+    Returns:
+        Its tensors by name, and its quantized layers by path.
+    """
     pieces = {piece.tensor.name: piece for piece in slices.tensors}
+    quantized = checkpoint.quantized
     tensors: dict[str, mx.array] = {}
     together: dict[tuple[str, str, TensorView], dict[str, TensorPiece]] = {}
     for name, array in weights.items():
+        if name in quantized.roles or name in quantized.ignored:
+            continue
         piece = pieces.get(name)
         if piece is None:
             if slices.is_absent(name):  # the conversion may look for it; never evaluated
                 tensors[name] = array
             continue
-        single = EXPERT_TENSOR.fullmatch(name)
-        layer = layer_index(name)
-        held = slices.experts.get(layer, ()) if layer is not None else ()
-        if single is not None and int(single["expert"]) in held:
-            local = f"{single['head']}.{held.index(int(single['expert']))}.{single['tail']}"
+        local = _local_name(name, slices)
+        if local != name and piece.view is not None:
+            match = EXPERT_TENSOR.fullmatch(name)
+            assert match is not None
+            together.setdefault((match["head"], match["tail"], piece.view), {})[local] = piece
             tensors[local] = array
-            if piece.view is not None:
-                key = (single["head"], single["tail"], piece.view)
-                together.setdefault(key, {})[local] = piece
         elif piece.view is not None:
             read = read_piece(piece)
             # Where experts and an expert's rows share the first axis, they do so again.
             merged = len(piece.view.shape) > len(array.shape)
             tensors[name] = read.reshape(-1, *read.shape[2:]) if merged else read
         else:
-            tensors[name] = array
+            tensors[local] = array
     for same in together.values():
         arrays = read_together(list(same.values()))
         for i, name in enumerate(same):
             tensors[name] = arrays[i]
-    return tensors
+    return tensors, _read_rank_layers(weights, slices, pieces, quantized)
+
+
+def _local_name(name: str, slices: RankSlices) -> str:
+    """A tensor's name with the expert's number among those that the rank holds."""
+    match = EXPERT_TENSOR.fullmatch(name)
+    layer = layer_index(name)
+    held = slices.experts.get(layer, ()) if layer is not None else ()
+    if match is None or int(match["expert"]) not in held:
+        return name
+    return f"{match['head']}.{held.index(int(match['expert']))}.{match['tail']}"
+
+
+def _read_rank_layers(
+    weights: dict[str, mx.array],
+    slices: RankSlices,
+    pieces: Mapping[str, TensorPiece],
+    quantized: QuantizedLayers,
+) -> dict[str, LoadedLayer]:
+    """The quantized layers of which the rank holds something, by their paths there."""
+    loaded: dict[str, LoadedLayer] = {}
+    together: dict[Any, dict[str, StoredLayer]] = {}
+    for path, stored in quantized.layers.items():
+        first = next(iter(stored.tensors.values())).info.name
+        if first not in pieces and not slices.is_absent(first):
+            continue
+        local = _local_name(f"{path}.weight", slices).removesuffix(".weight")
+        piece = pieces.get(first)
+        if piece is None or piece.view is None:
+            arrays = {role: weights[t.info.name] for role, t in stored.tensors.items()}
+            checks: list[Check] = []
+            whole = stored.decode(arrays, ROWS, (0, stored.outputs), checks)
+            loaded[local] = LoadedLayer(stored, whole, checks)
+        else:
+            match = EXPERT_TENSOR.fullmatch(f"{path}.weight")
+            assert match is not None
+            key = (match["head"], match["tail"], stored.signature)
+            together.setdefault(key, {})[local] = stored
+    for (head, _, _), same in together.items():
+        first_layer = next(iter(same.values()))
+        layer = layer_index(f"{head}.")
+        assert layer is not None
+        part = quantized_slice(first_layer.path, slices.expert_slices[layer])
+        assert part is not None
+        arrays = {
+            role: read_together(
+                [pieces[stored.tensors[role].info.name] for stored in same.values()]
+            )
+            for role in first_layer.tensors
+        }
+        checks = []
+        parts = first_layer.decode(arrays, part.axis, part.ranges[0], checks)
+        for i, (local, stored) in enumerate(same.items()):
+            loaded[local] = LoadedLayer(
+                stored, {name: array[i] for name, array in parts.items()}, checks if not i else []
+            )
+    return loaded
 
 
 def _slice_tensor(
-    name: str, array: mx.array, slices: Mapping[str, TensorSlice], tensor: TensorInfo | None
+    name: str,
+    array: mx.array,
+    slices: Mapping[str, TensorSlice],
+    tensor: TensorInfo | None,
+    layer: LoadedLayer | None,
 ) -> mx.array:
-    """The rank's part of a converted tensor; `tensor`: where it is, if it was not converted."""
+    """The rank's part of a converted tensor.
+
+    Args:
+        tensor: where it is, if it was not converted.
+        layer: whose floats or part it is, if it was not converted.
+    """
     path, _, leaf = name.rpartition(".")
     part: TensorSlice | None
     part, leaf = (slices[name], "weight") if name in slices else (slices.get(path), leaf)
     axis = part.axis_of(leaf, array.ndim) if part is not None else None
     if part is None or axis is None:
         return array
+    ranges = tuple(part.ranges_in(array.shape[axis]))
+    if layer is not None:
+        is_dense = leaf == "weight" and array.dtype != mx.uint32
+        layer.read_slice(part)
+        return layer.stored.dequantize(layer.parts) if is_dense else layer.parts[leaf]
     if tensor is None or tensor.shape != tuple(array.shape):
         return part.apply(array, leaf)
-    ranges = tuple(part.ranges_in(array.shape[axis]))
     return read_piece(TensorPiece(tensor, TensorView((1, *tensor.shape), axis + 1, ranges)))[0]
+
+
+def _require_floats(name: str, array: mx.array, tensors: Mapping[str, mx.array]) -> mx.array:
+    """Refuse weights that are codes of a format that nobody has decoded."""
+    path, _, leaf = name.rpartition(".")
+    is_code = array.dtype in (mx.uint8, mx.int8, mx.uint32, mx.int32)
+    if leaf == "weight" and is_code and f"{path}.scales" not in tensors:
+        raise CheckpointError(
+            f"{name}: expected floats, or integers with scales, got "
+            f"{str(array.dtype).removeprefix('mlx.core.')} alone; the format is not supported"
+        )
+    return array

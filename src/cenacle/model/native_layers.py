@@ -70,7 +70,7 @@ def native_weights(layer: nn.Module) -> Any | None:
             layer[name] = mx.contiguous(layer[name])
     if "bias" in layer:
         layer.bias = mx.contiguous(layer.bias.astype(mx.float32))
-    if layer.get("global_scale") is not None:
+    if layer.get("global_scale") is not None or layer.get("output_scale") is not None:
         return None
     try:
         weights = native.extension().Weights(

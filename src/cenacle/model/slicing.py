@@ -24,8 +24,10 @@ from ..errors import CheckpointError, PlanError
 from . import architecture
 from .architecture import OUTPUT_LAYERS, MoEBlock
 from .byte_ranges import ByteRange, append_range
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .families import EXPERT_TENSOR, STACKED_TENSOR, Family, family_of, layer_index
+from .quantized_layers import QuantizedLayers
+from .tensor_info import TensorInfo
 from .tensor_layout import ExpertSlice, expert_tensor_views
 from .tensor_reader import TensorPiece, TensorView
 from .tensor_slice import COLUMNS, ROWS, TensorSlice, feature_counts, scale_range, slice_mlp
@@ -46,12 +48,14 @@ class ModelLayout:
         family: what is special about it.
         blocks: its MoE blocks, by layer.
         tensors: the checkpoint's, by name.
+        quantized: those of its layers that have another format than MLX's own.
     """
 
     model: nn.Module
     family: Family
     blocks: tuple[MoEBlock, ...]
     tensors: Mapping[str, TensorInfo]
+    quantized: QuantizedLayers
 
     @classmethod
     def of(cls, model: nn.Module, checkpoint: Checkpoint) -> ModelLayout:
@@ -73,7 +77,12 @@ class ModelLayout:
                 f"({sorted(counts)}) are not supported"
             )
         family = family_of(architecture.resolve_family(checkpoint.config))
-        return cls(model, family, tuple(blocks), checkpoint.tensors)
+        needed = {
+            name: info
+            for name, info in checkpoint.tensors.items()
+            if name not in checkpoint.quantized.ignored
+        }
+        return cls(model, family, tuple(blocks), needed, checkpoint.quantized)
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> ModelLayout:
@@ -120,6 +129,7 @@ class RankSlices:
         unread: those of `modules` that `tensors` does not slice: applied after the conversion.
         attention: attention modules with fewer heads, by path.
         absent: paths of shared experts that other ranks hold.
+        expert_slices: by layer the slice of experts that `tensors` has.
     """
 
     tensors: tuple[TensorPiece, ...]
@@ -128,6 +138,7 @@ class RankSlices:
     unread: Mapping[str, TensorSlice] = field(default_factory=dict)
     attention: Mapping[str, LocalHeads] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    expert_slices: Mapping[int, ExpertSlice] = field(default_factory=dict)
 
     @classmethod
     def whole(cls, layout: ModelLayout) -> RankSlices:
@@ -177,7 +188,9 @@ def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
             elif len(layer.shared) > 1:
                 trunk |= slice_mlp(path, block.module[name], (*span, layer.shared[-1].stop))
     shapes = {name: t.shape for name, t in layout.tensors.items()}
-    views = expert_tensor_views(shapes, sliced_layers, layout.expert_count, layout.family)
+    views = expert_tensor_views(
+        shapes, sliced_layers, layout.expert_count, layout.family, layout.quantized
+    )
     return RankSlices(
         _list_pieces(layout, experts, views, tuple(absent)),
         experts,
@@ -185,6 +198,7 @@ def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
         unread=trunk if views else trunk | stacked,
         attention=attention,
         absent=tuple(absent),
+        expert_slices=sliced_layers if views else {},
     )
 
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .families import EXPERT_TENSOR, STACKED_TENSOR, Family, layer_index
+from .quantized_layers import QuantizedLayers
 from .tensor_reader import TensorView
-from .tensor_slice import UnitRange
+from .tensor_slice import COLUMNS, ROWS, TensorSlice, UnitRange, scale_range
 
 _PROJECTION = re.compile(
     r".*\.(?P<name>gate_up_proj|input_linear|gate_proj|up_proj|down_proj|output_linear"
@@ -45,6 +46,7 @@ def expert_tensor_views(
     slices: Mapping[int, ExpertSlice],
     count: int,
     family: Family,
+    quantized: QuantizedLayers,
 ) -> dict[str, TensorView]:
     """How to slice the tensors that hold experts as they are in the checkpoint.
 
@@ -52,6 +54,7 @@ def expert_tensor_views(
         shapes: of all tensors, by name.
         slices: a rank's, by layer.
         count: number of experts.
+        quantized: layers in other formats than MLX's own, which know how their tensors lie.
 
     Returns:
         A view of every such tensor; empty if one of them is not understood.
@@ -69,11 +72,28 @@ def expert_tensor_views(
     transposed = _is_transposed(expert_tensors)
     views = {}
     for name, (part, shape) in expert_tensors.items():
-        view = _expert_view(name, part, shape, family, transposed)
+        view: TensorView | None
+        if name in quantized.roles:
+            stored, role = quantized.roles[name]
+            sliced = quantized_slice(stored.path, part)
+            view = None
+            if sliced is not None and EXPERT_TENSOR.fullmatch(name):
+                view = stored.view(role, sliced.axis, *sliced.ranges[0])
+        else:
+            view = _expert_view(name, part, shape, family, transposed)
         if view is None:
             return {}
         views[name] = view
     return views
+
+
+def quantized_slice(path: str, part: ExpertSlice) -> TensorSlice | None:
+    """A rank's slice of one expert's layer; None: the name does not tell which layer it is."""
+    match = _PROJECTION.fullmatch(f"{path}.weight")
+    if match is None or match["name"] in _FUSED:
+        return None
+    axis = COLUMNS if match["name"] in _DOWN else ROWS
+    return TensorSlice(axis, scale_range(part.units, part.width), part.width)
 
 
 def _is_transposed(

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .byte_ranges import ByteRange, ColumnRange, Span
-from .checkpoint import DTYPES, TensorInfo
+from .tensor_info import DTYPES, TensorInfo
 
 BLOCK_BYTES = 1 << 20  # read at a time of rows of which only some columns are wanted
 MIN_GAP_BYTES = 8192  # two pages: a smaller gap is not worth another read

@@ -22,6 +22,7 @@ UnitRange = tuple[int, int, int]
 """[start, stop) of so many equal units: (start, stop, units)."""
 
 ROWS, COLUMNS = -2, -1
+UNSLICED = ("bias", "global_scale", "output_scale")  # of a layer that is sliced by columns
 _MLP_LAYERS = {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -47,7 +48,7 @@ class TensorSlice:
         """
         if name in ("weight", "scales", "biases"):
             return max(ndim + self.axis, 0)
-        if name == "bias":
+        if name in ("bias", "output_scale"):
             return ndim - 1 if self.axis == ROWS else None
         if name == "global_scale":
             return None
@@ -101,7 +102,7 @@ def input_units(linear: nn.Module) -> int:
 
 def unsliced_bytes(linear: nn.Module) -> int:
     """Bytes of a layer sliced by columns that every rank holds."""
-    return sum(linear[n].nbytes for n in ("bias", "global_scale") if n in linear)
+    return sum(linear[n].nbytes for n in UNSLICED if n in linear)
 
 
 def is_mlp(module: nn.Module) -> bool:

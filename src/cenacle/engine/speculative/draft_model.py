@@ -198,6 +198,7 @@ def load_draft_model(checkpoint: Checkpoint, kernels: str) -> nn.Module:
         return model
     model = loader.build_dense_model(checkpoint)
     try:
+        loader.require_checks(checkpoint, model)
         mx.eval(model.parameters())
     except RuntimeError as error:
         raise CheckpointError(

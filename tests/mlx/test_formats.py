@@ -1,0 +1,439 @@
+"""Checkpoints in the formats in which models are published, in every placement.
+
+The witness is the same model with weights that `support/quantized_formats.py` decoded.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from one_process import run_ranks
+
+from cenacle.core.plan import Plan
+from cenacle.engine.speculative.draft_model import load_draft_model
+from cenacle.errors import CheckpointError
+from cenacle.model import architecture
+from cenacle.model.byte_ranges import ColumnRange, total_bytes
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.families import TINY_CONFIGS
+from cenacle.model.loader import build_model, load_rank_model
+from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
+from cenacle.model.spec_reader import read_model_spec
+from support.quantized_formats import FORMATS, Format, Stored, write_safetensors
+
+WIDTH, HIDDEN, EXPERTS, VOCABULARY, HEADS = 128, 192, 4, 64, 4
+WEIGHTS = "model.safetensors"
+Shapes = dict[str, tuple[int, int]]
+
+
+def mlp(at: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Shapes:
+    gate, up, down = names
+    return {
+        f"{at}.{gate}": (HIDDEN, WIDTH),
+        f"{at}.{up}": (HIDDEN, WIDTH),
+        f"{at}.{down}": (WIDTH, HIDDEN),
+    }
+
+
+def attention(at: str) -> Shapes:
+    return {
+        **{f"{at}.{n}_proj": (WIDTH, WIDTH) for n in "qo"},
+        **{f"{at}.{n}_proj": (WIDTH // 2, WIDTH) for n in "kv"},
+    }
+
+
+def mixtral(layer: str) -> tuple[dict, Shapes, Shapes]:
+    """config.json's differences, and the shapes of quantized and other layers."""
+    config = {"intermediate_size": HIDDEN, "num_local_experts": EXPERTS}
+    at = f"{layer}.block_sparse_moe"
+    layers = attention(f"{layer}.self_attn")
+    for e in range(EXPERTS):
+        layers |= mlp(f"{at}.experts.{e}", ("w1", "w3", "w2"))
+    return config, layers, {f"{at}.gate": (EXPERTS, WIDTH)}
+
+
+def qwen3_moe(layer: str) -> tuple[dict, Shapes, Shapes]:
+    config = {"moe_intermediate_size": HIDDEN, "num_experts": EXPERTS, "intermediate_size": HIDDEN}
+    config |= {"num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    layers = attention(f"{layer}.self_attn")
+    norms = {f"{layer}.self_attn.{n}_norm": (32,) for n in "qk"}
+    if layer.endswith("0"):
+        return config, layers | mlp(f"{layer}.mlp"), norms
+    for e in range(EXPERTS):
+        layers |= mlp(f"{layer}.mlp.experts.{e}")
+    return config, layers, norms | {f"{layer}.mlp.gate": (EXPERTS, WIDTH)}
+
+
+def deepseek_v3(layer: str) -> tuple[dict, Shapes, Shapes]:
+    config = {"moe_intermediate_size": HIDDEN, "n_routed_experts": EXPERTS}
+    config |= {"intermediate_size": HIDDEN, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    config |= {"q_lora_rank": 64, "kv_lora_rank": 64}
+    at = f"{layer}.self_attn"
+    layers: Shapes = {
+        f"{at}.q_a_proj": (64, WIDTH),
+        f"{at}.q_b_proj": (HEADS * 96, 64),
+        f"{at}.kv_a_proj_with_mqa": (96, WIDTH),
+        f"{at}.kv_b_proj": (HEADS * 128, 64),
+        f"{at}.o_proj": (WIDTH, HEADS * 64),
+    }
+    others = {f"{at}.{n}_a_layernorm": (64,) for n in ("q", "kv")}
+    if layer.endswith("0"):
+        return config, layers | mlp(f"{layer}.mlp"), others
+    for e in range(EXPERTS):
+        layers |= mlp(f"{layer}.mlp.experts.{e}")
+    layers |= mlp(f"{layer}.mlp.shared_experts")
+    return config, layers, others | {f"{layer}.mlp.gate": (EXPERTS, WIDTH)}
+
+
+FAMILIES: dict[str, Callable[[str], tuple[dict, Shapes, Shapes]]] = {
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "deepseek_v3": deepseek_v3,
+}
+
+
+def write_checkpoints(folder: Path, family: str, form: Format, dtype: str = "float32") -> Path:
+    """A quantized checkpoint, and the same with decoded weights in the folder "dense"."""
+    config = json.loads((TINY_CONFIGS / f"{family}.json").read_text())
+    config |= {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "num_hidden_layers": 2}
+    config["torch_dtype"] = dtype
+    rng = np.random.default_rng(5)
+    plain: dict[str, Stored] = {}
+    quantized: dict[str, Stored] = {}
+    decoded: dict[str, Stored] = {}
+
+    def normal(*shape: int) -> Stored:
+        return "F32", (rng.standard_normal(shape) * 0.3).astype(np.float32)
+
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        changes, layers, others = FAMILIES[family](layer)
+        config |= changes
+        for path, shape in layers.items():
+            leaves, weight = form.layer(rng, *shape)
+            quantized |= {f"{path}.{leaf}": stored for leaf, stored in leaves.items()}
+            decoded[f"{path}.weight"] = "F32", weight
+        for path, shape in others.items():
+            plain[f"{path}.weight"] = normal(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            plain[f"{layer}.{name}.weight"] = "F32", np.ones(WIDTH, np.float32)
+        if family == "deepseek_v3" and i:
+            plain[f"{layer}.mlp.gate.e_score_correction_bias"] = normal(EXPERTS)
+    plain["model.embed_tokens.weight"] = normal(VOCABULARY, WIDTH)
+    plain["lm_head.weight"] = normal(VOCABULARY, WIDTH)
+    plain["model.norm.weight"] = "F32", np.ones(WIDTH, np.float32)
+    (folder / "dense").mkdir(parents=True)
+    write_safetensors(folder / "dense" / WEIGHTS, plain | decoded)
+    (folder / "dense" / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / WEIGHTS, plain | quantized)
+    if form.separate:
+        settings = {"producer": {"name": "modelopt"}, "quantization": form.settings}
+        (folder / "hf_quant_config.json").write_text(json.dumps(settings))
+    else:
+        config["quantization_config"] = form.settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Callable[[str, str], Path]:
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, name: str) -> Path:
+        if (family, name) not in made:
+            folder = tmp_path_factory.mktemp(f"{family}-{name}")
+            made[family, name] = write_checkpoints(folder, family, FORMATS[name])
+        return made[family, name]
+
+    return make
+
+
+TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def logits(folder: Path, nodes: int = 1, placement: str = "whole") -> mx.array:
+    def run(model, collective):
+        y = model(TOKENS).astype(mx.float32)
+        mx.eval(y)
+        return y
+
+    return run_ranks(folder, nodes, run, placement=placement)[0]
+
+
+def difference(got: mx.array, expected: mx.array) -> float:
+    return float(mx.max(mx.abs(got - expected)) / mx.max(mx.abs(expected)))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_decoded_weights(checkpoints, family, name):
+    folder = checkpoints(family, name)
+    expected = logits(folder / "dense")
+    for nodes, placement in ((1, "whole"), (3, "whole"), (3, "sliced"), (3, "replicated")):
+        got = logits(folder, nodes, placement)
+        assert difference(got, expected) < 1e-4, (nodes, placement)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_are_held_as_they_should_be(checkpoints, name):
+    model = build_model(Checkpoint.open(checkpoints("qwen3_moe", name)), None, 0)
+    (block,) = architecture.find_blocks(model)
+    for linear in block.linears.values():
+        assert getattr(linear, "mode", "dense") == FORMATS[name].held
+
+
+# What a rank reads
+
+
+def listed_bytes(folder: Path, plan: Plan, rank: int, *, experts: bool) -> int:
+    checkpoint = Checkpoint.open(folder)
+    slices = slices_for(plan, rank, ModelLayout.read(checkpoint))
+    return sum(
+        total_bytes(piece.byte_ranges(1 << 16))
+        for piece in slices.tensors
+        if (".experts." in piece.tensor.name) == experts
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("placement", ["whole", "sliced"])
+def test_a_rank_reads_its_own_bytes_of_experts(checkpoints, name, placement):
+    """In sum at most 5 % more than the file has: scales that ranks share."""
+    folder = checkpoints("mixtral", name)
+    plan = getattr(Plan, placement)(read_model_spec(Checkpoint.open(folder)), 3)
+    checkpoint = Checkpoint.open(folder)
+    tensors = [t for n, t in checkpoint.tensors.items() if n not in checkpoint.quantized.ignored]
+    whole = sum(t.stop - t.start for t in tensors if ".experts." in t.name)
+    ranks = [listed_bytes(folder, plan, rank, experts=True) for rank in range(3)]
+    # With act-order any column may be of any group: a rank reads the scales of all.
+    limit = 1.15 if name == "gptq-act-order" else 1.05
+    assert whole <= sum(ranks) <= limit * whole
+    if placement == "sliced":
+        assert max(ranks) <= limit * whole / 3
+
+
+def parameters(model) -> dict[str, mx.array]:
+    return dict(architecture.named_parameters(model))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("placement", ["whole", "sliced", "replicated"])
+def test_bytes_that_a_rank_does_not_list_change_nothing(checkpoints, tmp_path, name, placement):
+    folder = checkpoints("deepseek_v3", name)
+    checkpoint = Checkpoint.open(folder)
+    plan = getattr(Plan, placement)(read_model_spec(checkpoint), 3, trunk="sharded")
+    data = (folder / WEIGHTS).read_bytes()
+    slices = slices_for(plan, 1, ModelLayout.read(checkpoint))
+    kept = bytearray(len(data))
+    header = min(t.start for t in checkpoint.tensors.values())
+    kept[:header] = data[:header]
+    for byte_range in required_ranges(slices)[WEIGHTS]:
+        spans = byte_range.spans() if isinstance(byte_range, ColumnRange) else [byte_range]
+        for start, stop in spans:
+            kept[start:stop] = data[start:stop]
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / WEIGHTS).write_bytes(kept)
+    expected = parameters(load_rank_model(checkpoint, plan, 1, lambda *_: None))
+    got = parameters(load_rank_model(Checkpoint.open(tmp_path), plan, 1, lambda *_: None))
+    assert got.keys() == expected.keys()
+    for key, array in expected.items():
+        assert mx.array_equal(array, got[key], equal_nan=True), key
+
+
+# The trunk
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_sharded_trunk_is_sliced_as_it_is_stored(checkpoints, name):
+    folder = checkpoints("qwen3_moe", name)
+    checkpoint = Checkpoint.open(folder)
+    plan = Plan.sliced(read_model_spec(checkpoint), 2, trunk="sharded")
+    assert any(plan.is_sharded(part) for part in plan.spec.dense_modules)
+    whole = parameters(build_model(checkpoint, None, 0))
+    ranks = [parameters(build_model(checkpoint, plan, rank)) for rank in range(2)]
+    cut = 0
+    for key, value in whole.items():
+        parts = [rank[key] for rank in ranks]
+        if parts[0].shape == value.shape:
+            assert mx.array_equal(parts[0], value), key
+            continue
+        cut += ".mlp.down_proj.weight" in key
+        axis = next(i for i, n in enumerate(parts[0].shape) if n != value.shape[i])
+        assert mx.array_equal(mx.concatenate(parts, axis=axis), value), key
+    assert cut
+
+
+# What is not held exactly
+
+
+def test_block_fp8_is_rounded_to_the_type_of_the_model(tmp_path):
+    folder = write_checkpoints(tmp_path, "mixtral", FORMATS["block-fp8"], "bfloat16")
+    got = parameters(build_model(Checkpoint.open(folder), None, 0))
+    exact = parameters(build_model(Checkpoint.open(folder / "dense"), None, 0))
+    layer = next(iter(Checkpoint.open(folder).quantized.layers.values()))
+    assert layer.error == 2**-8
+    name = "model.layers.1.block_sparse_moe.switch_mlp.up_proj.weight"
+    assert got[name].dtype == mx.bfloat16
+    apart = mx.abs(got[name].astype(mx.float32) - exact[name])
+    assert bool(mx.all(apart <= layer.error * mx.abs(exact[name])))
+    assert bool(mx.any(apart > layer.error / 2 * mx.abs(exact[name])))
+
+
+# Mixed formats
+
+
+def test_layers_of_one_checkpoint_have_formats_of_their_own(tmp_path):
+    """Attention in FP8 per row, experts in integers of 4 bits, one layer in 8."""
+
+    def write(rng, out, width):
+        form = FORMATS["channel-fp8" if out != HIDDEN and width != HIDDEN else "int4"]
+        return form.write(rng, out, width, **form.options)
+
+    def read(leaves, out, width):
+        form = FORMATS["int4" if "weight_packed" in leaves else "channel-fp8"]
+        return form.read(leaves, out, width)
+
+    mixed = Format(write, read, FORMATS["int4"].settings, "")
+    folder = write_checkpoints(tmp_path, "qwen3_moe", mixed)
+    expected = logits(folder / "dense")
+    for nodes, placement in ((1, "whole"), (3, "sliced")):
+        assert difference(logits(folder, nodes, placement), expected) < 1e-4
+    description = read_model_spec(Checkpoint.open(folder)).quantization
+    assert description is not None
+    assert "int 4-bit held as affine 4-bit, groups of 32; fp8 held as float32" in description
+
+
+# Models without experts: draft models
+
+
+@pytest.mark.parametrize("name", ["awq", "modelopt", "block-fp8"])
+def test_a_dense_model(tmp_path, monkeypatch, name):
+    def llama(layer: str) -> tuple[dict, Shapes, Shapes]:
+        config = {"model_type": "llama", "intermediate_size": HIDDEN, "rms_norm_eps": 1e-6}
+        config |= {"num_attention_heads": HEADS, "num_key_value_heads": 2}
+        config |= {"tie_word_embeddings": False, "rope_theta": 1e4}
+        return config, attention(f"{layer}.self_attn") | mlp(f"{layer}.mlp"), {}
+
+    monkeypatch.setitem(FAMILIES, "mixtral", llama)
+    folder = write_checkpoints(tmp_path, "mixtral", FORMATS[name])
+    for file in (folder / "config.json", folder / "dense" / "config.json"):
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
+    expected = load_draft_model(Checkpoint.open(folder / "dense"), "mlx")(TOKENS)
+    assert difference(load_draft_model(Checkpoint.open(folder), "mlx")(TOKENS), expected) < 1e-4
+
+
+# Damage
+
+
+def rewrite(folder: Path, change: Callable[[str, str, list[int], bytearray], object]) -> None:
+    """Change tensors in place: change(name, type, shape, bytes) returns a new (type, shape)."""
+    data = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    body = bytearray()
+    for name, entry in header.items():
+        a, b = entry["data_offsets"]
+        piece = bytearray(data[8 + length + a : 8 + length + b])
+        made = change(name, entry["dtype"], entry["shape"], piece)
+        if made is not None:
+            entry["dtype"], entry["shape"] = made
+        entry["data_offsets"] = [len(body), len(body) + len(piece)]
+        body += piece
+    head = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(head).to_bytes(8, "little") + head + bytes(body))
+
+
+def copied(folder: Path, to: Path) -> Path:
+    for file in folder.glob("*.*"):
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def open_and_load(folder: Path, placement: str) -> None:
+    checkpoint = Checkpoint.open(folder)
+    plan = getattr(Plan, placement)(read_model_spec(checkpoint), 3)
+    for rank in range(3):
+        load_rank_model(checkpoint, plan, rank, lambda *_: None)
+
+
+SCALES = (
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".scales",
+    ".weight_global_scale",
+    ".weight_scale_2",
+)
+NAN = {"F32": b"\x00\x00\xc0\x7f", "F16": b"\x00\x7e", "BF16": b"\xc0\x7f"}
+NAN |= {"U8": b"\xff", "F8_E4M3": b"\x7f"}
+
+
+@pytest.mark.parametrize("placement", ["whole", "sliced"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_scale_that_is_no_number_is_a_sentence(checkpoints, tmp_path, name, placement):
+    folder = copied(checkpoints("mixtral", name), tmp_path)
+
+    def spoil(tensor, dtype, shape, data):
+        if ".experts.2.w3" in tensor and tensor.endswith(SCALES):
+            data[: len(NAN[dtype])] = NAN[dtype]
+
+    rewrite(folder, spoil)
+    with pytest.raises(CheckpointError, match="scale"):
+        open_and_load(folder, placement)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scales_of_another_shape_are_a_sentence(checkpoints, tmp_path, name):
+    folder = copied(checkpoints("mixtral", name), tmp_path)
+
+    def shorten(tensor, dtype, shape, data):
+        if ".experts.2.w3" in tensor and tensor.endswith(SCALES):
+            size = len(data) // max(1, int(np.prod(shape)))
+            data += data[:size] * 7
+            return dtype, [int(np.prod(shape)) + 7]
+        return None
+
+    rewrite(folder, shorten)
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w3"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_missing_scale_is_a_sentence(checkpoints, tmp_path, name):
+    folder = copied(checkpoints("mixtral", name), tmp_path)
+    data = (folder / WEIGHTS).read_bytes()
+    for leaf in SCALES:
+        old = f".experts.2.w3{leaf}".encode() + b'"'
+        data = data.replace(old, old.replace(b"w3", b"wx"))
+    (folder / WEIGHTS).write_bytes(data)
+    with pytest.raises(CheckpointError):
+        open_and_load(folder, "whole")
+
+
+def change_settings(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("block-fp8", {"scale_fmt": "ue8m0"}, "not a power of two"),
+        ("gptq", {"sym": True}, "zero points are not in the middle"),
+        ("gptq-act-order", {"desc_act": False}, "g_idx has columns in another order"),
+        ("gptq", {"checkpoint_format": "marlin"}, "marlin"),
+        ("awq", {"version": "gemv"}, "gemv"),
+        ("awq", {"quant_method": "other"}, "expected quant_method awq or gptq"),
+        ("int4", {"quant_method": "bitsandbytes"}, "bitsandbytes"),
+    ],
+)
+def test_a_config_that_lies_is_a_sentence(checkpoints, tmp_path, name, changes, message):
+    folder = copied(checkpoints("mixtral", name), tmp_path)
+    change_settings(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        open_and_load(folder, "sliced")
