@@ -55,9 +55,9 @@ lock:
 	uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 \
 	  --no-emit-index-url --no-annotate --upgrade -o requirements.lock
 
-# Damaged messages, 10,000 at each border of a cluster.
+# Faulty messages, 10,000 at each border of a cluster.
 fuzz-cluster: install
-	CENACLE_FUZZ_FRAMES=10000 $(BIN)/pytest -p no:cacheprovider tests/ranks/test_cluster_fuzz.py
+	$(BIN)/python benchmarks/fuzz_cluster.py --frames 10000
 
 # The kernels and the mesh with AddressSanitizer and UndefinedBehaviorSanitizer, with their tests, in
 # an environment of their own. GCC on Linux. MLX and Python are not instrumented: only the first error

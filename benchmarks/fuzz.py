@@ -82,7 +82,7 @@ class Connection:
         reader, writer = self._stream
         answer = Answer(0)
         try:
-            with suppress(ConnectionError):  # it may answer before it has read all
+            with suppress(OSError):  # it may answer, and close, before it has read all
                 writer.write(data)
                 await writer.drain()
                 if leave:
@@ -155,7 +155,7 @@ def judge_events(body: bytes) -> str:
             continue
         event = json.loads(data, parse_constant=_refuse)
         error = event.get("error") or (event.get("response") or {}).get("error")
-        if error is not None:
+        if error is not None and error.get("type") != "invalid_request_error":
             return f"an error in a stream: {error}"
     return ""
 

@@ -170,6 +170,8 @@ class RequestMaker:
             fault = dice.choice(HTTP_FAULTS)
             fault(request, dice)
             request.faults.append(fault.__name__)
+        if len(request.body) > 50_000_000:  # such a body may be refused before it is read
+            request.breaks_http = True
         names = {name.lower() for name, _ in request.headers}
         if request.chunks is not None:
             request.headers.append(("transfer-encoding", "chunked"))

@@ -335,3 +335,32 @@ def test_what_is_no_http_is_logged_once(server):
             sock.sendall(b"G\xc9T / HTTP/1.1\r\n\r\n")
             assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
     assert server.log.read_text().count("Invalid HTTP request") == 1
+
+
+def test_bodies_in_chunks_of_a_byte_leave_the_others_alone(server):
+    """On a quiet machine /health took 8 s beside eight of them; it takes 0.03 s."""
+    url, stopped = httpx.URL(server.url), threading.Event()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    pieces = b"1\r\na\r\n" * 40_000
+
+    def send() -> None:
+        while not stopped.is_set():
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((url.host, url.port)) as sock,
+            ):
+                sock.settimeout(DEADLINE_S)
+                sock.sendall(head.encode() + pieces + b"0\r\n\r\n")
+                assert sock.recv(12) == b"HTTP/1.1 400"
+
+    senders = [threading.Thread(target=send) for _ in range(16)]
+    for sender in senders:
+        sender.start()
+    watch = HealthWatch(server.url)
+    watch.start()
+    time.sleep(3)
+    longest_s = watch.stop()
+    stopped.set()
+    for sender in senders:
+        sender.join(DEADLINE_S)
+    assert longest_s < HEALTH_S

@@ -65,7 +65,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front to handle
     use_private_temp_dir()
     pin_to_cores()
-    channel = connect_to_front()
+    try:
+        channel = connect_to_front()
+    except (ClusterError, OSError):
+        sys.exit(1)  # the front has gone meanwhile: nobody is to be told
     threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()
     try:
         _Worker(channel, parse(receive_message(channel), LoadOrder)).run()

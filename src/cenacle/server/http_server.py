@@ -33,6 +33,7 @@ from .auth import KeyStore
 from .limits import Limits
 from .metrics import Metrics
 from .middleware import AccessMiddleware, AccessPolicy
+from .paced_input import PacedInput, Turns
 from .plan_info import PlanTracker
 from .supervisor import Restarts
 
@@ -200,14 +201,18 @@ class _TimedConnection(H11Protocol):
     """uvicorn's connection with two deadlines that it lacks: for a request's head, and for a client
     that does not read its response. A client that has closed its own side gets its response."""
 
-    def __init__(self, limits: Limits, connections: _Connections, **options: Any) -> None:
+    def __init__(
+        self, limits: Limits, connections: _Connections, turns: Turns, **options: Any
+    ) -> None:
         super().__init__(**options)
         self._limits, self._connections, self.address = limits, connections, ""
+        self._turns = turns
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._half_closed: _HalfClosedTransport | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = self._input = PacedInput(transport, self._parse, self._turns)
         self.address = self.client[0] if self.client else ""
         self._start_timer("head", self._limits.head_timeout_s)
         self._connections.add(self)
@@ -219,6 +224,9 @@ class _TimedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._connections.touch(self)
+        self._input.add(data)
+
+    def _parse(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_timer("head")
@@ -294,7 +302,7 @@ class _UvicornServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 asgi,
-                http=partial(_TimedConnection, limits, _Connections(limits)),  # type: ignore[arg-type]
+                http=partial(_TimedConnection, limits, _Connections(limits), Turns()),  # type: ignore[arg-type]
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
