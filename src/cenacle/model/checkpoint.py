@@ -72,7 +72,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} has no weights: expected files named model*.safetensors"
             )
-        select_files(str(folder), (file.name for file in folder.iterdir()), listed)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             if listed is not None and not file.exists():
@@ -194,6 +193,8 @@ def _check_counts(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
 def locate_checkpoint(model: str, revision: str | None = None) -> Path:
     """A local folder for a path or a Hub repository ("org/name"), downloaded if need be.
 
+    Weights that the index does not name are reported in the log: ranks need not say it again.
+
     Raises:
         CheckpointError: neither a folder with a whole model nor a repository that can be had.
     """
@@ -204,6 +205,9 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
                 f"{folder} has only one node's part of a model: give a folder that has all of it, "
                 f"or the model's name on the Hub"
             )
+        if folder.is_dir():
+            names = (file.name for file in folder.iterdir())
+            select_files(str(folder), names, read_index(folder))
         return folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(

@@ -110,4 +110,5 @@ def select_files(source: str, names: Iterable[str], listed: dict[str, str] | Non
 
 @cache
 def _report_stray_files(source: str, count: int, examples: str) -> None:
-    log.warning("%s: %d files are not named by the index and not used: %s", source, count, examples)
+    text = "%s: %d weight files are not named by the index and not used, such as %s"
+    log.warning(text, source, count, examples)
