@@ -1,5 +1,8 @@
 """The native kernels against plain MLX, and models that use them against the same without."""
 
+import json
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,6 +13,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from one_process import load_rank
 
 from cenacle import native
+from cenacle.collective.base import RoutingDecision
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
@@ -339,15 +343,79 @@ def test_every_family_in_float32(family, tmp_path):
     assert tokens == expected
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", ["qwen3_moe", "dbrx", "deepseek_v3", "gpt_oss", "nemotron_h"])
-def test_quantized_families(family, bits, tmp_path):
-    synth(tmp_path / "m", family=family, quantize=bits, group_size=32)
-    (got, _), (want, _) = both(tmp_path / "m")
-    assert error(got, want) <= 5e-4
+class RecordedRouting(SingleRank):
+    """Remembers which experts each token chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen: list[mx.array] = []
+
+    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array:
+        if routing is not None:
+            self.chosen.append(mx.sort(routing.ids.reshape(len(PROMPT), -1), axis=-1))
+        return x
 
 
-@pytest.mark.parametrize(("activations", "most"), [(16, 5e-4), (8, 0.15)])
+def logits_and_routing(folder: Path, kernels: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits [tokens, vocabulary], and each layer's experts [tokens, k]."""
+    plan, recorded = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1), RecordedRouting()
+    model = load_rank(folder, plan, recorded, kernels=kernels)
+    recorded.chosen.clear()
+    logits = np.array(model(mx.array([PROMPT])).astype(mx.float32))
+    return logits[0], [np.array(ids) for ids in recorded.chosen]
+
+
+def attend_to_all(folder: Path) -> None:
+    """Let the indexer, if there is one, choose all positions: rounding could change its choice."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config.get("text_config", {})):
+        if "index_topk" in part:
+            part["index_topk"] = 64
+    path.write_text(json.dumps(config))
+
+
+# The largest that was measured: 1.1e-3 and 1.6e-5 (jamba 5.0e-3), 53 families, 4 and 8 bits, groups
+# of 32 and 64, 3 seeds, AVX-512 and AVX2. Jamba's recurrence makes more of any rounding.
+ROUNDED_LOGITS, EXACT_LOGITS = 2e-3, 5e-5
+ROUNDED_LOGITS_OF = {"jamba": 1e-2}
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64)])
+@pytest.mark.parametrize("family", RUNNABLE)
+def test_rounding_of_activations_explains_quantized_logits(
+    family, bits, group_size, tmp_path, monkeypatch
+):
+    """With the portable kernels, which do not round, nothing is left of the difference.
+
+    Tokens count up to the first that chose another expert: from there on it is another sum.
+    """
+    # It rounds its keys and values to 8 and 4 bits, so that a small difference may become a step.
+    for name in ("_fake_quant_fp8", "_fake_quant_fp4"):
+        monkeypatch.setattr(deepseek_v41, name, lambda x, *_, **__: x)
+    synth(tmp_path / "m", family=family, quantize=bits, group_size=group_size)
+    attend_to_all(tmp_path / "m")
+    want, chosen = logits_and_routing(tmp_path / "m", "mlx")
+    extension = native.extension()
+    before = extension.selected_kernels()
+    errors, compared = {}, {}
+    try:
+        for kernels in KERNELS:
+            extension.select_kernels(kernels)
+            got, natively_chosen = logits_and_routing(tmp_path / "m", "native")
+            pairs = zip(chosen, natively_chosen, strict=True)
+            same = np.all([(a == b).all(axis=-1) for a, b in pairs], axis=0)
+            compared[kernels] = int(np.argmin([*same, False]))
+            difference = np.abs(got - want)[: compared[kernels]]
+            errors[kernels] = float(difference.max(initial=0) / np.abs(want).max())
+    finally:
+        extension.select_kernels(before)
+    assert errors.pop("portable") <= EXACT_LOGITS
+    assert compared["portable"] == len(PROMPT)
+    assert max(errors.values(), default=0) <= ROUNDED_LOGITS_OF.get(family, ROUNDED_LOGITS)
+
+
+@pytest.mark.parametrize(("activations", "most"), [(16, ROUNDED_LOGITS), (8, 0.15)])
 def test_error_of_integer_activations_in_logits(activations, most, tmp_path):
     synth(tmp_path / "m", family="qwen3_moe", quantize=4, group_size=64)
     native.extension().set_activation_bits(activations)

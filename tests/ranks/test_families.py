@@ -24,7 +24,8 @@ RANK = Path(__file__).parent / "parity_rank.py"
 PROMPT = [(37 * i + 11) % 251 for i in range(24)]
 MAX_TOKENS = 5
 TOLERANCE = 1e-4
-TOLERANCE_ROUNDED = 5e-4  # the native kernels round activations of quantized layers to 16 bits
+# The native kernels round activations of quantized layers to 16 bits: see tests/mlx/test_native.py.
+TOLERANCE_ROUNDED = 2e-3
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
 
 
