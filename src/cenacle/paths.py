@@ -87,9 +87,9 @@ def use_private_temp_dir() -> None:
     folder = cache_dir() / "tmp"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stat.S_ISDIR(folder.lstat().st_mode):
+        usable = private_dir_problem(folder) is None and _holds_own_files_only(folder / "mlx")
+        if usable:
             folder.chmod(0o700)
-        usable = private_dir_problem(folder) is None
     except OSError:  # such as a home that cannot be written
         usable = False
     if not usable:
@@ -97,6 +97,13 @@ def use_private_temp_dir() -> None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None
+
+
+def _holds_own_files_only(folder: Path) -> bool:
+    """Others may have put files into a folder before it was private."""
+    if not folder.exists():
+        return True
+    return all(path.lstat().st_uid == os.geteuid() for path in (folder, *folder.rglob("*")))
 
 
 def private_dir_problem(folder: Path) -> str | None:

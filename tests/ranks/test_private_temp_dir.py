@@ -1,6 +1,7 @@
 """MLX loads code that it compiled from $TMPDIR/mlx, whoever has put it there: nobody else can."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -43,13 +44,60 @@ def test_ranks_compile_and_load_in_a_private_folder(
     assert stat.S_IMODE((home / "tmp").stat().st_mode) == 0o700
 
 
+OTHER_USER = 65534
+PLANTED = """
+#include <fstream>
+struct Ran { Ran() { std::ofstream("%s") << "code of another user ran"; } } ran;
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_a_planted_library_of_another_user_is_never_loaded(tmp_path: Path) -> None:
+    """Also not one that is in the private folder since a time when others could write there."""
+    program = [sys.executable, *COMMAND, "--kernels", "mlx"]
+    subprocess.run(program, check=True, capture_output=True, timeout=300)
+    compiled = Path(os.environ["CENACLE_HOME"], "tmp", "mlx").resolve()
+    libraries = [Path("mlx", path.relative_to(compiled)) for path in compiled.rglob("*.so")]
+    assert libraries
+    ran, library = tmp_path / "RAN", tmp_path / "planted.so"
+    (tmp_path / "planted.cpp").write_text(PLANTED % ran)
+    compiler = ["c++", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "planted.cpp")]
+    subprocess.run(compiler, check=True, timeout=300)
+    shared, home = tmp_path / "shared", tmp_path / "home"
+    for place in (shared, home / "tmp"):
+        for name in libraries:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, place / name)
+        for path in (place, *place.rglob("*")):
+            if path != home / "tmp":
+                os.chown(path, OTHER_USER, OTHER_USER)
+    shared.chmod(0o1777)
+    (home / "tmp").chmod(0o777)
+
+    environment = {**os.environ, "TMPDIR": str(shared), "CENACLE_HOME": str(home)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    assert not ran.exists()
+    assert done.returncode == 0, done.stderr
+    assert "42" in done.stdout
+    # It would have been: MLX by itself loads it.
+    script = f"""
+import mlx.core as mx
+from mlx_lm.utils import load_model
+from pathlib import Path
+model, _ = load_model(Path({str(DEMO)!r}))
+mx.eval(model(mx.array([[1]])))
+"""
+    subprocess.run([sys.executable, "-c", script], env=environment, timeout=300)
+    assert ran.exists()
+
+
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
     monkeypatch.setattr(tempfile, "tempdir", None)
 
 
-@pytest.mark.parametrize("kind", ["open", "link", "file", "missing", "mine"])
+@pytest.mark.parametrize("kind", ["open", "link", "file", "missing", "mine", "was open", "planted"])
 @pytest.mark.usefixtures("restored")
 def test_a_folder_that_others_could_have_made_is_not_used(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -67,6 +115,16 @@ def test_a_folder_that_others_could_have_made_is_not_used(
         (home / "tmp").write_text("")
     elif kind == "mine":
         (home / "tmp").mkdir(mode=0o755)
+    elif kind == "was open":
+        (home / "tmp").mkdir()
+        (home / "tmp").chmod(0o777)
+    elif kind == "planted":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give files to another user")
+        (home / "tmp" / "mlx").mkdir(parents=True)
+        (home / "tmp" / "mlx" / "lib.so").touch()
+        os.chown(home / "tmp" / "mlx" / "lib.so", OTHER_USER, OTHER_USER)
+        (home / "tmp").chmod(0o700)
     paths.use_private_temp_dir()
     used = Path(tempfile.gettempdir())
     assert str(used) == os.environ["TMPDIR"]
