@@ -8,6 +8,7 @@ Invariant: nothing is imported before it is used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from .errors import InputError
@@ -30,3 +31,11 @@ def import_extra(module: str, extra: str) -> Any:
             f"this needs the package {module.partition('.')[0]}, which is not installed: run "
             f"`pip install 'cenacle[{extra}]'`"
         ) from error
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported; imports nothing."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False

@@ -228,7 +228,9 @@ def test_misshapen_tensor(folder):
 
 def test_unknown_family(folder):
     change_config(folder, model_type="fancy_moe")
-    assert_rejected(folder, "mlx-lm does not support model_type 'fancy_moe'", "cenacle families")
+    assert_rejected(
+        folder, "neither mlx-lm nor mlx-vlm supports model_type 'fancy_moe'", "cenacle families"
+    )
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["mixtral"]])

@@ -13,7 +13,7 @@ TOLERANCE = 0.01
 
 def counted(config):
     model = synth.build_lazy_model(config)
-    architecture.stack_dbrx_experts(model)
+    architecture.unify_experts(model)
     total = sum(v.size for _, v in tree_flatten(model.parameters()) if isinstance(v, mx.array))
     blocks = architecture.find_blocks(model)
     routed = sum(

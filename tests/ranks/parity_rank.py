@@ -34,6 +34,7 @@ def main() -> None:
 
 def serve(channel: Channel) -> None:
     import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
 
     from cenacle.core.plan import Plan
     from cenacle.core.request import Request
@@ -42,6 +43,7 @@ def serve(channel: Channel) -> None:
     from cenacle.model.architecture import named_parameters
     from cenacle.model.checkpoint import Checkpoint
     from cenacle.model.expert_parallel import parallelize
+    from cenacle.model.families import family_of
     from cenacle.model.loader import load_rank_model
     from cenacle.model.step_timer import StepTimer
     from cenacle.scheduler.scheduler import Scheduler
@@ -62,12 +64,16 @@ def serve(channel: Channel) -> None:
         kernels = message["kernels"]
         parallelize(model, plan.spec.family, plan, collective, watch, kernels)
         before = collective.traffic.calls
-        logits = model(mx.array([message["prompt"]])).astype(mx.float32)
+        logits = model(mx.array([message["prompt"]]), cache=make_prompt_cache(model)).astype(
+            mx.float32
+        )
         mx.eval(logits)
         calls = collective.traffic.calls - before
         if collective.rank == 0:
             mx.save_safetensors(message["out"], {"logits": logits})
-        engine = Engine(model, collective, watch, EngineOptions(prefill_chunk_size=16))
+        batching = family_of(plan.spec.family).batching
+        options = EngineOptions(prefill_chunk_size=16)
+        engine = Engine(model, collective, watch, options, batching=batching)
         request = Request("r", tuple(message["prompt"]), message["max_tokens"])
         request = Request.from_json({**request.to_json(), "sampling": {**GREEDY, "seed": 1}})
         tokens, scheduler = [], Scheduler(prefill_chunk_size=16)

@@ -1,21 +1,24 @@
 """Packages of the extras: nothing needs them until they are used; then a sentence names them."""
 
+import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent.parent
-EXTRAS = {"plots": ("matplotlib", "plotille"), "peers": ("gguf",)}
+EXTRAS = {"plots": ("matplotlib", "plotille"), "peers": ("gguf",), "vlm": ("mlx-vlm",)}
 
 PROGRAM = """
 import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"matplotlib", "plotille", "gguf"}:
+        if name.partition(".")[0] in {"matplotlib", "plotille", "gguf", "mlx_vlm"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
@@ -77,6 +80,31 @@ def test_a_command_names_the_extra_that_it_needs(tmp_path, arguments, package, e
 
 
 @pytest.mark.parametrize(
+    "command",
+    [("synth", "--family", "cohere2_moe", "--out", "model"), ("inspect", "-m", "published")],
+)
+def test_a_family_of_mlx_vlm_names_the_extra_that_it_needs(tmp_path, command):
+    """Also under the name that its makers publish it with."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "cohere2moe"}')
+    mx.save_safetensors(str(folder / "model.safetensors"), {"x": mx.zeros(1)})
+    done = run_without_extras(tmp_path, *command)
+    message = " ".join(done.stderr.split())
+    assert done.returncode == 2, message
+    assert "needs the package mlx_vlm, which is not installed" in message
+    assert "`pip install 'cenacle[vlm]'`" in message
+    assert "Traceback" not in message
+
+
+def test_families_without_the_extra_say_that_they_need_it(tmp_path):
+    done = run_without_extras(tmp_path, "families", "--json")
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert rows["mixtral"]["refused"] is None
+    assert "pip install 'cenacle[vlm]'" in rows["cohere2_moe"]["refused"]
+
+
+@pytest.mark.parametrize(
     "arguments", [PLAN, (*PLAN, "--json"), ("serve", "--help"), ("bench", "--help")]
 )
 def test_everything_else_works_without_extras(tmp_path, arguments):
@@ -87,8 +115,8 @@ def test_everything_else_works_without_extras(tmp_path, arguments):
 def test_a_server_does_not_install_the_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    names = {extra: [r.partition(">")[0] for r in optional[extra]] for extra in EXTRAS}
+    names = {extra: [Requirement(r).name for r in optional[extra]] for extra in EXTRAS}
     assert names == {extra: list(packages) for extra, packages in EXTRAS.items()}
     required = " ".join(project["dependencies"])
     assert not any(p in required for packages in EXTRAS.values() for p in packages)
-    assert "cenacle[plots,peers]" in optional["dev"]
+    assert "cenacle[plots,peers,vlm]" in optional["dev"]

@@ -96,10 +96,10 @@ def families(json_output: JsonOutput = False) -> None:
     if json_output:
         print_json([row.to_json() for row in rows])
         return
-    table = Table("family", "aliases", "supported", "note", box=None)
+    table = Table("family", "from", "aliases", "supported", "note", box=None)
     for row in rows:
         supported = "yes" if row.refused is None else "no"
-        table.add_row(row.name, ", ".join(row.aliases), supported, row.refused or row.note)
+        table.add_row(row.name, row.zoo, ", ".join(row.aliases), supported, row.refused or row.note)
     wide_console().print(table)
 
 

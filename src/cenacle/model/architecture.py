@@ -1,6 +1,6 @@
-"""Where an mlx-lm model keeps its Mixture-of-Experts blocks.
+"""Where a model keeps its Mixture-of-Experts blocks.
 
-Owns: finding the blocks of a model, completing its config, and stacking experts that come as lists.
+Owns: finding the blocks of a model, completing its config, and bringing experts into one form.
 Does not know: ranks, bytes on disk, collectives; what differs between families (`families.py`).
 Invariant: a block is a module with a child that is a `SwitchGLU` or `SwitchMLP`.
 Next: `expert_parallel.py`, which replaces the blocks; `loader.py`, which reads what they need.
@@ -19,11 +19,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import dbrx
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-from mlx_lm.utils import _get_classes
 
 from ..core.model_config import EXPERT_COUNT_KEYS, Config
 from ..errors import CheckpointError
-from .families import SHARED_EXPERTS, Family, family_of, layer_index, stack_tensors
+from . import zoo
+from .families import SHARED_EXPERTS, Family, family_of, layer_index, stack_tensors, vlm_family_name
 
 STACKED_LAYERS = ("gate_proj", "up_proj", "fc1", "down_proj", "fc2")  # the last one comes last
 OUTPUT_LAYERS = ("down_proj", "fc2")
@@ -106,28 +106,18 @@ class StackedDbrx(nn.Module):
 
 
 def resolve_family(config: Config) -> str:
-    """The mlx-lm module that runs this config's model_type.
+    """The family, which is a module of mlx-lm or mlx-vlm, that runs this config's model_type.
 
     Raises:
-        CheckpointError: the config has no model_type, or mlx-lm has no such family.
+        CheckpointError, InputError: see `zoo.find_classes`.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise CheckpointError("config.json: expected a model_type, got none")
-    try:
-        model, _ = _get_classes(config)
-    except (ValueError, ImportError, AttributeError, TypeError) as error:
-        # AttributeError: a module of mlx-lm that is no family; TypeError: odd `architectures`.
-        raise CheckpointError(
-            f"config.json: mlx-lm does not support model_type {kind!r}; "
-            f"`cenacle families` lists the supported ones"
-        ) from error
-    return model.__module__.rsplit(".", 1)[-1]
+    return zoo.find_classes(config).family
 
 
 def model_classes(config: Config) -> tuple[type[nn.Module], Any]:
-    """mlx-lm's model class and its arguments' class for a config."""
-    return _get_classes(config)
+    """The model class and its arguments' class for a config."""
+    classes = zoo.find_classes(config)
+    return classes.model, classes.arguments
 
 
 @contextmanager
@@ -143,15 +133,17 @@ def discard_random_init() -> Iterator[None]:
         mx.eval(cast("list[mx.array]", mx.random.state)[0])
 
 
-def stack_dbrx_experts(model: nn.Module) -> None:
-    """Replace lists of experts by stacked experts, in place (DBRX)."""
+def unify_experts(model: nn.Module) -> None:
+    """Replace other forms of stacked experts by `SwitchGLU`, in place: lists of DBRX, mlx-vlm's."""
     for path, module in list(model.named_modules()):
         if isinstance(module, dbrx.SparseMoeBlock):
             replace_module(model, path, StackedDbrx(module))
+        elif zoo.is_vlm_stack(module):
+            replace_module(model, path, zoo.as_mlx_lm_experts(module))
 
 
-def stack_dbrx_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Stack DBRX's per-expert tensors (`ffn.experts.0.w1.weight`, ...), lazily."""
+def unify_expert_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Converted weights as `unify_experts` names them, lazily."""
     names = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
 
     def stacked_name(name: str) -> tuple[str, int] | None:
@@ -160,7 +152,7 @@ def stack_dbrx_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             return None
         return f"{match[1]}.switch_mlp.{names[match[3]]}.{match[4]}", int(match[2])
 
-    return stack_tensors(weights, stacked_name)
+    return zoo.split_fused_experts(stack_tensors(weights, stacked_name))
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
@@ -209,8 +201,11 @@ def complete_config(config: Config) -> Config:
     """A config.json with the keys that mlx-lm looks for, taken from transformers 5's names.
 
     transformers 5 saves `rope_theta` inside `rope_parameters` and renames counts of experts;
-    mlx-lm 0.32.2 then rejects the config or, worse, silently uses its own default base.
+    mlx-lm 0.32.2 then rejects the config or, worse, silently uses its own default base. mlx-vlm
+    knows them.
     """
+    if vlm_family_name(str(config.get("model_type"))) is not None:
+        return config
     full = {k: complete_config(v) if k == "text_config" else v for k, v in config.items()}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):

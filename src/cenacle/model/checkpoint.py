@@ -25,6 +25,7 @@ from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_partial
 from .config_file import read_config, read_quantization_settings
+from .families import is_tower_tensor
 from .format_recognition import find_quantized_layers
 from .quantized_layers import QuantizedLayers
 from .tensor_info import DTYPES, TensorInfo
@@ -100,6 +101,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Those with tensors, in order."""
         return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def text_tensors(self) -> dict[str, TensorInfo]:
+        """Those of the language model."""
+        return {name: t for name, t in self.tensors.items() if not is_tower_tensor(name)}
 
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""

@@ -24,6 +24,7 @@ _PER_LAYER = (
     "compress_ratios",
     "hybrid_layer_pattern",
     "hybrid_override_pattern",
+    "indexer_types",
     "is_moe_layer",
     "layer_rope_theta",
     "layer_types",
@@ -49,7 +50,7 @@ _LAYER_IDS = (
     "mlp_only_layers",
     "moe_layers",
 )
-_LAYER_IDS_FROM_1 = ("full_attn_layers", "kda_layers")
+_LAYER_IDS_FROM_1 = ("full_attn_layers", "kda_layers", "ple_layer_ids")
 _PERIODS = ("full_attention_interval", "layer_group_size")
 
 
@@ -71,7 +72,7 @@ class CatalogEntry:
 
 
 def family_names() -> list[str]:
-    """Names of the tiny configs: mlx-lm's module names of all its MoE families."""
+    """Names of the tiny configs: the module names of all MoE families."""
     return sorted(p.stem for p in TINY_CONFIGS.glob("*.json"))
 
 

@@ -1,4 +1,4 @@
-"""What differs between mlx-lm's Mixture-of-Experts families.
+"""What differs between the Mixture-of-Experts families of mlx-lm and mlx-vlm.
 
 Owns: the table of families, and how checkpoints name the tensors that hold experts.
 Does not know: ranks, bytes on disk, collectives.
@@ -22,6 +22,7 @@ from mlx_lm.models.cache import ArraysCache
 from mlx_lm.utils import MODEL_REMAPPING
 
 from ..core.model_config import Config
+from ..extras import is_installed
 
 AllReduce = Callable[[mx.array], mx.array]
 """Adds up what every rank has of an array."""
@@ -43,6 +44,12 @@ STACKED_TENSOR = re.compile(
     r"|block_sparse_moe\.(?:input|output)_linear\."  # granitemoe, granitemoehybrid
     r").*"
 )
+# Tensors of what sees and hears beside the language model, and of what speaks.
+_TOWER_TENSOR = re.compile(
+    r"(?:model\.|thinker\.)?"
+    r"(?:vision|visual|audio|speech|image|multi_modal|mm_|embed_vision|embed_audio|aligner|"
+    r"vit_large_projector|patch_merger|pre_mm_projector|talker|code2wav)\w*\."
+)
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _GPT_OSS_EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
@@ -51,6 +58,13 @@ def layer_index(name: str) -> int | None:
     """The index of the layer in a tensor's or module's name."""
     match = _LAYER_INDEX.search(name)
     return int(match[1]) if match else None
+
+
+class Zoo(Enum):
+    """The package whose model classes run a family."""
+
+    MLX_LM = "mlx-lm"
+    MLX_VLM = "mlx-vlm"
 
 
 class Batching(Enum):
@@ -62,6 +76,11 @@ class Batching(Enum):
     PADDED = "prompts share passes, and generating requests too"
     UNPADDED_PROMPTS = "each prompt has its own passes; generating requests share theirs"
     ONE_BY_ONE = "each request has its own passes"
+
+
+def is_tower_tensor(name: str) -> bool:
+    """Whether a tensor of a checkpoint is not of its language model but of a vision tower, say."""
+    return _TOWER_TENSOR.match(name) is not None
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,9 @@ class Family:
         metal_only: mlx-lm implements it with Metal kernels only.
         batching: what the model's layers can take; `tests/mlx/test_batching.py` shows it.
         make_caches: replaces the model's own `make_cache`; called with the model.
+        zoo: the package that has its model classes.
+        aliases: other model_types that mlx-vlm runs with these classes.
+        refused: why it cannot run at all.
         note: what is special, for `cenacle families`.
     """
 
@@ -102,11 +124,18 @@ class Family:
     metal_only: bool = False
     batching: Batching = Batching.PADDED
     make_caches: Callable[[Any], list[Any]] | None = None
+    zoo: Zoo = Zoo.MLX_LM
+    aliases: tuple[str, ...] = ()
+    refused: str | None = None
     note: str = ""
 
     @property
     def unsupported_reason(self) -> str | None:
         """Why this family cannot run on this machine, or None."""
+        if self.refused is not None:
+            return self.refused
+        if self.zoo is Zoo.MLX_VLM and not is_installed("mlx_vlm"):
+            return "it needs mlx-vlm: run `pip install 'cenacle[vlm]'`"
         if self.metal_only and not mx.metal.is_available():
             return "mlx-lm implements it with Metal kernels only, and this machine has no Metal"
         return None
@@ -254,6 +283,14 @@ FAMILIES: dict[str, Family] = {
             "partial_rotary_factor": 1.0,
         },
     ),
+    "cohere2_moe": Family(zoo=Zoo.MLX_VLM, aliases=("cohere2moe",), plain_attention=True),
+    "deepseek_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "glm4v_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
+    "hy_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
+    "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "step3p7": Family(zoo=Zoo.MLX_VLM),
     # Special only in that their attention heads can be sharded.
     **dict.fromkeys(
         (
@@ -280,8 +317,16 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(name: str) -> Family:
-    """The row of an mlx-lm module's name."""
+    """The row of a module's name."""
     return FAMILIES.get(name, _GENERIC)
+
+
+def vlm_family_name(model_type: str) -> str | None:
+    """The family of mlx-vlm that runs a model_type; None: no row says that one does."""
+    for name, family in FAMILIES.items():
+        if family.zoo is Zoo.MLX_VLM and model_type in (name, *family.aliases):
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -289,13 +334,15 @@ class FamilyInfo:
     """One family as `cenacle families` lists it.
 
     Args:
-        name: mlx-lm's module.
+        name: the module of mlx-lm or mlx-vlm.
+        zoo: which of the two.
         aliases: other model_types that it runs.
         note: what is special.
         refused: why it cannot run on this machine, or None.
     """
 
     name: str
+    zoo: str
     aliases: tuple[str, ...]
     note: str
     refused: str | None
@@ -310,7 +357,10 @@ def list_families() -> list[FamilyInfo]:
     names = {p.stem for p in TINY_CONFIGS.glob("*.json")} | set(FAMILIES) - set(MODEL_REMAPPING)
     rows = []
     for name in sorted(names, key=str.lower):
-        aliases = tuple(sorted(a for a, module in MODEL_REMAPPING.items() if module == name))
         family = family_of(name)
-        rows.append(FamilyInfo(name, aliases, family.note, family.unsupported_reason))
+        aliases = set(family.aliases)
+        if family.zoo is Zoo.MLX_LM:
+            aliases |= {a for a, module in MODEL_REMAPPING.items() if module == name}
+        reason = family.unsupported_reason
+        rows.append(FamilyInfo(name, family.zoo.value, tuple(sorted(aliases)), family.note, reason))
     return rows

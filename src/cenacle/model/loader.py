@@ -209,7 +209,7 @@ def _partial_classes(
     class PartialModel(base):  # type: ignore[valid-type, misc]
         def __init__(self, args: Any) -> None:
             super().__init__(args)
-            architecture.stack_dbrx_experts(self)
+            architecture.unify_experts(self)
             layout = ModelLayout.of(self, checkpoint)
             self._expert_count = layout.expert_count
             self.rank_slices = (
@@ -229,7 +229,7 @@ def _partial_classes(
                 converter = base(arguments.from_dict(local))  # type: ignore[call-arg]
                 if hasattr(converter, "sanitize"):
                     tensors = converter.sanitize(tensors)
-                return architecture.stack_dbrx_weights(tensors)
+                return architecture.unify_expert_weights(tensors)
 
             unconverted = {id(array): name for name, array in weights.items()}
 

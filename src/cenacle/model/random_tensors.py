@@ -20,12 +20,12 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.mla import MultiLinear
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..core.model_config import Config, text_config
+from . import zoo
 from .architecture import named_parameters
 
+_INTEGERS = (mx.int32, mx.int64)
 CHUNK_VALUES = 1 << 21  # drawn at a time
 
 # Standard deviations. A linear layer maps unit variance to LINEAR_STD**2; logits have
@@ -66,6 +66,7 @@ class OutputTensor:
 def random_parameters(model: nn.Module, config: Config) -> dict[str, RandomTensor]:
     """The distribution of each parameter of a model that is not quantized, by name."""
     modules = dict(model.named_modules())
+    stacked, per_head = zoo.switch_linear_types(), zoo.multi_linear_types()
     params = dict(named_parameters(model))
     tied = not any(name.startswith(("lm_head.", "language_model.lm_head.")) for name in params)
     # Some families divide or multiply the logits by a constant of the config: undo it.
@@ -74,6 +75,7 @@ def random_parameters(model: nn.Module, config: Config) -> dict[str, RandomTenso
         (TIED_HEAD_STD if tied else HEAD_STD)
         * text.get("logits_scaling", 1.0)
         / text.get("output_multiplier", 1.0)
+        / text.get("logit_scale", 1.0)
     )
 
     def distribution(name: str, value: mx.array) -> RandomTensor:
@@ -84,12 +86,14 @@ def random_parameters(model: nn.Module, config: Config) -> dict[str, RandomTenso
             return RandomTensor(head / math.sqrt(width) if tied else EMBEDDING_STD)
         if "lm_head" in name and value.ndim == 2:
             return RandomTensor(head / math.sqrt(width))
-        if leaf == "weight" and isinstance(owner, nn.Linear | SwitchLinear | MultiLinear):
+        if leaf == "weight" and isinstance(owner, (nn.Linear, *stacked, *per_head)):
             mixes = path.rpartition(".")[2] in _ATTENTION_OUTPUTS
             return RandomTensor((ATTENTION_STD if mixes else LINEAR_STD) / math.sqrt(width))
         if leaf == "weight" and isinstance(owner, nn.Conv1d):
             return RandomTensor(LINEAR_STD / math.sqrt(math.prod(value.shape[1:])))
-        if leaf == "bias" and isinstance(owner, nn.Linear | SwitchLinear | nn.Conv1d):
+        if value.dtype in _INTEGERS:
+            return RandomTensor(0.0)
+        if leaf == "bias" and isinstance(owner, (nn.Linear, nn.Conv1d, *stacked)):
             return RandomTensor(NOISE_STD)
         default = np.array(value.astype(mx.float32))
         if value.ndim == 2 and not default.any():  # a router kept as a bare matrix
@@ -100,18 +104,24 @@ def random_parameters(model: nn.Module, config: Config) -> dict[str, RandomTenso
 
 
 def list_tensors(
-    model: nn.Module, distributions: Mapping[str, RandomTensor], seed: int
+    model: nn.Module,
+    distributions: Mapping[str, RandomTensor],
+    seed: int,
+    expert_count: int | None = None,
 ) -> list[OutputTensor]:
     """The parameters of a model, quantized or not, in its own order.
 
     Args:
         distributions: of the model before it was quantized, see `random_parameters`.
+        expert_count: routed experts of a layer, for tables that assign experts to tokens.
     """
     modules = dict(model.named_modules())
 
     def values(name: str, value: mx.array) -> Callable[[], Iterator[np.ndarray]]:
         path, _, leaf = name.rpartition(".")
         owner = modules.get(path)
+        if value.dtype in _INTEGERS:
+            return partial(_integers, seed, name, value, expert_count)
         is_packed = hasattr(owner, "bits") and leaf != "bias"
         if not is_packed:
             return partial(_floats, seed, name, value.size, distributions[name], value.dtype)
@@ -176,6 +186,19 @@ def _floats(
             values += distribution.default[done : done + m]
         done += m
         yield _encode(values, dtype)
+
+
+def _integers(
+    seed: int, name: str, value: mx.array, expert_count: int | None
+) -> Iterator[np.ndarray]:
+    """Constants as they are; where the model has zeros, each token's experts, all different."""
+    default = np.array(value)
+    if default.ndim != 2 or default.any() or not expert_count:
+        yield default.reshape(-1)
+        return
+    first = _RandomStream(seed, name).words(len(default))[:, None]
+    ids = (first % expert_count + np.arange(default.shape[1])) % expert_count
+    yield ids.astype(default.dtype).reshape(-1)
 
 
 def _words(seed: int, name: str, n: int) -> Iterator[np.ndarray]:

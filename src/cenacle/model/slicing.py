@@ -47,7 +47,7 @@ class ModelLayout:
         model: mlx-lm's model with stacked experts; its arrays are never evaluated.
         family: what is special about it.
         blocks: its MoE blocks, by layer.
-        tensors: the checkpoint's, by name.
+        tensors: the checkpoint's of the language model, by name.
         quantized: those of its layers that have another format than MLX's own.
     """
 
@@ -79,7 +79,7 @@ class ModelLayout:
         family = family_of(architecture.resolve_family(checkpoint.config))
         needed = {
             name: info
-            for name, info in checkpoint.tensors.items()
+            for name, info in checkpoint.text_tensors.items()
             if name not in checkpoint.quantized.ignored
         }
         return cls(model, family, tuple(blocks), needed, checkpoint.quantized)
@@ -94,7 +94,7 @@ class ModelLayout:
         with architecture.discard_random_init():
             model_class, args_class = architecture.model_classes(checkpoint.config)
             model = model_class(args_class.from_dict(checkpoint.config))  # type: ignore[call-arg]
-            architecture.stack_dbrx_experts(model)
+            architecture.unify_experts(model)
         return cls.of(model, checkpoint)
 
     @property

@@ -7,9 +7,12 @@ Next: `core/plan.py`, which places what is described here.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +33,8 @@ from .loader import build_model
 from .slicing import O_PROJ, PER_HEAD_VECTORS, head_counts
 from .tensor_slice import feature_counts, input_units, is_mlp, unsliced_bytes
 
+log = logging.getLogger(__name__)
+
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embd")
 
 
@@ -41,6 +46,7 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
     Raises:
         CheckpointError: see `build_model`.
     """
+    _report_towers(checkpoint.folder, len(checkpoint.tensors) - len(checkpoint.text_tensors))
     model = build_model(checkpoint, None, 0)
     name = architecture.resolve_family(checkpoint.config)
     family, config = family_of(name), checkpoint.config
@@ -65,6 +71,16 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
         embedding_bytes=_embedding_bytes(model, modules),
         unsliceable_reason=family.unsliceable_reason,
     )
+
+
+@cache
+def _report_towers(folder: Path, count: int) -> None:
+    if count:
+        log.info(
+            "%s: %d tensors of towers for images or sound are left alone; it answers text",
+            folder,
+            count,
+        )
 
 
 def _nbytes(module: nn.Module) -> int:

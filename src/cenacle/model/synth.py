@@ -32,6 +32,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..core.model_config import (
     CONTEXT_LENGTH_KEYS,
+    EXPERT_COUNT_KEYS,
     VOCAB_SIZE_KEYS,
     Config,
     find_int,
@@ -39,7 +40,7 @@ from ..core.model_config import (
     text_config,
 )
 from ..errors import CheckpointError, InputError
-from . import architecture
+from . import architecture, zoo
 from .architecture import named_parameters
 from .config_catalog import first_layers, full_config, layer_count, tiny_config
 from .random_tensors import OutputTensor, list_tensors, random_parameters
@@ -53,6 +54,8 @@ _SAFETENSORS_NAMES = {
     mx.float32: "F32",
     mx.bfloat16: "BF16",
     mx.float16: "F16",
+    mx.int64: "I64",
+    mx.int32: "I32",
     mx.uint32: "U32",
     mx.uint8: "U8",
 }
@@ -173,7 +176,8 @@ def _draw_tensors(options: SynthOptions) -> tuple[Config, list[OutputTensor], in
     parameters = sum(value.size for _, value in named_parameters(model))
     if bits is not None:
         config = _quantize(model, config, bits, group_size, options.mode)
-    return config, list_tensors(model, distributions, options.seed), parameters
+    experts = find_int(config, EXPERT_COUNT_KEYS)
+    return config, list_tensors(model, distributions, options.seed, experts), parameters
 
 
 def _write_weights(out: Path, shards: list[list[OutputTensor]], progress: Progress | None) -> None:
@@ -266,7 +270,7 @@ def build_lazy_model(config: Config, seed: int = 0) -> nn.Module:
             "config",
         ) from error
     has_experts = architecture.find_blocks(model) or any(
-        isinstance(m, SparseMoeBlock) for m in model.modules()
+        isinstance(m, SparseMoeBlock) or zoo.is_vlm_stack(m) for m in model.modules()
     )
     if not has_experts:
         raise InputError(

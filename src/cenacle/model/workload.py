@@ -90,7 +90,7 @@ def count_parameters(
     except CenacleError as error:
         on_message(f"parameter counts are estimated from the config: {error}")
         return shape
-    architecture.stack_dbrx_experts(model)
+    architecture.unify_experts(model)
     blocks = architecture.find_blocks(model)
     if not blocks:
         return shape

@@ -1,0 +1,232 @@
+"""Model classes of mlx-lm, and of mlx-vlm for families that mlx-lm lacks.
+
+Owns: which package runs a model_type, and making mlx-vlm's language models look like mlx-lm's.
+Does not know: ranks, plans, bytes on disk.
+How: mlx-vlm's `Model` is `language_model` and towers for images and sound. `TextModel` is that
+class without the towers, called as mlx-lm calls its models. `use_mlx_lm_experts` replaces its
+stacked experts by mlx-lm's, so that slicing and kernels know one kind.
+Invariant: mlx-vlm is imported only for a model_type that needs it.
+Next: `architecture.py`, which finds the blocks; `families.py`, the rows of both packages.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import switch_layers
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.utils import _get_classes
+
+from ..core.model_config import Config
+from ..errors import CheckpointError, InputError
+from ..extras import import_extra, is_installed
+from .families import Zoo, vlm_family_name
+from .vlm_repairs import REPAIRS
+
+_LANGUAGE_MODEL = "language_model"
+_MODALITIES = ("text", "vision", "perceiver", "projector", "audio")  # as mlx-vlm builds configs
+_FUSED = re.compile(r"(.*\.switch_mlp)\.gate_up_proj\.(\w+)")
+
+
+@dataclass(frozen=True)
+class ModelClasses:
+    """What builds a model.
+
+    Args:
+        family: the package's own name of the family: its module.
+        zoo: the package.
+        model: the class, called with what `arguments.from_dict(config)` gives.
+        arguments: the class of its arguments.
+    """
+
+    family: str
+    zoo: Zoo
+    model: type[nn.Module]
+    arguments: Any
+
+    def build(self, config: Config) -> nn.Module:
+        """The model of a config, with lazy random weights."""
+        return self.model(self.arguments.from_dict(config))  # type: ignore[call-arg]
+
+
+def find_classes(config: Config) -> ModelClasses:
+    """The classes for a config's model_type.
+
+    Raises:
+        CheckpointError: the config has no model_type, or neither package has such a family.
+        InputError: mlx-vlm has it and is not installed.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError("config.json: expected a model_type, got none")
+    if (name := vlm_family_name(kind)) is not None:
+        return _vlm_classes(name)
+    try:
+        model, arguments = _get_classes(config)
+    except (ValueError, ImportError, AttributeError, TypeError) as error:
+        # AttributeError: a module of mlx-lm that is no family; TypeError: odd `architectures`.
+        if (other := _unlisted_vlm_classes(kind)) is not None:
+            return other
+        raise CheckpointError(
+            f"config.json: neither mlx-lm nor mlx-vlm supports model_type {kind!r}; "
+            f"`cenacle families` lists the supported ones"
+        ) from error
+    return ModelClasses(model.__module__.rsplit(".", 1)[-1], Zoo.MLX_LM, model, arguments)
+
+
+def _unlisted_vlm_classes(kind: str) -> ModelClasses | None:
+    """A family of mlx-vlm without a row: the generic case."""
+    if not is_installed("mlx_vlm") or not is_installed(f"mlx_vlm.models.{kind}.language"):
+        return None
+    try:
+        return _vlm_classes(kind)
+    except (InputError, AttributeError):
+        return None
+
+
+@cache
+def _vlm_classes(name: str) -> ModelClasses:
+    package = import_extra(f"mlx_vlm.models.{name}", "vlm")
+    if (repair := REPAIRS.get(name)) is not None:
+        repair()
+    kind = type("TextModel", (TextModel, package.Model), {"_package": package})
+    arguments = SimpleNamespace(from_dict=lambda config: _vlm_arguments(package, config))
+    return ModelClasses(name, Zoo.MLX_VLM, kind, arguments)
+
+
+def _vlm_arguments(package: ModuleType, config: Config) -> Any:
+    """The arguments of mlx-vlm's model, as `mlx_vlm.utils.load_model` makes them."""
+    from mlx_vlm.utils import update_module_configs
+
+    config = copy.deepcopy(config)  # mlx-vlm writes into it
+    config.setdefault("text_config", config.pop("llm_config", {}))
+    for name in ("vision_config", "audio_config"):
+        config.setdefault(name, {})
+    arguments = package.ModelConfig.from_dict(config)
+    return update_module_configs(arguments, package, config, _MODALITIES)
+
+
+class TextModel(nn.Module):
+    """The language model of a model of mlx-vlm; a mixin before mlx-vlm's own class.
+
+    Called with ids [batch, length] and caches; gives logits [batch, length, vocabulary]. Parameters
+    have mlx-vlm's names, which begin with "language_model.".
+    """
+
+    _package: ModuleType
+
+    def __init__(self, arguments: Any) -> None:
+        super().__init__(arguments)  # type: ignore[call-arg]
+        for name in set(self) - {_LANGUAGE_MODEL}:
+            value = self.pop(name)
+            if isinstance(value, nn.Module):  # not a child any more; `sanitize` may call it
+                object.__setattr__(self, name, value)
+        self.eval()
+
+    def __call__(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """See the class."""
+        model = self.language_model
+        if not hasattr(model, "_position_ids"):
+            return model(ids, cache=cache).logits
+        # It keeps positions between calls, of one conversation: give them with each call.
+        offset = _offset_of(cache)
+        positions = mx.arange(ids.shape[1]) + mx.array(offset).reshape(-1, 1)
+        positions = mx.broadcast_to(positions, (3, *ids.shape))
+        return model(ids, cache=cache, position_ids=positions).logits
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return self.language_model.layers
+
+    def make_cache(self) -> list[Any]:
+        """A cache for each layer: mlx-lm's, where these have no other kind than mlx-lm has."""
+        if not hasattr(self.language_model, "make_cache"):
+            return [KVCache() for _ in self.layers]
+        caches = self.language_model.make_cache()
+        converted = [_mlx_lm_cache(cache) for cache in caches]
+        return caches if None in converted else converted
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """As mlx-vlm converts a checkpoint, of which the towers' tensors are dropped."""
+        if (convert := getattr(super(), "sanitize", None)) is not None:
+            weights = convert(weights)
+        model = self.language_model
+        if hasattr(self._package, "LanguageModel") and hasattr(model, "sanitize"):
+            weights = model.sanitize(weights)
+        return {k: v for k, v in weights.items() if k.startswith(f"{_LANGUAGE_MODEL}.")}
+
+
+def _offset_of(caches: list[Any] | None) -> int | mx.array:
+    for layer_cache in caches or ():
+        offset = getattr(layer_cache, "offset", None)
+        if offset is not None:
+            return offset
+    return 0
+
+
+def _mlx_lm_cache(cache: Any) -> Any | None:
+    from mlx_vlm.models import cache as vlm_cache
+
+    if type(cache) is vlm_cache.KVCache:
+        return KVCache()
+    if type(cache) is vlm_cache.RotatingKVCache:
+        return RotatingKVCache(max_size=cache.max_size, keep=cache.keep)
+    return None
+
+
+def _vlm_types(module: str, *names: str) -> tuple[type[nn.Module], ...]:
+    """Classes of a module of mlx-vlm, if that was imported."""
+    vlm = sys.modules.get(f"mlx_vlm.models.{module}")
+    return () if vlm is None else tuple(getattr(vlm, name) for name in names)
+
+
+def switch_linear_types() -> tuple[type[nn.Module], ...]:
+    """The classes of stacked linear layers, of both packages."""
+    return (switch_layers.SwitchLinear, *_vlm_types("switch_layers", "SwitchLinear"))
+
+
+def multi_linear_types() -> tuple[type[nn.Module], ...]:
+    """The classes of linear layers with a matrix for each head, of both packages."""
+    return (MultiLinear, *_vlm_types("mla", "MultiLinear"))
+
+
+def is_vlm_stack(module: nn.Module) -> bool:
+    """Whether a module is stacked experts of mlx-vlm: gate and up projections, fused or not."""
+    return isinstance(module.get("down_proj"), _vlm_types("switch_layers", "SwitchLinear")) and (
+        "gate_up_proj" in module or "gate_proj" in module
+    )
+
+
+def as_mlx_lm_experts(stack: nn.Module) -> switch_layers.SwitchGLU:
+    """mlx-lm's stacked experts of the same shape, with lazy random weights."""
+    down = stack.down_proj
+    activation = stack.activation
+    if type(activation).__name__ == "SwiGLU":
+        activation = switch_layers.SwiGLU()
+    return switch_layers.SwitchGLU(
+        down.output_dims, down.input_dims, down.num_experts, activation, "bias" in down
+    )
+
+
+def split_fused_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Split the fused gate and up projections of converted stacks, lazily."""
+    split = {}
+    for name, array in weights.items():
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            split[name] = array
+            continue
+        axis = -1 if match[2] == "bias" else -2
+        for part, half in zip(("gate_proj", "up_proj"), mx.split(array, 2, axis), strict=True):
+            split[f"{match[1]}.{part}.{match[2]}"] = half
+    return split

@@ -1,0 +1,117 @@
+"""mlx-vlm's families beside mlx-lm's: where they come from, their towers, its faults repaired."""
+
+import json
+import logging
+import random
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cenacle.model.config_catalogue import tiny_config
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import MODEL_REMAPPING
+from one_process import load_rank
+
+from cenacle.collective.single import SingleRank
+from cenacle.core.plan import Plan
+from cenacle.errors import CheckpointError
+from cenacle.model import zoo
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.families import FAMILIES, Zoo, list_families
+from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
+from cenacle.model.spec_reader import read_model_spec
+from cenacle.model.synth import synth
+
+pytest.importorskip("mlx_vlm", reason="needs the extra vlm")
+
+VLM = [row.name for row in list_families() if row.zoo == "mlx-vlm"]
+TOWERS = {
+    "model.visual.blocks.0.attn.qkv.weight": (64, 64),
+    "vision_tower.patch_embed.proj.weight": (64, 3, 2, 2),
+    "multi_modal_projector.linear_1.weight": (64, 64),
+    "audio_tower.layers.0.fc1.weight": (64, 64),
+}
+
+
+def load_whole(folder):
+    return load_rank(folder, Plan.whole(read_model_spec(Checkpoint.open(folder)), 1), SingleRank())
+
+
+@pytest.mark.parametrize("row", list_families(), ids=lambda row: row.name)
+def test_the_table_says_which_package_runs_a_family(row):
+    classes = zoo.find_classes(tiny_config(row.name))
+    assert classes.zoo.value == row.zoo
+    kinds = [k.__module__ for k in classes.model.__mro__]
+    assert any(k.startswith(row.zoo.replace("-", "_")) for k in kinds)
+
+
+def test_aliases_are_those_of_mlx_vlm():
+    from mlx_vlm.utils import MODEL_REMAPPING as VLM_REMAPPING
+
+    for name in VLM:
+        known = {a for a, module in VLM_REMAPPING.items() if module == name}
+        assert set(FAMILIES[name].aliases) == known
+        for alias in known:
+            assert zoo.find_classes(tiny_config(name) | {"model_type": alias}).family == name
+
+
+def test_a_family_in_both_packages_is_mlx_lms_unless_its_row_says_otherwise():
+    for kind in ("qwen3_vl_moe", "llama4", "mixtral", *MODEL_REMAPPING):
+        if kind not in FAMILIES or FAMILIES[kind].zoo is Zoo.MLX_LM:
+            config = {"model_type": kind}
+            try:
+                assert zoo.find_classes(config).zoo is Zoo.MLX_LM
+            except CheckpointError:
+                continue
+
+
+@pytest.mark.parametrize("kind", ["cache", "base", "no_such_family", "siglip.vision", "sam3"])
+def test_what_is_no_language_model_is_refused(kind):
+    with pytest.raises(CheckpointError, match="neither mlx-lm nor mlx-vlm"):
+        zoo.find_classes({"model_type": kind})
+
+
+@pytest.mark.parametrize("family", ["glm4v_moe", "llama4"])
+def test_towers_are_left_alone_and_named_once(family, tmp_path, caplog):
+    """Of either package: they are not read, and the language model answers as without them."""
+    synth(tmp_path, family=family)
+    ids = mx.array([[5, 9, 2, 77, 1]])
+    want = load_whole(tmp_path)(ids)
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    for name, shape in TOWERS.items():
+        weights[name] = mx.ones(shape)
+        index["weight_map"][name] = "model.safetensors"
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    checkpoint = Checkpoint.open(tmp_path)
+    with caplog.at_level(logging.INFO):
+        spec = read_model_spec(checkpoint)
+        read_model_spec(checkpoint)
+    said = [r.getMessage() for r in caplog.records if "left alone" in r.getMessage()]
+    assert len(said) == 1
+    assert f"{len(TOWERS)} tensors" in said[0]
+    slices = slices_for(Plan.whole(spec, 1), 0, ModelLayout.read(checkpoint))
+    assert not {piece.tensor.name for piece in slices.tensors} & set(TOWERS)
+    read = sum(
+        stop - start for ranges in required_ranges(slices).values() for start, stop in ranges
+    )
+    assert read == checkpoint.nbytes() - sum(4 * int(np.prod(s)) for s in TOWERS.values())
+    assert mx.array_equal(load_whole(tmp_path)(ids), want)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])
+@pytest.mark.parametrize("chunks", [[63, 1], [16] * 4, [17, 17, 17, 13], [40] + [1] * 24])
+def test_a_prompt_in_parts_gives_what_it_gives_in_one(family, chunks, tmp_path):
+    """mlx-vlm 0.7.10 loses the window before a part, and chooses tokens for other lengths."""
+    synth(tmp_path, family=family)
+    model = load_whole(tmp_path)
+    ids = mx.array([[random.Random(64).randrange(1, 250) for _ in range(64)]])
+    want = model(ids, cache=make_prompt_cache(model))
+    cache, begin, got = make_prompt_cache(model), 0, []
+    for length in chunks:
+        got.append(model(ids[:, begin : begin + length], cache=cache))
+        mx.eval(got[-1], [c.state for c in cache])
+        begin += length
+    assert float(mx.abs(mx.concatenate(got, axis=1) - want).max()) < 1e-4
