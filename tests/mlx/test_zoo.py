@@ -7,7 +7,6 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
-from cenacle.model.config_catalogue import tiny_config
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import MODEL_REMAPPING
 from one_process import load_rank
@@ -17,6 +16,7 @@ from cenacle.core.plan import Plan
 from cenacle.errors import CheckpointError
 from cenacle.model import zoo
 from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.config_catalog import tiny_config
 from cenacle.model.families import FAMILIES, Zoo, list_families
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
