@@ -285,6 +285,7 @@ class GenerationRun(Response):
     ) -> None:
         self._adapter, self._stream = adapter, request.stream
         self._warning_headers = _warning_headers(request.warnings)
+        self._hidden_kinds = ("reasoning",) if request.hide_reasoning else ()
         self._builder = adapter.respond(request, meta)
         self._choices, self._group, self._active_runs = choices, group, active_runs
         self._token_timeout_s, self._keep_alive_s = token_timeout_s, keep_alive_s
@@ -414,7 +415,7 @@ class GenerationRun(Response):
             if choice.finish is not None:
                 self._group.cancel(choice.request.id, "stop")  # ranks do not know stop strings
                 unfinished -= 1
-            yield choice, parts
+            yield choice, [part for part in parts if part.kind not in self._hidden_kinds]
 
     async def _next_event(self) -> tuple[InFlightChoice, GroupEvent]:
         loop = asyncio.get_running_loop()

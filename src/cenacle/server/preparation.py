@@ -15,7 +15,7 @@ from ..core.chat import Message
 from ..core.request import Request
 from ..errors import InputError
 from ..text.output_parser import OutputParser
-from ..text.reasoning import SWITCHES
+from ..text.reasoning import SWITCHES, nearest_effort
 from .api import structured_output
 from .api.protocol import ApiAdapter, GenerationRequest, Prompt, ServedModel
 from .api.tokenization import DetokenizeRequest, TokenizeRequest
@@ -158,12 +158,16 @@ class RequestPreparer:
     def _apply_effort(self, request: GenerationRequest) -> GenerationRequest:
         if not request.is_chat:
             return request
-        settings = self._tokenizer.map_reasoning_effort(request.reasoning_effort)
+        word = request.reasoning_effort
+        effort = nearest_effort(word) if word is not None else None
+        settings = self._tokenizer.map_reasoning_effort(effort)
         explicit = request.template_kwargs
         enabled, budget = request.enable_thinking, request.thinking_budget
         if enabled is None and not any(name in explicit for name in SWITCHES):
             enabled = settings.enabled
         warnings = request.warnings
+        if word is not None and effort != word:
+            warnings = (*warnings, f"effort {describe(word)}: taken as {effort or 'the default'}")
         if request.enable_thinking and not self._tokenizer.has_reasoning:
             warnings = (*warnings, "thinking: no effect, the model does not reason")
         return replace(

@@ -15,6 +15,21 @@ from typing import Any
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 """From least to most."""
 
+_SYNONYMS = {
+    "off": "none",
+    "disabled": "none",
+    "min": "minimal",
+    "lowest": "minimal",
+    "moderate": "medium",
+    "normal": "medium",
+    "standard": "medium",
+    "ultra": "max",
+    "highest": "max",
+    "maximum": "max",
+}
+_PARTS = (("min", "minimal"), ("low", "low"), ("med", "medium"), ("high", "xhigh"), ("max", "max"))
+_DEFAULTS = ("auto", "default", "adaptive", "on", "enabled")
+
 SWITCHES = ("enable_thinking", "thinking")
 """The variables by which chat templates turn reasoning on or off."""
 
@@ -35,6 +50,19 @@ class ReasoningSettings:
     enabled: bool | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     budget: int | None = None
+
+
+def nearest_effort(word: str) -> str | None:
+    """The one of `EFFORTS` that a word of another API means, or a newer one; None: the model's
+    default, also for a word that says nothing."""
+    plain = re.sub(r"[^a-z]", "", word[:40].lower())
+    if plain in EFFORTS or plain in _DEFAULTS:
+        return plain if plain in EFFORTS else None
+    if plain in _SYNONYMS:
+        return _SYNONYMS[plain]
+    if "ultra" in plain:
+        return "max"
+    return next((effort for part, effort in _PARTS if part in plain), None)
 
 
 def map_effort(effort: str, template: str, *, has_reasoning: bool) -> ReasoningSettings:

@@ -11,38 +11,41 @@ Next: `protocol.py` has what all APIs share, `app.py` has the endpoints.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from operator import itemgetter
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import Sampling
 from ...errors import CenacleError
+from .parameters import Effort, ReasoningParameters, SharedParameters
 from .protocol import (
     MAX_TOOLS,
     ApiAdapter,
     ApiRequest,
     ChoiceState,
-    Effort,
     Event,
     GenerationRequest,
     ResponseBuilder,
     ResponseMeta,
     ServedModel,
-    SharedParameters,
     StopString,
     ToolName,
     http_status,
+    left_out_warning,
+    match_calls,
     merge_messages,
     tool_call,
 )
 from .structured_output import ToolChoice, json_schema_grammar, restrict_output
-from .tool_definitions import HostedTool
+from .tool_definitions import HostedTool, flatten
 from .validation import (
+    UNSUPPORTED,
     Items,
     JsonObject,
     OneOf,
@@ -51,6 +54,7 @@ from .validation import (
     Supported,
     Tagged,
     Text,
+    fail,
 )
 
 MAX_STOPS = 16
@@ -118,6 +122,12 @@ class _ToolReferenceBlock(RequestModel):
         return f"Tool found: {self.tool_name}\n"
 
 
+_MEDIA = ("audio", "file", "image", "image_url", "input_audio", "input_image", "video")
+_LEFT_OUT_OF_USER = re.compile(
+    r".+_tool_use|.+_result|container_upload|fallback|mcp_tool_listing|redacted_thinking"
+)
+
+
 class _OtherBlock(RequestModel):
     """What a tool of Anthropic's own servers left in a conversation: the model does not see it."""
 
@@ -125,6 +135,23 @@ class _OtherBlock(RequestModel):
         str,
         WithJsonSchema({"type": "string", "not": {"enum": ["text", "thinking", "tool_use"]}}),
     ]
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        if self._is_content():
+            fail("not supported by this server; remove the block", "type", UNSUPPORTED)
+        return self
+
+    def _is_content(self) -> bool:
+        """Whether the model would have to see it."""
+        return self.type in (*_MEDIA, "tool_result")
+
+
+class _OtherUserBlock(_OtherBlock):
+    """The same in a turn of the user, where an unknown block is content."""
+
+    def _is_content(self) -> bool:
+        return not _LEFT_OUT_OF_USER.fullmatch(self.type) or self.type == "tool_result"
 
 
 def _content_text(content: str | Sequence[Any], separator: str = "") -> str:
@@ -139,7 +166,7 @@ _Texts = Annotated[str, OneOf(Text, _TextBlocks, into=_content_text)]
 
 class _ToolResultBlock(RequestModel):
     type: Literal["tool_result"]
-    tool_use_id: Text
+    tool_use_id: Text = ""
     content: Annotated[
         str,
         OneOf(
@@ -159,9 +186,9 @@ class _ToolResultBlock(RequestModel):
 
 class _ToolUseBlock(RequestModel):
     type: Literal["tool_use"]
-    id: Text
+    id: Text = ""
     name: Text
-    input: JsonObject
+    input: JsonObject = Field({})
 
     def to_template(self) -> JsonObject:
         return tool_call(self.id, self.name, self.input)
@@ -173,12 +200,81 @@ class _ThinkingBlock(RequestModel):
     signature: Text = ""
 
 
+class _Tool(RequestModel):
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {"parameters": ({},)}
+    type: Literal["custom"] = "custom"
+    name: ToolName
+    description: Text = ""
+    input_schema: JsonObject = Field(description="A JSON schema of the arguments.")
+    strict: bool = Field(False, description="Calls that break the schema are text.")
+
+    def to_tool(self) -> Tool:
+        return Tool(self.name, self.description, self.input_schema, self.strict)
+
+
+def _read_function(value: Any) -> Any:
+    """A tool, if it comes in a form of OpenAI's APIs."""
+    value = flatten(value)
+    if not isinstance(value, dict) or value.get("type") != "function":
+        return value
+    schema = value.get("parameters") or {"type": "object"}
+    rest = {name: v for name, v in value.items() if name not in ("type", "parameters")}
+    return {"input_schema": schema, **rest}
+
+
+_OfferedTool = Annotated[
+    _Tool | HostedTool, OneOf(_Tool, other=HostedTool), BeforeValidator(_read_function)
+]
+
+
+class _NamedReference(RequestModel):
+    type: Literal["tool_reference"]
+    name: Text
+
+
+class _InlineDefinition(RequestModel):
+    type: Literal["tool_definition"]
+    definition: _OfferedTool
+
+
+class _ToolChangeBlock(RequestModel):
+    """From here on a tool is offered, or not."""
+
+    type: Literal["tool_addition", "tool_removal"]
+    tool: Annotated[
+        _NamedReference | _InlineDefinition | HostedTool,
+        OneOf(_NamedReference, _InlineDefinition, other=HostedTool),
+    ]
+    text: ClassVar[str] = ""
+
+
+class _CompactionBlock(RequestModel):
+    """A summary in place of all that comes before it; without content, nothing."""
+
+    type: Literal["compaction"]
+    content: Text = ""
+    tool_changes: Items[_ToolChangeBlock] = Field([])
+
+
+class _SystemOutputConfig(RequestModel):
+    effort: Effort = None
+
+
 class _SystemMessage(RequestModel):
     role: Literal["system"]
-    content: _Texts
+    content: Annotated[
+        str | list[Any],
+        OneOf(
+            Text,
+            Items[Supported[_TextBlock | _DocumentBlock | _SearchResultBlock | _ToolChangeBlock]],
+        ),
+    ] = ""
+    clear_at: Literal["next_user_message", "never"] = "never"
+    output_config: _SystemOutputConfig = Field(_SystemOutputConfig())
 
     def to_template(self) -> list[Message]:
-        return [{"role": "system", "content": self.content}]
+        text = _content_text(self.content)
+        return [{"role": "system", "content": text}] if text else []
 
 
 class _UserMessage(RequestModel):
@@ -187,14 +283,27 @@ class _UserMessage(RequestModel):
         str | list[Any],
         OneOf(
             Text,
-            Items[Supported[_TextBlock | _DocumentBlock | _SearchResultBlock | _ToolResultBlock]],
+            Items[
+                Annotated[
+                    Any,
+                    OneOf(
+                        _TextBlock,
+                        _DocumentBlock,
+                        _SearchResultBlock,
+                        _ToolResultBlock,
+                        _CompactionBlock,
+                        other=_OtherUserBlock,
+                    ),
+                ]
+            ],
         ),
     ]
 
     def to_template(self) -> list[Message]:
         """Results of tools are messages of their own, before the text."""
         results = [b.to_template() for b in self.content if isinstance(b, _ToolResultBlock)]
-        if len(results) == len(self.content) > 0:
+        others = [b for b in self.content if not isinstance(b, _ToolResultBlock | _OtherBlock)]
+        if results and not others:
             return results
         return [*results, {"role": "user", "content": _content_text(self.content)}]
 
@@ -207,8 +316,16 @@ class _AssistantMessage(RequestModel):
             Text,
             Items[
                 Annotated[
-                    _TextBlock | _ThinkingBlock | _ToolUseBlock | _OtherBlock,
-                    OneOf(_TextBlock, _ThinkingBlock, _ToolUseBlock, other=_OtherBlock),
+                    Any,
+                    OneOf(
+                        _TextBlock,
+                        _DocumentBlock,
+                        _SearchResultBlock,
+                        _ThinkingBlock,
+                        _ToolUseBlock,
+                        _CompactionBlock,
+                        other=_OtherBlock,
+                    ),
                 ]
             ],
         ),
@@ -223,17 +340,6 @@ class _AssistantMessage(RequestModel):
         if calls:
             message["tool_calls"] = calls
         return [message]
-
-
-class _Tool(RequestModel):
-    type: Literal["custom"] = "custom"
-    name: ToolName
-    description: Text = ""
-    input_schema: JsonObject = Field(description="A JSON schema of the arguments.")
-    strict: bool = Field(False, description="Calls that break the schema are text.")
-
-    def to_tool(self) -> Tool:
-        return Tool(self.name, self.description, self.input_schema, self.strict)
 
 
 class _ToolMode(RequestModel):
@@ -262,7 +368,7 @@ class _ThinkingEnabled(RequestModel):
 
 
 class _ThinkingMode(RequestModel):
-    type: Literal["disabled", "adaptive"]
+    type: Literal["disabled", "adaptive", "between_tools"]
 
     def to_thinking(self) -> tuple[bool | None, int | None]:
         return False if self.type == "disabled" else None, None
@@ -272,41 +378,95 @@ class _OutputFormat(RequestModel):
     type: Literal["json_schema"]
     schema_: JsonObject = Field(alias="schema")
 
+    def to_grammar(self, field: str) -> str:
+        return json_schema_grammar(self.schema_, f"{field}.schema")
+
 
 class _OutputConfig(RequestModel):
     format: _OutputFormat | None = None
-    effort: Effort | None = Field(default=None, description="How much the model may reason.")
+    effort: Effort = Field(default=None, description="How much the model may reason.")
 
 
-class CountTokensRequest(ApiRequest):
+def _check_thread(value: Any) -> Any:
+    """A client may ask that a conversation be kept, not go on with one and send only its end."""
+    if isinstance(value, dict) and value.get("type") == "continue":
+        reason = "this server keeps no threads; send all messages of the conversation, without it"
+        fail(reason, code=UNSUPPORTED)
+    return value
+
+
+@dataclass
+class _Conversation:
+    """What messages come to: what the model sees, and what changes on the way.
+
+    Args:
+        groups: messages as chat templates read them, by message of the request.
+        changes: of the tools.
+        effort: of the last message that has one.
+        left_out: types of blocks that the model does not see.
+    """
+
+    groups: list[list[Message]] = field(default_factory=list)
+    changes: list[_ToolChangeBlock] = field(default_factory=list)
+    effort: str | None = None
+    left_out: set[str] = field(default_factory=set)
+
+    def add(self, message: _SystemMessage | _UserMessage | _AssistantMessage) -> None:
+        """Go on with a message."""
+        for at, block in enumerate(message.content):
+            if isinstance(block, _CompactionBlock) and block.content:
+                self.groups = [[{"role": "user", "content": block.content}]]
+                self.changes = [*block.tool_changes]
+                rest = message.content[at + 1 :]
+                if rest:
+                    self.add(message.model_copy(update={"content": rest}))
+                return
+        for block in message.content:
+            if isinstance(block, _ToolChangeBlock):
+                self.changes.append(block)
+            elif isinstance(block, _OtherBlock):
+                self.left_out.add(block.type)
+        if isinstance(message, _SystemMessage):
+            self.effort = message.output_config.effort or self.effort
+        self.groups.append(message.to_template())
+
+    def change_tools(self, tools: Sequence[Tool | None]) -> list[Tool | None]:
+        """The tools that are offered at the end, of those of the request."""
+        offered = [*tools]
+        removed: set[str] = set()
+        for change in self.changes:
+            if isinstance(change.tool, _InlineDefinition):
+                tool = change.tool.definition.to_tool()
+                name = None if tool is None else tool.name
+                offered = [t for t in offered if t is None or t.name != name]
+                offered.append(tool)
+                removed -= {name}
+            elif isinstance(change.tool, _NamedReference):
+                names = {change.tool.name}
+                removed = removed | names if change.type == "tool_removal" else removed - names
+        return [tool for tool in offered if tool is None or tool.name not in removed]
+
+
+class CountTokensRequest(ReasoningParameters):
     """The body of POST /v1/messages/count_tokens: what the prompt is made of."""
-
-    # A client may ask that a conversation be kept, not go on with one of which it sends the end.
-    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {"thread": ({"type": "create"},)}
 
     model: Text = Field(description="The served model.")
     messages: Items[
         Annotated[
-            list[Message],
-            OneOf(
-                _UserMessage,
-                _AssistantMessage,
-                _SystemMessage,
-                tag="role",
-                into=lambda message: message.to_template(),
-            ),
+            _UserMessage | _AssistantMessage | _SystemMessage,
+            OneOf(_UserMessage, _AssistantMessage, _SystemMessage, tag="role"),
         ]
     ] = Field(min_length=1, description="The conversation so far.")
     system: Annotated[
         str, OneOf(Text, _TextBlocks, into=lambda blocks: _content_text(blocks, "\n\n"))
     ] = Field("", description="A system message before the conversation.")
-    tools: Items[Annotated[_Tool | HostedTool, OneOf(_Tool, other=HostedTool)]] = Field(
+    tools: Items[_OfferedTool] = Field(
         [], max_length=MAX_TOOLS, description="Tools that the model may call."
     )
     tool_choice: Tagged[_ToolMode | _NamedTool] = Field(
         _ToolMode(type="auto"), description="Whether and which tools are called."
     )
-    thinking: Tagged[_ThinkingEnabled | _ThinkingMode] | None = Field(
+    thinking: Tagged[_ThinkingEnabled | _ThinkingMode] | None = Field(  # type: ignore[assignment]
         None, description="Whether the model reasons first. None: as its template has it."
     )
     output_config: _OutputConfig = Field(
@@ -315,37 +475,61 @@ class CountTokensRequest(ApiRequest):
     output_format: _OutputFormat | None = Field(
         None, description="Same as the format of output_config."
     )
+    thread: Annotated[JsonObject | None, BeforeValidator(_check_thread)] = Field(
+        None, description="Has no effect; continue is refused."
+    )
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:  # noqa: ARG002
         """See `ApiRequest`."""
-        messages = _merge_turns(self.messages)
+        conversation = self._read_conversation()
+        messages = _merge_turns(conversation.groups)
+        warnings = left_out_warning("messages", conversation.left_out)
+        if messages and _is_empty_turn(messages[-1]):
+            messages.pop()  # it had only what is left out
+            warnings += ("messages: the last turn, without text, is left out",)
+        if not messages:
+            raise RequestError("messages", "expected text, got none")
         last = messages[-1]
-        if last["role"] == "assistant" and ("tool_calls" in last or not last["content"]):
-            raise RequestError("messages", "expected a tool_result or text at the end, got neither")
+        if "tool_calls" in last:
+            raise RequestError("messages", "expected a tool_result at the end, got a tool_use")
         system = [{"role": "system", "content": self.system}] if self.system else []
-        enable_thinking, budget = self.thinking.to_thinking() if self.thinking else (None, None)
+        reasoning = self.reasoning_fields()
+        if isinstance(self.thinking, _ThinkingMode) and self.thinking.type == "between_tools":
+            reasoning["enable_thinking"] = last["role"] == "tool"
+        effort = conversation.effort or self.output_config.effort
         request = GenerationRequest(
-            ((*system, *messages),),
+            (match_calls([*system, *messages]),),
             is_chat=True,
             prompt_field="messages",
             max_tokens=None,
             sampling=Sampling(),
             parallel_tool_calls=not self.tool_choice.disable_parallel_tool_use,
-            grammar=self._format_grammar(),
-            grammar_field="output_config.format",
-            enable_thinking=enable_thinking,
-            thinking_budget=budget,
-            reasoning_effort=self.output_config.effort,
             continue_final_message=last["role"] == "assistant",
+            warnings=warnings,
+            **{**reasoning, "reasoning_effort": effort or reasoning["reasoning_effort"]},
         )
-        tools = [tool.to_tool() for tool in self.tools]
+        request = self._with_format(request)
+        tools = conversation.change_tools([tool.to_tool() for tool in self.tools])
         return restrict_output(request, tools, self.tool_choice.to_choice())
 
-    def _format_grammar(self) -> str | None:
-        if (wanted := self.output_config.format or self.output_format) is None:
-            return None
+    def _read_conversation(self) -> _Conversation:
+        conversation = _Conversation()
+        users = [at for at, message in enumerate(self.messages) if message.role == "user"]
+        last_user = max(users, default=-1)
+        for at, message in enumerate(self.messages):
+            if isinstance(message, _SystemMessage) and message.clear_at == "next_user_message":
+                update = {"content": ""} if at < last_user else {}
+                conversation.add(message.model_copy(update=update))
+            else:
+                conversation.add(message)
+        return conversation
+
+    def _with_format(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with the grammar of its response, if there is one."""
         field = "output_config.format" if self.output_config.format else "output_format"
-        return json_schema_grammar(wanted.schema_, f"{field}.schema")
+        wanted = self.output_config.format or self.output_format
+        grammar = wanted.to_grammar(field) if wanted else None
+        return replace(request, grammar=grammar, grammar_field=field)
 
 
 class MessagesRequest(CountTokensRequest, SharedParameters):
@@ -360,20 +544,32 @@ class MessagesRequest(CountTokensRequest, SharedParameters):
     )
     metadata: JsonObject = Field({}, description="Has no effect.")
 
+    def _with_format(self, request: GenerationRequest) -> GenerationRequest:
+        wanted = self.output_config.format or self.output_format
+        own = "output_config.format" if self.output_config.format else "output_format"
+        field, grammar = self.grammar_of(own, wanted)
+        return replace(request, grammar=grammar, grammar_field=field)
+
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""
         request = super().to_generation_request(served)
         budget = request.thinking_budget
-        if budget is not None and budget >= self.max_tokens:
+        # With tools, reasoning between calls has the budget together.
+        if budget is not None and budget >= self.max_tokens and not self.tools:
             reason = f"expected less than max_tokens={self.max_tokens}, got {budget}"
             raise RequestError("thinking.budget_tokens", reason)
         return replace(
             request,
             max_tokens=self.max_tokens,
-            sampling=self.to_sampling(),
+            sampling=self.sampling_for(served),
             stop=tuple(self.stop_sequences),
             stream=self.stream,
         )
+
+
+def _is_empty_turn(message: Message) -> bool:
+    is_answer = message["role"] == "assistant" and "tool_calls" not in message
+    return is_answer and not message["content"]
 
 
 def _merge_turns(groups: Sequence[Sequence[Message]]) -> list[Message]:

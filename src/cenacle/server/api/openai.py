@@ -11,47 +11,42 @@ Next: `openai_responses.py` is OpenAI's newer API, `protocol.py` has what all AP
 from __future__ import annotations
 
 import codecs
+import json
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
     GetCoreSchemaHandler,
-    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
 from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, Usage, join_text
-from ...core.request import MAX_LOGPROBS, Sampling
+from ...core.request import MAX_LOGPROBS
 from ...errors import CenacleError, InputError
+from .parameters import ReasoningParameters, SharedParameters
 from .protocol import (
     MAX_STOPS,
     MAX_TOOLS,
     ApiAdapter,
     ChoiceState,
-    Effort,
     Event,
     GenerationRequest,
     Prompt,
     ResponseBuilder,
     ResponseMeta,
     ServedModel,
-    SharedParameters,
     StopString,
     http_status,
+    match_calls,
     tool_call,
 )
-from .response_formats import (
-    PlainFormat,
-    ResponseFormat,
-    StructuredOutputs,
-    constraints_of,
-    parse_schema,
-)
+from .response_formats import PlainFormat, ResponseFormat
 from .structured_output import (
     ToolChoice,
     restrict_output,
@@ -63,23 +58,21 @@ from .tool_definitions import (
     HostedToolChoice,
     ToolChoiceObject,
     allowed_choice,
+    nest,
     to_choice,
 )
 from .validation import (
     INVALID_VALUE,
     MAX_INTEGER,
-    MISSING,
     UNSUPPORTED,
     Arguments,
     Items,
     JsonObject,
-    Mapped,
     OneOf,
     RequestError,
     RequestModel,
     Supported,
     Text,
-    fail,
     refuse,
 )
 
@@ -89,115 +82,13 @@ MAX_COMPLETION_LOGPROBS = 5  # OpenAI's limit for completions
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
 
 
-# llama.cpp's default order, in its two forms.
-_DEFAULT_SAMPLERS = (
-    "edskypmxt",
-    "edkypmxt",
-    ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
-    ["penalties", "dry", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
-)
-
-# Parameters of vLLM, SGLang, llama.cpp and others that change the answer; values that do not.
-_EXTENSIONS = refuse(
-    "allowed_token_ids",
-    "chat_template",
-    "custom_logit_processor",
-    "ebnf",
-    "grammar",
-    "guided_decoding_backend_options",
-    "guided_whitespace_pattern",
-    "lora_path",
-    "stop_regex",
-    "truncate_prompt_tokens",
-    add_generation_prompt=(True,),
-    add_special_tokens=(True, False),
-    bad_words=([],),
-    documents=([],),
-    dry_multiplier=(0,),
-    dynatemp_range=(0,),
-    early_stopping=(False,),
-    epsilon_cutoff=(0,),
-    eta_cutoff=(0,),
-    include_reasoning=(True,),
-    include_stop_str_in_output=(False,),
-    length_penalty=(1,),
-    logits_processors=([],),
-    lora_adapter=("",),
-    mirostat=(0,),
-    mirostat_mode=(0,),
-    no_stop_trim=(False,),
-    return_hidden_states=(False,),
-    return_token_ids=(False,),
-    return_tokens_as_token_ids=(False,),
-    samplers=([], *_DEFAULT_SAMPLERS),
-    separate_reasoning=(True,),
-    skip_special_tokens=(True,),
-    spaces_between_special_tokens=(True,),
-    stop_token_ids=([],),
-    stream_reasoning=(True,),
-    tfs=(1,),
-    tfs_z=(1,),
-    top_a=(0,),
-    top_n_sigma=(-1, 0),
-    typical_p=(1,),
-    use_beam_search=(False,),
-    xtc_probability=(0,),
-)
-
-
 class OpenAIParameters(SharedParameters):
     """What chat completions, completions and responses have in common."""
 
-    unsupported = _EXTENSIONS
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy decoding.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Least probability, of the best token's.")
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="1 is none.")
-    repeat_penalty: float = Field(1.0, gt=0, le=10, description="Same as repetition_penalty.")
-    repeat_last_n: int | None = Field(None, description="Only without repetition_penalty.")
-    repetition_context_size: int | None = Field(
-        None, description="Only without repetition_penalty: all tokens of the request count."
-    )
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Mapped[Annotated[float, Field(ge=-100, le=100)]] = Field(
-        {}, description="Added to the logits of token ids."
-    )
     user: Text = Field("", description="Has no effect.")
     safety_identifier: Text = Field("", description="Has no effect.")
     prompt_cache_key: Text = Field("", description="Has no effect.")
-
-    @model_validator(mode="after")
-    def _check_repetition(self) -> Self:
-        for name in ("repeat_last_n", "repetition_context_size"):
-            window = getattr(self, name)
-            if window is not None and self._repetition_penalty != 1:
-                fail(
-                    "not supported by this server with repetition_penalty; remove it",
-                    name,
-                    UNSUPPORTED,
-                )
-        return self
-
-    @property
-    def _repetition_penalty(self) -> float:
-        same = self.repetition_penalty == 1
-        return self.repeat_penalty if same else self.repetition_penalty
-
-    def sampling_for(self, served: ServedModel) -> Sampling:
-        """The sampling parameters.
-
-        Raises:
-            RequestError: a name in `logit_bias` is not a token id of the model.
-        """
-        biases: dict[int, float] = {}
-        for key, bias in self.logit_bias.items():
-            token = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else -1
-            if not 0 <= token < served.vocab_size:
-                reason = f"expected a token id from 0 to {served.vocab_size - 1} as the name"
-                raise RequestError(f"logit_bias.{key[:80]}", reason)
-            biases[token] = bias
-        return self.to_sampling(logit_bias=biases, repetition_penalty=self._repetition_penalty)
 
 
 class _StreamOptions(RequestModel):
@@ -205,6 +96,10 @@ class _StreamOptions(RequestModel):
     continuous_usage_stats: bool = Field(
         False, description="With include_usage: every chunk counts tokens."
     )
+
+
+class _UsageOptions(RequestModel):
+    include: bool = False
 
 
 def _check_limit(value: Any) -> Any:
@@ -245,16 +140,6 @@ class _CompletionParameters(OpenAIParameters):
         None, description="What the response must match."
     )
 
-    guided_json: JsonObject | None = Field(None, description="Same as a json_schema format.")
-    guided_regex: Text | None = Field(None, description="Same as a regex format.")
-    guided_choice: Items[Text] = Field([], description="One of these texts.")
-    guided_grammar: Text | None = Field(None, description="Same as a grammar format.")
-    regex: Text | None = Field(None, description="Same as a regex format.")
-    json_schema: Annotated[JsonObject | None, BeforeValidator(parse_schema)] = Field(
-        None, description="Same as a json_schema format; an object, or its text."
-    )
-    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's form of these.")
-
     def shared_fields(self, served: ServedModel, max_tokens: int | None) -> JsonObject:
         """Fields of the `GenerationRequest` that come from these parameters."""
         if max_tokens is not None and self.min_tokens > max_tokens:
@@ -264,7 +149,9 @@ class _CompletionParameters(OpenAIParameters):
             raise RequestError("prompt_logprobs", "not supported with stream=true", UNSUPPORTED)
         options = self.stream_options
         include_usage = options is not None and options.include_usage
-        grammar_field, grammar = self._grammar()
+        wanted = self.response_format
+        is_plain = isinstance(wanted, PlainFormat) and wanted.type == "text"
+        grammar_field, grammar = self.grammar_of("response_format", None if is_plain else wanted)
         return {
             "sampling": self.sampling_for(served),
             "max_tokens": max_tokens,
@@ -280,37 +167,6 @@ class _CompletionParameters(OpenAIParameters):
             "grammar_field": grammar_field,
         }
 
-    def _grammar(self) -> tuple[str, str | None]:
-        """The field of the one format that is asked for, and its grammar.
-
-        Raises:
-            RequestError: there are several.
-        """
-        form = self.response_format
-        forms: dict[str, Callable[[str], str | None]] = {}
-        if form is not None and not (isinstance(form, PlainFormat) and form.type == "text"):
-            forms["response_format"] = form.to_grammar
-        forms |= constraints_of(
-            {
-                "guided_json": self.guided_json,
-                "json_schema": self.json_schema,
-                "guided_regex": self.guided_regex,
-                "regex": self.regex,
-                "guided_choice": self.guided_choice or None,
-                "guided_grammar": self.guided_grammar,
-            }
-        )
-        if self.structured_outputs is not None:
-            forms |= self.structured_outputs.constraints()
-        if len(forms) > 1:
-            first, second, *_ = forms
-            raise RequestError(
-                second, f"not supported together with {first}; remove one", UNSUPPORTED
-            )
-        for field, to_grammar in forms.items():
-            return field, to_grammar(field)
-        return "response_format", None
-
 
 class TextPart(RequestModel):
     """A part of a message's content."""
@@ -319,7 +175,7 @@ class TextPart(RequestModel):
 
 
 class _ChatTextPart(TextPart):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"] = "text"
 
 
 class RefusalPart(RequestModel):
@@ -351,7 +207,7 @@ _Content = Annotated[
 
 class _CalledFunction(RequestModel):
     name: Text
-    arguments: Arguments
+    arguments: Arguments = Field(default_factory=dict)
 
 
 class _CustomCall(RequestModel):
@@ -360,7 +216,7 @@ class _CustomCall(RequestModel):
 
 
 class _ToolCall(RequestModel):
-    id: Text
+    id: Text = ""
     type: Literal["function"] = "function"
     function: _CalledFunction
 
@@ -369,7 +225,7 @@ class _ToolCall(RequestModel):
 
 
 class _CustomToolCall(RequestModel):
-    id: Text
+    id: Text = ""
     type: Literal["custom"]
     custom: _CustomCall
 
@@ -378,7 +234,8 @@ class _CustomToolCall(RequestModel):
 
 
 class _ChatMessage(RequestModel):
-    unsupported = refuse("audio", "function_call")
+    unsupported = refuse("audio", function_call=(), images=([],))
+    continues: ClassVar[bool] = False
 
 
 class _PromptMessage(_ChatMessage):
@@ -391,10 +248,14 @@ class _PromptMessage(_ChatMessage):
 
 class _AssistantMessage(_ChatMessage):
     role: Literal["assistant"]
-    content: _Content | None = Field(None, description="Required unless there are tool calls.")
+    content: _Content | None = None
     refusal: Text = Field("", description="The content, where there is none.")
     reasoning_content: Text = ""
     reasoning: Text = Field("", description="Same as reasoning_content.")
+    thinking: Text = Field("", description="Same as reasoning_content.")
+    prefix: bool = Field(False, description="In the last message: the response continues it.")
+    partial: bool = Field(False, description="Same as prefix.")
+    function_call: _CalledFunction | None = Field(None, description="The older form of a call.")
     tool_calls: Items[
         Annotated[
             JsonObject,
@@ -407,32 +268,36 @@ class _AssistantMessage(_ChatMessage):
         ]
     ] = Field([])
 
-    @model_validator(mode="after")
-    def _check_content(self) -> Self:
-        if self.content is None and not (self.tool_calls or self.refusal or self._reasoning):
-            fail("required, but missing", "content", MISSING)
-        return self
-
     @property
-    def _reasoning(self) -> str:
-        return self.reasoning_content or self.reasoning
+    def continues(self) -> bool:  # type: ignore[override]
+        return self.prefix or self.partial
 
     def to_template(self) -> Message:
-        optional = {"reasoning_content": self._reasoning, "tool_calls": self.tool_calls}
+        reasoning = self.reasoning_content or self.reasoning or self.thinking
+        calls = [*self.tool_calls]
+        if (older := self.function_call) is not None:
+            calls.append(tool_call("", older.name, older.arguments))
+        optional = {"reasoning_content": reasoning, "tool_calls": calls}
         present = {name: value for name, value in optional.items() if value}
         return {"role": "assistant", "content": self.content or self.refusal, **present}
 
 
 class _ToolMessage(_ChatMessage):
-    role: Literal["tool"]
+    role: Literal["tool", "function"]
     content: _Content = ""
-    tool_call_id: Text
+    tool_call_id: Text = Field("", description="Without it, the first call without a result.")
     name: Text = Field("", description="The function; some templates need it.")
 
     def to_template(self) -> Message:
         name = {"name": self.name} if self.name else {}
         content = {"role": "tool", "content": self.content}
         return {**content, "tool_call_id": self.tool_call_id, **name}
+
+
+_ChatMessageForm = Annotated[
+    _PromptMessage | _AssistantMessage | _ToolMessage,
+    OneOf(_PromptMessage, _AssistantMessage, _ToolMessage, tag="role"),
+]
 
 
 class _FunctionTool(RequestModel):
@@ -477,6 +342,7 @@ class _AllowedTools(RequestModel):
         Annotated[
             _FunctionChoice | _CustomChoice | HostedToolChoice,
             OneOf(_FunctionChoice, _CustomChoice, other=HostedToolChoice),
+            BeforeValidator(nest),
         ]
     ] = Field(min_length=1)
 
@@ -489,50 +355,25 @@ class _AllowedToolsChoice(ToolChoiceObject):
         return allowed_choice(self.allowed_tools.mode, self.allowed_tools.tools)
 
 
-class _ThinkingSwitch(RequestModel):
-    """The form of several hosted services."""
-
-    type: Literal["enabled", "disabled", "auto", "adaptive"] = "enabled"
-    budget_tokens: int | None = Field(default=None, ge=1)
-
-
-class _ReasoningOptions(RequestModel):
-    """OpenRouter's form."""
-
-    effort: Effort | None = None
-    enabled: bool | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
-
-
 def _to_tool(tool: _FunctionTool | _CustomTool | HostedTool) -> Tool | None:
     return tool.to_tool()
 
 
-class ChatCompletionRequest(_CompletionParameters):
+class ChatCompletionRequest(_CompletionParameters, ReasoningParameters):
     """The body of POST /v1/chat/completions."""
 
-    unsupported = refuse(
-        "audio", function_call=("none", "auto"), functions=([],), modalities=(["text"],)
-    )
-    messages: Items[
-        Annotated[
-            Message,
-            OneOf(
-                _PromptMessage,
-                _AssistantMessage,
-                _ToolMessage,
-                tag="role",
-                into=lambda message: message.to_template(),
-            ),
-        ]
-    ] = Field(min_length=1, description="The conversation so far.")
+    messages: Items[_ChatMessageForm] = Field(min_length=1, description="The conversation so far.")
     max_completion_tokens: TokenLimit = Field(None, description="Comes before max_tokens.")
     logprobs: bool = Field(False, description="Report the log-probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="So many alternatives to each token."
     )
     tools: Items[
-        Annotated[Tool | None, OneOf(_FunctionTool, _CustomTool, other=HostedTool, into=_to_tool)]
+        Annotated[
+            Tool | None,
+            OneOf(_FunctionTool, _CustomTool, other=HostedTool, into=_to_tool),
+            BeforeValidator(nest),
+        ]
     ] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
     tool_choice: Annotated[
         ToolChoice,
@@ -544,53 +385,45 @@ class ChatCompletionRequest(_CompletionParameters):
             other=HostedToolChoice,
             into=to_choice,
         ),
+        BeforeValidator(nest),
     ] = Field(default_factory=ToolChoice, description="Default: auto.")
     parallel_tool_calls: bool = Field(True, description="Allow several calls in one response.")
-    reasoning_effort: Effort | None = Field(None, description="How much the model may reason.")
-    chat_template_kwargs: JsonObject = Field({}, description="Variables of the chat template.")
-    enable_thinking: bool | None = Field(None, description="Whether the model reasons first.")
-    thinking_budget: int | None = Field(None, ge=1, description="Most tokens of reasoning.")
-    thinking: _ThinkingSwitch | None = Field(None, description="Another form of these two.")
-    reasoning: _ReasoningOptions = Field(
-        _ReasoningOptions(), description="Another form of these and of reasoning_effort."
-    )
     continue_final_message: bool = Field(
         False, description="The last message is the beginning of the response."
     )
+    add_generation_prompt: bool | None = Field(
+        None, description="Only the opposite of continue_final_message."
+    )
+    usage: _UsageOptions = Field(_UsageOptions(), description="OpenRouter's include_usage.")
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`."""
-        if self.continue_final_message and self.messages[-1]["role"] != "assistant":
-            role = self.messages[-1]["role"]
+        last = self.messages[-1]
+        if self.continue_final_message and last.role != "assistant":
+            role = last.role
             reason = f"expected a last message of the assistant, got one of {role!r}"
             raise RequestError("continue_final_message", reason)
+        continued = self.continue_final_message or last.continues
+        if self.add_generation_prompt is continued:
+            reason = f"expected {json.dumps(not continued)}, as the last message is "
+            reason += "continued" if continued else "not continued"
+            raise RequestError("add_generation_prompt", reason)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs", "only allowed with logprobs=true")
         request = GenerationRequest(
-            (tuple(self.messages),),
+            (match_calls([message.to_template() for message in self.messages]),),
             is_chat=True,
             prompt_field="messages",
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             parallel_tool_calls=self.parallel_tool_calls,
-            template_kwargs=self.chat_template_kwargs,
-            reasoning_effort=self.reasoning_effort or self.reasoning.effort,
-            continue_final_message=self.continue_final_message,
-            **self._thinking(),
+            continue_final_message=continued,
+            **self.reasoning_fields(),
             **self.shared_fields(
                 served, self.max_completion_tokens or self.max_tokens or self.n_predict
             ),
         )
+        request = replace(request, include_usage=request.include_usage or self.usage.include)
         return restrict_output(request, self.tools, self.tool_choice)
-
-    def _thinking(self) -> JsonObject:
-        switch = self.thinking or _ThinkingSwitch(type="auto")
-        words = {"enabled": True, "disabled": False}
-        enabled = (self.enable_thinking, words.get(switch.type), self.reasoning.enabled)
-        budgets = (self.thinking_budget, switch.budget_tokens, self.reasoning.max_tokens)
-        return {
-            "enable_thinking": next((value for value in enabled if value is not None), None),
-            "thinking_budget": next((value for value in budgets if value is not None), None),
-        }
 
 
 _TokenIds = Annotated[Items[Annotated[int, Field(le=MAX_INTEGER)]], Field(min_length=1)]
@@ -617,7 +450,6 @@ def _to_prompts(prompt: Any) -> tuple[Prompt, ...]:
 class CompletionRequest(_CompletionParameters):
     """The body of POST /v1/completions."""
 
-    unsupported = refuse(suffix=("",))
     best_of: int | None = Field(None, description="Only the same as n.")
     max_tokens: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_check_limit)] = (
         Field(None, description="Most tokens of the response; -1: as many as fit.")

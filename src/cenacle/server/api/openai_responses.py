@@ -14,24 +14,27 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, TypeAdapter, WithJsonSchema
+from pydantic import BeforeValidator, Field, TypeAdapter, WithJsonSchema, model_validator
 
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import MAX_LOGPROBS
 from ...errors import CenacleError
 from . import openai
+from .openai import TokenLimit
+from .parameters import ReasoningParameters
 from .protocol import (
     MAX_TOOLS,
     ApiRequest,
     ChoiceState,
-    Effort,
     Event,
     GenerationRequest,
     ResponseBuilder,
     ResponseMeta,
     ServedModel,
+    left_out_warning,
+    match_calls,
     merge_messages,
     tool_call,
 )
@@ -45,10 +48,12 @@ from .tool_definitions import (
     HostedToolChoice,
     ToolChoiceObject,
     allowed_choice,
+    flatten,
     to_choice,
 )
 from .validation import (
     MISSING,
+    UNSUPPORTED,
     Arguments,
     Items,
     JsonObject,
@@ -60,7 +65,7 @@ from .validation import (
     Tagged,
     Text,
     describe,
-    refuse,
+    fail,
 )
 
 LOGPROBS = "message.output_text.logprobs"  # in `include`
@@ -107,9 +112,9 @@ class _MessageItem(_Item):
 
 class _FunctionCallItem(_Item):
     type: Literal["function_call"]
-    call_id: Text
+    call_id: Text = ""
     name: Text
-    arguments: Arguments
+    arguments: Arguments = Field(default_factory=dict)
 
     def to_template(self) -> Message:
         call = tool_call(self.call_id, self.name, self.arguments)
@@ -118,7 +123,7 @@ class _FunctionCallItem(_Item):
 
 class _CustomCallItem(_Item):
     type: Literal["custom_tool_call"]
-    call_id: Text
+    call_id: Text = ""
     name: Text
     input: Text
 
@@ -129,7 +134,7 @@ class _CustomCallItem(_Item):
 
 class _CallOutputItem(_Item):
     type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: Text
+    call_id: Text = ""
     output: _ItemText = ""
 
     def to_template(self) -> Message:
@@ -209,6 +214,12 @@ class _OtherItem(_Item):
         ),
     ]
 
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        if self.type == "compaction_trigger":
+            fail("not supported by this server; remove it", "type", UNSUPPORTED)
+        return self
+
     def to_template(self) -> None:
         """None: the model does not see it."""
 
@@ -240,6 +251,7 @@ class _CustomTool(CustomDefinition):
 _OfferedTool = Annotated[
     _FunctionTool | _CustomTool | HostedTool,
     OneOf(_FunctionTool, _CustomTool, other=HostedTool),
+    BeforeValidator(flatten),
 ]
 
 
@@ -268,6 +280,7 @@ class _AllowedToolsChoice(ToolChoiceObject):
         Annotated[
             _NamedChoice | HostedToolChoice,
             OneOf(_NamedChoice, other=HostedToolChoice),
+            BeforeValidator(flatten),
         ]
     ] = Field(min_length=1)
 
@@ -286,8 +299,11 @@ class _TextOptions(RequestModel):
     )
 
 
-class _Reasoning(RequestModel):
-    effort: Effort | None = Field(default=None, description="How much the model may reason.")
+def _read_reference(value: Any) -> Any:
+    """A reference may have nothing but its id."""
+    if isinstance(value, dict) and "id" in value and not {"type", "role"} & value.keys():
+        return {**value, "type": "item_reference"}
+    return value
 
 
 _InputItem = Annotated[
@@ -303,6 +319,7 @@ _InputItem = Annotated[
         _AgentMessageItem,
         other=_OtherItem,
     ),
+    BeforeValidator(_read_reference),
 ]
 ITEM: TypeAdapter[_Item] = TypeAdapter(_InputItem)
 
@@ -323,17 +340,9 @@ def _to_items(content: str | list[_Item]) -> list[_Item]:
     return [_MessageItem(role="user", content=content)] if isinstance(content, str) else content
 
 
-class ResponsesRequest(openai.OpenAIParameters):
+class ResponsesRequest(openai.OpenAIParameters, ReasoningParameters):
     """The body of POST /v1/responses."""
 
-    unsupported = refuse(
-        "conversation",
-        "prompt",
-        stop=([],),
-        background=(False,),
-        ignore_eos=(False,),
-        min_tokens=(0,),
-    )
     input: Annotated[
         list[_Item],
         OneOf(
@@ -346,18 +355,25 @@ class ResponsesRequest(openai.OpenAIParameters):
         None, description="A stored response: its conversation comes before the input."
     )
     store: bool = Field(True, description="Keep the response in memory for a while.")
-    instructions: Text = Field("", description="A system message before the conversation.")
-    max_output_tokens: int | None = Field(None, ge=1, description="Most tokens of the response.")
+    instructions: Annotated[str | list[_Item], OneOf(Text, Items[_InputItem])] = Field(
+        "", description="A system message, or items, before the conversation."
+    )
+    max_output_tokens: TokenLimit = Field(
+        None, description="Most tokens of the response; -1: as many as fit."
+    )
+    max_completion_tokens: TokenLimit = Field(None, description="Same as max_output_tokens.")
+    max_tokens: TokenLimit = Field(None, description="Same as max_output_tokens.")
+    n_predict: TokenLimit = Field(None, description="Same as max_output_tokens.")
     tools: Items[_OfferedTool] = Field(
         [], max_length=MAX_TOOLS, description="Functions that the model may call."
     )
     tool_choice: Annotated[
         Mode | _NamedChoice | _AllowedToolsChoice | HostedToolChoice,
         OneOf(Mode, _NamedChoice, _AllowedToolsChoice, other=HostedToolChoice),
+        BeforeValidator(flatten),
     ] = Field("auto", description="Whether and which tools are called.")
     parallel_tool_calls: bool = Field(True, description="Allow several calls in one response.")
     text: _TextOptions = Field(_TextOptions(), description="Options of the response's text.")
-    reasoning: _Reasoning = Field(_Reasoning(), description="Options of reasoning.")
     include: Items[Text] = Field(
         [], description=f"With {LOGPROBS}: the log-probability of each token."
     )
@@ -365,14 +381,25 @@ class ResponsesRequest(openai.OpenAIParameters):
         None, ge=0, le=MAX_LOGPROBS, description="So many alternatives to each token."
     )
     metadata: Mapped[Text] = Field({}, description="Repeated in the response.")
-    chat_template_kwargs: JsonObject = Field({}, description="Variables of the chat template.")
+
+    @property
+    def instruction_messages(self) -> list[Message]:
+        """What comes before the conversation and is not kept with it."""
+        if isinstance(self.instructions, str):
+            text = self.instructions
+            return [{"role": "system", "content": text}] if text else []
+        return _join_items(self.instructions)
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
         """See `ApiRequest`; references to stored responses are not followed."""
         return self.continue_conversation(served, (), self.input)
 
     def continue_conversation(
-        self, served: ServedModel, earlier: Sequence[Message], items: Sequence[_Item]
+        self,
+        served: ServedModel,
+        earlier: Sequence[Message],
+        items: Sequence[_Item],
+        earlier_tools: Sequence[Tool] = (),
     ) -> GenerationRequest:
         """What it asks for.
 
@@ -380,30 +407,37 @@ class ResponsesRequest(openai.OpenAIParameters):
             served: the model.
             earlier: messages before the input.
             items: the input, without references.
+            earlier_tools: that items of earlier turns added.
 
         Raises:
             RequestError: parameters do not go together, or there is no conversation.
         """
         if not (messages := [*earlier, *_join_items(items)]):
             raise RequestError("input", "required, but missing", MISSING)
-        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        form = self.text.format
+        is_plain = isinstance(form, PlainFormat) and form.type == "text"
+        grammar_field, grammar = self.grammar_of("text.format", None if is_plain else form)
+        limits = (self.max_output_tokens, self.max_completion_tokens, self.max_tokens)
+        left_out = [item.type for item in items if isinstance(item, _OtherItem)]
         request = GenerationRequest(
-            ((*system, *messages),),
+            (match_calls([*self.instruction_messages, *messages]),),
             is_chat=True,
             prompt_field="input",
-            max_tokens=self.max_output_tokens,
+            max_tokens=next((n for n in limits if n is not None), self.n_predict),
             sampling=self.sampling_for(served),
             stream=self.stream,
             logprobs=(self.top_logprobs or 0) if LOGPROBS in self.include else None,
             parallel_tool_calls=self.parallel_tool_calls,
-            grammar=self.text.format.to_grammar("text.format"),
-            grammar_field="text.format",
-            template_kwargs=self.chat_template_kwargs,
-            reasoning_effort=self.reasoning.effort,
+            grammar=grammar,
+            grammar_field=grammar_field,
             echoed_parameters=self._echo(),
+            warnings=left_out_warning("input", left_out),
+            **self.reasoning_fields(),
         )
         tools = [tool.to_tool() for tool in self.tools]
-        tools += _additional_tools(items, {tool.name for tool in tools if tool is not None})
+        taken = {tool.name for tool in tools if tool is not None}
+        tools += [tool for tool in earlier_tools if tool.name not in taken]
+        tools += _additional_tools(items, taken | {tool.name for tool in earlier_tools})
         if len(tools) > MAX_TOOLS:
             reason = f"expected at most {MAX_TOOLS} items, with additional_tools, got {len(tools)}"
             raise RequestError("tools", reason)
@@ -413,13 +447,18 @@ class ResponsesRequest(openai.OpenAIParameters):
         names = {"max_output_tokens", "metadata", "parallel_tool_calls", "tool_choice", "tools"}
         return {
             **self.model_dump(include=names),
-            "instructions": self.instructions or None,
-            "reasoning": {"effort": self.reasoning.effort, "summary": None},
+            "instructions": self._plain_instructions() or None,
+            "reasoning": {"effort": self.reasoning_fields()["reasoning_effort"], "summary": None},
             "text": {"format": self.text.format.model_dump(by_alias=True, exclude_unset=True)},
             "top_logprobs": self.top_logprobs or 0,
-            "previous_response_id": self.previous_response_id,
+            "previous_response_id": self.previous_response_id or None,
             "store": self.store,
         }
+
+    def _plain_instructions(self) -> str | list[JsonObject]:
+        if isinstance(self.instructions, str):
+            return self.instructions
+        return [item.model_dump(exclude_none=True) for item in self.instructions]
 
 
 class _ResponsesBuilder(ResponseBuilder):
@@ -599,22 +638,26 @@ class ResponsesAdapter(openai.OpenAIAdapter):
     ) -> GenerationRequest:
         assert isinstance(parsed, ResponsesRequest)
         earlier: tuple[Message, ...] = ()
-        if parsed.previous_response_id is not None:
+        earlier_tools: tuple[Tool, ...] = ()
+        if parsed.previous_response_id:
             if (previous := self.store.get(key, parsed.previous_response_id)) is None:
                 raise _not_stored("previous_response_id", "response", parsed.previous_response_id)
-            earlier = previous.conversation
+            earlier, earlier_tools = previous.conversation, previous.additional_tools
         items = [self._resolve(at, item, key) for at, item in enumerate(parsed.input)]
-        request = parsed.continue_conversation(served, earlier, items)
+        request = parsed.continue_conversation(served, earlier, items, earlier_tools)
         if not parsed.store:
             return request
-        prompt = request.prompts[0][bool(parsed.instructions) :]
+        prompt = request.prompts[0][len(parsed.instruction_messages) :]
+        taken = {tool.name for tool in earlier_tools}
+        added = [tool for tool in _additional_tools(items, taken) if tool is not None]
+        additional = (*earlier_tools, *added)
 
         def keep(response: JsonObject) -> None:
             output = [ITEM.validate_python(item) for item in response["output"]]
             answer = _join_items(output)
             conversation: Any = (*prompt, *answer)
             sent = tuple(item.model_dump(exclude_none=True) for item in parsed.input)
-            self.store.put(key, StoredResponse(response, conversation, sent))
+            self.store.put(key, StoredResponse(response, conversation, sent, additional))
 
         return replace(request, on_response=keep)
 

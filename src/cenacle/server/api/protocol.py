@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -43,7 +43,6 @@ ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.:/-]{1,128}$")]
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000  # an output is held back while it may be the beginning of one
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 StopString = Annotated[
     str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(check_unicode)
 ]
@@ -78,7 +77,7 @@ class ServedModel:
         Raises:
             RequestError: no such model is served.
         """
-        if name is None or name in self.names or self.any_name:
+        if not name or name in self.names or self.any_name:
             return name or self.name
         served = " or ".join(map(repr, self.names))
         reason = f"{describe(name)} does not exist; this server has {served}"
@@ -126,10 +125,11 @@ class GenerationRequest:
             `tools`; None: anything.
         grammar_field: the parameter that the grammar came in.
         template_kwargs: variables of the chat template.
-        reasoning_effort: one of `text.reasoning.EFFORTS`; it gives way to the next two and to
-            `template_kwargs`; None: no effect.
+        reasoning_effort: one of `text.reasoning.EFFORTS`, or another word, of which the nearest is
+            taken; it gives way to the next two and to `template_kwargs`; None: no effect.
         enable_thinking: whether a model that can reason does; None: as its template has it.
         thinking_budget: most tokens of reasoning; None: no limit.
+        hide_reasoning: the response is without it.
         continue_final_message: the last message is the beginning of the response.
         echoed_parameters: what the response repeats of the request, in the API's own form.
         warnings: what was accepted and has no effect; sent as a header.
@@ -161,6 +161,7 @@ class GenerationRequest:
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
     thinking_budget: int | None = None
+    hide_reasoning: bool = False
     continue_final_message: bool = False
     echoed_parameters: JsonObject = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -206,23 +207,6 @@ class ApiRequest(RequestModel):
         Raises:
             InputError: parameters do not go together, or not with the model.
         """
-
-
-class SharedParameters(ApiRequest):
-    """Parameters that mean the same in every API."""
-
-    stream: bool = Field(False, description="Respond with server-sent events.")
-    top_p: float = Field(1.0, ge=0, le=1, description="Nucleus sampling; 0: only the best token.")
-    top_k: int = Field(0, ge=-1, description="Sample from so many tokens; 0 or -1: from all.")
-
-    def to_sampling(self, **converted: Any) -> Sampling:
-        """The parameters that `Sampling` has under the same names, and those given."""
-        names = {field.name for field in fields(Sampling)} & type(self).model_fields.keys()
-        values = {name: getattr(self, name) for name in names} | converted
-        values["top_k"] = max(self.top_k, 0)
-        if self.top_p == 0:
-            values |= {"top_p": 1.0, "top_k": 1}
-        return Sampling(**values)
 
 
 @dataclass(frozen=True)
@@ -338,6 +322,30 @@ def tool_call(call_id: str, name: str, arguments: JsonObject) -> JsonObject:
     """A call in an earlier message, as chat templates read it."""
     function = {"name": name, "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}
+
+
+def match_calls(messages: list[Message]) -> tuple[Message, ...]:
+    """The messages, with an id for each call that has none; results without one are for the first
+    call that has no result."""
+    open_ids: list[str] = []
+    for at, message in enumerate(messages):
+        for index, call in enumerate(message.get("tool_calls", ())):
+            call["id"] = call["id"] or f"call_{at}_{index}"
+            open_ids.append(call["id"])
+        if message["role"] == "tool":
+            call_id = message["tool_call_id"] or (open_ids[0] if open_ids else "")
+            message["tool_call_id"] = call_id
+            if call_id in open_ids:
+                open_ids.remove(call_id)
+    return tuple(messages)
+
+
+def left_out_warning(field: str, types: Iterable[str]) -> tuple[str, ...]:
+    """The warning of parts of a conversation that the model does not see; none: no warning."""
+    names = ", ".join(sorted({name[:80] for name in types}))
+    return (
+        (f"{field}: left out, only the API's own servers can read them: {names}",) if names else ()
+    )
 
 
 def merge_messages(messages: Sequence[Message], separator: str) -> Message:

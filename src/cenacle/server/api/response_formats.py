@@ -55,9 +55,21 @@ class NamedSchema(RequestModel):
         return json_schema_grammar(self.schema_, f"{field}.schema")
 
 
+def _nest_schema(value: Any) -> Any:
+    """llama.cpp's form, and that of responses, have the schema beside the type."""
+    if not isinstance(value, dict) or "json_schema" in value or "schema" not in value:
+        return value
+    return {"type": value.get("type"), "json_schema": value}
+
+
 class _SchemaFormat(RequestModel):
     type: Literal["json_schema"]
     json_schema: NamedSchema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat_form(cls, value: Any) -> Any:
+        return _nest_schema(value)
 
     def to_grammar(self, field: str) -> str:
         return self.json_schema.to_grammar(f"{field}.json_schema")

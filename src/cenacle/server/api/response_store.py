@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...core.chat import Message
+from ...core.chat import Message, Tool
 from .validation import JsonObject
 
 MAX_RESPONSES_PER_KEY = 256
@@ -31,16 +31,19 @@ class StoredResponse:
         body: as the client got it.
         conversation: messages up to and with the response, without instructions.
         input_items: of the request.
+        additional_tools: that items of the conversation added, without those of requests.
     """
 
     body: JsonObject
     conversation: tuple[Message, ...]
     input_items: tuple[JsonObject, ...] = ()
+    additional_tools: tuple[Tool, ...] = ()
 
     @property
     def size_bytes(self) -> int:
         """About what it takes."""
-        parts = (self.body, self.conversation, self.input_items)
+        tools = [tool.to_json() for tool in self.additional_tools]
+        parts = (self.body, self.conversation, self.input_items, tools)
         return sum(len(json.dumps(part)) for part in parts)
 
 

@@ -49,11 +49,13 @@ class ToolChoice:
         mode: whether it decides, must not call, or must call.
         function: the one that must be called.
         allowed: the others are not offered; None: all are.
+        is_hosted: it names a tool that this server cannot run.
     """
 
     mode: Mode = "auto"
     function: str | None = None
     allowed: tuple[str, ...] | None = None
+    is_hosted: bool = False
 
 
 def restrict_output(
@@ -70,10 +72,16 @@ def restrict_output(
         RequestError: a chosen tool is missing, or the schema of a strict one does not compile.
     """
     offered = _offered_tools(tools, choice)
-    request = replace(request, tools=tuple(offered.values()))
     callable_tools = {
         path: tool for path, tool in offered.items() if choice.function in (None, tool.name)
     }
+    warnings = []
+    if left_out := [str(at) for at, tool in enumerate(tools) if tool is None]:
+        warnings.append(f"tools[{', '.join(left_out)}]: not offered, this server cannot run them")
+    if choice.is_hosted or (choice.mode == "required" and not callable_tools):
+        warnings.append("tool_choice: no effect, it names a tool that is not offered")
+    warned = (*request.warnings, *warnings)
+    request = replace(request, tools=tuple(offered.values()), warnings=warned)
     if choice.mode != "required" or not callable_tools:
         return request
     several = request.parallel_tool_calls and choice.function is None

@@ -1,7 +1,8 @@
 """Tools as clients define and choose them, where all APIs agree.
 
-Owns: functions, tools of plain text, tools that are left out, choices among them.
-Does not know: how each API wraps them.
+Owns: functions, tools of plain text, tools that are left out, choices among them; one API's form of
+these in another's.
+Does not know: the rest of the APIs.
 Next: `structured_output.py` decides what is offered.
 """
 
@@ -9,19 +10,54 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
 from ...core.chat import Tool
 from .protocol import ToolName
 from .structured_output import Mode, ToolChoice
-from .validation import JsonObject, RequestModel, Text
+from .validation import JsonObject, RequestModel, Text, refuse
+
+_FORMS = ("function", "custom", "allowed_tools")
+_MODES = {"auto": "auto", "none": "none", "any": "required", "required": "required"}
+
+
+def nest(value: Any) -> Any:
+    """A tool, or a choice, in the form of chat completions, if it comes in that of responses."""
+    value = _mode_of(value)
+    if isinstance(value, dict) and "function" in value:
+        return {"type": "function", **value}
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in _FORMS or kind in value or not ("name" in value or "tools" in value):
+        return value
+    return {"type": kind, kind: {name: v for name, v in value.items() if name != "type"}}
+
+
+def flatten(value: Any) -> Any:
+    """A tool, or a choice, in the form of responses, if it comes in that of chat completions."""
+    value = _mode_of(value)
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("type", "function")
+    inner = value.get(kind) if kind in _FORMS else None
+    return {"type": kind, **inner} if isinstance(inner, dict) else value
+
+
+def _mode_of(value: Any) -> Any:
+    """A choice, if it comes in the form of Anthropic's API."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind in _MODES:
+        return _MODES[kind]
+    if kind == "tool" and "name" in value:
+        return {"type": "function", "name": value["name"]}
+    return value
 
 
 class FunctionDefinition(RequestModel):
     """A function that the model may call."""
 
+    unsupported = refuse(input_schema=({},))
     name: ToolName
     description: Text = ""
     parameters: JsonObject = Field({}, description="A JSON schema of the arguments.")
@@ -83,7 +119,7 @@ class HostedToolChoice(ToolChoiceObject):
 
     def to_choice(self) -> ToolChoice:
         """See `ToolChoiceObject`."""
-        return ToolChoice()
+        return ToolChoice(is_hosted=True)
 
 
 def allowed_choice(

@@ -90,12 +90,15 @@ class RequestModel(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {}  # with those of its bases
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {}  # with those of its bases; what a
+    # model declares, it supports
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         inherited = (base.__dict__.get("unsupported", {}) for base in reversed(cls.__mro__))
-        cls.unsupported = dict(chain.from_iterable(members.items() for members in inherited))
+        members = chain.from_iterable(members.items() for members in inherited)
+        declared = cls.model_fields
+        cls.unsupported = {name: values for name, values in members if name not in declared}
 
     @model_validator(mode="before")
     @classmethod
