@@ -121,6 +121,9 @@ def test_no_code_of_a_checkpoint_is_run(folder: Path) -> None:
         ('{"model_type": "qwen3_moe", "x": NaN}', "got NaN"),
         ('{"model_type": "cache"}', "supports model_type"),
         ('{"model_type": "../os"}', "a model_type that is a name"),
+        ('{"model_type": "qwen3_moe", "text_config": ""}', "text_config: expected a JSON object"),
+        ('{"model_type": "qwen3_moe", "text_config": [{}]}', "text_config: expected a JSON"),
+        ('{"model_type": "qwen3_moe", "text_config": null}', "text_config: expected a JSON"),
         ('{"model_type": ["x"]}', "a model_type that is a name"),
         ('{"model_type": "qwen3_moe", "num_hidden_layers": 1000000000}', "from 0 to 10,000"),
         ('{"model_type": "qwen3_moe", "num_hidden_layers": 9000}', "describes 9000 layers"),
@@ -135,6 +138,29 @@ def test_odd_configs_are_refused_before_anything_is_built(
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=reason):
         logits(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [("qwen3_next", "partial_rotary_factor", -1), ("longcat_flash", "mla_scale_q_lora", 0)],
+)
+def test_a_config_that_fails_in_the_first_pass_is_named(
+    family: str, key: str, value: object, tmp_path: Path
+) -> None:
+    """mlx-lm builds and loads such a model."""
+    folder = synth(tmp_path / "model", family=family).path
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    done = subprocess.run(
+        [sys.executable, "-m", "cenacle", "generate", "-m", str(folder), "-p", "x"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == CheckpointError.exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert f"the files do not fit {family}" in error
 
 
 def test_a_hundred_and_fifty_damaged_checkpoints() -> None:

@@ -137,6 +137,10 @@ def _check_values(file: Path, config: Config) -> None:
     for name, value, depth in _walk(config):
         if depth > MAX_DEPTH:
             raise CheckpointError(f"{file}: expected at most {MAX_DEPTH} nested levels, got more")
+        if name == "text_config" and not isinstance(value, dict):
+            raise CheckpointError(
+                f"{file}: text_config: expected a JSON object, got {value!r:.100}"
+            )
         if isinstance(value, float) and math.isnan(value):
             raise CheckpointError(f"{file}: {name:.80}: expected a number, got NaN")
         if not isinstance(value, int | float) or isinstance(value, bool):

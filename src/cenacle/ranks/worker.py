@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from ..core.step import PageReport
-from ..errors import CenacleError, ClusterError
+from ..errors import CenacleError, CheckpointError, ClusterError
 from ..message import parse
 from ..paths import use_private_temp_dir
 from . import exit_reason
@@ -244,7 +245,8 @@ class _Worker:
         model = load_rank_model(self._checkpoint, self._plan, rank, self._report_progress)
         checksums = weight_checksums(model) if order.checksums else None
         family = self._plan.spec.family
-        parallelize(model, family, self._plan, self._collective, timer, order.kernels)
+        with self._blame_checkpoint():
+            parallelize(model, family, self._plan, self._collective, timer, order.kernels)
         drafter = self._load_draft_model()
         gc.collect()
         gc.freeze()  # the objects of a loaded model stay: the collector need not visit them again
@@ -256,6 +258,8 @@ class _Worker:
         engine = Engine(
             model, self._collective, timer, self._options, vocabulary, drafter, store, batching
         )
+        with self._blame_checkpoint():
+            footprint = engine.footprint()  # the model's first pass
         device = str(mx.default_device())
         if order.kernels != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
             device += f", {native.describe_kernels()}"
@@ -271,13 +275,24 @@ class _Worker:
             device,
             _peak_rss_bytes(),
             available_memory() - draft_bytes,
-            engine.footprint(),
+            footprint,
             tuple(store.listing) if store is not None and store.listing is not None else None,
             tuple(notices),
             checksums,
         )
         self._channel.send(ready.to_json())
         return engine
+
+    @contextmanager
+    def _blame_checkpoint(self) -> Iterator[None]:
+        """mlx-lm believes some values of config.json until they are used."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: the files do not fit {self._plan.spec.family}: "
+                f"{exit_reason.describe_error(error)}"
+            ) from error
 
     def _wire_memory(self) -> None:
         """On a Mac, keep the weights resident. Never run."""
