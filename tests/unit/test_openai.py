@@ -251,7 +251,6 @@ def test_members_deeper_in_a_body_may_be_any(extra: dict[str, Any]) -> None:
         ({"typical_p": 0.5}, "typical_p"),
         ({"grammar": "x"}, "grammar"),
         ({"truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
-        ({"repeat_penalty": 1.1, "repeat_last_n": 64}, "repeat_last_n"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         (
             {"messages": [{"role": "assistant", "content": "", "audio": {"id": "x"}}]},

@@ -159,6 +159,23 @@ def test_sampling_means_the_same_in_every_api(api: str) -> None:
     assert (sampling.presence_penalty, sampling.repetition_penalty) == (1, 1.1)
 
 
+def test_how_far_penalties_look_back() -> None:
+    def sizes(**extra: Any) -> tuple[int, int, int]:
+        penalties = {"presence_penalty": 1, "frequency_penalty": 1}
+        s = parse("chat", repetition_penalty=1.1, **penalties, **extra).sampling
+        return s.repetition_context_size, s.presence_context_size, s.frequency_context_size
+
+    assert sizes() == (20, 20, 20)
+    assert sizes(repetition_context_size=64) == (64, 20, 20)
+    assert sizes(repeat_last_n=-1) == (-1, -1, -1)
+    assert refusal("chat", repeat_last_n=-2) == "repeat_last_n"
+
+
+def test_all_wrong_biases_are_named() -> None:
+    with pytest.raises(InputError, match="also wrong: y, 9999"):
+        parse("chat", logit_bias={"x": 1, "5": 1, "y": 1, "9999": 1})
+
+
 @pytest.mark.parametrize("api", ALL)
 def test_a_constraint_is_enforced_in_every_api(api: str) -> None:
     for extra in ({"guided_regex": "a+"}, {"structured_outputs": {"choice": ["a"]}}):

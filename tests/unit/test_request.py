@@ -20,6 +20,7 @@ samplings = st.builds(
     repetition_penalty=st.floats(0, 10, exclude_min=True),
     presence_penalty=st.floats(-2, 2),
     frequency_penalty=st.floats(-2, 2),
+    repetition_context_size=st.integers(-1, 100),
     logit_bias=st.dictionaries(st.integers(0, 10**6), st.floats(-100, 100)),
 )
 tokens = st.lists(st.integers(0, 10**6), min_size=1, max_size=5).map(tuple)
@@ -56,6 +57,9 @@ def test_json_round_trip(step):
         ("repetition_penalty", [0.1, 1, 10], [0, -1, 10.1, float("nan")]),
         ("presence_penalty", [-2, 0, 2], [-2.1, 2.1, float("nan"), False]),
         ("frequency_penalty", [-2, 0, 2], [-2.1, 2.1, float("nan")]),
+        ("repetition_context_size", [-1, 0, 2**31 - 1], [-2, 2**31, 1.5, "3", None]),
+        ("presence_context_size", [-1, 0, 64], [-2, True]),
+        ("frequency_context_size", [-1, 0, 64], [-2, True]),
         ("seed", [None, 0, -(2**63), 2**63 - 1], [2**63, -(2**63) - 1, "x", True]),
     ],
 )

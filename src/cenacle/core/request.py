@@ -32,6 +32,8 @@ class Sampling:
             of nodes.
         repetition_penalty: above 0, at most 10; 1 disables it.
         presence_penalty, frequency_penalty: from -2 to 2.
+        repetition_context_size, presence_context_size, frequency_context_size: over how many of
+            the last tokens, the prompt's included, each penalty counts; -1: all; 0: no penalty.
         logit_bias: token id -> value from -100 to 100, added to that token's logit.
 
     Raises:
@@ -47,6 +49,9 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    repetition_context_size: int = 20  # mlx-lm's
+    presence_context_size: int = 20
+    frequency_context_size: int = 20
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0, 2)
@@ -56,6 +61,9 @@ class Sampling:
         _check_range("repetition_penalty", self.repetition_penalty, 0, 10, exclude_low=True)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        for name in ("repetition", "presence", "frequency"):
+            size = f"{name}_context_size"
+            _check_range(size, getattr(self, size), -1, MAX_COUNT, integer=True)
         if self.seed is not None:
             _check_range("seed", self.seed, -(2**63), 2**63 - 1, integer=True)
         for token, bias in self.logit_bias.items():

@@ -121,13 +121,18 @@ class LogprobRecorder:
 
 def make_processors(sampling: Sampling) -> list[LogitsProcessor]:
     """mlx-lm's logits processors for penalties and biases."""
+    repetition = sampling.repetition_penalty if sampling.repetition_penalty != 1 else None
+    sizes = {
+        name: getattr(sampling, name)
+        for name in ("repetition_context_size", "presence_context_size", "frequency_context_size")
+    }
+    # mlx-lm takes 0 for all tokens, too.
     return make_logits_processors(
         logit_bias=sampling.logit_bias or None,
-        repetition_penalty=sampling.repetition_penalty
-        if sampling.repetition_penalty != 1
-        else None,
-        presence_penalty=sampling.presence_penalty or None,
-        frequency_penalty=sampling.frequency_penalty or None,
+        repetition_penalty=repetition if sampling.repetition_context_size else None,
+        presence_penalty=sampling.presence_penalty if sampling.presence_context_size else None,
+        frequency_penalty=sampling.frequency_penalty if sampling.frequency_context_size else None,
+        **{name: size if size >= 0 else 0 for name, size in sizes.items()},
     )
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from ...core.request import Sampling
+from ...core.request import MAX_COUNT, Sampling
 from .protocol import ApiRequest, ServedModel
 from .response_formats import StructuredOutputs, constraints_of, parse_schema
 from .validation import (
@@ -193,6 +193,9 @@ def _read_biases(value: Any) -> Any:
     return biases
 
 
+_Window = Annotated[int, Field(ge=-1, le=MAX_COUNT)]
+
+
 class FormatOption(Protocol):
     """A response format of an API."""
 
@@ -212,10 +215,12 @@ class SharedParameters(ApiRequest):
     random_seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Same as seed.")
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="1 is none.")
     repeat_penalty: float = Field(1.0, gt=0, le=10, description="Same as repetition_penalty.")
-    repeat_last_n: int | None = Field(None, description="Only without repetition_penalty.")
-    repetition_context_size: int | None = Field(
-        None, description="Only without repetition_penalty: all tokens of the request count."
+    repetition_context_size: _Window = Field(
+        20, description="Over how many of the last tokens it counts; -1: all; 0: no penalty."
     )
+    presence_context_size: _Window = Field(20, description="The same for presence_penalty.")
+    frequency_context_size: _Window = Field(20, description="The same for frequency_penalty.")
+    repeat_last_n: _Window | None = Field(None, description="The same for all penalties.")
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[
@@ -238,18 +243,6 @@ class SharedParameters(ApiRequest):
         BeforeValidator(lambda value: None if isinstance(value, bool) else value),
     ] = Field(None, description="vLLM's form of these.")
 
-    @model_validator(mode="after")
-    def _check_repetition(self) -> Self:
-        for name in ("repeat_last_n", "repetition_context_size"):
-            window = getattr(self, name)
-            if window is not None and self._repetition_penalty != 1:
-                fail(
-                    "not supported by this server with repetition_penalty; remove it",
-                    name,
-                    UNSUPPORTED,
-                )
-        return self
-
     @property
     def _repetition_penalty(self) -> float:
         same = self.repetition_penalty == 1
@@ -262,16 +255,30 @@ class SharedParameters(ApiRequest):
             RequestError: a name in `logit_bias` is not a token id of the model.
         """
         biases: dict[int, float] = {}
+        wrong: list[str] = []
         for key, bias in self.logit_bias.items():
             token = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else -1
             if not 0 <= token < served.vocab_size:
-                reason = f"expected a token id from 0 to {served.vocab_size - 1} as the name"
-                raise RequestError(f"logit_bias.{key[:80]}", reason)
+                wrong.append(key[:80])
             biases[token] = bias
+        if wrong:
+            reason = f"expected a token id from 0 to {served.vocab_size - 1} as the name"
+            also = f"; also wrong: {', '.join(wrong[1:10])}" if wrong[1:] else ""
+            raise RequestError(f"logit_bias.{wrong[0]}", reason + also)
         names = {field.name for field in fields(Sampling)} & type(self).model_fields.keys()
         values = {name: getattr(self, name) for name in names}
         values |= {"logit_bias": biases, "repetition_penalty": self._repetition_penalty}
         values["seed"] = self.random_seed if self.seed is None else self.seed
+        penalties = {
+            "repetition_context_size": self._repetition_penalty != 1,
+            "presence_context_size": self.presence_penalty != 0,
+            "frequency_context_size": self.frequency_penalty != 0,
+        }
+        for name, is_set in penalties.items():
+            if not is_set:
+                del values[name]
+            elif self.repeat_last_n is not None:
+                values[name] = self.repeat_last_n
         values["top_k"] = max(self.top_k, 0)
         if self.top_p == 0:
             values |= {"top_p": 1.0, "top_k": 1}
