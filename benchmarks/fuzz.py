@@ -18,6 +18,7 @@ import asyncio
 import http.client
 import json
 import os
+import resource
 import select
 import subprocess
 import sys
@@ -39,6 +40,7 @@ ANSWER_S = 120.0  # the machine may be busy
 HEALTH_INTERVAL_S = 0.02
 MAX_EXAMPLES = 20
 MAX_RESPONSE_BYTES = 1 << 26
+MAX_MEMORY_BYTES = 4 << 30
 
 
 @dataclass
@@ -292,6 +294,8 @@ def run(args: argparse.Namespace) -> int:
         before = httpx.get(f"{server.url}/health", timeout=60).json()
         description = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
         maker = RequestMaker(description, args.seed, server.url.removeprefix("http://"))
+        # The bodies are made here: a mistake in that shall not take the machine's memory.
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
         command = [sys.executable, __file__, "--watch", server.url]
         watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         began = time.monotonic()

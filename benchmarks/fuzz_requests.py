@@ -271,7 +271,10 @@ class RequestMaker:
             parent[f"{key}{RAW}"] = odd_value(dice)
         elif kind == "form":
             form = dice.choice((lambda v: [v], lambda v: {"a": v}, lambda v: [v] * 40, str))
-            parent[key] = form(parent[key])
+            is_large = (
+                len(str(parent[key])) > 100_000
+            )  # forty of them, forty times, fill the memory
+            parent[key] = [parent[key]] if is_large else form(parent[key])
         elif kind == "number" and isinstance(parent[key], int | float):
             number = parent[key]
             parent[key] = dice.choice(
