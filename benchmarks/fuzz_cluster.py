@@ -22,6 +22,7 @@ import queue
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -951,6 +952,85 @@ def mesh(_: Path, border: Border, frames: int, seed: int) -> None:
         border.add_wrong(f"the honest rank was not connected: {error}")
 
 
+def links(folder: Path, border: Border, frames: int, seed: int) -> None:
+    """What a rank with the group's secret sends into all-reduces: native code reads it."""
+    process = Process(folder / border.name, __file__, "--links", str(frames), str(seed))
+    try:
+        status = process.process.wait(WAIT_S + frames / 5)
+    except subprocess.TimeoutExpired:
+        status = None
+        process.process.kill()
+    lines = process.log.read_text().splitlines() or ["nothing"]
+    if status != 0:
+        border.add_wrong(f"the process ended with {status}: {lines[-15:]}")
+        return
+    for result, count in json.loads(lines[-1]).items():
+        border.count(result, count)
+        if result not in ("refused", "taken"):
+            border.add_wrong(result)
+
+
+LINK_HEADER = struct.Struct("<IHBBQiIQ")  # of native/mesh/links.h
+
+
+def link_bytes(dice: random.Random, count: int) -> bytes:
+    """A message for an all-reduce, with one to three faults."""
+    fields = [0x4D434E43, 2, 1, 1, 0, -1, 0, 4 * count]
+    extreme = (0, 1, 2, 3, 7, 255, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1)
+    for _ in range(dice.randint(1, 3)):
+        at = dice.randrange(len(fields))
+        if at == 5:
+            fields[at] = dice.choice((-(2**31), 0, 5, 2**31 - 1))
+        elif at in (2, 3):
+            fields[at] = dice.choice((0, 2, 3, 6, 9, 254, 255))
+        else:
+            limit = {0: 2**32, 1: 2**16, 6: 2**32}.get(at, 2**64)
+            fields[at] = dice.choice(extreme) % limit
+    beats = LINK_HEADER.pack(0x4D434E43, 2, 254, 0, 0, 0, 0, 0) * dice.choice((0, 0, 1, 5))
+    data = beats + LINK_HEADER.pack(*fields) + dice.randbytes(dice.choice((0, 3, 4 * count, 5000)))
+    return data[: dice.randrange(len(data))] if dice.random() < 0.1 else data
+
+
+def run_links(frames: int, seed: int) -> None:
+    """A real rank 0 in an all-reduce with a wrong rank 1, in a process for each: MLX does not go on
+    after an error."""
+    import mlx.core as mx
+
+    from cenacle.collective.mesh import Mesh, MeshConfig
+    from cenacle.collective.rendezvous import Rendezvous
+
+    def reduce(folder: str, dice: random.Random) -> str:
+        addresses = [f"unix:{folder}/{rank}" for rank in (0, 1)]
+        count = dice.choice((1, 8, 1000))
+
+        def send() -> None:
+            (sock,) = Rendezvous(1, addresses, b"x", WAIT_S).connect_all(WAIT_S).values()
+            with suppress(OSError), sock:
+                sock.sendall(link_bytes(dice, count))
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        group = Mesh(0, MeshConfig(addresses, b"x", silence_s=2, deadline_s=4, join_s=WAIT_S))
+        sender.join(WAIT_S)
+        try:
+            mx.eval(group.all_sum(mx.ones(count)))
+            group.raise_if_failed()
+        except (ClusterError, RuntimeError) as error:
+            return "refused" if str(error) else "an error without words"
+        return "taken"
+
+    results, statuses = Counter[str](), {0: "refused", 1: "taken", 2: "an error without words"}
+    for number in range(frames):
+        if (pid := os.fork()) == 0:
+            signal.alarm(int(WAIT_S))
+            with tempfile.TemporaryDirectory(prefix="cenacle-fuzz-links-") as folder:
+                result = reduce(folder, random.Random(f"{seed}/{number}"))
+            os._exit({text: status for status, text in statuses.items()}[result])
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        results[statuses.get(status, f"ended with {status}, number {number}")] += 1
+    print(json.dumps(results))
+
+
 def probes(_: Path, border: Border, frames: int, seed: int) -> None:
     """Link probes: what strangers send to one that waits, and what a wrong one answers."""
     secret = b"0123456789abcdef"
@@ -995,6 +1075,7 @@ BORDERS: dict[str, Callable[[Path, Border, int, int], None]] = {
     "joining": joining,
     "sources": sources,
     "mesh": mesh,
+    "links": links,
     "probes": probes,
 }
 
@@ -1059,9 +1140,13 @@ def main() -> int:
     parser.add_argument("--borders", nargs="+", choices=every, default=every)
     parser.add_argument("--agent", help=argparse.SUPPRESS)
     parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("--links", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.agent:
         run_agent(args.agent)
+        return 0
+    if args.links:
+        run_links(*args.links)
         return 0
     if args.rank:
         run_rank(args.rank)

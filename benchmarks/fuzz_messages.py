@@ -21,7 +21,8 @@ from cenacle.ranks import messages as rank_messages
 
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 2**31, 2**63, 10**400, float("nan"), float("inf"), "", "x", "\x1b[2Jx",
-    "\ud800", "a" * 5000, [], [[]], [None], {}, {"type": "agent"}, [[[[]]]] * 3, "../../x", 1e300,
+    "\ud800", "a\x00b", "a" * 5000, [], [[]], [None], {}, {"type": "agent"}, [[[[]]]] * 3,
+    "../../x", 1e300,
 )  # fmt: skip
 WORDS: dict[str, tuple[Any, ...]] = {
     "address": ("127.0.0.1", "localhost", "::1", "a" * 70 + ".x"),

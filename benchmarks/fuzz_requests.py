@@ -68,7 +68,7 @@ LARGE: tuple[Callable[[], Any], ...] = (
     lambda: "\U0001f600" * 100_000,
     lambda: "x" * 1_000_000,
     lambda: [0] * 100_000,
-    lambda: [{"role": "user", "content": "a"}] * 11_000,
+    lambda: [{"role": "user", "content": "a"} for _ in range(11_000)],
     lambda: f"{RAW}{'[' * 900}{']' * 900}",
     lambda: f"{RAW}{'[' * 200_000}{']' * 200_000}",
     lambda: RAW + '{"a":' * 20_000 + "1" + "}" * 20_000,

@@ -75,9 +75,18 @@ def parse_address(text: str, default_port: int | None = None) -> tuple[str, int]
     if not colon or text.endswith("]"):
         host, port = text, str(default_port or "")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
+    is_port = port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536
+    if not is_port or not is_host(host):
         raise ValueError(f"expected HOST:PORT, got {text!r}")
     return host, int(port)
+
+
+def is_host(text: str) -> bool:
+    """Whether a text can be an address or a name: for others sockets raise what is no OSError."""
+    try:
+        return len(text) < 256 and text.isprintable() and bool(text.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def format_address(host: str, port: int) -> str:

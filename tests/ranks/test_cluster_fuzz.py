@@ -40,5 +40,5 @@ def test_every_border_of_a_cluster() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["borders"] == 13
+    assert result["borders"] == 14
     assert all(frames >= 60 for frames in result["frames"].values())

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cenacle.cluster.messages import FindPorts, ProbeLink, ServeProbe, StartDownload
 from cenacle.message import (
     Count,
     Label,
@@ -238,3 +239,23 @@ def test_a_class_may_refuse_with_any_exception():
     for data in ({"number": 0}, {"odd": [[]]}, {"odd": {}}):
         with pytest.raises(MessageError, match="strict"):
             parse({"type": "strict", **data}, Strict)
+
+
+@pytest.mark.parametrize("address", ["", "a" * 64 + ".x", "a..b", "a\x00", "é" * 60, "x" * 5000])
+def test_an_address_that_no_socket_takes_is_a_message_error(address: str) -> None:
+    """Sockets raise a UnicodeError or a ValueError for them, not an OSError."""
+    kinds = [
+        (FindPorts, {"count": 1}),
+        (ServeProbe, {"secret": ""}),
+        (ProbeLink, {"port": 1, "secret": ""}),
+    ]
+    for kind, rest in kinds:
+        for good in ("127.0.0.1", "fd00::1", "fe80::1%eth0", "node-2.local", "müller.example"):
+            assert kind.from_json({"address": good, **rest})
+        with pytest.raises(MessageError, match="address: expected an address"):
+            kind.from_json({"address": address, **rest})
+
+
+def test_a_path_with_a_null_byte_is_a_message_error() -> None:
+    with pytest.raises(MessageError, match="folder: expected at most 4096 printable"):
+        StartDownload.from_json({"model": "x", "folder": "a\x00b", "order": {}})

@@ -25,7 +25,26 @@ def test_parse_address(text, default_port, expected):
     assert net.parse_address(text, default_port) == expected
 
 
-@pytest.mark.parametrize("text", ["", "x", "x:y", "x:0", "x:65536", ":5", "x:-1", "x:\u0663"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "x:y",
+        "x:0",
+        "x:65536",
+        ":5",
+        "x:-1",
+        "x:\u0663",
+        "x:9" + "9" * 5000,
+        "a" * 64 + ".x:1",
+        "a..x:1",
+        "a\x00:1",
+        "\ud800:1",
+        "é" * 60 + ":1",
+        "a." * 200 + "x:1",
+    ],
+)
 def test_parse_address_refuses(text):
     with pytest.raises(ValueError, match="expected HOST:PORT"):
         net.parse_address(text)

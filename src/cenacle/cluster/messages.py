@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
+from .. import net
 from ..message import Count, Label, Message, MessageError, Port, Printable, Range, Seconds
 from .link_probe import Link
 
@@ -33,6 +34,18 @@ Bytes = Annotated[int, Range(0, MAX_BYTES)]
 Positive = Annotated[float, Range(1e-12, 1e12)]
 Rate = Annotated[float, Range(1e3, 1e18)]
 """Bytes per second. Decisions divide by it."""
+
+
+class _Host:
+    def check(self, value: Any, path: str) -> None:
+        """Raise a `MessageError` for what no socket takes as a host."""
+        if not net.is_host(value):
+            raise MessageError(f"{path}: expected an address, got {value!r:.80}")
+
+
+HostAddress = Annotated[str, _Host()]
+Line = Annotated[str, Printable(4096)]
+"""A path, or what becomes a variable of a process: both take no NUL."""
 
 # ---- Opening a connection ---------------------------------------------------------------------
 
@@ -332,9 +345,9 @@ class FindModel(Order[ModelLocation], type="find_model"):
         config_sha256: of its config.json.
     """
 
-    model: str
-    digest: str
-    config_sha256: str
+    model: Line
+    digest: Line
+    config_sha256: Line
 
 
 @dataclass(frozen=True)
@@ -345,8 +358,8 @@ class StartDownload(Order[Done], type="start_download"):
         order: a `DownloadOrder`.
     """
 
-    model: str
-    folder: str
+    model: Line
+    folder: Line
     order: Mapping[str, Any]
 
 
@@ -385,7 +398,7 @@ class Ports(Message):
 class FindPorts(Order[Ports], type="find_ports"):
     """Find free ports of an address."""
 
-    address: str
+    address: HostAddress
     count: Annotated[int, Range(1, 64)]
 
 
@@ -400,7 +413,7 @@ class ProbePort(Message):
 class ServeProbe(Order[ProbePort], type="serve_probe"):
     """Answer one link probe by whoever knows the secret (base64)."""
 
-    address: str
+    address: HostAddress
     secret: str
 
 
@@ -408,7 +421,7 @@ class ServeProbe(Order[ProbePort], type="serve_probe"):
 class ProbeLink(Order[Link], type="probe_link"):
     """Measure the link to the node that serves a probe there."""
 
-    address: str
+    address: HostAddress
     port: Port
     secret: str
 
@@ -436,12 +449,12 @@ class StartRank(Order[RankStarted], type="start_rank"):
     group_id: Count
     epoch: Count
     rank: Count
-    backend: str
-    addresses: tuple[str, ...]
+    backend: Line
+    addresses: tuple[Line, ...]
     devices: tuple[tuple[str | None, ...], ...]
-    secret: str
-    relay: str
-    token: str
+    secret: Line
+    relay: Line
+    token: Line
 
 
 @dataclass(frozen=True)
