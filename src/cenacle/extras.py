@@ -28,7 +28,8 @@ def import_extra(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f"this needs the package {module.partition('.')[0]}, which is not installed: run "
+            f"this needs the package {(error.name or module).partition('.')[0]}, which is not "
+            "installed: run "
             f"`pip install 'cenacle[{extra}]'`"
         ) from error
 

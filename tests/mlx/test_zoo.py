@@ -7,9 +7,10 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import MODEL_REMAPPING
-from one_process import load_rank
+from one_process import load_rank, run_ranks
 
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
@@ -21,6 +22,7 @@ from cenacle.model.families import FAMILIES, Zoo, list_families
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
+from support.own_models import load_own_model
 
 pytest.importorskip("mlx_vlm", reason="needs the extra vlm")
 
@@ -99,6 +101,54 @@ def test_towers_are_left_alone_and_named_once(family, tmp_path, caplog):
     )
     assert read == checkpoint.nbytes() - sum(4 * int(np.prod(s)) for s in TOWERS.values())
     assert mx.array_equal(load_whole(tmp_path)(ids), want)
+
+
+def publish_ernie(folder):
+    """Write a converted checkpoint as the hub has it: single experts, those of images last."""
+    published = {}
+    for name, array in mx.load(str(folder / "model.safetensors")).items():
+        name = name.removeprefix("language_model.")
+        path, _, rest = name.rpartition(".switch_mlp")
+        if path:
+            first, projection = (8, rest[3:]) if rest.startswith("_1.") else (0, rest[1:])
+            for expert in range(len(array)):
+                published[f"{path}.experts.{first + expert}.{projection}"] = array[expert]
+        elif ".gate_1." in name:
+            published[name.replace(".gate_1.weight", ".gate.weight_1")] = array
+        else:
+            published[name] = array
+    published["model.resampler_model.mlp.weight"] = mx.zeros((4, 4))
+    mx.save_safetensors(str(folder / "model.safetensors"), published)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+@pytest.mark.parametrize(("nodes", "placement"), [(1, "whole"), (3, "whole"), (2, "sliced")])
+def test_experts_of_images_are_neither_read_nor_needed(nodes, placement, tmp_path):
+    """ernie4_5_moe_vl has experts for text and for images, in one list."""
+    synth(tmp_path, family="ernie4_5_moe_vl")
+    ids = mx.array([[5, 9, 2, 77, 1]])
+    want = load_whole(tmp_path)(ids)
+    publish_ernie(tmp_path)
+    got = run_ranks(tmp_path, nodes, lambda model, _: np.array(model(ids)), placement=placement)
+    assert float(mx.abs(mx.array(got[0]) - want).max()) < 1e-4
+    checkpoint = Checkpoint.open(tmp_path)
+    plan = Plan.whole(read_model_spec(checkpoint), 1)
+    names = {p.tensor.name for p in slices_for(plan, 0, ModelLayout.read(checkpoint)).tensors}
+    assert any(".experts.7." in name for name in names)
+    assert not any(".experts.8." in name or "resampler" in name for name in names)
+
+
+def test_factors_of_single_experts_become_part_of_their_matrices(tmp_path):
+    """inkling, as its NVFP4 checkpoints have them; random ones differ from one."""
+    synth(tmp_path, family="inkling", dtype="float32")
+    own, _ = load_own_model(tmp_path)
+    scales = [v for n, v in tree_flatten(own.parameters()) if n.endswith("gate_scale")]
+    assert scales
+    assert all(float(mx.abs(v - 1).max()) > 0.01 for v in scales)
+    ids = mx.array([[5, 9, 2, 77, 1]])
+    want = own(ids)
+    got = run_ranks(tmp_path, 2, lambda model, _: np.array(model(ids)), placement="sliced")
+    assert float(mx.abs(mx.array(got[0]) - want).max() / mx.abs(want).max()) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])

@@ -21,7 +21,9 @@ class VlmLanguageModel(nn.Module):
         from mlx_vlm.utils import load_model as load_vlm_model
 
         # Not strict: its towers have no weights here.
-        self.language_model = load_vlm_model(folder, strict=False).language_model
+        model = load_vlm_model(folder, strict=False)
+        self.prefix = "thinker.language_model" if "thinker" in model else "language_model"
+        self.language_model = getattr(model, "thinker", model).language_model
         self.make_cache = lambda: make_prompt_cache(self.language_model)
         self.layers = self.language_model.layers
 
@@ -31,7 +33,7 @@ class VlmLanguageModel(nn.Module):
         return self.language_model(ids, cache=cache or self.make_cache()).logits
 
     def parameters(self) -> dict[str, Any]:
-        return {"language_model": self.language_model.parameters()}
+        return {self.prefix: self.language_model.parameters()}
 
 
 def load_own_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

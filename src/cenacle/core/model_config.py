@@ -40,7 +40,8 @@ CONTEXT_LENGTH_KEYS = (
 
 def text_config(config: Config) -> Config:
     """The part of a config that describes the language model."""
-    nested = config.get("text_config")
+    thinker = config.get("thinker_config")  # beside a model that speaks
+    nested = (thinker if isinstance(thinker, dict) else config).get("text_config")
     return nested if isinstance(nested, dict) else config
 
 

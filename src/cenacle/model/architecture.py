@@ -135,6 +135,7 @@ def discard_random_init() -> Iterator[None]:
 
 def unify_experts(model: nn.Module) -> None:
     """Replace other forms of stacked experts by `SwitchGLU`, in place: lists of DBRX, mlx-vlm's."""
+    zoo.drop_image_experts(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, dbrx.SparseMoeBlock):
             replace_module(model, path, StackedDbrx(module))
@@ -152,7 +153,8 @@ def unify_expert_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             return None
         return f"{match[1]}.switch_mlp.{names[match[3]]}.{match[4]}", int(match[2])
 
-    return zoo.split_fused_experts(stack_tensors(weights, stacked_name))
+    stacked = stack_tensors(weights, stacked_name)
+    return zoo.fold_expert_scales(zoo.split_fused_experts(stacked))
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
@@ -234,9 +236,15 @@ def with_expert_count(config: Any, count: int, local: int) -> Any:
     """The config with `local` in place of every number of routed experts that is `count`."""
     if isinstance(config, dict):
         return {
-            k: local
-            if k in EXPERT_COUNT_KEYS and v == count
+            k: _replace_count(v, count, local)
+            if k in EXPERT_COUNT_KEYS
             else with_expert_count(v, count, local)
             for k, v in config.items()
         }
     return config
+
+
+def _replace_count(value: Any, count: int, local: int) -> Any:
+    if isinstance(value, list):  # experts for text and for images
+        return [_replace_count(v, count, local) for v in value]
+    return local if value == count else value

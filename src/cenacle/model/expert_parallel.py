@@ -257,7 +257,7 @@ class LoopedGatherLinear(nn.Module):
 class Zeros(nn.Module):
     """Shared experts that another rank computes: zeros, shaped like the input."""
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *_: mx.array) -> mx.array:
         """Zeros like x."""
         return mx.zeros_like(x)
 

@@ -48,7 +48,9 @@ STACKED_TENSOR = re.compile(
 _TOWER_TENSOR = re.compile(
     r"(?:model\.|thinker\.)?"
     r"(?:vision|visual|audio|speech|image|multi_modal|mm_|embed_vision|embed_audio|aligner|"
-    r"vit_large_projector|patch_merger|pre_mm_projector|talker|code2wav)\w*\."
+    r"vit_large_projector|patch_merge|pre_mm_projector|resampler|talker|code2wav)\w*\."
+    # Experts of ernie4_5_moe_vl that only tokens of images choose.
+    r"|.*\.mlp\.(?:switch_mlp_1|gate_1|e_score_correction_bias_1|gate\.weight_1)\b"
 )
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _GPT_OSS_EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
@@ -65,6 +67,14 @@ class Zoo(Enum):
 
     MLX_LM = "mlx-lm"
     MLX_VLM = "mlx-vlm"
+
+
+class Positions(Enum):
+    """How mlx-vlm's families with positions of images take those of text, three equal ones."""
+
+    THREE_ROWS = "[3, batch, length]"
+    THREE_COLUMNS = "[batch, length, 3]"
+    ONE = "[batch, length]"
 
 
 class Batching(Enum):
@@ -107,6 +117,9 @@ class Family:
         metal_only: mlx-lm implements it with Metal kernels only.
         batching: what the model's layers can take; `tests/mlx/test_batching.py` shows it.
         make_caches: replaces the model's own `make_cache`; called with the model.
+        whole_shared_experts: each of the shared experts has a weight of its own for each token, so
+            they are not one layer to slice by width.
+        positions: see `Positions`.
         zoo: the package that has its model classes.
         aliases: other model_types that mlx-vlm runs with these classes.
         refused: why it cannot run at all.
@@ -124,6 +137,8 @@ class Family:
     metal_only: bool = False
     batching: Batching = Batching.PADDED
     make_caches: Callable[[Any], list[Any]] | None = None
+    whole_shared_experts: bool = False
+    positions: Positions = Positions.THREE_ROWS
     zoo: Zoo = Zoo.MLX_LM
     aliases: tuple[str, ...] = ()
     refused: str | None = None
@@ -149,6 +164,15 @@ def _longcat_forward(block: Any, x: mx.array, *, all_reduce: AllReduce) -> mx.ar
     y = block.switch_mlp(x, mx.where(identity, block.n_routed_experts, ids))
     y = (y * mx.where(identity, 0.0, weights)[..., None]).sum(axis=-2)
     return all_reduce(y) + x * mx.where(identity, weights, 0.0).sum(axis=-1, keepdims=True)
+
+
+def _inkling_forward(block: Any, x: mx.array, *, all_reduce: AllReduce) -> mx.array:
+    """mlx-vlm's own, which looks into the experts before it calls them."""
+    tokens = x.reshape(-1, x.shape[-1])
+    ids, weights, shared_weights = block._route(tokens @ block.gate_weight.astype(x.dtype).T)
+    y = (block.switch_mlp(tokens, ids) * weights[..., None]).sum(axis=-2)
+    y = y + block.shared_experts(tokens, shared_weights)
+    return all_reduce(y).reshape(x.shape).astype(x.dtype)
 
 
 def _make_ngram_caches(model: Any) -> list[Any]:
@@ -284,12 +308,42 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "cohere2_moe": Family(zoo=Zoo.MLX_VLM, aliases=("cohere2moe",), plain_attention=True),
-    "deepseek_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
-    "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "deepseek_v4": Family(
+        zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"
+    ),
+    "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"),
     "glm4v_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
-    "hy_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "hy_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"),
+    "ernie4_5_moe_vl": Family(
+        zoo=Zoo.MLX_VLM,
+        plain_attention=True,
+        positions=Positions.THREE_COLUMNS,
+        note="experts for text only",
+    ),
+    "inkling": Family(
+        zoo=Zoo.MLX_VLM,
+        aliases=("inkling_mm_model",),
+        forward=_inkling_forward,
+        whole_shared_experts=True,
+        batching=Batching.ONE_BY_ONE,
+        note="requests take turns",
+    ),
+    "longcat_flash_sparse": Family(
+        zoo=Zoo.MLX_VLM,
+        forward=_longcat_forward,
+        batching=Batching.ONE_BY_ONE,
+        note="as longcat_flash, with sparse attention",
+    ),
+    "minimax_m3": Family(
+        zoo=Zoo.MLX_VLM,
+        positions=Positions.ONE,
+        batching=Batching.ONE_BY_ONE,
+        note="requests take turns",
+    ),
+    "mistral_large3": Family(zoo=Zoo.MLX_VLM),
+    "qwen3_omni_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
     "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
-    "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"),
     "step3p7": Family(zoo=Zoo.MLX_VLM),
     # Special only in that their attention heads can be sharded.
     **dict.fromkeys(

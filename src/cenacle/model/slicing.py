@@ -80,7 +80,7 @@ class ModelLayout:
         needed = {
             name: info
             for name, info in checkpoint.text_tensors.items()
-            if name not in checkpoint.quantized.ignored
+            if name not in checkpoint.quantized.ignored and not _is_image_expert(name, counts)
         }
         return cls(model, family, tuple(blocks), needed, checkpoint.quantized)
 
@@ -101,6 +101,12 @@ class ModelLayout:
     def expert_count(self) -> int:
         """Routed experts of every layer."""
         return self.blocks[0].expert_count
+
+
+def _is_image_expert(name: str, counts: set[int]) -> bool:
+    """Whether a tensor is an expert after those of text, which only tokens of images choose."""
+    single = EXPERT_TENSOR.fullmatch(name)
+    return single is not None and int(single["expert"]) >= max(counts)
 
 
 @dataclass(frozen=True)

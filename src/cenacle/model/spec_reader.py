@@ -103,7 +103,7 @@ def _describe_layer(block: MoEBlock, family: Family) -> MoELayer:
     )
     shared_bytes = sum(_nbytes(m) for m in shared)
     units, unsliced = (1, 0) if family.unsliceable_reason is not None else _expert_units(block)
-    shared_units, shared_unsliced = _shared_units(shared)
+    shared_units, shared_unsliced = (1, 0) if family.whole_shared_experts else _shared_units(shared)
     return MoELayer(
         layer=block.layer,
         experts=block.expert_count,

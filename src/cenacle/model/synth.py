@@ -250,10 +250,10 @@ def _with_special_tokens(config: Config) -> Config:
 
 
 def build_lazy_model(config: Config, seed: int = 0) -> nn.Module:
-    """mlx-lm's model of a config. Nothing is evaluated: any size fits in memory.
+    """The model of a config. Nothing is evaluated: any size fits in memory.
 
     Raises:
-        InputError: mlx-lm refuses the config, or the model has no routed experts.
+        InputError: its package refuses the config, or the model has no routed experts.
     """
     # The few defaults that are random themselves (A_log) must follow the seed too.
     mx.random.seed(seed)
@@ -266,7 +266,7 @@ def build_lazy_model(config: Config, seed: int = 0) -> nn.Module:
     except Exception as error:
         kind = config.get("model_type")
         raise InputError(
-            f"config: mlx-lm cannot build this {kind} model: {type(error).__name__}: {error}",
+            f"config: this {kind} model cannot be built: {type(error).__name__}: {error}",
             "config",
         ) from error
     has_experts = architecture.find_blocks(model) or any(

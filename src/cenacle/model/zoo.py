@@ -29,10 +29,12 @@ from mlx_lm.utils import _get_classes
 from ..core.model_config import Config
 from ..errors import CheckpointError, InputError
 from ..extras import import_extra, is_installed
-from .families import Zoo, vlm_family_name
+from .families import Positions, Zoo, family_of, is_tower_tensor, vlm_family_name
 from .vlm_repairs import REPAIRS
 
-_LANGUAGE_MODEL = "language_model"
+_LANGUAGE_MODEL, _THINKER = "language_model", "thinker"
+_EXPERT_SCALES = {"gate_scale": "gate_proj", "out_scale": "down_proj"}
+_IMAGE_EXPERTS = "switch_mlp_1", "gate_1", "e_score_correction_bias_1"
 _MODALITIES = ("text", "vision", "perceiver", "projector", "audio")  # as mlx-vlm builds configs
 _FUSED = re.compile(r"(.*\.switch_mlp)\.gate_up_proj\.(\w+)")
 
@@ -98,7 +100,7 @@ def _vlm_classes(name: str) -> ModelClasses:
     package = import_extra(f"mlx_vlm.models.{name}", "vlm")
     if (repair := REPAIRS.get(name)) is not None:
         repair()
-    kind = type("TextModel", (TextModel, package.Model), {"_package": package})
+    kind = type("TextModel", (TextModel, package.Model), {"_package": package, "_family": name})
     arguments = SimpleNamespace(from_dict=lambda config: _vlm_arguments(package, config))
     return ModelClasses(name, Zoo.MLX_VLM, kind, arguments)
 
@@ -123,36 +125,43 @@ class TextModel(nn.Module):
     """
 
     _package: ModuleType
+    _family: str
 
     def __init__(self, arguments: Any) -> None:
         super().__init__(arguments)  # type: ignore[call-arg]
-        for name in set(self) - {_LANGUAGE_MODEL}:
-            value = self.pop(name)
-            if isinstance(value, nn.Module):  # not a child any more; `sanitize` may call it
-                object.__setattr__(self, name, value)
+        _set_aside(self, {_LANGUAGE_MODEL, _THINKER})
+        if _THINKER in self:
+            _set_aside(self[_THINKER], {_LANGUAGE_MODEL})
         self.eval()
+
+    @property
+    def _text(self) -> Any:
+        return self.get(_THINKER, self)[_LANGUAGE_MODEL]
 
     def __call__(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
         """See the class."""
-        model = self.language_model
-        if not hasattr(model, "_position_ids"):
+        model = self._text
+        if not hasattr(model, "_rope_deltas"):
             return model(ids, cache=cache).logits
         # It keeps positions between calls, of one conversation: give them with each call.
-        offset = _offset_of(cache)
-        positions = mx.arange(ids.shape[1]) + mx.array(offset).reshape(-1, 1)
-        positions = mx.broadcast_to(positions, (3, *ids.shape))
+        positions = mx.arange(ids.shape[1]) + mx.array(_offset_of(cache)).reshape(-1, 1)
+        positions = mx.broadcast_to(positions, ids.shape)
+        layout = family_of(self._family).positions
+        if layout is not Positions.ONE:
+            axis = 0 if layout is Positions.THREE_ROWS else -1
+            positions = mx.stack([positions] * 3, axis=axis)
         return model(ids, cache=cache, position_ids=positions).logits
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""
-        return self.language_model.layers
+        return self._text.layers
 
     def make_cache(self) -> list[Any]:
         """A cache for each layer: mlx-lm's, where these have no other kind than mlx-lm has."""
-        if not hasattr(self.language_model, "make_cache"):
+        if not hasattr(self._text, "make_cache"):
             return [KVCache() for _ in self.layers]
-        caches = self.language_model.make_cache()
+        caches = self._text.make_cache()
         converted = [_mlx_lm_cache(cache) for cache in caches]
         return caches if None in converted else converted
 
@@ -160,10 +169,31 @@ class TextModel(nn.Module):
         """As mlx-vlm converts a checkpoint, of which the towers' tensors are dropped."""
         if (convert := getattr(super(), "sanitize", None)) is not None:
             weights = convert(weights)
-        model = self.language_model
+        model = self._text
         if hasattr(self._package, "LanguageModel") and hasattr(model, "sanitize"):
             weights = model.sanitize(weights)
-        return {k: v for k, v in weights.items() if k.startswith(f"{_LANGUAGE_MODEL}.")}
+        prefix = f"{_THINKER}.{_LANGUAGE_MODEL}." if _THINKER in self else f"{_LANGUAGE_MODEL}."
+        return {
+            name: array
+            for name, array in weights.items()
+            if name.startswith(prefix) and not is_tower_tensor(name)
+        }
+
+
+def _set_aside(module: nn.Module, kept: set[str]) -> None:
+    """Leave a module only the children `kept`; the others stay attributes: `sanitize` uses them."""
+    for name in set(module) - kept:
+        value = module.pop(name)
+        if isinstance(value, nn.Module):
+            object.__setattr__(module, name, value)
+
+
+def drop_image_experts(model: nn.Module) -> None:
+    """Remove experts that only tokens of images choose, in place."""
+    for module in model.modules():
+        if _IMAGE_EXPERTS[0] in module:
+            for name in _IMAGE_EXPERTS:
+                module.pop(name, None)
 
 
 def _offset_of(caches: list[Any] | None) -> int | mx.array:
@@ -216,6 +246,30 @@ def as_mlx_lm_experts(stack: nn.Module) -> switch_layers.SwitchGLU:
     return switch_layers.SwitchGLU(
         down.output_dims, down.input_dims, down.num_experts, activation, "bias" in down
     )
+
+
+def fold_expert_scales(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Multiply factors of single experts (inkling) into their matrices, lazily.
+
+    Raises:
+        CheckpointError: the matrices have a format without room for them.
+    """
+    folded = dict(weights)
+    for name, factors in weights.items():
+        path, _, leaf = name.rpartition(".")
+        if not path.endswith(".switch_mlp") or leaf not in _EXPERT_SCALES:
+            continue
+        del folded[name]
+        target = f"{path}.{_EXPERT_SCALES[leaf]}"
+        leaves = ("scales", "biases") if f"{target}.scales" in weights else ("weight",)
+        for part in (f"{target}.{leaf}" for leaf in leaves):
+            if (matrix := folded.get(part)) is None or matrix.dtype == mx.uint8:
+                raise CheckpointError(
+                    f"{target}: expected experts in floating point or affine groups, got others, "
+                    f"each with a factor of its own; such checkpoints are not supported"
+                )
+            folded[part] = matrix * factors.reshape(-1, 1, 1).astype(matrix.dtype)
+    return folded
 
 
 def split_fused_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
