@@ -24,6 +24,7 @@ from ..core.model_config import (
     VOCAB_SIZE_KEYS,
     Config,
     get_int,
+    text_config,
 )
 from ..errors import CheckpointError
 
@@ -258,8 +259,7 @@ def shape_from_config(
     Raises:
         CheckpointError: a key that determines the shape is missing, or the model has no experts.
     """
-    inner = config.get("text_config")
-    c: Config = {**config, **(inner if isinstance(inner, dict) else {})}
+    c: Config = {**config, **text_config(config)}
     for nested in ("attn_config", "ffn_config"):  # DBRX
         c |= {k: v for k, v in (c.get(nested) or {}).items() if not k.startswith("model_")}
     reader = _ConfigReader(name, c)
@@ -309,7 +309,7 @@ def shape_from_config(
         attention=attention,
         source=source,
         confidence=confidence,
-        family=str(c.get("model_type", "")) if inner is None else str(config.get("model_type", "")),
+        family=str(config.get("model_type", "")),
         moe_ids=tuple(moe_ids),
     )
 
