@@ -307,6 +307,24 @@ def test_reasoning_is_apart(client: openai.OpenAI) -> None:
     assert whole.usage.prompt_tokens_details.cached_tokens is not None
 
 
+def test_reasoning_can_be_left_out_and_an_unknown_effort_is_said(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=SUM,
+        reasoning_effort="ultra",  # type: ignore[arg-type]
+        max_tokens=5,
+        logit_bias={str(END): -100, "363": -100, "364": -100},
+        extra_body={"reasoning": {"exclude": True}},
+    )
+    assert "'ultra': taken as max" in raw.headers["x-cenacle-warning"]
+    whole = raw.parse()
+    message = whole.choices[0].message
+    assert (message.content, message.model_extra) == ("", {})
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 5
+
+
 def test_reasoning_comes_before_an_answer_of_a_form(client: openai.OpenAI) -> None:
     parsed = client.chat.completions.parse(
         model=MODEL,

@@ -11,7 +11,13 @@ from cenacle.errors import InputError
 from cenacle.server.api.anthropic import CountTokensAdapter, MessagesAdapter, render_error
 from cenacle.server.api.openai import ChatCompletionsAdapter, CompletionsAdapter
 from cenacle.server.api.openai_responses import ResponsesAdapter
-from cenacle.server.api.protocol import ApiAdapter, GenerationRequest, ResponseMeta, ServedModel
+from cenacle.server.api.protocol import (
+    MAX_TOOLS,
+    ApiAdapter,
+    GenerationRequest,
+    ResponseMeta,
+    ServedModel,
+)
 from cenacle.text.reasoning import EFFORTS, nearest_effort
 
 SERVED = ServedModel("house", 100_000, 1000, any_name=True)
@@ -130,6 +136,12 @@ def test_any_effort_is_accepted_in_any_form(api: str, extra: dict[str, Any]) -> 
     assert parse(api, **extra).reasoning_effort == "ultra"
 
 
+@pytest.mark.parametrize(("number", "word"), [(0, "none"), (0.5, "medium"), (0.99, "max")])
+def test_an_effort_may_be_a_number(number: float, word: str) -> None:
+    assert parse("chat", reasoning_effort=number).reasoning_effort == word
+    assert refusal("chat", reasoning_effort=1.5) == "reasoning_effort"
+
+
 @pytest.mark.parametrize("api", ["chat", "responses"])
 def test_other_names_of_reasoning(api: str) -> None:
     assert parse(api, reasoning_effort="").reasoning_effort is None
@@ -234,6 +246,11 @@ FOREIGN: list[tuple[str, str, Any, Any]] = [
             ("parse_tool_calls", False, True),
             ("deferred", True, False),
             ("stop_token_ids", [1], []),
+            ("watermarking", True, False),
+            ("logprob_token_ids", [1], None),
+            ("task", "title", None),
+            ("n_cmpl", 2, 1),
+            ("return_prompt_token_ids", True, False),
             ("chat_template", "x", None),
         ]
     ),
@@ -365,6 +382,27 @@ def test_openrouter_asks_for_usage_in_its_own_way() -> None:
     assert parse("chat", stream=True, usage={"include": True}).include_usage
 
 
+@pytest.mark.parametrize("thinking", ["Hm", [{"type": "text", "text": "Hm"}]])
+def test_reasoning_among_the_parts_of_a_content(thinking: Any) -> None:
+    parts = [{"type": "thinking", "thinking": thinking}, {"type": "text", "text": "Hi"}]
+    turn = conversation("chat", messages=[{"role": "assistant", "content": parts}, HELLO])[0]
+    assert turn == {"role": "assistant", "content": "Hi", "reasoning_content": "Hm"}
+    wrong = [{"type": "thinking", "thinking": 3}]
+    assert refusal("chat", messages=[{"role": "assistant", "content": wrong}]) == (
+        "messages[0].content[0].type"
+    )
+
+
+def test_tools_of_a_message_are_refused() -> None:
+    message = {"role": "system", "content": "x", "tools": [NESTED]}
+    assert refusal("chat", messages=[message, HELLO]) == "messages[0].tools"
+
+
+def test_a_text_may_begin_without_the_first_token() -> None:
+    assert not parse("completions", add_special_tokens=False).add_special_tokens
+    assert parse("completions").add_special_tokens
+
+
 # Responses
 
 
@@ -453,6 +491,32 @@ def test_a_compaction_takes_the_place_of_all_before_it() -> None:
     turns[1] = {"role": "assistant", "content": failed}
     assert len(conversation("messages", messages=turns)) == 3
     assert conversation("messages", messages=turns)[0] == HELLO
+
+
+def test_long_conversations_are_read_in_time() -> None:
+    """Work that grows with the square of their length is felt, and recursion ends."""
+    many = 5_000
+    summaries = [{"type": "compaction", "content": "x"}] * many
+    parse("messages", messages=[{"role": "user", "content": summaries}])
+    tool = {"name": "a", "input_schema": {}}
+    inline = {"type": "tool_definition", "definition": tool}
+    changes = [{"type": "tool_addition", "tool": inline}] * many
+    parse("messages", messages=[HELLO, {"role": "system", "content": changes}])
+    calls = [{"id": str(at), "function": {"name": "f"}} for at in range(many)]
+    results = [{"role": "tool", "tool_call_id": str(many - at)} for at in range(many)]
+    parse("chat", messages=[{"role": "assistant", "tool_calls": calls}, *results])
+    parse("chat", messages=[{"role": "assistant", "tool_calls": calls}, *[{"role": "tool"}] * many])
+    thoughts = [{"type": "thinking", "thinking": "x"}] * many
+    parse("chat", messages=[{"role": "assistant", "content": thoughts}])
+
+
+def test_too_many_tools_in_messages_are_refused() -> None:
+    definitions = [{"name": f"f{at}", "input_schema": {}} for at in range(MAX_TOOLS + 1)]
+    changes = [
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": one}}
+        for one in definitions
+    ]
+    assert refusal("messages", messages=[HELLO, {"role": "system", "content": changes}]) == "tools"
 
 
 def test_tools_that_a_conversation_changes() -> None:

@@ -231,7 +231,7 @@ class RequestPreparer:
     ) -> tuple[int, ...]:
         if isinstance(prompt, str):
             # Not rendered as a chat, as `Model.request` would.
-            return self._tokenizer.encode(prompt)
+            return self._tokenizer.encode(prompt, add_special=request.add_special_tokens)
         if not request.is_chat:
             return self._model.tokens_of(prompt)
         self._check_chat(request, prompt)

@@ -413,15 +413,19 @@ class _Conversation:
 
     def add(self, message: _SystemMessage | _UserMessage | _AssistantMessage) -> None:
         """Go on with a message."""
-        for at, block in enumerate(message.content):
-            if isinstance(block, _CompactionBlock) and block.content:
-                self.groups = [[{"role": "user", "content": block.content}]]
-                self.changes = [*block.tool_changes]
-                rest = message.content[at + 1 :]
-                if rest:
-                    self.add(message.model_copy(update={"content": rest}))
+        blocks = message.content if isinstance(message.content, list) else []
+        summaries = [
+            at for at, b in enumerate(blocks) if isinstance(b, _CompactionBlock) and b.content
+        ]
+        if summaries:
+            last = summaries[-1]
+            self.groups = [[{"role": "user", "content": blocks[last].content}]]
+            self.changes = [*blocks[last].tool_changes]
+            blocks = blocks[last + 1 :]
+            if not blocks:
                 return
-        for block in message.content:
+            message = message.model_copy(update={"content": blocks})
+        for block in blocks:
             if isinstance(block, _ToolChangeBlock):
                 self.changes.append(block)
             elif isinstance(block, _OtherBlock):
@@ -432,19 +436,24 @@ class _Conversation:
 
     def change_tools(self, tools: Sequence[Tool | None]) -> list[Tool | None]:
         """The tools that are offered at the end, of those of the request."""
-        offered = [*tools]
+        added: dict[str, Tool] = {}
         removed: set[str] = set()
         for change in self.changes:
             if isinstance(change.tool, _InlineDefinition):
                 tool = change.tool.definition.to_tool()
-                name = None if tool is None else tool.name
-                offered = [t for t in offered if t is None or t.name != name]
-                offered.append(tool)
-                removed -= {name}
+                if tool is not None:
+                    added[tool.name] = tool
+                    removed.discard(tool.name)
+            elif isinstance(change.tool, _NamedReference) and change.type == "tool_removal":
+                removed.add(change.tool.name)
             elif isinstance(change.tool, _NamedReference):
-                names = {change.tool.name}
-                removed = removed | names if change.type == "tool_removal" else removed - names
-        return [tool for tool in offered if tool is None or tool.name not in removed]
+                removed.discard(change.tool.name)
+        known = [tool for tool in tools if tool is None or tool.name not in added]
+        offered = [t for t in (*known, *added.values()) if t is None or t.name not in removed]
+        if len(offered) > MAX_TOOLS:
+            reason = f"expected at most {MAX_TOOLS}, with those that messages add"
+            raise RequestError("tools", f"{reason}, got {len(offered)}")
+        return offered
 
 
 class CountTokensRequest(ReasoningParameters):

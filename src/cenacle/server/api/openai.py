@@ -23,6 +23,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     GetCoreSchemaHandler,
+    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
@@ -234,7 +235,7 @@ class _CustomToolCall(RequestModel):
 
 
 class _ChatMessage(RequestModel):
-    unsupported = refuse("audio", function_call=(), images=([],))
+    unsupported = refuse("audio", function_call=(), images=([],), tools=([],))
     continues: ClassVar[bool] = False
 
 
@@ -244,6 +245,18 @@ class _PromptMessage(_ChatMessage):
 
     def to_template(self) -> Message:
         return {"role": template_role(self.role), "content": self.content}
+
+
+_THINKING_PARTS = ("thinking", "reasoning")
+
+
+def _thinking_text(part: JsonObject) -> Any:
+    thinking = part.get("thinking", part.get("text"))
+    if not isinstance(thinking, list):
+        return thinking
+    texts = [piece.get("text") for piece in thinking if isinstance(piece, dict)]
+    plain = [text for text in texts if isinstance(text, str)]
+    return "".join(plain) if len(plain) == len(thinking) else None
 
 
 class _AssistantMessage(_ChatMessage):
@@ -267,6 +280,24 @@ class _AssistantMessage(_ChatMessage):
             ),
         ]
     ] = Field([])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_thinking(cls, value: Any) -> Any:
+        """Reasoning may be among the parts of the content, as of Mistral's and SGLang's clients."""
+        content = value.get("content") if isinstance(value, dict) else None
+        if not isinstance(content, list):
+            return value
+        parts, texts = [], []
+        for part in content:
+            if isinstance(part, dict) and part.get("type") in _THINKING_PARTS:
+                texts.append(_thinking_text(part))
+            else:
+                parts.append(part)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            return value
+        own = value.get("reasoning_content") or "".join(texts)
+        return {**value, "content": parts or None, "reasoning_content": own}
 
     @property
     def continues(self) -> bool:  # type: ignore[override]
@@ -460,6 +491,9 @@ class CompletionRequest(_CompletionParameters):
     logprobs: int | None = Field(
         None, ge=0, le=MAX_COMPLETION_LOGPROBS, description="So many alternatives to each token."
     )
+    add_special_tokens: bool = Field(
+        True, description="Begin with the tokenizer's first token, if it has one."
+    )
     echo: bool = Field(False, description="Begin each choice with its prompt.")
 
     def to_generation_request(self, served: ServedModel) -> GenerationRequest:
@@ -476,6 +510,7 @@ class CompletionRequest(_CompletionParameters):
             prompt_field="prompt",
             logprobs=self.logprobs,
             echo=self.echo,
+            add_special_tokens=self.add_special_tokens,
             **self.shared_fields(served, self._max_tokens()),
         )
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BeforeValidator, Field
 
 from ...core.request import MAX_COUNT, Sampling
+from ...text.reasoning import EFFORTS
 from .protocol import ApiRequest, ServedModel
 from .response_formats import StructuredOutputs, constraints_of, parse_schema
 from .validation import (
@@ -79,11 +80,13 @@ _UNSUPPORTED = refuse(
     input_ids=(),
     length_penalty=_ONE,
     logits_processors=_EMPTY,
+    logprob_token_ids=_EMPTY,
     lora=_EMPTY,
     lora_adapter=_EMPTY,
     lora_path=_EMPTY,
     mirostat=_ZERO,
     mirostat_mode=_ZERO,
+    n_cmpl=_ONE,
     n_indent=_ZERO,
     negative_prompt=_EMPTY,
     no_repeat_ngram_size=_ZERO,
@@ -94,7 +97,9 @@ _UNSUPPORTED = refuse(
     prompt_embeds=_EMPTY,
     repetition_detection=_EMPTY,
     return_hidden_states=_NO,
+    return_meta_info=_NO,
     return_prompt_text=_NO,
+    return_prompt_token_ids=_NO,
     return_token_ids=_NO,
     return_tokens_as_token_ids=_NO,
     return_routed_experts=_NO,
@@ -109,6 +114,7 @@ _UNSUPPORTED = refuse(
     stream_reasoning=_YES,
     structural_tag=_EMPTY,
     t_max_predict_ms=(0, -1),
+    task=_EMPTY,
     temperature_last=_NO,
     tfs=_ONE,
     tfs_z=_ONE,
@@ -120,6 +126,7 @@ _UNSUPPORTED = refuse(
     typical_p=_ONE,
     use_beam_search=_NO,
     vllm_xargs=_EMPTY,
+    watermarking=_NO,
     xtc_probability=_ZERO,
     # Hosted services
     deferred=_NO,
@@ -320,8 +327,10 @@ class SharedParameters(ApiRequest):
 
 
 def _read_effort(value: Any) -> Any:
-    """LiteLLM sends an object."""
+    """LiteLLM sends an object, SGLang's clients a number from 0 to 1."""
     effort = value.get("effort") if isinstance(value, dict) else value
+    if isinstance(effort, int | float) and not isinstance(effort, bool) and 0 <= effort <= 1:
+        return EFFORTS[round(effort * (len(EFFORTS) - 1))]
     return None if effort == "" else effort
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
@@ -118,6 +119,7 @@ class GenerationRequest:
         ignore_eos: the model cannot end a choice.
         logprobs: how many alternatives to report with each token; None: nothing about tokens.
         echo: choices begin with their prompts, with `logprobs` also of these.
+        add_special_tokens: a text begins with the tokenizer's first token.
         prompt_logprobs: like `logprobs`, for the prompts, apart from the choices (vLLM).
         forced_call: "required" or a function's name: the response is tool calls and nothing else;
             None: the model decides.
@@ -151,6 +153,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     echo: bool = False
+    add_special_tokens: bool = True
     prompt_logprobs: int | None = None
     tools: tuple[Tool, ...] = ()
     forced_call: str | None = None
@@ -327,16 +330,15 @@ def tool_call(call_id: str, name: str, arguments: JsonObject) -> JsonObject:
 def match_calls(messages: list[Message]) -> tuple[Message, ...]:
     """The messages, with an id for each call that has none; results without one are for the first
     call that has no result."""
-    open_ids: list[str] = []
+    open_ids: OrderedDict[str, None] = OrderedDict()
     for at, message in enumerate(messages):
         for index, call in enumerate(message.get("tool_calls", ())):
             call["id"] = call["id"] or f"call_{at}_{index}"
-            open_ids.append(call["id"])
+            open_ids[call["id"]] = None
         if message["role"] == "tool":
-            call_id = message["tool_call_id"] or (open_ids[0] if open_ids else "")
+            call_id = message["tool_call_id"] or next(iter(open_ids), "")
             message["tool_call_id"] = call_id
-            if call_id in open_ids:
-                open_ids.remove(call_id)
+            open_ids.pop(call_id, None)
     return tuple(messages)
 
 
