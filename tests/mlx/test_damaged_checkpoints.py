@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,34 @@ def test_odd_configs_are_refused_before_anything_is_built(
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=reason):
         logits(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        "model-00001-of-00004.safetensors",
+    ],
+)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_not_read(folder: Path, name: str, kind: str) -> None:
+    """A pipe would block for ever, /dev/zero fill the memory."""
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (Checkpoint.open, lambda folder: locate_checkpoint(str(folder))):
+        with pytest.raises(CheckpointError, match="expected a regular file"):
+            read(folder)
+
+
+def test_a_generation_config_is_not_larger_than_a_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"a": "%s"}' % ("x" * (17 << 20)))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected at most"):
+        Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from .quantized_layers import QuantizedLayers
 from .tensor_info import DTYPES, TensorInfo
 from .weight_files import (
     WEIGHTS_PATTERN,
+    check_files,
     metadata_patterns,
     read_index,
     select_files,
@@ -67,6 +68,7 @@ class Checkpoint:
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
+        check_files(folder)
         config = read_config(folder)
         listed, files = read_index(folder), weight_files(folder)
         if not files:
@@ -212,6 +214,7 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
                 f"or the model's name on the Hub"
             )
         if folder.is_dir():
+            check_files(folder)
             names = (file.name for file in folder.iterdir())
             select_files(str(folder), names, read_index(folder))
         return folder

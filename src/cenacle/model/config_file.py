@@ -57,10 +57,11 @@ def read_config(folder: Path) -> Config:
     """
     file = folder / "config.json"
     try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(
-                f"{file}: expected at most {MAX_CONFIG_BYTES:,} bytes, got {file.stat().st_size:,}"
-            )
+        for read in (file, folder / "generation_config.json"):  # mlx-lm reads both
+            if (size := read.stat().st_size if read.exists() else 0) > MAX_CONFIG_BYTES:
+                raise CheckpointError(
+                    f"{read}: expected at most {MAX_CONFIG_BYTES:,} bytes, got {size:,}"
+                )
         config = mlx_lm_utils.load_config(folder)
     except FileNotFoundError as error:
         raise CheckpointError(

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
+MAX_METADATA_BYTES = 256 << 20  # of a tokenizer, the largest of them
 WEIGHTS_PATTERN = "model*.safetensors"  # where there is no index
 
 
@@ -78,6 +81,26 @@ def weight_files(folder: Path) -> list[Path]:
     if listed is None:
         return sorted(folder.glob(WEIGHTS_PATTERN))
     return [folder / name for name in sorted(set(listed.values()))]
+
+
+def check_files(folder: Path) -> None:
+    """Reading any file of the checkpoint ends, and takes bounded memory.
+
+    Raises:
+        CheckpointError: one is a pipe, a device or a socket, or is too large for what it is.
+    """
+    for path in sorted(folder.iterdir()):
+        is_weights = path.name.endswith(".safetensors")
+        if not is_weights and not any(fnmatch(path.name, p) for p in metadata_patterns()):
+            continue
+        with suppress(OSError):  # a link to nothing: whoever needs it says so
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
+                raise CheckpointError(f"{path}: expected a regular file, got a pipe or a device")
+            if not is_weights and info.st_size > MAX_METADATA_BYTES:
+                raise CheckpointError(
+                    f"{path}: expected at most {MAX_METADATA_BYTES:,} bytes, got {info.st_size:,}"
+                )
 
 
 def metadata_patterns() -> list[str]:
