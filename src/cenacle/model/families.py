@@ -233,6 +233,8 @@ def _head_dim(config: Config) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
+_DIFFUSION = "it writes blocks of tokens by diffusion, and requests here grow token by token"
+_OWN_EXPERTS = "its experts are of a form of their own, which cannot be divided"
 _GENERIC = Family()
 _PLAIN = Family(plain_attention=True)
 FAMILIES: dict[str, Family] = {
@@ -345,6 +347,10 @@ FAMILIES: dict[str, Family] = {
     "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
     "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"),
     "step3p7": Family(zoo=Zoo.MLX_VLM),
+    "diffusion_gemma": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),
+    "llada2_moe": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),
+    "moondream3": Family(zoo=Zoo.MLX_VLM, refused=_OWN_EXPERTS),
+    "zaya1_vl": Family(zoo=Zoo.MLX_VLM, refused=_OWN_EXPERTS),
     # Special only in that their attention heads can be sharded.
     **dict.fromkeys(
         (
