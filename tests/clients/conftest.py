@@ -39,6 +39,7 @@ QUIET = {
     "ANONYMIZED_TELEMETRY": "False",
     "HF_HUB_OFFLINE": "1",
     "OPENAI_AGENTS_DISABLE_TRACING": "1",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 KEPT_VARIABLES = ("PATH", "LANG", "TERM", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
 
@@ -81,11 +82,17 @@ def workspaces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model(workspaces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that plays the clients' scripts."""
+    folder = tmp_path_factory.mktemp("model")
+    return write_scripted_checkpoint(folder / "scripted", _scripts(workspaces))
+
+
+@pytest.fixture(scope="session")
 def server(
-    workspaces: Path, config_home: Path, tmp_path_factory: pytest.TempPathFactory
+    model: Path, config_home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("server")
-    model = write_scripted_checkpoint(folder / "scripted", _scripts(workspaces))
     with running_server(folder, "--served-model-name", "*", model=model, nodes=2) as server:
         yield server
 

@@ -214,6 +214,11 @@ CHAT_TOOL = {
     "type": "function",
     "function": {"name": "read", "description": "", "parameters": SCHEMA, "strict": True},
 }
+CHAT_CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "read", "arguments": CALL_ARGUMENTS},
+}
 CHAT_HISTORY: list[dict[str, Any]] = [
     {"role": "system", "content": [{"type": "text", "text": "Brief.", "cache_control": {}}]},
     {"role": "user", "name": "ann", "content": "Read a.py"},
@@ -494,6 +499,124 @@ WIRE_FORMS: dict[str, tuple[type[ApiAdapter], dict[str, Any]]] = {
             "parallel_tool_calls": False,
         },
     ),
+    "opencode": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "max_tokens": 32000,
+            "messages": [
+                {"role": "system", "content": "You are opencode."},
+                {"role": "user", "content": "Edit a.py"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "reasoning_content": "Look.",
+                    "tool_calls": [CHAT_CALL],
+                },
+                {"role": "tool", "tool_call_id": "c1", "content": "x"},
+            ],
+            "tools": [CHAT_TOOL],
+            "tool_choice": "auto",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    "qwen_code": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "messages": [
+                {"role": "system", "content": "You are Qwen Code."},
+                {"role": "user", "content": [{"type": "text", "text": "Setting up."}]},
+                {"role": "assistant", "content": "Got it."},
+                {"role": "user", "content": [{"type": "text", "text": "Edit a.py"}]},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [CHAT_CALL],
+                    "reasoning_content": "Look.",
+                },
+                {
+                    "role": "tool",
+                    "tool_call_id": "c1",
+                    "content": [{"type": "text", "text": "x"}],
+                },
+            ],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "tools": [CHAT_TOOL],
+            "max_tokens": 8000,
+        },
+    ),
+    "continue_history": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "messages": [
+                {"role": "system", "content": "You are an agent in the Continue CLI."},
+                {"role": "user", "content": "Edit a.py"},
+                {"role": "assistant", "content": "", "tool_calls": [CHAT_CALL]},
+                {"role": "tool", "content": "x", "tool_call_id": "c1"},
+            ],
+            "stream": True,
+            "tools": [CHAT_TOOL],
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    "aider": (
+        ChatCompletionsAdapter,
+        {
+            "messages": [
+                {"role": "system", "content": "Act as an expert software developer."},
+                {"role": "user", "content": "Change the greeting"},
+                {"role": "assistant", "content": "Ok, I will."},
+                {"role": "user", "content": "Edit a.py"},
+            ],
+            "model": "house",
+            "temperature": 0,
+        },
+    ),
+    "smolagents": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": "You are an expert."}]},
+                {"role": "user", "content": [{"type": "text", "text": "New task:"}]},
+            ],
+            "stop": ["Observation:", "Calling tools:", "</code>"],
+        },
+    ),
+    "llm": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "stream": True,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    "promptfoo": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1024,
+            "temperature": 0,
+        },
+    ),
+    "llamaindex": (
+        ChatCompletionsAdapter,
+        {
+            "messages": [{"role": "user", "content": "Hi"}],
+            "model": "house",
+            "parallel_tool_calls": False,
+            "stream": False,
+            "temperature": 0.1,
+            "tool_choice": "required",
+            "tools": [CHAT_TOOL],
+        },
+    ),
     "openrouter_form": (
         ChatCompletionsAdapter,
         {
@@ -542,6 +665,39 @@ WIRE_FORMS: dict[str, tuple[type[ApiAdapter], dict[str, Any]]] = {
             "best_of": 1,
             "use_beam_search": False,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+    ),
+    "vllm_bench_chat": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+            "max_completion_tokens": 16,
+            "repetition_penalty": 1.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+        },
+    ),
+    "guidellm": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "max_completion_tokens": 16,
+            "ignore_eos": True,
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "1 0 m0 Finish"}]}],
+        },
+    ),
+    "genai_perf": (
+        ChatCompletionsAdapter,
+        {
+            "model": "house",
+            "messages": [{"role": "user", "content": "ill go Exeunt"}],
+            "stream": True,
+            "max_tokens": 16,
+            "ignore_eos": True,
         },
     ),
     "llama_cpp": (
@@ -718,6 +874,16 @@ def test_too_many_tools_in_the_conversation_are_refused() -> None:
     body = {"input": [*items, {"role": "user", "content": "Go"}]}
     with pytest.raises(RequestError, match="tools: expected at most"):
         ResponsesAdapter().parse(json.dumps(body).encode(), SERVED)
+
+
+@pytest.mark.parametrize("client", ["opencode", "qwen_code", "continue_history"])
+def test_chat_agents_tools_and_calls_reach_the_model(client: str) -> None:
+    request = replay(client)
+    assert [tool.name for tool in request.tools] == ["read"]
+    *_, call, result = request.prompts[0]  # type: ignore[misc]
+    (made,) = call["tool_calls"]
+    assert (made["function"]["name"], result["role"]) == ("read", "tool")
+    assert "x" in json.dumps(result["content"])
 
 
 def test_messages_of_other_agents_are_read() -> None:
