@@ -134,7 +134,7 @@ def test_lm_eval(client: Client, pypi: Install, tmp_path: Path) -> None:
     program = pypi("lm-eval[api]", "transformers") / "bin" / "lm-eval"
     with running_server(tmp_path, nodes=2) as demo, recording_proxy(demo.url) as proxy:
         client.proxy = proxy
-        arguments = f"model=demo,base_url={proxy.url}/v1/completions,tokenizer={DEMO}"
+        arguments = f"model={DEMO.name},base_url={proxy.url}/v1/completions,tokenizer={DEMO}"
         client.run(
             *(program, "run", "--model", "local-completions", "--tasks", "endings"),
             *("--model_args", f"{arguments},num_concurrent=2", "--include_path", "."),
