@@ -6,10 +6,12 @@ from typing import Literal
 import instructor
 from anthropic import Anthropic
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Person(BaseModel):
+    # In an open schema a model that cannot write its script adds fields without end.
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Ada"]
     age: Literal[36]
 
