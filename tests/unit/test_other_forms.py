@@ -398,6 +398,22 @@ def test_tools_of_a_message_are_refused() -> None:
     assert refusal("chat", messages=[message, HELLO]) == "messages[0].tools"
 
 
+@pytest.mark.parametrize(
+    ("api", "field", "role"),
+    [
+        ("chat", "messages", "user"),
+        ("responses", "input", "assistant"),
+        ("messages", "messages", "assistant"),
+    ],
+)
+def test_calls_where_none_are_read_are_not_lost(api: str, field: str, role: str) -> None:
+    turn = {"role": role, "content": "x"}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    body = {field: [HELLO, {**turn, "tool_calls": [call]}, HELLO]}
+    assert refusal(api, **body) == f"{field}[1].tool_calls"
+    parse(api, **{field: [HELLO, {**turn, "tool_calls": []}, HELLO]})
+
+
 def test_a_text_may_begin_without_the_first_token() -> None:
     assert not parse("completions", add_special_tokens=False).add_special_tokens
     assert parse("completions").add_special_tokens

@@ -278,6 +278,7 @@ class _SystemMessage(RequestModel):
 
 
 class _UserMessage(RequestModel):
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {"tool_calls": ([],)}
     role: Literal["user"]
     content: Annotated[
         str | list[Any],
@@ -309,6 +310,7 @@ class _UserMessage(RequestModel):
 
 
 class _AssistantMessage(RequestModel):
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {"tool_calls": ([],)}
     role: Literal["assistant"]
     content: Annotated[
         str | list[Any],

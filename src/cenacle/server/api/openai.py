@@ -235,7 +235,7 @@ class _CustomToolCall(RequestModel):
 
 
 class _ChatMessage(RequestModel):
-    unsupported = refuse("audio", function_call=(), images=([],), tools=([],))
+    unsupported = refuse("audio", function_call=(), images=([],), tool_calls=([],), tools=([],))
     continues: ClassVar[bool] = False
 
 

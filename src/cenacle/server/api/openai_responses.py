@@ -66,6 +66,7 @@ from .validation import (
     Text,
     describe,
     fail,
+    refuse,
 )
 
 LOGPROBS = "message.output_text.logprobs"  # in `include`
@@ -102,6 +103,7 @@ class _Item(RequestModel):
 
 
 class _MessageItem(_Item):
+    unsupported = refuse("audio", function_call=(), tool_calls=([],))
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: _ItemText
