@@ -19,6 +19,7 @@ from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
 from cenacle.model.loader import load_rank_model
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
+from cenacle.model.workload import read_workload
 from cenacle.text.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,20 @@ def test_odd_configs_are_refused_before_anything_is_built(
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=reason):
         logits(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model_type": "qwen3_moe", "text_config": ""}',
+        '{"model_type": "qwen3_moe", "num_hidden_layers": 1000000000000}',
+        "[" * 100_000,
+    ],
+)
+def test_a_config_alone_is_checked_like_a_folders(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        read_workload(tmp_path / "config.json", None, 1000, 1, 100)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def read_config(folder: Path) -> Config:
         ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got a {type(config).__name__}")
-    _check_values(file, config)
+    check_values(file, config)
     if "model_file" in config:
         raise CheckpointError(
             f"{folder}: config.json names a Python file ({config['model_file']!r:.100}); Cenacle "
@@ -133,7 +133,12 @@ def _walk(config: Config) -> Iterator[tuple[str, Any, int]]:
             rest += [(name, item, depth + 1) for item in value]
 
 
-def _check_values(file: Path, config: Config) -> None:
+def check_values(file: Path, config: Config) -> None:
+    """Check that values are finite, and counts plausible.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     limits = {key: limit for keys, limit in MAX_COUNTS.items() for key in keys}
     for name, value, depth in _walk(config):
         if depth > MAX_DEPTH:

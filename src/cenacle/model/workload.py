@@ -24,6 +24,7 @@ from ..planning.model_shapes import ModelShape, shape_from_config
 from ..planning.perf_model import Workload
 from . import architecture, synth
 from .checkpoint import Checkpoint
+from .config_file import check_values
 from .spec_reader import read_model_spec
 
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
@@ -122,10 +123,11 @@ def estimate_spec(workload: Workload) -> ModelSpec:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a config.json: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    check_values(path, config)
     return config
 
 
