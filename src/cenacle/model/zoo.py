@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -21,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import switch_layers
+from mlx_lm.models import activations, deepseek_v41, step3p5, switch_layers
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.utils import _get_classes
@@ -153,6 +154,20 @@ class TextModel(nn.Module):
         return model(ids, cache=cache, position_ids=positions).logits
 
     @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+        """mlx-vlm's choice of what to quantize; in the format that was asked for."""
+        chosen = getattr(self._text, "quant_predicate", None)
+
+        def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if not hasattr(module, "to_quantized"):
+                return False
+            settings = True if chosen is None else chosen(path, module)
+            is_affine = isinstance(settings, dict) and settings.get("mode", "affine") == "affine"
+            return settings if is_affine else bool(settings)
+
+        return predicate
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""
         return self._text.layers
@@ -240,12 +255,24 @@ def is_vlm_stack(module: nn.Module) -> bool:
 def as_mlx_lm_experts(stack: nn.Module) -> switch_layers.SwitchGLU:
     """mlx-lm's stacked experts of the same shape, with lazy random weights."""
     down = stack.down_proj
-    activation = stack.activation
-    if type(activation).__name__ == "SwiGLU":
-        activation = switch_layers.SwiGLU()
+    activation = _as_mlx_lm_activation(stack.activation)
     return switch_layers.SwitchGLU(
         down.output_dims, down.input_dims, down.num_experts, activation, "bias" in down
     )
+
+
+def _as_mlx_lm_activation(activation: nn.Module) -> nn.Module:
+    """mlx-lm's class of the same function, which the kernels know; else the activation itself."""
+    kind = type(activation).__name__
+    if kind == "SwiGLU":
+        return switch_layers.SwiGLU()
+    if kind == "ClampedSwiGLU":
+        return step3p5.ClampedSwiGLU(activation.limit)
+    if kind == "LimitedSwiGLU" and activation.limit > 0:
+        return deepseek_v41.DeepseekV41SwiGLU(activation.limit)
+    if kind == "MiniMaxSwiGLUOAI" and activation.beta == 1:
+        return activations.SwigluOAI(activation.alpha, activation.limit)
+    return activation
 
 
 def fold_expert_scales(weights: dict[str, mx.array]) -> dict[str, mx.array]:
