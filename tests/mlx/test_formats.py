@@ -4,13 +4,14 @@ The witness is the same model with weights that `support/quantized_formats.py` d
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from one_process import run_ranks
+from one_process import VECTORS, run_ranks
 
 from cenacle.core.plan import Plan
 from cenacle.engine.speculative.draft_model import load_draft_model
@@ -22,6 +23,7 @@ from cenacle.model.families import TINY_CONFIGS
 from cenacle.model.loader import build_model, load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
+from cenacle.model.tensor_slice import COLUMNS, ROWS
 from support.quantized_formats import FORMATS, Format, Stored, write_safetensors
 
 WIDTH, HIDDEN, EXPERTS, VOCABULARY, HEADS = 128, 192, 4, 64, 4
@@ -185,6 +187,52 @@ def test_experts_are_held_as_they_should_be(checkpoints, name):
         assert getattr(linear, "mode", "dense") == FORMATS[name].held
 
 
+# Layers that the formats' own tools wrote
+
+WRITTEN = VECTORS / "formats" / "written.safetensors"
+"""Layers of [32, 128] by compressed-tensors 0.20.0 (`compress`, and what its `decompress` makes, in
+bfloat16), auto-gptq 0.7.1 (`QuantLinear.pack`) and autoawq 0.2.9 (`WQLinear_GEMM.from_linear`). The
+settings of each are in the header."""
+
+
+def written_settings() -> dict[str, dict]:
+    data = WRITTEN.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["settings"])
+
+
+def open_written(folder: Path, name: str) -> Checkpoint:
+    shutil.copy(WRITTEN, folder / WEIGHTS)
+    config = {"model_type": "qwen3_moe", "torch_dtype": "float32"}
+    config["quantization_config"] = written_settings()[name]
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def keep(tensor, dtype, shape, data):
+        return (dtype, shape) if tensor.startswith(f"{name}.") else DROP
+
+    rewrite(folder, keep)
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", sorted(written_settings()))
+def test_layers_that_the_tools_of_the_formats_wrote(tmp_path, name):
+    checkpoint = open_written(tmp_path, name)
+    layer = checkpoint.quantized.layers[name]
+    expected = mx.load(str(WRITTEN))[f"{name}.decompressed"]
+    close = 2**-8 if expected.dtype == mx.bfloat16 else 1e-6
+    # compressed-tensors rounds scales of floats and their products to bfloat16 on the way.
+    close *= 2 if "fp" in name else 1
+    expected = expected.astype(mx.float32)
+    whole = layer.dequantize(layer.read(ROWS, ((0, 32),), []))
+    assert bool(mx.all(mx.abs(whole - expected) <= close * mx.abs(expected)))
+    rows = layer.dequantize(layer.read(ROWS, ((0, 16), (16, 32)), []))
+    border = layer.group_size or 32
+    ranges = ((0, border), (border, 128)) if border < 128 else ((0, 128),)
+    columns = layer.dequantize(layer.read(COLUMNS, ranges, []))
+    assert mx.array_equal(rows, whole)
+    assert mx.array_equal(columns, whole)
+
+
 # What a rank reads
 
 
@@ -332,21 +380,28 @@ def test_a_dense_model(tmp_path, monkeypatch, name):
 # Damage
 
 
+DROP = "", [0]
+
+
 def rewrite(folder: Path, change: Callable[[str, str, list[int], bytearray], object]) -> None:
     """Change tensors in place: change(name, type, shape, bytes) returns a new (type, shape)."""
     data = (folder / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    body = bytearray()
+    header.pop("__metadata__", None)
+    body, kept = bytearray(), {}
     for name, entry in header.items():
         a, b = entry["data_offsets"]
         piece = bytearray(data[8 + length + a : 8 + length + b])
         made = change(name, entry["dtype"], entry["shape"], piece)
+        if made == DROP:
+            continue
         if made is not None:
             entry["dtype"], entry["shape"] = made
+        kept[name] = entry
         entry["data_offsets"] = [len(body), len(body) + len(piece)]
         body += piece
-    head = json.dumps(header).encode()
+    head = json.dumps(kept).encode()
     (folder / WEIGHTS).write_bytes(len(head).to_bytes(8, "little") + head + bytes(body))
 
 

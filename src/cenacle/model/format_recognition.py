@@ -282,6 +282,8 @@ class _Recognizer:
         if scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
             raise self._error(path, "expected qweight and scales, two matrices; download it again")
         method = self.settings.get("quant_method")
+        if method in ("auto-round", "intel/auto-round"):
+            method = "awq" if "awq" in str(self.settings.get("packing_format")) else "gptq"
         if method not in ("awq", "gptq"):
             raise self._error(
                 path, f"expected quant_method awq or gptq beside qweight, got {method!r}"
@@ -296,7 +298,7 @@ class _Recognizer:
         self, path: str, weight: TensorInfo, scale: TensorInfo, zero: TensorInfo | None
     ) -> StoredLayer:
         groups, outputs = scale.shape
-        version = self.settings.get("version", "gemm")
+        version = self.settings.get("version") or self.settings.get("format") or "gemm"
         if str(version).lower() != "gemm":
             raise self._error(path, f"AWQ of version {version!r} is not supported; only gemm is")
         inputs = weight.shape[0]
@@ -329,7 +331,7 @@ class _Recognizer:
         zero: TensorInfo | None,
     ) -> StoredLayer:
         groups, outputs = scale.shape
-        layout = self.settings.get("checkpoint_format", "gptq")
+        layout = self.settings.get("checkpoint_format") or self.settings.get("format") or "gptq"
         if layout not in ("gptq", "gptq_v2"):
             raise self._error(path, f"GPTQ's checkpoint_format {layout!r} is not supported")
         stated = self.settings.get("bits")
