@@ -152,7 +152,7 @@ def test_killed_rank_is_named(start, kind, asynchronous):
     time.sleep(0.1)
     os.kill(processes[2].pid, signal.SIGKILL)
     for process in processes[:2]:
-        message = process.result(5)["error"]
+        message = process.result(60)["error"]
         assert message.startswith("RuntimeError: rank 2 closed its connection")
         assert message.endswith("in all-reduce 1")
     assert everywhere(processes[:2], "count") == [6, 6]
@@ -166,7 +166,7 @@ def test_stopped_rank_is_named_within_the_deadline(start, size):
     for process in processes[:2]:
         process.start("sum", size=size)
     for process in processes[:2]:
-        result = process.result(5)
+        result = process.result(60)
         assert result["error"].startswith("RuntimeError: rank 2 sent nothing")
         assert result["error"].endswith("in all-reduce 1")
         assert 0.5 < result["seconds"] < 4
@@ -174,7 +174,7 @@ def test_stopped_rank_is_named_within_the_deadline(start, size):
     # It may find all it needs for that exchange; in the next it learns that it was given up.
     for _ in range(2):
         processes[2].start("sum", size=size)
-        last = processes[2].result(5)
+        last = processes[2].result(60)
     assert "error" in last
 
 
@@ -191,7 +191,7 @@ def test_slow_rank_is_not_an_error(start):
 def test_rank_that_lives_but_never_comes_is_named(start):
     processes, _ = start(2, silence_s=1, deadline_s=1.5)
     processes[0].start("sum")
-    result = processes[0].result(5)
+    result = processes[0].result(60)
     assert result["error"] == "RuntimeError: rank 1 did not come within 1.5 s in all-reduce 0"
     assert 1 < result["seconds"] < 4
 
@@ -200,7 +200,7 @@ def test_default_deadline_is_five_seconds(start):
     processes, _ = start(2)
     os.kill(processes[1].pid, signal.SIGSTOP)
     processes[0].start("sum")
-    result = processes[0].result(8)
+    result = processes[0].result(60)
     assert result["error"] == "RuntimeError: rank 1 sent nothing for 5 s in all-reduce 0"
     assert 4 < result["seconds"] < 6.5
 
@@ -316,7 +316,7 @@ def test_close_ends_the_wait_of_the_others(start):
     time.sleep(0.1)
     processes[1].start("close")
     assert processes[1].result()["value"] is None
-    assert processes[0].result(5)["error"] == (
+    assert processes[0].result(60)["error"] == (
         "RuntimeError: rank 1 closed its connection in all-reduce 0"
     )
 
@@ -417,9 +417,9 @@ def test_missing_rank_is_named(start):
     (one,), _ = start(1, joined=False)
     where = ports(3)
     one.start("join", rank=1, addresses=where, secret=SECRET, join_s=0.3)
-    assert f"rank 0 at {where[0]}" in one.result(5)["error"]
+    assert f"rank 0 at {where[0]}" in one.result()["error"]
     one.start("join", rank=0, addresses=where, secret=SECRET, join_s=0.3)
-    assert "rank 0 did not hear from ranks [1, 2]" in one.result(5)["error"]
+    assert "rank 0 did not hear from ranks [1, 2]" in one.result()["error"]
 
 
 def test_invalid_addresses_are_refused():
