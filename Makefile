@@ -17,7 +17,7 @@ demo: install
 # In three processes, a file in one of them: tests that start several ranks often wait for them.
 # Then hosts alone: their network namespaces have deadlines of seconds.
 test: install lint
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	  tests/ranks tests/browser tests/mlx tests/unit
 	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/hosts
 

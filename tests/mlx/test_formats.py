@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from one_process import VECTORS, run_ranks
+from one_process import VECTORS, in_threads, load_rank, run_ranks
 
+from cenacle.collective.base import Collective
 from cenacle.core.plan import Plan
 from cenacle.engine.speculative.draft_model import load_draft_model
 from cenacle.errors import CheckpointError
@@ -20,6 +22,7 @@ from cenacle.model import architecture
 from cenacle.model.byte_ranges import ColumnRange, total_bytes
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import TINY_CONFIGS
+from cenacle.model.format_notices import describe_formats
 from cenacle.model.loader import build_model, load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
@@ -187,6 +190,31 @@ def test_experts_are_held_as_they_should_be(checkpoints, name):
         assert getattr(linear, "mode", "dense") == FORMATS[name].held
 
 
+def load_native(folder: Path, collective: Collective) -> nn.Module:
+    plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
+    return load_rank(folder, plan, collective, kernels="native")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_native_kernels(checkpoints, name):
+    folder = checkpoints("qwen3_moe", name)
+
+    def run(collective):
+        model = load_native(folder, collective)
+        stored = Checkpoint.open(folder).quantized
+        notices = describe_formats(model, stored, uses_native_kernels=True)
+        y = model(TOKENS).astype(mx.float32)
+        mx.eval(y)
+        return y, notices
+
+    ((got, notices),) = in_threads(1, run)
+    assert difference(got, logits(folder / "dense")) < 2e-3  # activations are rounded
+    plain = [notice for notice in notices if "plain MLX" in notice]
+    assert bool(plain) == (FORMATS[name].held in ("nvfp4", "mxfp8")), notices
+    if plain:
+        assert f"({FORMATS[name].held}, " in plain[0]
+
+
 # Layers that the formats' own tools wrote
 
 WRITTEN = VECTORS / "formats" / "written.safetensors"
@@ -329,6 +357,9 @@ def test_block_fp8_is_rounded_to_the_type_of_the_model(tmp_path):
     apart = mx.abs(got[name].astype(mx.float32) - exact[name])
     assert bool(mx.all(apart <= layer.error * mx.abs(exact[name])))
     assert bool(mx.any(apart > layer.error / 2 * mx.abs(exact[name])))
+    stored = Checkpoint.open(folder).quantized
+    (notice,) = describe_formats(nn.Module(), stored, uses_native_kernels=True)
+    assert "(fp8) are held as bfloat16, which rounds each weight by at most 0.39 %" in notice
 
 
 # Mixed formats

@@ -223,7 +223,7 @@ def test_invalid_input_is_explained(tmp_path):
         ({"family": "dbrx", "quantize": 4, "group_size": 48}, "group_size"),
         ({"family": "dbrx", "dtype": "int8"}, "dtype"),
         ({"config": tiny_config("dbrx") | {"vocab_size": 258}}, "at least 259"),
-        ({"config": {"model_type": "dbrx", "vocab_size": 512}}, "cannot build"),
+        ({"config": {"model_type": "dbrx", "vocab_size": 512}}, "cannot be built"),
         ({"config": tmp_path / "none.json"}, "cannot read"),
     ):
         with pytest.raises(InputError, match=words):

@@ -66,6 +66,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, truncated or not what its header says.
         """
+        _refuse_gguf(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
         check_files(folder)
@@ -112,6 +113,15 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(t.stop - t.start for t in self.tensors.values())
+
+
+def _refuse_gguf(folder: Path) -> None:
+    is_file = folder.is_file() and folder.suffix == ".gguf"
+    if is_file or (any(folder.glob("*.gguf")) and not weight_files(folder)):
+        raise CheckpointError(
+            f"{folder}: GGUF files are not supported; expected a folder with config.json and "
+            f"model*.safetensors, so use the same model in another format"
+        )
 
 
 def _read_header(file: Path) -> Iterable[TensorInfo]:

@@ -234,7 +234,9 @@ class _Worker:
         from ..model.checksums import weight_checksums
         from ..model.expert_parallel import parallelize
         from ..model.families import family_of
+        from ..model.format_notices import describe_formats
         from ..model.loader import load_rank_model
+        from ..model.native_layers import is_supported
         from ..model.step_timer import StepTimer
         from ..text.tokenizer import ChatTokenizer
 
@@ -261,9 +263,14 @@ class _Worker:
         with self._blame_checkpoint():
             footprint = engine.footprint()  # the model's first pass
         device = str(mx.default_device())
+        uses_native_kernels = order.kernels != "mlx" and is_supported()
         if order.kernels != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
             device += f", {native.describe_kernels()}"
         notices = list(store.notices) if store is not None else []
+        if rank == 0:
+            notices += describe_formats(
+                model, self._checkpoint.quantized, uses_native_kernels=uses_native_kernels
+            )
         if rank == 0 and not engine.batches_requests:
             notices.append(
                 "requests take turns in every step: with this model and these options of the KV "
