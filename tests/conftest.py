@@ -28,12 +28,16 @@ def config_home() -> Iterator[Path]:
 # Where several pytest processes share the files, those that take longest begin first.
 FOLDERS = ("hosts", "ranks", "browser", "mlx", "unit", "clients")
 LONGEST_FILES = (
-    "test_recovery.py",
+    "test_cli.py",
     "test_families.py",
+    "test_load.py",
+    "test_recovery.py",
+    "test_resumed_requests.py",
+    "test_bench.py",
+    "test_prefix_cache_disk.py",
+    "test_supervisor.py",
     "test_server.py",
     "test_safety.py",
-    "test_bench.py",
-    "test_cli.py",
 )
 
 

@@ -25,7 +25,7 @@ def test_many_clients_at_once():
 
 
 def test_faulty_requests_and_what_the_description_allows():
-    result = run("fuzz.py", "--bodies", "400", "--nodes", "2", "--schema", "1", "--seed", "3")
-    assert sum(result["statuses"].values()) == 400
-    assert result["statuses"]["200"] > 10  # faults that change nothing: the model was reached
-    assert result["statuses"]["400"] > 200
+    result = run("fuzz.py", "--bodies", "200", "--nodes", "2", "--schema", "1", "--seed", "3")
+    assert sum(result["statuses"].values()) == 200
+    assert result["statuses"]["200"] > 5  # faults that change nothing: the model was reached
+    assert result["statuses"]["400"] > 100
