@@ -241,7 +241,9 @@ def watch_health(url: str) -> None:
     address = url.removeprefix("http://")
     took_ms, late_ms, failures = [], [], 0
     connection = http.client.HTTPConnection(address, timeout=60)
-    while not select.select([sys.stdin], [], [], 0)[0]:
+    is_over = False
+    while not is_over:  # once at least
+        is_over = bool(select.select([sys.stdin], [], [], 0)[0])
         began = time.perf_counter()
         time.sleep(HEALTH_INTERVAL_S)
         late_ms.append(1000 * (time.perf_counter() - began - HEALTH_INTERVAL_S))

@@ -193,12 +193,6 @@ class Model:
         """
         tokens = self.tokens_of(prompt)
         vocab_size, context_length = self.spec.vocab_size, self.spec.context_length
-        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-            raise InputError(
-                f"prompt: expected token ids from 0 to {vocab_size - 1}, got {min(tokens)} to "
-                f"{max(tokens)}",
-                "prompt",
-            )
         room = (context_length or 2**31) - len(tokens)
         if room < 1:
             raise InputError(
@@ -231,15 +225,27 @@ class Model:
         )
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
-        """The token ids of a prompt in any of its forms."""
-        if isinstance(prompt, str):
-            if self.text.has_template:
-                return self.text.render([{"role": "user", "content": prompt}])
-            return self.text.encode(prompt)
-        items = list(prompt)
-        if items and isinstance(items[0], dict):
-            return self.text.render(items)  # type: ignore[arg-type]
-        return tuple(items)  # type: ignore[arg-type]
+        """The token ids of a prompt in any of its forms.
+
+        Raises:
+            InputError: an id is not in the vocabulary.
+        """
+        tokens: tuple[int, ...]
+        if isinstance(prompt, str) and self.text.has_template:
+            tokens = self.text.render([{"role": "user", "content": prompt}])
+        elif isinstance(prompt, str):
+            tokens = self.text.encode(prompt)
+        elif (items := list(prompt)) and isinstance(items[0], dict):
+            tokens = self.text.render(items)  # type: ignore[arg-type]
+        else:
+            tokens = tuple(items)  # type: ignore[arg-type]
+        last = self.spec.vocab_size - 1
+        if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
+            raise InputError(
+                f"prompt: expected token ids from 0 to {last}, got {min(tokens)} to {max(tokens)}",
+                "prompt",
+            )
+        return tokens
 
     def stream(
         self,

@@ -276,6 +276,14 @@ def test_a_megabyte_in_any_field_leaves_the_others_alone(server, letter):
     assert server.health()["restarts"] == 0
 
 
+@pytest.mark.parametrize("token", [-1, 10**6, 2**32, 2**63 - 1])
+@pytest.mark.parametrize("fields", [{}, {"echo": True}, {"echo": True, "logprobs": 1}])
+def test_tokens_that_the_model_has_not_are_refused(server, token, fields):
+    answer = server.post(COMPLETIONS, {"prompt": [5, token], "max_tokens": 1, **fields})
+    assert answer.status_code == 400, answer.text
+    assert "expected token ids from 0 to" in answer.text
+
+
 def test_a_megabyte_in_a_header_or_a_path_is_refused(server):
     for path, headers in (("", {"x-api-key": "a" * MEGABYTE}), ("a" * 60_000, {})):
         # A server need not read to its end what it refuses.
