@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import select
 import struct
@@ -54,8 +55,8 @@ class WorkerProcess:
             process = self._start()
             assert process.stdin is not None
             assert process.stdout is not None
-            write_frame(process.stdin, message)
             ends = time.monotonic() + DEADLINE_S
+            _write(process.stdin, _frame(message), ends)
             (size,) = struct.unpack("<I", _read(process.stdout, 4, ends))
             answer: dict[str, Any] = json.loads(_read(process.stdout, size, ends))
         except (OSError, EOFError, ValueError) as error:
@@ -86,7 +87,24 @@ class WorkerProcess:
                 bufsize=0,
                 start_new_session=True,
             )
+            assert self._process.stdin is not None
+            os.set_blocking(self._process.stdin.fileno(), False)
         return self._process
+
+
+def _write(stream: IO[bytes], data: bytes, ends: float) -> None:
+    """All of `data`, to a stream that does not block.
+
+    Raises:
+        TimeoutError: they were not taken in time.
+    """
+    left = memoryview(data)
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    while left:
+        if not poll.poll(max(0.0, 1000 * (ends - time.monotonic()))):
+            raise TimeoutError("it does not read")
+        left = left[stream.write(left) or 0 :]
 
 
 def _read(stream: IO[bytes], size: int, ends: float) -> bytes:
@@ -118,20 +136,19 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while len(head := source.read(4)) == 4:
         (size,) = struct.unpack("<I", head)
-        write_frame(sink, answer(json.loads(source.read(size))))
+        sink.write(_frame(answer(json.loads(source.read(size)))))
+        sink.flush()
 
 
-def write_frame(stream: IO[bytes], message: Any) -> None:
-    """Send a message: four bytes of length, then JSON."""
-    data = memoryview(json.dumps(message).encode())
-    stream.write(struct.pack("<I", len(data)))
-    while data:
-        data = data[stream.write(data) :]
-    stream.flush()
+def _frame(message: Any) -> bytes:
+    """Four bytes of length, then JSON."""
+    data = json.dumps(message).encode()
+    return struct.pack("<I", len(data)) + data
 
 
 def limit_work(cpu_s: float, memory_bytes: int) -> None:
     """This process ends when it uses more from now on. Linux keeps both limits, macOS the first."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may end for every request of a stranger
     used = time.process_time()
     resource.setrlimit(resource.RLIMIT_CPU, (int(used + cpu_s) + 1, resource.RLIM_INFINITY))
     try:

@@ -87,6 +87,7 @@ class Metrics(StepObserver):
     def __init__(self, model: Model, keys: KeyStore, plan_tracker: PlanTracker) -> None:
         self._model, self._keys = model, keys
         self._lock = threading.Lock()
+        self._step_lock = threading.Lock()  # the counters of a step are rendered together
         self._timers: dict[str, RequestTimer] = {}
         self._last_sent_bytes: dict[int, int] = {}
         self.registry = CollectorRegistry(auto_describe=True)
@@ -155,7 +156,8 @@ class Metrics(StepObserver):
     def render(self, accept: str) -> tuple[bytes, str]:
         """The metrics as text, and its media type, by a client's Accept header."""
         encode, media_type = choose_encoder(accept)
-        return encode(self.registry), media_type
+        with self._step_lock:
+            return encode(self.registry), media_type
 
     def charge(self, key: str, tokens: int) -> None:
         """Charge tokens that no request to the group has; `key` is "" without a key."""
@@ -216,6 +218,10 @@ class Metrics(StepObserver):
 
     def on_step_measured(self, reports: Sequence[StepReport]) -> None:
         """Count a measured step, given the ranks' reports in rank order."""
+        with self._step_lock:
+            self._count_step(reports)
+
+    def _count_step(self, reports: Sequence[StepReport]) -> None:
         for rank, report in enumerate(reports):
             sent, last = report.sent_bytes, self._last_sent_bytes.get(rank, 0)
             # Ranks that were restarted count from zero again.

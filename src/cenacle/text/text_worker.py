@@ -19,6 +19,11 @@ class TextWorker:
     """Answers the messages of a `TextProcess`."""
 
     def __init__(self) -> None:
+        # Before any limit: a cold import may need more than a text.
+        from tokenizers import Tokenizer
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self._load, self._render = Tokenizer.from_str, render_jinja_template
         self._tokenizer: Any = None
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -33,14 +38,10 @@ class TextWorker:
 
     def _work(self, message: dict[str, Any]) -> dict[str, Any]:
         if (text := message.get("tokenizer")) is not None:
-            from tokenizers import Tokenizer
-
-            self._tokenizer = Tokenizer.from_str(text)
+            self._tokenizer = self._load(text)
             return {}
         if (arguments := message.get("render")) is not None:
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            rendered: Any = render_jinja_template(**arguments)
+            rendered: Any = self._render(**arguments)
             text = rendered[0][0]
             if len(text) > MAX_TEXT_CHARACTERS:
                 return {"error": f"expected at most {MAX_TEXT_CHARACTERS:,} characters of prompt"}

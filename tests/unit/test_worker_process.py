@@ -1,0 +1,93 @@
+"""Processes for work from strangers: every wait for one of them ends."""
+
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from cenacle import worker_process
+from cenacle.text import text_process
+from cenacle.text.text_process import TextProcess
+from cenacle.worker_process import WorkerFailed, WorkerProcess
+
+
+@pytest.fixture
+def stub_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes workers that run the code of a module."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = []
+
+    def make(code: str) -> WorkerProcess:
+        name = f"stub_worker_{len(made)}"
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
+        made.append(WorkerProcess(name))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.close()
+
+
+@pytest.mark.parametrize("characters", [1, 1_000_000])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import time; time.sleep(600)",
+        "import sys, time; sys.stdin.buffer.read(4); time.sleep(600)",
+        "import sys, time; sys.stdout.buffer.write(bytes(2)); sys.stdout.flush(); time.sleep(600)",
+    ],
+)
+def test_a_worker_that_stands_still_has_a_deadline(stub_worker, monkeypatch, code, characters):
+    monkeypatch.setattr(worker_process, "DEADLINE_S", 1)
+    worker = stub_worker(code)
+    began = time.monotonic()
+    with pytest.raises(WorkerFailed):
+        worker.ask({"text": "a" * characters})
+    assert time.monotonic() - began < 60
+    assert not worker.is_running
+
+
+def test_a_worker_that_ends_is_started_again(stub_worker):
+    worker = stub_worker(
+        """
+        import os
+        from cenacle.worker_process import serve
+        def answer(message):
+            if message["end"]:
+                os._exit(3)
+            return {"length": len(message["text"])}
+        serve(answer)
+        """
+    )
+    for end in (False, True, False):
+        message = {"end": end, "text": "é" * 3_000_000}
+        if end:
+            with pytest.raises(WorkerFailed):
+                worker.ask(message)
+        else:
+            assert worker.ask(message) == {"length": 3_000_000}
+
+
+def test_no_text_pays_for_a_slow_import(tmp_path, monkeypatch):
+    """A cold import of transformers needs seconds of processor time."""
+    package = tmp_path / "tokenizers"
+    package.mkdir()
+    real = next(p for p in sys.path if (Path(p) / "tokenizers").is_dir())
+    (package / "__init__.py").write_text(
+        f"import sys, time\n"
+        f"while time.process_time() < 4: pass\n"
+        f"sys.path.remove({str(tmp_path)!r}); sys.path.insert(0, {real!r})\n"
+        f"del sys.modules['tokenizers']\n"
+        f"import tokenizers\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(text_process, "CPU_S", 1)
+    process = TextProcess(None)
+    try:
+        arguments = {"conversations": [[{"role": "user", "content": "Why?"}]]}
+        template = "{{ messages[0].content }}"
+        assert process.render({**arguments, "chat_template": template}) == "Why?"
+    finally:
+        process.close()
