@@ -72,15 +72,15 @@ def test_a_worker_that_ends_is_started_again(stub_worker):
 
 def test_no_text_pays_for_a_slow_import(tmp_path, monkeypatch):
     """A cold import of transformers needs seconds of processor time."""
-    package = tmp_path / "tokenizers"
+    package = tmp_path / "transformers"
     package.mkdir()
-    real = next(p for p in sys.path if (Path(p) / "tokenizers").is_dir())
+    real = next(p for p in sys.path if (Path(p) / "transformers").is_dir())
     (package / "__init__.py").write_text(
         f"import sys, time\n"
         f"while time.process_time() < 4: pass\n"
         f"sys.path.remove({str(tmp_path)!r}); sys.path.insert(0, {real!r})\n"
-        f"del sys.modules['tokenizers']\n"
-        f"import tokenizers\n"
+        f"del sys.modules['transformers']\n"
+        f"import transformers\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(text_process, "CPU_S", 1)
