@@ -27,7 +27,7 @@ from cenacle.server.api.protocol import (
     ServedModel,
 )
 from cenacle.server.api.structured_output import find_unenforced
-from cenacle.server.api.validation import RequestError
+from cenacle.server.api.validation import RequestError, parse_request
 
 SERVED = ServedModel("house", 100, 50)
 CHAT, COMPLETIONS = ChatCompletionsAdapter(), CompletionsAdapter()
@@ -475,6 +475,28 @@ def test_errors_have_the_full_path_what_was_expected_and_what_was_got(
     extra: dict[str, Any], message: str
 ) -> None:
     assert refused(chat, extra)[3] == message
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (r'"\ud83d\ude00 \\ud83d \\\ud83d\udE00"', None),
+        (r'{"a": [[], {"\uD83D\uDE00": ["\ud83d\ude00", "\\ud83d"]}, 3]}', None),
+        (r'"\\ud83d\ude00"', "unknown"),
+        (r'"\ud83d\ud83d\ude00"', "unknown"),
+        (r'"\ud83d\\ude00"', "unknown"),
+        (r'{"a": [[1], {}], "b": [{"c": {"d": []}}, [["\ude00"]]], "e": 3}', "unknown.b[1][0][0]"),
+        (r'{"a": [[1], {}], "b": {"c\ud8000": 1}}', r"unknown.b.c\ud8000"),
+    ],
+)
+def test_half_a_character_is_found_wherever_it_is(value: str, path: str | None) -> None:
+    body = f'{{"messages": [{{"role": "user", "content": ""}}], "unknown": {value}}}'.encode()
+    if path is None:
+        assert parse_request(openai.ChatCompletionRequest, body)
+    else:
+        with pytest.raises(RequestError, match="half of a surrogate") as caught:
+            parse_request(openai.ChatCompletionRequest, body)
+        assert caught.value.field == path
 
 
 @pytest.mark.parametrize(

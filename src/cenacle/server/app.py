@@ -10,12 +10,13 @@ Next: `preparation.py` and `generation.py` are the life of a request.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
@@ -72,6 +73,11 @@ _NOT_SERVED = {
 }
 
 
+@cache
+def _openapi_json() -> bytes:
+    return json.dumps(openapi.openapi(__version__)).encode()
+
+
 class Application:
     """The endpoints over one model; `app` is the ASGI application.
 
@@ -104,6 +110,7 @@ class Application:
             own[0], model.spec.context_length, model.spec.vocab_size, tuple(own[1:]), "*" in names
         )
         model.text.isolate()
+        _openapi_json()  # takes long, and no request may hold the event loop
         self._preparer = RequestPreparer(model, self._served, limits.max_messages)
         self._created = int(time.time())
         self._active_runs: set[GenerationRun] = set()
@@ -183,7 +190,7 @@ class Application:
         return Response(text, media_type=media_type)
 
     async def _get_openapi(self, _: Request) -> Response:
-        return json_response(200, openapi.openapi(__version__))
+        return Response(_openapi_json(), media_type="application/json")
 
     async def _list_models(self, _: Request) -> Response:
         return json_response(200, openai.model_list(self._served, self._created))

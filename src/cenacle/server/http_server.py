@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -115,6 +116,9 @@ def serve(
                 application.app, policy or AccessPolicy.for_socket(sock, keys), keys
             )
             server = _UvicornServer(application, middleware.with_cors(), on_started, limits, tls)
+            # What is loaded stays: a collection that visits it holds the loop for 0.1 s.
+            gc.collect()
+            gc.freeze()
             asyncio.run(server.serve(sockets=[sock]))
 
 

@@ -11,7 +11,8 @@ Next: `protocol.py` has what all APIs share; each API's module has its request m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -242,6 +243,10 @@ Arguments = Annotated[
 """The arguments of a call, an object as JSON text."""
 
 
+# Pairs of surrogates; other escapes, so that what follows a backslash is read as JSON reads it.
+_WHOLE_ESCAPES = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\[^u]")
+
+
 def parse_request(model: type[M], body: bytes) -> M:
     """The request that a body is.
 
@@ -262,7 +267,7 @@ def parse_request(model: type[M], body: bytes) -> M:
     if not isinstance(data, dict):
         reason = f"body: expected a JSON object, got {describe(data)}"
         raise RequestError(None, reason, "invalid_body")
-    if b"\\ud" in body or b"\\uD" in body:
+    if b"\\ud" in (rest := _WHOLE_ESCAPES.sub(b" ", body)) or b"\\uD" in rest:
         _check_escapes(data)
     return validate(model, data)
 
@@ -281,9 +286,20 @@ def validate(model: type[M], data: JsonObject) -> M:
 
 def _check_escapes(data: JsonObject) -> None:
     """Refuse half a character in any string, also where no model declares it."""
-    rest: list[tuple[list[str | int], Any]] = [([], data)]
-    while rest:
-        path, value = rest.pop()
+    path: list[str | int] = []
+    # An iterator a level: a list of all items would be visited by the garbage collector.
+    levels: list[Iterator[tuple[str | int, Any]]] = [iter(data.items())]
+    while levels:
+        if (entry := next(levels[-1], None)) is None:
+            levels.pop()
+            del path[len(levels) - 1 :]
+            continue
+        name, value = entry
+        if isinstance(name, str):
+            shown = name.encode(errors="backslashreplace").decode()
+            if shown != name:
+                reason = "expected Unicode, got half of a surrogate pair in the name"
+                raise RequestError(_format_path([*path, shown]), reason)
         if isinstance(value, str):
             try:
                 value.encode()
@@ -291,16 +307,10 @@ def _check_escapes(data: JsonObject) -> None:
                 reason = (
                     f"expected Unicode, got half of a surrogate pair at character {error.start}"
                 )
-                raise RequestError(_format_path(path), reason) from None
-        elif isinstance(value, list):
-            rest += [([*path, at], item) for at, item in enumerate(value)]
-        elif isinstance(value, dict):
-            for name, item in value.items():
-                shown = name.encode(errors="backslashreplace").decode()
-                if shown != name:
-                    reason = "expected Unicode, got half of a surrogate pair in the name"
-                    raise RequestError(_format_path([*path, shown]), reason)
-                rest.append(([*path, name], item))
+                raise RequestError(_format_path([*path, name]), reason) from None
+        elif isinstance(value, list | dict):
+            path.append(name)
+            levels.append(iter(value.items() if isinstance(value, dict) else enumerate(value)))
 
 
 def _refuse_constant(name: str) -> NoReturn:
