@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -42,12 +43,13 @@ class RunningServer:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    pid: int = 0  # of the process that answers; `process` supervises it
     ranks: list[int] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
 
     def resource_usage(self) -> ResourceUsage:
         """What its processes use now (Linux)."""
-        pids = [self.process.pid, *self.ranks]
+        pids = [self.pid, *self.ranks]
         server, *ranks = (_resident_bytes(pid) for pid in pids)
         files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
         return ResourceUsage(server, sum(ranks), files)
@@ -71,6 +73,7 @@ def run_server(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterat
         running = RunningServer(f"http://127.0.0.1:{port}", process, log, keys=keys)
         try:
             health = _wait_until_ready(running)
+            running.pid = health["pid"]
             running.ranks = [r["pid"] for r in health["ranks"]]
             yield running
         finally:
@@ -81,7 +84,7 @@ def run_server(nodes: int, names: tuple[str, ...] = (), *options: str) -> Iterat
                 process.kill()
 
 
-def _wait_until_ready(running: RunningServer) -> dict[str, list[dict[str, int]]]:
+def _wait_until_ready(running: RunningServer) -> dict[str, Any]:
     headers = {"x-api-key": next(iter(running.keys.values()), "-")}
     ends = time.monotonic() + START_S
     while True:

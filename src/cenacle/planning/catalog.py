@@ -181,7 +181,7 @@ class Catalog:
         names = self.machine_names()
         key = names.get(normalized) or names.get(normalized.removesuffix("gb").removesuffix("-"))
         if key is None:
-            raise unknown_name("machine", name, names)
+            raise unknown_name("machines", name, names)
         chip, memory = key
         row = self.machines[chip]
         family = row["family"]
@@ -190,7 +190,7 @@ class Catalog:
             raise InputError(
                 f"machine {name}: expected a family of {', '.join(self.fits['families'])}, got "
                 f"{family!r}",
-                "machine",
+                "machines",
             )
         facts = {
             "memory_gib": Fact(memory, row["memory_gib"]["c"], row["memory_gib"]["s"]),
@@ -484,7 +484,7 @@ def unknown_name(
     kind: str, name: str, known: dict[str, Any], normalized: str | None = None
 ) -> InputError:
     """The error for an unknown name, with the nearest of the names and aliases in `known`."""
-    if (kind, name) in (("machine", "this"), ("link", "measured")):
+    if (kind, name) in (("machines", "this"), ("link", "measured")):
         return InputError(f"{kind}: {name!r} is not measured yet; run `cenacle calibrate`", kind)
     near = difflib.get_close_matches(normalized or _normalize(name), known, n=3, cutoff=0.4)
     full_names = sorted({v if isinstance(v, str) else v[0] for v in known.values()})
