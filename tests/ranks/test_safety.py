@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -23,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import cenacle
 from cenacle import net
+from cenacle.server.limits import Limits
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -337,6 +339,29 @@ def test_incomplete_tls_handshakes_time_out(safe: Safe) -> None:
         assert time.monotonic() - began < DEADLINE_S
         with safe.http() as client:
             assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("safe", [1], indirect=True)
+def test_connections_without_a_handshake_make_room_for_others(safe: Safe) -> None:
+    limit = Limits().max_connections_per_address
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * limit), hard))
+    with contextlib.ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with safe.http(authorization=f"Bearer {safe.key}") as client:
+            pid = client.get("/health").json()["pid"]
+            answered = 0
+            for at in range(limit + 300):
+                sock = socket.create_connection(("127.0.0.1", safe.port), timeout=DEADLINE_S)
+                opened.enter_context(sock)
+                if at % 100 == 0:  # an older connection that is used stays
+                    answered += client.get("/health").status_code == 200
+            assert answered == -(-(limit + 300) // 100)
+            open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            assert open_files < limit + 200
+        with safe.client() as newcomer:
+            answer = newcomer.chat.completions.create(model="demo_model", messages=SUM)
+            assert answer.choices[0].finish_reason
 
 
 @pytest.mark.parametrize("safe", [2], indirect=True)

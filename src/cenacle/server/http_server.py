@@ -18,6 +18,7 @@ import signal
 import socket
 import ssl
 import threading
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def serve(
 
 
 PEER_CHECK_S = 0.1
-RESERVED_FILES = 256  # of the limit of open files: ranks, logs, connections before their handshake
+RESERVED_FILES = 256  # of the limit of open files: ranks, logs, connections not yet accepted
 MIN_CONNECTIONS = 16
 
 
@@ -174,10 +175,10 @@ class _Connections:
         files = max(MIN_CONNECTIONS, raise_limit() - RESERVED_FILES)
         self._max_all = min(limits.max_connections, files)
         self._max_per_address = min(limits.max_connections_per_address, self._max_all)
-        self._open: dict[_TimedConnection, None] = {}  # the longest idle one first
-        self._by_address: dict[str, dict[_TimedConnection, None]] = {}
+        self._open: dict[_TimedConnection | _Handshake, None] = {}  # the longest idle one first
+        self._by_address: dict[str, dict[_TimedConnection | _Handshake, None]] = {}
 
-    def add(self, connection: _TimedConnection) -> None:
+    def add(self, connection: _TimedConnection | _Handshake) -> None:
         same = self._by_address.setdefault(connection.address, {})
         self._open[connection] = same[connection] = None
         for connections, limit in ((same, self._max_per_address), (self._open, self._max_all)):
@@ -187,18 +188,43 @@ class _Connections:
                 self.discard(excess)
                 excess.transport.abort()
 
-    def touch(self, connection: _TimedConnection) -> None:
+    def touch(self, connection: _TimedConnection | _Handshake) -> None:
         """It has just been used."""
         for connections in (self._open, self._by_address.get(connection.address, {})):
             if connection in connections:
                 connections[connection] = connections.pop(connection)
 
-    def discard(self, connection: _TimedConnection) -> None:
+    def discard(self, connection: _TimedConnection | _Handshake) -> None:
         self._open.pop(connection, None)
         same = self._by_address.get(connection.address, {})
         same.pop(connection, None)
         if not same:
             self._by_address.pop(connection.address, None)
+
+
+class _Handshake(SSLProtocol):
+    """A TLS connection that counts among the idle ones until its handshake is done."""
+
+    is_idle = True
+
+    def __init__(
+        self, connections: _Connections, connection: _TimedConnection, **options: Any
+    ) -> None:
+        super().__init__(app_protocol=connection, **options)
+        self._connections, self.address = connections, ""
+        connection.on_connected = partial(connections.discard, self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self.address = peer[0] if peer else ""
+        self._connections.add(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.discard(self)
+        super().connection_lost(exc)
 
 
 class _TimedConnection(H11Protocol):
@@ -211,6 +237,7 @@ class _TimedConnection(H11Protocol):
         super().__init__(**options)
         self._limits, self._connections, self.address = limits, connections, ""
         self._turns = turns
+        self.on_connected: Callable[[], None] | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._half_closed: _HalfClosedTransport | None = None
 
@@ -219,6 +246,8 @@ class _TimedConnection(H11Protocol):
         self.flow = self._input = PacedInput(transport, self._parse, self._turns)
         self.address = self.client[0] if self.client else ""
         self._start_timer("head", self._limits.head_timeout_s)
+        if self.on_connected is not None:
+            self.on_connected()
         self._connections.add(self)
 
     @property
@@ -303,10 +332,11 @@ class _UvicornServer(uvicorn.Server):
         limits: Limits,
         tls: ssl.SSLContext | None,
     ) -> None:
+        self._connections = _Connections(limits)
         super().__init__(
             uvicorn.Config(
                 asgi,
-                http=partial(_TimedConnection, limits, _Connections(limits), Turns()),  # type: ignore[arg-type]
+                http=partial(_TimedConnection, limits, self._connections, Turns()),  # type: ignore[arg-type]
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -328,16 +358,29 @@ class _UvicornServer(uvicorn.Server):
         for logger in (connection_log, logging.getLogger("uvicorn.error")):
             logger.addFilter(_REPEATED_LINES)
         if self._tls is not None:
-            # uvicorn has no setting for this, and asyncio's default is a minute.
             loop: Any = asyncio.get_running_loop()
-            loop.create_server = partial(
-                loop.create_server, ssl_handshake_timeout=self._handshake_timeout_s
-            )
+            loop.create_server = partial(self._create_tls_server, loop.create_server)
         await super().startup(sockets)
         scheme = "https" if self._tls is not None else "http"
         for sock in sockets or []:
             if self._on_started is not None:
                 self._on_started(f"{scheme}://{format_address(*sock.getsockname()[:2])}")
+
+    async def _create_tls_server(
+        self, create_server: Any, make_connection: Callable[[], Any], **options: Any
+    ) -> asyncio.Server:
+        """Like asyncio's, but counts connections in their handshake."""
+        handshake = {
+            "loop": asyncio.get_running_loop(),
+            "sslcontext": options.pop("ssl"),
+            "waiter": None,
+            "server_side": True,
+            "ssl_handshake_timeout": self._handshake_timeout_s,
+        }
+        server: asyncio.Server = await create_server(
+            lambda: _Handshake(self._connections, make_connection(), **handshake), **options
+        )
+        return server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._application.stop(ClusterError("the server is shutting down"))
