@@ -190,6 +190,10 @@ def test_families_and_help_list_everything():
     listed = last_json(run("families", "--json"))
     assert {"dbrx", "mixtral", "gpt_oss"} <= {row["name"] for row in listed}
     assert all(row["refused"] for row in listed if row["name"] == "muse_spark")
+    columns = {"zoo", "formats", "images", "drafts", "attention_sharding", "batching"}
+    assert all(columns <= set(row) for row in listed if not row["refused"])
+    table = run("families").stdout
+    assert all(re.search(rf"^ {row['name']} +{row['zoo']} ", table, re.M) for row in listed)
     text = run("--help").stdout
     for command in ("generate", "chat", "serve", "inspect", "families", "synth", "demo"):
         assert re.search(rf"^│ {command} ", text, re.M), command

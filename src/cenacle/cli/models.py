@@ -89,18 +89,40 @@ def _print_plan(plan: Plan) -> None:
 
 @command(app, example="cenacle families", panel=PANEL)
 def families(json_output: JsonOutput = False) -> None:
-    """List the supported model families."""
-    from ..model.families import list_families
+    """List the model families and what works for each."""
+    from ..engine.capabilities import find_capabilities
+    from ..model.families import Batching, list_families
+    from ..model.format_recognition import PUBLISHED_FORMATS
 
-    rows = list_families()
+    rows = [(row, find_capabilities(row)) for row in list_families()]
     if json_output:
-        print_json([row.to_json() for row in rows])
+        print_json([row.to_json() | (can.to_json() if can else {}) for row, can in rows])
         return
-    table = Table("family", "from", "aliases", "supported", "note", box=None)
-    for row in rows:
-        supported = "yes" if row.refused is None else "no"
-        table.add_row(row.name, row.zoo, ", ".join(row.aliases), supported, row.refused or row.note)
+    batching = {
+        Batching.PADDED: "yes",
+        Batching.UNPADDED_PROMPTS: "generation",
+        Batching.ONE_BY_ONE: "no",
+    }
+    columns = ("formats", "images", "drafts", "attention", "batching")
+    table = Table("family", "zoo", *columns, "note", box=None)
+    table.columns[0].no_wrap = True
+    for row, can in rows:
+        if can is None:
+            cells = ["-"] * len(columns)
+        else:
+            formats = "all" if can.formats == PUBLISHED_FORMATS else ", ".join(can.formats)
+            flags = (can.images, can.drafts, can.attention_sharding)
+            cells = [formats, *("yes" if flag else "no" for flag in flags), batching[can.batching]]
+        notes = [f"also {', '.join(row.aliases)}"] if row.aliases else []
+        notes += [f"not supported: {row.refused}"] if row.refused else [row.note]
+        table.add_row(row.name, row.zoo, *cells, "; ".join(filter(None, notes)))
     wide_console().print(table)
+    print(
+        f"formats     {', '.join(PUBLISHED_FORMATS)}; floats and mlx-lm's own quantization always\n"
+        "drafts      speculative decoding, from the text itself or a draft model\n"
+        "attention   its heads are divided among nodes by --trunk sharded\n"
+        "batching    requests share passes: yes, for generated tokens only, or no (they take turns)"
+    )
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,8 @@ def make_batch(
 
     Drafts are possible only with the former, and if the caches can be trimmed.
     """
-    one_by_one = batching is Batching.ONE_BY_ONE
-    if one_by_one or not (options.plain_kv_cache and can_merge(model)):
+    batching = find_batching(model, batching)
+    if batching is Batching.ONE_BY_ONE or not options.plain_kv_cache:
         return SequentialBatch(model, options)
     decoder = None
     if options.speculative != "off" and can_trim(model):
@@ -199,6 +199,11 @@ def make_batch(
             model, collective, timer, options.speculative, draft_model=draft_model
         )
     return ContinuousBatch(model, options, decoder, batching)
+
+
+def find_batching(model: nn.Module, batching: Batching) -> Batching:
+    """What the layers can take (`batching`), where mlx-lm can merge the caches."""
+    return batching if can_merge(model) else Batching.ONE_BY_ONE
 
 
 class ContinuousBatch(Batch):

@@ -8,8 +8,7 @@ Next: `expert_parallel.py`, which replaces the blocks; `loader.py`, which reads 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,10 +22,20 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from ..core.model_config import EXPERT_COUNT_KEYS, Config
 from ..errors import CheckpointError
 from . import zoo
-from .families import SHARED_EXPERTS, Family, family_of, layer_index, stack_tensors, vlm_family_name
+from .families import (
+    EXPERT_TENSOR,
+    SHARED_EXPERTS,
+    Family,
+    family_of,
+    layer_index,
+    stack_tensors,
+    vlm_family_name,
+)
 
 STACKED_LAYERS = ("gate_proj", "up_proj", "fc1", "down_proj", "fc2")  # the last one comes last
 OUTPUT_LAYERS = ("down_proj", "fc2")
+_PROJECTIONS = {"w1": "gate_proj", "v1": "up_proj", "w3": "up_proj", "w2": "down_proj"}
+_WITHOUT_GATE = {"up_proj": "fc1", "down_proj": "fc2"}
 
 
 @dataclass(frozen=True)
@@ -143,15 +152,27 @@ def unify_experts(model: nn.Module) -> None:
             replace_module(model, path, zoo.as_mlx_lm_experts(module))
 
 
-def unify_expert_weights(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Converted weights as `unify_experts` names them, lazily."""
-    names = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
+def unify_expert_weights(
+    weights: dict[str, mx.array], blocks: Iterable[MoEBlock]
+) -> dict[str, mx.array]:
+    """Converted weights as `unify_experts` names them, lazily.
+
+    Single experts that the family's own conversion left alone are stacked.
+    """
+    by_layer = {block.layer: block for block in blocks}
 
     def stacked_name(name: str) -> tuple[str, int] | None:
-        match = re.fullmatch(r"(.*\.ffn)\.experts\.(\d+)\.(w1|v1|w2)\.(\w+)", name)
-        if match is None:
+        match = EXPERT_TENSOR.fullmatch(name)
+        block = by_layer.get(layer_index(name) or 0)
+        if match is None or block is None:
             return None
-        return f"{match[1]}.switch_mlp.{names[match[3]]}.{match[4]}", int(match[2])
+        projection, _, leaf = match["tail"].rpartition(".")
+        projection = _PROJECTIONS.get(projection, projection)
+        if "fc1" in block.linears:
+            projection = _WITHOUT_GATE.get(projection, projection)
+        if projection not in block.linears:
+            return None
+        return f"{block.experts_path}.{projection}.{leaf}", int(match["expert"])
 
     stacked = stack_tensors(weights, stacked_name)
     return zoo.fold_expert_scales(zoo.split_fused_experts(stacked))

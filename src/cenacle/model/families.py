@@ -196,19 +196,6 @@ def _rename_gpt_oss_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]
     }
 
 
-def _stack_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Stack single experts for a family whose conversion in mlx-lm knows only fused ones."""
-
-    def stacked_name(name: str) -> tuple[str, int] | None:
-        match = EXPERT_TENSOR.fullmatch(name)
-        if match is None or not match["head"].endswith(".experts"):
-            return None
-        head = match["head"].removesuffix("experts")
-        return f"{head}switch_mlp.{match['tail']}", int(match["expert"])
-
-    return stack_tensors(weights, stacked_name)
-
-
 def stack_tensors(
     weights: dict[str, mx.array], stacked_name: Callable[[str], tuple[str, int] | None]
 ) -> dict[str, mx.array]:
@@ -239,7 +226,7 @@ _GENERIC = Family()
 _PLAIN = Family(plain_attention=True)
 FAMILIES: dict[str, Family] = {
     "dbrx": Family(plain_attention=True, note="experts come as a list and are stacked on loading"),
-    "deepseek_v41": Family(note="without Engram layers, which mlx-lm lacks; requests take turns"),
+    "deepseek_v41": Family(note="without Engram layers, which mlx-lm lacks"),
     "exaone_moe": Family(
         plain_attention=True,
         config_defaults=lambda c: {
@@ -278,8 +265,7 @@ FAMILIES: dict[str, Family] = {
     "jamba": Family(batching=Batching.UNPADDED_PROMPTS, plain_attention=True),
     "minimax_m3_vl": Family(
         # Padding would move the borders of the blocks that sparse attention chooses from.
-        batching=Batching.ONE_BY_ONE,
-        note="requests take turns",
+        batching=Batching.ONE_BY_ONE
     ),
     "muse_spark": Family(
         metal_only=True,
@@ -299,7 +285,6 @@ FAMILIES: dict[str, Family] = {
             "rotary_dim": int(_head_dim(c) * c.get("partial_rotary_factor", 1)),
         }
     ),
-    "qwen3_5_moe": Family(convert_weights=_stack_experts),
     "qwen3_next": Family(config_defaults=lambda _: {"norm_topk_prob": True}),
     "solar_open": Family(
         plain_attention=True,
@@ -310,12 +295,10 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "cohere2_moe": Family(zoo=Zoo.MLX_VLM, aliases=("cohere2moe",), plain_attention=True),
-    "deepseek_v4": Family(
-        zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"
-    ),
-    "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"),
+    "deepseek_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
     "glm4v_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
-    "hy_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"),
+    "hy_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
     "ernie4_5_moe_vl": Family(
         zoo=Zoo.MLX_VLM,
         plain_attention=True,
@@ -328,7 +311,6 @@ FAMILIES: dict[str, Family] = {
         forward=_inkling_forward,
         whole_shared_experts=True,
         batching=Batching.ONE_BY_ONE,
-        note="requests take turns",
     ),
     "longcat_flash_sparse": Family(
         zoo=Zoo.MLX_VLM,
@@ -336,16 +318,11 @@ FAMILIES: dict[str, Family] = {
         batching=Batching.ONE_BY_ONE,
         note="as longcat_flash, with sparse attention",
     ),
-    "minimax_m3": Family(
-        zoo=Zoo.MLX_VLM,
-        positions=Positions.ONE,
-        batching=Batching.ONE_BY_ONE,
-        note="requests take turns",
-    ),
+    "minimax_m3": Family(zoo=Zoo.MLX_VLM, positions=Positions.ONE, batching=Batching.ONE_BY_ONE),
     "mistral_large3": Family(zoo=Zoo.MLX_VLM),
     "qwen3_omni_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
     "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
-    "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, note="requests take turns"),
+    "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
     "step3p7": Family(zoo=Zoo.MLX_VLM),
     "diffusion_gemma": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),
     "llada2_moe": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),

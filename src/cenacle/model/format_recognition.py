@@ -24,6 +24,8 @@ from .tensor_reader import TensorPiece, TensorView, read_piece
 
 MARKERS = ("weight_scale_inv", "weight_scale", "weight_packed", "qweight", "weight_scale_2")
 """A layer that has one of these tensors is quantized."""
+PUBLISHED_FORMATS = ("fp8", "compressed-tensors", "modelopt", "awq", "gptq")
+"""What tools other than mlx-lm write, of any family."""
 _LEAVES = (
     *("weight", "weight_global_scale", "weight_zero_point", "weight_g_idx", "weight_shape"),
     *("qzeros", "scales", "g_idx", "pre_quant_scale", *MARKERS),

@@ -85,7 +85,7 @@ def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modu
         ) from error
     except Exception as error:  # mlx-lm raises what its families' code happens to raise
         raise CheckpointError(
-            f"{checkpoint.folder}: the files do not fit {family}: {error}"
+            f"{checkpoint.folder}: the files do not fit {family}: {error!s:.500}"
         ) from error
     return model
 
@@ -131,7 +131,7 @@ def build_dense_model(checkpoint: Checkpoint) -> nn.Module:
         raise
     except Exception as error:  # as above
         raise CheckpointError(
-            f"{checkpoint.folder}: the files do not fit {family}: {error}"
+            f"{checkpoint.folder}: the files do not fit {family}: {error!s:.500}"
         ) from error
     return model
 
@@ -222,6 +222,7 @@ def _partial_classes(
             tensors, layers = _read_rank_tensors(weights, slices, checkpoint)
             local_count = len(next(iter(slices.experts.values())))
             local = architecture.with_expert_count(config, self._expert_count, local_count)
+            blocks = architecture.find_blocks(self)
 
             def convert(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
                 if family.convert_weights is not None:
@@ -229,7 +230,7 @@ def _partial_classes(
                 converter = base(arguments.from_dict(local))  # type: ignore[call-arg]
                 if hasattr(converter, "sanitize"):
                     tensors = converter.sanitize(tensors)
-                return architecture.unify_expert_weights(tensors)
+                return architecture.unify_expert_weights(tensors, blocks)
 
             unconverted = {id(array): name for name, array in weights.items()}
 

@@ -52,7 +52,7 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
     family, config = family_of(name), checkpoint.config
     layers = tuple(_describe_layer(b, family) for b in architecture.find_blocks(model))
     placed_bytes = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
-    modules = _find_dense_modules(model, family)
+    modules = find_dense_modules(model, family)
     dtypes: Counter[str] = Counter()
     for _, value in architecture.named_parameters(model):
         if mx.issubdtype(value.dtype, mx.floating):
@@ -131,7 +131,7 @@ def _shared_units(modules: Sequence[nn.Module]) -> tuple[int, int]:
     return units, sum(unsliced_bytes(m.down_proj) for m in modules)
 
 
-def _find_dense_modules(model: nn.Module, family: Family) -> tuple[DenseModule, ...]:
+def find_dense_modules(model: nn.Module, family: Family) -> tuple[DenseModule, ...]:
     """What a sharded trunk divides: dense layers, the head, and attention where it is plain."""
     blocks = architecture.find_blocks(model)
     inside_blocks = tuple(f"{b.path}." for b in blocks if b.path) + tuple(

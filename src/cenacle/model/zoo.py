@@ -295,7 +295,8 @@ def fold_expert_scales(weights: dict[str, mx.array]) -> dict[str, mx.array]:
                     f"{target}: expected experts in floating point or affine groups, got others, "
                     f"each with a factor of its own; such checkpoints are not supported"
                 )
-            folded[part] = matrix * factors.reshape(-1, 1, 1).astype(matrix.dtype)
+            if matrix.dtype != mx.uint32:  # packed words; the factors go into their scales
+                folded[part] = matrix * factors.reshape(-1, 1, 1).astype(matrix.dtype)
     return folded
 
 
