@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -74,13 +75,19 @@ def test_the_end_of_the_supervisor_is_the_end_of_the_server(tmp_path, number):
 
 
 SERVER = """
-import os, signal, sys
+import asyncio, os, signal, sys, time
 from cenacle.server.supervisor import SupervisedProcess
 process = SupervisedProcess.from_environment()
 if "refuses" in sys.argv:
     sys.exit(3)
-if "ready" in sys.argv:
+async def answer():
     process.report_ready()
+    if "hangs" in sys.argv:
+        await asyncio.sleep(6)  # signs of life
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+if "dies" not in sys.argv:
+    asyncio.run(answer())
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -105,3 +112,24 @@ def test_a_server_that_keeps_dying_is_given_up(how, status, starts, message):
     assert sum("starting it again" in report for report in reports) == starts - 1
     assert message in (reports or [""])[-1]
     assert sock.fileno() == -1
+
+
+def test_a_server_that_hangs_is_started_again():
+    reports: list[str] = []
+    began = time.monotonic()
+
+    def report(text: str) -> None:
+        reports.append(text)
+        if "restart 1" in text:  # while it hangs again, a wish to end is obeyed too
+            threading.Timer(9, signal.raise_signal, [signal.SIGTERM]).start()
+
+    previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sock = socket.create_server(("127.0.0.1", 0))
+        supervise(sock, report, [sys.executable, "-c", SERVER, "hangs"], 0.001, hang_s=5)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert sum("no sign of life for 5 s" in text for text in reports) == 2
+    assert sum("starting it again" in text for text in reports) == 1
+    assert 6 + 5 < time.monotonic() - began < DEADLINE_S

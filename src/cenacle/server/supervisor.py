@@ -1,4 +1,4 @@
-"""Watches over the process that serves, and starts it again when it dies.
+"""Watches over the process that serves, and starts it again when it dies or hangs.
 
 Owns: both ends: `supervise`, in the process that the user started, and `SupervisedProcess`, in the
 one that loads the model and answers.
@@ -12,6 +12,7 @@ Next: `cli/inference.py` opens servers, `app.py` shows the restarts in /health.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
@@ -30,7 +31,9 @@ import psutil
 from ..ranks.exit_reason import describe_exit, oom_kill_count
 
 ENVIRONMENT = "CENACLE_SUPERVISED"
-READY = b"r"
+ALIVE = b"a"
+ALIVE_S = 2.0  # between two signs of life
+HANG_S = 120.0  # without one after which a server is ended; a busy machine is late by seconds
 FIRST_DELAY_S = 0.5  # before a restart; doubles with every failure in a row
 MAX_FAILURES = 8  # in a row: with the delays between them about a minute
 STABLE_S = 300.0  # a server that answered so long did not fail in a row with the last
@@ -74,9 +77,11 @@ class SupervisedProcess:
         return cls(sockets[0], sockets[1], Restarts(fields["count"], fields["reason"]))
 
     def report_ready(self) -> None:
-        """The server answers: from now on it is started again when it dies."""
+        """The server answers: from now on it is started again when it dies, or when the running
+        event loop makes no progress."""
         with suppress(OSError):
-            self._control.send(READY)
+            self._control.send(ALIVE, socket.MSG_DONTWAIT)
+        asyncio.get_running_loop().call_later(ALIVE_S, self.report_ready)
 
     def _watch(self) -> None:
         with suppress(OSError):
@@ -89,14 +94,16 @@ def supervise(
     report: Callable[[str], None],
     command: Sequence[str] | None = None,
     first_delay_s: float = FIRST_DELAY_S,
+    hang_s: float = HANG_S,
 ) -> int:
-    """Run the server in a process of its own, and again when it dies. Closes the socket.
+    """Run the server in a process of its own, and again when it dies or hangs. Closes the socket.
 
     Args:
         sock: listening.
         report: told in a sentence what happens.
         command: of the server; None: of this process.
         first_delay_s: before a restart; doubles with every failure in a row.
+        hang_s: without a sign of life, after the first, after which the server is ended.
 
     Returns:
         The exit status for this process.
@@ -104,7 +111,7 @@ def supervise(
     with closing(sock):
         if command is None:
             command = [sys.executable, *sys.orig_argv[1:]]
-        return _Supervisor(sock, report, command, first_delay_s).run()
+        return _Supervisor(sock, report, command, first_delay_s, hang_s).run()
 
 
 class _Supervisor:
@@ -114,9 +121,10 @@ class _Supervisor:
         report: Callable[[str], None],
         command: Sequence[str],
         first_delay_s: float,
+        hang_s: float,
     ) -> None:
         self._sock, self._report = sock, report
-        self._command, self._first_delay_s = command, first_delay_s
+        self._command, self._first_delay_s, self._hang_s = command, first_delay_s, hang_s
         self._process: subprocess.Popen[bytes] | None = None
         self._stop_signal = 0
         self._stopped = threading.Event()
@@ -175,10 +183,18 @@ class _Supervisor:
                 )
             if self._stop_signal:
                 process.send_signal(self._stop_signal)
-            is_ready = control.recv(1) == READY
+            if control.recv(1) != ALIVE:
+                return process.wait(), None
             ready_s = time.monotonic()
-            status = process.wait()
-            return status, time.monotonic() - ready_s if is_ready else None
+            control.settimeout(self._hang_s)
+            try:
+                while control.recv(4096):
+                    pass
+                process.wait(self._hang_s)
+            except (TimeoutError, subprocess.TimeoutExpired):
+                self._report(f"the server gave no sign of life for {self._hang_s:g} s; ending it")
+                process.kill()
+            return process.wait(), time.monotonic() - ready_s
 
     def _on_stop(self, number: int, _frame: object) -> None:
         self._stop_signal = number
