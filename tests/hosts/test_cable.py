@@ -48,6 +48,6 @@ def test_data_arrives_soon_after_a_cable_is_plugged_in_again():
                 ours.settimeout(10)
                 assert ours.recv(9) == b"meanwhile"
                 # Unless told otherwise Linux asks again 0.2, 0.6, 1.4, 3.0 and 6.2 s after.
-                assert time.monotonic() - began < 1.5
+                assert time.monotonic() - began < 2.4
         finally:
             network.close()

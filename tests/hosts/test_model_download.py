@@ -83,7 +83,7 @@ def test_a_full_disk_is_explained(cluster):
     for host in (cluster.b, cluster.c):
         cluster.join(host, *line[1:])
     (program,) = cluster.a.programs
-    assert program.wait(60) == 3, cluster.logs()
+    assert program.wait(300) == 3, cluster.logs()
     said = cluster.a.log.read_text()
     assert re.search(r"c: .*: the download needs .*, this disk has .* free; free ", said), said
     assert "Traceback" not in said

@@ -21,7 +21,7 @@ from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 
 VECTORS = Path(__file__).parent.parent / "vectors"
-DEADLINE_S = 20
+DEADLINE_S = 120
 
 
 class Rendezvous:

@@ -42,7 +42,7 @@ from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
 from cenacle.scheduler.scheduler import Scheduler
 
-DEADLINE_S = 60
+DEADLINE_S = 300
 SIZES = (3, 2, 3, 2)  # ranks of each epoch
 LOST = {(0, 2): 12, (1, 0): 12}  # epoch, rank: the step at which it dies
 REFORMED = {(2, 0): 10}  # likewise: when better nodes are there

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     return synth(tmp_path_factory.mktemp("cli") / "tiny", family="qwen3_moe").path
 
 
-def run(*arguments, timeout=60, **options):
+def run(*arguments, timeout=300, **options):
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
     )
@@ -259,7 +259,7 @@ def test_a_port_in_use_is_found_before_loading(folder):
 
 def check_names(url):
     """The names of --served-model-name are listed, and every name is answered as it was asked."""
-    models = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
+    models = httpx.get(f"{url}/v1/models", timeout=300).json()["data"]
     assert [model["id"] for model in models] == ["gpt-4o", "house/moe"]
     for sent, name in (
         ("gpt-4o", "gpt-4o"),
@@ -268,12 +268,12 @@ def check_names(url):
         (None, "gpt-4o"),
     ):
         body = {"model": sent, "prompt": "a", "max_tokens": 1}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300)
         assert answer.json()["model"] == name, answer.text
         body = {"model": name, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
-        answer = httpx.post(f"{url}/v1/messages", json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/messages", json=body, timeout=300)
         assert answer.json()["model"] == name, answer.text
-        assert httpx.get(f"{url}/v1/models/{name}", timeout=60).json()["id"] == name
+        assert httpx.get(f"{url}/v1/models/{name}", timeout=300).json()["id"] == name
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -292,8 +292,8 @@ def test_ending_the_server_leaves_no_rank(folder, number):
         assert len(ranks) == 4  # and the processes that serve and tokenize
         check_names(re.search(r"http://\S+", line)[0])
         server.send_signal(number)
-        server.wait(timeout=10)
-        assert wait_until(lambda: not any(map(alive, ranks)), 60)
+        server.wait(timeout=120)
+        assert wait_until(lambda: not any(map(alive, ranks)), 120)
     finally:
         server.kill()
         server.wait()

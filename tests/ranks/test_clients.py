@@ -92,7 +92,7 @@ def client(served: Server) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def claude(served: Server) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=served.url, api_key="-", max_retries=0, timeout=60) as made:
+    with anthropic.Anthropic(base_url=served.url, api_key="-", max_retries=0, timeout=300) as made:
         yield made
 
 
@@ -571,7 +571,7 @@ def llm(served: Server, home: Path, *arguments: str) -> str:
         env={**os.environ, "LLM_USER_PATH": str(home)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -583,7 +583,7 @@ def llm(served: Server, home: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("prefix", ["", "/v1"])
 def test_texts_to_tokens_and_back(served: Server, prefix: str) -> None:
     def post(path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{served.url}{prefix}/{path}", json=body, timeout=60)
+        answer = httpx.post(f"{served.url}{prefix}/{path}", json=body, timeout=300)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -609,7 +609,7 @@ def test_the_tokens_of_a_chat_are_those_of_its_completion(
     served: Server, client: openai.OpenAI
 ) -> None:
     def tokens(**body: Any) -> list[int]:
-        answer = httpx.post(f"{served.url}/tokenize", json=body, timeout=60)
+        answer = httpx.post(f"{served.url}/tokenize", json=body, timeout=300)
         assert answer.status_code == 200, answer.text
         ids: list[int] = answer.json()["tokens"]
         return ids
@@ -659,7 +659,7 @@ def test_the_tokens_of_a_chat_are_those_of_its_completion(
 def test_wrong_bodies_for_the_tokenizer(
     served: Server, path: str, body: dict[str, Any], field: str
 ) -> None:
-    answer = httpx.post(f"{served.url}/{path}", json=body, timeout=60)
+    answer = httpx.post(f"{served.url}/{path}", json=body, timeout=300)
     assert answer.status_code == (404 if field == "model" else 400), answer.text
     assert answer.json()["error"]["param"] == field
 

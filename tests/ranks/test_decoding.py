@@ -118,14 +118,14 @@ def generate_concurrently(model, requests) -> list[list[int]]:
 
     def ask(index: int) -> None:
         prompt, limit, options = requests[index]
-        begin.wait(10)
+        begin.wait(120)
         outputs[index] = model.generate(prompt, limit, **options).tokens
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(requests))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     return [outputs[i] for i in range(len(requests))]
 
 
@@ -197,7 +197,7 @@ def scores_of(model, tokens, top):
     model.group.submit(request, events.put)
     scores, output = {}, []
     while not output or output[-1].finish is None:
-        event = events.get(timeout=60)
+        event = events.get(timeout=300)
         if isinstance(event, TokenEvent):
             output.append(event)
             continue

@@ -80,7 +80,7 @@ def cenacle(hub_url, home, *arguments):
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

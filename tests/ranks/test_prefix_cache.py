@@ -36,7 +36,7 @@ def collect(events):
     """The output, and the number of cached prompt tokens."""
     tokens, cached = [], 0
     while True:
-        event = events.get(timeout=60)
+        event = events.get(timeout=300)
         if isinstance(event, Exception):
             raise event
         tokens.append(event.token)
@@ -86,7 +86,7 @@ def plain(tmp_path_factory):
 def test_the_cache_of_a_running_or_cancelled_request_is_reused(plain):
     prompt = [(7 * i + 3) % 251 for i in range(300)]
     name, events = submit(plain, prompt, 2000)
-    events.get(timeout=60)
+    events.get(timeout=300)
     assert generate(plain, [*prompt, 1, 2])[1] == 299
     plain.group.cancel(name)
     assert generate(plain, [*prompt[:290], 9, 9, 9])[1] == 290

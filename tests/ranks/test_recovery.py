@@ -70,7 +70,7 @@ def loaded(nodes: int, **how: Any) -> Iterator[Model]:
         yield model
     finally:
         model.close()
-        wait_until(lambda: not any(map(alive, pids + model.ranks.pids)), 2, "the ranks' end")
+        wait_until(lambda: not any(map(alive, pids + model.ranks.pids)), 60, "the ranks' end")
 
 
 def never_ending(model: Model, question: str, **sampling: Any) -> Request:
@@ -108,7 +108,7 @@ class Client:
             self.error = error
 
     def join(self) -> None:
-        self._thread.join(40)
+        self._thread.join(120)
         assert not self._thread.is_alive(), "the stream does not end"
         if self.error is not None:
             raise self.error
@@ -132,7 +132,7 @@ def answers(model: Model) -> list[str]:
 def test_answers_go_on_where_they_were(group, fault, noticed_s):
     model, undisturbed = group
     clients = [Client(model, request) for request in asked(model)]
-    wait_until(lambda: all(len(c.tokens) >= 5 for c in clients), 10, "some tokens")
+    wait_until(lambda: all(len(c.tokens) >= 5 for c in clients), 60, "some tokens")
     before, pids = model.group.state, model.ranks.pids
     victim = len(pids) - 1
     os.kill(pids[victim], getattr(signal, fault))
@@ -141,7 +141,7 @@ def test_answers_go_on_where_they_were(group, fault, noticed_s):
     assert state.rank == victim, state.reason
     assert f"rank {victim}" in state.reason
     late = Client(model, never_ending(model, QUESTIONS[0]))  # it waits, rather than fail
-    wait_until(lambda: model.group.state.phase == "ok", 15, "recovery")
+    wait_until(lambda: model.group.state.phase == "ok", 60, "recovery")
     assert (model.group.state.epoch, model.group.state.recoveries) == (
         before.epoch + 1,
         before.recoveries + 1,
@@ -273,7 +273,7 @@ class Streaming(threading.Thread):
         self.told[what] = self.told.get(what, type(more)()) + more
 
     def result(self) -> dict[Any, Any]:
-        self.join(60)
+        self.join(300)
         assert not self.is_alive(), "the stream does not end"
         if self.error is not None:
             raise self.error
@@ -287,7 +287,7 @@ class Streaming(threading.Thread):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("served") / "log"
-    with server(log, 2, "recover", "always") as running:
+    with server(log, 60, "recover", "always") as running:
         yield running
         assert "Traceback" not in log.read_text()
 
@@ -298,12 +298,12 @@ def pids_of(served: Server) -> list[int]:
 
 def recovers(served: Server, streams: list[Streaming], fault: Callable[[], None]) -> str:
     """Why the group was formed anew after a fault in the middle of these."""
-    wait_until(lambda: all(len(s.times) > 8 for s in streams), 20, "some tokens")
+    wait_until(lambda: all(len(s.times) > 8 for s in streams), 60, "some tokens")
     assert all(s.is_alive() for s in streams), "the answers are too short to be disturbed"
     fault()
-    wait_until(lambda: served.health()[0] == 503, 8, "the loss is noticed")
+    wait_until(lambda: served.health()[0] == 503, 60, "the loss is noticed")
     reason: str = served.health()[1].get("reason", "")
-    wait_until(lambda: served.health()[0] == 200, 30, "recovery")
+    wait_until(lambda: served.health()[0] == 200, 60, "recovery")
     return reason
 
 
@@ -333,13 +333,13 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
         assert stream.logprobs == pytest.approx(undisturbed[name].logprobs, abs=1e-4), name
         assert stream.pause_s > HANGS_UP_S, "a client that waits in silence would have gone"
     assert len(undisturbed["log-probabilities"].logprobs) == 4 * 100
-    watching.join(30)
+    watching.join(120)
     assert seen.count(": waiting") >= 2
     assert seen[-2] == "data: [DONE]"
 
 
 def drafted(served: Server) -> float:
-    page = httpx.get(f"{served.url}/metrics", timeout=10).text
+    page = httpx.get(f"{served.url}/metrics", timeout=120).text
     name = "cenacle_spec_decode_num_draft_tokens_total"
     found = re.search(rf'^{name}{{source="text"}} ([\d.e+]+)$', page, re.MULTILINE)
     assert found, page
@@ -371,5 +371,5 @@ def test_an_answer_with_drafts_goes_on_and_a_rank_without_memory_is_named(served
     assert "memory" in reason
     assert stream.result() == undisturbed.told
     assert stream.logprobs == pytest.approx(undisturbed.logprobs, abs=1e-4)
-    hungry.join(60)
+    hungry.join(300)
     assert drafted(served) > before

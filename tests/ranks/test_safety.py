@@ -49,7 +49,7 @@ class Safe:
 
     def http(self, **headers: str) -> httpx.Client:
         trust = ssl.create_default_context(cafile=str(self.home / "tls-cert.pem"))
-        return httpx.Client(base_url=self.url, verify=trust, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, verify=trust, headers=headers, timeout=300)
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(
@@ -325,7 +325,7 @@ def test_incomplete_tls_handshakes_time_out(safe: Safe) -> None:
     with contextlib.ExitStack() as opened:
 
         def connect() -> socket.socket:
-            made = socket.create_connection(("127.0.0.1", safe.port), timeout=20)
+            made = socket.create_connection(("127.0.0.1", safe.port), timeout=120)
             return opened.enter_context(made)
 
         silent, half, plain = connect(), connect(), connect()
@@ -384,7 +384,7 @@ def raw(safe: Safe, request: str) -> bytes:
     """The response to these bytes, until the server closes the connection or is silent."""
     trust = ssl.create_default_context(cafile=str(safe.home / "tls-cert.pem"))
     data = b""
-    with socket.create_connection(("127.0.0.1", safe.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", safe.port), timeout=120) as sock:
         with trust.wrap_socket(sock, server_hostname="localhost") as made:
             made.settimeout(1)
             # A server need not read to its end what it refuses.
@@ -403,7 +403,7 @@ def test_paths_do_not_leave_the_web_folder(safe: Safe) -> None:
     paths += [f"/{u * 8}{n}" for u in up for n in names]
     paths += ["/static//etc/passwd", "/static/file:///etc/passwd", "//etc/passwd", "/static/."]
     paths += ["/v1/models/..%2f..%2fetc%2fpasswd", "/static/index.html%00.js", "/static/"]
-    with socket.create_connection(("127.0.0.1", safe.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", safe.port), timeout=120) as sock:
         trust = ssl.create_default_context(cafile=str(safe.home / "tls-cert.pem"))
         with trust.wrap_socket(sock, server_hostname="localhost") as made:
             with made.makefile("rwb") as stream:

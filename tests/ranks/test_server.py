@@ -66,14 +66,14 @@ class Server:
         return host, int(port)
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=300)
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        answer = httpx.get(f"{self.url}/health", timeout=60)
+        answer = httpx.get(f"{self.url}/health", timeout=300)
         return answer.status_code, answer.json()
 
     def post(self, path: str = "chat/completions", **given: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/{path}", timeout=60, **given)
+        return httpx.post(f"{self.url}/v1/{path}", timeout=300, **given)
 
     def busy(self) -> int:
         data = self.health()[1]
@@ -366,7 +366,7 @@ def test_a_body_that_is_too_large(single: Server) -> None:
     expected = (413, None, "body_too_large")
     assert refused(single.post(content=b" " * 11_000_000)) == expected
     assert refused(single.post(content=pieces())) == expected  # chunked: no length is declared
-    with socket.create_connection(single.address, timeout=60) as sock:
+    with socket.create_connection(single.address, timeout=300) as sock:
         head = (
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n"
         )
@@ -380,7 +380,7 @@ def test_stalled_clients_are_disconnected(single: Server) -> None:
     with contextlib.ExitStack() as opened:
 
         def connect() -> socket.socket:
-            return opened.enter_context(socket.create_connection(single.address, timeout=60))
+            return opened.enter_context(socket.create_connection(single.address, timeout=300))
 
         silent, in_head, in_next_head, in_body = (connect() for _ in range(4))
         in_head.sendall(b"POST /v1/chat/comp")
@@ -425,7 +425,7 @@ def test_disconnecting_from_a_stream_cancels_its_request(
 
 def test_disconnecting_before_the_response_cancels_its_requests(pair: Server) -> None:
     host, port = pair.address
-    connection = http.client.HTTPConnection(host, port, timeout=60)
+    connection = http.client.HTTPConnection(host, port, timeout=300)
     body = json.dumps({"messages": SUM, "n": 2, **ENDLESS})
     connection.request("POST", "/v1/chat/completions", body)
     wait_until(lambda: pair.busy() == 2)
@@ -555,7 +555,7 @@ def test_a_half_closed_client_gets_its_answer(pair: Server, version: str, max_to
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_half_closed_client_that_goes_away_is_noticed(pair: Server, stream: bool) -> None:
     def aborted() -> float:
-        lines = httpx.get(f"{pair.url}/metrics", timeout=60).text.splitlines()
+        lines = httpx.get(f"{pair.url}/metrics", timeout=300).text.splitlines()
         name = 'cenacle_request_outcome_total{finished_reason="abort"} '
         return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
@@ -579,7 +579,7 @@ def test_half_a_request_is_no_request(single: Server) -> None:
 def test_a_client_that_does_not_read_is_disconnected(single: Server) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.settimeout(60)
+        sock.settimeout(300)
         sock.connect(single.address)
         body = json.dumps({"messages": SUM, "n": 8, "stream": True, **ENDLESS}).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"

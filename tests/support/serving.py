@@ -45,7 +45,7 @@ def wait_for_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> 
     while True:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+            if httpx.get(f"{url}/health", timeout=120).status_code == 200:
                 return
         assert time.monotonic() < ends, log.read_text()
         time.sleep(0.05)
@@ -70,7 +70,7 @@ def running_server(
         finally:
             process.terminate()
             try:
-                process.wait(30)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

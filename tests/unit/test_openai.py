@@ -665,7 +665,7 @@ def test_no_schema_breaks_parsing(schema: dict[str, Any]) -> None:
     began = time.monotonic()
     with contextlib.suppress(InputError):
         chat(response_format=form)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_a_prompt_must_leave_room_for_an_answer() -> None:
@@ -1011,6 +1011,6 @@ def test_it_needs_neither_mlx_nor_starlette() -> None:
         "print([m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_lm', 'starlette')])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stdout.strip() == "[]"

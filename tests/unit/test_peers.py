@@ -169,7 +169,7 @@ time.sleep(60)
     began = time.monotonic()
     with pytest.raises(peers.PeerFailed, match="not done within 1 s: still thinking"):
         variant.run()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
     pid = int((tmp_path / "pids").read_text())
     ends = time.monotonic() + 5
     while running(pid) and time.monotonic() < ends:

@@ -69,7 +69,7 @@ class PlayedRank:
         self._said.put(None)
 
     def receive(self) -> dict:
-        message = self._said.get(timeout=20)
+        message = self._said.get(timeout=120)
         if message is None:
             raise ChannelClosed("closed the connection")
         return message
@@ -136,7 +136,7 @@ class Client:
             self._done.set()
 
     def wait(self) -> list[int]:
-        assert self._done.wait(10), f"not told the end, got {len(self.tokens)}"
+        assert self._done.wait(120), f"not told the end, got {len(self.tokens)}"
         if self.error is not None:
             raise self.error
         return self.tokens
@@ -293,7 +293,7 @@ def test_who_left_while_ranks_are_started_is_not_asked_for_again(play):
     plain = stage.start
 
     def slow(epoch: Epoch) -> PlayedRanks:
-        started.wait(5)
+        started.wait(120)
         return plain(epoch)
 
     stage.start = slow
@@ -313,7 +313,7 @@ def test_a_group_can_be_closed_while_its_ranks_are_started(play):
 
     def never(epoch: Epoch) -> PlayedRanks:
         begun.set()
-        assert epoch.closing.wait(5), "not told that the group is closed"
+        assert epoch.closing.wait(120), "not told that the group is closed"
         raise ClusterError("ended")
 
     def fault(rank: PlayedRank, step: Step) -> None:
@@ -322,7 +322,7 @@ def test_a_group_can_be_closed_while_its_ranks_are_started(play):
     group, stage = play(fault)
     stage.start = never
     client = Client(group, "a")
-    assert begun.wait(5)
+    assert begun.wait(120)
     group.close()
     with pytest.raises(ClusterError, match="closed"):
         client.wait()
@@ -341,7 +341,7 @@ def test_a_start_says_what_it_waits_for(play):
 
     def wait(epoch: Epoch) -> PlayedRanks:
         epoch.report("waiting for carol")
-        assert back.wait(5)
+        assert back.wait(120)
         return plain(epoch)
 
     stage.start = wait

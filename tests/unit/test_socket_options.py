@@ -12,7 +12,7 @@ from cenacle.collective.socket_options import TCP_RTO_MAX_MS, TCP_THIN_LINEAR_TI
 @pytest.fixture
 def pair():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        client = socket.create_connection(listener.getsockname(), timeout=5)
+        client = socket.create_connection(listener.getsockname(), timeout=120)
         server, _ = listener.accept()
     with client, server:
         yield client, server

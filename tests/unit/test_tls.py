@@ -20,8 +20,8 @@ def names_of(cert) -> set[str]:
 def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str:
     """The TLS version of a handshake."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(5)
-    theirs.settimeout(5)
+    ours.settimeout(60)
+    theirs.settimeout(60)
 
     def serve() -> None:
         try:
@@ -36,7 +36,7 @@ def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> st
             return agreed.version() or ""
     finally:
         ours.close()
-        thread.join(5)
+        thread.join(120)
 
 
 def test_a_client_that_trusts_the_certificate_is_served(tmp_path):
