@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -341,6 +340,12 @@ def closed(sock: socket.socket) -> bool:
         return True
 
 
+def send_slowly(sock: socket.socket, data: bytes) -> None:
+    for byte in data:
+        sock.sendall(bytes([byte]))
+        time.sleep(0.1)
+
+
 def test_strangers_are_rejected_without_effect(start):
     (one, two), where = start(2, "tcp", joined=False)
     hello = rendezvous.HELLO.pack(
@@ -365,9 +370,7 @@ def test_strangers_are_rejected_without_effect(start):
         strangers[name].sendall(words)
     loris = dial(where[0])  # a byte now and then: it gets no more time for that
     with pytest.raises(ConnectionError):
-        for byte in framed:
-            loris.sendall(bytes([byte]))
-            time.sleep(0.1)
+        send_slowly(loris, framed)
     loris.close()
     for name, sock in strangers.items():
         assert closed(sock), name
