@@ -27,6 +27,7 @@ from cenacle.cluster.membership import (
     StartGroup,
     Tick,
     apply_event,
+    describe_mismatch,
     exclusion_reason,
     ineligible_nodes,
 )
@@ -83,6 +84,20 @@ def test_no_group_without_the_heads_own_node():
         replay(*TWO, NodeRegistered("m", "c"), connected("n"), connected("m"), GroupRequested(2))[1]
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("head", "node", "reason"),
+    [
+        ({}, {"mlx_vlm": "4"}, ""),
+        ({"mlx_vlm": "4"}, {}, ""),
+        ({"mlx_vlm": "4"}, {"mlx_vlm": "4"}, ""),
+        ({"mlx_vlm": "4"}, {"mlx_vlm": "5"}, "mlx_vlm 5, expected 4"),
+    ],
+)
+def test_optional_packages_are_compared_where_both_have_them(head, node, reason):
+    assert reason in describe_mismatch({**VERSIONS, **head}, {**VERSIONS, **node})
+    assert bool(describe_mismatch({**VERSIONS, **head}, {**VERSIONS, **node})) == bool(reason)
 
 
 def test_a_silent_node_is_lost_and_named():

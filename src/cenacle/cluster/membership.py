@@ -26,6 +26,8 @@ FAILED_AFTER_JOIN = "the group failed after it had joined"
 
 VERSIONS = ("cenacle", "mlx", "mlx_lm")
 """Packages whose versions must be equal on all nodes, so that ranks compute the same."""
+OPTIONAL_VERSIONS = ("mlx_vlm",)
+"""The same, of packages that not every node has: only some families need them."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,10 @@ def describe_mismatch(expected: Mapping[str, str], versions: Mapping[str, str]) 
         f"{name} {versions.get(name)}, expected {expected[name]}"
         for name in VERSIONS
         if versions.get(name) != expected[name]
+    ] + [
+        f"{name} {versions[name]}, expected {expected[name]}"
+        for name in OPTIONAL_VERSIONS
+        if name in versions and name in expected and versions[name] != expected[name]
     ]
     if not differences:
         return ""

@@ -8,12 +8,13 @@ Next: `agent.py` sends it, `placement.py` decides by it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -38,8 +39,11 @@ MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
 
 
 def versions() -> dict[str, str]:
-    """The packages whose versions must be equal on all nodes."""
-    return {"cenacle": version("cenacle"), "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
+    """The packages whose versions must be equal on all nodes; see `membership.VERSIONS`."""
+    found = {"cenacle": version("cenacle"), "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
+    with contextlib.suppress(PackageNotFoundError):
+        found["mlx_vlm"] = version("mlx-vlm")
+    return found
 
 
 def describe_node() -> NodeInfo:
