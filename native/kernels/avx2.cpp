@@ -5,7 +5,8 @@
 // The nibbles of a 16-bit lane are taken apart by shifts alone, which leaves value 4 j + i in lane j of
 // vector i; activations are dealt out that way once a token, so that weights need no shuffles.
 // Affine biases cost nothing in the loop: bias x (sum of the group's activations) is added at the end.
-// 2-, 3-, 5- and 6-bit rows, and rows of 4 bits that do not fill vectors, are spread to bytes first.
+// 2-, 3-, 5- and 6-bit rows, and rows of 4 bits that do not fill vectors, are spread to bytes first; such
+// rows of nvfp4 to floats. Values of e4m3 are multiplied as floats, see e4m3_tile.
 #include <immintrin.h>
 
 #include "kernels/quantized_tile.inc.h"
@@ -83,12 +84,13 @@ inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
 template <Code C, int GROUP, int T>
 inline void quantized_tile(const uint8_t* w, int64_t width, const int16_t* const* x,
                        const float* const* scale, __m256* sum) {
-  constexpr bool halves = C != Code::bytes && GROUP == 32;  // two groups in a vector of nibbles
-  constexpr int unit = C == Code::bytes ? GROUP : 64;       // weights in one round
+  constexpr int unit = C == Code::bytes ? GROUP : 64;  // weights in one round
+  constexpr int GROUPS = unit / GROUP;                 // in a vector of nibbles, side by side
   const __m256i low = _mm256_set1_epi16(C == Code::bytes ? 0xff : 0xf);
-  const __m256i split = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+  const __m256i split = GROUPS == 4 ? _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)
+                                    : _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
   for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
-  for (int64_t i = 0, g = 0; i < width; i += unit, g += halves ? 2 : 1) {
+  for (int64_t i = 0, g = 0; i < width; i += unit, g += GROUPS) {
     __m256i part[T];
     if constexpr (C == Code::bytes) {
       for (int h = 0; h < GROUP / 32; h++) {
@@ -125,7 +127,9 @@ inline void quantized_tile(const uint8_t* w, int64_t width, const int16_t* const
     }
     for (int t = 0; t < T; t++) {
       __m256 f;
-      if constexpr (halves) {
+      if constexpr (GROUPS == 4) {
+        f = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(scale[t] + g)), split);
+      } else if constexpr (GROUPS == 2) {
         const __m256d two = _mm256_broadcast_sd(reinterpret_cast<const double*>(scale[t] + g));
         f = _mm256_permutevar_ps(_mm256_castpd_ps(two), split);
       } else {
@@ -136,10 +140,27 @@ inline void quantized_tile(const uint8_t* w, int64_t width, const int16_t* const
   }
 }
 
-template <Float F>
-inline void eight(const Matrix& r, int64_t g, float* scale, float* bias) {
-  _mm256_storeu_ps(scale + g, load<F>(r.scales, g));
-  _mm256_storeu_ps(bias + g, load<F>(r.biases, g));
+// Sixteen codes of e4m3 as half floats: the sign, a zero, the other seven bits. Their exponents are then 8
+// too small. The processor converts these to float, subnormal or not.
+inline __m256i halves_of(__m128i codes) {
+  return _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(int16_t(0xbf80)));
+}
+constexpr float HALVES = 256.f;
+
+inline __m256 eight_floats(Float type, const uint8_t* p, int64_t i) {
+  if (type == Float::f32) return load<Float::f32>(p, i);
+  return type == Float::bf16 ? load<Float::bf16>(p, i) : load<Float::f16>(p, i);
+}
+
+inline __m256 eight_scales(const Matrix& m, const uint8_t* scales, int64_t g) {
+  if (m.format == Format::affine || m.format == Format::fp8) return eight_floats(m.type, scales, g);
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + g));
+  if (m.format == Format::nvfp4)
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves_of(bytes))), _mm256_set1_ps(HALVES));
+  const __m256i e = _mm256_cvtepu8_epi32(bytes);
+  const __m256i least =
+      _mm256_and_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()), _mm256_set1_epi32(0x400000));
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(e, 23), least));
 }
 
 // Scales and biases of a row as floats, one for each `group_size` weights.
@@ -147,34 +168,17 @@ inline void row_scales(const Matrix& m, int64_t row, int group_size, int64_t gro
                        float* bias) {
   const Matrix r = m.from(row);
   const int64_t n = m.width / m.group;
-  if (m.format == Format::mxfp4) {
-    int64_t g = 0;
-    for (; g + 8 <= n; g += 8) {
-      const __m256i e = _mm256_cvtepu8_epi32(
-          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(r.scales + g)));
-      const __m256i least = _mm256_and_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()),
-                                             _mm256_set1_epi32(0x400000));
-      const __m256 s = _mm256_mul_ps(
-          _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(e, 23), least)),
-          _mm256_set1_ps(.5f));
-      _mm256_storeu_ps(scale + g, s);
-      _mm256_storeu_ps(bias + g, _mm256_mul_ps(s, _mm256_set1_ps(-12.f)));
-    }
-    for (; g < n; g++) {
-      scale[g] = .5f * e8m0(r.scales[g]);
-      bias[g] = -12.f * scale[g];
-    }
-  } else {
-    int64_t g = 0;
-    for (; g + 8 <= n; g += 8) {
-      if (m.type == Float::f32) eight<Float::f32>(r, g, scale, bias);
-      else if (m.type == Float::bf16) eight<Float::bf16>(r, g, scale, bias);
-      else eight<Float::f16>(r, g, scale, bias);
-    }
-    for (; g < n; g++) {
-      scale[g] = at(m.type, r.scales, g);
-      bias[g] = at(m.type, r.biases, g);
-    }
+  // Values of e2m1 are doubled, and 12 more than they are.
+  const float factor = is_e2m1(m) ? .5f : 1.f;
+  int64_t g = 0;
+  for (; g + 8 <= n; g += 8) {
+    const __m256 s = _mm256_mul_ps(eight_scales(m, r.scales, g), _mm256_set1_ps(factor));
+    _mm256_storeu_ps(scale + g, s);
+    _mm256_storeu_ps(bias + g, r.biases ? eight_floats(m.type, r.biases, g) : _mm256_mul_ps(s, _mm256_set1_ps(-12.f)));
+  }
+  for (; g < n; g++) {
+    scale[g] = scale_at(m, r.scales, g) * factor;
+    bias[g] = r.biases ? at(m.type, r.biases, g) : -12.f * scale[g];
   }
   spread_scales(m, group_size, groups, scale, bias);
 }
@@ -220,6 +224,49 @@ inline void bytes_of_row(const Matrix& m, int64_t row, uint8_t* to) {
   }
 }
 
+// ---- e4m3 -------------------------------------------------------------------------------------
+
+// T tokens with one row. `scale` holds a factor for every 32 weights.
+template <int T>
+inline void e4m3_tile(const uint8_t* w, int64_t width, const float* scale, const float* const* x, __m256* sum) {
+  for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < width; i += 32) {
+    __m256 part[T];
+    if constexpr (T == 1)
+      if (i % 64 == 0) prefetch_ahead(w + i);
+    for (int h = 0; h < 32; h += 16) {
+      const __m256i v = halves_of(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i + h)));
+      const __m256 u = _mm256_cvtph_ps(_mm256_castsi256_si128(v)), z = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+      for (int t = 0; t < T; t++) {
+        const __m256 y = _mm256_loadu_ps(x[t] + i + h);
+        part[t] = h ? _mm256_fmadd_ps(u, y, part[t]) : _mm256_mul_ps(u, y);
+        part[t] = _mm256_fmadd_ps(z, _mm256_loadu_ps(x[t] + i + h + 8), part[t]);
+      }
+    }
+    for (int t = 0; t < T; t++) sum[t] = _mm256_fmadd_ps(part[t], _mm256_broadcast_ss(scale + i / 32), sum[t]);
+  }
+}
+
+void multiply_e4m3(const Matrix& m, int64_t first, int64_t last, const Activations& a, const int32_t* tokens,
+                   int count, float* const* out, float* scratch) {
+  const int64_t groups = m.width / 32;
+  float *scales = scratch, *unused = scales + ROWS * groups;
+  for (int64_t row = first; row < last; row += ROWS) {
+    const int64_t n = last - row < ROWS ? last - row : ROWS;
+    const uint8_t* w = m.weight + row * m.weight_stride;
+    for (int64_t r = 0; r < n; r++) row_scales(m, row + r, 32, groups, scales + r * groups, unused);
+    for_token_tiles(count, [&](int j, auto size) {
+      const float* x[size()];
+      __m256 sum[size()];
+      for (int t = 0; t < size(); t++) x[t] = a.plain + int64_t(tokens[j + t]) * a.width;
+      for (int64_t r = 0; r < n; r++) {
+        e4m3_tile<size()>(w + r * m.weight_stride, m.width, scales + r * groups, x, sum);
+        for (int t = 0; t < size(); t++) out[j + t][row - first + r] = total(sum[t]) * HALVES;
+      }
+    });
+  }
+}
+
 inline bool expands_rows(const Matrix& m, Layout l) { return l.interleave == Interleave::int16x2 && m.bits != 8; }
 
 template <Code C, int GROUP>
@@ -250,7 +297,8 @@ void multiply_quantized(const Matrix& m, int64_t first, int64_t last, const Acti
 bool packs(const Matrix&) { return false; }
 
 Layout choose(const Matrix& m) {
-  if (m.format == Format::dense) return {Interleave::none, 0};
+  const bool decodes = m.format == Format::nvfp4 && m.width % 64;
+  if (m.format == Format::dense || is_e4m3(m) || decodes) return {Interleave::none, 0};
   const int group_size = m.group > 64 ? 64 : m.group;
   return {m.bits == 4 && m.width % 64 == 0 ? Interleave::int16x4 : Interleave::int16x2, group_size};
 }
@@ -298,6 +346,8 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
+  if (is_e4m3(m)) return (ROWS + 1) * (m.width / 32);
+  if (m.format == Format::nvfp4 && l.interleave == Interleave::none) return DECODED_ROWS * m.width;
   if (l.interleave == Interleave::none) return 0;
   return (2 * ROWS + 4) * groups_of(l, m.width) + (expands_rows(m, l) ? ROWS * m.width / 4 : 0);
 }
@@ -305,10 +355,14 @@ int64_t scratch(const Matrix& m) {
 void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
               const int32_t* tokens, int count, float* const* out, float* scratch) {
   if (m.format == Format::dense) return dense<Tile>(m, first, last, a, tokens, count, out);
+  if (is_e4m3(m)) return multiply_e4m3(m, first, last, a, tokens, count, out, scratch);
+  if (a.layout.interleave == Interleave::none)
+    return multiply_decoded(m, first, last, count, out, scratch, [&](const Matrix& floats, float* const* to) {
+      dense<Tile>(floats, 0, floats.rows, a, tokens, count, to);
+    });
   const bool small = a.layout.group == 32, bytes = a.layout.interleave == Interleave::int16x2;
   const auto run = bytes ? (small ? multiply_quantized<Code::bytes, 32> : multiply_quantized<Code::bytes, 64>)
-                   : m.format == Format::mxfp4
-                       ? multiply_quantized<Code::e2m1, 32>
+                   : is_e2m1(m) ? (small ? multiply_quantized<Code::e2m1, 32> : multiply_quantized<Code::e2m1, 16>)
                        : (small ? multiply_quantized<Code::nibbles, 32> : multiply_quantized<Code::nibbles, 64>);
   run(m, first, last, a, tokens, count, out, scratch);
 }

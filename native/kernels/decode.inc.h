@@ -35,6 +35,11 @@ inline float f16(uint16_t h) {
 
 inline float e8m0(uint8_t e) { return from_bits(e ? uint32_t(e) << 23 : 0x400000u); }
 
+// Exact, subnormal values included; no code stands for infinity, and 0x7f and 0xff, NaN, are not expected.
+inline float e4m3(uint8_t b) {
+  return from_bits(uint32_t(b & 0x80) << 24 | uint32_t(b & 0x7f) << 20) * 0x1p120f;
+}
+
 inline void floats(Float type, const uint8_t* from, int64_t n, float* to) {
   if (type == Float::f32) {
     memcpy(to, from, size_t(n) * 4);
@@ -51,6 +56,15 @@ inline float at(Float type, const uint8_t* from, int64_t i) {
   float f;
   floats(type, from + i * (type == Float::f32 ? 4 : 2), 1, &f);
   return f;
+}
+
+// The scale of group `g` of a row.
+inline float scale_at(const Matrix& m, const uint8_t* scales, int64_t g) {
+  switch (m.format) {
+    case Format::mxfp4: case Format::mxfp8: return e8m0(scales[g]);
+    case Format::nvfp4: return e4m3(scales[g]);
+    default: return at(m.type, scales, g);
+  }
 }
 
 // Eight values in BITS bytes, the first in the lowest bits.
@@ -78,23 +92,28 @@ inline void decode_row(const Matrix& m, int64_t row, float* to) {
     uint8_t words[128];
     if (m.packed) {
       const uint8_t* from = r.weight + g * packed_group(m);
-      for (int64_t i = 0; i < bytes; i += 4) memcpy(words + i, from + ROWS_PER_PACK * i + 4 * lane, 4);
+      const int word = word_bytes(m);
+      for (int64_t i = 0; i < bytes; i += word) memcpy(words + i, from + ROWS_PER_PACK * i + word * lane, word);
       w = words;
       scales = from + packed_weights(m);
-      biases = scales + ROWS_PER_PACK * (m.type == Float::f32 ? 4 : 2);
+      biases = scales + ROWS_PER_PACK * scale_bytes(m);
       in = lane;
     }
     float* y = to + g * m.group;
-    if (m.format == Format::mxfp4) {
+    const float scale = scale_at(m, scales, in);
+    if (is_e4m3(m)) {
+      for (int64_t i = 0; i < bytes; i++) y[i] = e4m3(w[i]) * scale;
+      continue;
+    }
+    if (is_e2m1(m)) {
       const float values[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
-      const float scale = e8m0(scales[in]);
       for (int64_t i = 0; i < bytes; i++) {
         y[2 * i] = values[w[i] & 15] * scale;
         y[2 * i + 1] = values[w[i] >> 4] * scale;
       }
       continue;
     }
-    const float scale = at(m.type, scales, in), bias = at(m.type, biases, in);
+    const float bias = at(m.type, biases, in);
     switch (m.bits) {
       case 2: unpack<2>(w, m.group, scale, bias, y); break;
       case 3: unpack<3>(w, m.group, scale, bias, y); break;

@@ -12,12 +12,14 @@
 namespace cenacle {
 
 enum class Float : int { f32, bf16, f16 };
-enum class Format : int { dense, affine, mxfp4 };
+// The values of mxfp8 and fp8 are e4m3, those of mxfp4 and nvfp4 e2m1. Scales are e8m0 (mxfp4, mxfp8), e4m3
+// (nvfp4) or floats (affine, fp8).
+enum class Format : int { dense, affine, mxfp4, nvfp4, mxfp8, fp8 };
 
 // Rows of weights; y = W x. Strides are in bytes.
 struct Matrix {
   Format format;
-  Float type;  // of the weights if dense, of scales and biases if affine
+  Float type;  // of the weights if dense, of scales and biases if these are floats
   int bits, group;
   const uint8_t *weight, *scales, *biases;
   int64_t rows, width;
@@ -33,6 +35,14 @@ struct Matrix {
     return m;
   }
 };
+
+constexpr bool is_e2m1(const Matrix& m) { return m.format == Format::mxfp4 || m.format == Format::nvfp4; }
+constexpr bool is_e4m3(const Matrix& m) { return m.format == Format::mxfp8 || m.format == Format::fp8; }
+// Of a scale of a quantized matrix; a bias is as long.
+constexpr int scale_bytes(const Matrix& m) {
+  if (m.format != Format::affine && m.format != Format::fp8) return 1;
+  return m.type == Float::f32 ? 4 : 2;
+}
 
 // How a kernel wants its activations: as they are, or as integers of 16 or 8 bits with a scale for
 // every `group_size` values, dealt out as the unpacking of the weights leaves them.

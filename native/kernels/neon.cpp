@@ -7,7 +7,8 @@
 // A block of 32 activations is 64 bytes: [upper 32][lower 32], for 4-bit weights the values at even
 // places before those at odd ones, as the low and high nibbles of 16 bytes come apart.
 // Weights of 8 bits are made signed by subtracting 128, which the group's bias gives back.
-// Everything else is multiplied as float; 2-, 3-, 5- and 6-bit rows are decoded to float first.
+// Everything else is multiplied as float, e4m3 as it is read; 2-, 3-, 5- and 6-bit rows, and rows of nvfp4 that
+// do not fill blocks, are decoded first.
 #include <arm_neon.h>
 
 #include "kernels/quantized_tile.inc.h"
@@ -15,7 +16,6 @@
 namespace cenacle {
 namespace {
 
-constexpr int DECODE = 4;           // rows decoded to float at a time
 constexpr int AHEAD = 1024;         // bytes
 constexpr float MAX_QUANTIZED = 0x7f7f;      // the largest integer of which both halves fit in a signed byte
 
@@ -98,13 +98,14 @@ inline void quantized_tile(const uint8_t* w, int64_t width, const int8_t* const*
   // Twice the values of mxfp4's codes.
   alignas(16) static constexpr int8_t kTwice[16] = {0, 1,  2,  3,  4,  6,  8,  12,
                                                     0, -1, -2, -3, -4, -6, -8, -12};
+  constexpr int BLOCK = GROUP < 32 ? 32 : GROUP, GROUPS = BLOCK / GROUP;  // groups side by side
   const int8x16_t table = vld1q_s8(kTwice);
   const uint8x16_t low = vdupq_n_u8(0xf), half = vdupq_n_u8(0x80);
   for (int t = 0; t < T; t++) sum[t] = vdupq_n_f32(0.f);
-  for (int64_t i = 0, g = 0; i < width; i += GROUP, g++) {
+  for (int64_t i = 0, g = 0; i < width; i += BLOCK, g += GROUPS) {
     int32x4_t upper[T], lower[T];
     for (int t = 0; t < T; t++) upper[t] = lower[t] = vdupq_n_s32(0);
-    for (int64_t j = i; j < i + GROUP; j += 32) {
+    for (int64_t j = i; j < i + BLOCK; j += 32) {
       int8x16_t n[2];
       if constexpr (C == Code::bytes) {
         for (int h = 0; h < 2; h++)
@@ -125,7 +126,12 @@ inline void quantized_tile(const uint8_t* w, int64_t width, const int8_t* const*
     }
     for (int t = 0; t < T; t++) {
       const int32x4_t part = vaddq_s32(vshlq_n_s32(upper[t], 8), lower[t]);
-      sum[t] = vfmaq_n_f32(sum[t], vcvtq_f32_s32(part), scale[t][g]);
+      if constexpr (GROUPS == 2) {
+        const float32x4_t f = vcombine_f32(vdup_n_f32(scale[t][g]), vdup_n_f32(scale[t][g + 1]));
+        sum[t] = vfmaq_f32(sum[t], vcvtq_f32_s32(part), f);
+      } else {
+        sum[t] = vfmaq_n_f32(sum[t], vcvtq_f32_s32(part), scale[t][g]);
+      }
     }
   }
 }
@@ -141,9 +147,10 @@ inline void row_scales(const Matrix& m, int64_t row, int group_size, int64_t gro
                        float* bias) {
   const Matrix r = m.from(row);
   const int64_t n = m.width / m.group;
-  if (m.format == Format::mxfp4) {
+  if (m.format != Format::affine) {
+    const float factor = is_e2m1(m) ? .5f : 1.f;  // values of e2m1 are doubled
     for (int64_t g = 0; g < n; g++) {
-      scale[g] = .5f * e8m0(r.scales[g]);
+      scale[g] = factor * scale_at(m, r.scales, g);
       bias[g] = 0.f;
     }
   } else {
@@ -210,12 +217,59 @@ void multiply_quantized(const Matrix& m, int64_t first, int64_t last, const Acti
   }
 }
 
+// ---- e4m3 -------------------------------------------------------------------------------------
+
+// T tokens with one row. `scale` holds a factor for every 32 weights. A code becomes a half float by shifts: the
+// sign, a zero, the other seven bits; its exponent is then 8 too small. No value is lost in conversion.
+template <int T>
+inline void e4m3_tile(const uint8_t* w, int64_t width, const float* scale, const float* const* x,
+                      float32x4_t* sum) {
+  const uint16x8_t digits = vdupq_n_u16(0xbf80);
+  for (int t = 0; t < T; t++) sum[t] = vdupq_n_f32(0.f);
+  for (int64_t i = 0; i < width; i += 32) {
+    float32x4_t part[T][2];
+    for (int t = 0; t < T; t++) part[t][0] = part[t][1] = vdupq_n_f32(0.f);
+    __builtin_prefetch(w + i + AHEAD);
+    for (int64_t j = i; j < i + 32; j += 8) {
+      const int16x8_t v = vshll_n_s8(vld1_s8(reinterpret_cast<const int8_t*>(w) + j), 7);
+      const float16x8_t h = vreinterpretq_f16_u16(vandq_u16(vreinterpretq_u16_s16(v), digits));
+      const float32x4_t u = vcvt_f32_f16(vget_low_f16(h)), z = vcvt_f32_f16(vget_high_f16(h));
+      for (int t = 0; t < T; t++) {
+        part[t][0] = vfmaq_f32(part[t][0], u, vld1q_f32(x[t] + j));
+        part[t][1] = vfmaq_f32(part[t][1], z, vld1q_f32(x[t] + j + 4));
+      }
+    }
+    for (int t = 0; t < T; t++)
+      sum[t] = vfmaq_n_f32(sum[t], vaddq_f32(part[t][0], part[t][1]), scale[i / 32]);
+  }
+}
+
+void multiply_e4m3(const Matrix& m, int64_t first, int64_t last, const Activations& a, const int32_t* tokens,
+                   int count, float* const* out, float* scratch) {
+  const int64_t groups = m.width / 32;
+  float *scales = scratch, *unused = scales + ROWS * groups;
+  for (int64_t row = first; row < last; row += ROWS) {
+    const int64_t n = last - row < ROWS ? last - row : ROWS;
+    const uint8_t* w = m.weight + row * m.weight_stride;
+    for (int64_t r = 0; r < n; r++) row_scales(m, row + r, 32, groups, scales + r * groups, unused);
+    for_token_tiles(count, [&](int j, auto size) {
+      const float* x[size()];
+      float32x4_t sum[size()];
+      for (int t = 0; t < size(); t++) x[t] = a.plain + int64_t(tokens[j + t]) * a.width;
+      for (int64_t r = 0; r < n; r++) {
+        e4m3_tile<size()>(w + r * m.weight_stride, m.width, scales + r * groups, x, sum);
+        for (int t = 0; t < size(); t++) out[j + t][row - first + r] = vaddvq_f32(sum[t]) * 256.f;
+      }
+    });
+  }
+}
+
 // ---- the table --------------------------------------------------------------------------------
 
 bool packs(const Matrix&) { return false; }
 
 Layout choose(const Matrix& m) {
-  if (m.format == Format::dense) return {Interleave::none, 0};
+  if (m.format == Format::dense || (m.format == Format::nvfp4 && m.width % 32)) return {Interleave::none, 0};
   const int group_size = m.group > 64 ? 64 : m.group;
   if (m.bits == 8 && m.format == Format::affine) return {Interleave::byte_planes32, group_size};
   return m.bits == 4 ? Layout{Interleave::byte_planes32_even, group_size} : Layout{Interleave::none, 0};
@@ -234,18 +288,16 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* quantized, float*
     const uint32_t top = vmaxvq_u32(most);
     const GroupScale of(top, MAX_QUANTIZED);
     int32_t whole = 0;
-    for (int i = 0; i < group_size; i += 32, to += 64) {
-      int32_t q[32];
-      for (int j = 0; j < 32; j += 4)
-        vst1q_s32(q + j, of.finite ? vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(v + i + j), of.inverse))
-                                : vdupq_n_s32(0));
-      for (int j = 0; j < 32; j++) {
-        const auto lower = static_cast<int8_t>(q[j]);
-        const int place = j % ways * (32 / ways) + j / ways;
-        to[place] = static_cast<int8_t>((q[j] - lower) >> 8);
-        to[place + 32] = lower;
-        whole += q[j];
-      }
+    int32_t q[64];
+    for (int i = 0; i < group_size; i += 4)
+      vst1q_s32(q + i, of.finite ? vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(v + i), of.inverse)) : vdupq_n_s32(0));
+    for (int i = 0; i < group_size; i++) {
+      const auto lower = static_cast<int8_t>(q[i]);
+      const int64_t at = g * group_size + i, in = at % 32;
+      int8_t* place = to + 2 * (at - in) + in % ways * (32 / ways) + in / ways;
+      place[0] = static_cast<int8_t>((q[i] - lower) >> 8);
+      place[32] = lower;
+      whole += q[i];
     }
     scales[g] = of.scale;
     sums[g] = float(whole) * scales[g];
@@ -255,7 +307,8 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* quantized, float*
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  return l.interleave != Interleave::none ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODE * m.width;
+  if (is_e4m3(m)) return (ROWS + 1) * (m.width / 32);
+  return l.interleave != Interleave::none ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODED_ROWS * m.width;
 }
 
 void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
@@ -268,17 +321,13 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a
     run(w, m.weight_stride, m.width, last - first, 0, a, tokens, count, out);
     return;
   }
-  if (a.layout.interleave == Interleave::none) {
-    for (int64_t row = first; row < last; row += DECODE) {
-      const int64_t n = last - row < DECODE ? last - row : DECODE;
-      for (int64_t r = 0; r < n; r++) decode_row(m, row + r, scratch + r * m.width);
-      dense<Float::f32>(reinterpret_cast<const uint8_t*>(scratch), m.width * 4, m.width, n,
-                        row - first, a, tokens, count, out);
-    }
-    return;
-  }
+  if (is_e4m3(m)) return multiply_e4m3(m, first, last, a, tokens, count, out, scratch);
+  if (a.layout.interleave == Interleave::none)
+    return multiply_decoded(m, first, last, count, out, scratch, [&](const Matrix& floats, float* const* to) {
+      dense<Float::f32>(floats.weight, floats.weight_stride, m.width, floats.rows, 0, a, tokens, count, to);
+    });
   const bool small = a.layout.group == 32;
-  const auto run = m.format == Format::mxfp4 ? multiply_quantized<Code::e2m1, 32>
+  const auto run = is_e2m1(m) ? (small ? multiply_quantized<Code::e2m1, 32> : multiply_quantized<Code::e2m1, 16>)
                    : m.bits == 8 ? (small ? multiply_quantized<Code::bytes, 32> : multiply_quantized<Code::bytes, 64>)
                                  : (small ? multiply_quantized<Code::nibbles, 32> : multiply_quantized<Code::nibbles, 64>);
   run(m, first, last, a, tokens, count, out, scratch);

@@ -18,13 +18,28 @@ enum class Code { nibbles, bytes, e2m1 };
 // `group_size` of them, and padded with zeros to `groups`.
 inline void spread_scales(const Matrix& m, int group_size, int64_t groups, float* scale, float* bias) {
   const int64_t n = m.width / m.group;
-  const bool twice = m.group > group_size;  // 128 weights a scale, 64 activations
-  if (twice)
-    for (int64_t g = n - 1; g >= 0; g--) {
-      scale[2 * g] = scale[2 * g + 1] = scale[g];
-      bias[2 * g] = bias[2 * g + 1] = bias[g];
-    }
-  for (int64_t g = twice ? 2 * n : n; g < groups; g++) scale[g] = bias[g] = 0.f;
+  const int times = m.group / group_size;
+  if (times > 1)
+    for (int64_t g = n - 1; g >= 0; g--)
+      for (int64_t i = (g + 1) * times - 1; i >= g * times; i--) scale[i] = scale[g], bias[i] = bias[g];
+  for (int64_t g = n * times; g < groups; g++) scale[g] = bias[g] = 0.f;
+}
+
+// Rows that are decoded to float and multiplied as such, where no kernel takes them as they are. `dense(m,
+// out)` multiplies a matrix of floats; `scratch` holds DECODED_ROWS of them.
+constexpr int DECODED_ROWS = 4;
+template <class Dense>
+inline void multiply_decoded(const Matrix& m, int64_t first, int64_t last, int count, float* const* out,
+                             float* scratch, Dense&& dense) {
+  Matrix floats{Format::dense, Float::f32, 0, 0, reinterpret_cast<const uint8_t*>(scratch), nullptr, nullptr,
+                0, m.width, m.width * 4, 0};
+  float* to[TOKENS];
+  for (int64_t row = first; row < last; row += DECODED_ROWS) {
+    floats.rows = last - row < DECODED_ROWS ? last - row : DECODED_ROWS;
+    for (int64_t r = 0; r < floats.rows; r++) decode_row(m, row + r, scratch + r * m.width);
+    for (int j = 0; j < count; j++) to[j] = out[j] + (row - first);
+    dense(floats, to);
+  }
 }
 
 // How a group of values whose largest magnitude has the bits `largest` becomes integers up to `limit`.

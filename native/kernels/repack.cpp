@@ -9,12 +9,12 @@ namespace {
 template <class Each>
 void walk(const Matrix& m, int64_t row, const uint8_t* packed, uint8_t* weight, uint8_t* scales,
           uint8_t* biases, Each&& each) {
-  const int64_t group = packed_group(m), words = packed_weights(m) / ROWS_PER_PACK / 4;
-  const int size = m.format == Format::mxfp4 ? 1 : m.type == Float::f32 ? 4 : 2;
+  const int size = scale_bytes(m), word = word_bytes(m);
+  const int64_t group = packed_group(m), words = packed_weights(m) / ROWS_PER_PACK / word;
   auto* from = const_cast<uint8_t*>(packed) + row / ROWS_PER_PACK * m.width / m.group * group;
   for (int64_t g = 0; g < m.width / m.group; g++, from += group) {
-    for (int64_t i = 0; i < words; i++, weight += 4)
-      each(weight, from + 4 * (i * ROWS_PER_PACK + row % ROWS_PER_PACK), 4);
+    for (int64_t i = 0; i < words; i++, weight += word)
+      each(weight, from + word * (i * ROWS_PER_PACK + row % ROWS_PER_PACK), word);
     uint8_t* tail = from + packed_weights(m) + size * (row % ROWS_PER_PACK);
     each(scales, tail, size);
     scales += size;
@@ -51,7 +51,7 @@ void unpack(const Matrix& m, int64_t first, int64_t rows, uint8_t* weight, uint8
             uint8_t* biases) {
   const int64_t groups = m.width / m.group;
   const int64_t wide = m.width * m.bits / 8;
-  const int64_t small = groups * (m.format == Format::mxfp4 ? 1 : m.type == Float::f32 ? 4 : 2);
+  const int64_t small = groups * scale_bytes(m);
   for (int64_t i = 0; i < rows; i++)
     walk(m, first + i, m.weight, weight + i * wide, scales + i * small,
          biases ? biases + i * small : nullptr,

@@ -5,7 +5,8 @@
 // sixteen first ones, the second ones, ...; the sixteen scales; the sixteen biases. So a vector of words
 // belongs to sixteen outputs, which need no sum over lanes at the end; a group costs one conversion for
 // sixteen rows; and a matrix is one stream, which the processor's own prefetcher keeps up with.
-// Rows that are missing from the last sixteen are zeros.
+// Rows that are missing from the last sixteen are zeros. Of values of e4m3 the words have 16 bits: two weights
+// become two vectors of half floats, whose lanes are rows.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -14,11 +15,12 @@ namespace cenacle {
 
 constexpr int64_t ROWS_PER_PACK = 16;
 
+// Bytes that lie together of one row.
+constexpr int word_bytes(const Matrix& m) { return is_e4m3(m) ? 2 : 4; }
 // Bytes of a group of sixteen rows: of weights, and with scales and biases.
 constexpr int64_t packed_weights(const Matrix& m) { return ROWS_PER_PACK * m.group * m.bits / 8; }
 constexpr int64_t packed_group(const Matrix& m) {
-  const int size = m.format == Format::mxfp4 ? 1 : m.type == Float::f32 ? 8 : 4;
-  return packed_weights(m) + ROWS_PER_PACK * size;
+  return packed_weights(m) + ROWS_PER_PACK * scale_bytes(m) * (m.format == Format::affine ? 2 : 1);
 }
 constexpr int64_t padded_rows(int64_t rows) { return (rows + ROWS_PER_PACK - 1) / ROWS_PER_PACK * ROWS_PER_PACK; }
 

@@ -8,7 +8,7 @@
 // Affine biases cost nothing in the loop: bias x (sum of the group's activations) is added at the end.
 #include <immintrin.h>
 
-#include "kernels/repack_vnni.inc.h"
+#include "kernels/e4m3_vnni.inc.h"
 #include "kernels/x86.inc.h"
 
 namespace cenacle {
@@ -204,9 +204,11 @@ bool packs(const Matrix& m) { return m.format != Format::dense && (m.bits == 4 |
 
 Layout choose(const Matrix& m) {
   if (m.format == Format::dense) return {Interleave::none, 0};
+  if (is_e4m3(m)) return {Interleave::none, 0};
   const int group_size = m.group > 64 ? 64 : m.group;
   if (!m.packed) return {Interleave::byte_planes, group_size};
-  if (m.activations == 8) return {m.bits == 4 ? Interleave::int8_quads_even : Interleave::int8_quads, 32};
+  if (m.activations == 8)
+    return {m.bits == 4 ? Interleave::int8_quads_even : Interleave::int8_quads, m.group < 32 ? m.group : 32};
   return {m.bits == 4 ? Interleave::byte_quads_even : Interleave::byte_quads, group_size};
 }
 
@@ -241,6 +243,7 @@ int64_t scratch(const Matrix& m) {
 void multiply(const Matrix& m, int64_t first, int64_t last, const Activations& a,
               const int32_t* tokens, int count, float* const* out, float* scratch) {
   if (m.format == Format::dense) return dense<Tile>(m, first, last, a, tokens, count, out);
+  if (is_e4m3(m)) return multiply_e4m3(m, first, last, a, tokens, count, out);
   if (m.packed) return multiply_packed(m, first, last, a, tokens, count, out);
   const auto run = a.layout.group == 32 ? expanded_rows<32> : expanded_rows<64>;
   run(m, first, last, a, tokens, count, out, scratch);

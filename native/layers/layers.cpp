@@ -64,12 +64,6 @@ thread_local Buffer<float> scratch, wide;
 thread_local Prepared first_input, second_input, hidden_input;
 thread_local Buffer<float> hidden_values, parts;
 
-void add(const float* bias, int64_t n, float* const* out, int count) {
-  if (bias)
-    for (int j = 0; j < count; j++)
-      for (int64_t r = 0; r < n; r++) out[j][r] += bias[r];
-}
-
 // Rows for one task. With many tokens as many as stay in a cache. With few, memory binds, and what is read
 // in one go should be long: kernels ask for lines ahead, and those beyond a task's end are read in vain.
 int64_t chunk(int64_t rows, int64_t most, int64_t tokens) {
@@ -97,7 +91,7 @@ void linear(const Kernels& kernels, const Linear& layer, const float* x, int64_t
         to[j] = out + (begin + j) * rows + first;
       }
       kernels.multiply(m, first, last, a, which, count, to, memory);
-      add(layer.bias ? layer.bias + first : nullptr, last - first, to, count);
+      layer.finish(0, first, last - first, to, count);
     }
   });
 }
@@ -151,7 +145,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
         const Matrix m = l.of(expert);
         kernels.multiply(m, first, last, s ? a1 : a0, which, some, to[s],
                          scratch.get(kernels.scratch(m)));
-        add(l.bias ? l.bias + expert * l.rows + first : nullptr, n, to[s], some);
+        l.finish(expert, first, n, to[s], some);
       }
       for (int j = 0; j < some; j++) kernels.activate(e.act, e.a, e.b, to[0][j], to[1][j], n);
     }
@@ -173,7 +167,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
         to[j] = out + order[begin + j] * width + first;
       }
       kernels.multiply(m, first, last, ah, which, some, to, memory);
-      add(e.down.bias ? e.down.bias + expert * width + first : nullptr, last - first, to, some);
+      e.down.finish(expert, first, last - first, to, some);
     }
   });
 }

@@ -15,12 +15,24 @@ struct Linear {
   const float* bias;       // [experts, rows] or null
   int64_t rows;            // of one expert
   int64_t experts = 1;
+  const float* output_scale = nullptr;  // [experts, rows] or null
 
   int64_t apart() const { return matrix.packed ? padded_rows(rows) : rows; }
+  // What multiplication made of rows [first, first + n) of an expert becomes an output: scale * y + bias.
+  void finish(int64_t expert, int64_t first, int64_t n, float* const* out, int count) const {
+    const int64_t at = expert * rows + first;
+    for (int j = 0; j < count; j++) {
+      if (output_scale)
+        for (int64_t r = 0; r < n; r++) out[j][r] *= output_scale[at + r];
+      if (bias)
+        for (int64_t r = 0; r < n; r++) out[j][r] += bias[at + r];
+    }
+  }
+
   Matrix of(int64_t expert) const { return matrix.from(expert * apart()); }
 };
 
-// out[t] = W x[t] + bias, x [tokens, width], out [tokens, rows].
+// out[t] = scale * W x[t] + bias, x [tokens, width], out [tokens, rows].
 void linear(const Kernels&, const Linear&, const float* x, int64_t tokens, float* out);
 
 struct Experts {

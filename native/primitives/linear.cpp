@@ -36,14 +36,16 @@ class EmbedPrimitive : public Primitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     float* out = begin(inputs, outputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [ids = StridedInput(inputs[0]), out, m = layer_.matrix] {
+        [ids = StridedInput(inputs[0]), out, m = layer_.matrix, scale = layer_.output_scale] {
           std::vector<uint32_t> copy;
           const uint32_t* id = ids.read<uint32_t>(copy);
           for (int64_t i = 0; i < ids.size; i++) {
             if (id[i] >= uint64_t(m.rows))
               throw std::runtime_error("token " + std::to_string(id[i]) + " of " +
                                        std::to_string(m.rows));
-            decode_row(m, id[i], out + i * m.width);
+            float* row = out + i * m.width;
+            decode_row(m, id[i], row);
+            for (int64_t c = 0; scale && c < m.width; c++) row[c] *= scale[id[i]];
           }
         });
   }
@@ -109,7 +111,8 @@ std::vector<mx::array> arrays(const Weights& w) {
   };
   const mx::Dtype types[] = {mx::float32, mx::bfloat16, mx::float16};
   std::vector<mx::Shape> shapes{shape(w.width * w.bits / 32), shape(w.width / w.group)};
-  std::vector<mx::Dtype> kinds{mx::uint32, w.format == Format::mxfp4 ? mx::uint8 : types[int(w.type)]};
+  const bool floats = w.format == Format::affine || w.format == Format::fp8;
+  std::vector<mx::Dtype> kinds{mx::uint32, floats ? types[int(w.type)] : mx::uint8};
   if (w.format == Format::affine) {
     shapes.push_back(shapes[1]);
     kinds.push_back(kinds[1]);

@@ -54,9 +54,11 @@ NB_MODULE(_native, m) {
   m.def("activation_bits", [] { return activation_bits.load(); });
   nb::class_<Weights>(m, "Weights")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>,
-                    std::optional<mx::array>, int, int, const std::string&>(),
+                    std::optional<mx::array>, int, int, const std::string&,
+                    std::optional<mx::array>>(),
            nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(),
-           nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"))
+           nb::arg("bias").none(), nb::arg("bits"), nb::arg("group_size"), nb::arg("mode"),
+           nb::arg("output_scale").none() = nb::none())
       .def("arrays", &arrays);
   nb::class_<ReplicaAssigner>(m, "ReplicaAssigner")
       .def("__init__",

@@ -5,6 +5,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -23,7 +25,7 @@ namespace nb = nanobind;
 // can use pointers.
 struct Weights {
   mx::array weight;
-  std::optional<mx::array> scales, biases, bias;
+  std::optional<mx::array> scales, biases, bias, output_scale;
   Format format;
   Float type;
   int bits, group;
@@ -33,9 +35,10 @@ struct Weights {
   int activation_bits_ = activation_bits;
 
   Weights(mx::array w, std::optional<mx::array> s, std::optional<mx::array> z,
-          std::optional<mx::array> b, int bits, int group, const std::string& mode)
+          std::optional<mx::array> b, int bits, int group, const std::string& mode,
+          std::optional<mx::array> output_scale_)
       : weight(std::move(w)), scales(std::move(s)), biases(std::move(z)), bias(std::move(b)),
-        bits(bits), group(group) {
+        output_scale(std::move(output_scale_)), bits(bits), group(group) {
     if (weight.ndim() != 2 && weight.ndim() != 3)
       throw std::invalid_argument("weight: expected [rows, width] or [experts, rows, width]");
     stacked = weight.ndim() == 3;
@@ -46,40 +49,31 @@ struct Weights {
       format = Format::dense;
       type = real(weight.dtype());
       width = weight.shape(-1);
-    } else if (mode == "affine" || mode == "mxfp4") {
-      const bool affine = mode == "affine";
-      format = affine ? Format::affine : Format::mxfp4;
-      const std::string given = std::to_string(bits) + " bits in groups of " + std::to_string(group);
-      const bool known = affine ? (bits >= 2 && bits <= 8 && bits != 7) &&
-                                      (group == 32 || group == 64 || group == 128)
-                                : bits == 4 && group == 32;
-      if (!known) throw std::invalid_argument(mode + " with " + given + " has no kernels");
-      if (affine != biases.has_value() || weight.dtype() != mx::uint32)
+    } else {
+      read_format(mode);
+      if (weight.dtype() != mx::uint32 || (format == Format::affine) != biases.has_value())
         throw std::invalid_argument("these are not weights as mx.quantize gives them");
       width = int64_t(scales->shape(-1)) * group;
       if (weight.shape(-1) * int64_t(32) != width * bits || scales->ndim() != weight.ndim() ||
-          scales->shape(-2) != rows || (affine && biases->shape() != scales->shape()) ||
+          scales->shape(-2) != rows || (biases && biases->shape() != scales->shape()) ||
           (weight.ndim() == 3 && scales->shape(0) != count))
         throw std::invalid_argument("scales do not fit the weight");
-      if (affine) {
+      type = Float::f32;
+      if (format == Format::affine || format == Format::fp8)
         type = real(scales->dtype());
-        if (biases->dtype() != scales->dtype())
-          throw std::invalid_argument("scales and biases have different types");
-        all.push_back(*biases);
-      } else {
-        type = Float::f32;
-        if (scales->dtype() != mx::uint8)
-          throw std::invalid_argument("mxfp4: expected scales of 8 bits");
-      }
+      else if (scales->dtype() != mx::uint8)
+        throw std::invalid_argument(mode + ": expected scales of 8 bits");
+      if (biases && biases->dtype() != scales->dtype())
+        throw std::invalid_argument("scales and biases have different types");
+      if (biases) all.push_back(*biases);
       all.push_back(*scales);
-    } else {
-      throw std::invalid_argument(mode + " has no kernels");
     }
-    if (bias) {
-      if (bias->size() != size_t(count * rows) || bias->dtype() != mx::float32)
-        throw std::invalid_argument("bias: expected a float32 for every row");
-      all.push_back(*bias);
-    }
+    for (const auto& [name, array] : {std::pair{"bias", bias}, {"output_scale", output_scale}})
+      if (array) {
+        if (array->size() != size_t(count * rows) || array->dtype() != mx::float32)
+          throw std::invalid_argument(std::string(name) + ": expected a float32 for every row");
+        all.push_back(*array);
+      }
     {
       nb::gil_scoped_release release;
       mx::eval(all);
@@ -87,7 +81,44 @@ struct Weights {
     for (const auto& array : all)
       if (!array.flags().row_contiguous)
         throw std::invalid_argument("weights must be contiguous");
+    if ((format == Format::nvfp4 && has_nan(*scales)) || (is_e4m3(linear().matrix) && has_nan(weight)))
+      throw std::invalid_argument(mode + ": NaN has no kernels");
     if (kernels->packs(linear().matrix)) pack_all();
+  }
+
+  void read_format(const std::string& mode) {
+    if (mode == "affine") {
+      format = Format::affine;
+      if (bits >= 2 && bits <= 8 && bits != 7 && (group == 32 || group == 64 || group == 128)) return;
+    } else if (mode == "fp8") {
+      format = Format::fp8;
+      if (bits == 8 && (group == 32 || group == 64 || group == 128)) return;
+    } else if (mode == "mxfp4") {
+      format = Format::mxfp4;
+      if (bits == 4 && group == 32) return;
+    } else if (mode == "nvfp4") {
+      format = Format::nvfp4;
+      if (bits == 4 && group == 16) return;
+    } else if (mode == "mxfp8") {
+      format = Format::mxfp8;
+      if (bits == 8 && group == 32) return;
+    }
+    throw std::invalid_argument(mode + " with " + std::to_string(bits) + " bits in groups of " +
+                                std::to_string(group) + " has no kernels");
+  }
+
+  // Whether any byte is e4m3's NaN.
+  static bool has_nan(const mx::array& a) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(a.data<char>());
+    const int64_t n = int64_t(a.nbytes()), size = 1 << 18;
+    std::atomic<bool> found{false};
+    nb::gil_scoped_release release;
+    WorkerPool::get().run((n + size - 1) / size, [&](int64_t i) {
+      uint8_t any = 0;
+      for (int64_t j = i * size; j < std::min(n, (i + 1) * size); j++) any |= (bytes[j] & 0x7f) == 0x7f;
+      if (any) found = true;
+    });
+    return found;
   }
 
   // A copy takes the place of the arrays, which are free to go when their owner lets them.
@@ -126,7 +157,7 @@ struct Weights {
 
   void inputs(std::vector<mx::array>& to) const {
     to.push_back(weight);
-    for (const auto* a : {&scales, &biases, &bias})
+    for (const auto* a : {&scales, &biases, &bias, &output_scale})
       if (*a) to.push_back(**a);
   }
 
@@ -143,7 +174,8 @@ struct Weights {
       m.weight_stride = int64_t(weight.shape(-1)) * mx::size_of(weight.dtype());
       if (scales) m.scale_stride = int64_t(scales->shape(-1)) * mx::size_of(scales->dtype());
     }
-    return {m, bias ? bias->data<float>() : nullptr, rows, count};
+    const auto floats = [](const std::optional<mx::array>& a) { return a ? a->data<float>() : nullptr; };
+    return {m, floats(bias), rows, count, floats(output_scale)};
   }
 };
 

@@ -48,11 +48,14 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 
 def quantized(w: mx.array, bits: int, group: int, mode: str = "affine"):
     """The kernels' weights and the same as a float32 matrix."""
-    q, s, *b = mx.quantize(w, group, bits, mode=mode)
-    made = native.extension().Weights(q, s, b[0] if b else None, None, bits, group, mode)
+    rows = w.shape[0]
+    # MLX makes nvfp4 of whole groups of 32 numbers only, whatever the width.
+    q, s, *b = mx.quantize(mx.pad(w, ((0, rows % 2), (0, 0))), group, bits, mode=mode)
     wide = [a.astype(mx.float32) for a in (s, *b)] if b else [s]
     exact = mx.dequantize(q, *wide, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
-    return made, exact
+    q, s, *b = (mx.contiguous(a[:rows]) for a in (q, s, *b))
+    made = native.extension().Weights(q, s, b[0] if b else None, None, bits, group, mode)
+    return made, exact[:rows]
 
 
 def assert_close(got: mx.array, x: mx.array, w: mx.array, tolerance: float) -> None:
@@ -84,12 +87,75 @@ def test_quantized_layer(kernels, bits, group, dtype):
             assert_close(kernels.linear(x, made), x, w, ROUNDED)
 
 
-def test_mxfp4_layer(kernels):
-    for rows, width in [(5, 32), (33, 96), (100, 320), (64, 1024)]:
-        made, w = quantized(normal(rows, width), 4, 32, "mxfp4")
-        for tokens in TOKENS:
-            x = normal(tokens, width, seed=tokens)
-            assert_close(kernels.linear(x, made), x, w, ROUNDED)
+FLOAT_FORMATS = [(4, 32, "mxfp4"), (4, 16, "nvfp4"), (8, 32, "mxfp8")]
+
+
+@pytest.mark.parametrize(("bits", "group", "mode"), FLOAT_FORMATS)
+def test_quantized_floats(kernels, bits, group, mode):
+    # mxfp8 is multiplied as floats, and so is anything by the portable kernels.
+    exact = mode == "mxfp8" or kernels.selected_kernels() == "portable"
+    for rows, groups in [(5, 1), (33, 3), (100, 10), (64, 32), (17, 13)]:
+        made, w = quantized(normal(rows, groups * group), bits, group, mode)
+        for tokens in (*TOKENS, 33):
+            x = normal(tokens, groups * group, seed=tokens)
+            assert_close(kernels.linear(x, made), x, w, EXACT if exact else ROUNDED)
+
+
+def e4m3_with_scales(rows: int, width: int, group: int, dtype: mx.Dtype):
+    """All codes of e4m3 but NaN, with a float for each group: words, scales and the matrix."""
+    random = np.random.default_rng(rows)
+    codes = random.integers(0, 127, (rows, width)) | random.integers(0, 2, (rows, width)) * 128
+    words = mx.array(codes.astype(np.uint8))
+    scales = (normal(rows, width // group) / 64).astype(dtype)
+    matrix = mx.from_fp8(words, mx.float32) * mx.repeat(scales.astype(mx.float32), group, axis=1)
+    return words.view(mx.uint32), scales, matrix
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_e4m3_with_scales_of_floats(kernels, group, dtype):
+    for rows, groups in [(5, 1), (33, 3), (64, 8)]:
+        words, scales, w = e4m3_with_scales(rows, groups * group, group, dtype)
+        made = kernels.Weights(words, scales, None, None, 8, group, "fp8")
+        for tokens in (1, 2, 8, 33):
+            x = normal(tokens, groups * group, seed=tokens)
+            assert_close(kernels.linear(x, made), x, w, EXACT)
+
+
+@pytest.mark.parametrize(("bits", "group", "mode"), [*FLOAT_FORMATS, (4, 64, "affine")])
+def test_a_scale_of_rows_comes_before_the_bias(kernels, bits, group, mode):
+    q, s, *b = mx.quantize(normal(37, 192), group, bits, mode=mode)
+    arguments = (q, s, b[0] if b else None)
+    plain = kernels.Weights(*arguments, None, bits, group, mode)
+    scale, bias, x = normal(37, seed=1), normal(37, seed=2), normal(9, 192, seed=3)
+    made = kernels.Weights(*arguments, bias, bits, group, mode, output_scale=scale)
+    want = np.array(kernels.linear(x, plain)) * np.array(scale) + np.array(bias)
+    assert np.allclose(kernels.linear(x, made), want, rtol=1e-6, atol=1e-6)
+    ids = mx.array([3, 36, 0])
+    rows = np.array(kernels.embed(ids, plain)) * np.array(scale)[np.array(ids), None]
+    assert np.array_equal(kernels.embed(ids, made), rows)
+
+
+@pytest.mark.parametrize(("bits", "group", "mode"), FLOAT_FORMATS)
+def test_rows_of_quantized_floats(kernels, bits, group, mode):
+    made, w = quantized(normal(37, 4 * group), bits, group, mode)
+    ids = mx.array([36, 0, 17, 17])
+    assert np.array_equal(kernels.embed(ids, made), np.array(w)[np.array(ids)])
+    back = made.arrays()
+    assert len(back) == (2 if kernels.selected_kernels() == "vnni" else 0)
+    if back:
+        again = mx.dequantize(*back, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
+        assert mx.array_equal(again, w)
+
+
+@pytest.mark.parametrize(("bits", "group", "mode"), [(4, 16, "nvfp4"), (8, 32, "mxfp8")])
+def test_nan_among_weights_has_no_kernels(kernels, bits, group, mode):
+    q, s = mx.quantize(normal(37, 192), group, bits, mode=mode)
+    codes = q.view(mx.uint8) if mode == "mxfp8" else s
+    codes[36, -1] = 0xFF
+    parts = (codes.view(mx.uint32), s) if mode == "mxfp8" else (q, codes)
+    with pytest.raises(ValueError, match="NaN"):
+        kernels.Weights(*parts, None, None, bits, group, mode)
 
 
 @pytest.fixture
@@ -100,7 +166,8 @@ def int8(kernels):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "mode"), [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")]
+    ("bits", "group", "mode"),
+    [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4"), (4, 16, "nvfp4")],
 )
 def test_int8_activations(int8, bits, group, mode):
     for rows, width in [(33, 3 * group), (64, 1024)]:
@@ -232,7 +299,7 @@ def stack(kind, act, bias=False, bits=None, dtype=mx.float32, mode="affine") -> 
                 experts[name].bias = mx.random.normal(experts[name].bias.shape)
     experts.set_dtype(dtype)
     if bits:
-        nn.quantize(experts, group_size=32, bits=bits, mode=mode)
+        nn.quantize(experts, group_size=16 if mode == "nvfp4" else 32, bits=bits, mode=mode)
     return experts
 
 
@@ -279,7 +346,10 @@ def test_every_activation(kernels, kind, act, bias):
         check(experts, (0, 2, 3), tokens, 2, 2e-6)
 
 
-@pytest.mark.parametrize("mode", [(2, "affine"), (4, "affine"), (6, "affine"), (4, "mxfp4")])
+@pytest.mark.parametrize(
+    "mode",
+    [(2, "affine"), (4, "affine"), (6, "affine"), (4, "mxfp4"), (4, "nvfp4"), (8, "mxfp8")],
+)
 @pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
 def test_quantized_experts(kernels, kind, mode):
     experts = stack(kind, None, True, mode[0], mode=mode[1])

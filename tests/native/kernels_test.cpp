@@ -100,6 +100,19 @@ uint8_t* keep(Case& c, size_t n) {
 }
 
 const char* const kFloats[] = {"f32", "bf16", "f16"};
+const char* const kFormats[] = {"dense", "affine", "mxfp4", "nvfp4", "mxfp8", "fp8"};
+
+// Four bits of exponent, three of mantissa.
+double e4m3_of(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  return code & 0x80 ? -size : size;
+}
+
+uint8_t draw_e4m3() {
+  const auto code = uint8_t(dice());
+  return (code & 0x7f) == 0x7f ? code & 0x80 : code;
+}
 
 Case make(Format format, Float type, int bits, int group, int64_t rows, int64_t width) {
   Case c;
@@ -108,8 +121,7 @@ Case make(Format format, Float type, int bits, int group, int64_t rows, int64_t 
   c.value.resize(rows * width);
   c.parts.resize(rows * width);
   const int size = type == Float::f32 ? 4 : 2;
-  c.name = std::string(format == Format::dense ? "dense " : format == Format::affine ? "affine " : "mxfp4 ") +
-           kFloats[int(type)] + " " + std::to_string(bits) + " bits, groups of " +
+  c.name = std::string(kFormats[int(format)]) + " " + kFloats[int(type)] + " " + std::to_string(bits) + " bits, groups of " +
            std::to_string(group) + ", " + std::to_string(rows) + " x " + std::to_string(width);
   if (format == Format::dense) {
     m.weight_stride = width * size;
@@ -124,7 +136,8 @@ Case make(Format format, Float type, int bits, int group, int64_t rows, int64_t 
   uint8_t* w = keep(c, rows * m.weight_stride);
   m.weight = w;
   std::memset(w, 0, rows * m.weight_stride);
-  m.scale_stride = groups * (format == Format::mxfp4 ? 1 : size);
+  const bool floats = format == Format::affine || format == Format::fp8;
+  m.scale_stride = groups * (floats ? size : 1);
   uint8_t* scales = keep(c, rows * m.scale_stride);
   m.scales = scales;
   uint8_t* biases = format == Format::affine ? keep(c, rows * m.scale_stride) : nullptr;
@@ -133,22 +146,25 @@ Case make(Format format, Float type, int bits, int group, int64_t rows, int64_t 
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t g = 0; g < groups; g++) {
       double scale, bias = 0;
-      if (format == Format::mxfp4) {
+      if (format == Format::nvfp4) {
+        const uint8_t e = scales[row * m.scale_stride + g] = draw_e4m3();
+        scale = e4m3_of(e);
+      } else if (!floats) {
         const auto e = uint8_t(std::uniform_int_distribution<>(118, 130)(dice));
         scales[row * m.scale_stride + g] = e;
         scale = std::ldexp(1.0, e - 127);
       } else {
         const int64_t at = row * m.scale_stride + g * size;
         scale = rounded(type, 2 * normal() / float(1 << bits), scales + at);
-        bias = rounded(type, float(-scale) * float(1 << (bits - 1)) + .1f * normal(), biases + at);
+        if (format == Format::affine) bias = rounded(type, float(-scale) * float(1 << (bits - 1)) + .1f * normal(), biases + at);
       }
       for (int64_t i = g * group; i < (g + 1) * group; i++) {
-        const uint32_t code = dice() & ((1u << bits) - 1);
+        const uint32_t code = is_e4m3(m) ? draw_e4m3() : dice() & ((1u << bits) - 1);
         for (int b = 0; b < bits; b++) {
           const int64_t bit = i * bits + b;
           w[row * m.weight_stride + bit / 8] |= uint8_t((code >> b & 1) << (bit % 8));
         }
-        const double q = format == Format::mxfp4 ? e2m1[code] : double(code);
+        const double q = is_e2m1(m) ? e2m1[code] : is_e4m3(m) ? e4m3_of(uint8_t(code)) : double(code);
         c.value[row * width + i] = q * scale + bias;
         c.parts[row * width + i] = std::fabs(q * scale) + std::fabs(bias);
       }
@@ -351,6 +367,16 @@ void check_all(const Kernels& k) {
   for (const int64_t groups : {1, 2, 3, 11})
     for (const int64_t tokens : {1, 3, 6})
       check(k, make(Format::mxfp4, Float::f32, 4, 32, 18, groups * 32), tokens);
+  for (const int64_t tokens : {1, 2, 3, 8, 33}) {
+    for (const int64_t groups : {1, 2, 3, 4, 7, 24})
+      for (const int64_t rows : {1, 18, 32}) check(k, make(Format::nvfp4, Float::f32, 4, 16, rows, groups * 16), tokens);
+    for (const int64_t groups : {1, 2, 11})
+      for (const int64_t rows : {1, 18, 32}) {
+        check(k, make(Format::mxfp8, Float::f32, 8, 32, rows, groups * 32), tokens);
+        for (const Float type : {Float::f32, Float::bf16, Float::f16})
+          for (const int group : {32, 64, 128}) check(k, make(Format::fp8, type, 8, group, rows, groups * group), tokens);
+      }
+  }
   check(k, make(Format::affine, Float::bf16, 4, 64, 2, 2048), TOKENS);
   // Activations of 8 bits where there are kernels for them; elsewhere it is asked in vain.
   for (const int bits : {2, 4, 8})
@@ -358,9 +384,16 @@ void check_all(const Kernels& k) {
       for (const int64_t tokens : {1, 3, 15})
         check(k, make(Format::affine, Float::bf16, bits, group, 21, 3 * group), tokens, 8);
   check(k, make(Format::mxfp4, Float::f32, 4, 32, 18, 96), 6, 8);
+  for (const int64_t tokens : {1, 3, 15}) {
+    check(k, make(Format::nvfp4, Float::f32, 4, 16, 18, 48), tokens, 8);
+    check(k, make(Format::mxfp8, Float::f32, 8, 32, 18, 96), tokens, 8);
+  }
   check_special(k, make(Format::affine, Float::bf16, 4, 64, 4, 192), 8);
   for (const int bits : {4, 5, 8}) check_special(k, make(Format::affine, Float::bf16, bits, 64, 4, 192));
   check_special(k, make(Format::mxfp4, Float::f32, 4, 32, 4, 96));
+  for (const int64_t width : {48, 128}) check_special(k, make(Format::nvfp4, Float::f32, 4, 16, 4, width));
+  check_special(k, make(Format::mxfp8, Float::f32, 8, 32, 4, 96));
+  check_special(k, make(Format::fp8, Float::f32, 8, 64, 4, 192));
   check_special(k, make(Format::dense, Float::bf16, 0, 0, 4, 100));
   check_activate(k);
   check_experts(k);

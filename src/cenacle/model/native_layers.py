@@ -26,6 +26,7 @@ from mlx_lm.models import (
 )
 
 from .. import native
+from .scaled_layers import OUTPUT_SCALE, ScaledQuantizedLinear
 
 Activation = tuple[int, float, float]
 """The code of an activation (`Activation` in native/kernels/kernels.h) and its two constants."""
@@ -68,9 +69,10 @@ def native_weights(layer: nn.Module) -> Any | None:
     for name in ("weight", "scales", "biases"):
         if layer.get(name) is not None:
             layer[name] = mx.contiguous(layer[name])
-    if "bias" in layer:
-        layer.bias = mx.contiguous(layer.bias.astype(mx.float32))
-    if layer.get("global_scale") is not None or layer.get("output_scale") is not None:
+    for name in ("bias", OUTPUT_SCALE):
+        if name in layer:
+            layer[name] = mx.contiguous(layer[name].astype(mx.float32))
+    if layer.get("global_scale") is not None:  # MLX's own: for GPUs only
         return None
     try:
         weights = native.extension().Weights(
@@ -81,8 +83,9 @@ def native_weights(layer: nn.Module) -> Any | None:
             bits=getattr(layer, "bits", 0),
             group_size=getattr(layer, "group_size", 0),
             mode=getattr(layer, "mode", ""),
+            output_scale=layer.get(OUTPUT_SCALE),
         )
-    except ValueError:  # a format without kernels
+    except ValueError:  # a format without kernels, or a NaN in it
         return None
     for name, array in zip(("weight", "scales", "biases"), weights.arrays(), strict=False):
         layer[name] = array
@@ -133,6 +136,7 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
 _NATIVE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: NativeLinear,
     nn.QuantizedLinear: NativeQuantizedLinear,
+    ScaledQuantizedLinear: NativeQuantizedLinear,
     nn.Embedding: NativeEmbedding,
     nn.QuantizedEmbedding: NativeQuantizedEmbedding,
 }
