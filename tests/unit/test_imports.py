@@ -23,6 +23,7 @@ ORDER = (
     "net",
     "machine",
     "open_files",
+    "deferred_transformers",
     "native",
     "core",
     "collective",

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from .. import deferred_transformers
 from ..core.step import PageReport
 from ..errors import CenacleError, CheckpointError, ClusterError
 from ..message import parse
@@ -66,6 +67,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front to handle
     use_private_temp_dir()
     pin_to_cores()
+    deferred_transformers.defer()
     try:
         channel = connect_to_front()
     except (ClusterError, OSError):

@@ -15,6 +15,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+from .. import deferred_transformers
 from ..core.chat import Message
 from ..errors import CheckpointError, InputError
 from .text_process import CPU_S, TextProcess
@@ -37,6 +38,7 @@ def load_limited(folder: Path, stop_tokens: Any) -> Any:
     """
     from mlx_lm.utils import load_tokenizer
 
+    deferred_transformers.load()
     for pattern, limit in (("tokenizer*", MAX_TOKENIZER_BYTES), ("*.jinja", MAX_TEMPLATE_BYTES)):
         for file in folder.glob(pattern):
             try:

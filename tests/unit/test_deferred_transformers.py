@@ -1,0 +1,48 @@
+"""Ranks start without transformers, and get it when they need it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from support.scripted_app import DEMO
+
+BEGIN = """
+import sys
+from cenacle import deferred_transformers as deferred
+deferred.defer()
+import mlx_lm.generate, mlx_lm.models.qwen3_moe, mlx_lm.utils
+from mlx_lm.models.cache import KVCache
+def is_loaded():
+    return "transformers.utils" in sys.modules
+assert not is_loaded()
+"""
+TOKENIZER = f"""
+from pathlib import Path
+from cenacle.text.tokenizer import ChatTokenizer
+text = ChatTokenizer(Path({str(DEMO)!r}), {{}})
+assert is_loaded()
+assert text.decode(text.encode("12 + 30")) == "12 + 30"
+from mlx_lm import tokenizer_utils
+import transformers
+assert issubclass(tokenizer_utils.NewlineTokenizer, transformers.PreTrainedTokenizerFast)
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "assert not is_loaded()",
+        TOKENIZER,
+        "import transformers\nassert transformers.AutoConfig.from_pretrained\nassert is_loaded()",
+        "from transformers.processing_utils import ProcessorMixin\nassert is_loaded()",
+        "import transformers.processing_utils as used\nassert used.ProcessorMixin" + TOKENIZER,
+        "from mlx_vlm.models import glm4v_moe\nassert is_loaded()",
+        "deferred.defer()\ndeferred.load()\ndeferred.load()\nassert is_loaded()" + TOKENIZER,
+    ],
+)
+def test_transformers_is_imported_when_it_is_needed(code):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BEGIN + code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
