@@ -46,7 +46,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds the other modules of the real package."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, name: str, _: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if not name.startswith(f"{PACKAGE}.") or not isinstance(sys.modules[PACKAGE], _StandIn):
             return None
