@@ -23,7 +23,7 @@ from .. import native
 from ..collective import mesh
 from ..errors import CenacleError, printable
 from ..machine import processor_name, usable_cores
-from ..model.weight_files import INDEX_FILE, weight_files
+from ..model.weight_files import config_file, index_path, weight_files
 from ..planning import catalog
 from ..planning.plan_cost import LOCAL_MACHINE
 from . import thunderbolt
@@ -91,14 +91,14 @@ def find_model(model: str, folders: list[Path]) -> Path | None:
     candidates += [BUNDLED_MODELS / name]
     if Path(model).is_absolute():
         candidates.append(Path(model))
-    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    return next((folder for folder in candidates if config_file(folder).is_file()), None)
 
 
 def checkpoint_digest(folder: Path) -> str:
     """What tells two checkpoints apart without reading their weights: config.json, the index, and
     the names, sizes and headers of the weight files."""
     digest = hashlib.sha256()
-    described = [path for path in (folder / "config.json", folder / INDEX_FILE) if path.exists()]
+    described = [path for path in (config_file(folder), index_path(folder)) if path.exists()]
     for path in described + [file for file in weight_files(folder) if file.exists()]:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:

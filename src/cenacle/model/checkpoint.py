@@ -15,7 +15,7 @@ import logging
 import math
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_partial
 from .config_file import read_config, read_quantization_settings
-from .families import is_tower_tensor
+from .families import family_of, is_tower_tensor
 from .format_recognition import find_quantized_layers
 from .quantized_layers import QuantizedLayers
 from .tensor_info import DTYPES, TensorInfo
 from .weight_files import (
-    WEIGHTS_PATTERN,
+    WEIGHTS_PATTERNS,
     check_files,
     metadata_patterns,
     read_index,
@@ -94,7 +94,13 @@ class Checkpoint:
         _check_counts(folder, config, tensors)
         settings = read_quantization_settings(folder, config)
         config = architecture.complete_config(config)
-        quantized = find_quantized_layers(str(folder), tensors, config, settings)
+        family = family_of(str(config.get("model_type")))
+        if (rename := family.rename_tensor) is not None:
+            renamed = [replace(t, name=rename(t.name, config)) for t in tensors.values()]
+            tensors = {tensor.name: tensor for tensor in renamed}
+        quantized = find_quantized_layers(
+            str(folder), tensors, config, settings, family.own_formats
+        )
         if quantized.layers:
             # The loader makes MLX's layouts; each layer's bits and groups follow from its shapes.
             config.setdefault("quantization", {"group_size": 32, "bits": 4, "mode": "affine"})
@@ -240,7 +246,7 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
             snapshot_download(model, revision=revision, allow_patterns=metadata_patterns())
         )
         listed = read_index(folder)
-        files = {WEIGHTS_PATTERN} if listed is None else set(map(glob.escape, listed.values()))
+        files = WEIGHTS_PATTERNS if listed is None else map(glob.escape, set(listed.values()))
         snapshot_download(model, revision=folder.name, allow_patterns=sorted(files))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -10,6 +10,7 @@ Next: `checkpoint.py` compares its counts with the tensors.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ from ..core.model_config import (
     Config,
 )
 from ..errors import CheckpointError
+from ..extras import import_extra
+from .weight_files import config_file
+
+log = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_DEPTH = 64
@@ -55,14 +60,16 @@ def read_config(folder: Path) -> Config:
     Raises:
         CheckpointError: it is missing, is not a plausible config, or names code to run.
     """
-    file = folder / "config.json"
+    file = config_file(folder)
     try:
         for read in (file, folder / "generation_config.json"):  # mlx-lm reads both
             if (size := read.stat().st_size if read.exists() else 0) > MAX_CONFIG_BYTES:
                 raise CheckpointError(
                     f"{read}: expected at most {MAX_CONFIG_BYTES:,} bytes, got {size:,}"
                 )
-        config = mlx_lm_utils.load_config(folder)
+        config = (
+            _load_params(file) if file.name == "params.json" else mlx_lm_utils.load_config(folder)
+        )
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no config.json; expected a model folder as on the Hugging Face Hub"
@@ -82,6 +89,24 @@ def read_config(folder: Path) -> Config:
             f"{folder}: config.json names a Python file ({config['model_file']!r:.100}); Cenacle "
             f"runs mlx-lm's own families only and executes no code from a checkpoint"
         )
+    return config
+
+
+def _load_params(file: Path) -> Config:
+    """Mistral's own config, as mlx-vlm translates it."""
+    params = json.loads(file.read_bytes())
+    if "moe" not in params or "vision_encoder" not in params:
+        raise CheckpointError(
+            f"{file}: expected a Mistral Large 3; other models of Mistral need a config.json"
+        )
+    config: Config = import_extra("mlx_vlm.models.mistral_large3.config", "vlm").config_from_params(
+        params
+    )
+    if ignored := [key for key in ("yarn", "llama_4_scaling") if params.get(key)]:
+        log.warning("%s: mlx-vlm ignores %s: long texts may differ", file, ", ".join(ignored))
+    for key in ("quantization", "quantization_config"):
+        if isinstance(params.get(key), dict):
+            config["quantization_config"] = params[key]
     return config
 
 

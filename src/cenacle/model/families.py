@@ -21,11 +21,14 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.utils import MODEL_REMAPPING
 
-from ..core.model_config import Config
+from ..core.model_config import Config, text_config
 from ..extras import is_installed
 
 AllReduce = Callable[[mx.array], mx.array]
 """Adds up what every rank has of an array."""
+
+OUTPUT_SCALE = "output_scale"
+"""A parameter of quantized layers: see `scaled_layers.py`."""
 
 CONFIGS = Path(__file__).parent / "configs"
 TINY_CONFIGS = CONFIGS / "tiny"
@@ -120,6 +123,10 @@ class Family:
         whole_shared_experts: each of the shared experts has a weight of its own for each token, so
             they are not one layer to slice by width.
         positions: see `Positions`.
+        rename_tensor: gives a tensor of a published checkpoint another name, before anything else;
+            called with its name and the config.
+        own_formats: layers, by the ends of their paths, whose published format only mlx-vlm's
+            conversion of this family knows.
         zoo: the package that has its model classes.
         aliases: other model_types that mlx-vlm runs with these classes.
         refused: why it cannot run at all.
@@ -139,6 +146,8 @@ class Family:
     make_caches: Callable[[Any], list[Any]] | None = None
     whole_shared_experts: bool = False
     positions: Positions = Positions.THREE_ROWS
+    rename_tensor: Callable[[str, Config], str] | None = None
+    own_formats: tuple[str, ...] = ()
     zoo: Zoo = Zoo.MLX_LM
     aliases: tuple[str, ...] = ()
     refused: str | None = None
@@ -214,6 +223,16 @@ def stack_tensors(
         else:
             stacks.setdefault(place[0], {})[place[1]] = array
     return rest | {k: mx.stack([v[e] for e in sorted(v)]) for k, v in stacks.items()}
+
+
+def _rename_minimax_m3_tensor(name: str, config: Config) -> str:
+    """mlx-vlm packs the shared expert behind the routed ones: then it is placed like these."""
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    match = re.fullmatch(r"(.*\.block_sparse_moe)\.shared_experts\.(\w+)\.(.*)", name)
+    if match is None or match[2] not in names:
+        return name
+    index = text_config(config)["num_local_experts"]
+    return f"{match[1]}.experts.{index}.{names[match[2]]}.{match[3]}"
 
 
 def _head_dim(config: Config) -> int:
@@ -298,7 +317,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
     "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
     "glm4v_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
-    "hy_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "hy_v4": Family(
+        zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, own_formats=(".self_attn.kv_b_proj",)
+    ),
     "ernie4_5_moe_vl": Family(
         zoo=Zoo.MLX_VLM,
         plain_attention=True,
@@ -309,6 +330,7 @@ FAMILIES: dict[str, Family] = {
         zoo=Zoo.MLX_VLM,
         aliases=("inkling_mm_model",),
         forward=_inkling_forward,
+        interleaved_gate_up=True,
         whole_shared_experts=True,
         batching=Batching.ONE_BY_ONE,
     ),
@@ -318,10 +340,15 @@ FAMILIES: dict[str, Family] = {
         batching=Batching.ONE_BY_ONE,
         note="as longcat_flash, with sparse attention",
     ),
-    "minimax_m3": Family(zoo=Zoo.MLX_VLM, positions=Positions.ONE, batching=Batching.ONE_BY_ONE),
+    "minimax_m3": Family(
+        zoo=Zoo.MLX_VLM,
+        positions=Positions.ONE,
+        batching=Batching.ONE_BY_ONE,
+        rename_tensor=_rename_minimax_m3_tensor,
+    ),
     "mistral_large3": Family(zoo=Zoo.MLX_VLM),
     "qwen3_omni_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
-    "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
+    "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True, own_formats=(".self_attn.qkv_proj",)),
     "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
     "step3p7": Family(zoo=Zoo.MLX_VLM),
     "diffusion_gemma": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),

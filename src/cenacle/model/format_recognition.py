@@ -36,17 +36,23 @@ _IGNORED = (
     *("output_scale", "k_scale", "v_scale", "q_scale", "prob_output_scale"),
 )
 _FLOATS = ("F32", "F16", "BF16")
+_CODES = ("F8_E4M3", "U8", "I8")
 _BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUPS = (128, 64, 32)
 
 
 def find_quantized_layers(
-    folder: str, tensors: Mapping[str, TensorInfo], config: Config, settings: Config
+    folder: str,
+    tensors: Mapping[str, TensorInfo],
+    config: Config,
+    settings: Config,
+    own_formats: tuple[str, ...] = (),
 ) -> QuantizedLayers:
     """Recognize the layers that are quantized in other formats than MLX's own.
 
     Args:
         settings: the config's quantization_config.
+        own_formats: see `Family`.
 
     Raises:
         CheckpointError: a format that is not supported, or tensors that do not fit together.
@@ -55,6 +61,8 @@ def find_quantized_layers(
     ignored = []
     for name, info in tensors.items():
         path, _, leaf = name.rpartition(".")
+        if leaf == "scale" and (weight := tensors.get(f"{path}.weight")) is not None:
+            leaf = "weight_scale_inv" if weight.dtype in _CODES else leaf  # DeepSeek-V4's name
         if leaf in _LEAVES:
             paths.setdefault(path, {})[leaf] = info
         elif leaf in _IGNORED:
@@ -63,7 +71,7 @@ def find_quantized_layers(
     layers: dict[str, StoredLayer] = {}
     roles: dict[str, tuple[StoredLayer, str]] = {}
     for path, leaves in paths.items():
-        if not any(marker in leaves for marker in MARKERS):
+        if not any(marker in leaves for marker in MARKERS) or path.endswith(own_formats):
             continue
         layer = recognizer.recognize(path, leaves)
         layers[path] = layer
@@ -96,7 +104,7 @@ class _Recognizer:
         weight, scale = self._pair(path, leaves)
         if "weight_packed" in leaves and weight.dtype in ("I32", "U32"):
             return self._packed_int(path, leaves, weight, scale)
-        if weight.dtype == "U8":
+        if weight.dtype == "U8" or (weight.dtype == "I8" and scale.dtype in ("U8", "F8_E8M0")):
             return self._fp4(path, leaves, weight, scale)
         if weight.dtype == "F8_E4M3":
             return self._fp8(path, weight, scale)

@@ -101,6 +101,11 @@ def _find_files(pattern: str) -> list[str]:
 # mlx-lm loads every file named model*.safetensors; let it find only the checkpoint's. For good, and
 # by context, because several threads may build models at once.
 mlx_lm_utils.glob = cast("Any", SimpleNamespace(glob=_find_files))
+# Its own reading of config.json is not needed then: it gets the checkpoint's config.
+_load_config = mlx_lm_utils.load_config
+mlx_lm_utils.load_config = lambda model_path: (
+    {} if _LOADED_FILES.get() else _load_config(model_path)
+)
 
 
 @contextmanager
@@ -218,6 +223,8 @@ def _partial_classes(
             _shrink(layout, self.rank_slices)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if (rename := family.rename_tensor) is not None:
+                weights = {rename(name, config): array for name, array in weights.items()}
             slices = self.rank_slices
             tensors, layers = _read_rank_tensors(weights, slices, checkpoint)
             local_count = len(next(iter(slices.experts.values())))

@@ -16,8 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from . import architecture
-
-OUTPUT_SCALE = "output_scale"
+from .families import OUTPUT_SCALE
 
 
 class ScaledQuantizedLinear(nn.QuantizedLinear):

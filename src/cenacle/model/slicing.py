@@ -153,8 +153,14 @@ class RankSlices:
         return cls(_list_pieces(layout, experts, {}, ()), experts)
 
     def is_absent(self, name: str) -> bool:
-        """Whether a parameter belongs to shared experts that another rank holds."""
-        return name.startswith(tuple(f"{path}." for path in self.absent))
+        """Whether a tensor or parameter belongs to shared experts that another rank holds."""
+        return _is_in(name, self.absent)
+
+
+def _is_in(name: str, paths: tuple[str, ...]) -> bool:
+    """Whether a name is that of shared experts at one of the paths, whatever comes before them."""
+    layer = layer_index(name)
+    return any(f".{p.rpartition('.')[2]}." in name and layer_index(p) == layer for p in paths)
 
 
 def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
@@ -233,13 +239,12 @@ def _list_pieces(
     views: Mapping[str, TensorView],
     absent: tuple[str, ...],
 ) -> tuple[TensorPiece, ...]:
-    prefixes = tuple(f"{path}." for path in absent)
     pieces = []
     for name, tensor in layout.tensors.items():
         layer = layer_index(name)
         held = experts.get(layer) if layer is not None else None
         piece = _piece_of(tensor, held, layout.expert_count, views.get(name))
-        if piece is not None and not name.startswith(prefixes):
+        if piece is not None and not _is_in(name, absent):
             pieces.append(piece)
     return tuple(sorted(pieces, key=lambda p: (p.tensor.file.name, p.tensor.start)))
 

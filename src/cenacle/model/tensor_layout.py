@@ -20,9 +20,9 @@ from .tensor_slice import COLUMNS, ROWS, TensorSlice, UnitRange, scale_range
 
 _PROJECTION = re.compile(
     r".*\.(?P<name>gate_up_proj|input_linear|gate_proj|up_proj|down_proj|output_linear"
-    r"|w1|w2|w3|v1|fc1|fc2)(?:[._](?P<leaf>weight|scales|biases|bias|blocks))?"
+    r"|w13|w1|w2|w3|v1|fc1|fc2)(?:[._](?P<leaf>weight|scales?|biases|bias|blocks))?(?:\.scale)?"
 )
-_FUSED = ("gate_up_proj", "input_linear")
+_FUSED = ("gate_up_proj", "input_linear", "w13")
 _DOWN = ("down_proj", "output_linear", "w2", "fc2")
 
 

@@ -59,8 +59,33 @@ def _repair_hy_v4() -> None:
     _replace_call(HyV4Indexer, Indexer.__call__)
 
 
+def _repair_mistral_large3() -> None:
+    """Biases of routers, which are zero and not published, have an entry for each of all experts.
+
+    mlx-vlm makes them for the experts of the config, which are those that a rank holds.
+    """
+    from mlx_vlm.models.mistral_large3 import Model
+
+    convert = Model.sanitize
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        converted = convert(self, weights)
+        for name, gate in list(converted.items()):
+            if name.endswith(".mlp.gate.weight"):
+                bias = name.removesuffix("weight") + "e_score_correction_bias"
+                if bias in converted and bias not in weights:
+                    converted[bias] = mx.zeros((gate.shape[0],))
+        return converted
+
+    Model.sanitize = sanitize  # type: ignore[method-assign]
+
+
 def _replace_call(kind: type[nn.Module], function: Callable[..., Any]) -> None:
     kind.__call__ = function  # type: ignore[method-assign]
 
 
-REPAIRS = {"deepseek_v4": _repair_deepseek_v4, "hy_v4": _repair_hy_v4}
+REPAIRS = {
+    "deepseek_v4": _repair_deepseek_v4,
+    "hy_v4": _repair_hy_v4,
+    "mistral_large3": _repair_mistral_large3,
+}

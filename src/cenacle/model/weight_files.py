@@ -1,6 +1,6 @@
 """Which files belong to a checkpoint.
 
-Owns: the rule: the index decides about weights, else the name model*.safetensors; other files are
+Owns: the rule: the index decides about weights, else the names; other files are
 those that mlx-lm downloads.
 Does not know: what is in the files.
 Invariant: whoever loads, downloads, serves, checks or sums up a checkpoint takes the same files.
@@ -23,10 +23,23 @@ from .byte_ranges import JOURNAL
 
 log = logging.getLogger(__name__)
 
-INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILES = "config.json", "params.json"  # the second is Mistral's own
+INDEX_FILES = "model.safetensors.index.json", "consolidated.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 MAX_METADATA_BYTES = 256 << 20  # of a tokenizer, the largest of them
-WEIGHTS_PATTERN = "model*.safetensors"  # where there is no index
+WEIGHTS_PATTERNS = "model*.safetensors", "consolidated*.safetensors"  # where there is no index
+
+
+def config_file(folder: Path) -> Path:
+    """config.json, or what stands for it; it need not exist."""
+    paths = [folder / name for name in CONFIG_FILES]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def index_path(folder: Path) -> Path:
+    """The index of the weights; it need not exist."""
+    paths = [folder / name for name in INDEX_FILES]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -35,7 +48,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
     Raises:
         CheckpointError: it is not an index, or names a file elsewhere.
     """
-    index = folder / INDEX_FILE
+    index = index_path(folder)
     try:
         with index.open("rb") as file:
             return parse_index(file.read(MAX_INDEX_BYTES + 1), str(index))
@@ -79,7 +92,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     listed = read_index(folder)
     if listed is None:
-        return sorted(folder.glob(WEIGHTS_PATTERN))
+        found = [sorted(folder.glob(pattern)) for pattern in WEIGHTS_PATTERNS]
+        return next(filter(None, found), [])
     return [folder / name for name in sorted(set(listed.values()))]
 
 
@@ -107,7 +121,7 @@ def metadata_patterns() -> list[str]:
     """Names of all files but weights, as mlx-lm downloads them."""
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != WEIGHTS_PATTERN]
+    return [pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern not in WEIGHTS_PATTERNS]
 
 
 def select_files(source: str, names: Iterable[str], listed: dict[str, str] | None) -> list[str]:
@@ -124,7 +138,8 @@ def select_files(source: str, names: Iterable[str], listed: dict[str, str] | Non
     patterns = metadata_patterns()
     others = {n for n in names if any(fnmatch(n, p) for p in patterns)} - {JOURNAL}
     if listed is None:
-        weights = {name for name in weights if fnmatch(name, WEIGHTS_PATTERN)}
+        found = [{n for n in weights if fnmatch(n, pattern)} for pattern in WEIGHTS_PATTERNS]
+        weights = next(filter(None, found), set())
     elif stray := sorted(weights - set(listed.values())):
         weights -= set(stray)
         _report_stray_files(source, len(stray), ", ".join(stray[:3]))

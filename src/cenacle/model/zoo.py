@@ -30,7 +30,7 @@ from mlx_lm.utils import _get_classes
 from ..core.model_config import Config
 from ..errors import CheckpointError, InputError
 from ..extras import import_extra, is_installed
-from .families import Positions, Zoo, family_of, is_tower_tensor, vlm_family_name
+from .families import OUTPUT_SCALE, Positions, Zoo, family_of, is_tower_tensor, vlm_family_name
 from .vlm_repairs import REPAIRS
 
 _LANGUAGE_MODEL, _THINKER = "language_model", "thinker"
@@ -278,8 +278,7 @@ def _as_mlx_lm_activation(activation: nn.Module) -> nn.Module:
 def fold_expert_scales(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Multiply factors of single experts (inkling) into their matrices, lazily.
 
-    Raises:
-        CheckpointError: the matrices have a format without room for them.
+    Where the format has no room for them they scale what the matrices make.
     """
     folded = dict(weights)
     for name, factors in weights.items():
@@ -290,12 +289,11 @@ def fold_expert_scales(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         target = f"{path}.{_EXPERT_SCALES[leaf]}"
         leaves = ("scales", "biases") if f"{target}.scales" in weights else ("weight",)
         for part in (f"{target}.{leaf}" for leaf in leaves):
-            if (matrix := folded.get(part)) is None or matrix.dtype == mx.uint8:
-                raise CheckpointError(
-                    f"{target}: expected experts in floating point or affine groups, got others, "
-                    f"each with a factor of its own; such checkpoints are not supported"
-                )
-            if matrix.dtype != mx.uint32:  # packed words; the factors go into their scales
+            matrix = folded.get(part)
+            if matrix is not None and matrix.dtype == mx.uint8:
+                rows = mx.repeat(factors[:, None], matrix.shape[1], axis=1)
+                folded[f"{target}.{OUTPUT_SCALE}"] = rows.astype(mx.float32)
+            elif matrix is not None and matrix.dtype != mx.uint32:  # words: see their scales
                 folded[part] = matrix * factors.reshape(-1, 1, 1).astype(matrix.dtype)
     return folded
 

@@ -31,6 +31,7 @@ from ...model.byte_ranges import (
 )
 from ...model.checkpoint import Checkpoint
 from ...model.slicing import ModelLayout, required_ranges, slices_for
+from ...model.weight_files import config_file
 from .. import messages, node_info
 from ..head import Head
 from ..membership import Node
@@ -96,7 +97,7 @@ class ModelDistribution:
         self._head, self._name, self._checkpoint, self._hub = head, name, checkpoint, hub
         self._folder = checkpoint.folder.resolve()
         self._digest = node_info.checkpoint_digest(self._folder)
-        config = (self._folder / "config.json").read_bytes()
+        config = config_file(self._folder).read_bytes()
         self._config_sha256 = hashlib.sha256(config).hexdigest()
         self._file_server = ModelFileServer(self._folder, hub)
         self._latest = object()  # the latest `distribute`; earlier ones give up

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from ...errors import CheckpointError
 from ...model.byte_ranges import ColumnRange
-from ...model.weight_files import INDEX_FILE, MAX_INDEX_BYTES, parse_index, select_files
+from ...model.weight_files import INDEX_FILES, MAX_INDEX_BYTES, parse_index, select_files
 from .source import READ_BYTES, SourceFile, SourceInterrupted, first_line, retry
 
 
@@ -39,7 +39,8 @@ class Hub:
     def files(self) -> Mapping[str, SourceFile]:
         """See `Source`."""
         files = self.list_repository()
-        listed = self._read_index(files[INDEX_FILE].size) if INDEX_FILE in files else None
+        index = next((name for name in INDEX_FILES if name in files), None)
+        listed = self._read_index(index, files[index].size) if index is not None else None
         return {name: files[name] for name in select_files(self.name, files, listed)}
 
     def list_repository(self) -> dict[str, SourceFile]:
@@ -66,9 +67,9 @@ class Hub:
             for s in info.siblings or ()
         }
 
-    def _read_index(self, size: int) -> dict[str, str]:
-        data = b"".join(self.read(INDEX_FILE, 0, min(size, MAX_INDEX_BYTES + 1)))
-        return parse_index(data, f"{self.name}: {INDEX_FILE}")
+    def _read_index(self, name: str, size: int) -> dict[str, str]:
+        data = b"".join(self.read(name, 0, min(size, MAX_INDEX_BYTES + 1)))
+        return parse_index(data, f"{self.name}: {name}")
 
     @property
     def commit(self) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ...errors import CheckpointError
 from ...model.byte_ranges import JOURNAL, is_partial
 from ...model.checkpoint import Checkpoint, locate_checkpoint
+from ...model.weight_files import config_file
 from ...paths import models_dir
 from .. import node_info
 from .download import fetch_metadata
@@ -123,7 +124,7 @@ def find_local_model(
     folder = folder.resolve()
     if node_info.checkpoint_digest(folder) == digest:
         return LocalModel(str(folder), True)
-    if hashlib.sha256((folder / "config.json").read_bytes()).hexdigest() == config_sha256:
+    if hashlib.sha256(config_file(folder).read_bytes()).hexdigest() == config_sha256:
         return part  # weights are missing or half downloaded
     raise CheckpointError(
         f"{folder} has another model of the name {model} than the head (config.json differs): copy "

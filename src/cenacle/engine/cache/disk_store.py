@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...core.step import Page, PageLoad, PageReport
-from ...model.weight_files import weight_files
+from ...model.weight_files import config_file, weight_files
 
 FORMAT = 1  # of pages and their names
 MIN_FREE_BYTES = 10**9  # left on the disk for others
@@ -60,7 +60,7 @@ def fingerprint(model: Path, settings: Mapping[str, Any]) -> str:
         settings: all else, as JSON.
     """
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
-    for path in (model / "config.json", *weight_files(model)):
+    for path in (config_file(model), *weight_files(model)):
         info = path.stat()
         digest.update(f"{path.name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
         with path.open("rb") as file:
