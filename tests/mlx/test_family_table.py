@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -81,6 +82,7 @@ def write_format(source: Path, target: Path, form: Format) -> None:
         folder.mkdir(parents=True)
         write_safetensors(folder / "model.safetensors", plain | tensors)
         (folder / "config.json").write_text(json.dumps(config))
+        shutil.copy(source / "tokenizer.json", folder)
         config = {k: v for k, v in config.items() if k != "quantization_config"}
     (target / "config.json").write_text(json.dumps(config | {"quantization_config": form.settings}))
 

@@ -53,7 +53,8 @@ def test_aliases_are_those_of_mlx_vlm():
     from mlx_vlm.utils import MODEL_REMAPPING as VLM_REMAPPING
 
     for name in VLM:
-        known = {a for a, module in VLM_REMAPPING.items() if module == name}
+        both = (*VLM_REMAPPING.items(), *MODEL_REMAPPING.items())
+        known = {a for a, module in both if module == name}
         assert set(FAMILIES[name].aliases) == known
         for alias in known:
             assert zoo.find_classes(tiny_config(name) | {"model_type": alias}).family == name
@@ -80,7 +81,6 @@ def test_what_is_no_language_model_is_refused(kind):
     [
         ({"model_type": "llada2_moe"}, "llada2_moe cannot run: it writes blocks of tokens"),
         ({"model_type": "zaya1_vl"}, "zaya1_vl cannot run: its experts are of a form of their own"),
-        (tiny_config("deepseek_v41")["text_config"] | {"engram_layer_ids": [1]}, "engram memory"),
     ],
 )
 def test_a_family_that_cannot_work_is_refused_with_the_reason(config, reason, tmp_path):

@@ -28,6 +28,8 @@ MAX_TOKENS = 5
 TOLERANCE = 1e-4
 # The native kernels round activations of quantized layers to 16 bits: see tests/mlx/test_native.py.
 TOLERANCE_ROUNDED = 2e-3
+# deepseek_v41 rounds to 8 and 4 bits itself: a difference of 1e-7 may become a step.
+TOLERANCE_STEPS = 2e-2
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
 
 
@@ -134,7 +136,10 @@ def compare(ranks: LocalRanks, case: Case, plan: Plan, kernels: str, tmp_path: P
     if len({r["digest"] for r in results}) > 1:
         return "ranks have different logits"
     rounded = kernels == "native" and case.spec.quantization
-    if not error <= (TOLERANCE_ROUNDED if rounded else TOLERANCE):
+    limit = TOLERANCE_ROUNDED if rounded else TOLERANCE
+    if kernels == "native" and case.spec.family == "deepseek_v41":
+        limit = TOLERANCE_STEPS
+    if not error <= limit:
         return f"relative error of logits {error:.1e}"
     if any(r["tokens"] != case.tokens for r in results):
         return f"tokens {results[0]['tokens']}, expected {case.tokens}"

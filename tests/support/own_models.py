@@ -28,7 +28,9 @@ class VlmLanguageModel(nn.Module):
         self.layers = self.language_model.layers
 
     def __call__(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
-        if cache is None or cache[0].empty():  # another conversation: forget the last one's places
+        if cache is None or (
+            cache[0].empty() if hasattr(cache[0], "empty") else True
+        ):  # another conversation: forget the last one's places
             self.language_model._position_ids = self.language_model._rope_deltas = None
         return self.language_model(ids, cache=cache or self.make_cache()).logits
 

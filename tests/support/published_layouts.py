@@ -128,6 +128,15 @@ def deepseek_v4(tensors: Tensors) -> Named:
         yield name, array.reshape(-1, array.shape[-1]) if ".wo_a." in name else array
 
 
+def deepseek_v41(tensors: Tensors) -> Named:
+    for name, array in split_experts(bare(tensors), _W):
+        name = re.sub("^embed_tokens", "embed", name)
+        if ".shared_experts." in name:
+            head, projection, leaf = name.rsplit(".", 2)
+            name = f"{head}.{_W[projection]}.{leaf}"
+        yield name, array.reshape(-1, array.shape[-1]) if ".wo_a." in name else array
+
+
 def qwen4_exp(tensors: Tensors) -> Named:
     tensors = nested(tensors)
     for name, array in tensors.items():
@@ -282,6 +291,7 @@ def single_experts(prefix: Callable[[Tensors], Tensors]) -> Callable[[Tensors], 
 LAYOUTS: dict[str, Callable[[Tensors], Named]] = {
     "cohere2_moe": single_experts(bare),
     "deepseek_v4": deepseek_v4,
+    "deepseek_v41": deepseek_v41,
     "glm4v_moe": single_experts(nested),
     "glm5_next": glm5_next,
     "hy_v4": hy_v4,
@@ -334,7 +344,8 @@ def publish_quantized(
             quantized |= made[0]
             decoded[name] = "F32", made[1]
     (folder / "dense").mkdir()
-    shutil.copy(folder / "config.json", folder / "dense")
+    for file in ("config.json", "tokenizer.json"):
+        shutil.copy(folder / file, folder / "dense")
     dense = dict(convert_hy_v4(plain | decoded) if layer is hy_v4_formats else plain | decoded)
     write_safetensors(folder / "dense" / "model.safetensors", dense)
     write_safetensors(folder / "model.safetensors", plain | quantized)
@@ -388,6 +399,17 @@ def deepseek_v4_formats(name: str, shape: tuple[int, ...]) -> Encoded | None:
         exponents = np.log2(made[f"{path}.scale"][1]) + 127
         return made | {f"{path}.scale": ("F8_E8M0", exponents.astype(np.uint8))}, weight
     return None
+
+
+def deepseek_v41_formats(name: str, shape: tuple[int, ...]) -> Encoded | None:
+    """Experts in FP4, other layers and Engram's tables in FP8; a scale for 32 weights of a row."""
+    path = name.removesuffix(".weight")
+    if re.search(r"\.attn\.w\w+\.weight|shared_experts|engram\.(?:embed|wkv)\.", name):
+        leaves = {"weight": name, "weight_scale": f"{path}.scale"}
+        made, weight = encode(name, shape, "mxfp8", leaves)
+        scale = "F8_E8M0", made[f"{path}.scale"][1]
+        return {name: made[name], f"{path}.scale": scale}, weight
+    return deepseek_v4_formats(name, shape) if ".experts." in name else None
 
 
 def mimo_v2_formats(name: str, shape: tuple[int, ...]) -> Encoded | None:
@@ -448,12 +470,14 @@ def inkling_formats(name: str, shape: tuple[int, ...]) -> Encoded | None:
 
 QUANTIZED_LAYOUTS = {
     "deepseek_v4": deepseek_v4_formats,
+    "deepseek_v41": deepseek_v41_formats,
     "hy_v4": hy_v4_formats,
     "inkling": inkling_formats,
     "mimo_v2": mimo_v2_formats,
 }
 QUANTIZATION_CONFIGS = {
     "deepseek_v4": FORMATS["ue8m0"].settings,
+    "deepseek_v41": FORMATS["ue8m0"].settings | {"weight_block_size": [32, 32]},
     "hy_v4": {"quant_method": "modelopt", "quant_algo": "MXFP8"},
     "inkling": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
     "mimo_v2": FORMATS["block-fp8"].settings,

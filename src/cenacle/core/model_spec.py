@@ -45,8 +45,8 @@ class DenseModule:
     Args:
         path: in the model, such as "model.layers.3.self_attn".
         kind: "attention" (by heads), "mlp" (a dense layer, by hidden width), "head" (the output
-            head, by rows of the vocabulary) or "tied" (a head that is the embedding: divided when
-            it is computed, whole in memory).
+            head, by rows of the vocabulary), "tied" (a head that is the embedding: divided when
+            it is computed, whole in memory) or "table" (of n-grams, on disk, by rows).
         units: query heads, slices of the width, or groups of rows.
         unit_bytes: bytes of one unit.
         groups: key and value heads (attention only).

@@ -35,7 +35,7 @@ from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Page, PrefixReuse, PromptChunk
 from ..model.families import Batching
 from ..model.step_timer import StepTimer
-from .cache.kv_cache import SequenceCache, can_merge, can_trim
+from .cache.kv_cache import SequenceCache, can_merge, can_reuse, can_trim
 from .sampling.prompt_logprobs import PART_TOKENS, PromptScores
 from .sampling.sampler import SamplingState
 from .speculative.decoder import Generation, SpeculativeDecoder
@@ -70,7 +70,7 @@ class Batch(ABC):
     def __init__(self, model: nn.Module, options: EngineOptions) -> None:
         self._model, self._options = model, options
         self._prompts: dict[str, PendingPrompt] = {}
-        self._prefix_cache_enabled = options.prefix_cache_gb != 0
+        self._prefix_cache_enabled = options.prefix_cache_gb != 0 and self.reusable_caches
         self._retained: dict[str, SequenceCache] = {}  # of ended requests
         self._checkpoints: dict[str, dict[int, list[Any]]] = {}  # of generating requests
         self.prompt_logprobs: list[PromptLogprobs] = []
@@ -209,8 +209,6 @@ def find_batching(model: nn.Module, batching: Batching) -> Batching:
 class ContinuousBatch(Batch):
     """mlx-lm's `BatchGenerator`; a `SpeculativeDecoder` takes single requests while drafts pay."""
 
-    reusable_caches = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -218,6 +216,7 @@ class ContinuousBatch(Batch):
         decoder: SpeculativeDecoder | None = None,
         batching: Batching = Batching.PADDED,
     ) -> None:
+        self.reusable_caches = can_reuse(model)
         super().__init__(model, options)
         self._generator = BatchGenerator(
             model,

@@ -123,6 +123,8 @@ class Family:
         whole_shared_experts: each of the shared experts has a weight of its own for each token, so
             they are not one layer to slice by width.
         positions: see `Positions`.
+        width_block: features of an expert's hidden width that stay together: a multiple of these
+            is a slice.
         rename_tensor: gives a tensor of a published checkpoint another name, before anything else;
             called with its name and the config.
         own_formats: layers, by the ends of their paths, whose published format only mlx-vlm's
@@ -146,6 +148,7 @@ class Family:
     make_caches: Callable[[Any], list[Any]] | None = None
     whole_shared_experts: bool = False
     positions: Positions = Positions.THREE_ROWS
+    width_block: int = 1
     rename_tensor: Callable[[str, Config], str] | None = None
     own_formats: tuple[str, ...] = ()
     zoo: Zoo = Zoo.MLX_LM
@@ -182,6 +185,23 @@ def _inkling_forward(block: Any, x: mx.array, *, all_reduce: AllReduce) -> mx.ar
     y = (block.switch_mlp(tokens, ids) * weights[..., None]).sum(axis=-2)
     y = y + block.shared_experts(tokens, shared_weights)
     return all_reduce(y).reshape(x.shape).astype(x.dtype)
+
+
+def _deepseek_v41_forward(block: Any, x: mx.array, *args: Any, all_reduce: AllReduce) -> mx.array:
+    """mlx-vlm's own. Each choice is a token of its own for the experts, with its weight beside it:
+    they multiply by it before they round to FP8 (`zoo.WeightedExperts`)."""
+    from mlx_vlm.models.deepseek_v41.fakequant import fake_quant_fp8_ue8m0
+
+    ids, weights = block.gate(x, *args)
+    tokens = fake_quant_fp8_ue8m0(x)[..., None, :]
+    parts, rest = [], weights[..., None]
+    for _ in range(3):  # three numbers of 8 bits are one of 24
+        parts.append(rest.astype(x.dtype))
+        rest = rest - parts[-1].astype(mx.float32)
+    tokens = mx.broadcast_to(tokens, (*ids.shape, x.shape[-1]))
+    y = block.switch_mlp(mx.concatenate([tokens, *parts], axis=-1), ids[..., None])
+    y = y.squeeze(-2).astype(mx.float32).sum(axis=-2)
+    return all_reduce(y + block.shared_experts(x).astype(mx.float32)).astype(x.dtype)
 
 
 def _make_ngram_caches(model: Any) -> list[Any]:
@@ -245,7 +265,14 @@ _GENERIC = Family()
 _PLAIN = Family(plain_attention=True)
 FAMILIES: dict[str, Family] = {
     "dbrx": Family(plain_attention=True, note="experts come as a list and are stacked on loading"),
-    "deepseek_v41": Family(note="without Engram layers, which mlx-lm lacks"),
+    "deepseek_v41": Family(
+        zoo=Zoo.MLX_VLM,
+        aliases=("deepseek_v41_text",),
+        forward=_deepseek_v41_forward,
+        width_block=32,
+        whole_shared_experts=True,
+        note="Engram's tables stay on disk",
+    ),
     "exaone_moe": Family(
         plain_attention=True,
         config_defaults=lambda c: {
@@ -314,12 +341,12 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "cohere2_moe": Family(zoo=Zoo.MLX_VLM, aliases=("cohere2moe",), plain_attention=True),
+    # The window before a pass (`vlm_repairs.py`) is one request's.
     "deepseek_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
-    "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    # Padding would change the pooled keys that a prompt of few tokens has.
+    "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.UNPADDED_PROMPTS),
     "glm4v_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
-    "hy_v4": Family(
-        zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE, own_formats=(".self_attn.kv_b_proj",)
-    ),
+    "hy_v4": Family(zoo=Zoo.MLX_VLM, own_formats=(".self_attn.kv_b_proj",)),
     "ernie4_5_moe_vl": Family(
         zoo=Zoo.MLX_VLM,
         plain_attention=True,
@@ -332,11 +359,11 @@ FAMILIES: dict[str, Family] = {
         forward=_inkling_forward,
         interleaved_gate_up=True,
         whole_shared_experts=True,
-        batching=Batching.ONE_BY_ONE,
     ),
     "longcat_flash_sparse": Family(
         zoo=Zoo.MLX_VLM,
         forward=_longcat_forward,
+        # In a batch the masks of its sparse attention have a wrong shape.
         batching=Batching.ONE_BY_ONE,
         note="as longcat_flash, with sparse attention",
     ),
@@ -349,6 +376,7 @@ FAMILIES: dict[str, Family] = {
     "mistral_large3": Family(zoo=Zoo.MLX_VLM),
     "qwen3_omni_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
     "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True, own_formats=(".self_attn.qkv_proj",)),
+    # As minimax_m3_vl: its sparse attention chooses among blocks.
     "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
     "step3p7": Family(zoo=Zoo.MLX_VLM),
     "diffusion_gemma": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),

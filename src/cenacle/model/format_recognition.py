@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..core.model_config import Config
 from ..errors import CheckpointError
+from .disk_tables import is_table_tensor
 from .quantized_layers import AxisLayout, QuantizedLayers, StoredLayer, StoredTensor
 from .tensor_info import TensorInfo
 from .tensor_reader import TensorPiece, TensorView, read_piece
@@ -61,6 +62,8 @@ def find_quantized_layers(
     ignored = []
     for name, info in tensors.items():
         path, _, leaf = name.rpartition(".")
+        if is_table_tensor(name):
+            continue
         if leaf == "scale" and (weight := tensors.get(f"{path}.weight")) is not None:
             leaf = "weight_scale_inv" if weight.dtype in _CODES else leaf  # DeepSeek-V4's name
         if leaf in _LEAVES:

@@ -27,8 +27,9 @@ from mlx_lm import utils as mlx_lm_utils
 
 from ..core.plan import Plan
 from ..errors import CenacleError, CheckpointError
-from . import architecture
+from . import architecture, zoo
 from .checkpoint import Checkpoint
+from .disk_tables import install_disk_tables, is_table_tensor
 from .expert_parallel import Zeros
 from .families import EXPERT_TENSOR, family_of, layer_index
 from .quantized_conversion import LoadedLayer, convert_quantized
@@ -221,6 +222,9 @@ def _partial_classes(
                 slices_for(plan, rank, layout) if plan is not None else RankSlices.whole(layout)
             )
             _shrink(layout, self.rank_slices)
+            install_disk_tables(self, checkpoint.tensors.values(), self.rank_slices.tables)
+            if plan is not None:
+                zoo.prepare_engram(self, checkpoint.folder)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             if (rename := family.rename_tensor) is not None:
@@ -312,7 +316,7 @@ def _read_rank_tensors(
     tensors: dict[str, mx.array] = {}
     together: dict[tuple[str, str, TensorView], dict[str, TensorPiece]] = {}
     for name, array in weights.items():
-        if name in quantized.roles or name in quantized.ignored:
+        if name in quantized.roles or name in quantized.ignored or is_table_tensor(name):
             continue
         piece = pieces.get(name)
         if piece is None:

@@ -25,12 +25,21 @@ from . import architecture
 from .architecture import OUTPUT_LAYERS, MoEBlock
 from .byte_ranges import ByteRange, append_range
 from .checkpoint import Checkpoint
+from .disk_tables import is_table_tensor, rows_of_tensor
 from .families import EXPERT_TENSOR, STACKED_TENSOR, Family, family_of, layer_index
 from .quantized_layers import QuantizedLayers
 from .tensor_info import TensorInfo
 from .tensor_layout import ExpertSlice, expert_tensor_views
 from .tensor_reader import TensorPiece, TensorView
-from .tensor_slice import COLUMNS, ROWS, TensorSlice, feature_counts, scale_range, slice_mlp
+from .tensor_slice import (
+    COLUMNS,
+    ROWS,
+    TensorSlice,
+    UnitRange,
+    feature_counts,
+    scale_range,
+    slice_mlp,
+)
 
 HEAD_NAMES = ("n_heads", "num_heads", "num_attention_heads")
 KV_HEAD_NAMES = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
@@ -136,6 +145,7 @@ class RankSlices:
         attention: attention modules with fewer heads, by path.
         absent: paths of shared experts that other ranks hold.
         expert_slices: by layer the slice of experts that `tensors` has.
+        tables: by path the units of the rows of tables on disk: first, end, of how many.
     """
 
     tensors: tuple[TensorPiece, ...]
@@ -145,12 +155,13 @@ class RankSlices:
     attention: Mapping[str, LocalHeads] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     expert_slices: Mapping[int, ExpertSlice] = field(default_factory=dict)
+    tables: Mapping[str, UnitRange] = field(default_factory=dict)
 
     @classmethod
     def whole(cls, layout: ModelLayout) -> RankSlices:
         """Those of a rank that holds the whole model."""
         experts = {b.layer: tuple(range(layout.expert_count)) for b in layout.blocks}
-        return cls(_list_pieces(layout, experts, {}, ()), experts)
+        return cls(_list_pieces(layout, experts, {}, (), {}), experts)
 
     def is_absent(self, name: str) -> bool:
         """Whether a tensor or parameter belongs to shared experts that another rank holds."""
@@ -177,6 +188,11 @@ def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
             f"the plan is of another model: expected (layer, experts) {expected}, got {got}"
         )
     trunk, attention = _slice_trunk(layout.model, plan, rank)
+    tables = {
+        part.path: (*plan.rows_of(part, rank), part.units)
+        for part in plan.spec.dense_modules
+        if part.kind == "table" and plan.is_sharded(part)
+    }
     experts: dict[int, tuple[int, ...]] = {}
     stacked: dict[str, TensorSlice] = {}
     sliced_layers: dict[int, ExpertSlice] = {}
@@ -204,13 +220,14 @@ def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
         shapes, sliced_layers, layout.expert_count, layout.family, layout.quantized
     )
     return RankSlices(
-        _list_pieces(layout, experts, views, tuple(absent)),
+        _list_pieces(layout, experts, views, tuple(absent), tables),
         experts,
         modules=trunk | stacked,
         unread=trunk if views else trunk | stacked,
         attention=attention,
         absent=tuple(absent),
         expert_slices=sliced_layers if views else {},
+        tables=tables,
     )
 
 
@@ -238,15 +255,28 @@ def _list_pieces(
     experts: Mapping[int, tuple[int, ...]],
     views: Mapping[str, TensorView],
     absent: tuple[str, ...],
+    tables: Mapping[str, UnitRange],
 ) -> tuple[TensorPiece, ...]:
+    rows = {layer_index(path): units for path, units in tables.items()}
     pieces = []
     for name, tensor in layout.tensors.items():
         layer = layer_index(name)
         held = experts.get(layer) if layer is not None else None
+        if is_table_tensor(name):
+            pieces.append(_table_piece(tensor, rows.get(layer)))
+            continue
         piece = _piece_of(tensor, held, layout.expert_count, views.get(name))
         if piece is not None and not _is_in(name, absent):
             pieces.append(piece)
     return tuple(sorted(pieces, key=lambda p: (p.tensor.file.name, p.tensor.start)))
+
+
+def _table_piece(tensor: TensorInfo, units: UnitRange | None) -> TensorPiece:
+    """The rows of a table that a rank must have on its disk."""
+    if units is None:
+        return TensorPiece(tensor)
+    view = TensorView((1, *tensor.shape), 1, (rows_of_tensor(tensor.shape[0], units),))
+    return TensorPiece(tensor, view)
 
 
 def _piece_of(

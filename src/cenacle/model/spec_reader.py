@@ -28,6 +28,7 @@ from ..core.model_spec import DenseModule, ModelSpec, MoELayer
 from . import architecture
 from .architecture import MoEBlock
 from .checkpoint import Checkpoint
+from .disk_tables import DiskTable
 from .families import Family, family_of, layer_index
 from .loader import build_model
 from .slicing import O_PROJ, PER_HEAD_VECTORS, head_counts
@@ -35,6 +36,7 @@ from .tensor_slice import feature_counts, input_units, is_mlp, unsliced_bytes
 
 log = logging.getLogger(__name__)
 
+TABLE_UNITS = 64  # into which the rows of a table on disk can be divided
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embd")
 
 
@@ -103,6 +105,8 @@ def _describe_layer(block: MoEBlock, family: Family) -> MoELayer:
     )
     shared_bytes = sum(_nbytes(m) for m in shared)
     units, unsliced = (1, 0) if family.unsliceable_reason is not None else _expert_units(block)
+    if family.width_block > 1:
+        units = math.gcd(units, feature_counts(block.output)[1] // family.width_block)
     shared_units, shared_unsliced = (1, 0) if family.whole_shared_experts else _shared_units(shared)
     return MoELayer(
         layer=block.layer,
@@ -142,7 +146,9 @@ def find_dense_modules(model: nn.Module, family: Family) -> tuple[DenseModule, .
     for path, module in model.named_modules():
         name = path.rsplit(".", 1)[-1]
         in_layer = layer_index(f"{path}.") is not None
-        if in_layer and family.plain_attention and _is_attention(module):
+        if isinstance(module, DiskTable):
+            modules.append(DenseModule(path, "table", min(TABLE_UNITS, module.rows), 0))
+        elif in_layer and family.plain_attention and _is_attention(module):
             described = _describe_attention(path, module)
             modules += [described] if described is not None else []
         elif in_layer and not path.startswith(inside_blocks) and is_mlp(module):
@@ -175,7 +181,8 @@ def _find_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 def _has_other_head(model: nn.Module) -> bool:
     return any(
-        path.rsplit(".", 1)[-1] in ("lm_head", "output") for path, _ in model.named_modules()
+        path.rsplit(".", 1)[-1] in ("lm_head", "output", "head")
+        for path, _ in model.named_modules()
     )
 
 

@@ -26,7 +26,8 @@ MAX_VERIFIED_POSITIONS = 32  # more than are ever drafted
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer of which each rank has some input columns: the ranks' outputs are added."""
+    """A linear layer of which each rank has some input columns, or a table of which each has some
+    rows: the ranks' outputs are added."""
 
     def __init__(self, layer: nn.Module, all_reduce: AllReduce) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class RowParallelLinear(nn.Module):
         self._all_reduce = all_reduce
 
     def __call__(self, x: mx.array) -> mx.array:
-        """This rank's features [..., in] -> the whole layer's output [..., out]."""
+        """This rank's features [..., in], or ids -> the whole layer's output [..., out]."""
         return self._all_reduce(self.layer(x))
 
 
@@ -105,6 +106,10 @@ def shard_dense(model: nn.Module, plan: Plan, collective: Collective, timer: Ste
         if not plan.is_sharded(part):
             continue
         module = architecture.get_module(model, part.path)
+        if part.kind == "table":
+            summed = RowParallelLinear(module, all_reduce)
+            architecture.replace_module(model, part.path, summed)
+            continue
         if part.kind in ("attention", "mlp"):
             name = next(n for n in (*O_PROJ, "down_proj") if n in module)
             if collective.rank:

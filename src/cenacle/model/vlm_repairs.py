@@ -59,6 +59,18 @@ def _repair_hy_v4() -> None:
     _replace_call(HyV4Indexer, Indexer.__call__)
 
 
+def _repair_glm5_next() -> None:
+    """Taking a request out of a batch works where a cache is still empty (a short prompt)."""
+    from mlx_vlm.models import cache
+
+    extract = cache.BatchKVCache.extract
+
+    def extract_or_new(self: Any, index: int) -> Any:
+        return cache.KVCache() if self.keys is None else extract(self, index)
+
+    cache.BatchKVCache.extract = extract_or_new  # type: ignore[method-assign]
+
+
 def _repair_mistral_large3() -> None:
     """Biases of routers, which are zero and not published, have an entry for each of all experts.
 
@@ -86,6 +98,7 @@ def _replace_call(kind: type[nn.Module], function: Callable[..., Any]) -> None:
 
 REPAIRS = {
     "deepseek_v4": _repair_deepseek_v4,
+    "glm5_next": _repair_glm5_next,
     "hy_v4": _repair_hy_v4,
     "mistral_large3": _repair_mistral_large3,
 }

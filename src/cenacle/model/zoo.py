@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -195,6 +196,24 @@ class TextModel(nn.Module):
         }
 
 
+def prepare_engram(model: nn.Module, folder: Path) -> None:
+    """Make the n-gram hashes of deepseek_v41, for which mlx-vlm reads files of the checkpoint.
+
+    Raises:
+        CheckpointError: they are missing; mlx-vlm would leave Engram out without a word.
+    """
+    text = model.get(_LANGUAGE_MODEL)
+    if text is None or getattr(text, "layout", None) is None:
+        return
+    text._engram_source = str(folder)
+    text._ensure_engram_hash()
+    if text.engram_hash is None:
+        raise CheckpointError(
+            f"{folder}: expected engram_token_map.json or tokenizer.json beside the weights, for "
+            f"the n-grams of Engram; download one of them"
+        )
+
+
 def _set_aside(module: nn.Module, kept: set[str]) -> None:
     """Leave a module only the children `kept`; the others stay attributes: `sanitize` uses them."""
     for name in set(module) - kept:
@@ -256,9 +275,24 @@ def as_mlx_lm_experts(stack: nn.Module) -> switch_layers.SwitchGLU:
     """mlx-lm's stacked experts of the same shape, with lazy random weights."""
     down = stack.down_proj
     activation = _as_mlx_lm_activation(stack.activation)
-    return switch_layers.SwitchGLU(
-        down.output_dims, down.input_dims, down.num_experts, activation, "bias" in down
-    )
+    are_weighted = type(stack).__name__ == "DeepseekV41SwitchGLU"
+    experts = WeightedExperts if are_weighted else switch_layers.SwitchGLU
+    return experts(down.output_dims, down.input_dims, down.num_experts, activation, "bias" in down)
+
+
+class WeightedExperts(switch_layers.SwitchGLU):
+    """Stacked experts of deepseek_v41: weighted and rounded to FP8 before their output layer.
+
+    x [..., width + 3], ids [..., k] -> [..., k, width]; the last three features add up to the
+    weight.
+    """
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        """See the class."""
+        weights = x[..., -3:].astype(mx.float32).sum(axis=-1)[..., None, None, None]
+        x = mx.expand_dims(x[..., :-3], (-2, -3))
+        activated = self.activation(self.up_proj(x, ids), self.gate_proj(x, ids), weights)
+        return self.down_proj(activated, ids).squeeze(-2)
 
 
 def _as_mlx_lm_activation(activation: nn.Module) -> nn.Module:

@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
     ChunkedKVCache,
+    KVCache,
     RotatingKVCache,
     load_prompt_cache,
     make_prompt_cache,
@@ -227,7 +228,8 @@ def measure_footprint(
 
 
 def _is_own_kind(cache: Any) -> bool:
-    return not isinstance(cache, ArraysCache) and not hasattr(cache, "keys")
+    own_keys = isinstance(getattr(cache, "keys", []), list)  # one for each layer: deepseek_v41
+    return not isinstance(cache, ArraysCache) and own_keys
 
 
 def _measure_growth(model: nn.Module, indices: list[int]) -> tuple[int, int]:
@@ -237,7 +239,8 @@ def _measure_growth(model: nn.Module, indices: list[int]) -> tuple[int, int]:
         caches = make_prompt_cache(model)
         model(mx.zeros((1, tokens), dtype=mx.int32), cache=caches)
         flat = list(flatten_caches(caches))
-        return sum(flat[i].nbytes for i in indices)
+        states = [flat[i].state for i in indices]
+        return tree_reduce(lambda total, array: total + getattr(array, "nbytes", 0), states, 0)
 
     short, long = GROWTH_LENGTHS
     short_bytes, long_bytes = total_bytes(short), total_bytes(long)
@@ -256,6 +259,11 @@ def can_trim(model: nn.Module) -> bool:
 def can_merge(model: nn.Module) -> bool:
     """Whether mlx-lm can merge this model's caches into a batch."""
     return _all_caches(model, lambda c: hasattr(c, "merge"))
+
+
+def can_reuse(model: nn.Module) -> bool:
+    """Whether a sequence's caches can be copied and written, for other requests: mlx-lm's can."""
+    return _all_caches(model, lambda c: type(c).__module__ == KVCache.__module__)
 
 
 def _all_caches(model: nn.Module, condition: Callable[[Any], bool]) -> bool:
