@@ -12,6 +12,7 @@ Next: `grammar.py`; `engine/batch.py`, which hands samplers and processors to ml
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,7 @@ from hashlib import blake2b
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import (
-    LogitsProcessor,
-    apply_min_p,
-    apply_top_k,
-    apply_top_p,
-    greedy_sampler,
-    make_logits_processors,
-)
+from mlx_lm.sample_utils import LogitsProcessor, greedy_sampler, make_logits_processors
 
 from ...collective.base import Collective
 from ...core.request import Request, Sampling, TokenEvent
@@ -34,6 +28,12 @@ from ...errors import InputError
 from .grammar import Matcher, Vocabulary
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI reports this for impossible tokens
+
+# Smaller values are taken as these, which choose the same tokens: in 16 or 32 bits, a division by
+# less overflows.
+MIN_TEMPERATURE = 1e-5
+MIN_TOP_P = 1e-6
+MIN_REPETITION_PENALTY = 0.01
 
 
 class Sampler:
@@ -67,13 +67,8 @@ class Sampler:
         sampling = self._sampling
         if sampling.temperature == 0:
             return greedy_sampler(logprobs)
-        if 0 < sampling.top_p < 1:
-            logprobs = apply_top_p(logprobs, sampling.top_p)
-        if sampling.min_p:
-            logprobs = apply_min_p(logprobs, sampling.min_p)
-        if 0 < sampling.top_k < logprobs.shape[-1]:
-            logprobs = apply_top_k(logprobs, sampling.top_k)
-        scaled = logprobs / sampling.temperature
+        likely = mask_unlikely(logprobs, sampling).astype(mx.float32)
+        scaled = likely / max(sampling.temperature, MIN_TEMPERATURE)
         rows = [
             mx.random.categorical(scaled[i : i + 1], key=self._random_key(position + i))
             for i in range(logprobs.shape[0])
@@ -83,6 +78,30 @@ class Sampler:
     def _random_key(self, position: int) -> mx.array:
         digest = blake2b(f"{self._seed} {position}".encode(), digest_size=8).digest()
         return mx.random.key(int.from_bytes(digest, "little"))
+
+
+def mask_unlikely(logprobs: mx.array, sampling: Sampling) -> mx.array:
+    """Log-probabilities [rows, vocabulary], -inf where top_p, min_p or top_k leave a token out.
+
+    As mlx-lm's functions, but not compiled: those are compiled anew, for seconds on a CPU, for each
+    value that a client makes up.
+    """
+    if 0 < sampling.top_p < 1:
+        ascending = mx.sort(logprobs, axis=-1)
+        mass = mx.exp(ascending.astype(mx.float32))
+        better = mx.cumsum(mass, axis=-1, reverse=True, inclusive=False)
+        total = better[..., :1] + mass[..., :1]
+        dropped = (better >= max(sampling.top_p, MIN_TOP_P) * total).sum(axis=-1, keepdims=True)
+        least = mx.take_along_axis(ascending, dropped, axis=-1)
+        logprobs = mx.where(logprobs < least, -mx.inf, logprobs)
+    if sampling.min_p:
+        least = mx.max(logprobs, axis=-1, keepdims=True) + math.log(sampling.min_p)
+        logprobs = mx.where(logprobs < least, -mx.inf, logprobs)
+    if 0 < (count := sampling.top_k) < logprobs.shape[-1]:
+        dropped = mx.argpartition(-logprobs, kth=count - 1, axis=-1)[..., count:]
+        never = mx.array(-mx.inf, logprobs.dtype)
+        logprobs = mx.put_along_axis(logprobs, dropped, never, axis=-1)
+    return logprobs
 
 
 class LogprobRecorder:
@@ -121,15 +140,16 @@ class LogprobRecorder:
 
 def make_processors(sampling: Sampling) -> list[LogitsProcessor]:
     """mlx-lm's logits processors for penalties and biases."""
-    repetition = sampling.repetition_penalty if sampling.repetition_penalty != 1 else None
+    repetition = max(sampling.repetition_penalty, MIN_REPETITION_PENALTY)
     sizes = {
         name: getattr(sampling, name)
         for name in ("repetition_context_size", "presence_context_size", "frequency_context_size")
     }
+    repetition_size = sampling.repetition_context_size
     # mlx-lm takes 0 for all tokens, too.
     return make_logits_processors(
         logit_bias=sampling.logit_bias or None,
-        repetition_penalty=repetition if sampling.repetition_context_size else None,
+        repetition_penalty=repetition if repetition != 1 and repetition_size else None,
         presence_penalty=sampling.presence_penalty if sampling.presence_context_size else None,
         frequency_penalty=sampling.frequency_penalty if sampling.frequency_context_size else None,
         **{name: size if size >= 0 else 0 for name, size in sizes.items()},
