@@ -26,7 +26,7 @@ def renderer(template: str):
     def fail():
         raise jinja2.TemplateError("refused")
 
-    compiled = jinja2.Environment().from_string(template)
+    compiled = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).from_string(template)
     return lambda messages: compiled.render(messages=list(messages), fail=fail)
 
 
@@ -77,3 +77,29 @@ def test_a_billing_line_does_not_reach_the_prompt(rest):
     assert adapt_messages([say("system", line), say("user", "x")], TemplateTraits()) == [
         say("user", "x")
     ]
+
+
+OBJECT_ARGUMENTS = ANY.replace(
+    "\n{%",
+    """{% for c in m.tool_calls %}{{ c.function.name }}
+{%- for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}{% endfor %}\n{%""",
+)
+EITHER_ARGUMENTS = OBJECT_ARGUMENTS.replace(
+    "{%- for",
+    """{% if c.function.arguments is string %}{{ c.function.arguments }}{% continue %}{% endif %}
+{%- for""",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (OBJECT_ARGUMENTS, {"arguments": '{"a'}),
+        (EITHER_ARGUMENTS, '{"a'),
+        (TEXT_ARGUMENTS, '{"a'),
+    ],
+)
+def test_arguments_that_are_no_object_reach_any_template(template, expected):
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"a'}}
+    (_, message) = adapted(template, say("user", "x"), say("assistant", "", tool_calls=[call]))
+    assert message["tool_calls"][0]["function"]["arguments"] == expected

@@ -804,7 +804,7 @@ def test_a_conversation_with_calls_is_read_as_templates_have_it() -> None:
         },
         {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"},
     )
-    messages[1]["tool_calls"][0]["function"] = {"name": "weather", "arguments": "{"}  # type: ignore
+    messages[1]["tool_calls"][0]["function"] = {"name": "weather", "arguments": 3}  # type: ignore
     status, field, _, _ = refused(chat, {"messages": messages})
     assert (status, field) == (400, "messages[1].tool_calls[0].function.arguments")
 

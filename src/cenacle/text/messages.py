@@ -32,6 +32,7 @@ class TemplateTraits:
         late_system: one in the middle.
         same_roles: two neighbors of the user's.
         arguments_as_text: the arguments of calls must be JSON text.
+        any_arguments: they may be text that is no JSON object.
         one_call: only the first call of a message is rendered.
         thinking: reasoning is the member "thinking".
     """
@@ -41,6 +42,7 @@ class TemplateTraits:
     late_system: bool = True
     same_roles: bool = True
     arguments_as_text: bool = False
+    any_arguments: bool = False
     one_call: bool = False
     thinking: bool = False
 
@@ -82,6 +84,7 @@ def probe_template(template: str, render: RenderText) -> TemplateTraits:
         late_system=shows([*names, "ASK_B"], first, ask, answer, late, more),
         same_roles=shows(["ASK_A", "ASK_B"], ask, more),
         arguments_as_text=as_text,
+        any_arguments=shows([*one, "WORDS"], *called("WORDS", *one)),
         one_call=shows(one, *called(arguments, *one)) and not shows(two, *called(arguments, *two)),
         thinking="thinking" in re.findall(r"message\.(\w+)", template)
         and "reasoning_content" not in template,
@@ -154,8 +157,8 @@ def _split_calls(messages: list[Message]) -> list[Message]:
 def _adapt_message(message: Message, traits: TemplateTraits) -> Message:
     message = dict(message)
     calls = message.get("tool_calls")
-    if calls and traits.arguments_as_text:
-        message["tool_calls"] = [_with_text_arguments(call) for call in calls]
+    if calls:
+        message["tool_calls"] = [_adapt_call(call, traits) for call in calls]
     if traits.thinking and (reasoning := message.pop("reasoning_content", "")):
         if calls and message.get("content"):  # gpt-oss takes one of the two
             message["content"] = f"{reasoning}\n\n{message['content']}"
@@ -164,10 +167,13 @@ def _adapt_message(message: Message, traits: TemplateTraits) -> Message:
     return message
 
 
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+def _adapt_call(call: dict[str, Any], traits: TemplateTraits) -> dict[str, Any]:
     function = call["function"]
     arguments = function["arguments"]
-    if not isinstance(arguments, str):
+    if isinstance(arguments, str):
+        if not traits.any_arguments:
+            arguments = {"arguments": arguments}
+    elif traits.arguments_as_text:
         arguments = json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}
 

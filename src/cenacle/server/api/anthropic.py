@@ -55,6 +55,7 @@ from .validation import (
     Tagged,
     Text,
     fail,
+    parse_arguments,
 )
 
 MAX_STOPS = 16
@@ -188,7 +189,7 @@ class _ToolUseBlock(RequestModel):
     type: Literal["tool_use"]
     id: Text = ""
     name: Text
-    input: JsonObject = Field({})
+    input: Annotated[JsonObject | str, BeforeValidator(parse_arguments)] = Field({})
 
     def to_template(self) -> JsonObject:
         return tool_call(self.id, self.name, self.input)

@@ -321,7 +321,7 @@ class ApiAdapter(ABC):
         """The HTTP status and the body for an error."""
 
 
-def tool_call(call_id: str, name: str, arguments: JsonObject) -> JsonObject:
+def tool_call(call_id: str, name: str, arguments: JsonObject | str) -> JsonObject:
     """A call in an earlier message, as chat templates read it."""
     function = {"name": name, "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}

@@ -218,17 +218,26 @@ def check_unicode(value: str) -> str:
     return value
 
 
-def _parse_arguments(value: Any) -> Any:
+def parse_arguments(value: Any) -> Any:
+    """The arguments of an earlier call: an object, or else the text that the model wrote.
+
+    A conversation goes on after a call that was cut short or is no JSON: its result says so.
+    """
     if isinstance(value, dict):  # as some clients keep them
         return value
     if not isinstance(value, str):
         fail(f"expected a string, got {describe(value)}", code=INVALID_TYPE)
+    text = check_unicode(value).strip() or "{}"
     try:
-        arguments = json.loads(check_unicode(value) or "{}", parse_constant=_refuse_constant)
-        json.dumps(arguments, ensure_ascii=False).encode()  # escapes may be half a character
-        return arguments
+        arguments = json.loads(text, parse_constant=_refuse_constant, strict=False)
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # of escapes
+        fail(f"expected Unicode, got half of a surrogate pair in {describe(value)}")
     except (ValueError, RecursionError):
-        fail(f"expected a JSON object as text, got {describe(value)}")
+        return value
+    if arguments is None:
+        return {}
+    return arguments if isinstance(arguments, dict) else value
 
 
 Text = Annotated[str, AfterValidator(check_unicode)]
@@ -238,9 +247,9 @@ Tagged = Annotated[T, OneOf()]
 Supported = Annotated[T, OneOf(unsupported=True)]
 JsonObject = dict[str, Any]
 Arguments = Annotated[
-    JsonObject, BeforeValidator(_parse_arguments), WithJsonSchema({"type": "string"})
+    JsonObject | str, BeforeValidator(parse_arguments), WithJsonSchema({"type": "string"})
 ]
-"""The arguments of a call, an object as JSON text."""
+"""The arguments of an earlier call, an object as JSON text."""
 
 
 # Pairs of surrogates; other escapes, so that what follows a backslash is read as JSON reads it.
