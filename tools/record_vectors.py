@@ -1,8 +1,10 @@
 """Recorded logits of tiny random models, from transformers on PyTorch: a witness without MLX.
 
-Owns: tests/vectors/<family>/ for DBRX, Mixtral and Qwen3-MoE. Each folder holds the checkpoint as
-transformers' `save_pretrained` writes it (hidden 64, 2 layers, 8 experts of width 24, top-2,
-vocab 256, float32; 590 kB), and what that model answers:
+Owns: tests/vectors/<family>/ for DBRX, Mixtral and Qwen3-MoE, and for the families in which mlx-lm
+0.32.2 and mlx-vlm 0.7.10 differ from transformers (`model/zoo_repairs.py`): Ernie-4.5-MoE, gpt-oss
+with YaRN's `truncate` false, HunYuan-MoE and Jamba. Each folder holds the checkpoint as
+transformers' `save_pretrained` writes it (hidden 64, or 32 for the second kind, 2 layers, 8 experts
+of width 24, top-2, vocab 256, float32; 590 or 200 kB), and what that model answers:
 
     config.json, model.safetensors   the checkpoint
     vectors.safetensors              for n in PROMPT_LENGTHS:
@@ -44,12 +46,14 @@ Read next: the test that replays tests/vectors.
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
 
 VECTORS = Path(__file__).resolve().parent.parent / "tests" / "vectors"
 FAMILIES = ("dbrx", "mixtral", "qwen3_moe")
+REPAIRED = ("ernie4_5_moe", "gpt_oss", "hunyuan", "jamba")  # mlx-lm alone gives something else
 
 PROMPT_LENGTHS = (1, 7, 40)
 GREEDY_TOKENS = 16
@@ -108,7 +112,61 @@ def tiny_config(family: str):
             norm_topk_prob=True,
             rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
         )
-    raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    small = llama_like | {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    plain_rope = {"rope_type": "default", "rope_theta": 50000.0}
+    if family == "ernie4_5_moe":
+        small.pop("num_experts_per_tok")
+        return transformers.Ernie4_5_MoeConfig(
+            **small,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            moe_layer_start_index=1,
+            moe_layer_end_index=1,
+            use_bias=False,
+            rope_parameters=plain_rope,
+        )
+    if family == "hunyuan":
+        small.pop("num_experts_per_tok")
+        return transformers.HunYuanMoEV1Config(
+            **small | {"tie_word_embeddings": True},
+            intermediate_size=24,
+            num_experts=8,
+            moe_topk=2,
+            rope_parameters=plain_rope,
+        )
+    if family == "gpt_oss":
+        return transformers.GptOssConfig(
+            **small,
+            intermediate_size=24,
+            num_local_experts=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        )
+    if family == "jamba":
+        small.pop("head_dim")
+        return transformers.JambaConfig(
+            **small,
+            intermediate_size=24,
+            num_experts=8,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            mamba_d_state=8,
+            mamba_dt_rank=4,
+        )
+    known = ", ".join((*FAMILIES, *REPAIRED))
+    raise ValueError(f"family: expected one of {known}, got {family!r}")
 
 
 def randomize(model, seed: int) -> None:
@@ -123,6 +181,8 @@ def randomize(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                continue  # Jamba's decay, which its makers set
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
                 continue
@@ -141,31 +201,42 @@ def randomize(model, seed: int) -> None:
 
 
 def is_router(module_name: str) -> bool:
-    return module_name.endswith((".router.layer", ".mlp.gate"))
+    return module_name.endswith(
+        (".router.layer", ".mlp.gate", ".mlp.gate.wg", ".mlp.router", ".feed_forward.router")
+    )
 
 
 def observe(model, prompts: list) -> tuple[dict, float, float]:
     """Runs the prompts. Returns the tensors to record, the token margin and the router margin."""
     import torch
 
-    top_k = getattr(model.config, "num_experts_per_tok", None) or model.config.ffn_config.moe_top_k
+    top_k = next(
+        getattr(model.config, n)
+        for n in ("num_experts_per_tok", "moe_topk", "ffn_config")
+        if getattr(model.config, n, None) is not None
+    )
+    top_k = getattr(top_k, "moe_top_k", top_k)
     token_margins, router_margins = [], []
 
     def watch_router(module, inputs, _outputs):
         # Some routers return (logits, ...): recompute the logits rather than rely on that.
+        bias = getattr(module, "bias", None)
         logits = torch.nn.functional.linear(
-            inputs[0].reshape(-1, inputs[0].shape[-1]), module.weight
+            inputs[0].reshape(-1, inputs[0].shape[-1]), module.weight, bias
         )
+        if hasattr(module, "moe_statics"):  # Ernie chooses by these
+            logits = module.moe_statics(logits.softmax(dim=-1))
         ranked = logits.sort(dim=-1, descending=True).values
         router_margins.append((ranked[:, top_k - 1] - ranked[:, top_k]).min().item())
 
     hooks = [
-        m.register_forward_hook(watch_router) for n, m in model.named_modules() if is_router(n)
+        m.register_forward_hook(watch_router)
+        for n, m in model.named_modules()
+        if is_router(n) and getattr(m, "weight", None) is not None
     ]
-    if len(hooks) != model.config.num_hidden_layers:
-        raise RuntimeError(
-            f"routers: expected {model.config.num_hidden_layers}, one a layer, got {len(hooks)}"
-        )
+    blocks = [n for n, _ in model.named_modules() if n.endswith(".experts")]
+    if len(hooks) != len(blocks):
+        raise RuntimeError(f"routers: expected {len(blocks)}, one a block, got {len(hooks)}")
 
     tensors = {}
     with torch.no_grad():
@@ -211,7 +282,7 @@ def record(family: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         prompts = [torch.randint(VOCAB, (n,), generator=generator) for n in PROMPT_LENGTHS]
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, **eager
+            copy.deepcopy(config), dtype=torch.float32, **eager
         ).eval()
         randomize(model, seed)
         tensors, token_margin, router_margin = observe(model, prompts)
@@ -321,11 +392,10 @@ def write_json(path: Path, value: dict) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("record", "check"))
-    parser.add_argument(
-        "families", nargs="*", default=FAMILIES, help=f"default: {' '.join(FAMILIES)}"
-    )
+    parser.add_argument("families", nargs="*", help="default: all, to check those of mlx-lm alone")
     arguments = parser.parse_args(argv)
-    for family in arguments.families:
+    repaired = REPAIRED if arguments.command == "record" else ()
+    for family in arguments.families or (*FAMILIES, *repaired):
         {"record": record, "check": check}[arguments.command](family)
 
 

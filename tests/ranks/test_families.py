@@ -52,7 +52,7 @@ class Case:
 def ask_mlx_vlm(folder: Path) -> tuple[mx.array, list[int]]:
     """Logits and greedy tokens of mlx-vlm's own model, each token from a pass over all before it.
 
-    In one pass, because some of its families give something else in several (`vlm_repairs.py`).
+    In one pass, because some of its families give something else in several (`zoo_repairs.py`).
     """
     model = VlmLanguageModel(folder)
     tokens: list[int] = []

@@ -16,6 +16,7 @@ from ..model import architecture
 from ..model.config_catalog import tiny_config
 from ..model.families import Batching, FamilyInfo, family_of
 from ..model.format_recognition import PUBLISHED_FORMATS
+from ..model.request_caches import install_request_attention
 from ..model.spec_reader import find_dense_modules
 from .batch import find_batching
 from .cache.kv_cache import can_trim
@@ -54,6 +55,8 @@ def find_capabilities(row: FamilyInfo) -> Capabilities | None:
         model_class, arguments = architecture.model_classes(config)
         model = model_class(arguments.from_dict(config))  # type: ignore[call-arg]
         architecture.unify_experts(model)
+        if family.request_attention:
+            install_request_attention(model, family.request_attention)
         batching = find_batching(model, family.batching)
         return Capabilities(
             formats=PUBLISHED_FORMATS,

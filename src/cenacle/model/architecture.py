@@ -237,7 +237,7 @@ def complete_config(config: Config) -> Config:
                 full.setdefault(key, rope[key])
         scaled = rope.get("rope_type", "default") != "default"
         if full.get("rope_scaling") is None:
-            full["rope_scaling"] = dict(rope) if scaled else None
+            full["rope_scaling"] = {"type": rope["rope_type"], **rope} if scaled else None
     counts = [config[k] for k in EXPERT_COUNT_KEYS if isinstance(config.get(k), int)]
     for key in EXPERT_COUNT_KEYS[:3] if counts else ():
         full.setdefault(key, counts[0])
@@ -249,7 +249,8 @@ def complete_config(config: Config) -> Config:
         full["first_k_dense_replace"] = kinds.index("sparse")
     family = family_of(str(config.get("model_type")))
     if family.config_defaults is not None and isinstance(rope, dict):
-        full = family.config_defaults(full) | full
+        defaults = family.config_defaults(full)
+        full |= {key: value for key, value in defaults.items() if full.get(key) is None}
     return full
 
 

@@ -28,6 +28,7 @@ from ..planning import load_balancer
 from . import architecture, native_blocks, native_layers
 from .architecture import STACKED_LAYERS, MoEBlock
 from .families import AllReduce, Family, family_of
+from .request_caches import install_request_attention
 from .step_timer import StepTimer
 from .tensor_parallel import shard_dense, zero_bias
 
@@ -349,6 +350,8 @@ def parallelize(
     family, rank = family_of(family_name), collective.rank
     if family.make_caches is not None:
         model.make_cache = partial(family.make_caches, model)
+    if family.request_attention:
+        install_request_attention(model, family.request_attention)
     use_native = kernels != "mlx" and native_layers.is_supported()
     if kernels == "native" and not use_native:
         reason = native.unavailable_reason() or "they are for CPUs, this is a GPU"

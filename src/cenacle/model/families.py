@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache
 from mlx_lm.utils import MODEL_REMAPPING
 
 from ..core.model_config import Config, text_config
 from ..extras import is_installed
+from .zoo_repairs import REPAIRS
+
+# transformers' name of the family that mlx-lm calls hunyuan.
+MODEL_REMAPPING.setdefault("hunyuan_v1_moe", "hunyuan")
 
 AllReduce = Callable[[mx.array], mx.array]
 """Adds up what every rank has of an array."""
@@ -119,6 +122,8 @@ class Family:
             sum over it.
         metal_only: mlx-lm implements it with Metal kernels only.
         batching: what the model's layers can take; `tests/mlx/test_batching.py` shows it.
+        request_attention: the attribute of layers whose attention is called for each request,
+            because its caches cannot be merged; see `request_caches.py`.
         make_caches: replaces the model's own `make_cache`; called with the model.
         whole_shared_experts: each of the shared experts has a weight of its own for each token, so
             they are not one layer to slice by width.
@@ -145,6 +150,7 @@ class Family:
     unsliceable_reason: str | None = None
     metal_only: bool = False
     batching: Batching = Batching.PADDED
+    request_attention: str = ""
     make_caches: Callable[[Any], list[Any]] | None = None
     whole_shared_experts: bool = False
     positions: Positions = Positions.THREE_ROWS
@@ -205,14 +211,17 @@ def _deepseek_v41_forward(block: Any, x: mx.array, *args: Any, all_reduce: AllRe
 
 
 def _make_ngram_caches(model: Any) -> list[Any]:
-    """mlx-lm's, with the tokens before the first one: caches of one width can share a batch.
+    """The model's, with the tokens before the first one: caches of one width can share a batch.
 
     Token 0 adds nothing to the id of an n-gram, as a missing token does.
     """
     caches: list[Any] = type(model).make_cache(model)
-    context = ArraysCache(size=1)
-    context[0] = mx.zeros((1, model.args.emb_neighbor_num - 1), mx.int64)
-    return [context, *caches[1:]]
+    if "language_model" in model:  # mlx-vlm's
+        length = model.language_model.args.oe_neighbor_num
+    else:
+        length = model.args.emb_neighbor_num
+    caches[0][0] = mx.zeros((1, length - 1), mx.int64)
+    return caches
 
 
 def _rename_gpt_oss_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -293,6 +302,16 @@ FAMILIES: dict[str, Family] = {
         interleaved_gate_up=True,
         note="clipped SwiGLU, expert biases",
     ),
+    "hunyuan_v1_moe": Family(
+        config_defaults=lambda _: {
+            "use_cla": False,
+            "cla_share_factor": 1,
+            "num_shared_expert": 1,
+            "use_mixed_mlp_moe": True,
+            "use_qk_norm": True,
+            "rope_scaling": {"type": "default", "factor": 1.0, "alpha": 1.0},
+        }
+    ),
     "kimi_k3": Family(
         all_reduce_before="routed_expert_norm", note="the sum of latent experts is normalized"
     ),
@@ -311,7 +330,8 @@ FAMILIES: dict[str, Family] = {
     "jamba": Family(batching=Batching.UNPADDED_PROMPTS, plain_attention=True),
     "minimax_m3_vl": Family(
         # Padding would move the borders of the blocks that sparse attention chooses from.
-        batching=Batching.ONE_BY_ONE
+        request_attention="self_attn",
+        batching=Batching.UNPADDED_PROMPTS,
     ),
     "muse_spark": Family(
         metal_only=True,
@@ -341,8 +361,10 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "cohere2_moe": Family(zoo=Zoo.MLX_VLM, aliases=("cohere2moe",), plain_attention=True),
-    # The window before a pass (`vlm_repairs.py`) is one request's.
-    "deepseek_v4": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    # The window before a pass (`zoo_repairs.py`) is one request's.
+    "deepseek_v4": Family(
+        zoo=Zoo.MLX_VLM, request_attention="attn", batching=Batching.UNPADDED_PROMPTS
+    ),
     # Padding would change the pooled keys that a prompt of few tokens has.
     "glm5_next": Family(zoo=Zoo.MLX_VLM, batching=Batching.UNPADDED_PROMPTS),
     "glm4v_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
@@ -363,21 +385,26 @@ FAMILIES: dict[str, Family] = {
     "longcat_flash_sparse": Family(
         zoo=Zoo.MLX_VLM,
         forward=_longcat_forward,
-        # In a batch the masks of its sparse attention have a wrong shape.
-        batching=Batching.ONE_BY_ONE,
+        # In a batch the masks of its sparse attention would have a wrong shape.
+        request_attention="self_attn",
+        batching=Batching.UNPADDED_PROMPTS,
+        make_caches=_make_ngram_caches,
         note="as longcat_flash, with sparse attention",
     ),
     "minimax_m3": Family(
         zoo=Zoo.MLX_VLM,
         positions=Positions.ONE,
-        batching=Batching.ONE_BY_ONE,
+        request_attention="self_attn",
+        batching=Batching.UNPADDED_PROMPTS,
         rename_tensor=_rename_minimax_m3_tensor,
     ),
     "mistral_large3": Family(zoo=Zoo.MLX_VLM),
     "qwen3_omni_moe": Family(zoo=Zoo.MLX_VLM, plain_attention=True),
     "mimo_v2": Family(zoo=Zoo.MLX_VLM, plain_attention=True, own_formats=(".self_attn.qkv_proj",)),
     # As minimax_m3_vl: its sparse attention chooses among blocks.
-    "qwen4_exp": Family(zoo=Zoo.MLX_VLM, batching=Batching.ONE_BY_ONE),
+    "qwen4_exp": Family(
+        zoo=Zoo.MLX_VLM, request_attention="self_attn", batching=Batching.UNPADDED_PROMPTS
+    ),
     "step3p7": Family(zoo=Zoo.MLX_VLM),
     "diffusion_gemma": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),
     "llada2_moe": Family(zoo=Zoo.MLX_VLM, refused=_DIFFUSION),
@@ -454,5 +481,7 @@ def list_families() -> list[FamilyInfo]:
         if family.zoo is Zoo.MLX_LM:
             aliases |= {a for a, module in MODEL_REMAPPING.items() if module == name}
         reason = family.unsupported_reason
-        rows.append(FamilyInfo(name, family.zoo.value, tuple(sorted(aliases)), family.note, reason))
+        repaired = f"{family.zoo.value}'s fault repaired" if name in REPAIRS else ""
+        note = "; ".join(filter(None, (family.note, repaired)))
+        rows.append(FamilyInfo(name, family.zoo.value, tuple(sorted(aliases)), note, reason))
     return rows

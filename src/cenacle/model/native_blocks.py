@@ -61,7 +61,7 @@ _ATTENTION: tuple[type[nn.Module], ...] = (
 # that says so).
 _BLOCKS: dict[type[nn.Module], tuple[str, str, str | bool]] = {
     StackedDbrx: ("router", "top_k", True),
-    jamba.JambaSparseMoeBlock: ("router", "num_experts_per_tok", True),
+    jamba.JambaSparseMoeBlock: ("router", "num_experts_per_tok", False),  # see zoo_repairs.py
     mixtral.MixtralSparseMoeBlock: ("gate", "num_experts_per_tok", True),
     qwen3_moe.Qwen3MoeSparseMoeBlock: ("gate", "top_k", "norm_topk_prob"),
 }

@@ -32,7 +32,7 @@ from ..core.model_config import Config
 from ..errors import CheckpointError, InputError
 from ..extras import import_extra, is_installed
 from .families import OUTPUT_SCALE, Positions, Zoo, family_of, is_tower_tensor, vlm_family_name
-from .vlm_repairs import REPAIRS
+from .zoo_repairs import repair
 
 _LANGUAGE_MODEL, _THINKER = "language_model", "thinker"
 _EXPERT_SCALES = {"gate_scale": "gate_proj", "out_scale": "down_proj"}
@@ -84,7 +84,9 @@ def find_classes(config: Config) -> ModelClasses:
             f"config.json: neither mlx-lm nor mlx-vlm supports model_type {kind!r}; "
             f"`cenacle families` lists the supported ones"
         ) from error
-    return ModelClasses(model.__module__.rsplit(".", 1)[-1], Zoo.MLX_LM, model, arguments)
+    name = model.__module__.rsplit(".", 1)[-1]
+    repair(name)
+    return ModelClasses(name, Zoo.MLX_LM, model, arguments)
 
 
 def _unlisted_vlm_classes(kind: str) -> ModelClasses | None:
@@ -100,8 +102,7 @@ def _unlisted_vlm_classes(kind: str) -> ModelClasses | None:
 @cache
 def _vlm_classes(name: str) -> ModelClasses:
     package = import_extra(f"mlx_vlm.models.{name}", "vlm")
-    if (repair := REPAIRS.get(name)) is not None:
-        repair()
+    repair(name)
     kind = type("TextModel", (TextModel, package.Model), {"_package": package, "_family": name})
     arguments = SimpleNamespace(from_dict=lambda config: _vlm_arguments(package, config))
     return ModelClasses(name, Zoo.MLX_VLM, kind, arguments)
