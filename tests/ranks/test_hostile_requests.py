@@ -372,3 +372,55 @@ def test_bodies_in_chunks_of_a_byte_leave_the_others_alone(server):
     for sender in senders:
         sender.join(DEADLINE_S)
     assert longest_s < HEALTH_S
+
+
+def many_objects() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Bodies whose work is in the number of their objects."""
+    part = {"type": "text", "text": ""}
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]}
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    return {
+        "parts": (CHAT, {"messages": [{"role": "user", "content": [part] * 250_000}]}),
+        "calls": (
+            CHAT,
+            {"messages": [MESSAGE, {"role": "assistant", "tool_calls": [call] * 80_000}]},
+        ),
+        "items": (RESPONSES, {"input": [thought] * 100_000}),
+        "members": (CHAT, {"messages": [MESSAGE], **{f"k{at}": 0 for at in range(400_000)}}),
+        "blocks": (
+            MESSAGES,
+            {
+                "model": "demo_model",
+                "max_tokens": 2,
+                "messages": [{"role": "user", "content": [part] * 250_000}],
+            },
+        ),
+    }
+
+
+def test_bodies_of_too_many_objects_are_refused(server):
+    """Others waited 5 s for each; one thread prepares all requests."""
+    for name, (path, body) in many_objects().items():
+        answer = server.post(path, body)
+        assert answer.status_code == 400, (name, answer.text[:300])
+        assert "objects and members" in answer.text, (name, answer.text[:300])
+
+
+def test_text_that_is_too_long_to_count_is_refused(server):
+    """Others waited 27 s while 9 MB were tokenized, also where they are in no message's text."""
+    text = "ab " * 3_000_000
+    long = {"role": "user", "content": text}
+    tools = [{"name": "f", "description": text, "input_schema": {}}]
+    forced = {"messages": [MESSAGE], "tools": tools, "tool_choice": {"type": "any"}}
+    count = "/v1/messages/count_tokens"
+    chat = {"messages": [MESSAGE], "tools": [function(description=text)]}
+    for path, body in (
+        (count, {"model": "demo_model", "messages": [long]}),
+        (count, {"model": "demo_model", **forced}),
+        (MESSAGES, {"model": "demo_model", "max_tokens": 2, **forced}),
+        ("/tokenize", {"messages": [long]}),
+        (CHAT, {**chat, "tool_choice": "required"}),
+    ):
+        answer = server.post(path, body)
+        assert answer.status_code == 400, (path, answer.text[:300])
+        assert "characters" in answer.text, (path, answer.text[:300])

@@ -8,7 +8,9 @@ Next: `generation.py` submits the choices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..core.chat import Message
@@ -18,7 +20,7 @@ from ..text.output_parser import OutputParser
 from ..text.reasoning import SWITCHES, nearest_effort
 from .api import structured_output
 from .api.protocol import ApiAdapter, GenerationRequest, Prompt, ServedModel
-from .api.tokenization import DetokenizeRequest, TokenizeRequest
+from .api.tokenization import MAX_CHARACTERS, DetokenizeRequest, TokenizeRequest
 from .api.validation import UNSUPPORTED, JsonObject, RequestError, describe, parse_request
 from .generation import InFlightChoice
 
@@ -64,7 +66,7 @@ class RequestPreparer:
         choices: list[InFlightChoice] = []
         for prompt in request.prompts:
             self._check_length(request, prompt)
-            tokens = self._tokenize(request, prompt)
+            tokens = self._tokenize(request, prompt, partial(self._check_text, request))
             free = self._served.free_context(len(tokens), request.prompt_field)
             limits = [n for n in (request.max_tokens, free) if n is not None]
             max_tokens = min(limits, default=None)
@@ -117,7 +119,7 @@ class RequestPreparer:
             InputError: the request is refused.
         """
         request = self._apply_effort(adapter.parse(body, self._served))
-        count = len(self._tokenize(request, request.prompts[0]))
+        count = len(self._tokenize(request, request.prompts[0], self._check_countable))
         return {"input_tokens": count}, count
 
     def tokenize(self, body: bytes) -> tuple[JsonObject, int]:
@@ -132,7 +134,9 @@ class RequestPreparer:
             tokens = tokenizer.encode(request.text, add_special=request.adds_special_tokens)
         else:
             chat = self._apply_effort(request.to_generation_request(self._served))
-            tokens = self._tokenize(chat, chat.prompts[0], request.add_generation_prompt)
+            tokens = self._tokenize(
+                chat, chat.prompts[0], self._check_countable, request.add_generation_prompt
+            )
             if request.adds_special_tokens:
                 tokens = (*tokenizer.encode(""), *tokens)
         pieces = [tokenizer.token_bytes(token) for token in tokens] if request.with_pieces else []
@@ -207,14 +211,19 @@ class RequestPreparer:
 
         The beginning of a text has about as many tokens as it has in the whole.
         """
-        limit = self._served.context_length
-        if limit is None or (request.is_chat and len(prompt) > self._max_messages):
+        if request.is_chat and len(prompt) > self._max_messages:
             return
         if isinstance(prompt, str):
             text = prompt
         else:
             contents = [m.get("content") for m in prompt if isinstance(m, dict)]
             text = "\n".join(c for c in contents if isinstance(c, str))
+        self._check_text(request, text)
+
+    def _check_text(self, request: GenerationRequest, text: str) -> None:
+        limit = self._served.context_length
+        if limit is None:
+            return
         length = CHARACTERS_PER_TOKEN * limit
         while length < len(text):
             tokens = len(self._tokenizer.encode(text[:length]))
@@ -226,8 +235,19 @@ class RequestPreparer:
                 raise RequestError(request.prompt_field, reason, "context_length_exceeded")
             length *= 2
 
+    def _check_countable(self, text: str) -> None:
+        """Refuse a chat that would keep the tokenizer from others for long."""
+        limit = max(MAX_CHARACTERS, 2 * CHARACTERS_PER_TOKEN * (self._served.context_length or 0))
+        if len(text) > limit:
+            reason = f"expected at most {limit:,} characters, with tools, got {len(text):,}"
+            raise RequestError("messages", reason, "context_length_exceeded")
+
     def _tokenize(
-        self, request: GenerationRequest, prompt: Prompt, add_generation_prompt: bool = True
+        self,
+        request: GenerationRequest,
+        prompt: Prompt,
+        check_text: Callable[[str], None],
+        add_generation_prompt: bool = True,
     ) -> tuple[int, ...]:
         if isinstance(prompt, str):
             # Not rendered as a chat, as `Model.request` would.
@@ -251,6 +271,7 @@ class RequestPreparer:
             reasoning=think,
             continue_final_message=continued,
             add_generation_prompt=add_generation_prompt,
+            check_text=check_text,
         )
         if request.grammar is None or request.may_call:
             return tokens

@@ -11,7 +11,7 @@ family.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,7 @@ class ChatTokenizer:
         reasoning: bool | None = None,
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
+        check_text: Callable[[str], None] | None = None,
     ) -> tuple[int, ...]:
         """A chat to ids, ready for the assistant's output.
 
@@ -237,6 +238,7 @@ class ChatTokenizer:
             reasoning: whether to reason, if the model can; None: the template's default.
             continue_final_message: the output continues the last message, the assistant's.
             add_generation_prompt: False: end with the last message, not ready for an output.
+            check_text: called with the chat as text, which may be too long to tokenize; may raise.
 
         Raises:
             InputError: the template refuses the messages, or does not use an option.
@@ -266,6 +268,8 @@ class ChatTokenizer:
             raise InputError(
                 f"messages: the model's chat template refuses them: {error}", "messages"
             ) from error
+        if check_text is not None:
+            check_text(text)
         ids = self._backend.encode(text, special=False)
         # Some templates start reasoning whatever `enable_thinking` says.
         if reasoning is False and self.ends_in_reasoning(ids):
