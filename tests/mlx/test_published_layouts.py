@@ -28,6 +28,7 @@ from support.published_layouts import (
     hy_v4_stacks,
     publish,
     publish_quantized,
+    qwen4_exp_singles,
 )
 
 pytest.importorskip("mlx_vlm", reason="needs the extra vlm")
@@ -135,7 +136,8 @@ def test_a_published_format_is_the_model_of_its_decoded_weights(family, tmp_path
     if family == "mimo_v2":
         config["num_key_value_heads"] = 2  # for two ranks of its makers
     synth(tmp_path / "converted", config=config, dtype="float32")
-    layout = hy_v4_stacks if family == "hy_v4" else LAYOUTS[family]
+    others = {"hy_v4": hy_v4_stacks, "qwen4_exp": qwen4_exp_singles}
+    layout = others.get(family, LAYOUTS[family])
     folder = publish(tmp_path / "converted", tmp_path / "published", layout)
     publish_quantized(folder, QUANTIZED_LAYOUTS[family])
     config = json.loads((folder / "config.json").read_text())

@@ -19,6 +19,7 @@ from support.quantized_formats import (
     FORMATS,
     Stored,
     bfloat16,
+    e4m3,
     floats,
     read_nvfp4,
     write_safetensors,
@@ -412,6 +413,26 @@ def deepseek_v41_formats(name: str, shape: tuple[int, ...]) -> Encoded | None:
     return deepseek_v4_formats(name, shape) if ".experts." in name else None
 
 
+def qwen4_exp_singles(tensors: Tensors) -> Named:
+    """As its FP8 checkpoint has it: experts one by one."""
+    for name, array in split_experts(nested(tensors)):
+        name = re.sub(r"shards\.(\d+)", r"shard_\1", name)
+        yield name, array.moveaxis(2, 1) if "conv1d" in name else array
+
+
+def qwen4_exp_formats(name: str, shape: tuple[int, ...]) -> Encoded | None:
+    """Experts in FP8 by blocks; tables of n-grams in FP8 with one scale for all of a layer."""
+    if ".experts." in name:
+        leaves = {"weight": name, "weight_scale_inv": f"{name}_scale_inv"}
+        return encode(name, shape, "block-fp8", leaves)
+    if ".shard_" not in name:
+        return None
+    made, _ = encode(name, shape, "block-fp8", {"weight": name})
+    scale = np.array([0.02], np.float32)
+    path = name.partition(".shard_")[0]
+    return made | {f"{path}.weight_scale": ("F32", scale)}, e4m3(made[name][1]) * scale
+
+
 def mimo_v2_formats(name: str, shape: tuple[int, ...]) -> Encoded | None:
     """Experts in MXFP4; attention in FP8, whose scales are those of the makers' two ranks."""
     path = name.removesuffix(".weight")
@@ -474,6 +495,7 @@ QUANTIZED_LAYOUTS = {
     "hy_v4": hy_v4_formats,
     "inkling": inkling_formats,
     "mimo_v2": mimo_v2_formats,
+    "qwen4_exp": qwen4_exp_formats,
 }
 QUANTIZATION_CONFIGS = {
     "deepseek_v4": FORMATS["ue8m0"].settings,
@@ -481,4 +503,5 @@ QUANTIZATION_CONFIGS = {
     "hy_v4": {"quant_method": "modelopt", "quant_algo": "MXFP8"},
     "inkling": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
     "mimo_v2": FORMATS["block-fp8"].settings,
+    "qwen4_exp": FORMATS["block-fp8"].settings,
 }

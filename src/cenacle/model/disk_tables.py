@@ -22,10 +22,13 @@ from .families import layer_index
 from .tensor_info import DTYPES, TensorInfo
 
 _TENSOR = re.compile(
-    r".*\.(?:engram\.embed|ngram_embedding\.shards?[._](?P<shard>\d+))\.(?P<leaf>\w+)"
+    r".*\.(?:engram\.embed|ngram_embedding(?:\.shards?[._](?P<shard>\d+))?)\.(?P<leaf>\w+)"
 )
 _MODULE = re.compile(r".*\.(?:engram\.embed|ngram_embedding)")
-_LEAVES = {"weight": "weight", "scale": "scales", "scales": "scales", "biases": "biases"}
+_LEAVES = {
+    **{"weight": "weight", "scale": "scales", "scales": "scales", "biases": "biases"},
+    "weight_scale": "factor",  # of all shards, which are FP8
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ def install_disk_tables(
             shards = tables.setdefault(layer_index(tensor.name), {})
             leaves = shards.setdefault(int(match["shard"] or 0), {})
             leaves[_LEAVES[match["leaf"]]] = tensor
+    for shards in tables.values():
+        if (factor := shards[0].get("factor")) is not None:
+            for leaves in shards.values():
+                leaves["factor"] = factor
     for path, module in list(model.named_modules()):
         shards = tables.get(layer_index(f"{path}."), {}) if _MODULE.fullmatch(path) else {}
         if shards:
@@ -132,10 +139,15 @@ class DiskTable(nn.Module):
         shard = self._shards[number]
         leaves = {}
         for leaf, tensor in shard.leaves.items():
+            if leaf == "factor":
+                continue
             # Scales of FP8 may be those of several rows.
             per_row = -(-shard.rows // tensor.shape[0])
             read = mx.array(self._map(number, leaf)[rows // per_row])
             leaves[leaf] = read.view(DTYPES[tensor.dtype][2])
+        if (factor := shard.leaves.get("factor")) is not None:
+            scale = mx.array(self._map(number, "factor")).view(DTYPES[factor.dtype][2])
+            return mx.from_fp8(leaves["weight"], dtype=mx.bfloat16) * scale.reshape(())
         if "scales" not in leaves:
             return leaves["weight"]
         words = leaves["weight"].view(mx.uint32)

@@ -273,7 +273,7 @@ def _list_pieces(
 
 def _table_piece(tensor: TensorInfo, units: UnitRange | None) -> TensorPiece:
     """The rows of a table that a rank must have on its disk."""
-    if units is None:
+    if units is None or len(tensor.shape) < 2:
         return TensorPiece(tensor)
     view = TensorView((1, *tensor.shape), 1, (rows_of_tensor(tensor.shape[0], units),))
     return TensorPiece(tensor, view)
