@@ -22,6 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
+MAX_KEPT_BYTES = (
+    1 << 30
+)  # more than at its first answer; what has been freed may stay in the process
 DEADLINE_S = 600  # of an answer, on a busy machine; the worker limits its processor time
 
 
@@ -39,6 +44,7 @@ class WorkerProcess:
     def __init__(self, module: str) -> None:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
+        self._first_resident_bytes = 0  # after the first answer of the process
 
     @property
     def is_running(self) -> bool:
@@ -62,6 +68,10 @@ class WorkerProcess:
         except (OSError, EOFError, ValueError) as error:
             self.close()
             raise WorkerFailed(f"{self._module}: {error!r}") from error
+        resident_bytes = _resident_bytes(process)
+        self._first_resident_bytes = self._first_resident_bytes or resident_bytes
+        if resident_bytes > self._first_resident_bytes + MAX_KEPT_BYTES:
+            self.close()
         return answer
 
     def close(self) -> None:
@@ -73,7 +83,7 @@ class WorkerProcess:
                 if pipe is not None:
                     with contextlib.suppress(OSError):
                         pipe.close()
-        self._process = None
+        self._process, self._first_resident_bytes = None, 0
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -90,6 +100,13 @@ class WorkerProcess:
             assert self._process.stdin is not None
             os.set_blocking(self._process.stdin.fileno(), False)
         return self._process
+
+
+def _resident_bytes(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return int(psutil.Process(process.pid).memory_info().rss)
+    except psutil.Error:
+        return 0
 
 
 def _write(stream: IO[bytes], data: bytes, ends: float) -> None:

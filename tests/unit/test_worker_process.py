@@ -70,6 +70,23 @@ def test_a_worker_that_ends_is_started_again(stub_worker):
             assert worker.ask(message) == {"length": 3_000_000}
 
 
+def test_a_worker_that_keeps_much_memory_is_replaced(stub_worker):
+    worker = stub_worker(
+        """
+        import os
+        from cenacle.worker_process import serve
+        kept = []
+        def answer(message):
+            kept.append(b"x" * message["bytes"])
+            return {"pid": os.getpid()}
+        serve(answer)
+        """
+    )
+    small, large = {"bytes": 1}, {"bytes": worker_process.MAX_KEPT_BYTES // 2}
+    pids = [worker.ask(message)["pid"] for message in (small, large, large, small, large)]
+    assert pids[0] == pids[1] == pids[2] != pids[3] == pids[4]
+
+
 def test_no_text_pays_for_a_slow_import(tmp_path, monkeypatch):
     """A cold import of transformers needs seconds of processor time."""
     package = tmp_path / "transformers"

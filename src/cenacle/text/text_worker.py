@@ -23,6 +23,7 @@ class TextWorker:
         from tokenizers import Tokenizer
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        render_jinja_template(conversations=[[]], chat_template=" ")  # imports more
         self._load, self._render = Tokenizer.from_str, render_jinja_template
         self._tokenizer: Any = None
 
