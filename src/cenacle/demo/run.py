@@ -1,4 +1,4 @@
-"""The demonstration: a small trained DBRX answers on a few nodes, and shows how.
+"""The demonstration: a small model answers on a few nodes, and shows how.
 
 Owns: which questions are asked, and the output.
 Does not know: how answers are computed.
@@ -19,6 +19,7 @@ from ..api import Completion, Model, load
 from ..core.plan import Plan
 from ..errors import CenacleError
 from ..ranks.step_timings import StepTimings
+from .smollm import prepare_smollm
 from .tasks import KINDS, Task, held_out, is_correct
 
 DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
@@ -26,6 +27,12 @@ COMPONENTS = ("trunk", "experts", "all_reduce", "waiting", "rest")  # of a step'
 RANK_COLORS = (
     *("cyan", "magenta", "yellow", "green", "blue", "red"),
     *("bright_cyan", "bright_magenta"),
+)
+SMOLLM_QUESTIONS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three colors of the rainbow.",
+    "What do bees make?",
 )
 SHADES = " ▁▂▃▄▅▆▇█"
 
@@ -84,6 +91,44 @@ def run_demo(
             ],
             "nodes": nodes,
             "tok_per_s": tok_per_s,
+            "step_timings_ms": timings.per_token_ms(),
+            "routed": timings.routed,
+        }
+
+
+def run_smollm_demo(
+    nodes: int,
+    questions: int,
+    console: Console,
+    progress: Callable[[], AbstractContextManager[Any]],
+    placement: dict[str, Any],
+) -> dict[str, Any]:
+    """Answer questions in English with SmolLM2-135M, and print answers and timings.
+
+    Args and result: as `run_demo`, without "correct"; "answers" have no "expected".
+    """
+    folder = prepare_smollm(lambda message: console.print(message, highlight=False))
+    with progress() as show:
+        model = load(str(folder), nodes, measure_every=2, progress=show, **placement)
+    with model:
+        console.print(
+            f"SmolLM2-135M, its {model.spec.layers} feed-forward layers cut into "
+            f"{model.spec.moe[0].experts} experts each, all of them chosen, on {nodes} nodes:\n"
+        )
+        answers = []
+        for question in (SMOLLM_QUESTIONS * -(-questions // len(SMOLLM_QUESTIONS)))[:questions]:
+            answer = model.generate(question, max_tokens=80, keep_timings=True)
+            answers.append((question, answer))
+            console.print(Text(question), Text(f"{answer.text}\n", "bold"))
+        timings = model.group.step_timings
+        _print_step_timings(console, timings.per_token_ms(), nodes)
+        tokens = sum(len(a.tokens) - 1 for _, a in answers)
+        seconds = sum((len(a.tokens) - 1) / a.tok_per_s for _, a in answers if a.tok_per_s)
+        return {
+            "questions": len(answers),
+            "answers": [{"question": q, "answer": a.text} for q, a in answers],
+            "nodes": nodes,
+            "tok_per_s": tokens / seconds if seconds else 0.0,
             "step_timings_ms": timings.per_token_ms(),
             "routed": timings.routed,
         }

@@ -3,9 +3,9 @@
 Owns: `BLOCK_TYPES`, and `to_mlx_layout`.
 Does not know: files, tensors' names, MLX.
 Types that are affine in groups of 32 become MLX's affine layout without loss; scales and biases are
-float32, because a K-quant's are products of two numbers. Q6_K, Q3_K and Q2_K have a scale for every 16
-weights, for which MLX has no layout: they become 8 bits in groups of 32, and the error is at most a
-510th of a group's range, an eighth of the step of Q6_K or less.
+float32, because a K-quant's are products of two numbers. Q6_K, Q3_K and Q2_K have a scale for every
+16 weights, for which MLX has no layout: they become 8 bits in groups of 32, and the error is at
+most a 510th of a group's range, an eighth of the step of Q6_K or less.
 Invariant: `to_mlx_layout` needs memory for its result and some MB.
 Next: `file.py`; the witness in the tests is the package gguf.
 """
@@ -62,7 +62,8 @@ def to_mlx_layout(type_name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
         blocks: uint8 [..., blocks of a row, bytes of a block].
 
     Returns:
-        "weight" uint32 [..., words of a row], "scales" [..., groups of a row] and, if affine, "biases".
+        "weight" uint32 [..., words of a row], "scales" [..., groups of a row] and, if
+        affine, "biases".
     """
     kind = BLOCK_TYPES[type_name]
     rows = blocks.shape[:-2]
@@ -86,7 +87,7 @@ def to_mlx_layout(type_name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def dequantize(type_name: str, blocks: np.ndarray) -> np.ndarray:
-    """Blocks [..., blocks of a row, bytes] as float32 [..., weights of a row], as MLX would see them."""
+    """The float32 weights [..., weights of a row] of blocks [..., blocks of a row, bytes]."""
     kind = BLOCK_TYPES[type_name]
     flat = blocks.reshape(-1, kind.nbytes)
     if kind.mode == "mxfp4":
@@ -154,7 +155,7 @@ def _decode_q8_0(b: np.ndarray) -> Affine:
 
 
 def _k_scales(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and biases of Q4_K and Q5_K: 8 and 8 numbers of 6 bits in 12 bytes, times two halves."""
+    """Scales and biases of Q4_K and Q5_K: 16 numbers of 6 bits, times two halves."""
     low, high, rest = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scale = np.concatenate([low & 63, (rest & 15) | (low >> 2 & 48)], axis=1)
     minimum = np.concatenate([high & 63, (rest >> 4) | (high >> 2 & 48)], axis=1)

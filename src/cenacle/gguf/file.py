@@ -4,7 +4,7 @@ Owns: reading it, and checking it against the file.
 Does not know: what tensors are for, how blocks are decoded (`blocks.py`).
 Invariant: a tensor of an opened file lies inside it and has as many bytes as its type and shape
 need. Nothing is read beyond the header, and nothing is allocated that the file has no bytes for.
-Next: `model/gguf_checkpoint.py` makes a checkpoint of it.
+Next: `blocks.py`; `demo/cut_experts.py` reads the tensors of one family.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def split_files(path: Path) -> list[Path]:
     missing = [file.name for file in files if not file.exists()]
     if missing or not files:
         raise CheckpointError(
-            f"{path}: expected {count} files of one model, {len(missing)} are missing, the first is "
-            f"{missing[0] if missing else 'all'}; download it too"
+            f"{path}: expected {count} files of one model, {len(missing)} are missing, the first "
+            f"is {missing[0] if missing else 'all'}; download it too"
         )
     return files
 
@@ -212,8 +212,8 @@ def _place_tensor(cursor: _Cursor, begin: int, entry: _Entry, alignment: int) ->
     if type_name not in BLOCK_TYPES:
         known = ", ".join(BLOCK_TYPES)
         raise CheckpointError(
-            f"{cursor.path}: tensor {name:.100} is of type {type_name or kind}, which cannot be read; "
-            f"expected one of {known}; use another quantization of the model"
+            f"{cursor.path}: tensor {name:.100} is of type {type_name or kind}, which cannot be "
+            f"read; expected one of {known}; use another quantization of the model"
         )
     block = BLOCK_TYPES[type_name]
     if min(shape) < 1 or shape[-1] % block.weights:

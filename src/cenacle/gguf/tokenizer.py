@@ -1,11 +1,11 @@
-"""The tokenizer in a GGUF file as the files that the Hub has: tokenizer.json and tokenizer_config.json.
+"""The tokenizer in a GGUF file as the Hub's files: tokenizer.json and tokenizer_config.json.
 
 Owns: both kinds of vocabulary, byte-level BPE ("gpt2") and SentencePiece with scores ("llama"), how
 text is split before BPE, special tokens, and which tokens end an output.
 Does not know: models, the tokenizers library.
-How: llama.cpp merges SentencePiece's pairs by the score of what they make; BPE with the merges in the
-order of those scores does the same.
-Next: `model/gguf_folder.py` writes the files.
+How: llama.cpp merges SentencePiece's pairs by the score of what they make; BPE with the merges in
+the order of those scores does the same.
+Next: `demo/cut_experts.py` writes the files.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def tokenizer_files(metadata: Metadata) -> dict[str, dict[str, Any]]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens) or not tokens:
         raise CheckpointError(
-            "expected a vocabulary (tokenizer.ggml.tokens), got none; give the first file of a split "
-            "model, or another copy"
+            "expected a vocabulary (tokenizer.ggml.tokens), got none; give the first file of a "
+            "split model, or another copy"
         )
     kinds = _list_of(metadata, "token_type", len(tokens), [1] * len(tokens))
     name = metadata.get("tokenizer.ggml.model")
@@ -145,15 +145,20 @@ def end_tokens(metadata: Metadata) -> list[int]:
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     named = [special_token(metadata, key) for key in ("eos", "eot", "eom")]
     others = [
-        i for i, t in enumerate(tokens) if t in _END_TOKENS and kinds[i] in (_CONTROL, _USER_DEFINED)
+        i
+        for i, t in enumerate(tokens)
+        if t in _END_TOKENS and kinds[i] in (_CONTROL, _USER_DEFINED)
     ]
     return list(dict.fromkeys([i for i in [*named, *others] if i is not None]))
 
 
 def _list_of(metadata: Metadata, key: str, length: int, default: list[Any] | None) -> list[Any]:
     values = metadata.get(f"tokenizer.ggml.{key}", default)
-    is_list = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
-    if not is_list or len(values) != length:
+    if (
+        not isinstance(values, list)
+        or len(values) != length
+        or not all(isinstance(value, int | float) for value in values)
+    ):
         got = len(values) if isinstance(values, list) else "none"
         raise CheckpointError(f"tokenizer.ggml.{key}: expected {length} numbers, got {got}")
     return list(values)
@@ -237,7 +242,10 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], kinds: list[int]) -> d
         "version": "1.0",
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [*([{"type": "Prepend", "prepend": "\u2581"}] if prefix else []), replace],
+            "normalizers": [
+                *([{"type": "Prepend", "prepend": "\u2581"}] if prefix else []),
+                replace,
+            ],
         },
         "pre_tokenizer": None,
         "decoder": {
