@@ -2,7 +2,8 @@
 
 For each format: one layer far larger than the caches, in turn with its limit, a pure read of its
 bytes by as many threads; medians. Then several tokens at once, in multiplications. The last line of
-stdout is JSON. Run it on an idle machine.
+stdout is JSON. Run it on an idle machine; on a busy one `--cpu-time` leaves out the time of others,
+though not what they take of the memory's bandwidth.
 """
 
 import argparse
@@ -21,12 +22,16 @@ from cenacle import native
 from cenacle.ranks.local_ranks import MALLOC_TUNABLES
 
 WIDTH = 2048
+FORMATS = (
+    *("float32", "bfloat16", "float16", "8-bit g64", "4-bit g32", "4-bit g64", "4-bit g128"),
+    *("mxfp4", "nvfp4", "mxfp8", "fp8 g128", "3-bit g64"),
+)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def seconds(work: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def layer(name: str, rows: int) -> tuple[Any, mx.array, int]:
@@ -37,6 +42,12 @@ def layer(name: str, rows: int) -> tuple[Any, mx.array, int]:
     if name in ("float32", "bfloat16", "float16"):
         w = mx.contiguous(mx.tile(block.astype(getattr(mx, name)), (rows // 1024, 1)))
         return weights(w, None, None, None, 0, 0, ""), w, w.nbytes
+    if name == "fp8 g128":
+        codes = mx.to_fp8(block * 100)
+        w = mx.contiguous(mx.tile(codes, (rows // 1024, 1))).view(mx.uint32)
+        scales = mx.random.uniform(0.01, 0.03, (rows, WIDTH // 128))
+        mx.eval(w, scales)
+        return weights(w, scales, None, None, 8, 128, "fp8"), w, w.nbytes + scales.nbytes
     bits, group, mode = {
         "4-bit g32": (4, 32, "affine"),
         "4-bit g64": (4, 64, "affine"),
@@ -44,6 +55,8 @@ def layer(name: str, rows: int) -> tuple[Any, mx.array, int]:
         "8-bit g64": (8, 64, "affine"),
         "3-bit g64": (3, 64, "affine"),
         "mxfp4": (4, 32, "mxfp4"),
+        "nvfp4": (4, 16, "nvfp4"),
+        "mxfp8": (8, 32, "mxfp8"),
     }[name]
     parts = [
         mx.contiguous(mx.tile(a, (rows // 1024, 1)))
@@ -60,7 +73,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=65536)
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--kernels", default=None, help="a set of kernels, else the best")
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine; one thread")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="by default: %(default)s")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     module = native.extension()
     mx.set_default_device(mx.cpu)
     module.set_threads(args.threads)
@@ -68,19 +84,19 @@ def main() -> None:
         module.select_kernels(args.kernels)
     print(f"{platform.processor() or platform.machine()}, {native.describe_kernels()}")
     print("format        read GB/s   1 token GB/s   % of read   GMAC/s with 1   8   64 tokens")
-    formats = ("float32", "bfloat16", "float16", "8-bit g64")
     results = []
-    for name in (*formats, "4-bit g32", "4-bit g64", "4-bit g128", "mxfp4", "3-bit g64"):
+    for name in args.formats.split(","):
         weights, array, size = layer(name, args.rows)
         xs = {t: mx.random.normal((t, WIDTH)) for t in (1, 8, 64)}
         mx.eval(*xs.values())
 
         def run(tokens: int, weights: Any = weights, xs: dict[int, mx.array] = xs) -> float:
-            return seconds(lambda: mx.eval(module.linear(xs[tokens], weights)))
+            return seconds(lambda: mx.eval(module.linear(xs[tokens], weights)), clock)
 
         run(1)
         pairs = [
-            (seconds(lambda array=array: module.read(array)), run(1)) for _ in range(args.repeat)
+            (seconds(lambda array=array: module.read(array), clock), run(1))
+            for _ in range(args.repeat)
         ]
         limit = array.nbytes / statistics.median(p[0] for p in pairs) / 1e9
         one = statistics.median(p[1] for p in pairs)

@@ -226,11 +226,13 @@ inline void bytes_of_row(const Matrix& m, int64_t row, uint8_t* to) {
 
 // ---- e4m3 -------------------------------------------------------------------------------------
 
-// T tokens with one row. `scale` holds a factor for every 32 weights.
+// T tokens with one row. `scale` holds a factor for every `group` weights.
 template <int T>
-inline void e4m3_tile(const uint8_t* w, int64_t width, const float* scale, const float* const* x, __m256* sum) {
+inline void e4m3_tile(const uint8_t* w, int64_t width, int group, const float* scale, const float* const* x,
+                      __m256* sum) {
   for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
-  for (int64_t i = 0; i < width; i += 32) {
+  for (int64_t i = 0, end = group; i < width; i += 32) {
+    if (i == end) end += group, scale++;
     __m256 part[T];
     if constexpr (T == 1)
       if (i % 64 == 0) prefetch_ahead(w + i);
@@ -243,24 +245,24 @@ inline void e4m3_tile(const uint8_t* w, int64_t width, const float* scale, const
         part[t] = _mm256_fmadd_ps(z, _mm256_loadu_ps(x[t] + i + h + 8), part[t]);
       }
     }
-    for (int t = 0; t < T; t++) sum[t] = _mm256_fmadd_ps(part[t], _mm256_broadcast_ss(scale + i / 32), sum[t]);
+    for (int t = 0; t < T; t++) sum[t] = _mm256_fmadd_ps(part[t], _mm256_broadcast_ss(scale), sum[t]);
   }
 }
 
 void multiply_e4m3(const Matrix& m, int64_t first, int64_t last, const Activations& a, const int32_t* tokens,
                    int count, float* const* out, float* scratch) {
-  const int64_t groups = m.width / 32;
+  const int64_t groups = m.width / m.group;
   float *scales = scratch, *unused = scales + ROWS * groups;
   for (int64_t row = first; row < last; row += ROWS) {
     const int64_t n = last - row < ROWS ? last - row : ROWS;
     const uint8_t* w = m.weight + row * m.weight_stride;
-    for (int64_t r = 0; r < n; r++) row_scales(m, row + r, 32, groups, scales + r * groups, unused);
+    for (int64_t r = 0; r < n; r++) row_scales(m, row + r, m.group, groups, scales + r * groups, unused);
     for_token_tiles(count, [&](int j, auto size) {
       const float* x[size()];
       __m256 sum[size()];
       for (int t = 0; t < size(); t++) x[t] = a.plain + int64_t(tokens[j + t]) * a.width;
       for (int64_t r = 0; r < n; r++) {
-        e4m3_tile<size()>(w + r * m.weight_stride, m.width, scales + r * groups, x, sum);
+        e4m3_tile<size()>(w + r * m.weight_stride, m.width, m.group, scales + r * groups, x, sum);
         for (int t = 0; t < size(); t++) out[j + t][row - first + r] = total(sum[t]) * HALVES;
       }
     });
@@ -346,7 +348,7 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  if (is_e4m3(m)) return (ROWS + 1) * (m.width / 32);
+  if (is_e4m3(m)) return (ROWS + 1) * (m.width / m.group);
   if (m.format == Format::nvfp4 && l.interleave == Interleave::none) return DECODED_ROWS * m.width;
   if (l.interleave == Interleave::none) return 0;
   return (2 * ROWS + 4) * groups_of(l, m.width) + (expands_rows(m, l) ? ROWS * m.width / 4 : 0);

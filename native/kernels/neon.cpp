@@ -219,14 +219,15 @@ void multiply_quantized(const Matrix& m, int64_t first, int64_t last, const Acti
 
 // ---- e4m3 -------------------------------------------------------------------------------------
 
-// T tokens with one row. `scale` holds a factor for every 32 weights. A code becomes a half float by shifts: the
+// T tokens with one row. `scale` holds a factor for every `group` weights. A code becomes a half float by shifts: the
 // sign, a zero, the other seven bits; its exponent is then 8 too small. No value is lost in conversion.
 template <int T>
-inline void e4m3_tile(const uint8_t* w, int64_t width, const float* scale, const float* const* x,
+inline void e4m3_tile(const uint8_t* w, int64_t width, int group, const float* scale, const float* const* x,
                       float32x4_t* sum) {
   const uint16x8_t digits = vdupq_n_u16(0xbf80);
   for (int t = 0; t < T; t++) sum[t] = vdupq_n_f32(0.f);
-  for (int64_t i = 0; i < width; i += 32) {
+  for (int64_t i = 0, end = group; i < width; i += 32) {
+    if (i == end) end += group, scale++;
     float32x4_t part[T][2];
     for (int t = 0; t < T; t++) part[t][0] = part[t][1] = vdupq_n_f32(0.f);
     __builtin_prefetch(w + i + AHEAD);
@@ -240,24 +241,24 @@ inline void e4m3_tile(const uint8_t* w, int64_t width, const float* scale, const
       }
     }
     for (int t = 0; t < T; t++)
-      sum[t] = vfmaq_n_f32(sum[t], vaddq_f32(part[t][0], part[t][1]), scale[i / 32]);
+      sum[t] = vfmaq_n_f32(sum[t], vaddq_f32(part[t][0], part[t][1]), *scale);
   }
 }
 
 void multiply_e4m3(const Matrix& m, int64_t first, int64_t last, const Activations& a, const int32_t* tokens,
                    int count, float* const* out, float* scratch) {
-  const int64_t groups = m.width / 32;
+  const int64_t groups = m.width / m.group;
   float *scales = scratch, *unused = scales + ROWS * groups;
   for (int64_t row = first; row < last; row += ROWS) {
     const int64_t n = last - row < ROWS ? last - row : ROWS;
     const uint8_t* w = m.weight + row * m.weight_stride;
-    for (int64_t r = 0; r < n; r++) row_scales(m, row + r, 32, groups, scales + r * groups, unused);
+    for (int64_t r = 0; r < n; r++) row_scales(m, row + r, m.group, groups, scales + r * groups, unused);
     for_token_tiles(count, [&](int j, auto size) {
       const float* x[size()];
       float32x4_t sum[size()];
       for (int t = 0; t < size(); t++) x[t] = a.plain + int64_t(tokens[j + t]) * a.width;
       for (int64_t r = 0; r < n; r++) {
-        e4m3_tile<size()>(w + r * m.weight_stride, m.width, scales + r * groups, x, sum);
+        e4m3_tile<size()>(w + r * m.weight_stride, m.width, m.group, scales + r * groups, x, sum);
         for (int t = 0; t < size(); t++) out[j + t][row - first + r] = vaddvq_f32(sum[t]) * 256.f;
       }
     });
@@ -307,7 +308,7 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* quantized, float*
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  if (is_e4m3(m)) return (ROWS + 1) * (m.width / 32);
+  if (is_e4m3(m)) return (ROWS + 1) * (m.width / m.group);
   return l.interleave != Interleave::none ? (2 * ROWS + 4) * groups_of(l, m.width) : DECODED_ROWS * m.width;
 }
 

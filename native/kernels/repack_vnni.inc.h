@@ -125,7 +125,8 @@ void packed_tiles(const Matrix& m, int64_t begin, int64_t end, const Activations
     const uint8_t* w = m.weight + row * m.weight_stride;
     const __mmask16 rows = end - row < ROWS_PER_PACK ? __mmask16((1u << (end - row)) - 1) : 0xffff;
     for (int j = 0; j < count;) {
-      const int left = count - j, some = left >= 8 ? 8 : left >= 4 ? 4 : left;
+      // With groups of 16 the sums of eight tokens do not stay in registers.
+      const int left = count - j, some = left >= 8 && GROUP > 16 ? 8 : left >= 4 ? 4 : left;
       const auto run = some == 8   ? packed_tile<C, PLANES, GROUP, 8>
                        : some == 4 ? packed_tile<C, PLANES, GROUP, 4>
                        : some == 3 ? packed_tile<C, PLANES, GROUP, 3>
