@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cenacle.core.request import Request
+from cenacle.errors import InputError
 from cenacle.server.api.openai import ChatCompletionsAdapter
 from cenacle.server.api.openai_responses import ResponsesAdapter
 from cenacle.server.api.protocol import ServedModel
@@ -69,3 +70,31 @@ def test_an_effort_has_no_effect_on_a_model_that_does_not_reason(tmp_path: Path)
     prepare = preparer(tmp_path / "model", PLAIN, reasons=False)
     body = {"messages": [{"role": "user", "content": "hello"}], "reasoning_effort": "high"}
     prepare.prepare(ChatCompletionsAdapter(), json.dumps(body).encode(), "")
+
+
+@pytest.mark.parametrize("reasons", [False, True])
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking", "unknown", "self", "a b"])
+def test_variables_that_a_template_does_not_use_have_no_effect(
+    tmp_path: Path, name: str, reasons: bool
+) -> None:
+    prepare = preparer(tmp_path / "model", PLAIN, reasons=reasons)
+    body = {
+        "messages": [{"role": "user", "content": "hello<think>" if reasons else "hello"}],
+        "chat_template_kwargs": {name: False},
+    }
+    request, (choice,) = prepare.prepare(ChatCompletionsAdapter(), json.dumps(body).encode(), "")
+    assert request.warnings == (f"chat_template_kwargs: not used by the template: {name}",)
+    switched_off = reasons and "thinking" in name
+    text = prepare._tokenizer.decode(choice.request.tokens)
+    assert text.endswith("</think>") is switched_off
+
+
+@pytest.mark.parametrize("name", ["messages", "chat_template", "tokenize", "tools"])
+def test_variables_of_the_server_are_refused(tmp_path: Path, name: str) -> None:
+    prepare = preparer(tmp_path / "model", PLAIN, reasons=False)
+    body = {
+        "messages": [{"role": "user", "content": "hello"}],
+        "chat_template_kwargs": {name: []},
+    }
+    with pytest.raises(InputError, match=name):
+        prepare.prepare(ChatCompletionsAdapter(), json.dumps(body).encode(), "")

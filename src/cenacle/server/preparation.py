@@ -165,11 +165,19 @@ class RequestPreparer:
         word = request.reasoning_effort
         effort = nearest_effort(word) if word is not None else None
         settings = self._tokenizer.map_reasoning_effort(effort)
-        explicit = request.template_kwargs
+        explicit = dict(request.template_kwargs)
+        unused = [name for name in explicit if not self._tokenizer.takes_option(name)]
+        warnings = request.warnings
+        if unused:
+            names = ", ".join(name[:80] for name in unused)
+            warnings = (*warnings, f"chat_template_kwargs: not used by the template: {names}")
         enabled, budget = request.enable_thinking, request.thinking_budget
+        for name in unused:
+            value = explicit.pop(name)
+            if enabled is None and name in SWITCHES and isinstance(value, bool):
+                enabled = value
         if enabled is None and not any(name in explicit for name in SWITCHES):
             enabled = settings.enabled
-        warnings = request.warnings
         if word is not None and effort != word:
             warnings = (*warnings, f"effort {describe(word)}: taken as {effort or 'the default'}")
         if request.enable_thinking and not self._tokenizer.has_reasoning:

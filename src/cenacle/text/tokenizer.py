@@ -175,6 +175,10 @@ class ChatTokenizer:
     def _encode_markers(self, text: str) -> tuple[int, ...]:
         return self._backend.encode(text, special=False)
 
+    def takes_option(self, name: str) -> bool:
+        """Whether a client's variable reaches the chat template, or is refused by `render`."""
+        return name in _RESERVED_VARIABLES or self._template_uses(name)
+
     def _template_uses(self, variable: str) -> bool:
         """Whether the chat template uses a variable; one that is a Python function may use any."""
         template = self._tokenizer.chat_template

@@ -200,6 +200,7 @@ def _read_biases(value: Any) -> Any:
     return biases
 
 
+MAX_VARIABLES = 100  # of a chat template; it is searched for each
 _Window = Annotated[int, Field(ge=-1, le=MAX_COUNT)]
 
 
@@ -384,7 +385,9 @@ class ReasoningParameters(ApiRequest):
     reasoning_format: Literal["auto", "parsed", "deepseek", "hidden"] = Field(
         "auto", description="hidden: leave it out of the response."
     )
-    chat_template_kwargs: JsonObject = Field({}, description="Variables of the chat template.")
+    chat_template_kwargs: JsonObject = Field(
+        {}, max_length=MAX_VARIABLES, description="Variables of the chat template."
+    )
 
     def reasoning_fields(self) -> JsonObject:
         """Fields of the `GenerationRequest` that come from these parameters."""
