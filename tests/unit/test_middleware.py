@@ -112,6 +112,7 @@ def test_other_hosts_are_refused_on_loopback(keys):
         **dict.fromkeys(("evil.example", "localhost.evil.example", "127.0.0.1.evil.example"), 403),
         **dict.fromkeys(("192.0.2.1", "", "[::2]", "0.0.0.0", "[", "x" * 5000), 403),
         **dict.fromkeys(("[::1]evil", "[::1]evil.example:80", "[::1].evil.example"), 403),
+        **dict.fromkeys(("localhost:80@evil.example", "127.0.0.1:x", "localhost:80:80"), 403),
     }
     answers = ask(keys, policy, *(("GET", "/health", {"Host": h}) for h in hosts))
     assert [a.status_code for a in answers] == list(hosts.values())

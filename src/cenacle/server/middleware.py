@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import socket
 import sys
 import time
@@ -305,12 +306,13 @@ def _read_api_key(headers: Headers) -> str | None:
     return headers.get("x-api-key")
 
 
+_HOST = re.compile(r"(?:\[([^][]*)\]|([^][:]*))(?::[0-9]*)?")
+
+
 def _host_name(host: str) -> str:
-    """A Host header without its port and brackets."""
-    if host.startswith("["):
-        name, _, rest = host[1:].partition("]")
-        return name if not rest or rest.startswith(":") else host
-    return host.partition(":")[0].lower()
+    """A Host header without its port and brackets; what is none stays as it is."""
+    match = _HOST.fullmatch(host)
+    return (match[1] or match[2] or "").lower() if match else host
 
 
 def _denial_response(path: str, denied: _AccessDenied) -> Response:
