@@ -29,15 +29,31 @@ def config_home() -> Iterator[Path]:
 FOLDERS = ("hosts", "ranks", "browser", "mlx", "unit", "clients", "smollm")
 LONGEST_FILES = (
     "test_cli.py",
+    "test_batching.py",
+    "test_formats.py",
     "test_families.py",
-    "test_load.py",
-    "test_recovery.py",
     "test_resumed_requests.py",
+    "test_native.py",
     "test_bench.py",
-    "test_prefix_cache_disk.py",
-    "test_supervisor.py",
-    "test_server.py",
+    "test_load.py",
+    "test_command_line.py",
+    "test_decoding.py",
+    "test_group.py",
+    "test_hostile_requests.py",
+    "test_recovery.py",
+    "test_kernels.py",
+    "test_slicing.py",
     "test_safety.py",
+    "test_prefix_cache_disk.py",
+    "test_private_temp_dir.py",
+    "test_extras.py",
+    "test_server.py",
+    "test_hub.py",
+    "test_prefix_cache.py",
+    "test_supervisor.py",
+    "test_page.py",
+    "test_clients.py",
+    "test_joining.py",
 )
 
 
@@ -45,6 +61,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> tuple[int, int]:
         folder, name = item.path.parent.name, item.path.name
         files = LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
-        return FOLDERS.index(folder), files
+        return files, FOLDERS.index(folder)
 
     items.sort(key=rank)
