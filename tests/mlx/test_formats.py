@@ -347,7 +347,7 @@ def test_block_fp8_is_rounded_to_the_type_of_the_model(tmp_path):
     folder = write_checkpoints(tmp_path, "mixtral", FORMATS["block-fp8"], "bfloat16")
     got = parameters(build_model(Checkpoint.open(folder), None, 0))
     exact = parameters(build_model(Checkpoint.open(folder / "dense"), None, 0))
-    layer = next(iter(Checkpoint.open(folder).quantized.layers.values()))
+    layer = Checkpoint.open(folder).quantized.layers["model.layers.1.block_sparse_moe.experts.0.w3"]
     assert layer.error == 2**-8
     name = "model.layers.1.block_sparse_moe.switch_mlp.up_proj.weight"
     assert got[name].dtype == mx.bfloat16
@@ -380,7 +380,7 @@ def test_layers_of_one_checkpoint_have_formats_of_their_own(tmp_path):
         assert difference(logits(folder, nodes, placement), expected) < 1e-4
     description = read_model_spec(Checkpoint.open(folder)).quantization
     assert description is not None
-    assert "int 4-bit held as affine 4-bit, groups of 32; fp8 held as float32" in description
+    assert "int 4-bit held as affine 4-bit, groups of 32; fp8 held as mxfp8" in description
 
 
 # Models without experts: draft models

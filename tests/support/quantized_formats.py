@@ -346,9 +346,9 @@ FORMATS = {
         write_channel_fp8,
         read_scaled_fp8,
         compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
-        "dense",
+        "mxfp8",
     ),
-    "tensor-fp8": Format(write_tensor_fp8, read_scaled_fp8, {"quant_method": "fp8"}, "dense"),
+    "tensor-fp8": Format(write_tensor_fp8, read_scaled_fp8, {"quant_method": "fp8"}, "mxfp8"),
     "mxfp8": Format(
         write_mxfp8,
         read_mxfp8,

@@ -139,9 +139,8 @@ class _Recognizer:
             raise self._error(path, f"expected scales that are floats, got {scale.dtype}")
         rows, columns = self._scale_axes(path, weight.shape, scale)
         powers = is_e8m0 or self.settings.get("scale_fmt") == "ue8m0"
-        exact = powers and inputs % 32 == 0
-        if columns is not None and columns.features % 32:
-            exact = False
+        # A scale of rows stays a float beside mxfp8's; scales of blocks must be powers of two.
+        exact = inputs % 32 == 0 and (columns is None or (powers and columns.features % 32 == 0))
         tensors = {"weight": _matrix(weight), "scale": StoredTensor(scale, rows, columns)}
         if exact:
             return self._layer(path, "fp8", tensors, (outputs, inputs), "mxfp8", 8, 32)

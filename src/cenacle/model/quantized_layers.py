@@ -6,7 +6,8 @@ Does not know: families, ranks, how a format is recognized (`format_recognition.
 Where MLX has a layout that holds a format exactly (affine, mxfp4, mxfp8, nvfp4), that is used; else
 16-bit floats (`StoredLayer.error`). The formats, as their writers define them:
 - fp8 (DeepSeek, Qwen, compressed-tensors float-quantized, ModelOpt): e4m3 [out, in] times a scale
-  per tensor, per row or per block; with power-of-two scales (ue8m0, mxfp8) it is MLX's mxfp8.
+  per tensor, per row or per block; with power-of-two scales (ue8m0, mxfp8) it is MLX's mxfp8, and
+  so it is with a scale of the tensor or of rows, which is kept apart (`scaled_layers.py`).
 - int (compressed-tensors pack-quantized and int-quantized): (q - zero) * scale. MLX's affine layout
   is q * scale + bias with bias = -zero * scale, which float32 holds without rounding.
 - nvfp4 (compressed-tensors, ModelOpt): e2m1 times an e4m3 scale per 16 times a scale per tensor.
@@ -216,6 +217,13 @@ class _Decoder:
 
     def fp8(self) -> dict[str, mx.array]:
         layer, weight = self.layer, self.arrays["weight"]
+        if layer.held == "mxfp8" and layer.tensors["scale"].columns is None:
+            words = _as_words(weight)
+            ones = mx.full(
+                (*words.shape[:-1], words.shape[-1] * 4 // layer.group_size), 127, mx.uint8
+            )
+            scale = mx.broadcast_to(self._scale().astype(mx.float32)[..., 0], words.shape[:-1])
+            return {"weight": words, "scales": ones, "output_scale": scale}
         if layer.held == "mxfp8":
             scales = self._spread("scale", self._exponents(), step=layer.group_size)
             return {"weight": _as_words(weight), "scales": scales}
