@@ -1,5 +1,6 @@
 """What becomes of a request that depends on the model's chat template."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -98,3 +99,17 @@ def test_variables_of_the_server_are_refused(tmp_path: Path, name: str) -> None:
     }
     with pytest.raises(InputError, match=name):
         prepare.prepare(ChatCompletionsAdapter(), json.dumps(body).encode(), "")
+
+
+@pytest.mark.parametrize("levels", range(880, 1000, 6))
+def test_deep_arguments_cost_their_request(tmp_path: Path, levels: int) -> None:
+    prepare = preparer(tmp_path / "model", PLAIN, reasons=False)
+    arguments = '{"a":' * levels + "1" + "}" * levels
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "x"},
+    ]
+    with contextlib.suppress(InputError):
+        prepare.prepare(ChatCompletionsAdapter(), json.dumps({"messages": messages}).encode(), "")

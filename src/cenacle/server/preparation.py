@@ -8,6 +8,7 @@ Next: `generation.py` submits the choices.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -263,6 +264,7 @@ class RequestPreparer:
         if not request.is_chat:
             return self._model.tokens_of(prompt)
         self._check_chat(request, prompt)
+        self._check_countable(_chat_json(request, prompt))  # rendering takes long, too
         messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
         tools = request.tools
         if not self._tokenizer.renders_tools:
@@ -311,6 +313,15 @@ class RequestPreparer:
                 request.stop, request.tools, prompt_tokens, parallel=request.parallel_tool_calls
             )
         return self._tokenizer.text_parser(request.stop)
+
+
+def _chat_json(request: GenerationRequest, prompt: Prompt) -> str:
+    try:
+        parts = [prompt, [tool.to_json() for tool in request.tools]]
+        return json.dumps(parts, ensure_ascii=False)
+    except RecursionError:
+        reason = "expected arguments and schemas of a few hundred nested levels, got more"
+        raise RequestError(request.prompt_field, reason) from None
 
 
 def prompt_alternatives(request: GenerationRequest) -> int | None:
