@@ -111,14 +111,6 @@ def test_no_weights(folder):
     assert_rejected(folder, "has no weights: expected files named model*.safetensors")
 
 
-def test_gguf_is_refused_by_name(folder):
-    (folder / "model.gguf").write_bytes(b"GGUF")
-    Checkpoint.open(folder)  # beside safetensors it is nobody's business
-    (folder / WEIGHTS).unlink()
-    assert_rejected(folder, "GGUF files are not supported; expected a folder")
-    assert_rejected(folder / "model.gguf", "GGUF files are not supported; expected a folder")
-
-
 @pytest.mark.parametrize("size", [0, 5, 8, 100])
 def test_file_cut_in_its_header(folder, size):
     data = (folder / WEIGHTS).read_bytes()

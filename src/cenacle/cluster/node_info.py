@@ -23,7 +23,7 @@ from .. import native
 from ..collective import mesh
 from ..errors import CenacleError, printable
 from ..machine import processor_name, usable_cores
-from ..model.weight_files import config_file, index_path, weight_files
+from ..model.weight_files import GGUF_INDEX, config_file, index_path, weight_files
 from ..planning import catalog
 from ..planning.plan_cost import LOCAL_MACHINE
 from . import thunderbolt
@@ -98,12 +98,15 @@ def checkpoint_digest(folder: Path) -> str:
     """What tells two checkpoints apart without reading their weights: config.json, the index, and
     the names, sizes and headers of the weight files."""
     digest = hashlib.sha256()
-    described = [path for path in (config_file(folder), index_path(folder)) if path.exists()]
+    paths = config_file(folder), index_path(folder), folder / GGUF_INDEX
+    described = [path for path in paths if path.exists()]
     for path in described + [file for file in weight_files(folder) if file.exists()]:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             if path.suffix == ".json":
                 digest.update(file.read())
+                continue
+            if path.suffix == ".gguf":  # its index is in the digest
                 continue
             header_length = file.read(8)
             digest.update(header_length)

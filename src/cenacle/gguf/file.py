@@ -132,11 +132,7 @@ class _Cursor:
         return struct.unpack(code, self.read(struct.calcsize(code)))[0]
 
     def string(self) -> str:
-        data = self.read(self.scalar(10))
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return data.decode(errors="surrogateescape")  # some vocabularies have bytes
+        return self.read(self.scalar(10)).decode(errors="replace")  # some vocabularies have bytes
 
     def value(self) -> Any:
         kind = self.scalar(4)

@@ -27,6 +27,7 @@ from .byte_ranges import is_partial
 from .config_file import read_config, read_quantization_settings
 from .families import family_of, is_tower_tensor
 from .format_recognition import find_quantized_layers
+from .gguf_checkpoint import GgufIndex, is_gguf, prepare_folder
 from .quantized_layers import QuantizedLayers
 from .tensor_info import DTYPES, TensorInfo
 from .weight_files import (
@@ -52,12 +53,14 @@ class Checkpoint:
         config: config.json, with the names that mlx-lm looks for.
         tensors: every tensor by name.
         quantized: the layers that are quantized in other formats than MLX's own.
+        gguf: the index of a folder that stands for a GGUF model.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     quantized: QuantizedLayers = field(default_factory=QuantizedLayers)
+    gguf: GgufIndex | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -66,11 +69,14 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, truncated or not what its header says.
         """
-        _refuse_gguf(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
         check_files(folder)
         config = read_config(folder)
+        if (index := GgufIndex.read(folder)) is not None:
+            _check_counts(folder, config, index.tensors)
+            config = architecture.complete_config(config)
+            return cls(folder, config, index.tensors, gguf=index)
         listed, files = read_index(folder), weight_files(folder)
         if not files:
             raise CheckpointError(
@@ -119,15 +125,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(t.stop - t.start for t in self.tensors.values())
-
-
-def _refuse_gguf(folder: Path) -> None:
-    is_file = folder.is_file() and folder.suffix == ".gguf"
-    if is_file or (any(folder.glob("*.gguf")) and not weight_files(folder)):
-        raise CheckpointError(
-            f"{folder}: GGUF files are not supported; expected a folder with config.json and "
-            f"model*.safetensors, so use the same model in another format"
-        )
 
 
 def _read_header(file: Path) -> Iterable[TensorInfo]:
@@ -223,6 +220,8 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
         CheckpointError: neither a folder with a whole model nor a repository that can be had.
     """
     folder = Path(model).expanduser()
+    if is_gguf(folder):
+        return prepare_folder(folder)
     if folder.exists():
         if is_partial(folder):
             raise CheckpointError(

@@ -71,6 +71,8 @@ def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modu
         raise CheckpointError(f"{checkpoint.folder}: {family} cannot run: {reason}")
     try:
         with architecture.discard_random_init(), _only_files_of(checkpoint):
+            if checkpoint.gguf is not None:
+                return _load_gguf(checkpoint, plan, rank)
             model, _ = mlx_lm_utils.load_model(
                 checkpoint.folder,
                 lazy=True,
@@ -89,6 +91,46 @@ def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modu
             f"{checkpoint.folder}: the files do not fit {family}: {error!s:.500}"
         ) from error
     return model
+
+
+def _load_gguf(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
+    model_class, arguments = _partial_classes(checkpoint.config, checkpoint, plan, rank)
+    model = model_class(arguments.from_dict(checkpoint.config))  # type: ignore[call-arg]
+    slices: RankSlices = model.rank_slices
+    tensors: dict[str, mx.array] = {}
+    for piece in slices.tensors:
+        path = piece.tensor.name.rpartition(".")[0]
+        for leaf, array in _read_gguf_piece(checkpoint, piece, is_read=plan is not None).items():
+            part = slices.unread.get(path)
+            sliced = array if part is None else part.apply(array, leaf)
+            if plan is not None:
+                mx.eval(sliced)  # so that the whole tensor can be freed
+            tensors[f"{path}.{leaf}"] = sliced
+    nn.quantize(
+        model,
+        class_predicate=lambda path, module: (
+            hasattr(module, "to_quantized")
+            and f"{path}.scales" in tensors
+            and mlx_lm_utils.infer_quant_config(path, module, tensors)
+        ),
+    )
+    model.checks, model.unpacked = [], ()
+    model.eval()
+    model.load_weights(list(tensors.items()), strict=True)
+    return model
+
+
+def _read_gguf_piece(
+    checkpoint: Checkpoint, piece: TensorPiece, *, is_read: bool
+) -> dict[str, mx.array]:
+    assert checkpoint.gguf is not None
+    tensor, view = piece.tensor, piece.view
+    shape = tensor.shape if view is None else piece.shape
+    if view is not None and len(view.shape) > len(tensor.shape):
+        shape = (shape[0] * shape[1], *shape[2:])
+    if not is_read:
+        return checkpoint.gguf.describe(tensor, shape)
+    return checkpoint.gguf.decode(tensor, read_piece(piece).reshape(shape))
 
 
 _LOADED_FILES: ContextVar[list[str] | None] = ContextVar("loaded files", default=None)

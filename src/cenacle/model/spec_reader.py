@@ -52,7 +52,10 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
     model = build_model(checkpoint, None, 0)
     name = architecture.resolve_family(checkpoint.config)
     family, config = family_of(name), checkpoint.config
-    layers = tuple(_describe_layer(b, family) for b in architecture.find_blocks(model))
+    layers = tuple(
+        _describe_layer(b, family, _width_blocks(checkpoint, b))
+        for b in architecture.find_blocks(model)
+    )
     placed_bytes = sum(m.experts * m.expert_bytes + m.shared_bytes for m in layers)
     modules = find_dense_modules(model, family)
     dtypes: Counter[str] = Counter()
@@ -98,13 +101,21 @@ def _describe_quantization(config: Config) -> str | None:
     return str(q.get("quant_method", "unknown"))
 
 
-def _describe_layer(block: MoEBlock, family: Family) -> MoELayer:
+def _width_blocks(checkpoint: Checkpoint, block: MoEBlock) -> int:
+    """GGUF's blocks in an expert's hidden width; 0: MLX's own groups."""
+    tensor = checkpoint.tensors.get(f"{block.experts_path}.down_proj.weight")
+    is_blocks = checkpoint.gguf is not None and tensor is not None and len(tensor.shape) == 4
+    return tensor.shape[2] if is_blocks and tensor is not None else 0
+
+
+def _describe_layer(block: MoEBlock, family: Family, width_blocks: int) -> MoELayer:
     experts_bytes = sum(_nbytes(linear) for linear in block.linears.values())
     shared = (
         [] if block.all_reduces_inside(family) else [block.module[n] for n in block.shared_names]
     )
     shared_bytes = sum(_nbytes(m) for m in shared)
     units, unsliced = (1, 0) if family.unsliceable_reason is not None else _expert_units(block)
+    units = math.gcd(units, width_blocks)
     if family.width_block > 1:
         units = math.gcd(units, feature_counts(block.output)[1] // family.width_block)
     shared_units, shared_unsliced = (1, 0) if family.whole_shared_experts else _shared_units(shared)

@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..gguf.blocks import BLOCK_TYPES, UNQUANTIZED
+
 # safetensors name -> (bits of an element, numpy type that carries the bytes, type MLX gives it)
 DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
     "F64": (64, np.float64, mx.float32),
@@ -31,6 +33,7 @@ DTYPES: dict[str, tuple[int, Any, mx.Dtype]] = {
     "BOOL": (8, np.bool_, mx.bool_),
     "F8_E4M3": (8, np.uint8, mx.uint8),
     "F8_E8M0": (8, np.uint8, mx.uint8),
+    **dict.fromkeys(BLOCK_TYPES.keys() - UNQUANTIZED, (8, np.uint8, mx.uint8)),  # GGUF's blocks
 }
 
 

@@ -28,6 +28,8 @@ INDEX_FILES = "model.safetensors.index.json", "consolidated.safetensors.index.js
 MAX_INDEX_BYTES = 64 << 20
 MAX_METADATA_BYTES = 256 << 20  # of a tokenizer, the largest of them
 WEIGHTS_PATTERNS = "model*.safetensors", "consolidated*.safetensors"  # where there is no index
+GGUF_INDEX = "gguf-tensors.json"  # of a folder that stands for a GGUF model
+WEIGHT_SUFFIXES = ".safetensors", ".gguf"
 
 
 def config_file(folder: Path) -> Path:
@@ -90,6 +92,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: the index cannot be read.
     """
+    if (folder / GGUF_INDEX).exists():
+        return sorted(folder.glob("*.gguf"))
     listed = read_index(folder)
     if listed is None:
         found = [sorted(folder.glob(pattern)) for pattern in WEIGHTS_PATTERNS]
@@ -104,7 +108,7 @@ def check_files(folder: Path) -> None:
         CheckpointError: one is a pipe, a device or a socket, or is too large for what it is.
     """
     for path in sorted(folder.iterdir()):
-        is_weights = path.name.endswith(".safetensors")
+        is_weights = path.name.endswith(WEIGHT_SUFFIXES)
         if not is_weights and not any(fnmatch(path.name, p) for p in metadata_patterns()):
             continue
         with suppress(OSError):  # a link to nothing: whoever needs it says so
@@ -137,7 +141,9 @@ def select_files(source: str, names: Iterable[str], listed: dict[str, str] | Non
     weights = {name for name in names if name.endswith(".safetensors")}
     patterns = metadata_patterns()
     others = {n for n in names if any(fnmatch(n, p) for p in patterns)} - {JOURNAL}
-    if listed is None:
+    if GGUF_INDEX in names:
+        weights = {name for name in names if name.endswith(".gguf")}
+    elif listed is None:
         found = [{n for n in weights if fnmatch(n, pattern)} for pattern in WEIGHTS_PATTERNS]
         weights = next(filter(None, found), set())
     elif stray := sorted(weights - set(listed.values())):

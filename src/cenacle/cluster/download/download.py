@@ -18,6 +18,7 @@ from pathlib import Path
 from ...core.units import format_bytes
 from ...errors import CheckpointError
 from ...model.byte_ranges import ByteRange, ColumnRange, total_bytes
+from ...model.weight_files import GGUF_INDEX
 from .hub import Hub
 from .source import CHUNK_BYTES, CONNECTIONS, Progress, Source, SourceInterrupted, retry
 from .sparse_store import PAGE_BYTES, SparseStore
@@ -34,14 +35,14 @@ def fetch_metadata(source: Source, folder: Path) -> SparseStore:
     """
     store, files = SparseStore(folder), retry(source.files)
     weights = [name for name in files if name.endswith(".safetensors")]
-    if not weights:
+    if not weights and GGUF_INDEX not in files:
         raise CheckpointError(f"{source.name} has no weights: expected files named *.safetensors")
     wanted: dict[str, list[ByteRange]] = {}
     for name, file in files.items():
         store.create_file(name, file.size)
         if name in weights:
             wanted[name] = [(0, min(file.size, HEADER_BYTES))]
-        elif 0 < file.size <= MAX_SMALL_FILE_BYTES:
+        elif 0 < file.size <= MAX_SMALL_FILE_BYTES and not name.endswith(".gguf"):
             wanted[name] = [(0, file.size)]
     fetch_ranges([source], store, wanted)
     longer: dict[str, list[ByteRange]] = {

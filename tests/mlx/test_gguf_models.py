@@ -1,0 +1,119 @@
+"""MoE models in GGUF files: logits are those of the same weights as floats, on 1 to 3 ranks."""
+
+import random
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from one_process import run_ranks
+from tokenizers import Tokenizer
+
+import cenacle
+from cenacle.core.plan import Plan
+from cenacle.errors import CenacleError, CheckpointError
+from cenacle.model.byte_ranges import total_bytes
+from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
+from cenacle.model.loader import load_rank_model
+from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
+from cenacle.model.spec_reader import read_model_spec
+from support.moe_gguf import ARCHITECTURES, write_moe
+
+TOKENS = [[1, 40, 7, 99, 200, 13, 5, 64]]
+
+
+@pytest.fixture(autouse=True)
+def models_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("CENACLE_HOME", str(tmp_path / "home"))
+
+
+def logits_of(folder: Path, nodes: int, placement: str) -> list[np.ndarray]:
+    return run_ranks(
+        folder, nodes, lambda model, _: np.array(model(mx.array(TOKENS))), placement=placement
+    )
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_logits_are_those_of_the_floats(tmp_path, family):
+    expected = np.array(write_moe(tmp_path, family)(mx.array(TOKENS)))
+    folder = locate_checkpoint(str(tmp_path / "model.gguf"))
+    for nodes, placement in ((1, "whole"), (3, "whole"), (2, "sliced"), (2, "replicated")):
+        for logits in logits_of(folder, nodes, placement):
+            assert np.abs(logits - expected).max() < 1e-4, (nodes, placement)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
+def test_quantized_experts_are_sliced_at_blocks(tmp_path, kind):
+    expected = np.array(write_moe(tmp_path, "qwen3_moe", kind)(mx.array(TOKENS)))
+    folder = locate_checkpoint(str(tmp_path / "model.gguf"))
+    for nodes, placement in ((1, "whole"), (3, "sliced"), (2, "whole")):
+        for logits in logits_of(folder, nodes, placement):
+            assert np.abs(logits - expected).max() < 1e-3, (nodes, placement)
+
+
+@pytest.mark.parametrize("placement", ["whole", "sliced"])
+def test_a_rank_reads_its_own_experts_alone(tmp_path, placement):
+    write_moe(tmp_path, "qwen3_moe", "Q8_0")
+    checkpoint = Checkpoint.open(locate_checkpoint(str(tmp_path / "model.gguf")))
+    plan = getattr(Plan, placement)(read_model_spec(checkpoint), 2)
+    layout = ModelLayout.read(checkpoint)
+    experts = sum(t.stop - t.start for n, t in checkpoint.tensors.items() if "switch_mlp" in n)
+    for rank in range(2):
+        (ranges,) = required_ranges(slices_for(plan, rank, layout)).values()
+        assert total_bytes(ranges) == checkpoint.nbytes() - experts // 2
+
+
+def test_a_file_is_served_with_its_tokenizer(tmp_path):
+    model = write_moe(tmp_path, "qwen3_moe", "Q8_0")
+    with cenacle.load(str(tmp_path / "model.gguf"), nodes=2) as served:
+        answer = served.generate("hello", max_tokens=6, temperature=0)
+    folder = locate_checkpoint(str(tmp_path / "model.gguf"))
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("hello").ids
+    for token in answer.tokens:
+        assert int(mx.argmax(model(mx.array([ids]))[0, -1])) == token
+        ids.append(token)
+
+
+def served_error(path):
+    """The sentence with which a file is refused; None: its weights are read."""
+    try:
+        checkpoint = Checkpoint.open(locate_checkpoint(str(path)))
+        plan = Plan.whole(read_model_spec(checkpoint), 1)
+        load_rank_model(checkpoint, plan, 0, lambda done, total: None)
+    except CenacleError as error:
+        return str(error)
+    return None
+
+
+def test_damaged_files_are_a_sentence_each(tmp_path):
+    write_moe(tmp_path, "qwen3_moe", "Q8_0", num_hidden_layers=1)
+    data = (tmp_path / "model.gguf").read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for i in range(60):
+        altered = bytearray(data)
+        if i % 3 == 0:
+            del altered[generator.randrange(len(data)) :]
+        else:  # a number, or one of the words
+            at = generator.randrange(8, 1500) if i % 3 == 1 else generator.randrange(8, 9000)
+            altered[at] = generator.randrange(256)
+        file = tmp_path / f"damaged-{i}.gguf"
+        file.write_bytes(altered)
+        error = served_error(file)
+        refused += error is not None
+        assert error is None or (len(error) < 1500 and "Traceback" not in error)
+    assert refused > 20
+
+
+def test_what_is_not_supported_is_said(tmp_path):
+    write_moe(tmp_path, "qwen3_moe")
+    data = (tmp_path / "model.gguf").read_bytes()
+    for old, new, expected in (
+        (b"qwen3moe", b"qwen9moe", "expected a GGUF model of one of llama, qwen2moe, qwen3moe"),
+        (b"blk.0.attn_q_norm", b"blk.0.attn_q_nose", "tensor blk.0.attn_q_nose.weight is none"),
+        (b"qwen3moe.expert_count", b"qwen3moe.expert_cou_t", "a dense model"),
+        (b"qwen3moe.block_count", b"qwen3moe.block_cou_t", "qwen3moe.block_count: expected a num"),
+    ):
+        (tmp_path / "other.gguf").write_bytes(data.replace(old, new))
+        with pytest.raises(CheckpointError, match=expected):
+            locate_checkpoint(str(tmp_path / "other.gguf"))
