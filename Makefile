@@ -54,6 +54,7 @@ load: install
 fuzz: install
 	$(BIN)/python benchmarks/fuzz.py --nodes $(NODES) --schema 100
 	$(BIN)/python benchmarks/damaged_checkpoints.py
+	$(BIN)/python benchmarks/odd_configs.py --every 7
 
 # requirements.lock: the released set of dependencies, with hashes. Needs uv.
 lock:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ from cenacle.cluster.node_info import checkpoint_digest
 from cenacle.core.plan import Plan
 from cenacle.engine.cache.disk_store import fingerprint
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
+from cenacle.model.config_catalog import tiny_config
 from cenacle.model.loader import load_rank_model
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
 from cenacle.model.workload import read_workload
+from cenacle.planning.model_shapes import shape_from_config
 from cenacle.text.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -127,9 +130,9 @@ def test_no_code_of_a_checkpoint_is_run(folder: Path) -> None:
         ('{"model_type": "qwen3_moe", "text_config": [{}]}', "text_config: expected a JSON"),
         ('{"model_type": "qwen3_moe", "text_config": null}', "text_config: expected a JSON"),
         ('{"model_type": ["x"]}', "a model_type that is a name"),
-        ('{"model_type": "qwen3_moe", "num_hidden_layers": 1000000000}', "from 0 to 10,000"),
-        ('{"model_type": "qwen3_moe", "num_hidden_layers": 9000}', "describes 9000 layers"),
-        ('{"model_type": "qwen3_moe", "num_experts": 90000}', "describes 90000 experts"),
+        ('{"model_type": "qwen3_moe", "num_hidden_layers": 1000000000}', "from 0 to 1,000"),
+        ('{"model_type": "qwen3_moe", "num_hidden_layers": 900}', "describes 900 layers"),
+        ('{"model_type": "qwen3_moe", "num_experts": 9000}', "describes 9000 experts"),
         ('{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9}', "got 9"),
         ('{"model_type": "qwen3_moe", "hidden_size": 1e300}', "larger one"),
     ],
@@ -154,6 +157,50 @@ def test_a_config_alone_is_checked_like_a_folders(text: str, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError):
         read_workload(tmp_path / "config.json", None, 1000, 1, 100)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "reason"),
+    [
+        ("qwen3_moe", "hidden_size", ["x"], "hidden_size: expected a whole number from 1"),
+        ("qwen3_moe", "num_key_value_heads", 0, "num_key_value_heads: expected a whole number"),
+        ("qwen3_moe", "mlp_only_layers", 3, "mlp_only_layers: expected a list of whole numbers"),
+        ("qwen3_moe", "mlp_only_layers", [[]], "mlp_only_layers: expected a list of whole numbers"),
+        ("qwen3_moe", "moe_intermediate_size", True, "expected a whole number from 0"),
+        ("deepseek_v3", "first_k_dense_replace", 7, "none of its . layers experts"),
+        ("deepseek_v3", "kv_lora_rank", "x", "kv_lora_rank: expected a whole number"),
+        ("kimi_linear", "linear_attn_config", {"kda_layers": 1}, "kda_layers: expected a list"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(
+    family: str, key: str, value: object, reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        shape_from_config("model", {**tiny_config(family), key: value})
+
+
+def test_stray_tensors_are_refused_before_a_model_is_built(folder: Path) -> None:
+    file = min(folder.glob("model-*.safetensors"))
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = {f"stray.{i}": entry for i in range(50_000)} | json.loads(data[8 : 8 + length])
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(CheckpointError, match=r"a model of at most .* tensors, got more"):
+        Checkpoint.open(folder)
+
+
+def test_a_vocabulary_of_added_tokens_is_refused(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"] += [
+        {**tokenizer["added_tokens"][0], "id": 10_000 + i, "content": f"<{i}>"}
+        for i in range(70_001)
+    ]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="at most 70,000 added tokens"):
+        ChatTokenizer(folder, {})
 
 
 @pytest.mark.parametrize(
@@ -205,6 +252,19 @@ def test_a_config_that_fails_in_the_first_pass_is_named(
     assert "Traceback" not in done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert f"the files do not fit {family}" in error
+
+
+def test_plans_of_configs_that_lie() -> None:
+    """The short form of `make fuzz`."""
+    program, families = str(ROOT / "benchmarks" / "odd_configs.py"), ("deepseek_v3", "kimi_linear")
+    done = subprocess.run(
+        [sys.executable, program, "--every", "9", *families],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["refused"] > 20
 
 
 def test_a_hundred_and_fifty_damaged_checkpoints() -> None:

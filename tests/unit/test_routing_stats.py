@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cenacle.errors import InputError
+from cenacle.planning import routing_stats
 from cenacle.planning.routing_stats import (
     ExpertGroup,
     RoutingTrace,
@@ -209,3 +210,12 @@ def test_no_swap_is_left_that_sets_more_apart(seed, nodes):
         swapped = owner.copy()
         swapped[a], swapped[b] = owner[b], owner[a]
         assert inside(swapped) >= inside(owner)
+
+
+def test_many_experts_do_not_exceed_a_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2500 < expected_max_load([ExpertGroup(4000), ExpertGroup(4000)], 5000) < 2600
+    groups = [ExpertGroup(150), ExpertGroup(100, 2, 1.5)]
+    in_floats = expected_max_load(groups, 120)
+    monkeypatch.setattr(routing_stats, "INTEGER_DEGREE", 1000)
+    routing_stats._expected_max_load.cache_clear()
+    assert in_floats == pytest.approx(expected_max_load(groups, 120), rel=1e-8)

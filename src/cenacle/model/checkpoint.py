@@ -42,6 +42,8 @@ from .weight_files import (
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+# Several times what any format has; building a model takes time for every stray tensor.
+MAX_TENSORS_OUTSIDE, MAX_TENSORS_PER_LAYER, MAX_TENSORS_PER_EXPERT = 10_000, 1000, 40
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Checkpoint:
                 f"{folder} has no weights: expected files named model*.safetensors"
             )
         tensors: dict[str, TensorInfo] = {}
+        most = _max_tensors(config)
         for file in files:
             if listed is not None and not file.exists():
                 missing = sum(1 for name in listed.values() if name == file.name)
@@ -95,6 +98,11 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{folder}: expected each tensor in one file, got {tensor.name} in "
                         f"{other.file.name} and {file.name}; remove the file that does not belong"
+                    )
+                if len(tensors) > most:
+                    raise CheckpointError(
+                        f"{file}: config.json describes a model of at most {most:,} tensors, got "
+                        f"more; the files do not belong together"
                     )
         _check_index(folder, tensors, listed or {})
         _check_counts(folder, config, tensors)
@@ -186,6 +194,12 @@ def _check_index(folder: Path, tensors: dict[str, TensorInfo], listed: dict[str,
             f"{folder}: {len(missing)} of {len(listed)} tensors of the index are missing, "
             f"the first is {name} in {file}; download that file"
         )
+
+
+def _max_tensors(config: dict[str, Any]) -> int:
+    layers = (find_int(config, LAYER_COUNT_KEYS) or 1000) + 8  # drafters are layers too
+    experts = find_int(config, EXPERT_COUNT_KEYS) or 0
+    return MAX_TENSORS_OUTSIDE + layers * (MAX_TENSORS_PER_LAYER + experts * MAX_TENSORS_PER_EXPERT)
 
 
 def _check_counts(folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:

@@ -38,8 +38,8 @@ MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
 # More than any model has; a config could otherwise ask for gigabytes before weights are looked at.
 MAX_COUNTS = {
-    LAYER_COUNT_KEYS: 10_000,
-    EXPERT_COUNT_KEYS: 100_000,
+    LAYER_COUNT_KEYS: 1000,
+    EXPERT_COUNT_KEYS: 10_000,
     HIDDEN_SIZE_KEYS: 1 << 20,
     VOCAB_SIZE_KEYS: 1 << 24,
     HEAD_COUNT_KEYS: 1 << 16,

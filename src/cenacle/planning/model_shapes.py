@@ -12,7 +12,7 @@ with mlx-lm's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ..core.model_config import (
     EXPERT_COUNT_KEYS,
@@ -23,10 +23,11 @@ from ..core.model_config import (
     TOP_K_KEYS,
     VOCAB_SIZE_KEYS,
     Config,
-    get_int,
     text_config,
 )
 from ..errors import CheckpointError
+
+MAX_NUMBER = 1 << 31  # of what a config counts; more than any has
 
 # A layer's overhead (kernels, synchronizations) relative to a plain layer with grouped-query
 # attention: nodes of mlx-lm's graph per layer in one decoding step, counted on the small configs:
@@ -261,10 +262,11 @@ def shape_from_config(
     """
     c: Config = {**config, **text_config(config)}
     for nested in ("attn_config", "ffn_config"):  # DBRX
-        c |= {k: v for k, v in (c.get(nested) or {}).items() if not k.startswith("model_")}
+        inner = _ConfigReader(name, c).table(nested)
+        c |= {k: v for k, v in inner.items() if not k.startswith("model_")}
     reader = _ConfigReader(name, c)
-    layers = reader.number(*LAYER_COUNT_KEYS)
-    hidden = reader.number(*HIDDEN_SIZE_KEYS)
+    layers = reader.number(*LAYER_COUNT_KEYS, minimum=1)
+    hidden = reader.number(*HIDDEN_SIZE_KEYS, minimum=1)
     experts = reader.number(*EXPERT_COUNT_KEYS, default=0)
     if not experts:
         raise CheckpointError(
@@ -283,8 +285,10 @@ def shape_from_config(
         raise CheckpointError(f"{name}: the config does not state the width of an expert")
     dense_width = reader.number("intermediate_size_mlp", default=mlp_width or width)
     moe_ids = _moe_layers(reader, layers)
+    if not moe_ids:
+        raise CheckpointError(f"{name}: the config gives none of its {layers} layers experts")
     moe = len(moe_ids)
-    vocabulary = reader.number(*VOCAB_SIZE_KEYS)
+    vocabulary = reader.number(*VOCAB_SIZE_KEYS, minimum=1)
     attention, attention_params = _attention(reader, layers, hidden)
     matrices = 2 if c.get("model_type") in ("nemotron_h", "phixtral") else 3
     dense = (layers - moe) * matrices * hidden * dense_width
@@ -320,13 +324,31 @@ class _ConfigReader:
     def __init__(self, name: str, config: Config) -> None:
         self.name, self.config = name, config
 
-    def number(self, *keys: str, default: int | None = None) -> int:
-        value = get_int(self.config, keys, largest=True)
-        if value is not None:
-            return value
+    def number(self, *keys: str, default: int | None = None, minimum: int = 0) -> int:
+        for key in keys:
+            value = self.config.get(key)
+            if isinstance(value, list) and value and all(_is_int(v) for v in value):
+                value = max(value)  # one per layer
+            if value is None or value == []:
+                continue
+            if not _is_int(value) or not minimum <= value <= MAX_NUMBER:
+                self._refuse(key, f"a whole number from {minimum} to {MAX_NUMBER:,}")
+            return int(value)
         if default is None:
             raise CheckpointError(f"{self.name}: the config has none of {', '.join(keys)}")
         return default
+
+    def numbers(self, key: str, inside: Config | None = None) -> list[int]:
+        value = (self.config if inside is None else inside).get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(_is_int(v) for v in value):
+            self._refuse(key, "a list of whole numbers", value)
+        return value
+
+    def table(self, key: str) -> Config:
+        value = self.config.get(key)
+        return value if isinstance(value, dict) else {}
 
     def flag(self, key: str) -> bool:
         return bool(self.config.get(key))
@@ -334,6 +356,14 @@ class _ConfigReader:
     def names(self, key: str) -> list[str]:
         value = self.config.get(key)
         return [str(v) for v in value] if isinstance(value, list) else []
+
+    def _refuse(self, key: str, expected: str, value: Any = None) -> NoReturn:
+        got = self.config.get(key) if value is None else value
+        raise CheckpointError(f"{self.name}: {key}: expected {expected}, got {got!r:.100}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _moe_layers(reader: _ConfigReader, layers: int) -> list[int]:
@@ -347,12 +377,12 @@ def _moe_layers(reader: _ConfigReader, layers: int) -> list[int]:
     pattern = reader.config.get("hybrid_override_pattern")
     if isinstance(pattern, str):
         return [i for i, v in enumerate(pattern[:layers]) if v == "E"]
-    dense = set(reader.config.get("mlp_only_layers") or ())
+    dense = set(reader.numbers("mlp_only_layers"))
     first = reader.number("first_k_dense_replace", "num_dense_layers", default=0)
     step = reader.number(
         *("interleave_moe_layer_step", "decoder_sparse_step", "expert_layer_period"), default=1
     )
-    step = max(step, freq if isinstance(freq, int) else 1)
+    step = max(1, step, freq if isinstance(freq, int) else 1)
     offset = reader.number("expert_layer_offset", default=step - 1)
     return [i for i in range(first, layers) if i not in dense and i % step == offset % step]
 
@@ -383,17 +413,17 @@ def _attention(
     params = 0
     heads = reader.number(*HEAD_COUNT_KEYS, default=0) or 1
     if full or windowed:
-        if c.get("kv_lora_rank"):
+        if reader.number("kv_lora_rank", default=0):
             latent, layer_params = _latent(reader, full, heads, hidden)
             attention.append(latent)
             params += full * layer_params
         else:
-            kv = reader.number(*KV_HEAD_COUNT_KEYS, default=heads)
-            dim = reader.number("head_dim", default=hidden // heads)
+            kv = reader.number(*KV_HEAD_COUNT_KEYS, default=heads, minimum=1)
+            dim = reader.number("head_dim", default=hidden // heads, minimum=1)
             gated = str(c.get("model_type", "")).startswith(("qwen3_next", "qwen3_5"))
             layer_params = hidden * dim * (heads * (3 if gated else 2) + 2 * kv)
-            size = reader.number("sliding_window", "attention_chunk_size", default=0) or None
-            for count, window in ((full, None), (windowed, size)):
+            size = reader.number(*("sliding_window", "attention_chunk_size"), default=0, minimum=-1)
+            for count, window in ((full, None), (windowed, size if size > 0 else None)):
                 if count:
                     attention.append(Attention("gqa", count, heads, kv, dim, window=window))
                     params += count * layer_params
@@ -408,9 +438,8 @@ def _layer_kinds(reader: _ConfigReader, layers: int) -> list[str]:
     """ "full", "window" or "linear" for each layer."""
     c = reader.config
     named = reader.names("layer_types") or reader.names("layers_block_type")
-    linear = c.get("linear_attn_config")
-    if isinstance(linear, dict) and linear.get("kda_layers"):
-        count = sum(i <= layers for i in linear["kda_layers"])
+    if kda_layers := reader.numbers("kda_layers", reader.table("linear_attn_config")):
+        count = sum(1 <= i <= layers for i in set(kda_layers))
         return ["linear"] * count + ["full"] * (layers - count)
     if named:
         return [_layer_kind(n) for n in named[:layers]] + ["full"] * max(0, layers - len(named))
@@ -432,15 +461,14 @@ def _layer_kind(name: str) -> str:
 
 def _latent(reader: _ConfigReader, layers: int, heads: int, hidden: int) -> tuple[Attention, int]:
     """Multi-head latent attention, with or without an indexer, and its parameters per layer."""
-    c = reader.config
     rank, rope = reader.number("kv_lora_rank"), reader.number("qk_rope_head_dim")
     nope, value = reader.number("qk_nope_head_dim"), reader.number("v_head_dim")
     q_rank = reader.number("q_lora_rank", default=0)
     q = heads * (nope + rope)
     params = hidden * q_rank + q_rank * q if q_rank else hidden * q
     params += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
-    top = c.get("index_topk")
-    if not isinstance(top, int):
+    top = reader.number("index_topk", default=0)
+    if not top:
         return Attention("mla", layers, heads, 1, rank + rope), params
     dim, index_heads = reader.number("index_head_dim"), reader.number("index_n_heads")
     params += q_rank * index_heads * dim + hidden * (dim + index_heads)
@@ -469,9 +497,9 @@ def _linear(reader: _ConfigReader, layers: int, hidden: int) -> tuple[Attention,
         width = heads * dim
         params = hidden * (3 * width + 2 * groups * size + heads)
         return Attention("linear", layers, heads, heads, dim, state=width * size), params
-    inner = c.get("linear_attn_config")
-    if isinstance(inner, dict):  # KDA
-        heads, dim = int(inner["num_heads"]), int(inner["head_dim"])
+    if inner := reader.table("linear_attn_config"):  # KDA
+        kda = _ConfigReader(reader.name, inner)
+        heads, dim = kda.number("num_heads"), kda.number("head_dim")
         width = heads * dim
         params = 4 * hidden * width + 2 * (hidden * dim + dim * width) + hidden * heads
         return Attention("linear", layers, heads, heads, dim, state=width * dim), params

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -62,19 +62,31 @@ def _expected_max_load(groups: tuple[ExpertGroup, ...], top_k: int) -> float:
     experts = sum(group.size for group in groups)
     if not 0 <= top_k <= experts:
         raise InputError(f"top_k: expected 0 to {experts}, got {top_k}")
-    all_ways = math.comb(experts, top_k)
+    # Numbers of ways, or, where integers would be slow and exceed a float, those times
+    # q^j (1 - q)^(n - j): the same factor above and below the fraction line.
+    q = min(top_k, experts - 0.5) / experts
+    count = math.comb if top_k <= INTEGER_DEGREE else partial(_binomial, q)
+    all_ways = count(experts, top_k)
     # The maximum is one of these; between two of them P does not change.
     levels = sorted({n * g.cost for g in groups for n in range(-(-top_k // g.members) + 1)})
     expected, ways_below = 0.0, 0.0
     for level in levels:
+        limits = [min(g.size, top_k, int(level / g.cost + 1e-9) * g.members) for g in groups]
+        if sum(limits) < top_k:
+            continue
         ways: list[Any] = [1]
-        for group in groups:
-            limit = min(group.size, top_k, int(level / group.cost + 1e-9) * group.members)
-            ways = _multiply(ways, [math.comb(group.size, j) for j in range(limit + 1)], top_k)
-        ways_here = ways[top_k] if len(ways) > top_k else 0
-        expected += level * ((ways_here - ways_below) / all_ways)
-        ways_below = ways_here
+        for group, limit in zip(groups, limits, strict=True):
+            ways = _multiply(ways, [count(group.size, j) for j in range(limit + 1)], top_k)
+        expected += level * ((ways[top_k] - ways_below) / all_ways)
+        ways_below = ways[top_k]
+        if ways_below >= all_ways * (1 - 1e-9):
+            break
     return expected
+
+
+def _binomial(q: float, n: int, j: int) -> float:
+    log_ways = math.lgamma(n + 1) - math.lgamma(j + 1) - math.lgamma(n - j + 1)
+    return math.exp(log_ways + j * math.log(q) + (n - j) * math.log1p(-q))
 
 
 def _multiply(a: list[Any], b: list[Any], degree: int) -> list[Any]:

@@ -10,6 +10,7 @@ Next: `text_process.py`; `tokenizer.py` gives chats to it.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -23,7 +24,14 @@ from .time_limit import LimitReached, time_limit
 
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest known has 33 MB
 MAX_TEMPLATE_BYTES = 1 << 20
+MAX_ADDED_TOKENS = 70_000  # transformers takes 0.2 ms for each; a model of speech has 65,536
 LIMITS = f"{CPU_S} s or 2 GB"
+_ADDED_TOKEN_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+)
+_ADDED_TOKEN_KEYS = (
+    *("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+)
 _SAMPLE = "Hello, world! 1234  \n\t\u00e4\u4f60\U0001f642 x=y;"
 
 
@@ -47,6 +55,7 @@ def load_limited(folder: Path, stop_tokens: Any) -> Any:
                 raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
             if size > limit:
                 raise CheckpointError(f"{file}: expected at most {limit:,} bytes, got {size:,}")
+    _check_added_tokens(folder)
     try:
         # Else transformers asks on the terminal whether to run a checkpoint's Python code.
         return load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=stop_tokens)
@@ -61,6 +70,28 @@ def load_limited(folder: Path, stop_tokens: Any) -> Any:
             ) from error
         reason = str(error).strip() or repr(error)
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {reason:.300}") from error
+
+
+def _check_added_tokens(folder: Path) -> None:
+    for name in _ADDED_TOKEN_FILES:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size < MAX_ADDED_TOKENS * 10:
+            continue
+        try:
+            if file.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise ValueError(f"{file.stat().st_size:,} bytes")
+            members = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: expected JSON, got {error!r:.200}") from error
+        if not isinstance(members, dict):
+            raise CheckpointError(f"{file}: expected a JSON object")
+        lists = [members] if name == "added_tokens.json" else map(members.get, _ADDED_TOKEN_KEYS)
+        count = max((len(v) for v in lists if isinstance(v, list | dict)), default=0)
+        if count > MAX_ADDED_TOKENS:
+            raise CheckpointError(
+                f"{file}: expected at most {MAX_ADDED_TOKENS:,} added tokens, got {count:,}; a "
+                f"vocabulary belongs into the tokenizer's model"
+            )
 
 
 class TextBackend:
