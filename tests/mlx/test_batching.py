@@ -44,7 +44,7 @@ RUNNING = make_request("running", make_prompt(9, 0), 30)
 JOINING = [make_request(f"{n} tokens", make_prompt(n, n), 4) for n in LENGTHS]
 SAMPLED = [make_request(f"choice {k}", make_prompt(23, 5), 4, 1.0, k + 1) for k in range(3)]
 REQUESTS = [RUNNING, *JOINING, *SAMPLED]
-# Where requests take turns, fewer show it.
+# Where requests, or their attention, take turns, fewer show it.
 FEWER = [make_request("running", make_prompt(9, 0), 10), *JOINING[1:4], SAMPLED[0]]
 # Those whose caches other requests can use, and one of those whose caches cannot.
 WITH_PREFIXES = [
@@ -136,7 +136,9 @@ def on_every_rank(family: str, nodes: int, folder: Path, function: Callable[[Run
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("family", RUNNABLE)
 def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes, tmp_path):
-    requests = FEWER if family_of(family).batching is Batching.ONE_BY_ONE else REQUESTS
+    row = family_of(family)
+    alone_often = row.batching is Batching.ONE_BY_ONE or row.request_attention
+    requests = FEWER if alone_often else REQUESTS
     running, *others = requests
     cancelled = ["3 tokens", "40 tokens"]
 
