@@ -21,6 +21,7 @@ _NAMES = {
     "self_attn.o_proj": "attn_output",
     **{f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"},
     **{"mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp"},
+    "block_sparse_moe.router.layer": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")},
     **{f"mlp.shared_expert.{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")},
@@ -28,7 +29,12 @@ _NAMES = {
     **{f"block_sparse_moe.switch_mlp.{n}_proj": f"ffn_{n}_exps" for n in ("gate", "up", "down")},
 }
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {
+    "granitemoe": "granitemoe",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
 
 
 def gguf_name(name: str) -> str:
@@ -68,7 +74,7 @@ def write_moe(folder: Path, family: str, kind: str = "F32", **changes):
         values = np.array(array)
         stored, written = values, gguf_name(name)
         heads = config["num_attention_heads"] if "q_proj" in name else config["num_key_value_heads"]
-        if family == "mixtral" and ("q_proj" in name or "k_proj" in name):
+        if family in ("mixtral", "granitemoe") and ("q_proj" in name or "k_proj" in name):
             stored = _pairs_of_heads(values, heads)
         if "shared_expert_gate" in name:
             stored = values[0]
@@ -109,6 +115,11 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict) -> None:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if "shared_expert_intermediate_size" in config:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if "logits_scaling" in config:
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     tokens, merges = byte_vocabulary()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")

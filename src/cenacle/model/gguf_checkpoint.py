@@ -122,10 +122,22 @@ def _qwen3_moe(values: _Values) -> dict[str, Any]:
     }
 
 
+def _granite_moe(values: _Values) -> dict[str, Any]:
+    return _mixtral(values) | {
+        "attention_bias": False,
+        "attention_multiplier": values.number("attention.scale"),
+        "embedding_multiplier": values.number("embedding_scale"),
+        "residual_multiplier": values.number("residual_scale"),
+        "logits_scaling": values.number("logit_scale"),
+    }
+
+
+_GRANITE_NAMES = _moe_names("block_sparse_moe") | {"ffn_gate_inp": "block_sparse_moe.router.layer"}
 _QWEN2_NAMES = _moe_names("mlp", "shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 _NORMS = {f"attn_{n}_norm": f"self_attn.{n}_norm" for n in "qk"}
 
 FAMILIES = {
+    "granitemoe": GgufFamily("granitemoe", _GRANITE_NAMES, _granite_moe, is_permuted=True),
     "llama": GgufFamily("mixtral", _moe_names("block_sparse_moe"), _mixtral, is_permuted=True),
     "qwen2moe": GgufFamily("qwen2_moe", _QWEN2_NAMES, _qwen2_moe),
     "qwen3moe": GgufFamily("qwen3_moe", _moe_names("mlp") | _NORMS, _qwen3_moe),
