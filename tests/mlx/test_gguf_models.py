@@ -109,7 +109,11 @@ def test_what_is_not_supported_is_said(tmp_path):
     write_moe(tmp_path, "qwen3_moe")
     data = (tmp_path / "model.gguf").read_bytes()
     for old, new, expected in (
-        (b"qwen3moe", b"qwen9moe", "expected a GGUF model of one of granitemoe, llama, qwen2moe"),
+        (
+            b"qwen3moe",
+            b"qwen9moe",
+            "expected a GGUF model of one of glm4moe, granitemoe, llama, qwen2moe",
+        ),
         (b"blk.0.attn_q_norm", b"blk.0.attn_q_nose", "tensor blk.0.attn_q_nose.weight is none"),
         (b"qwen3moe.expert_count", b"qwen3moe.expert_cou_t", "a dense model"),
         (b"qwen3moe.block_count", b"qwen3moe.block_cou_t", "qwen3moe.block_count: expected a num"),

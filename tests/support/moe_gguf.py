@@ -22,6 +22,7 @@ _NAMES = {
     **{f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"},
     **{"mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp"},
     "block_sparse_moe.router.layer": "ffn_gate_inp",
+    **{f"mlp.shared_experts.{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")},
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")},
     **{f"mlp.shared_expert.{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")},
@@ -30,6 +31,7 @@ _NAMES = {
 }
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ARCHITECTURES = {
+    "glm4_moe": "glm4moe",
     "granitemoe": "granitemoe",
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
@@ -42,6 +44,8 @@ def gguf_name(name: str) -> str:
     if path in _OUTER:
         return f"{_OUTER[path]}.{leaf}"
     _, _, layer, module = path.split(".", 3)
+    if leaf == "e_score_correction_bias":
+        return f"blk.{layer}.exp_probs_b.bias"
     return f"blk.{layer}.{_NAMES[module]}.{leaf}"
 
 
@@ -63,6 +67,8 @@ def write_moe(folder: Path, family: str, kind: str = "F32", **changes):
     tiny = Path(architecture.__file__).parent / "configs" / "tiny" / f"{family}.json"
     config = json.loads(tiny.read_text()) | {"vocab_size": len(byte_vocabulary()[0])} | changes
     config.pop("mlp_only_layers", None)
+    if family == "glm4_moe":
+        config["n_group"] = 1
     if family == "qwen3_moe":
         config["mlp_only_layers"] = []
     synth(folder / "floats", config=config, dtype="float32")
@@ -73,6 +79,8 @@ def write_moe(folder: Path, family: str, kind: str = "F32", **changes):
     for name, array in architecture.named_parameters(model):
         values = np.array(array)
         stored, written = values, gguf_name(name)
+        if family == "glm4_moe":
+            written = written.replace("ffn_norm", "post_attention_norm")
         heads = config["num_attention_heads"] if "q_proj" in name else config["num_key_value_heads"]
         if family in ("mixtral", "granitemoe") and ("q_proj" in name or "k_proj" in name):
             stored = _pairs_of_heads(values, heads)
@@ -106,7 +114,9 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+    writer.add_expert_count(
+        config.get("num_experts") or config.get("num_local_experts") or config["n_routed_experts"]
+    )
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
@@ -115,6 +125,13 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict) -> None:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if "shared_expert_intermediate_size" in config:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if "n_routed_experts" in config:
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_rope_dimension_count(int(config["head_dim"] * config["partial_rotary_factor"]))
     if "logits_scaling" in config:
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])

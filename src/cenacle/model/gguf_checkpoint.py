@@ -132,11 +132,34 @@ def _granite_moe(values: _Values) -> dict[str, Any]:
     }
 
 
+def _glm4_moe(values: _Values) -> dict[str, Any]:
+    head_dim = values.number("attention.key_length")
+    return {
+        "attention_bias": True,
+        "first_k_dense_replace": values.number("leading_dense_block_count", 0),
+        "intermediate_size": values.number("feed_forward_length"),
+        "moe_intermediate_size": values.number("expert_feed_forward_length"),
+        "n_group": 1,
+        "n_routed_experts": values.number("expert_count"),
+        "n_shared_experts": values.number("expert_shared_count"),
+        "norm_topk_prob": bool(values.metadata.get("glm4moe.expert_weights_norm", True)),
+        "partial_rotary_factor": values.number("rope.dimension_count") / max(head_dim, 1),
+        "rope_scaling": None,
+        "routed_scaling_factor": values.number("expert_weights_scale", 1.0),
+        "topk_group": 1,
+    }
+
+
+_GLM_NAMES = _moe_names("mlp", "shared_experts") | {
+    "post_attention_norm": "post_attention_layernorm",
+    "exp_probs_b": "mlp.gate.e_score_correction",
+}
 _GRANITE_NAMES = _moe_names("block_sparse_moe") | {"ffn_gate_inp": "block_sparse_moe.router.layer"}
 _QWEN2_NAMES = _moe_names("mlp", "shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 _NORMS = {f"attn_{n}_norm": f"self_attn.{n}_norm" for n in "qk"}
 
 FAMILIES = {
+    "glm4moe": GgufFamily("glm4_moe", _GLM_NAMES | _NORMS, _glm4_moe),
     "granitemoe": GgufFamily("granitemoe", _GRANITE_NAMES, _granite_moe, is_permuted=True),
     "llama": GgufFamily("mixtral", _moe_names("block_sparse_moe"), _mixtral, is_permuted=True),
     "qwen2moe": GgufFamily("qwen2_moe", _QWEN2_NAMES, _qwen2_moe),
@@ -217,9 +240,14 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
             f"{path}: a dense model, it has no experts to distribute; llama.cpp runs it on one "
             "machine"
         )
+    layers, further = values.number("block_count"), values.number("nextn_predict_layers", 0)
+    # mlx-lm has no layers that predict further tokens.
+    skipped = tuple(f"blk.{layers - 1 - i}." for i in range(min(int(further), int(layers), 16)))
     tensors: dict[str, list[Any]] = {}
     for file in files:
         for tensor in file.tensors:
+            if tensor.name.startswith(skipped):
+                continue
             name = _module_name(path, family, tensor.name)
             if name in tensors:
                 raise CheckpointError(
@@ -243,7 +271,8 @@ def _module_name(path: Path, family: GgufFamily, name: str) -> str:
     if match is not None:
         module = family.names.get(match[2]) or _PLAIN_NAMES.get(match[2])
         if module is not None:
-            return f"model.layers.{int(match[1])}.{module}.{match[3]}"
+            joint = "_" if module.endswith("e_score_correction") else "."
+            return f"model.layers.{int(match[1])}.{module}{joint}{match[3]}"
     elif (outer := _OUTER_NAMES.get(name.removesuffix(".weight"))) is not None:
         return f"{outer}.weight"
     raise CheckpointError(
@@ -267,7 +296,7 @@ def _config(values: _Values, family: GgufFamily, tensors: dict[str, list[Any]]) 
         "model_type": family.model_type,
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens") or ()),
         "hidden_size": width,
-        "num_hidden_layers": number("block_count"),
+        "num_hidden_layers": number("block_count") - number("nextn_predict_layers", 0),
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": number("attention.key_length", width // max(int(heads), 1)),
@@ -280,6 +309,8 @@ def _config(values: _Values, family: GgufFamily, tensors: dict[str, list[Any]]) 
     }
     if embedding := tensors.get("model.embed_tokens.weight"):
         config["vocab_size"] = embedding[2][0]
+    if family.model_type == "glm4_moe":
+        config["use_qk_norm"] = any("q_norm" in name for name in tensors)
     scaling = metadata.get(f"{values.architecture}.rope.scaling.type", "none")
     if scaling in ("yarn", "linear"):
         config["rope_scaling"] = {"type": scaling, "factor": number("rope.scaling.factor")}
