@@ -63,3 +63,22 @@ def test_logits_are_those_of_mlx_lm(folder: Path, nodes: int, placement: str) ->
     got = run_ranks(folder, nodes, compute_logits, placement=placement)[0]
     scale = float(mx.max(mx.abs(expected)))
     assert float(mx.max(mx.abs(got - expected))) < 1e-4 * scale
+
+
+@pytest.mark.parametrize("spelling", ["quantization_config", "language_model", "model_of_images"])
+def test_other_spellings_of_the_config(folder: Path, spelling: str, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization")
+    config.pop("quantization_config", None)
+    prefix = {"language_model": "language_model.", "model_of_images": "model.language_model."}
+    settings = {
+        (prefix.get(spelling, "") + key if isinstance(value, dict | bool) else key): value
+        for key, value in settings.items()
+    }
+    key = "quantization_config" if spelling == "quantization_config" else "quantization"
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: settings}))
+    for file in folder.glob("*.safetensors*"):
+        (tmp_path / file.name).symlink_to(file)
+    expected = compute_logits(load_model(folder)[0])
+    got = run_ranks(tmp_path, 1, compute_logits)[0]
+    assert float(mx.max(mx.abs(got - expected))) < 1e-4 * float(mx.max(mx.abs(expected)))

@@ -118,6 +118,8 @@ class Checkpoint:
         if quantized.layers:
             # The loader makes MLX's layouts; each layer's bits and groups follow from its shapes.
             config.setdefault("quantization", {"group_size": 32, "bits": 4, "mode": "affine"})
+        elif "quant_method" not in settings and {"bits", "group_size"} <= settings.keys():
+            config.setdefault("quantization", settings)  # MLX's, by the newer name alone
         return cls(folder, config, tensors, quantized)
 
     @property
