@@ -56,6 +56,7 @@ def test_a_rank_reads_its_own_experts_alone(tmp_path, placement):
     write_moe(tmp_path, "qwen3_moe", "Q8_0")
     checkpoint = Checkpoint.open(locate_checkpoint(str(tmp_path / "model.gguf")))
     plan = getattr(Plan, placement)(read_model_spec(checkpoint), 2)
+    assert plan.spec.quantization == "GGUF Q8_0"
     layout = ModelLayout.read(checkpoint)
     experts = sum(t.stop - t.start for n, t in checkpoint.tensors.items() if "switch_mlp" in n)
     for rank in range(2):

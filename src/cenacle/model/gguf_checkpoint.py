@@ -371,6 +371,12 @@ class GgufIndex:
                 )
         return cls(tensors, heads)
 
+    @property
+    def description(self) -> str | None:
+        """The types of quantized tensors; None: there are none."""
+        kinds = sorted({info.dtype for info in self.tensors.values()} - UNQUANTIZED)
+        return f"GGUF {', '.join(kinds)}" if kinds else None
+
     def decode(self, info: TensorInfo, array: mx.array) -> dict[str, mx.array]:
         """MLX's parameters of what was read of a tensor, by leaf: "weight", "scales", ...
 

@@ -71,7 +71,8 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
         context_length=find_int(config, CONTEXT_LENGTH_KEYS),
         vocab_size=find_int(config, VOCAB_SIZE_KEYS) or 0,
         dtype=dtypes.most_common(1)[0][0],
-        quantization=checkpoint.quantized.description or _describe_quantization(config),
+        quantization=(checkpoint.gguf or checkpoint.quantized).description
+        or _describe_quantization(config),
         dense_modules=modules,
         embedding_bytes=_embedding_bytes(model, modules),
         unsliceable_reason=family.unsliceable_reason,
