@@ -51,6 +51,6 @@ def describe_formats(
         for form, count in plain.items():
             notices.append(
                 f"{count} quantized layers ({form}) have no native kernels: they run on plain MLX, "
-                f"which takes 20 to 150 times as long on a CPU"
+                f"which takes 18 to 150 times as long on a CPU"
             )
     return notices
