@@ -287,7 +287,7 @@ class Streaming(threading.Thread):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("served") / "log"
-    with server(log, 60, "recover", "always") as running:
+    with server(log, 2, "recover", "always") as running:
         yield running
         assert "Traceback" not in log.read_text()
 
