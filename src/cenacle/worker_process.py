@@ -24,9 +24,8 @@ from typing import IO, Any
 
 import psutil
 
-MAX_KEPT_BYTES = (
-    1 << 30
-)  # more than at its first answer; what has been freed may stay in the process
+# A process with so much more than after its first answer is replaced: what it has freed may stay.
+MAX_KEPT_BYTES = 1 << 30
 DEADLINE_S = 600  # of an answer, on a busy machine; the worker limits its processor time
 
 

@@ -110,6 +110,12 @@ def test_two_nodes_give_the_same_tokens(one, two):
     assert answers(two) == {k: v for k, v in one.items() if k != "batch"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_ranks_that_never_tokenize_do_not_load_a_tokenizer_library(two):
+    for pid in two.ranks.pids:
+        assert "tokenizers" not in Path(f"/proc/{pid}/maps").read_text()
+
+
 def test_ring_gives_the_same_tokens(one):
     with loaded(backend="ring") as model:
         assert (model.ranks.backend, model.ranks.backend_reason) == ("ring", None)

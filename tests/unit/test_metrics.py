@@ -1,5 +1,6 @@
-"""Counting, against a group that is server by the test."""
+"""Counting, against a group that is played by the test."""
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from cenacle.core.step import Step
 from cenacle.engine.speculative.ngram import DraftStats
 from cenacle.errors import ClusterError, InputError
 from cenacle.ranks.step_timings import StepReport
+from cenacle.server import metrics as metrics_module
 from cenacle.server.auth import KeyStore
 from cenacle.server.metrics import InstrumentedGroup, Metrics, rank_activations
 from cenacle.server.plan_info import PlanTracker
@@ -122,6 +124,32 @@ def test_measured_steps(server):
     server.metrics.on_step_measured([replace(report(150, 0, 0), decoding=False)] * 2)
     assert server.value("measured_steps_total") == 2
     assert server.value("predicted_step_seconds", component="trunk") is None
+
+
+def test_the_counters_of_a_step_are_rendered_together(server, monkeypatch):
+    halfway, goes_on = threading.Event(), threading.Event()
+    plain = metrics_module.rank_activations
+
+    def wait_halfway(*arguments):
+        halfway.set()
+        assert goes_on.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(metrics_module, "rank_activations", wait_halfway)
+    reports = [report(100, 0.2, 0.4), report(100, 0.5, 0.1)]
+    counting = threading.Thread(target=server.metrics.on_step_measured, args=(reports,))
+    texts = []
+    rendering = threading.Thread(target=lambda: texts.append(server.metrics.render("")[0].decode()))
+    counting.start()
+    assert halfway.wait(60)
+    rendering.start()
+    rendering.join(0.5)
+    assert texts == []  # it waits for the rest of the step
+    goes_on.set()
+    for thread in (counting, rendering):
+        thread.join(60)
+    assert "cenacle_measured_steps_total 1.0" in texts[0]
+    assert 'cenacle_expert_activations_total{layer="0",rank="0"}' in texts[0]
 
 
 def test_work_follows_slices_and_replicas():

@@ -40,10 +40,10 @@ MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
 
 def versions() -> dict[str, str]:
     """The packages whose versions must be equal on all nodes; see `membership.VERSIONS`."""
-    found = {"cenacle": version("cenacle"), "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
+    packages = {"cenacle": version("cenacle"), "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
     with contextlib.suppress(PackageNotFoundError):
-        found["mlx_vlm"] = version("mlx-vlm")
-    return found
+        packages["mlx_vlm"] = version("mlx-vlm")
+    return packages
 
 
 def describe_node() -> NodeInfo:

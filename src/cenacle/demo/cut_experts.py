@@ -33,21 +33,13 @@ from ..gguf.blocks import BLOCK_TYPES, UNQUANTIZED, row_shape, to_mlx_layout
 from ..gguf.file import GgufFile, GgufTensor, Metadata
 from ..gguf.tokenizer import end_tokens, special_token, tokenizer_files
 from ..model.checkpoint import Checkpoint
+from ..model.gguf_checkpoint import OUTER_NAMES, PLAIN_NAMES, restore_row_order
 from ..model.loader import build_model
 
 Parameters = dict[str, mx.array]
 
-_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    **{f"attn_{n}": f"self_attn.{n}_proj" for n in ("q", "k", "v")},
-    "attn_output": "self_attn.o_proj",
-    **{f"ffn_{n}": f"block_sparse_moe.switch_mlp.{n}_proj" for n in ("gate", "up", "down")},
-}
-_OUTER_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+_NAMES = PLAIN_NAMES | {
+    f"ffn_{n}": f"block_sparse_moe.switch_mlp.{n}_proj" for n in ("gate", "up", "down")
 }
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _SCORE_SPREAD = 1e-3  # of a router's scores: softmax makes weights equal to within as much
@@ -137,21 +129,25 @@ def write_experts(
         raise InputError(f"top_k: expected 1 to {experts}, got {chosen}", "top_k")
     if chosen < experts and not text:
         raise InputError("text: expected one to fit the router to, got none", "text")
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    beside.mkdir(parents=True)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
     try:
         for name, content in tokenizer_files(file.metadata).items():
-            (beside / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            (temporary / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         parameters = _read_parameters(file, shape, experts)
-        _write(beside, file, shape, parameters, (experts, experts))
+        _write(temporary, file, shape, parameters, (experts, experts))
         if chosen < experts:
-            routers = _fit_routers(beside, _token_ids(beside, text))
+            routers = _fit_routers(temporary, _token_ids(temporary, text))
             _write(
-                beside, file, shape, _with_routers(parameters, routers, chosen), (experts, chosen)
+                temporary,
+                file,
+                shape,
+                _with_routers(parameters, routers, chosen),
+                (experts, chosen),
             )
-        beside.replace(out)
+        temporary.replace(out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(
@@ -199,7 +195,7 @@ def _read_parameters(file: GgufFile, shape: DenseShape, experts: int) -> Paramet
         convert = _conversion(tensor.name, shape, experts)
         for leaf, array in _read_tensor(file, tensor).items():
             parameters[f"{path}.{leaf}"] = mx.array(np.ascontiguousarray(convert(array)))
-    needed = [*_OUTER_NAMES.values()][:2] + [
+    needed = [*OUTER_NAMES.values()][:2] + [
         f"model.layers.{i}.{name}" for i in range(shape.layers) for name in _NAMES.values()
     ]
     missing = [path for path in needed if f"{path}.weight" not in parameters]
@@ -226,7 +222,7 @@ def _module_path(file: GgufFile, name: str, layers: int) -> str:
     match = _LAYER.fullmatch(name)
     if match and match[2] in _NAMES and int(match[1]) < layers:
         return f"model.layers.{int(match[1])}.{_NAMES[match[2]]}"
-    if (path := _OUTER_NAMES.get(name.removesuffix(".weight"))) is not None:
+    if (path := OUTER_NAMES.get(name.removesuffix(".weight"))) is not None:
         return path
     raise CheckpointError(f"{file.path}: tensor {name:.100} is none of a dense llama model's")
 
@@ -272,18 +268,12 @@ def _conversion(name: str, shape: DenseShape, experts: int) -> Callable[[np.ndar
     part = match[2] if match else ""
     if part in ("attn_q", "attn_k"):
         heads = shape.heads if part == "attn_q" else shape.kv_heads
-        return lambda array: _halves_of_heads(array, heads)
+        return lambda array: restore_row_order(array, heads)
     if part in ("ffn_gate", "ffn_up"):
         return lambda array: array.reshape(experts, -1, array.shape[-1])
     if part == "ffn_down":  # [width, words or groups of the hidden width]
         return lambda array: array.reshape(len(array), experts, -1).swapaxes(0, 1)
     return lambda array: array
-
-
-def _halves_of_heads(array: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of a head's rows, pairs that rotate together, as the Hub's, two halves."""
-    rows = len(array) // heads
-    return array.reshape(heads, rows // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
 
 
 def _token_ids(folder: Path, text: str) -> mx.array:

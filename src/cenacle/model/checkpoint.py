@@ -85,7 +85,7 @@ class Checkpoint:
                 f"{folder} has no weights: expected files named model*.safetensors"
             )
         tensors: dict[str, TensorInfo] = {}
-        most = _max_tensors(config)
+        max_tensors = _max_tensors(config)
         for file in files:
             if listed is not None and not file.exists():
                 missing = sum(1 for name in listed.values() if name == file.name)
@@ -99,10 +99,10 @@ class Checkpoint:
                         f"{folder}: expected each tensor in one file, got {tensor.name} in "
                         f"{other.file.name} and {file.name}; remove the file that does not belong"
                     )
-                if len(tensors) > most:
+                if len(tensors) > max_tensors:
                     raise CheckpointError(
-                        f"{file}: config.json describes a model of at most {most:,} tensors, got "
-                        f"more; the files do not belong together"
+                        f"{file}: expected at most {max_tensors:,} tensors for what config.json "
+                        f"describes, got more; the files do not belong together"
                     )
         _check_index(folder, tensors, listed or {})
         _check_counts(folder, config, tensors)

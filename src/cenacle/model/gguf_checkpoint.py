@@ -1,10 +1,10 @@
 """A GGUF model as a checkpoint's folder: config, tokenizer, and where each tensor's bytes are.
 
-Owns: each family's config and names, from GGUF's metadata and names; `INDEX`, the list of tensors
-under the names of mlx-lm's modules; decoding tensors that were read.
+Owns: each family's config and names, from GGUF's metadata and names; `GGUF_INDEX`, the list of
+tensors under the names of mlx-lm's modules; decoding tensors that were read.
 Does not know: plans, ranks.
-How: the head reads the header once and writes a folder with config.json, tokenizer files, `INDEX`
-and links to the files. Whoever opens that folder needs no header.
+How: the head reads the header once and writes a folder with config.json, tokenizer files, that
+list and links to the files. Whoever opens that folder needs no header.
 Invariant: a tensor of the index lies inside its file.
 Next: `checkpoint.py` opens the folder, `loader.py` reads its tensors.
 """
@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -33,14 +33,15 @@ from ..paths import models_dir
 from .tensor_info import TensorInfo
 from .weight_files import GGUF_INDEX
 
+Array = TypeVar("Array", mx.array, np.ndarray)
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_PLAIN_NAMES = {
+PLAIN_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     **{f"attn_{n}": f"self_attn.{n}_proj" for n in ("q", "k", "v")},
     "attn_output": "self_attn.o_proj",
 }
-_OUTER_NAMES = {
+OUTER_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -199,20 +200,20 @@ def prepare_folder(path: Path) -> Path:
     if (folder / GGUF_INDEX).exists():
         return folder
     opened = [GgufFile.open(file) for file in files]
-    beside = folder.parent.with_name(f".{folder.parent.name}.{secrets.token_hex(4)}")
-    inner = beside / folder.name
+    temporary = folder.parent.with_name(f".{folder.parent.name}.{secrets.token_hex(4)}")
+    content = temporary / folder.name
     try:
-        inner.mkdir(parents=True)
-        _write_folder(inner, opened)
+        content.mkdir(parents=True)
+        _write_folder(content, opened)
         try:
-            beside.replace(folder.parent)
+            temporary.replace(folder.parent)
         except OSError:
             if not (folder / GGUF_INDEX).exists():  # another process was first, else
                 raise
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -240,9 +241,11 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
             f"{path}: a dense model, it has no experts to distribute; llama.cpp runs it on one "
             "machine"
         )
-    layers, further = values.number("block_count"), values.number("nextn_predict_layers", 0)
+    layers, drafting_layers = values.number("block_count"), values.number("nextn_predict_layers", 0)
     # mlx-lm has no layers that predict further tokens.
-    skipped = tuple(f"blk.{layers - 1 - i}." for i in range(min(int(further), int(layers), 16)))
+    skipped = tuple(
+        f"blk.{layers - 1 - i}." for i in range(min(int(drafting_layers), int(layers), 16))
+    )
     tensors: dict[str, list[Any]] = {}
     for file in files:
         for tensor in file.tensors:
@@ -269,11 +272,11 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
 def _module_name(path: Path, family: GgufFamily, name: str) -> str:
     match = _LAYER.fullmatch(name)
     if match is not None:
-        module = family.names.get(match[2]) or _PLAIN_NAMES.get(match[2])
+        module = family.names.get(match[2]) or PLAIN_NAMES.get(match[2])
         if module is not None:
             joint = "_" if module.endswith("e_score_correction") else "."
             return f"model.layers.{int(match[1])}.{module}{joint}{match[3]}"
-    elif (outer := _OUTER_NAMES.get(name.removesuffix(".weight"))) is not None:
+    elif (outer := OUTER_NAMES.get(name.removesuffix(".weight"))) is not None:
         return f"{outer}.weight"
     raise CheckpointError(
         f"{path}: tensor {name:.100} is none that {family.model_type} has; use the model in "
@@ -331,7 +334,7 @@ def _config(values: _Values, family: GgufFamily, tensors: dict[str, list[Any]]) 
 
 @dataclass(frozen=True)
 class GgufIndex:
-    """What `INDEX` has.
+    """What the file `GGUF_INDEX` has.
 
     Args:
         tensors: by the names of mlx-lm's modules; a quantized one's dtype is GGUF's type.
@@ -387,11 +390,11 @@ class GgufIndex:
         if info.dtype in UNQUANTIZED:
             parts = {leaf: array}
         else:
-            made = to_mlx_layout(info.dtype, np.array(array))
-            parts = {name: mx.array(part) for name, part in made.items()}
+            leaves = to_mlx_layout(info.dtype, np.array(array))
+            parts = {name: mx.array(part) for name, part in leaves.items()}
         for module, heads in zip(("q_proj", "k_proj"), self.permuted_heads, strict=False):
             if path.endswith(f"self_attn.{module}"):
-                parts = {name: _halves_of_heads(part, heads) for name, part in parts.items()}
+                parts = {name: restore_row_order(part, heads) for name, part in parts.items()}
         return parts
 
     def describe(self, info: TensorInfo, shape: tuple[int, ...]) -> dict[str, mx.array]:
@@ -415,7 +418,7 @@ class GgufIndex:
         return parts | {"scales": nan, "biases": nan}
 
 
-def _halves_of_heads(array: mx.array, heads: int) -> mx.array:
+def restore_row_order(array: Array, heads: int) -> Array:
     """llama.cpp's order of a head's rows, pairs that rotate together, as the Hub's, two halves."""
     rows = len(array) // heads
     return array.reshape(heads, rows // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)

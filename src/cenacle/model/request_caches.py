@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+MAX_MASKS = 256  # more than a pass makes: one a layer
 _MASKS: dict[int, tuple[mx.array, list[Any]]] = {}
 """By the identity of a mask that a model was given: it, and the masks of each request."""
 
@@ -50,12 +51,12 @@ class RequestCaches:
     def make_mask(self, *args: Any, **keywords: Any) -> Any:
         """The mask of the first request that has one; attention takes each its own."""
         masks = [_first(row).make_mask(*args, **keywords) for row in self.rows]
-        shown = next((mask for mask in masks if mask is not None), None)
-        if len(masks) > 1 and isinstance(shown, mx.array):
-            if len(_MASKS) > 64:
-                _MASKS.clear()
-            _MASKS[id(shown)] = shown, masks
-        return shown
+        first = next((mask for mask in masks if mask is not None), None)
+        if len(masks) > 1 and isinstance(first, mx.array):
+            while len(_MASKS) >= MAX_MASKS:  # the oldest: those of a pass are among the last
+                _MASKS.pop(next(iter(_MASKS)))
+            _MASKS[id(first)] = first, masks
+        return first
 
     def empty(self) -> bool:
         """Whether nothing was computed yet."""
@@ -114,16 +115,16 @@ def _for_requests(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of attention that computes each request with its own cache."""
 
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
-        given = [*args, *keywords.values()]
-        caches = next((a for a in given if isinstance(a, RequestCaches)), None)
+        arguments = [*args, *keywords.values()]
+        caches = next((a for a in arguments if isinstance(a, RequestCaches)), None)
         if caches is None:
             return kind.__call__(self, *args, **keywords)
         count = len(caches.rows)
         outputs = []
         for row in range(count):
-            own = [_of_request(value, row, count) for value in args]
+            positional = [_of_request(value, row, count) for value in args]
             named = {name: _of_request(value, row, count) for name, value in keywords.items()}
-            outputs.append(kind.__call__(self, *own, **named))
+            outputs.append(kind.__call__(self, *positional, **named))
         return _join(outputs)
 
     return type(kind.__name__, (kind,), {"__call__": call})
@@ -168,7 +169,7 @@ def install_request_attention(model: nn.Module, name: str) -> None:
     Args:
         name: of the layers' attribute: a module, or a list of modules.
     """
-    made: Callable[[], list[Any]] = model.make_cache
+    make_caches: Callable[[], list[Any]] = model.make_cache
     for layer in model.layers:
         attention = layer.get(name)
         for module in attention if isinstance(attention, list) else [attention]:
@@ -179,6 +180,6 @@ def install_request_attention(model: nn.Module, name: str) -> None:
         text._supports_batch_invariant_decode = lambda: False
     # States of recurrent layers can be merged.
     model.make_cache = lambda: [
-        made_one if type(made_one).__name__ == "ArraysCache" else RequestCaches([made_one])
-        for made_one in made()
+        made if type(made).__name__ == "ArraysCache" else RequestCaches([made])
+        for made in make_caches()
     ]

@@ -422,7 +422,7 @@ def _attention(
             dim = reader.number("head_dim", default=hidden // heads, minimum=1)
             gated = str(c.get("model_type", "")).startswith(("qwen3_next", "qwen3_5"))
             layer_params = hidden * dim * (heads * (3 if gated else 2) + 2 * kv)
-            size = reader.number(*("sliding_window", "attention_chunk_size"), default=0, minimum=-1)
+            size = reader.number("sliding_window", "attention_chunk_size", default=0, minimum=-1)
             for count, window in ((full, None), (windowed, size if size > 0 else None)):
                 if count:
                     attention.append(Attention("gqa", count, heads, kv, dim, window=window))

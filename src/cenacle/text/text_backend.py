@@ -24,13 +24,19 @@ from .time_limit import LimitReached, time_limit
 
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest known has 33 MB
 MAX_TEMPLATE_BYTES = 1 << 20
-MAX_ADDED_TOKENS = 70_000  # transformers takes 0.2 ms for each; a model of speech has 65,536
+MAX_ADDED_TOKENS = 70_000  # transformers takes 0.2 ms for each
 LIMITS = f"{CPU_S} s or 2 GB"
 _ADDED_TOKEN_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
 )
 _ADDED_TOKEN_KEYS = (
-    *("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+    "added_tokens",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_special_tokens",
 )
 _SAMPLE = "Hello, world! 1234  \n\t\u00e4\u4f60\U0001f642 x=y;"
 
