@@ -30,8 +30,10 @@ from cenacle.model.loader import load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.ranks.ranks import Epoch
 from fake_hub import REPO, FakeHub, times_sent, use_fake_hub
+from support import moe_gguf
 
 HOST = "127.0.0.1"
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 384, "num_hidden_layers": 4}
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 WEIGHTS = "model.safetensors"
 
@@ -141,7 +143,7 @@ def model(tmp_path):
     return shutil.copytree(DEMO, tmp_path / "answers")
 
 
-def assert_loads(formed):
+def assert_loads(formed, source_folder=DEMO):
     """Every machine's rank loads from its folder what it would from the whole."""
     for rank, folder in enumerate(formed.folders):
         want, got = (
@@ -150,7 +152,7 @@ def assert_loads(formed):
                     load_rank_model(Checkpoint.open(Path(f)), formed.plan, rank, lambda *_: None)
                 )
             )
-            for f in (DEMO, folder)
+            for f in (source_folder, folder)
         )
         assert want.keys() == got.keys()
         assert all(mx.array_equal(want[k], got[k]) for k in want)
@@ -190,6 +192,16 @@ def test_each_node_downloads_its_own_part(cluster, hub, placement):
     cluster.head.end_group(formed.group.group_id)
     assert_loads(cluster.form(REPO, placement))
     assert hub.sent == before
+
+
+@pytest.mark.parametrize("placement", ["whole", "sliced"])
+def test_a_gguf_model_is_spread_by_the_head(cluster, tmp_path, placement):
+    moe_gguf.write_moe(tmp_path / "model", "qwen3_moe", "Q8_0", **WIDE)
+    formed = cluster.form(str(tmp_path / "model" / "model.gguf"), placement)
+    assert_loads(formed, formed.folders[0])
+    size = (tmp_path / "model" / "model.gguf").stat().st_size
+    for rank in (1, 2):
+        assert downloaded_bytes(formed.folders[rank]) < 0.75 * size
 
 
 @pytest.mark.parametrize("gap", [0, 1 << 16])
