@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from one_process import run_ranks
@@ -14,9 +15,13 @@ from cenacle.core.plan import Plan
 from cenacle.errors import CenacleError, CheckpointError
 from cenacle.model.byte_ranges import total_bytes
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
+from cenacle.model.format_notices import describe_formats
+from cenacle.model.gguf_checkpoint import GgufIndex
 from cenacle.model.loader import load_rank_model
+from cenacle.model.quantized_layers import QuantizedLayers
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
+from cenacle.model.tensor_info import TensorInfo
 from support.moe_gguf import ARCHITECTURES, write_moe
 
 TOKENS = [[1, 40, 7, 99, 200, 13, 5, 64]]
@@ -49,6 +54,29 @@ def test_quantized_experts_are_sliced_at_blocks(tmp_path, kind):
     for nodes, placement in ((1, "whole"), (3, "sliced"), (2, "whole")):
         for logits in logits_of(folder, nodes, placement):
             assert np.abs(logits - expected).max() < 1e-3, (nodes, placement)
+
+
+def test_split_files_are_one_model(tmp_path):
+    expected = np.array(write_moe(tmp_path, "qwen3_moe", "Q8_0", 10)(mx.array(TOKENS)))
+    files = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(files) > 3
+    folders = {locate_checkpoint(str(path)) for path in (files[0], files[-1])}
+    assert len(folders) == 1
+    for nodes, placement in ((1, "whole"), (2, "sliced")):
+        for logits in logits_of(*folders, nodes, placement):
+            assert np.abs(logits - expected).max() < 1e-3, (nodes, placement)
+
+
+def test_types_that_are_rounded_are_named():
+    kinds = ("Q6_K", "Q8_0", "Q2_K", "Q6_K", "F32")
+    tensors = {str(i): TensorInfo(str(i), Path(), kind, (1,), 0, 1) for i, kind in enumerate(kinds)}
+    notices = describe_formats(
+        nn.Module(), QuantizedLayers(), GgufIndex(tensors, ()), uses_native_kernels=True
+    )
+    assert [notice.split(" are held as 8 bits")[0] for notice in notices] == [
+        "1 tensors of the GGUF file (Q2_K)",
+        "2 tensors of the GGUF file (Q6_K)",
+    ]
 
 
 @pytest.mark.parametrize("placement", ["whole", "sliced"])

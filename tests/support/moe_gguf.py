@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import mlx.core as mx
@@ -58,8 +59,8 @@ def _pairs_of_heads(array: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def write_moe(folder: Path, family: str, kind: str = "F32", **changes):
-    """Write `folder`/model.gguf.
+def write_moe(folder: Path, family: str, kind: str = "F32", max_tensors: int = 0, **changes: Any):
+    """Write `folder`/model.gguf, or files of at most `max_tensors` each.
 
     Returns:
         mlx-lm's model with the file's weights as floats.
@@ -73,7 +74,9 @@ def write_moe(folder: Path, family: str, kind: str = "F32", **changes):
         config["mlp_only_layers"] = []
     synth(folder / "floats", config=config, dtype="float32")
     model = build_model(Checkpoint.open(folder / "floats"), None, 0)
-    write_header = gguf.GGUFWriter(folder / "model.gguf", ARCHITECTURES[family])
+    write_header = gguf.GGUFWriter(
+        folder / "model.gguf", ARCHITECTURES[family], split_max_tensors=max_tensors
+    )
     _add_metadata(write_header, config)
     replaced = []
     for name, array in architecture.named_parameters(model):

@@ -86,21 +86,6 @@ def to_mlx_layout(type_name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
     return {n: a.reshape(*rows, row_blocks * a.shape[1]) for n, a in parameters.items()}
 
 
-def dequantize(type_name: str, blocks: np.ndarray) -> np.ndarray:
-    """The float32 weights [..., weights of a row] of blocks [..., blocks of a row, bytes]."""
-    kind = BLOCK_TYPES[type_name]
-    flat = blocks.reshape(-1, kind.nbytes)
-    if kind.mode == "mxfp4":
-        exponents = np.ldexp(np.float32(1), flat[:, :1].astype(np.int32) - 127)
-        values = _FP4[_nibbles(flat[:, 1:])] * exponents
-    else:
-        assert kind.decode is not None
-        q, scales, biases = kind.decode(flat)
-        grouped = q.reshape(*scales.shape, -1).astype(np.float32)
-        values = (grouped * scales[..., None] + biases[..., None]).reshape(len(flat), -1)
-    return values.reshape(*blocks.shape[:-2], -1)
-
-
 def _pack(q: np.ndarray, bits: int) -> np.ndarray:
     """[rows, weights] -> uint32 [rows, words]: MLX's stream of bits, the first weight lowest."""
     if bits == 8:
@@ -219,7 +204,6 @@ def _decode_q2_k(b: np.ndarray) -> Affine:
     return _to_8_bits(values.reshape(len(b), -1))
 
 
-_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _IQ4 = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16
 )

@@ -12,19 +12,25 @@ from collections import Counter
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from .gguf_checkpoint import GgufIndex
 from .quantized_layers import QuantizedLayers
 
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
 def describe_formats(
-    model: nn.Module, stored: QuantizedLayers, *, uses_native_kernels: bool
+    model: nn.Module,
+    stored: QuantizedLayers,
+    gguf: GgufIndex | None = None,
+    *,
+    uses_native_kernels: bool,
 ) -> list[str]:
     """Sentences about weights that are rounded, or that take more memory or time than they need.
 
     Args:
         model: loaded, and native where the kernels can compute it.
         stored: the quantized layers of the checkpoint.
+        gguf: of a GGUF model.
         uses_native_kernels: whether plain MLX is the exception.
     """
     notices = []
@@ -36,6 +42,12 @@ def describe_formats(
             f"{count} matrices of the checkpoint ({kind}) are held as "
             f"{str(dtype).removeprefix('mlx.core.')}, which rounds each weight by at most "
             f"{100 * error:.2g} %"
+        )
+    rounded_types = gguf.count_rounded() if gguf is not None else {}
+    for kind, count in rounded_types.items():
+        notices.append(
+            f"{count} tensors of the GGUF file ({kind}) are held as 8 bits in groups of 32, which "
+            f"rounds each weight by at most 1/510 of its group's range"
         )
     if unpacked := getattr(model, "unpacked", ()):
         notices.append(

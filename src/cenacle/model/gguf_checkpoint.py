@@ -17,6 +17,7 @@ import math
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,6 +380,11 @@ class GgufIndex:
         """The types of quantized tensors; None: there are none."""
         kinds = sorted({info.dtype for info in self.tensors.values()} - UNQUANTIZED)
         return f"GGUF {', '.join(kinds)}" if kinds else None
+
+    def count_rounded(self) -> dict[str, int]:
+        """How many tensors there are of each type that MLX's layouts do not hold exactly."""
+        types = Counter(info.dtype for info in self.tensors.values())
+        return {name: n for name, n in sorted(types.items()) if not BLOCK_TYPES[name].is_exact}
 
     def decode(self, info: TensorInfo, array: mx.array) -> dict[str, mx.array]:
         """MLX's parameters of what was read of a tensor, by leaf: "weight", "scales", ...

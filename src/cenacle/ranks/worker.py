@@ -270,8 +270,12 @@ class _Worker:
             device += f", {native.describe_kernels()}"
         notices = list(store.notices) if store is not None else []
         if rank == 0:
+            checkpoint = self._checkpoint
             notices += describe_formats(
-                model, self._checkpoint.quantized, uses_native_kernels=uses_native_kernels
+                model,
+                checkpoint.quantized,
+                checkpoint.gguf,
+                uses_native_kernels=uses_native_kernels,
             )
         if rank == 0 and not engine.batches_requests:
             notices.append(

@@ -206,6 +206,7 @@ class _Handshake(SSLProtocol):
     """A TLS connection that counts among the idle ones until its handshake is done."""
 
     is_idle = True
+    max_size = 1 << 14  # of its buffer, one TLS record; asyncio takes 256 kB for each connection
 
     def __init__(
         self, connections: _Connections, connection: _TimedConnection, **options: Any
