@@ -108,7 +108,7 @@ class Recorder:
 
     def stop(self):
         self.told.append("stop")
-        return {}
+        return {"laps_s": {}}
 
     def __getattr__(self, name):
         return lambda *_: self.told.append(name)

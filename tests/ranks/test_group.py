@@ -4,6 +4,7 @@ One group of two ranks serves every test that does not break it. Ranks exchange 
 backend: the mesh on Linux. MLX's ring, which waits by spinning, has one test of its own.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -24,11 +25,13 @@ from cenacle.api import Model
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
+from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.channel import ChannelClosed
 from cenacle.ranks.local_ranks import LocalRanks
 from cenacle.ranks.messages import LoadOrder, Ready
-from cenacle.ranks.rank_group import RankGroup
+from cenacle.ranks.rank_group import RankGroup, StepObserver
+from cenacle.ranks.step_timings import StepReport
 from cenacle.runtime import Deployment, LoadOptions
 from cenacle.scheduler.scheduler import Scheduler
 
@@ -39,6 +42,7 @@ RECORDED = mx.load(str(MIXTRAL / "vectors.safetensors"))
 PROMPT = RECORDED["prompt_7.tokens"].tolist()
 GREEDY = RECORDED["prompt_7.greedy"].tolist()
 OTHERS = ([5, 6, 7], list(range(40)), [200], [17] * 90)
+NO_END = {362: -100.0}  # of the demo
 DICE = {"temperature": 1.0, "seed": 11, "top_p": 0.95}
 
 
@@ -114,6 +118,31 @@ def test_two_nodes_give_the_same_tokens(one, two):
 def test_ranks_that_never_tokenize_do_not_load_a_tokenizer_library(two):
     for pid in two.ranks.pids:
         assert "tokenizers" not in Path(f"/proc/{pid}/maps").read_text()
+
+
+class ReportRecorder(StepObserver):
+    """Keeps rank 0's reports of measured steps."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+
+    def on_step_measured(self, reports) -> None:
+        self.reports.append(reports[0])
+
+
+def test_a_measured_step_has_a_pass_of_the_model():
+    """A token that was computed in the step before is no measurement."""
+    with loaded(DEMO_MODEL_DIR, measure_every=1) as model:
+        model.group.observers.append(recorder := ReportRecorder())
+        for tokens in (8, 24, 40) * 8:
+            stream = model.stream("What is 12 + 30?", tokens, logit_bias=NO_END)
+            for _ in itertools.islice(stream, 3):
+                pass
+            stream.close()
+            list(model.stream("What is 12 + 30?", tokens, logit_bias=NO_END))
+    steps = [report for report in recorder.reports if report.decoding]
+    assert len(steps) > 100
+    assert all(report.routed and report.laps_s for report in steps)
 
 
 def test_ring_gives_the_same_tokens(one):

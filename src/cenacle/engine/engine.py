@@ -135,9 +135,12 @@ class Engine:
         if not step.measured:
             return None
         self._batch.synchronize()  # the head and the sampler come after the last lap
+        measured = self._timer.stop()
+        # A token may come from a pass of the step before, and nothing be computed in this one.
+        has_pass = bool(measured["laps_s"])
         return {
-            **self._timer.stop(),
-            "decoding": bool(events) and not (step.prefill or step.final_chunks),
+            **measured,
+            "decoding": has_pass and bool(events) and not (step.prefill or step.final_chunks),
             "tokens": max(Counter(e.request_id for e in events).values(), default=0),
             "sent_bytes": self._collective.traffic.bytes,
         }

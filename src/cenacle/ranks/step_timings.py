@@ -20,7 +20,7 @@ class StepReport:
         laps_s: seconds by phase.
         all_reduces_s: seconds of each all-reduce, in order.
         routed: layer -> expert -> how often the router chose it.
-        decoding: the step gave tokens and processed no prompt.
+        decoding: the step had a pass of the model, gave tokens and processed no prompt.
         tokens: how many tokens it gave to one request at most.
         sent_bytes: bytes that the rank has put into all-reduces since it started.
     """
