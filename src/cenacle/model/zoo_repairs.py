@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -72,6 +73,24 @@ def _repair_glm5_next() -> None:
         return cache.KVCache() if self.keys is None else extract(self, index)
 
     cache.BatchKVCache.extract = extract_or_new  # type: ignore[method-assign]
+
+
+def _repair_qwen4_exp() -> None:
+    """Blocks that do not exist yet are past the end of a mask.
+
+    mlx-vlm numbers them -1, and writes at tokens -ratio to -1: with a short prompt before the
+    array, over the allocator's own count of its bytes.
+    """
+    from mlx_vlm.models.qwen4_exp.language import Qwen4ExpQSAIndexer
+
+    build = Qwen4ExpQSAIndexer.build_mask
+
+    def build_mask(self: Any, selection: SimpleNamespace) -> mx.array:
+        blocks = selection.selected_blocks
+        known = mx.where(blocks < 0, selection.key_len, blocks)
+        return build(self, SimpleNamespace(**vars(selection) | {"selected_blocks": known}))
+
+    Qwen4ExpQSAIndexer.build_mask = build_mask  # type: ignore[method-assign]
 
 
 def _repair_mistral_large3() -> None:
@@ -209,6 +228,7 @@ REPAIRS = {
     "glm5_next": _repair_glm5_next,
     "hy_v4": _repair_hy_v4,
     "mistral_large3": _repair_mistral_large3,
+    "qwen4_exp": _repair_qwen4_exp,
 }
 
 
