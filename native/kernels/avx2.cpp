@@ -6,7 +6,7 @@
 // vector i; activations are dealt out that way once a token, so that weights need no shuffles.
 // Affine biases cost nothing in the loop: bias x (sum of the group's activations) is added at the end.
 // 2-, 3-, 5- and 6-bit rows, and rows of 4 bits that do not fill vectors, are spread to bytes first; such
-// rows of nvfp4 to floats. Values of e4m3 are multiplied as floats, see e4m3_tile.
+// rows of nvfp4 to floats. Values of e4m3 are multiplied as floats: e4m3_avx2.inc.h.
 #include <immintrin.h>
 
 #include "kernels/quantized_tile.inc.h"
@@ -152,15 +152,18 @@ inline __m256 eight_floats(Float type, const uint8_t* p, int64_t i) {
   return type == Float::bf16 ? load<Float::bf16>(p, i) : load<Float::f16>(p, i);
 }
 
+// Eight scales of e8m0.
+inline __m256 powers_of_two(const uint8_t* p) {
+  const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(e, 23), _mm256_set1_epi32(0x400000)));
+}
+
 inline __m256 eight_scales(const Matrix& m, const uint8_t* scales, int64_t g) {
   if (m.format == Format::affine || m.format == Format::fp8) return eight_floats(m.type, scales, g);
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + g));
   if (m.format == Format::nvfp4)
     return _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves_of(bytes))), _mm256_set1_ps(HALVES));
-  const __m256i e = _mm256_cvtepu8_epi32(bytes);
-  const __m256i least =
-      _mm256_and_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()), _mm256_set1_epi32(0x400000));
-  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(e, 23), least));
+  return powers_of_two(scales + g);
 }
 
 // Scales and biases of a row as floats, one for each `group_size` weights.
@@ -224,51 +227,6 @@ inline void bytes_of_row(const Matrix& m, int64_t row, uint8_t* to) {
   }
 }
 
-// ---- e4m3 -------------------------------------------------------------------------------------
-
-// T tokens with one row. `scale` holds a factor for every `group` weights.
-template <int T>
-inline void e4m3_tile(const uint8_t* w, int64_t width, int group, const float* scale, const float* const* x,
-                      __m256* sum) {
-  for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
-  for (int64_t i = 0, end = group; i < width; i += 32) {
-    if (i == end) end += group, scale++;
-    __m256 part[T];
-    if constexpr (T == 1)
-      if (i % 64 == 0) prefetch_ahead(w + i);
-    for (int h = 0; h < 32; h += 16) {
-      const __m256i v = halves_of(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i + h)));
-      const __m256 u = _mm256_cvtph_ps(_mm256_castsi256_si128(v)), z = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
-      for (int t = 0; t < T; t++) {
-        const __m256 y = _mm256_loadu_ps(x[t] + i + h);
-        part[t] = h ? _mm256_fmadd_ps(u, y, part[t]) : _mm256_mul_ps(u, y);
-        part[t] = _mm256_fmadd_ps(z, _mm256_loadu_ps(x[t] + i + h + 8), part[t]);
-      }
-    }
-    for (int t = 0; t < T; t++) sum[t] = _mm256_fmadd_ps(part[t], _mm256_broadcast_ss(scale), sum[t]);
-  }
-}
-
-void multiply_e4m3(const Matrix& m, int64_t first, int64_t last, const Activations& a, const int32_t* tokens,
-                   int count, float* const* out, float* scratch) {
-  const int64_t groups = m.width / m.group;
-  float *scales = scratch, *unused = scales + ROWS * groups;
-  for (int64_t row = first; row < last; row += ROWS) {
-    const int64_t n = last - row < ROWS ? last - row : ROWS;
-    const uint8_t* w = m.weight + row * m.weight_stride;
-    for (int64_t r = 0; r < n; r++) row_scales(m, row + r, m.group, groups, scales + r * groups, unused);
-    for_token_tiles(count, [&](int j, auto size) {
-      const float* x[size()];
-      __m256 sum[size()];
-      for (int t = 0; t < size(); t++) x[t] = a.plain + int64_t(tokens[j + t]) * a.width;
-      for (int64_t r = 0; r < n; r++) {
-        e4m3_tile<size()>(w + r * m.weight_stride, m.width, m.group, scales + r * groups, x, sum);
-        for (int t = 0; t < size(); t++) out[j + t][row - first + r] = total(sum[t]) * HALVES;
-      }
-    });
-  }
-}
-
 inline bool expands_rows(const Matrix& m, Layout l) { return l.interleave == Interleave::int16x2 && m.bits != 8; }
 
 template <Code C, int GROUP>
@@ -294,18 +252,28 @@ void multiply_quantized(const Matrix& m, int64_t first, int64_t last, const Acti
   }
 }
 
+}  // namespace
+}  // namespace cenacle
+
+#include "kernels/e4m3_avx2.inc.h"
+
+namespace cenacle {
+namespace {
+
 // ---- the table --------------------------------------------------------------------------------
 
 bool packs(const Matrix&) { return false; }
 
 Layout choose(const Matrix& m) {
   const bool decodes = m.format == Format::nvfp4 && m.width % 64;
-  if (m.format == Format::dense || is_e4m3(m) || decodes) return {Interleave::none, 0};
+  if (m.format == Format::dense || decodes) return {Interleave::none, 0};
+  if (is_e4m3(m)) return {Interleave::float_quads, int(m.width)};
   const int group_size = m.group > 64 ? 64 : m.group;
   return {m.bits == 4 && m.width % 64 == 0 ? Interleave::int16x4 : Interleave::int16x2, group_size};
 }
 
 void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales, float* sums) {
+  if (l.interleave == Interleave::float_quads) return prepare_e4m3(width, x, to, scales, sums);
   const int group_size = l.group, ways = l.interleave == Interleave::int16x4 ? 4 : 2, unit = 16 * ways;
   auto* quantized = reinterpret_cast<int16_t*>(to);
   const int64_t groups = width / group_size, padded = groups_of(l, width);
@@ -348,7 +316,7 @@ void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales
 
 int64_t scratch(const Matrix& m) {
   const Layout l = choose(m);
-  if (is_e4m3(m)) return (ROWS + 1) * (m.width / m.group);
+  if (is_e4m3(m)) return ROWS * (m.width / m.group);
   if (m.format == Format::nvfp4 && l.interleave == Interleave::none) return DECODED_ROWS * m.width;
   if (l.interleave == Interleave::none) return 0;
   return (2 * ROWS + 4) * groups_of(l, m.width) + (expands_rows(m, l) ? ROWS * m.width / 4 : 0);

@@ -58,6 +58,8 @@ enum class Interleave : int {
   int8_quads, int8_quads_even,
   // Planes for `sdot`: of each 32 values [upper 32][lower 32], and with even places before odd ones.
   byte_planes32, byte_planes32_even,
+  // Floats, times a power of two: of each 32 values those at 4 j, at 4 j + 1, 4 j + 2 and 4 j + 3.
+  float_quads,
 };
 struct Layout {
   Interleave interleave;
@@ -74,6 +76,7 @@ constexpr int64_t bytes_of(Layout l, int64_t width) {
     case Interleave::none: return 0;
     case Interleave::byte_planes: return (width + 63) / 64 * 128;
     case Interleave::int8_quads: case Interleave::int8_quads_even: return width;
+    case Interleave::float_quads: return 4 * width;
     default: return 2 * width;
   }
 }

@@ -215,9 +215,10 @@ def test_nan_is_passed_on_to_its_own_token(kernels, bad, bits):
     assert finite.tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize(("bits", "group", "mode"), [(4, 64, "affine"), *FLOAT_FORMATS])
 @pytest.mark.parametrize("value", [0.0, 1e-38, 1e30])
-def test_values_at_the_ends_of_the_range(kernels, value):
-    made, w = quantized(normal(40, 256), 4, 64)
+def test_values_at_the_ends_of_the_range(kernels, value, bits, group, mode):
+    made, w = quantized(normal(40, 256), bits, group, mode)
     x = mx.full((2, 256), value)
     got, want = np.array(kernels.linear(x, made)), np.array(x @ w.T)
     assert np.abs(got - want).max() <= max(1e-4 * np.abs(want).max(), 1e-30)

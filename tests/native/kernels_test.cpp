@@ -238,12 +238,13 @@ void check(const Kernels& k, Case c, int64_t tokens, int bits = 16) {
   if (m.packed) check_unpack(k, c, m, x);
   const auto out = run(k, m, x, tokens, TOKENS, m.rows);
   const Layout l = k.choose(m);
+  const bool integers = l.interleave != Interleave::none && l.interleave != Interleave::float_quads;
   // Half a step of the activations' integers.
   const double half = bits_of(l) == 8 ? 1 / 253.9 : 1 / 65000.;
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t row = 0; row < m.rows; row++) {
       double sum = 0, rounding = 0, steps = 0;
-      for (int64_t g = 0, group_size = l.interleave != Interleave::none ? l.group : m.width; g < m.width; g += group_size) {
+      for (int64_t g = 0, group_size = integers ? l.group : m.width; g < m.width; g += group_size) {
         double top = 0, weights = 0;
         for (int64_t i = g; i < g + group_size; i++) {
           const double v = x[t * m.width + i], w = c.value[row * m.width + i];
@@ -254,7 +255,7 @@ void check(const Kernels& k, Case c, int64_t tokens, int bits = 16) {
         }
         steps += weights * top * half;
       }
-      const double bound = 1e-6 * rounding + (l.interleave != Interleave::none ? steps : 0.);
+      const double bound = 1e-6 * rounding + (integers ? steps : 0.);
       const double off = std::fabs(double(out[t * m.rows + row]) - sum);
       worst = std::max(worst, off / bound);
       if (!(off <= bound))
