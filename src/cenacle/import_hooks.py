@@ -1,0 +1,73 @@
+"""What other packages do when they are imported, made harmless or quicker.
+
+Owns: keeping mlx-lm from changing the limit of open files; a quicker search in transformers.
+Does not know: who imports them.
+Invariant: importing mlx-lm leaves the limit as it was. It would set it to 2,048, and the most
+that it can be raised to to 4,096, and fail where less is allowed. transformers finds the same
+names as without the hook.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+
+@contextmanager
+def _keep_file_limit(_: ModuleType) -> Iterator[None]:
+    original = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = original
+
+
+@contextmanager
+def _search_from_the_end(module: ModuleType) -> Iterator[None]:
+    """transformers looks for the last `__all__` of 1,700 files line by line, half of its import."""
+    yield
+    find_names = getattr(module, "fetch__all__", None)
+    if find_names is not None:
+        vars(module)["fetch__all__"] = lambda text: find_names(text[text.rfind("\n__all__") + 1 :])
+
+
+AROUND_IMPORT: dict[str, Callable[[ModuleType], AbstractContextManager[None]]] = {
+    "mlx_lm.utils": _keep_file_limit,
+    "transformers.utils.import_utils": _search_from_the_end,
+}
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        with AROUND_IMPORT[module.__name__](module):
+            self._loader.exec_module(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in AROUND_IMPORT:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    """From now on imports are as described above."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

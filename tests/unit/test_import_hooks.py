@@ -1,0 +1,35 @@
+"""What the hooks change in transformers finds the same names as before."""
+
+import ast
+from pathlib import Path
+from types import ModuleType
+
+import transformers
+from transformers.utils import import_utils
+
+from cenacle import import_hooks
+
+MODELS = Path(transformers.__file__).parent / "models"
+TEXTS = [path.read_text() for path in sorted(MODELS.glob("q*/*.py"))]
+
+ODD = (
+    "",
+    "import os\n",
+    '__all__ = ["A"]\n',
+    'x = 1\n__all__ = ["A", "B"]\n',
+    '__all__ = ["A"]\n__all__ = [\n    "B",\n    "C",\n]\nx = ["__all__"]\n',
+)
+
+
+def test_names_are_found_from_the_end():
+    tree = ast.parse(Path(import_utils.__file__).read_text())
+    functions = [n for n in tree.body if getattr(n, "name", "") == "fetch__all__"]
+    module = ModuleType("import_utils")
+    exec(compile(ast.Module(functions, []), "import_utils", "exec"), vars(module))
+    find_names = module.fetch__all__
+    with import_hooks.AROUND_IMPORT["transformers.utils.import_utils"](module):
+        pass
+    assert module.fetch__all__ is not find_names
+    assert any(find_names(text) for text in TEXTS)
+    for text in (*ODD, *TEXTS):
+        assert module.fetch__all__(text) == find_names(text)
