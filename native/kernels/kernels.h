@@ -48,7 +48,7 @@ constexpr int scale_bytes(const Matrix& m) {
 // every `group_size` values, dealt out as the unpacking of the weights leaves them.
 enum class Interleave : int {
   none,
-  int16x2, int16x4,  // int16, to 2 or 4 vectors: value ways * lane + way goes to that lane of that vector
+  int16x2,  // int16, to two vectors: value 2 * lane + way goes to that lane of that vector
   // The upper and the lower byte apart, as `vpdpbusd` wants them: value = 256 upper + lower, both signed.
   byte_planes,  // of each 64 values [upper 64][lower 64]
   // The two bytes apart for a packed matrix, in which a word of 32 bits is four or eight weights: of each

@@ -70,9 +70,9 @@ def describe_kernels() -> str:
 def set_activations(name: str) -> None:
     """Choose the integers to which layers that are installed from now on quantize activations.
 
-    "int8", with a scale for every 32 values (16 for nvfp4), works for affine 4- and 8-bit weights,
-    mxfp4 and nvfp4 on processors with AVX-512 and VNNI. Else integers have 16 bits; weights of
-    8-bit floats are multiplied with floats.
+    "int8", with a scale for every 32 values (16 for nvfp4), works for affine 4-bit weights, mxfp4
+    and nvfp4 on x86-64, and for affine 8-bit weights with AVX-512 and VNNI. Else integers have 16
+    bits; weights of 8-bit floats are multiplied with floats.
 
     Args:
         name: "int16" or "int8".
