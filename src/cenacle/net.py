@@ -1,4 +1,4 @@
-"""Sockets: addresses, free ports, and messages framed by their length.
+"""Sockets: listening, addresses, free ports, and messages framed by their length.
 
 Owns: the frame that every connection between Cenacle processes uses (a 4-byte big-endian length,
 then a JSON object in UTF-8), reading exactly as many bytes as were announced, and addresses.
@@ -9,6 +9,7 @@ Next: `ranks/channel.py` for threads, `cluster/framing.py` for asyncio.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import socket
@@ -17,6 +18,8 @@ import time
 from typing import Any
 
 import psutil
+
+from .errors import InputError
 
 FRAME_HEADER = struct.Struct(">I")
 READ_BYTES = 1 << 20  # most that one system call is asked for
@@ -144,3 +147,36 @@ def local_addresses() -> list[str]:
                 addresses.append(str(address))
     default = address_towards("192.0.2.1", 9)  # any address beyond the router (RFC 5737)
     return sorted(addresses, key=lambda a: (a != default, ":" in a))
+
+
+def bind(host: str = "127.0.0.1", port: int = 8080) -> socket.socket:
+    """A listening socket, to be taken before anything expensive starts; port 0: any free port.
+
+    Clients that connect before `serve` runs wait.
+
+    Raises:
+        InputError: the port is in use or not allowed, or the host is not an address of this
+            machine.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"port: expected 0 to 65535, got {port}", "port")
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = info[0]
+        # It listens at once: otherwise another process could still take the port.
+        return socket.create_server(
+            address, family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
+        )
+    except (OSError, ValueError) as error:
+        raise _bind_error(host, port, error) from error
+
+
+def _bind_error(host: str, port: int, error: Exception) -> InputError:
+    match error:
+        case OSError(errno=errno.EADDRINUSE):
+            message = f"port {port} of {host} is in use; choose another with --port"
+            return InputError(message, "port")
+        case PermissionError():
+            message = f"port {port} of {host} needs privileges; choose one from 1024 with --port"
+            return InputError(message, "port")
+    return InputError(f"{host} is not an address of this machine ({error}); see --host", "host")

@@ -20,7 +20,8 @@ DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
 PROGRAM = f"""
 import cenacle
-from cenacle.server.http_server import bind, serve
+from cenacle.net import bind
+from cenacle.server.http_server import serve
 
 sock = bind(port=0)
 with cenacle.load({str(DEMO)!r}, nodes=2, placement="whole", latency_s=0.002) as model:

@@ -23,7 +23,8 @@ CHAT = [sys.executable, "-m", "cenacle", "chat"]
 # Two nodes behind a slow link, so that an answer can be stopped; and a key.
 PROGRAM = f"""
 import cenacle
-from cenacle.server.http_server import bind, serve
+from cenacle.net import bind
+from cenacle.server.http_server import serve
 from cenacle.server.auth import KeyStore
 from cenacle.server.middleware import AccessPolicy
 

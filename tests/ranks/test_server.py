@@ -25,7 +25,7 @@ from mlx_lm.utils import load_model
 
 import cenacle
 from cenacle.errors import InputError
-from cenacle.server.http_server import bind
+from cenacle.net import bind
 from cenacle.text.tokenizer import ChatTokenizer
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -39,7 +39,8 @@ ENDLESS: dict[str, Any] = {"temperature": 0, "logit_bias": {str(END): -100}}
 PROGRAM = """
 import socket, sys
 import cenacle
-from cenacle.server.http_server import bind, serve
+from cenacle.net import bind
+from cenacle.server.http_server import serve
 from cenacle.server.limits import Limits
 
 sock = bind(port=0)

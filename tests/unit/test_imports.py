@@ -210,6 +210,25 @@ def test_imports_no_mlx(entry):
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_the_supervisor_imports_little():
+    """It is there all the time, and the server starts after it."""
+    program = """
+import sys
+from cenacle.cli import inference
+from cenacle.cli.options import ServerArguments
+from cenacle.server import supervisor
+supervisor.supervise = lambda sock, report: 0
+try:
+    with inference.open_server(ServerArguments(port=0)):
+        pass
+except inference.typer.Exit:
+    heavy = {"mlx", "numpy", "starlette", "transformers", "uvicorn"}
+    print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
 def test_all_is_sorted_and_complete():
     tree = ast.parse((ROOT / "__init__.py").read_text())
     relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]

@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from cenacle.errors import InputError
+from cenacle.server.access_policy import AccessPolicy
 from cenacle.server.auth import KeyStore
-from cenacle.server.middleware import SECURITY_HEADERS, AccessMiddleware, AccessPolicy
+from cenacle.server.middleware import SECURITY_HEADERS, AccessMiddleware
 
 ALL = ("/v1/models", "/v1/chat/completions", "/metrics", "/cluster", "/openapi.json", "/nowhere")
 

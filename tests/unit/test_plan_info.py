@@ -16,11 +16,12 @@ from cenacle.core.request import Request, TokenEvent
 from cenacle.engine.speculative.ngram import DraftStats
 from cenacle.ranks.step_timings import StepTimings
 from cenacle.scheduler.recovery import RecoveryState
+from cenacle.server.access_policy import AccessPolicy
 from cenacle.server.app import Application
 from cenacle.server.auth import KeyStore
 from cenacle.server.limits import Limits
 from cenacle.server.metrics import Metrics
-from cenacle.server.middleware import AccessMiddleware, AccessPolicy
+from cenacle.server.middleware import AccessMiddleware
 from cenacle.server.plan_info import PlanTracker, placement_map
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from ..api import Model
     from ..cluster.formation import Cluster
-    from ..server.middleware import AccessPolicy
+    from ..server.access_policy import AccessPolicy
     from ..server.supervisor import SupervisedProcess
 
 app = typer.Typer()
@@ -199,7 +199,7 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
         InputError: the port is in use, there is no API key, or the TLS files cannot be used.
         typer.Exit: that process has ended.
     """
-    from ..server.http_server import bind
+    from ..net import bind
     from ..server.supervisor import SupervisedProcess, supervise
 
     names = tuple(arguments.served_model_name or ())

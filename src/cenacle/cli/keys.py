@@ -23,7 +23,7 @@ from .console import print_json, report, wide_console
 from .options import JsonOutput
 
 if TYPE_CHECKING:
-    from ..server.middleware import AccessPolicy
+    from ..server.access_policy import AccessPolicy
 
 keys_app = typer.Typer(
     help="Manage the API keys of this user's servers.",
@@ -103,8 +103,8 @@ def access_policy(sock: socket.socket, **options: Any) -> AccessPolicy:
     Raises:
         InputError: keys are required and there is none.
     """
+    from ..server.access_policy import AccessPolicy
     from ..server.auth import KeyStore
-    from ..server.middleware import AccessPolicy
 
     hosts, origins = options.pop("hosts") or (), options.pop("cors_origins") or ()
     with contextlib.closing(KeyStore()) as keys:

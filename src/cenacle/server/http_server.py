@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import signal
@@ -26,15 +25,16 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import ClusterError, InputError
+from ..errors import ClusterError
 from ..logs import RepeatedLineFilter
 from ..net import format_address
 from ..open_files import raise_limit
+from .access_policy import AccessPolicy
 from .app import Application
 from .auth import KeyStore
 from .limits import Limits
 from .metrics import Metrics
-from .middleware import AccessMiddleware, AccessPolicy
+from .middleware import AccessMiddleware
 from .paced_input import PacedInput, Turns
 from .plan_info import PlanTracker
 from .supervisor import Restarts
@@ -44,39 +44,6 @@ if TYPE_CHECKING:
 
 connection_log = logging.getLogger(f"{__name__}.connections")
 _REPEATED_LINES = RepeatedLineFilter()
-
-
-def bind(host: str = "127.0.0.1", port: int = 8080) -> socket.socket:
-    """A listening socket, to be taken before anything expensive starts; port 0: any free port.
-
-    Clients that connect before `serve` runs wait.
-
-    Raises:
-        InputError: the port is in use or not allowed, or the host is not an address of this
-            machine.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"port: expected 0 to 65535, got {port}", "port")
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = info[0]
-        # It listens at once: otherwise another process could still take the port.
-        return socket.create_server(
-            address, family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
-        )
-    except (OSError, ValueError) as error:
-        raise _bind_error(host, port, error) from error
-
-
-def _bind_error(host: str, port: int, error: Exception) -> InputError:
-    match error:
-        case OSError(errno=errno.EADDRINUSE):
-            message = f"port {port} of {host} is in use; choose another with --port"
-            return InputError(message, "port")
-        case PermissionError():
-            message = f"port {port} of {host} needs privileges; choose one from 1024 with --port"
-            return InputError(message, "port")
-    return InputError(f"{host} is not an address of this machine ({error}); see --host", "host")
 
 
 def serve(
@@ -96,7 +63,7 @@ def serve(
 
     Args:
         model: loaded, with a tokenizer.
-        sock: see `bind`.
+        sock: see `net.bind`.
         on_started: called with the server's URL once it answers requests.
         limits: what a client may use.
         policy: who may use the server; None: with keys only, unless the socket is on loopback.
