@@ -133,15 +133,25 @@ class Model:
         cluster: Cluster | None = None,
         progress: ReportProgress | None = None,
         report: Callable[[str], None] = lambda _: None,
+        isolate_text: bool = False,
     ) -> Model:
         """Like `cenacle.load`, with the options in one object.
 
         Args:
             cluster: run on its nodes; it decides how many.
             report: told what the verification does and finds, in sentences.
+            isolate_text: `text.isolate()` will follow: its process starts beside the ranks.
         """
         deployment = resolve(options, cluster)
-        return cls(deployment, deployment.launch(progress, report))
+        text = deployment.tokenizer if isolate_text else None
+        if text is not None:
+            text.start_process()
+        try:
+            return cls(deployment, deployment.launch(progress, report))
+        except BaseException:
+            if text is not None:
+                text.close()
+            raise
 
     @property
     def ranks(self) -> Ranks:

@@ -34,7 +34,9 @@ class WorkerFailed(Exception):
 
 
 class WorkerProcess:
-    """Runs a module, which calls `serve`; it is started on the first use. Not for several threads.
+    """Runs a module, which calls `serve`. Not for several threads.
+
+    It is started by `start` or on the first use.
 
     Args:
         module: its full name.
@@ -46,9 +48,10 @@ class WorkerProcess:
         self._first_resident_bytes = 0  # after the first answer of the process
 
     @property
-    def is_running(self) -> bool:
-        """Whether the process has been started, and has not ended since."""
-        return self._process is not None and self._process.poll() is None
+    def has_answered(self) -> bool:
+        """Whether the process that runs now has answered anything; False if none runs."""
+        running = self._process is not None and self._process.poll() is None
+        return running and self._first_resident_bytes > 0
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """The answer to a message.
@@ -57,7 +60,7 @@ class WorkerProcess:
             WorkerFailed: there is none.
         """
         try:
-            process = self._start()
+            process = self.start()
             assert process.stdin is not None
             assert process.stdout is not None
             ends = time.monotonic() + DEADLINE_S
@@ -68,7 +71,7 @@ class WorkerProcess:
             self.close()
             raise WorkerFailed(f"{self._module}: {error!r}") from error
         resident_bytes = _resident_bytes(process)
-        self._first_resident_bytes = self._first_resident_bytes or resident_bytes
+        self._first_resident_bytes = self._first_resident_bytes or resident_bytes or 1
         if resident_bytes > self._first_resident_bytes + MAX_KEPT_BYTES:
             self.close()
         return answer
@@ -84,7 +87,12 @@ class WorkerProcess:
                         pipe.close()
         self._process, self._first_resident_bytes = None, 0
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the process unless it runs; it prepares itself meanwhile.
+
+        Raises:
+            OSError: the system has no room for it.
+        """
         if self._process is None or self._process.poll() is not None:
             self.close()
             # Not for Ctrl-C: it ends when its input does.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from cenacle.api import Model
 from cenacle.core.chat import Tool
-from cenacle.errors import CheckpointError, InputError
+from cenacle.errors import CheckpointError, ClusterError, InputError
+from cenacle.runtime import Deployment, LoadOptions
 from cenacle.text import text_backend, text_process
 from cenacle.text.tokenizer import ChatTokenizer
 from support.harmony_model import TEMPLATE as HARMONY
@@ -155,3 +158,41 @@ def test_the_server_goes_on(tmp_path, monkeypatch):
             assert ask("Why?")[0] == 200
     finally:
         server.close()
+
+
+def test_a_process_started_early_is_the_one_that_works(tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def record(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", record)
+    text = ChatTokenizer(
+        folder_of(tmp_path / "model", "{{ messages[-1].content }}"), {"eos_token_id": 362}
+    )
+    text.start_process()
+    assert len(started) == 1
+    try:
+        text.isolate()
+        assert text.render(ASK) == text.encode(ASK[0]["content"])
+        assert len(started) == 1
+        assert started[0].poll() is None
+    finally:
+        text.close()
+    assert started[0].poll() is not None
+
+
+def test_a_model_that_cannot_start_leaves_no_process(monkeypatch):
+    closed = []
+    monkeypatch.setattr(ChatTokenizer, "start_process", lambda self: None)
+    monkeypatch.setattr(ChatTokenizer, "close", lambda self: closed.append(self))
+
+    def fail(*_: Any) -> None:
+        raise ClusterError("no ranks")
+
+    monkeypatch.setattr(Deployment, "launch", fail)
+    with pytest.raises(ClusterError):
+        Model.load(LoadOptions(str(DEMO)), isolate_text=True)
+    assert len(closed) == 1

@@ -46,7 +46,7 @@ def test_a_worker_that_stands_still_has_a_deadline(stub_worker, monkeypatch, cod
     with pytest.raises(WorkerFailed):
         worker.ask({"text": "a" * characters})
     assert time.monotonic() - began < 60
-    assert not worker.is_running
+    assert not worker.has_answered
 
 
 def test_a_worker_that_ends_is_started_again(stub_worker):

@@ -257,7 +257,9 @@ def load_model(
     saved_plan = Plan.load(plan) if plan is not None else None
     options = LoadOptions(model, arguments.nodes, plan=saved_plan, **arguments.to_keywords())
     with loading_progress() as progress:
-        loaded = Model.load(options, progress=progress, cluster=cluster, report=report)
+        loaded = Model.load(
+            options, progress=progress, cluster=cluster, report=report, isolate_text=True
+        )
     with loaded:
         for reason in (loaded.ranks.backend_reason, loaded.plan_reason):
             if reason:

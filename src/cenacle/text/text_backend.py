@@ -110,7 +110,13 @@ class TextBackend:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._process: TextProcess | None = None
+        self._started: TextProcess | None = None  # not used before `isolate`
         self._encodes_there = False
+
+    def start_process(self) -> None:
+        """Start the process of `isolate`, which may follow later."""
+        self._started = self._make_process()
+        self._started.start()
 
     def isolate(self) -> None:
         """From now on do it in a process of its own, where a template or a tokenizer that needs too
@@ -121,13 +127,9 @@ class TextBackend:
             CheckpointError: a short text needs too much.
         """
         inner = self._tokenizer._tokenizer
-        backend = copy(getattr(inner, "backend_tokenizer", None))
-        if backend is not None:
-            backend.no_padding()
-            backend.no_truncation()
-        self._process = TextProcess(backend.to_str() if backend is not None else None)
+        self._process = self._started or self._make_process()
         try:
-            if backend is not None:
+            if getattr(inner, "backend_tokenizer", None) is not None:
                 self._encodes_there = True
                 ids = self.encode(_SAMPLE, special=True)
                 self._encodes_there = ids == self._encode_here(_SAMPLE, special=True)
@@ -142,10 +144,19 @@ class TextBackend:
                 f"but: {reason}; use another copy of the model"
             ) from None
 
+    def _make_process(self) -> TextProcess:
+        backend = copy(getattr(self._tokenizer._tokenizer, "backend_tokenizer", None))
+        if backend is None:
+            return TextProcess(None)
+        backend.no_padding()
+        backend.no_truncation()
+        return TextProcess(backend.to_str())
+
     def close(self) -> None:
         """End the process; it would be started again."""
-        if self._process is not None:
-            self._process.close()
+        for process in (self._process, self._started):
+            if process is not None:
+                process.close()
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any

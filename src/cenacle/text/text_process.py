@@ -8,6 +8,7 @@ Next: `text_worker.py` is the process; `tokenizer.py` uses it where a server run
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -30,6 +31,11 @@ class TextProcess:
         self._tokenizer = tokenizer
         self._worker = WorkerProcess("cenacle.text.text_worker")
         self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start the process, which takes a second; else the first text waits for it."""
+        with self._lock, contextlib.suppress(OSError):  # then the first text tells
+            self._worker.start()
 
     def render(self, arguments: dict[str, Any]) -> str:
         """A chat as text.
@@ -61,7 +67,7 @@ class TextProcess:
     def _ask(self, message: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:
         with self._lock:
             try:
-                if self._tokenizer is not None and not self._worker.is_running:
+                if self._tokenizer is not None and not self._worker.has_answered:
                     loading = {"tokenizer": self._tokenizer, "cpu_s": LOAD_CPU_S}
                     _raise_error(self._worker.ask({**loading, "memory_bytes": LOAD_MEMORY_BYTES}))
                 limits = {"cpu_s": CPU_S * scale, "memory_bytes": int(MEMORY_BYTES * scale)}

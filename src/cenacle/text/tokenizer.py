@@ -54,6 +54,10 @@ class ChatTokenizer:
         self._tokenizer = load_limited(folder, config.get("eos_token_id"))
         self._backend = TextBackend(self._tokenizer)
 
+    def start_process(self) -> None:
+        """Start the process of `isolate`, so that it is ready when that follows."""
+        self._backend.start_process()
+
     def isolate(self) -> None:
         """From now on render and tokenize in a process of its own, see `TextBackend.isolate`.
 

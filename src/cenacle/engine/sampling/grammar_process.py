@@ -65,7 +65,7 @@ class GrammarProcess:
             if key in self._known:
                 return self._known[key]
             try:
-                if not self._worker.is_running:
+                if not self._worker.has_answered:
                     self._tokenizer = None
                 if tokenizer is not None and self._tokenizer is not tokenizer:
                     self._tokenizer = None
