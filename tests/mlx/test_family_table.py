@@ -23,6 +23,7 @@ from cenacle.model.slicing import ModelLayout, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
+from support.moe_gguf import ARCHITECTURES
 from support.quantized_formats import FORMATS, Format, Stored, write_safetensors
 
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
@@ -151,6 +152,7 @@ def test_columns_say_what_the_engine_and_the_plan_do(row, tmp_path):
     run_together(engine, "c", 12)
     engine.close()
     assert (engine.take_draft_stats().accepted > 0) == can.drafts
+    assert can.gguf == (row.name in ARCHITECTURES)  # which tests/mlx/test_gguf_models.py loads
     plan = Plan.whole(spec, 2, trunk="sharded")
     divided = slices_for(plan, 0, ModelLayout.read(checkpoint)).attention
     assert bool(divided) == can.attention_sharding

@@ -56,6 +56,37 @@ def test_quantized_experts_are_sliced_at_blocks(tmp_path, kind):
             assert np.abs(logits - expected).max() < 1e-3, (nodes, placement)
 
 
+# Types of tensors that llama.cpp's convert script rearranged; those that become one are of two.
+MIXED = {
+    "deepseek_v2": {"attn_k_b": "Q8_0", "attn_v_b": "Q4_0"},
+    "deepseek_v3": {"attn_k_b": "Q8_0", "attn_kv_b": "Q5_1", "ffn_down_exps": "MXFP4"},
+    "gpt_oss": {"_exps": "MXFP4"},
+    "qwen3_5_moe": {"attn_qkv": "Q5_0", "ssm_out": "Q8_0"},
+    "qwen3_next": {"attn_gate": "Q5_0"},
+}
+
+
+@pytest.mark.parametrize("family", sorted(MIXED))
+def test_rearranged_tensors_stay_quantized(tmp_path, family):
+    logits = []
+    for as_floats in (False, True):
+        folder = tmp_path / str(as_floats)
+        write_moe(folder, family, "Q4_0", mixed=MIXED[family], as_floats=as_floats)
+        path = locate_checkpoint(str(folder / "model.gguf"))
+        logits += logits_of(path, 1, "whole")
+        if not as_floats:
+            logits += logits_of(path, 3, "sliced")
+    for others in logits[:-1]:
+        assert np.abs(others - logits[-1]).max() < 1e-3 * np.abs(logits[-1]).max()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "qwen3_next"])
+def test_files_of_older_scripts_are_read(tmp_path, family):
+    expected = np.array(write_moe(tmp_path, family, legacy=True)(mx.array(TOKENS)))
+    (logits,) = logits_of(locate_checkpoint(str(tmp_path / "model.gguf")), 1, "whole")
+    assert np.abs(logits - expected).max() < 1e-4
+
+
 def test_split_files_are_one_model(tmp_path):
     expected = np.array(write_moe(tmp_path, "qwen3_moe", "Q8_0", 10)(mx.array(TOKENS)))
     files = sorted(tmp_path.glob("model-*.gguf"))
@@ -71,7 +102,7 @@ def test_types_that_are_rounded_are_named():
     kinds = ("Q6_K", "Q8_0", "Q2_K", "Q6_K", "F32")
     tensors = {str(i): TensorInfo(str(i), Path(), kind, (1,), 0, 1) for i, kind in enumerate(kinds)}
     notices = describe_formats(
-        nn.Module(), QuantizedLayers(), GgufIndex(tensors, ()), uses_native_kernels=True
+        nn.Module(), QuantizedLayers(), GgufIndex(tensors), uses_native_kernels=True
     )
     assert [notice.split(" are held as 8 bits")[0] for notice in notices] == [
         "1 tensors of the GGUF file (Q2_K)",
@@ -114,6 +145,26 @@ def served_error(path):
     return None
 
 
+SCALING = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("deepseek_v2", {"norm_topk_prob": True}, "expert_weights_norm: expected False"),
+        ("llama4", {"rope_scaling": SCALING}, "rope_freqs.weight: expected factors of Llama's"),
+        ("minimax", {"scoring_func": "softmax"}, "expert_gating_func: expected 2, got 1"),
+    ],
+)
+def test_what_a_model_class_cannot_compute_is_refused(tmp_path, family, changes, message):
+    write_moe(tmp_path, family, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        locate_checkpoint(str(tmp_path / "model.gguf"))
+
+
 def test_damaged_files_are_a_sentence_each(tmp_path):
     write_moe(tmp_path, "qwen3_moe", "Q8_0", num_hidden_layers=1)
     data = (tmp_path / "model.gguf").read_bytes()
@@ -141,7 +192,7 @@ def test_what_is_not_supported_is_said(tmp_path):
         (
             b"qwen3moe",
             b"qwen9moe",
-            "expected a GGUF model of one of glm4moe, granitemoe, llama, qwen2moe",
+            "expected a GGUF model of one of .*, llama, .* got 'qwen9moe'",
         ),
         (b"blk.0.attn_q_norm", b"blk.0.attn_q_nose", "tensor blk.0.attn_q_nose.weight is none"),
         (b"qwen3moe.expert_count", b"qwen3moe.expert_cou_t", "a dense model"),

@@ -103,7 +103,7 @@ def families(json_output: JsonOutput = False) -> None:
         Batching.UNPADDED_PROMPTS: "generation",
         Batching.ONE_BY_ONE: "no",
     }
-    columns = ("formats", "images", "drafts", "attention", "batching")
+    columns = ("formats", "gguf", "images", "drafts", "attention", "batching")
     table = Table("family", "zoo", *columns, "note", box=None)
     table.columns[0].no_wrap = True
     for row, can in rows:
@@ -111,7 +111,7 @@ def families(json_output: JsonOutput = False) -> None:
             cells = ["-"] * len(columns)
         else:
             formats = "all" if can.formats == PUBLISHED_FORMATS else ", ".join(can.formats)
-            flags = (can.images, can.drafts, can.attention_sharding)
+            flags = (can.gguf, can.images, can.drafts, can.attention_sharding)
             cells = [formats, *("yes" if flag else "no" for flag in flags), batching[can.batching]]
         notes = [f"also {', '.join(row.aliases)}"] if row.aliases else []
         notes += [f"not supported: {row.refused}"] if row.refused else [row.note]
@@ -119,6 +119,7 @@ def families(json_output: JsonOutput = False) -> None:
     wide_console().print(table)
     print(
         f"formats     {', '.join(PUBLISHED_FORMATS)}; floats and mlx-lm's own quantization always\n"
+        "gguf        GGUF files are read: -m FILE.gguf\n"
         "drafts      speculative decoding, from the text itself or a draft model\n"
         "attention   its heads are divided among nodes by --trunk sharded\n"
         "batching    requests share passes: yes, for generated tokens only, or no (they take turns)"

@@ -33,7 +33,8 @@ from ..gguf.blocks import BLOCK_TYPES, UNQUANTIZED, row_shape, to_mlx_layout
 from ..gguf.file import GgufFile, GgufTensor, Metadata
 from ..gguf.tokenizer import end_tokens, special_token, tokenizer_files
 from ..model.checkpoint import Checkpoint
-from ..model.gguf_checkpoint import OUTER_NAMES, PLAIN_NAMES, restore_row_order
+from ..model.gguf_families import OUTER_NAMES, PLAIN_NAMES
+from ..model.gguf_transforms import restore_row_order
 from ..model.loader import build_model
 
 Parameters = dict[str, mx.array]

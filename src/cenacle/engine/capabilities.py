@@ -16,6 +16,7 @@ from ..model import architecture
 from ..model.config_catalog import tiny_config
 from ..model.families import Batching, FamilyInfo, family_of
 from ..model.format_recognition import PUBLISHED_FORMATS
+from ..model.gguf_families import FAMILIES as GGUF_FAMILIES
 from ..model.request_caches import install_request_attention
 from ..model.spec_reader import find_dense_modules
 from .batch import find_batching
@@ -28,6 +29,7 @@ class Capabilities:
 
     Args:
         formats: of published checkpoints, beside floats and mlx-lm's own quantization.
+        gguf: whether GGUF files are read.
         images: whether requests may have images.
         drafts: whether speculative decoding works: the caches can drop rejected tokens.
         attention_sharding: whether a sharded trunk divides the heads of attention.
@@ -35,6 +37,7 @@ class Capabilities:
     """
 
     formats: tuple[str, ...]
+    gguf: bool
     images: bool
     drafts: bool
     attention_sharding: bool
@@ -60,6 +63,7 @@ def find_capabilities(row: FamilyInfo) -> Capabilities | None:
         batching = find_batching(model, family.batching)
         return Capabilities(
             formats=PUBLISHED_FORMATS,
+            gguf=any(gguf.model_type == row.name for gguf in GGUF_FAMILIES.values()),
             images=False,
             drafts=batching is not Batching.ONE_BY_ONE and can_trim(model),
             attention_sharding=any(

@@ -75,7 +75,7 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: no such folder")
         check_files(folder)
         config = read_config(folder)
-        if (index := GgufIndex.read(folder)) is not None:
+        if (index := GgufIndex.read(folder, config)) is not None:
             _check_counts(folder, config, index.tensors)
             config = architecture.complete_config(config)
             return cls(folder, config, index.tensors, gguf=index)

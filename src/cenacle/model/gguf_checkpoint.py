@@ -1,8 +1,8 @@
 """A GGUF model as a checkpoint's folder: config, tokenizer, and where each tensor's bytes are.
 
-Owns: each family's config and names, from GGUF's metadata and names; `GGUF_INDEX`, the list of
-tensors under the names of mlx-lm's modules; decoding tensors that were read.
-Does not know: plans, ranks.
+Owns: the folder; `GGUF_INDEX`, the list of tensors under the names of mlx-lm's modules; making
+parameters of tensors that were read.
+Does not know: families (`gguf_families.py`), plans, ranks.
 How: the head reads the header once and writes a folder with config.json, tokenizer files, that
 list and links to the files. Whoever opens that folder needs no header.
 Invariant: a tensor of the index lies inside its file.
@@ -18,156 +18,37 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..core.model_config import Config, text_config
 from ..errors import CheckpointError
-from ..gguf.blocks import BLOCK_TYPES, UNQUANTIZED, row_shape, to_mlx_layout
-from ..gguf.file import GgufFile, GgufTensor, Metadata, split_files
+from ..gguf.blocks import BLOCK_TYPES, GROUP, UNQUANTIZED, row_shape, to_mlx_layout
+from ..gguf.file import GgufFile, GgufTensor, split_files
 from ..gguf.tokenizer import end_tokens, special_token, tokenizer_files
 from ..paths import models_dir
+from .gguf_families import (
+    ARCHITECTURES,
+    FAMILIES,
+    PLAIN_NAMES,
+    GgufFamily,
+    Values,
+    find_family,
+    rope_scaling,
+)
+from .gguf_transforms import Parts, Transform, name_parts
 from .tensor_info import TensorInfo
 from .weight_files import GGUF_INDEX
 
-Array = TypeVar("Array", mx.array, np.ndarray)
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-PLAIN_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    **{f"attn_{n}": f"self_attn.{n}_proj" for n in ("q", "k", "v")},
-    "attn_output": "self_attn.o_proj",
-}
-OUTER_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_MATRICES = ("gate", "up", "down")
-
-
-def _moe_names(block: str, shared: str | None = None) -> dict[str, str]:
-    names = {"ffn_gate_inp": f"{block}.gate"}
-    names |= {f"ffn_{n}_exps": f"{block}.switch_mlp.{n}_proj" for n in _MATRICES}
-    names |= {f"ffn_{n}": f"{block}.{n}_proj" for n in _MATRICES}
-    if shared is not None:
-        names |= {f"ffn_{n}_shexp": f"{block}.{shared}.{n}_proj" for n in _MATRICES}
-    return names
-
-
-@dataclass(frozen=True)
-class GgufFamily:
-    """One of llama.cpp's architectures.
-
-    Args:
-        model_type: mlx-lm's.
-        names: a layer's modules, by GGUF's names.
-        config: entries of config.json beside those of every family.
-        is_permuted: rows of q and k are in llama.cpp's order, pairs that rotate together.
-    """
-
-    model_type: str
-    names: Mapping[str, str]
-    config: Callable[[_Values], dict[str, Any]]
-    is_permuted: bool = False
-
-
-class _Values:
-    """Metadata of one architecture."""
-
-    def __init__(self, path: Path, architecture: str, metadata: Metadata) -> None:
-        self.path, self.architecture, self.metadata = path, architecture, metadata
-
-    def number(self, key: str, default: float | None = None) -> Any:
-        value: Any = self.metadata.get(f"{self.architecture}.{key}", default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not 0 <= value < 2**53:
-            raise CheckpointError(
-                f"{self.path}: {self.architecture}.{key}: expected a number, got {value!r:.100}; "
-                "download it again"
-            )
-        return value
-
-
-def _mixtral(values: _Values) -> dict[str, Any]:
-    return {
-        "intermediate_size": values.number("feed_forward_length"),
-        "num_local_experts": values.number("expert_count"),
-    }
-
-
-def _qwen2_moe(values: _Values) -> dict[str, Any]:
-    width = values.number("expert_feed_forward_length")
-    return {
-        "num_experts": values.number("expert_count"),
-        "intermediate_size": values.number("feed_forward_length", width),
-        "moe_intermediate_size": width,
-        "shared_expert_intermediate_size": values.number(
-            "expert_shared_feed_forward_length", values.number("feed_forward_length", width)
-        ),
-    }
-
-
-def _qwen3_moe(values: _Values) -> dict[str, Any]:
-    width = values.number("expert_feed_forward_length")
-    return {
-        "num_experts": values.number("expert_count"),
-        "intermediate_size": values.number("feed_forward_length", width),
-        "moe_intermediate_size": width,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-
-
-def _granite_moe(values: _Values) -> dict[str, Any]:
-    return _mixtral(values) | {
-        "attention_bias": False,
-        "attention_multiplier": values.number("attention.scale"),
-        "embedding_multiplier": values.number("embedding_scale"),
-        "residual_multiplier": values.number("residual_scale"),
-        "logits_scaling": values.number("logit_scale"),
-    }
-
-
-def _glm4_moe(values: _Values) -> dict[str, Any]:
-    head_dim = values.number("attention.key_length")
-    return {
-        "attention_bias": True,
-        "first_k_dense_replace": values.number("leading_dense_block_count", 0),
-        "intermediate_size": values.number("feed_forward_length"),
-        "moe_intermediate_size": values.number("expert_feed_forward_length"),
-        "n_group": 1,
-        "n_routed_experts": values.number("expert_count"),
-        "n_shared_experts": values.number("expert_shared_count"),
-        "norm_topk_prob": bool(values.metadata.get("glm4moe.expert_weights_norm", True)),
-        "partial_rotary_factor": values.number("rope.dimension_count") / max(head_dim, 1),
-        "rope_scaling": None,
-        "routed_scaling_factor": values.number("expert_weights_scale", 1.0),
-        "topk_group": 1,
-    }
-
-
-_GLM_NAMES = _moe_names("mlp", "shared_experts") | {
-    "post_attention_norm": "post_attention_layernorm",
-    "exp_probs_b": "mlp.gate.e_score_correction",
-}
-_GRANITE_NAMES = _moe_names("block_sparse_moe") | {"ffn_gate_inp": "block_sparse_moe.router.layer"}
-_QWEN2_NAMES = _moe_names("mlp", "shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
-_NORMS = {f"attn_{n}_norm": f"self_attn.{n}_norm" for n in "qk"}
-
-FAMILIES = {
-    "glm4moe": GgufFamily("glm4_moe", _GLM_NAMES | _NORMS, _glm4_moe),
-    "granitemoe": GgufFamily("granitemoe", _GRANITE_NAMES, _granite_moe, is_permuted=True),
-    "llama": GgufFamily("mixtral", _moe_names("block_sparse_moe"), _mixtral, is_permuted=True),
-    "qwen2moe": GgufFamily("qwen2_moe", _QWEN2_NAMES, _qwen2_moe),
-    "qwen3moe": GgufFamily("qwen3_moe", _moe_names("mlp") | _NORMS, _qwen3_moe),
-}
-"""By GGUF's general.architecture."""
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(weight|bias))?")
+_LAYER_PATH = re.compile(r"(?:.*\.)?(?:layers|blocks)\.\d+(?:\.(.*))?")
+FORMAT_VERSION = 2  # of the folder; another version's is not read
 
 
 def is_gguf(path: Path) -> bool:
@@ -193,7 +74,7 @@ def prepare_folder(path: Path) -> Path:
     """
     path = path.resolve()
     files = split_files(path if path.is_file() else _first_file(path))
-    key = hashlib.sha256()
+    key = hashlib.sha256(bytes([FORMAT_VERSION]))
     for file in files:
         info = file.stat()
         key.update(f"{file}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
@@ -230,18 +111,20 @@ def _first_file(folder: Path) -> Path:
 def _write_folder(folder: Path, files: list[GgufFile]) -> None:
     path, metadata = files[0].path, files[0].metadata
     architecture = metadata.get("general.architecture")
-    family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
-    if family is None:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: expected a GGUF model of one of {', '.join(FAMILIES)}, got "
+            f"{path}: expected a GGUF model of one of {', '.join(ARCHITECTURES)}, got "
             f"{architecture!r:.100}; use the model in another format"
         )
-    values = _Values(path, str(architecture), metadata)
+    places = {tensor.name: (file.path, tensor) for file in files for tensor in file.tensors}
+    values = Values(path, architecture, metadata, places)
     if not values.number("expert_count", 0):
         raise CheckpointError(
             f"{path}: a dense model, it has no experts to distribute; llama.cpp runs it on one "
             "machine"
         )
+    family_name = find_family(values)
+    family = FAMILIES[family_name]
     layers, drafting_layers = values.number("block_count"), values.number("nextn_predict_layers", 0)
     # mlx-lm has no layers that predict further tokens.
     skipped = tuple(
@@ -250,35 +133,36 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
     tensors: dict[str, list[Any]] = {}
     for file in files:
         for tensor in file.tensors:
-            if tensor.name.startswith(skipped):
+            if tensor.name.startswith(skipped) or tensor.name in family.skipped:
                 continue
-            name = _module_name(path, family, tensor.name)
+            name = _parameter_name(path, family, tensor.name)
             if name in tensors:
                 raise CheckpointError(
                     f"{path}: {tensor.name:.100} is there twice; download it again"
                 )
             start, stop = tensor.start, tensor.stop
             tensors[name] = [file.path.name, tensor.type, list(_shape(name, tensor)), start, stop]
-    config = _config(values, family, tensors)
+    config = _config(values, family)
     for file in files:
         (folder / file.path.name).symlink_to(file.path)
     for name, content in tokenizer_files(metadata).items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    heads = [values.number("attention.head_count"), config["num_key_value_heads"]]
-    index = {"tensors": tensors, "permuted_heads": heads if family.is_permuted else []}
+    index = {"family": family_name, "tensors": tensors}
     (folder / GGUF_INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
-def _module_name(path: Path, family: GgufFamily, name: str) -> str:
+def _parameter_name(path: Path, family: GgufFamily, name: str) -> str:
     match = _LAYER.fullmatch(name)
     if match is not None:
+        layer = f"{family.prefix}{family.layers}.{int(match[1])}"
+        if (parameter := family.parameters.get(name.split(".", 2)[2])) is not None:
+            return f"{layer}.{parameter}"
         module = family.names.get(match[2]) or PLAIN_NAMES.get(match[2])
-        if module is not None:
-            joint = "_" if module.endswith("e_score_correction") else "."
-            return f"model.layers.{int(match[1])}.{module}{joint}{match[3]}"
-    elif (outer := OUTER_NAMES.get(name.removesuffix(".weight"))) is not None:
-        return f"{outer}.weight"
+        if module is not None and match[3] is not None:
+            return f"{layer}.{module}.{match[3]}"
+    elif (outer := family.outer.get(name.removesuffix(".weight"))) is not None:
+        return f"{family.prefix}{outer}.weight"
     raise CheckpointError(
         f"{path}: tensor {name:.100} is none that {family.model_type} has; use the model in "
         "another format"
@@ -293,12 +177,12 @@ def _shape(name: str, tensor: GgufTensor) -> tuple[int, ...]:
     return shape if tensor.type in UNQUANTIZED else row_shape(tensor.type, shape)
 
 
-def _config(values: _Values, family: GgufFamily, tensors: dict[str, list[Any]]) -> dict[str, Any]:
+def _config(values: Values, family: GgufFamily) -> dict[str, Any]:
     number, metadata = values.number, values.metadata
     heads, width = number("attention.head_count"), number("embedding_length")
     config = {
         "model_type": family.model_type,
-        "vocab_size": len(metadata.get("tokenizer.ggml.tokens") or ()),
+        "vocab_size": values.vocabulary,
         "hidden_size": width,
         "num_hidden_layers": number("block_count") - number("nextn_predict_layers", 0),
         "num_attention_heads": heads,
@@ -306,30 +190,20 @@ def _config(values: _Values, family: GgufFamily, tensors: dict[str, list[Any]]) 
         "head_dim": number("attention.key_length", width // max(int(heads), 1)),
         "num_experts_per_tok": number("expert_used_count"),
         "max_position_embeddings": number("context_length"),
-        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": number(family.norm_key),
         "rope_theta": number("rope.freq_base", 10000.0),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "tie_word_embeddings": "output.weight" not in values.tensors,
         **family.config(values),
     }
-    if embedding := tensors.get("model.embed_tokens.weight"):
-        config["vocab_size"] = embedding[2][0]
-    if family.model_type == "glm4_moe":
-        config["use_qk_norm"] = any("q_norm" in name for name in tensors)
-    scaling = metadata.get(f"{values.architecture}.rope.scaling.type", "none")
-    if scaling in ("yarn", "linear"):
-        config["rope_scaling"] = {"type": scaling, "factor": number("rope.scaling.factor")}
-        if scaling == "yarn":
-            config["rope_scaling"]["original_max_position_embeddings"] = number(
-                "rope.scaling.original_context_length"
-            )
-    elif scaling != "none":
-        raise CheckpointError(
-            f"{values.path}: expected rotary positions scaled by yarn or linear, got "
-            f"{scaling!r:.100}; use the model in another format"
-        )
+    if (scaling := rope_scaling(values)) is not None:
+        config["rope_scaling"] = scaling | (config.get("rope_scaling") or {})
     if "tokenizer.ggml.tokens" in metadata:
         config["bos_token_id"] = special_token(metadata, "bos")
         config["eos_token_id"] = end_tokens(metadata)
+    if family.text_type is not None:
+        text = config | {"model_type": family.text_type}
+        kept = ("model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+        config = {"text_config": text, **{key: config[key] for key in kept if key in config}}
     return config
 
 
@@ -338,16 +212,22 @@ class GgufIndex:
     """What the file `GGUF_INDEX` has.
 
     Args:
-        tensors: by the names of mlx-lm's modules; a quantized one's dtype is GGUF's type.
-        permuted_heads: query and key heads, where their rows are in llama.cpp's order.
+        tensors: by the names of mlx-lm's parameters, or of what they are made of; a quantized one's
+            dtype is GGUF's type.
+        transforms: of the family.
+        config: of the language model.
     """
 
     tensors: dict[str, TensorInfo]
-    permuted_heads: tuple[int, ...]
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> GgufIndex | None:
+    def read(cls, folder: Path, config: Config) -> GgufIndex | None:
         """A folder's; None: it has none.
+
+        Args:
+            config: its config.json.
 
         Raises:
             CheckpointError: it is damaged, or a file is missing or shorter.
@@ -364,7 +244,7 @@ class GgufIndex:
                 if math.prod(shape) * size != stop - start or "/" in file:
                     raise ValueError(name)
                 tensors[name] = info
-            heads = tuple(int(count) for count in data["permuted_heads"])
+            family = FAMILIES[data["family"]]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r:.100}); remove {folder}") from error
         for file in {info.file for info in tensors.values()}:
@@ -373,7 +253,7 @@ class GgufIndex:
                 raise CheckpointError(
                     f"{file} is missing or truncated: expected {end} bytes; download it again"
                 )
-        return cls(tensors, heads)
+        return cls(tensors, family.transforms, text_config(config))
 
     @property
     def description(self) -> str | None:
@@ -386,45 +266,60 @@ class GgufIndex:
         types = Counter(info.dtype for info in self.tensors.values())
         return {name: n for name, n in sorted(types.items()) if not BLOCK_TYPES[name].is_exact}
 
-    def decode(self, info: TensorInfo, array: mx.array) -> dict[str, mx.array]:
-        """MLX's parameters of what was read of a tensor, by leaf: "weight", "scales", ...
+    @cached_property
+    def _source_counts(self) -> Counter[str]:
+        """How many tensors there are under each path."""
+        return Counter(name.rpartition(".")[0] for name in self.tensors)
+
+    def decode(self, info: TensorInfo, array: mx.array) -> Parts:
+        """What was read of a tensor.
 
         Args:
             array: [..., blocks, bytes] of a quantized tensor.
         """
-        path, _, leaf = info.name.rpartition(".")
         if info.dtype in UNQUANTIZED:
-            parts = {leaf: array}
-        else:
-            leaves = to_mlx_layout(info.dtype, np.array(array))
-            parts = {name: mx.array(part) for name, part in leaves.items()}
-        for module, heads in zip(("q_proj", "k_proj"), self.permuted_heads, strict=False):
-            if path.endswith(f"self_attn.{module}"):
-                parts = {name: restore_row_order(part, heads) for name, part in parts.items()}
-        return parts
+            return {"weight": array}
+        leaves = to_mlx_layout(info.dtype, np.array(array))
+        return {name: mx.array(part) for name, part in leaves.items()}
 
-    def describe(self, info: TensorInfo, shape: tuple[int, ...]) -> dict[str, mx.array]:
+    def describe(self, info: TensorInfo, shape: tuple[int, ...]) -> Parts:
         """As `decode`, but nothing is read: never to be evaluated.
 
         Args:
             shape: of what would be read.
         """
-        leaf = info.name.rpartition(".")[2]
         if info.dtype in UNQUANTIZED:
             types = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-            return {leaf: mx.full(shape, math.nan, types[info.dtype])}
+            return {"weight": mx.full(shape, math.nan, types[info.dtype])}
         kind = BLOCK_TYPES[info.dtype]
         *rows, blocks, _ = shape
         weights = blocks * kind.weights
-        words, groups = (*rows, weights * kind.bits // 32), (*rows, weights // 32)
+        words, groups = (*rows, weights * kind.bits // 32), (*rows, weights // GROUP)
         parts = {"weight": mx.zeros(words, mx.uint32)}
         if kind.mode != "affine":
             return parts | {"scales": mx.full(groups, 255, mx.uint8)}
         nan = mx.full(groups, math.nan, mx.float32)
         return parts | {"scales": nan, "biases": nan}
 
+    def parameters(
+        self, info: TensorInfo, parts: Parts, waiting: dict[str, dict[str, Parts]]
+    ) -> Parts:
+        """The model's parameters that a tensor makes, by name, lazily.
 
-def restore_row_order(array: Array, heads: int) -> Array:
-    """llama.cpp's order of a head's rows, pairs that rotate together, as the Hub's, two halves."""
-    rows = len(array) // heads
-    return array.reshape(heads, rows // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
+        Args:
+            parts: what `decode` gives.
+            waiting: tensors, by path, whose parameters need others that come later; it begins
+                empty and ends empty.
+        """
+        path, _, leaf = info.name.rpartition(".")
+        match = _LAYER_PATH.fullmatch(path)
+        inner = (match[1] or "") if match is not None else ""
+        transform, sources = self.transforms.get(f"{inner}.{leaf}"), {leaf: parts}
+        if transform is None and (transform := self.transforms.get(inner)) is not None:
+            sources = waiting.setdefault(path, {})
+            sources[leaf] = parts
+            if len(sources) < self._source_counts[path]:
+                return {}
+            del waiting[path]
+        made = transform(sources, self.config) if transform is not None else name_parts(sources)
+        return {f"{path}.{name}": array for name, array in made.items()}

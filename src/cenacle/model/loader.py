@@ -32,6 +32,7 @@ from .checkpoint import Checkpoint
 from .disk_tables import install_disk_tables, is_table_tensor
 from .expert_parallel import Zeros
 from .families import EXPERT_TENSOR, family_of, layer_index
+from .gguf_transforms import Parts
 from .quantized_conversion import LoadedLayer, convert_quantized
 from .quantized_layers import Check, QuantizedLayers, StoredLayer
 from .scaled_layers import install_output_scales
@@ -98,14 +99,15 @@ def _load_gguf(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modul
     model = model_class(arguments.from_dict(checkpoint.config))  # type: ignore[call-arg]
     slices: RankSlices = model.rank_slices
     tensors: dict[str, mx.array] = {}
+    waiting: dict[str, dict[str, Parts]] = {}
+    assert checkpoint.gguf is not None
     for piece in slices.tensors:
-        path = piece.tensor.name.rpartition(".")[0]
-        for leaf, array in _read_gguf_piece(checkpoint, piece, is_read=plan is not None).items():
-            part = slices.unread.get(path)
-            sliced = array if part is None else part.apply(array, leaf)
+        parts = _read_gguf_piece(checkpoint, piece, is_read=plan is not None)
+        for name, array in checkpoint.gguf.parameters(piece.tensor, parts, waiting).items():
+            sliced = _slice_tensor(name, array, slices.unread, None, None)
             if plan is not None:
                 mx.eval(sliced)  # so that the whole tensor can be freed
-            tensors[f"{path}.{leaf}"] = sliced
+            tensors[name] = sliced
     nn.quantize(
         model,
         class_predicate=lambda path, module: (
@@ -120,9 +122,7 @@ def _load_gguf(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modul
     return model
 
 
-def _read_gguf_piece(
-    checkpoint: Checkpoint, piece: TensorPiece, *, is_read: bool
-) -> dict[str, mx.array]:
+def _read_gguf_piece(checkpoint: Checkpoint, piece: TensorPiece, *, is_read: bool) -> Parts:
     assert checkpoint.gguf is not None
     tensor, view = piece.tensor, piece.view
     shape = tensor.shape if view is None else piece.shape
