@@ -60,12 +60,15 @@ template <Code C, int PLANES, int GROUP, int T, int HALVES, bool AHEAD>
   const uint8_t* const end = w + m.width / m.group * all;
   for (; w < end; w += all) {
     __m256 scale[HALVES], bias[HALVES];
-    const uint8_t* tail = w + weights + of_scales * half;
+    const auto read_scales = [&]() __attribute__((always_inline)) {
+      const uint8_t* tail = w + weights + of_scales * half;
 #pragma GCC unroll 2
-    for (int h = 0; h < HALVES; h++, tail += of_scales) {
-      scale[h] = packed_scales<C, GROUP>(m, tail);
-      bias[h] = C == Code::e2m1 ? scale[h] : eight_floats(m.type, tail + 2 * of_scales, 0);
-    }
+      for (int h = 0; h < HALVES; h++, tail += of_scales) {
+        scale[h] = packed_scales<C, GROUP>(m, tail);
+        bias[h] = C == Code::e2m1 ? scale[h] : eight_floats(m.type, tail + 2 * of_scales, 0);
+      }
+    };
+    if (C == Code::nibbles) read_scales();
     const uint8_t* v = w + 32 * half;
     do {
       __m256i whole[T][HALVES];
@@ -104,10 +107,12 @@ template <Code C, int PLANES, int GROUP, int T, int HALVES, bool AHEAD>
             for (int p = 0; p < PLANES; p++) {
               const __m256i y = _mm256_madd_epi16(part[t][p][h], weight_of_plane[p]);
               whole[t][h] = first == 0 && p == 0 ? y : _mm256_add_epi32(whole[t][h], y);
+              asm("" : "+x"(whole[t][h]));
             }
       }
       offset += GROUP * PLANES;
       v += 64 * STEPS;
+      if (C == Code::e2m1) read_scales();  // late, where registers are free
 #pragma GCC unroll 4
       for (int t = 0; t < T; t++)
 #pragma GCC unroll 2
