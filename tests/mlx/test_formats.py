@@ -21,126 +21,24 @@ from cenacle.errors import CheckpointError
 from cenacle.model import architecture
 from cenacle.model.byte_ranges import ColumnRange, total_bytes
 from cenacle.model.checkpoint import Checkpoint
-from cenacle.model.families import TINY_CONFIGS
 from cenacle.model.format_notices import describe_formats
+from cenacle.model.fp8_layers import widen
 from cenacle.model.loader import build_model, load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.tensor_slice import COLUMNS, ROWS
-from support.quantized_formats import FORMATS, Format, Stored, write_safetensors
-
-WIDTH, HIDDEN, EXPERTS, VOCABULARY, HEADS = 128, 192, 4, 64, 4
-WEIGHTS = "model.safetensors"
-Shapes = dict[str, tuple[int, int]]
-
-
-def mlp(at: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Shapes:
-    gate, up, down = names
-    return {
-        f"{at}.{gate}": (HIDDEN, WIDTH),
-        f"{at}.{up}": (HIDDEN, WIDTH),
-        f"{at}.{down}": (WIDTH, HIDDEN),
-    }
-
-
-def attention(at: str) -> Shapes:
-    return {
-        **{f"{at}.{n}_proj": (WIDTH, WIDTH) for n in "qo"},
-        **{f"{at}.{n}_proj": (WIDTH // 2, WIDTH) for n in "kv"},
-    }
-
-
-def mixtral(layer: str) -> tuple[dict, Shapes, Shapes]:
-    """config.json's differences, and the shapes of quantized and other layers."""
-    config = {"intermediate_size": HIDDEN, "num_local_experts": EXPERTS}
-    at = f"{layer}.block_sparse_moe"
-    layers = attention(f"{layer}.self_attn")
-    for e in range(EXPERTS):
-        layers |= mlp(f"{at}.experts.{e}", ("w1", "w3", "w2"))
-    return config, layers, {f"{at}.gate": (EXPERTS, WIDTH)}
-
-
-def qwen3_moe(layer: str) -> tuple[dict, Shapes, Shapes]:
-    config = {"moe_intermediate_size": HIDDEN, "num_experts": EXPERTS, "intermediate_size": HIDDEN}
-    config |= {"num_experts_per_tok": 2, "mlp_only_layers": [0]}
-    layers = attention(f"{layer}.self_attn")
-    norms = {f"{layer}.self_attn.{n}_norm": (32,) for n in "qk"}
-    if layer.endswith("0"):
-        return config, layers | mlp(f"{layer}.mlp"), norms
-    for e in range(EXPERTS):
-        layers |= mlp(f"{layer}.mlp.experts.{e}")
-    return config, layers, norms | {f"{layer}.mlp.gate": (EXPERTS, WIDTH)}
-
-
-def deepseek_v3(layer: str) -> tuple[dict, Shapes, Shapes]:
-    config = {"moe_intermediate_size": HIDDEN, "n_routed_experts": EXPERTS}
-    config |= {"intermediate_size": HIDDEN, "num_experts_per_tok": 2, "n_shared_experts": 1}
-    config |= {"q_lora_rank": 64, "kv_lora_rank": 64}
-    at = f"{layer}.self_attn"
-    layers: Shapes = {
-        f"{at}.q_a_proj": (64, WIDTH),
-        f"{at}.q_b_proj": (HEADS * 96, 64),
-        f"{at}.kv_a_proj_with_mqa": (96, WIDTH),
-        f"{at}.kv_b_proj": (HEADS * 128, 64),
-        f"{at}.o_proj": (WIDTH, HEADS * 64),
-    }
-    others = {f"{at}.{n}_a_layernorm": (64,) for n in ("q", "kv")}
-    if layer.endswith("0"):
-        return config, layers | mlp(f"{layer}.mlp"), others
-    for e in range(EXPERTS):
-        layers |= mlp(f"{layer}.mlp.experts.{e}")
-    layers |= mlp(f"{layer}.mlp.shared_experts")
-    return config, layers, others | {f"{layer}.mlp.gate": (EXPERTS, WIDTH)}
-
-
-FAMILIES: dict[str, Callable[[str], tuple[dict, Shapes, Shapes]]] = {
-    "mixtral": mixtral,
-    "qwen3_moe": qwen3_moe,
-    "deepseek_v3": deepseek_v3,
-}
-
-
-def write_checkpoints(folder: Path, family: str, form: Format, dtype: str = "float32") -> Path:
-    """A quantized checkpoint, and the same with decoded weights in the folder "dense"."""
-    config = json.loads((TINY_CONFIGS / f"{family}.json").read_text())
-    config |= {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "num_hidden_layers": 2}
-    config["torch_dtype"] = dtype
-    rng = np.random.default_rng(5)
-    plain: dict[str, Stored] = {}
-    quantized: dict[str, Stored] = {}
-    decoded: dict[str, Stored] = {}
-
-    def normal(*shape: int) -> Stored:
-        return "F32", (rng.standard_normal(shape) * 0.3).astype(np.float32)
-
-    for i in range(2):
-        layer = f"model.layers.{i}"
-        changes, layers, others = FAMILIES[family](layer)
-        config |= changes
-        for path, shape in layers.items():
-            leaves, weight = form.layer(rng, *shape)
-            quantized |= {f"{path}.{leaf}": stored for leaf, stored in leaves.items()}
-            decoded[f"{path}.weight"] = "F32", weight
-        for path, shape in others.items():
-            plain[f"{path}.weight"] = normal(*shape)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            plain[f"{layer}.{name}.weight"] = "F32", np.ones(WIDTH, np.float32)
-        if family == "deepseek_v3" and i:
-            plain[f"{layer}.mlp.gate.e_score_correction_bias"] = normal(EXPERTS)
-    plain["model.embed_tokens.weight"] = normal(VOCABULARY, WIDTH)
-    plain["lm_head.weight"] = normal(VOCABULARY, WIDTH)
-    plain["model.norm.weight"] = "F32", np.ones(WIDTH, np.float32)
-    (folder / "dense").mkdir(parents=True)
-    write_safetensors(folder / "dense" / WEIGHTS, plain | decoded)
-    (folder / "dense" / "config.json").write_text(json.dumps(config))
-    write_safetensors(folder / WEIGHTS, plain | quantized)
-    if form.separate:
-        settings = {"producer": {"name": "modelopt"}, "quantization": form.settings}
-        (folder / "hf_quant_config.json").write_text(json.dumps(settings))
-    else:
-        config["quantization_config"] = form.settings
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+from support.quantized_checkpoints import (
+    FAMILIES,
+    HEADS,
+    HIDDEN,
+    WEIGHTS,
+    WIDTH,
+    Shapes,
+    attention,
+    mlp,
+    write_checkpoints,
+)
+from support.quantized_formats import BLOCKS, FORMATS, Format, e4m3
 
 
 @pytest.fixture(scope="module")
@@ -343,8 +241,46 @@ def test_a_sharded_trunk_is_sliced_as_it_is_stored(checkpoints, name):
 # What is not held exactly
 
 
-def test_block_fp8_is_rounded_to_the_type_of_the_model(tmp_path):
+def test_block_fp8_stays_8_bits_exactly(tmp_path):
+    """Groups of 128 inputs, or of 64 in a layer of 192; each has the scale of its block."""
     folder = write_checkpoints(tmp_path, "mixtral", FORMATS["block-fp8"], "bfloat16")
+    checkpoint = Checkpoint.open(folder)
+    model = build_model(checkpoint, None, 0)
+    exact = parameters(build_model(Checkpoint.open(folder / "dense"), None, 0))
+    (block, _) = architecture.find_blocks(model)
+    for name, group in (("up_proj", 128), ("down_proj", 64)):
+        layer = block.linears[name]
+        assert (layer.mode, layer.bits, layer.group_size) == ("fp8", 8, group)
+        assert layer.weight.dtype == mx.uint32
+        got = widen(layer.weight, layer.scales, mx.float32)
+        assert mx.array_equal(got, exact[f"{block.experts_path}.{name}.weight"])
+    assert all(layer.error == 0 for layer in checkpoint.quantized.layers.values())
+    spec = read_model_spec(checkpoint)
+    assert "block fp8 held as fp8 8-bit, groups of 128" in str(spec.quantization)
+    # A byte for each weight, and the scales.
+    weights = 3 * HIDDEN * WIDTH
+    assert weights < spec.moe[0].expert_bytes < weights * (1 + 4 / 64)
+    for native, said in ((True, "exactly"), (False, "widens each of them")):
+        (notice,) = describe_formats(nn.Module(), checkpoint.quantized, uses_native_kernels=native)
+        assert notice.startswith("24 matrices of the checkpoint (block fp8) stay 8 bits in memory")
+        assert notice.endswith(said) or said in notice
+
+
+def test_fp8_in_odd_blocks_is_rounded_to_the_type_of_the_model(tmp_path):
+    """Blocks of 48 inputs: no group of the kernels ends where they do."""
+
+    def write(rng, out, width):
+        leaves = FORMATS["block-fp8"].write(rng, out, width)
+        blocks = (-(-out // 48), -(-width // 48))
+        scale = rng.uniform(0.01, 0.03, blocks).astype(np.float32)
+        return leaves | {"weight_scale_inv": ("F32", scale)}
+
+    def read(leaves, out, width):
+        scale = np.repeat(np.repeat(leaves["weight_scale_inv"][1], 48, 0), 48, 1)
+        return e4m3(leaves["weight"][1]) * scale[:out, :width]
+
+    form = Format(write, read, BLOCKS | {"weight_block_size": [48, 48]}, "dense")
+    folder = write_checkpoints(tmp_path, "mixtral", form, "bfloat16")
     got = parameters(build_model(Checkpoint.open(folder), None, 0))
     exact = parameters(build_model(Checkpoint.open(folder / "dense"), None, 0))
     layer = Checkpoint.open(folder).quantized.layers["model.layers.1.block_sparse_moe.experts.0.w3"]
@@ -522,3 +458,46 @@ def test_a_config_that_lies_is_a_sentence(checkpoints, tmp_path, name, changes, 
     change_settings(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_and_load(folder, "sliced")
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [("awq", "qzeros"), ("gptq", "qzeros"), ("int4-zeros", "weight_zero_point")],
+)
+def test_missing_zero_points_are_a_sentence(checkpoints, tmp_path, name, leaf):
+    """They are not taken for the middle of the range."""
+    folder = copied(checkpoints("mixtral", name), tmp_path)
+    lost = f"experts.2.w3.{leaf}"
+    rewrite(folder, lambda tensor, *_: DROP if tensor.endswith(lost) else None)
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w3: expected .*(zero|qzeros)"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["block-fp8", "int8", "awq", "gptq", "int4"])
+def test_an_empty_matrix_is_a_sentence(checkpoints, tmp_path, name):
+    folder = copied(checkpoints("mixtral", name), tmp_path)
+
+    def empty(tensor, dtype, shape, data):
+        if tensor.endswith(tuple(f"experts.2.w3.{leaf}" for leaf in WEIGHT_LEAVES)):
+            data.clear()
+            return dtype, [shape[0], 0]
+        return None
+
+    rewrite(folder, empty)
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w3: expected"):
+        Checkpoint.open(folder)
+
+
+WEIGHT_LEAVES = ("weight", "weight_packed", "qweight")
+
+
+@pytest.mark.parametrize("name", ["int4", "gptq"])
+def test_bits_that_are_no_whole_number_are_not_believed(checkpoints, tmp_path, name):
+    """4.0 equals 4, and what is computed with it is no shape."""
+    folder = copied(checkpoints("mixtral", name), tmp_path)
+    text = (folder / "config.json").read_text()
+    for key in ("bits", "num_bits"):
+        text = text.replace(f'"{key}": 4', f'"{key}": 4.0')
+    (folder / "config.json").write_text(text)
+    checkpoint = Checkpoint.open(folder)
+    assert all(type(layer.inputs) is int for layer in checkpoint.quantized.layers.values())

@@ -340,7 +340,7 @@ class Format:
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 FORMATS = {
-    "block-fp8": Format(write_block_fp8, read_block_fp8, BLOCKS, "dense"),
+    "block-fp8": Format(write_block_fp8, read_block_fp8, BLOCKS, "fp8"),
     "ue8m0": Format(write_ue8m0, read_block_fp8, BLOCKS | {"scale_fmt": "ue8m0"}, "mxfp8"),
     "channel-fp8": Format(
         write_channel_fp8,

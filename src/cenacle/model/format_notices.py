@@ -12,6 +12,7 @@ from collections import Counter
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from .fp8_layers import MODE
 from .gguf_checkpoint import GgufIndex
 from .quantized_layers import QuantizedLayers
 
@@ -42,6 +43,11 @@ def describe_formats(
             f"{count} matrices of the checkpoint ({kind}) are held as "
             f"{str(dtype).removeprefix('mlx.core.')}, which rounds each weight by at most "
             f"{100 * error:.2g} %"
+        )
+    if blocks := sum(layer.held == MODE for layer in stored.layers.values()):
+        notices.append(
+            f"{blocks} matrices of the checkpoint (block fp8) stay 8 bits in memory, exactly"
+            + ("" if uses_native_kernels else "; plain MLX widens each of them whenever it is used")
         )
     rounded_types = gguf.count_rounded() if gguf is not None else {}
     for kind, count in rounded_types.items():

@@ -19,6 +19,7 @@ import mlx.core as mx
 from ..core.model_config import Config
 from ..errors import CheckpointError
 from .disk_tables import is_table_tensor
+from .fp8_layers import GROUPS as FP8_GROUPS
 from .quantized_layers import AxisLayout, QuantizedLayers, StoredLayer, StoredTensor
 from .tensor_info import TensorInfo
 from .tensor_reader import TensorPiece, TensorView, read_piece
@@ -37,6 +38,7 @@ _IGNORED = (
     *("output_scale", "k_scale", "v_scale", "q_scale", "prob_output_scale"),
 )
 _FLOATS = ("F32", "F16", "BF16")
+_WORDS = ("I32", "U32")
 _CODES = ("F8_E4M3", "U8", "I8")
 _BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUPS = (128, 64, 32)
@@ -105,7 +107,7 @@ class _Recognizer:
         if "qweight" in leaves:
             return self._integers_by_column(path, leaves)
         weight, scale = self._pair(path, leaves)
-        if "weight_packed" in leaves and weight.dtype in ("I32", "U32"):
+        if "weight_packed" in leaves and weight.dtype in _WORDS:
             return self._packed_int(path, leaves, weight, scale)
         if weight.dtype == "U8" or (weight.dtype == "I8" and scale.dtype in ("U8", "F8_E8M0")):
             return self._fp4(path, leaves, weight, scale)
@@ -128,7 +130,7 @@ class _Recognizer:
             raise self._error(
                 path, f"expected {missing} beside {', '.join(leaves)}; download it again"
             )
-        if len(weight.shape) != 2:
+        if len(weight.shape) != 2 or 0 in weight.shape:
             raise self._error(path, f"expected a matrix, got {list(weight.shape)}")
         return weight, scale
 
@@ -144,6 +146,10 @@ class _Recognizer:
         tensors = {"weight": _matrix(weight), "scale": StoredTensor(scale, rows, columns)}
         if exact:
             return self._layer(path, "fp8", tensors, (outputs, inputs), "mxfp8", 8, 32)
+        block = columns.features if columns is not None else 0
+        groups = [g for g in FP8_GROUPS if block % g == 0 and inputs % g == 0]
+        if block and groups and not is_e8m0:
+            return self._layer(path, "fp8", tensors, (outputs, inputs), "fp8", 8, groups[0])
         return self._layer(path, "fp8", tensors, (outputs, inputs), "dense")
 
     def _scale_axes(
@@ -229,6 +235,7 @@ class _Recognizer:
                     f"{list(zero.shape)}",
                 )
             tensors["zero"] = StoredTensor(zero, rows, columns)
+        self._require_zero(path, zero)
         group = columns.features if columns is not None else weight.shape[1]
         return self._affine(path, "int8", tensors, weight.shape, 8, group, zero is None)
 
@@ -247,15 +254,25 @@ class _Recognizer:
         zero = leaves.get("weight_zero_point")
         if zero is not None:
             expected = (-(-outputs * bits // 32), scale.shape[1] if len(scale.shape) > 1 else 1)
-            if zero.shape != expected or outputs % 32:
+            if zero.shape != expected or outputs % 32 or zero.dtype not in _WORDS:
                 raise self._error(
                     path,
                     f"expected zero points {list(expected)} for {outputs} rows of {bits} bits, got "
-                    f"{list(zero.shape)}",
+                    f"{zero.dtype} {list(zero.shape)}",
                 )
             tensors["zero"] = StoredTensor(zero, AxisLayout.packed(0, bits), columns)
+        self._require_zero(path, zero)
         group = columns.features if columns is not None else inputs
         return self._affine(path, "int", tensors, (outputs, inputs), bits, group, zero is None)
+
+    def _require_zero(self, path: str, zero: TensorInfo | None) -> None:
+        groups = self._config_groups()
+        if zero is None and groups and all(group.get("symmetric") is False for group in groups):
+            raise self._error(
+                path,
+                "expected weight_zero_point, because config.json says that weights are not "
+                "symmetric; download it again",
+            )
 
     def _packed_size(
         self, path: str, leaves: dict[str, TensorInfo], weight: TensorInfo, scale: TensorInfo
@@ -266,7 +283,7 @@ class _Recognizer:
         sizes = set()
         for weights in self._config_groups():
             bits, group = weights.get("num_bits"), weights.get("group_size")
-            if bits not in _BITS or words * 32 % bits:
+            if type(bits) is not int or bits not in _BITS or words * 32 % bits:
                 continue
             inputs = words * 32 // bits
             if groups == 1 or (isinstance(group, int) and group * groups == inputs):
@@ -291,8 +308,14 @@ class _Recognizer:
 
     def _integers_by_column(self, path: str, leaves: dict[str, TensorInfo]) -> StoredLayer:
         weight, scale, zero = leaves["qweight"], leaves.get("scales"), leaves.get("qzeros")
-        if scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
+        if scale is None or any(len(t.shape) != 2 or 0 in t.shape for t in (weight, scale)):
             raise self._error(path, "expected qweight and scales, two matrices; download it again")
+        packed = (weight,) if zero is None else (weight, zero)
+        if scale.dtype not in _FLOATS or any(t.dtype not in _WORDS for t in packed):
+            types = ", ".join(t.dtype for t in (*packed, scale))
+            raise self._error(
+                path, f"expected words of 32 bits and scales that are floats, got {types}"
+            )
         method = self.settings.get("quant_method")
         if method in ("auto-round", "intel/auto-round"):
             method = "awq" if "awq" in str(self.settings.get("packing_format")) else "gptq"
@@ -300,8 +323,6 @@ class _Recognizer:
             raise self._error(
                 path, f"expected quant_method awq or gptq beside qweight, got {method!r}"
             )
-        if 0 in scale.shape:
-            raise self._error(path, "expected scales, got none")
         if method == "awq":
             return self._awq(path, weight, scale, zero)
         return self._gptq(path, leaves.get("g_idx"), weight, scale, zero)
@@ -316,6 +337,7 @@ class _Recognizer:
         inputs = weight.shape[0]
         expected = (groups, outputs // 8)
         fits = weight.shape[1] * 8 == outputs and inputs % groups == 0
+        fits = fits and (zero is not None or self.settings.get("zero_point") is False)
         if not fits or (zero is not None and zero.shape != expected):
             raise self._error(
                 path,
@@ -349,7 +371,7 @@ class _Recognizer:
         stated = self.settings.get("bits")
         words = weight.shape[0]
         inputs = index.shape[0] if index is not None and len(index.shape) == 1 else 0
-        if not inputs and stated in _BITS:
+        if not inputs and type(stated) is int and stated in _BITS:
             inputs = words * 32 // stated
         bits = words * 32 // inputs if inputs else 0
         fits = bits in _BITS and words * 32 == inputs * bits and weight.shape[1] == outputs

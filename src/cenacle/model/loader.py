@@ -32,6 +32,7 @@ from .checkpoint import Checkpoint
 from .disk_tables import install_disk_tables, is_table_tensor
 from .expert_parallel import Zeros
 from .families import EXPERT_TENSOR, family_of, layer_index
+from .fp8_layers import install_fp8_layers
 from .gguf_transforms import Parts
 from .quantized_conversion import LoadedLayer, convert_quantized
 from .quantized_layers import Check, QuantizedLayers, StoredLayer
@@ -197,10 +198,14 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
     try:
         model = build_model(checkpoint, plan, rank)
         require_checks(checkpoint, model)
-        arrays = [value for _, value in architecture.named_parameters(model)]
-        total, done = sum(a.nbytes for a in arrays), 0
-        for array in arrays:
+        parameters = dict(architecture.named_parameters(model))
+        total, done = sum(a.nbytes for a in parameters.values()), 0
+        for name, array in parameters.items():
             mx.eval(array)
+            if not _is_finite(model, name, array):
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {name}: a scale is not a number; download it again"
+                )
             done += array.nbytes
             progress(done, total)
     except RuntimeError as error:
@@ -210,6 +215,18 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
     finally:
         mx.set_cache_limit(limit)
     return model
+
+
+def _is_finite(model: nn.Module, name: str, array: mx.array) -> bool:
+    """Whether scales and biases of a quantized layer are numbers; other parameters are believed."""
+    path, _, leaf = name.rpartition(".")
+    if leaf not in ("scales", "biases") or not array.size:
+        return True
+    if array.dtype != mx.uint8:
+        return bool(mx.all(mx.isfinite(array)).item())
+    mode = getattr(architecture.get_module(model, path), "mode", "")
+    nan = 0x7F if mode == "nvfp4" else 0xFF
+    return bool(mx.all((array & nan) != nan).item())
 
 
 def require_checks(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -242,6 +259,7 @@ def _dense_classes(config: dict[str, Any], checkpoint: Checkpoint) -> tuple[type
 
         def load_weights(self, weights: Any, strict: bool = True) -> nn.Module:
             install_output_scales(self, weights)
+            install_fp8_layers(self, weights)
             return cast("nn.Module", super().load_weights(weights, strict))
 
     return DenseModel, arguments
@@ -307,6 +325,7 @@ def _partial_classes(
 
         def load_weights(self, weights: Any, strict: bool = True) -> nn.Module:
             install_output_scales(self, weights)
+            install_fp8_layers(self, weights)
             return cast("nn.Module", super().load_weights(weights, strict))
 
     return PartialModel, arguments

@@ -26,6 +26,7 @@ from mlx_lm.models import (
 )
 
 from .. import native
+from .fp8_layers import Fp8Linear
 from .scaled_layers import OUTPUT_SCALE, ScaledQuantizedLinear
 
 Activation = tuple[int, float, float]
@@ -137,6 +138,7 @@ _NATIVE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: NativeLinear,
     nn.QuantizedLinear: NativeQuantizedLinear,
     ScaledQuantizedLinear: NativeQuantizedLinear,
+    Fp8Linear: NativeQuantizedLinear,
     nn.Embedding: NativeEmbedding,
     nn.QuantizedEmbedding: NativeQuantizedEmbedding,
 }

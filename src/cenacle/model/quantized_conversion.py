@@ -22,12 +22,13 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from . import architecture
 from .families import EXPERT_TENSOR
-from .quantized_layers import Check, StoredLayer
+from .fp8_layers import GROUPS
+from .quantized_layers import FLOAT_SCALES, Check, StoredLayer
 from .scaled_layers import OUTPUT_SCALE
 from .tensor_slice import TensorSlice
 
 Tensors = dict[str, mx.array]
-_PARTS = ("weight", "scales", "biases", OUTPUT_SCALE)
+_PARTS = ("weight", "scales", FLOAT_SCALES, "biases", OUTPUT_SCALE)
 _BITS_AND_GROUPS = {(4, 16), (4, 32), (8, 32)}  # of layouts with scales of 8 bits
 
 
@@ -155,11 +156,22 @@ def _finish_parts(
         if type(layer) not in (nn.Linear, SwitchLinear):
             return None
         parts[OUTPUT_SCALE] = scale[..., 0]
-    if parts["scales"].dtype == mx.uint8:
+    floats = parts.pop(FLOAT_SCALES, None)
+    # Where another layer has this part, it is floats like the others: one for each input.
+    inputs = 4 * parts["weight"].shape[-1]
+    if floats is not None and inputs in {group * floats.shape[-1] for group in GROUPS}:
+        if type(layer) not in (nn.Linear, SwitchLinear):
+            return None
+        parts = {"weight": parts["weight"], FLOAT_SCALES: floats}
+    elif "scales" not in parts:
+        return None
+    elif parts["scales"].dtype == mx.uint8:
         parts.pop("biases", None)
     elif "biases" not in parts or parts["biases"].shape != parts["scales"].shape:
         return None
     finished = {part: finish(f"{path}.{part}", array) for part, array in parts.items()}
+    if FLOAT_SCALES in finished:
+        finished["scales"] = finished.pop(FLOAT_SCALES)
     *rows, inputs = layer.weight.shape
     words, scales = finished["weight"], finished["scales"]
     if list(words.shape[:-1]) != rows or list(scales.shape[:-1]) != rows:

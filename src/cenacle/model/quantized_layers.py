@@ -3,11 +3,13 @@
 Owns: `StoredLayer`: which entries of its tensors hold which features, and `decode`, which makes
 MLX's layout of them.
 Does not know: families, ranks, how a format is recognized (`format_recognition.py`).
-Where MLX has a layout that holds a format exactly (affine, mxfp4, mxfp8, nvfp4), that is used; else
-16-bit floats (`StoredLayer.error`). The formats, as their writers define them:
+Where MLX has a layout that holds a format exactly (affine, mxfp4, mxfp8, nvfp4), that is used, or
+our own for FP8 in blocks; else 16-bit floats (`StoredLayer.error`). The formats, as their writers
+define them:
 - fp8 (DeepSeek, Qwen, compressed-tensors float-quantized, ModelOpt): e4m3 [out, in] times a scale
   per tensor, per row or per block; with power-of-two scales (ue8m0, mxfp8) it is MLX's mxfp8, and
-  so it is with a scale of the tensor or of rows, which is kept apart (`scaled_layers.py`).
+  so it is with a scale of the tensor or of rows, which is kept apart (`scaled_layers.py`). Blocks
+  with other scales become groups of rows, a float each (`fp8_layers.py`).
 - int (compressed-tensors pack-quantized and int-quantized): (q - zero) * scale. MLX's affine layout
   is q * scale + bias with bias = -zero * scale, which float32 holds without rounding.
 - nvfp4 (compressed-tensors, ModelOpt): e2m1 times an e4m3 scale per 16 times a scale per tensor.
@@ -28,6 +30,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .fp8_layers import widen
 from .tensor_info import TensorInfo
 from .tensor_reader import TensorPiece, TensorView, read_piece
 from .tensor_slice import ROWS
@@ -36,6 +39,8 @@ from .tensor_slice import ROWS
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BF16_ERROR = 2.0**-8  # of rounding to 8 significant bits
 F16_ERROR = 2.0**-11
+FLOAT_SCALES = "float_scales"
+"""The part of fp8's layout that a layer has as its scales."""
 
 Check = tuple[str, mx.array]
 """What is wrong where the array, a boolean, is false. Read with the weights, not before."""
@@ -85,7 +90,7 @@ class StoredLayer:
         kind: "fp8", "int", "int8", "nvfp4", "mxfp4", "awq" or "gptq".
         tensors: by the part that they play: "weight", "scale", "zero", "global_scale", "g_idx".
         outputs, inputs: features.
-        held: what MLX holds: "affine", "mxfp4", "mxfp8", "nvfp4" or "dense".
+        held: the layout in memory: MLX's "affine", "mxfp4", "mxfp8" or "nvfp4", "fp8" or "dense".
         dtype: of a dense layer.
         bits, group_size: of the layout that is held.
         divide: the scale of the whole tensor divides.
@@ -124,6 +129,8 @@ class StoredLayer:
         name += " with act-order" if self.act_order else ""
         if self.held == "dense":
             return f"{name} held as {str(self.dtype).removeprefix('mlx.core.')}"
+        if self.held == "fp8":
+            return f"{name} held as fp8 8-bit, groups of {self.group_size}"
         if self.held == "affine":
             return f"{name} held as affine {self.bits}-bit, groups of {self.group_size}"
         return f"{name} held as {self.held}" if self.held != name else name
@@ -179,7 +186,8 @@ class StoredLayer:
 
         Returns:
             "weight" [..., out, in or packed words], "scales" and "biases" [..., out, groups], and
-            "output_scale" [..., out]; only "weight" where it is held dense.
+            "output_scale" [..., out]; only "weight" where it is held dense. What is held as fp8 has
+            "float_scales" [..., out, groups].
         """
         rows = span if axis == ROWS else (0, self.outputs)
         columns = span if axis != ROWS else (0, self.inputs)
@@ -190,6 +198,8 @@ class StoredLayer:
         """What `decode` made as floats [..., out, in], lazily."""
         if self.held == "dense":
             return parts["weight"]
+        if self.held == "fp8":
+            return widen(parts["weight"], parts[FLOAT_SCALES], self.dtype)
         scales, biases = parts["scales"], parts.get("biases")
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -227,6 +237,9 @@ class _Decoder:
         if layer.held == "mxfp8":
             scales = self._spread("scale", self._exponents(), step=layer.group_size)
             return {"weight": _as_words(weight), "scales": scales}
+        if layer.held == "fp8":
+            scales = self._spread("scale", self._scale(), step=layer.group_size)
+            return {"weight": _as_words(weight), FLOAT_SCALES: mx.contiguous(scales)}
         scale = self._spread("scale", self._scale())
         return {"weight": (mx.from_fp8(weight, mx.float32) * scale).astype(layer.dtype)}
 

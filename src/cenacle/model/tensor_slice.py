@@ -46,7 +46,7 @@ class TensorSlice:
         Raises:
             CheckpointError: a parameter of an unknown format.
         """
-        if name in ("weight", "scales", "biases"):
+        if name in ("weight", "scales", "float_scales", "biases"):
             return max(ndim + self.axis, 0)
         if name in ("bias", "output_scale"):
             return ndim - 1 if self.axis == ROWS else None

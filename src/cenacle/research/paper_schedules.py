@@ -36,6 +36,7 @@ from ..model import architecture, native_layers
 from ..model.architecture import input_width
 from ..model.expert_parallel import ExpertParallel, LocalExperts, parallelize
 from ..model.families import family_of
+from ..model.fp8_layers import MODE, Fp8Linear
 from ..model.step_timer import StepTimer
 
 SCHEDULES = ("naive", "P-LB", "P-LR", "P-LR-D")
@@ -83,6 +84,8 @@ class _SeparateExperts(nn.Module):
             linear = stack[name]
             quantized = "scales" in linear
             kind = nn.QuantizedLinear if quantized else nn.Linear
+            if quantized and linear.mode == MODE:
+                kind = Fp8Linear
             layer = kind.__new__(kind)  # not its __init__, which draws random weights
             nn.Module.__init__(layer)
             for key in ("weight", "scales", "biases", "bias"):
