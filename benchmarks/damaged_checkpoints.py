@@ -1,9 +1,14 @@
 """Checkpoints that are damaged or made to harm: `python benchmarks/damaged_checkpoints.py`.
 
+    python benchmarks/damaged_checkpoints.py [--format gptq --format gguf-Q4_K] [--count 40]
+
 Each is a small checkpoint with one to three faults: in config.json, the index, the headers, the
-tokenizer's files, the files themselves. Loading one must end with a model or with an error of ours
-in one line, within bounded time and memory; a traceback, a crash or a process that ends is a
-failure. The last line of stdout is JSON; exit status 1 if something failed.
+tokenizer's files, the files themselves; for a published format also in what makes it the format
+(`format_damage.py`). "plain" has mlx-lm's own formats. Loading one as a rank of one or three, and
+computing a few tokens where one rank has all, must end with a result or with an error of ours in
+one line, within bounded time and memory; a traceback, a crash, a hang, or bytes listed to be read
+that the files do not have are failures. The last line of stdout is JSON, with counts for each
+format; exit status 1 if something failed.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -25,8 +29,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from format_damage import (
+    NAMES,
+    SAFETENSORS,
+    damage_gguf,
+    damage_safetensors,
+    model_path,
+    write_source,
+)
+
 LIMIT_S = 60  # of processor time for one checkpoint; ordinary ones take 0.1 s
-LIMIT_BYTES = 3 << 30  # that a checkpoint of 1 MB may take beyond what the process has
+LIMIT_BYTES = 64 << 20  # that a checkpoint of 1 MB may take beyond what the process has
+PLAIN = "plain"
 FAMILIES = ("qwen3_moe", "dbrx", "deepseek_v3", "gpt_oss", "nemotron_h", "mixtral")
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 7.5, 1e308, float("inf"), float("nan"), 2**31, 2**63, 10**30,
@@ -194,32 +208,40 @@ def change_json_members(file: Path, members: dict[str, Any]) -> None:
         pass
 
 
-CHANGES: tuple[Callable[[Path, random.Random], str], ...] = (
+Change = Callable[[Path, random.Random], str]
+CHANGES: tuple[Change, ...] = (
     change_json, change_json, change_json, change_header, change_header, change_file,
 )  # fmt: skip
 
 
-def damage(folder: Path, dice: random.Random) -> str:
+def damage(folder: Path, dice: random.Random, changes: tuple[Change, ...]) -> str:
     """Make one fault."""
     try:
-        return dice.choice(CHANGES)(folder, dice)
-    except (OSError, ValueError, RecursionError) as error:  # the one before has left nothing here
+        return dice.choice(changes)(folder, dice)
+    except (OSError, ValueError, RecursionError, IndexError) as error:  # the one before has left nothing here
         return f"none ({type(error).__name__})"
 
 
-def load(folder: Path) -> str:
-    """Load as a rank and a server would; what became of it."""
+def load(path: Path, dice: random.Random) -> str:
+    """Load as a rank and a server would, and compute; what became of it."""
     from cenacle.errors import CenacleError
     from cenacle.model.loader import load_rank_model
     from cenacle.runtime import LoadOptions, resolve
 
     try:
-        deployment = resolve(LoadOptions(str(folder)))
-        load_rank_model(deployment.checkpoint, deployment.plan, 0, lambda *_: None)
+        deployment = resolve(LoadOptions(str(path)))
+        plan, rank = deployment.plan, 0
+        if dice.random() < 0.3:
+            plan = dice.choice((type(plan).whole, type(plan).sliced))(plan.spec, 3)
+            rank = dice.randrange(3)
+        require_inside(deployment.checkpoint, plan, rank)
+        model = load_rank_model(deployment.checkpoint, plan, rank, lambda *_: None)
         if (text := deployment.tokenizer) is not None:
             text.decode(text.encode("hello"))
             if text.has_template:
                 text.render([{"role": "user", "content": "hello"}])
+        if plan.nodes == 1 and not compute(model, plan):
+            return "refused"
     except CenacleError as error:
         message = str(error)
         assert message, "an error without words"
@@ -230,23 +252,73 @@ def load(folder: Path) -> str:
     return "loaded"
 
 
-def work(sources: Path, seeds: range) -> None:
+def require_inside(checkpoint: Any, plan: Any, rank: int) -> None:
+    """What a rank would read lies in the files, and is not more than they have."""
+    from cenacle.model.byte_ranges import total_bytes
+    from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
+
+    sizes = {file.name: file.stat().st_size for file in checkpoint.files}
+    ranges = required_ranges(slices_for(plan, rank, ModelLayout.read(checkpoint)))
+    for name, listed in ranges.items():
+        beyond = [r for r in listed if not 0 <= r[0] <= r[1] <= sizes[name]]
+        assert not beyond, f"{name} of {sizes[name]} bytes: {beyond[0]} is to be read"
+        assert total_bytes(listed) <= sizes[name], f"{name}: more is to be read than it has"
+
+
+def compute(model: Any, plan: Any) -> bool:
+    """A few tokens with the native kernels; False: what a rank reports as files that do not fit."""
+    import mlx.core as mx
+
+    from cenacle.collective.single import SingleRank
+    from cenacle.model.expert_parallel import parallelize
+    from cenacle.model.step_timer import StepTimer
+
+    parallelize(model, plan.spec.family, plan, SingleRank(), StepTimer())
+    try:
+        mx.eval(model(mx.array([[1, 2, 3, 1]])))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False  # `ranks/worker.py` makes a sentence of these
+    return True
+
+
+def peak_bytes() -> int:
+    """The most memory since `reset_peak`."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) << 10
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def damaged_copy(sources: Path, folder: Path, name: str, dice: random.Random) -> dict[str, Any]:
+    """A source with faults, in `folder`; what was done."""
+    source = dice.choice(sorted((sources / name).iterdir()))
+    shutil.copytree(source, folder)
+    changes = CHANGES
+    if name != PLAIN:
+        of_format = damage_safetensors if name in SAFETENSORS else damage_gguf
+        changes = (*CHANGES, *[of_format] * 12)
+    faults = [damage(folder, dice, changes) for _ in range(dice.randint(1, 3))]
+    return {"family": source.name, "faults": faults}
+
+
+def work(sources: Path, cases: list[tuple[str, int]]) -> None:
     """Damage and load; a line of JSON before and after each checkpoint."""
-    usual = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    folders = sorted(sources.iterdir())
-    for seed in seeds:
-        dice = random.Random(seed)
+    for name, seed in cases:
+        dice = random.Random(f"{name} {seed}")
         with tempfile.TemporaryDirectory(prefix="cenacle-damaged-") as made:
             folder = Path(made) / "model"
-            source = dice.choice(folders)
-            shutil.copytree(source, folder)
-            faults = [damage(folder, dice) for _ in range(dice.randint(1, 3))]
-            print(json.dumps({"seed": seed, "family": source.name, "faults": faults}), flush=True)
-            began = time.process_time()
+            os.environ["CENACLE_HOME"] = str(Path(made) / "home")
+            case = {"format": name, "seed": seed}
+            made_of = damaged_copy(sources, folder, name, dice)
+            print(json.dumps({**case, **made_of}), flush=True)
+            reset_peak()
+            began, usual = time.process_time(), peak_bytes()
             signal.setitimer(signal.ITIMER_REAL, 10 * LIMIT_S)
             failure = ""
             try:
-                result = load(folder)
+                result = load(model_path(folder), dice)
             except BaseException as error:  # whatever is not an error of ours
                 result, failure = "failed", f"{type(error).__name__}: {error}"[:300]
                 import traceback
@@ -256,61 +328,77 @@ def work(sources: Path, seeds: range) -> None:
                     for f in traceback.extract_tb(error.__traceback__)[-6:]
                 )
             signal.setitimer(signal.ITIMER_REAL, 0)
-            seconds = time.process_time() - began
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+            seconds, more = time.process_time() - began, peak_bytes() - usual
             if not failure and seconds > LIMIT_S:
                 result, failure = "failed", f"took {seconds:.0f} s"
-            if not failure and peak > usual + LIMIT_BYTES:
-                result, failure = "failed", f"took {(peak - usual) >> 20} MB"
+            if not failure and more > LIMIT_BYTES:
+                result, failure = "failed", f"took {more >> 20} MB"
             if (folder / "RAN").exists():
                 result, failure = "failed", "code of the checkpoint ran"
-            print(json.dumps({"seed": seed, "result": result, "failure": failure}), flush=True)
+            report = {**case, "result": result, "failure": failure, "mb": more >> 20}
+            print(json.dumps(report), flush=True)
 
 
-def run(count: int, first: int, sources: Path) -> dict[str, Any]:
+def run(names: list[str], count: int, first: int, sources: Path) -> dict[str, Any]:
     """All of them, in a process that is started again when it ends early."""
-    results: Counter[str] = Counter()
-    failures, seed = [], first
-    while seed < first + count:
-        command = [sys.executable, __file__, "--work", str(sources), str(seed), str(first + count)]
+    cases = [(name, first + i) for name in names for i in range(count)]
+    results = {name: Counter({"refused": 0, "loaded": 0, "failed": 0}) for name in names}
+    failures, done, peak = [], 0, 0
+    while done < len(cases):
+        command = [sys.executable, __file__, "--work", str(sources), json.dumps(cases[done:])]
         process = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        lines = [json.loads(line) for line in process.stdout.splitlines()]
-        described = {line["seed"]: line for line in lines if "faults" in line}
-        for line in lines:
-            if "result" in line:
-                results[line["result"]] += 1
-                if line["failure"]:
-                    failures.append({**described[line["seed"]], "failure": line["failure"]})
-                seed = line["seed"] + 1
-        if seed < first + count:  # it ended in the middle
-            results["failed"] += 1
+        begun: dict[str, Any] = {}
+        for line in map(json.loads, process.stdout.splitlines()):
+            if "faults" in line:
+                begun = line
+                continue
+            results[line["format"]][line["result"]] += 1
+            peak = max(peak, line["mb"])
+            if line["failure"]:
+                failures.append({**begun, "failure": line["failure"]})
+            done, begun = done + 1, {}
+        if done < len(cases):  # it ended in the middle
+            name, seed = cases[done]
+            results[name]["failed"] += 1
             ended = f"the process ended with {process.returncode}"
-            failures.append({**described.get(seed, {"seed": seed}), "failure": ended})
-            seed += 1
-    return {"checkpoints": count, "first_seed": first, **results, "failures": failures}
+            failures.append({**(begun or {"format": name, "seed": seed}), "failure": ended})
+            done += 1
+    totals = sum(results.values(), Counter())
+    counts = {key: totals[key] for key in ("refused", "loaded", "failed")}
+    report = {"checkpoints": len(cases), "first_seed": first, **counts, "peak_mb": peak}
+    return {**report, "formats": results, "failures": failures}
 
 
-def write_sources(folder: Path) -> None:
+def write_sources(folder: Path, names: list[str]) -> None:
     from cenacle.model.synth import synth
 
-    for family in FAMILIES:
-        synth(folder / family, family=family, shard_bytes=200_000)
+    os.environ["CENACLE_HOME"] = str(folder / "home")
+    for name in names:
+        if name != PLAIN:
+            write_source(folder / name, name)
+            continue
+        for family in FAMILIES:
+            synth(folder / name / family, family=family, shard_bytes=200_000)
 
 
 def main() -> None:
     """Entry point."""
     if sys.argv[1:2] == ["--work"]:
-        work(Path(sys.argv[2]), range(int(sys.argv[3]), int(sys.argv[4])))
+        work(Path(sys.argv[2]), json.loads(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument(
+        "--format", action="append", choices=(PLAIN, *NAMES), metavar="NAME", help="default: all"
+    )
+    parser.add_argument("--count", type=int, default=40, help="checkpoints of each format")
     parser.add_argument("--seed", type=int, default=0, help="of the first; they are counted up")
     args = parser.parse_args()
+    names = args.format or [PLAIN, *NAMES]
     with tempfile.TemporaryDirectory(prefix="cenacle-damaged-") as made:
-        write_sources(Path(made))
-        report = run(args.count, args.seed, Path(made))
+        write_sources(Path(made), names)
+        report = run(names, args.count, args.seed, Path(made))
     for failure in report["failures"]:
         print(json.dumps(failure), file=sys.stderr)
     print(json.dumps({**report, "failures": len(report["failures"])}))

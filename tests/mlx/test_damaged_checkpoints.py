@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -191,6 +192,64 @@ def test_stray_tensors_are_refused_before_a_model_is_built(folder: Path) -> None
         Checkpoint.open(folder)
 
 
+def change_header(file: Path, change: Callable[[dict], str | None]) -> None:
+    """`change` alters the entries, or returns the header's text."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    text = (change(header) or json.dumps(header)).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def test_tensors_that_share_bytes_are_refused(folder: Path) -> None:
+    """A small file would be a model of any size."""
+
+    def share(header: dict) -> None:
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        last = max(entries, key=lambda entry: entry["data_offsets"])
+        last["data_offsets"] = [byte - 4 for byte in last["data_offsets"]]
+
+    change_header(max(folder.glob("model-*.safetensors")), share)
+    with pytest.raises(CheckpointError, match=r"begins inside .*; download it again"):
+        Checkpoint.open(folder)
+
+
+def test_a_name_that_is_there_twice_is_refused(folder: Path) -> None:
+    def double(header: dict) -> str:
+        name = next(name for name in header if name != "__metadata__")
+        return json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}"
+
+    change_header(min(folder.glob("model-*.safetensors")), double)
+    with pytest.raises(CheckpointError, match="a name is there twice"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("shape", [[-2, -2], [2.0, 2], [True, 4], [0, 2**63], [2**31, 0]])
+def test_shapes_are_whole_numbers_that_mlx_has(folder: Path, shape: list) -> None:
+    """Products of these are right."""
+
+    def reshape(header: dict) -> None:
+        entry = next(e for name, e in header.items() if name != "__metadata__")
+        start = entry["data_offsets"][0]
+        entry.update(dtype="U8", shape=shape, data_offsets=[start, start + 4 * (0 not in shape)])
+
+    change_header(min(folder.glob("model-*.safetensors")), reshape)
+    with pytest.raises(CheckpointError, match="expected dtype, shape and data_offsets"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_scales_of_mlx_that_are_no_numbers_are_a_sentence(tmp_path: Path, mode: str) -> None:
+    folder = synth(tmp_path / "model", family="qwen3_moe", quantize=4, group_size=32, mode=mode)
+    (file,) = folder.path.glob("*.safetensors")
+    tensors = dict(mx.load(str(file)))
+    name = next(name for name in sorted(tensors) if name.endswith("up_proj.scales"))
+    tensors[name][-1, -1] = 0xFF if tensors[name].dtype == mx.uint8 else mx.nan
+    mx.save_safetensors(str(file), tensors)
+    with pytest.raises(CheckpointError, match=r"up_proj\.scales: a scale is not a number"):
+        logits(folder.path)
+
+
 def test_a_vocabulary_of_added_tokens_is_refused(folder: Path) -> None:
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -267,13 +326,33 @@ def test_plans_of_configs_that_lie() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["refused"] > 20
 
 
+DAMAGED = str(ROOT / "benchmarks" / "damaged_checkpoints.py")
+
+
 def test_a_hundred_and_fifty_damaged_checkpoints() -> None:
     """The short form of `make fuzz`."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "damaged_checkpoints.py"), "--count", "150"],
+        [sys.executable, DAMAGED, "--format", "plain", "--count", "150"],
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["refused"] > 100
+
+
+def test_damaged_checkpoints_of_every_kind_of_format() -> None:
+    formats = ("block-fp8", "nvfp4", "int4-zeros", "awq", "gptq", "mixed-bits")
+    formats += ("gguf-Q4_K", "gguf-split", "gguf-folder")
+    chosen = [argument for name in formats for argument in ("--format", name)]
+    done = subprocess.run(
+        [sys.executable, DAMAGED, *chosen, "--count", "8", "--seed", "1000"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["checkpoints"] == 8 * len(formats)
+    assert report["formats"].keys() == set(formats)
+    assert report["refused"] > 20

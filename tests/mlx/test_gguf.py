@@ -21,29 +21,12 @@ from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import build_model
 from support import tiny_gguf
 from support.dense_llama import dense_llama
-
-# Where a block has float16 numbers: random bytes there would be infinities.
-HALVES = {
-    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2)},
-    **{"Q5_K": (0, 2), "Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82), "IQ4_NL": (0,)},
-    **{"IQ4_XS": (0,), "MXFP4": ()},
-}
-
-
-def random_blocks(kind):
-    generator = np.random.default_rng(0)
-    data = generator.integers(0, 256, (5, 3, blocks.BLOCK_TYPES[kind].nbytes), dtype=np.uint8)
-    for at in HALVES[kind]:
-        halves = generator.normal(0, 0.01, (5, 3, 1)).astype("<f2")
-        data[..., at : at + 2] = halves.view(np.uint8)
-    if kind == "MXFP4":
-        data[..., 0] = generator.integers(100, 140, (5, 3))
-    return data
+from support.gguf_blocks import random_blocks
 
 
 @pytest.mark.parametrize("kind", sorted(set(blocks.BLOCK_TYPES) - blocks.UNQUANTIZED))
 def test_mlx_sees_the_weights_that_gguf_sees(kind):
-    data = random_blocks(kind)
+    data = random_blocks(kind, (5, 3))
     expected = gguf.dequantize(data.reshape(5, -1), gguf.GGMLQuantizationType[kind])
     parameters = {n: mx.array(a) for n, a in blocks.to_mlx_layout(kind, data).items()}
     block = blocks.BLOCK_TYPES[kind]

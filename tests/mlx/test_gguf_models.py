@@ -1,5 +1,6 @@
 """MoE models in GGUF files: logits are those of the same weights as floats, on 1 to 3 ranks."""
 
+import json
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 import cenacle
 from cenacle.core.plan import Plan
 from cenacle.errors import CenacleError, CheckpointError
+from cenacle.gguf.file import GgufFile
 from cenacle.model.byte_ranges import total_bytes
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
 from cenacle.model.format_notices import describe_formats
@@ -22,6 +24,7 @@ from cenacle.model.quantized_layers import QuantizedLayers
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.tensor_info import TensorInfo
+from cenacle.model.weight_files import GGUF_INDEX
 from support.moe_gguf import ARCHITECTURES, write_moe
 
 TOKENS = [[1, 40, 7, 99, 200, 13, 5, 64]]
@@ -183,6 +186,45 @@ def test_damaged_files_are_a_sentence_each(tmp_path):
         refused += error is not None
         assert error is None or (len(error) < 1500 and "Traceback" not in error)
     assert refused > 20
+
+
+def test_scales_that_are_no_numbers_are_a_sentence(tmp_path):
+    write_moe(tmp_path, "qwen3_moe", "Q8_0", num_hidden_layers=1)
+    file = GgufFile.open(tmp_path / "model.gguf")
+    tensor = next(t for t in file.tensors if t.name == "blk.0.ffn_up_exps.weight")
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    data[tensor.stop - 34 : tensor.stop - 32] = b"\0\x7e"  # of the last block
+    (tmp_path / "model.gguf").write_bytes(data)
+    error = served_error(tmp_path / "model.gguf")
+    assert error is not None
+    assert "up_proj.scales: a scale is not a number; download it again" in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {0: "../model.gguf"},
+        {0: "."},
+        {0: 3},
+        {1: "X"},
+        {2: [-1, -1]},
+        {2: [1.0, 4]},
+        {2: []},
+        {3: -(10**6), 4: -1},
+        {3: 2**63, 4: 2**63 + 8},
+    ],
+)
+def test_a_list_of_tensors_that_lies_is_refused(tmp_path, change):
+    """It lies in a folder that anybody may have written."""
+    write_moe(tmp_path, "qwen3_moe", "Q8_0", num_hidden_layers=1)
+    folder = locate_checkpoint(str(tmp_path / "model.gguf"))
+    index = json.loads((folder / GGUF_INDEX).read_text())
+    entry = index["tensors"]["model.layers.0.self_attn.q_proj.weight"]
+    for place, value in change.items():
+        entry[place] = value
+    (folder / GGUF_INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Checkpoint.open(folder)
 
 
 def test_what_is_not_supported_is_said(tmp_path):

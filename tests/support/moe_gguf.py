@@ -9,11 +9,13 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
+from cenacle.gguf.blocks import BLOCK_TYPES
 from cenacle.model import architecture
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.loader import build_model
 from cenacle.model.synth import synth
 
+from .gguf_blocks import random_blocks
 from .tiny_gguf import byte_vocabulary
 
 # As llama.cpp's convert script names them, apart from what the families share.
@@ -65,6 +67,8 @@ _OUTER = {
     **{"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"},
     **{"wte": "token_embd", "norm_f": "output_norm"},
 }
+RANDOM_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS")
+"""The package gguf does not write them."""
 ARCHITECTURES = {
     "dbrx": "dbrx",
     "deepseek_v2": "deepseek2",
@@ -185,6 +189,12 @@ def _join_halves(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return joined
 
 
+def _random_rows(kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor's bytes [..., bytes of a row]."""
+    blocks = (*shape[:-1], shape[-1] // BLOCK_TYPES[kind].weights)
+    return random_blocks(kind, blocks).reshape(*shape[:-1], -1)
+
+
 def write_moe(
     folder: Path,
     family: str,
@@ -205,7 +215,7 @@ def write_moe(
 
     Returns:
         mlx-lm's model with the file's weights as floats, if they are stored as the model has them
-        but for the order of rows.
+        but for the order of rows, and not of `RANDOM_TYPES`, whose blocks are random.
     """
     tiny = Path(architecture.__file__).parent / "configs" / "tiny" / f"{family}.json"
     config = json.loads(tiny.read_text())
@@ -236,6 +246,9 @@ def write_moe(
             writer.add_tensor(name, np.ascontiguousarray(array))
             continue
         quantized = gguf.GGMLQuantizationType[own_kind]
+        if own_kind in RANDOM_TYPES:
+            writer.add_tensor(name, _random_rows(own_kind, array.shape), raw_dtype=quantized)
+            continue
         data = gguf.quantize(np.ascontiguousarray(array), quantized)
         if as_floats:
             writer.add_tensor(name, gguf.dequantize(data, quantized))

@@ -3,7 +3,7 @@
 Owns: checking the headers against the files, and finding a model's folder.
 Does not know: what tensors are for, plans.
 Invariant: a tensor of an opened checkpoint lies inside its file, with as many bytes as its type and
-shape need. No weights are read.
+shape need, none of which is another tensor's. No weights are read.
 Next: `tensor_reader.py` reads tensors.
 """
 
@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from .weight_files import (
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+MAX_DIMENSION = 2**31 - 1  # of MLX's arrays
 # Several times what any format has; building a model takes time for every stray tensor.
 MAX_TENSORS_OUTSIDE, MAX_TENSORS_PER_LAYER, MAX_TENSORS_PER_EXPERT = 10_000, 1000, 40
 
@@ -137,7 +137,7 @@ class Checkpoint:
         return sum(t.stop - t.start for t in self.tensors.values())
 
 
-def _read_header(file: Path) -> Iterable[TensorInfo]:
+def _read_header(file: Path) -> list[TensorInfo]:
     try:
         size = file.stat().st_size
         opened = file.open("rb")
@@ -152,7 +152,7 @@ def _read_header(file: Path) -> Iterable[TensorInfo]:
                 f"bytes long, the file has {format_bytes(size)}; download it again"
             )
         try:
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested deeply
             raise CheckpointError(
                 f"{file}: the header is corrupted ({error}); download it again"
@@ -162,29 +162,51 @@ def _read_header(file: Path) -> Iterable[TensorInfo]:
             f"{file}: the header is corrupted (not a JSON object); download it again"
         )
     header.pop("__metadata__", None)
-    for name, entry in header.items():
-        try:
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
-            start, stop = entry["data_offsets"]
-            expected = math.prod(shape) * DTYPES[dtype][0] // 8
-            got = stop - start
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+    tensors = [_read_entry(file, name, entry, 8 + length, size) for name, entry in header.items()]
+    end, before = 0, ""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start < end:
             raise CheckpointError(
-                f"{file}: expected dtype, shape and data_offsets for tensor {name:.100}, got "
-                f"{entry!r:.200}; download it again"
-            ) from error
-        if got != expected or start < 0:
-            raise CheckpointError(
-                f"{file}: tensor {name} of {dtype} {list(shape)} needs {expected} bytes, "
-                f"its header gives it {got}; download it again"
+                f"{file}: the header is corrupted: tensor {tensor.name:.100} begins inside "
+                f"{before:.100}; download it again"
             )
-        begin = 8 + length
-        if begin + stop > size:
-            raise CheckpointError(
-                f"{file} is truncated: tensor {name} ends at byte {begin + stop}, "
-                f"the file has {size}; download it again"
-            )
-        yield TensorInfo(name, file, dtype, shape, begin + start, begin + stop)
+        end, before = tensor.stop, tensor.name
+    return tensors
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(members)
+    if len(made) < len(members):
+        raise ValueError("a name is there twice")
+    return made
+
+
+def _read_entry(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorInfo:
+    """A tensor of a header, whose data begin at a byte of a file of so many."""
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        expected = math.prod(shape) * DTYPES[dtype][0] // 8
+        if not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape):
+            raise ValueError("dimensions")
+        if type(start) is not int or type(stop) is not int:
+            raise ValueError("data_offsets")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{file}: expected dtype, shape and data_offsets for tensor {name:.100}, got "
+            f"{entry!r:.200}; download it again"
+        ) from error
+    if stop - start != expected or start < 0:
+        raise CheckpointError(
+            f"{file}: tensor {name:.100} of {dtype} {list(shape)} needs {expected} bytes, "
+            f"its header gives it {stop - start}; download it again"
+        )
+    if begin + stop > size:
+        raise CheckpointError(
+            f"{file} is truncated: tensor {name:.100} ends at byte {begin + stop}, "
+            f"the file has {size}; download it again"
+        )
+    return TensorInfo(name, file, dtype, shape, begin + start, begin + stop)
 
 
 def _check_index(folder: Path, tensors: dict[str, TensorInfo], listed: dict[str, str]) -> None:

@@ -241,15 +241,20 @@ class GgufIndex:
             for name, (file, kind, shape, start, stop) in data["tensors"].items():
                 info = TensorInfo(name, folder / file, kind, tuple(shape), start, stop)
                 size = BLOCK_TYPES[kind].nbytes if kind in UNQUANTIZED else 1
-                if math.prod(shape) * size != stop - start or "/" in file:
+                numbers = (*shape, start, stop)
+                if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+                    raise ValueError(name)
+                if math.prod(shape) * size != stop - start or Path(file).name != file:
+                    raise ValueError(name)
+                if kind not in UNQUANTIZED and shape[-1] != BLOCK_TYPES[kind].nbytes:
                     raise ValueError(name)
                 tensors[name] = info
             family = FAMILIES[data["family"]]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r:.100}); remove {folder}") from error
         for file in {info.file for info in tensors.values()}:
             end = max(info.stop for info in tensors.values() if info.file == file)
-            if not file.exists() or file.stat().st_size < end:
+            if not file.is_file() or file.stat().st_size < end:
                 raise CheckpointError(
                     f"{file} is missing or truncated: expected {end} bytes; download it again"
                 )
