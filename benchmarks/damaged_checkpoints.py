@@ -318,7 +318,7 @@ def work(sources: Path, cases: list[tuple[str, int]]) -> None:
             signal.setitimer(signal.ITIMER_REAL, 10 * LIMIT_S)
             failure = ""
             try:
-                result = load(model_path(folder), dice)
+                result = load(model_path(folder, dice), dice)
             except BaseException as error:  # whatever is not an error of ours
                 result, failure = "failed", f"{type(error).__name__}: {error}"[:300]
                 import traceback

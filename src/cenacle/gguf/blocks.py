@@ -77,10 +77,12 @@ def to_mlx_layout(type_name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
     else:
         assert kind.decode is not None
         scales, biases = (np.empty((len(flat), groups), np.float32) for _ in range(2))
-        for i in range(0, len(flat), _CHUNK_BLOCKS):
-            chunk = slice(i, i + _CHUNK_BLOCKS)
-            q, scales[chunk], biases[chunk] = kind.decode(flat[chunk])
-            weight[chunk] = _pack(q, kind.bits)
+        # Damaged scales become what they may: whoever loads them looks at the result.
+        with np.errstate(invalid="ignore", over="ignore"):
+            for i in range(0, len(flat), _CHUNK_BLOCKS):
+                chunk = slice(i, i + _CHUNK_BLOCKS)
+                q, scales[chunk], biases[chunk] = kind.decode(flat[chunk])
+                weight[chunk] = _pack(q, kind.bits)
         parameters = {"weight": weight, "scales": scales, "biases": biases}
     row_blocks = blocks.shape[-2]
     return {n: a.reshape(*rows, row_blocks * a.shape[1]) for n, a in parameters.items()}
