@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from one_process import run_ranks
+from one_process import in_threads, load_rank, run_ranks
 from tokenizers import Tokenizer
 
 import cenacle
@@ -57,6 +57,14 @@ def test_quantized_experts_are_sliced_at_blocks(tmp_path, kind):
     for nodes, placement in ((1, "whole"), (3, "sliced"), (2, "whole")):
         for logits in logits_of(folder, nodes, placement):
             assert np.abs(logits - expected).max() < 1e-3, (nodes, placement)
+
+
+def test_attention_with_sinks_is_divided(tmp_path):
+    expected = np.array(write_moe(tmp_path, "gpt_oss")(mx.array(TOKENS)))
+    folder = locate_checkpoint(str(tmp_path / "model.gguf"))
+    plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 2, trunk="sharded")
+    for logits in in_threads(2, lambda t: np.array(load_rank(folder, plan, t)(mx.array(TOKENS)))):
+        assert np.abs(logits - expected).max() < 1e-4
 
 
 # Types of tensors that llama.cpp's convert script rearranged; those that become one are of two.
