@@ -4,7 +4,7 @@ import sys
 from typing import Literal
 
 from anthropic import Anthropic, beta_tool
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 client = Anthropic(base_url=sys.argv[1], api_key="local")
 city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -41,6 +41,8 @@ assert last.content[-1].text == "It is sunny in Paris.", last
 
 
 class Person(BaseModel):
+    # In an open schema a model that cannot write its script adds fields without end.
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Ada"]
     age: Literal[36]
 

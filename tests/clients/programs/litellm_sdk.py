@@ -4,12 +4,14 @@ import sys
 from typing import Literal
 
 import litellm
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 url = sys.argv[1]
 
 
 class Person(BaseModel):
+    # In an open schema a model that cannot write its script adds fields without end.
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Ada"]
     age: Literal[36]
 

@@ -7,12 +7,14 @@ from typing import Literal
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Person(BaseModel):
     """A person."""
 
+    # In an open schema a model that cannot write its script adds fields without end.
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Ada"]
     age: Literal[36]
 

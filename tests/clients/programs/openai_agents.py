@@ -12,10 +12,12 @@ from agents import (
     set_tracing_disabled,
 )
 from openai import AsyncOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Person(BaseModel):
+    # In an open schema a model that cannot write its script adds fields without end.
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Ada"]
     age: Literal[36]
 

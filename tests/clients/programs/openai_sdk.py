@@ -5,7 +5,7 @@ import sys
 from typing import Literal
 
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 client = OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="local")
 city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -13,6 +13,8 @@ function = {"name": "get_weather", "description": "Weather.", "parameters": city
 
 
 class Person(BaseModel):
+    # In an open schema a model that cannot write its script adds fields without end.
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Ada"]
     age: Literal[36]
 

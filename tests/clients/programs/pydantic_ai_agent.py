@@ -3,7 +3,7 @@
 import sys
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -12,6 +12,8 @@ from pydantic_ai.providers.openai import OpenAIProvider
 
 
 class Person(BaseModel):
+    # In an open schema a model that cannot write its script adds fields without end.
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Ada"]
     age: Literal[36]
 
