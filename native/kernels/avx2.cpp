@@ -171,12 +171,47 @@ inline void bytes_rows(const uint8_t* w, int64_t stride, int64_t width, int64_t 
   }
 }
 
+// One row of 8 bits with one token, whose factors are made without a stop in memory for scales and biases. The same bits.
+template <int GROUP>
+inline float bytes_row_alone(const Matrix& m, int64_t row, int64_t groups, const Activations& a, int32_t token,
+                             float* factor) {
+  const Matrix r = m.from(row);
+  const int64_t n = m.width / GROUP, small = scale_bytes(m);
+  const float *xs = a.scales + token * groups, *xb = a.sums + token * groups;
+  __m256 bias = _mm256_setzero_ps(), sum[1];
+  const auto eight = [&](int64_t g, __m256 s, __m256 b) {
+    _mm256_storeu_ps(factor + g, _mm256_mul_ps(s, _mm256_loadu_ps(xs + g)));
+    bias = _mm256_fmadd_ps(b, _mm256_loadu_ps(xb + g), bias);
+  };
+  int64_t g = 0;
+  for (; g + 8 <= n; g += 8) {
+    const uint8_t *s = r.scales + g * small, *b = r.biases + g * small;
+    _mm_prefetch(reinterpret_cast<const char*>(s + 4 * m.scale_stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(b + 4 * m.scale_stride), _MM_HINT_T0);
+    eight(g, eight_floats(m.type, s, 0), eight_floats(m.type, b, 0));
+  }
+  if (g < n) {
+    alignas(32) float s[8] = {}, b[8] = {};
+    for (int64_t i = g; i < n; i++) s[i - g] = at(m.type, r.scales, i), b[i - g] = at(m.type, r.biases, i);
+    eight(g, _mm256_load_ps(s), _mm256_load_ps(b));
+  }
+  const int16_t* x[1] = {reinterpret_cast<const int16_t*>(a.quantized) + int64_t(token) * a.width};
+  const float* factors[1] = {factor};
+  bytes_tile<GROUP, 1>(r.weight, m.width, x, factors, sum);
+  return total(_mm256_add_ps(sum[0], bias));
+}
+
 template <int GROUP>
 void multiply_bytes(const Matrix& m, int64_t first, int64_t last, const Activations& a,
            const int32_t* tokens, int count, float* const* out, float* scratch) {
   const int64_t groups = groups_of(a.layout, m.width);
   float *scales = scratch, *biases = scales + ROWS * groups, *rest = biases + ROWS * groups;
   auto* bytes = reinterpret_cast<uint8_t*>(rest + 4 * groups);
+  if (count == 1 && m.group == GROUP && m.bits == 8) {
+    for (int64_t row = first; row < last; row++)
+      out[0][row - first] = bytes_row_alone<GROUP>(m, row, groups, a, tokens[0], rest);
+    return;
+  }
   for (int64_t row = first; row < last; row += ROWS) {
     const int64_t n = last - row < ROWS ? last - row : ROWS;
     const uint8_t* w = m.weight + row * m.weight_stride;
