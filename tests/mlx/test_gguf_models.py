@@ -162,11 +162,18 @@ SCALING = {
 }
 
 
+YARN = {
+    **{"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    **{"beta_fast": 32, "beta_slow": 1},
+}
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
         ("deepseek_v2", {"norm_topk_prob": True}, "expert_weights_norm: expected False"),
         ("llama4", {"rope_scaling": SCALING}, "rope_freqs.weight: expected factors of Llama's"),
+        ("qwen3_moe", {"rope_scaling": YARN}, "rope.scaling.type: expected 'none', got 'yarn'"),
         ("minimax", {"scoring_func": "softmax"}, "expert_gating_func: expected 2, got 1"),
     ],
 )

@@ -195,7 +195,7 @@ def _config(values: Values, family: GgufFamily) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in values.tensors,
         **family.config(values),
     }
-    if (scaling := rope_scaling(values)) is not None:
+    if (scaling := rope_scaling(values, family)) is not None:
         config["rope_scaling"] = scaling | (config.get("rope_scaling") or {})
     if "tokenizer.ggml.tokens" in metadata:
         config["bos_token_id"] = special_token(metadata, "bos")

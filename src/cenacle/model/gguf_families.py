@@ -133,6 +133,7 @@ class GgufFamily:
         layers, outer: where it has layers, and what is outside them, after the prefix.
         skipped: tensors of which nothing is needed.
         norm_key: the epsilon of norms.
+        rope_scalings: of rotary positions, that mlx-lm's class computes; others it would ignore.
         text_type: where config.json describes the language model apart, the model_type there.
     """
 
@@ -146,6 +147,7 @@ class GgufFamily:
     outer: Mapping[str, str] = field(default_factory=lambda: OUTER_NAMES)
     skipped: tuple[str, ...] = ()
     norm_key: str = "attention.layer_norm_rms_epsilon"
+    rope_scalings: tuple[str, ...] = ()
     text_type: str | None = None
 
 
@@ -269,11 +271,8 @@ def _deepseek(values: Values) -> dict[str, Any]:
 
 
 def _latent_rope_scaling(values: Values) -> dict[str, Any] | None:
-    kind = values.get("rope.scaling.type", "none")
-    if kind == "none":
+    if values.get("rope.scaling.type", "none") == "none":
         return None
-    if kind != "yarn":
-        raise values.unsupported("rope.scaling.type", "yarn", kind)
     # A tenth of mscale_all_dim; mscale is the same in every published model.
     scale = round(values.number("rope.scaling.yarn_log_multiplier") * 10, 5)
     return {"mscale": scale, "mscale_all_dim": scale}
@@ -328,7 +327,6 @@ def _linear_attention(values: Values) -> dict[str, Any]:
 
 
 def _qwen3_5_moe(values: Values) -> dict[str, Any]:
-    _refuse_rope_scaling(values)
     config = _linear_attention(values)
     # Sections of rows, columns and times matter to images only: of text all three are equal.
     rope = {"rope_type": "default", "rope_theta": values.number("rope.freq_base", 10000.0)}
@@ -337,7 +335,6 @@ def _qwen3_5_moe(values: Values) -> dict[str, Any]:
 
 
 def _minimax_m2(values: Values) -> dict[str, Any]:
-    _refuse_rope_scaling(values)
     values.require("expert_gating_func", SIGMOID)
     values.require("expert_weights_scale", 1.0)
     return {
@@ -351,7 +348,6 @@ def _minimax_m2(values: Values) -> dict[str, Any]:
 
 
 def _llama4(values: Values) -> dict[str, Any]:
-    _refuse_rope_scaling(values)
     if values.get("attention.sliding_window") == 0:
         raise values.unsupported("attention.sliding_window", "chunks of 8192 tokens", 0)
     values.require("expert_used_count", 1)
@@ -403,7 +399,6 @@ _LLAMA_CONTEXT = 8192
 
 
 def _dbrx(values: Values) -> dict[str, Any]:
-    _refuse_rope_scaling(values)
     values.require("attention.layer_norm_epsilon", 1e-5)
     values.require("expert_weights_scale", 1.0)
     heads = values.number("attention.head_count")
@@ -425,26 +420,18 @@ def _dbrx(values: Values) -> dict[str, Any]:
     }
 
 
-def _refuse_rope_scaling(values: Values) -> None:
-    kind = values.get("rope.scaling.type", "none")
-    if kind != "none":
-        raise values.unsupported("rope.scaling.type", "'none'", kind)
-
-
-def rope_scaling(values: Values) -> dict[str, Any] | None:
+def rope_scaling(values: Values, family: GgufFamily) -> dict[str, Any] | None:
     """How rotary positions are scaled, as config.json has it; None: they are not.
 
     Raises:
-        CheckpointError: in a way that mlx-lm's classes do not have.
+        CheckpointError: in a way that the family's class does not have.
     """
     kind = values.get("rope.scaling.type", "none")
     if kind == "none":
         return None
-    if kind not in ("yarn", "linear"):
-        raise CheckpointError(
-            f"{values.path}: expected rotary positions scaled by yarn or linear, got "
-            f"{kind!r:.100}; use the model in another format"
-        )
+    if kind not in family.rope_scalings:
+        expected = " or ".join(map(repr, ("none", *family.rope_scalings)))
+        raise values.unsupported("rope.scaling.type", expected, kind)
     scaling = {"type": kind, "factor": values.number("rope.scaling.factor")}
     if kind == "linear":
         return scaling
@@ -526,6 +513,7 @@ FAMILIES = {
             "exp_probs_b.bias": f"mlp.gate.{_BIAS_NAME}",
         },
         transforms={"self_attn.kv_b": transforms.split_latent_projection},
+        rope_scalings=("yarn",),
     ),
     "deepseek2:softmax": GgufFamily(
         "deepseek_v2",
@@ -536,6 +524,7 @@ FAMILIES = {
             "attn_v_b.weight": "self_attn.kv_b_proj.v_b",
         },
         transforms={"self_attn.kv_b_proj": transforms.join_latent_projection},
+        rope_scalings=("yarn",),
     ),
     "glm4moe": GgufFamily(
         "glm4_moe",
@@ -548,8 +537,15 @@ FAMILIES = {
         _GPT_OSS_NAMES,
         _gpt_oss,
         parameters={"attn_sinks.weight": "self_attn.sinks"},
+        rope_scalings=("linear", "yarn"),
     ),
-    "granitemoe": GgufFamily("granitemoe", _GRANITE_NAMES, _granite_moe, transforms=_PAIRED_HEADS),
+    "granitemoe": GgufFamily(
+        "granitemoe",
+        _GRANITE_NAMES,
+        _granite_moe,
+        transforms=_PAIRED_HEADS,
+        rope_scalings=("linear", "yarn"),
+    ),
     "llama": GgufFamily(
         "mixtral", _moe_names("block_sparse_moe"), _mixtral, transforms=_PAIRED_HEADS
     ),
@@ -567,7 +563,7 @@ FAMILIES = {
         _minimax_m2,
         parameters={"exp_probs_b.bias": f"block_sparse_moe.{_BIAS_NAME}"},
     ),
-    "qwen2moe": GgufFamily("qwen2_moe", _QWEN2_NAMES, _qwen2_moe),
+    "qwen2moe": GgufFamily("qwen2_moe", _QWEN2_NAMES, _qwen2_moe, rope_scalings=("linear",)),
     "qwen35moe": GgufFamily(
         "qwen3_5_moe",
         _LINEAR_NAMES
@@ -607,6 +603,7 @@ FAMILIES = {
             "linear_attn.conv1d": transforms.convolution_weight,
             "linear_attn.in_proj_qkvz": transforms.join_by_key_head,
         },
+        rope_scalings=("linear", "yarn"),
     ),
 }
 """By the names that `find_family` gives."""
