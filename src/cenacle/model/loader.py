@@ -31,7 +31,7 @@ from . import architecture, zoo
 from .checkpoint import Checkpoint
 from .disk_tables import install_disk_tables, is_table_tensor
 from .expert_parallel import Zeros
-from .families import EXPERT_TENSOR, family_of, layer_index
+from .families import EXPERT_TENSOR, STACKED_TENSOR, family_of, layer_index
 from .fp8_layers import install_fp8_layers
 from .gguf_transforms import Parts
 from .quantized_conversion import LoadedLayer, convert_quantized
@@ -249,7 +249,7 @@ def _dense_classes(config: dict[str, Any], checkpoint: Checkpoint) -> tuple[type
 
     class DenseModel(base):  # type: ignore[valid-type, misc]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            tensors, layers = _read_rank_tensors(weights, slices, checkpoint)
+            tensors, layers = _read_rank_tensors(weights, slices, checkpoint, is_read=False)
             convert = getattr(super(), "sanitize", lambda tensors: tensors)
             converted = convert_quantized(
                 self, tensors, layers, convert, lambda _, array, __: array
@@ -290,7 +290,9 @@ def _partial_classes(
             if (rename := family.rename_tensor) is not None:
                 weights = {rename(name, config): array for name, array in weights.items()}
             slices = self.rank_slices
-            tensors, layers = _read_rank_tensors(weights, slices, checkpoint)
+            tensors, layers = _read_rank_tensors(
+                weights, slices, checkpoint, is_read=plan is not None
+            )
             local_count = len(next(iter(slices.experts.values())))
             local = architecture.with_expert_count(config, self._expert_count, local_count)
             blocks = architecture.find_blocks(self)
@@ -365,9 +367,12 @@ def _shrink(layout: ModelLayout, slices: RankSlices) -> None:
 
 
 def _read_rank_tensors(
-    weights: dict[str, mx.array], slices: RankSlices, checkpoint: Checkpoint
+    weights: dict[str, mx.array], slices: RankSlices, checkpoint: Checkpoint, *, is_read: bool
 ) -> tuple[dict[str, mx.array], dict[str, LoadedLayer]]:
     """The checkpoint as if only the rank's pieces existed, experts numbered from 0.
+
+    Args:
+        is_read: the weights are for use, not for their shapes.
 
     Returns:
         Its tensors by name, and its quantized layers by path.
@@ -401,7 +406,11 @@ def _read_rank_tensors(
         arrays = read_together(list(same.values()))
         for i, name in enumerate(same):
             tensors[name] = arrays[i]
-    return tensors, _read_rank_layers(weights, slices, pieces, quantized)
+    # Of experts that are sliced after the conversion the whole must not be made.
+    late = any(STACKED_TENSOR.fullmatch(f"{path}.weight") for path in slices.unread)
+    return tensors, _read_rank_layers(
+        weights, slices, pieces, quantized, widen=is_read and not late
+    )
 
 
 def _local_name(name: str, slices: RankSlices) -> str:
@@ -419,8 +428,15 @@ def _read_rank_layers(
     slices: RankSlices,
     pieces: Mapping[str, TensorPiece],
     quantized: QuantizedLayers,
+    *,
+    widen: bool,
 ) -> dict[str, LoadedLayer]:
-    """The quantized layers of which the rank holds something, by their paths there."""
+    """The quantized layers of which the rank holds something, by their paths there.
+
+    Args:
+        widen: make the floats of experts that are held as floats now, one after the other: decoding
+            one takes several times its bytes, and a stack of them is evaluated at once.
+    """
     loaded: dict[str, LoadedLayer] = {}
     together: dict[Any, dict[str, StoredLayer]] = {}
     for path, stored in quantized.layers.items():
@@ -434,6 +450,8 @@ def _read_rank_layers(
             checks: list[Check] = []
             whole = stored.decode(arrays, ROWS, (0, stored.outputs), checks)
             loaded[local] = LoadedLayer(stored, whole, checks)
+            if widen and stored.held == "dense" and EXPERT_TENSOR.fullmatch(f"{path}.weight"):
+                mx.eval(whole["weight"])
         else:
             match = EXPERT_TENSOR.fullmatch(f"{path}.weight")
             assert match is not None
@@ -451,6 +469,15 @@ def _read_rank_layers(
             )
             for role in first_layer.tensors
         }
+        if widen and first_layer.held == "dense":
+            for i, (local, stored) in enumerate(same.items()):
+                one = {role: array[i] for role, array in arrays.items()}
+                loaded[local] = LoadedLayer(stored, {}, [])
+                loaded[local].parts = stored.decode(
+                    one, part.axis, part.ranges[0], loaded[local].checks
+                )
+                mx.eval(loaded[local].parts["weight"])
+            continue
         checks = []
         parts = first_layer.decode(arrays, part.axis, part.ranges[0], checks)
         for i, (local, stored) in enumerate(same.items()):
