@@ -160,6 +160,15 @@ def test_a_config_alone_is_checked_like_a_folders(text: str, tmp_path: Path) -> 
         read_workload(tmp_path / "config.json", None, 1000, 1, 100)
 
 
+@pytest.mark.parametrize("limit", ["", [8000]])
+def test_a_limit_of_an_activation_that_is_no_number_is_named(limit: object, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_vlm", reason="needs the extra vlm")
+    config = tiny_config("deepseek_v4") | {"swiglu_limit": limit}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="swiglu_limit: expected a number"):
+        read_workload(tmp_path / "config.json", None, 1000, 1, 100)
+
+
 @pytest.mark.parametrize(
     ("family", "key", "value", "reason"),
     [

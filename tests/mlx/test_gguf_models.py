@@ -242,6 +242,12 @@ def test_a_list_of_tensors_that_lies_is_refused(tmp_path, change):
         Checkpoint.open(folder)
 
 
+def test_a_link_to_itself_is_a_sentence(tmp_path):
+    (tmp_path / "model.gguf").symlink_to("model.gguf")
+    with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read"):
+        locate_checkpoint(str(tmp_path))
+
+
 def test_what_is_not_supported_is_said(tmp_path):
     write_moe(tmp_path, "qwen3_moe")
     data = (tmp_path / "model.gguf").read_bytes()

@@ -76,7 +76,10 @@ def prepare_folder(path: Path) -> Path:
     files = split_files(path if path.is_file() else _first_file(path))
     key = hashlib.sha256(bytes([FORMAT_VERSION]))
     for file in files:
-        info = file.stat()
+        try:
+            info = file.stat()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
         key.update(f"{file}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
     folder = models_dir() / f"gguf-{key.hexdigest()[:16]}" / files[0].stem
     if (folder / GGUF_INDEX).exists():

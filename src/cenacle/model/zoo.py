@@ -303,6 +303,10 @@ def _as_mlx_lm_activation(activation: nn.Module) -> nn.Module:
         return switch_layers.SwiGLU()
     if kind == "ClampedSwiGLU":
         return step3p5.ClampedSwiGLU(activation.limit)
+    if kind == "LimitedSwiGLU" and not isinstance(activation.limit, int | float):
+        raise CheckpointError(
+            f"config.json: swiglu_limit: expected a number, got {activation.limit!r:.100}"
+        )
     if kind == "LimitedSwiGLU" and activation.limit > 0:
         return deepseek_v41.DeepseekV41SwiGLU(activation.limit)
     if kind == "MiniMaxSwiGLUOAI" and activation.beta == 1:
