@@ -311,9 +311,12 @@ def test_fingerprint_and_access_log(safe: Safe) -> None:
         client.models.list()
     with safe.http(authorization=f"Bearer {safe.key}") as http:
         assert http.post("/v1/responses/xyzzy%0a2026 forged").status_code == 405
-    text = safe.log.read_text()
+    # A client may have its answer before the server has written the line.
+    ends = time.monotonic() + DEADLINE_S
+    while "key=alice POST - 405" not in (text := safe.log.read_text()):
+        assert time.monotonic() < ends, text
+        time.sleep(0.05)
     assert "key=alice GET /v1/models 200" in text
-    assert "key=alice POST - 405" in text
     assert "forged" not in text
     assert safe.key not in safe.log.read_text()
     assert "What is" not in safe.log.read_text()
