@@ -16,11 +16,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .core.chat import Message
+from .core.image import PromptImage
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import GroupEvent, PromptLogprobs, Request, Sampling
 from .engine.sampling.grammar import Vocabulary, check_grammar
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
+from .model.image_settings import ImageSettings
 from .ranks.rank_group import RankGroup
 from .ranks.ranks import Ranks, ReportProgress
 from .ranks.step_timings import StepTimings
@@ -169,6 +171,16 @@ class Model:
         return self._deployment.plan.spec
 
     @property
+    def image_settings(self) -> ImageSettings | None:
+        """How the model is shown images; None: it is not."""
+        return self._deployment.image_settings
+
+    @property
+    def image_obstacle(self) -> str:
+        """Why the model cannot be shown images, as the end of a sentence; empty: it can."""
+        return self._deployment.image_obstacle
+
+    @property
     def text(self) -> ChatTokenizer:
         """The tokenizer.
 
@@ -190,6 +202,7 @@ class Model:
         min_tokens: int = 0,
         ignore_eos: bool = False,
         prompt_logprobs: int | None = None,
+        images: Sequence[PromptImage] = (),
     ) -> Request:
         """A request for a prompt, checked against the model's context and vocabulary.
 
@@ -197,6 +210,7 @@ class Model:
             prompt, max_tokens: see `stream`.
             sampling, logprobs, grammar, min_tokens, prompt_logprobs: see `Request`.
             ignore_eos: no token ends the output.
+            images: of the prompt, whose tokens have placeholders for them.
 
         Raises:
             InputError: names what is wrong.
@@ -232,6 +246,7 @@ class Model:
             grammar,
             min_tokens=min_tokens,
             prompt_logprobs=prompt_logprobs,
+            images=tuple(images),
         )
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:

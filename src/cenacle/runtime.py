@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ from .engine.options import EngineOptions
 from .engine.speculative.draft_model import DraftModelConfig
 from .errors import InputError
 from .model.checkpoint import Checkpoint, locate_checkpoint
-from .model.spec_reader import read_model_spec
+from .model.image_settings import ImageSettings
+from .model.spec_reader import image_obstacle, read_model_spec
 from .planning import choose_plan, plan_cost
 from .planning.memory import MemoryEstimate, check_available, kv_cache_budget
 from .ranks.local_ranks import LocalRankSource, resolve_backend
@@ -98,6 +99,7 @@ class LoadOptions:
             is final.
         verify: verify the group before it serves: True: always; None: unless this plan passed on
             these machines before; False: never.
+        images: load what sees images on rank 0, if the checkpoint has it.
         cores: for each rank the cores that it may run on; None: all.
         threads: of the native kernels in each rank; None: its share of the cores.
 
@@ -133,6 +135,7 @@ class LoadOptions:
     measure_every: int = 8
     recover: bool = True
     verify: bool | None = False
+    images: bool = True
     cores: Sequence[Sequence[int]] | None = None
     threads: int | None = None
 
@@ -182,13 +185,13 @@ def select_plan(options: LoadOptions, checkpoint: Checkpoint | None = None) -> t
     """
     checkpoint = checkpoint or Checkpoint.open(locate_checkpoint(options.model))
     if options.plan is not None:
-        return options.plan, ""
+        return _without_tower(options.plan, options), ""
     measurements = None
     if options.nodes > 1:
         found = plan_cost.local_measurements(checkpoint.config, options.nodes, options.latency_s)
         measurements = None if isinstance(found, str) else found
     return choose_plan.choose_plan(
-        read_model_spec(checkpoint),
+        read_model_spec(checkpoint, images=options.engine.sees_images),
         options.nodes,
         options.node_weights,
         options.placement,
@@ -198,6 +201,12 @@ def select_plan(options: LoadOptions, checkpoint: Checkpoint | None = None) -> t
         choose_plan.ASSUMED_LATENCY_S + options.latency_s,
         measurements,
     )
+
+
+def _without_tower(plan: Plan, options: LoadOptions) -> Plan:
+    if options.engine.sees_images:
+        return plan
+    return replace(plan, spec=replace(plan.spec, tower_bytes=0))
 
 
 def resolve(options: LoadOptions, cluster: Cluster | None = None) -> Deployment:
@@ -263,6 +272,28 @@ class Deployment:
     plan: Plan
     plan_reason: str
     cluster: Cluster | None = None
+
+    @property
+    def image_settings(self) -> ImageSettings | None:
+        """How the model is shown images; None: it is not."""
+        if not self.plan.spec.tower_bytes:
+            return None
+        config = self.checkpoint.config
+        return ImageSettings.read(self.checkpoint.folder, config, self.plan.spec.family)
+
+    @property
+    def image_obstacle(self) -> str:
+        """Why the model cannot be shown images, as the end of a sentence; empty: it can."""
+        family, engine = self.plan.spec.family, self.options.engine
+        if self.plan.spec.tower_bytes:
+            return ""
+        if (obstacle := image_obstacle(self.checkpoint, family)) is not None:
+            return obstacle
+        if not engine.images:
+            return "served without images (--no-images)"
+        if not engine.plain_kv_cache:
+            return "served with --kv-bits or --max-kv-size, with which it cannot be shown images"
+        return "served by a saved plan without its vision tower; make the plan again"
 
     def estimate_memory(self, plan: Plan) -> MemoryEstimate:
         """What the largest rank of a plan needs."""

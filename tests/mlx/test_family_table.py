@@ -19,6 +19,7 @@ from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import Batching, family_of, list_families
+from cenacle.model.image_settings import IMAGE_FAMILIES
 from cenacle.model.slicing import ModelLayout, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
@@ -156,8 +157,7 @@ def test_columns_say_what_the_engine_and_the_plan_do(row, tmp_path):
     plan = Plan.whole(spec, 2, trunk="sharded")
     divided = slices_for(plan, 0, ModelLayout.read(checkpoint)).attention
     assert bool(divided) == can.attention_sharding
-    # No dialect takes images (tests/unit/test_request_schemas.py), and towers stay unread.
-    assert not can.images
+    assert can.images == (row.name in IMAGE_FAMILIES)  # which tests/mlx/test_vision.py compares
 
 
 def test_a_family_that_cannot_run_has_no_columns():

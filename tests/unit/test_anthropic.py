@@ -144,7 +144,7 @@ def test_thinking() -> None:
         ({"messages": []}, "messages: expected at least 1 item, got 0"),
         ({"messages": LOOP["messages"][:2]}, "messages: expected a tool_result"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content[0].source"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: required"),
     ],
 )

@@ -149,7 +149,7 @@ def test_messages_of_parts_and_a_conversation() -> None:
         ({"conversation": "c"}, "conversation", "unsupported_parameter"),
         ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
         ({"stop": "x"}, "stop", "unsupported_parameter"),
-        ({"input": [IMAGE]}, "input[0].content[0].type", "unsupported_parameter"),
+        ({"input": [IMAGE]}, "input[0].content[0].image_url", "invalid_value"),
         ({"input": []}, "input", "missing"),
         ({"input": 3}, "input", "invalid_type"),
         ({"input": [{"role": "tool", "content": ""}]}, "input[0].role", "invalid_value"),

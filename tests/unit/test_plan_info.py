@@ -67,6 +67,8 @@ def model():
             text_parser=lambda stop: OneWordParser(), isolate=lambda: None, close=lambda: None
         ),
         tokens_of=tuple,
+        image_settings=None,
+        image_obstacle="blind",
         request=lambda tokens, limit, sampling, **_: Request("a", tokens, 9, (), sampling),
     )
 

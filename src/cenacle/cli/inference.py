@@ -10,13 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
+from ..images.fetch import AllowedHosts
 from . import keys
 from .command import command
 from .console import loading_progress, print_json, report
@@ -169,10 +170,12 @@ class Endpoint:
     tls: ssl.SSLContext | None
     process: SupervisedProcess
     model_names: tuple[str, ...] = ()
+    image_hosts: AllowedHosts = field(default_factory=AllowedHosts)
 
     def serve(self, model: Model, on_started: Callable[[str], None]) -> None:
         """Answer requests until the program is ended; `on_started` gets the URL."""
         from ..server.http_server import serve
+        from ..server.limits import Limits
 
         def report_started(url: str) -> None:
             self.process.report_ready()
@@ -182,6 +185,7 @@ class Endpoint:
             model,
             self.process.sock,
             on_started=report_started,
+            limits=Limits(image_hosts=self.image_hosts),
             policy=self.policy,
             tls=self.tls,
             restarts=self.process.restarts,
@@ -203,6 +207,7 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
     from ..server.supervisor import SupervisedProcess, supervise
 
     names = tuple(arguments.served_model_name or ())
+    image_hosts = AllowedHosts.parse(arguments.image_urls or ())
     if not all(names):
         raise InputError("--served-model-name: expected a name, got an empty one", "served-name")
     process = SupervisedProcess.from_environment()
@@ -225,7 +230,7 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
             report if process is None else lambda _: None,
         )
         if process is not None:
-            yield Endpoint(policy, tls, process, names)
+            yield Endpoint(policy, tls, process, names, image_hosts)
             return
         if policy.require_key and tls is None:
             report("warning: without TLS, API keys and answers are sent unencrypted; see --tls")

@@ -120,6 +120,7 @@ def families(json_output: JsonOutput = False) -> None:
     print(
         f"formats     {', '.join(PUBLISHED_FORMATS)}; floats and mlx-lm's own quantization always\n"
         "gguf        GGUF files are read: -m FILE.gguf\n"
+        "images      chats may have images, with a checkpoint that has its vision tower\n"
         "drafts      speculative decoding, from the text itself or a draft model\n"
         "attention   its heads are divided among nodes by --trunk sharded\n"
         "batching    requests share passes: yes, for generated tokens only, or no (they take turns)"

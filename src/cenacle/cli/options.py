@@ -115,6 +115,9 @@ class LoadArguments(PlacementArguments):
     speculative: Literal["auto", "off", "always"] = execution_option(
         "auto", "Speculative decoding; auto uses it while it is faster."
     )
+    images: bool = execution_option(
+        True, "Load what sees images, on the first node, if the model has it."
+    )
     prefill_chunk_size: int = memory_option(512, "Maximum number of prompt tokens per step.", min=1)
     kv_bits: int | None = memory_option(
         None, "Quantize the KV cache to this many bits, 4 or 8.", metavar="BITS"
@@ -217,6 +220,12 @@ class ServerArguments:
     )
     max_concurrent_per_key: int = server_option(
         64, "Maximum number of answers at once per API key.", min=1
+    )
+    image_urls: list[str] | None = server_option(
+        None,
+        "Host from which images may be fetched, such as images.example.com or *.example.com; "
+        "repeatable. '*': every public one. Default: none.",
+        metavar="HOST",
     )
     access_log: bool = server_option(
         False, "Log every request to stderr, without its text.", "--access-log"

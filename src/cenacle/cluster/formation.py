@@ -279,7 +279,7 @@ class Cluster:
         )
         links = self._measure_links(members)
         plan, plan_reason = placement.place(
-            read_model_spec(model.checkpoint),
+            read_model_spec(model.checkpoint, images=model.engine.sees_images),
             model.checkpoint.config,
             members,
             links,

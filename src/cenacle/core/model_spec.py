@@ -2,7 +2,7 @@
 
 Owns: `ModelSpec`: family, layers, and how much memory each part takes.
 Does not know: ranks, placements, MLX.
-Invariant: `total_bytes == trunk_bytes + sum of all layers' expert and shared bytes`.
+Invariant: `total_bytes == trunk_bytes + tower_bytes + sum of all layers' expert and shared bytes`.
 Next: `plan.py` places these bytes on ranks; `model/spec_reader.py` reads the spec of a checkpoint.
 """
 
@@ -83,6 +83,7 @@ class ModelSpec:
         dense_modules: the modules of the trunk that can be divided among ranks.
         embedding_bytes: part of `trunk_bytes`: the embedding table, of which a token reads one row.
         unsliceable_reason: why no expert can be sliced, or None.
+        tower_bytes: bytes in memory of what sees images; rank 0 loads it if there are any.
     """
 
     family: str
@@ -97,6 +98,7 @@ class ModelSpec:
     dense_modules: tuple[DenseModule, ...] = ()
     embedding_bytes: int = 0
     unsliceable_reason: str | None = None
+    tower_bytes: int = 0
 
     @property
     def expert_bytes(self) -> int:
@@ -111,7 +113,7 @@ class ModelSpec:
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole model on one rank."""
-        return self.trunk_bytes + self.expert_bytes + self.shared_bytes
+        return self.trunk_bytes + self.expert_bytes + self.shared_bytes + self.tower_bytes
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the fields and the totals."""

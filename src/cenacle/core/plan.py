@@ -385,7 +385,8 @@ class Plan:
         return len(self.layers) + sum(self.is_sharded(m) for m in self.spec.dense_modules)
 
     def bytes_of(self, rank: int) -> dict[str, int]:
-        """Bytes of weights that `rank` holds: trunk, experts, shared and their total."""
+        """Bytes of weights that `rank` holds: trunk, experts, shared and their total; where it sees
+        images, also those of the tower."""
         experts = shared = 0
         for plan, moe in zip(self.layers, self.spec.moe, strict=True):
             held = [s for slices in plan.experts for s in slices if s.rank == rank]
@@ -402,12 +403,13 @@ class Plan:
             for m in self.spec.dense_modules
             if m.kind != "tied"
         )
+        tower = self.spec.tower_bytes if rank == 0 else 0
         return {
             "trunk": trunk,
             "experts": experts,
             "shared": shared,
-            "total": trunk + experts + shared,
-        }
+            "total": trunk + experts + shared + tower,
+        } | ({"tower": tower} if tower else {})
 
     def table(self) -> str:
         """A table with one line per rank (experts: of the first MoE layer)."""

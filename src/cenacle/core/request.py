@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..errors import CenacleError, InputError
+from .image import PromptImage, cache_tokens
 
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
 MAX_COUNT = 2**31 - 1  # what ranks and MLX can take as a number of tokens, or as a token's id
@@ -90,6 +92,7 @@ class Request:
         prompt_logprobs: like `logprobs`, for the tokens of the prompt but the first.
         resumed_tokens: how many of the last `tokens` are output that a group produced before it
             was restarted. Sampling, penalties and the grammar continue behind them.
+        images: of the prompt, in order; the tokens in their places are the same whatever they show.
 
     Raises:
         InputError: names the field that is out of range.
@@ -106,6 +109,7 @@ class Request:
     resumed_tokens: int = 0
     min_tokens: int = 0
     prompt_logprobs: int | None = None
+    images: tuple[PromptImage, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -116,6 +120,20 @@ class Request:
                 _check_range(name, count, 0, MAX_LOGPROBS, integer=True)
         _check_range("resumed_tokens", self.resumed_tokens, 0, len(self.tokens) - 1, integer=True)
         _check_range("min_tokens", self.min_tokens, 0, MAX_COUNT, integer=True)
+        free = 0
+        for image in self.images:
+            if not (free <= image.begin < image.end < len(self.tokens)):
+                raise InputError(
+                    f"images: expected them in order, and text behind the last, got tokens "
+                    f"{image.begin} to {image.end} of {len(self.tokens)}",
+                    "images",
+                )
+            free = image.end
+
+    @cached_property
+    def cache_tokens(self) -> tuple[int, ...]:
+        """`tokens`, and what the images show in the place of theirs."""
+        return cache_tokens(self.tokens, self.images, self.id)
 
     def resumed_with(self, generated_tokens: Sequence[int]) -> Request:
         """The rest of this request after the output so far."""
@@ -129,8 +147,9 @@ class Request:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads."""
-        return asdict(self)
+        """A JSON object that `from_json` reads, without the pixels of images."""
+        images = [image.to_json() for image in self.images]
+        return asdict(replace(self, images=())) | {"images": images}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Request:
@@ -149,6 +168,7 @@ class Request:
             data["resumed_tokens"],
             data["min_tokens"],
             data["prompt_logprobs"],
+            tuple(PromptImage(*image) for image in data["images"]),
         )
 
 

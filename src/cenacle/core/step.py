@@ -8,7 +8,7 @@ Next: `scheduler/scheduler.py` makes steps, `engine/engine.py` carries them out.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .request import Request
@@ -140,7 +140,8 @@ class Step:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads."""
-        return asdict(self)
+        admitted = [request.to_json() for request in self.admitted]
+        return asdict(replace(self, admitted=())) | {"admitted": admitted}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Step:

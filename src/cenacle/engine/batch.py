@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import LogitsProcessor
 
 from ..collective.base import Collective
+from ..core.image import position_shift
 from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Page, PrefixReuse, PromptChunk
+from ..model import position_caches
 from ..model.families import Batching
 from ..model.step_timer import StepTimer
 from .cache.kv_cache import SequenceCache, can_merge, can_reuse, can_trim
@@ -43,6 +45,7 @@ from .speculative.ngram import DraftStats
 
 if TYPE_CHECKING:
     from .options import EngineOptions
+    from .prompt_vision import PromptVision
     from .speculative.draft_model import DraftModelProposer
 
 
@@ -53,6 +56,7 @@ class PendingPrompt:
     request: Request
     sampling: SamplingState
     sequence: SequenceCache | None = None
+    features: dict[int, mx.array] = field(default_factory=dict)  # of its images, by their index
 
 
 class Batch(ABC):
@@ -67,8 +71,10 @@ class Batch(ABC):
 
     reusable_caches = False
 
-    def __init__(self, model: nn.Module, options: EngineOptions) -> None:
-        self._model, self._options = model, options
+    def __init__(
+        self, model: nn.Module, options: EngineOptions, vision: PromptVision | None = None
+    ) -> None:
+        self._model, self._options, self._vision = model, options, vision
         self._prompts: dict[str, PendingPrompt] = {}
         self._prefix_cache_enabled = options.prefix_cache_gb != 0 and self.reusable_caches
         self._retained: dict[str, SequenceCache] = {}  # of ended requests
@@ -101,7 +107,10 @@ class Batch(ABC):
     def _prefill_part(self, prompt: PendingPrompt, caches: list[Any], begin: int, end: int) -> None:
         request, options = prompt.request, self._options
         with mx.stream(generation_stream):
-            logits = self._model(mx.array([request.tokens[begin:end]]), cache=caches)
+            if self._vision is not None:
+                logits = self._vision.process(request, begin, end, caches, prompt.features)
+            else:
+                logits = self._model(mx.array([request.tokens[begin:end]]), cache=caches)
             maybe_quantize_kv_cache(caches, 0, options.kv_group_size, options.kv_bits)
             if request.prompt_logprobs is None:
                 mx.eval([cache.state for cache in caches])
@@ -114,9 +123,10 @@ class Batch(ABC):
 
     def score(self, chunk: PromptChunk) -> PromptChunk:
         """What is left of a prompt's last chunk for `start`: if log-probabilities of the prompt are
-        wanted, all but the last token are processed here."""
-        last = chunk.end - 1
-        if self._prompts[chunk.request_id].request.prompt_logprobs is None or chunk.begin == last:
+        wanted, or it has images, all but the last token are processed here."""
+        last, request = chunk.end - 1, self._prompts[chunk.request_id].request
+        has_image = any(image.end > chunk.begin for image in request.images)
+        if chunk.begin == last or not (has_image or request.prompt_logprobs is not None):
             return chunk
         self.prefill(replace(chunk, end=last))
         return replace(chunk, begin=last)
@@ -132,6 +142,8 @@ class Batch(ABC):
     def remove(self, request_id: str) -> None:
         """End a request and free its cache; unknown ids are ignored (it may just have ended)."""
         self._prompts.pop(request_id, None)
+        if self._vision is not None:
+            self._vision.forget(request_id)
         self._checkpoints.pop(request_id, None)
 
     def synchronize(self) -> None:
@@ -185,6 +197,7 @@ def make_batch(
     timer: StepTimer,
     draft_model: DraftModelProposer | None = None,
     batching: Batching = Batching.PADDED,
+    vision: PromptVision | None = None,
 ) -> Batch:
     """Continuous batching where the model can be batched, else one by one.
 
@@ -192,13 +205,13 @@ def make_batch(
     """
     batching = find_batching(model, batching)
     if batching is Batching.ONE_BY_ONE or not options.plain_kv_cache:
-        return SequentialBatch(model, options)
+        return SequentialBatch(model, options, vision)
     decoder = None
     if options.speculative != "off" and can_trim(model):
         decoder = SpeculativeDecoder(
             model, collective, timer, options.speculative, draft_model=draft_model
         )
-    return ContinuousBatch(model, options, decoder, batching)
+    return ContinuousBatch(model, options, decoder, batching, vision)
 
 
 def find_batching(model: nn.Module, batching: Batching) -> Batching:
@@ -215,9 +228,10 @@ class ContinuousBatch(Batch):
         options: EngineOptions,
         decoder: SpeculativeDecoder | None = None,
         batching: Batching = Batching.PADDED,
+        vision: PromptVision | None = None,
     ) -> None:
         self.reusable_caches = can_reuse(model)
-        super().__init__(model, options)
+        super().__init__(model, options, vision)
         self._generator = BatchGenerator(
             model,
             prefill_step_size=options.prefill_chunk_size,
@@ -247,10 +261,14 @@ class ContinuousBatch(Batch):
         self, generation: Generation, cached_tokens: int, caches: list[Any]
     ) -> None:
         tokens, sampling = generation.tokens, generation.sampling
+        caches = caches or make_prompt_cache(self._model)
+        if self._vision is not None:
+            shift = position_shift(generation.request.images, cached_tokens)
+            caches = position_caches.into_batch(caches, shift)
         (uid,) = self._generator.insert(
             [tokens[cached_tokens:]],
             max_tokens=[generation.remaining],
-            caches=[caches or make_prompt_cache(self._model)],
+            caches=[caches],
             all_tokens=[tokens[:cached_tokens]],
             samplers=[sampling.sampler],
             logits_processors=[sampling.processors],
@@ -264,6 +282,7 @@ class ContinuousBatch(Batch):
         for uid, generation in self._generations.items():
             if generation.request.id == name:
                 caches, _ = self._generator.extract_cache([uid])[uid]
+                caches = position_caches.out_of_batch(caches)
                 return SequenceCache(caches, self._checkpoints[name])
         return super()._find_sequence(name)
 
@@ -332,8 +351,10 @@ class ContinuousBatch(Batch):
 class SequentialBatch(Batch):
     """mlx-lm's `generate_step`: one generator per request, each advanced once per step."""
 
-    def __init__(self, model: nn.Module, options: EngineOptions) -> None:
-        super().__init__(model, options)
+    def __init__(
+        self, model: nn.Module, options: EngineOptions, vision: PromptVision | None = None
+    ) -> None:
+        super().__init__(model, options, vision)
         self._running: dict[str, tuple[Generation, Iterator[tuple[int, Any]]]] = {}
 
     def start(self, chunk: PromptChunk) -> None:

@@ -17,6 +17,7 @@ from ..model.config_catalog import tiny_config
 from ..model.families import Batching, FamilyInfo, family_of
 from ..model.format_recognition import PUBLISHED_FORMATS
 from ..model.gguf_families import FAMILIES as GGUF_FAMILIES
+from ..model.image_settings import IMAGE_FAMILIES, needs_extra
 from ..model.request_caches import install_request_attention
 from ..model.spec_reader import find_dense_modules
 from .batch import find_batching
@@ -64,7 +65,7 @@ def find_capabilities(row: FamilyInfo) -> Capabilities | None:
         return Capabilities(
             formats=PUBLISHED_FORMATS,
             gguf=any(gguf.model_type == row.name for gguf in GGUF_FAMILIES.values()),
-            images=False,
+            images=row.name in IMAGE_FAMILIES and not needs_extra(),
             drafts=batching is not Batching.ONE_BY_ONE and can_trim(model),
             attention_sharding=any(
                 part.kind == "attention" for part in find_dense_modules(model, family)

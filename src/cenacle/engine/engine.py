@@ -10,6 +10,7 @@ Read `Engine.step` first: it is the program. Next: `batch.py`, which runs the mo
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from typing import Any
 
@@ -27,6 +28,7 @@ from .batch import ContinuousBatch, make_batch
 from .cache import kv_cache
 from .cache.disk_store import PageStore
 from .options import EngineOptions
+from .prompt_vision import PromptVision
 from .sampling.grammar import Vocabulary
 from .sampling.sampler import SamplingStates
 from .speculative.draft_model import DraftModelProposer
@@ -41,6 +43,7 @@ class Engine:
         draft_model: for speculative decoding; None: drafts come from the text alone.
         page_store: the prefix cache on disk; None: there is none.
         batching: which requests may share a pass of this model.
+        vision: for prompts with images; None: there are none.
     """
 
     def __init__(
@@ -53,14 +56,26 @@ class Engine:
         draft_model: DraftModelProposer | None = None,
         page_store: PageStore | None = None,
         batching: Batching = Batching.PADDED,
+        vision: PromptVision | None = None,
     ) -> None:
         self._model, self._options = model, options
         self._collective, self._timer = collective, timer
         self._sampling_states = SamplingStates(collective, vocabulary)
         self._page_store = page_store
-        self._batch = make_batch(model, options, collective, timer, draft_model, batching)
+        self._batch = make_batch(model, options, collective, timer, draft_model, batching, vision)
+        self._vision = vision
         self._draft_stats = self._batch.draft_stats
         self._next_step = 0
+
+    def add_image(self, request_id: str, index: int, pixels: str) -> None:
+        """The pixels of an image of a request that the next step admits, in base64.
+
+        Raises:
+            ClusterError: this rank has no tower.
+        """
+        if self._vision is None:
+            raise ClusterError("an image was sent to a rank without a vision tower")
+        self._vision.add(request_id, index, base64.b64decode(pixels))
 
     def step(self, step: Step) -> tuple[list[TokenEvent], dict[str, Any] | None]:
         """Take one step: update the requests, process prompt chunks, generate tokens.

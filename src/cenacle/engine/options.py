@@ -35,6 +35,7 @@ class EngineOptions:
         prefix_cache_disk_gb: gigabytes of disk on each rank for prefixes of prompts, which survive
             a restart; 0: disabled.
         prefix_cache_dir: folder for those; None: `paths.prefix_cache_dir`.
+        images: load what sees images, if the checkpoint has it.
 
     Raises:
         InputError: `speculative` is not one of `SPECULATIVE_MODES`.
@@ -51,6 +52,7 @@ class EngineOptions:
     speculative: str = "auto"
     prefix_cache_disk_gb: float = 0.0
     prefix_cache_dir: str | None = None
+    images: bool = True
 
     def __post_init__(self) -> None:
         if self.speculative not in SPECULATIVE_MODES:
@@ -64,3 +66,8 @@ class EngineOptions:
     def plain_kv_cache(self) -> bool:
         """Whether the KV cache is neither quantized nor limited in size."""
         return self.kv_bits is None and self.max_kv_size is None
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether images are wanted and possible: they need the batch."""
+        return self.images and self.plain_kv_cache

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from . import architecture
 from .byte_ranges import is_partial
 from .config_file import read_config, read_quantization_settings
-from .families import family_of, is_tower_tensor
+from .families import VISION_PREFIXES, family_of, is_tower_tensor
 from .format_recognition import find_quantized_layers
 from .gguf_checkpoint import GgufIndex, is_gguf, prepare_folder
 from .quantized_layers import QuantizedLayers
@@ -131,6 +131,11 @@ class Checkpoint:
     def text_tensors(self) -> dict[str, TensorInfo]:
         """Those of the language model."""
         return {name: t for name, t in self.tensors.items() if not is_tower_tensor(name)}
+
+    @property
+    def vision_tensors(self) -> dict[str, TensorInfo]:
+        """Those of a tower that sees images, by their names in the checkpoint."""
+        return {n: t for n, t in self.tensors.items() if n.startswith(VISION_PREFIXES)}
 
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.model_config import LAYER_COUNT_KEYS, Config, get_int, text_config
 from ..errors import InputError
-from .families import CONFIGS, TINY_CONFIGS
+from .families import CONFIGS, TINY_CONFIGS, TOWER_CONFIGS
 
 # Keys of config.json, at any depth, that change when a model is reduced to its first layers: one
 # entry per layer, ids of layers, ids that count from 1, periods with full attention in the last.
@@ -93,6 +93,21 @@ def tiny_config(family: str) -> Config:
     if family not in family_names():
         raise _unknown_name_error("family", family, family_names())
     return json.loads(path.read_text())
+
+
+def with_tower(config: Config, family: str) -> Config:
+    """A tiny config of a family, and what sees images beside it.
+
+    Raises:
+        InputError: no such tower is known.
+    """
+    known = sorted(p.stem for p in TOWER_CONFIGS.glob("*.json"))
+    if family not in known:
+        reason = f"expected one of {', '.join(known)}, got {family!r}"
+        raise InputError(f"images: no vision tower of this family is known: {reason}", "images")
+    tower = json.loads((TOWER_CONFIGS / f"{family}.json").read_text())
+    text = {**text_config(config), **tower.pop("text_config", {})}
+    return {**config, **tower, "text_config": text}
 
 
 def full_config(name: str, field: str = "name") -> Config:

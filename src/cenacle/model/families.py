@@ -35,6 +35,7 @@ OUTPUT_SCALE = "output_scale"
 
 CONFIGS = Path(__file__).parent / "configs"
 TINY_CONFIGS = CONFIGS / "tiny"
+TOWER_CONFIGS = CONFIGS / "images"
 
 # Names that families give to experts that every token goes through, inside the block.
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")
@@ -58,6 +59,8 @@ _TOWER_TENSOR = re.compile(
     # Experts of ernie4_5_moe_vl that only tokens of images choose.
     r"|.*\.mlp\.(?:switch_mlp_1|gate_1|e_score_correction_bias_1|gate\.weight_1)\b"
 )
+# Of the towers that `vision.py` loads.
+VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.", "model.vision_tower.")
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _GPT_OSS_EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
 

@@ -89,11 +89,11 @@ def random_parameters(model: nn.Module, config: Config) -> dict[str, RandomTenso
         if leaf == "weight" and isinstance(owner, (nn.Linear, *stacked, *per_head)):
             mixes = path.rpartition(".")[2] in _ATTENTION_OUTPUTS
             return RandomTensor((ATTENTION_STD if mixes else LINEAR_STD) / math.sqrt(width))
-        if leaf == "weight" and isinstance(owner, nn.Conv1d):
+        if leaf == "weight" and isinstance(owner, nn.Conv1d | nn.Conv3d):
             return RandomTensor(LINEAR_STD / math.sqrt(math.prod(value.shape[1:])))
         if value.dtype in _INTEGERS:
             return RandomTensor(0.0)
-        if leaf == "bias" and isinstance(owner, (nn.Linear, nn.Conv1d, *stacked)):
+        if leaf == "bias" and isinstance(owner, (nn.Linear, nn.Conv1d, nn.Conv3d, *stacked)):
             return RandomTensor(NOISE_STD)
         default = np.array(value.astype(mx.float32))
         if value.ndim == 2 and not default.any():  # a router kept as a bare matrix

@@ -58,6 +58,7 @@ class ModelLayout:
         blocks: its MoE blocks, by layer.
         tensors: the checkpoint's of the language model, by name.
         quantized: those of its layers that have another format than MLX's own.
+        tower: tensors of what sees images.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class ModelLayout:
     blocks: tuple[MoEBlock, ...]
     tensors: Mapping[str, TensorInfo]
     quantized: QuantizedLayers
+    tower: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, checkpoint: Checkpoint) -> ModelLayout:
@@ -91,7 +93,8 @@ class ModelLayout:
             for name, info in checkpoint.text_tensors.items()
             if name not in checkpoint.quantized.ignored and not _is_image_expert(name, counts)
         }
-        return cls(model, family, tuple(blocks), needed, checkpoint.quantized)
+        tower = checkpoint.vision_tensors
+        return cls(model, family, tuple(blocks), needed, checkpoint.quantized, tower)
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> ModelLayout:
@@ -146,6 +149,7 @@ class RankSlices:
         absent: paths of shared experts that other ranks hold.
         expert_slices: by layer the slice of experts that `tensors` has.
         tables: by path the units of the rows of tables on disk: first, end, of how many.
+        tower: what it reads of the vision tower, which is no part of the model.
     """
 
     tensors: tuple[TensorPiece, ...]
@@ -156,6 +160,7 @@ class RankSlices:
     absent: tuple[str, ...] = ()
     expert_slices: Mapping[int, ExpertSlice] = field(default_factory=dict)
     tables: Mapping[str, UnitRange] = field(default_factory=dict)
+    tower: tuple[TensorPiece, ...] = ()
 
     @classmethod
     def whole(cls, layout: ModelLayout) -> RankSlices:
@@ -215,6 +220,8 @@ def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
                 absent.append(path)
             elif len(layer.shared) > 1:
                 trunk |= slice_mlp(path, block.module[name], (*span, layer.shared[-1].stop))
+    has_tower = rank == 0 and plan.spec.tower_bytes
+    tower = tuple(map(TensorPiece, layout.tower.values())) if has_tower else ()
     shapes = {name: t.shape for name, t in layout.tensors.items()}
     views = expert_tensor_views(
         shapes, sliced_layers, layout.expert_count, layout.family, layout.quantized
@@ -228,6 +235,7 @@ def slices_for(plan: Plan, rank: int, layout: ModelLayout) -> RankSlices:
         absent=tuple(absent),
         expert_slices=sliced_layers if views else {},
         tables=tables,
+        tower=tower,
     )
 
 
@@ -243,7 +251,8 @@ def required_ranges(
         By the file's name.
     """
     ranges: dict[str, list[ByteRange]] = {}
-    for piece in slices.tensors:
+    pieces = (*slices.tensors, *slices.tower)
+    for piece in sorted(pieces, key=lambda p: (p.tensor.file.name, p.tensor.start)):
         of_file = ranges.setdefault(piece.tensor.file.name, [])
         for more in piece.byte_ranges(column_gap_bytes):
             append_range(of_file, more)

@@ -30,9 +30,11 @@ from .architecture import MoEBlock
 from .checkpoint import Checkpoint
 from .disk_tables import DiskTable
 from .families import Family, family_of, layer_index
+from .image_settings import IMAGE_FAMILIES, ImageSettings, needs_extra
 from .loader import build_model
 from .slicing import O_PROJ, PER_HEAD_VECTORS, head_counts
 from .tensor_slice import feature_counts, input_units, is_mlp, unsliced_bytes
+from .vision import tower_bytes
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +42,22 @@ TABLE_UNITS = 64  # into which the rows of a table on disk can be divided
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embd")
 
 
-def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
+def read_model_spec(checkpoint: Checkpoint, *, images: bool = False) -> ModelSpec:
     """What the checkpoint is and how much memory each part of it takes; reads no weights.
 
     The sizes are those of the model that mlx-lm would build, after its own conversions.
 
+    Args:
+        images: with the tower for images, if it has one that can be used.
+
     Raises:
         CheckpointError: see `build_model`.
     """
-    _report_towers(checkpoint.folder, len(checkpoint.tensors) - len(checkpoint.text_tensors))
-    model = build_model(checkpoint, None, 0)
     name = architecture.resolve_family(checkpoint.config)
+    sees = images and image_obstacle(checkpoint, name) is None
+    if not sees:
+        _report_towers(checkpoint.folder, len(checkpoint.tensors) - len(checkpoint.text_tensors))
+    model = build_model(checkpoint, None, 0)
     family, config = family_of(name), checkpoint.config
     layers = tuple(
         _describe_layer(b, family, _width_blocks(checkpoint, b))
@@ -76,7 +83,24 @@ def read_model_spec(checkpoint: Checkpoint) -> ModelSpec:
         dense_modules=modules,
         embedding_bytes=_embedding_bytes(model, modules),
         unsliceable_reason=family.unsliceable_reason,
+        tower_bytes=tower_bytes(checkpoint) if sees else 0,
     )
+
+
+def image_obstacle(checkpoint: Checkpoint, family: str) -> str | None:
+    """Why a checkpoint cannot be shown images, as the end of a sentence; None: it can.
+
+    Raises:
+        CheckpointError: its sizes of images make no sense.
+    """
+    if family not in IMAGE_FAMILIES:
+        return f"of family {family}, which this server cannot show images"
+    settings = ImageSettings.read(checkpoint.folder, checkpoint.config, family)
+    if settings is None or not checkpoint.vision_tensors:
+        return f"of family {family}, but its files are without a vision tower"
+    if needs_extra():
+        return "served without mlx-vlm, which sees images: run `pip install 'cenacle[vlm]'`"
+    return None
 
 
 @cache

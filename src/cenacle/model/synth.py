@@ -40,9 +40,9 @@ from ..core.model_config import (
     text_config,
 )
 from ..errors import CheckpointError, InputError
-from . import architecture, zoo
+from . import architecture, vision, zoo
 from .architecture import named_parameters
-from .config_catalog import first_layers, full_config, layer_count, tiny_config
+from .config_catalog import first_layers, full_config, layer_count, tiny_config, with_tower
 from .random_tensors import OutputTensor, list_tensors, random_parameters
 
 Progress = Callable[[int, int], None]
@@ -60,7 +60,18 @@ _SAFETENSORS_NAMES = {
     mx.uint8: "U8",
 }
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 IM_END, END_OF_TEXT = 257, 258
+# Without a template a prompt is just its tokens; images come only in chats.
+_IMAGE_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_IMAGE_PIXELS = {"shortest_edge": 1024, "longest_edge": 65536}
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class SynthOptions:
         mode: "affine" or "mxfp4", as in `mlx.core.quantize`.
         dtype: of what is not quantized.
         seed: another seed, another model.
+        images: with a tiny vision tower and a chat template; only with `family`.
     """
 
     family: str | None = None
@@ -113,6 +125,7 @@ class SynthOptions:
     mode: str = "affine"
     dtype: str | None = None
     seed: int = 0
+    images: bool = False
 
 
 def synth(
@@ -137,14 +150,18 @@ def synth(
             empty, or too little space.
     """
     started_s = time.monotonic()
-    config, tensors, parameters = _draw_tensors(SynthOptions(**options))
+    chosen = SynthOptions(**options)
+    config, tensors, parameters = _draw_tensors(chosen)
     size = sum(t.nbytes for t in tensors)
 
     _prepare_folder(out, size, overwrite)
     shards = _split_shards(tensors, shard_bytes)
     _write_weights(out, shards, progress)
     _write_index(out, shards, parameters)
-    _write_tokenizer(out, _vocab_size(config), find_int(config, CONTEXT_LENGTH_KEYS) or 4096)
+    context = find_int(config, CONTEXT_LENGTH_KEYS) or 4096
+    _write_tokenizer(out, _vocab_size(config), context, images=chosen.images)
+    if chosen.images:
+        _write_image_settings(out, config)
     save_config(config, out / "config.json", keep_vision_config=True)
     return SynthResult(
         path=out,
@@ -177,7 +194,14 @@ def _draw_tensors(options: SynthOptions) -> tuple[Config, list[OutputTensor], in
     if bits is not None:
         config = _quantize(model, config, bits, group_size, options.mode)
     experts = find_int(config, EXPERT_COUNT_KEYS)
-    return config, list_tensors(model, distributions, options.seed, experts), parameters
+    tensors = list_tensors(model, distributions, options.seed, experts)
+    if options.images:
+        holder = nn.Module()
+        holder.vision_tower = vision.build_tower(config, config["model_type"])
+        _cast(holder, getattr(mx, dtype))
+        parameters += sum(value.size for _, value in named_parameters(holder))
+        tensors += list_tensors(holder, random_parameters(holder, config), options.seed)
+    return config, tensors, parameters
 
 
 def _write_weights(out: Path, shards: list[list[OutputTensor]], progress: Progress | None) -> None:
@@ -213,7 +237,10 @@ def _choose_config(options: SynthOptions) -> tuple[Config, str]:
     if sum(x is not None for x in (family, name, config)) != 1:
         raise InputError("give exactly one of family, name and config")
     if family is not None:
-        return tiny_config(family), "float32"
+        tiny = tiny_config(family)
+        return (with_tower(tiny, family) if options.images else tiny), "float32"
+    if options.images:
+        raise InputError("images: give a family, of which there is a tiny vision tower", "images")
     if name is not None:
         return full_config(name), "bfloat16"
     if isinstance(config, Path):
@@ -386,23 +413,34 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
+def _write_image_settings(out: Path, config: Config) -> None:
+    tower = config["vision_config"]
+    sizes = {
+        "patch_size": tower["patch_size"],
+        "merge_size": tower["spatial_merge_size"],
+        "temporal_patch_size": tower["temporal_patch_size"],
+    }
+    colors = {"image_mean": [0.5, 0.4, 0.5], "image_std": [0.5, 0.5, 0.3]}
+    _write_json(out / "preprocessor_config.json", {**sizes, **colors, "size": _IMAGE_PIXELS})
+
+
+def _write_tokenizer(out: Path, vocab_size: int, context: int, *, images: bool = False) -> None:
     """Write a byte-level tokenizer: ids 0..255 are the bytes, then special tokens, then fillers.
 
     A filler decodes to " t" and its id, so that every id a random model gives is text. There is no
-    chat template: to a random model a prompt is just its tokens, for mlx-lm's tools too.
+    chat template: to a random model a prompt is just its tokens, for mlx-lm's tools too. With
+    images there is one, since only messages have them.
     """
+    special = (*SPECIAL_TOKENS, *IMAGE_TOKENS) if images else SPECIAL_TOKENS
     tokens = [
         *_byte_letters(),
-        *SPECIAL_TOKENS,
-        *(f"Ġt{i}" for i in range(256 + len(SPECIAL_TOKENS), vocab_size)),
+        *special,
+        *(f"Ġt{i}" for i in range(256 + len(special), vocab_size)),
     ]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     _write_json(
         out / "generation_config.json",
@@ -416,8 +454,9 @@ def _write_tokenizer(out: Path, vocab_size: int, context: int) -> None:
             "bos_token": None,
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
-            "additional_special_tokens": list(SPECIAL_TOKENS),
+            "additional_special_tokens": list(special),
             "clean_up_tokenization_spaces": False,
+            **({"chat_template": _IMAGE_TEMPLATE} if images else {}),
         },
     )
 

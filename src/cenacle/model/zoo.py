@@ -104,11 +104,11 @@ def _vlm_classes(name: str) -> ModelClasses:
     package = import_extra(f"mlx_vlm.models.{name}", "vlm")
     repair(name)
     kind = type("TextModel", (TextModel, package.Model), {"_package": package, "_family": name})
-    arguments = SimpleNamespace(from_dict=lambda config: _vlm_arguments(package, config))
+    arguments = SimpleNamespace(from_dict=lambda config: vlm_arguments(package, config))
     return ModelClasses(name, Zoo.MLX_VLM, kind, arguments)
 
 
-def _vlm_arguments(package: ModuleType, config: Config) -> Any:
+def vlm_arguments(package: ModuleType, config: Config) -> Any:
     """The arguments of mlx-vlm's model, as `mlx_vlm.utils.load_model` makes them."""
     from mlx_vlm.utils import update_module_configs
 

@@ -4,7 +4,8 @@ Owns: their fields.
 Does not know: sockets (`channel.py`), who sends what when (`rank_group.py`, `worker.py`).
 Invariant: each side reads them with `message.parse`, which checks every field.
 
-    front -> rank    LoadOrder, then StepOrder for each step, at the end Stop
+    front -> rank    LoadOrder, then StepOrder for each step, at the end Stop; to rank 0 also
+                     ImageUpload, before the step that admits the image's request
     rank -> front    Hello, LoadProgress, Ready, StepResult for each step, PageUpdate when the disk
                      has something to report, Heartbeat all the time; RankFailure instead of any
 
@@ -127,6 +128,22 @@ class StepOrder(Message, type="step"):
 
     epoch: Count
     step: Step
+
+
+@dataclass(frozen=True)
+class ImageUpload(Message, type="image"):
+    """The pixels of an image of a request that is about to be admitted.
+
+    Args:
+        request_id: whose.
+        index: which of its images.
+        pixels: see `PromptImage`, in base64.
+    """
+
+    epoch: Count
+    request_id: str
+    index: Count
+    pixels: str
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ Next: `worker.py` is the other side; `scheduler/scheduler.py` decides what a ste
 
 from __future__ import annotations
 
+import base64
 import logging
 import math
 import queue
@@ -19,8 +20,9 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Step
@@ -34,7 +36,15 @@ from ..scheduler.scheduler import Scheduler
 from . import exit_reason
 from .active_requests import MAX_LOSSES, ActiveRequests, Sink
 from .channel import Channel
-from .messages import Heartbeat, PageUpdate, RankFailure, RankMemory, StepOrder, StepResult
+from .messages import (
+    Heartbeat,
+    ImageUpload,
+    PageUpdate,
+    RankFailure,
+    RankMemory,
+    StepOrder,
+    StepResult,
+)
 from .ranks import Epoch, Ranks, RankSource
 from .step_timings import StepReport, StepTimings
 
@@ -335,13 +345,18 @@ class RankGroup:
             for observer in self.observers:
                 observer.on_step_sent(step)
             self._in_flight.append(_StepInFlight(step, time.monotonic()))
+            for upload in _image_uploads(self._state.epoch, step):
+                self._send(0, upload.to_json())
             message = StepOrder(self._state.epoch, step).to_json()
-            for rank, channel in enumerate(self._ranks.channels):
-                try:
-                    channel.send(message)
-                except ClusterError as error:
-                    self._read_final_messages()
-                    raise self._ranks.blame(rank, str(error)) from error
+            for rank in range(len(self._ranks.channels)):
+                self._send(rank, message)
+
+    def _send(self, rank: int, message: dict[str, Any]) -> None:
+        try:
+            self._ranks.channels[rank].send(message)
+        except ClusterError as error:
+            self._read_final_messages()
+            raise self._ranks.blame(rank, str(error)) from error
 
     def _read_final_messages(self) -> None:
         """Handle what a rank that cannot be reached has sent before: it may say why it ended.
@@ -593,3 +608,13 @@ def _all_reduces(result: StepResult) -> int | None:
 
 def _rank_of(error: Exception) -> int | None:
     return error.rank if isinstance(error, RankLost) else None
+
+
+def _image_uploads(epoch: int, step: Step) -> Iterator[ImageUpload]:
+    """The images that a step's new requests need beside what caches have of their prompts."""
+    reused = {reuse.request_id: reuse.tokens for reuse in step.reused}
+    for request in step.admitted:
+        for index, image in enumerate(request.images):
+            if image.end > reused.get(request.id, 0):
+                pixels = base64.b64encode(image.pixels).decode()
+                yield ImageUpload(epoch, request.id, index, pixels)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import queue
 import resource
 import signal
 import socket
@@ -38,6 +39,7 @@ from .channel import Channel, ChannelTimeout
 from .messages import (
     Heartbeat,
     Hello,
+    ImageUpload,
     LoadOrder,
     LoadProgress,
     PageUpdate,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from ..collective.base import Collective
     from ..engine.cache.disk_store import PageStore
     from ..engine.engine import Engine
+    from ..engine.prompt_vision import PromptVision
     from ..engine.speculative.draft_model import DraftModelConfig, DraftModelProposer
 
 HEARTBEAT_INTERVAL_S = 0.25
@@ -148,6 +151,32 @@ def receive_message(channel: Channel) -> dict[str, Any]:
             continue
 
 
+class _Inbox:
+    """Messages of the front, read by a thread: a large one need not wait for the end of a step."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._messages: queue.Queue[dict[str, Any] | Exception] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next message, without a deadline, as `receive_message`."""
+        message = self._messages.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message: dict[str, Any] | Exception = receive_message(self._channel)
+            except Exception as error:  # whatever it is, `run` reports it
+                message = error
+            self._messages.put(message)
+            if isinstance(message, Exception):
+                return
+
+
 def report_failure(channel: Channel, error: Exception) -> None:
     """Tell the front why this rank ends."""
     if not isinstance(error, CenacleError):
@@ -207,14 +236,18 @@ class _Worker:
     def run(self) -> None:
         """Load, then take steps until the front says stop."""
         engine = self._load()
+        inbox = _Inbox(self._channel)
         while True:
-            message = parse(receive_message(self._channel), StepOrder, Stop)
+            message = parse(inbox.receive(), StepOrder, ImageUpload, Stop)
             if isinstance(message, Stop):
                 engine.close()
                 self._collective.close()
                 return
             if message.epoch != self._epoch:
                 raise ClusterError(f"expected a step of epoch {self._epoch}, got {message.epoch}")
+            if isinstance(message, ImageUpload):
+                engine.add_image(message.request_id, message.index, message.pixels)
+                continue
             tokens, report = engine.step(message.step)
             result = StepResult(
                 self._epoch,
@@ -251,6 +284,7 @@ class _Worker:
         family = self._plan.spec.family
         with self._blame_checkpoint():
             parallelize(model, family, self._plan, self._collective, timer, order.kernels)
+        vision = self._load_tower(model) if self._plan.spec.tower_bytes else None
         drafter = self._load_draft_model()
         gc.collect()
         gc.freeze()  # the objects of a loaded model stay: the collector need not visit them again
@@ -260,7 +294,15 @@ class _Worker:
         store = self._open_page_store()
         batching = family_of(family).batching
         engine = Engine(
-            model, self._collective, timer, self._options, vocabulary, drafter, store, batching
+            model,
+            self._collective,
+            timer,
+            self._options,
+            vocabulary,
+            drafter,
+            store,
+            batching,
+            vision,
         )
         with self._blame_checkpoint():
             footprint = engine.footprint()  # the model's first pass
@@ -343,6 +385,23 @@ class _Worker:
             model = draft_model.load_draft_model(checkpoint, self._order.kernels)
         vocab_size = self._plan.spec.vocab_size
         return draft_model.DraftModelProposer(self._draft, self._collective, model, vocab_size)
+
+    def _load_tower(self, model: nn.Module) -> PromptVision:
+        """What sees images: the tower on rank 0, and the model's side on all."""
+        from ..engine.prompt_vision import PromptVision
+        from ..model.image_settings import ImageSettings
+        from ..model.vision import ImageEmbedder, ImageModel
+
+        checkpoint, family = self._checkpoint, self._plan.spec.family
+        settings = ImageSettings.read(checkpoint.folder, checkpoint.config, family)
+        if settings is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: expected a vision_config, as the plan has a vision tower; "
+                f"make the plan again"
+            )
+        embedder = ImageEmbedder.of(checkpoint, settings, has_tower=self._collective.rank == 0)
+        image_model = ImageModel(model, family, checkpoint.config, embedder.depth)
+        return PromptVision(embedder, image_model, self._collective)
 
     def _open_page_store(self) -> PageStore | None:
         """The prefix cache on disk, if there is to be one."""

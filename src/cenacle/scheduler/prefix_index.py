@@ -73,12 +73,15 @@ class CacheFootprint:
 
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:
-    """Tokens as four bytes each, for fast comparison."""
+    """Tokens as four bytes each, for fast comparison; for a prompt its `cache_tokens`."""
     return b"".join(t.to_bytes(4, "little") for t in tokens)
 
 
 def common_prefix_length(a: bytes, b: bytes) -> int:
-    """Number of tokens that two packed sequences have in common at their beginnings."""
+    """Number of tokens that two packed sequences have in common at their beginnings.
+
+    Of an image all tokens or none: they say only together which one it is.
+    """
     low, high = 0, min(len(a), len(b)) // 4
     while low < high:
         middle = (low + high + 1) // 2
@@ -86,7 +89,14 @@ def common_prefix_length(a: bytes, b: bytes) -> int:
             low = middle
         else:
             high = middle - 1
+    if _is_image_token(a, low) or _is_image_token(b, low):
+        while low and _is_image_token(a, low - 1):
+            low -= 1
     return low
+
+
+def _is_image_token(tokens: bytes, index: int) -> bool:
+    return 4 * index < len(tokens) and tokens[4 * index + 3] >= 0x80
 
 
 @dataclass

@@ -315,6 +315,8 @@ class Scheduler:
 
     def _write_to_disk(self, running: _RunningRequest, entry: CacheEntry) -> None:
         limit = min(tokens_to_write(running.prompt_length - 1, running.cached_tokens), entry.length)
+        if running.request.images:  # pages end anywhere, also inside of an image
+            limit = min(limit, running.request.images[0].begin)
         ends: list[int] = []
         if entry.checkpoints is None:
             positions: Iterable[int] = range(PAGE_TOKENS, limit + 1, PAGE_TOKENS)
@@ -329,7 +331,8 @@ class Scheduler:
         """Have a prefix read, if disk has much more of it than memory; the request then waits."""
         if not self._disk_index.has_pages or request.prompt_logprobs is not None:
             return False
-        tokens, owner = pack_tokens(request.tokens), self._owner(request)
+        text = request.tokens[: request.images[0].begin] if request.images else request.tokens
+        tokens, owner = pack_tokens(text), self._owner(request)
         pages = () if self.bypass_cache else self._disk_index.find(tokens, owner)
         if not pages:
             return False
@@ -404,14 +407,15 @@ class Scheduler:
             return False
         if request.prompt_logprobs is not None:
             return False
-        tokens, owner, index = pack_tokens(request.tokens), self._owner(request), self._prefix_index
+        tokens, owner = pack_tokens(request.cache_tokens), self._owner(request)
+        index = self._prefix_index
         found = index.find(tokens, owner)[1]
         return index.being_computed(tokens, owner) >= found + SHARE_WAIT_TOKENS
 
     def _find_prefix(self, running: _RunningRequest, reused: list[PrefixReuse]) -> None:
         if not self._prefix_cache_bytes or self.bypass_cache:
             return
-        request, tokens = running.request, pack_tokens(running.request.tokens)
+        request, tokens = running.request, pack_tokens(running.request.cache_tokens)
         checkpoints: set[int] | None = set() if self.footprint.needs_checkpoints else None
         owner = self._owner(request)
         source, length = self._prefix_index.find(tokens, owner)
@@ -432,7 +436,7 @@ class Scheduler:
         entry = running.cache
         if entry is None:
             return
-        entry.tokens = pack_tokens((*running.request.tokens, *running.output))
+        entry.tokens = pack_tokens((*running.request.cache_tokens, *running.output))
         entry.length = len(entry.tokens) // 4
         if entry.checkpoints is not None:
             entry.checkpoints.add(entry.length)

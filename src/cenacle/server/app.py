@@ -14,7 +14,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..errors import ClusterError
+from ..images.fetch import ImageFetcher
 from . import static
 from .admission import Admission, QuotaUsed
 from .api import anthropic, openai, openai_responses, openapi
@@ -41,10 +42,11 @@ from .generation import (
     json_response,
     wait_for_disconnect,
 )
+from .image_loading import ImageLoader
 from .limits import Limits
 from .metrics import InstrumentedGroup, Metrics
 from .plan_info import PlanTracker
-from .preparation import RequestPreparer
+from .preparation import ImagesWantedError, RequestPreparer
 from .preparation_queue import PreparationQueue
 from .request_body import BodyTooLarge, BodyTooSlow, read_body
 from .supervisor import Restarts
@@ -107,9 +109,17 @@ class Application:
         self._group = InstrumentedGroup(model.group, metrics)
         own = [name for name in dict.fromkeys(names) if name != "*"] or [model.name]
         self._served = ServedModel(
-            own[0], model.spec.context_length, model.spec.vocab_size, tuple(own[1:]), "*" in names
+            own[0],
+            model.spec.context_length,
+            model.spec.vocab_size,
+            tuple(own[1:]),
+            "*" in names,
+            model.image_obstacle,
         )
         model.text.isolate()
+        settings = model.image_settings
+        fetcher = ImageFetcher(limits.image_hosts)
+        self._images = ImageLoader(settings, fetcher) if settings is not None else None
         _openapi_json()  # takes long, and no request may hold the event loop
         self._preparer = RequestPreparer(model, self._served, limits.max_messages)
         self._created = int(time.time())
@@ -161,6 +171,8 @@ class Application:
         self._view.close()
         self._model.text.close()
         self._preparations.close()
+        if self._images is not None:
+            self._images.close()
 
     async def _get_health(self, http: Request) -> Response:
         model, body = self._model, group_state(self._model)
@@ -262,27 +274,44 @@ class Application:
     async def _prepare(
         self, http: Request, key: str, function: Callable[..., T], *arguments: Any
     ) -> T:
-        """Run a function that tokenizes, when it is the key's turn.
+        """Run a function that tokenizes, when it is the key's turn; again with the images that it
+        asks for.
 
         Raises:
             ClientDisconnect: the client has gone; the work is dropped if it has not begun.
         """
-        work = asyncio.ensure_future(self._preparations.run(key, function, *arguments))
-        gone = asyncio.ensure_future(wait_for_disconnect(http.receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientDisconnect
-            return work.result()
-        finally:
-            work.cancel()
-            gone.cancel()
+            return await _or_gone(http, self._preparations.run(key, function, *arguments))
+        except ImagesWantedError as wanted:
+            assert self._images is not None, "else they are refused"
+            load = self._images.load(wanted.sources, key, wanted.field)
+            images = await _or_gone(http, load)
+        with_images = partial(function, images=images)
+        return await _or_gone(http, self._preparations.run(key, with_images, *arguments))
+
+
+async def _or_gone(http: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result, unless the client goes before.
+
+    Raises:
+        ClientDisconnect: it has; the work is cancelled.
+    """
+    work = asyncio.ensure_future(coroutine)
+    gone = asyncio.ensure_future(wait_for_disconnect(http.receive))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
 
 
 def _respond(
-    function: Callable[[bytes], tuple[JsonObject, int]], body: bytes
+    function: Callable[..., tuple[JsonObject, int]], body: bytes, **images: Any
 ) -> tuple[Response, int]:
-    answer, tokens = function(body)
+    answer, tokens = function(body, **images)
     return json_response(200, answer), tokens  # not in the event loop, as it may be long
 
 

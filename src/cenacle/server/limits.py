@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ..images.fetch import AllowedHosts
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Limits:
         token_timeout_s: without a token after which an answer is aborted; the group has a shorter
             deadline of its own.
         shutdown_timeout_s: that running requests get to finish when the server is told to stop.
+        image_hosts: from which images may be fetched.
         max_drained_bytes: how much of an oversized body is read and discarded, so that a client
             that sends everything before it reads still sees the refusal.
     """
@@ -40,3 +43,4 @@ class Limits:
     token_timeout_s: float = 900.0
     shutdown_timeout_s: int = 5
     max_drained_bytes: int = 100_000_000
+    image_hosts: AllowedHosts = field(default_factory=AllowedHosts)

@@ -9,14 +9,17 @@ Next: `generation.py` submits the choices.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..core.chat import Message
+from ..core.image import PromptImage
 from ..core.request import Request
 from ..errors import InputError
+from ..images.decode_process import DecodedImage
+from ..images.sources import replace_marks
 from ..text.output_parser import OutputParser
 from ..text.reasoning import SWITCHES, nearest_effort
 from .api import structured_output
@@ -27,6 +30,20 @@ from .generation import InFlightChoice
 
 if TYPE_CHECKING:
     from ..api import Model
+
+
+class ImagesWantedError(Exception):
+    """A request has images, which are to be loaded first.
+
+    Args:
+        sources: their URIs.
+        field: the parameter that has them.
+    """
+
+    def __init__(self, sources: tuple[str, ...], field: str) -> None:
+        super().__init__("the images of the request")
+        self.sources, self.field = sources, field
+
 
 CHARACTERS_PER_TOKEN = 8  # more than usual text has
 LENGTH_SLACK_TOKENS = 64  # by which the beginning of a text may differ when it is cut
@@ -49,7 +66,7 @@ class RequestPreparer:
         self._tokenizer = model.text
 
     def prepare(
-        self, adapter: ApiAdapter, body: bytes, key: str
+        self, adapter: ApiAdapter, body: bytes, key: str, images: Sequence[DecodedImage] = ()
     ) -> tuple[GenerationRequest, list[InFlightChoice]]:
         """The request of a body, and its choices.
 
@@ -57,17 +74,20 @@ class RequestPreparer:
             adapter: the API.
             body: as the client sent it.
             key: name of the API key; "": none.
+            images: of the request.
 
         Raises:
             InputError: the request is refused.
+            ImagesWantedError: it has images, which were not given.
         """
-        request = self._apply_effort(adapter.parse(body, self._served, key))
+        request = _with_images(adapter.parse(body, self._served, key), images)
+        request = self._apply_effort(request)
         unenforced = structured_output.find_unenforced(request.grammar)
         request = self._use_native_calls(request)
         choices: list[InFlightChoice] = []
         for prompt in request.prompts:
             self._check_length(request, prompt)
-            tokens = self._tokenize(request, prompt, partial(self._check_text, request))
+            tokens, placed = self._tokenize(request, prompt, partial(self._check_text, request))
             free = self._served.free_context(len(tokens), request.prompt_field)
             limits = [n for n in (request.max_tokens, free) if n is not None]
             max_tokens = min(limits, default=None)
@@ -80,7 +100,9 @@ class RequestPreparer:
                 parser.min_tokens = request.min_tokens
                 choice = InFlightChoice(
                     len(choices),
-                    replace(self._group_request(request, tokens, max_tokens, index), key=key),
+                    replace(
+                        self._group_request(request, tokens, placed, max_tokens, index), key=key
+                    ),
                     len(tokens) if index == 0 else 0,
                     parser,
                     self._tokenizer,
@@ -95,7 +117,8 @@ class RequestPreparer:
                     self._precede_grammar(request, choice)
                 choices.append(choice)
         warnings = tuple(f"{request.grammar_field}: not enforced: {part}" for part in unenforced)
-        return replace(request, warnings=request.warnings + warnings), choices
+        request = replace(request, warnings=request.warnings + warnings)
+        return replace(request, image_sources=(), images=()), choices  # the choices have them
 
     def _use_native_calls(self, request: GenerationRequest) -> GenerationRequest:
         """A forced call in gpt-oss's own format, in which it continues and remembers it."""
@@ -113,29 +136,33 @@ class RequestPreparer:
             parser = self._tokenizer.chat_parser((), tools, tokens, parallel=parallel)
             choice.precede_grammar(parser, may_call=may_call)
 
-    def count_tokens(self, adapter: ApiAdapter, body: bytes) -> tuple[JsonObject, int]:
+    def count_tokens(
+        self, adapter: ApiAdapter, body: bytes, images: Sequence[DecodedImage] = ()
+    ) -> tuple[JsonObject, int]:
         """The number of tokens of a body's prompt, as Anthropic's API tells it, and as it is.
 
         Raises:
-            InputError: the request is refused.
+            InputError, ImagesWantedError: see `prepare`.
         """
-        request = self._apply_effort(adapter.parse(body, self._served))
-        count = len(self._tokenize(request, request.prompts[0], self._check_countable))
+        request = _with_images(adapter.parse(body, self._served), images)
+        request = self._apply_effort(request)
+        count = len(self._tokenize(request, request.prompts[0], self._check_countable)[0])
         return {"input_tokens": count}, count
 
-    def tokenize(self, body: bytes) -> tuple[JsonObject, int]:
+    def tokenize(self, body: bytes, images: Sequence[DecodedImage] = ()) -> tuple[JsonObject, int]:
         """The response to POST /tokenize, and its number of tokens.
 
         Raises:
-            InputError: the request is refused.
+            InputError, ImagesWantedError: see `prepare`.
         """
         tokenizer, request = self._tokenizer, parse_request(TokenizeRequest, body)
         self._served.check_name(request.model)
         if request.text is not None:
             tokens = tokenizer.encode(request.text, add_special=request.adds_special_tokens)
         else:
-            chat = self._apply_effort(request.to_generation_request(self._served))
-            tokens = self._tokenize(
+            chat = _with_images(request.to_generation_request(self._served), images)
+            chat = self._apply_effort(chat)
+            tokens, _ = self._tokenize(
                 chat, chat.prompts[0], self._check_countable, request.add_generation_prompt
             )
             if request.adds_special_tokens:
@@ -195,6 +222,7 @@ class RequestPreparer:
         self,
         request: GenerationRequest,
         tokens: tuple[int, ...],
+        images: Sequence[PromptImage],
         max_tokens: int | None,
         index: int,
     ) -> Request:
@@ -208,6 +236,7 @@ class RequestPreparer:
                 min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,
                 prompt_logprobs=prompt_alternatives(request),
+                images=images,
             )
         except InputError as error:
             if error.field != "grammar":
@@ -257,12 +286,13 @@ class RequestPreparer:
         prompt: Prompt,
         check_text: Callable[[str], None],
         add_generation_prompt: bool = True,
-    ) -> tuple[int, ...]:
+    ) -> tuple[tuple[int, ...], tuple[PromptImage, ...]]:
+        """A prompt's tokens, and its images in their places."""
         if isinstance(prompt, str):
             # Not rendered as a chat, as `Model.request` would.
-            return self._tokenizer.encode(prompt, add_special=request.add_special_tokens)
+            return self._tokenizer.encode(prompt, add_special=request.add_special_tokens), ()
         if not request.is_chat:
-            return self._model.tokens_of(prompt)
+            return self._model.tokens_of(prompt), ()
         self._check_chat(request, prompt)
         self._check_countable(_chat_json(request, prompt))  # rendering takes long, too
         messages: list[Message] = [m for m in prompt if isinstance(m, dict)]
@@ -274,6 +304,7 @@ class RequestPreparer:
             messages, tools = described, ()
         continued = request.continue_final_message
         think = False if continued else request.enable_thinking
+        places = self._image_places(request)
         tokens = self._tokenizer.render(
             messages,
             tools,
@@ -282,11 +313,25 @@ class RequestPreparer:
             continue_final_message=continued,
             add_generation_prompt=add_generation_prompt,
             check_text=check_text,
+            edit_text=places.edit_text if places is not None else None,
         )
+        placed: tuple[PromptImage, ...] = ()
+        if places is not None:
+            tokens, placed = places.expand(tokens)
         if request.grammar is None or request.may_call:
-            return tokens
+            return tokens, placed
         is_call = request.forced_call is not None
-        return self._tokenizer.start_reasoning(tokens, think, is_call=is_call)
+        return self._tokenizer.start_reasoning(tokens, think, is_call=is_call), placed
+
+    def _image_places(self, request: GenerationRequest) -> ImagePlaces | None:
+        settings = self._model.image_settings if request.images else None
+        if settings is None:
+            return None
+        names = [
+            self._tokenizer.token_text(token)
+            for token in (settings.start_token, settings.image_token, settings.end_token)
+        ]
+        return ImagePlaces(request.images, settings.image_token, names, request.prompt_field)
 
     def _check_chat(self, request: GenerationRequest, prompt: Prompt) -> None:
         tokenizer = self._tokenizer
@@ -313,6 +358,71 @@ class RequestPreparer:
                 request.stop, request.tools, prompt_tokens, parallel=request.parallel_tool_calls
             )
         return self._tokenizer.text_parser(request.stop)
+
+
+def _with_images(request: GenerationRequest, images: Sequence[DecodedImage]) -> GenerationRequest:
+    if request.image_sources and not images:
+        raise ImagesWantedError(request.image_sources, request.prompt_field)
+    return replace(request, images=tuple(images))
+
+
+class ImagePlaces:
+    """Puts images into a chat: placeholders into its text, and as many as there are into its ids.
+
+    Args:
+        images: by the numbers of their marks.
+        token: id of the placeholder.
+        names: of the tokens before it, of it, and behind it.
+        field: the parameter that has the chat.
+    """
+
+    def __init__(
+        self, images: Sequence[DecodedImage], token: int, names: Sequence[str], field: str
+    ) -> None:
+        self._images, self._token, self._names, self._field = images, token, names, field
+        self._order: list[int] = []
+
+    def edit_text(self, text: str) -> str:
+        """The chat's text with placeholders in the place of marks.
+
+        Raises:
+            RequestError: the template has lost or repeated an image.
+        """
+        text, self._order = replace_marks(text, "".join(self._names))
+        if sorted(self._order) != list(range(len(self._images))):
+            reason = (
+                f"the model's chat template shows {len(set(self._order))} of its "
+                f"{len(self._images)} images; put them into messages of the user"
+            )
+            raise RequestError(self._field, reason)
+        return text
+
+    def expand(self, tokens: Sequence[int]) -> tuple[tuple[int, ...], tuple[PromptImage, ...]]:
+        """The chat's ids with a placeholder for each token of an image, and where they are.
+
+        Raises:
+            RequestError: a text has placeholders of its own.
+        """
+        expanded: list[int] = []
+        placed: list[PromptImage] = []
+        if tokens.count(self._token) != len(self._order):
+            reason = (
+                f"a text has {self._names[1]}, by which the model knows images; remove it, or "
+                f"write it in another way"
+            )
+            raise RequestError(self._field, reason)
+        rest = iter(self._order)
+        for token in tokens:
+            if token != self._token:
+                expanded.append(token)
+                continue
+            image = self._images[next(rest)]
+            place = PromptImage(
+                len(expanded), image.rows, image.columns, image.digest, image.pixels
+            )
+            placed.append(place)
+            expanded += [token] * place.tokens
+        return tuple(expanded), tuple(placed)
 
 
 def _chat_json(request: GenerationRequest, prompt: Prompt) -> str:

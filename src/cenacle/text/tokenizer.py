@@ -107,6 +107,10 @@ class ChatTokenizer:
         """The tokenizer of transformers."""
         return self._tokenizer._tokenizer
 
+    def token_text(self, token: int) -> str:
+        """A token as it is written in texts; of special ones, their names."""
+        return str(self._tokenizer.convert_ids_to_tokens(token))
+
     @property
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id, including added ones."""
@@ -234,6 +238,7 @@ class ChatTokenizer:
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
         check_text: Callable[[str], None] | None = None,
+        edit_text: Callable[[str], str] | None = None,
     ) -> tuple[int, ...]:
         """A chat to ids, ready for the assistant's output.
 
@@ -247,6 +252,7 @@ class ChatTokenizer:
             continue_final_message: the output continues the last message, the assistant's.
             add_generation_prompt: False: end with the last message, not ready for an output.
             check_text: called with the chat as text, which may be too long to tokenize; may raise.
+            edit_text: gives the text to tokenize for that of the chat.
 
         Raises:
             InputError: the template refuses the messages, or does not use an option.
@@ -257,7 +263,8 @@ class ChatTokenizer:
         begins_output = add_generation_prompt and not continue_final_message
         if not self.has_template:
             lines = [f"{m['role']}: {m['content']}" for m in messages]
-            return self.encode("\n".join([*lines, "assistant:"] if begins_output else lines))
+            text = "\n".join([*lines, "assistant:"] if begins_output else lines)
+            return self.encode(text if edit_text is None else edit_text(text))
         variables: dict[str, Any] = dict(options or {})
         if tools:
             variables["tools"] = [tool.to_json() for tool in tools]
@@ -278,6 +285,8 @@ class ChatTokenizer:
             ) from error
         if check_text is not None:
             check_text(text)
+        if edit_text is not None:
+            text = edit_text(text)
         ids = self._backend.encode(text, special=False)
         # Some templates start reasoning whatever `enable_thinking` says.
         if reasoning is False and self.ends_in_reasoning(ids):

@@ -18,11 +18,12 @@ from itertools import chain, groupby
 from operator import itemgetter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ...core.chat import FinishReason, Message, OutputPart, Tool, Usage, join_text
 from ...core.request import Sampling
 from ...errors import CenacleError
+from ...images.sources import check_source
 from .parameters import Effort, ReasoningParameters, SharedParameters
 from .protocol import (
     MAX_TOOLS,
@@ -31,12 +32,14 @@ from .protocol import (
     ChoiceState,
     Event,
     GenerationRequest,
+    ImageUrl,
     ResponseBuilder,
     ResponseMeta,
     ServedModel,
     StopString,
     ToolName,
     http_status,
+    image_text,
     left_out_warning,
     match_calls,
     merge_messages,
@@ -109,6 +112,38 @@ class _SearchResultBlock(RequestModel):
         return f"{self.title} ({self.source})\n\n{_content_text(self.content)}"
 
 
+def _check_data(value: str) -> str:
+    try:
+        check_source(f"data:image/any;base64,{value}")
+    except ValueError as error:
+        fail(str(error).replace(" behind the comma", ""))
+    return value
+
+
+class _Base64Source(RequestModel):
+    type: Literal["base64"]
+    media_type: Annotated[str, Field(pattern="^image/[a-zA-Z0-9.+-]{1,60}$")]
+    data: Annotated[Text, AfterValidator(_check_data)]
+
+    @property
+    def url(self) -> str:
+        return f"data:{self.media_type};base64,{self.data}"
+
+
+class _UrlSource(RequestModel):
+    type: Literal["url"]
+    url: ImageUrl = Field(description="An http(s) URL, if the owner allows its host.")
+
+
+class _ImageBlock(RequestModel):
+    type: Literal["image"]
+    source: Supported[_Base64Source | _UrlSource]
+
+    @property
+    def text(self) -> str:
+        return image_text(self.source.url)
+
+
 _TextBlocks = Items[Supported[_TextBlock | _DocumentBlock | _SearchResultBlock]]
 
 
@@ -173,7 +208,13 @@ class _ToolResultBlock(RequestModel):
         OneOf(
             Text,
             Items[
-                Supported[_TextBlock | _DocumentBlock | _SearchResultBlock | _ToolReferenceBlock]
+                Supported[
+                    _TextBlock
+                    | _DocumentBlock
+                    | _SearchResultBlock
+                    | _ToolReferenceBlock
+                    | _ImageBlock
+                ]
             ],
             into=_content_text,
         ),
@@ -292,6 +333,7 @@ class _UserMessage(RequestModel):
                         _TextBlock,
                         _DocumentBlock,
                         _SearchResultBlock,
+                        _ImageBlock,
                         _ToolResultBlock,
                         _CompactionBlock,
                         other=_OtherUserBlock,

@@ -38,12 +38,14 @@ from .protocol import (
     ChoiceState,
     Event,
     GenerationRequest,
+    ImageUrl,
     Prompt,
     ResponseBuilder,
     ResponseMeta,
     ServedModel,
     StopString,
     http_status,
+    image_text,
     match_calls,
     tool_call,
 )
@@ -191,9 +193,33 @@ class RefusalPart(RequestModel):
         return self.refusal
 
 
-def content_text(content: str | Sequence[TextPart | RefusalPart]) -> str:
+class _ImageAddress(RequestModel):
+    url: ImageUrl = Field(
+        description="A data: URI, or an http(s) URL if the owner allows its host."
+    )
+    detail: Text = Field("auto", description="Has no effect.")
+
+
+def _read_address(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class _ImagePart(RequestModel):
+    type: Literal["image_url"]
+    image_url: Annotated[_ImageAddress, BeforeValidator(_read_address)]
+
+    @property
+    def text(self) -> str:
+        """What stands for it."""
+        return image_text(self.image_url.url)
+
+
+def content_text(content: str | Sequence[Any]) -> str:
     """The text of a message's content."""
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+    if isinstance(content, str):
+        return content
+    parts: Sequence[Any] = content
+    return "".join(part.text for part in parts)
 
 
 _Content = Annotated[
@@ -201,6 +227,16 @@ _Content = Annotated[
     OneOf(
         Text,
         Items[Supported[_ChatTextPart | RefusalPart]],
+        into=content_text,
+    ),
+]
+
+
+_SeenContent = Annotated[
+    str,
+    OneOf(
+        Text,
+        Items[Supported[_ChatTextPart | RefusalPart | _ImagePart]],
         into=content_text,
     ),
 ]
@@ -241,7 +277,7 @@ class _ChatMessage(RequestModel):
 
 class _PromptMessage(_ChatMessage):
     role: Literal["system", "developer", "user"]
-    content: _Content
+    content: _SeenContent
 
     def to_template(self) -> Message:
         return {"role": template_role(self.role), "content": self.content}
@@ -315,7 +351,7 @@ class _AssistantMessage(_ChatMessage):
 
 class _ToolMessage(_ChatMessage):
     role: Literal["tool", "function"]
-    content: _Content = ""
+    content: _SeenContent = ""
     tool_call_id: Text = Field("", description="Without it, the first call without a result.")
     name: Text = Field("", description="The function; some templates need it.")
 

@@ -30,9 +30,11 @@ from .protocol import (
     ChoiceState,
     Event,
     GenerationRequest,
+    ImageUrl,
     ResponseBuilder,
     ResponseMeta,
     ServedModel,
+    image_text,
     left_out_warning,
     match_calls,
     merge_messages,
@@ -76,6 +78,20 @@ class _ItemTextPart(openai.TextPart):
     type: Literal["input_text", "output_text", "text"]
 
 
+class _ItemImagePart(RequestModel):
+    unsupported = refuse("file_id")
+    type: Literal["input_image"]
+    image_url: ImageUrl = Field(
+        description="A data: URI, or an http(s) URL if the owner allows its host."
+    )
+    detail: Text = Field("auto", description="Has no effect.")
+
+    @property
+    def text(self) -> str:
+        """What stands for it."""
+        return image_text(self.image_url)
+
+
 class _ReasoningTextPart(openai.TextPart):
     type: Literal["reasoning_text", "text"]
 
@@ -94,6 +110,16 @@ _ItemText = Annotated[
 ]
 
 
+_SeenItemText = Annotated[
+    str,
+    OneOf(
+        Text,
+        Items[Supported[_ItemTextPart | openai.RefusalPart | _ItemImagePart]],
+        into=openai.content_text,
+    ),
+]
+
+
 class _Item(RequestModel):
     id: Text = ""
 
@@ -106,7 +132,7 @@ class _MessageItem(_Item):
     unsupported = refuse("audio", function_call=(), tool_calls=([],))
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: _ItemText
+    content: _SeenItemText
 
     def to_template(self) -> Message:
         return {"role": openai.template_role(self.role), "content": self.content}
@@ -137,7 +163,7 @@ class _CustomCallItem(_Item):
 class _CallOutputItem(_Item):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: Text = ""
-    output: _ItemText = ""
+    output: _SeenItemText = ""
 
     def to_template(self) -> Message:
         return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}

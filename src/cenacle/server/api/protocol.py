@@ -22,13 +22,17 @@ from pydantic import AfterValidator, ConfigDict, Field
 from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, Usage
 from ...core.request import Sampling
 from ...errors import Busy, CenacleError, ClusterError, InputError
+from ...images.decode_process import DecodedImage
+from ...images.sources import check_source, mark, take_sources
 from .validation import (
+    UNSUPPORTED,
     JsonObject,
     RequestError,
     RequestModel,
     Text,
     check_unicode,
     describe,
+    fail,
     parse_request,
 )
 
@@ -59,6 +63,7 @@ class ServedModel:
         vocab_size: number of token ids.
         aliases: further ids.
         any_name: whether every other id is this model, too.
+        image_obstacle: why it cannot be shown images, as the end of a sentence; empty: it can.
     """
 
     name: str
@@ -66,6 +71,7 @@ class ServedModel:
     vocab_size: int
     aliases: tuple[str, ...] = ()
     any_name: bool = False
+    image_obstacle: str = "one that cannot be shown images"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,6 +143,8 @@ class GenerationRequest:
         warnings: what was accepted and has no effect; sent as a header.
         model: the id that the response has.
         on_response: called with the complete response.
+        image_sources: URIs of the prompt's images, which has numbered marks in their places.
+        images: those images, once they were decoded.
     """
 
     prompts: tuple[Prompt, ...]
@@ -170,6 +178,30 @@ class GenerationRequest:
     warnings: tuple[str, ...] = ()
     model: str = ""
     on_response: Callable[[JsonObject], None] | None = field(default=None, compare=False)
+    image_sources: tuple[str, ...] = ()
+    images: tuple[DecodedImage, ...] = ()
+
+    def take_images(self, served: ServedModel) -> GenerationRequest:
+        """The request with its images apart from its prompt.
+
+        Raises:
+            InputError: the model cannot be shown them, or there are too many.
+        """
+        if not self.is_chat:
+            return self
+        messages, sources = take_sources(self.prompts[0])
+        if not sources:
+            return self
+        if served.image_obstacle:
+            reason = (
+                f"the model is {served.image_obstacle}; remove the images, or ask a model that "
+                "sees, of one of the families that `cenacle families` marks"
+            )
+            raise RequestError(self.prompt_field, reason, UNSUPPORTED)
+        if self.prompt_logprobs is not None:
+            reason = "not supported with images; remove one of the two"
+            raise RequestError("prompt_logprobs", reason, UNSUPPORTED)
+        return replace(self, prompts=(messages,), image_sources=sources)
 
     @property
     def may_call(self) -> bool:
@@ -190,6 +222,22 @@ class GenerationRequest:
         if seed is None or choice == 0:
             return self.sampling
         return replace(self.sampling, seed=(seed + choice + 2**63) % 2**64 - 2**63)
+
+
+def _check_image_url(value: str) -> str:
+    try:
+        return check_source(value)
+    except ValueError as error:
+        fail(str(error))
+
+
+ImageUrl = Annotated[str, AfterValidator(check_unicode), AfterValidator(_check_image_url)]
+"""A data: URI of an image, or an http(s) URL."""
+
+
+def image_text(url: str) -> str:
+    """What stands for an image in a text of a request, until `take_images`."""
+    return mark(url)
 
 
 class ApiRequest(RequestModel):
@@ -301,7 +349,7 @@ class ApiAdapter(ABC):
         """
         parsed = parse_request(self.request_model, body)
         name = served.check_name(parsed.model)
-        request = self._to_generation_request(parsed, served, key)
+        request = self._to_generation_request(parsed, served, key).take_images(served)
         return replace(request, model=name, warnings=(*request.warnings, *parsed.ignored_members()))
 
     def _to_generation_request(

@@ -87,6 +87,7 @@ class TokenizeRequest(ApiRequest):
         """The chat completion whose prompt is tokenized."""
         chat = {name: getattr(self, name) for name in _CHAT_PARAMETERS}
         request = validate(ChatCompletionRequest, chat).to_generation_request(served)
+        request = request.take_images(served)
         return replace(request, continue_final_message=self.continue_final_message)
 
     def response(

@@ -1,0 +1,87 @@
+"""Decodes images in a process of its own.
+
+Owns: the process, what is sent to it, how much work an image may need.
+Does not know: formats.
+Invariant: a file from a stranger costs one request at worst, never this process.
+Next: `decode_worker.py` is the process.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import threading
+from dataclasses import dataclass
+
+from ..core.image import pixel_digest
+from ..errors import InputError
+from ..worker_process import WorkerFailed, WorkerProcess
+
+CPU_S, MEMORY_BYTES = 20, 2 << 30
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image of the size that a model takes.
+
+    Args:
+        rows, columns: of its tokens.
+        pixels: RGB, a byte each, row by row.
+        digest: see `pixel_digest`.
+    """
+
+    rows: int
+    columns: int
+    pixels: bytes
+    digest: str
+
+
+class DecodeProcess:
+    """Safe for several threads, which wait for each other.
+
+    Args:
+        side: pixels of a token's side.
+        least, most: pixels of an image.
+    """
+
+    def __init__(self, side: int, least: int, most: int) -> None:
+        self._side, self._least, self._most = side, least, most
+        self._worker = WorkerProcess("cenacle.images.decode_worker")
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start the process, which takes a moment; else the first image waits for it."""
+        with self._lock, contextlib.suppress(OSError):  # then the first image tells
+            self._worker.start()
+
+    def decode(self, data: bytes) -> DecodedImage:
+        """What a file shows.
+
+        Raises:
+            InputError: it is no image, or needs too much; the end of a sentence.
+        """
+        message = {
+            "image": base64.b64encode(data).decode(),
+            **{"side": self._side, "least": self._least, "most": self._most},
+            **{"cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES},
+        }
+        with self._lock:
+            try:
+                answer = self._worker.ask(message)
+            except WorkerFailed:
+                raise InputError(
+                    f"decoding it needs more than {CPU_S} s or {MEMORY_BYTES >> 30} GB; send a "
+                    "simpler one",
+                    "images",
+                ) from None
+        if "error" in answer:
+            raise InputError(answer["error"], "images")
+        width, height = answer["width"], answer["height"]
+        pixels = base64.b64decode(answer["pixels"])
+        digest = pixel_digest(width, height, pixels)
+        return DecodedImage(height // self._side, width // self._side, pixels, digest)
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._worker.close()
