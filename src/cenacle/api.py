@@ -22,6 +22,9 @@ from .core.plan import Plan
 from .core.request import GroupEvent, PromptLogprobs, Request, Sampling
 from .engine.sampling.grammar import Vocabulary, check_grammar
 from .errors import CenacleError, CheckpointError, ClusterError, InputError
+from .images.decode_process import DecodedImage, DecodeProcess
+from .images.placement import ImagePlaces, mark_parts
+from .images.sources import is_remote, read_data_uri, take_sources
 from .model.image_settings import ImageSettings
 from .ranks.rank_group import RankGroup
 from .ranks.ranks import Ranks, ReportProgress
@@ -126,6 +129,7 @@ class Model:
         self.plan_reason = deployment.plan_reason  # why the first plan, in one line
         self.config = deployment.checkpoint.config  # config.json
         self._grammar_vocabulary = Vocabulary(lambda: self.text)
+        self._decoder: DecodeProcess | None = None
 
     @classmethod
     def load(
@@ -272,6 +276,47 @@ class Model:
             )
         return tokens
 
+    def prompt_of(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[PromptImage, ...]]:
+        """The token ids of a prompt in any of its forms, and its images, which are parts of a chat:
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}.
+
+        Raises:
+            InputError: a bad image, or the model cannot be shown images; or see `tokens_of`.
+        """
+        if isinstance(prompt, str):
+            return self.tokens_of(prompt), ()
+        items: list[Any] = list(prompt)
+        if not any(isinstance(m, dict) and isinstance(m.get("content"), list) for m in items):
+            return self.tokens_of(items), ()
+        messages, sources = take_sources(mark_parts(items))
+        settings = self.image_settings
+        if not sources:
+            return self.tokens_of(messages), ()
+        if settings is None:
+            reason = f"the model is {self.image_obstacle}; remove the images"
+            raise InputError(f"messages: {reason}", "messages")
+        images = [self._decode(source, number) for number, source in enumerate(sources, 1)]
+        names = [
+            self.text.token_text(token)
+            for token in (settings.start_token, settings.image_token, settings.end_token)
+        ]
+        places = ImagePlaces(images, settings.image_token, names, "messages")
+        return places.expand(self.text.render(messages, edit_text=places.edit_text))
+
+    def _decode(self, source: str, number: int) -> DecodedImage:
+        settings = self.image_settings
+        assert settings is not None
+        if is_remote(source):
+            reason = "from Python none is fetched; give it as a data: URI"
+            raise InputError(f"image {number}: {reason}", "messages")
+        if self._decoder is None:
+            sizes = settings.min_pixels, settings.max_pixels
+            self._decoder = DecodeProcess(settings.token_side, *sizes)
+        try:
+            return self._decoder.decode(read_data_uri(source))
+        except InputError as error:
+            raise InputError(f"image {number}: {error}", "messages") from None
+
     def stream(
         self,
         prompt: Prompt,
@@ -280,17 +325,19 @@ class Model:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         grammar: str | None = None,
+        images: Sequence[PromptImage] = (),
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """Answer a prompt piece by piece; ending the iteration early cancels the request.
 
         Args:
-            prompt: text, token ids or a chat.
+            prompt: text, token ids or a chat, whose parts may be images, see `prompt_of`.
             max_tokens: maximum number of tokens to generate.
             stop: strings before which the answer ends.
             logprobs: how many alternatives to report with each token's log-probability; None: no
                 log-probabilities.
             grammar: what the answer must match, as llguidance reads it.
+            images: of a prompt of token ids, as `prompt_of` gives them.
             sampling: fields of `Sampling`.
 
         Raises:
@@ -301,7 +348,10 @@ class Model:
             checked = Sampling(**sampling)
         except TypeError as error:
             raise InputError(f"unknown argument: {error}") from error
-        request = self.request(prompt, max_tokens, checked, logprobs=logprobs, grammar=grammar)
+        tokens, own = self.prompt_of(prompt)
+        request = self.request(
+            tokens, max_tokens, checked, logprobs=logprobs, grammar=grammar, images=own or images
+        )
         return self._stream(request, stop)
 
     def _stream(self, request: Request, stop: Sequence[str]) -> Iterator[Chunk]:
@@ -343,13 +393,13 @@ class Model:
         The step timings are those of all requests of the group since this call began, or, with
         `keep_timings`, since the last call without.
         """
-        tokens = self.tokens_of(prompt)
+        tokens, images = self.prompt_of(prompt)
         if not keep_timings:
             self.group.step_timings = StepTimings()
         started_s = time.perf_counter()
         chunks: list[Chunk] = []
         times_s: list[float] = []
-        for chunk in self.stream(tokens, max_tokens, stop=stop, **sampling):
+        for chunk in self.stream(tokens, max_tokens, stop=stop, images=images, **sampling):
             chunks.append(chunk)
             times_s.append(time.perf_counter())
         decode_s = times_s[-1] - times_s[0]
@@ -383,6 +433,8 @@ class Model:
     def close(self) -> None:
         """End the ranks."""
         self.group.close()
+        if self._decoder is not None:
+            self._decoder.close()
 
     def __enter__(self) -> Model:
         """The model itself."""

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import numpy as np
 import openai
 import pytest
 
+import cenacle
+from cenacle.cli.chat import ChatSession, read_image
+from cenacle.cli.chat_sources import ChatSettings, LocalChat, RemoteChat
+from cenacle.errors import InputError
 from cenacle.model.synth import synth
 from support.serving import DEADLINE_S, RunningServer, running_server
 
@@ -202,6 +207,53 @@ def test_a_response_goes_on_with_its_image(server: RunningServer) -> None:
     assert first.usage is not None
     assert later.usage.input_tokens > first.usage.input_tokens + TOKENS
     assert later.usage.input_tokens_details.cached_tokens > first.usage.input_tokens
+
+
+def test_the_chat_shows_pictures(
+    folder: Path, server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`cenacle chat --image` with a server and with a model of its own; /image, /save, /load."""
+    file = tmp_path / "one.png"
+    file.write_bytes(ONE)
+
+    def ask(messages: list[Any]) -> str:
+        answer = server.ask(messages=messages, max_tokens=TOKENS).json()
+        return answer["choices"][0]["message"]["content"]
+
+    asked = chat_messages([[ONE, "Look"], [""], [TWO, "well?"]])
+    asked[1]["content"] = ask(asked[:1])
+    last = ask(asked)
+    settings = ChatSettings(TOKENS, 0.0, 1.0)
+    with cenacle.load(str(folder)) as model, closing(RemoteChat(server.url)) as remote:
+        for source in (LocalChat(model), remote):
+            session = ChatSession(source, settings, images=[read_image(file)])
+
+            def say(line: str, session: ChatSession = session) -> None:
+                assert session._handle_line(line, session._show_plain)
+
+            say("Look")
+            file.write_bytes(TWO)
+            say(f"/image {file}")
+            say("well?")
+            file.write_bytes(ONE)
+            assert [m["content"] for m in session.messages[1::2]] == [asked[1]["content"], last]
+            say(f"/save {tmp_path / 'chat.json'}")
+            say(f"/save {tmp_path / 'chat.md'}")
+            assert (tmp_path / "chat.md").read_text().startswith("**You**\n\n(a picture)\n\nLook")
+            say("/new")
+            say(f"/load {tmp_path / 'chat.json'}")
+            say("/regenerate")
+            assert session.messages[-1]["content"] == last
+            capsys.readouterr()
+            say(f"/image {tmp_path / 'none.png'}")
+            assert "cannot read" in capsys.readouterr().err
+            session.images = [f"data:image/png;base64,{base64.b64encode(b'x').decode()}"]
+            say("and this?")
+            assert "got another file" in capsys.readouterr().err
+            assert session.messages[-1]["content"] == last
+        elsewhere = {"type": "image_url", "image_url": "https://example.com/a"}
+        with pytest.raises(InputError, match="from Python none is fetched"):
+            model.prompt_of([{"role": "user", "content": [elsewhere]}])
 
 
 BAD = {

@@ -13,12 +13,13 @@ from cenacle.core.request import Request
 from cenacle.errors import InputError
 from cenacle.images import sources
 from cenacle.images.decode_process import DecodedImage
+from cenacle.images.placement import ImagePlaces, mark_parts
 from cenacle.server.api.anthropic import MessagesAdapter
 from cenacle.server.api.openai import ChatCompletionsAdapter
 from cenacle.server.api.openai_responses import ResponsesAdapter
 from cenacle.server.api.protocol import ServedModel
 from cenacle.server.api.validation import RequestError
-from cenacle.server.preparation import ImagePlaces, ImagesWantedError, RequestPreparer, _with_images
+from cenacle.server.preparation import ImagesWantedError, RequestPreparer, _with_images
 
 DATA = base64.b64encode(b"picture").decode()
 URI = f"data:image/png;base64,{DATA}"
@@ -239,15 +240,37 @@ def test_images_in_their_places() -> None:
 def test_a_template_that_loses_an_image_is_told() -> None:
     places = ImagePlaces([image(1, 2)], 7, ("<", "i", ">"), "messages")
     for text in ("x", sources.mark("0") * 2, sources.mark("5")):
-        with pytest.raises(RequestError, match="chat template shows"):
+        with pytest.raises(InputError, match="chat template shows"):
             places.edit_text(text)
 
 
 def test_a_text_with_the_models_own_placeholder_is_refused() -> None:
     places = ImagePlaces([image(1, 2)], 7, ("<", "i", ">"), "messages")
     places.edit_text(sources.mark("0"))
-    with pytest.raises(RequestError, match="by which the model knows images"):
+    with pytest.raises(InputError, match="by which the model knows images"):
         places.expand((1, 7, 7, 1))
+
+
+def test_parts_from_python() -> None:
+    chat = [
+        {"role": "system", "content": "See."},
+        {
+            "role": "user",
+            "content": [TEXT, openai_image(URI), {"type": "image_url", "image_url": URI}],
+        },
+    ]
+    system, user = mark_parts(chat)
+    assert system == chat[0]
+    assert user["content"] == "What is it?" + 2 * sources.mark(URI)
+    for part, reason in (
+        ({"type": "image_url", "image_url": "a.png"}, "expected a data: URI"),
+        ({"type": "image_url"}, "expected a text or an image"),
+        ({"type": "video"}, "expected a text or an image"),
+        ("text", "expected a text or an image"),
+    ):
+        with pytest.raises(InputError, match=reason) as caught:
+            mark_parts([{"role": "user", "content": [TEXT, part]}])
+        assert caught.value.field == "messages[0].content[1]"
 
 
 @pytest.mark.parametrize("begin", [-1, 0, 3])

@@ -10,15 +10,17 @@ Next: `ChatSession.run`.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import mimetypes
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -28,8 +30,10 @@ from rich.padding import Padding
 from rich.segment import Segment
 from rich.text import Text
 
-from ..core.chat import OutputPart
+from ..core.chat import Message, OutputPart
 from ..errors import CenacleError, ClusterError, InputError
+from ..images.placement import mark_parts
+from ..images.sources import MAX_FILE_BYTES
 from .chat_sources import ChatSettings, ChatSource, LocalChat
 from .console import report, stderr_console
 
@@ -44,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "/temp": ("[NUMBER]", "show or set the temperature, 0 to 2"),
     "/max": ("[NUMBER]", "show or set the maximum number of tokens per answer"),
     "/seed": ("[NUMBER]", "show or set the seed; /seed - makes it random"),
+    "/image": ("FILE", "show a picture with the next question"),
     "/save": ("FILE", "save the conversation as JSON, or as Markdown if FILE ends in .md"),
     "/load": ("FILE", "continue a conversation that was saved as JSON"),
     "/exit": ("", "exit, like Ctrl-D"),
@@ -63,12 +68,14 @@ class ChatSession:
         source: generates the answers.
         settings: can be changed by commands.
         system: the system prompt.
+        images: pictures that go with the next question, as data: URIs.
     """
 
     source: ChatSource
     settings: ChatSettings
     system: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
 
     def run(self, history: Path | None = None) -> None:
         """Read questions and show answers until the end of the input.
@@ -115,9 +122,14 @@ class ChatSession:
             _print_error(error)
         return True
 
-    def _ask(self, question: str, show_answer: Callable[[], str]) -> None:
-        previous = list(self.messages)
-        self.messages.append({"role": "user", "content": question})
+    def _ask(self, question: str | list[Any], show_answer: Callable[[], str]) -> None:
+        previous, images = list(self.messages), self.images
+        content = question
+        if images and isinstance(question, str):
+            pictures = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+            content = [*pictures, {"type": "text", "text": question}]
+            self.images = []
+        self.messages.append({"role": "user", "content": content})
         try:
             answer = show_answer()
         except (CenacleError, KeyboardInterrupt):
@@ -138,7 +150,10 @@ class ChatSession:
                     report(f"{command + ' ' + arguments:<18}{text}")
                 report(KEYS_HELP)
             case "/new":
-                self.messages = []
+                self.messages, self.images = [], []
+            case "/image":
+                self.images.append(read_image(_parse_path("/image", argument)))
+                report(f"{len(self.images)} with the next question")
             case "/regenerate":
                 self._regenerate(show_answer)
             case "/save":
@@ -194,7 +209,9 @@ class ChatSession:
         path = _parse_path("/save", name)
         if path.suffix == ".md":
             names = {"user": "You", "assistant": self.source.name}
-            text = "\n\n".join(f"**{names[m['role']]}**\n\n{m['content']}" for m in self.messages)
+            text = "\n\n".join(
+                f"**{names[m['role']]}**\n\n{_text_of(m['content'])}" for m in self.messages
+            )
         else:
             body = {"model": self.source.name, "system": self.system, "messages": self.messages}
             text = json.dumps(body, indent=1, ensure_ascii=False)
@@ -211,20 +228,22 @@ class ChatSession:
             body = json.loads(path.read_text())
             messages = [{"role": m["role"], "content": m["content"]} for m in body["messages"]]
             system = body.get("system") or ""
-            texts = [system, *(m["content"] for m in messages)]
+            texts = [system, *(m["content"] for m in mark_parts(messages))]
             roles = {m["role"] for m in messages}
             if not all(isinstance(t, str) for t in texts) or not roles <= {"user", "assistant"}:
                 raise ValueError("a message is not text of user or assistant")
         except OSError as error:
             raise InputError(f"/load: cannot read {path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"/load: {path} was not written by /save ({error})") from error
         self.messages, self.system = messages, system
 
     # ---- answers
 
     def _answer_parts(self) -> Iterator[OutputPart]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        system: list[Message] = []
+        if self.system:
+            system = [{"role": "system", "content": self.system}]
         return self.source.answer([*system, *self.messages], self.settings)
 
     def _show_plain(self) -> str:
@@ -280,6 +299,34 @@ class ChatSession:
             notes.append("stopped")
         console.print(f"[dim]{' · '.join(notes)}[/]")
         return text
+
+
+def read_image(path: Path) -> str:
+    """A picture as a data: URI.
+
+    Raises:
+        InputError: the file cannot be read, or is too large.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"image: cannot read {path}: {error.strerror}", "image") from error
+    if not 0 < len(data) <= MAX_FILE_BYTES:
+        got = f"{len(data):,}" if not data else "more"
+        raise InputError(
+            f"image: {path}: expected 1 to {MAX_FILE_BYTES:,} bytes, got {got}", "image"
+        )
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    kind = kind if kind.startswith("image/") else "image/png"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _text_of(content: str | list[Any]) -> str:
+    """A content for eyes."""
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(part.get("text", "(a picture)") for part in content)
 
 
 def stable_prefix_length(text: str) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 
-from ..core.chat import OutputPart
+from ..core.chat import Message, OutputPart
 from ..errors import ClusterError, InputError
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class ChatSource(Protocol):
 
     name: str
 
-    def answer(
-        self, messages: list[dict[str, str]], settings: ChatSettings
-    ) -> Iterator[OutputPart]:
+    def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """The parts of an answer, about one per token."""
         ...
 
@@ -62,13 +60,12 @@ class LocalChat:
     def __init__(self, model: Model) -> None:
         self.name, self._model = model.name, model
 
-    def answer(
-        self, messages: list[dict[str, str]], settings: ChatSettings
-    ) -> Iterator[OutputPart]:
+    def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """See `ChatSource`."""
-        tokens = self._model.tokens_of(messages)
+        tokens, images = self._model.prompt_of(messages)
         parser = self._model.text.chat_parser((), (), tokens)
-        for chunk in self._model.stream(tokens, settings.max_tokens, **settings.sampling()):
+        sampling = settings.sampling()
+        for chunk in self._model.stream(tokens, settings.max_tokens, images=images, **sampling):
             yield from parser.add(chunk.token)
         yield from parser.finish()
 
@@ -120,9 +117,7 @@ class RemoteChat:
         """Close the connection."""
         self._client.close()
 
-    def answer(
-        self, messages: list[dict[str, str]], settings: ChatSettings
-    ) -> Iterator[OutputPart]:
+    def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """See `ChatSource`."""
         body = {
             "model": self.name,

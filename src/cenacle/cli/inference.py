@@ -105,6 +105,10 @@ def chat(
         Path | None, typer.Option(help="Certificate of the server (PEM), if it is self-signed.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Picture to show with the first question; repeatable."),
+    ] = None,
     history: Annotated[
         bool, typer.Option(help="Save prompts, to recall them with the arrow keys.")
     ] = True,
@@ -115,7 +119,7 @@ def chat(
 ) -> None:
     """Chat in the terminal with a local model or a server; /help lists the commands."""
     from ..paths import chat_history_file
-    from .chat import ChatSession
+    from .chat import ChatSession, read_image
     from .chat_sources import ChatSettings, LocalChat, RemoteChat
 
     settings = ChatSettings(
@@ -126,9 +130,10 @@ def chat(
         sampling.top_k or None,
     )
     history_path = chat_history_file() if history else None
+    images = [read_image(path.expanduser()) for path in image or ()]
     if url is not None:
         with closing(RemoteChat(url, key, model, certificate)) as remote:
-            ChatSession(remote, settings, system or "").run(history_path)
+            ChatSession(remote, settings, system or "", images=images).run(history_path)
         return
     if model is None:
         raise InputError(
@@ -136,7 +141,7 @@ def chat(
             "model",
         )
     with load_model(model, load, plan) as loaded, isolate_text(loaded):
-        ChatSession(LocalChat(loaded), settings, system or "").run(history_path)
+        ChatSession(LocalChat(loaded), settings, system or "", images=images).run(history_path)
 
 
 @command(app, example="cenacle serve -m DIR -n 2 --port 8080", panel=PANEL)

@@ -142,6 +142,7 @@ class SyntheticModelArguments:
         None, "Data type of unquantized weights. Default: that of the model."
     )
     seed: int = option(0, "Random seed; the same seed gives the same bytes.")
+    images: bool = option(False, "With a small vision tower; only with --family.", "--images")
     overwrite: bool = option(False, "Write into a folder that is not empty.", "--overwrite")
 
 

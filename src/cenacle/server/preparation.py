@@ -19,7 +19,7 @@ from ..core.image import PromptImage
 from ..core.request import Request
 from ..errors import InputError
 from ..images.decode_process import DecodedImage
-from ..images.sources import replace_marks
+from ..images.placement import ImagePlaces
 from ..text.output_parser import OutputParser
 from ..text.reasoning import SWITCHES, nearest_effort
 from .api import structured_output
@@ -364,65 +364,6 @@ def _with_images(request: GenerationRequest, images: Sequence[DecodedImage]) -> 
     if request.image_sources and not images:
         raise ImagesWantedError(request.image_sources, request.prompt_field)
     return replace(request, images=tuple(images))
-
-
-class ImagePlaces:
-    """Puts images into a chat: placeholders into its text, and as many as there are into its ids.
-
-    Args:
-        images: by the numbers of their marks.
-        token: id of the placeholder.
-        names: of the tokens before it, of it, and behind it.
-        field: the parameter that has the chat.
-    """
-
-    def __init__(
-        self, images: Sequence[DecodedImage], token: int, names: Sequence[str], field: str
-    ) -> None:
-        self._images, self._token, self._names, self._field = images, token, names, field
-        self._order: list[int] = []
-
-    def edit_text(self, text: str) -> str:
-        """The chat's text with placeholders in the place of marks.
-
-        Raises:
-            RequestError: the template has lost or repeated an image.
-        """
-        text, self._order = replace_marks(text, "".join(self._names))
-        if sorted(self._order) != list(range(len(self._images))):
-            reason = (
-                f"the model's chat template shows {len(set(self._order))} of its "
-                f"{len(self._images)} images; put them into messages of the user"
-            )
-            raise RequestError(self._field, reason)
-        return text
-
-    def expand(self, tokens: Sequence[int]) -> tuple[tuple[int, ...], tuple[PromptImage, ...]]:
-        """The chat's ids with a placeholder for each token of an image, and where they are.
-
-        Raises:
-            RequestError: a text has placeholders of its own.
-        """
-        expanded: list[int] = []
-        placed: list[PromptImage] = []
-        if tokens.count(self._token) != len(self._order):
-            reason = (
-                f"a text has {self._names[1]}, by which the model knows images; remove it, or "
-                f"write it in another way"
-            )
-            raise RequestError(self._field, reason)
-        rest = iter(self._order)
-        for token in tokens:
-            if token != self._token:
-                expanded.append(token)
-                continue
-            image = self._images[next(rest)]
-            place = PromptImage(
-                len(expanded), image.rows, image.columns, image.digest, image.pixels
-            )
-            placed.append(place)
-            expanded += [token] * place.tokens
-        return tuple(expanded), tuple(placed)
 
 
 def _chat_json(request: GenerationRequest, prompt: Prompt) -> str:
