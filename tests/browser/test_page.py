@@ -1,5 +1,7 @@
 """The page in a real browser, over a real server with two ranks of the demo model."""
 
+import base64
+import io
 import json
 import re
 import selectors
@@ -468,6 +470,95 @@ def large_cluster(steps):
         },
         "routing": {"steps": steps, "counts": counts},
     }  # fmt: skip
+
+
+TRANSFER = """([event, kind, name, data]) => {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], name, { type: kind }));
+  const options = { bubbles: true, cancelable: true };
+  const made = event === "paste"
+    ? new ClipboardEvent(event, { ...options, clipboardData: transfer })
+    : new DragEvent(event, { ...options, dataTransfer: transfer });
+  document.querySelector("#input").dispatchEvent(made);
+}"""
+
+
+def picture(kind, width, height, color):
+    image = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    image.new("RGB", (width, height), color).save(file, kind)
+    return file.getvalue()
+
+
+def attached(page, count):
+    until(page, "n => document.querySelectorAll('#attached li').length === n", count)
+
+
+def test_pictures_are_pasted_dropped_chosen_and_sent(opened):
+    """The server is played where a model that sees is needed."""
+    page = opened()
+    small = picture("PNG", 30, 20, "red")
+    pasted = ["paste", "image/png", "a.png", base64.b64encode(small).decode()]
+    assert not page.is_visible("#attach")
+    page.evaluate(TRANSFER, pasted)
+    until(page, "document.querySelector('#toast').innerText.includes('cannot be shown pictures')")
+    bodies = []
+
+    def answer(route):
+        bodies.append(route.request.post_data_json)
+        delta = {"choices": [{"delta": {"content": "Red."}, "finish_reason": "stop"}]}
+        text = f"data: {json.dumps(delta)}\n\ndata: [DONE]\n\n"
+        route.fulfill(body=text, headers={"content-type": "text/event-stream"})
+
+    modes = {"input_modalities": ["text", "image"]}
+    page.route(
+        "**/v1/models", lambda r: r.fulfill(json={"data": [{"id": "seer", "architecture": modes}]})
+    )
+    page.route("**/v1/chat/completions", answer)
+    page.reload()
+    page.wait_for_selector("#attach", state="visible")
+    page.evaluate(TRANSFER, pasted)
+    attached(page, 1)
+    large = base64.b64encode(picture("BMP", 2000, 1000, "blue")).decode()
+    page.evaluate(TRANSFER, ["drop", "image/bmp", "b.bmp", large])
+    attached(page, 2)
+    page.set_input_files(
+        "#picture", files=[{"name": "c.png", "mimeType": "image/png", "buffer": small}]
+    )
+    attached(page, 3)
+    page.click("[aria-label='Remove picture 3']")
+    attached(page, 2)
+    page.evaluate(TRANSFER, ["drop", "text/plain", "d.txt", "aGVsbG8="])
+    until(page, "document.querySelector('#toast').innerText.includes('Only pictures')")
+    page.evaluate(TRANSFER, ["paste", "image/png", "broken.png", "A" * 600_000])
+    until(page, "document.querySelector('#toast').innerText.includes('broken.png cannot be read')")
+    ask(page, "Which colors?")
+    assert answers(page) == ["Red."]
+    first, second, text = bodies[0]["messages"][0]["content"]
+    assert text == {"type": "text", "text": "Which colors?"}
+    uris = [part["image_url"]["url"] for part in (first, second)]
+    assert base64.b64decode(uris[0].removeprefix("data:image/png;base64,")) == small
+    shown = pytest.importorskip("PIL.Image").open(
+        io.BytesIO(base64.b64decode(uris[1].removeprefix("data:image/jpeg;base64,")))
+    )
+    assert shown.size == (1536, 768)
+    assert shown.convert("RGB").getpixel((700, 300))[2] > 240
+    # They stay with the conversation, can be edited, and are enough as a question.
+    page.reload()
+    until(page, "document.querySelectorAll('.bubble img').length === 2")
+    assert page.evaluate("[...document.querySelectorAll('.bubble img')].every(i => i.naturalWidth)")
+    page.wait_for_selector("#attach", state="visible")
+    page.click("#input")
+    page.keyboard.press("ArrowUp")
+    attached(page, 2)
+    page.click("[aria-label='Remove picture 2']")
+    page.fill("#input", "")
+    page.click("#send")
+    until(page, "document.querySelectorAll('.bubble img').length === 1")
+    assert answers(page) == ["Red."]
+    assert bodies[1]["messages"][0]["content"] == [first]
+    assert page.inner_text(".pick") == "Picture"
 
 
 def test_only_files_of_the_page_are_served(url):

@@ -79,6 +79,9 @@ def test_models_tell_the_length_of_their_context() -> None:
     names = ("max_model_len", "context_length", "max_context_length", "max_input_tokens")
     assert [model[name] for name in names] == [100] * 4
     assert model["meta"] == {"n_vocab": 50, "n_ctx": 100, "n_ctx_train": 100}
+    assert model["architecture"]["input_modalities"] == ["text"]
+    sees = openai.model_object(replace(SERVED, image_obstacle=""), "house", 0)
+    assert sees["architecture"]["input_modalities"] == ["text", "image"]
     unknown = openai.model_object(replace(SERVED, context_length=None), "house", 0)
     assert not unknown.keys() & set(names)
 

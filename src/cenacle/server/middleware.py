@@ -39,8 +39,9 @@ MAX_LOGGED_TEXT_BYTES = 100_000  # of a body, and of an answer
 STATIC_PREFIX = "/static/"  # the page's files; they hold no data
 
 SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'; object-src 'none'",
+    # Pictures of a conversation are data: URIs.
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; object-src 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",

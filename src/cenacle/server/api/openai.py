@@ -804,6 +804,11 @@ def model_object(served: ServedModel, name: str, created: int) -> JsonObject:
         "display_name": name,
         "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
         **({} if length is None else dict.fromkeys(_CONTEXT_NAMES, length)),
+        # As OpenRouter tells it; the page asks it, too.
+        "architecture": {
+            "input_modalities": ["text"] if served.image_obstacle else ["text", "image"],
+            "output_modalities": ["text"],
+        },
         "meta": {"n_vocab": served.vocab_size, "n_ctx": length, "n_ctx_train": length},  # llama.cpp
     }
 

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import * as chat from "./chat.js";
 import * as cluster from "./cluster.js";
 import { $, setIcon, toast } from "./dom.js";
+import { setSees } from "./pictures.js";
 import * as store from "./store.js";
 
 for (const button of document.querySelectorAll("[data-icon]")) setIcon(button, button.dataset.icon, button.getAttribute("aria-label"));
@@ -94,6 +95,7 @@ showView();
 try {
   const { data } = await api.getJson("/v1/models");
   showModelName(data[0].id);
+  setSees(data[0].architecture?.input_modalities?.includes("image") ?? false);
 } catch { /* the banner says what is wrong */ }
 chat.start();
 cluster.start();

@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import { $, copyText, download, h, icon, iconButton, setIcon, toast } from "./dom.js";
 import { render } from "./markdown.js";
+import * as pictures from "./pictures.js";
 import * as store from "./store.js";
 
 let shown = store.newConversation();
@@ -21,6 +22,7 @@ export function start() {
     else submit();
   });
   const input = $("input");
+  pictures.start(fitComposer);
   input.addEventListener("input", fitComposer);
   input.addEventListener("keydown", onKeyDown);
   $("new").addEventListener("click", () => { open(store.newConversation()); closeList(); });
@@ -77,10 +79,11 @@ function onKeyDown(event) {
 
 function submit() {
   const text = $("input").value.trim();
-  if (!text || running) return;
+  if (!(text || pictures.count()) || running) return;
+  const images = pictures.take();
   if (editing !== null) shown.messages.length = editing;
   cancelEdit();
-  shown.messages.push({ role: "user", content: text });
+  shown.messages.push({ role: "user", content: text, ...(images.length ? { images } : {}) });
   $("input").value = "";
   fitComposer();
   ask();
@@ -91,7 +94,7 @@ async function ask() {
   const message = { role: "assistant", content: "" };
   const settings = store.settings();
   const history = conversation.messages.filter((m) => m.role === "user" || m.content)
-    .map(({ role, content }) => ({ role, content }));
+    .map((m) => ({ role: m.role, content: pictures.contentOf(m) }));
   const options = ["temperature", "max_tokens", "seed"].filter((k) => settings[k] !== null).map((k) => [k, settings[k]]);
   const body = {
     messages: settings.system.trim() ? [{ role: "system", content: settings.system }, ...history] : history,
@@ -180,7 +183,7 @@ function edit(index) {
   editing = index;
   $("editing").hidden = false;
   $("input").value = shown.messages[index].content;
-  fitComposer();
+  pictures.set([...(shown.messages[index].images ?? [])]);
   $("input").focus();
   showMessages();
 }
@@ -190,7 +193,7 @@ function cancelEdit() {
   editing = null;
   $("editing").hidden = true;
   $("input").value = "";
-  fitComposer();
+  pictures.set([]);
   showMessages();
 }
 
@@ -237,7 +240,7 @@ function showMessages() {
 function questionElement(message, index) {
   const last = index === shown.messages.findLastIndex((m) => m.role === "user");
   return h("article", { class: `message user${editing === index ? " edited" : ""}`, "aria-label": "You" },
-    h("div", { class: "bubble" }, message.content),
+    h("div", { class: "bubble" }, pictures.elements(message), message.content),
     h("div", { class: "tools" },
       last && !running && iconButton("edit", "Edit", () => edit(index)),
       iconButton("copy", "Copy", () => copyText(message.content))));
@@ -370,7 +373,7 @@ function fitComposer() {
   const send = $("send");
   setIcon(send, running ? "stop" : "send", running ? "Stop" : "Send");
   send.classList.toggle("stop", Boolean(running));
-  send.disabled = !running && !input.value.trim();
+  send.disabled = !running && !input.value.trim() && !pictures.count();
 }
 
 function isAtEnd() {

@@ -11,6 +11,7 @@ const PATHS = {
   retry: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
   more: "M5 12h.01M12 12h.01M19 12h.01",
+  picture: "M4 5h16v14H4zM4 16l5-5 5 5 2-2 4 4M15 9h.01",
   close: "M6 6l12 12M18 6L6 18",
   settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5",
 };

@@ -53,10 +53,12 @@ export const remove = (id) => localStorage.removeItem(PREFIX + entryName(id));
 export function titleOf(conversation) {
   if (conversation.title) return conversation.title;
   const first = conversation.messages.find((m) => m.role === "user")?.content.trim().replace(/\s+/g, " ") ?? "";
-  return first.length > 60 ? first.slice(0, 57) + "…" : first || "New conversation";
+  const unnamed = conversation.messages.some((m) => m.images?.length) ? "Picture" : "New conversation";
+  return first.length > 60 ? first.slice(0, 57) + "…" : first || unnamed;
 }
 
 export function toMarkdown(conversation) {
-  const messages = conversation.messages.map((m) => `**${m.role === "user" ? "You" : "Model"}**\n\n${m.content}`);
+  const pictures = (m) => (m.images ?? []).map((url, i) => `![Picture ${i + 1}](${url})\n\n`).join("");
+  const messages = conversation.messages.map((m) => `**${m.role === "user" ? "You" : "Model"}**\n\n${pictures(m)}${m.content}`);
   return `# ${titleOf(conversation)}\n\n${messages.join("\n\n---\n\n")}\n`;
 }
