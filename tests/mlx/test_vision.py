@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from one_process import load_rank
 
 from cenacle.collective.single import SingleRank
@@ -21,7 +22,7 @@ from cenacle.engine.prompt_vision import PromptVision
 from cenacle.errors import CheckpointError
 from cenacle.model import vision
 from cenacle.model.byte_ranges import total_bytes
-from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.checkpoint import Checkpoint, _read_header
 from cenacle.model.families import family_of
 from cenacle.model.image_settings import IMAGE_FAMILIES, ImageSettings
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
@@ -277,6 +278,41 @@ def test_a_checkpoint_without_a_tower(tmp_path: Path) -> None:
     assert read_model_spec(checkpoint, images=True).tower_bytes == 0
     assert "without a vision tower" in (image_obstacle(checkpoint, "qwen3_vl_moe") or "")
     assert "mixtral" in (image_obstacle(checkpoint, "mixtral") or "")
+
+
+@pytest.mark.parametrize("prefix", ["model.visual.", "vision_tower.", "visual."])
+@pytest.mark.parametrize("form", ["torch", "bfloat16", "quantized"])
+def test_a_tower_as_it_is_published(sees: Sees, tmp_path: Path, prefix: str, form: str) -> None:
+    """With torch's order of axes and its names, in 16 bits, or quantized by mlx-vlm."""
+    checkpoint = Checkpoint.open(sees.folder)
+    plain = vision.load_tower(checkpoint, sees.settings)
+    image = sees.request("a", "one").images[0]
+    depth = len(checkpoint.config["vision_config"]["deepstack_visual_indexes"])
+    weights = dict(tree_flatten(plain.parameters()))
+    if form == "torch":
+        name = "patch_embed.proj.weight"
+        weights[name] = mx.contiguous(weights[name].transpose(0, 4, 1, 2, 3))
+    elif form == "bfloat16":
+        weights = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
+    else:
+        wide = [n for n, a in weights.items() if a.ndim == 2 and a.shape[-1] % 32 == 0]
+        for name in (n for n in wide if "pos_embed" not in n):
+            path = name.removesuffix("weight")
+            parts = mx.quantize(weights.pop(name), group_size=32, bits=8)
+            weights |= zip((name, f"{path}scales", f"{path}biases"), parts, strict=True)
+    file = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(file), {f"{prefix}{name}": a for name, a in weights.items()})
+    published = replace(
+        checkpoint, folder=tmp_path, tensors={t.name: t for t in _read_header(file)}
+    )
+    tower = vision.load_tower(published, sees.settings)
+    size = sum(a.nbytes for _, a in tree_flatten(tower.parameters()))
+    assert vision.tower_bytes(published) == size
+    width = 64
+    want = np.array(ImageEmbedder(sees.settings, width, depth, plain).embed(image))
+    got = np.array(ImageEmbedder(sees.settings, width, depth, tower).embed(image))
+    most = {"torch": 0.0, "bfloat16": 0.05, "quantized": 0.05}[form]
+    assert np.abs(got - want).max() <= most * np.abs(want).max()
 
 
 def test_a_tower_that_does_not_fit_is_named(sees: Sees) -> None:

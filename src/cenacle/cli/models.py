@@ -78,6 +78,8 @@ def _print_plan(plan: Plan) -> None:
     )
     quantization = spec.quantization or "not quantized"
     print(f"weights     {format_bytes(spec.total_bytes)}, {spec.dtype}, {quantization}")
+    if spec.tower_bytes:
+        print(f"images      vision tower of {format_bytes(spec.tower_bytes)} on rank 0")
     print(f"context     {spec.context_length or 'unknown'} tokens, vocabulary {spec.vocab_size}")
     if plan.nodes > 1:
         print(
