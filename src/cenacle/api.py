@@ -311,7 +311,7 @@ class Model:
             raise InputError(f"image {number}: {reason}", "messages")
         if self._decoder is None:
             sizes = settings.min_pixels, settings.max_pixels
-            self._decoder = DecodeProcess(settings.token_side, *sizes)
+            self._decoder = DecodeProcess(settings.token_side, *sizes, enlarges=settings.enlarges)
         try:
             return self._decoder.decode(read_data_uri(source))
         except InputError as error:

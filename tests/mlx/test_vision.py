@@ -89,7 +89,8 @@ class Sees:
 def placed(shown: "Image.Image", begin: int, settings: ImageSettings) -> PromptImage:
     side = settings.token_side
     limits = settings.min_pixels, settings.max_pixels
-    high, wide = fit_size(shown.height, shown.width, side, *limits)
+    size = shown.height, shown.width
+    high, wide = fit_size(*size, side, *limits, enlarges=settings.enlarges)
     pixels = shown.resize((wide, high), Image.Resampling.BICUBIC).tobytes()
     digest = pixel_digest(wide, high, pixels)
     return PromptImage(begin, high // side, wide // side, digest, pixels)
@@ -287,7 +288,7 @@ def test_a_tower_as_it_is_published(sees: Sees, tmp_path: Path, prefix: str, for
     checkpoint = Checkpoint.open(sees.folder)
     plain = vision.load_tower(checkpoint, sees.settings)
     image = sees.request("a", "one").images[0]
-    depth = len(checkpoint.config["vision_config"]["deepstack_visual_indexes"])
+    depth = len(checkpoint.config["vision_config"].get("deepstack_visual_indexes", ()))
     weights = dict(tree_flatten(plain.parameters()))
     if form == "torch":
         name = "patch_embed.proj.weight"
@@ -296,7 +297,7 @@ def test_a_tower_as_it_is_published(sees: Sees, tmp_path: Path, prefix: str, for
         weights = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
     else:
         wide = [n for n, a in weights.items() if a.ndim == 2 and a.shape[-1] % 32 == 0]
-        for name in (n for n in wide if "pos_embed" not in n):
+        for name in (n for n in wide if "pos" not in n):
             path = name.removesuffix("weight")
             parts = mx.quantize(weights.pop(name), group_size=32, bits=8)
             weights |= zip((name, f"{path}scales", f"{path}biases"), parts, strict=True)
@@ -352,10 +353,14 @@ def test_settings_that_make_no_sense(sees: Sees, tmp_path: Path, members: str) -
 )
 def test_sizes_are_those_of_mlx_vlm(height: int, width: int) -> None:
     from mlx_vlm.models.qwen3_vl.processing_qwen3_vl import _smart_resize_image
+    from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize
 
     for side, least, most in ((32, 65536, 1 << 22), (28, 3136, 1003520), (16, 1024, 65536)):
         expected = _smart_resize_image(height, width, side, least, most)
         got = fit_size(height, width, side, least, most)
         assert got == expected or expected[0] * expected[1] > most
+        glm = smart_resize(2, height, width, 2, side, 2 * least, 2 * most)
+        enlarged = fit_size(height, width, side, least, most, enlarges=True)
+        assert enlarged == glm or glm[0] * glm[1] > most
         assert got[0] * got[1] <= most
         assert got[0] % side == got[1] % side == 0

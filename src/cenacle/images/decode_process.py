@@ -42,10 +42,11 @@ class DecodeProcess:
     Args:
         side: pixels of a token's side.
         least, most: pixels of an image.
+        enlarges: see `decode_worker.fit_size`.
     """
 
-    def __init__(self, side: int, least: int, most: int) -> None:
-        self._side, self._least, self._most = side, least, most
+    def __init__(self, side: int, least: int, most: int, *, enlarges: bool = False) -> None:
+        self._side, self._least, self._most, self._enlarges = side, least, most, enlarges
         self._worker = WorkerProcess("cenacle.images.decode_worker")
         self._lock = threading.Lock()
 
@@ -63,6 +64,7 @@ class DecodeProcess:
         message = {
             "image": base64.b64encode(data).decode(),
             **{"side": self._side, "least": self._least, "most": self._most},
+            "enlarges": self._enlarges,
             **{"cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES},
         }
         with self._lock:

@@ -111,9 +111,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fit_size(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:
+def fit_size(
+    height: int, width: int, side: int, least: int, most: int, *, enlarges: bool = False
+) -> tuple[int, int]:
     """The height and width to which an image is resized: multiples of `side`, with `least` to
-    `most` pixels, nearly in proportion. As Qwen's processors have it."""
+    `most` pixels, nearly in proportion. As Qwen's processors have it, and GLM's if it `enlarges`
+    those that are shorter than a side."""
+    if enlarges and min(height, width) < side:
+        scale = max(side / height, side / width)
+        height, width = int(height * scale), int(width * scale)
     high, wide = round(height / side) * side, round(width / side) * side
     if high * wide > most:
         scale = math.sqrt(height * width / most)
@@ -136,7 +142,12 @@ def answer(message: dict[str, Any]) -> dict[str, Any]:
     try:
         image = decode(data)
         high, wide = fit_size(
-            image.height, image.width, message["side"], message["least"], message["most"]
+            image.height,
+            image.width,
+            message["side"],
+            message["least"],
+            message["most"],
+            enlarges=message["enlarges"],
         )
         if (wide, high) != image.size:
             image = image.resize((wide, high), Image.Resampling.BICUBIC)

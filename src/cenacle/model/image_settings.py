@@ -17,12 +17,14 @@ from ..core.model_config import Config
 from ..errors import CheckpointError
 from ..extras import is_installed
 
-# Families of mlx-lm, by the name of their package in mlx-vlm, whose towers were compared with it.
-IMAGE_FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe")
+# Families by the name of their package in mlx-vlm, whose towers were compared with it.
+IMAGE_FAMILIES = ("glm4v_moe", "qwen3_vl_moe", "qwen3_5_moe")
+_GLM = "glm4v_moe"
 # Attention of a tower grows with the square: more would keep a CPU, and all requests, for minutes.
 MAX_PIXELS = 1 << 20
 MIN_PIXELS_DEFAULT, MAX_PIXELS_DEFAULT = 56 * 56, 14 * 14 * 4 * 1280  # mlx-vlm's
 _MAX_FILE_BYTES = 1 << 20
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ImageSettings:
         mean, deviation: of red, green and blue, from 0 to 1.
         image_token: id of the placeholder.
         start_token, end_token: ids before and behind the placeholders.
+        enlarges: an image with a side shorter than a token is made larger first.
     """
 
     family: str
@@ -51,6 +54,7 @@ class ImageSettings:
     image_token: int
     start_token: int
     end_token: int
+    enlarges: bool = False
 
     @property
     def token_side(self) -> int:
@@ -74,21 +78,29 @@ class ImageSettings:
         assert isinstance(size, dict)
         least = given.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS_DEFAULT
         most = given.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS_DEFAULT
+        # GLM counts an image's pixels as often as it repeats it.
+        frames = int(given.get("temporal_patch_size") or 2) if family == _GLM else 1
+        colors = _CLIP if family == _GLM else ((0.5,) * 3,) * 2
+
+        def token(name: str, *others: str) -> int:
+            return int(next(config[n] for n in (name, *others) if n in config))
+
         try:
             settings = cls(
                 family,
                 int(given.get("patch_size") or vision.get("patch_size") or 16),
                 int(given.get("merge_size") or vision.get("spatial_merge_size") or 2),
                 int(given.get("temporal_patch_size") or vision.get("temporal_patch_size") or 2),
-                int(least),
-                min(int(most), MAX_PIXELS),
-                tuple(map(float, given.get("image_mean") or (0.5, 0.5, 0.5))),
-                tuple(map(float, given.get("image_std") or (0.5, 0.5, 0.5))),
-                int(config["image_token_id"]),
-                int(config["vision_start_token_id"]),
-                int(config["vision_end_token_id"]),
+                int(least) // frames,
+                min(int(most) // frames, MAX_PIXELS),
+                tuple(map(float, given.get("image_mean") or colors[0])),
+                tuple(map(float, given.get("image_std") or colors[1])),
+                token("image_token_id"),
+                token("vision_start_token_id", "image_start_token_id"),
+                token("vision_end_token_id", "image_end_token_id"),
+                enlarges=family == _GLM,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (StopIteration, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: config.json and preprocessor_config.json: expected sizes and tokens of "
                 f"images, got {error!r:.200}"

@@ -18,7 +18,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,13 +61,14 @@ _SAFETENSORS_NAMES = {
 }
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+GLM_IMAGE_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
 IM_END, END_OF_TEXT = 257, 258
 # Without a template a prompt is just its tokens; images come only in chats.
 _IMAGE_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}{% if part.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -159,7 +160,10 @@ def synth(
     _write_weights(out, shards, progress)
     _write_index(out, shards, parameters)
     context = find_int(config, CONTEXT_LENGTH_KEYS) or 4096
-    _write_tokenizer(out, _vocab_size(config), context, images=chosen.images)
+    image_tokens: tuple[str, ...] = ()
+    if chosen.images:
+        image_tokens = GLM_IMAGE_TOKENS if chosen.family == "glm4v_moe" else IMAGE_TOKENS
+    _write_tokenizer(out, _vocab_size(config), context, image_tokens)
     if chosen.images:
         _write_image_settings(out, config)
     save_config(config, out / "config.json", keep_vision_config=True)
@@ -424,14 +428,20 @@ def _write_image_settings(out: Path, config: Config) -> None:
     _write_json(out / "preprocessor_config.json", {**sizes, **colors, "size": _IMAGE_PIXELS})
 
 
-def _write_tokenizer(out: Path, vocab_size: int, context: int, *, images: bool = False) -> None:
+def _write_tokenizer(
+    out: Path, vocab_size: int, context: int, image_tokens: Sequence[str] = ()
+) -> None:
     """Write a byte-level tokenizer: ids 0..255 are the bytes, then special tokens, then fillers.
 
     A filler decodes to " t" and its id, so that every id a random model gives is text. There is no
     chat template: to a random model a prompt is just its tokens, for mlx-lm's tools too. With
     images there is one, since only messages have them.
     """
-    special = (*SPECIAL_TOKENS, *IMAGE_TOKENS) if images else SPECIAL_TOKENS
+    special = (*SPECIAL_TOKENS, *image_tokens)
+    template = ""
+    if image_tokens:
+        begin, end, image, _ = image_tokens
+        template = _IMAGE_TEMPLATE.replace("IMAGE", f"{begin}{image}{end}")
     tokens = [
         *_byte_letters(),
         *special,
@@ -456,7 +466,7 @@ def _write_tokenizer(out: Path, vocab_size: int, context: int, *, images: bool =
             "pad_token": "<|endoftext|>",
             "additional_special_tokens": list(special),
             "clean_up_tokenization_spaces": False,
-            **({"chat_template": _IMAGE_TEMPLATE} if images else {}),
+            **({"chat_template": template} if template else {}),
         },
     )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -121,12 +121,20 @@ def _attention_in_blocks(kind: type[nn.Module]) -> type[nn.Module]:
     """A tower's attention with scores of some patches at a time: on a CPU MLX makes all of them,
     gigabytes for a large image."""
     call: Any = kind.__call__
-    names = {**call.__globals__, "ensure_fused_sdpa": _attend_in_blocks}
+    fast = SimpleNamespace(scaled_dot_product_attention=_attend_in_blocks)
+    own_mx = SimpleNamespace(**{**vars(mx), "fast": fast})
+    names = {**call.__globals__, "ensure_fused_sdpa": _attend_in_blocks, "mx": own_mx}
     changed = FunctionType(call.__code__, names, call.__name__, call.__defaults__)
     return type(kind.__name__, (kind,), {"__call__": changed})
 
 
-def _attend_in_blocks(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+def _attend_in_blocks(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None = None,  # noqa: ARG001  (of one image nothing is masked)
+) -> mx.array:
     """softmax(q k^T scale) v of [1, heads, patches, width]."""
     rows = max(1, SCORES_BYTES // (4 * k.shape[1] * k.shape[2]))
     parts = []
@@ -197,7 +205,8 @@ class ImageEmbedder:
         patches = mx.array(make_patches(image, self.settings))
         grid = mx.array([[1, image.rows * merge, image.columns * merge]])
         dtype = self.tower.patch_embed.proj.weight.dtype
-        embedding, deeper = self.tower(patches.astype(dtype), grid)
+        made = self.tower(patches.astype(dtype), grid)
+        embedding, deeper = made if isinstance(made, tuple) else (made, [])
         features = mx.concatenate([embedding, *deeper], axis=-1).astype(mx.float32)
         assert features.shape == self.shape(image), f"{features.shape} for {self.shape(image)}"
         return features
@@ -219,7 +228,7 @@ class _Pass:
 
 
 class ImageModel:
-    """A language model of mlx-lm that can be called with images.
+    """A language model that can be called with images.
 
     It changes the classes of the model and some of its modules, in place; after native layers were
     installed.
@@ -236,7 +245,8 @@ class ImageModel:
         self._layers = model.layers
         scaling = _rope_scaling(text_config(config))
         sections = scaling.get("mrope_section") or _SECTIONS_DEFAULT
-        for layer in self._layers:
+        is_vlm = isinstance(model, zoo.TextModel)  # its attention takes positions as they are
+        for layer in self._layers if not is_vlm else ():
             if (attention := layer.get("self_attn")) is not None:
                 attention.rope = _ImageRope(attention.rope, sections, self._pass)
                 kind: Any = type(attention)
@@ -247,7 +257,7 @@ class ImageModel:
             _change_class(layer, _image_layer(kind))
             layer.image_pass, layer.image_index = self._pass, index
         kind = type(model)
-        _change_class(model, _image_model(kind))
+        _change_class(model, _positioned_model(kind) if is_vlm else _image_model(kind))
         model.image_pass = self._pass
 
     def __call__(
@@ -380,6 +390,23 @@ def _image_layer(kind: type[nn.Module]) -> type[nn.Module]:
         out = kind.__call__(self, *args, **keywords)
         added = self.image_pass.added
         return out + added[self.image_index] if added else out
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+@cache
+def _positioned_model(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of mlx-vlm's language models that are given the positions of images."""
+
+    def call(
+        self: Any, ids: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
+    ) -> Any:
+        positions = self.image_pass.positions
+        if positions is not None:
+            positions = positions[:, None]
+        elif (shift := shift_of(cache)) is not None:
+            positions = self.text_positions(ids, cache, shift)
+        return self.forward(ids, cache, positions, input_embeddings)
 
     return type(kind.__name__, (kind,), {"__call__": call})
 

@@ -143,17 +143,45 @@ class TextModel(nn.Module):
 
     def __call__(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
         """See the class."""
+        return self.forward(ids, cache)
+
+    def forward(
+        self,
+        ids: mx.array,
+        cache: list[Any] | None,
+        positions: mx.array | None = None,
+        embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Logits [batch, length, vocabulary].
+
+        Args:
+            positions: in the family's layout; None: they count up.
+            embeddings: of the ids, [batch, length, width]; None: the model's own.
+        """
         model = self._text
+        arguments = {} if embeddings is None else {"inputs_embeds": embeddings}
         if not hasattr(model, "_rope_deltas"):
-            return model(ids, cache=cache).logits
+            return model(ids, cache=cache, **arguments).logits
         # It keeps positions between calls, of one conversation: give them with each call.
-        positions = mx.arange(ids.shape[1]) + mx.array(_offset_of(cache)).reshape(-1, 1)
-        positions = mx.broadcast_to(positions, ids.shape)
+        if positions is None:
+            positions = self.text_positions(ids, cache)
+        return model(ids, cache=cache, position_ids=positions, **arguments).logits
+
+    def text_positions(
+        self, ids: mx.array, cache: list[Any] | None, shift: int | mx.array = 0
+    ) -> mx.array:
+        """Positions of text, in the family's layout.
+
+        Args:
+            shift: added to them, of all or of each sequence.
+        """
+        offset = mx.array(_offset_of(cache)).reshape(-1, 1) + mx.array(shift).reshape(-1, 1)
+        positions = mx.broadcast_to(mx.arange(ids.shape[1]) + offset, ids.shape)
         layout = family_of(self._family).positions
         if layout is not Positions.ONE:
             axis = 0 if layout is Positions.THREE_ROWS else -1
             positions = mx.stack([positions] * 3, axis=axis)
-        return model(ids, cache=cache, position_ids=positions).logits
+        return positions
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:

@@ -35,7 +35,12 @@ class ImageLoader:
     """
 
     def __init__(self, settings: ImageSettings, fetcher: ImageFetcher) -> None:
-        self._process = DecodeProcess(settings.token_side, settings.min_pixels, settings.max_pixels)
+        self._process = DecodeProcess(
+            settings.token_side,
+            settings.min_pixels,
+            settings.max_pixels,
+            enlarges=settings.enlarges,
+        )
         self._process.start()
         self._fetcher, self._decodes = fetcher, PreparationQueue()
         self._fetches = ThreadPoolExecutor(MAX_THREADS, "images")
