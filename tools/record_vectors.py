@@ -12,6 +12,9 @@ of width 24, top-2, vocab 256, float32; 590 or 200 kB), and what that model answ
         prompt_<n>.logits   float32 [n, 256]   logits at every position of the prompt
         prompt_<n>.greedy   int32   [16]       greedy tokens that follow, through the KV cache
     versions.json                    versions, command, seed, margins, comparison with mlx-lm
+    scaled.safetensors               of some families: the longest prompt, and its logits [n, 256]
+                                     with rotary positions scaled in each way of SCALED, whose
+                                     settings are in the header
 
 Does not know: cenacle, tokenizers, quantization.
 
@@ -20,9 +23,10 @@ best logits of every greedy step are at least MIN_TOKEN_MARGIN apart, and the ro
 last chosen and the first rejected expert at least MIN_ROUTER_MARGIN; float32 sums in another order
 move either by about 1e-5. The saved file, loaded again, gives the very logits recorded.
 
-Two commands, for two environments; run `record`, then `check`:
+Three commands, for two environments; run `record` and `scale`, then `check`:
 
     python tools/record_vectors.py record    needs torch, transformers (5.23), safetensors
+    python tools/record_vectors.py scale     the same; adds scaled.safetensors
     python tools/record_vectors.py check     needs mlx, mlx-lm; adds "mlx_lm" to versions.json
 
 What `check` printed (mlx 0.32.4, mlx-lm 0.32.2, CPU), the error being the largest difference of any
@@ -54,6 +58,17 @@ from pathlib import Path
 VECTORS = Path(__file__).resolve().parent.parent / "tests" / "vectors"
 FAMILIES = ("dbrx", "mixtral", "qwen3_moe")
 REPAIRED = ("ernie4_5_moe", "gpt_oss", "hunyuan", "jamba")  # mlx-lm alone gives something else
+
+# Ways to scale rotary positions that mlx-lm's classes of these families ignore.
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+SCALED = {
+    "mixtral": {"llama3": _LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    "qwen3_moe": {"linear": {"rope_type": "linear", "factor": 4.0}, "yarn": _YARN},
+    "ernie4_5_moe": {
+        "yarn_stated": _YARN | {"attention_factor": 0.8, "truncate": False, "beta_fast": 8.0}
+    },
+}
 
 PROMPT_LENGTHS = (1, 7, 40)
 GREEDY_TOKENS = 16
@@ -334,6 +349,34 @@ def record(family: str) -> None:
     )
 
 
+def scale(family: str) -> None:
+    """Records what the checkpoint of `family` answers with scaled rotary positions."""
+    import safetensors.torch
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    folder = VECTORS / family
+    name = f"prompt_{max(PROMPT_LENGTHS)}"
+    vectors = safetensors.torch.load_file(folder / "vectors.safetensors")
+    tokens, unscaled = vectors[f"{name}.tokens"], vectors[f"{name}.logits"]
+    tensors = {"tokens": tokens}
+    for kind, settings in SCALED[family].items():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.rope_parameters = config.rope_parameters | settings
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            tensors[f"{kind}.logits"] = model(tokens[None].long()).logits[0].contiguous()
+        apart = (tensors[f"{kind}.logits"] - unscaled).abs().max() / unscaled.abs().max()
+        print(f"{family} {kind}: {apart:.2g} of the largest logit from unscaled")
+        if apart < 1e-2:
+            raise RuntimeError(f"{family} {kind}: the scaling hardly changes anything")
+    settings = {"settings": json.dumps(SCALED[family]), "transformers": transformers.__version__}
+    safetensors.torch.save_file(tensors, folder / "scaled.safetensors", settings)
+
+
 def check(family: str) -> None:
     """Replays the vectors with mlx-lm on the CPU. Raises RuntimeError where they disagree."""
     from importlib.metadata import version
@@ -391,12 +434,12 @@ def write_json(path: Path, value: dict) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("record", "check"))
+    parser.add_argument("command", choices=("record", "scale", "check"))
     parser.add_argument("families", nargs="*", help="default: all, to check those of mlx-lm alone")
     arguments = parser.parse_args(argv)
-    repaired = REPAIRED if arguments.command == "record" else ()
-    for family in arguments.families or (*FAMILIES, *repaired):
-        {"record": record, "check": check}[arguments.command](family)
+    families = {"record": (*FAMILIES, *REPAIRED), "scale": tuple(SCALED), "check": FAMILIES}
+    for family in arguments.families or families[arguments.command]:
+        {"record": record, "scale": scale, "check": check}[arguments.command](family)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ from cenacle.model.tensor_info import TensorInfo
 from cenacle.model.weight_files import GGUF_INDEX
 from support.moe_gguf import ARCHITECTURES, write_moe
 
+YARN = {
+    **{"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    **{"beta_fast": 32, "beta_slow": 1},
+}
 TOKENS = [[1, 40, 7, 99, 200, 13, 5, 64]]
 
 
@@ -48,6 +52,19 @@ def test_logits_are_those_of_the_floats(tmp_path, family):
     for nodes, placement in ((1, "whole"), (3, "whole"), (2, "sliced"), (2, "replicated")):
         for logits in logits_of(folder, nodes, placement):
             assert np.abs(logits - expected).max() < 1e-4, (nodes, placement)
+
+
+@pytest.mark.parametrize(
+    "family", ["glm4_moe", "minimax", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe"]
+)
+def test_scaled_positions_are_those_of_the_floats(tmp_path, family):
+    """Files of 128K tokens; tests/mlx/test_rotary.py has transformers' logits."""
+    expected = np.array(write_moe(tmp_path, family, rope_scaling=YARN)(mx.array(TOKENS)))
+    plain = np.array(write_moe(tmp_path / "plain", family)(mx.array(TOKENS)))
+    assert np.abs(plain - expected).max() > 1e-2
+    folder = locate_checkpoint(str(tmp_path / "model.gguf"))
+    for logits in logits_of(folder, 2, "sliced"):
+        assert np.abs(logits - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
@@ -162,18 +179,16 @@ SCALING = {
 }
 
 
-YARN = {
-    **{"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
-    **{"beta_fast": 32, "beta_slow": 1},
-}
-
-
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
         ("deepseek_v2", {"norm_topk_prob": True}, "expert_weights_norm: expected False"),
         ("llama4", {"rope_scaling": SCALING}, "rope_freqs.weight: expected factors of Llama's"),
-        ("qwen3_moe", {"rope_scaling": YARN}, "rope.scaling.type: expected 'none', got 'yarn'"),
+        (
+            "llama4",
+            {"rope_scaling": SCALING | YARN},
+            "rope.scaling.type: expected 'none', got 'yarn'|expected factors of Llama's",
+        ),
         ("minimax", {"scoring_func": "softmax"}, "expert_gating_func: expected 2, got 1"),
     ],
 )

@@ -31,6 +31,7 @@ from .families import (
     stack_tensors,
     vlm_family_name,
 )
+from .rotary import complete_rope
 
 STACKED_LAYERS = ("gate_proj", "up_proj", "fc1", "down_proj", "fc2")  # the last one comes last
 OUTPUT_LAYERS = ("down_proj", "fc2")
@@ -225,19 +226,15 @@ def complete_config(config: Config) -> Config:
 
     transformers 5 saves `rope_theta` inside `rope_parameters` and renames counts of experts;
     mlx-lm 0.32.2 then rejects the config or, worse, silently uses its own default base. mlx-vlm
-    knows them.
+    knows them but for `rope_parameters`, of which some of its families know nothing.
     """
     if vlm_family_name(str(config.get("model_type"))) is not None:
-        return config
+        return _complete_vlm_config(config)
     full = {k: complete_config(v) if k == "text_config" else v for k, v in config.items()}
+    full = complete_rope(full)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if rope.get(key) is not None:
-                full.setdefault(key, rope[key])
-        scaled = rope.get("rope_type", "default") != "default"
-        if full.get("rope_scaling") is None:
-            full["rope_scaling"] = {"type": rope["rope_type"], **rope} if scaled else None
+        full.setdefault("rope_scaling", None)
     counts = [config[k] for k in EXPERT_COUNT_KEYS if isinstance(config.get(k), int)]
     for key in EXPERT_COUNT_KEYS[:3] if counts else ():
         full.setdefault(key, counts[0])
@@ -252,6 +249,15 @@ def complete_config(config: Config) -> Config:
         defaults = family.config_defaults(full)
         full |= {key: value for key, value in defaults.items() if full.get(key) is None}
     return full
+
+
+def _complete_vlm_config(config: Config) -> Config:
+    parts = ("text_config", "thinker_config")
+    full = {
+        k: _complete_vlm_config(v) if k in parts and isinstance(v, dict) else v
+        for k, v in config.items()
+    }
+    return complete_rope(full)
 
 
 def with_expert_count(config: Any, count: int, local: int) -> Any:

@@ -133,7 +133,7 @@ class GgufFamily:
         layers, outer: where it has layers, and what is outside them, after the prefix.
         skipped: tensors of which nothing is needed.
         norm_key: the epsilon of norms.
-        rope_scalings: of rotary positions, that mlx-lm's class computes; others it would ignore.
+        rope_scalings: of rotary positions, that llama.cpp and `rotary.py` compute alike.
         text_type: where config.json describes the language model apart, the model_type there.
     """
 
@@ -287,8 +287,6 @@ def _deepseek_v2(values: Values) -> dict[str, Any]:
     if config["norm_topk_prob"]:
         raise values.unsupported("expert_weights_norm", "False with softmax", True)
     return config | {
-        # mlx-lm's class has no other rotary positions; a factor of 1 changes none.
-        "rope_scaling": config["rope_scaling"] or {"type": "yarn", "factor": 1.0},
         "scoring_func": "softmax",
         "topk_method": "group_limited_greedy" if config["n_group"] > 1 else "greedy",
     }
@@ -531,6 +529,7 @@ FAMILIES = {
         _GLM_NAMES | _NORMS,
         _glm4_moe,
         parameters={"exp_probs_b.bias": f"mlp.gate.{_BIAS_NAME}"},
+        rope_scalings=("linear", "yarn"),
     ),
     "gpt-oss": GgufFamily(
         "gpt_oss",
@@ -547,7 +546,11 @@ FAMILIES = {
         rope_scalings=("linear", "yarn"),
     ),
     "llama": GgufFamily(
-        "mixtral", _moe_names("block_sparse_moe"), _mixtral, transforms=_PAIRED_HEADS
+        "mixtral",
+        _moe_names("block_sparse_moe"),
+        _mixtral,
+        transforms=_PAIRED_HEADS,
+        rope_scalings=("linear", "yarn"),
     ),
     "llama4": GgufFamily(
         "llama4",
@@ -562,8 +565,9 @@ FAMILIES = {
         _moe_names("block_sparse_moe") | _NORMS,
         _minimax_m2,
         parameters={"exp_probs_b.bias": f"block_sparse_moe.{_BIAS_NAME}"},
+        rope_scalings=("linear", "yarn"),
     ),
-    "qwen2moe": GgufFamily("qwen2_moe", _QWEN2_NAMES, _qwen2_moe, rope_scalings=("linear",)),
+    "qwen2moe": GgufFamily("qwen2_moe", _QWEN2_NAMES, _qwen2_moe, rope_scalings=("linear", "yarn")),
     "qwen35moe": GgufFamily(
         "qwen3_5_moe",
         _LINEAR_NAMES
@@ -586,9 +590,12 @@ FAMILIES = {
             "linear_attn.out_proj": transforms.restore_value_columns,
         },
         prefix="language_model.",
+        rope_scalings=("linear", "yarn"),
         text_type="qwen3_5_moe_text",
     ),
-    "qwen3moe": GgufFamily("qwen3_moe", _moe_names("mlp") | _NORMS, _qwen3_moe),
+    "qwen3moe": GgufFamily(
+        "qwen3_moe", _moe_names("mlp") | _NORMS, _qwen3_moe, rope_scalings=("linear", "yarn")
+    ),
     "qwen3next": GgufFamily(
         "qwen3_next",
         _LINEAR_NAMES | {"ssm_ba": "linear_attn.in_proj_ba", "ssm_in": "linear_attn.in_proj_qkvz"},

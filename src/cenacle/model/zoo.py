@@ -15,7 +15,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,6 +32,7 @@ from ..core.model_config import Config
 from ..errors import CheckpointError, InputError
 from ..extras import import_extra, is_installed
 from .families import OUTPUT_SCALE, Positions, Zoo, family_of, is_tower_tensor, vlm_family_name
+from .rotary import scale_classes
 from .zoo_repairs import repair
 
 _LANGUAGE_MODEL, _THINKER = "language_model", "thinker"
@@ -63,12 +64,19 @@ class ModelClasses:
 
 
 def find_classes(config: Config) -> ModelClasses:
-    """The classes for a config's model_type.
+    """The classes for a config's model_type and its scaling of rotary positions.
 
     Raises:
-        CheckpointError: the config has no model_type, or neither package has such a family.
+        CheckpointError: the config has no model_type, neither package has such a family, or
+            positions are scaled in a way that is not supported.
         InputError: mlx-vlm has it and is not installed.
     """
+    classes = _find_classes(config)
+    model, arguments = scale_classes(classes.family, classes.model, classes.arguments, config)
+    return replace(classes, model=model, arguments=arguments)
+
+
+def _find_classes(config: Config) -> ModelClasses:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError("config.json: expected a model_type, got none")

@@ -10,7 +10,6 @@ each (`tests/mlx/test_zoo.py`, `tests/mlx/test_vectors.py`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -187,41 +186,8 @@ def _repair_hunyuan() -> None:
     _replace_call(MoeBlock, forward)
 
 
-def _repair_gpt_oss() -> None:
-    """YaRN's range of frequencies is not rounded to whole numbers where the config says so."""
-    from mlx_lm.models import gpt_oss
-
-    initialize = gpt_oss.initialize_rope
-
-    def initialize_rope(
-        dims: int,
-        base: float,
-        traditional: bool,
-        scaling_config: dict[str, Any] | None = None,
-        max_position_embeddings: int | None = None,
-    ) -> nn.Module:
-        rope = initialize(dims, base, traditional, scaling_config, max_position_embeddings)
-        if scaling_config is None or scaling_config.get("truncate", True):
-            return rope
-
-        def dimension(rotations: float) -> float:
-            length = scaling_config.get("original_max_position_embeddings", 4096)
-            return dims * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-        low = max(dimension(scaling_config.get("beta_fast", 32)), 0)
-        high = min(dimension(scaling_config.get("beta_slow", 1)), dims - 1)
-        ramp = mx.clip((mx.arange(dims // 2) - low) / max(high - low, 1e-3), 0, 1)
-        short = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
-        long = scaling_config["factor"] * short
-        rope._freqs = long * short / (long * (1 - ramp) + short * ramp)
-        return rope
-
-    gpt_oss.initialize_rope = initialize_rope
-
-
 REPAIRS = {
     "ernie4_5_moe": _repair_ernie4_5_moe,
-    "gpt_oss": _repair_gpt_oss,
     "hunyuan": _repair_hunyuan,
     "jamba": _repair_jamba,
     "deepseek_v4": _repair_deepseek_v4,
