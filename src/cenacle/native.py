@@ -47,6 +47,12 @@ def unavailable_reason() -> str:
     return _unavailable_reason
 
 
+def trim() -> None:
+    """Give freed memory back to the machine, where the extension can."""
+    if _extension is not None:
+        _extension.trim()
+
+
 def extension() -> ModuleType:
     """The extension.
 

@@ -101,9 +101,22 @@ def test_linux_needs_room_for_all_its_ranks():
 def test_ranks_of_one_machine_count_their_neighbors():
     layer = MoELayer(0, experts=4, expert_bytes=100)
     spec = ModelSpec("mixtral", 1, (layer,), 2, 1000, 64, 10, "float32")
-    need = MemoryEstimate.of_rank(Plan.whole(spec, 2, (3, 1)), 1, kv_cache=7)
-    assert (need.weights, need.unshared) == (1100, 1107 + WORKSPACE_BYTES)
-    assert need.total == 1107 + 1307 + 2 * WORKSPACE_BYTES
+    plan = Plan.whole(spec, 2, (3, 1))
+    need = MemoryEstimate.of_rank(plan, 1, kv_cache=700)
+    assert (need.weights, need.unshared) == (1100, 1800 + WORKSPACE_BYTES)
+    assert need.total == 1800 + 2000 + 2 * WORKSPACE_BYTES
+    assert "KV cache 700 B" in str(need)
+
+
+def test_loading_needs_room_for_a_layer_before_there_is_a_cache():
+    layers = tuple(MoELayer(i, experts=4, expert_bytes=1000 + i) for i in range(3))
+    spec = ModelSpec("mixtral", 3, layers, 2, 1000, 64, 10, "float32", embedding_bytes=2500)
+    plan = Plan.whole(spec, 2, (3, 1))
+    assert [plan.loading_bytes_of(rank) for rank in range(2)] == [3 * 1002, 2500]
+    need = MemoryEstimate.of_rank(plan, 0, kv_cache=7)
+    assert need.unshared == need.weights + 3006 + WORKSPACE_BYTES
+    assert need.neighbors == 1000 + 3003 + 2500 + WORKSPACE_BYTES
+    assert "loading them 3.01 KB" in str(need)
 
 
 def test_a_mac_is_told_how_to_wire_more():

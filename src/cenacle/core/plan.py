@@ -411,6 +411,21 @@ class Plan:
             "total": trunk + experts + shared + tower,
         } | ({"tower": tower} if tower else {})
 
+    def loading_bytes_of(self, rank: int) -> int:
+        """Most bytes beside its weights that `rank` needs while it loads them.
+
+        What a matrix is made of and the matrix are there at once: of all the rank's experts of a
+        layer, whose projections may be made together, or of a large part of the trunk.
+        """
+        layers = []
+        for plan, moe in zip(self.layers, self.spec.moe, strict=True):
+            held = [s for slices in plan.experts for s in slices if s.rank == rank]
+            units = sum(s.stop - s.start for s in held)
+            sliceable = moe.expert_bytes - moe.unsliced_bytes
+            layers.append(sliceable * units // self.width + moe.unsliced_bytes * len(held))
+        trunk = [m.bytes for m in self.spec.dense_modules]
+        return max([self.spec.embedding_bytes, *layers, *trunk])
+
     def table(self) -> str:
         """A table with one line per rank (experts: of the first MoE layer)."""
         lines = [

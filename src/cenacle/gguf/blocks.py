@@ -6,7 +6,7 @@ Types that are affine in groups of 32 become MLX's affine layout without loss; s
 float32, because a K-quant's are products of two numbers. Q6_K, Q3_K and Q2_K have a scale for every
 16 weights, for which MLX has no layout: they become 8 bits in groups of 32, and the error is at
 most a 510th of a group's range, an eighth of the step of Q6_K or less.
-Invariant: `to_mlx_layout` needs memory for its result and some MB.
+Invariant: `to_mlx_layout` needs memory for its result and 4 MB.
 Next: `file.py`; the witness in the tests is the package gguf.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 GROUP = 32
-_CHUNK_BLOCKS = 1 << 14
+_CHUNK_WEIGHTS = 1 << 17  # decoded at a time: a weight takes up to 24 bytes on the way
 
 # https://github.com/ggml-org/ggml/blob/master/include/ggml.h, enum ggml_type
 TYPE_NAMES = {
@@ -70,17 +70,18 @@ def to_mlx_layout(type_name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
     flat = blocks.reshape(-1, kind.nbytes)
     groups, words = kind.weights // GROUP, kind.weights * kind.bits // 32
     weight = np.empty((len(flat), words), np.uint32)
+    step = _CHUNK_WEIGHTS // kind.weights
+    chunks = [slice(i, i + step) for i in range(0, len(flat), step)]
     if kind.mode == "mxfp4":
-        scales = np.ascontiguousarray(flat[:, :1])
-        weight[:] = _pack(_nibbles(flat[:, 1:]), 4)
-        parameters = {"weight": weight, "scales": scales}
+        for chunk in chunks:
+            weight[chunk] = _pack(_nibbles(flat[chunk, 1:]), 4)
+        parameters = {"weight": weight, "scales": np.ascontiguousarray(flat[:, :1])}
     else:
         assert kind.decode is not None
         scales, biases = (np.empty((len(flat), groups), np.float32) for _ in range(2))
         # Damaged scales become what they may: whoever loads them looks at the result.
         with np.errstate(invalid="ignore", over="ignore"):
-            for i in range(0, len(flat), _CHUNK_BLOCKS):
-                chunk = slice(i, i + _CHUNK_BLOCKS)
+            for chunk in chunks:
                 q, scales[chunk], biases[chunk] = kind.decode(flat[chunk])
                 weight[chunk] = _pack(q, kind.bits)
         parameters = {"weight": weight, "scales": scales, "biases": biases}

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..core.model_config import Config, text_config
 from ..errors import CheckpointError
@@ -44,6 +43,7 @@ from .gguf_families import (
 )
 from .gguf_transforms import Parts, Transform, name_parts
 from .tensor_info import TensorInfo
+from .tensor_reader import TensorPiece, read_bytes, read_piece
 from .weight_files import GGUF_INDEX
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(weight|bias))?")
@@ -279,19 +279,23 @@ class GgufIndex:
         """How many tensors there are under each path."""
         return Counter(name.rpartition(".")[0] for name in self.tensors)
 
-    def decode(self, info: TensorInfo, array: mx.array) -> Parts:
-        """What was read of a tensor.
+    def read_parts(self, piece: TensorPiece, shape: tuple[int, ...]) -> Parts:
+        """Read and decode a part of a tensor.
 
         Args:
-            array: [..., blocks, bytes] of a quantized tensor.
+            shape: of what is read: [..., blocks, bytes] of a quantized tensor.
+
+        Raises:
+            CheckpointError: the file ended or could not be read.
         """
-        if info.dtype in UNQUANTIZED:
-            return {"weight": array}
-        leaves = to_mlx_layout(info.dtype, np.array(array))
-        return {name: mx.array(part) for name, part in leaves.items()}
+        if piece.tensor.dtype in UNQUANTIZED:
+            return {"weight": read_piece(piece).reshape(shape)}
+        leaves = to_mlx_layout(piece.tensor.dtype, read_bytes(piece).reshape(shape))
+        # A part at a time goes to MLX, which copies it.
+        return {name: mx.array(leaves.pop(name)) for name in list(leaves)}
 
     def describe(self, info: TensorInfo, shape: tuple[int, ...]) -> Parts:
-        """As `decode`, but nothing is read: never to be evaluated.
+        """As `read_parts`, but nothing is read: never to be evaluated.
 
         Args:
             shape: of what would be read.
@@ -315,7 +319,7 @@ class GgufIndex:
         """The model's parameters that a tensor makes, by name, lazily.
 
         Args:
-            parts: what `decode` gives.
+            parts: what `read_parts` gives.
             waiting: tensors, by path, whose parameters need others that come later; it begins
                 empty and ends empty.
         """

@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
+from .. import native
 from ..core.plan import Plan
 from ..errors import CenacleError, CheckpointError
 from . import architecture, zoo
@@ -52,6 +53,23 @@ from .tensor_slice import ROWS, TensorSlice
 
 Progress = Callable[[int, int], None]
 """Called with bytes of weights in memory so far and bytes in all."""
+
+
+TRIM_BYTES = 64 << 20
+
+
+class _Trimmer:
+    """Gives freed memory back now and then: single experts leave holes that no stack fits into."""
+
+    def __init__(self) -> None:
+        self._since = 0
+
+    def add(self, nbytes: int) -> None:
+        """Count what was made."""
+        self._since += nbytes
+        if self._since >= TRIM_BYTES:
+            native.trim()
+            self._since = 0
 
 
 def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
@@ -101,6 +119,7 @@ def _load_gguf(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modul
     slices: RankSlices = model.rank_slices
     tensors: dict[str, mx.array] = {}
     waiting: dict[str, dict[str, Parts]] = {}
+    trimmer = _Trimmer()
     assert checkpoint.gguf is not None
     for piece in slices.tensors:
         parts = _read_gguf_piece(checkpoint, piece, is_read=plan is not None)
@@ -108,6 +127,7 @@ def _load_gguf(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modul
             sliced = _slice_tensor(name, array, slices.unread, None, None)
             if plan is not None:
                 mx.eval(sliced)  # so that the whole tensor can be freed
+                trimmer.add(sliced.nbytes)
             tensors[name] = sliced
     nn.quantize(
         model,
@@ -131,7 +151,7 @@ def _read_gguf_piece(checkpoint: Checkpoint, piece: TensorPiece, *, is_read: boo
         shape = (shape[0] * shape[1], *shape[2:])
     if not is_read:
         return checkpoint.gguf.describe(tensor, shape)
-    return checkpoint.gguf.decode(tensor, read_piece(piece).reshape(shape))
+    return checkpoint.gguf.read_parts(piece, shape)
 
 
 _LOADED_FILES: ContextVar[list[str] | None] = ContextVar("loaded files", default=None)
@@ -200,6 +220,7 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
         require_checks(checkpoint, model)
         parameters = dict(architecture.named_parameters(model))
         total, done = sum(a.nbytes for a in parameters.values()), 0
+        trimmer = _Trimmer()
         for name, array in parameters.items():
             mx.eval(array)
             if not _is_finite(model, name, array):
@@ -207,6 +228,7 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
                     f"{checkpoint.folder}: {name}: a scale is not a number; download it again"
                 )
             done += array.nbytes
+            trimmer.add(array.nbytes)
             progress(done, total)
     except RuntimeError as error:
         raise CheckpointError(
@@ -409,7 +431,7 @@ def _read_rank_tensors(
     # Of experts that are sliced after the conversion the whole must not be made.
     late = any(STACKED_TENSOR.fullmatch(f"{path}.weight") for path in slices.unread)
     return tensors, _read_rank_layers(
-        weights, slices, pieces, quantized, widen=is_read and not late
+        weights, slices, pieces, quantized, decode=is_read and not late
     )
 
 
@@ -429,15 +451,16 @@ def _read_rank_layers(
     pieces: Mapping[str, TensorPiece],
     quantized: QuantizedLayers,
     *,
-    widen: bool,
+    decode: bool,
 ) -> dict[str, LoadedLayer]:
     """The quantized layers of which the rank holds something, by their paths there.
 
     Args:
-        widen: make the floats of experts that are held as floats now, one after the other: decoding
-            one takes several times its bytes, and a stack of them is evaluated at once.
+        decode: decode experts now, one after the other, where that takes several times their bytes:
+            a stack of them is evaluated at once.
     """
     loaded: dict[str, LoadedLayer] = {}
+    trimmer = _Trimmer()
     together: dict[Any, dict[str, StoredLayer]] = {}
     for path, stored in quantized.layers.items():
         first = next(iter(stored.tensors.values())).info.name
@@ -446,12 +469,16 @@ def _read_rank_layers(
         local = _local_name(f"{path}.weight", slices).removesuffix(".weight")
         piece = pieces.get(first)
         if piece is None or piece.view is None:
-            arrays = {role: weights[t.info.name] for role, t in stored.tensors.items()}
-            checks: list[Check] = []
-            whole = stored.decode(arrays, ROWS, (0, stored.outputs), checks)
-            loaded[local] = LoadedLayer(stored, whole, checks)
-            if widen and stored.held == "dense" and EXPERT_TENSOR.fullmatch(f"{path}.weight"):
-                mx.eval(whole["weight"])
+            is_expert = EXPERT_TENSOR.fullmatch(f"{path}.weight") is not None
+            now = decode and is_expert and stored.is_decoded_at_once
+            # MLX keeps what it has read of `weights` until all is loaded.
+            arrays = {
+                role: read_piece(TensorPiece(t.info)) if now else weights[t.info.name]
+                for role, t in stored.tensors.items()
+            }
+            loaded[local] = _decode_layer(stored, arrays, ROWS, (0, stored.outputs), is_now=now)
+            if now:
+                trimmer.add(loaded[local].nbytes)
         else:
             match = EXPERT_TENSOR.fullmatch(f"{path}.weight")
             assert match is not None
@@ -469,22 +496,34 @@ def _read_rank_layers(
             )
             for role in first_layer.tensors
         }
-        if widen and first_layer.held == "dense":
+        if decode and first_layer.is_decoded_at_once:
             for i, (local, stored) in enumerate(same.items()):
                 one = {role: array[i] for role, array in arrays.items()}
-                loaded[local] = LoadedLayer(stored, {}, [])
-                loaded[local].parts = stored.decode(
-                    one, part.axis, part.ranges[0], loaded[local].checks
-                )
-                mx.eval(loaded[local].parts["weight"])
+                loaded[local] = _decode_layer(stored, one, part.axis, part.ranges[0], is_now=True)
+                trimmer.add(loaded[local].nbytes)
             continue
-        checks = []
+        checks: list[Check] = []
         parts = first_layer.decode(arrays, part.axis, part.ranges[0], checks)
         for i, (local, stored) in enumerate(same.items()):
             loaded[local] = LoadedLayer(
                 stored, {name: array[i] for name, array in parts.items()}, checks if not i else []
             )
     return loaded
+
+
+def _decode_layer(
+    stored: StoredLayer,
+    arrays: Mapping[str, mx.array],
+    axis: int,
+    span: tuple[int, int],
+    *,
+    is_now: bool,
+) -> LoadedLayer:
+    checks: list[Check] = []
+    parts = stored.decode(arrays, axis, span, checks)
+    if is_now:
+        mx.eval(parts, [is_right for _, is_right in checks])
+    return LoadedLayer(stored, parts, checks)
 
 
 def _slice_tensor(

@@ -47,6 +47,11 @@ class LoadedLayer:
     checks: list[Check] = field(default_factory=list)
     _slice: TensorSlice | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of its parts."""
+        return sum(array.nbytes for array in self.parts.values())
+
     def stand_in(self, part: str) -> mx.array:
         """What takes the place of the layer's floats in a conversion of `part`."""
         if self.stored.held == "dense" or part not in self.parts:

@@ -120,6 +120,11 @@ class StoredLayer:
         return self.kind, self.outputs, self.inputs, self.bits, types
 
     @property
+    def is_decoded_at_once(self) -> bool:
+        """Whether decoding takes several times the bytes of the result."""
+        return self.held == "dense" or self.kind == "awq"
+
+    @property
     def description(self) -> str:
         """Its format and what is held of it."""
         name = f"{self.kind} {self.bits}-bit" if self.kind in ("int", "awq", "gptq") else self.kind
@@ -274,15 +279,17 @@ class _Decoder:
         return self._affine(self.arrays["weight"].view(mx.uint32), self._scale(), zero)
 
     def awq(self) -> dict[str, mx.array]:
-        def unpack(role: str) -> mx.array:
-            nibbles = _unpack(self.arrays[role].view(mx.uint32), 4)
+        def of_rows(transposed: mx.array, role: str) -> mx.array:
+            return self._rows_of(transposed, role).swapaxes(-1, -2)
+
+        words = of_rows(_repack_awq(self.arrays["weight"].view(mx.uint32)), "weight")
+        zero = None
+        if "zero" in self.arrays:
+            nibbles = _unpack(self.arrays["zero"].view(mx.uint32), 4)
             order = mx.array(np.argsort(_AWQ_ORDER))
             columns = nibbles.reshape(*nibbles.shape[:-1], -1, 8)[..., order].flatten(-2)
-            return self._rows_of(columns, role).swapaxes(-1, -2)
-
-        words = _pack(unpack("weight"), 4)
-        scale = self._scale().swapaxes(-1, -2)
-        return self._affine(words, scale, unpack("zero") if "zero" in self.arrays else None)
+            zero = of_rows(columns, "zero")
+        return self._affine(mx.contiguous(words), self._scale().swapaxes(-1, -2), zero)
 
     def gptq(self) -> dict[str, mx.array]:
         layer = self.layer
@@ -405,10 +412,18 @@ def _unpack(words: mx.array, bits: int) -> mx.array:
     return ((low | (following << shift)) & mask).flatten(-2)
 
 
-def _pack(values: mx.array, bits: int) -> mx.array:
-    """The inverse of `_unpack`, where words have whole integers."""
-    values = values.astype(mx.uint32).reshape(*values.shape[:-1], -1, 32 // bits)
-    return mx.sum(values << mx.arange(0, 32, bits, mx.uint32), axis=-1).astype(mx.uint32)
+def _repack_awq(words: mx.array) -> mx.array:
+    """Words of eight outputs [..., in, out / 8] -> words of eight inputs [..., in / 8, out].
+
+    An output of each eight at a time: unpacked they would take eight times their bytes.
+    """
+    eights = words.reshape(*words.shape[:-2], -1, 8, words.shape[-1])
+    shifts = mx.arange(0, 32, 4, mx.uint32)[:, None]
+    outputs = [
+        mx.sum(((eights >> (4 * int(nibble))) & 15) << shifts, axis=-2).astype(mx.uint32)
+        for nibble in np.argsort(_AWQ_ORDER)
+    ]
+    return mx.stack(outputs, axis=-1).flatten(-2)
 
 
 @dataclass(frozen=True)

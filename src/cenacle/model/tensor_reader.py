@@ -125,6 +125,15 @@ def read_piece(piece: TensorPiece) -> mx.array:
     return _to_array(piece, _gather(piece), piece.shape)
 
 
+def read_bytes(piece: TensorPiece) -> np.ndarray:
+    """Read a piece's bytes: uint8, in order.
+
+    Raises:
+        CheckpointError: see `read_piece`.
+    """
+    return _gather(piece).reshape(-1)
+
+
 def read_together(pieces: Sequence[TensorPiece]) -> mx.array:
     """Read the same piece of several tensors: [tensors, ...].
 

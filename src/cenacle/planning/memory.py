@@ -38,6 +38,7 @@ class MemoryEstimate:
         kv_cache: for the context that is planned for.
         neighbors: what other ranks on the same machine keep.
         draft_model: its weights and cache.
+        loading: what it needs beside the weights while it loads them, and before there is a cache.
     """
 
     rank: int
@@ -45,20 +46,24 @@ class MemoryEstimate:
     kv_cache: int
     neighbors: int = 0
     draft_model: int = 0
+    loading: int = 0
 
     @classmethod
     def of_rank(cls, plan: Plan, rank: int, kv_cache: int, draft_model: int = 0) -> MemoryEstimate:
         """What `rank` keeps if all ranks are on one machine; the draft model is rank 0's."""
         weights = [plan.bytes_of(r)["total"] for r in range(plan.nodes)]
         own_draft = draft_model if rank == 0 else 0
-        others = (plan.nodes - 1) * (kv_cache + WORKSPACE_BYTES) + draft_model - own_draft
-        neighbors = sum(weights) - weights[rank] + others
-        return cls(rank, weights[rank], kv_cache, neighbors, own_draft)
+        loading = [plan.loading_bytes_of(r) for r in range(plan.nodes)]
+        beside = [max(kv_cache, at_start) + WORKSPACE_BYTES for at_start in loading]
+        neighbors = sum(weights) + sum(beside) - weights[rank] - beside[rank]
+        neighbors += draft_model - own_draft
+        return cls(rank, weights[rank], kv_cache, neighbors, own_draft, loading[rank])
 
     @property
     def unshared(self) -> int:
         """Bytes of this rank alone."""
-        return self.weights + self.kv_cache + self.draft_model + WORKSPACE_BYTES
+        beside = max(self.kv_cache, self.loading)
+        return self.weights + beside + self.draft_model + WORKSPACE_BYTES
 
     @property
     def total(self) -> int:
@@ -69,9 +74,12 @@ class MemoryEstimate:
         """For messages."""
         others = f" and {format_bytes(self.neighbors)} of its neighbors" if self.neighbors else ""
         draft = f"draft model {format_bytes(self.draft_model)}, " if self.draft_model else ""
+        beside = f"KV cache {format_bytes(self.kv_cache)}"
+        if self.loading > self.kv_cache:
+            beside = f"loading them {format_bytes(self.loading)}"
         return (
             f"rank {self.rank} needs {format_bytes(self.total)} of memory (weights "
-            f"{format_bytes(self.weights)}, KV cache {format_bytes(self.kv_cache)}, {draft}"
+            f"{format_bytes(self.weights)}, {beside}, {draft}"
             f"workspace {format_bytes(WORKSPACE_BYTES)}{others})"
         )
 
