@@ -5,6 +5,7 @@ import json
 import shutil
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -24,8 +25,13 @@ from cenacle.engine.speculative.draft_model import (
     load_draft_model,
 )
 from cenacle.engine.speculative.ngram import NgramProposer
-from cenacle.model.checkpoint import Checkpoint
+from cenacle.errors import CheckpointError
+from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
+from cenacle.model.spec_reader import read_model_spec
 from cenacle.text.tokenizer import ChatTokenizer
+from support.dense_llama import dense_llama
+from support.moe_gguf import write_moe
+from support.tiny_gguf import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH, write_dense, write_llama
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 MIXTRAL = Path(__file__).parent.parent / "vectors" / "mixtral"
@@ -200,6 +206,31 @@ def inspect(draft, model=DEMO, options=None):
         options.speculative,
         plain_kv_cache=options.plain_kv_cache,
     )
+
+
+@pytest.mark.parametrize("kernels", ["mlx", "auto"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_draft_model_may_be_a_gguf_file(tmp_path, monkeypatch, kind, kernels):
+    monkeypatch.setenv("CENACLE_HOME", str(tmp_path / "home"))
+    file, tokens = tmp_path / f"{kind}.gguf", mx.array([[5, 80, 200, 17, 9]])
+    if kind == "llama":
+        shape = SimpleNamespace(width=WIDTH, layers=LAYERS, hidden=HIDDEN, heads=HEADS)
+        shape.kv_heads, shape.norm_eps, shape.rope_base = KV_HEADS, 1e-5, 10000.0
+        expected = dense_llama(write_llama(file, "Q4_1"), shape)(tokens)
+    else:
+        expected = write_dense(file, kind)(tokens)
+    write_moe(tmp_path, "qwen3_moe")
+    served = Checkpoint.open(locate_checkpoint(str(tmp_path / "model.gguf")))
+    tokenizer = ChatTokenizer(served.folder, served.config)
+    draft = DraftModelConfig.inspect(
+        str(file), served, tokenizer, kernels, "auto", plain_kv_cache=True
+    )
+    model = load_draft_model(Checkpoint.open(Path(draft.folder)), kernels)
+    assert draft.weight_bytes == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    got = model(tokens, cache=make_prompt_cache(model))
+    assert mx.abs(got - expected).max() < 1e-3 * mx.abs(expected).max()
+    with pytest.raises(CheckpointError, match="has no experts to distribute"):
+        read_model_spec(Checkpoint.open(locate_checkpoint(str(file))))
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "auto"])

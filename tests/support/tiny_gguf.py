@@ -1,5 +1,6 @@
 """Small GGUF files of a llama with random weights, written by the package gguf."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,52 @@ def write_llama(
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def write_dense(path: Path, kind: str, **changes: Any):
+    """Write a file of a Qwen2 or Qwen3 with random weights as floats, and return mlx-lm's model."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    family = import_module(f"mlx_lm.models.{kind}")
+    tokens, merges = byte_vocabulary()
+    config = {
+        **{"model_type": kind, "hidden_size": WIDTH, "num_hidden_layers": LAYERS},
+        **{"intermediate_size": HIDDEN, "num_attention_heads": HEADS, "head_dim": WIDTH // HEADS},
+        **{"num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-5, "vocab_size": len(tokens)},
+        **{"rope_theta": 10000.0, "max_position_embeddings": 256, "tie_word_embeddings": False},
+        **changes,
+    }
+    mx.random.seed(7)
+    model = family.Model(family.ModelArgs.from_dict(config))
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(256)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(WIDTH // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(len(tokens) - 1)
+    outer = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+    inner = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    inner |= {"o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+    inner |= {f"{n}_proj": f"attn_{n}" for n in "qkv"}
+    inner |= {f"{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
+    for name, array in tree_flatten(model.parameters()):
+        *_, module, leaf = name.split(".")
+        layer = name.split(".")[2] if ".layers." in name else None
+        stored = outer[module] if layer is None else f"blk.{layer}.{inner[module]}"
+        writer.add_tensor(f"{stored}.{leaf}", np.array(array.astype(mx.float32)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model

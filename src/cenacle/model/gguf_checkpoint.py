@@ -121,11 +121,6 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
         )
     places = {tensor.name: (file.path, tensor) for file in files for tensor in file.tensors}
     values = Values(path, architecture, metadata, places)
-    if not values.number("expert_count", 0):
-        raise CheckpointError(
-            f"{path}: a dense model, it has no experts to distribute; llama.cpp runs it on one "
-            "machine"
-        )
     family_name = find_family(values)
     family = FAMILIES[family_name]
     layers, drafting_layers = values.number("block_count"), values.number("nextn_predict_layers", 0)
@@ -191,7 +186,7 @@ def _config(values: Values, family: GgufFamily) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": number("attention.key_length", width // max(int(heads), 1)),
-        "num_experts_per_tok": number("expert_used_count"),
+        "num_experts_per_tok": number("expert_used_count", 0 if family.is_dense else None),
         "max_position_embeddings": number("context_length"),
         "rms_norm_eps": number(family.norm_key),
         "rope_theta": number("rope.freq_base", 10000.0),

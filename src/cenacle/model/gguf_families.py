@@ -64,6 +64,10 @@ class Values:
         """Whether a tensor of a layer has this name."""
         return any(name.split(".")[2:3] == [part] for name in self.tensors)
 
+    def has_bias(self, part: str) -> bool:
+        """Whether a module of a layer of this name has a bias."""
+        return any(name.split(".")[2:] == [part, "bias"] for name in self.tensors)
+
     @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
@@ -149,6 +153,23 @@ class GgufFamily:
     norm_key: str = "attention.layer_norm_rms_epsilon"
     rope_scalings: tuple[str, ...] = ()
     text_type: str | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it has no experts: it can draft, and is not served."""
+        return "ffn_gate_exps" not in self.names
+
+
+def _llama(values: Values) -> dict[str, Any]:
+    return _dense(values) | {"rope_scaling": _llama3_rope_scaling(values)}
+
+
+def _dense(values: Values) -> dict[str, Any]:
+    return {
+        "intermediate_size": values.number("feed_forward_length"),
+        "attention_bias": values.has_bias("attn_q"),
+        "rope_scaling": None,
+    }
 
 
 def _mixtral(values: Values) -> dict[str, Any]:
@@ -444,6 +465,7 @@ def rope_scaling(values: Values, family: GgufFamily) -> dict[str, Any] | None:
     return scaling
 
 
+_DENSE_NAMES = {f"ffn_{n}": f"mlp.{n}_proj" for n in _MATRICES}
 _GLM_NAMES = _moe_names("mlp", "shared_experts") | {
     "post_attention_norm": "post_attention_layernorm"
 }
@@ -545,6 +567,18 @@ FAMILIES = {
         transforms=_PAIRED_HEADS,
         rope_scalings=("linear", "yarn"),
     ),
+    "llama:dense": GgufFamily(
+        "llama",
+        _DENSE_NAMES,
+        _llama,
+        transforms=_PAIRED_HEADS,
+        skipped=("rope_freqs.weight",),
+        rope_scalings=("linear", "yarn"),
+    ),
+    "qwen2:dense": GgufFamily("qwen2", _DENSE_NAMES, _dense, rope_scalings=("linear", "yarn")),
+    "qwen3:dense": GgufFamily(
+        "qwen3", _DENSE_NAMES | _NORMS, _dense, rope_scalings=("linear", "yarn")
+    ),
     "llama": GgufFamily(
         "mixtral",
         _moe_names("block_sparse_moe"),
@@ -624,6 +658,17 @@ def find_family(values: Values) -> str:
     Raises:
         CheckpointError: there is none.
     """
+    if not values.number("expert_count", 0):
+        name = f"{values.architecture}:dense"
+        if name not in FAMILIES:
+            dense = ", ".join(n.partition(":")[0] for n in FAMILIES if n.endswith(":dense"))
+            raise CheckpointError(
+                f"{values.path}: a dense model, it has no experts to distribute; llama.cpp runs it "
+                f"on one machine. As a draft model: {dense}, got {values.architecture}"
+            )
+        return name
+    if values.architecture in ("qwen2", "qwen3"):
+        raise values.unsupported("expert_count", "0", values.number("expert_count"))
     if values.architecture != "deepseek2":
         return values.architecture
     # Files of the first models, which have softmax, do not say so.

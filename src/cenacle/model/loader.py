@@ -116,16 +116,21 @@ def build_model(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Modu
 def _load_gguf(checkpoint: Checkpoint, plan: Plan | None, rank: int) -> nn.Module:
     model_class, arguments = _partial_classes(checkpoint.config, checkpoint, plan, rank)
     model = model_class(arguments.from_dict(checkpoint.config))  # type: ignore[call-arg]
-    slices: RankSlices = model.rank_slices
+    return _fill_from_gguf(model, checkpoint, model.rank_slices, is_read=plan is not None)
+
+
+def _fill_from_gguf(
+    model: nn.Module, checkpoint: Checkpoint, slices: RankSlices, *, is_read: bool
+) -> nn.Module:
     tensors: dict[str, mx.array] = {}
     waiting: dict[str, dict[str, Parts]] = {}
     trimmer = _Trimmer()
     assert checkpoint.gguf is not None
     for piece in slices.tensors:
-        parts = _read_gguf_piece(checkpoint, piece, is_read=plan is not None)
+        parts = _read_gguf_piece(checkpoint, piece, is_read=is_read)
         for name, array in checkpoint.gguf.parameters(piece.tensor, parts, waiting).items():
             sliced = _slice_tensor(name, array, slices.unread, None, None)
-            if plan is not None:
+            if is_read:
                 mx.eval(sliced)  # so that the whole tensor can be freed
                 trimmer.add(sliced.nbytes)
             tensors[name] = sliced
@@ -181,8 +186,12 @@ def _only_files_of(checkpoint: Checkpoint) -> Iterator[None]:
         _LOADED_FILES.reset(token)
 
 
-def build_dense_model(checkpoint: Checkpoint) -> nn.Module:
+def build_dense_model(checkpoint: Checkpoint, *, is_read: bool = False) -> nn.Module:
     """mlx-lm's model of a checkpoint without experts, lazy and whole.
+
+    Args:
+        is_read: read a GGUF file now, whose blocks are decoded before MLX has them. Without it
+            nothing is read of one, and its values are not to be used.
 
     Raises:
         CheckpointError: unknown family, or tensors missing, surplus or misshapen.
@@ -190,6 +199,11 @@ def build_dense_model(checkpoint: Checkpoint) -> nn.Module:
     family = architecture.resolve_family(checkpoint.config)
     try:
         with architecture.discard_random_init(), _only_files_of(checkpoint):
+            if checkpoint.gguf is not None:
+                model_class, arguments = architecture.model_classes(checkpoint.config)
+                model = model_class(arguments.from_dict(checkpoint.config))  # type: ignore[call-arg]
+                whole = RankSlices(tuple(map(TensorPiece, checkpoint.tensors.values())), {})
+                return _fill_from_gguf(model, checkpoint, whole, is_read=is_read)
             model, _ = mlx_lm_utils.load_model(
                 checkpoint.folder,
                 lazy=True,

@@ -76,7 +76,8 @@ def complete_rope(config: Config) -> Config:
             full["rope_scaling"] = _with_length(rope, config)
         full["rope_parameters"] = _with_length(rope, config)
     if isinstance(scaling, dict):
-        full["rope_scaling"] = scaling = _with_length(scaling, config)
+        scaling = {"type": _kind_of(scaling), **_with_length(scaling, config)}
+        full["rope_scaling"] = scaling
         if not is_nested and _kind_of(scaling) not in UNSCALED:  # then transformers takes these
             old = rope if isinstance(rope, dict) else {}
             kind = {"rope_type": _kind_of(scaling), "type": _kind_of(scaling)}

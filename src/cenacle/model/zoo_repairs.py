@@ -18,6 +18,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .rotary import initialize_scaled
+
 
 def _repair_deepseek_v4() -> None:
     """A compressed entry overlaps the window before it, also when that came in an earlier pass.
@@ -186,8 +188,33 @@ def _repair_hunyuan() -> None:
     _replace_call(MoeBlock, forward)
 
 
+def _repair_gpt_oss() -> None:
+    """YaRN's range of frequencies is not rounded to whole numbers where the config says so.
+
+    `scale_classes` gives it to our models; this also to mlx-lm's own, with which they are compared.
+    """
+    from mlx_lm.models import gpt_oss
+
+    initialize = gpt_oss.initialize_rope
+
+    def initialize_rope(
+        dims: int,
+        base: float,
+        traditional: bool,
+        scaling_config: dict[str, Any] | None = None,
+        max_position_embeddings: int | None = None,
+    ) -> nn.Module:
+        if scaling_config is None or scaling_config.get("truncate", True):
+            return initialize(dims, base, traditional, scaling_config, max_position_embeddings)
+        settings = {**scaling_config, "rope_type": "yarn"}
+        return initialize_scaled(dims, base, traditional, settings, max_position_embeddings)
+
+    gpt_oss.initialize_rope = initialize_rope
+
+
 REPAIRS = {
     "ernie4_5_moe": _repair_ernie4_5_moe,
+    "gpt_oss": _repair_gpt_oss,
     "hunyuan": _repair_hunyuan,
     "jamba": _repair_jamba,
     "deepseek_v4": _repair_deepseek_v4,

@@ -196,8 +196,8 @@ def load_draft_model(checkpoint: Checkpoint, kernels: str) -> nn.Module:
         model = loader.load_rank_model(checkpoint, plan, 0, lambda *_: None)
         parallelize(model, spec.family, plan, SingleRank(), StepTimer(), kernels)
         return model
-    model = loader.build_dense_model(checkpoint)
     try:
+        model = loader.build_dense_model(checkpoint, is_read=True)
         loader.require_checks(checkpoint, model)
         mx.eval(model.parameters())
     except RuntimeError as error:
