@@ -74,6 +74,7 @@ ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
+    "glm4_moe_lite": "deepseek2",
     "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe",
     "llama4": "llama4",
@@ -87,6 +88,8 @@ ARCHITECTURES = {
 # Where the tiny config has what no GGUF file says.
 _CHANGES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_group": 1},
+    # DeepSeek's norms of latents have another epsilon than the others.
+    "glm4_moe_lite": {"n_group": 1, "rms_norm_eps": 1e-2},
     "llama4": {
         "attention_chunk_size": 8192,
         "floor_scale": 8192,

@@ -509,7 +509,7 @@ _DBRX_NAMES = _moe_names("ffn") | {
 _BIAS_NAME = "e_score_correction_bias"
 SOFTMAX, SIGMOID = 1, 2
 """Values of expert_gating_func."""
-_GLM_VOCABULARY = 154880  # by which llama.cpp too tells GLM-4.7-Flash from DeepSeek
+_GLM_LAYERS, _GLM_VOCABULARY = (47, 48), 154880  # llama.cpp too tells GLM-4.7-Flash by these
 
 FAMILIES = {
     "dbrx": GgufFamily(
@@ -526,6 +526,17 @@ FAMILIES = {
     ),
     "deepseek2": GgufFamily(
         "deepseek_v3",
+        _LATENT_NAMES | {"attn_k_b": "self_attn.embed_q", "attn_v_b": "self_attn.unembed_out"},
+        _deepseek_v3,
+        parameters={
+            "attn_kv_b.weight": "self_attn.kv_b",
+            "exp_probs_b.bias": f"mlp.gate.{_BIAS_NAME}",
+        },
+        transforms={"self_attn.kv_b": transforms.split_latent_projection},
+        rope_scalings=("yarn",),
+    ),
+    "deepseek2:glm": GgufFamily(
+        "glm4_moe_lite",
         _LATENT_NAMES | {"attn_k_b": "self_attn.embed_q", "attn_v_b": "self_attn.unembed_out"},
         _deepseek_v3,
         parameters={
@@ -675,9 +686,8 @@ def find_family(values: Values) -> str:
     gating = values.number("expert_gating_func", SIGMOID if values.has("exp_probs_b") else SOFTMAX)
     if gating not in (SOFTMAX, SIGMOID):
         raise values.unsupported("expert_gating_func", f"{SOFTMAX} or {SIGMOID}", gating)
-    if values.number("block_count") in (47, 48) and values.vocabulary == _GLM_VOCABULARY:
-        raise CheckpointError(
-            f"{values.path}: GLM-4.7-Flash in a GGUF file, whose norms of latents are others than "
-            "DeepSeek's, is not supported; use the model in another format"
-        )
+    if values.number("block_count") in _GLM_LAYERS and values.vocabulary == _GLM_VOCABULARY:
+        if gating != SIGMOID:
+            raise values.unsupported("expert_gating_func", str(SIGMOID), gating)
+        return "deepseek2:glm"  # its norms of latents have the epsilon of the others
     return "deepseek2" if gating == SIGMOID else "deepseek2:softmax"
