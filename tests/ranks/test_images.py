@@ -291,6 +291,14 @@ def test_bad_images_cost_a_sentence_and_nothing_is_held(
     assert [server.ask(**body).json()["choices"][0]["message"]["content"]] == expected[1]
 
 
+def test_a_chat_may_have_many_megabytes_of_images(
+    server: RunningServer, expected: dict[int, list[str]]
+) -> None:
+    large = ONE + os.urandom(9_000_000)  # what is behind the picture is not read
+    body = {"messages": chat_messages([["Look ", large, " well?"]]), "max_tokens": TOKENS}
+    assert [server.ask(**body).json()["choices"][0]["message"]["content"]] == expected[1]
+
+
 def test_nothing_is_asked_behind_the_server(server: RunningServer) -> None:
     """The owner allows every public host; these are none."""
     with socket.create_server(("127.0.0.1", 0)) as private:

@@ -77,7 +77,8 @@ def _decode_data(url: str) -> bytes:
     if not head.lower().endswith(";base64"):
         data = unquote_to_bytes(text)
     else:
-        compact = re.sub(r"\s+", "", text) if re.search(r"\s", text) else text
+        is_wrapped = any(space in text for space in " \t\r\n")
+        compact = "".join(text.split()) if is_wrapped else text
         if "%" in compact:
             compact = unquote_to_bytes(compact).decode("ascii", "replace")
         compact = compact.replace("-", "+").replace("_", "/").rstrip("=")

@@ -27,7 +27,7 @@ from ..core.image import PromptImage, rotary_positions
 from ..core.model_config import Config, text_config
 from ..errors import CheckpointError
 from ..extras import import_extra
-from . import architecture, zoo
+from . import architecture, native_layers, zoo
 from .checkpoint import Checkpoint
 from .families import VISION_PREFIXES
 from .image_settings import ImageSettings
@@ -43,11 +43,18 @@ _SECTIONS_DEFAULT = (24, 20, 20)
 
 def tower_bytes(checkpoint: Checkpoint) -> int:
     """Bytes in memory of a checkpoint's tower; see `load_tower`."""
-    tensors = checkpoint.vision_tensors.values()
-    widened = mx.default_device().type == mx.DeviceType.cpu
-    return sum(
-        (t.stop - t.start) * (2 if widened and t.dtype in ("BF16", "F16") else 1) for t in tensors
-    )
+    is_cpu, has_kernels = _is_on_cpu(), native_layers.is_supported()
+    total = 0
+    for tensor in checkpoint.vision_tensors.values():
+        # Kernels take matrices as they are.
+        widened = is_cpu and tensor.dtype in ("BF16", "F16")
+        widened &= len(tensor.shape) < 2 or not has_kernels
+        total += (tensor.stop - tensor.start) * (2 if widened else 1)
+    return total
+
+
+def _is_on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def _vision_package(family: str) -> Any:
@@ -72,8 +79,9 @@ def build_tower(config: Config, family: str) -> nn.Module:
     return tower
 
 
-def load_tower(checkpoint: Checkpoint, settings: ImageSettings) -> nn.Module:
-    """The tower of a checkpoint, in memory. On a CPU it is in float32, for which MLX is quick.
+def load_tower(checkpoint: Checkpoint, settings: ImageSettings, kernels: str = "auto") -> nn.Module:
+    """The tower of a checkpoint, in memory. On a CPU it computes in float32, with native layers
+    unless `kernels` is "mlx".
 
     Raises:
         CheckpointError: tensors missing, surplus or misshapen.
@@ -107,13 +115,42 @@ def load_tower(checkpoint: Checkpoint, settings: ImageSettings) -> nn.Module:
             f"download it again, or serve it without images (--no-images)"
         ) from error
     tower.eval()
-    if mx.default_device().type == mx.DeviceType.cpu:
-        tower.set_dtype(mx.float32)
+    if _is_on_cpu():
+        if kernels != "mlx" and native_layers.is_supported():
+            tower.patch_embed = _BlockLinear(tower.patch_embed.proj, (0, 4, 1, 2, 3))
+            if "downsample" in tower:
+                tower.downsample = _BlockLinear(tower.downsample, (0, 1, 2, 3))
+            native_layers.install_native_layers(tower)
+        else:
+            tower.set_dtype(mx.float32)
         for block in tower.blocks:
             kind: Any = type(block.attn)
             _change_class(block.attn, _attention_in_blocks(kind))
     mx.eval(tower.parameters())
     return tower
+
+
+class _BlockLinear(nn.Module):
+    """A convolution of blocks that do not overlap: a linear layer. [blocks, ...] ->
+    [blocks, width].
+
+    Args:
+        convolution: its weight is [width, ..., colors].
+        order: of the weight's axes, as the values of a block come.
+    """
+
+    def __init__(self, convolution: nn.Module, order: Sequence[int]) -> None:
+        super().__init__()
+        weight = convolution.weight
+        self.proj = nn.Linear(weight[0].size, weight.shape[0], bias="bias" in convolution)
+        self.proj.weight = mx.contiguous(weight.transpose(*order).reshape(weight.shape[0], -1))
+        if "bias" in convolution:
+            self.proj.bias = convolution.bias
+
+    def __call__(self, blocks: mx.array) -> mx.array:
+        """See the class."""
+        embedded: mx.array = self.proj(blocks.reshape(blocks.shape[0], -1))
+        return embedded
 
 
 @cache
@@ -186,12 +223,17 @@ class ImageEmbedder:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, settings: ImageSettings, *, has_tower: bool
+        cls,
+        checkpoint: Checkpoint,
+        settings: ImageSettings,
+        *,
+        has_tower: bool,
+        kernels: str = "auto",
     ) -> ImageEmbedder:
-        """The one of a checkpoint, with its tower or without."""
+        """The one of a checkpoint, with its tower or without; `kernels`: see `load_tower`."""
         config = checkpoint.config
         depth = len(config["vision_config"].get("deepstack_visual_indexes") or ())
-        tower = load_tower(checkpoint, settings) if has_tower else None
+        tower = load_tower(checkpoint, settings, kernels) if has_tower else None
         return cls(settings, text_config(config)["hidden_size"], depth, tower)
 
     def shape(self, image: PromptImage) -> tuple[int, int]:
@@ -204,7 +246,7 @@ class ImageEmbedder:
         merge = self.settings.merge_size
         patches = mx.array(make_patches(image, self.settings))
         grid = mx.array([[1, image.rows * merge, image.columns * merge]])
-        dtype = self.tower.patch_embed.proj.weight.dtype
+        dtype = mx.float32 if _is_on_cpu() else self.tower.patch_embed.proj.weight.dtype
         made = self.tower(patches.astype(dtype), grid)
         embedding, deeper = made if isinstance(made, tuple) else (made, [])
         features = mx.concatenate([embedding, *deeper], axis=-1).astype(mx.float32)

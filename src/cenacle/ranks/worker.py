@@ -399,7 +399,12 @@ class _Worker:
                 f"{checkpoint.folder}: expected a vision_config, as the plan has a vision tower; "
                 f"make the plan again"
             )
-        embedder = ImageEmbedder.of(checkpoint, settings, has_tower=self._collective.rank == 0)
+        embedder = ImageEmbedder.of(
+            checkpoint,
+            settings,
+            has_tower=self._collective.rank == 0,
+            kernels=self._order.kernels,
+        )
         image_model = ImageModel(model, family, checkpoint.config, embedder.depth)
         return PromptVision(embedder, image_model, self._collective)
 

@@ -118,6 +118,9 @@ class Application:
         )
         model.text.isolate()
         settings = model.image_settings
+        if settings is not None:
+            largest = max(limits.max_body_bytes, limits.max_image_body_bytes)
+            self._limits = limits = replace(limits, max_body_bytes=largest)
         fetcher = ImageFetcher(limits.image_hosts)
         self._images = ImageLoader(settings, fetcher) if settings is not None else None
         _openapi_json()  # takes long, and no request may hold the event loop

@@ -13,6 +13,7 @@ class Limits:
 
     Args:
         max_body_bytes: size of a request's body.
+        max_image_body_bytes: the same where the model sees images, of which a chat has all.
         max_messages: messages of a chat; a template takes time for each while others wait.
         max_connections: open at once; the oldest idle one makes room for a new one.
         max_connections_per_address: the same for each client address.
@@ -31,6 +32,7 @@ class Limits:
     """
 
     max_body_bytes: int = 10_000_000
+    max_image_body_bytes: int = 32_000_000
     max_messages: int = 10_000
     max_connections: int = 4096
     max_connections_per_address: int = 1024
