@@ -178,12 +178,16 @@ def test_every_client_gets_what_mlx_vlm_says(
 def test_one_node_gives_the_same(
     folder: Path, tmp_path: Path, expected: dict[int, list[str]]
 ) -> None:
-    options = ("--prefix-cache-disk-gb", "0")
+    options = ("--prefix-cache-disk-gb", "0", "--max-image-pixels", "8192")
     with running_server(tmp_path, *options, model=folder, nodes=1) as one:
         for chat in (SHORT, LONG):
             body = {"messages": chat_messages(chat), "max_tokens": TOKENS}
             content = one.ask(**body).json()["choices"][0]["message"]["content"]
             assert [content] == expected[len(chat)]
+        large = {"messages": chat_messages([[picture(1, 640, 640)]]), "max_tokens": 1}
+        seen = one.ask(**large).json()["usage"]["prompt_tokens"]
+        body = {"messages": chat_messages([[picture(1, 80, 80)]]), "max_tokens": 1}
+        assert one.ask(**body).json()["usage"]["prompt_tokens"] == seen  # 5 x 5 tokens of 16 x 16
         # Nothing is fetched unless the owner allows it.
         part = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
         refused = one.ask(messages=[{"role": "user", "content": [part]}])

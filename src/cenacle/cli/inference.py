@@ -176,6 +176,7 @@ class Endpoint:
     process: SupervisedProcess
     model_names: tuple[str, ...] = ()
     image_hosts: AllowedHosts = field(default_factory=AllowedHosts)
+    max_image_pixels: int = 1 << 20
 
     def serve(self, model: Model, on_started: Callable[[str], None]) -> None:
         """Answer requests until the program is ended; `on_started` gets the URL."""
@@ -190,7 +191,7 @@ class Endpoint:
             model,
             self.process.sock,
             on_started=report_started,
-            limits=Limits(image_hosts=self.image_hosts),
+            limits=Limits(max_image_pixels=self.max_image_pixels, image_hosts=self.image_hosts),
             policy=self.policy,
             tls=self.tls,
             restarts=self.process.restarts,
@@ -235,7 +236,7 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
             report if process is None else lambda _: None,
         )
         if process is not None:
-            yield Endpoint(policy, tls, process, names, image_hosts)
+            yield Endpoint(policy, tls, process, names, image_hosts, arguments.max_image_pixels)
             return
         if policy.require_key and tls is None:
             report("warning: without TLS, API keys and answers are sent unencrypted; see --tls")

@@ -227,6 +227,11 @@ class ServerArguments:
         "repeatable. '*': every public one. Default: none.",
         metavar="HOST",
     )
+    max_image_pixels: int = server_option(
+        1 << 20,
+        "Maximum number of pixels of an image as the model sees it; fewer are quicker.",
+        min=1024,
+    )
     access_log: bool = server_option(
         False, "Log every request to stderr, without its text.", "--access-log"
     )

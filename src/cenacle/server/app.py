@@ -121,6 +121,8 @@ class Application:
         if settings is not None:
             largest = max(limits.max_body_bytes, limits.max_image_body_bytes)
             self._limits = limits = replace(limits, max_body_bytes=largest)
+            most = max(settings.min_pixels, min(settings.max_pixels, limits.max_image_pixels))
+            settings = replace(settings, max_pixels=most)
         fetcher = ImageFetcher(limits.image_hosts)
         self._images = ImageLoader(settings, fetcher) if settings is not None else None
         _openapi_json()  # takes long, and no request may hold the event loop

@@ -26,6 +26,7 @@ class Limits:
         token_timeout_s: without a token after which an answer is aborted; the group has a shorter
             deadline of its own.
         shutdown_timeout_s: that running requests get to finish when the server is told to stop.
+        max_image_pixels: of an image as the model sees it, where its checkpoint allows more.
         image_hosts: from which images may be fetched.
         max_drained_bytes: how much of an oversized body is read and discarded, so that a client
             that sends everything before it reads still sees the refusal.
@@ -45,4 +46,5 @@ class Limits:
     token_timeout_s: float = 900.0
     shutdown_timeout_s: int = 5
     max_drained_bytes: int = 100_000_000
+    max_image_pixels: int = 1 << 20
     image_hosts: AllowedHosts = field(default_factory=AllowedHosts)
