@@ -25,6 +25,7 @@ from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .images.decode_process import DecodedImage, DecodeProcess
 from .images.placement import ImagePlaces, mark_parts
 from .images.sources import is_remote, read_data_uri, take_sources
+from .model.generation_config import read_sampling_defaults
 from .model.image_settings import ImageSettings
 from .ranks.rank_group import RankGroup
 from .ranks.ranks import Ranks, ReportProgress
@@ -128,6 +129,8 @@ class Model:
         self.name = deployment.name
         self.plan_reason = deployment.plan_reason  # why the first plan, in one line
         self.config = deployment.checkpoint.config  # config.json
+        # Arguments of `Sampling` that the checkpoint recommends; the HTTP APIs' defaults.
+        self.sampling_defaults = read_sampling_defaults(deployment.checkpoint.folder)
         self._grammar_vocabulary = Vocabulary(lambda: self.text)
         self._decoder: DecodeProcess | None = None
 

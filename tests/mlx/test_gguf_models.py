@@ -19,6 +19,7 @@ from cenacle.model import gguf_families
 from cenacle.model.byte_ranges import total_bytes
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
 from cenacle.model.format_notices import describe_formats
+from cenacle.model.generation_config import read_sampling_defaults
 from cenacle.model.gguf_checkpoint import GgufIndex
 from cenacle.model.loader import load_rank_model
 from cenacle.model.quantized_layers import QuantizedLayers
@@ -161,6 +162,7 @@ def test_a_file_is_served_with_its_tokenizer(tmp_path):
     with cenacle.load(str(tmp_path / "model.gguf"), nodes=2) as served:
         answer = served.generate("hello", max_tokens=6, temperature=0)
     folder = locate_checkpoint(str(tmp_path / "model.gguf"))
+    assert read_sampling_defaults(folder) == {"temperature": 0.5, "top_k": 20}
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("hello").ids
     for token in answer.tokens:
         assert int(mx.argmax(model(mx.array([ids]))[0, -1])) == token

@@ -293,6 +293,8 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict, legacy: bool) -> None:
     if config["model_type"] == "dbrx":
         _add_dbrx(writer, config)
         return
+    writer.add_float32("general.sampling.temp", 0.5)
+    writer.add_int32("general.sampling.top_k", 20)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

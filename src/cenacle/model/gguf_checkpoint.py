@@ -32,6 +32,7 @@ from ..gguf.blocks import BLOCK_TYPES, GROUP, UNQUANTIZED, row_shape, to_mlx_lay
 from ..gguf.file import GgufFile, GgufTensor, split_files
 from ..gguf.tokenizer import end_tokens, special_token, tokenizer_files
 from ..paths import models_dir
+from . import generation_config
 from .gguf_families import (
     ARCHITECTURES,
     FAMILIES,
@@ -48,7 +49,15 @@ from .weight_files import GGUF_INDEX
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(weight|bias))?")
 _LAYER_PATH = re.compile(r"(?:.*\.)?(?:layers|blocks)\.\d+(?:\.(.*))?")
-FORMAT_VERSION = 2  # of the folder; another version's is not read
+# Of generation_config.json: the end of the name that GGUF has.
+SAMPLING_KEYS = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+FORMAT_VERSION = 3  # of the folder; another version's is not read
 
 
 def is_gguf(path: Path) -> bool:
@@ -146,6 +155,9 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
     for name, content in tokenizer_files(metadata).items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    given = {name: metadata.get(f"general.sampling.{key}") for name, key in SAMPLING_KEYS.items()}
+    sampling = {name: value for name, value in given.items() if isinstance(value, int | float)}
+    (folder / generation_config.FILE_NAME).write_text(json.dumps(sampling), encoding="utf-8")
     index = {"family": family_name, "tensors": tensors}
     (folder / GGUF_INDEX).write_text(json.dumps(index), encoding="utf-8")
 

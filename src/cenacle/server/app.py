@@ -109,12 +109,13 @@ class Application:
         self._group = InstrumentedGroup(model.group, metrics)
         own = [name for name in dict.fromkeys(names) if name != "*"] or [model.name]
         self._served = ServedModel(
-            own[0],
-            model.spec.context_length,
-            model.spec.vocab_size,
-            tuple(own[1:]),
-            "*" in names,
-            model.image_obstacle,
+            name=own[0],
+            context_length=model.spec.context_length,
+            vocab_size=model.spec.vocab_size,
+            aliases=tuple(own[1:]),
+            any_name="*" in names,
+            sampling_defaults=model.sampling_defaults,
+            image_obstacle=model.image_obstacle,
         )
         model.text.isolate()
         settings = model.image_settings

@@ -41,6 +41,7 @@ _DEFAULT_SAMPLERS = (
     ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
     ["penalties", "dry", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"],
 )
+_OTHER_NAMES = {"repetition_penalty": "repeat_penalty"}
 _ZERO, _ONE, _NO, _YES = (0,), (1,), (False,), (True,)
 _EMPTY: Sequence[Any] = ([], {}, "")
 
@@ -256,6 +257,15 @@ class SharedParameters(ApiRequest):
         same = self.repetition_penalty == 1
         return self.repeat_penalty if same else self.repetition_penalty
 
+    @property
+    def _repetition_window(self) -> int:
+        """Over how many tokens a penalty of the checkpoint's counts."""
+        if self.repeat_last_n is not None:
+            return self.repeat_last_n
+        if "repetition_context_size" in self.model_fields_set:
+            return self.repetition_context_size
+        return -1  # all, as transformers has it
+
     def sampling_for(self, served: ServedModel) -> Sampling:
         """The sampling parameters.
 
@@ -287,7 +297,13 @@ class SharedParameters(ApiRequest):
                 del values[name]
             elif self.repeat_last_n is not None:
                 values[name] = self.repeat_last_n
-        values["top_k"] = max(self.top_k, 0)
+        for name, default in served.sampling_defaults.items():
+            if self.model_fields_set & {name, _OTHER_NAMES.get(name, name)}:
+                continue
+            values[name] = default
+            if name == "repetition_penalty":
+                values["repetition_context_size"] = self._repetition_window
+        values["top_k"] = max(values["top_k"], 0)
         if self.top_p == 0:
             values |= {"top_p": 1.0, "top_k": 1}
         return Sampling(**values)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -64,6 +64,7 @@ class ServedModel:
         aliases: further ids.
         any_name: whether every other id is this model, too.
         image_obstacle: why it cannot be shown images, as the end of a sentence; empty: it can.
+        sampling_defaults: arguments of `Sampling` for what a request leaves out.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     any_name: bool = False
     image_obstacle: str = "one that cannot be shown images"
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
