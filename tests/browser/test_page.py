@@ -287,11 +287,18 @@ def test_markdown_is_rendered(opened):
         "# T\ntext": "<h2>T</h2><p>text</p>",
         "a **b *c* d** `e<f`": "<p>a <strong>b <em>c</em> d</strong> <code>e&lt;f</code></p>",
         "snake_case_name 2*3*4": "<p>snake_case_name 2<em>3</em>4</p>",
-        "1. a\n   - b\n2. c": "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
-        "3. a": '<ol start="3"><li>a</li></ol>',
-        "> a\n> b": "<blockquote><p>a<br>b</p></blockquote>",
+        "1. a\n   - b\n2. c": '<ol dir="auto"><li>a<ul dir="auto"><li>b</li></ul></li>'
+        "<li>c</li></ol>",
+        "3. a": '<ol dir="auto" start="3"><li>a</li></ol>',
+        "> a\n> b": '<blockquote dir="auto"><p>a<br>b</p></blockquote>',
         "---": "<hr>",
         "a ** b": "<p>a ** b</p>",
+        "$5 and $10, US$ and $1": "<p>$5 and $10, US$ and $1</p>",
+        "- [x] a": '<ul dir="auto"><li class="task"><input type="checkbox" disabled="" checked="" '
+        'aria-label="Done">a</li></ul>',
+        "a[^1]\n\n[^1]: b": '<p>a<sup class="mark"><button class="link" type="button" '
+        'aria-label="Note 1">1</button></sup></p><div class="note" data-note="1" tabindex="-1">'
+        "<sup>1</sup><div><p>b</p></div></div>",
         "see https://a.org/b_c.": '<p>see <a href="https://a.org/b_c" target="_blank" '
         'rel="noopener noreferrer">https://a.org/b_c</a>.</p>',
     }
@@ -321,6 +328,145 @@ def test_markdown_is_rendered(opened):
     assert grown == whole
     assert code == "x = 1\n\ny"
     assert slow_ms < 1000 * DEADLINE_S  # not exponential
+
+
+FORMULAS = r"""Inline $e^{i\pi}$ and \(a_1\).
+
+$$
+\sqrt{\vec{x}}
+$$
+
+Text
+\[ \begin{pmatrix} a & b \end{pmatrix} \]
+
+$\href{javascript:alert(1)}{x}$ $\includegraphics{http://127.0.0.1:9/a.png}$
+$\htmlStyle{color:red}{x}$
+$\frac{1$
+"""
+
+
+def test_formulas_are_typeset_and_nothing_else(opened):
+    page = opened()
+    assert not page.evaluate(
+        "performance.getEntriesByType('resource').some(r => /katex/.test(r.name))"
+    )
+    render = """async (text) => {
+      const { render } = await import("/static/markdown.js");
+      window.box = document.createElement("div");
+      document.querySelector("#messages").replaceChildren(box);
+      render(box, text);
+    }"""
+    page.evaluate(render, FORMULAS)
+    until(page, "document.querySelectorAll('.katex').length === 7")
+    assert page.evaluate("document.querySelectorAll('.display .katex-display').length") == 2
+    # What could load something or carry a style of its own is shown in red as its source.
+    assert page.evaluate("!box.querySelector('a, img, [onclick], [href]')")
+    assert page.inner_text(".wrong") == r"\frac{1"
+    assert page.evaluate("[...box.querySelectorAll('annotation')].map((e) => e.textContent)")[
+        :2
+    ] == [
+        r"e^{i\pi}",
+        "a_1",
+    ]
+    # A text that grows ends as a complete one.
+    grown, whole = page.evaluate(
+        """async (text) => {
+          const { render } = await import("/static/markdown.js");
+          const [one, two] = [document.createElement("div"), document.createElement("div")];
+          for (let i = 0; i <= text.length; i++) render(one, text.slice(0, i));
+          render(two, text);
+          return [one.innerHTML, two.innerHTML];
+        }""",
+        FORMULAS + "\n\\[\n- a\n# b\n> c\n\nd\n\\[\n- a\n# b\n> c\n\\]\n\ne[^1]\n\n[^1]: f\n  g",
+    )
+    assert grown == whole
+
+
+CODE = {
+    "python": ("def f(x):  # twice\n    return 'a' * 2", "call keyword comment string number"),
+    "json": ('{"a": ["b", 1, true]}', "name string number keyword"),
+    "rust": ("fn f<'a>(x: &'a str) -> char { 'c' }", "keyword string"),
+    "html": ('<a href="x">y</a><!-- z -->', "key name string comment"),
+    "diff": ("+a\n-b\n c", "inserted deleted"),
+    "unknown": ("if x:\n  'a'", ""),
+}
+
+
+def test_code_is_colored_and_wrapped(opened):
+    page = opened(390)
+    found = page.evaluate(
+        """async (cases) => {
+          const { paint } = await import("/static/syntax.js");
+          return cases.map(([language, text]) => {
+            const [whole, grown] = [document.createElement("code"), document.createElement("code")];
+            paint(whole, text, language);
+            for (let i = 0; i <= text.length; i++) paint(grown, text.slice(0, i), language);
+            const classes = new Set([...whole.children].map((e) => e.className.slice(5)));
+            return [whole.textContent, [...classes], whole.innerHTML === grown.innerHTML];
+          });
+        }""",
+        [[language, text] for language, (text, _) in CODE.items()],
+    )
+    for (language, (text, classes)), (shown, got, same) in zip(CODE.items(), found, strict=True):
+        assert (shown, set(got), same) == (text, set(classes.split()), True), language
+    wide = (
+        "```py\nx = '"
+        + "a b " * 60
+        + "'\n```\n\n|a|b|\n|-|-|\n|"
+        + "antidisestablishmentarianism|" * 2
+    )
+    page.evaluate(
+        """async (text) => {
+          const { render } = await import("/static/markdown.js");
+          const box = document.createElement("div");
+          box.className = "prose";
+          document.querySelector("#messages").replaceChildren(box);
+          render(box, text);
+        }""",
+        wide,
+    )
+    scrolls = "e => { const b = document.querySelector(e); return b.scrollWidth > b.clientWidth; }"
+    assert page.evaluate(scrolls, "pre")
+    assert page.evaluate(scrolls, ".wide")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click("[aria-label='Wrap lines']")
+    assert not page.evaluate(scrolls, "pre")
+    assert (
+        page.evaluate("document.querySelector('[aria-label=\"Wrap lines\"]').ariaPressed") == "true"
+    )
+
+
+def test_a_long_answer_is_drawn_once_while_it_streams(opened):
+    """100 kB that grow: few elements are made more than once, counted, not timed."""
+    page = opened()
+    made, last, length, same = page.evaluate(
+        """async () => {
+          const { render } = await import("/static/markdown.js");
+          const lines = (make) => Array.from({ length: 150 }, (_, i) => make(i)).join("\\n");
+          const part = [
+            "# Title",
+            lines((i) => `- item **${i}** of a list`),
+            "Text with *words*.\\n\\n".repeat(40),
+            "| a | b |\\n|---|---|\\n" + lines((i) => `| ${i} | cell |`),
+            "```python\\n" + lines((i) => `x_${i} = "text"  # note`) + "\\n```",
+          ].join("\\n\\n");
+          const text = (part + "\\n\\n").repeat(11);
+          const box = document.createElement("div");
+          let made = 0;
+          const create = document.createElement.bind(document);
+          document.createElement = (tag) => { made += 1; return create(tag); };
+          for (let i = 0; i < text.length; i += 200) render(box, text.slice(0, i));
+          render(box, text);
+          const whole = create("div");
+          document.createElement = create;
+          render(whole, text);
+          const same = box.innerHTML === whole.innerHTML;
+          return [made, box.querySelectorAll("*").length, text.length, same];
+        }"""
+    )
+    assert same
+    assert length > 100_000
+    assert made < 2 * last
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

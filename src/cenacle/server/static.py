@@ -22,16 +22,21 @@ MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".woff2": "font/woff2",
 }
 
 
 def routes() -> list[Route]:
-    """The routes / (the page) and /static/NAME.
+    """The routes / (the page) and /static/PATH.
 
     Unlike starlette's `StaticFiles`, tags are made from contents: packages can keep a file's size
     and time over an update.
     """
-    files = {path.name: (path.read_bytes(), MEDIA_TYPES[path.suffix]) for path in WEB_DIR.iterdir()}
+    files = {
+        path.relative_to(WEB_DIR).as_posix(): (path.read_bytes(), MEDIA_TYPES[path.suffix])
+        for path in WEB_DIR.rglob("*")
+        if path.suffix in MEDIA_TYPES
+    }
     tags = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, (data, _) in files.items()}
 
     async def respond(http: Request) -> Response:
@@ -45,4 +50,4 @@ def routes() -> list[Route]:
             return Response(status_code=304, headers=headers)
         return Response(data, headers=headers, media_type=media_type)
 
-    return [Route("/", respond), Route("/static/{name}", respond)]
+    return [Route("/", respond), Route("/static/{name:path}", respond)]

@@ -116,7 +116,7 @@ async function ask() {
       if (event.text) message.content += event.text;
       if (event.finish) message.finish = event.finish;
       if (event.usage) clock.usage = event.usage;
-      scheduleUpdate();
+      scheduleUpdate(lastCostMs / SHARE_OF_TIME);
     }
   } catch (error) {
     if (error.name === "AbortError") message.finish = "stopped";
@@ -203,16 +203,25 @@ function saveConversation(conversation) {
 
 // ---- showing
 
-let frame = 0;
-function scheduleUpdate() {
-  frame ||= requestAnimationFrame(() => {
-    frame = 0;
+const SHARE_OF_TIME = 0.25; // of drawing, while an answer streams
+
+let planned = false;
+let lastCostMs = 0;
+function scheduleUpdate(delayMs = 0) {
+  if (planned) return;
+  planned = true;
+  const update = () => requestAnimationFrame(() => {
+    const began = performance.now();
+    planned = false;
     if (running?.conversation !== shown) return;
     const follow = isAtEnd();
     showAnswer($("messages").lastElementChild, running.message, true);
     if (follow) scrollToEnd();
     updateScrollButton();
+    lastCostMs = performance.now() - began;
   });
+  if (delayMs > 16) setTimeout(update, delayMs);
+  else update();
 }
 
 function showAll() {

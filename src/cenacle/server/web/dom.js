@@ -7,6 +7,7 @@ const PATHS = {
   stop: "M7 7h10v10H7z",
   down: "M12 5v14M5 12l7 7 7-7",
   copy: "M9 9h11v11H9zM5 15H4V4h11v1",
+  wrap: "M4 6h16M4 12h13a3.5 3.5 0 0 1 0 7h-4M15.5 16.5L13 19l2.5 2.5M4 18h5",
   check: "M4 12l5 5L20 6",
   retry: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",

@@ -1,10 +1,14 @@
 // Markdown to elements. Text becomes text nodes, elements come from a fixed set, links have one of
 // three schemes; nothing is parsed as HTML or loaded from elsewhere.
 //
-// `blocks(text)` splits the top level. `render(parent, text)` keeps the elements of unchanged blocks,
-// so that a streaming answer is cheap to draw and a selection in it stays.
+// `blocks(text)` splits the top level. `render(parent, text)` reads what was added since the last call from
+// the block before the last, and keeps the elements of unchanged blocks, items, rows and lines of code: a
+// streaming answer is cheap to draw however long it is, and a selection in it stays.
 
 import { copyText, h, iconButton, setIcon } from "./dom.js";
+import { formula } from "./math.js";
+import * as store from "./store.js";
+import { paint } from "./syntax.js";
 
 const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6})(?:\s+(.*?))?\s*#*\s*$/;
@@ -12,21 +16,36 @@ const RULE = /^ {0,3}([-*_])\s*(?:\1\s*){2,}$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(\s+|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const CELLS = /^\s*\|?(?:\s*:?-+:?\s*\|)+\s*:?-*:?\s*$/;
+const MATH = /^ {0,3}(\$\$|\\\[)/;
+const NOTE = /^ {0,3}\[\^([^\]\s]{1,40})\]:\s*/;
+const TASK = /^\[([ xX])\]\s+/;
 const MAX_DEPTH = 12; // of nested lists and quotes; deeper ones stay text
 
+// The blocks of a text: {kind, lines, start}, with the place where each begins.
+
 export function blocks(text) {
-  const lines = text.replace(/\r\n?/g, "\n").split("\n");
+  const lines = text.split("\n");
   const result = [];
   let i = 0;
+  let start = 0; // of line i
+  const advance = (count) => {
+    for (const end = i + count; i < end; i++) start += lines[i].length + 1;
+  };
   const take = (kind, count, extra = {}) => {
-    result.push({ kind, lines: lines.slice(i, i + count), ...extra });
-    i += count;
+    result.push({ kind, lines: lines.slice(i, i + count), start, ...extra });
+    advance(count);
   };
   while (i < lines.length) {
     const line = lines[i];
     const fence = FENCE.exec(line);
     if (!line.trim()) {
-      i++;
+      advance(1);
+    } else if (MATH.test(line) && mathEnd(lines, i) > i) {
+      take("math", mathEnd(lines, i) - i);
+    } else if (NOTE.test(line)) {
+      let end = i + 1;
+      while (end < lines.length && lines[end].trim() && (/^ {2,}/.test(lines[end]) || !startsBlock(lines[end]))) end++;
+      take("note", end - i);
     } else if (fence) {
       let end = i + 1;
       const closing = new RegExp(`^ {0,3}${fence[2][0]}{${fence[2].length},}\\s*$`);
@@ -57,8 +76,19 @@ export function blocks(text) {
   return result;
 }
 
+// The line after a formula between $$ or \[ and \]; `from` if it does not end before an empty line.
+function mathEnd(lines, from) {
+  const closing = MATH.exec(lines[from])[1] === "$$" ? "$$" : "\\]";
+  for (let i = from; i < lines.length && lines[i].trim(); i++) {
+    const line = lines[i].trim();
+    if (line.endsWith(closing) && (i > from || line.length > 3)) return i + 1;
+    if (line.slice(i > from ? 0 : 2).includes(closing)) return from; // text goes on behind it
+  }
+  return from;
+}
+
 const startsBlock = (line) =>
-  FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+  FENCE.test(line) || MATH.test(line) || NOTE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
 
 function listEnd(lines, from) {
   const ordered = /\d/.test(ITEM.exec(lines[from])[2]);
@@ -86,15 +116,42 @@ function sameList(line, ordered) {
   return item !== null && !RULE.test(line) && (item[1].length > 1 || /\d/.test(item[2]) === ordered);
 }
 
+// Shows a text in `parent`. Only what may have changed is read: appended text can change the last two blocks.
 export function render(parent, text) {
-  const current = blocks(text);
-  const sources = current.map(source);
-  const previous = parent.rendered ?? [];
-  let same = 0;
-  while (same < sources.length && previous[same] === sources[same]) same++;
-  while (parent.childNodes.length > same) parent.lastChild.remove();
-  for (const block of current.slice(same)) parent.append(element(block, 0));
-  parent.rendered = sources;
+  if (text.includes("\r")) text = text.replace(/\r\n?/g, "\n");
+  let { whole = "", list = [] } = parent.rendered ?? {};
+  if (text === whole) return;
+  const kept = text.startsWith(whole) ? settled(list) : 0;
+  const from = kept ? list[kept].start : 0;
+  const latest = blocks(text.slice(from));
+  for (const block of latest) {
+    block.start += from;
+    block.source = source(block);
+  }
+  list = [...list.slice(0, kept), ...latest];
+  draw(parent, list, kept, parent.rendered?.list ?? []);
+  parent.rendered = { whole: text, list };
+}
+
+// How many of the first blocks stay as they are when text is appended. A formula that has no end yet may take in
+// all up to the next empty line.
+function settled(list) {
+  let count = Math.max(0, list.length - 2);
+  for (let i = count - 1; i >= 0; i--) {
+    const { start, lines, kind } = list[i];
+    if (start + lines.join("\n").length + 1 < list[i + 1].start) break;
+    if (kind === "text" && MATH.test(lines[0])) count = i;
+  }
+  return count;
+}
+
+// Makes the children of `parent` those of the blocks from number `at` on.
+function draw(parent, list, at, before) {
+  while (at < list.length && at < before.length && list[at].source === before[at].source) at++;
+  const last = parent.childNodes[at];
+  if (at < list.length && last?.grow?.(list[at])) at++;
+  while (parent.childNodes.length > at) parent.lastChild.remove();
+  for (const block of list.slice(at)) parent.append(element(block, 0));
 }
 
 const source = (block) => block.kind + (block.closed ?? "") + block.lines.join("\n");
@@ -116,8 +173,17 @@ function element(block, depth) {
     }
     case "rule":
       return h("hr");
+    case "math": {
+      const text = lines.join("\n").trim();
+      return formula(text.slice(2, -2).trim(), true);
+    }
+    case "note": {
+      const name = NOTE.exec(lines[0])[1];
+      const texts = [lines[0].replace(NOTE, ""), ...lines.slice(1).map((l) => l.replace(/^ {1,4}/, ""))];
+      return h("div", { class: "note", "data-note": name, tabindex: "-1" }, h("sup", {}, name), h("div", {}, ...nested(texts, depth)));
+    }
     case "quote":
-      return h("blockquote", {}, ...nested(lines.map((l) => l.replace(QUOTE, "")), depth));
+      return h("blockquote", { dir: "auto" }, ...nested(lines.map((l) => l.replace(QUOTE, "")), depth));
     case "list":
       return list(lines, depth);
     case "table":
@@ -127,20 +193,46 @@ function element(block, depth) {
   }
 }
 
-function code({ lines, language, indent, closed }) {
+function codeText({ lines, indent, closed }) {
   const strip = new RegExp(`^ {0,${indent}}`);
-  const text = lines.slice(1, closed ? -1 : undefined).map((l) => l.replace(strip, "")).join("\n");
+  return lines.slice(1, closed ? -1 : undefined).map((l) => l.replace(strip, "")).join("\n");
+}
+
+function code(block) {
+  const { language } = block;
+  const content = h("code");
+  let text = codeText(block);
+  paint(content, text, language);
   const copy = iconButton("copy", "Copy the code", async () => {
     await copyText(text);
     setIcon(copy, "check", "Copied");
     setTimeout(() => setIcon(copy, "copy", "Copy the code"), 1500);
   });
-  return h("figure", { class: "code" },
-    h("figcaption", {}, h("span", {}, language || "text"), copy),
-    h("pre", { tabindex: "0" }, h("code", {}, text)));
+  const figure = h("figure", { class: "code", dir: "ltr" });
+  const wrap = iconButton("wrap", "Wrap lines", () => {
+    setWrapped(figure, wrap, !figure.classList.contains("wrapped"));
+    store.saveSettings({ ...store.settings(), wrap: figure.classList.contains("wrapped") });
+  });
+  figure.append(
+    h("figcaption", {}, h("span", {}, language || "text"), wrap, copy),
+    h("pre", { tabindex: "0" }, content));
+  setWrapped(figure, wrap, store.settings().wrap);
+  figure.grow = (next) => {
+    if (next.kind !== "code" || next.language !== language) return false;
+    text = codeText(next);
+    paint(content, text, language);
+    return true;
+  };
+  return figure;
 }
 
-function list(lines, depth) {
+function setWrapped(figure, button, wrapped) {
+  figure.classList.toggle("wrapped", wrapped);
+  button.setAttribute("aria-pressed", String(wrapped));
+}
+
+// The tag, its first number, whether it has paragraphs, and the lines of each item.
+function readList(lines) {
   const first = ITEM.exec(lines[0]);
   const ordered = /\d/.test(first[2]);
   const items = [];
@@ -157,13 +249,36 @@ function list(lines, depth) {
   }
   const loose = lines.some((l) => !l.trim());
   const start = ordered ? parseInt(first[2], 10) : 1;
-  return h(ordered ? "ol" : "ul", ordered && start !== 1 ? { start } : {},
-    items.map((item) => {
-      const children = nested(item.lines, depth);
-      // A tight list has no paragraphs.
-      const flat = loose ? children : children.flatMap((e) => (e.tagName === "P" ? [...e.childNodes] : [e]));
-      return h("li", {}, ...flat);
-    }));
+  return { tag: ordered ? "ol" : "ul", start, loose, items: items.map((item) => item.lines) };
+}
+
+function listItem(lines, loose, depth) {
+  const task = TASK.exec(lines[0]);
+  const children = nested(task ? [lines[0].slice(task[0].length), ...lines.slice(1)] : lines, depth);
+  // A tight list has no paragraphs.
+  const flat = loose ? children : children.flatMap((e) => (e.tagName === "P" ? [...e.childNodes] : [e]));
+  if (!task) return h("li", {}, ...flat);
+  const done = task[1] !== " ";
+  return h("li", { class: "task" },
+    h("input", { type: "checkbox", disabled: true, checked: done, "aria-label": done ? "Done" : "Not done" }), ...flat);
+}
+
+function list(lines, depth) {
+  let shown = readList(lines);
+  const made = h(shown.tag, { dir: "auto", ...(shown.start !== 1 ? { start: shown.start } : {}) },
+    shown.items.map((item) => listItem(item, shown.loose, depth)));
+  made.grow = (next) => {
+    if (next.kind !== "list") return false;
+    const now = readList(next.lines);
+    if (now.tag !== shown.tag || now.start !== shown.start || now.loose !== shown.loose) return false;
+    let same = 0;
+    while (same < now.items.length && same < shown.items.length && now.items[same].join("\n") === shown.items[same].join("\n")) same++;
+    while (made.childNodes.length > same) made.lastChild.remove();
+    made.append(...now.items.slice(same).map((item) => listItem(item, now.loose, depth)));
+    shown = now;
+    return true;
+  };
+  return made;
 }
 
 function cells(line) {
@@ -177,31 +292,49 @@ function table(lines) {
     const texts = cells(line);
     return h("tr", {}, sides.map((side, column) => h(tag, { class: side }, ...inline(texts[column] ?? ""))));
   };
-  return h("div", { class: "wide", tabindex: "0" }, h("table", {},
-    h("thead", {}, row(lines[0], "th")),
-    h("tbody", {}, lines.slice(2).map((l) => row(l, "td")))));
+  const body = h("tbody", {}, lines.slice(2).map((l) => row(l, "td")));
+  const made = h("div", { class: "wide", tabindex: "0", dir: "auto" }, h("table", {}, h("thead", {}, row(lines[0], "th")), body));
+  let shown = lines;
+  made.grow = (next) => {
+    if (next.kind !== "table") return false;
+    const now = next.lines;
+    let same = 0;
+    while (same < now.length && same < shown.length && now[same] === shown[same]) same++;
+    if (same < 2) return false;
+    while (body.childNodes.length > same - 2) body.lastChild.remove();
+    body.append(...now.slice(same).map((l) => row(l, "td")));
+    shown = now;
+    return true;
+  };
+  return made;
 }
 
 // ---- inline
 
 const SAFE = /^(?:https?:\/\/|mailto:)[^\s<>"]+$/i;
 const INLINE = [
-  // A sticky expression that must match at this position, and what it becomes; `true`: not within a word.
-  [/\\([\\`*_{}[\]()#+\-.!~|>])/y, (m) => m[1]],
-  [/(`+)(?!`)([^]*?[^`])\1(?!`)/y, (m) => h("code", {}, m[2].replace(/^ (.*) $/s, "$1").replace(/\n/g, " "))],
-  [/!\[([^\]]*)\]\(\s*([^\s)]*)[^)]*\)/y, (m, d) => link(m[2], [m[1] || m[2]], m[0], d)],
+  // A sticky expression that must match at this position, what it becomes, and what must follow somewhere;
+  // `true`: not within a word.
+  [/\\\(([^]+?)\\\)/y, (m) => formula(m[1].trim(), false), "\\)"],
+  [/\\\[([^]+?)\\\]/y, (m) => formula(m[1].trim(), true), "\\]"],
+  [/\$\$([^$]+?)\$\$/y, (m) => formula(m[1].trim(), true), "$$"],
+  [/\$(?![\s$]|\d[\d.,]*\s+[a-z]{2})((?:\\[^]|[^$\\`])*?[^\s$\\]|[^\s$\\])\$(?![\d$])/iy, (m) => formula(m[1], false), "$", true],
+  [/\\([\\`*_{}[\]()#+\-.!~|>$])/y, (m) => m[1]],
+  [/(`+)(?!`)([^]*?[^`])\1(?!`)/y, (m) => h("code", {}, m[2].replace(/^ (.*) $/s, "$1").replace(/\n/g, " ")), "`"],
+  [/!\[([^\]]*)\]\(\s*([^\s)]*)[^)]*\)/y, (m, d) => link(m[2], [m[1] || m[2]], m[0], d), "]("],
+  [/\[\^([^\]\s]{1,40})\]/y, (m) => noteMark(m[1]), "]"],
   [/\[((?:[^[\]\\]|\\.|\[[^\]]*\])*)\]\(\s*<?((?:[^\s()<>]|\([^\s()]*\))*)>?(?:\s+["'(][^"')]*["')])?\s*\)/y,
-    (m, d) => link(m[2], inline(m[1], d + 1), m[0])],
+    (m, d) => link(m[2], inline(m[1], d + 1), m[0]), "]("],
   [/<((?:https?:\/\/|mailto:)[^\s<>]+)>/iy, (m) => link(m[1], [m[1]], m[0])],
   [/https?:\/\/[^\s<>"`*]*[^\s<>"`*.,;:!?')\]]/iy, (m) => link(m[0], [m[0]], m[0])],
-  [/\*\*(?=\S)([^]*?\S)\*\*(?!\*)/y, (m, d) => h("strong", {}, ...inline(m[1], d + 1))],
-  [/\*(?=[^\s*])([^*]*?[^\s*])\*(?!\*)/y, (m, d) => h("em", {}, ...inline(m[1], d + 1))],
-  [/__(?=\S)([^]*?\S)__(?![\w_])/y, (m, d) => h("strong", {}, ...inline(m[1], d + 1)), true],
-  [/_(?=[^\s_])([^_]*?[^\s_])_(?!\w)/y, (m, d) => h("em", {}, ...inline(m[1], d + 1)), true],
-  [/~~(?=\S)([^]*?\S)~~/y, (m, d) => h("del", {}, ...inline(m[1], d + 1))],
+  [/\*\*(?=\S)([^]*?\S)\*\*(?!\*)/y, (m, d) => h("strong", {}, ...inline(m[1], d + 1)), "**"],
+  [/\*(?=[^\s*])([^*]*?[^\s*])\*(?!\*)/y, (m, d) => h("em", {}, ...inline(m[1], d + 1)), "*"],
+  [/__(?=\S)([^]*?\S)__(?![\w_])/y, (m, d) => h("strong", {}, ...inline(m[1], d + 1)), "__", true],
+  [/_(?=[^\s_])([^_]*?[^\s_])_(?!\w)/y, (m, d) => h("em", {}, ...inline(m[1], d + 1)), "_", true],
+  [/~~(?=\S)([^]*?\S)~~/y, (m, d) => h("del", {}, ...inline(m[1], d + 1)), "~~"],
   [/ {2,}\n|\n/y, () => h("br")],
 ];
-const SPECIAL = /[\\`![<*_~\n]|https?:\/\/| {2,}\n/gi;
+const SPECIAL = /[\\`![<*_~$\n]|https?:\/\/| {2,}\n/gi;
 
 export function inline(text, depth = 0) {
   const out = [];
@@ -222,23 +355,23 @@ export function inline(text, depth = 0) {
     }
     plain += text.slice(at, special.index);
     at = special.index;
-    for (const [number, [pattern, make, outsideWords]] of INLINE.entries()) {
+    for (const [number, [pattern, make, end, outsideWords]] of INLINE.entries()) {
       if (unclosed.has(number)) continue;
       if (outsideWords && at > 0 && /\w/.test(text[at - 1])) continue;
       pattern.lastIndex = at;
       const match = pattern.exec(text);
       if (match === null) {
-        if (isUnclosed(number, text, at)) unclosed.add(number);
+        if (end && text.indexOf(end, at + 1) < 0) unclosed.add(number);
         continue;
       }
-      const end = pattern.lastIndex;
+      const after = pattern.lastIndex; // `make` may use the same expression
       const node = make(match, depth);
       if (typeof node === "string") plain += node;
       else {
         flush();
         out.push(node);
       }
-      at = end;
+      at = after;
       continue next;
     }
     plain += text[at++];
@@ -247,10 +380,15 @@ export function inline(text, depth = 0) {
   return out;
 }
 
-// Whether the rest of the text has no end for this pattern.
-const ENDS = { 1: "`", 2: "](", 3: "](", 6: "**", 7: "*", 8: "__", 9: "_", 10: "~~" };
-function isUnclosed(number, text, at) {
-  return number in ENDS && text.indexOf(ENDS[number], at + 1) < 0;
+// The mark of a footnote shows the note.
+function noteMark(name) {
+  const button = h("button", { class: "link", type: "button", "aria-label": `Note ${name}` }, name);
+  button.addEventListener("click", () => {
+    const note = [...button.closest(".prose, .text").querySelectorAll(".note")].find((n) => n.dataset.note === name);
+    note?.scrollIntoView({ block: "nearest" });
+    note?.focus();
+  });
+  return h("sup", { class: "mark" }, button);
 }
 
 // Links with other schemes stay text.

@@ -2,7 +2,7 @@
 // its own, so that two windows do not overwrite each other's.
 
 const PREFIX = "cenacle.";
-const DEFAULTS = { system: "", temperature: null, max_tokens: null, seed: null, theme: "auto" };
+const DEFAULTS = { system: "", temperature: null, max_tokens: null, seed: null, theme: "auto", wrap: false };
 
 function read(name, fallback) {
   try {
