@@ -5,7 +5,7 @@ BIN := .venv/bin
 # is a quarter of its processor time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test clients smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
+.PHONY: install demo test test-others test-hosts clients smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
 
 install: .venv/installed
 
@@ -18,11 +18,18 @@ demo: install
 	$(BIN)/cenacle demo --nodes 2
 
 # In three processes, a file in one of them: tests that start several ranks often wait for them.
-# Then hosts alone: their network namespaces have deadlines of seconds.
+# Beside them those with hosts, which wait for deadlines of seconds, one file after the other.
 test: install lint
+	@$(MAKE) --no-print-directory --jobs 2 test-others test-hosts
+
+test-others:
 	MAKEFLAGS= $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	  tests/ranks tests/browser tests/mlx tests/unit
-	MAKEFLAGS= $(BIN)/pytest tests/hosts
+
+HOSTS_LOG := build/test-hosts.log
+test-hosts:
+	@mkdir -p build
+	@MAKEFLAGS= $(BIN)/pytest tests/hosts > $(HOSTS_LOG) 2>&1; status=$$?; cat $(HOSTS_LOG); exit $$status
 
 # Real clients, from npm and PyPI, against two nodes: docs/clients.md. The first time installs them.
 clients: install

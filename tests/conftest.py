@@ -11,17 +11,14 @@ from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+# As ranks have it on CPUs: MLX would run a C++ compiler for a hundred functions.
+os.environ["MLX_DISABLE_COMPILE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def config_home() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cenacle-home-") as folder:
         os.environ["CENACLE_HOME"] = folder  # the programs that tests start inherit it
-        # What MLX compiles is kept from run to run.
-        compiled = Path(tempfile.gettempdir()) / f"cenacle-tests-{os.geteuid()}"
-        compiled.mkdir(mode=0o700, exist_ok=True)
-        Path(folder, "tmp").mkdir(mode=0o700)
-        Path(folder, "tmp", "mlx").symlink_to(compiled)
         yield Path(folder)
         del os.environ["CENACLE_HOME"]
 

@@ -215,6 +215,8 @@ class _Worker:
 
     def __init__(self, channel: Channel, order: LoadOrder) -> None:
         # Imported here and below: the front must hear from this process before MLX is loaded.
+        import mlx.core as mx
+
         from .. import native
         from ..engine.options import EngineOptions
         from ..engine.speculative.draft_model import DraftModelConfig
@@ -226,6 +228,9 @@ class _Worker:
         self._collective = join_collective(
             order.backend, order.plan.nodes, order.comm_dtype, order.latency_s
         )
+        if mx.default_device().type == mx.DeviceType.cpu:
+            # It runs a C++ compiler for seconds when a first request comes, and gains nothing.
+            mx.disable_compile()
         self._checkpoint = Checkpoint.open(Path(order.folder))
         self._options = EngineOptions(**order.engine)
         self._draft: DraftModelConfig | None = None
