@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/decode.inc.h"
 #include "thread_pool.h"
 
 namespace cenacle {
@@ -21,10 +22,11 @@ void share(int64_t count, int64_t size, Task&& task) {
 
 // Rows whose keys were all forbidden weigh all values alike, because MLX's masked scores are finite.
 void average(const Attention& a, int64_t batch, int64_t kv_head, float* out) {
-  const float* v = a.v + batch * a.v_strides[0] + kv_head * a.v_strides[1];
+  const int64_t first = batch * a.v_strides[0] + kv_head * a.v_strides[1];
   std::fill(out, out + a.v_width, 0.f);
   for (int64_t j = 0; j < a.keys; j++)
-    for (int64_t i = 0; i < a.v_width; i++) out[i] += v[j * a.v_strides[2] + i] / float(a.keys);
+    for (int64_t i = 0; i < a.v_width; i++)
+      out[i] += at(a.type, static_cast<const uint8_t*>(a.v), first + j * a.v_strides[2] + i) / float(a.keys);
 }
 
 }  // namespace

@@ -9,15 +9,20 @@
 
 #include <cstdint>
 
+#include "kernels/kernels.h"
+
 namespace cenacle {
 
 // softmax(scale q k^T + mask) v. Queries [batch, heads, length, width], keys [batch, kv_heads, keys,
 // width], values [.., v_width]; strides are in elements, the last dimension's is 1.
 struct Attention {
-  const float *q, *k, *v;
+  const float* q;
+  const void *k, *v;
+  Float type;                      // of keys and values
   int64_t q_strides[3], k_strides[3], v_strides[3];
   int64_t batch, heads, kv_heads, length, keys, width, v_width;
   float scale;
+  float cap;                       // scores s become cap tanh(s / cap), unless 0
   bool causal;                     // the last query sees every key
   const uint8_t* allowed;          // bool [batch, heads, length, keys] by strides, or null
   const float* added;              // the same, added to the scores, or null
@@ -52,7 +57,8 @@ struct Ops {
 
 // Floats of scratch memory that `attend` wants.
 constexpr int64_t attend_scratch(const Attention& a) {
-  return ROWS_AT_ONCE * (a.width + KEYS_AT_ONCE) + KEYS_AT_ONCE * (a.width + padded(a.v_width));
+  const int64_t wider = a.width > padded(a.v_width) ? a.width : padded(a.v_width);
+  return ROWS_AT_ONCE * (a.width + KEYS_AT_ONCE) + KEYS_AT_ONCE * (a.width + wider);
 }
 
 void rms_norm(const Ops&, const float* x, const float* weight, float eps, int64_t rows, int64_t width,

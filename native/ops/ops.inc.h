@@ -3,8 +3,13 @@
 //
 // Scores and weighted values are both products of a few rows with a block of 64 keys that stays in the
 // cache; the softmax is taken block by block (Milakov and Gimelshein, arXiv:1805.02867). Few rows (one
-// token) multiply keys where they lie; many are worth a transposed copy of the block.
+// token) multiply keys where they lie, four heads of a group together; many are worth a transposed copy of
+// the block, in float32.
 #include <float.h>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "kernels/decode.inc.h"
 #include "ops/ops.h"
@@ -27,12 +32,53 @@ inline V load(const float* p) {
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 typedef float V4 __attribute__((vector_size(16)));
 
-inline float total(V v) {
+// Floats of 16 bits, as keys and values are kept.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+inline V load(const Bf16* p) {
+  H h;
+  memcpy(&h, p, sizeof h);
+  return (V)(__builtin_convertvector(h, U) << 16);
+}
+inline V load(const F16* p) {
+#ifdef __F16C__
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else  // see `f16`
+  H h;
+  memcpy(&h, p, sizeof h);
+  const U u = __builtin_convertvector(h, U);
+  const U special = (U)((u & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (V)((U)((V)((u & 0x7fffu) << 13) * 0x1p112f) | special | (u & 0x8000u) << 16);
+#endif
+}
+inline float one(const float* p) { return *p; }
+inline float one(const Bf16* p) { return bf16(p->bits); }
+inline float one(const F16* p) { return f16(p->bits); }
+
+inline V4 fold(V v) {
   V4 s[W / 4];
   memcpy(s, &v, sizeof v);
   if constexpr (W == 8) s[0] += s[W / 4 - 1];
-  s[0] += __builtin_shufflevector(s[0], s[0], 2, 3, 0, 1);
-  return s[0][0] + s[0][1];
+  return s[0];
+}
+
+// The sums of four vectors' elements.
+inline V4 totals(V4 a, V4 b, V4 c, V4 d) {
+  const V4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const V4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+inline float total(V v) {
+  V4 s = fold(v);
+  s += __builtin_shufflevector(s, s, 2, 3, 0, 1);
+  return s[0] + s[1];
 }
 
 // Four partial sums, so that additions do not wait for each other.
@@ -176,104 +222,136 @@ void transpose(const float* from, int64_t stride, int64_t keys, int64_t width, f
     }
 }
 
+// to[j][0 .. columns) = from[j][0 .. width), zero beyond.
+template <class T>
+void widen(const T* from, int64_t stride, int64_t keys, int64_t width, int64_t columns, float* to) {
+  for (int64_t j = 0; j < keys; j++, from += stride, to += columns) {
+    int64_t i = 0;
+    for (; i + W <= width; i += W) store(to + i, load(from + i));
+    for (; i < width; i++) to[i] = one(from + i);
+    for (; i < columns; i++) to[i] = 0.f;
+  }
+}
+
 // One token reads keys and values from memory: while a block's keys are multiplied its values are
 // fetched, and meanwhile the next block's keys.
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b);
+}
+
 // scores[r][0], scores[r][1] = q[r] . k[0], q[r] . k[1]
-template <int R>
-inline void dots(const float* q, int64_t width, const float* k0, const float* k1, const float* next0,
-                 const float* next1, float* scores) {
+template <int R, class T>
+inline void dots(const float* q, int64_t width, const T* k0, const T* k1, float* scores) {
   V sum[R][2] = {};
   int64_t i = 0;
   for (; i + W <= width; i += W) {
     const V b0 = load(k0 + i), b1 = load(k1 + i);
-    __builtin_prefetch(next0 + i);
-    __builtin_prefetch(next1 + i);
     for (int r = 0; r < R; r++) {
       const V a = load(q + r * width + i);
       sum[r][0] += a * b0;
       sum[r][1] += a * b1;
     }
   }
-  for (int r = 0; r < R; r++) {
-    float s0 = total(sum[r][0]), s1 = total(sum[r][1]);
-    for (int64_t j = i; j < width; j++) {
-      s0 += q[r * width + j] * k0[j];
-      s1 += q[r * width + j] * k1[j];
-    }
-    scores[r * KEYS_AT_ONCE] = s0;
-    scores[r * KEYS_AT_ONCE + 1] = s1;
+  for (int r = 0; r < R; r += 2) {
+    const int next = r + 1 < R ? r + 1 : r;
+    const V4 s = totals(fold(sum[r][0]), fold(sum[r][1]), fold(sum[next][0]), fold(sum[next][1]));
+    memcpy(scores + r * KEYS_AT_ONCE, &s, 8);
+    if (next != r) memcpy(scores + next * KEYS_AT_ONCE, reinterpret_cast<const char*>(&s) + 8, 8);
   }
+  for (; i < width; i++)
+    for (int r = 0; r < R; r++) {
+      scores[r * KEYS_AT_ONCE] += q[r * width + i] * one(k0 + i);
+      scores[r * KEYS_AT_ONCE + 1] += q[r * width + i] * one(k1 + i);
+    }
 }
 
 // Scores of a block's keys, where few rows make a copy of the keys not worth it.
-void score_few(const float* q, int64_t rows, int64_t width, const float* k, int64_t stride, int64_t keys,
-               const float* v, int64_t v_stride, float* scores) {
+template <class T>
+void score_few(const float* q, int64_t rows, int64_t width, const T* k, int64_t stride, int64_t keys,
+               const T* v, int64_t v_stride, int64_t v_width, float* scores) {
   for (int64_t j = 0; j < keys; j += 2) {
-    const float* k0 = k + j * stride;
-    const float* k1 = j + 1 < keys ? k0 + stride : k0;
-    const float *n0 = v + j * v_stride, *n1 = n0 + v_stride;
+    const T* k0 = k + j * stride;
+    const T* k1 = j + 1 < keys ? k0 + stride : k0;
+    fetch(v + j * v_stride, v_width * sizeof(T));
+    fetch(v + (j + 1) * v_stride, v_width * sizeof(T));
     for (int64_t r = 0; r < rows; r += 4) {
       const float* from = q + r * width;
       float* to = scores + r * KEYS_AT_ONCE + j;
       switch (rows - r) {
-        case 1: dots<1>(from, width, k0, k1, n0, n1, to); break;
-        case 2: dots<2>(from, width, k0, k1, n0, n1, to); break;
-        case 3: dots<3>(from, width, k0, k1, n0, n1, to); break;
-        default: dots<4>(from, width, k0, k1, n0, n1, to); break;
+        case 1: dots<1>(from, width, k0, k1, to); break;
+        case 2: dots<2>(from, width, k0, k1, to); break;
+        case 3: dots<3>(from, width, k0, k1, to); break;
+        default: dots<4>(from, width, k0, k1, to); break;
       }
     }
   }
 }
 
-// out[r] += p[r][0] v[0] + p[r][1] v[1], a row of values at a time: one token reads them from memory.
-template <int R>
-inline void weigh(const float* p, const float* v0, const float* v1, const float* next0,
-                  const float* next1, int64_t columns, float* out) {
-  float by[R][2];
+// out[r] += sum_j p[r][j] v[j]; a block's sums of some columns stay in registers.
+template <int R, class T>
+inline void weigh(const float* p, const T* v, int64_t stride, int64_t keys, int64_t columns, float* out) {
+  V sum[R][2];
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) by[r][j] = p[r * KEYS_AT_ONCE + j];
-  for (int64_t i = 0; i < columns; i += W) {
-    const V a = load(v0 + i), b = load(v1 + i);
-    __builtin_prefetch(next0 + i);
-    __builtin_prefetch(next1 + i);
+    for (int j = 0; j < 2; j++) sum[r][j] = load(out + r * columns + j * W);
+  for (int64_t j = 0; j < keys; j++, v += stride) {
+    const V a = load(v), b = load(v + W);
     for (int r = 0; r < R; r++) {
-      float* to = out + r * columns + i;
-      store(to, load(to) + by[r][0] * a + by[r][1] * b);
+      const float by = p[r * KEYS_AT_ONCE + j];
+      sum[r][0] += by * a;
+      sum[r][1] += by * b;
     }
   }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < 2; j++) store(out + r * columns + j * W, sum[r][j]);
 }
 
-void weigh_few(float* p, int64_t rows, const float* v, int64_t stride, int64_t keys, int64_t columns,
-               const float* next_k, int64_t k_stride, float* out) {
-  if (keys % 2)  // the last one is read twice and counts once
-    for (int64_t r = 0; r < rows; r++) p[r * KEYS_AT_ONCE + keys] = 0.f;
-  for (int64_t j = 0; j < keys; j += 2) {
-    const float* v0 = v + j * stride;
-    const float* v1 = j + 1 < keys ? v0 + stride : v0;
-    const float *n0 = next_k + j * k_stride, *n1 = n0 + k_stride;
+template <class T, class K>
+void weigh_few(const float* p, int64_t rows, const T* v, int64_t stride, int64_t keys, int64_t columns,
+               const K* next_k, int64_t k_stride, int64_t width, float* out) {
+  constexpr int64_t LINE = 64 / sizeof(K);
+  for (int64_t i = 0, line = 0; i < columns; i += 2 * W) {
+    // As much of the next keys as of these columns.
+    for (; line < width && line * columns <= i * width; line += LINE)
+      for (int64_t j = 0; j < KEYS_AT_ONCE; j++) __builtin_prefetch(next_k + j * k_stride + line);
     for (int64_t r = 0; r < rows; r += 4) {
-      const float* from = p + r * KEYS_AT_ONCE + j;
-      float* to = out + r * columns;
+      const float* from = p + r * KEYS_AT_ONCE;
+      float* to = out + r * columns + i;
       switch (rows - r) {
-        case 1: weigh<1>(from, v0, v1, n0, n1, columns, to); break;
-        case 2: weigh<2>(from, v0, v1, n0, n1, columns, to); break;
-        case 3: weigh<3>(from, v0, v1, n0, n1, columns, to); break;
-        default: weigh<4>(from, v0, v1, n0, n1, columns, to); break;
+        case 1: weigh<1>(from, v + i, stride, keys, columns, to); break;
+        case 2: weigh<2>(from, v + i, stride, keys, columns, to); break;
+        case 3: weigh<3>(from, v + i, stride, keys, columns, to); break;
+        default: weigh<4>(from, v + i, stride, keys, columns, to); break;
       }
     }
   }
 }
 
-void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_row, int64_t rows,
+// How many of a block's keys a row may see. Blocks of all or none, most of them, cost no more than this:
+// a window or padding is nothing but a length.
+inline int64_t count(const uint8_t* allowed, int64_t stride, int64_t n) {
+  if (stride == 0) return *allowed ? n : 0;
+  int64_t sum = 0;
+  if (stride == 1) {
+    int small = 0;
+    for (int64_t j = 0; j < n; j++) small += allowed[j];
+    return small;
+  }
+  for (int64_t j = 0; j < n; j++) sum += allowed[j * stride];
+  return sum;
+}
+
+template <class T>
+void attend_to(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_row, int64_t rows,
             int64_t first_key, int64_t last_key, float* out, float* top, float* sum, float* scratch) {
   constexpr int N = KEYS_AT_ONCE;
   const int64_t width = a.width, columns = padded(a.v_width), group = a.group();
   float* q = scratch;                                   // [rows, width], scaled
   float* scores = q + ROWS_AT_ONCE * width;             // [rows, N]
   float* transposed = scores + ROWS_AT_ONCE * N;        // [width, N]
-  float* copied = transposed + N * width;               // [N, columns]
-  const float* keys = a.k + batch * a.k_strides[0] + kv_head * a.k_strides[1];
-  const float* values = a.v + batch * a.v_strides[0] + kv_head * a.v_strides[1];
+  float* copied = transposed + N * width;               // [N, columns or width]
+  const T* keys = static_cast<const T*>(a.k) + batch * a.k_strides[0] + kv_head * a.k_strides[1];
+  const T* values = static_cast<const T*>(a.v) + batch * a.v_strides[0] + kv_head * a.v_strides[1];
+  int64_t seen_keys[ROWS_AT_ONCE];  // of a block, by each row
   const int64_t before = a.keys > a.length ? a.keys - a.length : 0;
 
   for (int64_t r = 0; r < rows; r++) {
@@ -291,22 +369,29 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
   for (int64_t begin = first_key; begin < end; begin += N) {
     const int64_t n = end - begin < N ? end - begin : N;
     if (a.allowed) {
-      bool any = false;
-      for (int64_t r = 0; r < rows && !any; r++) {
+      int64_t any = 0;
+      for (int64_t r = 0; r < rows; r++) {
         const int64_t head = kv_head * group + (first_row + r) % group, at = (first_row + r) / group;
-        const uint8_t* m = a.allowed + batch * a.mask_strides[0] + head * a.mask_strides[1] +
-                           at * a.mask_strides[2] + begin * a.mask_strides[3];
-        for (int64_t j = 0; j < n; j++) any |= m[j * a.mask_strides[3]] != 0;
+        if (r && !a.mask_strides[1] && (first_row + r) % group)
+          seen_keys[r] = seen_keys[r - 1];
+        else
+          seen_keys[r] = count(a.allowed + batch * a.mask_strides[0] + head * a.mask_strides[1] +
+                                   at * a.mask_strides[2] + begin * a.mask_strides[3],
+                               a.mask_strides[3], n);
+        any |= seen_keys[r];
       }
       if (!any) continue;
     }
-    const float* k = keys + begin * a.k_strides[2];
+    const T *k = keys + begin * a.k_strides[2], *v = values + begin * a.v_strides[2];
     const bool few = rows <= 16 || width % 4;
     if (few) {
-      score_few(q, rows, width, k, a.k_strides[2], n, values + begin * a.v_strides[2], a.v_strides[2],
-                scores);
-    } else {
+      score_few(q, rows, width, k, a.k_strides[2], n, v, a.v_strides[2], a.v_width, scores);
+    } else if constexpr (sizeof(T) == 4) {
       transpose(k, a.k_strides[2], n, width, transposed);
+      multiply(q, width, transposed, N, width, rows, N, scores, N, false);
+    } else {
+      widen(k, a.k_strides[2], n, width, width, copied);
+      transpose(copied, width, n, width, transposed);
       multiply(q, width, transposed, N, width, rows, N, scores, N, false);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -314,7 +399,9 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
       float* s = scores + r * N;
       const int64_t offset = batch * a.mask_strides[0] + head * a.mask_strides[1] +
                              at * a.mask_strides[2] + begin * a.mask_strides[3];
-      if (a.allowed)
+      if (a.cap != 0.f)
+        for (int64_t j = 0; j < n; j++) s[j] = a.cap - 2 * a.cap / (exponential(2 / a.cap * s[j]) + 1);
+      if (a.allowed && seen_keys[r] != n)
         for (int64_t j = 0; j < n; j++)
           s[j] = a.allowed[offset + j * a.mask_strides[3]] ? s[j] : -FLT_MAX;
       if (a.added)
@@ -333,19 +420,30 @@ void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_ro
       if (old != 1.f)
         for (int64_t i = 0; i < columns; i++) out[r * columns + i] *= old;
     }
-    const float* v = values + begin * a.v_strides[2];
-    int64_t stride = a.v_strides[2];
-    if (columns != a.v_width) {
-      for (int64_t j = 0; j < n; j++)
-        for (int64_t i = 0; i < columns; i++)
-          copied[j * columns + i] = i < a.v_width ? v[j * stride + i] : 0.f;
-      v = copied, stride = columns;
+    const T* next_k = k + N * a.k_strides[2];
+    if (columns == a.v_width && few) {
+      weigh_few(scores, rows, v, a.v_strides[2], n, columns, next_k, a.k_strides[2], width, out);
+      continue;
     }
+    const float* wide = copied;
+    int64_t stride = columns;
+    if constexpr (sizeof(T) == 4)
+      if (columns == a.v_width) wide = v, stride = a.v_strides[2];
+    if (wide == copied) widen(v, a.v_strides[2], n, a.v_width, columns, copied);
     if (few)
-      weigh_few(scores, rows, v, stride, n, columns, k + N * a.k_strides[2], a.k_strides[2], out);
+      weigh_few(scores, rows, wide, stride, n, columns, next_k, a.k_strides[2], width, out);
     else
-      multiply(scores, N, v, stride, n, rows, columns, out, columns, true);
+      multiply(scores, N, wide, stride, n, rows, columns, out, columns, true);
   }
+}
+
+void attend(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_row, int64_t rows,
+            int64_t first_key, int64_t last_key, float* out, float* top, float* sum, float* scratch) {
+  const auto as = [&](auto kind) {
+    attend_to<decltype(kind)>(a, batch, kv_head, first_row, rows, first_key, last_key, out, top, sum, scratch);
+  };
+  if (a.type == Float::f32) return as(float{});
+  a.type == Float::bf16 ? as(Bf16{}) : as(F16{});
 }
 
 }  // namespace

@@ -55,20 +55,21 @@ class Primitive : public mx::Primitive {
 };
 
 // An array's floats, rows (its last dimension) in one piece; copied if they are not.
+template <class T = float>
 struct Rows {
-  const float* data;
+  const T* data;
   mx::Shape shape;
   mx::Strides strides;
   bool contiguous;
 
   explicit Rows(const mx::array& a)
-      : data(a.data<float>()), shape(a.shape()), strides(a.strides()),
+      : data(a.data<T>()), shape(a.shape()), strides(a.strides()),
         contiguous(a.flags().row_contiguous) {}
 
   int64_t width() const { return shape.back(); }
 
   // All of it as one piece.
-  const float* whole(std::vector<float>& copy) const {
+  const T* whole(std::vector<T>& copy) const {
     if (contiguous) return data;
     int64_t rows = 1;
     for (size_t d = 0; d + 1 < shape.size(); d++) rows *= shape[d];
@@ -77,9 +78,9 @@ struct Rows {
     int64_t offset = 0;
     const int64_t step = strides.back();
     for (int64_t r = 0; r < rows; r++) {
-      float* to = copy.data() + r * width();
+      T* to = copy.data() + r * width();
       if (step == 1)
-        std::memcpy(to, data + offset, size_t(width()) * sizeof(float));
+        std::memcpy(to, data + offset, size_t(width()) * sizeof(T));
       else
         for (int64_t i = 0; i < width(); i++) to[i] = data[offset + i * step];
       for (int d = int(shape.size()) - 2; d >= 0; d--) {
@@ -93,7 +94,7 @@ struct Rows {
   }
 
   // Of three or four dimensions, the strides of the first three.
-  const float* pieces(std::vector<float>& copy, int64_t (&to)[3]) const {
+  const T* pieces(std::vector<T>& copy, int64_t (&to)[3]) const {
     const size_t n = shape.size();
     if (width() > 1 && strides.back() != 1) {
       to[2] = width(), to[1] = to[2] * shape[n - 2], to[0] = n == 4 ? to[1] * shape[1] : to[1];
@@ -128,10 +129,10 @@ class Norm : public Primitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
-    std::vector<Rows> others;
+    std::vector<Rows<>> others;
     for (size_t i = 1; i < inputs.size(); i++) others.emplace_back(inputs[i]);
     begin(inputs, outputs[0])
-        .dispatch([x = Rows(inputs[0]), rows = int64_t(inputs[0].size()) / inputs[0].shape(-1),
+        .dispatch([x = Rows<>(inputs[0]), rows = int64_t(inputs[0].size()) / inputs[0].shape(-1),
                    others = std::move(others), out = outputs[0].data<float>(), ops = ops_, eps = eps_,
                    centered = centered_, weighted = weight_, biased = bias_] {
           std::vector<float> copy, copied[2];
@@ -186,7 +187,7 @@ class LogSumExp : public Primitive {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
     begin(inputs, outputs[0])
-        .dispatch([x = Rows(inputs[0]), rows = int64_t(outputs[0].size()), out = outputs[0].data<float>(),
+        .dispatch([x = Rows<>(inputs[0]), rows = int64_t(outputs[0].size()), out = outputs[0].data<float>(),
                    ops = ops_] {
           std::vector<float> copy;
           const float* from = x.whole(copy);
@@ -239,7 +240,7 @@ class Rotation : public Primitive {
     const int64_t count = offset_ ? 1 : inputs[2].size();
     const int64_t step = offset_ || inputs[2].ndim() == 0 ? 0 : inputs[2].strides(0);
     begin(inputs, outputs[0])
-        .dispatch([r, x = Rows(inputs[0]), where, wide, count, step, ops = ops_,
+        .dispatch([r, x = Rows<>(inputs[0]), where, wide, count, step, ops = ops_,
                    offset = offset_.value_or(0)]() mutable {
           std::vector<float> copy;
           r.x = x.pieces(copy, r.strides);
@@ -291,8 +292,8 @@ mx::array call_rope(const mx::array& x, int dims, bool traditional, std::optiona
 
 class Attend : public Primitive {
  public:
-  Attend(mx::Stream s, float scale, bool causal, bool mask, bool sinks, bool flat)
-      : Primitive(s), scale_(scale), causal_(causal), mask_(mask), sinks_(sinks), flat_(flat) {}
+  Attend(mx::Stream s, float scale, float cap, bool causal, bool mask, bool sinks, bool flat)
+      : Primitive(s), scale_(scale), cap_(cap), causal_(causal), mask_(mask), sinks_(sinks), flat_(flat) {}
   const char* name() const override { return "CenacleAttention"; }
 
   // Inputs: q, k, v, then the mask and the sinks if there are any.
@@ -301,7 +302,8 @@ class Attend : public Primitive {
     Attention a{};
     a.batch = q.shape(0), a.heads = q.shape(1), a.length = q.shape(2), a.width = q.shape(3);
     a.kv_heads = k.shape(1), a.keys = k.shape(2), a.v_width = v.shape(3);
-    a.scale = scale_, a.causal = causal_;
+    a.scale = scale_, a.cap = cap_, a.causal = causal_;
+    a.type = k.dtype() == mx::float32 ? Float::f32 : k.dtype() == mx::bfloat16 ? Float::bf16 : Float::f16;
     if (mask_) {
       const auto& mask = inputs[3];
       for (int d = 4 - int(mask.ndim()), i = 0; d < 4; d++, i++)
@@ -320,21 +322,26 @@ class Attend : public Primitive {
       out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), {token * a.length, head, token, 1},
                    {true, a.length == 1 || a.heads == 1, out.size() == size_t(head)});
     a.out = out.data<float>();
-    std::optional<Rows> sinks;
+    std::optional<Rows<>> sinks;
     if (sinks_) sinks.emplace(inputs.back());
-    begin(inputs, out).dispatch(
-        [a, q = Rows(q), k = Rows(k), v = Rows(v), sinks, ops = ops_]() mutable {
-          std::vector<float> copy[4];
-          a.q = q.pieces(copy[0], a.q_strides);
-          a.k = k.pieces(copy[1], a.k_strides);
-          a.v = v.pieces(copy[2], a.v_strides);
-          if (sinks) a.sinks = sinks->whole(copy[3]);
-          attention(*ops, a);
-        });
+    auto& encoder = begin(inputs, out);
+    const auto run = [&](auto kind) {
+      using T = decltype(kind);
+      encoder.dispatch([a, q = Rows<>(q), k = Rows<T>(k), v = Rows<T>(v), sinks, ops = ops_]() mutable {
+        std::vector<float> copy, copied_sinks;
+        std::vector<T> copied[2];
+        a.q = q.pieces(copy, a.q_strides);
+        a.k = k.pieces(copied[0], a.k_strides);
+        a.v = v.pieces(copied[1], a.v_strides);
+        if (sinks) a.sinks = sinks->whole(copied_sinks);
+        attention(*ops, a);
+      });
+    };
+    a.type == Float::f32 ? run(float{}) : run(uint16_t{});
   }
 
  private:
-  float scale_;
+  float scale_, cap_;
   bool causal_, mask_, sinks_, flat_;
 };
 
@@ -348,19 +355,24 @@ bool fits(const mx::array& mask, const mx::array& q, int keys) {
 
 using Mask = std::variant<std::monostate, std::string, mx::array>;
 
+// Keys and values of 16 bits may go with queries of float32.
 mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale, const Mask& mask,
-                 const MaybeArray& sinks, bool force_fused, mx::StreamOrDevice s, bool flat) {
+                 const MaybeArray& sinks, float cap, bool force_fused, mx::StreamOrDevice s, bool flat) {
   const auto* mode = std::get_if<std::string>(&mask);
   const auto* array = std::get_if<mx::array>(&mask);
-  const auto stream = stream_for(s, {&q, &k, &v});
+  const auto stream = stream_for(s, {&q});
   const bool causal = mode && *mode == "causal";
+  const mx::Dtype kept = k.dtype();
   const bool ours = stream && !force_fused && q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4 &&
+                    kept == v.dtype() && (kept == mx::float32 || kept == mx::bfloat16 || kept == mx::float16) &&
+                    k.size() && v.size() &&
                     k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
                     k.shape(2) == v.shape(2) && k.shape(3) == q.shape(3) &&
                     q.shape(1) % k.shape(1) == 0 && is_vector(sinks, q.shape(1)) &&
                     (!mode || causal || mode->empty()) && (!array || fits(*array, q, k.shape(2))) &&
                     !(causal && k.shape(2) < q.shape(2));
   if (!ours) {
+    if (cap != 0.f) throw std::invalid_argument("attend: expected arrays that a cap on scores is supported for");
     const auto out = mx::fast::scaled_dot_product_attention(
         q, k, v, scale, mode ? *mode : array ? "array" : "", array ? MaybeArray(*array) : MaybeArray(),
         sinks, force_fused, s);
@@ -374,20 +386,26 @@ mx::array attend(const mx::array& q, const mx::array& k, const mx::array& v, flo
   if (flat) shape = {shape[0], shape[2], shape[1] * shape[3]};
   return mx::array(
       std::move(shape), mx::float32,
-      std::make_shared<Attend>(*stream, scale, causal, array != nullptr, sinks.has_value(), flat),
+      std::make_shared<Attend>(*stream, scale, cap, causal, array != nullptr, sinks.has_value(), flat),
       std::move(inputs));
 }
 
 mx::array call_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                          const Mask& mask, const MaybeArray& sinks, bool force_fused,
                          mx::StreamOrDevice s) {
-  return attend(q, k, v, scale, mask, sinks, force_fused, s, false);
+  return attend(q, k, v, scale, mask, sinks, 0, force_fused, s, false);
 }
 
 // As attention, but [batch, length, heads * width]: what an output projection takes.
 mx::array call_attend(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                       const Mask& mask) {
-  return attend(q, k, v, scale, mask, {}, false, {}, true);
+  return attend(q, k, v, scale, mask, {}, 0, false, {}, true);
+}
+
+// As attention, with scores s made cap tanh(s / cap) before the mask.
+mx::array call_capped(const mx::array& q, const mx::array& k, const mx::array& v, float scale, float softcap,
+                      const Mask& mask) {
+  return attend(q, k, v, scale, mask, {}, softcap, false, {}, false);
 }
 
 // ---- routing ----------------------------------------------------------------------------------
@@ -405,7 +423,7 @@ class Route : public Primitive {
       o.set_data(mx::allocator::malloc(o.nbytes()));
       encoder.set_output_array(o);
     }
-    encoder.dispatch([x = Rows(inputs[0]), rows = int64_t(inputs[0].size() / inputs[0].shape(-1)),
+    encoder.dispatch([x = Rows<>(inputs[0]), rows = int64_t(inputs[0].size() / inputs[0].shape(-1)),
                       ids = outputs[0].data<uint32_t>(), weights = outputs[1].data<float>(), k = k_,
                       normalized = normalized_]() mutable {
       std::vector<float> copy;
@@ -468,6 +486,8 @@ void define_fast(nb::module_& m) {
   m.def("layer_norm", &call_layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, nb::kw_only(),
         "stream"_a = nb::none());
   m.def("attend", &call_attend, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a = nb::none());
+  m.def("attend_capped", &call_capped, "queries"_a, "keys"_a, "values"_a, "scale"_a, "softcap"_a,
+        "mask"_a.none());
   m.def("route", &call_route, "scores"_a, "k"_a, "normalized"_a);
   m.def("logsumexp", &call_logsumexp, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
         "stream"_a = nb::none());

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import gear
 
 from cenacle import native
 from cenacle.model import native_layers
@@ -106,6 +107,46 @@ def test_attention(kernels, random, heads, kv_heads, mask, sinks):
         assert np.array_equal(flat, np.array(got).swapaxes(1, 2).reshape(batch, length, -1))
 
 
+# batch, heads, heads of keys, length, keys, width, width of values
+KEPT_SHAPES = [(1, 8, 2, 1, 1100, 128, 128), (3, 16, 1, 1, 150, 72, 20), (2, 4, 4, 70, 90, 96, 64)]
+KEPT_SHAPES += [(1, 3, 1, 1, 129, 10, 7), (2, 6, 2, 3, 700, 64, 64)]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_attention_over_kept_keys_of_each_type(kernels, random, dtype):
+    """float32's sums, whatever keys and values are kept in; capped scores too."""
+    for batch, heads, kv_heads, length, keys, width, v_width in KEPT_SHAPES:
+        q = normal(random, batch, heads, length, width)
+        k = normal(random, batch, kv_heads, keys + 5, width).astype(dtype)[:, :, :keys]
+        v = normal(random, batch, kv_heads, keys + 5, v_width).astype(dtype)[:, :, :keys]
+        wide = k.astype(mx.float32), v.astype(mx.float32)
+        scale = width**-0.5
+        for kind in (None, "causal", "window", "padded", "added"):
+            sinks = normal(random, heads) if kind in (None, "window") else None
+            args = {
+                "scale": scale,
+                "mask": mask_of(kind, random, batch, heads, length, keys),
+                "sinks": sinks,
+            }
+            got = kernels.scaled_dot_product_attention(q, k, v, **args)
+            assert_close(got, MLX["scaled_dot_product_attention"](q, *wide, **args))
+        mask = mask_of("window", random, batch, heads, length, keys)
+        got = kernels.attend_capped(q, k, v, scale, softcap=0.5, mask=mask)
+        assert_close(got, gear._softcap_attention(q, *wide, scale, 0.5, mask))
+
+
+def test_keys_of_16_bits_are_read_exactly(kernels):
+    """Every number: subnormal, negative zero, infinite; one key has all the weight."""
+    bits = mx.arange(1 << 16).astype(mx.uint16).reshape(1, 1, 4096, 16)
+    q, k = mx.zeros((1, 1, 1, 16)), mx.zeros((1, 1, 1, 16))
+    for dtype in (mx.bfloat16, mx.float16):
+        numbers = bits.view(dtype)
+        for row in (0, 1, 7, 2048, 2050, 4095):
+            v = numbers[:, :, row : row + 1]
+            got = kernels.scaled_dot_product_attention(q, k.astype(dtype), v, scale=1.0)
+            assert np.array_equal(got, v.astype(mx.float32), equal_nan=True)
+
+
 def test_attention_over_columns(kernels, random):
     q, k, v = (normal(random, 1, 2, 32, 9).swapaxes(2, 3) for _ in range(3))
     got = kernels.scaled_dot_product_attention(q, k, v, scale=0.2, mask="causal")
@@ -138,9 +179,12 @@ def test_every_number_of_threads_gives_the_same_bits(kernels, random):
         kernels.set_threads(n)
         few = kernels.scaled_dot_product_attention(q, k, v, scale=0.1)
         many = kernels.scaled_dot_product_attention(long, k, v, scale=0.1, mask="causal")
+        half = kernels.scaled_dot_product_attention(
+            q, k.astype(mx.float16), v.astype(mx.float16), scale=0.1
+        )
         turned = kernels.rope(long, 64, traditional=False, base=1e4, scale=1.0, offset=3)
         normed = kernels.rms_norm(long, None, 1e-6)
-        seen.append([np.array(a).tobytes() for a in (few, many, turned, normed)])
+        seen.append([np.array(a).tobytes() for a in (few, many, half, turned, normed)])
     kernels.set_threads(before)
     assert seen[0] == seen[1] == seen[2]
 
