@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from .cluster.formation import Cluster  # needs libraries that a single machine does not
 
 ACTIVATIONS = ("int16", "int8")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+    "tiktoken.model",
+)
 
 Report = Callable[[str], None]
 

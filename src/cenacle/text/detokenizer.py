@@ -20,14 +20,14 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _Step = Callable[[str], str | bytes]
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's letters for bytes: printable ones are themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + at): b for at, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = byte_alphabet()
 
 
 def _byte_level(token: str) -> bytes:

@@ -19,6 +19,7 @@ from typing import Any
 from .. import deferred_transformers
 from ..core.chat import Message
 from ..errors import CheckpointError, InputError
+from . import tiktoken_files
 from .text_process import CPU_S, TextProcess
 from .time_limit import LimitReached, time_limit
 
@@ -62,6 +63,8 @@ def load_limited(folder: Path, stop_tokens: Any) -> Any:
             if size > limit:
                 raise CheckpointError(f"{file}: expected at most {limit:,} bytes, got {size:,}")
     _check_added_tokens(folder)
+    if tiktoken_files.is_tiktoken(folder):
+        folder = tiktoken_files.prepare_folder(folder)
     try:
         # Else transformers asks on the terminal whether to run a checkpoint's Python code.
         return load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=stop_tokens)
