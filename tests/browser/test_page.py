@@ -104,9 +104,14 @@ def ask(page, text):
 
 
 def answers(page):
-    """The finished answers' texts."""
+    """The finished answers' texts, when they are stored."""
     until(page, "!document.querySelector('.streaming') && document.querySelector('.stats')")
+    stored(page)
     return [e.inner_text() for e in page.query_selector_all(".assistant .prose")]
+
+
+def stored(page):
+    until(page, "!document.documentElement.hasAttribute('data-writing')")
 
 
 def endless(page):
@@ -130,6 +135,7 @@ def test_conversations_are_asked_edited_and_stored(opened):
     # A short answer can come at once: then there is no rate to show.
     assert re.fullmatch(r"(\S+ tokens/s · )?first token after \S+ m?s · \d+ tokens", stats), stats
     page.click("[aria-label=Regenerate]")
+    until(page, "document.querySelector('.branches')?.innerText === '2/2'")
     assert answers(page) == ["42"]
     ask(page, "What is 7 + 5?")
     until(page, "document.querySelectorAll('.stats').length === 2")
@@ -155,7 +161,7 @@ def test_conversations_are_asked_edited_and_stored(opened):
     menu.get_by_text("Rename").click()
     page.keyboard.type("Small sums")
     page.keyboard.press("Enter")
-    assert page.inner_text(".pick >> nth=0") == "Small sums"
+    until(page, "document.querySelector('.pick')?.innerText === 'Small sums'")
     menu.locator(".icon").click()
     with page.expect_download() as given:
         menu.get_by_text("Export as JSON").click()
@@ -164,9 +170,9 @@ def test_conversations_are_asked_edited_and_stored(opened):
     assert [m["content"] for m in exported["messages"]] == ["What is 1 + 1?", "2"]
     menu.locator(".icon").click()
     menu.get_by_text("Delete").click()
-    assert len(page.query_selector_all(".pick")) == 1
+    until(page, "document.querySelectorAll('.pick').length === 1")
     page.get_by_text("Undo").click()
-    assert len(page.query_selector_all(".pick")) == 2
+    until(page, "document.querySelectorAll('.pick').length === 2")
 
 
 def test_an_answer_streams_and_can_be_stopped(opened, url):
@@ -499,8 +505,9 @@ def test_the_heat_map_shows_the_routing_counts(opened, url):
     while True:  # counts and timings come apart from each other
         body = httpx.get(f"{url}/cluster", timeout=DEADLINE_S).json()
         counts, steps = body["routing"]["counts"], body["step_timings"]["steps"]
-        expected = [steps * body["plan"]["top_k"]] * len(counts)
-        if steps > 3 and [sum(row) for row in counts] == expected:
+        sums = {sum(row) for row in counts}
+        # A step that verifies drafts has more than one token.
+        if steps > 3 and len(sums) == 1 and sums.pop() >= steps * body["plan"]["top_k"]:
             break
         assert time.monotonic() < ends, (counts, steps)
         time.sleep(0.1)
@@ -646,7 +653,7 @@ def test_pictures_are_pasted_dropped_chosen_and_sent(opened):
     page = opened()
     small = picture("PNG", 30, 20, "red")
     pasted = ["paste", "image/png", "a.png", base64.b64encode(small).decode()]
-    assert not page.is_visible("#attach")
+    assert page.get_attribute("#attach", "title") == "Add text files"
     page.evaluate(TRANSFER, pasted)
     until(page, "document.querySelector('#toast').innerText.includes('cannot be shown pictures')")
     bodies = []
@@ -663,20 +670,18 @@ def test_pictures_are_pasted_dropped_chosen_and_sent(opened):
     )
     page.route("**/v1/chat/completions", answer)
     page.reload()
-    page.wait_for_selector("#attach", state="visible")
+    page.wait_for_selector("#attach[title*=pictures]")
     page.evaluate(TRANSFER, pasted)
     attached(page, 1)
     large = base64.b64encode(picture("BMP", 2000, 1000, "blue")).decode()
     page.evaluate(TRANSFER, ["drop", "image/bmp", "b.bmp", large])
     attached(page, 2)
     page.set_input_files(
-        "#picture", files=[{"name": "c.png", "mimeType": "image/png", "buffer": small}]
+        "#file", files=[{"name": "c.png", "mimeType": "image/png", "buffer": small}]
     )
     attached(page, 3)
     page.click("[aria-label='Remove picture 3']")
     attached(page, 2)
-    page.evaluate(TRANSFER, ["drop", "text/plain", "d.txt", "aGVsbG8="])
-    until(page, "document.querySelector('#toast').innerText.includes('Only pictures')")
     page.evaluate(TRANSFER, ["paste", "image/png", "broken.png", "A" * 600_000])
     until(page, "document.querySelector('#toast').innerText.includes('broken.png cannot be read')")
     ask(page, "Which colors?")
@@ -694,7 +699,7 @@ def test_pictures_are_pasted_dropped_chosen_and_sent(opened):
     page.reload()
     until(page, "document.querySelectorAll('.bubble img').length === 2")
     assert page.evaluate("[...document.querySelectorAll('.bubble img')].every(i => i.naturalWidth)")
-    page.wait_for_selector("#attach", state="visible")
+    page.wait_for_selector("#attach[title*=pictures]")
     page.click("#input")
     page.keyboard.press("ArrowUp")
     attached(page, 2)
@@ -707,11 +712,254 @@ def test_pictures_are_pasted_dropped_chosen_and_sent(opened):
     assert page.inner_text(".pick") == "Picture"
 
 
+SSE = {"content-type": "text/event-stream"}
+
+
+def sse(*texts, finish="stop", usage=None, end=True):
+    """An answer as the server streams it."""
+    chunks = [{"choices": [{"delta": {"content": text}}]} for text in texts]
+    chunks += [{"choices": [{"delta": {}, "finish_reason": finish}]}] if end else []
+    chunks += [{"choices": [], "usage": usage}] if usage else []
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    return "".join(lines) + ("data: [DONE]\n\n" if end else "")
+
+
+def played(page, *bodies):
+    """Answers that are played, one after the other; returns the requests' bodies."""
+    sent, left = [], list(bodies)
+
+    def respond(route):
+        sent.append(route.request.post_data_json)
+        route.fulfill(body=left.pop(0), headers=SSE)
+
+    page.route("**/v1/chat/completions", respond)
+    return sent
+
+
+def shows_answer(page, text):
+    """Wait for the last answer."""
+    until(page, "t => [...document.querySelectorAll('.prose')].at(-1)?.innerText === t", text)
+    return answers(page)
+
+
+def test_any_question_is_edited_and_branches_are_walked(opened):
+    page = opened()
+    sent = played(page, *(sse(text) for text in ("a1", "b1", "A1", "A2")))
+    ask(page, "a")
+    assert shows_answer(page, "a1") == ["a1"]
+    ask(page, "b")
+    assert shows_answer(page, "b1") == ["a1", "b1"]
+    page.hover(".user >> nth=0")
+    page.click(".user >> nth=0 >> [aria-label=Edit]")
+    ask(page, "A")
+    assert shows_answer(page, "A1") == ["A1"]
+    assert [m["content"] for m in sent[2]["messages"]] == ["A"]
+    page.click("[aria-label=Regenerate]")
+    assert shows_answer(page, "A2") == ["A2"]
+    branches = page.locator(".branches")
+    assert branches.all_inner_texts() == ["2/2", "2/2"]
+    branches.nth(1).get_by_label("Previous branch").click()
+    assert shows_answer(page, "A1") == ["A1"]
+    page.hover(".user >> nth=0")
+    branches.nth(0).get_by_label("Previous branch").click()
+    assert shows_answer(page, "b1") == ["a1", "b1"]
+    page.reload()
+    assert shows_answer(page, "b1") == ["a1", "b1"]
+
+
+def test_a_cut_answer_is_continued_also_when_the_server_was_away(opened):
+    page = opened()
+    page.click("#open-settings")
+    page.fill("[name=temperature]", "0")
+    page.fill("[name=max_tokens]", "3")
+    page.click("#settings .main")
+    ask(page, "Spell otter backwards.")
+    assert shows_answer(page, "ret") == ["ret"]
+    assert page.inner_text(".stats").endswith("reached the token limit")
+    page.click("[aria-label=Continue]")
+    assert shows_answer(page, "retto") == ["retto"]
+    # The connection breaks: the page asks by itself for what is missing.
+    page.click("#new")
+    page.wait_for_selector(".empty")
+    sent = played(page, sse("It goes", end=False), sse(" on."))
+    ask(page, "And now?")
+    assert shows_answer(page, "It goes on.") == ["It goes on."]
+    assert "Connected again" in page.inner_text("#toast")
+    assert sent[1]["messages"][1] == {"role": "assistant", "content": "It goes"}
+    assert sent[1]["continue_final_message"]
+
+
+def test_settings_prompts_and_models_are_what_is_sent(opened):
+    page = opened()
+    listed = [{"id": name, "context_length": 1000} for name in ("one", "two")]
+    page.route("**/v1/models", lambda r: r.fulfill(json={"data": listed}))
+    usage = {"prompt_tokens": 300, "completion_tokens": 995}
+    usage |= {"prompt_tokens_details": {"cached_tokens": 200}}
+    sent = played(page, sse("x" * 5000, usage=usage), sse("y"))
+    page.reload()
+    page.wait_for_selector("#choose-model:not([hidden])")
+    page.select_option("#choose-model", "two")
+    page.click("#open-settings")
+    page.fill("#settings [name=system]", "general")
+    page.select_option("[name=reasoning_effort]", "low")
+    page.click("#settings summary")
+    given = {"top_p": 0.9, "min_p": 0.05, "top_k": 40, "seed": 7}
+    for name, value in given.items():
+        page.fill(f"[name={name}]", str(value))
+    page.fill("[name=stop]", "END\nSTOP")
+    page.fill("[name=schema]", "{")
+    page.click("#settings .main")
+    refusal = page.evaluate("document.querySelector('[name=schema]').validationMessage")
+    assert refusal.startswith("This is not JSON")
+    page.fill("[name=schema]", '{"type": "object"}')
+    page.click("#settings .main")
+    page.click("#open-prompts")
+    page.click("#prompts summary")
+    page.fill("#prompts [name=name]", "Short")
+    page.fill("#prompts [name=text]", "Answer in a word.")
+    page.click("#add-template")
+    page.click("[aria-label='Use Short as system prompt']")
+    page.click("#prompts .main")
+    until(page, "document.querySelector('.system')?.innerText.includes('Answer in a word.')")
+    page.click("#open-prompts")
+    page.click(".insert")
+    assert page.input_value("#input") == "Answer in a word."
+    ask(page, "a")
+    answers(page)
+    system = {"role": "system", "content": "Answer in a word."}
+    assert sent[0]["messages"] == [system, {"role": "user", "content": "a"}]
+    assert {name: sent[0][name] for name in given} == given
+    assert (sent[0]["model"], sent[0]["stop"]) == ("two", ["END", "STOP"])
+    assert sent[0]["reasoning_effort"] == "low"
+    assert sent[0]["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    # An answer in one piece has no speed; the context is full.
+    assert re.fullmatch(
+        r"first token after \S+ m?s · 995 tokens · 200 of 300 prompt tokens cached · two",
+        page.inner_text(".stats"),
+    )
+    assert page.inner_text("#context") == "1,295 of 1,000 tokens of context"
+    page.click("#new")
+    ask(page, "b")
+    assert shows_answer(page, "y") == ["y"]
+    assert sent[1]["messages"][0]["content"] == "general"
+
+
+def file(name, kind, data):
+    return {"name": name, "mimeType": kind, "buffer": data}
+
+
+def test_text_files_are_counted_and_sent(opened):
+    page = opened()
+    sent = played(page, sse("x"))
+    bad = file("b.bin", "", b"\xff\x00")
+    page.set_input_files("#file", files=[file("a.csv", "text/csv", b"a,b\n```\n"), bad])
+    until(page, "/[1-9]\\d* tokens/.test(document.querySelector('#attached').innerText)")
+    assert "b.bin is not a text file" in page.inner_text("#toast")
+    page.set_input_files("#file", files=[file("c.pdf", "application/pdf", b"%PDF")])
+    until(page, "document.querySelector('#toast').innerText.includes('only text files are read')")
+    ask(page, "Which?")
+    assert shows_answer(page, "x") == ["x"]
+    text = "File a.csv:\n\n````csv\na,b\n```\n````\n\nWhich?"
+    assert sent[0]["messages"] == [{"role": "user", "content": text}]
+    assert re.match(r"a\.csv\s+\d+ tokens\s+Which\?", page.inner_text(".bubble"))
+
+
+def conversation(number, text):
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"A {number}"}]
+    at = 1_700_000_000_000 + number
+    return {"id": f"{number:016x}", "title": "", "updatedAt": at, "messages": messages}
+
+
+def test_two_thousand_conversations_are_searched_and_exported(opened):
+    page = opened()
+    old = conversation(5000, "From an earlier version")
+    page.evaluate(
+        "([id, text]) => localStorage.setItem(`cenacle.conversation.${id}`, text)",
+        [old["id"], json.dumps(old)],
+    )
+    page.reload()
+    until(page, "document.querySelector('.pick')?.innerText === 'From an earlier version'")
+    assert page.evaluate("Object.keys(localStorage).every(k => !k.includes('conversation'))")
+    many = [conversation(n, f"Question {n} {'words ' * 20}") for n in range(2000)]
+    many[700]["messages"][1]["content"] = "a needle <b>in</b> the hay"
+    data = json.dumps(many).encode()
+    page.set_input_files("#import-file", files=[file("m.json", "application/json", data)])
+    until(page, "document.querySelector('#toast').innerText.startsWith('2000 conversations')")
+    assert page.evaluate("document.querySelectorAll('#conversations li').length") == 100
+    page.fill("#search", "a NEEDLE")
+    until(page, "document.querySelector('#search-result').textContent === '1 found'")
+    until(page, "document.querySelectorAll('.pick').length === 1")
+    assert "a needle <b>in</b> the hay" in page.inner_text(".pick")
+    page.click(".pick")
+    shows_answer(page, "a needle <b>in</b> the hay")
+    page.locator("#conversations .icon").first.click()
+    page.get_by_role("menuitem", name="Pin").click()
+    page.fill("#search", "")
+    until(page, "document.querySelectorAll('#conversations li').length === 100")
+    until(page, "document.querySelector('.pick').innerText.startsWith('Question 700')")
+    stored(page)
+    # Another window sees it, and what both write is kept.
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector(".pick")
+    other.click(".pick >> nth=0")
+    shows_answer(other, "a needle <b>in</b> the hay")
+    for window, text in ((page, "one"), (other, "two")):
+        played(window, sse(f"answer {text}"))
+        ask(window, text)
+        shows_answer(window, f"answer {text}")
+    with page.expect_download() as given:
+        page.click("#export-all")
+    exported = json.loads(Path(given.value.path()).read_text())
+    assert len(exported) == 2001
+    (found,) = [c for c in exported if c["id"] == many[700]["id"]]
+    kept = {m["content"] for m in found["messages"]}
+    assert kept >= {"one", "answer one", "two", "answer two"}
+    assert found["pinned"]
+
+
+def test_an_exported_conversation_is_read_again(opened):
+    page = opened()
+    text = b"# T\n\n**System**\n\ns\n\n---\n\n**You**\n\na\n\n---\n\n**Model**\n\nb\n"
+    page.set_input_files("#import-file", files=[file("a.md", "text/markdown", text)])
+    until(page, "document.querySelector('.pick')?.innerText === 'T'")
+    page.locator("#conversations .icon").first.click()
+    with page.expect_download() as given:
+        page.get_by_role("menuitem", name="Export as Markdown").click()
+    assert Path(given.value.path()).read_bytes() == text
+    image = {"role": "user", "content": "ok", "images": ["http://127.0.0.1:9/c.png"]}
+    hostile = [{"id": 1}, {**conversation(1, "a"), "messages": "no"}]
+    hostile += [{**conversation(2, "ok"), "leaf": {}, "messages": [None, image]}]
+    data = json.dumps(hostile).encode()
+    page.set_input_files("#import-file", files=[file("h.json", "application/json", data)])
+    until(page, "document.querySelectorAll('.pick').length === 2")
+    page.get_by_text("ok", exact=True).click()
+    until(page, "document.querySelector('.bubble')?.innerText === 'ok'")
+    assert not page.query_selector(".bubble img")
+
+
+def test_keys_work_and_are_listed(opened):
+    page = opened(390)
+    page.keyboard.press("?")
+    assert "new conversation" in page.inner_text("#keys")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+k")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.keyboard.press("Control+Shift+o")
+    page.keyboard.press("Control+Comma")
+    assert page.is_visible("#settings")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+Shift+y")
+    assert page.is_visible("#prompts")
+
+
 def test_only_files_of_the_page_are_served(url):
     with httpx.Client(base_url=url) as client:
         for path, kind in {
             "/": "text/html", "/static/app.js": "text/javascript", "/static/style.css": "text/css",
             "/static/icon.svg": "image/svg+xml",
+            "/static/page.webmanifest": "application/manifest+json",
+            "/static/katex/fonts/KaTeX_Main-Regular.woff2": "font/woff2",
         }.items():  # fmt: skip
             answer = client.get(path)
             assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-cache")

@@ -8,7 +8,14 @@ export class ServerError extends Error {
     this.status = status;
     this.retryAfter = retryAfter;
   }
+
+  // Whether the server went away: then it is worth trying again when it is back.
+  get wasLost() {
+    return this.status === 0 && this.isConnection === true;
+  }
 }
+
+const connectionError = (message) => Object.assign(new ServerError(message), { isConnection: true });
 
 let keyRequest = null; // the open key dialog
 let promptForKey = async () => false;
@@ -30,7 +37,7 @@ async function request(path, options = {}, mayPrompt = true) {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("Cannot reach the server. Check that it is running and that this device is on its network.");
+    throw connectionError("Cannot reach the server. Check that it is running and that this device is on its network.");
   }
   if (response.status === 401 && mayPrompt) {
     // The key may have changed while this request was under way.
@@ -62,6 +69,10 @@ export async function getJson(path, mayPrompt = true) {
   return (await request(path, {}, mayPrompt)).json();
 }
 
+export async function postJson(path, body) {
+  return (await request(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) })).json();
+}
+
 // The events of a streamed answer: {text}, {reasoning}, {finish}, {usage}.
 export async function* streamChat(body, signal) {
   const response = await request("/v1/chat/completions", {
@@ -86,7 +97,7 @@ export async function* streamChat(body, signal) {
     if (choice.delta?.content) yield { text: choice.delta.content };
     if (choice.finish_reason) yield { finish: choice.finish_reason };
   }
-  if (!complete) throw new ServerError("The connection closed before the answer was complete.");
+  if (!complete) throw connectionError("The connection closed before the answer was complete.");
 }
 
 // The data of each server-sent event.
@@ -100,7 +111,7 @@ async function* serverSentEvents(stream) {
         chunk = await reader.read();
       } catch (error) {
         if (error.name === "AbortError") throw error;
-        throw new ServerError("The connection was lost.");
+        throw connectionError("The connection was lost.");
       }
       if (chunk.done) return;
       rest += chunk.value;

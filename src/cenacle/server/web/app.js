@@ -3,8 +3,7 @@
 import * as api from "./api.js";
 import * as chat from "./chat.js";
 import * as cluster from "./cluster.js";
-import { $, setIcon, toast } from "./dom.js";
-import { setSees } from "./pictures.js";
+import { $, h, setIcon, toast } from "./dom.js";
 import * as store from "./store.js";
 
 for (const button of document.querySelectorAll("[data-icon]")) setIcon(button, button.dataset.icon, button.getAttribute("aria-label"));
@@ -40,21 +39,37 @@ for (const dialog of document.querySelectorAll("dialog")) {
 }
 
 const form = $("settings-form");
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens"];
+const TEXTS = ["system", "stop", "reasoning_effort", "schema", "theme"];
 $("open-settings").addEventListener("click", () => {
   const settings = { ...store.settings(), key: store.key() };
   for (const [name, value] of Object.entries(settings)) if (form.elements[name]) form.elements[name].value = value ?? "";
+  form.querySelector("details").open = ["top_p", "top_k", "min_p", "seed"].some((name) => settings[name] !== null) || Boolean(settings.stop || settings.schema);
+  checkSchema();
   $("settings").returnValue = "";
   $("settings").showModal();
 });
+// The form is not sent while the schema is no JSON object.
+function checkSchema() {
+  const field = form.elements.schema;
+  let problem = "";
+  try {
+    const schema = field.value.trim() ? JSON.parse(field.value) : {};
+    if (schema === null || typeof schema !== "object" || Array.isArray(schema)) problem = "A schema is a JSON object.";
+  } catch (error) {
+    problem = `This is not JSON: ${error.message}`;
+  }
+  field.setCustomValidity(problem);
+}
+form.elements.schema.addEventListener("input", checkSchema);
+form.elements.schema.addEventListener("invalid", () => { form.querySelector("details").open = true; });
 $("settings").addEventListener("close", () => {
   if ($("settings").returnValue !== "save") return;
   const number = (name) => (form.elements[name].value === "" ? null : Number(form.elements[name].value));
   const saved = store.saveSettings({
-    system: form.elements.system.value,
-    temperature: number("temperature"),
-    max_tokens: number("max_tokens"),
-    seed: number("seed"),
-    theme: form.elements.theme.value,
+    ...store.settings(),
+    ...Object.fromEntries(NUMBERS.map((name) => [name, number(name)])),
+    ...Object.fromEntries(TEXTS.map((name) => [name, form.elements[name].value])),
   }) && store.saveKey(form.elements.key.value.trim());
   toast(saved ? "Saved" : "This browser does not allow storage: the settings are lost when you close the page");
   applyTheme();
@@ -76,13 +91,42 @@ api.onKeyNeeded((wasRejected) => new Promise((resolve) => {
 
 // ---- the server's state
 
-function showModelName(name) {
-  $("model").textContent = $("model").title = name;
-  chat.setModel(name);
+let servedModel = ""; // by the last state
+let wasConnected = true;
+
+async function readModels() {
+  try {
+    const { data } = await api.getJson("/v1/models");
+    const choice = $("choose-model");
+    choice.replaceChildren(...data.map(({ id }) => h("option", { value: id }, id)));
+    chat.setModels(data);
+    showModel();
+  } catch { /* the banner says what is wrong */ }
 }
 
-cluster.onState((state) => {
-  if (state?.model) showModelName(state.model);
+function showModel() {
+  const chosen = chat.model()?.id ?? servedModel;
+  const choice = $("choose-model");
+  choice.value = chosen;
+  choice.hidden = choice.options.length < 2;
+  $("model").hidden = !choice.hidden;
+  $("model").textContent = $("model").title = chosen;
+}
+
+$("choose-model").addEventListener("change", () => {
+  store.saveSettings({ ...store.settings(), model: $("choose-model").value });
+  chat.setModels(chat.allModels());
+  showModel();
+});
+
+cluster.onState((state, connected) => {
+  if (connected && (!wasConnected || (state?.model && state.model !== servedModel))) {
+    if (!wasConnected) toast("Connected again");
+    if (servedModel) readModels(); // it may be another one
+  }
+  servedModel = state?.model ?? servedModel;
+  wasConnected = connected;
+  if (connected && state?.status === "ok") chat.onConnected();
   const problem = cluster.describeProblem(state);
   $("status-dot").className = `dot ${problem ? "bad" : "good"}`;
   $("tab-cluster").title = problem ?? "All nodes are running";
@@ -92,10 +136,6 @@ cluster.onState((state) => {
 
 applyTheme();
 showView();
-try {
-  const { data } = await api.getJson("/v1/models");
-  showModelName(data[0].id);
-  setSees(data[0].architecture?.input_modalities?.includes("image") ?? false);
-} catch { /* the banner says what is wrong */ }
-chat.start();
+await readModels();
+await chat.start();
 cluster.start();

@@ -1,55 +1,100 @@
-// The chat view: conversations, answers while they stream, and what can be done with both.
+// The chat view: asking, answers while they stream, branches, and what can be done with a conversation.
 
 import * as api from "./api.js";
-import { $, copyText, download, h, icon, iconButton, setIcon, toast } from "./dom.js";
-import { render } from "./markdown.js";
-import * as pictures from "./pictures.js";
+import * as attachments from "./attachments.js";
+import { $, h, setIcon, toast } from "./dom.js";
+import * as messages from "./messages.js";
+import * as prompts from "./prompts.js";
+import * as sidebar from "./sidebar.js";
 import * as store from "./store.js";
+import * as tree from "./tree.js";
 
-let shown = store.newConversation();
+let shown = tree.newConversation();
 let running = null; // the answer that streams: {conversation, message, control}
-let editing = null; // index of the question that is being edited
-let model = "";
+let editing = null; // the question that is being edited
+let models = []; // of /v1/models
+let lost = null; // the answer whose connection broke: {conversation, message, tries}
 
 const SHOWN_ENTRY = "cenacle.conversation";
 const EXAMPLES = ["Explain what a mixture of experts is.", "What is 12 + 30?", "Write a haiku about rain."];
+const SAVE_MS = 3000; // between two writes of an answer that streams
+const MOST_TRIES = 3; // of an answer whose connection breaks
 
-export function start() {
-  shown = store.findConversation(sessionStorage.getItem(SHOWN_ENTRY)) ?? shown;
+export async function start() {
+  await store.open(onOtherWindow);
+  shown = (await store.load(sessionStorage.getItem(SHOWN_ENTRY))) ?? shown;
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     if (running) stop();
     else submit();
   });
   const input = $("input");
-  pictures.start(fitComposer);
+  attachments.start(fitComposer);
+  prompts.start({ conversation: () => shown, save: () => { saveConversation(shown); showAll(); }, insert });
+  sidebar.start({
+    shown: () => shown, isAnswering: (id) => running?.conversation.id === id, pick, live,
+    removed: (id) => { if (id === shown.id) open(tree.newConversation()); },
+    stop: (id) => { if (running?.conversation.id === id) stop(); },
+  });
   input.addEventListener("input", fitComposer);
   input.addEventListener("keydown", onKeyDown);
-  $("new").addEventListener("click", () => { open(store.newConversation()); closeList(); });
+  $("new").addEventListener("click", () => { open(tree.newConversation()); closeList(); });
   $("cancel-edit").addEventListener("click", () => cancelEdit());
-  $("export-all").addEventListener("click", exportAll);
   $("open-list").addEventListener("click", () => ($("list").classList.contains("open") ? closeList() : openList()));
   $("shade").addEventListener("click", closeList);
+  $("open-keys").addEventListener("click", () => $("keys").showModal());
   $("scroll-down").addEventListener("click", () => scrollToEnd(true));
   $("scroll").addEventListener("scroll", updateScrollButton, { passive: true });
-  document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
-    if (running) stop();
-    else if (editing !== null) cancelEdit();
-    else closeList();
-  });
-  addEventListener("storage", (event) => {
-    if (event.key?.startsWith(store.ENTRY_PREFIX) && !running) {
-      shown = store.findConversation(shown.id) ?? shown;
-      showAll();
-    }
-  });
+  document.addEventListener("keydown", onShortcut);
+  if (!store.isLasting()) toast("This browser does not allow storage: conversations are lost when you close the page");
   showAll();
   scrollToEnd(true);
 }
 
-export function setModel(name) {
-  model = name;
+export function setModels(list) {
+  models = list;
+  attachments.setSees(model()?.architecture?.input_modalities?.includes("image") ?? false);
+  showMeter();
+}
+
+export const allModels = () => models;
+
+// The chosen model, or the first.
+export const model = () => models.find((m) => m.id === store.settings().model) ?? models[0];
+
+// The server answers again: an answer that was cut off goes on.
+export function onConnected() {
+  if (!lost || running || lost.conversation !== shown || tree.path(shown).at(-1) !== lost.message) return;
+  const { message, tries } = lost;
+  if (tries > MOST_TRIES) return;
+  toast("Connected again: the answer goes on");
+  answer(shown, message, tries);
+}
+
+async function onOtherWindow(ids) {
+  if (ids.includes(shown.id) && !running && editing === null) {
+    const other = await store.load(shown.id);
+    if (other && !running) {
+      other.leaf = shown.leaf && other.messages.at(-1)?.parent !== shown.leaf ? shown.leaf : other.leaf;
+      shown = other;
+      showMessages();
+    }
+  }
+  sidebar.show();
+}
+
+// The conversation that is worked with here, or the stored one.
+async function live(id) {
+  if (id === shown.id) return shown;
+  if (id === running?.conversation.id) return running.conversation;
+  return store.load(id);
+}
+
+async function pick(id) {
+  const conversation = await live(id);
+  if (!conversation) return;
+  open(conversation);
+  closeList();
 }
 
 function open(conversation) {
@@ -61,7 +106,7 @@ function open(conversation) {
   if (!matchMedia("(pointer: coarse)").matches) $("input").focus();
 }
 
-// ---- asking
+// ---- keys
 
 function onKeyDown(event) {
   const enter = event.key === "Enter" && !event.shiftKey && !event.isComposing;
@@ -69,58 +114,108 @@ function onKeyDown(event) {
     event.preventDefault();
     if (!running) submit();
   } else if (event.key === "ArrowUp" && !$("input").value && !running) {
-    const last = shown.messages.findLastIndex((m) => m.role === "user");
-    if (last >= 0) {
+    const last = tree.path(shown).findLast((m) => m.role === "user");
+    if (last) {
       event.preventDefault();
       edit(last);
     }
   }
 }
 
-function submit() {
-  const text = $("input").value.trim();
-  if (!(text || pictures.count()) || running) return;
-  const images = pictures.take();
-  if (editing !== null) shown.messages.length = editing;
-  cancelEdit();
-  shown.messages.push({ role: "user", content: text, ...(images.length ? { images } : {}) });
-  $("input").value = "";
-  fitComposer();
-  ask();
+// Those that `?` lists.
+function onShortcut(event) {
+  if (document.querySelector("dialog[open]")) return;
+  const command = event.ctrlKey || event.metaKey;
+  const typing = event.target.closest?.("input, textarea, select");
+  const act = (action) => {
+    event.preventDefault();
+    if (location.hash === "#cluster") location.hash = "#chat";
+    action();
+  };
+  if (event.key === "Escape") {
+    if (running) stop();
+    else if (editing !== null) cancelEdit();
+    else closeList();
+  } else if (event.key === "?" && !typing) act(() => $("keys").showModal());
+  else if (command && event.key === "k") act(() => { openList(); $("search").focus(); });
+  else if (command && event.shiftKey && event.key.toLowerCase() === "o") act(() => $("new").click());
+  else if (command && event.key === ",") act(() => $("open-settings").click());
+  else if (command && event.shiftKey && event.key.toLowerCase() === "y") act(() => prompts.show());
+  else if (event.key === "/" && !typing) act(() => $("input").focus());
 }
 
-async function ask() {
-  const conversation = shown;
-  const message = { role: "assistant", content: "" };
+// ---- asking
+
+function submit() {
+  const text = $("input").value.trim();
+  if (!(text || attachments.count()) || running) return;
+  const parent = editing === null ? tree.path(shown).at(-1) : shown.messages.find((m) => m.id === editing.parent);
+  const attached = attachments.take();
+  cancelEdit();
+  const question = tree.add(shown, { role: "user", content: text, ...attached }, parent);
+  $("input").value = "";
+  fitComposer();
+  answer(shown, tree.add(shown, { role: "assistant", content: "" }, question));
+}
+
+// What the settings ask of the model.
+function options() {
   const settings = store.settings();
-  const history = conversation.messages.filter((m) => m.role === "user" || m.content)
-    .map((m) => ({ role: m.role, content: pictures.contentOf(m) }));
-  const options = ["temperature", "max_tokens", "seed"].filter((k) => settings[k] !== null).map((k) => [k, settings[k]]);
+  const numbers = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens"].filter((name) => settings[name] !== null);
+  const body = Object.fromEntries(numbers.map((name) => [name, settings[name]]));
+  const stop = settings.stop.split("\n").filter(Boolean);
+  if (stop.length) body.stop = stop;
+  if (settings.reasoning_effort) body.reasoning_effort = settings.reasoning_effort;
+  if (settings.schema.trim()) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } };
+  return body;
+}
+
+// Asks for the text of `message`, an answer in `conversation`; what it has already is continued.
+async function answer(conversation, message, tries = 0) {
+  const before = tree.path(conversation);
+  const history = before.slice(0, before.indexOf(message));
+  const system = conversation.system.trim() || store.settings().system.trim();
   const body = {
-    messages: settings.system.trim() ? [{ role: "system", content: settings.system }, ...history] : history,
-    ...Object.fromEntries(options),
+    messages: [
+      ...(system ? [{ role: "system", content: system }] : []),
+      ...history.filter((m) => m.role === "user" || m.content).map((m) => ({ role: m.role, content: attachments.contentOf(m) })),
+    ],
   };
-  conversation.messages.push(message);
-  conversation.updatedAt = Date.now();
+  if (message.content) {
+    body.messages.push({ role: "assistant", content: message.content });
+    Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
+  }
+  delete message.error;
+  message.finish = "streaming";
+  const control = new AbortController();
+  running = { conversation, message, control };
+  lost = null;
   sessionStorage.setItem(SHOWN_ENTRY, conversation.id);
-  running = { conversation, message, control: new AbortController() };
-  saveConversation(conversation);
+  saveAnswer(conversation, message);
   showAll();
   scrollToEnd(true);
-  const clock = new AnswerClock();
+  const clock = new AnswerClock(message.stats);
+  let savedAt = performance.now();
   try {
-    model ||= (await api.getJson("/v1/models")).data[0].id;
-    for await (const event of api.streamChat({ model, ...body }, running.control.signal)) {
-      if (event.text || event.reasoning) clock.addPiece();
+    if (!models.length) setModels((await api.getJson("/v1/models")).data);
+    const { id } = model();
+    if (models.length > 1) message.model = id;
+    for await (const event of api.streamChat({ model: id, ...body, ...options() }, control.signal)) {
+      if (event.text || event.reasoning) clock.addPiece((event.text ?? event.reasoning).length);
       if (event.reasoning) message.reasoning = (message.reasoning ?? "") + event.reasoning;
       if (event.text) message.content += event.text;
       if (event.finish) message.finish = event.finish;
       if (event.usage) clock.usage = event.usage;
       scheduleUpdate(lastCostMs / SHARE_OF_TIME);
+      if (performance.now() - savedAt > SAVE_MS) {
+        savedAt = performance.now();
+        saveAnswer(conversation, message);
+      }
     }
   } catch (error) {
     if (error.name === "AbortError") message.finish = "stopped";
     else message.error = error instanceof api.ServerError ? error.message : `Error in this page: ${error.message}`;
+    if (error.wasLost) lost = { conversation, message, tries: tries + 1 };
   }
   if (clock.first) message.stats = clock.stats();
   finishAnswer(conversation, message);
@@ -129,9 +224,10 @@ async function ask() {
 function finishAnswer(conversation, message) {
   running = null;
   conversation.updatedAt = Date.now();
-  if (store.findConversation(conversation.id)) saveConversation(conversation); // unless it was deleted
+  if (store.exists(conversation.id)) saveAnswer(conversation, message); // unless it was deleted
   if (conversation !== shown) {
-    showList();
+    sidebar.show();
+    fitComposer();
     return;
   }
   const follow = isAtEnd();
@@ -142,26 +238,35 @@ function finishAnswer(conversation, message) {
 
 // When the pieces of an answer came.
 class AnswerClock {
-  constructor() {
+  constructor(earlier) {
+    this.earlier = earlier; // of the part that is continued
     this.start = performance.now();
     this.first = this.last = this.pieces = 0;
+    this.firstLength = this.length = 0; // in characters
     this.usage = null; // the server's count of tokens
   }
 
-  addPiece() {
+  addPiece(length) {
     this.last = performance.now();
-    this.first ||= this.last;
+    if (!this.first) {
+      this.first = this.last;
+      this.firstLength = length;
+    }
     this.pieces += 1;
+    this.length += length;
   }
 
+  // The rate counts what came after the first piece, by its characters: several tokens can come at once, and an answer
+  // that came in a few pieces has no rate.
   stats() {
-    const seconds = (this.last - this.first) / 1000; // too short for a rate when drafts arrive together
+    const seconds = (this.last - this.first) / 1000;
     const tokens = this.usage?.completion_tokens ?? this.pieces;
+    const later = tokens * (1 - this.firstLength / this.length);
     return {
-      tokens,
-      exact: this.usage !== null,
-      first_s: (this.first - this.start) / 1000,
-      per_s: seconds > 0.1 && tokens > 1 ? (tokens - 1) / seconds : null,
+      tokens: tokens + (this.earlier?.tokens ?? 0),
+      exact: this.usage !== null && (this.earlier?.exact ?? true),
+      first_s: this.earlier?.first_s ?? (this.first - this.start) / 1000,
+      per_s: seconds > 0.1 && this.pieces > 3 ? later / seconds : this.earlier?.per_s ?? null,
       prompt: this.usage?.prompt_tokens ?? null,
       cached: this.usage?.prompt_tokens_details?.cached_tokens ?? 0,
     };
@@ -172,18 +277,30 @@ function stop() {
   running?.control.abort();
 }
 
-function regenerate() {
+// Another answer beside this one; in its place if it has nothing.
+function regenerate(message) {
   if (running) return;
-  while (shown.messages.at(-1)?.role === "assistant") shown.messages.pop();
-  if (shown.messages.length) ask();
+  if (!message.content && !message.reasoning) return void answer(shown, message);
+  const parent = shown.messages.find((m) => m.id === message.parent);
+  answer(shown, tree.add(shown, { role: "assistant", content: "" }, parent));
 }
 
-function edit(index) {
+function proceed(message) {
+  if (!running) answer(shown, message);
+}
+
+function choose(message) {
+  tree.choose(shown, message);
+  saveConversation(shown);
+  showMessages();
+}
+
+function edit(message) {
   if (running) return;
-  editing = index;
+  editing = message;
   $("editing").hidden = false;
-  $("input").value = shown.messages[index].content;
-  pictures.set([...(shown.messages[index].images ?? [])]);
+  $("input").value = message.content;
+  attachments.set(message);
   $("input").focus();
   showMessages();
 }
@@ -193,12 +310,24 @@ function cancelEdit() {
   editing = null;
   $("editing").hidden = true;
   $("input").value = "";
-  pictures.set([]);
+  attachments.set({});
   showMessages();
 }
 
-function saveConversation(conversation) {
-  if (!store.save(conversation)) toast("The browser's storage is full: export or delete conversations");
+function insert(text) {
+  const input = $("input");
+  input.setRangeText(text, input.selectionStart, input.selectionEnd, "end");
+  fitComposer();
+  input.focus();
+}
+
+function saveAnswer(conversation, message) {
+  message.changedAt = Date.now();
+  saveConversation(conversation);
+}
+
+async function saveConversation(conversation) {
+  if (!(await store.save(conversation))) toast("The browser's storage is full: export or delete conversations");
 }
 
 // ---- showing
@@ -215,7 +344,7 @@ function scheduleUpdate(delayMs = 0) {
     planned = false;
     if (running?.conversation !== shown) return;
     const follow = isAtEnd();
-    showAnswer($("messages").lastElementChild, running.message, true);
+    messages.update($("messages").lastElementChild, running.message, true);
     if (follow) scrollToEnd();
     updateScrollButton();
     lastCostMs = performance.now() - began;
@@ -226,151 +355,47 @@ function scheduleUpdate(delayMs = 0) {
 
 function showAll() {
   showMessages();
-  showList();
+  sidebar.show();
   fitComposer();
 }
 
 function showMessages() {
   const box = $("messages");
-  if (!shown.messages.length) {
-    box.replaceChildren(h("div", { class: "empty" },
+  const list = tree.path(shown);
+  const system = shown.system.trim() && h("button", { class: "system", type: "button", onclick: prompts.show },
+    h("strong", {}, "System prompt"), h("span", { dir: "auto" }, shown.system.trim().slice(0, 200)));
+  showMeter();
+  if (!list.length) {
+    box.replaceChildren(...[system].filter(Boolean), h("div", { class: "empty" },
       h("img", { src: "/static/icon.svg", alt: "", width: 52, height: 52 }),
       h("h1", {}, "What would you like to know?"),
-      h("p", {}, `${model || "The model"} runs on your own machines. Your messages stay there.`),
+      h("p", {}, `${model()?.id ?? "The model"} runs on your own machines. Your messages stay there.`),
       h("div", { class: "examples" }, EXAMPLES.map((text) =>
         h("button", { type: "button", onclick: () => { $("input").value = text; submit(); } }, text)))));
     return;
   }
-  box.replaceChildren(...shown.messages.map((message, index) =>
-    message.role === "user" ? questionElement(message, index) : answerElement(message, index)));
+  const view = { conversation: shown, running: running?.conversation === shown ? running.message : running && {}, editing, edit, choose, regenerate, proceed };
+  const wanted = [...[system].filter(Boolean), ...messages.elements(list, view)];
+  // Those that stay are not moved: a selection in them, and where they were scrolled to, stay as well.
+  const stays = new Set(wanted);
+  for (const child of [...box.children]) if (!stays.has(child)) child.remove();
+  for (const [index, element] of wanted.entries()) if (box.children[index] !== element) box.insertBefore(element, box.children[index] ?? null);
   updateScrollButton();
 }
 
-function questionElement(message, index) {
-  const last = index === shown.messages.findLastIndex((m) => m.role === "user");
-  return h("article", { class: `message user${editing === index ? " edited" : ""}`, "aria-label": "You" },
-    h("div", { class: "bubble" }, pictures.elements(message), message.content),
-    h("div", { class: "tools" },
-      last && !running && iconButton("edit", "Edit", () => edit(index)),
-      iconButton("copy", "Copy", () => copyText(message.content))));
-}
-
-function answerElement(message, index) {
-  const streaming = running?.message === message;
-  const element = h("article", { class: "message assistant", "aria-label": "Model" },
-    h("details", { class: "reasoning", hidden: true }, h("summary"), h("div", { class: "text" })),
-    h("div", { class: "text prose" }),
-    h("p", { class: "error", hidden: true }),
-    h("div", { class: "foot" }));
-  showAnswer(element, message, streaming, index === shown.messages.length - 1);
-  return element;
-}
-
-function showAnswer(element, message, streaming, isLast = true) {
-  const [reasoning, text, error, foot] = element.children;
-  reasoning.hidden = !message.reasoning;
-  if (message.reasoning) {
-    reasoning.firstChild.textContent = streaming && !message.content ? "Thinking…" : "Reasoning";
-    render(reasoning.lastChild, message.reasoning);
-  }
-  element.classList.toggle("streaming", streaming);
-  element.classList.toggle("waiting", streaming && !message.content && !message.reasoning);
-  render(text, message.content);
-  error.hidden = !message.error;
-  error.textContent = message.error ?? "";
-  if (streaming) return;
-  foot.replaceChildren(
-    h("div", { class: "tools" },
-      message.content && iconButton("copy", "Copy", () => copyText(message.content)),
-      isLast && !running && iconButton("retry", message.error ? "Try again" : "Regenerate", regenerate)),
-    h("span", { class: "stats" }, describeStats(message)));
-}
-
-function describeStats({ stats, finish }) {
-  const parts = [];
-  if (stats) {
-    const about = stats.exact ? "" : "about ";
-    if (stats.per_s) parts.push(`${about}${stats.per_s.toFixed(stats.per_s < 10 ? 1 : 0)} tokens/s`);
-    parts.push(`first token after ${stats.first_s < 1 ? `${Math.round(1000 * stats.first_s)} ms` : `${stats.first_s.toFixed(1)} s`}`);
-    parts.push(`${about}${stats.tokens} token${stats.tokens === 1 ? "" : "s"}`);
-    if (stats.cached) parts.push(`${stats.cached} of ${stats.prompt} prompt tokens cached`);
-  }
-  if (finish === "stopped") parts.push("stopped");
-  if (finish === "length") parts.push("reached the token limit");
-  return parts.join(" · ");
-}
-
-function showList() {
-  const all = store.conversations();
-  $("conversations").replaceChildren(...all.map((conversation) => {
-    const current = conversation.id === shown.id;
-    const isAnswering = () => running?.conversation.id === conversation.id;
-    return h("li", { class: current ? "current" : null },
-      h("button", {
-        class: "pick", type: "button", "aria-current": current ? "true" : null,
-        onclick: () => { open(isAnswering() ? running.conversation : conversation); closeList(); },
-      }, isAnswering() && h("span", { class: "pulse", "aria-label": "answering" }), h("span", {}, store.titleOf(conversation))),
-      menuElements(conversation));
-  }));
-  if (!all.length) $("conversations").append(h("li", { class: "none" }, "No conversations yet"));
-}
-
-function menuElements(conversation) {
-  const menu = h("div", { class: "menu", popover: "auto", id: `menu-${conversation.id}` },
-    h("button", { type: "button", onclick: () => { menu.hidePopover(); rename(conversation, button.parentElement); } }, "Rename"),
-    h("button", { type: "button", onclick: () => { menu.hidePopover(); download(`${fileName(conversation)}.md`, store.toMarkdown(conversation), "text/markdown"); } }, "Export as Markdown"),
-    h("button", { type: "button", onclick: () => { menu.hidePopover(); download(`${fileName(conversation)}.json`, JSON.stringify(conversation, null, 1), "application/json"); } }, "Export as JSON"),
-    h("button", { type: "button", class: "danger", onclick: () => { menu.hidePopover(); remove(conversation); } }, "Delete"));
-  const button = h("button", { class: "icon", type: "button", "aria-haspopup": "menu" }, icon("more"));
-  button.setAttribute("aria-label", `Options for ${store.titleOf(conversation)}`);
-  button.popoverTargetElement = menu;
-  menu.addEventListener("toggle", (event) => {
-    if (event.newState !== "open") return;
-    const box = button.getBoundingClientRect();
-    const height = menu.offsetHeight;
-    menu.style.left = `${Math.max(8, Math.min(box.right - menu.offsetWidth, innerWidth - menu.offsetWidth - 8))}px`;
-    menu.style.top = `${box.bottom + 4 + height > innerHeight ? box.top - height - 4 : box.bottom + 4}px`;
-  });
-  return [button, menu];
-}
-
-const fileName = (conversation) => store.titleOf(conversation).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "conversation";
-
-function rename(conversation, row) {
-  const field = h("input", { class: "rename", "aria-label": "New name", maxlength: 120 });
-  field.value = store.titleOf(conversation);
-  const finish = (saving) => {
-    field.onblur = null;
-    if (saving && field.value.trim()) {
-      conversation.title = field.value.trim();
-      if (conversation.id === shown.id) shown.title = conversation.title;
-      saveConversation(conversation.id === shown.id ? shown : conversation);
-    }
-    showList();
-  };
-  field.onblur = () => finish(true);
-  field.addEventListener("keydown", (event) => {
-    event.stopPropagation();
-    if (event.key === "Enter") finish(true);
-    if (event.key === "Escape") finish(false);
-  });
-  row.replaceChildren(field);
-  field.focus();
-  field.select();
-}
-
-function remove(conversation) {
-  if (running?.conversation.id === conversation.id) stop();
-  store.remove(conversation.id);
-  if (conversation.id === shown.id) open(store.newConversation());
-  else showList();
-  toast("Conversation deleted", "Undo", () => { store.save(conversation); open(conversation); });
-}
-
-function exportAll() {
-  const all = store.conversations();
-  if (!all.length) return toast("There are no conversations to export");
-  download("cenacle-conversations.json", JSON.stringify(all, null, 1), "application/json");
+// How full the context is, as the server counted with the last answer.
+function showMeter() {
+  const last = tree.path(shown).findLast((m) => m.stats?.prompt);
+  const limit = model()?.context_length;
+  $("context").hidden = !(last && limit);
+  if ($("context").hidden) return;
+  const used = last.stats.prompt + last.stats.tokens;
+  const meter = $("context").querySelector("meter");
+  meter.max = limit;
+  meter.high = 0.9 * limit;
+  meter.value = Math.min(used, limit);
+  const number = (value) => value.toLocaleString("en");
+  $("context").querySelector("span").textContent = `${number(used)} of ${number(limit)} tokens of context`;
 }
 
 // ---- the window
@@ -382,7 +407,7 @@ function fitComposer() {
   const send = $("send");
   setIcon(send, running ? "stop" : "send", running ? "Stop" : "Send");
   send.classList.toggle("stop", Boolean(running));
-  send.disabled = !running && !input.value.trim() && !pictures.count();
+  send.disabled = !running && !input.value.trim() && !attachments.count();
 }
 
 function isAtEnd() {
@@ -403,7 +428,7 @@ function openList() {
   $("list").classList.add("open");
   $("shade").hidden = false;
   $("open-list").setAttribute("aria-expanded", "true");
-  $("new").focus();
+  $("search").focus();
 }
 
 function closeList() {
@@ -411,5 +436,5 @@ function closeList() {
   $("list").classList.remove("open");
   $("shade").hidden = true;
   $("open-list").setAttribute("aria-expanded", "false");
-  $("open-list").focus();
+  if (document.activeElement?.closest("#list")) $("open-list").focus();
 }

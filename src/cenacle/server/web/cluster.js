@@ -59,7 +59,7 @@ async function poll() {
   } catch (error) {
     pollError = error.status === 401 ? "This server requires an API key. Enter it in the settings." : error.message;
   }
-  listener(state);
+  listener(state, pollError === null);
   if (visible && !document.hidden) draw();
   clearTimeout(timer);
   timer = document.hidden ? 0 : setTimeout(poll, visible ? VISIBLE_POLL_MS : HIDDEN_POLL_MS);

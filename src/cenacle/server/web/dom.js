@@ -12,7 +12,11 @@ const PATHS = {
   retry: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
   more: "M5 12h.01M12 12h.01M19 12h.01",
-  picture: "M4 5h16v14H4zM4 16l5-5 5 5 2-2 4 4M15 9h.01",
+  attach: "M20 11.5l-8 8a5 5 0 0 1-7-7l8.5-8.5a3.3 3.3 0 0 1 4.7 4.7L9.8 17a1.7 1.7 0 0 1-2.4-2.4L15 7",
+  prompt: "M5 4h14v16H5zM9 9h6M9 13h6",
+  pin: "M9 4h6l-1 6 3 3v2H7v-2l3-3zM12 15v5",
+  back: "M14 6l-6 6 6 6",
+  forward: "M10 6l6 6-6 6",
   close: "M6 6l12 12M18 6L6 18",
   settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5",
 };
@@ -25,7 +29,7 @@ export function h(tag, attributes = {}, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((c) => c !== null && c !== undefined && c !== false));
+  element.append(...children.flat(2).filter((c) => c !== null && c !== undefined && c !== false));
   return element;
 }
 
@@ -86,8 +90,8 @@ export async function copyText(text) {
   toast("Copied");
 }
 
-export function download(name, text, type) {
-  const url = URL.createObjectURL(new Blob([text], { type }));
+export function download(name, parts, type) {
+  const url = URL.createObjectURL(new Blob(parts, { type }));
   const link = h("a", { href: url, download: name });
   document.body.append(link);
   link.click();
