@@ -69,7 +69,9 @@ def test_the_end_of_the_supervisor_is_the_end_of_the_server(tmp_path, number):
         started = processes(server.process.pid)
         server.process.send_signal(number)
         status = server.process.wait(DEADLINE_S)
-        assert status == (-number if number == signal.SIGKILL else 0)
+        expected = {signal.SIGKILL: -number, signal.SIGINT: 130, signal.SIGTERM: 0}
+        assert status == expected[number]
+        assert server.log.read_text().count("interrupted") == (number == signal.SIGINT)
         wait_until(lambda: not any(is_alive(process) for process in started))
         assert "starting it again" not in server.log.read_text()
 

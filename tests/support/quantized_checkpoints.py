@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cenacle.model.families import TINY_CONFIGS
+from cenacle.model.config_catalog import TINY_CONFIGS
 
 from .quantized_formats import Format, Stored, write_safetensors
 

@@ -1,21 +1,25 @@
 """The command line without a model: shared options, errors, help, completion, docs/cli.md."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+import pexpect
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from cenacle.calibration.validate import COLUMNS
-from cenacle.cli import main
+from cenacle.cli import inference, main
 from cenacle.cli.command import command, option
 from cenacle.cli.options import ServingArguments
+from cenacle.errors import InputError
 from cenacle.paths import HOME_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +110,7 @@ def test_shells_complete_commands_and_values(shell, environment, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "-m", "x"], "--prompt: expected a value, got none; see `cenacle generate"),
+        (["generate", "-m", str(DEMO)], "--prompt: expected a value, got none; give it with -p or"),
         (["serve", "-m", "x", "--port", "70000"], "--port: expected at most 65535, got '70000'"),
         (["serve", "-m", "x", "-n", "two"], "--nodes: expected an integer, got 'two'"),
         (["up", "x", "--trunk", "y"], "--trunk: expected one of auto, replicated, sharded, got"),
@@ -219,3 +223,149 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     result = run_cenacle("synth", "--family", "dbrx", "--out", str(out))
     assert result.returncode == 1
     assert result.stderr == f"error: {out}: Not a directory\n"
+
+
+# Nothing that takes seconds may be imported before these are refused.
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "-m", "DEMO_modl", "-p", "x"), "no such folder, and not a Hub .*; nearest: "),
+        (("serve", "-m", "/nowhere/model"), "no such folder"),
+        (("up", "/nowhere/model"), "no such folder"),
+        (("bench", "-m", "/nowhere/model"), "no such folder"),
+        (("bench", "--synth", "mo-2b"), "nearest: moe-2b, .+, .+$"),
+        (("synth", "--family", "nope", "--out", "x"), "nearest: .+, .+, .+$"),
+        (("plan", "nomodel", "--machines", "zzz"), "nearest: .+, .+, .+$"),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_heavy_imports(arguments, message):
+    arguments = [a.replace("DEMO", str(DEMO.parent / "demo")) for a in arguments]
+    program = (
+        "import sys\nfrom cenacle.cli.main import main\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'mlx', 'starlette', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]"], done.stderr
+    assert re.search(f"^error: .*{message}", done.stderr.strip()), done.stderr
+
+
+class AnsweringModel:
+    """Keeps the prompt."""
+
+    def __init__(self):
+        self.prompts = []
+        self.text = self
+
+    def tokens_of(self, text):
+        self.prompts.append(text)
+        raise InputError("enough")
+
+
+@pytest.mark.parametrize(
+    ("options", "piped", "prompt"),
+    [
+        (["-p", "-"], "two\nlines\n", "two\nlines"),
+        ([], "a\n\n", "a\n"),
+        ([], "a\r\n", "a"),
+        (["-p", "x"], "a", "x"),
+        (["-p", ""], "a", ""),
+        ([], "", None),
+    ],
+)
+def test_a_pipe_is_the_prompt(options, piped, prompt, monkeypatch):
+    model = AnsweringModel()
+    monkeypatch.setattr(inference, "load_model", lambda *_: nullcontext(model))
+    monkeypatch.setattr(inference, "isolate_text", nullcontext)
+    result = CliRunner().invoke(
+        main.app, ["generate", "-m", str(DEMO), *options], input=piped, catch_exceptions=True
+    )
+    assert model.prompts == ([] if prompt is None else [prompt])
+    assert str(result.exception).startswith("--prompt: expected" if prompt is None else "enough")
+
+
+def test_a_prompt_that_is_no_text_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "cenacle", "generate", "-m", str(DEMO)],
+        input=b"\xff\xfe",
+        capture_output=True,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"error: --prompt: expected UTF-8 text on standard input")
+
+
+# Ctrl-C as a module is imported: in the program's start, and in a command's middle.
+@pytest.mark.parametrize(
+    ("module", "supervised", "message"),
+    [
+        ("typer", False, "interrupted\n"),
+        ("cenacle.planning.report", False, "interrupted\n"),
+        ("typer", True, ""),
+        ("cenacle.planning.report", True, ""),
+    ],
+)
+def test_ctrl_c_is_one_line_at_any_moment(module, supervised, message):
+    program = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv[1:] = ["plan", "mixtral-8x7b", "--machines", "m3-ultra"]
+from cenacle.__main__ import main
+main()
+"""
+    environment = {**os.environ, **({"CENACLE_SUPERVISED": "{}"} if supervised else {})}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (130, message)
+
+
+def test_a_reader_that_goes_away_ends_the_program_silently():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as output:  # noqa: PTH123
+        for arguments in (["--version"], ["keys", "list"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "cenacle", *arguments],
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_without_streams_and_on_a_full_disk():
+    shell = f"{sys.executable} -m cenacle keys list"
+    for redirection, status, message in (
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 1, "error: the output cannot be written: No space left on device\n"),
+    ):
+        if "/dev/full" in redirection and not Path("/dev/full").exists():
+            continue
+        done = subprocess.run(["sh", "-c", f"{shell} {redirection}"], capture_output=True)
+        assert (done.returncode, done.stderr.decode()) == (status, message)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["no color", "dumb"]
+)
+def test_a_terminal_without_colors_gets_none_in_40_columns(environment):
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "cenacle", "keys", "remove", "nobody"],
+        env={"TERM": "xterm-256color", **os.environ, **environment},
+        encoding="utf-8",
+        timeout=120,
+        dimensions=(20, 40),
+    )
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 2
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]m", child.before) is None  # no color; bold is none
+    assert child.before.count("\n") == 1, "the terminal wraps, not the program"

@@ -16,6 +16,7 @@ from .. import paths
 from ..extras import import_extra
 from .command import command, expand_dataclasses, format_example, option
 from .console import print_json, report, wide_console
+from .early_checks import check_model
 from .options import (
     BACKEND_HELP,
     KERNELS_HELP,
@@ -50,6 +51,20 @@ class BenchmarkModelArguments:
     def cache_folder(self) -> Path:
         """The folder that `cache_dir` names."""
         return self.cache_dir.expanduser() if self.cache_dir is not None else paths.cache_dir()
+
+    def check(self) -> None:
+        """Refuse a model that does not exist.
+
+        Raises:
+            CenacleError: see `check_model`; the catalog has no such model.
+        """
+        if self.model is not None:
+            check_model(self.model)
+        if self.synth is not None:
+            from ..model import config_catalog
+
+            if self.synth not in config_catalog.family_names():
+                config_catalog.full_config(self.synth, field="synth")
 
     def prepare(self) -> str:
         """The model to measure; a random model is written if it is not in the cache."""
@@ -107,6 +122,10 @@ def bench(
     """Measure prompt and decoding speed, where the time goes, and the limits of the hardware."""
     if context.invoked_subcommand is not None:
         return
+    contexts = parse_int_list(workload.contexts, "contexts")
+    concurrency = parse_int_list(workload.concurrency, "concurrency")
+    keywords = load.to_keywords()
+    model.check()
     from ..bench import measure
     from ..bench.peers import peers
     from ..bench.report import show_bench
@@ -114,9 +133,9 @@ def bench(
 
     compared = [peers.parse_peer(peer) for peer in workload.peer or ()]  # before a model is written
     config = measure.BenchConfig(
-        LoadOptions(model.prepare(), load.nodes, threads=workload.threads, **load.to_keywords()),
-        contexts=parse_int_list(workload.contexts, "contexts"),
-        concurrency=parse_int_list(workload.concurrency, "concurrency"),
+        LoadOptions(model.prepare(), load.nodes, threads=workload.threads, **keywords),
+        contexts=contexts,
+        concurrency=concurrency,
         tokens=workload.tokens,
         repeat=workload.repeat,
         prompt_tokens=workload.prompt_tokens,
@@ -138,6 +157,8 @@ def ablation(
     json_output: JsonOutput = False,
 ) -> None:
     """Compare the schedules of the DBRX paper with Cenacle's over emulated links."""
+    latencies_ms = tuple(parse_float_list(arguments.latencies_ms, "latencies-ms") or ())
+    model.check()
     from ..bench.report import show_ablation
     from ..research import plot, schedule_ablation
 
@@ -149,7 +170,7 @@ def ablation(
         arguments.threads,
         arguments.backend,
         arguments.kernels,
-        tuple(parse_float_list(arguments.latencies_ms, "latencies-ms") or ()),
+        latencies_ms,
         arguments.tokens,
         arguments.repeat,
     )

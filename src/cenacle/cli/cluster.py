@@ -28,6 +28,7 @@ from ..errors import CenacleError, ClusterError, InputError
 from ..logs import PrintableFormatter
 from .command import command, option
 from .console import print_json, report, stderr_console, wide_console
+from .early_checks import check_model
 from .inference import Endpoint, load_model, open_server
 from .options import (
     JsonOutput,
@@ -116,6 +117,8 @@ def up(
     load: ClusterLoadArguments,
 ) -> None:
     """Start a cluster on this machine and serve a model from all nodes that join."""
+    if model != "demo":
+        check_model(model)
     _configure_logging()
     if model == "demo":
         from ..cluster.node_info import BUNDLED_MODELS

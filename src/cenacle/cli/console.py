@@ -9,6 +9,8 @@ one JSON object.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +22,20 @@ from rich.console import Console
 from ..errors import InputError
 
 FALLBACK_WIDTH = 120  # of tables in a pipe
+# Whether another process of this program watches over this one; it speaks for both.
+IS_SUPERVISED = "CENACLE_SUPERVISED" in os.environ
+
+
+class PipeConsole(Console):
+    """A console whose reader may go away: that is an error like any other, where `rich` exits."""
+
+    def on_broken_pipe(self) -> None:
+        """See `rich`."""
+        raise BrokenPipeError
+
 
 # No emoji: ":AB:" may be part of a fingerprint.
-stderr_console = Console(stderr=True, highlight=False, emoji=False)
+stderr_console = PipeConsole(stderr=True, highlight=False, emoji=False)
 
 
 def report(message: str) -> None:
@@ -36,6 +49,38 @@ def print_error(message: str) -> None:
     report(message)
 
 
+def report_interrupt() -> None:
+    """Report that Ctrl-C has ended the program."""
+    if not IS_SUPERVISED:
+        if stderr_console.is_terminal:
+            stderr_console.print()  # the terminal has written ^C
+        report("interrupted")
+
+
+def discard_output() -> int:
+    """Discard what has not reached stdout, so that the end of the program does not try it again.
+
+    Returns:
+        The exit status of a program whose reader has gone.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def read_stdin(option: str) -> str:
+    """All of standard input, without the newline at its end.
+
+    Raises:
+        InputError: it is not text; names the option.
+    """
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--{option}: expected UTF-8 text on standard input, got {error}", option
+        ) from error
+
+
 def print_json(value: Any) -> None:
     """Print a value to stdout as one line of JSON."""
     print(json.dumps(value))
@@ -43,7 +88,7 @@ def print_json(value: Any) -> None:
 
 def wide_console(fallback_width: int = FALLBACK_WIDTH) -> Console:
     """A console on stdout: as wide as the terminal, or `fallback_width` columns in a pipe."""
-    return Console(width=None if sys.stdout.isatty() else fallback_width, highlight=False)
+    return PipeConsole(width=None if sys.stdout.isatty() else fallback_width, highlight=False)
 
 
 def write_text(path: Path, text: str, option: str) -> None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from .cluster import query_head
 from .command import command
-from .console import print_json
+from .console import PipeConsole, print_json
 from .options import JsonOutput
 
 app = typer.Typer()
@@ -57,7 +56,7 @@ def doctor(
         details = {"nodes": rows} if cluster else {"findings": rows[""]}
         print_json({"healthy": "bad" not in levels, **details})
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = PipeConsole(highlight=False, soft_wrap=True)
         for node, findings in findings_by_node.items():
             if node:
                 console.print(node, style="bold", markup=False)

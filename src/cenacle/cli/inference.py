@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..images.fetch import AllowedHosts
 from . import keys
 from .command import command
-from .console import loading_progress, print_json, report
+from .console import loading_progress, print_json, read_stdin, report
+from .early_checks import check_model
 from .options import (
     MODEL_HELP,
     JsonOutput,
@@ -51,8 +52,13 @@ CHAT_SAMPLING = SamplingArguments(max_tokens=1024, temp=0.7, top_p=0.95)
 def generate(
     model: ModelName,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="Prompt; - reads it from standard input.")
-    ],
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="Prompt. Default: standard input, if it is a pipe or a file; - always reads it.",
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Do not apply the chat template of the model.")
     ] = False,
@@ -63,7 +69,14 @@ def generate(
     plan: PlanFile = None,
 ) -> None:
     """Generate the answer to one prompt."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    check_model(model)
+    text = prompt
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        text = read_stdin("prompt")
+    if text is None or (prompt is None and not text):
+        raise InputError(
+            "--prompt: expected a value, got none; give it with -p or through a pipe", "prompt"
+        )
     with load_model(model, load, plan) as loaded, isolate_text(loaded):
         tokens = loaded.text.encode(text) if raw else loaded.tokens_of(text)
         completion = loaded.generate(
@@ -140,6 +153,7 @@ def chat(
             "--model: expected a folder or a repository, got none; or give a server with --url",
             "model",
         )
+    check_model(model)
     with load_model(model, load, plan) as loaded, isolate_text(loaded):
         ChatSession(LocalChat(loaded), settings, system or "", images=images).run(history_path)
 
@@ -152,7 +166,10 @@ def serve(
     load: ServingArguments,
     plan: PlanFile = None,
 ) -> None:
-    """Serve a model through the OpenAI and Anthropic APIs."""
+    """Serve a model through HTTP: the APIs of OpenAI (chat completions, completions, responses) and
+    Anthropic (messages), tokenization as in vLLM and llama.cpp, metrics, and a web page.
+    """
+    check_model(model)
     # A port in use is found before the model is loaded.
     with open_server(server) as endpoint:
         with load_model(model, load, plan) as loaded:

@@ -3,12 +3,14 @@
 Owns: the root of the command line, `--version`, the form of errors.
 Does not know: what the commands do.
 Invariant: an error is one line on stderr that begins with "error:"; wrong usage exits with status
-2, other failures with the status of their class in `errors`.
+2, other failures with the status of their class in `errors`. Ctrl-C is one line and status 130; a
+reader that goes away ends the program without a word, with the status that SIGPIPE has.
 Next: `inference.py` has `generate`, `chat` and `serve`.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 import sys
@@ -21,7 +23,7 @@ import typer
 from ..errors import CenacleError
 from ..paths import use_private_temp_dir
 from . import bench, cluster, doctor, inference, keys, models, plan
-from .console import print_error
+from .console import discard_output, print_error, report_interrupt
 
 app = typer.Typer(
     name="cenacle",
@@ -70,6 +72,7 @@ def main() -> None:
     use_private_temp_dir()
     try:
         status = app(prog_name="cenacle", standalone_mode=False)
+        sys.stdout.flush()  # an error of it is told like any other
     except typer.TyperException as error:
         if type(error).__name__ != "NoArgsIsHelpError":  # the help is printed already
             print_error(describe_usage_error(error))
@@ -77,13 +80,25 @@ def main() -> None:
     except CenacleError as error:
         print_error(str(error))
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer has caught it
+            sys.exit(discard_output())
+        raise
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        sys.exit(discard_output())
     except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            discard_output()
+            print_error(f"the output cannot be written: {error.strerror}")
+            sys.exit(1)
         if error.filename is None:
             raise
         print_error(f"{error.filename}: {error.strerror}")
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
+    if status == 128 + signal.SIGINT:
+        report_interrupt()
     sys.exit(status)
 
 

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..core.units import format_bytes
 from ..errors import CenacleError, InputError
 from .command import command, option
 from .console import (
+    PipeConsole,
     loading_progress,
     print_json,
     report,
     stderr_console,
     wide_console,
 )
+from .early_checks import check_model
 from .options import JsonOutput, ModelName, PlacementArguments
 
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ def inspect(
     json_output: JsonOutput = False,
 ) -> None:
     """Show the architecture of a model and its placement on N nodes, without reading weights."""
+    check_model(model)
+    keywords = placement.to_keywords()
     from ..runtime import LoadOptions, select_plan
 
-    plan, reason = select_plan(LoadOptions(model, placement.nodes, **placement.to_keywords()))
+    plan, reason = select_plan(LoadOptions(model, placement.nodes, **keywords))
     if save is not None:
         plan.save(save)
     if json_output:
@@ -161,7 +164,6 @@ def synth(
     from rich.progress import Progress
 
     from ..model import config_catalog
-    from ..model import synth as writer
 
     if list_names:
         print("families:", *config_catalog.family_names())
@@ -169,6 +171,12 @@ def synth(
         return
     if out is None:
         raise InputError("--out: expected a folder to write, got none", "out")
+    if synthetic.family is not None:
+        config_catalog.tiny_config(synthetic.family)
+    if synthetic.name is not None:
+        config_catalog.full_config(synthetic.name)
+    from ..model import synth as writer
+
     hidden = not stderr_console.is_terminal
     with Progress(console=stderr_console, transient=True, disable=hidden) as bars:
         bar = bars.add_task("writing", total=None)
@@ -207,11 +215,13 @@ def demo(
 
     options = placement.to_keywords()
     if model == "smollm":
-        spoken = run_smollm_demo(placement.nodes, questions, Console(), loading_progress, options)
+        spoken = run_smollm_demo(
+            placement.nodes, questions, PipeConsole(), loading_progress, options
+        )
         if json_output:
             print_json(spoken)
         return
-    result = run_demo(placement.nodes, questions, seed, Console(), loading_progress, options)
+    result = run_demo(placement.nodes, questions, seed, PipeConsole(), loading_progress, options)
     if json_output:
         print_json(result)
     if result["correct"] < 0.5 * result["questions"]:

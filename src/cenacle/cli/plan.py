@@ -18,6 +18,7 @@ from ..errors import CheckpointError, InputError, PlanError
 from ..paths import catalog_dir
 from .command import command, option
 from .console import print_json, report, wide_console, write_text
+from .early_checks import check_model
 from .options import JsonOutput, ModelName
 
 if TYPE_CHECKING:
@@ -492,15 +493,16 @@ def record_routing(
     json_output: JsonOutput = False,
 ) -> None:
     """Record which experts each token is routed to, and simulate the load on several nodes."""
-    from ..calibration.routing_trace import record_routing as record
-    from ..planning.routing_stats import simulate_placements
-
+    check_model(model)
     try:
         lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts: cannot read {prompts}: {error}", "prompts") from error
     if not lines:
         raise InputError(f"--prompts: expected at least one line in {prompts}, got none", "prompts")
+    from ..calibration.routing_trace import record_routing as record
+    from ..planning.routing_stats import simulate_placements
+
     trace = record(model, lines, max_tokens)
     trace.save(out)
     # One expert of every layer.

@@ -12,11 +12,15 @@ import difflib
 import json
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ..core.model_config import LAYER_COUNT_KEYS, Config, get_int, text_config
 from ..errors import InputError
-from .families import CONFIGS, TINY_CONFIGS, TOWER_CONFIGS
+
+CONFIGS = Path(__file__).parent / "configs"
+TINY_CONFIGS = CONFIGS / "tiny"
+TOWER_CONFIGS = CONFIGS / "images"
 
 # Keys of config.json, at any depth, that change when a model is reduced to its first layers: one
 # entry per layer, ids of layers, ids that count from 1, periods with full attention in the last.
@@ -122,9 +126,8 @@ def full_config(name: str, field: str = "name") -> Config:
 
 
 def _unknown_name_error(field: str, name: str, known: list[str]) -> InputError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-    return InputError(f"{field}: unknown {name!r}; {hint}", field)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0)
+    return InputError(f"{field}: unknown {name!r}; nearest: {', '.join(near)}", field)
 
 
 def layer_count(config: Config) -> int:

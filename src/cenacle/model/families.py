@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 from ..core.model_config import Config, text_config
 from ..extras import is_installed
+from .config_catalog import TINY_CONFIGS
 from .zoo_repairs import REPAIRS
 
 # transformers' name of the family that mlx-lm calls hunyuan.
@@ -33,9 +33,6 @@ AllReduce = Callable[[mx.array], mx.array]
 OUTPUT_SCALE = "output_scale"
 """A parameter of quantized layers: see `scaled_layers.py`."""
 
-CONFIGS = Path(__file__).parent / "configs"
-TINY_CONFIGS = CONFIGS / "tiny"
-TOWER_CONFIGS = CONFIGS / "images"
 
 # Names that families give to experts that every token goes through, inside the block.
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "share_expert", "shared_mlp")

@@ -486,10 +486,10 @@ def unknown_name(
     """The error for an unknown name, with the nearest of the names and aliases in `known`."""
     if (kind, name) in (("machines", "this"), ("link", "measured")):
         return InputError(f"{kind}: {name!r} is not measured yet; run `cenacle calibrate`", kind)
-    near = difflib.get_close_matches(normalized or _normalize(name), known, n=3, cutoff=0.4)
-    full_names = sorted({v if isinstance(v, str) else v[0] for v in known.values()})
-    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(full_names)}"
-    return InputError(f"{kind}: unknown name {name!r}; {hint}", kind)
+    ranked = difflib.get_close_matches(normalized or _normalize(name), known, n=20, cutoff=0)
+    # Aliases of the same entry are one.
+    near = list({known[alias]: alias for alias in reversed(ranked)}.values())[::-1][:3]
+    return InputError(f"{kind}: unknown name {name!r}; nearest: {', '.join(near)}", kind)
 
 
 # ---- quantization

@@ -139,6 +139,8 @@ class _Supervisor:
             status, served_s = self._run_process(restarts)
             has_served |= served_s is not None
             exit_status = status if status >= 0 else 128 - status
+            if self._stop_signal == signal.SIGINT:
+                return 128 + signal.SIGINT  # though the server ended in good order
             if self._stop_signal or status in STOPPED or (status >= 0 and not has_served):
                 return exit_status
             reason = describe_exit(status, oom_kills, uses_mlx=False)

@@ -1,0 +1,45 @@
+"""What can be refused before the libraries are imported that would find it after seconds.
+
+Owns: whether a model exists on this machine.
+Does not know: what is in its files (`model/checkpoint.py`), the Hub.
+Invariant: refuses only what loading would refuse too, and in the same words.
+"""
+
+from __future__ import annotations
+
+import difflib
+from itertools import islice
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+MAX_NEIGHBORS = 1000  # of a folder's files that are compared
+
+
+def check_model(model: str) -> None:
+    """Refuse a path that does not exist.
+
+    Args:
+        model: a path, or the name of a Hub repository.
+
+    Raises:
+        CheckpointError: neither can be; the message has the nearest paths, at most three.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+        return
+    near = find_similar_paths(path)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise CheckpointError(
+        f"{model}: no such folder, and not a Hub repository such as org/model{hint}"
+    )
+
+
+def find_similar_paths(path: Path, count: int = 3) -> list[str]:
+    """The paths beside one that does not exist whose names are nearest to its name."""
+    try:
+        names = [entry.name for entry in islice(path.parent.iterdir(), MAX_NEIGHBORS)]
+    except OSError:
+        return []
+    names = [name for name in names if not name.startswith(".")]
+    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, count)]
