@@ -94,6 +94,8 @@ class LoadOptions:
         prefix_cache_dir: folder for those; None: `paths.prefix_cache_dir`.
         share_prefixes: API keys use each other's caches, and can learn each other's prompts.
         prefill_chunk_size: most prompt tokens per step.
+        kv_dtype: of keys and values in caches beside native kernels: "auto", that of the
+            checkpoint; "float32", "float16" or "bfloat16".
         kv_bits: bits of a quantized KV cache, 4 or 8; None: not quantized.
         kv_group_size: group size of a quantized KV cache.
         max_kv_size: most positions in a KV cache (the first four and the last); None: all.
@@ -132,6 +134,7 @@ class LoadOptions:
     prefix_cache_dir: str | None = None
     share_prefixes: bool = False
     prefill_chunk_size: int = 512
+    kv_dtype: str = "auto"
     kv_bits: int | None = None
     kv_group_size: int = 64
     max_kv_size: int | None = None

@@ -5,17 +5,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from one_process import in_threads, load_rank
 
+from cenacle import native
 from cenacle.collective.base import Collective
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
+from cenacle.engine.cache.kv_cache import flatten_caches
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import Batching, family_of, list_families
+from cenacle.model.kv_dtype import install_kv_dtype
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
@@ -61,13 +66,14 @@ WITH_PREFIXES = [
 class RunningModel:
     """One rank's part of a family's tiny model, and answers of its engine."""
 
-    def __init__(self, folder: Path, collective: Collective) -> None:
+    def __init__(self, folder: Path, collective: Collective, kv_dtype: str = "float32") -> None:
         checkpoint = Checkpoint.open(folder)
         plan = Plan.whole(read_model_spec(checkpoint), collective.size)
         self.batching = family_of(plan.spec.family).batching
         self.collective, self.timer = collective, StepTimer()
         self._footprints: dict[float, CacheFootprint] = {}
         self.model = load_rank(folder, plan, collective, self.timer, "auto")
+        self.rounded = install_kv_dtype(self.model, kv_dtype) if native.is_available() else 0
 
     def answers(
         self,
@@ -108,6 +114,12 @@ class RunningModel:
         engine.close()
         return tokens
 
+    def kept_keys(self) -> list[mx.array]:
+        """The keys that attention keeps of a token."""
+        caches = make_prompt_cache(self.model)
+        self.model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+        return [c.keys for c in flatten_caches(caches) if hasattr(c, "keys")]
+
 
 def find_differences(alone: Answers, together: Answers, requests: list[Request]) -> dict[str, str]:
     differences = {}
@@ -122,12 +134,18 @@ def find_differences(alone: Answers, together: Answers, requests: list[Request])
     return differences
 
 
-def on_every_rank(family: str, nodes: int, folder: Path, function: Callable[[RunningModel], Any]):
+def on_every_rank(
+    family: str,
+    nodes: int,
+    folder: Path,
+    function: Callable[[RunningModel], Any],
+    kv_dtype: str = "float32",
+) -> Any:
     """What `function` gives on rank 0."""
     synth(folder, family=family)
 
     def run(collective: Collective) -> Any:
-        return function(RunningModel(folder, collective))
+        return function(RunningModel(folder, collective, kv_dtype))
 
     if nodes == 1:
         return run(SingleRank())
@@ -177,4 +195,34 @@ def test_kept_prefixes_give_the_same_answers(family, tmp_path):
         return alone, running.answers(bursts, prefill_chunk_size=16, prefix_cache_gb=1.0)
 
     alone, together = on_every_rank(family, 1, tmp_path / "model", run)
+    assert find_differences(alone, together, requests) == {}
+
+
+@pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
+@pytest.mark.parametrize(
+    ("family", "modules", "kv_dtype"),
+    [
+        ("gpt_oss", 4, "bfloat16"),  # windows and sinks
+        ("qwen3_next", 2, "float16"),  # beside states
+        ("qwen3_moe", 3, "bfloat16"),  # as one node of the graph
+    ],
+)
+def test_caches_of_16_bits_are_batched_and_kept(family, modules, kv_dtype, tmp_path):
+    """Beside each other, joining and leaving, and with a prefix of another: as alone."""
+    shared = make_prompt(60, 60)
+    first = make_request("first", shared, 3)
+    requests = [*JOINING[2:4], SAMPLED[0], make_request("tail", shared + make_prompt(5, 5), 6)]
+
+    def run(running: RunningModel) -> tuple[Answers, Answers, int]:
+        alone: Answers = {}
+        for request in requests:
+            alone |= running.answers([[request]])
+        bursts = [[first, RUNNING], [], requests]
+        together = running.answers(bursts, prefill_chunk_size=16, prefix_cache_gb=1.0)
+        sizes = {cache.dtype.size for cache in running.kept_keys()}
+        assert sizes == {2}
+        return alone, together, running.rounded
+
+    alone, together, rounded = on_every_rank(family, 1, tmp_path / "model", run, kv_dtype)
+    assert rounded == modules
     assert find_differences(alone, together, requests) == {}

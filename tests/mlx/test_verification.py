@@ -293,7 +293,13 @@ def test_every_option_that_changes_answers_is_part_of_what_passed(tmp_path):
     assert key() == plain == key(recover=False, measure_every=1)
     changed = {
         **{"comm_dtype": "bf16", "backend": "ring", "kernels": "mlx", "activations": "int8"},
-        **{"kv_bits": 8, "max_kv_size": 64, "prefill_chunk_size": 64, "max_batch_size": 2},
+        **{
+            "kv_dtype": "float16",
+            "kv_bits": 8,
+            "max_kv_size": 64,
+            "prefill_chunk_size": 64,
+            "max_batch_size": 2,
+        },
         **{"speculative": "off", "latency_s": 0.01},
     }
     keys = [key(**{name: value}) for name, value in changed.items()]

@@ -41,7 +41,7 @@ ANSWER_TIMEOUT_S = 900.0
 MEASURED_ANSWERS = 4
 REPORTED_OPTIONS = (
     *("backend", "comm_dtype", "latency_s", "kernels", "activations", "draft_model", "speculative"),
-    *("prefill_chunk_size", "kv_bits", "max_kv_size"),
+    *("prefill_chunk_size", "kv_dtype", "kv_bits", "max_kv_size"),
 )
 
 Report = Callable[[str], None]

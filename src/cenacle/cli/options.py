@@ -119,6 +119,11 @@ class LoadArguments(PlacementArguments):
         True, "Load what sees images, on the first node, if the model has it."
     )
     prefill_chunk_size: int = memory_option(512, "Maximum number of prompt tokens per step.", min=1)
+    kv_dtype: Literal["auto", "float32", "float16", "bfloat16"] = memory_option(
+        "auto",
+        "Data type of the KV cache on CPUs with native kernels; auto is that of the checkpoint. "
+        "float32 is exact and twice as large.",
+    )
     kv_bits: int | None = memory_option(
         None, "Quantize the KV cache to this many bits, 4 or 8.", metavar="BITS"
     )

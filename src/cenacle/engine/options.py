@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 
 SPECULATIVE_MODES = ("auto", "off", "always")
+KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class EngineOptions:
     Args:
         prefill_chunk_size: maximum prompt tokens per step.
         max_batch_size: maximum requests that generate at once.
+        kv_dtype: of keys and values beside native kernels: "auto", that of the checkpoint, as
+            mlx-lm keeps them; "float32", "float16" or "bfloat16".
         kv_bits: bits of a quantized KV cache, 4 or 8; None: not quantized.
         kv_group_size: group size of the quantized KV cache.
         max_kv_size: positions to keep (the first four and the last); None: all.
@@ -38,11 +41,13 @@ class EngineOptions:
         images: load what sees images, if the checkpoint has it.
 
     Raises:
-        InputError: `speculative` is not one of `SPECULATIVE_MODES`.
+        InputError: `speculative` is not one of `SPECULATIVE_MODES`, `kv_dtype` not one of
+            `KV_DTYPES`.
     """
 
     prefill_chunk_size: int = 512
     max_batch_size: int = 32
+    kv_dtype: str = "auto"
     kv_bits: int | None = None
     kv_group_size: int = 64
     max_kv_size: int | None = None
@@ -61,6 +66,20 @@ class EngineOptions:
                 f"got {self.speculative!r}",
                 "speculative",
             )
+        if self.kv_dtype not in KV_DTYPES:
+            raise InputError(
+                f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}",
+                "kv_dtype",
+            )
+
+    def kept_dtype(self, checkpoint_dtype: str) -> str:
+        """The data type of keys and values beside native kernels.
+
+        Args:
+            checkpoint_dtype: see `ModelSpec.dtype`.
+        """
+        dtype = checkpoint_dtype if self.kv_dtype == "auto" else self.kv_dtype
+        return dtype if self.kv_bits is None and dtype in KV_DTYPES else "float32"
 
     @property
     def plain_kv_cache(self) -> bool:

@@ -70,12 +70,17 @@ _BLOCKS: dict[type[nn.Module], tuple[str, str, str | bool]] = {
 class NativeAttention(nn.Module):
     """Attention with plain rotary positions. x [batch, length, width] -> the same."""
 
+    _kv_dtype: mx.Dtype | None = None  # see kv_dtype.py
+
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """As mlx-lm's."""
+        dtype = self._kv_dtype
         if cache is None:
             queries, keys, values = self._qkv(x, offset=0)
         else:
             queries, keys, values = self._qkv(x, offset=cache.offset)
+            if dtype is not None:
+                keys, values = keys.astype(dtype), values.astype(dtype)
             keys, values = cache.update_and_fetch(keys, values)
             if hasattr(cache, "bits"):
                 out = scaled_dot_product_attention(queries, keys, values, cache, self.scale, mask)

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models import (
     activations,
     deepseek_v41,
+    gear,
     gemma4_text,
     kimi_k3,
     step3p5,
@@ -158,6 +159,7 @@ _OPERATIONS = {
     "scaled_dot_product_attention": mx.fast,
     "logsumexp": mx,
 }
+_SOFTCAP = gear._softcap_attention
 _MLX = {name: getattr(module, name) for name, module in _OPERATIONS.items()}
 
 
@@ -171,6 +173,7 @@ def install_operations(use_native: bool) -> None:
     """
     for name, module in _OPERATIONS.items():
         setattr(module, name, getattr(native.extension(), name) if use_native else _MLX[name])
+    gear._softcap_attention = native.extension().attend_capped if use_native else _SOFTCAP
 
 
 def install_native_layers(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:

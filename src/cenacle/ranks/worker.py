@@ -275,6 +275,7 @@ class _Worker:
         from ..model.expert_parallel import parallelize
         from ..model.families import family_of
         from ..model.format_notices import describe_formats
+        from ..model.kv_dtype import install_kv_dtype
         from ..model.loader import load_rank_model
         from ..model.native_layers import is_supported
         from ..model.step_timer import StepTimer
@@ -289,6 +290,8 @@ class _Worker:
         family = self._plan.spec.family
         with self._blame_checkpoint():
             parallelize(model, family, self._plan, self._collective, timer, order.kernels)
+            if order.kernels != "mlx" and is_supported():
+                install_kv_dtype(model, self._options.kept_dtype(self._plan.spec.dtype))
         vision = self._load_tower(model) if self._plan.spec.tower_bytes else None
         drafter = self._load_draft_model()
         gc.collect()
@@ -429,6 +432,7 @@ class _Worker:
             "comm_dtype": order.comm_dtype,
             "kernels": order.kernels,
             "activations": order.activations,
+            "kv_dtype": self._options.kv_dtype,
         }
         facts |= {name: version(name) for name in ("cenacle", "mlx", "mlx-lm")}
         facts["device"] = str(mx.default_device())
