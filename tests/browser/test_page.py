@@ -566,6 +566,24 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
         }"""
     )
     assert took_ms < 1000 * DEADLINE_S
+    # Hours, single values, a table, faults, and how a machine is added.
+    page.click("[data-span=hours]")
+    page.focus(".card-history .plot >> nth=0")
+    page.keyboard.press("ArrowLeft")
+    until(page, "document.querySelector('.chart .tip').innerText === 'now\\n25 tokens/s'")
+    page.keyboard.press("ArrowLeft")
+    until(page, "document.querySelector('.chart .tip').innerText === '60 s ago\\n10 tokens/s'")
+    page.click("text=As a table")
+    rows = "[...document.querySelectorAll('.card-history tbody tr')].map((r) => r.innerText)"
+    until(page, f"{rows}.length === 25")
+    assert page.evaluate(rows)[0].split() == ["now", "25", "2", "0"]
+    faults = page.locator(".faults li").all_inner_texts()
+    assert "rank 3 was killed" in faults[0]
+    assert "recovering" in faults[0]
+    assert "recovered after 4.1 s" in faults[1]
+    page.click("text=Add a machine")
+    assert "cenacle join ADDRESS:4747" in page.inner_text(".card-nodes")
+    assert page.evaluate("document.querySelector('#view-cluster').scrollWidth") <= 390
     # A node is lost.
     big |= {"status": "failed", "reason": "rank 3 was killed by SIGKILL", "rank": 3}
     page.wait_for_selector(".node.lost")
@@ -613,6 +631,19 @@ def large_cluster(steps):
         "history": {
             "interval_s": 2.0, "tokens_per_s": [40.0] * 150, "running": [3] * 150,
             "waiting": [1] * 150,
+        },
+        "timeline": {
+            "version": 3, "interval_s": 60.0, "until": 1.7e9, "tokens_per_s": [10.0] * 99 + [25.0],
+            "running": [2] * 100, "waiting": [0] * 100, "faults": [
+                {
+                    "began_at": 1.7e9, "ended_at": 1.7e9 + 4.1, "reason": "rank 1 was killed",
+                    "rank": 1, "is_final": False,
+                },
+                {
+                    "began_at": 1.7e9 + 99, "ended_at": None, "reason": "rank 3 was killed",
+                    "rank": 3, "is_final": False,
+                },
+            ],
         },
         "prediction": {
             "step_timings_ms": {**timings, "waiting": 0}, "tok_per_s": 62.5, "basis": "some",
@@ -975,5 +1006,6 @@ def test_only_files_of_the_page_are_served(url):
             assert client.get(path).status_code == 404, path
         full = client.get("/cluster").json()
         known = {"placement": full["placement"]["id"], "steps": full["step_timings"]["steps"]}
+        known["timeline"] = full["timeline"]["version"]
         reduced = client.get("/cluster", params=known).json()
-        assert set(full) - set(reduced) == {"placement", "routing"}
+        assert set(full) - set(reduced) == {"placement", "routing", "timeline"}

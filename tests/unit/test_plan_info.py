@@ -69,6 +69,7 @@ def model():
         tokens_of=tuple,
         image_settings=None,
         image_obstacle="blind",
+        sampling_defaults={},
         request=lambda tokens, limit, sampling, **_: Request("a", tokens, 9, (), sampling),
     )
 

@@ -200,7 +200,8 @@ class Application:
 
     async def _get_cluster(self, http: Request) -> Response:
         query = http.query_params
-        view = self._view.to_json(query.get("placement", ""), query.get("steps", ""))
+        known = (query.get(name, "") for name in ("placement", "steps", "timeline"))
+        view = self._view.to_json(*known)
         return json_response(200, view, {"cache-control": "no-store"})
 
     async def _get_metrics(self, http: Request) -> Response:

@@ -1,23 +1,23 @@
 """The data of the cluster view: GET /cluster.
 
-Owns: the JSON of nodes, placement, routing, step timings and the last minutes; the sampling of
-these minutes.
+Owns: the JSON of nodes, placement, routing and step timings; the sampling of the history.
 Does not know: how it is drawn (`web/cluster.js`), who may see it.
 Invariant: it contains no text and no token of any request. A poll only reads numbers that exist,
 and omits what the client already has.
-Next: `ranks/step_timings.py` computes the timings, `plan_info.py` what depends on the plan.
+Next: `cluster_history.py` keeps the samples, `ranks/step_timings.py` computes the timings,
+`plan_info.py` what depends on the plan.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
+from .cluster_history import ClusterHistory
 from .expected_speed import SpeedPrediction
 from .plan_info import PlanTracker
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..api import Model
 
 SAMPLE_INTERVAL_S = 2.0
-MAX_SAMPLES = 150  # five minutes
 
 
 class ClusterView:
@@ -34,7 +33,7 @@ class ClusterView:
     Args:
         model: loaded.
         plan_tracker: describes the plan in use.
-        interval_s: seconds between two samples of the last minutes.
+        interval_s: seconds between two samples of the history.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class ClusterView:
     ) -> None:
         self._model, self._plan_tracker, self._interval_s = model, plan_tracker, interval_s
         self._started_at = time.monotonic()
-        self._samples: deque[tuple[float, int, int]] = deque(maxlen=MAX_SAMPLES)
+        self._history = ClusterHistory(interval_s, self._started_at, time.time())
         self._closed = threading.Event()
         threading.Thread(target=self._sample, daemon=True, name="sampling").start()
 
@@ -50,12 +49,15 @@ class ClusterView:
         """End the sampling."""
         self._closed.set()
 
-    def to_json(self, known_placement: str = "", known_steps: str = "") -> dict[str, Any]:
+    def to_json(
+        self, known_placement: str = "", known_steps: str = "", known_timeline: str = ""
+    ) -> dict[str, Any]:
         """The present state.
 
         Args:
             known_placement: id of the placement that the client has; that one is omitted.
             known_steps: number of measured steps whose routing counts the client has; likewise.
+            known_timeline: version of the timeline that the client has; likewise.
         """
         model, group, info = self._model, self._model.group, self._plan_tracker.current
         plan, timings = info.plan, group.step_timings
@@ -83,12 +85,7 @@ class ClusterView:
                 "mean_ms": _rounded(timings.per_token_ms()),
                 "rank_ms": [_rounded(rank_ms) for rank_ms in timings.per_rank_ms()],
             },
-            "history": {
-                "interval_s": self._interval_s,
-                "tokens_per_s": [rate for rate, _, _ in self._samples],
-                "running": [running for _, running, _ in self._samples],
-                "waiting": [waiting for _, _, waiting in self._samples],
-            },
+            "history": self._history.recent_json(),
         }
         if isinstance(info.prediction, SpeedPrediction):
             body["prediction"] = info.prediction.to_json()
@@ -99,6 +96,8 @@ class ClusterView:
         if known_steps != str(timings.steps):
             counts = routing_counts(plan, timings.routed)
             body["routing"] = {"steps": timings.steps, "counts": counts}
+        if (timeline := self._history.timeline_json(known_timeline)) is not None:
+            body["timeline"] = timeline
         return body
 
     def _ranks(self) -> list[dict[str, Any]]:
@@ -123,7 +122,8 @@ class ClusterView:
             now, count, load = time.monotonic(), self._generated_tokens(), self._model.group.load
             # A group that was restarted can count from zero again.
             rate = max(0.0, round((count - last_count) / (now - last_time), 1))
-            self._samples.append((rate, load["running"], load["waiting"]))
+            self._history.add_sample(now, rate, load["running"], load["waiting"])
+            self._history.observe(self._model.group.state)
             last_count, last_time = count, now
 
     def _generated_tokens(self) -> int:

@@ -1,4 +1,4 @@
-// Charts: a stacked bar, sparklines of the last minutes, and the heat map of layers and experts.
+// Charts: a stacked bar, lines over time, and the heat map of layers and experts.
 
 import { h, s } from "./dom.js";
 
@@ -42,34 +42,84 @@ export function stackedBar(segments, longest) {
   return bar;
 }
 
-// ---- lines over time: series [class, label, values], newest value last
+// ---- lines over time
 
 const WIDTH = 300;
 const HEIGHT = 64;
-const POINTS = 150;
 
-export function sparkline(title, series, intervalS) {
-  const top = niceCeiling(Math.max(1, ...series.flatMap(([, , values]) => values)));
-  const x = (index, count) => WIDTH - ((count - 1 - index) * WIDTH) / (POINTS - 1);
-  const y = (value) => HEIGHT - 2 - (value / top) * (HEIGHT - 6);
-  const lines = series.filter(([, , values]) => values.length > 1).map(([name, , values]) => {
-    const points = values.map((v, index) => `${x(index, values.length).toFixed(1)},${y(v).toFixed(1)}`);
-    const left = x(0, values.length).toFixed(1);
-    return s("g", { class: `line ${name}` },
-      s("path", { class: "area", d: `M${left},${HEIGHT}L${points.join("L")}L${WIDTH},${HEIGHT}Z` }),
-      s("path", { class: "stroke", d: `M${points.join("L")}` }));
-  });
-  const latest = series.map(([name, label, values]) => [name, `${formatNumber(values.at(-1) ?? 0)} ${label}`]);
-  const description = `${title}: now ${latest.map(([, text]) => text).join(", ")}; top of the chart ${formatNumber(top)}`;
-  return [
-    h("div", { class: "chart-title" }, h("strong", {}, title),
-      h("span", {}, latest.map(([name, text]) => h("span", { class: `key ${name}` }, text)))),
-    h("div", { class: "plot" },
-      s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": description },
-        s("path", { class: "base", d: `M0,${HEIGHT - 1}H${WIDTH}` }), ...lines),
-      h("span", { class: "maximum" }, formatNumber(top))),
-    h("div", { class: "axis" }, h("span", {}, `${Math.round((POINTS * intervalS) / 60)} min ago`), h("span", {}, "now")),
-  ];
+// A chart that stays while its data changes. `show`: series [class, label, values], the newest value last; `points` fit
+// into it, one every `intervalS`. Pointer and arrow keys read single values.
+export class TimeChart {
+  constructor(title) {
+    this.title = title;
+    this.head = h("div", { class: "chart-title" });
+    this.plot = h("div", { class: "plot", tabindex: "0", role: "img" });
+    this.tip = h("div", { class: "tip", hidden: true });
+    this.axis = h("div", { class: "axis" });
+    this.announcement = h("p", { class: "visually-hidden", "aria-live": "polite" });
+    this.element = h("div", { class: "chart" }, this.head, h("div", { class: "over" }, this.plot, this.tip), this.axis, this.announcement);
+    this.ago = null; // samples before the newest one, under the pointer or chosen by keys
+    this.plot.addEventListener("pointermove", (event) => {
+      const box = this.plot.getBoundingClientRect();
+      this.select(Math.round(((box.right - event.clientX) / box.width) * (this.points - 1)));
+    });
+    this.plot.addEventListener("pointerleave", () => this.select(null));
+    this.plot.addEventListener("blur", () => this.select(null));
+    this.plot.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: 1, ArrowRight: -1, Home: Infinity, End: -Infinity }[event.key];
+      if (event.key === "Escape") this.select(null);
+      if (!step) return;
+      event.preventDefault();
+      this.select(Math.max(0, Math.min(this.count - 1, (this.ago ?? 0) + (this.ago === null && step > 0 ? 0 : step))));
+      this.announcement.textContent = this.tip.textContent;
+    });
+  }
+
+  show(series, intervalS, points) {
+    Object.assign(this, { series, intervalS, points, count: Math.max(...series.map(([, , values]) => values.length)) });
+    const top = niceCeiling(Math.max(1, ...series.map(([, , values]) => values.reduce((a, b) => Math.max(a, b), 0))));
+    const y = (value) => HEIGHT - 2 - (value / top) * (HEIGHT - 6);
+    const lines = series.filter(([, , values]) => values.length > 1).map(([name, , values]) => {
+      const places = values.map((v, index) => `${this.x(values.length - 1 - index).toFixed(1)},${y(v).toFixed(1)}`);
+      const left = this.x(values.length - 1).toFixed(1);
+      return s("g", { class: `line ${name}` },
+        s("path", { class: "area", d: `M${left},${HEIGHT}L${places.join("L")}L${WIDTH},${HEIGHT}Z` }),
+        s("path", { class: "stroke", d: `M${places.join("L")}` }));
+    });
+    const latest = series.map(([name, label, values]) => [name, `${formatNumber(values.at(-1) ?? 0)} ${label}`]);
+    this.head.replaceChildren(h("strong", {}, this.title), h("span", {}, latest.map(([name, text]) => h("span", { class: `key ${name}` }, text))));
+    this.cursor = s("path", { class: "cursor", d: "" });
+    this.plot.setAttribute("aria-label", `${this.title}: now ${latest.map(([, text]) => text).join(", ")}; top of the chart ${formatNumber(top)}; arrow keys read single values`);
+    this.plot.replaceChildren(
+      s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" },
+        s("path", { class: "base", d: `M0,${HEIGHT - 1}H${WIDTH}` }), ...lines, this.cursor),
+      h("span", { class: "maximum" }, formatNumber(top)));
+    this.axis.replaceChildren(h("span", {}, describeAgo(intervalS * (points - 1))), h("span", {}, "now"));
+    this.select(this.ago);
+  }
+
+  x(ago) {
+    return WIDTH - (ago * WIDTH) / (this.points - 1);
+  }
+
+  select(ago) {
+    this.ago = ago !== null && ago >= 0 && ago < this.count ? ago : null;
+    this.tip.hidden = this.ago === null;
+    this.cursor?.setAttribute("d", this.ago === null ? "" : `M${this.x(this.ago).toFixed(1)},0V${HEIGHT}`);
+    if (this.ago === null) return;
+    this.tip.replaceChildren(h("strong", {}, describeAgo(this.ago * this.intervalS)),
+      ...this.series.map(([, label, values]) => h("span", {}, `${formatNumber(values.at(-1 - this.ago) ?? 0)} ${label}`)));
+    const width = this.plot.clientWidth;
+    const at = (this.x(this.ago) / WIDTH) * width - this.tip.offsetWidth / 2;
+    this.tip.style.left = `${Math.max(0, Math.min(at, width - this.tip.offsetWidth))}px`;
+  }
+}
+
+export function describeAgo(seconds) {
+  if (seconds <= 0) return "now";
+  if (seconds < 100) return `${Math.round(seconds)} s ago`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min ago`;
+  return `${Math.round(seconds / 360) / 10} h ago`;
 }
 
 function niceCeiling(value) {

@@ -1,8 +1,8 @@
-// The cluster view: polls GET /cluster and shows nodes, experts, step timings and the last minutes.
+// The cluster view: polls GET /cluster and shows nodes, experts, step timings, the last minutes or hours, and faults.
 
 import * as api from "./api.js";
-import { colors, formatBytes, formatNumber, HeatMap, sparkline, stackedBar } from "./charts.js";
-import { $, h } from "./dom.js";
+import { colors, describeAgo, formatBytes, formatNumber, HeatMap, stackedBar, TimeChart } from "./charts.js";
+import { $, copyText, h, iconButton } from "./dom.js";
 
 const VISIBLE_POLL_MS = 1000;
 const HIDDEN_POLL_MS = 5000; // for the dot in the header
@@ -16,6 +16,8 @@ let placement = null;
 let routing = null; // {steps, counts} since the group started
 let snapshots = []; // [{at, routing}] of the last minute
 let period = "all"; // or "recent"
+let timeline = null; // the last day by the minute, and faults
+let span = "minutes"; // or "hours"
 let listener = () => {};
 let view = null;
 
@@ -51,10 +53,11 @@ async function poll() {
   clearTimeout(timer);
   timer = -1;
   try {
-    const known = new URLSearchParams({ placement: placement?.id ?? "", steps: routing?.steps ?? "" });
+    const known = new URLSearchParams({ placement: placement?.id ?? "", steps: routing?.steps ?? "", timeline: timeline?.version ?? "" });
     state = await api.getJson(`/cluster?${known}`, false);
     pollError = null;
     placement = state.placement ?? placement;
+    timeline = state.timeline ?? timeline;
     if (state.routing) addSnapshot(state.routing);
   } catch (error) {
     pollError = error.status === 401 ? "This server requires an API key. Enter it in the settings." : error.message;
@@ -104,15 +107,22 @@ function build() {
       ...[["all", "Since the start"], ["recent", "Last minute"]].map(([name, label]) =>
         h("button", { type: "button", "data-period": name, onclick: () => { period = name; draw(); } }, label))),
     timings: h("div", { class: "timings" }),
-    tokens: h("div", { class: "chart" }),
-    requests: h("div", { class: "chart" }),
+    span: h("div", { class: "choice", role: "group", "aria-label": "Span of time" },
+      ...[["minutes", "5 minutes"], ["hours", "Hours"]].map(([name, label]) =>
+        h("button", { type: "button", "data-span": name, onclick: () => { span = name; draw(); } }, label))),
+    tokens: new TimeChart("Tokens per second"),
+    requests: new TimeChart("Requests"),
+    table: h("details", { class: "more" }, h("summary", {}, "As a table"), h("div", { class: "wide", tabindex: "0" })),
+    faults: h("div", { class: "faults" }),
   };
+  view.table.addEventListener("toggle", drawHistory);
   $("cluster").replaceChildren(
     view.lead, view.figures,
-    card("card-nodes", "Nodes", view.nodes),
+    card("card-nodes", "Nodes", view.nodes, addMachine()),
     card("card-experts", "Experts", view.period, view.legend, view.heatMap.element, view.heatNote),
     card("card-timings", "Time per token", view.timings),
-    card("card-history", "Last five minutes", view.tokens, view.requests));
+    card("card-history", "Load", view.span, view.tokens.element, view.requests.element, view.table),
+    card("card-faults", "Faults", view.faults));
 }
 
 function draw() {
@@ -130,6 +140,7 @@ function draw() {
   drawExperts();
   drawTimings();
   drawHistory();
+  drawFaults();
 }
 
 function drawLead() {
@@ -262,10 +273,57 @@ function drawTimings() {
 // `commands` in a sentence of the server.
 const withCode = (text) => text.split("`").map((part, index) => (index % 2 ? h("code", {}, part) : part));
 
+const MOST_ROWS = 30; // of the table of the charts
+
 function drawHistory() {
-  const { history } = state;
-  view.tokens.replaceChildren(...sparkline("Tokens per second", [["tokens", "tokens/s", history.tokens_per_s]], history.interval_s));
-  view.requests.replaceChildren(...sparkline("Requests", [["running", "running", history.running], ["waiting", "waiting", history.waiting]], history.interval_s));
+  for (const button of view.span.children) button.setAttribute("aria-pressed", String(button.dataset.span === span));
+  const data = span === "hours" && timeline ? timeline : state.history;
+  // As many hours as there are, but at least one.
+  const points = data === timeline ? [1, 3, 6, 12, 24].map((hours) => 60 * hours).find((n) => n >= data.running.length) : 150;
+  view.tokens.show([["tokens", "tokens/s", data.tokens_per_s]], data.interval_s, points);
+  view.requests.show([["running", "running", data.running], ["waiting", "waiting", data.waiting]], data.interval_s, points);
+  if (!view.table.open) return;
+  const count = data.running.length;
+  const step = Math.max(1, Math.ceil(count / MOST_ROWS));
+  const rows = [];
+  for (let index = count - 1; index >= 0; index -= step) rows.push(index);
+  view.table.lastChild.replaceChildren(h("table", {},
+    h("thead", {}, h("tr", {}, ["When", "Tokens/s", "Running", "Waiting"].map((label) => h("th", { scope: "col" }, label)))),
+    h("tbody", {}, rows.map((index) => h("tr", {}, h("th", { scope: "row" }, describeAgo((count - 1 - index) * data.interval_s)),
+      h("td", {}, formatNumber(data.tokens_per_s[index])), h("td", {}, data.running[index]), h("td", {}, data.waiting[index]))))));
+}
+
+// The newest first.
+function drawFaults() {
+  const faults = (timeline?.faults ?? []).toReversed();
+  const signature = JSON.stringify(faults);
+  if (view.faults.dataset.signature === signature) return;
+  view.faults.dataset.signature = signature;
+  if (!faults.length) {
+    view.faults.replaceChildren(h("p", { class: "hint" }, "None since the start."));
+    return;
+  }
+  view.faults.replaceChildren(h("ol", {}, faults.map((fault) => {
+    const began = new Date(1000 * fault.began_at);
+    const today = began.toDateString() === new Date().toDateString();
+    const after = fault.ended_at === null ? null : fault.ended_at - fault.began_at;
+    const [text, state] = fault.is_final ? ["not recovered", "bad"] : after === null ? ["recovering", "late"]
+      : [after ? `recovered after ${after < 10 ? after.toFixed(1) : Math.round(after)} s` : "recovered", "good"];
+    return h("li", {},
+      h("time", { datetime: began.toISOString() }, today ? began.toLocaleTimeString() : began.toLocaleString()),
+      h("span", {}, fault.reason), h("span", { class: `state ${state}` }, text));
+  })));
+}
+
+// The lines that make another machine a node.
+function addMachine() {
+  const host = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname) ? "ADDRESS" : location.hostname;
+  const line = (text) => h("div", { class: "command" }, h("code", { tabindex: "0" }, text), iconButton("copy", "Copy the line", () => copyText(text)));
+  return h("details", { class: "more" }, h("summary", {}, "Add a machine"),
+    h("p", { class: "hint" }, "On the head of a cluster (", h("code", {}, "cenacle up MODEL -n NODES"), " begins one), for a token that is valid for an hour:"),
+    line("cenacle nodes --invite"),
+    h("p", { class: "hint" }, "On the other machine, with the same version of Cenacle and that token:"),
+    line(`cenacle join ${host}:4747 --token TOKEN`));
 }
 
 function formatDuration(seconds) {
