@@ -8,6 +8,7 @@ Next: the command line and the server use `Model`.
 from __future__ import annotations
 
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from .model.image_settings import ImageSettings
 from .ranks.rank_group import RankGroup
 from .ranks.ranks import Ranks, ReportProgress
 from .ranks.step_timings import StepTimings
-from .runtime import Deployment, LoadOptions, resolve
+from .runtime import Deployment, LoadOptions, MakeRoom, resolve
 from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ class Model:
         progress: ReportProgress | None = None,
         report: Callable[[str], None] = lambda _: None,
         isolate_text: bool = False,
+        make_room: MakeRoom | None = None,
+        cancel: threading.Event | None = None,
     ) -> Model:
         """Like `cenacle.load`, with the options in one object.
 
@@ -150,13 +153,15 @@ class Model:
             cluster: run on its nodes; it decides how many.
             report: told what the verification does and finds, in sentences.
             isolate_text: `text.isolate()` will follow: its process starts beside the ranks.
+            make_room: see `runtime.resolve`.
+            cancel: set to give up; no process is left.
         """
-        deployment = resolve(options, cluster)
+        deployment = resolve(options, cluster, make_room, cancel)
         text = deployment.tokenizer if isolate_text else None
         if text is not None:
             text.start_process()
         try:
-            return cls(deployment, deployment.launch(progress, report))
+            return cls(deployment, deployment.launch(progress, report, cancel))
         except BaseException:
             if text is not None:
                 text.close()
@@ -417,6 +422,19 @@ class Model:
             nodes=self.plan.nodes,
             routed=self.group.step_timings.routed,
         )
+
+    @property
+    def promised_bytes(self) -> int:
+        """Bytes of this machine that the ranks may take once their caches are full."""
+        return self._deployment.promised_bytes(self.ranks)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the ranks take now: their weights, or more if they reported more."""
+        plan, reported = self.plan, self.group.memory
+        weights = [plan.bytes_of(rank)["total"] for rank in range(plan.nodes)]
+        memory = [0 if m is None else m.resident_bytes for m in reported]
+        return sum(map(max, weights, memory)) if len(memory) == len(weights) else sum(weights)
 
     def ranks_json(self) -> list[dict[str, Any]]:
         """Each rank's process, device, planned bytes of weights, and peak resident bytes when it

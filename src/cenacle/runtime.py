@@ -11,9 +11,10 @@ machines come from; `verification.py`.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from .model.checkpoint import Checkpoint, locate_checkpoint
 from .model.image_settings import ImageSettings
 from .model.spec_reader import image_obstacle, read_model_spec
 from .planning import choose_plan, plan_cost
-from .planning.memory import MemoryEstimate, check_available, kv_cache_budget
+from .planning.memory import MemoryEstimate, MemoryShare, check_available, kv_cache_budget
 from .ranks.local_ranks import LocalRankSource, resolve_backend
 from .ranks.messages import LoadOrder
 from .ranks.rank_group import RankGroup
@@ -51,6 +52,9 @@ TOKENIZER_FILES = (
 )
 
 Report = Callable[[str], None]
+MakeRoom = Callable[[MemoryEstimate | None], MemoryShare]
+"""Called before anything is started, with what a model needs of this machine (None: it runs on a
+cluster, whose nodes it fits); returns when there is room, with what the model may take."""
 
 
 @dataclass(frozen=True)
@@ -215,11 +219,18 @@ def _without_tower(plan: Plan, options: LoadOptions) -> Plan:
     return replace(plan, spec=replace(plan.spec, tower_bytes=0))
 
 
-def resolve(options: LoadOptions, cluster: Cluster | None = None) -> Deployment:
+def resolve(
+    options: LoadOptions,
+    cluster: Cluster | None = None,
+    make_room: MakeRoom | None = None,
+    cancel: threading.Event | None = None,
+) -> Deployment:
     """Decide what will run where; reads no weights and starts no process.
 
     Args:
         cluster: run on its nodes; it decides how many, and waits until they are connected.
+        make_room: other models run as well; None: what is available is for this one.
+        cancel: set to stop waiting for nodes.
 
     Raises:
         InputError: options that do not go together, or a draft model that does not fit the model.
@@ -231,9 +242,7 @@ def resolve(options: LoadOptions, cluster: Cluster | None = None) -> Deployment:
     else:
         folder = cluster.locate(options.model)
     checkpoint = Checkpoint.open(folder)
-    # The folder of a Hub repository is named after a commit.
-    is_folder = Path(options.model).expanduser().exists()
-    name = checkpoint.folder.resolve().name if is_folder else options.model
+    name = model_name(options.model, checkpoint)
     tokenizer, draft_model = _load_tokenizer(checkpoint), None
     if options.draft_model is not None:
         draft_model = DraftModelConfig.inspect(
@@ -247,13 +256,25 @@ def resolve(options: LoadOptions, cluster: Cluster | None = None) -> Deployment:
     if cluster is None:
         plan, reason = select_plan(options, checkpoint)
     else:
-        plan, reason = _form_group(cluster, name, checkpoint, options, draft_model)
+        plan, reason = _form_group(
+            cluster, name, checkpoint, options, draft_model, make_room, cancel
+        )
     deployment = Deployment(
         options, name, checkpoint, tokenizer, draft_model, plan, reason, cluster
     )
     if cluster is None:
-        _check_memory(deployment.estimate_memory(plan))
+        estimate = deployment.estimate_memory(plan)
+        if make_room is not None:
+            return replace(deployment, share=make_room(estimate))
+        _check_memory(estimate)
     return deployment
+
+
+def model_name(model: str, checkpoint: Checkpoint) -> str:
+    """The name of a model, for people and for the API."""
+    # The folder of a Hub repository is named after a commit.
+    is_folder = Path(model).expanduser().exists()
+    return checkpoint.folder.resolve().name if is_folder else model
 
 
 @dataclass(frozen=True)
@@ -268,6 +289,7 @@ class Deployment:
         draft_model: None: there is none.
         plan, plan_reason: what each of the first ranks holds, and why, in one line.
         cluster: where the ranks run; None: on this machine.
+        share: of this machine's memory, beside other models.
     """
 
     options: LoadOptions
@@ -278,6 +300,7 @@ class Deployment:
     plan: Plan
     plan_reason: str
     cluster: Cluster | None = None
+    share: MemoryShare = field(default_factory=MemoryShare)
 
     @property
     def image_settings(self) -> ImageSettings | None:
@@ -336,16 +359,23 @@ class Deployment:
         options = self.options
         return LocalRankSource(order, options.backend, options.cores, options.threads)
 
-    def start(self, source: RankSource, progress: ReportProgress | None = None) -> RankGroup:
+    def start(
+        self,
+        source: RankSource,
+        progress: ReportProgress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> RankGroup:
         """Start the ranks of a source; the group that they form answers requests.
 
         Args:
             progress: told how far each rank has loaded.
+            cancel: set to give up; no rank is left.
 
         Raises:
             CenacleError: see `RankSource.start`.
         """
-        ranks, options = source.start(Epoch(), progress), self.options
+        epoch = Epoch() if cancel is None else Epoch(closing=cancel)
+        ranks, options = source.start(epoch, progress), self.options
         kv_bytes, footprint, cache_bytes = self.measure_capacity(ranks)
         scheduler = Scheduler(
             options.max_batch_size,
@@ -366,8 +396,11 @@ class Deployment:
         """Bytes on each rank for KV caches of running requests, what a cache takes, and bytes for
         the prefix cache."""
         footprint = CacheFootprint.maximum(ready.footprint for ready in ranks.ready)
-        available_bytes = min(ready.available_bytes for ready in ranks.ready)
         ranks_per_machine = ranks.plan.nodes if self.cluster is None else 1
+        weights = sum(ranks.plan.bytes_of(rank)["total"] for rank in range(ranks.plan.nodes))
+        available_bytes = self.share.of(
+            min(ready.available_bytes for ready in ranks.ready), weights
+        )
         planned_bytes = self.estimate_memory(ranks.plan).kv_cache
         kv_bytes = kv_cache_budget(available_bytes, ranks_per_machine, planned_bytes)
         if self.options.kv_cache_gb is not None:
@@ -377,14 +410,25 @@ class Deployment:
             cache_bytes = int(self.options.prefix_cache_gb * 1e9)
         return kv_bytes, footprint, cache_bytes
 
+    def promised_bytes(self, ranks: Ranks) -> int:
+        """Bytes of this machine that all its ranks may take once their caches are full."""
+        estimate = self.estimate_memory(ranks.plan)
+        kv_bytes, _, cache_bytes = self.measure_capacity(ranks)
+        more_caches = max(0, (kv_bytes or 0) - estimate.kv_cache) + cache_bytes
+        return estimate.total + ranks.plan.nodes * more_caches
+
     def launch(
-        self, progress: ReportProgress | None = None, report: Report = lambda _: None
+        self,
+        progress: ReportProgress | None = None,
+        report: Report = lambda _: None,
+        cancel: threading.Event | None = None,
     ) -> RankGroup:
         """Start the ranks where the options say, and have them verified if the options ask for it.
 
         Args:
             progress: told how far each rank has loaded.
             report: told what the verification does and finds, in sentences.
+            cancel: set to give up; no rank is left.
 
         Raises:
             CenacleError: see `start`.
@@ -394,7 +438,8 @@ class Deployment:
         if options.verify is not False:
             verification = Verification(paths.verification_dir(), bool(options.verify), report)
             checksums = self.prepare_verification(verification)
-        group = self.start(self.rank_source(self.load_order(checksums=checksums)), progress)
+        source = self.rank_source(self.load_order(checksums=checksums))
+        group = self.start(source, progress, cancel)
         if verification is not None:
             try:
                 verification.verify(group, options.measure_every, options.latency_s)
@@ -448,6 +493,8 @@ def _form_group(
     checkpoint: Checkpoint,
     options: LoadOptions,
     draft_model: DraftModelConfig | None,
+    make_room: MakeRoom | None,
+    cancel: threading.Event | None,
 ) -> tuple[Plan, str]:
     from .cluster.formation import ClusterModel
     from .cluster.placement import PlacementOptions
@@ -460,9 +507,11 @@ def _form_group(
         options.node_weights,
         options.node_memory_bytes,
     )
-    formed = cluster.form(
-        ClusterModel(name, checkpoint, placement, options.engine, options.kernels, draft_model)
-    )
+    model = ClusterModel(name, checkpoint, placement, options.engine, options.kernels, draft_model)
+    if make_room is not None:
+        cluster.check_fit(model)  # before the group that runs is ended for it
+        make_room(None)
+    formed = cluster.form(model, cancel)
     return formed.plan, formed.plan_reason
 
 

@@ -105,7 +105,7 @@ class ScriptedServer:
         self.group.tokenizer = deployment.tokenizer
         model: Any = Model(deployment, self.group)  # type: ignore[arg-type]
         tracker = PlanTracker(model)
-        metrics = Metrics(model, KeyStore(keys_folder / "keys.db"), tracker)
+        metrics = Metrics.of_server(model, KeyStore(keys_folder / "keys.db"), tracker)
         self.name = model.name
         self.application = Application(model, Limits(), metrics, tracker)
 

@@ -53,11 +53,13 @@ def wait_for_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> 
 
 @contextlib.contextmanager
 def running_server(
-    folder: Path, *options: str, model: Path = DEMO, nodes: int = 1
+    folder: Path, *options: str, model: Path | None = DEMO, nodes: int = 1
 ) -> Iterator[RunningServer]:
-    """`cenacle serve` on a free port of loopback until it answers; `folder` gets the log."""
+    """`cenacle serve` on a free port of loopback until it answers; `folder` gets the log. Without
+    `model` the options name models."""
     port, log = net.free_ports(1)[0], folder / "server.log"
-    command = [sys.executable, "-m", "cenacle", "serve", "-m", str(model), "-n", str(nodes)]
+    command = [sys.executable, "-m", "cenacle", "serve", "-n", str(nodes)]
+    command += ["-m", str(model)] if model is not None else []
     command += ["--port", str(port), *options]
     with log.open("w") as errors:
         process = subprocess.Popen(

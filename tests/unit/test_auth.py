@@ -125,3 +125,18 @@ def test_a_file_that_is_not_a_key_store_is_refused(tmp_path):
     db.close()
     with pytest.raises(InputError, match=r"other\.db"):
         KeyStore(other)
+
+
+def test_a_key_may_be_limited_to_models(keys):
+    secret = keys.add("carol", models=["b", "a", "b"])
+    found = keys.find(secret)
+    assert found.models == ("a", "b")
+    assert found.may_use("x", "b")
+    assert not found.may_use("x")
+    assert keys.list_keys() == [found]
+    keys.remove("carol")
+    free = keys.find(keys.add("carol"))
+    assert free.models == ()
+    assert free.may_use("x")
+    with pytest.raises(InputError, match="the name of a model"):
+        keys.add("dave", models=[""])

@@ -45,7 +45,7 @@ def server(tmp_path):
     group, keys = FakeGroup(), KeyStore(tmp_path / "keys.db")
     plan = Plan.whole(SPEC, 2)
     model = SimpleNamespace(group=group, plan=plan, config={}, name="m", spec=SPEC, plan_reason="")
-    metrics = Metrics(model, keys, PlanTracker(model))
+    metrics = Metrics.of_server(model, keys, PlanTracker(model))
     yield SimpleNamespace(
         group=group,
         keys=keys,

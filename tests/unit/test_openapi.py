@@ -142,6 +142,7 @@ def test_operations_have_names_of_their_own() -> None:
 
 
 def test_every_endpoint_is_described() -> None:
-    app = (Path(cenacle.__file__).parent / "server" / "app.py").read_text()
-    routes = set(re.findall(r'Route\("([^"]+)"', app)) | set(ADAPTERS)
-    assert {route.replace(":path", "") for route in routes} == set(PATHS)
+    server = Path(cenacle.__file__).parent / "server"
+    text = (server / "app.py").read_text() + (server / "stored_responses.py").read_text()
+    routes = set(re.findall(r'Route\("([^"]+)"', text)) | set(ADAPTERS)
+    assert {route.replace(":path", "").rstrip("/") for route in routes} == set(PATHS)

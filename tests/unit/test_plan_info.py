@@ -82,7 +82,7 @@ def client(model, tmp_path, monkeypatch):
     calibrated(tmp_path / "catalog", 10.0)
     keys = KeyStore(tmp_path / "keys.db")
     tracker = PlanTracker(model)
-    application = Application(model, Limits(), Metrics(model, keys, tracker), tracker)
+    application = Application(model, Limits(), Metrics.of_server(model, keys, tracker), tracker)
     transport = httpx.ASGITransport(AccessMiddleware(application.app, AccessPolicy(), keys))
 
     def call(method, path, body=None):

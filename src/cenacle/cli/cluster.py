@@ -29,9 +29,10 @@ from ..logs import PrintableFormatter
 from .command import command, option
 from .console import print_json, report, stderr_console, wide_console
 from .early_checks import check_model
-from .inference import Endpoint, load_model, open_server
+from .inference import Endpoint, load_model, open_server, read_models
 from .options import (
     JsonOutput,
+    ModelsArguments,
     ServerArguments,
     ServingArguments,
     execution_option,
@@ -110,21 +111,29 @@ class JoinArguments:
 @command(app, example="cenacle up org/model -n 3", panel=PANEL)
 def up(
     model: Annotated[
-        str, typer.Argument(help="Model folder, Hugging Face repository (org/model), or demo.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            help="Model folder, Hugging Face repository (org/model), or demo; several take turns.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
     head: HeadArguments,
+    models: ModelsArguments,
     server: ServerArguments,
     load: ClusterLoadArguments,
 ) -> None:
-    """Start a cluster on this machine and serve a model from all nodes that join."""
-    if model != "demo":
-        check_model(model)
+    """Start a cluster on this machine and serve models from all nodes that join."""
+    for name in model or ():
+        if name != "demo":
+            check_model(name)
     _configure_logging()
-    if model == "demo":
-        from ..cluster.node_info import BUNDLED_MODELS
-
-        model = str(BUNDLED_MODELS / "demo_model")
     from ..cluster.client import read_address
+    from ..cluster.node_info import BUNDLED_MODELS
+
+    bundled = {"demo": str(BUNDLED_MODELS / "demo_model")}
+    given = [bundled.get(name, name) for name in model or ()]
+    is_pool = models.is_pool(given)
 
     address, port = read_address(head.listen)
     expected = _read_hosts(head.hosts)
@@ -143,11 +152,14 @@ def up(
             for command_line in _join_commands(own_address, started.port, started.invite()):
                 report(command_line)
             with _announced(started, address if head.mdns else None), _local_agent(started):
-                _serve_cluster(model, load, started, expected, endpoint)
+                _serve_cluster(
+                    given, models if is_pool else None, load, started, expected, endpoint
+                )
 
 
 def _serve_cluster(
-    model: str,
+    given: list[str],
+    models: ModelsArguments | None,
     load: ClusterLoadArguments,
     head: Head,
     expected: tuple[Host, ...],
@@ -163,7 +175,18 @@ def _serve_cluster(
         head.set_status(url=url)
         _report_event(f"serving {loaded.name} on {loaded.plan.nodes} nodes at {url}")
 
+    def on_pool_started(url: str) -> None:
+        head.set_status(url=url)
+        _report_event(f"serving {several.title} at {url}, one at a time")
+
     cluster = Cluster(head, load.nodes or len(expected), on_waiting, expected)
+    if models is not None:
+        several = read_models(given, models, load, endpoint.model_names, on_cluster=True)
+        endpoint.serve_models(
+            several, on_pool_started, cluster, lambda model: head.set_status(model=model.name)
+        )
+        return
+    (model,) = given
     head.set_status(model=Path(model).name)
     with load_model(model, load, cluster=cluster, on_message=_report_event) as loaded:
         endpoint.serve(loaded, on_started)

@@ -8,11 +8,11 @@ Next: `cluster.py` has `up`, which serves a model from several machines.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,10 +27,13 @@ from .options import (
     JsonOutput,
     LoadArguments,
     ModelName,
+    ModelNames,
+    ModelsArguments,
     PlanFile,
     SamplingArguments,
     ServerArguments,
     ServingArguments,
+    parse_duration,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
     from ..api import Model
     from ..cluster.formation import Cluster
     from ..server.access_policy import AccessPolicy
+    from ..server.limits import Limits
+    from ..server.model_catalog import CatalogEntry
+    from ..server.model_pool import PoolOptions
     from ..server.supervisor import SupervisedProcess
 
 app = typer.Typer()
@@ -160,19 +166,27 @@ def chat(
 
 @command(app, example="cenacle serve -m DIR -n 2 --port 8080", panel=PANEL)
 def serve(
-    model: ModelName,
+    model: ModelNames = None,
     *,
+    models: ModelsArguments,
     server: ServerArguments,
     load: ServingArguments,
     plan: PlanFile = None,
 ) -> None:
-    """Serve a model through HTTP: the APIs of OpenAI (chat completions, completions, responses) and
+    """Serve models through HTTP: the APIs of OpenAI (chat completions, completions, responses) and
     Anthropic (messages), tokenization as in vLLM and llama.cpp, metrics, and a web page.
     """
-    check_model(model)
+    for name in model or ():
+        check_model(name)
+    is_pool = models.is_pool(model or ())
     # A port in use is found before the model is loaded.
     with open_server(server) as endpoint:
-        with load_model(model, load, plan) as loaded:
+        if is_pool:
+            several = read_models(model or (), models, load, endpoint.model_names, plan)
+            endpoint.serve_models(several, lambda url: report(f"serving {several.title} at {url}"))
+            return
+        assert model is not None
+        with load_model(model[0], load, plan) as loaded:
             endpoint.serve(loaded, lambda url: report(f"serving {loaded.name} at {url}"))
 
 
@@ -198,7 +212,6 @@ class Endpoint:
     def serve(self, model: Model, on_started: Callable[[str], None]) -> None:
         """Answer requests until the program is ended; `on_started` gets the URL."""
         from ..server.http_server import serve
-        from ..server.limits import Limits
 
         def report_started(url: str) -> None:
             self.process.report_ready()
@@ -208,12 +221,139 @@ class Endpoint:
             model,
             self.process.sock,
             on_started=report_started,
-            limits=Limits(max_image_pixels=self.max_image_pixels, image_hosts=self.image_hosts),
+            limits=self.limits,
             policy=self.policy,
             tls=self.tls,
             restarts=self.process.restarts,
             names=self.model_names,
         )
+
+    def serve_models(
+        self,
+        models: SeveralModels,
+        on_started: Callable[[str], None],
+        cluster: Cluster | None = None,
+        on_loaded: Callable[[Model], None] = lambda _: None,
+    ) -> None:
+        """Answer requests until the program is ended, and load models when they are named.
+
+        Args:
+            models: see `read_models`.
+            on_started: gets the URL.
+            cluster: models run on its nodes.
+            on_loaded: told which model is loaded; in another thread.
+        """
+        from ..server.http_server import serve_models
+
+        def report_started(url: str) -> None:
+            self.process.report_ready()
+            on_started(url)
+
+        serve_models(
+            models.catalog,
+            self.process.sock,
+            models.pool,
+            on_started=report_started,
+            limits=self.limits,
+            policy=self.policy,
+            tls=self.tls,
+            names=models.names,
+            restarts=self.process.restarts,
+            cluster=cluster,
+            report=report,
+            on_loaded=on_loaded,
+            max_waiting=models.max_waiting,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """What a client may use."""
+        from ..server.limits import Limits
+
+        return Limits(max_image_pixels=self.max_image_pixels, image_hosts=self.image_hosts)
+
+
+@dataclass(frozen=True)
+class SeveralModels:
+    """Models that are loaded on demand.
+
+    Args:
+        catalog: by name.
+        pool: when they are loaded and unloaded.
+        names: of each for clients.
+        max_waiting: most requests that wait for one of them.
+    """
+
+    catalog: Mapping[str, CatalogEntry]
+    pool: PoolOptions
+    names: Mapping[str, Sequence[str]]
+    max_waiting: int
+
+    @property
+    def title(self) -> str:
+        """What is served, in a few words."""
+        names = list(self.catalog)
+        return names[0] if len(names) == 1 else f"{len(names)} models ({', '.join(names)})"
+
+
+def read_models(
+    models: Sequence[str],
+    arguments: ModelsArguments,
+    load: ServingArguments,
+    names: Sequence[str],
+    plan: Path | None = None,
+    *,
+    on_cluster: bool = False,
+) -> SeveralModels:
+    """The models that are to be loaded on demand.
+
+    Args:
+        models: folders or repositories.
+        arguments, load: of the command line.
+        names: for clients.
+        plan: file with a saved placement, of a single model.
+        on_cluster: they run on the nodes of a cluster.
+
+    Raises:
+        InputError: options that do not go together.
+        CheckpointError: a model that cannot be read.
+    """
+    from ..core.plan import Plan
+    from ..runtime import LoadOptions
+    from ..server.model_catalog import read_catalog
+    from ..server.model_pool import PoolOptions
+
+    saved_plan = Plan.load(plan) if plan is not None else None
+    options = LoadOptions("", load.nodes, plan=saved_plan, **load.to_keywords())
+    folder = arguments.models_dir.expanduser() if arguments.models_dir is not None else None
+    catalog = read_catalog(models, folder, options, report)
+    for_one: dict[str, Any] = {"--plan": plan, "--draft-model": load.draft_model}
+    for_one["--served-model-name"] = [name for name in names if name != "*"] or None
+    for option, value in for_one.items():
+        if value is not None and len(catalog) > 1:
+            raise InputError(f"{option}: expected one model, got {len(catalog)}", option[2:])
+    unknown = [name for name in arguments.pin or () if name not in catalog]
+    if unknown:
+        known = ", ".join(catalog)
+        raise InputError(f"--pin: expected the name of a model ({known}), got {unknown[0]}", "pin")
+    max_loaded, memory_gb = arguments.max_loaded or None, arguments.models_memory_gb
+    if on_cluster:
+        if (max_loaded or 1) > 1:
+            raise InputError("--max-loaded: a cluster has one model loaded at once", "max-loaded")
+        if memory_gb is not None:
+            raise InputError("--models-memory-gb: only for `cenacle serve`", "models-memory-gb")
+        max_loaded = 1
+    if max_loaded is not None and len(set(arguments.pin or ())) > max_loaded:
+        raise InputError(f"--pin: expected at most {max_loaded} models, which may be loaded", "pin")
+    pool = PoolOptions(
+        parse_duration(arguments.idle_unload, "idle-unload"),
+        max_loaded,
+        int(memory_gb * 1e9) if memory_gb is not None else None,
+        pinned=frozenset(arguments.pin or ()),
+    )
+    first = next(iter(catalog))
+    by_name = {name: tuple(names) if name == first else () for name in catalog}
+    return SeveralModels(catalog, pool, by_name, max(load.max_queue, 1))
 
 
 @contextmanager

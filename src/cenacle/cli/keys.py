@@ -46,13 +46,22 @@ def add(
             metavar="N", min=1, help="Answers at once. Default: the server's limit per key."
         ),
     ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Model that the key may use, by its name in /v1/models; repeatable. Default: all.",
+        ),
+    ] = None,
     json_output: JsonOutput = False,
 ) -> None:
     """Create an API key and print it. It cannot be shown again: only its hash is stored."""
     from ..server.auth import KeyStore
 
     with contextlib.closing(KeyStore()) as keys:
-        secret = keys.add(name, tokens_per_day, max_concurrent)
+        secret = keys.add(name, tokens_per_day, max_concurrent, model or ())
         if json_output:
             print_json({"name": name, "key": secret})
         else:
@@ -68,21 +77,24 @@ def list_keys(json_output: JsonOutput = False) -> None:
     from ..server.auth import KeyStore, format_date
 
     with contextlib.closing(KeyStore()) as keys:
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "name": key.name,
                 "created": format_date(key.created),
                 "tokens_per_day": key.tokens_per_day,
                 "max_concurrent": key.max_concurrent,
                 "used_today": keys.used_today(key.name),
+                "models": list(key.models),
             }
             for key in keys.list_keys()
         ]
     if json_output:
         print_json(rows)
         return
-    table = Table("name", "created", "tokens per day", "max concurrent", "used today", box=None)
+    columns = ("name", "created", "tokens per day", "max concurrent", "used today", "models")
+    table = Table(*columns, box=None)
     for row in rows:
+        row["models"] = " ".join(row["models"]) or None
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
     wide_console().print(table)
 

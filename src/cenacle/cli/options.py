@@ -9,6 +9,7 @@ Next: `command.py` turns the dataclasses into options of a command.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,15 @@ BACKEND_HELP = "Backend of the all-reduce between nodes: auto, mesh, ring, mpi, 
 KERNELS_HELP = "CPU kernels: native (Cenacle's own), mlx, or auto (native where supported)."
 PLAN_HELP = "Placement saved by `inspect --save` or `plan --save`; overrides the other options."
 
+ModelNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help=f"{MODEL_HELP} Repeatable: several are loaded when requests name them.",
+    ),
+]
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 PlanFile = Annotated[Path | None, typer.Option(help=PLAN_HELP, rich_help_panel="Placement")]
 JsonOutput = Annotated[
@@ -38,6 +48,7 @@ placement_option = partial(option, panel="Placement")
 execution_option = partial(option, panel="Execution")
 memory_option = partial(option, panel="Batching and caches")
 server_option = partial(option, panel="Server")
+models_option = partial(option, panel="Several models")
 sampling_option = partial(option, panel="Sampling")
 
 
@@ -243,6 +254,74 @@ class ServerArguments:
     log_text: bool = server_option(
         False, "Log the text of prompts and answers to stderr.", "--log-text"
     )
+
+
+@dataclass(frozen=True)
+class ModelsArguments:
+    """Which models are loaded when."""
+
+    models_dir: Path | None = models_option(
+        None, "Folder with models, each of which is loaded when a request names it.", metavar="DIR"
+    )
+    idle_unload: str = models_option(
+        "never",
+        "Unload a model that had no request for so long, such as 30m (s, m, h, d; 0: never).",
+        metavar="TIME",
+    )
+    pin: list[str] | None = models_option(
+        None,
+        "Name of a model that is loaded at the start and never unloaded; repeatable.",
+        metavar="NAME",
+    )
+    max_loaded: int = models_option(
+        0, "Maximum number of loaded models; 0: as many as fit in memory.", min=0
+    )
+    models_memory_gb: float | None = models_option(
+        None,
+        "Gigabytes of this machine's memory for all models. Default: what is available.",
+        min=0,
+    )
+
+    def is_pool(self, models: Sequence[str]) -> bool:
+        """Whether models are loaded on demand; else there is one, which is loaded at the start.
+
+        Raises:
+            InputError: there is none.
+        """
+        alone = (None, "never", None, 0, None)
+        given = (
+            self.models_dir,
+            self.idle_unload,
+            self.pin or None,
+            self.max_loaded,
+            self.models_memory_gb,
+        )
+        if not models and self.models_dir is None:
+            raise InputError(
+                "--model: expected a folder or a repository, got none; or give a folder with "
+                "models with --models-dir",
+                "model",
+            )
+        return len(models) != 1 or given != alone
+
+
+_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration(text: str, name: str) -> float | None:
+    """Seconds of a time such as 30m; None: "never" or 0.
+
+    Raises:
+        InputError: it is none.
+    """
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS_S else (text, "s")
+    try:
+        seconds = 0.0 if text == "never" else float(number) * _UNITS_S[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"--{name}: expected a time such as 30m, or never, got {text!r}", name)
+    return seconds or None
 
 
 def parse_float_list(text: str | None, name: str) -> list[float] | None:

@@ -110,6 +110,7 @@ class Cluster:
         self._running: FormedGroup | None = None  # started last
         self._hub: Hub | None = None  # has what the head's machine has not
         self._links: dict[tuple[str, float, str, float], Link] = {}
+        self._reform_running: Report | None = None  # of the group that was started last
 
     def locate(self, model: str) -> Path:
         """The head's folder of a model. Of a model that only the Hub has, the folder is incomplete:
@@ -121,8 +122,25 @@ class Cluster:
         folder, self._hub = node_cache.open_model(model)
         return folder
 
-    def form(self, model: ClusterModel) -> FormedGroup:
+    def check_fit(self, model: ClusterModel) -> None:
+        """Refuse a model that would not fit in place of the one that runs, which goes on.
+
+        Raises:
+            PlanError: it would not; names the node.
+        """
+        if (running := self._running) is None:
+            return  # `form` finds out
+        members = running.group.members  # with the memory that they had before it was loaded
+        backend, _, _ = placement.choose_backend(
+            model.placement.backend, model.placement.comm_dtype, members, running.devices
+        )
+        _place(model, members, running.links, backend)
+
+    def form(self, model: ClusterModel, cancel: threading.Event | None = None) -> FormedGroup:
         """Wait for the nodes, query them, measure their links and decide on the first group.
+
+        Args:
+            cancel: set to stop waiting.
 
         Raises:
             CheckpointError: a node cannot download its part, or has another model of that name.
@@ -130,8 +148,9 @@ class Cluster:
             ClusterError: the cluster was shut down, or nodes cannot reach each other.
         """
         self.set_model(model)
+        self.formed = None
         while self.formed is None:
-            group = self._head.form_group(self._nodes, self._report)
+            group = self._head.form_group(self._nodes, self._report, cancel)
             try:
                 self.formed = self._plan_group(group, self._report)
             except ClusterError as error:
@@ -181,16 +200,16 @@ class Cluster:
         return ranks
 
     def watch_for_returns(self, reform: Report) -> None:
-        """From now on have the group reformed whenever nodes return.
+        """From now on have this group, the one that was started last, reformed whenever nodes
+        return.
 
         Args:
             reform: ends the running ranks between two steps, for the reason given; others are then
                 started by `start`.
         """
-        arguments = (reform,)
-        threading.Thread(
-            target=self._admit_returning, args=arguments, name="returns", daemon=True
-        ).start()
+        is_watched, self._reform_running = self._reform_running is not None, reform
+        if not is_watched:
+            threading.Thread(target=self._admit_returning, name="returns", daemon=True).start()
 
     def _report(self, message: str) -> None:
         """Report, with the nodes of the hosts file that are still expected."""
@@ -201,7 +220,7 @@ class Cluster:
             message = "; ".join(filter(None, [message, expected]))
         self._report_plain(message)
 
-    def _admit_returning(self, reform: Report) -> None:
+    def _admit_returning(self) -> None:
         while not self._head.closed:
             request = self._head.wait_for_returning(0.5)
             if request is None:
@@ -217,23 +236,18 @@ class Cluster:
                 continue
             if self._head.is_joining(request):
                 verb = "has" if len(request.returning) == 1 else "have"
-                reform(f"{names} {verb} returned: the group is formed again with {names}")
+                assert self._reform_running is not None
+                self._reform_running(
+                    f"{names} {verb} returned: the group is formed again with {names}"
+                )
 
     def _dry_run(self, request: ReturningNodes) -> None:
         """Find out what would fail, while the running group goes on.
 
         The memory of its ranks counts as available.
         """
-        held_bytes: dict[str, int] = {}
-        if (running := self._running) is not None:
-            for rank, node in enumerate(running.group.members):
-                held_bytes[node.id] = running.plan.bytes_of(rank)["total"]
-        members = []
-        for node in request.members:
-            available_bytes = node.info.available_bytes + held_bytes.get(node.id, 0)
-            info = replace(node.info, available_bytes=available_bytes)
-            members.append(replace(node, info=info))
-        self._plan_ranks(GroupMembership(request.group_id, tuple(members)), log.info)
+        members = _with_freed_memory(request.members, self._running)
+        self._plan_ranks(GroupMembership(request.group_id, members), log.info)
 
     def _reform(self, epoch: Epoch) -> FormedGroup:
         """Form a group after a loss: of the nodes that are left if the model fits, else of more."""
@@ -278,17 +292,7 @@ class Cluster:
             model.placement.backend, model.placement.comm_dtype, members, devices
         )
         links = self._measure_links(members)
-        plan, plan_reason = placement.place(
-            read_model_spec(model.checkpoint, images=model.engine.sees_images),
-            model.checkpoint.config,
-            members,
-            links,
-            model.placement,
-            model.engine,
-            model.kernels,
-            model.draft_model,
-            backend,
-        )
+        plan, plan_reason = _place(model, members, links, backend)
         self._distribution.distribute(members, local_models, plan, report, closing)
         if links:
             backend_reason += f"; {placement.describe_links(members, links)}"
@@ -314,6 +318,38 @@ class Cluster:
         served = self._head.send_order(other, messages.ServeProbe(other.address, secret))
         order = messages.ProbeLink(other.address, served.port, secret)
         return self._head.send_order(one, order, link_probe.PROBE_TIMEOUT_S + 5)
+
+
+def _place(
+    model: ClusterModel,
+    members: tuple[Node, ...],
+    links: Mapping[tuple[int, int], Link],
+    backend: str,
+) -> tuple[Plan, str]:
+    return placement.place(
+        read_model_spec(model.checkpoint, images=model.engine.sees_images),
+        model.checkpoint.config,
+        members,
+        links,
+        model.placement,
+        model.engine,
+        model.kernels,
+        model.draft_model,
+        backend,
+    )
+
+
+def _with_freed_memory(members: Sequence[Node], running: FormedGroup | None) -> tuple[Node, ...]:
+    """Nodes with the memory that they will have when the running ranks have ended."""
+    held_bytes: dict[str, int] = {}
+    if running is not None:
+        for rank, node in enumerate(running.group.members):
+            held_bytes[node.id] = running.plan.bytes_of(rank)["total"]
+    freed = []
+    for node in members:
+        available_bytes = node.info.available_bytes + held_bytes.get(node.id, 0)
+        freed.append(replace(node, info=replace(node.info, available_bytes=available_bytes)))
+    return tuple(freed)
 
 
 @dataclass(frozen=True)

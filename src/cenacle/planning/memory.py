@@ -84,6 +84,28 @@ class MemoryEstimate:
         )
 
 
+@dataclass(frozen=True)
+class MemoryShare:
+    """What one of several models may take of the memory that a machine has left.
+
+    Args:
+        parts: into so many the memory for caches is divided.
+        reserved_bytes: that others were promised and do not use yet.
+        limit_bytes: for all of this model; None: no limit.
+    """
+
+    parts: int = 1
+    reserved_bytes: int = 0
+    limit_bytes: int | None = None
+
+    def of(self, available_bytes: int, weights: int) -> int:
+        """Bytes for caches and workspace, of those that are available once weights are loaded."""
+        free = available_bytes - self.reserved_bytes
+        if self.limit_bytes is not None:
+            free = min(free, self.limit_bytes - weights)
+        return max(0, free) // self.parts
+
+
 def kv_cache_bytes(
     elements_per_token: int,
     context_length: int | None,

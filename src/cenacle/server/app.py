@@ -49,6 +49,7 @@ from .plan_info import PlanTracker
 from .preparation import ImagesWantedError, RequestPreparer
 from .preparation_queue import PreparationQueue
 from .request_body import BodyTooLarge, BodyTooSlow, read_body
+from .stored_responses import StoredResponseRoutes
 from .supervisor import Restarts
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Application:
         plan_tracker: describes the plan in use.
         names: of the model, for clients; "*": any. None: its own.
         restarts: of the server's process before; None: nobody counts them.
+        responses: keeps responses of other models as well; None: of this one alone.
 
     Raises:
         CheckpointError: the model has no tokenizer.
@@ -103,12 +105,13 @@ class Application:
         plan_tracker: PlanTracker,
         names: Sequence[str] = (),
         restarts: Restarts | None = None,
+        responses: openai_responses.ResponsesAdapter | None = None,
     ) -> None:
         self._model, self._limits, self._metrics = model, limits, metrics
         self._plan_tracker, self._restarts = plan_tracker, restarts or Restarts()
         self._group = InstrumentedGroup(model.group, metrics)
         own = [name for name in dict.fromkeys(names) if name != "*"] or [model.name]
-        self._served = ServedModel(
+        self._served = self.served = ServedModel(
             name=own[0],
             context_length=model.spec.context_length,
             vocab_size=model.spec.vocab_size,
@@ -133,8 +136,7 @@ class Application:
         self._stop_reason: ClusterError | None = None
         self._preparations = PreparationQueue()
         self._view = ClusterView(model, plan_tracker)
-        responses = openai_responses.ResponsesAdapter()
-        self._stored_responses = responses.store
+        responses = responses or openai_responses.ResponsesAdapter()
         self._adapters = {**ADAPTERS, "/v1/responses": responses}
         count = partial(self._preparer.count_tokens, COUNT_TOKENS)
         count_tokens = partial(self._answer_with_tokens, count)
@@ -148,21 +150,20 @@ class Application:
                 Route("/metrics", self._get_metrics),
                 Route("/openapi.json", self._get_openapi),
                 Route("/v1/models", self._list_models),
+                Route("/v1/models/", self._list_models),
                 Route("/v1/models/{name:path}", self._get_model),
                 Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
                 Route("/tokenize", tokenize, methods=["POST"]),
                 Route("/v1/tokenize", tokenize, methods=["POST"]),
                 Route("/detokenize", detokenize, methods=["POST"]),
                 Route("/v1/detokenize", detokenize, methods=["POST"]),
-                Route("/v1/responses/{id}", self._get_response),
-                Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
-                Route("/v1/responses/{id}/input_items", self._list_input_items),
+                *StoredResponseRoutes(responses.store).routes(),
                 *(
                     Route(path, partial(self._generate, adapter), methods=["POST"])
                     for path, adapter in self._adapters.items()
                 ),
             ],
-            exception_handlers={HTTPException: _on_http_error},
+            exception_handlers={HTTPException: on_http_error},
         )
         self.app.router.redirect_slashes = False
 
@@ -211,49 +212,38 @@ class Application:
     async def _get_openapi(self, _: Request) -> Response:
         return Response(_openapi_json(), media_type="application/json")
 
-    async def _list_models(self, _: Request) -> Response:
+    async def _list_models(self, http: Request) -> Response:
+        if not may_use(http, *self._served.names):
+            return json_response(200, openai.list_of([]))
         return json_response(200, openai.model_list(self._served, self._created))
 
     async def _get_model(self, http: Request) -> Response:
         try:
             name = self._served.check_name(http.path_params["name"])
+            check_access(http, *self._served.names)
         except RequestError as error:
-            return _error_response(error, http)
+            return path_error(error, http)
         return json_response(200, openai.model_object(self._served, name, self._created))
-
-    async def _get_response(self, http: Request) -> Response:
-        stored = self._stored_responses.get(http.scope["state"]["key"], http.path_params["id"])
-        return json_response(200, stored.body) if stored else _no_response(http)
-
-    async def _list_input_items(self, http: Request) -> Response:
-        stored = self._stored_responses.get(http.scope["state"]["key"], http.path_params["id"])
-        if stored is None:
-            return _no_response(http)
-        return json_response(200, openai_responses.item_list(stored))
-
-    async def _delete_response(self, http: Request) -> Response:
-        name = http.path_params["id"]
-        if not self._stored_responses.delete(http.scope["state"]["key"], name):
-            return _no_response(http)
-        return json_response(200, {"id": name, "object": "response", "deleted": True})
 
     async def _answer_with_tokens(
         self, function: Callable[[bytes], tuple[JsonObject, int]], http: Request
     ) -> Response:
         """What a function of the tokenizer gives for the body; its tokens are charged."""
         try:
+            check_access(http, *self._served.names)
             body = await read_body(http, self._limits)
             key = http.scope["state"]["key"]
             response, tokens = await self._prepare(http, key, _respond, function, body)
         except ClientDisconnect:
             return Response()  # nobody reads it
         except Exception as error:
-            return _error_response(error, http)
+            return path_error(error, http)
         self._metrics.charge(key, tokens)
         return response
 
     async def _generate(self, adapter: ApiAdapter, http: Request) -> Response:
         try:
+            check_access(http, *self._served.names)
             body, key = await read_body(http, self._limits), http.scope["state"]["key"]
             request, choices = await self._prepare(
                 http, key, self._preparer.prepare, adapter, body, key
@@ -262,10 +252,10 @@ class Application:
         except ClientDisconnect:
             return Response()  # nobody reads it
         except Exception as error:
-            return _error_response(error, http)
+            return path_error(error, http)
         if (failure := self._stop_reason or self._model.group.failure) is not None:
             # Not raised: the same error would collect a traceback per request.
-            return _error_response(failure, http)
+            return path_error(failure, http)
         fingerprint = self._plan_tracker.current.fingerprint
         return GenerationRun(
             adapter,
@@ -288,16 +278,16 @@ class Application:
             ClientDisconnect: the client has gone; the work is dropped if it has not begun.
         """
         try:
-            return await _or_gone(http, self._preparations.run(key, function, *arguments))
+            return await or_gone(http, self._preparations.run(key, function, *arguments))
         except ImagesWantedError as wanted:
             assert self._images is not None, "else they are refused"
             load = self._images.load(wanted.sources, key, wanted.field)
-            images = await _or_gone(http, load)
+            images = await or_gone(http, load)
         with_images = partial(function, images=images)
-        return await _or_gone(http, self._preparations.run(key, with_images, *arguments))
+        return await or_gone(http, self._preparations.run(key, with_images, *arguments))
 
 
-async def _or_gone(http: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+async def or_gone(http: Request, coroutine: Coroutine[Any, Any, T]) -> T:
     """The result, unless the client goes before.
 
     Raises:
@@ -336,9 +326,7 @@ def _admit(choices: Sequence[InFlightChoice], http: Request) -> None:
         choice.request = replace(choice.request, max_tokens=max_tokens)
 
 
-def _error_response(
-    error: Exception, http: Request, headers: dict[str, str] | None = None
-) -> Response:
+def path_error(error: Exception, http: Request, headers: dict[str, str] | None = None) -> Response:
     """An error in the form of the API that the path belongs to."""
     is_anthropic = http.url.path.startswith("/v1/messages")
     adapter = ADAPTERS["/v1/messages" if is_anthropic else "/v1/chat/completions"]
@@ -350,14 +338,27 @@ def _error_response(
     return error_response(error, adapter, headers)
 
 
-def _no_response(http: Request) -> Response:
-    reason = f"no response {http.path_params['id'][:80]!r} is kept"
-    return _error_response(RequestError(None, reason, "not_found", 404), http)
+def may_use(http: Request, *names: str) -> bool:
+    """Whether the request's API key may use the model that has these names."""
+    key = http.scope["state"].get("api_key")
+    return key is None or key.may_use(*names)
 
 
-async def _on_http_error(http: Request, error: Exception) -> Response:
+def check_access(http: Request, *names: str) -> None:
+    """Refuse a request whose API key may not use the model that has these names.
+
+    Raises:
+        RequestError: it may not.
+    """
+    if not may_use(http, *names):
+        reason = f"this API key may not use {names[0]!r}; GET /v1/models lists those that it may"
+        raise RequestError("model", reason, "model_not_allowed", 403)
+
+
+async def on_http_error(http: Request, error: Exception) -> Response:
+    """A path that does not exist, or not for this method, in the form of its API."""
     if not isinstance(error, HTTPException):
-        return _error_response(error, http)
+        return path_error(error, http)
     request, headers = f"{http.method} {http.url.path[:200]}", Headers(error.headers)
     message, code = error.detail, None
     if error.status_code == 404:
@@ -367,6 +368,4 @@ async def _on_http_error(http: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         message = f"{request}: method not allowed; use {headers.get('allow')}"
         code = "method_not_allowed"
-    return _error_response(
-        RequestError(None, message, code, error.status_code), http, dict(headers)
-    )
+    return path_error(RequestError(None, message, code, error.status_code), http, dict(headers))

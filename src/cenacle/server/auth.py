@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,6 +36,9 @@ CREATE TABLE IF NOT EXISTS keys (
     name TEXT PRIMARY KEY, digest BLOB NOT NULL, created REAL NOT NULL,
     tokens_per_day INTEGER, max_concurrent INTEGER
 );
+CREATE TABLE IF NOT EXISTS models (
+    name TEXT NOT NULL, model TEXT NOT NULL, PRIMARY KEY (name, model)
+);
 CREATE TABLE IF NOT EXISTS used (
     day INTEGER NOT NULL, name TEXT NOT NULL, tokens INTEGER NOT NULL, PRIMARY KEY (day, name)
 );
@@ -43,6 +46,7 @@ CREATE TABLE IF NOT EXISTS used (
 _COLUMNS = {
     "keys": "digest, name, created, tokens_per_day, max_concurrent",
     "used": "day, name, tokens",
+    "models": "name, model",
 }
 
 
@@ -55,12 +59,18 @@ class ApiKey:
         created: seconds since 1970.
         tokens_per_day: prompt and generated tokens per UTC day; None: no limit.
         max_concurrent: requests at once; None: the server's default.
+        models: names of the models that it may use; empty: all.
     """
 
     name: str
     created: float
     tokens_per_day: int | None = None
     max_concurrent: int | None = None
+    models: tuple[str, ...] = ()
+
+    def may_use(self, *names: str) -> bool:
+        """Whether it may use a model that has one of these names."""
+        return not self.models or not set(names).isdisjoint(self.models)
 
 
 class KeyStore:
@@ -106,9 +116,13 @@ class KeyStore:
         self._db.close()
 
     def add(
-        self, name: str, tokens_per_day: int | None = None, max_concurrent: int | None = None
+        self,
+        name: str,
+        tokens_per_day: int | None = None,
+        max_concurrent: int | None = None,
+        models: Sequence[str] = (),
     ) -> str:
-        """Create a key.
+        """Create a key; arguments as of `ApiKey`.
 
         Returns:
             The secret. Only its SHA-256 is stored. A slow, salted hash protects secrets that can be
@@ -125,11 +139,15 @@ class KeyStore:
         for option, limit in limits.items():
             if limit is not None and not 1 <= limit < 2**63:
                 raise InputError(f"{option}: expected at least 1, got {limit}", option)
+        if not all(models):
+            raise InputError("model: expected the name of a model, got an empty one", "model")
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
         row = (name, _digest(secret), self._clock(), tokens_per_day, max_concurrent)
         try:
             with self._locked(), self._db:
                 self._db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?)", row)
+                rows = [(name, model) for model in dict.fromkeys(models)]
+                self._db.executemany("INSERT INTO models VALUES (?, ?)", rows)
         except sqlite3.IntegrityError as error:
             raise InputError(
                 f"name: a key named {name} exists already; remove it or choose another name",
@@ -146,6 +164,7 @@ class KeyStore:
         with self._locked(), self._db:
             if not self._db.execute("DELETE FROM keys WHERE name = ?", (name,)).rowcount:
                 raise InputError(f"name: no key is named {name!r}; see `cenacle keys list`", "name")
+            self._db.execute("DELETE FROM models WHERE name = ?", (name,))
 
     def list_keys(self) -> list[ApiKey]:
         """All keys, by name."""
@@ -153,16 +172,16 @@ class KeyStore:
             rows = self._db.execute(
                 "SELECT name, created, tokens_per_day, max_concurrent FROM keys ORDER BY name"
             ).fetchall()
-        return [ApiKey(*row) for row in rows]
+            return [ApiKey(*row, self._models_of(row[0])) for row in rows]
 
     def find(self, secret: str) -> ApiKey | None:
         """The key of a secret, or None. Compares with every key, each in constant time."""
         digest, match = _digest(secret), None
         with self._locked():
             rows = self._db.execute(f"SELECT {_COLUMNS['keys']} FROM keys").fetchall()
-        for stored, *columns in rows:
-            if hmac.compare_digest(stored, digest):
-                match = ApiKey(*columns)
+            for stored, *columns in rows:
+                if hmac.compare_digest(stored, digest):
+                    match = ApiKey(*columns, self._models_of(columns[0]))
         return match
 
     def charge(self, name: str, tokens: int) -> None:
@@ -196,6 +215,10 @@ class KeyStore:
     def seconds_until_reset(self) -> int:
         """Seconds until the next UTC day, at least 1."""
         return int(DAY_S - self._clock() % DAY_S) or 1
+
+    def _models_of(self, name: str) -> tuple[str, ...]:
+        query = "SELECT model FROM models WHERE name = ? ORDER BY model"
+        return tuple(model for (model,) in self._db.execute(query, (name,)).fetchall())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

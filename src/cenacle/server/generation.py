@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.chat import FinishReason, OutputPart, TokenLogprob, Usage
 from ..core.request import GroupEvent, PromptLogprobs, Request, TokenEvent
-from ..errors import Busy, CenacleError, ClusterError
+from ..errors import CenacleError, ClusterError
 from ..ranks.rank_group import Sink
 from ..text.output_parser import OutputParser, attach_logprobs
 from ..text.tokenizer import ChatTokenizer
@@ -35,7 +35,11 @@ from .metrics import InstrumentedGroup
 log = logging.getLogger(__name__)
 
 MAX_WARNING_CHARACTERS = 1000  # of the header
-_KEEP_ALIVE = b": waiting\n\n"  # a comment of an event stream
+KEEP_ALIVE = b": waiting\n\n"  # a comment of an event stream
+STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
 _JSON_STARTS = '{["`-0123456789tfn'  # of a value, or of a block that quotes one
 MAX_PREFACE_TOKENS = 128  # of text before a call, where an output must be calls or match a form
 
@@ -355,7 +359,7 @@ class GenerationRun(Response):
 
         async def write_events(events: Iterable[Event]) -> None:
             for event in events:
-                await write(_server_sent_event(event))
+                await write(server_sent_event(event))
 
         async def begin() -> None:
             builder.usage = self._usage()
@@ -364,12 +368,11 @@ class GenerationRun(Response):
 
         async def keep_alive() -> None:
             events = self._builder.keep_alive()
-            await write(b"".join(map(_server_sent_event, events)) or _KEEP_ALIVE)
+            await write(b"".join(map(server_sent_event, events)) or KEEP_ALIVE)
 
         self._keep_alive, self._last_write_s = keep_alive, asyncio.get_running_loop().time()
         headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
+            *STREAM_HEADERS,
             *((name.encode(), value.encode()) for name, value in self._warning_headers.items()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -468,7 +471,8 @@ def _warning_headers(warnings: Sequence[str]) -> dict[str, str]:
     return {"x-cenacle-warning": text} if text else {}
 
 
-def _server_sent_event(event: Event) -> bytes:
+def server_sent_event(event: Event) -> bytes:
+    """An event of a stream as bytes."""
     name, data = event
     text = data if isinstance(data, str) else json.dumps(data)
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
@@ -490,8 +494,8 @@ def error_response(
 ) -> Response:
     """An error in an API's form."""
     status, body = adapter.render_error(to_client_error(error))
-    if isinstance(error, Busy):
-        headers = {**(headers or {}), "retry-after": str(error.retry_after_s)}
+    if (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
+        headers = {**(headers or {}), "retry-after": str(retry_after_s)}
     return json_response(status, body, headers)
 
 

@@ -18,10 +18,11 @@ import socket
 import ssl
 import threading
 from asyncio.sslproto import SSLProtocol
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -33,14 +34,19 @@ from .access_policy import AccessPolicy
 from .app import Application
 from .auth import KeyStore
 from .limits import Limits
-from .metrics import Metrics
+from .loaded_model import ModelLoader
+from .metrics import Metrics, ModelsMetrics
 from .middleware import AccessMiddleware
+from .model_catalog import CatalogEntry
+from .model_pool import ModelPool, PoolOptions
+from .models_app import ModelsApplication
 from .paced_input import PacedInput, Turns
 from .plan_info import PlanTracker
 from .supervisor import Restarts
 
 if TYPE_CHECKING:
     from ..api import Model
+    from ..cluster.formation import Cluster
 
 connection_log = logging.getLogger(f"{__name__}.connections")
 _REPEATED_LINES = RepeatedLineFilter()
@@ -77,17 +83,84 @@ def serve(
     """
     limits, plan_tracker = limits or Limits(), PlanTracker(model)
     with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
-        metrics = Metrics(model, keys, plan_tracker)
+        metrics = Metrics.of_server(model, keys, plan_tracker)
         application = Application(model, limits, metrics, plan_tracker, names, restarts)
-        with contextlib.closing(application):
-            middleware = AccessMiddleware(
-                application.app, policy or AccessPolicy.for_socket(sock, keys), keys
-            )
-            server = _UvicornServer(application, middleware.with_cors(), on_started, limits, tls)
-            # What is loaded stays: a collection that visits it holds the loop for 0.1 s.
-            gc.collect()
-            gc.freeze()
-            asyncio.run(server.serve(sockets=[sock]))
+        _run(application, sock, keys, on_started, limits, policy, tls)
+
+
+def serve_models(
+    catalog: Mapping[str, CatalogEntry],
+    sock: socket.socket,
+    pool_options: PoolOptions,
+    on_started: Callable[[str], None] | None = None,
+    limits: Limits | None = None,
+    policy: AccessPolicy | None = None,
+    tls: ssl.SSLContext | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
+    restarts: Restarts | None = None,
+    cluster: Cluster | None = None,
+    report: Callable[[str], None] = lambda _: None,
+    on_loaded: Callable[[Model], None] = lambda _: None,
+    max_waiting: int = 64,
+) -> None:
+    """Like `serve` for several models, which are loaded when requests name them.
+
+    Args:
+        catalog: see `model_catalog.read_catalog`; the first is the default.
+        pool_options: when models are loaded and unloaded.
+        names: of each model for clients; None: its own. "*" in one: any other name is the default.
+        cluster: models run on its nodes; None: on this machine.
+        report: told in sentences how a model runs.
+        on_loaded: told which model is loaded; in its thread.
+        max_waiting: most requests that wait for one model to be loaded.
+
+    Raises:
+        InputError: keys are required and there is none.
+    """
+    limits = limits or Limits()
+    with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
+        metrics = ModelsMetrics(tuple(catalog), keys, lambda name: pool.status(name))
+        loader = ModelLoader(catalog, limits, metrics.of_model, cluster, report, on_loaded)
+        pool = ModelPool(
+            tuple(catalog), loader.load, pool_options, lambda: psutil.virtual_memory().available
+        )
+        application = ModelsApplication(
+            pool,
+            catalog,
+            names or {name: (name,) for name in catalog},
+            limits,
+            max_waiting,
+            metrics,
+            loader.responses.store,
+            restarts,
+        )
+
+        def start(url: str) -> None:
+            application.start()
+            if on_started is not None:
+                on_started(url)
+
+        _run(application, sock, keys, start, limits, policy, tls)
+
+
+def _run(
+    application: Application | ModelsApplication,
+    sock: socket.socket,
+    keys: KeyStore,
+    on_started: Callable[[str], None] | None,
+    limits: Limits,
+    policy: AccessPolicy | None,
+    tls: ssl.SSLContext | None,
+) -> None:
+    with contextlib.closing(application):
+        middleware = AccessMiddleware(
+            application.app, policy or AccessPolicy.for_socket(sock, keys), keys
+        )
+        server = _UvicornServer(application, middleware.with_cors(), on_started, limits, tls)
+        # What is loaded stays: a collection that visits it holds the loop for 0.1 s.
+        gc.collect()
+        gc.freeze()
+        asyncio.run(server.serve(sockets=[sock]))
 
 
 PEER_CHECK_S = 0.1
@@ -294,7 +367,7 @@ class _UvicornServer(uvicorn.Server):
 
     def __init__(
         self,
-        application: Application,
+        application: Application | ModelsApplication,
         asgi: Any,
         on_started: Callable[[str], None] | None,
         limits: Limits,

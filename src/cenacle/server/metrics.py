@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ from ..ranks.rank_group import RankGroup, Sink, StepObserver
 from ..ranks.step_timings import StepReport, StepTimings
 from .auth import KeyStore
 from .expected_speed import SpeedPrediction
+from .model_state import ModelStatus
 from .plan_info import PlanTracker
 
 if TYPE_CHECKING:
@@ -76,16 +77,16 @@ class RequestTimer:
 
 
 class Metrics(StepObserver):
-    """All metrics of one server.
+    """All metrics of one model, also while it is not loaded.
 
     Args:
-        model: loaded.
         keys: tokens are charged to these.
-        plan_tracker: describes the plan in use.
     """
 
-    def __init__(self, model: Model, keys: KeyStore, plan_tracker: PlanTracker) -> None:
-        self._model, self._keys = model, keys
+    def __init__(self, keys: KeyStore) -> None:
+        self._keys = keys
+        self._model: Model | None = None
+        self._state: StateCollector | None = None
         self._lock = threading.Lock()
         self._step_lock = threading.Lock()  # the counters of a step are rendered together
         self._timers: dict[str, RequestTimer] = {}
@@ -93,9 +94,36 @@ class Metrics(StepObserver):
         self.registry = CollectorRegistry(auto_describe=True)
         self._create_request_metrics()
         self._create_step_metrics()
-        ProcessCollector(registry=self.registry)
-        self.registry.register(StateCollector(model, plan_tracker))
+
+    @classmethod
+    def of_server(cls, model: Model, keys: KeyStore, plan_tracker: PlanTracker) -> Metrics:
+        """Those of a server with one model, and of its process."""
+        metrics = cls(keys)
+        ProcessCollector(registry=metrics.registry)
+        metrics.attach(model, plan_tracker)
+        return metrics
+
+    def attach(self, model: Model, plan_tracker: PlanTracker) -> None:
+        """The model is loaded.
+
+        Args:
+            model: whose steps are counted from now on.
+            plan_tracker: describes the plan in use.
+        """
+        self._model, self._state = model, StateCollector(model, plan_tracker)
+        self.registry.register(self._state)
         model.group.observers.append(self)
+
+    def detach(self) -> None:
+        """The model is unloaded: what was counted stays."""
+        if self._state is not None:
+            self.registry.unregister(self._state)
+        self._model = self._state = None
+
+    def collect(self) -> list[Metric]:
+        """The present values."""
+        with self._step_lock:
+            return list(self.registry.collect())
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"cenacle_{name}", text, labels, registry=self.registry)
@@ -239,7 +267,9 @@ class Metrics(StepObserver):
             for component, ms in rank_ms.items():
                 if component != "total":
                     self._rank_step_s.labels(rank, component).inc(max(0.0, ms) / 1000)
-        plan = self._model.plan
+        if (model := self._model) is None:
+            return
+        plan = model.plan
         for layer in plan.layers:
             counts = timings.routed.get(layer.layer)
             if not counts:
@@ -248,6 +278,69 @@ class Metrics(StepObserver):
             for rank, count in enumerate(computed):
                 self._activations.labels(layer.layer, rank).inc(count)
             self._load_imbalance.observe(max(work) * len(work) / sum(work))
+
+
+class ModelsMetrics:
+    """Metrics of a server with several models: every series has a label `model`.
+
+    Args:
+        names: of the models.
+        keys: tokens are charged to these.
+        status: the present state of a model.
+    """
+
+    def __init__(
+        self, names: Sequence[str], keys: KeyStore, status: Callable[[str], ModelStatus]
+    ) -> None:
+        self._models = {name: Metrics(keys) for name in names}
+        self._status = status
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._registry.register(self)
+
+    def of_model(self, name: str) -> Metrics:
+        """Those of one model."""
+        return self._models[name]
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """See `Metrics.render`."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self._registry), media_type
+
+    def describe(self) -> list[Metric]:
+        """Nothing: no name is taken twice."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The present values; called by the registry."""
+        families: dict[str, Metric] = {}
+        for model, metrics in self._models.items():
+            for family in metrics.collect():
+                merged = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                merged.samples += [
+                    sample._replace(labels={**sample.labels, "model": model})
+                    for sample in family.samples
+                ]
+        yield from families.values()
+        rows = [(name, self._status(name)) for name in self._models]
+        loaded = GaugeMetricFamily(
+            "cenacle_model_loaded", "1 while the model is loaded.", labels=["model"]
+        )
+        loads = _model_counter("model_loads", "Number of times the model was loaded.")
+        unloads = _model_counter("model_unloads", "Number of times the model was unloaded.")
+        failures = _model_counter("model_load_failures", "Loads that failed, and groups that did.")
+        for name, status in rows:
+            loaded.add_metric([name], status.state == "loaded")
+            loads.add_metric([name], status.loads)
+            unloads.add_metric([name], status.unloads)
+            failures.add_metric([name], status.load_failures)
+        yield from (loaded, loads, unloads, failures)
+
+
+def _model_counter(name: str, text: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"cenacle_{name}", text, labels=["model"])
 
 
 def rank_activations(

@@ -71,7 +71,8 @@ class AccessMiddleware:
     """Checks each request against a policy.
 
     A request that passes has `scope["state"]["key"]`: the name of its key, or "" where none is
-    required. The page's files and /health pass without a key, and then have no such entry.
+    required; and "api_key", an `ApiKey`, if it has one. The page's files and /health pass without a
+    key, and then have no such entries.
 
     Args:
         app: the application inside.
@@ -211,7 +212,7 @@ class AccessMiddleware:
         secret = _read_api_key(headers)
         key = self._keys.find(secret) if secret else None
         if key is not None:
-            scope["state"]["key"] = key.name
+            scope["state"] |= {"key": key.name, "api_key": key}
         elif not self._policy.require_key:
             scope["state"]["key"] = ""
         elif not _is_public(scope):

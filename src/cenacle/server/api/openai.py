@@ -777,9 +777,14 @@ def usage_object(usage: Usage) -> JsonObject:
 
 def model_list(served: ServedModel, created: int) -> JsonObject:
     """The body of GET /v1/models: OpenAI's members and Anthropic's, whose path is the same."""
-    models = [model_object(served, name, created) for name in served.names]
-    page = {"first_id": served.names[0], "last_id": served.names[-1], "has_more": False}
-    return {"object": "list", "data": models, **page}
+    return list_of([model_object(served, name, created) for name in served.names])
+
+
+def list_of(models: Sequence[JsonObject]) -> JsonObject:
+    """A list of models, of OpenAI's API and of Anthropic's."""
+    ids = [model["id"] for model in models] or [None]
+    page = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
+    return {"object": "list", "data": list(models), **page}
 
 
 _CONTEXT_NAMES = (
@@ -809,7 +814,8 @@ def model_object(served: ServedModel, name: str, created: int) -> JsonObject:
             "input_modalities": ["text"] if served.image_obstacle else ["text", "image"],
             "output_modalities": ["text"],
         },
-        "meta": {"n_vocab": served.vocab_size, "n_ctx": length, "n_ctx_train": length},  # llama.cpp
+        # llama.cpp
+        "meta": {"n_vocab": served.vocab_size or None, "n_ctx": length, "n_ctx_train": length},
     }
 
 

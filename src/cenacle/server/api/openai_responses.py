@@ -653,6 +653,13 @@ def usage_object(usage: Usage) -> JsonObject:
     }
 
 
+def error_event(error: JsonObject) -> JsonObject:
+    """An error, as `openai.error_object` has it, as the only event of a stream."""
+    code = error["code"] or "server_error"
+    details = {"code": code, "message": error["message"], "param": error["param"]}
+    return {"type": "error", "sequence_number": 0, **details}
+
+
 class ResponsesAdapter(openai.OpenAIAdapter):
     """POST /v1/responses, and the responses that it keeps."""
 

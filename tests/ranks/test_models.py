@@ -1,0 +1,107 @@
+"""Three small models and two that cannot be loaded, on two nodes, in memory for two of them."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from cenacle.model.synth import synth
+from support.serving import DEADLINE_S, RunningServer, running_server
+
+SMALL = ("mixtral", "olmoe", "qwen3_moe")
+MEMORY_GB = 1.2  # two ranks of a small model plan with 0.55
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("models")
+    for family in SMALL:
+        synth(folder / family, family=family)
+    config = json.loads((folder / "qwen3_moe" / "config.json").read_text())
+    # A long context takes 0.8 GB on both nodes.
+    config |= {"num_key_value_heads": 32, "num_attention_heads": 32, "head_dim": 128}
+    config |= {"max_position_embeddings": 8192}
+    shape = folder / "shape.json"
+    shape.write_text(json.dumps(config))
+    synth(folder / "large", config=shape)
+    synth(folder / "broken", family="mixtral")
+    options = ("--models-dir", str(folder), "--models-memory-gb", str(MEMORY_GB))
+    with running_server(folder, *options, "--idle-unload", "8s", model=None, nodes=2) as running:
+        (folder / "broken" / "model.safetensors").unlink()
+        yield running
+
+
+def complete(server: RunningServer, model: str, **parameters: Any) -> httpx.Response:
+    body = {"model": model, "prompt": "a b c", "temperature": 0, "max_tokens": 6, **parameters}
+    return server.post("/v1/completions", body)
+
+
+def rows(server: RunningServer) -> dict[str, dict[str, Any]]:
+    return {row["model"]: row for row in server.health()["models"]}
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    ends = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        assert time.monotonic() < ends, "nothing happened"
+        time.sleep(0.1)
+    return value
+
+
+def test_models_take_turns_and_every_request_is_answered(server: RunningServer) -> None:
+    assert {row["state"] for row in rows(server).values()} == {"unloaded"}
+    names = [*SMALL, "large", *SMALL, "broken", *SMALL]
+    with ThreadPoolExecutor(len(names)) as clients:
+        answers = list(clients.map(lambda name: complete(server, name), names))
+    texts: dict[str, set[str]] = {name: set() for name in SMALL}
+    for name, answer in zip(names, answers, strict=True):
+        if name in SMALL:
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == name
+            texts[name].add(answer.json()["choices"][0]["text"])
+        else:
+            assert answer.status_code == 503
+            error = answer.json()["error"]["message"]
+            assert error.startswith(f"{name} is not loaded: ")
+            assert ("it needs" in error) == (name == "large"), error
+    assert [len(found) for found in texts.values()] == [1, 1, 1]
+    assert len(set.union(*texts.values())) == 3
+    after = rows(server)
+    assert {after[name]["state"] for name in ("large", "broken")} == {"failed"}
+    held = sum(row.get("promised_bytes", 0) for row in after.values())
+    assert held <= MEMORY_GB * 1e9
+
+
+def test_a_rank_of_one_model_is_lost_while_another_answers(server: RunningServer) -> None:
+    loaded = [name for name in SMALL if rows(server)[name]["state"] == "loaded"]
+    pair = sorted(SMALL, key=lambda name: name not in loaded)[:2]
+    with ThreadPoolExecutor(2) as clients:
+        long = [
+            clients.submit(complete, server, name, max_tokens=1000, ignore_eos=True)
+            for name in pair
+        ]
+        until(lambda: all("pids" in rows(server)[name] for name in pair))
+        before = rows(server)
+        os.kill(before[pair[0]]["pids"][1], signal.SIGKILL)
+        answers = [future.result().json() for future in long]
+    assert [a["usage"]["completion_tokens"] for a in answers] == [1000, 1000]
+    after = rows(server)
+    recoveries = [after[name]["group"]["recoveries"] for name in pair]
+    assert recoveries == [1, 0]
+
+
+def test_idle_models_are_unloaded_and_no_process_is_left(server: RunningServer) -> None:
+    until(lambda: all(row["state"] != "loaded" for row in rows(server).values()))
+    until(lambda: all(row["state"] in ("unloaded", "failed") for row in rows(server).values()))
+    serving = psutil.Process(server.health()["pid"])
+    # Those of grammars and images are started once for the server.
+    left = [" ".join(child.cmdline()) for child in serving.children(recursive=True)]
+    assert [line for line in left if "ranks" in line or "text" in line] == []
+    assert "Traceback" not in server.log.read_text()
