@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -172,7 +172,7 @@ class KeyStore:
             rows = self._db.execute(
                 "SELECT name, created, tokens_per_day, max_concurrent FROM keys ORDER BY name"
             ).fetchall()
-            return [ApiKey(*row, self._models_of(row[0])) for row in rows]
+            return [self._with_models(ApiKey(*row)) for row in rows]
 
     def find(self, secret: str) -> ApiKey | None:
         """The key of a secret, or None. Compares with every key, each in constant time."""
@@ -181,7 +181,7 @@ class KeyStore:
             rows = self._db.execute(f"SELECT {_COLUMNS['keys']} FROM keys").fetchall()
             for stored, *columns in rows:
                 if hmac.compare_digest(stored, digest):
-                    match = ApiKey(*columns, self._models_of(columns[0]))
+                    match = self._with_models(ApiKey(*columns))
         return match
 
     def charge(self, name: str, tokens: int) -> None:
@@ -216,9 +216,10 @@ class KeyStore:
         """Seconds until the next UTC day, at least 1."""
         return int(DAY_S - self._clock() % DAY_S) or 1
 
-    def _models_of(self, name: str) -> tuple[str, ...]:
+    def _with_models(self, key: ApiKey) -> ApiKey:
         query = "SELECT model FROM models WHERE name = ? ORDER BY model"
-        return tuple(model for (model,) in self._db.execute(query, (name,)).fetchall())
+        rows = self._db.execute(query, (key.name,)).fetchall()
+        return replace(key, models=tuple(model for (model,) in rows))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

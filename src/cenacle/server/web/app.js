@@ -126,7 +126,7 @@ cluster.onState((state, connected) => {
   }
   servedModel = state?.model ?? servedModel;
   wasConnected = connected;
-  if (connected && state?.status === "ok") chat.onConnected();
+  if (connected && ["ok", "idle"].includes(state?.status)) chat.onConnected();
   const problem = cluster.describeProblem(state);
   $("status-dot").className = `dot ${problem ? "bad" : "good"}`;
   $("tab-cluster").title = problem ?? "All nodes are running";

@@ -54,7 +54,16 @@ async function poll() {
   timer = -1;
   try {
     const known = new URLSearchParams({ placement: placement?.id ?? "", steps: routing?.steps ?? "", timeline: timeline?.version ?? "" });
-    state = await api.getJson(`/cluster?${known}`, false);
+    const latest = await api.getJson(`/cluster?${known}`, false);
+    if (state && latest.model !== state.model) { // another of several models
+      placement = routing = timeline = null;
+      snapshots = [];
+      if (state.model && latest.model) { // what was left out is the last model's
+        state = null;
+        return poll();
+      }
+    }
+    state = latest;
     pollError = null;
     placement = state.placement ?? placement;
     timeline = state.timeline ?? timeline;
@@ -130,6 +139,13 @@ function draw() {
     view = null;
     $("cluster").replaceChildren(h("div", { class: "empty" },
       pollError ? [h("h1", {}, "No data yet"), h("p", {}, pollError)] : h("p", { class: "loading" }, "Loading…")));
+    return;
+  }
+  if (state.status === "idle") { // several models, none of which is loaded
+    view = null;
+    $("cluster").replaceChildren(h("div", { class: "empty" }, h("h1", {}, "No model is loaded"),
+      h("p", {}, "The first question to one of these loads it."),
+      h("ul", {}, Object.entries(state.models).map(([name, what]) => h("li", {}, `${name}: ${what}`)))));
     return;
   }
   if (!view) build();
