@@ -85,9 +85,11 @@ class LoadOptions:
         activations: "int16" or "int8", inside quantized layers of the native kernels; int8 is less
             exact (docs/performance.md).
         draft_model: a small model with the same tokenizer (folder or Hub repository) for
-            speculative decoding while one request runs; rank 0 keeps it. None: n-gram drafts only.
+            speculative decoding while one request runs; rank 0 keeps it. None: the checkpoint's
+            multi-token prediction layer drafts, if it has one, and the text itself.
         speculative: draft tokens for a request that runs alone: "auto", while it pays; "always";
             "off".
+        mtp: load the checkpoint's multi-token prediction layer on rank 0, if it has one.
         max_batch_size: most requests that are generated at once.
         max_queue: most requests that wait; None: any number.
         kv_cache_gb: gigabytes on each rank for the KV caches of running requests; None: half of the
@@ -130,6 +132,7 @@ class LoadOptions:
     activations: str = "int16"
     draft_model: str | None = None
     speculative: str = "auto"
+    mtp: bool = True
     max_batch_size: int = 32
     max_queue: int | None = None
     kv_cache_gb: float | None = None
@@ -253,6 +256,10 @@ def resolve(
             options.speculative,
             plain_kv_cache=options.engine.plain_kv_cache,
         )
+    elif options.mtp and options.speculative != "off":
+        draft_model = DraftModelConfig.find_mtp(
+            checkpoint, options.kernels, plain_kv_cache=options.engine.plain_kv_cache
+        )
     if cluster is None:
         plan, reason = select_plan(options, checkpoint)
     else:
@@ -286,7 +293,7 @@ class Deployment:
         name: of the model, for people and for the API.
         checkpoint: its files.
         tokenizer: None: it has none, and takes token ids only.
-        draft_model: None: there is none.
+        draft_model: a draft model or the checkpoint's own drafting layer; None: there is none.
         plan, plan_reason: what each of the first ranks holds, and why, in one line.
         cluster: where the ranks run; None: on this machine.
         share: of this machine's memory, beside other models.

@@ -45,9 +45,15 @@ def inspect(
     """Show the architecture of a model and its placement on N nodes, without reading weights."""
     check_model(model)
     keywords = placement.to_keywords()
+    from ..engine.speculative.draft_model import DraftModelConfig
+    from ..model.checkpoint import Checkpoint, locate_checkpoint
     from ..runtime import LoadOptions, select_plan
 
-    plan, reason = select_plan(LoadOptions(model, placement.nodes, **keywords))
+    checkpoint = Checkpoint.open(locate_checkpoint(model))
+    options = LoadOptions(model, placement.nodes, **keywords)
+    plan, reason = select_plan(options, checkpoint)
+    mtp = DraftModelConfig.find_mtp(checkpoint, options.kernels, plain_kv_cache=True)
+    mtp_bytes = mtp.weight_bytes if mtp is not None else 0
     if save is not None:
         plan.save(save)
     if json_output:
@@ -62,17 +68,18 @@ def inspect(
                 "reason": reason,
                 "all_reduces": plan.all_reduces if plan.nodes > 1 else 0,
                 "total_bytes": plan.spec.total_bytes,
+                "mtp_bytes": mtp_bytes,
                 "bytes_per_rank": [rank["total"] for rank in ranks],
                 "ranks": ranks,
             }
         )
         return
-    _print_plan(plan)
+    _print_plan(plan, mtp_bytes)
     if reason:
         report(reason)
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, mtp_bytes: int) -> None:
     spec, layer = plan.spec, plan.spec.moe[0]
     print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
     print(
@@ -83,6 +90,10 @@ def _print_plan(plan: Plan) -> None:
     print(f"weights     {format_bytes(spec.total_bytes)}, {spec.dtype}, {quantization}")
     if spec.tower_bytes:
         print(f"images      vision tower of {format_bytes(spec.tower_bytes)} on rank 0")
+    if mtp_bytes:
+        print(
+            f"drafts      layer for multi-token prediction of {format_bytes(mtp_bytes)} on rank 0"
+        )
     print(f"context     {spec.context_length or 'unknown'} tokens, vocabulary {spec.vocab_size}")
     if plan.nodes > 1:
         print(
@@ -108,7 +119,7 @@ def families(json_output: JsonOutput = False) -> None:
         Batching.UNPADDED_PROMPTS: "generation",
         Batching.ONE_BY_ONE: "no",
     }
-    columns = ("formats", "gguf", "images", "drafts", "attention", "batching")
+    columns = ("formats", "gguf", "images", "drafts", "mtp", "attention", "batching")
     table = Table("family", "zoo", *columns, "note", box=None)
     table.columns[0].no_wrap = True
     for row, can in rows:
@@ -116,7 +127,7 @@ def families(json_output: JsonOutput = False) -> None:
             cells = ["-"] * len(columns)
         else:
             formats = "all" if can.formats == PUBLISHED_FORMATS else ", ".join(can.formats)
-            flags = (can.gguf, can.images, can.drafts, can.attention_sharding)
+            flags = (can.gguf, can.images, can.drafts, can.mtp, can.attention_sharding)
             cells = [formats, *("yes" if flag else "no" for flag in flags), batching[can.batching]]
         notes = [f"also {', '.join(row.aliases)}"] if row.aliases else []
         notes += [f"not supported: {row.refused}"] if row.refused else [row.note]
@@ -127,6 +138,7 @@ def families(json_output: JsonOutput = False) -> None:
         "gguf        GGUF files are read: -m FILE.gguf\n"
         "images      chats may have images, with a checkpoint that has its vision tower\n"
         "drafts      speculative decoding, from the text itself or a draft model\n"
+        "mtp         and from the checkpoint's own layer for multi-token prediction\n"
         "attention   its heads are divided among nodes by --trunk sharded\n"
         "batching    requests share passes: yes, for generated tokens only, or no (they take turns)"
     )

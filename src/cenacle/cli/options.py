@@ -126,6 +126,10 @@ class LoadArguments(PlacementArguments):
     speculative: Literal["auto", "off", "always"] = execution_option(
         "auto", "Speculative decoding; auto uses it while it is faster."
     )
+    mtp: bool = execution_option(
+        True,
+        "Load the layer for multi-token prediction (MTP) on the first node, if the model has it.",
+    )
     images: bool = execution_option(
         True, "Load what sees images, on the first node, if the model has it."
     )

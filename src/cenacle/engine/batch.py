@@ -46,7 +46,7 @@ from .speculative.ngram import DraftStats
 if TYPE_CHECKING:
     from .options import EngineOptions
     from .prompt_vision import PromptVision
-    from .speculative.draft_model import DraftModelProposer
+    from .speculative.decoder import Drafter
 
 
 @dataclass
@@ -195,7 +195,7 @@ def make_batch(
     options: EngineOptions,
     collective: Collective,
     timer: StepTimer,
-    draft_model: DraftModelProposer | None = None,
+    draft_model: Drafter | None = None,
     batching: Batching = Batching.PADDED,
     vision: PromptVision | None = None,
 ) -> Batch:

@@ -18,6 +18,7 @@ from ..model.families import Batching, FamilyInfo, family_of
 from ..model.format_recognition import PUBLISHED_FORMATS
 from ..model.gguf_families import FAMILIES as GGUF_FAMILIES
 from ..model.image_settings import IMAGE_FAMILIES, needs_extra
+from ..model.mtp import MTP_FAMILIES
 from ..model.request_caches import install_request_attention
 from ..model.spec_reader import find_dense_modules
 from .batch import find_batching
@@ -33,6 +34,7 @@ class Capabilities:
         gguf: whether GGUF files are read.
         images: whether requests may have images.
         drafts: whether speculative decoding works: the caches can drop rejected tokens.
+        mtp: whether a checkpoint's own layer for multi-token prediction drafts.
         attention_sharding: whether a sharded trunk divides the heads of attention.
         batching: which requests share passes.
     """
@@ -41,6 +43,7 @@ class Capabilities:
     gguf: bool
     images: bool
     drafts: bool
+    mtp: bool
     attention_sharding: bool
     batching: Batching
 
@@ -62,11 +65,13 @@ def find_capabilities(row: FamilyInfo) -> Capabilities | None:
         if family.request_attention:
             install_request_attention(model, family.request_attention)
         batching = find_batching(model, family.batching)
+        drafts = batching is not Batching.ONE_BY_ONE and can_trim(model)
         return Capabilities(
             formats=PUBLISHED_FORMATS,
             gguf=any(gguf.model_type == row.name for gguf in GGUF_FAMILIES.values()),
             images=row.name in IMAGE_FAMILIES and not needs_extra(),
-            drafts=batching is not Batching.ONE_BY_ONE and can_trim(model),
+            drafts=drafts,
+            mtp=drafts and row.name in MTP_FAMILIES,
             attention_sharding=any(
                 part.kind == "attention" for part in find_dense_modules(model, family)
             ),

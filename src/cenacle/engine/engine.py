@@ -31,7 +31,7 @@ from .options import EngineOptions
 from .prompt_vision import PromptVision
 from .sampling.grammar import Vocabulary
 from .sampling.sampler import SamplingStates
-from .speculative.draft_model import DraftModelProposer
+from .speculative.decoder import Drafter
 from .speculative.ngram import DraftStats
 
 
@@ -53,7 +53,7 @@ class Engine:
         timer: StepTimer,
         options: EngineOptions,
         vocabulary: Vocabulary | None = None,
-        draft_model: DraftModelProposer | None = None,
+        draft_model: Drafter | None = None,
         page_store: PageStore | None = None,
         batching: Batching = Batching.PADDED,
         vision: PromptVision | None = None,

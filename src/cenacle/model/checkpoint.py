@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Checkpoint:
         tensors: every tensor by name.
         quantized: the layers that are quantized in other formats than MLX's own.
         gguf: the index of a folder that stands for a GGUF model.
+        renamed: of a part of a checkpoint: the names of its tensors here by those in the files.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     quantized: QuantizedLayers = field(default_factory=QuantizedLayers)
     gguf: GgufIndex | None = None
+    renamed: Mapping[str, str] | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:

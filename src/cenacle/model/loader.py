@@ -28,7 +28,7 @@ from mlx_lm import utils as mlx_lm_utils
 from .. import native
 from ..core.plan import Plan
 from ..errors import CenacleError, CheckpointError
-from . import architecture, zoo
+from . import architecture, mtp, zoo
 from .checkpoint import Checkpoint
 from .disk_tables import install_disk_tables, is_table_tensor
 from .expert_parallel import Zeros
@@ -307,6 +307,8 @@ def _partial_classes(
     """mlx-lm's classes for `config`, of a model that holds what one rank does."""
     base, arguments = architecture.model_classes(config)
     family = family_of(architecture.resolve_family(config))
+    if checkpoint.renamed is not None:
+        base = mtp.with_mtp_input(base)
 
     class PartialModel(base):  # type: ignore[valid-type, misc]
         def __init__(self, args: Any) -> None:
@@ -323,6 +325,8 @@ def _partial_classes(
                 zoo.prepare_engram(self, checkpoint.folder)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if (names := checkpoint.renamed) is not None:
+                weights = {names[name]: weights[name] for name in weights if name in names}
             if (rename := family.rename_tensor) is not None:
                 weights = {rename(name, config): array for name, array in weights.items()}
             slices = self.rank_slices

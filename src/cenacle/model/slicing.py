@@ -27,6 +27,7 @@ from .byte_ranges import ByteRange, append_range
 from .checkpoint import Checkpoint
 from .disk_tables import is_table_tensor, rows_of_tensor
 from .families import EXPERT_TENSOR, STACKED_TENSOR, Family, family_of, layer_index
+from .mtp import is_mtp_tensor
 from .quantized_layers import QuantizedLayers
 from .tensor_info import TensorInfo
 from .tensor_layout import ExpertSlice, expert_tensor_views
@@ -87,11 +88,14 @@ class ModelLayout:
                 f"{checkpoint.folder}: layers with different numbers of experts "
                 f"({sorted(counts)}) are not supported"
             )
-        family = family_of(architecture.resolve_family(checkpoint.config))
+        name_of_family = architecture.resolve_family(checkpoint.config)
+        family = family_of(name_of_family)
         needed = {
             name: info
             for name, info in checkpoint.text_tensors.items()
-            if name not in checkpoint.quantized.ignored and not _is_image_expert(name, counts)
+            if name not in checkpoint.quantized.ignored
+            and not _is_image_expert(name, counts)
+            and not is_mtp_tensor(name, name_of_family, checkpoint.config)
         }
         tower = checkpoint.vision_tensors
         return cls(model, family, tuple(blocks), needed, checkpoint.quantized, tower)

@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from ..engine.cache.disk_store import PageStore
     from ..engine.engine import Engine
     from ..engine.prompt_vision import PromptVision
-    from ..engine.speculative.draft_model import DraftModelConfig, DraftModelProposer
+    from ..engine.speculative.decoder import Drafter
+    from ..engine.speculative.draft_model import DraftModelConfig
 
 HEARTBEAT_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.1
@@ -293,7 +294,7 @@ class _Worker:
             if order.kernels != "mlx" and is_supported():
                 install_kv_dtype(model, self._options.kept_dtype(self._plan.spec.dtype))
         vision = self._load_tower(model) if self._plan.spec.tower_bytes else None
-        drafter = self._load_draft_model()
+        drafter = self._load_drafter(model)
         gc.collect()
         gc.freeze()  # the objects of a loaded model stay: the collector need not visit them again
         self._collective.barrier()
@@ -381,18 +382,26 @@ class _Worker:
             self._progress_sent_s = now
             self._channel.send(LoadProgress(done_bytes, total_bytes).to_json())
 
-    def _load_draft_model(self) -> DraftModelProposer | None:
+    def _load_drafter(self, served: nn.Module) -> Drafter | None:
         from ..engine.speculative import draft_model
+        from ..engine.speculative.mtp import HiddenStates, MtpProposer
         from ..model.checkpoint import Checkpoint
+        from ..model.mtp import record_hidden_states
 
-        if self._draft is None:
+        draft, kernels = self._draft, self._order.kernels
+        if draft is None:
             return None
+        vocab_size, is_first = self._plan.spec.vocab_size, self._collective.rank == 0
+        checkpoint = Checkpoint.open(Path(draft.folder)) if is_first else None
+        if draft.mtp:
+            head = draft_model.load_mtp(checkpoint, kernels) if checkpoint is not None else None
+            states = HiddenStates()
+            record_hidden_states(served, states.record)
+            return MtpProposer(self._collective, head, states, vocab_size)
         model: nn.Module | None = None
-        if self._collective.rank == 0:
-            checkpoint = Checkpoint.open(Path(self._draft.folder))
-            model = draft_model.load_draft_model(checkpoint, self._order.kernels)
-        vocab_size = self._plan.spec.vocab_size
-        return draft_model.DraftModelProposer(self._draft, self._collective, model, vocab_size)
+        if checkpoint is not None:
+            model = draft_model.load_draft_model(checkpoint, kernels)
+        return draft_model.DraftModelProposer(draft, self._collective, model, vocab_size)
 
     def _load_tower(self, model: nn.Module) -> PromptVision:
         """What sees images: the tower on rank 0, and the model's side on all."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +33,12 @@ from ...core.request import Request, TokenEvent
 from ...model.step_timer import StepTimer
 from ..sampling.sampler import SamplingState
 from .draft_model import MAX_UNREAD_TOKENS, READ_TOKENS, DraftModelProposer
+from .mtp import MtpProposer
 from .ngram import DraftLengthController, DraftStats, NgramProposer
 
 ALWAYS_TOKENS = 8  # drafted per pass in mode "always"
+
+Drafter = DraftModelProposer | MtpProposer
 
 
 @dataclass
@@ -123,7 +127,7 @@ class SpeculativeDecoder:
         timer: StepTimer,
         mode: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
-        draft_model: DraftModelProposer | None = None,
+        draft_model: Drafter | None = None,
     ) -> None:
         self._model, self._collective, self._timer = model, collective, timer
         self._clock, self._draft_model = clock, draft_model
@@ -186,6 +190,7 @@ class SpeculativeDecoder:
         assert generation is not None
         if self._pending is not None:
             trim_prompt_cache(caches, 1)  # it will be sampled again, with the same result
+            self._drop_states(1)
         generation.sampling.discard()
         generation.sampling.sampler.position = generation.position
         generation.ngrams = None
@@ -245,6 +250,8 @@ class SpeculativeDecoder:
         source, model = self._select_source(generation), self._draft_model
         if source is not self._model_control or model is None:
             return source
+        if not model.is_ready:
+            return None
         unread = generation.tokens_from(model.length)
         if len(unread) > MAX_UNREAD_TOKENS:
             model.read(unread[:READ_TOKENS][: len(unread) - 1])
@@ -277,6 +284,10 @@ class SpeculativeDecoder:
         if self._draft_model is not None:
             self._draft_model.truncate(length)
 
+    def _drop_states(self, count: int) -> None:
+        if self._draft_model is not None:
+            self._draft_model.drop_states(count)
+
     def _append(self, generation: Generation, token: int) -> TokenEvent:
         assert generation.ngrams is not None
         generation.ngrams.extend([token])
@@ -293,9 +304,15 @@ class SpeculativeDecoder:
         self._record_time(None, 0)
         return event
 
+    def _run_model(self, ids: mx.array) -> mx.array:
+        drafter = self._draft_model
+        with drafter.recording() if drafter is not None else nullcontext():
+            logits: mx.array = self._model(ids, cache=self.caches)
+        return logits
+
     def _start_sampling(self, token: mx.array, generation: Generation, position: int) -> mx.array:
         """Start to sample what follows a token, [1] -> [1]; the cache holds all before it."""
-        logits = self._model(token[None], cache=self.caches)[:, -1]
+        logits = self._run_model(token[None])[:, -1]
         tokens = None
         if generation.sampling.processors:
             tokens = mx.array(generation.tokens, dtype=mx.int32)
@@ -315,7 +332,7 @@ class SpeculativeDecoder:
     ) -> list[TokenEvent]:
         """Run the model on the whole draft; returns the accepted tokens and one more."""
         length, tokens = generation.length, None
-        logits = self._model(mx.array([[generation.last_token, *draft]]), cache=self.caches)[0]
+        logits = self._run_model(mx.array([[generation.last_token, *draft]]))[0]
         if generation.sampling.processors:
             tokens = mx.array([*generation.tokens, *draft], dtype=mx.int32)
         samples = generation.sampling.sample(tokens, logits, generation.position)
@@ -334,6 +351,7 @@ class SpeculativeDecoder:
             if events[-1].finish is not None:
                 break
         trim_prompt_cache(self.caches, len(draft) + 1 - len(events))
+        self._drop_states(len(draft) + 1 - len(events))
         self._truncate_draft_model(length + accepted)
         generation.sampling.discard(length + accepted)
         source.on_verified(len(draft), min(accepted, len(events)), limit)

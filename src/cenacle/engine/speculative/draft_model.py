@@ -15,6 +15,7 @@ Next: `decoder.py`, which lets the model verify the drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from ...errors import CheckpointError, InputError
 from ...model import architecture, loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
 from ...model.expert_parallel import parallelize
+from ...model.mtp import MtpHead, has_mtp, mtp_checkpoint
 from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
 from ...planning import memory
@@ -57,6 +59,7 @@ class DraftModelConfig:
         context_length: maximum tokens; None: its config does not say.
         weight_bytes: of its weights in memory.
         cache_bytes: planned for its KV cache.
+        mtp: it is the multi-token prediction layer of the served checkpoint, in `folder`.
     """
 
     folder: str
@@ -64,6 +67,7 @@ class DraftModelConfig:
     context_length: int | None
     weight_bytes: int
     cache_bytes: int
+    mtp: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -112,21 +116,55 @@ class DraftModelConfig:
             )
         _require_same_tokens(refusal, draft, checkpoint, tokenizer)
         context_length = model_config.find_int(draft.config, model_config.CONTEXT_LENGTH_KEYS)
-        native = kernels != "mlx" and native_layers.is_supported()
-        cache_bytes = memory.kv_cache_bytes(
-            model_config.kv_cache_elements_per_token(draft.config, len(model.layers)),
-            context_length,
-            max_kv_size=None,
-            kv_bits=None,
-            element_bytes=4 if native else 2,
-        )
         return cls(
             str(draft.folder.resolve()),
             _vocab_size(draft),
             context_length,
             sum(array.nbytes for _, array in architecture.named_parameters(model)),
-            cache_bytes,
+            _cache_bytes(draft.config, len(model.layers), context_length, kernels),
         )
+
+    @classmethod
+    def find_mtp(
+        cls, checkpoint: Checkpoint, kernels: str, *, plain_kv_cache: bool
+    ) -> DraftModelConfig | None:
+        """The multi-token prediction layer of a checkpoint; None: it has none that can draft.
+
+        Reads no weights.
+
+        Args:
+            kernels, plain_kv_cache: see `inspect`.
+
+        Raises:
+            CheckpointError: the layer's tensors do not fit the family.
+        """
+        family = architecture.resolve_family(checkpoint.config)
+        if not plain_kv_cache or not has_mtp(checkpoint, family):
+            return None
+        part = mtp_checkpoint(checkpoint, family)
+        model = loader.build_model(part, None, 0)
+        context_length = model_config.find_int(part.config, model_config.CONTEXT_LENGTH_KEYS)
+        return cls(
+            str(checkpoint.folder.resolve()),
+            _vocab_size(part),
+            context_length,
+            sum(array.nbytes for _, array in architecture.named_parameters(model)),
+            _cache_bytes(part.config, 1, context_length, kernels),
+            mtp=True,
+        )
+
+
+def _cache_bytes(
+    config: model_config.Config, layers: int, context_length: int | None, kernels: str
+) -> int:
+    native = kernels != "mlx" and native_layers.is_supported()
+    return memory.kv_cache_bytes(
+        model_config.kv_cache_elements_per_token(config, layers),
+        context_length,
+        max_kv_size=None,
+        kv_bits=None,
+        element_bytes=4 if native else 2,
+    )
 
 
 def _draft_error(message: str) -> InputError:
@@ -210,6 +248,26 @@ def load_draft_model(checkpoint: Checkpoint, kernels: str) -> nn.Module:
     return model
 
 
+def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead:
+    """Load the multi-token prediction layer of a checkpoint into this process.
+
+    Args:
+        kernels: see `model.expert_parallel.parallelize`.
+
+    Raises:
+        CheckpointError, InputError: see `load_draft_model`.
+    """
+    family = architecture.resolve_family(checkpoint.config)
+    return MtpHead(load_draft_model(mtp_checkpoint(checkpoint, family), kernels))
+
+
+def fit_vocabulary(logits: mx.array, size: int) -> mx.array:
+    """[1, any] -> [1, size]: random numbers depend on the width."""
+    logits = logits[:, :size]
+    missing = size - logits.shape[-1]
+    return mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf) if missing else logits
+
+
 class DraftModelProposer:
     """Proposes the tokens that a draft model would generate.
 
@@ -253,6 +311,18 @@ class DraftModelProposer:
             trim_prompt_cache(self._caches, surplus)
             del self._tokens[length:]
 
+    @property
+    def is_ready(self) -> bool:
+        """Always."""
+        return True
+
+    def recording(self) -> AbstractContextManager[None]:
+        """It reads nothing of the served model."""
+        return nullcontext()
+
+    def drop_states(self, count: int) -> None:
+        """It has none."""
+
     def read(self, new_tokens: Sequence[int]) -> None:
         """Read more of the text without drafting."""
         if self._model is not None:
@@ -279,10 +349,8 @@ class DraftModelProposer:
         else:
             token, samples = self._input(new_tokens), []
             for i in range(count):
-                logits = self._model(token, cache=self._caches)[:, -1, : self._vocab_size]
-                missing = self._vocab_size - logits.shape[-1]
-                if missing:  # random numbers depend on the width
-                    logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)
+                logits = self._model(token, cache=self._caches)[:, -1]
+                logits = fit_vocabulary(logits, self._vocab_size)
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 samples.append(sample(logprobs, position + i))
                 token = samples[-1][None]

@@ -1,0 +1,172 @@
+"""Proposals by the multi-token prediction layer of the served checkpoint.
+
+Owns: `HiddenStates`, those of the last tokens that the model has seen; `MtpProposer`, its
+proposals, on every rank.
+Does not know: requests, what becomes of proposals (`decoder.py`).
+Rank 0 has the layer, whole, and sends each draft to the others, as a draft model's
+(`draft_model.py` says why). The layer reads hidden states of the model, which each pass of the
+decoder leaves behind: of the prompt it knows only what these contain. Of those that it has not read
+about `KEPT_TOKENS` are kept.
+Invariant: hidden states are those of the last tokens in the decoder's cache; how many there are is
+the same on every rank.
+Next: `decoder.py`, which lets the model verify the drafts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
+from ...collective.base import Collective
+from ...model.mtp import MtpHead
+from .draft_model import SampleToken, fit_vocabulary
+
+KEPT_TOKENS = 256
+
+
+class HiddenStates:
+    """Hidden states of the last tokens that the model has seen, of one sequence.
+
+    Args:
+        limit: how many tokens, about.
+    """
+
+    def __init__(self, limit: int = KEPT_TOKENS) -> None:
+        self._limit = limit
+        self._parts: deque[mx.array] = deque()  # [n, width]
+        self._is_recording = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the passes inside, which all ranks must compute to their end.
+
+        Of a pass for its caches alone, as prompts have, the last layer is never computed. If rank 0
+        did, it would wait for the others' all-reduce.
+        """
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
+
+    def record(self, states: mx.array) -> None:
+        """Append those of a pass, [1, length, width]."""
+        if not self._is_recording:
+            return
+        self._parts.append(states[0])
+        while len(self) - self._parts[0].shape[0] >= self._limit:
+            self._parts.popleft()
+
+    def __len__(self) -> int:
+        return sum(part.shape[0] for part in self._parts)
+
+    def drop(self, count: int) -> None:
+        """Forget the last tokens."""
+        while count and self._parts:
+            last = self._parts.pop()
+            if last.shape[0] > count:
+                self._parts.append(last[: last.shape[0] - count])
+            count = max(0, count - last.shape[0])
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._parts.clear()
+
+    def last(self, count: int) -> mx.array:
+        """[count, width] of the last tokens."""
+        return mx.concatenate(list(self._parts))[-count:]
+
+
+class MtpProposer:
+    """Proposes what the served model's multi-token prediction layer expects.
+
+    Args:
+        collective: the ranks; rank 0 has the layer.
+        head: on rank 0; None on the others.
+        states: where the served model records its passes, on every rank.
+        vocab_size: number of the served model's token ids.
+    """
+
+    def __init__(
+        self, collective: Collective, head: MtpHead | None, states: HiddenStates, vocab_size: int
+    ) -> None:
+        self._collective, self._head, self._states = collective, head, states
+        self._vocab_size = vocab_size
+        self._text: list[int] = []
+        self._caches: list[Any] = []
+        self._next = 0  # position of the hidden state that the layer reads next, on rank 0
+
+    @property
+    def length(self) -> int:
+        """How many tokens of the text it knows."""
+        return len(self._text)
+
+    def fits_context(self, length: int) -> bool:  # noqa: ARG002
+        """Always: it reads only the last tokens."""
+        return True
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model has left a hidden state behind since the text was started."""
+        return len(self._states) > 0
+
+    def recording(self) -> AbstractContextManager[None]:
+        """See `HiddenStates`."""
+        return self._states.recording()
+
+    def reset(self, text: Sequence[int]) -> None:
+        """Start a text, of which the model has seen all but the last token."""
+        self._text = list(text)
+        self._states.clear()
+        self._next = len(text)  # nothing is known yet
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens beyond `length`."""
+        del self._text[length:]
+
+    def drop_states(self, count: int) -> None:
+        """Forget the hidden states of the last tokens that the model has seen."""
+        self._states.drop(count)
+
+    def read(self, new_tokens: Sequence[int]) -> None:
+        """Learn more of the text without drafting."""
+        self._text += new_tokens
+
+    def propose(
+        self, new_tokens: Sequence[int], count: int, sample: SampleToken, position: int
+    ) -> list[int]:
+        """Draft the next `count` tokens; see `DraftModelProposer.propose`."""
+        self._text += new_tokens
+        drafted = mx.zeros((count,), dtype=mx.uint32)
+        if self._head is not None:
+            drafted = mx.concatenate(self._draft(self._head, count, sample, position))
+        drafted = self._collective.broadcast_from(0, drafted.astype(mx.uint32))
+        draft = [int(t) for t in np.asarray(drafted)]
+        self._text += draft[:-1]
+        return draft
+
+    def _draft(
+        self, head: MtpHead, count: int, sample: SampleToken, position: int
+    ) -> list[mx.array]:
+        seen = len(self._text) - 1
+        first = seen - len(self._states)
+        if not self._caches or self._next < first or self._next >= seen:
+            self._next, self._caches = first, make_prompt_cache(head.model)
+        unread = seen - self._next
+        ids, hidden = mx.array([self._text[-unread:]]), self._states.last(unread)[None]
+        samples: list[mx.array] = []
+        for i in range(count):
+            logits, states = head(ids, hidden, self._caches)
+            logits = fit_vocabulary(logits, self._vocab_size)
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            samples.append(sample(logprobs, position + i))
+            ids, hidden = samples[-1][None], states[:, -1:]
+        trim_prompt_cache(self._caches, count - 1)  # read again with the model's own states
+        self._next = seen
+        return samples

@@ -1,0 +1,168 @@
+"""A checkpoint's own drafting layer: what it computes, what it costs, that it changes nothing.
+
+The reference is the family's layer of mlx-lm over the whole text, without caches. On two nodes:
+tests/ranks/test_mtp_layers.py.
+"""
+
+import dataclasses
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from cenacle.collective.single import SingleRank
+from cenacle.core.plan import Plan
+from cenacle.core.request import Request, Sampling
+from cenacle.core.step import PromptChunk, Step
+from cenacle.engine.engine import Engine
+from cenacle.engine.options import EngineOptions
+from cenacle.engine.speculative.draft_model import DraftModelConfig, load_mtp
+from cenacle.engine.speculative.mtp import HiddenStates, MtpProposer
+from cenacle.model.checkpoint import Checkpoint
+from cenacle.model.expert_parallel import parallelize
+from cenacle.model.loader import load_rank_model
+from cenacle.model.mtp import MTP_FAMILIES, has_mtp, record_hidden_states
+from cenacle.model.slicing import ModelLayout
+from cenacle.model.spec_reader import read_model_spec
+from cenacle.model.step_timer import StepTimer
+from support.mtp_checkpoint import write_mtp
+
+PROMPT = (5, 80, 200, 17, 9)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """By family and skill, made when first asked for."""
+    made = {}
+
+    def get(family, skill="trained"):
+        if (family, skill) not in made:
+            folder = tmp_path_factory.mktemp("mtp") / f"{family}-{skill}"
+            made[family, skill] = Checkpoint.open(write_mtp(folder, family, skill))
+        return made[family, skill]
+
+    return get
+
+
+def load(checkpoint):
+    spec = read_model_spec(checkpoint)
+    plan = Plan.whole(spec, 1)
+    model = load_rank_model(checkpoint, plan, 0, lambda *_: None)
+    parallelize(model, spec.family, plan, SingleRank(), StepTimer(), "auto")
+    return model
+
+
+def generate(checkpoint, mode, limit=40, **sampling):
+    """Tokens of a request that runs alone, and the drafts."""
+    model, drafter = load(checkpoint), None
+    if mode != "off":
+        states = HiddenStates()
+        record_hidden_states(model, states.record)
+        vocab_size = checkpoint.config["vocab_size"]
+        drafter = MtpProposer(SingleRank(), load_mtp(checkpoint, "auto"), states, vocab_size)
+    options = EngineOptions(speculative=mode)
+    engine = Engine(model, SingleRank(), StepTimer(), options, draft_model=drafter)
+    request = Request("a", PROMPT, limit, (), Sampling(**{"seed": 0, **sampling}))
+    chunk = PromptChunk("a", 0, len(PROMPT))
+    events, number = list(engine.step(Step(0, (request,), final_chunks=(chunk,)))[0]), 1
+    while not events or events[-1].finish is None:
+        events += engine.step(Step(number))[0]
+        number += 1
+    drafts = engine.take_draft_stats()
+    engine.close()
+    return [e.token for e in events], drafts
+
+
+@pytest.mark.parametrize("family", MTP_FAMILIES)
+def test_answers_are_the_same_with_and_without_it(checkpoints, family):
+    checkpoint = checkpoints(family)
+    for sampling in ({}, {"temperature": 1.0}, {"temperature": 0.8, "presence_penalty": 0.5}):
+        plain = generate(checkpoint, "off", **sampling)[0]
+        tokens, drafts = generate(checkpoint, "always", **sampling)
+        assert tokens == plain
+        assert drafts.by_model_accepted > 0.1 * drafts.by_model > 0
+
+
+@pytest.mark.parametrize("family", MTP_FAMILIES)
+def test_the_layer_computes_what_mlx_lm_computes(checkpoints, family):
+    """Read token by token with a cache, against mlx-lm's layer over the whole text."""
+    checkpoint = checkpoints(family, "random")
+    layers = checkpoint.config["num_hidden_layers"]
+    prefix = f"model.layers.{layers}."
+    tensors = dict(mx.load(str(checkpoint.files[0])))
+    taller = {**checkpoint.config, "num_hidden_layers": layers + 1}
+    model, _ = load_model(checkpoint.folder, lazy=True, strict=False, model_config=taller)
+    layer = model.model.layers[layers]
+    ids = mx.array([PROMPT])
+    hidden = mx.random.normal(
+        (1, len(PROMPT), checkpoint.config["hidden_size"]), key=mx.random.key(1)
+    )
+
+    def norm(x, name):
+        return mx.fast.rms_norm(x, tensors[prefix + name], 1e-6)
+
+    embedded = tensors[f"{prefix}embed_tokens.weight"][ids]
+    joined = mx.concatenate([norm(embedded, "enorm.weight"), norm(hidden, "hnorm.weight")], axis=-1)
+    mask = mx.tril(mx.ones((len(PROMPT), len(PROMPT)), dtype=mx.bool_))
+    expected = layer(joined @ tensors[f"{prefix}eh_proj.weight"].T, mask, None)
+    expected = norm(expected, "shared_head.norm.weight")
+    logits = expected[:, -1] @ tensors[f"{prefix}shared_head.head.weight"].T
+
+    head = load_mtp(checkpoint, "auto")
+    caches = make_prompt_cache(head.model)
+    states = []
+    for part in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        got, state = head(ids[:, part], hidden[:, part], caches)
+        states.append(state)
+    assert mx.allclose(mx.concatenate(states, axis=1), expected, atol=2e-3)
+    assert mx.allclose(got, logits, atol=2e-2)
+
+
+def test_its_memory_is_known_before_loading(checkpoints):
+    checkpoint = checkpoints("glm4_moe")
+    draft = DraftModelConfig.find_mtp(checkpoint, "auto", plain_kv_cache=True)
+    parameters = tree_flatten(load_mtp(checkpoint, "mlx").model.parameters())
+    embedding = checkpoint.tensors["model.layers.3.embed_tokens.weight"]
+    nbytes = sum(a.nbytes for _, a in parameters) + embedding.stop - embedding.start
+    assert (draft.mtp, draft.weight_bytes) == (True, nbytes)
+    assert draft.cache_bytes > 0
+    assert DraftModelConfig.find_mtp(checkpoint, "auto", plain_kv_cache=False) is None
+
+
+def test_the_model_does_not_read_it(checkpoints):
+    checkpoint = checkpoints("deepseek_v3")
+    assert has_mtp(checkpoint, "deepseek_v3")
+    assert not has_mtp(checkpoint, "qwen3_moe")
+    assert not any("layers.3." in name for name in ModelLayout.read(checkpoint).tensors)
+    without = {n: t for n, t in checkpoint.tensors.items() if "eh_proj" not in n}
+    assert not has_mtp(dataclasses.replace(checkpoint, tensors=without), "deepseek_v3")
+
+
+def test_shared_tensors_come_from_the_model(checkpoints):
+    """Where the layer has no embedding, head and norm of its own."""
+    whole = checkpoints("glm4_moe")
+    own = ("embed_tokens", "shared_head")
+    tensors = {n: t for n, t in whole.tensors.items() if not any(f"3.{o}" in n for o in own)}
+    checkpoint = dataclasses.replace(whole, tensors=tensors)
+    text, hidden = mx.array([PROMPT]), mx.random.normal((1, 5, 64), key=mx.random.key(2))
+    results = []
+    for one in (whole, checkpoint):
+        head = load_mtp(one, "auto")
+        results.append(head(text, hidden, make_prompt_cache(head.model))[0])
+    assert mx.array_equal(*results)
+
+
+def test_only_passes_that_all_ranks_compute_are_recorded():
+    states = HiddenStates(limit=4)
+    states.record(mx.ones((1, 3, 2)))
+    assert len(states) == 0
+    for length in (1, 3, 2):
+        with states.recording():
+            states.record(mx.full((1, length, 2), length))
+    assert len(states) == 5  # the first part is not needed for four
+    states.drop(1)
+    assert states.last(2).tolist() == [[3, 3], [2, 2]]
+    states.drop(9)
+    assert len(states) == 0
