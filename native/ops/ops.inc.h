@@ -24,11 +24,8 @@ constexpr int W = 4;
 #endif
 typedef float V __attribute__((vector_size(4 * W)));
 
-inline V load(const float* p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
+typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
+inline V load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 typedef float V4 __attribute__((vector_size(16)));
 
@@ -57,6 +54,47 @@ inline V load(const F16* p) {
   return (V)((U)((V)((u & 0x7fffu) << 13) * 0x1p112f) | special | (u & 0x8000u) << 16);
 #endif
 }
+
+// 2 W numbers, in the order that is cheapest: as they are, but those of bfloat16 at even places, then at odd
+// ones. `deal` and `gather` bring floats into that order and back.
+template <class T>
+inline void load_pair(const T* p, V& a, V& b) {
+  a = load(p);
+  b = load(p + W);
+}
+inline void load_pair(const Bf16* p, V& a, V& b) {
+  U u;
+  memcpy(&u, p, sizeof u);
+  a = (V)(u << 16);
+  b = (V)(u & 0xffff0000u);
+}
+template <class T>
+inline void deal(V&, V&) {}
+template <class T>
+inline void gather(V&, V&) {}
+template <>
+inline void deal<Bf16>(V& a, V& b) {
+  const V x = a, y = b;
+#ifdef __AVX2__
+  a = __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
+  b = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  a = __builtin_shufflevector(x, y, 0, 2, 4, 6);
+  b = __builtin_shufflevector(x, y, 1, 3, 5, 7);
+#endif
+}
+template <>
+inline void gather<Bf16>(V& a, V& b) {
+  const V x = a, y = b;
+#ifdef __AVX2__
+  a = __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+  b = __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  a = __builtin_shufflevector(x, y, 0, 4, 1, 5);
+  b = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+#endif
+}
+
 inline float one(const float* p) { return *p; }
 inline float one(const Bf16* p) { return bf16(p->bits); }
 inline float one(const F16* p) { return f16(p->bits); }
@@ -239,17 +277,22 @@ inline void fetch(const void* from, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b);
 }
 
-// scores[r][0], scores[r][1] = q[r] . k[0], q[r] . k[1]
+// scores[r][0], scores[r][1] = q[r] . k[0], q[r] . k[1]; queries are dealt. Not inlined: among other loops the compiler has
+// too few registers for these sums.
 template <int R, class T>
-inline void dots(const float* q, int64_t width, const T* k0, const T* k1, float* scores) {
+__attribute__((noinline)) void dots(const float* q, int64_t width, const T* k0, const T* k1, float* scores) {
   V sum[R][2] = {};
   int64_t i = 0;
-  for (; i + W <= width; i += W) {
-    const V b0 = load(k0 + i), b1 = load(k1 + i);
+  for (; i + 2 * W <= width; i += 2 * W) {
+    V b0, b1, c0, c1;
+    load_pair(k0 + i, b0, c0);
+    load_pair(k1 + i, b1, c1);
     for (int r = 0; r < R; r++) {
-      const V a = load(q + r * width + i);
+      const V a = load(q + r * width + i), next = load(q + r * width + i + W);
       sum[r][0] += a * b0;
       sum[r][1] += a * b1;
+      sum[r][0] += next * c0;
+      sum[r][1] += next * c1;
     }
   }
   for (int r = 0; r < R; r += 2) {
@@ -289,20 +332,25 @@ void score_few(const float* q, int64_t rows, int64_t width, const T* k, int64_t 
 
 // out[r] += sum_j p[r][j] v[j]; a block's sums of some columns stay in registers.
 template <int R, class T>
-inline void weigh(const float* p, const T* v, int64_t stride, int64_t keys, int64_t columns, float* out) {
+__attribute__((noinline)) void weigh(const float* p, const T* v, int64_t stride, int64_t keys, int64_t columns, float* out) {
   V sum[R][2];
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++) {
     for (int j = 0; j < 2; j++) sum[r][j] = load(out + r * columns + j * W);
+    deal<T>(sum[r][0], sum[r][1]);
+  }
   for (int64_t j = 0; j < keys; j++, v += stride) {
-    const V a = load(v), b = load(v + W);
+    V a, b;
+    load_pair(v, a, b);
     for (int r = 0; r < R; r++) {
       const float by = p[r * KEYS_AT_ONCE + j];
       sum[r][0] += by * a;
       sum[r][1] += by * b;
     }
   }
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++) {
+    gather<T>(sum[r][0], sum[r][1]);
     for (int j = 0; j < 2; j++) store(out + r * columns + j * W, sum[r][j]);
+  }
 }
 
 template <class T, class K>
@@ -353,11 +401,19 @@ void attend_to(const Attention& a, int64_t batch, int64_t kv_head, int64_t first
   const T* values = static_cast<const T*>(a.v) + batch * a.v_strides[0] + kv_head * a.v_strides[1];
   int64_t seen_keys[ROWS_AT_ONCE];  // of a block, by each row
   const int64_t before = a.keys > a.length ? a.keys - a.length : 0;
+  const bool few = rows <= 16 || width % 4;
 
   for (int64_t r = 0; r < rows; r++) {
     const int64_t head = kv_head * group + (first_row + r) % group, at = (first_row + r) / group;
     const float* from = a.q + batch * a.q_strides[0] + head * a.q_strides[1] + at * a.q_strides[2];
     for (int64_t i = 0; i < width; i++) q[r * width + i] = from[i] * a.scale;
+    for (int64_t i = 0; few && i + 2 * W <= width; i += 2 * W) {
+      float* at = q + r * width + i;
+      V x = load(at), y = load(at + W);
+      deal<T>(x, y);
+      store(at, x);
+      store(at + W, y);
+    }
     const bool sunk = a.sinks && first_key == 0;
     top[r] = sunk ? a.sinks[head] : -HUGE_VALF;
     sum[r] = sunk ? 1.f : 0.f;
@@ -383,7 +439,6 @@ void attend_to(const Attention& a, int64_t batch, int64_t kv_head, int64_t first
       if (!any) continue;
     }
     const T *k = keys + begin * a.k_strides[2], *v = values + begin * a.v_strides[2];
-    const bool few = rows <= 16 || width % 4;
     if (few) {
       score_few(q, rows, width, k, a.k_strides[2], n, v, a.v_strides[2], a.v_width, scores);
     } else if constexpr (sizeof(T) == 4) {
