@@ -239,15 +239,16 @@ namespace {
 
 // ---- the table --------------------------------------------------------------------------------
 
-bool packs(const Matrix& m) { return m.format != Format::dense && m.bits == 4; }
+bool packs(const Matrix& m) { return m.format == Format::affine ? m.bits == 4 || m.bits == 8 : is_e2m1(m); }
 
 Layout choose(const Matrix& m) {
   if (m.format == Format::dense) return {Interleave::none, 0};
   if (is_e4m3(m)) return {Interleave::float_quads, int(m.width)};
   const int group_size = m.group > 64 ? 64 : m.group;
   if (!m.packed) return {Interleave::int16x2, group_size};
+  if (m.bits == 8) return {Interleave::int16_pairs4, group_size};
   if (m.activations == 8) return {Interleave::int8_quads_even, m.group < 32 ? m.group : 32};
-  return {Interleave::byte_quads_even, group_size};
+  return {Interleave::int16_pairs8, group_size};
 }
 
 void prepare(Layout l, int64_t width, const float* x, uint8_t* to, float* scales, float* sums) {

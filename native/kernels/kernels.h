@@ -49,6 +49,7 @@ constexpr int scale_bytes(const Matrix& m) {
 enum class Interleave : int {
   none,
   int16x2,  // int16, to two vectors: value 2 * lane + way goes to that lane of that vector
+  int16_pairs4, int16_pairs8,  // int16: of each 4 values 0 2 1 3, and of each 8 values 0 4 1 5 2 6 3 7
   // The upper and the lower byte apart, as `vpdpbusd` wants them: value = 256 upper + lower, both signed.
   byte_planes,  // of each 64 values [upper 64][lower 64]
   // The two bytes apart for a packed matrix, in which a word of 32 bits is four or eight weights: of each

@@ -1,9 +1,10 @@
-// Packed matrices (repack.h) of four bits for AVX2: included by avx2.cpp.
+// Packed matrices (repack.h) of four and eight bits for AVX2: included by avx2.cpp.
 //
-// A vector of words holds four bytes of eight rows, which are eight weights each. `vpmaddubsw` multiplies them, without a
-// sign, with signed bytes of the activations that all rows share, and adds pairs into 16 bits. An activation of
-// 16 bits is 256 upper + lower, two such bytes, and has two sums, which `vpmaddwd` joins in 32 bits before they
-// overflow. So a group costs one conversion for eight rows and no sums over lanes; the integers are exact.
+// A vector of words holds a word of each of eight rows: eight weights of four bits or four of eight. Shifts and masks make
+// pairs of 16 bits of them, `vpmaddwd` multiplies these with a pair of activations that all rows share, and its
+// sums of 32 bits are exact. So a group costs one conversion for eight rows and no sums over lanes. Activations of 8 bits
+// are multiplied by `vpmaddubsw`, twice as many at once, and their sums of 16 bits are joined before they overflow.
+// Weights are unpacked for up to four tokens at once, and an activation is loaded for sixteen rows.
 #pragma once
 
 #include <immintrin.h>
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t HALF_PACK = ROWS_PER_PACK / 2;  // rows of a vector
 // How far ahead lines are asked for, in bytes.
 constexpr int64_t PACKED_AHEAD = 4096;
+constexpr int TILE_TOKENS = 4;  // the sums of sixteen rows with as many stay in registers
 
 // What a token's groups are multiplied with: `factors` the rows' scales, `offsets` the rows' biases, or the scales again
 // where the weights have none. The result times `restore` times RESTORE is what was asked for.
@@ -35,111 +37,141 @@ inline __m256 packed_scales(const Matrix& m, const uint8_t* p) {
   return _mm256_castsi256_ps(bits);
 }
 
-// 8 HALVES rows, of which `rows` are wanted, with T tokens of PLANES bytes a value and GROUP values a scale. AHEAD: asks
-// for the lines of rows to come. The compiler keeps sums in registers only where all loops over them are unrolled.
-template <Code C, int PLANES, int GROUP, int T, int HALVES, bool AHEAD>
-[[gnu::noinline]] void packed_tile(const Matrix& m, const uint8_t* w, const GroupFactors* tokens, float* const* out,
-                                   int64_t at, int64_t rows, int64_t half) {
-  constexpr int STEPS = GROUP / 8;
-  // Words whose products 16 bits can hold: 2 x 15 x 128 or 2 x 24 x 128 for each half byte.
-  constexpr int WORDS = C == Code::e2m1 ? 2 : 4;
-  const __m256i low = _mm256_set1_epi8(15);
-  // Twice the value plus 12: not negative.
-  const __m256i values = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  const __m256i weight_of_plane[2] = {_mm256_set1_epi16(PLANES == 2 ? 256 : 1), _mm256_set1_epi16(1)};
-  __m256 sum[T][HALVES];
+// What words of weights become for activations of BYTES bytes, piece after piece: a vector for each.
+template <Code C, int BYTES>
+constexpr int PIECES = C == Code::bytes ? 2 : BYTES == 2 ? 4 : 2;
+// The activations that piece `n` is multiplied with.
+template <Code C, int BYTES>
+constexpr int place(int n) { return C == Code::e2m1 && BYTES == 2 ? (n & 1) << 1 | n >> 1 : n; }
+
+// Piece `n`, called in order: `words` is what is left, so that few registers are needed at a time.
+template <Code C, int BYTES>
+inline __m256i next_piece(__m256i& words, __m256i& bytes, int n) {
+  const __m256i low = _mm256_set1_epi16(C == Code::nibbles && BYTES == 2 ? 15 : 255);
+  constexpr int LAST = PIECES<C, BYTES> - 1;
+  if constexpr (C == Code::bytes || (C == Code::nibbles && BYTES == 2)) {
+    if (n == LAST) return C == Code::bytes ? _mm256_srli_epi16(words, 8) : words;
+    const __m256i u = _mm256_and_si256(words, low);
+    if constexpr (C == Code::nibbles) words = _mm256_srli_epi16(words, 4);
+    return u;
+  }
+  if (n == 0 || BYTES == 1 || n == 2) {
+    bytes = _mm256_and_si256(n ? _mm256_srli_epi16(words, 4) : words, _mm256_set1_epi8(15));
+    if constexpr (C == Code::e2m1) {
+      // Twice the value plus 12: not negative.
+      const __m256i values = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+      bytes = _mm256_shuffle_epi8(values, bytes);
+    }
+  }
+  if constexpr (BYTES == 1) return bytes;
+  return n % 2 ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, low);
+}
+
+// Words of a group, and as many as 16 bits can hold products of: 2 x 15 x 127 or 2 x 24 x 127 for each of two quads.
+template <Code C>
+constexpr int words_of_group(int group) { return group / (C == Code::bytes ? 4 : 8); }
+template <Code C, int BYTES>
+constexpr int joined_words(int words) { return BYTES == 2 ? words : C == Code::e2m1 ? 2 : 4; }
+
+// Sizes of a group of weights of sixteen rows, known early where they can be.
+template <Code C, int GROUP>
+inline int64_t group_weights(const Matrix& m) { return C == Code::e2m1 ? ROWS_PER_PACK * GROUP / 2 : packed_weights(m); }
+template <Code C, int GROUP>
+inline int64_t group_bytes(const Matrix& m) {
+  return C == Code::e2m1 ? ROWS_PER_PACK * GROUP / 2 + ROWS_PER_PACK : packed_group(m);
+}
+
+// Eight sums of a token, from row `first` of a tile on, of which `rows` are wanted.
+template <Code C, int GROUP>
+inline void store_sums(__m256 y, float restore, float* out, int64_t first, int64_t rows) {
+  if constexpr (C == Code::e2m1 && GROUP == 16)
+    y = _mm256_mul_ps(_mm256_mul_ps(y, _mm256_set1_ps(E4M3_RESTORE)), _mm256_set1_ps(restore));
+  if (rows >= first + HALF_PACK) return _mm256_storeu_ps(out + first, y);
+  alignas(32) float lanes[HALF_PACK];
+  _mm256_store_ps(lanes, y);
+  for (int64_t r = first; r < rows; r++) out[r] = lanes[r - first];
+}
+
+// Sixteen rows, of which `rows` are wanted, with T tokens of BYTES bytes a value, where they lie, and GROUP values a scale.
+// AHEAD: asks for the lines of rows to come. The compiler keeps sums in registers only where all loops over them are
+// unrolled.
+template <Code C, int BYTES, int GROUP, int T, bool AHEAD>
+[[gnu::noinline]] void packed_tile(const Matrix& m, const uint8_t* w, const GroupFactors* tokens, float* const* out, int64_t at,
+                                int64_t rows) {
+  constexpr int WORDS = words_of_group<C>(GROUP), JOINED = joined_words<C, BYTES>(WORDS), N = PIECES<C, BYTES>;
+  __m256 sum[T][2];
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++)
 #pragma GCC unroll 2
-    for (int h = 0; h < HALVES; h++) sum[t][h] = _mm256_setzero_ps();
-  const int size = scale_bytes(m), of_scales = HALF_PACK * size;
-  const int64_t weights = C == Code::e2m1 ? ROWS_PER_PACK * GROUP / 2 : packed_weights(m);
-  const int64_t all = C == Code::e2m1 ? weights + ROWS_PER_PACK : packed_group(m);
+    for (int h = 0; h < 2; h++) sum[t][h] = _mm256_setzero_ps();
+  const int64_t of_scales = HALF_PACK * scale_bytes(m);
+  const int64_t weights = group_weights<C, GROUP>(m), all = group_bytes<C, GROUP>(m);
   int64_t g = 0, offset = 0;  // in the activations
   const uint8_t* const end = w + m.width / m.group * all;
   for (; w < end; w += all) {
-    __m256 scale[HALVES], bias[HALVES];
-    const auto read_scales = [&]() __attribute__((always_inline)) {
-      const uint8_t* tail = w + weights + of_scales * half;
-#pragma GCC unroll 2
-      for (int h = 0; h < HALVES; h++, tail += of_scales) {
-        scale[h] = packed_scales<C, GROUP>(m, tail);
-        bias[h] = C == Code::e2m1 ? scale[h] : eight_floats(m.type, tail + 2 * of_scales, 0);
-      }
-    };
-    if (C == Code::nibbles) read_scales();
-    const uint8_t* v = w + 32 * half;
+    const uint8_t* v = w;
     do {
-      __m256i whole[T][HALVES];
-#pragma GCC unroll 8
-      for (int first = 0; first < STEPS; first += WORDS) {
-        __m256i part[T][PLANES][HALVES];
+      __m256i whole[T][2];
 #pragma GCC unroll 4
-        for (int i = first; i < first + WORDS; i++) {
+      for (int first = 0; first < WORDS; first += JOINED) {
+        __m256i part[T][2];
+#pragma GCC unroll 16
+        for (int i = first; i < first + JOINED; i++) {
           if constexpr (AHEAD) _mm_prefetch(reinterpret_cast<const char*>(v + 64 * i + PACKED_AHEAD), _MM_HINT_T0);
+          __m256i words[2], bytes[2], u[2];
 #pragma GCC unroll 2
-          for (int h = 0; h < HALVES; h++) {
-            const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 64 * i + 32 * h));
-            __m256i u[2] = {_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi16(both, 4), low)};
-            if constexpr (C == Code::e2m1)
-              for (auto& n : u) n = _mm256_shuffle_epi8(values, n);
+          for (int h = 0; h < 2; h++)
+            words[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 64 * i + 32 * h));
 #pragma GCC unroll 4
-            for (int t = 0; t < T; t++)
+          for (int n = 0; n < N; n++) {
 #pragma GCC unroll 2
-              for (int p = 0; p < PLANES; p++)
+            for (int h = 0; h < 2; h++) u[h] = next_piece<C, BYTES>(words[h], bytes[h], n);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+              int32_t piece;
+              memcpy(&piece, tokens[t].integers + offset + 4 * (i * N + place<C, BYTES>(n)), 4);
 #pragma GCC unroll 2
-                for (int j = 0; j < 2; j++) {
-                  int32_t four;
-                  memcpy(&four, tokens[t].integers + offset + 4 * ((i * PLANES + p) * 2 + j), 4);
-                  const __m256i y = _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(four));
-                  __m256i& to = part[t][p][h];
-                  to = i == first && j == 0 ? y : _mm256_add_epi16(to, y);
-                  asm("" : "+x"(to));  // the compiler would add in another order, and run out of registers
-                }
+              for (int h = 0; h < 2; h++) {
+                __m256i& to = part[t][h];
+                const __m256i y = BYTES == 2 ? _mm256_madd_epi16(u[h], _mm256_set1_epi32(piece))
+                                             : _mm256_maddubs_epi16(u[h], _mm256_set1_epi32(piece));
+                to = i == first && n == 0 ? y : BYTES == 2 ? _mm256_add_epi32(to, y) : _mm256_add_epi16(to, y);
+                asm("" : "+x"(to));  // the compiler would add in another order, and run out of registers
+              }
+            }
           }
         }
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++)
 #pragma GCC unroll 2
-          for (int h = 0; h < HALVES; h++)
-#pragma GCC unroll 2
-            for (int p = 0; p < PLANES; p++) {
-              const __m256i y = _mm256_madd_epi16(part[t][p][h], weight_of_plane[p]);
-              whole[t][h] = first == 0 && p == 0 ? y : _mm256_add_epi32(whole[t][h], y);
-              asm("" : "+x"(whole[t][h]));
-            }
+          for (int h = 0; h < 2; h++) {
+            const __m256i y = BYTES == 2 ? part[t][h] : _mm256_madd_epi16(part[t][h], _mm256_set1_epi16(1));
+            whole[t][h] = first == 0 ? y : _mm256_add_epi32(whole[t][h], y);
+          }
       }
-      offset += GROUP * PLANES;
-      v += 64 * STEPS;
-      if (C == Code::e2m1) read_scales();  // late, where registers are free
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++)
+      offset += GROUP * BYTES;
+      v += 64 * WORDS;
+      const uint8_t* tail = w + weights;
 #pragma GCC unroll 2
-        for (int h = 0; h < HALVES; h++) {
-          const __m256 factor = _mm256_mul_ps(scale[h], _mm256_set1_ps(tokens[t].factors[g]));
+      for (int h = 0; h < 2; h++, tail += of_scales) {
+        const __m256 scale = packed_scales<C, GROUP>(m, tail);
+        const __m256 bias = C == Code::e2m1 ? scale : eight_floats(m.type, tail + 2 * of_scales, 0);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+          const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(tokens[t].factors[g]));
           sum[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[t][h]), factor, sum[t][h]);
-          sum[t][h] = _mm256_fmadd_ps(bias[h], _mm256_set1_ps(tokens[t].offsets[g]), sum[t][h]);
+          sum[t][h] = _mm256_fmadd_ps(bias, _mm256_set1_ps(tokens[t].offsets[g]), sum[t][h]);
         }
+      }
       g++;
-    } while (C == Code::nibbles && v < w + weights);
+    } while (C != Code::e2m1 && v < w + weights);
   }
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++)
 #pragma GCC unroll 2
-    for (int h = 0; h < HALVES; h++) {
-      const int64_t first = (half + h) * HALF_PACK;
-      __m256 y = sum[t][h];
-      if constexpr (C == Code::e2m1 && GROUP == 16)
-        y = _mm256_mul_ps(_mm256_mul_ps(y, _mm256_set1_ps(E4M3_RESTORE)), _mm256_set1_ps(tokens[t].restore));
-      if (rows >= first + HALF_PACK) {
-        _mm256_storeu_ps(out[t] + at + first, y);
-        continue;
-      }
-      alignas(32) float lanes[HALF_PACK];
-      _mm256_store_ps(lanes, y);
-      for (int64_t r = first; r < rows; r++) out[t][at + r] = lanes[r - first];
-    }
+    for (int h = 0; h < 2; h++)
+      if (rows > h * HALF_PACK) store_sums<C, GROUP>(sum[t][h], tokens[t].restore, out[t] + at, h * HALF_PACK, rows);
 }
 
 // The values of e2m1 are doubled and 12 more than they are: half of the scale, and minus 12 of such halves. For nvfp4 all
@@ -164,7 +196,7 @@ inline void fold_offsets(GroupFactors& token, bool small_scales, int64_t groups,
   token.offsets = offsets;
 }
 
-template <Code C, int PLANES, int GROUP>
+template <Code C, int BYTES, int GROUP>
 void packed_tiles(const Matrix& m, int64_t begin, int64_t end, const Activations& a, const int32_t* tokens,
                   int count, float* const* out, float* scratch) {
   const int64_t bytes = bytes_of(a.layout, m.width), groups = groups_of(a.layout, m.width);
@@ -174,60 +206,59 @@ void packed_tiles(const Matrix& m, int64_t begin, int64_t end, const Activations
     if (C == Code::e2m1)
       fold_offsets(of[j], GROUP == 16, groups, scratch + 2 * j * groups, scratch + (2 * j + 1) * groups);
   }
-  for (int64_t row = begin; row < end; row += ROWS_PER_PACK) {
-    const uint8_t* w = m.weight + row * m.weight_stride;
-    const int64_t rows = end - row < ROWS_PER_PACK ? end - row : ROWS_PER_PACK;
-    for_token_tiles(count, [&](int j, auto size) {
-      // The sums of one token and sixteen rows stay in registers, or those of four tokens and eight.
-      constexpr int HALVES = size() == 1 ? 2 : 1;
-      const auto first = j == 0 ? packed_tile<C, PLANES, GROUP, size(), HALVES, true>
-                                : packed_tile<C, PLANES, GROUP, size(), HALVES, false>;
-      first(m, w, of + j, out + j, row - begin, rows, 0);
-      if constexpr (HALVES == 1)
-        packed_tile<C, PLANES, GROUP, size(), 1, false>(m, w, of + j, out + j, row - begin, rows, 1);
-    });
-  }
+  const int tiles = (count + TILE_TOKENS - 1) / TILE_TOKENS;
+  for (int64_t row = begin; row < end; row += ROWS_PER_PACK)
+    for (int i = 0, j = 0; i < tiles; i++) {
+      const int some = (count - j + tiles - i - 1) / (tiles - i);  // tiles of about the same size
+      const auto run = [&](auto size) {
+        const auto tile = i == 0 ? packed_tile<C, BYTES, GROUP, size(), true> : packed_tile<C, BYTES, GROUP, size(), false>;
+        tile(m, m.weight + row * m.weight_stride, of + j, out + j, row - begin, end - row);
+      };
+      switch (some) {
+        case 1: run(std::integral_constant<int, 1>()); break;
+        case 2: run(std::integral_constant<int, 2>()); break;
+        case 3: run(std::integral_constant<int, 3>()); break;
+        default: run(std::integral_constant<int, TILE_TOKENS>()); break;
+      }
+      j += some;
+    }
 }
 
 int64_t packed_scratch(const Matrix& m, Layout l) { return is_e2m1(m) ? 2 * TOKENS * groups_of(l, m.width) : 0; }
 
 void multiply_packed(const Matrix& m, int64_t first, int64_t last, const Activations& a, const int32_t* tokens,
                      int count, float* const* out, float* scratch) {
-  const bool one = m.activations == 8, small = a.layout.group == 32;
+  const bool one = a.layout.interleave == Interleave::int8_quads_even, small = a.layout.group == 32;
   using enum Code;
   const auto run = m.format == Format::nvfp4   ? (one ? packed_tiles<e2m1, 1, 16> : packed_tiles<e2m1, 2, 16>)
                    : m.format == Format::mxfp4 ? (one ? packed_tiles<e2m1, 1, 32> : packed_tiles<e2m1, 2, 32>)
+                   : m.bits == 8               ? (small ? packed_tiles<bytes, 2, 32> : packed_tiles<bytes, 2, 64>)
                    : one                       ? packed_tiles<nibbles, 1, 32>
                    : small                     ? packed_tiles<nibbles, 2, 32>
                                                : packed_tiles<nibbles, 2, 64>;
   run(m, first, last, a, tokens, count, out, scratch);
 }
 
-// So that the upper byte of the rounded sum stays a signed byte: 127 * 256 + 127.
-constexpr float MAX_QUANTIZED = 32639.f;
-
 // One token's values for a packed matrix.
 void prepare_packed(Layout l, int64_t width, const float* x, uint8_t* to, float* scales, float* sums) {
-  const bool one = l.interleave == Interleave::int8_quads_even;
+  const bool one = l.interleave == Interleave::int8_quads_even, quads = l.interleave == Interleave::int16_pairs4;
   const int64_t groups = width / l.group;
   for (int64_t g = 0; g < groups; g++, x += l.group) {
-    const GroupScale of(largest_bits(x, l.group), one ? 127.f : MAX_QUANTIZED);
+    const GroupScale of(largest_bits(x, l.group), one ? 127.f : 32767.f);
     __m256i sum = _mm256_setzero_si256();
     for (int i = 0; i < l.group; i += 8, to += one ? 8 : 16) {
       const __m256i q = of.finite ? _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(of.inverse)))
                                   : _mm256_setzero_si256();
       sum = _mm256_add_epi32(sum, q);
-      const __m256i upper = one ? q : _mm256_srai_epi32(_mm256_add_epi32(q, _mm256_set1_epi32(128)), 8);
-      const __m256i lower = _mm256_sub_epi32(q, _mm256_slli_epi32(upper, 8));
-      const __m256i words = _mm256_packs_epi32(upper, lower), all = _mm256_packs_epi16(words, words);
-      // Of values 0 to 3, the upper bytes and the lower; the same of values 4 to 7.
-      const __m128i b = _mm_unpacklo_epi64(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-      const __m128i places = _mm_setr_epi8(0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15);
-      const __m128i dealt = _mm_shuffle_epi8(b, places);
-      if (one)
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), dealt);
-      else
+      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+      if (one) {
+        const __m128i places = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 0, 2, 4, 6, 1, 3, 5, 7);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm_packs_epi16(words, words), places));
+      } else {
+        const __m128i dealt = quads ? _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8)
+                                    : _mm_unpacklo_epi16(words, _mm_srli_si128(words, 8));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), dealt);
+      }
     }
     alignas(32) int32_t lanes[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
