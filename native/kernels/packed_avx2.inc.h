@@ -97,8 +97,8 @@ inline void store_sums(__m256 y, float restore, float* out, int64_t first, int64
 // AHEAD: asks for the lines of rows to come. The compiler keeps sums in registers only where all loops over them are
 // unrolled.
 template <Code C, int BYTES, int GROUP, int T, bool AHEAD>
-[[gnu::noinline]] void packed_tile(const Matrix& m, const uint8_t* w, const GroupFactors* tokens, float* const* out, int64_t at,
-                                int64_t rows) {
+[[gnu::noinline]] void packed_tile(const Matrix& m, const uint8_t* w, const GroupFactors* tokens, float* const* out,
+                                   int64_t at, int64_t rows) {
   constexpr int WORDS = words_of_group<C>(GROUP), JOINED = joined_words<C, BYTES>(WORDS), N = PIECES<C, BYTES>;
   __m256 sum[T][2];
 #pragma GCC unroll 4
