@@ -1,6 +1,7 @@
 """Damaged checkpoints are rejected with a reason; a rank reads and holds only its own bytes."""
 
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import psutil
 import pytest
 from mlx.utils import tree_flatten
@@ -17,10 +19,15 @@ from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.demo.run import DEMO_MODEL_DIR as DEMO
 from cenacle.errors import CheckpointError, PlanError
+from cenacle.model import architecture
 from cenacle.model.checkpoint import Checkpoint, locate_checkpoint
 from cenacle.model.loader import (
+    _CHUNK_WORDS,
+    _is_finite,
+    _own_parameters,
     build_model,
     load_rank_model,
+    open_rank_model,
 )
 from cenacle.model.spec_reader import read_model_spec
 
@@ -290,6 +297,33 @@ def test_progress_counts_the_plans_bytes():
         total = plan.bytes_of(rank)["total"]
         assert told[-1] == (total, total)
         assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_a_model_is_read_module_by_module():
+    checkpoint = Checkpoint.open(MIXTRAL)
+    plan = Plan.whole(read_model_spec(checkpoint), 1)
+    told = []
+    with open_rank_model(checkpoint, plan, 0, lambda *now: told.append(now)) as (model, reader):
+        parameters = dict(architecture.named_parameters(model))
+        assert sum(1 for m in model.modules() for _ in _own_parameters(m)) == len(parameters)
+        assert told == []
+        reader.read(model.lm_head)
+        reader.read(model.lm_head)  # counted once
+        assert {done for done, _ in told} == {model.lm_head.weight.nbytes}
+        del model.lm_head  # taken away meanwhile, as a packed layer's weights are
+    total = plan.bytes_of(0)["total"]
+    assert told[-1] == (total, total)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("value", [1.0, math.inf, -math.inf, math.nan, 0.0])
+def test_scales_are_numbers(dtype, value):
+    scales = mx.full((3, _CHUNK_WORDS // 2), -mx.finfo(dtype).max, dtype)
+    scales[2, -1] = value
+    for array in (scales, scales.T):
+        expected = bool(mx.all(mx.isfinite(array)).item())
+        assert _is_finite(nn.Module(), "scales", array) is expected
+    assert _is_finite(nn.Module(), "weight", scales)
 
 
 # Bytes

@@ -32,6 +32,9 @@ from .request_caches import install_request_attention
 from .step_timer import StepTimer
 from .tensor_parallel import shard_dense, zero_bias
 
+Read = Callable[[nn.Module], None]
+"""Brings a module's own parameters into memory; see `loader.WeightReader`."""
+
 
 def reference_experts(
     experts: nn.Module, x: mx.array, ids: mx.array, held: Sequence[int]
@@ -184,15 +187,25 @@ class NativeExperts(LocalExperts):
     """
 
     @classmethod
-    def supports(cls, experts: nn.Module) -> bool:
-        """Whether the kernels support these experts' matrices and activation."""
+    def supports(cls, experts: nn.Module, read: Read = lambda _: None) -> bool:
+        """Whether the kernels support these experts' matrices and activation.
+
+        Args:
+            read: called with each layer before its weights are used.
+        """
         known = type(experts) in (SwitchGLU, SwitchMLP)
         if not known or native_layers.activation_code(experts) is None:
             return False
         children = experts.children()
         linears = [children[n] for n in STACKED_LAYERS if n in children]
         plain = len(children) == len(linears) + ("activation" in children)
-        return plain and None not in map(native_layers.native_weights, linears)
+        if not plain:
+            return False
+        for linear in linears:
+            read(linear)
+            if native_layers.native_weights(linear) is None:
+                return False
+        return True
 
     def __init__(
         self,
@@ -216,7 +229,6 @@ class NativeExperts(LocalExperts):
         if replicas is not None:
             assigner = extension.ReplicaAssigner(replicas.ranks_of, replicas.speeds, replicas.rank)
         self._stack = extension.Stack(inputs, down, self._row_of, *act, assigner)
-        extension.trim()
 
     def compute(self, x: mx.array, ids: mx.array) -> mx.array:
         """See `LocalExperts`."""
@@ -332,6 +344,7 @@ def parallelize(
     collective: Collective,
     timer: StepTimer,
     kernels: str = "auto",
+    read: Read = lambda _: None,
 ) -> None:
     """Replace the MoE blocks of a loaded model by expert-parallel ones, in place.
 
@@ -343,6 +356,7 @@ def parallelize(
             activations (16 bits inside quantized layers); "mlx": none; "auto": native on a CPU
             that has the extension. Norms, rotary positions and attention of this process's models
             are those of the last call (see `native_layers.install_operations`).
+        read: called with each layer before the native kernels take its weights.
 
     Raises:
         InputError: "native" cannot be used here.
@@ -359,23 +373,29 @@ def parallelize(
     native_layers.install_operations(use_native)
     for block, layer in zip(architecture.find_blocks(model), plan.layers, strict=True):
         _zero_biases_of_others(block, layer, family, rank)
-        experts = _local_experts(block, layer, plan, rank, timer, use_native)
+        experts = _local_experts(block, layer, plan, rank, timer, use_native, read)
         block.module[block.experts_name] = experts
         inside = block.all_reduces_inside(family)
         parallel = ExpertParallel(block.module, experts.routing, collective, timer, family, inside)
         architecture.replace_module(model, block.path, parallel)
     shard_dense(model, plan, collective, timer)
     if use_native:
-        native_layers.install_native_layers(model, keep=(LoopedGatherLinear,))
+        native_layers.install_native_layers(model, (LoopedGatherLinear,), read)
         native_blocks.install_native_blocks(model)
 
 
 def _local_experts(
-    block: MoEBlock, layer: LayerPlan, plan: Plan, rank: int, timer: StepTimer, use_native: bool
+    block: MoEBlock,
+    layer: LayerPlan,
+    plan: Plan,
+    rank: int,
+    timer: StepTimer,
+    use_native: bool,
+    read: Read,
 ) -> LocalExperts:
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     kind: type[LocalExperts] = CompactedExperts if on_cpu else MaskedExperts
-    if use_native and NativeExperts.supports(block.experts):
+    if use_native and NativeExperts.supports(block.experts, read):
         kind = NativeExperts
     elif on_cpu:
         _replace_ungatherable_linears(block)

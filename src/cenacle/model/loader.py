@@ -15,6 +15,7 @@ Next: `expert_parallel.py` wraps the loaded blocks.
 from __future__ import annotations
 
 import glob
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +24,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from .. import native
@@ -227,42 +230,137 @@ def load_rank_model(checkpoint: Checkpoint, plan: Plan, rank: int, progress: Pro
     Raises:
         CheckpointError, PlanError: see `build_model`; or a file could not be read to its end.
     """
-    # A buffer kept for reuse would count twice: the tensors read and the model made of them.
-    limit = mx.set_cache_limit(0)
-    try:
-        model = build_model(checkpoint, plan, rank)
-        require_checks(checkpoint, model)
-        parameters = dict(architecture.named_parameters(model))
-        total, done = sum(a.nbytes for a in parameters.values()), 0
-        trimmer = _Trimmer()
-        for name, array in parameters.items():
-            mx.eval(array)
-            if not _is_finite(model, name, array):
-                raise CheckpointError(
-                    f"{checkpoint.folder}: {name}: a scale is not a number; download it again"
-                )
-            done += array.nbytes
-            trimmer.add(array.nbytes)
-            progress(done, total)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: reading the weights failed: {error}"
-        ) from error
-    finally:
-        mx.set_cache_limit(limit)
-    return model
+    with open_rank_model(checkpoint, plan, rank, progress) as (model, _):
+        return model
 
 
-def _is_finite(model: nn.Module, name: str, array: mx.array) -> bool:
+@contextmanager
+def open_rank_model(
+    checkpoint: Checkpoint, plan: Plan, rank: int, progress: Progress
+) -> Iterator[tuple[nn.Module, WeightReader]]:
+    """As `load_rank_model`, but whole tensors are read when the reader is asked for them, or when
+    the `with` block ends: so a layer's weights can be packed, and freed, before the next are read.
+
+    Raises:
+        CheckpointError, PlanError: as `load_rank_model`, also at the block's end.
+    """
+    with _BUFFER_CACHE.disabled():
+        try:
+            model = build_model(checkpoint, plan, rank)
+            require_checks(checkpoint, model)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: reading the weights failed: {error}"
+            ) from error
+        reader = WeightReader(checkpoint, model, progress)
+        yield model, reader
+        reader.read_all()
+        native.trim()
+
+
+class WeightReader:
+    """Reads the weights of a model that was built lazily, layer by layer.
+
+    Args:
+        checkpoint: the model's.
+        model: as `build_model` gives it.
+        progress: told how far it is.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, progress: Progress) -> None:
+        self._folder, self._progress = checkpoint.folder, progress
+        self._total = sum(a.nbytes for _, a in architecture.named_parameters(model))
+        self._done, self._trimmer = 0, _Trimmer()
+        self._left = {id(module): (path, module) for path, module in model.named_modules()}
+
+    def read(self, module: nn.Module) -> None:
+        """Read a module's own parameters, not those of modules inside it.
+
+        Raises:
+            CheckpointError: a file could not be read to its end, or a scale is not a number.
+        """
+        path, is_new = "", True
+        if id(module) in self._left:
+            (path, _), is_new = self._left.pop(id(module)), False
+        try:
+            for name, array in _own_parameters(module):
+                mx.eval(array)
+                if not _is_finite(module, name, array):
+                    raise CheckpointError(
+                        f"{self._folder}: {path}.{name}: a scale is not a number; download it again"
+                    )
+                self._trimmer.add(array.nbytes)
+                if not is_new:
+                    self._done += array.nbytes
+                    self._progress(self._done, self._total)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self._folder}: reading the weights failed: {error}") from error
+
+    def read_all(self) -> None:
+        """Read what has not been read yet; raises as `read`."""
+        for _, module in list(self._left.values()):
+            self.read(module)
+
+
+class _BufferCache:
+    """MLX's freed buffers: kept for reuse, they would count twice while a model is loaded, as the
+    tensors read and as the model made of them. Several threads may load models at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._loading, self._limit = threading.Lock(), 0, 0
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        with self._lock:
+            self._loading += 1
+            if self._loading == 1:
+                self._limit = mx.set_cache_limit(0)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._loading -= 1
+                if not self._loading:
+                    mx.set_cache_limit(self._limit)
+
+
+_BUFFER_CACHE = _BufferCache()
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """As `module.parameters()`, without those of modules inside it."""
+    own = {name: value for name, value in module.items() if not name.startswith("_")}
+    leaves: Any = tree_flatten(own, is_leaf=lambda value: isinstance(value, nn.Module))
+    for name, value in leaves:
+        if isinstance(value, mx.array):
+            yield name, value
+
+
+def _is_finite(module: nn.Module, name: str, array: mx.array) -> bool:
     """Whether scales and biases of a quantized layer are numbers; other parameters are believed."""
-    path, _, leaf = name.rpartition(".")
-    if leaf not in ("scales", "biases") or not array.size:
+    if name not in ("scales", "biases") or not array.size:
         return True
-    if array.dtype != mx.uint8:
+    if array.dtype == mx.uint8:
+        nan = 0x7F if getattr(module, "mode", "") == "nvfp4" else 0xFF
+        return bool(mx.all((array & nan) != nan).item())
+    if array.dtype not in _EXPONENTS:
         return bool(mx.all(mx.isfinite(array)).item())
-    mode = getattr(architecture.get_module(model, path), "mode", "")
-    nan = 0x7F if mode == "nvfp4" else 0xFF
-    return bool(mx.all((array & nan) != nan).item())
+    # NumPy needs a tenth of the time of `mx.isfinite`, which composes it of small operations.
+    bits, exponent = _EXPONENTS[array.dtype]
+    words = np.asarray(mx.contiguous(array).view(bits)).reshape(-1)
+    return all(
+        int((words[i : i + _CHUNK_WORDS] & exponent).max()) < exponent
+        for i in range(0, words.size, _CHUNK_WORDS)
+    )
+
+
+# The bits of the exponent, which are all set in infinities and NaN.
+_EXPONENTS: dict[mx.Dtype, tuple[mx.Dtype, int]] = {
+    mx.bfloat16: (mx.uint16, 0x7F80),
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.float32: (mx.uint32, 0x7F800000),
+}
+_CHUNK_WORDS = 1 << 18  # of which the copy without the other bits stays in the cache
 
 
 def require_checks(checkpoint: Checkpoint, model: nn.Module) -> None:

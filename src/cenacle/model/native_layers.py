@@ -12,6 +12,7 @@ Next: `expert_parallel.NativeExperts`, the experts; `native/primitives/`, what i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -176,11 +177,16 @@ def install_operations(use_native: bool) -> None:
     gear._softcap_attention = native.extension().attend_capped if use_native else _SOFTCAP
 
 
-def install_native_layers(model: nn.Module, keep: tuple[type[nn.Module], ...] = ()) -> None:
+def install_native_layers(
+    model: nn.Module,
+    keep: tuple[type[nn.Module], ...] = (),
+    read: Callable[[nn.Module], None] = lambda _: None,
+) -> None:
     """Make a loaded model compute natively where it can, in place; experts are left alone.
 
     Args:
         keep: layers that stay as they are, whatever their types.
+        read: called with each layer before its weights are used.
     """
     extension = native.extension()
     installed: set[int] = set()
@@ -188,6 +194,7 @@ def install_native_layers(model: nn.Module, keep: tuple[type[nn.Module], ...] = 
         kind = _NATIVE.get(type(layer))
         if kind is None or id(layer) in installed:
             continue
+        read(layer)
         if native_weights(layer) is None:
             continue
         layer._linear, layer._embed = extension.linear, extension.embed

@@ -277,7 +277,7 @@ class _Worker:
         from ..model.families import family_of
         from ..model.format_notices import describe_formats
         from ..model.kv_dtype import install_kv_dtype
-        from ..model.loader import load_rank_model
+        from ..model.loader import open_rank_model
         from ..model.native_layers import is_supported
         from ..model.step_timer import StepTimer
         from ..text.tokenizer import ChatTokenizer
@@ -286,13 +286,20 @@ class _Worker:
         self._wire_memory()
         native.set_activations(order.activations)
         timer = StepTimer()
-        model = load_rank_model(self._checkpoint, self._plan, rank, self._report_progress)
-        checksums = weight_checksums(model) if order.checksums else None
-        family = self._plan.spec.family
-        with self._blame_checkpoint():
-            parallelize(model, family, self._plan, self._collective, timer, order.kernels)
-            if order.kernels != "mlx" and is_supported():
-                install_kv_dtype(model, self._options.kept_dtype(self._plan.spec.dtype))
+        checksums, family = None, self._plan.spec.family
+        with open_rank_model(self._checkpoint, self._plan, rank, self._report_progress) as (
+            model,
+            reader,
+        ):
+            if order.checksums:
+                reader.read_all()
+                checksums = weight_checksums(model)
+            with self._blame_checkpoint():
+                parallelize(
+                    model, family, self._plan, self._collective, timer, order.kernels, reader.read
+                )
+                if order.kernels != "mlx" and is_supported():
+                    install_kv_dtype(model, self._options.kept_dtype(self._plan.spec.dtype))
         vision = self._load_tower(model) if self._plan.spec.tower_bytes else None
         drafter = self._load_drafter(model)
         gc.collect()

@@ -231,8 +231,8 @@ def load_draft_model(checkpoint: Checkpoint, kernels: str) -> nn.Module:
     if not _is_dense(checkpoint):
         spec = read_model_spec(checkpoint)
         plan = Plan.whole(spec, 1)
-        model = loader.load_rank_model(checkpoint, plan, 0, lambda *_: None)
-        parallelize(model, spec.family, plan, SingleRank(), StepTimer(), kernels)
+        with loader.open_rank_model(checkpoint, plan, 0, lambda *_: None) as (model, reader):
+            parallelize(model, spec.family, plan, SingleRank(), StepTimer(), kernels, reader.read)
         return model
     try:
         model = loader.build_dense_model(checkpoint, is_read=True)
