@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from cenacle.cli.main import app
+from cenacle.cli.main import make_app
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """\
@@ -38,7 +38,7 @@ goes away (`| head`) ends it silently with 141.
 
 def render_page() -> str:
     """The whole page as Markdown."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(make_app())
     context = typer.Context(root, info_name="cenacle")
     commands = list(find_commands(root, context, "cenacle"))
     overview = ["| Command | |", "| --- | --- |"]

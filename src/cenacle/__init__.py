@@ -5,7 +5,6 @@
 """
 
 import os
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from . import import_hooks
@@ -20,14 +19,13 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
     from .api import Chunk, Completion, Model, load
     from .runtime import inspect
 
 # Nothing is reported to anybody: huggingface_hub would tell its makers what is used.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import_hooks.install()
-
-__version__ = metadata.version("cenacle")
 
 __all__ = [
     "Busy",
@@ -55,4 +53,8 @@ def __getattr__(name: str) -> Any:
         from .runtime import inspect
 
         return inspect
+    if name == "__version__":
+        from importlib import metadata  # it takes a tenth of a process's start
+
+        return metadata.version("cenacle")
     raise AttributeError(f"module 'cenacle' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Imports mlx-lm without transformers, which only tokenizers need.
 
-Owns: a stand-in for transformers in a process that may never tokenize.
+Owns: a stand-in for transformers in a process that may never tokenize; importing its renderer of
+chat templates alone.
 Does not know: tokenizers, ranks.
 Invariant: what needs more than the names that mlx-lm imports gets the real package.
 The import takes a second of processor time, more than all else that a rank imports.
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 PACKAGE = "transformers"
 USER = "mlx_lm.tokenizer_utils"
+RENDERER = f"{PACKAGE}.utils.chat_template_utils"
 # What mlx-lm imports at its top: classes to derive from, to register and to compare with.
 NAMES = {
     PACKAGE: ("AutoTokenizer", "PreTrainedTokenizer", "PreTrainedTokenizerFast"),
@@ -52,6 +56,28 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         load()
         return PathFinder.find_spec(name, sys.modules[PACKAGE].__path__, target)
+
+
+def import_renderer() -> Any:
+    """transformers' `render_jinja_template`, without the rest of the package if that is possible.
+
+    For a process that needs nothing else of it: a third of the time, and the rest cannot be
+    imported afterwards. Where transformers is there already, that one's.
+    """
+    load()
+    spec = importlib.util.find_spec(PACKAGE) if PACKAGE not in sys.modules else None
+    bare = (PACKAGE, f"{PACKAGE}.utils")
+    if spec is not None and spec.origin is not None:
+        for name in bare:
+            module = ModuleType(name)  # in place of its `__init__.py`, which imports everything
+            module.__path__ = [str(Path(spec.origin).parent.joinpath(*name.split(".")[1:]))]
+            sys.modules[name] = module
+        try:
+            return importlib.import_module(RENDERER).render_jinja_template
+        except (ImportError, AttributeError):  # of another version: it needs more
+            for name in [n for n in sys.modules if n.split(".")[0] == PACKAGE]:
+                del sys.modules[name]
+    return importlib.import_module(RENDERER).render_jinja_template
 
 
 def defer() -> None:

@@ -1,6 +1,7 @@
 """What other packages do when they are imported, made harmless or quicker.
 
-Owns: keeping mlx-lm from changing the limit of open files; a quicker search in transformers.
+Owns: keeping mlx-lm from changing the limit of open files, and from importing what downloads; a
+quicker search in transformers.
 Does not know: who imports them.
 Invariant: importing mlx-lm leaves the limit as it was. It would set it to 2,048, and the most
 that it can be raised to to 4,096, and fail where less is allowed. transformers finds the same
@@ -9,13 +10,19 @@ names as without the hook.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
+
+SEARCH = "create_import_structure_from_path"
+HUB, DOWNLOAD = "huggingface_hub", "snapshot_download"
 
 
 @contextmanager
@@ -23,15 +30,39 @@ def _keep_file_limit(_: ModuleType) -> Iterator[None]:
     original = resource.setrlimit
     resource.setrlimit = lambda *_: None
     try:
-        yield
+        with _download_later():
+            yield
     finally:
         resource.setrlimit = original
 
 
 @contextmanager
+def _download_later() -> Iterator[None]:
+    """mlx-lm downloads with huggingface_hub, whose HTTP client takes 0.2 s to import; so it is
+    imported by the first download."""
+    names = vars(importlib.import_module(HUB))
+    is_new = DOWNLOAD not in names
+    names.setdefault(DOWNLOAD, _download)
+    try:
+        yield
+    finally:
+        if is_new:
+            del names[DOWNLOAD]
+
+
+def _download(*arguments: Any, **options: Any) -> Any:
+    return getattr(importlib.import_module(HUB), DOWNLOAD)(*arguments, **options)
+
+
+@contextmanager
 def _search_from_the_end(module: ModuleType) -> Iterator[None]:
-    """transformers looks for the last `__all__` of 1,700 files line by line, half of its import."""
+    """transformers looks for the last `__all__` of 1,700 files line by line, half of its import;
+    and does so twice, because the 128 folders that it remembers are a third of all."""
     yield
+    names = vars(module)
+    search = getattr(names.get(SEARCH), "__wrapped__", None)
+    if search is not None:
+        names[SEARCH] = cache(search)
     find_names = getattr(module, "fetch__all__", None)
     if find_names is not None:
         vars(module)["fetch__all__"] = lambda text: find_names(text[text.rfind("\n__all__") + 1 :])

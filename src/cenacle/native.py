@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from importlib.metadata import version
 from types import ModuleType
 
 import mlx.core  # noqa: F401  first: the extension takes and gives its arrays
@@ -25,7 +24,7 @@ def _import() -> tuple[ModuleType | None, str]:
         extension = import_module("cenacle._native")
     except ImportError as error:
         return None, f"the native kernels were not built for this machine ({error})"
-    mlx_version = version("mlx")
+    mlx_version = import_module("mlx.core").__version__
     if extension.mlx_version != mlx_version:
         return None, (
             f"the native kernels were built with MLX {extension.mlx_version}, this is MLX "

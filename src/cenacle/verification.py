@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .cluster import node_info
 from .cluster.link_probe import Link
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
@@ -328,6 +327,8 @@ class Verification:
         Raises:
             ClusterError: a link is not what it should be.
         """
+        from .cluster import node_info  # its messages take long to import
+
         nodes = formed.group.members if formed is not None else ()
         self._names = [node.name for node in nodes] or [f"rank {r}" for r in range(plan.nodes)]
         self._record_name = f"{node_info.checkpoint_digest(checkpoint.folder.resolve())[:32]}.json"

@@ -13,7 +13,7 @@ from cenacle.planning.routing_stats import RoutingTrace
 
 
 def test_a_recording_of_the_demo_model(tmp_path):
-    from cenacle.cli.main import app
+    from cenacle.cli.main import make_app
 
     (tmp_path / "questions.txt").write_text("What is 12 + 30?\n\nSpell otter backwards.\n")
     out = tmp_path / "trace.npz"
@@ -25,7 +25,7 @@ def test_a_recording_of_the_demo_model(tmp_path):
         str(tmp_path / "questions.txt"),
     ]
     arguments += ["--out", str(out), "--max-tokens", "12", "--replicas", "1", "--json"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(make_app(), arguments, catch_exceptions=False)
     data = json.loads(result.output.splitlines()[-1])
     trace = RoutingTrace.load(out)
     assert trace.ids.shape[0] == 4
@@ -48,7 +48,7 @@ def test_a_recording_of_the_demo_model(tmp_path):
         str(out),
     ]
     saved = tmp_path / "plan.json"
-    result = CliRunner().invoke(app, [*plan, "--save", str(saved)], catch_exceptions=False)
+    result = CliRunner().invoke(make_app(), [*plan, "--save", str(saved)], catch_exceptions=False)
     assert result.exit_code == 0
     assert saved.exists()
 

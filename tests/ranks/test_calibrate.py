@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from cenacle.calibration import calibrate
 from cenacle.calibration.calibrate import Calibration, Kernel, Measured
-from cenacle.cli.main import app
+from cenacle.cli.main import make_app
 from cenacle.errors import InputError
 from cenacle.planning import catalog
 
@@ -13,7 +13,7 @@ from cenacle.planning import catalog
 def test_two_nodes_of_this_machine_become_a_machine_and_a_link(tmp_path, monkeypatch):
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
     command = ["calibrate", "--quick", "--nodes", "2"]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    done = CliRunner().invoke(make_app(), command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "catalog" / "this.toml").exists()
     known = catalog.load_catalog()
@@ -34,7 +34,7 @@ def test_the_result_is_written_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "calibrate", lambda *_: result)
     file = tmp_path / "new" / "shed.toml"
     command = ["calibrate", "--name", "shed", "--out", str(file)]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    done = CliRunner().invoke(make_app(), command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert str(file) in done.output
     assert catalog.load_catalog([file]).machine("shed")["bandwidth_gb_s"] == 10

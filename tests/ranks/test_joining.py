@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cenacle
-from cenacle.cli.main import app
+from cenacle.cli.main import make_app
 from cenacle.cluster import client, membership, messages, node_info, service_unit
 from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import pair_with_head, query_head
@@ -748,10 +748,10 @@ def test_every_node_is_diagnosed_by_its_own_agent(tmp_path, monkeypatch):
             folder.parent.mkdir()
             shutil.copytree(tmp_path / "n", folder)
             monkeypatch.setenv("CENACLE_HOME", str(folder.parent))
-            shown = CliRunner().invoke(app, ["doctor", "--cluster", "--json"])
+            shown = CliRunner().invoke(make_app(), ["doctor", "--cluster", "--json"])
             assert shown.exit_code == 1, "one machine is not there"
             assert set(json.loads(shown.stdout)["nodes"]) == set(said)
-            shown = CliRunner().invoke(app, ["doctor", "--cluster"])
+            shown = CliRunner().invoke(make_app(), ["doctor", "--cluster"])
             assert "absent\n" in shown.stdout
             assert "has not connected yet" in shown.stdout
     finally:

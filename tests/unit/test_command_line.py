@@ -7,6 +7,8 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +40,7 @@ def run_cenacle(*arguments, **environment):
 
 
 def all_commands():
-    root = typer.main.get_command(main.app)
+    root = typer.main.get_command(main.make_app())
     context = typer.Context(root, info_name="cenacle")
     return dict(PAGE["find_commands"](root, context, "cenacle"))
 
@@ -50,7 +52,7 @@ def test_the_page_of_the_command_line_is_current():
 
 @pytest.mark.parametrize("name", all_commands())
 def test_every_command_has_a_summary_and_an_example(name):
-    help_text = CliRunner().invoke(main.app, [*name.split()[1:], "--help"]).output
+    help_text = CliRunner().invoke(main.make_app(), [*name.split()[1:], "--help"]).output
     assert f"Example: {name}" in " ".join(help_text.split())
     for param in all_commands()[name].params:
         assert param.help, param.name
@@ -73,6 +75,19 @@ def test_help_and_version_import_nothing_heavy(arguments, by_typer):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == f"0 {by_typer}", done.stderr
+
+
+def test_a_command_needs_its_own_module_only():
+    for module, names in main.COMMANDS.items():
+        for name in names:
+            (group,) = main.make_app(name).registered_groups
+            assert group.typer_instance is import_module(f"cenacle.cli.{module}").app
+    found = typer.main.get_command(main.make_app()).commands
+    assert sorted(found) == sorted(chain(*main.COMMANDS.values()))
+    for module, names in main.COMMANDS.items():
+        if module not in main.GROUPS:
+            group = typer.main.get_group(import_module(f"cenacle.cli.{module}").app)
+            assert tuple(group.commands) == names
 
 
 def test_the_version_is_printed():
@@ -139,7 +154,7 @@ def test_the_csv_columns_in_the_help_of_validate_are_those_that_are_read():
 
 
 def test_load_options_have_the_names_and_defaults_of_the_python_interface():
-    from cenacle.runtime import LoadOptions
+    from cenacle.load_options import LoadOptions
 
     python = {field.name: field.default for field in fields(LoadOptions)}
     keywords = ServingArguments(nodes=1).to_keywords()

@@ -48,3 +48,36 @@ def test_transformers_is_imported_when_it_is_needed(code):
         [sys.executable, "-W", "ignore", "-c", BEGIN + code], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+RENDER = f"""
+import sys
+from cenacle import deferred_transformers
+{{before}}
+render = deferred_transformers.import_renderer()
+from pathlib import Path
+template = (Path({str(DEMO)!r}) / "chat_template.jinja").read_text()
+messages = [{{{{"role": "user", "content": "12 + 30"}}}}]
+print(render(conversations=[messages], chat_template=template, add_generation_prompt=True)[0])
+print("transformers.utils.generic" in sys.modules)
+"""
+
+
+def test_chats_are_rendered_without_the_rest_of_transformers():
+    outputs = []
+    # A version whose renderer needs the rest.
+    again = (
+        "import importlib\nreal = importlib.import_module\n"
+        "def fail_once(name):\n"
+        "    importlib.import_module = real\n"
+        "    raise ImportError(name)\n"
+        "importlib.import_module = fail_once"
+    )
+    for before in ("", again, "import transformers", "deferred_transformers.defer()"):
+        program = [sys.executable, "-W", "ignore", "-c", RENDER.format(before=before)]
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.splitlines())
+    assert "12 + 30" in outputs[0][0]
+    assert all(lines[:-1] == outputs[0][:-1] for lines in outputs)
+    assert [lines[-1] for lines in outputs] == ["False", "True", "True", "True"]

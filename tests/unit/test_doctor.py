@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.cli.main import app
+from cenacle.cli.main import make_app
 from cenacle.cluster import doctor
 from cenacle.cluster.doctor import HostFacts, examine
 
@@ -324,15 +324,15 @@ def test_a_head_that_does_not_answer_is_a_problem(head):
 
 
 def test_the_command_checks_this_machine(monkeypatch):
-    result = CliRunner().invoke(app, ["doctor", "--json"])
+    result = CliRunner().invoke(make_app(), ["doctor", "--json"])
     said = json.loads(result.stdout.splitlines()[-1])
     assert result.exit_code == (0 if said["healthy"] else 1)
     assert any("Versions match" in f["message"] for f in said["findings"])
     monkeypatch.setattr(doctor, "gather", lambda _: replace(LINUX, clock_skew_s=500.0))
-    result = CliRunner().invoke(app, ["doctor"])
+    result = CliRunner().invoke(make_app(), ["doctor"])
     assert result.exit_code == 1
     assert "NTP" in result.stdout
     monkeypatch.setattr(doctor, "gather", lambda _: LINUX)
-    result = CliRunner().invoke(app, ["doctor"])
+    result = CliRunner().invoke(make_app(), ["doctor"])
     assert result.exit_code == 0
     assert "No problems found" in result.stdout

@@ -33,3 +33,19 @@ def test_names_are_found_from_the_end():
     assert any(find_names(text) for text in TEXTS)
     for text in (*ODD, *TEXTS):
         assert module.fetch__all__(text) == find_names(text)
+
+
+def test_folders_are_searched_once():
+    """There are more than `functools.lru_cache` keeps by itself."""
+    search = import_utils.create_import_structure_from_path
+    assert search.cache_info().maxsize is None
+    folder = MODELS / "qwen2"
+    assert search(str(folder)) == search.__wrapped__(str(folder))
+
+
+def test_mlx_lm_downloads_when_it_is_asked(monkeypatch):
+    import huggingface_hub
+    from mlx_lm import utils
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (a, k))
+    assert utils.snapshot_download("org/model", revision="x") == (("org/model",), {"revision": "x"})

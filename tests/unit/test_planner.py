@@ -176,20 +176,20 @@ def test_the_report_asks_nobody_for_anything():
     ],
 )
 def test_wrong_arguments_are_errors_with_a_sentence(arguments, message, tmp_path, monkeypatch):
-    from cenacle.cli.main import app
+    from cenacle.cli.main import make_app
 
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(make_app(), arguments)
     assert isinstance(result.exception, CenacleError), result.output
     assert re.search(message, str(result.exception))
 
 
 def test_a_dense_config_is_refused(tmp_path):
-    from cenacle.cli.main import app
+    from cenacle.cli.main import make_app
 
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64}')
-    result = CliRunner().invoke(app, ["plan", str(file), "--machines", "m3-ultra-512"])
+    result = CliRunner().invoke(make_app(), ["plan", str(file), "--machines", "m3-ultra-512"])
     assert "no experts" in str(result.exception)
 
 
@@ -240,12 +240,12 @@ def test_wrong_rows(tmp_path, line, message):
 
 
 def test_rows_that_are_right_are_shown_beside_an_error(tmp_path):
-    from cenacle.cli.main import app
+    from cenacle.cli.main import make_app
 
     file = tmp_path / "rows.csv"
     lines = ["dbrx,4,m9-max,1,,single,0,9,x", "dbrx,4,m4-max-128,1,,single,0,9,x"]
     file.write_text("\n".join([HEADER, *lines]))
-    result = CliRunner().invoke(app, ["validate", "--rows", str(file), "--json"])
+    result = CliRunner().invoke(make_app(), ["validate", "--rows", str(file), "--json"])
     assert "1 of 2 rows cannot be predicted" in str(result.exception)
     data = json.loads(result.output.splitlines()[-1])
     assert (len(data["rows"]), len(data["errors"])) == (1, 1)

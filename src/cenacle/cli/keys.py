@@ -25,7 +25,7 @@ from .options import JsonOutput
 if TYPE_CHECKING:
     from ..server.access_policy import AccessPolicy
 
-keys_app = typer.Typer(
+app = typer.Typer(
     help="Manage the API keys of this user's servers.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -33,7 +33,7 @@ keys_app = typer.Typer(
 KeyName = Annotated[str, typer.Argument(help="Name of the key's user: a person or a program.")]
 
 
-@command(keys_app, example="cenacle keys add alice --tokens-per-day 200000")
+@command(app, example="cenacle keys add alice --tokens-per-day 200000")
 def add(
     name: KeyName,
     tokens_per_day: Annotated[
@@ -71,7 +71,7 @@ def add(
         )
 
 
-@command(keys_app, name="list", example="cenacle keys list --json")
+@command(app, name="list", example="cenacle keys list --json")
 def list_keys(json_output: JsonOutput = False) -> None:
     """List the API keys, their limits, and the tokens used today."""
     from ..server.auth import KeyStore, format_date
@@ -99,7 +99,7 @@ def list_keys(json_output: JsonOutput = False) -> None:
     wide_console().print(table)
 
 
-@command(keys_app, example="cenacle keys remove alice")
+@command(app, example="cenacle keys remove alice")
 def remove(name: KeyName) -> None:
     """Delete an API key; servers refuse it from the next request on."""
     from ..server.auth import KeyStore
@@ -141,6 +141,8 @@ def tls_context(
     Raises:
         InputError: options that exclude each other, or files that cannot be used.
     """
+    if tls is None and cert is None and key is None:
+        return None
     from ..paths import make_config_dir
     from ..server.tls import fingerprint, self_signed, server_context
 
@@ -150,8 +152,6 @@ def tls_context(
                 f"--tls: expected self and neither --tls-cert nor --tls-key, got {tls!r}", "tls"
             )
         cert, key = self_signed(make_config_dir(), host)
-    if cert is None and key is None:
-        return None
     if cert is None or key is None:
         raise InputError("--tls-cert and --tls-key: expected both, got one", "tls-cert")
     context = server_context(cert, key)

@@ -11,32 +11,36 @@ Next: `inference.py` has `generate`, `chat` and `serve`.
 from __future__ import annotations
 
 import errno
+import gc
 import re
 import signal
 import sys
 from difflib import get_close_matches
-from importlib import metadata
+from functools import cache
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import CenacleError
 from ..paths import use_private_temp_dir
-from . import bench, cluster, doctor, inference, keys, models, plan
 from .console import discard_output, print_error, report_interrupt
 
-app = typer.Typer(
-    name="cenacle",
-    help="Serve Mixture-of-Experts models from one or several machines.",
-    no_args_is_help=True,
-    epilog="`cenacle COMMAND --help` shows the options of a command and an example.",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
-for group in (inference.app, models.app, cluster.app, plan.app, doctor.app):
-    app.add_typer(group)
-app.add_typer(bench.app, name="bench", rich_help_panel="Planning and measurement")
-app.add_typer(keys.keys_app, name="keys", rich_help_panel="Run a model")
+# The commands of each module, in the order of the help; a name of its own: a group of commands.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "inference": ("generate", "chat", "serve"),
+    "models": ("inspect", "families", "synth", "demo"),
+    "cluster": ("up", "join", "nodes", "status", "leave", "down"),
+    "plan": ("plan", "calibrate", "validate", "record-routing"),
+    "doctor": ("doctor",),
+    "bench": ("bench",),
+    "keys": ("keys",),
+}
+GROUPS = {"bench": "Planning and measurement", "keys": "Run a model"}  # and their panels
+
+# Many short-lived cycles are collected less often: importing makes hundreds of thousands of objects
+# that stay, and looking through them was a tenth of a start's time.
+COLLECTOR_THRESHOLDS = (50_000, 20, 50)
 
 # Messages of typer's own checks, by the kind of the error.
 EXPECTED = {
@@ -51,18 +55,43 @@ EXPECTED = {
 def print_version(value: bool) -> None:
     """Print the version and exit, if the option was given."""
     if value:
+        from importlib import metadata
+
         print(f"cenacle {metadata.version('cenacle')}")
         raise typer.Exit
 
 
-@app.callback()
 def set_global_options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """See `app`; this function only declares the global options."""
+    """See `make_app`; this function only declares the global options."""
+
+
+@cache
+def make_app(command: str = "") -> typer.Typer:
+    """The program.
+
+    Args:
+        command: one that is enough; its module alone is imported. None of these: all commands.
+    """
+    app = typer.Typer(
+        name="cenacle",
+        help="Serve Mixture-of-Experts models from one or several machines.",
+        no_args_is_help=True,
+        epilog="`cenacle COMMAND --help` shows the options of a command and an example.",
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(set_global_options)
+    found = [module for module, names in COMMANDS.items() if command in names]
+    for module in found or COMMANDS:
+        group = import_module(f"{__package__}.{module}").app
+        name = module if module in GROUPS else None
+        app.add_typer(group, name=name, rich_help_panel=GROUPS.get(module))
+    return app
 
 
 def main() -> None:
@@ -70,8 +99,11 @@ def main() -> None:
     # Ending by SIGTERM must run the same `finally` blocks as Ctrl-C: they end the ranks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     use_private_temp_dir()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
     try:
-        status = app(prog_name="cenacle", standalone_mode=False)
+        status = make_app(sys.argv[1] if len(sys.argv) > 1 else "")(
+            prog_name="cenacle", standalone_mode=False
+        )
         sys.stdout.flush()  # an error of it is told like any other
     except typer.TyperException as error:
         if type(error).__name__ != "NoArgsIsHelpError":  # the help is printed already

@@ -129,7 +129,6 @@ class Application:
             settings = replace(settings, max_pixels=most)
         fetcher = ImageFetcher(limits.image_hosts)
         self._images = ImageLoader(settings, fetcher) if settings is not None else None
-        _openapi_json()  # takes long, and no request may hold the event loop
         self._preparer = RequestPreparer(model, self._served, limits.max_messages)
         self._created = int(time.time())
         self._active_runs: set[GenerationRun] = set()
@@ -210,7 +209,9 @@ class Application:
         return Response(text, media_type=media_type)
 
     async def _get_openapi(self, _: Request) -> Response:
-        return Response(_openapi_json(), media_type="application/json")
+        # The first takes long, and no request may hold the event loop.
+        body = await asyncio.to_thread(_openapi_json)
+        return Response(body, media_type="application/json")
 
     async def _list_models(self, http: Request) -> Response:
         if not may_use(http, *self._served.names):

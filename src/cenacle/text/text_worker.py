@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import deferred_transformers
 from ..worker_process import lift_limits, limit_work, serve
 
 MAX_TEXT_CHARACTERS = 64_000_000  # of a rendered chat
@@ -21,8 +22,8 @@ class TextWorker:
     def __init__(self) -> None:
         # Before any limit: a cold import may need more than a text.
         from tokenizers import Tokenizer
-        from transformers.utils.chat_template_utils import render_jinja_template
 
+        render_jinja_template = deferred_transformers.import_renderer()
         render_jinja_template(conversations=[[]], chat_template=" ")  # imports more
         self._load, self._render = Tokenizer.from_str, render_jinja_template
         self._tokenizer: Any = None

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import regex
-from jsonschema import Draft202012Validator, ValidationError, validators
-from referencing import Registry
 
 from ..core.chat import OutputPart, Tool
 from .argument_values import convert_value, fit_value, refuse_constant
@@ -32,8 +29,6 @@ from .call_formats import (
 )
 from .harmony import split_call
 
-PATTERN_TIMEOUT_S = 0.05  # per pattern of a strict tool; other requests wait meanwhile
-MAX_VALIDATION_STEPS = 20_000  # keywords of a schema applied to values; about 0.3 s
 _ARGUMENT_NAMES = ("arguments", "parameters", "args", "params", "input")
 _OTHER_NAMES = frozenset(("name", "id", "type", "index", "function", "tool"))
 _BETWEEN_CALLS = " \t\r\n,;[]"  # it says nothing
@@ -183,7 +178,9 @@ class CallReader:
             text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             text.encode()  # half a surrogate pair is no text
             if tool is not None and (tool.strict or must_fit):
-                _validate(tool.parameters, arguments)
+                from . import schema_validation
+
+                schema_validation.validate(tool.parameters, arguments)
         except Exception:  # schemas and their patterns come from clients
             return call.source
         return OutputPart("call", text, call.name, call.id)
@@ -205,48 +202,3 @@ def _find_call(value: Any, source: str) -> WrittenCall | None:
     call_id = call.get("id")
     arguments = call[present[0]] if present else {}
     return WrittenCall(name, arguments, source, call_id if isinstance(call_id, str) else "")
-
-
-_steps_left: ContextVar[list[int]] = ContextVar("steps_left")
-
-
-def _validate(schema: dict[str, Any], arguments: Any) -> None:
-    """Raise an exception if they do not match, or if that is not known in bounded time."""
-    if '"patternProperties":' in json.dumps(schema):
-        return  # jsonschema cannot bound the time of these patterns
-    _steps_left.set([MAX_VALIDATION_STEPS])
-    # With an empty registry nothing is fetched from where a schema points to.
-    _BoundedValidator(schema, registry=Registry()).validate(arguments)
-
-
-def _count_steps(check: Callable[..., Any]) -> Callable[..., Any]:
-    def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
-        left = _steps_left.get()
-        left[0] -= 1
-        if left[0] < 0:
-            raise ValueError("the schema takes too long to check")
-        yield from check(validator, value, instance, schema) or ()
-
-    return counted
-
-
-def _check_pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationError]:
-    """JSON Schema's "pattern" with a timeout, since clients choose both pattern and text."""
-    if isinstance(value, str) and not regex.search(pattern, value, timeout=PATTERN_TIMEOUT_S):
-        yield ValidationError("pattern does not match")
-
-
-def _skip(*_: Any) -> Iterator[ValidationError]:
-    return iter(())
-
-
-_BoundedValidator = validators.extend(
-    Draft202012Validator,
-    {
-        **{name: _count_steps(check) for name, check in Draft202012Validator.VALIDATORS.items()},
-        "pattern": _check_pattern,
-        # jsonschema looks through all branches for these, without a bound.
-        "unevaluatedItems": _skip,
-        "unevaluatedProperties": _skip,
-    },
-)
