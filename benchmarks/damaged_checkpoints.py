@@ -225,8 +225,9 @@ def damage(folder: Path, dice: random.Random, changes: tuple[Change, ...]) -> st
 def load(path: Path, dice: random.Random) -> str:
     """Load as a rank and a server would, and compute; what became of it."""
     from cenacle.errors import CenacleError
+    from cenacle.load_options import LoadOptions
     from cenacle.model.loader import load_rank_model
-    from cenacle.runtime import LoadOptions, resolve
+    from cenacle.runtime import resolve
 
     try:
         deployment = resolve(LoadOptions(str(path)))

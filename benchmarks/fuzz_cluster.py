@@ -602,7 +602,8 @@ def ranks(_: Path, border: Border, frames: int, seed: int) -> None:
 
 def front(folder: Path, border: Border, frames: int, seed: int) -> None:
     """What a front sends to a rank: a real one that takes steps, and goes on after a wrong one."""
-    from cenacle.runtime import LoadOptions, resolve
+    from cenacle.load_options import LoadOptions
+    from cenacle.runtime import resolve
 
     order = resolve(LoadOptions(str(DEMO))).load_order().to_json()
     dice, numbers = random.Random(f"{seed}/{border.name}"), itertools.count(1)

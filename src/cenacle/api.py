@@ -7,12 +7,13 @@ Next: the command line and the server use `Model`.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,14 @@ from .errors import CenacleError, CheckpointError, ClusterError, InputError
 from .images.decode_process import DecodedImage, DecodeProcess
 from .images.placement import ImagePlaces, mark_parts
 from .images.sources import is_remote, read_data_uri, take_sources
+from .load_options import LoadOptions
 from .model.generation_config import read_sampling_defaults
 from .model.image_settings import ImageSettings
+from .ranks.local_ranks import LocalRanks
 from .ranks.rank_group import RankGroup
 from .ranks.ranks import Ranks, ReportProgress
 from .ranks.step_timings import StepTimings
-from .runtime import Deployment, LoadOptions, MakeRoom, resolve
+from .runtime import Deployment, MakeRoom, load_tokenizer, resolve
 from .text.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -117,6 +120,90 @@ def load(
     return Model.load(load_options, progress=progress)
 
 
+class _EitherEvent(threading.Event):
+    """Set when it is set itself, or another event is."""
+
+    def __init__(self, other: threading.Event | None) -> None:
+        super().__init__()
+        self._other = other
+
+    def is_set(self) -> bool:
+        return super().is_set() or (self._other is not None and self._other.is_set())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        ends_s = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.is_set() and (left_s := ends_s - time.monotonic()) > 0:
+            super().wait(min(left_s, 0.1))
+        return self.is_set()
+
+
+class TokenizerLoader:
+    """Loads the tokenizer in a thread, while ranks load.
+
+    Args:
+        deployment: whose.
+        cancel: set if there is no use in loading anything; None: never.
+        isolate_text: start the process of `ChatTokenizer.isolate` too.
+
+    `stop` is set when there is no use in waiting for the ranks: `cancel` is, or this has failed.
+    """
+
+    def __init__(
+        self, deployment: Deployment, cancel: threading.Event | None = None, *, isolate_text: bool
+    ) -> None:
+        self._deployment, self._isolate_text = deployment, isolate_text
+        self._tokenizer: ChatTokenizer | None = None
+        self._error: BaseException | None = None
+        self._lock, self._is_abandoned = threading.Lock(), False
+        self.stop = _EitherEvent(cancel)
+        # A daemon: Ctrl-C does not wait until a large tokenizer is there.
+        self._thread = threading.Thread(target=self._run, daemon=True, name="tokenizer")
+
+    def _run(self) -> None:
+        try:
+            tokenizer = self._deployment.tokenizer
+            tokenizer = tokenizer or load_tokenizer(self._deployment.checkpoint)
+            if tokenizer is not None and self._isolate_text:
+                tokenizer.start_process()
+            with self._lock:
+                self._tokenizer = tokenizer
+                if tokenizer is not None and self._is_abandoned:
+                    tokenizer.close()
+        except BaseException as error:
+            self._error = error
+            self.stop.set()
+
+    def result(self) -> ChatTokenizer | None:
+        """Wait for it; None: the checkpoint has none.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._tokenizer
+
+    def __enter__(self) -> TokenizerLoader:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        with self._lock:  # the thread may need long; then it ends the process itself
+            self._is_abandoned = True
+            if self._tokenizer is not None:
+                self._tokenizer.close()
+        if self._error is not None and isinstance(error, ClusterError):
+            raise self._error from None  # the ranks were ended because of it
+
+
 class Model:
     """A loaded model that answers; close it, or use it in a `with` statement.
 
@@ -146,6 +233,7 @@ class Model:
         isolate_text: bool = False,
         make_room: MakeRoom | None = None,
         cancel: threading.Event | None = None,
+        started: LocalRanks | None = None,
     ) -> Model:
         """Like `cenacle.load`, with the options in one object.
 
@@ -155,16 +243,23 @@ class Model:
             isolate_text: `text.isolate()` will follow: its process starts beside the ranks.
             make_room: see `runtime.resolve`.
             cancel: set to give up; no process is left.
+            started: ranks from `LocalRanks.start_early` with these options; ended if this fails.
+                None: it is tried here, unless room has to be made first.
         """
-        deployment = resolve(options, cluster, make_room, cancel)
-        text = deployment.tokenizer if isolate_text else None
-        if text is not None:
-            text.start_process()
+        if cluster is None and started is None and make_room is None:
+            started = LocalRanks.start_early(options)
         try:
-            return cls(deployment, deployment.launch(progress, report, cancel))
+            deployment = resolve(options, cluster, make_room, cancel, with_tokenizer=False)
+            with TokenizerLoader(deployment, cancel, isolate_text=isolate_text) as loader:
+                group = deployment.launch(progress, report, loader.stop, started=started)
+                try:
+                    return cls(replace(deployment, tokenizer=loader.result()), group)
+                except BaseException:
+                    group.close()
+                    raise
         except BaseException:
-            if text is not None:
-                text.close()
+            if started is not None:
+                started.close(now=True)
             raise
 
     @property

@@ -1,7 +1,7 @@
 """From options to a running group: the assembly of the program.
 
-Owns: `LoadOptions`; `resolve`, which decides everything before a process is started; `Deployment`,
-which starts the ranks and has them verified.
+Owns: `resolve`, which decides what runs where; `Deployment`, which starts the ranks and has them
+verified.
 Does not know: HTTP, terminals, prompts in text (`api.py`).
 Invariant: when a function here raises, no process is left.
 Next: `ranks/rank_group.py`, which answers requests; `cluster/formation.py`, where ranks on several
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,17 @@ import mlx.core as mx
 import psutil
 
 from . import native, paths
-from .collective.mesh import COMM_DTYPES
 from .core.plan import Plan
 from .engine.memory import estimate_memory
-from .engine.options import EngineOptions
 from .engine.speculative.draft_model import DraftModelConfig
 from .errors import InputError
+from .load_options import LoadOptions
 from .model.checkpoint import Checkpoint, locate_checkpoint
 from .model.image_settings import ImageSettings
 from .model.spec_reader import image_obstacle, read_model_spec
 from .planning import choose_plan, plan_cost
 from .planning.memory import MemoryEstimate, MemoryShare, check_available, kv_cache_budget
-from .ranks.local_ranks import LocalRankSource, resolve_backend
+from .ranks.local_ranks import LocalRanks, LocalRankSource, resolve_backend
 from .ranks.messages import LoadOrder
 from .ranks.rank_group import RankGroup
 from .ranks.ranks import Epoch, Ranks, RankSource, ReportProgress
@@ -45,7 +44,6 @@ from .verification import ReferenceAnswers, Verification, collect_answers
 if TYPE_CHECKING:
     from .cluster.formation import Cluster  # needs libraries that a single machine does not
 
-ACTIVATIONS = ("int16", "int8")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
     "tiktoken.model",
@@ -55,127 +53,6 @@ Report = Callable[[str], None]
 MakeRoom = Callable[[MemoryEstimate | None], MemoryShare]
 """Called before anything is started, with what a model needs of this machine (None: it runs on a
 cluster, whose nodes it fits); returns when there is room, with what the model may take."""
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Which model to load, where, and how to run it.
-
-    The same names are keyword arguments of `cenacle.load`, options of the command line (with
-    dashes) and keys in JSON.
-
-    Args:
-        model: a folder, or the name of a Hub repository.
-        nodes: number of ranks.
-        node_weights: relative speeds of the ranks; None: equal.
-        placement: of the experts: "whole", each on one rank; "sliced", a part of each on every
-            rank; "replicated", whole ones on several ranks; "auto": whole or sliced, whichever the
-            cost model predicts to be faster.
-        trunk: "replicated": attention, dense layers and head on every rank; "sharded": divided
-            where the family allows it, for one more all-reduce each; "auto": as above.
-        node_memory_bytes: bytes of weights per rank, for placement "replicated": as many replicas
-            as fit.
-        plan: a saved plan; overrides all of these.
-        backend: "mesh", "ring", "mpi", "jaccl" or "nccl"; "auto": the mesh if this installation has
-            it, else the ring.
-        comm_dtype: "f32", or "bf16": the mesh sends each rank's part rounded to bfloat16, half the
-            bytes.
-        latency_s: seconds added to every all-reduce, to study a slower link.
-        kernels: "native": Cenacle's own for CPUs; "mlx"; "auto": native where possible.
-        activations: "int16" or "int8", inside quantized layers of the native kernels; int8 is less
-            exact (docs/performance.md).
-        draft_model: a small model with the same tokenizer (folder or Hub repository) for
-            speculative decoding while one request runs; rank 0 keeps it. None: the checkpoint's
-            multi-token prediction layer drafts, if it has one, and the text itself.
-        speculative: draft tokens for a request that runs alone: "auto", while it pays; "always";
-            "off".
-        mtp: load the checkpoint's multi-token prediction layer on rank 0, if it has one.
-        max_batch_size: most requests that are generated at once.
-        max_queue: most requests that wait; None: any number.
-        kv_cache_gb: gigabytes on each rank for the KV caches of running requests; None: half of the
-            memory that is left.
-        prefix_cache_gb: gigabytes on each rank for the KV caches of completed requests; None: an
-            eighth of the memory that is left; 0: off.
-        prefix_cache_disk_gb: gigabytes on each rank's disk for the same; 0: off.
-        prefix_cache_dir: folder for those; None: `paths.prefix_cache_dir`.
-        share_prefixes: API keys use each other's caches, and can learn each other's prompts.
-        prefill_chunk_size: most prompt tokens per step.
-        kv_dtype: of keys and values in caches beside native kernels: "auto", that of the
-            checkpoint; "float32", "float16" or "bfloat16".
-        kv_bits: bits of a quantized KV cache, 4 or 8; None: not quantized.
-        kv_group_size: group size of a quantized KV cache.
-        max_kv_size: most positions in a KV cache (the first four and the last); None: all.
-        measure_every: one step in this many is measured; 0: none.
-        recover: restart the ranks when one fails, and resume every request; else the first failure
-            is final.
-        verify: verify the group before it serves: True: always; None: unless this plan passed on
-            these machines before; False: never.
-        images: load what sees images on rank 0, if the checkpoint has it.
-        cores: for each rank the cores that it may run on; None: all.
-        threads: of the native kernels in each rank; None: its share of the cores.
-
-    Raises:
-        InputError: an unknown value.
-    """
-
-    model: str
-    nodes: int = 1
-    node_weights: Sequence[float] | None = None
-    placement: str = "auto"
-    trunk: str = "auto"
-    node_memory_bytes: Sequence[int] | None = None
-    plan: Plan | None = None
-    backend: str = "auto"
-    comm_dtype: str = "f32"
-    latency_s: float = 0.0
-    kernels: str = "auto"
-    activations: str = "int16"
-    draft_model: str | None = None
-    speculative: str = "auto"
-    mtp: bool = True
-    max_batch_size: int = 32
-    max_queue: int | None = None
-    kv_cache_gb: float | None = None
-    prefix_cache_gb: float | None = None
-    prefix_cache_disk_gb: float = 0.0
-    prefix_cache_dir: str | None = None
-    share_prefixes: bool = False
-    prefill_chunk_size: int = 512
-    kv_dtype: str = "auto"
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    max_kv_size: int | None = None
-    measure_every: int = 8
-    recover: bool = True
-    verify: bool | None = False
-    images: bool = True
-    cores: Sequence[Sequence[int]] | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.activations not in ACTIVATIONS:
-            raise InputError(
-                f"activations: expected one of {', '.join(ACTIVATIONS)}, got {self.activations!r}",
-                "activations",
-            )
-        if self.comm_dtype not in COMM_DTYPES:
-            raise InputError(
-                f"comm_dtype: expected one of {', '.join(COMM_DTYPES)}, got {self.comm_dtype!r}",
-                "comm_dtype",
-            )
-        if self.prefix_cache_dir is not None:
-            folder = Path(self.prefix_cache_dir).expanduser()
-            if folder.exists() and not folder.is_dir():
-                raise InputError(
-                    f"prefix_cache_dir: expected a folder or the name of a new one, got the file "
-                    f"{folder}",
-                    "prefix_cache_dir",
-                )
-
-    @property
-    def engine(self) -> EngineOptions:
-        """Those that the ranks' engine needs."""
-        return EngineOptions(**{f.name: getattr(self, f.name) for f in fields(EngineOptions)})
 
 
 def inspect(model: str, nodes: int = 1, **options: Any) -> Plan:
@@ -227,6 +104,8 @@ def resolve(
     cluster: Cluster | None = None,
     make_room: MakeRoom | None = None,
     cancel: threading.Event | None = None,
+    *,
+    with_tokenizer: bool = True,
 ) -> Deployment:
     """Decide what will run where; reads no weights and starts no process.
 
@@ -234,6 +113,8 @@ def resolve(
         cluster: run on its nodes; it decides how many, and waits until they are connected.
         make_room: other models run as well; None: what is available is for this one.
         cancel: set to stop waiting for nodes.
+        with_tokenizer: False: the deployment's is None unless a draft model needs it; to be loaded
+            by `load_tokenizer` while the ranks load, since that takes seconds too.
 
     Raises:
         InputError: options that do not go together, or a draft model that does not fit the model.
@@ -246,7 +127,9 @@ def resolve(
         folder = cluster.locate(options.model)
     checkpoint = Checkpoint.open(folder)
     name = model_name(options.model, checkpoint)
-    tokenizer, draft_model = _load_tokenizer(checkpoint), None
+    tokenizer, draft_model = None, None
+    if with_tokenizer or options.draft_model is not None:
+        tokenizer = load_tokenizer(checkpoint)
     if options.draft_model is not None:
         draft_model = DraftModelConfig.inspect(
             options.draft_model,
@@ -357,14 +240,18 @@ class Deployment:
             checksums=checksums,
         )
 
-    def rank_source(self, order: LoadOrder) -> RankSource:
-        """Where ranks that load this come from."""
+    def rank_source(self, order: LoadOrder, started: LocalRanks | None = None) -> RankSource:
+        """Where ranks that load this come from.
+
+        Args:
+            started: the first ones, see `LocalRanks.start_early`.
+        """
         if self.cluster is not None:
             from .cluster.formation import ClusterRankSource
 
             return ClusterRankSource(self.cluster, order)
         options = self.options
-        return LocalRankSource(order, options.backend, options.cores, options.threads)
+        return LocalRankSource(order, options.backend, options.cores, options.threads, started)
 
     def start(
         self,
@@ -429,6 +316,8 @@ class Deployment:
         progress: ReportProgress | None = None,
         report: Report = lambda _: None,
         cancel: threading.Event | None = None,
+        *,
+        started: LocalRanks | None = None,
     ) -> RankGroup:
         """Start the ranks where the options say, and have them verified if the options ask for it.
 
@@ -436,6 +325,7 @@ class Deployment:
             progress: told how far each rank has loaded.
             report: told what the verification does and finds, in sentences.
             cancel: set to give up; no rank is left.
+            started: see `rank_source`; ended if this fails.
 
         Raises:
             CenacleError: see `start`.
@@ -445,7 +335,7 @@ class Deployment:
         if options.verify is not False:
             verification = Verification(paths.verification_dir(), bool(options.verify), report)
             checksums = self.prepare_verification(verification)
-        source = self.rank_source(self.load_order(checksums=checksums))
+        source = self.rank_source(self.load_order(checksums=checksums), started)
         group = self.start(source, progress, cancel)
         if verification is not None:
             try:
@@ -539,7 +429,12 @@ def _check_memory(estimate: MemoryEstimate) -> None:
         check_available(psutil.virtual_memory().available, estimate)
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> ChatTokenizer | None:
+def load_tokenizer(checkpoint: Checkpoint) -> ChatTokenizer | None:
+    """A checkpoint's tokenizer; None: it has none.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
     found = any((checkpoint.folder / name).exists() for name in TOKENIZER_FILES)
     if not found and not any(checkpoint.folder.glob("*.tiktoken")):
         return None

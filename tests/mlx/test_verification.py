@@ -20,6 +20,7 @@ from cenacle.cluster.membership import Node
 from cenacle.cluster.messages import UNKNOWN_NODE
 from cenacle.core.plan import Plan
 from cenacle.errors import ClusterError, PlanError
+from cenacle.load_options import LoadOptions
 from cenacle.model import checksums
 from cenacle.model.architecture import named_parameters
 from cenacle.model.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from cenacle.model.checksums import compare_checksums, weight_checksums
 from cenacle.model.loader import load_rank_model
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.synth import synth
-from cenacle.runtime import Deployment, LoadOptions, resolve
+from cenacle.runtime import Deployment, resolve
 from cenacle.verification import (
     Answer,
     ReferenceAnswers,

@@ -10,10 +10,10 @@ import pytest
 import cenacle
 from cenacle.api import Model
 from cenacle.errors import ClusterError
+from cenacle.load_options import LoadOptions
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks import local_ranks
 from cenacle.ranks.local_ranks import LocalRanks
-from cenacle.runtime import LoadOptions
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 

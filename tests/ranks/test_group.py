@@ -6,6 +6,7 @@ backend: the mesh on Linux. MLX's ring, which waits by spinning, has one test of
 
 import itertools
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -15,24 +16,26 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
 import cenacle
 from cenacle import CenacleError, CheckpointError, ClusterError, InputError, PlanError, RankLost
-from cenacle.api import Model
+from cenacle.api import Model, TokenizerLoader
 from cenacle.core.model_spec import ModelSpec, MoELayer
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
 from cenacle.demo.run import DEMO_MODEL_DIR
+from cenacle.load_options import LoadOptions
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.channel import ChannelClosed
 from cenacle.ranks.local_ranks import LocalRanks
 from cenacle.ranks.messages import LoadOrder, Ready
 from cenacle.ranks.rank_group import RankGroup, StepObserver
 from cenacle.ranks.step_timings import StepReport
-from cenacle.runtime import Deployment, LoadOptions
+from cenacle.runtime import Deployment
 from cenacle.scheduler.scheduler import Scheduler
 
 OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
@@ -419,6 +422,93 @@ def test_load_that_fails_on_the_ranks_leaves_no_process():
     with pytest.raises(PlanError, match=r"rank [01]: the plan is of another model"):
         cenacle.load(str(MIXTRAL), plan=other)
     assert children() == before
+
+
+@pytest.mark.parametrize("what", ["plan", "tokenizer", "model"])
+def test_ranks_that_were_started_early_end_when_the_front_fails(tmp_path, what):
+    """What is wrong is found only when the ranks run."""
+    folder = tmp_path / "model"
+    shutil.copytree(MIXTRAL, folder)
+    options, message = {}, "the tokenizer cannot be loaded"
+    if what == "tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    if what == "plan":
+        options, message = {"node_weights": [1, 2, 3]}, "expected 2 numbers"
+    if what == "model":
+        (folder / "config.json").write_text('{"model_type": "unheard_of"}')
+        message = "unheard_of"
+    before, started = children(), []
+    start_early = LocalRanks.start_early.__func__
+
+    def record(cls, given):
+        started.append(start_early(cls, given))
+        return started[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalRanks, "start_early", classmethod(record))
+        with pytest.raises(CenacleError, match=message):
+            cenacle.load(str(folder), nodes=2, **options)
+    (ranks,) = started
+    assert isinstance(ranks, LocalRanks)
+    assert children() == before
+    assert not ranks.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "org/model"},
+        {"nodes": 0},
+        {"nodes": 1000},
+        {"draft_model": str(MIXTRAL)},
+        {"verify": True},
+    ],
+)
+def test_ranks_do_not_start_early_where_they_would_wait(options):
+    before = children()
+    assert LocalRanks.start_early(LoadOptions(**{"model": str(MIXTRAL), **options})) is None
+    assert children() == before
+
+
+def test_ranks_wait_for_a_front_that_takes_its_time():
+    """They are silent until they have an order, and then are heard."""
+    order = LoadOrder(str(MIXTRAL), cenacle.inspect(str(MIXTRAL), 2), "auto")
+    ranks = LocalRanks(2, wait=False)
+    try:
+        ranks.connect()
+        readable, _, _ = select.select(ranks.channels, [], [], 1.0)
+        assert readable == []
+        ranks.load(order)
+        assert len(ranks.ready) == 2
+        ranks.channels[0].receive()  # a heartbeat
+    finally:
+        ranks.close(now=True)
+
+
+def test_ranks_without_an_order_end_with_their_front():
+    ranks = LocalRanks(2, wait=False)
+    try:
+        ranks.connect()
+        for channel in ranks.channels:
+            channel.close()
+        for process in ranks._processes:
+            process.wait(timeout=120)
+    finally:
+        ranks.close(now=True)
+
+
+def test_a_tokenizer_that_comes_too_late_leaves_no_process():
+    may_end, closed = threading.Event(), threading.Event()
+    tokenizer = SimpleNamespace(start_process=lambda: may_end.wait(120), close=closed.set)
+    deployment = SimpleNamespace(tokenizer=tokenizer)
+    with (
+        pytest.raises(ClusterError, match="lost"),
+        TokenizerLoader(deployment, isolate_text=True),
+    ):
+        raise ClusterError("lost")
+    assert not closed.is_set()
+    may_end.set()
+    assert closed.wait(120)
 
 
 def test_rank_that_does_not_start():

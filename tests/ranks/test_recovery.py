@@ -31,10 +31,11 @@ from test_server import END, SUM, Server, server
 import cenacle
 from cenacle.api import Model
 from cenacle.core.request import Request, Sampling
+from cenacle.load_options import LoadOptions
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.local_ranks import WORKER_COMMAND, LocalRanks
 from cenacle.ranks.ranks import Epoch
-from cenacle.runtime import Deployment, LoadOptions
+from cenacle.runtime import Deployment
 
 HERE = Path(__file__).parent
 OTHER_ROUTER = HERE / "other_router_rank.py"

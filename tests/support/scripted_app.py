@@ -19,7 +19,8 @@ from cenacle.api import Model
 from cenacle.core.request import Request, TokenEvent
 from cenacle.engine.sampling.grammar import Vocabulary
 from cenacle.engine.speculative.ngram import DraftStats
-from cenacle.runtime import LoadOptions, resolve
+from cenacle.load_options import LoadOptions
+from cenacle.runtime import resolve
 from cenacle.server.app import Application
 from cenacle.server.auth import KeyStore
 from cenacle.server.limits import Limits

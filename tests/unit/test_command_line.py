@@ -295,7 +295,7 @@ def test_a_pipe_is_the_prompt(options, piped, prompt, monkeypatch):
     monkeypatch.setattr(inference, "load_model", lambda *_: nullcontext(model))
     monkeypatch.setattr(inference, "isolate_text", nullcontext)
     result = CliRunner().invoke(
-        main.app, ["generate", "-m", str(DEMO), *options], input=piped, catch_exceptions=True
+        main.make_app(), ["generate", "-m", str(DEMO), *options], input=piped, catch_exceptions=True
     )
     assert model.prompts == ([] if prompt is None else [prompt])
     assert str(result.exception).startswith("--prompt: expected" if prompt is None else "enough")

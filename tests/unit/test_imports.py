@@ -35,6 +35,7 @@ ORDER = (
     "planning",
     "model",
     "engine",
+    "load_options",
     "ranks",
     "cluster",
     "verification",
@@ -224,9 +225,49 @@ try:
     with inference.open_server(ServerArguments(port=0)):
         pass
 except inference.typer.Exit:
-    heavy = {"mlx", "numpy", "starlette", "transformers", "uvicorn"}
+    heavy = {"mlx", "numpy", "starlette", "transformers", "uvicorn", "cryptography"}
     print(sorted(heavy & set(sys.modules)))
 """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "heavy"),
+    [
+        (
+            "from cenacle import deferred_transformers\n"
+            "deferred_transformers.defer()\n"
+            "from cenacle.ranks import worker\n"
+            "worker.import_libraries()",
+            ("httpx2", "huggingface_hub.hf_api", "jsonschema", "pydantic", "tokenizers"),
+        ),
+        (
+            "from cenacle.text.text_worker import TextWorker\nTextWorker()",
+            ("huggingface_hub.hf_api", "mlx", "pydantic", "transformers.models"),
+        ),
+        (
+            "from cenacle import load_options\nfrom cenacle.ranks import local_ranks",
+            ("mlx_lm", "numpy", "pydantic", "transformers"),
+        ),
+        (
+            "from cenacle import deferred_transformers\n"
+            "deferred_transformers.defer()\n"
+            "import cenacle.api",
+            (
+                "cenacle.cluster.messages",
+                "huggingface_hub.hf_api",
+                "jsonschema",
+                "pydantic",
+                "tokenizers",
+            ),
+        ),
+    ],
+    ids=["rank", "text worker", "before ranks start", "before ranks load"],
+)
+def test_a_start_imports_little(program, heavy):
+    """Each of these takes a tenth of a second of processor time, or more."""
+    program += f"\nimport sys\nprint(sorted(set({heavy!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 

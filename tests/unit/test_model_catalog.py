@@ -10,7 +10,7 @@ import cenacle
 from cenacle.cli.inference import read_models
 from cenacle.cli.options import ModelsArguments, ServingArguments, parse_duration
 from cenacle.errors import CheckpointError, InputError
-from cenacle.runtime import LoadOptions
+from cenacle.load_options import LoadOptions
 from cenacle.server.model_catalog import read_catalog
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"

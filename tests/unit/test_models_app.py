@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from cenacle.errors import CheckpointError, ClusterError
-from cenacle.runtime import LoadOptions
+from cenacle.load_options import LoadOptions
 from cenacle.server.access_policy import AccessPolicy
 from cenacle.server.api.protocol import ServedModel
 from cenacle.server.api.response_store import ResponseStore

@@ -49,7 +49,7 @@ def test_the_config_folder_is_created_for_its_owner_only(monkeypatch, tmp_path):
 
 def test_bench_follows_cenacle_home_and_xdg_cache_home(monkeypatch, tmp_path):
     from cenacle.bench import measure
-    from cenacle.runtime import LoadOptions
+    from cenacle.load_options import LoadOptions
 
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
     assert measure.BenchConfig(LoadOptions("model")).cache_dir == tmp_path

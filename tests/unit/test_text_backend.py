@@ -13,7 +13,8 @@ import pytest
 from cenacle.api import Model
 from cenacle.core.chat import Tool
 from cenacle.errors import CheckpointError, ClusterError, InputError
-from cenacle.runtime import Deployment, LoadOptions
+from cenacle.load_options import LoadOptions
+from cenacle.runtime import Deployment
 from cenacle.text import text_backend, text_process
 from cenacle.text.tokenizer import ChatTokenizer
 from support.harmony_model import TEMPLATE as HARMONY

@@ -27,13 +27,14 @@ from ..calibration.rank_worker import split_cores
 from ..core.model_spec import ModelSpec
 from ..core.request import GroupEvent, PromptLogprobs
 from ..errors import CenacleError, ClusterError, InputError
+from ..load_options import LoadOptions
 from ..machine import usable_cores
 from ..model import config_catalog, native_layers, synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.spec_reader import read_model_spec
 from ..paths import cache_dir
 from ..planning.plan_cost import token_read_bytes
-from ..runtime import LoadOptions, select_plan
+from ..runtime import select_plan
 from .hardware_limits import measure_limits
 from .peers.peers import Peer, PeerFailed, PeerSpeed, PeerVariant, PeerWorkload
 

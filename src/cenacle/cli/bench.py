@@ -129,7 +129,7 @@ def bench(
     from ..bench import measure
     from ..bench.peers import peers
     from ..bench.report import show_bench
-    from ..runtime import LoadOptions
+    from ..load_options import LoadOptions
 
     compared = [peers.parse_peer(peer) for peer in workload.peer or ()]  # before a model is written
     config = measure.BenchConfig(

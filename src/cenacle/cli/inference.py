@@ -319,7 +319,7 @@ def read_models(
         CheckpointError: a model that cannot be read.
     """
     from ..core.plan import Plan
-    from ..runtime import LoadOptions
+    from ..load_options import LoadOptions
     from ..server.model_catalog import read_catalog
     from ..server.model_pool import PoolOptions
 
@@ -418,16 +418,33 @@ def load_model(
         cluster: see `Model.load`.
         on_message: where to report.
     """
-    from ..api import Model
+    from .. import deferred_transformers
     from ..core.plan import Plan
-    from ..runtime import LoadOptions
+    from ..load_options import LoadOptions
+    from ..ranks.local_ranks import LocalRanks
 
     saved_plan = Plan.load(plan) if plan is not None else None
     options = LoadOptions(model, arguments.nodes, plan=saved_plan, **arguments.to_keywords())
-    with loading_progress() as progress:
-        loaded = Model.load(
-            options, progress=progress, cluster=cluster, report=report, isolate_text=True
-        )
+    started = LocalRanks.start_early(options) if cluster is None else None
+    try:
+        # What takes seconds comes only now: the ranks import their libraries meanwhile, and the
+        # tokenizer's are imported while they load.
+        deferred_transformers.defer()
+        from ..api import Model
+
+        with loading_progress() as progress:
+            loaded = Model.load(
+                options,
+                cluster=cluster,
+                progress=progress,
+                report=report,
+                isolate_text=True,
+                started=started,
+            )
+    except BaseException:
+        if started is not None:
+            started.close(now=True)
+        raise
     with loaded:
         for reason in (loaded.ranks.backend_reason, loaded.plan_reason):
             if reason:

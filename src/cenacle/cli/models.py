@@ -46,8 +46,9 @@ def inspect(
     check_model(model)
     keywords = placement.to_keywords()
     from ..engine.speculative.draft_model import DraftModelConfig
+    from ..load_options import LoadOptions
     from ..model.checkpoint import Checkpoint, locate_checkpoint
-    from ..runtime import LoadOptions, select_plan
+    from ..runtime import select_plan
 
     checkpoint = Checkpoint.open(locate_checkpoint(model))
     options = LoadOptions(model, placement.nodes, **keywords)

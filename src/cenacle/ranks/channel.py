@@ -8,6 +8,7 @@ channel is closed.
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 import time
@@ -40,6 +41,7 @@ class Channel:
     def __init__(self, sock: socket.socket, deadline_s: float) -> None:
         self._socket, self._deadline_s = sock, deadline_s
         self.silent = False  # whether the last receive timed out
+        self._has_received = False
         self._sending = threading.Lock()
         sock.settimeout(deadline_s)
 
@@ -72,10 +74,20 @@ class Channel:
             ChannelClosed: the other side is gone.
             MessageError: what it sent is no message, or too long.
         """
-        (length,) = net.FRAME_HEADER.unpack(self.receive_bytes(net.FRAME_HEADER.size))
+        header = self.receive_bytes(net.FRAME_HEADER.size)
+        self._has_received = True
+        (length,) = net.FRAME_HEADER.unpack(header)
         if length > MAX_MESSAGE_BYTES:
             raise MessageError(f"{length} bytes, expected at most {MAX_MESSAGE_BYTES}")
         return decode_json(self.receive_bytes(length))
+
+    def wait_for_message(self) -> None:
+        """Wait, without a deadline, until the first message is here or has been received by another
+        thread, or the other side is gone; receives nothing."""
+        poll = select.poll()  # unlike select(), for any number of open files
+        poll.register(self._socket, select.POLLIN)
+        while not self._has_received and not poll.poll(250):
+            pass
 
     def receive_bytes(self, count: int) -> bytes:
         """Exactly `count` bytes; raises as `receive`."""

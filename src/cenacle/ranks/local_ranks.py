@@ -21,10 +21,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from .. import net, paths
 from ..collective import mesh
 from ..errors import ClusterError, RankLost
+from ..load_options import LoadOptions
 from ..message import parse
 from . import exit_reason
 from .channel import Channel, ChannelClosed, ChannelTimeout
@@ -36,6 +38,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 2.0
 KILL_TIMEOUT_S = 20.0  # the system may need this long to release a killed rank's memory
 BLAME_TIMEOUT_S = 0.5
+MAX_EARLY_RANKS = 8  # more are probably a mistake, which is found before they are needed
 
 # glibc reads this when a rank starts. Memory in pages of 2 MB, with which a core reads weights a
 # third faster (docs/devlog.md); and up to 256 MB of freed memory are kept for the next layer, since
@@ -62,6 +65,7 @@ class LocalRanks(RankSet):
         cores: for each rank the cores that it may run on; None: all that this process may use.
         threads: of the native kernels in each rank; None: its share of the cores.
         epoch: which of a group's successive sets of ranks these are.
+        wait: until all have connected; else `load` does.
 
     Raises:
         ClusterError: a process could not be started or did not connect in time, or the group was
@@ -76,6 +80,8 @@ class LocalRanks(RankSet):
         cores: Sequence[Sequence[int]] | None = None,
         threads: int | None = None,
         epoch: Epoch | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
         super().__init__(nodes, *resolve_backend(backend, nodes), epoch or Epoch())
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -86,34 +92,51 @@ class LocalRanks(RankSet):
             limits["CENACLE_CORES"] = json.dumps([list(c) for c in cores])
         if threads is not None:
             limits["CENACLE_THREADS"] = str(threads)
+        self._token = secrets.token_hex(16)
+        self._listener = socket.socket(socket.AF_UNIX)
         try:
             self._start(list(program), limits)
+            if wait:
+                self.connect()
         except BaseException:
             self.close(now=True)
             raise
 
+    @classmethod
+    def start_early(cls, options: LoadOptions) -> LocalRanks | None:
+        """The ranks that loading with these options will need; they import their libraries while
+        the caller decides what they load. None: that may take long, or may come to nothing.
+
+        Close them, or load them.
+
+        Raises:
+            ClusterError: a process could not be started.
+        """
+        folder = Path(options.model).expanduser()
+        nodes = options.plan.nodes if options.plan is not None else options.nodes
+        is_near = folder.is_file() or (folder / "config.json").is_file()
+        needs_others = options.draft_model is not None or options.verify is not False
+        if needs_others or not is_near or not 1 <= nodes <= MAX_EARLY_RANKS:
+            return None
+        return cls(nodes, options.backend, cores=options.cores, threads=options.threads, wait=False)
+
     def _start(self, program: list[str], limits: dict[str, str]) -> None:
-        token = secrets.token_hex(16)
         address = str(self.folder / "control")
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
-            listener.listen(self.nodes)
-            env = {**os.environ, **limits, "CENACLE_CONTROL": address, "CENACLE_TOKEN": token}
-            env["GLIBC_TUNABLES"] = ":".join(
-                filter(None, [env.get("GLIBC_TUNABLES"), MALLOC_TUNABLES])
+        self._listener.bind(address)
+        self._listener.listen(self.nodes)
+        env = {**os.environ, **limits, "CENACLE_CONTROL": address, "CENACLE_TOKEN": self._token}
+        env["GLIBC_TUNABLES"] = ":".join(filter(None, [env.get("GLIBC_TUNABLES"), MALLOC_TUNABLES]))
+        if self.backend == "mesh":
+            # Sockets in this user's folder, and a secret as between machines.
+            env[mesh.ADDRESSES] = json.dumps(
+                [f"unix:{self.folder}/mesh-{rank}" for rank in range(self.nodes)]
             )
-            if self.backend == "mesh":
-                # Sockets in this user's folder, and a secret as between machines.
-                env[mesh.ADDRESSES] = json.dumps(
-                    [f"unix:{self.folder}/mesh-{rank}" for rank in range(self.nodes)]
-                )
-                env[mesh.SECRET] = secrets.token_hex(32)
-            if self.backend == "mpi" and self.nodes > 1:
-                self._spawn([_find_mpirun(), "-np", str(self.nodes), *_MPI_FLAGS, *program], env)
-            else:
-                for rank in range(self.nodes):
-                    self._spawn(program, env | self._environment(rank))
-            self._accept(listener, token)
+            env[mesh.SECRET] = secrets.token_hex(32)
+        if self.backend == "mpi" and self.nodes > 1:
+            self._spawn([_find_mpirun(), "-np", str(self.nodes), *_MPI_FLAGS, *program], env)
+        else:
+            for rank in range(self.nodes):
+                self._spawn(program, env | self._environment(rank))
 
     def _environment(self, rank: int) -> dict[str, str]:
         env = {"CENACLE_RANK": str(rank), "MLX_RANK": str(rank)}
@@ -136,26 +159,36 @@ class LocalRanks(RankSet):
             subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         )
 
-    def _accept(self, listener: socket.socket, token: str) -> None:
+    def connect(self, epoch: Epoch | None = None) -> None:
+        """Wait until all ranks have connected.
+
+        Args:
+            epoch: whose `closing` ends the wait from now on; None: that of the constructor.
+
+        Raises:
+            ClusterError: one ended or did not connect in time, or the group was closed meanwhile.
+        """
+        self._epoch = epoch or self._epoch
         ends_s = time.monotonic() + START_TIMEOUT_S
         channels: dict[int, Channel] = {}
         pids: dict[int, int] = {}
-        listener.settimeout(0.5)
+        self._listener.settimeout(0.5)
         while len(channels) < self.nodes:
             try:
-                sock, _ = listener.accept()
+                sock, _ = self._listener.accept()
             except TimeoutError:
                 self._check_closing()
                 self._check_processes(sorted(set(range(self.nodes)) - set(channels)), ends_s)
                 continue
             channel = Channel(sock, SILENCE_TIMEOUT_S)
             hello = parse(channel.receive(), Hello)
-            if not secrets.compare_digest(hello.token, token) or hello.rank >= self.nodes:
+            if not secrets.compare_digest(hello.token, self._token) or hello.rank >= self.nodes:
                 channel.close()
                 continue
             channels[hello.rank], pids[hello.rank] = channel, hello.pid
         self.channels = [channels[rank] for rank in range(self.nodes)]
         self.pids = [pids[rank] for rank in range(self.nodes)]
+        self._listener.close()
 
     def _check_processes(self, missing: list[int], ends_s: float) -> None:
         statuses = [p.returncode for p in self._processes if p.poll() is not None]
@@ -209,6 +242,7 @@ class LocalRanks(RankSet):
         _wait_for_exit(self._processes, KILL_TIMEOUT_S)
         for channel in self.channels:
             channel.close()
+        self._listener.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -219,23 +253,29 @@ class LocalRankSource:
     Args:
         order: what they load; its plan says how many.
         backend, cores, threads: see `LocalRanks`.
+        started: the ranks of the first epoch, started with these arguments; None: not yet.
     """
 
     order: LoadOrder
     backend: str = "auto"
     cores: Sequence[Sequence[int]] | None = None
     threads: int | None = None
+    started: LocalRanks | None = None
 
     def start(self, epoch: Epoch, report: ReportProgress | None = None) -> LocalRanks:
         """See `RankSource.start`."""
-        ranks = LocalRanks(
-            self.order.plan.nodes,
-            self.backend,
-            cores=self.cores,
-            threads=self.threads,
-            epoch=epoch,
-        )
+        ranks = self.started if epoch.number == 0 else None
+        if ranks is None:
+            ranks = LocalRanks(
+                self.order.plan.nodes,
+                self.backend,
+                cores=self.cores,
+                threads=self.threads,
+                epoch=epoch,
+                wait=False,
+            )
         try:
+            ranks.connect(epoch)
             ranks.load(self.order, report)
         except BaseException:
             ranks.close(now=True)

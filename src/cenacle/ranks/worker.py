@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +61,11 @@ if TYPE_CHECKING:
     from ..engine.prompt_vision import PromptVision
     from ..engine.speculative.decoder import Drafter
     from ..engine.speculative.draft_model import DraftModelConfig
+    from ..text.tokenizer import ChatTokenizer
 
 HEARTBEAT_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.1
+LIBRARIES = ("engine.engine", "engine.speculative.draft_model", "model.loader")
 
 
 def main() -> None:
@@ -71,6 +73,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front to handle
     use_private_temp_dir()
     pin_to_cores()
+    gc.disable()  # a tenth of the imports' time
     deferred_transformers.defer()
     try:
         channel = connect_to_front()
@@ -78,12 +81,24 @@ def main() -> None:
         sys.exit(1)  # the front has gone meanwhile: nobody is to be told
     threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()
     try:
+        import_libraries()
+        gc.freeze()  # what was imported stays: the collector need not visit it
+        gc.enable()
         _Worker(channel, parse(receive_message(channel), LoadOrder)).run()
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
         report_failure(channel, error)
         os._exit(0)  # MLX's threads may wait for ever for a lost peer
+
+
+def import_libraries() -> None:
+    """What loading needs, while the front decides what is loaded.
+
+    Only now: the front must hear from this process before MLX is loaded.
+    """
+    for name in LIBRARIES:
+        import_module(f"cenacle.{name}")
 
 
 def rank_from_environment() -> int:
@@ -130,7 +145,12 @@ def connect_to_front() -> Channel:
 
 
 def send_heartbeats(channel: Channel) -> None:
-    """Tell the front that this rank is alive; end the process when the front is gone."""
+    """Tell the front that this rank is alive; end the process when the front is gone.
+
+    From the order on: until then the front may be busy for longer than the connection can store
+    what it does not read.
+    """
+    channel.wait_for_message()
     process = psutil.Process()
     while True:
         time.sleep(HEARTBEAT_INTERVAL_S)
@@ -215,7 +235,7 @@ class _Worker:
     """One rank that serves steps."""
 
     def __init__(self, channel: Channel, order: LoadOrder) -> None:
-        # Imported here and below: the front must hear from this process before MLX is loaded.
+        # Imported here and below, see `import_libraries`.
         import mlx.core as mx
 
         from .. import native
@@ -280,7 +300,6 @@ class _Worker:
         from ..model.loader import open_rank_model
         from ..model.native_layers import is_supported
         from ..model.step_timer import StepTimer
-        from ..text.tokenizer import ChatTokenizer
 
         order, rank = self._order, self._collective.rank
         self._wire_memory()
@@ -306,7 +325,13 @@ class _Worker:
         gc.freeze()  # the objects of a loaded model stay: the collector need not visit them again
         self._collective.barrier()
         folder, config = self._checkpoint.folder, self._checkpoint.config
-        vocabulary = Vocabulary(lambda: ChatTokenizer(folder, config))
+
+        def load_tokenizer() -> ChatTokenizer:
+            from ..text.tokenizer import ChatTokenizer
+
+            return ChatTokenizer(folder, config)
+
+        vocabulary = Vocabulary(load_tokenizer)
         store = self._open_page_store()
         batching = family_of(family).batching
         engine = Engine(
@@ -434,6 +459,8 @@ class _Worker:
 
     def _open_page_store(self) -> PageStore | None:
         """The prefix cache on disk, if there is to be one."""
+        from importlib.metadata import version
+
         import mlx.core as mx
 
         from .. import native, paths

@@ -16,7 +16,7 @@ from ..errors import CenacleError, InputError
 from .api.protocol import ServedModel
 
 if TYPE_CHECKING:
-    from ..runtime import LoadOptions
+    from ..load_options import LoadOptions
 
 
 @dataclass(frozen=True)
