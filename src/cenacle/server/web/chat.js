@@ -161,7 +161,7 @@ function submit() {
 // What the settings ask of the model.
 function options() {
   const settings = store.settings();
-  const numbers = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens"].filter((name) => settings[name] !== null);
+  const numbers = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "thinking_budget"].filter((name) => settings[name] !== null);
   const body = Object.fromEntries(numbers.map((name) => [name, settings[name]]));
   const stop = settings.stop.split("\n").filter(Boolean);
   if (stop.length) body.stop = stop;
@@ -215,7 +215,10 @@ async function answer(conversation, message, tries = 0) {
   } catch (error) {
     if (error.name === "AbortError") message.finish = "stopped";
     else message.error = error instanceof api.ServerError ? error.message : `Error in this page: ${error.message}`;
-    if (error.wasLost) lost = { conversation, message, tries: tries + 1 };
+    if (error.wasLost) {
+      lost = { conversation, message, tries: tries + 1 };
+      dispatchEvent(new Event("connectionlost"));
+    }
   }
   if (clock.first) message.stats = clock.stats();
   finishAnswer(conversation, message);

@@ -27,6 +27,7 @@ export function onState(callback) {
 
 export function start() {
   document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
+  addEventListener("connectionlost", () => setTimeout(poll, VISIBLE_POLL_MS)); // it may be back at once
   poll();
 }
 
@@ -74,7 +75,7 @@ async function poll() {
   listener(state, pollError === null);
   if (visible && !document.hidden) draw();
   clearTimeout(timer);
-  timer = document.hidden ? 0 : setTimeout(poll, visible ? VISIBLE_POLL_MS : HIDDEN_POLL_MS);
+  timer = document.hidden ? 0 : setTimeout(poll, visible || pollError ? VISIBLE_POLL_MS : HIDDEN_POLL_MS);
 }
 
 function addSnapshot(latest) {

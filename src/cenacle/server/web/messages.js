@@ -65,7 +65,7 @@ function answer(message, same, isLast, view, before) {
       branches(message, same, view),
       message.content && iconButton("copy", "Copy", () => copyText(message.content)),
       !view.running && iconButton("retry", message.error ? "Try again" : "Regenerate", () => view.regenerate(message)),
-      isLast && cut && message.content && !view.running && iconButton("forward", "Continue", () => view.proceed(message))),
+      isLast && cut && message.content && !view.running && h("button", { class: "continue", type: "button", onclick: () => view.proceed(message) }, "Continue")),
     h("span", { class: "stats" }, describeStats(message)));
   return element;
 }

@@ -6,7 +6,7 @@ import * as tree from "./tree.js";
 
 const PREFIX = "cenacle.";
 const DEFAULTS = {
-  system: "", temperature: null, top_p: null, top_k: null, min_p: null, seed: null, max_tokens: null,
+  system: "", temperature: null, top_p: null, top_k: null, min_p: null, seed: null, max_tokens: null, thinking_budget: null,
   stop: "", reasoning_effort: "", schema: "", model: "", theme: "auto", wrap: false,
 };
 

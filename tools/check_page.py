@@ -1,0 +1,181 @@
+"""Check the web page of a running server by hand: accessibility, screenshots, a day's use.
+
+axe-core goes through the views and dialogs at three widths, light and dark; screenshots of each are
+written. Then 500 conversations, one of 200 messages and an answer of 100 kB, with times and memory.
+The server answers nothing: the page's requests for answers are played.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Browser, FilePayload, Page, sync_playwright
+
+ANSWER = r"""## Euler's identity
+
+Inline $e^{i\pi} + 1 = 0$, costs $5 and $10, and a note[^1].
+
+\[ \int_{-\infty}^{\infty} e^{-x^2}\,dx = \sqrt{\pi} \]
+
+```python
+class Point(Base):  # a comment
+    x: float = 3.5e-2
+```
+
+- [x] done
+- [ ] open
+
+| Model | Parameters | Active | Context |
+|---|--:|--:|:-:|
+| Qwen3-235B-A22B-Instruct | 235 B | 22 B | 262144 |
+
+هذا نص عربي من اليمين إلى اليسار.
+
+[^1]: The note.
+"""
+# Streams a text in pieces of twenty characters, at most 200 pieces a second.
+PLAY = """(text) => {
+  const real = window.fetch;
+  const event = (value) => `data: ${JSON.stringify(value)}\\n\\n`;
+  window.fetch = (url, options) => {
+    if (!String(url).includes("chat/completions")) return real(url, options);
+    const encoder = new TextEncoder();
+    let at = 0;
+    const stream = new ReadableStream({ async pull(controller) {
+      await new Promise((resolve) => setTimeout(resolve, 5));
+      const ends = at >= text.length;
+      const choice = ends ? { delta: {}, finish_reason: "length" } : { delta: { content: text.slice(at, at += 20) } };
+      const usage = { prompt_tokens: 300, completion_tokens: 200 };
+      controller.enqueue(encoder.encode(event({ choices: [choice] }) + (ends ? event({ choices: [], usage }) + "data: [DONE]\\n\\n" : "")));
+      if (ends) controller.close();
+    } });
+    return Promise.resolve(new Response(stream, { headers: { "content-type": "text/event-stream" } }));
+  };
+}"""  # noqa: E501
+FINDINGS = """async () => (await axe.run(document)).violations.map(
+  (v) => `${v.impact} ${v.id}: ${v.nodes.slice(0, 3).map((n) => n.html.slice(0, 90)).join(" ")}`)"""
+
+
+def open_page(browser: Browser, url: str, width: int, scheme: str) -> Page:
+    """A page with a conversation, a system prompt and an attached file."""
+    page = browser.new_context(
+        viewport={"width": width, "height": 860},
+        color_scheme="dark" if scheme == "dark" else "light",
+    ).new_page()
+    page.on("pageerror", lambda error: print("ERROR", error))
+    page.on("console", lambda message: print("CONSOLE", message.text))
+    page.goto(url)
+    page.wait_for_selector("#messages > *")
+    return page
+
+
+def ask(page: Page, text: str) -> None:
+    """Ask, and wait for the end of the answer."""
+    page.fill("#input", text)
+    page.click("#send")
+    page.wait_for_timeout(500)
+    while page.locator(".streaming").count():  # a handle would keep the element in memory
+        page.wait_for_timeout(100)
+
+
+def check_views(browser: Browser, url: str, axe: str, folder: Path) -> int:
+    """Screenshots and findings of each view and dialog; the number of serious findings."""
+    serious = 0
+    for width, scheme in ((390, "dark"), (768, "light"), (1280, "light"), (1280, "dark")):
+        page = open_page(browser, url, width, scheme)
+        page.evaluate(PLAY, ANSWER)
+        for question in ("Explain Euler's identity", "Once more, please"):
+            ask(page, question)
+
+        def look(name: str, page: Page = page, at: str = f"{width}-{scheme}") -> int:
+            page.wait_for_timeout(300)
+            page.screenshot(path=folder / f"{at}-{name}.png")
+            page.evaluate(axe + "; 0")
+            found = page.evaluate(FINDINGS)
+            for line in found:
+                print(f"{at} {name}: {line}")
+            return sum(line.startswith(("serious", "critical")) for line in found)
+
+        serious += look("chat")
+        for opener in ("#open-settings", "#open-prompts"):
+            page.click(opener)
+            serious += look(opener.removeprefix("#open-"))
+            page.keyboard.press("Escape")
+        page.keyboard.press("Control+k")
+        serious += look("list")
+        page.evaluate("location.hash = '#cluster'")
+        page.wait_for_timeout(1000)
+        serious += look("cluster")
+        page.context.close()
+    return serious
+
+
+def use_a_day(browser: Browser, url: str) -> None:
+    """Print times and memory with many conversations, a long one and a long answer."""
+    page = open_page(browser, url, 1280, "light")
+    debugger = page.context.new_cdp_session(page)
+
+    def heap_mb() -> str:
+        debugger.send("HeapProfiler.collectGarbage")
+        return f"{debugger.send('Runtime.getHeapUsage')['usedSize'] / 1e6:.1f} MB of script memory"
+
+    paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    scripts = "performance.getEntriesByType('resource').filter(r => r.name.endsWith('.js'))"
+    size = page.evaluate(f"{scripts}.reduce((sum, r) => sum + r.decodedBodySize, 0)")
+    print(f"first paint {page.evaluate(paint):.0f} ms, script {size / 1000:.0f} kB, {heap_mb()}")
+
+    def conversation(name: str, count: int, text: str) -> dict[str, object]:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": f"{i}: {text}"} for i in range(count)]
+        return {"id": name, "title": name, "updatedAt": 1, "messages": messages}
+
+    many = [conversation(f"Number {n}", 10, "word " * 60) for n in range(500)]
+    many.append({**conversation("Long", 200, ANSWER), "pinned": True})
+    data = json.dumps(many).encode()
+    payload = FilePayload(name="a.json", mimeType="application/json", buffer=data)
+    page.set_input_files("#import-file", files=[payload])
+    page.wait_for_selector("text=501 conversations imported")
+    took = page.evaluate(
+        """async () => {
+          const began = performance.now();
+          document.querySelector(".pick").click();
+          while (document.querySelectorAll(".message").length < 200) await new Promise(requestAnimationFrame);
+          return performance.now() - began;
+        }"""  # noqa: E501
+    )
+    print(f"200 messages open after {took:.0f} ms, {heap_mb()}")
+    page.click("#new")
+    page.evaluate(PLAY, (ANSWER + "\n") * 170)
+    debugger.send("Performance.enable", {"timeDomain": "threadTicks"})
+    ask(page, "A long answer")
+    metrics = {m["name"]: m["value"] for m in debugger.send("Performance.getMetrics")["metrics"]}
+    busy = ", ".join(f"{k[:-8]} {metrics[k]:.1f} s" for k in ("ScriptDuration", "LayoutDuration"))
+    print(f"{page.inner_text('.stats')}; {busy}; {heap_mb()}")
+    page.click("#new")
+    page.wait_for_timeout(1000)
+    print(f"afterwards {heap_mb()}")
+
+
+def main() -> int:
+    """Parse the arguments and run; 1 if axe found something serious."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url", help="of a running server, with any model")
+    parser.add_argument("--axe", type=Path, required=True, help="axe.min.js")
+    parser.add_argument("--out", type=Path, default=Path("build/page"), help="for screenshots")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        serious = check_views(browser, arguments.url, arguments.axe.read_text(), arguments.out)
+        use_a_day(browser, arguments.url)
+        browser.close()
+    print(f"{serious} serious findings; screenshots are in {arguments.out}")
+    return int(serious > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
