@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from datetime import UTC, datetime
 
 
 class PrintableFormatter(logging.Formatter):
@@ -43,3 +45,49 @@ class RepeatedLineFilter(logging.Filter):
             self._logged_s.clear()
         self._logged_s[line] = now_s
         return True
+
+
+class JsonFormatter(logging.Formatter):
+    """A line of a log for machines: one JSON object with time, level, source and message, and the
+    fields that a record has as `extra={"fields": {...}}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        body = {
+            "time": format_time(record.created),
+            "level": record.levelname.lower(),
+            "source": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            body["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(body)
+
+
+class LogFormat:
+    """The form of all lines that this program logs; set once, when it starts."""
+
+    is_json = False
+
+    @classmethod
+    def formatter(cls, text_format: str, time_format: str | None = None) -> logging.Formatter:
+        """A formatter of that form.
+
+        Args:
+            text_format, time_format: see `logging.Formatter`, for people.
+        """
+        return JsonFormatter() if cls.is_json else PrintableFormatter(text_format, time_format)
+
+
+def format_time(seconds: float) -> str:
+    """Seconds since 1970 as a UTC time with milliseconds, such as 2026-11-27T23:15:04.120Z."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def configure_logging() -> None:
+    """Write warnings, and the coming and going of nodes, to stderr with the time."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat.formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], force=True)

@@ -1,6 +1,6 @@
 """What answers in `cenacle chat`: a model in this process, or a server.
 
-Owns: `ChatSource` and its two implementations; errors of a server in plain words.
+Owns: `ChatSource` and its two implementations.
 Does not know: the conversation, the terminal, how a model is loaded.
 Invariant: ending the iteration over an answer ends the answer.
 Next: `chat.py` is the conversation.
@@ -9,22 +9,17 @@ Next: `chat.py` is the conversation.
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import httpx
-
 from ..core.chat import Message, OutputPart
-from ..errors import ClusterError, InputError
+from ..errors import ClusterError
+from .remote import RemoteServer
 
 if TYPE_CHECKING:
     from ..api import Model
-
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 900.0
 
 
 @dataclass(frozen=True)
@@ -70,14 +65,12 @@ class LocalChat:
         yield from parser.finish()
 
 
-class RemoteChat:
+class RemoteChat(RemoteServer):
     """A server with OpenAI's API, Cenacle's or any other.
 
     Args:
-        url: with or without /v1.
-        key: sent as `Authorization: Bearer`.
+        url, key, certificate: see `RemoteServer`.
         model: its name on the server; None: the first that the server lists.
-        certificate: file with the server's certificate, if it is self-signed.
 
     Raises:
         InputError: the URL is malformed, or the server requires another key.
@@ -91,31 +84,15 @@ class RemoteChat:
         model: str | None = None,
         certificate: Path | None = None,
     ) -> None:
-        self._base_url = url.rstrip("/").removesuffix("/v1")
-        if not self._base_url.startswith(("http://", "https://")):
-            raise InputError(f"url: expected http://HOST:PORT or https://, got {url!r}", "url")
-        try:
-            self._client = httpx.Client(
-                base_url=self._base_url,
-                headers={"authorization": f"Bearer {key}"} if key else {},
-                timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-                verify=ssl.create_default_context(cafile=certificate),
-            )
-        except (OSError, ValueError, httpx.InvalidURL) as error:
-            raise InputError(f"url: {url!r} cannot be used: {error}", "url") from error
+        super().__init__(url, key, certificate)
         try:
             with self._translate_errors():
-                response = self._client.get("/v1/models", timeout=CONNECT_TIMEOUT_S)
-                self._raise_for_status(response)
-                names = [entry["id"] for entry in response.json()["data"]]
-                self.name = model or names[0]
+                listed = self.get("/v1/models")["data"]
+                self._context_lengths = {m["id"]: m.get("context_length") for m in listed}
+                self.name = model or listed[0]["id"]
         except BaseException:
             self.close()
             raise
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
 
     def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """See `ChatSource`."""
@@ -152,32 +129,3 @@ class RemoteChat:
                 yield OutputPart("reasoning", reasoning)
             if text := delta.get("content"):
                 yield OutputPart("text", text)
-
-    @contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        """Turn errors of the connection, and of malformed responses, into Cenacle's."""
-        try:
-            yield
-        except httpx.HTTPError as error:
-            raise ClusterError(
-                f"{self._base_url} does not answer ({error or type(error).__name__}); start a "
-                f"server there with `cenacle serve`, or check the address"
-            ) from error
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise ClusterError(
-                f"{self._base_url} does not serve OpenAI's API: {error!r}"
-            ) from error
-
-    def _raise_for_status(self, response: httpx.Response) -> None:
-        if response.is_success:
-            return
-        try:
-            message = str(response.json()["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            message = f"status {response.status_code}"
-        message = f"{self._base_url}: {message}"
-        if response.status_code == 401:
-            raise InputError(f"{message}; pass the key with --key or CENACLE_API_KEY", "key")
-        if response.status_code in (400, 404, 413, 422):
-            raise InputError(message)
-        raise ClusterError(message)

@@ -7,7 +7,6 @@ Next: `inference.py` has `serve`, for one machine.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -25,11 +24,18 @@ from rich.table import Table
 from .. import net, paths
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, InputError
-from ..logs import PrintableFormatter
+from ..logs import LogFormat, configure_logging
 from .command import command, option
 from .console import print_json, report, stderr_console, wide_console
 from .early_checks import check_model
-from .inference import Endpoint, load_model, open_server, read_models
+from .inference import (
+    Endpoint,
+    greet,
+    load_model,
+    open_server,
+    read_models,
+    use_log_format,
+)
 from .options import (
     JsonOutput,
     ModelsArguments,
@@ -127,7 +133,7 @@ def up(
     for name in model or ():
         if name != "demo":
             check_model(name)
-    _configure_logging()
+    use_log_format(server.log_format)
     from ..cluster.client import read_address
     from ..cluster.node_info import BUNDLED_MODELS
 
@@ -174,6 +180,7 @@ def _serve_cluster(
     def on_started(url: str) -> None:
         head.set_status(url=url)
         _report_event(f"serving {loaded.name} on {loaded.plan.nodes} nodes at {url}")
+        greet(loaded, url, endpoint)
 
     def on_pool_started(url: str) -> None:
         head.set_status(url=url)
@@ -294,7 +301,7 @@ def join(
     arguments: JoinArguments,
 ) -> None:
     """Add this machine to a cluster and run its agent until the cluster ends."""
-    _configure_logging()
+    configure_logging()
     from ..cluster import agent as agents
     from ..cluster.security.identity import Identity
 
@@ -535,11 +542,5 @@ def _query(
 
 def _report_event(message: str) -> None:
     """Report what a head or an agent does; in a log file with the time."""
-    report(message if stderr_console.is_terminal else f"{time.strftime('%H:%M:%S')} {message}")
-
-
-def _configure_logging() -> None:
-    """Log failures of the parts of a head or an agent, with the time."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(handlers=[handler])
+    plain = stderr_console.is_terminal or LogFormat.is_json
+    report(message if plain else f"{time.strftime('%H:%M:%S')} {message}")

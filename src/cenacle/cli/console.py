@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import InputError
+from ..logs import LogFormat, format_time
 
 FALLBACK_WIDTH = 120  # of tables in a pipe
 # Whether another process of this program watches over this one; it speaks for both.
@@ -39,14 +41,26 @@ stderr_console = PipeConsole(stderr=True, highlight=False, emoji=False)
 
 
 def report(message: str) -> None:
-    """Print a message to stderr, without wrapping or markup."""
+    """Print a message to stderr, without wrapping or markup; in a log of JSON as one object."""
+    if LogFormat.is_json:
+        print_log_line("info", message)
+        return
     stderr_console.print(message, soft_wrap=True, markup=False)
 
 
 def print_error(message: str) -> None:
     """Print an error to stderr, on one line."""
+    if LogFormat.is_json:
+        print_log_line("error", message)
+        return
     stderr_console.print("error:", style="bold red", end=" ")
     report(message)
+
+
+def print_log_line(level: str, message: str) -> None:
+    """Print a line as `JsonFormatter` writes it."""
+    record = {"time": format_time(time.time()), "level": level, "source": "cenacle"}
+    print(json.dumps({**record, "message": message}), file=sys.stderr, flush=True)
 
 
 def report_interrupt() -> None:
@@ -114,7 +128,7 @@ def loading_progress() -> Iterator[Callable[[int, int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
     columns = (TextColumn("rank {task.fields[rank]}"), BarColumn(), DownloadColumn())
-    hidden = not stderr_console.is_terminal
+    hidden = not stderr_console.is_terminal or LogFormat.is_json
     with Progress(*columns, console=stderr_console, transient=True, disable=hidden) as bars:
         tasks: dict[int, TaskID] = {}
 

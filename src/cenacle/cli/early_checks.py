@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
+from ..extras import is_installed
 
 MAX_NEIGHBORS = 1000  # of a folder's files that are compared
 
@@ -43,3 +45,22 @@ def find_similar_paths(path: Path, count: int = 3) -> list[str]:
         return []
     names = [name for name in names if not name.startswith(".")]
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, count)]
+
+
+def check_otlp_endpoint(url: str) -> None:
+    """Refuse a collector's address that is none, and traces that this installation cannot send.
+
+    Raises:
+        InputError: either.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(
+            f"--otlp-endpoint: expected http://HOST:PORT or https://, got {url!r}", "otlp-endpoint"
+        )
+    if not is_installed("opentelemetry.sdk"):
+        raise InputError(
+            "--otlp-endpoint: needs the package opentelemetry, which is not installed: run "
+            "`pip install 'cenacle[otel]'`",
+            "otlp-endpoint",
+        )

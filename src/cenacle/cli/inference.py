@@ -18,10 +18,11 @@ import typer
 
 from ..errors import InputError
 from ..images.fetch import AllowedHosts
+from ..logs import LogFormat, configure_logging
 from . import keys
 from .command import command
-from .console import loading_progress, print_json, read_stdin, report
-from .early_checks import check_model
+from .console import loading_progress, print_json, read_stdin, report, stderr_console
+from .early_checks import check_model, check_otlp_endpoint
 from .options import (
     MODEL_HELP,
     JsonOutput,
@@ -178,6 +179,7 @@ def serve(
     """
     for name in model or ():
         check_model(name)
+    use_log_format(server.log_format)
     is_pool = models.is_pool(model or ())
     # A port in use is found before the model is loaded.
     with open_server(server) as endpoint:
@@ -187,7 +189,28 @@ def serve(
             return
         assert model is not None
         with load_model(model[0], load, plan) as loaded:
-            endpoint.serve(loaded, lambda url: report(f"serving {loaded.name} at {url}"))
+            endpoint.serve(loaded, lambda url: report_serving(loaded, url, endpoint))
+
+
+def use_log_format(log_format: str) -> None:
+    """Log on stderr in the form of `--log-format`."""
+    LogFormat.is_json = log_format == "json"
+    configure_logging()
+
+
+def report_serving(model: Model, url: str, endpoint: Endpoint) -> None:
+    """Report that a model is served."""
+    report(f"serving {model.name} at {url}")
+    greet(model, url, endpoint)
+
+
+def greet(model: Model, url: str, endpoint: Endpoint) -> None:
+    """Say on a terminal what the owner of a server needs next."""
+    if stderr_console.is_terminal and not LogFormat.is_json:
+        from .greeting import compose_greeting
+
+        for line in compose_greeting(model, url, endpoint.policy.require_key, endpoint.tls):
+            report(line)
 
 
 @contextmanager
@@ -208,6 +231,7 @@ class Endpoint:
     model_names: tuple[str, ...] = ()
     image_hosts: AllowedHosts = field(default_factory=AllowedHosts)
     max_image_pixels: int = 1 << 20
+    otlp_endpoint: str | None = None
 
     def serve(self, model: Model, on_started: Callable[[str], None]) -> None:
         """Answer requests until the program is ended; `on_started` gets the URL."""
@@ -226,6 +250,7 @@ class Endpoint:
             tls=self.tls,
             restarts=self.process.restarts,
             names=self.model_names,
+            otlp_endpoint=self.otlp_endpoint,
         )
 
     def serve_models(
@@ -263,6 +288,7 @@ class Endpoint:
             report=report,
             on_loaded=on_loaded,
             max_waiting=models.max_waiting,
+            otlp_endpoint=self.otlp_endpoint,
         )
 
     @property
@@ -373,6 +399,8 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
     image_hosts = AllowedHosts.parse(arguments.image_urls or ())
     if not all(names):
         raise InputError("--served-model-name: expected a name, got an empty one", "served-name")
+    if arguments.otlp_endpoint is not None:
+        check_otlp_endpoint(arguments.otlp_endpoint)
     process = SupervisedProcess.from_environment()
     with process.sock if process else bind(arguments.host, arguments.port) as sock:
         policy = keys.access_policy(
@@ -393,7 +421,8 @@ def open_server(arguments: ServerArguments) -> Iterator[Endpoint]:
             report if process is None else lambda _: None,
         )
         if process is not None:
-            yield Endpoint(policy, tls, process, names, image_hosts, arguments.max_image_pixels)
+            pixels, otlp = arguments.max_image_pixels, arguments.otlp_endpoint
+            yield Endpoint(policy, tls, process, names, image_hosts, pixels, otlp)
             return
         if policy.require_key and tls is None:
             report("warning: without TLS, API keys and answers are sent unencrypted; see --tls")

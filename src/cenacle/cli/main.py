@@ -29,6 +29,7 @@ from .console import discard_output, print_error, report_interrupt
 # The commands of each module, in the order of the help; a name of its own: a group of commands.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "inference": ("generate", "chat", "serve"),
+    "top": ("top",),
     "models": ("inspect", "families", "synth", "demo"),
     "cluster": ("up", "join", "nodes", "status", "leave", "down"),
     "plan": ("plan", "calibrate", "validate", "record-routing"),

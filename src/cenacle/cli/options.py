@@ -252,6 +252,15 @@ class ServerArguments:
         "Maximum number of pixels of an image as the model sees it; fewer are quicker.",
         min=1024,
     )
+    otlp_endpoint: str | None = server_option(
+        None,
+        "Send OpenTelemetry traces of requests to this collector (OTLP over HTTP), such as "
+        "http://127.0.0.1:4318; needs `cenacle[otel]`.",
+        metavar="URL",
+    )
+    log_format: Literal["text", "json"] = server_option(
+        "text", "Form of the log on stderr: text, or json with one object per line."
+    )
     access_log: bool = server_option(
         False, "Log every request to stderr, without its text.", "--access-log"
     )

@@ -20,6 +20,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Seque
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -294,6 +295,7 @@ class GenerationRun(Response):
         self._choices, self._group, self._active_runs = choices, group, active_runs
         self._token_timeout_s, self._keep_alive_s = token_timeout_s, keep_alive_s
         self._keep_alive: Callable[[], Awaitable[None]] | None = None  # of a stream
+        self._traceparent = ""
         self._last_write_s = 0.0  # in the loop's time
         self._events: asyncio.Queue[tuple[InFlightChoice, GroupEvent]] = asyncio.Queue()
 
@@ -304,9 +306,10 @@ class GenerationRun(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, until all is sent or the client has disconnected."""
         self._active_runs.add(self)
+        self._traceparent = Headers(scope=scope).get("traceparent", "")
         try:
             for choice in self._choices:
-                self._group.submit(choice.request, self._sink(choice))
+                self._group.submit(choice.request, self._sink(choice), self._traceparent)
         except CenacleError as error:  # while there is still a status to send
             self._release()
             await error_response(error, self._adapter)(scope, receive, send)
@@ -414,7 +417,7 @@ class GenerationRun(Response):
             parts = choice.change_phase(choice.add_token(event))
             if choice.request.id != event.request_id:
                 self._group.cancel(event.request_id, "continued")
-                self._group.submit(choice.request, self._sink(choice))
+                self._group.submit(choice.request, self._sink(choice), self._traceparent)
             if choice.finish is not None:
                 self._group.cancel(choice.request.id, "stop")  # ranks do not know stop strings
                 unfinished -= 1

@@ -61,6 +61,7 @@ def serve(
     tls: ssl.SSLContext | None = None,
     names: Sequence[str] = (),
     restarts: Restarts | None = None,
+    otlp_endpoint: str | None = None,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT. Closes the socket, not the model.
 
@@ -76,14 +77,20 @@ def serve(
         tls: see `tls.server_context`; None: plain HTTP.
         names: of the model, for clients; "*": any. None: its own.
         restarts: of this server before, for /health.
+        otlp_endpoint: collector that gets traces of the requests; None: nobody.
 
     Raises:
         CheckpointError: the model has no tokenizer.
         InputError: keys are required and there is none.
     """
     limits, plan_tracker = limits or Limits(), PlanTracker(model)
-    with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
+    with (
+        contextlib.closing(sock),
+        contextlib.closing(KeyStore()) as keys,
+        contextlib.ExitStack() as stack,
+    ):
         metrics = Metrics.of_server(model, keys, plan_tracker)
+        _send_traces(otlp_endpoint, {model.name: metrics}, stack)
         application = Application(model, limits, metrics, plan_tracker, names, restarts)
         _run(application, sock, keys, on_started, limits, policy, tls)
 
@@ -102,6 +109,7 @@ def serve_models(
     report: Callable[[str], None] = lambda _: None,
     on_loaded: Callable[[Model], None] = lambda _: None,
     max_waiting: int = 64,
+    otlp_endpoint: str | None = None,
 ) -> None:
     """Like `serve` for several models, which are loaded when requests name them.
 
@@ -113,13 +121,19 @@ def serve_models(
         report: told in sentences how a model runs.
         on_loaded: told which model is loaded; in its thread.
         max_waiting: most requests that wait for one model to be loaded.
+        otlp_endpoint: see `serve`.
 
     Raises:
         InputError: keys are required and there is none.
     """
     limits = limits or Limits()
-    with contextlib.closing(sock), contextlib.closing(KeyStore()) as keys:
+    with (
+        contextlib.closing(sock),
+        contextlib.closing(KeyStore()) as keys,
+        contextlib.ExitStack() as stack,
+    ):
         metrics = ModelsMetrics(tuple(catalog), keys, lambda name: pool.status(name))
+        _send_traces(otlp_endpoint, {name: metrics.of_model(name) for name in catalog}, stack)
         loader = ModelLoader(catalog, limits, metrics.of_model, cluster, report, on_loaded)
         pool = ModelPool(
             tuple(catalog), loader.load, pool_options, lambda: psutil.virtual_memory().available
@@ -141,6 +155,19 @@ def serve_models(
                 on_started(url)
 
         _run(application, sock, keys, start, limits, policy, tls)
+
+
+def _send_traces(
+    endpoint: str | None, metrics: Mapping[str, Metrics], stack: contextlib.ExitStack
+) -> None:
+    """Send traces of the requests of models, by name, until `stack` ends."""
+    if endpoint is None:
+        return
+    from .tracing import RequestTraces, export_to
+
+    for name, counted in metrics.items():
+        counted.traces = RequestTraces(name, export_to(endpoint))
+        stack.callback(counted.traces.close)
 
 
 def _run(

@@ -41,6 +41,7 @@ from .plan_info import PlanTracker
 
 if TYPE_CHECKING:
     from ..api import Model
+    from .tracing import RequestTraces  # needs an extra
 
 disable_created_metrics()  # otherwise each counter gets a second series with its start time
 
@@ -87,6 +88,7 @@ class Metrics(StepObserver):
         self._keys = keys
         self._model: Model | None = None
         self._state: StateCollector | None = None
+        self.traces: RequestTraces | None = None  # that are told the same
         self._lock = threading.Lock()
         self._step_lock = threading.Lock()  # the counters of a step are rendered together
         self._timers: dict[str, RequestTimer] = {}
@@ -194,11 +196,13 @@ class Metrics(StepObserver):
 
     # Called by `InstrumentedGroup`
 
-    def on_submit(self, request: Request) -> None:
+    def on_submit(self, request: Request, traceparent: str = "") -> None:
         """Count a request that is about to be submitted."""
         timer = RequestTimer(request.key, len(request.tokens), time.perf_counter())
         with self._lock:
             self._timers[request.id] = timer
+        if self.traces is not None:
+            self.traces.on_submit(request, traceparent)
 
     def on_token(self, event: TokenEvent) -> None:
         """Count a token; called by the group's thread."""
@@ -215,6 +219,8 @@ class Metrics(StepObserver):
         else:
             self._token_s.observe(now - timer.last_token_at)
         timer.last_token_at = now
+        if self.traces is not None:
+            self.traces.on_token(event)
         self._generated_tokens.labels(timer.key_label).inc()
         if timer.key:
             self._keys.charge(timer.key, 1)
@@ -228,6 +234,8 @@ class Metrics(StepObserver):
         if timer is None:
             return
         self._outcomes.labels(reason).inc()
+        if self.traces is not None:
+            self.traces.on_finish(request_id, reason)
         if reason in ("stop", "length"):
             self._request_s.observe(time.perf_counter() - timer.submitted_at)
 
@@ -239,6 +247,8 @@ class Metrics(StepObserver):
             if timer is None or timer.admitted:  # admitted again after ranks were lost
                 continue
             timer.admitted = True
+            if self.traces is not None:
+                self.traces.on_admitted(request.id)
             self._queue_s.observe(time.perf_counter() - timer.submitted_at)
             self._prompt_tokens.labels(timer.key_label).inc(timer.prompt_tokens)
             if timer.key:
@@ -260,6 +270,8 @@ class Metrics(StepObserver):
         if not timings.steps:
             return
         self._steps.inc()
+        if self.traces is not None:
+            self.traces.on_step_measured(timings.per_token_ms())
         for component, ms in timings.per_token_ms().items():
             if component != "total":  # clocks of several threads can make "rest" negative
                 self._step_s.labels(component).inc(max(0.0, ms) / 1000)
@@ -376,8 +388,8 @@ class InstrumentedGroup:
     def __init__(self, group: RankGroup, metrics: Metrics) -> None:
         self._group, self._metrics = group, metrics
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """As `RankGroup.submit`."""
+    def submit(self, request: Request, sink: Sink, traceparent: str = "") -> None:
+        """As `RankGroup.submit`; `traceparent` is the header of that name of W3C Trace Context."""
 
         def counting_sink(event: GroupEvent) -> None:
             if isinstance(event, TokenEvent):
@@ -386,7 +398,7 @@ class InstrumentedGroup:
                 self._metrics.on_finish(request.id, "error")
             sink(event)
 
-        self._metrics.on_submit(request)
+        self._metrics.on_submit(request, traceparent)
         try:
             self._group.submit(request, counting_sink)
         except CenacleError:

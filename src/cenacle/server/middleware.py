@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import Busy, CenacleError
-from ..logs import PrintableFormatter
+from ..logs import LogFormat
 from .access_policy import AccessPolicy
 from .admission import Admissions
 from .api import anthropic, openai
@@ -281,16 +281,16 @@ def _denial_response(path: str, denied: _AccessDenied) -> Response:
 def _log_access(scope: Scope, record: _RequestLog, key: str | None) -> None:
     # A path that does not exist, or not for this method, can be anything that a client made up.
     path = scope["path"] if "endpoint" in scope and record.status not in (404, 405) else "-"
-    client = (scope.get("client") or ("-",))[0]
-    access_log.info(
-        "%s key=%s %s %s %d %.0f ms",
-        client,
-        key or "-",
-        scope["method"][:10],
-        path,
-        record.status,
-        1000 * (time.monotonic() - record.start),
-    )
+    fields = {
+        "client": (scope.get("client") or ("-",))[0],
+        "key": key or "-",
+        "method": scope["method"][:10],
+        "path": path,
+        "status": record.status,
+        "duration_ms": round(1000 * (time.monotonic() - record.start)),
+    }
+    line = "%s key=%s %s %s %d %d ms"
+    access_log.info(line, *fields.values(), extra={"fields": fields})
 
 
 def _append_limited(text: bytearray, message: Message) -> None:
@@ -304,6 +304,6 @@ def _escape_text(text: bytearray) -> str:
 
 def _log_to_stderr(logger: logging.Logger) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s %(message)s"))
+    handler.setFormatter(LogFormat.formatter("%(asctime)s %(name)s %(message)s"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
