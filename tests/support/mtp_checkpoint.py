@@ -16,15 +16,22 @@ from cenacle.model.synth import synth
 OUTPUTS = ("o_proj", "down_proj")
 
 
-def write_mtp(folder: Path, family: str, skill: str = "random", loudness: float = 0.02) -> Path:
+def write_mtp(
+    folder: Path,
+    family: str,
+    skill: str = "random",
+    loudness: float = 0.001,
+    layers: int | None = None,
+) -> Path:
     """Write a checkpoint.
 
     Args:
         skill: of the layer: "random", or "trained" as the file says.
         loudness: factor of the outputs of the served model's layers; not of a random layer's model.
+        layers: of the served model; None: as many as the family's tiny config has.
     """
     config = tiny_config(family)
-    layers = config["num_hidden_layers"]
+    layers = layers or config["num_hidden_layers"]
     synth(folder, config={**config, "num_hidden_layers": layers + 1}, dtype="float32", seed=3)
     file = folder / "model.safetensors"
     tensors = dict(mx.load(str(file)))
@@ -41,6 +48,8 @@ def write_mtp(folder: Path, family: str, skill: str = "random", loudness: float 
     if skill == "trained":
         eye = mx.eye(width)
         tensors[f"{prefix}eh_proj.weight"] = mx.concatenate([eye, mx.zeros_like(eye)], axis=1)
+        for name in ("model.embed_tokens.weight", f"{prefix}embed_tokens.weight"):
+            tensors[name] = tensors[name] / mx.std(tensors[name])
         for name, tensor in tensors.items():
             if name.rsplit(".", 2)[-2] in OUTPUTS:
                 tensors[name] = tensor * (0 if name.startswith(prefix) else loudness)

@@ -48,7 +48,7 @@ def run(control, acceptance, cost, steps=400, seed=1) -> tuple[float, list[int]]
             continue
         accepted = next((i for i in range(k) if dice.random() >= acceptance), k)
         control.on_verified(k, accepted, control.propose())
-        control.on_step_time(k, cost(k))
+        control.on_step_time(k, cost(k), accepted + 1)
         tokens, seconds = tokens + accepted + 1, seconds + cost(k)
     return tokens / seconds, limits
 
@@ -74,6 +74,19 @@ def test_drafting_pauses_when_it_does_not_pay_and_is_tried_again():
     assert pauses == sorted(pauses), "each pause is longer"
     control.reset()
     assert run(control, 1.0, lambda k: 1 + 0.05 * k)[0] > 5, "another text starts afresh"
+
+
+@pytest.mark.parametrize("cost_per_token", [0.15, 0.5, 2.0])
+@pytest.mark.parametrize("acceptance", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("length", [60, 200, 2000])
+def test_a_source_that_is_often_wrong_costs_at_most_a_twentieth(cost_per_token, acceptance, length):
+    """Over a few requests in a row, whatever their length; k tokens drafted cost something, too."""
+    control = DraftLengthController()
+    gains = []
+    for i in range(6000 // length // 3):
+        control.reset(is_same_source=True)
+        gains.append(run(control, acceptance, lambda k: 1.2 + cost_per_token * k, length, i)[0])
+    assert len(gains) / sum(1 / gain for gain in gains) > 0.95
 
 
 def test_a_fixed_length_is_always_drafted():

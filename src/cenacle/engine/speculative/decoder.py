@@ -161,7 +161,7 @@ class SpeculativeDecoder:
         if generation.ngrams is None:
             generation.ngrams = NgramProposer(generation.tokens)
             self._ngram_control.reset()
-            self._model_control.reset()
+            self._model_control.reset(is_same_source=True)
             self._timed = False
         else:
             new_tokens = generation.tokens_from(generation.ngrams.length)
@@ -359,7 +359,7 @@ class SpeculativeDecoder:
         self._drafts_in_row += 1
         if self._drafts_in_row >= self.PLAIN_AFTER_DRAFTS and not self._always:
             self._plain_left = self.PLAIN_TOKENS
-        self._record_time(source, proposed)
+        self._record_time(source, proposed, len(events))
         return events
 
     def _other(self, source: DraftLengthController) -> DraftLengthController:
@@ -370,18 +370,21 @@ class SpeculativeDecoder:
         self._model_control.on_undrafted()
         self._drafts_in_row, self._plain_left = 0, max(0, self._plain_left - 1)
 
-    def _record_time(self, source: DraftLengthController | None, drafted: int) -> None:
+    def _record_time(
+        self, source: DraftLengthController | None, drafted: int, tokens: int = 1
+    ) -> None:
         """Record the time since the end of the last call, if both calls count.
 
         Args:
             source: of the draft; None: plain decoding, which both are compared with.
+            tokens: that the call gave.
         """
         now = self._clock()
         measured = self._timer.running
         if self._timed and not measured:
             controls = (self._ngram_control, self._model_control) if source is None else (source,)
             for control in controls:
-                control.on_step_time(drafted, now - self._last_call_at)
+                control.on_step_time(drafted, now - self._last_call_at, tokens)
         self._last_call_at, self._timed = now, not measured
 
 

@@ -10,6 +10,7 @@ Next: `decoder.py` lets the model verify the drafts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from operator import add, sub
@@ -94,6 +95,9 @@ class DraftLengthController:
     the measured time of a step of k + 1 tokens. If no k is faster than plain decoding, drafting
     pauses, longer each time, and is then tried again.
 
+    Whatever the estimates say, there is an account of time: plain tokens bring `BUDGET` of theirs,
+    a draft what it won or lost, and no draft is made while it is overdrawn.
+
     Args:
         fixed: always draft this many tokens; None: as many as pay.
     """
@@ -104,6 +108,12 @@ class DraftLengthController:
     PAUSE_TOKENS = (32, 1024)  # the first and the longest pause
     INITIAL_COUNTS = (2.0, 0.5)  # accepted and rejected, before anything is known
     DECAY = 0.9  # of the counts, per draft
+    PROBE_TOKENS = 2  # drafted after a pause
+    PROBE_COUNTS = (1.0, 0.5)
+    BUDGET = 0.04  # of the time of plain tokens that drafts may lose
+    MAX_CREDIT = 10.0  # steps of plain decoding that past wins let it lose
+    PROBE_COST = 1.0  # steps that there must be for another try
+    KEPT_PAUSE_TOKENS = 128  # of a pause that another text inherits
 
     def __init__(self, fixed: int | None = None) -> None:
         self._fixed = fixed
@@ -111,13 +121,22 @@ class DraftLengthController:
         self._pause_left = self._pauses = 0
         self.limit = 0
         self.stats = DraftStats()
-        self._accepted = self._rejected = 0.0
+        self._accepted = self._rejected = self._credit = 0.0
         self.reset()
 
-    def reset(self) -> None:
-        """Start another text: the acceptance of the last one does not apply."""
+    def reset(self, *, is_same_source: bool = False) -> None:
+        """Start another text: the acceptance of the last one does not apply.
+
+        Args:
+            is_same_source: it says something: a model drafts for this text too. Then a pause goes
+                on, and so does what is known while there is none.
+        """
+        if is_same_source:
+            self._pause_left = min(self._pause_left, self.KEPT_PAUSE_TOKENS)
+            return
         self._accepted, self._rejected = self.INITIAL_COUNTS
         self._pause_left = self._pauses = 0
+        self._credit = max(self._credit, 0.0)
         self.limit = self.INITIAL_TOKENS if self._fixed is None else self._fixed
 
     def on_undrafted(self, tokens: int = 1) -> None:
@@ -125,9 +144,9 @@ class DraftLengthController:
         if self._pause_left:
             self._pause_left = max(0, self._pause_left - tokens)
             if not self._pause_left:
-                self._accepted, self._rejected = self.INITIAL_COUNTS
+                self._accepted, self._rejected = self.PROBE_COUNTS
                 self._step_s = {k: s for k, s in self._step_s.items() if k == 0}
-                self.limit = self.INITIAL_TOKENS
+                self.limit = self.PROBE_TOKENS
 
     def on_verified(self, drafted: int, accepted: int, proposal: int) -> None:
         """Count a verified draft.
@@ -140,22 +159,41 @@ class DraftLengthController:
         self._rejected = self.DECAY * self._rejected + (accepted < drafted)
         if self._fixed is not None:
             return
-        self.limit = proposal
-        if not proposal:
+        self.limit = proposal if proposal <= self.MAX_TOKENS else 0
+        if not self.limit:
             shortest, longest = self.PAUSE_TOKENS
-            self._pause_left = min(shortest << self._pauses, longest)
+            least = max(proposal - self.MAX_TOKENS, 0)
+            self._pause_left = max(min(shortest << self._pauses, longest), least)
             self._pauses += 1
 
-    def on_step_time(self, drafted: int, seconds: float) -> None:
-        """Learn how long a step with so many drafted tokens takes."""
+    def on_step_time(self, drafted: int, seconds: float, tokens: int = 1) -> None:
+        """Learn how long a step with so many drafted tokens takes.
+
+        Args:
+            tokens: that it gave.
+        """
+        self._keep_account(drafted, seconds, tokens)
         known = self._step_s.get(drafted)
         if known is None:
             self._step_s[drafted] = seconds
         else:
             self._step_s[drafted] = 0.7 * known + 0.3 * min(seconds, 2 * known)
 
+    def _keep_account(self, drafted: int, seconds: float, tokens: int) -> None:
+        plain_s = self._step_s.get(0)
+        if plain_s is None:
+            return
+        if drafted:
+            # One step that had to wait for something else says nothing about drafts.
+            self._credit += tokens - min(seconds / plain_s, 4 + drafted)
+        else:
+            self._credit += self.BUDGET
+        self._credit = min(self._credit, self.MAX_CREDIT)
+
     def propose(self, min_tokens_per_s: float = 0.0) -> int:
         """Rank 0's proposal: the best number of tokens to draft; 0: none.
+
+        Beyond `MAX_TOKENS`: none for at least as many tokens as it is beyond.
 
         Args:
             min_tokens_per_s: speed without these drafts, if it is known to exceed that of plain
@@ -165,6 +203,8 @@ class DraftLengthController:
         if not tokens_per_s:
             return self.limit
         worthwhile = max(self.MIN_GAIN / self._step_s[0], min_tokens_per_s)
+        if self._credit < 0 and self._fixed is None:
+            return self.MAX_TOKENS + math.ceil((self.PROBE_COST - self._credit) / self.BUDGET)
         return best if tokens_per_s > worthwhile else 0
 
     @property

@@ -1,0 +1,82 @@
+"""What a checkpoint's drafting layer brings on two nodes, beside the same group without it.
+
+    python benchmarks/mtp.py
+
+The model is small and random, its layers turned down, so that a layer set by hand expects nearly
+what it does (`tests/support/mtp_checkpoint.py`); a random layer is always wrong. Both groups answer
+in turn; medians of the rounds. Answers are drawn, so that nothing repeats and the text has no
+drafts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cenacle
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from support.mtp_checkpoint import write_mtp
+
+PROMPT = [5, 80, 200, 17, 9]
+
+
+def tokens_per_s(model: cenacle.Model, streams: int, tokens: int, seed: int) -> float:
+    def ask(stream: int) -> int:
+        options = {"temperature": 1.0, "seed": 100 * seed + stream}
+        return len(model.generate(PROMPT, tokens, stop=(), **options).tokens)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(streams) as pool:
+        total = sum(pool.map(ask, range(streams)))
+    return total / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", default="glm4_moe")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--latencies-ms", type=float, nargs="*", default=[0.0, 0.3, 1.0])
+    parser.add_argument("--skills", nargs="*", default=["trained", "random"])
+    arguments = parser.parse_args()
+    for skill in arguments.skills:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = write_mtp(
+                Path(folder) / skill, arguments.family, skill, layers=arguments.layers
+            )
+            for latency_ms in arguments.latencies_ms:
+                measure(checkpoint, skill, latency_ms, arguments)
+
+
+def measure(checkpoint: Path, skill: str, latency_ms: float, arguments: argparse.Namespace) -> None:
+    options = {"latency_s": latency_ms / 1e3, "threads": 1, "placement": "sliced"}
+    with (
+        cenacle.load(str(checkpoint), 2, speculative="off", **options) as plain,
+        cenacle.load(str(checkpoint), 2, **options) as drafting,
+    ):
+        for streams in (1, 4):
+            speeds: dict[str, list[float]] = {"plain": [], "drafting": []}
+            for seed in range(arguments.rounds + 1):
+                for name, model in (("plain", plain), ("drafting", drafting)):
+                    speed = tokens_per_s(model, streams, arguments.tokens, seed)
+                    if seed:  # the first round warms up
+                        speeds[name].append(speed)
+            without, with_it = (statistics.median(s) for s in speeds.values())
+            drafts = drafting.group.draft_stats
+            print(
+                f"{skill:8} +{latency_ms} ms {streams} streams: {without:6.1f} -> {with_it:6.1f} "
+                f"tokens/s, {with_it / without:.2f} times; accepted {drafts.by_model_accepted} of "
+                f"{drafts.by_model}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
