@@ -220,6 +220,7 @@ class Model:
         # Arguments of `Sampling` that the checkpoint recommends; the HTTP APIs' defaults.
         self.sampling_defaults = read_sampling_defaults(deployment.checkpoint.folder)
         self._grammar_vocabulary = Vocabulary(lambda: self.text)
+        group.read_vocabulary = lambda: self._grammar_vocabulary.serialized  # checked before
         self._decoder: DecodeProcess | None = None
 
     @classmethod

@@ -8,6 +8,7 @@ import json
 import queue
 import re
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -179,6 +180,11 @@ def test_outputs_match_their_grammar_and_end(models, options):
     assert re.fullmatch(shape, text) if finish == "stop" else re.match(shape, text)
     text, finish = ask(LISTS, 200)
     assert finish == "length" or text.count("[") == text.count("]") > 0
+    if sys.platform == "linux":  # they had the vocabulary from the front
+        for pid in models[2].ranks.pids:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            assert "llguidance" in maps
+            assert "/tokenizers" not in maps
 
 
 def test_a_truncated_output_matches_its_grammar_so_far(models):

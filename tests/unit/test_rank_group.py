@@ -14,7 +14,8 @@ import pytest
 
 from cenacle.core.request import Request, TokenEvent
 from cenacle.core.step import Step
-from cenacle.errors import CenacleError, ClusterError, RankLost
+from cenacle.engine.sampling.grammar_process import SerializedTokenizer
+from cenacle.errors import CenacleError, ClusterError, InputError, RankLost
 from cenacle.ranks import active_requests, rank_group
 from cenacle.ranks.channel import ChannelClosed
 from cenacle.ranks.messages import RankFailure, Ready, StepResult
@@ -37,11 +38,15 @@ class PlayedRank:
         self._left: dict[str, int] = {}
         self._said: queue.Queue[dict | None] = queue.Queue()
         self.lie = 0
+        self.vocabularies: list[tuple[int, str, list[int]]] = []
         self.report: StepReport | None = None
         self.steps = 0
 
     def send(self, message: dict) -> None:
         assert message["epoch"] == self.epoch
+        if message["type"] == "vocabulary":
+            self.vocabularies.append((self.steps, message["text"], message["stop_tokens"]))
+            return
         step = Step.from_json(message["step"])  # the channel sends JSON
         assert step.number == self.steps, "a step is missing"
         self.steps += 1
@@ -114,12 +119,17 @@ class Client:
     """Asks for a number of tokens, and keeps what it is told."""
 
     def __init__(
-        self, group: RankGroup, name: str, length: int = 20, prompt: tuple = (1, 2)
+        self,
+        group: RankGroup,
+        name: str,
+        length: int = 20,
+        prompt: tuple = (1, 2),
+        grammar: str | None = None,
     ) -> None:
         self.tokens: list[int] = []
         self.error: CenacleError | None = None
         self._done = threading.Event()
-        request = Request(name, prompt, length)
+        request = Request(name, prompt, length, grammar=grammar)
         known = list(prompt)
         for _ in range(length):
             known.append((sum(known) * 31 + len(known)) % 1009)
@@ -207,6 +217,41 @@ def test_every_answer_goes_on_where_it_was(play, wrong, said):
     assert (state.phase, state.epoch, state.rank, state.recoveries) == ("ok", 3, 1, 3)
     assert said in state.reason
     assert group.load == {"running": 0, "waiting": 0}
+
+
+def test_ranks_get_the_vocabulary_once_before_the_first_grammar(play):
+    def fault(rank: PlayedRank, step: Step) -> None:
+        if rank.epoch == 0 and rank.rank == 1 and any(r.id == "last" for r in step.admitted):
+            die(rank, step)
+
+    group, stage = play(fault)
+    group.read_vocabulary = lambda: SerializedTokenizer("tokens", (7,))
+    assert Client(group, "free").wait()
+    channels = stage.epochs[0].channels
+    assert [rank.vocabularies for rank in channels] == [[], []]
+    steps = channels[0].steps
+    for name in ("first", "second", "last"):
+        assert Client(group, name, grammar="{}").wait()
+    for rank in channels:
+        ((step, *vocabulary),) = rank.vocabularies
+        assert step <= steps + 1  # before anything of the request
+        assert vocabulary == ["tokens", [7]]
+    for rank in stage.epochs[1].channels:
+        assert rank.vocabularies == [(0, "tokens", [7])]
+
+
+@pytest.mark.parametrize("length", [None, rank_group.MAX_VOCABULARY_CHARACTERS + 1])
+def test_ranks_read_a_vocabulary_that_cannot_be_sent(play, length):
+    def read() -> SerializedTokenizer:
+        if length is None:
+            raise InputError("not readable", "grammar")
+        return SerializedTokenizer(" " * length, ())
+
+    group, stage = play(lambda rank, step: None)
+    group.read_vocabulary = read
+    client = Client(group, "first", grammar="{}")
+    assert client.wait() == client.expected
+    assert stage.epochs[0].channels[0].vocabularies == []
 
 
 def test_ranks_that_work_can_be_ended_between_steps(play):

@@ -4,8 +4,9 @@ Owns: their fields.
 Does not know: sockets (`channel.py`), who sends what when (`rank_group.py`, `worker.py`).
 Invariant: each side reads them with `message.parse`, which checks every field.
 
-    front -> rank    LoadOrder, then StepOrder for each step, at the end Stop; to rank 0 also
-                     ImageUpload, before the step that admits the image's request
+    front -> rank    LoadOrder, then StepOrder for each step, at the end Stop; VocabularyUpload
+                     before the first step with a grammar; to rank 0 also ImageUpload, before the
+                     step that admits the image's request
     rank -> front    Hello, LoadProgress, Ready, StepResult for each step, PageUpdate when the disk
                      has something to report, Heartbeat all the time; RankFailure instead of any
 
@@ -144,6 +145,15 @@ class ImageUpload(Message, type="image"):
     request_id: str
     index: Count
     pixels: str
+
+
+@dataclass(frozen=True)
+class VocabularyUpload(Message, type="vocabulary"):
+    """The model's tokens, for grammars; see `SerializedTokenizer`."""
+
+    epoch: Count
+    text: str
+    stop_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)

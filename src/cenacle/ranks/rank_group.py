@@ -26,6 +26,7 @@ from typing import Any
 
 from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Step
+from ..engine.sampling.grammar_process import SerializedTokenizer
 from ..engine.speculative.ngram import DraftStats
 from ..errors import CenacleError, ClusterError, RankLost
 from ..message import MessageError, parse
@@ -44,6 +45,7 @@ from .messages import (
     RankMemory,
     StepOrder,
     StepResult,
+    VocabularyUpload,
 )
 from .ranks import Epoch, Ranks, RankSource
 from .step_timings import StepReport, StepTimings
@@ -54,6 +56,7 @@ log = logging.getLogger(__name__)
 # the front. More steps in flight would only delay cancelling.
 MAX_STEPS_IN_FLIGHT = 2
 FINAL_MESSAGES_TIMEOUT_S = 1.0  # for reading what a rank sent before it ended
+MAX_VOCABULARY_CHARACTERS = 10_000_000  # escaped, they fit into a message; ranks read longer ones
 DISK_TIMEOUT_S = 10.0  # longest that requests wait for the prefix cache on disk
 
 MeasureCapacity = Callable[[Ranks], tuple[int | None, CacheFootprint, int]]
@@ -123,6 +126,10 @@ class RankGroup:
         self.last_message_s: list[float] = []  # `time.monotonic` of each rank's last message
         self.memory: list[RankMemory | None] = []  # as each rank reported it last
         self.observers: list[StepObserver] = []
+        # The model's tokens, for requests with grammars; None: every rank reads them itself, for
+        # which it imports a second's worth of libraries.
+        self.read_vocabulary: Callable[[], SerializedTokenizer] | None = None
+        self._vocabulary_epoch: int | None = None  # whose ranks have it
         self._register_pages(ranks)
         self._start_readers()
         self._thread = threading.Thread(target=self._run, name="group", daemon=True)
@@ -347,9 +354,27 @@ class RankGroup:
             self._in_flight.append(_StepInFlight(step, time.monotonic()))
             for upload in _image_uploads(self._state.epoch, step):
                 self._send(0, upload.to_json())
+            if any(request.grammar is not None for request in step.admitted):
+                self._send_vocabulary()
             message = StepOrder(self._state.epoch, step).to_json()
             for rank in range(len(self._ranks.channels)):
                 self._send(rank, message)
+
+    def _send_vocabulary(self) -> None:
+        """To all ranks, if they do not have it."""
+        epoch = self._state.epoch
+        if self.read_vocabulary is None or self._vocabulary_epoch == epoch:
+            return
+        self._vocabulary_epoch = epoch
+        try:
+            vocabulary = self.read_vocabulary()
+        except CenacleError:
+            return  # a rank that reads it says so, to the request
+        if len(vocabulary.text) > MAX_VOCABULARY_CHARACTERS:
+            return
+        message = VocabularyUpload(epoch, vocabulary.text, vocabulary.stop_tokens).to_json()
+        for rank in range(len(self._ranks.channels)):
+            self._send(rank, message)
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
         try:

@@ -49,6 +49,7 @@ from .messages import (
     StepOrder,
     StepResult,
     Stop,
+    VocabularyUpload,
 )
 from .step_timings import StepReport
 
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ..engine.cache.disk_store import PageStore
     from ..engine.engine import Engine
     from ..engine.prompt_vision import PromptVision
+    from ..engine.sampling.grammar import Vocabulary
     from ..engine.speculative.decoder import Drafter
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..text.tokenizer import ChatTokenizer
@@ -257,14 +259,17 @@ class _Worker:
         self._draft: DraftModelConfig | None = None
         if order.draft_model is not None:
             self._draft = DraftModelConfig(**order.draft_model)
+        self._vocabulary: Vocabulary | None = None
         self._progress_sent_s = 0.0
 
     def run(self) -> None:
         """Load, then take steps until the front says stop."""
+        from ..engine.sampling.grammar_process import SerializedTokenizer
+
         engine = self._load()
         inbox = _Inbox(self._channel)
         while True:
-            message = parse(inbox.receive(), StepOrder, ImageUpload, Stop)
+            message = parse(inbox.receive(), StepOrder, ImageUpload, VocabularyUpload, Stop)
             if isinstance(message, Stop):
                 engine.close()
                 self._collective.close()
@@ -273,6 +278,12 @@ class _Worker:
                 raise ClusterError(f"expected a step of epoch {self._epoch}, got {message.epoch}")
             if isinstance(message, ImageUpload):
                 engine.add_image(message.request_id, message.index, message.pixels)
+                continue
+            if isinstance(message, VocabularyUpload):
+                assert self._vocabulary is not None
+                self._vocabulary.set_serialized(
+                    SerializedTokenizer(message.text, message.stop_tokens)
+                )
                 continue
             tokens, report = engine.step(message.step)
             result = StepResult(
@@ -331,7 +342,7 @@ class _Worker:
 
             return ChatTokenizer(folder, config)
 
-        vocabulary = Vocabulary(load_tokenizer)
+        self._vocabulary = Vocabulary(load_tokenizer)
         store = self._open_page_store()
         batching = family_of(family).batching
         engine = Engine(
@@ -339,7 +350,7 @@ class _Worker:
             self._collective,
             timer,
             self._options,
-            vocabulary,
+            self._vocabulary,
             drafter,
             store,
             batching,

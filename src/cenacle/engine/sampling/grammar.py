@@ -32,7 +32,7 @@ MAX_REASON_CHARACTERS = 300
 
 
 class Vocabulary:
-    """A model's tokens as llguidance sees them; read on the first use, which takes a second.
+    """A model's tokens as llguidance sees them; read on the first use, which may take a second.
 
     Args:
         load_tokenizer: called once.
@@ -40,6 +40,10 @@ class Vocabulary:
 
     def __init__(self, load_tokenizer: Callable[[], ChatTokenizer]) -> None:
         self._load_tokenizer = load_tokenizer
+
+    def set_serialized(self, serialized: SerializedTokenizer) -> None:
+        """Take them from another process that has read them; they are not read here then."""
+        self.__dict__["serialized"] = serialized  # where `cached_property` keeps it
 
     @cached_property
     def serialized(self) -> SerializedTokenizer:
