@@ -14,7 +14,8 @@ const MOST_CHARACTERS = 1_000_000; // of a file
 let images = []; // data: URLs
 let files = []; // {name, text}
 const counts = new WeakMap(); // tokens of a file
-let sees = false; // whether the model can be shown pictures
+let model = null; // of /v1/models
+let sees = false; // whether it can be shown pictures
 let onChange = () => {};
 
 export function start(changed) {
@@ -41,8 +42,9 @@ export function start(changed) {
   });
 }
 
-export function setSees(value) {
-  sees = value;
+export function setModel(value) {
+  model = value;
+  sees = model?.architecture?.input_modalities?.includes("image") ?? false;
   setIcon($("attach"), "attach", sees ? "Add pictures or text files" : "Add text files");
 }
 
@@ -102,7 +104,7 @@ async function addText(file) {
 // Asked once for a file: the server charges it like a prompt.
 async function countTokens(file) {
   try {
-    const { count: tokens } = await api.postJson("/tokenize", { prompt: asText(file), add_special_tokens: false });
+    const { count: tokens } = await api.postJson("/tokenize", { model: model?.id, prompt: asText(file), add_special_tokens: false });
     counts.set(file, tokens);
     if (files.includes(file)) show();
   } catch { /* the size is shown without it */ }

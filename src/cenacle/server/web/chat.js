@@ -53,7 +53,7 @@ export async function start() {
 
 export function setModels(list) {
   models = list;
-  attachments.setSees(model()?.architecture?.input_modalities?.includes("image") ?? false);
+  attachments.setModel(model());
   showMeter();
 }
 
@@ -75,7 +75,8 @@ async function onOtherWindow(ids) {
   if (ids.includes(shown.id) && !running && editing === null) {
     const other = await store.load(shown.id);
     if (other && !running) {
-      other.leaf = shown.leaf && other.messages.at(-1)?.parent !== shown.leaf ? shown.leaf : other.leaf;
+      // The branch that is shown here stays, unless the other window went on from its end.
+      if (shown.leaf && !tree.path(other).some((m) => m.id === shown.leaf)) other.leaf = shown.leaf;
       shown = other;
       showMessages();
     }
