@@ -85,6 +85,22 @@ def test_answers_are_the_same_with_and_without_it(checkpoints, family):
         assert drafts.by_model_accepted > 0.1 * drafts.by_model > 0
 
 
+def test_it_reads_the_hidden_state_of_the_token_before(checkpoints, monkeypatch):
+    """Also after drafts of which a part was kept."""
+    checkpoint = checkpoints("glm4_moe")
+    model, differences, draft = load(checkpoint), [], MtpProposer._draft
+
+    def check(self, *arguments):
+        expected = model.model(mx.array([self._text[:-1]]))[0, -1]
+        differences.append(float(mx.abs(self._states.last(1)[0] - expected).max()))
+        return draft(self, *arguments)
+
+    monkeypatch.setattr(MtpProposer, "_draft", check)
+    _, drafts = generate(checkpoint, "always", 30, temperature=1.0)
+    assert 0 < drafts.by_model_accepted < drafts.by_model
+    assert max(differences) < 1e-2
+
+
 @pytest.mark.parametrize("family", MTP_FAMILIES)
 def test_the_layer_computes_what_mlx_lm_computes(checkpoints, family):
     """Read token by token with a cache, against mlx-lm's layer over the whole text."""
