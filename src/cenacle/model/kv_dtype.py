@@ -51,6 +51,7 @@ def find_plain_attention(model: nn.Module) -> list[nn.Module]:
 
     The model is called twice, lazily: nothing is computed. A module counts if each time its cache
     is mlx-lm's plain or rotating one, and what the cache returns goes to attention.
+    Meanwhile attention is another function in this process: models in other threads must wait.
     """
     found = {id(m): m for _, m in model.named_modules() if isinstance(m, NativeAttention)}
     caches = make_prompt_cache(model)
