@@ -45,6 +45,9 @@ class FakeModel:
 
     def close(self) -> None:
         assert not self.machine.running[self.name], "unloaded while a request runs"
+        self.failure = ClusterError("the group was closed")
+        if (gate := self.machine.gates.get(f"-{self.name}")) is not None:
+            assert gate.wait(DEADLINE_S)
         self.machine.held.pop(self.name)
         self.machine.log.append(f"-{self.name}")
 
@@ -244,9 +247,19 @@ def test_an_idle_model_is_unloaded():
         await pool.acquire("a")
         await asyncio.sleep(0.05)
         assert machine.log == ["+a"]
+        gate = machine.gates["-a"] = threading.Event()
+        pool.release("a")
+        loaded = pool.loaded("a")
+        assert loaded is not None
+        await until(lambda: loaded.failure)
+        assert (pool.status("a").state, pool.status("a").reason) == (ModelState.UNLOADING, "")
+        next_one = asyncio.create_task(pool.acquire("a"))
+        await until(lambda: pool.status("a").waiting)
+        gate.set()
+        await next_one
+        assert machine.log == ["+a", "-a", "+a"]
         pool.release("a")
         await until(lambda: pool.status("a").state is ModelState.UNLOADED)
-        assert machine.log == ["+a", "-a"]
 
     run(test, idle_s=0.01)
 

@@ -278,7 +278,9 @@ class ModelPool:
         """The present state of a model."""
         entry = self._entries[name]
         state, reason = entry.state, entry.reason
-        if entry.loaded is not None and (failure := entry.loaded.failure) is not None:
+        # One that is being unloaded has failed as well, by being closed.
+        loaded = entry.loaded if state is ModelState.LOADED else None
+        if loaded is not None and (failure := loaded.failure) is not None:
             state, reason = ModelState.FAILED, str(failure)
         return ModelStatus(
             name,
