@@ -183,7 +183,10 @@ def test_pipes_get_only_the_answers(environment, server):
 class Echo:
     """Answers with the messages that it gets."""
 
-    name = "echo"
+    name, context_used, context_length = "echo", 0, None
+
+    def list_models(self):
+        return ["echo", "other"]
 
     def answer(self, messages, settings):
         yield OutputPart("text", json.dumps(messages))
@@ -209,6 +212,42 @@ def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):
     assert other.messages == session.messages
     other._handle_line("//slash", other._show_plain)
     assert other.messages[-2]["content"] == "/slash"
+
+
+def test_questions_are_edited_and_branches_kept(tmp_path, capsys):
+    session = ChatSession(Echo(), ChatSettings())
+
+    def handle(line):
+        session._handle_line(line, session._show_plain)
+        return capsys.readouterr().err
+
+    assert "no question yet" in handle("/edit x")
+    assert "nothing was edited" in handle("/back")
+    handle("one")
+    handle("two")
+    first = list(session.messages)
+    handle("/edit three")
+    assert [m["content"] for m in session.messages if m["role"] == "user"] == ["one", "three"]
+    handle("/back")
+    assert session.messages == first
+    handle("/back")
+    assert session.messages[2]["content"] == "three"
+    handle("/edit")
+    assert (session.draft, len(session.messages)) == ("three", 2)
+    handle("/back")
+    assert session.messages[2]["content"] == "three"
+    (tmp_path / "a.py").write_text("x = '```'\n")
+    (tmp_path / "b.bin").write_bytes(b"\xff")
+    assert "1 with the next question" in handle(f"/file {tmp_path / 'a.py'}")
+    assert "expected UTF-8 text" in handle(f"/file {tmp_path / 'b.bin'}")
+    assert "cannot read" in handle("/file /nowhere")
+    handle("what is it?")
+    assert session.messages[-2]["content"] == "a.py\n````\nx = '```'\n````\n\nwhat is it?"
+    assert session.files == []
+    assert handle("/model") == "* echo\n  other\n"
+    assert "nearest: other" in handle("/model ohter")
+    assert handle("/model other").endswith("* other\n")
+    assert session.source.name == "other"
 
 
 def test_a_stable_prefix_never_changes():

@@ -1,4 +1,4 @@
-"""`serve`, `top` and `chat` in real terminals, over one server: pseudo-terminals, and tmux where it
+"""`serve` and `top` in real terminals, over one server: pseudo-terminals, and tmux where it
 is installed, which shows what a person sees in 40 columns."""
 
 import os

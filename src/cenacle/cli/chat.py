@@ -11,6 +11,7 @@ Next: `ChatSession.run`.
 from __future__ import annotations
 
 import base64
+import difflib
 import json
 import math
 import mimetypes
@@ -40,6 +41,8 @@ from .console import report, stderr_console
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
+MAX_TEXT_FILE_BYTES = 1_000_000
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "/help": ("", "list the commands"),
     "/new": ("", "start a new conversation"),
@@ -48,6 +51,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "/temp": ("[NUMBER]", "show or set the temperature, 0 to 2"),
     "/max": ("[NUMBER]", "show or set the maximum number of tokens per answer"),
     "/seed": ("[NUMBER]", "show or set the seed; /seed - makes it random"),
+    "/edit": ("[TEXT]", "ask the last question again in other words"),
+    "/back": ("", "return to what was there before /edit or /regenerate, and forth"),
+    "/model": ("[NAME]", "show the models of the server, or choose one"),
+    "/file": ("FILE", "attach a text file to the next question"),
     "/image": ("FILE", "show a picture with the next question"),
     "/save": ("FILE", "save the conversation as JSON, or as Markdown if FILE ends in .md"),
     "/load": ("FILE", "continue a conversation that was saved as JSON"),
@@ -56,7 +63,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 ALIASES = {"/bye": "/exit", "/quit": "/exit", "/again": "/regenerate", "/?": "/help"}
 KEYS_HELP = (
     "Enter sends. Alt-Enter, or \\ at the end of a line, starts a new line. The arrow keys recall "
-    "earlier questions. Ctrl-C stops an answer. //x sends /x."
+    "earlier questions, Ctrl-R searches them. Ctrl-C stops an answer. //x sends /x."
 )
 
 
@@ -69,6 +76,7 @@ class ChatSession:
         settings: can be changed by commands.
         system: the system prompt.
         images: pictures that go with the next question, as data: URIs.
+        files: text files that do, as Markdown.
     """
 
     source: ChatSource
@@ -76,6 +84,9 @@ class ChatSession:
     system: str = ""
     messages: list[Message] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    branch: list[Message] = field(default_factory=list)  # to which /back returns
+    draft: str = ""  # what the line of input begins with
 
     def run(self, history: Path | None = None) -> None:
         """Read questions and show answers until the end of the input.
@@ -100,7 +111,8 @@ class ChatSession:
         running = True
         while running:
             try:
-                line = prompt.prompt("> ").strip()
+                draft, self.draft = self.draft, ""
+                line = prompt.prompt("> ", default=draft).strip()
                 running = self._handle_line(line, lambda: self._show_markdown(console))
             except KeyboardInterrupt:
                 continue  # discards the line, or an answer that had not begun
@@ -124,6 +136,8 @@ class ChatSession:
 
     def _ask(self, question: str | list[Any], show_answer: Callable[[], str]) -> None:
         previous, images = list(self.messages), self.images
+        if self.files and isinstance(question, str):
+            question, self.files = "\n\n".join([*self.files, question]), []
         content = question
         if images and isinstance(question, str):
             pictures = [{"type": "image_url", "image_url": {"url": image}} for image in images]
@@ -150,7 +164,20 @@ class ChatSession:
                     report(f"{command + ' ' + arguments:<18}{text}")
                 report(KEYS_HELP)
             case "/new":
-                self.messages, self.images = [], []
+                self.branch = self.messages
+                self.messages, self.images, self.files = [], [], []
+            case "/file":
+                self.files.append(read_text_file(_parse_path("/file", argument)))
+                report(f"{len(self.files)} with the next question")
+            case "/edit":
+                self._edit(argument, show_answer)
+            case "/back":
+                if not self.branch:
+                    raise InputError("/back: nothing was edited or regenerated")
+                self.messages, self.branch = self.branch, self.messages
+                report(f"back: {len(self.messages)} messages; /back again returns")
+            case "/model":
+                self._choose_model(argument)
             case "/image":
                 self.images.append(read_image(_parse_path("/image", argument)))
                 report(f"{len(self.images)} with the next question")
@@ -194,6 +221,40 @@ class ChatSession:
             }[name]
         )
 
+    def _edit(self, text: str, show_answer: Callable[[], str]) -> None:
+        """Ask the last question anew; without a text it is put into the line of input."""
+        indices = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+        if not indices:
+            raise InputError("/edit: there is no question yet")
+        previous, last = list(self.messages), indices[-1]
+        self.messages = self.messages[:last]
+        if not text:
+            self.branch, self.draft = previous, _text_of(previous[last]["content"])
+            return
+        try:
+            self._ask(text, show_answer)
+        except (CenacleError, KeyboardInterrupt):
+            self.messages = previous
+            raise
+        self.branch = previous
+
+    def _choose_model(self, name: str) -> None:
+        models = self.source.list_models()
+        if name:
+            if name not in models:
+                near = difflib.get_close_matches(name, models, 3, 0)
+                raise InputError(f"/model: no model {name!r}; nearest: {', '.join(near)}")
+            self.source.name = name
+        for model in models:
+            report(f"{'*' if model == self.source.name else ' '} {model}")
+
+    def _describe_context(self) -> list[str]:
+        """How full the context is, in a few words."""
+        used, length = self.source.context_used, self.source.context_length
+        if not used:
+            return []
+        return [f"{used:,} of {length:,} tokens ({used / length:.0%})" if length else f"{used:,}"]
+
     def _regenerate(self, show_answer: Callable[[], str]) -> None:
         indices = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
         if not indices:
@@ -204,6 +265,7 @@ class ChatSession:
         except (CenacleError, KeyboardInterrupt):
             self.messages = previous
             raise
+        self.branch = previous
 
     def _save(self, name: str) -> Path:
         path = _parse_path("/save", name)
@@ -295,6 +357,7 @@ class ChatSession:
             notes.append(f"{(parts - 1) / (last - first):.1f} tokens/s")
         if parts:
             notes.append(f"first token after {first - start:.2f} s")
+        notes += self._describe_context()
         if stopped:
             notes.append("stopped")
         console.print(f"[dim]{' · '.join(notes)}[/]")
@@ -320,6 +383,28 @@ def read_image(path: Path) -> str:
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
     kind = kind if kind.startswith("image/") else "image/png"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def read_text_file(path: Path) -> str:
+    """A text file as Markdown: its name, and its text between fences that it does not have.
+
+    Raises:
+        InputError: it cannot be read, is no UTF-8 text or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_FILE_BYTES + 1)
+        text = data.decode()
+    except OSError as error:
+        raise InputError(f"/file: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"/file: {path}: expected UTF-8 text; pictures go with /image") from error
+    if len(data) > MAX_TEXT_FILE_BYTES:
+        raise InputError(f"/file: {path}: expected at most {MAX_TEXT_FILE_BYTES:,} bytes, got more")
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{path.name}\n{fence}\n{text.rstrip()}\n{fence}"
 
 
 def _text_of(content: str | list[Any]) -> str:

@@ -43,6 +43,16 @@ class ChatSource(Protocol):
     """Generates answers."""
 
     name: str
+    context_used: int  # tokens of the last prompt and answer; 0: unknown
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that fit; None: unknown."""
+        ...
+
+    def list_models(self) -> list[str]:
+        """The models that can be chosen by `name`."""
+        ...
 
     def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """The parts of an answer, about one per token."""
@@ -53,14 +63,25 @@ class LocalChat:
     """A model that is loaded in this process."""
 
     def __init__(self, model: Model) -> None:
-        self.name, self._model = model.name, model
+        self.name, self._model, self.context_used = model.name, model, 0
+
+    @property
+    def context_length(self) -> int | None:
+        """See `ChatSource`."""
+        return self._model.spec.context_length
+
+    def list_models(self) -> list[str]:
+        """See `ChatSource`."""
+        return [self.name]
 
     def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """See `ChatSource`."""
         tokens, images = self._model.prompt_of(messages)
         parser = self._model.text.chat_parser((), (), tokens)
         sampling = settings.sampling()
+        self.context_used = len(tokens)
         for chunk in self._model.stream(tokens, settings.max_tokens, images=images, **sampling):
+            self.context_used += 1
             yield from parser.add(chunk.token)
         yield from parser.finish()
 
@@ -89,10 +110,20 @@ class RemoteChat(RemoteServer):
             with self._translate_errors():
                 listed = self.get("/v1/models")["data"]
                 self._context_lengths = {m["id"]: m.get("context_length") for m in listed}
-                self.name = model or listed[0]["id"]
+                self.name, self.context_used = model or listed[0]["id"], 0
         except BaseException:
             self.close()
             raise
+
+    @property
+    def context_length(self) -> int | None:
+        """See `ChatSource`."""
+        length = self._context_lengths.get(self.name)
+        return length if isinstance(length, int) else None
+
+    def list_models(self) -> list[str]:
+        """See `ChatSource`."""
+        return list(self._context_lengths)
 
     def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """See `ChatSource`."""
@@ -100,6 +131,7 @@ class RemoteChat(RemoteServer):
             "model": self.name,
             "messages": messages,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "max_tokens": settings.max_tokens,
             **settings.sampling(),
         }
@@ -123,6 +155,8 @@ class RemoteChat(RemoteServer):
     def _parse_chunk(self, chunk: dict[str, Any]) -> Iterator[OutputPart]:
         if "error" in chunk:
             raise ClusterError(f"{self._base_url}: {chunk['error']['message']}")
+        if usage := chunk.get("usage"):
+            self.context_used = int(usage["prompt_tokens"]) + int(usage["completion_tokens"])
         for choice in chunk["choices"][:1]:
             delta = choice["delta"]
             if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
