@@ -11,11 +11,12 @@ import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ClusterError, InputError
+
+if TYPE_CHECKING:
+    import httpx  # below where it is used: the help of all commands needs a tenth of its time
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 900.0
 
@@ -36,6 +37,8 @@ class RemoteServer:
         self._base_url = url.rstrip("/").removesuffix("/v1")
         if not self._base_url.startswith(("http://", "https://")):
             raise InputError(f"url: expected http://HOST:PORT or https://, got {url!r}", "url")
+        import httpx
+
         try:
             self._client = httpx.Client(
                 base_url=self._base_url,
@@ -65,6 +68,8 @@ class RemoteServer:
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
         """Turn errors of the connection, and of malformed responses, into Cenacle's."""
+        import httpx
+
         try:
             yield
         except httpx.HTTPError as error:
