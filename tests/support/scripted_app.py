@@ -21,6 +21,7 @@ from cenacle.engine.sampling.grammar import Vocabulary
 from cenacle.engine.speculative.ngram import DraftStats
 from cenacle.load_options import LoadOptions
 from cenacle.runtime import resolve
+from cenacle.scheduler.recovery import RecoveryState
 from cenacle.server.app import Application
 from cenacle.server.auth import KeyStore
 from cenacle.server.limits import Limits
@@ -60,7 +61,7 @@ class ScriptedGroup:
     failure = None
     load: ClassVar = {"running": 0, "waiting": 0}
     counts: ClassVar = {"generated_tokens": 0}
-    state = SimpleNamespace(phase="ok", recoveries=0, reason="")
+    state = RecoveryState()
     draft_stats = DraftStats()
 
     def __init__(self, ranks: Any) -> None:

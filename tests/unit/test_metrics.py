@@ -13,6 +13,7 @@ from cenacle.core.step import Step
 from cenacle.engine.speculative.ngram import DraftStats
 from cenacle.errors import ClusterError, InputError
 from cenacle.ranks.step_timings import StepReport
+from cenacle.scheduler.recovery import RecoveryState
 from cenacle.server import metrics as metrics_module
 from cenacle.server.auth import KeyStore
 from cenacle.server.metrics import InstrumentedGroup, Metrics, rank_activations
@@ -24,7 +25,7 @@ SPEC = ModelSpec("mixtral", 1, (MoELayer(0, 4, 100, units=4),), 2, 1000, 64, 10,
 class FakeGroup:
     """Keeps the sinks; error requests with the error that the test sets."""
 
-    state = SimpleNamespace(phase="ok", recoveries=0)
+    state = RecoveryState()
     draft_stats = DraftStats(12, 9, 8, 7)
 
     def __init__(self) -> None:

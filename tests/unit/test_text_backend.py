@@ -190,7 +190,7 @@ def test_a_model_that_cannot_start_leaves_no_process(monkeypatch):
     monkeypatch.setattr(ChatTokenizer, "start_process", lambda self: None)
     monkeypatch.setattr(ChatTokenizer, "close", lambda self: closed.append(self))
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ClusterError("no ranks")
 
     monkeypatch.setattr(Deployment, "launch", fail)
