@@ -1,4 +1,4 @@
-"""`serve` and `top` in real terminals, over one server: pseudo-terminals, and tmux where it
+"""`serve`, `top` and `chat` in real terminals, over one server: pseudo-terminals, and tmux where it
 is installed, which shows what a person sees in 40 columns."""
 
 import os
@@ -127,6 +127,19 @@ def tmux(environment, *arguments):
         yield wait_for, type_keys
     finally:
         subprocess.run([*base, "kill-server"], capture_output=True)
+
+
+@needs_tmux
+def test_chat_fits_40_columns(environment, served):
+    with tmux(environment, "chat", "--url", served[0], "--temp", "0") as (wait_for, type_keys):
+        wait_for("\n>")  # before that Enter is a new line
+        type_keys("What is 12 + 30?", "Enter")
+        wait_for("%)")  # of the context
+        type_keys("/edit", "Enter")
+        wait_for("\n> What is 12 + 30?\n\n")
+        type_keys("BSpace", "BSpace", "BSpace", "4?", "Enter")
+        lines = wait_for("\n16\n")
+        assert max(map(len, lines)) <= 40
 
 
 @needs_tmux
