@@ -315,7 +315,7 @@ def test_the_ranks_of_a_cluster_are_ordered_what_was_verified(tmp_path):
         def locate(self, model):
             return DEMO
 
-        def form(self, model):
+        def form(self, model, cancel=None):
             formed.append(model)
             plan = Plan.whole(read_model_spec(model.checkpoint), 2)
             return SimpleNamespace(plan=plan, plan_reason="why")

@@ -335,7 +335,7 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
         assert stream.pause_s > HANGS_UP_S, "a client that waits in silence would have gone"
     assert len(undisturbed["log-probabilities"].logprobs) == 4 * 100
     watching.join(120)
-    assert seen.count(": waiting") >= 2
+    assert ": waiting" in seen
     assert seen[-2] == "data: [DONE]"
 
 

@@ -196,4 +196,8 @@ def test_a_model_that_cannot_start_leaves_no_process(monkeypatch):
     monkeypatch.setattr(Deployment, "launch", fail)
     with pytest.raises(ClusterError):
         Model.load(LoadOptions(str(DEMO)), isolate_text=True)
+    ends = time.monotonic() + 120
+    while not closed:  # by the thread that loads it, if that needs longer
+        assert time.monotonic() < ends
+        time.sleep(0.01)
     assert len(closed) == 1

@@ -487,9 +487,11 @@ def unknown_name(
     if (kind, name) in (("machines", "this"), ("link", "measured")):
         return InputError(f"{kind}: {name!r} is not measured yet; run `cenacle calibrate`", kind)
     ranked = difflib.get_close_matches(normalized or _normalize(name), known, n=20, cutoff=0)
-    # Aliases of the same entry are one.
-    near = list({known[alias]: alias for alias in reversed(ranked)}.values())[::-1][:3]
-    return InputError(f"{kind}: unknown name {name!r}; nearest: {', '.join(near)}", kind)
+    near: dict[Any, str] = {}
+    for alias in ranked:  # the nearest first; aliases of the same entry are one
+        near.setdefault(known[alias], alias)
+    names = ", ".join([*near.values()][:3])
+    return InputError(f"{kind}: unknown name {name!r}; nearest: {names}", kind)
 
 
 # ---- quantization
