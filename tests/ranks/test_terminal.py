@@ -27,7 +27,9 @@ needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is no
 def environment(tmp_path_factory):
     home = str(tmp_path_factory.mktemp("home"))
     plain = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
-    return {**os.environ, "CENACLE_HOME": home, "LC_ALL": "C.UTF-8", **plain}
+    # pytest-xdist sets COLUMNS and LINES, which count more than the size of a terminal.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    return {**inherited, "CENACLE_HOME": home, "LC_ALL": "C.UTF-8", **plain}
 
 
 def spawn(environment, *arguments, columns=100):
