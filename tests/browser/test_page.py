@@ -875,6 +875,54 @@ def test_settings_prompts_and_models_are_what_is_sent(opened):
     assert sent[1]["messages"][0]["content"] == "general"
 
 
+def test_two_answers_are_beside_each_other_until_one_is_chosen(opened):
+    page = opened()
+    page.set_viewport_size({"width": 1280, "height": 860})
+    sent = played(page, *(sse(text) for text in ("a1", "a2", "a3", "b1", "b2", "c1")))
+    ask(page, "a")
+    assert shows_answer(page, "a1") == ["a1"]
+    page.click("[aria-label='Another answer beside this one']")
+    page.fill("#second [name=temperature]", "1.5")
+    page.fill("#second [name=system]", "Be odd.")
+    page.click("#second .main")
+    assert shows_answer(page, "a2") == ["a1", "a2"]
+    assert sent[1]["temperature"] == 1.5
+    assert "temperature" not in sent[0]
+    roles = [[m["role"] for m in body["messages"]] for body in sent]
+    assert roles == [["user"], ["system", "user"]]
+    places = "[...document.querySelectorAll('.column')].map((e) => e.getBoundingClientRect())"
+    left, right = page.evaluate(f"{places}.map((r) => [r.left, r.right, r.top])")
+    assert (left[1] < right[0], left[2]) == (True, right[2])
+    page.set_viewport_size({"width": 390, "height": 860})
+    above, below = page.evaluate(f"{places}.map((r) => [r.top, r.bottom])")
+    assert above[1] < below[0]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.reload()
+    assert answers(page) == ["a1", "a2"]
+    # Another one in the second's place, which goes on.
+    page.click(".column:nth-child(2) [aria-label=Regenerate]")
+    assert shows_answer(page, "a3") == ["a1", "a3"]
+    assert sent[2]["temperature"] == 1.5
+    page.click(".column:nth-child(2) .decide")
+    until(page, "document.querySelector('.branches')?.innerText === '3/3'")
+    assert answers(page) == ["a3"]
+    assert page.inner_text(".stats").endswith("temperature 1.5, system: Be odd.")
+    # Every question twice; without a choice the first one goes on.
+    twice = """async (value) => {
+      const store = await import("/static/store.js");
+      store.saveSettings({ ...store.settings(), twice: value });
+    }"""
+    page.evaluate(twice, True)
+    ask(page, "b")
+    until(page, "document.querySelectorAll('.decide').length === 2")
+    assert sorted(answers(page)[1:]) == ["b1", "b2"]
+    page.evaluate(twice, False)
+    ask(page, "c")
+    first = shows_answer(page, "c1")
+    assert first == ["a3", sent[5]["messages"][3]["content"], "c1"]
+    assert [m["content"] for m in sent[5]["messages"]] == ["a", "a3", "b", first[1], "c"]
+
+
 def file(name, kind, data):
     return {"name": name, "mimeType": kind, "buffer": data}
 

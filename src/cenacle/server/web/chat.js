@@ -5,15 +5,16 @@ import * as attachments from "./attachments.js";
 import { $, h, setIcon, toast } from "./dom.js";
 import * as messages from "./messages.js";
 import * as prompts from "./prompts.js";
+import * as second from "./second.js";
 import * as sidebar from "./sidebar.js";
 import * as store from "./store.js";
 import * as tree from "./tree.js";
 
 let shown = tree.newConversation();
-let running = null; // the answer that streams: {conversation, message, control}
+let running = []; // the answers that stream, of one conversation: {conversation, message, control}
 let editing = null; // the question that is being edited
 let models = []; // of /v1/models
-let lost = null; // the answer whose connection broke: {conversation, message, tries}
+let lost = []; // answers whose connections broke: {conversation, message, tries}
 
 const SHOWN_ENTRY = "cenacle.conversation";
 const EXAMPLES = ["Explain what a mixture of experts is.", "What is 12 + 30?", "Write a haiku about rain."];
@@ -25,16 +26,17 @@ export async function start() {
   shown = (await store.load(sessionStorage.getItem(SHOWN_ENTRY))) ?? shown;
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running) stop();
+    if (running.length) stop();
     else submit();
   });
   const input = $("input");
   attachments.start(fitComposer);
   prompts.start({ conversation: () => shown, save: () => { saveConversation(shown); showAll(); }, insert });
+  second.start({ models: () => models, model });
   sidebar.start({
-    shown: () => shown, isAnswering: (id) => running?.conversation.id === id, pick, live,
+    shown: () => shown, isAnswering: (id) => answering()?.id === id, pick, live,
     removed: (id) => { if (id === shown.id) open(tree.newConversation()); },
-    stop: (id) => { if (running?.conversation.id === id) stop(); },
+    stop: (id) => { if (answering()?.id === id) stop(); },
   });
   input.addEventListener("input", fitComposer);
   input.addEventListener("keydown", onKeyDown);
@@ -51,6 +53,8 @@ export async function start() {
   scrollToEnd(true);
 }
 
+const answering = () => running[0]?.conversation;
+
 export function setModels(list) {
   models = list;
   attachments.setModel(model());
@@ -64,17 +68,20 @@ export const model = () => models.find((m) => m.id === store.settings().model) ?
 
 // The server answers again: an answer that was cut off goes on.
 export function onConnected() {
-  if (!lost || running || lost.conversation !== shown || tree.path(shown).at(-1) !== lost.message) return;
-  const { message, tries } = lost;
-  if (tries > MOST_TRIES) return;
+  if (running.length) return;
+  const last = tree.path(shown).at(-1);
+  const ends = tree.pairOf(shown, last) ?? [last];
+  const again = lost.filter(({ conversation, message, tries }) => conversation === shown && ends.includes(message) && tries <= MOST_TRIES);
+  if (!again.length) return;
   toast("Connected again: the answer goes on");
-  answer(shown, message, tries);
+  lost = [];
+  for (const { message, tries } of again) answer(shown, message, tries);
 }
 
 async function onOtherWindow(ids) {
-  if (ids.includes(shown.id) && !running && editing === null) {
+  if (ids.includes(shown.id) && !running.length && editing === null) {
     const other = await store.load(shown.id);
-    if (other && !running) {
+    if (other && !running.length) {
       // The branch that is shown here stays, unless the other window went on from its end.
       if (shown.leaf && !tree.path(other).some((m) => m.id === shown.leaf)) other.leaf = shown.leaf;
       shown = other;
@@ -87,7 +94,7 @@ async function onOtherWindow(ids) {
 // The conversation that is worked with here, or the stored one.
 async function live(id) {
   if (id === shown.id) return shown;
-  if (id === running?.conversation.id) return running.conversation;
+  if (id === answering()?.id) return answering();
   return store.load(id);
 }
 
@@ -113,8 +120,8 @@ function onKeyDown(event) {
   const enter = event.key === "Enter" && !event.shiftKey && !event.isComposing;
   if (enter && !matchMedia("(pointer: coarse)").matches) {
     event.preventDefault();
-    if (!running) submit();
-  } else if (event.key === "ArrowUp" && !$("input").value && !running) {
+    if (!running.length) submit();
+  } else if (event.key === "ArrowUp" && !$("input").value && !running.length) {
     const last = tree.path(shown).findLast((m) => m.role === "user");
     if (last) {
       event.preventDefault();
@@ -134,7 +141,7 @@ function onShortcut(event) {
     action();
   };
   if (event.key === "Escape") {
-    if (running) stop();
+    if (running.length) stop();
     else if (editing !== null) cancelEdit();
     else closeList();
   } else if (event.key === "?" && !typing) act(() => $("keys").showModal());
@@ -149,19 +156,34 @@ function onShortcut(event) {
 
 function submit() {
   const text = $("input").value.trim();
-  if (!(text || attachments.count()) || running) return;
+  if (!(text || attachments.count()) || running.length) return;
   const parent = editing === null ? tree.path(shown).at(-1) : shown.messages.find((m) => m.id === editing.parent);
   const attached = attachments.take();
   cancelEdit();
+  tree.decide(shown, parent);
   const question = tree.add(shown, { role: "user", content: text, ...attached }, parent);
   $("input").value = "";
   fitComposer();
-  answer(shown, tree.add(shown, { role: "assistant", content: "" }, question));
+  const made = tree.add(shown, { role: "assistant", content: "" }, question);
+  if (store.settings().twice) addBeside(made);
+  for (const message of tree.pairOf(shown, made) ?? [made]) answer(shown, message);
 }
 
-// What the settings ask of the model.
-function options() {
-  const settings = store.settings();
+// An answer by the second setting beside `message`, without its text.
+function addBeside(message) {
+  const parent = shown.messages.find((m) => m.id === message.parent);
+  const made = tree.add(shown, { role: "assistant", content: "", beside: message.id, variant: second.variant() }, parent);
+  shown.leaf = message.id;
+  return made;
+}
+
+async function answerBeside(message) {
+  if (!(await second.ask(true)) || running.length) return;
+  answer(shown, addBeside(message));
+}
+
+// What the settings, or instead of them the message's own, ask of the model.
+function options(settings) {
   const numbers = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "thinking_budget"].filter((name) => settings[name] !== null);
   const body = Object.fromEntries(numbers.map((name) => [name, settings[name]]));
   const stop = settings.stop.split("\n").filter(Boolean);
@@ -173,9 +195,9 @@ function options() {
 
 // Asks for the text of `message`, an answer in `conversation`; what it has already is continued.
 async function answer(conversation, message, tries = 0) {
-  const before = tree.path(conversation);
-  const history = before.slice(0, before.indexOf(message));
-  const system = conversation.system.trim() || store.settings().system.trim();
+  const history = tree.path(conversation, message.parent);
+  const settings = { ...store.settings(), ...message.variant };
+  const system = message.variant?.system?.trim() || conversation.system.trim() || settings.system.trim();
   const body = {
     messages: [
       ...(system ? [{ role: "system", content: system }] : []),
@@ -189,8 +211,8 @@ async function answer(conversation, message, tries = 0) {
   delete message.error;
   message.finish = "streaming";
   const control = new AbortController();
-  running = { conversation, message, control };
-  lost = null;
+  running.push({ conversation, message, control });
+  lost = lost.filter((l) => l.message !== message);
   sessionStorage.setItem(SHOWN_ENTRY, conversation.id);
   saveAnswer(conversation, message);
   showAll();
@@ -199,9 +221,9 @@ async function answer(conversation, message, tries = 0) {
   let savedAt = performance.now();
   try {
     if (!models.length) setModels((await api.getJson("/v1/models")).data);
-    const { id } = model();
+    const id = message.variant?.model ?? model().id;
     if (models.length > 1) message.model = id;
-    for await (const event of api.streamChat({ model: id, ...body, ...options() }, control.signal)) {
+    for await (const event of api.streamChat({ model: id, ...body, ...options(settings) }, control.signal)) {
       if (event.text || event.reasoning) clock.addPiece((event.text ?? event.reasoning).length);
       if (event.reasoning) message.reasoning = (message.reasoning ?? "") + event.reasoning;
       if (event.text) message.content += event.text;
@@ -217,7 +239,7 @@ async function answer(conversation, message, tries = 0) {
     if (error.name === "AbortError") message.finish = "stopped";
     else message.error = error instanceof api.ServerError ? error.message : `Error in this page: ${error.message}`;
     if (error.wasLost) {
-      lost = { conversation, message, tries: tries + 1 };
+      lost.push({ conversation, message, tries: tries + 1 });
       dispatchEvent(new Event("connectionlost"));
     }
   }
@@ -226,7 +248,7 @@ async function answer(conversation, message, tries = 0) {
 }
 
 function finishAnswer(conversation, message) {
-  running = null;
+  running = running.filter((r) => r.message !== message);
   conversation.updatedAt = Date.now();
   if (store.exists(conversation.id)) saveAnswer(conversation, message); // unless it was deleted
   if (conversation !== shown) {
@@ -237,7 +259,7 @@ function finishAnswer(conversation, message) {
   const follow = isAtEnd();
   showAll();
   if (follow) scrollToEnd(true);
-  $("announcement").textContent = message.error ?? (message.finish === "stopped" ? "Stopped." : "The answer is complete.");
+  if (!running.length) $("announcement").textContent = message.error ?? (message.finish === "stopped" ? "Stopped." : "The answer is complete.");
 }
 
 // When the pieces of an answer came.
@@ -278,19 +300,37 @@ class AnswerClock {
 }
 
 function stop() {
-  running?.control.abort();
+  for (const { control } of running) control.abort();
 }
 
-// Another answer beside this one; in its place if it has nothing.
+// Another answer as a branch beside this one; in its place if it has nothing.
 function regenerate(message) {
-  if (running) return;
+  if (running.length) return;
   if (!message.content && !message.reasoning) return void answer(shown, message);
   const parent = shown.messages.find((m) => m.id === message.parent);
-  answer(shown, tree.add(shown, { role: "assistant", content: "" }, parent));
+  const pair = tree.pairOf(shown, message);
+  const before = shown.leaf;
+  const made = tree.add(shown, { role: "assistant", content: "", ...(message.variant ? { variant: message.variant } : {}) }, parent);
+  if (pair) { // it takes the place among the two
+    const isSecond = pair[1] === message;
+    if (isSecond) made.beside = pair[0].id;
+    pair[1].beside = isSecond ? null : made.id;
+    pair[1].changedAt = Date.now();
+    if (before !== message.id) shown.leaf = before;
+  }
+  answer(shown, made);
+}
+
+function decide(message) {
+  if (running.length) return;
+  tree.decide(shown, message);
+  saveConversation(shown);
+  showMessages();
+  $("input").focus();
 }
 
 function proceed(message) {
-  if (!running) answer(shown, message);
+  if (!running.length) answer(shown, message);
 }
 
 function choose(message) {
@@ -300,7 +340,7 @@ function choose(message) {
 }
 
 function edit(message) {
-  if (running) return;
+  if (running.length) return;
   editing = message;
   $("editing").hidden = false;
   $("input").value = message.content;
@@ -346,9 +386,9 @@ function scheduleUpdate(delayMs = 0) {
   const update = () => requestAnimationFrame(() => {
     const began = performance.now();
     planned = false;
-    if (running?.conversation !== shown) return;
+    if (answering() !== shown) return;
     const follow = isAtEnd();
-    messages.update($("messages").lastElementChild, running.message, true);
+    for (const { message } of running) messages.update(messages.shownElement(message), message, true);
     if (follow) scrollToEnd();
     updateScrollButton();
     lastCostMs = performance.now() - began;
@@ -378,7 +418,10 @@ function showMessages() {
         h("button", { type: "button", onclick: () => { $("input").value = text; submit(); } }, text)))));
     return;
   }
-  const view = { conversation: shown, running: running?.conversation === shown ? running.message : running && {}, editing, edit, choose, regenerate, proceed };
+  const view = {
+    conversation: shown, running: answering() === shown ? running.map((r) => r.message) : [], busy: running.length > 0, editing,
+    edit, choose, regenerate, proceed, answerBeside, decide, configure: () => second.ask(false),
+  };
   const wanted = [...[system].filter(Boolean), ...messages.elements(list, view)];
   // Those that stay are not moved: a selection in them, and where they were scrolled to, stay as well.
   const stays = new Set(wanted);
@@ -409,9 +452,9 @@ function fitComposer() {
   input.style.height = "auto";
   input.style.height = `${Math.min(input.scrollHeight, innerHeight * 0.4)}px`;
   const send = $("send");
-  setIcon(send, running ? "stop" : "send", running ? "Stop" : "Send");
-  send.classList.toggle("stop", Boolean(running));
-  send.disabled = !running && !input.value.trim() && !attachments.count();
+  setIcon(send, running.length ? "stop" : "send", running.length ? "Stop" : "Send");
+  send.classList.toggle("stop", running.length > 0);
+  send.disabled = !running.length && !input.value.trim() && !attachments.count();
 }
 
 function isAtEnd() {

@@ -3,7 +3,8 @@
 //
 //   {id, title, pinned, updatedAt, system, leaf, messages: [{id, parent, role, content, at, ...}]}
 //
-// Optional in a message: images (data: URIs), files ({name, text}), reasoning, finish, error, stats.
+// Optional in a message: images (data: URIs), files ({name, text}), reasoning, finish, error, stats; `variant`, the settings that
+// this answer has instead of the general ones; `beside`, the answer next to which this one is shown until one of them is chosen.
 
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
 
@@ -13,11 +14,11 @@ export function newConversation() {
 
 const byId = (conversation) => new Map(conversation.messages.map((m) => [m.id, m]));
 
-// The messages that are shown, the first one first.
-export function path(conversation) {
+// The messages that are shown, or those down to `leaf`, the first one first.
+export function path(conversation, leaf = conversation.leaf) {
   const known = byId(conversation);
   const found = [];
-  for (let m = known.get(conversation.leaf); m && found.length <= known.size; m = known.get(m.parent)) found.unshift(m);
+  for (let m = known.get(leaf); m && found.length <= known.size; m = known.get(m.parent)) found.unshift(m);
   return found;
 }
 
@@ -35,6 +36,41 @@ export const siblings = (conversation, message) => conversation.messages.filter(
 // Shows the branch of a message: down to its newest answer.
 export function choose(conversation, message) {
   for (let m = message; m; m = conversation.messages.findLast((child) => child.parent === m.id)) conversation.leaf = m.id;
+}
+
+// The two answers between which nothing is chosen yet, if `message` is one of them: [first, second], or null.
+export function pairOf(conversation, message) {
+  if (message?.role !== "assistant") return null;
+  const other = siblings(conversation, message).find((m) => m !== message && (m.beside === message.id || message.beside === m.id));
+  if (!other) return null;
+  return message.beside === other.id ? [other, message] : [message, other];
+}
+
+// Goes on with `message`, one of two that are beside each other; the other stays as a branch.
+export function decide(conversation, message) {
+  const second = pairOf(conversation, message)?.[1];
+  if (!second) return;
+  second.beside = null;
+  second.changedAt = Date.now();
+  choose(conversation, message);
+}
+
+// What `variant` may have.
+const VARIANT_NUMBERS = ["temperature", "top_p", "seed", "max_tokens"];
+const VARIANT_TEXTS = ["model", "reasoning_effort", "system"];
+
+export function cleanVariant(value) {
+  const kept = {};
+  for (const name of VARIANT_NUMBERS) if (Number.isFinite(value?.[name])) kept[name] = value[name];
+  for (const name of VARIANT_TEXTS) if (isText(value?.[name]) && value[name].trim()) kept[name] = value[name];
+  return kept;
+}
+
+// A variant in words.
+export function describeVariant({ model, temperature, top_p: topP, seed, max_tokens: limit, reasoning_effort: effort, system }) {
+  const parts = [model, temperature !== undefined && `temperature ${temperature}`, topP !== undefined && `top_p ${topP}`, effort && `effort ${effort}`,
+    seed !== undefined && `seed ${seed}`, limit && `at most ${limit} tokens`, system && `system: ${system.trim().slice(0, 60)}`].filter(Boolean);
+  return parts.join(", ") || "the same settings";
 }
 
 // Adds what another window wrote to the messages of `conversation`; of a message that both have, the newer stays.
@@ -64,10 +100,11 @@ export function clean(value) {
       id: isText(m.id) ? m.id : newId(), parent: isText(m.id) ? (isText(m.parent) ? m.parent : null) : last,
       role: m.role, content: m.content, at: asNumber(m.at) ?? 0,
     };
-    for (const name of ["reasoning", "finish", "error", "model"]) if (isText(m[name])) made[name] = m[name];
+    for (const name of ["reasoning", "finish", "error", "model", "beside"]) if (isText(m[name])) made[name] = m[name];
     if (Array.isArray(m.images) && m.images.some(isPicture)) made.images = m.images.filter(isPicture);
     if (Array.isArray(m.files)) made.files = m.files.filter((f) => isText(f?.name) && isText(f.text)).map(({ name, text }) => ({ name, text }));
     if (m.stats && typeof m.stats === "object") made.stats = cleanStats(m.stats);
+    if (m.variant && typeof m.variant === "object") made.variant = cleanVariant(m.variant);
     if (asNumber(m.changedAt)) made.changedAt = m.changedAt;
     messages.push(made);
   }
