@@ -1028,6 +1028,75 @@ def test_an_exported_conversation_is_read_again(opened):
     assert not page.query_selector(".bubble img")
 
 
+OLD_DATABASE = """async (conversations) => {
+  const request = indexedDB.open("cenacle", 1);
+  request.onupgradeneeded = () => {
+    for (const name of ["conversations", "heads"]) request.result.createObjectStore(name, { keyPath: "id" });
+  };
+  await new Promise((resolve) => { request.onsuccess = resolve; });
+  const transaction = request.result.transaction(["conversations", "heads"], "readwrite");
+  for (const c of conversations) {
+    transaction.objectStore("conversations").put(c);
+    transaction.objectStore("heads").put({ id: c.id, title: `Old ${c.id}`, updatedAt: c.updatedAt, pinned: false });
+  }
+  await new Promise((resolve) => { transaction.oncomplete = resolve; });
+  request.result.close();
+}"""  # noqa: E501
+
+
+def test_tags_filter_the_list_and_stay_with_old_and_exported_conversations(opened, url):
+    page = opened(390, refused=True)  # a favicon, for the first address
+    page.goto(f"{url}/static/icon.svg")
+    page.evaluate(OLD_DATABASE, [conversation(n, f"Question {n}") for n in range(3)])
+    page.goto(url)
+    page.click("#open-list")
+    until(page, "document.querySelectorAll('.pick').length === 3")
+
+    def tag(title, text):
+        page.get_by_label(f"Options for {title}").click()
+        page.get_by_role("menuitem", name="Tags").click()
+        page.fill(".rename", text)
+        page.keyboard.press("Enter")
+        stored(page)
+
+    tag(f"Old {2:016x}", " work,  Work ,<b>x</b>, ")
+    until(page, "document.querySelector('#tags')?.innerText.includes('work')")
+    assert page.locator("#tags button").all_inner_texts() == ["<b>x</b>1", "work1"]
+    tag(f"Old {0:016x}", "work")
+    page.click("#tags [data-tag=work]")
+    until(page, "document.querySelectorAll('.pick').length === 2")
+    # With a search; a new conversation is among those of the tag.
+    page.fill("#search", "question 2")
+    until(page, "document.querySelectorAll('.pick').length === 1")
+    page.fill("#search", "")
+    until(page, "document.querySelectorAll('.pick').length === 2")
+    played(page, sse("x"))
+    page.click("#new")
+    ask(page, "New")
+    shows_answer(page, "x")
+    page.reload()
+    page.click("#open-list")
+    until(page, "document.querySelectorAll('#tags button').length === 2")
+    assert page.locator("#tags button").all_inner_texts() == ["<b>x</b>1", "work3"]
+    page.get_by_label("Options for Question 2").click()
+    with page.expect_download() as given:
+        page.get_by_role("menuitem", name="Export as Markdown").click()
+    text = Path(given.value.path()).read_text()
+    assert text.startswith("# Question 2\n\nTags: <b>x</b>, work\n\n**You**")
+    page.get_by_label("Options for Question 2").click()
+    with page.expect_download() as given:
+        page.get_by_role("menuitem", name="Export as JSON").click()
+    value = json.loads(Path(given.value.path()).read_text())
+    assert value["tags"] == ["<b>x</b>", "work"]
+    again = [file("a.md", "text/markdown", text.encode())]
+    value |= {"id": "other", "tags": ["work", 7, "y" * 99]}
+    again.append(file("a.json", "application/json", json.dumps(value).encode()))
+    page.set_input_files("#import-file", files=again)
+    wanted = ["<b>x</b>2", "work5", "y" * 30 + "1"]
+    shown = "[...document.querySelectorAll('#tags button')].map((e) => e.innerText).join()"
+    until(page, f"w => {shown} === w", ",".join(wanted))
+
+
 def test_keys_work_and_are_listed(opened):
     page = opened(390)
     page.keyboard.press("?")

@@ -40,7 +40,7 @@ export async function start() {
   });
   input.addEventListener("input", fitComposer);
   input.addEventListener("keydown", onKeyDown);
-  $("new").addEventListener("click", () => { open(tree.newConversation()); closeList(); });
+  $("new").addEventListener("click", () => { open({ ...tree.newConversation(), tags: sidebar.newTags() }); closeList(); });
   $("cancel-edit").addEventListener("click", () => cancelEdit());
   $("open-list").addEventListener("click", () => ($("list").classList.contains("open") ? closeList() : openList()));
   $("shade").addEventListener("click", closeList);

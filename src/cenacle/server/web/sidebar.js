@@ -9,6 +9,7 @@ const PAGE = 100; // rows that are made at a time
 let chat = null; // {shown(), isAnswering(id), pick(id), live(id), removed(id), stop(id)}
 let rows = PAGE;
 let found = null; // [[head, line]] of a search
+let chosenTag = null; // only conversations that have it are shown
 let searching = new AbortController();
 
 export function start(owner) {
@@ -40,7 +41,7 @@ export function start(owner) {
   $("conversations").addEventListener("scroll", () => {
     const box = $("conversations");
     if (box.scrollTop + box.clientHeight < box.scrollHeight - 400) return;
-    if (rows < (found?.length ?? store.heads().length)) {
+    if (rows < listed().length) {
       rows += PAGE;
       show();
     }
@@ -77,9 +78,38 @@ async function search() {
   show();
 }
 
-export function show() {
+// A new conversation gets the tag that is shown, as in a folder.
+export const newTags = () => (chosenTag === null ? [] : [chosenTag]);
+
+// [[head, line]], by search and tag.
+function listed() {
   const list = found?.filter(([head]) => store.exists(head.id)) ?? store.heads().map((head) => [head, ""]);
-  const none = found ? "Nothing found" : "No conversations yet";
+  return chosenTag === null ? list : list.filter(([head]) => head.tags?.includes(chosenTag));
+}
+
+const SHOWN_TAGS = 30;
+
+function showTags() {
+  const known = store.tags();
+  if (!known.some(([tag]) => tag === chosenTag)) chosenTag = null;
+  const box = $("tags");
+  const signature = JSON.stringify([known, chosenTag]);
+  if (box.dataset.signature === signature) return;
+  box.dataset.signature = signature;
+  const focused = box.contains(document.activeElement) ? document.activeElement.dataset.tag : null;
+  const most = new Set([...known].sort((a, b) => b[1] - a[1]).slice(0, SHOWN_TAGS).map(([tag]) => tag));
+  box.hidden = !known.length;
+  box.replaceChildren(...known.filter(([tag]) => most.has(tag) || tag === chosenTag).map(([tag, count]) => h("button", {
+    type: "button", "data-tag": tag, "aria-pressed": String(tag === chosenTag), dir: "auto",
+    onclick: () => { chosenTag = tag === chosenTag ? null : tag; rows = PAGE; show(); },
+  }, tag, h("small", {}, String(count)))));
+  if (focused !== null) [...box.children].find((e) => e.dataset.tag === focused)?.focus();
+}
+
+export function show() {
+  showTags();
+  const list = listed();
+  const none = found || chosenTag !== null ? "Nothing found" : "No conversations yet";
   const box = $("conversations");
   const focused = box.contains(document.activeElement) ? document.activeElement.closest("li")?.dataset.id : null;
   if (box.querySelector(".menu:popover-open, .rename")) return; // in use: the next change shows it
@@ -95,7 +125,8 @@ function row(head, line) {
     h("button", { class: "pick", type: "button", "aria-current": current ? "true" : null, onclick: () => chat.pick(head.id) },
       chat.isAnswering(head.id) && h("span", { class: "pulse", role: "img", "aria-label": "answering" }),
       head.pinned && h("span", { class: "pin", role: "img", "aria-label": "pinned" }, icon("pin")),
-      h("span", { class: "title", dir: "auto" }, head.title, line && h("small", {}, line))),
+      h("span", { class: "title", dir: "auto" }, head.title, line && h("small", {}, line),
+        head.tags?.length > 0 && h("small", { class: "row-tags" }, head.tags.map((tag) => h("span", {}, tag))))),
     options);
   options.addEventListener("click", () => openMenu(head, item, options));
   return item;
@@ -107,6 +138,7 @@ function openMenu(head, item, button) {
     type: "button", role: "menuitem", class: className, onclick: () => { menu.hidePopover(); action(); },
   }, label));
   entry("Rename", () => rename(head, item));
+  entry("Tags", () => editTags(head, item));
   entry(head.pinned ? "Unpin" : "Pin", () => change(head.id, (c) => { c.pinned = !c.pinned; }));
   entry("Export as Markdown", () => exportOne(head, "md", tree.toMarkdown, "text/markdown"));
   entry("Export as JSON", () => exportOne(head, "json", (c) => JSON.stringify(c, null, 1), "application/json"));
@@ -151,14 +183,22 @@ async function exportOne(head, ending, make, type) {
 }
 
 function rename(head, item) {
-  const field = h("input", { class: "rename", "aria-label": "New name", maxlength: 120, dir: "auto" });
-  field.value = head.title;
+  editInPlace(item, "New name", head.title, { maxlength: 120 }, (title) => title && change(head.id, (c) => { c.title = title; }));
+}
+
+function editTags(head, item) {
+  const attributes = { placeholder: "work, ideas" };
+  editInPlace(item, "Tags, with commas between them", (head.tags ?? []).join(", "), attributes, (text) => change(head.id, (c) => { c.tags = tree.cleanTags(text.split(",")); }));
+}
+
+// A field in the place of a row. `save(text)` returns false if there is nothing to save.
+function editInPlace(item, label, value, attributes, save) {
+  const field = h("input", { class: "rename", "aria-label": label, maxlength: 400, dir: "auto", autocomplete: "off", ...attributes });
+  field.value = value;
   const finish = (saving) => {
     field.onblur = null;
-    const title = field.value.trim();
     field.remove();
-    if (saving && title) change(head.id, (c) => { c.title = title; });
-    else show();
+    if (!(saving && save(field.value.trim()))) show();
   };
   field.onblur = () => finish(true);
   field.addEventListener("keydown", (event) => {

@@ -96,6 +96,13 @@ export const isLasting = () => database !== null;
 
 // Pinned ones first, then the newest.
 export const heads = () => [...known.values()].sort((a, b) => Boolean(b.pinned) - Boolean(a.pinned) || b.updatedAt - a.updatedAt);
+// [[tag, how many conversations have it]], by name. Heads of earlier versions have no tags.
+export function tags() {
+  const counts = new Map();
+  for (const head of known.values()) for (const tag of head.tags ?? []) counts.set(tag, (counts.get(tag) ?? 0) + 1);
+  return [...counts].sort(([a], [b]) => a.localeCompare(b));
+}
+
 export const exists = (id) => known.has(id);
 
 export async function load(id) {
@@ -104,7 +111,7 @@ export async function load(id) {
   return tree.clean(await promised(database.transaction("conversations").objectStore("conversations").get(id)));
 }
 
-const headOf = (c) => ({ id: c.id, title: tree.titleOf(c), updatedAt: c.updatedAt, pinned: Boolean(c.pinned) });
+const headOf = (c) => ({ id: c.id, title: tree.titleOf(c), updatedAt: c.updatedAt, pinned: Boolean(c.pinned), tags: tree.cleanTags(c.tags) });
 
 // Whether they were written. The heads are there at once.
 export async function saveAll(list) {

@@ -1,7 +1,7 @@
 // Conversations as data. Messages are a list in the order in which they were made; each names its `parent`, so that an
 // edited question or a second answer is a branch beside the first. `leaf` is the last message of the branch that is shown.
 //
-//   {id, title, pinned, updatedAt, system, leaf, messages: [{id, parent, role, content, at, ...}]}
+//   {id, title, pinned, tags, updatedAt, system, leaf, messages: [{id, parent, role, content, at, ...}]}
 //
 // Optional in a message: images (data: URIs), files ({name, text}), reasoning, finish, error, stats; `variant`, the settings that
 // this answer has instead of the general ones; `beside`, the answer next to which this one is shown until one of them is chosen.
@@ -9,7 +9,7 @@
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 export function newConversation() {
-  return { id: newId(), title: "", updatedAt: Date.now(), system: "", leaf: null, messages: [] };
+  return { id: newId(), title: "", tags: [], updatedAt: Date.now(), system: "", leaf: null, messages: [] };
 }
 
 const byId = (conversation) => new Map(conversation.messages.map((m) => [m.id, m]));
@@ -86,6 +86,18 @@ export function merge(conversation, other) {
 
 const isText = (value) => typeof value === "string";
 const isPicture = (value) => isText(value) && /^data:image\/[\w.+-]+;base64,/.test(value);
+const MOST_TAGS = 12; // of a conversation
+
+// Tags from texts: without spaces around them, each once, whatever its case, in order.
+export function cleanTags(texts) {
+  const found = new Map();
+  for (const text of Array.isArray(texts) ? texts.filter(isText) : []) {
+    const tag = text.replace(/[\s,]+/g, " ").trim().slice(0, 30).trim();
+    if (tag && !found.has(tag.toLowerCase())) found.set(tag.toLowerCase(), tag);
+  }
+  return [...found.values()].slice(0, MOST_TAGS).sort((a, b) => a.localeCompare(b));
+}
+
 const asNumber = (value) => (Number.isFinite(value) ? value : null);
 
 // A conversation with the right types, from the storage, an older version or a file; null if it is none. Messages without
@@ -110,7 +122,7 @@ export function clean(value) {
   }
   const leaf = messages.some((m) => m.id === value.leaf) ? value.leaf : messages.at(-1)?.id ?? null;
   return {
-    id: value.id, title: isText(value.title) ? value.title.slice(0, 120) : "", pinned: Boolean(value.pinned), updatedAt: asNumber(value.updatedAt) ?? Date.now(),
+    id: value.id, title: isText(value.title) ? value.title.slice(0, 120) : "", pinned: Boolean(value.pinned), tags: cleanTags(value.tags), updatedAt: asNumber(value.updatedAt) ?? Date.now(),
     system: isText(value.system) ? value.system : "", leaf, messages,
   };
 }
@@ -147,7 +159,8 @@ export function toMarkdown(conversation) {
   const files = (m) => (m.files ?? []).map((f) => `${asText(f)}\n\n`).join("");
   const messages = path(conversation).map((m) => `**${m.role === "user" ? "You" : "Model"}**\n\n${pictures(m)}${files(m)}${m.content}`);
   const system = conversation.system ? `**System**\n\n${conversation.system}\n\n---\n\n` : "";
-  return `# ${titleOf(conversation)}\n\n${system}${messages.join("\n\n---\n\n")}\n`;
+  const tags = conversation.tags?.length ? `Tags: ${conversation.tags.join(", ")}\n\n` : "";
+  return `# ${titleOf(conversation)}\n\n${tags}${system}${messages.join("\n\n---\n\n")}\n`;
 }
 
 // A file as the model reads it: its name, and its text in a fence that it does not have.
@@ -169,6 +182,7 @@ function fromMarkdown(text) {
   const conversation = newConversation();
   conversation.title = /^# (.{1,120})/.exec(text)?.[1] ?? "";
   const parts = text.replace(/\r\n/g, "\n").split(/^\*\*(System|You|Model)\*\*$/m);
+  conversation.tags = cleanTags(/^Tags: (.+)$/m.exec(parts[0])?.[1].split(","));
   let last = null;
   for (let i = 1; i < parts.length; i += 2) {
     const content = parts[i + 1].replace(/\n\n---\s*$/, "").trim();
