@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cenacle.engine.speculative.ngram import (
     DraftLengthController,
     DraftStats,
+    GroupLengthController,
     NgramProposer,
     reference_proposal,
 )
@@ -100,3 +101,69 @@ def test_without_a_clock_nothing_changes():
     """As on ranks whose proposals are not used."""
     control = DraftLengthController()
     assert control.propose() == control.limit == DraftLengthController.INITIAL_TOKENS
+
+
+def run_group(control, acceptances, cost, steps) -> float:
+    """Speed relative to no drafts of requests with given acceptances, by a simulated clock.
+
+    Each time that drafting begins, one step is lost, and one makes no drafts.
+    """
+    dice, requests = random.Random(2), len(acceptances)
+    control.select(requests)
+    tokens, seconds, is_drafting, passes = 0.0, 0.0, False, 0
+    for _ in range(steps):
+        if is_drafting and (not control.limit or passes == 128):
+            is_drafting = False
+        elif not is_drafting and control.limit and control.is_timed and passes != 128:
+            is_drafting, passes = True, 0
+            control.begin(requests)
+            control.on_empty_pass(1.1)
+            tokens, seconds = tokens + 1, seconds + 2.1
+            continue
+        if not is_drafting:
+            passes = 0
+            control.on_undrafted()
+            control.on_step_time(0, 1.0)
+            tokens, seconds = tokens + 1, seconds + 1
+            continue
+        k = control.limit
+        results = [(k, next((i for i in range(k) if dice.random() >= p), k)) for p in acceptances]
+        control.on_group_verified(results, control.propose())
+        mean = 1 + sum(accepted for _, accepted in results) / requests
+        control.on_step_time(k, cost(k), mean)
+        tokens, seconds, passes = tokens + mean, seconds + cost(k), passes + 1
+    return tokens / seconds
+
+
+@pytest.mark.parametrize(
+    ("acceptances", "cost_per_token", "min_gain"),
+    [
+        ((0.9, 0.9, 0.9, 0.9), 0.1, 2.5),
+        ((0.9, 0.9, 0.1, 0.1), 0.1, 1.6),
+        ((0.8, 0.8, 0.8, 0.8), 0.3, 1.2),
+        ((0.0, 0.0, 0.0, 0.0), 0.2, 0.95),
+        ((0.1, 0.3), 0.5, 0.95),
+        ((0.3,) * 8, 1.0, 0.95),
+    ],
+)
+@pytest.mark.parametrize("steps", [300, 3000])
+def test_drafts_of_several_requests_are_as_long_as_pays(
+    acceptances, cost_per_token, min_gain, steps
+):
+    control = GroupLengthController()
+    gain = run_group(control, acceptances, lambda k: 1.2 + cost_per_token * k, steps)
+    assert gain > (min_gain if steps == 3000 or min_gain < 1 else 0.75 * min_gain)
+
+
+def test_times_are_those_of_as_many_requests():
+    control = GroupLengthController()
+    control.select(2)
+    for drafted, seconds in ((0, 1.0), (4, 1.1)):
+        control.on_step_time(drafted, seconds, 1)
+    control.select(3)
+    assert not control.is_timed
+    control.on_step_time(0, 1.0)
+    control.on_step_time(4, 9.0, 5)
+    assert control.propose() != GroupLengthController.MAX_TOKENS
+    control.select(2)
+    assert control.is_timed

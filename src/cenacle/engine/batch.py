@@ -6,7 +6,8 @@ Does not know: steps, ranks.
 mlx-lm batches plain, rotating and state-space caches. It cannot merge quantized and chunked ones
 (llama4), and a merged cache of limited size (`max_kv_size`) forgets its first tokens. In these
 cases each request keeps its own cache and takes its turn in every step.
-Next: `speculative/decoder.py`, which takes over a single running request.
+Next: `speculative/decoder.py`, which takes over a single running request, and
+`speculative/group.py`, which takes over several.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ from ..model import position_caches
 from ..model.families import Batching
 from ..model.step_timer import StepTimer
 from .cache.kv_cache import SequenceCache, can_merge, can_reuse, can_trim
+from .cache.ragged_cache import can_be_ragged
 from .sampling.prompt_logprobs import PART_TOKENS, PromptScores
 from .sampling.sampler import SamplingState
 from .speculative.decoder import Generation, SpeculativeDecoder
+from .speculative.group import GroupDecoder
+from .speculative.group_drafters import make_group_drafter
 from .speculative.ngram import DraftStats
 
 if TYPE_CHECKING:
@@ -206,12 +210,15 @@ def make_batch(
     batching = find_batching(model, batching)
     if batching is Batching.ONE_BY_ONE or not options.plain_kv_cache:
         return SequentialBatch(model, options, vision)
-    decoder = None
+    decoder = group = None
     if options.speculative != "off" and can_trim(model):
         decoder = SpeculativeDecoder(
             model, collective, timer, options.speculative, draft_model=draft_model
         )
-    return ContinuousBatch(model, options, decoder, batching, vision)
+        if can_be_ragged(model) and batching is Batching.PADDED:
+            drafter = make_group_drafter(draft_model) if draft_model is not None else None
+            group = GroupDecoder(model, collective, timer, options.speculative, drafter=drafter)
+    return ContinuousBatch(model, options, decoder, batching, vision, group)
 
 
 def find_batching(model: nn.Module, batching: Batching) -> Batching:
@@ -220,7 +227,8 @@ def find_batching(model: nn.Module, batching: Batching) -> Batching:
 
 
 class ContinuousBatch(Batch):
-    """mlx-lm's `BatchGenerator`; a `SpeculativeDecoder` takes single requests while drafts pay."""
+    """mlx-lm's `BatchGenerator`; while drafts pay, a `SpeculativeDecoder` takes a single request,
+    and a `GroupDecoder` several."""
 
     def __init__(
         self,
@@ -229,6 +237,7 @@ class ContinuousBatch(Batch):
         decoder: SpeculativeDecoder | None = None,
         batching: Batching = Batching.PADDED,
         vision: PromptVision | None = None,
+        group: GroupDecoder | None = None,
     ) -> None:
         self.reusable_caches = can_reuse(model)
         super().__init__(model, options, vision)
@@ -239,23 +248,42 @@ class ContinuousBatch(Batch):
             prefill_batch_size=options.max_batch_size if batching is Batching.PADDED else 1,
         )
         self._generations: dict[int, Generation] = {}  # by mlx-lm's uid
-        self._decoder = decoder
+        self._decoder, self._group = decoder, group
 
     @property
     def draft_stats(self) -> DraftStats:
         """See `Batch`."""
-        return self._decoder.draft_stats if self._decoder is not None else super().draft_stats
+        stats = super().draft_stats
+        for decoder in (self._decoder, self._group):
+            if decoder is not None:
+                stats += decoder.draft_stats
+        return stats
+
+    def prefill(self, chunk: PromptChunk) -> None:
+        """See `Batch`."""
+        if self._group is not None:
+            self._group.skip_timing()
+        super().prefill(chunk)
 
     def start(self, chunk: PromptChunk) -> None:
         """See `Batch`."""
         if self._decoder is not None and self._decoder.generation is not None:
             generation, caches = self._decoder.release()
             self._insert_into_generator(generation, generation.length - 1, caches)
+        self._release_group()
         prompt = self._prompts.pop(chunk.request_id)
         sequence = prompt.sequence or SequenceCache([])
         self._checkpoints[chunk.request_id] = sequence.checkpoints
         generation = Generation(prompt.request, prompt.sampling)
         self._insert_into_generator(generation, chunk.begin, sequence.caches)
+
+    def _release_group(self) -> None:
+        if self._group is None or not self._group.generations:
+            return
+        with mx.stream(generation_stream):
+            released = self._group.release()
+        for generation, caches in released:
+            self._insert_into_generator(generation, generation.length - 1, caches)
 
     def _insert_into_generator(
         self, generation: Generation, cached_tokens: int, caches: list[Any]
@@ -279,6 +307,8 @@ class ContinuousBatch(Batch):
     def _find_sequence(self, name: str) -> SequenceCache:
         if self._decoder is not None and self._decoder.runs(name):
             return SequenceCache(self._decoder.caches)
+        if self._group is not None and self._group.runs(name):
+            return SequenceCache(self._group.extract(name), self._checkpoints[name])
         for uid, generation in self._generations.items():
             if generation.request.id == name:
                 caches, _ = self._generator.extract_cache([uid])[uid]
@@ -294,6 +324,10 @@ class ContinuousBatch(Batch):
             if events[-1].finish is not None:
                 self._on_finished(events[-1].request_id, caches)
             return events
+        if self._group is not None and self._group.generations:
+            if not self._group.wants_release:
+                return self._decode_group(self._group)
+            self._release_group()
         if not self._generations:
             return []
         _, responses = self._generator.next()
@@ -310,7 +344,29 @@ class ContinuousBatch(Batch):
                     self._retained[request_id].checkpoint(generation.length)
             else:
                 self._offer_to_decoder(response.uid, generation)
+        if self._group is not None and len(self._generations) > 1:
+            self._offer_to_group(self._group, {response.uid for response in responses})
         return events
+
+    def _decode_group(self, group: GroupDecoder) -> list[TokenEvent]:
+        events, ended = group.decode()
+        for request_id, caches in ended.items():
+            self._on_finished(request_id, caches)
+        return events
+
+    def _offer_to_group(self, group: GroupDecoder, uids: set[int]) -> None:
+        """
+        Args:
+            uids: of requests that a token was just generated for.
+        """
+        running = list(self._generations.values())
+        if not uids.issuperset(self._generations) or any(g.request.images for g in running):
+            group.skip_timing()  # one begins, or has positions of its own
+        elif group.should_take(running):
+            with mx.stream(generation_stream):
+                taken = self._generator.remove(list(self._generations), return_prompt_caches=True)
+                group.take(running, [taken[uid][0] for uid in self._generations])
+            self._generations.clear()
 
     def _offer_to_decoder(self, uid: int, generation: Generation) -> None:
         decoder = self._decoder
@@ -319,6 +375,8 @@ class ContinuousBatch(Batch):
         if decoder.should_take(generation):
             caches, _ = self._generator.remove([uid], return_prompt_caches=True)[uid]
             decoder.take(self._generations.pop(uid), caches)
+            if self._group is not None:
+                self._group.forget_texts()
 
     def _on_finished(self, request_id: str, caches: list[Any]) -> None:
         checkpoints = self._checkpoints.pop(request_id, {})
@@ -336,6 +394,8 @@ class ContinuousBatch(Batch):
             del self._generations[uid]
         if self._decoder is not None and self._decoder.runs(request_id):
             self._decoder.clear()
+        if self._group is not None:
+            self._group.remove(request_id)
 
     def close(self) -> None:
         """See `Batch`."""
@@ -344,8 +404,9 @@ class ContinuousBatch(Batch):
         self._generator.remove(list(self._generations))
         self._generator.close()
         self._generations.clear()
-        if self._decoder is not None:
-            self._decoder.clear()
+        for decoder in (self._decoder, self._group):
+            if decoder is not None:
+                decoder.clear()
 
 
 class SequentialBatch(Batch):

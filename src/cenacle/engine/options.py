@@ -33,8 +33,8 @@ class EngineOptions:
             memory that is left.
         prefix_cache_gb: gigabytes on each rank for the caches of requests that have ended; None: an
             eighth of the memory that is left; 0: disabled.
-        speculative: draft tokens for a single running request, if its cache can be trimmed: "auto"
-            (while it pays), "always" or "off".
+        speculative: draft tokens for running requests, if caches can be trimmed: "auto" (while it
+            pays), "always" or "off".
         prefix_cache_disk_gb: gigabytes of disk on each rank for prefixes of prompts, which survive
             a restart; 0: disabled.
         prefix_cache_dir: folder for those; None: `paths.prefix_cache_dir`.

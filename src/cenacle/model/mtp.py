@@ -13,7 +13,7 @@ Next: `engine/speculative/mtp.py`, which drafts with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -158,21 +158,32 @@ class MtpHead:
         model.model.embed_tokens = self._given
 
     def __call__(
-        self, ids: mx.array, hidden: mx.array, caches: list[Any]
+        self,
+        ids: mx.array,
+        hidden: mx.array,
+        caches: list[Any],
+        places: Sequence[int] | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Logits of what follows the last token, and the hidden states of all.
 
         Args:
-            ids: [1, length].
-            hidden: of the tokens before each of them, behind the final norm, [1, length, width].
+            ids: [batch, length].
+            hidden: of the tokens before each, behind the final norm, [batch, length, width].
             caches: of the layer.
+            places: of each row's last token, where some are padded; None: the final one.
 
         Returns:
-            [1, vocabulary] and [1, length, width].
+            [batch, vocabulary] and [batch, length, width].
         """
         self._given.give(self.model.mtp(self._embed(ids), hidden))
         states = self.model.model(ids, caches)
-        return self.model.lm_head(states[:, -1]), states
+        last = states[:, -1] if places is None else at_places(states, places)[:, 0]
+        return self.model.lm_head(last), states
+
+
+def at_places(values: mx.array, places: Sequence[int]) -> mx.array:
+    """One place of each row: [rows, length, width] -> [rows, 1, width]."""
+    return mx.take_along_axis(values, mx.array(list(places))[:, None, None], axis=1)
 
 
 RecordStates = Callable[[mx.array], None]

@@ -440,7 +440,7 @@ class _Worker:
             head = draft_model.load_mtp(checkpoint, kernels) if checkpoint is not None else None
             states = HiddenStates()
             record_hidden_states(served, states.record)
-            return MtpProposer(self._collective, head, states, vocab_size)
+            return MtpProposer(self._collective, head, states, vocab_size, draft.context_length)
         model: nn.Module | None = None
         if checkpoint is not None:
             model = draft_model.load_draft_model(checkpoint, kernels)

@@ -285,6 +285,12 @@ class DraftModelProposer:
         model: nn.Module | None,
         vocab_size: int,
     ) -> None:
+        self.parts: dict[str, Any] = {
+            "config": config,
+            "collective": collective,
+            "model": model,
+            "vocab_size": vocab_size,
+        }
         self._config, self._collective, self._model = config, collective, model
         self._vocab_size = vocab_size
         self._tokens: list[int] = []  # in the cache
@@ -310,6 +316,11 @@ class DraftModelProposer:
         if surplus > 0:
             trim_prompt_cache(self._caches, surplus)
             del self._tokens[length:]
+
+    def clear(self) -> None:
+        """Forget the text, and free the cache."""
+        self._tokens = []
+        self._caches = make_prompt_cache(self._model) if self._model is not None else []
 
     @property
     def is_ready(self) -> bool:

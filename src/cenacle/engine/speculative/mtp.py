@@ -41,6 +41,7 @@ class HiddenStates:
         self._limit = limit
         self._parts: deque[mx.array] = deque()  # [n, width]
         self._is_recording = False
+        self._passes: list[mx.array] | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -55,8 +56,20 @@ class HiddenStates:
         finally:
             self._is_recording = False
 
+    @contextmanager
+    def handing_over(self) -> Iterator[list[mx.array]]:
+        """The states of each pass inside, [batch, length, width]; none of them are kept here."""
+        passes: list[mx.array] = []
+        self._passes = passes
+        try:
+            yield passes
+        finally:
+            self._passes = None
+
     def record(self, states: mx.array) -> None:
         """Append those of a pass, [1, length, width]."""
+        if self._passes is not None:
+            self._passes.append(states)
         if not self._is_recording:
             return
         self._parts.append(states[0])
@@ -91,11 +104,24 @@ class MtpProposer:
         head: on rank 0; None on the others.
         states: where the served model records its passes, on every rank.
         vocab_size: number of the served model's token ids.
+        context_length: tokens that the caches of several requests may hold; None: any number.
     """
 
     def __init__(
-        self, collective: Collective, head: MtpHead | None, states: HiddenStates, vocab_size: int
+        self,
+        collective: Collective,
+        head: MtpHead | None,
+        states: HiddenStates,
+        vocab_size: int,
+        context_length: int | None = None,
     ) -> None:
+        self.parts: dict[str, Any] = {
+            "collective": collective,
+            "head": head,
+            "states": states,
+            "vocab_size": vocab_size,
+            "context_length": context_length,
+        }
         self._collective, self._head, self._states = collective, head, states
         self._vocab_size = vocab_size
         self._text: list[int] = []

@@ -145,7 +145,8 @@ class DraftLengthController:
             self._pause_left = max(0, self._pause_left - tokens)
             if not self._pause_left:
                 self._accepted, self._rejected = self.PROBE_COUNTS
-                self._step_s = {k: s for k, s in self._step_s.items() if k == 0}
+                for k in [k for k in self._step_s if k]:
+                    del self._step_s[k]
                 self.limit = self.PROBE_TOKENS
 
     def on_verified(self, drafted: int, accepted: int, proposal: int) -> None:
@@ -154,9 +155,12 @@ class DraftLengthController:
         Args:
             proposal: rank 0's `propose`.
         """
+        self._learn(drafted, accepted, int(accepted < drafted), proposal)
+
+    def _learn(self, drafted: int, accepted: int, rejected: int, proposal: int) -> None:
         self.stats += DraftStats(drafted, accepted)
         self._accepted = self.DECAY * self._accepted + accepted
-        self._rejected = self.DECAY * self._rejected + (accepted < drafted)
+        self._rejected = self.DECAY * self._rejected + rejected
         if self._fixed is not None:
             return
         self.limit = proposal if proposal <= self.MAX_TOKENS else 0
@@ -166,11 +170,11 @@ class DraftLengthController:
             self._pause_left = max(min(shortest << self._pauses, longest), least)
             self._pauses += 1
 
-    def on_step_time(self, drafted: int, seconds: float, tokens: int = 1) -> None:
+    def on_step_time(self, drafted: int, seconds: float, tokens: float = 1) -> None:
         """Learn how long a step with so many drafted tokens takes.
 
         Args:
-            tokens: that it gave.
+            tokens: that it gave, to each request.
         """
         self._keep_account(drafted, seconds, tokens)
         known = self._step_s.get(drafted)
@@ -179,7 +183,7 @@ class DraftLengthController:
         else:
             self._step_s[drafted] = 0.7 * known + 0.3 * min(seconds, 2 * known)
 
-    def _keep_account(self, drafted: int, seconds: float, tokens: int) -> None:
+    def _keep_account(self, drafted: int, seconds: float, tokens: float) -> None:
         plain_s = self._step_s.get(0)
         if plain_s is None:
             return
@@ -219,11 +223,13 @@ class DraftLengthController:
         p = min(self._accepted / (self._accepted + self._rejected), 0.999)
         longest = min(self.MAX_TOKENS, 2 * max(self._step_s) or self.INITIAL_TOKENS)
         speeds = {
-            k: (1 - p ** (k + 1)) / (1 - p) / self._expected_step_s(k)
-            for k in range(1, longest + 1)
+            k: self._expected_tokens(p, k) / self._expected_step_s(k) for k in range(1, longest + 1)
         }
         best = max(speeds, key=lambda k: speeds[k])
         return best, speeds[best]
+
+    def _expected_tokens(self, p: float, drafted: int) -> float:
+        return float((1 - p ** (drafted + 1)) / (1 - p))
 
     def _expected_step_s(self, drafted: int) -> float:
         """Linear between measurements, and beyond the last one."""
@@ -237,3 +243,89 @@ class DraftLengthController:
         if k1 == k0:
             return s1
         return max(s0 + (s1 - s0) * (drafted - k0) / (k1 - k0), s0)
+
+
+class GroupLengthController(DraftLengthController):
+    """Chooses the length of drafts in passes for several requests.
+
+    Steps are timed by the number of requests. Each request has an acceptance of its own, which
+    begins as that of all. Beginning to draft costs a step, which the account pays for.
+    """
+
+    BUDGET = 0.03  # a try that fails costs steps, not parts of one
+    INITIAL_CREDIT = 1.0
+    BEGIN_COST = 1.0
+    PRIOR = 2.0  # tokens that the acceptance of all counts as, for one request
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self._by_requests: dict[int, dict[int, float]] = {}
+        self._counts: list[tuple[float, float]] = []  # accepted and rejected, of each request
+        self._debt = 0.0
+        super().__init__(fixed)
+        self._credit = self.INITIAL_CREDIT
+        if fixed is None:
+            self.limit = self.PROBE_TOKENS  # a longer one may cost many steps
+
+    def select(self, requests: int) -> None:
+        """From now on steps are for so many requests."""
+        self._step_s = self._by_requests.setdefault(requests, {})
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is known how long plain decoding takes."""
+        return 0 in self._step_s
+
+    def begin(self, requests: int) -> None:
+        """Begin to draft."""
+        self.select(requests)
+        self._counts = [(0.0, 0.0)] * requests
+        self._debt = self.BEGIN_COST
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with some of the requests."""
+        self.select(len(rows))
+        self._counts = [self._counts[row] for row in rows]
+
+    def on_group_verified(self, results: Sequence[tuple[int, int]], proposal: int) -> None:
+        """Count a pass.
+
+        Args:
+            results: drafted and accepted tokens of each request.
+            proposal: rank 0's `propose`.
+        """
+        drafts = [(drafted, accepted) for drafted, accepted in results if drafted]
+        if not drafts:
+            return
+        self._counts = [
+            (self.DECAY * old + accepted, self.DECAY * rejected + (accepted < max(drafted, 1)))
+            for (old, rejected), (drafted, accepted) in zip(self._counts, results, strict=True)
+        ]
+        self._learn(
+            sum(drafted for drafted, _ in drafts),
+            sum(accepted for _, accepted in drafts),
+            sum(accepted < drafted for drafted, accepted in drafts),
+            proposal,
+        )
+
+    def on_empty_pass(self, seconds: float) -> None:
+        """Count a pass in which nothing was drafted."""
+        self._keep_account(1, seconds, 1)
+
+    def on_step_time(self, drafted: int, seconds: float, tokens: float = 1) -> None:
+        """See `DraftLengthController`."""
+        if drafted:
+            self._credit -= self._debt
+            self._debt = 0.0
+        super().on_step_time(drafted, seconds, tokens)
+
+    def _expected_tokens(self, p: float, drafted: int) -> float:
+        """The mean of all requests."""
+        if not self._counts:
+            return super()._expected_tokens(p, drafted)
+        own = [
+            min((accepted + self.PRIOR * p) / (accepted + rejected + self.PRIOR), 0.999)
+            for accepted, rejected in self._counts
+        ]
+        return sum(super(GroupLengthController, self)._expected_tokens(q, drafted) for q in own) / (
+            len(own)
+        )
