@@ -5,8 +5,8 @@ bytes that caches may take, the numbering of steps.
 Does not know: MLX, sockets, clocks. It is told how long steps took.
 Invariant: a request is in exactly one place: waiting, running, or gone; `0 <= running <=
 max_batch_size`; the caches of running requests fit the budget even at full length; a step processes
-at most `prefill_chunk_size` prompt tokens, and fewer while requests are decoding; every prompt gets
-its turn; steps are numbered without gaps.
+at most `prefill_chunk_size` prompt tokens, and fewer while requests are decoding
+(`prompt_budget.py`); every prompt gets its turn; steps are numbered without gaps.
 Fairness: the waiting request whose key was served least comes first (virtual token counters: Sheng
 et al., Fairness in Serving Large Language Models, OSDI 2024). Prompts in progress take turns: first
 the keys, then the requests of a key.
@@ -26,17 +26,16 @@ from ..core.step import PageLoad, PageReport, PrefixReuse, PromptChunk, Step
 from ..errors import Busy, InputError
 from .disk_index import PAGE_TOKENS, DiskIndex, Listing, tokens_to_write
 from .prefix_index import CacheEntry, CacheFootprint, PrefixIndex, pack_tokens
+from .prompt_budget import PromptBudget
 
 JOIN_TOKENS = 128  # largest final chunk of a prompt: short prompts join the batch together
-MIN_CHUNK_TOKENS = 16  # fewer prompt tokens cost as much
+MIN_CHUNK_TOKENS = 16  # a second prompt's chunk in a step has at least so many
 FAIRNESS_RESERVE_AFTER = 4  # batch size from which one place is reserved for keys that have none
-STALL_S = 0.25  # by how much a prompt chunk may delay the tokens of decoding requests
 SHARE_WAIT_TOKENS = 64  # prompt tokens for which waiting until another computed them pays
 MAX_CHECKPOINTS, MIN_CHECKPOINT_TOKENS = 8, 512  # of a prompt, and the distance between two
 CACHEABLE_FINISH = ("stop", "length")
 OUTPUT_WEIGHT, PROMPT_WEIGHT = 2, 1  # what a token of each kind counts for a key
-INITIAL_STALL_TOKENS = 64.0  # prompt tokens processed within STALL_S, until it is measured
-SMOOTHING = 0.3  # weight of a new measurement
+STEPS_TO_TIME = 8  # more than are in flight
 
 
 @dataclass
@@ -120,8 +119,8 @@ class Scheduler:
         self._retained: list[str] = []
         self._evicted: list[str] = []
         self._step_number = 0
-        self._stall_tokens = INITIAL_STALL_TOKENS
-        self._decode_step_s = 0.0
+        self._prompt_budget = PromptBudget()
+        self._answers: dict[int, int] = {}  # by step in flight: requests that get a token in it
 
     def resize(
         self, kv_cache_bytes: int | None, footprint: CacheFootprint, prefix_cache_bytes: int
@@ -208,7 +207,9 @@ class Scheduler:
         disk_orders = writes or checks or removals or self._page_loads
         if not (self._running or self._cancelled or disk_orders):
             return None
-        prefill, final_chunks = self._split_prefill_budget()
+        self._answers.pop(self._step_number - STEPS_TO_TIME, None)
+        self._answers[self._step_number] = answers = sum(r.started for r in self._running.values())
+        prefill, final_chunks = self._split_prefill_budget(answers)
         every = self.measure_every
         step = Step(
             self._step_number,
@@ -231,15 +232,14 @@ class Scheduler:
         return step
 
     def on_step_time(self, step: Step, seconds: float) -> None:
-        """Learn how many prompt tokens fit beside decoding requests."""
-        if step.page_writes or step.page_loads:
-            return  # the time is not only the model's
+        """Learn how many prompt tokens fit beside answers."""
+        answers = self._answers.pop(step.number, None)
+        if answers is None:
+            return
         tokens = sum(c.end - c.begin for c in (*step.prefill, *step.final_chunks))
-        if not tokens:
-            self._decode_step_s += SMOOTHING * (seconds - self._decode_step_s)
-        elif tokens >= MIN_CHUNK_TOKENS:
-            seconds = max(seconds - self._decode_step_s, seconds / 4, 1e-6)
-            self._stall_tokens += SMOOTHING * (STALL_S * tokens / seconds - self._stall_tokens)
+        # Else the time is not only the model's.
+        is_plain = not (step.page_writes or step.page_loads or step.measured)
+        self._prompt_budget.on_step(answers, tokens, seconds if is_plain else None)
 
     def on_tokens(self, events: Iterable[TokenEvent]) -> list[TokenEvent]:
         """Handle a step's tokens.
@@ -277,6 +277,7 @@ class Scheduler:
         self._prefix_index, self._disk_index = PrefixIndex(), DiskIndex()
         self._clear_orders()
         self._step_number = 0
+        self._answers.clear()
         return ids
 
     def _clear_orders(self) -> None:
@@ -482,11 +483,11 @@ class Scheduler:
 
     # Prefill
 
-    def _split_prefill_budget(self) -> tuple[list[PromptChunk], list[PromptChunk]]:
+    def _split_prefill_budget(self, answers: int) -> tuple[list[PromptChunk], list[PromptChunk]]:
         """This step's prompt chunks: those processed alone, and final ones, processed together."""
-        budget = self._prefill_chunk_size
-        if any(r.started for r in self._running.values()):
-            budget = min(budget, max(MIN_CHUNK_TOKENS, int(self._stall_tokens)))
+        if not self._turns:
+            return [], []
+        budget = self._prompt_budget.take(answers, self._prefill_chunk_size)
         chunks: list[PromptChunk] = []
         final_chunks: list[PromptChunk] = []
         # The first prompt of each key, then the second of each, and so on.
@@ -494,6 +495,8 @@ class Scheduler:
         for name in [name for names in rounds for name in names if name is not None]:
             running = self._running[name]
             begin, length = running.prefilled, running.prompt_length
+            if not budget:
+                break
             if _join_cost(final_chunks, length - begin) > budget and begin < length - 1:
                 if budget < MIN_CHUNK_TOKENS and (chunks or final_chunks):
                     continue
