@@ -923,6 +923,78 @@ def test_two_answers_are_beside_each_other_until_one_is_chosen(opened):
     assert [m["content"] for m in sent[5]["messages"]] == ["a", "a3", "b", first[1], "c"]
 
 
+TOOLS = """[
+  {"name": "weather", "description": "d", "parameters": {"type": "object"}, "result": {"c": 21}},
+  {"type": "function", "function": {"name": "ask", "parameters": {"type": "object"}}}
+]"""
+
+
+def sse_calls(*calls):
+    """Calls as the server streams them, the arguments of each in two pieces."""
+    chunks = []
+    for index, (name, arguments) in enumerate(calls):
+        first = {"name": name, "arguments": arguments[:5]}
+        part = {"index": index, "id": f"c{index}", "type": "function", "function": first}
+        rest = {"index": index, "function": {"arguments": arguments[5:]}}
+        chunks += [{"choices": [{"delta": {"tool_calls": [d]}}]} for d in (part, rest)]
+    chunks += [{"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
+def test_calls_of_tools_are_cards_and_their_results_are_given(opened):
+    page = opened(390)
+    hostile = '{"q": "<img src=x onerror=alert(1)>"}'
+    sent = played(
+        page,
+        sse_calls(("weather", '{"place": "Bern"}'), ("ask", hostile)),
+        sse_calls(("weather", '{"place": "Basel"}')),
+        sse("Warm."),
+    )
+    page.click("#open-settings")
+    page.click("#tool-bench summary")
+    page.fill("[name=tools]", '{"name": "x"}')
+    page.click("#settings .main")
+    refusal = page.evaluate("document.querySelector('[name=tools]').validationMessage")
+    assert refusal.startswith("Tools are a JSON list")
+    page.click("#example-tools")
+    assert json.loads(page.input_value("[name=tools]"))[0]["name"] == "weather"
+    page.fill("[name=tools]", TOOLS)
+    page.click("#settings .main")
+    ask(page, "Warm?")
+    until(page, "document.querySelectorAll('.call').length === 2")
+    # One result is the settings' own, the other one is typed; a reload keeps the calls.
+    page.wait_for_selector(".give button")
+    stored(page)
+    page.reload()
+    page.wait_for_selector(".give button")
+    cards = page.locator(".call").all_inner_texts()
+    assert '"c": 21' in cards[0]
+    assert "<img src=x" in cards[1]
+    assert page.locator(".call img").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.fill("[aria-label='Result of ask']", "yes")
+    page.click(".give button")
+    # The next call has its result from the settings: the model goes on at once.
+    assert shows_answer(page, "Warm.")[-1] == "Warm."
+    assert [tool["function"]["name"] for tool in sent[0]["tools"]] == ["weather", "ask"]
+    assert "result" not in json.dumps(sent[0]["tools"])
+    calls, *results = sent[1]["messages"][1:]
+    assert [c["function"]["arguments"] for c in calls["tool_calls"]] == [
+        '{"place": "Bern"}',
+        hostile,
+    ]
+    assert results == [
+        {"role": "tool", "tool_call_id": "c0", "content": '{"c":21}'},
+        {"role": "tool", "tool_call_id": "c1", "content": "yes"},
+    ]
+    assert [m["role"] for m in sent[2]["messages"]] == [
+        "user", "assistant", "tool", "tool", "assistant", "tool",
+    ]  # fmt: skip
+    page.reload()
+    assert shows_answer(page, "Warm.")[-1] == "Warm."
+    assert page.locator(".call").count() == 3
+
+
 def file(name, kind, data):
     return {"name": name, "mimeType": kind, "buffer": data}
 

@@ -73,7 +73,7 @@ export async function postJson(path, body) {
   return (await request(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) })).json();
 }
 
-// The events of a streamed answer: {text}, {reasoning}, {finish}, {usage}.
+// The events of a streamed answer: {text}, {reasoning}, {calls} (pieces of tool calls), {finish}, {usage}.
 export async function* streamChat(body, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
@@ -94,6 +94,7 @@ export async function* streamChat(body, signal) {
     if (!choice) continue;
     const reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning;
     if (reasoning) yield { reasoning };
+    if (Array.isArray(choice.delta?.tool_calls)) yield { calls: choice.delta.tool_calls };
     if (choice.delta?.content) yield { text: choice.delta.content };
     if (choice.finish_reason) yield { finish: choice.finish_reason };
   }

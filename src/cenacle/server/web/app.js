@@ -5,6 +5,7 @@ import * as chat from "./chat.js";
 import * as cluster from "./cluster.js";
 import { $, h, setIcon, toast } from "./dom.js";
 import * as store from "./store.js";
+import * as tools from "./tools.js";
 
 for (const button of document.querySelectorAll("[data-icon]")) setIcon(button, button.dataset.icon, button.getAttribute("aria-label"));
 
@@ -40,12 +41,14 @@ for (const dialog of document.querySelectorAll("dialog")) {
 
 const form = $("settings-form");
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "thinking_budget"];
-const TEXTS = ["system", "stop", "reasoning_effort", "schema", "theme"];
+const TEXTS = ["system", "stop", "reasoning_effort", "schema", "tools", "theme"];
 $("open-settings").addEventListener("click", () => {
   const settings = { ...store.settings(), key: store.key() };
   for (const [name, value] of Object.entries(settings)) if (form.elements[name]) form.elements[name].value = value ?? "";
   form.querySelector("details").open = ["top_p", "top_k", "min_p", "seed", "thinking_budget"].some((name) => settings[name] !== null) || Boolean(settings.stop || settings.schema);
+  $("tool-bench").open = settings.tools.trim() !== "";
   checkSchema();
+  checkTools();
   $("settings").returnValue = "";
   $("settings").showModal();
 });
@@ -61,6 +64,22 @@ function checkSchema() {
   }
   field.setCustomValidity(problem);
 }
+function checkTools() {
+  let problem = "";
+  try {
+    tools.parse(form.elements.tools.value);
+  } catch (error) {
+    problem = error.message;
+  }
+  form.elements.tools.setCustomValidity(problem);
+}
+form.elements.tools.addEventListener("input", checkTools);
+form.elements.tools.addEventListener("invalid", () => { $("tool-bench").open = true; });
+$("example-tools").addEventListener("click", () => {
+  form.elements.tools.setRangeText(tools.EXAMPLE, 0, form.elements.tools.value.length, "start");
+  checkTools();
+  form.elements.tools.focus();
+});
 form.elements.schema.addEventListener("input", checkSchema);
 form.elements.schema.addEventListener("invalid", () => { form.querySelector("details").open = true; });
 $("settings").addEventListener("close", () => {

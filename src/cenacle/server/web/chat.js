@@ -8,6 +8,7 @@ import * as prompts from "./prompts.js";
 import * as second from "./second.js";
 import * as sidebar from "./sidebar.js";
 import * as store from "./store.js";
+import * as tools from "./tools.js";
 import * as tree from "./tree.js";
 
 let shown = tree.newConversation();
@@ -20,6 +21,7 @@ const SHOWN_ENTRY = "cenacle.conversation";
 const EXAMPLES = ["Explain what a mixture of experts is.", "What is 12 + 30?", "Write a haiku about rain."];
 const SAVE_MS = 3000; // between two writes of an answer that streams
 const MOST_TRIES = 3; // of an answer whose connection breaks
+const MOST_ROUNDS = 8; // of calls that the settings' results answer, one after the other
 
 export async function start() {
   await store.open(onOtherWindow);
@@ -189,19 +191,22 @@ function options(settings) {
   const stop = settings.stop.split("\n").filter(Boolean);
   if (stop.length) body.stop = stop;
   if (settings.reasoning_effort) body.reasoning_effort = settings.reasoning_effort;
+  const offered = tools.parse(settings.tools);
+  if (offered.length) body.tools = tools.offered(offered);
   if (settings.schema.trim()) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } };
   return body;
 }
 
 // Asks for the text of `message`, an answer in `conversation`; what it has already is continued.
-async function answer(conversation, message, tries = 0) {
+async function answer(conversation, message, tries = 0, rounds = 0) {
   const history = tree.path(conversation, message.parent);
   const settings = { ...store.settings(), ...message.variant };
   const system = message.variant?.system?.trim() || conversation.system.trim() || settings.system.trim();
   const body = {
     messages: [
       ...(system ? [{ role: "system", content: system }] : []),
-      ...history.filter((m) => m.role === "user" || m.content).map((m) => ({ role: m.role, content: attachments.contentOf(m) })),
+      ...history.filter((m) => m.role === "user" || m.content || m.calls?.length)
+        .flatMap((m) => (m.calls?.length ? tools.asMessages(m.content, m.calls) : { role: m.role, content: attachments.contentOf(m) })),
     ],
   };
   if (message.content) {
@@ -226,6 +231,10 @@ async function answer(conversation, message, tries = 0) {
     for await (const event of api.streamChat({ model: id, ...body, ...options(settings) }, control.signal)) {
       if (event.text || event.reasoning) clock.addPiece((event.text ?? event.reasoning).length);
       if (event.reasoning) message.reasoning = (message.reasoning ?? "") + event.reasoning;
+      if (event.calls) {
+        tools.addPieces(message, event.calls);
+        clock.addPiece(event.calls.reduce((sum, c) => sum + (c.function?.arguments?.length ?? 0), 1));
+      }
       if (event.text) message.content += event.text;
       if (event.finish) message.finish = event.finish;
       if (event.usage) clock.usage = event.usage;
@@ -244,7 +253,30 @@ async function answer(conversation, message, tries = 0) {
     }
   }
   if (clock.first) message.stats = clock.stats();
+  const complete = message.calls && !message.error && message.finish !== "stopped";
+  if (complete) giveOwnResults(message, settings);
   finishAnswer(conversation, message);
+  if (complete && !tree.pairOf(conversation, message)) goOnWithResults(conversation, message, rounds + 1);
+}
+
+// The results that tools have in the settings.
+function giveOwnResults(message, settings) {
+  const own = new Map(tools.parse(settings.tools).map((tool) => [tool.name, tool.result]));
+  for (const call of message.calls) call.result ??= own.get(call.name);
+}
+
+// An answer to the results of calls, when all are there.
+function goOnWithResults(conversation, message, rounds = 0) {
+  if (running.length || rounds > MOST_ROUNDS || message.calls.some((c) => c.result === undefined) || !store.exists(conversation.id)) return;
+  answer(conversation, tree.add(conversation, { role: "assistant", content: "", ...(message.variant ? { variant: message.variant } : {}) }, message), 0, rounds);
+}
+
+function giveResults(message, results) {
+  if (running.length) return;
+  tree.decide(shown, message);
+  for (const [at, call] of message.calls.entries()) call.result = results[at];
+  message.changedAt = Date.now();
+  goOnWithResults(shown, message);
 }
 
 function finishAnswer(conversation, message) {
@@ -259,7 +291,7 @@ function finishAnswer(conversation, message) {
   const follow = isAtEnd();
   showAll();
   if (follow) scrollToEnd(true);
-  if (!running.length) $("announcement").textContent = message.error ?? (message.finish === "stopped" ? "Stopped." : "The answer is complete.");
+  if (!running.length) $("announcement").textContent = message.error ?? (message.finish === "stopped" ? "Stopped." : message.calls ? `The model calls ${message.calls.map((c) => c.name).join(", ")}.` : "The answer is complete.");
 }
 
 // When the pieces of an answer came.
@@ -306,7 +338,7 @@ function stop() {
 // Another answer as a branch beside this one; in its place if it has nothing.
 function regenerate(message) {
   if (running.length) return;
-  if (!message.content && !message.reasoning) return void answer(shown, message);
+  if (!message.content && !message.reasoning && !message.calls) return void answer(shown, message);
   const parent = shown.messages.find((m) => m.id === message.parent);
   const pair = tree.pairOf(shown, message);
   const before = shown.leaf;
@@ -327,6 +359,7 @@ function decide(message) {
   saveConversation(shown);
   showMessages();
   $("input").focus();
+  if (message.calls) goOnWithResults(shown, message);
 }
 
 function proceed(message) {
@@ -420,7 +453,7 @@ function showMessages() {
   }
   const view = {
     conversation: shown, running: answering() === shown ? running.map((r) => r.message) : [], busy: running.length > 0, editing,
-    edit, choose, regenerate, proceed, answerBeside, decide, configure: () => second.ask(false),
+    edit, choose, regenerate, proceed, answerBeside, decide, giveResults, configure: () => second.ask(false),
   };
   const wanted = [...[system].filter(Boolean), ...messages.elements(list, view)];
   // Those that stay are not moved: a selection in them, and where they were scrolled to, stay as well.

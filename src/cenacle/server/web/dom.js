@@ -18,6 +18,7 @@ const PATHS = {
   back: "M14 6l-6 6 6 6",
   forward: "M10 6l6 6-6 6",
   close: "M6 6l12 12M18 6L6 18",
+  tool: "M14.5 6.5a4 4 0 0 1 5-1.2l-2.6 2.6 1.2 2 2.2.6 1-1a4 4 0 0 1-5.4 4.6L9 21l-4-4 7-6.8a4 4 0 0 1 2.5-3.7z",
   columns: "M4 5h6.5v14H4zM13.5 5H20v14h-6.5z",
   settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5",
 };

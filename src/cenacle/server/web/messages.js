@@ -3,12 +3,13 @@
 import * as attachments from "./attachments.js";
 import { copyText, h, iconButton } from "./dom.js";
 import { render } from "./markdown.js";
+import * as tools from "./tools.js";
 import * as tree from "./tree.js";
 
 const made = new WeakMap(); // message -> {signature, element}
 
 // The elements of messages. `view`: {conversation, running (messages), busy, editing (a message)} and what the buttons
-// do: edit, choose, regenerate, proceed, answerBeside, decide, configure.
+// do: edit, choose, regenerate, proceed, answerBeside, decide, configure, giveResults.
 export function elements(messages, view) {
   const pair = tree.pairOf(view.conversation, messages.at(-1));
   const single = pair ? messages.slice(0, -1) : messages;
@@ -22,7 +23,7 @@ export const shownElement = (message) => made.get(message)?.element;
 function elementOf(message, view, isLast, isBeside) {
   const same = tree.siblings(view.conversation, message);
   const state = [isLast, isBeside, view.running.includes(message), view.busy, view.editing === message, same.length, same.indexOf(message),
-    message.changedAt, message.content.length, message.reasoning?.length, message.finish, message.error, message.files?.length, message.images?.length];
+    message.changedAt, message.content.length, message.reasoning?.length, message.finish, message.error, message.calls, message.files?.length, message.images?.length];
   const signature = JSON.stringify(state);
   const before = made.get(message);
   if (before?.signature === signature) return before.element;
@@ -85,10 +86,13 @@ function answer(message, same, isLast, isBeside, view, before) {
   const element = before ?? h("article", { class: "message assistant", "aria-label": "Model" },
     h("details", { class: "reasoning", hidden: true }, h("summary"), h("div", { class: "text" })),
     h("div", { class: "text prose" }),
+    h("div", { class: "calls", hidden: true }),
     h("p", { class: "error", hidden: true }),
     h("div", { class: "foot" }));
   const streaming = view.running.includes(message);
   update(element, message, streaming);
+  const wanted = isLast && !view.busy && message.finish !== "streaming";
+  tools.show(element.children[2], message.calls ?? [], wanted && ((results) => view.giveResults(message, results)));
   const foot = element.lastChild;
   if (streaming) {
     foot.replaceChildren();
@@ -100,21 +104,23 @@ function answer(message, same, isLast, isBeside, view, before) {
       !isBeside && branches(message, same, view),
       message.content && iconButton("copy", "Copy", () => copyText(message.content)),
       !view.busy && iconButton("retry", message.error ? "Try again" : "Regenerate", () => view.regenerate(message)),
-      isLast && !isBeside && !view.busy && (message.content || message.reasoning) && iconButton("columns", "Another answer beside this one", () => view.answerBeside(message)),
-      isLast && cut && message.content && !view.busy && h("button", { class: "continue", type: "button", onclick: () => view.proceed(message) }, "Continue")),
+      isLast && !isBeside && !view.busy && (message.content || message.reasoning || message.calls) && iconButton("columns", "Another answer beside this one", () => view.answerBeside(message)),
+      isLast && cut && message.content && !message.calls && !view.busy && h("button", { class: "continue", type: "button", onclick: () => view.proceed(message) }, "Continue")),
     h("span", { class: "stats" }, describeStats(message, isBeside)));
   return element;
 }
 
 export function update(element, message, streaming) {
-  const [reasoning, text, error] = element.children;
+  const [reasoning, text, calls, error] = element.children;
   reasoning.hidden = !message.reasoning;
   if (message.reasoning) {
     reasoning.firstChild.textContent = streaming && !message.content ? "Thinking…" : "Reasoning";
     render(reasoning.lastChild, message.reasoning);
   }
   element.classList.toggle("streaming", streaming);
-  element.classList.toggle("waiting", streaming && !message.content && !message.reasoning);
+  element.classList.toggle("waiting", streaming && !message.content && !message.reasoning && !message.calls);
+  calls.hidden = !message.calls?.length;
+  if (streaming) tools.show(calls, message.calls ?? [], null);
   render(text, message.content);
   error.hidden = !message.error;
   error.textContent = message.error ?? "";

@@ -7,7 +7,7 @@ import * as tree from "./tree.js";
 const PREFIX = "cenacle.";
 const DEFAULTS = {
   system: "", temperature: null, top_p: null, top_k: null, min_p: null, seed: null, max_tokens: null, thinking_budget: null,
-  stop: "", reasoning_effort: "", schema: "", model: "", theme: "auto", wrap: false,
+  stop: "", reasoning_effort: "", schema: "", tools: "", model: "", theme: "auto", wrap: false,
   second: {}, twice: false, // of a second answer: what it has instead of these; whether every question gets one
 };
 

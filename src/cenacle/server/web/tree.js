@@ -3,7 +3,8 @@
 //
 //   {id, title, pinned, tags, updatedAt, system, leaf, messages: [{id, parent, role, content, at, ...}]}
 //
-// Optional in a message: images (data: URIs), files ({name, text}), reasoning, finish, error, stats; `variant`, the settings that
+// Optional in a message: images (data: URIs), files ({name, text}), reasoning, finish, error, stats; calls of tools ({id, name, arguments (text),
+// result (text, when there is one)}); `variant`, the settings that
 // this answer has instead of the general ones; `beside`, the answer next to which this one is shown until one of them is chosen.
 
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
@@ -115,6 +116,7 @@ export function clean(value) {
     for (const name of ["reasoning", "finish", "error", "model", "beside"]) if (isText(m[name])) made[name] = m[name];
     if (Array.isArray(m.images) && m.images.some(isPicture)) made.images = m.images.filter(isPicture);
     if (Array.isArray(m.files)) made.files = m.files.filter((f) => isText(f?.name) && isText(f.text)).map(({ name, text }) => ({ name, text }));
+    if (Array.isArray(m.calls)) made.calls = cleanCalls(m.calls);
     if (m.stats && typeof m.stats === "object") made.stats = cleanStats(m.stats);
     if (m.variant && typeof m.variant === "object") made.variant = cleanVariant(m.variant);
     if (asNumber(m.changedAt)) made.changedAt = m.changedAt;
@@ -126,6 +128,10 @@ export function clean(value) {
     system: isText(value.system) ? value.system : "", leaf, messages,
   };
 }
+
+const cleanCalls = (calls) => calls.filter((c) => isText(c?.name) && isText(c.arguments)).map((c) => ({
+  id: isText(c.id) ? c.id : newId(), name: c.name, arguments: c.arguments, ...(isText(c.result) ? { result: c.result } : {}),
+}));
 
 const cleanStats = (s) => ({
   tokens: asNumber(s.tokens) ?? 0, exact: Boolean(s.exact), first_s: asNumber(s.first_s) ?? 0, per_s: asNumber(s.per_s),
@@ -157,18 +163,20 @@ export function findLine(conversation, wanted) {
 export function toMarkdown(conversation) {
   const pictures = (m) => (m.images ?? []).map((url, i) => `![Picture ${i + 1}](${url})\n\n`).join("");
   const files = (m) => (m.files ?? []).map((f) => `${asText(f)}\n\n`).join("");
-  const messages = path(conversation).map((m) => `**${m.role === "user" ? "You" : "Model"}**\n\n${pictures(m)}${files(m)}${m.content}`);
+  const calls = (m) => (m.calls ?? []).map((c) => `\n\n${fenced(`Call of ${c.name}`, c.arguments, "json")}${c.result === undefined ? "" : `\n\n${fenced("Result", c.result)}`}`).join("");
+  const messages = path(conversation).map((m) => `**${m.role === "user" ? "You" : "Model"}**\n\n${pictures(m)}${files(m)}${m.content}${calls(m)}`);
   const system = conversation.system ? `**System**\n\n${conversation.system}\n\n---\n\n` : "";
   const tags = conversation.tags?.length ? `Tags: ${conversation.tags.join(", ")}\n\n` : "";
   return `# ${titleOf(conversation)}\n\n${tags}${system}${messages.join("\n\n---\n\n")}\n`;
 }
 
 // A file as the model reads it: its name, and its text in a fence that it does not have.
-export function asText({ name, text }) {
+export const asText = ({ name, text }) => fenced(`File ${name}`, text, /\.(\w{1,12})$/.exec(name)?.[1]);
+
+function fenced(title, text, kind = "") {
   const longest = Math.max(2, ...[...text.matchAll(/`{3,}/g)].map((m) => m[0].length));
   const fence = "`".repeat(longest + 1);
-  const kind = /\.(\w{1,12})$/.exec(name)?.[1] ?? "";
-  return `File ${name}:\n\n${fence}${kind}\n${text.replace(/\n$/, "")}\n${fence}`;
+  return `${title}:\n\n${fence}${kind}\n${text.replace(/\n$/, "")}\n${fence}`;
 }
 
 // The conversations in a file that this page wrote, JSON or Markdown; each gets an id of its own unless it has one.
