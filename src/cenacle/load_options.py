@@ -45,6 +45,9 @@ class LoadOptions:
         comm_dtype: "f32", or "bf16": the mesh sends each rank's part rounded to bfloat16, half the
             bytes.
         latency_s: seconds added to every all-reduce, to study a slower link.
+        bandwidth_gb_s: gigabytes a second at which each rank's memory is to be read, to study other
+            machines; ranks sleep, and `latency_s` is then all that an all-reduce takes (see
+            `engine/emulated_machine.py`). None: as fast as possible.
         kernels: "native": Cenacle's own for CPUs; "mlx"; "auto": native where possible.
         activations: "int16" or "int8", inside quantized layers of the native kernels; int8 is less
             exact (docs/performance.md).
@@ -92,6 +95,7 @@ class LoadOptions:
     backend: str = "auto"
     comm_dtype: str = "f32"
     latency_s: float = 0.0
+    bandwidth_gb_s: Sequence[float] | None = None
     kernels: str = "auto"
     activations: str = "int16"
     draft_model: str | None = None

@@ -77,7 +77,10 @@ def select_plan(options: LoadOptions, checkpoint: Checkpoint | None = None) -> t
     if options.plan is not None:
         return _without_tower(options.plan, options), ""
     measurements = None
-    if options.nodes > 1:
+    if options.bandwidth_gb_s is not None:
+        rates = [1e9 * gb_s for gb_s in options.bandwidth_gb_s]
+        measurements = plan_cost.emulated_machines(checkpoint.config, rates, options.latency_s)
+    elif options.nodes > 1:
         found = plan_cost.local_measurements(checkpoint.config, options.nodes, options.latency_s)
         measurements = None if isinstance(found, str) else found
     return choose_plan.choose_plan(
@@ -234,6 +237,7 @@ class Deployment:
             kernels=options.kernels,
             comm_dtype=options.comm_dtype,
             latency_s=options.latency_s,
+            bandwidth_gb_s=tuple(options.bandwidth_gb_s) if options.bandwidth_gb_s else None,
             activations=options.activations,
             engine=asdict(options.engine),
             draft_model=asdict(self.draft_model) if self.draft_model is not None else None,

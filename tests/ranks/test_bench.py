@@ -11,8 +11,10 @@ import pytest
 
 from cenacle import native
 from cenacle.bench import hardware_limits
+from cenacle.bench.emulation import EmulationConfig
 from cenacle.calibration.rank_worker import find_job, split_cores
 from cenacle.errors import InputError
+from cenacle.load_options import LoadOptions
 from cenacle.model.synth import synth
 
 COMMAND = [sys.executable, "-m", "cenacle", "bench"]
@@ -197,3 +199,27 @@ def test_each_node_has_its_cores_where_there_are_enough():
     assert split_cores(64, 64) == (None, 64)
     with pytest.raises(InputError, match="--threads"):
         split_cores(1, 0)
+
+
+def test_emulated_machines_beside_what_the_performance_model_predicts(folder):
+    groups = ["1x(bandwidth=4MB/s)", "1x(bandwidth=4MB/s)+1x(bandwidth=8MB/s),link=1ms,slow=1.5"]
+    given = ["-m", folder, "--contexts", "4", "--concurrency", "2", "--tokens", 4, "--repeat", 1]
+    result = last_json(run(*given, *(f"--emulate={group}" for group in groups), "--json"))
+    alone, pair = result["rows"]
+    assert [row["machines"] for row in result["rows"]] == groups
+    assert (alone["ratio"], alone["predicted_ratio"]) == (1, 1)
+    assert [rank["passes"] > 0 for rank in pair["ranks"]] == [True, True]
+    # Shares by speed: the fast one reads more.
+    assert pair["ranks"][0]["read_bytes"] < pair["ranks"][1]["read_bytes"]
+    for row in result["rows"]:
+        parts = [rank["pass_ms"] for rank in row["ranks"]]
+        for ms in parts:
+            assert sum(ms.values()) == pytest.approx(2 * ms["total"], rel=1e-2)
+        assert row["tok_per_s"] > 0
+        assert 0 <= row["late_percent"] <= 100
+
+
+def test_emulated_machines_bring_their_own_nodes_and_links():
+    for given in ({"nodes": 2}, {"latency_s": 0.1}):
+        with pytest.raises(InputError, match="emulate: expected neither --nodes nor --latency-ms"):
+            EmulationConfig(LoadOptions("model", **given), ())

@@ -162,7 +162,7 @@ def test_load_options_have_the_names_and_defaults_of_the_python_interface():
     # Each command names the model in its own way; the rest is for programs.
     assert set(python) - set(keywords) == {
         *("model", "nodes", "plan"),
-        *("kv_group_size", "cores", "threads"),
+        *("kv_group_size", "cores", "threads", "bandwidth_gb_s"),
     }
     differing = {name for name, value in keywords.items() if value != python[name]}
     assert differing == {"max_queue", "prefix_cache_disk_gb"}  # a server's own defaults

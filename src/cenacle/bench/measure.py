@@ -322,38 +322,51 @@ class _Bench:
         return [started, *self._time_requests(prompt_tokens, tokens, 1)[0]]
 
     def _time_requests(self, prompt_tokens: int, tokens: int, count: int) -> list[list[float]]:
-        """Random requests at once: when the tokens of each came."""
-        vocab_size = self._model.spec.vocab_size
-        requests = [
-            self._model.request(
-                [self._rng.randrange(vocab_size) for _ in range(prompt_tokens)], tokens
-            )
-            for _ in range(count)
-        ]
-        times: dict[str, list[float]] = {r.id: [] for r in requests}
-        running, errors = len(requests), list[CenacleError]()
-        done = threading.Event()
+        """See `time_requests`."""
+        return time_requests(self._model, self._rng, prompt_tokens, tokens, count)
 
-        def on_event(event: GroupEvent) -> None:
-            nonlocal running
-            if isinstance(event, CenacleError):
-                errors.append(event)
-                done.set()
-                return
-            assert not isinstance(event, PromptLogprobs), "they are not wanted"
-            times[event.request_id].append(time.perf_counter())
-            running -= event.finish is not None
-            if not running:
-                done.set()
 
-        for request in requests:
-            # To the end, even where the model would stop: every answer has as many tokens.
-            self._model.group.submit(replace(request, stop_tokens=()), on_event)
-        if not done.wait(ANSWER_TIMEOUT_S):
-            raise ClusterError(f"bench: expected an answer within {ANSWER_TIMEOUT_S:g} s, got none")
-        if errors:
-            raise errors[0]
-        return list(times.values())
+def time_requests(
+    model: api.Model, rng: random.Random, prompt_tokens: int, tokens: int, count: int
+) -> list[list[float]]:
+    """Random requests at once: when the tokens of each came, by `time.perf_counter`.
+
+    Args:
+        prompt_tokens, tokens: of each request.
+        count: how many requests.
+
+    Raises:
+        CenacleError: a request failed, or took more than `ANSWER_TIMEOUT_S`.
+    """
+    vocab_size = model.spec.vocab_size
+    requests = [
+        model.request([rng.randrange(vocab_size) for _ in range(prompt_tokens)], tokens)
+        for _ in range(count)
+    ]
+    times: dict[str, list[float]] = {r.id: [] for r in requests}
+    running, errors = len(requests), list[CenacleError]()
+    done = threading.Event()
+
+    def on_event(event: GroupEvent) -> None:
+        nonlocal running
+        if isinstance(event, CenacleError):
+            errors.append(event)
+            done.set()
+            return
+        assert not isinstance(event, PromptLogprobs), "they are not wanted"
+        times[event.request_id].append(time.perf_counter())
+        running -= event.finish is not None
+        if not running:
+            done.set()
+
+    for request in requests:
+        # To the end, even where the model would stop: every answer has as many tokens.
+        model.group.submit(replace(request, stop_tokens=()), on_event)
+    if not done.wait(ANSWER_TIMEOUT_S):
+        raise ClusterError(f"bench: expected an answer within {ANSWER_TIMEOUT_S:g} s, got none")
+    if errors:
+        raise errors[0]
+    return list(times.values())
 
 
 def _relate_to_limits(

@@ -39,6 +39,42 @@ def show_bench(result: dict[str, Any], console: Console) -> None:
         _show_peers(result["peers"], console)
 
 
+def show_emulation(result: dict[str, Any], console: Console) -> None:
+    """Print the result of `emulation.run_emulation`."""
+    names = list(dict.fromkeys(row["machines"] for row in result["rows"]))
+    for index, name in enumerate(names):
+        row = next(row for row in result["rows"] if row["machines"] == name)
+        console.print(f"{index + 1}: {name}, experts {row['placement']}, trunk {row['trunk']}")
+    table = Table(
+        *("", "requests", "tok/s", "ratio", "predicted", "ratio"),
+        *("read", "wait", "link", "late", "ms a pass", "late passes"),
+        box=None,
+    )
+    for row in result["rows"]:
+        busiest = max(row["ranks"], key=lambda rank: rank["pass_ms"]["read"])
+        pass_ms = busiest["pass_ms"]
+        predicted = row["predicted_tok_per_s"]
+        table.add_row(
+            str(names.index(row["machines"]) + 1),
+            str(row["requests"]),
+            f"{row['tok_per_s']:.2f}",
+            f"{row['ratio']:.2f}",
+            "" if predicted is None else f"{predicted:.2f}",
+            "" if predicted is None else f"{row['predicted_ratio']:.2f}",
+            *(f"{pass_ms[part]:.2f}" for part in ("read", "wait", "link", "late", "total")),
+            f"{row['late_percent']:.0f} %",
+        )
+    console.print(table)
+    latest = max(result["rows"], key=lambda row: row["late_time_percent"])
+    if latest["late_percent"] > 0:
+        console.print(
+            f"this computer could not keep up in every pass (group "
+            f"{names.index(latest['machines']) + 1}: {latest['late_percent']:.0f} % of passes, "
+            f"{latest['late_time_percent']:.1f} % of their time): the machines would be faster; "
+            f"use a larger slow=FACTOR, or a smaller model and bandwidth"
+        )
+
+
 def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
     table = Table("ms per token", *PHASES, "reads", "memory", box=None)
     for row in ranks:

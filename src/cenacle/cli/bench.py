@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .. import paths
+from ..core.emulation import EmulatedMachines, parse_emulation
 from ..extras import import_extra
 from .command import command, expand_dataclasses, format_example, option
 from .console import print_json, report, wide_console
@@ -92,6 +93,13 @@ class WorkloadArguments:
         "Also measure llama.cpp=PATH, dllama=PATH or mlx-lm on the same model; repeatable.",
         metavar="PEER",
     )
+    emulate: list[str] | None = option(
+        None,
+        "Decode on emulated machines instead: ranks wait as long as these would read. Repeatable: "
+        "speeds are compared with the first. Several nodes need a link; slow=10 runs all ten times "
+        "slower and multiplies the speeds by it.",
+        metavar="MACHINES",
+    )
     peer_timeout_s: float = option(300.0, "Seconds after which a run of a peer is stopped.", min=1)
 
 
@@ -125,7 +133,11 @@ def bench(
     contexts = parse_int_list(workload.contexts, "contexts")
     concurrency = parse_int_list(workload.concurrency, "concurrency")
     keywords = load.to_keywords()
+    machines = tuple(parse_emulation(text) for text in workload.emulate or ())
     model.check()
+    if machines:
+        _emulate(model, workload, load, machines, json_output)
+        return
     from ..bench import measure
     from ..bench.peers import peers
     from ..bench.report import show_bench
@@ -147,6 +159,33 @@ def bench(
         print_json(result)
     else:
         show_bench(result, wide_console())
+
+
+def _emulate(
+    model: BenchmarkModelArguments,
+    workload: WorkloadArguments,
+    load: LoadArguments,
+    machines: tuple[EmulatedMachines, ...],
+    json_output: bool,
+) -> None:
+    from ..bench.emulation import EmulationConfig, run_emulation
+    from ..bench.report import show_emulation
+    from ..load_options import LoadOptions
+
+    config = EmulationConfig(
+        LoadOptions("", load.nodes, threads=workload.threads, **load.to_keywords()),
+        machines,
+        parse_int_list(workload.contexts, "contexts")[0],
+        parse_int_list(workload.concurrency, "concurrency"),
+        workload.tokens,
+        workload.repeat,
+    )
+    config = replace(config, load=replace(config.load, model=model.prepare()))
+    result = run_emulation(config, report)
+    if json_output:
+        print_json(result)
+    else:
+        show_emulation(result, wide_console())
 
 
 @command(app, example="cenacle bench ablation --synth dbrx-2l --nodes 2 --out DIR")

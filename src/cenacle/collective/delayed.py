@@ -1,4 +1,4 @@
-"""Collectives for tests and studies; both wrap another one."""
+"""Collectives for tests and studies; each wraps another one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ import mlx.core as mx
 from .base import Collective, RoutingDecision
 
 
-class _Wrapper(Collective):
+class WrappedCollective(Collective):
+    """Another collective, called through `_inner`."""
+
     def __init__(self, inner: Collective) -> None:
         super().__init__()
         self.rank, self.size, self._inner = inner.rank, inner.size, inner
 
     def raise_if_failed(self) -> None:
+        """See `Collective`."""
         self._inner.raise_if_failed()
 
+    def close(self) -> None:
+        """See `Collective`."""
+        self._inner.close()
 
-class RecordingCollective(_Wrapper):
+
+class RecordingCollective(WrappedCollective):
     """Records the shape and dtype of every all-reduce, in order, in `calls`."""
 
     def __init__(self, inner: Collective) -> None:
@@ -31,7 +38,7 @@ class RecordingCollective(_Wrapper):
         return self._inner.all_sum(x, routing)
 
 
-class DelayedCollective(_Wrapper):
+class DelayedCollective(WrappedCollective):
     """Adds a link's latency to every all-reduce.
 
     A lazy graph has no place for a sleep, so each all-reduce is evaluated first. This is the delay

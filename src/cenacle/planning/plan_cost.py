@@ -1,8 +1,8 @@
 """What a given plan costs: what its ranks read for a token, and how long the token takes.
 
-Owns: the bytes and experts that the ranks of a plan read; the prediction of a plan on measured
-machines, and its lower bound where the performance model does not know the model; the machines and
-the link that `cenacle calibrate` measured here.
+Owns: the bytes and experts that the ranks of a plan read, for a token and in a pass; the prediction
+of a plan on measured machines, and its lower bound where the performance model does not know the
+model; the machines and the link that `cenacle calibrate` measured here, or that are emulated.
 Does not know: which plan is best (`choose_plan.py`), how other machines are measured.
 Invariant: nothing is guessed: without measured machines there is a reason instead of a prediction.
 Next: `perf_model.py`, the model itself.
@@ -11,17 +11,18 @@ Next: `perf_model.py`, the model itself.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 from ..core.plan import Plan
 from ..errors import CenacleError
 from . import catalog
-from .catalog import Link, Machine
-from .load_balancer import assign_experts, integer_speeds
-from .model_shapes import shape_from_config
+from .catalog import Fact, Link, Machine
+from .load_balancer import assign_experts, assign_replicas, integer_speeds
+from .model_shapes import ModelShape, shape_from_config
 from .perf_model import PaperConstants, Prediction, Workload, predict
 from .routing_stats import ExpertGroup, expected_max_load
 
@@ -85,13 +86,52 @@ def local_measurements(
     return MeasuredMachines(config, machines, link, constants, "calibrated")
 
 
-def predict_plan(plan: Plan, measured: MeasuredMachines, name: str = "") -> Prediction:
-    """Predict one token of one request.
+def emulated_machines(
+    config: Mapping[str, Any], bytes_per_s: Sequence[float], link_s: float
+) -> MeasuredMachines:
+    """Machines of which only the speed of memory and links is known: all else takes no time.
+
+    Args:
+        config: the checkpoint's config.json.
+        bytes_per_s: at which each rank reads.
+        link_s: seconds of an all-reduce.
+    """
+    source = "emulated"
+    free = {"tflops": 1e9, "overhead_us": 0.0, "memory_gib": 1e9, "usd": 0.0, "watts": 0.0}
+    free |= dict.fromkeys(("efficiency", "kv_efficiency", "compute", "attention_compute"), 1.0)
+    machines = tuple(
+        Machine(
+            f"{rate / 1e9:g} GB/s",
+            f"emulated, {rate / 1e9:g} GB/s",
+            "cpu-emulated",
+            {k: Fact(v, "E", source) for k, v in {**free, "bandwidth_gb_s": rate / 1e9}.items()},
+            1.0,
+        )
+        for rate in bytes_per_s
+    )
+    facts = {"latency_us": Fact(1e6 * link_s, "E", source), "gb_s": Fact(1e9, "E", source)}
+    link = Link(source, f"emulated, {1e3 * link_s:g} ms", "mesh", facts)
+    constants = PaperConstants(per_peer=0.0, handoff_s=0.0, naive_read=1.0, naive_exchange_s=0.0)
+    return MeasuredMachines(
+        config, machines, link if len(machines) > 1 else None, constants, source
+    )
+
+
+def predict_plan(
+    plan: Plan,
+    measured: MeasuredMachines,
+    name: str = "",
+    context: int = CONTEXT,
+    users: int = 1,
+) -> Prediction:
+    """Predict one token of each request.
 
     Args:
         plan: what each rank holds.
         measured: as many machines as the plan has ranks.
         name: of the model, for messages.
+        context: positions in the cache of each request.
+        users: requests at once.
 
     Raises:
         CenacleError: the model cannot predict this plan: an unknown shape, heads that do not
@@ -105,7 +145,7 @@ def predict_plan(plan: Plan, measured: MeasuredMachines, name: str = "") -> Pred
     # The quantization does not matter: the bytes are given.
     quantization = catalog.parse_quantization(16)
     return predict(
-        Workload(shape, quantization, CONTEXT, stored_bytes=stored_bytes),
+        Workload(shape, quantization, context, users, stored_bytes=stored_bytes),
         "expert" if plan.nodes > 1 else "single",
         machines,
         measured.link,
@@ -140,6 +180,70 @@ def dense_bytes(plan: Plan, rank: int) -> int:
     undivided = spec.trunk_bytes - spec.embedding_bytes - sum(m.bytes for m in spec.dense_modules)
     divided = sum(plan.module_bytes(module, rank) for module in spec.dense_modules)
     return undivided + divided + plan.bytes_of(rank)["shared"]
+
+
+@dataclass(frozen=True)
+class RankReads:
+    """Bytes that one rank reads in a pass of the model, by part; `dense_bytes` in more detail.
+
+    Args:
+        plan: what each rank holds.
+        rank: which one.
+        shape: of the model, which gives what is read of KV caches.
+    """
+
+    plan: Plan
+    rank: int
+    shape: ModelShape
+    index_of: dict[int, int] = field(init=False, repr=False)
+    """By index of a layer in the model, its index among those with experts."""
+
+    def __post_init__(self) -> None:
+        layers = {layer.layer: index for index, layer in enumerate(self.plan.layers)}
+        object.__setattr__(self, "index_of", layers)
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of layers with experts."""
+        return len(self.plan.layers)
+
+    @cached_property
+    def head(self) -> int:
+        """The output head; 0 if it is tied to an embedding that cannot be divided."""
+        heads = [m for m in self.plan.spec.dense_modules if m.kind in ("head", "tied")]
+        return sum(self.plan.module_bytes(module, self.rank) for module in heads)
+
+    @cached_property
+    def trunk(self) -> int:
+        """Everything else but routed and shared experts, of all layers."""
+        return dense_bytes(self.plan, self.rank) - self.head - self._shared
+
+    @cached_property
+    def _shared(self) -> int:
+        return self.plan.bytes_of(self.rank)["shared"]
+
+    def cache_bytes(self, context: int) -> float:
+        """The rank's part of one request's KV cache, by its part of the attention."""
+        attention = [m for m in self.plan.spec.dense_modules if m.kind == "attention"]
+        whole = sum(module.bytes for module in attention)
+        part = sum(self.plan.module_bytes(module, self.rank) for module in attention)
+        return self.shape.kv_read(context) * (part / whole if whole else 1.0)
+
+    def expert_bytes(self, index: int, counts: Mapping[int, int]) -> float:
+        """Shared experts, and those of the chosen ones that this rank computes.
+
+        Args:
+            index: of the layer, among those with experts.
+            counts: how often each expert was chosen, by its id.
+        """
+        plan, layer, moe = self.plan, self.plan.layers[index], self.plan.spec.moe[index]
+        start, stop = layer.slice_of(self.rank)
+        ranks_of = layer.replica_ranks(self.rank)
+        speeds = integer_speeds(plan.nodes, plan.node_weights)
+        chosen = [counts.get(expert, 0) for expert in range(moe.experts)]
+        number = assign_replicas(chosen, ranks_of, speeds).count(self.rank)
+        sliced = (moe.expert_bytes - moe.unsliced_bytes) * (stop - start) / plan.width
+        return number * (sliced + moe.unsliced_bytes) + self._shared / self.moe_layers
 
 
 def token_read_bytes(plan: Plan) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from ..core.emulation import EmulationStats
 from ..core.plan import Plan
 from ..core.request import PromptLogprobs, TokenEvent
 from ..core.step import PageReport, Step
@@ -69,6 +70,7 @@ class LoadOrder(Message, type="load"):
         folder: the checkpoint on the rank's machine.
         engine: fields of `EngineOptions`.
         draft_model: fields of `DraftModelConfig`; None: no draft model.
+        bandwidth_gb_s: see `LoadOptions`.
         checksums: report checksums of the loaded weights.
     """
 
@@ -78,6 +80,7 @@ class LoadOrder(Message, type="load"):
     backend: str = ""
     comm_dtype: str = "f32"
     latency_s: Seconds = 0.0
+    bandwidth_gb_s: tuple[float, ...] | None = None
     activations: str = "int16"
     engine: Mapping[str, Any] = field(default_factory=dict)
     draft_model: Mapping[str, Any] | None = None
@@ -164,6 +167,7 @@ class StepResult(Message, type="step_result"):
         report: clocks, if the step was a measured one.
         drafts: what was drafted since the last step.
         prompt_logprobs: of prompts in this step; only rank 0 sends them.
+        emulation: of passes since the last step, on an emulated machine.
     """
 
     epoch: Count
@@ -172,6 +176,7 @@ class StepResult(Message, type="step_result"):
     report: StepReport | None = None
     drafts: DraftStats = field(default_factory=DraftStats)
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    emulation: EmulationStats | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..core.emulation import EmulationStats
 from ..core.request import PromptLogprobs, Request, TokenEvent
 from ..core.step import Step
 from ..engine.sampling.grammar_process import SerializedTokenizer
@@ -122,6 +123,7 @@ class RankGroup:
         self._completion_interval_s, self._last_completion_s = 1.0, time.monotonic()
         self.step_timings = StepTimings()
         self.draft_stats = DraftStats()  # of all requests since the group began
+        self.emulation: dict[int, EmulationStats] = {}  # by rank, likewise; empty: real machines
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}  # likewise
         self.last_message_s: list[float] = []  # `time.monotonic` of each rank's last message
         self.memory: list[RankMemory | None] = []  # as each rank reported it last
@@ -171,7 +173,7 @@ class RankGroup:
         """Like `measure_steps`, and reset the counters; call before the first request."""
         self.measure_steps(every)
         with self._lock:
-            self.draft_stats = DraftStats()
+            self.draft_stats, self.emulation = DraftStats(), {}
             self.counts = dict.fromkeys(self.counts, 0)
 
     def submit(self, request: Request, sink: Sink) -> None:
@@ -432,6 +434,8 @@ class RankGroup:
         if sent is None or rank in sent.results:
             raise self._ranks.blame(rank, f"sent a result of step {result.number}, not in flight")
         sent.results[rank] = result
+        if result.emulation is not None:
+            self.emulation[rank] = self.emulation.get(rank, EmulationStats()) + result.emulation
         if rank == 0:
             now = time.monotonic()
             self._scheduler.on_step_time(sent.step, now - max(sent.sent_s, self._last_result_s))

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
     from ..collective.base import Collective
     from ..engine.cache.disk_store import PageStore
+    from ..engine.emulated_machine import EmulatedMachine
     from ..engine.engine import Engine
     from ..engine.prompt_vision import PromptVision
     from ..engine.sampling.grammar import Vocabulary
@@ -248,13 +249,19 @@ class _Worker:
         self._channel, self._order, self._plan = channel, order, order.plan
         self._epoch = epoch_from_environment()
         native.set_threads(local_ranks=ranks_sharing_cores(order.plan.nodes))
+        rates = order.bandwidth_gb_s
         self._collective = join_collective(
-            order.backend, order.plan.nodes, order.comm_dtype, order.latency_s
+            *(order.backend, order.plan.nodes, order.comm_dtype),
+            order.latency_s if rates is None else 0.0,
         )
+        self._machine: EmulatedMachine | None = None
         if mx.default_device().type == mx.DeviceType.cpu:
             # It runs a C++ compiler for seconds when a first request comes, and gains nothing.
             mx.disable_compile()
         self._checkpoint = Checkpoint.open(Path(order.folder))
+        if rates is not None:
+            self._machine = self._emulate_machine(rates)
+            self._collective = self._machine
         self._options = EngineOptions(**order.engine)
         self._draft: DraftModelConfig | None = None
         if order.draft_model is not None:
@@ -266,7 +273,7 @@ class _Worker:
         """Load, then take steps until the front says stop."""
         from ..engine.sampling.grammar_process import SerializedTokenizer
 
-        engine = self._load()
+        engine, machine = self._load(), self._machine
         inbox = _Inbox(self._channel)
         while True:
             message = parse(inbox.receive(), StepOrder, ImageUpload, VocabularyUpload, Stop)
@@ -293,6 +300,7 @@ class _Worker:
                 StepReport(**report) if report is not None else None,
                 engine.take_draft_stats(),
                 engine.take_prompt_logprobs(),
+                machine.take_stats() if machine is not None else None,
             )
             self._channel.send(result.to_json())
 
@@ -358,6 +366,8 @@ class _Worker:
         )
         with self._blame_checkpoint():
             footprint = engine.footprint()  # the model's first pass
+        if self._machine is not None:
+            self._machine.observe_passes(model)
         device = str(mx.default_device())
         uses_native_kernels = order.kernels != "mlx" and is_supported()
         if order.kernels != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
@@ -389,6 +399,18 @@ class _Worker:
         )
         self._channel.send(ready.to_json())
         return engine
+
+    def _emulate_machine(self, rates_gb_s: Sequence[float]) -> EmulatedMachine:
+        """This rank's machine, as the order describes it."""
+        from ..engine.emulated_machine import EmulatedMachine
+        from ..planning.model_shapes import shape_from_config
+        from ..planning.plan_cost import RankReads
+
+        shape = shape_from_config(str(self._checkpoint.folder), self._checkpoint.config)
+        rank = self._collective.rank
+        reads = RankReads(self._plan, rank, shape)
+        link_s = self._order.latency_s
+        return EmulatedMachine(self._collective, reads, 1e9 * rates_gb_s[rank], link_s)
 
     @contextmanager
     def _blame_checkpoint(self) -> Iterator[None]:
