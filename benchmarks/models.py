@@ -40,7 +40,7 @@ SMALL = ("mixtral", "olmoe", "qwen3_moe")
 MEMORY_GB = 1.2  # two ranks of a small model plan with 0.55
 IDLE_S = 10
 DEADLINE_S = 300.0  # for anything to happen on a busy machine
-GROWN_BYTES = 60e6
+GROWN_BYTES = 30e6
 
 
 def write_models(folder: Path, *, cluster: bool) -> None:

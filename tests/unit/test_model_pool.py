@@ -63,6 +63,7 @@ class Machine:
     errors: dict[str, CenacleError] = field(default_factory=dict)
     gates: dict[str, threading.Event] = field(default_factory=dict)
     begun: dict[str, threading.Event] = field(default_factory=dict)
+    loaders: set[threading.Thread] = field(default_factory=set)
     heeds_cancel: bool = True
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ class Machine:
         self.begun = {name: threading.Event() for name in self.sizes}
 
     def load(self, task: LoadTask) -> FakeModel:
+        self.loaders.add(threading.current_thread())
         size = self.sizes[task.name]
         share = task.make_room(MemoryEstimate(0, size, 0, -(256 << 20)))
         assert isinstance(share, MemoryShare)
@@ -281,6 +283,20 @@ def test_a_model_whose_ranks_have_failed_for_good_is_unloaded_and_loaded_anew():
     run(test)
 
 
+def test_all_loads_are_in_one_thread():
+    """MLX keeps a thread and a megabyte for every thread that ever used it."""
+
+    async def test(pool: ModelPool, machine: Machine) -> None:
+        for name in "abcabc":
+            await use(pool, name)
+
+    machine = run(test, max_loaded=1)
+    assert machine.log.count("+a") == 2
+    (loader,) = machine.loaders
+    loader.join(DEADLINE_S)
+    assert not loader.is_alive()
+
+
 def test_the_end_of_the_server_ends_a_load_and_every_wait():
     waiting: list[asyncio.Task[Any]] = []
 
@@ -292,7 +308,7 @@ def test_the_end_of_the_server_ends_a_load_and_every_wait():
         pool.stop(ClusterError("the server is shutting down"))
         with pytest.raises(ClusterError, match="shutting down"):
             await waiting[0]
-        await until(lambda: not pool._threads)
+        await until(lambda: not pool._unfinished)
         with pytest.raises(ClusterError, match="shutting down"):
             await pool.acquire("b")
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from starlette.types import ASGIApp
@@ -183,7 +184,8 @@ class ModelPool:
         self._stop_reason: ClusterError | None = None
         self._cancel = threading.Event()
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
+        self._loader = _Worker()
+        self._unfinished: set[threading.Event] = set()  # of functions in threads
         self._discards: dict[asyncio.Future[Any], Callable[[], None]] = {}  # of unseen results
         self._tasks: set[asyncio.Task[None]] = set()
         self.parts = min(len(names), options.max_loaded or MAX_PARTS, MAX_PARTS)
@@ -257,9 +259,10 @@ class ModelPool:
         self._cancel.set()
         ends_s = time.monotonic() + CLOSE_TIMEOUT_S
         with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
-            thread.join(max(0.0, ends_s - time.monotonic()))
+            unfinished = list(self._unfinished)
+        for is_finished in unfinished:
+            is_finished.wait(max(0.0, ends_s - time.monotonic()))
+        self._loader.stop()
         for discard in list(self._discards.values()):
             discard()
         for entry in self._entries.values():
@@ -346,7 +349,9 @@ class ModelPool:
         task = LoadTask(entry.name, make_room, self._cancel)
         started_s = time.monotonic()
         try:
-            loaded = await self._in_thread(lambda: self._load_model(task), _close)
+            loaded = await self._in_thread(
+                self._loader.start, lambda: self._load_model(task), _close
+            )
         except _NobodyWaits:
             self._set_state(entry, before)
             if entry.waiting:  # came meanwhile
@@ -497,7 +502,7 @@ class ModelPool:
             entry.idle_timer.cancel()
         self._set_state(entry, ModelState.UNLOADING)
         try:
-            await self._in_thread(loaded.close, lambda _: None)
+            await self._in_thread(_start_thread, loaded.close, lambda _: None)
         except Exception:
             log.exception("an unexpected error")
         entry.loaded = None
@@ -533,10 +538,16 @@ class ModelPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _in_thread(self, function: Callable[[], T], discard: Callable[[T], None]) -> T:
-        """The result of a function in a thread of its own, which the end of the program does not
-        wait for; `discard` gets it if nobody does."""
+    async def _in_thread(
+        self,
+        start: Callable[[Callable[[], None]], None],
+        function: Callable[[], T],
+        discard: Callable[[T], None],
+    ) -> T:
+        """The result of a function that `start` runs in another thread, which the end of the
+        program does not wait for; `discard` gets it if nobody does."""
         loop = asyncio.get_running_loop()
+        is_finished = threading.Event()
         future: asyncio.Future[T] = loop.create_future()
 
         def deliver(set_outcome: Callable[[], None]) -> None:
@@ -556,14 +567,45 @@ class ModelPool:
                 with suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(deliver_outcome)
             finally:
+                is_finished.set()
                 with self._lock:
-                    self._threads.remove(threading.current_thread())
+                    self._unfinished.remove(is_finished)
 
-        thread = threading.Thread(target=run, name="model", daemon=True)
         with self._lock:
-            self._threads.append(thread)
-        thread.start()
+            self._unfinished.add(is_finished)
+        start(run)
         return await future
+
+
+class _Worker:
+    """Runs functions one after the other, all in one thread.
+
+    MLX keeps a thread and about a megabyte for each thread that ever used it, so models are not
+    loaded in new ones.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._is_running = False
+
+    def start(self, function: Callable[[], None]) -> None:
+        """Run a function, which does not fail, when those before it have ended."""
+        self._work.put(function)
+        if not self._is_running:
+            self._is_running = True
+            threading.Thread(target=self._run, name="models", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread when it has done what it has."""
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (function := self._work.get()) is not None:
+            function()
+
+
+def _start_thread(function: Callable[[], None]) -> None:
+    threading.Thread(target=function, name="unloading", daemon=True).start()
 
 
 def _close(loaded: LoadedModel) -> None:
