@@ -72,11 +72,12 @@ fuzz: install
 	$(BIN)/python benchmarks/damaged_checkpoints.py
 	$(BIN)/python benchmarks/odd_configs.py --every 7
 
-# The released set of dependencies, with hashes; with the extra vlm as well. Needs uv.
+# The released set of dependencies, with hashes, those of traces among them; with the extra vlm as
+# well. Needs uv.
 lock:
-	uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 \
+	uv pip compile pyproject.toml --extra otel --universal --generate-hashes --python-version 3.11 \
 	  --no-emit-index-url --no-annotate --upgrade -o requirements.lock
-	uv pip compile pyproject.toml --extra vlm --universal --generate-hashes --python-version 3.11 \
+	uv pip compile pyproject.toml --extra otel --extra vlm --universal --generate-hashes --python-version 3.11 \
 	  --no-emit-index-url --no-annotate -c requirements.lock -o requirements-vlm.lock
 
 # Faulty messages, 10,000 at each border of a cluster.

@@ -1,7 +1,7 @@
 """What other packages do when they are imported, made harmless or quicker.
 
 Owns: keeping mlx-lm from changing the limit of open files, and from importing what downloads; a
-quicker search in transformers.
+quicker search in transformers; quicker configs of mlx-lm and mlx-vlm.
 Does not know: who imports them.
 Invariant: importing mlx-lm leaves the limit as it was. It would set it to 2,048, and the most
 that it can be raised to to 4,096, and fail where less is allowed. transformers finds the same
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 SEARCH = "create_import_structure_from_path"
@@ -68,8 +68,20 @@ def _search_from_the_end(module: ModuleType) -> Iterator[None]:
         vars(module)["fetch__all__"] = lambda text: find_names(text[text.rfind("\n__all__") + 1 :])
 
 
+@contextmanager
+def _read_signatures_once(module: ModuleType) -> Iterator[None]:
+    """mlx-lm and mlx-vlm ask for the parameters of a config's class anew for each key of a
+    config, 30 ms for a model."""
+    yield
+    names = vars(module)
+    if (used := names.get("inspect")) is not None:
+        names["inspect"] = SimpleNamespace(**vars(used) | {"signature": cache(used.signature)})
+
+
 AROUND_IMPORT: dict[str, Callable[[ModuleType], AbstractContextManager[None]]] = {
+    "mlx_lm.models.base": _read_signatures_once,
     "mlx_lm.utils": _keep_file_limit,
+    "mlx_vlm.models.base": _read_signatures_once,
     "transformers.utils.import_utils": _search_from_the_end,
 }
 

@@ -4,8 +4,10 @@
 function there. No sockets, no processes: what fails here is the model or the plan.
 """
 
+import tempfile
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from cenacle.collective.base import Collective, RoutingDecision
+from cenacle.core.model_spec import ModelSpec
 from cenacle.core.plan import Plan
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import parallelize
 from cenacle.model.loader import load_rank_model
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
+from cenacle.model.synth import synth
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 DEADLINE_S = 120
@@ -103,6 +107,29 @@ def load_rank(
     return model
 
 
+@cache
+def _folder_of_tiny_models() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="cenacle-tiny-")
+
+
+@cache
+def tiny_model(family: str) -> Path:
+    """What `synth(folder, family=family)` writes, once for all tests, which do not change it."""
+    return synth(Path(_folder_of_tiny_models().name) / family, family=family).path
+
+
+_specs: dict[tuple[Path, tuple[tuple[str, int, int], ...]], ModelSpec] = {}
+
+
+def spec_of(folder: Path) -> ModelSpec:
+    """`read_model_spec`, once for the same files: it builds a model."""
+    files = sorted((f.name, f.stat()) for f in folder.iterdir() if f.is_file())
+    key = folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+    if key not in _specs:
+        _specs[key] = read_model_spec(Checkpoint.open(folder))
+    return _specs[key]
+
+
 def run_ranks(
     folder: Path,
     nodes: int,
@@ -119,7 +146,7 @@ def run_ranks(
         placement: "whole", "sliced" or "replicated".
     """
     place = getattr(Plan, placement)
-    plan = place(read_model_spec(Checkpoint.open(folder)), nodes, node_weights=shares)
+    plan = place(spec_of(folder), nodes, node_weights=shares)
 
     def run(threads: Collective) -> Any:
         collective = wrap(threads)

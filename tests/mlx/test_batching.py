@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from one_process import in_threads, load_rank
+from one_process import in_threads, load_rank, spec_of, tiny_model
 
 from cenacle import native
 from cenacle.collective.base import Collective
@@ -18,12 +18,9 @@ from cenacle.core.request import Request, Sampling
 from cenacle.engine.cache.kv_cache import flatten_caches
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
-from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import Batching, family_of, list_families
 from cenacle.model.kv_dtype import install_kv_dtype
-from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
-from cenacle.model.synth import synth
 from cenacle.scheduler.prefix_index import CacheFootprint
 from cenacle.scheduler.scheduler import Scheduler
 
@@ -67,8 +64,7 @@ class RunningModel:
     """One rank's part of a family's tiny model, and answers of its engine."""
 
     def __init__(self, folder: Path, collective: Collective, kv_dtype: str = "float32") -> None:
-        checkpoint = Checkpoint.open(folder)
-        plan = Plan.whole(read_model_spec(checkpoint), collective.size)
+        plan = Plan.whole(spec_of(folder), collective.size)
         self.batching = family_of(plan.spec.family).batching
         self.collective, self.timer = collective, StepTimer()
         self._footprints: dict[float, CacheFootprint] = {}
@@ -135,14 +131,10 @@ def find_differences(alone: Answers, together: Answers, requests: list[Request])
 
 
 def on_every_rank(
-    family: str,
-    nodes: int,
-    folder: Path,
-    function: Callable[[RunningModel], Any],
-    kv_dtype: str = "float32",
+    family: str, nodes: int, function: Callable[[RunningModel], Any], kv_dtype: str = "float32"
 ) -> Any:
     """What `function` gives on rank 0."""
-    synth(folder, family=family)
+    folder = tiny_model(family)
 
     def run(collective: Collective) -> Any:
         return function(RunningModel(folder, collective, kv_dtype))
@@ -154,7 +146,7 @@ def on_every_rank(
 
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("family", RUNNABLE)
-def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes, tmp_path):
+def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes):
     row = family_of(family)
     alone_often = row.batching is Batching.ONE_BY_ONE or row.request_attention
     requests = FEWER if alone_often else REQUESTS
@@ -173,7 +165,7 @@ def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes, tm
         in_turn = model.answers(bursts, cancelled, prefill_chunk_size=16)
         return alone, together, in_turn
 
-    alone, together, in_turn = on_every_rank(family, nodes, tmp_path / "model", run)
+    alone, together, in_turn = on_every_rank(family, nodes, run)
     answers_alone[family] = alone
     assert all(len(alone[r.id]) == r.max_tokens for r in requests)
     assert find_differences(alone, together, requests) == {}
@@ -182,7 +174,7 @@ def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes, tm
 
 
 @pytest.mark.parametrize("family", WITH_PREFIXES)
-def test_kept_prefixes_give_the_same_answers(family, tmp_path):
+def test_kept_prefixes_give_the_same_answers(family):
     shared = make_prompt(60, 60)
     first = make_request("first", shared, 3)
     requests = [make_request(f"tail {n}", shared + make_prompt(n, n), 6) for n in (1, 5, 20, 40)]
@@ -194,7 +186,7 @@ def test_kept_prefixes_give_the_same_answers(family, tmp_path):
         bursts = [[first, RUNNING], [], requests]
         return alone, running.answers(bursts, prefill_chunk_size=16, prefix_cache_gb=1.0)
 
-    alone, together = on_every_rank(family, 1, tmp_path / "model", run)
+    alone, together = on_every_rank(family, 1, run)
     assert find_differences(alone, together, requests) == {}
 
 
@@ -207,7 +199,7 @@ def test_kept_prefixes_give_the_same_answers(family, tmp_path):
         ("qwen3_moe", 3, "bfloat16"),  # as one node of the graph
     ],
 )
-def test_caches_of_16_bits_are_batched_and_kept(family, modules, kv_dtype, tmp_path):
+def test_caches_of_16_bits_are_batched_and_kept(family, modules, kv_dtype):
     """Beside each other, joining and leaving, and with a prefix of another: as alone."""
     shared = make_prompt(60, 60)
     first = make_request("first", shared, 3)
@@ -223,6 +215,6 @@ def test_caches_of_16_bits_are_batched_and_kept(family, modules, kv_dtype, tmp_p
         assert sizes == {2}
         return alone, together, running.rounded
 
-    alone, together, rounded = on_every_rank(family, 1, tmp_path / "model", run, kv_dtype)
+    alone, together, rounded = on_every_rank(family, 1, run, kv_dtype)
     assert rounded == modules
     assert find_differences(alone, together, requests) == {}

@@ -10,16 +10,14 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models import deepseek_v41, gemma4_text, gpt_oss, kimi_k3, step3p5
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-from one_process import load_rank
+from one_process import load_rank, spec_of, tiny_model
 
 from cenacle import native
 from cenacle.collective.base import RoutingDecision
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
-from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import CompactedExperts, NativeExperts, reference_experts
 from cenacle.model.families import list_families
-from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
 from cenacle.model.zoo import WeightedExperts
@@ -399,7 +397,7 @@ def both(folder):
 
     Experts that round between their layers (deepseek_v41) have none.
     """
-    plan, results = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1), []
+    plan, results = Plan.whole(spec_of(folder), 1), []
     for kernels in ("native", "mlx"):
         model = load_rank(folder, plan, SingleRank(), kernels=kernels)
         kinds = {type(m) for m in model.modules()}
@@ -423,10 +421,9 @@ def do_not_round(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", RUNNABLE)
-def test_every_family_in_float32(family, tmp_path, monkeypatch):
+def test_every_family_in_float32(family, monkeypatch):
     do_not_round(family, monkeypatch)
-    synth(tmp_path / "m", family=family)
-    (got, tokens), (want, expected) = both(tmp_path / "m")
+    (got, tokens), (want, expected) = both(tiny_model(family))
     # jamba's recurrence makes more of float32's own rounding, natively or not.
     assert error(got, want) <= (5e-5 if family == "jamba" else 1e-5)
     assert tokens == expected
@@ -447,7 +444,7 @@ class RecordedRouting(SingleRank):
 
 def logits_and_routing(folder: Path, kernels: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits [tokens, vocabulary], and each layer's experts [tokens, k]."""
-    plan, recorded = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1), RecordedRouting()
+    plan, recorded = Plan.whole(spec_of(folder), 1), RecordedRouting()
     model = load_rank(folder, plan, recorded, kernels=kernels)
     recorded.chosen.clear()
     logits = np.array(model(mx.array([PROMPT])).astype(mx.float32))

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from one_process import Rendezvous, Threads, load_rank
+from one_process import Rendezvous, Threads, load_rank, spec_of, tiny_model
 from test_batching import (
     RUNNABLE,
     Answers,
@@ -31,11 +31,8 @@ from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import CenacleError, ClusterError, RankLost
 from cenacle.message import parse
-from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import family_of
-from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
-from cenacle.model.synth import synth
 from cenacle.ranks.channel import Channel
 from cenacle.ranks.messages import Ready, StepOrder, StepResult
 from cenacle.ranks.rank_group import RankGroup
@@ -71,7 +68,7 @@ class ThreadRanks:
     def __init__(
         self, folder: Path, nodes: int, epoch: int, on_step: Callable[[int, int], None]
     ) -> None:
-        self.plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), nodes)
+        self.plan = Plan.whole(spec_of(folder), nodes)
         self.backend, self.backend_reason, self.pids = "threads", None, [0] * nodes
         self._folder, self._epoch, self._on_step = folder, epoch, on_step
         self._meeting = Rendezvous(nodes)
@@ -218,17 +215,17 @@ def describe_caches(family: str, running: RunningModel) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[Path, Answers]:
+def undisturbed() -> dict[Path, Answers]:
     """One family's folder for each kind of cache, and what each request gives alone."""
-    root, folders, answers = tmp_path_factory.mktemp("kinds"), {}, {}
+    folders, answers = {}, {}
     for family in RUNNABLE:
-        synth(root / family, family=family)
-        running = RunningModel(root / family, SingleRank())
+        folder = tiny_model(family)
+        running = RunningModel(folder, SingleRank())
         if folders.setdefault(describe_caches(family, running), family) == family:
             alone: Answers = {}
             for request in REQUESTS:
                 alone |= running.answers([[request]])
-            answers[root / family] = alone
+            answers[folder] = alone
     return answers
 
 

@@ -64,12 +64,10 @@ def floats(stored: Stored) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def integer(words: np.ndarray, index: int, bits: int) -> np.ndarray:
-    """Integer `index` of each row of words, which are one stream of bits, lowest first."""
-    at = index * bits
-    low = words[:, at // 32].astype(np.uint64)
-    high = words[:, min(at // 32 + 1, words.shape[1] - 1)].astype(np.uint64)
-    return (((high << np.uint64(32)) | low) >> np.uint64(at % 32)).astype(np.int64) & (2**bits - 1)
+def integers(words: np.ndarray, bits: int) -> np.ndarray:
+    """What `packed` packed: words [rows, n * bits / 32] -> values [rows, n]."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    return stream.reshape(len(words), -1, bits).astype(np.int64) @ (1 << np.arange(bits))
 
 
 def packed(values: np.ndarray, bits: int) -> np.ndarray:
@@ -231,12 +229,9 @@ def read_packed(leaves: Leaves, out: int, width: int) -> np.ndarray:
     zeros = np.full((out, scale.shape[1]), 2 ** (bits - 1))
     if "weight_zero_point" in leaves:
         packed_rows = leaves["weight_zero_point"][1].view(np.uint32).T
-        zeros = np.stack([integer(packed_rows, row, bits) for row in range(out)])
-    weight = np.empty((out, width), np.float32)
-    for column in range(width):
-        of = column // group
-        weight[:, column] = (integer(words, column, bits) - zeros[:, of]) * scale[:, of]
-    return weight
+        zeros = integers(packed_rows, bits).T
+    of = np.arange(width) // group
+    return ((integers(words, bits) - zeros[:, of]) * scale[:, of]).astype(np.float32)
 
 
 def write_int8(rng, out, width) -> Leaves:
@@ -265,16 +260,12 @@ def write_awq(rng, out, width, group=32) -> Leaves:
 
 def read_awq(leaves: Leaves, out: int, width: int) -> np.ndarray:
     scale = leaves["scales"][1].astype(np.float32)
-    group = width // len(scale)
-    weight = np.empty((out, width), np.float32)
-    for row in range(out):
-        nibble = [0, 2, 4, 6, 1, 3, 5, 7].index(row % 8)
-        place = row // 8 * 8 + nibble
-        codes = integer(leaves["qweight"][1].view(np.uint32), place, 4)
-        zeros = integer(leaves["qzeros"][1].view(np.uint32), place, 4)
-        of = np.arange(width) // group
-        weight[row] = (codes - zeros[of]) * scale[of, row]
-    return weight
+    rows = np.arange(out)
+    places = rows // 8 * 8 + np.array([0, 4, 1, 5, 2, 6, 3, 7])[rows % 8]
+    codes = integers(leaves["qweight"][1].view(np.uint32), 4)[:, places]
+    zeros = integers(leaves["qzeros"][1].view(np.uint32), 4)[:, places]
+    of = np.arange(width) // (width // len(scale))
+    return np.ascontiguousarray(((codes - zeros[of]) * scale[of]).T.astype(np.float32))
 
 
 def write_gptq(rng, out, width, bits=4, group=32, symmetric=False, version=1, order=None) -> Leaves:
@@ -299,13 +290,10 @@ def read_gptq(leaves: Leaves, out: int, width: int, version=1) -> np.ndarray:
     words = leaves["qweight"][1].view(np.uint32).T
     bits = words.shape[1] * 32 // width
     zeros = leaves["qzeros"][1].view(np.uint32)
-    zero = np.stack([integer(zeros, row, bits) for row in range(out)], axis=1) + (version == 1)
-    weight = np.empty((out, width), np.float32)
-    for column in range(width):
-        group = leaves["g_idx"][1][column]
-        scale = leaves["scales"][1][group].astype(np.float32)
-        weight[:, column] = (integer(words, column, bits) - zero[group]) * scale
-    return weight
+    zero = integers(zeros, bits) + (version == 1)
+    groups, scale = leaves["g_idx"][1], leaves["scales"][1].astype(np.float32)
+    weight = (integers(words, bits) - zero[groups].T) * scale[groups].T
+    return np.ascontiguousarray(weight.astype(np.float32))
 
 
 def compressed(name: str, **weights: Any) -> dict[str, Any]:

@@ -356,6 +356,20 @@ def test_a_reader_that_goes_away_ends_the_program_silently():
             assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_keys_are_listed_in_a_pipe_of_40_columns(monkeypatch, tmp_path):
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    name = "someone with a name that is long"
+    CliRunner().invoke(main.make_app(), ["keys", "add", name, "--tokens-per-day", "2000000"])
+    printed = {}
+    for columns in ("", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        printed[columns] = CliRunner().invoke(main.make_app(), ["keys", "list"]).output
+    wide, narrow = (max(map(len, text.splitlines())) for text in printed.values())
+    assert narrow <= 40 < wide <= 120
+    letters = [sorted(text.replace("\n", "").replace(" ", "")) for text in printed.values()]
+    assert letters[0] == letters[1], "nothing is cut"
+
+
 def test_without_streams_and_on_a_full_disk():
     shell = f"{sys.executable} -m cenacle keys list"
     for redirection, status, message in (

@@ -49,3 +49,18 @@ def test_mlx_lm_downloads_when_it_is_asked(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (a, k))
     assert utils.snapshot_download("org/model", revision="x") == (("org/model",), {"revision": "x"})
+
+
+def test_signatures_of_configs_are_read_once():
+    import inspect
+
+    from mlx_lm.models import base, qwen3_moe
+
+    assert base.inspect is not inspect
+    assert base.inspect.signature.cache_info().maxsize is None
+    assert base.inspect.signature(qwen3_moe.ModelArgs) == inspect.signature(qwen3_moe.ModelArgs)
+    asked = base.inspect.signature.cache_info().misses
+    config = {f"unknown {n}": n for n in range(9)}
+    for kind in (base.BaseModelArgs, base.BaseModelArgs):
+        assert kind.from_dict(config) == kind()
+    assert base.inspect.signature.cache_info().misses <= asked + 1

@@ -92,7 +92,9 @@ def list_keys(json_output: JsonOutput = False) -> None:
         print_json(rows)
         return
     columns = ("name", "created", "tokens per day", "max concurrent", "used today", "models")
-    table = Table(*columns, box=None)
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"  # a name that is cut is no name
     for row in rows:
         row["models"] = " ".join(row["models"]) or None
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
