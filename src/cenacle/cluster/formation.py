@@ -137,7 +137,9 @@ class Cluster:
         _place(model, members, running.links, backend)
 
     def form(self, model: ClusterModel, cancel: threading.Event | None = None) -> FormedGroup:
-        """Wait for the nodes, query them, measure their links and decide on the first group.
+        """Wait for the nodes, query them, measure their links and decide on a model's first group.
+
+        Nodes that are missing are waited for without a limit if no model has run before.
 
         Args:
             cancel: set to stop waiting.
@@ -149,8 +151,10 @@ class Cluster:
         """
         self.set_model(model)
         self.formed = None
+        # After a first group a lost node is not waited for, as after a loss.
+        max_wait_s = None if self._running is None else LOST_NODE_WAIT_S
         while self.formed is None:
-            group = self._head.form_group(self._nodes, self._report, cancel)
+            group = self._head.form_group(self._nodes, self._report, cancel, max_wait_s)
             try:
                 self.formed = self._plan_group(group, self._report)
             except ClusterError as error:
