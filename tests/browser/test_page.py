@@ -684,7 +684,7 @@ def test_pictures_are_pasted_dropped_chosen_and_sent(opened):
     page = opened()
     small = picture("PNG", 30, 20, "red")
     pasted = ["paste", "image/png", "a.png", base64.b64encode(small).decode()]
-    assert page.get_attribute("#attach", "title") == "Add text files"
+    assert page.get_attribute("#attach", "title") == "Add text files or PDF"
     page.evaluate(TRANSFER, pasted)
     until(page, "document.querySelector('#toast').innerText.includes('cannot be shown pictures')")
     bodies = []
@@ -1006,13 +1006,58 @@ def test_text_files_are_counted_and_sent(opened):
     page.set_input_files("#file", files=[file("a.csv", "text/csv", b"a,b\n```\n"), bad])
     until(page, "/[1-9]\\d* tokens/.test(document.querySelector('#attached').innerText)")
     assert "b.bin is not a text file" in page.inner_text("#toast")
-    page.set_input_files("#file", files=[file("c.pdf", "application/pdf", b"%PDF")])
-    until(page, "document.querySelector('#toast').innerText.includes('only text files are read')")
+    page.set_input_files("#file", files=[file("c.docx", "", b"PK")])
+    until(page, "document.querySelector('#toast').innerText.includes('only text and PDF are read')")
     ask(page, "Which?")
     assert shows_answer(page, "x") == ["x"]
     text = "File a.csv:\n\n````csv\na,b\n```\n````\n\nWhich?"
     assert sent[0]["messages"] == [{"role": "user", "content": text}]
     assert re.match(r"a\.csv\s+\d+ tokens\s+Which\?", page.inner_text(".bubble"))
+
+
+def make_pdf(*pages):
+    """A PDF with a line of text on each page (none where it is empty)."""
+    kids = " ".join(f"{3 + 2 * n} 0 R" for n in range(len(pages)))
+    font = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>",
+    ]
+    for number, text in enumerate(pages):
+        drawing = f"BT /F1 12 Tf 50 700 Td ({text}) Tj ET"
+        objects += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents {4 + 2 * number} 0 R "
+            f"/Resources << /Font << /F1 {font} >> >> >>",
+            f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream",
+        ]
+    data, places = "%PDF-1.4\n", []
+    for number, text in enumerate(objects):
+        places.append(len(data))
+        data += f"{number + 1} 0 obj\n{text}\nendobj\n"
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    size = len(objects) + 1
+    trailer = f"trailer << /Size {size} /Root 1 0 R >>\nstartxref\n{len(data)}\n%%EOF"
+    return f"{data}xref\n0 {size}\n0000000000 65535 f \n{table}{trailer}".encode()
+
+
+def test_the_text_of_a_pdf_is_read_and_nothing_loaded_before(opened):
+    page = opened()
+    sent = played(page, sse("x"))
+    scripts = "performance.getEntriesByType('resource').filter(r => r.name.includes('pdf'))"
+    assert page.evaluate(f"{scripts}.length") == 0
+    for name, data, reason in (
+        ("bad.pdf", b"%PDF-1.4 nothing", "bad.pdf is not a PDF that can be read"),
+        ("scan.pdf", make_pdf(""), "scan.pdf has no text, only pictures of pages"),
+    ):
+        page.set_input_files("#file", files=[file(name, "application/pdf", data)])
+        until(page, "t => document.querySelector('#toast').innerText === t", reason)
+    two = make_pdf("First page", "<b>Second</b> page")
+    page.set_input_files("#file", files=[file("a.pdf", "application/pdf", two)])
+    until(page, "/[1-9]\\d* tokens/.test(document.querySelector('#attached').innerText)")
+    ask(page, "Which?")
+    shows_answer(page, "x")
+    wanted = "File a.pdf:\n\n```pdf\nFirst page\n\n<b>Second</b> page\n```\n\nWhich?"
+    assert sent[0]["messages"] == [{"role": "user", "content": wanted}]
 
 
 def conversation(number, text):
@@ -1191,6 +1236,7 @@ def test_only_files_of_the_page_are_served(url):
             "/static/icon.svg": "image/svg+xml",
             "/static/page.webmanifest": "application/manifest+json",
             "/static/katex/fonts/KaTeX_Main-Regular.woff2": "font/woff2",
+            "/static/pdfjs/pdf.worker.min.mjs": "text/javascript; charset=utf-8",
         }.items():  # fmt: skip
             answer = client.get(path)
             assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-cache")

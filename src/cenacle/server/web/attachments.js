@@ -10,6 +10,8 @@ const KEPT_BYTES = 400_000; // a picture of at most this is sent as it is, if th
 const KEPT_TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 const MOST = 16;
 const MOST_CHARACTERS = 1_000_000; // of a file
+const MOST_PDF_BYTES = 50e6;
+const SLOW_PDF_BYTES = 1e6; // of which reading may be seen
 
 let images = []; // data: URLs
 let files = []; // {name, text}
@@ -45,7 +47,7 @@ export function start(changed) {
 export function setModel(value) {
   model = value;
   sees = model?.architecture?.input_modalities?.includes("image") ?? false;
-  setIcon($("attach"), "attach", sees ? "Add pictures or text files" : "Add text files");
+  setIcon($("attach"), "attach", sees ? "Add pictures, text files or PDF" : "Add text files or PDF");
 }
 
 export const count = () => images.length + files.length;
@@ -84,8 +86,9 @@ async function add(chosen) {
 }
 
 async function addText(file) {
-  if (file.type === "application/pdf" || /\.(pdf|docx?|xlsx?|pptx?|odt|epub)$/i.test(file.name)) {
-    return toast(`${file.name}: only text files are read. Copy its text, or convert it (pdftotext, pandoc)`);
+  if (file.type === "application/pdf" || /\.pdf$/i.test(file.name)) return addPdf(file);
+  if (/\.(docx?|xlsx?|pptx?|odt|epub)$/i.test(file.name)) {
+    return toast(`${file.name}: only text and PDF are read. Copy its text, or convert it (pandoc)`);
   }
   if (file.size > 4 * MOST_CHARACTERS) return toast(`${file.name} is larger than a million characters`);
   let text;
@@ -95,8 +98,23 @@ async function addText(file) {
     return toast(`${file.name} is not a text file (UTF-8)`);
   }
   if (text.includes("\0")) return toast(`${file.name} is not a text file`);
-  if (text.length > MOST_CHARACTERS) return toast(`${file.name} is larger than a million characters`);
-  const added = { name: file.name || "text", text };
+  keepText(file.name || "text", text);
+}
+
+async function addPdf(file) {
+  if (file.size > MOST_PDF_BYTES) return toast(`${file.name} is larger than 50 MB`);
+  if (file.size > SLOW_PDF_BYTES) toast(`Reading ${file.name}…`);
+  try {
+    const { readText } = await import("./pdf.js");
+    keepText(file.name || "text.pdf", await readText(await file.arrayBuffer(), MOST_CHARACTERS));
+  } catch (error) {
+    toast(`${file.name} ${/^(takes|is|has) /.test(error.message) ? error.message : "cannot be read"}`);
+  }
+}
+
+function keepText(name, text) {
+  if (text.length > MOST_CHARACTERS) return toast(`${name} is larger than a million characters`);
+  const added = { name, text };
   files.push(added);
   countTokens(added);
 }
