@@ -581,6 +581,18 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
     assert "rank 3 was killed" in faults[0]
     assert "recovering" in faults[0]
     assert "recovered after 4.1 s" in faults[1]
+    keys = page.locator(".card-usage tbody th").all_inner_texts()
+    assert keys == ["<b>me</b> (yours)", "another key", "without a key", "40 other keys"]
+    left, width, bar = page.evaluate(
+        """() => {
+          const band = document.querySelector(".band");
+          return [band.offsetLeft, band.offsetWidth, band.parentElement.offsetWidth];
+        }"""
+    )
+    assert abs(left / bar - 13.6 / 20) < 0.02
+    assert abs(width / bar - 4.8 / 20) < 0.02
+    assert "between 13.6 and 18.4 ms" in page.inner_text(".card-timings")
+    assert "1.09 times as long as the band's end" in page.inner_text(".card-timings")
     page.click("text=Add a machine")
     assert "cenacle join ADDRESS:4747" in page.inner_text(".card-nodes")
     assert page.evaluate("document.querySelector('#view-cluster').scrollWidth") <= 390
@@ -646,8 +658,16 @@ def large_cluster(steps):
             ],
         },
         "prediction": {
-            "step_timings_ms": {**timings, "waiting": 0}, "tok_per_s": 62.5, "basis": "some",
+            "step_timings_ms": {**timings, "waiting": 0, "total": 16.0}, "tok_per_s": 62.5,
+            "band_ms": [13.6, 18.4], "basis": "some",
         },
+        "usage": [
+            {
+                "name": name, "keys": keys, "requests": 1, "prompt_tokens": 1234,
+                "generated_tokens": 5000 * keys,
+            }
+            for name, keys in (("<b>me</b>", 1), (None, 1), ("", 1), (None, 40))
+        ],
         "placement": {
             "id": "x", "rank_sets": [[n] for n in range(nodes)], "patterns": [runs],
             "layers": [[n + 3, 0] for n in range(layers)],

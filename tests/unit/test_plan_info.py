@@ -112,6 +112,9 @@ def predicted_all_reduce(client):
 def test_the_cluster_view_follows_the_plan(client, model):
     before = client("GET", "/cluster").json()
     assert before["prediction"]["step_timings_ms"]["all_reduce"] == 0
+    total = before["prediction"]["step_timings_ms"]["total"]
+    assert before["prediction"]["band_ms"] == pytest.approx([0.85 * total, 1.15 * total], abs=1e-3)
+    assert before["usage"] == []
     model.plan = Plan.whole(SPEC, 2)
     after = client("GET", f"/cluster?placement={before['placement']['id']}").json()
     assert after["nodes"] == 2

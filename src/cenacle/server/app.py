@@ -34,7 +34,7 @@ from .admission import Admission, QuotaUsed
 from .api import anthropic, openai, openai_responses, openapi
 from .api.protocol import ApiAdapter, ResponseMeta, ServedModel
 from .api.validation import JsonObject, RequestError
-from .cluster_view import ClusterView, group_state
+from .cluster_view import ClusterView, group_state, usage_json
 from .generation import (
     GenerationRun,
     InFlightChoice,
@@ -202,6 +202,7 @@ class Application:
         query = http.query_params
         known = (query.get(name, "") for name in ("placement", "steps", "timeline"))
         view = self._view.to_json(*known)
+        view["usage"] = usage_json(self._metrics.usage_by_key(), http.scope["state"]["key"])
         return json_response(200, view, {"cache-control": "no-store"})
 
     async def _get_metrics(self, http: Request) -> Response:

@@ -2,8 +2,8 @@
 
 Owns: the JSON of nodes, placement, routing and step timings; the sampling of the history.
 Does not know: how it is drawn (`web/cluster.js`), who may see it.
-Invariant: it contains no text and no token of any request. A poll only reads numbers that exist,
-and omits what the client already has.
+Invariant: it contains no text and no token of any request, and of API keys only the client's own
+name. A poll only reads numbers that exist, and omits what the client already has.
 Next: `cluster_history.py` keeps the samples, `ranks/step_timings.py` computes the timings,
 `plan_info.py` what depends on the plan.
 """
@@ -23,8 +23,10 @@ from .plan_info import PlanTracker
 
 if TYPE_CHECKING:
     from ..api import Model
+    from .metrics import KeyUsage
 
 SAMPLE_INTERVAL_S = 2.0
+MAX_USAGE_ROWS = 20
 
 
 class ClusterView:
@@ -128,6 +130,28 @@ class ClusterView:
 
     def _generated_tokens(self) -> int:
         return self._model.group.counts["generated_tokens"]
+
+
+def usage_json(usage: Mapping[str, KeyUsage], own_key: str) -> list[dict[str, Any]]:
+    """What API keys use, the client's own first, then the busiest, for a client with the key
+    `own_key` ("" without one).
+
+    Only that key has its "name"; another's is None, and requests without a key have "". At most
+    `MAX_USAGE_ROWS` rows: the last one adds up the other keys, "keys" in number.
+    """
+    order = sorted(
+        usage,
+        key=lambda name: (name != own_key, -usage[name].requests, -usage[name].generated_tokens),
+    )
+    single = len(order) if len(order) <= MAX_USAGE_ROWS else MAX_USAGE_ROWS - 1
+    rows = [
+        {"name": name if name in ("", own_key) else None, "keys": 1, **usage[name]._asdict()}
+        for name in order[:single]
+    ]
+    if rest := [usage[name] for name in order[single:]]:
+        sums = dict(zip(rest[0]._fields, map(sum, zip(*rest, strict=True)), strict=True))
+        rows.append({"name": None, "keys": len(rest), **sums})
+    return rows
 
 
 def group_state(model: Model) -> dict[str, Any]:

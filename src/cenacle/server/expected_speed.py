@@ -16,6 +16,9 @@ from ..core.plan import Plan
 from ..errors import CenacleError
 from ..planning import plan_cost
 
+# Two calibrations of a machine in a row differ by up to this (docs/planning.md).
+RELATIVE_BAND = 0.15
+
 
 @dataclass(frozen=True)
 class SpeedPrediction:
@@ -34,8 +37,10 @@ class SpeedPrediction:
     basis: str
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; numbers are rounded."""
+        """A JSON object; numbers are rounded. "band_ms": the range expected of the total."""
+        total = self.step_timings_ms["total"]
         return {
+            "band_ms": [round(total * (1 + sign * RELATIVE_BAND), 4) for sign in (-1, 1)],
             "step_timings_ms": {k: round(v, 4) for k, v in self.step_timings_ms.items()},
             "tok_per_s": round(self.tok_per_s, 2),
             "basis": self.basis,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -75,6 +76,14 @@ class RequestTimer:
     def key_label(self) -> str:
         """The key's name as a label."""
         return self.key or NO_KEY_LABEL
+
+
+class KeyUsage(NamedTuple):
+    """What an API key uses."""
+
+    requests: int  # without an outcome yet
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class Metrics(StepObserver):
@@ -193,6 +202,25 @@ class Metrics(StepObserver):
         """Charge tokens that no request to the group has; `key` is "" without a key."""
         if key:
             self._keys.charge(key, tokens)
+
+    def usage_by_key(self) -> dict[str, KeyUsage]:
+        """By the name of an API key ("" without one): what it has used since the start."""
+        with self._lock:
+            running = Tally(timer.key for timer in self._timers.values())
+        tokens: dict[str, Tally[str]] = {key: Tally() for key in running}
+        for counter, kind in (
+            (self._prompt_tokens, "prompt"),
+            (self._generated_tokens, "generated"),
+        ):
+            for sample in next(iter(counter.collect())).samples:
+                if sample.name.endswith("_total"):
+                    label = sample.labels["key"]
+                    key = "" if label == NO_KEY_LABEL else label
+                    tokens.setdefault(key, Tally())[kind] += int(sample.value)
+        return {
+            key: KeyUsage(running[key], counts["prompt"], counts["generated"])
+            for key, counts in tokens.items()
+        }
 
     # Called by `InstrumentedGroup`
 

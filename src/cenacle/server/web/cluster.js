@@ -124,6 +124,7 @@ function build() {
     requests: new TimeChart("Requests"),
     table: h("details", { class: "more" }, h("summary", {}, "As a table"), h("div", { class: "wide", tabindex: "0" })),
     faults: h("div", { class: "faults" }),
+    usage: h("div", { class: "wide", tabindex: "0" }),
   };
   view.table.addEventListener("toggle", drawHistory);
   $("cluster").replaceChildren(
@@ -132,6 +133,7 @@ function build() {
     card("card-experts", "Experts", view.period, view.legend, view.heatMap.element, view.heatNote),
     card("card-timings", "Time per token", view.timings),
     card("card-history", "Load", view.span, view.tokens.element, view.requests.element, view.table),
+    card("card-usage", "API keys", view.usage),
     card("card-faults", "Faults", view.faults));
 }
 
@@ -157,6 +159,7 @@ function draw() {
   drawExperts();
   drawTimings();
   drawHistory();
+  drawUsage();
   drawFaults();
 }
 
@@ -269,7 +272,8 @@ function drawLegend(buttons) {
 function drawTimings() {
   const { step_timings: { steps, mean_ms: mean }, prediction } = state;
   const predicted = prediction?.step_timings_ms;
-  const longest = Math.max(mean.total, predicted?.total ?? 0);
+  const band = prediction?.band_ms;
+  const longest = Math.max(mean.total, band?.[1] ?? predicted?.total ?? 0);
   const row = (title, values, note) => h("div", { class: "bar-row" },
     h("div", { class: "bar-title" }, h("strong", {}, title), h("span", {}, note)),
     values ? stackedBar(COMPONENTS.map(([name, label]) => [name, label, values[name]]), longest) : h("div", { class: "bar none" }));
@@ -278,13 +282,25 @@ function drawTimings() {
     h("tbody", {}, COMPONENTS.map(([name, label, explanation]) => h("tr", {},
       h("th", { scope: "row" }, h("span", { class: `swatch component-${name}` }), label, h("small", {}, explanation)),
       h("td", {}, steps ? formatNumber(mean[name]) : "–"),
-      predicted && h("td", {}, name === "waiting" ? "in experts" : formatNumber(predicted[name]))))));
+      predicted && h("td", {}, name === "waiting" ? "in experts" : formatNumber(predicted[name])))),
+    h("tr", { class: "total" }, h("th", { scope: "row" }, "Total"), h("td", {}, steps ? formatNumber(mean.total) : "–"),
+      predicted && h("td", {}, band ? `${formatNumber(band[0])} to ${formatNumber(band[1])}` : formatNumber(predicted.total)))));
+  // The band over both bars.
+  const place = () => {
+    const mark = h("div", { class: "band", "aria-hidden": "true" });
+    mark.style.left = `${(100 * band[0]) / longest}%`;
+    mark.style.width = `${(100 * (band[1] - band[0])) / longest}%`;
+    return mark;
+  };
+  const verdict = steps && band ? (mean.total < band[0] ? "faster than the band" : mean.total > band[1] ? `${formatNumber(mean.total / band[1])} times as long as the band's end` : "within the band") : "";
   view.timings.replaceChildren(
     row("Measured", steps ? mean : null, steps ? `${formatNumber(mean.total)} ms, mean of ${steps} measured steps` : "not measured yet: one step in eight is measured"),
     predicted ? row("Predicted", predicted, `${formatNumber(predicted.total)} ms, ${formatNumber(prediction.tok_per_s)} tokens/s for one request`)
       : h("p", { class: "hint boxed" }, "No prediction: ", ...withCode(state.no_prediction_reason)),
     h("div", { class: "wide", tabindex: 0 }, table),
-    ...(predicted ? [h("p", { class: "hint" }, `Predicted for ${prediction.basis}.`)] : []));
+    ...(predicted ? [h("p", { class: "hint" }, `Predicted for ${prediction.basis}.`,
+      band ? ` Expected between ${formatNumber(band[0])} and ${formatNumber(band[1])} ms (the framed part of the bars), as two calibrations in a row differ by 10 to 15 %${verdict ? `; measured: ${verdict}` : ""}.` : "")] : []));
+  if (band && predicted) for (const bar of view.timings.querySelectorAll(".bar:not(.none)")) bar.append(place());
 }
 
 // `commands` in a sentence of the server.
@@ -308,6 +324,23 @@ function drawHistory() {
     h("thead", {}, h("tr", {}, ["When", "Tokens/s", "Running", "Waiting"].map((label) => h("th", { scope: "col" }, label)))),
     h("tbody", {}, rows.map((index) => h("tr", {}, h("th", { scope: "row" }, describeAgo((count - 1 - index) * data.interval_s)),
       h("td", {}, formatNumber(data.tokens_per_s[index])), h("td", {}, data.running[index]), h("td", {}, data.waiting[index]))))));
+}
+
+// What API keys use. The server names only the key that this page has.
+function drawUsage() {
+  const usage = state.usage ?? [];
+  view.usage.parentElement.hidden = !usage.some((row) => row.name !== "");
+  const most = Math.max(1, ...usage.map((row) => row.generated_tokens));
+  const nameOf = ({ name, keys }) => (name === "" ? "without a key" : name !== null ? h("strong", { dir: "auto" }, `${name} (yours)`) : keys > 1 ? `${keys} other keys` : "another key");
+  const share = (tokens) => {
+    const used = h("span", { class: "used" });
+    used.style.width = `${(100 * tokens) / most}%`;
+    return h("span", { class: "share", "aria-hidden": "true" }, used);
+  };
+  view.usage.replaceChildren(h("table", {},
+    h("thead", {}, h("tr", {}, ["Key", "Requests now", "Prompt tokens", "Generated"].map((label) => h("th", { scope: "col" }, label)))),
+    h("tbody", {}, usage.map((row) => h("tr", {}, h("th", { scope: "row" }, nameOf(row)), h("td", {}, row.requests),
+      h("td", {}, formatNumber(row.prompt_tokens)), h("td", {}, share(row.generated_tokens), formatNumber(row.generated_tokens)))))));
 }
 
 // The newest first.
