@@ -206,10 +206,14 @@ if torch is not None:
             self.w1v1 = nn.Parameter(torch.empty(e, d, 2 * f))  # gate and up, side by side
             self.w2 = nn.Parameter(torch.empty(e, f, d))
 
+        def score(self, logits: Tensor) -> Tensor:
+            """What experts are chosen and weighed by."""
+            return logits.softmax(dim=-1)
+
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """x [tokens, d] -> output, load-balancing loss, share of choices per expert [E]."""
             e, k = self.shape.moe_num_experts, self.shape.moe_top_k
-            probs = self.router(x).softmax(dim=-1)
+            probs = self.score(self.router(x))
             top, chosen = probs.topk(k, dim=-1)
             top = top / top.sum(dim=-1, keepdim=True)
             order = chosen.flatten().argsort(stable=True)
