@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cenacle
+from cenacle.core.request import Sampling
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from support.mtp_checkpoint import write_mtp
@@ -36,13 +37,17 @@ QUESTIONS = (
 
 
 def tokens_per_s(
-    model: cenacle.Model, prompts: Sequence[str | list[int]], tokens: int, seed: int
+    model: cenacle.Model,
+    prompts: Sequence[str | list[int]],
+    arguments: argparse.Namespace,
+    seed: int,
 ) -> float:
-    streams = len(prompts)
+    streams, tokens = len(prompts), arguments.tokens
 
     def ask(stream: int) -> int:
-        options = {"temperature": 1.0, "seed": 100 * seed + stream}
-        return len(model.generate(prompts[stream], tokens, stop=(), **options).tokens)
+        sampling = Sampling(temperature=arguments.temperature, seed=100 * seed + stream)
+        request = model.request(prompts[stream], tokens, sampling, ignore_eos=True)
+        return sum(1 for _ in model._stream(request, ()))
 
     started = time.perf_counter()
     with ThreadPoolExecutor(streams) as pool:
@@ -55,6 +60,7 @@ def main() -> None:
     parser.add_argument("--family", default="glm4_moe")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latencies-ms", type=float, nargs="*", default=[0.0, 0.3, 1.0])
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4])
@@ -92,7 +98,7 @@ def measure(
             speeds: dict[str, list[float]] = {"plain": [], "drafting": []}
             for seed in range(arguments.rounds + 1):
                 for name, model in (("plain", plain), ("drafting", drafting)):
-                    speed = tokens_per_s(model, prompts[:streams], arguments.tokens, seed)
+                    speed = tokens_per_s(model, prompts[:streams], arguments, seed)
                     if seed:  # the first round warms up
                         speeds[name].append(speed)
             without, with_it = (statistics.median(s) for s in speeds.values())
@@ -100,7 +106,8 @@ def measure(
             print(
                 f"{skill:8} +{latency_ms} ms {streams} streams: {without:6.1f} -> {with_it:6.1f} "
                 f"tokens/s, {with_it / without:.2f} times; accepted {drafts.by_model_accepted} of "
-                f"{drafts.by_model}",
+                f"{drafts.by_model} of the layer, {drafts.accepted - drafts.by_model_accepted} of "
+                f"{drafts.drafted - drafts.by_model} from the text",
                 flush=True,
             )
 

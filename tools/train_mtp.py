@@ -185,6 +185,10 @@ def block_tensors(block: Block, prefix: str) -> dict[str, Tensor]:
         gate, up = w1v1.T.chunk(2)
         out[f"mlp.experts.{i}.gate_proj"], out[f"mlp.experts.{i}.up_proj"] = gate, up
         out[f"mlp.experts.{i}.down_proj"] = w2.T
+    # DBRX has no shared expert, and transformers wants at least one here: it does nothing.
+    small = torch.zeros(block.ffn.shape.ffn_hidden_size, shape.d_model)
+    for name, zeros in (("gate_proj", small), ("up_proj", small), ("down_proj", small.T)):
+        out[f"mlp.shared_experts.{name}"] = zeros
     tensors = {f"{prefix}{name}.weight": value for name, value in out.items()}
     tensors[f"{prefix}mlp.gate.e_score_correction_bias"] = torch.zeros(shape.moe_num_experts)
     return tensors
@@ -226,7 +230,7 @@ def export(model: Dbrx, mtp: Mtp, folder: Path) -> None:
         "head_dim": shape.head_dim,
         "n_routed_experts": shape.moe_num_experts,
         "num_experts_per_tok": shape.moe_top_k,
-        "n_shared_experts": None,
+        "n_shared_experts": 1,
         "n_group": 1,
         "topk_group": 1,
         "norm_topk_prob": True,
