@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 import cenacle
 from cenacle import native
@@ -44,6 +45,7 @@ from cenacle.model.kv_dtype import install_kv_dtype
 from cenacle.model.loader import open_rank_model
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
+from cenacle.model.stream_support import install_stream_caches
 from cenacle.scheduler.scheduler import Scheduler
 
 TOKEN_TIMEOUT_S = 900.0
@@ -155,6 +157,15 @@ def open_server(folder: str, nodes: int, *, cpu_time: bool) -> Iterator[Server]:
         with cenacle.load(folder, nodes, **OPTIONS) as model:
             yield Group(model)
         return
+    model, plan, timer = load_model(folder)
+    batching = family_of(plan.spec.family).batching
+    engine = Engine(model, SingleRank(), timer, EngineOptions(**OPTIONS), batching=batching)
+    yield OneProcess(engine, Scheduler(measure_every=0, footprint=engine.footprint()))
+    engine.close()
+
+
+def load_model(folder: str) -> tuple[nn.Module, Plan, StepTimer]:
+    """As a rank does, in this process."""
     mx.disable_compile()
     native.set_threads()
     checkpoint, collective, timer = Checkpoint.open(Path(folder)), SingleRank(), StepTimer()
@@ -162,11 +173,9 @@ def open_server(folder: str, nodes: int, *, cpu_time: bool) -> Iterator[Server]:
     options = EngineOptions(**OPTIONS)
     with open_rank_model(checkpoint, plan, 0, lambda _, __: None) as (model, reader):
         parallelize(model, plan.spec.family, plan, collective, timer, "auto", reader.read)
+        install_stream_caches(model)
         install_kv_dtype(model, options.kept_dtype(plan.spec.dtype))
-    batching = family_of(plan.spec.family).batching
-    engine = Engine(model, collective, timer, options, batching=batching)
-    yield OneProcess(engine, Scheduler(measure_every=0, footprint=engine.footprint()))
-    engine.close()
+    return model, plan, timer
 
 
 def make_request(name: str, tokens: int, max_tokens: int) -> Request:

@@ -21,6 +21,7 @@ from cenacle.engine.options import EngineOptions
 from cenacle.model.families import Batching, family_of, list_families
 from cenacle.model.kv_dtype import install_kv_dtype
 from cenacle.model.step_timer import StepTimer
+from cenacle.model.stream_support import can_have_stream_caches, set_stream_caches
 from cenacle.scheduler.prefix_index import CacheFootprint
 from cenacle.scheduler.scheduler import Scheduler
 
@@ -32,6 +33,7 @@ TOLERANCE = 5e-3  # of log-probabilities
 Answers = dict[str, list[tuple[int, float]]]
 # By family, from the first test that needs them: one node's, for two nodes too.
 answers_alone: dict[str, Answers] = {}
+has_streams: dict[str, bool] = {}
 
 
 def make_prompt(length: int, seed: int) -> tuple[int, ...]:
@@ -60,6 +62,18 @@ WITH_PREFIXES = [
 ]
 
 
+def find_streams(folder: Path, family: str) -> bool:
+    """Whether streams of this family have caches of their own.
+
+    By one node: the probe changes attention of this process, where ranks of tests are threads.
+    """
+    if family not in has_streams:
+        plan = Plan.whole(spec_of(folder), 1)
+        model = load_rank(folder, plan, SingleRank(), StepTimer(), "auto")
+        has_streams[family] = can_have_stream_caches(model)
+    return has_streams[family]
+
+
 class RunningModel:
     """One rank's part of a family's tiny model, and answers of its engine."""
 
@@ -69,7 +83,11 @@ class RunningModel:
         self.collective, self.timer = collective, StepTimer()
         self._footprints: dict[float, CacheFootprint] = {}
         self.model = load_rank(folder, plan, collective, self.timer, "auto")
-        self.rounded = install_kv_dtype(self.model, kv_dtype) if native.is_available() else 0
+        self.rounded, self.streams = 0, False
+        if native.is_available():
+            self.rounded = install_kv_dtype(self.model, kv_dtype)
+            self.streams = find_streams(folder, plan.spec.family)
+            set_stream_caches(self.model, on=self.streams)
 
     def answers(
         self,
@@ -135,6 +153,8 @@ def on_every_rank(
 ) -> Any:
     """What `function` gives on rank 0."""
     folder = tiny_model(family)
+    if native.is_available():
+        find_streams(folder, family)
 
     def run(collective: Collective) -> Any:
         return function(RunningModel(folder, collective, kv_dtype))

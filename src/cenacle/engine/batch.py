@@ -3,9 +3,10 @@
 Owns: `ContinuousBatch` (mlx-lm's continuous batching) and `SequentialBatch` (one request after the
 other), behind one interface, and the choice between them.
 Does not know: steps, ranks.
-mlx-lm batches plain, rotating and state-space caches. It cannot merge quantized and chunked ones
-(llama4), and a merged cache of limited size (`max_kv_size`) forgets its first tokens. In these
-cases each request keeps its own cache and takes its turn in every step.
+With `StreamCaches` (CPUs, plain attention) streams of any lengths share passes unpadded, and short
+chunks of prompts with them. mlx-lm batches plain, rotating and state-space caches. It cannot merge
+quantized and chunked ones (llama4), and a merged cache of limited size (`max_kv_size`) forgets its
+first tokens. In these cases each request keeps its own cache and takes its turn in every step.
 Next: `speculative/decoder.py`, which takes over a single running request, and
 `speculative/group.py`, which takes over several.
 """
@@ -38,6 +39,8 @@ from ..core.step import Page, PrefixReuse, PromptChunk
 from ..model import position_caches
 from ..model.families import Batching
 from ..model.step_timer import StepTimer
+from ..model.stream_caches import SharedPass, into_streams, out_of_streams
+from ..model.stream_support import has_stream_caches
 from .cache.kv_cache import SequenceCache, can_merge, can_reuse, can_trim
 from .cache.ragged_cache import can_be_ragged
 from .sampling.prompt_logprobs import PART_TOKENS, PromptScores
@@ -51,6 +54,9 @@ if TYPE_CHECKING:
     from .options import EngineOptions
     from .prompt_vision import PromptVision
     from .speculative.decoder import Drafter
+
+
+SHARED_TOKENS = 64  # longest chunk of a prompt that is read in a pass of streams
 
 
 @dataclass
@@ -241,8 +247,10 @@ class ContinuousBatch(Batch):
     ) -> None:
         self.reusable_caches = can_reuse(model)
         super().__init__(model, options, vision)
+        # Images shift positions, which mlx-lm's batch caches were taught.
+        self._streams = SharedPass(model) if has_stream_caches(model) and vision is None else None
         self._generator = BatchGenerator(
-            model,
+            self._streams or model,  # type: ignore[arg-type]  # it is only called
             prefill_step_size=options.prefill_chunk_size,
             completion_batch_size=options.max_batch_size,
             prefill_batch_size=options.max_batch_size if batching is Batching.PADDED else 1,
@@ -260,13 +268,26 @@ class ContinuousBatch(Batch):
         return stats
 
     def prefill(self, chunk: PromptChunk) -> None:
-        """See `Batch`."""
+        """See `Batch`; beside streams a short chunk is read in their next pass."""
         if self._group is not None:
             self._group.skip_timing()
-        super().prefill(chunk)
+        prompt, streams = self._prompts[chunk.request_id], self._streams
+        alone = not self._generations or chunk.end - chunk.begin > SHARED_TOKENS
+        if (
+            streams is None
+            or alone
+            or chunk.checkpoint
+            or prompt.request.prompt_logprobs is not None
+        ):
+            super().prefill(chunk)
+            return
+        if prompt.sequence is None:
+            prompt.sequence = SequenceCache(make_prompt_cache(self._model))
+        streams.add(prompt.request.tokens[chunk.begin : chunk.end], prompt.sequence.caches)
 
     def start(self, chunk: PromptChunk) -> None:
         """See `Batch`."""
+        self._read_waiting_chunks()
         if self._decoder is not None and self._decoder.generation is not None:
             generation, caches = self._decoder.release()
             self._insert_into_generator(generation, generation.length - 1, caches)
@@ -293,6 +314,8 @@ class ContinuousBatch(Batch):
         if self._vision is not None:
             shift = position_shift(generation.request.images, cached_tokens)
             caches = position_caches.into_batch(caches, shift)
+        if self._streams is not None:
+            caches = into_streams(caches)
         (uid,) = self._generator.insert(
             [tokens[cached_tokens:]],
             max_tokens=[generation.remaining],
@@ -312,7 +335,7 @@ class ContinuousBatch(Batch):
         for uid, generation in self._generations.items():
             if generation.request.id == name:
                 caches, _ = self._generator.extract_cache([uid])[uid]
-                caches = position_caches.out_of_batch(caches)
+                caches = out_of_streams(position_caches.out_of_batch(caches))
                 return SequenceCache(caches, self._checkpoints[name])
         return super()._find_sequence(name)
 
@@ -331,6 +354,7 @@ class ContinuousBatch(Batch):
         if not self._generations:
             return []
         _, responses = self._generator.next()
+        self._read_waiting_chunks()
         events = []
         for response in responses:
             generation = self._generations[response.uid]
@@ -368,12 +392,19 @@ class ContinuousBatch(Batch):
                 group.take(running, [taken[uid][0] for uid in self._generations])
             self._generations.clear()
 
+    def _read_waiting_chunks(self) -> None:
+        """In a pass of their own: prompts go on, or no stream had a pass."""
+        if self._streams is not None and self._streams.waits:
+            with mx.stream(generation_stream):
+                self._streams.read()
+
     def _offer_to_decoder(self, uid: int, generation: Generation) -> None:
         decoder = self._decoder
         if decoder is None or len(self._generations) != 1:
             return
         if decoder.should_take(generation):
             caches, _ = self._generator.remove([uid], return_prompt_caches=True)[uid]
+            caches = out_of_streams(caches)
             decoder.take(self._generations.pop(uid), caches)
             if self._group is not None:
                 self._group.forget_texts()

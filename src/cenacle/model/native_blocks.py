@@ -38,6 +38,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from .. import native
 from .architecture import StackedDbrx
 from .native_layers import LINEARS
+from .stream_caches import StreamCaches
 
 # Attention: q, k and v projections, a norm of each head or none, rotary positions, the cache,
 # softmax(q k^T) v, the output projection.
@@ -82,6 +83,11 @@ class NativeAttention(nn.Module):
             if dtype is not None:
                 keys, values = keys.astype(dtype), values.astype(dtype)
             keys, values = cache.update_and_fetch(keys, values)
+            if isinstance(cache, StreamCaches):
+                out = cache.attend(
+                    queries, lambda q, k, v, mask: self._attend(q, k, v, self.scale, mask)
+                )
+                return self.o_proj(out)
             if hasattr(cache, "bits"):
                 out = scaled_dot_product_attention(queries, keys, values, cache, self.scale, mask)
                 return self.o_proj(out.swapaxes(1, 2).flatten(2))

@@ -30,6 +30,7 @@ from mlx_lm.models import (
 from .. import native
 from .fp8_layers import Fp8Linear
 from .scaled_layers import OUTPUT_SCALE, ScaledQuantizedLinear
+from .stream_caches import dispatching
 
 Activation = tuple[int, float, float]
 """The code of an activation (`Activation` in native/kernels/kernels.h) and its two constants."""
@@ -174,6 +175,8 @@ def install_operations(use_native: bool) -> None:
     """
     for name, module in _OPERATIONS.items():
         setattr(module, name, getattr(native.extension(), name) if use_native else _MLX[name])
+    if use_native:
+        mx.fast.scaled_dot_product_attention = dispatching(mx.fast.scaled_dot_product_attention)
     gear._softcap_attention = native.extension().attend_capped if use_native else _SOFTCAP
 
 

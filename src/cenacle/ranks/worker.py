@@ -319,6 +319,7 @@ class _Worker:
         from ..model.loader import open_rank_model
         from ..model.native_layers import is_supported
         from ..model.step_timer import StepTimer
+        from ..model.stream_support import install_stream_caches
 
         order, rank = self._order, self._collective.rank
         self._wire_memory()
@@ -337,6 +338,7 @@ class _Worker:
                     model, family, self._plan, self._collective, timer, order.kernels, reader.read
                 )
                 if order.kernels != "mlx" and is_supported():
+                    install_stream_caches(model)
                     install_kv_dtype(model, self._options.kept_dtype(self._plan.spec.dtype))
         vision = self._load_tower(model) if self._plan.spec.tower_bytes else None
         drafter = self._load_drafter(model)

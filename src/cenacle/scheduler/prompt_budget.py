@@ -3,7 +3,7 @@
 Owns: what a decode step and a prompt token take, as steps were timed, and the budget from it.
 Does not know: requests, clocks, which prompts are read.
 Invariant: a step beside answers reads at least one token, except in the few steps that time
-decoding alone; by the times so far it takes at most twice as long as one without a prompt.
+decoding alone; by the times so far it takes less than twice as long as one without a prompt.
 Ranks compute a step while they report the one before, or the one that was ordered, as their batch
 does: so a time counts only if its step and the one before it were alike.
 Next: `scheduler.py` divides the budget among prompts.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-SHARE = 0.75  # of a decode step's time that prompt tokens add to it, in the mean
+SHARE, MAX_SHARE = 0.6, 0.8  # of a decode step's time that prompt tokens add: mean, most
 INITIAL_TOKENS = 16  # until steps were timed
 REFRESH_STEPS = 64  # with prompts, after which decoding alone is timed again
 FIRST_REFRESH_STEPS = 4  # the same where this many answers were never timed
@@ -55,11 +55,13 @@ class PromptBudget:
             if self._steps_with_prompt > often:
                 self._steps_with_prompt, self._decode_steps = 0, DECODE_STEPS - 1
                 return 0
-        decode_s, token_s = self._estimate_decode_s(answers), self._estimate_token_s()
-        if decode_s is None or token_s is None:
+        decode_s = self._estimate_decode_s(answers)
+        if decode_s is None:
             return min(limit, INITIAL_TOKENS)
+        # Until it is timed: a token of a prompt takes no longer than one of an answer.
+        token_s = self._estimate_token_s() or decode_s / answers
         self._credit = min(self._credit, 1.0) + SHARE * decode_s / token_s
-        tokens = max(1, min(int(self._credit), int(decode_s / token_s), limit))
+        tokens = max(1, min(int(self._credit), int(MAX_SHARE * decode_s / token_s), limit))
         self._credit = max(0.0, self._credit - tokens)
         return tokens
 
@@ -78,7 +80,7 @@ class PromptBudget:
                 self._token_s.append(2 * seconds / (tokens + last[1]))
         elif not (tokens or last[1]):
             self._decode_s.setdefault(answers, deque(maxlen=DECODE_SAMPLES)).append(seconds)
-        elif tokens and last[1]:
+        elif tokens and last[1] and abs(tokens - last[1]) <= 1 + tokens // 8:
             decode_s = self._estimate_decode_s(answers)
             added_s = seconds / 2 if decode_s is None else max(seconds - decode_s, seconds / 16)
             self._token_s.append(2 * added_s / (tokens + last[1]))
