@@ -16,6 +16,9 @@ MEMORY = {
     "resident_bytes": 8_000_000_000,
     "total_bytes": 32_000_000_000,
     "available_bytes": 8_000_000_000,
+    "cache_bytes": 7_900_000_000,
+    "rest_bytes": 96_000_000,
+    "limit_bytes": 8_054_000_000,
 }
 VIEW = {
     "model": "qwen\x1b[31m",
@@ -90,11 +93,18 @@ def test_a_picture_has_what_the_server_does(watched):
         "61% of 100 accepted",
         "total          10.00       8.00  +25%",
         "75% of 32.0 GB, 8.00 GB here",
+        "weights 4.00 MB, caches 7.90 GB, rest 96.0 MB",
         "1  memory unknown",
         "layer 1   expert 2",
         " 3.0",
     ):
         assert expected in text, text
+
+
+def test_memory_above_what_is_expected_is_said(watched):
+    assert "above" not in "\n".join(draw(watched, 100))
+    watched.view["ranks"][0]["memory"]["limit_bytes"] = 7_999_999_999
+    assert "rest 96.0 MB, above 8.00 GB" in "\n".join(draw(watched, 100))
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 12), (40, None), (60, 30), (20, 5), (200, 50)])

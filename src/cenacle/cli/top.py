@@ -39,6 +39,7 @@ MAX_NOTES = 50
 HOT_EXPERTS = 6
 SPARKS = "▁▂▃▄▅▆▇█"
 LABEL_WIDTH = 13
+ACCOUNT_WIDTH = 60  # columns, for what memory is made of
 WIDTH_IN_A_PIPE = 100
 COMPONENTS = {
     "trunk": "trunk",
@@ -306,7 +307,19 @@ def _nodes(view: dict[str, Any], width: int) -> list[Text]:
             line.append(f"  silent for {rank['silent_s']:.0f} s", "bold red")
         line.append(f"  {printable(rank['device'])}", "dim")
         lines.append(line)
+        if memory and width >= ACCOUNT_WIDTH:
+            lines.append(_memory_account(rank))
     return lines
+
+
+def _memory_account(rank: dict[str, Any]) -> Text:
+    """What of a rank's resident memory is what; red if it is more than it should be."""
+    memory = rank["memory"]
+    weights, caches = format_bytes(rank["weights_bytes"]), format_bytes(memory["cache_bytes"])
+    text = f"     weights {weights}, caches {caches}, rest {format_bytes(memory['rest_bytes'])}"
+    if memory["resident_bytes"] <= memory["limit_bytes"]:
+        return Text(text, "dim")
+    return Text(f"{text}, above {format_bytes(memory['limit_bytes'])}", "bold red")
 
 
 def _hot_experts(view: dict[str, Any], width: int) -> list[Text]:

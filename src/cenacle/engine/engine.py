@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import native
 from ..collective.base import Collective
 from ..core.request import PromptLogprobs, TokenEvent
 from ..core.step import Step
@@ -66,6 +67,7 @@ class Engine:
         self._vision = vision
         self._draft_stats = self._batch.draft_stats
         self._next_step = 0
+        self._has_workspace = False  # prompts were processed since memory was given back
 
     def add_image(self, request_id: str, index: int, pixels: str) -> None:
         """The pixels of an image of a request that the next step admits, in base64.
@@ -92,10 +94,23 @@ class Engine:
             self._start_timer(step)
             self._prefill(step)
             events = self._decode(step)
-            return events, self._stop_timer(step, events)
+            report = self._stop_timer(step, events)
         except RuntimeError:
             self._collective.raise_if_failed()  # names the rank
             raise
+        if step.prefill or step.final_chunks:
+            self._has_workspace = True
+        else:
+            self.release_memory()
+        return events, report
+
+    def release_memory(self) -> None:
+        """Give back what the activations of prompts took, once they are computed: MLX and the C
+        library keep freed memory for what comes next."""
+        if self._has_workspace:
+            mx.clear_cache()
+            native.trim()
+            self._has_workspace = False
 
     def _check_number(self, step: Step) -> None:
         if step.number != self._next_step:

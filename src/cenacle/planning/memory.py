@@ -24,6 +24,7 @@ from ..errors import PlanError
 
 PLANNED_CONTEXT = 8192  # of one request; longer contexts and more requests take what is left
 WORKSPACE_BYTES = 256 * 2**20  # activations of a chunk of prompt, buffers between steps
+REST_BYTES = 150 * 10**6  # of a rank beside weights and caches, while no prompt is computed
 SYSTEM_FRACTION = 1 / 16  # of a Mac's memory that no setting should take from the system,
 SYSTEM_BYTES = 4 * 2**30  # nor less than this
 
@@ -82,6 +83,31 @@ class MemoryEstimate:
             f"{format_bytes(self.weights)}, {beside}, {draft}"
             f"workspace {format_bytes(WORKSPACE_BYTES)}{others})"
         )
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a running rank's resident memory is made of, in bytes.
+
+    Args:
+        resident: as the system says.
+        weights: of the plan; those of a draft model are not counted.
+        caches: of running requests at full length, and of ended ones.
+    """
+
+    resident: int
+    weights: int
+    caches: int
+
+    @property
+    def rest(self) -> int:
+        """The program, its libraries, buffers, and what it ought not to keep."""
+        return max(0, self.resident - self.weights - self.caches)
+
+    @property
+    def limit(self) -> int:
+        """What is expected at most; activations of a prompt come on top while it is computed."""
+        return self.weights + self.caches + REST_BYTES
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,12 @@ class RankGroup:
         with self._lock:
             return {"running": self._scheduler.running, "waiting": self._scheduler.waiting}
 
+    @property
+    def cache_bytes(self) -> int:
+        """See `Scheduler.cache_bytes`."""
+        with self._lock:
+            return self._scheduler.cache_bytes
+
     def measure_steps(self, every: int) -> None:
         """Measure one step in `every` from now on (0: none), and reset the timings."""
         with self._lock:

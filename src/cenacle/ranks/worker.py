@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.1
+IDLE_S = 0.5
 LIBRARIES = ("engine.engine", "engine.speculative.draft_model", "model.loader")
 
 
@@ -183,9 +184,17 @@ class _Inbox:
         self._messages: queue.Queue[dict[str, Any] | Exception] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def receive(self) -> dict[str, Any]:
-        """Wait for the next message, without a deadline, as `receive_message`."""
-        message = self._messages.get()
+    def receive(self, on_idle: Callable[[], None]) -> dict[str, Any]:
+        """Wait for the next message, without a deadline, as `receive_message`.
+
+        Args:
+            on_idle: called if there is none for `IDLE_S`.
+        """
+        try:
+            message = self._messages.get(timeout=IDLE_S)
+        except queue.Empty:
+            on_idle()
+            message = self._messages.get()
         if isinstance(message, Exception):
             raise message
         return message
@@ -276,7 +285,8 @@ class _Worker:
         engine, machine = self._load(), self._machine
         inbox = _Inbox(self._channel)
         while True:
-            message = parse(inbox.receive(), StepOrder, ImageUpload, VocabularyUpload, Stop)
+            received = inbox.receive(on_idle=engine.release_memory)
+            message = parse(received, StepOrder, ImageUpload, VocabularyUpload, Stop)
             if isinstance(message, Stop):
                 engine.close()
                 self._collective.close()

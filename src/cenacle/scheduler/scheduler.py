@@ -144,6 +144,13 @@ class Scheduler:
         """Bytes on each rank for the caches of running requests at full length."""
         return self.footprint.total_bytes([r.max_length for r in self._running.values()])
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes on each rank for the caches of running requests at full length, and of those that
+        have ended and are kept."""
+        kept = self._prefix_index.least_recently_used()
+        return self.reserved_bytes + sum(entry.size_bytes for entry in kept)
+
     def check(self, request: Request, retry_after_s: int = 1) -> None:
         """Check whether a request may be submitted now.
 

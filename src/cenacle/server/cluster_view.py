@@ -17,6 +17,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
+from ..planning.memory import MemoryUse
+from ..ranks.messages import RankMemory
 from .cluster_history import ClusterHistory
 from .expected_speed import SpeedPrediction
 from .plan_info import PlanTracker
@@ -106,11 +108,15 @@ class ClusterView:
         model, now = self._model, time.monotonic()
         running = model.group.state.phase == "ok"
         reported = model.group.memory if running else []
-        memory = [None if m is None else m.to_json() for m in reported]
+        caches = model.group.cache_bytes
         return [
             {
                 **{k: row[k] for k in ("rank", "pid", "device", "weights_bytes")},
-                "memory": memory[row["rank"]] if row["rank"] < len(memory) else None,
+                "memory": describe_memory(
+                    reported[row["rank"]] if row["rank"] < len(reported) else None,
+                    row["weights_bytes"],
+                    caches,
+                ),
                 "silent_s": round(now - last_message_at, 1),
             }
             for row, last_message_at in zip(
@@ -152,6 +158,22 @@ def usage_json(usage: Mapping[str, KeyUsage], own_key: str) -> list[dict[str, An
         sums = dict(zip(rest[0]._fields, map(sum, zip(*rest, strict=True)), strict=True))
         rows.append({"name": None, "keys": len(rest), **sums})
     return rows
+
+
+def describe_memory(
+    reported: RankMemory | None, weights: int, caches: int
+) -> dict[str, int] | None:
+    """A rank's memory beside what it is expected to be; None: it has not reported any.
+
+    Returns:
+        What it reported, and of its resident memory: "cache_bytes", "rest_bytes" (neither weights
+        nor caches), "limit_bytes" (weights, caches and what the rest may be).
+    """
+    if reported is None:
+        return None
+    use = MemoryUse(reported.resident_bytes, weights, caches)
+    account = {"cache_bytes": use.caches, "rest_bytes": use.rest, "limit_bytes": use.limit}
+    return reported.to_json() | account
 
 
 def group_state(model: Model) -> dict[str, Any]:
