@@ -18,7 +18,7 @@ import mimetypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "/edit": ("[TEXT]", "ask the last question again in other words"),
     "/back": ("", "return to what was there before /edit or /regenerate, and forth"),
     "/model": ("[NAME]", "show the models of the server, or choose one"),
+    "/experts": ("", "show which experts worked"),
     "/file": ("FILE", "attach a text file to the next question"),
     "/image": ("FILE", "show a picture with the next question"),
     "/save": ("FILE", "save the conversation as JSON, or as Markdown if FILE ends in .md"),
@@ -178,6 +179,9 @@ class ChatSession:
                 report(f"back: {len(self.messages)} messages; /back again returns")
             case "/model":
                 self._choose_model(argument)
+            case "/experts":
+                for row in draw_routing(self.source.routing_counts(), Console().width):
+                    report(row)
             case "/image":
                 self.images.append(read_image(_parse_path("/image", argument)))
                 report(f"{len(self.images)} with the next question")
@@ -362,6 +366,38 @@ class ChatSession:
             notes.append("stopped")
         console.print(f"[dim]{' · '.join(notes)}[/]")
         return text
+
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+MOST_ROUTING_ROWS = 24
+
+
+def draw_routing(counts: Sequence[Sequence[int]], width: int) -> list[str]:
+    """A line for each MoE layer, a character for each expert: the higher, the more often the router
+    chose it.
+
+    Args:
+        counts: by layer and expert, how often it was chosen.
+        width: columns; of more experts than that neighbors share one, which shows their busiest.
+
+    Returns:
+        The lines: of many layers evenly chosen ones, at most `MOST_ROUTING_ROWS`.
+    """
+    if not any(map(sum, counts)):
+        return ["no step was measured yet: ask a question first"]
+    room = max(8, width - 6)
+    step = -(-len(counts) // MOST_ROUTING_ROWS)
+    lines = []
+    for index in range(0, len(counts), step):
+        row = counts[index]
+        share = -(-len(row) // room)
+        cells = [max(row[at : at + share]) for at in range(0, len(row), share)]
+        top = max(cells) or 1
+        lines.append(f"{index:>4}  " + "".join(BLOCKS[-(-8 * cell // top)] for cell in cells))
+    lines.append(
+        f"{len(counts)} layers (rows), {len(counts[0])} experts; full: the layer's busiest"
+    )
+    return lines
 
 
 def read_image(path: Path) -> str:

@@ -54,6 +54,10 @@ class ChatSource(Protocol):
         """The models that can be chosen by `name`."""
         ...
 
+    def routing_counts(self) -> list[list[int]]:
+        """By MoE layer and expert, how often measured steps chose it; empty: unknown."""
+        ...
+
     def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """The parts of an answer, about one per token."""
         ...
@@ -73,6 +77,12 @@ class LocalChat:
     def list_models(self) -> list[str]:
         """See `ChatSource`."""
         return [self.name]
+
+    def routing_counts(self) -> list[list[int]]:
+        """See `ChatSource`."""
+        from ..server.cluster_view import routing_counts
+
+        return routing_counts(self._model.plan, self._model.group.step_timings.routed)
 
     def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """See `ChatSource`."""
@@ -124,6 +134,12 @@ class RemoteChat(RemoteServer):
     def list_models(self) -> list[str]:
         """See `ChatSource`."""
         return list(self._context_lengths)
+
+    def routing_counts(self) -> list[list[int]]:
+        """See `ChatSource`. A server that is not Cenacle's has none."""
+        with self._translate_errors():
+            view = self.get("/cluster", {"model": self.name} if self.name else None)
+        return [[int(n) for n in row] for row in view.get("routing", {}).get("counts", [])]
 
     def answer(self, messages: list[Message], settings: ChatSettings) -> Iterator[OutputPart]:
         """See `ChatSource`."""
