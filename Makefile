@@ -18,9 +18,10 @@ demo: install
 	$(BIN)/cenacle demo --nodes 2
 
 # In three processes, a file in one of them: tests that start several ranks often wait for them.
-# Beside them those with hosts, which wait for deadlines of seconds, one file after the other.
-test: install lint
-	@$(MAKE) --no-print-directory --jobs 2 test-others test-hosts
+# Beside them those with hosts, which wait for deadlines of seconds, one file after the other; and
+# lint, which uses one core.
+test: install
+	@$(MAKE) --no-print-directory --jobs 3 lint test-others test-hosts
 
 test-others:
 	MAKEFLAGS= $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
