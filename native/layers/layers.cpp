@@ -64,11 +64,13 @@ thread_local Buffer<float> scratch, wide;
 thread_local Prepared first_input, second_input, hidden_input;
 thread_local Buffer<float> hidden_values, parts;
 
-// Rows for one task. With many tokens as many as stay in a cache. With few, memory binds, and what is read
-// in one go should be long: kernels ask for lines ahead, and those beyond a task's end are read in vain.
+// Rows for one task, where a matrix meets `tokens` tokens (one of a stack: on average). With many as many as stay in a
+// cache. With few, memory binds, and what is read in one go should be long: kernels ask for lines ahead, and those beyond
+// a task's end are read in vain.
+constexpr int64_t FEW_TOKENS = 8;
 int64_t chunk(int64_t rows, int64_t most, int64_t tokens) {
   const int64_t threads = WorkerPool::get().threads();
-  if (tokens > 4) return std::clamp<int64_t>(rows / (8 * threads) / 16 * 16, 32, most);
+  if (tokens > FEW_TOKENS) return std::clamp<int64_t>(rows / (8 * threads) / 16 * 16, 32, most);
   if (threads == 1) return rows;
   return std::max<int64_t>(32, (rows / (4 * threads) + 15) / 16 * 16);
 }
@@ -125,8 +127,8 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
     a1 = second_input.make(kernels, e.in[1].matrix, x, tokens);
   float* h = hidden_values.get(mine * hidden);
 
-  const int64_t work = int64_t(active.size());
-  const int64_t size = std::min(hidden, chunk(hidden * work, 64, tokens)), chunks = (hidden + size - 1) / size;
+  const int64_t work = int64_t(active.size()), each = (mine + work - 1) / work;  // experts, and tokens of one of them
+  const int64_t size = std::min(hidden, chunk(hidden * work, 64, each)), chunks = (hidden + size - 1) / size;
   WorkerPool::get().run(work * chunks, [&](int64_t i) {
     const int64_t expert = active[i / chunks], first = i % chunks * size;
     const int64_t last = std::min(hidden, first + size), n = last - first;
@@ -152,7 +154,7 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
   });
 
   const Activations ah = hidden_input.make(kernels, e.down.matrix, h, mine);
-  const int64_t down = std::min(width, chunk(width * work, 128, tokens)), downs = (width + down - 1) / down;
+  const int64_t down = std::min(width, chunk(width * work, 128, each)), downs = (width + down - 1) / down;
   WorkerPool::get().run(work * downs, [&](int64_t i) {
     const int64_t expert = active[i / downs], first = i % downs * down;
     const int64_t last = std::min(width, first + down);
