@@ -344,6 +344,22 @@ def _copy(layer: nn.Module, arrays) -> nn.Module:
     return twin
 
 
+@pytest.mark.parametrize(
+    "tokens", [1, 4, 8, 40]
+)  # few and many for an expert: tasks of other lengths
+def test_experts_give_the_same_bits_on_every_number_of_threads(kernels, threads, tokens):
+    mx.random.seed(7)
+    experts = SwitchGLU(128, 416, COUNT)
+    nn.quantize(experts, group_size=32, bits=4)
+    part = NativeExperts(experts, range(COUNT), COUNT, 0, StepTimer())
+    x, ids = normal(1, tokens, 128), mx.random.randint(0, COUNT, (1, tokens, 2)).astype(mx.uint32)
+    seen = []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        seen.append(np.array(part(x, ids)).tobytes())
+    assert all(s == seen[0] for s in seen)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kind", "act"), KINDS)
 def test_every_activation(kernels, kind, act, bias):
