@@ -103,10 +103,10 @@ def test_without_a_clock_nothing_changes():
     assert control.propose() == control.limit == DraftLengthController.INITIAL_TOKENS
 
 
-def run_group(control, acceptances, cost, steps) -> float:
+def run_group(control, acceptances, cost, steps, begin_cost=1.1) -> float:
     """Speed relative to no drafts of requests with given acceptances, by a simulated clock.
 
-    Each time that drafting begins, one step is lost, and one makes no drafts.
+    Each time that drafting begins, `begin_cost` steps are lost, and one makes no drafts.
     """
     dice, requests = random.Random(2), len(acceptances)
     control.select(requests)
@@ -117,8 +117,8 @@ def run_group(control, acceptances, cost, steps) -> float:
         elif not is_drafting and control.limit and control.is_timed and passes != 128:
             is_drafting, passes = True, 0
             control.begin(requests)
-            control.on_empty_pass(1.1)
-            tokens, seconds = tokens + 1, seconds + 2.1
+            control.on_first_pass(1 + begin_cost, 1)
+            tokens, seconds = tokens + 1, seconds + 1 + begin_cost
             continue
         if not is_drafting:
             passes = 0
@@ -153,6 +153,14 @@ def test_drafts_of_several_requests_are_as_long_as_pays(
     control = GroupLengthController()
     gain = run_group(control, acceptances, lambda k: 1.2 + cost_per_token * k, steps)
     assert gain > (min_gain if steps == 3000 or min_gain < 1 else 0.75 * min_gain)
+
+
+@pytest.mark.parametrize(("acceptance", "min_gain"), [(0.0, 0.95), (0.3, 0.95), (0.9, 2.0)])
+def test_what_it_costs_to_begin_is_paid_for(acceptance, min_gain):
+    """As with small models, whose caches take long to move beside a step."""
+    control = GroupLengthController()
+    gain = run_group(control, (acceptance,) * 4, lambda k: 1.2 + 0.2 * k, 2000, begin_cost=5)
+    assert gain > min_gain
 
 
 def test_times_are_those_of_as_many_requests():

@@ -98,7 +98,7 @@ class GroupDecoder:
         self._empty_passes = self._passes = self._plain_left = 0
         self._names: tuple[str, ...] = ()  # of the last step
         self._last_call_at = 0.0
-        self._timed = False
+        self._timed = self._is_first = False
         self._wants_release = False
 
     @property
@@ -178,7 +178,7 @@ class GroupDecoder:
         if self._drafter is not None and self._uses_model:
             self._drafter.take(generations)
         self._empty_passes = self._passes = 0
-        self._timed = self._wants_release = False
+        self._is_first, self._wants_release = True, False
         self._control.begin(len(self.generations))
 
     def release(self) -> list[tuple[Generation, list[Any]]]:
@@ -375,8 +375,11 @@ class GroupDecoder:
     def _record_time(self, count: int, tokens: float) -> None:
         now, measured = self._clock(), self._timer.running
         if self._timed and not measured:
-            if count:
+            if self._is_first:
+                self._control.on_first_pass(now - self._last_call_at, tokens)
+            elif count:
                 self._control.on_step_time(count, now - self._last_call_at, tokens)
             else:
                 self._control.on_empty_pass(now - self._last_call_at)
         self._last_call_at, self._timed, self._names = now, not measured, ()
+        self._is_first = False

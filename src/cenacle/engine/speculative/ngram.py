@@ -249,12 +249,15 @@ class GroupLengthController(DraftLengthController):
     """Chooses the length of drafts in passes for several requests.
 
     Steps are timed by the number of requests. Each request has an acceptance of its own, which
-    begins as that of all. Beginning to draft costs a step, which the account pays for.
+    begins as that of all. Beginning to draft and ending cost steps: a debt that the account pays
+    off part by part while drafts are made, and all of it when they end.
     """
 
     BUDGET = 0.03  # a try that fails costs steps, not parts of one
     INITIAL_CREDIT = 1.0
-    BEGIN_COST = 1.0
+    END_COST = 1.0
+    MAX_BEGIN_COST = 6.0  # steps; one that waited for something else says nothing
+    PAID_PER_PASS = 0.25  # steps of the debt
     PRIOR = 2.0  # tokens that the acceptance of all counts as, for one request
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -279,7 +282,7 @@ class GroupLengthController(DraftLengthController):
         """Begin to draft."""
         self.select(requests)
         self._counts = [(0.0, 0.0)] * requests
-        self._debt = self.BEGIN_COST
+        self._debt = self.END_COST
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with some of the requests."""
@@ -306,6 +309,26 @@ class GroupLengthController(DraftLengthController):
             sum(accepted < drafted for drafted, accepted in drafts),
             proposal,
         )
+        if not self.limit:
+            self._pay(self._debt)
+
+    def _pay(self, steps: float) -> None:
+        self._credit -= min(steps, self._debt)
+        self._debt -= min(steps, self._debt)
+
+    def on_first_pass(self, seconds: float, tokens: float) -> None:
+        """Count the pass in which drafting began."""
+        plain_s = self._step_s.get(0)
+        if plain_s is not None:
+            self._debt += max(min(seconds / plain_s, self.MAX_BEGIN_COST) - tokens, 0.0)
+
+    def propose(self, min_tokens_per_s: float = 0.0) -> int:
+        """See `DraftLengthController`; a pause lasts until the debt is paid off too."""
+        proposal = super().propose(min_tokens_per_s)
+        if 0 < proposal <= self.MAX_TOKENS or not self._debt:
+            return proposal
+        missing = max(self.PROBE_COST - self._credit + self._debt, 0.0)
+        return self.MAX_TOKENS + math.ceil(missing / self.BUDGET)
 
     def on_empty_pass(self, seconds: float) -> None:
         """Count a pass in which nothing was drafted."""
@@ -314,8 +337,7 @@ class GroupLengthController(DraftLengthController):
     def on_step_time(self, drafted: int, seconds: float, tokens: float = 1) -> None:
         """See `DraftLengthController`."""
         if drafted:
-            self._credit -= self._debt
-            self._debt = 0.0
+            self._pay(self.PAID_PER_PASS)
         super().on_step_time(drafted, seconds, tokens)
 
     def _expected_tokens(self, p: float, drafted: int) -> float:
