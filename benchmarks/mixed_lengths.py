@@ -2,7 +2,7 @@
 
     python benchmarks/mixed_lengths.py MODEL [--lengths 32 8192] [--steps 12]
 
-Caches are filled with random numbers. Steps with mlx-lm's batch caches, which pad every stream to
+Caches are filled with one number. Steps with mlx-lm's batch caches, which pad every stream to
 the longest, and with `StreamCaches` take turns; also each length alone, and all streams as short as
 the shortest; and what it costs when a short stream joins, with the bytes of all caches then. Times
 are this process's processor time, milliseconds a step, the median; the last line is JSON.
@@ -35,7 +35,7 @@ def fill_caches(model: nn.Module, length: int) -> list[Any]:
         for name in ("keys", "values"):
             like = getattr(cache, name)
             shape = (1, like.shape[1], length, like.shape[3])
-            setattr(cache, name, mx.random.normal(shape).astype(like.dtype))
+            setattr(cache, name, mx.full(shape, 0.1, like.dtype))
         cache.offset = length
     mx.eval([cache.state for cache in caches])
     return caches
