@@ -101,13 +101,17 @@ def print_json(value: Any) -> None:
 
 
 def wide_console(fallback_width: int = FALLBACK_WIDTH) -> Console:
-    """A console on stdout: as wide as the terminal; in a pipe as `COLUMNS` says, as with `--help`,
-    or else `fallback_width` columns."""
-    width = None
-    if not sys.stdout.isatty():
-        given = os.environ.get("COLUMNS", "")
-        width = int(given) if given.isdecimal() and int(given) > 0 else fallback_width
-    return PipeConsole(width=width, highlight=False)
+    """A console on stdout: as wide as the terminal, or `fallback_width` columns in a pipe."""
+    return PipeConsole(width=None if sys.stdout.isatty() else fallback_width, highlight=False)
+
+
+def given_width(default: int = FALLBACK_WIDTH) -> int:
+    """Columns that `COLUMNS` gives a table in a pipe, or `default`.
+
+    Only for tables that fold: GNU readline sets it to 80 for all that its program starts.
+    """
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else default
 
 
 def write_text(path: Path, text: str, option: str) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..errors import InputError
 from .command import command
-from .console import print_json, report, wide_console
+from .console import given_width, print_json, report, wide_console
 from .options import JsonOutput
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def list_keys(json_output: JsonOutput = False) -> None:
     for row in rows:
         row["models"] = " ".join(row["models"]) or None
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    wide_console().print(table)
+    wide_console(given_width()).print(table)
 
 
 @command(app, example="cenacle keys remove alice")
