@@ -163,14 +163,18 @@ class Streaming:
         cluster: of which it is asked.
         tokens: at most so many.
         path: OpenAI's chat, or Anthropic's messages: that answer is a list of numbers.
+        temperature: above 0 the text does not repeat itself, so drafts do not end it early.
     """
 
-    def __init__(self, cluster: Cluster, tokens: int = 200, path: str = CHAT) -> None:
+    def __init__(
+        self, cluster: Cluster, tokens: int = 200, path: str = CHAT, temperature: float = 0.0
+    ) -> None:
         self.text, self.times = "", []
         self.error, self.truncated = "", False  # what the server said; whether it broke off
         self._host = cluster.a.name
         self.last: dict[str, Any] = {}
-        self._path, self._body = path, chat_body(tokens=tokens, stream=True)
+        self._path = path
+        self._body = chat_body(tokens=tokens, stream=True, temperature=temperature)
         if path == MESSAGES:
             del self._body["logit_bias"]
             form = {"format": {"type": "json_schema", "schema": NUMBERS}}

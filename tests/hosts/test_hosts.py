@@ -240,8 +240,10 @@ def flip(folder: Path) -> None:
 
 
 def test_a_head_that_is_ended_tells_its_clients_and_agents_wait_for_it(cluster):
-    streams = [Streaming(cluster, 600, path).wait_for_start() for path in (CHAT, MESSAGES)]
     before = cluster.status(cluster.b)["group_id"]
+    streams = [Streaming(cluster, 900, path, temperature=1.0) for path in (CHAT, MESSAGES)]
+    for stream in streams:
+        stream.wait_for_start()
     supervisor, _ = sorted(cluster.a.pids(UP))  # the one that was started first
     os.kill(supervisor, signal.SIGTERM)
     for stream in streams:
