@@ -356,21 +356,25 @@ def test_an_answer_with_drafts_goes_on_and_a_rank_without_memory_is_named(served
     stream = Streaming(served, name)  # by itself, so tokens are drafted
     pid = pids_of(served)[1]
 
-    messages = [{"role": "user", "content": "12 + 30? " * 80}]
-    hungry = threading.Thread(
-        target=served.post, kwargs={"json": {"messages": messages, "max_tokens": 2, "n": 8}}
-    )
+    # Prompts beside an answer are read in small chunks: what needs memory is many caches.
+    bodies = [
+        {"messages": [{"role": "user", "content": f"{i} + 30? " * 80}], "max_tokens": 2, "n": 8}
+        for i in range(11, 17)
+    ]
+    hungry = [threading.Thread(target=served.post, kwargs={"json": body}) for body in bodies]
 
     def starve() -> None:
-        """No more memory for a rank, and a prompt that needs some."""
+        """No more memory for a rank, and prompts that need some."""
         size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
-        hungry.start()
+        for thread in hungry:
+            thread.start()
 
     reason = recovers(served, [stream], starve)
     assert "rank 1" in reason
     assert "memory" in reason
     assert stream.result() == undisturbed.told
     assert stream.logprobs == pytest.approx(undisturbed.logprobs, abs=1e-4)
-    hungry.join(300)
+    for thread in hungry:
+        thread.join(300)
     assert drafted(served) > before

@@ -34,6 +34,7 @@ class FakeGroup:
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.step_timings, self.draft_stats = StepTimings(), DraftStats()
         self.observers, self.last_message_s, self.memory = [], [], []
+        self.cache_bytes = 0
 
     def submit(self, request, sink):
         sink(TokenEvent(request.id, 7, "stop"))
