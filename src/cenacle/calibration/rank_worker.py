@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -119,9 +120,33 @@ class RankPool:
         for channel in self._ranks.channels:
             channel.send(RunJob(name, arguments).to_json())
         ends = time.monotonic() + timeout_s
-        return [self._result(rank, name, ends) for rank in range(self._ranks.nodes)]
+        # All are read at once: heartbeats that nobody reads fill a channel within a minute, and the
+        # rank that sends them stands still.
+        outcomes: SimpleQueue[tuple[int, JobResult | RankFailure | ClusterError | None]] = (
+            SimpleQueue()
+        )
 
-    def _result(self, rank: int, name: str, ends: float) -> Any:
+        def receive(rank: int) -> None:
+            outcomes.put((rank, self._receive(rank, ends)))
+
+        for rank in range(self._ranks.nodes):
+            threading.Thread(target=receive, args=(rank,), daemon=True).start()
+        results = {}
+        for _ in range(self._ranks.nodes):
+            rank, outcome = outcomes.get()
+            match outcome:
+                case JobResult():
+                    results[rank] = outcome.result
+                case RankFailure():
+                    raise outcome.to_error(f"rank {rank}: ")
+                case ClusterError():
+                    raise self._ranks.blame(rank, str(outcome)) from outcome
+                case None:
+                    raise self._ranks.blame(rank, f"did not finish {name} in time")
+        return [results[rank] for rank in range(self._ranks.nodes)]
+
+    def _receive(self, rank: int, ends: float) -> JobResult | RankFailure | ClusterError | None:
+        """What a rank's job came to; None: nothing in time."""
         while time.monotonic() < ends:
             try:
                 message = parse(
@@ -130,12 +155,10 @@ class RankPool:
             except ChannelTimeout:
                 break
             except ClusterError as error:
-                raise self._ranks.blame(rank, str(error)) from error
-            if isinstance(message, RankFailure):
-                raise message.to_error(f"rank {rank}: ")
-            if isinstance(message, JobResult):
-                return message.result
-        raise self._ranks.blame(rank, f"did not finish {name} in time")
+                return error
+            if isinstance(message, JobResult | RankFailure):
+                return message
+        return None
 
     def __enter__(self) -> RankPool:
         """The pool itself."""
