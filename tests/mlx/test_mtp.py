@@ -92,7 +92,7 @@ def test_it_reads_the_hidden_state_of_the_token_before(checkpoints, monkeypatch)
 
     def check(self, *arguments):
         expected = model.model(mx.array([self._text[:-1]]))[0, -1]
-        differences.append(float(mx.abs(self._states.last(1)[0] - expected).max()))
+        differences.append(float(mx.abs(self.states.last(1)[0] - expected).max()))
         return draft(self, *arguments)
 
     monkeypatch.setattr(MtpProposer, "_draft", check)

@@ -82,7 +82,7 @@ def test_a_chunk_of_a_prompt_shares_the_pass_of_the_streams(model):
     shared.add(PROMPT[1:3], prompts[1])
     logits = shared(mx.array([[4], [8]]), cache=together)
     assert logits.shape[:2] == (2, 1)
-    assert not shared.waits
+    assert not shared.has_chunks
     expected = [model(mx.array([[t]]), cache=c) for t, c in zip((4, 8), alone, strict=True)]
     assert mx.abs(logits - mx.concatenate(expected)).max() < TOLERANCE
     model(mx.array([chunk]), cache=prompt_alone)

@@ -394,7 +394,7 @@ class ContinuousBatch(Batch):
 
     def _read_waiting_chunks(self) -> None:
         """In a pass of their own: prompts go on, or no stream had a pass."""
-        if self._streams is not None and self._streams.waits:
+        if self._streams is not None and self._streams.has_chunks:
             with mx.stream(generation_stream):
                 self._streams.read()
 

@@ -4,8 +4,8 @@ Owns: `StreamCaches`, a layer's caches of several streams, as mlx-lm's `BatchGen
 caches; attention that goes through each stream's own cache; `SharedPass`.
 Does not know: requests, ranks, which models can have them (`stream_support.py`), what a
 stream's cache keeps: it is mlx-lm's own.
-Why: mlx-lm's batch cache pads every stream to the longest, and copies all when one comes or goes
-or 256 tokens have passed: beside a stream of 8,192 tokens one of 32 costs as much.
+Why: mlx-lm's batch cache keeps every stream as long as the longest, and copies all when one comes
+or goes or 256 tokens have passed. Beside a stream of 8,192 tokens one of 32 takes as much memory.
 Invariant: attention of a stream sees what it sees when the stream is alone. Such a cache returns
 the new keys and values as they are, as tickets: attention that is called with them attends through
 the caches instead.
@@ -196,7 +196,7 @@ class SharedPass:
         self._chunks: list[tuple[list[int], list[Any]]] = []
 
     @property
-    def waits(self) -> bool:
+    def has_chunks(self) -> bool:
         """Whether a chunk was not read yet."""
         return bool(self._chunks)
 

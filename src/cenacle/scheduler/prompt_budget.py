@@ -51,8 +51,8 @@ class PromptBudget:
             return 0
         if self._last is not None:  # else nobody times steps
             self._steps_with_prompt += 1
-            often = REFRESH_STEPS if answers in self._decode_s else FIRST_REFRESH_STEPS
-            if self._steps_with_prompt > often:
+            refresh_steps = REFRESH_STEPS if answers in self._decode_s else FIRST_REFRESH_STEPS
+            if self._steps_with_prompt > refresh_steps:
                 self._steps_with_prompt, self._decode_steps = 0, DECODE_STEPS - 1
                 return 0
         decode_s = self._estimate_decode_s(answers)

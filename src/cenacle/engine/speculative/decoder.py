@@ -88,6 +88,14 @@ class Generation:
         """Of the next token in the output, including output before a restart of the group."""
         return self.request.resumed_tokens + len(self.output)
 
+    def cut_draft(self, draft: list[int]) -> list[int]:
+        """A draft without what cannot be accepted: more than may still be generated, what follows
+        a stop token, what breaks the grammar."""
+        draft = draft[: self.remaining - 1]
+        stop_tokens = self.request.stop_tokens
+        end = next((i + 1 for i, token in enumerate(draft) if token in stop_tokens), len(draft))
+        return draft[: self.sampling.allowed_prefix(self.tokens, draft[:end])]
+
     def append(self, token: int) -> TokenEvent:
         """Append a generated token; returns its event."""
         self.output.append(token)
@@ -272,10 +280,7 @@ class SpeculativeDecoder:
             sample = generation.sampling.sampler.sample
             draft = self._draft_model.propose(unread, count, sample, generation.position)
             self._timer.lap("drafting")
-        stop_tokens = generation.request.stop_tokens
-        stops = [i for i, token in enumerate(draft) if token in stop_tokens]
-        draft = draft[: stops[0] + 1] if stops else draft
-        draft = draft[: generation.sampling.allowed_prefix(generation.tokens, draft)]
+        draft = generation.cut_draft(draft)
         if not draft:
             self._truncate_draft_model(generation.length)
         return draft

@@ -285,14 +285,8 @@ class DraftModelProposer:
         model: nn.Module | None,
         vocab_size: int,
     ) -> None:
-        self.parts: dict[str, Any] = {
-            "config": config,
-            "collective": collective,
-            "model": model,
-            "vocab_size": vocab_size,
-        }
-        self._config, self._collective, self._model = config, collective, model
-        self._vocab_size = vocab_size
+        self.config, self.collective, self.model = config, collective, model
+        self.vocab_size = vocab_size
         self._tokens: list[int] = []  # in the cache
         self._caches: list[Any] = make_prompt_cache(model) if model is not None else []
 
@@ -303,7 +297,7 @@ class DraftModelProposer:
 
     def fits_context(self, length: int) -> bool:
         """Whether it can read a text of so many tokens."""
-        return self._config.context_length is None or length <= self._config.context_length
+        return self.config.context_length is None or length <= self.config.context_length
 
     def reset(self, text: Sequence[int]) -> None:
         """Start a text; keep the common prefix with the last one, without the final token."""
@@ -320,7 +314,7 @@ class DraftModelProposer:
     def clear(self) -> None:
         """Forget the text, and free the cache."""
         self._tokens = []
-        self._caches = make_prompt_cache(self._model) if self._model is not None else []
+        self._caches = make_prompt_cache(self.model) if self.model is not None else []
 
     @property
     def is_ready(self) -> bool:
@@ -336,8 +330,8 @@ class DraftModelProposer:
 
     def read(self, new_tokens: Sequence[int]) -> None:
         """Read more of the text without drafting."""
-        if self._model is not None:
-            self._model(self._input(new_tokens), cache=self._caches)
+        if self.model is not None:
+            self.model(self._input(new_tokens), cache=self._caches)
             mx.eval([cache.state for cache in self._caches])
         self._tokens += new_tokens
 
@@ -355,22 +349,22 @@ class DraftModelProposer:
             sample: see `SampleToken`.
             position: of the first drafted token in the output.
         """
-        if self._model is None:
+        if self.model is None:
             drafted = mx.zeros((count,), dtype=mx.uint32)
         else:
             token, samples = self._input(new_tokens), []
             for i in range(count):
-                logits = self._model(token, cache=self._caches)[:, -1]
-                logits = fit_vocabulary(logits, self._vocab_size)
+                logits = self.model(token, cache=self._caches)[:, -1]
+                logits = fit_vocabulary(logits, self.vocab_size)
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 samples.append(sample(logprobs, position + i))
                 token = samples[-1][None]
             drafted = mx.concatenate(samples).astype(mx.uint32)
-        draft = [int(t) for t in np.asarray(self._collective.broadcast_from(0, drafted))]
+        draft = [int(t) for t in np.asarray(self.collective.broadcast_from(0, drafted))]
         self._tokens += [*new_tokens, *draft[:-1]]
         return draft
 
     def _input(self, tokens: Sequence[int]) -> mx.array:
         """[1, tokens]; ids beyond its vocabulary, which no text contains, become the last id."""
-        last = self._config.vocab_size - 1
+        last = self.config.vocab_size - 1
         return mx.array([[min(t, last) for t in tokens]])

@@ -127,15 +127,12 @@ class GroupDecoder:
         """
         self._observe(generations)
         self._control.on_undrafted()
-        if self._drafter is not None and not self._drafter.read_ahead(generations):
-            is_read = False
-        else:
-            is_read = self._drafter is not None
+        has_model = self._drafter is not None and self._drafter.read_ahead(generations)
         if not self._may_begin() or min(g.remaining for g in generations) < 2:
             return False
-        self._uses_model = is_read
+        self._uses_model = has_model
         proposals = sum(self._texts[g.request.id].ngrams.has_proposal for g in generations)
-        return is_read or 2 * proposals >= len(generations)
+        return has_model or 2 * proposals >= len(generations)
 
     def _observe(self, generations: Sequence[Generation]) -> None:
         """Time a plain step, and read its tokens."""
@@ -280,32 +277,24 @@ class GroupDecoder:
     def _propose(self, count: int) -> tuple[list[list[int]], list[bool]]:
         """A draft of each request, cut before what cannot be accepted, and whose it is."""
         generations, drafter = self.generations, self._drafter
-        none: list[list[int]] = [[] for _ in generations]
+        drafts: list[list[int]] = [[] for _ in generations]
         if count < 1:
-            return none, [False] * len(none)
+            return drafts, [False] * len(drafts)
         has_model = drafter is not None and self._uses_model and drafter.is_ready(count)
         from_text = []
         for generation in generations:
             text = self._texts[generation.request.id]
-            better = not has_model or text.share >= self._model_source.share
-            from_text.append(text.ngrams.has_proposal and better)
-        drafts = none
+            is_better = not has_model or text.share >= self._model_source.share
+            from_text.append(text.ngrams.has_proposal and is_better)
         if has_model and not all(from_text):
             assert drafter is not None
             drafts = drafter.propose(generations, count)
             self._timer.lap("drafting")
         drafts = [
-            self._cut(g, self._texts[g.request.id].ngrams.propose(count) if own else draft)
+            g.cut_draft(self._texts[g.request.id].ngrams.propose(count) if own else draft)
             for g, own, draft in zip(generations, from_text, drafts, strict=True)
         ]
         return drafts, [not own and has_model for own in from_text]
-
-    def _cut(self, generation: Generation, draft: list[int]) -> list[int]:
-        draft = draft[: generation.remaining - 1]
-        stop_tokens = generation.request.stop_tokens
-        end = next((i + 1 for i, token in enumerate(draft) if token in stop_tokens), len(draft))
-        draft = draft[:end]
-        return draft[: generation.sampling.allowed_prefix(generation.tokens, draft)]
 
     def _verify(self, drafts: list[list[int]], by_model: list[bool]) -> list[list[TokenEvent]]:
         """Run the model on all drafts; the accepted tokens of each request and one more."""

@@ -19,21 +19,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ...collective.base import Collective
-from ...model.mtp import MtpHead, at_places
+from ...model.mtp import at_places
 from ..cache.ragged_cache import drop_last, extract_sequence, keep_sequences, merge_ragged
 from .draft_model import (
     MAX_UNREAD_TOKENS,
     READ_TOKENS,
-    DraftModelConfig,
     DraftModelProposer,
     fit_vocabulary,
 )
-from .mtp import KEPT_TOKENS, HiddenStates, MtpProposer
+from .mtp import KEPT_TOKENS, MtpProposer
 
 if TYPE_CHECKING:
     from .decoder import Generation
@@ -133,20 +131,12 @@ class GroupDraftModel(GroupDrafter):
     """A draft model for several requests.
 
     Args:
-        alone: the same for a single request.
-        model: on rank 0; None on the others.
+        alone: the same for a single request, with the same model.
     """
 
-    def __init__(
-        self,
-        alone: DraftModelProposer,
-        config: DraftModelConfig,
-        collective: Collective,
-        model: nn.Module | None,
-        vocab_size: int,
-    ) -> None:
-        super().__init__(collective, vocab_size, config.context_length)
-        self._alone, self._config, self._model = alone, config, model
+    def __init__(self, alone: DraftModelProposer) -> None:
+        super().__init__(alone.collective, alone.vocab_size, alone.config.context_length)
+        self._alone, self._config, self._model = alone, alone.config, alone.model
         self._kept: dict[str, tuple[int, list[Any]]] = {}  # tokens that were read, and the caches
         self._lengths: list[int] = []
         self._caches: list[Any] = []
@@ -245,20 +235,12 @@ class GroupMtp(GroupDrafter):
     It begins to read when the group does, as `MtpProposer` with one request.
 
     Args:
-        head: on rank 0; None on the others.
-        states: where the served model records its passes.
+        alone: the same for a single request, with the same layer.
     """
 
-    def __init__(
-        self,
-        collective: Collective,
-        head: MtpHead | None,
-        states: HiddenStates,
-        vocab_size: int,
-        context_length: int | None = None,
-    ) -> None:
-        super().__init__(collective, vocab_size, context_length)
-        self._head, self._states = head, states
+    def __init__(self, alone: MtpProposer) -> None:
+        super().__init__(alone.collective, alone.vocab_size, alone.context_length)
+        self._head, self._states = alone.head, alone.states
         self._caches: list[Any] = []
         self._read: list[int] = []  # tokens in each cache
         self._unread: list[list[mx.array]] = []  # of each request: [n, width], ..., on rank 0
@@ -364,5 +346,5 @@ class GroupMtp(GroupDrafter):
 def make_group_drafter(drafter: DraftModelProposer | MtpProposer) -> GroupDrafter:
     """For several requests what `drafter` is for one; they share the model."""
     if isinstance(drafter, MtpProposer):
-        return GroupMtp(**drafter.parts)
-    return GroupDraftModel(drafter, **drafter.parts)
+        return GroupMtp(drafter)
+    return GroupDraftModel(drafter)

@@ -115,15 +115,8 @@ class MtpProposer:
         vocab_size: int,
         context_length: int | None = None,
     ) -> None:
-        self.parts: dict[str, Any] = {
-            "collective": collective,
-            "head": head,
-            "states": states,
-            "vocab_size": vocab_size,
-            "context_length": context_length,
-        }
-        self._collective, self._head, self._states = collective, head, states
-        self._vocab_size = vocab_size
+        self.collective, self.head, self.states = collective, head, states
+        self.vocab_size, self.context_length = vocab_size, context_length
         self._text: list[int] = []
         self._caches: list[Any] = []
         self._next = 0  # position of the hidden state that the layer reads next, on rank 0
@@ -140,16 +133,16 @@ class MtpProposer:
     @property
     def is_ready(self) -> bool:
         """Whether the model has left a hidden state behind since the text was started."""
-        return len(self._states) > 0
+        return len(self.states) > 0
 
     def recording(self) -> AbstractContextManager[None]:
         """See `HiddenStates`."""
-        return self._states.recording()
+        return self.states.recording()
 
     def reset(self, text: Sequence[int]) -> None:
         """Start a text, of which the model has seen all but the last token."""
         self._text = list(text)
-        self._states.clear()
+        self.states.clear()
         self._next = len(text)  # nothing is known yet
 
     def truncate(self, length: int) -> None:
@@ -158,7 +151,7 @@ class MtpProposer:
 
     def drop_states(self, count: int) -> None:
         """Forget the hidden states of the last tokens that the model has seen."""
-        self._states.drop(count)
+        self.states.drop(count)
 
     def read(self, new_tokens: Sequence[int]) -> None:
         """Learn more of the text without drafting."""
@@ -170,9 +163,9 @@ class MtpProposer:
         """Draft the next `count` tokens; see `DraftModelProposer.propose`."""
         self._text += new_tokens
         drafted = mx.zeros((count,), dtype=mx.uint32)
-        if self._head is not None:
-            drafted = mx.concatenate(self._draft(self._head, count, sample, position))
-        drafted = self._collective.broadcast_from(0, drafted.astype(mx.uint32))
+        if self.head is not None:
+            drafted = mx.concatenate(self._draft(self.head, count, sample, position))
+        drafted = self.collective.broadcast_from(0, drafted.astype(mx.uint32))
         draft = [int(t) for t in np.asarray(drafted)]
         self._text += draft[:-1]
         return draft
@@ -181,15 +174,15 @@ class MtpProposer:
         self, head: MtpHead, count: int, sample: SampleToken, position: int
     ) -> list[mx.array]:
         seen = len(self._text) - 1
-        first = seen - len(self._states)
+        first = seen - len(self.states)
         if not self._caches or self._next < first or self._next >= seen:
             self._next, self._caches = first, make_prompt_cache(head.model)
         unread = seen - self._next
-        ids, hidden = mx.array([self._text[-unread:]]), self._states.last(unread)[None]
+        ids, hidden = mx.array([self._text[-unread:]]), self.states.last(unread)[None]
         samples: list[mx.array] = []
         for i in range(count):
             logits, states = head(ids, hidden, self._caches)
-            logits = fit_vocabulary(logits, self._vocab_size)
+            logits = fit_vocabulary(logits, self.vocab_size)
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             samples.append(sample(logprobs, position + i))
             ids, hidden = samples[-1][None], states[:, -1:]
