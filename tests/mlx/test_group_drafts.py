@@ -3,6 +3,7 @@ requests without drafts. Layers of real families, one process too; on two nodes:
 tests/ranks/test_mtp_layers.py."""
 
 import random
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -23,6 +24,7 @@ from cenacle.engine.cache.ragged_cache import (
 )
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
+from cenacle.engine.speculative.decoder import Generation
 from cenacle.engine.speculative.draft_model import (
     DraftModelConfig,
     DraftModelProposer,
@@ -259,3 +261,19 @@ def test_a_layer_of_the_checkpoint_drafts_for_several(tmp_path, family):
     drafts = results[1][1]
     assert drafts.by_model_accepted > 0.1 * drafts.by_model > 0
     assert results[1][2] < results[0][2]
+
+
+@pytest.mark.parametrize(
+    ("draft", "cut"),
+    [([5, 6, 7, 8], [5, 6, 7]), ([5, 9, 6], [5, 9]), ([5, 1, 6], [5]), ([], [])],
+)
+def test_a_draft_ends_with_what_can_be_accepted(draft, cut):
+    """Four tokens may follow, the last of which is not drafted; 9 ends the text, 1 is no word."""
+
+    def allowed_prefix(tokens, draft):
+        assert tokens == [2, 3]
+        return next((i for i, token in enumerate(draft) if token == 1), len(draft))
+
+    request = Request("a", (2,), 5, (9,))
+    sampling = SimpleNamespace(allowed_prefix=allowed_prefix)
+    assert Generation(request, sampling, [3]).cut_draft(draft) == cut
