@@ -235,6 +235,7 @@ class Model:
         make_room: MakeRoom | None = None,
         cancel: threading.Event | None = None,
         started: LocalRanks | None = None,
+        while_loading: Callable[[], None] | None = None,
     ) -> Model:
         """Like `cenacle.load`, with the options in one object.
 
@@ -246,12 +247,15 @@ class Model:
             cancel: set to give up; no process is left.
             started: ranks from `LocalRanks.start_early` with these options; ended if this fails.
                 None: it is tried here, unless room has to be made first.
+            while_loading: called in a thread of its own once the ranks load.
         """
         if cluster is None and started is None and make_room is None:
             started = LocalRanks.start_early(options)
         try:
             deployment = resolve(options, cluster, make_room, cancel, with_tokenizer=False)
             with TokenizerLoader(deployment, cancel, isolate_text=isolate_text) as loader:
+                if while_loading is not None:
+                    threading.Thread(target=while_loading, daemon=True).start()
                 group = deployment.launch(progress, report, loader.stop, started=started)
                 try:
                     return cls(replace(deployment, tokenizer=loader.result()), group)

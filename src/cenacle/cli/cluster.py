@@ -31,6 +31,7 @@ from .early_checks import check_model
 from .inference import (
     Endpoint,
     greet,
+    import_server,
     load_model,
     open_server,
     read_models,
@@ -195,7 +196,9 @@ def _serve_cluster(
         return
     (model,) = given
     head.set_status(model=Path(model).name)
-    with load_model(model, load, cluster=cluster, on_message=_report_event) as loaded:
+    with load_model(
+        model, load, cluster=cluster, on_message=_report_event, while_loading=import_server
+    ) as loaded:
         endpoint.serve(loaded, on_started)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -188,8 +189,13 @@ def serve(
             endpoint.serve_models(several, lambda url: report(f"serving {several.title} at {url}"))
             return
         assert model is not None
-        with load_model(model[0], load, plan) as loaded:
+        with load_model(model[0], load, plan, while_loading=import_server) as loaded:
             endpoint.serve(loaded, lambda url: report_serving(loaded, url, endpoint))
+
+
+def import_server() -> None:
+    """Import what answers requests: half a second that is spared once a model is loaded."""
+    import_module("cenacle.server.http_server")
 
 
 def use_log_format(log_format: str) -> None:
@@ -437,6 +443,7 @@ def load_model(
     *,
     cluster: Cluster | None = None,
     on_message: Callable[[str], None] = report,
+    while_loading: Callable[[], None] | None = None,
 ) -> Iterator[Model]:
     """Load a model with progress bars, and report how it runs.
 
@@ -444,7 +451,7 @@ def load_model(
         model: folder or repository.
         arguments: of the command line.
         plan: file with a saved placement.
-        cluster: see `Model.load`.
+        cluster, while_loading: see `Model.load`.
         on_message: where to report.
     """
     from .. import deferred_transformers
@@ -469,6 +476,7 @@ def load_model(
                 report=report,
                 isolate_text=True,
                 started=started,
+                while_loading=while_loading,
             )
     except BaseException:
         if started is not None:
