@@ -12,6 +12,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 from test_speculative_decoder import VOCAB_SIZE, Chain
 
 from cenacle.collective.single import SingleRank
+from cenacle.core.model_config import text_config
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
 from cenacle.core.step import PrefixReuse, PromptChunk, Step
@@ -253,7 +254,7 @@ def test_a_layer_of_the_checkpoint_drafts_for_several(tmp_path, family):
         assert can_be_ragged(model)
         states = HiddenStates()
         record_hidden_states(model, states.record)
-        vocab_size = checkpoint.config["vocab_size"]
+        vocab_size = text_config(checkpoint.config)["vocab_size"]
         head = load_mtp(checkpoint, "auto") if mode != "off" else None
         drafter = MtpProposer(SingleRank(), head, states, vocab_size) if head else None
         results.append(answer(model, requests, mode, drafter))

@@ -5,6 +5,7 @@ tests/ranks/test_mtp_layers.py.
 """
 
 import dataclasses
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -13,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from cenacle.collective.single import SingleRank
+from cenacle.core.model_config import text_config
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
 from cenacle.core.step import PromptChunk, Step
@@ -23,11 +25,17 @@ from cenacle.engine.speculative.mtp import HiddenStates, MtpProposer
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import parallelize
 from cenacle.model.loader import load_rank_model
-from cenacle.model.mtp import MTP_FAMILIES, has_mtp, record_hidden_states
+from cenacle.model.mtp import (
+    MTP_FAMILIES,
+    describe_unused,
+    has_mtp,
+    language_model,
+    record_hidden_states,
+)
 from cenacle.model.slicing import ModelLayout
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
-from support.mtp_checkpoint import write_mtp
+from support.mtp_checkpoint import publish_qwen, write_mtp
 
 PROMPT = (5, 80, 200, 17, 9)
 
@@ -60,7 +68,7 @@ def generate(checkpoint, mode, limit=40, **sampling):
     if mode != "off":
         states = HiddenStates()
         record_hidden_states(model, states.record)
-        vocab_size = checkpoint.config["vocab_size"]
+        vocab_size = text_config(checkpoint.config)["vocab_size"]
         drafter = MtpProposer(SingleRank(), load_mtp(checkpoint, "auto"), states, vocab_size)
     options = EngineOptions(speculative=mode)
     engine = Engine(model, SingleRank(), StepTimer(), options, draft_model=drafter)
@@ -101,31 +109,46 @@ def test_it_reads_the_hidden_state_of_the_token_before(checkpoints, monkeypatch)
     assert max(differences) < 1e-2
 
 
+def reference(checkpoint, family, ids, hidden):
+    """States and logits by mlx-lm's layer over the whole text."""
+    tensors = dict(mx.load(str(checkpoint.files[0])))
+    model, _ = load_model(
+        checkpoint.folder, lazy=True, strict=False, model_config=checkpoint.config
+    )
+    layers, text = len(model.layers), language_model(model)
+    is_qwen = family.startswith("qwen")
+    prefix = "mtp." if is_qwen else f"model.layers.{layers}."
+    embedding = "word_embeddings" if family == "bailing_moe" else "embed_tokens"
+    names = {"qwen": ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")}.get(
+        family[:4], ("enorm", "hnorm", "eh_proj", "final_layernorm")
+    )
+    final = f"{prefix}shared_head.norm.weight"
+    first_norm, second_norm, join, last_norm = (f"{prefix}{name}.weight" for name in names)
+    last_norm = final if final in tensors else last_norm
+    # The last layer is of the kind that drafts.
+    layer = type(model.layers[-1])(text.args, layers - 1)
+    inside = f"{prefix}layers.0." if is_qwen else prefix
+    sanitized = {n: t for n, t in tensors.items() if n.startswith(inside)}
+    layer.load_weights([(n.removeprefix(inside), t) for n, t in sanitized.items()], strict=False)
+
+    def norm(x, name):
+        return mx.fast.rms_norm(x, tensors[name], 1e-6)
+
+    embedded = model.model[embedding](ids)
+    joined = mx.concatenate([norm(embedded, first_norm), norm(hidden, second_norm)], axis=-1)
+    mask = mx.tril(mx.ones((ids.shape[1], ids.shape[1]), dtype=mx.bool_))
+    states = norm(layer(joined @ tensors[join].T, mask, None), last_norm)
+    return states, text.lm_head(states[:, -1])
+
+
 @pytest.mark.parametrize("family", MTP_FAMILIES)
 def test_the_layer_computes_what_mlx_lm_computes(checkpoints, family):
     """Read token by token with a cache, against mlx-lm's layer over the whole text."""
     checkpoint = checkpoints(family, "random")
-    layers = checkpoint.config["num_hidden_layers"]
-    prefix = f"model.layers.{layers}."
-    tensors = dict(mx.load(str(checkpoint.files[0])))
-    taller = {**checkpoint.config, "num_hidden_layers": layers + 1}
-    model, _ = load_model(checkpoint.folder, lazy=True, strict=False, model_config=taller)
-    layer = model.model.layers[layers]
     ids = mx.array([PROMPT])
-    hidden = mx.random.normal(
-        (1, len(PROMPT), checkpoint.config["hidden_size"]), key=mx.random.key(1)
-    )
-
-    def norm(x, name):
-        return mx.fast.rms_norm(x, tensors[prefix + name], 1e-6)
-
-    embedded = tensors[f"{prefix}embed_tokens.weight"][ids]
-    joined = mx.concatenate([norm(embedded, "enorm.weight"), norm(hidden, "hnorm.weight")], axis=-1)
-    mask = mx.tril(mx.ones((len(PROMPT), len(PROMPT)), dtype=mx.bool_))
-    expected = layer(joined @ tensors[f"{prefix}eh_proj.weight"].T, mask, None)
-    expected = norm(expected, "shared_head.norm.weight")
-    logits = expected[:, -1] @ tensors[f"{prefix}shared_head.head.weight"].T
-
+    width = text_config(checkpoint.config)["hidden_size"]
+    hidden = mx.random.normal((1, len(PROMPT), width), key=mx.random.key(1))
+    expected, logits = reference(checkpoint, family, ids, hidden)
     head = load_mtp(checkpoint, "auto")
     caches = make_prompt_cache(head.model)
     states = []
@@ -134,6 +157,21 @@ def test_the_layer_computes_what_mlx_lm_computes(checkpoints, family):
         states.append(state)
     assert mx.allclose(mx.concatenate(states, axis=1), expected, atol=2e-3)
     assert mx.allclose(got, logits, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", [f for f in MTP_FAMILIES if f.startswith("qwen")])
+def test_a_published_layout_gives_the_same_layer(checkpoints, tmp_path, family):
+    """Norms less 1, single or fused experts."""
+    written = checkpoints(family, "random")
+    shutil.copytree(written.folder, tmp_path, dirs_exist_ok=True)
+    published = Checkpoint.open(publish_qwen(tmp_path))
+    hidden = mx.random.normal((1, len(PROMPT), 64), key=mx.random.key(2))
+    results = []
+    for checkpoint in (written, published):
+        head = load_mtp(checkpoint, "mlx")
+        results.append(head(mx.array([PROMPT]), hidden, make_prompt_cache(head.model))[0])
+    assert mx.array_equal(*results)
+    assert mx.max(mx.abs(results[0])).item() > 0.1
 
 
 def test_its_memory_is_known_before_loading(checkpoints):
@@ -153,7 +191,11 @@ def test_the_model_does_not_read_it(checkpoints):
     assert not has_mtp(checkpoint, "qwen3_moe")
     assert not any("layers.3." in name for name in ModelLayout.read(checkpoint).tensors)
     without = {n: t for n, t in checkpoint.tensors.items() if "eh_proj" not in n}
-    assert not has_mtp(dataclasses.replace(checkpoint, tensors=without), "deepseek_v3")
+    broken = dataclasses.replace(checkpoint, tensors=without)
+    assert not has_mtp(broken, "deepseek_v3")
+    assert "(15 tensors) is not used: it is not complete" in describe_unused(broken, "deepseek_v3")
+    assert "drafts with that of mimo_v2" in describe_unused(checkpoint, "mimo_v2")
+    assert describe_unused(checkpoint, "deepseek_v3") is None
 
 
 def test_shared_tensors_come_from_the_model(checkpoints):

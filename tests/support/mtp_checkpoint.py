@@ -1,4 +1,4 @@
-"""Tiny checkpoints with a layer for multi-token prediction, in the published form.
+"""Tiny checkpoints with a layer for multi-token prediction, in the published forms.
 
 The layer is random, or set by hand for a model that is nearly a table of bigrams: its layers'
 outputs are scaled down, so that hidden states are nearly the embeddings of their tokens. A layer
@@ -10,10 +10,20 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from cenacle.core.model_config import text_config
 from cenacle.model.config_catalog import tiny_config
+from cenacle.model.mtp import FORMS
 from cenacle.model.synth import synth
 
-OUTPUTS = ("o_proj", "down_proj")
+OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense")
+LOW_NORMS = (
+    "layernorm",
+    "q_norm",
+    "k_norm",
+    "language_model.norm",
+    "norm_embedding",
+    "norm_hidden",
+)
 
 
 def write_mtp(
@@ -31,31 +41,100 @@ def write_mtp(
         layers: of the served model; None: as many as the family's tiny config has.
     """
     config = tiny_config(family)
-    layers = layers or config["num_hidden_layers"]
-    synth(folder, config={**config, "num_hidden_layers": layers + 1}, dtype="float32", seed=3)
+    text = text_config(config)
+    layers = layers or text["num_hidden_layers"]
+    is_qwen = family.startswith("qwen")
+    # Of Qwen's layers every second is the kind that drafts.
+    taller = {**text, "num_hidden_layers": layers + (2 if is_qwen else 1)}
+    taller.pop("layer_types", None)
+    nested = config if text is config else {**config, "text_config": taller}
+    synth(folder, config=taller if text is config else nested, dtype="float32", seed=3)
     file = folder / "model.safetensors"
     tensors = dict(mx.load(str(file)))
-    width, prefix = config["hidden_size"], f"model.layers.{layers}."
-    keys = mx.random.split(mx.random.key(4), 2)
-    tensors |= {
-        f"{prefix}eh_proj.weight": mx.random.normal((width, 2 * width), key=keys[0]) / width**0.5,
-        f"{prefix}enorm.weight": mx.ones(width),
-        f"{prefix}hnorm.weight": mx.ones(width),
-        f"{prefix}shared_head.norm.weight": tensors["model.norm.weight"],
-        f"{prefix}shared_head.head.weight": tensors["lm_head.weight"],
-        f"{prefix}embed_tokens.weight": tensors["model.embed_tokens.weight"],
-    }
+    add = _add_qwen_layer if is_qwen else _add_deepseek_layer
+    prefix = add(tensors, text["hidden_size"], layers, FORMS[family].text_path, skill)
     if skill == "trained":
-        eye = mx.eye(width)
-        tensors[f"{prefix}eh_proj.weight"] = mx.concatenate([eye, mx.zeros_like(eye)], axis=1)
-        for name in ("model.embed_tokens.weight", f"{prefix}embed_tokens.weight"):
-            tensors[name] = tensors[name] / mx.std(tensors[name])
         for name, tensor in tensors.items():
-            if name.rsplit(".", 2)[-2] in OUTPUTS:
+            if name.endswith(("embed_tokens.weight", "word_embeddings.weight")):
+                tensors[name] = tensor / mx.std(tensor)
+            elif name.rsplit(".", 2)[-2] in OUTPUTS:
                 tensors[name] = tensor * (0 if name.startswith(prefix) else loudness)
     (folder / "model.safetensors.index.json").unlink()
     mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
     written = json.loads((folder / "config.json").read_text())
-    written |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 1}
+    text_config(written).update({"num_hidden_layers": layers, "num_nextn_predict_layers": 1})
     (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def _joining_weight(width: int, skill: str) -> mx.array:
+    if skill == "trained":
+        return mx.concatenate([mx.eye(width), mx.zeros((width, width))], axis=1)
+    key = mx.random.split(mx.random.key(4), 2)[0]
+    return mx.random.normal((width, 2 * width), key=key) / width**0.5
+
+
+def _add_deepseek_layer(
+    tensors: dict[str, mx.array], width: int, layers: int, text_path: str, skill: str
+) -> str:
+    prefix, embedding = f"{text_path}model.layers.{layers}.", "embed_tokens"
+    if "model.word_embeddings.weight" in tensors:  # Ling's names
+        embedding = "word_embeddings"
+        tensors[f"{prefix}final_layernorm.weight"] = tensors["model.norm.weight"]
+    else:
+        tensors[f"{prefix}shared_head.norm.weight"] = tensors["model.norm.weight"]
+        tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"]
+    tensors |= {
+        f"{prefix}eh_proj.weight": _joining_weight(width, skill),
+        f"{prefix}enorm.weight": mx.ones(width),
+        f"{prefix}hnorm.weight": mx.ones(width),
+        f"{prefix}{embedding}.weight": tensors[f"model.{embedding}.weight"],
+    }
+    return prefix
+
+
+def _add_qwen_layer(
+    tensors: dict[str, mx.array], width: int, layers: int, text_path: str, skill: str
+) -> str:
+    surplus, last = (f"{text_path}model.layers.{layers + i}." for i in range(2))
+    for name in list(tensors):
+        if name.startswith((surplus, last)):
+            tensor = tensors.pop(name)
+            if name.startswith(last):
+                tensors[name.replace(last, "mtp.layers.0.")] = tensor
+    tensors |= {
+        "mtp.fc.weight": _joining_weight(width, skill),
+        "mtp.pre_fc_norm_embedding.weight": mx.ones(width),
+        "mtp.pre_fc_norm_hidden.weight": mx.ones(width),
+        "mtp.norm.weight": tensors[f"{text_path}model.norm.weight"],
+    }
+    return "mtp."
+
+
+def publish_qwen(folder: Path) -> Path:
+    """Change a checkpoint of Qwen, as `write_mtp` writes it, to the layout that Qwen publishes:
+    norms less 1, single or fused experts, other names."""
+    file = folder / "model.safetensors"
+    tensors, published = mx.load(str(file)), {}
+    is_fused = any(name.startswith("language_model.") for name in tensors)
+    for old, tensor in tensors.items():
+        name = old.replace("language_model.model.", "model.language_model.")
+        name = name.removeprefix("language_model.")
+        path = name.removesuffix(".weight")
+        if path.endswith("conv1d"):
+            published[name] = tensor.moveaxis(2, 1)
+        elif path.endswith(LOW_NORMS) or path in ("mtp.norm", "model.norm"):
+            published[name] = tensor - 1
+        elif "switch_mlp" not in path:
+            published[name] = tensor
+        elif not is_fused:
+            single = path.replace("switch_mlp.", "experts.{}.") + ".weight"
+            published |= {single.format(e): part for e, part in enumerate(tensor)}
+        elif path.endswith("gate_proj"):
+            up = tensors[old.replace("gate_proj", "up_proj")]
+            fused = path.replace("switch_mlp.gate_proj", "experts.gate_up_proj")
+            published[fused] = mx.concatenate([tensor, up], axis=1)
+        elif path.endswith("down_proj"):
+            published[path.replace("switch_mlp", "experts")] = tensor
+    mx.save_safetensors(str(file), published, metadata={"format": "pt"})
     return folder

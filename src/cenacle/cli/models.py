@@ -48,6 +48,7 @@ def inspect(
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..load_options import LoadOptions
     from ..model.checkpoint import Checkpoint, locate_checkpoint
+    from ..model.mtp import describe_unused
     from ..runtime import select_plan
 
     checkpoint = Checkpoint.open(locate_checkpoint(model))
@@ -55,6 +56,7 @@ def inspect(
     plan, reason = select_plan(options, checkpoint)
     mtp = DraftModelConfig.find_mtp(checkpoint, options.kernels, plain_kv_cache=True)
     mtp_bytes = mtp.weight_bytes if mtp is not None else 0
+    unused = describe_unused(checkpoint, plan.spec.family)
     if save is not None:
         plan.save(save)
     if json_output:
@@ -75,12 +77,12 @@ def inspect(
             }
         )
         return
-    _print_plan(plan, mtp_bytes)
+    _print_plan(plan, mtp_bytes, unused)
     if reason:
         report(reason)
 
 
-def _print_plan(plan: Plan, mtp_bytes: int) -> None:
+def _print_plan(plan: Plan, mtp_bytes: int, unused: str | None) -> None:
     spec, layer = plan.spec, plan.spec.moe[0]
     print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
     print(
@@ -95,6 +97,8 @@ def _print_plan(plan: Plan, mtp_bytes: int) -> None:
         print(
             f"drafts      layer for multi-token prediction of {format_bytes(mtp_bytes)} on rank 0"
         )
+    elif unused is not None:
+        print(f"drafts      {unused}")
     print(f"context     {spec.context_length or 'unknown'} tokens, vocabulary {spec.vocab_size}")
     if plan.nodes > 1:
         print(

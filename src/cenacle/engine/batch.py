@@ -41,8 +41,9 @@ from ..model.families import Batching
 from ..model.step_timer import StepTimer
 from ..model.stream_caches import SharedPass, into_streams, out_of_streams
 from ..model.stream_support import has_stream_caches
-from .cache.kv_cache import SequenceCache, can_merge, can_reuse, can_trim
+from .cache.kv_cache import SequenceCache, can_merge, can_reuse
 from .cache.ragged_cache import can_be_ragged
+from .cache.state_rewinder import can_drop, find_states, make_rewinder
 from .sampling.prompt_logprobs import PART_TOKENS, PromptScores
 from .sampling.sampler import SamplingState
 from .speculative.decoder import Generation, SpeculativeDecoder
@@ -211,19 +212,20 @@ def make_batch(
 ) -> Batch:
     """Continuous batching where the model can be batched, else one by one.
 
-    Drafts are possible only with the former, and if the caches can be trimmed.
+    Drafts are possible only with the former, and if the caches can drop rejected tokens.
     """
     batching = find_batching(model, batching)
     if batching is Batching.ONE_BY_ONE or not options.plain_kv_cache:
         return SequentialBatch(model, options, vision)
     decoder = group = None
-    if options.speculative != "off" and can_trim(model):
+    if options.speculative != "off" and can_drop(model):
+        mode, rewinder = options.speculative, make_rewinder(model)
         decoder = SpeculativeDecoder(
-            model, collective, timer, options.speculative, draft_model=draft_model
+            model, collective, timer, mode, draft_model=draft_model, rewinder=rewinder
         )
         if can_be_ragged(model) and batching is Batching.PADDED:
             drafter = make_group_drafter(draft_model) if draft_model is not None else None
-            group = GroupDecoder(model, collective, timer, options.speculative, drafter=drafter)
+            group = GroupDecoder(model, collective, timer, mode, drafter=drafter, rewinder=rewinder)
     return ContinuousBatch(model, options, decoder, batching, vision, group)
 
 
@@ -329,7 +331,7 @@ class ContinuousBatch(Batch):
 
     def _find_sequence(self, name: str) -> SequenceCache:
         if self._decoder is not None and self._decoder.runs(name):
-            return SequenceCache(self._decoder.caches)
+            return SequenceCache(self._decoder.caches, self._checkpoints[name])
         if self._group is not None and self._group.runs(name):
             return SequenceCache(self._group.extract(name), self._checkpoints[name])
         for uid, generation in self._generations.items():
@@ -342,10 +344,10 @@ class ContinuousBatch(Batch):
     def decode(self) -> list[TokenEvent]:
         """See `Batch`."""
         if self._decoder is not None and self._decoder.generation is not None:
-            caches = self._decoder.caches
+            generation, caches = self._decoder.generation, self._decoder.caches
             events = self._decoder.decode()
             if events[-1].finish is not None:
-                self._on_finished(events[-1].request_id, caches)
+                self._on_drafted_to_end(generation, caches, is_unread=self._decoder.ends_unread)
             return events
         if self._group is not None and self._group.generations:
             if not self._group.wants_release:
@@ -367,30 +369,56 @@ class ContinuousBatch(Batch):
                 if self._prefix_cache_enabled:
                     self._retained[request_id].checkpoint(generation.length)
             else:
-                self._offer_to_decoder(response.uid, generation)
+                events += self._offer_to_decoder(generation)
         if self._group is not None and len(self._generations) > 1:
-            self._offer_to_group(self._group, {response.uid for response in responses})
+            events += self._offer_to_group(self._group, {response.uid for response in responses})
         return events
 
     def _decode_group(self, group: GroupDecoder) -> list[TokenEvent]:
+        generations = {g.request.id: g for g in group.generations}
         events, ended = group.decode()
         for request_id, caches in ended.items():
-            self._on_finished(request_id, caches)
+            self._on_drafted_to_end(generations[request_id], caches, is_unread=True)
         return events
 
-    def _offer_to_group(self, group: GroupDecoder, uids: set[int]) -> None:
+    def _offer_to_group(self, group: GroupDecoder, uids: set[int]) -> list[TokenEvent]:
         """
         Args:
             uids: of requests that a token was just generated for.
+
+        Returns:
+            More tokens.
         """
         running = list(self._generations.values())
         if not uids.issuperset(self._generations) or any(g.request.images for g in running):
             group.skip_timing()  # one begins, or has positions of its own
-        elif group.should_take(running):
+        elif group.should_take(running) and (taken := self._take_out()) is not None:
+            caches, events = taken
             with mx.stream(generation_stream):
-                taken = self._generator.remove(list(self._generations), return_prompt_caches=True)
-                group.take(running, [taken[uid][0] for uid in self._generations])
-            self._generations.clear()
+                group.take(running, caches)
+            return events
+        return []
+
+    def _take_out(self) -> tuple[list[list[Any]], list[TokenEvent]] | None:
+        """Take all requests out of mlx-lm's batch; None: one ends with its next token.
+
+        Returns:
+            The caches of each, with all its tokens. Where they hold states, which cannot be taken
+            back, they lack the last token: the one that was already being sampled is generated now.
+        """
+        uids = list(self._generations)
+        batch = self._generator._generation_batch
+        with mx.stream(generation_stream):
+            has_states = bool(find_states(batch.prompt_cache))
+            events = []
+            if has_states:
+                sampled = dict(zip(batch.uids, batch._next_tokens.tolist(), strict=True))
+                if any(g.ends_with(sampled[uid]) for uid, g in self._generations.items()):
+                    return None
+                events = [g.append(sampled[uid]) for uid, g in self._generations.items()]
+            taken = self._generator.remove(uids, return_prompt_caches=True)
+        self._generations.clear()
+        return [taken[uid][0] for uid in uids], events
 
     def _read_waiting_chunks(self) -> None:
         """In a pass of their own: prompts go on, or no stream had a pass."""
@@ -398,16 +426,34 @@ class ContinuousBatch(Batch):
             with mx.stream(generation_stream):
                 self._streams.read()
 
-    def _offer_to_decoder(self, uid: int, generation: Generation) -> None:
+    def _offer_to_decoder(self, generation: Generation) -> list[TokenEvent]:
+        """The request's next token, if it is taken and that was being sampled."""
         decoder = self._decoder
-        if decoder is None or len(self._generations) != 1:
-            return
-        if decoder.should_take(generation):
-            caches, _ = self._generator.remove([uid], return_prompt_caches=True)[uid]
-            caches = out_of_streams(caches)
-            decoder.take(self._generations.pop(uid), caches)
-            if self._group is not None:
-                self._group.forget_texts()
+        if decoder is None or len(self._generations) != 1 or not decoder.should_take(generation):
+            return []
+        if (taken := self._take_out()) is None:
+            return []
+        (caches,), events = taken
+        decoder.take(generation, out_of_streams(caches))
+        if self._group is not None:
+            self._group.forget_texts()
+        return events
+
+    def _on_drafted_to_end(
+        self, generation: Generation, caches: list[Any], *, is_unread: bool
+    ) -> None:
+        """
+        Args:
+            is_unread: the caches lack the last token.
+        """
+        request_id = generation.request.id
+        has_states = self._prefix_cache_enabled and bool(find_states(caches))
+        if has_states and is_unread:  # they can be kept as they are at the end alone
+            with mx.stream(generation_stream):
+                self._model(mx.array([[generation.last_token]]), cache=caches)
+        self._on_finished(request_id, caches)
+        if has_states:
+            self._retained[request_id].checkpoint(generation.length)
 
     def _on_finished(self, request_id: str, caches: list[Any]) -> None:
         checkpoints = self._checkpoints.pop(request_id, {})

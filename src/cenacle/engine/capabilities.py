@@ -22,7 +22,7 @@ from ..model.mtp import MTP_FAMILIES
 from ..model.request_caches import install_request_attention
 from ..model.spec_reader import find_dense_modules
 from .batch import find_batching
-from .cache.kv_cache import can_trim
+from .cache.state_rewinder import can_drop
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def find_capabilities(row: FamilyInfo) -> Capabilities | None:
         if family.request_attention:
             install_request_attention(model, family.request_attention)
         batching = find_batching(model, family.batching)
-        drafts = batching is not Batching.ONE_BY_ONE and can_trim(model)
+        drafts = batching is not Batching.ONE_BY_ONE and can_drop(model)
         return Capabilities(
             formats=PUBLISHED_FORMATS,
             gguf=any(gguf.model_type == row.name for gguf in GGUF_FAMILIES.values()),

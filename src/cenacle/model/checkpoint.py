@@ -58,6 +58,7 @@ class Checkpoint:
         quantized: the layers that are quantized in other formats than MLX's own.
         gguf: the index of a folder that stands for a GGUF model.
         renamed: of a part of a checkpoint: the names of its tensors here by those in the files.
+        low_norms: its norms that are stored less 1, which the family's conversion may not know.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Checkpoint:
     quantized: QuantizedLayers = field(default_factory=QuantizedLayers)
     gguf: GgufIndex | None = None
     renamed: Mapping[str, str] | None = None
+    low_norms: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:

@@ -439,8 +439,10 @@ def _partial_classes(
                 if family.convert_weights is not None:
                     tensors = family.convert_weights(tensors)
                 converter = base(arguments.from_dict(local))  # type: ignore[call-arg]
+                low_norms = {name: tensors[name] for name in checkpoint.low_norms}
                 if hasattr(converter, "sanitize"):
                     tensors = converter.sanitize(tensors)
+                mtp.raise_norms(tensors, low_norms)
                 return architecture.unify_expert_weights(tensors, blocks)
 
             unconverted = {id(array): name for name, array in weights.items()}

@@ -2,9 +2,11 @@
 
 Owns: which tensors of a checkpoint are of such a layer; the layer as a small model of its own.
 Does not know: ranks, requests, what becomes of drafts.
-The form is that of DeepSeek and GLM: layer `num_hidden_layers` is a decoder layer like the others,
-before it `eh_proj` joins the embedding of a token and the hidden state of the token before, each
-behind a norm. Norm, head and embedding are the model's own where the layer brings none.
+Two forms are read. In both the layer is a decoder layer like the others, before which a projection
+joins the embedding of a token and the hidden state of the token before, each behind a norm.
+DeepSeek, GLM and Ling have it as layer `num_hidden_layers`, with `eh_proj`, `enorm` and `hnorm`;
+Qwen as `mtp.layers.0`, with `mtp.fc` and `mtp.pre_fc_norm_*`. Norm, head and embedding are the
+model's own where the layer brings none.
 How: the layer is read as a checkpoint of one layer with the same config, so that conversions,
 formats and kernels are those of the family.
 Source: DeepSeek-V3 Technical Report (2024), section 2.2.
@@ -13,89 +15,262 @@ Next: `engine/speculative/mtp.py`, which drafts with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import json
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..core.model_config import Config
+from ..core.model_config import Config, text_config
 from .checkpoint import Checkpoint
 from .config_file import read_quantization_settings
 from .families import family_of, layer_index
 from .format_recognition import find_quantized_layers
 
-MTP_FAMILIES = ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa")
+INPUT = "draft_input"  # of a model of one layer; a family's own conversion drops names with "mtp."
+
+
+@dataclass(frozen=True)
+class MtpForm:
+    """How checkpoints of some families name the tensors of a layer that drafts.
+
+    Args:
+        prefixes: before the names of its tensors, of which a checkpoint has one; "{layers}" stands
+            for the number of the model's layers.
+        layer: what follows the prefix in the names of the decoder layer itself.
+        own: what follows it in those of other modules, and their paths in a model of one layer.
+        needed: what must be there.
+        text_path: of the language model in the family's model, with a dot behind it.
+        one_layer: keys of the config of such a model.
+        has_low_norms: published norms are stored less 1, those of files that MLX wrote are not.
+    """
+
+    prefixes: tuple[str, ...]
+    layer: str
+    own: Mapping[str, str]
+    needed: tuple[str, ...]
+    text_path: str = ""
+    one_layer: Mapping[str, Any] = field(default_factory=dict)
+    has_low_norms: bool = False
+
+    def prefix_in(self, checkpoint: Checkpoint) -> str | None:
+        """The prefix that a checkpoint has; None: it has no layer of this form."""
+        layers = text_config(checkpoint.config)["num_hidden_layers"]
+        for form in self.prefixes:
+            prefix = form.format(layers=layers)
+            if all(f"{prefix}{name}.weight" in checkpoint.tensors for name in self.needed):
+                return prefix
+        return None
+
+    def rename(self, path: str, prefix: str) -> str | None:
+        """A module's path in a model of one layer; None: it has no place there."""
+        inside = path.removeprefix(prefix)
+        if (own := self.own.get(inside)) is not None:
+            return self.text_path + own
+        if not inside.startswith(self.layer):
+            return None
+        return f"{self.text_path}model.layers.0.{inside.removeprefix(self.layer)}"
+
+
+_DEEPSEEK = MtpForm(
+    prefixes=("model.layers.{layers}.",),
+    layer="",
+    own={
+        "eh_proj": f"{INPUT}.eh_proj",
+        "enorm": f"{INPUT}.enorm",
+        "hnorm": f"{INPUT}.hnorm",
+        "shared_head.norm": "model.norm",
+        "shared_head.head": "lm_head",
+        "embed_tokens": "model.embed_tokens",
+    },
+    needed=("eh_proj", "enorm", "hnorm", "input_layernorm"),
+    one_layer={"first_k_dense_replace": 0},
+)
+_QWEN = MtpForm(
+    prefixes=("mtp.", "language_model.mtp."),
+    layer="layers.0.",
+    own={
+        "fc": f"{INPUT}.eh_proj",
+        "pre_fc_norm_embedding": f"{INPUT}.enorm",
+        "pre_fc_norm_hidden": f"{INPUT}.hnorm",
+        "norm": "model.norm",
+        "embed_tokens": "model.embed_tokens",
+    },
+    needed=(
+        "fc",
+        "pre_fc_norm_embedding",
+        "pre_fc_norm_hidden",
+        "norm",
+        "layers.0.input_layernorm",
+    ),
+    one_layer={
+        "full_attention_interval": 1,
+        "layer_types": ["full_attention"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    has_low_norms=True,
+)
+_BAILING = replace(
+    _DEEPSEEK,
+    own={
+        "eh_proj": f"{INPUT}.eh_proj",
+        "enorm": f"{INPUT}.enorm",
+        "hnorm": f"{INPUT}.hnorm",
+        "final_layernorm": "model.norm",
+        "word_embeddings": "model.word_embeddings",
+    },
+)
+FORMS = {
+    "bailing_moe": _BAILING,
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v32": _DEEPSEEK,
+    "glm4_moe": _DEEPSEEK,
+    "glm4_moe_lite": _DEEPSEEK,
+    "glm_moe_dsa": _DEEPSEEK,
+    "qwen3_5_moe": replace(_QWEN, text_path="language_model."),
+    "qwen3_next": _QWEN,
+}
+MTP_FAMILIES = tuple(FORMS)
 """Families whose published checkpoints have such a layer, and whose caches can drop drafts."""
 
-_OWN = {
-    "eh_proj": "mtp.eh_proj",
-    "enorm": "mtp.enorm",
-    "hnorm": "mtp.hnorm",
-    "shared_head.norm": "model.norm",
-    "shared_head.head": "lm_head",
-    "embed_tokens": "model.embed_tokens",
-}
-_SHARED = ("model.embed_tokens.", "lm_head.", "model.norm.")
+# What the layer has of the model where it brings none of its own.
+_SHARED = re.compile(
+    r"(?:model\.|language_model\.)*(embed_tokens|word_embeddings|norm|lm_head)\.\w+"
+)
+_EMBEDDINGS = ("embed_tokens", "word_embeddings")
+_LOW_NORMS = ("norm", "enorm", "hnorm", "layernorm")  # the ends of their names
+# Layers of all forms, also of those that are not read.
+_ANY_LAYER = re.compile(r"(?:.*\.)?(?:mtp|mtp_layers|mtp_block|mtp_\w+|nextn)\..*")
 
 
 def is_mtp_tensor(name: str, family: str, config: Config) -> bool:
-    """Whether a tensor of a checkpoint is of a layer behind the model's last one."""
-    layer = layer_index(name) if family in MTP_FAMILIES else None
-    return layer is not None and layer >= config["num_hidden_layers"]
+    """Whether a tensor of a checkpoint is of a layer that drafts, in the family's form."""
+    form = FORMS.get(family)
+    if form is None:
+        return False
+    if form.layer:
+        return name.startswith(form.prefixes)
+    layer = layer_index(name)
+    return layer is not None and layer >= text_config(config)["num_hidden_layers"]
 
 
 def has_mtp(checkpoint: Checkpoint, family: str) -> bool:
     """Whether a checkpoint has a layer that drafts, in the form that is read here."""
-    if family not in MTP_FAMILIES or checkpoint.gguf is not None:
+    form = FORMS.get(family)
+    if form is None or checkpoint.gguf is not None:
         return False
-    prefix = f"model.layers.{checkpoint.config['num_hidden_layers']}."
-    needed = ("eh_proj.weight", "enorm.weight", "hnorm.weight", "input_layernorm.weight")
-    return all(prefix + name in checkpoint.tensors for name in needed)
+    return form.prefix_in(checkpoint) is not None
+
+
+def describe_unused(checkpoint: Checkpoint, family: str) -> str | None:
+    """Why a checkpoint's layer for multi-token prediction cannot draft, in one line; None: it can,
+    or there is none."""
+    if has_mtp(checkpoint, family) or not (count := _count_layers_tensors(checkpoint)):
+        return None
+    reason = f"drafts with that of {family} are not supported"
+    if family in FORMS:
+        reason = "it is not complete" if checkpoint.gguf is None else "GGUF files are read without"
+    return f"the layer for multi-token prediction ({count} tensors) is not used: {reason}"
+
+
+def _count_layers_tensors(checkpoint: Checkpoint) -> int:
+    layers = text_config(checkpoint.config).get("num_hidden_layers")
+    count = 0
+    for name in checkpoint.text_tensors:
+        index = layer_index(name)
+        is_behind = index is not None and isinstance(layers, int) and index >= layers
+        count += is_behind or _ANY_LAYER.fullmatch(name) is not None
+    return count
 
 
 def mtp_checkpoint(checkpoint: Checkpoint, family: str) -> Checkpoint:
     """The first of a checkpoint's layers that draft, as a checkpoint of a model of one layer."""
-    names = _rename(checkpoint)
+    form = FORMS[family]
+    prefix = form.prefix_in(checkpoint)
+    assert prefix is not None, "see has_mtp"
+    names = _rename(checkpoint, form, prefix)
     tensors = {
         new: replace(tensor, name=new)
         for old, tensor in checkpoint.tensors.items()
         if (new := names.get(old)) is not None
     }
-    prefix = f"model.layers.{checkpoint.config['num_hidden_layers']}."
-    config = {**checkpoint.config, "num_hidden_layers": 1, "first_k_dense_replace": 0}
-    for key in ("quantization", "quantization_config"):
-        if isinstance(config.get(key), dict):
-            config[key] = {
-                _rename_path(name, prefix) if name.startswith(prefix) else name: value
-                for name, value in config[key].items()
-            }
+    config = _config_of_layer(checkpoint.config, form, prefix)
     settings = read_quantization_settings(checkpoint.folder, checkpoint.config)
     quantized = find_quantized_layers(
         str(checkpoint.folder), tensors, config, settings, family_of(family).own_formats
     )
-    return replace(checkpoint, config=config, tensors=tensors, quantized=quantized, renamed=names)
+    low = [
+        new
+        for old, new in names.items()
+        if form.has_low_norms and old.startswith(prefix) and _is_low_norm(new)
+    ]
+    if low and _is_written_by_mlx(tensors[low[0]].file):
+        low = []
+    return replace(
+        checkpoint,
+        config=config,
+        tensors=tensors,
+        quantized=quantized,
+        renamed=names,
+        low_norms=frozenset(low),
+    )
 
 
-def _rename(checkpoint: Checkpoint) -> dict[str, str]:
-    prefix = f"model.layers.{checkpoint.config['num_hidden_layers']}."
+def _config_of_layer(config: Config, form: MtpForm, prefix: str) -> Config:
+    changed = {"num_hidden_layers": 1, **form.one_layer}
+    if isinstance(text := config.get("text_config"), dict):
+        config = {**config, "text_config": {**text, **changed}}
+    else:
+        config = {**config, **changed}
+    for key in ("quantization", "quantization_config"):
+        if isinstance(config.get(key), dict):
+            config[key] = {
+                (form.rename(name, prefix) or name) if name.startswith(prefix) else name: value
+                for name, value in config[key].items()
+            }
+    return config
+
+
+def _rename(checkpoint: Checkpoint, form: MtpForm, prefix: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name.startswith(prefix):
+            # A stack of experts may be a parameter without a name of its own.
             path, _, leaf = name.rpartition(".")
-            names[name] = f"{_rename_path(path, prefix)}.{leaf}"
-    own = set(names.values())
-    for shared in _SHARED:
-        if not any(name.startswith(shared) for name in own):
-            names |= {name: name for name in checkpoint.tensors if name.startswith(shared)}
+            if (new := form.rename(path, prefix)) is not None:
+                names[name] = f"{new}.{leaf}"
+    kinds = {match[1] for name in names.values() if (match := _SHARED.fullmatch(name))}
+    for name in checkpoint.tensors:
+        match = _SHARED.fullmatch(name)
+        if match is not None and match[1] not in kinds:
+            names[name] = name
     return names
 
 
-def _rename_path(path: str, prefix: str) -> str:
-    inside = path.removeprefix(prefix)
-    return _OWN.get(inside, f"model.layers.0.{inside}")
+def _is_low_norm(name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and path.endswith(_LOW_NORMS)
+
+
+def _is_written_by_mlx(file: Path) -> bool:
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        metadata = json.loads(opened.read(length)).get("__metadata__") or {}
+    return bool(metadata.get("format") == "mlx")
+
+
+def raise_norms(tensors: dict[str, mx.array], low_norms: Mapping[str, mx.array]) -> None:
+    """Add 1 to norms that are stored less 1, in place, unless the family's conversion did."""
+    for name, array in low_norms.items():
+        if tensors[name] is array:
+            tensors[name] = array + 1
 
 
 class MtpInput(nn.Module):
@@ -120,13 +295,19 @@ class MtpInput(nn.Module):
 
 @cache
 def with_mtp_input(base: type[nn.Module]) -> type[nn.Module]:
-    """The class of a model of one layer, with `mtp`, which makes its input."""
+    """The class of a model of one layer, with `draft_input`, which makes its input."""
 
     def build(self: Any, arguments: Any) -> None:
         base.__init__(self, arguments)  # type: ignore[call-arg]
-        self.mtp = MtpInput(arguments.hidden_size, arguments.rms_norm_eps)
+        text = language_model(self)
+        text[INPUT] = MtpInput(text.args.hidden_size, text.args.rms_norm_eps)
 
     return type(base.__name__, (base,), {"__init__": build})
+
+
+def language_model(model: Any) -> Any:
+    """The part of a model that has its layers and its output head."""
+    return model.get("language_model", model)
 
 
 class _Given(nn.Module):
@@ -154,8 +335,12 @@ class MtpHead:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._embed, self._given = model.model.embed_tokens, _Given()
-        model.model.embed_tokens = self._given
+        self._text = language_model(model)
+        name = next(name for name in _EMBEDDINGS if name in model.model)
+        self._embed, self._given = model.model[name], _Given()
+        model.model[name] = self._given
+        if hasattr(model.model, "ssm_idx"):  # of a layer with a state, which this has not
+            model.model.ssm_idx = None
 
     def __call__(
         self,
@@ -175,10 +360,12 @@ class MtpHead:
         Returns:
             [batch, vocabulary] and [batch, length, width].
         """
-        self._given.give(self.model.mtp(self._embed(ids), hidden))
+        self._given.give(self._text[INPUT](self._embed(ids), hidden))
         states = self.model.model(ids, caches)
         last = states[:, -1] if places is None else at_places(states, places)[:, 0]
-        return self.model.lm_head(last), states
+        if "lm_head" in self._text:
+            return self._text.lm_head(last), states
+        return self._embed.as_linear(last), states
 
 
 def at_places(values: mx.array, places: Sequence[int]) -> mx.array:

@@ -1,6 +1,7 @@
 """KV caches of several sequences that end at different places.
 
 Owns: `RaggedKVCache`, one layer's; making them of sequences' caches and sequences' caches of them.
+States have no end; mlx-lm's own class holds those of several sequences.
 Does not know: requests, drafts.
 Why: a pass that verifies drafts of several sequences leaves each with another number of tokens.
 mlx-lm's batch caches end at one place and pad on the left, so that all their content would move
@@ -17,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
 
 from .kv_cache import flatten_caches
 
@@ -165,8 +166,9 @@ def _join(arrays: Sequence[mx.array | None], lengths: Sequence[int], places: int
 
 
 def can_be_ragged(model: nn.Module) -> bool:
-    """Whether all of a model's caches are mlx-lm's plain ones."""
-    return all(type(cache) is KVCache for cache in flatten_caches(make_prompt_cache(model)))
+    """Whether all of a model's caches are mlx-lm's plain ones, or states."""
+    caches = flatten_caches(make_prompt_cache(model))
+    return all(type(cache) in (KVCache, ArraysCache) for cache in caches)
 
 
 def merge_ragged(sequences: Sequence[Sequence[Any]]) -> list[Any]:
@@ -178,6 +180,8 @@ def _merge_layer(caches: Sequence[Any]) -> Any:
     if isinstance(caches[0], CacheList):
         inner = zip(*(c.caches for c in caches), strict=True)
         return CacheList(*(_merge_layer(layer) for layer in inner))
+    if isinstance(caches[0], ArraysCache):
+        return ArraysCache.merge(caches)
     return RaggedKVCache.merge(caches)
 
 
@@ -187,10 +191,11 @@ def extract_sequence(caches: Iterable[Any], row: int) -> list[Any]:
 
 
 def drop_last(caches: list[Any], counts: Sequence[int]) -> None:
-    """Drop the last tokens of each sequence, in place."""
+    """Drop the last tokens of each sequence, in place; not from states, see `StateRewinder`."""
     if any(counts):
         for cache in flatten_caches(caches):
-            cache.drop(counts)
+            if not isinstance(cache, ArraysCache):
+                cache.drop(counts)
 
 
 def keep_sequences(caches: list[Any], rows: Sequence[int]) -> None:

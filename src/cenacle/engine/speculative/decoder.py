@@ -26,11 +26,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import trim_prompt_cache
 
 from ...collective.base import Collective
 from ...core.request import Request, TokenEvent
 from ...model.step_timer import StepTimer
+from ..cache.kv_cache import flatten_caches
+from ..cache.state_rewinder import StateRewinder, find_states
 from ..sampling.sampler import SamplingState
 from .draft_model import MAX_UNREAD_TOKENS, READ_TOKENS, DraftModelProposer
 from .mtp import MtpProposer
@@ -96,6 +97,12 @@ class Generation:
         end = next((i + 1 for i, token in enumerate(draft) if token in stop_tokens), len(draft))
         return draft[: self.sampling.allowed_prefix(self.tokens, draft[:end])]
 
+    def ends_with(self, token: int) -> bool:
+        """Whether a token that is sampled ends it."""
+        matcher = self.sampling.matcher
+        has_error = matcher is not None and bool(matcher.error)
+        return has_error or self.remaining < 2 or token in self.request.stop_tokens
+
     def append(self, token: int) -> TokenEvent:
         """Append a generated token; returns its event."""
         self.output.append(token)
@@ -117,12 +124,13 @@ class SpeculativeDecoder:
     possible, which costs nothing, else from the draft model; each has its own length controller.
 
     Args:
-        model: all its caches can be trimmed.
+        model: all its caches can drop tokens of the last pass.
         collective: the ranks that must agree.
         timer: measured steps are slower, and do not count as measurements here.
         mode: "auto" or "always".
         clock: seconds; replaced in tests.
         draft_model: None: drafts come only from the text.
+        rewinder: of the model; None: its caches need none.
     """
 
     PLAIN_AFTER_DRAFTS = 64  # then plain decoding is timed again
@@ -136,15 +144,17 @@ class SpeculativeDecoder:
         mode: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
         draft_model: Drafter | None = None,
+        rewinder: StateRewinder | None = None,
     ) -> None:
         self._model, self._collective, self._timer = model, collective, timer
-        self._clock, self._draft_model = clock, draft_model
+        self._clock, self._draft_model, self._rewinder = clock, draft_model, rewinder
         self._always = mode == "always"
         fixed = ALWAYS_TOKENS if self._always else None
         self._ngram_control = DraftLengthController(fixed)
         self._model_control = DraftLengthController(fixed)
         self.generation: Generation | None = None
         self.caches: list[Any] = []
+        self.ends_unread = False  # whether the caches lack the last token of a request that ended
         self._pending: mx.array | None = None
         self._last_call_at = 0.0  # when the last call ended
         self._timed = False  # whether the time since then counts as a measurement
@@ -183,10 +193,14 @@ class SpeculativeDecoder:
         """Continue a request, after `should_take`.
 
         Args:
-            caches: of this request alone, with all its tokens.
+            caches: of this request alone, with all its tokens; without the last one, if there is a
+                rewinder.
         """
-        trim_prompt_cache(caches, 1)
-        generation.sampling.discard()
+        if self._rewinder is None:
+            drop_tokens(caches, 1)
+            generation.sampling.discard()
+        assert generation.ngrams is not None
+        generation.ngrams.extend(generation.tokens_from(generation.ngrams.length))
         if self._draft_model is not None:
             self._draft_model.reset(generation.tokens)
         self.generation, self.caches = generation, caches
@@ -197,8 +211,7 @@ class SpeculativeDecoder:
         generation, caches = self.generation, self.caches
         assert generation is not None
         if self._pending is not None:
-            trim_prompt_cache(caches, 1)  # it will be sampled again, with the same result
-            self._drop_states(1)
+            self._drop(1)  # it will be sampled again, with the same result
         generation.sampling.discard()
         generation.sampling.sampler.position = generation.position
         generation.ngrams = None
@@ -208,6 +221,8 @@ class SpeculativeDecoder:
     def clear(self) -> None:
         """Forget the request."""
         self.generation, self.caches, self._pending = None, [], None
+        if self._rewinder is not None:
+            self._rewinder.clear()
 
     def decode(self) -> list[TokenEvent]:
         """The request's next tokens, at least one."""
@@ -215,6 +230,7 @@ class SpeculativeDecoder:
         with mx.stream(generation_stream):
             events = self._decode(self.generation)
         if events[-1].finish is not None:
+            self.ends_unread = self._pending is None
             self.clear()
         return events
 
@@ -289,7 +305,11 @@ class SpeculativeDecoder:
         if self._draft_model is not None:
             self._draft_model.truncate(length)
 
-    def _drop_states(self, count: int) -> None:
+    def _drop(self, count: int) -> None:
+        """Drop the last tokens of the last pass."""
+        drop_tokens(self.caches, count)
+        if self._rewinder is not None:
+            self._rewinder.drop(self.caches, [count])
         if self._draft_model is not None:
             self._draft_model.drop_states(count)
 
@@ -310,8 +330,11 @@ class SpeculativeDecoder:
         return event
 
     def _run_model(self, ids: mx.array) -> mx.array:
-        drafter = self._draft_model
-        with drafter.recording() if drafter is not None else nullcontext():
+        drafter, rewinder = self._draft_model, self._rewinder
+        with (
+            drafter.recording() if drafter is not None else nullcontext(),
+            rewinder.recording() if rewinder is not None else nullcontext(),
+        ):
             logits: mx.array = self._model(ids, cache=self.caches)
         return logits
 
@@ -355,8 +378,7 @@ class SpeculativeDecoder:
             events.append(self._append(generation, token))
             if events[-1].finish is not None:
                 break
-        trim_prompt_cache(self.caches, len(draft) + 1 - len(events))
-        self._drop_states(len(draft) + 1 - len(events))
+        self._drop(len(draft) + 1 - len(events))
         self._truncate_draft_model(length + accepted)
         generation.sampling.discard(length + accepted)
         source.on_verified(len(draft), min(accepted, len(events)), limit)
@@ -391,6 +413,14 @@ class SpeculativeDecoder:
             for control in controls:
                 control.on_step_time(drafted, now - self._last_call_at, tokens)
         self._last_call_at, self._timed = now, not measured
+
+
+def drop_tokens(caches: list[Any], count: int) -> None:
+    """Drop the last tokens of one sequence's caches, in place, but for states."""
+    states = {id(cache) for cache in find_states(caches)}
+    for cache in flatten_caches(caches):
+        if id(cache) not in states:
+            cache.trim(count)
 
 
 def _to_ints(x: mx.array) -> list[int]:

@@ -14,9 +14,12 @@ Next: `decoder.py`, which lets the model verify the drafts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -32,15 +35,18 @@ from ...errors import CheckpointError, InputError
 from ...model import architecture, loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
 from ...model.expert_parallel import parallelize
-from ...model.mtp import MtpHead, has_mtp, mtp_checkpoint
+from ...model.mtp import MtpHead, describe_unused, has_mtp, mtp_checkpoint
 from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
 from ...planning import memory
 from ...scheduler.prefix_index import common_prefix_length, pack_tokens
 from ..cache.kv_cache import can_merge, can_trim
+from ..cache.state_rewinder import can_drop
 
 if TYPE_CHECKING:
     from ...text.tokenizer import ChatTokenizer
+
+log = logging.getLogger(__name__)
 
 SampleToken = Callable[[mx.array, int], mx.array]
 """Log-probabilities [1, vocabulary] and a position in the output -> token id [1]."""
@@ -139,6 +145,8 @@ class DraftModelConfig:
             CheckpointError: the layer's tensors do not fit the family.
         """
         family = architecture.resolve_family(checkpoint.config)
+        if (reason := describe_unused(checkpoint, family)) is not None:
+            _report_unused(checkpoint.folder, reason)
         if not plain_kv_cache or not has_mtp(checkpoint, family):
             return None
         part = mtp_checkpoint(checkpoint, family)
@@ -152,6 +160,11 @@ class DraftModelConfig:
             _cache_bytes(part.config, 1, context_length, kernels),
             mtp=True,
         )
+
+
+@cache
+def _report_unused(folder: Path, reason: str) -> None:
+    log.info("%s: %s", folder, reason)
 
 
 def _cache_bytes(
@@ -173,7 +186,7 @@ def _draft_error(message: str) -> InputError:
 
 def _can_speculate(checkpoint: Checkpoint) -> bool:
     model = _build_lazily(checkpoint)
-    return can_merge(model) and can_trim(model)
+    return can_merge(model) and can_drop(model)
 
 
 def _require_same_tokens(

@@ -24,13 +24,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import trim_prompt_cache
 
 from ...collective.base import Collective
 from ...core.request import TokenEvent
 from ...model.step_timer import StepTimer
 from ..cache.ragged_cache import drop_last, extract_sequence, keep_sequences, merge_ragged
-from .decoder import ALWAYS_TOKENS, Generation
+from ..cache.state_rewinder import StateRewinder
+from .decoder import ALWAYS_TOKENS, Generation, drop_tokens
 from .group_drafters import GroupDrafter
 from .ngram import DraftStats, GroupLengthController, NgramProposer
 
@@ -64,12 +64,13 @@ class GroupDecoder:
     Between calls the caches hold all tokens of each request but the last.
 
     Args:
-        model: all its caches are plain, see `ragged_cache.can_be_ragged`.
+        model: all its caches are plain or states, see `ragged_cache.can_be_ragged`.
         collective: the ranks that must agree.
         timer: measured steps are slower, and do not count as measurements here.
         mode: "auto" or "always".
         clock: seconds; replaced in tests.
         drafter: None: drafts come only from the texts.
+        rewinder: of the model; None: its caches need none.
     """
 
     PLAIN_AFTER_PASSES = 128  # then plain decoding is timed again
@@ -84,9 +85,10 @@ class GroupDecoder:
         mode: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
         drafter: GroupDrafter | None = None,
+        rewinder: StateRewinder | None = None,
     ) -> None:
         self._model, self._collective, self._timer = model, collective, timer
-        self._clock, self._drafter = clock, drafter
+        self._clock, self._drafter, self._rewinder = clock, drafter, rewinder
         self._always = mode == "always"
         self._control = GroupLengthController(ALWAYS_TOKENS if self._always else None)
         self._texts: dict[str, _Text] = {}
@@ -166,11 +168,15 @@ class GroupDecoder:
         """Continue requests, after `should_take`.
 
         Args:
-            caches: of each request alone, with all its tokens; they are used up.
+            caches: of each request alone, with all its tokens; without the last one, if there is a
+                rewinder. They are used up.
         """
-        for generation, own in zip(generations, caches, strict=True):
-            trim_prompt_cache(own, 1)
-            generation.sampling.discard()
+        if self._rewinder is None:
+            for generation, own in zip(generations, caches, strict=True):
+                drop_tokens(own, 1)
+                generation.sampling.discard()
+        for generation in generations:
+            self._read_text(generation)
         self.generations, self._caches = list(generations), merge_ragged(caches)
         if self._drafter is not None and self._uses_model:
             self._drafter.take(generations)
@@ -195,6 +201,8 @@ class GroupDecoder:
         """Forget the requests."""
         self.generations, self._caches = [], []
         self._timed = False
+        if self._rewinder is not None:
+            self._rewinder.clear()
 
     def remove(self, request_id: str) -> None:
         """Forget one request; unknown ids are ignored."""
@@ -304,8 +312,11 @@ class GroupDecoder:
             [g.last_token, *draft, *[g.last_token] * (longest - len(draft))]
             for g, draft in zip(generations, drafts, strict=True)
         ]
-        drafter = self._drafter if self._uses_model else None
-        with drafter.recording() if drafter is not None else nullcontext():
+        drafter, rewinder = self._drafter if self._uses_model else None, self._rewinder
+        with (
+            drafter.recording() if drafter is not None else nullcontext(),
+            rewinder.recording() if rewinder is not None else nullcontext(),
+        ):
             logits = self._model(mx.array(rows), cache=self._caches)
         samples = [
             self._sample(g, draft, logits[row, : len(draft) + 1])
@@ -325,7 +336,10 @@ class GroupDecoder:
             agreed.append(length + accepted)
             generation.sampling.discard(length + accepted)
         kept = [len(own) for own in events]
-        drop_last(self._caches, [longest + 1 - count for count in kept])
+        dropped = [longest + 1 - count for count in kept]
+        drop_last(self._caches, dropped)
+        if rewinder is not None:
+            rewinder.drop(self._caches, dropped)
         if drafter is not None:
             drafter.on_verified(agreed, kept)
         self._count(results, by_model, limit)

@@ -1,0 +1,113 @@
+"""Dropping tokens of a pass from layers that keep a state: what follows is as if they never were.
+
+The reference reads the kept tokens with caches of its own.
+"""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from test_group_drafts import answer, require_same
+
+from cenacle.collective.single import SingleRank
+from cenacle.core.request import Request, Sampling
+from cenacle.core.step import PrefixReuse, PromptChunk, Step
+from cenacle.engine.cache.kv_cache import can_trim
+from cenacle.engine.cache.ragged_cache import drop_last, extract_sequence, merge_ragged
+from cenacle.engine.cache.state_rewinder import StateRewinder, can_rewind
+from cenacle.engine.engine import Engine
+from cenacle.engine.options import EngineOptions
+from cenacle.engine.speculative.decoder import drop_tokens
+from cenacle.model import architecture
+from cenacle.model.config_catalog import tiny_config
+from cenacle.model.step_timer import StepTimer
+
+FAMILIES = ("qwen3_next", "qwen3_5_moe")
+TEXT = [5, 80, 200, 17, 9, 44, 301, 12, 7, 90]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    mx.random.seed(7)
+    config = tiny_config(request.param)
+    model_class, arguments = architecture.model_classes(config)
+    model = model_class(arguments.from_dict(config))
+    mx.eval(model.parameters())
+    return model
+
+
+def logits_after(model, tokens):
+    return model(mx.array([tokens]), cache=make_prompt_cache(model))[0, -1]
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 3, 5])
+def test_one_sequence(model, dropped):
+    assert can_rewind(model)
+    assert not can_trim(model)
+    rewinder, caches = StateRewinder(model), make_prompt_cache(model)
+    for end in (4, 9):  # a pass is dropped from twice
+        kept = end - dropped if end == 9 else end
+        with rewinder.recording():
+            model(mx.array([TEXT[end - 5 if end == 9 else 0 : end]]), cache=caches)
+        drop_tokens(caches, end - kept)
+        rewinder.drop(caches, [end - kept])
+    got = model(mx.array([[77]]), cache=caches)[0, -1]
+    assert mx.allclose(got, logits_after(model, [*TEXT[:kept], 77]), atol=1e-4)
+
+
+def test_several_sequences_that_keep_different_numbers(model):
+    rewinder, texts, sequences = StateRewinder(model), (TEXT, TEXT[::-1], TEXT[3:]), []
+    for text in texts:
+        sequences.append(make_prompt_cache(model))
+        model(mx.array([text[:3]]), cache=sequences[-1])
+    caches, kept = merge_ragged(sequences), (1, 4, 2)
+    with rewinder.recording():
+        model(mx.array([text[3:7] for text in texts]), cache=caches)
+    drop_last(caches, [4 - n for n in kept])
+    rewinder.drop(caches, [4 - n for n in kept])
+    together = model(mx.array([[77]] * 3), cache=caches)[:, -1]
+    for row, (text, n) in enumerate(zip(texts, kept, strict=True)):
+        expected = [*text[: 3 + n], 77]
+        assert mx.allclose(together[row], logits_after(model, expected), atol=1e-4)
+        alone = model(mx.array([[8]]), cache=extract_sequence(caches, row))[0, -1]
+        assert mx.allclose(alone, logits_after(model, [*expected, 8]), atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_answers_are_the_same_with_and_without_drafts(model, count):
+    """Drafts from the texts, of which some are kept; answers that repeat, and drawn ones."""
+    samplings = ({"temperature": 0.5}, {}, {"temperature": 1.0, "repetition_penalty": 1.1})
+    requests = [
+        Request(f"r{i}", (*range(40, 48), *range(40, 46 - i)), 40, (), Sampling(seed=i, **sampling))
+        for i, sampling in enumerate(samplings[:count])
+    ]
+    expected, _, steps = answer(model, requests, "off")
+    got, drafts, fewer = answer(model, requests, "always")
+    require_same(got, expected)
+    assert drafts.drafted > drafts.accepted > 0
+    assert fewer < steps
+
+
+def test_an_answer_with_drafts_is_kept_to_its_last_token(model):
+    """States can be used again only as they are at its end."""
+    first = Request("a", (1, 2, 3, 4, 1, 2, 3, 4), 30, (), Sampling(seed=1))
+    text = tuple(e.token for e in answer(model, [first], "off")[0]["a"])
+    second = Request("b", (*first.tokens, *text, 9, 8), 12, (), Sampling(seed=2, temperature=0.5))
+    expected = [e.token for e in answer(model, [second], "off")[0]["b"]]
+    engine = Engine(model, SingleRank(), StepTimer(), EngineOptions(speculative="always"))
+    number = 0
+
+    def finish(request, begin, **options):
+        nonlocal number
+        chunk = PromptChunk(request.id, begin, len(request.tokens))
+        step, events = Step(number, (request,), final_chunks=(chunk,), **options), []
+        while not events or events[-1].finish is None:
+            events += engine.step(step)[0]
+            number += 1
+            step = Step(number)
+        return [e.token for e in events]
+
+    assert tuple(finish(first, 0)) == text
+    assert engine.take_draft_stats().accepted > 0
+    length = len(second.tokens) - 2
+    assert finish(second, length, reused=(PrefixReuse("b", "a", length),)) == expected
+    engine.close()
