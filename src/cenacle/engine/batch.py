@@ -403,19 +403,16 @@ class ContinuousBatch(Batch):
         """Take all requests out of mlx-lm's batch; None: one ends with its next token.
 
         Returns:
-            The caches of each, with all its tokens. Where they hold states, which cannot be taken
-            back, they lack the last token: the one that was already being sampled is generated now.
+            The caches of each, with all tokens but the last: that was already being sampled, and is
+            generated now.
         """
         uids = list(self._generations)
         batch = self._generator._generation_batch
         with mx.stream(generation_stream):
-            has_states = bool(find_states(batch.prompt_cache))
-            events = []
-            if has_states:
-                sampled = dict(zip(batch.uids, batch._next_tokens.tolist(), strict=True))
-                if any(g.ends_with(sampled[uid]) for uid, g in self._generations.items()):
-                    return None
-                events = [g.append(sampled[uid]) for uid, g in self._generations.items()]
+            sampled = dict(zip(batch.uids, batch._next_tokens.tolist(), strict=True))
+            if any(g.ends_with(sampled[uid]) for uid, g in self._generations.items()):
+                return None
+            events = [g.append(sampled[uid]) for uid, g in self._generations.items()]
             taken = self._generator.remove(uids, return_prompt_caches=True)
         self._generations.clear()
         return [taken[uid][0] for uid in uids], events
@@ -427,7 +424,7 @@ class ContinuousBatch(Batch):
                 self._streams.read()
 
     def _offer_to_decoder(self, generation: Generation) -> list[TokenEvent]:
-        """The request's next token, if it is taken and that was being sampled."""
+        """The request's next token, if it is taken."""
         decoder = self._decoder
         if decoder is None or len(self._generations) != 1 or not decoder.should_take(generation):
             return []

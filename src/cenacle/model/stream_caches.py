@@ -115,6 +115,11 @@ class StreamCaches:
         """Keep only some streams."""
         self.rows = [self.rows[int(index)] for index in indices]
 
+    def drop(self, counts: Sequence[int]) -> None:
+        """Drop the last tokens of each stream, whose caches can."""
+        for row, count in zip(self.rows, counts, strict=True):
+            row.trim(count)
+
     def extract(self, index: int) -> Any:
         """One stream's cache, as it is now."""
         return copy.copy(self.rows[index])

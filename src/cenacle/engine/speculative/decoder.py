@@ -193,12 +193,8 @@ class SpeculativeDecoder:
         """Continue a request, after `should_take`.
 
         Args:
-            caches: of this request alone, with all its tokens; without the last one, if there is a
-                rewinder.
+            caches: of this request alone, with all its tokens but the last.
         """
-        if self._rewinder is None:
-            drop_tokens(caches, 1)
-            generation.sampling.discard()
         assert generation.ngrams is not None
         generation.ngrams.extend(generation.tokens_from(generation.ngrams.length))
         if self._draft_model is not None:

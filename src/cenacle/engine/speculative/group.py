@@ -28,9 +28,11 @@ from mlx_lm.generate import generation_stream
 from ...collective.base import Collective
 from ...core.request import TokenEvent
 from ...model.step_timer import StepTimer
+from ...model.stream_caches import StreamCaches
+from ...model.stream_support import has_stream_caches
 from ..cache.ragged_cache import drop_last, extract_sequence, keep_sequences, merge_ragged
 from ..cache.state_rewinder import StateRewinder
-from .decoder import ALWAYS_TOKENS, Generation, drop_tokens
+from .decoder import ALWAYS_TOKENS, Generation
 from .group_drafters import GroupDrafter
 from .ngram import DraftStats, GroupLengthController, NgramProposer
 
@@ -168,21 +170,21 @@ class GroupDecoder:
         """Continue requests, after `should_take`.
 
         Args:
-            caches: of each request alone, with all its tokens; without the last one, if there is a
-                rewinder. They are used up.
+            caches: of each request alone, with all its tokens but the last; they are used up.
         """
-        if self._rewinder is None:
-            for generation, own in zip(generations, caches, strict=True):
-                drop_tokens(own, 1)
-                generation.sampling.discard()
         for generation in generations:
             self._read_text(generation)
-        self.generations, self._caches = list(generations), merge_ragged(caches)
+        self.generations, self._caches = list(generations), self._merge(caches)
         if self._drafter is not None and self._uses_model:
             self._drafter.take(generations)
         self._empty_passes = self._passes = 0
         self._is_first, self._wants_release = True, False
         self._control.begin(len(self.generations))
+
+    def _merge(self, caches: Sequence[list[Any]]) -> list[Any]:
+        if has_stream_caches(self._model):  # each keeps its own, and nothing is copied
+            return [StreamCaches(layer) for layer in zip(*caches, strict=True)]
+        return merge_ragged(caches)
 
     def release(self) -> list[tuple[Generation, list[Any]]]:
         """Give the requests back, each with caches of all its tokens but the last."""
