@@ -17,6 +17,7 @@ from .collective.mesh import COMM_DTYPES
 from .core.plan import Plan
 from .engine.options import EngineOptions
 from .errors import InputError
+from .paths import resolve_model
 
 ACTIVATIONS = ("int16", "int8")
 
@@ -29,7 +30,7 @@ class LoadOptions:
     dashes) and keys in JSON.
 
     Args:
-        model: a folder, or the name of a Hub repository.
+        model: a folder, the name of a Hub repository, or "demo"; see `paths.resolve_model`.
         nodes: number of ranks.
         node_weights: relative speeds of the ranks; None: equal.
         placement: of the experts: "whole", each on one rank; "sliced", a part of each on every
@@ -121,6 +122,9 @@ class LoadOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", resolve_model(self.model))
+        if self.draft_model is not None:
+            object.__setattr__(self, "draft_model", resolve_model(self.draft_model))
         if self.activations not in ACTIVATIONS:
             raise InputError(
                 f"activations: expected one of {', '.join(ACTIVATIONS)}, got {self.activations!r}",

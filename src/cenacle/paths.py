@@ -31,6 +31,8 @@ import psutil
 from .errors import InputError
 
 HOME_VARIABLE = "CENACLE_HOME"
+BUNDLED_MODELS = Path(__file__).parent / "demo"
+DEMO_NAME = "demo"  # which commands and `load` take for a model
 MAX_SOCKET_FOLDER = 80  # characters; the path of a socket may have 103
 
 
@@ -67,6 +69,22 @@ def verification_dir() -> Path:
 def models_dir() -> Path:
     """Folder for downloaded models and parts of models."""
     return cache_dir() / "models"
+
+
+def resolve_model(model: str) -> str:
+    """What a user calls a model, as a path or the name of a Hub repository.
+
+    `demo` is the model in this package, unless the working folder has a model of that name; any
+    other name stays as it is.
+    """
+    if model != DEMO_NAME or _holds_model(Path(model)):
+        return model
+    return str(BUNDLED_MODELS / "demo_model")
+
+
+def _holds_model(folder: Path) -> bool:
+    names = ("config.json", "params.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.gguf"))
 
 
 def prefix_cache_dir() -> Path:

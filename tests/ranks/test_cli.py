@@ -164,7 +164,7 @@ def test_chat_keeps_its_messages_until_new(folder):
     done = run(
         "chat",
         "-m",
-        DEMO_MODEL_DIR,
+        "demo",
         "--temp",
         "0",
         input="What is 2 + 3?\n/new\nMake dog uppercase.\n",
@@ -307,7 +307,7 @@ def test_the_device_is_reported(available):
     if available and not native.is_available():
         pytest.skip(native.unavailable_reason())
     env = {**os.environ, **({} if available else {"CENACLE_NATIVE": "0"})}
-    done = run("generate", "-m", DEMO_MODEL_DIR, "-p", "What is 2 + 2?", env=env)
+    done = run("generate", "-m", "demo", "-p", "What is 2 + 2?", env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "4\n"
     assert ("plain MLX, because" in done.stderr) == (not available)

@@ -55,7 +55,7 @@ def end(child):
 @pytest.fixture(scope="module")
 def served(environment):
     """The address of a server in a terminal, and what it said."""
-    child = spawn(environment, "serve", "-m", str(DEMO), "--port", "0")
+    child = spawn(environment, "serve", "-m", "demo", "--port", "0")
     child.expect(r"watch +cenacle top --url (http://\S+)")
     url, greeting = child.match[1], COLORS.sub("", child.before)
     question = [{"role": "user", "content": "Count from 3 to 9."}]

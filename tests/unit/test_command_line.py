@@ -267,6 +267,40 @@ def test_what_does_not_exist_is_refused_before_heavy_imports(arguments, message)
     assert re.search(f"^error: .*{message}", done.stderr.strip()), done.stderr
 
 
+class Reached(Exception):
+    """A command has got to where the model is used."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (("generate", "-p", "x", "-m"), "cli.inference.load_model"),
+        (("chat", "-m"), "cli.inference.load_model"),
+        (("serve", "-m"), "cli.options.ModelsArguments.is_pool"),
+        (("up",), "cli.options.ModelsArguments.is_pool"),
+        (("bench", "-m"), "bench.measure.run_bench"),
+        (("bench", "ablation", "-m"), "research.schedule_ablation.run_ablation"),
+        (
+            ("record-routing", "--prompts", __file__, "-m"),
+            "calibration.routing_trace.record_routing",
+        ),
+        (("inspect", "-m"), "model.checkpoint.locate_checkpoint"),
+        (("plan", "--machines", "m3-ultra"), "model.workload.read_workload"),
+    ],
+)
+def test_demo_is_the_bundled_model_for_every_command(arguments, place, monkeypatch):
+    used = []
+
+    def use(*values):
+        used.append(repr(values))
+        raise Reached
+
+    monkeypatch.setattr(f"cenacle.{place}", use)
+    result = CliRunner().invoke(main.make_app(), [*arguments, "demo"])
+    assert isinstance(result.exception, Reached), result.output
+    assert str(DEMO) in used[0]
+
+
 class AnsweringModel:
     """Keeps the prompt."""
 

@@ -7,6 +7,7 @@ import pytest
 
 from cenacle import paths
 from cenacle.errors import InputError
+from cenacle.load_options import LoadOptions
 
 
 def test_cenacle_home_holds_everything(monkeypatch, tmp_path):
@@ -56,3 +57,16 @@ def test_bench_follows_cenacle_home_and_xdg_cache_home(monkeypatch, tmp_path):
     monkeypatch.delenv("CENACLE_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert measure.BenchConfig(LoadOptions("model")).cache_dir == tmp_path / "xdg" / "cenacle"
+
+
+def test_demo_is_the_bundled_model_unless_the_working_folder_has_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    bundled = str(paths.BUNDLED_MODELS / "demo_model")
+    assert Path(bundled, "config.json").exists()
+    (tmp_path / "demo").mkdir()  # many projects have such a folder
+    for name in ("demo", "./demo", "org/demo", "demos", ""):
+        assert paths.resolve_model(name) == (bundled if name == "demo" else name)
+    options = LoadOptions("demo", draft_model="demo")
+    assert (options.model, options.draft_model) == (bundled, bundled)
+    (tmp_path / "demo" / "config.json").touch()
+    assert paths.resolve_model("demo") == LoadOptions("demo").model == "demo"

@@ -32,7 +32,7 @@ from ..machine import usable_cores
 from ..model import config_catalog, native_layers, synth
 from ..model.checkpoint import Checkpoint, locate_checkpoint
 from ..model.spec_reader import read_model_spec
-from ..paths import cache_dir
+from ..paths import cache_dir, resolve_model
 from ..planning.plan_cost import token_read_bytes
 from ..runtime import select_plan
 from .hardware_limits import measure_limits
@@ -403,7 +403,7 @@ def prepare_model(
     """The checkpoint to measure: a given one, or a random one of a known shape, written once.
 
     Args:
-        model: a folder or the name of a Hub repository.
+        model: a folder, the name of a Hub repository, or `demo`.
         name: of a random model in the catalog, or a family (its small config).
         quantize: bits; 0: not quantized.
 
@@ -413,7 +413,7 @@ def prepare_model(
     if (model is None) == (name is None):
         raise InputError("bench: expected either --model or --synth", "model")
     if model is not None:
-        return model
+        return resolve_model(model)
     assert name is not None
     folder = cache_dir / "synth" / f"{name}-{quantize or 'full'}"
     if not (folder / "config.json").exists():

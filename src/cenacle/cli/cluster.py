@@ -131,15 +131,10 @@ def up(
     load: ClusterLoadArguments,
 ) -> None:
     """Start a cluster on this machine and serve models from all nodes that join."""
-    for name in model or ():
-        if name != "demo":
-            check_model(name)
+    given = [check_model(name) for name in model or ()]
     use_log_format(server.log_format)
     from ..cluster.client import read_address
-    from ..cluster.node_info import BUNDLED_MODELS
 
-    bundled = {"demo": str(BUNDLED_MODELS / "demo_model")}
-    given = [bundled.get(name, name) for name in model or ()]
     is_pool = models.is_pool(given)
 
     address, port = read_address(head.listen)

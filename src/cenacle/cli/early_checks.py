@@ -14,22 +14,27 @@ from urllib.parse import urlsplit
 
 from ..errors import CheckpointError, InputError
 from ..extras import is_installed
+from ..paths import resolve_model
 
 MAX_NEIGHBORS = 1000  # of a folder's files that are compared
 
 
-def check_model(model: str) -> None:
+def check_model(model: str) -> str:
     """Refuse a path that does not exist.
 
     Args:
-        model: a path, or the name of a Hub repository.
+        model: a path, the name of a Hub repository, or `demo`.
+
+    Returns:
+        The path or the name; see `paths.resolve_model`.
 
     Raises:
         CheckpointError: neither can be; the message has the nearest paths, at most three.
     """
+    model = resolve_model(model)
     path = Path(model).expanduser()
     if path.exists() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
-        return
+        return model
     near = find_similar_paths(path)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise CheckpointError(

@@ -77,7 +77,7 @@ def generate(
     plan: PlanFile = None,
 ) -> None:
     """Generate the answer to one prompt."""
-    check_model(model)
+    model = check_model(model)
     text = prompt
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         text = read_stdin("prompt")
@@ -161,7 +161,7 @@ def chat(
             "--model: expected a folder or a repository, got none; or give a server with --url",
             "model",
         )
-    check_model(model)
+    model = check_model(model)
     with load_model(model, load, plan) as loaded, isolate_text(loaded):
         ChatSession(LocalChat(loaded), settings, system or "", images=images).run(history_path)
 
@@ -178,18 +178,16 @@ def serve(
     """Serve models through HTTP: the APIs of OpenAI (chat completions, completions, responses) and
     Anthropic (messages), tokenization as in vLLM and llama.cpp, metrics, and a web page.
     """
-    for name in model or ():
-        check_model(name)
+    given = [check_model(name) for name in model or ()]
     use_log_format(server.log_format)
-    is_pool = models.is_pool(model or ())
+    is_pool = models.is_pool(given)
     # A port in use is found before the model is loaded.
     with open_server(server) as endpoint:
         if is_pool:
-            several = read_models(model or (), models, load, endpoint.model_names, plan)
+            several = read_models(given, models, load, endpoint.model_names, plan)
             endpoint.serve_models(several, lambda url: report(f"serving {several.title} at {url}"))
             return
-        assert model is not None
-        with load_model(model[0], load, plan, while_loading=import_server) as loaded:
+        with load_model(given[0], load, plan, while_loading=import_server) as loaded:
             endpoint.serve(loaded, lambda url: report_serving(loaded, url, endpoint))
 
 

@@ -43,7 +43,7 @@ def inspect(
     json_output: JsonOutput = False,
 ) -> None:
     """Show the architecture of a model and its placement on N nodes, without reading weights."""
-    check_model(model)
+    model = check_model(model)
     keywords = placement.to_keywords()
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..load_options import LoadOptions

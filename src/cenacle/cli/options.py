@@ -20,7 +20,7 @@ import typer
 from ..errors import InputError
 from .command import option
 
-MODEL_HELP = "Model folder, or the name of a Hugging Face repository (org/model)."
+MODEL_HELP = "Model folder, Hugging Face repository (org/model), or demo."
 NODES_HELP = "Number of local processes (ranks)."
 BACKEND_HELP = "Backend of the all-reduce between nodes: auto, mesh, ring, mpi, jaccl or nccl."
 KERNELS_HELP = "CPU kernels: native (Cenacle's own), mlx, or auto (native where supported)."

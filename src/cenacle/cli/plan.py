@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..core.units import format_bytes
 from ..errors import CheckpointError, InputError, PlanError
-from ..paths import catalog_dir
+from ..paths import catalog_dir, resolve_model
 from .command import command, option
 from .console import print_json, report, wide_console, write_text
 from .early_checks import check_model
@@ -103,7 +103,9 @@ class OutputFiles:
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="Name in the catalog, Hugging Face repository, folder or config.json."),
+        typer.Argument(
+            help="Name in the catalog, Hugging Face repository, folder, config.json, or demo."
+        ),
     ],
     machines: Annotated[
         str,
@@ -166,7 +168,8 @@ def _read_workload(
     from ..planning.catalog import parse_quantization
     from ..planning.perf_model import Workload
 
-    path, sizes = Path(model).expanduser(), (usage.context, usage.users, usage.prompt_tokens)
+    path = Path(resolve_model(model)).expanduser()
+    sizes = (usage.context, usage.users, usage.prompt_tokens)
     if path.exists():
         from ..model.workload import read_workload
 
@@ -493,7 +496,7 @@ def record_routing(
     json_output: JsonOutput = False,
 ) -> None:
     """Record which experts each token is routed to, and simulate the load on several nodes."""
-    check_model(model)
+    model = check_model(model)
     try:
         lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -24,12 +24,12 @@ from ..collective import mesh
 from ..errors import CenacleError, printable
 from ..machine import processor_name, usable_cores
 from ..model.weight_files import GGUF_INDEX, config_file, index_path, weight_files
+from ..paths import BUNDLED_MODELS
 from ..planning import catalog
 from ..planning.plan_cost import LOCAL_MACHINE
 from . import thunderbolt
 from .messages import NodeInfo
 
-BUNDLED_MODELS = Path(__file__).parent.parent / "demo"
 READ_BYTES = 256 * 2**20  # more than caches hold
 READ_PIECES = 16
 READ_ROUNDS = 4
