@@ -105,7 +105,7 @@ class Server:
             return
         listen = f"127.0.0.1:{net.free_ports(1)[0]}"
         options = ("--listen", listen, "--no-mdns", "--no-verify", "-n", "2", "--port", str(port))
-        self._start("home", "up", *models, *options, "--name", "head")
+        self._start("home", "up", *models, *options, "--name", "head", "--node-timeout", "10m")
         pattern = re.compile(r"cenacle join (\S+) --token (\S+)")
         found = wait_until(lambda: pattern.search(self.log.read_text()), "a token")
         self._start("other", "join", found[1], "--token", found[2], "--name", "other", "--no-mdns")

@@ -14,6 +14,7 @@ from .errors import (
     CheckpointError,
     ClusterError,
     InputError,
+    NodesMissing,
     PlanError,
     RankLost,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Completion",
     "InputError",
     "Model",
+    "NodesMissing",
     "PlanError",
     "RankLost",
     "inspect",

@@ -6,6 +6,7 @@
     ├── PlanError        (4)     the model cannot be placed as requested; use other nodes
     ├── Busy             (6)     the queue is full: try again later (HTTP 429)
     └── ClusterError     (5)     a rank failed, fell silent or could not be started (HTTP 503)
+        ├── NodesMissing (5)     not enough nodes of the cluster are connected; they may still come
         └── RankLost     (5)     names the rank; the whole group has been ended
 
 Every message says what, expected, got, and what to do next. Nothing here knows who raises it.
@@ -93,6 +94,10 @@ class ClusterError(CenacleError):
     """The group of ranks could not start or has failed."""
 
     exit_code = 5
+
+
+class NodesMissing(ClusterError):
+    """Not enough nodes of the cluster are connected; they may still come."""
 
 
 class RankLost(ClusterError):

@@ -16,7 +16,7 @@ import pytest
 from mlx_lm import load as mlx_lm_load
 from mlx_lm import stream_generate
 
-from cenacle import native
+from cenacle import native, net
 from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.model.synth import synth
 
@@ -300,6 +300,34 @@ def test_ending_the_server_leaves_no_rank(folder, number):
         server.kill()
         server.wait()
         server.stderr.close()
+
+
+def test_up_refuses_requests_while_nodes_are_missing_and_ends_by_ctrl_c(tmp_path):
+    listen, port = net.free_ports(2)
+    addresses = ("--listen", f"127.0.0.1:{listen}", "--port", str(port), "--no-mdns")
+    log, url = tmp_path / "log", f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*COMMAND, "up", "demo", "-n", "2", "--name", "one", *addresses],
+            stderr=output,
+            env={**os.environ, "CENACLE_HOME": str(tmp_path)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        try:
+            missing = "1 of 2 nodes are available (one)"
+            assert wait_until(lambda: missing in log.read_text(), 120), log.read_text()
+            body = {"messages": [{"role": "user", "content": "x"}]}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] == f"no model is loaded yet: {missing}"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(120) == 130
+        finally:
+            process.kill()
+            process.wait()
+    said = log.read_text().splitlines()
+    assert said[-1] == "interrupted"
+    assert not any("Traceback" in line for line in said), said
 
 
 @pytest.mark.parametrize("available", [True, False])

@@ -35,7 +35,7 @@ from cenacle.cluster.security import pairing
 from cenacle.core.plan import Plan
 from cenacle.engine.memory import estimate_memory
 from cenacle.engine.options import EngineOptions
-from cenacle.errors import CheckpointError, ClusterError, InputError
+from cenacle.errors import CheckpointError, ClusterError, InputError, NodesMissing
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.ranks.channel import Channel
@@ -591,6 +591,35 @@ def test_a_head_keeps_its_roster_and_runs_once(tmp_path):
         until(lambda: names(head).get("two", {}).get("connected"), "two again")  # needs no token
         head.close()
     assert "does not answer" in said[1]
+
+
+def test_missing_nodes_are_waited_for_until_a_deadline(tmp_path):
+    waits, said = [], []
+
+    @contextmanager
+    def note(describe):
+        waits.append(describe)
+        yield
+
+    head = Head(tmp_path / "h", HOST, 0, "one")
+    try:
+        two = pair_with_head(tmp_path / "n", HOST, head.port, head.invite(), "two")
+        cluster = Cluster(head, 2, said.append, wait_s=0.2, while_waiting=note)
+        model = ClusterModel(
+            DEMO.name, Checkpoint.open(DEMO), PlacementOptions(), EngineOptions(), "native"
+        )
+        with agent(head.identity, head.port):
+            until(lambda: names(head)["one"]["connected"], "the head's own node")
+            missing = "1 of 2 nodes are available (one): two has not connected yet"
+            with pytest.raises(NodesMissing, match=re.escape(missing) + "; start the missing"):
+                cluster.form(model)
+            assert (said, waits[0]()) == ([missing], missing)
+            assert head.status()["phase"] == "idle"
+            with agent(two, head.port):
+                until(lambda: names(head)["two"]["connected"], "two")
+                assert cluster.form(model).group.group_id == 1
+    finally:
+        head.close()
 
 
 def test_a_model_that_does_not_fit_on_the_remaining_nodes_waits(tmp_path, monkeypatch):

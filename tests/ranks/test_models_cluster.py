@@ -45,6 +45,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[RunningServer, Agent, Callable[[],
             return process
 
         options = ("--models-dir", str(tmp_path / "models"), "-n", "2", "--no-verify")
+        options += ("--node-timeout", "10m")  # the other node starts when it can
         addresses = ("--listen", f"127.0.0.1:{listen}", "--port", str(port))
         head = start("head", "up", *options, *addresses)
         token = re.compile(r"cenacle join (\S+) --token (\S+)")

@@ -18,6 +18,7 @@ TREE = {
     "PlanError": ("CenacleError", 4),
     "Busy": ("CenacleError", 6),
     "ClusterError": ("CenacleError", 5),
+    "NodesMissing": ("ClusterError", 5),
     "RankLost": ("ClusterError", 5),
 }
 

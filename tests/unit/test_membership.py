@@ -15,6 +15,7 @@ from cenacle.cluster.membership import (
     Disconnect,
     GroupEnded,
     GroupReady,
+    GroupRequestCancelled,
     GroupRequested,
     Heartbeat,
     Membership,
@@ -62,6 +63,14 @@ def test_a_group_starts_when_enough_nodes_are_connected():
     assert state.phase == "forming"
     state, done = replay(GroupReady(1), connected("x"), state=state)
     assert state.phase == "running"
+
+
+def test_no_group_starts_for_a_request_that_was_given_up():
+    state, done = replay(*TWO, connected("head"), GroupRequested(2), GroupRequestCancelled())
+    assert (state.phase, done) == ("idle", [])
+    state, done = replay(connected("n"), state=state)
+    assert (state.phase, done) == ("idle", [])
+    assert replay(GroupRequested(2), state=state)[1] == [StartGroup(1, ("head", "n"))]
 
 
 def test_all_nodes_of_the_cluster_are_waited_for_unless_a_number_is_given():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cenacle.errors import CenacleError, CheckpointError, ClusterError
+from cenacle.errors import CenacleError, CheckpointError, ClusterError, NodesMissing
 from cenacle.planning.memory import MemoryEstimate, MemoryShare
 from cenacle.server.model_pool import (
     LoadTask,
@@ -210,6 +210,26 @@ def test_a_failed_load_is_tried_again_later_and_is_that_models_alone():
         assert (pool.status("b").reason, pool.status("b").state) == ("", ModelState.LOADED)
 
     run(test)
+
+
+def test_nodes_that_are_missing_are_said_once_and_a_pinned_model_waits_for_them(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr("cenacle.server.model_pool.FIRST_RETRY_S", 0.01)
+
+    async def test(pool: ModelPool, machine: Machine) -> None:
+        for name in "ab":
+            machine.errors[name] = NodesMissing(f"no node for {name}")
+        await until(lambda: pool.status("a").load_failures > 2)
+        with pytest.raises(ModelUnavailable, match="b is not loaded: no node for b"):
+            await pool.acquire("b")
+        machine.errors.clear()
+        await until(lambda: pool.loaded("a"))
+        assert pool.status("b").load_failures == 1
+
+    run(test, pinned=frozenset({"a"}))
+    lines = [r.getMessage() for r in caplog.records if "cannot" in r.getMessage()]
+    assert lines == [f"{name} cannot be loaded: no node for {name}" for name in "ab"]
 
 
 def test_a_client_that_goes_ends_its_wait_and_not_the_load():

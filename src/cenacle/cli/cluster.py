@@ -43,6 +43,7 @@ from .options import (
     ServerArguments,
     ServingArguments,
     execution_option,
+    parse_duration,
     placement_option,
 )
 
@@ -97,6 +98,22 @@ class HeadArguments:
     )
     mdns: bool = option(True, "Announce the head by mDNS.")
     token_minutes: float = option(60.0, "Minutes for which the printed token is valid.", min=0.01)
+    node_timeout: str | None = option(
+        None,
+        "How long to wait at the start for missing nodes, such as 30m (s, m, h, d), or never to "
+        "give up. Default: 1d; 10s where requests load models and would wait too.",
+        metavar="TIME",
+    )
+
+    def wait_s(self, default_s: float) -> float | None:
+        """Seconds of `node_timeout`; None: without end.
+
+        Raises:
+            InputError: it is no time.
+        """
+        if self.node_timeout is None:
+            return default_s
+        return parse_duration(self.node_timeout, "node-timeout")
 
 
 @dataclass(frozen=True)
@@ -134,8 +151,10 @@ def up(
     given = [check_model(name) for name in model or ()]
     use_log_format(server.log_format)
     from ..cluster.client import read_address
+    from ..cluster.formation import AGENTS_WAIT_S, FIRST_GROUP_WAIT_S
 
     is_pool = models.is_pool(given)
+    wait_s = head.wait_s(AGENTS_WAIT_S if is_pool else FIRST_GROUP_WAIT_S)
 
     address, port = read_address(head.listen)
     expected = _read_hosts(head.hosts)
@@ -155,7 +174,7 @@ def up(
                 report(command_line)
             with _announced(started, address if head.mdns else None), _local_agent(started):
                 _serve_cluster(
-                    given, models if is_pool else None, load, started, expected, endpoint
+                    given, models if is_pool else None, load, started, expected, endpoint, wait_s
                 )
 
 
@@ -166,12 +185,18 @@ def _serve_cluster(
     head: Head,
     expected: tuple[Host, ...],
     endpoint: Endpoint,
+    wait_s: float | None,
 ) -> None:
     from ..cluster.formation import Cluster
 
+    reported = ""
+
     def on_waiting(message: str) -> None:
+        nonlocal reported
         head.set_status(waiting=message)
-        _report_event(message)
+        if message != reported:  # later tries wait for the same nodes
+            _report_event(message)
+        reported = message
 
     def on_started(url: str) -> None:
         head.set_status(url=url)
@@ -182,7 +207,10 @@ def _serve_cluster(
         head.set_status(url=url)
         _report_event(f"serving {several.title} at {url}, one at a time")
 
-    cluster = Cluster(head, load.nodes or len(expected), on_waiting, expected)
+    waits: dict[str, Any] = {"wait_s": wait_s}
+    if models is None:
+        waits["while_waiting"] = endpoint.refuse
+    cluster = Cluster(head, load.nodes or len(expected), on_waiting, expected, **waits)
     if models is not None:
         several = read_models(given, models, load, endpoint.model_names, on_cluster=True)
         endpoint.serve_models(

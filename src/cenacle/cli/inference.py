@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -256,6 +256,12 @@ class Endpoint:
             names=self.model_names,
             otlp_endpoint=self.otlp_endpoint,
         )
+
+    def refuse(self, describe: Callable[[], str]) -> AbstractContextManager[None]:
+        """Answer requests with 503 and the present reason, while no model is loaded yet."""
+        from ..server.refusal import refuse
+
+        return refuse(self.process.sock, describe, self.policy, self.tls)
 
     def serve_models(
         self,

@@ -13,8 +13,11 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..core.plan import Plan
@@ -40,8 +43,13 @@ from .thunderbolt import Devices
 log = logging.getLogger(__name__)
 
 LOST_NODE_WAIT_S = 3.0  # for a lost node, if the others can do without it
+FIRST_GROUP_WAIT_S = 86400.0  # machines may be started by hand
+AGENTS_WAIT_S = 10.0  # while requests wait; agents connect again within seconds
+MIN_WAIT_S = 1.0  # of a later try
 
 Report = Callable[[str], None]
+WhileWaiting = Callable[[Callable[[], str]], AbstractContextManager[None]]
+"""What surrounds a wait for nodes; it gets a function that says which are missing."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,9 @@ class Cluster:
         nodes: how many nodes take part; 0: all that belong to the cluster.
         report: told in sentences what is waited for and what was decided.
         hosts: of a hosts file: the expected nodes, and the addresses for all-reduces.
+        wait_s: after so long, counted from now, missing nodes are not waited for any more where no
+            group has run; None: they are, without end.
+        while_waiting: surrounds the waits before the first group of all.
     """
 
     def __init__(
@@ -103,8 +114,12 @@ class Cluster:
         nodes: int = 0,
         report: Report = lambda _: None,
         hosts: Sequence[Host] = (),
+        wait_s: float | None = FIRST_GROUP_WAIT_S,
+        while_waiting: WhileWaiting = lambda _: nullcontext(),
     ) -> None:
         self._head, self._nodes, self._hosts = head, nodes, hosts
+        self._ends_s = None if wait_s is None else time.monotonic() + wait_s
+        self._while_waiting = while_waiting
         self._report_plain = report
         self.formed: FormedGroup | None = None  # decided and not started yet
         self._running: FormedGroup | None = None  # started last
@@ -139,29 +154,37 @@ class Cluster:
     def form(self, model: ClusterModel, cancel: threading.Event | None = None) -> FormedGroup:
         """Wait for the nodes, query them, measure their links and decide on a model's first group.
 
-        Nodes that are missing are waited for without a limit if no model has run before.
-
         Args:
             cancel: set to stop waiting.
 
         Raises:
             CheckpointError: a node cannot download its part, or has another model of that name.
             PlanError: the model does not fit; names the node.
-            ClusterError: the cluster was shut down, or nodes cannot reach each other.
+            NodesMissing: not all have connected in time.
+            ClusterError: nodes cannot reach each other, or the cluster was shut down.
         """
         self.set_model(model)
         self.formed = None
-        # After a first group a lost node is not waited for, as after a loss.
-        max_wait_s = None if self._running is None else LOST_NODE_WAIT_S
         while self.formed is None:
-            group = self._head.form_group(self._nodes, self._report, cancel, max_wait_s)
+            group = self._wait_for_nodes(cancel)
             try:
                 self.formed = self._plan_group(group, self._report)
             except ClusterError as error:
-                if all(self._head.is_connected(node) for node in group.members):
+                is_late = self._ends_s is not None and time.monotonic() > self._ends_s
+                if is_late or all(self._head.is_connected(node) for node in group.members):
                     raise
                 self._report(f"{error}; what it has downloaded is kept")
         return self.formed
+
+    def _wait_for_nodes(self, cancel: threading.Event | None) -> GroupMembership:
+        wait = partial(self._head.form_group, self._nodes, self._report, cancel)
+        if self._running is not None:  # a lost node is not waited for, as after a loss
+            return wait(LOST_NODE_WAIT_S, timeout_s=AGENTS_WAIT_S)
+        left_s = None
+        if self._ends_s is not None:
+            left_s = max(MIN_WAIT_S, self._ends_s - time.monotonic())
+        with self._while_waiting(lambda: self._head.describe_missing(self._nodes)):
+            return wait(timeout_s=left_s)
 
     def set_model(self, model: ClusterModel) -> None:
         """What groups are formed for."""

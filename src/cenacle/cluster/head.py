@@ -25,7 +25,7 @@ from socket import socket
 from typing import Any, TypeVar
 
 from .. import paths
-from ..errors import CenacleError, ClusterError, InputError, printable
+from ..errors import CenacleError, ClusterError, InputError, NodesMissing, printable
 from ..message import Message, MessageError
 from . import framing, head_server, membership, messages, node_info
 from .head_server import FileServer, HeadServer
@@ -158,6 +158,7 @@ class Head:
         cancel: threading.Event | None = None,
         max_wait_s: float | None = None,
         temporary: bool = False,
+        timeout_s: float | None = None,
     ) -> GroupMembership:
         """Wait until a group can be started.
 
@@ -167,17 +168,29 @@ class Head:
             cancel: stops waiting.
             max_wait_s: after this long the nodes that are there are enough; None: never.
             temporary: more nodes are desired, and are added when they connect.
+            timeout_s: after this long nothing is waited for any more; None: never.
 
         Raises:
+            NodesMissing: the time is over; says which.
             ClusterError: the head is closed, or `cancel` was set.
         """
         self._call(lambda: self._dispatch(membership.GroupRequested(nodes, temporary)))
         reported, started_s = "", time.monotonic()
         while True:
-            if max_wait_s is not None and time.monotonic() - started_s > max_wait_s:
+            waited_s = time.monotonic() - started_s
+            if max_wait_s is not None and waited_s > max_wait_s:
                 self._call(self._request_available_nodes)
             with suppress(queue.Empty):
                 return self._groups.get(timeout=0.2)
+            if timeout_s is not None and waited_s > timeout_s:
+                self._call(lambda: self._dispatch(membership.GroupRequestCancelled()))
+                with suppress(queue.Empty):  # it was complete in the last moment
+                    return self._groups.get_nowait()
+                raise NodesMissing(
+                    f"{self.describe_missing(nodes)}; start the missing agents with `cenacle "
+                    f"join`, add a machine with `cenacle nodes --invite`, or ask for fewer nodes "
+                    f"with -n"
+                )
             if self.closed or (cancel is not None and cancel.is_set()):
                 raise ClusterError("the cluster was ended before all nodes were connected")
             missing = self.describe_missing(nodes)

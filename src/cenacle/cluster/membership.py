@@ -185,6 +185,11 @@ class GroupRequested:
 
 
 @dataclass(frozen=True)
+class GroupRequestCancelled:
+    """Nobody waits for a group any more."""
+
+
+@dataclass(frozen=True)
 class GroupReady:
     """All ranks of a group have loaded."""
 
@@ -227,6 +232,7 @@ Event = (
     | NodeDisconnected
     | NodeRemoved
     | GroupRequested
+    | GroupRequestCancelled
     | GroupReady
     | GroupEnded
     | NodesRejected
@@ -294,6 +300,8 @@ def apply_event(state: Membership, event: Event) -> tuple[Membership, tuple[Acti
         case GroupRequested(nodes=nodes, temporary=temporary):
             target = state.target_nodes if temporary else nodes
             state = replace(state, requested_nodes=nodes, target_nodes=target)
+        case GroupRequestCancelled():
+            state = replace(state, requested_nodes=None)
         case GroupReady(group_id=group_id, at_s=at_s):
             if group_id == state.group_id and state.members:
                 members = state.members

@@ -183,7 +183,7 @@ def _run(
         middleware = AccessMiddleware(
             application.app, policy or AccessPolicy.for_socket(sock, keys), keys
         )
-        server = _UvicornServer(application, middleware.with_cors(), on_started, limits, tls)
+        server = HttpServer(application.stop, middleware.with_cors(), on_started, limits, tls)
         # What is loaded stays: a collection that visits it holds the loop for 0.1 s.
         gc.collect()
         gc.freeze()
@@ -389,12 +389,20 @@ def _log_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
     connection_log.error("%s (%s)", context.get("message"), type(context.get("exception")).__name__)
 
 
-class _UvicornServer(uvicorn.Server):
-    """uvicorn that aborts running requests when it is told to stop, and returns."""
+class HttpServer(uvicorn.Server):
+    """uvicorn that aborts running requests when it is told to stop, and returns.
+
+    Args:
+        on_stop: aborts them, for the reason given.
+        asgi: the application.
+        on_started: see `serve`.
+        limits: of connections.
+        tls: see `serve`.
+    """
 
     def __init__(
         self,
-        application: Application | ModelsApplication,
+        on_stop: Callable[[ClusterError], None],
         asgi: Any,
         on_started: Callable[[str], None] | None,
         limits: Limits,
@@ -418,10 +426,11 @@ class _UvicornServer(uvicorn.Server):
                 ssl_context_factory=(lambda *_: tls) if tls is not None else None,
             )
         )
-        self._application, self._on_started, self._tls = application, on_started, tls
+        self._on_stop, self._on_started, self._tls = on_stop, on_started, tls
         self._handshake_timeout_s = limits.tls_handshake_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and report the address."""
         asyncio.get_running_loop().set_exception_handler(_log_loop_error)
         for logger in (connection_log, logging.getLogger("uvicorn.error")):
             logger.addFilter(_REPEATED_LINES)
@@ -451,7 +460,8 @@ class _UvicornServer(uvicorn.Server):
         return server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._application.stop(ClusterError("the server is shutting down"))
+        """Abort what runs, and close the connections."""
+        self._on_stop(ClusterError("the server is shutting down"))
         await super().shutdown(sockets)
 
     @contextlib.contextmanager

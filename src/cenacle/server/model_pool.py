@@ -28,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.types import ASGIApp
 
 from ..core.units import format_bytes
-from ..errors import Busy, CenacleError, ClusterError, PlanError
+from ..errors import Busy, CenacleError, ClusterError, NodesMissing, PlanError
 from ..planning.memory import MemoryEstimate, MemoryShare
 from .generation import to_client_error
 from .model_state import ModelState, ModelStatus
@@ -373,14 +373,20 @@ class ModelPool:
             self._watch_idle(entry)
 
     def _set_failed(self, entry: _Entry, error: CenacleError) -> None:
-        entry.failures += 1
+        # Nodes may come at any moment, and looking for them costs nothing.
+        is_waiting = isinstance(error, NodesMissing)
+        is_known = is_waiting and entry.reason == str(error)
+        entry.failures = 1 if is_waiting else entry.failures + 1
         entry.load_failures += 1
         entry.reason = str(error)
         delay_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2 ** min(entry.failures - 1, 10))
         entry.retry_at_s = time.monotonic() + delay_s
         self._set_state(entry, ModelState.FAILED)
         if self._stop_reason is None:
-            log.warning("%s cannot be loaded: %s", entry.name, error)
+            if not is_known:
+                log.warning("%s cannot be loaded: %s", entry.name, error)
+            if is_waiting and entry.pinned and entry.loads == 0:
+                asyncio.get_running_loop().call_later(delay_s, self._want, entry)
         _fail(entry.waiters, self._stop_reason or _unavailable(entry))
 
     async def _make_room(self, entry: _Entry, needed: int | None) -> MemoryShare:
