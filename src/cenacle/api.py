@@ -531,9 +531,9 @@ class Model:
     @property
     def resident_bytes(self) -> int:
         """Bytes that the ranks take now: their weights, or more if they reported more."""
-        plan, reported = self.plan, self.group.memory
+        plan, heartbeats = self.plan, self.group.heartbeats
         weights = [plan.bytes_of(rank)["total"] for rank in range(plan.nodes)]
-        memory = [0 if m is None else m.resident_bytes for m in reported]
+        memory = [0 if h.memory is None else h.memory.resident_bytes for h in heartbeats]
         return sum(map(max, weights, memory)) if len(memory) == len(weights) else sum(weights)
 
     def ranks_json(self) -> list[dict[str, Any]]:

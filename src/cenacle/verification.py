@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .cluster.link_probe import Link
+from .core.link import Link
 from .core.model_spec import ModelSpec
 from .core.plan import Plan
 from .core.request import GroupEvent, PromptLogprobs, Request, TokenEvent

@@ -511,6 +511,11 @@ def test_the_heat_map_shows_the_routing_counts(opened, url):
             break
         assert time.monotonic() < ends, (counts, steps)
         time.sleep(0.1)
+    for row in body["ranks"]:
+        assert 0 < row["disk"]["free_bytes"] <= row["disk"]["total_bytes"]
+        assert row["link"]["sent_bytes"] > 0
+        assert row["link"]["latency_s"] is None, "no link between machines was measured"
+    until(page, "/Disk free\\n.*Sent\\n/s.test(document.querySelector('.node').innerText)")
     until(page, f"document.body.innerText.includes('mean of {steps} measured')")
     box = page.locator("canvas").bounding_box()
     page.locator("canvas").focus()
@@ -576,7 +581,10 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
     page.click("text=As a table")
     rows = "[...document.querySelectorAll('.card-history tbody tr')].map((r) => r.innerText)"
     until(page, f"{rows}.length === 25")
-    assert page.evaluate(rows)[0].split() == ["now", "25", "2", "0"]
+    assert page.evaluate(rows)[0].split("\t") == ["now", "25", "2", "0", "1.0 MB", "800 GB"]
+    node = page.inner_text(".node >> nth=0").split("\n")
+    for pair in ("Disk free/750 GB", "Sent/3.0 GB", "Latency/0.12 ms", "Bandwidth/1.1 GB/s"):
+        assert pair.split("/", 1)[1] == node[node.index(pair.split("/")[0]) + 1], node
     faults = page.locator(".faults li").all_inner_texts()
     assert "rank 3 was killed" in faults[0]
     assert "recovering" in faults[0]
@@ -633,6 +641,8 @@ def large_cluster(steps):
                     "total_bytes": int(5.5e11),
                     "available_bytes": int(1e11),
                 },
+                "disk": {"total_bytes": int(2e12), "free_bytes": int(7.5e11) - r},
+                "link": {"latency_s": 1.2e-4, "bytes_per_s": 1.1e9, "sent_bytes": int(3e9)},
             }
             for r in range(nodes)
         ],
@@ -642,11 +652,13 @@ def large_cluster(steps):
         "step_timings": {"steps": steps, "mean_ms": timings, "rank_ms": [timings] * nodes},
         "history": {
             "interval_s": 2.0, "tokens_per_s": [40.0] * 150, "running": [3] * 150,
-            "waiting": [1] * 150,
+            "waiting": [1] * 150, "sent_bytes_per_s": [2e6] * 150,
+            "disk_free_bytes": [None, *[int(7.5e11)] * 149],
         },
         "timeline": {
             "version": 3, "interval_s": 60.0, "until": 1.7e9, "tokens_per_s": [10.0] * 99 + [25.0],
-            "running": [2] * 100, "waiting": [0] * 100, "faults": [
+            "running": [2] * 100, "waiting": [0] * 100, "sent_bytes_per_s": [1e6] * 100,
+            "disk_free_bytes": [int(8e11)] * 100, "faults": [
                 {
                     "began_at": 1.7e9, "ended_at": 1.7e9 + 4.1, "reason": "rank 1 was killed",
                     "rank": 1, "is_final": False,

@@ -11,7 +11,6 @@ import pytest
 
 import cenacle
 from cenacle.cluster import hostsfile, link_probe, node_info, thunderbolt
-from cenacle.cluster.link_probe import Link
 from cenacle.cluster.membership import Node
 from cenacle.cluster.messages import UNKNOWN_NODE, NodeInfo
 from cenacle.cluster.placement import (
@@ -22,6 +21,7 @@ from cenacle.cluster.placement import (
     place,
     speed_weights,
 )
+from cenacle.core.link import Link
 from cenacle.engine.memory import estimate_memory
 from cenacle.engine.options import EngineOptions
 from cenacle.errors import ClusterError, InputError, PlanError

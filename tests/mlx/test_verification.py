@@ -15,9 +15,9 @@ from one_process import VECTORS
 import cenacle
 from cenacle import verification
 from cenacle.cluster.head import GroupMembership
-from cenacle.cluster.link_probe import Link
 from cenacle.cluster.membership import Node
 from cenacle.cluster.messages import UNKNOWN_NODE
+from cenacle.core.link import Link
 from cenacle.core.plan import Plan
 from cenacle.errors import ClusterError, PlanError
 from cenacle.load_options import LoadOptions

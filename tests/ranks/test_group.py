@@ -161,11 +161,13 @@ def test_three_nodes_with_unlike_shares_give_the_same_tokens(one):
         assert model.generate(list(range(200)), 6).tokens == one["long prompt"]
 
 
-def test_each_rank_reports_its_own_memory(two):
-    wait_until(lambda: all(two.group.memory), 60, "the first heartbeats")
-    for memory in two.group.memory:
+def test_each_rank_reports_its_own_memory_and_disk(two):
+    beats = two.group.heartbeats
+    wait_until(lambda: all(beat.memory and beat.disk for beat in beats), 60, "first heartbeats")
+    for memory, disk in ((beat.memory, beat.disk) for beat in beats):
         assert 10**7 < memory.resident_bytes < memory.total_bytes
         assert memory.available_bytes < memory.total_bytes
+        assert 0 < disk.free_bytes <= disk.total_bytes
 
 
 def test_seeds(two):

@@ -28,10 +28,10 @@ from cenacle.cluster.agent import Agent
 from cenacle.cluster.client import pair_with_head, query_head
 from cenacle.cluster.formation import Cluster, ClusterModel
 from cenacle.cluster.head import Head
-from cenacle.cluster.link_probe import Link
 from cenacle.cluster.placement import PlacementOptions
 from cenacle.cluster.security import identity as identities
 from cenacle.cluster.security import pairing
+from cenacle.core.link import Link
 from cenacle.core.plan import Plan
 from cenacle.engine.memory import estimate_memory
 from cenacle.engine.options import EngineOptions

@@ -80,6 +80,11 @@ def test_models_change_places_on_a_cluster_while_a_node_leaves_and_returns(clust
     assert texts[0] != texts[1]
     assert sorted(row["state"] for row in states(server).values()) == ["loaded", "unloaded"]
 
+    rows = httpx.get(f"{server.url}/cluster", timeout=DEADLINE_S).json()["ranks"]
+    for link in (row["link"] for row in rows):
+        assert 0 < link["latency_s"] < 1 < link["bytes_per_s"]
+        assert link["sent_bytes"] > 0
+
     (loaded,) = (name for name, row in states(server).items() if row["state"] == "loaded")
     with ThreadPoolExecutor(1) as clients:
         long = clients.submit(complete, server, loaded, max_tokens=2000, ignore_eos=True)

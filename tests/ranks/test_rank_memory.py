@@ -36,7 +36,7 @@ def test_resident_memory_is_weights_caches_and_a_bounded_rest(tmp_path):
             weights = model.plan.bytes_of(rank)["total"]
             while True:
                 resident, peak = resident_and_peak(pid)
-                reported = model.group.memory[rank]
+                reported = model.group.heartbeats[rank].memory
                 # What a prompt's activations took is given back, where the extension can.
                 is_back = resident < peak or not native.is_available()
                 if is_back and abs(reported.resident_bytes - resident) < 10**6:

@@ -102,6 +102,7 @@ def test_top_in_a_pipe_is_one_picture(environment, served):
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     assert "hot experts" in done.stdout
+    assert re.search(r"disk \S+ .B free of", done.stdout)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The bounded history of a cluster: minutes, and faults from the states of recovery."""
 
 from cenacle.scheduler import recovery
-from cenacle.server.cluster_history import MAX_FAULTS, MAX_MINUTES, ClusterHistory
+from cenacle.server.cluster_history import MAX_FAULTS, MAX_MINUTES, ClusterHistory, Sample
 
 START = 1_000_000.0  # seconds since 1970, at 100 s of the monotonic clock
 
@@ -13,17 +13,21 @@ def history():
 def test_minutes_are_means_and_maxima_and_bounded():
     kept = history()
     for n in range(1, 31):
-        kept.add_sample(100.0 + 2 * n, float(n), n % 3, n)
+        free_bytes = 500 - n if n > 10 else None
+        kept.add_sample(100.0 + 2 * n, Sample(float(n), n % 3, n, 10.0 * n, free_bytes))
     timeline = kept.timeline_json()
     assert timeline["tokens_per_s"] == [15.5]
     assert (timeline["running"], timeline["waiting"]) == ([2], [30])
+    assert (timeline["sent_bytes_per_s"], timeline["disk_free_bytes"]) == ([155], [470])
     assert timeline["until"] == START + 60
     assert kept.timeline_json(timeline["version"]) is None
     assert kept.recent_json()["tokens_per_s"] == [float(n) for n in range(1, 31)]
     for n in range(2 * MAX_MINUTES):
-        kept.add_sample(1000.0 + 60 * n, 1.0, 0, 0)
-    assert len(kept.timeline_json()["running"]) == MAX_MINUTES
-    assert len(kept.recent_json()["running"]) == 150
+        kept.add_sample(1000.0 + 60 * n, Sample(1.0, 0, 0))
+    for name in Sample._fields:
+        assert len(kept.timeline_json()[name]) == MAX_MINUTES
+        assert len(kept.recent_json()[name]) == 150
+    assert kept.timeline_json()["disk_free_bytes"][-1] is None
 
 
 def test_faults_are_kept_with_their_times_and_reasons():

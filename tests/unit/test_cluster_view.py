@@ -4,8 +4,15 @@ import json
 
 from test_plan_info import spec_of
 
+from cenacle.core.link import Link
 from cenacle.core.plan import Plan
-from cenacle.server.cluster_view import MAX_USAGE_ROWS, routing_counts, usage_json
+from cenacle.ranks.messages import Heartbeat
+from cenacle.server.cluster_view import (
+    MAX_USAGE_ROWS,
+    describe_link,
+    routing_counts,
+    usage_json,
+)
 from cenacle.server.metrics import KeyUsage
 from cenacle.server.plan_info import placement_map
 
@@ -39,3 +46,12 @@ def test_only_the_clients_own_key_is_named_and_rows_are_bounded():
         total = 500 if not factor else sum(range(500))
         assert sum(row[name] for row in rows) == total
     assert usage_json({}, "ann") == []
+
+
+def test_the_slowest_link_of_a_rank_counts():
+    links = {(0, 1): Link(1e-4, 2e9), (0, 2): Link(3e-4, 1e9), (1, 2): Link(2e-4, 5e8)}
+    last = Heartbeat(sent_bytes=7)
+    assert describe_link(0, links, last) == {"latency_s": 3e-4, "bytes_per_s": 1e9, "sent_bytes": 7}
+    assert describe_link(1, links, last)["bytes_per_s"] == 5e8
+    alone = {"latency_s": None, "bytes_per_s": None, "sent_bytes": 0}
+    assert describe_link(0, {}, Heartbeat()) == alone

@@ -12,6 +12,8 @@ from cenacle.errors import ClusterError, InputError
 
 MS = {"trunk": 4.0, "experts": 3.0, "all_reduce": 2.0, "waiting": 0.5, "rest": 0.5, "total": 10.0}
 RANK = {"device": "cpu", "weights_bytes": 4_000_000, "silent_s": 0.1, "pid": 7}
+DISK = {"total_bytes": 512_000_000_000, "free_bytes": 90_000_000_000}
+LINK = {"latency_s": 0.00012, "bytes_per_s": 1.1e9, "sent_bytes": 3_000_000}
 MEMORY = {
     "resident_bytes": 8_000_000_000,
     "total_bytes": 32_000_000_000,
@@ -27,14 +29,17 @@ VIEW = {
     "uptime_s": 93784,
     "nodes": 2,
     "plan": {"placement": "sliced", "trunk": "replicated", "backend": "mesh"},
-    "ranks": [{"rank": 0, **RANK, "memory": MEMORY}, {"rank": 1, **RANK, "memory": None}],
+    "ranks": [
+        {"rank": 0, **RANK, "memory": MEMORY, "disk": DISK, "link": LINK},
+        {"rank": 1, **RANK, "memory": None, "disk": None, "link": {**LINK, "latency_s": None}},
+    ],
     "running": 3,
     "waiting": 1,
     "totals": {"requests": 12, "prompt_tokens": 3456, "generated_tokens": 789},
     "drafts": {"drafted": 100, "accepted": 61},
     "step_timings": {"steps": 5, "mean_ms": MS},
     "prediction": {"step_timings_ms": {name: ms * 0.8 for name, ms in MS.items()}},
-    "history": {"tokens_per_s": [0, 10, 40, 20]},
+    "history": {"tokens_per_s": [0, 10, 40, 20], "sent_bytes_per_s": [0, 9000, 4500]},
     "placement": {"id": "p", "layers": [[1, 0], [2, 0]]},
     "timeline": {"version": "v", "tokens_per_s": [0, 30] * 200, "faults": []},
     "routing": {"steps": 5, "counts": [[1, 1, 6, 0], [2, 2, 2, 2]]},
@@ -94,11 +99,21 @@ def test_a_picture_has_what_the_server_does(watched):
         "total          10.00       8.00  +25%",
         "75% of 32.0 GB, 8.00 GB here",
         "weights 4.00 MB, caches 7.90 GB, rest 96.0 MB",
+        "     disk 90.0 GB free of 512.0 GB, sent 3.00 MB, link 0.12 ms, 1.10 GB/s",
+        "4.50 KB ▁█▅ most 9.00 KB",
         "1  memory unknown",
+        "     sent 3.00 MB\n",
         "layer 1   expert 2",
         " 3.0",
     ):
         assert expected in text, text
+
+
+def test_of_disk_and_link_there_is_what_fits(watched):
+    assert "     disk 90.0 GB free of 512.0 GB" in draw(watched, 40)
+    watched.view["nodes"], watched.view["ranks"] = 1, watched.view["ranks"][:1]
+    watched.view["ranks"][0] |= {"link": None}
+    assert "sent" not in "\n".join(draw(watched, 100))
 
 
 def test_memory_above_what_is_expected_is_said(watched):

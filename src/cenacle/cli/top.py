@@ -37,6 +37,7 @@ app = typer.Typer()
 DEFAULT_URL = "http://127.0.0.1:8080"
 MAX_NOTES = 50
 HOT_EXPERTS = 6
+FAULT_LINES = 4  # for which there is room before disks and links are shown
 SPARKS = "▁▂▃▄▅▆▇█"
 LABEL_WIDTH = 13
 ACCOUNT_WIDTH = 60  # columns, for what memory is made of
@@ -193,14 +194,19 @@ def draw_view(watched: WatchedServer, width: int, height: int | None = None) -> 
         width: columns.
         height: lines; the timeline gets what the rest leaves. None: all of it.
     """
+    faults = [(time.strftime("%H:%M:%S", time.localtime(at)), t) for at, t in watched.list_events()]
     if "ranks" in watched.view:
         lines = [*_head(watched), *_load(watched.view, width), *_speed(watched.view, width)]
-        lines += [*_nodes(watched.view, width), *_hot_experts(watched.view, width)]
+        nodes, experts = _nodes(watched.view, width), _hot_experts(watched.view, width)
+        devices = sum(bool(_describe_devices(rank)) for rank in watched.view["ranks"])
+        room = 0 if height is None else height - len(lines) - len(nodes) - len(experts)
+        if height is None or room - FAULT_LINES * bool(faults) >= devices:
+            nodes = _nodes(watched.view, width, with_devices=True)
+        lines += nodes + experts
     else:  # of several models none is loaded
         lines = [Text("no answer" if watched.silence else "idle: no model is loaded", "bold")]
         for name, state in watched.view["models"].items():
             lines.append(Text(f"  {printable(state):<10} {printable(name)}"))
-    faults = [(time.strftime("%H:%M:%S", time.localtime(at)), t) for at, t in watched.list_events()]
     if height is not None:
         lines = lines[: height - 1]
         faults = faults[-max(0, height - len(lines) - 2) :] if height - len(lines) > 2 else []
@@ -241,6 +247,7 @@ def _load(view: dict[str, Any], width: int) -> list[Text]:
     lines = [
         _row("tokens/s", f"{now:<7g}{draw_sparks(rates, room)} most {max(rates, default=0):g}"),
         *_day(view, width),
+        *_traffic(view, room),
         _row("requests", f"{view['running']} running, {view['waiting']} waiting"),
         _row(
             "so far",
@@ -252,6 +259,14 @@ def _load(view: dict[str, Any], width: int) -> list[Text]:
         share = drafts["accepted"] / drafts["drafted"]
         lines.append(_row("drafts", f"{share:.0%} of {drafts['drafted']:,} accepted"))
     return lines
+
+
+def _traffic(view: dict[str, Any], room: int) -> list[Text]:
+    rates = view["history"]["sent_bytes_per_s"]
+    if view["nodes"] < 2 or not rates:
+        return []
+    now, most = format_bytes(rates[-1]), format_bytes(max(rates))
+    return [_row("sent/s", f"{now:<7} {draw_sparks(rates, room - 1)} most {most}")]
 
 
 def _day(view: dict[str, Any], width: int) -> list[Text]:
@@ -291,7 +306,7 @@ def _speed(view: dict[str, Any], width: int) -> list[Text]:
     return lines
 
 
-def _nodes(view: dict[str, Any], width: int) -> list[Text]:
+def _nodes(view: dict[str, Any], width: int, *, with_devices: bool = False) -> list[Text]:
     lines = [Text("nodes", "bold")]
     for rank in view["ranks"]:
         memory = rank["memory"]
@@ -309,7 +324,35 @@ def _nodes(view: dict[str, Any], width: int) -> list[Text]:
         lines.append(line)
         if memory and width >= ACCOUNT_WIDTH:
             lines.append(_memory_account(rank))
+        devices = join_fitting(_describe_devices(rank), width - 5) if with_devices else ""
+        if devices:
+            lines.append(Text(f"     {devices}", "dim"))
     return lines
+
+
+def _describe_devices(rank: dict[str, Any]) -> list[str]:
+    """A rank's disk and its slowest link."""
+    parts = []
+    if disk := rank["disk"]:
+        free, total = format_bytes(disk["free_bytes"]), format_bytes(disk["total_bytes"])
+        parts.append(f"disk {free} free of {total}")
+    if link := rank["link"]:
+        parts.append(f"sent {format_bytes(link['sent_bytes'])}")
+        if link["latency_s"] is not None:
+            rate = format_bytes(link["bytes_per_s"])
+            parts.append(f"link {1000 * link['latency_s']:.2g} ms, {rate}/s")
+    return parts
+
+
+def join_fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the parts, joined by commas, as there is room for."""
+    text = ""
+    for part in parts:
+        longer = f"{text}, {part}" if text else part
+        if len(longer) > width:
+            break
+        text = longer
+    return text
 
 
 def _memory_account(rank: dict[str, Any]) -> Text:

@@ -26,6 +26,7 @@ from typing import Any
 
 from .. import net, paths
 from ..collective import socket_options
+from ..core.link import Link
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, error_from_json, error_to_json, printable
 from ..message import Message, parse
@@ -305,7 +306,7 @@ class Agent:
         port = link_probe.serve_probe(order.address, pairing.decode(order.secret))
         return messages.ProbePort(port)
 
-    async def _probe_link(self, order: messages.ProbeLink) -> link_probe.Link:
+    async def _probe_link(self, order: messages.ProbeLink) -> Link:
         secret = pairing.decode(order.secret)
         return await asyncio.to_thread(link_probe.probe_link, order.address, order.port, secret)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ..core.link import Link
 from ..core.plan import Plan
 from ..engine.options import EngineOptions
 from ..engine.speculative.draft_model import DraftModelConfig
@@ -34,7 +35,6 @@ from .download.distribution import ModelDistribution
 from .download.hub import Hub
 from .head import GroupMembership, Head, ReturningNodes
 from .hostsfile import Host
-from .link_probe import Link
 from .membership import Node
 from .remote_ranks import RemoteRanks
 from .security import pairing
@@ -214,6 +214,7 @@ class Cluster:
             epoch,
             formed.devices,
         )
+        ranks.links = formed.links
         try:
             ranks.load(replace(order, plan=formed.plan), report)
         except BaseException:

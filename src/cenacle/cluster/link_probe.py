@@ -14,32 +14,17 @@ import statistics
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Annotated
 
 from .. import net
 from ..collective import socket_options
+from ..core.link import Link
 from ..errors import ClusterError
-from ..message import Message, Range
 
 PING_BYTES = 64
 PINGS = 50
 BULK_BYTES = 4 * 2**20
 PROBE_TIMEOUT_S = 8.0
 MIN_TRANSFER_S = 1e-6
-
-
-@dataclass(frozen=True)
-class Link(Message):
-    """A link from one node to another.
-
-    Args:
-        latency_s: half the median round trip of a small message.
-        bytes_per_s: of a transfer of a few megabytes.
-    """
-
-    latency_s: Annotated[float, Range(1e-9, 1e3)]
-    bytes_per_s: Annotated[float, Range(1.0, 1e18)]
 
 
 def serve_probe(address: str, secret: bytes) -> int:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 from .. import net
+from ..core.link import Link
 from ..message import Count, Label, Message, MessageError, Port, Printable, Range, Seconds
-from .link_probe import Link
 
 R = TypeVar("R", bound=Message)
 QueryName = Literal["status", "doctor", "invite", "revoke", "leave", "remove", "down"]

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..core.link import Link
 from ..core.model_spec import ModelSpec
 from ..core.plan import Plan
 from ..core.units import format_bytes
@@ -26,7 +27,6 @@ from ..planning.catalog import Fact, Machine
 from ..planning.perf_model import PaperConstants
 from ..planning.plan_cost import MeasuredMachines
 from . import thunderbolt
-from .link_probe import Link
 from .membership import Node
 from .thunderbolt import Devices
 

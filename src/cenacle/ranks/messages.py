@@ -56,10 +56,26 @@ class RankMemory(Message):
 
 
 @dataclass(frozen=True)
+class RankDisk(Message):
+    """The file system that a rank's model is on; `free_bytes` for this user."""
+
+    total_bytes: Count
+    free_bytes: Count
+
+
+@dataclass(frozen=True)
 class Heartbeat(Message, type="heartbeat"):
-    """The rank is alive."""
+    """The rank is alive.
+
+    Args:
+        memory: of the rank and its machine.
+        disk: of its model; None: not known yet.
+        sent_bytes: that it has put into all-reduces since it started.
+    """
 
     memory: RankMemory | None = None
+    disk: RankDisk | None = None
+    sent_bytes: Count = 0
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ from .messages import (
     ImageUpload,
     PageUpdate,
     RankFailure,
-    RankMemory,
     StepOrder,
     StepResult,
     VocabularyUpload,
@@ -126,7 +125,7 @@ class RankGroup:
         self.emulation: dict[int, EmulationStats] = {}  # by rank, likewise; empty: real machines
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}  # likewise
         self.last_message_s: list[float] = []  # `time.monotonic` of each rank's last message
-        self.memory: list[RankMemory | None] = []  # as each rank reported it last
+        self.heartbeats: list[Heartbeat] = []  # the last one of each rank
         self.observers: list[StepObserver] = []
         # The model's tokens, for requests with grammars; None: every rank reads them itself, for
         # which it imports a second's worth of libraries.
@@ -267,9 +266,9 @@ class RankGroup:
 
     def _start_readers(self) -> None:
         self.last_message_s = [time.monotonic()] * len(self._ranks.channels)
-        self.memory = [None] * len(self._ranks.channels)
+        self.heartbeats = [Heartbeat()] * len(self._ranks.channels)
         for rank, channel in enumerate(self._ranks.channels):
-            arguments = (self._state.epoch, rank, channel, self.last_message_s, self.memory)
+            arguments = (self._state.epoch, rank, channel, self.last_message_s, self.heartbeats)
             threading.Thread(target=self._read_messages, args=arguments, daemon=True).start()
 
     def _read_messages(
@@ -278,7 +277,7 @@ class RankGroup:
         rank: int,
         channel: Channel,
         last_message_s: list[float],
-        memory: list[RankMemory | None],
+        heartbeats: list[Heartbeat],
     ) -> None:
         """Put a rank's messages into the inbox until there are no more."""
         while True:
@@ -298,7 +297,7 @@ class RankGroup:
                 return
             last_message_s[rank] = time.monotonic()
             if isinstance(message, Heartbeat):
-                memory[rank] = message.memory
+                heartbeats[rank] = message
             else:
                 self._inbox.put((message.epoch, rank, message))
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import selectors
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ..core.link import Link
 from ..core.plan import Plan
 from ..errors import ClusterError, RankLost
 from ..message import MessageError, parse
@@ -36,6 +37,7 @@ class RankSet(ABC):
         self.channels: Sequence[Channel] = []
         self.pids: list[int] = []
         self.ready: list[Ready] = []
+        self.links: Mapping[tuple[int, int], Link] = {}
         self._epoch = epoch
         self._closed = False
 

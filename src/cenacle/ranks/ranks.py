@@ -8,10 +8,11 @@ Next: `local_ranks.py` and `cluster/remote_ranks.py` implement them, `rank_group
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..core.link import Link
 from ..core.plan import Plan
 from ..errors import RankLost
 from .channel import Channel
@@ -52,6 +53,11 @@ class Ranks(Protocol):
     @property
     def backend_reason(self) -> str | None:
         """Why so; None: it was requested."""
+        ...
+
+    @property
+    def links(self) -> Mapping[tuple[int, int], Link]:
+        """Measured links between pairs of ranks, the lower one first; empty: on one machine."""
         ...
 
     def blame(self, rank: int, reason: str) -> RankLost:

@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -43,6 +44,7 @@ from .messages import (
     LoadOrder,
     LoadProgress,
     PageUpdate,
+    RankDisk,
     RankFailure,
     RankMemory,
     Ready,
@@ -56,7 +58,7 @@ from .step_timings import StepReport
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from ..collective.base import Collective
+    from ..collective.base import Collective, Traffic
     from ..engine.cache.disk_store import PageStore
     from ..engine.emulated_machine import EmulatedMachine
     from ..engine.engine import Engine
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.1
+DISK_INTERVAL_S = 10.0
 IDLE_S = 0.5
 LIBRARIES = ("engine.engine", "engine.speculative.draft_model", "model.loader")
 
@@ -83,12 +86,13 @@ def main() -> None:
         channel = connect_to_front()
     except (ClusterError, OSError):
         sys.exit(1)  # the front has gone meanwhile: nobody is to be told
-    threading.Thread(target=send_heartbeats, args=(channel,), daemon=True).start()
+    vitals = Vitals()
+    threading.Thread(target=send_heartbeats, args=(channel, vitals), daemon=True).start()
     try:
         import_libraries()
         gc.freeze()  # what was imported stays: the collector need not visit it
         gc.enable()
-        _Worker(channel, parse(receive_message(channel), LoadOrder)).run()
+        _Worker(channel, parse(receive_message(channel), LoadOrder), vitals).run()
     except Exception as error:
         if not isinstance(error, CenacleError):
             traceback.print_exc()
@@ -148,7 +152,28 @@ def connect_to_front() -> Channel:
     return channel
 
 
-def send_heartbeats(channel: Channel) -> None:
+class Vitals:
+    """What heartbeats tell besides memory; threads of the rank set it."""
+
+    def __init__(self) -> None:
+        self.disk: RankDisk | None = None
+        self.traffic: Traffic | None = None  # of the rank's group
+
+    def watch_disk(self, folder: Path) -> None:
+        """Look at the disk of a folder now and then, in a thread: one that hangs, as network file
+        systems do, must not make the rank look dead."""
+
+        def watch() -> None:
+            while True:
+                with suppress(OSError):
+                    usage = shutil.disk_usage(folder)
+                    self.disk = RankDisk(usage.total, usage.free)
+                time.sleep(DISK_INTERVAL_S)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def send_heartbeats(channel: Channel, vitals: Vitals | None = None) -> None:
     """Tell the front that this rank is alive; end the process when the front is gone.
 
     From the order on: until then the front may be busy for longer than the connection can store
@@ -160,8 +185,10 @@ def send_heartbeats(channel: Channel) -> None:
         time.sleep(HEARTBEAT_INTERVAL_S)
         machine = psutil.virtual_memory()
         memory = RankMemory(process.memory_info().rss, machine.total, machine.available)
+        disk, traffic = (vitals.disk, vitals.traffic) if vitals is not None else (None, None)
+        sent_bytes = traffic.bytes if traffic is not None else 0
         try:
-            channel.send(Heartbeat(memory).to_json())
+            channel.send(Heartbeat(memory, disk, sent_bytes).to_json())
         except ClusterError:
             os._exit(1)
 
@@ -246,7 +273,7 @@ def join_collective(
 class _Worker:
     """One rank that serves steps."""
 
-    def __init__(self, channel: Channel, order: LoadOrder) -> None:
+    def __init__(self, channel: Channel, order: LoadOrder, vitals: Vitals) -> None:
         # Imported here and below, see `import_libraries`.
         import mlx.core as mx
 
@@ -263,6 +290,8 @@ class _Worker:
             *(order.backend, order.plan.nodes, order.comm_dtype),
             order.latency_s if rates is None else 0.0,
         )
+        vitals.traffic = self._collective.traffic
+        vitals.watch_disk(Path(order.folder))
         self._machine: EmulatedMachine | None = None
         if mx.default_device().type == mx.DeviceType.cpu:
             # It runs a C++ compiler for seconds when a first request comes, and gains nothing.

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..scheduler.recovery import RecoveryState
 
@@ -21,6 +22,23 @@ MAX_SAMPLES = 150  # five minutes, one every two seconds
 MAX_MINUTES = 24 * 60
 MAX_FAULTS = 50
 MINUTE_S = 60.0
+
+
+class Sample(NamedTuple):
+    """A moment of a cluster.
+
+    Args:
+        tokens_per_s: generated, since the sample before.
+        running, waiting: requests.
+        sent_bytes_per_s: that all ranks together put into all-reduces, since the sample before.
+        disk_free_bytes: of the fullest of the disks with the model; None: not known.
+    """
+
+    tokens_per_s: float
+    running: int
+    waiting: int
+    sent_bytes_per_s: float = 0.0
+    disk_free_bytes: int | None = None
 
 
 @dataclass
@@ -54,9 +72,9 @@ class ClusterHistory:
     def __init__(self, interval_s: float, now: float, wall_now: float) -> None:
         self.interval_s = interval_s
         self._wall_offset_s = wall_now - now
-        self._samples: deque[tuple[float, int, int]] = deque(maxlen=MAX_SAMPLES)
-        self._minutes: deque[tuple[float, int, int]] = deque(maxlen=MAX_MINUTES)
-        self._minute: list[tuple[float, int, int]] = []  # the samples of the present one
+        self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
+        self._minutes: deque[Sample] = deque(maxlen=MAX_MINUTES)
+        self._minute: list[Sample] = []  # the samples of the present one
         self._minute_began = now
         self._faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
         self._open: Fault | None = None
@@ -65,16 +83,15 @@ class ClusterHistory:
         self._version = 0
         self._lock = threading.Lock()
 
-    def add_sample(self, now: float, tokens_per_s: float, running: int, waiting: int) -> None:
-        """Add a sample; after a minute also that minute's mean rate and most requests."""
+    def add_sample(self, now: float, sample: Sample) -> None:
+        """Add a sample; after a minute also that minute's mean rates, most requests and least free
+        space."""
         with self._lock:
-            self._samples.append((tokens_per_s, running, waiting))
-            self._minute.append((tokens_per_s, running, waiting))
+            self._samples.append(sample)
+            self._minute.append(sample)
             if now - self._minute_began < MINUTE_S:
                 return
-            rates, most_running, most_waiting = zip(*self._minute, strict=True)
-            mean_rate = round(sum(rates) / len(rates), 1)
-            self._minutes.append((mean_rate, max(most_running), max(most_waiting)))
+            self._minutes.append(_summarize(self._minute))
             self._minute, self._minute_began = [], now
             self._version += 1
 
@@ -127,12 +144,19 @@ class ClusterHistory:
             }
 
 
-def _columns(samples: deque[tuple[float, int, int]]) -> dict[str, list[float]]:
-    return {
-        "tokens_per_s": [rate for rate, _, _ in samples],
-        "running": [running for _, running, _ in samples],
-        "waiting": [waiting for _, _, waiting in samples],
-    }
+def _summarize(samples: Sequence[Sample]) -> Sample:
+    tokens, running, waiting, sent, disks = zip(*samples, strict=True)
+    return Sample(
+        round(sum(tokens) / len(tokens), 1),
+        max(running),
+        max(waiting),
+        round(sum(sent) / len(sent)),
+        min((free for free in disks if free is not None), default=None),
+    )
+
+
+def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    return {name: [getattr(s, name) for s in samples] for name in Sample._fields}
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

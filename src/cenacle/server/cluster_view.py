@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..core.link import Link
 from ..core.plan import Plan
 from ..planning.memory import MemoryUse
-from ..ranks.messages import RankMemory
-from .cluster_history import ClusterHistory
+from ..ranks.messages import Heartbeat, RankMemory
+from .cluster_history import ClusterHistory, Sample
 from .expected_speed import SpeedPrediction
 from .plan_info import PlanTracker
 
@@ -107,35 +108,58 @@ class ClusterView:
     def _ranks(self) -> list[dict[str, Any]]:
         model, now = self._model, time.monotonic()
         running = model.group.state.phase == "ok"
-        reported = model.group.memory if running else []
-        caches = model.group.cache_bytes
-        return [
-            {
-                **{k: row[k] for k in ("rank", "pid", "device", "weights_bytes")},
-                "memory": describe_memory(
-                    reported[row["rank"]] if row["rank"] < len(reported) else None,
-                    row["weights_bytes"],
-                    caches,
-                ),
-                "silent_s": round(now - last_message_at, 1),
-            }
-            for row, last_message_at in zip(
-                model.ranks_json(), model.group.last_message_s, strict=False
+        # The ranks that run may be others than those of the row, for a moment.
+        reported = model.group.heartbeats if running else []
+        caches, links = model.group.cache_bytes, model.ranks.links
+        rows = []
+        for row, last_message_at in zip(
+            model.ranks_json(), model.group.last_message_s, strict=False
+        ):
+            rank = row["rank"]
+            last = reported[rank] if rank < len(reported) else Heartbeat()
+            rows.append(
+                {
+                    **{k: row[k] for k in ("rank", "pid", "device", "weights_bytes")},
+                    "memory": describe_memory(last.memory, row["weights_bytes"], caches),
+                    "disk": last.disk.to_json() if last.disk is not None else None,
+                    "link": describe_link(rank, links, last) if len(reported) > 1 else None,
+                    "silent_s": round(now - last_message_at, 1),
+                }
             )
-        ]
+        return rows
 
     def _sample(self) -> None:
-        last_count, last_time = self._generated_tokens(), time.monotonic()
+        group = self._model.group
+        last, last_time = self._counts(), time.monotonic()
+        free_bytes: int | None = None  # while ranks start it stays what it was
         while not self._closed.wait(self._interval_s):
-            now, count, load = time.monotonic(), self._generated_tokens(), self._model.group.load
+            now, counts, load = time.monotonic(), self._counts(), group.load
             # A group that was restarted can count from zero again.
-            rate = max(0.0, round((count - last_count) / (now - last_time), 1))
-            self._history.add_sample(now, rate, load["running"], load["waiting"])
-            self._history.observe(self._model.group.state)
-            last_count, last_time = count, now
+            tokens_per_s, sent_per_s = (
+                max(0.0, (count - before) / (now - last_time))
+                for count, before in zip(counts, last, strict=True)
+            )
+            disks = [beat.disk.free_bytes for beat in group.heartbeats if beat.disk is not None]
+            free_bytes = min(disks, default=free_bytes)
+            self._history.add_sample(
+                now,
+                Sample(
+                    round(tokens_per_s, 1),
+                    load["running"],
+                    load["waiting"],
+                    round(sent_per_s),
+                    free_bytes,
+                ),
+            )
+            self._history.observe(group.state)
+            last, last_time = counts, now
 
-    def _generated_tokens(self) -> int:
-        return self._model.group.counts["generated_tokens"]
+    def _counts(self) -> tuple[int, int]:
+        """Generated tokens, and bytes that all ranks have put into all-reduces."""
+        group = self._model.group
+        beats = group.heartbeats
+        sent_bytes = sum(beat.sent_bytes for beat in beats) if len(beats) > 1 else 0
+        return group.counts["generated_tokens"], sent_bytes
 
 
 def usage_json(usage: Mapping[str, KeyUsage], own_key: str) -> list[dict[str, Any]]:
@@ -174,6 +198,23 @@ def describe_memory(
     use = MemoryUse(reported.resident_bytes, weights, caches)
     account = {"cache_bytes": use.caches, "rest_bytes": use.rest, "limit_bytes": use.limit}
     return reported.to_json() | account
+
+
+def describe_link(
+    rank: int, links: Mapping[tuple[int, int], Link], last: Heartbeat
+) -> dict[str, float | None]:
+    """A rank's way to the others.
+
+    Returns:
+        "latency_s" and "bytes_per_s" of the slowest of its links (None: not measured), and
+        "sent_bytes", which it has put into all-reduces.
+    """
+    own = [link for pair, link in links.items() if rank in pair]
+    return {
+        "latency_s": max((link.latency_s for link in own), default=None),
+        "bytes_per_s": min((link.bytes_per_s for link in own), default=None),
+        "sent_bytes": last.sent_bytes,
+    }
 
 
 def group_state(model: Model) -> dict[str, Any]:

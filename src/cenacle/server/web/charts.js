@@ -11,7 +11,7 @@ export function formatNumber(value) {
 }
 
 export function formatBytes(value) {
-  for (const [unit, size] of [["GB", 1e9], ["MB", 1e6], ["KB", 1e3]]) {
+  for (const [unit, size] of [["TB", 1e12], ["GB", 1e9], ["MB", 1e6], ["KB", 1e3]]) {
     if (value >= size) return `${(value / size).toFixed(value < 10 * size ? 1 : 0)} ${unit}`;
   }
   return `${value} B`;
@@ -50,8 +50,8 @@ const HEIGHT = 64;
 // A chart that stays while its data changes. `show`: series [class, label, values], the newest value last; `points` fit
 // into it, one every `intervalS`. Pointer and arrow keys read single values.
 export class TimeChart {
-  constructor(title) {
-    this.title = title;
+  constructor(title, format = formatNumber) {
+    Object.assign(this, { title, format });
     this.head = h("div", { class: "chart-title" });
     this.plot = h("div", { class: "plot", tabindex: "0", role: "img" });
     this.tip = h("div", { class: "tip", hidden: true });
@@ -86,14 +86,14 @@ export class TimeChart {
         s("path", { class: "area", d: `M${left},${HEIGHT}L${places.join("L")}L${WIDTH},${HEIGHT}Z` }),
         s("path", { class: "stroke", d: `M${places.join("L")}` }));
     });
-    const latest = series.map(([name, label, values]) => [name, `${formatNumber(values.at(-1) ?? 0)} ${label}`]);
+    const latest = series.map(([name, label, values]) => [name, `${this.format(values.at(-1) ?? 0)} ${label}`]);
     this.head.replaceChildren(h("strong", {}, this.title), h("span", {}, latest.map(([name, text]) => h("span", { class: `key ${name}` }, text))));
     this.cursor = s("path", { class: "cursor", d: "" });
-    this.plot.setAttribute("aria-label", `${this.title}: now ${latest.map(([, text]) => text).join(", ")}; top of the chart ${formatNumber(top)}; arrow keys read single values`);
+    this.plot.setAttribute("aria-label", `${this.title}: now ${latest.map(([, text]) => text).join(", ")}; top of the chart ${this.format(top)}; arrow keys read single values`);
     this.plot.replaceChildren(
       s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" },
         s("path", { class: "base", d: `M0,${HEIGHT - 1}H${WIDTH}` }), ...lines, this.cursor),
-      h("span", { class: "maximum" }, formatNumber(top)));
+      h("span", { class: "maximum" }, this.format(top)));
     this.axis.replaceChildren(h("span", {}, describeAgo(intervalS * (points - 1))), h("span", {}, "now"));
     this.select(this.ago);
   }
@@ -108,7 +108,7 @@ export class TimeChart {
     this.cursor?.setAttribute("d", this.ago === null ? "" : `M${this.x(this.ago).toFixed(1)},0V${HEIGHT}`);
     if (this.ago === null) return;
     this.tip.replaceChildren(h("strong", {}, describeAgo(this.ago * this.intervalS)),
-      ...this.series.map(([, label, values]) => h("span", {}, `${formatNumber(values.at(-1 - this.ago) ?? 0)} ${label}`)));
+      ...this.series.map(([, label, values]) => h("span", {}, `${this.format(values.at(-1 - this.ago) ?? 0)} ${label}`)));
     const width = this.plot.clientWidth;
     const at = (this.x(this.ago) / WIDTH) * width - this.tip.offsetWidth / 2;
     this.tip.style.left = `${Math.max(0, Math.min(at, width - this.tip.offsetWidth))}px`;

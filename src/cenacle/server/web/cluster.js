@@ -122,6 +122,8 @@ function build() {
         h("button", { type: "button", "data-span": name, onclick: () => { span = name; draw(); } }, label))),
     tokens: new TimeChart("Tokens per second"),
     requests: new TimeChart("Requests"),
+    sent: new TimeChart("Sent between nodes", formatBytes),
+    disk: new TimeChart("Free disk space", formatBytes),
     table: h("details", { class: "more" }, h("summary", {}, "As a table"), h("div", { class: "wide", tabindex: "0" })),
     faults: h("div", { class: "faults" }),
     usage: h("div", { class: "wide", tabindex: "0" }),
@@ -132,7 +134,7 @@ function build() {
     card("card-nodes", "Nodes", view.nodes, addMachine()),
     card("card-experts", "Experts", view.period, view.legend, view.heatMap.element, view.heatNote),
     card("card-timings", "Time per token", view.timings),
-    card("card-history", "Load", view.span, view.tokens.element, view.requests.element, view.table),
+    card("card-history", "Load", view.span, view.tokens.element, view.requests.element, view.sent.element, view.disk.element, view.table),
     card("card-usage", "API keys", view.usage),
     card("card-faults", "Faults", view.faults));
 }
@@ -222,10 +224,23 @@ function drawNodes() {
       h("dl", {},
         h("dt", {}, "Weights"), h("dd", {}, formatBytes(rank.weights_bytes)),
         h("dt", {}, "Memory"), h("dd", {}, resident === undefined ? "–" : formatBytes(resident), total && h("small", {}, ` of ${formatBytes(total)}`)),
+        ...describeDevices(rank),
         timings && h("dt", {}, "Experts"), timings && h("dd", {}, `${formatNumber(timings.experts)} ms`),
         timings && h("dt", {}, "Waiting"), timings && h("dd", {}, `${formatNumber(timings.waiting)} ms`)),
       h("p", { class: "device", title: rank.device }, `${rank.device.replace(/^Device\((\w+), \d+\)/, "$1")} · process ${rank.pid}`));
   }));
+}
+
+// Pairs of a name and a value: the disk with the model, and the way to the other nodes.
+function describeDevices({ disk, link }) {
+  const pair = (name, title, value) => [h("dt", { title }, name), h("dd", { title }, value)];
+  const measured = "of the slowest link to another node, measured when the group was formed";
+  return [
+    ...(disk ? pair("Disk free", `where the model is, of ${formatBytes(disk.total_bytes)}`, formatBytes(disk.free_bytes)) : []),
+    ...(link ? pair("Sent", "into all-reduces, since the ranks were started", formatBytes(link.sent_bytes)) : []),
+    ...(link && link.latency_s !== null ? pair("Latency", measured, `${formatNumber(1000 * link.latency_s)} ms`) : []),
+    ...(link && link.latency_s !== null ? pair("Bandwidth", measured, `${formatBytes(link.bytes_per_s)}/s`) : []),
+  ];
 }
 
 let highlighted = null; // a rank, or "shared"
@@ -315,15 +330,21 @@ function drawHistory() {
   const points = data === timeline ? [1, 3, 6, 12, 24].map((hours) => 60 * hours).find((n) => n >= data.running.length) : 150;
   view.tokens.show([["tokens", "tokens/s", data.tokens_per_s]], data.interval_s, points);
   view.requests.show([["running", "running", data.running], ["waiting", "waiting", data.waiting]], data.interval_s, points);
+  view.sent.element.hidden = state.nodes === 1;
+  view.sent.show([["sent", "per second", data.sent_bytes_per_s]], data.interval_s, points);
+  const free = data.disk_free_bytes.map((bytes) => bytes ?? 0);
+  view.disk.element.hidden = !free.at(-1);
+  view.disk.show([["disk", "on the fullest node", free]], data.interval_s, points);
   if (!view.table.open) return;
   const count = data.running.length;
   const step = Math.max(1, Math.ceil(count / MOST_ROWS));
   const rows = [];
   for (let index = count - 1; index >= 0; index -= step) rows.push(index);
   view.table.lastChild.replaceChildren(h("table", {},
-    h("thead", {}, h("tr", {}, ["When", "Tokens/s", "Running", "Waiting"].map((label) => h("th", { scope: "col" }, label)))),
+    h("thead", {}, h("tr", {}, ["When", "Tokens/s", "Running", "Waiting", "Sent/s", "Free disk"].map((label) => h("th", { scope: "col" }, label)))),
     h("tbody", {}, rows.map((index) => h("tr", {}, h("th", { scope: "row" }, describeAgo((count - 1 - index) * data.interval_s)),
-      h("td", {}, formatNumber(data.tokens_per_s[index])), h("td", {}, data.running[index]), h("td", {}, data.waiting[index]))))));
+      h("td", {}, formatNumber(data.tokens_per_s[index])), h("td", {}, data.running[index]), h("td", {}, data.waiting[index]),
+      h("td", {}, formatBytes(data.sent_bytes_per_s[index])), h("td", {}, data.disk_free_bytes[index] === null ? "–" : formatBytes(data.disk_free_bytes[index])))))));
 }
 
 // What API keys use. The server names only the key that this page has.
