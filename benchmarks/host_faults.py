@@ -28,7 +28,7 @@ from cenacle.cluster.security import identity as identities
 from cenacle.cluster.security import pairing
 from cenacle.errors import CenacleError, ClusterError
 from cenacle.message import Message
-from cenacle.model.byte_ranges import JOURNAL
+from cenacle.model.byte_ranges import JOURNAL, byte_range_from_json
 from cenacle.ranks.channel import Channel
 from cluster import API, CONTROL, JOIN, UP, WORKER, Cluster, Health, Streaming, start_head
 from fault_record import MAX_DETECTION_S, FaultRecord
@@ -193,8 +193,9 @@ def corrupted(trial: Trial, host: Host) -> Iterator[None]:
     host.kill(JOIN)
     (part,) = (host.folder / ".cache/cenacle/models").iterdir()
     noted = [json.loads(line) for line in (part / JOURNAL).read_text().split("\n") if line]
-    last = [n for n in noted if "start" in n and n["file"].endswith(".safetensors")][-1]
-    at = last["start"] + last.get("kept", [(0, 0)])[0][0]
+    last = [n for n in noted if "range" in n and n["file"].endswith(".safetensors")][-1]
+    byte_range = byte_range_from_json(last["range"])
+    at = byte_range[0] if len(byte_range) == 2 else next(byte_range.spans())[0]
     with (part / last["file"]).open("r+b") as file:
         file.seek(at)
         byte = file.read(1)
