@@ -4,8 +4,9 @@
 ...     print(model.generate("What is 12 + 30?").text)
 """
 
+from __future__ import annotations
+
 import os
-from typing import TYPE_CHECKING, Any
 
 from . import import_hooks
 from .errors import (
@@ -19,7 +20,11 @@ from .errors import (
     RankLost,
 )
 
+# Not that of `typing`: what is imported here comes before the program handles Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     __version__: str
     from .api import Chunk, Completion, Model, load
     from .runtime import inspect

@@ -5,21 +5,25 @@ quicker search in transformers; quicker configs of mlx-lm and mlx-vlm.
 Does not know: who imports them.
 Invariant: importing mlx-lm leaves the limit as it was. It would set it to 2,048, and the most
 that it can be raised to to 4,096, and fail where less is allowed. transformers finds the same
-names as without the hook.
+names as without the hook. This is imported before the program handles Ctrl-C, and imports next to
+nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType, SimpleNamespace
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 SEARCH = "create_import_structure_from_path"
 HUB, DOWNLOAD = "huggingface_hub", "snapshot_download"
@@ -27,6 +31,8 @@ HUB, DOWNLOAD = "huggingface_hub", "snapshot_download"
 
 @contextmanager
 def _keep_file_limit(_: ModuleType) -> Iterator[None]:
+    import resource
+
     original = resource.setrlimit
     resource.setrlimit = lambda *_: None
     try:
@@ -72,6 +78,8 @@ def _search_from_the_end(module: ModuleType) -> Iterator[None]:
 def _read_signatures_once(module: ModuleType) -> Iterator[None]:
     """mlx-lm and mlx-vlm ask for the parameters of a config's class anew for each key of a
     config, 5 to 10 ms for a model."""
+    from types import SimpleNamespace
+
     yield
     names = vars(module)
     if (used := names.get("inspect")) is not None:
@@ -86,8 +94,8 @@ AROUND_IMPORT: dict[str, Callable[[ModuleType], AbstractContextManager[None]]] =
 }
 
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+class _Loader:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -98,15 +106,17 @@ class _Loader(importlib.abc.Loader):
             self._loader.exec_module(module)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name not in AROUND_IMPORT:
             return None
+        from importlib.machinery import PathFinder
+
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]  # it has what is used
         return spec
 
 

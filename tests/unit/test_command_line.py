@@ -3,8 +3,10 @@
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -374,6 +376,49 @@ main()
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
     assert (done.returncode, done.stderr) == (130, message)
+
+
+def test_next_to_nothing_is_imported_before_ctrl_c_is_handled():
+    program = (
+        "import os, re, sys\nbefore = set(sys.modules)\nimport cenacle.__main__\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    own = {"cenacle", "cenacle.__main__", "cenacle.errors", "cenacle.import_hooks"}
+    others = {"__future__", "collections.abc", "contextlib", "importlib", "signal", "warnings"}
+    imported = {name for name in done.stdout.split() if "._bootstrap" not in name}
+    assert own <= imported <= own | others, done
+
+
+HANDLED = """
+import os, signal, sys
+set_handler = signal.signal
+def note(number, handler):
+    previous = set_handler(number, handler)
+    if number == signal.SIGINT and previous is signal.default_int_handler:
+        os.write(1, b"handled")
+    return previous
+set_handler(signal.SIGINT, signal.default_int_handler)
+signal.signal = note
+from cenacle.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("inspect", "-m", "demo")])
+def test_ctrl_c_ends_a_start_with_one_line_whenever_it_comes(arguments):
+    for delay_s in (0.0, 0.02, 0.05, 0.1, 0.2, 0.3):
+        with subprocess.Popen(
+            [sys.executable, "-c", HANDLED, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stdout.read(7) == b"handled"
+            time.sleep(delay_s)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+            # It may have done its work before.
+            assert (process.returncode, errors) in ((130, b"interrupted\n"), (0, b"")), delay_s
 
 
 def test_a_reader_that_goes_away_ends_the_program_silently():
