@@ -175,3 +175,20 @@ def test_times_are_those_of_as_many_requests():
     assert control.propose() != GroupLengthController.MAX_TOKENS
     control.select(2)
     assert control.is_timed
+
+
+def test_an_account_with_credit_never_turns_no_draft_into_the_longest():
+    """What past plain steps earned allows another try soon, not a draft of any length now."""
+    control = GroupLengthController()
+    control.select(4)
+    for _ in range(400):
+        control.on_step_time(0, 1.0)
+    control.begin(4)
+    control.on_first_pass(1.2, 1)
+    for _ in range(8):
+        control.on_group_verified([(2, 0)] * 4, control.propose())
+        assert control.limit <= GroupLengthController.INITIAL_TOKENS
+        if not control.limit:
+            return
+        control.on_step_time(2, 2.0, 1)
+    pytest.fail("drafts that are never right go on")

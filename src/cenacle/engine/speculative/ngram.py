@@ -327,8 +327,8 @@ class GroupLengthController(DraftLengthController):
         proposal = super().propose(min_tokens_per_s)
         if 0 < proposal <= self.MAX_TOKENS or not self._debt:
             return proposal
-        missing = max(self.PROBE_COST - self._credit + self._debt, 0.0)
-        return self.MAX_TOKENS + math.ceil(missing / self.BUDGET)
+        missing = self.PROBE_COST - self._credit + self._debt
+        return self.MAX_TOKENS + max(math.ceil(missing / self.BUDGET), 1)
 
     def on_empty_pass(self, seconds: float) -> None:
         """Count a pass in which nothing was drafted."""
