@@ -5,7 +5,7 @@ BIN := .venv/bin
 # is a quarter of its processor time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test test-others test-hosts clients page smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
+.PHONY: install demo test test-others test-hosts parity clients page smollm faults soak lint docs load fuzz fuzz-cluster lock sanitize clean
 
 install: .venv/installed
 
@@ -31,6 +31,13 @@ HOSTS_LOG := build/test-hosts.log
 test-hosts:
 	@mkdir -p build
 	@MAKEFLAGS= $(BIN)/pytest tests/hosts > $(HOSTS_LOG) 2>&1; status=$$?; cat $(HOSTS_LOG); exit $$status
+
+# Whole products of family, nodes, placement, kernels, trunk, format and how requests arrive, of
+# which `make test` has every value and most pairs: tests/support/products.py. An hour on two cores.
+parity: install
+	CENACLE_WHOLE_PRODUCTS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --max-worker-restart 0 \
+	  tests/ranks/test_families.py tests/ranks/test_cli.py tests/mlx/test_batching.py tests/mlx/test_native.py \
+	  tests/mlx/test_formats.py tests/unit/test_kernels.py
 
 # Real clients, from npm and PyPI, against two nodes: docs/clients.md. The first time installs them.
 clients: install

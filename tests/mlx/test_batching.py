@@ -24,6 +24,7 @@ from cenacle.model.step_timer import StepTimer
 from cenacle.model.stream_support import can_have_stream_caches, set_stream_caches
 from cenacle.scheduler.prefix_index import CacheFootprint
 from cenacle.scheduler.scheduler import Scheduler
+from support.products import in_turn
 
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
 LENGTHS = (1, 3, 17, 40, 64, 128)
@@ -164,33 +165,57 @@ def on_every_rank(
     return in_threads(nodes, run)[0]
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+NODES = (1, 2)
+CANCELLED = ("3 tokens", "40 tokens")
+
+
+def run_together(model: RunningModel, requests: list[Request]) -> Answers:
+    """Many join at once."""
+    running, *others = requests
+    return model.answers([[running], others[:-3], others[-3:]])
+
+
+def run_in_chunks(model: RunningModel, requests: list[Request]) -> Answers:
+    """One joins after the other, in chunks, and some end early."""
+    bursts = [[request] for request in requests]
+    return model.answers(bursts, CANCELLED, prefill_chunk_size=16)
+
+
+ARRIVALS = (run_together, run_in_chunks)
+
+
+def arrivals_of(family: str, nodes: int) -> list[Callable[[RunningModel, list[Request]], Answers]]:
+    return in_turn(ARRIVALS, RUNNABLE.index(family) + nodes)
+
+
+def test_every_family_has_all_arrivals_and_so_has_every_number_of_nodes():
+    for family in RUNNABLE:
+        assert {run for nodes in NODES for run in arrivals_of(family, nodes)} == set(ARRIVALS)
+    for nodes in NODES:
+        assert {run for family in RUNNABLE for run in arrivals_of(family, nodes)} == set(ARRIVALS)
+
+
+@pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("family", RUNNABLE)
 def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes):
     row = family_of(family)
     alone_often = row.batching is Batching.ONE_BY_ONE or row.request_attention
     requests = FEWER if alone_often else REQUESTS
-    running, *others = requests
-    cancelled = ["3 tokens", "40 tokens"]
-
     known = answers_alone.get(family, {})
 
-    def run(model: RunningModel) -> tuple[Answers, Answers, Answers]:
+    def run(model: RunningModel) -> tuple[Answers, list[Answers]]:
         alone = dict(known)
         for request in () if known else requests:
             alone |= model.answers([[request]])
-        together = model.answers([[running], others[:-3], others[-3:]])
-        # In chunks, one joins after the other, and some end early.
-        bursts = [[r] for r in requests]
-        in_turn = model.answers(bursts, cancelled, prefill_chunk_size=16)
-        return alone, together, in_turn
+        return alone, [arrive(model, requests) for arrive in arrivals_of(family, nodes)]
 
-    alone, together, in_turn = on_every_rank(family, nodes, run)
+    alone, others = on_every_rank(family, nodes, run)
     answers_alone[family] = alone
     assert all(len(alone[r.id]) == r.max_tokens for r in requests)
-    assert find_differences(alone, together, requests) == {}
-    rest = [r for r in requests if r.id not in cancelled]
-    assert find_differences(alone, in_turn, rest) == {}
+    for arrive, answers in zip(arrivals_of(family, nodes), others, strict=True):
+        cancelled = CANCELLED if arrive is run_in_chunks else ()
+        complete = [request for request in requests if request.id not in cancelled]
+        assert find_differences(alone, answers, complete) == {}
 
 
 @pytest.mark.parametrize("family", WITH_PREFIXES)

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from one_process import load_rank, run_ranks
+from one_process import load_rank, run_ranks, spec_of, tiny_model
 
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
@@ -21,7 +21,6 @@ from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.families import Batching, family_of, list_families
 from cenacle.model.image_settings import IMAGE_FAMILIES
 from cenacle.model.slicing import ModelLayout, slices_for
-from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
 from support.moe_gguf import ARCHITECTURES
@@ -98,7 +97,7 @@ def test_formats_are_read_for_every_family(number, tmp_path):
     write_format(tmp_path / "plain", tmp_path / "model", form)
     dense = tmp_path / "model" / "dense"
     (want,) = run_ranks(dense, 1, lambda model, _: np.array(model(IDS)))
-    units = read_model_spec(Checkpoint.open(tmp_path / "model")).moe[0].units
+    units = spec_of(tmp_path / "model").moe[0].units
     placement = "sliced" if units > 1 else "whole"
     got = run_ranks(
         tmp_path / "model", 2, lambda model, _: np.array(model(IDS)), placement=placement
@@ -131,12 +130,11 @@ def run_together(engine: Engine, names: str, max_tokens: int) -> None:
 @pytest.mark.parametrize(
     "row", [r for r in list_families() if r.refused is None], ids=lambda row: row.name
 )
-def test_columns_say_what_the_engine_and_the_plan_do(row, tmp_path):
+def test_columns_say_what_the_engine_and_the_plan_do(row):
     can = find_capabilities(row)
-    synth(tmp_path, family=row.name)
-    checkpoint = Checkpoint.open(tmp_path)
-    spec = read_model_spec(checkpoint)
-    model = load_rank(tmp_path, Plan.whole(spec, 1), SingleRank())
+    folder = tiny_model(row.name)
+    checkpoint, spec = Checkpoint.open(folder), spec_of(folder)
+    model = load_rank(folder, Plan.whole(spec, 1), SingleRank())
     passes: list[tuple[int, int]] = []
     record_passes(model, passes)
     options = EngineOptions(speculative="always")

@@ -27,6 +27,7 @@ from cenacle.model.loader import build_model, load_rank_model
 from cenacle.model.slicing import ModelLayout, required_ranges, slices_for
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.tensor_slice import COLUMNS, ROWS
+from support.products import in_turn
 from support.quantized_checkpoints import (
     FAMILIES,
     HEADS,
@@ -70,12 +71,26 @@ def difference(got: mx.array, expected: mx.array) -> float:
     return float(mx.max(mx.abs(got - expected)) / mx.max(mx.abs(expected)))
 
 
+PLACEMENTS = ("whole", "sliced", "replicated")  # on three nodes
+
+
+def placements_of(family: str, name: str) -> list[str]:
+    return in_turn(PLACEMENTS, [*FAMILIES].index(family) + [*FORMATS].index(name))
+
+
+def test_every_family_and_every_format_has_all_placements():
+    for family in FAMILIES:
+        assert {p for name in FORMATS for p in placements_of(family, name)} == set(PLACEMENTS)
+    for name in FORMATS:
+        assert {p for family in FAMILIES for p in placements_of(family, name)} == set(PLACEMENTS)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_decoded_weights(checkpoints, family, name):
     folder = checkpoints(family, name)
     expected = logits(folder / "dense")
-    for nodes, placement in ((1, "whole"), (3, "whole"), (3, "sliced"), (3, "replicated")):
+    for nodes, placement in ((1, "whole"), *((3, p) for p in placements_of(family, name))):
         got = logits(folder, nodes, placement)
         assert difference(got, expected) < 1e-4, (nodes, placement)
 

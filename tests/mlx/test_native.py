@@ -1,6 +1,7 @@
 """The native kernels against plain MLX, and models that use them against the same without."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,11 +23,13 @@ from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
 from cenacle.model.zoo import WeightedExperts
 from cenacle.planning import load_balancer
+from support.products import in_turn
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
 KERNELS = native.extension().available_kernels() if native.is_available() else []
 FLOATS = [mx.float32, mx.bfloat16, mx.float16]
-AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+AFFINE = [*product(BITS, GROUPS)]
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 64, 65, 70)
 # Of the norm: float sums, activations of 16 bits, and of 8.
 EXACT, ROUNDED, COARSE = 1e-6, 6e-5, 1e-2
@@ -82,10 +85,20 @@ def test_float_layer(kernels, dtype, rows, width):
         assert_close(kernels.linear(x, made), x, w.astype(mx.float32), EXACT)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+def dtypes_of(bits: int, group: int, kernels: str) -> list[mx.Dtype]:
+    return in_turn(FLOATS, BITS.index(bits) + GROUPS.index(group) + KERNELS.index(kernels))
+
+
+def test_all_bits_have_every_type_with_all_kernels():
+    for bits, kernels in product(BITS, KERNELS):
+        assert {t for group in GROUPS for t in dtypes_of(bits, group, kernels)} == set(FLOATS)
+
+
 @pytest.mark.parametrize(("bits", "group"), AFFINE)
-def test_quantized_layer(kernels, bits, group, dtype):
-    for rows, width in [(5, group), (33, 3 * group), (100, 10 * group), (64, 1024)]:
+def test_quantized_layer(kernels, bits, group):
+    shapes = [(5, group), (33, 3 * group), (100, 10 * group), (64, 1024)]
+    dtypes = dtypes_of(bits, group, kernels.selected_kernels())
+    for (rows, width), dtype in product(shapes, dtypes):
         made, w = quantized(normal(rows, width).astype(dtype), bits, group)
         for tokens in TOKENS:
             x = normal(tokens, width, seed=tokens)
@@ -483,8 +496,20 @@ ROUNDED_LOGITS, EXACT_LOGITS = 2e-3, 5e-5
 ROUNDED_LOGITS_OF = {"jamba": 1e-2}
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64)])
-@pytest.mark.parametrize("family", RUNNABLE)
+BITS_AND_GROUPS = ((4, 32), (8, 64))
+ROUNDED_CASES = [
+    (family, *form)
+    for number, family in enumerate(RUNNABLE)
+    for form in in_turn(BITS_AND_GROUPS, number)
+]
+
+
+def test_every_family_is_rounded_and_both_formats_are():
+    assert {family for family, *_ in ROUNDED_CASES} == set(RUNNABLE)
+    assert {tuple(form) for _, *form in ROUNDED_CASES} == set(BITS_AND_GROUPS)
+
+
+@pytest.mark.parametrize(("family", "bits", "group_size"), ROUNDED_CASES)
 def test_rounding_of_activations_explains_quantized_logits(
     family, bits, group_size, tmp_path, monkeypatch
 ):

@@ -41,18 +41,18 @@ from cenacle.scheduler.scheduler import Scheduler
 
 DEADLINE_S = 300
 SIZES = (2, 1, 2, 1)  # ranks of each epoch
-LOST = {(0, 1): 12, (1, 0): 12}  # epoch, rank: the step at which it dies
-REFORMED = {(2, 0): 10}  # likewise: when better nodes are there
+LOST = {(0, 1): 8, (1, 0): 8}  # epoch, rank: the step at which it dies
+REFORMED = {(2, 0): 6}  # likewise: when better nodes are there
 PREFILL_CHUNK_SIZE = 40
 SHARED = make_prompt(50, 50)
 REQUESTS = [
     make_request("running", make_prompt(9, 0), 28),
     make_request("short", make_prompt(1, 1), 24),
-    make_request("sampled", make_prompt(23, 5), 24, 1.0, 2),
-    make_request("sampled alike", make_prompt(23, 5), 24, 1.0, 3),
-    make_request("tail", (*SHARED, 7, 8), 20),
-    make_request("same beginning", (*SHARED, 9), 20),
-    make_request("long", make_prompt(100, 2), 16),
+    make_request("sampled", make_prompt(23, 5), 16, 1.0, 2),
+    make_request("sampled alike", make_prompt(23, 5), 16, 1.0, 3),
+    make_request("tail", (*SHARED, 7, 8), 12),
+    make_request("same beginning", (*SHARED, 9), 12),
+    make_request("long", make_prompt(100, 2), 8),
     make_request("already answered", make_prompt(5, 3), 2),
 ]
 

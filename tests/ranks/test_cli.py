@@ -19,6 +19,7 @@ from mlx_lm import stream_generate
 from cenacle import native, net
 from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.model.synth import synth
+from support.products import in_turn
 
 COMMAND = [sys.executable, "-m", "cenacle"]
 
@@ -124,16 +125,16 @@ def test_a_saved_plan_is_used(folder, tmp_path):
     assert weights[0] > weights[1]
 
 
+ONE_NODE = "-n 1"
+OTHER_LAYOUTS = ("-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated")
+
+
 @pytest.mark.parametrize("kernels", ["mlx", "native"])
 def test_every_placement_gives_the_same_text(folder, kernels):
     if kernels == "native" and not native.is_available():
         pytest.skip(native.unavailable_reason())
     texts = set()
-    for options in (
-        "-n 1",
-        "-n 2 --placement sliced --trunk sharded",
-        "-n 3 --placement replicated",
-    ):
+    for options in (ONE_NODE, *in_turn(OTHER_LAYOUTS, kernels == "native")):
         done = run(
             *f"generate -m {folder} -p Hello --max-tokens 24 --json --kernels {kernels}".split(),
             *options.split(),

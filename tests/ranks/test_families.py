@@ -5,6 +5,7 @@ a tiny model milliseconds.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from cenacle.model.synth import synth
 from cenacle.ranks.local_ranks import LocalRanks
 from cenacle.ranks.messages import MeasureOrder
 from support.own_models import VlmLanguageModel
+from support.products import in_turn
 
 RANK = Path(__file__).parent / "parity_rank.py"
 PROMPT = [(37 * i + 11) % 251 for i in range(24)]
@@ -31,6 +33,37 @@ TOLERANCE_ROUNDED = 2e-3
 # deepseek_v41 rounds to 8 and 4 bits itself: a difference of 1e-7 may become a step.
 TOLERANCE_STEPS = 2e-2
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
+NODES = (1, 2, 3, 4)
+PLACEMENTS = ("whole", "sliced", "replicated")
+KERNELS = ("mlx", "native")
+TRUNKS = ("replicated", "sharded")
+
+
+def layouts_of(number: int, nodes: int) -> list[tuple[str, str, str]]:
+    """(placement, kernels, trunk) of one checkpoint on so many nodes.
+
+    Each checkpoint has every placement on two to four nodes, both sets of kernels and both trunks;
+    each number of nodes has all of their combinations, with one checkpoint or another.
+    """
+    return list(
+        product(
+            in_turn(PLACEMENTS, number + nodes),
+            in_turn(KERNELS, number // 3 + nodes),
+            in_turn(TRUNKS, number // 6 + nodes // 2),
+        )
+    )
+
+
+def test_every_checkpoint_has_every_placement_and_all_layouts_occur():
+    layouts = set(product(PLACEMENTS, KERNELS, TRUNKS))
+    for nodes in NODES:
+        assert layouts == {x for i in range(len(RUNNABLE)) for x in layouts_of(i, nodes)}
+    for number in range(len(layouts)):
+        of_several = [x for nodes in NODES[1:] for x in layouts_of(number, nodes)]
+        placements, kernels, trunks = zip(*of_several, strict=True)
+        assert set(placements) == set(PLACEMENTS)
+        assert set(kernels) == set(KERNELS)
+        assert set(trunks) == set(TRUNKS)
 
 
 class Case:
@@ -81,29 +114,18 @@ def cases(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(
-    ("nodes", "kernels", "placement", "trunk"),
-    [
-        (1, "mlx", "whole", "replicated"),
-        (2, "mlx", "whole", "replicated"),
-        (3, "mlx", "sliced", "sharded"),
-        (4, "mlx", "replicated", "replicated"),
-        (2, "native", "sliced", "replicated"),
-        (3, "native", "replicated", "sharded"),
-    ],
-)
-def test_every_family_gives_what_its_own_package_gives(
-    cases, nodes, kernels, placement, trunk, tmp_path
-):
+@pytest.mark.parametrize("nodes", NODES)
+def test_every_family_gives_what_its_own_package_gives(cases, nodes, tmp_path):
     ranks = LocalRanks(nodes, program=[sys.executable, str(RANK)])
     wrong = {}
     try:
         ranks.load(MeasureOrder(nodes))
-        for name, case in cases.items():
-            plan = getattr(Plan, placement)(case.spec, nodes, trunk=trunk)
-            problem = compare(ranks, case, plan, kernels, tmp_path)
-            if problem:
-                wrong[name] = problem
+        for number, (name, case) in enumerate(cases.items()):
+            for placement, kernels, trunk in layouts_of(number, nodes):
+                plan = getattr(Plan, placement)(case.spec, nodes, trunk=trunk)
+                problem = compare(ranks, case, plan, kernels, tmp_path)
+                if problem:
+                    wrong[name, placement, kernels, trunk] = problem
     finally:
         ranks.close(now=True)
     assert not wrong

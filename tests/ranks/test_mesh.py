@@ -35,15 +35,27 @@ class Process:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen([sys.executable, str(RANK)], **pipes)
         self.pid = self._process.pid
+        self._unanswered = 0
 
     def start(self, name: str, **arguments) -> None:
         print(json.dumps([name, arguments]), file=self._process.stdin, flush=True)
+        self._unanswered += 1
 
     def result(self, seconds: float = 30) -> dict:
         with selectors.DefaultSelector() as waiting:
             waiting.register(self._process.stdout, selectors.EVENT_READ)
             assert waiting.select(seconds), f"nothing came within {seconds:g} s"
-        return json.loads(self._process.stdout.readline())
+        answer = json.loads(self._process.stdout.readline())
+        self._unanswered -= 1
+        return answer
+
+    def leaves_its_group(self) -> bool:
+        """Whether it has left, so that it can join another."""
+        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if state in "TZX" or self._unanswered:
+            return False
+        self.start("close")
+        return "error" not in self.result()
 
     def end(self) -> None:
         self._process.kill()
@@ -56,13 +68,22 @@ def ports(count: int) -> list[str]:
     return [f"127.0.0.1:{p}" for p in net.free_ports(count)]
 
 
+@pytest.fixture(scope="module")
+def idle():
+    """Processes that are in no group: most of a short test is a process's start."""
+    processes: list[Process] = []
+    yield processes
+    for process in processes:
+        process.end()
+
+
 @pytest.fixture
-def start(tmp_path):
-    """Starts processes, by default joined into a group; all end with the test."""
+def start(tmp_path, idle):
+    """Takes or starts processes, by default joined into a group until the test ends."""
     running = []
 
     def group(ranks: int, kind: str = "unix", joined: bool = True, **arguments):
-        some = [Process() for _ in range(ranks)]
+        some = [idle.pop() if idle else Process() for _ in range(ranks)]
         running.extend(some)
         where = ports(ranks) if kind == "tcp" else [f"unix:{tmp_path}/{r}" for r in range(ranks)]
         if joined:
@@ -73,7 +94,10 @@ def start(tmp_path):
 
     yield group
     for process in running:
-        process.end()
+        if process.leaves_its_group():
+            idle.append(process)
+        else:
+            process.end()
 
 
 def everywhere(processes: list[Process], name: str, **arguments) -> list:
