@@ -178,6 +178,7 @@ def test_pipes_get_only_the_answers(environment, server):
     )  # fmt: skip
     assert (ran.returncode, ran.stdout.splitlines()) == (0, ["42", "12"])
     assert "/temp: expected a number from 0 to 2" in ran.stderr
+    assert "tokens" not in ran.stderr, "there is no status without a terminal"
 
 
 class Echo:
@@ -190,6 +191,22 @@ class Echo:
 
     def answer(self, messages, settings):
         yield OutputPart("text", json.dumps(messages))
+
+
+def test_the_status_is_what_fits_on_a_line():
+    session = ChatSession(Echo(), ChatSettings())
+    assert [session.describe_status(width) for width in (80, 3)] == ["echo", ""]
+    session.tokens_per_s = 12.34
+    session.source.context_used, session.source.context_length = 512, 1024
+    wide = "████░░░░ 512 of 1,024 tokens (50%) · 12.3 tokens/s"
+    assert session.describe_status(80) == f"{wide} · echo"
+    assert session.describe_status(len(wide) + 3) == wide
+    assert session.describe_status(49) == "512 of 1,024 tokens (50%) · 12.3 tokens/s · echo"
+    assert session.describe_status(39) == "50% of 1,024 · 12.3 tokens/s · echo"
+    assert session.describe_status(30) == "50% of 1,024 · 12.3 tokens/s"
+    assert session.describe_status(20) == "12.3 tokens/s · echo"
+    session.source.context_length = None
+    assert session.describe_status(40) == "512 · 12.3 tokens/s · echo"
 
 
 def test_a_conversation_is_loaded_as_it_was_saved(tmp_path, capsys):

@@ -32,16 +32,17 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ..core.chat import Message, OutputPart
-from ..errors import CenacleError, ClusterError, InputError
+from ..errors import CenacleError, ClusterError, InputError, printable
 from ..images.placement import mark_parts
 from ..images.sources import MAX_FILE_BYTES
 from .chat_sources import ChatSettings, ChatSource, LocalChat
-from .console import report, stderr_console
+from .console import draw_bar, join_fitting, report, stderr_console
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
 MAX_TEXT_FILE_BYTES = 1_000_000
+LEAST_PARTS = 4  # of an answer that has a speed; the first one does not count
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "/help": ("", "list the commands"),
@@ -88,6 +89,7 @@ class ChatSession:
     files: list[str] = field(default_factory=list)
     branch: list[Message] = field(default_factory=list)  # to which /back returns
     draft: str = ""  # what the line of input begins with
+    tokens_per_s: float = 0.0  # of the last answer, or of this one so far; 0: unknown
 
     def run(self, history: Path | None = None) -> None:
         """Read questions and show answers until the end of the input.
@@ -108,7 +110,7 @@ class ChatSession:
     def _run_in_terminal(self, history: Path | None) -> None:
         console = Console(highlight=False)
         console.print(f"[bold]{escape(self.source.name)}[/]  [dim]/help lists the commands[/]")
-        prompt = _create_prompt(history)
+        prompt = _create_prompt(history, self.describe_status)
         running = True
         while running:
             try:
@@ -259,6 +261,20 @@ class ChatSession:
             return []
         return [f"{used:,} of {length:,} tokens ({used / length:.0%})" if length else f"{used:,}"]
 
+    def describe_status(self, width: int) -> str:
+        """How full the context is, the speed and the model, as far as they fit on a line."""
+        speed = [f"{self.tokens_per_s:.1f} tokens/s"] if self.tokens_per_s else []
+        used, length = self.source.context_used, self.source.context_length
+        forms = self._describe_context()
+        if used and length:
+            share = used / length
+            forms = [f"{draw_bar(share, 8, '░')} {forms[0]}", *forms, f"{share:.0%} of {length:,}"]
+        # The longest form beside which there is room for the speed.
+        context = next((f for f in forms if len(" · ".join([f, *speed])) <= width), "")
+        return join_fitting(
+            [*filter(None, [context]), *speed, printable(self.source.name)], width, " · "
+        )
+
     def _regenerate(self, show_answer: Callable[[], str]) -> None:
         indices = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
         if not indices:
@@ -332,16 +348,19 @@ class ChatSession:
         printed = parts = 0
         stopped = False
         start = time.perf_counter()
-        first = last = 0.0
+        first = last = self.tokens_per_s = 0.0
         with Live(console=console, refresh_per_second=12, vertical_overflow="crop") as live:
             try:
                 for part in self._answer_parts():
                     last = time.perf_counter()
                     first = first or last
                     parts += 1
+                    if parts >= LEAST_PARTS and last > first:
+                        self.tokens_per_s = (parts - 1) / (last - first)
                     if part.kind == "reasoning":
                         reasoning += part.text
-                        live.update(_Tail(Text(reasoning.strip(), style="dim italic")))
+                        tail = Text(reasoning.strip(), style="dim italic")
+                        live.update(_Tail(tail, self.describe_status))
                         continue
                     text += part.text
                     if reasoning:
@@ -352,13 +371,13 @@ class ChatSession:
                         live.console.print(Markdown(text[printed : printed + stable]))
                         live.console.print()
                         printed += stable
-                    live.update(_Tail(Markdown(text[printed:])))
+                    live.update(_Tail(Markdown(text[printed:]), self.describe_status))
             except KeyboardInterrupt:
                 stopped = True
             live.update(Markdown(text[printed:]) if text[printed:].strip() else Text(""))
         notes = []
-        if parts > 1 and last > first:
-            notes.append(f"{(parts - 1) / (last - first):.1f} tokens/s")
+        if self.tokens_per_s:
+            notes.append(f"{self.tokens_per_s:.1f} tokens/s")
         if parts:
             notes.append(f"first token after {first - start:.2f} s")
         notes += self._describe_context()
@@ -472,24 +491,29 @@ def stable_prefix_length(text: str) -> int:
 
 
 class _Tail:
-    """The end of what does not fit the terminal."""
+    """The end of what does not fit the terminal, and a status below it."""
 
-    def __init__(self, content: Markdown | Text) -> None:
-        self._content = content
+    def __init__(self, content: Markdown | Text, describe_status: Callable[[int], str]) -> None:
+        self._content, self._describe_status = content, describe_status
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._content, options, pad=False)
-        for line in lines[-max(1, console.height - 2) :]:
+        for line in lines[-max(1, console.height - 3) :]:
             yield from line
             yield Segment.line()
+        yield Text(self._describe_status(console.width - 1), "dim", no_wrap=True)
 
 
-def _create_prompt(history: Path | None) -> PromptSession[str]:
+def _create_prompt(
+    history: Path | None, describe_status: Callable[[int], str]
+) -> PromptSession[str]:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.styles import Style
 
     bindings = KeyBindings()
 
@@ -522,6 +546,8 @@ def _create_prompt(history: Path | None) -> PromptSession[str]:
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
         prompt_continuation=lambda width, *_: " " * width,
+        bottom_toolbar=lambda: describe_status(get_app().output.get_size().columns - 1),
+        style=Style.from_dict({"bottom-toolbar": "noreverse dim"}),
     )
     return session
 

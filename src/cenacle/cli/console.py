@@ -13,11 +13,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 
 from ..errors import InputError
@@ -46,6 +47,23 @@ def report(message: str) -> None:
         print_log_line("info", message)
         return
     stderr_console.print(message, soft_wrap=True, markup=False)
+
+
+def draw_bar(share: float, width: int, empty: str = "") -> str:
+    """A bar for a share of 0 to 1."""
+    filled = round(max(0.0, min(1.0, share)) * width)
+    return "█" * filled + empty * (width - filled)
+
+
+def join_fitting(parts: Sequence[str], width: int, separator: str = ", ") -> str:
+    """As many of the parts as there is room for, joined."""
+    text = ""
+    for part in parts:
+        longer = f"{text}{separator}{part}" if text else part
+        if cell_len(longer) > width:
+            break
+        text = longer
+    return text
 
 
 def print_error(message: str) -> None:

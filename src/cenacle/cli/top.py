@@ -28,7 +28,7 @@ from rich.text import Text
 from ..core.units import format_bytes
 from ..errors import CenacleError, ClusterError, printable
 from .command import command
-from .console import print_json, wide_console
+from .console import draw_bar, join_fitting, print_json, wide_console
 from .options import JsonOutput
 from .remote import RemoteServer
 
@@ -344,17 +344,6 @@ def _describe_devices(rank: dict[str, Any]) -> list[str]:
     return parts
 
 
-def join_fitting(parts: Sequence[str], width: int) -> str:
-    """As many of the parts, joined by commas, as there is room for."""
-    text = ""
-    for part in parts:
-        longer = f"{text}, {part}" if text else part
-        if len(longer) > width:
-            break
-        text = longer
-    return text
-
-
 def _memory_account(rank: dict[str, Any]) -> Text:
     """What of a rank's resident memory is what; red if it is more than it should be."""
     memory = rank["memory"]
@@ -406,12 +395,6 @@ def draw_sparks(values: Sequence[float], width: int) -> str:
     shown = list(values)[-width:] if width > 0 else []
     largest = max(shown, default=0) or 1
     return "".join(SPARKS[round(max(0, v) / largest * (len(SPARKS) - 1))] for v in shown)
-
-
-def draw_bar(share: float, width: int, empty: str = "") -> str:
-    """A bar for a share of 0 to 1."""
-    filled = round(max(0.0, min(1.0, share)) * width)
-    return "█" * filled + empty * (width - filled)
 
 
 def _row(label: str, text: str, style: str = "", label_style: str = "bold") -> Text:
