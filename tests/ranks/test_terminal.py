@@ -139,7 +139,7 @@ def test_chat_fits_40_columns(environment, served):
     with tmux(asked, "chat", "--url", served[0], "--temp", "0") as (wait_for, type_keys):
         wait_for("\n>", "\ndemo_model\n")  # before that Enter is a new line
         type_keys("What is 12 + 30?", "Enter")
-        wait_for("tokens (2%) · ")  # below the prompt
+        wait_for("░ 22 of 1,024 tokens (2%)\n")  # below the prompt
         type_keys("/edit", "Enter")
         wait_for("\n> What is 12 + 30?\n\n")
         type_keys("BSpace", "BSpace", "BSpace", "4?", "Enter")
