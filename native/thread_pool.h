@@ -1,7 +1,8 @@
 // The process's threads.
 //
 // Owns: dealing numbered tasks to a few threads and the caller. Does not know: what a task does.
-// Invariant: `run` returns when every task is done; tasks must not depend on who runs them. If two
+// Invariant: `run` returns when every task is done; tasks are begun in order, must not depend on who runs them, and may
+// wait for those with lower numbers, which must end even where they fail. If two
 // callers come at once (two MLX streams) the second does its tasks itself. Waiting threads spin for
 // some microseconds, so that the next layer finds them awake, then sleep.
 #pragma once
@@ -30,6 +31,15 @@ class WorkerPool {
   }
 
   int threads() const { return threads_.load(); }
+
+  // Between two looks at what another thread will change.
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
 
   // The caller counts as one.
   void resize(int threads) {
@@ -64,14 +74,6 @@ class WorkerPool {
   }
 
  private:
-  static void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
   void wake() {
     generation_++;
     if (sleeping_ != 0) generation_.notify_all();

@@ -78,61 +78,86 @@ void rope(const Ops& ops, const Rope& r) {
   });
 }
 
-void attention(const Ops& ops, const Attention& a) {
-  const int64_t rows = a.rows(), tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-  // Few rows over many keys: the keys are divided too.
+void attention(const Ops& ops, const Attention* all, int64_t count) {
+  // How one of them is divided: tiles of its rows and, of few rows over many keys, parts of the keys too.
+  struct Division {
+    int64_t rows, tiles, parts, size, columns, each, many, height;
+    int64_t first;     // of its tasks
+    float* kept;       // [many, parts, height, each], if there are parts
+  };
   constexpr int64_t PART = 512;
-  const int64_t parts = tiles <= 4 ? std::max<int64_t>(1, (a.keys + PART - 1) / PART) : 1;
-  const int64_t size = parts > 1 ? PART : a.keys, columns = padded(a.v_width), each = columns + 2;
-  const int64_t many = a.batch * a.kv_heads * tiles, height = std::min<int64_t>(rows, ROWS_AT_ONCE);
+  static thread_local std::vector<Division> divisions;
   static thread_local std::vector<float> partial;
-  partial.resize(parts > 1 ? many * parts * height * each : 0);
-  float* const kept = partial.data();
+  divisions.clear();
+  int64_t tasks = 0, floats = 0;
+  for (int64_t n = 0; n < count; n++) {
+    const Attention& a = all[n];
+    Division d{};
+    d.rows = a.rows(), d.tiles = (d.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    d.parts = d.tiles <= 4 ? std::max<int64_t>(1, (a.keys + PART - 1) / PART) : 1;
+    d.size = d.parts > 1 ? PART : a.keys, d.columns = padded(a.v_width), d.each = d.columns + 2;
+    d.many = a.batch * a.kv_heads * d.tiles, d.height = std::min<int64_t>(d.rows, ROWS_AT_ONCE);
+    d.first = tasks;
+    tasks += d.many * d.parts;
+    if (d.parts > 1) floats += d.many * d.parts * d.height * d.each;
+    divisions.push_back(d);
+  }
+  partial.resize(floats);
+  floats = 0;
+  for (Division& d : divisions)
+    if (d.parts > 1) d.kept = partial.data() + floats, floats += d.many * d.parts * d.height * d.each;
+  const Division* const by = divisions.data();  // another thread has divisions of its own
 
-  const auto finish = [&](int64_t tile, int64_t r, float* out, float top, float sum) {
-    const int64_t batch = tile / tiles / a.kv_heads, kv_head = tile / tiles % a.kv_heads;
-    const int64_t row = tile % tiles * ROWS_AT_ONCE + r, at = row / a.group();
+  const auto finish = [](const Attention& a, const Division& d, int64_t tile, int64_t r, float* out, float top,
+                         float sum) {
+    const int64_t batch = tile / d.tiles / a.kv_heads, kv_head = tile / d.tiles % a.kv_heads;
+    const int64_t row = tile % d.tiles * ROWS_AT_ONCE + r, at = row / a.group();
     const int64_t head = kv_head * a.group() + row % a.group();
     float* to = a.out + ((batch * a.length + at) * a.heads + head) * a.v_width;
     if (a.allowed && top <= -FLT_MAX) return average(a, batch, kv_head, to);
     for (int64_t i = 0; i < a.v_width; i++) to[i] = out[i] / sum;
   };
 
-  WorkerPool::get().run(many * parts, [&](int64_t i) {
-    const int64_t tile = i / parts, part = i % parts, first = tile % tiles * ROWS_AT_ONCE;
-    const int64_t count = std::min<int64_t>(ROWS_AT_ONCE, rows - first);
+  WorkerPool::get().run(tasks, [&](int64_t task) {
+    const int64_t n = std::upper_bound(by, by + count, task, [](int64_t t, const Division& d) { return t < d.first; }) -
+                      by - 1;
+    const Attention& a = all[n];
+    const Division& d = by[n];
+    const int64_t i = task - d.first, tile = i / d.parts, part = i % d.parts;
+    const int64_t first = tile % d.tiles * ROWS_AT_ONCE, some = std::min<int64_t>(ROWS_AT_ONCE, d.rows - first);
     static thread_local std::vector<float> scratch, own;
-    scratch.resize(attend_scratch(a));
-    if (parts == 1) own.resize(height * each);
-    float* out = parts == 1 ? own.data() : kept + i * height * each;
-    float *top = out + height * columns, *sum = top + height;
-    ops.attend(a, tile / tiles / a.kv_heads, tile / tiles % a.kv_heads, first, count, part * size,
-               std::min(a.keys, (part + 1) * size), out, top, sum, scratch.data());
-    if (parts == 1)
-      for (int64_t r = 0; r < count; r++) finish(tile, r, out + r * columns, top[r], sum[r]);
+    scratch.resize(std::max<size_t>(scratch.size(), attend_scratch(a)));
+    if (d.parts == 1) own.resize(std::max<size_t>(own.size(), d.height * d.each));
+    float* out = d.parts == 1 ? own.data() : d.kept + i * d.height * d.each;
+    float *top = out + d.height * d.columns, *sum = top + d.height;
+    ops.attend(a, tile / d.tiles / a.kv_heads, tile / d.tiles % a.kv_heads, first, some, part * d.size,
+               std::min(a.keys, (part + 1) * d.size), out, top, sum, scratch.data());
+    if (d.parts == 1)
+      for (int64_t r = 0; r < some; r++) finish(a, d, tile, r, out + r * d.columns, top[r], sum[r]);
   });
-  if (parts == 1) return;
-  share(many * height, parts * columns, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++) {
-      const int64_t tile = n / height, r = n % height;
-      if (tile % tiles * ROWS_AT_ONCE + r >= rows) continue;
-      float* const all = kept + tile * parts * height * each;
-      const auto out = [&](int64_t p) { return all + p * height * each + r * columns; };
-      const auto top = [&](int64_t p) { return all[p * height * each + height * columns + r]; };
-      const auto sum = [&](int64_t p) {
-        return all[p * height * each + height * (columns + 1) + r];
-      };
-      float highest = top(0), whole = 0;
-      for (int64_t p = 1; p < parts; p++) highest = !(top(p) <= highest) ? top(p) : highest;
-      for (int64_t p = 0; p < parts; p++) {
-        const float factor = top(p) == -HUGE_VALF ? 0.f : std::exp(top(p) - highest);
-        whole += factor * sum(p);
-        for (int64_t i = 0; i < a.v_width; i++)
-          out(0)[i] = factor * out(p)[i] + (p ? out(0)[i] : 0.f);
+  for (int64_t n = 0; n < count; n++) {
+    const Attention& a = all[n];
+    const Division& d = by[n];
+    if (d.parts == 1) continue;
+    share(d.many * d.height, d.parts * d.columns, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++) {
+        const int64_t tile = m / d.height, r = m % d.height;
+        if (tile % d.tiles * ROWS_AT_ONCE + r >= d.rows) continue;
+        float* const of = d.kept + tile * d.parts * d.height * d.each;
+        const auto out = [&](int64_t p) { return of + p * d.height * d.each + r * d.columns; };
+        const auto top = [&](int64_t p) { return of[p * d.height * d.each + d.height * d.columns + r]; };
+        const auto sum = [&](int64_t p) { return of[p * d.height * d.each + d.height * (d.columns + 1) + r]; };
+        float highest = top(0), whole = 0;
+        for (int64_t p = 1; p < d.parts; p++) highest = !(top(p) <= highest) ? top(p) : highest;
+        for (int64_t p = 0; p < d.parts; p++) {
+          const float factor = top(p) == -HUGE_VALF ? 0.f : std::exp(top(p) - highest);
+          whole += factor * sum(p);
+          for (int64_t i = 0; i < a.v_width; i++) out(0)[i] = factor * out(p)[i] + (p ? out(0)[i] : 0.f);
+        }
+        finish(a, d, tile, r, out(0), highest, whole);
       }
-      finish(tile, r, out(0), highest, whole);
-    }
-  });
+    });
+  }
 }
 
 }  // namespace cenacle

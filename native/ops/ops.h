@@ -83,7 +83,8 @@ struct Rope {
 };
 void rope(const Ops&, const Rope&);
 
-void attention(const Ops&, const Attention&);
+// `count` of them at once, such as several streams'.
+void attention(const Ops&, const Attention*, int64_t count = 1);
 
 extern const Ops ops_portable;
 #ifdef CENACLE_AVX2

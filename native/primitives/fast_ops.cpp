@@ -5,6 +5,7 @@
 // stand in MLX's place for any model: src/cenacle/model/native_layers.py puts them there.
 // Invariant: float32 in and out; each call is one node of the graph, where MLX's CPU backend makes ten.
 // Next: ops.h, what is computed.
+#include "primitives/enqueue.h"
 #include "primitives/fast_ops.h"
 
 #include <nanobind/stl/optional.h>
@@ -46,11 +47,9 @@ class Primitive : public mx::Primitive {
  protected:
   const Ops* ops_;
 
-  mx::cpu::CommandEncoder& begin(const Arrays& inputs, mx::array& out) {
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    for (const auto& a : inputs) encoder.set_input_array(a);
-    encoder.set_output_array(out);
-    return encoder;
+  template <class F>
+  void enqueue(const Arrays& outputs, F&& work) {
+    cenacle::enqueue(stream(), outputs[0].nbytes(), std::forward<F>(work));
   }
 };
 
@@ -131,8 +130,7 @@ class Norm : public Primitive {
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
     std::vector<Rows<>> others;
     for (size_t i = 1; i < inputs.size(); i++) others.emplace_back(inputs[i]);
-    begin(inputs, outputs[0])
-        .dispatch([x = Rows<>(inputs[0]), rows = int64_t(inputs[0].size()) / inputs[0].shape(-1),
+    enqueue(outputs, [x = Rows<>(inputs[0]), rows = int64_t(inputs[0].size()) / inputs[0].shape(-1),
                    others = std::move(others), out = outputs[0].data<float>(), ops = ops_, eps = eps_,
                    centered = centered_, weighted = weight_, biased = bias_] {
           std::vector<float> copy, copied[2];
@@ -186,8 +184,7 @@ class LogSumExp : public Primitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
-    begin(inputs, outputs[0])
-        .dispatch([x = Rows<>(inputs[0]), rows = int64_t(outputs[0].size()), out = outputs[0].data<float>(),
+    enqueue(outputs, [x = Rows<>(inputs[0]), rows = int64_t(outputs[0].size()), out = outputs[0].data<float>(),
                    ops = ops_] {
           std::vector<float> copy;
           const float* from = x.whole(copy);
@@ -239,8 +236,7 @@ class Rotation : public Primitive {
     const bool wide = !offset_ && inputs[2].dtype() == mx::int64;
     const int64_t count = offset_ ? 1 : inputs[2].size();
     const int64_t step = offset_ || inputs[2].ndim() == 0 ? 0 : inputs[2].strides(0);
-    begin(inputs, outputs[0])
-        .dispatch([r, x = Rows<>(inputs[0]), where, wide, count, step, ops = ops_,
+    enqueue(outputs, [r, x = Rows<>(inputs[0]), where, wide, count, step, ops = ops_,
                    offset = offset_.value_or(0)]() mutable {
           std::vector<float> copy;
           r.x = x.pieces(copy, r.strides);
@@ -324,17 +320,16 @@ class Attend : public Primitive {
     a.out = out.data<float>();
     std::optional<Rows<>> sinks;
     if (sinks_) sinks.emplace(inputs.back());
-    auto& encoder = begin(inputs, out);
     const auto run = [&](auto kind) {
       using T = decltype(kind);
-      encoder.dispatch([a, q = Rows<>(q), k = Rows<T>(k), v = Rows<T>(v), sinks, ops = ops_]() mutable {
+      enqueue(outputs, [a, q = Rows<>(q), k = Rows<T>(k), v = Rows<T>(v), sinks, ops = ops_]() mutable {
         std::vector<float> copy, copied_sinks;
         std::vector<T> copied[2];
         a.q = q.pieces(copy, a.q_strides);
         a.k = k.pieces(copied[0], a.k_strides);
         a.v = v.pieces(copied[1], a.v_strides);
         if (sinks) a.sinks = sinks->whole(copied_sinks);
-        attention(*ops, a);
+        attention(*ops, &a);
       });
     };
     a.type == Float::f32 ? run(float{}) : run(uint16_t{});
@@ -417,33 +412,12 @@ class Route : public Primitive {
 
   // Outputs: ids and their weights.
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.set_input_array(inputs[0]);
-    for (auto& o : outputs) {
-      o.set_data(mx::allocator::malloc(o.nbytes()));
-      encoder.set_output_array(o);
-    }
-    encoder.dispatch([x = Rows<>(inputs[0]), rows = int64_t(inputs[0].size() / inputs[0].shape(-1)),
+    for (auto& o : outputs) o.set_data(mx::allocator::malloc(o.nbytes()));
+    enqueue(outputs, [x = Rows<>(inputs[0]), rows = int64_t(inputs[0].size() / inputs[0].shape(-1)),
                       ids = outputs[0].data<uint32_t>(), weights = outputs[1].data<float>(), k = k_,
-                      normalized = normalized_]() mutable {
+                      normalized = normalized_] {
       std::vector<float> copy;
-      const float* from = x.whole(copy);
-      const int64_t n = x.width();
-      std::vector<uint32_t> order(n);
-      for (int64_t r = 0; r < rows; r++, from += n, ids += k, weights += k) {
-        for (int64_t i = 0; i < n; i++) order[i] = uint32_t(i);
-        std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](uint32_t a, uint32_t b) {
-          return from[a] != from[b] ? from[a] > from[b] : a < b;
-        });
-        const float top = from[order[0]];
-        float sum = 0;
-        for (int j = 0; j < k; j++) {
-          ids[j] = order[j];
-          sum += weights[j] = std::exp(from[order[j]] - top);
-        }
-        for (int64_t i = k; !normalized && i < n; i++) sum += std::exp(from[order[i]] - top);
-        for (int j = 0; j < k; j++) weights[j] /= sum;
-      }
+      route(x.whole(copy), rows, x.width(), k, normalized, ids, weights);
     });
   }
 
@@ -465,6 +439,24 @@ std::vector<mx::array> call_route(const mx::array& scores, int k, bool normalize
 }
 
 }  // namespace
+
+void route(const float* from, int64_t rows, int64_t n, int k, bool normalized, uint32_t* ids, float* weights) {
+  std::vector<uint32_t> order(n);
+  for (int64_t r = 0; r < rows; r++, from += n, ids += k, weights += k) {
+    for (int64_t i = 0; i < n; i++) order[i] = uint32_t(i);
+    std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](uint32_t a, uint32_t b) {
+      return from[a] != from[b] ? from[a] > from[b] : a < b;
+    });
+    const float top = from[order[0]];
+    float sum = 0;
+    for (int j = 0; j < k; j++) {
+      ids[j] = order[j];
+      sum += weights[j] = std::exp(from[order[j]] - top);
+    }
+    for (int64_t i = k; !normalized && i < n; i++) sum += std::exp(from[order[i]] - top);
+    for (int j = 0; j < k; j++) weights[j] /= sum;
+  }
+}
 
 // The rates of a base as MLX computes them: at position 10,000 a rounding more would be seen. Kept,
 // because a model asks for the same ones in each layer of each token (Python's lock guards the map).

@@ -15,7 +15,8 @@ class LinearPrimitive : public Primitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     float* out = begin(inputs, outputs[0]);
     const int64_t tokens = inputs[0].size() / layer_.matrix.width;
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    enqueue(
+        stream(), outputs[0].nbytes(),
         [x = StridedInput(inputs[0]), out, tokens, layer = layer_, kernels = kernels_] {
           const KernelTimer busy;
           std::vector<uint32_t> copy;
@@ -35,7 +36,8 @@ class EmbedPrimitive : public Primitive {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     float* out = begin(inputs, outputs[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    enqueue(
+        stream(), outputs[0].nbytes(),
         [ids = StridedInput(inputs[0]), out, m = layer_.matrix, scale = layer_.output_scale] {
           std::vector<uint32_t> copy;
           const uint32_t* id = ids.read<uint32_t>(copy);

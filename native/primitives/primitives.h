@@ -1,8 +1,9 @@
 // The layers that the module offers, each a node of MLX's lazy graph.
 //
-// Owns: their declarations. Outputs are float32. Next: linear.cpp, experts.cpp, qkv.cpp.
+// Owns: their declarations. Outputs are float32. Next: linear.cpp, experts.cpp, qkv.cpp, streams.cpp.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "load_balancer.h"
+#include "ops/ops.h"
 #include "primitives/weights.h"
 
 namespace cenacle {
@@ -69,5 +71,37 @@ std::vector<mx::array> call_qkv(const mx::array& x, const Weights& q, const Weig
                                 const std::optional<mx::array>& k_norm, float q_eps, float k_eps, int dims,
                                 bool traditional, float base, float scale,
                                 const std::variant<int, mx::array>& offset);
+
+// What `call_qkv` computes, over raw pointers.
+void project(const std::array<Linear, 3>& layers, const Kernels& kernels, const Ops& ops, int64_t width,
+             std::array<const float*, 2> norms, std::array<float, 2> eps, Rope rope, const float* x, int64_t tokens,
+             std::array<float*, 3> out);
+
+// A layer's attention for one new token of each of some streams.
+struct StreamAttention {
+  Weights q, k, v;
+  int width;
+  std::optional<mx::array> q_norm, k_norm;
+  float q_eps, k_eps;
+  int dims;
+  bool traditional;
+  float base, scale, attention_scale;
+  std::optional<Weights> output;
+
+  StreamAttention(Weights q, Weights k, Weights v, int width, std::optional<mx::array> q_norm,
+                  std::optional<mx::array> k_norm, float q_eps, float k_eps, int dims, bool traditional, float base,
+                  float scale, float attention_scale, std::optional<Weights> output);
+
+  // x [streams, 1, in]; keys and values [1, heads, capacity, width], of which `offsets[i]` rows are filled. The new rows
+  // are put behind them, in place where the stream is `owned`: nobody else writes into its buffers. -> [streams, 1, out]
+  // (without an output projection heads * width), then the streams' keys, then their values, some with more capacity.
+  std::vector<mx::array> call(const mx::array& x, const std::vector<mx::array>& keys,
+                              const std::vector<mx::array>& values, const std::vector<int64_t>& offsets,
+                              const std::vector<int>& owned) const;
+};
+
+// x [..., in] -> the weighted sum of the k experts that a gate's softmax likes best, and their ids [..., k]; weights are
+// divided by their sum if `normalized`.
+std::vector<mx::array> call_moe(const mx::array& x, const Weights& gate, const Stack& e, int k, bool normalized);
 
 }  // namespace cenacle

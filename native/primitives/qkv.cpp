@@ -7,6 +7,31 @@
 namespace cenacle {
 namespace {
 
+}  // namespace
+
+void project(const std::array<Linear, 3>& layers, const Kernels& kernels, const Ops& ops, int64_t width,
+             std::array<const float*, 2> norms, std::array<float, 2> eps, Rope rope, const float* x, int64_t tokens,
+             std::array<float*, 3> out) {
+  static thread_local std::vector<float> projected;
+  for (int i = 0; i < 2; i++) {
+    const int64_t row = layers[i].rows;
+    projected.resize(tokens * row);
+    float* p = projected.data();
+    {
+      const KernelTimer busy;
+      linear(kernels, layers[i], x, tokens, p);
+    }
+    if (norms[i]) rms_norm(ops, p, norms[i], eps[i], tokens * row / width, width, p);
+    rope.x = p, rope.heads = row / width, rope.out = out[i];
+    rope.strides[0] = rope.length * row, rope.strides[1] = width, rope.strides[2] = row;
+    cenacle::rope(ops, rope);
+  }
+  const KernelTimer busy;
+  linear(kernels, layers[2], x, tokens, out[2]);
+}
+
+namespace {
+
 class QkvPrimitive : public Primitive {
  public:
   QkvPrimitive(mx::Stream s, std::array<Linear, 3> layers, const Kernels* kernels, int64_t width, std::array<bool, 2> normed,
@@ -41,8 +66,8 @@ class QkvPrimitive : public Primitive {
     Rope rope = rope_;
     rope.batch = batch, rope.length = length, rope.width = width_;
     rope.rates = inputs[1].data<float>(), rope.rate_stride = inputs[1].strides(0);
-    encoder.dispatch([x = StridedInput(inputs[0]), out0 = out[0], out1 = out[1], out2 = out[2],
-                      norm0 = norms[0], norm1 = norms[1], eps = eps_, layers = layers_, tokens, length,
+    enqueue(stream(), outputs[0].nbytes(), [x = StridedInput(inputs[0]), out0 = out[0], out1 = out[1], out2 = out[2],
+                      norm0 = norms[0], norm1 = norms[1], eps = eps_, layers = layers_, tokens,
                       width = width_, rope, kernels = kernels_, ops = &ops(), number = offset_.value_or(0),
                       where = offsets ? offsets->data<char>() : nullptr,
                       wide = offsets && offsets->dtype() == mx::int64,
@@ -55,24 +80,7 @@ class QkvPrimitive : public Primitive {
         positions[i] = wide ? reinterpret_cast<const int64_t*>(where)[i * step]
                             : reinterpret_cast<const int32_t*>(where)[i * step];
       rope.offsets = positions.data(), rope.offset_stride = count > 1;
-      static thread_local std::vector<float> projected;
-      float* const to[2] = {out0, out1};
-      const float* const norm[2] = {norm0, norm1};
-      for (int i = 0; i < 2; i++) {
-        const int64_t row = layers[i].rows;
-        projected.resize(tokens * row);
-        float* p = projected.data();
-        {
-          const KernelTimer busy;
-          linear(*kernels, layers[i], from, tokens, p);
-        }
-        if (norm[i]) rms_norm(*ops, p, norm[i], eps[i], tokens * row / width, width, p);
-        rope.x = p, rope.heads = row / width, rope.out = to[i];
-        rope.strides[0] = length * row, rope.strides[1] = width, rope.strides[2] = row;
-        cenacle::rope(*ops, rope);
-      }
-      const KernelTimer busy;
-      linear(*kernels, layers[2], from, tokens, out2);
+      project(layers, *kernels, *ops, width, {norm0, norm1}, eps, rope, from, tokens, {out0, out1, out2});
     });
   }
 

@@ -1,8 +1,10 @@
 """Streams with caches of their own: nothing is padded, and chunks of prompts share a pass."""
 
+from functools import partial
+
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from one_process import load_rank, spec_of, tiny_model
 
 from cenacle import native
@@ -70,6 +72,125 @@ def test_each_stream_gives_what_it_gives_alone_and_keeps_its_own_length(model):
     for layer in together:
         layer.filter([1])
     assert together[0].rows[0].keys is kept[1], "nothing is copied when a stream ends"
+
+
+def test_all_streams_at_once_give_the_bits_of_each_way_and_grow(model, monkeypatch):
+    seen = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(StreamCaches, "attend_next", lambda *_: None)
+        streams = [fill(model, tokens) for tokens in (LONG, LONG[:255], SHORT)]
+        together = merge([into_streams(s) for s in streams])
+        logits = [model(mx.array([[t], [t + 1], [t + 2]]), cache=together) for t in range(4)]
+        rows = [row for layer in together for row in layer.rows]
+        caches = [a[:, :, : row.offset] for row in rows for a in (row.keys, row.values)]
+        seen.append((logits, caches))
+        if type(together[0].rows[0]) is KVCache:
+            assert [row.keys.shape[2] for row in together[0].rows] == [512, 512, 256]
+    for at_once, each in zip(*seen, strict=True):
+        assert all(mx.array_equal(a, b) for a, b in zip(at_once, each, strict=True))
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe"], indirect=True)
+def test_a_stream_that_is_taken_out_and_the_one_that_goes_on_do_not_meet(model):
+    """Buffers are written in place: what was taken out must not see it, nor write into them."""
+
+    def follow(caches, tokens):
+        logits = [model(mx.array([[t]]), cache=caches) for t in tokens]
+        mx.eval(logits)
+        return logits
+
+    expected = [follow(fill(model, SHORT), [1, *tokens]) for tokens in ([2, 3], [4, 5])]
+    running = merge([into_streams(fill(model, SHORT))])
+    follow(running, [1])
+    taken = [layer.extract(0) for layer in running]
+    kept = [(row.keys[:, :, : row.offset] + 0, row.keys) for row in taken]
+    again = merge([into_streams(taken)])
+    got = [follow(running, [2]), follow(again, [4])]
+    got[0] += follow(running, [3])
+    got[1] += follow(again, [5])
+    for logits, want in zip(got, expected, strict=True):
+        assert mx.abs(mx.concatenate(logits) - mx.concatenate(want[1:])).max() < TOLERANCE
+    assert all(mx.array_equal(now[:, :, : keys.shape[2]], keys) for keys, now in kept)
+
+
+WIDTH, HEADS, KV_HEADS = 32, 4, 2
+
+
+def make_attention(**changed):
+    mx.random.seed(3)
+    q, k, v, o = (
+        native.extension().Weights(
+            mx.random.normal((rows, width)) / 8, None, None, None, bits=0, group_size=0, mode=""
+        )
+        for rows, width in ((128, 64), (64, 64), (64, 64), (64, 128))
+    )
+    norm = mx.random.normal((WIDTH,))
+    given = dict(q=q, k=k, v=v, width=WIDTH, q_norm=norm, k_norm=None, q_eps=1e-6, k_eps=0.0)
+    given |= dict(dims=WIDTH, traditional=False, base=1e4, scale=1.0)
+    projected = partial(native.extension().qkv, **given)
+    given |= dict(attention_scale=WIDTH**-0.5, output=None)
+    attention = native.extension().StreamAttention(**(given | changed))
+    return projected, attention, o
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_attention_of_streams_is_that_of_each(dtype):
+    projected, attention, _ = make_attention()
+    lengths, owned = (0, 3, 256, 700), [True, False, True, True]
+    x = mx.random.normal((len(lengths), 1, 64))
+    q, k, v = projected(x, offset=mx.array(lengths))
+    shapes = [(2, 1, KV_HEADS, -(-max(n, 1) // 256) * 256, WIDTH) for n in lengths]
+    buffers = [mx.random.normal(shape).astype(dtype) for shape in shapes]
+    keys, values = [b[0] + 0 for b in buffers], [b[1] + 0 for b in buffers]
+    mx.eval(keys, values)
+    out, *new = attention(x, keys, values, list(lengths), owned)
+    mx.eval(out, new)
+    for i, n in enumerate(lengths):
+        seen = []
+        for old, rows, grown in ((keys, k, new[i]), (values, v, new[len(lengths) + i])):
+            row = rows[i : i + 1].astype(dtype)
+            assert mx.array_equal(grown[:, :, n : n + 1], row)
+            in_place = owned[i] and n < old[i].shape[2]
+            if n < old[i].shape[2]:
+                assert mx.array_equal(old[i][:, :, n : n + 1], row) == in_place
+            assert grown.shape[2] == (512 if n == 256 else old[i].shape[2])
+            seen.append(mx.concatenate([old[i][:, :, :n], row], axis=2).astype(mx.float32))
+        group = [mx.repeat(a, HEADS // KV_HEADS, axis=1) for a in seen]
+        scores = mx.softmax(q[i : i + 1] @ group[0].swapaxes(2, 3) * WIDTH**-0.5, axis=-1)
+        assert mx.abs(out[i] - (scores @ group[1]).reshape(1, -1)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"offsets": [257]}, "as many rows"),
+        ({"owned": []}, "for each stream"),
+        ({"x": mx.zeros((1, 1, 63))}, "width 64"),
+        ({"keys": [mx.zeros((1, 2, 256, WIDTH), dtype=mx.int32)]}, "of floats"),
+    ],
+)
+def test_caches_that_do_not_fit_are_an_error(changed, words):
+    attention, buffer = make_attention()[1], mx.zeros((1, KV_HEADS, 256, WIDTH))
+    given = dict(x=mx.zeros((1, 1, 64)), keys=[buffer], values=[buffer], offsets=[1], owned=[0])
+    with pytest.raises(ValueError, match=words):
+        attention(**(given | changed))
+
+
+def test_an_output_projection_is_that_of_the_attention():
+    _, plain, output = make_attention()
+    _, attention, _ = make_attention(output=output)
+    x, buffer = mx.random.normal((1, 1, 64)), mx.random.normal((1, KV_HEADS, 256, WIDTH))
+    given = [buffer], [buffer], [9], [False]
+    want = native.extension().linear(plain(x, *given)[0], output)
+    assert mx.array_equal(attention(x, *given)[0], want)
+    with pytest.raises(ValueError, match="do not fit"):
+        make_attention(output=plain_weights())
+
+
+def plain_weights():
+    weight = mx.zeros((64, 96))
+    return native.extension().Weights(weight, None, None, None, bits=0, group_size=0, mode="")
 
 
 def test_a_chunk_of_a_prompt_shares_the_pass_of_the_streams(model):

@@ -224,7 +224,7 @@ class NativeExperts(LocalExperts):
         ]
         *inputs, down = matrices
         extension = native.extension()
-        self._experts = extension.experts
+        self._experts, self._moe = extension.experts, extension.moe
         assigner = None
         if replicas is not None:
             assigner = extension.ReplicaAssigner(replicas.ranks_of, replicas.speeds, replicas.rank)
@@ -240,6 +240,13 @@ class NativeExperts(LocalExperts):
         self._timer.record_routing(self._layer, ids)
         self.routing.put(ids)
         return self._experts(x, ids, self._stack, weights)
+
+    def routed(self, x: mx.array, gate: native_layers.Gate) -> mx.array:
+        """`weighted` with the ids and weights that a gate chooses, in one node."""
+        y, ids = self._moe(x, gate.weights, self._stack, gate.k, gate.normalized)
+        self._timer.record_routing(self._layer, ids)
+        self.routing.put(ids)
+        return y
 
 
 class LoopedGatherLinear(nn.Module):

@@ -37,7 +37,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from .. import native
 from .architecture import StackedDbrx
-from .native_layers import LINEARS
+from .native_layers import LINEARS, Gate
 from .stream_caches import StreamCaches
 
 # Attention: q, k and v projections, a norm of each head or none, rotary positions, the cache,
@@ -76,6 +76,10 @@ class NativeAttention(nn.Module):
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """As mlx-lm's."""
         dtype = self._kv_dtype
+        if isinstance(cache, StreamCaches):
+            out = cache.attend_next(self._attend_streams, x, dtype or mx.float32)
+            if out is not None:
+                return out if self._has_output else self.o_proj(out)
         if cache is None:
             queries, keys, values = self._qkv(x, offset=0)
         else:
@@ -99,6 +103,8 @@ class NativeBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """As mlx-lm's."""
+        if self._gate is not None:
+            return self.switch_mlp.routed(x, self._gate)
         ids, weights = self._route(self[self._router](x))
         return self.switch_mlp.weighted(x, ids, weights)
 
@@ -110,11 +116,20 @@ def install_native_blocks(model: nn.Module) -> None:
         if type(layer) in _ATTENTION and (settings := _qkv_settings(layer)) is not None:
             # Partials, because mlx would take a list or a dictionary for parameters.
             layer._qkv, layer._attend = partial(extension.qkv, **settings), extension.attend
+            layer._has_output = isinstance(layer.o_proj, LINEARS)
+            layer._attend_streams = extension.StreamAttention(
+                **settings,
+                attention_scale=layer.scale,
+                output=layer.o_proj._weights if layer._has_output else None,
+            )
             layer.__class__ = NativeAttention
         elif type(layer) in _BLOCKS and hasattr(layer.switch_mlp, "weighted"):
             layer._router, top_k, by_sum = _BLOCKS[type(layer)]
             normalized = getattr(layer, by_sum) if isinstance(by_sum, str) else by_sum
-            layer._route = partial(_route, getattr(layer, top_k), bool(normalized))
+            routing = getattr(layer, top_k), bool(normalized)
+            layer._route, layer._gate = partial(_route, *routing), None
+            if isinstance(layer[layer._router], LINEARS):
+                layer._gate = Gate(layer[layer._router]._weights, *routing)
             layer.__class__ = NativeBlock
 
 

@@ -13,6 +13,7 @@ Next: `expert_parallel.NativeExperts`, the experts; `native/primitives/`, what i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +35,21 @@ from .stream_caches import dispatching
 
 Activation = tuple[int, float, float]
 """The code of an activation (`Activation` in native/kernels/kernels.h) and its two constants."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A softmax router.
+
+    Args:
+        weights: of its linear layer, as the extension has them.
+        k: experts of a token.
+        normalized: whether their weights are divided by their sum.
+    """
+
+    weights: Any
+    k: int
+    normalized: bool
 
 
 def activation_code(experts: nn.Module) -> Activation | None:

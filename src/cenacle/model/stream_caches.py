@@ -8,7 +8,9 @@ Why: mlx-lm's batch cache keeps every stream as long as the longest, and copies 
 or goes or 256 tokens have passed. Beside a stream of 8,192 tokens one of 32 takes as much memory.
 Invariant: attention of a stream sees what it sees when the stream is alone. Such a cache returns
 the new keys and values as they are, as tickets: attention that is called with them attends through
-the caches instead.
+the caches instead. Rows of a buffer that a cache's offset covers are not written again, so whoever
+else reads them may, though rows behind them are written in place; only one `StreamCaches` does that
+with a buffer, and only with one that was copied for it and never trimmed.
 Next: `engine/batch.py`, which puts streams together.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 
 Attention = Callable[[mx.array, mx.array, mx.array, Any], mx.array]
 """Queries, keys, values, mask -> [1, heads, length, width] or [1, length, heads * width]."""
@@ -72,6 +75,8 @@ class StreamCaches:
         self.prompts: list[tuple[Any, int]] = []
         self._fetched: list[_Fetched] = []
         self._ticket = 0
+        # Of a row by its identity: keys and values whose buffers nobody else writes into.
+        self._owned: dict[int, tuple[mx.array, mx.array]] = {}
 
     @property
     def offset(self) -> mx.array:
@@ -110,15 +115,21 @@ class StreamCaches:
     def extend(self, other: StreamCaches) -> None:
         """Append another's streams."""
         self.rows += other.rows
+        self._owned |= other._owned
+        other._owned = {}
 
     def filter(self, indices: Any) -> None:
         """Keep only some streams."""
         self.rows = [self.rows[int(index)] for index in indices]
+        kept = {id(row) for row in self.rows}
+        self._owned = {key: arrays for key, arrays in self._owned.items() if key in kept}
 
     def drop(self, counts: Sequence[int]) -> None:
         """Drop the last tokens of each stream, whose caches can."""
         for row, count in zip(self.rows, counts, strict=True):
             row.trim(count)
+            if count:  # what is written over next may be read elsewhere
+                self._owned.pop(id(row), None)
 
     def extract(self, index: int) -> Any:
         """One stream's cache, as it is now."""
@@ -167,6 +178,33 @@ class StreamCaches:
         mask = row.make_mask(tokens, return_array=False, window_size=None)
         keys, values = row.update_and_fetch(keys, values)
         self._fetched.append(_Fetched(index, tokens, keys, values, mask))
+
+    def attend_next(self, attention: Any, x: mx.array, dtype: mx.Dtype) -> mx.array | None:
+        """A layer's attention for one new token of each stream, in one call.
+
+        Args:
+            attention: the extension's `StreamAttention`.
+            x: [rows, 1, width].
+            dtype: of the caches.
+
+        Returns:
+            [rows, 1, width]; None, with nothing done: some stream needs more than that.
+        """
+        if x.shape[1] != 1 or self.prompts or self._lengths is not None:
+            return None
+        owned = []
+        for row in self.rows:
+            if type(row) is not KVCache or row.keys is None or row.keys.dtype != dtype:
+                return None
+            arrays = self._owned.get(id(row))
+            owned.append(arrays is not None and arrays[0] is row.keys and arrays[1] is row.values)
+        keys, values = [row.keys for row in self.rows], [row.values for row in self.rows]
+        out, *updated = attention(x, keys, values, [row.offset for row in self.rows], owned)
+        count = len(self.rows)
+        for i, row in enumerate(self.rows):
+            row.keys, row.values = self._owned[id(row)] = updated[i], updated[count + i]
+            row.offset += 1
+        return out
 
     def attend(self, queries: mx.array, attention: Attention) -> mx.array:
         """Attention of all rows, [rows, heads, length, width], after `update_and_fetch`."""
