@@ -35,13 +35,21 @@ class Point(Base):  # a comment
 
 [^1]: The note.
 """
-# Streams a text in pieces of twenty characters, at most 200 pieces a second.
+# Streams a text in pieces of twenty characters, at most 200 pieces a second; a question with tools
+# gets a call of the first.
 PLAY = """(text) => {
   const real = window.fetch;
   const event = (value) => `data: ${JSON.stringify(value)}\\n\\n`;
   window.fetch = (url, options) => {
     if (!String(url).includes("chat/completions")) return real(url, options);
     const encoder = new TextEncoder();
+    const body = JSON.parse(options.body);
+    if (body.tools && body.messages.at(-1).role === "user") {
+      const call = { index: 0, id: "call_1", type: "function", function: { name: body.tools[0].function.name, arguments: '{"city": "Oslo"}' } };
+      const choice = { delta: { tool_calls: [call] }, finish_reason: "tool_calls" };
+      const text = event({ choices: [choice] }) + "data: [DONE]\\n\\n";
+      return Promise.resolve(new Response(text, { headers: { "content-type": "text/event-stream" } }));
+    }
     let at = 0;
     const stream = new ReadableStream({ async pull(controller) {
       await new Promise((resolve) => setTimeout(resolve, 5));
@@ -56,6 +64,10 @@ PLAY = """(text) => {
 }"""  # noqa: E501
 FINDINGS = """async () => (await axe.run(document)).violations.map(
   (v) => `${v.impact} ${v.id}: ${v.nodes.slice(0, 3).map((n) => n.html.slice(0, 90)).join(" ")}`)"""
+
+
+UNFOLD = "for (const more of document.querySelectorAll('details')) more.open = true"
+NARROW = 760  # pixels, below which the list is drawn over the chat
 
 
 def open_page(browser: Browser, url: str, width: int, scheme: str) -> Page:
@@ -101,12 +113,44 @@ def check_views(browser: Browser, url: str, axe: str, folder: Path) -> int:
         serious += look("chat")
         for opener in ("#open-settings", "#open-prompts"):
             page.click(opener)
+            page.evaluate(UNFOLD)
             serious += look(opener.removeprefix("#open-"))
+            page.keyboard.press("Escape")
+        for name in ("key", "keys"):
+            page.evaluate(f"document.querySelector('#{name}').showModal()")
+            serious += look(name)
             page.keyboard.press("Escape")
         page.keyboard.press("Control+k")
         serious += look("list")
+        page.locator("#conversations .icon").first.click()
+        serious += look("menu")
+        page.get_by_role("menuitem", name="Tags").click()
+        page.fill(".rename", "work, a rather long tag of several words")
+        serious += look("tagging")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#tags button")
+        serious += look("tags")
+        page.keyboard.press("Escape")
+        if width < NARROW:
+            page.mouse.click(width - 10, 500)  # beside the list
+        page.locator("[aria-label='Another answer beside this one']").click()
+        serious += look("second")
+        page.click("#second .main")
+        page.wait_for_timeout(500)
+        while page.locator(".streaming").count():
+            page.wait_for_timeout(100)
+        serious += look("beside")
+        page.locator(".column-head button").first.click()
+        page.click("#open-settings")
+        page.evaluate(UNFOLD)
+        page.click("#example-tools")
+        serious += look("bench")
+        page.click("#settings .main")
+        ask(page, "What is the weather in Oslo?")
+        serious += look("call")
         page.evaluate("location.hash = '#cluster'")
         page.wait_for_timeout(1000)
+        page.evaluate(UNFOLD)
         serious += look("cluster")
         page.context.close()
     return serious

@@ -583,7 +583,7 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
     until(page, f"{rows}.length === 25")
     assert page.evaluate(rows)[0].split("\t") == ["now", "25", "2", "0", "1.0 MB", "800 GB"]
     node = page.inner_text(".node >> nth=0").split("\n")
-    for pair in ("Disk free/750 GB", "Sent/3.0 GB", "Latency/0.12 ms", "Bandwidth/1.1 GB/s"):
+    for pair in ("Disk free/750 GB", "Sent/3.0 GB", "Link/0.12 ms", "Rate/1.1 GB/s"):
         assert pair.split("/", 1)[1] == node[node.index(pair.split("/")[0]) + 1], node
     faults = page.locator(".faults li").all_inner_texts()
     assert "rank 3 was killed" in faults[0]

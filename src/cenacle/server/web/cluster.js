@@ -238,8 +238,8 @@ function describeDevices({ disk, link }) {
   return [
     ...(disk ? pair("Disk free", `where the model is, of ${formatBytes(disk.total_bytes)}`, formatBytes(disk.free_bytes)) : []),
     ...(link ? pair("Sent", "into all-reduces, since the ranks were started", formatBytes(link.sent_bytes)) : []),
-    ...(link && link.latency_s !== null ? pair("Latency", measured, `${formatNumber(1000 * link.latency_s)} ms`) : []),
-    ...(link && link.latency_s !== null ? pair("Bandwidth", measured, `${formatBytes(link.bytes_per_s)}/s`) : []),
+    ...(link && link.latency_s !== null ? pair("Link", `latency ${measured}`, `${formatNumber(1000 * link.latency_s)} ms`) : []),
+    ...(link && link.latency_s !== null ? pair("Rate", `bandwidth ${measured}`, `${formatBytes(link.bytes_per_s)}/s`) : []),
   ];
 }
 
@@ -332,7 +332,8 @@ function drawHistory() {
   view.requests.show([["running", "running", data.running], ["waiting", "waiting", data.waiting]], data.interval_s, points);
   view.sent.element.hidden = state.nodes === 1;
   view.sent.show([["sent", "per second", data.sent_bytes_per_s]], data.interval_s, points);
-  const free = data.disk_free_bytes.map((bytes) => bytes ?? 0);
+  const known = data.disk_free_bytes.find((bytes) => bytes !== null) ?? 0; // not before the first heartbeats
+  const free = data.disk_free_bytes.map((bytes) => bytes ?? known);
   view.disk.element.hidden = !free.at(-1);
   view.disk.show([["disk", "on the fullest node", free]], data.interval_s, points);
   if (!view.table.open) return;
