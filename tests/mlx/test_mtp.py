@@ -5,9 +5,11 @@ tests/ranks/test_mtp_layers.py.
 """
 
 import dataclasses
+import json
 import shutil
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
@@ -36,6 +38,7 @@ from cenacle.model.slicing import ModelLayout
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
 from support.mtp_checkpoint import publish_qwen, write_mtp
+from support.quantized_formats import FORMATS, write_safetensors
 
 PROMPT = (5, 80, 200, 17, 9)
 
@@ -171,6 +174,36 @@ def test_a_published_layout_gives_the_same_layer(checkpoints, tmp_path, family):
         head = load_mtp(checkpoint, "mlx")
         results.append(head(mx.array([PROMPT]), hidden, make_prompt_cache(head.model))[0])
     assert mx.array_equal(*results)
+    assert mx.max(mx.abs(results[0])).item() > 0.1
+
+
+@pytest.mark.parametrize("family", [f for f in MTP_FAMILIES if f.startswith("qwen")])
+def test_a_layer_in_fp8_is_read(checkpoints, tmp_path, family):
+    """Single experts in blocks, as Qwen's own FP8 checkpoints have them; `mtp.fc` is not."""
+    written = checkpoints(family, "random")
+    shutil.copytree(written.folder, tmp_path, dirs_exist_ok=True)
+    file, form, rng = tmp_path / "model.safetensors", FORMATS["block-fp8"], np.random.default_rng(0)
+    stored, decoded = {}, {}
+    for name, tensor in mx.load(str(publish_qwen(tmp_path, single=True) / file.name)).items():
+        plain = {name: ("F32", np.array(tensor.astype(mx.float32)))}
+        path = name.removesuffix(".weight")
+        is_linear = path.endswith(("_proj", "shared_expert_gate")) and path.startswith("mtp.layers")
+        if is_linear and tensor.shape[0] > 1:
+            leaves, weight = form.layer(rng, *tensor.shape)
+            stored |= {f"{path}.{leaf}": value for leaf, value in leaves.items()}
+            decoded[name] = ("F32", weight)
+        else:
+            stored |= plain
+            decoded |= plain
+    config = json.loads((tmp_path / "config.json").read_text())
+    hidden = mx.random.normal((1, len(PROMPT), 64), key=mx.random.key(2))
+    results = []
+    for tensors, settings in ((decoded, {}), (stored, {"quantization_config": form.settings})):
+        write_safetensors(file, tensors)
+        (tmp_path / "config.json").write_text(json.dumps(config | settings))
+        head = load_mtp(Checkpoint.open(tmp_path), "mlx")
+        results.append(head(mx.array([PROMPT]), hidden, make_prompt_cache(head.model))[0])
+    assert mx.allclose(*results, atol=1e-3)
     assert mx.max(mx.abs(results[0])).item() > 0.1
 
 

@@ -111,12 +111,16 @@ def _add_qwen_layer(
     return "mtp."
 
 
-def publish_qwen(folder: Path) -> Path:
+def publish_qwen(folder: Path, *, single: bool = False) -> Path:
     """Change a checkpoint of Qwen, as `write_mtp` writes it, to the layout that Qwen publishes:
-    norms less 1, single or fused experts, other names."""
+    norms less 1, single or fused experts, other names.
+
+    Args:
+        single: experts are single in any case.
+    """
     file = folder / "model.safetensors"
     tensors, published = mx.load(str(file)), {}
-    is_fused = any(name.startswith("language_model.") for name in tensors)
+    is_fused = not single and any(name.startswith("language_model.") for name in tensors)
     for old, tensor in tensors.items():
         name = old.replace("language_model.model.", "model.language_model.")
         name = name.removeprefix("language_model.")
