@@ -45,6 +45,9 @@ def inspect(
     """Show the architecture of a model and its placement on N nodes, without reading weights."""
     model = check_model(model)
     keywords = placement.to_keywords()
+    from .. import deferred_transformers
+
+    deferred_transformers.defer()
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..load_options import LoadOptions
     from ..model.checkpoint import Checkpoint, locate_checkpoint
@@ -111,6 +114,9 @@ def _print_plan(plan: Plan, mtp_bytes: int, unused: str | None) -> None:
 @command(app, example="cenacle families", panel=PANEL)
 def families(json_output: JsonOutput = False) -> None:
     """List the model families and what works for each."""
+    from .. import deferred_transformers
+
+    deferred_transformers.defer()
     from ..engine.capabilities import find_capabilities
     from ..model.families import Batching, list_families
     from ..model.format_recognition import PUBLISHED_FORMATS
