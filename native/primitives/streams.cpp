@@ -1,9 +1,9 @@
 // A layer's attention for one new token of each of several streams, each with a cache of its own: one node for all.
 //
 // Owns: appending to a cache's buffer, and the node. Does not know: who owns a buffer.
-// Why: by MLX's operations it is nine nodes a stream. And MLX copies a buffer that tasks to come still read, which is
-// every buffer of every layer while the next step's graph is evaluated beside this step: rows behind those that others
-// read are written where they lie, if the stream is `owned`.
+// Why: by MLX's operations it is nine nodes a stream. And MLX copies a buffer that tasks to come still read, as they do
+// where the next step's graph is evaluated far enough ahead: rows behind those that others read are written where they
+// lie, if the stream is `owned`.
 // Invariant: a result is the bits that a stream alone gives. Next: src/cenacle/model/stream_caches.py.
 #include <array>
 #include <cstring>
