@@ -231,6 +231,30 @@ def test_the_model_does_not_read_it(checkpoints):
     assert describe_unused(checkpoint, "deepseek_v3") is None
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3_5_moe", "mtp.layers.0.self_attn.q_proj.weight"),
+        ("glm4_moe", "model.layers.3.self_attn.q_proj.weight"),
+    ],
+)
+def test_a_damaged_layer_is_left_out_and_its_reason_names_the_file_s_tensor(
+    checkpoints, caplog, family, name
+):
+    checkpoint, reasons = checkpoints(family), []
+    tensors = {n: t for n, t in checkpoint.tensors.items() if n != name}
+    damaged = dataclasses.replace(checkpoint, tensors=tensors)
+    find_mtp = DraftModelConfig.find_mtp
+    assert find_mtp(damaged, "auto", plain_kv_cache=True, report=reasons.append) is None
+    (reason,) = reasons
+    assert reason.startswith("the layer for multi-token prediction is not used: ")
+    assert reason.endswith(f"Missing 1 parameters: {name}.")
+    with caplog.at_level("WARNING"):
+        assert find_mtp(damaged, "auto", plain_kv_cache=True) is None
+    assert reason in caplog.text
+    assert load(damaged) is not None  # the model needs none of it
+
+
 def test_shared_tensors_come_from_the_model(checkpoints):
     """Where the layer has no embedding, head and norm of its own."""
     whole = checkpoints("glm4_moe")

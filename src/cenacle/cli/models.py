@@ -6,6 +6,7 @@ Does not know: file formats and placement (`model`, `planning`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -51,15 +52,16 @@ def inspect(
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..load_options import LoadOptions
     from ..model.checkpoint import Checkpoint, locate_checkpoint
-    from ..model.mtp import describe_unused
     from ..runtime import select_plan
 
     checkpoint = Checkpoint.open(locate_checkpoint(model))
     options = LoadOptions(model, placement.nodes, **keywords)
     plan, reason = select_plan(options, checkpoint)
-    mtp = DraftModelConfig.find_mtp(checkpoint, options.kernels, plain_kv_cache=True)
+    unused: list[str] = []
+    mtp = DraftModelConfig.find_mtp(
+        checkpoint, options.kernels, plain_kv_cache=True, report=unused.append
+    )
     mtp_bytes = mtp.weight_bytes if mtp is not None else 0
-    unused = describe_unused(checkpoint, plan.spec.family)
     if save is not None:
         plan.save(save)
     if json_output:
@@ -85,7 +87,7 @@ def inspect(
         report(reason)
 
 
-def _print_plan(plan: Plan, mtp_bytes: int, unused: str | None) -> None:
+def _print_plan(plan: Plan, mtp_bytes: int, unused: Sequence[str]) -> None:
     spec, layer = plan.spec, plan.spec.moe[0]
     print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
     print(
@@ -100,8 +102,8 @@ def _print_plan(plan: Plan, mtp_bytes: int, unused: str | None) -> None:
         print(
             f"drafts      layer for multi-token prediction of {format_bytes(mtp_bytes)} on rank 0"
         )
-    elif unused is not None:
-        print(f"drafts      {unused}")
+    for reason in unused:
+        print(f"drafts      {reason}")
     print(f"context     {spec.context_length or 'unknown'} tokens, vocabulary {spec.vocab_size}")
     if plan.nodes > 1:
         print(

@@ -214,7 +214,8 @@ class Head:
         available = [n.name for n in state.nodes.values() if n.eligible]
         required = nodes or max(2, len(state.nodes))
         reasons = "; ".join(f"{n.name} {n.reason}" for n in membership.ineligible_nodes(state))
-        return f"{len(available)} of {required} nodes are available ({', '.join(available)})" + (
+        names = f" ({', '.join(available)})" if available else ""
+        return f"{len(available)} of {required} nodes are available{names}" + (
             f": {reasons}" if reasons else ""
         )
 

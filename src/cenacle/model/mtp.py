@@ -180,6 +180,19 @@ def describe_unused(checkpoint: Checkpoint, family: str) -> str | None:
     return f"the layer for multi-token prediction ({count} tensors) is not used: {reason}"
 
 
+def describe_misfit(checkpoint: Checkpoint, family: str, error: str) -> str:
+    """Why a layer that was found cannot draft: an error of reading it, with the names of the
+    files."""
+    form = FORMS[family]
+    prefix = form.prefix_in(checkpoint)
+    paths = {f"{form.text_path}{path}": f"{prefix}{inside}" for inside, path in form.own.items()}
+    error = error.removeprefix(f"{checkpoint.folder}: ")
+    paths[f"{form.text_path}model.layers.0"] = f"{prefix}{form.layer}".removesuffix(".")
+    for path, inside in paths.items():
+        error = re.sub(rf"(?<![\w.]){re.escape(path)}(?=\.)", inside, error)
+    return f"the layer for multi-token prediction is not used: {error}"
+
+
 def _count_layers_tensors(checkpoint: Checkpoint) -> int:
     layers = text_config(checkpoint.config).get("num_hidden_layers")
     count = 0

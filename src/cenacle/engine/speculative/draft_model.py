@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from ...errors import CheckpointError, InputError
 from ...model import architecture, loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
 from ...model.expert_parallel import parallelize
-from ...model.mtp import MtpHead, describe_unused, has_mtp, mtp_checkpoint
+from ...model.mtp import MtpHead, describe_misfit, describe_unused, has_mtp, mtp_checkpoint
 from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
 from ...planning import memory
@@ -132,7 +132,12 @@ class DraftModelConfig:
 
     @classmethod
     def find_mtp(
-        cls, checkpoint: Checkpoint, kernels: str, *, plain_kv_cache: bool
+        cls,
+        checkpoint: Checkpoint,
+        kernels: str,
+        *,
+        plain_kv_cache: bool,
+        report: Callable[[str], None] | None = None,
     ) -> DraftModelConfig | None:
         """The multi-token prediction layer of a checkpoint; None: it has none that can draft.
 
@@ -140,17 +145,20 @@ class DraftModelConfig:
 
         Args:
             kernels, plain_kv_cache: see `inspect`.
-
-        Raises:
-            CheckpointError: the layer's tensors do not fit the family.
+            report: told why a layer cannot draft, in one line; None: the log is, once.
         """
         family = architecture.resolve_family(checkpoint.config)
+        tell = report or partial(_log_unused, checkpoint.folder)
         if (reason := describe_unused(checkpoint, family)) is not None:
-            _report_unused(checkpoint.folder, reason)
+            tell(reason)
         if not plain_kv_cache or not has_mtp(checkpoint, family):
             return None
         part = mtp_checkpoint(checkpoint, family)
-        model = loader.build_model(part, None, 0)
+        try:
+            model = loader.build_model(part, None, 0)
+        except CheckpointError as error:  # the model itself may be whole
+            tell(describe_misfit(checkpoint, family, str(error)))
+            return None
         context_length = model_config.find_int(part.config, model_config.CONTEXT_LENGTH_KEYS)
         return cls(
             str(checkpoint.folder.resolve()),
@@ -163,8 +171,8 @@ class DraftModelConfig:
 
 
 @cache
-def _report_unused(folder: Path, reason: str) -> None:
-    log.info("%s: %s", folder, reason)
+def _log_unused(folder: Path, reason: str) -> None:
+    log.warning("%s: %s", folder.name, reason)
 
 
 def _cache_bytes(
