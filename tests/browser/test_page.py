@@ -66,18 +66,24 @@ def browser():
 def opened(browser, url):
     """Opens the page; in the end it must have logged nothing and sent requests to no other host.
 
-    With `refused=True` the browser's own messages about refused requests are expected.
+    With `refused=True` the browser's own messages about refused requests are expected, with
+    `confined=True` those about what a policy forbids.
     """
     contexts, urls, messages = [], [], []
 
-    def open_page(width=1280, height=860, refused=False, **options):
+    def open_page(width=1280, height=860, refused=False, confined=False, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(1000 * DEADLINE_S)
         page.on("request", lambda r: urls.append(r.url))
-        own = "Failed to load resource"
-        page.on("console", lambda m: None if refused and own in m.text else messages.append(m.text))
+        expected = ["Failed to load resource"] * refused + ["Content Security Policy"] * confined
+
+        def note(message):
+            if not any(text in message.text for text in expected):
+                messages.append(message.text)
+
+        page.on("console", note)
         page.on("pageerror", lambda e: messages.append(str(e)))
         page.goto(url)
         page.wait_for_selector("#messages > *")
@@ -349,6 +355,40 @@ $\href{javascript:alert(1)}{x}$ $\includegraphics{http://127.0.0.1:9/a.png}$
 $\htmlStyle{color:red}{x}$
 $\frac{1$
 """
+
+
+DIAGRAM = """graph LR
+  A["<b onclick=alert(1)>Start</b>"] --> B[End]
+  click A "javascript:alert(1)"
+"""
+
+
+def test_a_diagram_is_drawn_in_a_frame_that_can_do_nothing_else(opened):
+    page = opened(confined=True)
+    played(page, sse(f"```mermaid\n{DIAGRAM}```\n\n```mermaid\nnonsense <b>x</b>\n```"))
+    ask(page, "Draw")
+    answers(page)
+    loaded = "performance.getEntriesByType('resource').some(r => /mermaid/.test(r.name))"
+    assert not page.evaluate(loaded)
+    page.click("text=Show as picture >> nth=0")
+    until(page, "document.querySelector('iframe.drawn')?.clientHeight > 50")
+    assert page.is_hidden("pre >> nth=0")
+    (frame,) = (f for f in page.frames if f.url.endswith("/static/mermaid/frame.html"))
+    assert "End" in frame.text_content("svg")
+    assert frame.evaluate("origin") == "null"
+    assert frame.evaluate("!document.querySelector('[onclick], svg script, a[href]')")
+    alone = """async () => {
+      try { parent.document; return "page"; } catch { }
+      try { await fetch("/v1/models"); return "network"; } catch { return "alone"; }
+    }"""
+    assert frame.evaluate(alone) == "alone"
+    assert page.locator("iframe").get_attribute("sandbox") == "allow-scripts"
+    page.click("text=Show as text")
+    assert page.is_visible("pre >> nth=0")
+    assert page.locator("iframe").count() == 0
+    page.click("text=Show as picture >> nth=1")
+    until(page, "document.querySelector('.code .hint')?.innerText.includes('cannot be drawn')")
+    assert page.is_visible("pre >> nth=1")
 
 
 def test_formulas_are_typeset_and_nothing_else(opened):
@@ -1269,6 +1309,7 @@ def test_only_files_of_the_page_are_served(url):
             "/static/page.webmanifest": "application/manifest+json",
             "/static/katex/fonts/KaTeX_Main-Regular.woff2": "font/woff2",
             "/static/pdfjs/pdf.worker.min.mjs": "text/javascript; charset=utf-8",
+            "/static/mermaid/frame.html": "text/html",
         }.items():  # fmt: skip
             answer = client.get(path)
             assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-cache")

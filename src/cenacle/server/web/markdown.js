@@ -5,6 +5,7 @@
 // the block before the last, and keeps the elements of unchanged blocks, items, rows and lines of code: a
 // streaming answer is cheap to draw however long it is, and a selection in it stays.
 
+import { diagram } from "./diagrams.js";
 import { copyText, h, iconButton, setIcon } from "./dom.js";
 import { formula } from "./math.js";
 import * as store from "./store.js";
@@ -214,7 +215,7 @@ function code(block) {
     store.saveSettings({ ...store.settings(), wrap: figure.classList.contains("wrapped") });
   });
   figure.append(
-    h("figcaption", {}, h("span", {}, language || "text"), wrap, copy),
+    h("figcaption", {}, h("span", {}, language || "text"), language.toLowerCase() === "mermaid" && pictureButton(figure, () => text), wrap, copy),
     h("pre", { tabindex: "0" }, content));
   setWrapped(figure, wrap, store.settings().wrap);
   figure.grow = (next) => {
@@ -224,6 +225,23 @@ function code(block) {
     return true;
   };
   return figure;
+}
+
+// Shows a diagram in the place of its text, and the text again.
+function pictureButton(figure, text) {
+  const button = h("button", { class: "link", type: "button" }, "Show as picture");
+  const show = (element) => {
+    for (const old of figure.querySelectorAll(".diagram, .hint")) old.remove();
+    if (element) figure.append(element);
+    const isPicture = element?.tagName === "IFRAME";
+    figure.querySelector("pre").hidden = isPicture;
+    button.textContent = isPicture ? "Show as text" : "Show as picture";
+  };
+  button.addEventListener("click", () => {
+    if (figure.querySelector("iframe")) show(null);
+    else show(diagram(text(), (problem) => show(h("p", { class: "hint" }, `This diagram cannot be drawn: ${problem}`))));
+  });
+  return button;
 }
 
 function setWrapped(figure, button, wrapped) {
