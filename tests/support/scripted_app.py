@@ -63,6 +63,7 @@ class ScriptedGroup:
     counts: ClassVar = {"generated_tokens": 0}
     state = RecoveryState()
     draft_stats = DraftStats()
+    heartbeats: ClassVar = []
 
     def __init__(self, ranks: Any) -> None:
         self.ranks, self.observers, self.requests = ranks, [], []
@@ -102,7 +103,7 @@ class ScriptedServer:
 
     def __init__(self, folder: Path, keys_folder: Path) -> None:
         deployment = resolve(LoadOptions(str(folder), 1), None)
-        ranks = SimpleNamespace(plan=deployment.plan, pids=[1], ready=[])
+        ranks = SimpleNamespace(plan=deployment.plan, pids=[1], ready=[], links={})
         self.group = ScriptedGroup(ranks)
         self.group.tokenizer = deployment.tokenizer
         model: Any = Model(deployment, self.group)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class FakeGroup:
         self.load = {"running": 0, "waiting": 0}
         self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self.step_timings, self.draft_stats = StepTimings(), DraftStats()
-        self.observers, self.last_message_s, self.memory = [], [], []
+        self.observers, self.last_message_s, self.heartbeats = [], [], []
         self.cache_bytes = 0
 
     def submit(self, request, sink):
@@ -62,7 +62,7 @@ def model():
         plan=Plan.whole(SPEC, 1),
         plan_reason="fastest",
         group=FakeGroup(),
-        ranks=SimpleNamespace(backend="mesh", pids=[], ready=[]),
+        ranks=SimpleNamespace(backend="mesh", pids=[], ready=[], links={}),
         ranks_json=list,
         text=SimpleNamespace(
             text_parser=lambda stop: OneWordParser(), isolate=lambda: None, close=lambda: None
