@@ -33,7 +33,7 @@ test-hosts:
 	@MAKEFLAGS= $(BIN)/pytest tests/hosts > $(HOSTS_LOG) 2>&1; status=$$?; cat $(HOSTS_LOG); exit $$status
 
 # Whole products of family, nodes, placement, kernels, trunk, format and how requests arrive, of
-# which `make test` has every value and most pairs: tests/support/products.py. An hour on two cores.
+# which `make test` has every value and most pairs: tests/support/products.py.
 parity: install
 	CENACLE_WHOLE_PRODUCTS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --max-worker-restart 0 \
 	  tests/ranks/test_families.py tests/ranks/test_cli.py tests/mlx/test_batching.py tests/mlx/test_native.py \
