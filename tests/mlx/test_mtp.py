@@ -4,6 +4,7 @@ The reference is the family's layer of mlx-lm over the whole text, without cache
 tests/ranks/test_mtp_layers.py.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -24,6 +25,7 @@ from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
 from cenacle.engine.speculative.draft_model import DraftModelConfig, load_mtp
 from cenacle.engine.speculative.mtp import HiddenStates, MtpProposer
+from cenacle.errors import CheckpointError
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.expert_parallel import parallelize
 from cenacle.model.loader import load_rank_model
@@ -253,6 +255,18 @@ def test_a_damaged_layer_is_left_out_and_its_reason_names_the_file_s_tensor(
         assert find_mtp(damaged, "auto", plain_kv_cache=True) is None
     assert reason in caplog.text
     assert load(damaged) is not None  # the model needs none of it
+
+
+@pytest.mark.parametrize("metadata", [[1], "mlx"])
+def test_a_damaged_file_s_metadata_ends_nothing(checkpoints, tmp_path, metadata):
+    shutil.copytree(checkpoints("qwen3_next").folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8:end]), "__metadata__": metadata}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    with contextlib.suppress(CheckpointError):
+        DraftModelConfig.find_mtp(Checkpoint.open(tmp_path), "auto", plain_kv_cache=True)
 
 
 def test_shared_tensors_come_from_the_model(checkpoints):

@@ -275,8 +275,8 @@ def _is_low_norm(name: str) -> bool:
 def _is_written_by_mlx(file: Path) -> bool:
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
-        metadata = json.loads(opened.read(length)).get("__metadata__") or {}
-    return bool(metadata.get("format") == "mlx")
+        metadata = json.loads(opened.read(length)).get("__metadata__")
+    return isinstance(metadata, dict) and metadata.get("format") == "mlx"
 
 
 def raise_norms(tensors: dict[str, mx.array], low_norms: Mapping[str, mx.array]) -> None:
