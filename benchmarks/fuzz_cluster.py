@@ -55,6 +55,7 @@ from fuzz_messages import RANK_REPLIES, damage, frame, sample_message, sample_st
 HOST = "127.0.0.1"
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 WAIT_S = 120.0  # for what must happen; the machine may be busy
+MAX_WRONG = 20  # of a border whose process has to be started again for each
 THREADS = 8
 COSTLY = 20  # valid orders that start a process: no more than these are sent
 FIRST = (
@@ -608,7 +609,7 @@ def front(folder: Path, border: Border, frames: int, seed: int) -> None:
     order = resolve(LoadOptions(str(DEMO))).load_order().to_json()
     dice, numbers = random.Random(f"{seed}/{border.name}"), itertools.count(1)
     process: Process | None = None
-    while border.frames < frames:
+    while border.frames < frames and len(border.wrong) < MAX_WRONG:
         number = next(numbers)
         with socket.socket(socket.AF_UNIX) as listener:
             address = tempfile.mktemp(prefix="cenacle-fuzz-")
@@ -664,10 +665,15 @@ def run_rank(address: str) -> None:
     from cenacle.ranks.messages import LoadOrder, StepOrder, StepResult, Stop
 
     os.environ |= {"CENACLE_CONTROL": address, "CENACLE_TOKEN": "t", "CENACLE_RANK": "0"}
+
+    class _Vitals(worker.Vitals):
+        def watch_disk(self, folder: Path) -> None:
+            """Without a thread for every order."""
+
     channel = worker.connect_to_front()
     threading.Thread(target=worker.send_heartbeats, args=(channel,), daemon=True).start()
     order = parse(worker.receive_message(channel), LoadOrder)
-    rank = worker._Worker(channel, order)
+    rank = worker._Worker(channel, order, _Vitals())
     engine = rank._load()
     while True:
         data = worker.receive_message(channel)
@@ -680,7 +686,7 @@ def run_rank(address: str) -> None:
                 channel.send(result.to_json())
                 continue
             if isinstance(message, LoadOrder):
-                worker._Worker(channel, message)._load()
+                worker._Worker(channel, message, _Vitals())._load()
                 continue
             raise ClusterError("stop")
         except Exception as error:

@@ -43,8 +43,8 @@ def folder_of(folder: Path, template: str, pattern: str | None = None) -> Path:
 
 @pytest.fixture
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Makes isolated tokenizers whose work may take a second."""
-    monkeypatch.setattr(text_process, "CPU_S", 1)
+    """Makes isolated tokenizers whose work may take three seconds."""
+    monkeypatch.setattr(text_process, "CPU_S", 3)
     made = []
 
     def make(template: str, pattern: str | None = None) -> ChatTokenizer:
@@ -140,7 +140,7 @@ def test_sizes_are_limited(tmp_path, monkeypatch):
 
 
 def test_the_server_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_process, "CPU_S", 1)
+    monkeypatch.setattr(text_process, "CPU_S", 3)
     template = HANG.replace("{{ CODE }}", POWER)
     folder = folder_of(tmp_path / "house", template, SLOW_PATTERN)
     server = ScriptedServer(folder, tmp_path)

@@ -101,7 +101,7 @@ class HeadArguments:
     node_timeout: str | None = option(
         None,
         "How long to wait at the start for missing nodes, such as 30m (s, m, h, d), or never to "
-        "give up. Default: 1d; 10s where requests load models and would wait too.",
+        "give up. Default: 1d; 10s with several models, where a request would wait.",
         metavar="TIME",
     )
 
