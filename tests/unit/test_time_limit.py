@@ -1,5 +1,7 @@
 """Code that runs for ever is ended; code that ends in time is not."""
 
+import subprocess
+import sys
 import threading
 
 import jinja2
@@ -32,3 +34,29 @@ def test_nothing_is_raised_in_time():
     with time_limit(600):
         text = jinja2.Environment().from_string("{{ 1 + 1 }}").render()
     assert text == "2"
+
+
+CAUGHT = """
+try:
+    with time_limit(0.05):
+        try:
+            while True:
+                pass
+        except BaseException:
+            pass
+except LimitReached:
+    pass
+"""
+
+
+@pytest.mark.parametrize("limited", ["with time_limit(600): pass", CAUGHT])
+def test_nothing_is_left_to_be_raised(limited):
+    """CPython 3.11 would look for it for ever once a debugger or hypothesis traces calls."""
+    program = (
+        "import sys\nfrom cenacle.text.time_limit import LimitReached, time_limit\n"
+        f"{limited}\nsys.settrace(lambda *_: None)\n(lambda: print('goes on'))()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.returncode) == ("goes on\n", 0), done.stderr

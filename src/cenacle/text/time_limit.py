@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class LimitReached(BaseException):
@@ -24,13 +24,14 @@ def time_limit(limit_s: float) -> Iterator[None]:
     """Raise `LimitReached` in this thread if the block takes longer; for Python code, also in
     threads other than the main one, where signals cannot be used. Limits do not nest."""
     thread = ctypes.c_ulong(threading.get_ident())
-    lock, is_over = threading.Lock(), False
+    lock, is_over, is_sent = threading.Lock(), False, False
 
     def end() -> None:
+        nonlocal is_sent
         with lock:
             if not is_over:
-                error = ctypes.py_object(LimitReached)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
+                is_sent = True
+                _send(thread)
 
     timer = threading.Timer(limit_s, end)
     timer.daemon = True
@@ -40,5 +41,22 @@ def time_limit(limit_s: float) -> Iterator[None]:
     finally:
         with lock:
             is_over = True
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
         timer.cancel()
+        if is_sent:
+            _receive(thread)
+
+
+def _send(thread: ctypes.c_ulong) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(LimitReached))
+
+
+def _receive(thread: ctypes.c_ulong) -> None:
+    """Have what was sent to this thread, and perhaps not raised yet, raised here.
+
+    Sending nothing in its place would leave CPython's mark that there is something: every call
+    would look for it from then on, and with a trace function CPython 3.11 would look for ever.
+    """
+    with suppress(LimitReached):
+        _send(thread)
+        while True:  # until it is raised, at the next step
+            pass
