@@ -153,7 +153,7 @@ class RankPool:
                     self._ranks.channels[rank].receive(), Heartbeat, JobResult, RankFailure
                 )
             except ChannelTimeout:
-                break
+                continue  # a job may keep the thread of the heartbeats from running
             except ClusterError as error:
                 return error
             if isinstance(message, JobResult | RankFailure):
