@@ -6,6 +6,7 @@ Invariant: imports nothing that takes time before Ctrl-C is handled.
 Next: `cli/main.py`.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -35,6 +36,9 @@ def main() -> None:
     # Where it is ignored (`nohup`, a shell's `&`), it stays so.
     heeds_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heeds_ctrl_c:
+        # The first to be registered runs last: Python then takes its handlers back, and Ctrl-C
+        # would end a program that has done its work by the signal.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGINT, end_at_once)
     from .cli.main import main as run
 

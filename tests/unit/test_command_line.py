@@ -386,7 +386,7 @@ def test_next_to_nothing_is_imported_before_ctrl_c_is_handled():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     own = {"cenacle", "cenacle.__main__", "cenacle.errors", "cenacle.import_hooks"}
     # A `.pth` file of the environment may have imported some of them before.
-    others = {"__future__", "collections.abc", "contextlib", "signal", "warnings"}
+    others = {"__future__", "atexit", "collections.abc", "contextlib", "signal", "warnings"}
     imported = {name for name in done.stdout.split() if name.partition(".")[0] != "importlib"}
     assert own <= imported <= own | others, done
 
@@ -420,6 +420,19 @@ def test_ctrl_c_ends_a_start_with_one_line_whenever_it_comes(arguments):
             _, errors = process.communicate(timeout=120)
             # It may have done its work before.
             assert (process.returncode, errors) in ((130, b"interrupted\n"), (0, b"")), delay_s
+
+
+def test_ctrl_c_after_the_work_is_done_leaves_the_status_as_it_is():
+    # Freed by the interpreter after it took its signal handlers back.
+    late = """
+import os, signal, sys
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):
+        kill(pid, number)
+sys.late = Late()
+"""
+    done = subprocess.run([sys.executable, "-c", late + HANDLED, "--version"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_reader_that_goes_away_ends_the_program_silently():
