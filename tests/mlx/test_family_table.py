@@ -137,10 +137,11 @@ def test_columns_say_what_the_engine_and_the_plan_do(row):
     model = load_rank(folder, Plan.whole(spec, 1), SingleRank())
     passes: list[tuple[int, int]] = []
     record_passes(model, passes)
-    options = EngineOptions(speculative="always")
     batching = family_of(row.name).batching
+    options = EngineOptions(speculative="off")
     engine = Engine(model, SingleRank(), StepTimer(), options, batching=batching)
     run_together(engine, "ab", 4)
+    engine.close()
     shared = {tokens > 1 for requests, tokens in passes if requests > 1}
     expected = {
         Batching.PADDED: {True, False},
@@ -148,6 +149,8 @@ def test_columns_say_what_the_engine_and_the_plan_do(row):
         Batching.ONE_BY_ONE: set(),
     }
     assert shared == expected[can.batching]
+    options = EngineOptions(speculative="always")
+    engine = Engine(model, SingleRank(), StepTimer(), options, batching=batching)
     run_together(engine, "c", 12)
     engine.close()
     assert (engine.take_draft_stats().accepted > 0) == can.drafts

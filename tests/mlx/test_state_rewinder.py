@@ -21,7 +21,7 @@ from cenacle.model import architecture
 from cenacle.model.config_catalog import tiny_config
 from cenacle.model.step_timer import StepTimer
 
-FAMILIES = ("qwen3_next", "qwen3_5_moe")
+FAMILIES = ("qwen3_next", "qwen3_5_moe", "nemotron_h")
 TEXT = [5, 80, 200, 17, 9, 44, 301, 12, 7, 90]
 
 

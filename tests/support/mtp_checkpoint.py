@@ -15,7 +15,8 @@ from cenacle.model.config_catalog import tiny_config
 from cenacle.model.mtp import FORMS
 from cenacle.model.synth import synth
 
-OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense")
+OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "fc2", "fc2_latent_proj")
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "embeddings.weight")
 LOW_NORMS = (
     "layernorm",
     "q_norm",
@@ -43,19 +44,22 @@ def write_mtp(
     config = tiny_config(family)
     text = text_config(config)
     layers = layers or text["num_hidden_layers"]
-    is_qwen = family.startswith("qwen")
-    # Of Qwen's layers every second is the kind that drafts.
-    taller = {**text, "num_hidden_layers": layers + (2 if is_qwen else 1)}
+    is_qwen, is_nemotron = family.startswith("qwen"), family == "nemotron_h"
+    # Of Qwen's layers every second is the kind that drafts; of Nemotron's two are one.
+    taller = {**text, "num_hidden_layers": layers + (2 if is_qwen or is_nemotron else 1)}
+    if is_nemotron:
+        taller["hybrid_override_pattern"] += "*E"
     taller.pop("layer_types", None)
     nested = config if text is config else {**config, "text_config": taller}
     synth(folder, config=taller if text is config else nested, dtype="float32", seed=3)
     file = folder / "model.safetensors"
     tensors = dict(mx.load(str(file)))
     add = _add_qwen_layer if is_qwen else _add_deepseek_layer
+    add = _add_nemotron_layer if is_nemotron else add
     prefix = add(tensors, text["hidden_size"], layers, FORMS[family].text_path, skill)
     if skill == "trained":
         for name, tensor in tensors.items():
-            if name.endswith(("embed_tokens.weight", "word_embeddings.weight")):
+            if name.endswith(EMBEDDINGS):
                 tensors[name] = tensor / mx.std(tensor)
             elif name.rsplit(".", 2)[-2] in OUTPUTS:
                 tensors[name] = tensor * (0 if name.startswith(prefix) else loudness)
@@ -63,6 +67,9 @@ def write_mtp(
     mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
     written = json.loads((folder / "config.json").read_text())
     text_config(written).update({"num_hidden_layers": layers, "num_nextn_predict_layers": 1})
+    if is_nemotron:
+        written["hybrid_override_pattern"] = config["hybrid_override_pattern"]
+        written["mtp_hybrid_override_pattern"] = "*E"
     (folder / "config.json").write_text(json.dumps(written))
     return folder
 
@@ -107,6 +114,22 @@ def _add_qwen_layer(
         "mtp.pre_fc_norm_embedding.weight": mx.ones(width),
         "mtp.pre_fc_norm_hidden.weight": mx.ones(width),
         "mtp.norm.weight": tensors[f"{text_path}model.norm.weight"],
+    }
+    return "mtp."
+
+
+def _add_nemotron_layer(
+    tensors: dict[str, mx.array], width: int, layers: int, text_path: str, skill: str
+) -> str:
+    for name in list(tensors):
+        for index in range(2):
+            if name.startswith(surplus := f"{text_path}backbone.layers.{layers + index}."):
+                tensors[name.replace(surplus, f"mtp.layers.{index}.")] = tensors.pop(name)
+    tensors |= {
+        "mtp.layers.0.eh_proj.weight": _joining_weight(width, skill),
+        "mtp.layers.0.enorm.weight": mx.ones(width),
+        "mtp.layers.0.hnorm.weight": mx.ones(width),
+        "mtp.layers.1.final_layernorm.weight": tensors[f"{text_path}backbone.norm_f.weight"],
     }
     return "mtp."
 

@@ -223,7 +223,7 @@ def make_batch(
         decoder = SpeculativeDecoder(
             model, collective, timer, mode, draft_model=draft_model, rewinder=rewinder
         )
-        if can_be_ragged(model) and batching is Batching.PADDED:
+        if can_be_ragged(model):
             drafter = make_group_drafter(draft_model) if draft_model is not None else None
             group = GroupDecoder(model, collective, timer, mode, drafter=drafter, rewinder=rewinder)
     return ContinuousBatch(model, options, decoder, batching, vision, group)

@@ -2,11 +2,11 @@
 
 Owns: which tensors of a checkpoint are of such a layer; the layer as a small model of its own.
 Does not know: ranks, requests, what becomes of drafts.
-Two forms are read. In both the layer is a decoder layer like the others, before which a projection
-joins the embedding of a token and the hidden state of the token before, each behind a norm.
-DeepSeek, GLM and Ling have it as layer `num_hidden_layers`, with `eh_proj`, `enorm` and `hnorm`;
-Qwen as `mtp.layers.0`, with `mtp.fc` and `mtp.pre_fc_norm_*`. Norm, head and embedding are the
-model's own where the layer brings none.
+In most forms the layer is a decoder layer like the others, before which a projection joins the
+embedding of a token and the hidden state of the token before, each behind a norm. DeepSeek, GLM and
+Ling have it as layer `num_hidden_layers`, with `eh_proj`, `enorm` and `hnorm`; Qwen as
+`mtp.layers.0`, with `mtp.fc` and `mtp.pre_fc_norm_*`; Nemotron as `mtp.layers.0` (attention) and
+`.1` (experts). Norm, head and embedding are the model's own where the layer brings none.
 How: the layer is read as a checkpoint of one layer with the same config, so that conversions,
 formats and kernels are those of the family.
 Source: DeepSeek-V3 Technical Report (2024), section 2.2.
@@ -19,15 +19,17 @@ import json
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.model_config import Config, text_config
+from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .config_file import read_quantization_settings
 from .families import family_of, layer_index
@@ -44,10 +46,12 @@ class MtpForm:
         prefixes: before the names of its tensors, of which a checkpoint has one; "{layers}" stands
             for the number of the model's layers.
         layer: what follows the prefix in the names of the decoder layer itself.
-        own: what follows it in those of other modules, and their paths in a model of one layer.
+        inside: what stands there in the paths of a model of one layer.
+        own: what follows the prefix in the names of other modules, "*" for numbers, and their paths
+            in such a model.
         needed: what must be there.
         text_path: of the language model in the family's model, with a dot behind it.
-        one_layer: keys of the config of such a model.
+        one_layer: keys of the config of such a model; called with the language model's.
         has_low_norms: published norms are stored less 1, those of files that MLX wrote are not.
     """
 
@@ -55,13 +59,14 @@ class MtpForm:
     layer: str
     own: Mapping[str, str]
     needed: tuple[str, ...]
+    inside: str = "model.layers.0."
     text_path: str = ""
-    one_layer: Mapping[str, Any] = field(default_factory=dict)
+    one_layer: Callable[[Config], Config] = lambda _: {}
     has_low_norms: bool = False
 
     def prefix_in(self, checkpoint: Checkpoint) -> str | None:
         """The prefix that a checkpoint has; None: it has no layer of this form."""
-        layers = text_config(checkpoint.config)["num_hidden_layers"]
+        layers = text_config(checkpoint.config).get("num_hidden_layers")
         for form in self.prefixes:
             prefix = form.format(layers=layers)
             if all(f"{prefix}{name}.weight" in checkpoint.tensors for name in self.needed):
@@ -70,12 +75,12 @@ class MtpForm:
 
     def rename(self, path: str, prefix: str) -> str | None:
         """A module's path in a model of one layer; None: it has no place there."""
-        inside = path.removeprefix(prefix)
-        if (own := self.own.get(inside)) is not None:
+        name = path.removeprefix(prefix)
+        if (own := self.own.get(_NUMBER.sub("*", name))) is not None:
             return self.text_path + own
-        if not inside.startswith(self.layer):
+        if not name.startswith(self.layer):
             return None
-        return f"{self.text_path}model.layers.0.{inside.removeprefix(self.layer)}"
+        return f"{self.text_path}{self.inside}{name.removeprefix(self.layer)}"
 
 
 _DEEPSEEK = MtpForm(
@@ -90,7 +95,7 @@ _DEEPSEEK = MtpForm(
         "embed_tokens": "model.embed_tokens",
     },
     needed=("eh_proj", "enorm", "hnorm", "input_layernorm"),
-    one_layer={"first_k_dense_replace": 0},
+    one_layer=lambda _: {"num_hidden_layers": 1, "first_k_dense_replace": 0},
 )
 _QWEN = MtpForm(
     prefixes=("mtp.", "language_model.mtp."),
@@ -109,7 +114,8 @@ _QWEN = MtpForm(
         "norm",
         "layers.0.input_layernorm",
     ),
-    one_layer={
+    one_layer=lambda _: {
+        "num_hidden_layers": 1,
         "full_attention_interval": 1,
         "layer_types": ["full_attention"],
         "decoder_sparse_step": 1,
@@ -127,6 +133,36 @@ _BAILING = replace(
         "word_embeddings": "model.word_embeddings",
     },
 )
+
+
+def _nemotron_layers(config: Config) -> Config:
+    """Of attention and experts; the published ones have one of each.
+
+    Raises:
+        CheckpointError: there are others.
+    """
+    keys = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
+    kinds = next((config[key] for key in keys if config.get(key)), "*E")
+    is_known = isinstance(kinds, str | list)
+    pattern = [_NEMOTRON_KINDS.get(str(kind), "") for kind in kinds] if is_known else []
+    if not all(pattern) or not pattern:
+        raise CheckpointError(f"expected layers of attention (*) and experts (E), got {kinds}")
+    return {"num_hidden_layers": len(pattern), "hybrid_override_pattern": pattern}
+
+
+_NEMOTRON = MtpForm(
+    prefixes=("mtp.",),
+    layer="layers.",
+    inside="backbone.layers.",
+    own={
+        "layers.*.eh_proj": f"{INPUT}.eh_proj",
+        "layers.*.enorm": f"{INPUT}.enorm",
+        "layers.*.hnorm": f"{INPUT}.hnorm",
+        "layers.*.final_layernorm": "backbone.norm_f",
+    },
+    needed=("layers.0.eh_proj", "layers.0.enorm", "layers.0.hnorm", "layers.0.norm"),
+    one_layer=_nemotron_layers,
+)
 FORMS = {
     "bailing_moe": _BAILING,
     "deepseek_v3": _DEEPSEEK,
@@ -134,6 +170,7 @@ FORMS = {
     "glm4_moe": _DEEPSEEK,
     "glm4_moe_lite": _DEEPSEEK,
     "glm_moe_dsa": _DEEPSEEK,
+    "nemotron_h": _NEMOTRON,
     "qwen3_5_moe": replace(_QWEN, text_path="language_model."),
     "qwen3_next": _QWEN,
 }
@@ -142,9 +179,13 @@ MTP_FAMILIES = tuple(FORMS)
 
 # What the layer has of the model where it brings none of its own.
 _SHARED = re.compile(
-    r"(?:model\.|language_model\.)*(embed_tokens|word_embeddings|norm|lm_head)\.\w+"
+    r"(?:model\.|language_model\.|backbone\.)*"
+    r"(embed_tokens|word_embeddings|embeddings|norm|lm_head)\.\w+"
 )
-_EMBEDDINGS = ("embed_tokens", "word_embeddings")
+_EMBEDDINGS = ("embed_tokens", "word_embeddings", "embeddings")
+_EPS = ("rms_norm_eps", "layer_norm_epsilon")
+_NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_NEMOTRON_KINDS = {"*": "*", "attention": "*", "full_attention": "*", "E": "E", "moe": "E"}
 _LOW_NORMS = ("norm", "enorm", "hnorm", "layernorm")  # the ends of their names
 # Layers of all forms, also of those that are not read.
 _ANY_LAYER = re.compile(r"(?:.*\.)?(?:mtp|mtp_layers|mtp_block|mtp_\w+|nextn)\..*")
@@ -187,7 +228,8 @@ def describe_misfit(checkpoint: Checkpoint, family: str, error: str) -> str:
     prefix = form.prefix_in(checkpoint)
     paths = {f"{form.text_path}{path}": f"{prefix}{inside}" for inside, path in form.own.items()}
     error = error.removeprefix(f"{checkpoint.folder}: ")
-    paths[f"{form.text_path}model.layers.0"] = f"{prefix}{form.layer}".removesuffix(".")
+    layer = f"{prefix}{form.layer}".removesuffix(".")
+    paths[f"{form.text_path}{form.inside}".removesuffix(".")] = layer
     for path, inside in paths.items():
         error = re.sub(rf"(?<![\w.]){re.escape(path)}(?=\.)", inside, error)
     return f"the layer for multi-token prediction is not used: {error}"
@@ -237,7 +279,7 @@ def mtp_checkpoint(checkpoint: Checkpoint, family: str) -> Checkpoint:
 
 
 def _config_of_layer(config: Config, form: MtpForm, prefix: str) -> Config:
-    changed = {"num_hidden_layers": 1, **form.one_layer}
+    changed = form.one_layer(text_config(config))
     if isinstance(text := config.get("text_config"), dict):
         config = {**config, "text_config": {**text, **changed}}
     else:
@@ -313,7 +355,8 @@ def with_mtp_input(base: type[nn.Module]) -> type[nn.Module]:
     def build(self: Any, arguments: Any) -> None:
         base.__init__(self, arguments)  # type: ignore[call-arg]
         text = language_model(self)
-        text[INPUT] = MtpInput(text.args.hidden_size, text.args.rms_norm_eps)
+        eps = next(getattr(text.args, name) for name in _EPS if hasattr(text.args, name))
+        text[INPUT] = MtpInput(text.args.hidden_size, eps)
 
     return type(base.__name__, (base,), {"__init__": build})
 
@@ -321,6 +364,12 @@ def with_mtp_input(base: type[nn.Module]) -> type[nn.Module]:
 def language_model(model: Any) -> Any:
     """The part of a model that has its layers and its output head."""
     return model.get("language_model", model)
+
+
+def decoder(model: Any) -> Any:
+    """The part of a model that makes hidden states of ids."""
+    text = language_model(model)
+    return text.get("backbone") or text.model
 
 
 class _Given(nn.Module):
@@ -348,12 +397,17 @@ class MtpHead:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._text = language_model(model)
-        name = next(name for name in _EMBEDDINGS if name in model.model)
-        self._embed, self._given = model.model[name], _Given()
-        model.model[name] = self._given
-        if hasattr(model.model, "ssm_idx"):  # of a layer with a state, which this has not
-            model.model.ssm_idx = None
+        self._text, self._decoder = language_model(model), decoder(model)
+        name = next(name for name in _EMBEDDINGS if name in self._decoder)
+        self._embed, self._given = self._decoder[name], _Given()
+        self._decoder[name] = self._given
+        self._absent: list[None] = []
+        if hasattr(self._decoder, "ssm_idx"):  # of a layer with a state, which this has not
+            self._decoder.ssm_idx, self._absent = -1, [None]
+
+    def make_caches(self) -> list[Any]:
+        """Empty ones, of one sequence."""
+        return make_prompt_cache(self.model)
 
     def __call__(
         self,
@@ -374,7 +428,7 @@ class MtpHead:
             [batch, vocabulary] and [batch, length, width].
         """
         self._given.give(self._text[INPUT](self._embed(ids), hidden))
-        states = self.model.model(ids, caches)
+        states = self._decoder(ids, [*caches, *self._absent])
         last = states[:, -1] if places is None else at_places(states, places)[:, 0]
         if "lm_head" in self._text:
             return self._text.lm_head(last), states
@@ -392,7 +446,7 @@ RecordStates = Callable[[mx.array], None]
 
 def record_hidden_states(model: Any, record: RecordStates) -> None:
     """Have a model tell the hidden states of each pass, in place."""
-    inner = model.model
+    inner = decoder(model)
     kind = type(inner)
 
     def call(self: Any, *args: Any, **keywords: Any) -> mx.array:

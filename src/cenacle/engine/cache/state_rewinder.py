@@ -2,9 +2,9 @@
 
 Owns: `StateRewinder`, which records a pass and takes tokens of it back.
 Does not know: requests, drafts.
-A state has no tokens to cut off. That of a gated delta net after fewer tokens follows from the one
-before the pass and from what its recurrence was given, so these are kept until the next pass. The
-layer's matrices, experts and all-reduces are not computed again.
+A state has no tokens to cut off. That of a gated delta net or of Mamba 2 after fewer tokens follows
+from the one before the pass and from what its recurrence was given, so these are kept until the
+next pass. The layer's matrices, experts and all-reduces are not computed again.
 Invariant: the caches of a pass are dropped from before the next one, and in it only.
 Next: `speculative/decoder.py` and `speculative/group.py`, which drop rejected drafts.
 """
@@ -24,11 +24,37 @@ from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from .kv_cache import can_trim, flatten_caches
 
-_MODULES = {  # of mlx-lm, and their classes of layers
-    "mlx_lm.models.qwen3_next": "Qwen3NextGatedDeltaNet",
-    "mlx_lm.models.qwen3_5": "GatedDeltaNet",
+
+@dataclass(frozen=True)
+class _Recurrence:
+    """A function of a module of mlx-lm that gives a layer's outputs and its state after them.
+
+    Args:
+        layer: the class of layers in the module that call it.
+        update: its name there.
+        tokens: the places of its arguments that have a row for each token,
+            [sequences, length, ...].
+        state, mask: the places of the state before, and of a mask of tokens.
+        lengths: the name of another argument for sequences of different lengths; None: the mask
+            tells them.
+    """
+
+    layer: str
+    update: str
+    tokens: tuple[int, ...]
+    state: int
+    mask: int
+    lengths: str | None = None
+
+
+_DELTA = "gated_delta_update", (0, 1, 2, 3, 4), 7, 8
+_RECURRENCES = {
+    "mlx_lm.models.nemotron_h": _Recurrence(
+        "NemotronHMamba2Mixer", "ssm_update", (0, 2, 3, 5), 7, 9, "lengths"
+    ),
+    "mlx_lm.models.qwen3_next": _Recurrence("Qwen3NextGatedDeltaNet", *_DELTA),
+    "mlx_lm.models.qwen3_5": _Recurrence("GatedDeltaNet", *_DELTA),
 }
-_UPDATE = "gated_delta_update"
 
 
 @dataclass
@@ -38,22 +64,22 @@ class _LayerPass:
     Args:
         convolved: inputs of the convolution, with the last ones of the pass before in front,
             [sequences, kernel - 1 + length, channels].
-        inputs: of the recurrence, [sequences, length, ...] each.
-        parameters: of it.
-        state: before the pass.
-        update: the recurrence.
+        recurrence: what it is.
+        update: its function.
+        inputs: all that it was given.
     """
 
     convolved: mx.array
-    inputs: tuple[mx.array, ...] = ()
-    parameters: tuple[mx.array, ...] = ()
-    state: mx.array | None = None
+    recurrence: _Recurrence | None = None
     update: Callable[..., tuple[mx.array, mx.array]] | None = None
+    inputs: tuple[Any, ...] = ()
 
     @property
     def length(self) -> int:
         """Tokens of the pass."""
-        return self.inputs[0].shape[1]
+        assert self.recurrence is not None
+        length: int = self.inputs[self.recurrence.tokens[0]].shape[1]
+        return length
 
     def after(self, kept: Sequence[int]) -> list[mx.array | None]:
         """Both arrays of the layer's cache after the first tokens of each sequence."""
@@ -67,13 +93,27 @@ class _LayerPass:
             window = mx.take_along_axis(
                 self.convolved, (ends + mx.arange(overlap))[..., None], axis=1
             )
-        longest = max(kept)
-        if not longest:
-            return [window, self.state]
+        return [window, self._state_after(kept, mask)]
+
+    def _state_after(self, kept: Sequence[int], mask: mx.array | None) -> mx.array | None:
+        kind, longest = self.recurrence, max(kept)
+        assert kind is not None
         assert self.update is not None
-        inputs = [array[:, :longest] for array in self.inputs]
-        _, state = self.update(*inputs, *self.parameters, self.state, mask)
-        return [window, state]
+        before: mx.array | None = self.inputs[kind.state]
+        if not longest:
+            return before
+        inputs = list(self.inputs)
+        for place in kind.tokens:
+            inputs[place] = inputs[place][:, :longest]
+        inputs[kind.mask] = mask
+        lengths = (
+            {} if mask is None or kind.lengths is None else {kind.lengths: mx.array(list(kept))}
+        )
+        _, state = self.update(*inputs, **lengths)
+        if 0 in kept and before is not None:  # some kernels for one token know no mask
+            rows = mx.array(list(kept)).reshape(-1, *[1] * (state.ndim - 1))
+            state = mx.where(rows == 0, before, state)
+        return state
 
 
 _RECORDED: ContextVar[list[_LayerPass] | None] = ContextVar("recorded layers", default=None)
@@ -144,23 +184,25 @@ def make_rewinder(model: nn.Module) -> StateRewinder | None:
 
 def _find_layers(model: nn.Module) -> list[nn.Module]:
     kinds = tuple(
-        getattr(sys.modules[name], kind) for name, kind in _MODULES.items() if name in sys.modules
+        getattr(sys.modules[name], kind.layer)
+        for name, kind in _RECURRENCES.items()
+        if name in sys.modules
     )
     return [module for _, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def _teach(layer: Any) -> None:
     """Have a layer's convolution, and the recurrence of its kind, tell what they are given."""
-    kind = type(layer.conv1d)
-    if not hasattr(kind, "is_recording"):
-        members = {"__call__": _make_recording_call(kind), "is_recording": True}
-        layer.conv1d.__class__ = type(kind.__name__, (kind,), members)
-    for name, layer_kind in _MODULES.items():
+    conv_kind = type(layer.conv1d)
+    if not hasattr(conv_kind, "is_recording"):
+        members = {"__call__": _make_recording_call(conv_kind), "is_recording": True}
+        layer.conv1d.__class__ = type(conv_kind.__name__, (conv_kind,), members)
+    for name, kind in _RECURRENCES.items():
         module: Any = sys.modules.get(name)
-        if module is not None and isinstance(layer, getattr(module, layer_kind)):
-            update = getattr(module, _UPDATE)
+        if module is not None and isinstance(layer, getattr(module, kind.layer)):
+            update = getattr(module, kind.update)
             if not hasattr(update, "is_recording"):
-                setattr(module, _UPDATE, _make_recorder(update))
+                setattr(module, kind.update, _make_recorder(kind, update))
 
 
 def _make_recording_call(kind: type[nn.Module]) -> Callable[[Any, mx.array], mx.array]:
@@ -174,26 +216,14 @@ def _make_recording_call(kind: type[nn.Module]) -> Callable[[Any, mx.array], mx.
     return call
 
 
-def _make_recorder(update: Callable[..., Any]) -> Callable[..., Any]:
-    def record(
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        a: mx.array,
-        b: mx.array,
-        decay: mx.array,
-        bias: mx.array,
-        state: mx.array | None = None,
-        mask: mx.array | None = None,
-        **keywords: Any,
-    ) -> Any:
+def _make_recorder(kind: _Recurrence, update: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*arguments: Any, **keywords: Any) -> Any:
         layers = _RECORDED.get()
         if layers is not None:
             layer = layers[-1]
-            layer.inputs, layer.parameters = (q, k, v, a, b), (decay, bias)
-            layer.state = state
-            layer.update = lambda *arguments: update(*arguments, **keywords)
-        return update(q, k, v, a, b, decay, bias, state, mask, **keywords)
+            layer.recurrence, layer.inputs = kind, arguments
+            layer.update = lambda *inputs, **lengths: update(*inputs, **keywords, **lengths)
+        return update(*arguments, **keywords)
 
     record.is_recording = True  # type: ignore[attr-defined]
     return record

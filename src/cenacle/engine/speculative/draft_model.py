@@ -153,8 +153,8 @@ class DraftModelConfig:
             tell(reason)
         if not plain_kv_cache or not has_mtp(checkpoint, family):
             return None
-        part = mtp_checkpoint(checkpoint, family)
         try:
+            part = mtp_checkpoint(checkpoint, family)
             model = loader.build_model(part, None, 0)
         except CheckpointError as error:  # the model itself may be whole
             tell(describe_misfit(checkpoint, family, str(error)))

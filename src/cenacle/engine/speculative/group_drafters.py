@@ -261,7 +261,7 @@ class GroupMtp(GroupDrafter):
         self._read, self._counts = [0] * count, [0] * count
         if self._head is not None:
             self._unread = [[] for _ in generations]
-            self._caches = merge_ragged([make_prompt_cache(self._head.model)] * count)
+            self._caches = merge_ragged([self._head.make_caches()] * count)
 
     def release(self, generations: Sequence[Generation]) -> None:  # noqa: ARG002
         """See `GroupDrafter`."""

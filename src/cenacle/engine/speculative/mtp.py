@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import trim_prompt_cache
 
 from ...collective.base import Collective
 from ...model.mtp import MtpHead
@@ -176,7 +176,7 @@ class MtpProposer:
         seen = len(self._text) - 1
         first = seen - len(self.states)
         if not self._caches or self._next < first or self._next >= seen:
-            self._next, self._caches = first, make_prompt_cache(head.model)
+            self._next, self._caches = first, head.make_caches()
         unread = seen - self._next
         ids, hidden = mx.array([self._text[-unread:]]), self.states.last(unread)[None]
         samples: list[mx.array] = []
