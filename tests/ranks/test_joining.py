@@ -593,6 +593,22 @@ def test_a_head_keeps_its_roster_and_runs_once(tmp_path):
     assert "does not answer" in said[1]
 
 
+def test_a_head_that_ends_reports_no_lost_agent(tmp_path, caplog):
+    head = Head(tmp_path, HOST, 0, "one")
+    try:
+        for said in ("one has lost its agent", ""):
+            with agent(head.identity, head.port):
+                until(lambda: names(head)["one"]["connected"], "the agent")
+                if not said:
+                    head.expect_disconnections()
+            until(lambda: not names(head)["one"]["connected"], "its end")
+            reported = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+            assert reported == [said] * bool(said)
+            caplog.clear()
+    finally:
+        head.close()
+
+
 def test_missing_nodes_are_waited_for_until_a_deadline(tmp_path):
     waits, said = [], []
 
@@ -651,6 +667,8 @@ def test_a_model_that_does_not_fit_on_the_remaining_nodes_waits(tmp_path, monkey
             try:
                 until(lambda: any("does not fit" in t for t in told), "that it does not fit")
                 until(lambda: "two has lost its agent" in told[-1], "who is waited for")
+                assert told[-1].startswith("the model does not fit on the remaining nodes (")
+                assert "`cenacle nodes --invite`" in told[-1], "what to do"
                 with agent(two, head.port):
                     until(lambda: found, "the group of both")
             finally:

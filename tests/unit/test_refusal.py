@@ -23,7 +23,9 @@ def test_requests_are_refused_with_the_present_reason(monkeypatch, tmp_path):
         ):
             answer = client.post("/v1/chat/completions", json=CHAT)
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-            assert answer.json()["error"]["message"] == f"no model is loaded yet: {REASON}"
+            error = answer.json()["error"]
+            assert error["message"] == f"no model is loaded yet: {REASON}"
+            assert error["code"] == "nodes_missing"
             reasons.append("later")
             answer = client.post("/v1/messages", json=CHAT)
             assert answer.status_code in (503, 529)

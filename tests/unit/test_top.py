@@ -116,6 +116,14 @@ def test_of_disk_and_link_there_is_what_fits(watched):
     assert "sent" not in "\n".join(draw(watched, 100))
 
 
+def test_what_new_ranks_wait_for_is_shown_whole(watched):
+    detail = "the model does not fit on the remaining nodes: " + "waiting for bob " * 6
+    watched.view |= {"status": "recovering", "reason": "rank 1 was lost", "detail": detail}
+    lines = draw(watched, 60)
+    at = next(i for i, line in enumerate(lines) if line.startswith("now "))
+    assert " ".join(" ".join(lines[at : at + 4]).split()).startswith("now " + detail.strip())
+
+
 def test_memory_above_what_is_expected_is_said(watched):
     assert "above" not in "\n".join(draw(watched, 100))
     watched.view["ranks"][0]["memory"]["limit_bytes"] = 7_999_999_999

@@ -294,6 +294,7 @@ def _local_agent(head: Head) -> Iterator[None]:
     try:
         yield
     finally:
+        head.expect_disconnections()
         with suppress(RuntimeError):  # the loop is closed if the agent has ended
             loop.call_soon_threadsafe(task.cancel)
         thread.join(AGENT_STOP_S)

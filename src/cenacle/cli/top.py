@@ -13,6 +13,7 @@ import contextlib
 import os
 import select
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ HOT_EXPERTS = 6
 FAULT_LINES = 4  # for which there is room before disks and links are shown
 SPARKS = "▁▂▃▄▅▆▇█"
 LABEL_WIDTH = 13
+PARAGRAPH_LINES = 4
 ACCOUNT_WIDTH = 60  # columns, for what memory is made of
 WIDTH_IN_A_PIPE = 100
 COMPONENTS = {
@@ -196,7 +198,7 @@ def draw_view(watched: WatchedServer, width: int, height: int | None = None) -> 
     """
     faults = [(time.strftime("%H:%M:%S", time.localtime(at)), t) for at, t in watched.list_events()]
     if "ranks" in watched.view:
-        lines = [*_head(watched), *_load(watched.view, width), *_speed(watched.view, width)]
+        lines = [*_head(watched, width), *_load(watched.view, width), *_speed(watched.view, width)]
         nodes, experts = _nodes(watched.view, width), _hot_experts(watched.view, width)
         devices = sum(bool(_describe_devices(rank)) for rank in watched.view["ranks"])
         room = 0 if height is None else height - len(lines) - len(nodes) - len(experts)
@@ -220,7 +222,7 @@ def draw_view(watched: WatchedServer, width: int, height: int | None = None) -> 
     return Group(*lines)
 
 
-def _head(watched: WatchedServer) -> list[Text]:
+def _head(watched: WatchedServer, width: int) -> list[Text]:
     view, plan = watched.view, watched.view["plan"]
     status, style = str(view["status"]), "bold green" if view["status"] == "ok" else "bold red"
     if watched.silence:
@@ -236,6 +238,8 @@ def _head(watched: WatchedServer) -> list[Text]:
         lines.append(_row("placement", printable(placement)))
     if view.get("reason"):
         lines.append(_row("because", printable(view["reason"])))
+    if view.get("detail"):  # what new ranks wait for
+        lines += _paragraph("now", view["detail"], width)
     return lines
 
 
@@ -399,6 +403,14 @@ def draw_sparks(values: Sequence[float], width: int) -> str:
 
 def _row(label: str, text: str, style: str = "", label_style: str = "bold") -> Text:
     return Text.assemble((f"{label:<{LABEL_WIDTH}}", label_style), (text, style))
+
+
+def _paragraph(label: str, text: str, width: int) -> list[Text]:
+    """Rows of a sentence, the last of which is cut off where there would be more."""
+    wrapped = textwrap.wrap(
+        printable(text), max(20, width - LABEL_WIDTH), max_lines=PARAGRAPH_LINES, placeholder=" ..."
+    )
+    return [_row(label if at == 0 else "", line) for at, line in enumerate(wrapped)]
 
 
 def _format_duration(seconds: float) -> str:

@@ -294,8 +294,16 @@ class Cluster:
                 if count >= (self._nodes or self._head.node_count):
                     raise
                 verb = "does not fit on" if isinstance(error, PlanError) else "is not complete on"
-                report(f"the model {verb} the remaining nodes ({error})")
-            group = self._head.form_group(count + 1, report, epoch.closing, temporary=True)
+                obstacle = f"the model {verb} the remaining nodes ({error})"
+                report(obstacle)
+
+            def report_missing(missing: str, obstacle: str = obstacle) -> None:
+                report(
+                    f"{obstacle}; waiting for more: {missing}; start a missing agent with "
+                    f"`cenacle join`, or add a machine with `cenacle nodes --invite`"
+                )
+
+            group = self._head.form_group(count + 1, report_missing, epoch.closing, temporary=True)
 
     def _plan_group(
         self, group: GroupMembership, report: Report, closing: threading.Event | None = None

@@ -128,6 +128,7 @@ class Head:
         self._status: dict[str, Any] = {}
         self._tokens = pairing.Tokens(time.monotonic, token_life_s)
         self._closing = False
+        self._expects_disconnections = False
         self._loop = LoopThread("head")
         self._server = HeadServer(
             self._listener,
@@ -376,11 +377,15 @@ class Head:
         """Whether it has ended, or is about to."""
         return self._closing or self.shutdown_requested.is_set()
 
+    def expect_disconnections(self) -> None:
+        """From now on do not report who disconnects: the head is about to be closed."""
+        self._expects_disconnections = True
+
     def close(self, end_agents: bool = False) -> None:
         """Close the port and all connections; `end_agents`: tell the agents to end as well."""
         if self._closing:
             return
-        self._closing = True
+        self._closing = self._expects_disconnections = True
         with suppress(ClusterError):
             self._loop.run(self._stop(end_agents), STOP_TIMEOUT_S)
         self._loop.stop()
@@ -523,7 +528,8 @@ class Head:
             del self._connections[node_id]
             reason = connection.close(reason)
             self._dispatch(membership.NodeDisconnected(node_id, reason))
-            log.warning("%s %s", name, reason)
+            if not self._expects_disconnections:
+                log.warning("%s %s", name, reason)
 
     def _check_group_id(self, group_id: int) -> None:
         # The next group's id is higher than any that an agent knows: it must not get out of range.

@@ -1,7 +1,7 @@
 """A server that refuses every request, for `refusal.py`.
 
 Owns: the responses.
-Does not know: what is waited for.
+Does not know: which nodes are waited for.
 Invariant: the reason is told to those who may use the server; others learn that there is one.
 """
 
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..errors import CenacleError, ClusterError
+from ..errors import CenacleError, NodesMissing
 from . import static
 from .access_policy import AccessPolicy
 from .api.validation import JsonObject
@@ -81,5 +81,5 @@ class _Refusal:
         if http.url.path == "/health":
             body: JsonObject = {"status": "waiting", **({"reason": reason} if reason else {})}
             return json_response(503, body, headers)
-        refusal = ClusterError(f"no model is loaded yet{': ' * bool(reason)}{reason}")
+        refusal = NodesMissing(f"no model is loaded yet{': ' * bool(reason)}{reason}")
         return path_error(refusal, http, headers)

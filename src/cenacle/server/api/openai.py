@@ -29,7 +29,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from ...core.chat import FinishReason, Message, OutputPart, TokenLogprob, Tool, Usage, join_text
 from ...core.request import MAX_LOGPROBS
-from ...errors import CenacleError, InputError
+from ...errors import CenacleError, InputError, NodesMissing
 from .parameters import ReasoningParameters, SharedParameters
 from .protocol import (
     MAX_STOPS,
@@ -829,6 +829,8 @@ def render_error(error: CenacleError) -> tuple[int, JsonObject]:
         429: ("server_busy", "rate_limit_error"),
         503: ("group_failed", "server_error"),
     }.get(status, ("internal_error", "server_error"))
+    if isinstance(error, NodesMissing):  # they may still come: nothing has failed
+        code = "nodes_missing"
     return status, error_object(str(error), None, code, kind)
 
 

@@ -45,7 +45,7 @@ export function describeProblem(current) {
   if (current?.status === "failed") return `The cluster has failed: ${current.reason}`;
   if (current?.status === "recovering") {
     const event = current.rank == null ? "The nodes are restarting." : "A node was lost and is restarting.";
-    return `${event} Answers continue afterwards. (${current.reason})`;
+    return `${event} Answers continue afterwards. (${current.reason})${current.detail ? ` Now: ${current.detail}` : ""}`;
   }
   return null;
 }
