@@ -1,8 +1,9 @@
 """Check the web page of a running server by hand: accessibility, screenshots, a day's use.
 
 axe-core goes through the views and dialogs at three widths, light and dark; screenshots of each are
-written. Then 500 conversations, one of 200 messages and an answer of 100 kB, with times and memory.
-The server answers nothing: the page's requests for answers are played.
+written. Then 500 conversations, one of 200 messages, an answer of 100 kB that is cut off once as by
+a server that restarts, and a second window, with times and memory. The server answers a few
+questions for the cluster view; the page's own requests for answers are played.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import httpx
 from playwright.sync_api import Browser, FilePayload, Page, sync_playwright
 
 ANSWER = r"""## Euler's identity
@@ -35,8 +37,9 @@ class Point(Base):  # a comment
 
 [^1]: The note.
 """
-# Streams a text in pieces of twenty characters, at most 200 pieces a second; a question with tools
-# gets a call of the first.
+# Streams a text in pieces of twenty characters, at most 200 pieces a second, or what is left of it
+# where an answer is continued. The connection breaks once at `window.breakAt`, where that is set. A
+# question with tools gets a call of the first.
 PLAY = """(text) => {
   const real = window.fetch;
   const event = (value) => `data: ${JSON.stringify(value)}\\n\\n`;
@@ -50,9 +53,14 @@ PLAY = """(text) => {
       const text = event({ choices: [choice] }) + "data: [DONE]\\n\\n";
       return Promise.resolve(new Response(text, { headers: { "content-type": "text/event-stream" } }));
     }
-    let at = 0;
+    let at = body.continue_final_message ? body.messages.at(-1).content.length : 0;
     const stream = new ReadableStream({ async pull(controller) {
       await new Promise((resolve) => setTimeout(resolve, 5));
+      if (window.breakAt && at > window.breakAt) {
+        window.breakAt = 0;
+        controller.error(new TypeError("the connection was lost"));
+        return;
+      }
       const ends = at >= text.length;
       const choice = ends ? { delta: {}, finish_reason: "length" } : { delta: { content: text.slice(at, at += 20) } };
       const usage = { prompt_tokens: 300, completion_tokens: 200 };
@@ -81,6 +89,12 @@ def open_page(browser: Browser, url: str, width: int, scheme: str) -> Page:
     page.goto(url)
     page.wait_for_selector("#messages > *")
     return page
+
+
+def until(page: Page, condition: str) -> None:
+    """Wait for a condition; the page's policy forbids the `eval` of Playwright's own wait."""
+    while not page.evaluate(condition):
+        page.wait_for_timeout(50)
 
 
 def ask(page: Page, text: str) -> None:
@@ -147,10 +161,14 @@ def check_views(browser: Browser, url: str, axe: str, folder: Path) -> int:
         serious += look("bench")
         page.click("#settings .main")
         ask(page, "What is the weather in Oslo?")
+        page.locator(".call").last.scroll_into_view_if_needed()
         serious += look("call")
         page.evaluate("location.hash = '#cluster'")
         page.wait_for_timeout(1000)
         page.evaluate(UNFOLD)
+        height = page.evaluate("document.querySelector('#view-cluster').scrollHeight") + 60
+        page.set_viewport_size({"width": width, "height": min(height, 4000)})
+        page.wait_for_timeout(1000)
         serious += look("cluster")
         page.context.close()
     return serious
@@ -190,16 +208,51 @@ def use_a_day(browser: Browser, url: str) -> None:
         }"""  # noqa: E501
     )
     print(f"200 messages open after {took:.0f} ms, {heap_mb()}")
+    other = page.context.new_page()  # a second window, with the same conversation
+    other.goto(url)
+    other.wait_for_selector(".pick")
+    other.click(".pick")
+    until(other, "document.querySelectorAll('.message').length === 200")
+    page.evaluate(PLAY, ANSWER)
+    ask(page, "One more")
+    until(other, "document.querySelectorAll('.message').length === 202")
+    other.close()
+    print("a second window shows what the first asked")
     page.click("#new")
-    page.evaluate(PLAY, (ANSWER + "\n") * 170)
+    long_answer = (ANSWER + "\n") * 170
+    page.evaluate(PLAY, long_answer)
+    page.evaluate("window.breakAt = 50_000")
     debugger.send("Performance.enable", {"timeDomain": "threadTicks"})
     ask(page, "A long answer")
+    page.wait_for_selector("text=reached the token limit", timeout=600_000)
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.locator(".assistant .foot [aria-label=Copy]").click()
+    until(page, "window.copied !== undefined")
+    assert page.evaluate("window.copied") == long_answer, (
+        "the answer is another after a lost connection"
+    )
+    print("an answer of 100 kB is whole after a lost connection")
     metrics = {m["name"]: m["value"] for m in debugger.send("Performance.getMetrics")["metrics"]}
     busy = ", ".join(f"{k[:-8]} {metrics[k]:.1f} s" for k in ("ScriptDuration", "LayoutDuration"))
     print(f"{page.inner_text('.stats')}; {busy}; {heap_mb()}")
     page.click("#new")
     page.wait_for_timeout(1000)
     print(f"afterwards {heap_mb()}")
+    page.reload()
+    page.wait_for_selector(".pick")
+    count = """async () => {
+      const { heads } = await import("/static/store.js");
+      return heads().length;
+    }"""
+    assert page.evaluate(count) == 502, "conversations were lost"
+    print("502 conversations are there after a reload")
+
+
+def fill_cluster_view(url: str) -> None:
+    """Have the server answer, so that there is something to see; it may refuse."""
+    for number in range(6):
+        body = {"messages": [{"role": "user", "content": f"What is {number} + 30?"}]}
+        httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 64}, timeout=600)
 
 
 def main() -> int:
@@ -214,6 +267,7 @@ def main() -> int:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
+        fill_cluster_view(arguments.url)
         serious = check_views(browser, arguments.url, arguments.axe.read_text(), arguments.out)
         use_a_day(browser, arguments.url)
         browser.close()

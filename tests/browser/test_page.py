@@ -296,7 +296,11 @@ def test_markdown_makes_only_safe_elements(opened):
 def test_markdown_is_rendered(opened):
     page = opened()
     cases = {
-        "# T\ntext": "<h2>T</h2><p>text</p>",
+        "# T\ntext": '<h3 class="heading-1">T</h3><p>text</p>',
+        # The outline has no gaps, whatever a model begins with.
+        "### T\n> # q\n\n# U\n### V": '<h3 class="heading-3">T</h3><blockquote dir="auto">'
+        '<p class="heading-1">q</p></blockquote><h3 class="heading-1">U</h3>'
+        '<h4 class="heading-3">V</h4>',
         "a **b *c* d** `e<f`": "<p>a <strong>b <em>c</em> d</strong> <code>e&lt;f</code></p>",
         "snake_case_name 2*3*4": "<p>snake_case_name 2<em>3</em>4</p>",
         "1. a\n   - b\n2. c": '<ol dir="auto"><li>a<ul dir="auto"><li>b</li></ul></li>'

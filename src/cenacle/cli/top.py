@@ -259,6 +259,9 @@ def _load(view: dict[str, Any], width: int) -> list[Text]:
             f"{totals['generated_tokens']:,} tokens",
         ),
     ]
+    if totals["cached_tokens"]:
+        share = totals["cached_tokens"] / totals["prompt_tokens"]
+        lines.append(_row("cache", f"{share:.0%} of prompt tokens"))
     if drafts["drafted"]:
         share = drafts["accepted"] / drafts["drafted"]
         lines.append(_row("drafts", f"{share:.0%} of {drafts['drafted']:,} accepted"))

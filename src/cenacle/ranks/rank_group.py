@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 MAX_STEPS_IN_FLIGHT = 2
 FINAL_MESSAGES_TIMEOUT_S = 1.0  # for reading what a rank sent before it ended
 MAX_VOCABULARY_CHARACTERS = 10_000_000  # escaped, they fit into a message; ranks read longer ones
+COUNTED = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens")
 DISK_TIMEOUT_S = 10.0  # longest that requests wait for the prefix cache on disk
 
 MeasureCapacity = Callable[[Ranks], tuple[int | None, CacheFootprint, int]]
@@ -123,7 +124,7 @@ class RankGroup:
         self.step_timings = StepTimings()
         self.draft_stats = DraftStats()  # of all requests since the group began
         self.emulation: dict[int, EmulationStats] = {}  # by rank, likewise; empty: real machines
-        self.counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}  # likewise
+        self.counts = dict.fromkeys(COUNTED, 0)  # likewise
         self.last_message_s: list[float] = []  # `time.monotonic` of each rank's last message
         self.heartbeats: list[Heartbeat] = []  # the last one of each rank
         self.observers: list[StepObserver] = []
@@ -505,6 +506,7 @@ class RankGroup:
                 active.generated_tokens.append(event.token)
                 active.losses = 0
                 self.counts["generated_tokens"] += 1
+                self.counts["cached_tokens"] += event.cached_tokens
                 if event.finish is not None:
                     self._active.remove(event.request_id)
                     self._count_completion()

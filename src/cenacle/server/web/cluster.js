@@ -189,6 +189,7 @@ function drawFigures() {
     ["Time per token", steps ? `${formatNumber(mean.total)} ms` : "–", steps ? `mean of ${steps} measured steps` : "not measured yet"],
     ["Busiest node", state.nodes > 1 && mean.experts ? `${(busiest / mean.experts).toFixed(2)}×` : "–", "expert time over the mean"],
     ["Generated tokens", formatNumber(totals.generated_tokens), `${formatNumber(totals.prompt_tokens)} prompt, ${formatNumber(totals.requests)} request${totals.requests === 1 ? "" : "s"}`],
+    ...(totals.prompt_tokens ? [["Prefix cache", `${Math.round((100 * totals.cached_tokens) / totals.prompt_tokens)} %`, "of the prompt tokens"]] : []),
     ...(drafts?.drafted ? [["Accepted drafts", `${Math.round((100 * drafts.accepted) / drafts.drafted)} %`, `of ${formatNumber(drafts.drafted)} drafted tokens`]] : []),
   ];
   view.figures.replaceChildren(...figures.map(([title, value, note]) =>

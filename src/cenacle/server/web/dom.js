@@ -19,6 +19,7 @@ const PATHS = {
   forward: "M10 6l6 6-6 6",
   close: "M6 6l12 12M18 6L6 18",
   tool: "M14.5 6.5a4 4 0 0 1 5-1.2l-2.6 2.6 1.2 2 2.2.6 1-1a4 4 0 0 1-5.4 4.6L9 21l-4-4 7-6.8a4 4 0 0 1 2.5-3.7z",
+  share: "M12 15V4M8 7.5L12 4l4 3.5M5 12v8h14v-8",
   columns: "M4 5h6.5v14H4zM13.5 5H20v14h-6.5z",
   settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5",
 };
@@ -90,6 +91,16 @@ export async function copyText(text) {
     if (!copied) return toast("The browser does not allow copying");
   }
   toast("Copied");
+}
+
+export const canShare = () => Boolean(navigator.share); // with the system's list of programs; phones have one, and https is needed
+
+export async function share(title, text) {
+  try {
+    await navigator.share({ title, text });
+  } catch (error) {
+    if (error.name !== "AbortError") toast("The browser does not allow sharing");
+  }
 }
 
 export function download(name, parts, type) {

@@ -20,6 +20,7 @@ const CELLS = /^\s*\|?(?:\s*:?-+:?\s*\|)+\s*:?-*:?\s*$/;
 const MATH = /^ {0,3}(\$\$|\\\[)/;
 const NOTE = /^ {0,3}\[\^([^\]\s]{1,40})\]:\s*/;
 const TASK = /^\[([ xX])\]\s+/;
+const TOP_LEVEL = 3; // of headings: the page's is 1, a message's 2
 const MAX_DEPTH = 12; // of nested lists and quotes; deeper ones stay text
 
 // The blocks of a text: {kind, lines, start}, with the place where each begins.
@@ -125,8 +126,11 @@ export function render(parent, text) {
   const kept = text.startsWith(whole) ? settled(list) : 0;
   const from = kept ? list[kept].start : 0;
   const latest = blocks(text.slice(from));
+  let level = kept ? list[kept - 1].level : TOP_LEVEL - 1;
   for (const block of latest) {
     block.start += from;
+    if (block.kind === "heading") level = levelOf(block, level);
+    block.level = level;
     block.source = source(block);
   }
   list = [...list.slice(0, kept), ...latest];
@@ -155,7 +159,11 @@ function draw(parent, list, at, before) {
   for (const block of list.slice(at)) parent.append(element(block, 0));
 }
 
-const source = (block) => block.kind + (block.closed ?? "") + block.lines.join("\n");
+const source = (block) => block.kind + (block.closed ?? "") + (block.kind === "heading" ? block.level : "") + block.lines.join("\n");
+
+// Of a heading below one of level `last`: at most one more, so that the outline of the page has no gaps. How large it
+// is drawn is another matter.
+const levelOf = ({ lines }, last) => Math.min(6, last + 1, HEADING.exec(lines[0])[1].length + TOP_LEVEL - 1);
 
 function nested(lines, depth) {
   const text = lines.join("\n");
@@ -170,7 +178,7 @@ function element(block, depth) {
       return code(block);
     case "heading": {
       const [, marks, title] = HEADING.exec(lines[0]);
-      return h(`h${Math.min(6, marks.length + 1)}`, {}, ...inline(title ?? ""));
+      return h(block.level ? `h${block.level}` : "p", { class: `heading-${marks.length}` }, ...inline(title ?? "")); // in a list or a quote: no part of the outline
     }
     case "rule":
       return h("hr");

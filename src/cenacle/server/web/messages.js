@@ -1,7 +1,7 @@
 // The messages of a conversation as elements. An element stays while nothing about its message changes.
 
 import * as attachments from "./attachments.js";
-import { copyText, h, iconButton } from "./dom.js";
+import { canShare, copyText, h, iconButton, share } from "./dom.js";
 import { render } from "./markdown.js";
 import * as tools from "./tools.js";
 import * as tree from "./tree.js";
@@ -75,6 +75,7 @@ function branches(message, same, view) {
 
 function question(message, same, view) {
   return h("article", { class: `message user${view.editing === message ? " edited" : ""}`, "aria-label": "You" },
+    h("h2", { class: "visually-hidden" }, "You"),
     h("div", { class: "bubble", dir: "auto" }, attachments.elements(message), message.content),
     h("div", { class: "tools" },
       branches(message, same, view),
@@ -84,6 +85,7 @@ function question(message, same, view) {
 
 function answer(message, same, isLast, isBeside, view, before) {
   const element = before ?? h("article", { class: "message assistant", "aria-label": "Model" },
+    h("h2", { class: "visually-hidden" }, "Model"),
     h("details", { class: "reasoning", hidden: true }, h("summary"), h("div", { class: "text" })),
     h("div", { class: "text prose" }),
     h("div", { class: "calls", hidden: true }),
@@ -92,7 +94,7 @@ function answer(message, same, isLast, isBeside, view, before) {
   const streaming = view.running.includes(message);
   update(element, message, streaming);
   const wanted = isLast && !view.busy && message.finish !== "streaming";
-  tools.show(element.children[2], message.calls ?? [], wanted && ((results) => view.giveResults(message, results)));
+  tools.show(element.children[3], message.calls ?? [], wanted && ((results) => view.giveResults(message, results)));
   const foot = element.lastChild;
   if (streaming) {
     foot.replaceChildren();
@@ -103,6 +105,7 @@ function answer(message, same, isLast, isBeside, view, before) {
     h("div", { class: "tools" },
       !isBeside && branches(message, same, view),
       message.content && iconButton("copy", "Copy", () => copyText(message.content)),
+      message.content && canShare() && iconButton("share", "Share", () => share("", message.content)),
       !view.busy && iconButton("retry", message.error ? "Try again" : "Regenerate", () => view.regenerate(message)),
       isLast && !isBeside && !view.busy && (message.content || message.reasoning || message.calls) && iconButton("columns", "Another answer beside this one", () => view.answerBeside(message)),
       isLast && cut && message.content && !message.calls && !view.busy && h("button", { class: "continue", type: "button", onclick: () => view.proceed(message) }, "Continue")),
@@ -111,7 +114,7 @@ function answer(message, same, isLast, isBeside, view, before) {
 }
 
 export function update(element, message, streaming) {
-  const [reasoning, text, calls, error] = element.children;
+  const [, reasoning, text, calls, error] = element.children;
   reasoning.hidden = !message.reasoning;
   if (message.reasoning) {
     reasoning.firstChild.textContent = streaming && !message.content ? "Thinking…" : "Reasoning";

@@ -1,6 +1,6 @@
 // The list of conversations: search, and what can be done with one. Only those near the visible ones have elements.
 
-import { $, download, h, icon, toast } from "./dom.js";
+import { $, canShare, download, h, icon, share, toast } from "./dom.js";
 import * as store from "./store.js";
 import * as tree from "./tree.js";
 
@@ -140,6 +140,7 @@ function openMenu(head, item, button) {
   entry("Rename", () => rename(head, item));
   entry("Tags", () => editTags(head, item));
   entry(head.pinned ? "Unpin" : "Pin", () => change(head.id, (c) => { c.pinned = !c.pinned; }));
+  if (canShare()) entry("Share", () => shareOne(head));
   entry("Export as Markdown", () => exportOne(head, "md", tree.toMarkdown, "text/markdown"));
   entry("Export as JSON", () => exportOne(head, "json", (c) => JSON.stringify(c, null, 1), "application/json"));
   entry("Delete", () => remove(head), "danger");
@@ -180,6 +181,11 @@ async function exportOne(head, ending, make, type) {
   const conversation = await chat.live(head.id);
   const name = head.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "conversation";
   if (conversation) download(`${name}.${ending}`, [make(conversation)], type);
+}
+
+async function shareOne(head) {
+  const conversation = await chat.live(head.id);
+  if (conversation) share(head.title, tree.toMarkdown(conversation));
 }
 
 function rename(head, item) {
