@@ -615,6 +615,7 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
         }"""
     )
     assert took_ms < 1000 * DEADLINE_S
+    assert "Prefix cache\n50 %" in page.inner_text(".figures")
     # Hours, single values, a table, faults, and how a machine is added.
     page.click("[data-span=hours]")
     page.focus(".card-history .plot >> nth=0")
@@ -653,6 +654,9 @@ def test_eight_nodes_and_sixty_layers_of_256_experts(opened):
     page.wait_for_selector(".node.lost")
     assert "rank 3 was killed" in page.inner_text("#banner")
     assert page.inner_text(".node.lost .state") == "lost"
+    # The others wait for a machine.
+    big |= {"status": "recovering", "detail": "it does not fit: waiting for node 3"}
+    until(page, "document.querySelector('#banner').innerText.includes('waiting for node 3')")
     # The server goes away: the last state stays, dimmed.
     page.unroute("**/cluster?*")
     page.route("**/cluster?*", lambda r: r.abort())
@@ -692,7 +696,12 @@ def large_cluster(steps):
         ],
         "running": 3,
         "waiting": 1,
-        "totals": {"requests": 900, "prompt_tokens": 123456, "generated_tokens": 4567890},
+        "totals": {
+            "requests": 900,
+            "prompt_tokens": 123456,
+            "cached_tokens": 61728,
+            "generated_tokens": 4567890,
+        },
         "step_timings": {"steps": steps, "mean_ms": timings, "rank_ms": [timings] * nodes},
         "history": {
             "interval_s": 2.0, "tokens_per_s": [40.0] * 150, "running": [3] * 150,
@@ -1288,6 +1297,27 @@ def test_tags_filter_the_list_and_stay_with_old_and_exported_conversations(opene
     wanted = ["<b>x</b>2", "work5", "y" * 30 + "1"]
     shown = "[...document.querySelectorAll('#tags button')].map((e) => e.innerText).join()"
     until(page, f"w => {shown} === w", ",".join(wanted))
+
+
+def test_answers_and_conversations_are_shared_where_the_system_can(opened):
+    page = opened()
+    assert not page.query_selector("[aria-label=Share]")
+    page.add_init_script("navigator.share = async (what) => { window.shared = what; }")
+    page.reload()
+    ask(page, "What is 12 + 30?")
+    assert answers(page) == ["42"]
+    page.click("[aria-label=Share]")
+    until(page, "window.shared?.text === '42'")
+    page.locator("#conversations .icon").click()
+    page.get_by_role("menuitem", name="Share").click()
+    until(page, "window.shared.title === 'What is 12 + 30?'")
+    assert page.evaluate("window.shared.text").startswith("# What is 12 + 30?")
+    assert page.evaluate(
+        "[...document.querySelectorAll('article h2')].map((h) => h.innerText)"
+    ) == [
+        "You",
+        "Model",
+    ]
 
 
 def test_keys_work_and_are_listed(opened):

@@ -35,7 +35,12 @@ VIEW = {
     ],
     "running": 3,
     "waiting": 1,
-    "totals": {"requests": 12, "prompt_tokens": 3456, "cached_tokens": 864, "generated_tokens": 789},
+    "totals": {
+        "requests": 12,
+        "prompt_tokens": 3456,
+        "cached_tokens": 864,
+        "generated_tokens": 789,
+    },
     "drafts": {"drafted": 100, "accepted": 61},
     "step_timings": {"steps": 5, "mean_ms": MS},
     "prediction": {"step_timings_ms": {name: ms * 0.8 for name, ms in MS.items()}},

@@ -133,10 +133,11 @@ function build() {
     view.lead, view.figures,
     card("card-nodes", "Nodes", view.nodes, addMachine()),
     card("card-experts", "Experts", view.period, view.legend, view.heatMap.element, view.heatNote),
-    card("card-timings", "Time per token", view.timings),
-    card("card-history", "Load", view.span, view.tokens.element, view.requests.element, view.sent.element, view.disk.element, view.table),
-    card("card-usage", "API keys", view.usage),
-    card("card-faults", "Faults", view.faults));
+    h("div", { class: "stack" },
+      card("card-timings", "Time per token", view.timings),
+      card("card-usage", "API keys", view.usage),
+      card("card-faults", "Faults", view.faults)),
+    card("card-history", "Load", view.span, view.tokens.element, view.requests.element, view.sent.element, view.disk.element, view.table));
 }
 
 function draw() {
@@ -165,6 +166,8 @@ function draw() {
   drawFaults();
 }
 
+const meanOf = (steps) => (steps === 1 ? "one measured step" : `mean of ${steps} measured steps`);
+
 function drawLead() {
   const { plan, nodes } = state;
   const placementText = {
@@ -186,7 +189,7 @@ function drawFigures() {
   const figures = [
     ["Tokens per second", rate ? formatNumber(rate) : "0", "all requests together"],
     ["Running requests", state.running, state.waiting ? `${state.waiting} waiting` : "none waiting"],
-    ["Time per token", steps ? `${formatNumber(mean.total)} ms` : "–", steps ? `mean of ${steps} measured steps` : "not measured yet"],
+    ["Time per token", steps ? `${formatNumber(mean.total)} ms` : "–", steps ? meanOf(steps) : "not measured yet"],
     ["Busiest node", state.nodes > 1 && mean.experts ? `${(busiest / mean.experts).toFixed(2)}×` : "–", "expert time over the mean"],
     ["Generated tokens", formatNumber(totals.generated_tokens), `${formatNumber(totals.prompt_tokens)} prompt, ${formatNumber(totals.requests)} request${totals.requests === 1 ? "" : "s"}`],
     ...(totals.prompt_tokens ? [["Prefix cache", `${Math.round((100 * totals.cached_tokens) / totals.prompt_tokens)} %`, "of the prompt tokens"]] : []),
@@ -310,7 +313,7 @@ function drawTimings() {
   };
   const verdict = steps && band ? (mean.total < band[0] ? "faster than the band" : mean.total > band[1] ? `${formatNumber(mean.total / band[1])} times as long as the band's end` : "within the band") : "";
   view.timings.replaceChildren(
-    row("Measured", steps ? mean : null, steps ? `${formatNumber(mean.total)} ms, mean of ${steps} measured steps` : "not measured yet: one step in eight is measured"),
+    row("Measured", steps ? mean : null, steps ? `${formatNumber(mean.total)} ms, ${meanOf(steps)}` : "not measured yet: one step in eight is measured"),
     predicted ? row("Predicted", predicted, `${formatNumber(predicted.total)} ms, ${formatNumber(prediction.tok_per_s)} tokens/s for one request`)
       : h("p", { class: "hint boxed" }, "No prediction: ", ...withCode(state.no_prediction_reason)),
     h("div", { class: "wide", tabindex: 0 }, table),
