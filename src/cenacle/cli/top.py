@@ -248,6 +248,9 @@ def _load(view: dict[str, Any], width: int) -> list[Text]:
     rates = history["tokens_per_s"]
     room = max(0, min(60, width - LABEL_WIDTH - 24))
     now = rates[-1] if rates else 0.0
+    cached = ""
+    if totals["cached_tokens"]:
+        cached = f" ({totals['cached_tokens'] / totals['prompt_tokens']:.0%} cached)"
     lines = [
         _row("tokens/s", f"{now:<7g}{draw_sparks(rates, room)} most {max(rates, default=0):g}"),
         *_day(view, width),
@@ -255,13 +258,10 @@ def _load(view: dict[str, Any], width: int) -> list[Text]:
         _row("requests", f"{view['running']} running, {view['waiting']} waiting"),
         _row(
             "so far",
-            f"{totals['requests']:,} requests, {totals['prompt_tokens']:,} + "
+            f"{totals['requests']:,} requests, {totals['prompt_tokens']:,}{cached} + "
             f"{totals['generated_tokens']:,} tokens",
         ),
     ]
-    if totals["cached_tokens"]:
-        share = totals["cached_tokens"] / totals["prompt_tokens"]
-        lines.append(_row("cache", f"{share:.0%} of prompt tokens"))
     if drafts["drafted"]:
         share = drafts["accepted"] / drafts["drafted"]
         lines.append(_row("drafts", f"{share:.0%} of {drafts['drafted']:,} accepted"))
