@@ -216,6 +216,8 @@ class Model:
         self.group, self._deployment = group, deployment
         self.name = deployment.name
         self.plan_reason = deployment.plan_reason  # why the first plan, in one line
+        draft = deployment.draft_model
+        self.drafter = draft.description if draft is not None else None  # beside the text itself
         self.config = deployment.checkpoint.config  # config.json
         # Arguments of `Sampling` that the checkpoint recommends; the HTTP APIs' defaults.
         self.sampling_defaults = read_sampling_defaults(deployment.checkpoint.folder)

@@ -52,11 +52,11 @@ class LoadOptions:
         kernels: "native": Cenacle's own for CPUs; "mlx"; "auto": native where possible.
         activations: "int16" or "int8", inside quantized layers of the native kernels; int8 is less
             exact (docs/performance.md).
-        draft_model: a small model with the same tokenizer (folder or Hub repository) for
-            speculative decoding while one request runs; rank 0 keeps it. None: the checkpoint's
-            multi-token prediction layer drafts, if it has one, and the text itself.
-        speculative: draft tokens for a request that runs alone: "auto", while it pays; "always";
-            "off".
+        draft_model: a small model with the same tokenizer, or an EAGLE-3 drafter that was made for
+            the model (folder or Hub repository), for speculative decoding; rank 0 keeps it. None:
+            the checkpoint's multi-token prediction layer drafts, if it has one, and the text
+            itself.
+        speculative: draft tokens: "auto", while it pays; "always"; "off".
         mtp: load the checkpoint's multi-token prediction layer on rank 0, if it has one.
         max_batch_size: most requests that are generated at once.
         max_queue: most requests that wait; None: any number.

@@ -487,7 +487,8 @@ def load_model(
             started.close(now=True)
         raise
     with loaded:
-        for reason in (loaded.ranks.backend_reason, loaded.plan_reason):
+        drafts = f"drafts: {loaded.drafter}" if loaded.drafter else ""
+        for reason in (loaded.ranks.backend_reason, loaded.plan_reason, drafts):
             if reason:
                 on_message(reason)
         if arguments.kernels != "mlx":

@@ -30,6 +30,7 @@ from .options import JsonOutput, ModelName, PlacementArguments
 
 if TYPE_CHECKING:
     from ..core.plan import Plan
+    from ..engine.speculative.draft_model import DraftModelConfig
 
 app = typer.Typer()
 PANEL = "Models"
@@ -41,6 +42,10 @@ def inspect(
     model: ModelName,
     placement: PlacementArguments,
     save: Annotated[Path | None, typer.Option(help="Write the placement to this file.")] = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Draft model or drafter that is to fit this model."),
+    ] = None,
     json_output: JsonOutput = False,
 ) -> None:
     """Show the architecture of a model and its placement on N nodes, without reading weights."""
@@ -52,16 +57,26 @@ def inspect(
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..load_options import LoadOptions
     from ..model.checkpoint import Checkpoint, locate_checkpoint
-    from ..runtime import select_plan
+    from ..runtime import load_tokenizer, select_plan
 
     checkpoint = Checkpoint.open(locate_checkpoint(model))
-    options = LoadOptions(model, placement.nodes, **keywords)
+    options = LoadOptions(model, placement.nodes, draft_model=draft_model, **keywords)
     plan, reason = select_plan(options, checkpoint)
     unused: list[str] = []
     mtp = DraftModelConfig.find_mtp(
         checkpoint, options.kernels, plain_kv_cache=True, report=unused.append
     )
     mtp_bytes = mtp.weight_bytes if mtp is not None else 0
+    draft: DraftModelConfig | None = None
+    if options.draft_model is not None:
+        draft = DraftModelConfig.inspect(
+            options.draft_model,
+            checkpoint,
+            load_tokenizer(checkpoint),
+            options.kernels,
+            options.speculative,
+            plain_kv_cache=True,
+        )
     if save is not None:
         plan.save(save)
     if json_output:
@@ -77,17 +92,20 @@ def inspect(
                 "all_reduces": plan.all_reduces if plan.nodes > 1 else 0,
                 "total_bytes": plan.spec.total_bytes,
                 "mtp_bytes": mtp_bytes,
+                "draft_model": draft.to_json() if draft is not None else None,
                 "bytes_per_rank": [rank["total"] for rank in ranks],
                 "ranks": ranks,
             }
         )
         return
-    _print_plan(plan, mtp_bytes, unused)
+    if draft is not None:
+        unused = []  # nor is what could be
+    _print_plan(plan, draft or mtp, unused)
     if reason:
         report(reason)
 
 
-def _print_plan(plan: Plan, mtp_bytes: int, unused: Sequence[str]) -> None:
+def _print_plan(plan: Plan, draft: DraftModelConfig | None, unused: Sequence[str]) -> None:
     spec, layer = plan.spec, plan.spec.moe[0]
     print(f"family      {spec.family}, {spec.layers} layers, {len(spec.moe)} with experts")
     print(
@@ -98,10 +116,8 @@ def _print_plan(plan: Plan, mtp_bytes: int, unused: Sequence[str]) -> None:
     print(f"weights     {format_bytes(spec.total_bytes)}, {spec.dtype}, {quantization}")
     if spec.tower_bytes:
         print(f"images      vision tower of {format_bytes(spec.tower_bytes)} on rank 0")
-    if mtp_bytes:
-        print(
-            f"drafts      layer for multi-token prediction of {format_bytes(mtp_bytes)} on rank 0"
-        )
+    if draft is not None:
+        print(f"drafts      {draft.description}")
     for reason in unused:
         print(f"drafts      {reason}")
     print(f"context     {spec.context_length or 'unknown'} tokens, vocabulary {spec.vocab_size}")

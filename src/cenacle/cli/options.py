@@ -121,7 +121,10 @@ class LoadArguments(PlacementArguments):
         "is less accurate.",
     )
     draft_model: str | None = execution_option(
-        None, "Draft model for speculative decoding, with the same tokenizer.", metavar="MODEL"
+        None,
+        "Draft model for speculative decoding: a small one with the same tokenizer, or an EAGLE-3 "
+        "drafter that was made for the model.",
+        metavar="MODEL",
     )
     speculative: Literal["auto", "off", "always"] = execution_option(
         "auto", "Speculative decoding; auto uses it while it is faster."

@@ -189,21 +189,25 @@ def _only_files_of(checkpoint: Checkpoint) -> Iterator[None]:
         _LOADED_FILES.reset(token)
 
 
-def build_dense_model(checkpoint: Checkpoint, *, is_read: bool = False) -> nn.Module:
-    """mlx-lm's model of a checkpoint without experts, lazy and whole.
+def build_dense_model(
+    checkpoint: Checkpoint, *, is_read: bool = False, classes: zoo.ModelClasses | None = None
+) -> nn.Module:
+    """A model of a checkpoint without experts, lazy and whole.
 
     Args:
+        classes: of the model; None: mlx-lm's for its config.
         is_read: read a GGUF file now, whose blocks are decoded before MLX has them. Without it
             nothing is read of one, and its values are not to be used.
 
     Raises:
         CheckpointError: unknown family, or tensors missing, surplus or misshapen.
     """
-    family = architecture.resolve_family(checkpoint.config)
+    classes = classes or zoo.find_classes(checkpoint.config)
+    family, own = classes.family, (classes.model, classes.arguments)
     try:
         with architecture.discard_random_init(), _only_files_of(checkpoint):
             if checkpoint.gguf is not None:
-                model_class, arguments = architecture.model_classes(checkpoint.config)
+                model_class, arguments = own
                 model = model_class(arguments.from_dict(checkpoint.config))  # type: ignore[call-arg]
                 whole = RankSlices(tuple(map(TensorPiece, checkpoint.tensors.values())), {})
                 return _fill_from_gguf(model, checkpoint, whole, is_read=is_read)
@@ -211,7 +215,7 @@ def build_dense_model(checkpoint: Checkpoint, *, is_read: bool = False) -> nn.Mo
                 checkpoint.folder,
                 lazy=True,
                 model_config=checkpoint.config,
-                get_model_classes=lambda config: _dense_classes(config, checkpoint),
+                get_model_classes=lambda **_: _dense_classes(own, checkpoint),
             )
     except CenacleError:
         raise
@@ -375,9 +379,11 @@ def require_checks(checkpoint: Checkpoint, model: nn.Module) -> None:
             raise CheckpointError(f"{checkpoint.folder}: {message}; download it again")
 
 
-def _dense_classes(config: dict[str, Any], checkpoint: Checkpoint) -> tuple[type[nn.Module], Any]:
-    """mlx-lm's classes for `config`, of a model without experts."""
-    base, arguments = architecture.model_classes(config)
+def _dense_classes(
+    classes: tuple[type[nn.Module], Any], checkpoint: Checkpoint
+) -> tuple[type[nn.Module], Any]:
+    """A model's classes, of a model without experts, for a checkpoint."""
+    base, arguments = classes
     needed = (t for n, t in checkpoint.tensors.items() if n not in checkpoint.quantized.ignored)
     slices = RankSlices(tuple(TensorPiece(tensor) for tensor in needed), {})
 

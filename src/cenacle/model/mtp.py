@@ -409,6 +409,10 @@ class MtpHead:
         """Empty ones, of one sequence."""
         return make_prompt_cache(self.model)
 
+    def join(self, states: mx.array) -> mx.array:
+        """The served model's states of tokens as the layer reads them: as they are."""
+        return states
+
     def __call__(
         self,
         ids: mx.array,
@@ -455,3 +459,41 @@ def record_hidden_states(model: Any, record: RecordStates) -> None:
         return states
 
     inner.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+def record_layer_outputs(model: Any, layers: Sequence[int], record: RecordStates) -> None:
+    """Have a model tell what some of its layers give in each pass, in place.
+
+    Args:
+        layers: their numbers, ascending.
+        record: called with the outputs of all, side by side: [batch, length, layers * width].
+    """
+    outputs: list[mx.array] = []
+
+    def wrap(layer: Any) -> None:
+        kind = type(layer)
+
+        def call(self: Any, *args: Any, **keywords: Any) -> Any:
+            output = kind.__call__(self, *args, **keywords)
+            if self._number == 0:
+                outputs.clear()
+            # Some families give more beside it.
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            if self._number == len(layers) - 1:
+                record(mx.concatenate(outputs, axis=-1))
+                outputs.clear()
+            return output
+
+        layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+    for number, index in enumerate(layers):
+        layer = model.layers[index]
+        layer._number = number
+        wrap(layer)
+
+
+def find_embedding(model: Any) -> nn.Module | None:
+    """The embedding of a model's tokens; None: it has none that is known."""
+    text = language_model(model)
+    inner = text.get("backbone") or text.get("model") or {}
+    return next((inner[name] for name in _EMBEDDINGS if name in inner), None)

@@ -25,10 +25,12 @@ from ..core.model_config import (
     find_int,
 )
 from ..core.model_spec import DenseModule, ModelSpec, MoELayer
+from ..errors import CheckpointError
 from . import architecture
 from .architecture import MoEBlock
 from .checkpoint import Checkpoint
 from .disk_tables import DiskTable
+from .drafter_config import EAGLE3, find_form
 from .families import Family, family_of, layer_index
 from .image_settings import IMAGE_FAMILIES, ImageSettings, needs_extra
 from .loader import build_model
@@ -51,8 +53,13 @@ def read_model_spec(checkpoint: Checkpoint, *, images: bool = False) -> ModelSpe
         images: with the tower for images, if it has one that can be used.
 
     Raises:
-        CheckpointError: see `build_model`.
+        CheckpointError: see `build_model`, or it is a drafter.
     """
+    if find_form(checkpoint.config) == EAGLE3:
+        raise CheckpointError(
+            f"{checkpoint.folder} is an {EAGLE3} drafter, which drafts for the model that it was "
+            f"made for: give that model, and this folder by --draft-model"
+        )
     name = architecture.resolve_family(checkpoint.config)
     sees = images and image_obstacle(checkpoint, name) is None
     if not sees:

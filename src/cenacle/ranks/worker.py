@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from ..engine.sampling.grammar import Vocabulary
     from ..engine.speculative.decoder import Drafter
     from ..engine.speculative.draft_model import DraftModelConfig
+    from ..engine.speculative.mtp import DraftHead
     from ..text.tokenizer import ChatTokenizer
 
 HEARTBEAT_INTERVAL_S = 0.25
@@ -492,17 +493,24 @@ class _Worker:
         from ..engine.speculative import draft_model
         from ..engine.speculative.mtp import HiddenStates, MtpProposer
         from ..model.checkpoint import Checkpoint
-        from ..model.mtp import record_hidden_states
+        from ..model.mtp import record_hidden_states, record_layer_outputs
 
         draft, kernels = self._draft, self._order.kernels
         if draft is None:
             return None
         vocab_size, is_first = self._plan.spec.vocab_size, self._collective.rank == 0
         checkpoint = Checkpoint.open(Path(draft.folder)) if is_first else None
-        if draft.mtp:
-            head = draft_model.load_mtp(checkpoint, kernels) if checkpoint is not None else None
+        if draft.mtp or draft.form:
             states = HiddenStates()
-            record_hidden_states(served, states.record)
+            head: DraftHead | None = None
+            if draft.form:
+                if checkpoint is not None:
+                    head = draft_model.load_drafter(checkpoint, self._checkpoint, served, kernels)
+                record_layer_outputs(served, draft.layers, states.record)
+            else:
+                if checkpoint is not None:
+                    head = draft_model.load_mtp(checkpoint, kernels)
+                record_hidden_states(served, states.record)
             return MtpProposer(self._collective, head, states, vocab_size, draft.context_length)
         model: nn.Module | None = None
         if checkpoint is not None:

@@ -135,7 +135,8 @@ class ModelLoader:
             with suppress(CenacleError):
                 model.text.close()
             raise
-        for reason in (model.ranks.backend_reason, model.plan_reason):
+        drafts = f"drafts: {model.drafter}" if model.drafter else ""
+        for reason in (model.ranks.backend_reason, model.plan_reason, drafts):
             if reason:
                 self._report(f"{task.name}: {reason}")
         self._on_loaded(model)

@@ -1,7 +1,7 @@
 """Proposals by a draft model.
 
-Owns: `DraftModelConfig`, a draft model as every rank knows it, checked before anything is loaded;
-`DraftModelProposer`, its proposals, on every rank.
+Owns: `DraftModelConfig`, a draft model or another drafter as every rank knows it, checked before
+anything is loaded; `DraftModelProposer`, a draft model's proposals, on every rank.
 Does not know: requests, what becomes of proposals (`decoder.py`).
 Rank 0 has the whole draft model. It sends each draft to the others in one all-reduce of a few
 integers; the pass that verifies it takes one per layer. A copy on every rank would save this
@@ -31,13 +31,24 @@ from ...collective.base import Collective
 from ...collective.single import SingleRank
 from ...core import model_config
 from ...core.plan import Plan
+from ...core.units import format_bytes
 from ...errors import CheckpointError, InputError
-from ...model import architecture, loader, native_blocks, native_layers
+from ...model import architecture, eagle3, loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
+from ...model.drafter_config import EAGLE3, SUPPORTED, ServedShape, find_form
 from ...model.expert_parallel import parallelize
-from ...model.mtp import MtpHead, describe_misfit, describe_unused, has_mtp, mtp_checkpoint
+from ...model.mtp import (
+    MtpHead,
+    describe_misfit,
+    describe_unused,
+    find_embedding,
+    has_mtp,
+    mtp_checkpoint,
+    record_layer_outputs,
+)
 from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
+from ...model.zoo import ModelClasses
 from ...planning import memory
 from ...scheduler.prefix_index import common_prefix_length, pack_tokens
 from ..cache.kv_cache import can_merge, can_trim
@@ -66,6 +77,8 @@ class DraftModelConfig:
         weight_bytes: of its weights in memory.
         cache_bytes: planned for its KV cache.
         mtp: it is the multi-token prediction layer of the served checkpoint, in `folder`.
+        form: of a checkpoint that drafts for this model alone, such as "EAGLE-3"; empty: another.
+        layers: of the served model, whose outputs a drafter with a form reads, ascending.
     """
 
     folder: str
@@ -74,6 +87,29 @@ class DraftModelConfig:
     weight_bytes: int
     cache_bytes: int
     mtp: bool = False
+    form: str = ""
+    layers: tuple[int, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """What it is, for people."""
+        size = f"{format_bytes(self.weight_bytes)} on rank 0"
+        if self.mtp:
+            return f"layer for multi-token prediction of {size}"
+        name = Path(self.folder).name
+        if not self.form:
+            return f"draft model {name} of {size}"
+        layers = ", ".join(map(str, self.layers))
+        return f"{self.form} drafter {name} of {size}, reads layers {layers} of the model"
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "name": Path(self.folder).name,
+            "form": self.form or None,
+            "layers": list(self.layers),
+            "bytes": self.weight_bytes,
+        }
 
     @property
     def total_bytes(self) -> int:
@@ -91,7 +127,8 @@ class DraftModelConfig:
         *,
         plain_kv_cache: bool,
     ) -> DraftModelConfig:
-        """Check a draft model without reading its weights.
+        """Check a draft model, or a drafter that was made for this model, without reading its
+        weights.
 
         Args:
             name: a folder or Hub repository.
@@ -107,12 +144,15 @@ class DraftModelConfig:
         draft = Checkpoint.open(locate_checkpoint(name))
         if speculative == "off":
             raise _draft_error("expected --speculative auto or always with a draft model, got off")
-        if not (plain_kv_cache and _can_speculate(checkpoint)):
+        served = _build_lazily(checkpoint)
+        if not (plain_kv_cache and can_merge(served) and can_drop(served)):
             raise _draft_error(
                 f"expected a KV cache of {checkpoint.folder.name} that can drop its last tokens, "
                 f"and it cannot (it is quantized, limited in size, or a state); leave out "
                 f"--draft-model, or --kv-bits and --max-kv-size"
             )
+        if (form := find_form(draft.config)) is not None:
+            return cls._inspect_drafter(draft, form, checkpoint, served, kernels)
         model = _build_lazily(draft)
         refusal = f"{draft.folder.name} cannot draft for {checkpoint.folder.name}"
         if not can_trim(model):
@@ -128,6 +168,36 @@ class DraftModelConfig:
             context_length,
             sum(array.nbytes for _, array in architecture.named_parameters(model)),
             _cache_bytes(draft.config, len(model.layers), context_length, kernels),
+        )
+
+    @classmethod
+    def _inspect_drafter(
+        cls,
+        draft: Checkpoint,
+        form: str,
+        checkpoint: Checkpoint,
+        served: nn.Module,
+        kernels: str,
+    ) -> DraftModelConfig:
+        if form != EAGLE3:
+            raise _draft_error(
+                f"{draft.folder.name} is a drafter of the form {form}, which is not supported; "
+                f"expected {SUPPORTED}"
+            )
+        shape = ServedShape.read(checkpoint)
+        fitting = eagle3.read_eagle3(draft, shape)
+        model: Any = loader.build_dense_model(fitting.checkpoint, classes=eagle3.CLASSES)
+        eagle3.read_token_ids(model, draft.folder, shape.vocab_size)
+        _require_layer_outputs(served, fitting, shape)
+        context_length = model_config.find_int(checkpoint.config, model_config.CONTEXT_LENGTH_KEYS)
+        return cls(
+            str(draft.folder.resolve()),
+            shape.vocab_size,
+            context_length,
+            sum(array.nbytes for _, array in architecture.named_parameters(model)),
+            _cache_bytes(fitting.checkpoint.config, len(model.layers), context_length, kernels),
+            form=form,
+            layers=fitting.layers,
         )
 
     @classmethod
@@ -192,11 +262,6 @@ def _draft_error(message: str) -> InputError:
     return InputError(f"draft_model: {message}", "draft_model")
 
 
-def _can_speculate(checkpoint: Checkpoint) -> bool:
-    model = _build_lazily(checkpoint)
-    return can_merge(model) and can_drop(model)
-
-
 def _require_same_tokens(
     refusal: str, draft: Checkpoint, checkpoint: Checkpoint, tokenizer: ChatTokenizer | None
 ) -> None:
@@ -223,6 +288,29 @@ def _require_same_tokens(
             f"{len(draft_ids)} tokens differ, such as {first}: {different[0]!r} in the draft "
             f"model, {texts.get(first)!r} in the served model; use a small model of the same "
             f"family"
+        )
+
+
+def _require_layer_outputs(
+    served: nn.Module, drafter: eagle3.Eagle3Checkpoint, shape: ServedShape
+) -> None:
+    """The served model's layers must give hidden states: it is called once, lazily."""
+    shapes: list[tuple[int, ...]] = []
+    name = drafter.checkpoint.folder.name
+    try:
+        record_layer_outputs(served, drafter.layers, lambda states: shapes.append(states.shape))
+        served(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(served))
+    except Exception as error:  # whatever a family's code raises where a layer gives something else
+        log.debug("%s: outputs of layers cannot be read: %r", shape.name, error)
+    if shapes != [(1, 1, shape.width * len(drafter.layers))]:
+        raise _draft_error(
+            f"{shape.name}: expected layers that give hidden states of {shape.width}, which "
+            f"{name} reads, and they do not; use a small language model with the same tokenizer"
+        )
+    if not drafter.has_embedding and find_embedding(served) is None:
+        raise _draft_error(
+            f"{name}: expected an embedding in its files, since that of {shape.name} is not "
+            f"known, got none"
         )
 
 
@@ -255,8 +343,14 @@ def load_draft_model(checkpoint: Checkpoint, kernels: str) -> nn.Module:
         with loader.open_rank_model(checkpoint, plan, 0, lambda *_: None) as (model, reader):
             parallelize(model, spec.family, plan, SingleRank(), StepTimer(), kernels, reader.read)
         return model
+    return _load_dense(checkpoint, kernels)
+
+
+def _load_dense(
+    checkpoint: Checkpoint, kernels: str, classes: ModelClasses | None = None
+) -> nn.Module:
     try:
-        model = loader.build_dense_model(checkpoint, is_read=True)
+        model = loader.build_dense_model(checkpoint, is_read=True, classes=classes)
         loader.require_checks(checkpoint, model)
         mx.eval(model.parameters())
     except RuntimeError as error:
@@ -280,6 +374,28 @@ def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead:
     """
     family = architecture.resolve_family(checkpoint.config)
     return MtpHead(load_draft_model(mtp_checkpoint(checkpoint, family), kernels))
+
+
+def load_drafter(
+    draft: Checkpoint, checkpoint: Checkpoint, served: nn.Module, kernels: str
+) -> eagle3.Eagle3Head:
+    """Load a drafter that was made for a model into this process.
+
+    Args:
+        draft: see `DraftModelConfig.inspect`.
+        checkpoint: of the served model.
+        served: the served model, in memory.
+        kernels: see `model.expert_parallel.parallelize`.
+
+    Raises:
+        CheckpointError, InputError: see `load_draft_model` and `read_eagle3`.
+    """
+    shape = ServedShape.read(checkpoint)
+    fitting = eagle3.read_eagle3(draft, shape)
+    model: Any = _load_dense(fitting.checkpoint, kernels, eagle3.CLASSES)
+    token_ids = eagle3.read_token_ids(model, draft.folder, shape.vocab_size)
+    embedding = None if fitting.has_embedding else find_embedding(served)
+    return eagle3.Eagle3Head(model, embedding, token_ids, shape.vocab_size)
 
 
 def fit_vocabulary(logits: mx.array, size: int) -> mx.array:

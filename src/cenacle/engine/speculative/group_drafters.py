@@ -326,7 +326,7 @@ class GroupMtp(GroupDrafter):
             ]
         )
         places = [n - 1 for n in self._counts]
-        logits, states = self._head(ids, hidden, self._caches, places)
+        logits, states = self._head(ids, self._head.join(hidden), self._caches, places)
         states = at_places(states, places)
         drop_last(self._caches, missing)
         samples = [self._sample(generations, logits, 0)]

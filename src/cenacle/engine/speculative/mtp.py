@@ -1,7 +1,8 @@
-"""Proposals by the multi-token prediction layer of the served checkpoint.
+"""Proposals by what reads hidden states: the multi-token prediction layer of the served checkpoint,
+or a drafter that was made for the model.
 
-Owns: `HiddenStates`, those of the last tokens that the model has seen; `MtpProposer`, its
-proposals, on every rank.
+Owns: `HiddenStates`, those of the last tokens that the model has seen; `DraftHead`, what is asked
+of such a layer; `MtpProposer`, its proposals, on every rank.
 Does not know: requests, what becomes of proposals (`decoder.py`).
 Rank 0 has the layer, whole, and sends each draft to the others, as a draft model's
 (`draft_model.py` says why). The layer reads hidden states of the model, which each pass of the
@@ -17,17 +18,35 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
 
 from ...collective.base import Collective
-from ...model.mtp import MtpHead
 from .draft_model import SampleToken, fit_vocabulary
 
 KEPT_TOKENS = 256
+
+
+class DraftHead(Protocol):
+    """What drafts from hidden states, such as `model.mtp.MtpHead`."""
+
+    def make_caches(self) -> list[Any]:
+        """Empty ones, of one sequence."""
+
+    def join(self, states: mx.array) -> mx.array:
+        """The served model's states, as they were recorded, as `__call__` reads them."""
+
+    def __call__(
+        self,
+        ids: mx.array,
+        hidden: mx.array,
+        caches: list[Any],
+        places: Sequence[int] | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """See `model.mtp.MtpHead`."""
 
 
 class HiddenStates:
@@ -97,7 +116,7 @@ class HiddenStates:
 
 
 class MtpProposer:
-    """Proposes what the served model's multi-token prediction layer expects.
+    """Proposes what a layer expects that reads the served model's hidden states.
 
     Args:
         collective: the ranks; rank 0 has the layer.
@@ -110,7 +129,7 @@ class MtpProposer:
     def __init__(
         self,
         collective: Collective,
-        head: MtpHead | None,
+        head: DraftHead | None,
         states: HiddenStates,
         vocab_size: int,
         context_length: int | None = None,
@@ -171,14 +190,15 @@ class MtpProposer:
         return draft
 
     def _draft(
-        self, head: MtpHead, count: int, sample: SampleToken, position: int
+        self, head: DraftHead, count: int, sample: SampleToken, position: int
     ) -> list[mx.array]:
         seen = len(self._text) - 1
         first = seen - len(self.states)
         if not self._caches or self._next < first or self._next >= seen:
             self._next, self._caches = first, head.make_caches()
         unread = seen - self._next
-        ids, hidden = mx.array([self._text[-unread:]]), self.states.last(unread)[None]
+        ids = mx.array([self._text[-unread:]])
+        hidden = head.join(self.states.last(unread)[None])
         samples: list[mx.array] = []
         for i in range(count):
             logits, states = head(ids, hidden, self._caches)

@@ -1,0 +1,139 @@
+"""Tiny models and drafters that were made for them, in the published layouts.
+
+A drafter is random, or set by hand for a model that is nearly a table of bigrams: the outputs of
+the model's layers are scaled down, so that its hidden states are nearly the embeddings of their
+tokens. A drafter whose attention looks at the token itself and passes on its embedding then
+expects what the model expects.
+"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+
+from cenacle.core.model_config import text_config
+from cenacle.model.config_catalog import tiny_config
+from cenacle.model.synth import synth
+
+OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense")
+HEADS, HEAD_DIM = 4, 16
+
+
+def write_served(folder: Path, family: str = "qwen3_moe", loudness: float = 0.002) -> Path:
+    """Write a model that is nearly a table of bigrams.
+
+    Args:
+        loudness: factor of the outputs of its layers.
+    """
+    synth(folder, config=tiny_config(family), dtype="float32", seed=3)
+    file = folder / "model.safetensors"
+    tensors = dict(mx.load(str(file)))
+    for name, tensor in tensors.items():
+        if name.endswith("embed_tokens.weight"):
+            tensors[name] = tensor / mx.std(tensor)
+        elif name.rsplit(".", 2)[-2] in OUTPUTS:
+            tensors[name] = tensor * loudness
+    mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
+    return folder
+
+
+def write_eagle3(
+    folder: Path,
+    served: Path,
+    layers: tuple[int, ...],
+    skill: str = "random",
+    layout: str = "sglang",
+    known: int | None = None,
+    own_embedding: bool | None = None,
+    **changes: object,
+) -> Path:
+    """Write an EAGLE-3 drafter for a model of `write_served`.
+
+    Args:
+        layers: of the model, whose outputs it reads, from 0.
+        skill: "random", or "trained" as the file says.
+        layout: "sglang" or "speculators".
+        known: every how manieth token id the output head knows; None: all, without a map.
+        own_embedding: None: as the layout has it.
+        changes: of config.json.
+    """
+    folder.mkdir(parents=True)
+    text = text_config(json.loads((served / "config.json").read_text()))
+    model = mx.load(str(served / "model.safetensors"))
+    width, vocab_size = text["hidden_size"], text["vocab_size"]
+    head = model.get("lm_head.weight", model["model.embed_tokens.weight"])
+    ids = mx.arange(0, vocab_size, known or 1)
+    keys = iter(mx.random.split(mx.random.key(11), 20))
+
+    def matrix(rows: int, columns: int) -> mx.array:
+        return mx.random.normal((rows, columns), key=next(keys)) / columns**0.5
+
+    def norm() -> mx.array:
+        return 1 + 0.1 * mx.random.normal((width,), key=next(keys))
+
+    inner = HEADS * HEAD_DIM
+    tensors = {
+        "fc.weight": matrix(width, len(layers) * width),
+        "midlayer.self_attn.q_proj.weight": matrix(inner, 2 * width),
+        "midlayer.self_attn.k_proj.weight": matrix(inner, 2 * width),
+        "midlayer.self_attn.v_proj.weight": matrix(inner, 2 * width),
+        "midlayer.self_attn.o_proj.weight": matrix(width, inner),
+        "midlayer.mlp.gate_proj.weight": matrix(96, width),
+        "midlayer.mlp.up_proj.weight": matrix(96, width),
+        "midlayer.mlp.down_proj.weight": matrix(width, 96),
+        "midlayer.hidden_norm.weight": norm(),
+        "midlayer.input_layernorm.weight": norm(),
+        "midlayer.post_attention_layernorm.weight": norm(),
+        "norm.weight": norm(),
+        "lm_head.weight": head[ids],
+    }
+    if skill == "trained":
+        assert inner == width
+        embedding = mx.concatenate([mx.eye(width), mx.zeros((width, width))], axis=1)
+        for name in "qk":
+            tensors[f"midlayer.self_attn.{name}_proj.weight"] = 3 * embedding
+        # Less what the layer adds its output to.
+        passed_on = mx.concatenate([mx.eye(width), -mx.eye(width)], axis=1)
+        tensors["midlayer.self_attn.v_proj.weight"] = passed_on
+        tensors["midlayer.hidden_norm.weight"] = mx.ones(width)
+        tensors["midlayer.self_attn.o_proj.weight"] = mx.eye(width)
+        tensors["midlayer.mlp.down_proj.weight"] *= 0
+        tensors["fc.weight"] *= 0
+        tensors["midlayer.input_layernorm.weight"] = mx.ones(width)
+        tensors["norm.weight"] = model["model.norm.weight"]
+    if known is not None:
+        tensors["d2t"] = (ids - mx.arange(len(ids))).astype(mx.int64)
+        tensors["t2d"] = mx.arange(vocab_size) % known == 0
+    config = {
+        "hidden_size": width,
+        "num_hidden_layers": 1,
+        "intermediate_size": 96,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 256,
+        "model_type": "llama",
+    }
+    if layout == "sglang":
+        config |= {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "draft_vocab_size": len(ids),
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(layers)},
+        }
+    else:
+        tensors = {n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}
+        config = {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": "eagle3",
+            "draft_vocab_size": len(ids),
+            "eagle_aux_hidden_state_layer_ids": [n + 1 for n in layers],
+            "transformer_layer_config": config,
+        }
+    if own_embedding or (own_embedding is None and layout == "speculators"):
+        tensors["embed_tokens.weight"] = model["model.embed_tokens.weight"]
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
+    return folder
