@@ -24,7 +24,7 @@ CHAT = [sys.executable, "-m", "cenacle", "chat"]
 PROGRAM = f"""
 import cenacle
 from cenacle.net import bind
-from cenacle.server.http_server import serve
+from cenacle.server.http_server import ServerOptions, serve
 from cenacle.server.auth import KeyStore
 from cenacle.server.middleware import AccessPolicy
 
@@ -33,7 +33,7 @@ keys = KeyStore()
 print(keys.add("tester"), flush=True)
 with cenacle.load({str(DEMO)!r}, nodes=2, latency_s=0.03) as model:
     policy = AccessPolicy.for_socket(sock, keys, require_key=True)
-    serve(model, sock, lambda url: print(url, flush=True), policy=policy)
+    serve(model, sock, lambda url: print(url, flush=True), ServerOptions(policy=policy))
 """
 
 

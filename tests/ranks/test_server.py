@@ -40,7 +40,7 @@ PROGRAM = """
 import socket, sys
 import cenacle
 from cenacle.net import bind
-from cenacle.server.http_server import serve
+from cenacle.server.http_server import ServerOptions, serve
 from cenacle.server.limits import Limits
 
 sock = bind(port=0)
@@ -50,7 +50,7 @@ with cenacle.load(
     sys.argv[2], int(sys.argv[1]), recover="recover" in sys.argv, **how
 ) as model:
     limits = Limits(body_timeout_s=2, head_timeout_s=2, write_timeout_s=2)
-    serve(model, sock, lambda url: print(url, flush=True), limits)
+    serve(model, sock, lambda url: print(url, flush=True), ServerOptions(limits))
 print("ended", flush=True)
 """
 

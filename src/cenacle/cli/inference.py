@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ..api import Model
     from ..cluster.formation import Cluster
     from ..server.access_policy import AccessPolicy
-    from ..server.limits import Limits
+    from ..server.http_server import ServerOptions
     from ..server.model_catalog import CatalogEntry
     from ..server.model_pool import PoolOptions
     from ..server.supervisor import SupervisedProcess
@@ -249,12 +249,8 @@ class Endpoint:
             model,
             self.process.sock,
             on_started=report_started,
-            limits=self.limits,
-            policy=self.policy,
-            tls=self.tls,
-            restarts=self.process.restarts,
+            options=self._server_options,
             names=self.model_names,
-            otlp_endpoint=self.otlp_endpoint,
         )
 
     def refuse(self, describe: Callable[[], str]) -> AbstractContextManager[None]:
@@ -289,24 +285,26 @@ class Endpoint:
             self.process.sock,
             models.pool,
             on_started=report_started,
-            limits=self.limits,
-            policy=self.policy,
-            tls=self.tls,
+            options=self._server_options,
             names=models.names,
-            restarts=self.process.restarts,
             cluster=cluster,
             report=report,
             on_loaded=on_loaded,
             max_waiting=models.max_waiting,
-            otlp_endpoint=self.otlp_endpoint,
         )
 
     @property
-    def limits(self) -> Limits:
-        """What a client may use."""
+    def _server_options(self) -> ServerOptions:
+        from ..server.http_server import ServerOptions
         from ..server.limits import Limits
 
-        return Limits(max_image_pixels=self.max_image_pixels, image_hosts=self.image_hosts)
+        return ServerOptions(
+            Limits(max_image_pixels=self.max_image_pixels, image_hosts=self.image_hosts),
+            self.policy,
+            self.tls,
+            self.process.restarts,
+            self.otlp_endpoint,
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from ..engine.speculative.decoder import Drafter
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..engine.speculative.mtp import DraftHead
+    from ..model.checksums import Checksums
+    from ..model.step_timer import StepTimer
     from ..text.tokenizer import ChatTokenizer
 
 HEARTBEAT_INTERVAL_S = 0.25
@@ -346,55 +349,25 @@ class _Worker:
 
     def _load(self) -> Engine:
         """Load this rank's part and report that it is ready."""
-        import mlx.core as mx
-
         from .. import native
         from ..engine.engine import Engine
         from ..engine.sampling.grammar import Vocabulary
-        from ..model.checksums import weight_checksums
-        from ..model.expert_parallel import parallelize
         from ..model.families import family_of
-        from ..model.format_notices import describe_formats
-        from ..model.kv_dtype import install_kv_dtype
-        from ..model.loader import open_rank_model
-        from ..model.native_layers import is_supported
         from ..model.step_timer import StepTimer
-        from ..model.stream_support import install_stream_caches
 
-        order, rank = self._order, self._collective.rank
         self._wire_memory()
-        native.set_activations(order.activations)
+        native.set_activations(self._order.activations)
         timer = StepTimer()
-        checksums, family = None, self._plan.spec.family
-        with open_rank_model(self._checkpoint, self._plan, rank, self._report_progress) as (
-            model,
-            reader,
-        ):
-            if order.checksums:
-                reader.read_all()
-                checksums = weight_checksums(model)
-            with self._blame_checkpoint():
-                parallelize(
-                    model, family, self._plan, self._collective, timer, order.kernels, reader.read
-                )
-                if order.kernels != "mlx" and is_supported():
-                    install_stream_caches(model)
-                    install_kv_dtype(model, self._options.kept_dtype(self._plan.spec.dtype))
+        model, checksums = self._load_model(timer)
         vision = self._load_tower(model) if self._plan.spec.tower_bytes else None
         drafter = self._load_drafter(model)
         gc.collect()
         gc.freeze()  # the objects of a loaded model stay: the collector need not visit them again
         self._collective.barrier()
-        folder, config = self._checkpoint.folder, self._checkpoint.config
-
-        def load_tokenizer() -> ChatTokenizer:
-            from ..text.tokenizer import ChatTokenizer
-
-            return ChatTokenizer(folder, config)
-
-        self._vocabulary = Vocabulary(load_tokenizer)
+        self._vocabulary = Vocabulary(
+            partial(_load_tokenizer, self._checkpoint.folder, self._checkpoint.config)
+        )
         store = self._open_page_store()
-        batching = family_of(family).batching
         engine = Engine(
             model,
             self._collective,
@@ -403,44 +376,94 @@ class _Worker:
             self._vocabulary,
             drafter,
             store,
-            batching,
+            family_of(self._plan.spec.family).batching,
             vision,
         )
         with self._blame_checkpoint():
             footprint = engine.footprint()  # the model's first pass
         if self._machine is not None:
             self._machine.observe_passes(model)
-        device = str(mx.default_device())
-        uses_native_kernels = order.kernels != "mlx" and is_supported()
-        if order.kernels != "mlx" and mx.default_device().type == mx.DeviceType.cpu:
-            device += f", {native.describe_kernels()}"
-        notices = list(store.notices) if store is not None else []
-        if rank == 0:
-            checkpoint = self._checkpoint
-            notices += describe_formats(
-                model,
-                checkpoint.quantized,
-                checkpoint.gguf,
-                uses_native_kernels=uses_native_kernels,
-            )
-        if rank == 0 and not engine.batches_requests:
-            notices.append(
-                "requests take turns in every step: with this model and these options of the KV "
-                "cache they cannot share a pass"
-            )
         # What the draft model will keep of the text comes out of what is left for requests.
-        draft_bytes = self._draft.cache_bytes if self._draft is not None and rank == 0 else 0
+        is_first = self._collective.rank == 0
+        draft_bytes = self._draft.cache_bytes if self._draft is not None and is_first else 0
         ready = Ready(
-            device,
+            self._describe_device(),
             _peak_rss_bytes(),
             available_memory() - draft_bytes,
             footprint,
             tuple(store.listing) if store is not None and store.listing is not None else None,
-            tuple(notices),
+            tuple(self._collect_notices(model, engine, store)),
             checksums,
         )
         self._channel.send(ready.to_json())
         return engine
+
+    def _load_model(self, timer: StepTimer) -> tuple[nn.Module, Checksums | None]:
+        """This rank's part of the model, and its checksums if the order asks for them."""
+        from ..model.checksums import weight_checksums
+        from ..model.expert_parallel import parallelize
+        from ..model.kv_dtype import install_kv_dtype
+        from ..model.loader import open_rank_model
+        from ..model.stream_support import install_stream_caches
+
+        order, spec, checksums = self._order, self._plan.spec, None
+        with open_rank_model(
+            self._checkpoint, self._plan, self._collective.rank, self._report_progress
+        ) as (model, reader):
+            if order.checksums:
+                reader.read_all()
+                checksums = weight_checksums(model)
+            with self._blame_checkpoint():
+                parallelize(
+                    model,
+                    spec.family,
+                    self._plan,
+                    self._collective,
+                    timer,
+                    order.kernels,
+                    reader.read,
+                )
+                if self._uses_native_kernels:
+                    install_stream_caches(model)
+                    install_kv_dtype(model, self._options.kept_dtype(spec.dtype))
+        return model, checksums
+
+    @property
+    def _uses_native_kernels(self) -> bool:
+        from ..model.native_layers import is_supported
+
+        return self._order.kernels != "mlx" and is_supported()
+
+    def _describe_device(self) -> str:
+        import mlx.core as mx
+
+        from .. import native
+
+        device = mx.default_device()
+        if self._order.kernels != "mlx" and device.type == mx.DeviceType.cpu:
+            return f"{device}, {native.describe_kernels()}"
+        return str(device)
+
+    def _collect_notices(
+        self, model: nn.Module, engine: Engine, store: PageStore | None
+    ) -> list[str]:
+        """What the owner of the server should know about this model, in sentences."""
+        from ..model.format_notices import describe_formats
+
+        notices = list(store.notices) if store is not None else []
+        if self._collective.rank == 0:
+            notices += describe_formats(
+                model,
+                self._checkpoint.quantized,
+                self._checkpoint.gguf,
+                uses_native_kernels=self._uses_native_kernels,
+            )
+            if not engine.batches_requests:
+                notices.append(
+                    "requests take turns in every step: with this model and these options of the "
+                    "KV cache they cannot share a pass"
+                )
+        return notices
 
     def _emulate_machine(self, rates_gb_s: Sequence[float]) -> EmulatedMachine:
         """This rank's machine, as the order describes it."""
@@ -575,6 +598,12 @@ class _Worker:
     def _report_pages(self, report: PageReport) -> None:
         with suppress(ClusterError):  # the front is gone: so is this process in a moment
             self._channel.send(PageUpdate(self._epoch, report).to_json())
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> ChatTokenizer:
+    from ..text.tokenizer import ChatTokenizer
+
+    return ChatTokenizer(folder, config)
 
 
 def available_memory() -> int:

@@ -96,36 +96,18 @@ def run_ablation(config: AblationConfig, report: Report = lambda _: None) -> dic
     cores, threads = split_cores(config.nodes, config.threads)
     own_rows = [r for r in OWN_ROWS if spec.dense_modules or not r.endswith("trunk sharded")]
     plans = {name: plan_for_row(name, spec, config.nodes) for name in (*SCHEDULES, *own_rows)}
-    rounds: dict[tuple[float, str], list[list[dict[str, Any]]]] = {}
-    logits: dict[str, np.ndarray] = {}
-    backend = ""
+    measured = _Measurements({}, {})
     for name in [*plans] * config.repeat:
         report(f"loading {name}")
         # New processes for each row and round: which memory a process happens to get changes its
         # speed by a quarter (docs/devlog.md), so one set for all rows would not be a comparison.
         with RankPool(config.nodes, config.backend, cores, threads) as ranks:
-            backend = ranks.backend
-            ranks.run(
-                load_row,
-                RANK_TIMEOUT_S,
-                folder=str(checkpoint.folder.resolve()),
-                plan=plans[name].to_json(),
-                row=name,
-                kernels=config.kernels,
-            )
-            for latency_ms in config.latencies_ms:
-                report(f"{name}, {latency_ms:g} ms")
-                latency_s = latency_ms / 1000
-                results = ranks.run(
-                    decode_row, RANK_TIMEOUT_S, latency_s=latency_s, tokens=config.tokens
-                )
-                logits[name] = np.array(results[0]["logits"])
-                rounds.setdefault((latency_ms, name), []).append(results)
+            _measure_row(config, checkpoint, name, plans[name], ranks, measured, report)
     rows = [
         {
             "row": name,
             "latency_ms": latency_ms,
-            **_summarize(rounds[latency_ms, name]),
+            **_summarize(measured.rounds[latency_ms, name]),
             "expected_experts": max_experts(plan),
         }
         for latency_ms in config.latencies_ms
@@ -144,15 +126,52 @@ def run_ablation(config: AblationConfig, report: Report = lambda _: None) -> dic
             "nodes": config.nodes,
             "threads": threads,
             "pinned": cores is not None,
-            "backend": backend,
+            "backend": measured.backend,
             "kernels": config.kernels,
             "tokens": config.tokens,
             "repeat": config.repeat,
         },
         "rows": rows,
-        "logits_differ": _check_logits([*logits.values()]),
+        "logits_differ": _check_logits([*measured.logits.values()]),
         "compared": compare_rows(rows, layers, depth),
     }
+
+
+@dataclass
+class _Measurements:
+    """What ranks reported: `rounds` by latency and row, the last `logits` by row."""
+
+    rounds: dict[tuple[float, str], list[list[dict[str, Any]]]]
+    logits: dict[str, np.ndarray]
+    backend: str = ""
+
+
+def _measure_row(
+    config: AblationConfig,
+    checkpoint: Checkpoint,
+    name: str,
+    plan: Plan,
+    ranks: RankPool,
+    measured: _Measurements,
+    report: Report,
+) -> None:
+    """Measure one round of a row with every latency."""
+    measured.backend = ranks.backend
+    ranks.run(
+        load_row,
+        RANK_TIMEOUT_S,
+        folder=str(checkpoint.folder.resolve()),
+        plan=plan.to_json(),
+        row=name,
+        kernels=config.kernels,
+    )
+    for latency_ms in config.latencies_ms:
+        report(f"{name}, {latency_ms:g} ms")
+        results = ranks.run(
+            decode_row, RANK_TIMEOUT_S, latency_s=latency_ms / 1000, tokens=config.tokens
+        )
+        measured.logits[name] = np.array(results[0]["logits"])
+        measured.rounds.setdefault((latency_ms, name), []).append(results)
 
 
 def _check_logits(logits: Sequence[np.ndarray]) -> float:

@@ -19,6 +19,7 @@ import ssl
 import threading
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,16 +53,31 @@ connection_log = logging.getLogger(f"{__name__}.connections")
 _REPEATED_LINES = RepeatedLineFilter()
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server treats its clients, whatever models it has.
+
+    Args:
+        limits: what a client may use.
+        policy: who may use the server; None: with keys only, unless the socket is on loopback.
+        tls: see `tls.server_context`; None: plain HTTP.
+        restarts: of this server before, for /health.
+        otlp_endpoint: collector that gets traces of the requests; None: none.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    policy: AccessPolicy | None = None
+    tls: ssl.SSLContext | None = None
+    restarts: Restarts | None = None
+    otlp_endpoint: str | None = None
+
+
 def serve(
     model: Model,
     sock: socket.socket,
     on_started: Callable[[str], None] | None = None,
-    limits: Limits | None = None,
-    policy: AccessPolicy | None = None,
-    tls: ssl.SSLContext | None = None,
+    options: ServerOptions | None = None,
     names: Sequence[str] = (),
-    restarts: Restarts | None = None,
-    otlp_endpoint: str | None = None,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT. Closes the socket, not the model.
 
@@ -72,27 +88,25 @@ def serve(
         model: loaded, with a tokenizer.
         sock: see `net.bind`.
         on_started: called with the server's URL once it answers requests.
-        limits: what a client may use.
-        policy: who may use the server; None: with keys only, unless the socket is on loopback.
-        tls: see `tls.server_context`; None: plain HTTP.
-        names: of the model, for clients; "*": any. None: its own.
-        restarts: of this server before, for /health.
-        otlp_endpoint: collector that gets traces of the requests; None: nobody.
+        options: None: the defaults.
+        names: of the model, for clients; "*": any. Empty: its own.
 
     Raises:
         CheckpointError: the model has no tokenizer.
         InputError: keys are required and there is none.
     """
-    limits, plan_tracker = limits or Limits(), PlanTracker(model)
+    options, plan_tracker = options or ServerOptions(), PlanTracker(model)
     with (
         contextlib.closing(sock),
         contextlib.closing(KeyStore()) as keys,
         contextlib.ExitStack() as stack,
     ):
         metrics = Metrics.of_server(model, keys, plan_tracker)
-        _send_traces(otlp_endpoint, {model.name: metrics}, stack)
-        application = Application(model, limits, metrics, plan_tracker, names, restarts)
-        _run(application, sock, keys, on_started, limits, policy, tls)
+        _send_traces(options.otlp_endpoint, {model.name: metrics}, stack)
+        application = Application(
+            model, options.limits, metrics, plan_tracker, names, options.restarts
+        )
+        _run(application, sock, keys, on_started, options)
 
 
 def serve_models(
@@ -100,16 +114,12 @@ def serve_models(
     sock: socket.socket,
     pool_options: PoolOptions,
     on_started: Callable[[str], None] | None = None,
-    limits: Limits | None = None,
-    policy: AccessPolicy | None = None,
-    tls: ssl.SSLContext | None = None,
+    options: ServerOptions | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
-    restarts: Restarts | None = None,
     cluster: Cluster | None = None,
     report: Callable[[str], None] = lambda _: None,
     on_loaded: Callable[[Model], None] = lambda _: None,
     max_waiting: int = 64,
-    otlp_endpoint: str | None = None,
 ) -> None:
     """Like `serve` for several models, which are loaded when requests name them.
 
@@ -118,22 +128,24 @@ def serve_models(
         pool_options: when models are loaded and unloaded.
         names: of each model for clients; None: its own. "*" in one: any other name is the default.
         cluster: models run on its nodes; None: on this machine.
-        report: told in sentences how a model runs.
-        on_loaded: told which model is loaded; in its thread.
-        max_waiting: most requests that wait for one model to be loaded.
-        otlp_endpoint: see `serve`.
+        report: called with sentences on how a model runs.
+        on_loaded: called with each model that was loaded, in another thread.
+        max_waiting: requests that may wait for one model to be loaded.
 
     Raises:
         InputError: keys are required and there is none.
     """
-    limits = limits or Limits()
+    options = options or ServerOptions()
+    limits = options.limits
     with (
         contextlib.closing(sock),
         contextlib.closing(KeyStore()) as keys,
         contextlib.ExitStack() as stack,
     ):
         metrics = ModelsMetrics(tuple(catalog), keys, lambda name: pool.status(name))
-        _send_traces(otlp_endpoint, {name: metrics.of_model(name) for name in catalog}, stack)
+        _send_traces(
+            options.otlp_endpoint, {name: metrics.of_model(name) for name in catalog}, stack
+        )
         loader = ModelLoader(catalog, limits, metrics.of_model, cluster, report, on_loaded)
         pool = ModelPool(
             tuple(catalog), loader.load, pool_options, lambda: psutil.virtual_memory().available
@@ -146,7 +158,7 @@ def serve_models(
             max_waiting,
             metrics,
             loader.responses.store,
-            restarts,
+            options.restarts,
         )
 
         def start(url: str) -> None:
@@ -154,7 +166,7 @@ def serve_models(
             if on_started is not None:
                 on_started(url)
 
-        _run(application, sock, keys, start, limits, policy, tls)
+        _run(application, sock, keys, start, options)
 
 
 def _send_traces(
@@ -175,15 +187,12 @@ def _run(
     sock: socket.socket,
     keys: KeyStore,
     on_started: Callable[[str], None] | None,
-    limits: Limits,
-    policy: AccessPolicy | None,
-    tls: ssl.SSLContext | None,
+    options: ServerOptions,
 ) -> None:
     with contextlib.closing(application):
-        middleware = AccessMiddleware(
-            application.app, policy or AccessPolicy.for_socket(sock, keys), keys
-        )
-        server = HttpServer(application.stop, middleware.with_cors(), on_started, limits, tls)
+        policy = options.policy or AccessPolicy.for_socket(sock, keys)
+        app = AccessMiddleware(application.app, policy, keys).with_cors()
+        server = HttpServer(application.stop, app, on_started, options.limits, options.tls)
         # What is loaded stays: a collection that visits it holds the loop for 0.1 s.
         gc.collect()
         gc.freeze()
