@@ -19,10 +19,10 @@ from cenacle.core.step import PrefixReuse, PromptChunk, Step
 from cenacle.engine.cache.ragged_cache import (
     RaggedKVCache,
     can_be_ragged,
-    drop_last,
     extract_sequence,
     merge_ragged,
 )
+from cenacle.engine.cache.state_rewinder import drop_tokens
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
 from cenacle.engine.speculative.decoder import Generation
@@ -148,7 +148,7 @@ def test_rows_hold_what_caches_of_their_own_would_hold():
                 ]
                 assert mx.array_equal(visible, own[0, :, : own.shape[2] - length + 1 + token])
             cache.trim(dropped[row])
-        drop_last([joined], dropped)
+        drop_tokens([joined], dropped)
         assert joined[0].offset.tolist() == [cache[0].offset for cache in alone]
     joined.filter([2, 0])
     for row, cache in enumerate((alone[2], alone[0])):

@@ -44,6 +44,7 @@ from support.mtp_checkpoint import publish_qwen, write_mtp
 from support.quantized_formats import FORMATS, write_safetensors
 
 PROMPT = (5, 80, 200, 17, 9)
+QWEN_FAMILIES = ("qwen3_5_moe", "qwen3_next")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_the_layer_computes_what_mlx_lm_computes(checkpoints, family):
     assert mx.allclose(got, logits, atol=2e-2)
 
 
-@pytest.mark.parametrize("family", [f for f in MTP_FAMILIES if f.startswith("qwen")])
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 def test_a_published_layout_gives_the_same_layer(checkpoints, tmp_path, family):
     """Norms less 1, single or fused experts."""
     written = checkpoints(family, "random")
@@ -180,7 +181,7 @@ def test_a_published_layout_gives_the_same_layer(checkpoints, tmp_path, family):
     assert mx.max(mx.abs(results[0])).item() > 0.1
 
 
-@pytest.mark.parametrize("family", [f for f in MTP_FAMILIES if f.startswith("qwen")])
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 def test_a_layer_in_fp8_is_read(checkpoints, tmp_path, family):
     """Single experts in blocks, as Qwen's own FP8 checkpoints have them; `mtp.fc` is not."""
     written = checkpoints(family, "random")
@@ -239,6 +240,7 @@ def test_the_model_does_not_read_it(checkpoints):
     [
         ("qwen3_5_moe", "mtp.layers.0.self_attn.q_proj.weight"),
         ("glm4_moe", "model.layers.3.self_attn.q_proj.weight"),
+        ("hy_v4", "model.mtp_layers.0.self_attn.q_a_proj.weight"),
     ],
 )
 def test_a_damaged_layer_is_left_out_and_its_reason_names_the_file_s_tensor(

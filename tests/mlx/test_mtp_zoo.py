@@ -12,8 +12,8 @@ from cenacle.engine.speculative.draft_model import load_mtp
 from cenacle.model.checkpoint import Checkpoint
 from support.mtp_checkpoint import EMBEDDINGS, write_mtp
 
-FAMILIES = ("nemotron_h",)
-IDS = (5, 80, 200, 17, 9, 44, 301, 12, 7, 90, 33)
+FAMILIES = ("hy_v4", "nemotron_h", "qwen4_exp")
+IDS = [(37 * i * i + 11 * i + 5) % 500 for i in range(40)]
 
 
 def load_reference(checkpoint):
@@ -40,15 +40,20 @@ def test_the_layer_computes_what_mlx_vlm_computes(tmp_path, family):
     drafter, tensors = load_reference(checkpoint)
     embedding = next(t for n, t in tensors.items() if n.endswith(EMBEDDINGS))
     output = next(t for n, t in tensors.items() if n.endswith("lm_head.weight"))
-    ids, width = mx.array([IDS]), text_config(checkpoint.config)["hidden_size"]
+    ids, text = mx.array([IDS]), text_config(checkpoint.config)
+    width = text["hidden_size"] * (text["hc_count"] if family == "qwen4_exp" else 1)
     hidden = mx.random.normal((1, len(IDS), width), key=mx.random.key(1))
-    expected, passed_on = drafter._forward_hidden(embedding[ids], hidden, ids, drafter.make_cache())
+    if family == "hy_v4":
+        expected = passed_on = drafter._forward_hidden(embedding[ids], hidden, None, None)
+    else:
+        own_caches = drafter.make_cache()
+        expected, passed_on = drafter._forward_hidden(embedding[ids], hidden, ids, own_caches)
     head = load_mtp(checkpoint, "mlx")
     caches, logits, states = head.make_caches(), [], []
-    for part in (slice(0, 6), slice(6, 7), slice(7, 11)):
+    for part in (slice(0, 30), slice(30, 31), slice(31, 40)):
         got, state = head(ids[:, part], hidden[:, part], caches)
         logits.append(got)
         states.append(state)
     assert mx.allclose(mx.concatenate(states, axis=1), passed_on, atol=1e-4)
-    for got, end in zip(logits, (5, 6, 10), strict=True):
+    for got, end in zip(logits, (29, 30, 39), strict=True):
         assert mx.allclose(got, expected[:, end] @ output.T, atol=1e-3)

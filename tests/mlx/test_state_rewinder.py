@@ -1,4 +1,5 @@
-"""Dropping tokens of a pass from layers that keep a state: what follows is as if they never were.
+"""Dropping tokens of a pass from layers that keep a state, a window or pools: what follows is as if
+they never were.
 
 The reference reads the kept tokens with caches of its own.
 """
@@ -11,18 +12,19 @@ from test_group_drafts import answer, require_same
 from cenacle.collective.single import SingleRank
 from cenacle.core.request import Request, Sampling
 from cenacle.core.step import PrefixReuse, PromptChunk, Step
-from cenacle.engine.cache.kv_cache import can_trim
-from cenacle.engine.cache.ragged_cache import drop_last, extract_sequence, merge_ragged
-from cenacle.engine.cache.state_rewinder import StateRewinder, can_rewind
+from cenacle.engine.cache.kv_cache import can_reuse, can_trim
+from cenacle.engine.cache.ragged_cache import can_be_ragged, extract_sequence, merge_ragged
+from cenacle.engine.cache.state_rewinder import can_drop, make_rewinder
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
-from cenacle.engine.speculative.decoder import drop_tokens
 from cenacle.model import architecture
 from cenacle.model.config_catalog import tiny_config
+from cenacle.model.families import family_of
+from cenacle.model.request_caches import install_request_attention
 from cenacle.model.step_timer import StepTimer
 
-FAMILIES = ("qwen3_next", "qwen3_5_moe", "nemotron_h")
-TEXT = [5, 80, 200, 17, 9, 44, 301, 12, 7, 90]
+FAMILIES = ("qwen3_next", "qwen3_5_moe", "nemotron_h", "qwen4_exp")
+TEXT = [(37 * i * i + 11 * i + 5) % 500 for i in range(24)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -32,6 +34,8 @@ def model(request):
     model_class, arguments = architecture.model_classes(config)
     model = model_class(arguments.from_dict(config))
     mx.eval(model.parameters())
+    if name := family_of(request.param).request_attention:
+        install_request_attention(model, name)
     return model
 
 
@@ -41,32 +45,32 @@ def logits_after(model, tokens):
 
 @pytest.mark.parametrize("dropped", [0, 1, 3, 5])
 def test_one_sequence(model, dropped):
-    assert can_rewind(model)
+    assert can_drop(model)
     assert not can_trim(model)
-    rewinder, caches = StateRewinder(model), make_prompt_cache(model)
-    for end in (4, 9):  # a pass is dropped from twice
-        kept = end - dropped if end == 9 else end
-        with rewinder.recording():
-            model(mx.array([TEXT[end - 5 if end == 9 else 0 : end]]), cache=caches)
-        drop_tokens(caches, end - kept)
+    rewinder, caches = make_rewinder(model), make_prompt_cache(model)
+    for begin, end in ((0, 17), (17, 22)):
+        kept = end - dropped if begin else end
+        with rewinder.recording(caches, end - begin):
+            model(mx.array([TEXT[begin:end]]), cache=caches)
         rewinder.drop(caches, [end - kept])
     got = model(mx.array([[77]]), cache=caches)[0, -1]
     assert mx.allclose(got, logits_after(model, [*TEXT[:kept], 77]), atol=1e-4)
 
 
 def test_several_sequences_that_keep_different_numbers(model):
-    rewinder, texts, sequences = StateRewinder(model), (TEXT, TEXT[::-1], TEXT[3:]), []
+    if not can_be_ragged(model):
+        pytest.skip("its requests draft alone")
+    rewinder, texts, sequences = make_rewinder(model), (TEXT, TEXT[::-1], TEXT[3:]), []
     for text in texts:
         sequences.append(make_prompt_cache(model))
-        model(mx.array([text[:3]]), cache=sequences[-1])
+        model(mx.array([text[:9]]), cache=sequences[-1])
     caches, kept = merge_ragged(sequences), (1, 4, 2)
-    with rewinder.recording():
-        model(mx.array([text[3:7] for text in texts]), cache=caches)
-    drop_last(caches, [4 - n for n in kept])
+    with rewinder.recording(caches, 4):
+        model(mx.array([text[9:13] for text in texts]), cache=caches)
     rewinder.drop(caches, [4 - n for n in kept])
     together = model(mx.array([[77]] * 3), cache=caches)[:, -1]
     for row, (text, n) in enumerate(zip(texts, kept, strict=True)):
-        expected = [*text[: 3 + n], 77]
+        expected = [*text[: 9 + n], 77]
         assert mx.allclose(together[row], logits_after(model, expected), atol=1e-4)
         alone = model(mx.array([[8]]), cache=extract_sequence(caches, row))[0, -1]
         assert mx.allclose(alone, logits_after(model, [*expected, 8]), atol=1e-4)
@@ -89,6 +93,8 @@ def test_answers_are_the_same_with_and_without_drafts(model, count):
 
 def test_an_answer_with_drafts_is_kept_to_its_last_token(model):
     """States can be used again only as they are at its end."""
+    if not can_reuse(model):
+        pytest.skip("its caches are of one request")
     repeating = Sampling(seed=1, logit_bias={7: 100.0})
     first = Request("a", (1, 2, 3, 4, 1, 2, 3, 4), 21, (), repeating)
     text = tuple(e.token for e in answer(model, [first], "off")[0]["a"])

@@ -9,14 +9,17 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from cenacle.core.model_config import text_config
 from cenacle.model.config_catalog import tiny_config
 from cenacle.model.mtp import FORMS
 from cenacle.model.synth import synth
+from cenacle.model.zoo_drafters import ZOO_DRAFTERS
 
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "fc2", "fc2_latent_proj")
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "embeddings.weight")
+PLE_OUTPUTS = ("ple.value_proj.weight", "ple.conv1d.weight")  # of qwen4_exp
 LOW_NORMS = (
     "layernorm",
     "q_norm",
@@ -41,6 +44,8 @@ def write_mtp(
         loudness: factor of the outputs of the served model's layers; not of a random layer's model.
         layers: of the served model; None: as many as the family's tiny config has.
     """
+    if FORMS[family].is_zoo:
+        return _write_zoo(folder, family, skill, loudness)
     config = tiny_config(family)
     text = text_config(config)
     layers = layers or text["num_hidden_layers"]
@@ -58,11 +63,7 @@ def write_mtp(
     add = _add_nemotron_layer if is_nemotron else add
     prefix = add(tensors, text["hidden_size"], layers, FORMS[family].text_path, skill)
     if skill == "trained":
-        for name, tensor in tensors.items():
-            if name.endswith(EMBEDDINGS):
-                tensors[name] = tensor / mx.std(tensor)
-            elif name.rsplit(".", 2)[-2] in OUTPUTS:
-                tensors[name] = tensor * (0 if name.startswith(prefix) else loudness)
+        _train(tensors, prefix, loudness)
     (folder / "model.safetensors.index.json").unlink()
     mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
     written = json.loads((folder / "config.json").read_text())
@@ -71,6 +72,50 @@ def write_mtp(
         written["hybrid_override_pattern"] = config["hybrid_override_pattern"]
         written["mtp_hybrid_override_pattern"] = "*E"
     (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def _train(tensors: dict[str, mx.array], prefix: str, loudness: float) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith(EMBEDDINGS):
+            tensors[name] = tensor / mx.std(tensor)
+        elif name.rsplit(".", 2)[-2] in OUTPUTS or name.endswith(PLE_OUTPUTS):
+            tensors[name] = tensor * (0 if name.startswith(prefix) else loudness)
+
+
+def _write_zoo(folder: Path, family: str, skill: str, loudness: float) -> Path:
+    """With the layer of mlx-vlm's drafter, in the names of published files."""
+    from mlx_vlm.speculative.drafters.mtp_split import get_mtp_splitter
+
+    synth(folder, config=tiny_config(family), dtype="float32", seed=3)
+    file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    text_config(config)["num_nextn_predict_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").unlink()
+    prefix = FORMS[family].list_prefixes(config)[0]
+    splitter = get_mtp_splitter(source_config=config)
+    kind = splitter.draft_model_cls
+    arguments = kind.__init__.__annotations__["config"]
+    drafter = kind(arguments.from_dict({"text_config": splitter.read_text_config(config)}))
+    tensors = dict(mx.load(str(file)))
+    keys = iter(mx.random.split(mx.random.key(4), 999))
+    for path, array in tree_flatten(drafter.parameters()):
+        name = prefix + ZOO_DRAFTERS[family].name_in_files(path)
+        noise = mx.random.normal(array.shape, key=next(keys))
+        if array.ndim == 1:  # a norm or a bias
+            tensors[name] = array + 0.1 * noise * (skill == "random")
+        elif path == "eh_proj.weight":
+            tensors[name] = _joining_weight(array.shape[0], skill)
+        elif path in ("fc_embedding.weight", "fc_hidden.weight") and skill == "trained":
+            tensors[name] = mx.eye(array.shape[0]) * (path == "fc_embedding.weight")
+        else:
+            tensors[name] = noise / array.shape[-1] ** 0.5
+    if skill == "trained":
+        _train(tensors, prefix, loudness)
+        for module in ("hyper_connection_mixer",):  # the last one before the output head
+            for name in [name for name in tensors if f".model.{module}." in name]:
+                tensors[prefix + name.partition(".model.")[2]] = tensors[name]
+    mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
     return folder
 
 

@@ -53,6 +53,7 @@ from .tensor_info import TensorInfo
 from .tensor_layout import quantized_slice
 from .tensor_reader import TensorPiece, TensorView, read_piece, read_together
 from .tensor_slice import ROWS, TensorSlice
+from .zoo_drafters import PREFIX_KEY
 
 Progress = Callable[[int, int], None]
 """Called with bytes of weights in memory so far and bytes in all."""
@@ -411,7 +412,7 @@ def _partial_classes(
     """mlx-lm's classes for `config`, of a model that holds what one rank does."""
     base, arguments = architecture.model_classes(config)
     family = family_of(architecture.resolve_family(config))
-    if checkpoint.renamed is not None:
+    if checkpoint.renamed is not None and PREFIX_KEY not in config:
         base = mtp.with_mtp_input(base)
 
     class PartialModel(base):  # type: ignore[valid-type, misc]

@@ -34,6 +34,7 @@ from .checkpoint import Checkpoint
 from .config_file import read_quantization_settings
 from .families import family_of, layer_index
 from .format_recognition import find_quantized_layers
+from .zoo_drafters import PREFIX_KEY, ZOO_DRAFTERS
 
 INPUT = "draft_input"  # of a model of one layer; a family's own conversion drops names with "mtp."
 
@@ -53,6 +54,7 @@ class MtpForm:
         text_path: of the language model in the family's model, with a dot behind it.
         one_layer: keys of the config of such a model; called with the language model's.
         has_low_norms: published norms are stored less 1, those of files that MLX wrote are not.
+        is_zoo: mlx-vlm's drafter is the layer, see `zoo_drafters.py`; then `own` is not read.
     """
 
     prefixes: tuple[str, ...]
@@ -63,15 +65,19 @@ class MtpForm:
     text_path: str = ""
     one_layer: Callable[[Config], Config] = lambda _: {}
     has_low_norms: bool = False
+    is_zoo: bool = False
 
     def prefix_in(self, checkpoint: Checkpoint) -> str | None:
         """The prefix that a checkpoint has; None: it has no layer of this form."""
-        layers = text_config(checkpoint.config).get("num_hidden_layers")
-        for form in self.prefixes:
-            prefix = form.format(layers=layers)
+        for prefix in self.list_prefixes(checkpoint.config):
             if all(f"{prefix}{name}.weight" in checkpoint.tensors for name in self.needed):
                 return prefix
         return None
+
+    def list_prefixes(self, config: Config) -> tuple[str, ...]:
+        """`prefixes`, with the number of a model's layers."""
+        layers = text_config(config).get("num_hidden_layers")
+        return tuple(prefix.format(layers=layers) for prefix in self.prefixes)
 
     def rename(self, path: str, prefix: str) -> str | None:
         """A module's path in a model of one layer; None: it has no place there."""
@@ -163,6 +169,20 @@ _NEMOTRON = MtpForm(
     needed=("layers.0.eh_proj", "layers.0.enorm", "layers.0.hnorm", "layers.0.norm"),
     one_layer=_nemotron_layers,
 )
+_HY_V4 = MtpForm(
+    prefixes=("model.mtp_layers.0.",),
+    layer="",
+    own={},
+    needed=("eh_proj", "enorm", "hnorm", "input_layernorm", "final_layernorm"),
+    is_zoo=True,
+)
+_QWEN4 = MtpForm(
+    prefixes=("mtp.", "language_model.mtp.", "model.mtp."),
+    layer="",
+    own={},
+    needed=("fc_embedding", "fc_hidden", "pre_fc_norm_embedding", "pre_fc_norm_hidden"),
+    is_zoo=True,
+)
 FORMS = {
     "bailing_moe": _BAILING,
     "deepseek_v3": _DEEPSEEK,
@@ -170,9 +190,11 @@ FORMS = {
     "glm4_moe": _DEEPSEEK,
     "glm4_moe_lite": _DEEPSEEK,
     "glm_moe_dsa": _DEEPSEEK,
+    "hy_v4": _HY_V4,
     "nemotron_h": _NEMOTRON,
     "qwen3_5_moe": replace(_QWEN, text_path="language_model."),
     "qwen3_next": _QWEN,
+    "qwen4_exp": _QWEN4,
 }
 MTP_FAMILIES = tuple(FORMS)
 """Families whose published checkpoints have such a layer, and whose caches can drop drafts."""
@@ -182,6 +204,10 @@ _SHARED = re.compile(
     r"(?:model\.|language_model\.|backbone\.)*"
     r"(embed_tokens|word_embeddings|embeddings|norm|lm_head)\.\w+"
 )
+_ZOO_SHARED = re.compile(
+    r"(?:model\.|language_model\.)*(?P<kind>embed_tokens|lm_head)\.(?P<leaf>\w+)"
+)
+_ZOO_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "embeddings")
 _EPS = ("rms_norm_eps", "layer_norm_epsilon")
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -196,8 +222,8 @@ def is_mtp_tensor(name: str, family: str, config: Config) -> bool:
     form = FORMS.get(family)
     if form is None:
         return False
-    if form.layer:
-        return name.startswith(form.prefixes)
+    if form.layer or form.is_zoo:
+        return name.startswith(form.list_prefixes(config))
     layer = layer_index(name)
     return layer is not None and layer >= text_config(config)["num_hidden_layers"]
 
@@ -228,6 +254,10 @@ def describe_misfit(checkpoint: Checkpoint, family: str, error: str) -> str:
     prefix = form.prefix_in(checkpoint)
     paths = {f"{form.text_path}{path}": f"{prefix}{inside}" for inside, path in form.own.items()}
     error = error.removeprefix(f"{checkpoint.folder}: ")
+    if form.is_zoo:
+        drafter, layer = ZOO_DRAFTERS[family], form.inside
+        for own, published in drafter.published:
+            error = error.replace(f"{layer}{own}", f"{layer}{published}")
     layer = f"{prefix}{form.layer}".removesuffix(".")
     paths[f"{form.text_path}{form.inside}".removesuffix(".")] = layer
     for path, inside in paths.items():
@@ -280,6 +310,8 @@ def mtp_checkpoint(checkpoint: Checkpoint, family: str) -> Checkpoint:
 
 def _config_of_layer(config: Config, form: MtpForm, prefix: str) -> Config:
     changed = form.one_layer(text_config(config))
+    if form.is_zoo:
+        config = {**config, PREFIX_KEY: form.list_prefixes(config)[0]}
     if isinstance(text := config.get("text_config"), dict):
         config = {**config, "text_config": {**text, **changed}}
     else:
@@ -301,6 +333,11 @@ def _rename(checkpoint: Checkpoint, form: MtpForm, prefix: str) -> dict[str, str
             path, _, leaf = name.rpartition(".")
             if (new := form.rename(path, prefix)) is not None:
                 names[name] = f"{new}.{leaf}"
+    if form.is_zoo:
+        for name in checkpoint.tensors:
+            if (match := _ZOO_SHARED.fullmatch(name)) is not None:
+                names[name] = f"{_ZOO_PATHS[match['kind']]}.{match['leaf']}"
+        return names
     kinds = {match[1] for name in names.values() if (match := _SHARED.fullmatch(name))}
     for name in checkpoint.tensors:
         match = _SHARED.fullmatch(name)
@@ -372,6 +409,11 @@ def decoder(model: Any) -> Any:
     return text.get("backbone") or text.model
 
 
+def make_head(model: Any, family: str) -> MtpHead | ZooHead:
+    """Of a model that was loaded from `mtp_checkpoint`."""
+    return ZooHead(model, family) if FORMS[family].is_zoo else MtpHead(model)
+
+
 class _Given(nn.Module):
     """In the place of an embedding: returns what it was given."""
 
@@ -389,7 +431,7 @@ class _Given(nn.Module):
 
 
 class MtpHead:
-    """A layer that drafts, in memory.
+    """A layer of the model's own kind.
 
     Args:
         model: loaded from `mtp_checkpoint`.
@@ -424,7 +466,7 @@ class MtpHead:
 
         Args:
             ids: [batch, length].
-            hidden: of the tokens before each, behind the final norm, [batch, length, width].
+            hidden: of the tokens before each, see `record_hidden_states`.
             caches: of the layer.
             places: of each row's last token, where some are padded; None: the final one.
 
@@ -439,26 +481,70 @@ class MtpHead:
         return self._embed.as_linear(last), states
 
 
+class ZooHead:
+    """mlx-vlm's drafter.
+
+    Args:
+        model: loaded from `mtp_checkpoint`.
+        family: of the model that is served.
+    """
+
+    def __init__(self, model: Any, family: str) -> None:
+        self.model, self._forward = model, ZOO_DRAFTERS[family].forward
+
+    def make_caches(self) -> list[Any]:
+        """See `MtpHead`."""
+        return make_prompt_cache(self.model)
+
+    def join(self, states: mx.array) -> mx.array:
+        """See `MtpHead`."""
+        return states
+
+    def __call__(
+        self,
+        ids: mx.array,
+        hidden: mx.array,
+        caches: list[Any],
+        places: Sequence[int] | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """See `MtpHead`."""
+        embed = self.model.model.embed_tokens
+        made, states = self._forward(self.model.drafter, embed(ids), hidden, ids, caches)
+        last = made[:, -1] if places is None else at_places(made, places)[:, 0]
+        output = self.model.lm_head if "lm_head" in self.model else embed.as_linear
+        return output(last), states
+
+
 def at_places(values: mx.array, places: Sequence[int]) -> mx.array:
     """One place of each row: [rows, length, width] -> [rows, 1, width]."""
     return mx.take_along_axis(values, mx.array(list(places))[:, None, None], axis=1)
 
 
 RecordStates = Callable[[mx.array], None]
-"""Called with hidden states behind the final norm, [batch, length, width]."""
+"""Called with hidden states behind the final norm, [batch, length, width], or those that the
+family's drafter reads, all streams of a token in one row."""
 
 
 def record_hidden_states(model: Any, record: RecordStates) -> None:
     """Have a model tell the hidden states of each pass, in place."""
     inner = decoder(model)
-    kind = type(inner)
+    drafter = ZOO_DRAFTERS.get(getattr(model, "_family", ""))
+    if drafter is not None and drafter.streams:
+        _add_call(inner[drafter.streams], lambda x, _: record(x.reshape(*x.shape[:2], -1)))
+    else:
+        _add_call(inner, lambda _, states: record(states))
 
-    def call(self: Any, *args: Any, **keywords: Any) -> mx.array:
-        states: mx.array = kind.__call__(self, *args, **keywords)
-        record(states)
-        return states
 
-    inner.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+def _add_call(module: nn.Module, tell: Callable[[mx.array, mx.array], None]) -> None:
+    """Have a module tell its first input and its output."""
+    kind = type(module)
+
+    def call(self: Any, x: mx.array, *args: Any, **keywords: Any) -> mx.array:
+        output: mx.array = kind.__call__(self, x, *args, **keywords)
+        tell(x, output)
+        return output
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
 def record_layer_outputs(model: Any, layers: Sequence[int], record: RecordStates) -> None:

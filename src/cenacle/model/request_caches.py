@@ -130,6 +130,21 @@ def _for_requests(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
+@cache
+def _without_rows(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of qwen4_exp's decoder that does not compute the requests of a pass one by one.
+
+    It would do so with copies of their states, unless it is asked for hidden states too.
+    """
+
+    def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        if keywords.get("hidden_sink") is None:
+            keywords["hidden_sink"] = []
+        return kind.__call__(self, *args, **keywords)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
 class _PerRequest(list[Any]):
     """What attention gave for each request and gives on to the next layer's."""
 
@@ -178,6 +193,8 @@ def install_request_attention(model: nn.Module, name: str) -> None:
     text = model.get("language_model", model)
     if hasattr(text, "_supports_batch_invariant_decode"):  # qwen4_exp's, past its attention
         text._supports_batch_invariant_decode = lambda: False
+        kind: Any = type(text.model)
+        text.model.__class__ = _without_rows(kind)
     # States of recurrent layers can be merged.
     model.make_cache = lambda: [
         made if type(made).__name__ == "ArraysCache" else RequestCaches([made])

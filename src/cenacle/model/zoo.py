@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, deepseek_v41, step3p5, switch_layers
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.utils import _get_classes
 
@@ -33,6 +33,8 @@ from ..errors import CheckpointError, InputError
 from ..extras import import_extra, is_installed
 from .families import OUTPUT_SCALE, Positions, Zoo, family_of, is_tower_tensor, vlm_family_name
 from .rotary import scale_classes
+from .zoo_caches import as_mlx_lm_caches
+from .zoo_drafters import PREFIX_KEY, drafter_classes
 from .zoo_repairs import repair
 
 _LANGUAGE_MODEL, _THINKER = "language_model", "thinker"
@@ -72,6 +74,9 @@ def find_classes(config: Config) -> ModelClasses:
         InputError: mlx-vlm has it and is not installed.
     """
     classes = _find_classes(config)
+    if PREFIX_KEY in config:
+        model, arguments = drafter_classes(classes.family)
+        classes = replace(classes, model=model, arguments=arguments)
     model, arguments = scale_classes(classes.family, classes.model, classes.arguments, config)
     return replace(classes, model=model, arguments=arguments)
 
@@ -214,9 +219,7 @@ class TextModel(nn.Module):
         """A cache for each layer: mlx-lm's, where these have no other kind than mlx-lm has."""
         if not hasattr(self._text, "make_cache"):
             return [KVCache() for _ in self.layers]
-        caches = self._text.make_cache()
-        converted = [_mlx_lm_cache(cache) for cache in caches]
-        return caches if None in converted else converted
+        return as_mlx_lm_caches(self._text.make_cache())
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """As mlx-vlm converts a checkpoint, of which the towers' tensors are dropped."""
@@ -273,16 +276,6 @@ def _offset_of(caches: list[Any] | None) -> int | mx.array:
         if offset is not None:
             return offset
     return 0
-
-
-def _mlx_lm_cache(cache: Any) -> Any | None:
-    from mlx_vlm.models import cache as vlm_cache
-
-    if type(cache) is vlm_cache.KVCache:
-        return KVCache()
-    if type(cache) is vlm_cache.RotatingKVCache:
-        return RotatingKVCache(max_size=cache.max_size, keep=cache.keep)
-    return None
 
 
 def _vlm_types(module: str, *names: str) -> tuple[type[nn.Module], ...]:

@@ -18,8 +18,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
+from ...model.request_caches import RequestCaches
 from .kv_cache import flatten_caches
 
 
@@ -166,9 +167,13 @@ def _join(arrays: Sequence[mx.array | None], lengths: Sequence[int], places: int
 
 
 def can_be_ragged(model: nn.Module) -> bool:
-    """Whether all of a model's caches are mlx-lm's plain ones, or states."""
+    """Whether all of a model's caches are mlx-lm's plain ones, states, or of one request each."""
     caches = flatten_caches(make_prompt_cache(model))
-    return all(type(cache) in (KVCache, ArraysCache) for cache in caches)
+    return all(type(cache) is KVCache or _merges_itself(cache) for cache in caches)
+
+
+def _merges_itself(cache: Any) -> bool:
+    return isinstance(cache, RequestCaches) or type(cache).__name__ == "ArraysCache"  # of both zoos
 
 
 def merge_ragged(sequences: Sequence[Sequence[Any]]) -> list[Any]:
@@ -180,8 +185,8 @@ def _merge_layer(caches: Sequence[Any]) -> Any:
     if isinstance(caches[0], CacheList):
         inner = zip(*(c.caches for c in caches), strict=True)
         return CacheList(*(_merge_layer(layer) for layer in inner))
-    if isinstance(caches[0], ArraysCache):
-        return ArraysCache.merge(caches)
+    if _merges_itself(caches[0]):
+        return type(caches[0]).merge(caches)
     return RaggedKVCache.merge(caches)
 
 
@@ -190,12 +195,17 @@ def extract_sequence(caches: Iterable[Any], row: int) -> list[Any]:
     return [cache.extract(row) for cache in caches]
 
 
-def drop_last(caches: list[Any], counts: Sequence[int]) -> None:
-    """Drop the last tokens of each sequence, in place; not from states, see `StateRewinder`."""
-    if any(counts):
-        for cache in flatten_caches(caches):
-            if not isinstance(cache, ArraysCache):
-                cache.drop(counts)
+def clear_sequence(caches: list[Any], row: int, empty: Sequence[Any]) -> None:
+    """Let a sequence begin anew, in place.
+
+    Args:
+        empty: caches of one sequence.
+    """
+    for cache, new in zip(flatten_caches(caches), flatten_caches(list(empty)), strict=True):
+        if isinstance(cache, RequestCaches):
+            cache.rows[row] = new.rows[0]
+        else:
+            cache.drop([n if r == row else 0 for r, n in enumerate(cache.lengths)])
 
 
 def keep_sequences(caches: list[Any], rows: Sequence[int]) -> None:

@@ -1,10 +1,12 @@
-"""Dropping the last tokens of layers that keep a state, as drafts need.
+"""Dropping the last tokens of a pass from a model's caches, as drafts need.
 
-Owns: `StateRewinder`, which records a pass and takes tokens of it back.
+Owns: `Rewinder`, which takes tokens of the last pass back, for caches of three kinds: those that
+can be cut off, states, and those of mlx-vlm's families, which keep what they need.
 Does not know: requests, drafts.
 A state has no tokens to cut off. That of a gated delta net or of Mamba 2 after fewer tokens follows
 from the one before the pass and from what its recurrence was given, so these are kept until the
-next pass. The layer's matrices, experts and all-reduces are not computed again.
+next pass. The layer's matrices, experts and all-reduces are not computed again. Some families of
+mlx-vlm keep states, windows and pools in caches that record a pass themselves.
 Invariant: the caches of a pass are dropped from before the next one, and in it only.
 Next: `speculative/decoder.py` and `speculative/group.py`, which drop rejected drafts.
 """
@@ -22,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
+from ...model.request_caches import RequestCaches
 from .kv_cache import can_trim, flatten_caches
 
 
@@ -55,6 +58,9 @@ _RECURRENCES = {
     "mlx_lm.models.qwen3_next": _Recurrence("Qwen3NextGatedDeltaNet", *_DELTA),
     "mlx_lm.models.qwen3_5": _Recurrence("GatedDeltaNet", *_DELTA),
 }
+
+# Of mlx-vlm, all of whose layers tell their caches what they need to be taken back.
+_RECORDING_FAMILIES = ("qwen4_exp",)
 
 
 @dataclass
@@ -119,8 +125,35 @@ class _LayerPass:
 _RECORDED: ContextVar[list[_LayerPass] | None] = ContextVar("recorded layers", default=None)
 
 
-class StateRewinder:
-    """Takes back tokens of the last recorded pass.
+class Rewinder:
+    """Takes back tokens of the last recorded pass, from caches that can be cut off."""
+
+    @contextmanager
+    def recording(self, caches: Sequence[Any], length: int) -> Iterator[None]:  # noqa: ARG002
+        """Record the passes inside.
+
+        Args:
+            caches: of the passes, with all sequences.
+            length: tokens of each sequence, of all passes together.
+        """
+        yield
+
+    def drop(self, caches: Sequence[Any], counts: Sequence[int]) -> None:
+        """Drop the last tokens of each sequence from `caches`, in place.
+
+        Args:
+            caches: that the last recorded passes were computed with.
+            counts: at most their length, for each sequence.
+        """
+        if any(counts):
+            drop_tokens(caches, counts)
+
+    def clear(self) -> None:
+        """Forget the last pass; its tokens stay."""
+
+
+class StateRewinder(Rewinder):
+    """The same where some caches are states.
 
     Args:
         model: see `can_rewind`; its layers are taught to record.
@@ -132,8 +165,8 @@ class StateRewinder:
         self._layers: list[_LayerPass] = []
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record the pass inside."""
+    def recording(self, caches: Sequence[Any], length: int) -> Iterator[None]:  # noqa: ARG002
+        """See `Rewinder`; of one pass."""
         self._layers = []
         token = _RECORDED.set(self._layers)
         try:
@@ -142,12 +175,8 @@ class StateRewinder:
             _RECORDED.reset(token)
 
     def drop(self, caches: Sequence[Any], counts: Sequence[int]) -> None:
-        """Drop the last tokens of each sequence from the states among `caches`, in place.
-
-        Args:
-            caches: that the last recorded pass was computed with.
-            counts: at most the length of that pass, for each sequence.
-        """
+        """See `Rewinder`."""
+        super().drop(caches, counts)
         if not any(counts):
             return
         states: list[Any] = find_states(caches)
@@ -155,8 +184,63 @@ class StateRewinder:
             cache.cache = layer.after([layer.length - count for count in counts])
 
     def clear(self) -> None:
-        """Forget the last pass."""
+        """See `Rewinder`."""
         self._layers = []
+
+
+class TransactionRewinder(Rewinder):
+    """The same for caches of mlx-vlm that record passes themselves, until they are told what to
+    keep."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[list[int], Any]] = []  # rows, and mlx-vlm's transaction
+        self._length = self._count = 0
+
+    @contextmanager
+    def recording(self, caches: Sequence[Any], length: int) -> Iterator[None]:
+        """See `Rewinder`."""
+        from mlx_vlm.speculative.cache_state import start_speculative_cache
+
+        self.clear()
+        alone = [cache for cache in caches if isinstance(cache, RequestCaches)]
+        joint = [cache for cache in caches if not isinstance(cache, RequestCaches)]
+        parts = [([row], [c.rows[row] for c in alone]) for row in range(_count_rows(alone))]
+        self._length = length
+        if joint:
+            parts.append(([], joint))
+        self._open = [(rows, start_speculative_cache(part, length)) for rows, part in parts]
+        yield
+
+    def drop(self, caches: Sequence[Any], counts: Sequence[int]) -> None:  # noqa: ARG002
+        """See `Rewinder`."""
+        self._keep([self._length - count for count in counts])
+
+    def clear(self) -> None:
+        """See `Rewinder`."""
+        self._keep(None)
+
+    def _keep(self, lengths: Sequence[int] | None) -> None:
+        for rows, transaction in self._open:
+            if lengths is None:
+                transaction.commit(self._length)
+            else:
+                transaction.commit([lengths[row] for row in rows] or list(lengths))
+        self._open = []
+
+
+def _count_rows(caches: Sequence[RequestCaches]) -> int:
+    return len(caches[0].rows) if caches else 0
+
+
+def drop_tokens(caches: Sequence[Any], counts: Sequence[int]) -> None:
+    """Drop the last tokens of each sequence, in place, but from states."""
+    for cache in flatten_caches(list(caches)):
+        if isinstance(cache, ArraysCache):
+            continue
+        if hasattr(cache, "drop"):  # of several sequences
+            cache.drop(counts)
+        else:
+            cache.trim(counts[0])
 
 
 def find_states(caches: Sequence[Any]) -> list[Any]:
@@ -165,8 +249,8 @@ def find_states(caches: Sequence[Any]) -> list[Any]:
 
 
 def can_drop(model: nn.Module) -> bool:
-    """Whether a model's caches can drop tokens of the last pass, by themselves or a rewinder."""
-    return can_trim(model) or can_rewind(model)
+    """Whether a model's caches can drop tokens of the last pass."""
+    return can_trim(model) or can_rewind(model) or _records_itself(model)
 
 
 def can_rewind(model: nn.Module) -> bool:
@@ -177,9 +261,15 @@ def can_rewind(model: nn.Module) -> bool:
     return 0 < len(states) == len(_find_layers(model)) and plain + len(states) == len(caches)
 
 
-def make_rewinder(model: nn.Module) -> StateRewinder | None:
-    """For a model that `can_drop`; None: its caches need no help."""
-    return None if can_trim(model) else StateRewinder(model)
+def _records_itself(model: Any) -> bool:
+    return getattr(model, "_family", "") in _RECORDING_FAMILIES
+
+
+def make_rewinder(model: nn.Module) -> Rewinder:
+    """For a model that `can_drop`."""
+    if can_trim(model):
+        return Rewinder()
+    return TransactionRewinder() if _records_itself(model) else StateRewinder(model)
 
 
 def _find_layers(model: nn.Module) -> list[nn.Module]:

@@ -30,8 +30,7 @@ from mlx_lm.generate import generation_stream
 from ...collective.base import Collective
 from ...core.request import Request, TokenEvent
 from ...model.step_timer import StepTimer
-from ..cache.kv_cache import flatten_caches
-from ..cache.state_rewinder import StateRewinder, find_states
+from ..cache.state_rewinder import Rewinder
 from ..sampling.sampler import SamplingState
 from .draft_model import MAX_UNREAD_TOKENS, READ_TOKENS, DraftModelProposer
 from .mtp import MtpProposer
@@ -130,7 +129,7 @@ class SpeculativeDecoder:
         mode: "auto" or "always".
         clock: seconds; replaced in tests.
         draft_model: None: drafts come only from the text.
-        rewinder: of the model; None: its caches need none.
+        rewinder: of the model; None: its caches can be cut off.
     """
 
     PLAIN_AFTER_DRAFTS = 64  # then plain decoding is timed again
@@ -144,10 +143,11 @@ class SpeculativeDecoder:
         mode: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
         draft_model: Drafter | None = None,
-        rewinder: StateRewinder | None = None,
+        rewinder: Rewinder | None = None,
     ) -> None:
         self._model, self._collective, self._timer = model, collective, timer
-        self._clock, self._draft_model, self._rewinder = clock, draft_model, rewinder
+        self._clock, self._draft_model = clock, draft_model
+        self._rewinder = rewinder or Rewinder()
         self._always = mode == "always"
         fixed = ALWAYS_TOKENS if self._always else None
         self._ngram_control = DraftLengthController(fixed)
@@ -217,8 +217,7 @@ class SpeculativeDecoder:
     def clear(self) -> None:
         """Forget the request."""
         self.generation, self.caches, self._pending = None, [], None
-        if self._rewinder is not None:
-            self._rewinder.clear()
+        self._rewinder.clear()
 
     def decode(self) -> list[TokenEvent]:
         """The request's next tokens, at least one."""
@@ -303,9 +302,7 @@ class SpeculativeDecoder:
 
     def _drop(self, count: int) -> None:
         """Drop the last tokens of the last pass."""
-        drop_tokens(self.caches, count)
-        if self._rewinder is not None:
-            self._rewinder.drop(self.caches, [count])
+        self._rewinder.drop(self.caches, [count])
         if self._draft_model is not None:
             self._draft_model.drop_states(count)
 
@@ -326,10 +323,10 @@ class SpeculativeDecoder:
         return event
 
     def _run_model(self, ids: mx.array) -> mx.array:
-        drafter, rewinder = self._draft_model, self._rewinder
+        drafter = self._draft_model
         with (
             drafter.recording() if drafter is not None else nullcontext(),
-            rewinder.recording() if rewinder is not None else nullcontext(),
+            self._rewinder.recording(self.caches, ids.shape[1]),
         ):
             logits: mx.array = self._model(ids, cache=self.caches)
         return logits
@@ -409,14 +406,6 @@ class SpeculativeDecoder:
             for control in controls:
                 control.on_step_time(drafted, now - self._last_call_at, tokens)
         self._last_call_at, self._timed = now, not measured
-
-
-def drop_tokens(caches: list[Any], count: int) -> None:
-    """Drop the last tokens of one sequence's caches, in place, but for states."""
-    states = {id(cache) for cache in find_states(caches)}
-    for cache in flatten_caches(caches):
-        if id(cache) not in states:
-            cache.trim(count)
 
 
 def _to_ints(x: mx.array) -> list[int]:

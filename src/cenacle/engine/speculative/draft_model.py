@@ -39,10 +39,12 @@ from ...model.drafter_config import EAGLE3, SUPPORTED, ServedShape, find_form
 from ...model.expert_parallel import parallelize
 from ...model.mtp import (
     MtpHead,
+    ZooHead,
     describe_misfit,
     describe_unused,
     find_embedding,
     has_mtp,
+    make_head,
     mtp_checkpoint,
     record_layer_outputs,
 )
@@ -363,7 +365,7 @@ def _load_dense(
     return model
 
 
-def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead:
+def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead | ZooHead:
     """Load the multi-token prediction layer of a checkpoint into this process.
 
     Args:
@@ -373,7 +375,7 @@ def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead:
         CheckpointError, InputError: see `load_draft_model`.
     """
     family = architecture.resolve_family(checkpoint.config)
-    return MtpHead(load_draft_model(mtp_checkpoint(checkpoint, family), kernels))
+    return make_head(load_draft_model(mtp_checkpoint(checkpoint, family), kernels), family)
 
 
 def load_drafter(

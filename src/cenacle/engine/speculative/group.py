@@ -30,8 +30,8 @@ from ...core.request import TokenEvent
 from ...model.step_timer import StepTimer
 from ...model.stream_caches import StreamCaches
 from ...model.stream_support import has_stream_caches
-from ..cache.ragged_cache import drop_last, extract_sequence, keep_sequences, merge_ragged
-from ..cache.state_rewinder import StateRewinder
+from ..cache.ragged_cache import extract_sequence, keep_sequences, merge_ragged
+from ..cache.state_rewinder import Rewinder
 from .decoder import ALWAYS_TOKENS, Generation
 from .group_drafters import GroupDrafter
 from .ngram import DraftStats, GroupLengthController, NgramProposer
@@ -66,13 +66,13 @@ class GroupDecoder:
     Between calls the caches hold all tokens of each request but the last.
 
     Args:
-        model: all its caches are plain or states, see `ragged_cache.can_be_ragged`.
+        model: with caches of several requests, see `ragged_cache.can_be_ragged`.
         collective: the ranks that must agree.
         timer: measured steps are slower, and do not count as measurements here.
         mode: "auto" or "always".
         clock: seconds; replaced in tests.
         drafter: None: drafts come only from the texts.
-        rewinder: of the model; None: its caches need none.
+        rewinder: of the model; None: its caches can be cut off.
     """
 
     PLAIN_AFTER_PASSES = 128  # then plain decoding is timed again
@@ -87,10 +87,11 @@ class GroupDecoder:
         mode: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
         drafter: GroupDrafter | None = None,
-        rewinder: StateRewinder | None = None,
+        rewinder: Rewinder | None = None,
     ) -> None:
         self._model, self._collective, self._timer = model, collective, timer
-        self._clock, self._drafter, self._rewinder = clock, drafter, rewinder
+        self._clock, self._drafter = clock, drafter
+        self._rewinder = rewinder or Rewinder()
         self._always = mode == "always"
         self._control = GroupLengthController(ALWAYS_TOKENS if self._always else None)
         self._texts: dict[str, _Text] = {}
@@ -203,8 +204,7 @@ class GroupDecoder:
         """Forget the requests."""
         self.generations, self._caches = [], []
         self._timed = False
-        if self._rewinder is not None:
-            self._rewinder.clear()
+        self._rewinder.clear()
 
     def remove(self, request_id: str) -> None:
         """Forget one request; unknown ids are ignored."""
@@ -314,10 +314,10 @@ class GroupDecoder:
             [g.last_token, *draft, *[g.last_token] * (longest - len(draft))]
             for g, draft in zip(generations, drafts, strict=True)
         ]
-        drafter, rewinder = self._drafter if self._uses_model else None, self._rewinder
+        drafter = self._drafter if self._uses_model else None
         with (
             drafter.recording() if drafter is not None else nullcontext(),
-            rewinder.recording() if rewinder is not None else nullcontext(),
+            self._rewinder.recording(self._caches, longest + 1),
         ):
             logits = self._model(mx.array(rows), cache=self._caches)
         samples = [
@@ -339,9 +339,7 @@ class GroupDecoder:
             generation.sampling.discard(length + accepted)
         kept = [len(own) for own in events]
         dropped = [longest + 1 - count for count in kept]
-        drop_last(self._caches, dropped)
-        if rewinder is not None:
-            rewinder.drop(self._caches, dropped)
+        self._rewinder.drop(self._caches, dropped)
         if drafter is not None:
             drafter.on_verified(agreed, kept)
         self._count(results, by_model, limit)

@@ -24,7 +24,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ...collective.base import Collective
 from ...model.mtp import at_places
-from ..cache.ragged_cache import drop_last, extract_sequence, keep_sequences, merge_ragged
+from ..cache.ragged_cache import (
+    clear_sequence,
+    extract_sequence,
+    keep_sequences,
+    merge_ragged,
+)
+from ..cache.state_rewinder import Rewinder, drop_tokens, make_rewinder
 from .draft_model import (
     MAX_UNREAD_TOKENS,
     READ_TOKENS,
@@ -203,7 +209,7 @@ class GroupDraftModel(GroupDrafter):
         """See `GroupDrafter`."""
         surplus = [max(own - n, 0) for own, n in zip(self._lengths, lengths, strict=True)]
         self._lengths = [own - n for own, n in zip(self._lengths, surplus, strict=True)]
-        drop_last(self._caches, surplus)
+        drop_tokens(self._caches, surplus)
 
     def _draft(self, generations: Sequence[Generation], count: int) -> mx.array:
         assert self._model is not None
@@ -211,7 +217,7 @@ class GroupDraftModel(GroupDrafter):
         width = max(map(len, new))
         padded = [self._ids([*tokens, *[0] * (width - len(tokens))]) for tokens in new]
         logits = self._model(mx.array(padded), cache=self._caches)
-        drop_last(self._caches, [width - len(tokens) for tokens in new])
+        drop_tokens(self._caches, [width - len(tokens) for tokens in new])
         logits = at_places(logits, [len(tokens) - 1 for tokens in new])[:, 0]
         samples = [self._sample(generations, logits, 0)]
         last_id = self._config.vocab_size - 1
@@ -241,6 +247,7 @@ class GroupMtp(GroupDrafter):
     def __init__(self, alone: MtpProposer) -> None:
         super().__init__(alone.collective, alone.vocab_size, alone.context_length)
         self._head, self._states = alone.head, alone.states
+        self._rewinder = Rewinder()
         self._caches: list[Any] = []
         self._read: list[int] = []  # tokens in each cache
         self._unread: list[list[mx.array]] = []  # of each request: [n, width], ..., on rank 0
@@ -261,7 +268,8 @@ class GroupMtp(GroupDrafter):
         self._read, self._counts = [0] * count, [0] * count
         if self._head is not None:
             self._unread = [[] for _ in generations]
-            self._caches = merge_ragged([self._head.make_caches()] * count)
+            self._caches = merge_ragged([self._head.make_caches() for _ in generations])
+            self._rewinder = make_rewinder(self._head.model)
 
     def release(self, generations: Sequence[Generation]) -> None:  # noqa: ARG002
         """See `GroupDrafter`."""
@@ -306,7 +314,7 @@ class GroupMtp(GroupDrafter):
         self._counts[row] = kept
         if self._head is not None:
             self._unread[row] = [mx.concatenate(self._unread[row])[-kept:]]
-            drop_last(self._caches, [n if r == row else 0 for r, n in enumerate(self._read)])
+            clear_sequence(self._caches, row, self._head.make_caches())
         self._read[row] = 0
 
     def _draft(self, generations: Sequence[Generation], count: int) -> mx.array:
@@ -326,15 +334,18 @@ class GroupMtp(GroupDrafter):
             ]
         )
         places = [n - 1 for n in self._counts]
-        logits, states = self._head(ids, self._head.join(hidden), self._caches, places)
+        with self._rewinder.recording(self._caches, width):
+            logits, states = self._head(ids, self._head.join(hidden), self._caches, places)
         states = at_places(states, places)
-        drop_last(self._caches, missing)
+        self._rewinder.drop(self._caches, missing)
         samples = [self._sample(generations, logits, 0)]
-        for index in range(1, count):
-            logits, states = self._head(samples[-1], states, self._caches)
-            samples.append(self._sample(generations, logits, index))
-        # Read again with the model's own states.
-        drop_last(self._caches, [count - 1] * len(generations))
+        if count > 1:
+            with self._rewinder.recording(self._caches, count - 1):
+                for index in range(1, count):
+                    logits, states = self._head(samples[-1], states, self._caches)
+                    samples.append(self._sample(generations, logits, index))
+            # Read again with the model's own states.
+            self._rewinder.drop(self._caches, [count - 1] * len(generations))
         self._unread = [[] for _ in generations]
         return mx.concatenate(samples, axis=1)
 

@@ -22,16 +22,22 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import trim_prompt_cache
 
 from ...collective.base import Collective
+from ..cache.state_rewinder import make_rewinder
 from .draft_model import SampleToken, fit_vocabulary
 
 KEPT_TOKENS = 256
 
 
 class DraftHead(Protocol):
-    """What drafts from hidden states, such as `model.mtp.MtpHead`."""
+    """What drafts from hidden states, such as `model.mtp.MtpHead`.
+
+    Args:
+        model: whose caches it has.
+    """
+
+    model: Any
 
     def make_caches(self) -> list[Any]:
         """Empty ones, of one sequence."""
@@ -200,12 +206,20 @@ class MtpProposer:
         ids = mx.array([self._text[-unread:]])
         hidden = head.join(self.states.last(unread)[None])
         samples: list[mx.array] = []
-        for i in range(count):
+
+        def read(ids: mx.array, hidden: mx.array) -> mx.array:
             logits, states = head(ids, hidden, self._caches)
             logits = fit_vocabulary(logits, self.vocab_size)
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            samples.append(sample(logprobs, position + i))
-            ids, hidden = samples[-1][None], states[:, -1:]
-        trim_prompt_cache(self._caches, count - 1)  # read again with the model's own states
+            samples.append(sample(logprobs, position + len(samples)))
+            return states[:, -1:]
+
+        hidden = read(ids, hidden)
+        if count > 1:
+            rewinder = make_rewinder(head.model)
+            with rewinder.recording(self._caches, count - 1):
+                for _ in range(1, count):
+                    hidden = read(samples[-1][None], hidden)
+            rewinder.drop(self._caches, [count - 1])  # read again with the model's own states
         self._next = seen
         return samples

@@ -1,0 +1,155 @@
+"""Layers for multi-token prediction that mlx-vlm's drafters compute, as models of one layer.
+
+Owns: which families have such a drafter, and how it is called; `drafter_classes`.
+Does not know: names in checkpoints (`mtp.py`), ranks, requests.
+How: a drafter of mlx-vlm is the layer, with its norms and what joins its inputs; beside it are an
+embedding and an output head. Its tensors lie below `LAYER`, under the names that follow the prefix
+in the file; the drafter's own conversion does the rest.
+Invariant: mlx-vlm is imported only for a config that asks for a drafter.
+Next: `mtp.py`, which reads such a model and calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..core.model_config import Config, text_config
+from ..extras import import_extra
+from .zoo_caches import as_mlx_lm_caches
+
+PREFIX_KEY = "_draft_prefix"
+"""Of a config: build its family's drafter, whose tensors have this prefix in published files."""
+LAYER = "model.layers.0."
+
+Forward = Callable[[Any, mx.array, mx.array, mx.array, list[Any]], tuple[mx.array, mx.array]]
+"""A drafter, embeddings of tokens [batch, length, width], hidden states of the tokens before them,
+the tokens [batch, length], and caches -> what the output head reads, and the states."""
+
+
+def _forward(
+    drafter: Any, embedded: mx.array, hidden: mx.array, ids: mx.array, caches: list[Any]
+) -> tuple[mx.array, mx.array]:
+    drafter._next_position = caches[0].offset  # where its rotary positions are not the cache's
+    head_input, states = drafter._forward_hidden(embedded, hidden, ids, caches)
+    return head_input, states
+
+
+def _forward_hy_v4(
+    drafter: Any,
+    embedded: mx.array,
+    hidden: mx.array,
+    ids: mx.array,  # noqa: ARG001
+    caches: list[Any],
+) -> tuple[mx.array, mx.array]:
+    states = drafter._forward_hidden(embedded, hidden, caches, None)
+    return states, states
+
+
+@dataclass(frozen=True)
+class ZooDrafter:
+    """How mlx-vlm's drafter of a family is called.
+
+    Args:
+        forward: see `Forward`.
+        layers: the decoder layers of a drafter.
+        published: beginnings of its parameters' names, and what files have instead.
+        streams: the module of the served model whose input it reads; "": it reads hidden states
+            behind the final norm.
+    """
+
+    forward: Forward = _forward
+    layers: Callable[[Any], list[nn.Module]] = lambda drafter: [drafter.decoder]
+    published: tuple[tuple[str, str], ...] = ()
+    streams: str = ""
+
+    def name_in_files(self, name: str) -> str:
+        """What follows the prefix in a file, of a parameter of the drafter."""
+        for own, published in self.published:
+            if name.startswith(own):
+                return published + name.removeprefix(own)
+        return name
+
+
+ZOO_DRAFTERS = {
+    "hy_v4": ZooDrafter(
+        _forward_hy_v4, published=(("decoder.", ""), ("norm.", "final_layernorm."))
+    ),
+    "qwen4_exp": ZooDrafter(
+        layers=lambda drafter: drafter.layers, streams="hyper_connection_mixer"
+    ),
+}
+
+
+def drafter_classes(family: str) -> tuple[type[nn.Module], Any]:
+    """The class of a family's model of one layer, and of its arguments, in mlx-lm's form.
+
+    Raises:
+        InputError: mlx-vlm is not installed.
+    """
+    kind = type("DraftLayer", (DraftLayer,), {"_family": family})
+    return kind, SimpleNamespace(from_dict=lambda config: (config, _splitter(config)))
+
+
+def _splitter(config: Config) -> Any:
+    """What mlx-vlm knows of a family's drafter."""
+    return import_extra("mlx_vlm.speculative.drafters.mtp_split", "vlm").get_mtp_splitter(
+        source_config=config
+    )
+
+
+class DraftLayer(nn.Module):
+    """A drafter of mlx-vlm with an embedding and an output head.
+
+    Args:
+        arguments: a config with `PREFIX_KEY`, and what mlx-vlm knows of the drafter.
+    """
+
+    _family: str
+
+    def __init__(self, arguments: tuple[Config, Any]) -> None:
+        super().__init__()
+        config, splitter = arguments
+        self._prefix, self._splitter = config[PREFIX_KEY], splitter
+        self._text = splitter.read_text_config(config)
+        kind = splitter.draft_model_cls
+        arguments_of = kind.__init__.__annotations__["config"].from_dict
+        drafter = kind(arguments_of({"text_config": self._text}))
+        vocab_size, width = (text_config(config)[key] for key in ("vocab_size", "hidden_size"))
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocab_size, width)
+        self.model.layers = [drafter]
+        if not self._text.get("tie_word_embeddings"):
+            self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        self.eval()
+
+    @property
+    def drafter(self) -> Any:
+        """mlx-vlm's."""
+        return self.model.layers[0]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return ZOO_DRAFTERS[self._family].layers(self.drafter)
+
+    def make_cache(self) -> list[Any]:
+        """A cache for each layer."""
+        return as_mlx_lm_caches(self.drafter.make_cache())
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """As mlx-vlm converts the layer's tensors."""
+        inside = {
+            self._prefix + name.removeprefix(LAYER): array
+            for name, array in weights.items()
+            if name.startswith(LAYER)
+        }
+        renamed = self._splitter.rename(inside, self._text)
+        converted = self._splitter.run_sanitize(renamed, self._text)
+        shared = {n: array for n, array in weights.items() if not n.startswith(LAYER)}
+        return shared | {LAYER + name: array for name, array in converted.items()}
