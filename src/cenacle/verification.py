@@ -206,11 +206,12 @@ def shared_logprobs(expected: Answer, actual: Answer) -> Iterator[tuple[int, int
 
 def describe_difference(expected: Answer, actual: Answer, tolerance: Tolerance) -> str:
     """How an answer differs by more than rounding; empty: it does not."""
-    for position, token, before, now in shared_logprobs(expected, actual):
-        if not abs(before - now) <= tolerance.maximum:  # NaN differs too
+    for position, token, expected_logprob, actual_logprob in shared_logprobs(expected, actual):
+        if not abs(expected_logprob - actual_logprob) <= tolerance.maximum:  # NaN differs too
             return (
-                f"at token {position} the log-probability of id {token} was {before:.3f}, is "
-                f"{now:.3f} (may differ by {tolerance.maximum:g})"
+                f"at token {position} the log-probability of id {token} was "
+                f"{expected_logprob:.3f}, is {actual_logprob:.3f} (may differ by "
+                f"{tolerance.maximum:g})"
             )
     for position, (a, b) in enumerate(zip(expected.tokens, actual.tokens, strict=False)):
         if a != b:
@@ -225,9 +226,9 @@ def describe_difference(expected: Answer, actual: Answer, tolerance: Tolerance) 
 def logprob_distance(expected: Sequence[Answer], actual: Sequence[Answer]) -> float:
     """95th percentile of the differences of log-probabilities; infinite if there are none."""
     differences = [
-        abs(before - now)
+        abs(expected_logprob - actual_logprob)
         for a, b in zip(expected, actual, strict=True)
-        for _, _, before, now in shared_logprobs(a, b)
+        for _, _, expected_logprob, actual_logprob in shared_logprobs(a, b)
     ]
     return sorted(differences)[int(0.95 * len(differences))] if differences else math.inf
 
@@ -444,8 +445,10 @@ class Verification:
         source = "a single node" if record["plan"] is None else "an earlier pass"
         prompts = verification_prompts(spec.vocab_size, spec.context_length)
         expected = [Answer.from_json(answer) for answer in record["answers"]]
-        for prompt, before, now in zip(prompts, expected, actual.answers, strict=True):
-            if difference := describe_difference(before, now, tolerance):
+        for prompt, expected_answer, actual_answer in zip(
+            prompts, expected, actual.answers, strict=True
+        ):
+            if difference := describe_difference(expected_answer, actual_answer, tolerance):
                 differences.append(
                     f"a prompt of {len(prompt)} tokens is answered differently than by {source}: "
                     f"{difference}"

@@ -215,6 +215,13 @@ def test_an_answer_is_json() -> None:
     data = base64.b64encode(saved(scene())).decode()
     limits = {"cpu_s": 100, "memory_bytes": 4 << 30}
     answer = decode_worker.answer(
-        {"image": data, "side": 16, "least": 1024, "most": 65536, **limits, "enlarges": False}
+        {
+            "image": data,
+            "side": 16,
+            "min_pixels": 1024,
+            "max_pixels": 65536,
+            **limits,
+            "enlarges": False,
+        }
     )
     assert (answer["width"], answer["height"]) == (48, 32)

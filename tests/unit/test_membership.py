@@ -17,7 +17,7 @@ from cenacle.cluster.membership import (
     GroupReady,
     GroupRequestCancelled,
     GroupRequested,
-    Heartbeat,
+    HeartbeatReceived,
     Membership,
     NodeConnected,
     NodeDisconnected,
@@ -111,16 +111,18 @@ def test_optional_packages_are_compared_where_both_have_them(head, node, reason)
 
 def test_a_silent_node_is_lost_and_named():
     state, done = replay(
-        *TWO, connected("head"), connected("n"), Heartbeat("head", HEARTBEAT_TIMEOUT_S)
+        *TWO, connected("head"), connected("n"), HeartbeatReceived("head", HEARTBEAT_TIMEOUT_S)
     )
     state, done = replay(Tick(HEARTBEAT_TIMEOUT_S + 0.1), state=state)
     assert done == [Disconnect("n", f"has sent no heartbeat for {HEARTBEAT_TIMEOUT_S:g} s")]
     assert [n.name for n in ineligible_nodes(state)] == ["b"]
     assert replay(Tick(HEARTBEAT_TIMEOUT_S + 0.2), state=state)[1] == [], "once"
-    assert replay(Heartbeat("n", HEARTBEAT_TIMEOUT_S + 0.3), state=state)[0] == state, (
+    assert replay(HeartbeatReceived("n", HEARTBEAT_TIMEOUT_S + 0.3), state=state)[0] == state, (
         "it has to come again"
     )
-    assert not ineligible_nodes(replay(connected("n", 9.0), Heartbeat("head", 9.0), state=state)[0])
+    assert not ineligible_nodes(
+        replay(connected("n", 9.0), HeartbeatReceived("head", 9.0), state=state)[0]
+    )
 
 
 def test_other_versions_are_rejected_with_advice():
@@ -174,7 +176,7 @@ THREE = (*TWO, NodeRegistered("m", "c"))
 
 def heartbeats(at, *who):
     """All of these are heard, and the time comes."""
-    return (*(Heartbeat(w, at) for w in who or ("head", "n", "m")), Tick(at))
+    return (*(HeartbeatReceived(w, at) for w in who or ("head", "n", "m")), Tick(at))
 
 
 def two_of_three():
@@ -384,7 +386,7 @@ def test_invariants_hold_for_random_events(seed):
                 NodeRegistered(who, dice.choice("xy")),
                 connected(who, now, mlx=dice.choice("2229")),
                 connected("head", now),
-                Heartbeat(who, now),
+                HeartbeatReceived(who, now),
                 NodeDisconnected(who, "gone"),
                 NodeRemoved(dice.choice("abc")),
                 GroupRequested(dice.choice([0, 1, 2, 3])),

@@ -21,7 +21,7 @@ from cenacle.server.auth import KeyStore
 from cenacle.server.limits import Limits
 from cenacle.server.metrics import ModelsMetrics
 from cenacle.server.middleware import AccessMiddleware
-from cenacle.server.model_catalog import CatalogEntry
+from cenacle.server.model_catalog import ModelEntry
 from cenacle.server.model_pool import LoadTask, ModelPool, PoolOptions
 from cenacle.server.models_app import ModelsApplication
 
@@ -73,7 +73,7 @@ class Fixture:
     async def client(self, key: str = "") -> AsyncIterator[httpx.AsyncClient]:
         pool = ModelPool(NAMES, self.load, PoolOptions(), lambda: 100)
         catalog = {
-            name: CatalogEntry(LoadOptions(name), ServedModel(name, 4096, 100)) for name in NAMES
+            name: ModelEntry(LoadOptions(name), ServedModel(name, 4096, 100)) for name in NAMES
         }
         application = ModelsApplication(
             pool,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ..cluster.formation import Cluster
     from ..server.access_policy import AccessPolicy
     from ..server.http_server import ServerOptions
-    from ..server.model_catalog import CatalogEntry
+    from ..server.model_catalog import ModelEntry
     from ..server.model_pool import PoolOptions
     from ..server.supervisor import SupervisedProcess
 
@@ -318,7 +318,7 @@ class SeveralModels:
         max_waiting: most requests that wait for one of them.
     """
 
-    catalog: Mapping[str, CatalogEntry]
+    catalog: Mapping[str, ModelEntry]
     pool: PoolOptions
     names: Mapping[str, Sequence[str]]
     max_waiting: int

@@ -542,7 +542,9 @@ class Head:
     ) -> None:
         match message:
             case messages.Heartbeat(available_bytes=available_bytes):
-                self._dispatch(membership.Heartbeat(node_id, time.monotonic(), available_bytes))
+                self._dispatch(
+                    membership.HeartbeatReceived(node_id, time.monotonic(), available_bytes)
+                )
             case messages.RankExited(group_id=group_id, rank=rank, pid=pid, reason=reason):
                 state = self._state
                 if group_id != state.group_id or not state.members:

@@ -150,7 +150,7 @@ class NodeConnected:
 
 
 @dataclass(frozen=True)
-class Heartbeat:
+class HeartbeatReceived:
     """An agent is alive; `available_bytes`: of its node's memory, if it was measured."""
 
     id: str
@@ -228,7 +228,7 @@ class Tick:
 Event = (
     NodeRegistered
     | NodeConnected
-    | Heartbeat
+    | HeartbeatReceived
     | NodeDisconnected
     | NodeRemoved
     | GroupRequested
@@ -284,7 +284,7 @@ def apply_event(state: Membership, event: Event) -> tuple[Membership, tuple[Acti
                 state = _with(state, Node(node_id, _unique_name(state, name)))
         case NodeConnected():
             state = _connect(state, event, actions)
-        case Heartbeat(id=node_id, at_s=at_s, available_bytes=available_bytes):
+        case HeartbeatReceived(id=node_id, at_s=at_s, available_bytes=available_bytes):
             node = state.nodes.get(node_id)
             if node is not None and node.connected:
                 if available_bytes is not None:

@@ -110,13 +110,13 @@ def cache_tokens(
     """
     if not images:
         return tuple(tokens)
-    told = list(tokens)
+    marked = list(tokens)
     for image in images:
         name = image.digest if image.tokens >= MIN_SHARED_TOKENS else request_id
         stream = hashlib.shake_256(f"{name} {image.rows} {image.columns}".encode())
         data = stream.digest(_WORD_BYTES * image.tokens)
-        told[image.begin : image.end] = (
+        marked[image.begin : image.end] = (
             int.from_bytes(data[i : i + _WORD_BYTES], "little") | IMAGE_TOKEN_BIT
             for i in range(0, len(data), _WORD_BYTES)
         )
-    return tuple(told)
+    return tuple(marked)

@@ -148,8 +148,8 @@ class EmulatedMachine(WrappedCollective):
             return arrival_s
         words = np.zeros((self.size, 2), dtype=np.int32)
         words[self.rank] = divmod(round(1e6 * arrival_s), _WORD)
-        seen = np.asarray(self._inner.all_sum(mx.array(words))).astype(np.int64)
-        return float((seen[:, 0] * _WORD + seen[:, 1]).max()) / 1e6
+        arrivals = np.asarray(self._inner.all_sum(mx.array(words))).astype(np.int64)
+        return float((arrivals[:, 0] * _WORD + arrivals[:, 1]).max()) / 1e6
 
     def _finish_pass(self) -> None:
         """Count the pass that has ended, if it is one that counts."""
@@ -164,5 +164,5 @@ def _contexts(inputs: mx.array, caches: Any) -> list[int]:
     """Positions that each request's last token attends to: those in its cache, and its own."""
     requests, length = inputs.shape[:2]
     offset = next((c.offset for c in caches or () if hasattr(c, "offset")), 0)
-    kept = np.broadcast_to(np.asarray(offset).reshape(-1), (requests,))
-    return [int(n) + length for n in kept]
+    offsets = np.broadcast_to(np.asarray(offset).reshape(-1), (requests,))
+    return [int(n) + length for n in offsets]

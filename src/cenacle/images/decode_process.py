@@ -41,12 +41,19 @@ class DecodeProcess:
 
     Args:
         side: pixels of a token's side.
-        least, most: pixels of an image.
+        min_pixels, max_pixels: of an image.
         enlarges: see `decode_worker.fit_size`.
     """
 
-    def __init__(self, side: int, least: int, most: int, *, enlarges: bool = False) -> None:
-        self._side, self._least, self._most, self._enlarges = side, least, most, enlarges
+    def __init__(
+        self, side: int, min_pixels: int, max_pixels: int, *, enlarges: bool = False
+    ) -> None:
+        self._side, self._min_pixels, self._max_pixels, self._enlarges = (
+            side,
+            min_pixels,
+            max_pixels,
+            enlarges,
+        )
         self._worker = WorkerProcess("cenacle.images.decode_worker")
         self._lock = threading.Lock()
 
@@ -63,7 +70,7 @@ class DecodeProcess:
         """
         message = {
             "image": base64.b64encode(data).decode(),
-            **{"side": self._side, "least": self._least, "most": self._most},
+            **{"side": self._side, "min_pixels": self._min_pixels, "max_pixels": self._max_pixels},
             "enlarges": self._enlarges,
             **{"cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES},
         }

@@ -65,24 +65,24 @@ def decode(data: bytes) -> Image.Image:
 
 def _unknown_format(data: bytes) -> str:
     start = data[:300].lstrip().lower()
-    found = "another file"
+    kind = "another file"
     if start.startswith((b"<svg", b"<?xml")):
-        found = "a drawing (SVG)"
+        kind = "a drawing (SVG)"
     elif start.startswith((b"<!doctype", b"<html")):
-        found = "a page (HTML)"
+        kind = "a page (HTML)"
     elif start.startswith(b"%pdf"):
-        found = "a document (PDF)"
+        kind = "a document (PDF)"
     elif data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
-        found = "a HEIC file"
+        kind = "a HEIC file"
     elif data[4:12] in (b"ftypavif", b"ftypavis"):
-        found = "an AVIF file"
+        kind = "an AVIF file"
     elif data[:4] in (b"II*\0", b"MM\0*"):
-        found = "a TIFF file"
+        kind = "a TIFF file"
     elif data[4:8] == b"ftyp":
-        found = "a video"
+        kind = "a video"
     elif not data.strip(b"\0"):
-        found = "nothing but zeros"
-    return f"expected PNG, JPEG, WebP, GIF or BMP, got {found}"
+        kind = "nothing but zeros"
+    return f"expected PNG, JPEG, WebP, GIF or BMP, got {kind}"
 
 
 def _describe(error: Exception) -> str:
@@ -105,31 +105,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             values = values >> 8
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        white = Image.new("RGBA", seen.size, "white")
-        image = Image.alpha_composite(white, seen)
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        image = Image.alpha_composite(white, rgba)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit_size(
-    height: int, width: int, side: int, least: int, most: int, *, enlarges: bool = False
+    height: int, width: int, side: int, min_pixels: int, max_pixels: int, *, enlarges: bool = False
 ) -> tuple[int, int]:
-    """The height and width to which an image is resized: multiples of `side`, with `least` to
-    `most` pixels, nearly in proportion. As Qwen's processors have it, and GLM's if it `enlarges`
+    """The height and width to which an image is resized: multiples of `side`, with `min_pixels` to
+    `max_pixels`, nearly in proportion. As Qwen's processors have it, and GLM's if it `enlarges`
     those that are shorter than a side."""
     if enlarges and min(height, width) < side:
         scale = max(side / height, side / width)
         height, width = int(height * scale), int(width * scale)
     high, wide = round(height / side) * side, round(width / side) * side
-    if high * wide > most:
-        scale = math.sqrt(height * width / most)
+    if high * wide > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
         high = max(side, math.floor(height / scale / side) * side)
         wide = max(side, math.floor(width / scale / side) * side)
         # A long thin one: the side that cannot be smaller takes from the other.
-        high = min(high, most // wide // side * side) or side
-        wide = min(wide, most // high // side * side) or side
-    elif high * wide < least:
-        scale = math.sqrt(least / (height * width))
+        high = min(high, max_pixels // wide // side * side) or side
+        wide = min(wide, max_pixels // high // side * side) or side
+    elif high * wide < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
         high = math.ceil(height * scale / side) * side
         wide = math.ceil(width * scale / side) * side
     return high, wide
@@ -145,8 +145,8 @@ def answer(message: dict[str, Any]) -> dict[str, Any]:
             image.height,
             image.width,
             message["side"],
-            message["least"],
-            message["most"],
+            message["min_pixels"],
+            message["max_pixels"],
             enlarges=message["enlarges"],
         )
         if (wide, high) != image.size:

@@ -105,10 +105,12 @@ class AllowedHosts:
         """Whether a host, lower case and without a dot at its end, may be asked."""
         if "*" in self.names and port == _PORTS[scheme]:
             return True
-        own = "" if port == _PORTS[scheme] else f":{port}"
+        port_suffix = "" if port == _PORTS[scheme] else f":{port}"
         for name in self.names:
             suffix = name[1:] if name.startswith("*.") else None
-            if f"{host}{own}" == name or (suffix and f"{host}{own}".endswith(suffix)):
+            if f"{host}{port_suffix}" == name or (
+                suffix and f"{host}{port_suffix}".endswith(suffix)
+            ):
                 return True
         return False
 

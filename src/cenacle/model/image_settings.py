@@ -71,15 +71,15 @@ class ImageSettings:
         vision = config.get("vision_config")
         if family not in IMAGE_FAMILIES or not isinstance(vision, dict) or not vision:
             return None
-        given = _read_json(folder / "preprocessor_config.json")
+        values = _read_json(folder / "preprocessor_config.json")
         processor = _read_json(folder / "processor_config.json").get("image_processor")
-        given |= processor if isinstance(processor, dict) else {}
-        size = given.get("size") if isinstance(given.get("size"), dict) else {}
+        values |= processor if isinstance(processor, dict) else {}
+        size = values.get("size") if isinstance(values.get("size"), dict) else {}
         assert isinstance(size, dict)
-        least = given.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS_DEFAULT
-        most = given.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS_DEFAULT
+        min_pixels = values.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS_DEFAULT
+        max_pixels = values.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS_DEFAULT
         # GLM counts an image's pixels as often as it repeats it.
-        frames = int(given.get("temporal_patch_size") or 2) if family == _GLM else 1
+        frames = int(values.get("temporal_patch_size") or 2) if family == _GLM else 1
         colors = _CLIP if family == _GLM else ((0.5,) * 3,) * 2
 
         def token(name: str, *others: str) -> int:
@@ -88,13 +88,13 @@ class ImageSettings:
         try:
             settings = cls(
                 family,
-                int(given.get("patch_size") or vision.get("patch_size") or 16),
-                int(given.get("merge_size") or vision.get("spatial_merge_size") or 2),
-                int(given.get("temporal_patch_size") or vision.get("temporal_patch_size") or 2),
-                int(least) // frames,
-                min(int(most) // frames, MAX_PIXELS),
-                tuple(map(float, given.get("image_mean") or colors[0])),
-                tuple(map(float, given.get("image_std") or colors[1])),
+                int(values.get("patch_size") or vision.get("patch_size") or 16),
+                int(values.get("merge_size") or vision.get("spatial_merge_size") or 2),
+                int(values.get("temporal_patch_size") or vision.get("temporal_patch_size") or 2),
+                int(min_pixels) // frames,
+                min(int(max_pixels) // frames, MAX_PIXELS),
+                tuple(map(float, values.get("image_mean") or colors[0])),
+                tuple(map(float, values.get("image_std") or colors[1])),
                 token("image_token_id"),
                 token("vision_start_token_id", "image_start_token_id"),
                 token("vision_end_token_id", "image_end_token_id"),
@@ -110,11 +110,11 @@ class ImageSettings:
 
     def _check(self, folder: Path) -> None:
         sides = (self.patch_size, self.merge_size, self.temporal_patch_size)
-        is_right = all(1 <= side <= 256 for side in sides)
-        is_right &= 1 <= self.min_pixels <= self.max_pixels
-        is_right &= self.token_side**2 <= self.max_pixels
-        is_right &= len(self.mean) == len(self.deviation) == 3 and 0 not in self.deviation
-        if not is_right:
+        is_valid = all(1 <= side <= 256 for side in sides)
+        is_valid &= 1 <= self.min_pixels <= self.max_pixels
+        is_valid &= self.token_side**2 <= self.max_pixels
+        is_valid &= len(self.mean) == len(self.deviation) == 3 and 0 not in self.deviation
+        if not is_valid:
             raise CheckpointError(
                 f"{folder}: preprocessor_config.json: expected sizes of images from one token of "
                 f"{self.token_side} x {self.token_side} pixels on, and three colors, got {self}"

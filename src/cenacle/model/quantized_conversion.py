@@ -52,7 +52,7 @@ class LoadedLayer:
         """Of its parts."""
         return sum(array.nbytes for array in self.parts.values())
 
-    def stand_in(self, part: str) -> mx.array:
+    def placeholder(self, part: str) -> mx.array:
         """What takes the place of the layer's floats in a conversion of `part`."""
         if self.stored.held == "dense" or part not in self.parts:
             return self.stored.dequantize(self.parts)
@@ -102,7 +102,7 @@ def convert_quantized(
     def run(part: str, kept: Iterable[str]) -> Tensors:
         weights = {}
         for path, layer in layers.items():
-            array = layer.stand_in(part if path in kept else "dense")
+            array = layer.placeholder(part if path in kept else "dense")
             weights[f"{path}.weight"] = array
             owners[id(array)] = array, layer  # the array too: an id is reused after it
         return convert(tensors | weights)

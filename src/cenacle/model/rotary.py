@@ -109,12 +109,12 @@ def _with_length(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
 def find_scalings(config: Config) -> list[dict[str, Any]]:
     """The settings of all scaled rotary positions of a config: several by kinds of layers."""
     text = complete_rope(text_config(config))
-    rope, found = text.get("rope_parameters"), []
+    rope, settings = text.get("rope_parameters"), []
     if isinstance(rope, dict) and _is_nested(rope):
-        found = [value for value in rope.values() if isinstance(value, dict)]
+        settings = [value for value in rope.values() if isinstance(value, dict)]
     if isinstance(text.get("rope_scaling"), dict):
-        found.append(text["rope_scaling"])
-    return [{**s, "rope_type": _kind_of(s)} for s in found if _kind_of(s) not in UNSCALED]
+        settings.append(text["rope_scaling"])
+    return [{**s, "rope_type": _kind_of(s)} for s in settings if _kind_of(s) not in UNSCALED]
 
 
 def check_scalings(family: str, config: Config) -> None:
@@ -126,8 +126,8 @@ def check_scalings(family: str, config: Config) -> None:
     known = _OWN_KINDS.get(family, _KNOWN_TO_ZOO)
     scalings = find_scalings(config)
     text = text_config(config)
-    rope, beside = text.get("rope_parameters"), text.get("rope_scaling")
-    if isinstance(rope, dict) and _is_nested(rope) and isinstance(beside, dict):
+    rope, scaling = text.get("rope_parameters"), text.get("rope_scaling")
+    if isinstance(rope, dict) and _is_nested(rope) and isinstance(scaling, dict):
         raise CheckpointError(
             "config.json: expected rope_scaling, or rope_parameters of each kind of layers, got "
             "both"

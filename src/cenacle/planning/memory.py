@@ -55,16 +55,16 @@ class MemoryEstimate:
         weights = [plan.bytes_of(r)["total"] for r in range(plan.nodes)]
         own_draft = draft_model if rank == 0 else 0
         loading = [plan.loading_bytes_of(r) for r in range(plan.nodes)]
-        beside = [max(kv_cache, at_start) + WORKSPACE_BYTES for at_start in loading]
-        neighbors = sum(weights) + sum(beside) - weights[rank] - beside[rank]
+        cache = [max(kv_cache, at_start) + WORKSPACE_BYTES for at_start in loading]
+        neighbors = sum(weights) + sum(cache) - weights[rank] - cache[rank]
         neighbors += draft_model - own_draft
         return cls(rank, weights[rank], kv_cache, neighbors, own_draft, loading[rank])
 
     @property
     def unshared(self) -> int:
         """Bytes of this rank alone."""
-        beside = max(self.kv_cache, self.loading)
-        return self.weights + beside + self.draft_model + WORKSPACE_BYTES
+        cache = max(self.kv_cache, self.loading)
+        return self.weights + cache + self.draft_model + WORKSPACE_BYTES
 
     @property
     def total(self) -> int:
@@ -75,12 +75,12 @@ class MemoryEstimate:
         """For messages."""
         others = f" and {format_bytes(self.neighbors)} of its neighbors" if self.neighbors else ""
         draft = f"draft model {format_bytes(self.draft_model)}, " if self.draft_model else ""
-        beside = f"KV cache {format_bytes(self.kv_cache)}"
+        cache = f"KV cache {format_bytes(self.kv_cache)}"
         if self.loading > self.kv_cache:
-            beside = f"loading them {format_bytes(self.loading)}"
+            cache = f"loading them {format_bytes(self.loading)}"
         return (
             f"rank {self.rank} needs {format_bytes(self.total)} of memory (weights "
-            f"{format_bytes(self.weights)}, {beside}, {draft}"
+            f"{format_bytes(self.weights)}, {cache}, {draft}"
             f"workspace {format_bytes(WORKSPACE_BYTES)}{others})"
         )
 

@@ -110,12 +110,12 @@ class Application:
         self._model, self._limits, self._metrics = model, limits, metrics
         self._plan_tracker, self._restarts = plan_tracker, restarts or Restarts()
         self._group = InstrumentedGroup(model.group, metrics)
-        own = [name for name in dict.fromkeys(names) if name != "*"] or [model.name]
+        own_names = [name for name in dict.fromkeys(names) if name != "*"] or [model.name]
         self._served = self.served = ServedModel(
-            name=own[0],
+            name=own_names[0],
             context_length=model.spec.context_length,
             vocab_size=model.spec.vocab_size,
-            aliases=tuple(own[1:]),
+            aliases=tuple(own_names[1:]),
             any_name="*" in names,
             sampling_defaults=model.sampling_defaults,
             image_obstacle=model.image_obstacle,
@@ -125,8 +125,8 @@ class Application:
         if settings is not None:
             largest = max(limits.max_body_bytes, limits.max_image_body_bytes)
             self._limits = limits = replace(limits, max_body_bytes=largest)
-            most = max(settings.min_pixels, min(settings.max_pixels, limits.max_image_pixels))
-            settings = replace(settings, max_pixels=most)
+            max_pixels = max(settings.min_pixels, min(settings.max_pixels, limits.max_image_pixels))
+            settings = replace(settings, max_pixels=max_pixels)
         fetcher = ImageFetcher(limits.image_hosts)
         self._images = ImageLoader(settings, fetcher) if settings is not None else None
         self._preparer = RequestPreparer(model, self._served, limits.max_messages)
@@ -280,31 +280,33 @@ class Application:
             ClientDisconnect: the client has gone; the work is dropped if it has not begun.
         """
         try:
-            return await or_gone(http, self._preparations.run(key, function, *arguments))
+            return await unless_disconnected(
+                http, self._preparations.run(key, function, *arguments)
+            )
         except ImagesWantedError as wanted:
             assert self._images is not None, "else they are refused"
             load = self._images.load(wanted.sources, key, wanted.field)
-            images = await or_gone(http, load)
+            images = await unless_disconnected(http, load)
         with_images = partial(function, images=images)
-        return await or_gone(http, self._preparations.run(key, with_images, *arguments))
+        return await unless_disconnected(http, self._preparations.run(key, with_images, *arguments))
 
 
-async def or_gone(http: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(http: Request, coroutine: Coroutine[Any, Any, T]) -> T:
     """The result, unless the client goes before.
 
     Raises:
         ClientDisconnect: it has; the work is cancelled.
     """
     work = asyncio.ensure_future(coroutine)
-    gone = asyncio.ensure_future(wait_for_disconnect(http.receive))
+    disconnected = asyncio.ensure_future(wait_for_disconnect(http.receive))
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((work, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ClientDisconnect
         return work.result()
     finally:
         work.cancel()
-        gone.cancel()
+        disconnected.cancel()
 
 
 def _respond(

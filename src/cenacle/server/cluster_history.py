@@ -65,34 +65,34 @@ class ClusterHistory:
 
     Args:
         interval_s: seconds between two samples.
-        now: seconds of the monotonic clock.
-        wall_now: seconds since 1970 at the same moment.
+        now_s: of the monotonic clock.
+        unix_s: seconds since 1970 at the same moment.
     """
 
-    def __init__(self, interval_s: float, now: float, wall_now: float) -> None:
+    def __init__(self, interval_s: float, now_s: float, unix_s: float) -> None:
         self.interval_s = interval_s
-        self._wall_offset_s = wall_now - now
+        self._wall_offset_s = unix_s - now_s
         self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self._minutes: deque[Sample] = deque(maxlen=MAX_MINUTES)
         self._minute: list[Sample] = []  # the samples of the present one
-        self._minute_began = now
+        self._minute_began = now_s
         self._faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
         self._open: Fault | None = None
         self._recoveries = 0  # that are in the list
-        self._first_version = f"{wall_now:.3f}"  # another server's history is never taken for this
+        self._first_version = f"{unix_s:.3f}"  # another server's history is never taken for this
         self._version = 0
         self._lock = threading.Lock()
 
-    def add_sample(self, now: float, sample: Sample) -> None:
+    def add_sample(self, now_s: float, sample: Sample) -> None:
         """Add a sample; after a minute also that minute's mean rates, most requests and least free
         space."""
         with self._lock:
             self._samples.append(sample)
             self._minute.append(sample)
-            if now - self._minute_began < MINUTE_S:
+            if now_s - self._minute_began < MINUTE_S:
                 return
             self._minutes.append(_summarize(self._minute))
-            self._minute, self._minute_began = [], now
+            self._minute, self._minute_began = [], now_s
             self._version += 1
 
     def observe(self, state: RecoveryState) -> None:
@@ -102,18 +102,18 @@ class ClusterHistory:
         several such ones only the last one's reason is known.
         """
         with self._lock:
-            since = state.since_s + self._wall_offset_s
+            changed_at = state.since_s + self._wall_offset_s
             if state.phase == "ok":
                 missed = state.recoveries - self._recoveries - (self._open is not None)
                 if self._open is not None:
-                    self._open.ended_at, self._open = since, None
+                    self._open.ended_at, self._open = changed_at, None
                     self._version += 1
                 for _ in range(min(missed, MAX_FAULTS)):
-                    self._append(Fault(since, since, state.reason, state.rank))
+                    self._append(Fault(changed_at, changed_at, state.reason, state.rank))
                 self._recoveries = state.recoveries
                 return
             if self._open is None:
-                self._open = Fault(since, None, state.reason, state.rank)
+                self._open = Fault(changed_at, None, state.reason, state.rank)
                 self._append(self._open)
             latest = (state.reason, state.rank, state.phase == "failed")
             if latest != (self._open.reason, self._open.rank, self._open.is_final):

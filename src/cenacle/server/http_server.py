@@ -38,7 +38,7 @@ from .limits import Limits
 from .loaded_model import ModelLoader
 from .metrics import Metrics, ModelsMetrics
 from .middleware import AccessMiddleware
-from .model_catalog import CatalogEntry
+from .model_catalog import ModelEntry
 from .model_pool import ModelPool, PoolOptions
 from .models_app import ModelsApplication
 from .paced_input import PacedInput, Turns
@@ -110,7 +110,7 @@ def serve(
 
 
 def serve_models(
-    catalog: Mapping[str, CatalogEntry],
+    catalog: Mapping[str, ModelEntry],
     sock: socket.socket,
     pool_options: PoolOptions,
     on_started: Callable[[str], None] | None = None,

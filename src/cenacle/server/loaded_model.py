@@ -19,7 +19,7 @@ from .api.openai_responses import ResponsesAdapter
 from .app import Application
 from .limits import Limits
 from .metrics import Metrics
-from .model_catalog import CatalogEntry
+from .model_catalog import ModelEntry
 from .model_pool import LoadTask
 from .plan_info import PlanTracker
 
@@ -93,7 +93,7 @@ class ModelLoader:
 
     def __init__(
         self,
-        catalog: Mapping[str, CatalogEntry],
+        catalog: Mapping[str, ModelEntry],
         limits: Limits,
         metrics: Callable[[str], Metrics],
         cluster: Cluster | None,

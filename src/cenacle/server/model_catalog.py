@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CatalogEntry:
+class ModelEntry:
     """A model that can be loaded.
 
     Args:
@@ -39,7 +39,7 @@ def read_catalog(
     folder: Path | None,
     options: LoadOptions,
     report: Callable[[str], None],
-) -> dict[str, CatalogEntry]:
+) -> dict[str, ModelEntry]:
     """The models of a server by name, in the order given.
 
     Args:
@@ -52,7 +52,7 @@ def read_catalog(
         InputError: no model, or two of one name.
         CheckpointError: one of `models` cannot be read.
     """
-    catalog: dict[str, CatalogEntry] = {}
+    catalog: dict[str, ModelEntry] = {}
     for model in models:
         _add(catalog, _describe(replace(options, model=model)))
     for path in _find_models(folder) if folder is not None else ():
@@ -69,7 +69,7 @@ def read_catalog(
     return catalog
 
 
-def _add(catalog: dict[str, CatalogEntry], entry: CatalogEntry) -> None:
+def _add(catalog: dict[str, ModelEntry], entry: ModelEntry) -> None:
     if (other := catalog.get(entry.served.name)) is not None:
         raise InputError(
             f"--model: expected models of different names, got {other.options.model} and "
@@ -96,7 +96,7 @@ def _is_model(path: Path) -> bool:
     return any((path / name).exists() for name in names) or any(path.glob("*.gguf"))
 
 
-def _describe(options: LoadOptions) -> CatalogEntry:
+def _describe(options: LoadOptions) -> ModelEntry:
     from ..model.checkpoint import Checkpoint, locate_checkpoint
     from ..model.generation_config import read_sampling_defaults
     from ..model.spec_reader import read_model_spec
@@ -106,7 +106,7 @@ def _describe(options: LoadOptions) -> CatalogEntry:
         # The Hub is asked when it is loaded.
         if options.model.count("/") != 1 or options.model.startswith((".", "/", "~")):
             locate_checkpoint(options.model)  # says what is wrong
-        return CatalogEntry(options, ServedModel(options.model, None, 0))
+        return ModelEntry(options, ServedModel(options.model, None, 0))
     checkpoint = Checkpoint.open(locate_checkpoint(options.model))
     spec = read_model_spec(checkpoint, images=options.engine.sees_images)
     served = ServedModel(
@@ -116,4 +116,4 @@ def _describe(options: LoadOptions) -> CatalogEntry:
         image_obstacle="" if spec.tower_bytes else "one that cannot be shown images",
         sampling_defaults=read_sampling_defaults(checkpoint.folder),
     )
-    return CatalogEntry(options, served, spec.total_bytes)
+    return ModelEntry(options, served, spec.total_bytes)

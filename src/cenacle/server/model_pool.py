@@ -209,7 +209,7 @@ class ModelPool:
                 raise _unavailable(entry)
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             entry.waiters.append(waiter)
-            self._want(entry)
+            self._request_load(entry)
             try:
                 async with asyncio.timeout(ends_s - time.monotonic()):
                     await waiter
@@ -240,7 +240,7 @@ class ModelPool:
         self._spawn(self._run())
         for entry in self._entries.values():
             if entry.pinned:
-                self._want(entry)
+                self._request_load(entry)
 
     def stop(self, reason: ClusterError) -> None:
         """Refuse requests, abort those that run, and give up what is being loaded."""
@@ -355,7 +355,7 @@ class ModelPool:
         except _NobodyWaits:
             self._set_state(entry, before)
             if entry.waiting:  # came meanwhile
-                self._want(entry)
+                self._request_load(entry)
         except Busy as error:
             self._set_state(entry, before)
             _fail(entry.waiters, ModelUnavailable(entry.name, str(error), error.retry_after_s))
@@ -386,7 +386,7 @@ class ModelPool:
             if not is_known:
                 log.warning("%s cannot be loaded: %s", entry.name, error)
             if is_waiting and entry.pinned and entry.loads == 0:
-                asyncio.get_running_loop().call_later(delay_s, self._want, entry)
+                asyncio.get_running_loop().call_later(delay_s, self._request_load, entry)
         _fail(entry.waiters, self._stop_reason or _unavailable(entry))
 
     async def _make_room(self, entry: _Entry, needed: int | None) -> MemoryShare:
@@ -481,7 +481,7 @@ class ModelPool:
                 self._grant(entry)  # before it runs: others may look for an idle model
                 waiter.set_result(None)
 
-    def _want(self, entry: _Entry) -> None:
+    def _request_load(self, entry: _Entry) -> None:
         if entry not in self._queue and entry.state is not ModelState.LOADING:
             self._queue.append(entry)
         self._changed.set()
@@ -519,7 +519,7 @@ class ModelPool:
             return
         self._set_state(entry, ModelState.UNLOADED)
         if entry.waiting:
-            self._want(entry)
+            self._request_load(entry)
 
     def _set_state(self, entry: _Entry, state: ModelState) -> None:
         entry.state, entry.since_s = state, time.monotonic()

@@ -46,7 +46,7 @@ from .generation import (
 from .limits import Limits
 from .loaded_model import LoadedApplication
 from .metrics import ModelsMetrics
-from .model_catalog import CatalogEntry
+from .model_catalog import ModelEntry
 from .model_pool import LoadedModel, ModelPool
 from .request_body import read_body
 from .stored_responses import StoredResponseRoutes
@@ -86,7 +86,7 @@ class ModelsApplication:
     def __init__(
         self,
         pool: ModelPool,
-        catalog: Mapping[str, CatalogEntry],
+        catalog: Mapping[str, ModelEntry],
         names: Mapping[str, Sequence[str]],
         limits: Limits,
         max_waiting: int,
@@ -341,29 +341,29 @@ class _ModelCall(Response):
     async def _wait(self, receive: Receive, send: Send) -> LoadedModel | None:
         """The model, which is to be released; None: the client has gone."""
         acquired = asyncio.ensure_future(self._pool.acquire(self._name))
-        gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
         is_taken = False
         try:
             while not acquired.done():
                 await asyncio.wait(
-                    (acquired, gone),
+                    (acquired, disconnected),
                     timeout=self._keep_alive_s,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if acquired.done():
                     break
-                if gone.done():
+                if disconnected.done():
                     return None
                 await self._keep_alive(send)
             is_taken = True
             return acquired.result()
         finally:
-            gone.cancel()
+            disconnected.cancel()
             if not is_taken:
                 acquired.cancel()
-                acquired.add_done_callback(self._give_back)
+                acquired.add_done_callback(self._release_model)
 
-    def _give_back(self, acquired: asyncio.Future[LoadedModel]) -> None:
+    def _release_model(self, acquired: asyncio.Future[LoadedModel]) -> None:
         if not acquired.cancelled() and acquired.exception() is None:
             self._pool.release(self._name)
 

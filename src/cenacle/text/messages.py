@@ -57,32 +57,33 @@ def probe_template(template: str, render: RenderText) -> TemplateTraits:
             return False
         return all(part in text for part in texts)
 
-    def say(role: str, content: str, **rest: Any) -> Message:
+    def message(role: str, content: str, **rest: Any) -> Message:
         return {"role": role, "content": content, **rest}
 
-    first, late = say("system", "SYSTEM_A"), say("system", "SYSTEM_B")
-    ask, answer, more = say("user", "ASK_A"), say("assistant", "ANSWER_A"), say("user", "ASK_B")
-    if not shows(["ASK_A"], ask):
+    first, late = message("system", "SYSTEM_A"), message("system", "SYSTEM_B")
+    user, reply = message("user", "ASK_A"), message("assistant", "ANSWER_A")
+    user_b = message("user", "ASK_B")
+    if not shows(["ASK_A"], user):
         return TemplateTraits()  # it needs what a probe does not have
-    names, both = ["SYSTEM_A", "SYSTEM_B"], {"a": 1}
+    names, sample = ["SYSTEM_A", "SYSTEM_B"], {"a": 1}
 
     def called(arguments: Any, *names: str) -> list[Message]:
         calls = [
             {"id": f"call{at}", "type": "function", "function": {"name": n, "arguments": arguments}}
             for at, n in enumerate(names)
         ]
-        results = [say("tool", "RESULT", tool_call_id=f"call{at}") for at in range(len(names))]
-        return [ask, say("assistant", "", tool_calls=calls), *results]
+        results = [message("tool", "RESULT", tool_call_id=f"call{at}") for at in range(len(names))]
+        return [user, message("assistant", "", tool_calls=calls), *results]
 
     one, two = ("call_a",), ("call_a", "call_b")
-    as_objects = shows(one, *called(both, *one)) and not shows(["{'a"], *called(both, *one))
-    as_text = not as_objects and shows(one, *called(json.dumps(both), *one))
-    arguments = json.dumps(both) if as_text else both
+    as_objects = shows(one, *called(sample, *one)) and not shows(["{'a"], *called(sample, *one))
+    as_text = not as_objects and shows(one, *called(json.dumps(sample), *one))
+    arguments = json.dumps(sample) if as_text else sample
     return TemplateTraits(
-        system=shows(["SYSTEM_A", "ASK_A"], first, ask),
-        several_systems=shows([*names, "ASK_A"], first, late, ask),
-        late_system=shows([*names, "ASK_B"], first, ask, answer, late, more),
-        same_roles=shows(["ASK_A", "ASK_B"], ask, more),
+        system=shows(["SYSTEM_A", "ASK_A"], first, user),
+        several_systems=shows([*names, "ASK_A"], first, late, user),
+        late_system=shows([*names, "ASK_B"], first, user, reply, late, user_b),
+        same_roles=shows(["ASK_A", "ASK_B"], user, user_b),
         arguments_as_text=as_text,
         any_arguments=shows([*one, "WORDS"], *called("WORDS", *one)),
         one_call=shows(one, *called(arguments, *one)) and not shows(two, *called(arguments, *two)),
@@ -146,10 +147,12 @@ def _split_calls(messages: list[Message]) -> list[Message]:
         for number, call in enumerate(tool_calls):
             rest = message if number == 0 else {"role": "assistant", "content": ""}
             adapted.append({**rest, "tool_calls": [call]})
-            own = [r for r in results if r.get("tool_call_id") == call.get("id")]
-            own = own or ([results[0]] if results and "tool_call_id" not in results[0] else [])
-            adapted += own
-            results = [r for r in results if all(r is not one for one in own)]
+            answers = [r for r in results if r.get("tool_call_id") == call.get("id")]
+            answers = answers or (
+                [results[0]] if results and "tool_call_id" not in results[0] else []
+            )
+            adapted += answers
+            results = [r for r in results if all(r is not one for one in answers)]
         adapted += results
     return adapted
 
